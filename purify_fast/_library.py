@@ -1,0 +1,52 @@
+"""Loads the compiled extension, once. Absent is normal; present but broken is kept and told."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+
+import torch
+
+logger = logging.getLogger("purify_fast")
+
+#: Why the extension is not loaded; None when it is.
+load_error: Exception | None = None
+#: Path of the shared object found, loaded or not.
+path: str | None = None
+
+BUILD_HINT = (
+    "build it with `PURIFY_FAST_BUILD=cpu pip install --no-build-isolation -e .` "
+    "(needs a C++20 compiler, ninja, and torch in the environment; `cuda` also needs a CUDA toolkit)"
+)
+
+
+def _load() -> None:
+    global load_error, path
+    spec = importlib.util.find_spec("purify_fast._C")
+    if spec is None or spec.origin is None:
+        load_error = ImportError(f"purify_fast._C is not installed: {BUILD_HINT}")
+    else:
+        path = spec.origin
+        try:
+            torch.ops.load_library(path)
+        except Exception as error:  # a broken build must not take the pure-Python package down with it
+            load_error = error
+    if load_error is not None:
+        logger.info("compiled CPU kernels are off, the PyTorch references serve: %s", load_error)
+
+
+def loaded() -> bool:
+    """Whether the compiled extension is loaded."""
+    return load_error is None
+
+
+def has_kernel(qualified: str, key: str) -> bool:
+    """Whether ``qualified`` (``purify_fast::op``) has a kernel of its own at dispatch key ``key``."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key))
+
+
+if os.environ.get("PURIFY_FAST_NO_EXTENSION") != "1":
+    _load()
+else:
+    load_error = ImportError("switched off by PURIFY_FAST_NO_EXTENSION=1")

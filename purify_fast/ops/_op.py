@@ -1,0 +1,139 @@
+"""How every op is registered, and which backend serves it.
+
+One schema, one fake, one kernel per dispatch key, opaque to the compiler. Where no kernel beats the compiled
+reference, the public function calls the reference directly, so that ``torch.compile`` can fuse it.
+
+Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU), ``triton`` and ``cuda`` (GPU).
+``PURIFY_FAST_BACKEND`` forces one for its device, read once at import; `use_backend` does so for a block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .. import _library
+
+BACKENDS = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+
+
+def _checked(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown; there are {', '.join(BACKENDS)}")
+    return name
+
+
+_forced: str | None = _checked(os.environ.get("PURIFY_FAST_BACKEND"))
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the block, ops on ``name``'s device are served by ``name``; None restores the measured default.
+
+    Raises:
+        ValueError: an unknown name. An op that lacks the backend raises RuntimeError when it is called.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@dataclass(frozen=True)
+class Op:
+    """One registered op: its handle, its definition, and who serves it where."""
+
+    name: str
+    handle: Callable
+    reference: Callable
+    available: dict[str, tuple[str, ...]]  # device type -> backends that exist here
+    default: dict[str, str]  # device type -> backend measured best
+    why: dict[str, str]  # device type -> reason for the default, for `purify-fast info`
+
+    def served_by(self, device: torch.device) -> str:
+        """The backend that serves this op on ``device``; raises RuntimeError if a forced one is missing."""
+        kind = device.type
+        if _forced is not None and kind in BACKENDS[_forced]:
+            if _forced not in self.available[kind]:
+                raise RuntimeError(
+                    f"{self.name}: backend {_forced!r} is forced but missing; on {kind} there are: "
+                    f"{', '.join(self.available[kind])}"
+                )
+            return _forced
+        return self.default.get(kind, "reference")
+
+    def plain(self, device: torch.device) -> bool:
+        """Whether the public function should call the reference directly instead of the op."""
+        return self.served_by(device) == "reference"
+
+
+REGISTRY: dict[str, Op] = {}
+
+
+def define_op(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    triton: Callable | None = None,
+    cpu: str = "reference",
+    cuda: str = "reference",
+    why_cpu: str = "",
+    why_cuda: str = "GPU kernels are opt-in: not yet run on a GPU",
+) -> Op:
+    """Register ``purify_fast::name``.
+
+    Args:
+        name, schema: the op and its signature, as ``torch.library.define`` takes them.
+        reference: the definition, in PyTorch; runs under ``no_grad`` behind the op.
+        fake: shapes and dtypes of the outputs.
+        triton: a launcher with the op's signature, imported on first call.
+        cpu, cuda: the backend the benchmarks chose for that device; a missing one falls to the reference.
+        why_cpu, why_cuda: the reason, one line, shown by ``purify-fast info``.
+    """
+    qualified = f"purify_fast::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.register_fake(qualified, fake)
+    plain = torch.no_grad()(reference)  # else autograd traces the fallback
+    available = {"cpu": ("reference",), "cuda": ("reference",)}
+    if _library.has_kernel(qualified, "CPU"):
+        available["cpu"] += ("cpp",)
+    else:
+        torch.library.impl(qualified, "CPU", plain)
+    if _library.has_kernel(qualified, "CUDA"):  # a built CUDA C++ kernel owns the key, Triton stands in without it
+        available["cuda"] += ("cuda",)
+    else:
+        torch.library.impl(qualified, "CUDA", triton or plain)
+        available["cuda"] += ("triton",) if triton is not None else ()
+    op = Op(
+        name,
+        getattr(torch.ops.purify_fast, name).default,
+        reference,
+        available,
+        {kind: best if best in available[kind] else "reference" for kind, best in (("cpu", cpu), ("cuda", cuda))},
+        {"cpu": why_cpu, "cuda": why_cuda},
+    )
+    REGISTRY[name] = op
+    return op
+
+
+def launcher(module: str, name: str) -> Callable:
+    """``kernels/<module>.py``'s launcher ``name``, imported when a GPU tensor first needs it."""
+
+    def launch(*args):
+        kernels = __import__(f"purify_fast.kernels.{module}", fromlist=[name])
+        return getattr(kernels, name)(*args)
+
+    return launch
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """float32 for half types, float64 stays: the precision losses, distances and aggregation are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

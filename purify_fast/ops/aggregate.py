@@ -1,0 +1,147 @@
+"""One prediction from K: aggregation of the logits l [B, K, C] over the samples k, in the log domain.
+
+    lse          q_i = logsumexp_k l_ki                                       the default: finite, same decision as peel
+    peel         log P_i = S_i - logsumexp_j S_j,   S = exp(q)                CARSO's P, arXiv 2306.06081, section 4.5
+    mean         mean_k l_ki
+    probability  logit(mean_k sigmoid(l_ki))                                  CARSO's code, "prob"
+    vote         the number of samples whose largest logit is i               no gradient: attack lse instead
+
+    peel_reference   logit(softmax_i(sum_k exp(l_ki))), as CARSO's code returns it: +-inf from a margin of about 1.2 at
+                     K = 8, NaN gradients. For study only; attacking it measures nothing.
+    vote_reference   sum_k floor(l_ki / max_j l_kj), CARSO's code, "count": wrong for negative logits. For study only.
+
+exp(q) is continued by its tangent above q = 80, so that S stays finite and the order of the classes is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._op import define_op, launcher, wide
+
+#: Methods with a kernel, by index.
+METHODS = ("lse", "peel", "mean", "probability", "vote")
+#: The published forms that are unsafe to attack.
+UNSAFE = ("peel_reference", "vote_reference")
+TANGENT = 80.0  # exp(80) = 5.5e34: sums of thousands of classes stay below float32's 3.4e38
+
+
+def _tangent_exp(q: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(q) continued linearly above TANGENT, and its derivative."""
+    slope = torch.exp(q.clamp(max=TANGENT))
+    return slope * (1 + (q - TANGENT).clamp(min=0)), slope
+
+
+def reference(logits: Tensor, method: int) -> Tensor:
+    """The definition: logits [B, K, C] -> [B, C], in float32 (float64 for float64)."""
+    x = wide(logits)
+    name = METHODS[method]
+    if name == "lse":
+        return torch.logsumexp(x, 1)
+    if name == "peel":
+        return F.log_softmax(_tangent_exp(torch.logsumexp(x, 1))[0], 1)
+    if name == "mean":
+        return x.mean(1)
+    if name == "probability":
+        return torch.logsumexp(F.logsigmoid(x), 1) - torch.logsumexp(F.logsigmoid(-x), 1)
+    return F.one_hot(x.detach().argmax(2), x.shape[2]).sum(1).to(x.dtype)
+
+
+def reference_backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
+    """grad [B, C] times the Jacobian, [B, K, C], in the logits' dtype."""
+    x, g = wide(logits), wide(grad)
+    name = METHODS[method]
+    if name in ("lse", "peel"):
+        if name == "peel":
+            s, slope = _tangent_exp(torch.logsumexp(x, 1))
+            g = (g - torch.softmax(s, 1) * g.sum(1, keepdim=True)) * slope
+        out = torch.softmax(x, 1) * g[:, None]
+    elif name == "mean":
+        out = (g / x.shape[1])[:, None].expand_as(x)
+    elif name == "probability":
+        yes, no = F.logsigmoid(x), F.logsigmoid(-x)
+        out = g[:, None] * (torch.softmax(yes, 1) * no.exp() + torch.softmax(no, 1) * yes.exp())
+    else:
+        out = torch.zeros_like(x)
+    return out.to(logits.dtype).contiguous()
+
+
+def peel_reference(logits: Tensor) -> Tensor:
+    """CARSO's published head, [B, K, C] -> [B, C]: infinite and without gradient where it saturates. Study only."""
+    p = torch.softmax(torch.exp(wide(logits)).sum(1), 1)
+    return torch.log(p / (1 - p))
+
+
+def vote_reference(logits: Tensor) -> Tensor:
+    """CARSO's published "count", [B, K, C] -> [B, C]: wrong for negative logits, zero gradient. Study only."""
+    x = wide(logits)
+    return torch.floor(x / x.amax(2, keepdim=True)).sum(1)
+
+
+OP = define_op(
+    "aggregate",
+    "(Tensor logits, int method) -> Tensor",
+    reference=reference,
+    fake=lambda logits, method: wide(logits).new_empty((logits.shape[0], logits.shape[2])),
+    triton=launcher("aggregate", "forward"),
+    cpu="cpp",
+)
+BACKWARD = define_op(
+    "aggregate_backward",
+    "(Tensor grad, Tensor logits, int method) -> Tensor",
+    reference=reference_backward,
+    fake=lambda grad, logits, method: logits.new_empty(logits.shape),
+    triton=launcher("aggregate", "backward"),
+    cpu="cpp",
+)
+
+
+class _Aggregate(torch.autograd.Function):
+    @staticmethod
+    def forward(logits, method):
+        return OP.handle(logits, method)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, ctx.method = inputs
+        ctx.save_for_backward(logits)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return BACKWARD.handle(grad, *ctx.saved_tensors, ctx.method), None
+
+
+def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
+    """Aggregate the logits of K samples into one prediction per image.
+
+    Args:
+        logits: ``[B, K, C]``, K >= 1, C >= 2; float16, bfloat16, float32 or float64.
+        method: ``lse``, ``peel`` (log-probabilities), ``mean``, ``probability``, ``vote``; ``peel_reference`` and
+            ``vote_reference`` are CARSO's published forms, unsafe to attack (the module's docstring says why).
+
+    Returns:
+        ``[B, C]``, float32 (float64 for float64 inputs), also under autocast. Finite for finite logits, except for
+        the two published forms. ``lse``, ``peel``, ``peel_reference`` (where finite) have the same argmax.
+
+    Raises:
+        ValueError: not three dimensions, K < 1, C < 2, not floating point, or an unknown method.
+
+    ``vote`` has gradient 0. First-order gradients only; deterministic; ``vmap`` is not supported by the kernels.
+    """
+    if logits.dim() != 3 or not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point [B, K, C], got {logits.dtype} {list(logits.shape)}")
+    if logits.shape[1] < 1 or logits.shape[2] < 2:
+        raise ValueError(f"logits need K >= 1 samples and C >= 2 classes, got [B, K, C] = {list(logits.shape)}")
+    if method == "peel_reference":
+        return peel_reference(logits)
+    if method == "vote_reference":
+        return vote_reference(logits)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS + UNSAFE)}, got {method!r}")
+    index = METHODS.index(method)
+    if OP.plain(logits.device):
+        return reference(logits, index)
+    return _Aggregate.apply(logits, index)

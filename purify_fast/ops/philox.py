@@ -1,0 +1,139 @@
+"""The random stream: Philox4x32-10 (Salmon et al., SC 2011), counter based, so that noise is a function of its name.
+
+    key     = (low word of seed, high word of seed)
+    counter = (element index / 4, draw index, sample index, stream)
+    element i takes word i mod 4:  bits w;  uniform (w >> 8) 2^-24 in [0, 1)
+    normal, by Box-Muller over the word pairs (0, 1) and (2, 3), u = ((w + 256) >> 8) 2^-24 in (0, 1]:
+        sqrt(-2 ln u_0) cos(2 pi v_1)  and  sqrt(-2 ln u_0) sin(2 pi v_1),  v = (w >> 8) 2^-24
+
+The same seed gives the same bits in every backend, whatever the batch split, chunk or rank; normals agree to a few ulp.
+Every use has a stream of its own: uses that shared counters would be correlated. Source of the layout: ours.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import torch
+from torch import Tensor
+
+from ._op import define_op, launcher
+
+_MASK = 0xFFFFFFFF
+_ROUND = (0xD2511F53, 0xCD9E8D57)
+_KEY = (0x9E3779B9, 0xBB67AE85)
+
+
+class Stream(enum.IntEnum):
+    """The fourth counter word: what the numbers are for. Never renumber: results depend on it."""
+
+    LATENT = 1
+    TRANSFORM_NOISE = 2
+    MASK = 3
+    ATTACK_START = 4
+    REPLAY_NOISE = 5
+    AUGMENTATION = 6
+
+
+DISTRIBUTIONS = ("bits", "uniform", "normal")
+
+
+def words(key: tuple, counter: tuple) -> tuple:
+    """Philox4x32-10 on int64 tensors (or ints) holding 32-bit words: 2 key words, 4 counter words -> 4 words."""
+    (k0, k1), (c0, c1, c2, c3) = key, counter
+    for _ in range(10):
+        # a 32 x 32 bit product wraps in int64, but both of its halves survive
+        p0, p1 = c0 * _ROUND[0], c2 * _ROUND[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _KEY[0]) & _MASK, (k1 + _KEY[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def reference(
+    seed: Tensor, sample_ids: Tensor, numel: int, stream: int, distribution: int, draws: int = 1, first_draw: int = 0
+) -> Tensor:
+    """The definition; arguments as in `philox`, distribution by index. Returns [B, draws, numel]."""
+    device = sample_ids.device
+    groups = (numel + 3) // 4
+    element = torch.arange(groups, device=device)
+    draw = (first_draw + torch.arange(draws, device=device))[:, None]
+    # one seed per call, broadcast; every counter word is widened to [B, draws, groups] by the arithmetic
+    key = (seed & _MASK, (seed >> 32) & _MASK)
+    zero = torch.zeros((sample_ids.shape[0], draws, groups), dtype=torch.int64, device=device)
+    counter = (zero + element, zero + draw, zero + (sample_ids & _MASK)[:, None, None], zero + stream)
+    word = words(key, counter)
+    if distribution == 0:
+        out = torch.stack([w - ((w >> 31) << 32) for w in word], dim=-1).to(torch.int32)
+    elif distribution == 1:
+        out = torch.stack([(w >> 8).float() * 2.0**-24 for w in word], dim=-1)
+    else:
+        pair = []
+        for a, b in ((word[0], word[1]), (word[2], word[3])):
+            radius = torch.sqrt(-2.0 * torch.log(((a + 256) >> 8).float() * 2.0**-24))
+            angle = (b >> 8).float() * (2.0 * math.pi * 2.0**-24)
+            pair += [radius * torch.cos(angle), radius * torch.sin(angle)]
+        out = torch.stack(pair, dim=-1)
+    return out.flatten(-2)[..., :numel].contiguous()
+
+
+def _fake(seed, sample_ids, numel, stream, distribution, draws=1, first_draw=0):
+    dtype = torch.int32 if distribution == 0 else torch.float32
+    return sample_ids.new_empty((sample_ids.shape[0], draws, numel), dtype=dtype)
+
+
+OP = define_op(
+    "philox",
+    "(Tensor seed, Tensor sample_ids, SymInt numel, int stream, int distribution, SymInt draws=1, SymInt first_draw=0)"
+    " -> Tensor",
+    reference=reference,
+    fake=_fake,
+    triton=launcher("philox", "philox"),
+    cpu="cpp",
+)
+
+
+def check_stream(seed: Tensor, sample_ids: Tensor) -> None:
+    """Raise ValueError unless seed is int64 [1] and sample_ids int64 [B] on one device."""
+    if seed.dtype != torch.int64 or seed.shape != (1,):
+        raise ValueError(f"seed must be an int64 tensor of shape [1], got {seed.dtype} {list(seed.shape)}")
+    if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:
+        raise ValueError(f"sample_ids must be an int64 tensor [B], got {sample_ids.dtype} {list(sample_ids.shape)}")
+    if seed.device != sample_ids.device:
+        raise ValueError(f"seed is on {seed.device}, sample_ids on {sample_ids.device}: they must agree")
+
+
+def philox(
+    seed: Tensor,
+    sample_ids: Tensor,
+    numel: int,
+    *,
+    stream: Stream,
+    distribution: str = "uniform",
+    draws: int = 1,
+    first_draw: int = 0,
+) -> Tensor:
+    """Random numbers named by (seed, sample, draw, stream, element).
+
+    Args:
+        seed: int64 ``[1]``; a tensor, since an int would recompile for every value.
+        sample_ids: int64 ``[B]``, the low 32 bits count; global indices, so that batch splits and ranks agree.
+        numel: numbers per sample and draw, at least 0.
+        stream: what they are for, a `Stream`.
+        distribution: ``bits`` (int32), ``uniform`` (float32 in [0, 1)) or ``normal`` (float32).
+        draws, first_draw: draw indices ``first_draw .. first_draw + draws - 1``.
+
+    Returns:
+        ``[B, draws, numel]`` on the seed's device. No gradient.
+
+    Raises:
+        ValueError: a wrong dtype, shape, device, distribution, or a negative count.
+    """
+    check_stream(seed, sample_ids)
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
+    for name, value, least in (("numel", numel, 0), ("draws", draws, 1), ("first_draw", first_draw, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    call = reference if OP.plain(seed.device) else OP.handle
+    return call(seed, sample_ids, numel, int(stream), DISTRIBUTIONS.index(distribution), draws, first_draw)

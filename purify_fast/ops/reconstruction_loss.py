@@ -1,0 +1,89 @@
+"""Binary cross-entropy of reconstructions given as logits, summed per sample.
+
+    loss_b = sum_p  max(l, 0) - l t + log(1 + exp(-|l|)) = sum_p -[ t log s + (1 - t) log(1 - s) ],   s = sigmoid(l)
+
+CARSO's reconstruction term (arXiv 2306.06081, section 4.3), from the logits, which is exact where log(sigmoid) is not.
+For targets inside (0, 1) the minimum is the entropy of the pixels, not 0. Backward, to the logits only:
+
+    dloss/dl = s - t
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._op import define_op, launcher, wide
+
+
+def reference(logits: Tensor, target: Tensor) -> Tensor:
+    """The definition: [B, ...] twice -> [B], in float32 (float64 for float64)."""
+    x, t = wide(logits).flatten(1), wide(target).flatten(1)
+    return F.binary_cross_entropy_with_logits(x, t.to(x.dtype), reduction="none").sum(1)
+
+
+def reference_backward(grad: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+    """grad [B] times dloss/dlogits, in the logits' dtype and shape."""
+    x = wide(logits)
+    g = grad.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    return (g * (torch.sigmoid(x) - target.to(x.dtype))).to(logits.dtype).contiguous()
+
+
+OP = define_op(
+    "reconstruction_loss",
+    "(Tensor logits, Tensor target) -> Tensor",
+    reference=reference,
+    fake=lambda logits, target: wide(logits).new_empty(logits.shape[0]),
+    triton=launcher("reconstruction_loss", "forward"),
+    cpu="cpp",
+)
+BACKWARD = define_op(
+    "reconstruction_loss_backward",
+    "(Tensor grad, Tensor logits, Tensor target) -> Tensor",
+    reference=reference_backward,
+    fake=lambda grad, logits, target: logits.new_empty(logits.shape),
+    triton=launcher("reconstruction_loss", "backward"),
+    cpu="cpp",
+)
+
+
+class _ReconstructionLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(logits, target):
+        return OP.handle(logits, target)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return BACKWARD.handle(grad, *ctx.saved_tensors), None
+
+
+def reconstruction_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Sum-BCE between reconstructions (as logits) and target images, one number per sample.
+
+    Args:
+        logits: ``[B, ...]``, before the sigmoid; float16, bfloat16, float32 or float64; the gradient flows here.
+        target: same shape and device, in [0, 1], any of these dtypes; no gradient.
+
+    Returns:
+        ``[B]`` in nats, at least 0; float32 (float64 for float64 logits), also under autocast.
+
+    Raises:
+        ValueError: shapes or devices differ, fewer than 2 dimensions, or not floating point.
+
+    First-order gradients only; deterministic; ``vmap`` is not supported by the kernels.
+    """
+    if logits.shape != target.shape or logits.dim() < 2:
+        raise ValueError(f"logits and target need one shape [B, ...], got {list(logits.shape)}, {list(target.shape)}")
+    if not (logits.is_floating_point() and target.is_floating_point()):
+        raise ValueError(f"logits and target must be floating point, got {logits.dtype} and {target.dtype}")
+    if logits.device != target.device:
+        raise ValueError(f"logits are on {logits.device}, target on {target.device}: they must agree")
+    if OP.plain(logits.device):
+        return reference(logits, target.detach())
+    return _ReconstructionLoss.apply(logits, target.detach())

@@ -1,0 +1,101 @@
+"""The reparameterised posterior sample of a variational autoencoder, and its divergence from the prior.
+
+    z = mu + e exp(logvar / 2),   e ~ N(0, 1) from the Philox stream LATENT
+    kl_b = 1/2 sum_d (mu^2 + exp(logvar) - logvar - 1)
+
+Source: Kingma & Welling, ICLR 2014; CARSO (arXiv 2306.06081), section 4.3. Backward draws e again from the seed:
+
+    dmu = dz + dkl mu,   dlogvar = dz e exp(logvar / 2) / 2 + dkl (exp(logvar) - 1) / 2
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._op import define_op, launcher, wide
+from .philox import Stream, check_stream
+from .philox import reference as _philox
+
+
+def _noise(mu: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:
+    return _philox(seed, sample_ids, mu.shape[1], int(Stream.LATENT), 2)[:, 0]
+
+
+def reference(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition: (z [B, D] in mu's dtype, kl [B] in float32; float64 for float64)."""
+    m, v = wide(mu), wide(logvar)
+    z = m + _noise(mu, seed, sample_ids).to(m.dtype) * torch.exp(0.5 * v)
+    return z.to(mu.dtype), 0.5 * (m.square() + v.exp() - v - 1).sum(1)
+
+
+def reference_backward(
+    grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dmu, dlogvar) [B, D], in the dtypes of mu and logvar."""
+    m, v, gz, gk = wide(mu), wide(logvar), wide(grad_z), wide(grad_kl)[:, None]
+    deviation = _noise(mu, seed, sample_ids).to(m.dtype) * torch.exp(0.5 * v)
+    return (gz + gk * m).to(mu.dtype), (0.5 * (gz * deviation + gk * torch.expm1(v))).to(logvar.dtype)
+
+
+OP = define_op(
+    "sample_latent",
+    "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=lambda mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), wide(mu).new_empty(mu.shape[0])),
+    triton=launcher("sample_latent", "forward"),
+    cpu="cpp",
+)
+BACKWARD = define_op(
+    "sample_latent_backward",
+    "(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor)",
+    reference=reference_backward,
+    fake=lambda grad_z, grad_kl, mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), logvar.new_empty(mu.shape)),
+    triton=launcher("sample_latent", "backward"),
+    cpu="cpp",
+)
+
+
+class _SampleLatent(torch.autograd.Function):
+    @staticmethod
+    def forward(mu, logvar, seed, sample_ids):
+        return OP.handle(mu, logvar, seed, sample_ids)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_z, grad_kl):
+        return (*BACKWARD.handle(grad_z, grad_kl, *ctx.saved_tensors), None, None)
+
+
+def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample the posterior and measure it against the prior N(0, I).
+
+    Args:
+        mu, logvar: ``[B, D]``, one shape, dtype and device; float16, bfloat16, float32 or float64.
+        seed: int64 ``[1]``; sample_ids: int64 ``[B]``, global indices (see `philox`).
+
+    Returns:
+        ``z [B, D]`` in mu's dtype and ``kl [B]`` in nats, float32 (float64 for float64 inputs), also under autocast.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+
+    First-order gradients only; deterministic given the seed; ``vmap`` is not supported by the kernels.
+    """
+    if mu.dim() != 2 or mu.shape != logvar.shape or mu.dtype != logvar.dtype or not mu.is_floating_point():
+        raise ValueError(
+            f"mu and logvar need one floating-point shape [B, D], got {mu.dtype} {list(mu.shape)} "
+            f"and {logvar.dtype} {list(logvar.shape)}"
+        )
+    check_stream(seed, sample_ids)
+    if sample_ids.shape[0] != mu.shape[0]:
+        raise ValueError(f"sample_ids has {sample_ids.shape[0]} entries for a batch of {mu.shape[0]}")
+    if not mu.device == logvar.device == seed.device:
+        raise ValueError(f"mu is on {mu.device}, logvar on {logvar.device}, seed on {seed.device}: they must agree")
+    if OP.plain(mu.device):
+        return reference(mu, logvar, seed, sample_ids)
+    return _SampleLatent.apply(mu, logvar, seed, sample_ids)
