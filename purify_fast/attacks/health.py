@@ -1,0 +1,66 @@
+"""Gradient health: whether an attack had gradients to work with, or was stopped by their absence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+#: Above these an attack's number measures the gradients, not the defence.
+MAX_NONFINITE, MAX_ZERO, MAX_UNMOVED = 0.0, 0.05, 0.01
+
+
+@dataclass
+class GradientHealth:
+    """Counts over all gradients an attack took; pass one to an attack and read it afterwards.
+
+    A gradient is non-finite when any element is, zero when all are. ``unmoved`` counts the images, of those classified
+    correctly at the start, that the attack left where it started. Accumulated on the device, read without syncing until
+    a property is asked for.
+    """
+
+    _counts: dict[str, Tensor | int] = field(default_factory=dict)
+
+    def _add(self, name: str, amount: Tensor | int) -> None:
+        self._counts[name] = self._counts.get(name, 0) + amount
+
+    def see_gradient(self, grad: Tensor) -> None:
+        """Count one gradient [B, ...]."""
+        flat = grad.detach().flatten(1)
+        self._add("gradients", flat.shape[0])
+        self._add("nonfinite", (~torch.isfinite(flat)).any(1).sum())
+        self._add("zero", (flat == 0).all(1).sum())
+
+    def see_move(self, start: Tensor, end: Tensor, correct: Tensor) -> None:
+        """Count the images of ``correct`` [B] that ended where they started, both [B, ...]."""
+        still = (start == end).flatten(1).all(1)
+        self._add("images", correct.sum())
+        self._add("unmoved", (still & correct).sum())
+
+    def count(self, name: str) -> int:
+        """``gradients``, ``nonfinite``, ``zero``, ``images`` or ``unmoved``."""
+        return int(self._counts.get(name, 0))
+
+    def _share(self, part: str, whole: str) -> float:
+        return self.count(part) / max(1, self.count(whole))
+
+    @property
+    def nonfinite(self) -> float:
+        """Share of gradients with a non-finite element."""
+        return self._share("nonfinite", "gradients")
+
+    @property
+    def zero(self) -> float:
+        """Share of gradients that are zero everywhere."""
+        return self._share("zero", "gradients")
+
+    @property
+    def unmoved(self) -> float:
+        """Share of correctly classified images left where they started."""
+        return self._share("unmoved", "images")
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the attack's number may be believed."""
+        return self.nonfinite <= MAX_NONFINITE and self.zero <= MAX_ZERO and self.unmoved <= MAX_UNMOVED

@@ -1,0 +1,30 @@
+"""What an attack maximises, one number per image; first-order gradients flow to the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """-log softmax(logits)_y, [B]."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{j != y} l_j - l_y, [B]; positive exactly where the image is misclassified. Carlini & Wagner, S&P 2017."""
+    true = logits.gather(1, y[:, None])[:, 0]
+    others = logits.masked_fill(F.one_hot(y, logits.shape[1]).bool(), -torch.inf)
+    return others.amax(1) - true
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """margin / (l_(1) - l_(3)), [B]: the difference of logits ratio, Croce & Hein, ICML 2020. Needs 3 classes."""
+    if logits.shape[1] < 3:
+        raise ValueError(f"the dlr loss needs at least 3 classes, got {logits.shape[1]}: use 'margin'")
+    top = logits.topk(3, 1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
