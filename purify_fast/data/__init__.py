@@ -1,0 +1,7 @@
+"""Data sets as uint8 tensors, and what a loop needs of them: floats, shuffled batches, augmentation on the device."""
+
+from .augment import crop_flip
+from .batches import batches
+from .datasets import DataSet, load, to_float
+
+__all__ = ["DataSet", "batches", "crop_flip", "load", "to_float"]

@@ -1,0 +1,69 @@
+"""Augmentation of a whole batch on its device; a function of (seed, epoch, sample id), whatever the batch split."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.philox import Stream, philox
+
+MODES = ("zero", "reflect")
+
+
+def crop_flip(
+    x: Tensor,
+    seed: int | Tensor,
+    sample_ids: Tensor,
+    padding: int = 4,
+    flip: bool = True,
+    mode: str = "zero",
+    epoch: int = 0,
+) -> Tensor:
+    """Pad each image, crop it back at a random place, and mirror it with probability 1/2.
+
+    Args:
+        x: ``[B, C, H, W]``, any dtype.
+        seed: an int, or int64 ``[1]`` on x's device.
+        sample_ids: int64 ``[B]`` on x's device, indices in the data set.
+        padding: pixels on each side, 0 for none; below H and W for ``reflect``.
+        flip: whether to mirror left and right.
+        mode: what the padding holds, ``zero`` or ``reflect`` (the border pixel is not repeated).
+        epoch: gives every epoch its own draws (Philox stream AUGMENTATION, draw index).
+
+    Returns:
+        A new tensor, shape and dtype of x.
+
+    Raises:
+        ValueError: a wrong shape, dtype or mode, or a padding that does not fit.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
+    if sample_ids.shape != (x.shape[0],):
+        raise ValueError(f"sample_ids must be [B] = [{x.shape[0]}], got {list(sample_ids.shape)}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    b, c, h, w = x.shape
+    if padding < 0 or (mode == "reflect" and padding >= min(h, w)):
+        raise ValueError(f"padding must be at least 0, and below {min(h, w)} for reflect, got {padding}")
+    device = x.device
+    if not isinstance(seed, Tensor):
+        seed = torch.tensor([seed], dtype=torch.int64, device=device)
+    u = philox(seed, sample_ids, 3, stream=Stream.AUGMENTATION, first_draw=epoch)[:, 0]
+    # u < 1, but its product can round up to the bound
+    shift = (u[:, :2] * (2 * padding + 1)).long().clamp(max=2 * padding) - padding
+    rows = torch.arange(h, device=device) + shift[:, :1]
+    cols = torch.arange(w, device=device).expand(b, w)
+    if flip:
+        cols = torch.where(u[:, 2:] < 0.5, w - 1 - cols, cols)
+    cols = cols + shift[:, 1:2]
+    inside = ((rows >= 0) & (rows < h))[:, None, :, None] & ((cols >= 0) & (cols < w))[:, None, None, :]
+    rows, cols = _fold(rows, h, mode), _fold(cols, w, mode)
+    image, channel = torch.arange(b, device=device).view(b, 1, 1, 1), torch.arange(c, device=device).view(1, c, 1, 1)
+    out = x[image, channel, rows[:, None, :, None], cols[:, None, None, :]]
+    return out.masked_fill(~inside, 0) if mode == "zero" else out
+
+
+def _fold(index: Tensor, size: int, mode: str) -> Tensor:
+    if mode == "zero":
+        return index.clamp(0, size - 1)  # masked afterwards
+    return size - 1 - (size - 1 - index.abs()).abs()
