@@ -94,7 +94,7 @@ def define_op(
         name, schema: the op and its signature, as ``torch.library.define`` takes them.
         reference: the definition, in PyTorch; runs under ``no_grad`` behind the op.
         fake: shapes and dtypes of the outputs.
-        triton: a launcher with the op's signature, imported on first call.
+        triton: a launcher with the op's signature, imported on first call; never sees float64.
         cpu, cuda: the backend the benchmarks chose for that device; a missing one falls to the reference.
         why_cpu, why_cuda: the reason, one line, shown by ``purify-fast info``.
     """
@@ -110,7 +110,7 @@ def define_op(
     if _library.has_kernel(qualified, "CUDA"):  # a built CUDA C++ kernel owns the key, Triton stands in without it
         available["cuda"] += ("cuda",)
     else:
-        torch.library.impl(qualified, "CUDA", triton or plain)
+        torch.library.impl(qualified, "CUDA", _narrow(triton, plain) if triton is not None else plain)
         available["cuda"] += ("triton",) if triton is not None else ()
     op = Op(
         name,
@@ -122,6 +122,16 @@ def define_op(
     )
     REGISTRY[name] = op
     return op
+
+
+def _narrow(kernel: Callable, plain: Callable) -> Callable:
+    """``kernel``, but float64 goes to the reference: the Triton kernels compute in float32."""
+
+    def launch(*args):
+        double = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args)
+        return (plain if double else kernel)(*args)
+
+    return launch
 
 
 def launcher(module: str, name: str) -> Callable:

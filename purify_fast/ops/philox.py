@@ -57,7 +57,7 @@ def reference(
     device = sample_ids.device
     groups = (numel + 3) // 4
     element = torch.arange(groups, device=device)
-    draw = (first_draw + torch.arange(draws, device=device))[:, None]
+    draw = ((first_draw + torch.arange(draws, device=device)) & _MASK)[:, None]
     # one seed per call, broadcast; every counter word is widened to [B, draws, groups] by the arithmetic
     key = (seed & _MASK, (seed >> 32) & _MASK)
     zero = torch.zeros((sample_ids.shape[0], draws, groups), dtype=torch.int64, device=device)
@@ -121,7 +121,7 @@ def philox(
         numel: numbers per sample and draw, at least 0.
         stream: what they are for, a `Stream`.
         distribution: ``bits`` (int32), ``uniform`` (float32 in [0, 1)) or ``normal`` (float32).
-        draws, first_draw: draw indices ``first_draw .. first_draw + draws - 1``.
+        draws, first_draw: draw indices ``first_draw .. first_draw + draws - 1``, the low 32 bits count.
 
     Returns:
         ``[B, draws, numel]`` on the seed's device. No gradient.
