@@ -1,0 +1,220 @@
+"""`aggregate` in Triton: tiles [samples, classes] of one image, all K samples in one tile, classes in turn.
+
+lse, mean and probability treat each class alone: a program per image and tile. peel and vote compare classes: a
+program per image goes through the tiles twice, and computes a tile again rather than write it and read it back.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import log1p, on, warps
+
+#: Elements of a tile; only more samples than that make it larger.
+TILE = 4096
+#: The indices of `purify_fast.ops.aggregate.METHODS`, and its constant.
+LSE, PEEL, MEAN, PROBABILITY, VOTE = (tl.constexpr(index) for index in range(5))
+TANGENT = tl.constexpr(80.0)
+
+
+@triton.jit
+def _tile(logits_ptr, row, first, samples, classes, other, K: tl.constexpr, C: tl.constexpr):
+    """The tile of classes ``first`` .. as float32 [K, C], and where it is inside."""
+    k, c = tl.arange(0, K), first + tl.arange(0, C)
+    inside = (k < samples)[:, None] & (c < classes)[None, :]
+    at = row * samples * classes + k[:, None].to(tl.int64) * classes + c[None, :]
+    return tl.load(logits_ptr + at, mask=inside, other=other).to(tl.float32), inside
+
+
+@triton.jit
+def _logsumexp(x):
+    """Over axis 0; rows that do not count hold -inf. A NaN or an infinity comes out as torch.logsumexp has it."""
+    high = tl.max(x, 0)
+    high = tl.where(tl.abs(high) == float("inf"), 0.0, high)
+    return tl.log(tl.sum(tl.exp(x - high[None, :]), 0)) + high
+
+
+@triton.jit
+def _softmax(x, inside):
+    """Over axis 0, as torch.softmax: NaN for a column that holds +inf or nothing but -inf."""
+    e = tl.where(inside, tl.exp(x - tl.max(x, 0)[None, :]), 0.0)
+    return e / tl.sum(e, 0)[None, :]
+
+
+@triton.jit
+def _logsigmoids(x):
+    """log sigmoid(x), log sigmoid(-x)."""
+    rest = log1p(tl.exp(-tl.abs(x)))
+    yes = tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - rest
+    return yes, tl.minimum(-x, 0.0, propagate_nan=tl.PropagateNan.ALL) - rest
+
+
+@triton.jit
+def _tangent_exp(q):
+    """exp(q), continued by its tangent above TANGENT, and its slope."""
+    slope = tl.exp(tl.minimum(q, TANGENT, propagate_nan=tl.PropagateNan.ALL))
+    return slope * (1.0 + tl.maximum(q - TANGENT, 0.0, propagate_nan=tl.PropagateNan.ALL)), slope
+
+
+@triton.jit
+def _columns(logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
+    pid = tl.program_id(0).to(tl.int64)
+    row, first = pid // tiles, pid % tiles * C
+    if METHOD == LSE:
+        x, inside = _tile(logits_ptr, row, first, samples, classes, float("-inf"), K, C)
+        out = _logsumexp(x)
+    else:
+        x, inside = _tile(logits_ptr, row, first, samples, classes, 0.0, K, C)
+        if METHOD == MEAN:
+            out = tl.sum(x, 0) / samples
+        else:
+            yes, no = _logsigmoids(x)
+            yes, no = tl.where(inside, yes, float("-inf")), tl.where(inside, no, float("-inf"))
+            out = _logsumexp(yes) - _logsumexp(no)
+    c = first + tl.arange(0, C)
+    tl.store(out_ptr + row * classes + c, out, mask=c < classes)
+
+
+@triton.jit
+def _columns_backward(
+    grad_ptr, logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr, K: tl.constexpr, C: tl.constexpr
+):
+    pid = tl.program_id(0).to(tl.int64)
+    row, first = pid // tiles, pid % tiles * C
+    c = first + tl.arange(0, C)
+    g = tl.load(grad_ptr + row * classes + c, mask=c < classes, other=0.0).to(tl.float32)
+    if METHOD == MEAN:
+        k = tl.arange(0, K)
+        inside = (k < samples)[:, None] & (c < classes)[None, :]
+        out = tl.zeros((K, C), tl.float32) + (g / samples)[None, :]
+    elif METHOD == LSE:
+        x, inside = _tile(logits_ptr, row, first, samples, classes, float("-inf"), K, C)
+        out = _softmax(x, inside) * g[None, :]
+    else:
+        x, inside = _tile(logits_ptr, row, first, samples, classes, 0.0, K, C)
+        yes, no = _logsigmoids(x)
+        a = _softmax(tl.where(inside, yes, float("-inf")), inside)
+        b = _softmax(tl.where(inside, no, float("-inf")), inside)
+        out = g[None, :] * (a * tl.exp(no) + b * tl.exp(yes))
+    at = row * samples * classes + tl.arange(0, K)[:, None].to(tl.int64) * classes + c[None, :]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _peel_normaliser(logits_ptr, row, samples, classes, K: tl.constexpr, C: tl.constexpr):
+    """max and sum of softmax(S) over all classes, one running pair per lane, then joined."""
+    high = tl.full((C,), float("-inf"), tl.float32)
+    total = tl.zeros((C,), tl.float32)
+    for first in range(0, classes, C):
+        x, _inside = _tile(logits_ptr, row, first, samples, classes, float("-inf"), K, C)
+        s, _slope = _tangent_exp(_logsumexp(x))
+        valid = first + tl.arange(0, C) < classes
+        # S is at least 0, so that 0 is a safe start of the running maximum wherever a lane has been used
+        new = tl.where(valid, tl.maximum(tl.maximum(high, 0.0), s), high)
+        total = tl.where(valid, total * tl.exp(high - new) + tl.exp(s - new), total)
+        high = new
+    top = tl.max(high, 0)
+    return top, tl.sum(total * tl.exp(high - top), 0)
+
+
+@triton.jit
+def _peel(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    top, total = _peel_normaliser(logits_ptr, row, samples, classes, K, C)
+    for first in range(0, classes, C):
+        x, _inside = _tile(logits_ptr, row, first, samples, classes, float("-inf"), K, C)
+        s, _slope = _tangent_exp(_logsumexp(x))
+        c = first + tl.arange(0, C)
+        tl.store(out_ptr + row * classes + c, (s - top) - tl.log(total), mask=c < classes)
+
+
+@triton.jit
+def _peel_backward(grad_ptr, logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    top, total = _peel_normaliser(logits_ptr, row, samples, classes, K, C)
+    gradients = tl.zeros((C,), tl.float32)
+    for first in range(0, classes, C):
+        c = first + tl.arange(0, C)
+        gradients += tl.load(grad_ptr + row * classes + c, mask=c < classes, other=0.0).to(tl.float32)
+    all_gradients = tl.sum(gradients, 0)
+    for first in range(0, classes, C):
+        x, inside = _tile(logits_ptr, row, first, samples, classes, float("-inf"), K, C)
+        s, slope = _tangent_exp(_logsumexp(x))
+        c = first + tl.arange(0, C)
+        g = tl.load(grad_ptr + row * classes + c, mask=c < classes, other=0.0).to(tl.float32)
+        g = (g - tl.exp(s - top) / total * all_gradients) * slope
+        at = row * samples * classes + tl.arange(0, K)[:, None].to(tl.int64) * classes + c[None, :]
+        tl.store(out_ptr + at, (_softmax(x, inside) * g[None, :]).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    best = tl.full((K,), float("-inf"), tl.float32)
+    index = tl.zeros((K,), tl.int32)
+    first_nan = tl.zeros((K,), tl.int32) + classes
+    for first in range(0, classes, C):
+        x, inside = _tile(logits_ptr, row, first, samples, classes, float("-inf"), K, C)
+        c = (first + tl.arange(0, C))[None, :]
+        nan = x != x
+        x = tl.where(nan, float("-inf"), x)
+        high = tl.max(x, 1)
+        where = tl.min(tl.where((x == high[:, None]) & inside, c, classes), 1)  # ties: the first class, as argmax
+        index = tl.where(high > best, where, index)
+        best = tl.maximum(best, high)
+        first_nan = tl.minimum(first_nan, tl.min(tl.where(nan, c, classes), 1))  # a NaN is the largest to argmax
+    index = tl.where(first_nan < classes, first_nan, index)
+    counts = tl.arange(0, K) < samples
+    for first in range(0, classes, C):
+        c = first + tl.arange(0, C)
+        votes = (index[:, None] == c[None, :]) & counts[:, None]
+        tl.store(out_ptr + row * classes + c, tl.sum(votes.to(tl.float32), 0), mask=c < classes)
+
+
+def _shape(logits: Tensor) -> tuple[int, int, int]:
+    """K and C of a tile, and how many tiles the classes take; depends on K and C only, never on the batch."""
+    samples, classes = logits.shape[1], logits.shape[2]
+    k = triton.next_power_of_2(samples)
+    c = min(triton.next_power_of_2(classes), max(TILE // k, 1))
+    return k, c, triton.cdiv(classes, c)
+
+
+def forward(logits: Tensor, method: int) -> Tensor:
+    """[B, K, C] -> [B, C], float32."""
+    batch, samples, classes = logits.shape
+    out = torch.empty((batch, classes), dtype=torch.float32, device=logits.device)
+    if batch == 0:
+        return out
+    k, c, tiles = _shape(logits)
+    shape = {"K": k, "C": c, "num_warps": warps(k * c)}
+    x = logits.contiguous()
+    with on(logits):
+        if method == PEEL.value:
+            _peel[(batch,)](x, out, samples, classes, **shape)
+        elif method == VOTE.value:
+            _vote[(batch,)](x, out, samples, classes, **shape)
+        else:
+            _columns[(batch * tiles,)](x, out, samples, classes, tiles, METHOD=method, **shape)
+    return out
+
+
+def backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
+    """grad [B, C] times the Jacobian, [B, K, C], in the logits' dtype."""
+    batch, samples, classes = logits.shape
+    if method == VOTE.value:
+        return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if batch == 0:
+        return out
+    k, c, tiles = _shape(logits)
+    shape = {"K": k, "C": c, "num_warps": warps(k * c)}
+    g, x = grad.contiguous(), logits.contiguous()
+    with on(logits):
+        if method == PEEL.value:
+            _peel_backward[(batch,)](g, x, out, samples, classes, **shape)
+        else:
+            _columns_backward[(batch * tiles,)](g, x, out, samples, classes, tiles, METHOD=method, **shape)
+    return out

@@ -1,0 +1,89 @@
+"""`reconstruction_loss` in Triton: a program sums one chunk of one sample; a second one adds the chunks, in order.
+
+The chunk is fixed, so that a sample's loss has the same bits in any batch. No atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import BLOCK, CHUNK, log1p, on, warps
+
+
+@triton.jit
+def _forward(logits_ptr, target_ptr, out_ptr, size, chunks, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
+    pid = tl.program_id(0).to(tl.int64)
+    row, chunk = pid // chunks, pid % chunks
+    total = tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, LENGTH, WIDTH):
+        element = chunk * LENGTH + first + tl.arange(0, WIDTH)
+        inside = element < size
+        x = tl.load(logits_ptr + row * size + element, mask=inside, other=0.0).to(tl.float32)
+        t = tl.load(target_ptr + row * size + element, mask=inside, other=0.0).to(tl.float32)
+        # (1 - t) x + log(1 + exp(-x)), the form that keeps its digits at both ends
+        loss = (1.0 - t) * x + log1p(tl.exp(-tl.abs(x))) + tl.maximum(-x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        total += tl.where(inside, loss, 0.0)
+    tl.store(out_ptr + pid, tl.sum(total, 0))
+
+
+@triton.jit
+def _add(parts_ptr, out_ptr, chunks, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, chunks, WIDTH):
+        element = first + tl.arange(0, WIDTH)
+        total += tl.load(parts_ptr + row * chunks + element, mask=element < chunks, other=0.0)
+    tl.store(out_ptr + row, tl.sum(total, 0))
+
+
+@triton.jit
+def _backward(grad_ptr, logits_ptr, target_ptr, out_ptr, size, blocks, WIDTH: tl.constexpr):
+    pid = tl.program_id(0).to(tl.int64)
+    row, element = pid // blocks, pid % blocks * WIDTH + tl.arange(0, WIDTH)
+    inside = element < size
+    g = tl.load(grad_ptr + row).to(tl.float32)
+    x = tl.load(logits_ptr + row * size + element, mask=inside, other=0.0).to(tl.float32)
+    t = tl.load(target_ptr + row * size + element, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * size + element, (g * (tl.sigmoid(x) - t)).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _width(size: int) -> int:
+    return min(BLOCK, max(32, triton.next_power_of_2(size)))
+
+
+def forward(logits: Tensor, target: Tensor) -> Tensor:
+    """[B, ...] twice -> [B], float32."""
+    batch, out = logits.shape[0], torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    if logits.numel() == 0:
+        return out.zero_()
+    size = logits.numel() // batch
+    width, chunks = _width(size), triton.cdiv(size, CHUNK)
+    length = CHUNK if chunks > 1 else triton.cdiv(size, width) * width
+    parts = torch.empty((batch, chunks), dtype=torch.float32, device=logits.device) if chunks > 1 else out
+    with on(logits):
+        _forward[(batch * chunks,)](
+            logits.contiguous(), target.contiguous(), parts, size, chunks,
+            LENGTH=length, WIDTH=width, num_warps=warps(width),
+        )  # fmt: skip
+        if chunks > 1:
+            _add[(batch,)](parts, out, chunks, WIDTH=128, num_warps=1)
+    return out
+
+
+def backward(grad: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+    """grad [B] times dloss/dlogits, in the logits' dtype and shape, contiguous."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if logits.numel() == 0:
+        return out
+    size = logits.numel() // logits.shape[0]
+    width = _width(size)
+    blocks = triton.cdiv(size, width)
+    with on(logits):
+        _backward[(logits.shape[0] * blocks,)](
+            grad.contiguous(), logits.contiguous(), target.contiguous(), out, size, blocks,
+            WIDTH=width, num_warps=warps(width),
+        )  # fmt: skip
+    return out

@@ -1,0 +1,89 @@
+"""`sample_latent` in Triton: one program per sample, the noise drawn in the kernel, again in backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import BLOCK, expm1, on, warps
+from .philox import normals
+
+#: The fourth counter word, `purify_fast.ops.philox.Stream.LATENT`.
+LATENT = 1
+
+
+@triton.jit
+def _forward(mu_ptr, logvar_ptr, seed_ptr, ids_ptr, z_ptr, kl_ptr, dim, STREAM: tl.constexpr, GROUPS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    seed, sample = tl.load(seed_ptr), tl.load(ids_ptr + row)
+    zero = sample * 0
+    total = tl.zeros((GROUPS * 4,), tl.float32)
+    for first in range(0, dim, GROUPS * 4):
+        noise = normals(seed, first // 4 + tl.arange(0, GROUPS), zero, sample, STREAM)
+        element = first + tl.arange(0, GROUPS * 4)
+        inside = element < dim
+        m = tl.load(mu_ptr + row * dim + element, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(logvar_ptr + row * dim + element, mask=inside, other=0.0).to(tl.float32)
+        tl.store(z_ptr + row * dim + element, (m + noise * tl.exp(0.5 * v)).to(z_ptr.dtype.element_ty), mask=inside)
+        total += m * m + tl.exp(v) - v - 1.0  # 0 outside
+    tl.store(kl_ptr + row, 0.5 * tl.sum(total, 0))
+
+
+@triton.jit
+def _backward(
+    dz_ptr, dkl_ptr, mu_ptr, logvar_ptr, seed_ptr, ids_ptr, dmu_ptr, dlogvar_ptr, dim,
+    STREAM: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    seed, sample, dkl = tl.load(seed_ptr), tl.load(ids_ptr + row), tl.load(dkl_ptr + row).to(tl.float32)
+    zero = sample * 0
+    for first in range(0, dim, GROUPS * 4):
+        noise = normals(seed, first // 4 + tl.arange(0, GROUPS), zero, sample, STREAM)
+        element = first + tl.arange(0, GROUPS * 4)
+        inside = element < dim
+        at = row * dim + element
+        m = tl.load(mu_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(logvar_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dz = tl.load(dz_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dv = 0.5 * (dz * (noise * tl.exp(0.5 * v)) + dkl * expm1(v))
+        tl.store(dmu_ptr + at, (dz + dkl * m).to(dmu_ptr.dtype.element_ty), mask=inside)
+        tl.store(dlogvar_ptr + at, dv.to(dlogvar_ptr.dtype.element_ty), mask=inside)
+
+
+def _block(dim: int) -> int:
+    return min(BLOCK, max(32, triton.next_power_of_2(dim)))
+
+
+def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(z [B, D], kl [B]), as the op returns them."""
+    z = torch.empty(mu.shape, dtype=mu.dtype, device=mu.device)
+    kl = torch.empty(mu.shape[0], dtype=torch.float32, device=mu.device)
+    if mu.numel() == 0:
+        return z, kl.zero_()
+    block = _block(mu.shape[1])
+    with on(mu):
+        _forward[(mu.shape[0],)](
+            mu.contiguous(), logvar.contiguous(), seed.contiguous(), sample_ids.contiguous(), z, kl, mu.shape[1],
+            STREAM=LATENT, GROUPS=block // 4, num_warps=warps(block),
+        )  # fmt: skip
+    return z, kl
+
+
+def backward(
+    grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dmu, dlogvar) [B, D], in the dtypes of mu and logvar."""
+    dmu = torch.empty(mu.shape, dtype=mu.dtype, device=mu.device)
+    dlogvar = torch.empty(mu.shape, dtype=logvar.dtype, device=mu.device)
+    if mu.numel() == 0:
+        return dmu, dlogvar
+    block = _block(mu.shape[1])
+    with on(mu):
+        _backward[(mu.shape[0],)](
+            grad_z.contiguous(), grad_kl.contiguous(), mu.contiguous(), logvar.contiguous(), seed.contiguous(),
+            sample_ids.contiguous(), dmu, dlogvar, mu.shape[1],
+            STREAM=LATENT, GROUPS=block // 4, num_warps=warps(block),
+        )  # fmt: skip
+    return dmu, dlogvar
