@@ -85,7 +85,7 @@ def forward(
     if x.numel() == 0:
         return out
     size = x.numel() // x.shape[0]
-    width = min(BLOCK if norm == 0 else 4 * BLOCK, max(32, triton.next_power_of_2(size)))
+    width = min(BLOCK if norm == 0 else 2 * BLOCK, max(32, triton.next_power_of_2(size)))
     kernel, blocks = (_linf, triton.cdiv(size, width)) if norm == 0 else (_l2, 1)
     with on(x):
         kernel[(x.shape[0] * blocks,)](

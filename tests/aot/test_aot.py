@@ -1,0 +1,225 @@
+"""Every Triton kernel compiled ahead of time, without a GPU, and what the machine code must and must not hold."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.fail("ahead-of-time compilation needs a process without TRITON_INTERPRET=1", pytrace=False)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from purify_fast.kernels import aggregate, pgd_step, philox, reconstruction_loss, sample_latent  # noqa: E402
+from purify_fast.kernels._common import CHUNK, warps  # noqa: E402
+
+ARCHITECTURES = (80, 90, 100, 120)
+DTYPES = ("fp32", "bf16", "fp16")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel, the types of its arguments ("T" stands for the tensor's dtype) and its constants."""
+
+    kernel: object
+    arguments: str  # "name:type ...", in order
+    constants: dict
+    warps: int
+    dtypes: tuple[str, ...] = DTYPES
+    clamps: bool = False  # must propagate NaN
+    fused: bool = True
+    loads: bool = True  # reads tensors long enough for vector loads
+    stores: bool = True
+    id: str = field(default="")
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for kind, name in enumerate(("bits", "uniform", "normal")):
+        arguments = "seed:*i64 ids:*i64 out:%s numel:i32 draws:i32 first_draw:i32 stream:i32 blocks:i32"
+        cases.append(
+            Case(
+                philox._philox,
+                arguments % ("*fp32" if kind else "*i32"),
+                {"KIND": kind, "GROUPS": 256},
+                warps(1024),
+                ("fp32",),
+                loads=False,
+                id=f"philox-{name}",
+            )
+        )
+    latent = {"STREAM": 1, "GROUPS": 64}
+    cases += [
+        Case(
+            sample_latent._forward,
+            "mu:*T logvar:*T seed:*i64 ids:*i64 z:*T kl:*fp32 dim:i32",
+            latent,
+            warps(256),
+            id="sample_latent-forward",
+        ),
+        Case(
+            sample_latent._backward,
+            "dz:*T dkl:*fp32 mu:*T logvar:*T seed:*i64 ids:*i64 dmu:*T dlogvar:*T dim:i32",
+            latent,
+            warps(256),
+            id="sample_latent-backward",
+        ),
+        Case(
+            reconstruction_loss._forward,
+            "logits:*T target:*T out:*fp32 size:i32 chunks:i32",
+            {"LENGTH": CHUNK, "WIDTH": 1024},
+            warps(1024),
+            clamps=True,
+            stores=False,
+            id="reconstruction_loss-forward",
+        ),
+        Case(
+            reconstruction_loss._add,
+            "parts:*fp32 out:*fp32 chunks:i32",
+            {"WIDTH": 128},
+            1,
+            ("fp32",),
+            loads=False,  # a few partial sums
+            stores=False,
+            id="reconstruction_loss-add",
+        ),
+        Case(
+            reconstruction_loss._backward,
+            "grad:*fp32 logits:*T target:*T out:*T size:i32 blocks:i32",
+            {"WIDTH": 1024},
+            warps(1024),
+            id="reconstruction_loss-backward",
+        ),
+    ]
+    step = "x:*T grad:*T nat:*T alpha:*fp32 eps:*fp32 out:*T size:i32 blocks:i32 lo:S hi:S"
+    for norm, kernel, width in (("linf", pgd_step._linf, 1024), ("l2", pgd_step._l2, 2048)):
+        case = Case(kernel, step, {"WIDTH": width}, warps(width), clamps=True, fused=False, id=f"pgd_step-{norm}")
+        cases.append(case)
+    tile = {"K": 8, "C": 256}
+    for method in ("LSE", "MEAN", "PROBABILITY"):
+        constants = {"METHOD": getattr(aggregate, method).value, **tile}
+        for direction, kernel, pointers in (
+            ("forward", aggregate._columns, "logits:*T out:*fp32"),
+            ("backward", aggregate._columns_backward, "grad:*fp32 logits:*T out:*T"),
+        ):
+            cases.append(
+                Case(
+                    kernel,
+                    pointers + " samples:i32 classes:i32 tiles:i32",
+                    constants,
+                    warps(2048),
+                    clamps=method == "PROBABILITY",
+                    loads=(method, direction) != ("MEAN", "backward"),
+                    stores=direction == "backward",
+                    id=f"aggregate-{method.lower()}-{direction}",
+                )
+            )
+    for name, kernel, pointers in (
+        ("peel-forward", aggregate._peel, "logits:*T out:*fp32"),
+        ("peel-backward", aggregate._peel_backward, "grad:*fp32 logits:*T out:*T"),
+        ("vote-forward", aggregate._vote, "logits:*T out:*fp32"),
+    ):
+        cases.append(
+            Case(
+                kernel,
+                pointers + " samples:i32 classes:i32",
+                tile,
+                warps(2048),
+                clamps="peel" in name,
+                stores=name == "peel-backward",
+                id=f"aggregate-{name}",
+            )
+        )
+    return cases
+
+
+CASES = _cases()
+
+
+@cache
+def compiled(case_id: str, dtype: str, architecture: int, scalar: str = "fp32"):
+    """The compiled kernel with every pointer and size divisible by 16, as large tensors are."""
+    case = next(case for case in CASES if case.id == case_id)
+    signature, attributes = {}, {}
+    for position, (argument, name) in enumerate(zip(case.arguments.split(), case.kernel.arg_names, strict=False)):
+        kind = argument.split(":")[1].replace("T", dtype).replace("S", scalar)
+        signature[name] = kind
+        if kind.startswith("*") or argument.split(":")[0] in ("numel", "dim", "size", "classes"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(case.constants, "constexpr")
+    assert list(signature) == list(case.kernel.arg_names), "the case's arguments are not the kernel's"
+    source = ASTSource(case.kernel, signature, dict(case.constants), attributes)
+    options = {"num_warps": case.warps} | ({} if case.fused else {"enable_fp_fusion": False})
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+EVERY = [pytest.param(c, d, id=f"{c.id}-{d}") for c in CASES for d in c.dtypes]
+
+
+def test_every_kernel_has_a_case():
+    """A jitted function that a launcher starts, one with a name `_x_ptr` first argument, is compiled here."""
+    modules = (aggregate, pgd_step, philox, reconstruction_loss, sample_latent)
+    entry = {
+        (module.__name__, name)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, triton.JITFunction)
+        and value.arg_names[0].endswith("_ptr")
+        and "out_ptr" in value.arg_names
+    } | {(sample_latent.__name__, "_forward"), (sample_latent.__name__, "_backward")}
+    assert entry == {(case.kernel.__module__, case.kernel.__name__) for case in CASES}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("case", "dtype"), EVERY)
+def test_compiles_without_spills_or_doubles(case, dtype, architecture, tmp_path):
+    kernel = compiled(case.id, dtype, architecture)
+    assert len(kernel.asm["cubin"]) > 0
+    ptx = kernel.asm["ptx"]
+    assert ".f64" not in ptx
+    assert not re.search(r"\.local\b|__local_depot|\b[ls]d\.local", ptx)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\bSTACK:0\b.*\bLOCAL:0\b", usage), usage
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [pytest.param(c, d, id=f"{c.id}-{d}") for c in CASES if " lo:S" in c.arguments for d in c.dtypes]
+)
+def test_double_scalars_stay_out_of_the_arithmetic(case, dtype):
+    """The compiler may declare a Python float as fp64: it must be narrowed once, and nothing else computed in it."""
+    ptx = compiled(case.id, dtype, 90, scalar="fp64").asm["ptx"]
+    wide = {line.split()[0] for line in re.findall(r"^\s*(\S*\.f64\S*.*)$", ptx, re.M)}
+    assert wide <= {"cvt.rn.f32.f64"}, wide
+
+
+@pytest.mark.parametrize(("case", "dtype"), [p for p in EVERY if p.values[0].clamps])
+def test_clamps_propagate_nan(case, dtype):
+    ptx = compiled(case.id, dtype, 90).asm["ptx"]
+    assert re.search(r"\b(max|min)\.NaN\.f32", ptx)
+    if case.kernel in (pgd_step._linf, pgd_step._l2):
+        assert re.search(r"\bmax\.NaN\.f32", ptx) and re.search(r"\bmin\.NaN\.f32", ptx)
+
+
+@pytest.mark.parametrize(("case", "dtype"), EVERY)
+def test_memory_access_is_vectorised(case, dtype):
+    ptx = compiled(case.id, dtype, 90).asm["ptx"]
+    if case.loads:
+        assert re.search(r"ld\.global[\w.:]*\.v[248]", ptx), "no vector load"
+    if case.stores:
+        assert re.search(r"st\.global[\w.:]*\.v[248]", ptx), "no vector store"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_kernel_has_no_fused_multiply_add(dtype):
+    assert not re.search(r"\bfma\.rn\.f32", compiled("pgd_step-linf", dtype, 90).asm["ptx"])
