@@ -30,7 +30,7 @@ def _linf(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, l
     x, g, nat = _load(x_ptr, at, inside), _load(grad_ptr, at, inside), _load(nat_ptr, at, inside)
     up, down = (g > 0) & (g < float("inf")), (g < 0) & (g > float("-inf"))  # NaN is neither
     x += alpha * (up.to(tl.float32) - down.to(tl.float32))
-    x = _clamp(_clamp(x, nat - eps, nat + eps), tl.to_tensor(lo).to(tl.float32), tl.to_tensor(hi).to(tl.float32))
+    x = _clamp(_clamp(x, nat - eps, nat + eps), tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -73,7 +73,7 @@ def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, lo,
         at, inside = row * size + first + lane, first + lane < size
         nat = _load(nat_ptr, at, inside)
         d = _moved(x_ptr, grad_ptr, at, inside, peak, step, usable) - nat
-        x = _clamp(nat + d * shrink, tl.to_tensor(lo).to(tl.float32), tl.to_tensor(hi).to(tl.float32))
+        x = _clamp(nat + d * shrink, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
