@@ -135,7 +135,8 @@ def pgd(
         for _ in range(steps):
             gradient, value = input_gradient(model, adversarial, y, loss=loss, eot=eot, chunk=chunk)
             if health is not None:
-                health.see_gradient(gradient)
+                # the margin's sign tells who is fooled; dlr is flat, 1, once the true class is third
+                health.see_gradient(gradient, None if loss == "ce" else value > 0)
             if keep_best:
                 best, best_value = _better(best, best_value, adversarial, value)
             adversarial = pgd_step(adversarial, gradient.to(x.dtype), x, step, radius, norm, lo, hi)

@@ -15,7 +15,7 @@ MAX_NONFINITE, MAX_ZERO, MAX_UNMOVED = 0.0, 0.05, 0.01
 class GradientHealth:
     """Counts over all gradients an attack took; pass one to an attack and read it afterwards.
 
-    A gradient is non-finite when any element is, zero when all are. ``unmoved`` counts the images, of those classified
+    A gradient is non-finite when any element is, zero when all are (and the image is not yet fooled). ``unmoved`` counts the images, of those classified
     correctly at the start, that the attack left where it started. Accumulated on the device, read without syncing until
     a property is asked for.
     """
@@ -25,12 +25,13 @@ class GradientHealth:
     def _add(self, name: str, amount: Tensor | int) -> None:
         self._counts[name] = self._counts.get(name, 0) + amount
 
-    def see_gradient(self, grad: Tensor) -> None:
-        """Count one gradient [B, ...]."""
+    def see_gradient(self, grad: Tensor, fooled: Tensor | None = None) -> None:
+        """Count one gradient [B, ...]; ``fooled`` [B], bool: where the attack needs none, so that zero is no fault."""
         flat = grad.detach().flatten(1)
         self._add("gradients", flat.shape[0])
         self._add("nonfinite", (~torch.isfinite(flat)).any(1).sum())
-        self._add("zero", (flat == 0).all(1).sum())
+        zero = (flat == 0).all(1)
+        self._add("zero", (zero if fooled is None else zero & ~fooled).sum())
 
     def see_move(self, start: Tensor, end: Tensor, correct: Tensor) -> None:
         """Count the images of ``correct`` [B] that ended where they started, both [B, ...]."""
