@@ -1,8 +1,8 @@
 """Gradient attacks: FGSM (Goodfellow et al., ICLR 2015) and PGD (Madry et al., ICLR 2018), with EOT draws in the batch.
 
 Models map images [B, C, H, W] in [lo, hi] to logits [B, classes]. They are attacked through a frozen view: evaluation
-mode, gradients to the input only; the model comes back as it was. Randomised models are attacked through the mean of the
-loss over ``eot`` draws (expectation over transformation, Athalye et al., ICML 2018).
+mode, gradients to the input only; the model comes back as it was. Randomised models are attacked through the mean of
+the loss over ``eot`` draws (expectation over transformation, Athalye et al., ICML 2018).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def pgd(
         eot: draws of a randomised model averaged per step, folded into the batch.
         start: whether to begin at a random point of the ball (Philox stream ATTACK_START, from ``seed`` and
             ``sample_ids``, int64 ``[B]``, default 0 .. B-1).
-        keep_best: return, per image, the iterate of highest mean loss seen (one more forward pass) and not the last.
+        keep_best: return, per image, the iterate of highest mean loss seen and not the last (one or two more forward passes).
         chunk: images in one forward pass at most; exact, bounds the memory.
         health: counts gradients and movement.
 
@@ -145,6 +145,8 @@ def pgd(
                 health.see_move(begin, adversarial, model(x).argmax(1) == y)
         if keep_best:
             value = _mean_loss(model, adversarial, y, loss, eot, chunk)
+            if eot > 1:  # judged afresh: the highest of many noisy values is high by luck
+                best_value = _mean_loss(model, best, y, loss, eot, chunk)
             adversarial, _ = _better(best, best_value, adversarial, value)
     return adversarial
 

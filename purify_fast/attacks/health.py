@@ -15,9 +15,9 @@ MAX_NONFINITE, MAX_ZERO, MAX_UNMOVED = 0.0, 0.05, 0.01
 class GradientHealth:
     """Counts over all gradients an attack took; pass one to an attack and read it afterwards.
 
-    A gradient is non-finite when any element is, zero when all are (and the image is not yet fooled). ``unmoved`` counts the images, of those classified
-    correctly at the start, that the attack left where it started. Accumulated on the device, read without syncing until
-    a property is asked for.
+    A gradient is non-finite when any element is, zero when all are and the image is not yet fooled. ``unmoved`` counts
+    the images, of those classified correctly at the start, that the attack left where it started. Accumulated on the
+    device, read without syncing until a property is asked for.
     """
 
     _counts: dict[str, Tensor | int] = field(default_factory=dict)
