@@ -1,0 +1,562 @@
+"""The evaluation: every attack on every image the model classifies, judged by fresh predictions, with gradient health.
+
+A row is one attack. The model is attacked and judged in one of three variants: ``random``, as it is; ``fixed``, under
+``model.fixed_noise(seed)``; ``deterministic``, under ``model.deterministic()``. Any callable can be evaluated; those
+context managers, and ``sample_logits``, are used where the model has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..attacks import LOSSES, GradientHealth, fgsm, frozen, input_gradient, pgd
+from ..ops.aggregate import METHODS, UNSAFE, aggregate
+from ..ops.pgd_step import NORMS
+from .autoattack import VERSIONS, autoattack, parts
+from .report import FORMAT, Examples, Report, Row, replacing, write
+
+Model = Callable[[Tensor], Tensor]
+KINDS = ("pgd", "fgsm", "autoattack")
+VARIANTS = ("random", "fixed", "deterministic")
+EXAMPLES = 8  # attacked images kept per row, for the pictures
+_CLEAN, _ATTACK, _JUDGE = range(3)  # each phase has a seed of its own: no attack has seen the draws it is judged by
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack; what is None is taken from `evaluate`'s arguments.
+
+    Attributes:
+        kind: ``pgd``, ``fgsm`` or ``autoattack``.
+        loss: of PGD and FGSM: ``ce``, ``margin`` or ``dlr`` (``margin`` where there are only two classes).
+        steps: of PGD; of AutoAttack's APGD and FAB (None: 100). eot: draws per step (AutoAttack, None: 20).
+        variant: which model is attacked and judged: ``random``, ``fixed`` or ``deterministic``.
+        version: of AutoAttack: ``standard`` or ``rand``. queries: of its Square.
+        target: attack this model instead, judge the defence: a transfer attack, or another head of the defence.
+        head: attack ``aggregate(defence.sample_logits(x), head)`` instead, judge the defence.
+        label: the row's name; made from the rest if None.
+        alpha: PGD's step in image units. restarts: PGD runs, of which each image keeps its worst.
+        limit: attack only the first so many images.
+    """
+
+    kind: str = "pgd"
+    loss: str = "ce"
+    steps: int | None = None
+    eot: int | None = None
+    variant: str = "random"
+    version: str = "standard"
+    queries: int = 5000
+    target: Model | None = None
+    head: str | None = None
+    label: str | None = None
+    alpha: float | None = None
+    restarts: int = 1
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("kind", KINDS), ("loss", LOSSES), ("variant", VARIANTS), ("version", VERSIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.head not in (None, *METHODS, *UNSAFE):
+            raise ValueError(f"head must be one of {', '.join(METHODS + UNSAFE)}, got {self.head!r}")
+        if self.head is not None and self.target is not None:
+            raise ValueError("an attack has a target or a head, not both")
+        for name in ("steps", "eot", "queries", "restarts", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def default_attacks(base: Model | None = None) -> list[Attack]:
+    """PGD with CE and DLR on the randomised and on the deterministic model, AutoAttack, transfer from ``base``."""
+    own = [Attack(loss=loss, variant=variant) for variant in ("random", "deterministic") for loss in ("ce", "dlr")]
+    auto = [Attack("autoattack", variant="fixed"), Attack("autoattack", version="rand")]
+    return own + auto + ([] if base is None else [Attack(target=base, label="transfer from the base")])
+
+
+def evaluate(
+    defence: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: str = "linf",
+    base: Model | None = None,
+    attacks: Sequence[Attack] | None = None,
+    steps: int = 100,
+    eot: int = 5,
+    n_eval: int = 5,
+    batch_size: int = 250,
+    chunk: int | None = None,
+    seed: int = 0,
+    cascade: bool = False,
+    out: str | Path | None = None,
+    name: str = "defence",
+    progress: bool = True,
+) -> Report:
+    """Attack a model in every way asked for, and report what it withstands.
+
+    Args:
+        defence: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable. A module's mode,
+            ``requires_grad`` flags and weights, and the random generators, are afterwards as they were.
+        x, y: images, uint8 or float32 in [0, 1], and int64 labels ``[N]``.
+        eps, norm: the ball, in image units; ``linf`` or ``l2``.
+        base: an undefended classifier: its adversarial images are tried on the defence.
+        attacks: what to run; default `default_attacks`. Variants the defence lacks are left out, with a note.
+        steps, eot: of PGD where an attack does not say; a deterministic model is attacked with one draw.
+        n_eval: independent predictions on each adversarial image; 1 for a deterministic model.
+        batch_size: images attacked together. chunk: images in one forward pass of PGD at most (exact).
+        seed: of everything random.
+        cascade: attack only the images that the attacks before left right; the rows are named "after ..." and count
+            what is left after all of them.
+        out: a folder; each finished row is kept in ``out/rows`` and used again where settings, weights and data agree.
+            Rows of models without weights to compare (plain callables) are made anew.
+        name: of the model, in the report.
+        progress: whether to show a bar for each attack: forward passes of single images.
+
+    Returns:
+        A `Report`: a clean row per variant, a row per attack, and rows named ``worst``: per image, over all attacks by
+        PGD and FGSM, other than transfer, of the variant ("worst, ...") and over both.
+
+    Raises:
+        ValueError: a wrong shape, dtype, range or setting. ModuleNotFoundError: AutoAttack is asked for and missing.
+    """
+    x = _checked(x, y, eps, norm, steps, eot, n_eval, batch_size)
+    device = _device(defence, x)
+    plan = default_attacks(base) if attacks is None else list(attacks)
+    devices = [device.index or 0] if device.type == "cuda" else []
+    report = Report()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.no_grad())
+        for model in {id(m): m for m in (defence, base, *(a.target for a in plan)) if m is not None}.values():
+            stack.enter_context(frozen(model))
+        run = _Run(
+            defence, x, y, eps, norm, steps, eot, n_eval, batch_size, chunk, seed, name, progress, device,
+            None if out is None else _Store(Path(out)),
+        )  # fmt: skip
+        plan = _possible(plan, run, report.notes)
+        for variant in dict.fromkeys(attack.variant for attack in plan) or ["random"]:
+            report.rows.append(run.clean(variant))
+        left: dict[str, tuple[np.ndarray, list[str]]] = {}
+        for attack in plan:
+            before = left.get(attack.variant) if cascade else None
+            row = run.attack(attack, before)
+            report.rows.append(row)
+            if cascade and row.n == len(x):
+                left[attack.variant] = (row.robust, [*(before[1] if before else []), run.label(attack)])
+    report.rows += _worst(report.rows)
+    return report
+
+
+def _checked(x: Tensor, y: Tensor, eps: float, norm: str, steps: int, eot: int, n_eval: int, batch_size: int) -> Tensor:
+    if x.dim() != 4 or len(x) == 0:
+        raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}")
+    if y.shape != (len(x),) or y.dtype != torch.int64:
+        raise ValueError(f"y must be int64 [N] = [{len(x)}], got {y.dtype} {list(y.shape)}")
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    for setting, value in (("steps", steps), ("eot", eot), ("n_eval", n_eval), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{setting} must be at least 1, got {value}")
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    if x.dtype != torch.float32:
+        raise ValueError(f"x must be uint8 or float32, got {x.dtype}")
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError("x must be in [0, 1] and free of NaN")
+    return x.detach()
+
+
+def _device(model: Model, x: Tensor) -> torch.device:
+    if isinstance(model, nn.Module):
+        for tensor in (*model.parameters(), *model.buffers()):
+            return tensor.device
+    return x.device
+
+
+def _possible(plan: list[Attack], run: _Run, notes: list[str]) -> list[Attack]:
+    """The attacks this defence allows; for a deterministic one, ``random`` and ``fixed`` are the model as it is."""
+    kept: list[Attack] = []
+    for attack in plan:
+        why = None
+        if attack.head is not None and not hasattr(run.defence, "sample_logits"):
+            why = "the model has no sample_logits()"
+        elif not run.randomised:
+            if attack.version == "rand" or attack.variant == "deterministic":
+                continue  # the same model again
+            attack = dataclasses.replace(attack, variant="random")
+        elif attack.variant == "fixed" and not hasattr(run.defence, "fixed_noise"):
+            why = "the model is randomised and has no fixed_noise()"
+        elif attack.variant == "deterministic" and not hasattr(run.defence, "deterministic"):
+            why = "the model is randomised and has no deterministic()"
+        if why is None:
+            kept.append(attack)
+        else:
+            notes.append(f"{run.name}: {run.label(attack)} was left out: {why}")
+    labels = [run.label(attack) for attack in kept]
+    double = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
+    if double:
+        raise ValueError(f"attacks need labels of their own, these share one: {', '.join(double)}")
+    return kept
+
+
+class _Run:
+    """One call of `evaluate`."""
+
+    def __init__(
+        self, defence, x, y, eps, norm, steps, eot, n_eval, batch_size, chunk, seed, name, progress, device, store
+    ):  # fmt: skip
+        self.defence, self.x, self.y, self.eps, self.norm = defence, x, y, eps, norm
+        self.steps, self.eot, self.n_eval, self.batch_size, self.chunk = steps, eot, n_eval, batch_size, chunk
+        self.seed, self.name, self.progress, self.device, self.store = seed, name, progress, device, store
+        self.data = _hash(x, y)
+        self.fingerprints: dict[int, str | None] = {}
+        self._clean: dict[str, Row] = {}
+        torch.manual_seed(seed)
+        self.randomised = self.is_random(defence)
+        self.classes = defence(x[:1].to(device)).shape[1]
+        bad = (y < 0) | (y >= self.classes)
+        if bool(bad.any()):
+            first = int(bad.int().argmax())
+            raise ValueError(f"y[{first}] is {int(y[first])}, but the model has {self.classes} classes")
+
+    def is_random(self, model: Model) -> bool:
+        """Whether two predictions differ."""
+        some = self.x[:8].to(self.device)
+        return not torch.allclose(model(some), model(some), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+    def variant(self, name: str) -> contextlib.AbstractContextManager:
+        """The defence as the variant has it, within a block."""
+        if name == "random" or not self.randomised:
+            return contextlib.nullcontext()
+        return self.defence.fixed_noise(self.seed) if name == "fixed" else self.defence.deterministic()
+
+    def draws(self, variant: str) -> int:
+        """Predictions that judge an image."""
+        return self.n_eval if variant == "random" and self.randomised else 1
+
+    def reseed(self, phase: int) -> None:
+        torch.manual_seed(3 * self.seed + phase)
+
+    def loss(self, attack: Attack) -> str:
+        return "margin" if attack.loss == "dlr" and self.classes < 3 else attack.loss
+
+    def target(self, attack: Attack) -> Model:
+        if attack.head is not None:
+            return _Head(self.defence, attack.head)
+        return self.defence if attack.target is None else attack.target
+
+    def target_draws(self, attack: Attack, target: Model) -> int:
+        """EOT draws: one if the target does not draw. Within the variant's block."""
+        asked = attack.eot or (20 if attack.kind == "autoattack" else self.eot)
+        # a head that is infinite everywhere hides the draws behind it
+        hidden = (
+            self.randomised and attack.variant == "random" and not target(self.x[:8].to(self.device)).isfinite().all()
+        )
+        return asked if hidden or self.is_random(target) else 1
+
+    def label(self, attack: Attack) -> str:
+        """The row's name, the same for a randomised model and a deterministic one, so that they stand side by side."""
+        if attack.label is not None:
+            return attack.label
+        some = f", first {attack.limit}" if attack.limit is not None else ""
+        if attack.kind == "autoattack":
+            name = f"AutoAttack {attack.version}"
+            steps = f", {attack.steps} steps" if attack.steps not in (None, 100) else ""
+            steps += f", {attack.queries} queries" if attack.version == "standard" and attack.queries != 5000 else ""
+            run, replaced = parts(attack.version, self.classes)
+            if replaced is not None:
+                steps += f" ({' + '.join(run)}; PGD margin for {replaced}: {self.classes} classes)"
+            name += steps
+        else:
+            name = "FGSM" if attack.kind == "fgsm" else f"PGD-{attack.steps or self.steps}"
+            name += f" {self.loss(attack)}" + (f" x{attack.restarts}" if attack.restarts > 1 else "")
+        if attack.head is not None:
+            name += f" through {attack.head}"
+        if attack.target is not None:
+            name += " on another model"
+        standard = attack.kind == "autoattack" and attack.version == "standard"  # needs a deterministic model anyway
+        if attack.variant == "deterministic" or (attack.variant == "fixed" and not standard):
+            name += {"fixed": ", fixed noise", "deterministic": ", deterministic"}[attack.variant]
+        return name + some
+
+    def clean(self, variant: str) -> Row:
+        """Accuracy on the clean images."""
+        label = "clean" if variant == "random" else f"clean, {'fixed noise' if variant == 'fixed' else variant}"
+        if variant not in self._clean:
+            key = self.key({"clean": variant, "n_eval": self.draws(variant)}, [self.defence])
+            self._clean[variant] = self.stored(key, lambda: self._measure_clean(label, variant))
+        return self._clean[variant]
+
+    def _measure_clean(self, label: str, variant: str) -> Row:
+        begin = time.perf_counter()
+        right = self.predictions(self.x, self.y, variant, _CLEAN)
+        return self.row(label, "clean", variant, right[0], right, time.perf_counter() - begin)
+
+    def predictions(self, x: Tensor, y: Tensor, variant: str, phase: int) -> np.ndarray:
+        """bool [draws, n]: which predictions were right."""
+        self.reseed(phase)
+        rows = []
+        with self.variant(variant):
+            for _ in range(self.draws(variant)):
+                parts = [self.defence(a.to(self.device)).argmax(1).cpu() for a in x.split(self.batch_size)]
+                rows.append((torch.cat(parts) == y.cpu()).numpy())
+        return np.stack(rows)
+
+    def row(self, label: str, kind: str, variant: str, robust: np.ndarray, right: np.ndarray, seconds: float, **more):
+        return Row(
+            self.name, label, kind, variant, robust, float(right.mean()), float(right.all(0).mean()), len(right),
+            self.seed, seconds, self.data, **more,
+        )  # fmt: skip
+
+    def attack(self, attack: Attack, before: tuple[np.ndarray, list[str]] | None) -> Row:
+        """One attack's row; ``before`` is what earlier attacks left, and their names."""
+        clean = self.clean(attack.variant).robust
+        alive = clean if before is None else before[0]
+        alive = alive[: attack.limit]
+        label = self.label(attack)
+        if before is not None:
+            label += f", after {', '.join(before[1])}"
+        settings = self.settings(attack) | {"attacked": int(alive.sum()), "cascade": before is not None}
+        key = self.key(settings | {"alive": _hash(torch.from_numpy(alive))}, [self.defence, attack.target])
+        return self.stored(key, lambda: self._measure_attack(attack, label, alive, settings))
+
+    def _measure_attack(self, attack: Attack, label: str, alive: np.ndarray, settings: dict[str, Any]) -> Row:
+        begin = time.perf_counter()
+        n = len(alive)
+        x, y, index = self.x[:n], self.y[:n], torch.from_numpy(alive).nonzero()[:, 0]
+        self.reseed(_ATTACK)
+        health = GradientHealth()
+        adversarial = x.clone()
+        target = self.target(attack)
+        with self.variant(attack.variant), frozen(target):
+            draws = self.target_draws(attack, target)
+            settings["eot"] = draws
+            with _bar(f"{self.name}: {label}", self.progress, self.total(attack, draws, len(index))) as bar:
+                watched = _Watched(target, bar)
+                work = self._autoattack if attack.kind == "autoattack" else self._gradient
+                work(attack, watched, index, adversarial, draws, health, settings)
+        right = self.predictions(adversarial, y, attack.variant, _JUDGE) & alive  # what was not attacked counts as lost
+        counts = {what: health.count(what) for what in ("gradients", "nonfinite", "zero", "images", "unmoved")}
+        return self.row(
+            label, attack.kind, attack.variant, right.all(0), right, time.perf_counter() - begin,
+            health=counts if counts["gradients"] else None, reliable=health.reliable, settings=settings,
+            examples=_examples(x, adversarial, y, index),
+        )  # fmt: skip
+
+    def _gradient(self, attack, target, index, adversarial, draws, health, settings) -> None:
+        """PGD or FGSM, batch by batch; noise is tied to the image's index, so that batches do not matter."""
+        for part in index.split(self.batch_size):
+            x, y, ids = self.x[part].to(self.device), self.y[part].to(self.device), part.to(self.device)
+            common: dict[str, Any] = {
+                "eps": self.eps, "norm": self.norm, "loss": self.loss(attack), "eot": draws, "chunk": self.chunk,
+                "health": health,
+            }  # fmt: skip
+            if attack.kind == "fgsm":
+                adversarial[part] = fgsm(target, x, y, **common).to(adversarial.device)
+                continue
+            best, value = x, torch.full((len(x),), -torch.inf, device=self.device)
+            for restart in range(attack.restarts):
+                found = pgd(
+                    target, x, y, steps=attack.steps or self.steps, alpha=attack.alpha, keep_best=True,
+                    seed=self.seed + restart, sample_ids=ids, **common,
+                )  # fmt: skip
+                if attack.restarts == 1:
+                    best = found
+                else:
+                    new = sum(LOSSES["margin"](target(found), y) for _ in range(draws)) / draws
+                    better = new > value
+                    best = torch.where(better.view(-1, 1, 1, 1), found, best)
+                    value = torch.where(better, new, value)
+            adversarial[part] = best.to(adversarial.device)
+
+    def _autoattack(self, attack, target, index, adversarial, draws, health, settings) -> None:
+        if len(index) == 0:
+            return
+        x, y = self.x[index].to(self.device), self.y[index].to(self.device)
+        found, said = autoattack(
+            target, x, y, eps=self.eps, norm=self.norm, version=attack.version, classes=self.classes, seed=self.seed,
+            batch_size=self.batch_size, steps=attack.steps or 100, eot=draws, queries=attack.queries, chunk=self.chunk,
+        )  # fmt: skip
+        settings["warnings"] = said
+        for a, b, c in zip(
+            x.split(self.batch_size), found.split(self.batch_size), y.split(self.batch_size), strict=True
+        ):
+            for point in (a, b):
+                health.see_gradient(input_gradient(target, point, c)[0])
+        adversarial[index] = found.to(adversarial.device)
+
+    def total(self, attack: Attack, draws: int, images: int) -> int | None:
+        """Forward passes of single images, for the bar; AutoAttack's are not known before."""
+        if attack.kind == "autoattack":
+            return None
+        steps = 1 if attack.kind == "fgsm" else attack.steps or self.steps
+        best = 0 if attack.kind == "fgsm" else draws * (2 if draws > 1 else 1)
+        picks = draws if attack.restarts > 1 else 0
+        return images * attack.restarts * (steps * draws + best + picks + 1)
+
+    def settings(self, attack: Attack) -> dict[str, Any]:
+        """What was run, in plain values."""
+        own = {f.name: getattr(attack, f.name) for f in dataclasses.fields(attack) if f.name not in ("target", "label")}
+        auto = attack.kind == "autoattack"
+        own["steps"] = attack.steps or (100 if auto else self.steps)
+        own["eot"] = attack.eot or (20 if auto else self.eot)
+        if auto:
+            run, replaced = parts(attack.version, self.classes)
+            own |= {"attacks": run, "replaced_by_pgd_margin": replaced}
+        else:
+            own["loss"] = self.loss(attack)
+        own["target"] = "defence" if attack.target is None else type(attack.target).__name__
+        return own | {"eps": self.eps, "norm": self.norm, "n_eval": self.draws(attack.variant)}
+
+    def key(self, settings: dict[str, Any], models: Sequence[Model | None]) -> str | None:
+        """Names a row by all it depends on; None where a model cannot be named."""
+        if self.store is None:
+            return None
+        marks = []
+        for model in models:
+            if id(model) not in self.fingerprints:
+                self.fingerprints[id(model)] = "" if model is None else _fingerprint(model)
+            marks.append(self.fingerprints[id(model)])
+        if None in marks:
+            return None
+        batches = [self.batch_size, self.chunk] if self.randomised else []  # they decide who gets which draws
+        what = [FORMAT, settings, marks, self.data, self.seed, self.classes, batches]
+        return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def stored(self, key: str | None, make: Callable[[], Row]) -> Row:
+        row = self.store.get(key) if self.store is not None and key is not None else None
+        if row is None:
+            row = make()
+            if self.store is not None and key is not None:
+                self.store.put(key, row)
+        row.model = self.name  # the name is no part of the key
+        return row
+
+
+def _worst(rows: list[Row]) -> list[Row]:
+    """Per image, the worst over the rows of PGD and FGSM on all images, by variant and over all."""
+    full = max(row.n for row in rows)
+    mine = [r for r in rows if r.kind in ("pgd", "fgsm") and r.n == full and r.settings["target"] == "defence"]
+    variants = list(dict.fromkeys(row.variant for row in mine))
+    groups = [(f"worst, {variant}", [r for r in mine if r.variant == variant]) for variant in variants]
+    made = []
+    for label, group in [*(groups if len(groups) > 1 else []), ("worst", mine)]:
+        if not group:
+            continue
+        robust = np.logical_and.reduce([row.robust for row in group])
+        accuracy = float(robust.mean())
+        first = group[0]
+        made.append(
+            Row(
+                first.model, label, "worst", first.variant if label != "worst" else "all", robust, accuracy, accuracy,
+                first.n_eval, first.seed, sum(row.seconds for row in group), first.data,
+                # one attack that had gradients is enough: the others can only have lowered the number
+                reliable=any(row.reliable for row in group), settings={"over": [row.attack for row in group]},
+            )
+        )  # fmt: skip
+    return made
+
+
+def _examples(x: Tensor, adversarial: Tensor, y: Tensor, index: Tensor) -> Examples | None:
+    index = index[:EXAMPLES]
+    if len(index) == 0:
+        return None
+    return Examples(x[index].cpu().numpy(), adversarial[index].cpu().numpy(), y[index.to(y.device)].cpu().numpy())
+
+
+class _Head(nn.Module):
+    """The defence's samples under another aggregation."""
+
+    def __init__(self, defence, method: str):
+        super().__init__()
+        self.defence, self.method = defence, method
+
+    def forward(self, x: Tensor) -> Tensor:
+        return aggregate(self.defence.sample_logits(x), self.method)
+
+
+class _Watched(nn.Module):
+    """A module around any callable, as AutoAttack wants one; counts the images for the progress bar."""
+
+    def __init__(self, model: Model, bar: tqdm):
+        super().__init__()
+        self.model, self.bar = model, bar
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bar.update(len(x))
+        return self.model(x)
+
+
+@contextlib.contextmanager
+def _bar(label: str, progress: bool, total: int | None) -> Iterator[tqdm]:
+    with tqdm(
+        total=total, desc=label, unit=" images", unit_scale=True, disable=not progress, leave=False, dynamic_ncols=True
+    ) as bar:
+        yield bar
+
+
+def _hash(*tensors: Tensor) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _fingerprint(model: Model) -> str | None:
+    """A hash of a module's weights, structure and plain attributes; None for other callables."""
+    if not isinstance(model, nn.Module):
+        return None
+    plain = [
+        (path, type(module).__qualname__, sorted((k, v) for k, v in vars(module).items() if _is_plain(k, v)))
+        for path, module in model.named_modules()
+    ]
+    state = dict((*model.named_parameters(), *model.named_buffers()))  # with the buffers that state_dict leaves out
+    text = f"{plain}{list(state)}{model!r}"
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest() + _hash(*state.values())
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    if name == "training" or name.startswith("_"):
+        return False
+    return isinstance(value, (int, float, str)) or (isinstance(value, tuple) and all(_is_plain("", v) for v in value))
+
+
+class _Store:
+    """Finished rows in ``folder/rows``: the row as JSON, its example images beside it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "rows"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str) -> Row | None:
+        try:
+            row = Row.from_dict(json.loads((self.folder / f"{key}.json").read_text()))
+        except (OSError, ValueError, TypeError, KeyError):  # absent, or of another version
+            return None
+        with contextlib.suppress(OSError), np.load(self.folder / f"{key}.npz", allow_pickle=False) as file:
+            row.examples = Examples(file["clean"], file["adversarial"], file["labels"])
+        return row
+
+    def put(self, key: str, row: Row) -> None:
+        if row.examples is not None:
+            with replacing(self.folder / f"{key}.npz") as temporary:
+                np.savez(temporary, **vars(row.examples))
+        write(self.folder / f"{key}.json", json.dumps(row.to_dict(), allow_nan=False))
