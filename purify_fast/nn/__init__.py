@@ -1,0 +1,16 @@
+"""Building blocks: classifiers, the internal representation, the conditional autoencoder."""
+
+from .classifiers import SmallCNN
+from .representation import Representation
+from .vae import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder, decoder_plan, pre_encoder
+
+__all__ = [
+    "ConditionEncoder",
+    "Decoder",
+    "Deconvolution",
+    "PosteriorEncoder",
+    "Representation",
+    "SmallCNN",
+    "decoder_plan",
+    "pre_encoder",
+]

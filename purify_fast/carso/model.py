@@ -1,0 +1,242 @@
+"""CARSO: purification conditioned on the classifier's own internal representation.
+
+    c = condition(representation(x));   x_k = sigmoid(decoder(z_k, c)),  z_k ~ N(0, I),  k = 1 .. K
+    logits_i = logsumexp_k classifier(x_k)_i
+
+Ballarin, Ansuini, Bortolussi: "Blending adversarial training and representation-conditional purification via aggregation
+improves adversarial robustness", arXiv 2306.06081. The paper's head (PeeL) returns +-inf and stops gradient attacks by NaN;
+the logsumexp taken here makes the same decisions with finite logits and usable gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.representation import Representation
+from ..nn.vae import ConditionEncoder, Decoder, PosteriorEncoder, decoder_plan
+from ..ops.aggregate import aggregate
+from ..ops.decode_samples import decode_samples, latents
+
+if TYPE_CHECKING:
+    from ..training.loop import Batch
+    from .training import CarsoConfig
+
+
+class Carso(nn.Module):
+    """A classifier behind CARSO's purifier. Images in [0, 1] in, finite logits out.
+
+    Args:
+        classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. It is copied, frozen and kept
+            in evaluation mode; the caller's own is left untouched.
+        layers: module paths whose outputs form the representation, maps ``[B, C, H, W]`` or vectors ``[B, F]``.
+        image_shape: (C, H, W).
+        cond_dim, latent_dim: sizes of the condition and of the latent.
+        samples: K, reconstructions per prediction.
+        decoder_width: channels of the decoder's last hidden layer; they double inwards.
+        encoder_depth: convolution blocks per pre-encoder.
+        mean, std: normalisation of the posterior encoder's input, numbers or one per channel.
+
+    Raises:
+        ValueError: sizes below 1, unknown layers, or a classifier that does not fit image_shape.
+
+    Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`; `deterministic` takes z = 0.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        layers: Sequence[str],
+        image_shape: tuple[int, int, int],
+        cond_dim: int = 512,
+        latent_dim: int = 128,
+        samples: int = 8,
+        *,
+        decoder_width: int = 32,
+        encoder_depth: int = 3,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+    ):
+        super().__init__()
+        image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
+        sizes = {"cond_dim": cond_dim, "latent_dim": latent_dim, "samples": samples, "decoder_width": decoder_width}
+        for name, value in {**sizes, "encoder_depth": encoder_depth, "image_shape": min(image_shape)}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if len(image_shape) != 3:
+            raise ValueError(f"image_shape must be (C, H, W), got {image_shape}")
+        self.arguments = {
+            "layers": list(layers),
+            "image_shape": list(image_shape),
+            **sizes,
+            "encoder_depth": encoder_depth,
+            "mean": mean if isinstance(mean, (int, float)) else list(mean),
+            "std": std if isinstance(std, (int, float)) else list(std),
+        }
+        self.image_shape, self.latent_dim, self.samples = image_shape, latent_dim, samples
+        self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
+        self.representation = Representation(self.classifier, tuple(layers), image_shape)
+        self.num_classes = self.representation.num_classes
+        self.condition_encoder = ConditionEncoder(self.representation.shapes, cond_dim, encoder_depth)
+        self.posterior_encoder = PosteriorEncoder(image_shape, cond_dim, latent_dim)
+        self.decoder = Decoder(latent_dim, cond_dim, image_shape, *decoder_plan(image_shape, decoder_width))
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self._noise = "fresh"
+        device = next(self.classifier.parameters(), torch.zeros(())).device
+        # the transposed convolutions run two to three times faster in this layout, on CPU and GPU
+        self.to(device).decoder.to(memory_format=torch.channels_last)
+
+    # -- randomness -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def fixed_noise(self, seed: int) -> Iterator[Carso]:
+        """Within the block, every image gets the same K latents, drawn from ``seed`` (0 <= seed < 2^63).
+
+        `forward` is then a function of one image: no batch split or order changes its logits.
+        """
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2^63), got {seed}")
+        with self._switch("fixed"):
+            before = self._noise_seed.clone()
+            self._noise_seed.fill_(seed)
+            try:
+                yield self
+            finally:
+                self._noise_seed.copy_(before)
+
+    @contextlib.contextmanager
+    def deterministic(self) -> Iterator[Carso]:
+        """Within the block, z = 0 and one reconstruction per image: no randomness at all."""
+        with self._switch("zero"):
+            yield self
+
+    @contextlib.contextmanager
+    def _switch(self, noise: str) -> Iterator[None]:
+        before, self._noise = self._noise, noise
+        try:
+            yield
+        finally:
+            self._noise = before
+
+    def prior_latents(self, batch: int, device: torch.device) -> Tensor:
+        """Latents ``[batch, K, latent_dim]`` as the current mode draws them."""
+        if self._noise == "zero":
+            return torch.zeros((batch, 1, self.latent_dim), device=device)
+        if self._noise == "fixed":  # sample word 0 for every image
+            ids = torch.zeros(1, dtype=torch.int64, device=device)
+            return latents(self._noise_seed, ids, self.samples, self.latent_dim).expand(batch, -1, -1)
+        seed = torch.randint(2**62, (1,), device=device)
+        return latents(seed, torch.arange(batch, device=device), self.samples, self.latent_dim)
+
+    # -- the parts ------------------------------------------------------------------------------------------------------
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape or not x.is_floating_point():
+            want = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"x must be floating point [B, {want}], got {x.dtype} {list(x.shape)}")
+
+    def condition(self, x: Tensor) -> Tensor:
+        """c(x) ``[B, cond_dim]`` of images ``x [B, C, H, W]``; differentiable to x."""
+        self._check(x)
+        return self.condition_encoder(self.representation(x))
+
+    def posterior(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance ``[B, latent_dim]`` of q(z | x, c); training only."""
+        return self.posterior_encoder((x - self.mean) / self.std, condition)
+
+    def reconstruction_logits(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Reconstructions before the sigmoid, ``[B, K, C, H, W]``; arguments as in `reconstruct`."""
+        condition = self.condition(x)
+        if z is None:
+            z = self.prior_latents(x.shape[0], x.device)
+        elif z.dim() != 3 or z.shape[0] not in (1, x.shape[0]) or z.shape[2] != self.latent_dim:
+            raise ValueError(f"z must be [B, K, {self.latent_dim}] with B = {x.shape[0]} or 1, got {list(z.shape)}")
+        return decode_samples(self.decoder, condition, z.expand(x.shape[0], -1, -1).to(condition.dtype))
+
+    def reconstruct(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Purified images in (0, 1).
+
+        Args:
+            x: ``[B, C, H, W]`` in [0, 1].
+            z: latents ``[B, K, latent_dim]`` or ``[1, K, latent_dim]``; drawn from the prior if None.
+
+        Returns:
+            ``[B, K, C, H, W]``; differentiable to x.
+        """
+        return torch.sigmoid(self.reconstruction_logits(x, z))
+
+    def classify(self, images: Tensor) -> Tensor:
+        """The classifier's float32 logits ``[B, K, classes]`` of ``images [B, K, C, H, W]``, in one batch."""
+        logits = self.classifier(images.flatten(0, 1))
+        return logits.float().unflatten(0, (images.shape[0], images.shape[1]))
+
+    def sample_logits(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Logits of the K reconstructions, ``[B, K, classes]``; aggregate them with `purify_fast.ops.aggregate`."""
+        batch = x.shape[0]
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and z is None:
+            # torch's choice of CPU convolution asks whether the batch reaches 16, which would cost a graph of its own
+            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, torch.sym_max(16 - batch, 0)))
+        return self.classify(self.reconstruct(x, z))[:batch]
+
+    # -- predictions ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]``, float32: logsumexp over the samples, the same decision as PeeL."""
+        return aggregate(self.sample_logits(x), "lse")
+
+    def predict_proba(self, x: Tensor) -> Tensor:
+        """softmax of `forward`, ``[B, classes]``."""
+        return torch.softmax(self.forward(x), 1)
+
+    def peel(self, x: Tensor) -> Tensor:
+        """The paper's aggregated log-probabilities, ``[B, classes]``, computed stably: finite where its code is not."""
+        return aggregate(self.sample_logits(x), "peel")
+
+    def peel_reference(self, x: Tensor) -> Tensor:
+        """The head as the official code returns it, ``[B, classes]``: +-inf and NaN gradients. To study, not to use."""
+        return aggregate(self.sample_logits(x), "peel_reference")
+
+    # -- training and files ---------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, config: CarsoConfig | None = None) -> Tensor:
+        """The loss of one batch, for a loop of your own; backward and the optimiser's step are yours.
+
+        Args:
+            batch: images in [0, 1], labels, sample indices, seed, epoch (`purify_fast.training.Batch`).
+            config: `CarsoConfig`; its attack_target chooses the published training or the one through the pipeline.
+        """
+        from .training import CarsoConfig, training_loss
+
+        return training_loss(self, batch, config or CarsoConfig())[0]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the purifier to ``folder``; `purify_fast.load` reads it back around the classifier."""
+        from .saving import save
+
+        save(self, folder)
+
+    def train(self, mode: bool = True) -> Carso:
+        """Training mode for the purifier; the classifier always stays in evaluation mode."""
+        super().train(mode)
+        self.classifier.eval()
+        return self
+
+
+class Head(nn.Module):
+    """A defence seen through one aggregation method: ``forward(x)`` = aggregate(sample_logits(x), method)."""
+
+    def __init__(self, defence: Carso, method: str):
+        super().__init__()
+        self.defence, self.method = defence, method
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` -> ``[B, classes]``."""
+        return aggregate(self.defence.sample_logits(x), self.method)

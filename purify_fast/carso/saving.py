@@ -1,0 +1,49 @@
+"""A trained defence as files: ``model.safetensors`` (the purifier) and ``model.json``; the classifier stays the user's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from ..training.checkpoint import fingerprint, read_model, save_model
+from .model import Carso
+
+_CLASSIFIER = "classifier."
+
+
+def save(defence: Carso, folder: str | Path) -> None:
+    """Write the purifier to ``folder``, with a fingerprint of the classifier it was trained for; atomic file by file."""
+    state = {name: value for name, value in defence.state_dict().items() if not name.startswith(_CLASSIFIER)}
+    save_model(folder, "Carso", defence.arguments, state, classifier=fingerprint(defence.classifier))
+
+
+def load(folder: str | Path, classifier: nn.Module, check: bool = True) -> Carso:
+    """Read a defence that `save` wrote, around ``classifier``.
+
+    Args:
+        folder: where ``model.safetensors`` and ``model.json`` are.
+        classifier: the one the purifier was trained for.
+        check: refuse another classifier; turn off for one that was fine-tuned or converted since.
+
+    Returns:
+        The defence in evaluation mode, on the classifier's device.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: broken files, another kind of model, another classifier.
+    """
+    facts, state = read_model(folder)
+    if facts.get("kind") != "Carso":
+        raise ValueError(f"{folder} holds a {facts.get('kind')!r}, not a Carso")
+    found = fingerprint(classifier)
+    if check and found != facts["classifier"]:
+        raise ValueError(
+            f"classifier: its weights ({found}) are not those {folder} was trained for ({facts['classifier']}); "
+            "pass check=False if that is meant"
+        )
+    defence = Carso(classifier, **facts["arguments"])
+    wanted = {name for name in defence.state_dict() if not name.startswith(_CLASSIFIER)}
+    if wanted != set(state):
+        raise ValueError(f"{folder}: its tensors do not fit its arguments: {sorted(wanted ^ set(state))[:4]} ...")
+    defence.load_state_dict(state, strict=False)  # all but the classifier's, checked above
+    return defence.eval()

@@ -1,0 +1,199 @@
+"""Training CARSO's purifier: as published, and through the whole pipeline (ours).
+
+Published (arXiv 2306.06081, section 4): x~ is clean or adversarial against the classifier alone, x its clean image,
+
+    loss = sum BCE(decoder(z, c(x~)), x) + beta(epoch) KL(q(z | x~, c) | N(0, I)),   z ~ q, per image
+
+Through the pipeline (ours): x~ is adversarial against the defence itself, with exact gradients, z ~ N(0, I),
+
+    loss = mean_k CE(classifier(x_k), y) + w sum BCE(x_k, x)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..attacks import fgsm, pgd
+from ..ops.reconstruction_loss import reconstruction_loss
+from ..ops.sample_latent import sample_latent
+from ..training.loop import Batch
+from ..training.schedules import one_cycle
+from .model import Carso
+
+TARGETS = ("classifier", "pipeline")
+
+
+@dataclass(frozen=True)
+class CarsoConfig:
+    """Numbers of CARSO's training, with their source.
+
+    Args:
+        attack_target: ``classifier`` (the paper) or ``pipeline`` (ours).
+        eps: radius of the strong attacks in image units (paper: 8/255 for colour images, 0.3 for MNIST); the weak ones
+            have half (paper). norm: ``linf`` (paper) or ``l2``.
+        steps, alpha: of PGD (paper: 40 and 0.01, made for eps 8/255). alpha None is 2.5 eps / steps (ours).
+        adversarial_fraction: of each batch, shared by four attacks, ``classifier`` target only (paper: 0.5 for CIFAR-10).
+        lag: share of the epochs without the KL term; it then rises over a third as many (paper: 0.125).
+        beta: weight of the KL term at the end (paper: 1).
+        train_samples: K while training through the pipeline. reconstruction: the weight w there (ours: 0.02).
+        learning_rate, weight_decay: of AdamW under one cycle (ours; the paper's optimiser needs its batch of 5,120).
+    """
+
+    attack_target: str = "classifier"
+    eps: float = 8 / 255
+    norm: str = "linf"
+    steps: int = 40
+    alpha: float | None = None
+    adversarial_fraction: float = 0.5
+    lag: float = 0.125
+    beta: float = 1.0
+    train_samples: int = 1
+    reconstruction: float = 0.02
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.attack_target not in TARGETS:
+            raise ValueError(f"attack_target must be one of {', '.join(TARGETS)}, got {self.attack_target!r}")
+        if not self.eps > 0:
+            raise ValueError(f"eps must be above 0, got {self.eps}: the purifier is never trained without attacks")
+        for name in ("steps", "train_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, value in (("adversarial_fraction", self.adversarial_fraction), ("lag", self.lag)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def kl_weight(epoch: int, epochs: int, lag: float = 0.125) -> float:
+    """beta(epoch) of the paper, for a final weight of 1: 0 for ceil(lag E) epochs, then linear over ceil(lag E / 3)."""
+    start, rise = ceil(lag * epochs), ceil(epochs * lag / 3)
+    return 1.0 if epoch >= start + rise else max(0.0, (epoch - start) / rise)
+
+
+def atom_size(batch_size: int, adversarial_fraction: float) -> int:
+    """Images per attack in a balanced batch: int(batch_size * fraction // 4).
+
+    Raises:
+        ValueError: the result is 0: the official TinyImageNet run trained without a single adversarial example that way.
+    """
+    atom = int(batch_size * adversarial_fraction // 4)
+    if atom == 0:
+        least = ceil(4 / adversarial_fraction) if adversarial_fraction > 0 else None
+        raise ValueError(
+            f"adversarial_fraction {adversarial_fraction} of a batch of {batch_size} leaves no adversarial example for "
+            f"four attacks: " + (f"use at least {least} images per batch" if least else "it must be above 0")
+        )
+    return atom
+
+
+def balanced_batch(classifier, x: Tensor, y: Tensor, config: CarsoConfig, *, seed: int, sample_ids: Tensor) -> Tensor:
+    """The adversarially balanced batch: [clean | PGD weak | PGD strong | FGSM weak | FGSM strong], against ``classifier``.
+
+    Weak and strong share one attack call with a radius per image. Shape and dtype of x.
+    """
+    atom = atom_size(len(x), config.adversarial_fraction)
+    clean = len(x) - 4 * atom
+    eps = torch.full((2 * atom,), config.eps, device=x.device)
+    eps[:atom] /= 2
+    pgd_rows, fgsm_rows = slice(clean, clean + 2 * atom), slice(clean + 2 * atom, None)
+    by_pgd = pgd(
+        classifier,
+        x[pgd_rows],
+        y[pgd_rows],
+        eps=eps,
+        alpha=config.alpha,
+        steps=config.steps,
+        norm=config.norm,
+        seed=seed,
+        sample_ids=sample_ids[pgd_rows],
+    )
+    by_fgsm = fgsm(classifier, x[fgsm_rows], y[fgsm_rows], eps=eps, norm=config.norm)
+    return torch.cat([x[:clean], by_pgd, by_fgsm])
+
+
+def published_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """The paper's loss per image, averaged over the batch, and its two terms; attacks see the classifier alone."""
+    perturbed = balanced_batch(
+        defence.classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids
+    )
+    with torch.no_grad():  # the representation is data to the purifier
+        representation = defence.representation(perturbed)
+    condition = defence.condition_encoder(representation)
+    mean, log_variance = defence.posterior(perturbed, condition)
+    seed = torch.tensor([batch.seed], device=batch.x.device)
+    z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
+    reconstruction = reconstruction_loss(defence.decoder(z[:, None], condition), batch.x).mean()
+    kl = kl.mean()
+    beta = config.beta * kl_weight(batch.epoch, batch.epochs, config.lag)
+    return reconstruction + beta * kl, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+
+
+def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """Ours: PGD through the whole defence, then cross-entropy on each of the K predictions and a reconstruction term.
+
+    BatchNorm keeps the statistics it has: the attacked and the trained function are one.
+    """
+    samples, training = defence.samples, defence.training
+    defence.samples = config.train_samples
+    defence.eval()
+    try:
+        attack = {"steps": config.steps, "alpha": config.alpha, "norm": config.norm}
+        x = pgd(
+            defence, batch.x, batch.y, eps=config.eps, seed=batch.seed, sample_ids=batch.sample_ids, **attack
+        )
+        logits = defence.reconstruction_logits(x)
+        predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
+    finally:
+        defence.samples = samples
+        defence.train(training)
+    labels = batch.y.repeat_interleave(config.train_samples)
+    targets = batch.x.repeat_interleave(config.train_samples, 0)
+    cross_entropy = F.cross_entropy(predictions, labels)
+    reconstruction = reconstruction_loss(logits.flatten(0, 1), targets).mean()
+    accuracy = (predictions.detach().argmax(1) == labels).float().mean()
+    metrics = {
+        "cross_entropy": cross_entropy.detach(),
+        "reconstruction": reconstruction.detach(),
+        "accuracy": accuracy,
+    }
+    return cross_entropy + config.reconstruction * reconstruction, metrics
+
+
+def training_loss(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) of one batch: `published_step` or `pipeline_step`, by the config's attack_target."""
+    step = published_step if config.attack_target == "classifier" else pipeline_step
+    return step(defence, batch, config)
+
+
+class CarsoTask:
+    """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is.
+
+    Raises:
+        ValueError: from `training_step`, a batch too small to hold adversarial examples.
+    """
+
+    def __init__(self, defence: Carso, config: CarsoConfig):
+        self.model, self.config = defence, config
+        trainable = [p for p in defence.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trainable, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+        )
+
+    def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics) of one batch."""
+        return training_loss(self.model, batch, self.config)
+
+    def learning_rate(self, progress: float) -> float:
+        """One cycle."""
+        return one_cycle(progress, self.config.learning_rate)
+
+    def describe(self) -> dict[str, Any]:
+        """The config and the defence's architecture."""
+        return {"task": "carso", **asdict(self.config), "defence": self.model.arguments}

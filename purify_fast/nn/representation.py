@@ -1,0 +1,101 @@
+"""The internal representation of a classifier: outputs of modules named by path, read by forward hooks.
+
+Hooks are registered once. A dry run compares each output's version counter when it was read and after the pass: a layer
+whose output is overwritten in place later (``x += shortcut``, in-place activations) is cloned, and no other is.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import Tensor, nn
+
+
+class _Tap:
+    """The hook of one layer. A class, not a closure, so that the model can be copied and pickled."""
+
+    def __init__(self, owner: Representation, index: int):
+        self.owner, self.index = owner, index
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.owner.recording:
+            self.owner.read(self.index, output)
+
+
+class Representation:
+    """Reads the outputs of ``layers`` in one forward pass of ``model``.
+
+    Args:
+        model: any module from ``[B, *image_shape]`` to logits; it stays the owner of its weights.
+        layers: module paths, as in ``model.named_modules()``; the order is kept.
+        image_shape: (C, H, W) of the images, for the dry run.
+
+    Attributes:
+        shapes: per layer, the shape of its output without the batch.
+        overwritten: per layer, whether it is cloned because the model overwrites it later.
+        num_classes: size of the model's logits.
+
+    Raises:
+        ValueError: an unknown, repeated, unused or re-used layer; an output that is no tensor [B, C, H, W] or [B, F].
+    """
+
+    def __init__(self, model: nn.Module, layers: list[str] | tuple[str, ...], image_shape: tuple[int, int, int]):
+        modules = dict(model.named_modules())
+        if not layers or len(set(layers)) != len(layers):
+            raise ValueError(f"layers must name at least one module, each once, got {list(layers)}")
+        for name in layers:
+            if name not in modules or name == "":
+                near = difflib.get_close_matches(name, modules, 3) or [n for n in modules if n][:5]
+                raise ValueError(f"layers: the classifier has no module {name!r}; near: {', '.join(near)}")
+        self.model, self.layers = model, tuple(layers)
+        self.recording = False
+        self.overwritten = [False] * len(layers)
+        self._outputs: list[Tensor | None] = [None] * len(layers)
+        for index, name in enumerate(layers):
+            modules[name].register_forward_hook(_Tap(self, index))
+        self.shapes, self.num_classes = self._dry_run(image_shape)
+
+    def read(self, index: int, output: Tensor) -> None:
+        """Take one layer's output; called by its hook."""
+        self._outputs[index] = output.clone() if self.overwritten[index] else output
+
+    def _dry_run(self, image_shape: tuple[int, int, int]) -> tuple[list[tuple[int, ...]], int]:
+        seen: list[list[tuple[Tensor, int]]] = [[] for _ in self.layers]
+        self.read = lambda index, output: seen[index].append((output, getattr(output, "_version", -1)))  # type: ignore
+        first = next(self.model.parameters(), torch.zeros(()))
+        training = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        self.recording = True
+        try:
+            with torch.no_grad():  # two images: BatchNorm in a user's train-only code path would refuse one
+                logits = self.model(torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype))
+        finally:
+            self.recording = False
+            del self.read
+            for module, mode in training:
+                module.training = mode
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 2:
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"the classifier must map [B, {', '.join(map(str, image_shape))}] to logits [B, C], got {got}")
+        shapes = []
+        for index, (name, outputs) in enumerate(zip(self.layers, seen, strict=True)):
+            if len(outputs) != 1:
+                raise ValueError(f"layers: {name!r} runs {len(outputs)} times in one forward pass, it must run once")
+            output, version = outputs[0]
+            if not isinstance(output, Tensor) or output.dim() not in (2, 4):
+                got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise ValueError(f"layers: the output of {name!r} must be [B, C, H, W] or [B, F], got {got}")
+            self.overwritten[index] = output._version != version
+            shapes.append(tuple(output.shape[1:]))
+        return shapes, logits.shape[1]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """The layers' outputs for images ``x [B, C, H, W]``, in the order of ``layers``; differentiable."""
+        self.recording = True
+        try:
+            self.model(x)
+        finally:
+            self.recording = False
+        outputs, self._outputs = self._outputs, [None] * len(self.layers)
+        return outputs  # type: ignore[return-value]  # the dry run saw every layer run

@@ -1,0 +1,187 @@
+"""The parts of CARSO's conditional variational autoencoder, for any image size and any layers.
+
+arXiv 2306.06081, section 4.2. Convolution block: conv (no bias), BatchNorm, LeakyReLU(0.2). The paper's CIFAR-10 and
+TinyImageNet systems are instances; the sizes chosen for other images are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+# Numbers kept as module attributes are symbols to a dynamic compile, which then starts over to make them constants
+# again: these two layers hold theirs as literals. Parameters, buffers and results are torch's.
+
+
+class LeakyReLU(nn.Module):
+    """LeakyReLU with the paper's slope, 0.2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, 0.2)
+
+
+class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum=0.1, eps=1e-5
+        )
+
+
+class BatchNorm1d(_LiteralBatchNorm, nn.BatchNorm1d):
+    """torch's BatchNorm1d with its default eps and momentum."""
+
+
+class BatchNorm2d(_LiteralBatchNorm, nn.BatchNorm2d):
+    """torch's BatchNorm2d with its default eps and momentum."""
+
+
+def conv_block(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Sequential:
+    """Conv2d without bias, BatchNorm2d, LeakyReLU(0.2)."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False), BatchNorm2d(outputs), LeakyReLU()
+    )
+
+
+def linear_block(inputs: int, outputs: int) -> nn.Sequential:
+    """Linear without bias, BatchNorm1d, LeakyReLU(0.2)."""
+    return nn.Sequential(nn.Linear(inputs, outputs, bias=False), BatchNorm1d(outputs), LeakyReLU())
+
+
+def pre_encoder(shape: tuple[int, ...], depth: int = 3) -> tuple[nn.Module, int]:
+    """One layer's pre-encoder and the number of features it gives.
+
+    A map (C, H, W) goes through ``depth`` convolution blocks that halve the channels (C/2, C/4, C/8, rounded up), 3 x 3
+    without padding while the map is large enough, else 1 x 1; a vector (F,) passes unchanged.
+    """
+    if len(shape) == 1:
+        return nn.Identity(), shape[0]
+    channels, h, w = shape
+    blocks: list[nn.Module] = []
+    for i in range(depth):
+        kernel = 3 if min(h, w) > 2 else 1
+        before, after = ceil(channels / 2**i), ceil(channels / 2 ** (i + 1))
+        blocks.append(conv_block(before, after, kernel))
+        h, w, last = h - kernel + 1, w - kernel + 1, after
+    return nn.Sequential(*blocks, nn.Flatten()), last * h * w
+
+
+class ConditionEncoder(nn.Module):
+    """Representation tensors -> condition ``c [B, cond_dim]``: a pre-encoder per layer, then one joint linear block."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], cond_dim: int, depth: int = 3):
+        super().__init__()
+        parts, sizes = zip(*(pre_encoder(shape, depth) for shape in shapes), strict=True)
+        self.layers = nn.ModuleList(parts)
+        self.joint = linear_block(sum(sizes), cond_dim)
+
+    def forward(self, representation: Sequence[Tensor]) -> Tensor:
+        parts = [layer(x) for layer, x in zip(self.layers, representation, strict=True)]
+        return self.joint(torch.cat(parts, 1))
+
+
+class PosteriorEncoder(nn.Module):
+    """Image and condition -> mean and log-variance of q(z | x, c), each ``[B, latent_dim]``.
+
+    Two convolution blocks of stride 2 (C, 2 C, 4 C channels), flattened beside c, one linear block, two linear heads.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], cond_dim: int, latent_dim: int):
+        super().__init__()
+        channels, h, w = image_shape
+        self.image = nn.Sequential(
+            conv_block(channels, 2 * channels, 3, 2, 1), conv_block(2 * channels, 4 * channels, 3, 2, 1), nn.Flatten()
+        )
+        size = 4 * channels * ceil(ceil(h / 2) / 2) * ceil(ceil(w / 2) / 2)
+        self.joint = linear_block(size + cond_dim, latent_dim)
+        self.mean = nn.Linear(latent_dim, latent_dim)
+        self.log_variance = nn.Linear(latent_dim, latent_dim)
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.joint(torch.cat([self.image(x), condition], 1))
+        return self.mean(h), self.log_variance(h)
+
+
+@dataclass(frozen=True)
+class Deconvolution:
+    """One transposed convolution: output channels, kernel, stride, padding, output padding (h, w)."""
+
+    channels: int
+    kernel: int = 3
+    stride: int = 2
+    padding: int = 1
+    output_padding: tuple[int, int] = (0, 0)
+
+    def size(self, h: int, w: int) -> tuple[int, int]:
+        """The (h, w) this layer makes of an input of (h, w)."""
+        return (
+            (h - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding[0],
+            (w - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding[1],
+        )
+
+
+def decoder_plan(image_shape: tuple[int, int, int], width: int = 32) -> tuple[tuple[int, int, int], list[Deconvolution]]:
+    """Start shape and layers of a decoder that ends at ``image_shape``; ours, after the paper's two.
+
+    The image is halved (rounded up) until it is at most 4 on its longer side; channels double inwards from ``width``,
+    to at most ``8 width``; a last 3 x 3 layer of stride 1 makes the image.
+    """
+    channels, h, w = image_shape
+    layers: list[Deconvolution] = [Deconvolution(channels, stride=1)]
+    depth = 0
+    while max(h, w) > 4:
+        layers.insert(0, Deconvolution(min(width << depth, 8 * width), output_padding=(1 - h % 2, 1 - w % 2)))
+        h, w, depth = ceil(h / 2), ceil(w / 2), depth + 1
+    return (min(width << depth, 8 * width), h, w), layers
+
+
+class Decoder(nn.Module):
+    """Latent and condition -> image logits: a linear adapter, then transposed convolutions.
+
+    ``forward(z [B, K, latent_dim], c [B, cond_dim]) -> [B * K, C, H, W]``, before the sigmoid. All layers but the last
+    are ConvTranspose2d without bias, BatchNorm2d, LeakyReLU(0.2); the last has a bias and nothing after it.
+
+    Raises:
+        ValueError: at construction, layers that do not end at image_shape.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        cond_dim: int,
+        image_shape: tuple[int, int, int],
+        start: tuple[int, int, int],
+        layers: Sequence[Deconvolution],
+    ):
+        super().__init__()
+        self.latent_dim, self.start = latent_dim, start
+        self.adapter = nn.Linear(latent_dim + cond_dim, prod(start))
+        stack: list[nn.Module] = []
+        channels, h, w = start
+        for i, layer in enumerate(layers):
+            last = i == len(layers) - 1
+            stack.append(
+                nn.ConvTranspose2d(
+                    channels, layer.channels, layer.kernel, layer.stride, layer.padding, layer.output_padding, bias=last
+                )
+            )
+            if not last:
+                stack += [BatchNorm2d(layer.channels), LeakyReLU()]
+            channels, (h, w) = layer.channels, layer.size(h, w)
+        if (channels, h, w) != tuple(image_shape):
+            raise ValueError(f"the decoder's layers end at {(channels, h, w)}, the images are {tuple(image_shape)}")
+        self.stack = nn.Sequential(*stack)
+
+    def forward(self, z: Tensor, condition: Tensor) -> Tensor:
+        # the condition's half of the adapter once per image, not once per sample
+        weight_z, weight_c = self.adapter.weight.split([self.latent_dim, condition.shape[1]], 1)
+        h = F.linear(z, weight_z) + F.linear(condition, weight_c, self.adapter.bias)[:, None]
+        return self.stack(F.leaky_relu(h, 0.2).flatten(0, 1).unflatten(1, self.start))

@@ -1,0 +1,114 @@
+"""Files that are whole or absent: safetensors for tensors, JSON for the rest, written aside and moved into place."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, moved onto it when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield Path(name)
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _flatten(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors.append(value.detach().cpu().contiguous())
+        return {"tensor": len(tensors) - 1}
+    if isinstance(value, Mapping):  # pairs, since optimiser states have integer keys
+        return {"dict": [[key, _flatten(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_flatten(item, tensors) for item in value]}
+    return {"value": value}
+
+
+def _restore(tree: Any, tensors: list[Tensor]) -> Any:
+    ((kind, value),) = tree.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: _restore(item, tensors) for key, item in value}
+    if kind == "list":
+        return [_restore(item, tensors) for item in value]
+    return value
+
+
+def write_tree(path: Path, tree: Any) -> None:
+    """Write nested dicts and lists of tensors, numbers, strings and None as one safetensors file, atomically."""
+    tensors: list[Tensor] = []
+    skeleton = json.dumps(_flatten(tree, tensors))
+    # clone: safetensors refuses tensors that share memory
+    data = to_bytes({str(i): tensor.clone() for i, tensor in enumerate(tensors)}, {"tree": skeleton})
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_tree(path: Path) -> Any:
+    """What `write_tree` wrote; lists for tuples. Raises ValueError naming the file if it is not such a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            skeleton = (file.metadata() or {})["tree"]
+            tensors = {int(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+        return _restore(json.loads(skeleton), [tensors[i] for i in range(len(tensors))])
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a checkpoint of this package: {error!r}") from error
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short hash of a module's parameters and buffers: names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_model(folder: str | Path, kind: str, arguments: dict, state: dict[str, Tensor], **extra: Any) -> None:
+    """Write ``model.safetensors`` and ``model.json`` (kind, constructor arguments, extra facts), each atomically."""
+    folder = Path(folder)
+    data = to_bytes({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
+    with atomic(folder / "model.safetensors") as temporary:
+        temporary.write_bytes(data)
+    write_json(folder / "model.json", {"kind": kind, "arguments": arguments, **extra})
+
+
+def read_model(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """(facts, state) as `save_model` wrote them; FileNotFoundError names what is missing, ValueError what is broken."""
+    folder = Path(folder)
+    for name in ("model.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: {folder} is not a saved model")
+    try:
+        facts = json.loads((folder / "model.json").read_text())
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            return facts, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} holds a broken model: {error!r}") from error

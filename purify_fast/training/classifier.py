@@ -1,0 +1,78 @@
+"""Training classifiers: standard, and adversarial training on PGD examples (Madry et al., ICLR 2018)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..attacks import pgd
+from .loop import Batch
+from .schedules import one_cycle
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Numbers of classifier training; ours.
+
+    Args:
+        eps: radius of the training attack in image units; 0 trains on clean images.
+        norm: of the attack, ``linf`` or ``l2``.
+        steps, alpha: of the attack; alpha defaults to ``2 eps / steps``.
+        warm_up: share of the epochs over which eps rises linearly from 0: without it PGD training can collapse.
+        learning_rate: peak of a one-cycle schedule; weight_decay: AdamW's.
+    """
+
+    eps: float = 0.0
+    norm: str = "linf"
+    steps: int = 7
+    alpha: float | None = None
+    warm_up: float = 0.2
+    learning_rate: float = 3e-3
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if self.eps < 0 or self.steps < 1 or not 0 <= self.warm_up <= 1 or self.learning_rate <= 0:
+            raise ValueError(f"need eps >= 0, steps >= 1, 0 <= warm_up <= 1, learning_rate > 0, got {self}")
+
+
+class ClassifierTask:
+    """Cross-entropy training of ``model`` (images in [0, 1] to logits), on clean or adversarial images."""
+
+    def __init__(self, model: nn.Module, config: ClassifierConfig):
+        self.model, self.config = model, config
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+        )
+
+    def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics) of one batch; the attack runs on the frozen model."""
+        c, x = self.config, batch.x
+        if c.eps > 0:
+            eps = c.eps if c.warm_up == 0 else c.eps * min(1.0, (batch.epoch + 1) / (c.warm_up * batch.epochs))
+            alpha = (2 * c.eps / c.steps if c.alpha is None else c.alpha) * eps / c.eps
+            x = pgd(
+                self.model,
+                x,
+                batch.y,
+                eps=eps,
+                alpha=alpha,
+                steps=c.steps,
+                norm=c.norm,
+                seed=batch.seed,
+                sample_ids=batch.sample_ids,
+            )
+        logits = self.model(x)
+        accuracy = (logits.detach().argmax(1) == batch.y).float().mean()
+        return F.cross_entropy(logits, batch.y), {"accuracy": accuracy}
+
+    def learning_rate(self, progress: float) -> float:
+        """One cycle."""
+        return one_cycle(progress, self.config.learning_rate)
+
+    def describe(self) -> dict[str, Any]:
+        """The config."""
+        return {"task": "classifier", **asdict(self.config)}

@@ -1,0 +1,188 @@
+"""The training loop the methods share: resumable at any kill, logged, with throughput.
+
+Every step is a function of (seed, step) and of the state in the checkpoint: the order of the images, the attack's starts
+and torch's global generator are all seeded per step. So a run that was killed and resumed ends with the same weights, to
+the bit on the same CPU, as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..data import batches, crop_flip, to_float
+from .checkpoint import atomic, read_tree, write_tree
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How long and how to train; every number ours, a method's own numbers stand in its config.
+
+    Args:
+        epochs, batch_size: passes over the data, images per step (the last, smaller batch of an epoch is dropped).
+        seed: of everything random.
+        padding: random crop after padding by so many pixels of 0, 0 for none; flip: random horizontal flips.
+        checkpoint_seconds: time between checkpoints within an epoch; one is always written at an epoch's end.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    seed: int = 0
+    padding: int = 0
+    flip: bool = False
+    checkpoint_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.padding < 0 or self.checkpoint_seconds < 0 or not 0 <= self.seed < 2**31:
+            raise ValueError(f"padding and checkpoint_seconds must be >= 0 and 0 <= seed < 2^31, got {self}")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input: images [B, C, H, W] in [0, 1], labels, global sample indices, and where in the run it is."""
+
+    x: Tensor
+    y: Tensor
+    sample_ids: Tensor
+    seed: int
+    epoch: int = 0
+    epochs: int = 1
+
+
+class Task(Protocol):
+    """What a method brings to `fit`."""
+
+    model: nn.Module  # all of it is saved and restored
+    optimizer: torch.optim.Optimizer
+
+    def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise, and detached scalars to log."""
+
+    def learning_rate(self, progress: float) -> float:
+        """The learning rate at ``progress`` in [0, 1) of the run."""
+
+    def describe(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be resumed; JSON values."""
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one step's randomness."""
+    return seed << 32 | step
+
+
+def _same(saved: dict, wanted: dict, folder: Path) -> None:
+    wanted = json.loads(json.dumps(wanted))
+    different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+    if different:
+        changes = "; ".join(f"{key}: {saved.get(key)!r} there, {wanted.get(key)!r} now" for key in different)
+        raise ValueError(f"{folder} holds a run with other settings ({changes}): give another folder, or remove it")
+
+
+class _Log:
+    """A JSONL file that holds exactly the steps the checkpoint has seen."""
+
+    def __init__(self, path: Path | None, step: int):
+        self.path = path
+        if path is not None:
+            old = path.read_text().splitlines() if path.is_file() else []
+            kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
+            with atomic(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, row: dict) -> None:
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def fit(task: Task, x: Tensor, y: Tensor, config: FitConfig, folder: str | Path | None = None, title="train") -> dict:
+    """Train ``task`` on ``x`` and ``y``, resuming from ``folder`` if it holds a checkpoint of the same run.
+
+    Args:
+        task: the method: model, optimiser, step.
+        x: uint8 ``[N, C, H, W]``, on the device to train on; y: int64 ``[N]``.
+        config: how long and how.
+        folder: for ``checkpoint.safetensors`` and ``log.jsonl``; None keeps nothing.
+        title: of the progress bar.
+
+    Returns:
+        The last epoch's mean metrics.
+
+    Raises:
+        ValueError: fewer images than a batch, or a checkpoint of a run with other settings.
+        FloatingPointError: the loss is not finite at the end of an epoch; the last checkpoint stays.
+    """
+    steps = len(x) // config.batch_size
+    if steps == 0:
+        raise ValueError(f"batch_size {config.batch_size} is larger than the {len(x)} training images")
+    total, step = steps * config.epochs, 0
+    sums: dict[str, Tensor] = {}
+    last: dict[str, float] = {}
+    facts = {"images": len(x), **asdict(config), **task.describe()}
+    del facts["checkpoint_seconds"]
+    path = None if folder is None else Path(folder) / "checkpoint.safetensors"
+    if path is not None and path.is_file():
+        saved = read_tree(path)
+        _same(saved["facts"], facts, path.parent)
+        task.model.load_state_dict(saved["model"])
+        task.optimizer.load_state_dict(saved["optimizer"])
+        step, last = saved["step"], saved["last"]
+        sums = {key: value.to(x.device) for key, value in saved["sums"].items()}
+    log = _Log(None if path is None else path.parent / "log.jsonl", step)
+
+    def save() -> None:
+        if path is not None:
+            state = {"model": task.model.state_dict(), "optimizer": task.optimizer.state_dict()}
+            write_tree(path, {**state, "facts": facts, "step": step, "last": last, "sums": sums})
+
+    devices = [x.device] if x.device.type == "cuda" else []
+    bar = tqdm(total=total * config.batch_size, initial=step * config.batch_size, unit="img", desc=title, smoothing=0.05)
+    saved_at = began = time.monotonic()
+    with bar, torch.random.fork_rng(devices):
+        while step < total:
+            epoch = step // steps
+            order = batches(len(x), config.batch_size, config.seed, epoch, device=x.device)
+            resumed_at = step % steps
+            for ids in order[resumed_at:]:
+                seed = step_seed(config.seed, step)
+                torch.manual_seed(seed)
+                images = to_float(x[ids])
+                if config.padding or config.flip:
+                    images = crop_flip(images, config.seed, ids, config.padding, config.flip, epoch=epoch)
+                for group in task.optimizer.param_groups:
+                    group["lr"] = task.learning_rate(step / total)
+                task.model.train()
+                loss, metrics = task.training_step(Batch(images, y[ids], ids, seed, epoch, config.epochs))
+                task.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                task.optimizer.step()
+                for key, value in {"loss": loss.detach(), **metrics}.items():
+                    sums[key] = sums.get(key, torch.zeros((), device=x.device)) + value
+                step += 1
+                bar.update(config.batch_size)
+                if step % steps and time.monotonic() - saved_at >= config.checkpoint_seconds:
+                    save()
+                    saved_at = time.monotonic()
+            last = {key: float(value) / steps for key, value in sums.items()}  # the epoch's one sync
+            if not all(torch.isfinite(torch.tensor(value)) for value in last.values()):
+                raise FloatingPointError(f"epoch {epoch}: training diverged, {last}; the last checkpoint is kept")
+            sums = {}
+            rate = task.optimizer.param_groups[0]["lr"]
+            seconds, began = time.monotonic() - began, time.monotonic()
+            speed = (steps - resumed_at) * config.batch_size / max(seconds, 1e-9)
+            log.write({"epoch": epoch, "step": step, **last, "learning_rate": rate, "images_per_second": round(speed, 1)})
+            bar.set_postfix({key: f"{value:.3g}" for key, value in last.items()})
+            save()
+            saved_at = time.monotonic()
+    task.model.eval()
+    return last
