@@ -1,0 +1,223 @@
+// K predictions into one, in the log domain (purify_fast/ops/aggregate.py is the definition).
+//
+// Works on tiles [samples][width]: the lanes are (image, class) pairs, so that every loop is long whatever the number
+// of classes. `width` is rounded up by the caller, and every lane must hold a number.
+#pragma once
+
+#include "math.h"
+
+namespace pf {
+
+enum class Aggregation : int { lse = 0, peel = 1, mean = 2, probability = 3, vote = 4 };
+
+constexpr double tangent_from = 80.0;  // exp(80) = 5.5e34: sums over thousands of classes stay finite in fp32
+
+// exp(q), continued by its tangent above `tangent_from`.
+template <class W>
+PF_HD W tangent_exp(W q, W& slope) {
+  constexpr W from = static_cast<W>(tangent_from);
+  slope = exp(q > from ? from : q);
+  return slope * (1 + max_nan(W(q - from), W(0)));
+}
+
+// A number to subtract inside logsumexp: the maximum, unless it is infinite.
+template <class W>
+PF_HD W shift_of(W maximum) {
+  constexpr W infinity = std::numeric_limits<W>::infinity();
+  return abs(maximum) == infinity ? W(0) : maximum;
+}
+
+// Largest and smallest number of each lane over the samples.
+template <class W>
+PF_HD void lane_range(const W* __restrict__ tile, int64_t samples, int64_t width, W* __restrict__ most,
+                      W* __restrict__ least) {
+  for (int64_t i = 0; i < width; ++i) most[i] = least[i] = tile[i];
+  for (int64_t k = 1; k < samples; ++k) {
+    const W* row = tile + k * width;
+    for (int64_t i = 0; i < width; ++i) {
+      most[i] = max_nan(row[i], most[i]);
+      least[i] = min_nan(row[i], least[i]);
+    }
+  }
+}
+
+// tile <- exp(tile - shift), and its sum over the samples.
+template <class W>
+PF_HD void exp_and_sum(W* __restrict__ tile, int64_t samples, int64_t width, const W* __restrict__ shift,
+                       W* __restrict__ sum) {
+  for (int64_t i = 0; i < width; ++i) sum[i] = 0;
+  for (int64_t k = 0; k < samples; ++k) {
+    W* row = tile + k * width;
+    for (int64_t i = 0; i < width; ++i) {
+      row[i] = exp(row[i] - shift[i]);
+      sum[i] += row[i];
+    }
+  }
+}
+
+// log sigmoid(x) = yes, log sigmoid(-x) = no; its exponential e^-|x| comes along.
+template <class W>
+struct LogSigmoids {
+  W yes, no, e;
+};
+template <class W>
+PF_HD LogSigmoids<W> log_sigmoids(W x) {
+  const W e = exp(-abs(x)), tail = log1p_unit(e);
+  return {min_nan(x, W(0)) - tail, min_nan(-x, W(0)) - tail, e};
+}
+
+// For both signs: a number to subtract, and the sum over the samples of exp(log sigmoid(+-x) - that number).
+template <class W>
+PF_HD void log_sigmoid_sums(const W* __restrict__ tile, int64_t samples, int64_t width, W* __restrict__ yes_shift,
+                            W* __restrict__ no_shift, W* __restrict__ yes_sum, W* __restrict__ no_sum) {
+  lane_range(tile, samples, width, yes_shift, no_shift);
+  for (int64_t i = 0; i < width; ++i) {
+    // log sigmoid is monotone: its largest values are those of the largest and of the smallest logit
+    yes_shift[i] = shift_of(log_sigmoids(yes_shift[i]).yes);
+    no_shift[i] = shift_of(log_sigmoids(no_shift[i]).no);
+    yes_sum[i] = no_sum[i] = 0;
+  }
+  for (int64_t k = 0; k < samples; ++k) {
+    for (int64_t i = 0; i < width; ++i) {
+      const LogSigmoids<W> l = log_sigmoids(tile[k * width + i]);
+      yes_sum[i] += exp(l.yes - yes_shift[i]);
+      no_sum[i] += exp(l.no - no_shift[i]);
+    }
+  }
+}
+
+// Every class gets the sum over its image's classes.
+template <class W>
+PF_HD void sum_over_classes(W* __restrict__ row, int64_t images, int64_t classes) {
+  for (int64_t image = 0; image < images; ++image, row += classes) {
+    W total = 0;
+    for (int64_t i = 0; i < classes; ++i) total += row[i];
+    for (int64_t i = 0; i < classes; ++i) row[i] = total;
+  }
+}
+
+// The parts of a softmax over the classes: s becomes s - max, sum becomes the sum of its exponentials.
+template <class W>
+PF_HD void softmax_parts(W* __restrict__ s, int64_t images, int64_t classes, int64_t width, W* __restrict__ sum) {
+  for (int64_t image = 0; image < images; ++image) {
+    W* row = s + image * classes;
+    W most = row[0];
+    for (int64_t i = 1; i < classes; ++i) most = max_nan(row[i], most);
+    for (int64_t i = 0; i < classes; ++i) row[i] -= most;
+  }
+  for (int64_t i = 0; i < width; ++i) sum[i] = exp(s[i]);
+  sum_over_classes(sum, images, classes);
+}
+
+// Rows of `width` numbers that both functions below need.
+constexpr int aggregate_scratch_rows = 4;
+
+// tile [samples][width] -> out [width]; the tile is overwritten.
+template <class W>
+PF_HD void aggregate_tile(Aggregation method, W* __restrict__ tile, int64_t samples, int64_t images, int64_t classes,
+                          int64_t width, W* __restrict__ out, W* scratch) {
+  W* const __restrict__ a = scratch;
+  W* const __restrict__ b = scratch + width;
+  W* const __restrict__ c = scratch + 2 * width;
+  switch (method) {
+    case Aggregation::lse:
+    case Aggregation::peel:
+      lane_range(tile, samples, width, a, b);
+      for (int64_t i = 0; i < width; ++i) a[i] = shift_of(a[i]);
+      exp_and_sum(tile, samples, width, a, b);
+      for (int64_t i = 0; i < width; ++i) out[i] = a[i] + log(b[i]);
+      if (method == Aggregation::lse) return;
+      for (int64_t i = 0; i < width; ++i) out[i] = tangent_exp(out[i], a[i]);
+      softmax_parts(out, images, classes, width, b);
+      for (int64_t i = 0; i < width; ++i) out[i] -= log(b[i]);
+      return;
+    case Aggregation::mean:
+      for (int64_t i = 0; i < width; ++i) out[i] = 0;
+      for (int64_t k = 0; k < samples; ++k) {
+        for (int64_t i = 0; i < width; ++i) out[i] += tile[k * width + i];
+      }
+      for (int64_t i = 0; i < width; ++i) out[i] /= static_cast<W>(samples);
+      return;
+    case Aggregation::probability:
+      log_sigmoid_sums(tile, samples, width, a, b, out, c);
+      for (int64_t i = 0; i < width; ++i) out[i] = (a[i] + log(out[i])) - (b[i] + log(c[i]));
+      return;
+    case Aggregation::vote:
+      for (int64_t i = 0; i < width; ++i) out[i] = 0;
+      for (int64_t k = 0; k < samples; ++k) {
+        for (int64_t image = 0; image < images; ++image) {
+          const W* row = tile + k * width + image * classes;
+          int64_t best = 0;  // the first of equals; NaN counts as the largest
+          for (int64_t i = 1; i < classes && row[best] == row[best]; ++i) {
+            if (!(row[i] <= row[best])) best = i;
+          }
+          out[image * classes + best] += 1;
+        }
+      }
+      return;
+  }
+}
+
+// grad [width] times the Jacobian, written over the logits in the tile; grad is overwritten.
+template <class W>
+PF_HD void aggregate_tile_backward(Aggregation method, W* __restrict__ tile, W* __restrict__ grad, int64_t samples,
+                                   int64_t images, int64_t classes, int64_t width, W* scratch) {
+  constexpr W nan = std::numeric_limits<W>::quiet_NaN();
+  W* const __restrict__ a = scratch;
+  W* const __restrict__ b = scratch + width;
+  W* const __restrict__ c = scratch + 2 * width;
+  W* const __restrict__ d = scratch + 3 * width;
+  switch (method) {
+    case Aggregation::lse:
+    case Aggregation::peel:
+      lane_range(tile, samples, width, a, b);
+      for (int64_t i = 0; i < width; ++i) {
+        c[i] = finite(a[i]) ? W(1) : nan;  // as torch.softmax has it
+        a[i] = shift_of(a[i]);
+      }
+      exp_and_sum(tile, samples, width, a, b);
+      for (int64_t i = 0; i < width; ++i) c[i] /= b[i];
+      if (method == Aggregation::peel) {
+        for (int64_t i = 0; i < width; ++i) {
+          W slope;
+          d[i] = tangent_exp(a[i] + log(b[i]), slope);
+          c[i] *= slope;
+          a[i] = grad[i];
+        }
+        softmax_parts(d, images, classes, width, b);
+        sum_over_classes(a, images, classes);
+        for (int64_t i = 0; i < width; ++i) grad[i] -= exp(d[i]) / b[i] * a[i];
+      }
+      for (int64_t i = 0; i < width; ++i) grad[i] *= c[i];
+      for (int64_t k = 0; k < samples; ++k) {
+        for (int64_t i = 0; i < width; ++i) tile[k * width + i] *= grad[i];
+      }
+      return;
+    case Aggregation::mean:
+      for (int64_t i = 0; i < width; ++i) grad[i] /= static_cast<W>(samples);
+      for (int64_t k = 0; k < samples; ++k) {
+        for (int64_t i = 0; i < width; ++i) tile[k * width + i] = grad[i];
+      }
+      return;
+    case Aggregation::probability:
+      log_sigmoid_sums(tile, samples, width, a, b, c, d);
+      for (int64_t i = 0; i < width; ++i) {
+        c[i] = grad[i] / c[i];
+        d[i] = grad[i] / d[i];
+      }
+      for (int64_t k = 0; k < samples; ++k) {
+        for (int64_t i = 0; i < width; ++i) {
+          const W x = tile[k * width + i];
+          const LogSigmoids<W> l = log_sigmoids(x);
+          const W yes = (x < 0 ? l.e : W(1)) / (1 + l.e), no = (x < 0 ? W(1) : l.e) / (1 + l.e);  // sigmoid(x), (-x)
+          tile[k * width + i] = exp(l.yes - a[i]) * c[i] * no + exp(l.no - b[i]) * d[i] * yes;
+        }
+      }
+      return;
+    case Aggregation::vote:
+      for (int64_t i = 0; i < samples * width; ++i) tile[i] = 0;
+      return;
+  }
+}
+
+}  // namespace pf

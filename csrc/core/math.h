@@ -1,0 +1,242 @@
+// What every kernel shares: storage types, fp32 functions a compiler can vectorise, sums in a fixed order.
+//
+// The fp32 functions are branch-free polynomials (minimax fits of our own), within 2 ulp of the truth, and keep NaN and
+// infinities. Built without fused multiply-adds they give the same bits on every CPU and GPU. float64 uses libm.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define PF_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define PF_HD __attribute__((always_inline)) inline  // inlined, so that it is compiled for its caller's instruction set
+#else
+#define PF_HD inline
+#endif
+// For lambdas, which do not inherit it.
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#define PF_INLINE __attribute__((always_inline))
+#else
+#define PF_INLINE
+#endif
+
+namespace pf {
+
+template <class To, class From>
+PF_HD To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  return __builtin_bit_cast(To, x);
+}
+
+// 16-bit floats as stored; all arithmetic is in float.
+struct half {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// The precision a storage type is computed in.
+template <class T>
+struct wide {
+  using type = float;
+};
+template <>
+struct wide<double> {
+  using type = double;
+};
+template <class T>
+using wide_t = typename wide<T>::type;
+
+PF_HD float load(float x) { return x; }
+PF_HD double load(double x) { return x; }
+PF_HD float load(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+PF_HD float load(half x) {
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  // shifting the exponent by a multiplication is exact, for subnormal numbers too
+  const float finite = bit_cast<float>(magnitude << 13) * 0x1p112f;
+  const uint32_t special = 0x7f800000u | (magnitude << 13);
+  const uint32_t bits = magnitude >= 0x7c00u ? special : bit_cast<uint32_t>(finite);
+  return bit_cast<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
+}
+
+// Round to nearest, ties to even, as PyTorch does.
+PF_HD void store(float& to, float x) { to = x; }
+PF_HD void store(double& to, double x) { to = x; }
+PF_HD void store(bfloat16& to, float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+PF_HD void store(half& to, float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t out = magnitude < 0x38800000u ? subnormal : normal;
+  out = magnitude >= 0x477ff000u ? 0x7c00u : out;
+  out = magnitude > 0x7f800000u ? 0x7e00u : out;
+  to.bits = static_cast<uint16_t>(out | sign);
+}
+
+// max, min and clamp that keep NaN, as torch.maximum, torch.minimum and torch.clamp do. One select for NaN in a, one for
+// NaN in b: compilers vectorise this form, not `a > b || a != a`.
+template <class W>
+PF_HD W max_nan(W a, W b) {
+  const W most = a > b ? a : b;
+  return a != a ? a : most;
+}
+template <class W>
+PF_HD W min_nan(W a, W b) {
+  const W least = a < b ? a : b;
+  return a != a ? a : least;
+}
+template <class W>
+PF_HD W clamp_nan(W x, W lo, W hi) {
+  x = x < lo ? lo : x;
+  return x > hi ? hi : x;
+}
+template <class W>
+PF_HD W abs(W x) {
+  return x < 0 ? -x : x;
+}
+template <class W>
+PF_HD bool finite(W x) {
+  constexpr W largest = std::numeric_limits<W>::max();
+  return abs(x) <= largest;
+}
+
+namespace detail {
+
+constexpr float ln2_hi = 0.693115234375f, ln2_lo = 3.1946183e-05f;  // hi has 12 bits: n * hi is exact
+constexpr float magic = 12582912.0f;                                // 1.5 * 2^23: adding it rounds to an integer
+
+// x = n ln 2 + r, |r| <= ln(2) / 2; returns exp(r) - 1. Any bits for n when x is NaN, but then r is NaN.
+PF_HD float reduce_exp(float x, int32_t& n) {
+  const float shifted = x * 1.44269504f + magic;
+  n = static_cast<int32_t>(bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(magic));
+  const float whole = shifted - magic;
+  const float r = (x - whole * ln2_hi) - whole * ln2_lo;
+  float p = 1.98458769e-4f;
+  p = p * r + 1.39406252e-3f;
+  p = p * r + 8.33338937e-3f;
+  p = p * r + 0.0416663609f;
+  p = p * r + 0.166666664f;
+  p = p * r + 0.500000004f;
+  return r + r * r * p;
+}
+
+PF_HD float power_of_two(int32_t n) { return bit_cast<float>((static_cast<uint32_t>(n) + 127u) << 23); }
+
+// log(1 + f) for sqrt(1/2) <= 1 + f <= sqrt(2), and a small term added where it costs no precision.
+PF_HD float log_near_one(float f, float small) {
+  float p = 0.067476823f;
+  p = p * f - 0.116775028f;
+  p = p * f + 0.11888712f;
+  p = p * f - 0.124053432f;
+  p = p * f + 0.142194513f;
+  p = p * f - 0.16668005f;
+  p = p * f + 0.200021235f;
+  p = p * f - 0.250000095f;
+  p = p * f + 0.333333125f;
+  const float square = f * f;
+  return f + (p * f * square - 0.5f * square + small);
+}
+
+}  // namespace detail
+
+PF_HD float exp(float x) {
+  x = x > 90.0f ? 90.0f : x;  // infinity, after rounding
+  x = x < -105.0f ? -105.0f : x;
+  int32_t n;
+  const float p = 1.0f + detail::reduce_exp(x, n);
+  const int32_t half_n = n >> 1;  // in two steps: 2^n itself may overflow, or be subnormal
+  return p * detail::power_of_two(half_n) * detail::power_of_two(n - half_n);
+}
+
+PF_HD float expm1(float x) {
+  x = x > 88.8f ? 88.8f : x;
+  x = x < -40.0f ? -40.0f : x;
+  int32_t n;
+  const float q = detail::reduce_exp(x, n);
+  const float scale = detail::power_of_two(n - 1);  // half of 2^n, which may overflow where the result does not
+  return 2.0f * (scale * q + (scale - 0.5f));
+}
+
+PF_HD float log(float x) {
+  const bool tiny = x < 1.17549435e-38f;
+  const uint32_t bits = bit_cast<uint32_t>(tiny ? x * 8388608.0f : x);
+  const int32_t n = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;  // exponent, with the mantissa in [sqrt(1/2), sqrt(2))
+  const float mantissa = bit_cast<float>(bits - (static_cast<uint32_t>(n) << 23));
+  const float whole = static_cast<float>(tiny ? n - 23 : n);
+  constexpr float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  float out = whole * detail::ln2_hi + detail::log_near_one(mantissa - 1.0f, whole * detail::ln2_lo);
+  out = x == infinity ? x : out;
+  out = x > 0.0f ? out : nan;
+  return x == 0.0f ? -infinity : out;
+}
+
+// log(1 + x) for 0 <= x <= 1, the only range the losses need.
+PF_HD float log1p_unit(float x) {
+  const bool upper = x > 0.41421354f;
+  const float f = upper ? 0.5f * (x - 1.0f) : x;
+  return (upper ? detail::ln2_hi : 0.0f) + detail::log_near_one(f, upper ? detail::ln2_lo : 0.0f);
+}
+
+// sine and cosine for 0 <= x <= 2 pi.
+PF_HD void sincos_turn(float x, float& sine, float& cosine) {
+  const float shifted = x * 0.636619772f + detail::magic;
+  const uint32_t quadrant = bit_cast<uint32_t>(shifted);  // its low bits
+  const float n = shifted - detail::magic;
+  const float r = ((x - n * 1.57080078125f) + n * 4.455447196960449e-06f) - n * 9.920936e-10f;
+  const float z = r * r;
+  const float s = r + r * z * (-0.166666666f + z * (0.0083333293f + z * (-1.98393115e-4f + z * 2.71811403e-6f)));
+  const float c = (1.0f - 0.5f * z) + z * z * (0.0416666457f + z * (-0.00138873156f + z * 2.44330808e-5f));
+  const float sine_size = quadrant & 1u ? c : s, cosine_size = quadrant & 1u ? s : c;
+  sine = quadrant & 2u ? -sine_size : sine_size;
+  cosine = (quadrant + 1u) & 2u ? -cosine_size : cosine_size;
+}
+
+PF_HD double exp(double x) { return ::exp(x); }
+PF_HD double expm1(double x) { return ::expm1(x); }
+PF_HD double log(double x) { return ::log(x); }
+PF_HD double log1p_unit(double x) { return ::log1p(x); }
+PF_HD float sqrt(float x) { return ::sqrtf(x); }
+PF_HD double sqrt(double x) { return ::sqrt(x); }
+
+template <class W>
+PF_HD W sigmoid(W x) {
+  const W e = exp(-abs(x));
+  return (x < 0 ? e : W(1)) / (1 + e);
+}
+
+// log(sigmoid(x)); never above 0.
+template <class W>
+PF_HD W log_sigmoid(W x) {
+  return min_nan(x, W(0)) - log1p_unit(exp(-abs(x)));
+}
+
+// Sum of term(i), i < n, in an order that depends on n alone: 16 running sums over blocks, the blocks added in double.
+template <class W, class F>
+PF_HD W ordered_sum(int64_t n, F term) {
+  constexpr int lanes = 16, block = 64 * lanes;
+  const int64_t whole = n / lanes * lanes;
+  double total = 0;
+  for (int64_t start = 0; start < whole; start += block) {
+    const int64_t stop = start + block < whole ? start + block : whole;
+    W sum[lanes] = {};
+    for (int64_t i = start; i < stop; i += lanes) {
+      for (int j = 0; j < lanes; ++j) sum[j] += term(i + j);
+    }
+    for (int width = lanes / 2; width > 0; width /= 2) {
+      for (int j = 0; j < width; ++j) sum[j] += sum[j + width];
+    }
+    total += sum[0];
+  }
+  W rest = 0;
+  for (int64_t i = whole; i < n; ++i) rest += term(i);
+  return static_cast<W>(total + rest);
+}
+
+}  // namespace pf

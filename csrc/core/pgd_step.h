@@ -1,0 +1,60 @@
+// One step of projected gradient descent (purify_fast/ops/pgd_step.py is the definition).
+#pragma once
+
+#include "math.h"
+
+namespace pf {
+
+enum class Norm : int { linf = 0, l2 = 1 };
+
+template <class W>
+struct PgdStep {
+  W alpha, eps, lo, hi;
+};
+
+// One element. A non-finite or zero gradient moves nothing; NaN in x, x_nat, alpha or eps stays.
+template <class W>
+PF_HD W pgd_step_linf(W x, W grad, W x_nat, PgdStep<W> step) {
+  constexpr W largest = std::numeric_limits<W>::max();
+  W sign = grad > 0 ? W(1) : W(0);
+  sign = grad < 0 ? W(-1) : sign;
+  sign = abs(grad) <= largest ? sign : W(0);
+  const W moved = x + step.alpha * sign;
+  return clamp_nan(min_nan(max_nan(moved, x_nat - step.eps), x_nat + step.eps), step.lo, step.hi);
+}
+
+// One sample of n elements.
+template <class T, class W = wide_t<T>>
+PF_HD void pgd_step_l2(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step) {
+  constexpr int lanes = 16;
+  W peaks[lanes] = {};  // max |g|; each lane keeps NaN
+  const int64_t whole = n / lanes * lanes;
+  for (int64_t i = 0; i < whole; i += lanes) {
+    for (int j = 0; j < lanes; ++j) peaks[j] = max_nan(abs(load(grad[i + j])), peaks[j]);
+  }
+  for (int64_t i = whole; i < n; ++i) peaks[0] = max_nan(abs(load(grad[i])), peaks[0]);
+  for (int j = 1; j < lanes; ++j) peaks[0] = max_nan(peaks[j], peaks[0]);
+
+  const bool usable = finite(peaks[0]) & (peaks[0] > 0);
+  const W peak = usable ? peaks[0] : W(1);
+  // scaled by max |g| first, so that the squares of tiny gradients do not vanish
+  const W length = usable ? sqrt(ordered_sum<W>(n,
+                                                [=](int64_t i) PF_INLINE {
+                                                  const W g = load(grad[i]) / peak;
+                                                  return g * g;
+                                                }))
+                          : W(1);
+  const W alpha = step.alpha;
+  const auto offset = [=](int64_t i) PF_INLINE {
+    const W direction = load(grad[i]) / peak / length;
+    return (load(x[i]) + alpha * (usable ? direction : W(0))) - load(x_nat[i]);
+  };
+  const W radius = sqrt(ordered_sum<W>(n, [=](int64_t i) PF_INLINE {
+    const W d = offset(i);
+    return d * d;
+  }));
+  const W shrink = radius > step.eps ? step.eps / radius : W(1);
+  for (int64_t i = 0; i < n; ++i) store(out[i], clamp_nan(load(x_nat[i]) + offset(i) * shrink, step.lo, step.hi));
+}
+
+}  // namespace pf

@@ -1,0 +1,80 @@
+// The random stream (purify_fast/ops/philox.py is the definition): Philox4x32-10, Salmon et al., SC 2011.
+//
+//   key = (low, high word of the seed), counter = (element / 4, draw, sample, stream), element i takes word i mod 4.
+#pragma once
+
+#include "math.h"
+
+namespace pf {
+
+// Never renumber: results depend on it.
+enum class Stream : uint32_t {
+  latent = 1,
+  transform_noise = 2,
+  mask = 3,
+  attack_start = 4,
+  replay_noise = 5,
+  augmentation = 6,
+};
+
+enum class Distribution : int { bits = 0, uniform = 1, normal = 2 };
+
+struct Key {
+  uint32_t low, high;
+};
+
+PF_HD Key key_of(int64_t seed) {
+  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)};
+}
+
+// Replaces the counter by its four random words.
+PF_HD void philox(Key key, uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3) {
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u, p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key.low;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key.high;
+    c3 = static_cast<uint32_t>(p0);
+    key.low += 0x9E3779B9u;
+    key.high += 0xBB67AE85u;
+  }
+}
+
+// [0, 1), a multiple of 2^-24. The detour over int32 is exact, and one instruction on every CPU.
+PF_HD float uniform(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f; }
+
+// Two independent normals from two words, by Box-Muller.
+PF_HD void normal_pair(uint32_t a, uint32_t b, float& first, float& second) {
+  const float u = static_cast<float>(static_cast<int32_t>((a >> 8) + 1u)) * 0x1p-24f;  // (0, 1]
+  const float radius = sqrt(-2.0f * log(u));
+  float sine, cosine;
+  // the angle is rounded to float32 before its cosine is taken: this, too, is the contract
+  sincos_turn(static_cast<float>(static_cast<int32_t>(b >> 8)) * 3.7450704e-07f, sine, cosine);
+  first = radius * cosine;
+  second = radius * sine;
+}
+
+// Four elements of one distribution from four words; bits travel in the float's place.
+PF_HD void distribute(Distribution kind, uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3, uint32_t out[4]) {
+  if (kind == Distribution::normal) {
+    float z[4];
+    normal_pair(w0, w1, z[0], z[1]);
+    normal_pair(w2, w3, z[2], z[3]);
+    for (int i = 0; i < 4; ++i) out[i] = bit_cast<uint32_t>(z[i]);
+  } else if (kind == Distribution::uniform) {
+    out[0] = bit_cast<uint32_t>(uniform(w0));
+    out[1] = bit_cast<uint32_t>(uniform(w1));
+    out[2] = bit_cast<uint32_t>(uniform(w2));
+    out[3] = bit_cast<uint32_t>(uniform(w3));
+  } else {
+    out[0] = w0;
+    out[1] = w1;
+    out[2] = w2;
+    out[3] = w3;
+  }
+}
+
+}  // namespace pf

@@ -1,0 +1,26 @@
+// Sum-BCE with logits per sample (purify_fast/ops/reconstruction_loss.py is the definition).
+#pragma once
+
+#include "math.h"
+
+namespace pf {
+
+// max(l, 0) - l t + log(1 + exp(-|l|)), written so that t = 1 and t = 0 lose nothing at large |l|.
+template <class W>
+PF_HD W reconstruction_loss_term(W logit, W target) {
+  return (1 - target) * logit - log_sigmoid(logit);
+}
+
+template <class L, class T, class W = wide_t<L>>
+PF_HD W reconstruction_loss(const L* logits, const T* target, int64_t n) {
+  return ordered_sum<W>(n, [=](int64_t i) PF_INLINE {
+    return reconstruction_loss_term<W>(load(logits[i]), load(target[i]));
+  });
+}
+
+template <class W>
+PF_HD W reconstruction_loss_slope(W logit, W target) {
+  return sigmoid(logit) - target;
+}
+
+}  // namespace pf

@@ -1,0 +1,106 @@
+#include "../core/aggregate.h"
+
+#include "common.h"
+
+namespace pf::cpu {
+namespace {
+
+constexpr int64_t lanes = 16, tile_width = 128;
+
+// Logits [images][samples][classes] <-> a tile [samples][width], width >= images * classes; the rest is 0.
+template <class T, class W>
+PF_HD void to_tile(const T* __restrict__ logits, W* __restrict__ tile, int64_t images, int64_t samples,
+                   int64_t classes, int64_t width) {
+  for (int64_t k = 0; k < samples; ++k) {
+    W* row = tile + k * width;
+    for (int64_t b = 0; b < images; ++b) {
+      for (int64_t c = 0; c < classes; ++c) row[b * classes + c] = load(logits[(b * samples + k) * classes + c]);
+    }
+    for (int64_t i = images * classes; i < width; ++i) row[i] = 0;
+  }
+}
+template <class T, class W>
+PF_HD void from_tile(const W* __restrict__ tile, T* __restrict__ out, int64_t images, int64_t samples, int64_t classes,
+                     int64_t width) {
+  for (int64_t b = 0; b < images; ++b) {
+    for (int64_t k = 0; k < samples; ++k) {
+      for (int64_t c = 0; c < classes; ++c) store(out[(b * samples + k) * classes + c], tile[k * width + b * classes + c]);
+    }
+  }
+}
+
+// scratch: samples + aggregate_scratch_rows + 1 rows of `width`, a multiple of the lanes
+#define PF_LOOPS(T)                                                                                                 \
+  PF_CLONES void forward(Aggregation method, const T* logits, wide_t<T>* out, int64_t images, int64_t samples,      \
+                         int64_t classes, int64_t width, wide_t<T>* scratch) {                                      \
+    width = width / lanes * lanes;                                                                                  \
+    wide_t<T>*tile = scratch, *row = tile + samples * width;                                                        \
+    to_tile(logits, tile, images, samples, classes, width);                                                         \
+    aggregate_tile(method, tile, samples, images, classes, width, row, row + width);                                \
+    for (int64_t i = 0; i < images * classes; ++i) out[i] = row[i];                                                 \
+  }                                                                                                                 \
+  PF_CLONES void backward(Aggregation method, const wide_t<T>* grad, const T* logits, T* out, int64_t images,       \
+                          int64_t samples, int64_t classes, int64_t width, wide_t<T>* scratch) {                    \
+    width = width / lanes * lanes;                                                                                  \
+    wide_t<T>*tile = scratch, *row = tile + samples * width;                                                        \
+    to_tile(logits, tile, images, samples, classes, width);                                                         \
+    for (int64_t i = 0; i < width; ++i) row[i] = i < images * classes ? grad[i] : 0;                                \
+    aggregate_tile_backward(method, tile, row, samples, images, classes, width, row + width);                       \
+    from_tile(tile, out, images, samples, classes, width);                                                          \
+  }
+PF_FOR_EACH_DTYPE(PF_LOOPS)
+
+// f(first image, images, width, scratch) for as many images at a time as fill a tile.
+template <class W, class F>
+void for_each_tile(int64_t batch, int64_t samples, int64_t classes, F f) {
+  const int64_t step = classes < tile_width ? tile_width / classes : 1;
+  const int64_t width = (step * classes + lanes - 1) / lanes * lanes;
+  parallel_rows(batch, 2 * samples * classes, [&](int64_t begin, int64_t end) {
+    std::vector<W> scratch((samples + aggregate_scratch_rows + 1) * width);
+    for (; begin < end; begin += step) f(begin, end - begin < step ? end - begin : step, width, scratch.data());
+  });
+}
+
+Tensor aggregate(Tensor logits, int64_t method) {
+  const Tensor x = dense(logits);
+  const int64_t batch = x.size(0), samples = x.size(1), classes = x.size(2);
+  Tensor out = new_tensor({batch, classes}, wide_dtype(x.scalar_type()));
+  dispatch(x.scalar_type(), "aggregate", [&](auto tag) {
+    using T = decltype(tag);
+    using W = wide_t<T>;
+    const T* from = data<T>(x);
+    W* to = writable<W>(out);
+    for_each_tile<W>(batch, samples, classes, [&](int64_t b, int64_t images, int64_t width, W* scratch) {
+      forward(static_cast<Aggregation>(method), from + b * samples * classes, to + b * classes, images, samples,
+              classes, width, scratch);
+    });
+  });
+  return out;
+}
+
+Tensor aggregate_backward(Tensor grad, Tensor logits, int64_t method) {
+  const Tensor x = dense(logits), g = dense(grad, wide_dtype(logits.scalar_type()));
+  const int64_t batch = x.size(0), samples = x.size(1), classes = x.size(2);
+  Tensor out = new_like(x);
+  dispatch(x.scalar_type(), "aggregate_backward", [&](auto tag) {
+    using T = decltype(tag);
+    using W = wide_t<T>;
+    const T* from = data<T>(x);
+    const W* upstream = data<W>(g);
+    T* to = writable<T>(out);
+    for_each_tile<W>(batch, samples, classes, [&](int64_t b, int64_t images, int64_t width, W* scratch) {
+      const int64_t at = b * samples * classes;
+      backward(static_cast<Aggregation>(method), upstream + b * classes, from + at, to + at, images, samples, classes,
+               width, scratch);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace pf::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
+  m.impl("aggregate", TORCH_BOX(&pf::cpu::aggregate));
+  m.impl("aggregate_backward", TORCH_BOX(&pf::cpu::aggregate_backward));
+}

@@ -1,0 +1,99 @@
+// What the CPU kernels share: dispatch on the dtype, contiguous inputs, outputs, threads.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <vector>
+
+#include "../core/math.h"
+
+// One copy of a loop per instruction set, chosen once when the library is loaded: fast everywhere without -march=native.
+// Templates cannot carry it, hence the overloads at the bottom of each file.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define PF_CLONES __attribute__((target_clones("default", "avx2", "avx512f"))) static
+#else
+#define PF_CLONES static
+#endif
+
+#define PF_FOR_EACH_DTYPE(X) X(float) X(double) X(pf::half) X(pf::bfloat16)
+
+namespace pf::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Elements per task, at least: a thread costs about 5 us to wake.
+constexpr int64_t grain = 32768;
+
+// Calls f(T{}) with T the storage type of `dtype`.
+template <class F>
+void dispatch(ScalarType dtype, const char* op, F f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(half{});
+    case ScalarType::BFloat16:
+      return f(bfloat16{});
+    default:
+      STD_TORCH_CHECK(false, op, ": float16, bfloat16, float32 or float64 expected");
+  }
+}
+
+inline ScalarType wide_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
+// Dense, and of this dtype.
+inline Tensor dense(const Tensor& x, ScalarType dtype) {
+  const Tensor same = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// A new contiguous CPU tensor, uninitialised.
+inline Tensor new_tensor(const int64_t* sizes, int64_t dim, ScalarType dtype) {
+  constexpr int64_t most = 16;
+  std::array<int64_t, most> strides;
+  STD_TORCH_CHECK(dim <= most, "at most ", most, " dimensions");
+  int64_t stride = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides.data(),
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+inline Tensor new_like(const Tensor& x) { return new_tensor(x.sizes().data(), x.dim(), x.scalar_type()); }
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return new_tensor(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
+}
+
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+template <class T>
+T* writable(Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// f(begin, end) over rows of `cost` elements each, on PyTorch's threads.
+template <class F>
+void parallel_rows(int64_t rows, int64_t cost, const F& f) {
+  const int64_t step = grain / (cost > 0 ? cost : 1) + 1;
+  if (rows <= step) {
+    if (rows > 0) f(int64_t{0}, rows);
+  } else {
+    torch::stable::parallel_for(0, rows, step, f);
+  }
+}
+
+}  // namespace pf::cpu

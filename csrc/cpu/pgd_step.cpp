@@ -1,0 +1,56 @@
+#include "../core/pgd_step.h"
+
+#include "common.h"
+
+namespace pf::cpu {
+namespace {
+
+#define PF_LOOPS(T)                                                                                              \
+  PF_CLONES void linf(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,          \
+                      T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step) {                                 \
+    for (int64_t i = 0; i < n; ++i) store(out[i], pgd_step_linf(load(x[i]), load(grad[i]), load(x_nat[i]), step)); \
+  }                                                                                                              \
+  PF_CLONES void l2(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,            \
+                    T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step) {                                   \
+    pgd_step_l2(x, grad, x_nat, out, n, step);                                                                   \
+  }
+PF_FOR_EACH_DTYPE(PF_LOOPS)
+
+Tensor pgd_step(Tensor x, Tensor grad, Tensor x_nat, Tensor alpha, Tensor eps, int64_t norm, double lo, double hi) {
+  const ScalarType dtype = x.scalar_type(), wide_type = wide_dtype(dtype);
+  x = dense(x);
+  grad = dense(grad, dtype);
+  x_nat = dense(x_nat, dtype);
+  alpha = dense(alpha, wide_type);
+  eps = dense(eps, wide_type);
+  Tensor out = new_like(x);
+  const int64_t samples = x.size(0), n = samples > 0 ? x.numel() / samples : 0;
+  if (x.numel() == 0) return out;
+  dispatch(dtype, "pgd_step", [&](auto tag) {
+    using T = decltype(tag);
+    using W = wide_t<T>;
+    const T *px = data<T>(x), *pg = data<T>(grad), *pn = data<T>(x_nat);
+    const W *pa = data<W>(alpha), *pe = data<W>(eps);
+    T* to = writable<T>(out);
+    const auto step = [&](int64_t b) { return PgdStep<W>{pa[b], pe[b], static_cast<W>(lo), static_cast<W>(hi)}; };
+    if (static_cast<Norm>(norm) == Norm::l2) {
+      parallel_rows(samples, 2 * n, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) l2(px + b * n, pg + b * n, pn + b * n, to + b * n, n, step(b));
+      });
+    } else {  // every element on its own: threads split the elements, whatever the shape
+      parallel_rows(x.numel(), 1, [&](int64_t begin, int64_t end) {
+        while (begin < end) {
+          const int64_t b = begin / n, stop = (b + 1) * n < end ? (b + 1) * n : end;
+          linf(px + begin, pg + begin, pn + begin, to + begin, stop - begin, step(b));
+          begin = stop;
+        }
+      });
+    }
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace pf::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) { m.impl("pgd_step", TORCH_BOX(&pf::cpu::pgd_step)); }

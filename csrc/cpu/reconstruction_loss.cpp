@@ -1,0 +1,76 @@
+#include "../core/reconstruction_loss.h"
+
+#include "common.h"
+
+namespace pf::cpu {
+namespace {
+
+// The target comes in the logits' dtype, or wide (images stay float32 under autocast); any other is converted first.
+#define PF_LOOPS(L, T)                                                                                           \
+  PF_CLONES void forward(const L* __restrict__ logits, const T* __restrict__ target, wide_t<L>* __restrict__ loss, \
+                         int64_t rows, int64_t n) {                                                              \
+    for (int64_t b = 0; b < rows; ++b) loss[b] = pf::reconstruction_loss(logits + b * n, target + b * n, n);     \
+  }                                                                                                              \
+  PF_CLONES void backward(wide_t<L> grad, const L* __restrict__ logits, const T* __restrict__ target,            \
+                          L* __restrict__ out, int64_t n) {                                                      \
+    for (int64_t i = 0; i < n; ++i) {                                                                            \
+      store(out[i], grad * reconstruction_loss_slope<wide_t<L>>(load(logits[i]), load(target[i])));              \
+    }                                                                                                            \
+  }
+PF_LOOPS(float, float)
+PF_LOOPS(double, double)
+PF_LOOPS(pf::half, pf::half)
+PF_LOOPS(pf::half, float)
+PF_LOOPS(pf::bfloat16, pf::bfloat16)
+PF_LOOPS(pf::bfloat16, float)
+
+// Calls f(logits pointer, target pointer), both dense and of a pair of types that has loops.
+template <class F>
+void with_pointers(const Tensor& logits, const Tensor& target, F f) {
+  const ScalarType dtype = logits.scalar_type();
+  const Tensor l = dense(logits);
+  const Tensor t = dense(target, target.scalar_type() == dtype ? dtype : wide_dtype(dtype));
+  dispatch(dtype, "reconstruction_loss", [&](auto tag) {
+    using L = decltype(tag);
+    if (t.scalar_type() == dtype) {
+      f(data<L>(l), data<L>(t));
+    } else {
+      f(data<L>(l), data<wide_t<L>>(t));
+    }
+  });
+}
+
+Tensor reconstruction_loss(Tensor logits, Tensor target) {
+  const int64_t rows = logits.size(0), n = rows > 0 ? logits.numel() / rows : 0;
+  Tensor loss = new_tensor({rows}, wide_dtype(logits.scalar_type()));
+  with_pointers(logits, target, [&](auto* l, auto* t) {
+    auto* to = writable<wide_t<std::remove_cvref_t<decltype(*l)>>>(loss);
+    parallel_rows(rows, 2 * n, [&](int64_t begin, int64_t end) {
+      forward(l + begin * n, t + begin * n, to + begin, end - begin, n);
+    });
+  });
+  return loss;
+}
+
+Tensor reconstruction_loss_backward(Tensor grad, Tensor logits, Tensor target) {
+  const int64_t rows = logits.size(0), n = rows > 0 ? logits.numel() / rows : 0;
+  Tensor out = new_like(logits);
+  const Tensor g = dense(grad, wide_dtype(logits.scalar_type()));
+  with_pointers(logits, target, [&](auto* l, auto* t) {
+    using L = std::remove_cvref_t<decltype(*l)>;
+    const auto* from = data<wide_t<L>>(g);
+    L* to = writable<L>(out);
+    parallel_rows(rows, 2 * n, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) backward(from[b], l + b * n, t + b * n, to + b * n, n);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace pf::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
+  m.impl("reconstruction_loss", TORCH_BOX(&pf::cpu::reconstruction_loss));
+  m.impl("reconstruction_loss_backward", TORCH_BOX(&pf::cpu::reconstruction_loss_backward));
+}

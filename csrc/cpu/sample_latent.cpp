@@ -1,0 +1,91 @@
+#include "../core/sample_latent.h"
+
+#include "philox.h"
+
+namespace pf::cpu {
+namespace {
+
+constexpr int64_t chunk = 2048;  // numbers drawn at once; they stay in the cache
+
+#define PF_LOOPS(T)                                                                                                 \
+  PF_CLONES void forward(const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise,    \
+                         T* __restrict__ z, wide_t<T>* __restrict__ kl, int64_t rows, int64_t n) {                  \
+    for (int64_t i = 0; i < rows * n; ++i) store(z[i], latent<wide_t<T>>(load(mu[i]), load(logvar[i]), noise[i]));  \
+    for (int64_t b = 0; b < rows; ++b) kl[b] = divergence(mu + b * n, logvar + b * n, n);                           \
+  }                                                                                                                 \
+  PF_CLONES void backward(const T* __restrict__ grad_z, const wide_t<T>* __restrict__ grad_kl,                      \
+                          const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise,  \
+                          T* __restrict__ out_mu, T* __restrict__ out_logvar, int64_t rows, int64_t n) {            \
+    for (int64_t b = 0; b < rows; ++b) {                                                                            \
+      for (int64_t i = b * n; i < (b + 1) * n; ++i) {                                                               \
+        const wide_t<T> m = load(mu[i]), v = load(logvar[i]), gz = load(grad_z[i]), e = noise[i];                   \
+        store(out_mu[i], latent_mu_slope<wide_t<T>>(m, gz, grad_kl[b]));                                            \
+        store(out_logvar[i], latent_logvar_slope<wide_t<T>>(v, e, gz, grad_kl[b]));                                 \
+      }                                                                                                             \
+    }                                                                                                               \
+  }
+PF_FOR_EACH_DTYPE(PF_LOOPS)
+
+// f(begin, end, noise of these rows), a few rows at a time.
+template <class F>
+void with_noise(const Tensor& seed, const Tensor& sample_ids, int64_t rows, int64_t n, F f) {
+  const Tensor ids = dense(sample_ids);
+  const Rows stream{key_of(*data<int64_t>(seed)), data<int64_t>(ids), 1, 0, static_cast<uint32_t>(Stream::latent)};
+  const int64_t step = n < chunk ? chunk / (n > 0 ? n : 1) : 1;
+  parallel_rows(rows, 8 * n, [&](int64_t begin, int64_t end) {
+    std::vector<float> noise((step < end - begin ? step : end - begin) * n);
+    for (; begin < end; begin += step) {
+      const int64_t stop = begin + step < end ? begin + step : end;
+      fill_rows(Distribution::normal, stream, begin, stop, n, reinterpret_cast<uint32_t*>(noise.data()));
+      f(begin, stop, noise.data());
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> sample_latent(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) {
+  const ScalarType dtype = mu.scalar_type();
+  mu = dense(mu);
+  logvar = dense(logvar, dtype);
+  const int64_t rows = mu.size(0), n = mu.size(1);
+  Tensor z = new_like(mu), kl = new_tensor({rows}, wide_dtype(dtype));
+  dispatch(dtype, "sample_latent", [&](auto tag) {
+    using T = decltype(tag);
+    const T *m = data<T>(mu), *v = data<T>(logvar);
+    T* to_z = writable<T>(z);
+    auto* to_kl = writable<wide_t<T>>(kl);
+    with_noise(seed, sample_ids, rows, n, [&](int64_t begin, int64_t end, const float* noise) {
+      forward(m + begin * n, v + begin * n, noise, to_z + begin * n, to_kl + begin, end - begin, n);
+    });
+  });
+  return {z, kl};
+}
+
+std::tuple<Tensor, Tensor> sample_latent_backward(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor seed,
+                                                  Tensor sample_ids) {
+  const ScalarType dtype = mu.scalar_type();
+  mu = dense(mu);
+  logvar = dense(logvar, dtype);
+  grad_z = dense(grad_z, dtype);
+  grad_kl = dense(grad_kl, wide_dtype(dtype));
+  const int64_t rows = mu.size(0), n = mu.size(1);
+  Tensor out_mu = new_like(mu), out_logvar = new_like(logvar);
+  dispatch(dtype, "sample_latent_backward", [&](auto tag) {
+    using T = decltype(tag);
+    const T *gz = data<T>(grad_z), *m = data<T>(mu), *v = data<T>(logvar);
+    const auto* gk = data<wide_t<T>>(grad_kl);
+    T *to_mu = writable<T>(out_mu), *to_logvar = writable<T>(out_logvar);
+    with_noise(seed, sample_ids, rows, n, [&](int64_t begin, int64_t end, const float* noise) {
+      const int64_t at = begin * n;
+      backward(gz + at, gk + begin, m + at, v + at, noise, to_mu + at, to_logvar + at, end - begin, n);
+    });
+  });
+  return {out_mu, out_logvar};
+}
+
+}  // namespace
+}  // namespace pf::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
+  m.impl("sample_latent", TORCH_BOX(&pf::cpu::sample_latent));
+  m.impl("sample_latent_backward", TORCH_BOX(&pf::cpu::sample_latent_backward));
+}
