@@ -110,7 +110,8 @@ def pgd(
         eot: draws of a randomised model averaged per step, folded into the batch.
         start: whether to begin at a random point of the ball (Philox stream ATTACK_START, from ``seed`` and
             ``sample_ids``, int64 ``[B]``, default 0 .. B-1).
-        keep_best: return, per image, the iterate of highest mean loss seen and not the last (one or two more forward passes).
+        keep_best: return, per image, the iterate of highest mean loss seen and not the last (one more forward pass, or
+            two with EOT).
         chunk: images in one forward pass at most; exact, bounds the memory.
         health: counts gradients and movement.
 

@@ -66,14 +66,11 @@ def load(name_or_path: str | Path, root: str | Path | None = None, num_classes: 
     if str(name_or_path) == "digits":
         return _digits(num_classes)
     path = _find(Path(name_or_path), None if root is None else Path(root))
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in ARRAYS if name not in file]
-            if missing:
-                raise ValueError(f"{path} lacks {', '.join(missing)}: it needs {', '.join(ARRAYS)}, has {file.files}")
-            arrays = {name: _read(file, name) for name in ARRAYS}
-    except (zipfile.BadZipFile, AttributeError, TypeError, OSError) as error:
-        raise ValueError(f"{path} is not an .npz file (numpy.savez writes one): {error}") from error
+    with _open(path) as file:
+        missing = [name for name in ARRAYS if name not in file]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}: it needs {', '.join(ARRAYS)}, has {file.files}")
+        arrays = {name: _read(file, name) for name in ARRAYS}
     return _checked(arrays, path.stem, num_classes)
 
 
@@ -115,6 +112,16 @@ def _find(path: Path, root: Path | None) -> Path:
         f"no data set {str(path)!r}: looked for {looked}. Give 'digits', or an .npz file (numpy.savez) with the arrays "
         f"x_train, x_test (uint8 images) and y_train, y_test (integer labels); Keras' mnist.npz is one"
     )
+
+
+def _open(path: Path) -> np.lib.npyio.NpzFile:
+    try:
+        file = np.load(path, allow_pickle=False)
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not an .npz file (numpy.savez writes one)") from error
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError(f"{path} is not an .npz file (numpy.savez writes one), it holds one {type(file).__name__}")
+    return file
 
 
 def _read(file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:

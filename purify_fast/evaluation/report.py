@@ -282,10 +282,10 @@ _MARK = '**<span style="color:red">unreliable</span>**'
 _COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "mean", "worst", "gradients", "", "seed", "s"]
 _LEGEND = [
     "variant: the model as it is (random), with fixed noise, or its deterministic version. EOT: draws averaged per"
-    " gradient. n: images. accuracy ± binomial standard error, %: clean, one prediction; under attack, images classified"
-    " correctly and right in every repeated prediction. mean: accuracy of one prediction, %. worst: right in all of the"
-    " repeated predictions (their number in brackets), %. gradients: share non-finite / zero / images not moved. s:"
-    " seconds.",
+    " gradient. n: images. accuracy ± binomial standard error, %: clean, one prediction; under attack, images"
+    " classified correctly and right in every repeated prediction. mean: accuracy of one prediction, %. worst: right"
+    " in all of the repeated predictions (their number in brackets), %. gradients: share non-finite / zero / images"
+    " not moved. s: seconds.",
     "",
     f"{_MARK}: the attack lacked gradients (any non-finite one, more than 5 % zero ones, or more than 1 % of the"
     " correctly classified images not moved), so its number measures the gradients, not the model.",

@@ -1,0 +1,332 @@
+import pytest
+import torch
+from torch import nn
+
+from purify_fast.attacks import GradientHealth, cross_entropy, dlr, fgsm, frozen, input_gradient, margin, pgd
+from purify_fast.attacks.gradient import random_start
+from purify_fast.nn import SmallCNN
+
+EPS = 0.2
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return SmallCNN(in_channels=3, num_classes=5, image_size=(8, 8), width=4)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    g = torch.Generator().manual_seed(1)
+    return torch.rand(9, 3, 8, 8, generator=g), torch.randint(0, 5, (9,), generator=g)
+
+
+class Noisy(nn.Module):
+    """Logit noise from torch's global generator."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x + 0.1 * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_stays_in_ball_and_box(model, batch, norm, loss, keep_best):
+    x, y = batch
+    adversarial = pgd(model, x, y, eps=EPS, steps=5, norm=norm, loss=loss, keep_best=keep_best)
+    d = (adversarial - x).flatten(1)
+    length = d.abs().amax(1) if norm == "linf" else d.norm(dim=1)
+    assert adversarial.shape == x.shape and adversarial.dtype == x.dtype
+    assert bool((length <= EPS + 1e-6).all()) and bool((length > 0.5 * EPS).all())
+    assert float(adversarial.min()) >= 0 and float(adversarial.max()) <= 1
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_raises_the_loss(model, batch, norm):
+    x, y = batch
+    before = cross_entropy(model(x), y)
+    weak = cross_entropy(model(pgd(model, x, y, eps=0.05, steps=10, norm=norm)), y)
+    strong = cross_entropy(model(pgd(model, x, y, eps=0.3, steps=10, norm=norm)), y)
+    assert bool((weak > before).all()) and bool((strong > weak).all())
+
+
+def test_other_box(model, batch):
+    x, y = batch
+    adversarial = pgd(model, x * 0.5 + 0.25, y, eps=0.5, steps=3, lo=0.25, hi=0.75)
+    assert float(adversarial.min()) >= 0.25 and float(adversarial.max()) <= 0.75
+
+
+def test_model_comes_back_as_it_was(model, batch):
+    x, y = batch
+    net = nn.Sequential(SmallCNN(3, 5, (8, 8), 4), nn.Dropout(), nn.Linear(5, 5))
+    net[2].eval()
+    net[0].conv1.weight.requires_grad_(False)
+    x.requires_grad_(False)
+    modes = [m.training for m in net.modules()]
+    wants = [p.requires_grad for p in net.parameters()]
+    rng = torch.get_rng_state()
+    pgd(net, x, y, eps=EPS, steps=2)
+    assert [m.training for m in net.modules()] == modes and modes[0]
+    assert [p.requires_grad for p in net.parameters()] == wants and not wants[0]
+    assert all(p.grad is None for p in net.parameters()) and not x.requires_grad
+    assert torch.equal(rng, torch.get_rng_state())  # the start is Philox's
+    with pytest.raises(RuntimeError), frozen(net):
+        raise RuntimeError
+    assert [m.training for m in net.modules()] == modes
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "pgd"])
+def test_no_weight_gradients(batch, attack):
+    """A frozen view: no parameter asks for a gradient during the forward pass, and no backward computes one."""
+    x, y = batch
+    seen, masks = [], []
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(x, w)
+            return x * w
+
+        @staticmethod
+        def backward(ctx, g):
+            masks.append(ctx.needs_input_grad)
+            return g * ctx.saved_tensors[1], g * ctx.saved_tensors[0]
+
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.head = nn.Parameter(torch.ones(3, 8, 8)), nn.Linear(192, 5)
+
+        def forward(self, x):
+            seen.append((self.training, *(p.requires_grad for p in self.parameters())))
+            return self.head(Square.apply(x, self.scale).flatten(1))
+
+    net = Probe()
+    run = {"fgsm": fgsm, "pgd": lambda *a, **k: pgd(*a, steps=3, keep_best=True, **k)}[attack]
+    run(net, x, y, eps=EPS)
+    assert seen and not any(any(s) for s in seen)
+    assert masks and all(mask == (True, False) for mask in masks)
+    assert all(p.grad is None for p in net.parameters()) and net.training
+
+
+def test_plain_callable(model, batch):
+    x, y = batch
+    with frozen(model):
+        assert torch.equal(pgd(lambda z: model(z), x, y, eps=EPS, steps=3), pgd(model, x, y, eps=EPS, steps=3))
+
+
+def test_eot_is_the_explicit_mean(batch, model):
+    """Folded draws give the gradient of the sum over draws; for a deterministic model, EOT changes nothing."""
+    x, y = batch
+    with frozen(model):
+        one, value = input_gradient(model, x, y)
+        for eot, chunk in ((4, None), (4, 9), (4, 20), (5, 1)):
+            folded, mean = input_gradient(model, x, y, eot=eot, chunk=chunk)
+            assert torch.allclose(folded, eot * one, rtol=1e-4, atol=1e-6)
+            assert torch.allclose(mean, value, rtol=1e-5)
+    a, b = (pgd(model, x, y, eps=EPS, steps=4, eot=e) for e in (1, 3))
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_eot_draws_differ(batch, model):
+    """Under one seed, folded draws are the draws of an explicit loop over one noise tensor."""
+    x, y = batch
+    noisy = Noisy(model)
+    torch.manual_seed(3)
+    noise = torch.randn(4 * len(x), 3, 8, 8)
+    with frozen(noisy):
+        torch.manual_seed(3)
+        folded, _ = input_gradient(noisy, x, y, eot=4)
+        leaf = x.clone().requires_grad_()
+        loops = sum(cross_entropy(model(leaf + 0.1 * noise[9 * k : 9 * k + 9]), y).sum() for k in range(4))
+        (explicit,) = torch.autograd.grad(loops, leaf)
+    assert torch.allclose(folded, explicit, atol=1e-5)
+    assert not torch.allclose(noise[:9], noise[9:18])
+
+
+@pytest.mark.parametrize("chunk", [1, 9, 10, 18, 1000])
+def test_chunk_bounds_the_batch_and_is_exact(batch, model, chunk):
+    x, y = batch
+    sizes = []
+
+    def watched(z):
+        sizes.append(len(z))
+        return model(z)
+
+    with frozen(model):
+        got = pgd(watched, x, y, eps=EPS, steps=3, eot=4, chunk=chunk, keep_best=True)
+        want = pgd(model, x, y, eps=EPS, steps=3, eot=4, keep_best=True)
+    assert max(sizes) <= max(chunk, len(x))
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_per_sample_eps_and_alpha(batch, model):
+    x, y = batch
+    eps = torch.linspace(0, 0.3, 9)
+    together = pgd(model, x, y, eps=eps, alpha=eps / 2, steps=4)
+    assert torch.equal(together[0], x[0])
+    for i in range(9):
+        ids = torch.tensor([i])
+        alone = pgd(
+            model, x[i : i + 1], y[i : i + 1], eps=float(eps[i]), alpha=float(eps[i] / 2), steps=4, sample_ids=ids
+        )
+        assert torch.allclose(alone[0], together[i], atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_batch_splits_agree(batch, model, norm):
+    x, y = batch
+    ids = torch.arange(100, 109)
+    whole = pgd(model, x, y, eps=EPS, steps=3, norm=norm, seed=7, sample_ids=ids)
+    parts = [
+        pgd(model, x[i], y[i], eps=EPS, steps=3, norm=norm, seed=7, sample_ids=ids[i])
+        for i in (torch.arange(2), torch.arange(2, 9))
+    ]
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-5)
+    assert not torch.allclose(pgd(model, x, y, eps=EPS, steps=1, norm=norm, seed=8, sample_ids=ids), whole, atol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_start_fills_the_ball(norm):
+    n, size = 2000, 3
+    x = torch.full((n, size), 0.5)
+    d = random_start(x, torch.full((n,), 0.3), norm, 0, None, 0.0, 1.0) - x
+    length = d.abs().amax(1) if norm == "linf" else d.norm(dim=1)
+    assert float(length.max()) <= 0.3 + 1e-6
+    # uniform in the ball: P(length < r) = (r / eps)^size
+    for r in (0.15, 0.24):
+        assert float((length < r).float().mean()) == pytest.approx((r / 0.3) ** size, abs=0.03)
+    assert float(d.mean(0).abs().max()) < 0.02
+
+
+def test_fgsm_is_one_step(batch, model):
+    x, y = batch
+    with frozen(model):
+        gradient, _ = input_gradient(model, x, y)
+    assert torch.equal(fgsm(model, x, y, eps=EPS), (x + EPS * gradient.sign()).clamp(0, 1))
+    step = EPS * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    assert torch.allclose(fgsm(model, x, y, eps=EPS, norm="l2"), (x + step).clamp(0, 1), atol=1e-6)
+
+
+def test_keep_best_never_loses(batch, model):
+    """With a step far too long the last iterate overshoots; the best seen does not."""
+    x, y = batch
+    kept, last = (
+        cross_entropy(model(pgd(model, x, y, eps=0.3, alpha=0.6, steps=9, keep_best=k)), y) for k in (True, False)
+    )
+    assert bool((kept >= last - 1e-5).all()) and bool((kept > last + 1e-4).any())
+
+
+def test_keep_best_is_not_luck():
+    """Of many noisy values the highest is high by luck: the kept point must be judged again, by fresh draws."""
+
+    def coin(x):  # the true slope leads up; the noise on the value dwarfs it at every point
+        z = x.flatten(1).mean(1)
+        noise = 2 * torch.randn(len(x))
+        return torch.stack([torch.zeros_like(z), 3 * z + noise], 1)
+
+    torch.manual_seed(0)
+    x, y = torch.full((200, 1, 2, 2), 0.5), torch.zeros(200, dtype=torch.int64)
+    kept = pgd(coin, x, y, eps=0.5, steps=20, eot=4, keep_best=True, loss="margin")
+    assert float(kept.mean()) > 0.75
+
+
+def test_empty_batch(model):
+    x = torch.empty(0, 3, 8, 8)
+    assert pgd(model, x, torch.empty(0, dtype=torch.int64), eps=EPS).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(9, 3, 8, 8, dtype=torch.uint8)}, "floating point"),
+        ({"y": torch.zeros(9)}, "y must be int64"),
+        ({"y": torch.zeros(8, dtype=torch.int64)}, r"y must be int64 \[B\] = \[9\]"),
+        ({"norm": "l1"}, "norm must be one of linf, l2"),
+        ({"loss": "mse"}, "loss must be one of"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"eot": 0}, "eot must be at least 1"),
+        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"eps": -0.1}, "eps must be at least 0"),
+        ({"eps": float("nan")}, "eps must be at least 0"),
+        ({"alpha": -0.1}, "alpha must be at least 0"),
+        ({"eps": torch.zeros(3)}, r"eps must be a number or a tensor \[B\]"),
+    ],
+)
+def test_errors(batch, model, change, message):
+    arguments = {"x": batch[0], "y": batch[1], "eps": EPS} | change
+    with pytest.raises(ValueError, match=message):
+        pgd(model, arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+def test_losses_by_hand():
+    logits = torch.tensor([[3.0, 1.0, 0.5], [1.0, 4.0, 2.0]], requires_grad=True)
+    y = torch.tensor([0, 2])
+    assert margin(logits, y).tolist() == [-2.0, 2.0]
+    assert dlr(logits, y).tolist() == pytest.approx([-2 / 2.5, 2 / 3])
+    assert cross_entropy(logits, y)[0].item() == pytest.approx(-3 + torch.logsumexp(logits[0], 0).item())
+    with pytest.raises(ValueError, match="at least 3 classes"):
+        dlr(logits[:, :2], y)
+
+
+def test_health_counts():
+    health = GradientHealth()
+    assert health.reliable and health.count("gradients") == 0
+    g = torch.ones(10, 3)
+    g[0, 1], g[1, 2], g[2], g[3] = torch.nan, torch.inf, 0, 0
+    health.see_gradient(g)
+    health.see_gradient(torch.ones(10, 3))
+    assert (health.count("gradients"), health.count("nonfinite"), health.count("zero")) == (20, 2, 2)
+    assert (health.nonfinite, health.zero) == (0.1, 0.1) and not health.reliable
+    x = torch.rand(10, 3)
+    moved = x.clone()
+    moved[4:] += 1
+    health.see_move(x, moved, torch.arange(10) < 8)
+    assert (health.count("images"), health.count("unmoved"), health.unmoved) == (8, 4, 0.5)
+
+
+@pytest.mark.parametrize(
+    "nonfinite, zero, unmoved, reliable",
+    [(0, 0, 0, True), (1, 0, 0, False), (0, 50, 0, True), (0, 51, 0, False), (0, 0, 10, True), (0, 0, 11, False)],
+)
+def test_health_thresholds(nonfinite, zero, unmoved, reliable):
+    g = torch.ones(1000, 2)
+    g[:nonfinite, 0] = torch.nan
+    g[1000 - zero :] = 0
+    health = GradientHealth()
+    health.see_gradient(g)
+    start, end = torch.zeros(1000, 1), torch.ones(1000, 1)
+    end[:unmoved] = 0
+    health.see_move(start, end, torch.ones(1000, dtype=torch.bool))
+    assert health.reliable is reliable
+
+
+def test_health_of_attacks(batch, model):
+    x, y = batch
+    good, nan, flat = GradientHealth(), GradientHealth(), GradientHealth()
+    y = model(x).argmax(1)
+    pgd(model, x, y, eps=EPS, steps=4, health=good)
+    assert good.count("gradients") == 4 * len(x) and good.count("images") == len(x)
+    assert good.reliable and good.unmoved == 0
+    # sqrt has no finite slope at 0, and values there are fine
+    pgd(lambda z: model(z) + (z - z).flatten(1).sum(1, keepdim=True).sqrt(), x, y, eps=EPS, steps=4, health=nan)
+    assert nan.nonfinite == 1 and nan.unmoved == 1 and not nan.reliable
+    pgd(lambda z: model(z.round()) + 0 * z.flatten(1)[:, :5], x, y, eps=0.01, steps=4, health=flat)
+    assert flat.zero == 1 and not flat.reliable
+
+
+def test_health_forgives_dlr_where_it_has_won():
+    """DLR is 1, flat, once the true class is third: no fault of the model."""
+    x = torch.rand(8, 1, 2, 2)
+
+    def lost(z):
+        v = z.flatten(1).mean(1)
+        return torch.stack([v * 0, 1 + v, 2 + v], 1)
+
+    health = GradientHealth()
+    pgd(lost, x, torch.zeros(8, dtype=torch.int64), eps=EPS, steps=3, loss="dlr", health=health)
+    assert health.count("gradients") == 24 and health.zero == 0 and health.reliable

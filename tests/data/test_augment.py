@@ -1,0 +1,74 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from purify_fast.data import crop_flip
+
+X = torch.randint(0, 256, (64, 3, 7, 9), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+IDS = torch.arange(64)
+
+
+def candidates(image, padding, mode):
+    """Every crop of the padded image, straight and mirrored."""
+    kind = {"zero": "constant", "reflect": "reflect"}[mode]
+    padded = F.pad(image[None].float(), [padding] * 4, mode=kind)[0].to(image.dtype)
+    h, w = image.shape[1:]
+    out = []
+    for i in range(2 * padding + 1):
+        for j in range(2 * padding + 1):
+            out += [padded[:, i : i + h, j : j + w], padded[:, i : i + h, j : j + w].flip(2)]
+    return out
+
+
+@pytest.mark.parametrize("mode", ["zero", "reflect"])
+def test_is_a_crop_of_the_padded_image(mode):
+    out = crop_flip(X, 0, IDS, 2, mode=mode)
+    assert out.dtype == X.dtype and out.shape == X.shape
+    seen = set()
+    for image, made in zip(X, out, strict=True):
+        which = [k for k, c in enumerate(candidates(image, 2, mode)) if torch.equal(c, made)]
+        assert len(which) == 1
+        seen.add(which[0])
+    assert len(seen) > 25  # of 50: 64 uniform draws leave out 14 on average
+    assert {k % 2 for k in seen} == {0, 1}
+
+
+def test_corners_are_reached_and_uniform():
+    ids = torch.arange(4000)
+    marks = torch.zeros(4000, 1, 5, 5)
+    marks[:, :, 2, 2] = 1
+    out = crop_flip(marks, 3, ids, 2, flip=False).flatten(1)
+    share = out.mean(0)  # each of the 25 places equally often
+    assert bool((share > 0.025).all()) and bool((share < 0.055).all())
+
+
+def test_a_function_of_seed_epoch_and_id():
+    out = crop_flip(X, 1, IDS)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(crop_flip(X[order], 1, IDS[order]), out[order])
+    assert torch.equal(torch.cat([crop_flip(X[:5], 1, IDS[:5]), crop_flip(X[5:], 1, IDS[5:])]), out)
+    assert torch.equal(crop_flip(X, torch.tensor([1]), IDS), out)
+    assert not torch.equal(crop_flip(X, 2, IDS), out)
+    assert not torch.equal(crop_flip(X, 1, IDS, epoch=1), out)
+    assert torch.equal(crop_flip(X.float(), 1, IDS), out.float())
+
+
+def test_off():
+    assert torch.equal(crop_flip(X, 0, IDS, 0, flip=False), X)
+    mirrored = crop_flip(X, 0, IDS, 0)
+    assert all(torch.equal(m, x) or torch.equal(m, x.flip(2)) for m, x in zip(mirrored, X, strict=True))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((X[0], 0, IDS), r"\[B, C, H, W\]"),
+        ((X, 0, IDS[:3]), "sample_ids"),
+        ((X, 0, IDS, -1), "padding"),
+        ((X, 0, IDS, 7, True, "reflect"), "padding .*below 7"),
+        ((X, 0, IDS, 2, True, "wrap"), "mode"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        crop_flip(*arguments)

@@ -1,0 +1,169 @@
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from purify_fast import data
+
+RNG = np.random.default_rng(0)
+
+
+def arrays(n=12, m=6, shape=(8, 9), classes=3, **replace):
+    images = {f"x_{p}": RNG.integers(0, 256, (k, *shape), dtype=np.uint8) for p, k in (("train", n), ("test", m))}
+    labels = {f"y_{p}": np.arange(k) % classes for p, k in (("train", n), ("test", m))}
+    return images | labels | replace
+
+
+def saved(folder, **arrays_):
+    np.savez(folder / "set.npz", **arrays_)
+    return folder / "set.npz"
+
+
+def test_digits():
+    pytest.importorskip("sklearn")
+    d = data.load("digits")
+    assert d.x_train.shape == (1197, 1, 16, 16) and d.x_test.shape == (600, 1, 16, 16)
+    assert d.x_train.dtype == torch.uint8 and d.y_train.dtype == torch.int64
+    assert (d.name, d.num_classes, d.image_shape) == ("digits", 10, (1, 16, 16))
+    assert int(d.x_train.min()) == 0 and int(d.x_train.max()) == 255
+    # a fixed split: every image once, and always the same ones
+    assert torch.equal(data.load("digits").x_test, d.x_test)
+    assert d.y_test[:8].tolist() == data.load("digits").y_test[:8].tolist()
+    from sklearn.datasets import load_digits
+
+    both = torch.cat([d.y_train, d.y_test]).bincount()
+    assert both.tolist() == np.bincount(load_digits().target).tolist()
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"purify-fast\[demo\]"):
+        data.load("digits")
+
+
+@pytest.mark.parametrize("shape", [(8, 9), (8, 9, 1), (1, 8, 9), (8, 9, 3), (3, 8, 9)])
+def test_layouts(tmp_path, shape):
+    a = arrays(shape=shape)
+    d = data.load(saved(tmp_path, **a))
+    channels = 3 if 3 in shape else 1
+    assert d.image_shape == (channels, 8, 9) and d.num_classes == 3 and d.name == "set"
+    want = a["x_test"]
+    if len(shape) == 2:
+        want = want[:, None]
+    elif shape[-1] in (1, 3):
+        want = want.transpose(0, 3, 1, 2)
+    assert np.array_equal(d.x_test.numpy(), want) and d.x_test.is_contiguous()
+    assert np.array_equal(d.y_train.numpy(), a["y_train"])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", ["divided", "multiplied"])
+def test_floats_that_are_levels(tmp_path, dtype, scale):
+    a = arrays(n=256, shape=(4, 4))
+    a["x_train"][:, 0, 0] = np.arange(256)  # every level
+    f = {k: v.astype(dtype) for k, v in a.items() if k[0] == "x"}
+    f = {k: v / dtype(255) if scale == "divided" else v * dtype(1 / 255) for k, v in f.items()}
+    d = data.load(saved(tmp_path, **a | f))
+    assert np.array_equal(d.x_train[:, 0].numpy(), a["x_train"])
+    assert torch.allclose(data.to_float(d.x_train)[:, 0].double(), torch.from_numpy(f["x_train"]).double(), atol=1e-7)
+
+
+def test_two_classes_column_labels_and_override(tmp_path):
+    a = arrays(classes=2)
+    a["y_train"] = a["y_train"][:, None].astype(np.uint8)
+    d = data.load(saved(tmp_path, **a))
+    assert d.num_classes == 2 and d.y_train.shape == (12,) and d.y_train.dtype == torch.int64
+    assert data.load(tmp_path / "set.npz", num_classes=5).num_classes == 5
+    only = a | {"y_train": np.full(12, 3), "y_test": np.full(6, 1)}
+    assert data.load(saved(tmp_path, **only), num_classes=4).num_classes == 4
+
+
+def with_(array, index, value):
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+X, Y = arrays()["x_test"], arrays()["y_test"]
+F = (X / 255).astype(np.float32)
+BAD = {
+    "nan": ({"x_test": with_(F, (2, 3, 4), np.nan)}, r"x_test\[2, 3, 4\] is nan: x_test must hold finite"),
+    "above": ({"x_test": with_(F, (1, 0, 2), 1.5)}, r"x_test\[1, 0, 2\] is 1.5: .*\[0, 1\]"),
+    "below": ({"x_test": with_(F, (1, 0, 2), -0.25)}, r"x_test\[1, 0, 2\] is -0.25"),
+    "between levels": ({"x_test": with_(F * 0, (0, 1, 1), 0.3)}, r"x_test\[0, 1, 1\] is 0.3.*multiples of 1/255"),
+    "int images": ({"x_test": X.astype(np.int32)}, "x_test must be uint8 .*int32"),
+    "half": ({"x_test": F.astype(np.float16)}, "x_test must be uint8 .*float16"),
+    "flat": ({"x_test": X.reshape(6, -1)}, r"x_test must be \[N, H, W\].*\[6, 72\]"),
+    "no channels": ({"x_test": X.reshape(6, 8, 3, 3)[:, :, :2, :2]}, "x_test has the shape .*neither"),
+    "two channels": ({"x_test": np.zeros((6, 3, 8, 3), np.uint8)}, "x_test has the shape .*both"),
+    "other size": ({"x_test": X[:, :7]}, "x_test must have the images' shape of x_train"),
+    "other channels": ({"x_test": np.stack([X] * 3, 1)}, "x_test must have the images' shape of x_train"),
+    "empty": ({"x_test": X[:0], "y_test": Y[:0]}, "x_test is empty"),
+    "no labels": ({"y_test": Y[:0]}, "y_test is empty"),
+    "length": ({"y_test": Y[:5]}, "y_test has 5 labels for the 6 images"),
+    "float labels": ({"y_test": Y.astype(float)}, "y_test must be integers, got float64"),
+    "one-hot labels": ({"y_test": np.eye(3, dtype=int)[Y]}, r"y_test must be \[N\]"),
+    "negative": ({"y_test": with_(Y, 4, -1)}, r"y_test\[4\] is -1"),
+    "huge": ({"y_test": with_(Y.astype(np.uint64), 4, 2**63)}, r"y_test\[4\] is 9223372036854775808"),
+    "gap": ({"y_test": with_(Y, 3, 4)}, r"y_test\[3\] is 4: .*no image has label 3"),
+    "objects": ({"y_test": np.array([0, 1, None, 1, 2, 0], dtype=object)}, "y_test cannot be read safely"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(tmp_path, case):
+    replace, message = BAD[case]
+    path = saved(tmp_path, **arrays() | replace)
+    with pytest.raises(ValueError, match=message):
+        data.load(path)
+
+
+def test_refused_with_num_classes(tmp_path):
+    path = saved(tmp_path, **arrays())
+    with pytest.raises(ValueError, match=r"y_train\[2\] is 2: .*0 \.\. 1"):
+        data.load(path, num_classes=2)
+    path = saved(tmp_path, **arrays(classes=1))
+    with pytest.raises(ValueError, match="one class only"):
+        data.load(path)
+
+
+def test_missing_arrays_and_other_files(tmp_path):
+    path = saved(tmp_path, x_train=X, y_train=Y)
+    with pytest.raises(ValueError, match="lacks x_test, y_test"):
+        data.load(path)
+    (tmp_path / "text.npz").write_text("not a zip file")
+    with pytest.raises(ValueError, match=r"text\.npz"):
+        data.load(tmp_path / "text.npz")
+    np.save(tmp_path / "one.npy", X)
+    with pytest.raises(ValueError, match=r"one\.npy is not an \.npz"):
+        data.load(tmp_path / "one.npy")
+
+
+def test_missing_file_says_where_and_what(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        data.load("mnist", tmp_path)
+    text = str(error.value)
+    assert str(tmp_path / "mnist.npz") in text and "x_train" in text and "'digits'" in text
+    assert re.search(r"looked for .*, .*, ", text)
+
+
+def test_root(tmp_path):
+    saved(tmp_path, **arrays())
+    assert data.load("set", tmp_path).name == data.load("set.npz", tmp_path).name == "set"
+
+
+def test_to(tmp_path):
+    d = data.load(saved(tmp_path, **arrays()))
+    there = d.to("meta")
+    assert there.x_test.device.type == there.y_train.device.type == "meta" and there.image_shape == d.image_shape
+    with pytest.raises(AttributeError):
+        d.name = "other"
+
+
+def test_to_float():
+    levels = data.to_float(torch.arange(256, dtype=torch.uint8))
+    assert levels.dtype == torch.float32 and float(levels[255]) == 1 and float(levels[51]) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="uint8"):
+        data.to_float(levels)
