@@ -30,8 +30,9 @@ TANGENT = 80.0  # exp(80) = 5.5e34: sums of thousands of classes stay below floa
 
 def _tangent_exp(q: Tensor) -> tuple[Tensor, Tensor]:
     """exp(q) continued linearly above TANGENT, and its derivative."""
-    slope = torch.exp(q.clamp(max=TANGENT))
-    return slope * (1 + (q - TANGENT).clamp(min=0)), slope
+    above = q > TANGENT  # where, not clamps: at TANGENT itself autograd would see no slope
+    slope = torch.exp(torch.where(above, TANGENT, q))
+    return torch.where(above, slope * (1 + (q - TANGENT)), slope), slope
 
 
 def reference(logits: Tensor, method: int) -> Tensor:
