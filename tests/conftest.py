@@ -1,0 +1,74 @@
+"""Fixtures shared by the whole suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from purify_fast import _library
+from purify_fast.ops import use_backend
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request) -> Iterator[str]:
+    """Each CPU backend in turn, forced for the test."""
+    if request.param == "cpp" and not _library.loaded():
+        if os.environ.get("PURIFY_FAST_NO_EXTENSION") == "1":
+            pytest.skip("the compiled extension is switched off by PURIFY_FAST_NO_EXTENSION=1")
+        pytest.fail(f"no compiled extension to test: {_library.load_error}", pytrace=False)
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New memory holds NaN (integers: the largest), so that an element a kernel forgets is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def _within_budget(actual: Tensor, golden: Tensor, same: Tensor) -> None:
+    """``actual`` errs against the float64 ``golden`` by at most twice what the same-dtype reference does + 2 eps."""
+    assert actual.dtype == same.dtype and actual.shape == same.shape == golden.shape
+    assert golden.dtype == torch.float64
+    if actual.dtype == torch.float64:  # the golden value has rounding errors of its own
+        torch.testing.assert_close(actual, golden, rtol=1e-10, atol=1e-12, equal_nan=True)
+        return
+    assert torch.equal(actual.isnan(), same.isnan()), "NaN elsewhere than in the reference"
+    assert torch.equal(actual.isinf() * actual.sign(), same.isinf() * same.sign()), "infinities differ"
+    ok = same.isfinite() & golden.isfinite()
+    if not ok.any():
+        return
+    eps = torch.finfo(actual.dtype).eps
+    actual, same, golden = actual[ok].double(), same[ok].double(), golden[ok]
+    error, reference = (actual - golden).abs().max().item(), (same - golden).abs().max().item()
+    budget = 2 * reference + 2 * eps * golden.abs().max().item()
+    assert error <= budget, f"error {error:.3e}, budget {budget:.3e} (the reference's error: {reference:.3e})"
+
+
+@pytest.fixture
+def within_budget() -> Callable[[Tensor, Tensor, Tensor], None]:
+    return _within_budget
+
+
+@pytest.fixture
+def ulps() -> Callable[[Tensor, Tensor], int]:
+    """The largest distance between two float32 tensors, in representable numbers."""
+
+    def distance(a: Tensor, b: Tensor) -> int:
+        a, b = (x.contiguous().view(torch.int32).long() for x in (a, b))
+        a, b = (torch.where(x < 0, -(x & 0x7FFFFFFF), x) for x in (a, b))
+        return int((a - b).abs().max()) if a.numel() else 0
+
+    return distance

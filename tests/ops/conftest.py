@@ -1,0 +1,68 @@
+"""What every op's contract is checked with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def tensors(value) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def registered(handle, *inputs: tuple) -> None:
+    """The schema, the fake and the registrations of an opaque op, for every set of arguments."""
+    for arguments in inputs:
+        torch.library.opcheck(handle, arguments)
+        outputs = tensors(handle(*arguments))
+        with FakeTensorMode() as mode:
+            fake = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
+            fakes = tensors(handle(*fake))
+        given = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, Tensor) and a.numel()}
+        for real, imagined in zip(outputs, fakes, strict=True):
+            assert (real.shape, real.dtype) == (imagined.shape, imagined.dtype)
+            assert real.is_contiguous() and imagined.is_contiguous()
+            assert real.numel() == 0 or real.untyped_storage().data_ptr() not in given, "an output aliases an input"
+
+
+def compiles(
+    function: Callable,
+    make: Callable[[int], tuple],
+    sizes: Sequence[int] = (5, 8, 13),
+    *,
+    exact: bool = False,
+    compiler: str = "inductor",
+) -> None:
+    """One graph for every batch size, equal to eager in outputs and gradients."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
+    tolerance = {"rtol": 0, "atol": 0} if exact else {}
+    for index, size in enumerate(sizes):
+        arguments = make(size)
+        leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+        results = []
+        for call in (function, compiled):
+            with torch._dynamo.config.patch(error_on_recompile=index > 0):
+                outputs = tensors(call(*arguments))
+            differentiable = [out for out in outputs if out.requires_grad]
+            total = sum(
+                (out.float() * torch.linspace(0.5, 1.5, out.numel()).view_as(out)).sum() for out in differentiable
+            )
+            results.append((*outputs, *(torch.autograd.grad(total, leaves) if leaves else ())))
+        for eager, fast in zip(*results, strict=True):
+            torch.testing.assert_close(fast, eager, **tolerance)
+
+
+@pytest.fixture
+def contract():
+    """`registered` and `compiles` under one name."""
+
+    class Contract:
+        registered = staticmethod(registered)
+        compiles = staticmethod(compiles)
+
+    return Contract

@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from purify_fast.ops import aggregate, use_backend
+
+op = import_module("purify_fast.ops.aggregate")
+SMOOTH = ("lse", "peel", "mean", "probability")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHAPES = ((1, 1, 2), (3, 8, 10), (2, 5, 101), (5, 64, 7), (2, 3, 1300), (0, 4, 10))
+
+
+def random(*shape: int, scale: float = 3.0, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+
+
+def with_margin(samples: int, margin: float, classes: int = 10, batch: int = 3) -> torch.Tensor:
+    """The right class, 0, ahead by ``margin`` in every sample."""
+    logits = torch.zeros(batch, samples, classes)
+    logits[:, :, 0] = margin
+    return logits.requires_grad_()
+
+
+# the method's numbers: specification facts 9 and 10
+
+
+def test_published_example(backend):
+    logits = torch.tensor([[[1.0, 0.0, -1.0], [0.5, 0.2, -0.3]]], dtype=torch.float64)
+
+    def close(method, *expected, atol=1e-4):
+        torch.testing.assert_close(
+            aggregate(logits, method), torch.tensor([expected], dtype=torch.float64), rtol=0, atol=atol
+        )
+
+    torch.testing.assert_close(
+        aggregate(logits, "lse").exp(), torch.tensor([[4.367003, 2.221403, 1.108698]]).double(), rtol=0, atol=2e-6
+    )
+    p = torch.tensor([[0.865463, 0.101257, 0.033280]]).double()
+    torch.testing.assert_close(aggregate(logits, "peel").exp(), p, rtol=0, atol=1e-6)
+    close("peel_reference", 1.8614, -2.1833, -3.3689)
+    close("mean", 0.75, 0.10, -0.65)
+    close("probability", 0.7389, 0.0998, -0.6312)
+    close("vote_reference", 2, 0, -2)
+    close("vote", 2, 0, 0)  # a true majority: both samples choose class 0
+    second = torch.tensor([[[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]], dtype=torch.float64)
+    expected = torch.tensor([[0.458847, 0.458847, 0.082305]]).double()
+    torch.testing.assert_close(aggregate(second, "peel").exp(), expected, rtol=0, atol=1e-6)
+
+
+def test_saturation_of_the_published_head(backend):
+    """logit(P) is infinite and without gradient from a margin that every classifier reaches; log P is neither."""
+    label = torch.zeros(1, dtype=torch.long)
+    one = with_margin(8, 1.0, batch=1)
+    assert aggregate(one.double(), "peel_reference")[0, 0].item() == pytest.approx(11.5490, abs=1e-4)
+    assert aggregate(one, "peel_reference")[0, 0].item() == pytest.approx(11.5479, abs=2e-3)
+    assert aggregate(one, "peel")[0, 0].item() == pytest.approx(-9.656e-6, abs=2e-7)  # float32: in steps of 1.2e-7
+    assert aggregate(one.double(), "peel")[0, 0].item() == pytest.approx(-9.6453e-6, abs=1e-9)
+
+    for margin, expected in ((2.0, -51.112), (3.0, -152.684)):
+        logits = with_margin(8, margin, batch=1)
+        published = aggregate(logits, "peel_reference")
+        assert published[0, 0] == torch.inf
+        loss = F.cross_entropy(published, label)
+        assert loss.isnan()
+        assert torch.autograd.grad(loss, logits)[0].isnan().any()
+
+        ours = aggregate(logits, "peel")
+        assert ours[0, 1].item() == pytest.approx(expected, abs=1e-3)
+        (gradient,) = torch.autograd.grad(F.nll_loss(ours, label + 1), logits)
+        assert ours.isfinite().all() and gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+def dlr(logits: torch.Tensor) -> torch.Tensor:
+    ordered = logits.sort(1, descending=True).values
+    return -((logits[:, 0] - ordered[:, 1]) / (ordered[:, 0] - ordered[:, 2] + 1e-12)).sum()
+
+
+LOSSES = {
+    "ce": lambda q: F.cross_entropy(q, torch.zeros(len(q), dtype=torch.long), reduction="sum"),
+    "dlr": dlr,
+    "margin": lambda q: (q[:, 1:].amax(1) - q[:, 0]).sum(),
+}
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 8, 17, 64])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_default_head_can_be_attacked_at_any_margin(backend, samples, loss):
+    for margin in (1, 2, 5, 10, 20, 40, 60, 80, 100):
+        if loss == "ce" and margin > 80:
+            continue  # float32 ends: exp(-100) is 0
+        logits = with_margin(samples, float(margin))
+        with torch.no_grad():
+            logits += 0.1 * random(3, samples, 10, scale=1.0, seed=margin, dtype=torch.float32).clamp(-2, 2)
+        q = aggregate(logits)
+        assert q.isfinite().all()
+        (gradient,) = torch.autograd.grad(LOSSES[loss](q), logits)
+        assert gradient.isfinite().all(), margin
+        assert (gradient.flatten(1).abs().amax(1) > 0).all(), margin
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e2, 1e3])
+def test_peel_is_finite_and_decides_as_lse(backend, scale):
+    logits = random(64, 8, 10, scale=scale, dtype=torch.float32).requires_grad_()
+    log_p, q = aggregate(logits, "peel"), aggregate(logits, "lse")
+    assert log_p.isfinite().all() and (log_p <= 0).all()
+    assert torch.equal(log_p.argmax(1), q.argmax(1))
+    (gradient,) = torch.autograd.grad(log_p.sum(), logits)
+    assert gradient.isfinite().all()
+
+
+def test_peel_at_the_largest_logits(backend):
+    logits = torch.zeros(1, 4, 5).index_fill(2, torch.tensor([1]), 3e3).requires_grad_()
+    log_p = aggregate(logits, "peel")
+    assert log_p.isfinite().all() and log_p.argmax() == 1
+    assert torch.autograd.grad(log_p[0, 0], logits)[0].isfinite().all()
+
+
+def test_vote_is_a_majority(backend):
+    logits = random(40, 9, 6, dtype=torch.float32) - 50  # all negative: where the published count fails
+    votes = aggregate(logits, "vote")
+    assert torch.equal(votes.sum(1), torch.full((40,), 9.0))
+    expected = torch.stack([torch.bincount(row, minlength=6) for row in logits.argmax(2)]).float()
+    assert torch.equal(votes, expected)
+    ties = torch.tensor([[[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]]])
+    assert torch.equal(aggregate(ties, "vote"), torch.tensor([[1.0, 1.0, 0.0]]))  # the first class, as argmax
+    logits.requires_grad_()
+    out = aggregate(logits, "vote")
+    assert not out.requires_grad or not torch.autograd.grad(out.sum(), logits)[0].any()
+
+
+# numbers, every backend and dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("method", op.METHODS)
+def test_values_and_gradients(backend, within_budget, poisoned, method, shape, dtype):
+    index = op.METHODS.index(method)
+    for scale in (1.0, 20.0):
+        logits = random(*shape, scale=scale, dtype=dtype).requires_grad_()
+        grad = random(shape[0], shape[2], scale=1.0, seed=1, dtype=torch.promote_types(dtype, torch.float32))
+        out = aggregate(logits, method)
+        assert out.dtype == grad.dtype and out.shape == grad.shape and out.is_contiguous()
+        leaf = logits.detach()
+        within_budget(out, op.reference(leaf.double(), index), op.reference(leaf, index))
+        assert out.isfinite().all()
+        if method == "vote":
+            continue
+        (got,) = torch.autograd.grad(out, logits, grad)
+        assert got.dtype == dtype
+        golden = op.reference_backward(grad.double(), leaf.double(), index)
+        if backend == "reference":  # the budget's own reference is not autograd's
+            eps = 16 * torch.finfo(dtype).eps
+            size = golden[golden.isfinite()].abs().amax().item() if golden.numel() else 0.0
+            torch.testing.assert_close(got, golden.to(dtype), rtol=eps, atol=min(eps * size, 1e30))
+        else:
+            within_budget(got, golden, op.reference_backward(grad, leaf, index))
+
+
+@pytest.mark.parametrize("method", op.METHODS)
+def test_kernels_on_their_own(within_budget, poisoned, method):
+    """The registered ops called raw, forward and backward, for whatever serves the CPU here."""
+    index, logits, grad = op.METHODS.index(method), random(4, 8, 10, dtype=torch.float32), random(4, 10)
+    same, golden = op.reference(logits, index), op.reference(logits.double(), index)
+    within_budget(op.OP.handle(logits, index), golden, same)
+    arguments = (grad.float(), logits, index)
+    golden = op.reference_backward(grad.float().double(), logits.double(), index)
+    within_budget(op.BACKWARD.handle(*arguments), golden, op.reference_backward(*arguments))
+
+
+@pytest.mark.parametrize("method", SMOOTH)
+def test_any_layout(backend, method):
+    # torch sums a transposed view in another order
+    same = (
+        torch.testing.assert_close
+        if backend == "reference"
+        else lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0)
+    )
+    base = random(6, 10, 8, dtype=torch.float32)
+    wanted = aggregate(base.transpose(1, 2).contiguous(), method)
+    same(aggregate(base.transpose(1, 2), method), wanted)
+    padded = torch.full((8, 12, 14), torch.nan)
+    padded[1:7, 2:10, 3:13] = base.transpose(1, 2)
+    view = padded[1:7, 2:10, 3:13].requires_grad_()
+    same(aggregate(view, method), wanted)
+    dense = base.transpose(1, 2).contiguous().requires_grad_()
+    grads = [torch.autograd.grad(aggregate(x, method).sum(), x)[0] for x in (view, dense)]  # an expanded gradient
+    same(*grads)
+
+
+@pytest.mark.parametrize("method", op.METHODS)
+def test_batch_split_changes_nothing(backend, method):
+    logits = random(9, 8, 100, dtype=torch.float32)
+    whole = aggregate(logits, method)
+    assert torch.equal(torch.cat([aggregate(part, method) for part in logits.split(2)]), whole)
+
+
+@pytest.mark.parametrize("method", op.METHODS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_logits_are_not_hidden(backend, method, value):
+    logits = random(3, 4, 5, dtype=torch.float32)
+    logits[1, 2, 3] = value
+    out, expected = aggregate(logits, method), op.reference(logits, op.METHODS.index(method))
+    assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
+    clean = torch.tensor([0, 2])
+    assert torch.equal(out[clean], aggregate(logits[clean], method))
+
+
+@pytest.mark.parametrize("method", SMOOTH)
+def test_gradcheck(method):
+    """The op's own backward, and the reference differentiated by autograd."""
+    index, logits = op.METHODS.index(method), random(2, 3, 4, scale=1.0).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: op._Aggregate.apply(x, index), (logits,))
+    assert torch.autograd.gradcheck(lambda x: op.reference(x, index), (logits,))
+
+
+def test_tangent_and_its_gradient():
+    """Above 80, exp is continued with its value and its slope: the op's backward is the slope."""
+    q = torch.tensor([79.0, 80.0, 81.0, 500.0], dtype=torch.float64, requires_grad=True)
+    value, slope = op._tangent_exp(q)
+    (gradient,) = torch.autograd.grad(value.sum(), q)
+    torch.testing.assert_close(gradient, slope)
+    torch.testing.assert_close(value[2] - value[1], slope[1])
+    logits = torch.full((1, 2, 3), 90.0, dtype=torch.float64).requires_grad_()
+    weight = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
+    two = [f(logits) for f in (lambda x: op._Aggregate.apply(x, 1), lambda x: op.reference(x, 1))]
+    grads = [torch.autograd.grad((out * weight).sum(), logits)[0] for out in two]
+    torch.testing.assert_close(*grads)
+
+
+# the contract
+
+
+def test_contract(backend, contract):
+    for method in range(len(op.METHODS)):
+        logits, grad = random(3, 4, 5, dtype=torch.float32), random(3, 5, dtype=torch.float32)
+        bf16, empty = logits.bfloat16(), logits[:0]
+        strided = logits.transpose(0, 1)
+        contract.registered(op.OP.handle, *((x, method) for x in (logits, bf16, empty, strided)))
+        contract.registered(op.BACKWARD.handle, (grad, logits, method), (grad, bf16, method), (grad[:0], empty, method))
+
+
+@pytest.mark.parametrize("method", op.METHODS)
+def test_compiles(backend, contract, method):
+    contract.compiles(
+        lambda x: aggregate(2 * x, method),
+        lambda size: (random(size, 8, 10, seed=size, dtype=torch.float32).requires_grad_(method != "vote"),),
+        compiler="inductor" if method == "lse" else "aot_eager",
+    )
+
+
+def test_export(backend):
+    class Head(torch.nn.Module):
+        def forward(self, x):
+            return aggregate(x, "lse")
+
+    program = torch.export.export(Head(), (random(4, 8, 10),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    x = random(7, 8, 10)
+    torch.testing.assert_close(program.module()(x), aggregate(x))
+
+
+@pytest.mark.parametrize("method", op.METHODS)
+def test_autocast_and_inference_mode(backend, method):
+    logits = random(3, 4, 5, dtype=torch.bfloat16)
+    expected = aggregate(logits, method)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        out = aggregate(logits, method)
+    assert out.dtype == torch.float32 and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("method", SMOOTH)
+def test_func_grad(backend, method):
+    logits = random(3, 4, 5, dtype=torch.float32)
+    got = torch.func.grad(lambda x: aggregate(x, method).square().sum())(logits)
+    leaf = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(op.reference(leaf, op.METHODS.index(method)).square().sum(), leaf)
+    torch.testing.assert_close(got, expected)
+
+
+def test_what_the_op_cannot_do():
+    logits = random(3, 4, 5).requires_grad_()
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda x: op._Aggregate.apply(x[None], 0))(logits.detach())
+    weight = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(op._Aggregate.apply(logits, 0), logits, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("logits", "method", "message"),
+    [
+        (torch.zeros(3, 4), "lse", r"logits must be floating point \[B, K, C\], got torch.float32 \[3, 4\]"),
+        (torch.zeros(3, 4, 5, dtype=torch.int64), "lse", "logits must be floating point"),
+        (torch.zeros(3, 0, 5), "lse", "K >= 1 samples and C >= 2 classes"),
+        (torch.zeros(3, 4, 1), "lse", r"got \[B, K, C\] = \[3, 4, 1\]"),
+        (torch.zeros(3, 4, 5), "median", "method must be one of lse, peel, .*vote_reference, got 'median'"),
+    ],
+)
+def test_errors(logits, method, message):
+    with pytest.raises(ValueError, match=message):
+        aggregate(logits, method)
+
+
+def test_reference_backend_is_the_reference():
+    logits = random(3, 4, 5, dtype=torch.float32)
+    with use_backend("reference"):
+        for index, method in enumerate(op.METHODS):
+            assert torch.equal(aggregate(logits, method), op.reference(logits, index))

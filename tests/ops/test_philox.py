@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import itertools
+import math
+from importlib import import_module
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from purify_fast import _library
+from purify_fast.ops import Stream, philox, use_backend
+
+op = import_module("purify_fast.ops.philox")
+
+SEED = torch.tensor([0x0123456789ABCDEF])
+IDS = torch.tensor([7, 0, -1, 2**40 + 3])
+
+
+def as_int32(words: list[int]) -> torch.Tensor:
+    return torch.tensor([w - 2**32 if w >= 2**31 else w for w in words], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("key", "counter", "expected"),
+    [
+        ((0, 0), (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0xA4093822, 0x299F31D0),
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_published_vectors(key, counter, expected):
+    """The known answers of the Random123 library, on ints and on tensors."""
+    assert op.words(key, counter) == expected
+    tensors = op.words(tuple(map(torch.tensor, key)), tuple(map(torch.tensor, counter)))
+    assert tuple(int(word) for word in tensors) == expected
+
+
+def test_published_vectors_through_the_op(backend):
+    """Counters that the op's layout can reach: all zeros, and ones in every word but the element's."""
+    zeros = op.OP.handle if backend != "reference" else op.reference
+    bits = zeros(torch.tensor([0]), torch.tensor([0]), 4, 0, 0)
+    assert torch.equal(bits.flatten(), as_int32([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]))
+    ones = zeros(torch.tensor([-1]), torch.tensor([-1]), 4, 2**32 - 1, 0, 1, 2**32 - 1)
+    expected = op.words((0xFFFFFFFF,) * 2, (0, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF))
+    assert torch.equal(ones.flatten(), as_int32(list(expected)))
+
+
+#: seed 0x0123456789abcdef, sample 7, draw 2, elements 0 to 3. These never change: results depend on them.
+PINNED = {
+    Stream.LATENT: [0x937D6847, 0x6C6B4B3E, 0xCC82F1AB, 0x9AFF00E9],
+    Stream.TRANSFORM_NOISE: [0x61AB81F1, 0xAC684B93, 0xEC23C912, 0x8446E4AD],
+    Stream.MASK: [0x000102D8, 0x3FB648C5, 0xB03C58E6, 0x84A9896A],
+    Stream.ATTACK_START: [0x3E4C4F96, 0xEFC617A2, 0xB644A650, 0x7AA67725],
+    Stream.REPLAY_NOISE: [0x61A56BBB, 0x54B5B554, 0x835B521E, 0x7F179469],
+    Stream.AUGMENTATION: [0xD8B20712, 0x5771D999, 0xADDC4AF4, 0x873BF73F],
+}
+
+
+@pytest.mark.parametrize("stream", list(Stream), ids=lambda s: s.name)
+def test_pinned_vector_of_each_stream(backend, stream):
+    bits = philox(SEED, IDS[:1], 4, stream=stream, distribution="bits", draws=1, first_draw=2)
+    assert torch.equal(bits.flatten(), as_int32(PINNED[stream]))
+
+
+def test_streams_are_uncorrelated(backend):
+    n = 2**16
+    noise = torch.stack([philox(SEED, IDS[:1], n, stream=s, distribution="normal").flatten() for s in Stream])
+    others = torch.corrcoef(noise.double()) - torch.eye(len(Stream), dtype=torch.float64)
+    assert others.abs().max() < 5 / math.sqrt(n)
+    # magnitudes too: sharing counters shows there (mean |noise| differs under a mask), not in the signs
+    others = torch.corrcoef(noise.double().abs()) - torch.eye(len(Stream), dtype=torch.float64)
+    assert others.abs().max() < 5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("distribution", op.DISTRIBUTIONS)
+def test_any_split_gives_the_same_numbers(backend, distribution):
+    arguments = {"stream": Stream.LATENT, "distribution": distribution}
+    whole = philox(SEED, IDS, 37, draws=5, **arguments)
+    for cut in (1, 2, 3):
+        parts = [philox(SEED, ids, 37, draws=5, **arguments) for ids in (IDS[:cut], IDS[cut:])]
+        assert torch.equal(torch.cat(parts), whole)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(philox(SEED, IDS[order], 37, draws=5, **arguments), whole[order])
+    chunks = [philox(SEED, IDS, 37, draws=n, first_draw=f, **arguments) for f, n in ((0, 2), (2, 1), (3, 2))]
+    assert torch.equal(torch.cat(chunks, 1), whole)
+    assert torch.equal(philox(SEED, IDS, 30, draws=5, **arguments), whole[..., :30])
+    assert torch.equal(philox(SEED, IDS.repeat_interleave(2)[::2], 37, draws=5, **arguments), whole)  # strided ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(-(2**63), 2**63 - 1),
+    ids=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5),
+    numel=st.integers(0, 70),
+    draws=st.integers(1, 4),
+    first_draw=st.integers(0, 2**33),
+    stream=st.sampled_from(list(Stream)),
+)
+def test_backends_agree(seed, ids, numel, draws, first_draw, stream):
+    if not _library.loaded():
+        pytest.skip("one backend only")
+    seed, ids = torch.tensor([seed]), torch.tensor(ids, dtype=torch.int64)
+    for distribution in ("bits", "uniform", "normal"):
+        made = []
+        for name in ("reference", "cpp"):
+            with use_backend(name):
+                made.append(
+                    philox(
+                        seed, ids, numel, stream=stream, distribution=distribution, draws=draws, first_draw=first_draw
+                    )
+                )
+        assert made[0].shape == made[1].shape == (len(ids), draws, numel)
+        if distribution == "normal":
+            torch.testing.assert_close(made[1], made[0], rtol=4 * 2**-23, atol=2**-23)
+        else:
+            assert torch.equal(*made)
+
+
+def test_normals_agree_to_a_few_ulp(ulps):
+    if not _library.loaded():
+        pytest.skip("one backend only")
+    made = []
+    for name in ("reference", "cpp"):
+        with use_backend(name):
+            made.append(philox(SEED, torch.arange(64), 4096, stream=Stream.LATENT, distribution="normal"))
+    assert ulps(*made) <= 4
+
+
+def test_uniform_and_normal_distributions(backend):
+    ids = torch.arange(64)
+    u = philox(SEED, ids, 4096, stream=Stream.MASK, distribution="uniform").flatten().double()
+    assert u.min() >= 0 and u.max() < 1
+    z = philox(SEED, ids, 4096, stream=Stream.LATENT, distribution="normal").flatten().double()
+    assert z.isfinite().all()
+    n = z.numel()
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(z.pow(power).mean() - expected) < 5 * math.sqrt(variance / n), f"moment {power}"
+    for sample in (u, torch.special.ndtr(z)):  # Kolmogorov and Smirnov: both are uniform if the numbers are right
+        ordered, grid = sample.sort().values, torch.arange(n, dtype=torch.float64)
+        distance = torch.maximum(ordered - grid / n, (grid + 1) / n - ordered).max()
+        assert distance * math.sqrt(n) < 1.95  # p = 0.001
+    # neighbours: within a pair of Box and Muller, and from one group of four to the next
+    for lag in (1, 2, 3, 4):
+        assert abs((z[:-lag] * z[lag:]).mean()) < 5 / math.sqrt(n)
+
+
+def test_contract(backend, contract):
+    seeds = itertools.count()  # another seed each time: none may recompile
+    for distribution in range(3):
+        contract.registered(
+            op.OP.handle,
+            (SEED, IDS, 9, 1, distribution, 2, 1),
+            (SEED, IDS[:0], 9, 1, distribution),
+            (SEED, IDS, 0, 1, 0),
+        )
+        name = op.DISTRIBUTIONS[distribution]
+        contract.compiles(
+            lambda seed, ids, name=name: philox(seed, ids, 12, stream=Stream.LATENT, distribution=name, draws=3),
+            lambda size: (torch.tensor([next(seeds)]), torch.arange(size) * 3),
+            compiler="inductor" if name == "uniform" else "aot_eager",  # seconds per compilation
+        )
+
+
+def test_export_and_modes(backend):
+    class Noise(torch.nn.Module):
+        def forward(self, seed, ids):
+            return philox(seed, ids, 12, stream=Stream.LATENT, distribution="normal")
+
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(Noise(), (SEED, IDS), dynamic_shapes=({}, {0: batch}))
+    expected = Noise()(SEED, IDS[:3])
+    torch.testing.assert_close(program.module()(SEED, IDS[:3]), expected)
+    with torch.inference_mode():
+        assert torch.equal(Noise()(SEED, IDS[:3]), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Noise()(SEED, IDS[:3]), expected)
+
+
+def test_every_element_is_written(backend, poisoned):
+    assert not philox(SEED, IDS, 4099, stream=Stream.LATENT, distribution="normal", draws=2).isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": torch.tensor(3)}, r"seed must be an int64 tensor of shape \[1\]"),
+        ({"seed": torch.tensor([3], dtype=torch.int32)}, "seed must be an int64"),
+        ({"sample_ids": IDS.float()}, r"sample_ids must be an int64 tensor \[B\]"),
+        ({"sample_ids": IDS[None]}, "sample_ids must be an int64"),
+        ({"sample_ids": IDS.to("meta")}, "they must agree"),
+        ({"distribution": "cauchy"}, "distribution must be one of bits, uniform, normal, got 'cauchy'"),
+        ({"numel": -1}, "numel must be at least 0, got -1"),
+        ({"draws": 0}, "draws must be at least 1, got 0"),
+        ({"first_draw": -2}, "first_draw must be at least 0, got -2"),
+    ],
+)
+def test_errors(change, message):
+    arguments = {"seed": SEED, "sample_ids": IDS, "numel": 3, "stream": Stream.MASK} | change
+    with pytest.raises(ValueError, match=message):
+        philox(**arguments)
+
+
+def test_streams_are_never_renumbered():
+    assert {s.name: s.value for s in Stream} == {
+        "LATENT": 1, "TRANSFORM_NOISE": 2, "MASK": 3, "ATTACK_START": 4, "REPLAY_NOISE": 5, "AUGMENTATION": 6,
+    }  # fmt: skip
