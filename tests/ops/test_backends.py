@@ -1,0 +1,125 @@
+"""Which backend serves an op, and what happens when a forced one is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from purify_fast.ops import REGISTRY, _op, aggregate, philox, use_backend
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_every_op_has_its_reference_everywhere():
+    assert {"philox", "aggregate", "sample_latent", "reconstruction_loss", "pgd_step"} <= set(REGISTRY)
+    for op in REGISTRY.values():
+        for kind in ("cpu", "cuda"):
+            assert "reference" in op.available[kind]
+            assert op.default[kind] in op.available[kind]
+            assert set(op.available[kind]) <= {name for name, kinds in _op.BACKENDS.items() if kind in kinds}
+
+
+def test_forced_backend_of_another_device_leaves_this_one_alone():
+    for op in REGISTRY.values():
+        with use_backend("triton"):
+            assert op.served_by(CPU) == op.default["cpu"]
+            assert op.served_by(CUDA) == "triton"
+        assert op.served_by(torch.device("meta")) == "reference"
+
+
+def test_a_missing_forced_backend_raises_and_lists(monkeypatch):
+    monkeypatch.setitem(REGISTRY["aggregate"].available, "cpu", ("reference",))
+    with (
+        use_backend("cpp"),
+        pytest.raises(RuntimeError, match=r"aggregate: backend 'cpp' is forced but missing.*: reference"),
+    ):
+        aggregate(torch.zeros(1, 2, 3))
+    with (
+        use_backend("cuda"),
+        pytest.raises(RuntimeError, match=r"philox: backend 'cuda' .* on cuda there are: reference, tr"),
+    ):
+        REGISTRY["philox"].served_by(CUDA)
+
+
+def test_use_backend_nests_and_restores():
+    op = REGISTRY["aggregate"]
+    default = op.served_by(CPU)
+    with use_backend("reference"):
+        assert op.plain(CPU)
+        with use_backend(None):
+            assert op.served_by(CPU) == default
+        with pytest.raises(KeyError), use_backend(None):
+            raise KeyError
+        assert op.plain(CPU)
+    assert op.served_by(CPU) == default
+    with (
+        pytest.raises(ValueError, match="backend 'tritom' is unknown; there are reference, cpp, triton, cuda"),
+        use_backend("tritom"),
+    ):
+        pass
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_environment_forces_a_backend_and_switches_the_extension_off():
+    code = (
+        "import torch; from purify_fast.ops import REGISTRY, aggregate; from purify_fast import _library;"
+        "op = REGISTRY['aggregate']; print(op.served_by(torch.device('cpu')), op.available['cpu'], _library.loaded());"
+        "x = torch.randn(3, 4, 5, requires_grad=True); aggregate(x).sum().backward(); print(x.grad.sum().item())"
+    )
+    done = run(code, PURIFY_FAST_NO_EXTENSION="1", PURIFY_FAST_BACKEND="reference")
+    assert done.stdout.startswith("reference ('reference',) False"), done.stderr
+    done = run(code, PURIFY_FAST_NO_EXTENSION="1", PURIFY_FAST_BACKEND="cpp")
+    assert "backend 'cpp' is forced but missing; on cpu there are: reference" in done.stderr
+    done = run(code, PURIFY_FAST_BACKEND="cpu")
+    assert "backend 'cpu' is unknown" in done.stderr
+
+
+def test_ops_import_and_run_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; from purify_fast.ops import aggregate;"
+        "print(aggregate(torch.zeros(1, 2, 3)).shape)"
+    )
+    done = run(code, PURIFY_FAST_NO_EXTENSION="1")
+    assert done.stdout.startswith("torch.Size([1, 3])"), done.stderr
+
+
+def test_the_opaque_op_without_the_extension_is_the_reference():
+    """Autograd does not trace into the op, and the op keeps its contract."""
+    code = (
+        "import torch; from importlib import import_module; op = import_module('purify_fast.ops.aggregate');"
+        "x = torch.randn(3, 4, 5, requires_grad=True); y = op.OP.handle(x, 0); assert 'Logsumexp' not in y.grad_fn.name();"
+        "torch.library.opcheck(op.OP.handle, (x.detach(), 0)); op._Aggregate.apply(x, 0).sum().backward();"
+        "assert x.grad is not None; print('fine')"
+    )
+    done = run(code, PURIFY_FAST_NO_EXTENSION="1")
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_double_precision_passes_the_triton_kernels_by():
+    seen = []
+    launch = _op._narrow(lambda *args: seen.append("kernel"), lambda *args: seen.append("reference"))
+    launch(torch.zeros(2), 3)
+    launch(torch.zeros(2, dtype=torch.float64), 3)
+    assert seen == ["kernel", "reference"]
+
+
+def test_fakes_on_a_device_that_is_not_here():
+    """The compiler sees shapes on a GPU without one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(3, 4, 5, device="cuda")
+        assert REGISTRY["aggregate"].handle(x, 0).device.type == "cuda"
+        seed = torch.empty(1, dtype=torch.int64, device="cuda")
+        ids = torch.empty(3, dtype=torch.int64, device="cuda")
+        with use_backend("triton"):
+            assert philox(seed, ids, 7, stream=1).shape == (3, 1, 7)

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from purify_fast import _library
+from purify_fast.ops import pgd_step, use_backend
+
+op = import_module("purify_fast.ops.pgd_step")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHAPES = ((1, 1), (3, 1, 16, 16), (2, 3, 33, 31), (4, 5001), (0, 3, 4, 4))
+
+
+def inputs(*shape: int, dtype=torch.float32, seed: int = 0) -> tuple:
+    """x a little outside the ball around x_nat, so that every branch is taken."""
+    generator = torch.Generator().manual_seed(seed)
+    nat = torch.rand(shape, generator=generator, dtype=torch.float64)
+    x = (nat + 0.2 * (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5)).clamp(0, 1)
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    grad[torch.rand(shape, generator=generator) < 0.1] = 0
+    return x.to(dtype), grad.to(dtype), nat.to(dtype)
+
+
+def radii(batch: int) -> tuple:
+    return torch.linspace(0.01, 0.05, batch), torch.linspace(0.02, 0.12, batch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linf_is_bit_exact(backend, poisoned, shape, dtype):
+    x, grad, nat = inputs(*shape, dtype=dtype)
+    alpha, eps = radii(shape[0])
+    got = pgd_step(x, grad, nat, alpha, eps)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(got, op.reference(x, grad, nat, alpha.to(wide), eps.to(wide), 0, 0.0, 1.0))
+    assert got.dtype == dtype and got.is_contiguous()
+    assert ((got.double() - nat.double()).flatten(1).abs().amax(1) <= eps + 2 * torch.finfo(dtype).eps).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_l2(backend, within_budget, poisoned, shape, dtype):
+    x, grad, nat = inputs(*shape, dtype=dtype)
+    alpha, eps = radii(shape[0])
+    alpha, eps = 20 * alpha, 10 * eps
+    wide = torch.promote_types(dtype, torch.float32)
+    got = pgd_step(x, grad, nat, alpha, eps, "l2")
+    golden = op.reference(x.double(), grad.double(), nat.double(), alpha.double(), eps.double(), 1, 0.0, 1.0)
+    within_budget(got, golden, op.reference(x, grad, nat, alpha.to(wide), eps.to(wide), 1, 0.0, 1.0))
+    if x.numel() and dtype in (torch.float32, torch.float64):
+        assert ((got - nat).flatten(1).norm(dim=1) <= eps * (1 + 1e-5)).all()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(1, 70),
+    alpha=st.floats(0, 2, width=32),
+    eps=st.floats(0, 1, width=32),
+    box=st.tuples(st.floats(-1, 1, width=32), st.floats(0, 1, width=32)),
+    norm=st.sampled_from(op.NORMS),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_step_stays_in_ball_and_box(seed, size, alpha, eps, box, norm, dtype):
+    x, grad, nat = inputs(3, size, dtype=dtype, seed=seed)
+    lo, hi = box[0], box[0] + box[1]
+    nat = nat.clamp(lo, hi)
+    outputs = []
+    for name in ("reference", "cpp") if _library.loaded() else ("reference",):
+        with use_backend(name):
+            outputs.append(pgd_step(x, grad, nat, alpha, eps, norm, lo, hi))
+    slack = 2 * torch.finfo(dtype).eps
+    for out in outputs:
+        wide = out.double()
+        assert (wide >= lo - slack).all() and (wide <= hi + slack).all()
+        moved = (wide - nat.double()).flatten(1)
+        length = moved.abs().amax(1) if norm == "linf" else moved.norm(dim=1)
+        assert (length <= eps + slack * (1 if norm == "linf" else size**0.5) * 2).all()
+    if norm == "linf":
+        assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
+def test_gradients_without_a_direction_move_nothing(backend):
+    x, _, nat = (t[:, :4] for t in inputs(5, 8))
+    x = nat.clone()
+    grad = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf])[:, None].repeat(1, 4)
+    grad[:, 3] = 1.0
+    linf = pgd_step(x, grad, nat, 0.01, 0.1)
+    assert torch.equal(linf[:, :3], x[:, :3])  # elementwise: the others move
+    assert (linf[:, 3] == (x[:, 3] + 0.01).clamp(max=1)).all()
+    l2 = pgd_step(x, grad, nat, 0.01, 0.1, "l2")
+    assert torch.equal(l2[2:], x[2:])  # the sample: its direction is unknown
+    assert not torch.equal(l2[:2], x[:2])
+    assert torch.equal(pgd_step(x, torch.zeros_like(x), nat, 0.01, 0.1, "l2"), x)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-3, 1e10, 1e37])
+def test_gradients_of_any_size_have_a_direction(backend, scale):
+    nat = torch.full((2, 3, 4), 0.5)
+    grad = torch.zeros(2, 3, 4)
+    grad[0, 0, 0], grad[1] = 3, -1
+    step = pgd_step(nat, grad * scale, nat, 0.1, 1.0, "l2") - nat
+    torch.testing.assert_close(step.flatten(1).norm(dim=1), torch.full((2,), 0.1), rtol=1e-5, atol=0)
+    assert step[0, 0, 0] > 0 and (step[1] < 0).all()
+
+
+@pytest.mark.parametrize("norm", op.NORMS)
+def test_nan_in_the_image_propagates(backend, norm):
+    x, grad, nat = inputs(4, 6)
+    x[1, 2], nat[2, 3] = torch.nan, torch.nan
+    out = pgd_step(x, grad, nat, 0.01, 0.1, norm)
+    assert out[1, 2].isnan() and out[2, 3].isnan() and out.isnan().sum() == 2
+
+
+@pytest.mark.parametrize("norm", op.NORMS)
+def test_special_radii(backend, norm):
+    x, grad, nat = inputs(3, 10)
+    torch.testing.assert_close(pgd_step(x, grad, nat, 0.3, 0.0, norm), nat)
+    torch.testing.assert_close(pgd_step(nat, grad, nat, 0.0, 0.3, norm), nat)
+    per_sample = pgd_step(x, grad, nat, torch.tensor([0.1, 0.2, 0.3]), torch.tensor(0.25), norm)
+    for i, alpha in enumerate((0.1, 0.2, 0.3)):
+        alone = pgd_step(x[i : i + 1], grad[i : i + 1], nat[i : i + 1], alpha, 0.25, norm)
+        assert torch.equal(alone, per_sample[i : i + 1])  # the batch changes nothing
+
+
+@pytest.mark.parametrize("norm", op.NORMS)
+def test_any_layout_and_no_mutation(backend, norm):
+    x, grad, nat = inputs(3, 4, 9, 7)
+    before = [t.clone() for t in (x, grad, nat)]
+    wanted = pgd_step(x, grad, nat, 0.05, 0.1, norm)
+    padded = torch.full((5, 6, 11, 12), torch.nan)
+    padded[1:4, 1:5, 2:11, 3:10] = x
+    last = torch.channels_last
+    for arguments in (
+        (x.to(memory_format=last), grad.to(memory_format=last), nat.to(memory_format=last)),
+        (x, grad.to(memory_format=last), nat),
+        (padded[1:4, 1:5, 2:11, 3:10], grad, nat),
+    ):
+        out = pgd_step(*arguments, 0.05, 0.1, norm)
+        assert out.is_contiguous()
+        torch.testing.assert_close(out, wanted, rtol=0, atol=0 if norm == "linf" else 1e-7)
+    for tensor, copy in zip((x, grad, nat), before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+@pytest.mark.parametrize("norm", op.NORMS)
+def test_no_gradient_flows(backend, norm):
+    x, grad, nat = (t.requires_grad_() for t in inputs(3, 6))
+    assert not pgd_step(x, grad, nat, 0.05, 0.1, norm).requires_grad
+
+
+def test_contract(backend, contract):
+    for norm in (0, 1):
+        sets = [inputs(3, 2, 5), inputs(3, 2, 5, dtype=torch.bfloat16), inputs(0, 3, 2), inputs(1, 1)]
+        sets.append(tuple(t.to(memory_format=torch.channels_last) for t in inputs(2, 3, 4, 5)))
+        contract.registered(op.OP.handle, *((*s, *radii(len(s[0])), norm, 0.0, 1.0) for s in sets))
+
+
+@pytest.mark.parametrize("norm", op.NORMS)
+def test_compiles(backend, contract, norm):
+    contract.compiles(
+        lambda x, g, n: pgd_step(x, 2 * g, n, 0.05, 0.1, norm),
+        lambda size: inputs(size, 3, 8, 8, seed=size),
+        exact=norm == "linf",
+        compiler="inductor" if norm == "linf" else "aot_eager",
+    )
+
+
+def test_export(backend):
+    class Step(torch.nn.Module):
+        def forward(self, x, grad, nat):
+            return pgd_step(x, grad, nat, 0.05, 0.1)
+
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(Step(), inputs(4, 3, 8, 8), dynamic_shapes=(batch, batch, batch))
+    assert torch.equal(program.module()(*inputs(7, 3, 8, 8)), pgd_step(*inputs(7, 3, 8, 8), 0.05, 0.1))
+
+
+@pytest.mark.parametrize("norm", op.NORMS)
+def test_autocast_and_inference_mode(backend, norm):
+    arguments = inputs(3, 40, dtype=torch.bfloat16)
+    expected = pgd_step(*arguments, 0.05, 0.1, norm)
+    with torch.autocast("cpu", torch.float16), torch.inference_mode():
+        out = pgd_step(*arguments, 0.05, 0.1, norm)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 5)}, r"x, grad and x_nat need one shape \[B, ...\], got \[3, 5\], \[3, 4\], \[3, 4\]"),
+        ({"x": torch.zeros(3), "grad": torch.zeros(3), "x_nat": torch.zeros(3)}, "need one shape"),
+        ({"grad": torch.zeros(3, 4).half()}, "need one floating-point dtype, got torch.float32, torch.float16"),
+        ({"x_nat": torch.zeros(3, 4, device="meta")}, "are on cpu, cpu, meta: they must agree"),
+        ({"norm": "l1"}, "norm must be one of linf, l2, got 'l1'"),
+        ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
+        ({"alpha": torch.zeros(2)}, r"alpha must be a number or a tensor \[B\] = \[3\], got \[2\]"),
+        ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
+    ],
+)
+def test_errors(change, message):
+    arguments = {
+        "x": torch.zeros(3, 4),
+        "grad": torch.zeros(3, 4),
+        "x_nat": torch.zeros(3, 4),
+        "alpha": 0.1,
+        "eps": 0.1,
+    }
+    with pytest.raises(ValueError, match=message):
+        pgd_step(**(arguments | change))
