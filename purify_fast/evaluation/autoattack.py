@@ -122,8 +122,9 @@ class _Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage().split(" See flags_doc")[0]
-        # a compiled model's first call looks like a dynamic defence to it
-        if "dynamic defense" not in text and text not in self.said:
+        # a compiled model's first call looks like a dynamic defence to it; the losses that cannot run are replaced
+        known = "dynamic defense" in text or "it is not possible to use the" in text
+        if not known and text not in self.said:
             self.said.append(text)
 
 

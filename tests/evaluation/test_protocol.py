@@ -1,0 +1,537 @@
+import contextlib
+import json
+import logging
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from purify_fast.evaluation import Attack, default_attacks, evaluate, merge
+from purify_fast.evaluation.autoattack import parts
+from purify_fast.ops import aggregate
+
+
+class Linear(nn.Module):
+    """A linear classifier on images of 3x16x16 and, around it, noise on the logits of K samples: fact 14's toy."""
+
+    def __init__(self, scale=1.0, samples=8, noise=0.15, method="lse", classes=10):
+        super().__init__()
+        weight = torch.randn(classes, 768, generator=torch.Generator().manual_seed(0))
+        self.weight = nn.Parameter(weight)
+        self.scale, self.samples, self.noise, self.method = scale, samples, noise, method
+        self._mode = None
+
+    def clean(self, x):
+        return self.scale * (x - 0.5).flatten(1) @ self.weight.T / (math.sqrt(768) * 0.2887)
+
+    def sample_logits(self, x):
+        logits = self.clean(x)
+        shape = (len(x), self.samples, logits.shape[1])
+        if self._mode is None:
+            noise = torch.randn(shape)
+        elif self._mode == "zero":
+            noise = torch.zeros(shape)
+        else:
+            noise = torch.randn(shape[1:], generator=torch.Generator().manual_seed(self._mode)).expand(shape)
+        return logits[:, None] + self.noise * noise
+
+    def forward(self, x):
+        return aggregate(self.sample_logits(x), self.method)
+
+    def reconstruct(self, x):
+        return x[:, None].expand(-1, self.samples, -1, -1, -1)
+
+    @contextlib.contextmanager
+    def _switch(self, mode):
+        before, self._mode = self._mode, mode
+        try:
+            yield self
+        finally:
+            self._mode = before
+
+    def fixed_noise(self, seed):
+        return self._switch(seed)
+
+    def deterministic(self):
+        return self._switch("zero")
+
+
+class Plain(nn.Module):
+    """The same without noise."""
+
+    def __init__(self, toy):
+        super().__init__()
+        self.toy = toy
+
+    def forward(self, x):
+        return self.toy.clean(x)
+
+
+EPS = 8 / 255
+FAINT = 0.006  # breaks some of the images
+QUIET = {"eps": EPS, "progress": False}
+
+
+def toy_data(model, n=128):
+    x = torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return x, model.clean(x).argmax(1)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    model = Linear(scale=2.0)
+    return model, *toy_data(model)
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.5, 1, 2, 4, 8, 16, 32])
+def test_fact_14_through_lse(scale):
+    model = Linear(scale)
+    x, y = toy_data(model)
+    report = evaluate(model, x, y, steps=30, eot=5, n_eval=1, attacks=[Attack()], **QUIET)
+    row = report.row("PGD-30 ce")
+    assert row.accuracy <= 0.01 and row.settings["eot"] == 5
+    assert row.reliable and row.health["nonfinite"] == 0 and row.health["gradients"] > 0
+
+
+@pytest.mark.parametrize("scale, saturated", [(0.5, 0.02), (1, 0.38), (2, 0.75), (4, 0.98)])
+def test_fact_14_through_the_published_head(scale, saturated):
+    """What looks like robustness is the share of images whose gradient is NaN; the report must say so."""
+    model = Linear(scale, method="peel_reference")
+    x, y = toy_data(model, 256)
+    report = evaluate(model, x, y, steps=30, eot=5, n_eval=1, attacks=[Attack()], **QUIET)
+    row = report.row("PGD-30 ce")
+    share = row.health["nonfinite"] / row.health["gradients"]
+    assert row.accuracy == pytest.approx(saturated, abs=0.15)
+    assert row.accuracy <= share + 0.1
+    assert not row.reliable and not report.headline.reliable
+    assert "unreliable</span>" in report.to_markdown() and "\033[31m" in report.to_text()
+    # judged by the same decisions, attacked through logsumexp: nothing is left
+    model.method = "lse"
+    head = evaluate(model, x, y, steps=30, eot=5, n_eval=1, attacks=[Attack(head="peel_reference"), Attack()], **QUIET)
+    assert not head.row("PGD-30 ce through peel_reference").reliable
+    assert head.headline.accuracy <= 0.01 and head.headline.reliable and head.row("worst").reliable
+
+
+@pytest.fixture(scope="module")
+def full(toy):
+    """Every default row, cheaply."""
+    model, x, y = toy
+    attacks = [
+        *default_attacks()[:4],
+        Attack("autoattack", variant="fixed", steps=5, queries=20),
+        Attack("autoattack", version="rand", steps=5, eot=2, limit=40),
+        Attack(target=Plain(model), label="transfer from the base"),
+        Attack("fgsm"),
+        Attack(head="mean", loss="margin", restarts=2),
+    ]
+    return evaluate(model, x, y, steps=5, eot=2, n_eval=3, attacks=attacks, name="toy", eps=FAINT, progress=False)
+
+
+def test_rows(full):
+    assert full.attacks == [
+        "clean",
+        "clean, deterministic",
+        "clean, fixed noise",
+        "PGD-5 ce",
+        "PGD-5 dlr",
+        "PGD-5 ce, deterministic",
+        "PGD-5 dlr, deterministic",
+        "AutoAttack standard, 5 steps, 20 queries",
+        "AutoAttack rand, 5 steps, first 40",
+        "transfer from the base",
+        "FGSM ce",
+        "PGD-5 margin x2 through mean",
+        "worst, random",
+        "worst, deterministic",
+        "worst",
+    ]
+    clean = full.row("clean")
+    assert clean.accuracy > 0.8 and clean.n == 128 and clean.health is None
+    for row in full.rows:
+        draws = 3 if row.variant == "random" else 1
+        assert row.n == len(row.robust) and row.seed == 0 and row.seconds >= 0
+        assert row.standard_error == pytest.approx(math.sqrt(row.accuracy * (1 - row.accuracy) / row.n))
+        if row.kind not in ("clean", "worst"):
+            assert row.n_eval == draws and row.worst == row.accuracy <= row.mean
+            assert row.health["gradients"] > 0 and row.reliable
+            assert row.settings["eot"] == (2 if row.variant == "random" and "transfer" not in row.attack else 1)
+            assert (
+                row.settings["attacked"]
+                == full.row({"random": "clean", "fixed": "clean, fixed noise"}.get(row.variant, "clean, deterministic"))
+                .robust[: row.n]
+                .sum()
+            )
+    assert full.row("AutoAttack rand, 5 steps, first 40").n == 40
+
+
+def test_worst_is_per_image(full):
+    of = {label: full.row(label).robust for label in full.attacks}
+    random = of["PGD-5 ce"] & of["PGD-5 dlr"] & of["FGSM ce"] & of["PGD-5 margin x2 through mean"]
+    zero = of["PGD-5 ce, deterministic"] & of["PGD-5 dlr, deterministic"]
+    assert np.array_equal(of["worst, random"], random) and np.array_equal(of["worst, deterministic"], zero)
+    assert np.array_equal(of["worst"], random & zero)
+    assert full.headline.accuracy == min(r.accuracy for r in full.rows if r.kind != "clean")
+
+
+def test_wrongly_classified_images_are_lost(full):
+    clean = full.row("clean").robust
+    assert not clean.all() and not (full.row("PGD-5 ce").robust & ~clean).any()
+
+
+def test_markdown(full):
+    text = full.to_markdown()
+    assert "| toy | PGD-5 ce | random | 2 | 128 |" in text
+    row = full.row("PGD-5 ce")
+    assert f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}" in text
+    assert f"| {100 * row.mean:.1f} | {100 * row.worst:.1f} (3) |" in text
+    head = text.split("\n")[2]
+    assert head.startswith("- **toy: ") and "n = " in head
+    assert all(len(line.split("|")) == 14 for line in text.split("\n") if line.startswith("| toy"))
+
+
+def test_transfer_attacks_the_base_and_judges_the_defence(toy):
+    """A base whose gradient points elsewhere: its images must not hurt, and its health is what is counted."""
+    model, x, y = toy
+    seen = []
+
+    class Base(nn.Module):
+        def forward(self, z):
+            seen.append(len(z))
+            return z.flatten(1)[:, :10] * 0 + z.flatten(1)[:, 767:]
+
+    attacks = [Attack(target=Base(), label="transfer")]
+    report = evaluate(model, x, y, steps=3, n_eval=1, attacks=attacks, **QUIET)
+    row = report.row("transfer")
+    assert seen and row.accuracy > 0.7 and not row.reliable  # all its logits are equal: no gradient at all
+    assert row.settings["target"] == "Base" and [r.kind for r in report.rows] == ["clean", "pgd"]  # no own attack
+
+
+def test_base_argument(toy):
+    assert [a.label for a in default_attacks(Plain(toy[0]))][-1] == "transfer from the base"
+    assert len(default_attacks()) == 6
+
+
+def test_deterministic_model(toy):
+    """One draw, one prediction, one variant; no notes on what would be the same again."""
+    model, x, y = toy
+    attacks = [Attack(), Attack(variant="deterministic"), Attack("autoattack", version="rand"), Attack(head="mean")]
+    report = evaluate(Plain(model), x, y, steps=3, eot=4, n_eval=4, attacks=attacks, name="base", **QUIET)
+    assert report.attacks == ["clean", "PGD-3 ce", "worst"]
+    assert all(row.n_eval == 1 for row in report.rows) and report.row("PGD-3 ce").settings["eot"] == 1
+    assert report.row("clean").accuracy == 1
+    assert report.notes == ["base: PGD-3 ce through mean was left out: the model has no sample_logits()"]
+
+
+def test_a_callable_without_abilities(toy):
+    model, x, y = toy
+    report = evaluate(
+        lambda z: model(z), x, y, steps=2, n_eval=2, name="f", **QUIET,
+        attacks=[Attack(), Attack(variant="fixed"), Attack(variant="deterministic")],
+    )  # fmt: skip
+    assert report.attacks == ["clean", "PGD-2 ce", "worst"] and len(report.notes) == 2
+    assert "fixed_noise()" in report.notes[0] and "deterministic()" in report.notes[1]
+
+
+def test_nothing_leaks(toy):
+    model, x, y = toy
+    model.train()
+    model.weight.requires_grad_(True)
+    logger = logging.getLogger("auto-attack")
+    before = torch.get_rng_state(), model.weight.clone(), x.clone(), logger.level, logger.propagate, sys.gettrace()
+    attacks = [Attack(), Attack("autoattack", variant="fixed", steps=2, queries=2)]
+    np_state = np.random.get_state()[1].tolist()
+    evaluate(model, x, y, steps=2, attacks=attacks, **QUIET)
+    assert torch.equal(before[0], torch.get_rng_state()) and np.random.get_state()[1].tolist() == np_state
+    assert torch.equal(before[1], model.weight) and torch.equal(before[2], x)
+    assert (logger.level, logger.propagate, sys.gettrace()) == before[3:] and not logger.handlers
+    assert model.training and model.weight.requires_grad and model.weight.grad is None and model._mode is None
+
+
+def test_reproducible_and_seeded(toy):
+    model, x, y = toy
+    attacks = [Attack(eot=2), Attack(loss="dlr")]
+    run = [evaluate(model, x, y, steps=3, attacks=attacks, seed=s, **QUIET) for s in (0, 0, 1)]
+    masks = [np.concatenate([r.robust for r in report.rows]) for report in run]
+    assert np.array_equal(masks[0], masks[1]) and not np.array_equal(masks[0], masks[2])
+    # a row does not depend on which rows came before it
+    alone = evaluate(model, x, y, steps=3, attacks=attacks[1:], **QUIET)
+    assert np.array_equal(alone.row("PGD-3 dlr").robust, run[0].row("PGD-3 dlr").robust)
+
+
+def test_batches_do_not_matter(toy):
+    model, x, y = toy
+    attacks = [Attack(), Attack(variant="fixed"), Attack(variant="deterministic")]
+    one, other = (evaluate(model, x, y, steps=3, attacks=attacks[1:], batch_size=b, **QUIET) for b in (128, 7))
+    for label in ("PGD-3 ce, fixed noise", "PGD-3 ce, deterministic"):
+        assert np.array_equal(one.row(label).robust, other.row(label).robust)
+
+
+def test_cascade(toy):
+    model, x, y = toy
+    attacks = [Attack(), Attack(loss="dlr"), Attack(loss="margin"), Attack(variant="deterministic")]
+    report = evaluate(model, x, y, steps=1, attacks=attacks, cascade=True, n_eval=2, **QUIET)
+    first, second = report.row("PGD-1 ce"), report.row("PGD-1 dlr, after PGD-1 ce")
+    third = report.row("PGD-1 margin, after PGD-1 ce, PGD-1 dlr")
+    assert second.settings["attacked"] == first.robust.sum() < first.settings["attacked"]
+    assert not (second.robust & ~first.robust).any() and not (third.robust & ~second.robust).any()
+    assert second.n == first.n == len(x)
+    assert "PGD-1 ce, deterministic" in report.attacks  # another variant starts anew
+    assert np.array_equal(report.row("worst, random").robust, third.robust)
+
+
+def test_uint8_images(toy):
+    model, x, y = toy
+    levels = (x * 255).round().to(torch.uint8)
+    a, b = (evaluate(model, z, y, steps=2, attacks=[Attack()], **QUIET) for z in (levels, levels.float() / 255))
+    assert np.array_equal(a.row("PGD-2 ce").robust, b.row("PGD-2 ce").robust) and a.rows[0].data == b.rows[0].data
+
+
+def test_paired_by_hand(toy):
+    model, x, y = toy
+    a = evaluate(model, x, y, steps=1, attacks=[Attack()], name="a", **QUIET)
+    b = evaluate(Plain(model), x, y, steps=1, attacks=[Attack()], name="b", **QUIET)
+    for report, robust in ((a, [1, 1, 1, 0, 0, 0, 1, 1]), (b, [1, 0, 0, 1, 0, 0, 1, 1])):
+        report.row("worst").robust = np.array(robust, dtype=bool)
+    # differences 0 1 1 -1 0 0 0 0: mean 1/8, mean square 3/8
+    paired = a.paired(b)
+    assert (paired.difference, paired.n) == (1 / 8, 8)
+    assert paired.standard_error == pytest.approx(math.sqrt((3 / 8 - 1 / 64) / 8))
+    assert b.paired(a).difference == -1 / 8
+    assert str(paired) == "+12.5 ± 21.2 points (n = 8, paired)"
+    other = evaluate(model, x[:64], y[:64], steps=1, attacks=[Attack()], **QUIET)
+    with pytest.raises(ValueError, match="different images"):
+        a.paired(other)
+    with pytest.raises(KeyError, match="clean"):
+        a.paired(b, "no such row")
+
+
+def test_merge(toy):
+    model, x, y = toy
+    a = evaluate(model, x, y, steps=1, attacks=[Attack()], name="a", **QUIET)
+    b = evaluate(Plain(model), x, y, steps=1, attacks=[Attack()], name="b", **QUIET)
+    both = merge([a, b])
+    assert both.models == ["a", "b"] and set(both.headlines) == {"a", "b"} and "## Comparison" in both.to_markdown()
+    assert "| attack | a | b |" in both.to_markdown()
+    with pytest.raises(ValueError, match="headlines"):
+        _ = both.headline
+    with pytest.raises(KeyError):
+        both.row("worst")
+    assert both.row("worst", "b") is b.row("worst")
+    with pytest.raises(ValueError, match="a: clean"):
+        merge([a, a])
+
+
+class Counting(Linear):
+    calls = 0
+
+    def sample_logits(self, x):
+        Counting.calls += 1
+        return super().sample_logits(x)
+
+
+def test_resume(tmp_path):
+    model = Counting(2.0)
+    x, y = toy_data(model, 32)
+    attacks = [Attack(), Attack(loss="dlr")]
+
+    def run(**change):
+        before = Counting.calls
+        settings = {"steps": 3, "attacks": attacks, "out": tmp_path, "n_eval": 2} | QUIET | change
+        report = evaluate(settings.pop("model", model), x, y, **settings)
+        return report, Counting.calls - before
+
+    first, made = run()
+    again, few = run()
+    assert made > 20 and few <= 4  # only the probes
+    assert again.to_json() == first.to_json()
+    assert np.array_equal(again.row("PGD-3 ce").examples.adversarial, first.row("PGD-3 ce").examples.adversarial)
+    files = sorted(tmp_path.glob("rows/*.json"))
+    assert len(files) == 3 and not list(tmp_path.glob("rows/.*"))
+    # one more attack: only that one is made
+    _, more = run(attacks=[*attacks, Attack(loss="margin")])
+    assert few < more < made and len(list(tmp_path.glob("rows/*.json"))) == 4
+    # another name is the same row
+    named, calls = run(name="other")
+    assert calls == few and named.models == ["other"]
+    # what decides the numbers makes new rows: seed, eps, weights, a plain attribute, data, a half-written file
+    for change in ({"seed": 1}, {"eps": 0.01}, {"eot": 2}, {"n_eval": 3}):
+        assert run(**change)[1] > few, change
+    with torch.no_grad():
+        model.weight[0, 0] += 1
+    assert run()[1] > few
+    model.samples = 4
+    assert run()[1] > few
+    assert run()[1] == few
+    for path in tmp_path.glob("rows/*.json"):
+        path.write_text(path.read_text()[:-50])
+    assert run()[1] > few
+
+
+def test_plain_callables_are_never_reused(tmp_path, toy):
+    model, x, y = toy
+    evaluate(lambda z: model(z), x[:8], y[:8], steps=1, attacks=[Attack()], out=tmp_path, **QUIET)
+    assert not list(tmp_path.glob("rows/*"))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5])
+def test_autoattack_with_few_classes(classes):
+    pytest.importorskip("pyautoattack")
+    model = Plain(Linear(scale=1.0, classes=classes))
+    x, y = toy_data(model.toy, 12)
+    report = evaluate(model, x, y, attacks=[Attack("autoattack", steps=10, queries=50)], eps=0.1, progress=False)
+    row = report.rows[1]
+    assert row.accuracy <= 0.1 and row.settings["warnings"] == []
+    if classes < 4:
+        assert f"PGD margin for apgd-t: {classes} classes" in row.attack
+        assert row.settings["replaced_by_pgd_margin"] == "apgd-t"
+    else:
+        assert row.settings["attacks"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+def test_autoattack_rand_with_two_classes():
+    pytest.importorskip("pyautoattack")
+    model = Linear(scale=1.0, classes=2)
+    x, y = toy_data(model, 12)
+    attacks = [Attack("autoattack", version="rand", steps=10, eot=2)]
+    row = evaluate(model, x, y, attacks=attacks, eps=0.1, progress=False).rows[1]
+    assert row.accuracy == 0 and "PGD margin for apgd-dlr: 2 classes" in row.attack
+
+
+def test_the_margin_replacement_finds_what_is_left():
+    """Logits too far apart for cross-entropy's gradient: of the parts with two classes only the margin gets through."""
+    pytest.importorskip("pyautoattack")
+    assert parts("rand", 2) == (["apgd-ce"], "apgd-dlr")
+    model = Linear(scale=1000.0, classes=2, noise=0.15)
+    x, y = toy_data(model, 12)
+    attacks = [Attack("autoattack", version="rand", steps=10, eot=2), Attack(loss="dlr")]
+    report = evaluate(model, x, y, attacks=attacks, eps=0.1, steps=10, progress=False)
+    assert report.attacks[2] == "PGD-10 margin"  # dlr needs three classes
+    assert report.rows[1].accuracy == 0 == report.rows[2].accuracy
+    assert not report.rows[1].reliable  # the probe's cross-entropy has no gradient: said, not hidden
+
+
+def test_autoattack_sees_a_randomised_model_under_fixed_noise(toy):
+    """Its own check for randomness must stay silent, since noise is the same for every image and call."""
+    pytest.importorskip("pyautoattack")
+    model, x, y = toy
+    attacks = [Attack("autoattack", variant="fixed", steps=3, queries=10)]
+    row = evaluate(model, x, y, attacks=attacks, batch_size=50, **QUIET).rows[1]
+    assert row.variant == "fixed" and row.n_eval == 1 and not any("random" in w for w in row.settings["warnings"])
+    assert row.health["gradients"] == 2 * row.settings["attacked"] and row.health["images"] == 0
+
+
+def test_autoattack_probe_marks_missing_gradients():
+    pytest.importorskip("pyautoattack")
+    model = Linear(4.0, method="peel_reference")
+    x, y = toy_data(model, 16)
+    row = evaluate(model, x, y, attacks=[Attack("autoattack", version="rand", steps=3, eot=2)], n_eval=1, **QUIET).rows[
+        1
+    ]
+    assert row.health["nonfinite"] > 0 and not row.reliable
+
+
+def test_the_other_package(monkeypatch, toy):
+    """fra31's `autoattack` has another constructor, `bs`, prints, and returns the images alone."""
+    model, x, y = toy
+    asked = {}
+
+    class AutoAttack:
+        def __init__(self, model, norm="Linf", eps=0.3, seed=None, verbose=True, attacks_to_run=(), version="standard",
+                     device="cuda", log_path=None):  # fmt: skip
+            assert not verbose and version == "standard"
+            self.model, self.eps = model, eps
+            self.apgd, self.apgd_targeted, self.fab, self.square = (types.SimpleNamespace() for _ in range(4))
+
+        def run_standard_evaluation(self, x_orig, y_orig, bs=250):
+            print("noise on the terminal")
+            asked.update(bs=bs, attacks=self.attacks_to_run, targets=self.fab.n_target_classes, steps=self.apgd.n_iter)
+            return (x_orig + 2 * self.eps).clamp(0, 1)  # leaves the ball: must be brought back
+
+    for package in ("pyautoattack", "autoattack"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=r"purify-fast\[eval\]"):
+        evaluate(Plain(model), x, y, attacks=[Attack("autoattack")], **QUIET)
+    monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=AutoAttack))
+    row = evaluate(Plain(model), x, y, attacks=[Attack("autoattack")], batch_size=33, **QUIET).rows[1]
+    assert asked == {"bs": 33, "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"], "targets": 9, "steps": 100}
+    moved = row.examples.adversarial - row.examples.clean
+    assert np.abs(moved).max() == pytest.approx(EPS, abs=1e-6)
+
+
+def test_output_is_quiet(capsys, toy):
+    pytest.importorskip("pyautoattack")
+    model, x, y = toy
+    evaluate(
+        model, x, y, steps=1, attacks=[Attack(), Attack("autoattack", variant="fixed", steps=1, queries=1)], **QUIET
+    )
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.rand(4, 768)}, r"x must be \[N, C, H, W\]"),
+        ({"x": torch.rand(0, 3, 16, 16), "y": torch.zeros(0, dtype=torch.int64)}, "at least one image"),
+        ({"x": torch.rand(4, 3, 16, 16) + 1}, r"x must be in \[0, 1\]"),
+        ({"x": torch.full((4, 3, 16, 16), torch.nan)}, "free of NaN"),
+        ({"x": torch.rand(4, 3, 16, 16).double()}, "uint8 or float32"),
+        ({"y": torch.zeros(3, dtype=torch.int64)}, "y must be int64"),
+        ({"y": torch.tensor([0, 10, 1, 1])}, r"y\[1\] is 10, but the model has 10 classes"),
+        ({"eps": -1.0}, "eps must be"),
+        ({"norm": "l1"}, "norm must be"),
+        ({"steps": 0}, "steps must be"),
+        ({"n_eval": 0}, "n_eval must be"),
+        ({"attacks": [Attack(), Attack()]}, "labels of their own.*PGD-100 ce"),
+    ],
+)
+def test_errors(change, message):
+    arguments = {"x": torch.rand(4, 3, 16, 16), "y": torch.zeros(4, dtype=torch.int64), "attacks": [Attack()]} | QUIET
+    arguments |= change
+    with pytest.raises(ValueError, match=message):
+        evaluate(Linear(), arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kind": "apgd"}, "kind must be"),
+        ({"loss": "mse"}, "loss must be"),
+        ({"variant": "zero"}, "variant must be"),
+        ({"version": "plus"}, "version must be"),
+        ({"head": "max"}, "head must be"),
+        ({"head": "lse", "target": Linear()}, "not both"),
+        ({"steps": 0}, "steps must be"),
+        ({"limit": 0}, "limit must be"),
+    ],
+)
+def test_attack_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        Attack(**change)
+
+
+def test_json_is_plain(full):
+    content = json.loads(full.to_json())
+    row = next(r for r in content["rows"] if r["attack"] == "PGD-5 ce")
+    assert set(row["robust"]) <= {"0", "1"} and len(row["robust"]) == row["n"] == 128
+    assert row["accuracy"] == full.row("PGD-5 ce").accuracy and row["seed"] == 0 and row["standard_error"] > 0
+
+
+def test_l2_and_grey():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    x = torch.rand(20, 1, 8, 8)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    report = evaluate(model, x, y, eps=0.3, norm="l2", steps=5, attacks=[Attack(loss="dlr")], progress=False)
+    row = report.row("PGD-5 margin")
+    assert row.settings["norm"] == "l2" and 0 < row.accuracy < 1
+    moved = np.linalg.norm(
+        (row.examples.adversarial - row.examples.clean).reshape(len(row.examples.labels), -1), axis=1
+    )
+    assert 0.29 < moved.max() <= 0.3 + 1e-5

@@ -1,0 +1,120 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from purify_fast.evaluation import Attack, Examples, Report, Row, evaluate, merge, plots
+from purify_fast.evaluation.report import replacing, write
+
+
+def row(model="m", attack="PGD", robust=(1, 0, 1, 1), reliable=True, kind="pgd", **more):
+    robust = np.array(robust, dtype=bool)
+    health = {"gradients": 100, "nonfinite": 0 if reliable else 40, "zero": 0, "images": 4, "unmoved": 0}
+    values = {"mean": robust.mean(), "worst": robust.mean(), "n_eval": 1, "seed": 3, "seconds": 1.5, "data": "d"}
+    return Row(model, attack, kind, "random", robust, **values | {"health": health, "reliable": reliable} | more)
+
+
+def test_headline_is_the_lowest_success_counts():
+    clean = row(attack="clean", robust=[0, 0, 0, 0], kind="clean")
+    high, low = row(attack="high"), row(attack="low", robust=[1, 0, 0, 0])
+    assert Report([clean, high, low]).headline is low
+    unreliable = row(attack="lower still", robust=[0, 0, 0, 0], reliable=False)
+    assert Report([high, low, unreliable]).headline is unreliable
+    tie = row(attack="tie", robust=[0, 1, 0, 0], reliable=False)
+    assert Report([tie, low]).headline is low and Report([low, tie]).headline is low
+    with pytest.raises(ValueError, match="there are 0"):
+        _ = Report([clean]).headline
+
+
+def test_json_round_trip():
+    report = Report([row(settings={"steps": 3, "eps": 0.1, "target": None}), row(attack="x", health=None)], ["a note"])
+    text = report.to_json()
+    back = Report.from_json(text)
+    assert back.to_json() == text and back.notes == ["a note"]
+    assert back.rows[0].robust.dtype == bool and back.rows[0].robust.tolist() == [True, False, True, True]
+    assert back.rows[0].settings == {"steps": 3, "eps": 0.1, "target": None} and back.rows[1].health is None
+    assert back.paired(report, "PGD").difference == 0
+    with pytest.raises(ValueError, match="format 99"):
+        Report.from_json(text.replace('"format": 1', '"format": 99'))
+
+
+def test_numbers_in_the_tables():
+    report = merge([Report([row("a", robust=[1, 0, 0, 0])], ["note"]), Report([row("b", reliable=False)], ["note"])])
+    text = report.to_markdown()
+    assert '| PGD | 25.0 ± 21.7 | 75.0 ± 21.7 **<span style="color:red">unreliable</span>** |' in text
+    assert "| a | PGD | random | - | 4 | 25.0 ± 21.7 | 25.0 | 25.0 (1) | 0 % / 0 % / 0 % |  | 3 | 1.5 |" in text
+    assert "40 % / 0 % / 0 %" in text and text.count("- note") == 1
+    assert "**b: 75.0 ± 21.7 %** robust" in text and "the true number may be lower" in text
+    plain, colored = report.to_text(color=False), report.to_text()
+    assert "\033" not in plain and "75.0 ± 21.7 unreliable" in plain and "\033[31m75.0 ± 21.7 unreliable" in colored
+
+
+def test_small_shares_are_not_rounded_to_none():
+    r = row(health={"gradients": 10000, "nonfinite": 1, "zero": 30, "images": 0, "unmoved": 0})
+    assert r.describe_health() == "0.01 % / 0.3 % / -"
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write(path, "one")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "one" and os.listdir(tmp_path) == ["a.json"]
+
+
+class Purifier(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(2 * 36, 4)
+
+    def reconstruct(self, x):
+        return (x[:, None] + 0.1 * torch.randn(len(x), 5, *x.shape[1:])).clamp(0, 1)
+
+    def sample_logits(self, x):
+        return self.head(self.reconstruct(x).flatten(2)[:, :, :72])
+
+    def forward(self, x):
+        return self.sample_logits(x).mean(1)
+
+
+def size(path):
+    from matplotlib.image import imread
+
+    return imread(path).shape
+
+
+def test_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = Purifier()
+    x, y = torch.rand(6, 3, 6, 6), torch.randint(0, 4, (6,))
+    report = evaluate(model, x, y, eps=0.1, steps=2, attacks=[Attack()], n_eval=2, name="m 1", progress=False)
+    report.rows[1].examples = Examples(x.numpy(), x.numpy(), y.numpy())
+    rng = torch.get_rng_state()
+    report.save(tmp_path / "run", model)
+    assert torch.equal(rng, torch.get_rng_state()) and model.training
+    names = {"report.json", "report.md", "accuracies.png", "images_m_1.png"}
+    assert set(os.listdir(tmp_path / "run")) == names
+    assert Report.from_json((tmp_path / "run/report.json").read_text()).to_json() == report.to_json()
+    assert (tmp_path / "run/report.md").read_text() == report.to_markdown()
+    assert min(size(tmp_path / "run/accuracies.png")[:2]) > 200
+    plots.grid(x, x, y, tmp_path / "plain.png")
+    # five reconstructions, of which four are shown, beside three columns
+    assert size(tmp_path / "run/images_m_1.png")[1] / size(tmp_path / "plain.png")[1] == pytest.approx(7 / 3, rel=0.01)
+    plots.grid(x[:1, :1], x[:1, :1], y[:1], tmp_path / "grey.png", names=list("abcd"))
+    plots.bars(merge([report, Report([row("other", "PGD-2 ce", reliable=False)])]), tmp_path / "bars.png")
+    with pytest.raises(ValueError, match="no rows"):
+        plots.bars(report, tmp_path / "none.png", ["no such attack"])
+    with pytest.raises(ValueError, match="C = 1 or 3"):
+        plots.grid(x[:, :2], x[:, :2], y, tmp_path / "bad.png")
+    assert not (tmp_path / "none.png").exists() and not (tmp_path / "bad.png").exists()
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    report = Report([row()])
+    with pytest.raises(ModuleNotFoundError, match=r"purify-fast\[demo\]"):
+        plots.bars(report, tmp_path / "x.png")
+    report.save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["report.json", "report.md"] and "no pictures" in report.notes[0]
