@@ -37,7 +37,7 @@ CXX_FLAGS = [
     "-ffp-contract=off",  # the same bits on every CPU, and in every clone of a loop
     "-fvisibility=hidden",
 ]
-NVCC_FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "--fmad=false", "-lineinfo"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--fmad=false", "-lineinfo"]
 
 
 class Impossible(Exception):

@@ -80,8 +80,8 @@ PF_HD void store(half& to, float x) {
   to.bits = static_cast<uint16_t>(out | sign);
 }
 
-// max, min and clamp that keep NaN, as torch.maximum, torch.minimum and torch.clamp do. One select for NaN in a, one for
-// NaN in b: compilers vectorise this form, not `a > b || a != a`.
+// max, min and clamp that keep NaN, as torch.maximum, torch.minimum and torch.clamp do. One select for NaN in a, one
+// for NaN in b: compilers vectorise this form, not `a > b || a != a`.
 template <class W>
 PF_HD W max_nan(W a, W b) {
   const W most = a > b ? a : b;
@@ -167,7 +167,8 @@ PF_HD float expm1(float x) {
 PF_HD float log(float x) {
   const bool tiny = x < 1.17549435e-38f;
   const uint32_t bits = bit_cast<uint32_t>(tiny ? x * 8388608.0f : x);
-  const int32_t n = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;  // exponent, with the mantissa in [sqrt(1/2), sqrt(2))
+  const int32_t n =
+      static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;  // exponent, with the mantissa in [sqrt(1/2), sqrt(2))
   const float mantissa = bit_cast<float>(bits - (static_cast<uint32_t>(n) << 23));
   const float whole = static_cast<float>(tiny ? n - 23 : n);
   constexpr float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();

@@ -57,23 +57,19 @@ PF_HD void normal_pair(uint32_t a, uint32_t b, float& first, float& second) {
   second = radius * sine;
 }
 
-// Four elements of one distribution from four words; bits travel in the float's place.
-PF_HD void distribute(Distribution kind, uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3, uint32_t out[4]) {
+// Elements 4 group .. 4 group + 3 of one sample and draw; floats travel as their bits.
+PF_HD void draw_group(Distribution kind, Key key, uint32_t group, uint32_t draw, uint32_t sample, uint32_t stream,
+                      uint32_t out[4]) {
+  uint32_t w[4] = {group, draw, sample, stream};
+  philox(key, w[0], w[1], w[2], w[3]);
+  for (int i = 0; i < 4; ++i) out[i] = kind == Distribution::bits ? w[i] : bit_cast<uint32_t>(uniform(w[i]));
   if (kind == Distribution::normal) {
-    float z[4];
-    normal_pair(w0, w1, z[0], z[1]);
-    normal_pair(w2, w3, z[2], z[3]);
-    for (int i = 0; i < 4; ++i) out[i] = bit_cast<uint32_t>(z[i]);
-  } else if (kind == Distribution::uniform) {
-    out[0] = bit_cast<uint32_t>(uniform(w0));
-    out[1] = bit_cast<uint32_t>(uniform(w1));
-    out[2] = bit_cast<uint32_t>(uniform(w2));
-    out[3] = bit_cast<uint32_t>(uniform(w3));
-  } else {
-    out[0] = w0;
-    out[1] = w1;
-    out[2] = w2;
-    out[3] = w3;
+    for (int i = 0; i < 4; i += 2) {
+      float first, second;
+      normal_pair(w[i], w[i + 1], first, second);
+      out[i] = bit_cast<uint32_t>(first);
+      out[i + 1] = bit_cast<uint32_t>(second);
+    }
   }
 }
 

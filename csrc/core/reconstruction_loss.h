@@ -5,17 +5,16 @@
 
 namespace pf {
 
-// max(l, 0) - l t + log(1 + exp(-|l|)), written so that t = 1 and t = 0 lose nothing at large |l|.
+// max(l, 0) - l t + log(1 + exp(-|l|)); in this order the loss of a right and certain pixel keeps all its digits.
 template <class W>
 PF_HD W reconstruction_loss_term(W logit, W target) {
-  return (1 - target) * logit - log_sigmoid(logit);
+  return ((1 - target) * logit - min_nan(logit, W(0))) + log1p_unit(exp(-abs(logit)));
 }
 
 template <class L, class T, class W = wide_t<L>>
 PF_HD W reconstruction_loss(const L* logits, const T* target, int64_t n) {
-  return ordered_sum<W>(n, [=](int64_t i) PF_INLINE {
-    return reconstruction_loss_term<W>(load(logits[i]), load(target[i]));
-  });
+  return ordered_sum<W>(
+      n, [=](int64_t i) PF_INLINE { return reconstruction_loss_term<W>(load(logits[i]), load(target[i])); });
 }
 
 template <class W>

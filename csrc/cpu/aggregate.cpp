@@ -9,8 +9,8 @@ constexpr int64_t lanes = 16, tile_width = 128;
 
 // Logits [images][samples][classes] <-> a tile [samples][width], width >= images * classes; the rest is 0.
 template <class T, class W>
-PF_HD void to_tile(const T* __restrict__ logits, W* __restrict__ tile, int64_t images, int64_t samples,
-                   int64_t classes, int64_t width) {
+PF_HD void to_tile(const T* __restrict__ logits, W* __restrict__ tile, int64_t images, int64_t samples, int64_t classes,
+                   int64_t width) {
   for (int64_t k = 0; k < samples; ++k) {
     W* row = tile + k * width;
     for (int64_t b = 0; b < images; ++b) {
@@ -24,29 +24,30 @@ PF_HD void from_tile(const W* __restrict__ tile, T* __restrict__ out, int64_t im
                      int64_t width) {
   for (int64_t b = 0; b < images; ++b) {
     for (int64_t k = 0; k < samples; ++k) {
-      for (int64_t c = 0; c < classes; ++c) store(out[(b * samples + k) * classes + c], tile[k * width + b * classes + c]);
+      for (int64_t c = 0; c < classes; ++c)
+        store(out[(b * samples + k) * classes + c], tile[k * width + b * classes + c]);
     }
   }
 }
 
 // scratch: samples + aggregate_scratch_rows + 1 rows of `width`, a multiple of the lanes
-#define PF_LOOPS(T)                                                                                                 \
-  PF_CLONES void forward(Aggregation method, const T* logits, wide_t<T>* out, int64_t images, int64_t samples,      \
-                         int64_t classes, int64_t width, wide_t<T>* scratch) {                                      \
-    width = width / lanes * lanes;                                                                                  \
-    wide_t<T>*tile = scratch, *row = tile + samples * width;                                                        \
-    to_tile(logits, tile, images, samples, classes, width);                                                         \
-    aggregate_tile(method, tile, samples, images, classes, width, row, row + width);                                \
-    for (int64_t i = 0; i < images * classes; ++i) out[i] = row[i];                                                 \
-  }                                                                                                                 \
-  PF_CLONES void backward(Aggregation method, const wide_t<T>* grad, const T* logits, T* out, int64_t images,       \
-                          int64_t samples, int64_t classes, int64_t width, wide_t<T>* scratch) {                    \
-    width = width / lanes * lanes;                                                                                  \
-    wide_t<T>*tile = scratch, *row = tile + samples * width;                                                        \
-    to_tile(logits, tile, images, samples, classes, width);                                                         \
-    for (int64_t i = 0; i < width; ++i) row[i] = i < images * classes ? grad[i] : 0;                                \
-    aggregate_tile_backward(method, tile, row, samples, images, classes, width, row + width);                       \
-    from_tile(tile, out, images, samples, classes, width);                                                          \
+#define PF_LOOPS(T)                                                                                            \
+  PF_CLONES void forward(Aggregation method, const T* logits, wide_t<T>* out, int64_t images, int64_t samples, \
+                         int64_t classes, int64_t width, wide_t<T>* scratch) {                                 \
+    width = width / lanes * lanes;                                                                             \
+    wide_t<T>*tile = scratch, *row = tile + samples * width;                                                   \
+    to_tile(logits, tile, images, samples, classes, width);                                                    \
+    aggregate_tile(method, tile, samples, images, classes, width, row, row + width);                           \
+    for (int64_t i = 0; i < images * classes; ++i) out[i] = row[i];                                            \
+  }                                                                                                            \
+  PF_CLONES void backward(Aggregation method, const wide_t<T>* grad, const T* logits, T* out, int64_t images,  \
+                          int64_t samples, int64_t classes, int64_t width, wide_t<T>* scratch) {               \
+    width = width / lanes * lanes;                                                                             \
+    wide_t<T>*tile = scratch, *row = tile + samples * width;                                                   \
+    to_tile(logits, tile, images, samples, classes, width);                                                    \
+    for (int64_t i = 0; i < width; ++i) row[i] = i < images * classes ? grad[i] : 0;                           \
+    aggregate_tile_backward(method, tile, row, samples, images, classes, width, row + width);                  \
+    from_tile(tile, out, images, samples, classes, width);                                                     \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 

@@ -11,8 +11,8 @@
 
 #include "../core/math.h"
 
-// One copy of a loop per instruction set, chosen once when the library is loaded: fast everywhere without -march=native.
-// Templates cannot carry it, hence the overloads at the bottom of each file.
+// One copy of a loop per instruction set, chosen once when the library is loaded: fast everywhere without
+// -march=native. Templates cannot carry it, hence the overloads at the bottom of each file.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define PF_CLONES __attribute__((target_clones("default", "avx2", "avx512f"))) static
 #else
@@ -66,9 +66,9 @@ inline Tensor new_tensor(const int64_t* sizes, int64_t dim, ScalarType dtype) {
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides.data(),
-                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes, strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 inline Tensor new_like(const Tensor& x) { return new_tensor(x.sizes().data(), x.dim(), x.scalar_type()); }

@@ -5,14 +5,14 @@
 namespace pf::cpu {
 namespace {
 
-#define PF_LOOPS(T)                                                                                              \
-  PF_CLONES void linf(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,          \
-                      T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step) {                                 \
+#define PF_LOOPS(T)                                                                                                \
+  PF_CLONES void linf(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,            \
+                      T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step) {                                   \
     for (int64_t i = 0; i < n; ++i) store(out[i], pgd_step_linf(load(x[i]), load(grad[i]), load(x_nat[i]), step)); \
-  }                                                                                                              \
-  PF_CLONES void l2(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,            \
-                    T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step) {                                   \
-    pgd_step_l2(x, grad, x_nat, out, n, step);                                                                   \
+  }                                                                                                                \
+  PF_CLONES void l2(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,              \
+                    T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step) {                                     \
+    pgd_step_l2(x, grad, x_nat, out, n, step);                                                                     \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 

@@ -95,9 +95,8 @@ Tensor philox(Tensor seed, Tensor sample_ids, int64_t numel, int64_t stream, int
       new_tensor({ids.numel(), draws, numel}, kind == Distribution::bits ? ScalarType::Int : ScalarType::Float);
   const Rows rows{key_of(*data<int64_t>(seed)), data<int64_t>(ids), draws, first_draw, static_cast<uint32_t>(stream)};
   uint32_t* to = writable<uint32_t>(out);
-  parallel_rows(ids.numel() * draws, 4 * numel, [&](int64_t begin, int64_t end) {
-    fill_rows(kind, rows, begin, end, numel, to + begin * numel);
-  });
+  parallel_rows(ids.numel() * draws, 4 * numel,
+                [&](int64_t begin, int64_t end) { fill_rows(kind, rows, begin, end, numel, to + begin * numel); });
   return out;
 }
 

@@ -7,22 +7,22 @@ namespace {
 
 constexpr int64_t chunk = 2048;  // numbers drawn at once; they stay in the cache
 
-#define PF_LOOPS(T)                                                                                                 \
-  PF_CLONES void forward(const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise,    \
-                         T* __restrict__ z, wide_t<T>* __restrict__ kl, int64_t rows, int64_t n) {                  \
-    for (int64_t i = 0; i < rows * n; ++i) store(z[i], latent<wide_t<T>>(load(mu[i]), load(logvar[i]), noise[i]));  \
-    for (int64_t b = 0; b < rows; ++b) kl[b] = divergence(mu + b * n, logvar + b * n, n);                           \
-  }                                                                                                                 \
-  PF_CLONES void backward(const T* __restrict__ grad_z, const wide_t<T>* __restrict__ grad_kl,                      \
-                          const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise,  \
-                          T* __restrict__ out_mu, T* __restrict__ out_logvar, int64_t rows, int64_t n) {            \
-    for (int64_t b = 0; b < rows; ++b) {                                                                            \
-      for (int64_t i = b * n; i < (b + 1) * n; ++i) {                                                               \
-        const wide_t<T> m = load(mu[i]), v = load(logvar[i]), gz = load(grad_z[i]), e = noise[i];                   \
-        store(out_mu[i], latent_mu_slope<wide_t<T>>(m, gz, grad_kl[b]));                                            \
-        store(out_logvar[i], latent_logvar_slope<wide_t<T>>(v, e, gz, grad_kl[b]));                                 \
-      }                                                                                                             \
-    }                                                                                                               \
+#define PF_LOOPS(T)                                                                                                \
+  PF_CLONES void forward(const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise,  \
+                         T* __restrict__ z, wide_t<T>* __restrict__ kl, int64_t rows, int64_t n) {                 \
+    for (int64_t i = 0; i < rows * n; ++i) store(z[i], latent<wide_t<T>>(load(mu[i]), load(logvar[i]), noise[i])); \
+    for (int64_t b = 0; b < rows; ++b) kl[b] = divergence(mu + b * n, logvar + b * n, n);                          \
+  }                                                                                                                \
+  PF_CLONES void backward(const T* __restrict__ grad_z, const wide_t<T>* __restrict__ grad_kl,                     \
+                          const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise, \
+                          T* __restrict__ out_mu, T* __restrict__ out_logvar, int64_t rows, int64_t n) {           \
+    for (int64_t b = 0; b < rows; ++b) {                                                                           \
+      for (int64_t i = b * n; i < (b + 1) * n; ++i) {                                                              \
+        const wide_t<T> m = load(mu[i]), v = load(logvar[i]), gz = load(grad_z[i]), e = noise[i];                  \
+        store(out_mu[i], latent_mu_slope<wide_t<T>>(m, gz, grad_kl[b]));                                           \
+        store(out_logvar[i], latent_logvar_slope<wide_t<T>>(v, e, gz, grad_kl[b]));                                \
+      }                                                                                                            \
+    }                                                                                                              \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 

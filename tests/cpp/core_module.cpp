@@ -1,0 +1,90 @@
+// csrc/core as a Python module, for the property tests in tests/test_core.py. Not part of the package.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "core/aggregate.h"
+#include "core/pgd_step.h"
+#include "core/philox.h"
+#include "core/reconstruction_loss.h"
+#include "core/sample_latent.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class W>
+using Array = py::array_t<W, py::array::c_style | py::array::forcecast>;
+
+std::vector<uint32_t> draw_group(int kind, int64_t seed, uint32_t group, uint32_t draw, uint32_t sample,
+                                 uint32_t stream) {
+  std::vector<uint32_t> out(4);
+  pf::draw_group(static_cast<pf::Distribution>(kind), pf::key_of(seed), group, draw, sample, stream, out.data());
+  return out;
+}
+
+template <class W>
+void bind(py::module_& m, const char* suffix) {
+  const auto name = [&](const char* base) { return std::string(base) + suffix; };
+  // [samples, classes] -> [classes]
+  m.def(name("aggregate").c_str(), [](int method, Array<W> logits) {
+    const int64_t samples = logits.shape(0), classes = logits.shape(1);
+    std::vector<W> tile(logits.data(), logits.data() + logits.size()), scratch(pf::aggregate_scratch_rows * classes);
+    Array<W> out(classes);
+    pf::aggregate_tile(static_cast<pf::Aggregation>(method), tile.data(), samples, 1, classes, classes,
+                       out.mutable_data(), scratch.data());
+    return out;
+  });
+  m.def(name("aggregate_backward").c_str(), [](int method, Array<W> grad, Array<W> logits) {
+    const int64_t samples = logits.shape(0), classes = logits.shape(1);
+    std::vector<W> g(grad.data(), grad.data() + grad.size()), scratch(pf::aggregate_scratch_rows * classes);
+    Array<W> out({samples, classes});
+    std::copy(logits.data(), logits.data() + logits.size(), out.mutable_data());
+    pf::aggregate_tile_backward(static_cast<pf::Aggregation>(method), out.mutable_data(), g.data(), samples, 1, classes,
+                                classes, scratch.data());
+    return out;
+  });
+  // one sample [n]
+  m.def(name("pgd_step").c_str(), [](Array<W> x, Array<W> grad, Array<W> x_nat, W alpha, W eps, int norm, W lo, W hi) {
+    const pf::PgdStep<W> step{alpha, eps, lo, hi};
+    Array<W> out(x.size());
+    if (static_cast<pf::Norm>(norm) == pf::Norm::l2) {
+      pf::pgd_step_l2(x.data(), grad.data(), x_nat.data(), out.mutable_data(), x.size(), step);
+    } else {
+      for (py::ssize_t i = 0; i < x.size(); ++i) {
+        out.mutable_data()[i] = pf::pgd_step_linf(x.data()[i], grad.data()[i], x_nat.data()[i], step);
+      }
+    }
+    return out;
+  });
+  m.def(name("reconstruction_loss").c_str(), [](Array<W> logits, Array<W> target) {
+    return pf::reconstruction_loss(logits.data(), target.data(), logits.size());
+  });
+  m.def(name("reconstruction_loss_slope").c_str(),
+        py::vectorize([](W logit, W target) { return pf::reconstruction_loss_slope(logit, target); }));
+  m.def(name("divergence").c_str(),
+        [](Array<W> mu, Array<W> logvar) { return pf::divergence(mu.data(), logvar.data(), mu.size()); });
+  m.def(name("latent").c_str(), py::vectorize([](W mu, W logvar, W noise) { return pf::latent(mu, logvar, noise); }));
+}
+
+template <class T>
+float round_to(float x) {
+  T stored;
+  pf::store(stored, x);
+  return pf::load(stored);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(purify_fast_core, m) {
+  m.def("draw_group", &draw_group);
+  m.def("exp", py::vectorize([](float x) { return pf::exp(x); }));
+  m.def("expm1", py::vectorize([](float x) { return pf::expm1(x); }));
+  m.def("log", py::vectorize([](float x) { return pf::log(x); }));
+  m.def("log1p_unit", py::vectorize([](float x) { return pf::log1p_unit(x); }));
+  m.def("round_half", py::vectorize(&round_to<pf::half>));
+  m.def("round_bfloat16", py::vectorize(&round_to<pf::bfloat16>));
+  bind<float>(m, "");
+  bind<double>(m, "_double");
+}

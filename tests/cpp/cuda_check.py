@@ -1,0 +1,86 @@
+"""Compiles the device code with nvcc, without a GPU: no warnings, and no register spilled to memory.
+
+Every header of csrc/core (through device_check.cu) and every csrc/cuda/*.cu (against torch's stable headers).
+`--find` only prints the toolkit; exit status 1 and the reason if there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHS = ("80", "90", "100", "120")
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("purify_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def spills(log: str) -> list[str]:
+    """What ptxas says of each kernel that spills: 'name (arch): n bytes stores, m bytes loads'."""
+    found, kernel = [], ""
+    for line in log.splitlines():
+        entry = re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line)
+        if entry:
+            kernel = f"{entry[1]} ({entry[2]})"
+        spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)
+        if spill and (spill[1] != "0" or spill[2] != "0"):
+            found.append(f"{kernel}: {spill[1]} bytes spilled, {spill[2]} loaded")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--find", action="store_true", help="print the toolkit's folder and stop")
+    args = parser.parse_args()
+    setup = load_setup()
+    try:
+        toolkit = setup.find_toolkit(os.environ)
+    except setup.Impossible as reason:
+        print(reason, file=sys.stderr)
+        return 1
+    if args.find:
+        print(toolkit)
+        return 0
+
+    torch = importlib.util.find_spec("torch")
+    if torch is None or not torch.submodule_search_locations:
+        print("torch is not importable: its headers are needed for csrc/cuda", file=sys.stderr)
+        return 1
+    include = Path(torch.submodule_search_locations[0]) / "include"
+    missing = {header.name for header in ROOT.glob("csrc/core/*.h")} - set(
+        re.findall(r'"core/(\w+\.h)"', (ROOT / "tests/cpp/device_check.cu").read_text())
+    )
+    failures = [f"tests/cpp/device_check.cu does not include {name}" for name in sorted(missing)]
+    kernels = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for source in [ROOT / "tests/cpp/device_check.cu", *sorted(ROOT.glob("csrc/cuda/*.cu"))]:
+            command = [toolkit / "bin/nvcc", "-c", source, "-o", Path(folder) / "out.o", "-I", ROOT / "csrc"]
+            command += ["-isystem", include, "-isystem", include / "torch/csrc/api/include", "-isystem", toolkit / "include"]
+            command += [*setup.NVCC_FLAGS, *setup.DEFINES, "--Werror", "all-warnings", "-Xptxas", "-v"]
+            command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+            run = subprocess.run(command, capture_output=True, text=True)
+            log = run.stdout + run.stderr
+            kernels += log.count("Compiling entry function")
+            name = source.relative_to(ROOT)
+            if run.returncode:
+                failures.append(f"{name} does not compile:\n{log}")
+            failures += [f"{name}: {line}" for line in spills(log)]
+            print(f"{name}: {log.count('Compiling entry function')} kernels", flush=True)
+    print(f"{kernels} kernels for sm_{', sm_'.join(ARCHS)}: {len(failures)} failures")
+    print("\n".join(failures))
+    return 1 if failures or not kernels else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

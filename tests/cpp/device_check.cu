@@ -1,0 +1,48 @@
+// Every function of csrc/core, called from device code: compiled by cuda_check.py, never run.
+#include "core/aggregate.h"
+#include "core/math.h"
+#include "core/pgd_step.h"
+#include "core/philox.h"
+#include "core/reconstruction_loss.h"
+#include "core/sample_latent.h"
+
+template <class T>
+__global__ void core_kernel(const T* __restrict__ x, const T* __restrict__ y, T* __restrict__ out, int64_t n) {
+  using W = pf::wide_t<T>;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const W a = pf::load(x[i]), b = pf::load(y[i]);
+  const W sum = pf::pgd_step_linf(a, b, a, pf::PgdStep<W>{a, b, a, b}) + pf::reconstruction_loss_term(a, b) +
+                pf::reconstruction_loss_slope(a, b) + pf::latent(a, b, a) + pf::divergence_term(a, b) +
+                pf::latent_mu_slope(a, b, a) + pf::latent_logvar_slope(a, b, a, b) + pf::log_sigmoid(a) + pf::log(a);
+  pf::store(out[i], sum);
+}
+
+template <class T>
+__global__ void row_kernel(const T* __restrict__ x, const T* __restrict__ y, T* __restrict__ out, int64_t n) {
+  using W = pf::wide_t<T>;
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * n;
+  pf::pgd_step_l2(x + row, y + row, x + row, out + row, n, pf::PgdStep<W>{1, 1, 0, 1});
+  pf::store(out[row], pf::reconstruction_loss(x + row, y + row, n) + pf::divergence(x + row, y + row, n));
+}
+
+template <class W>
+__global__ void tile_kernel(int method, W* tile, W* out, W* scratch, int64_t samples, int64_t classes) {
+  const auto kind = static_cast<pf::Aggregation>(method);
+  pf::aggregate_tile(kind, tile, samples, 1, classes, classes, out, scratch);
+  pf::aggregate_tile_backward(kind, tile, out, samples, 1, classes, classes, scratch);
+}
+
+__global__ void stream_kernel(int kind, int64_t seed, uint32_t* out) {
+  pf::draw_group(static_cast<pf::Distribution>(kind), pf::key_of(seed), threadIdx.x, 0, 0, 1, out + 4 * threadIdx.x);
+}
+
+#define INSTANTIATE(T)                                                      \
+  template __global__ void core_kernel<T>(const T*, const T*, T*, int64_t); \
+  template __global__ void row_kernel<T>(const T*, const T*, T*, int64_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(pf::half)
+INSTANTIATE(pf::bfloat16)
+template __global__ void tile_kernel<float>(int, float*, float*, float*, int64_t, int64_t);
+template __global__ void tile_kernel<double>(int, double*, double*, double*, int64_t, int64_t);
