@@ -254,21 +254,28 @@ def test_nothing_leaks(toy):
 
 def test_reproducible_and_seeded(toy):
     model, x, y = toy
+    common = {"steps": 3, "eps": FAINT, "progress": False}
     attacks = [Attack(eot=2), Attack(loss="dlr")]
-    run = [evaluate(model, x, y, steps=3, attacks=attacks, seed=s, **QUIET) for s in (0, 0, 1)]
+    run = [evaluate(model, x, y, attacks=attacks, seed=s, **common) for s in (0, 0, 1)]
+    pictures = [r.row("PGD-3 dlr").examples.adversarial for r in run]
     masks = [np.concatenate([r.robust for r in report.rows]) for report in run]
     assert np.array_equal(masks[0], masks[1]) and not np.array_equal(masks[0], masks[2])
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
     # a row does not depend on which rows came before it
-    alone = evaluate(model, x, y, steps=3, attacks=attacks[1:], **QUIET)
-    assert np.array_equal(alone.row("PGD-3 dlr").robust, run[0].row("PGD-3 dlr").robust)
+    alone = evaluate(model, x, y, attacks=attacks[1:], **common).row("PGD-3 dlr")
+    assert np.array_equal(alone.robust, run[0].row("PGD-3 dlr").robust)
+    assert np.array_equal(alone.examples.adversarial, pictures[0])
 
 
 def test_batches_do_not_matter(toy):
     model, x, y = toy
-    attacks = [Attack(), Attack(variant="fixed"), Attack(variant="deterministic")]
-    one, other = (evaluate(model, x, y, steps=3, attacks=attacks[1:], batch_size=b, **QUIET) for b in (128, 7))
-    for label in ("PGD-3 ce, fixed noise", "PGD-3 ce, deterministic"):
-        assert np.array_equal(one.row(label).robust, other.row(label).robust)
+    attacks = [Attack(variant="fixed"), Attack(variant="deterministic")]
+    common = {"steps": 1, "eps": FAINT, "progress": False}
+    one, other = (evaluate(model, x, y, attacks=attacks, batch_size=b, **common) for b in (128, 3))
+    for label in ("PGD-1 ce, fixed noise", "PGD-1 ce, deterministic"):
+        a, b = one.row(label), other.row(label)
+        assert np.array_equal(a.robust, b.robust) and 0 < a.accuracy < 1
+        assert np.abs(a.examples.adversarial - b.examples.adversarial).max() < 1e-6
 
 
 def test_cascade(toy):
@@ -513,6 +520,14 @@ def test_errors(change, message):
 def test_attack_errors(change, message):
     with pytest.raises(ValueError, match=message):
         Attack(**change)
+
+
+def test_a_saturated_head_still_gets_its_draws():
+    """A head that is infinite everywhere looks deterministic; its EOT draws are taken all the same."""
+    model = Linear(32.0)
+    x, y = toy_data(model, 16)
+    report = evaluate(model, x, y, steps=2, eot=3, attacks=[Attack(head="peel_reference")], **QUIET)
+    assert report.rows[1].settings["eot"] == 3 and report.rows[1].health["nonfinite"] == 32
 
 
 def test_json_is_plain(full):
