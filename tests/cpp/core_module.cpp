@@ -1,6 +1,7 @@
 // csrc/core as a Python module, for the property tests in tests/test_core.py. Not part of the package.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <vector>
 

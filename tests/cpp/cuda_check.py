@@ -66,7 +66,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for source in [ROOT / "tests/cpp/device_check.cu", *sorted(ROOT.glob("csrc/cuda/*.cu"))]:
             command = [toolkit / "bin/nvcc", "-c", source, "-o", Path(folder) / "out.o", "-I", ROOT / "csrc"]
-            command += ["-isystem", include, "-isystem", include / "torch/csrc/api/include", "-isystem", toolkit / "include"]
+            command += [
+                "-isystem",
+                include,
+                "-isystem",
+                include / "torch/csrc/api/include",
+                "-isystem",
+                toolkit / "include",
+            ]
             command += [*setup.NVCC_FLAGS, *setup.DEFINES, "--Werror", "all-warnings", "-Xptxas", "-v"]
             command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
             run = subprocess.run(command, capture_output=True, text=True)

@@ -1,0 +1,98 @@
+# Every target sets up what it needs in .venv, from constraints.txt; nothing but Python, make and a C++ compiler is
+# expected on the machine. `make help` lists the targets.
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+CMAKE  := build/cmake
+PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BUILD  := PURIFY_FAST_BUILD=cpu
+SOURCES := $(wildcard csrc/core/* csrc/cpu/*)
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cpp' 'tests/cpp/*.cu')
+# Python.h may be missing; then the property tests of the core say so, and are skipped
+HEADERS = $(shell $(BIN)/python -c "import os, sysconfig; print('ON' if os.path.exists(sysconfig.get_path('include') + '/Python.h') else 'OFF')")
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-python test-interpreter test-cpp lint format bench cuda-check wheel clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(STAMPS)/package  ## train and attack on digits, about 8 minutes on 2 cores; ARGS=--quick for a minute
+	$(BIN)/purify-fast demo $(ARGS)
+
+test: test-cpp test-python test-interpreter  ## everything: C++, Python, Triton in its interpreter
+
+test-cpp: $(STAMPS)/cmake
+	@echo "== C++ tests of csrc/core"
+	$(BIN)/cmake -S . -B $(CMAKE) -G Ninja --log-level=WARNING -DPF_BUILD_PYTHON=$(HEADERS) \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build $(CMAKE) -- --quiet
+	$(BIN)/ctest --test-dir $(CMAKE) --output-on-failure
+
+test-python: $(STAMPS)/package test-cpp
+	@echo "== Python tests"
+	$(BIN)/python -m pytest $(ARGS)
+
+# Triton's interpreter is chosen when Triton is imported: a process of its own
+test-interpreter: $(STAMPS)/package
+	@echo "== Triton kernels in the interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+
+lint: $(STAMPS)/lint $(STAMPS)/package  ## ruff, clang-format, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMPS)/lint  ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: $(STAMPS)/package  ## every op: eager, torch.compile, ours
+	$(BIN)/python -m benchmarks ops --device cpu $(ARGS)
+
+cuda-check: $(STAMPS)/cmake $(STAMPS)/package  ## compile CUDA and Triton for sm_80, 90, 100, 120; needs nvcc, no GPU
+	@$(BIN)/python tests/cpp/cuda_check.py --find > /dev/null
+	$(BIN)/cmake -S . -B $(CMAKE)-cuda -G Ninja --log-level=WARNING -DPF_CUDA_CHECK=ON -DPF_BUILD_TESTS=OFF \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/ctest --test-dir $(CMAKE)-cuda -R cuda_check --verbose --no-tests=error
+	$(BIN)/python -m pytest tests/aot
+
+wheel: $(STAMPS)/base  ## a wheel with the CPU kernels in dist/, for every Python from 3.10 and torch from 2.11
+	@rm -rf build/lib* build/bdist*  # what an earlier build left would be packed
+	$(BUILD) $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist purify_fast/_C*.so purify_fast/_build.json $(STAMPS)/package *.egg-info
+
+$(BIN)/python:
+	@echo "== $(VENV): a virtual environment of $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/base: constraints.txt | $(BIN)/python
+	@mkdir -p $(STAMPS)
+	@echo "== PyTorch and the build tools (the first time this downloads a lot)"
+	$(PIP) torch torchvision setuptools wheel ninja
+	@touch $@
+
+$(STAMPS)/package: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
+	@echo "== purify_fast with its CPU kernels"
+	$(BUILD) $(PIP) --no-build-isolation -e '.[demo,test]'
+	@touch $@
+
+$(STAMPS)/cmake: $(STAMPS)/base
+	@echo "== CMake and pybind11"
+	$(PIP) cmake pybind11
+	@touch $@
+
+$(STAMPS)/lint: $(STAMPS)/base
+	@echo "== the linters"
+	$(PIP) ruff mypy import-linter clang-format
+	@touch $@

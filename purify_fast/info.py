@@ -1,0 +1,136 @@
+"""What is installed, what was built, and which backend serves each op: ``purify-fast info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import textwrap
+from pathlib import Path
+
+import torch
+
+from . import __version__, _library
+from .ops import REGISTRY
+
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    values = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = values.get("flags", "").split()
+    return f"{values.get('model name', platform.machine())}, {', '.join(f for f in _CPU_FLAGS if f in flags) or '-'}"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    found = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        found.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+    return "; ".join(found)
+
+
+def _facts() -> dict[str, str | None]:
+    """What setup.py recorded beside the extension; empty if there is no record."""
+    if _library.path is None:
+        return {}
+    try:
+        return json.loads(Path(_library.path).with_name("_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _extension() -> list[tuple[str, str]]:
+    if not _library.loaded():
+        return [("extension", f"not loaded: {_library.load_error}"), ("file", _library.path or "none")]
+    facts = _facts()
+    cuda = f"CUDA {facts['cuda']} for {facts['archs']}" if facts.get("cuda") else "no CUDA kernels"
+    rows = [("extension", f"loaded, {cuda}"), ("file", _library.path or "")]
+    if facts:
+        rows.append(("built", f"version {facts['version']} with torch {facts['torch']}, {facts['flags']}"))
+        if facts["version"] != __version__:
+            rows.append(("", f"WARNING: the extension is of version {facts['version']}; {_library.BUILD_HINT}"))
+    if not facts.get("cuda"):
+        rows.append(("CUDA kernels", "build with `PURIFY_FAST_BUILD=cuda`; needs a CUDA toolkit (CUDA_HOME), no GPU"))
+    return rows
+
+
+def _why(op, kind: str, served: str) -> str:
+    if served != op.default.get(kind):
+        return "forced"
+    if kind == "cuda" and served == "reference" and len(op.available["cuda"]) > 1:
+        opt_in = ", ".join(name for name in op.available["cuda"] if name != "reference")
+        return f"{opt_in}: opt-in, not yet run on a GPU"
+    if kind == "cpu" and served == "reference" and "cpp" not in op.available["cpu"]:
+        return "the extension is not loaded"
+    return op.why[kind] or f"see benchmarks/results/{kind}"
+
+
+def _ops() -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("op", "device", "exists", "serves", "why")]
+    for op in REGISTRY.values():
+        for kind, exists in op.available.items():
+            try:
+                served = op.served_by(torch.device(kind))
+            except RuntimeError as error:  # forced, but missing
+                served, why = "nothing", str(error)
+            else:
+                why = _why(op, kind, served)
+            rows.append((op.name if kind == "cpu" else "", kind, ", ".join(exists), served, why))
+    rows.append(("decode_samples", "any", "reference", "reference", "plain layers, fused by torch.compile"))
+    return rows
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in rows
+    ]
+
+
+def report() -> str:
+    """Versions, machine, build, environment, and the table op x backend, as text."""
+    threads = torch.get_num_threads()
+    head = [
+        ("purify_fast", f"{__version__}, {Path(__file__).parent}"),
+        ("python", platform.python_version()),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"),
+        ("triton", _version("triton")),
+        ("platform", f"{platform.system()} {platform.machine()}"),
+        ("CPU", f"{_cpu()}; {threads} thread{'s' if threads != 1 else ''}"),
+        ("GPU", _gpu()),
+        *_extension(),
+    ]
+    settings = {key: value for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")}
+    head.append(("environment", " ".join(f"{key}={value}" for key, value in settings.items()) or "no PURIFY_FAST_*"))
+    lines = []
+    for name, value in head:
+        lines += textwrap.wrap(
+            value,
+            110,
+            initial_indent=name.ljust(14),
+            subsequent_indent=" " * 14,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join([*lines, "", *_columns(_ops())])
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,222 @@
+"""Properties of csrc/core, through the pybind11 module that CMake builds (`make test-cpp`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from purify_fast.ops.aggregate import METHODS
+from purify_fast.ops.philox import Stream, words
+
+BUILD = Path(__file__).resolve().parents[1] / "build/cmake"
+
+
+def _load():
+    built = list(BUILD.glob("purify_fast_core*" + sysconfig.get_config_var("EXT_SUFFIX")))
+    if not built and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("Python.h is missing (for example `apt install python3-dev`)", allow_module_level=True)
+    if not built:
+        pytest.fail(f"no purify_fast_core in {BUILD}: build it with `make test-cpp`", pytrace=False)
+    spec = importlib.util.spec_from_file_location("purify_fast_core", built[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def core():
+    return _load()
+
+
+def holds(*strategies):
+    """A property, tried on the same 200 examples every time."""
+    return lambda test: settings(max_examples=200, deadline=None, derandomize=True)(given(*strategies)(test))
+
+
+uint32 = st.integers(0, 2**32 - 1)
+int64 = st.integers(-(2**63), 2**63 - 1)
+floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
+EPS = np.finfo(np.float32).eps
+
+
+def finite(bound: float):
+    return st.floats(-bound, bound, width=32, allow_subnormal=True)
+
+
+def rows(element, shape):
+    return arrays(np.float32, shape, elements=element)
+
+
+shapes = st.tuples(st.integers(1, 9), st.integers(2, 12))
+
+
+@holds(int64, uint32, uint32, uint32, st.sampled_from(list(Stream)))
+def test_philox_words(core, seed, group, draw, sample, stream):
+    key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    assert core.draw_group(0, seed, group, draw, sample, int(stream)) == list(words(key, (group, draw, sample, stream)))
+
+
+@holds(int64, uint32)
+def test_uniform_and_normal_come_from_the_words(core, seed, group):
+    word = core.draw_group(0, seed, group, 0, 0, 1)
+    uniform = np.array(core.draw_group(1, seed, group, 0, 0, 1), np.uint32).view(np.float32)
+    assert (uniform == np.array([w >> 8 for w in word]) * 2.0**-24).all() and (uniform < 1).all()
+    normal = np.array(core.draw_group(2, seed, group, 0, 0, 1), np.uint32).view(np.float32)
+    u = np.array([(w + 256) >> 8 for w in word]) * 2.0**-24
+    v = np.array([w >> 8 for w in word]) * 2.0**-24
+    radius = np.sqrt(-2 * np.log(u[[0, 0, 2, 2]]))
+    angle = 2 * np.pi * v[[1, 1, 3, 3]]
+    truth = radius * np.where([True, False] * 2, np.cos(angle), np.sin(angle))
+    assert np.abs(normal - truth).max() < 3e-6  # the angle is rounded to float32
+
+
+@holds(floats)
+def test_elementary_functions(core, x):
+    value, wide = np.float32(x), np.float64(np.float32(x))
+    pairs = [(core.exp, np.exp), (core.expm1, np.expm1), (core.log, np.log)]
+    pairs += [(core.log1p_unit, np.log1p)] if 0 <= x <= 1 else []
+    for ours, truth in pairs:
+        with np.errstate(all="ignore"):
+            got, exact = ours(value), truth(wide)
+            wanted = np.float32(exact)
+        if not np.isfinite(wanted) or np.isinf(got):
+            assert np.isnan(got) if np.isnan(wanted) else max(abs(got), abs(wanted)) == np.inf and exact * got > 0
+        else:
+            assert abs(got - exact) <= 2 * np.spacing(max(abs(wanted), np.float32(1.2e-38)))
+
+
+@holds(floats)
+def test_sixteen_bit_rounding(core, x):
+    value = np.float32(x)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(core.round_half(value), np.float32(np.float16(value)))
+
+
+def step(core, x, grad, natural, alpha, eps, norm):
+    return core.pgd_step(x, grad, natural, alpha, eps, norm, 0.0, 1.0)
+
+
+images = st.integers(1, 40).flatmap(
+    lambda n: st.tuples(rows(st.floats(0, 1, width=32), n), rows(st.floats(0, 1, width=32), n), rows(floats, n))
+)
+radii = st.floats(0, 1, width=32)
+
+
+@holds(images, radii, radii, st.sampled_from([0, 1]))
+def test_pgd_step_stays_in_the_ball_and_the_box(core, images, alpha, eps, norm):
+    x, natural, grad = images
+    out = step(core, x, grad, natural, alpha, eps, norm)
+    assert np.isfinite(out).all() and (out >= 0).all() and (out <= 1).all()
+    distance = np.abs(out.astype(np.float64) - natural)
+    size = distance.max() if norm == 0 else np.sqrt((distance**2).sum())
+    assert size <= eps * (1 + 4 * EPS) + 2 * EPS * np.sqrt(len(x))
+
+
+@holds(images, radii, st.sampled_from([0, 1]), st.sampled_from([0.0, np.nan, np.inf, -np.inf]))
+def test_pgd_step_without_a_usable_gradient_moves_nothing(core, images, alpha, norm, bad):
+    x, _, _ = images
+    np.testing.assert_array_equal(step(core, x, np.full_like(x, bad), x, alpha, 0.5, norm), x)
+
+
+@holds(images, radii, radii, st.floats(2.0**-100, 2.0**60, width=32))
+def test_pgd_step_l2_ignores_the_gradients_scale(core, images, alpha, eps, scale):
+    x, natural, grad = images
+    grad = np.nan_to_num(np.clip(grad, -1e3, 1e3)).astype(np.float32)
+    grad[np.abs(grad) < 1e-3] = 0
+    scale = 2.0 ** np.round(np.log2(scale))  # powers of two scale without rounding
+    a = step(core, x, grad, natural, alpha, eps, 1)
+    b = step(core, x, (grad * scale).astype(np.float32), natural, alpha, eps, 1)
+    np.testing.assert_array_equal(a, b)
+
+
+@holds(images, radii, radii, st.integers(0, 39))
+def test_pgd_step_keeps_nan_where_it_is(core, images, alpha, eps, where):
+    x, natural, grad = images
+    x = x.copy()
+    x[where % len(x)] = np.nan
+    out = step(core, x, np.nan_to_num(grad, posinf=1, neginf=-1), natural, alpha, eps, 0)
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(x))
+
+
+@holds(shapes.flatmap(lambda s: rows(finite(1e3), s)), st.sampled_from(range(len(METHODS))))
+def test_aggregate_is_finite_and_near_float64(core, logits, method):
+    out = core.aggregate(method, logits)
+    truth = core.aggregate_double(method, logits.astype(np.float64))
+    assert np.isfinite(out).all()
+    if METHODS[method] != "peel":  # exp(q) amplifies the rounding of q itself
+        assert np.abs(out - truth).max() <= 8 * EPS * (1 + np.abs(truth).max())
+
+
+@holds(shapes.flatmap(lambda s: rows(finite(300), s)))
+def test_peel_decides_as_lse(core, logits):
+    lse, peel = core.aggregate(0, logits), core.aggregate(1, logits)
+    assert peel[lse.argmax()] == peel.max()
+    assert (peel <= 0).all()
+
+
+@holds(shapes.flatmap(lambda s: rows(finite(80), s)), st.randoms(use_true_random=False))
+def test_aggregate_ignores_the_order_of_samples(core, logits, random):
+    order = list(range(len(logits)))
+    random.shuffle(order)
+    for method in (0, 2, 3, 4):
+        a, b = core.aggregate(method, logits), core.aggregate(method, logits[order])
+        assert np.abs(a - b).max() <= 16 * EPS * (1 + np.abs(a).max())
+
+
+@holds(shapes.flatmap(lambda s: st.tuples(rows(finite(200), s), rows(finite(10), s[1]))))
+def test_lse_gradient_shares_the_upstream_gradient_out(core, data):
+    logits, grad = data
+    out = core.aggregate_backward(0, grad, logits)
+    assert np.isfinite(out).all()
+    assert np.abs(out.astype(np.float64).sum(0) - grad).max() <= 64 * EPS * (1 + np.abs(grad).max())
+
+
+@holds(shapes.flatmap(lambda s: rows(finite(100), s)))
+def test_vote_counts_every_sample_once(core, logits):
+    out = core.aggregate(4, logits)
+    assert out.sum() == len(logits)
+    np.testing.assert_array_equal(out, np.bincount(logits.argmax(1), minlength=logits.shape[1]))
+
+
+pixels = st.integers(1, 300).flatmap(lambda n: st.tuples(rows(finite(1e3), n), rows(st.floats(0, 1, width=32), n)))
+
+
+@holds(pixels)
+def test_reconstruction_loss_is_the_entropy_at_least(core, data):
+    logits, target = data
+    loss = core.reconstruction_loss(logits, target)
+    t = target.astype(np.float64)
+    with np.errstate(all="ignore"):
+        entropy = -np.nan_to_num(t * np.log(t)) - np.nan_to_num((1 - t) * np.log1p(-t))
+    truth = core.reconstruction_loss_double(logits.astype(np.float64), t)
+    assert loss >= entropy.sum() - 4 * EPS * (1 + loss + np.abs(logits).sum())
+    assert abs(loss - truth) <= 4 * EPS * (1 + truth + np.abs(logits).sum())
+
+
+@holds(finite(1e3), st.floats(0, 1, width=32))
+def test_reconstruction_loss_slope_is_a_probability_less_the_target(core, logit, target):
+    slope = core.reconstruction_loss_slope(np.float32(logit), np.float32(target))
+    assert -target <= slope <= 1 - target + EPS
+
+
+@holds(st.integers(1, 100).flatmap(lambda n: st.tuples(rows(finite(50), n), rows(finite(50), n))))
+def test_divergence_is_not_negative(core, data):
+    mu, logvar = data
+    divergence = core.divergence(mu, logvar)
+    assert divergence >= 0
+    truth = core.divergence_double(mu.astype(np.float64), logvar.astype(np.float64))
+    assert abs(divergence - truth) <= 8 * EPS * (1 + truth)
+
+
+@holds(finite(50), finite(20), finite(6))
+def test_latent(core, mu, logvar, noise):
+    values = [np.float32(value) for value in (mu, logvar, noise)]
+    truth = core.latent_double(*map(float, values))
+    assert abs(core.latent(*values) - truth) <= 8 * EPS * (abs(mu) + abs(noise) * np.exp(logvar / 2) + 1e-30)

@@ -1,0 +1,47 @@
+"""What `purify-fast info` tells."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import torch
+
+from purify_fast import __version__, _library, info
+from purify_fast.ops import REGISTRY, use_backend
+
+
+def test_report_names_versions_build_and_every_op():
+    text = info.report()
+    for part in (__version__, torch.__version__, "triton", "CPU", "GPU", "decode_samples"):
+        assert part in text
+    for name in REGISTRY:
+        assert f"\n{name} " in text
+    assert (_library.path or "none") in text
+    if not torch.cuda.is_available():
+        assert "opt-in, not yet run on a GPU" in text
+
+
+def test_report_shows_a_forced_backend_and_a_missing_one():
+    with use_backend("reference"):
+        assert "forced" in info.report()
+    with use_backend("cuda"):
+        text = info.report()
+    assert "forced" in text and "nothing" in text  # no op but philox ever has CUDA C++
+
+
+def test_module_runs_and_says_how_to_get_what_is_missing():
+    environ = {**os.environ, "PURIFY_FAST_NO_EXTENSION": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-m", "purify_fast.info"], capture_output=True, text=True, env=environ)
+    assert run.returncode == 0, run.stderr
+    assert "switched off by PURIFY_FAST_NO_EXTENSION=1" in run.stdout
+    assert "PURIFY_FAST_NO_EXTENSION=1" in run.stdout.split("environment")[1]
+    assert "the extension is not loaded" in run.stdout
+
+
+def test_an_extension_that_is_absent_names_the_command(monkeypatch):
+    monkeypatch.setattr(_library, "load_error", ImportError(f"not installed: {_library.BUILD_HINT}"))
+    monkeypatch.setattr(_library, "path", None)
+    text = info.report()
+    assert "not loaded" in text and "pip install --no-build-isolation" in text

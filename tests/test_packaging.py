@@ -1,0 +1,199 @@
+"""Importing without the optional parts, and the decisions setup.py takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from purify_fast import _library
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(code: str, **environ: str) -> subprocess.CompletedProcess:
+    """A fresh Python; environment variables of ours only as given."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PURIFY_FAST_")}
+    env = {**kept, "OMP_NUM_THREADS": "1", **environ}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+
+
+BLOCK_TRITON = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton" or name.startswith("triton."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+USE = """
+import torch, purify_fast
+from purify_fast import ops, _library
+x = torch.randn(2, 3, 4, requires_grad=True)
+ops.aggregate(x, "peel").sum().backward()
+assert x.grad.isfinite().all()
+seed = torch.tensor([1])
+assert ops.philox(seed, torch.arange(2), 5, stream=ops.Stream.LATENT).shape == (2, 1, 5)
+print("loaded" if _library.loaded() else "pure")
+"""
+
+
+@pytest.mark.parametrize("triton", [True, False], ids=["triton", "no-triton"])
+@pytest.mark.parametrize("extension", [True, False], ids=["extension", "no-extension"])
+def test_imports_without_the_optional_parts(triton, extension):
+    environ = {} if extension else {"PURIFY_FAST_NO_EXTENSION": "1"}
+    done = run(USE if triton else BLOCK_TRITON + USE, **environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ("loaded" if extension and _library.loaded() else "pure")
+
+
+def test_importing_ops_does_not_import_triton_kernels():
+    done = run(
+        "import sys, purify_fast.ops\nassert not [m for m in sys.modules if m.startswith('purify_fast.kernels.')]"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_backend_in_the_environment_is_refused():
+    done = run("import purify_fast", PURIFY_FAST_BACKEND="bogus")
+    assert done.returncode != 0
+    assert "backend 'bogus' is unknown; there are reference, cpp, triton, cuda" in done.stderr
+
+
+def test_a_forced_backend_that_is_missing_raises_and_lists_what_exists():
+    code = "import torch; from purify_fast.ops import aggregate; aggregate(torch.zeros(1, 2, 3))"
+    done = run(code, PURIFY_FAST_BACKEND="cpp", PURIFY_FAST_NO_EXTENSION="1")
+    assert done.returncode != 0
+    assert "backend 'cpp' is forced but missing; on cpu there are: reference" in done.stderr
+
+
+def test_the_extension_is_one_file_for_every_python():
+    if os.environ.get("PURIFY_FAST_NO_EXTENSION") == "1":
+        pytest.skip("the compiled extension is switched off by PURIFY_FAST_NO_EXTENSION=1")
+    assert _library.loaded(), _library.load_error
+    assert Path(_library.path).name == "_C.abi3.so"
+
+
+def test_the_kernels_resolve_through_the_symlink():
+    assert (ROOT / "purify_fast/kernels").resolve() == ROOT / "kernels"
+    assert os.readlink(ROOT / "purify_fast/kernels") == "../kernels"
+    spec = importlib.util.find_spec("purify_fast.kernels")
+    assert spec is not None and Path(spec.origin).resolve() == ROOT / "kernels/__init__.py"
+
+
+# setup.py
+
+
+@pytest.fixture(scope="module")
+def setup_py():
+    spec = importlib.util.spec_from_file_location("purify_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def toolkit(folder: Path, *, without: str = "") -> Path:
+    for part in ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart.so"):
+        if part != without:
+            (folder / part).parent.mkdir(parents=True, exist_ok=True)
+            (folder / part).write_text("#!/bin/sh\nexit 1\n")
+            (folder / part).chmod(0o755)
+    return folder
+
+
+def test_build_mode(setup_py):
+    assert setup_py.build_mode({}) == setup_py.build_mode({"PURIFY_FAST_BUILD": ""}) == "auto"
+    assert setup_py.build_mode({"PURIFY_FAST_BUILD": "cuda"}) == "cuda"
+    with pytest.raises(SystemExit, match=r"'gpu' is unknown; allowed: auto, none, cpu, cuda"):
+        setup_py.build_mode({"PURIFY_FAST_BUILD": "gpu"})
+
+
+def test_importing_setup_py_imports_no_torch():
+    done = run("import runpy, sys; runpy.run_path('setup.py', run_name='x'); assert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+def test_toolkit_from_cuda_home(setup_py, tmp_path):
+    home = toolkit(tmp_path / "cuda")
+    assert setup_py.find_toolkit({"CUDA_HOME": str(home)}, lambda name: None) == home
+
+
+@pytest.mark.parametrize("part", ["bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart.so"])
+def test_an_incomplete_toolkit_is_refused_and_named(setup_py, tmp_path, part):
+    home = toolkit(tmp_path / "cuda", without=part)
+    with pytest.raises(setup_py.Impossible, match=str(home)):
+        setup_py.find_toolkit({"CUDA_HOME": str(home)}, lambda name: None)
+
+
+def test_no_toolkit_says_what_to_set(setup_py):
+    with pytest.raises(setup_py.Impossible, match=r"neither CUDA_HOME nor nvcc.*set CUDA_HOME"):
+        setup_py.find_toolkit({}, lambda name: None)
+
+
+def test_toolkit_behind_a_symlink(setup_py, tmp_path):
+    home = toolkit(tmp_path / "cuda-13")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").symlink_to(home / "bin/nvcc")
+    assert setup_py.find_toolkit({}, lambda name: str(tmp_path / "bin/nvcc")) == home
+
+
+def test_toolkit_behind_a_wrapper_script(setup_py, tmp_path):
+    home = toolkit(tmp_path / "cuda-13")
+    (home / "bin/nvcc").write_text(f"#!/bin/sh\necho '#$ _HERE_={home}/bin' >&2\n")
+    wrapper = tmp_path / "usr/bin/nvcc"
+    wrapper.parent.mkdir(parents=True)
+    wrapper.write_text(f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
+    wrapper.chmod(0o755)
+    assert setup_py.find_toolkit({}, lambda name: str(wrapper)) == home
+
+
+def test_cuda_home_that_is_no_toolkit_gives_way_to_nvcc(setup_py, tmp_path):
+    home = toolkit(tmp_path / "cuda-13")
+    found = setup_py.find_toolkit({"CUDA_HOME": str(tmp_path / "gone")}, lambda name: str(home / "bin/nvcc"))
+    assert found == home
+
+
+def test_architectures(setup_py):
+    listed = "compute_75\ncompute_80\ncompute_90\ncompute_100\ncompute_101\n"
+    assert setup_py.arch_list({}, listed) == "8.0;9.0;10.0+PTX"
+    assert setup_py.arch_list({"TORCH_CUDA_ARCH_LIST": "9.0a"}, listed) == "9.0a"
+    with pytest.raises(setup_py.Impossible, match="TORCH_CUDA_ARCH_LIST"):
+        setup_py.arch_list({}, "compute_50\n")
+
+
+def test_cuda_needs_a_cuda_torch(setup_py):
+    with pytest.raises(setup_py.Impossible, match="CPU build"):
+        setup_py.check_cuda(None, {})
+
+
+def test_compiler(setup_py):
+    assert setup_py.compiler({"CXX": "my++ -m64"}, lambda name: name) == "my++ -m64"
+    assert setup_py.compiler({}, lambda name: name if name == "c++" else None) == "c++"
+    with pytest.raises(setup_py.Impossible, match=r"no C.. compiler found"):
+        setup_py.compiler({}, lambda name: None)
+
+
+def test_modes_when_the_build_is_impossible(setup_py, monkeypatch, capsys):
+    def impossible(*args):
+        raise setup_py.Impossible("no compiler here")
+
+    monkeypatch.setattr(setup_py, "compiler", impossible)
+    assert setup_py.extension("none") == {}
+    assert setup_py.extension("auto") == {}
+    assert "pure-Python install" in capsys.readouterr().err
+    for mode in ("cpu", "cuda"):
+        with pytest.raises(SystemExit, match=f"PURIFY_FAST_BUILD={mode} is impossible: no compiler here"):
+            setup_py.extension(mode)
+
+
+def test_cuda_that_is_impossible_is_an_error(setup_py, monkeypatch):
+    def impossible(*args):
+        raise setup_py.Impossible("no toolkit")
+
+    monkeypatch.setattr(setup_py, "check_cuda", impossible)
+    with pytest.raises(SystemExit, match="PURIFY_FAST_BUILD=cuda is impossible: no toolkit"):
+        setup_py.extension("cuda")
