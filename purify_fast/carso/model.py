@@ -231,12 +231,17 @@ class Carso(nn.Module):
 
 
 class Head(nn.Module):
-    """A defence seen through one aggregation method: ``forward(x)`` = aggregate(sample_logits(x), method)."""
+    """A defence seen through one aggregation method, and with z = 0 if asked: something to attack or to compare.
 
-    def __init__(self, defence: Carso, method: str):
+    Args:
+        defence: a `Carso`. method: of `purify_fast.ops.aggregate`. deterministic: whether z = 0.
+    """
+
+    def __init__(self, defence: Carso, method: str = "lse", deterministic: bool = False):
         super().__init__()
-        self.defence, self.method = defence, method
+        self.defence, self.method, self.zero = defence, method, deterministic
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` -> ``[B, classes]``."""
-        return aggregate(self.defence.sample_logits(x), self.method)
+        with self.defence.deterministic() if self.zero else contextlib.nullcontext():
+            return aggregate(self.defence.sample_logits(x), self.method)

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from ..training.checkpoint import fingerprint, read_model, save_model
+from ..training.classifier import load_classifier
 from .model import Carso
 
 _CLASSIFIER = "classifier."
@@ -18,12 +19,13 @@ def save(defence: Carso, folder: str | Path) -> None:
     save_model(folder, "Carso", defence.arguments, state, classifier=fingerprint(defence.classifier))
 
 
-def load(folder: str | Path, classifier: nn.Module, check: bool = True) -> Carso:
+def load(folder: str | Path, classifier: nn.Module | None = None, check: bool = True) -> Carso:
     """Read a defence that `save` wrote, around ``classifier``.
 
     Args:
         folder: where ``model.safetensors`` and ``model.json`` are.
-        classifier: the one the purifier was trained for.
+        classifier: the one the purifier was trained for; None takes the one the command line keeps in
+            ``folder/classifier``.
         check: refuse another classifier; turn off for one that was fine-tuned or converted since.
 
     Returns:
@@ -35,6 +37,8 @@ def load(folder: str | Path, classifier: nn.Module, check: bool = True) -> Carso
     facts, state = read_model(folder)
     if facts.get("kind") != "Carso":
         raise ValueError(f"{folder} holds a {facts.get('kind')!r}, not a Carso")
+    if classifier is None:
+        classifier = load_classifier(Path(folder) / "classifier")
     found = fingerprint(classifier)
     if check and found != facts["classifier"]:
         raise ValueError(

@@ -16,10 +16,20 @@ class SmallCNN(nn.Module):
     and ``hidden`` are modules, so that their outputs can be named as a representation.
     """
 
-    def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: tuple[int, int] = (16, 16), width=16):
+    def __init__(
+        self, in_channels: int = 1, num_classes: int = 10, image_size: tuple[int, int] = (16, 16), width: int = 16
+    ):
         super().__init__()
         if min(image_size) < 8:
             raise ValueError(f"image_size must be at least 8 x 8, got {tuple(image_size)}")
+        if min(in_channels, width) < 1 or num_classes < 2:
+            raise ValueError(f"need in_channels, width >= 1 and num_classes >= 2, got {in_channels, width, num_classes}")
+        self.arguments = {
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "image_size": list(image_size),
+            "width": width,
+        }
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride=2, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.conv3 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)

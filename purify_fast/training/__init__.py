@@ -1,6 +1,17 @@
 """What the methods' training shares: the loop, checkpoints, schedules, and the training of classifiers."""
 
-from .classifier import ClassifierConfig, ClassifierTask
+from .allocator import keep_memory
+from .classifier import ClassifierConfig, ClassifierTask, load_classifier, save_classifier
 from .loop import Batch, FitConfig, Task, fit
 
-__all__ = ["Batch", "ClassifierConfig", "ClassifierTask", "FitConfig", "Task", "fit"]
+__all__ = [
+    "Batch",
+    "ClassifierConfig",
+    "ClassifierTask",
+    "FitConfig",
+    "Task",
+    "fit",
+    "keep_memory",
+    "load_classifier",
+    "save_classifier",
+]

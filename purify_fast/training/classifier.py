@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attacks import pgd
+from ..nn.classifiers import SmallCNN
+from .checkpoint import read_model, save_model
 from .loop import Batch
 from .schedules import one_cycle
 
@@ -76,3 +79,22 @@ class ClassifierTask:
     def describe(self) -> dict[str, Any]:
         """The config."""
         return {"task": "classifier", **asdict(self.config)}
+
+
+def save_classifier(model: SmallCNN, folder: str | Path) -> None:
+    """Write ``model.safetensors`` and ``model.json`` to ``folder``."""
+    save_model(folder, "SmallCNN", model.arguments, model.state_dict())
+
+
+def load_classifier(folder: str | Path) -> SmallCNN:
+    """Read a classifier that `save_classifier` wrote, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: broken files, or another kind of model.
+    """
+    facts, state = read_model(folder)
+    if facts.get("kind") != "SmallCNN":
+        raise ValueError(f"{folder} holds a {facts.get('kind')!r}, not a SmallCNN classifier")
+    model = SmallCNN(**facts["arguments"])
+    model.load_state_dict(state)
+    return model.eval()

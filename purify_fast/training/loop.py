@@ -8,6 +8,7 @@ the bit on the same CPU, as one that was not.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -146,7 +147,14 @@ def fit(task: Task, x: Tensor, y: Tensor, config: FitConfig, folder: str | Path 
             write_tree(path, {**state, "facts": facts, "step": step, "last": last, "sums": sums})
 
     devices = [x.device] if x.device.type == "cuda" else []
-    bar = tqdm(total=total * config.batch_size, initial=step * config.batch_size, unit="img", desc=title, smoothing=0.05)
+    bar = tqdm(
+        total=total * config.batch_size,
+        initial=step * config.batch_size,
+        unit="img",
+        desc=title,
+        smoothing=0.05,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants a line now and then
+    )
     saved_at = began = time.monotonic()
     with bar, torch.random.fork_rng(devices):
         while step < total:
@@ -181,7 +189,7 @@ def fit(task: Task, x: Tensor, y: Tensor, config: FitConfig, folder: str | Path 
             seconds, began = time.monotonic() - began, time.monotonic()
             speed = (steps - resumed_at) * config.batch_size / max(seconds, 1e-9)
             log.write({"epoch": epoch, "step": step, **last, "learning_rate": rate, "images_per_second": round(speed, 1)})
-            bar.set_postfix({key: f"{value:.3g}" for key, value in last.items()})
+            bar.set_postfix({key: f"{value:.3g}" for key, value in last.items()}, refresh=False)
             save()
             saved_at = time.monotonic()
     task.model.eval()

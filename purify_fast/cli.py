@@ -1,0 +1,204 @@
+"""The command line: ``purify-fast demo | train classifier | train carso | evaluate | info``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from . import data, demo, info
+from .carso import Carso, CarsoConfig, CarsoTask, load
+from .evaluation import Attack, default_attacks, evaluate
+from .nn import SmallCNN
+from .training import (
+    ClassifierConfig,
+    ClassifierTask,
+    FitConfig,
+    fit,
+    keep_memory,
+    load_classifier,
+    save_classifier,
+)
+from .training.checkpoint import read_model
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train and attack four models on digits; prints a table, writes a report with pictures. Resumes where it was."""
+
+    out: Path = Path("runs/demo")
+    quick: bool = False
+    """The same path in about a minute, with numbers that mean nothing; writes to OUT-quick."""
+    seed: int = 0
+
+    def run(self) -> None:
+        demo.run(self.out, self.quick, self.seed)
+
+
+@dataclass(frozen=True)
+class _Data:
+    data: str = "digits"
+    """digits, or an .npz file with x_train y_train x_test y_test."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def load(self) -> data.DataSet:
+        return data.load(self.data).to(self.device)
+
+
+@dataclass(frozen=True)
+class TrainClassifier(_Data):
+    """Train a small CNN: standard (eps 0) or on PGD examples. Resumes if OUT holds an unfinished run."""
+
+    out: Path = Path("runs/classifier")
+    width: int = 16
+    """Channels of the first stage."""
+    attack: ClassifierConfig = field(default_factory=ClassifierConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=30))
+
+    def run(self) -> None:
+        images = self.load()
+        channels, *size = images.image_shape
+        torch.manual_seed(self.loop.seed)
+        model = SmallCNN(channels, images.num_classes, tuple(size), self.width).to(self.device)
+        task = ClassifierTask(model, self.attack)
+        print(fit(task, images.x_train, images.y_train, self.loop, self.out, "classifier"))
+        save_classifier(model, self.out)
+        report = evaluate(model, images.x_test, images.y_test, eps=self.attack.eps, attacks=[], name="classifier")
+        print(report.to_text(sys.stdout.isatty()))
+        print(f"saved to {self.out}")
+
+
+@dataclass(frozen=True)
+class TrainCarso(_Data):
+    """Train CARSO's purifier on a saved classifier, as published or through the pipeline. Resumes an unfinished run."""
+
+    classifier: Path = Path("runs/classifier")
+    """A folder that `train classifier` wrote."""
+    out: Path = Path("runs/carso")
+    init: Path | None = None
+    """Start from a saved purifier, as when fine-tuning through the pipeline."""
+    layers: tuple[str, ...] = demo.LAYERS
+    """Modules of the classifier whose outputs form the representation."""
+    cond_dim: int = 64
+    latent_dim: int = 8
+    samples: int = 8
+    decoder_width: int = 8
+    method: CarsoConfig = field(default_factory=CarsoConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=64))
+
+    def run(self) -> None:
+        images = self.load()
+        classifier = load_classifier(self.classifier).to(self.device)
+        torch.manual_seed(self.loop.seed)
+        if self.init is not None:
+            defence = load(self.init, classifier)
+        else:
+            sizes = (self.cond_dim, self.latent_dim, self.samples)
+            defence = Carso(classifier, self.layers, images.image_shape, *sizes, decoder_width=self.decoder_width)
+        print(fit(CarsoTask(defence, self.method), images.x_train, images.y_train, self.loop, self.out, "carso"))
+        defence.save(self.out)
+        save_classifier(classifier, self.out / "classifier")
+        print(f"saved to {self.out}; attack it with: purify-fast evaluate {self.out}")
+
+
+@dataclass(frozen=True)
+class Evaluate(_Data):
+    """Attack a saved classifier or defence on held-out images; writes a report with pictures beside it. Resumes."""
+
+    folder: tyro.conf.Positional[Path] = Path("runs/carso")
+    eps: float = 0.2
+    """Radius in image units."""
+    norm: str = "linf"
+    images: int = 500
+    """Held-out images, the first so many."""
+    steps: int = 100
+    eot: int = 5
+    autoattack: int = 100
+    """Images for AutoAttack; 0 leaves it out."""
+    batch_size: int = 250
+    chunk: int | None = None
+    """Images in one forward pass at most; bounds the memory, changes nothing."""
+    seed: int = 0
+    out: Path | None = None
+    """Default: FOLDER/evaluation."""
+
+    def run(self) -> None:
+        images = self.load()
+        kind = read_model(self.folder)[0].get("kind")
+        base = None if kind == "SmallCNN" else load_classifier(self.folder / "classifier").to(self.device)
+        model = load_classifier(self.folder).to(self.device) if base is None else load(self.folder, base)
+        attacks = [a for a in default_attacks(base) if a.kind != "autoattack" or self.autoattack > 0]
+        attacks = [Attack(**{**vars(a), "limit": self.autoattack}) if a.kind == "autoattack" else a for a in attacks]
+        out = self.folder / "evaluation" if self.out is None else self.out
+        report = evaluate(
+            model,
+            images.x_test[: self.images],
+            images.y_test[: self.images],
+            eps=self.eps,
+            norm=self.norm,
+            base=base,
+            attacks=attacks,
+            steps=self.steps,
+            eot=self.eot,
+            batch_size=self.batch_size,
+            chunk=self.chunk,
+            seed=self.seed,
+            out=out,
+            name=self.folder.name,
+        )
+        print(report.to_text(sys.stdout.isatty()))
+        report.save(out, model)
+        print(f"written: {out}/report.md, report.json and pictures")
+
+
+@dataclass(frozen=True)
+class Info:
+    """Print versions, the build, and which backend serves which op."""
+
+    def run(self) -> None:
+        print(info.report())
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a classifier, or a defence on one."""
+
+    what: (
+        Annotated[TrainClassifier, tyro.conf.subcommand("classifier")]
+        | Annotated[TrainCarso, tyro.conf.subcommand("carso")]
+    )
+
+    def run(self) -> None:
+        self.what.run()
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, or 2 with one line on stderr for input that cannot be used."""
+    options = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+    command = tyro.cli(Command, prog="purify-fast", args=arguments, config=options)  # type: ignore[arg-type]
+    keep_memory()
+    try:
+        command.run()
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"purify-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("purify-fast: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

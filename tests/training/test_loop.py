@@ -1,0 +1,226 @@
+"""The shared loop: exact resume after a kill, logs, refusals, and the classifier's training."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from purify_fast import data
+from purify_fast.nn import SmallCNN
+from purify_fast.training import (
+    Batch,
+    ClassifierConfig,
+    ClassifierTask,
+    FitConfig,
+    fit,
+    keep_memory,
+    load_classifier,
+    save_classifier,
+)
+from purify_fast.training.checkpoint import atomic, fingerprint, read_tree, write_tree
+from purify_fast.training.schedules import one_cycle
+
+RUN = """
+import sys, torch
+from purify_fast import data
+from purify_fast.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.nn import SmallCNN
+from purify_fast.training import FitConfig, fit
+torch.set_num_threads(1)
+torch.manual_seed(0)
+digits = data.load("digits")
+defence = Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
+target = sys.argv[2]
+task = CarsoTask(defence, CarsoConfig(attack_target=target, eps=0.2, steps=3))
+config = FitConfig(4, 64, padding=1, flip=True, checkpoint_seconds=0.2)
+print("ready", flush=True)
+fit(task, digits.x_train, digits.y_train, config, sys.argv[1])
+"""
+
+
+def run(folder, target, kill_after=None):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(folder), target],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    process.stdout.readline()
+    if kill_after is not None:
+        time.sleep(kill_after)
+        process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    return process.returncode, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["classifier", "pipeline"])
+def test_killed_at_random_moments_and_resumed_gives_the_same_weights_to_the_bit(tmp_path, target):
+    assert run(tmp_path / "whole", target)[0] == 0
+    kills, code = 0, None
+    while code != 0:
+        # after a few kills the run may finish, however slow the machine
+        after = random.uniform(0.3, 1.5) if kills < 3 else None
+        code, errors = run(tmp_path / "killed", target, after)
+        assert code in (0, -signal.SIGKILL), errors
+        kills += code != 0
+    assert kills >= 1
+    whole, killed = (read_tree(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "killed"))
+    assert whole["step"] == killed["step"] == 4 * (1197 // 64)
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, killed["model"][name]), name
+    assert whole["last"] == killed["last"]
+    logs = [
+        [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "whole" / "log.jsonl", tmp_path / "killed" / "log.jsonl")
+    ]
+    assert logs[0] == logs[1] and [row["epoch"] for row in logs[0]] == [0, 1, 2, 3]
+
+
+def small_set(n=64):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (n, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return x, torch.arange(n) % 2
+
+
+def task(**options):
+    torch.manual_seed(0)
+    return ClassifierTask(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig(**options))
+
+
+def test_a_finished_run_is_not_trained_again_and_a_shorter_log_is_kept(tmp_path):
+    x, y = small_set()
+    first = fit(task(), x, y, FitConfig(2, 16), tmp_path)
+    again = task()
+    assert fit(again, x, y, FitConfig(2, 16), tmp_path) == first
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"epoch": 9, "step": 99}\n{"epoch": 10, "st')  # a later line, and one cut by a kill
+    fit(task(), x, y, FitConfig(2, 16), tmp_path)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    x, y = small_set()
+    fit(task(), x, y, FitConfig(1, 16), tmp_path)
+    with pytest.raises(ValueError, match="batch_size: 16 there, 32 now"):
+        fit(task(), x, y, FitConfig(1, 32), tmp_path)
+    with pytest.raises(ValueError, match=r"weight_decay: 0\.0005 there, 0\.1 now"):
+        fit(task(weight_decay=0.1), x, y, FitConfig(1, 16), tmp_path)
+
+
+def test_a_broken_checkpoint_is_named(tmp_path):
+    x, y = small_set()
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        fit(task(), x, y, FitConfig(1, 16), tmp_path)
+
+
+def test_too_few_images_and_bad_settings():
+    x, y = small_set()
+    with pytest.raises(ValueError, match="batch_size 65 is larger than the 64"):
+        fit(task(), x, y, FitConfig(1, 65))
+    for wrong in ({"epochs": 0}, {"epochs": 1, "batch_size": 0}, {"epochs": 1, "seed": -1}, {"epochs": 1, "padding": -1}):
+        with pytest.raises(ValueError):
+            FitConfig(**wrong)
+    for wrong in ({"eps": -1}, {"steps": 0}, {"warm_up": 2}, {"learning_rate": 0}):
+        with pytest.raises(ValueError):
+            ClassifierConfig(**wrong)
+
+
+def test_divergence_is_an_error_that_keeps_the_last_checkpoint(tmp_path):
+    x, y = small_set()
+
+    class Diverging(ClassifierTask):
+        def training_step(self, batch: Batch):
+            loss, metrics = super().training_step(batch)
+            return loss * (float("nan") if batch.epoch == 1 else 1.0), metrics
+
+    torch.manual_seed(0)
+    diverging = Diverging(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig())
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        fit(diverging, x, y, FitConfig(3, 16), tmp_path)
+    saved = read_tree(tmp_path / "checkpoint.safetensors")
+    assert saved["step"] == 4 and all(torch.isfinite(t).all() for t in saved["model"].values())
+
+
+def test_the_global_generator_is_left_as_it_was():
+    x, y = small_set()
+    torch.manual_seed(3)
+    want = torch.rand(3)
+    torch.manual_seed(3)
+    made = SmallCNN(1, 2, (8, 8), 4)
+    torch.manual_seed(3)
+    fit(ClassifierTask(made, ClassifierConfig(eps=0.1, steps=1)), x, y, FitConfig(1, 16))
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_eps_warms_up_and_reaches_its_value(monkeypatch):
+    import purify_fast.training.classifier as module
+
+    seen = []
+    original = module.pgd
+    monkeypatch.setattr(module, "pgd", lambda *a, **k: seen.append(k["eps"]) or original(*a, **k))
+    x, y = small_set(16)
+    fit(task(eps=0.2, steps=1, warm_up=0.5), x, y, FitConfig(4, 16))
+    assert seen == pytest.approx([0.1, 0.2, 0.2, 0.2])
+
+
+def test_standard_and_adversarial_training_learn_digits():
+    digits = data.load("digits")
+    x, y = data.to_float(digits.x_test), digits.y_test
+    torch.manual_seed(0)
+    model = SmallCNN()
+    fit(ClassifierTask(model, ClassifierConfig()), digits.x_train, digits.y_train, FitConfig(8, 64))
+    with torch.no_grad():
+        assert (model(x).argmax(1) == y).float().mean() > 0.93
+    assert not model.training
+
+
+def test_classifiers_are_saved_and_loaded(tmp_path):
+    model = SmallCNN(3, 5, (12, 20), 4).eval()
+    save_classifier(model, tmp_path)
+    loaded = load_classifier(tmp_path)
+    x = torch.rand(2, 3, 12, 20)
+    assert torch.equal(model(x), loaded(x)) and fingerprint(model) == fingerprint(loaded)
+    nn.init.zeros_(loaded.head.bias)
+    assert fingerprint(model) != fingerprint(loaded)
+
+
+def test_trees_round_trip(tmp_path):
+    shared = torch.rand(2)
+    tree = {"a": [1, None, "x", {2: torch.arange(3)}], "b": shared, "c": shared, "d": torch.zeros(0), "e": 1e-7}
+    write_tree(tmp_path / "t", tree)
+    back = read_tree(tmp_path / "t")
+    assert back["a"][:3] == [1, None, "x"] and torch.equal(back["a"][3][2], torch.arange(3))
+    assert torch.equal(back["b"], shared) and back["d"].shape == (0,) and back["e"] == 1e-7
+
+
+def test_atomic_leaves_the_old_file_when_the_block_fails(tmp_path):
+    path = tmp_path / "f"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("new, half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_one_cycle():
+    assert one_cycle(0, 1.0) == pytest.approx(1 / 25)
+    assert one_cycle(0.2, 1.0) == pytest.approx(1.0)
+    assert one_cycle(1.0, 1.0) == pytest.approx(1e-3)
+    rates = [one_cycle(i / 100, 1.0) for i in range(101)]
+    assert max(rates) <= 1 and rates.index(max(rates)) == 20
+
+
+def test_keep_memory_says_whether_it_took_effect():
+    assert keep_memory() is (sys.platform == "linux")
