@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,12 +221,23 @@ class Report:
             _percent(found[m]) + ("" if found[m].reliable else f" {mark}") if m in found else "-" for m in self.models
         ]
 
-    def save(self, folder: str | Path, defence: Callable | None = None) -> None:
+    def save(self, folder: str | Path, defence: Callable | Mapping[str, Callable] | None = None) -> None:
         """Write ``report.json``, ``report.md``, ``accuracies.png`` and, where examples are kept, ``images_*.png``.
 
-        Each file appears whole or not at all. ``defence``: one with ``reconstruct`` adds its reconstructions.
-        Without matplotlib the pictures are left out, and a note says so.
+        Each file appears whole or not at all. Without matplotlib the pictures are left out, and a note says so.
+
+        Args:
+            folder: made if it is missing.
+            defence: for the pictures: its predictions, and its reconstructions if it has ``reconstruct``. Of several
+                models, a mapping from their names; those it lacks are shown without.
+
+        Raises:
+            ValueError: one defence for several models.
         """
+        if callable(defence):
+            if len(self.models) > 1:
+                raise ValueError(f"the report has several models, {self.models}: give a mapping from their names")
+            defence = dict.fromkeys(self.models, defence)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -241,7 +252,14 @@ class Report:
                 row = next((r for r in self.rows if r.model == model and r.examples is not None), None)
                 if row is not None and row.examples is not None:
                     e, path = row.examples, folder / f"images_{_slug(model)}.png"
-                    plots.grid(e.clean, e.adversarial, e.labels, path, defence, title=f"{model}: {row.attack}")
+                    plots.grid(
+                        e.clean,
+                        e.adversarial,
+                        e.labels,
+                        path,
+                        (defence or {}).get(model),
+                        title=f"{model}: {row.attack}",
+                    )
         write(folder / "report.json", self.to_json())
         write(folder / "report.md", self.to_markdown())
 

@@ -104,6 +104,11 @@ def test_pictures(tmp_path):
     assert size(tmp_path / "run/images_m_1.png")[1] / size(tmp_path / "plain.png")[1] == pytest.approx(7 / 3, rel=0.01)
     plots.grid(x[:1, :1], x[:1, :1], y[:1], tmp_path / "grey.png", names=list("abcd"))
     plots.bars(merge([report, Report([row("other", "PGD-2 ce", reliable=False)])]), tmp_path / "bars.png")
+    both = merge([report, Report([row("other", "PGD-2 ce")])])
+    with pytest.raises(ValueError, match="mapping"):
+        both.save(tmp_path / "two", model)
+    both.save(tmp_path / "two", {"m 1": model})
+    assert (tmp_path / "two/images_m_1.png").read_bytes() == (tmp_path / "run/images_m_1.png").read_bytes()
     with pytest.raises(ValueError, match="no rows"):
         plots.bars(report, tmp_path / "none.png", ["no such attack"])
     with pytest.raises(ValueError, match="C = 1 or 3"):
