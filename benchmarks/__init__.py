@@ -1,0 +1,1 @@
+"""`python -m benchmarks`: what every op gains, measured, and the tables made from it."""

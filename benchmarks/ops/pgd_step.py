@@ -1,0 +1,36 @@
+"""Images, their gradient, and the images the attack started from."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from purify_fast.ops import pgd_step
+
+from . import Case, normal, uniform
+
+SHAPES = ((128, 1, 16, 16), (640, 3, 32, 32), (128, 3, 64, 64))
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
+    pixels = math.prod(shape)
+    alpha, eps = (2 / 255, 8 / 255) if norm == "linf" else (0.1, 0.5)
+    return Case(
+        shape,
+        dtype,
+        lambda: (
+            uniform(*shape, dtype=dtype),
+            normal(*shape, dtype=dtype, scale=1e-3),
+            uniform(*shape, dtype=dtype, seed=1),
+        ),
+        lambda x, grad, nat: pgd_step(x, grad, nat, alpha, eps, norm),
+        {"forward": 4 * pixels * dtype.itemsize},
+        {"forward": {"linf": 8, "l2": 14}[norm] * pixels},
+        norm,
+    )
+
+
+def cases() -> list[Case]:
+    dtypes = (torch.float32, torch.bfloat16)
+    return [case(shape, dtype, norm) for norm in ("linf", "l2") for dtype in dtypes for shape in SHAPES]

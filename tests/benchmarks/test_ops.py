@@ -1,0 +1,139 @@
+"""The benchmark runs, its reports say what its rows say, and the defaults of the ops are its committed verdict."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from purify_fast import _library
+from purify_fast.ops import REGISTRY
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+
+from benchmarks import __main__ as program  # noqa: E402
+from benchmarks import measure, report  # noqa: E402
+from benchmarks.ops import registry  # noqa: E402
+
+COMMITTED = ROOT / "benchmarks" / "results" / "cpu" / report.ROWS
+CPU = torch.device("cpu")
+needs_extension = pytest.mark.skipif(not _library.loaded(), reason="the benchmark compares with the compiled extension")
+
+
+def row(op: str, ratio: float | None, **more: str) -> dict:
+    """One row as the CSV holds it."""
+    made = dict.fromkeys(
+        ("variant", "shape", "dtype", "direction", "style", "device", "threads", "torch", "triton"), "x"
+    )
+    made |= {f"{kind}_us": "1.0" for kind in measure.CONTESTANTS}
+    made |= {
+        "op": op,
+        "backend": "cpp",
+        "ratio": "" if ratio is None else f"{ratio:.3f}",
+        "GB_per_s": "1",
+        "runs": "15",
+    }
+    made["verdict"] = measure.verdict(made)
+    return made | more
+
+
+def test_verdicts():
+    assert [measure.verdict({"ratio": r}) for r in ("1.2", "0.97", "0.95", "0.949", "")] == [
+        "best", "level", "level", "behind", "wrong",
+    ]  # fmt: skip
+    rows = [row("a", 1.5), row("a", 0.96), row("b", 2.0), row("b", 0.94, shape="here"), row("c", 3.0), row("c", None)]
+    decided = {line["op"]: line for line in report.verdicts(rows)}
+    assert [decided[op]["serve"] for op in "abc"] == ["cpp", "reference", "reference"]
+    assert decided["b"]["behind"] == 1 and "here" in decided["b"]["worst_row"]
+    table = report.markdown(rows)
+    assert "| b | reference | 2 | 1 | 0.940 |" in table and table.count("| behind |") == 2
+
+
+def test_files_are_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "file"
+    report.write(path, "one")
+    monkeypatch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        report.write(path, "two")
+    assert path.read_text() == "one"
+
+
+def test_a_wrong_result_has_no_number():
+    x = torch.ones(3)
+    assert measure.agree((x,), (x + 1e-7,), torch.float32, "eager")
+    assert not measure.agree((x,), (x + 1e-3,), torch.float32, "eager")
+    assert not measure.agree((x * torch.nan,), (x,), torch.float32, "eager")
+    assert not measure.agree((x, x), (x[:2], x), torch.bfloat16, "graph")
+
+
+@needs_extension
+def test_a_wrong_contestant_is_not_timed(monkeypatch):
+    case = registry()["pgd_step"]()[0]
+    monkeypatch.setattr(measure, "agree", lambda actual, expected, *_: actual is expected)
+    made = measure.measure("pgd_step", case, "forward", "eager", CPU, measure.QUICK)
+    assert made["eager_us"] and not made["ours_us"] and not made["ratio"] and made["verdict"] == "wrong"
+
+
+@needs_extension
+def test_quick_run_writes_rows_and_tables(tmp_path, capsys):
+    program.main(["ops", "pgd_step", "--quick", "--out", str(tmp_path)])
+    assert "pgd_step: cpu is served by" in capsys.readouterr().out
+    rows = report.read_csv(tmp_path / report.ROWS)
+    assert {(r["variant"], r["style"]) for r in rows} == {(v, s) for v in ("linf", "l2") for s in measure.STYLES}
+    for made in rows:
+        assert made["verdict"] != "wrong" and made["backend"] == "cpp" and made["torch"] == torch.__version__
+        assert all(float(made[f"{kind}_{n}"]) > 0 for kind in measure.CONTESTANTS for n in ("us", "p20", "p80"))
+        best = min(float(made["eager_us"]), float(made["compile_us"]))
+        assert math.isclose(float(made["ratio"]), best / float(made["ours_us"]), rel_tol=0.05)
+    before = (tmp_path / report.TABLE).read_text()
+    (tmp_path / report.TABLE).unlink()
+    program.main(["report", str(tmp_path)])
+    assert (tmp_path / report.TABLE).read_text() == before
+    program.main(["ops", "reconstruction_loss", "--quick", "--out", str(tmp_path)])  # the other op's rows stay
+    names = [r["op"] for r in report.read_csv(tmp_path / report.ROWS)]
+    assert names.count("pgd_step") == len(rows) and names.count("reconstruction_loss") == 4
+
+
+@pytest.mark.parametrize("arguments", [["ops", "nothing"], ["ops", "--device", "tpu"], []])
+def test_wrong_arguments_are_refused(arguments):
+    with pytest.raises(SystemExit):
+        program.main(arguments)
+
+
+def test_every_op_with_a_kernel_is_measured():
+    assert set(registry()) == {name for name in REGISTRY if not name.endswith("_backward")}
+    for cases in registry().values():
+        for case in cases():
+            assert set(case.directions) <= set(case.bytes) and set(case.bytes) == set(case.flops)
+
+
+def test_committed_results_are_complete():
+    rows = report.read_csv(COMMITTED)
+    expected = {
+        (op, case.variant, "x".join(map(str, case.shape)), str(case.dtype).removeprefix("torch."), direction, style)
+        for op, cases in registry().items()
+        for case in cases()
+        for direction in case.directions
+        for style in measure.STYLES
+    }
+    found = [tuple(r[k] for k in ("op", "variant", "shape", "dtype", "direction", "style")) for r in rows]
+    assert len(found) == len(set(found)) and set(found) == expected
+    assert all(int(r["runs"]) >= 15 and r["verdict"] == measure.verdict(r) for r in rows)
+    folder = COMMITTED.parent
+    assert (folder / report.TABLE).read_text() == report.markdown(rows)
+    assert report.read_csv(folder / report.VERDICTS) == [
+        {k: str(v) for k, v in line.items()} for line in report.verdicts(rows)
+    ]
+
+
+@needs_extension
+@pytest.mark.parametrize("op", sorted(registry()))
+def test_defaults_are_the_committed_verdict(op):
+    decided = {line["op"]: line["serve"] for line in report.verdicts(report.read_csv(COMMITTED))}
+    for name in (op, f"{op}_backward"):
+        if name in REGISTRY:
+            assert REGISTRY[name].default["cpu"] == decided[op], f"set cpu={decided[op]!r} for {name}"
