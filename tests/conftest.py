@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 
 from purify_fast import _library
 from purify_fast.ops import use_backend
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Triton's interpreter needs a process of its own: its tests run only where they are named."""
+    named = any("interpreter" in argument for argument in config.args)
+    return True if collection_path.name == "interpreter" and not named else None
 
 
 @pytest.fixture(params=["reference", "cpp"])
