@@ -75,7 +75,9 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> Re
     _heading("1/4 a standard classifier, and an adversarially trained one (the base)", began)
     torch.manual_seed(seed)
     standard, base = SmallCNN(), SmallCNN()
-    _train(standard, ClassifierTask(standard, ClassifierConfig()), digits, budget.standard_epochs, seed, out / "standard")
+    _train(
+        standard, ClassifierTask(standard, ClassifierConfig()), digits, budget.standard_epochs, seed, out / "standard"
+    )
     adversarial = ClassifierConfig(eps=EPS, steps=7)
     _train(base, ClassifierTask(base, adversarial), digits, budget.base_epochs, seed, out / "base")
 

@@ -3,9 +3,9 @@
     c = condition(representation(x));   x_k = sigmoid(decoder(z_k, c)),  z_k ~ N(0, I),  k = 1 .. K
     logits_i = logsumexp_k classifier(x_k)_i
 
-Ballarin, Ansuini, Bortolussi: "Blending adversarial training and representation-conditional purification via aggregation
-improves adversarial robustness", arXiv 2306.06081. The paper's head (PeeL) returns +-inf and stops gradient attacks by NaN;
-the logsumexp taken here makes the same decisions with finite logits and usable gradients.
+Ballarin, Ansuini, Bortolussi: "Blending adversarial training and representation-conditional purification via
+aggregation improves adversarial robustness", arXiv 2306.06081. The paper's head (PeeL) returns +-inf and stops gradient
+attacks by NaN; the logsumexp taken here makes the same decisions with finite logits and usable gradients.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Carso(nn.Module):
     """A classifier behind CARSO's purifier. Images in [0, 1] in, finite logits out.
 
     Args:
-        classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. It is copied, frozen and kept
-            in evaluation mode; the caller's own is left untouched.
+        classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. It is copied, frozen and
+            kept in evaluation mode; the caller's own is left untouched.
         layers: module paths whose outputs form the representation, maps ``[B, C, H, W]`` or vectors ``[B, F]``.
         image_shape: (C, H, W).
         cond_dim, latent_dim: sizes of the condition and of the latent.
@@ -94,7 +94,7 @@ class Carso(nn.Module):
         # the transposed convolutions run two to three times faster in this layout, on CPU and GPU
         self.to(device).decoder.to(memory_format=torch.channels_last)
 
-    # -- randomness -----------------------------------------------------------------------------------------------------
+    # -- randomness ---------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def fixed_noise(self, seed: int) -> Iterator[Carso]:
@@ -136,7 +136,7 @@ class Carso(nn.Module):
         seed = torch.randint(2**62, (1,), device=device)
         return latents(seed, torch.arange(batch, device=device), self.samples, self.latent_dim)
 
-    # -- the parts ------------------------------------------------------------------------------------------------------
+    # -- the parts ----------------------------------------------------------------------------------------------------
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape or not x.is_floating_point():
@@ -186,7 +186,7 @@ class Carso(nn.Module):
             x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, torch.sym_max(16 - batch, 0)))
         return self.classify(self.reconstruct(x, z))[:batch]
 
-    # -- predictions ----------------------------------------------------------------------------------------------------
+    # -- predictions --------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, classes]``, float32: logsumexp over the samples, the same decision as PeeL."""
@@ -204,7 +204,7 @@ class Carso(nn.Module):
         """The head as the official code returns it, ``[B, classes]``: +-inf and NaN gradients. To study, not to use."""
         return aggregate(self.sample_logits(x), "peel_reference")
 
-    # -- training and files ---------------------------------------------------------------------------------------------
+    # -- training and files -------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, config: CarsoConfig | None = None) -> Tensor:
         """The loss of one batch, for a loop of your own; backward and the optimiser's step are yours.

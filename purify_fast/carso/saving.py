@@ -1,4 +1,4 @@
-"""A trained defence as files: ``model.safetensors`` (the purifier) and ``model.json``; the classifier stays the user's."""
+"""A trained defence as files: the purifier in ``model.safetensors``, its facts in ``model.json``; no classifier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CLASSIFIER = "classifier."
 
 
 def save(defence: Carso, folder: str | Path) -> None:
-    """Write the purifier to ``folder``, with a fingerprint of the classifier it was trained for; atomic file by file."""
+    """Write the purifier to ``folder``, with a fingerprint of its classifier; each file whole or absent."""
     state = {name: value for name, value in defence.state_dict().items() if not name.startswith(_CLASSIFIER)}
     save_model(folder, "Carso", defence.arguments, state, classifier=fingerprint(defence.classifier))
 

@@ -38,7 +38,7 @@ class CarsoConfig:
         eps: radius of the strong attacks in image units (paper: 8/255 for colour images, 0.3 for MNIST); the weak ones
             have half (paper). norm: ``linf`` (paper) or ``l2``.
         steps, alpha: of PGD (paper: 40 and 0.01, made for eps 8/255). alpha None is 2.5 eps / steps (ours).
-        adversarial_fraction: of each batch, shared by four attacks, ``classifier`` target only (paper: 0.5 for CIFAR-10).
+        adversarial_fraction: of each batch, shared by four attacks, ``classifier`` target only (paper: 0.5, CIFAR-10).
         lag: share of the epochs without the KL term; it then rises over a third as many (paper: 0.125).
         beta: weight of the KL term at the end (paper: 1).
         train_samples: K while training through the pipeline. reconstruction: the weight w there (ours: 0.02).
@@ -81,7 +81,7 @@ def atom_size(batch_size: int, adversarial_fraction: float) -> int:
     """Images per attack in a balanced batch: int(batch_size * fraction // 4).
 
     Raises:
-        ValueError: the result is 0: the official TinyImageNet run trained without a single adversarial example that way.
+        ValueError: the result is 0; the official TinyImageNet run trained without any adversarial example that way.
     """
     atom = int(batch_size * adversarial_fraction // 4)
     if atom == 0:
@@ -94,7 +94,7 @@ def atom_size(batch_size: int, adversarial_fraction: float) -> int:
 
 
 def balanced_batch(classifier, x: Tensor, y: Tensor, config: CarsoConfig, *, seed: int, sample_ids: Tensor) -> Tensor:
-    """The adversarially balanced batch: [clean | PGD weak | PGD strong | FGSM weak | FGSM strong], against ``classifier``.
+    """The adversarially balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on ``classifier``.
 
     Weak and strong share one attack call with a radius per image. Shape and dtype of x.
     """
@@ -145,9 +145,7 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
     defence.eval()
     try:
         attack = {"steps": config.steps, "alpha": config.alpha, "norm": config.norm}
-        x = pgd(
-            defence, batch.x, batch.y, eps=config.eps, seed=batch.seed, sample_ids=batch.sample_ids, **attack
-        )
+        x = pgd(defence, batch.x, batch.y, eps=config.eps, seed=batch.seed, sample_ids=batch.sample_ids, **attack)
         logits = defence.reconstruction_logits(x)
         predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
     finally:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from .._files import atomic
 from ..attacks import frozen
-from .report import Report, replacing
+from .report import Report
 
 _COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
 _RED = "#c62828"
@@ -184,5 +185,5 @@ def _wrap(label: str, width: int = 34) -> str:
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    with replacing(Path(path)) as temporary:
+    with atomic(Path(path)) as temporary:
         figure.savefig(temporary, dpi=150)

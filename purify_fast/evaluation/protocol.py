@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .._files import atomic, write_text
 from ..attacks import LOSSES, GradientHealth, fgsm, frozen, input_gradient, pgd
 from ..ops.aggregate import METHODS, UNSAFE, aggregate
 from ..ops.pgd_step import NORMS
 from .autoattack import VERSIONS, autoattack, parts
-from .report import FORMAT, Examples, Report, Row, replacing, write
+from .report import FORMAT, Examples, Report, Row
 
 Model = Callable[[Tensor], Tensor]
 KINDS = ("pgd", "fgsm", "autoattack")
@@ -50,6 +51,8 @@ class Attack:
         label: the row's name; made from the rest if None.
         alpha: PGD's step in image units. restarts: PGD runs, of which each image keeps its worst.
         limit: attack only the first so many images.
+        survivors: attack only what the attacks before it, on this variant, left right; the row counts every image, as
+            left after all of them. Cheap attacks first then save most of a costly one's work.
     """
 
     kind: str = "pgd"
@@ -65,6 +68,7 @@ class Attack:
     alpha: float | None = None
     restarts: int = 1
     limit: int | None = None
+    survivors: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("kind", KINDS), ("loss", LOSSES), ("variant", VARIANTS), ("version", VERSIONS)):
@@ -102,7 +106,6 @@ def evaluate(
     batch_size: int = 250,
     chunk: int | None = None,
     seed: int = 0,
-    cascade: bool = False,
     out: str | Path | None = None,
     name: str = "defence",
     progress: bool = True,
@@ -120,8 +123,6 @@ def evaluate(
         n_eval: independent predictions on each adversarial image; 1 for a deterministic model.
         batch_size: images attacked together. chunk: images in one forward pass of PGD at most (exact).
         seed: of everything random.
-        cascade: attack only the images that the attacks before left right; the rows are named "after ..." and count
-            what is left after all of them.
         out: a folder; each finished row is kept in ``out/rows`` and used again where settings, weights and data agree.
             Rows of models without weights to compare (plain callables) are made anew.
         name: of the model, in the report.
@@ -151,13 +152,12 @@ def evaluate(
         plan = _possible(plan, run, report.notes)
         for variant in dict.fromkeys(attack.variant for attack in plan) or ["random"]:
             report.rows.append(run.clean(variant))
-        left: dict[str, tuple[np.ndarray, list[str]]] = {}
+        left = {variant: run.clean(variant).robust for variant in VARIANTS if variant in {a.variant for a in plan}}
         for attack in plan:
-            before = left.get(attack.variant) if cascade else None
-            row = run.attack(attack, before)
+            row = run.attack(attack, left[attack.variant])
             report.rows.append(row)
-            if cascade and row.n == len(x):
-                left[attack.variant] = (row.robust, [*(before[1] if before else []), run.label(attack)])
+            left[attack.variant] = left[attack.variant].copy()
+            left[attack.variant][: row.n] &= row.robust
     report.rows += _worst(report.rows)
     return report
 
@@ -325,15 +325,12 @@ class _Run:
             self.seed, seconds, self.data, **more,
         )  # fmt: skip
 
-    def attack(self, attack: Attack, before: tuple[np.ndarray, list[str]] | None) -> Row:
-        """One attack's row; ``before`` is what earlier attacks left, and their names."""
-        clean = self.clean(attack.variant).robust
-        alive = clean if before is None else before[0]
+    def attack(self, attack: Attack, left: np.ndarray) -> Row:
+        """One attack's row; ``left`` is what earlier attacks on the variant left right."""
+        alive = left if attack.survivors else self.clean(attack.variant).robust
         alive = alive[: attack.limit]
         label = self.label(attack)
-        if before is not None:
-            label += f", after {', '.join(before[1])}"
-        settings = self.settings(attack) | {"attacked": int(alive.sum()), "cascade": before is not None}
+        settings = self.settings(attack) | {"attacked": int(alive.sum()), "survivors": attack.survivors}
         key = self.key(settings | {"alive": _hash(torch.from_numpy(alive))}, [self.defence, attack.target])
         return self.stored(key, lambda: self._measure_attack(attack, label, alive, settings))
 
@@ -557,6 +554,6 @@ class _Store:
 
     def put(self, key: str, row: Row) -> None:
         if row.examples is not None:
-            with replacing(self.folder / f"{key}.npz") as temporary:
+            with atomic(self.folder / f"{key}.npz") as temporary:
                 np.savez(temporary, **vars(row.examples))
-        write(self.folder / f"{key}.json", json.dumps(row.to_dict(), allow_nan=False))
+        write_text(self.folder / f"{key}.json", json.dumps(row.to_dict(), allow_nan=False))

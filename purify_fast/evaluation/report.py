@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .._files import write_text
 
 FORMAT = 1
 
@@ -260,8 +259,8 @@ class Report:
                         (defence or {}).get(model),
                         title=f"{model}: {row.attack}",
                     )
-        write(folder / "report.json", self.to_json())
-        write(folder / "report.md", self.to_markdown())
+        write_text(folder / "report.json", self.to_json())
+        write_text(folder / "report.md", self.to_markdown())
 
 
 def merge(reports: Iterable[Report]) -> Report:
@@ -277,31 +276,13 @@ def merge(reports: Iterable[Report]) -> Report:
     return merged
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place if the block succeeds, so that no file is ever half."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)  # mkstemp's files are private
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 _MARK = '**<span style="color:red">unreliable</span>**'
 _COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "mean", "worst", "gradients", "", "seed", "s"]
 _LEGEND = [
     "variant: the model as it is (random), with fixed noise, or its deterministic version. EOT: draws averaged per"
-    " gradient. n: images. accuracy ± binomial standard error, %: clean, one prediction; under attack, images"
-    " classified correctly and right in every repeated prediction. mean: accuracy of one prediction, %. worst: right"
+    " gradient. n: images (in brackets, those attacked, where earlier attacks left only these). accuracy ± binomial"
+    " standard error, %: clean, one prediction; under attack, images classified correctly and right in every repeated"
+    " prediction. mean: accuracy of one prediction, %. worst: right"
     " in all of the repeated predictions (their number in brackets), %. gradients: share non-finite / zero / images"
     " not moved. s: seconds.",
     "",
@@ -316,7 +297,7 @@ def _cells(row: Row, mark: str) -> list[str]:
         row.attack,
         row.variant,
         str(row.settings.get("eot", "-")),
-        str(row.n),
+        f"{row.n} ({row.settings['attacked']})" if row.settings.get("survivors") else str(row.n),
         _percent(row),
         f"{100 * row.mean:.1f}",
         f"{100 * row.worst:.1f} ({row.n_eval})",

@@ -12,8 +12,8 @@ class SmallCNN(nn.Module):
         in_channels, num_classes: of the data. image_size: (H, W), at least 8 each.
         width: channels of the first stage; the second has twice as many.
 
-    ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1] -> logits ``[B, num_classes]``. The stages ``conv1`` .. ``conv4``
-    and ``hidden`` are modules, so that their outputs can be named as a representation.
+    ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1] -> logits ``[B, num_classes]``. The stages ``conv1`` ..
+    ``conv4`` and ``hidden`` are modules, so that their outputs can be named as a representation.
     """
 
     def __init__(
@@ -23,7 +23,9 @@ class SmallCNN(nn.Module):
         if min(image_size) < 8:
             raise ValueError(f"image_size must be at least 8 x 8, got {tuple(image_size)}")
         if min(in_channels, width) < 1 or num_classes < 2:
-            raise ValueError(f"need in_channels, width >= 1 and num_classes >= 2, got {in_channels, width, num_classes}")
+            raise ValueError(
+                f"need in_channels, width >= 1 and num_classes >= 2, got {in_channels, width, num_classes}"
+            )
         self.arguments = {
             "in_channels": in_channels,
             "num_classes": num_classes,

@@ -77,7 +77,9 @@ class Representation:
                 module.training = mode
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 2:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the classifier must map [B, {', '.join(map(str, image_shape))}] to logits [B, C], got {got}")
+            raise ValueError(
+                f"the classifier must map [B, {', '.join(map(str, image_shape))}] to logits [B, C], got {got}"
+            )
         shapes = []
         for index, (name, outputs) in enumerate(zip(self.layers, seen, strict=True)):
             if len(outputs) != 1:

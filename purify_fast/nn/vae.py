@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 # Numbers kept as module attributes are symbols to a dynamic compile, which then starts over to make them constants
 # again: these two layers hold theirs as literals. Parameters, buffers and results are torch's.
 
@@ -128,7 +127,9 @@ class Deconvolution:
         )
 
 
-def decoder_plan(image_shape: tuple[int, int, int], width: int = 32) -> tuple[tuple[int, int, int], list[Deconvolution]]:
+def decoder_plan(
+    image_shape: tuple[int, int, int], width: int = 32
+) -> tuple[tuple[int, int, int], list[Deconvolution]]:
     """Start shape and layers of a decoder that ends at ``image_shape``; ours, after the paper's two.
 
     The image is halved (rounded up) until it is at most 4 on its longer side; channels double inwards from ``width``,

@@ -102,7 +102,7 @@ def define_op(
     torch.library.define(qualified, schema)
     torch.library.register_fake(qualified, fake)
     plain = torch.no_grad()(reference)  # else autograd traces the fallback
-    available = {"cpu": ("reference",), "cuda": ("reference",)}
+    available: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
     if _library.has_kernel(qualified, "CPU"):
         available["cpu"] += ("cpp",)
     else:

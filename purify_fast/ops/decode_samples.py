@@ -2,8 +2,8 @@
 
     z_bk ~ N(0, I) from the Philox stream LATENT, draw index k;   out_bk = decoder(z_bk, c_b)
 
-CARSO's inference (arXiv 2306.06081, section 4.4). K is folded into the batch, and the decoder sees the condition once per
-image. This is the reference, the plain layers, on every device: torch.compile fuses it with what surrounds it.
+CARSO's inference (arXiv 2306.06081, section 4.4). K is folded into the batch, and the decoder sees the condition once
+per image. This is the reference, the plain layers, on every device: torch.compile fuses it with what surrounds it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The training loop the methods share: resumable at any kill, logged, with throughput.
 
-Every step is a function of (seed, step) and of the state in the checkpoint: the order of the images, the attack's starts
-and torch's global generator are all seeded per step. So a run that was killed and resumed ends with the same weights, to
-the bit on the same CPU, as one that was not.
+Every step is a function of (seed, step) and of the state in the checkpoint: the order of the images, the attack's
+starts and torch's global generator are all seeded per step. So a run that was killed and resumed ends with the same
+weights, to the bit on the same CPU, as one that was not.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .._files import atomic
 from ..data import batches, crop_flip, to_float
-from .checkpoint import atomic, read_tree, write_tree
+from .checkpoint import read_tree, write_tree
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,9 @@ def fit(task: Task, x: Tensor, y: Tensor, config: FitConfig, folder: str | Path 
             rate = task.optimizer.param_groups[0]["lr"]
             seconds, began = time.monotonic() - began, time.monotonic()
             speed = (steps - resumed_at) * config.batch_size / max(seconds, 1e-9)
-            log.write({"epoch": epoch, "step": step, **last, "learning_rate": rate, "images_per_second": round(speed, 1)})
+            log.write(
+                {"epoch": epoch, "step": step, **last, "learning_rate": rate, "images_per_second": round(speed, 1)}
+            )
             bar.set_postfix({key: f"{value:.3g}" for key, value in last.items()}, refresh=False)
             save()
             saved_at = time.monotonic()

@@ -41,7 +41,7 @@ def test_shapes_and_ranges(carso):
     assert carso.condition(x).shape == (5, 16)
     reconstructions = carso.reconstruct(x)
     assert reconstructions.shape == (5, 8, 1, 16, 16)
-    assert 0 < reconstructions.min() and reconstructions.max() < 1
+    assert reconstructions.min() > 0 and reconstructions.max() < 1
     assert carso.reconstruct(x, torch.zeros(1, 3, 4)).shape == (5, 3, 1, 16, 16)
     torch.testing.assert_close(carso.predict_proba(x).sum(1), torch.ones(5))
 
@@ -204,7 +204,7 @@ def test_an_attack_leaves_no_weight_gradients_and_restores_the_mode():
     made = defence().train()
     trainable = {name for name, p in made.named_parameters() if p.requires_grad}
     attacks.pgd(made, images(3), torch.tensor([1, 2, 3]), eps=0.1, steps=2, eot=2)
-    assert made.training and not made.classifier.training and not made.condition_encoder.layers[0].training is False
+    assert made.training and not made.classifier.training and made.condition_encoder.layers[0].training is not False
     assert {name for name, p in made.named_parameters() if p.requires_grad} == trainable
     assert all(p.grad is None for p in made.parameters())
 

@@ -25,8 +25,10 @@ def batch(n=16, epoch=5, epochs=10):
 @pytest.mark.parametrize(
     ("epochs", "epoch", "want"),
     # fact 7 of the specification, read off the official code
-    [(200, 24, 0), (200, 25, 0), (200, 26, 0.1111), (200, 33, 0.8889), (200, 34, 1), (200, 199, 1)]
-    + [(250, 32, 0), (250, 33, 0.0909), (250, 42, 0.9091), (250, 43, 1)],
+    [
+        *[(200, 24, 0), (200, 25, 0), (200, 26, 0.1111), (200, 33, 0.8889), (200, 34, 1), (200, 199, 1)],
+        *[(250, 32, 0), (250, 33, 0.0909), (250, 42, 0.9091), (250, 43, 1)],
+    ],
 )
 def test_fact_7_kl_weight(epochs, epoch, want):
     assert kl_weight(epoch, epochs) == pytest.approx(want, abs=5e-5)

@@ -278,17 +278,21 @@ def test_batches_do_not_matter(toy):
         assert np.abs(a.examples.adversarial - b.examples.adversarial).max() < 1e-6
 
 
-def test_cascade(toy):
+def test_survivors(toy):
     model, x, y = toy
-    attacks = [Attack(), Attack(loss="dlr"), Attack(loss="margin"), Attack(variant="deterministic")]
-    report = evaluate(model, x, y, steps=1, attacks=attacks, cascade=True, n_eval=2, **QUIET)
-    first, second = report.row("PGD-1 ce"), report.row("PGD-1 dlr, after PGD-1 ce")
-    third = report.row("PGD-1 margin, after PGD-1 ce, PGD-1 dlr")
+    attacks = [Attack(), Attack(loss="dlr", survivors=True), Attack(loss="margin", survivors=True)]
+    attacks += [Attack(variant="deterministic", survivors=True), Attack(label="all again", steps=2)]
+    report = evaluate(model, x, y, steps=1, attacks=attacks, n_eval=2, **QUIET)
+    first, second, third = (report.row(f"PGD-1 {loss}") for loss in ("ce", "dlr", "margin"))
     assert second.settings["attacked"] == first.robust.sum() < first.settings["attacked"]
     assert not (second.robust & ~first.robust).any() and not (third.robust & ~second.robust).any()
     assert second.n == first.n == len(x)
-    assert "PGD-1 ce, deterministic" in report.attacks  # another variant starts anew
-    assert np.array_equal(report.row("worst, random").robust, third.robust)
+    clean = report.row("clean, deterministic").robust.sum()  # another variant starts anew
+    assert report.row("PGD-1 ce, deterministic").settings["attacked"] == clean
+    again = report.row("all again")
+    assert again.settings["attacked"] == first.settings["attacked"]
+    assert np.array_equal(report.row("worst, random").robust, third.robust & again.robust)
+    assert f"{len(x)} ({second.settings['attacked']})" in report.to_markdown()
 
 
 def test_uint8_images(toy):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from purify_fast._files import atomic, write_text
 from purify_fast.evaluation import Attack, Examples, Report, Row, evaluate, merge, plots
-from purify_fast.evaluation.report import replacing, write
 
 
 def row(model="m", attack="PGD", robust=(1, 0, 1, 1), reliable=True, kind="pgd", **more):
@@ -57,8 +57,8 @@ def test_small_shares_are_not_rounded_to_none():
 
 def test_files_appear_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
-    write(path, "one")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
+    write_text(path, "one")
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "one" and os.listdir(tmp_path) == ["a.json"]

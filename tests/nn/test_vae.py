@@ -8,7 +8,9 @@ from torch.nn import functional as F
 from purify_fast.nn import Decoder, Deconvolution, decoder_plan, pre_encoder
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 32, 32), (1, 28, 28), (3, 17, 45), (2, 4, 4), (3, 64, 64), (1, 5, 1)])
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 16), (3, 32, 32), (1, 28, 28), (3, 17, 45), (2, 4, 4), (3, 64, 64), (1, 5, 1)]
+)
 def test_the_decoder_ends_at_any_image_size(shape):
     decoder = Decoder(6, 10, shape, *decoder_plan(shape, 4)).eval()
     assert decoder(torch.randn(3, 2, 6), torch.randn(3, 10)).shape == (6, *shape)
@@ -30,7 +32,13 @@ def test_layers_that_miss_the_image_are_refused():
 @pytest.mark.parametrize(
     ("shape", "features"),
     # the paper's CIFAR-10 system: 160 x 32 x 32 -> 20 x 26 x 26 and so on (specs of arXiv 2306.06081, appendix)
-    [((160, 32, 32), 20 * 26 * 26), ((320, 16, 16), 40 * 10 * 10), ((640, 8, 8), 80 * 2 * 2), ((7, 2, 9), 18), ((5,), 5)],
+    [
+        ((160, 32, 32), 20 * 26 * 26),
+        ((320, 16, 16), 40 * 10 * 10),
+        ((640, 8, 8), 80 * 2 * 2),
+        ((7, 2, 9), 18),
+        ((5,), 5),
+    ],
 )
 def test_pre_encoder_sizes(shape, features):
     encoder, size = pre_encoder(shape)

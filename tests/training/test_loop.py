@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from purify_fast import data
+from purify_fast._files import atomic
 from purify_fast.nn import SmallCNN
 from purify_fast.training import (
     Batch,
@@ -24,7 +25,7 @@ from purify_fast.training import (
     load_classifier,
     save_classifier,
 )
-from purify_fast.training.checkpoint import atomic, fingerprint, read_tree, write_tree
+from purify_fast.training.checkpoint import fingerprint, read_tree, write_tree
 from purify_fast.training.schedules import one_cycle
 
 RUN = """
@@ -80,7 +81,10 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_weights_to_the_bit(
         assert torch.equal(tensor, killed["model"][name]), name
     assert whole["last"] == killed["last"]
     logs = [
-        [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in path.read_text().splitlines()]
+        [
+            {k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+            for line in path.read_text().splitlines()
+        ]
         for path in (tmp_path / "whole" / "log.jsonl", tmp_path / "killed" / "log.jsonl")
     ]
     assert logs[0] == logs[1] and [row["epoch"] for row in logs[0]] == [0, 1, 2, 3]
@@ -129,11 +133,16 @@ def test_too_few_images_and_bad_settings():
     x, y = small_set()
     with pytest.raises(ValueError, match="batch_size 65 is larger than the 64"):
         fit(task(), x, y, FitConfig(1, 65))
-    for wrong in ({"epochs": 0}, {"epochs": 1, "batch_size": 0}, {"epochs": 1, "seed": -1}, {"epochs": 1, "padding": -1}):
+    for wrong in (
+        {"epochs": 0},
+        {"epochs": 1, "batch_size": 0},
+        {"epochs": 1, "seed": -1},
+        {"epochs": 1, "padding": -1},
+    ):
         with pytest.raises(ValueError):
             FitConfig(**wrong)
     for wrong in ({"eps": -1}, {"steps": 0}, {"warm_up": 2}, {"learning_rate": 0}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
             ClassifierConfig(**wrong)
 
 
