@@ -81,10 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
     measure.keep_memory()
     out = run_ops(chosen.names or list(registry()), device, chosen.quick, chosen.out)
     for line in report.read_csv(out / report.VERDICTS):
-        print(
-            f"{line['op']}: {device.type} is served by {line['serve']} "
-            f"({line['behind']} of {line['rows']} rows behind; worst ratio {line['worst_ratio']}: {line['worst_row']})"
-        )
+        behind = f"{line['behind_eager']} eager and {line['behind_graph']} in a graph behind"
+        worst = f"worst ratio {line['worst_ratio']}: {line['worst_row']}"
+        print(f"{line['op']}: {device.type} is served by {line['serve']} (of {line['rows']} rows, {behind}; {worst})")
     print(out / report.TABLE)
 
 

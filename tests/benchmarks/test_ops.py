@@ -26,12 +26,11 @@ needs_extension = pytest.mark.skipif(not _library.loaded(), reason="the benchmar
 
 def row(op: str, ratio: float | None, **more: str) -> dict:
     """One row as the CSV holds it."""
-    made = dict.fromkeys(
-        ("variant", "shape", "dtype", "direction", "style", "device", "threads", "torch", "triton"), "x"
-    )
+    made = dict.fromkeys(("variant", "shape", "dtype", "direction", "device", "threads", "torch", "triton"), "x")
     made |= {f"{kind}_us": "1.0" for kind in measure.CONTESTANTS}
     made |= {
         "op": op,
+        "style": "eager",
         "backend": "cpp",
         "ratio": "" if ratio is None else f"{ratio:.3f}",
         "GB_per_s": "1",
@@ -45,21 +44,21 @@ def test_verdicts():
     assert [measure.verdict({"ratio": r}) for r in ("1.2", "0.97", "0.95", "0.949", "")] == [
         "best", "level", "level", "behind", "wrong",
     ]  # fmt: skip
-    rows = [row("a", 1.5), row("a", 0.96), row("b", 2.0), row("b", 0.94, shape="here"), row("c", 3.0), row("c", None)]
+    rows = [
+        row("a", 1.5),
+        row("a", 0.96),
+        row("b", 2.0),
+        row("b", 0.94, shape="here", style="graph"),
+        row("c", 3.0),
+        row("c", None),
+    ]
     decided = {line["op"]: line for line in report.verdicts(rows)}
     assert [decided[op]["serve"] for op in "abc"] == ["cpp", "reference", "reference"]
-    assert decided["b"]["behind"] == 1 and "here" in decided["b"]["worst_row"]
+    assert (
+        decided["b"]["behind_eager"] == 0 and decided["b"]["behind_graph"] == 1 and "here" in decided["b"]["worst_row"]
+    )
     table = report.markdown(rows)
-    assert "| b | reference | 2 | 1 | 0.940 |" in table and table.count("| behind |") == 2
-
-
-def test_files_are_replaced_whole(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "file"
-    report.write(path, "one")
-    monkeypatch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        report.write(path, "two")
-    assert path.read_text() == "one"
+    assert "| b | reference | 2 | 0 | 1 | 1.000 | 0.940 |" in table and table.count("| behind |") == 1
 
 
 def test_a_wrong_result_has_no_number():
