@@ -34,7 +34,6 @@ CXX_FLAGS = [
     "-O3",
     "-fno-math-errno",  # sqrt is one instruction
     "-fno-trapping-math",  # selects may evaluate both sides: needed to vectorise them; NaN semantics stay
-    "-ffp-contract=off",  # the same bits on every CPU, and in every clone of a loop
     "-fvisibility=hidden",
 ]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--fmad=false", "-lineinfo"]

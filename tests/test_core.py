@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from purify_fast import _library
+from purify_fast.ops import philox, use_backend
 from purify_fast.ops.aggregate import METHODS
 from purify_fast.ops.philox import Stream, words
 
@@ -75,6 +78,15 @@ def test_uniform_and_normal_come_from_the_words(core, seed, group):
     angle = 2 * np.pi * v[[1, 1, 3, 3]]
     truth = radius * np.where([True, False] * 2, np.cos(angle), np.sin(angle))
     assert np.abs(normal - truth).max() < 3e-6  # the angle is rounded to float32
+
+
+@pytest.mark.skipif(not _library.loaded(), reason="no compiled extension")
+def test_normals_have_the_same_bits_for_every_instruction_set(core):
+    """The module is compiled for the oldest CPU, the extension runs the clone for this one."""
+    with use_backend("cpp"):
+        ours = philox(torch.tensor([-5]), torch.arange(50), 400, stream=Stream.LATENT, distribution="normal")
+    plain = [[core.draw_group(2, -5, group, 0, sample, 1) for group in range(100)] for sample in range(50)]
+    np.testing.assert_array_equal(ours.numpy().view(np.uint32).ravel(), np.array(plain, np.uint32).ravel())
 
 
 @holds(floats)

@@ -148,8 +148,11 @@ PF_HD void aggregate_tile(Aggregation method, W* __restrict__ tile, int64_t samp
         for (int64_t image = 0; image < images; ++image) {
           const W* row = tile + k * width + image * classes;
           int64_t best = 0;  // the first of equals; NaN counts as the largest
-          for (int64_t i = 1; i < classes && row[best] == row[best]; ++i) {
-            if (!(row[i] <= row[best])) best = i;
+          W most = row[0];
+          for (int64_t i = 1; i < classes; ++i) {
+            const bool better = !(row[i] <= most) & (most == most);
+            best = better ? i : best;
+            most = better ? row[i] : most;
           }
           out[image * classes + best] += 1;
         }

@@ -218,6 +218,25 @@ PF_HD W log_sigmoid(W x) {
   return min_nan(x, W(0)) - log1p_unit(exp(-abs(x)));
 }
 
+// out[i] = value(i), i < n. Rounding to 16 bits is a loop of its own: together with clamps compilers do not vectorise
+// it.
+template <class T, class F>
+PF_HD void store_all(T* __restrict__ out, int64_t n, F value) {
+#if !defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 2) {
+    constexpr int64_t block = 128;
+    float rounded[block];
+    for (int64_t start = 0; start < n; start += block) {
+      const int64_t count = n - start < block ? n - start : block;
+      for (int64_t i = 0; i < count; ++i) rounded[i] = value(start + i);
+      for (int64_t i = 0; i < count; ++i) store(out[start + i], rounded[i]);
+    }
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) store(out[i], value(i));
+}
+
 // Sum of term(i), i < n, in an order that depends on n alone: 16 running sums over blocks, the blocks added in double.
 template <class W, class F>
 PF_HD W ordered_sum(int64_t n, F term) {

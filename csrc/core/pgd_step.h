@@ -54,7 +54,8 @@ PF_HD void pgd_step_l2(const T* x, const T* grad, const T* x_nat, T* out, int64_
     return d * d;
   }));
   const W shrink = radius > step.eps ? step.eps / radius : W(1);
-  for (int64_t i = 0; i < n; ++i) store(out[i], clamp_nan(load(x_nat[i]) + offset(i) * shrink, step.lo, step.hi));
+  store_all(out, n,
+            [=](int64_t i) PF_INLINE { return clamp_nan(load(x_nat[i]) + offset(i) * shrink, step.lo, step.hi); });
 }
 
 }  // namespace pf

@@ -27,17 +27,19 @@ PF_HD Key key_of(int64_t seed) {
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)};
 }
 
-// Replaces the counter by its four random words.
-PF_HD void philox(Key key, uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3) {
+// Replaces the counter by its four random words. U holds 32-bit words: uint32_t, or uint64_t with the upper half zero,
+// which vectorises twice as well with AVX-512.
+template <class U>
+PF_HD void philox(Key key, U& c0, U& c1, U& c2, U& c3) {
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u, p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key.low;
-    c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key.high;
-    c3 = static_cast<uint32_t>(p0);
+    c0 = static_cast<U>(p1 >> 32) ^ c1 ^ key.low;
+    c1 = static_cast<U>(p1 & 0xFFFFFFFFu);
+    c2 = static_cast<U>(p0 >> 32) ^ c3 ^ key.high;
+    c3 = static_cast<U>(p0 & 0xFFFFFFFFu);
     key.low += 0x9E3779B9u;
     key.high += 0xBB67AE85u;
   }

@@ -7,47 +7,67 @@ namespace {
 
 constexpr int64_t lanes = 16, tile_width = 128;
 
-// Logits [images][samples][classes] <-> a tile [samples][width], width >= images * classes; the rest is 0.
+// Logits [images][samples][classes] <-> a tile [samples][width], width >= images * classes; the rest is 0. 16-bit
+// numbers of several images are gathered first, so that they are converted in one long loop.
 template <class T, class W>
 PF_HD void to_tile(const T* __restrict__ logits, W* __restrict__ tile, int64_t images, int64_t samples, int64_t classes,
                    int64_t width) {
-  for (int64_t k = 0; k < samples; ++k) {
-    W* row = tile + k * width;
+  const bool gather = sizeof(T) == 2 && images > 1;
+  T gathered[tile_width] = {};
+  for (int64_t k = 0; k < samples; ++k, tile += width) {
     for (int64_t b = 0; b < images; ++b) {
-      for (int64_t c = 0; c < classes; ++c) row[b * classes + c] = load(logits[(b * samples + k) * classes + c]);
+      const T* from = logits + (b * samples + k) * classes;
+      for (int64_t c = 0; gather && c < classes; ++c) gathered[b * classes + c] = from[c];
+      for (int64_t c = 0; !gather && c < classes; ++c) tile[b * classes + c] = load(from[c]);
     }
-    for (int64_t i = images * classes; i < width; ++i) row[i] = 0;
+    for (int64_t i = 0; gather && i < width; ++i) tile[i] = load(gathered[i]);
+    for (int64_t i = images * classes; i < width; ++i) tile[i] = 0;
   }
 }
 template <class T, class W>
 PF_HD void from_tile(const W* __restrict__ tile, T* __restrict__ out, int64_t images, int64_t samples, int64_t classes,
                      int64_t width) {
-  for (int64_t b = 0; b < images; ++b) {
-    for (int64_t k = 0; k < samples; ++k) {
-      for (int64_t c = 0; c < classes; ++c)
-        store(out[(b * samples + k) * classes + c], tile[k * width + b * classes + c]);
+  const bool gather = sizeof(T) == 2 && images > 1;
+  T gathered[tile_width];
+  for (int64_t k = 0; k < samples; ++k, tile += width) {
+    for (int64_t i = 0; gather && i < width; ++i) store(gathered[i], tile[i]);
+    for (int64_t b = 0; b < images; ++b) {
+      T* to = out + (b * samples + k) * classes;
+      for (int64_t c = 0; gather && c < classes; ++c) to[c] = gathered[b * classes + c];
+      for (int64_t c = 0; !gather && c < classes; ++c) store(to[c], tile[b * classes + c]);
     }
   }
 }
 
-// scratch: samples + aggregate_scratch_rows + 1 rows of `width`, a multiple of the lanes
+// scratch: samples + aggregate_scratch_rows + 1 rows of `width`
+template <class T, class W = wide_t<T>>
+PF_HD void forward_tile(Aggregation method, const T* logits, W* out, int64_t images, int64_t samples, int64_t classes,
+                        int64_t width, W* scratch) {
+  width = width / lanes * lanes;  // as it is: the compiler should know, too
+  W *tile = scratch, *row = tile + samples * width;
+  to_tile(logits, tile, images, samples, classes, width);
+  aggregate_tile(method, tile, samples, images, classes, width, row, row + width);
+  for (int64_t i = 0; i < images * classes; ++i) out[i] = row[i];
+}
+template <class T, class W = wide_t<T>>
+PF_HD void backward_tile(Aggregation method, const W* grad, const T* logits, T* out, int64_t images, int64_t samples,
+                         int64_t classes, int64_t width, W* scratch) {
+  width = width / lanes * lanes;
+  W *tile = scratch, *row = tile + samples * width;
+  if (method != Aggregation::mean) to_tile(logits, tile, images, samples, classes, width);
+  for (int64_t i = 0; i < width; ++i) row[i] = i < images * classes ? grad[i] : 0;
+  aggregate_tile_backward(method, tile, row, samples, images, classes, width, row + width);
+  from_tile(tile, out, images, samples, classes, width);
+}
+
 #define PF_LOOPS(T)                                                                                            \
   PF_CLONES void forward(Aggregation method, const T* logits, wide_t<T>* out, int64_t images, int64_t samples, \
                          int64_t classes, int64_t width, wide_t<T>* scratch) {                                 \
-    width = width / lanes * lanes;                                                                             \
-    wide_t<T>*tile = scratch, *row = tile + samples * width;                                                   \
-    to_tile(logits, tile, images, samples, classes, width);                                                    \
-    aggregate_tile(method, tile, samples, images, classes, width, row, row + width);                           \
-    for (int64_t i = 0; i < images * classes; ++i) out[i] = row[i];                                            \
+    forward_tile(method, logits, out, images, samples, classes, width, scratch);                               \
   }                                                                                                            \
   PF_CLONES void backward(Aggregation method, const wide_t<T>* grad, const T* logits, T* out, int64_t images,  \
                           int64_t samples, int64_t classes, int64_t width, wide_t<T>* scratch) {               \
-    width = width / lanes * lanes;                                                                             \
-    wide_t<T>*tile = scratch, *row = tile + samples * width;                                                   \
-    to_tile(logits, tile, images, samples, classes, width);                                                    \
-    for (int64_t i = 0; i < width; ++i) row[i] = i < images * classes ? grad[i] : 0;                           \
-    aggregate_tile_backward(method, tile, row, samples, images, classes, width, row + width);                  \
-    from_tile(tile, out, images, samples, classes, width);                                                     \
+    backward_tile(method, grad, logits, out, images, samples, classes, width, scratch);                        \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
@@ -83,6 +103,7 @@ Tensor aggregate_backward(Tensor grad, Tensor logits, int64_t method) {
   const Tensor x = dense(logits), g = dense(grad, wide_dtype(logits.scalar_type()));
   const int64_t batch = x.size(0), samples = x.size(1), classes = x.size(2);
   Tensor out = new_like(x);
+  if (static_cast<Aggregation>(method) == Aggregation::vote) return torch::stable::zero_(out);
   dispatch(x.scalar_type(), "aggregate_backward", [&](auto tag) {
     using T = decltype(tag);
     using W = wide_t<T>;

@@ -12,8 +12,11 @@
 #include "../core/math.h"
 
 // One copy of a loop per instruction set, chosen once when the library is loaded: fast everywhere without
-// -march=native. Templates cannot carry it, hence the overloads at the bottom of each file.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+// -march=native. Templates cannot carry it, hence the overloads at the top of each file. v3 is AVX2 with FMA and F16C,
+// v4 is AVX-512.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
+#define PF_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4"))) static
+#elif defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && defined(__GNUC__)
 #define PF_CLONES __attribute__((target_clones("default", "avx2", "avx512f"))) static
 #else
 #define PF_CLONES static

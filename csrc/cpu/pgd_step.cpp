@@ -5,14 +5,35 @@
 namespace pf::cpu {
 namespace {
 
-#define PF_LOOPS(T)                                                                                                \
-  PF_CLONES void linf(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,            \
-                      T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step) {                                   \
-    for (int64_t i = 0; i < n; ++i) store(out[i], pgd_step_linf(load(x[i]), load(grad[i]), load(x_nat[i]), step)); \
-  }                                                                                                                \
-  PF_CLONES void l2(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,              \
-                    T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step) {                                     \
-    pgd_step_l2(x, grad, x_nat, out, n, step);                                                                     \
+template <class T>
+PF_HD void linf_loop(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<wide_t<T>> step) {
+  store_all(out, n,
+            [=](int64_t i) PF_INLINE { return pgd_step_linf(load(x[i]), load(grad[i]), load(x_nat[i]), step); });
+}
+
+// float16 is widened once, not in each of the four passes (its conversion is long); scratch holds 4 n numbers for it.
+template <class T, class W = wide_t<T>>
+PF_HD void l2_sample(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step, W* scratch) {
+  if constexpr (std::is_same_v<T, half>) {
+    W *wide_x = scratch, *wide_grad = scratch + n, *wide_nat = scratch + 2 * n, *wide_out = scratch + 3 * n;
+    for (int64_t i = 0; i < n; ++i) wide_x[i] = load(x[i]);
+    for (int64_t i = 0; i < n; ++i) wide_grad[i] = load(grad[i]);
+    for (int64_t i = 0; i < n; ++i) wide_nat[i] = load(x_nat[i]);
+    pgd_step_l2(wide_x, wide_grad, wide_nat, wide_out, n, step);
+    for (int64_t i = 0; i < n; ++i) store(out[i], wide_out[i]);
+  } else {
+    pgd_step_l2(x, grad, x_nat, out, n, step);
+  }
+}
+
+#define PF_LOOPS(T)                                                                                     \
+  PF_CLONES void linf(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat, \
+                      T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step) {                        \
+    linf_loop(x, grad, x_nat, out, n, step);                                                            \
+  }                                                                                                     \
+  PF_CLONES void l2(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,   \
+                    T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step, wide_t<T>* scratch) {      \
+    l2_sample(x, grad, x_nat, out, n, step, scratch);                                                   \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
@@ -35,7 +56,10 @@ Tensor pgd_step(Tensor x, Tensor grad, Tensor x_nat, Tensor alpha, Tensor eps, i
     const auto step = [&](int64_t b) { return PgdStep<W>{pa[b], pe[b], static_cast<W>(lo), static_cast<W>(hi)}; };
     if (static_cast<Norm>(norm) == Norm::l2) {
       parallel_rows(samples, 2 * n, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) l2(px + b * n, pg + b * n, pn + b * n, to + b * n, n, step(b));
+        std::vector<W> scratch(std::is_same_v<T, half> ? 4 * n : 0);
+        for (int64_t b = begin; b < end; ++b) {
+          l2(px + b * n, pg + b * n, pn + b * n, to + b * n, n, step(b), scratch.data());
+        }
       });
     } else {  // every element on its own: threads split the elements, whatever the shape
       parallel_rows(x.numel(), 1, [&](int64_t begin, int64_t end) {

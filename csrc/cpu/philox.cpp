@@ -1,3 +1,10 @@
+// Without fused multiply-adds the normals have the same bits on every CPU and GPU.
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 #include "philox.h"
 
 #include <cstring>
@@ -11,12 +18,12 @@ PF_CLONES void fill_block(Distribution kind, Key key, const uint32_t* group, con
                           const uint32_t* sample, uint32_t stream, uint32_t* out) {
   uint32_t w[4][lanes];
   for (int i = 0; i < lanes; ++i) {
-    uint32_t c0 = group[i], c1 = draw[i], c2 = sample[i], c3 = stream;
+    uint64_t c0 = group[i], c1 = draw[i], c2 = sample[i], c3 = stream;
     pf::philox(key, c0, c1, c2, c3);
-    w[0][i] = c0;
-    w[1][i] = c1;
-    w[2][i] = c2;
-    w[3][i] = c3;
+    w[0][i] = static_cast<uint32_t>(c0);
+    w[1][i] = static_cast<uint32_t>(c1);
+    w[2][i] = static_cast<uint32_t>(c2);
+    w[3][i] = static_cast<uint32_t>(c3);
   }
   if (kind == Distribution::normal) {
     for (int pair = 0; pair < 4; pair += 2) {

@@ -5,17 +5,25 @@
 namespace pf::cpu {
 namespace {
 
+template <class L, class T, class W = wide_t<L>>
+PF_HD void forward_loop(const L* logits, const T* target, W* loss, int64_t rows, int64_t n) {
+  for (int64_t b = 0; b < rows; ++b) loss[b] = pf::reconstruction_loss(logits + b * n, target + b * n, n);
+}
+template <class L, class T, class W = wide_t<L>>
+PF_HD void backward_loop(W grad, const L* logits, const T* target, L* out, int64_t n) {
+  store_all(out, n,
+            [=](int64_t i) PF_INLINE { return grad * reconstruction_loss_slope<W>(load(logits[i]), load(target[i])); });
+}
+
 // The target comes in the logits' dtype, or wide (images stay float32 under autocast); any other is converted first.
 #define PF_LOOPS(L, T)                                                                                             \
   PF_CLONES void forward(const L* __restrict__ logits, const T* __restrict__ target, wide_t<L>* __restrict__ loss, \
                          int64_t rows, int64_t n) {                                                                \
-    for (int64_t b = 0; b < rows; ++b) loss[b] = pf::reconstruction_loss(logits + b * n, target + b * n, n);       \
+    forward_loop(logits, target, loss, rows, n);                                                                   \
   }                                                                                                                \
   PF_CLONES void backward(wide_t<L> grad, const L* __restrict__ logits, const T* __restrict__ target,              \
                           L* __restrict__ out, int64_t n) {                                                        \
-    for (int64_t i = 0; i < n; ++i) {                                                                              \
-      store(out[i], grad * reconstruction_loss_slope<wide_t<L>>(load(logits[i]), load(target[i])));                \
-    }                                                                                                              \
+    backward_loop(grad, logits, target, out, n);                                                                   \
   }
 PF_LOOPS(float, float)
 PF_LOOPS(double, double)

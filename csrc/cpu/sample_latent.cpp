@@ -7,22 +7,34 @@ namespace {
 
 constexpr int64_t chunk = 2048;  // numbers drawn at once; they stay in the cache
 
+template <class T, class W = wide_t<T>>
+PF_HD void forward_loop(const T* mu, const T* logvar, const float* noise, T* z, W* kl, int64_t rows, int64_t n) {
+  store_all(z, rows * n, [=](int64_t i) PF_INLINE { return latent<W>(load(mu[i]), load(logvar[i]), noise[i]); });
+  for (int64_t b = 0; b < rows; ++b) kl[b] = divergence(mu + b * n, logvar + b * n, n);
+}
+template <class T, class W = wide_t<T>>
+PF_HD void backward_loop(const T* grad_z, const W* grad_kl, const T* mu, const T* logvar, const float* noise, T* out_mu,
+                         T* out_logvar, int64_t rows, int64_t n) {
+  for (int64_t b = 0; b < rows; ++b) {
+    const W gk = grad_kl[b];
+    const int64_t at = b * n;
+    store_all(out_mu + at, n,
+              [=](int64_t i) PF_INLINE { return latent_mu_slope<W>(load(mu[at + i]), load(grad_z[at + i]), gk); });
+    store_all(out_logvar + at, n, [=](int64_t i) PF_INLINE {
+      return latent_logvar_slope<W>(load(logvar[at + i]), noise[at + i], load(grad_z[at + i]), gk);
+    });
+  }
+}
+
 #define PF_LOOPS(T)                                                                                                \
   PF_CLONES void forward(const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise,  \
                          T* __restrict__ z, wide_t<T>* __restrict__ kl, int64_t rows, int64_t n) {                 \
-    for (int64_t i = 0; i < rows * n; ++i) store(z[i], latent<wide_t<T>>(load(mu[i]), load(logvar[i]), noise[i])); \
-    for (int64_t b = 0; b < rows; ++b) kl[b] = divergence(mu + b * n, logvar + b * n, n);                          \
+    forward_loop(mu, logvar, noise, z, kl, rows, n);                                                               \
   }                                                                                                                \
   PF_CLONES void backward(const T* __restrict__ grad_z, const wide_t<T>* __restrict__ grad_kl,                     \
                           const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise, \
                           T* __restrict__ out_mu, T* __restrict__ out_logvar, int64_t rows, int64_t n) {           \
-    for (int64_t b = 0; b < rows; ++b) {                                                                           \
-      for (int64_t i = b * n; i < (b + 1) * n; ++i) {                                                              \
-        const wide_t<T> m = load(mu[i]), v = load(logvar[i]), gz = load(grad_z[i]), e = noise[i];                  \
-        store(out_mu[i], latent_mu_slope<wide_t<T>>(m, gz, grad_kl[b]));                                           \
-        store(out_logvar[i], latent_logvar_slope<wide_t<T>>(v, e, gz, grad_kl[b]));                                \
-      }                                                                                                            \
-    }                                                                                                              \
+    backward_loop(grad_z, grad_kl, mu, logvar, noise, out_mu, out_logvar, rows, n);                                \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
