@@ -23,7 +23,9 @@ from setuptools import setup
 MODES = ("auto", "none", "cpu", "cuda")
 ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # the last one also as PTX, for GPUs to come
 ROOT = Path(__file__).resolve().parent
-HOW = "pip install --no-build-isolation -e . (in an environment that has torch, setuptools and ninja)"
+HOW = (
+    "in an environment that has torch, run: pip install 'setuptools>=77' ninja && pip install --no-build-isolation -e ."
+)
 
 DEFINES = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11: runs on every later one
@@ -170,20 +172,27 @@ def torch_extension(mode: str) -> dict:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if toolkit else None,
         "archs": archs,
-        "flags": " ".join(CXX_FLAGS + (NVCC_FLAGS if toolkit else [])),
+        "flags": " ".join(CXX_FLAGS),
     }
 
     class Build(cpp_extension.BuildExtension):
-        """Adds the record `purify-fast info` reads; in `auto`, a failing compiler costs the kernels only."""
+        """Adds the record `purify-fast info` reads; in `auto`, a failing compiler costs only what it compiles."""
 
         def build_extension(self, ext) -> None:
             try:
                 super().build_extension(ext)
             except Exception as error:
-                if ext.optional:  # setuptools turns a CompileError of an optional extension into a warning
-                    say(f"pure-Python install, compiling the kernels failed: {error}")
-                    raise CompileError(str(error)) from error
-                raise
+                if not ext.optional:
+                    raise
+                cpu = [source for source in ext.sources if not source.endswith(".cu")]
+                if cpu != ext.sources:
+                    say(f"building the CPU kernels only, compiling the CUDA part failed: {error}")
+                    ext.sources, facts["cuda"], facts["archs"] = cpu, None, ""
+                    ext.libraries = [library for library in ext.libraries if "cuda" not in library]
+                    self.build_extension(ext)
+                    return
+                say(f"pure-Python install, compiling the kernels failed: {error}")
+                raise CompileError(str(error)) from error  # which setuptools makes a warning
 
         def run(self) -> None:
             super().run()
