@@ -1,7 +1,8 @@
 """How every op is registered, and which backend serves it.
 
-One schema, one fake, one kernel per dispatch key, opaque to the compiler. Where no kernel beats the compiled
-reference, the public function calls the reference directly, so that ``torch.compile`` can fuse it.
+One schema, one fake, one kernel per dispatch key, opaque to the compiler. A kernel that wins serves eager calls; inside
+a compiled graph, and where no kernel wins, the public function calls the reference directly, so that ``torch.compile``
+can fuse it with its surroundings.
 
 Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU), ``triton`` and ``cuda`` (GPU).
 ``PURIFY_FAST_BACKEND`` forces one for its device, read once at import; `use_backend` does so for a block.
@@ -69,7 +70,13 @@ class Op:
         return self.default.get(kind, "reference")
 
     def plain(self, device: torch.device) -> bool:
-        """Whether the public function should call the reference directly instead of the op."""
+        """Whether the public function should call the reference directly instead of the op.
+
+        Always so inside a compiled graph, unless a backend is forced: the compiler fuses the reference with what
+        surrounds it, and an op is a wall to it.
+        """
+        if _forced is None and torch.compiler.is_compiling():
+            return True
         return self.served_by(device) == "reference"
 
 
