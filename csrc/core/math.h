@@ -161,7 +161,8 @@ PF_HD float expm1(float x) {
   int32_t n;
   const float q = detail::reduce_exp(x, n);
   const float scale = detail::power_of_two(n - 1);  // half of 2^n, which may overflow where the result does not
-  return 2.0f * (scale * q + (scale - 0.5f));
+  const float out = 2.0f * (scale * q + (scale - 0.5f));
+  return n == 0 ? q : out;  // halving a subnormal number would round it
 }
 
 PF_HD float log(float x) {

@@ -57,6 +57,7 @@ void special_values() {
   CHECK(pf::expm1(inf) == inf);
   CHECK(pf::expm1(-inf) == -1);
   CHECK(pf::expm1(0.0f) == 0);
+  CHECK(pf::expm1(1e-45f) == 1e-45f);
   CHECK(std::isnan(pf::expm1(nan_value)));
   CHECK(pf::log(0.0f) == -inf);
   CHECK(pf::log(inf) == inf);
