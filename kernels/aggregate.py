@@ -17,7 +17,7 @@ from ._common import log1p, on, warps
 TILE = 4096
 #: The indices of `purify_fast.ops.aggregate.METHODS`, and its constant.
 LSE, PEEL, MEAN, PROBABILITY, VOTE = (tl.constexpr(index) for index in range(5))
-TANGENT = tl.constexpr(80.0)
+TANGENT = tl.constexpr(70.0)
 
 
 @triton.jit

@@ -10,8 +10,10 @@ from typing import Annotated
 import torch
 import tyro
 
-from . import data, demo, info
+from . import demo, info
 from .carso import Carso, CarsoConfig, CarsoTask, load
+from .data import DataSet
+from .data import load as load_data
 from .evaluation import Attack, default_attacks, evaluate
 from .nn import SmallCNN
 from .training import (
@@ -45,8 +47,8 @@ class _Data:
     """digits, or an .npz file with x_train y_train x_test y_test."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def load(self) -> data.DataSet:
-        return data.load(self.data).to(self.device)
+    def load(self) -> DataSet:
+        return load_data(self.data).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ class TrainClassifier(_Data):
 
     def run(self) -> None:
         images = self.load()
-        channels, *size = images.image_shape
+        channels, height, width = images.image_shape
         torch.manual_seed(self.loop.seed)
-        model = SmallCNN(channels, images.num_classes, tuple(size), self.width).to(self.device)
+        model = SmallCNN(channels, images.num_classes, (height, width), self.width).to(self.device)
         task = ClassifierTask(model, self.attack)
         print(fit(task, images.x_train, images.y_train, self.loop, self.out, "classifier"))
         save_classifier(model, self.out)

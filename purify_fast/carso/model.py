@@ -49,6 +49,10 @@ class Carso(nn.Module):
     Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`; `deterministic` takes z = 0.
     """
 
+    mean: Tensor
+    std: Tensor
+    _noise_seed: Tensor
+
     def __init__(
         self,
         classifier: nn.Module,
@@ -86,8 +90,9 @@ class Carso(nn.Module):
         self.condition_encoder = ConditionEncoder(self.representation.shapes, cond_dim, encoder_depth)
         self.posterior_encoder = PosteriorEncoder(image_shape, cond_dim, latent_dim)
         self.decoder = Decoder(latent_dim, cond_dim, image_shape, *decoder_plan(image_shape, decoder_width))
-        for name, value in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+        for name, statistic in (("mean", mean), ("std", std)):
+            per_channel = torch.as_tensor(statistic, dtype=torch.float32).reshape(-1, 1, 1)
+            self.register_buffer(name, per_channel, persistent=False)
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
         device = next(self.classifier.parameters(), torch.zeros(())).device
@@ -183,7 +188,8 @@ class Carso(nn.Module):
         batch = x.shape[0]
         if torch.compiler.is_compiling() and x.device.type == "cpu" and z is None:
             # torch's choice of CPU convolution asks whether the batch reaches 16, which would cost a graph of its own
-            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, torch.sym_max(16 - batch, 0)))
+            missing = torch.sym_max(16 - batch, 0)
+            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, missing))  # type: ignore[arg-type]  # a SymInt
         return self.classify(self.reconstruct(x, z))[:batch]
 
     # -- predictions --------------------------------------------------------------------------------------------------

@@ -144,8 +144,17 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
     defence.samples = config.train_samples
     defence.eval()
     try:
-        attack = {"steps": config.steps, "alpha": config.alpha, "norm": config.norm}
-        x = pgd(defence, batch.x, batch.y, eps=config.eps, seed=batch.seed, sample_ids=batch.sample_ids, **attack)
+        x = pgd(
+            defence,
+            batch.x,
+            batch.y,
+            eps=config.eps,
+            steps=config.steps,
+            alpha=config.alpha,
+            norm=config.norm,
+            seed=batch.seed,
+            sample_ids=batch.sample_ids,
+        )
         logits = defence.reconstruction_logits(x)
         predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
     finally:

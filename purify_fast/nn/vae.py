@@ -28,7 +28,7 @@ class LeakyReLU(nn.Module):
 class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        if self.training:
+        if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return F.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum=0.1, eps=1e-5

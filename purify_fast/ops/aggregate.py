@@ -10,7 +10,8 @@
                      K = 8, NaN gradients. For study only; attacking it measures nothing.
     vote_reference   sum_k floor(l_ki / max_j l_kj), CARSO's code, "count": wrong for negative logits. For study only.
 
-exp(q) is continued by its tangent above q = 80, so that S stays finite and the order of the classes is kept.
+exp(q) is continued by its tangent above q = 70, so that S stays finite (for logits up to 1e8 in float32) and the order
+of the classes is kept.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ._op import define_op, launcher, wide
 METHODS = ("lse", "peel", "mean", "probability", "vote")
 #: The published forms that are unsafe to attack.
 UNSAFE = ("peel_reference", "vote_reference")
-TANGENT = 80.0  # exp(80) = 5.5e34: sums of thousands of classes stay below float32's 3.4e38
+TANGENT = 70.0  # exp(70) = 2.5e30 leaves float32 eight decades for the tangent and for sums over classes
 
 
 def _tangent_exp(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +125,7 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
             ``vote_reference`` are CARSO's published forms, unsafe to attack (the module's docstring says why).
 
     Returns:
-        ``[B, C]``, float32 (float64 for float64 inputs), also under autocast. Finite for finite logits, except for
+        ``[B, C]``, float32 (float64 for float64 inputs), also under autocast. Finite for logits up to 1e8, except for
         the two published forms. ``lse``, ``peel``, ``peel_reference`` (where finite) have the same argmax.
 
     Raises:

@@ -64,8 +64,13 @@ class Batch:
 class Task(Protocol):
     """What a method brings to `fit`."""
 
-    model: nn.Module  # all of it is saved and restored
-    optimizer: torch.optim.Optimizer
+    @property
+    def model(self) -> nn.Module:
+        """What is trained; all of it is saved and restored."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Its optimiser."""
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and detached scalars to log."""

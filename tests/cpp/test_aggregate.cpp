@@ -58,11 +58,11 @@ void saturation() {  // ten classes, eight samples (t, 0, ..., 0): the published
 
 void tangent() {
   float slope;
-  CHECK_NEAR(pf::tangent_exp(80.0f, slope) / std::exp(80.0), 1, 1e-6);
+  CHECK_NEAR(pf::tangent_exp(70.0f, slope) / std::exp(70.0), 1, 1e-6);
   const float at = slope;
-  CHECK_NEAR(pf::tangent_exp(82.0f, slope) / (3 * std::exp(80.0)), 1, 1e-6);
+  CHECK_NEAR(pf::tangent_exp(72.0f, slope) / (3 * std::exp(70.0)), 1, 1e-6);
   CHECK(slope == at);
-  CHECK(pf::finite(pf::tangent_exp(1000.0f, slope)));
+  CHECK(pf::finite(pf::tangent_exp(1e8f, slope)));
   CHECK(std::isnan(pf::tangent_exp(NAN, slope)));
 }
 

@@ -113,7 +113,7 @@ def test_peel_is_finite_and_decides_as_lse(backend, scale):
 
 
 def test_peel_at_the_largest_logits(backend):
-    logits = torch.zeros(1, 4, 5).index_fill(2, torch.tensor([1]), 3e3).requires_grad_()
+    logits = torch.zeros(1, 4, 5).index_fill(2, torch.tensor([1]), 1e8).requires_grad_()
     log_p = aggregate(logits, "peel")
     assert log_p.isfinite().all() and log_p.argmax() == 1
     assert torch.autograd.grad(log_p[0, 0], logits)[0].isfinite().all()
@@ -219,8 +219,8 @@ def test_gradcheck(method):
 
 
 def test_tangent_and_its_gradient():
-    """Above 80, exp is continued with its value and its slope: the op's backward is the slope."""
-    q = torch.tensor([79.0, 80.0, 81.0, 500.0], dtype=torch.float64, requires_grad=True)
+    """Above 70, exp is continued with its value and its slope: the op's backward is the slope."""
+    q = torch.tensor([69.0, 70.0, 71.0, 500.0], dtype=torch.float64, requires_grad=True)
     value, slope = op._tangent_exp(q)
     (gradient,) = torch.autograd.grad(value.sum(), q)
     torch.testing.assert_close(gradient, slope)
