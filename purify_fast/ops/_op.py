@@ -57,6 +57,10 @@ class Op:
     default: dict[str, str]  # device type -> backend measured best
     why: dict[str, str]  # device type -> reason for the default, for `purify-fast info`
 
+    def __call__(self, *args):
+        """Run on the arguments, the first a tensor: by the backend that serves its device. No gradient is recorded."""
+        return (self.reference if self.plain(args[0].device) else self.handle)(*args)
+
     def served_by(self, device: torch.device) -> str:
         """The backend that serves this op on ``device``; raises RuntimeError if a forced one is missing."""
         kind = device.type

@@ -113,7 +113,7 @@ class _Aggregate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return BACKWARD.handle(grad, *ctx.saved_tensors, ctx.method), None
+        return BACKWARD(grad, *ctx.saved_tensors, ctx.method), None
 
 
 def aggregate(logits: Tensor, method: str = "lse") -> Tensor:

@@ -60,7 +60,7 @@ class _ReconstructionLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return BACKWARD.handle(grad, *ctx.saved_tensors), None
+        return BACKWARD(grad, *ctx.saved_tensors), None
 
 
 def reconstruction_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class _SampleLatent(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_z, grad_kl):
-        return (*BACKWARD.handle(grad_z, grad_kl, *ctx.saved_tensors), None, None)
+        return (*BACKWARD(grad_z, grad_kl, *ctx.saved_tensors), None, None)
 
 
 def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:

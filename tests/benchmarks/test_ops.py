@@ -53,12 +53,15 @@ def test_verdicts():
         row("c", None),
     ]
     decided = {line["op"]: line for line in report.verdicts(rows)}
-    assert [decided[op]["serve"] for op in "abc"] == ["cpp", "reference", "reference"]
-    assert (
-        decided["b"]["behind_eager"] == 0 and decided["b"]["behind_graph"] == 1 and "here" in decided["b"]["worst_row"]
-    )
+    assert [decided[op]["eager_calls"] for op in "abc"] == ["cpp", "cpp", "reference"]
+    assert all(line["in_graphs"] == "reference" for line in decided.values())
+    assert decided["b"]["behind_eager"] == "0/1" and decided["b"]["behind_graph"] == "1/1"
+    two = [row("a", 0.9, direction="backward", shape="here"), row("a", 1.5, direction="forward")]
+    two = {line["direction"]: line for line in report.verdicts(two)}
+    assert two["backward"]["eager_calls"] == "reference" and two["forward"]["eager_calls"] == "cpp"
+    assert "here" in two["backward"]["worst_row"] and two["backward"]["worst_ratio"] == "0.900"
     table = report.markdown(rows)
-    assert "| b | reference | 2 | 0 | 1 | 1.000 | 0.940 |" in table and table.count("| behind |") == 1
+    assert "| c | x | reference | reference | 1/2 | 0/0 | 1.00 |" in table and table.count("| behind |") == 1
 
 
 def test_a_wrong_result_has_no_number():
@@ -132,7 +135,7 @@ def test_committed_results_are_complete():
 @needs_extension
 @pytest.mark.parametrize("op", sorted(registry()))
 def test_defaults_are_the_committed_verdict(op):
-    decided = {line["op"]: line["serve"] for line in report.verdicts(report.read_csv(COMMITTED))}
-    for name in (op, f"{op}_backward"):
-        if name in REGISTRY:
-            assert REGISTRY[name].default["cpu"] == decided[op], f"set cpu={decided[op]!r} for {name}"
+    for line in report.verdicts(report.read_csv(COMMITTED)):
+        if line["op"] == op:
+            name = op if line["direction"] == "forward" else f"{op}_backward"
+            assert REGISTRY[name].default["cpu"] == line["eager_calls"], f"set cpu={line['eager_calls']!r} for {name}"
