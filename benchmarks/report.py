@@ -78,7 +78,7 @@ def markdown(rows: list[dict]) -> str:
         "## Who serves",
         "",
         f"Eager calls: our kernel, unless it is below {LEAST} of the best in some row. In a compiled graph: "
-        "the reference, which the compiler fuses with its surroundings. Gain: our kernel over the uncompiled reference, "
+        "the reference, which the compiler fuses with its surroundings. Gain: ours over the uncompiled reference, "
         "geometric mean of the eager rows.",
         "",
         "| op | direction | eager calls | in graphs | behind, eager | behind, graph | gain | worst ratio | where |",
