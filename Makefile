@@ -22,7 +22,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(STAMPS)/package  ## train and attack on digits, about 8 minutes on 2 cores; ARGS=--quick for a minute
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/purify-fast demo $(ARGS)
+	$(BIN)/purify-fast demo $(ARGS)
 
 test: test-cpp test-python test-interpreter  ## everything: C++, Python, Triton in its interpreter
 

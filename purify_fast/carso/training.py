@@ -37,7 +37,7 @@ class CarsoConfig:
         attack_target: ``classifier`` (the paper) or ``pipeline`` (ours).
         eps: radius of the strong attacks in image units (paper: 8/255 for colour images, 0.3 for MNIST); the weak ones
             have half (paper). norm: ``linf`` (paper) or ``l2``.
-        steps, alpha: of PGD (paper: 40 and 0.01, made for eps 8/255). alpha None is 2.5 eps / steps (ours).
+        steps, alpha: of PGD (paper: 40 and 0.01, made for eps 8/255). alpha None: `pgd`'s default (ours).
         adversarial_fraction: of each batch, shared by four attacks, ``classifier`` target only (paper: 0.5, CIFAR-10).
         lag: share of the epochs without the KL term; it then rises over a third as many (paper: 0.125).
         beta: weight of the KL term at the end (paper: 1).
