@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from purify_fast.training import keep_memory
+
 from . import measure, report
 from .ops import registry
 
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(chosen.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is available")
-    measure.keep_memory()
+    keep_memory()
     out = run_ops(chosen.names or list(registry()), device, chosen.quick, chosen.out)
     for line in report.read_csv(out / report.VERDICTS):
         behind = f"{line['behind_eager']} eager and {line['behind_graph']} in a graph behind"

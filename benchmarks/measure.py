@@ -8,7 +8,6 @@ where the plain reference can be fused with its neighbours and the opaque op can
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import platform
 import statistics
@@ -39,14 +38,6 @@ class Effort:
 
 
 QUICK = Effort(runs=3, seconds=2e-4, attempts=1)
-
-
-def keep_memory() -> None:
-    """Have glibc keep freed blocks: else every large tensor pays its page faults again, whoever computes it."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most it takes
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def backend_of(op: str, device: torch.device) -> str:

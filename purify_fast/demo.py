@@ -45,7 +45,7 @@ class Budget:
     """How much of everything; ours, set on digits."""
 
     standard_epochs: int = 20
-    base_epochs: int = 250
+    base_epochs: int = 300
     published_epochs: int = 30
     pipeline_epochs: int = 80
     images: int = 500
@@ -88,9 +88,11 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> Re
 
     heading("1/4 a standard classifier, and an adversarially trained one (the base)")
     torch.manual_seed(seed)
-    standard, base = SmallCNN(), SmallCNN()
+    base, standard = SmallCNN(), SmallCNN()
     train(ClassifierTask(standard, ClassifierConfig()), budget.standard_epochs, 64, "standard")
-    train(ClassifierTask(base, ClassifierConfig(eps=EPS, steps=7)), budget.base_epochs, 64, "base")
+    # a higher rate and more decay than the defaults: of a dozen settings the best under attack at 96 % clean
+    config = ClassifierConfig(eps=EPS, steps=7, learning_rate=1e-2, weight_decay=1e-2)
+    train(ClassifierTask(base, config), budget.base_epochs, 64, "base")
     save_classifier(standard, out / "standard")
     save_classifier(base, out / "base")
 
@@ -107,8 +109,8 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> Re
 
     heading("3/4 the same purifier fine-tuned through the whole pipeline (ours)")
     pipeline.load_state_dict(published.state_dict())
-    config = CarsoConfig(attack_target="pipeline", eps=EPS, steps=7)
-    train(CarsoTask(pipeline, config), budget.pipeline_epochs, 128, "pipeline")
+    fine = CarsoConfig(attack_target="pipeline", eps=EPS, steps=7, learning_rate=4e-3)
+    train(CarsoTask(pipeline, fine), budget.pipeline_epochs, 128, "pipeline")
     pipeline.save(out / "pipeline")
     for folder in ("published", "pipeline"):
         save_classifier(base, out / folder / "classifier")
@@ -206,8 +208,8 @@ def conclusion(reports: dict[str, Report], quick: bool = False) -> list[str]:
         f"output ({peel.n} images); that number is {trust}. Through exact gradients it withstands "
         f"{percent(PUBLISHED, 'worst')} under PGD, {percent(PUBLISHED, AUTOATTACK)} under AutoAttack.",
         f"CARSO fine-tuned through the pipeline classifies {percent(PIPELINE, 'clean')} of the clean images. It "
-        f"withstands {percent(PIPELINE, 'worst')} under PGD ({against_base('worst')}) and {percent(PIPELINE, AUTOATTACK)} under "
-        f"AutoAttack ({against_base(AUTOATTACK)}).",
+        f"withstands {percent(PIPELINE, 'worst')} under PGD ({against_base('worst')}) and "
+        f"{percent(PIPELINE, AUTOATTACK)} under AutoAttack ({against_base(AUTOATTACK)}).",
     ]
     if quick:
         lines.insert(0, "QUICK RUN: hardly trained, hardly attacked; these numbers mean nothing.")

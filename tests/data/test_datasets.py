@@ -24,7 +24,7 @@ def saved(folder, **arrays_):
 def test_digits():
     pytest.importorskip("sklearn")
     d = data.load("digits")
-    assert d.x_train.shape == (1197, 1, 16, 16) and d.x_test.shape == (600, 1, 16, 16)
+    assert d.x_train.shape == (1297, 1, 16, 16) and d.x_test.shape == (500, 1, 16, 16)
     assert d.x_train.dtype == torch.uint8 and d.y_train.dtype == torch.int64
     assert (d.name, d.num_classes, d.image_shape) == ("digits", 10, (1, 16, 16))
     assert int(d.x_train.min()) == 0 and int(d.x_train.max()) == 255
