@@ -26,14 +26,14 @@ def _load() -> None:
     spec = importlib.util.find_spec("purify_fast._C")
     if spec is None or spec.origin is None:
         load_error = ImportError(f"purify_fast._C is not installed: {BUILD_HINT}")
+        logger.info("compiled CPU kernels are off, the PyTorch references serve: %s", load_error)
     else:
         path = spec.origin
         try:
             torch.ops.load_library(path)
         except Exception as error:  # a broken build must not take the pure-Python package down with it
             load_error = error
-    if load_error is not None:
-        logger.info("compiled CPU kernels are off, the PyTorch references serve: %s", load_error)
+            logger.warning("%s does not load, the PyTorch references serve: %s; %s", path, error, BUILD_HINT)
 
 
 def loaded() -> bool:

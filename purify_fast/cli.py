@@ -25,7 +25,7 @@ from .training import (
     load_classifier,
     save_classifier,
 )
-from .training.checkpoint import read_model
+from .training.checkpoint import fingerprint, read_model
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,20 @@ class TrainCarso(_Data):
         images = self.load()
         classifier = load_classifier(self.classifier).to(self.device)
         torch.manual_seed(self.loop.seed)
+        origin = "scratch"
         if self.init is not None:
+            own = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")
+            given = [name for name in own if getattr(self, name) != getattr(TrainCarso, name)]
+            if given:
+                raise ValueError(f"--init {self.init} brings its own sizes; leave out {', '.join(given)}")
             defence = load(self.init, classifier)
+            origin = fingerprint(defence)
         else:
             sizes = (self.cond_dim, self.latent_dim, self.samples)
             defence = Carso(classifier, self.layers, images.image_shape, *sizes, decoder_width=self.decoder_width)
-        print(fit(CarsoTask(defence, self.method), images.x_train, images.y_train, self.loop, self.out, "carso"))
+        print(
+            fit(CarsoTask(defence, self.method, origin), images.x_train, images.y_train, self.loop, self.out, "carso")
+        )
         defence.save(self.out)
         save_classifier(classifier, self.out / "classifier")
         print(f"saved to {self.out}; attack it with: purify-fast evaluate {self.out}")
@@ -123,7 +131,7 @@ class Evaluate(_Data):
     """Images for AutoAttack; 0 leaves it out."""
     batch_size: int = 250
     chunk: int | None = None
-    """Images in one forward pass at most; bounds the memory, changes nothing."""
+    """Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets which draws."""
     seed: int = 0
     out: Path | None = None
     """Default: FOLDER/evaluation."""
@@ -193,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     keep_memory()
     try:
         command.run()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, FloatingPointError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"purify-fast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -94,12 +94,12 @@ def test_the_demos_sentences_follow_the_numbers():
         demo.PIPELINE: report(demo.PIPELINE, ones(7), ones(1)),
     }
     reports[demo.PUBLISHED].row(demo.PEEL).reliable = False
-    text = "\n".join(demo.conclusion(reports))
+    text = "\n".join(demo.conclusion(reports, demo.Budget()))
     assert "seems to withstand 87.5 ± 11.7 %" in text and "unreliable" in text and "QUICK" not in text
     assert "+50.0 ± 17.7 points (n = 8, paired), better than its base" in text
     assert "-12.5 ± 11.7 points (n = 8, paired), not told from its base" in text
     reports[demo.PUBLISHED].row(demo.PEEL).reliable = True
     reports[demo.PIPELINE] = report(demo.PIPELINE, ones(0), ones(0))
     reports[demo.BASE] = report(demo.BASE, ones(8), ones(8))
-    text = "\n".join(demo.conclusion(reports, quick=True))
+    text = "\n".join(demo.conclusion(reports, demo.QUICK, quick=True))
     assert "worse than its base" in text and "believable" in text and "QUICK" in text

@@ -13,8 +13,9 @@ def frozen(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within the block, ``model`` is in evaluation mode and no parameter asks for a gradient.
 
     A compiled backward computes weight gradients for every parameter that asks for one, needed or not: about a third of
-    an attack's work. Plain callables are left as they are.
+    an attack's work. A bound method freezes its module; other plain callables are left as they are.
     """
+    model = getattr(model, "__self__", model)
     if not isinstance(model, nn.Module):
         yield
         return

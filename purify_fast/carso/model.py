@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..nn.representation import Representation
+from ..nn.representation import Representation, first_tensor
 from ..nn.vae import ConditionEncoder, Decoder, PosteriorEncoder, decoder_plan
 from ..ops.aggregate import aggregate
 from ..ops.decode_samples import decode_samples, latents
@@ -46,6 +46,8 @@ class Carso(nn.Module):
     Raises:
         ValueError: sizes below 1, unknown layers, or a classifier that does not fit image_shape.
 
+    One forward pass at a time: not for several threads or ``nn.DataParallel`` (one process per GPU does it).
+
     Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`; `deterministic` takes z = 0.
     """
 
@@ -68,6 +70,8 @@ class Carso(nn.Module):
         std: float | Sequence[float] = 0.5,
     ):
         super().__init__()
+        if isinstance(classifier, nn.DataParallel):
+            raise ValueError("classifier: unwrap it (classifier.module); for several GPUs run one process per GPU")
         image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
         sizes = {"cond_dim": cond_dim, "latent_dim": latent_dim, "samples": samples, "decoder_width": decoder_width}
         for name, value in {**sizes, "encoder_depth": encoder_depth, "image_shape": min(image_shape)}.items():
@@ -75,13 +79,18 @@ class Carso(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if len(image_shape) != 3:
             raise ValueError(f"image_shape must be (C, H, W), got {image_shape}")
+        statistics = {}
+        for name, statistic in (("mean", mean), ("std", std)):
+            values = [float(value) for value in torch.as_tensor(statistic).flatten()]
+            if len(values) not in (1, image_shape[0]):
+                raise ValueError(f"{name} needs 1 or {image_shape[0]} numbers, got {len(values)}")
+            statistics[name] = values
         self.arguments = {
             "layers": list(layers),
             "image_shape": list(image_shape),
             **sizes,
             "encoder_depth": encoder_depth,
-            "mean": mean if isinstance(mean, (int, float)) else list(mean),
-            "std": std if isinstance(std, (int, float)) else list(std),
+            **statistics,
         }
         self.image_shape, self.latent_dim, self.samples = image_shape, latent_dim, samples
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
@@ -90,14 +99,20 @@ class Carso(nn.Module):
         self.condition_encoder = ConditionEncoder(self.representation.shapes, cond_dim, encoder_depth)
         self.posterior_encoder = PosteriorEncoder(image_shape, cond_dim, latent_dim)
         self.decoder = Decoder(latent_dim, cond_dim, image_shape, *decoder_plan(image_shape, decoder_width))
-        for name, statistic in (("mean", mean), ("std", std)):
-            per_channel = torch.as_tensor(statistic, dtype=torch.float32).reshape(-1, 1, 1)
-            self.register_buffer(name, per_channel, persistent=False)
+        for name, values in statistics.items():
+            self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
-        device = next(self.classifier.parameters(), torch.zeros(())).device
+        device = first_tensor(self.classifier).device
         # the transposed convolutions run two to three times faster in this layout, on CPU and GPU
         self.to(device).decoder.to(memory_format=torch.channels_last)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        # each part computes in its own precision, whatever the images and the other part have
+        self._classifier_dtype = first_tensor(self.classifier).dtype
+        self._purifier_dtype = self.decoder.adapter.weight.dtype
+        return self
 
     # -- randomness ---------------------------------------------------------------------------------------------------
 
@@ -148,14 +163,19 @@ class Carso(nn.Module):
             want = ", ".join(map(str, self.image_shape))
             raise ValueError(f"x must be floating point [B, {want}], got {x.dtype} {list(x.shape)}")
 
+    def read(self, x: Tensor) -> list[Tensor]:
+        """The classifier's representation of ``x [B, C, H, W]``, layer by layer, in the purifier's precision."""
+        return [layer.to(self._purifier_dtype) for layer in self.representation(x.to(self._classifier_dtype))]
+
     def condition(self, x: Tensor) -> Tensor:
         """c(x) ``[B, cond_dim]`` of images ``x [B, C, H, W]``; differentiable to x."""
         self._check(x)
-        return self.condition_encoder(self.representation(x))
+        return self.condition_encoder(self.read(x))
 
     def posterior(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance ``[B, latent_dim]`` of q(z | x, c); training only."""
-        return self.posterior_encoder((x - self.mean) / self.std, condition)
+        normalised = (x.to(self._purifier_dtype) - self.mean) / self.std
+        return self.posterior_encoder(normalised, condition)
 
     def reconstruction_logits(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Reconstructions before the sigmoid, ``[B, K, C, H, W]``; arguments as in `reconstruct`."""
@@ -180,7 +200,7 @@ class Carso(nn.Module):
 
     def classify(self, images: Tensor) -> Tensor:
         """The classifier's float32 logits ``[B, K, classes]`` of ``images [B, K, C, H, W]``, in one batch."""
-        logits = self.classifier(images.flatten(0, 1))
+        logits = self.classifier(images.flatten(0, 1).to(self._classifier_dtype))
         return logits.float().unflatten(0, (images.shape[0], images.shape[1]))
 
     def sample_logits(self, x: Tensor, z: Tensor | None = None) -> Tensor:

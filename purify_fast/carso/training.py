@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ..attacks import fgsm, pgd
 from ..ops.reconstruction_loss import reconstruction_loss
 from ..ops.sample_latent import sample_latent
+from ..training.checkpoint import fingerprint
 from ..training.loop import Batch
 from ..training.schedules import one_cycle
 from .model import Carso
@@ -37,7 +38,7 @@ class CarsoConfig:
         attack_target: ``classifier`` (the paper) or ``pipeline`` (ours).
         eps: radius of the strong attacks in image units (paper: 8/255 for colour images, 0.3 for MNIST); the weak ones
             have half (paper). norm: ``linf`` (paper) or ``l2``.
-        steps, alpha: of PGD (paper: 40 and 0.01, made for eps 8/255). alpha None: `pgd`'s default (ours).
+        steps, alpha: of PGD (paper: 40 and 0.01, made for eps 8/255). alpha None: 2.5 eps / steps (ours).
         adversarial_fraction: of each batch, shared by four attacks, ``classifier`` target only (paper: 0.5, CIFAR-10).
         lag: share of the epochs without the KL term; it then rises over a third as many (paper: 0.125).
         beta: weight of the KL term at the end (paper: 1).
@@ -108,7 +109,7 @@ def balanced_batch(classifier, x: Tensor, y: Tensor, config: CarsoConfig, *, see
         x[pgd_rows],
         y[pgd_rows],
         eps=eps,
-        alpha=config.alpha,
+        alpha=2.5 * eps / config.steps if config.alpha is None else config.alpha,
         steps=config.steps,
         norm=config.norm,
         seed=seed,
@@ -124,7 +125,7 @@ def published_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[T
         defence.classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids
     )
     with torch.no_grad():  # the representation is data to the purifier
-        representation = defence.representation(perturbed)
+        representation = defence.read(perturbed)
     condition = defence.condition_encoder(representation)
     mean, log_variance = defence.posterior(perturbed, condition)
     seed = torch.tensor([batch.seed], device=batch.x.device)
@@ -150,7 +151,7 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
             batch.y,
             eps=config.eps,
             steps=config.steps,
-            alpha=config.alpha,
+            alpha=2.5 * config.eps / config.steps if config.alpha is None else config.alpha,
             norm=config.norm,
             seed=batch.seed,
             sample_ids=batch.sample_ids,
@@ -182,12 +183,16 @@ def training_loss(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
 class CarsoTask:
     """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is.
 
+    Args:
+        defence, config: what is trained, and how.
+        origin: what the purifier starts from, if not from scratch; a run is resumed only with the same one.
+
     Raises:
         ValueError: from `training_step`, a batch too small to hold adversarial examples.
     """
 
-    def __init__(self, defence: Carso, config: CarsoConfig):
-        self.model, self.config = defence, config
+    def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):
+        self.model, self.config, self.origin = defence, config, origin
         trainable = [p for p in defence.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trainable, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
@@ -202,5 +207,6 @@ class CarsoTask:
         return one_cycle(progress, self.config.learning_rate)
 
     def describe(self) -> dict[str, Any]:
-        """The config and the defence's architecture."""
-        return {"task": "carso", **asdict(self.config), "defence": self.model.arguments}
+        """The config, the defence's arguments, its classifier, and where it started."""
+        facts = {"defence": self.model.arguments, "classifier": fingerprint(self.model.classifier)}
+        return {"task": "carso", **asdict(self.config), **facts, "origin": self.origin}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,6 +128,8 @@ def _open(path: Path) -> np.lib.npyio.NpzFile:
 def _read(file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
     try:
         return file[name]
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise ValueError(f"{name} cannot be read, the file is damaged: {error}") from error
     except ValueError as error:  # an object array would have to be unpickled
         raise ValueError(f"{name} cannot be read safely: it must be a plain array, not Python objects") from error
 

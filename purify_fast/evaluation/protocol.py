@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -130,7 +132,8 @@ def evaluate(
 
     Returns:
         A `Report`: a clean row per variant, a row per attack, and rows named ``worst``: per image, over all attacks by
-        PGD and FGSM, other than transfer, of the variant ("worst, ...") and over both.
+        PGD and FGSM, other than on a ``target``, of the variant ("worst, ...") and over both; a row of survivors brings
+        in what fell before it.
 
     Raises:
         ValueError: a wrong shape, dtype, range or setting. ModuleNotFoundError: AutoAttack is asked for and missing.
@@ -198,9 +201,12 @@ def _possible(plan: list[Attack], run: _Run, notes: list[str]) -> list[Attack]:
         if attack.head is not None and not hasattr(run.defence, "sample_logits"):
             why = "the model has no sample_logits()"
         elif not run.randomised:
-            if attack.version == "rand" or attack.variant == "deterministic":
-                continue  # the same model again
+            if attack.kind == "autoattack" and attack.version == "rand":
+                notes.append(f"{run.name}: {run.label(attack)} was left out: the model is deterministic")
+                continue
             attack = dataclasses.replace(attack, variant="random")
+            if run.label(attack) in {run.label(other) for other in kept}:
+                continue  # the same model under the same attack again
         elif attack.variant == "fixed" and not hasattr(run.defence, "fixed_noise"):
             why = "the model is randomised and has no fixed_noise()"
         elif attack.variant == "deterministic" and not hasattr(run.defence, "deterministic"):
@@ -222,7 +228,7 @@ class _Run:
     def __init__(
         self, defence, x, y, eps, norm, steps, eot, n_eval, batch_size, chunk, seed, name, progress, device, store
     ):  # fmt: skip
-        self.defence, self.x, self.y, self.eps, self.norm = defence, x, y, eps, norm
+        self.defence, self.x, self.y, self.eps, self.norm = defence, x, y, float(eps), norm
         self.steps, self.eot, self.n_eval, self.batch_size, self.chunk = steps, eot, n_eval, batch_size, chunk
         self.seed, self.name, self.progress, self.device, self.store = seed, name, progress, device, store
         self.data = _hash(x, y)
@@ -434,7 +440,7 @@ class _Run:
         if None in marks:
             return None
         batches = [self.batch_size, self.chunk] if self.randomised else []  # they decide who gets which draws
-        what = [FORMAT, settings, marks, self.data, self.seed, self.classes, batches]
+        what = [_code(), settings, marks, self.data, self.seed, self.classes, batches]
         return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def stored(self, key: str | None, make: Callable[[], Row]) -> Row:
@@ -465,7 +471,8 @@ def _worst(rows: list[Row]) -> list[Row]:
                 first.model, label, "worst", first.variant if label != "worst" else "all", robust, accuracy, accuracy,
                 first.n_eval, first.seed, sum(row.seconds for row in group), first.data,
                 # one attack that had gradients is enough: the others can only have lowered the number
-                reliable=any(row.reliable for row in group), settings={"over": [row.attack for row in group]},
+                reliable=any(row.reliable and row.settings["attacked"] for row in group),
+                settings={"over": [row.attack for row in group]},
             )
         )  # fmt: skip
     return made
@@ -517,12 +524,27 @@ def _hash(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
+def _code() -> list[str]:
+    """What decides a row besides its inputs: this package's sources, and the versions of what it calls."""
+    digest = hashlib.blake2b(digest_size=16)
+    root = Path(__file__).parents[1]
+    for folder in ("ops", "nn", "attacks", "evaluation", "carso"):
+        for path in sorted((root / folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    versions = [str(torch.__version__)]
+    for package in ("pyautoattack", "autoattack"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    return [str(FORMAT), digest.hexdigest(), *versions]
+
+
 def _fingerprint(model: Model) -> str | None:
-    """A hash of a module's weights, structure and plain attributes; None for other callables."""
+    """A hash of a module's weights, structure and attributes; None for other callables."""
     if not isinstance(model, nn.Module):
         return None
     plain = [
-        (path, type(module).__qualname__, sorted((k, v) for k, v in vars(module).items() if _is_plain(k, v)))
+        (path, type(module).__qualname__, sorted((k, _plain(v)) for k, v in vars(module).items() if _counts(k)))
         for path, module in model.named_modules()
     ]
     state = dict((*model.named_parameters(), *model.named_buffers()))  # with the buffers that state_dict leaves out
@@ -530,10 +552,22 @@ def _fingerprint(model: Model) -> str | None:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest() + _hash(*state.values())
 
 
-def _is_plain(name: str, value: Any) -> bool:
-    if name == "training" or name.startswith("_"):
-        return False
-    return isinstance(value, (int, float, str)) or (isinstance(value, tuple) and all(_is_plain("", v) for v in value))
+def _counts(name: str) -> bool:
+    return name != "training" and not name.startswith("_")
+
+
+def _plain(value: Any) -> str:
+    """What stands for an attribute in a fingerprint; functions count with their code, other objects by their type."""
+    code = getattr(value, "__code__", None)
+    if code is not None:
+        return f"{value.__qualname__} {code.co_code.hex()} {code.co_consts} {code.co_names}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_plain, value))}]"
+    if isinstance(value, dict):
+        return _plain([[key, item] for key, item in value.items()])
+    if value is None or isinstance(value, (bool, int, float, str, torch.Size, torch.dtype)):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 class _Store:

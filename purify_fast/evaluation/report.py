@@ -220,6 +220,10 @@ class Report:
             _percent(found[m]) + ("" if found[m].reliable else f" {mark}") if m in found else "-" for m in self.models
         ]
 
+    def _write(self, folder: Path) -> None:
+        write_text(folder / "report.json", self.to_json())
+        write_text(folder / "report.md", self.to_markdown())
+
     def save(self, folder: str | Path, defence: Callable | Mapping[str, Callable] | None = None) -> None:
         """Write ``report.json``, ``report.md``, ``accuracies.png`` and, where examples are kept, ``images_*.png``.
 
@@ -239,17 +243,19 @@ class Report:
             defence = dict.fromkeys(self.models, defence)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self._write(folder)  # before the pictures, whatever becomes of them
         try:
             from . import plots  # matplotlib is optional
 
             plots.pyplot()
         except ModuleNotFoundError as error:
             self.notes.append(f"no pictures: {error}")
+            self._write(folder)
         else:
             plots.bars(self, folder / "accuracies.png")
             for model in self.models:
                 row = next((r for r in self.rows if r.model == model and r.examples is not None), None)
-                if row is not None and row.examples is not None:
+                if row is not None and row.examples is not None and row.examples.clean.shape[1] in (1, 3):
                     e, path = row.examples, folder / f"images_{_slug(model)}.png"
                     plots.grid(
                         e.clean,
@@ -259,8 +265,6 @@ class Report:
                         (defence or {}).get(model),
                         title=f"{model}: {row.attack}",
                     )
-        write_text(folder / "report.json", self.to_json())
-        write_text(folder / "report.md", self.to_markdown())
 
 
 def merge(reports: Iterable[Report]) -> Report:

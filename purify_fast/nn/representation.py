@@ -7,6 +7,7 @@ whose output is overwritten in place later (``x += shortcut``, in-place activati
 from __future__ import annotations
 
 import difflib
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,12 @@ class _Tap:
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self.owner.recording:
             self.owner.read(self.index, output)
+
+
+def first_tensor(module: nn.Module) -> Tensor:
+    """The first floating-point parameter or buffer, which tells device and dtype; float32 on the CPU without any."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
 
 
 class Representation:
@@ -41,7 +48,7 @@ class Representation:
     """
 
     def __init__(self, model: nn.Module, layers: list[str] | tuple[str, ...], image_shape: tuple[int, int, int]):
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         if not layers or len(set(layers)) != len(layers):
             raise ValueError(f"layers must name at least one module, each once, got {list(layers)}")
         for name in layers:
@@ -63,7 +70,7 @@ class Representation:
     def _dry_run(self, image_shape: tuple[int, int, int]) -> tuple[list[tuple[int, ...]], int]:
         seen: list[list[tuple[Tensor, int]]] = [[] for _ in self.layers]
         self.read = lambda index, output: seen[index].append((output, getattr(output, "_version", -1)))  # type: ignore
-        first = next(self.model.parameters(), torch.zeros(()))
+        first = first_tensor(self.model)
         training = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         self.recording = True

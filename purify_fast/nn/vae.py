@@ -26,6 +26,9 @@ class LeakyReLU(nn.Module):
 
 
 class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
+    def __init__(self, num_features: int):
+        super().__init__(num_features)
+
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         if self.training and self.num_batches_tracked is not None:

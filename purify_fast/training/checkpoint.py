@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from .._files import atomic, write_json
+from .._files import atomic, write_text
 
 
 def _flatten(value: Any, tensors: list[Tensor]) -> Any:
@@ -68,13 +68,20 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def structure(module: nn.Module) -> str:
+    """A short hash of the names and shapes of a module's parameters and buffers."""
+    shapes = [(name, list(tensor.shape)) for name, tensor in module.state_dict().items()]
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
 def save_model(folder: str | Path, kind: str, arguments: dict, state: dict[str, Tensor], **extra: Any) -> None:
     """Write ``model.safetensors`` and ``model.json`` (kind, constructor arguments, extra facts), each atomically."""
     folder = Path(folder)
+    facts = json.dumps({"kind": kind, "arguments": arguments, **extra}, indent=2, sort_keys=True)
     data = to_bytes({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
     with atomic(folder / "model.safetensors") as temporary:
         temporary.write_bytes(data)
-    write_json(folder / "model.json", {"kind": kind, "arguments": arguments, **extra})
+    write_text(folder / "model.json", facts + "\n")
 
 
 def read_model(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:

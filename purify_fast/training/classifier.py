@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..attacks import pgd
 from ..nn.classifiers import SmallCNN
-from .checkpoint import read_model, save_model
+from .checkpoint import read_model, save_model, structure
 from .loop import Batch
 from .schedules import one_cycle
 
@@ -77,8 +77,8 @@ class ClassifierTask:
         return one_cycle(progress, self.config.learning_rate)
 
     def describe(self) -> dict[str, Any]:
-        """The config."""
-        return {"task": "classifier", **asdict(self.config)}
+        """The config and the model's structure."""
+        return {"task": "classifier", **asdict(self.config), "structure": structure(self.model)}
 
 
 def save_classifier(model: SmallCNN, folder: str | Path) -> None:

@@ -7,6 +7,7 @@ weights, to the bit on the same CPU, as one that was not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -83,8 +85,15 @@ class Task(Protocol):
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of one step's randomness."""
-    return seed << 32 | step
+    """The seed of one step's randomness; torch's CPU generator reads 32 bits, so both are mixed into them."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _same(saved: dict, wanted: dict, folder: Path) -> None:
@@ -135,9 +144,12 @@ def fit(task: Task, x: Tensor, y: Tensor, config: FitConfig, folder: str | Path 
     total, step = steps * config.epochs, 0
     sums: dict[str, Tensor] = {}
     last: dict[str, float] = {}
-    facts = {"images": len(x), **asdict(config), **task.describe()}
+    facts = {"data": f"{len(x)} images, {_digest(x, y)}", **asdict(config), **task.describe()}
     del facts["checkpoint_seconds"]
     path = None if folder is None else Path(folder) / "checkpoint.safetensors"
+    if path is not None:
+        for stale in path.parent.glob(f".{path.stem}-*"):  # of a run killed while it wrote
+            stale.unlink()
     if path is not None and path.is_file():
         saved = read_tree(path)
         _same(saved["facts"], facts, path.parent)

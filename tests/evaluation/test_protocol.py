@@ -224,7 +224,10 @@ def test_deterministic_model(toy):
     assert report.attacks == ["clean", "PGD-3 ce", "worst"]
     assert all(row.n_eval == 1 for row in report.rows) and report.row("PGD-3 ce").settings["eot"] == 1
     assert report.row("clean").accuracy == 1
-    assert report.notes == ["base: PGD-3 ce through mean was left out: the model has no sample_logits()"]
+    assert report.notes == [
+        "base: AutoAttack rand was left out: the model is deterministic",
+        "base: PGD-3 ce through mean was left out: the model has no sample_logits()",
+    ]
 
 
 def test_a_callable_without_abilities(toy):
