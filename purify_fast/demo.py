@@ -175,9 +175,8 @@ def _attack(out: Path, budget: Budget, seed: int, names: tuple[str, ...], progre
         )
 
     ce, dlr = Attack(loss="ce"), Attack(loss="dlr", survivors=True)
-    weak = [
-        Attack(loss=loss, alpha=EPS / 10, label=f"PGD-{budget.steps} {loss}, constant step") for loss in ("ce", "dlr")
-    ]
+    labels = {loss: f"PGD-{budget.steps} {loss}, constant step" for loss in ("ce", "dlr")}
+    constant = [Attack(loss=loss, alpha=EPS / 10, label=label) for loss, label in labels.items()]
     # of a randomised model the deterministic version, z = 0: the only one AutoAttack standard is made for
     auto = Attack(
         "autoattack",
@@ -239,8 +238,8 @@ def conclusion(reports: dict[str, Report], budget: Budget, quick: bool = False) 
         f"{percent(PIPELINE, AUTOATTACK)} under AutoAttack ({against_base(AUTOATTACK)}).",
     ]
     lines.append(
-        f"AutoAttack has {budget.autoattack_queries:,} queries for Square, not 5,000. The settings were chosen on these "
-        "same images: differences of a point or two between trainings are not to be trusted."
+        f"AutoAttack has {budget.autoattack_queries:,} queries for Square, not 5,000. The settings were chosen on "
+        "these same images: differences of a point or two between trainings are not to be trusted."
     )
     if quick:
         lines.insert(0, "QUICK RUN: hardly trained, hardly attacked; these numbers mean nothing.")
