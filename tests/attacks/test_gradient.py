@@ -329,3 +329,62 @@ def test_health_forgives_dlr_where_it_has_won():
     health = GradientHealth()
     pgd(lost, x, torch.zeros(8, dtype=torch.int64), eps=EPS, steps=3, loss="dlr", health=health)
     assert health.count("gradients") == 24 and health.zero == 0 and health.reliable
+
+
+def test_the_default_step_falls_from_eps_to_a_hundredth(monkeypatch):
+    import purify_fast.attacks.gradient as module
+
+    steps = []
+    original = module.pgd_step
+    monkeypatch.setattr(module, "pgd_step", lambda *a: steps.append(float(a[3][0])) or original(*a))
+    model, x, y = torch.nn.Flatten(), torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+    module.pgd(model, x, y, eps=0.5, steps=5)
+    assert steps == pytest.approx([0.5 * 100 ** (-i / 4) for i in range(5)])
+    steps.clear()
+    module.pgd(model, x, y, eps=0.5, steps=3, alpha=0.1)
+    assert steps == pytest.approx([0.1] * 3)
+
+
+def test_logits_that_do_not_depend_on_the_image_give_zero_gradients():
+    x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2])
+    gradient, value = input_gradient(lambda images: torch.eye(4)[: len(images)], x, y)
+    assert gradient.shape == x.shape and gradient.abs().max() == 0 and value.shape == (3,)
+
+
+def test_a_bound_method_freezes_its_module():
+    class Doubled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = torch.nn.BatchNorm2d(1), torch.nn.Linear(4, 3)
+
+        def logits(self, x):
+            assert not self.training and not self.head.weight.requires_grad
+            return 2 * self.head(self.norm(x).flatten(1))
+
+    model = Doubled().train()
+    pgd(model.logits, torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2]), eps=0.1, steps=2)
+    assert model.training and model.head.weight.requires_grad and model.norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_no_pass_is_larger_than_chunk(chunk):
+    sizes = []
+
+    def model(x):
+        sizes.append(len(x))
+        return x.flatten(1)
+
+    x, y = torch.rand(7, 1, 2, 2), torch.arange(7) % 4
+    whole = input_gradient(model, x, y, eot=4)
+    sizes.clear()
+    parts = input_gradient(model, x, y, eot=4, chunk=chunk)
+    assert max(sizes) <= chunk and sum(sizes) == 28
+    torch.testing.assert_close(parts, whole)
+
+
+def test_keep_best_prefers_a_fooled_iterate_to_a_higher_loss():
+    from purify_fast.attacks.gradient import _better
+
+    x, other = torch.zeros(3, 1), torch.ones(3, 1)
+    score, better = torch.tensor([[0.0, 1.0, 1.0], [9.0, 1.0, 1.0]]), torch.tensor([[1.0, 0.0, 1.0], [1.0, 9.0, 2.0]])
+    assert _better(x, score, other, better)[0].flatten().tolist() == [1, 0, 1]

@@ -154,6 +154,26 @@ def test_clear_errors(carso):
             Carso(SmallCNN(), LAYERS, (1, 16, 16), **{name: 0})
 
 
+def test_classifiers_and_statistics_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"unwrap it \(classifier\.module\)"):
+        Carso(nn.DataParallel(SmallCNN()), LAYERS, (1, 16, 16))
+    with pytest.raises(ValueError, match="mean needs 1 or 1 numbers, got 3"):
+        Carso(SmallCNN(), LAYERS, (1, 16, 16), mean=(0.1, 0.2, 0.3))
+
+
+def test_each_part_computes_in_its_own_precision(tmp_path):
+    torch.manual_seed(0)
+    classifier = SmallCNN().bfloat16()
+    made = Carso(classifier, LAYERS, (1, 16, 16), 16, 4, 2, decoder_width=4, mean=torch.tensor([0.5])).eval()
+    x = images(3).requires_grad_()
+    logits = made(x)
+    assert logits.dtype == torch.float32 and made.condition(x).dtype == torch.float32
+    assert torch.autograd.grad(logits.sum(), x)[0].dtype == torch.float32
+    made.save(tmp_path)  # a tensor among the arguments is no obstacle
+    assert made.bfloat16()(x).dtype == torch.float32
+    assert made.float()(x).dtype == torch.float32 and next(made.classifier.parameters()).dtype == torch.float32
+
+
 # -- gradients --------------------------------------------------------------------------------------------------------
 
 

@@ -557,3 +557,55 @@ def test_l2_and_grey():
         (row.examples.adversarial - row.examples.clean).reshape(len(row.examples.labels), -1), axis=1
     )
     assert 0.29 < moved.max() <= 0.3 + 1e-5
+
+
+def test_rows_are_keyed_by_the_code_that_makes_them(toy, tmp_path, monkeypatch):
+    from purify_fast.evaluation import protocol
+
+    model, x, y = toy
+    common = {"steps": 2, "attacks": [Attack(variant="deterministic")], "out": tmp_path, **QUIET}
+    evaluate(model, x, y, **common)
+    made = len(list((tmp_path / "rows").glob("*.json")))
+    evaluate(model, x, y, **common)
+    assert len(list((tmp_path / "rows").glob("*.json"))) == made
+    monkeypatch.setattr(protocol, "_code", lambda: ["another version"])
+    evaluate(model, x, y, **common)
+    assert len(list((tmp_path / "rows").glob("*.json"))) == 2 * made
+
+
+def test_models_that_differ_in_an_attribute_have_their_own_fingerprints():
+    from purify_fast.evaluation.protocol import _fingerprint
+
+    marks = set()
+    for attribute in (
+        torch.relu,
+        torch.tanh,
+        lambda x: x + 1,
+        lambda x: x + 2,
+        [1, 2],
+        [1, 3],
+        {"a": 1},
+        {"a": 2},
+        None,
+    ):
+        module = nn.Linear(2, 2)
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+        module.extra = attribute
+        marks.add(_fingerprint(module))
+    assert len(marks) == 9
+    assert _fingerprint(lambda x: x) is None
+
+
+def test_images_that_cannot_be_drawn_do_not_lose_the_report(tmp_path):
+    class Four(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4 * 16, 3)
+
+        def forward(self, x):
+            return self.head(x.flatten(1))
+
+    x, y = torch.rand(6, 4, 4, 4), torch.arange(6) % 3
+    evaluate(Four(), x, y, eps=np.float32(0.1), steps=2, attacks=[Attack()], progress=False).save(tmp_path)
+    assert (tmp_path / "report.json").is_file() and (tmp_path / "report.md").is_file()

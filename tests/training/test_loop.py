@@ -14,6 +14,7 @@ from torch import nn
 
 from purify_fast import data
 from purify_fast._files import atomic
+from purify_fast.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.nn import SmallCNN
 from purify_fast.training import (
     Batch,
@@ -26,11 +27,13 @@ from purify_fast.training import (
     save_classifier,
 )
 from purify_fast.training.checkpoint import fingerprint, read_tree, write_tree
+from purify_fast.training.loop import step_seed
 from purify_fast.training.schedules import one_cycle
 
 RUN = """
 import sys, torch
 from purify_fast import data
+from purify_fast.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.nn import SmallCNN
 from purify_fast.training import FitConfig, fit
@@ -120,6 +123,39 @@ def test_other_settings_are_refused_by_name(tmp_path):
         fit(task(), x, y, FitConfig(1, 32), tmp_path)
     with pytest.raises(ValueError, match=r"weight_decay: 0\.0005 there, 0\.1 now"):
         fit(task(weight_decay=0.1), x, y, FitConfig(1, 16), tmp_path)
+
+
+def test_other_data_models_classifiers_or_origins_are_refused(tmp_path):
+    x, y = small_set()
+    fit(task(), x, y, FitConfig(1, 16), tmp_path / "a")
+    with pytest.raises(ValueError, match="data: "):
+        fit(task(), 255 - x, y, FitConfig(1, 16), tmp_path / "a")
+    with pytest.raises(ValueError, match="structure: "):
+        wider = ClassifierTask(SmallCNN(1, 2, (8, 8), 8), ClassifierConfig())
+        fit(wider, x, y, FitConfig(1, 16), tmp_path / "a")
+
+    def carso(seed, origin="scratch"):
+        torch.manual_seed(seed)
+        made = Carso(SmallCNN(1, 2, (8, 8), 4), ["conv2"], (1, 8, 8), 4, 2, 1, decoder_width=2)
+        return CarsoTask(made, CarsoConfig(eps=0.1, steps=1), origin)
+
+    fit(carso(0), x, y, FitConfig(1, 16), tmp_path / "b")
+    with pytest.raises(ValueError, match="classifier: "):
+        fit(carso(1), x, y, FitConfig(1, 16), tmp_path / "b")
+    with pytest.raises(ValueError, match="origin: 'scratch' there, 'other' now"):
+        fit(carso(0, "other"), x, y, FitConfig(1, 16), tmp_path / "b")
+
+
+def test_step_seeds_differ_in_their_low_words():
+    seeds = {step_seed(seed, step) & 0xFFFFFFFF for seed in range(20) for step in range(50)}
+    assert len(seeds) == 1000
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    x, y = small_set()
+    (tmp_path / ".checkpoint-abc.safetensors").write_bytes(b"half")
+    fit(task(), x, y, FitConfig(1, 16), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.safetensors", "log.jsonl"}
 
 
 def test_a_broken_checkpoint_is_named(tmp_path):
