@@ -83,9 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
     keep_memory()
     out = run_ops(chosen.names or list(registry()), device, chosen.quick, chosen.out)
     for line in report.read_csv(out / report.VERDICTS):
-        behind = f"{line['behind_eager']} eager and {line['behind_graph']} in a graph behind"
-        worst = f"worst ratio {line['worst_ratio']}: {line['worst_row']}"
-        print(f"{line['op']}: {device.type} is served by {line['serve']} (of {line['rows']} rows, {behind}; {worst})")
+        name = f"{line['op']} {line['direction']}, eager calls on {device.type}"
+        worst = f"{line['behind_eager']} rows behind, worst ratio {line['worst_ratio']}: {line['worst_row']}"
+        print(f"{name}: served by {line['eager_calls']} ({worst})")
     print(out / report.TABLE)
 
 

@@ -37,7 +37,7 @@ def test_train_and_evaluate(npz, tmp_path, capsys):
     assert "clean" in capsys.readouterr().out
     paths = ["--classifier", classifier, "--out", carso, "--layers", "conv2", "hidden"]
     assert cli.main(["train", "carso", *paths, "--epochs", "3", *train]) == 0
-    fine = [*paths[:3], carso + "-fine", *paths[4:], "--init", carso, "--attack-target", "pipeline"]
+    fine = [*paths[:3], carso + "-fine", "--init", carso, "--attack-target", "pipeline"]
     assert cli.main(["train", "carso", *fine, "--epochs", "1", *train]) == 0
     evaluate = ["--data", npz, "--device", "cpu", "--eps", "0.1", "--images", "12", "--steps", "3", "--eot", "2"]
     assert cli.main(["evaluate", carso + "-fine", *evaluate, "--autoattack", "0"]) == 0

@@ -49,6 +49,7 @@ OP = define_op(
     fake=lambda x, grad, x_nat, alpha, eps, norm, lo, hi: x.new_empty(x.shape),
     triton=launcher("pgd_step", "forward"),
     cpu="cpp",
+    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
 )
 
 

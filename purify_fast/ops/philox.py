@@ -90,6 +90,7 @@ OP = define_op(
     fake=_fake,
     triton=launcher("philox", "philox"),
     cpu="cpp",
+    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
 )
 
 

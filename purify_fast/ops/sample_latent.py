@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from ._op import define_op, launcher, wide
-from .philox import Stream, check_stream
-from .philox import reference as _philox
+from .philox import Stream, check_stream, philox
 
 
 def _noise(mu: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:
-    return _philox(seed, sample_ids, mu.shape[1], int(Stream.LATENT), 2)[:, 0]
+    return philox(seed, sample_ids, mu.shape[1], stream=Stream.LATENT, distribution="normal")[:, 0]
 
 
 def reference(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +44,7 @@ OP = define_op(
     fake=lambda mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), wide(mu).new_empty(mu.shape[0])),
     triton=launcher("sample_latent", "forward"),
     cpu="cpp",
+    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
 )
 BACKWARD = define_op(
     "sample_latent_backward",
@@ -52,7 +52,8 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad_z, grad_kl, mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), logvar.new_empty(mu.shape)),
     triton=launcher("sample_latent", "backward"),
-    cpu="cpp",
+    cpu="reference",
+    why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
 )
 
 
