@@ -83,7 +83,7 @@ def test_a_wrong_contestant_is_not_timed(monkeypatch):
 @needs_extension
 def test_quick_run_writes_rows_and_tables(tmp_path, capsys):
     program.main(["ops", "pgd_step", "--quick", "--out", str(tmp_path)])
-    assert "pgd_step: cpu is served by" in capsys.readouterr().out
+    assert "pgd_step forward, eager calls on cpu: served by" in capsys.readouterr().out
     rows = report.read_csv(tmp_path / report.ROWS)
     assert {(r["variant"], r["style"]) for r in rows} == {(v, s) for v in ("linf", "l2") for s in measure.STYLES}
     for made in rows:
