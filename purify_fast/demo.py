@@ -170,7 +170,8 @@ def _attack(out: Path, budget: Budget, seed: int, names: tuple[str, ...], progre
             attacks=attacks,
             steps=budget.steps,
             eot=budget.eot,
-            batch_size=125,
+            batch_size=250,
+            chunk=500,  # times K = 8: what the caches hold
             seed=seed,
             out=out / _FOLDERS[name],
             name=name,
