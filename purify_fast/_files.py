@@ -1,12 +1,16 @@
-"""Files that are whole or absent: written aside, synced, moved into place."""
+"""Files that are whole or absent: written aside, synced, moved into place; and a digest to name tensors by."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -29,3 +33,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def digest(*tensors: Tensor) -> str:
+    """A hash of dtypes, shapes and contents."""
+    content = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        content.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        content.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()

@@ -130,7 +130,7 @@ def pgd(
         model: images ``[B, ...]`` to logits ``[B, C]``; an ``nn.Module`` is frozen for the attack, then restored.
         x: ``[B, ...]`` in [lo, hi]; y: true labels, int64 ``[B]``.
         eps, alpha: radius and step in image units, numbers or ``[B]``. Without alpha the step falls geometrically from
-            ``eps`` to ``eps / 100``: PGD-100 with a constant step left 4 to 10 points more of a digits classifier.
+            ``eps`` to ``eps / 100``, which is stronger than a constant one (`make demo` has both on its base).
         norm: ``linf`` or ``l2``. loss: ``ce``, ``margin`` or ``dlr``.
         eot: draws of a randomised model averaged per step, folded into the batch.
         start: whether to begin at a random point of the ball (Philox stream ATTACK_START, from ``seed`` and

@@ -1,6 +1,7 @@
 """CARSO: the defence, its training, and how it is saved."""
 
-from .model import Carso, Head
+from ..nn import Head
+from .model import Carso
 from .saving import load, save
 from .training import CarsoConfig, CarsoTask
 

@@ -104,7 +104,7 @@ class Carso(nn.Module):
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
         device = first_tensor(self.classifier).device
-        # the transposed convolutions run two to three times faster in this layout, on CPU and GPU
+        # the transposed convolutions run two to three times faster in this layout on a CPU
         self.to(device).decoder.to(memory_format=torch.channels_last)
 
     def _apply(self, fn, recurse: bool = True):
@@ -254,20 +254,3 @@ class Carso(nn.Module):
         super().train(mode)
         self.classifier.eval()
         return self
-
-
-class Head(nn.Module):
-    """A defence seen through one aggregation method, and with z = 0 if asked: something to attack or to compare.
-
-    Args:
-        defence: a `Carso`. method: of `purify_fast.ops.aggregate`. deterministic: whether z = 0.
-    """
-
-    def __init__(self, defence: Carso, method: str = "lse", deterministic: bool = False):
-        super().__init__()
-        self.defence, self.method, self.zero = defence, method, deterministic
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` -> ``[B, classes]``."""
-        with self.defence.deterministic() if self.zero else contextlib.nullcontext():
-            return aggregate(self.defence.sample_logits(x), self.method)

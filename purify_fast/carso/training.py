@@ -71,6 +71,10 @@ class CarsoConfig:
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
 
+    def step(self, eps: float | Tensor) -> float | Tensor:
+        """PGD's step for a radius, a number or ``[B]``."""
+        return 2.5 * eps / self.steps if self.alpha is None else self.alpha
+
 
 def kl_weight(epoch: int, epochs: int, lag: float = 0.125) -> float:
     """beta(epoch) of the paper, for a final weight of 1: 0 for ceil(lag E) epochs, then linear over ceil(lag E / 3)."""
@@ -109,7 +113,7 @@ def balanced_batch(classifier, x: Tensor, y: Tensor, config: CarsoConfig, *, see
         x[pgd_rows],
         y[pgd_rows],
         eps=eps,
-        alpha=2.5 * eps / config.steps if config.alpha is None else config.alpha,
+        alpha=config.step(eps),
         steps=config.steps,
         norm=config.norm,
         seed=seed,
@@ -151,7 +155,7 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
             batch.y,
             eps=config.eps,
             steps=config.steps,
-            alpha=2.5 * config.eps / config.steps if config.alpha is None else config.alpha,
+            alpha=config.step(config.eps),
             norm=config.norm,
             seed=batch.seed,
             sample_ids=batch.sample_ids,

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._files import atomic, write_text
+from .._files import atomic, digest, write_text
 from ..attacks import LOSSES, GradientHealth, fgsm, frozen, input_gradient, pgd
-from ..ops.aggregate import METHODS, UNSAFE, aggregate
+from ..nn import Head
+from ..ops.aggregate import METHODS, UNSAFE
 from ..ops.pgd_step import NORMS
 from .autoattack import VERSIONS, autoattack, parts
 from .report import FORMAT, Examples, Report, Row
@@ -231,7 +232,7 @@ class _Run:
         self.defence, self.x, self.y, self.eps, self.norm = defence, x, y, float(eps), norm
         self.steps, self.eot, self.n_eval, self.batch_size, self.chunk = steps, eot, n_eval, batch_size, chunk
         self.seed, self.name, self.progress, self.device, self.store = seed, name, progress, device, store
-        self.data = _hash(x, y)
+        self.data = digest(x, y)
         self.fingerprints: dict[int, str | None] = {}
         self._clean: dict[str, Row] = {}
         torch.manual_seed(seed)
@@ -265,7 +266,7 @@ class _Run:
 
     def target(self, attack: Attack) -> Model:
         if attack.head is not None:
-            return _Head(self.defence, attack.head)
+            return Head(self.defence, attack.head)
         return self.defence if attack.target is None else attack.target
 
     def target_draws(self, attack: Attack, target: Model) -> int:
@@ -337,7 +338,7 @@ class _Run:
         alive = alive[: attack.limit]
         label = self.label(attack)
         settings = self.settings(attack) | {"attacked": int(alive.sum()), "survivors": attack.survivors}
-        key = self.key(settings | {"alive": _hash(torch.from_numpy(alive))}, [self.defence, attack.target])
+        key = self.key(settings | {"alive": digest(torch.from_numpy(alive))}, [self.defence, attack.target])
         return self.stored(key, lambda: self._measure_attack(attack, label, alive, settings))
 
     def _measure_attack(self, attack: Attack, label: str, alive: np.ndarray, settings: dict[str, Any]) -> Row:
@@ -485,17 +486,6 @@ def _examples(x: Tensor, adversarial: Tensor, y: Tensor, index: Tensor) -> Examp
     return Examples(x[index].cpu().numpy(), adversarial[index].cpu().numpy(), y[index.to(y.device)].cpu().numpy())
 
 
-class _Head(nn.Module):
-    """The defence's samples under another aggregation."""
-
-    def __init__(self, defence, method: str):
-        super().__init__()
-        self.defence, self.method = defence, method
-
-    def forward(self, x: Tensor) -> Tensor:
-        return aggregate(self.defence.sample_logits(x), self.method)
-
-
 class _Watched(nn.Module):
     """A module around any callable, as AutoAttack wants one; counts the images for the progress bar."""
 
@@ -516,27 +506,19 @@ def _bar(label: str, progress: bool, total: int | None) -> Iterator[tqdm]:
         yield bar
 
 
-def _hash(*tensors: Tensor) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 @functools.cache
 def _code() -> list[str]:
     """What decides a row besides its inputs: this package's sources, and the versions of what it calls."""
-    digest = hashlib.blake2b(digest_size=16)
+    sources = hashlib.blake2b(digest_size=16)
     root = Path(__file__).parents[1]
     for folder in ("ops", "nn", "attacks", "evaluation", "carso"):
         for path in sorted((root / folder).glob("*.py")):
-            digest.update(path.read_bytes())
+            sources.update(path.read_bytes())
     versions = [str(torch.__version__)]
     for package in ("pyautoattack", "autoattack"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
-    return [str(FORMAT), digest.hexdigest(), *versions]
+    return [str(FORMAT), sources.hexdigest(), *versions]
 
 
 def _fingerprint(model: Model) -> str | None:
@@ -549,7 +531,7 @@ def _fingerprint(model: Model) -> str | None:
     ]
     state = dict((*model.named_parameters(), *model.named_buffers()))  # with the buffers that state_dict leaves out
     text = f"{plain}{list(state)}{model!r}"
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest() + _hash(*state.values())
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest() + digest(*state.values())
 
 
 def _counts(name: str) -> bool:

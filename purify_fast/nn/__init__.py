@@ -1,6 +1,7 @@
 """Building blocks: classifiers, the internal representation, the conditional autoencoder."""
 
 from .classifiers import SmallCNN
+from .head import Head
 from .representation import Representation
 from .vae import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder, decoder_plan, pre_encoder
 
@@ -8,6 +9,7 @@ __all__ = [
     "ConditionEncoder",
     "Decoder",
     "Deconvolution",
+    "Head",
     "PosteriorEncoder",
     "Representation",
     "SmallCNN",

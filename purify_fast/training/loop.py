@@ -7,7 +7,6 @@ weights, to the bit on the same CPU, as one that was not.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._files import atomic
+from .._files import atomic, digest
 from ..data import batches, crop_flip, to_float
 from .checkpoint import read_tree, write_tree
 
@@ -89,13 +88,6 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _same(saved: dict, wanted: dict, folder: Path) -> None:
     wanted = json.loads(json.dumps(wanted))
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
@@ -144,7 +136,7 @@ def fit(task: Task, x: Tensor, y: Tensor, config: FitConfig, folder: str | Path 
     total, step = steps * config.epochs, 0
     sums: dict[str, Tensor] = {}
     last: dict[str, float] = {}
-    facts = {"data": f"{len(x)} images, {_digest(x, y)}", **asdict(config), **task.describe()}
+    facts = {"data": f"{len(x)} images, {digest(x, y)}", **asdict(config), **task.describe()}
     del facts["checkpoint_seconds"]
     path = None if folder is None else Path(folder) / "checkpoint.safetensors"
     if path is not None:
