@@ -10,18 +10,17 @@ attacks by NaN; the logsumexp taken here makes the same decisions with finite lo
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..nn.randomised import Randomised
 from ..nn.representation import Representation, first_tensor
 from ..nn.vae import ConditionEncoder, Decoder, PosteriorEncoder, decoder_plan
-from ..ops.aggregate import aggregate
 from ..ops.decode_samples import decode_samples, latents
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from .training import CarsoConfig
 
 
-class Carso(nn.Module):
+class Carso(Randomised):
     """A classifier behind CARSO's purifier. Images in [0, 1] in, finite logits out.
 
     Args:
@@ -53,7 +52,6 @@ class Carso(nn.Module):
 
     mean: Tensor
     std: Tensor
-    _noise_seed: Tensor
 
     def __init__(
         self,
@@ -101,8 +99,6 @@ class Carso(nn.Module):
         self.decoder = Decoder(latent_dim, cond_dim, image_shape, *decoder_plan(image_shape, decoder_width))
         for name, values in statistics.items():
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
-        self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
-        self._noise = "fresh"
         device = first_tensor(self.classifier).device
         # the transposed convolutions run two to three times faster in this layout on a CPU
         self.to(device).decoder.to(memory_format=torch.channels_last)
@@ -114,49 +110,13 @@ class Carso(nn.Module):
         self._purifier_dtype = self.decoder.adapter.weight.dtype
         return self
 
-    # -- randomness ---------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def fixed_noise(self, seed: int) -> Iterator[Carso]:
-        """Within the block, every image gets the same K latents, drawn from ``seed`` (0 <= seed < 2^63).
-
-        `forward` is then a function of one image: no batch split or order changes its logits.
-        """
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2^63), got {seed}")
-        with self._switch("fixed"):
-            before = self._noise_seed.clone()
-            self._noise_seed.fill_(seed)
-            try:
-                yield self
-            finally:
-                self._noise_seed.copy_(before)
-
-    @contextlib.contextmanager
-    def deterministic(self) -> Iterator[Carso]:
-        """Within the block, z = 0 and one reconstruction per image: no randomness at all."""
-        with self._switch("zero"):
-            yield self
-
-    @contextlib.contextmanager
-    def _switch(self, noise: str) -> Iterator[None]:
-        before, self._noise = self._noise, noise
-        try:
-            yield
-        finally:
-            self._noise = before
+    # -- the parts ----------------------------------------------------------------------------------------------------
 
     def prior_latents(self, batch: int, device: torch.device) -> Tensor:
         """Latents ``[batch, K, latent_dim]`` as the current mode draws them."""
-        if self._noise == "zero":
+        if self.silent:
             return torch.zeros((batch, 1, self.latent_dim), device=device)
-        if self._noise == "fixed":  # sample word 0 for every image
-            ids = torch.zeros(1, dtype=torch.int64, device=device)
-            return latents(self._noise_seed, ids, self.samples, self.latent_dim).expand(batch, -1, -1)
-        seed = torch.randint(2**62, (1,), device=device)
-        return latents(seed, torch.arange(batch, device=device), self.samples, self.latent_dim)
-
-    # -- the parts ----------------------------------------------------------------------------------------------------
+        return latents(*self.noise(batch, device), self.samples, self.latent_dim).expand(batch, -1, -1)
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape or not x.is_floating_point():
@@ -211,24 +171,6 @@ class Carso(nn.Module):
             missing = torch.sym_max(16 - batch, 0)
             x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, missing))  # type: ignore[arg-type]  # a SymInt
         return self.classify(self.reconstruct(x, z))[:batch]
-
-    # -- predictions --------------------------------------------------------------------------------------------------
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``, float32: logsumexp over the samples, the same decision as PeeL."""
-        return aggregate(self.sample_logits(x), "lse")
-
-    def predict_proba(self, x: Tensor) -> Tensor:
-        """softmax of `forward`, ``[B, classes]``."""
-        return torch.softmax(self.forward(x), 1)
-
-    def peel(self, x: Tensor) -> Tensor:
-        """The paper's aggregated log-probabilities, ``[B, classes]``, computed stably: finite where its code is not."""
-        return aggregate(self.sample_logits(x), "peel")
-
-    def peel_reference(self, x: Tensor) -> Tensor:
-        """The head as the official code returns it, ``[B, classes]``: +-inf and NaN gradients. To study, not to use."""
-        return aggregate(self.sample_logits(x), "peel_reference")
 
     # -- training and files -------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from .classifiers import SmallCNN
 from .head import Head
+from .randomised import Randomised
 from .representation import Representation
 from .vae import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder, decoder_plan, pre_encoder
 
@@ -11,6 +12,7 @@ __all__ = [
     "Deconvolution",
     "Head",
     "PosteriorEncoder",
+    "Randomised",
     "Representation",
     "SmallCNN",
     "decoder_plan",
