@@ -90,6 +90,7 @@ class Carso(Randomised):
             "encoder_depth": encoder_depth,
             **statistics,
         }
+        self.own_classifier = False
         self.image_shape, self.latent_dim, self.samples = image_shape, latent_dim, samples
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.representation = Representation(self.classifier, tuple(layers), image_shape)
@@ -185,8 +186,13 @@ class Carso(Randomised):
 
         return training_loss(self, batch, config or CarsoConfig())[0]
 
+    def release_classifier(self) -> None:
+        """Let the defence's own copy of the classifier be trained too; it is then saved with the purifier."""
+        self.classifier.requires_grad_(True)
+        self.own_classifier = True
+
     def save(self, folder: str | Path) -> None:
-        """Write the purifier to ``folder``; `purify_fast.load` reads it back around the classifier."""
+        """Write the purifier, and a classifier trained with it, to ``folder``; `purify_fast.load` reads it back."""
         from .saving import save
 
         save(self, folder)

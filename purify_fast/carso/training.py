@@ -7,6 +7,8 @@ Published (arXiv 2306.06081, section 4): x~ is clean or adversarial against the 
 Through the pipeline (ours): x~ is adversarial against the defence itself, with exact gradients, z ~ N(0, I),
 
     loss = mean_k CE(classifier(x_k), y) + w sum BCE(x_k, x)
+
+the classifier frozen, or trained together with the purifier.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ class CarsoConfig:
         adversarial_fraction: of each batch, shared by four attacks, ``classifier`` target only (paper: 0.5, CIFAR-10).
         lag: share of the epochs without the KL term; it then rises over a third as many (paper: 0.125).
         beta: weight of the KL term at the end (paper: 1).
+        free_bits: nats of the batch's mean KL that cost nothing, against posterior collapse (paper: 0; Kingma et al.,
+            NeurIPS 2016, with the whole latent as one group).
         train_samples: K while training through the pipeline. reconstruction: the weight w there (ours: 0.02).
+        joint: train the classifier's copy too, ``pipeline`` target only (ours; the paper's classifier is frozen).
         learning_rate, weight_decay: of AdamW under one cycle (ours; the paper's optimiser needs its batch of 5,120).
     """
 
@@ -54,8 +59,10 @@ class CarsoConfig:
     adversarial_fraction: float = 0.5
     lag: float = 0.125
     beta: float = 1.0
+    free_bits: float = 0.0
     train_samples: int = 1
     reconstruction: float = 0.02
+    joint: bool = False
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
 
@@ -64,6 +71,12 @@ class CarsoConfig:
             raise ValueError(f"attack_target must be one of {', '.join(TARGETS)}, got {self.attack_target!r}")
         if not self.eps > 0:
             raise ValueError(f"eps must be above 0, got {self.eps}: the purifier is never trained without attacks")
+        if self.joint and self.attack_target != "pipeline":
+            raise ValueError(
+                "joint training needs attack_target='pipeline': the published loss does not see the labels"
+            )
+        if self.free_bits < 0:
+            raise ValueError(f"free_bits must be at least 0, got {self.free_bits}")
         for name in ("steps", "train_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -137,7 +150,8 @@ def published_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[T
     reconstruction = reconstruction_loss(defence.decoder(z[:, None], condition), batch.x).mean()
     kl = kl.mean()
     beta = config.beta * kl_weight(batch.epoch, batch.epochs, config.lag)
-    return reconstruction + beta * kl, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+    charged = kl.clamp(min=config.free_bits)
+    return reconstruction + beta * charged, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
 
 def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -185,7 +199,7 @@ def training_loss(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
 
 
 class CarsoTask:
-    """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is.
+    """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is, unless ``joint``.
 
     Args:
         defence, config: what is trained, and how.
@@ -197,6 +211,9 @@ class CarsoTask:
 
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):
         self.model, self.config, self.origin = defence, config, origin
+        self.classifier = fingerprint(defence.classifier)  # as it was at the start: joint training changes it
+        if config.joint:
+            defence.release_classifier()
         trainable = [p for p in defence.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trainable, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
@@ -212,5 +229,5 @@ class CarsoTask:
 
     def describe(self) -> dict[str, Any]:
         """The config, the defence's arguments, its classifier, and where it started."""
-        facts = {"defence": self.model.arguments, "classifier": fingerprint(self.model.classifier)}
+        facts = {"defence": self.model.arguments, "classifier": self.classifier}
         return {"task": "carso", **asdict(self.config), **facts, "origin": self.origin}

@@ -1,6 +1,7 @@
 """Building blocks: classifiers, the internal representation, the conditional autoencoder."""
 
 from .classifiers import SmallCNN
+from .controls import NoisyCopies
 from .head import Head
 from .randomised import Randomised
 from .representation import Representation
@@ -11,6 +12,7 @@ __all__ = [
     "Decoder",
     "Deconvolution",
     "Head",
+    "NoisyCopies",
     "PosteriorEncoder",
     "Randomised",
     "Representation",
