@@ -101,8 +101,8 @@ class Carso(Randomised):
         for name, values in statistics.items():
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
         device = first_tensor(self.classifier).device
-        # the transposed convolutions run two to three times faster in this layout on a CPU
-        self.to(device).decoder.to(memory_format=torch.channels_last)
+        # the whole pipeline runs about twice as fast in this layout on a CPU, its transposed convolutions three times
+        self.to(device).to(memory_format=torch.channels_last)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)

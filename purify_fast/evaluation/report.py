@@ -190,14 +190,17 @@ class Report:
             )
             lines[-1] += "" if row.reliable else f"; {_MARK}: the true number may be lower"
         if len(self.models) > 1:
-            lines += ["", "## Comparison", "", "Accuracy ± standard error, %.", ""]
-            lines += _markdown(["attack", *self.models], [[a, *self._cells(a, _MARK)] for a in self.attacks])
+            lines += ["", "## Comparison", "", "Accuracy ± standard error, %.", "", *self.comparison()]
         lines += ["", "## Every row", ""]
         lines += _markdown(_COLUMNS, [_cells(row, _MARK) for row in self.rows])
         lines += ["", *_LEGEND]
         if self.notes:
             lines += ["", "Notes:", "", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
+
+    def comparison(self) -> list[str]:
+        """Lines of a Markdown table: attacks down, models across."""
+        return _markdown(["attack", *self.models], [[a, *self._cells(a, _MARK)] for a in self.attacks])
 
     def to_text(self, color: bool = True) -> str:
         """The table for a terminal, unreliable numbers in red; the comparison only, when there are several models."""

@@ -1,0 +1,100 @@
+"""Studies: what makes a defence robust, over seeds, with controls. ``python -m benchmarks study NAME``.
+
+A study is a list of jobs that train and attack one model each. Jobs run side by side, one thread each; a finished one
+leaves ``result.json`` and is not run again, so a study that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from purify_fast._files import write_text
+from purify_fast.training import keep_memory
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model of a study.
+
+    Attributes:
+        name: the row of the table. seed: of its training and of the attacks.
+        work: ``work(job, folder, root)`` -> numbers for the table; importable, since it runs in another process.
+        needs: rows, of the same seed, whose folders it reads. settings: for ``work``.
+    """
+
+    name: str
+    seed: int
+    work: Callable[[Job, Path, Path], dict]
+    needs: tuple[str, ...] = ()
+    settings: dict = field(default_factory=dict)
+
+    def folder(self, root: Path, name: str | None = None) -> Path:
+        """This job's folder, or that of another row of the same seed."""
+        return root / f"{(name or self.name).replace(' ', '-').replace('/', '-')}-{self.seed}"
+
+    def done(self, root: Path) -> bool:
+        return (self.folder(root) / RESULT).is_file()
+
+
+def _run(job: Job, root: Path) -> None:
+    torch.set_num_threads(1)  # small models: a second thread spins, a second job does not
+    keep_memory()
+    began = time.monotonic()
+    result = job.work(job, job.folder(root), root)
+    result |= {"name": job.name, "seed": job.seed, "minutes": round((time.monotonic() - began) / 60, 2)}
+    write_text(job.folder(root) / RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
+    """Run the jobs that are not done, and return all results in the order of ``jobs``.
+
+    Raises:
+        What a job raised, after those that were running have ended.
+    """
+    names = {(job.name, job.seed) for job in jobs}
+    if len(names) < len(jobs):
+        raise ValueError("jobs need names of their own")
+    for job in jobs:
+        for need in job.needs:
+            if (need, job.seed) not in names:
+                raise ValueError(f"{job.name} needs {need!r}, which the study has not")
+    began = time.monotonic()
+    waiting = [job for job in jobs if not job.done(root)]
+    running: dict[Future, Job] = {}
+    total = len(waiting)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        while waiting or running:
+            for job in list(waiting):
+                if len(running) < workers and all((job.folder(root, need) / RESULT).is_file() for need in job.needs):
+                    waiting.remove(job)
+                    running[pool.submit(_run, job, root)] = job
+            if not running:
+                raise ValueError(f"these jobs need each other: {', '.join(job.name for job in waiting)}")
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                job = running.pop(future)
+                future.result()
+                left = len(waiting) + len(running)
+                minutes = (time.monotonic() - began) / 60
+                print(f"[{minutes:5.1f} min] {total - left}/{total} {job.name}, seed {job.seed}", file=sys.stderr)
+    return [json.loads((job.folder(root) / RESULT).read_text()) for job in jobs]
+
+
+def over_seeds(values: Sequence[float]) -> str:
+    """Mean ± standard error over seeds, in percent points; one seed has no error."""
+    mean = 100 * statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    return f"{mean:.1f} ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}"

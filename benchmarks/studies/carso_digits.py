@@ -1,0 +1,200 @@
+"""What makes CARSO robust, on digits: one setting changed at a time, three seeds, against the controls that decide.
+
+Every model is attacked in the same way: PGD-100 with cross-entropy and with DLR, then AutoAttack on what is left, on
+the deterministic model (z = 0, no noise); the main ones also with their randomness, by PGD with expectation over draws.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from purify_fast import data
+from purify_fast.carso import Carso, CarsoConfig, CarsoTask, Head, load, rank_layers
+from purify_fast.evaluation import Attack, evaluate
+from purify_fast.nn import NoisyCopies, SmallCNN
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, load_classifier, save_classifier
+from purify_fast.training.checkpoint import fingerprint
+
+from . import Job
+
+EPS, EPS_L2 = 0.2, 1.0
+LAYERS = ("conv2", "conv4", "hidden")
+ALL_LAYERS = ("conv1", "conv2", "conv3", "conv4", "hidden")
+SIZES = {"cond_dim": 64, "latent_dim": 8, "samples": 8, "decoder_width": 8}
+BASE_EPOCHS, PUBLISHED_EPOCHS, PIPELINE_EPOCHS = 200, 20, 60
+WIDE = 21  # a classifier of 143 k parameters, as many as the base and its purifier have when they predict
+JOINT = {"joint": True, "learning_rate": 2e-3, "weight_decay": 2e-2}
+PGD, AUTO, DRAWS = "worst", "AutoAttack", "PGD-40 ce, EOT 4, K draws"
+
+
+def _attacked(model: nn.Module, seed: int, eps: float, norm: str, draws: bool, quick: bool) -> dict:
+    digits = data.load("digits")
+    n, steps, auto = (40, 4, (4, 20)) if quick else (500, 100, (100, 1000))
+    randomised = hasattr(model, "deterministic")
+    variant = "deterministic" if randomised else "random"
+    attacks = [
+        Attack(loss="ce", variant=variant),
+        Attack(loss="dlr", variant=variant, survivors=True),
+        Attack("autoattack", variant=variant, survivors=True, steps=auto[0], queries=auto[1], label=AUTO),
+    ]
+    if draws and randomised:
+        zero = Head(model, deterministic=True)
+        attacks += [
+            Attack(loss="ce", target=zero, label="made at z = 0"),
+            Attack(loss="ce", survivors=True, steps=2 if quick else 40, eot=4, label=DRAWS),
+        ]
+    report = evaluate(
+        model, digits.x_test[:n], digits.y_test[:n], eps=eps, norm=norm, attacks=attacks, steps=steps, n_eval=3,
+        batch_size=250, chunk=500, seed=seed, progress=False,
+    )  # fmt: skip
+    rows = {
+        "clean": "clean, deterministic" if randomised else "clean",
+        "pgd": f"PGD-{steps} dlr" + (", deterministic" if randomised else ""),  # of the survivors of ce
+        "autoattack": AUTO,
+    }
+    if draws and randomised:
+        rows |= {"clean_draws": "clean", "pgd_draws": DRAWS}
+    healthy = all(r.reliable for r in report.rows if r.kind != "autoattack")
+    return {key: report.row(row).accuracy for key, row in rows.items()} | {"gradients": "healthy" if healthy else "BAD"}
+
+
+def train_base(job: Job, folder: Path, root: Path) -> dict:
+    """An adversarially trained classifier: {width, epochs, norm}."""
+    s = job.settings
+    norm, eps = s.get("norm", "linf"), EPS if s.get("norm", "linf") == "linf" else EPS_L2
+    digits = data.load("digits")
+    torch.manual_seed(job.seed)
+    model = SmallCNN(width=s.get("width", 16))
+    config = ClassifierConfig(eps=eps, norm=norm, steps=7, learning_rate=1e-2, weight_decay=2e-2)
+    epochs = 2 if s["quick"] else s.get("epochs", BASE_EPOCHS)
+    began = time.monotonic()
+    fit(ClassifierTask(model, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
+    seconds = time.monotonic() - began
+    save_classifier(model, folder)
+    result = _attacked(model, job.seed, eps, norm, False, s["quick"])
+    if s.get("rank"):
+        images = digits.x_test.float() / 255
+        ranking = rank_layers(model, ALL_LAYERS, images, digits.y_test, eps=eps, norm=norm)
+        result["layers"] = [vars(score) for score in ranking]
+    return result | {"parameters": _count(model), "train_seconds": round(seconds)}
+
+
+def train_published(job: Job, folder: Path, root: Path) -> dict:
+    """The purifier on a base as published: {base, layers, config}."""
+    s = job.settings
+    digits = data.load("digits")
+    base = load_classifier(job.folder(root, s.get("base", "base")))
+    torch.manual_seed(job.seed)
+    defence = Carso(base, s.get("layers", LAYERS), digits.image_shape, **SIZES)
+    config = replace(CarsoConfig(eps=EPS, steps=20), **s.get("config", {}))
+    epochs = 1 if s["quick"] else PUBLISHED_EPOCHS
+    began = time.monotonic()
+    last = fit(CarsoTask(defence, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
+    seconds = time.monotonic() - began
+    defence.save(folder)
+    result = _attacked(defence, job.seed, config.eps, config.norm, s.get("draws", False), s["quick"])
+    return result | {"kl": last["kl"], "parameters": _count(defence), "train_seconds": round(seconds)}
+
+
+def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
+    """A published purifier fine-tuned through the pipeline: {base, start, config, epochs}."""
+    s = job.settings
+    digits = data.load("digits")
+    base = load_classifier(job.folder(root, s.get("base", "base")))
+    defence = load(job.folder(root, s.get("start", "published")), base)
+    config = replace(CarsoConfig(attack_target="pipeline", eps=EPS, steps=7, learning_rate=4e-3), **s.get("config", {}))
+    epochs = 1 if s["quick"] else s.get("epochs", PIPELINE_EPOCHS)
+    began = time.monotonic()
+    task = CarsoTask(defence, config, fingerprint(defence))
+    fit(task, digits.x_train, digits.y_train, FitConfig(epochs, 128, job.seed), folder)
+    seconds = time.monotonic() - began
+    defence.save(folder)
+    result = _attacked(defence, job.seed, config.eps, config.norm, s.get("draws", False), s["quick"])
+    return result | {"parameters": _count(defence), "train_seconds": round(seconds)}
+
+
+def attack_copies(job: Job, folder: Path, root: Path) -> dict:
+    """Noisy copies of the image on the base, under its randomness: {sigma}."""
+    s = job.settings
+    defence = NoisyCopies(load_classifier(job.folder(root, "base")), s["sigma"], 8)
+    result = _attacked(defence, job.seed, EPS, "linf", True, s["quick"])
+    return result | {"parameters": _count(defence), "train_seconds": 0}
+
+
+def attack_samples(job: Job, folder: Path, root: Path) -> dict:
+    """The pipeline's model with another K when it predicts: {samples}."""
+    s = job.settings
+    defence = load(job.folder(root, "pipeline"), load_classifier(job.folder(root, "base")))
+    defence.samples = s["samples"]
+    return _attacked(defence, job.seed, EPS, "linf", True, s["quick"]) | {"train_seconds": 0}
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def jobs(seeds: int, quick: bool, rows: Sequence[str] | None = None) -> list[Job]:
+    """All rows, or some and what they need; the controls and the main ones first.
+
+    Ablations change one setting of the row "pipeline".
+    """
+    made = []
+    for seed in range(seeds):
+
+        def add(name, work, needs=(), seed=seed, **settings):
+            made.append(Job(name, seed, work, tuple(needs), settings | {"quick": quick}))
+
+        def ablate(name, seed=seed, **config):  # of the published stage, then through the pipeline
+            add(f"published, {name}", train_published, ["base"], config=config)
+            start = f"published, {name}"
+            add(f"pipeline, {name}", train_pipeline, ["base", start], start=start)
+
+        add("base", train_base, rank=True)
+        add("base, twice the epochs", train_base, epochs=2 * BASE_EPOCHS)
+        add("base, as many parameters", train_base, width=WIDE)
+        add("noisy copies, sigma 0.1", attack_copies, ["base"], sigma=0.1)
+        add("noisy copies, sigma 0.3", attack_copies, ["base"], sigma=0.3)
+        add("published", train_published, ["base"], draws=True)
+        add("pipeline", train_pipeline, ["base", "published"], draws=True)
+        add("pipeline, joint", train_pipeline, ["base", "published"], draws=True, config=JOINT)
+        for samples in (1, 2, 32):
+            add(f"pipeline, K = {samples} when it predicts", attack_samples, ["base", "pipeline"], samples=samples)
+        add("pipeline, K = 4 in training", train_pipeline, ["base", "published"], config={"train_samples": 4})
+        for steps in (3, 15):
+            add(f"pipeline, PGD-{steps} in training", train_pipeline, ["base", "published"], config={"steps": steps})
+        ablate("beta 0.1", beta=0.1)
+        ablate("4 free nats", free_bits=4.0)
+        for layers in (("conv2",), ("conv4",), ("hidden",), ALL_LAYERS):
+            name = "all layers" if layers == ALL_LAYERS else f"{layers[0]} alone"
+            start = f"published, {name}"
+            add(start, train_published, ["base"], layers=layers)
+            add(f"pipeline, {name}", train_pipeline, ["base", start], start=start)
+        l2 = {"eps": EPS_L2, "norm": "l2"}
+        add("base, L2", train_base, norm="l2")
+        add("published, L2", train_published, ["base, L2"], base="base, L2", config=l2)
+        add(
+            "pipeline, L2",
+            train_pipeline,
+            ["base, L2", "published, L2"],
+            base="base, L2",
+            start="published, L2",
+            config=l2,
+        )
+    names = {job.name for job in made}
+    if rows is None:
+        return made
+    unknown = set(rows) - names
+    if unknown:
+        raise ValueError(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
+    wanted: set[str] = set()
+    more = set(rows)
+    while more:
+        wanted |= more
+        more = {need for job in made if job.name in wanted for need in job.needs} - wanted
+    return [job for job in made if job.name in wanted]
