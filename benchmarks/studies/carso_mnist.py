@@ -191,8 +191,8 @@ def write(path: str, root: Path, folder: Path, seed: int = 0, budget: Budget = B
     lines = [
         f"MNIST, the first {budget.images} test images, L-inf eps {EPS}, seed {seed}; accuracy ± standard error, %. "
         f"Classifier: {facts['mflop']:.2f} MFLOP an image, {budget.base_epochs} epochs of PGD-7 with eps rising "
-        f"linearly over the first half; CARSO: K = {SIZES['samples']}, {budget.published_epochs} epochs as published, then "
-        f"{budget.pipeline_epochs} through the pipeline. One number an image: right in every prediction, under all "
+        f"linearly over the first half; CARSO: K = {SIZES['samples']}, {budget.published_epochs} epochs as published, "
+        f"then {budget.pipeline_epochs} through the pipeline. An image counts if every prediction is right, under all "
         f"attacks so far of its kind. {sum(m['minutes'] for m in minutes):.0f} minutes of one core.",
         "",
         *whole.comparison(),
