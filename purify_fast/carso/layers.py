@@ -2,9 +2,12 @@
 
 The paper leaves the choice open (arXiv 2306.06081, section 6). Per layer, with features f of clean and attacked images:
 
-    probe = accuracy of a ridge classifier from f(x~) to the label, fitted on half of the images, scored on the rest
-    image = share of the clean image's variance that ridge regression from f(x~) explains on the rest
+    probe = accuracy of a ridge classifier of features, fitted on f(x) of half the images, on f(x~) of the rest
+    image = share of the clean images' variance explained in the same way
     drift = E |f(x~) - f(x)| / E |f(x) - f(x')|,  x' another image: 0 untouched, 1 as far as a stranger
+
+Fitted on clean features, since an attack on the true label writes that label into the image: a probe fitted on attacked
+features reads it there and is almost always right.
 """
 
 from __future__ import annotations
@@ -70,9 +73,9 @@ def rank_layers(
     for layer, before, after in zip(layers, clean, moved, strict=True):
         near = (after - before).norm(dim=1).mean()
         far = (before - before.roll(1, 0)).norm(dim=1).mean()
-        votes, images = _held_out(_projected(after, max_features, seed), torch.cat([labels, pixels], 1)).split(
-            [labels.shape[1], pixels.shape[1]], 1
-        )
+        narrow = [_projected(f, max_features, seed) for f in (before, after)]
+        predicted = _held_out(*narrow, torch.cat([labels, pixels], 1))
+        votes, images = predicted.split([labels.shape[1], pixels.shape[1]], 1)
         probe = (votes.argmax(1) == y).double().mean()
         error = (images - pixels).square().sum() / (pixels - pixels.mean(0)).square().sum()
         scores.append(LayerScore(layer, float(probe), float(1 - error), float(near / far), before.shape[1]))
@@ -87,13 +90,14 @@ def _projected(features: Tensor, largest: int, seed: int) -> Tensor:
     return features @ matrix.to(features.device) / largest**0.5
 
 
-def _held_out(features: Tensor, targets: Tensor, ridge: float = 0.1) -> Tensor:
-    """Ridge regression's predictions of each half from the other, in dual form; features standardised per fit."""
-    half = len(features) // 2
+def _held_out(clean: Tensor, attacked: Tensor, targets: Tensor, ridge: float = 0.1) -> Tensor:
+    """Predictions from each half of ``attacked`` by ridge regression on the other half of ``clean``, in dual form."""
+    half = len(clean) // 2
     out = torch.empty_like(targets)
     for fit, score in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
-        mean, std = features[fit].mean(0), features[fit].std(0) + 1e-8
-        a, b = ((features[part] - mean) / std for part in (fit, score))
+        mean, std = clean[fit].mean(0), clean[fit].std(0)
+        std = std.clamp(min=1e-2 * float(std.max()) + 1e-12)  # a pixel that is always black is no scale
+        a, b = (clean[fit] - mean) / std, (attacked[score] - mean) / std
         centre = targets[fit].mean(0)
         gram = a @ a.T / a.shape[1]
         gram.diagonal().add_(ridge)
