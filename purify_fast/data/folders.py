@@ -201,7 +201,7 @@ def _opened(place: Path, source: str, splits: dict[str, Split]) -> dict[str, Str
         if facts["source"] != source:
             return None
         images = {part: StreamedImages(_array(place, part, source), facts["digests"][part]) for part in splits}
-    except (FileNotFoundError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError):
         return None
     whole = all(len(images[part]) == len(split.files) for part, split in splits.items())
     return images if whole else None
