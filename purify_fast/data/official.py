@@ -111,7 +111,7 @@ def _missing(
     else:
         size = "" if image_size is None or name != "imagenette" else f", image_size={tuple(image_size)}"
         call = f"load({name!r}, {str(root)!r}, download=True{size})"
-        how = f'get it with: python -c "from purify_fast.data import load; {call}"'
+        how = f'get it with: python -c "from purify_fast.data import load; {call}", or --download on the command line'
     gz = ", compressed (.gz) or not" if name in ("mnist", "fashion_mnist") else ""
     return f"no data set {name!r}: looked for {npz.absolute()} (x_train, y_train, x_test, y_test), {places}{gz}; {how}"
 

@@ -196,14 +196,15 @@ def slow(path, size):
     return original(path, size)
 folders._image = slow
 print("ready", flush=True)
-data.load(sys.argv[1], workers=0)
+data.load(sys.argv[1], workers=int(sys.argv[2]))
 """
 
 
-def test_a_kill_leaves_nothing_that_is_read_later(tmp_path):
-    made = folder(tmp_path, train=60)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_kill_leaves_nothing_that_is_read_later(tmp_path, workers):
+    made = folder(tmp_path, train=200)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LOAD, str(tmp_path)]
+    command = [sys.executable, "-c", LOAD, str(tmp_path), str(workers)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
     process.stdout.readline()
     place = tmp_path / ".purify_fast" / "native"
@@ -212,7 +213,7 @@ def test_a_kill_leaves_nothing_that_is_read_later(tmp_path):
         time.sleep(0.01)
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)  # its end of the pipe: no process that decoded lives on, and none holds the lock
     assert process.returncode == -signal.SIGKILL and list(place.glob(".x_*.npy"))  # killed while it wrote
     assert np.array_equal(data.load(tmp_path).x_train.numpy(), np.stack(made["train"]))
     left = sorted(path.name.split("-")[0] for path in place.iterdir())

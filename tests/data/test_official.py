@@ -116,7 +116,7 @@ def test_what_is_missing_is_said_and_nothing_is_downloaded(tmp_path, name):
 def test_the_command_in_the_message_runs(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as error:
         data.load("mnist", tmp_path)
-    code = str(error.value).split('get it with: python -c "')[1].removesuffix('"')
+    code = str(error.value).split('get it with: python -c "')[1].split('"')[0]
     monkeypatch.setattr(datasets.MNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
     with pytest.raises(FileNotFoundError, match=f"mnist could not be downloaded to {tmp_path}"):
         exec(code, {})
