@@ -58,7 +58,7 @@ class _Data:
     image_size: tuple[int, int] | None = None
     """Height and width an image folder's images are resized and cropped to."""
     stream: bool = False
-    """Read an image folder batch by batch from its decoded copy even if it fits into memory."""
+    """Read an image folder batch by batch from its decoded copy even if it fits into memory, as for a smaller GPU."""
     cache: Path | None = None
     """Where an image folder's decoded images are kept; default: .purify_fast in that folder."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"

@@ -82,7 +82,7 @@ def read_ahead(x: Tensor | StreamedImages, order: Sequence[Tensor]) -> Iterator[
     """
     if isinstance(x, Tensor):
         for ids in order:
-            yield ids, x[ids]
+            yield ids, x.index_select(0, ids)  # faster than x[ids] on a CPU
         return
     cuda = x.device.type == "cuda"
     rows = [ids.cpu() for ids in order]  # now: later each would wait for the device's work

@@ -11,6 +11,7 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision import datasets
 
 from purify_fast import data
@@ -177,13 +178,13 @@ def test_cifar_with_another_checksum_is_never_unpickled(tmp_path, monkeypatch):
 
 def write_svhn(folder, monkeypatch):
     io = pytest.importorskip("scipy.io")
-    made, listed = {}, dict(datasets.SVHN.split_list)
+    made, listed = {}, {}
     for part, n in (("train", 11), ("test", 10)):
         x = RNG.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
         y = np.arange(n) % 10 + 1  # 10 stands for the digit 0
         file = folder / f"{part}_32x32.mat"
         io.savemat(file, {"X": x.transpose(2, 3, 1, 0), "y": y[:, None].astype(np.uint8)})
-        listed[part] = [listed[part][0], file.name, md5(file)]
+        listed[part] = [file.as_uri(), file.name, md5(file)]
         made[part] = x, y % 10
     monkeypatch.setattr(datasets.SVHN, "split_list", listed)
     return made
@@ -230,6 +231,31 @@ def test_download_unpacks_cifars_archive(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(archive))
     d = data.load("cifar10", tmp_path / "root", download=True)
     assert np.array_equal(d.x_train.numpy(), made["train_list"][0])
+
+
+def test_download_of_svhn(tmp_path, monkeypatch):
+    (tmp_path / "server").mkdir()
+    made = write_svhn(tmp_path / "server", monkeypatch)
+    d = data.load("svhn", tmp_path / "root", download=True)
+    assert np.array_equal(d.x_test.numpy(), made["test"][0])
+
+
+@pytest.mark.parametrize("side, size", [(8, "160px"), (200, "320px"), (321, "full")])
+def test_download_of_imagenette_takes_the_archive_for_the_size(tmp_path, monkeypatch, side, size):
+    server, (url, _) = tmp_path / "server", datasets.Imagenette._ARCHIVES[size]
+    name = url.split("/")[-1]
+    inside = server / name.removesuffix(".tgz")
+    for part in ("train", "val"):
+        for wnid in ("n01440764", "n02102040"):
+            (inside / part / wnid).mkdir(parents=True)
+            pixels = RNG.integers(0, 256, (9, 9, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(inside / part / wnid / "0.JPEG")
+    with tarfile.open(server / name, "w:gz") as file:
+        file.add(inside, inside.name)
+    archives = {size: ((server / name).as_uri(), md5(server / name))}  # any other size would be a KeyError
+    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", archives)
+    d = data.load("imagenette", tmp_path / "root", download=True, image_size=(side, side))
+    assert d.x_train.shape == (2, 3, side, side) and (d.name, d.num_classes) == ("imagenette", 2)
 
 
 def test_a_failed_download_is_one_clear_error(tmp_path, monkeypatch):
