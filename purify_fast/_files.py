@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,10 +36,25 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def digest(*tensors: Tensor) -> str:
-    """A hash of dtypes, shapes and contents."""
-    content = hashlib.blake2b(digest_size=16)
+class Digested(Protocol):
+    """Stands for a tensor whose digest is kept with it, such as a file that is not read whole."""
+
+    digest: str
+
+
+def content_hash(dtype: torch.dtype, shape: Sequence[int]) -> hashlib.blake2b:
+    """The hash of one tensor, still to be given its bytes."""
+    return hashlib.blake2b(f"{dtype} {list(shape)}".encode(), digest_size=16)
+
+
+def digest(*tensors: Tensor | Digested) -> str:
+    """A hash of dtypes, shapes and contents; made of each tensor's own, so that a kept one can stand for its tensor."""
+    whole = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        content.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        content.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return content.hexdigest()
+        if isinstance(tensor, Tensor):
+            content = content_hash(tensor.dtype, tensor.shape)
+            content.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            whole.update(content.hexdigest().encode())
+        else:
+            whole.update(tensor.digest.encode())
+    return whole.hexdigest()

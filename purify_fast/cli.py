@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,14 +42,37 @@ class Demo:
         demo.run(self.out, self.quick, self.seed)
 
 
+def _path_or_none(text: str | None) -> Path | None:
+    return Path(text) if text else None
+
+
 @dataclass(frozen=True)
 class _Data:
     data: str = "digits"
-    """digits, or an .npz file with x_train y_train x_test y_test."""
+    """digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet, an .npz file with
+    x_train y_train x_test y_test, or a folder with train/<class>/*.jpg|png and val/ or test/."""
+    data_root: Path | None = field(default_factory=lambda: _path_or_none(os.environ.get("PURIFY_FAST_DATA")))
+    """Where data sets are looked for and downloaded to; default: PURIFY_FAST_DATA, else the current folder."""
+    download: bool = False
+    """Let torchvision download the official files if they are missing."""
+    image_size: tuple[int, int] | None = None
+    """Height and width an image folder's images are resized and cropped to."""
+    stream: bool = False
+    """Read an image folder batch by batch from its decoded copy even if it fits into memory, as for a smaller GPU."""
+    cache: Path | None = None
+    """Where an image folder's decoded images are kept; default: .purify_fast in that folder."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def load(self) -> DataSet:
-        return load_data(self.data).to(self.device)
+        found = load_data(
+            self.data,
+            self.data_root,
+            download=self.download,
+            image_size=self.image_size,
+            stream=self.stream,
+            cache=self.cache,
+        )
+        return found.to(self.device)
 
 
 @dataclass(frozen=True)
@@ -69,7 +93,7 @@ class TrainClassifier(_Data):
         task = ClassifierTask(model, self.attack)
         print(fit(task, images.x_train, images.y_train, self.loop, self.out, "classifier"))
         save_classifier(model, self.out)
-        report = evaluate(model, images.x_test, images.y_test, eps=self.attack.eps, attacks=[], name="classifier")
+        report = evaluate(model, images.x_test[:], images.y_test, eps=self.attack.eps, attacks=[], name="classifier")
         print(report.to_text(sys.stdout.isatty()))
         print(f"saved to {self.out}")
 
@@ -201,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     keep_memory()
     try:
         command.run()
-    except (ValueError, FloatingPointError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         print(f"purify-fast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import purify_fast
 from purify_fast import cli, demo
@@ -49,6 +50,29 @@ def test_train_and_evaluate(npz, tmp_path, capsys):
     assert defence(torch.rand(2, 1, 12, 8)).shape == (2, 2)
     log = [json.loads(line) for line in (tmp_path / "carso" / "log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in log] == [0, 1, 2] and log[-1]["images_per_second"] > 0
+
+
+def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monkeypatch):
+    state = np.random.RandomState(0)
+    for part, n in (("train", 16), ("val", 4)):
+        for label, name in enumerate(("dark", "light")):
+            (tmp_path / "set" / part / name).mkdir(parents=True)
+            for i in range(n):
+                levels = state.randint(0, 100, (20, 30, 3)) + 150 * label
+                Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "set" / part / name / f"{i}.png")
+    monkeypatch.setenv("PURIFY_FAST_DATA", str(tmp_path))
+    common = ["--data", "set", "--image-size", "12", "8", "--stream", "--cache", str(tmp_path / "c"), "--device", "cpu"]
+    train = [*common, "--width", "4", "--epochs", "8", "--batch-size", "8"]
+    out = str(tmp_path / "out")
+    assert cli.main(["train", "classifier", "--out", out, *train]) == 0
+    assert (tmp_path / "c" / "set" / "12x8" / "set.json").is_file()
+    few = ["--images", "8", "--steps", "2", "--eot", "1", "--autoattack", "0", "--eps", "0.01"]
+    assert cli.main(["evaluate", out, *common, *few]) == 0
+    assert Report.from_json((tmp_path / "out" / "evaluation" / "report.json").read_text()).row("clean").robust.all()
+    capsys.readouterr()
+    assert cli.main(["train", "classifier", "--data", "cifar10", "--data-root", str(tmp_path / "elsewhere")]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "elsewhere" / "cifar10.npz") in said and "--download" in said
 
 
 @pytest.mark.parametrize(

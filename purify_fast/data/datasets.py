@@ -1,4 +1,4 @@
-"""Data sets held whole as uint8 NCHW tensors: the digits of scikit-learn, and any ``.npz`` with the Keras names."""
+"""Data sets by name or path, as uint8 NCHW images: digits, ``.npz`` files, official files, image folders."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .folders import read_folder
+from .official import NAMES, find_official
+from .streaming import StreamedImages
+
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 DIGITS_TEST = 500
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images ``[N, C, H, W]`` uint8 (0 black, 255 white) and labels ``[N]`` int64 in 0 .. num_classes - 1."""
+    """Images ``[N, C, H, W]`` uint8 (0 black, 255 white) and labels ``[N]`` int64 in 0 .. num_classes - 1.
 
-    x_train: Tensor
+    Images larger than memory are `StreamedImages`: `purify_fast.training.fit` takes them as they are, for anything
+    else a slice of them is a tensor (``x_test[:500]``, ``x_test[:]``).
+    """
+
+    x_train: Tensor | StreamedImages
     y_train: Tensor
-    x_test: Tensor
+    x_test: Tensor | StreamedImages
     y_test: Tensor
     name: str
     num_classes: int
@@ -35,7 +43,7 @@ class DataSet:
         return c, h, w
 
     def to(self, device: torch.device | str) -> DataSet:
-        """The same data on ``device``."""
+        """The same data on ``device``; images that are streamed stay in their file, and are read to it."""
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in ARRAYS})
 
 
@@ -46,27 +54,84 @@ def to_float(x: Tensor) -> Tensor:
     return x.float().div_(255)
 
 
-def load(name_or_path: str | Path, root: str | Path | None = None, num_classes: int | None = None) -> DataSet:
-    """Load a data set into memory.
+def load(
+    name_or_path: str | Path,
+    root: str | Path | None = None,
+    num_classes: int | None = None,
+    *,
+    download: bool = False,
+    image_size: tuple[int, int] | None = None,
+    memory: int | None = None,
+    stream: bool = False,
+    cache: str | Path | None = None,
+    workers: int | None = None,
+) -> DataSet:
+    """Load a data set.
 
     Args:
-        name_or_path: ``digits``, or an ``.npz`` file with ``x_train y_train x_test y_test``. Images are uint8
-            (or float32/float64 that are exact multiples of 1/255), ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``
-            with C = 1 or 3; labels are integers ``[N]`` or ``[N, 1]``, every one of 0 .. max present.
-        root: a folder to look in too; there the ending may be left out (``load("mnist", "data")``).
+        name_or_path: ``digits``; ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``svhn``, ``imagenette`` or
+            ``tiny_imagenet``: ``<root>/<name>.npz``, else the official files under root, as torchvision lays them out
+            or in ``<root>/<name>``; the path of an ``.npz`` file; or that of an image folder.
+            An ``.npz`` holds ``x_train y_train x_test y_test``. Images are uint8 (or float32/float64 that are exact
+            multiples of 1/255), ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]`` with C = 1 or 3; labels are
+            integers ``[N]`` or ``[N, 1]``, every one of 0 .. max present.
+            An image folder holds ``train/<class>/*.jpg|png`` and ``val/`` or ``test/`` in the same form, or is
+            tiny-imagenet-200. Classes are the sorted folder names, images RGB; they are decoded once, into ``cache``.
+        root: a folder to look in too; there the ending ``.npz`` may be left out (``load("set", "data")``). For the
+            names above None is the current folder.
         num_classes: overrides the number of classes, for sets that lack some.
+        download: whether torchvision may download the official files to root if they are missing.
+        image_size: (H, W) an image folder's images are resized (shorter side) and cropped (centre) to; None leaves
+            them as they are, and all must have one size. ``imagenette`` needs it.
+        memory: bytes an image folder's decoded images may take; above it they are streamed from the cache. Default:
+            half of what is available.
+        stream: streams them in any case.
+        cache: where an image folder's decoded images are kept; default: ``.purify_fast`` in that folder.
+        workers: processes that decode, 0 for none but this; default: one per CPU.
 
     Returns:
         A `DataSet` on the CPU.
 
     Raises:
-        FileNotFoundError: no such data set; says where it was looked for.
-        ModuleNotFoundError: ``digits`` without scikit-learn.
-        ValueError: the file holds something else; names the array, and the first offending index and value.
+        FileNotFoundError: no such data set; says where it was looked for, what is wanted and how to get it.
+        OSError: the cache cannot be written.
+        ModuleNotFoundError: ``digits`` without scikit-learn, ``svhn`` without scipy.
+        ValueError: an argument that does not go with the data set; or the file holds something else, and the message
+            names the array, and the first offending index and value, or the files that cannot be decoded.
     """
-    if str(name_or_path) == "digits":
-        return _digits(num_classes)
-    path = _find(Path(name_or_path), None if root is None else Path(root))
+    name = str(name_or_path)
+    for argument, value, least in (("memory", memory, 0), ("workers", workers, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{argument} must be at least {least}, got {value}")
+    if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
+        raise ValueError(f"image_size must be (H, W), both at least 1, got {image_size}")
+    if download and name not in NAMES:
+        raise ValueError(f"download goes with the data sets {', '.join(NAMES)}, not with {name!r}")
+    if name == "digits":
+        found: DataSet | Path = _digits(num_classes)
+    elif name in NAMES:
+        official = find_official(name, Path("." if root is None else root), download, image_size)
+        found = official if isinstance(official, Path) else _checked(official, name, num_classes)
+    else:
+        found = _find(Path(name_or_path), None if root is None else Path(root))
+    if isinstance(found, Path) and found.is_dir():
+        x, y, classes = read_folder(found, image_size, memory, stream, None if cache is None else Path(cache), workers)
+        title = name if name in NAMES else found.resolve().name
+        classes = _classes_override(classes, num_classes)
+        return DataSet(x["train"], y["train"], x["test"], y["test"], title, classes)
+    if isinstance(found, Path):
+        found = _npz(found, num_classes)
+    if stream:
+        raise ValueError(f"{name} is not an image folder: only these are streamed")
+    if image_size is not None and tuple(image_size) != found.image_shape[1:]:
+        raise ValueError(
+            f"{name} has images of (H, W) = {found.image_shape[1:]}, and image_size is {image_size}: only "
+            f"image folders are resized"
+        )
+    return found
+
+
+def _npz(path: Path, num_classes: int | None) -> DataSet:
     with _open(path) as file:
         missing = [name for name in ARRAYS if name not in file]
         if missing:
@@ -100,18 +165,21 @@ def _classes_override(found: int, asked: int | None) -> int:
 
 
 def _find(path: Path, root: Path | None) -> Path:
+    """An .npz file, or a folder."""
     candidates = [path]
     if root is not None and not path.is_absolute():
         candidates.append(root / path)
         if path.suffix != ".npz":
             candidates.append(root / f"{path}.npz")
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+    for exists in (Path.is_file, Path.is_dir):
+        for candidate in candidates:
+            if exists(candidate):
+                return candidate
     looked = ", ".join(str(candidate.absolute()) for candidate in candidates)
     raise FileNotFoundError(
-        f"no data set {str(path)!r}: looked for {looked}. Give 'digits', or an .npz file (numpy.savez) with the arrays "
-        f"x_train, x_test (uint8 images) and y_train, y_test (integer labels); Keras' mnist.npz is one"
+        f"no data set {str(path)!r}: looked for {looked}. Give 'digits', one of {', '.join(NAMES)}, an .npz file "
+        f"(numpy.savez) with the arrays x_train, x_test (uint8 images) and y_train, y_test (integer labels), or an "
+        f"image folder with train/<class>/*.jpg|png and val/ or test/ in the same form"
     )
 
 

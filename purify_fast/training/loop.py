@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._files import atomic, digest
-from ..data import batches, crop_flip, to_float
+from ..data import StreamedImages, batches, crop_flip, read_ahead, to_float
 from .checkpoint import read_tree, write_tree
 
 
@@ -113,12 +113,20 @@ class _Log:
                 file.write(json.dumps(row) + "\n")
 
 
-def fit(task: Task, x: Tensor, y: Tensor, config: FitConfig, folder: str | Path | None = None, title="train") -> dict:
+def fit(
+    task: Task,
+    x: Tensor | StreamedImages,
+    y: Tensor,
+    config: FitConfig,
+    folder: str | Path | None = None,
+    title: str = "train",
+) -> dict:
     """Train ``task`` on ``x`` and ``y``, resuming from ``folder`` if it holds a checkpoint of the same run.
 
     Args:
         task: the method: model, optimiser, step.
-        x: uint8 ``[N, C, H, W]``, on the device to train on; y: int64 ``[N]``.
+        x: uint8 ``[N, C, H, W]``, on the device to train on; y: int64 ``[N]`` there. Images streamed from a file give
+            the same weights to the bit, and either form resumes the other's run.
         config: how long and how.
         folder: for ``checkpoint.safetensors`` and ``log.jsonl``; None keeps nothing.
         title: of the progress bar.
@@ -171,10 +179,10 @@ def fit(task: Task, x: Tensor, y: Tensor, config: FitConfig, folder: str | Path 
             epoch = step // steps
             order = batches(len(x), config.batch_size, config.seed, epoch, device=x.device)
             resumed_at = step % steps
-            for ids in order[resumed_at:]:
+            for ids, raw in read_ahead(x, order[resumed_at:]):
                 seed = step_seed(config.seed, step)
                 torch.manual_seed(seed)
-                images = to_float(x[ids])
+                images = to_float(raw)
                 if config.padding or config.flip:
                     images = crop_flip(images, config.seed, ids, config.padding, config.flip, epoch=epoch)
                 for group in task.optimizer.param_groups:

@@ -143,9 +143,9 @@ def test_missing_arrays_and_other_files(tmp_path):
 
 def test_missing_file_says_where_and_what(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
-        data.load("mnist", tmp_path)
+        data.load("nowhere", tmp_path)
     text = str(error.value)
-    assert str(tmp_path / "mnist.npz") in text and "x_train" in text and "'digits'" in text
+    assert str(tmp_path / "nowhere.npz") in text and "x_train" in text and "'digits'" in text
     assert re.search(r"looked for .*, .*, ", text)
 
 

@@ -1,0 +1,310 @@
+"""Image folders: layouts, resizing, the cache and what a kill leaves of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from purify_fast import data
+from purify_fast._files import digest
+from purify_fast.data import StreamedImages, folders
+
+
+def picture(path, seed, size=(10, 8), mode="RGB"):
+    """A random image of (H, W), PNG or JPEG; returns its pixels as Pillow reads them, [3, H, W]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.random.RandomState(seed).randint(0, 256, (*size, 3)).astype(np.uint8)
+    Image.fromarray(levels).convert(mode).save(path)
+    return np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+
+
+def folder(root, train=5, test=2, sizes=((10, 8),), held_out="val", ending="png"):
+    """Two classes; returns the pixels by split, in the order of the sorted names."""
+    made = {"train": [], "test": []}
+    for part, n in (("train", train), (held_out, test)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(n):
+                seed = 1000 * (part == "train") + 100 * label + i
+                path = root / part / name / f"{i:03d}.{ending}"
+                made["train" if part == "train" else "test"].append(picture(path, seed, sizes[seed % len(sizes)]))
+    return made
+
+
+@pytest.mark.parametrize("held_out, ending", [("val", "png"), ("test", "JPEG"), ("val", "jpg")])
+def test_layout(tmp_path, held_out, ending):
+    made = folder(tmp_path / "pets", held_out=held_out, ending=ending)
+    (tmp_path / "pets" / "train" / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "pets" / "train" / "cat" / "._000.png").write_text("not an image either")
+    for d in (data.load(tmp_path / "pets"), data.load("pets", tmp_path)):
+        assert np.array_equal(d.x_train.numpy(), np.stack(made["train"]))
+        assert np.array_equal(d.x_test.numpy(), np.stack(made["test"]))
+        assert d.y_train.tolist() == [0] * 5 + [1] * 5 and d.y_test.tolist() == [0, 0, 1, 1]
+        assert (d.name, d.num_classes, d.image_shape) == ("pets", 2, (3, 10, 8)) and d.y_train.dtype == torch.int64
+    assert data.load(tmp_path / "pets", num_classes=4).num_classes == 4
+    with pytest.raises(ValueError, match="num_classes is 1, but the labels go up to 1"):
+        data.load(tmp_path / "pets", num_classes=1)
+
+
+def test_imagenette_takes_the_smallest_archive_that_suffices(tmp_path):
+    folder(tmp_path / "imagenette2-160", train=2)
+    folder(tmp_path / "imagenette2-320", train=3)
+    with pytest.raises(ValueError, match="give image_size"):
+        data.load("imagenette", tmp_path)
+    assert len(data.load("imagenette", tmp_path, image_size=(16, 16)).x_train) == 4
+    d = data.load("imagenette", tmp_path, image_size=(16, 161))
+    assert d.x_train.shape == (6, 3, 16, 161) and d.name == "imagenette"
+    with pytest.raises(FileNotFoundError, match=r"imagenette2 \(train, val missing\).*image_size=\(400, 400\)"):
+        data.load("imagenette", tmp_path, image_size=(400, 400))
+
+
+def tiny(root):
+    pixels = [picture(root / "train" / w / "images" / f"{w}_0.JPEG", i) for i, w in enumerate(("n1", "n2", "n3"))]
+    held_out = [picture(root / "val" / "images" / f"val_{i}.JPEG", 10 + i) for i in range(3)]
+    picture(root / "test" / "images" / "test_0.JPEG", 20)
+    (root / "wnids.txt").write_text("n3\nn1\nn2\n")
+    (root / "train" / "n1" / "n1_boxes.txt").write_text("n1_0.JPEG\t0\t0\t5\t5\n")
+    lines = "".join(f"val_{i}.JPEG\tn{w}\t0\t0\t5\t5\n" for i, w in ((2, 3), (0, 2), (1, 1)))
+    (root / "val" / "val_annotations.txt").write_text(lines)
+    return pixels, held_out
+
+
+def test_tiny_imagenet(tmp_path):
+    pixels, held_out = tiny(tmp_path / "tiny-imagenet-200")
+    for d in (data.load("tiny_imagenet", tmp_path), data.load(tmp_path / "tiny-imagenet-200")):
+        assert np.array_equal(d.x_train.numpy(), np.stack(pixels)) and d.y_train.tolist() == [0, 1, 2]
+        assert np.array_equal(d.x_test.numpy(), np.stack([held_out[i] for i in (2, 0, 1)]))
+        assert d.y_test.tolist() == [2, 1, 0] and d.num_classes == 3
+    (tmp_path / "tiny-imagenet-200" / "wnids.txt").write_text("n1\nn2\n")
+    with pytest.raises(ValueError, match=r"wnids\.txt and the folders in train differ in n3"):
+        data.load("tiny_imagenet", tmp_path)
+    (tmp_path / "tiny-imagenet-200" / "wnids.txt").unlink()
+    (tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn9\n")
+    with pytest.raises(ValueError, match=r"val_annotations\.txt, line 1: .*n9"):
+        data.load("tiny_imagenet", tmp_path)
+
+
+@pytest.mark.parametrize("side", [8, 13, 30])
+def test_squares_are_resized_and_cropped_as_by_torchvision(tmp_path, side):
+    folder(tmp_path, sizes=((10, 17), (23, 13), (16, 16), (13, 13)))
+    d = data.load(tmp_path, image_size=(side, side))
+    like = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(side), transforms.PILToTensor()])
+    files = sorted((tmp_path / "train").rglob("*.png"))
+    want = torch.stack([like(Image.open(path)) for path in files])
+    assert torch.equal(d.x_train, want)
+
+
+def test_other_shapes_cover_the_target_and_are_centred(tmp_path):
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            image = np.zeros((40, 20, 3), np.uint8)
+            image[18:22] = 255  # a bar across the middle
+            Image.fromarray(image).save(tmp_path / part / name / "0.png")
+    d = data.load(tmp_path, image_size=(10, 20))
+    assert d.image_shape == (3, 10, 20)
+    assert d.x_train[0, 0, :, 0].tolist() == [0] * 3 + [255] * 4 + [0] * 3
+    assert data.load(tmp_path, image_size=(20, 5)).x_train[0, 0, 9:11].min() > 200
+
+
+def test_images_of_several_sizes_need_image_size(tmp_path):
+    folder(tmp_path, sizes=((10, 8), (9, 8)))
+    with pytest.raises(ValueError, match=r"001\.png has 9 x 8 pixels, others 10 x 8: give image_size"):
+        data.load(tmp_path)
+    assert not list((tmp_path / ".purify_fast").rglob("*.npy"))
+
+
+@pytest.mark.parametrize("mode, ending", [("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("1", "png")])
+def test_every_8_bit_mode_becomes_rgb(tmp_path, mode, ending):
+    folder(tmp_path)
+    want = picture(tmp_path / "train" / "cat" / f"000.{ending}", 3, mode=mode)
+    assert np.array_equal(data.load(tmp_path).x_train[0].numpy(), want)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_that_cannot_be_decoded_are_all_named(tmp_path, workers):
+    folder(tmp_path, train=40)
+    train = tmp_path / "train"
+    (train / "cat" / "003.png").write_bytes((train / "cat" / "003.png").read_bytes()[:60])
+    (train / "dog" / "007.png").write_text("no image")
+    Image.fromarray(np.zeros((10, 8), np.uint16)).save(train / "dog" / "039.png")
+    with pytest.raises(ValueError) as error:
+        data.load(tmp_path, workers=workers)
+    text = str(error.value)
+    assert text.startswith("3 of 80 images cannot be decoded")
+    for name in ("cat/003.png", "dog/007.png", "dog/039.png: its mode is I;16"):
+        assert name in text
+    with pytest.raises(ValueError, match="3 of 80"):  # and nothing is kept that would be read next time
+        data.load(tmp_path, workers=workers)
+    assert not list((tmp_path / ".purify_fast").rglob("*.npy"))
+
+
+def test_processes_decode_in_order(tmp_path):
+    made = folder(tmp_path, train=110)
+    d = data.load(tmp_path, workers=3, cache=tmp_path / "cache")
+    assert np.array_equal(d.x_train.numpy(), np.stack(made["train"]))
+    assert (tmp_path / "cache" / tmp_path.name / "native" / "set.json").is_file()
+    assert not (tmp_path / ".purify_fast").exists()
+
+
+def test_decoded_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
+    folder(tmp_path)
+    first = data.load(tmp_path, image_size=(8, 8))
+
+    def never(*_):
+        raise AssertionError("decoded again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_image", never)
+        assert torch.equal(data.load(tmp_path, image_size=(8, 8)).x_train, first.x_train)
+        with pytest.raises(AssertionError, match="decoded again"):
+            data.load(tmp_path, image_size=(8, 9))
+    changed = picture(tmp_path / "train" / "cat" / "000.png", 999, (8, 8))
+    picture(tmp_path / "train" / "dog" / "900.png", 998, (8, 8))
+    again = data.load(tmp_path, image_size=(8, 8))
+    assert len(again.x_train) == 11 and np.array_equal(again.x_train[0].numpy(), changed)
+    assert torch.equal(again.x_train[1:10], first.x_train[1:])
+    assert len(list((tmp_path / ".purify_fast" / "8x8").glob("x_*.npy"))) == 2  # the old ones are gone
+
+
+def test_a_cut_cache_is_decoded_again(tmp_path):
+    made = folder(tmp_path)
+    data.load(tmp_path)
+    (path,) = (tmp_path / ".purify_fast" / "native").glob("x_train-*.npy")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert np.array_equal(data.load(tmp_path).x_train.numpy(), np.stack(made["train"]))
+    (tmp_path / ".purify_fast" / "native" / "set.json").write_text("{")
+    assert np.array_equal(data.load(tmp_path).x_train.numpy(), np.stack(made["train"]))
+
+
+LOAD = """
+import sys, time
+from purify_fast import data
+from purify_fast.data import folders
+original = folders._image
+def slow(path, size):
+    time.sleep(0.02)
+    return original(path, size)
+folders._image = slow
+print("ready", flush=True)
+data.load(sys.argv[1], workers=int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_kill_leaves_nothing_that_is_read_later(tmp_path, workers):
+    made = folder(tmp_path, train=200)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LOAD, str(tmp_path), str(workers)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+    process.stdout.readline()
+    place = tmp_path / ".purify_fast" / "native"
+    until = time.monotonic() + 60
+    while not list(place.glob(".x_*.npy")) and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)  # its end of the pipe: no process that decoded lives on, and none holds the lock
+    assert process.returncode == -signal.SIGKILL and list(place.glob(".x_*.npy"))  # killed while it wrote
+    assert np.array_equal(data.load(tmp_path).x_train.numpy(), np.stack(made["train"]))
+    left = sorted(path.name.split("-")[0] for path in place.iterdir())
+    assert left == [".lock", "set.json", "x_test", "x_train"]
+
+
+def test_of_two_writers_at_once_one_waits_and_reads(tmp_path, monkeypatch):
+    made = folder(tmp_path)
+    writers, original = [], folders._write
+
+    def write(*arguments):
+        writers.append(arguments)
+        time.sleep(0.3)
+        original(*arguments)
+
+    monkeypatch.setattr(folders, "_write", write)
+    with ThreadPoolExecutor(2) as pool:  # the lock is of the opened file: it holds between threads as between processes
+        both = list(pool.map(data.load, [tmp_path] * 2))
+    assert len(writers) == 1
+    assert all(np.array_equal(d.x_train.numpy(), np.stack(made["train"])) for d in both)
+
+
+def test_memory_decides_what_is_streamed(tmp_path):
+    folder(tmp_path)
+    train, test = 10 * 240, 4 * 240  # bytes
+    held = {}
+    for memory in (test - 1, test, train + test - 1, train + test):
+        d = data.load(tmp_path, memory=memory)
+        held[memory] = [isinstance(x, StreamedImages) for x in (d.x_train, d.x_test)]
+    assert list(held.values()) == [[True, True], [True, False], [True, False], [False, False]]
+    whole, streamed = data.load(tmp_path), data.load(tmp_path, stream=True)
+    assert isinstance(streamed.x_test, StreamedImages) and isinstance(whole.x_train, torch.Tensor)
+    assert digest(streamed.x_train, whole.y_train) == digest(whole.x_train, whole.y_train)
+    assert streamed.image_shape == whole.image_shape and streamed.to("cpu").num_classes == 2
+
+
+def test_the_stored_digest_is_that_of_the_images(tmp_path):
+    folder(tmp_path, train=40)
+    d = data.load(tmp_path, stream=True, workers=2)
+    kept = json.loads((tmp_path / ".purify_fast" / "native" / "set.json").read_text())["digests"]
+    assert digest(d.x_train) == digest(d.x_train[:]) and d.x_train.digest == kept["train"] != kept["test"]
+
+
+def test_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is no image folder: it lacks val/ and test/; it must hold train/"):
+        data.load(tmp_path)
+    folder(tmp_path / "a")
+    (tmp_path / "a" / "val" / "cow").mkdir()
+    with pytest.raises(ValueError, match="holds the classes cow, which train lacks"):
+        data.load(tmp_path / "a")
+    (tmp_path / "a" / "train" / "cow").mkdir()
+    with pytest.raises(ValueError, match=r"cow holds no image \(\.jpg"):
+        data.load(tmp_path / "a")
+    picture(tmp_path / "b" / "train" / "only" / "0.png", 0)
+    picture(tmp_path / "b" / "val" / "only" / "0.png", 0)
+    with pytest.raises(ValueError, match=r"at least 2 classes, got \['only'\]"):
+        data.load(tmp_path / "b")
+    folder(tmp_path / "c", test=0)
+    (tmp_path / "c" / "val").mkdir()
+    with pytest.raises(ValueError, match="val holds no image"):
+        data.load(tmp_path / "c")
+    for path in (tmp_path / "c" / "train").rglob("*.png"):
+        path.write_text("no image")
+    picture(tmp_path / "c" / "val" / "cat" / "0.png", 0)
+    with pytest.raises(ValueError, match="none of the 10 training images can be decoded"):
+        data.load(tmp_path / "c")
+    folder(tmp_path / "d")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="give another folder as cache"):
+        data.load(tmp_path / "d", cache=tmp_path / "file")
+
+
+def test_a_full_disk_is_seen_before_the_work(tmp_path, monkeypatch):
+    folder(tmp_path)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
+    with pytest.raises(OSError, match="has 9 bytes free, the decoded images need 3360"):
+        data.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"image_size": (0, 4)}, "image_size must be"),
+        ({"image_size": (4,)}, "image_size must be"),
+        ({"memory": -1}, "memory must be at least 0"),
+        ({"workers": -1}, "workers must be at least 0"),
+        ({"stream": True}, "not an image folder"),
+        ({"image_size": (8, 8)}, r"\(16, 16\), and image_size is \(8, 8\)"),
+    ],
+)
+def test_arguments_that_do_not_fit(options, message):
+    pytest.importorskip("sklearn")
+    with pytest.raises(ValueError, match=message):
+        data.load("digits", **options)

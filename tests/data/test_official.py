@@ -1,0 +1,278 @@
+"""Small files in the official formats, with checksums to match where torchvision asks for them."""
+
+import gzip
+import hashlib
+import pickle
+import struct
+import sys
+import tarfile
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from purify_fast import data
+
+RNG = np.random.default_rng(0)
+N = {"train": 12, "t10k": 6}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Nothing but file:// can be opened."""
+    real = urllib.request.urlopen
+
+    def urlopen(request, *args, **options):
+        assert request.full_url.startswith("file:"), f"{request.full_url} was asked for"
+        response = real(request, *args, **options)
+        response.length = None  # http's responses have one
+        return response
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+
+
+def idx_file(array):
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(folder, compressed=False, seed=0):
+    """Files as MNIST's; returns the arrays."""
+    folder.mkdir(parents=True)
+    state, arrays = np.random.RandomState(seed), {}
+    for part, n in N.items():
+        arrays[part] = state.randint(0, 256, (n, 5, 4)).astype(np.uint8), (np.arange(n) % 3).astype(np.uint8)
+        for kind, array in zip(("images-idx3", "labels-idx1"), arrays[part], strict=True):
+            content, name = idx_file(array), f"{part}-{kind}-ubyte"
+            if compressed:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+            else:
+                (folder / name).write_bytes(content)
+    return arrays
+
+
+def same(d, arrays, name):
+    for part, (x, y) in {"train": arrays["train"], "test": arrays["t10k"]}.items():
+        assert np.array_equal(getattr(d, f"x_{part}").numpy()[:, 0], x)
+        assert getattr(d, f"y_{part}").tolist() == y.tolist()
+    assert d.x_train.dtype == torch.uint8 and d.y_train.dtype == torch.int64
+    assert (d.name, d.num_classes, d.image_shape) == (name, 3, (1, 5, 4))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    "name, place", [("mnist", "MNIST/raw"), ("mnist", "mnist"), ("fashion_mnist", "FashionMNIST/raw")]
+)
+def test_idx(tmp_path, name, place, compressed):
+    arrays = write_idx(tmp_path / place, compressed)
+    same(data.load(name, tmp_path), arrays, name)
+
+
+def test_an_npz_comes_first_and_mnist_is_not_fashion_mnist(tmp_path):
+    write_idx(tmp_path / "mnist")
+    with pytest.raises(FileNotFoundError, match="no data set 'fashion_mnist'"):
+        data.load("fashion_mnist", tmp_path)
+    x, y = RNG.integers(0, 256, (4, 2, 2), dtype=np.uint8), np.arange(4) % 2
+    np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    assert data.load("mnist", tmp_path).image_shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_damaged_idx_file_is_named(tmp_path, compressed):
+    write_idx(tmp_path / "mnist", compressed)
+    path = tmp_path / "mnist" / ("train-images-idx3-ubyte" + ".gz" * compressed)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{path.name} is no whole idx file"):
+        data.load("mnist", tmp_path)
+    path.write_bytes(gzip.compress(b"neither") if compressed else b"neither")
+    with pytest.raises(ValueError, match=f"{path.name} is no whole idx file"):
+        data.load("mnist", tmp_path)
+
+
+def test_labels_are_checked_as_in_an_npz(tmp_path):
+    write_idx(tmp_path / "mnist")
+    (tmp_path / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx_file(np.array([0, 1, 2, 9, 0, 1], np.uint8)))
+    with pytest.raises(ValueError, match=r"y_test\[3\] is 9"):
+        data.load("mnist", tmp_path)
+    assert data.load("mnist", tmp_path, num_classes=10).num_classes == 10
+    (tmp_path / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx_file(np.array([0, 1], np.uint8)))
+    with pytest.raises(ValueError, match="y_test has 2 labels for the 6 images"):
+        data.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "tiny_imagenet"])
+def test_what_is_missing_is_said_and_nothing_is_downloaded(tmp_path, name):
+    with pytest.raises(FileNotFoundError) as error:
+        data.load(name, tmp_path)
+    text = str(error.value)
+    assert str(tmp_path / f"{name}.npz") in text and str(tmp_path / name) in text
+    wanted = {"cifar10": "data_batch_3", "cifar100": "train", "svhn": "test_32x32.mat", "tiny_imagenet": "val"}
+    assert wanted.get(name, "t10k-labels-idx1-ubyte") in text
+    assert ("unzip" if name == "tiny_imagenet" else "download=True") in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_in_the_message_runs(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError) as error:
+        data.load("mnist", tmp_path)
+    code = str(error.value).split('get it with: python -c "')[1].split('"')[0]
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
+    with pytest.raises(FileNotFoundError, match=f"mnist could not be downloaded to {tmp_path}"):
+        exec(code, {})
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def write_cifar(folder, monkeypatch, name):
+    """Pickled batches in the official layout, their checksums given to torchvision's reader; images NCHW and labels."""
+    reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    key = {"cifar10": "labels", "cifar100": "fine_labels"}[name]
+    place = folder / reader.base_folder
+    place.mkdir(parents=True)
+    made = {}
+    for split in ("train_list", "test_list"):
+        listed, images, labels = [], [], []
+        for file, _ in getattr(reader, split):
+            images.append(RNG.integers(0, 256, (4, 3072), dtype=np.uint8))
+            labels += [0, 1, 2, 1]
+            (place / file).write_bytes(pickle.dumps({"data": images[-1], key: [0, 1, 2, 1], "coarse_labels": [9] * 4}))
+            listed.append([file, md5(place / file)])
+        monkeypatch.setattr(reader, split, listed)
+        made[split] = np.concatenate(images).reshape(-1, 3, 32, 32), labels
+    file = place / reader.meta["filename"]
+    file.write_bytes(pickle.dumps({reader.meta["key"]: ["a", "b", "c"]}))
+    monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": md5(file)})
+    return made
+
+
+@pytest.mark.parametrize("inside", ["", "own"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar(tmp_path, monkeypatch, name, inside):
+    made = write_cifar(tmp_path / (name if inside else ""), monkeypatch, name)
+    d = data.load(name, tmp_path)
+    assert np.array_equal(d.x_train.numpy(), made["train_list"][0]) and d.y_train.tolist() == made["train_list"][1]
+    assert np.array_equal(d.x_test.numpy(), made["test_list"][0]) and d.y_test.tolist() == made["test_list"][1]
+    assert (d.name, d.num_classes) == (name, 3)
+
+
+def test_cifar_with_another_checksum_is_never_unpickled(tmp_path, monkeypatch):
+    write_cifar(tmp_path, monkeypatch, "cifar10")
+
+    class Harm:
+        def __reduce__(self):
+            return (tmp_path / "harm").touch, ()
+
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_4"
+    path.write_bytes(pickle.dumps(Harm()))
+    with pytest.raises(ValueError, match=r"data_batch_4 does not have the checksum of the official file"):
+        data.load("cifar10", tmp_path)
+    assert not (tmp_path / "harm").exists()
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"\(cifar-10-batches-py/data_batch_4 missing\)"):
+        data.load("cifar10", tmp_path)
+
+
+def write_svhn(folder, monkeypatch):
+    io = pytest.importorskip("scipy.io")
+    made, listed = {}, {}
+    for part, n in (("train", 11), ("test", 10)):
+        x = RNG.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
+        y = np.arange(n) % 10 + 1  # 10 stands for the digit 0
+        file = folder / f"{part}_32x32.mat"
+        io.savemat(file, {"X": x.transpose(2, 3, 1, 0), "y": y[:, None].astype(np.uint8)})
+        listed[part] = [file.as_uri(), file.name, md5(file)]
+        made[part] = x, y % 10
+    monkeypatch.setattr(datasets.SVHN, "split_list", listed)
+    return made
+
+
+def test_svhn(tmp_path, monkeypatch):
+    made = write_svhn(tmp_path, monkeypatch)
+    d = data.load("svhn", tmp_path)
+    for part in ("train", "test"):
+        assert np.array_equal(getattr(d, f"x_{part}").numpy(), made[part][0])
+        assert getattr(d, f"y_{part}").tolist() == made[part][1].tolist()
+    assert d.num_classes == 10
+    with (tmp_path / "test_32x32.mat").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match=r"test_32x32\.mat does not have the checksum"):
+        data.load("svhn", tmp_path)
+
+
+def test_svhn_without_scipy(tmp_path, monkeypatch):
+    write_svhn(tmp_path, monkeypatch)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install scipy"):
+        data.load("svhn", tmp_path)
+
+
+def test_download(tmp_path, monkeypatch):
+    arrays = write_idx(tmp_path / "server", compressed=True)
+    resources = [(name, md5(tmp_path / "server" / name)) for name, _ in datasets.MNIST.resources]
+    monkeypatch.setattr(datasets.MNIST, "resources", resources)
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [(tmp_path / "server").as_uri() + "/"])
+    root = tmp_path / "new" / "root"
+    same(data.load("mnist", root, download=True), arrays, "mnist")
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [])
+    same(data.load("mnist", root, download=True), arrays, "mnist")  # it is there
+    same(data.load("mnist", root), arrays, "mnist")
+
+
+def test_download_unpacks_cifars_archive(tmp_path, monkeypatch):
+    made = write_cifar(tmp_path / "server", monkeypatch, "cifar10")
+    archive = tmp_path / "server" / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(tmp_path / "server" / "cifar-10-batches-py", "cifar-10-batches-py")
+    monkeypatch.setattr(datasets.CIFAR10, "url", archive.as_uri())
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(archive))
+    d = data.load("cifar10", tmp_path / "root", download=True)
+    assert np.array_equal(d.x_train.numpy(), made["train_list"][0])
+
+
+def test_download_of_svhn(tmp_path, monkeypatch):
+    (tmp_path / "server").mkdir()
+    made = write_svhn(tmp_path / "server", monkeypatch)
+    d = data.load("svhn", tmp_path / "root", download=True)
+    assert np.array_equal(d.x_test.numpy(), made["test"][0])
+
+
+@pytest.mark.parametrize("side, size", [(8, "160px"), (200, "320px"), (321, "full")])
+def test_download_of_imagenette_takes_the_archive_for_the_size(tmp_path, monkeypatch, side, size):
+    server, (url, _) = tmp_path / "server", datasets.Imagenette._ARCHIVES[size]
+    name = url.split("/")[-1]
+    inside = server / name.removesuffix(".tgz")
+    for part in ("train", "val"):
+        for wnid in ("n01440764", "n02102040"):
+            (inside / part / wnid).mkdir(parents=True)
+            pixels = RNG.integers(0, 256, (9, 9, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(inside / part / wnid / "0.JPEG")
+    with tarfile.open(server / name, "w:gz") as file:
+        file.add(inside, inside.name)
+    archives = {size: ((server / name).as_uri(), md5(server / name))}  # any other size would be a KeyError
+    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", archives)
+    d = data.load("imagenette", tmp_path / "root", download=True, image_size=(side, side))
+    assert d.x_train.shape == (2, 3, side, side) and (d.name, d.num_classes) == ("imagenette", 2)
+
+
+def test_a_failed_download_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
+    with pytest.raises(FileNotFoundError, match=r"mnist could not be downloaded to .*train-images"):
+        data.load("mnist", tmp_path / "root", download=True)
+    with pytest.raises(FileNotFoundError, match=r"torchvision cannot download tiny_imagenet.*unzip"):
+        data.load("tiny_imagenet", tmp_path, download=True)
+
+
+def test_download_of_what_has_no_official_files_is_refused():
+    for name in ("digits", "my.npz"):
+        with pytest.raises(ValueError, match="download goes with the data sets mnist, fashion_mnist"):
+            data.load(name, download=True)
+
+
+def test_the_current_folder_is_the_default_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arrays = write_idx(tmp_path / "MNIST" / "raw")
+    same(data.load("mnist"), arrays, "mnist")

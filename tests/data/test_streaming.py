@@ -1,0 +1,213 @@
+"""Images that stay in a file: reading, reading ahead, memory, and training from them."""
+
+import json
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from purify_fast._files import digest
+from purify_fast.data import StreamedImages, batches, read_ahead
+from purify_fast.data.streaming import AHEAD
+from purify_fast.nn import SmallCNN
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
+from purify_fast.training.checkpoint import read_tree
+
+X = torch.randint(0, 256, (70, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+Y = torch.arange(70) % 2
+
+
+@pytest.fixture
+def streamed(tmp_path):
+    np.save(tmp_path / "x.npy", X.numpy())
+    return StreamedImages(tmp_path / "x.npy", digest_of(X))
+
+
+def digest_of(x):
+    """What the cache keeps: the hash a tensor brings to `digest`."""
+    from purify_fast._files import content_hash
+
+    content = content_hash(x.dtype, x.shape)
+    content.update(x.numpy().tobytes())
+    return content.hexdigest()
+
+
+def test_looks_and_reads_as_the_tensor(streamed):
+    assert len(streamed) == 70 and streamed.shape == X.shape and streamed.dtype == X.dtype
+    assert streamed.device == X.device and streamed.to("cpu").path == streamed.path
+    ids = torch.tensor([69, 0, 5, 5])
+    assert torch.equal(streamed[ids], X[ids])
+    for index in (slice(None), slice(3), slice(60, 99), slice(-4, None), slice(1, 9, 3), slice(0, 0)):
+        assert torch.equal(streamed[index], X[index])
+    assert digest(streamed, Y) == digest(X, Y) != digest(255 - X, Y)
+    assert digest(X, Y) != digest(Y, X) != digest(Y)
+
+
+def test_what_is_read_is_a_copy(streamed):
+    streamed[:2].zero_()
+    streamed[torch.arange(2)].zero_()
+    assert torch.equal(streamed[:], X)
+
+
+@pytest.mark.parametrize("index", [0, [1, 2], torch.ones(70, dtype=torch.bool), torch.tensor(3), np.arange(3)])
+def test_other_indices_are_refused(streamed, index):
+    with pytest.raises(TypeError, match="a slice or an int64 tensor"):
+        streamed[index]
+
+
+def test_an_index_outside_is_refused(streamed):
+    for wrong in (70, -1):
+        with pytest.raises(IndexError):
+            streamed[torch.tensor([wrong])]
+
+
+def test_other_files_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", X.numpy())
+    content = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "cut.npy").write_bytes(content[:-1])
+    (tmp_path / "text.npy").write_text("no array")
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.save(tmp_path / "float.npy", X.float().numpy())
+    np.save(tmp_path / "flat.npy", X.flatten(1).numpy())
+    for name in ("cut", "text", "empty", "float", "flat"):
+        with pytest.raises(ValueError, match=rf"{name}\.npy"):
+            StreamedImages(tmp_path / f"{name}.npy", "")
+    with pytest.raises(FileNotFoundError):
+        StreamedImages(tmp_path / "nowhere.npy", "")
+
+
+@pytest.mark.parametrize("steps", [0, 1, AHEAD, 9])
+def test_every_batch_in_order(streamed, steps):
+    order = batches(70, 7, 0, 0)[:steps]
+    for x in (X, streamed):
+        read = list(read_ahead(x, order))
+        assert len(read) == steps
+        for ids, (got, images) in zip(order, read, strict=True):
+            assert got is ids and torch.equal(images, X[ids])
+
+
+def test_the_next_batches_are_read_in_a_thread_while_the_caller_works(streamed, monkeypatch):
+    read, original = [], StreamedImages.read
+    monkeypatch.setattr(StreamedImages, "read", lambda *a: read.append(threading.current_thread().name) or original(*a))
+    reader = read_ahead(streamed, batches(70, 7, 0, 0))
+    for step in range(10):
+        next(reader)
+        until = time.monotonic() + 30
+        while len(read) < min(step + 1 + AHEAD, 10) and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        assert len(read) == min(step + 1 + AHEAD, 10)  # so many, and no more
+    assert all(name.startswith("read-ahead") for name in read)
+
+
+def test_what_fails_in_the_thread_is_raised_and_the_thread_ends(streamed):
+    order = [torch.tensor([1]), torch.tensor([99]), torch.tensor([2])]
+    reader = read_ahead(streamed, order)
+    assert torch.equal(next(reader)[1], X[1:2])
+    with pytest.raises(IndexError):
+        next(reader)
+    reader = read_ahead(streamed, batches(70, 7, 0, 0))
+    next(reader)
+    reader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def test_few_batches_are_held(streamed, monkeypatch):
+    alive, most, original = weakref.WeakSet(), 0, torch.empty
+
+    def empty(*arguments, **options):
+        made = original(*arguments, **options)
+        alive.add(made)
+        return made
+
+    monkeypatch.setattr(torch, "empty", empty)
+    for _ in read_ahead(streamed, batches(70, 2, 0, 0)):
+        most = max(most, len(alive))
+    assert 2 <= most <= AHEAD + 1
+
+
+def anonymous():
+    """Bytes of memory that are this process's own, not a file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    n, batch = 16384, 128  # 400 MB in a file of holes
+    with (tmp_path / "x.npy").open("wb") as file:
+        shape = (n, 3, 64, 128)
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + n * 3 * 64 * 128)
+    x = StreamedImages(tmp_path / "x.npy", "")
+    before, most = anonymous(), 0
+    for _ in read_ahead(x, batches(n, batch, 0, 0)):
+        most = max(most, anonymous() - before)
+    assert most < 64 * 2**20  # 3 batches are 9 MB
+
+
+def task():
+    torch.manual_seed(0)
+    return ClassifierTask(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig(eps=0.05, steps=1))
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping(after):
+    """A task that raises at a step."""
+    made, steps = task(), iter(range(after))
+    original = made.training_step
+
+    def step(batch):
+        if next(steps, None) is None:
+            raise Stop
+        return original(batch)
+
+    made.training_step = step
+    return made
+
+
+def test_training_from_a_file_is_the_same_to_the_bit_whichever_form_resumes(streamed, tmp_path):
+    config = FitConfig(3, 16, padding=1, flip=True, checkpoint_seconds=0)
+    runs = {"memory": [X], "file": [streamed], "file, memory": [streamed, X], "memory, file": [X, streamed]}
+    for name, forms in runs.items():
+        if len(forms) == 2:
+            with pytest.raises(Stop):
+                fit(stopping(6), forms[0], Y, config, tmp_path / name)
+        fit(task(), forms[-1], Y, config, tmp_path / name)
+    want = read_tree(tmp_path / "memory" / "checkpoint.safetensors")
+    assert want["step"] == 12
+    for name in runs:
+        got = read_tree(tmp_path / name / "checkpoint.safetensors")
+        assert got["last"] == want["last"] and got["facts"] == want["facts"]
+        for key, tensor in want["model"].items():
+            assert torch.equal(got["model"][key], tensor), (name, key)
+    rows = [json.loads(line) for line in (tmp_path / "memory, file" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def test_other_images_in_the_file_are_another_run(streamed, tmp_path):
+    config = FitConfig(1, 16)
+    fit(task(), streamed, Y, config, tmp_path / "run")
+    with pytest.raises(ValueError, match="data: "):
+        fit(task(), StreamedImages(streamed.path, "other"), Y, config, tmp_path / "run")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_every_batch_arrives_whole(streamed):
+    x = streamed.to("cuda")
+    assert x.device.type == "cuda" and x[:3].is_cuda
+    order = [ids.cuda() for _ in range(20) for ids in batches(70, 7, 0, 0)]
+    seen = []
+    for ids, images in read_ahead(x, order):
+        torch.cuda._sleep(100_000)  # the host runs ahead of the device
+        seen.append(torch.equal(images.cpu(), X[ids.cpu()]))
+    assert len(seen) == 200 and all(seen)
