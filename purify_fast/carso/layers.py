@@ -73,8 +73,8 @@ def rank_layers(
     for layer, before, after in zip(layers, clean, moved, strict=True):
         near = (after - before).norm(dim=1).mean()
         far = (before - before.roll(1, 0)).norm(dim=1).mean()
-        narrow = [_projected(f, max_features, seed) for f in (before, after)]
-        predicted = _held_out(*narrow, torch.cat([labels, pixels], 1))
+        clean_part, moved_part = (_projected(f, max_features, seed) for f in (before, after))
+        predicted = _held_out(clean_part, moved_part, torch.cat([labels, pixels], 1))
         votes, images = predicted.split([labels.shape[1], pixels.shape[1]], 1)
         probe = (votes.argmax(1) == y).double().mean()
         error = (images - pixels).square().sum() / (pixels - pixels.mean(0)).square().sum()
