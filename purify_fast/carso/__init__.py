@@ -2,7 +2,8 @@
 
 from ..nn import Head
 from .model import Carso
+from .presets import PRESETS, Preset
 from .saving import load, save
 from .training import CarsoConfig, CarsoTask
 
-__all__ = ["Carso", "CarsoConfig", "CarsoTask", "Head", "load", "save"]
+__all__ = ["PRESETS", "Carso", "CarsoConfig", "CarsoTask", "Head", "Preset", "load", "save"]

@@ -204,6 +204,64 @@ class Carso(Randomised):
             x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, missing))  # type: ignore[arg-type]  # a SymInt
         return self.classify(self.reconstruct(x, z))[:batch]
 
+    # -- the published systems ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_preset(cls, name: str, classifier: nn.Module, **changes: Any) -> Carso:
+        """A published system with a fresh purifier.
+
+        Args:
+            name: of `purify_fast.carso.PRESETS`: cifar10, cifar100, tiny_imagenet or mnist_v1.
+            classifier: as the preset's ``build_classifier`` makes it, with weights of yours.
+            changes: arguments of this class that take the place of the preset's.
+
+        Raises:
+            ValueError: an unknown name, or a classifier with other layers or another number of classes.
+        """
+        from .presets import preset
+
+        made = preset(name)
+        defence = cls(classifier, **{**made.arguments(), **changes})
+        if defence.num_classes != made.num_classes:
+            raise ValueError(
+                f"classifier: it has {defence.num_classes} classes, {name} ({made.data}) has {made.num_classes}"
+            )
+        return defence
+
+    @classmethod
+    def from_official(
+        cls,
+        classifier: nn.Module,
+        directory: str | Path,
+        stem: str | None = None,
+        *,
+        layers: Sequence[str] | None = None,
+        samples: int = 8,
+    ) -> Carso:
+        """A system from the three safetensors files of the official code, in evaluation mode.
+
+        Args:
+            classifier: the one the files were trained for; a `purify_fast.nn.WideResNet` brings its layers.
+            directory: where ``{stem}_repr_compressors``, ``{stem}_repr_fcn_compressor`` and ``{stem}_decoder`` are.
+            stem: their common name; None if there is one system in the directory.
+            layers: the representation's modules. samples: K.
+
+        Every size is the files'. They hold no posterior encoder: it is fresh, which matters to training only.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: it names the tensors that are missing, unknown or of
+                another shape, and their file.
+        """
+        from .official import load_official
+
+        return load_official(classifier, directory, stem, layers=layers, samples=samples)
+
+    def save_official(self, directory: str | Path, stem: str) -> None:
+        """Write the three files that `from_official` reads; ValueError if they cannot hold this defence."""
+        from .official import save_official
+
+        save_official(self, directory, stem)
+
     # -- training and files -------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, config: CarsoConfig | None = None) -> Tensor:

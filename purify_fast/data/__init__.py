@@ -3,5 +3,6 @@
 from .augment import crop_flip
 from .batches import batches
 from .datasets import DataSet, load, to_float
+from .statistics import statistics
 
-__all__ = ["DataSet", "batches", "crop_flip", "load", "to_float"]
+__all__ = ["DataSet", "batches", "crop_flip", "load", "statistics", "to_float"]

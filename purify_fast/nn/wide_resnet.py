@@ -7,6 +7,7 @@ inside. Parameter names are those of RobustBench's ``DMWideResNet``, whose state
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,6 +48,20 @@ class _Group(nn.Module):
         return self.block(x)
 
 
+def representation_layers(depth: int = 28) -> list[str]:
+    """The layers CARSO reads, in execution order: every block's two convolutions, and the strided shortcuts.
+
+    26 for depth 28. They are read before BatchNorm, activation and the residual sum; the first group's shortcut, the
+    first convolution and the logits are not among them.
+    """
+    return [
+        f"layer.{g}.block.{b}.{part}"
+        for g in range(3)
+        for b in range((depth - 4) // 6)
+        for part in ("conv_0", "conv_1", *(["shortcut"] if g and not b else []))
+    ]
+
+
 class WideResNet(nn.Module):
     """WRN-depth-width with SiLU: WRN-28-10 is CARSO's classifier on CIFAR-10, CIFAR-100 and TinyImageNet.
 
@@ -79,7 +94,7 @@ class WideResNet(nn.Module):
                 f"need in_channels, width >= 1 and num_classes >= 2, got {in_channels, width, num_classes}"
             )
         self.normalise = Normalise(mean, std, in_channels)
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             "depth": depth,
             "width": width,
             "num_classes": num_classes,
@@ -99,14 +114,5 @@ class WideResNet(nn.Module):
         return self.logits(out.mean((2, 3)))
 
     def representation_layers(self) -> list[str]:
-        """The layers CARSO reads, in execution order: every block's two convolutions, and the strided shortcuts.
-
-        26 for depth 28. They are read before BatchNorm, activation and the residual sum; the first group's shortcut,
-        the first convolution and the logits are not among them.
-        """
-        names = []
-        for g, group in enumerate(self.layer):
-            for b, block in enumerate(group.block):  # type: ignore[arg-type]
-                strided = ["shortcut"] if block.strided else []
-                names += [f"layer.{g}.block.{b}.{part}" for part in ("conv_0", "conv_1", *strided)]
-        return names
+        """`representation_layers` of this depth."""
+        return representation_layers(self.arguments["depth"])
