@@ -43,7 +43,9 @@ class BatchNorm2d(_LiteralBatchNorm, nn.BatchNorm2d):
 
 def per_channel(name: str, statistic: float | Sequence[float] | Tensor, channels: int) -> list[float]:
     """``statistic`` as a list of 1 or ``channels`` numbers; ValueError naming it for any other count."""
-    values = [float(value) for value in torch.as_tensor(statistic).flatten()]
+    if isinstance(statistic, Tensor):
+        statistic = statistic.flatten().tolist()
+    values = [float(value) for value in (statistic if isinstance(statistic, Sequence) else [statistic])]
     if len(values) not in (1, channels):
         raise ValueError(f"{name} needs 1 or {channels} numbers, got {len(values)}")
     return values
