@@ -95,9 +95,8 @@ def test_the_representation_is_26_layers_in_execution_order():
             module.register_forward_hook(lambda m, a, out, name=name: ran.append(name))
     model(torch.rand(1, 3, 32, 32))
     assert ran == layers and len(layers) == 26
-    assert layers[8:12] == ["layer.1.block.0.conv_0", "layer.1.block.0.conv_1", "layer.1.block.0.shortcut"] + [
-        "layer.1.block.1.conv_0"
-    ]
+    assert layers[8:11] == [f"layer.1.block.0.{part}" for part in ("conv_0", "conv_1", "shortcut")]
+    assert layers[11] == "layer.1.block.1.conv_0"
     assert "layer.0.block.0.shortcut" not in layers
 
 
