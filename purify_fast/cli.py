@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 
 from . import demo, info
 from .carso import Carso, CarsoConfig, CarsoTask, load
-from .data import DataSet
+from .carso.presets import preset
+from .data import DataSet, statistics
 from .data import load as load_data
 from .evaluation import Attack, default_attacks, evaluate
-from .nn import SmallCNN
+from .nn import CLASSIFIERS, build_classifier
 from .training import (
     ClassifierConfig,
     ClassifierTask,
@@ -77,19 +79,25 @@ class _Data:
 
 @dataclass(frozen=True)
 class TrainClassifier(_Data):
-    """Train a small CNN: standard (eps 0) or on PGD examples. Resumes if OUT holds an unfinished run."""
+    """Train a classifier: standard (eps 0) or on PGD examples. Resumes if OUT holds an unfinished run."""
 
     out: Path = Path("runs/classifier")
-    width: int = 16
-    """Channels of the first stage."""
+    model: str = "small_cnn"
+    """small_cnn, preact_resnet18, wide_resnet or fully_connected."""
+    width: int | None = None
+    """Channels of the first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10)."""
+    depth: int | None = None
+    """Of wide_resnet (28)."""
     attack: ClassifierConfig = field(default_factory=ClassifierConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=30))
 
     def run(self) -> None:
         images = self.load()
-        channels, height, width = images.image_shape
         torch.manual_seed(self.loop.seed)
-        model = SmallCNN(channels, images.num_classes, (height, width), self.width).to(self.device)
+        mean, std = statistics(images.x_train)
+        sizes = {"width": self.width, "depth": self.depth}
+        model = build_classifier(self.model, images.image_shape, images.num_classes, **sizes, mean=mean, std=std)
+        model = model.to(self.device)
         task = ClassifierTask(model, self.attack)
         print(fit(task, images.x_train, images.y_train, self.loop, self.out, "classifier"))
         save_classifier(model, self.out)
@@ -105,6 +113,10 @@ class TrainCarso(_Data):
     classifier: Path = Path("runs/classifier")
     """A folder that `train classifier` wrote."""
     out: Path = Path("runs/carso")
+    preset: str | None = None
+    """A published system: cifar10, cifar100, tiny_imagenet or mnist_v1; its numbers become this command's defaults."""
+    official_code: bool = False
+    """With --preset: as its code runs it, which attacks with a larger eps, and never on TinyImageNet."""
     init: Path | None = None
     """Start from a saved purifier, as when fine-tuning through the pipeline."""
     layers: tuple[str, ...] = demo.LAYERS
@@ -116,7 +128,20 @@ class TrainCarso(_Data):
     method: CarsoConfig = field(default_factory=CarsoConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=64))
 
+    @staticmethod
+    def of_preset(name: str, official_code: bool) -> TrainCarso:
+        """This command with the numbers of a preset."""
+        made = preset(name)
+        sizes = {key: getattr(made, key) for key in ("layers", "cond_dim", "latent_dim", "samples")}
+        return TrainCarso(
+            preset=name, official_code=official_code, method=made.method(official_code), loop=made.loop(), **sizes
+        )
+
     def run(self) -> None:
+        if self.preset is not None and (self.init is not None or self.decoder_width != TrainCarso.decoder_width):
+            raise ValueError("--preset brings its own purifier: leave out --init and --decoder-width")
+        if self.official_code and self.preset is None:
+            raise ValueError("--official-code is of a --preset: name one")
         images = self.load()
         classifier = load_classifier(self.classifier).to(self.device)
         torch.manual_seed(self.loop.seed)
@@ -128,9 +153,16 @@ class TrainCarso(_Data):
                 raise ValueError(f"--init {self.init} brings its own sizes; leave out {', '.join(given)}")
             defence = load(self.init, classifier)
             origin = fingerprint(defence)
+        elif self.preset is not None:
+            changes = {key: getattr(self, key) for key in ("layers", "cond_dim", "latent_dim", "samples")}
+            defence = Carso.from_preset(self.preset, classifier, **changes)
         else:
             sizes = (self.cond_dim, self.latent_dim, self.samples)
             defence = Carso(classifier, self.layers, images.image_shape, *sizes, decoder_width=self.decoder_width)
+        if images.image_shape != defence.image_shape:
+            raise ValueError(
+                f"--data {self.data}: its images are {images.image_shape}, the purifier's {defence.image_shape}"
+            )
         print(
             fit(CarsoTask(defence, self.method, origin), images.x_train, images.y_train, self.loop, self.out, "carso")
         )
@@ -163,7 +195,8 @@ class Evaluate(_Data):
     def run(self) -> None:
         images = self.load()
         kind = read_model(self.folder)[0].get("kind")
-        base = None if kind == "SmallCNN" else load_classifier(self.folder / "classifier").to(self.device)
+        own = kind in {classifier.__name__ for classifier in CLASSIFIERS.values()}
+        base = None if own else load_classifier(self.folder / "classifier").to(self.device)
         model = load_classifier(self.folder).to(self.device) if base is None else load(self.folder, base)
         attacks = [a for a in default_attacks(base) if a.kind != "autoattack" or self.autoattack > 0]
         attacks = [Attack(**{**vars(a), "limit": self.autoattack}) if a.kind == "autoattack" else a for a in attacks]
@@ -218,12 +251,25 @@ Command = (
 )
 
 
+def _defaults(arguments: list[str]) -> Train | None:
+    """The command whose defaults are those of ``--preset NAME``, if that is given."""
+    if arguments[:2] != ["train", "carso"]:
+        return None
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    name = next((after for word, after in pairwise(words) if word == "--preset"), None)
+    return None if name is None else Train(TrainCarso.of_preset(name, "--official-code" in words))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, or 2 with one line on stderr for input that cannot be used."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
-    command = tyro.cli(Command, prog="purify-fast", args=arguments, config=options)  # type: ignore[arg-type]
     keep_memory()
     try:
+        given: dict[str, Any] = {"prog": "purify-fast", "args": arguments, "config": options}
+        if (defaults := _defaults(arguments)) is not None:
+            given["default"] = defaults
+        command = tyro.cli(Command, **given)
         command.run()
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         print(f"purify-fast: {error}", file=sys.stderr)

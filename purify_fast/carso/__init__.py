@@ -3,7 +3,19 @@
 from ..nn import Head
 from .layers import LayerScore, rank_layers
 from .model import Carso
+from .presets import PRESETS, Preset
 from .saving import load, save
 from .training import CarsoConfig, CarsoTask
 
-__all__ = ["Carso", "CarsoConfig", "CarsoTask", "Head", "LayerScore", "load", "rank_layers", "save"]
+__all__ = [
+    "PRESETS",
+    "Carso",
+    "CarsoConfig",
+    "CarsoTask",
+    "Head",
+    "LayerScore",
+    "Preset",
+    "load",
+    "rank_layers",
+    "save",
+]

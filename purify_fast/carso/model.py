@@ -11,21 +11,28 @@ attacks by NaN; the logsumexp taken here makes the same decisions with finite lo
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..nn.layers import per_channel
 from ..nn.randomised import Randomised
 from ..nn.representation import Representation, first_tensor
-from ..nn.vae import ConditionEncoder, Decoder, PosteriorEncoder, decoder_plan
+from ..nn.vae import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder, decoder_plan
+from ..nn.vae_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
 from ..ops.decode_samples import decode_samples, latents
 
 if TYPE_CHECKING:
     from ..training.loop import Batch
     from .training import CarsoConfig
+
+FORMS = ("v4", "v1")
+DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping]]
 
 
 class Carso(Randomised):
@@ -34,13 +41,20 @@ class Carso(Randomised):
     Args:
         classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. It is copied, frozen and
             kept in evaluation mode; the caller's own is left untouched.
-        layers: module paths whose outputs form the representation, maps ``[B, C, H, W]`` or vectors ``[B, F]``.
+        layers: module paths whose outputs form the representation, maps ``[B, C, H, W]``, tokens
+            ``[B, T, D]`` or vectors ``[B, F]``.
         image_shape: (C, H, W).
         cond_dim, latent_dim: sizes of the condition and of the latent.
         samples: K, reconstructions per prediction.
         decoder_width: channels of the decoder's last hidden layer; they double inwards.
-        encoder_depth: convolution blocks per pre-encoder.
+        encoder_depth: blocks per pre-encoder.
         mean, std: normalisation of the posterior encoder's input, numbers or one per channel.
+        decoder: (start, layers) of the decoder, layers as `Deconvolution` or their fields; None has `decoder_plan` make
+            them from image_shape and decoder_width. `published_decoder` has the paper's.
+        form: ``v4``, the paper's versions 4 to 6, or ``v1``, its first, made for 28 x 28 images; decoder_width and
+            encoder_depth have no effect on v1.
+
+    `Carso.from_preset` builds the published systems, `Carso.from_official` reads the published files.
 
     Raises:
         ValueError: sizes below 1, unknown layers, or a classifier that does not fit image_shape.
@@ -66,8 +80,12 @@ class Carso(Randomised):
         encoder_depth: int = 3,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
+        decoder: DecoderPlan | None = None,
+        form: str = "v4",
     ):
         super().__init__()
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
         if isinstance(classifier, nn.DataParallel):
             raise ValueError("classifier: unwrap it (classifier.module); for several GPUs run one process per GPU")
         image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
@@ -77,27 +95,41 @@ class Carso(Randomised):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if len(image_shape) != 3:
             raise ValueError(f"image_shape must be (C, H, W), got {image_shape}")
-        statistics = {}
-        for name, statistic in (("mean", mean), ("std", std)):
-            values = [float(value) for value in torch.as_tensor(statistic).flatten()]
-            if len(values) not in (1, image_shape[0]):
-                raise ValueError(f"{name} needs 1 or {image_shape[0]} numbers, got {len(values)}")
-            statistics[name] = values
-        self.arguments = {
+        channels = image_shape[0]
+        statistics = {"mean": per_channel("mean", mean, channels), "std": per_channel("std", std, channels)}
+        if decoder is not None:
+            start, h, w = decoder[0]
+            plan = (
+                (start, h, w),
+                [layer if isinstance(layer, Deconvolution) else Deconvolution(**layer) for layer in decoder[1]],
+            )
+        elif form == "v1":
+            plan = decoder_plan_v1(channels, latent_dim + cond_dim)
+        else:
+            plan = decoder_plan(image_shape, decoder_width)
+        self.arguments: dict[str, Any] = {
             "layers": list(layers),
             "image_shape": list(image_shape),
             **sizes,
             "encoder_depth": encoder_depth,
             **statistics,
+            "decoder": None if decoder is None else json.loads(json.dumps([plan[0], [asdict(x) for x in plan[1]]])),
+            "form": form,
         }
         self.own_classifier = False
         self.image_shape, self.latent_dim, self.samples = image_shape, latent_dim, samples
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.representation = Representation(self.classifier, tuple(layers), image_shape)
         self.num_classes = self.representation.num_classes
-        self.condition_encoder = ConditionEncoder(self.representation.shapes, cond_dim, encoder_depth)
-        self.posterior_encoder = PosteriorEncoder(image_shape, cond_dim, latent_dim)
-        self.decoder = Decoder(latent_dim, cond_dim, image_shape, *decoder_plan(image_shape, decoder_width))
+        shapes = self.representation.shapes
+        if form == "v1":
+            self.condition_encoder: nn.Module = ConditionEncoderV1(shapes, cond_dim)
+            self.posterior_encoder: nn.Module = PosteriorEncoderV1(image_shape, cond_dim, latent_dim)
+            self.decoder: nn.Module = DecoderV1(latent_dim, cond_dim, image_shape, *plan)
+        else:
+            self.condition_encoder = ConditionEncoder(shapes, cond_dim, encoder_depth)
+            self.posterior_encoder = PosteriorEncoder(image_shape, cond_dim, latent_dim)
+            self.decoder = Decoder(latent_dim, cond_dim, image_shape, *plan)
         for name, values in statistics.items():
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
         device = first_tensor(self.classifier).device
@@ -108,7 +140,7 @@ class Carso(Randomised):
         super()._apply(fn, recurse)
         # each part computes in its own precision, whatever the images and the other part have
         self._classifier_dtype = first_tensor(self.classifier).dtype
-        self._purifier_dtype = self.decoder.adapter.weight.dtype
+        self._purifier_dtype = first_tensor(self.decoder).dtype
         return self
 
     # -- the parts ----------------------------------------------------------------------------------------------------
@@ -172,6 +204,64 @@ class Carso(Randomised):
             missing = torch.sym_max(16 - batch, 0)
             x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, missing))  # type: ignore[arg-type]  # a SymInt
         return self.classify(self.reconstruct(x, z))[:batch]
+
+    # -- the published systems ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_preset(cls, name: str, classifier: nn.Module, **changes: Any) -> Carso:
+        """A published system with a fresh purifier.
+
+        Args:
+            name: of `purify_fast.carso.PRESETS`: cifar10, cifar100, tiny_imagenet or mnist_v1.
+            classifier: as the preset's ``build_classifier`` makes it, with weights of yours.
+            changes: arguments of this class that take the place of the preset's.
+
+        Raises:
+            ValueError: an unknown name, or a classifier with other layers or another number of classes.
+        """
+        from .presets import preset
+
+        made = preset(name)
+        defence = cls(classifier, **{**made.arguments(), **changes})
+        if defence.num_classes != made.num_classes:
+            raise ValueError(
+                f"classifier: it has {defence.num_classes} classes, {name} ({made.data}) has {made.num_classes}"
+            )
+        return defence
+
+    @classmethod
+    def from_official(
+        cls,
+        classifier: nn.Module,
+        directory: str | Path,
+        stem: str | None = None,
+        *,
+        layers: Sequence[str] | None = None,
+        samples: int = 8,
+    ) -> Carso:
+        """A system from the three safetensors files of the official code, in evaluation mode.
+
+        Args:
+            classifier: the one the files were trained for; a `purify_fast.nn.WideResNet` brings its layers.
+            directory: where ``{stem}_repr_compressors``, ``{stem}_repr_fcn_compressor`` and ``{stem}_decoder`` are.
+            stem: their common name; None if there is one system in the directory.
+            layers: the representation's modules. samples: K.
+
+        Every size is the files'. They hold no posterior encoder: it is fresh, which matters to training only.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: it names the tensors that are missing, unknown or of
+                another shape, and their file.
+        """
+        from .official import load_official
+
+        return load_official(classifier, directory, stem, layers=layers, samples=samples)
+
+    def save_official(self, directory: str | Path, stem: str) -> None:
+        """Write the three files that `from_official` reads; ValueError if they cannot hold this defence."""
+        from .official import save_official
+
+        save_official(self, directory, stem)
 
     # -- training and files -------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ the classifier frozen, or trained together with the purifier.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -25,11 +26,19 @@ from ..attacks import fgsm, pgd
 from ..ops.reconstruction_loss import reconstruction_loss
 from ..ops.sample_latent import sample_latent
 from ..training.checkpoint import fingerprint
+from ..training.lookahead import Lookahead
 from ..training.loop import Batch
-from ..training.schedules import one_cycle
+from ..training.schedules import carso_published, carso_v1_published, one_cycle
 from .model import Carso
 
 TARGETS = ("classifier", "pipeline")
+CHOICES = {
+    "attack_target": TARGETS,
+    "eps_mode": ("paper", "official_code"),
+    "reduction": ("mean", "sum"),
+    "optimizer": ("adamw", "radam_lookahead"),
+    "schedule": ("one_cycle", "published", "published_v1"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,35 +49,55 @@ class CarsoConfig:
         attack_target: ``classifier`` (the paper) or ``pipeline`` (ours).
         eps: radius of the strong attacks in image units (paper: 8/255 for colour images, 0.3 for MNIST); the weak ones
             have half (paper). norm: ``linf`` (paper) or ``l2``.
+        eps_mode: ``paper`` takes eps as it is; ``official_code`` divides it by the mean of the defence's std, as the
+            official code does, made for normalised images, to images that are not.
         steps, alpha: of PGD (paper: 40 and 0.01, made for eps 8/255). alpha None: 2.5 eps / steps (ours).
         adversarial_fraction: of each batch, shared by four attacks, ``classifier`` target only (paper: 0.5, CIFAR-10).
+        allow_no_adversarial: train even if that leaves no image for the attacks, as the official TinyImageNet run did.
         lag: share of the epochs without the KL term; it then rises over a third as many (paper: 0.125).
         beta: weight of the KL term at the end (paper: 1).
         free_bits: nats of the batch's mean KL that cost nothing, against posterior collapse (paper: 0; Kingma et al.,
             NeurIPS 2016, with the whole latent as one group).
         train_samples: K while training through the pipeline. reconstruction: the weight w there (ours: 0.02).
         joint: train the classifier's copy too, ``pipeline`` target only (ours; the paper's classifier is frozen).
-        learning_rate, weight_decay: of AdamW under one cycle (ours; the paper's optimiser needs its batch of 5,120).
+        reduction: of the loss over the batch, ``mean`` (ours) or ``sum`` (paper).
+        optimizer: ``adamw`` (ours) or ``radam_lookahead``, RAdam within Lookahead (paper); the slow weights are what
+            remains. lookahead_steps, lookahead_alpha: its k and alpha (paper: 6 and 0.8).
+        schedule: ``one_cycle`` (ours), ``published`` or ``published_v1`` of `purify_fast.training.schedules`.
+        learning_rate: its peak (paper: 1e-4 times the batch of one process, with the sum). weight_decay: decoupled.
+
+    reduction and eps_mode are the published training's: through the pipeline they stay as they are.
     """
 
     attack_target: str = "classifier"
     eps: float = 8 / 255
+    eps_mode: str = "paper"
     norm: str = "linf"
     steps: int = 40
     alpha: float | None = None
     adversarial_fraction: float = 0.5
+    allow_no_adversarial: bool = False
     lag: float = 0.125
     beta: float = 1.0
     free_bits: float = 0.0
     train_samples: int = 1
     reconstruction: float = 0.02
     joint: bool = False
+    reduction: str = "mean"
+    optimizer: str = "adamw"
+    lookahead_steps: int = 6
+    lookahead_alpha: float = 0.8
+    schedule: str = "one_cycle"
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.attack_target not in TARGETS:
-            raise ValueError(f"attack_target must be one of {', '.join(TARGETS)}, got {self.attack_target!r}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("reduction", "eps_mode"):
+            if self.attack_target == "pipeline" and getattr(self, name) != CHOICES[name][0]:
+                raise ValueError(f"{name} {getattr(self, name)!r} is of attack_target 'classifier', not of 'pipeline'")
         if not self.eps > 0:
             raise ValueError(f"eps must be above 0, got {self.eps}: the purifier is never trained without attacks")
         if self.joint and self.attack_target != "pipeline":
@@ -77,12 +106,17 @@ class CarsoConfig:
             )
         if self.free_bits < 0:
             raise ValueError(f"free_bits must be at least 0, got {self.free_bits}")
-        for name in ("steps", "train_samples"):
+        for name in ("steps", "train_samples", "lookahead_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name, value in (("adversarial_fraction", self.adversarial_fraction), ("lag", self.lag)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+    def for_statistics(self, std: Sequence[float]) -> CarsoConfig:
+        """This config with eps in pixel units, given the ``std`` that normalises the images."""
+        scale = len(std) / sum(std) if self.eps_mode == "official_code" else 1.0
+        return replace(self, eps=self.eps * scale, eps_mode="paper")
 
     def step(self, eps: float | Tensor) -> float | Tensor:
         """PGD's step for a radius, a number or ``[B]``."""
@@ -95,14 +129,15 @@ def kl_weight(epoch: int, epochs: int, lag: float = 0.125) -> float:
     return 1.0 if epoch >= start + rise else max(0.0, (epoch - start) / rise)
 
 
-def atom_size(batch_size: int, adversarial_fraction: float) -> int:
+def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = False) -> int:
     """Images per attack in a balanced batch: int(batch_size * fraction // 4).
 
     Raises:
-        ValueError: the result is 0; the official TinyImageNet run trained without any adversarial example that way.
+        ValueError: the result is 0 and ``allow_none`` is not set; the official TinyImageNet run trained without any
+            adversarial example that way.
     """
     atom = int(batch_size * adversarial_fraction // 4)
-    if atom == 0:
+    if atom == 0 and not allow_none:
         least = ceil(4 / adversarial_fraction) if adversarial_fraction > 0 else None
         raise ValueError(
             f"adversarial_fraction {adversarial_fraction} of a batch of {batch_size} leaves no adversarial example for "
@@ -116,7 +151,7 @@ def balanced_batch(classifier, x: Tensor, y: Tensor, config: CarsoConfig, *, see
 
     Weak and strong share one attack call with a radius per image. Shape and dtype of x.
     """
-    atom = atom_size(len(x), config.adversarial_fraction)
+    atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)
     clean = len(x) - 4 * atom
     eps = torch.full((2 * atom,), config.eps, device=x.device)
     eps[:atom] /= 2
@@ -137,7 +172,8 @@ def balanced_batch(classifier, x: Tensor, y: Tensor, config: CarsoConfig, *, see
 
 
 def published_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """The paper's loss per image, averaged over the batch, and its two terms; attacks see the classifier alone."""
+    """The paper's loss over the batch, and its two terms per image; attacks see the classifier alone."""
+    config = config.for_statistics(defence.arguments["std"])
     perturbed = balanced_batch(
         defence.classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids
     )
@@ -150,8 +186,8 @@ def published_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[T
     reconstruction = reconstruction_loss(defence.decoder(z[:, None], condition), batch.x).mean()
     kl = kl.mean()
     beta = config.beta * kl_weight(batch.epoch, batch.epochs, config.lag)
-    charged = kl.clamp(min=config.free_bits)
-    return reconstruction + beta * charged, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+    loss = (reconstruction + beta * kl.clamp(min=config.free_bits)) * (len(batch.x) if config.reduction == "sum" else 1)
+    return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
 
 def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -215,17 +251,24 @@ class CarsoTask:
         if config.joint:
             defence.release_classifier()
         trainable = [p for p in defence.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            trainable, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
-        )
+        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(trainable, **options)
+        else:
+            inner = torch.optim.RAdam(trainable, decoupled_weight_decay=True, **options)
+            self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics) of one batch."""
         return training_loss(self.model, batch, self.config)
 
-    def learning_rate(self, progress: float) -> float:
-        """One cycle."""
-        return one_cycle(progress, self.config.learning_rate)
+    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
+        """By the config's schedule."""
+        peak = self.config.learning_rate
+        if self.config.schedule == "one_cycle":
+            return one_cycle(progress, peak)
+        return (carso_published if self.config.schedule == "published" else carso_v1_published)(epoch, epochs, peak)
 
     def describe(self) -> dict[str, Any]:
         """The config, the defence's arguments, its classifier, and where it started."""

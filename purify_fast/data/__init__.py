@@ -3,6 +3,7 @@
 from .augment import crop_flip
 from .batches import batches
 from .datasets import DataSet, load, to_float
+from .statistics import statistics
 from .streaming import StreamedImages, read_ahead
 
-__all__ = ["DataSet", "StreamedImages", "batches", "crop_flip", "load", "read_ahead", "to_float"]
+__all__ = ["DataSet", "StreamedImages", "batches", "crop_flip", "load", "read_ahead", "statistics", "to_float"]

@@ -1,8 +1,20 @@
-"""Small reference classifiers; any ``nn.Module`` from images in [0, 1] to logits takes their place."""
+"""Classifiers that are built, saved and loaded by name; any module from images in [0, 1] to logits takes their place.
+
+Each keeps its constructor's arguments, JSON values, in ``arguments``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
+
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layers import BatchNorm1d, Normalise
+from .preact_resnet import PreActResNet18
+from .wide_resnet import WideResNet
 
 
 class SmallCNN(nn.Module):
@@ -46,3 +58,105 @@ class SmallCNN(nn.Module):
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             x = self.act(conv(x))
         return self.head(self.act(self.hidden(x.flatten(1))))
+
+
+class _Dropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.15, self.training)
+
+
+class FullyConnected(nn.Module):
+    """The MNIST classifier of CARSO's first version: Mish, BatchNorm and dropout of 0.15 after each hidden layer.
+
+    Args:
+        in_channels, num_classes, image_size: of the data.
+        hidden: sizes of the hidden layers (published: 200 and 80).
+        mean, std: normalisation of the images, numbers or one per channel (default: MNIST's).
+
+    ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1] -> log-probabilities ``[B, num_classes]``: a Mish and a
+    log-softmax follow the last linear layer, as published. The outputs of ``body.1``, ``body.5``, ``body.9`` (every
+    Mish) are the published representation, 290 numbers.
+
+    Raises:
+        ValueError: no hidden layer, fewer than 2 classes, counts below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        image_size: Sequence[int] = (28, 28),
+        hidden: Sequence[int] = (200, 80),
+        mean: float | Sequence[float] = 0.1307,
+        std: float | Sequence[float] = 0.3081,
+    ):
+        super().__init__()
+        if not hidden or min(in_channels, *image_size, *hidden) < 1 or num_classes < 2:
+            raise ValueError(
+                "need in_channels, image_size, hidden >= 1 and num_classes >= 2, got "
+                f"{in_channels, tuple(image_size), tuple(hidden), num_classes}"
+            )
+        self.normalise = Normalise(mean, std, in_channels)
+        self.arguments = {
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "image_size": list(image_size),
+            "hidden": list(hidden),
+            **self.normalise.arguments,
+        }
+        sizes = [in_channels * prod(image_size), *hidden]
+        body: list[nn.Module] = []
+        for before, after in pairwise(sizes):
+            body += [nn.Linear(before, after), nn.Mish(), BatchNorm1d(after), _Dropout()]
+        self.body = nn.Sequential(*body, nn.Linear(sizes[-1], num_classes), nn.Mish())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.log_softmax(self.body(self.normalise(x).flatten(1)), 1)
+
+
+CLASSIFIERS: dict[str, type[nn.Module]] = {
+    "small_cnn": SmallCNN,
+    "preact_resnet18": PreActResNet18,
+    "wide_resnet": WideResNet,
+    "fully_connected": FullyConnected,
+}
+
+
+def build_classifier(
+    name: str,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    width: int | None = None,
+    depth: int | None = None,
+    mean: float | Sequence[float] = 0.5,
+    std: float | Sequence[float] = 0.5,
+) -> nn.Module:
+    """A classifier with fresh weights, by its name in `CLASSIFIERS`.
+
+    Args:
+        name: ``small_cnn``, ``preact_resnet18``, ``wide_resnet`` or ``fully_connected``.
+        image_shape: (C, H, W). num_classes: of the data.
+        width, depth: None for the network's own (16, 64 and WRN-28-10); depth is ``wide_resnet``'s alone.
+        mean, std: normalisation of the images; ``small_cnn`` has its own, 0.5 and 0.5.
+
+    Raises:
+        ValueError: an unknown name, or a width or depth the network does not have.
+    """
+    if name not in CLASSIFIERS:
+        raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, got {name!r}")
+    channels, *size = image_shape
+    options: dict = {"in_channels": channels, "num_classes": num_classes}
+    if name in ("small_cnn", "fully_connected"):
+        options["image_size"] = tuple(size)
+    if name != "small_cnn":
+        options |= {"mean": mean, "std": std}
+    for option, value, without in (
+        ("width", width, ("fully_connected",)),
+        ("depth", depth, ("small_cnn", "preact_resnet18", "fully_connected")),
+    ):
+        if value is not None:
+            if name in without:
+                raise ValueError(f"{option} {value}: {name} has no {option} to choose")
+            options[option] = value
+    return CLASSIFIERS[name](**options)

@@ -44,7 +44,8 @@ class Representation:
         num_classes: size of the model's logits.
 
     Raises:
-        ValueError: an unknown, repeated, unused or re-used layer; an output that is no tensor [B, C, H, W] or [B, F].
+        ValueError: an unknown, repeated, unused or re-used layer; an output that is no tensor [B, C, H, W], [B, T, D]
+            or [B, F].
     """
 
     def __init__(self, model: nn.Module, layers: list[str] | tuple[str, ...], image_shape: tuple[int, int, int]):
@@ -92,9 +93,11 @@ class Representation:
             if len(outputs) != 1:
                 raise ValueError(f"layers: {name!r} runs {len(outputs)} times in one forward pass, it must run once")
             output, version = outputs[0]
-            if not isinstance(output, Tensor) or output.dim() not in (2, 4):
+            if not isinstance(output, Tensor) or output.dim() not in (2, 3, 4) or output.shape[0] != 2:
                 got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(f"layers: the output of {name!r} must be [B, C, H, W] or [B, F], got {got}")
+                raise ValueError(
+                    f"layers: the output of {name!r} must be [B, C, H, W], [B, T, D] or [B, F], for B = 2 it was {got}"
+                )
             self.overwritten[index] = output._version != version
             shapes.append(tuple(output.shape[1:]))
         return shapes, logits.shape[1]

@@ -8,42 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil, prod
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Numbers kept as module attributes are symbols to a dynamic compile, which then starts over to make them constants
-# again: these two layers hold theirs as literals. Parameters, buffers and results are torch's.
-
-
-class LeakyReLU(nn.Module):
-    """LeakyReLU with the paper's slope, 0.2."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(x, 0.2)
-
-
-class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
-    def __init__(self, num_features: int):
-        super().__init__(num_features)
-
-    def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum=0.1, eps=1e-5
-        )
-
-
-class BatchNorm1d(_LiteralBatchNorm, nn.BatchNorm1d):
-    """torch's BatchNorm1d with its default eps and momentum."""
-
-
-class BatchNorm2d(_LiteralBatchNorm, nn.BatchNorm2d):
-    """torch's BatchNorm2d with its default eps and momentum."""
+from .layers import BatchNorm1d, BatchNorm2d, LeakyReLU
 
 
 def conv_block(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Sequential:
@@ -58,14 +30,35 @@ def linear_block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, outputs, bias=False), BatchNorm1d(outputs), LeakyReLU())
 
 
+class TokenEncoder(nn.Module):
+    """``depth`` linear blocks D -> D/2 -> ... on every token; ``[B, T, D] -> [B, T * features]``. Ours.
+
+    The blocks are shared by the tokens, as a convolution's weights are by its positions; BatchNorm's statistics are
+    taken over batch and tokens, and which token is which is left to the joint layer that follows.
+    """
+
+    def __init__(self, dim: int, depth: int):
+        super().__init__()
+        sizes = [ceil(dim / 2**i) for i in range(depth + 1)]
+        self.features = sizes[-1]
+        self.blocks = nn.Sequential(*(linear_block(a, b) for a, b in pairwise(sizes)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x.flatten(0, 1)).reshape(x.shape[0], -1)
+
+
 def pre_encoder(shape: tuple[int, ...], depth: int = 3) -> tuple[nn.Module, int]:
     """One layer's pre-encoder and the number of features it gives.
 
     A map (C, H, W) goes through ``depth`` convolution blocks that halve the channels (C/2, C/4, C/8, rounded up), 3 x 3
-    without padding while the map is large enough, else 1 x 1; a vector (F,) passes unchanged.
+    without padding while the map is large enough, else 1 x 1; a vector (F,) passes unchanged. Tokens (T, D) go through
+    ``depth`` linear blocks that halve D (rounded up), the same for every token (ours).
     """
     if len(shape) == 1:
         return nn.Identity(), shape[0]
+    if len(shape) == 2:
+        encoder = TokenEncoder(shape[1], depth)
+        return encoder, shape[0] * encoder.features
     channels, h, w = shape
     blocks: list[nn.Module] = []
     for i in range(depth):
@@ -145,6 +138,21 @@ def decoder_plan(
         layers.insert(0, Deconvolution(min(width << depth, 8 * width), output_padding=(1 - h % 2, 1 - w % 2)))
         h, w, depth = ceil(h / 2), ceil(w / 2), depth + 1
     return (min(width << depth, 8 * width), h, w), layers
+
+
+def published_decoder(image_shape: tuple[int, int, int]) -> tuple[tuple[int, int, int], list[Deconvolution]]:
+    """Start shape and layers of the paper's decoder for 3 x 32 x 32 (CIFAR) or 3 x 64 x 64 (TinyImageNet).
+
+    Raises:
+        ValueError: another image_shape, for which nothing is published; `decoder_plan` makes a decoder for it.
+    """
+    widths = (256, 128, 64, 32)
+    if tuple(image_shape) == (3, 32, 32):  # 3 - 5 - 9 - 17 - 33 - 32
+        return (256, 3, 3), [*(Deconvolution(width) for width in widths), Deconvolution(3, kernel=2, stride=1)]
+    if tuple(image_shape) == (3, 64, 64):  # 4 - 8 - 16 - 32 - 64 - 64
+        doubling = [Deconvolution(width, output_padding=(1, 1)) for width in widths]
+        return (256, 4, 4), [*doubling, Deconvolution(3, stride=1)]
+    raise ValueError(f"decoders are published for 3 x 32 x 32 and 3 x 64 x 64, not for {tuple(image_shape)}")
 
 
 class Decoder(nn.Module):

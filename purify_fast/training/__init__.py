@@ -2,6 +2,7 @@
 
 from .allocator import keep_memory
 from .classifier import ClassifierConfig, ClassifierTask, load_classifier, save_classifier
+from .lookahead import Lookahead
 from .loop import Batch, FitConfig, Task, fit
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "ClassifierConfig",
     "ClassifierTask",
     "FitConfig",
+    "Lookahead",
     "Task",
     "fit",
     "keep_memory",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attacks import pgd
-from ..nn.classifiers import SmallCNN
+from ..nn.classifiers import CLASSIFIERS
 from .checkpoint import read_model, save_model, structure
 from .loop import Batch
 from .schedules import one_cycle
@@ -72,7 +72,7 @@ class ClassifierTask:
         accuracy = (logits.detach().argmax(1) == batch.y).float().mean()
         return F.cross_entropy(logits, batch.y), {"accuracy": accuracy}
 
-    def learning_rate(self, progress: float) -> float:
+    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         """One cycle."""
         return one_cycle(progress, self.config.learning_rate)
 
@@ -81,20 +81,27 @@ class ClassifierTask:
         return {"task": "classifier", **asdict(self.config), "structure": structure(self.model)}
 
 
-def save_classifier(model: SmallCNN, folder: str | Path) -> None:
-    """Write ``model.safetensors`` and ``model.json`` to ``folder``."""
-    save_model(folder, "SmallCNN", model.arguments, model.state_dict())
+_KINDS = {kind.__name__: kind for kind in CLASSIFIERS.values()}
 
 
-def load_classifier(folder: str | Path) -> SmallCNN:
+def save_classifier(model: nn.Module, folder: str | Path) -> None:
+    """Write ``model.safetensors`` and ``model.json`` to ``folder``; ValueError if it is none of `CLASSIFIERS`."""
+    kind = type(model).__name__
+    if type(model) is not _KINDS.get(kind):
+        raise ValueError(f"model must be one of {', '.join(_KINDS)}, got {kind}: save its state dict yourself")
+    save_model(folder, kind, model.arguments, model.state_dict())  # type: ignore[arg-type]
+
+
+def load_classifier(folder: str | Path) -> nn.Module:
     """Read a classifier that `save_classifier` wrote, in evaluation mode.
 
     Raises:
         FileNotFoundError: a file is missing. ValueError: broken files, or another kind of model.
     """
     facts, state = read_model(folder)
-    if facts.get("kind") != "SmallCNN":
-        raise ValueError(f"{folder} holds a {facts.get('kind')!r}, not a SmallCNN classifier")
-    model = SmallCNN(**facts["arguments"])
+    kind = facts.get("kind")
+    if kind not in _KINDS:
+        raise ValueError(f"{folder} holds a {kind!r}, not a classifier: {', '.join(_KINDS)}")
+    model = _KINDS[kind](**facts["arguments"])
     model.load_state_dict(state)
     return model.eval()

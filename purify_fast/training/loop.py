@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .._files import atomic, digest
 from ..data import StreamedImages, batches, crop_flip, read_ahead, to_float
 from .checkpoint import read_tree, write_tree
+from .lookahead import Lookahead
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Task(Protocol):
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and detached scalars to log."""
 
-    def learning_rate(self, progress: float) -> float:
-        """The learning rate at ``progress`` in [0, 1) of the run."""
+    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
+        """The learning rate of a step, at ``progress`` in [0, 1) of the run and in ``epoch`` of 0 .. epochs - 1."""
 
     def describe(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be resumed; JSON values."""
@@ -186,7 +187,7 @@ def fit(
                 if config.padding or config.flip:
                     images = crop_flip(images, config.seed, ids, config.padding, config.flip, epoch=epoch)
                 for group in task.optimizer.param_groups:
-                    group["lr"] = task.learning_rate(step / total)
+                    group["lr"] = task.learning_rate(step / total, epoch, config.epochs)
                 task.model.train()
                 loss, metrics = task.training_step(Batch(images, y[ids], ids, seed, epoch, config.epochs))
                 task.optimizer.zero_grad(set_to_none=True)
@@ -212,5 +213,7 @@ def fit(
             bar.set_postfix({key: f"{value:.3g}" for key, value in last.items()}, refresh=False)
             save()
             saved_at = time.monotonic()
+    if isinstance(task.optimizer, Lookahead):
+        task.optimizer.load_slow()
     task.model.eval()
     return last

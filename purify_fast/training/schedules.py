@@ -1,4 +1,4 @@
-"""Learning rates as functions of progress through the run."""
+"""Learning rates as functions of progress through the run, or of the epoch."""
 
 import math
 
@@ -10,3 +10,23 @@ def one_cycle(progress: float, peak: float, warm: float = 0.2, floor: float = 1e
     else:
         low, position = floor * peak, (progress - warm) / (1 - warm)
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * position))
+
+
+def carso_published(epoch: int, epochs: int, peak: float) -> float:
+    """CARSO's rate for ``epoch`` in 0 .. epochs - 1, constant within it (arXiv 2306.06081, official code).
+
+    Linear from 5e-9 to ``peak`` over int(epochs / 8) epochs, flat for as many, linear to 1.25e-4 ``peak`` over the
+    rest; at least 3 epochs to rise, 1 flat and 3 to fall. The official peak is 1e-4 times the batch of one process.
+    """
+    rise, flat = max(3, int(epochs / 8)), max(1, int(epochs / 8))
+    fall = max(3, epochs - 2 * int(epochs / 8))
+    if epoch < rise:
+        return 5e-9 + (peak - 5e-9) * epoch / rise
+    return peak * (1 - (1 - 1.25e-4) * min(1.0, max(0, epoch - rise - flat) / fall))
+
+
+def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
+    """The rate of CARSO's first version: linear from 5e-9 to ``peak`` over int(epochs / 3) epochs, linear back down."""
+    rise = max(1, int(epochs / 3))
+    position = epoch / rise if epoch <= rise else (epochs - epoch) / max(1, epochs - rise)
+    return 5e-9 + (peak - 5e-9) * position

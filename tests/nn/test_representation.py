@@ -92,12 +92,13 @@ class Twice(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.unused, self.pair = nn.Conv2d(1, 1, 3, padding=1), nn.Linear(1, 1), nn.LSTM(4, 4)
-        self.tokens = nn.Linear(16, 4)
+        self.tokens, self.volume, self.first = nn.Linear(16, 4), nn.Identity(), nn.Identity()
 
     def forward(self, x):
         x = self.conv(self.conv(x))
         self.pair(x[0, 0, :, :4])
-        return self.tokens(x[:, 0]).mean(1)
+        self.volume(x[:, None])
+        return self.first(self.tokens(x[:, 0]).transpose(0, 1)).mean(0)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,8 @@ class Twice(nn.Module):
         (["conv"], "'conv' runs 2 times"),
         (["unused"], "'unused' runs 0 times"),
         (["pair"], "output of 'pair' must be"),
-        (["tokens"], r"got \[2, 16, 4\]"),
+        (["volume"], r"for B = 2 it was \[2, 1, 1, 16, 16\]"),
+        (["first"], r"for B = 2 it was \[16, 2, 4\]"),
     ],
 )
 def test_layers_that_cannot_be_read(layers, message):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.nn import Decoder, Deconvolution, decoder_plan, pre_encoder
+from purify_fast.nn import Decoder, Deconvolution, decoder_plan, pre_encoder, published_decoder
 
 
 @pytest.mark.parametrize(
@@ -46,15 +46,48 @@ def test_pre_encoder_sizes(shape, features):
     assert encoder.eval()(torch.randn(2, *shape)).shape == (2, features)
 
 
-def test_published_decoder_sizes():
-    """Fact 3 and 4 of the paper's CIFAR-10 decoder: 3-5-9-17-33-32 and 2,455,107 parameters."""
-    block = dict(kernel=3, stride=2, padding=1)
-    layers = [Deconvolution(c, **block) for c in (256, 128, 64, 32)] + [Deconvolution(3, 2, 1, 1)]
-    decoder = Decoder(128, 512, (3, 32, 32), (256, 3, 3), layers)
-    assert sum(p.numel() for p in decoder.parameters()) == 2_455_107
-    sizes = []
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("shape", "cond", "latent", "total", "layers", "sizes"),
+    [
+        ((3, 32, 32), 512, 128, 2_455_107, [590_336, 295_168, 73_856, 18_496, 387], [5, 9, 17, 33, 32]),
+        ((3, 64, 64), 768, 192, 4_914_979, [590_336, 295_168, 73_856, 18_496, 867], [8, 16, 32, 64, 64]),
+    ],
+)
+def test_facts_3_and_4_published_decoders(shape, cond, latent, total, layers, sizes):
+    """Parameters per layer with its BatchNorm, sizes of the maps, and sigmoid's range."""
+    start, plan = published_decoder(shape)
+    decoder = Decoder(latent, cond, shape, start, plan).eval()
+    assert parameters(decoder) == total
+    assert parameters(decoder.adapter) == total - sum(layers)
+    assert [parameters(decoder.stack[i : i + 3]) for i in range(0, 15, 3)] == layers
+    seen = []
     for module in decoder.stack:
         if isinstance(module, nn.ConvTranspose2d):
-            module.register_forward_hook(lambda m, a, out: sizes.append(out.shape[-1]))
-    decoder.eval()(torch.randn(1, 1, 128), torch.randn(1, 512))
-    assert sizes == [5, 9, 17, 33, 32]
+            module.register_forward_hook(lambda m, a, out: seen.append(out.shape[-1]))
+    out = torch.sigmoid(decoder(torch.randn(2, 1, latent), torch.randn(2, cond)))
+    assert seen == sizes and start == (256, 3 if shape[1] == 32 else 4, 3 if shape[1] == 32 else 4)
+    assert out.shape == (2, *shape) and out.min() > 0 and out.max() < 1
+
+
+def test_no_decoder_is_published_for_other_images():
+    with pytest.raises(ValueError, match=r"not for \(1, 28, 28\)"):
+        published_decoder((1, 28, 28))
+
+
+def test_tokens_are_encoded_one_by_one_and_kept_in_order():
+    encoder, size = pre_encoder((5, 12), 3)
+    assert size == 5 * 2  # 12 -> 6 -> 3 -> 2
+    encoder.eval()
+    x = torch.randn(4, 5, 12)
+    out = encoder(x)
+    assert out.shape == (4, 10)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    torch.testing.assert_close(encoder(x[:, order]), out.unflatten(1, (5, 2))[:, order].flatten(1))
+    encoder.train()(x)  # BatchNorm's statistics: over batch and tokens, per feature
+    assert encoder.blocks[0][1].running_mean.shape == (6,)
+    want = 0.9 + 0.1 * encoder.blocks[0][0](x).flatten(0, 1).var(0)
+    torch.testing.assert_close(encoder.blocks[0][1].running_var, want)
