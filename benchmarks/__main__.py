@@ -1,5 +1,7 @@
 """python -m benchmarks ops [names...] [--device cpu|cuda] [--quick] [--out DIR]
 
+python -m benchmarks pipelines [names...] [--device cpu|cuda] [--quick] [--out DIR]
+
 python -m benchmarks report [DIR...]
 """
 
@@ -15,7 +17,7 @@ from tqdm import tqdm
 
 from purify_fast.training import keep_memory
 
-from . import measure, report
+from . import measure, pipelines, race, report
 from .ops import registry
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,10 +30,14 @@ def device_class(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
+def folder(device: torch.device, quick: bool) -> Path:
+    """Where results go if nothing else is said."""
+    return (Path("runs/benchmarks") if quick else RESULTS) / device_class(device)
+
+
 def run_ops(names: list[str], device: torch.device, quick: bool, out: Path | None) -> Path:
     """Measure, and write after every op; rows of ops that are not named stay."""
-    if out is None:
-        out = (Path("runs/benchmarks") if quick else RESULTS) / device_class(device)
+    out = folder(device, quick) if out is None else out
     effort = measure.QUICK if quick else measure.Effort()
     ops = registry()
     work = []
@@ -56,30 +62,58 @@ def run_ops(names: list[str], device: torch.device, quick: bool, out: Path | Non
     return out
 
 
+def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path | None) -> Path:
+    """Race, and write after every case; rows of pipelines that are not named stay."""
+    out = folder(device, quick) if out is None else out
+    work = [(name, *case) for name in names for case in pipelines.registry()[name](quick).items()]
+    path = out / report.PIPELINES
+    kept = [row for row in (report.read_csv(path) if path.exists() else []) if row["pipeline"] not in names]
+    with tqdm(work, unit="case", file=sys.stderr, disable=None) as progress:
+        for name, case_name, case in progress:
+            kept += race.race(name, case_name, case, device, quick, progress.set_description)
+            report.write_csv(path, kept)
+            report.report_pipelines(out)
+    return out
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    ops = commands.add_parser("ops", help="the ops against their references")
-    ops.add_argument("names", nargs="*", metavar="name", help=f"which; all by default: {', '.join(registry())}")
-    ops.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    ops.add_argument(
-        "--quick", action="store_true", help="one shape per op, three short runs: that it works, no numbers"
-    )
-    ops.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
+    for command, known, text in (
+        ("ops", registry(), "the ops against their references"),
+        ("pipelines", pipelines.registry(), "what users run end to end, against a plain implementation"),
+    ):
+        one = commands.add_parser(command, help=text)
+        one.add_argument("names", nargs="*", metavar="name", help=f"which; all by default: {', '.join(known)}")
+        one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        one.add_argument(
+            "--quick", action="store_true", help="small, three short runs at most: that it works, no numbers"
+        )
+        one.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
     tables = commands.add_parser("report", help="the tables and pictures again, from the CSV files")
     tables.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
     chosen = parser.parse_args(arguments)
     if chosen.command == "report":
-        for folder in chosen.folders or sorted(path.parent for path in RESULTS.glob(f"*/{report.ROWS}")):
-            report.report(folder)
-            print(folder / report.TABLE)
+        for path in chosen.folders or sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
+            if (path / report.ROWS).exists():
+                report.report(path)
+                print(path / report.TABLE)
+            if (path / report.PIPELINES).exists():
+                report.report_pipelines(path)
+                print(path / report.PIPELINES_TABLE)
         return
-    unknown = set(chosen.names) - set(registry())
+    known = registry() if chosen.command == "ops" else pipelines.registry()
+    unknown = set(chosen.names) - set(known)
     if unknown:
-        parser.error(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(registry())}")
+        kind = chosen.command.removesuffix("s")
+        parser.error(f"no such {kind}: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     device = torch.device(chosen.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is available")
+    if chosen.command == "pipelines":
+        out = run_pipelines(chosen.names or list(known), device, chosen.quick, chosen.out)
+        print((out / report.PIPELINES_TABLE).read_text())
+        return
     keep_memory()
     out = run_ops(chosen.names or list(registry()), device, chosen.quick, chosen.out)
     for line in report.read_csv(out / report.VERDICTS):

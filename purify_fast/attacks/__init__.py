@@ -1,7 +1,7 @@
 """Attacks on any model that maps images in [0, 1] to logits; run on a frozen view of it."""
 
 from ._frozen import frozen
-from .gradient import fgsm, input_gradient, pgd
+from .gradient import fgsm, input_gradient, pgd, pgd_and_fgsm
 from .health import GradientHealth
 from .losses import LOSSES, cross_entropy, dlr, margin
 
@@ -15,4 +15,5 @@ __all__ = [
     "input_gradient",
     "margin",
     "pgd",
+    "pgd_and_fgsm",
 ]

@@ -92,7 +92,7 @@ def random_start(
 ) -> Tensor:
     """A point drawn uniformly from the ball around each image, clamped to the box; a function of (seed, sample id)."""
     ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
-    key = torch.tensor([seed], dtype=torch.int64, device=x.device)
+    key = torch.full((1,), seed, dtype=torch.int64, device=x.device)  # made there: a copy would wait for the device
     size = x[0].numel()
     radius = eps.view(-1, *[1] * (x.dim() - 1))
     if norm == "linf":
@@ -227,3 +227,53 @@ def fgsm(
         lo=lo,
         hi=hi,
     )
+
+
+def pgd_and_fgsm(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: Tensor,
+    alpha: float | Tensor,
+    steps: int,
+    norm: str = "linf",
+    loss: str = "ce",
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+    lo: float = 0.0,
+    hi: float = 1.0,
+) -> Tensor:
+    """PGD from random starts on the first half of the images, FGSM on the second, sharing the first gradient pass.
+
+    The same as one call of `pgd` for the first half and one of `fgsm` for the second, to the bit where the model's
+    arithmetic does not depend on the size of the batch.
+
+    Args:
+        x, y: ``[2 B, ...]`` and int64 ``[2 B]``.
+        eps: radius per image, ``[2 B]``. alpha: PGD's constant step, a number or ``[B]``. Others as in `pgd`.
+
+    Returns:
+        The adversarial images, shape and dtype of x.
+
+    Raises:
+        ValueError: an odd number of images, or as `pgd`.
+    """
+    _check(x, y, norm, loss, steps, 1, None)
+    half = len(x) // 2
+    if len(x) != 2 * half:
+        raise ValueError(f"x must hold an even number of images, PGD's and FGSM's, got {len(x)}")
+    x = x.detach()
+    nat, labels, ids = x[:half], y[:half], None if sample_ids is None else sample_ids[:half]
+    radius = per_sample("eps", eps, x)
+    step = per_sample("alpha", alpha, nat)
+    with frozen(model):
+        begin = torch.cat([random_start(nat, radius[:half], norm, seed, ids, lo, hi), x[half:]])
+        gradient, _, _ = _gradient(model, begin, y, loss, 1, None)
+        both = torch.cat([step, radius[half:]])
+        moved = pgd_step(begin, gradient.to(x.dtype), x, both, radius, norm, lo, hi)
+        adversarial = moved[:half]
+        for _ in range(steps - 1):
+            gradient, _, _ = _gradient(model, adversarial, labels, loss, 1, None)
+            adversarial = pgd_step(adversarial, gradient.to(x.dtype), nat, step, radius[:half], norm, lo, hi)
+    return torch.cat([adversarial, moved[half:]])

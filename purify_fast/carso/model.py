@@ -10,6 +10,7 @@ attacks by NaN; the logsumexp taken here makes the same decisions with finite lo
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from ..nn.randomised import Randomised
 from ..nn.representation import Representation, first_tensor
 from ..nn.vae import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder, decoder_plan
 from ..nn.vae_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
+from ..nn.view import FrozenView, inside, quicken
 from ..ops.decode_samples import decode_samples, latents
 
 if TYPE_CHECKING:
@@ -86,6 +88,10 @@ class Carso(Randomised):
         super().__init__()
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        self.accelerated: dict[str, bool | torch.dtype] | None = None
+        # frozen copies of the classifier; a tuple, so that they are no submodules: not saved, not trained
+        self._fast: tuple[FrozenView, Representation] | None = None
+        self.register_load_state_dict_post_hook(_reload)
         if isinstance(classifier, nn.DataParallel):
             raise ValueError("classifier: unwrap it (classifier.module); for several GPUs run one process per GPU")
         image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
@@ -141,7 +147,56 @@ class Carso(Randomised):
         # each part computes in its own precision, whatever the images and the other part have
         self._classifier_dtype = first_tensor(self.classifier).dtype
         self._purifier_dtype = first_tensor(self.decoder).dtype
+        self._prepare()
         return self
+
+    # -- speed --------------------------------------------------------------------------------------------------------
+
+    def accelerate(self, dtype: torch.dtype | None = torch.bfloat16, *, fold: bool = True) -> Carso:
+        """Compute fast from now on: inference, attacks through the defence and both trainings.
+
+        The classifier is read and attacked through frozen copies: BatchNorm folded, channels_last, ``dtype`` inside.
+        The purifier keeps its weights, BatchNorm statistics and losses in float32 and multiplies in ``dtype``. Images,
+        condition, latents and logits are float32 at every border. bfloat16 rounds the images to 8 bits as well.
+
+        Args:
+            dtype: ``torch.bfloat16``; ``torch.float32`` to fold only; None computes plainly again.
+            fold: whether BatchNorms are folded into the layers before them.
+
+        Returns:
+            The defence. It saves, moves and copies as before. The frozen copies follow ``.to()`` and
+            ``load_state_dict``; after another change of the classifier's weights call this again.
+
+        Raises:
+            ValueError: another dtype, or a classifier that cannot be folded (`purify_fast.nn.fold_batchnorm`).
+        """
+        before, self.accelerated = self.accelerated, None if dtype is None else {"dtype": dtype, "fold": fold}
+        try:
+            self._prepare()
+        except ValueError:
+            self.accelerated = before
+            raise
+        return self
+
+    def _prepare(self) -> None:
+        fast = None
+        if self.accelerated is not None:
+            view = FrozenView(self.classifier, self.image_shape, **self.accelerated)  # type: ignore[arg-type]
+            reader = copy.deepcopy(self.representation)
+            quicken(reader.model, self.image_shape, **self.accelerated)  # type: ignore[arg-type]
+            fast = view, reader
+        self._fast = fast
+
+    @property
+    def frozen_classifier(self) -> nn.Module:
+        """What classifies the reconstructions and is attacked in training: the classifier, or its accelerated copy."""
+        return self.classifier if self._fast is None else self._fast[0]
+
+    def _inside(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """How the purifier computes."""
+        if self._fast is None or self._purifier_dtype != torch.float32:
+            return contextlib.nullcontext()
+        return inside(device, self._fast[0].dtype)
 
     # -- the parts ----------------------------------------------------------------------------------------------------
 
@@ -157,18 +212,38 @@ class Carso(Randomised):
             raise ValueError(f"x must be floating point [B, {want}], got {x.dtype} {list(x.shape)}")
 
     def read(self, x: Tensor) -> list[Tensor]:
-        """The classifier's representation of ``x [B, C, H, W]``, layer by layer, in the purifier's precision."""
-        return [layer.to(self._purifier_dtype) for layer in self.representation(x.to(self._classifier_dtype))]
+        """The classifier's representation of ``x [B, C, H, W]``, layer by layer, as the purifier takes it."""
+        if self._fast is None:
+            layers = self.representation(x.to(self._classifier_dtype))
+        else:
+            view, reader = self._fast
+            with inside(x.device, view.dtype):
+                layers = reader(x.float())
+            if self._purifier_dtype == torch.float32:
+                return layers  # `encode` multiplies in their precision
+        return [layer.to(self._purifier_dtype) for layer in layers]
+
+    def encode(self, representation: Sequence[Tensor]) -> Tensor:
+        """The condition ``[B, cond_dim]`` of what `read` returned."""
+        with self._inside(representation[0].device):
+            return self.condition_encoder(representation).to(self._purifier_dtype)
 
     def condition(self, x: Tensor) -> Tensor:
         """c(x) ``[B, cond_dim]`` of images ``x [B, C, H, W]``; differentiable to x."""
         self._check(x)
-        return self.condition_encoder(self.read(x))
+        return self.encode(self.read(x))
 
     def posterior(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance ``[B, latent_dim]`` of q(z | x, c); training only."""
         normalised = (x.to(self._purifier_dtype) - self.mean) / self.std
-        return self.posterior_encoder(normalised, condition)
+        with self._inside(x.device):
+            mean, log_variance = self.posterior_encoder(normalised, condition)
+        return mean.to(self._purifier_dtype), log_variance.to(self._purifier_dtype)
+
+    def decode(self, z: Tensor, condition: Tensor) -> Tensor:
+        """Image logits ``[B, K, C, H, W]`` of latents ``[B, K, latent_dim]`` under conditions ``[B, cond_dim]``."""
+        with self._inside(z.device):
+            return decode_samples(self.decoder, condition, z).to(self._purifier_dtype)
 
     def reconstruction_logits(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Reconstructions before the sigmoid, ``[B, K, C, H, W]``; arguments as in `reconstruct`."""
@@ -177,7 +252,7 @@ class Carso(Randomised):
             z = self.prior_latents(x.shape[0], x.device)
         elif z.dim() != 3 or z.shape[0] not in (1, x.shape[0]) or z.shape[2] != self.latent_dim:
             raise ValueError(f"z must be [B, K, {self.latent_dim}] with B = {x.shape[0]} or 1, got {list(z.shape)}")
-        return decode_samples(self.decoder, condition, z.expand(x.shape[0], -1, -1).to(condition.dtype))
+        return self.decode(z.expand(x.shape[0], -1, -1).to(condition.dtype), condition)
 
     def reconstruct(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Purified images in (0, 1).
@@ -193,7 +268,8 @@ class Carso(Randomised):
 
     def classify(self, images: Tensor) -> Tensor:
         """The classifier's float32 logits ``[B, K, classes]`` of ``images [B, K, C, H, W]``, in one batch."""
-        logits = self.classifier(images.flatten(0, 1).to(self._classifier_dtype))
+        flat = images.flatten(0, 1)
+        logits = self.classifier(flat.to(self._classifier_dtype)) if self._fast is None else self._fast[0](flat)
         return logits.float().unflatten(0, (images.shape[0], images.shape[1]))
 
     def sample_logits(self, x: Tensor, z: Tensor | None = None) -> Tensor:
@@ -292,3 +368,8 @@ class Carso(Randomised):
         super().train(mode)
         self.classifier.eval()
         return self
+
+
+def _reload(defence: Carso, keys: object) -> None:
+    """After load_state_dict: the accelerated copies get the new weights."""
+    defence._prepare()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..attacks import fgsm, pgd
+from ..attacks import pgd, pgd_and_fgsm
 from ..ops.reconstruction_loss import reconstruction_loss
 from ..ops.sample_latent import sample_latent
 from ..training.checkpoint import fingerprint
@@ -37,6 +37,7 @@ CHOICES = {
     "eps_mode": ("paper", "official_code"),
     "reduction": ("mean", "sum"),
     "optimizer": ("adamw", "radam_lookahead"),
+    "precision": ("float32", "bfloat16"),
     "schedule": ("one_cycle", "published", "published_v1"),
 }
 
@@ -60,6 +61,7 @@ class CarsoConfig:
             NeurIPS 2016, with the whole latent as one group).
         train_samples: K while training through the pipeline. reconstruction: the weight w there (ours: 0.02).
         joint: train the classifier's copy too, ``pipeline`` target only (ours; the paper's classifier is frozen).
+        precision: ``float32`` (as published), or ``bfloat16``: `CarsoTask` trains the defence accelerated (ours).
         reduction: of the loss over the batch, ``mean`` (ours) or ``sum`` (paper).
         optimizer: ``adamw`` (ours) or ``radam_lookahead``, RAdam within Lookahead (paper); the slow weights are what
             remains. lookahead_steps, lookahead_alpha: its k and alpha (paper: 6 and 0.8).
@@ -88,6 +90,7 @@ class CarsoConfig:
     lookahead_steps: int = 6
     lookahead_alpha: float = 0.8
     schedule: str = "one_cycle"
+    precision: str = "float32"
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
 
@@ -103,6 +106,10 @@ class CarsoConfig:
         if self.joint and self.attack_target != "pipeline":
             raise ValueError(
                 "joint training needs attack_target='pipeline': the published loss does not see the labels"
+            )
+        if self.joint and self.precision != "float32":
+            raise ValueError(
+                f"joint training needs precision 'float32', got {self.precision!r}: no frozen copy serves it"
             )
         if self.free_bits < 0:
             raise ValueError(f"free_bits must be at least 0, got {self.free_bits}")
@@ -149,41 +156,39 @@ def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = F
 def balanced_batch(classifier, x: Tensor, y: Tensor, config: CarsoConfig, *, seed: int, sample_ids: Tensor) -> Tensor:
     """The adversarially balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on ``classifier``.
 
-    Weak and strong share one attack call with a radius per image. Shape and dtype of x.
+    All four share one attack call with a radius per image. Shape and dtype of x.
     """
     atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)
     clean = len(x) - 4 * atom
     eps = torch.full((2 * atom,), config.eps, device=x.device)
     eps[:atom] /= 2
-    pgd_rows, fgsm_rows = slice(clean, clean + 2 * atom), slice(clean + 2 * atom, None)
-    by_pgd = pgd(
+    adversarial = pgd_and_fgsm(
         classifier,
-        x[pgd_rows],
-        y[pgd_rows],
-        eps=eps,
+        x[clean:],
+        y[clean:],
+        eps=eps.repeat(2),
         alpha=config.step(eps),
         steps=config.steps,
         norm=config.norm,
         seed=seed,
-        sample_ids=sample_ids[pgd_rows],
+        sample_ids=sample_ids[clean:],
     )
-    by_fgsm = fgsm(classifier, x[fgsm_rows], y[fgsm_rows], eps=eps, norm=config.norm)
-    return torch.cat([x[:clean], by_pgd, by_fgsm])
+    return torch.cat([x[:clean], adversarial])
 
 
 def published_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """The paper's loss over the batch, and its two terms per image; attacks see the classifier alone."""
     config = config.for_statistics(defence.arguments["std"])
     perturbed = balanced_batch(
-        defence.classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids
+        defence.frozen_classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids
     )
     with torch.no_grad():  # the representation is data to the purifier
         representation = defence.read(perturbed)
-    condition = defence.condition_encoder(representation)
+    condition = defence.encode(representation)
     mean, log_variance = defence.posterior(perturbed, condition)
-    seed = torch.tensor([batch.seed], device=batch.x.device)
+    seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
     z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
-    reconstruction = reconstruction_loss(defence.decoder(z[:, None], condition), batch.x).mean()
+    reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
     beta = config.beta * kl_weight(batch.epoch, batch.epochs, config.lag)
     loss = (reconstruction + beta * kl.clamp(min=config.free_bits)) * (len(batch.x) if config.reduction == "sum" else 1)
@@ -238,7 +243,7 @@ class CarsoTask:
     """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is, unless ``joint``.
 
     Args:
-        defence, config: what is trained, and how.
+        defence, config: what is trained, and how; the config's precision decides whether the defence is accelerated.
         origin: what the purifier starts from, if not from scratch; a run is resumed only with the same one.
 
     Raises:
@@ -248,6 +253,7 @@ class CarsoTask:
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):
         self.model, self.config, self.origin = defence, config, origin
         self.classifier = fingerprint(defence.classifier)  # as it was at the start: joint training changes it
+        defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         if config.joint:
             defence.release_classifier()
         trainable = [p for p in defence.parameters() if p.requires_grad]

@@ -2,6 +2,7 @@
 
 from .classifiers import CLASSIFIERS, FullyConnected, PreActResNet18, SmallCNN, WideResNet, build_classifier
 from .controls import NoisyCopies
+from .folding import fold_batchnorm
 from .head import Head
 from .randomised import Randomised
 from .representation import Representation
@@ -15,6 +16,7 @@ from .vae import (
     published_decoder,
 )
 from .vae_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
+from .view import FrozenView
 
 __all__ = [
     "CLASSIFIERS",
@@ -23,6 +25,7 @@ __all__ = [
     "Decoder",
     "DecoderV1",
     "Deconvolution",
+    "FrozenView",
     "FullyConnected",
     "Head",
     "NoisyCopies",
@@ -36,6 +39,7 @@ __all__ = [
     "build_classifier",
     "decoder_plan",
     "decoder_plan_v1",
+    "fold_batchnorm",
     "pre_encoder",
     "published_decoder",
 ]

@@ -30,6 +30,14 @@ def first_tensor(module: nn.Module) -> Tensor:
     return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
 
 
+def untapped(model: nn.Module) -> nn.Module:
+    """``model`` without the hooks that `Representation` gave it, in place; other hooks stay."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Tap)]:
+            del module._forward_hooks[key]
+    return model
+
+
 class Representation:
     """Reads the outputs of ``layers`` in one forward pass of ``model``.
 

@@ -97,8 +97,9 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
     import purify_fast.carso.training as module
 
     seen = []
-    original = module.pgd
-    monkeypatch.setattr(module, "pgd", lambda model, *a, **k: seen.append(model) or original(model, *a, **k))
+    for name in ("pgd", "pgd_and_fgsm"):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda model, *a, f=original, **k: seen.append(model) or f(model, *a, **k))
     made = defence()
     pipeline_step(made, batch(), CarsoConfig(attack_target="pipeline", eps=0.2, steps=1))
     published_step(made, batch(), CarsoConfig(eps=0.2, steps=1))
@@ -110,6 +111,7 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
     [
         ({"attack_target": "both"}, "attack_target must be one of classifier, pipeline"),
         ({"eps": 0.0}, "eps must be above 0"),
+        ({"precision": "float16"}, "precision must be one of float32, bfloat16"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"train_samples": 0}, "train_samples must be at least 1"),
         ({"adversarial_fraction": 1.5}, r"adversarial_fraction must be in \[0, 1\]"),

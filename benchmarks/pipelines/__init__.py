@@ -1,0 +1,54 @@
+"""The pipelines' benchmarks: one file each, what users run end to end, against a plain implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """One contestant, ready to run in its own process."""
+
+    run: Callable[[], object]  # what is timed
+    result: Callable[[], Tensor]  # what must agree with the first contestant's
+    parts: dict[str, Callable[[], object]] = field(default_factory=dict)  # of `run`, timed on their own
+
+
+Make = Callable[[torch.device, bool], Job]  # device, quick
+
+
+@dataclass(frozen=True)
+class Contestant:
+    make: Make
+    raised: bool  # whether glibc's allocator thresholds are
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. The first contestant is the plain form, the one that counts the work is ``ours``."""
+
+    shape: str
+    tolerance: float  # relative L2 distance to the plain form's result
+    contestants: dict[str, Contestant]
+
+
+def columns(plain: Make, compiled: Make, ours: Make) -> dict[str, Contestant]:
+    """The four columns of a pipeline."""
+    return {
+        "plain": Contestant(plain, False),
+        "plain, allocator raised": Contestant(plain, True),
+        "torch.compile of plain": Contestant(compiled, True),
+        "ours": Contestant(ours, True),
+    }
+
+
+def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:
+    """Pipelines by name; each makes its cases by name, small ones if it is to be quick."""
+    from . import carso_inference, carso_training
+
+    modules = (carso_inference, carso_training)
+    return {module.__name__.rpartition(".")[2]: module.cases for module in modules}

@@ -1,0 +1,132 @@
+"""One prediction of CARSO: K reconstructions per image, each classified, aggregated by logsumexp."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from purify_fast import Carso
+from purify_fast.nn import SmallCNN
+
+from . import Case, Job, columns
+
+BATCH, SAMPLES = 32, 8
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+
+
+def classifier() -> nn.Module:
+    """ResNet-18 for 32 x 32 images, with random weights and statistics; the architecture comes with pyautoattack.
+
+    Raises:
+        ModuleNotFoundError: it is not installed (extra ``eval``).
+    """
+    from pyautoattack.examples.resnet import ResNet18
+
+    torch.manual_seed(0)
+    model = ResNet18()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+def defence(device: torch.device, quick: bool, samples: int = SAMPLES) -> Carso:
+    """CARSO around it, at sizes of a 32 x 32 data set; a toy for a quick run."""
+    if quick:
+        torch.manual_seed(0)
+        made = Carso(SmallCNN(3, 10, (8, 8), 4), ["conv2", "hidden"], (3, 8, 8), 8, 4, min(samples, 2), decoder_width=4)
+    else:
+        made = Carso(classifier(), LAYERS, (3, 32, 32), 512, 128, samples)
+    return made.eval().to(device)
+
+
+def images(batch: int, made: Carso, device: torch.device) -> Tensor:
+    return torch.rand(batch, *made.image_shape, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+class Plain(nn.Module):
+    """CARSO as one would write it: float32, contiguous, `torch.vmap` over the samples, every BatchNorm a layer."""
+
+    def __init__(self, made: Carso):
+        super().__init__()
+        made = copy.deepcopy(made).requires_grad_(True)
+        made.decoder.to(memory_format=torch.contiguous_format)
+        self.made = made
+
+    def reconstruct(self, z: Tensor, condition: Tensor) -> Tensor:
+        """One sample: latents ``[B, latent_dim]`` to image logits ``[B, C, H, W]``."""
+        decoder = self.made.decoder
+        h = F.leaky_relu(decoder.adapter(torch.cat([z, condition], 1)), 0.2)
+        return decoder.stack(h.unflatten(1, decoder.start))
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents ``[K, B, latent_dim]`` -> image logits ``[K, B, C, H, W]`` and logits ``[K, B, classes]``."""
+        condition = self.made.condition_encoder(self.made.representation(x))
+
+        def one(z: Tensor) -> tuple[Tensor, Tensor]:
+            image = self.reconstruct(z, condition)
+            return image, self.made.classifier(torch.sigmoid(image))
+
+        return torch.vmap(one)(z)
+
+
+def latents(made: Carso, batch: int, device: torch.device, seed: int = 2) -> Tensor:
+    """``[K, B, latent_dim]``, always the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(made.samples, batch, made.latent_dim, generator=generator).to(device)
+
+
+def size(quick: bool) -> int:
+    return 4 if quick else BATCH
+
+
+def _plain(device: torch.device, quick: bool, compiled: bool = False) -> Job:
+    made = defence(device, quick)
+    model, batch = Plain(made), size(quick)
+    call = torch.compile(model, dynamic=False, backend="aot_eager" if quick else "inductor") if compiled else model
+    x, fixed = images(batch, made, device), latents(made, batch, device)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        z = torch.randn(made.samples, batch, made.latent_dim, device=device)
+        return torch.logsumexp(call(x, z)[1], 0)
+
+    @torch.no_grad()
+    def result() -> Tensor:
+        return call(x, fixed)[1].transpose(0, 1)
+
+    return Job(run, result)
+
+
+def _compiled(device: torch.device, quick: bool) -> Job:
+    return _plain(device, quick, compiled=True)
+
+
+def _ours(device: torch.device, quick: bool) -> Job:
+    made = defence(device, quick).accelerate()
+    batch = size(quick)
+    x, fixed = images(batch, made, device), latents(made, batch, device).transpose(0, 1).contiguous()
+
+    def under(function):
+        return torch.no_grad()(function)
+
+    with torch.no_grad():
+        representation = made.read(x)
+        condition = made.encode(representation)
+        reconstructions = torch.sigmoid(made.decode(fixed, condition))
+    parts = {
+        "representation": under(lambda: made.read(x)),
+        "encoders": under(lambda: made.encode(representation)),
+        "decoding": under(lambda: torch.sigmoid(made.decode(fixed, condition))),
+        "classifying": under(lambda: made.classify(reconstructions)),
+    }
+    return Job(under(lambda: made(x)), under(lambda: made.sample_logits(x, fixed)), parts)
+
+
+def cases(quick: bool) -> dict[str, Case]:
+    shape = f"{size(quick)} images, K = {2 if quick else SAMPLES}"
+    return {"prediction": Case(shape, 0.05, columns(_plain, _compiled, _ours))}

@@ -1,0 +1,161 @@
+"""One optimiser step of CARSO's purifier with its attacks: as published, and through the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from purify_fast.attacks.gradient import random_start
+from purify_fast.carso.training import CarsoConfig, CarsoTask, balanced_batch, kl_weight
+from purify_fast.ops.sample_latent import sample_latent
+from purify_fast.training import Batch
+
+from . import Case, Job, columns
+from .carso_inference import Plain, defence, images
+
+BATCH, PUBLISHED_STEPS, PIPELINE_STEPS = 64, 40, 10
+
+
+def setting(target: str, quick: bool, precision: str = "float32") -> CarsoConfig:
+    steps = 2 if quick else PUBLISHED_STEPS if target == "classifier" else PIPELINE_STEPS
+    return CarsoConfig(attack_target=target, steps=steps, precision=precision)
+
+
+def batch_of(made, device: torch.device, quick: bool) -> Batch:
+    size = 16 if quick else BATCH
+    labels = torch.randint(10, (size,), generator=torch.Generator().manual_seed(2)).to(device)
+    return Batch(images(size, made, device), labels, torch.arange(size, device=device), 7, 9, 10)
+
+
+def attack(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, eps: float, alpha: float, steps: int, seed: int | None, ids
+) -> Tensor:
+    """L-inf PGD as one would write it, from a random start if there is a seed; weights accumulate gradients."""
+    adversarial = x.clone()
+    if seed is not None:
+        adversarial = random_start(x, torch.full((len(x),), eps, device=x.device), "linf", seed, ids, 0.0, 1.0)
+    for _ in range(steps):
+        adversarial = adversarial.clone().detach().requires_grad_(True)
+        F.cross_entropy(model(adversarial), y, reduction="sum").backward()
+        moved = adversarial.detach() + alpha * adversarial.grad.sign()
+        adversarial = (x + (moved - x).clamp(-eps, eps)).clamp(0, 1)
+    return adversarial.detach()
+
+
+class PlainTraining:
+    """The two steps as one would write them: float32, an attack after the other, nothing frozen."""
+
+    def __init__(self, target: str, device: torch.device, quick: bool, compiled: bool):
+        made = defence(device, quick, samples=1)
+        self.config, self.model, self.batch = setting(target, quick), Plain(made), batch_of(made, device, quick)
+        parameters = [p for n, p in self.model.made.named_parameters() if not n.startswith("classifier.")]
+        self.optimizer = torch.optim.AdamW(parameters, lr=self.config.learning_rate)
+        self.step = self.published if target == "classifier" else self.pipeline
+        self.classifier, self.read, self.purify, self.whole = (
+            self.model.made.classifier,
+            self.model.made.representation,
+            self.purifier_loss,
+            self.model,
+        )
+        if compiled:
+            backend = "aot_eager" if quick else "inductor"
+            self.classifier, self.purify, self.whole = (
+                torch.compile(part, dynamic=False, backend=backend)
+                for part in (self.classifier, self.purify, self.whole)
+            )
+
+    def purifier_loss(self, representation: list[Tensor], perturbed: Tensor, seed: Tensor, ids: Tensor) -> Tensor:
+        made, clean = self.model.made, self.batch.x
+        condition = made.condition_encoder(representation)
+        mean, log_variance = made.posterior_encoder((perturbed - made.mean) / made.std, condition)
+        z, kl = sample_latent(mean, log_variance, seed, ids)
+        logits = self.model.reconstruct(z, condition)
+        reconstruction = F.binary_cross_entropy_with_logits(logits, clean, reduction="none").flatten(1).sum(1)
+        return reconstruction.mean() + kl_weight(self.batch.epoch, self.batch.epochs) * kl.mean()
+
+    def published(self) -> Tensor:
+        b, c = self.batch, self.config
+        atom = int(len(b.x) * c.adversarial_fraction // 4)
+        clean = len(b.x) - 4 * atom
+        parts = [b.x[:clean]]
+        for i, (eps, fast) in enumerate(((c.eps / 2, False), (c.eps, False), (c.eps / 2, True), (c.eps, True))):
+            rows = slice(clean + i * atom, clean + (i + 1) * atom)
+            alpha, steps, seed = (eps, 1, None) if fast else (c.step(eps), c.steps, b.seed)
+            parts.append(attack(self.classifier, b.x[rows], b.y[rows], eps, alpha, steps, seed, b.sample_ids[rows]))
+        perturbed = torch.cat(parts)
+        with torch.no_grad():
+            representation = self.read(perturbed)
+        self.model.made.train()
+        seed = torch.full((1,), b.seed, dtype=torch.int64, device=b.x.device)
+        return self.purify(representation, perturbed, seed, b.sample_ids)
+
+    def pipeline(self) -> Tensor:
+        b, c = self.batch, self.config
+        self.model.made.eval()
+
+        def latents() -> Tensor:
+            return torch.randn(1, len(b.x), self.model.made.latent_dim, device=b.x.device)
+
+        def logits(x: Tensor) -> Tensor:
+            return torch.logsumexp(self.whole(x, latents())[1], 0)
+
+        x = attack(logits, b.x, b.y, c.eps, c.step(c.eps), c.steps, b.seed, b.sample_ids)
+        image, predictions = (out[0] for out in self.whole(x, latents()))
+        reconstruction = F.binary_cross_entropy_with_logits(image, b.x, reduction="none").flatten(1).sum(1).mean()
+        return F.cross_entropy(predictions, b.y) + c.reconstruction * reconstruction
+
+    def run(self) -> Tensor:
+        loss = self.step()
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def _plain(target: str, compiled: bool = False):
+    def make(device: torch.device, quick: bool) -> Job:
+        plain = PlainTraining(target, device, quick, compiled)
+        return Job(plain.run, lambda: plain.step().detach())
+
+    return make
+
+
+def _ours(target: str):
+    def make(device: torch.device, quick: bool) -> Job:
+        made = defence(device, quick, samples=1)
+        config, batch = setting(target, quick, "bfloat16"), batch_of(made, device, quick)
+        task = CarsoTask(made, config)
+
+        def step() -> Tensor:
+            made.train()
+            return task.training_step(batch)[0]
+
+        def run() -> Tensor:
+            loss = step()
+            task.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            task.optimizer.step()
+            return loss.detach()
+
+        def attacks() -> Tensor:
+            return balanced_batch(
+                made.frozen_classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids
+            )
+
+        parts = {"attacks": attacks, "representation": torch.no_grad()(lambda: made.read(batch.x))}
+        return Job(run, lambda: step().detach(), parts if target == "classifier" else {})
+
+    return make
+
+
+def cases(quick: bool) -> dict[str, Case]:
+    size = 16 if quick else BATCH
+    made = {}
+    for name, target in (("published step", "classifier"), ("pipeline step", "pipeline")):
+        shape = f"{size} images, PGD-{setting(target, quick).steps}"
+        shape += ", half of them adversarial" if target == "classifier" else ", K = 1"
+        made[name] = Case(shape, 0.03, columns(_plain(target), _plain(target, True), _ours(target)))
+    return made

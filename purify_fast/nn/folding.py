@@ -1,0 +1,146 @@
+"""BatchNorm folded into the layer before it: one layer less to run, the same function in evaluation mode.
+
+    w' = w gamma / sqrt(var + eps),   b' = (b - mean) gamma / sqrt(var + eps) + beta
+
+Pairs are found in a dry run, on any module: a BatchNorm whose input *is* the output of a convolution or linear layer.
+What a dry run cannot see (that output is read elsewhere too, a layer computes something of its own) is found by
+comparing the folded model with the original in float64: pairs that change it are left as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_Norm = nn.modules.batchnorm._BatchNorm
+_FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+#: Largest difference to the original, in float64, relative to the largest value.
+TOLERANCE = 1e-9
+
+
+def fold_batchnorm(model: nn.Module, example: Tensor) -> int:
+    """Fold every BatchNorm that can be, in place; it is replaced by ``nn.Identity``.
+
+    Args:
+        model: any module from one tensor to one tensor, in evaluation mode. What forward hooks see of its modules stays
+            the same; a layer that carries hooks itself is never folded.
+        example: a few inputs of the kind it gets, on its device; better random than constant.
+
+    Returns:
+        How many were folded. Output, input gradient and what hooks see equal the original's to 1e-9 in float64.
+
+    Raises:
+        ValueError: a module in training mode, or a model that does not run in float64.
+    """
+    if any(module.training for module in model.modules()):
+        raise ValueError("model must be in evaluation mode: a BatchNorm that still learns its statistics stays")
+    original = copy.deepcopy(model).double()
+    try:
+        want = _response(original, example.double())
+    except RuntimeError as error:
+        raise ValueError(f"the model does not run in float64, where folding is verified: {error}") from error
+    pairs = _pairs(original, example.double())
+
+    def same(chosen: list[tuple[str, str]]) -> bool:
+        trial = copy.deepcopy(original)
+        for pair in chosen:
+            _fold(trial, *pair)
+        return all(_close(a, b) for a, b in zip(_response(trial, example.double()), want, strict=True))
+
+    if not same(pairs):  # some pair is not what it seems: take them one by one
+        kept: list[tuple[str, str]] = []
+        for pair in pairs:
+            if same([*kept, pair]):
+                kept.append(pair)
+        pairs = kept
+    for pair in pairs:
+        _fold(model, *pair)
+    return len(pairs)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _response(model: nn.Module, example: Tensor) -> list[Tensor]:
+    """The output, what hooks see on the way, and the input gradient of a fixed random sum of the output."""
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            seen.append(output.detach().clone())
+
+    handles = [module.register_forward_hook(see, prepend=True) for module in model.modules() if _hooked(module)]
+    try:
+        with torch.enable_grad():
+            leaf = example.detach().clone().requires_grad_()
+            output = model(leaf)
+            generator = torch.Generator().manual_seed(0)
+            weight = torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device)
+            gradient = torch.autograd.grad((output * weight).sum(), leaf)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [output.detach(), gradient, *seen]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
+
+
+def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
+    """Names of (layer, BatchNorm) where each runs once, one on the other's very output."""
+    names = {module: name for name, module in model.named_modules()}
+    owners = Counter(id(p) for module in names for p in module._parameters.values() if p is not None)
+    runs: Counter[nn.Module] = Counter()
+    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # the tensors are kept: ids are not reused
+    pairs: list[tuple[Any, Any]] = []
+
+    def after(module: nn.Module, args: tuple, output: Tensor) -> None:
+        runs[module] += 1
+        outputs[id(output)] = module, output, output._version
+
+    def before(module: nn.Module, args: tuple) -> None:
+        runs[module] += 1
+        layer, _, version = outputs.get(id(args[0]), (None, None, -1)) if args else (None, None, -1)
+        if layer is not None and args[0]._version == version:
+            pairs.append((layer, module))
+
+    handles = []
+    for module in names:
+        if _hooked(module):
+            continue
+        plain = isinstance(module._parameters.get("weight"), Tensor)  # not computed, as under weight normalisation
+        if isinstance(module, _FOLDABLE) and plain and owners[id(module.weight)] == 1:
+            handles.append(module.register_forward_hook(after))
+        elif isinstance(module, _Norm) and module.running_mean is not None:
+            handles.append(module.register_forward_pre_hook(before))
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(names[a], names[b]) for a, b in pairs if runs[a] == runs[b] == 1 and len(a.weight) == b.num_features]
+
+
+@torch.no_grad()
+def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
+    layer: Any = model.get_submodule(layer_name)
+    norm: Any = model.get_submodule(norm_name)
+    mean, variance = norm.running_mean.double(), norm.running_var.double()  # rounded once, at the end
+    scale = (variance + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.double())
+    shift = 0 if norm.bias is None else norm.bias.double()
+    bias = 0 if layer.bias is None else layer.bias.double()
+    weight = layer.weight
+    folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    layer.weight = nn.Parameter(folded.to(weight.dtype), weight.requires_grad)
+    layer.bias = nn.Parameter(((bias - mean) * scale + shift).to(weight.dtype), weight.requires_grad)
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if child is norm:
+                setattr(parent, name, nn.Identity())

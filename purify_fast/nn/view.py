@@ -1,0 +1,72 @@
+"""A frozen classifier made fast: BatchNorm folded, channels_last, bfloat16 inside, float32 at its borders."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from .folding import fold_batchnorm
+from .representation import first_tensor, untapped
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def inside(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context accelerated parts compute in: matrix products in ``dtype``, nothing changed for float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def quicken(model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, fold: bool = True) -> int:
+    """Prepare a frozen model for `inside`, in place.
+
+    Its matrix layers get channels_last weights in ``dtype``; all else stays float32: normalisation, statistics and
+    whatever else a user's module holds. Layers with forward hooks are not folded.
+
+    Args:
+        model: from images ``[B, *image_shape]`` in [0, 1] to logits; no parameter may need a gradient.
+        dtype: float32 or bfloat16. fold: whether BatchNorms are folded into the layers before them.
+
+    Returns:
+        The number of BatchNorms folded.
+
+    Raises:
+        ValueError: another dtype, or see `fold_batchnorm`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    model.float().eval()
+    folded = 0
+    if fold:
+        example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0))
+        folded = fold_batchnorm(model, example.to(first_tensor(model).device))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in model.modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            module.to(dtype)
+    return folded
+
+
+class FrozenView(nn.Module):
+    """A copy of ``classifier`` for inference and for attacks on it: images ``[B, *image_shape]`` -> float32 logits.
+
+    It has no hooks of a `Representation`, and no parameter that needs a gradient. Later changes of the classifier's
+    weights do not reach it. Arguments and errors as in `quicken`.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        image_shape: tuple[int, ...],
+        dtype: torch.dtype = torch.bfloat16,
+        fold: bool = True,
+    ):
+        super().__init__()
+        self.dtype = dtype
+        self.classifier = untapped(copy.deepcopy(classifier)).requires_grad_(False)
+        self.folded = quicken(self.classifier, image_shape, dtype, fold)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with inside(x.device, self.dtype):
+            return self.classifier(x.float()).float()
