@@ -18,6 +18,7 @@ from torch import nn
 
 from . import data
 from ._files import write_text
+from ._process import end_with_parent
 from .carso import Carso, CarsoConfig, CarsoTask, Head, load
 from .evaluation import Attack, Report, evaluate, merge
 from .nn import SmallCNN
@@ -114,7 +115,7 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> Re
     save_classifier(base, out / "base")
 
     # models that are ready are attacked on the core that training leaves idle; their rows are found again in the end
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as idle:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent) as idle:
         early = [idle.submit(_attack_early, out, budget, seed, (STANDARD, BASE))]
 
         heading("2/4 CARSO's purifier on the base, as published: trained on attacks that see the classifier alone")

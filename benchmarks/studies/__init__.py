@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from purify_fast._files import write_text
+from purify_fast._process import end_with_parent
 from purify_fast.training import keep_memory
 
 RESULT = "result.json"
@@ -74,7 +75,7 @@ def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
     waiting = [job for job in jobs if not job.done(root)]
     running: dict[Future, Job] = {}
     total = len(waiting)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         while waiting or running:
             for job in list(waiting):
                 if len(running) < workers and all((job.folder(root, need) / RESULT).is_file() for need in job.needs):

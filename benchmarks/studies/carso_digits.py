@@ -7,7 +7,7 @@ the deterministic model (z = 0, no noise); the main ones also with their randomn
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,8 @@ EPS, EPS_L2 = 0.2, 1.0
 LAYERS = ("conv2", "conv4", "hidden")
 ALL_LAYERS = ("conv1", "conv2", "conv3", "conv4", "hidden")
 SIZES = {"cond_dim": 64, "latent_dim": 8, "samples": 8, "decoder_width": 8}
-BASE_EPOCHS, PUBLISHED_EPOCHS, PIPELINE_EPOCHS = 200, 20, 60
+BASE_EPOCHS, PUBLISHED_EPOCHS, PIPELINE_EPOCHS = 120, 15, 40
+ABLATION_SEEDS = 2
 WIDE = 21  # a classifier of 143 k parameters, as many as the base and its purifier have when they predict
 JOINT = {"joint": True, "learning_rate": 2e-3, "weight_decay": 2e-2}
 PGD, AUTO, DRAWS = "worst", "AutoAttack", "PGD-40 ce, EOT 4, K draws"
@@ -144,48 +145,42 @@ def jobs(seeds: int, quick: bool, rows: Sequence[str] | None = None) -> list[Job
 
     Ablations change one setting of the row "pipeline".
     """
-    made = []
+    made: list[Job] = []
+
+    def add(seed: int, name: str, work: Callable, *needs: str, **settings) -> None:
+        made.append(Job(name, seed, work, needs, settings | {"quick": quick}))
+
     for seed in range(seeds):
-
-        def add(name, work, needs=(), seed=seed, **settings):
-            made.append(Job(name, seed, work, tuple(needs), settings | {"quick": quick}))
-
-        def ablate(name, seed=seed, **config):  # of the published stage, then through the pipeline
-            add(f"published, {name}", train_published, ["base"], config=config)
-            start = f"published, {name}"
-            add(f"pipeline, {name}", train_pipeline, ["base", start], start=start)
-
-        add("base", train_base, rank=True)
-        add("base, twice the epochs", train_base, epochs=2 * BASE_EPOCHS)
-        add("base, as many parameters", train_base, width=WIDE)
-        add("noisy copies, sigma 0.1", attack_copies, ["base"], sigma=0.1)
-        add("noisy copies, sigma 0.3", attack_copies, ["base"], sigma=0.3)
-        add("published", train_published, ["base"], draws=True)
-        add("pipeline", train_pipeline, ["base", "published"], draws=True)
-        add("pipeline, joint", train_pipeline, ["base", "published"], draws=True, config=JOINT)
+        add(seed, "base", train_base, rank=True)
+        add(seed, "base, twice the epochs", train_base, epochs=2 * BASE_EPOCHS)
+        add(seed, "base, as many parameters", train_base, width=WIDE)
+        add(seed, "noisy copies, sigma 0.1", attack_copies, "base", sigma=0.1)
+        add(seed, "published", train_published, "base", draws=True)
+        add(seed, "pipeline", train_pipeline, "base", "published", draws=True)
+        add(seed, "pipeline, joint", train_pipeline, "base", "published", draws=True, config=JOINT)
+    for seed in range(min(seeds, ABLATION_SEEDS)):
+        add(seed, "noisy copies, sigma 0.3", attack_copies, "base", sigma=0.3)
         for samples in (1, 2, 32):
-            add(f"pipeline, K = {samples} when it predicts", attack_samples, ["base", "pipeline"], samples=samples)
-        add("pipeline, K = 4 in training", train_pipeline, ["base", "published"], config={"train_samples": 4})
+            add(seed, f"pipeline, K = {samples} when it predicts", attack_samples, "base", "pipeline", samples=samples)
+        add(seed, "pipeline, K = 4 in training", train_pipeline, "base", "published", config={"train_samples": 4})
         for steps in (3, 15):
-            add(f"pipeline, PGD-{steps} in training", train_pipeline, ["base", "published"], config={"steps": steps})
-        ablate("beta 0.1", beta=0.1)
-        ablate("4 free nats", free_bits=4.0)
-        for layers in (("conv2",), ("conv4",), ("hidden",), ALL_LAYERS):
-            name = "all layers" if layers == ALL_LAYERS else f"{layers[0]} alone"
-            start = f"published, {name}"
-            add(start, train_published, ["base"], layers=layers)
-            add(f"pipeline, {name}", train_pipeline, ["base", start], start=start)
-        l2 = {"eps": EPS_L2, "norm": "l2"}
-        add("base, L2", train_base, norm="l2")
-        add("published, L2", train_published, ["base, L2"], base="base, L2", config=l2)
-        add(
-            "pipeline, L2",
-            train_pipeline,
-            ["base, L2", "published, L2"],
-            base="base, L2",
-            start="published, L2",
-            config=l2,
-        )
+            add(
+                seed, f"pipeline, PGD-{steps} in training", train_pipeline, "base", "published", config={"steps": steps}
+            )
+        changes: dict[str, dict] = {
+            "beta 0.1": {"config": {"beta": 0.1}},
+            "4 free nats": {"config": {"free_bits": 4.0}},
+        }
+        changes |= {f"{layer} alone": {"layers": (layer,)} for layer in LAYERS}
+        changes["all layers"] = {"layers": ALL_LAYERS}
+        for change, settings in changes.items():
+            start = f"published, {change}"
+            add(seed, start, train_published, "base", **settings)
+            add(seed, f"pipeline, {change}", train_pipeline, "base", start, start=start)
+        l2 = {"base": "base, L2", "config": {"eps": EPS_L2, "norm": "l2"}}
+        add(seed, "base, L2", train_base, norm="l2")
+        add(seed, "published, L2", train_published, "base, L2", **l2)
+        add(seed, "pipeline, L2", train_pipeline, "base, L2", "published, L2", start="published, L2", **l2)
     names = {job.name for job in made}
     if rows is None:
         return made

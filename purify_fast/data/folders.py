@@ -8,9 +8,7 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._files import atomic, content_hash, write_text
+from .._process import end_with_parent
 from .streaming import StreamedImages
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -294,26 +293,13 @@ def _decoded(files: list[Path], size: tuple[int, int] | None, workers: int) -> G
     # fork where it is usual: a spawned process would import the caller's script again; these touch only Pillow
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     waiting: deque[Future[list[np.ndarray | str]]] = deque()
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         for chunk in chunks:
             waiting.append(pool.submit(_decode_chunk, chunk, size))
             if len(waiting) > 2 * workers:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
-
-
-def _end_with_parent() -> None:
-    """Leave Ctrl-C to the parent, and end when it does: alone, a process would wait for work, and keep the lock."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def _decode_chunk(files: list[Path], size: tuple[int, int] | None) -> list[np.ndarray | str]:
