@@ -2,6 +2,8 @@
 
 python -m benchmarks pipelines [names...] [--device cpu|cuda] [--quick] [--out DIR]
 
+python -m benchmarks study NAME [--data DIR] [--full] [--quick]
+
 python -m benchmarks report [DIR...]
 """
 
@@ -19,6 +21,7 @@ from purify_fast.training import keep_memory
 
 from . import measure, pipelines, race, report
 from .ops import registry
+from .studies import command
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -79,20 +82,24 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, known, text in (
+    for kind, known, text in (
         ("ops", registry(), "the ops against their references"),
         ("pipelines", pipelines.registry(), "what users run end to end, against a plain implementation"),
     ):
-        one = commands.add_parser(command, help=text)
+        one = commands.add_parser(kind, help=text)
         one.add_argument("names", nargs="*", metavar="name", help=f"which; all by default: {', '.join(known)}")
         one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         one.add_argument(
             "--quick", action="store_true", help="small, three short runs at most: that it works, no numbers"
         )
         one.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
+    command.add_arguments(commands.add_parser("study", help="what makes a defence robust: trains and attacks models"))
     tables = commands.add_parser("report", help="the tables and pictures again, from the CSV files")
     tables.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
     chosen = parser.parse_args(arguments)
+    if chosen.command == "study":
+        print(command.main(chosen).read_text())
+        return
     if chosen.command == "report":
         for path in chosen.folders or sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
             if (path / report.ROWS).exists():

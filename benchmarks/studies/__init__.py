@@ -33,6 +33,7 @@ class Job:
         name: the row of the table. seed: of its training and of the attacks.
         work: ``work(job, folder, root)`` -> numbers for the table; importable, since it runs in another process.
         needs: rows, of the same seed, whose folders it reads. settings: for ``work``.
+        threads: 1, since for small models a second thread only spins; 0 for torch's own number.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Job:
     work: Callable[[Job, Path, Path], dict]
     needs: tuple[str, ...] = ()
     settings: dict = field(default_factory=dict)
+    threads: int = 1
 
     def folder(self, root: Path, name: str | None = None) -> Path:
         """This job's folder, or that of another row of the same seed."""
@@ -50,7 +52,8 @@ class Job:
 
 
 def _run(job: Job, root: Path) -> None:
-    torch.set_num_threads(1)  # small models: a second thread spins, a second job does not
+    if job.threads:
+        torch.set_num_threads(job.threads)
     keep_memory()
     began = time.monotonic()
     result = job.work(job, job.folder(root), root)

@@ -40,7 +40,7 @@ class Budget:
     """How much of everything."""
 
     width: int = 11  # 1.30 MFLOP an image, two per multiplication and addition
-    base_epochs: int = 12
+    base_epochs: int = 8
     published_epochs: int = 4
     pipeline_epochs: int = 4
     images: int = 1000
@@ -70,7 +70,7 @@ def train_classifier(job: Job, folder: Path, root: Path) -> dict:
     mnist = _mnist(job.settings["data"], budget)
     torch.manual_seed(job.seed)
     model = SmallCNN(1, 10, (28, 28), budget.width)
-    config = ClassifierConfig(eps=EPS, steps=7, warm_up=0.5, learning_rate=5e-3, weight_decay=1e-3)
+    config = ClassifierConfig(eps=EPS, steps=7, warm_up=0.5, learning_rate=1e-2, weight_decay=1e-3)
     fit(
         ClassifierTask(model, config),
         mnist.x_train,

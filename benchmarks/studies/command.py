@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import carso_digits, carso_mnist, run, tables
+from . import carso_digits, carso_mnist, carso_resnet18, run, tables
 
-STUDIES = ("carso_digits", "carso_mnist")
+STUDIES = ("carso_digits", "carso_mnist", "carso_resnet18")
 RESULTS = Path(__file__).parents[1] / "results" / "studies"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=STUDIES)
-    parser.add_argument("--data", default="data", help="the folder that holds the data set (MNIST: mnist.npz)")
+    parser.add_argument("--data", default="data", help="the folder that holds mnist.npz or cifar10.npz")
     parser.add_argument("--full", action="store_true", help="the full budgets: days rather than an hour")
     parser.add_argument("--quick", action="store_true", help="the same path in a minute or two, no numbers")
     parser.add_argument("--seeds", type=int, default=3, help="of the digits study")
@@ -30,6 +30,8 @@ def main(chosen: argparse.Namespace) -> Path:
     if chosen.name == "carso_digits":
         jobs = carso_digits.jobs(chosen.seeds, chosen.quick, chosen.rows)
         return tables.write(run(jobs, root, chosen.workers), results, chosen.name)
-    budget = carso_mnist.QUICK if chosen.quick else carso_mnist.FULL if chosen.full else carso_mnist.Budget()
-    run(carso_mnist.jobs(chosen.data, budget=budget), root, chosen.workers)
-    return carso_mnist.write(chosen.data, root, results, budget=budget)
+    study = carso_mnist if chosen.name == "carso_mnist" else carso_resnet18
+    budget = study.QUICK if chosen.quick else study.FULL if chosen.full else study.Budget()
+    workers = chosen.workers if study is carso_mnist else 1  # the ResNet uses every core by itself
+    run(study.jobs(chosen.data, budget=budget), root, workers)
+    return study.write(chosen.data, root, results, budget=budget)

@@ -1,0 +1,144 @@
+"""A user's own classifier behind CARSO: the adversarially trained ResNet-18 of pyautoattack's examples, on CIFAR-10.
+
+The classifier is wrapped as it is, its layers named by module path; a short purifier training, as published and then
+through the pipeline, in bfloat16; then the same attacks on all. The training is short, and says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from purify_fast import data
+from purify_fast._files import write_text
+from purify_fast.carso import Carso, CarsoConfig, CarsoTask, load
+from purify_fast.evaluation import Attack, Report, evaluate, merge
+from purify_fast.training import FitConfig, fit
+from purify_fast.training.checkpoint import fingerprint
+
+from . import Job
+
+EPS = 8 / 255
+LAYERS = ("layer1.1.conv2", "layer2.1.conv2", "layer3.1.conv2", "layer4.1.conv2")
+CLASSIFIER, PUBLISHED, PIPELINE = "ResNet-18", "CARSO published", "CARSO pipeline"
+MODELS = (CLASSIFIER, PUBLISHED, PIPELINE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything; images to train on, each once."""
+
+    published_images: int = 20000
+    pipeline_images: int = 6000
+    images: int = 200
+    steps: int = 20
+    eot: int = 2
+    apgd_images: int = 100
+    apgd_steps: int = 100
+
+
+FULL = Budget(50000, 50000, 10000, 200, 20, 1000)
+QUICK = Budget(64, 32, 4, 2, 2, 2, 2)
+
+
+def classifier() -> nn.Module:
+    """The example checkpoint: 10 classes, images in [0, 1], no normalisation; in evaluation mode.
+
+    Raises:
+        ModuleNotFoundError: without pyautoattack.
+    """
+    spec = importlib.util.find_spec("pyautoattack")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("the ResNet-18 comes with pyautoattack: pip install 'purify-fast[eval]'")
+    folder = Path(spec.submodule_search_locations[0]) / "examples"
+    found = importlib.util.spec_from_file_location("pyautoattack_example_resnet", folder / "resnet.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    model = module.ResNet18()
+    model.load_state_dict(torch.load(folder / "model_test.pt", weights_only=True, map_location="cpu"))
+    return model.eval()
+
+
+def _defence(job: Job, root: Path, name: str) -> nn.Module:
+    return load(job.folder(root, name), classifier()).accelerate()
+
+
+def train(job: Job, folder: Path, root: Path) -> dict:
+    """The purifier as published, or fine-tuned from there through the pipeline."""
+    budget: Budget = job.settings["budget"]
+    cifar = data.load("cifar10", job.settings["data"])
+    torch.manual_seed(job.seed)
+    if job.name == PUBLISHED:
+        # the statistics are CIFAR-10's
+        defence = Carso(
+            classifier(), LAYERS, cifar.image_shape, cond_dim=256, latent_dim=64, samples=8,
+            mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616),
+        )  # fmt: skip
+        config = CarsoConfig(eps=EPS, steps=10, precision="bfloat16")
+        task, n, batch = CarsoTask(defence, config), budget.published_images, 64
+    else:
+        defence = load(job.folder(root, PUBLISHED), classifier())
+        origin = fingerprint(defence)
+        config = CarsoConfig(attack_target="pipeline", eps=EPS, steps=5, precision="bfloat16", learning_rate=1e-3)
+        task, n, batch = CarsoTask(defence, config, origin), budget.pipeline_images, 32
+    last = fit(task, cifar.x_train[:n], cifar.y_train[:n], FitConfig(1, min(batch, n), job.seed), folder)
+    defence.save(folder)
+    return last
+
+
+def _evaluate(job: Job, root: Path, name: str) -> Report:
+    budget: Budget = job.settings["budget"]
+    cifar = data.load("cifar10", job.settings["data"])
+    model = classifier() if name == CLASSIFIER else _defence(job, root, name)
+    zero = "random" if name == CLASSIFIER else "deterministic"
+    n, steps = budget.apgd_images, budget.apgd_steps
+    pgd = [
+        Attack(loss="ce", label=f"PGD-{budget.steps} ce, EOT {budget.eot}"),
+        Attack(loss="dlr", survivors=True, label=f"PGD-{budget.steps} ce + dlr, EOT {budget.eot}"),
+    ]
+    labels = (f"APGD ce, z = 0, first {n}", f"APGD ce + APGD-T, z = 0, first {n}")
+    apgd = [
+        Attack("apgd", loss=loss, variant=zero, limit=n, steps=steps, survivors=loss != "ce", label=label)
+        for loss, label in zip(("ce", "dlr_targeted"), labels, strict=True)
+    ]
+    return evaluate(
+        model, cifar.x_test[: budget.images], cifar.y_test[: budget.images], eps=EPS, attacks=[*pgd, *apgd],
+        steps=budget.steps, eot=budget.eot, batch_size=100, chunk=32, seed=job.seed, out=root / "attacks", name=name,
+    )  # fmt: skip
+
+
+def attack(job: Job, folder: Path, root: Path) -> dict:
+    """One model under all attacks; its rows are kept for `write`."""
+    report = _evaluate(job, root, job.settings["model"])
+    return {row.attack: row.accuracy for row in report.rows}
+
+
+def jobs(path: str, seed: int = 0, budget: Budget = Budget()) -> list[Job]:
+    """Two trainings and three evaluations, one after the other with all threads."""
+    common = {"data": path, "budget": budget}
+    needs: dict[str, tuple[str, ...]] = {CLASSIFIER: (), PUBLISHED: (PUBLISHED,), PIPELINE: (PIPELINE,)}
+    made = [Job(PUBLISHED, seed, train, (), common, 0), Job(PIPELINE, seed, train, (PUBLISHED,), common, 0)]
+    return made + [Job(f"attacks on {n}", seed, attack, needs[n], {**common, "model": n}, 0) for n in MODELS]
+
+
+def write(path: str, root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) -> Path:
+    """``carso_resnet18.md``, its JSON and pictures in ``folder``."""
+    job = Job("report", seed, attack, (), {"data": path, "budget": budget}, 0)
+    report = merge(_evaluate(job, root, name) for name in MODELS)
+    report.save(folder / "carso_resnet18", {name: _defence(job, root, name) for name in (PUBLISHED, PIPELINE)})
+    lines = [
+        f"CIFAR-10 (JPEG 75), the first {budget.images} test images, L-inf eps 8/255, seed {seed}; accuracy ± standard "
+        f"error, %. ResNet-18 of pyautoattack's examples, as it is; layers {', '.join(LAYERS)}; purifier trained on "
+        f"{budget.published_images:,} images once as published, then on {budget.pipeline_images:,} once through the "
+        "pipeline; K = 8, bfloat16 inside. An image counts if every prediction is right, under all attacks so far of "
+        "its kind.",
+        "",
+        *report.comparison(),
+    ]
+    write_text(folder / "carso_resnet18.md", "\n".join(lines) + "\n")
+    return folder / "carso_resnet18.md"
