@@ -28,10 +28,9 @@ template <class T, class W = wide_t<T>>
 PF_HD void apgd_step_l2(const T* x, const T* grad, const T* x_nat, const T* previous, T* out, int64_t n,
                         ApgdStep<W> step, W* scratch) {
   W *first = scratch, *second = scratch + n;
-  store_all(second, n, [=](int64_t i) PF_INLINE { return load(grad[i]); });  // widened once
-  const Direction<W> direction = l2_direction(second, n);
+  const Direction<W> direction = l2_direction(grad, n);
   store_all(first, n,
-            [=](int64_t i) PF_INLINE { return (load(x[i]) + step.alpha * direction(second[i])) - load(x_nat[i]); });
+            [=](int64_t i) PF_INLINE { return (load(x[i]) + step.alpha * direction(load(grad[i]))) - load(x_nat[i]); });
   const W inner = l2_shrink(n, step.eps, [=](int64_t i) PF_INLINE { return first[i]; });
   store_all(second, n, [=](int64_t i) PF_INLINE {
     const W from = load(x[i]), center = load(x_nat[i]);

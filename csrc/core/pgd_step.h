@@ -26,11 +26,11 @@ PF_HD W pgd_step_linf(W x, W grad, W x_nat, PgdStep<W> step) {
 // The direction g / |g| of a sample; 0 if any element is not finite, or all are zero.
 template <class W>
 struct Direction {
-  W peak, length;  // max |g|, and |g| / peak: scaled first, so that the squares of tiny gradients do not vanish
+  W peak, inverse;  // max |g|, and peak / |g|: scaled first, so that the squares of tiny gradients do not vanish
   bool usable;
 
   PF_HD W operator()(W grad) const {
-    const W unit = grad / peak / length;
+    const W unit = grad / peak * inverse;
     return usable ? unit : W(0);
   }
 };
@@ -54,7 +54,7 @@ PF_HD Direction<W> l2_direction(const T* grad, int64_t n) {
                                                   return g * g;
                                                 }))
                           : W(1);
-  return {peak, length, usable};
+  return {peak, 1 / length, usable};
 }
 
 // What offset(i), i < n, is multiplied by to lie in the ball.

@@ -1,4 +1,4 @@
-"""One step of Auto-PGD: a step of projected gradient ascent, then momentum, projected again; per-sample step and radius.
+"""One step of Auto-PGD: a projected gradient step (ascent), then momentum, projected again; per-sample step and radius.
 
     z      = P(x + alpha dir(g))
     x_new  = P(x + a (z - x) + (1 - a) (x - previous))
