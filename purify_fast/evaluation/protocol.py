@@ -301,10 +301,10 @@ class _Run:
                 steps += f" ({' + '.join(run)}; PGD margin for {replaced}: {self.classes} classes)"
             name += steps
         else:
-            loss, steps = self.loss(attack), attack.steps or self.steps
-            name = f"FGSM {loss}" if attack.kind == "fgsm" else f"{attack.kind.upper()}-{steps} {loss}"
+            loss, count = self.loss(attack), attack.steps or self.steps
+            name = f"FGSM {loss}" if attack.kind == "fgsm" else f"{attack.kind.upper()}-{count} {loss}"
             if loss in TARGETED:
-                name = f"APGD-T {steps}" + (f", {attack.targets} targets" if attack.targets != 9 else "")
+                name = f"APGD-T {count}" + (f", {attack.targets} targets" if attack.targets != 9 else "")
             name += f" x{attack.restarts}" if attack.restarts > 1 else ""
         if attack.head is not None:
             name += f" through {attack.head}"

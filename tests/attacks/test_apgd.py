@@ -116,7 +116,7 @@ def test_dlr_targeted_by_hand():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_batch_splits_agree(batch, model, norm, loss):
-    """In float64: in float32 a convolution rounds by the size of the batch, and by that a loss may seem to have risen."""
+    """In float64: in float32 a convolution rounds by the size of the batch, and by that a loss may seem to rise."""
     model, x, y = copy.deepcopy(model).double(), batch[0].double(), batch[1]
     ids = torch.arange(100, 109)
     common = {"eps": 0.05, "steps": 6, "norm": norm, "loss": loss, "seed": 7, "restarts": 2}
