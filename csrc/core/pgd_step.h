@@ -23,14 +23,15 @@ PF_HD W pgd_step_linf(W x, W grad, W x_nat, PgdStep<W> step) {
   return clamp_nan(min_nan(max_nan(moved, x_nat - step.eps), x_nat + step.eps), step.lo, step.hi);
 }
 
-// The direction g / |g| of a sample; 0 if any element is not finite, or all are zero.
+// The direction g / |g| of a sample; 0 if any element is not finite, or all are zero. In two factors, since one alone
+// might overflow; and no divisions, which would take most of the time.
 template <class W>
 struct Direction {
-  W peak, inverse;  // max |g|, and peak / |g|: scaled first, so that the squares of tiny gradients do not vanish
+  W scale, inverse;
   bool usable;
 
   PF_HD W operator()(W grad) const {
-    const W unit = grad / peak * inverse;
+    const W unit = grad * scale * inverse;
     return usable ? unit : W(0);
   }
 };
@@ -48,13 +49,18 @@ PF_HD Direction<W> l2_direction(const T* grad, int64_t n) {
 
   const bool usable = finite(peaks[0]) & (peaks[0] > 0);
   const W peak = usable ? peaks[0] : W(1);
+  // brings any peak, subnormal or huge, to where its inverse is exact enough
+  constexpr W small = std::numeric_limits<W>::epsilon() * std::numeric_limits<W>::epsilon(), tiny = small * small;
+  const W scale = peak < tiny ? 1 / tiny : (peak > 1 / tiny ? tiny : W(1));
+  const W inverse = 1 / (peak * scale);
+  // scaled by max |g|, so that the squares of tiny gradients do not vanish
   const W length = usable ? sqrt(ordered_sum<W>(n,
                                                 [=](int64_t i) PF_INLINE {
-                                                  const W g = load(grad[i]) / peak;
+                                                  const W g = load(grad[i]) * scale * inverse;
                                                   return g * g;
                                                 }))
                           : W(1);
-  return {peak, 1 / length, usable};
+  return {scale, inverse / length, usable};
 }
 
 // What offset(i), i < n, is multiplied by to lie in the ball.

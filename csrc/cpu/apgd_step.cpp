@@ -57,7 +57,7 @@ Tensor apgd_step(Tensor x, Tensor grad, Tensor x_nat, Tensor previous, Tensor al
     };
     if (static_cast<Norm>(norm) == Norm::l2) {
       parallel_rows(samples, 3 * n, [&](int64_t begin, int64_t end) {
-        std::vector<W> scratch(2 * n);
+        std::vector<W> scratch(n);
         for (int64_t b = begin; b < end; ++b) {
           l2(px + b * n, pg + b * n, pn + b * n, pp + b * n, to + b * n, n, step(b), scratch.data());
         }

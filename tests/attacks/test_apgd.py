@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
 from purify_fast.attacks import GradientHealth, apgd, cross_entropy, dlr, dlr_targeted, fgsm, pgd
@@ -170,6 +171,20 @@ def test_only_images_that_withstand_are_attacked_again(monkeypatch):
     runs.clear()
     module.apgd(lambda z: z @ weight, x, y, eps=0.5, steps=5, restarts=9)
     assert len(runs) < 9  # nothing was left
+
+
+def test_a_run_never_waits_for_the_device():
+    """Tensors without values: whatever asks for one, on a GPU a synchronisation, raises."""
+    module = importlib.import_module("purify_fast.attacks.apgd")
+    with FakeTensorMode():
+        weight, x, y = torch.rand(48, 6), torch.rand(5, 48), torch.zeros(5, dtype=torch.int64)
+        with pytest.raises(DataDependentOutputException):
+            bool((x > 0).all())
+        for norm in ("linf", "l2"):
+            found = module._run(
+                lambda z: z @ weight, x, x, y, torch.ones(5), 30, norm, "ce", 2, 0.75, None, GradientHealth(), 0.0, 1.0
+            )
+            assert [f.shape for f in found] == [(5, 48), (5, 48), (2, 5)]
 
 
 def test_the_targets_are_the_wrong_classes_of_highest_logit():

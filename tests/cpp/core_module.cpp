@@ -65,7 +65,7 @@ void bind(py::module_& m, const char* suffix) {
     const pf::ApgdStep<W> step{{alpha, eps, lo, hi}, momentum, 1 - momentum};
     Array<W> out(x.size());
     if (static_cast<pf::Norm>(norm) == pf::Norm::l2) {
-      std::vector<W> scratch(2 * x.size());
+      std::vector<W> scratch(x.size());
       pf::apgd_step_l2(x.data(), grad.data(), x_nat.data(), previous.data(), out.mutable_data(), x.size(), step,
                        scratch.data());
     } else {

@@ -26,7 +26,7 @@ void linf() {
 
 void l2() {
   const int n = 37;
-  std::vector<float> x(n), grad(n), natural(n, 0.5f), previous(n), out(n), scratch(2 * n);
+  std::vector<float> x(n), grad(n), natural(n, 0.5f), previous(n), out(n), scratch(n);
   const auto run = [&](const pf::ApgdStep<float>& how) {
     pf::apgd_step_l2(x.data(), grad.data(), natural.data(), previous.data(), out.data(), n, how, scratch.data());
   };
