@@ -22,30 +22,15 @@ def _load(pointer, at, inside):
 
 
 @triton.jit
-def _linf(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, lo, hi, WIDTH: tl.constexpr):
-    pid = tl.program_id(0).to(tl.int64)
-    row, element = pid // blocks, pid % blocks * WIDTH + tl.arange(0, WIDTH)
-    at, inside = row * size + element, element < size
-    alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
-    x, g, nat = _load(x_ptr, at, inside), _load(grad_ptr, at, inside), _load(nat_ptr, at, inside)
+def _linf_moved(x, g, nat, alpha, eps, lo, hi):
     up, down = (g > 0) & (g < float("inf")), (g < 0) & (g > float("-inf"))  # NaN is neither
     x += alpha * (up.to(tl.float32) - down.to(tl.float32))
-    x = _clamp(_clamp(x, nat - eps, nat + eps), tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
-    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
+    return _clamp(_clamp(x, nat - eps, nat + eps), lo, hi)
 
 
 @triton.jit
-def _moved(x_ptr, grad_ptr, at, inside, peak, step, usable):
-    x, g = _load(x_ptr, at, inside), _load(grad_ptr, at, inside)
-    return x + tl.where(usable, step * (g / peak), 0.0)
-
-
-@triton.jit
-def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, lo, hi, WIDTH: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) // blocks  # blocks is 1
-    lane = tl.arange(0, WIDTH)
-    alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
-
+def _l2_direction(grad_ptr, row, lane, size, WIDTH: tl.constexpr):
+    # max |g|, |g| / max |g|, and whether there is a direction
     highest = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         g = _load(grad_ptr, row * size + first + lane, first + lane < size)
@@ -58,23 +43,60 @@ def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, lo,
     for first in range(0, size, WIDTH):
         g = _load(grad_ptr, row * size + first + lane, first + lane < size) / peak
         squares += g * g
-    length = tl.where(usable, tl.sqrt_rn(tl.sum(squares, 0)), 1.0)
+    return peak, tl.where(usable, tl.sqrt_rn(tl.sum(squares, 0)), 1.0), usable
+
+
+@triton.jit
+def _l2_shrink(squares, eps):
+    radius = tl.sqrt_rn(tl.sum(squares, 0))
+    return tl.where(radius > eps, eps / radius, 1.0)
+
+
+@triton.jit
+def _l2_moved(x_ptr, grad_ptr, at, inside, peak, step, usable):
+    x, g = _load(x_ptr, at, inside), _load(grad_ptr, at, inside)
+    return x + tl.where(usable, step * (g / peak), 0.0)
+
+
+@triton.jit
+def _linf(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, lo, hi, WIDTH: tl.constexpr):
+    pid = tl.program_id(0).to(tl.int64)
+    row, element = pid // blocks, pid % blocks * WIDTH + tl.arange(0, WIDTH)
+    at, inside = row * size + element, element < size
+    alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
+    x, g, nat = _load(x_ptr, at, inside), _load(grad_ptr, at, inside), _load(nat_ptr, at, inside)
+    x = _linf_moved(x, g, nat, alpha, eps, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, lo, hi, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) // blocks  # blocks is 1
+    lane = tl.arange(0, WIDTH)
+    alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
+    peak, length, usable = _l2_direction(grad_ptr, row, lane, size, WIDTH)
     step = alpha / length
 
     squares = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
-        d = _moved(x_ptr, grad_ptr, at, inside, peak, step, usable) - _load(nat_ptr, at, inside)
+        d = _l2_moved(x_ptr, grad_ptr, at, inside, peak, step, usable) - _load(nat_ptr, at, inside)
         squares += d * d
-    radius = tl.sqrt_rn(tl.sum(squares, 0))
-    shrink = tl.where(radius > eps, eps / radius, 1.0)
+    shrink = _l2_shrink(squares, eps)
 
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
         nat = _load(nat_ptr, at, inside)
-        d = _moved(x_ptr, grad_ptr, at, inside, peak, step, usable) - nat
+        d = _l2_moved(x_ptr, grad_ptr, at, inside, peak, step, usable) - nat
         x = _clamp(nat + d * shrink, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def layout(x: Tensor, norm: int) -> tuple[int, int, int]:
+    """Elements of a sample, elements a program sees at once, programs per sample; ``norm`` by index."""
+    size = x.numel() // x.shape[0]
+    width = min(BLOCK if norm == 0 else 2 * BLOCK, max(32, triton.next_power_of_2(size)))
+    return size, width, triton.cdiv(size, width) if norm == 0 else 1
 
 
 def forward(
@@ -84,9 +106,8 @@ def forward(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    size = x.numel() // x.shape[0]
-    width = min(BLOCK if norm == 0 else 2 * BLOCK, max(32, triton.next_power_of_2(size)))
-    kernel, blocks = (_linf, triton.cdiv(size, width)) if norm == 0 else (_l2, 1)
+    size, width, blocks = layout(x, norm)
+    kernel = _linf if norm == 0 else _l2
     with on(x):
         kernel[(x.shape[0] * blocks,)](
             x.contiguous(), grad.contiguous(), x_nat.contiguous(), alpha.contiguous(), eps.contiguous(), out,

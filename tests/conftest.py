@@ -31,6 +31,15 @@ def backend(request) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny models: a second thread only spins, many times slower when the machine is shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """New memory holds NaN (integers: the largest), so that an element a kernel forgets is seen."""

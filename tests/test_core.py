@@ -157,6 +157,30 @@ def test_pgd_step_keeps_nan_where_it_is(core, images, alpha, eps, where):
     np.testing.assert_array_equal(np.isnan(out), np.isnan(x))
 
 
+def momentum_step(core, x, grad, natural, previous, alpha, eps, momentum, norm):
+    return core.apgd_step(x, grad, natural, previous, alpha, eps, momentum, norm, 0.0, 1.0)
+
+
+@holds(images, radii, radii, radii, st.sampled_from([0, 1]), st.integers(0, 39))
+def test_apgd_step_stays_in_the_ball_and_the_box(core, images, alpha, eps, momentum, norm, shift):
+    x, natural, grad = images
+    out = momentum_step(core, x, grad, natural, np.roll(x, shift), alpha, eps, momentum, norm)
+    assert np.isfinite(out).all() and (out >= 0).all() and (out <= 1).all()
+    distance = np.abs(out.astype(np.float64) - natural)
+    size = distance.max() if norm == 0 else np.sqrt((distance**2).sum())
+    assert size <= eps * (1 + 4 * EPS) + 2 * EPS * np.sqrt(len(x))
+
+
+@holds(images, radii, radii, st.sampled_from([0, 1]))
+def test_apgd_step_from_rest_is_a_part_of_a_pgd_step(core, images, alpha, momentum, norm):
+    """From the middle of a wide ball, where no projection cuts."""
+    _, _, grad = images
+    x = np.full_like(grad, 0.5)
+    whole = step(core, x, grad, x, alpha / 4, 0.5, norm)
+    part = momentum_step(core, x, grad, x, x, alpha / 4, 0.5, momentum, norm)
+    assert np.abs(part - (x + momentum * (whole - x))).max() <= 4 * EPS
+
+
 @holds(shapes.flatmap(lambda s: rows(finite(1e3), s)), st.sampled_from(range(len(METHODS))))
 def test_aggregate_is_finite_and_near_float64(core, logits, method):
     out = core.aggregate(method, logits)

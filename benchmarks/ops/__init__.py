@@ -36,7 +36,7 @@ def uniform(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def registry() -> dict[str, Callable[[], list[Case]]]:
-    from . import aggregate, pgd_step, philox, reconstruction_loss, sample_latent
+    from . import aggregate, apgd_step, pgd_step, philox, reconstruction_loss, sample_latent
 
-    modules = (philox, aggregate, sample_latent, reconstruction_loss, pgd_step)
+    modules = (philox, aggregate, sample_latent, reconstruction_loss, pgd_step, apgd_step)
     return {module.__name__.rpartition(".")[2]: module.cases for module in modules}

@@ -99,4 +99,17 @@ void parallel_rows(int64_t rows, int64_t cost, const F& f) {
   }
 }
 
+// f(row, first, count) over all elements of `rows` rows of n, each on its own: threads split the elements, whatever the
+// shape; `first` counts from the first row.
+template <class F>
+void split_elements(int64_t rows, int64_t n, const F& f) {
+  parallel_rows(rows * n, 1, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t row = begin / n, stop = (row + 1) * n < end ? (row + 1) * n : end;
+      f(row, begin, stop - begin);
+      begin = stop;
+    }
+  });
+}
+
 }  // namespace pf::cpu

@@ -61,13 +61,9 @@ Tensor pgd_step(Tensor x, Tensor grad, Tensor x_nat, Tensor alpha, Tensor eps, i
           l2(px + b * n, pg + b * n, pn + b * n, to + b * n, n, step(b), scratch.data());
         }
       });
-    } else {  // every element on its own: threads split the elements, whatever the shape
-      parallel_rows(x.numel(), 1, [&](int64_t begin, int64_t end) {
-        while (begin < end) {
-          const int64_t b = begin / n, stop = (b + 1) * n < end ? (b + 1) * n : end;
-          linf(px + begin, pg + begin, pn + begin, to + begin, stop - begin, step(b));
-          begin = stop;
-        }
+    } else {
+      split_elements(samples, n, [&](int64_t b, int64_t begin, int64_t count) {
+        linf(px + begin, pg + begin, pn + begin, to + begin, count, step(b));
       });
     }
   });

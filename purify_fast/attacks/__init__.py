@@ -1,15 +1,19 @@
 """Attacks on any model that maps images in [0, 1] to logits; run on a frozen view of it."""
 
 from ._frozen import frozen
+from .apgd import apgd
 from .gradient import fgsm, input_gradient, pgd, pgd_and_fgsm
 from .health import GradientHealth
-from .losses import LOSSES, cross_entropy, dlr, margin
+from .losses import LOSSES, TARGETED, cross_entropy, dlr, dlr_targeted, margin
 
 __all__ = [
     "LOSSES",
+    "TARGETED",
     "GradientHealth",
+    "apgd",
     "cross_entropy",
     "dlr",
+    "dlr_targeted",
     "fgsm",
     "frozen",
     "input_gradient",

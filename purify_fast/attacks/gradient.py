@@ -7,7 +7,7 @@ the loss over ``eot`` draws (expectation over transformation, Athalye et al., IC
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -16,20 +16,29 @@ from ..ops.pgd_step import NORMS, per_sample, pgd_step
 from ..ops.philox import Stream, philox
 from ._frozen import frozen
 from .health import GradientHealth
-from .losses import LOSSES
+from .losses import LOSSES, TARGETED
 
 Model = Callable[[Tensor], Tensor]
 
 
-def _check(x: Tensor, y: Tensor, norm: str, loss: str, steps: int, eot: int, chunk: int | None) -> None:
+def _check(
+    x: Tensor,
+    y: Tensor,
+    norm: str,
+    loss: str,
+    steps: int,
+    eot: int,
+    chunk: int | None,
+    losses: Collection[str] = tuple(LOSSES),
+) -> None:
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [B, ...], got {x.dtype} {list(x.shape)}")
     if y.shape != (x.shape[0],) or y.dtype != torch.int64:
         raise ValueError(f"y must be int64 [B] = [{x.shape[0]}], got {y.dtype} {list(y.shape)}")
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if loss not in losses:
+        raise ValueError(f"loss must be one of {', '.join(losses)}, got {loss!r}")
     for name, value in (("steps", steps), ("eot", eot), ("chunk", chunk)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -55,7 +64,7 @@ def input_gradient(
 
 
 def _gradient(model: Model, x: Tensor, y: Tensor, loss: str, eot: int, chunk: int | None) -> tuple[Tensor, ...]:
-    """Gradient, mean loss [B], and the share of the draws that are misclassified [B]."""
+    """Gradient, mean loss [B], and the share of the draws that are misclassified [B]; y as in `_losses`."""
     return _over_chunks(x, y, eot, chunk, lambda a, b, draws: _differentiate(model, a, b, loss, draws))
 
 
@@ -63,16 +72,21 @@ def _differentiate(model: Model, x: Tensor, y: Tensor, loss: str, draws: int) ->
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         logits = model(leaf.repeat(draws, *[1] * (x.dim() - 1)))
-        each = LOSSES[loss](logits, y.repeat(draws))
+        each, wrong = _losses(logits, y, loss, draws)
         gradient = None
         if each.requires_grad:
             gradient = torch.autograd.grad(each.sum(), leaf, allow_unused=True)[0]
-    return (torch.zeros_like(x) if gradient is None else gradient, *_judged(logits, each, y, draws))
+    return torch.zeros_like(x) if gradient is None else gradient, *_summed(draws, each, wrong)
 
 
-def _judged(logits: Tensor, each: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    wrong = (logits.detach().argmax(1) != y.repeat(draws)).float()
-    return each.detach().view(draws, -1).sum(0), wrong.view(draws, -1).sum(0)
+def _losses(logits: Tensor, y: Tensor, loss: str, draws: int) -> tuple[Tensor, Tensor]:
+    """The loss of every draw, and whether it is misclassified; y: classes [B], or classes and targets [B, 2]."""
+    classes = y.view(len(y), -1).repeat(draws, 1).unbind(1)
+    return (LOSSES | TARGETED)[loss](logits, *classes), (logits.detach().argmax(1) != classes[0]).float()
+
+
+def _summed(draws: int, *each: Tensor) -> tuple[Tensor, ...]:
+    return tuple(values.detach().view(draws, -1).sum(0) for values in each)
 
 
 def _over_chunks(x: Tensor, y: Tensor, eot: int, chunk: int | None, run: Callable) -> tuple[Tensor, ...]:
@@ -189,8 +203,7 @@ def _better(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tuple
 def _score(model: Model, x: Tensor, y: Tensor, loss: str, eot: int, chunk: int | None) -> Tensor:
     def run(a: Tensor, b: Tensor, draws: int) -> tuple[Tensor, ...]:
         logits = model(a.repeat(draws, *[1] * (a.dim() - 1)))
-        value, wrong = _judged(logits, LOSSES[loss](logits, b.repeat(draws)), b, draws)
-        return a, value, wrong
+        return a, *_summed(draws, *_losses(logits, b, loss, draws))
 
     _, value, wrong = _over_chunks(x, y, eot, chunk, run)
     return torch.stack([wrong, value])

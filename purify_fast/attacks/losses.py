@@ -27,4 +27,15 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
+def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """(l_t - l_y) / (l_(1) - (l_(3) + l_(4)) / 2), [B], t the target [B]: Croce & Hein, ICML 2020. Needs 4 classes."""
+    if logits.shape[1] < 4:
+        raise ValueError(f"the dlr_targeted loss needs at least 4 classes, got {logits.shape[1]}: use 'margin'")
+    top = logits.topk(4, 1).values
+    gap = logits.gather(1, target[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
+    return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
 LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+#: These also take a target class per image; APGD's alone.
+TARGETED = {"dlr_targeted": dlr_targeted}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._files import atomic, digest, write_text
-from ..attacks import LOSSES, GradientHealth, fgsm, frozen, input_gradient, pgd
+from ..attacks import LOSSES, TARGETED, GradientHealth, apgd, fgsm, frozen, input_gradient, pgd
 from ..nn import Head
 from ..ops.aggregate import METHODS, UNSAFE
 from ..ops.pgd_step import NORMS
@@ -33,7 +33,8 @@ from .autoattack import VERSIONS, autoattack, parts
 from .report import FORMAT, Examples, Report, Row
 
 Model = Callable[[Tensor], Tensor]
-KINDS = ("pgd", "fgsm", "autoattack")
+KINDS = ("pgd", "apgd", "fgsm", "autoattack")
+GRADIENT = ("pgd", "apgd", "fgsm")  # ours
 VARIANTS = ("random", "fixed", "deterministic")
 EXAMPLES = 8  # attacked images kept per row, for the pictures
 _CLEAN, _ATTACK, _JUDGE = range(3)  # each phase has a seed of its own: no attack has seen the draws it is judged by
@@ -44,15 +45,17 @@ class Attack:
     """One attack; what is None is taken from `evaluate`'s arguments.
 
     Attributes:
-        kind: ``pgd``, ``fgsm`` or ``autoattack``.
-        loss: of PGD and FGSM: ``ce``, ``margin`` or ``dlr`` (``margin`` where there are only two classes).
-        steps: of PGD; of AutoAttack's APGD and FAB (None: 100). eot: draws per step (AutoAttack, None: 20).
+        kind: ``pgd``, ``apgd``, ``fgsm`` or ``autoattack``.
+        loss: of PGD, APGD and FGSM: ``ce``, ``margin`` or ``dlr``, of APGD also ``dlr_targeted``; ``margin`` instead
+            of ``dlr`` below 3 classes, of ``dlr_targeted`` below 4.
+        steps: of PGD and APGD; of AutoAttack's APGD and FAB (None: 100). eot: draws per step (AutoAttack, None: 20).
         variant: which model is attacked and judged: ``random``, ``fixed`` or ``deterministic``.
         version: of AutoAttack: ``standard`` or ``rand``. queries: of its Square.
         target: attack this model instead, judge the defence: a transfer attack, or another head of the defence.
         head: attack ``aggregate(defence.sample_logits(x), head)`` instead, judge the defence.
         label: the row's name; made from the rest if None.
-        alpha: PGD's step in image units. restarts: PGD runs, of which each image keeps its worst.
+        alpha: PGD's step in image units. restarts: PGD or APGD runs, of which each image keeps its worst.
+        targets: of ``dlr_targeted``: so many wrong classes, or all where there are fewer; a run for each.
         limit: attack only the first so many images.
         survivors: attack only what the attacks before it, on this variant, left right; the row counts every image, as
             left after all of them. Cheap attacks first then save most of a costly one's work.
@@ -70,18 +73,20 @@ class Attack:
     label: str | None = None
     alpha: float | None = None
     restarts: int = 1
+    targets: int = 9
     limit: int | None = None
     survivors: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("kind", KINDS), ("loss", LOSSES), ("variant", VARIANTS), ("version", VERSIONS)):
+        losses = (*LOSSES, *TARGETED) if self.kind == "apgd" else tuple(LOSSES)
+        for name, allowed in (("kind", KINDS), ("loss", losses), ("variant", VARIANTS), ("version", VERSIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.head not in (None, *METHODS, *UNSAFE):
             raise ValueError(f"head must be one of {', '.join(METHODS + UNSAFE)}, got {self.head!r}")
         if self.head is not None and self.target is not None:
             raise ValueError("an attack has a target or a head, not both")
-        for name in ("steps", "eot", "queries", "restarts", "limit"):
+        for name in ("steps", "eot", "queries", "restarts", "targets", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -122,9 +127,9 @@ def evaluate(
         eps, norm: the ball, in image units; ``linf`` or ``l2``.
         base: an undefended classifier: its adversarial images are tried on the defence.
         attacks: what to run; default `default_attacks`. Variants the defence lacks are left out, with a note.
-        steps, eot: of PGD where an attack does not say; a deterministic model is attacked with one draw.
+        steps, eot: of PGD and APGD where an attack does not say; a deterministic model is attacked with one draw.
         n_eval: independent predictions on each adversarial image; 1 for a deterministic model.
-        batch_size: images attacked together. chunk: images in one forward pass of PGD at most (exact).
+        batch_size: images attacked together. chunk: images in one forward pass of PGD and APGD at most (exact).
         seed: of everything random.
         out: a folder; each finished row is kept in ``out/rows`` and used again where settings, weights and data agree.
             Rows of models without weights to compare (plain callables) are made anew.
@@ -133,8 +138,8 @@ def evaluate(
 
     Returns:
         A `Report`: a clean row per variant, a row per attack, and rows named ``worst``: per image, over all attacks by
-        PGD and FGSM, other than on a ``target``, of the variant ("worst, ...") and over both; a row of survivors brings
-        in what fell before it.
+        PGD, APGD and FGSM, other than on a ``target``, of the variant ("worst, ...") and over both; a row of survivors
+        brings in what fell before it.
 
     Raises:
         ValueError: a wrong shape, dtype, range or setting. ModuleNotFoundError: AutoAttack is asked for and missing.
@@ -262,7 +267,11 @@ class _Run:
         torch.manual_seed(3 * self.seed + phase)
 
     def loss(self, attack: Attack) -> str:
-        return "margin" if attack.loss == "dlr" and self.classes < 3 else attack.loss
+        return "margin" if self.classes < {"dlr": 3, "dlr_targeted": 4}.get(attack.loss, 2) else attack.loss
+
+    def runs(self, attack: Attack) -> int:
+        """How often an image is attacked at most: restarts, for each target."""
+        return attack.restarts * (min(attack.targets, self.classes - 1) if self.loss(attack) in TARGETED else 1)
 
     def target(self, attack: Attack) -> Model:
         if attack.head is not None:
@@ -292,8 +301,11 @@ class _Run:
                 steps += f" ({' + '.join(run)}; PGD margin for {replaced}: {self.classes} classes)"
             name += steps
         else:
-            name = "FGSM" if attack.kind == "fgsm" else f"PGD-{attack.steps or self.steps}"
-            name += f" {self.loss(attack)}" + (f" x{attack.restarts}" if attack.restarts > 1 else "")
+            loss, count = self.loss(attack), attack.steps or self.steps
+            name = f"FGSM {loss}" if attack.kind == "fgsm" else f"{attack.kind.upper()}-{count} {loss}"
+            if loss in TARGETED:
+                name = f"APGD-T {count}" + (f", {attack.targets} targets" if attack.targets != 9 else "")
+            name += f" x{attack.restarts}" if attack.restarts > 1 else ""
         if attack.head is not None:
             name += f" through {attack.head}"
         if attack.target is not None:
@@ -365,7 +377,7 @@ class _Run:
         )  # fmt: skip
 
     def _gradient(self, attack, target, index, adversarial, draws, health, settings) -> None:
-        """PGD or FGSM, batch by batch; noise is tied to the image's index, so that batches do not matter."""
+        """PGD, APGD or FGSM, batch by batch; noise is tied to the image's index, so that batches do not matter."""
         for part in index.split(self.batch_size):
             x, y, ids = self.x[part].to(self.device), self.y[part].to(self.device), part.to(self.device)
             common: dict[str, Any] = {
@@ -375,11 +387,18 @@ class _Run:
             if attack.kind == "fgsm":
                 adversarial[part] = fgsm(target, x, y, **common).to(adversarial.device)
                 continue
+            steps = attack.steps or self.steps
+            if attack.kind == "apgd":
+                adversarial[part] = apgd(
+                    target, x, y, steps=steps, restarts=attack.restarts, targets=attack.targets, seed=self.seed,
+                    sample_ids=ids, **common,
+                ).to(adversarial.device)  # fmt: skip
+                continue
             best, value = x, torch.full((len(x),), -torch.inf, device=self.device)
             for restart in range(attack.restarts):
                 found = pgd(
-                    target, x, y, steps=attack.steps or self.steps, alpha=attack.alpha, keep_best=True,
-                    seed=self.seed + restart, sample_ids=ids, **common,
+                    target, x, y, steps=steps, alpha=attack.alpha, keep_best=True, seed=self.seed + restart,
+                    sample_ids=ids, **common,
                 )  # fmt: skip
                 if attack.restarts == 1:
                     best = found
@@ -407,11 +426,13 @@ class _Run:
         adversarial[index] = found.to(adversarial.device)
 
     def total(self, attack: Attack, draws: int, images: int) -> int | None:
-        """Forward passes of single images, for the bar; AutoAttack's are not known before."""
+        """Forward passes of single images, for the bar; AutoAttack's are not known before, APGD's at most so many."""
         if attack.kind == "autoattack":
             return None
         steps = 1 if attack.kind == "fgsm" else attack.steps or self.steps
         best = 0 if attack.kind == "fgsm" else draws * (2 if draws > 1 else 1)
+        if attack.kind == "apgd":  # runs after the first are for those still robust
+            return images * (self.runs(attack) * (steps * draws + best) + 1)
         picks = draws if attack.restarts > 1 else 0
         return images * attack.restarts * (steps * draws + best + picks + 1)
 
@@ -426,6 +447,7 @@ class _Run:
             own |= {"attacks": run, "replaced_by_pgd_margin": replaced}
         else:
             own["loss"] = self.loss(attack)
+            own["targets"] = self.runs(attack) // attack.restarts if own["loss"] in TARGETED else None
         own["target"] = "defence" if attack.target is None else type(attack.target).__name__
         return own | {"eps": self.eps, "norm": self.norm, "n_eval": self.draws(attack.variant)}
 
@@ -455,9 +477,9 @@ class _Run:
 
 
 def _worst(rows: list[Row]) -> list[Row]:
-    """Per image, the worst over the rows of PGD and FGSM on all images, by variant and over all."""
+    """Per image, the worst over the rows of PGD, APGD and FGSM on all images, by variant and over all."""
     full = max(row.n for row in rows)
-    mine = [r for r in rows if r.kind in ("pgd", "fgsm") and r.n == full and r.settings["target"] == "defence"]
+    mine = [r for r in rows if r.kind in GRADIENT and r.n == full and r.settings["target"] == "defence"]
     variants = list(dict.fromkeys(row.variant for row in mine))
     groups = [(f"worst, {variant}", [r for r in mine if r.variant == variant]) for variant in variants]
     made = []

@@ -2,6 +2,7 @@
 
 from ._op import REGISTRY, use_backend
 from .aggregate import aggregate
+from .apgd_step import apgd_step
 from .decode_samples import decode_samples
 from .pgd_step import pgd_step
 from .philox import Stream, philox
@@ -12,6 +13,7 @@ __all__ = [
     "REGISTRY",
     "Stream",
     "aggregate",
+    "apgd_step",
     "decode_samples",
     "pgd_step",
     "philox",

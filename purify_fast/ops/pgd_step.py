@@ -19,6 +19,29 @@ from ._op import define_op, launcher, wide
 NORMS = ("linf", "l2")
 
 
+def direction(grad: Tensor, norm: int) -> Tensor:
+    """The unit step along ``grad``, [B, ...]: its sign, or grad / |grad| per sample; 0 where it has no direction."""
+    if NORMS[norm] == "linf":
+        return torch.sign(torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
+    dims = list(range(1, grad.dim()))
+    peak = grad.abs().amax(dims, keepdim=True)
+    usable = torch.isfinite(peak) & (peak > 0)  # amax propagates NaN
+    grad = torch.where(usable, grad / torch.where(usable, peak, 1), 0.0)
+    length = grad.square().sum(dims, keepdim=True).sqrt()
+    return torch.where(usable, grad / torch.where(usable, length, 1), 0.0)
+
+
+def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: float) -> Tensor:
+    """``x`` in the ball around ``x_nat``, then in the box; eps: [B, 1, ...]."""
+    if NORMS[norm] == "linf":
+        x = torch.minimum(torch.maximum(x, x_nat - eps), x_nat + eps)
+    else:
+        d = x - x_nat
+        radius = d.square().sum(list(range(1, x.dim())), keepdim=True).sqrt()
+        x = x_nat + d * torch.where(radius > eps, eps / radius, 1.0)
+    return x.clamp(lo, hi)
+
+
 def reference(
     x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Tensor, eps: Tensor, norm: int, lo: float, hi: float
 ) -> Tensor:
@@ -26,20 +49,7 @@ def reference(
     w, g, n = wide(x), wide(grad), wide(x_nat)
     ones = [1] * (x.dim() - 1)
     a, e = alpha.to(w.dtype).view(-1, *ones), eps.to(w.dtype).view(-1, *ones)
-    if NORMS[norm] == "linf":
-        w = w + a * torch.sign(torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0))
-        w = torch.minimum(torch.maximum(w, n - e), n + e)
-    else:
-        dims = list(range(1, x.dim()))
-        peak = g.abs().amax(dims, keepdim=True)
-        usable = torch.isfinite(peak) & (peak > 0)  # amax propagates NaN
-        g = torch.where(usable, g / torch.where(usable, peak, 1), 0.0)
-        length = g.square().sum(dims, keepdim=True).sqrt()
-        w = w + a * torch.where(usable, g / torch.where(usable, length, 1), 0.0)
-        d = w - n
-        radius = d.square().sum(dims, keepdim=True).sqrt()
-        w = n + d * torch.where(radius > e, e / radius, 1.0)
-    return w.clamp(lo, hi).to(x.dtype).contiguous()
+    return project(w + a * direction(g, norm), n, e, norm, lo, hi).to(x.dtype).contiguous()
 
 
 OP = define_op(
@@ -61,6 +71,23 @@ def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     if value.shape not in ((), (x.shape[0],)):
         raise ValueError(f"{name} must be a number or a tensor [B] = [{x.shape[0]}], got {list(value.shape)}")
     return value.to(device=x.device, dtype=dtype).expand(x.shape[0]).contiguous()
+
+
+def check(images: dict[str, Tensor], norm: str, lo: float, hi: float) -> None:
+    """What every step asks of its images, by name, its norm and its box; ValueError otherwise."""
+    shapes, dtypes, devices = ([getattr(x, what) for x in images.values()] for what in ("shape", "dtype", "device"))
+    *names, last = images
+    joined = f"{', '.join(names)} and {last}"
+    if any(other != shapes[0] for other in shapes) or len(shapes[0]) < 2:
+        raise ValueError(f"{joined} need one shape [B, ...], got {', '.join(str(list(s)) for s in shapes)}")
+    if any(other != dtypes[0] for other in dtypes) or not dtypes[0].is_floating_point:
+        raise ValueError(f"{joined} need one floating-point dtype, got {', '.join(map(str, dtypes))}")
+    if any(other != devices[0] for other in devices):
+        raise ValueError(f"{joined} are on {', '.join(map(str, devices))}: they must agree")
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if lo > hi:
+        raise ValueError(f"lo = {lo} is above hi = {hi}")
 
 
 def pgd_step(
@@ -89,18 +116,7 @@ def pgd_step(
 
     Deterministic; ``linf`` is bit-exact across backends.
     """
-    if not (x.shape == grad.shape == x_nat.shape) or x.dim() < 2:
-        raise ValueError(
-            f"x, grad and x_nat need one shape [B, ...], got {list(x.shape)}, {list(grad.shape)}, {list(x_nat.shape)}"
-        )
-    if not (x.dtype == grad.dtype == x_nat.dtype) or not x.is_floating_point():
-        raise ValueError(f"x, grad and x_nat need one floating-point dtype, got {x.dtype}, {grad.dtype}, {x_nat.dtype}")
-    if not (x.device == grad.device == x_nat.device):
-        raise ValueError(f"x, grad and x_nat are on {x.device}, {grad.device}, {x_nat.device}: they must agree")
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    if lo > hi:
-        raise ValueError(f"lo = {lo} is above hi = {hi}")
+    check({"x": x, "grad": grad, "x_nat": x_nat}, norm, lo, hi)
     call = reference if OP.plain(x.device) else OP.handle
     with torch.no_grad():
         alpha, eps = per_sample("alpha", alpha, x), per_sample("eps", eps, x)

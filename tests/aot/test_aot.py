@@ -18,7 +18,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from purify_fast.kernels import aggregate, pgd_step, philox, reconstruction_loss, sample_latent  # noqa: E402
+from purify_fast.kernels import (  # noqa: E402
+    aggregate,
+    apgd_step,
+    pgd_step,
+    philox,
+    reconstruction_loss,
+    sample_latent,
+)
 from purify_fast.kernels._common import CHUNK, warps  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -101,9 +108,14 @@ def _cases() -> list[Case]:
         ),
     ]
     step = "x:*T grad:*T nat:*T alpha:*fp32 eps:*fp32 out:*T size:i32 blocks:i32 lo:S hi:S"
-    for norm, kernel, width in (("linf", pgd_step._linf, 1024), ("l2", pgd_step._l2, 2048)):
-        case = Case(kernel, step, {"WIDTH": width}, warps(width), clamps=True, fused=False, id=f"pgd_step-{norm}")
-        cases.append(case)
+    with_momentum = step.replace("alpha:", "previous:*T alpha:").replace("lo:", "momentum:S rest:S lo:")
+    for module, arguments in ((pgd_step, step), (apgd_step, with_momentum)):
+        name = module.__name__.rpartition(".")[2]
+        for norm, kernel, width in (("linf", module._linf, 1024), ("l2", module._l2, 2048)):
+            constants = {"WIDTH": width}
+            cases.append(
+                Case(kernel, arguments, constants, warps(width), clamps=True, fused=False, id=f"{name}-{norm}")
+            )
     tile = {"K": 8, "C": 256}
     for method in ("LSE", "MEAN", "PROBABILITY"):
         constants = {"METHOD": getattr(aggregate, method).value, **tile}
@@ -167,7 +179,7 @@ EVERY = [pytest.param(c, d, id=f"{c.id}-{d}") for c in CASES for d in c.dtypes]
 
 def test_every_kernel_has_a_case():
     """A jitted function that a launcher starts, one with a name `_x_ptr` first argument, is compiled here."""
-    modules = (aggregate, pgd_step, philox, reconstruction_loss, sample_latent)
+    modules = (aggregate, apgd_step, pgd_step, philox, reconstruction_loss, sample_latent)
     entry = {
         (module.__name__, name)
         for module in modules
@@ -207,7 +219,7 @@ def test_double_scalars_stay_out_of_the_arithmetic(case, dtype):
 def test_clamps_propagate_nan(case, dtype):
     ptx = compiled(case.id, dtype, 90).asm["ptx"]
     assert re.search(r"\b(max|min)\.NaN\.f32", ptx)
-    if case.kernel in (pgd_step._linf, pgd_step._l2):
+    if " lo:S" in case.arguments:
         assert re.search(r"\bmax\.NaN\.f32", ptx) and re.search(r"\bmin\.NaN\.f32", ptx)
 
 
@@ -220,6 +232,7 @@ def test_memory_access_is_vectorised(case, dtype):
         assert re.search(r"st\.global[\w.:]*\.v[248]", ptx), "no vector store"
 
 
+@pytest.mark.parametrize("kernel", ["pgd_step-linf", "apgd_step-linf"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_exact_kernel_has_no_fused_multiply_add(dtype):
-    assert not re.search(r"\bfma\.rn\.f32", compiled("pgd_step-linf", dtype, 90).asm["ptx"])
+def test_exact_kernels_have_no_fused_multiply_add(dtype, kernel):
+    assert not re.search(r"\bfma\.rn\.f32", compiled(kernel, dtype, 90).asm["ptx"])

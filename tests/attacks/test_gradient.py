@@ -6,6 +6,8 @@ from purify_fast.attacks import GradientHealth, cross_entropy, dlr, fgsm, frozen
 from purify_fast.attacks.gradient import random_start
 from purify_fast.nn import SmallCNN
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EPS = 0.2
 
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/aggregate.h"
+#include "core/apgd_step.h"
 #include "core/pgd_step.h"
 #include "core/philox.h"
 #include "core/reconstruction_loss.h"
@@ -55,6 +56,22 @@ void bind(py::module_& m, const char* suffix) {
     } else {
       for (py::ssize_t i = 0; i < x.size(); ++i) {
         out.mutable_data()[i] = pf::pgd_step_linf(x.data()[i], grad.data()[i], x_nat.data()[i], step);
+      }
+    }
+    return out;
+  });
+  m.def(name("apgd_step").c_str(), [](Array<W> x, Array<W> grad, Array<W> x_nat, Array<W> previous, W alpha, W eps,
+                                      W momentum, int norm, W lo, W hi) {
+    const pf::ApgdStep<W> step{{alpha, eps, lo, hi}, momentum, 1 - momentum};
+    Array<W> out(x.size());
+    if (static_cast<pf::Norm>(norm) == pf::Norm::l2) {
+      std::vector<W> scratch(x.size());
+      pf::apgd_step_l2(x.data(), grad.data(), x_nat.data(), previous.data(), out.mutable_data(), x.size(), step,
+                       scratch.data());
+    } else {
+      for (py::ssize_t i = 0; i < x.size(); ++i) {
+        out.mutable_data()[i] =
+            pf::apgd_step_linf(x.data()[i], grad.data()[i], x_nat.data()[i], previous.data()[i], step);
       }
     }
     return out;

@@ -1,5 +1,6 @@
 // Every function of csrc/core, called from device code: compiled by cuda_check.py, never run.
 #include "core/aggregate.h"
+#include "core/apgd_step.h"
 #include "core/math.h"
 #include "core/pgd_step.h"
 #include "core/philox.h"
@@ -13,16 +14,20 @@ __global__ void core_kernel(const T* __restrict__ x, const T* __restrict__ y, T*
   if (i >= n) return;
   const W a = pf::load(x[i]), b = pf::load(y[i]);
   const W sum = pf::pgd_step_linf(a, b, a, pf::PgdStep<W>{a, b, a, b}) + pf::reconstruction_loss_term(a, b) +
+                pf::apgd_step_linf(a, b, a, b, pf::ApgdStep<W>{{a, b, a, b}, a, b}) +
                 pf::reconstruction_loss_slope(a, b) + pf::latent(a, b, a) + pf::divergence_term(a, b) +
                 pf::latent_mu_slope(a, b, a) + pf::latent_logvar_slope(a, b, a, b) + pf::log_sigmoid(a) + pf::log(a);
   pf::store(out[i], sum);
 }
 
 template <class T>
-__global__ void row_kernel(const T* __restrict__ x, const T* __restrict__ y, T* __restrict__ out, int64_t n) {
+__global__ void row_kernel(const T* __restrict__ x, const T* __restrict__ y, T* __restrict__ out, int64_t n,
+                           pf::wide_t<T>* scratch) {
   using W = pf::wide_t<T>;
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * n;
   pf::pgd_step_l2(x + row, y + row, x + row, out + row, n, pf::PgdStep<W>{1, 1, 0, 1});
+  pf::apgd_step_l2(x + row, y + row, x + row, y + row, out + row, n, pf::ApgdStep<W>{{1, 1, 0, 1}, 1, 0},
+                   scratch + row);
   pf::store(out[row], pf::reconstruction_loss(x + row, y + row, n) + pf::divergence(x + row, y + row, n));
 }
 
@@ -39,7 +44,7 @@ __global__ void stream_kernel(int kind, int64_t seed, uint32_t* out) {
 
 #define INSTANTIATE(T)                                                      \
   template __global__ void core_kernel<T>(const T*, const T*, T*, int64_t); \
-  template __global__ void row_kernel<T>(const T*, const T*, T*, int64_t);
+  template __global__ void row_kernel<T>(const T*, const T*, T*, int64_t, pf::wide_t<T>*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(pf::half)

@@ -1,4 +1,5 @@
 import contextlib
+import io
 import json
 import logging
 import math
@@ -13,6 +14,8 @@ from torch import nn
 from purify_fast.evaluation import Attack, default_attacks, evaluate, merge
 from purify_fast.evaluation.autoattack import parts
 from purify_fast.ops import aggregate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Linear(nn.Module):
@@ -514,8 +517,10 @@ def test_errors(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"kind": "apgd"}, "kind must be"),
+        ({"kind": "fab"}, "kind must be"),
         ({"loss": "mse"}, "loss must be"),
+        ({"loss": "dlr_targeted"}, "loss must be one of ce, margin, dlr, got"),
+        ({"kind": "apgd", "targets": 0}, "targets must be at least 1"),
         ({"variant": "zero"}, "variant must be"),
         ({"version": "plus"}, "version must be"),
         ({"head": "max"}, "head must be"),
@@ -609,3 +614,72 @@ def test_images_that_cannot_be_drawn_do_not_lose_the_report(tmp_path):
     x, y = torch.rand(6, 4, 4, 4), torch.arange(6) % 3
     evaluate(Four(), x, y, eps=np.float32(0.1), steps=2, attacks=[Attack()], progress=False).save(tmp_path)
     assert (tmp_path / "report.json").is_file() and (tmp_path / "report.md").is_file()
+
+
+APGD = [Attack("apgd"), Attack("apgd", loss="dlr"), Attack("apgd", loss="dlr_targeted")]
+
+
+def test_apgd_rows(toy):
+    """Labels, settings, health and the worst rows, as PGD has them."""
+    model, x, y = toy
+    attacks = [*APGD, Attack("apgd", variant="deterministic", restarts=2), Attack("apgd", head="mean", limit=40)]
+    attacks += [Attack("apgd", loss="dlr_targeted", targets=2, steps=2), Attack("apgd", target=Plain(model), label="t")]
+    report = evaluate(model, x, y, attacks=attacks, steps=4, eot=2, n_eval=2, eps=FAINT, progress=False)
+    assert report.attacks == [
+        "clean", "clean, deterministic", "APGD-4 ce", "APGD-4 dlr", "APGD-T 4", "APGD-4 ce x2, deterministic",
+        "APGD-4 ce through mean, first 40", "APGD-T 2, 2 targets", "t",
+        "worst, random", "worst, deterministic", "worst",
+    ]  # fmt: skip
+    rows = {label: report.row(label) for label in report.attacks}
+    targeted, one = rows["APGD-T 4"], rows["APGD-4 dlr"]
+    assert targeted.kind == "apgd" and 0 < targeted.accuracy < rows["clean"].accuracy and targeted.reliable
+    assert (targeted.settings["targets"], rows["APGD-T 2, 2 targets"].settings["targets"]) == (9, 2)
+    assert one.settings["targets"] is None and one.settings["loss"] == "dlr" and one.settings["eot"] == 2
+    assert one.health["gradients"] == 4 * one.settings["attacked"] == 4 * one.health["images"]
+    assert 4 * one.settings["attacked"] < targeted.health["gradients"] <= 9 * 4 * one.settings["attacked"]
+    worst = rows["APGD-4 ce"].robust & one.robust & targeted.robust & rows["APGD-T 2, 2 targets"].robust
+    assert np.array_equal(rows["worst, random"].robust, worst)
+    assert np.array_equal(rows["worst"].robust, worst & rows["APGD-4 ce x2, deterministic"].robust)
+    assert rows["APGD-4 ce through mean, first 40"].n == 40
+
+
+def test_apgd_attacks_survivors_whatever_the_batches(toy):
+    model, x, y = toy
+    attacks = [Attack("apgd", steps=2), Attack("apgd", loss="dlr_targeted", survivors=True)]
+    common = {"steps": 3, "eps": FAINT, "progress": False}
+    one, other = (evaluate(Plain(model), x, y, attacks=attacks, batch_size=b, **common) for b in (128, 7))
+    first, second = one.row("APGD-2 ce"), one.row("APGD-T 3")
+    assert second.settings["attacked"] == first.robust.sum() and not (second.robust & ~first.robust).any()
+    for label in ("APGD-2 ce", "APGD-T 3"):
+        a, b = one.row(label), other.row(label)
+        assert (
+            np.array_equal(a.robust, b.robust) and np.abs(a.examples.adversarial - b.examples.adversarial).max() < 1e-6
+        )
+
+
+@pytest.mark.parametrize("classes, label", [(2, "APGD-2 margin"), (3, "APGD-2 margin"), (4, "APGD-T 2")])
+def test_apgd_with_few_classes(classes, label):
+    model = Plain(Linear(2.0, classes=classes))
+    x, y = toy_data(model.toy, 24)
+    report = evaluate(model, x, y, steps=2, attacks=APGD[2:], **QUIET)
+    assert report.attacks == ["clean", label, "worst"]
+    assert report.rows[1].settings["targets"] == (3 if classes == 4 else None)
+
+
+@pytest.mark.parametrize("attack, exact", [(Attack("apgd"), True), (Attack("apgd", loss="dlr_targeted"), False)])
+def test_apgd_says_how_much_there_is_to_do(toy, monkeypatch, attack, exact):
+    """The bar's total: exact for one run, the most there can be for several."""
+    from purify_fast.evaluation import protocol
+
+    bars = []
+
+    class Bar(protocol.tqdm):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(protocol, "tqdm", Bar)
+    model, x, y = toy
+    evaluate(Plain(model), x, y, steps=3, attacks=[attack], eps=FAINT)
+    (bar,) = bars
+    assert bar.n == bar.total if exact else bar.total / 9 < bar.n < bar.total

@@ -7,6 +7,8 @@ import torch
 from purify_fast._files import atomic, write_text
 from purify_fast.evaluation import Attack, Examples, Report, Row, evaluate, merge, plots
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def row(model="m", attack="PGD", robust=(1, 0, 1, 1), reliable=True, kind="pgd", **more):
     robust = np.array(robust, dtype=bool)

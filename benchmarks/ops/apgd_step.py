@@ -1,0 +1,36 @@
+"""Images, their gradient, the images the attack started from, and those of the step before."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from purify_fast.ops import apgd_step
+
+from . import Case, normal, uniform
+from .pgd_step import SHAPES
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
+    pixels = math.prod(shape)
+    alpha, eps = (2 / 255, 8 / 255) if norm == "linf" else (0.1, 0.5)
+    return Case(
+        shape,
+        dtype,
+        lambda: (
+            uniform(*shape, dtype=dtype),
+            normal(*shape, dtype=dtype, scale=1e-3),
+            uniform(*shape, dtype=dtype, seed=1),
+            uniform(*shape, dtype=dtype, seed=2),
+        ),
+        lambda x, grad, nat, previous: apgd_step(x, grad, nat, previous, alpha, eps, 0.75, norm),
+        {"forward": 5 * pixels * dtype.itemsize},
+        {"forward": {"linf": 18, "l2": 27}[norm] * pixels},
+        norm,
+    )
+
+
+def cases() -> list[Case]:
+    dtypes = (torch.float32, torch.bfloat16)
+    return [case(shape, dtype, norm) for norm in ("linf", "l2") for dtype in dtypes for shape in SHAPES]

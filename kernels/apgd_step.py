@@ -1,0 +1,104 @@
+"""`apgd_step` in Triton: linf elementwise and bit-exact (no fused multiply-add); l2 one program per sample."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import on, warps
+from .pgd_step import _clamp, _l2_direction, _l2_moved, _l2_shrink, _linf_moved, _load, layout
+
+
+@triton.jit
+def _linf(
+    x_ptr, grad_ptr, nat_ptr, previous_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, momentum, rest, lo, hi,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    row, element = pid // blocks, pid % blocks * WIDTH + tl.arange(0, WIDTH)
+    at, inside = row * size + element, element < size
+    alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
+    lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
+    x, g, nat = _load(x_ptr, at, inside), _load(grad_ptr, at, inside), _load(nat_ptr, at, inside)
+    z, past = _linf_moved(x, g, nat, alpha, eps, lo, hi), _load(previous_ptr, at, inside)
+    moved = x + tl.cast(momentum, tl.float32) * (z - x) + tl.cast(rest, tl.float32) * (x - past)
+    moved = _clamp(_clamp(moved, nat - eps, nat + eps), lo, hi)
+    tl.store(out_ptr + at, moved.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _offset(
+    x_ptr, grad_ptr, nat_ptr, previous_ptr, at, inside, peak, step, usable, shrink, momentum, rest, lo, hi
+):  # fmt: skip
+    # the image with its momentum, before the second projection, less the natural one
+    x, nat = _load(x_ptr, at, inside), _load(nat_ptr, at, inside)
+    d = _l2_moved(x_ptr, grad_ptr, at, inside, peak, step, usable) - nat
+    z = _clamp(nat + d * shrink, lo, hi)
+    return (x + momentum * (z - x) + rest * (x - _load(previous_ptr, at, inside))) - nat
+
+
+@triton.jit
+def _l2(
+    x_ptr, grad_ptr, nat_ptr, previous_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, momentum, rest, lo, hi,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) // blocks  # blocks is 1
+    lane = tl.arange(0, WIDTH)
+    alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
+    lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
+    momentum, rest = tl.cast(momentum, tl.float32), tl.cast(rest, tl.float32)
+    peak, length, usable = _l2_direction(grad_ptr, row, lane, size, WIDTH)
+    step = alpha / length
+
+    squares = tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, size, WIDTH):
+        at, inside = row * size + first + lane, first + lane < size
+        d = _l2_moved(x_ptr, grad_ptr, at, inside, peak, step, usable) - _load(nat_ptr, at, inside)
+        squares += d * d
+    inner = _l2_shrink(squares, eps)
+
+    squares = tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, size, WIDTH):
+        at, inside = row * size + first + lane, first + lane < size
+        d = _offset(
+            x_ptr, grad_ptr, nat_ptr, previous_ptr, at, inside, peak, step, usable, inner, momentum, rest, lo, hi
+        )  # fmt: skip
+        squares += tl.where(inside, d * d, 0.0)  # where the box leaves 0 out, masked lanes are not 0
+    outer = _l2_shrink(squares, eps)
+
+    for first in range(0, size, WIDTH):
+        at, inside = row * size + first + lane, first + lane < size
+        d = _offset(
+            x_ptr, grad_ptr, nat_ptr, previous_ptr, at, inside, peak, step, usable, inner, momentum, rest, lo, hi
+        )  # fmt: skip
+        moved = _clamp(_load(nat_ptr, at, inside) + d * outer, lo, hi)
+        tl.store(out_ptr + at, moved.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def forward(
+    x: Tensor,
+    grad: Tensor,
+    x_nat: Tensor,
+    previous: Tensor,
+    alpha: Tensor,
+    eps: Tensor,
+    momentum: float,
+    norm: int,
+    lo: float,
+    hi: float,
+) -> Tensor:
+    """The new x, contiguous; ``norm`` by index."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return out
+    size, width, blocks = layout(x, norm)
+    kernel = _linf if norm == 0 else _l2
+    with on(x):
+        kernel[(x.shape[0] * blocks,)](
+            x.contiguous(), grad.contiguous(), x_nat.contiguous(), previous.contiguous(), alpha.contiguous(),
+            eps.contiguous(), out, size, blocks, float(momentum), float(1 - momentum), float(lo), float(hi),
+            WIDTH=width, num_warps=warps(width), enable_fp_fusion=False,
+        )  # fmt: skip
+    return out

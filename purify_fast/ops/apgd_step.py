@@ -1,0 +1,89 @@
+"""One step of Auto-PGD: a projected gradient step (ascent), then momentum, projected again; per-sample step and radius.
+
+    z      = P(x + alpha dir(g))
+    x_new  = P(x + a (z - x) + (1 - a) (x - previous))
+
+Croce & Hein, ICML 2020, algorithm 1; a = 0.75, and 1 for the first step. P and dir are those of `pgd_step`: the ball
+first, then the box, both times; dir is the sign or g / |g|, and 0 where g is zero or not finite: the momentum alone
+moves such an element (linf) or sample (l2). NaN in x, x_nat or previous propagates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._op import define_op, launcher, wide
+from .pgd_step import NORMS, check, direction, per_sample, project
+
+
+def reference(
+    x: Tensor,
+    grad: Tensor,
+    x_nat: Tensor,
+    previous: Tensor,
+    alpha: Tensor,
+    eps: Tensor,
+    momentum: float,
+    norm: int,
+    lo: float,
+    hi: float,
+) -> Tensor:
+    """The definition: float32 arithmetic (float64 for float64), x's dtype out. alpha, eps: [B]."""
+    w, g, n, before = wide(x), wide(grad), wide(x_nat), wide(previous)
+    ones = [1] * (x.dim() - 1)
+    a, e = alpha.to(w.dtype).view(-1, *ones), eps.to(w.dtype).view(-1, *ones)
+    z = project(w + a * direction(g, norm), n, e, norm, lo, hi)
+    w = w + momentum * (z - w) + (1 - momentum) * (w - before)
+    return project(w, n, e, norm, lo, hi).to(x.dtype).contiguous()
+
+
+OP = define_op(
+    "apgd_step",
+    "(Tensor x, Tensor grad, Tensor x_nat, Tensor previous, Tensor alpha, Tensor eps, float momentum, int norm, "
+    "float lo, float hi) -> Tensor",
+    reference=reference,
+    fake=lambda x, grad, x_nat, previous, alpha, eps, momentum, norm, lo, hi: x.new_empty(x.shape),
+    triton=launcher("apgd_step", "forward"),
+    cpu="cpp",
+    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+)
+
+
+def apgd_step(
+    x: Tensor,
+    grad: Tensor,
+    x_nat: Tensor,
+    previous: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    momentum: float = 0.75,
+    norm: str = "linf",
+    lo: float = 0.0,
+    hi: float = 1.0,
+) -> Tensor:
+    """Move ``x`` along ``grad`` and along its last move, within the ball around ``x_nat`` and the box [lo, hi].
+
+    Args:
+        x, grad, x_nat, previous: ``[B, ...]``, one shape, dtype and device; float16, bfloat16, float32 or float64;
+            image units. ``previous`` is what x was before its last step.
+        alpha, eps: step and radius in image units, a number or ``[B]``.
+        momentum: the weight a of the new step, in [0, 1]; 1 - a is that of the last move.
+        norm: ``linf`` or ``l2``.
+        lo, hi: the box, lo <= hi.
+
+    Returns:
+        The new x: same shape and dtype, contiguous. No gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, an unknown norm, a momentum outside [0, 1], or lo > hi.
+
+    Deterministic; ``linf`` is bit-exact across backends.
+    """
+    check({"x": x, "grad": grad, "x_nat": x_nat, "previous": previous}, norm, lo, hi)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be in [0, 1], got {momentum}")
+    call = reference if OP.plain(x.device) else OP.handle
+    with torch.no_grad():
+        alpha, eps = per_sample("alpha", alpha, x), per_sample("eps", eps, x)
+        return call(x, grad, x_nat, previous, alpha, eps, float(momentum), NORMS.index(norm), float(lo), float(hi))

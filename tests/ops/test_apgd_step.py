@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from purify_fast import _library
+from purify_fast.ops import apgd_step, pgd_step, use_backend
+
+op = import_module("purify_fast.ops.apgd_step")
+NORMS = op.NORMS
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHAPES = ((1, 1), (3, 1, 16, 16), (2, 3, 33, 31), (4, 5001), (0, 3, 4, 4))
+
+
+def inputs(*shape: int, dtype=torch.float32, seed: int = 0) -> tuple:
+    """x and previous a little outside the ball around x_nat, so that every branch is taken."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform():
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    nat = uniform()
+    x, previous = ((nat + 0.2 * (uniform() - 0.5)).clamp(0, 1) for _ in range(2))
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    grad[torch.rand(shape, generator=generator) < 0.1] = 0
+    return tuple(t.to(dtype) for t in (x, grad, nat, previous))
+
+
+def radii(batch: int) -> tuple:
+    return torch.linspace(0.01, 0.05, batch), torch.linspace(0.02, 0.12, batch)
+
+
+def by_reference(images, alpha, eps, momentum, norm, lo=0.0, hi=1.0):
+    wide = torch.promote_types(images[0].dtype, torch.float32)
+    return op.reference(*images, alpha.to(wide), eps.to(wide), momentum, norm, lo, hi)
+
+
+@pytest.mark.parametrize("momentum", [0.75, 1.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linf_is_bit_exact(backend, poisoned, shape, dtype, momentum):
+    images = inputs(*shape, dtype=dtype)
+    alpha, eps = radii(shape[0])
+    got = apgd_step(*images, alpha, eps, momentum)
+    assert torch.equal(got, by_reference(images, alpha, eps, momentum, 0))
+    assert got.dtype == dtype and got.is_contiguous()
+    distance = (got.double() - images[2].double()).flatten(1).abs().amax(1)
+    assert (distance <= eps + 2 * torch.finfo(dtype).eps).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_l2(backend, within_budget, poisoned, shape, dtype):
+    images = inputs(*shape, dtype=dtype)
+    alpha, eps = radii(shape[0])
+    alpha, eps = 20 * alpha, 10 * eps
+    got = apgd_step(*images, alpha, eps, 0.75, "l2")
+    golden = by_reference([t.double() for t in images], alpha.double(), eps.double(), 0.75, 1)
+    within_budget(got, golden, by_reference(images, alpha, eps, 0.75, 1))
+    if got.numel() and dtype in (torch.float32, torch.float64):
+        assert ((got - images[2]).flatten(1).norm(dim=1) <= eps * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_formula_by_hand(backend, norm):
+    """The step without momentum is `pgd_step`'s; then a part of it and of the last move, projected by a step of 0."""
+    x, grad, nat, previous = inputs(3, 20, dtype=torch.float64)
+    alpha, eps = (0.05, 0.08) if norm == "linf" else (0.3, 0.35)
+    z = pgd_step(x, grad, nat, alpha, eps, norm)
+    for a in (0.75, 0.2):
+        moved = x + a * (z - x) + (1 - a) * (x - previous)
+        wanted = pgd_step(moved, torch.zeros_like(x), nat, 0.0, eps, norm)
+        torch.testing.assert_close(apgd_step(x, grad, nat, previous, alpha, eps, a, norm), wanted)
+        assert not torch.allclose(wanted, z, atol=1e-3)
+    torch.testing.assert_close(apgd_step(x, grad, nat, previous, alpha, eps, 1.0, norm), z)  # the first step
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(1, 70),
+    alpha=st.floats(0, 2, width=32),
+    eps=st.floats(0, 1, width=32),
+    momentum=st.floats(0, 1),
+    box=st.tuples(st.floats(-1, 1, width=32), st.floats(0, 1, width=32)),
+    norm=st.sampled_from(NORMS),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_step_stays_in_ball_and_box(seed, size, alpha, eps, momentum, box, norm, dtype):
+    x, grad, nat, previous = inputs(3, size, dtype=dtype, seed=seed)
+    lo, hi = box[0], box[0] + box[1]
+    nat = nat.clamp(lo, hi)
+    outputs = []
+    for name in ("reference", "cpp") if _library.loaded() else ("reference",):
+        with use_backend(name):
+            outputs.append(apgd_step(x, grad, nat, previous, alpha, eps, momentum, norm, lo, hi))
+    slack = 2 * torch.finfo(dtype).eps
+    for out in outputs:
+        wide = out.double()
+        assert (wide >= lo - slack).all() and (wide <= hi + slack).all()
+        moved = (wide - nat.double()).flatten(1)
+        length = moved.abs().amax(1) if norm == "linf" else moved.norm(dim=1)
+        assert (length <= eps + slack * (1 if norm == "linf" else size**0.5) * 2).all()
+    if norm == "linf":
+        assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
+def test_gradients_without_a_direction_move_nothing(backend):
+    _, _, nat, _ = (t[:, :4] for t in inputs(5, 8))
+    nat = nat.clamp(0.2, 0.8)
+    grad = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf])[:, None].repeat(1, 4)
+    grad[:, 3] = 1.0
+    linf = apgd_step(nat, grad, nat, nat, 0.01, 0.1)
+    assert torch.equal(linf[:, :3], nat[:, :3])  # elementwise: the others move
+    torch.testing.assert_close(linf[:, 3], nat[:, 3] + 0.0075)
+    l2 = apgd_step(nat, grad, nat, nat, 0.01, 0.1, 0.75, "l2")
+    assert torch.equal(l2[2:], nat[2:])  # the sample: its direction is unknown
+    assert not torch.equal(l2[:2], nat[:2])
+    still = apgd_step(nat, torch.zeros_like(nat), nat, nat, 0.01, 0.1, 0.75, "l2")
+    assert torch.equal(still, nat)
+    rolled = apgd_step(nat, torch.zeros_like(nat), nat, nat - 0.04, 0.01, 0.1)  # the momentum alone
+    torch.testing.assert_close(rolled, nat + 0.01)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-3, 1e10, 1e37])
+def test_gradients_of_any_size_have_a_direction(backend, scale):
+    nat = torch.full((2, 3, 4), 0.5)
+    grad = torch.zeros(2, 3, 4)
+    grad[0, 0, 0], grad[1] = 3, -1
+    step = apgd_step(nat, grad * scale, nat, nat, 0.1, 1.0, 1.0, "l2") - nat
+    torch.testing.assert_close(step.flatten(1).norm(dim=1), torch.full((2,), 0.1), rtol=1e-5, atol=0)
+    assert step[0, 0, 0] > 0 and (step[1] < 0).all()
+
+
+@pytest.mark.parametrize("momentum", [0.75, 1.0])
+@pytest.mark.parametrize("norm", NORMS)
+def test_nan_in_the_images_propagates(backend, norm, momentum):
+    x, grad, nat, previous = inputs(5, 6)
+    x[1, 2], nat[2, 3], previous[3, 4] = torch.nan, torch.nan, torch.nan
+    out = apgd_step(x, grad, nat, previous, 0.01, 0.1, momentum, norm)
+    assert out[1, 2].isnan() and out[2, 3].isnan() and out[3, 4].isnan() and out.isnan().sum() == 3
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_special_radii(backend, norm):
+    x, grad, nat, previous = inputs(3, 10)
+    torch.testing.assert_close(apgd_step(x, grad, nat, previous, 0.3, 0.0, 0.75, norm), nat)
+    per_sample = apgd_step(x, grad, nat, previous, torch.tensor([0.1, 0.2, 0.3]), torch.tensor(0.25), 0.75, norm)
+    for i, alpha in enumerate((0.1, 0.2, 0.3)):
+        alone = apgd_step(*(t[i : i + 1] for t in (x, grad, nat, previous)), alpha, 0.25, 0.75, norm)
+        assert torch.equal(alone, per_sample[i : i + 1])  # the batch changes nothing
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_any_layout_and_no_mutation(backend, norm):
+    images = inputs(3, 4, 9, 7)
+    before = [t.clone() for t in images]
+    wanted = apgd_step(*images, 0.05, 0.1, 0.75, norm)
+    padded = torch.full((5, 6, 11, 12), torch.nan)
+    padded[1:4, 1:5, 2:11, 3:10] = images[3]
+    last = [t.to(memory_format=torch.channels_last) for t in images]
+    for arguments in (last, (*images[:1], *last[1:]), (*images[:3], padded[1:4, 1:5, 2:11, 3:10])):
+        out = apgd_step(*arguments, 0.05, 0.1, 0.75, norm)
+        assert out.is_contiguous()
+        torch.testing.assert_close(out, wanted, rtol=0, atol=0 if norm == "linf" else 1e-7)
+    for tensor, copy in zip(images, before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_gradient_flows(backend, norm):
+    images = [t.requires_grad_() for t in inputs(3, 6)]
+    assert not apgd_step(*images, 0.05, 0.1, 0.75, norm).requires_grad
+
+
+def test_contract(backend, contract):
+    for norm in (0, 1):
+        sets = [inputs(3, 2, 5), inputs(3, 2, 5, dtype=torch.bfloat16), inputs(0, 3, 2), inputs(1, 1)]
+        sets.append(tuple(t.to(memory_format=torch.channels_last) for t in inputs(2, 3, 4, 5)))
+        contract.registered(op.OP.handle, *((*s, *radii(len(s[0])), 0.75, norm, 0.0, 1.0) for s in sets))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_compiles(backend, contract, norm):
+    contract.compiles(
+        lambda x, g, n, p: apgd_step(x, 2 * g, n, p, 0.05, 0.1, 0.75, norm),
+        lambda size: inputs(size, 3, 8, 8, seed=size),
+        exact=norm == "linf",
+        compiler="inductor" if norm == "linf" else "aot_eager",
+    )
+
+
+def test_export(backend):
+    class Step(torch.nn.Module):
+        def forward(self, x, grad, nat, previous):
+            return apgd_step(x, grad, nat, previous, 0.05, 0.1)
+
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(Step(), inputs(4, 3, 8, 8), dynamic_shapes=(batch,) * 4)
+    assert torch.equal(program.module()(*inputs(7, 3, 8, 8)), apgd_step(*inputs(7, 3, 8, 8), 0.05, 0.1))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_autocast_and_inference_mode(backend, norm):
+    arguments = inputs(3, 40, dtype=torch.bfloat16)
+    expected = apgd_step(*arguments, 0.05, 0.1, 0.75, norm)
+    with torch.autocast("cpu", torch.float16), torch.inference_mode():
+        out = apgd_step(*arguments, 0.05, 0.1, 0.75, norm)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"previous": torch.zeros(3, 5)}, r"x, grad, x_nat and previous need one shape \[B, ...\], got .*\[3, 5\]"),
+        ({"previous": torch.zeros(3, 4).half()}, "need one floating-point dtype, got torch.float32, .*torch.float16"),
+        ({"previous": torch.zeros(3, 4, device="meta")}, "are on cpu, cpu, cpu, meta: they must agree"),
+        ({"norm": "l1"}, "norm must be one of linf, l2, got 'l1'"),
+        ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
+        ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
+        ({"momentum": float("nan")}, r"momentum must be in \[0, 1\], got nan"),
+        ({"alpha": torch.zeros(2)}, r"alpha must be a number or a tensor \[B\] = \[3\], got \[2\]"),
+    ],
+)
+def test_errors(change, message):
+    images = {name: torch.zeros(3, 4) for name in ("x", "grad", "x_nat", "previous")}
+    with pytest.raises(ValueError, match=message):
+        apgd_step(**(images | {"alpha": 0.1, "eps": 0.1} | change))
