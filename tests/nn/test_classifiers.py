@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -113,6 +114,14 @@ MAKERS = {
     "fully_connected": lambda c, size: FullyConnected(c, 4, size, (12, 6)),
     "small_cnn": lambda c, size: SmallCNN(c, 4, size, 4),
 }
+
+
+@pytest.mark.parametrize("kind", [tuple, list, np.array, torch.tensor])
+def test_statistics_of_any_kind(kind):
+    model = WideResNet(10, 1, mean=kind([0.1, 0.2, 0.3]), std=np.float64(0.5))
+    assert model.arguments["mean"] == pytest.approx([0.1, 0.2, 0.3]) and model.arguments["std"] == [0.5]
+    assert model.normalise(torch.full((1, 3, 1, 1), 0.3)).flatten().tolist() == pytest.approx([0.4, 0.2, 0.0], abs=1e-6)
+    assert not any("normalise" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("name", MAKERS)
