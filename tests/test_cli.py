@@ -1,5 +1,6 @@
 """The command line end to end on a set of the user's own: two classes, grey, not square, in a .npz file."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 import purify_fast
 from purify_fast import cli, demo
+from purify_fast.carso import PRESETS
 from purify_fast.evaluation import Report, Row
 from purify_fast.training import load_classifier
 
@@ -82,6 +84,11 @@ def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monk
         (["train", "carso", "--classifier", "nowhere"], "nowhere"),
         (["train", "classifier", "--epochs", "0"], "epochs"),
         (["evaluate", "nowhere"], "model.json is missing"),
+        (["train", "carso", "--preset", "cifar"], "preset must be one of cifar10, cifar100, tiny_imagenet, mnist_v1"),
+        (["train", "carso", "--preset", "cifar10", "--init", "x"], "--preset brings its own purifier"),
+        (["train", "carso", "--official-code"], "--official-code is of a --preset"),
+        (["train", "classifier", "--model", "resnet"], "classifier must be one of small_cnn, preact_resnet18"),
+        (["train", "classifier", "--model", "fully_connected", "--width", "3"], "has no width to choose"),
     ],
 )
 def test_input_that_cannot_be_used_is_one_line_and_exit_2(arguments, message, capsys, tmp_path, monkeypatch):
@@ -93,6 +100,53 @@ def test_input_that_cannot_be_used_is_one_line_and_exit_2(arguments, message, ca
     assert code == 2
     said = capsys.readouterr()
     assert message in said.err + said.out and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [["preact_resnet18", "--width", "4"], ["wide_resnet", "--width", "1", "--depth", "10"], ["fully_connected"]],
+)
+def test_every_classifier_is_trained_and_evaluated(npz, tmp_path, sizes):
+    common = ["--data", npz, "--device", "cpu"]
+    train = ["train", "classifier", "--out", str(tmp_path), "--model", *sizes, "--epochs", "2", *common]
+    assert cli.main(train) == 0
+    model = load_classifier(tmp_path)
+    channel = np.load(npz)["x_train"] / 255
+    assert model.arguments["mean"] == pytest.approx([channel.mean()]) and model.arguments["std"] == pytest.approx(
+        [channel.std()]
+    )
+    evaluate = ["evaluate", str(tmp_path), *common, "--images", "4", "--steps", "1", "--autoattack", "0"]
+    assert cli.main(evaluate) == 0
+
+
+def test_a_preset_gives_the_defaults_and_explicit_options_win(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli.TrainCarso, "run", lambda self: seen.append(self))
+    assert cli.main(["train", "carso", "--preset", "cifar10"]) == 0
+    assert cli.main(["train", "carso", "--preset=tiny_imagenet", "--official-code", "--optimizer", "adamw"]) == 0
+    assert cli.main(["train", "carso", "--alpha", "None", "--samples", "3", "--preset", "mnist_v1"]) == 0
+    plain, official, changed = seen
+    made = PRESETS["cifar10"]
+    assert plain.method == made.method() and plain.loop == made.loop() and plain.layers == made.layers
+    assert (plain.cond_dim, plain.latent_dim, plain.samples) == (512, 128, 8)
+    assert official.method == dataclasses.replace(PRESETS["tiny_imagenet"].method(True), optimizer="adamw")
+    assert changed.method.alpha is None and changed.samples == 3 and changed.method.eps == 0.3
+
+
+def test_a_preset_is_trained_on_the_users_data(tmp_path, capsys):
+    state = np.random.RandomState(0)
+    x, y = state.randint(0, 256, (40, 28, 28)).astype(np.uint8), np.arange(40) % 10
+    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    common = ["--data", str(tmp_path / "small.npz"), "--device", "cpu"]
+    folder = ["--classifier", str(tmp_path / "classifier"), "--out", str(tmp_path / "carso")]
+    train = ["train", "classifier", "--out", str(tmp_path / "classifier"), "--model", "fully_connected"]
+    assert cli.main([*train, "--epochs", "1", "--batch-size", "20", *common]) == 0
+    preset = ["train", "carso", "--preset", "mnist_v1", *folder, "--steps", "1", "--epochs", "1", "--batch-size", "20"]
+    assert cli.main([*preset, *common]) == 0
+    defence = purify_fast.load(tmp_path / "carso")
+    assert defence.arguments["form"] == "v1" and defence.samples == 4
+    assert cli.main([*preset, "--data", "digits", "--device", "cpu"]) == 2
+    assert "its images are (1, 16, 16), the purifier's (1, 28, 28)" in capsys.readouterr().err
 
 
 def test_info(capsys):

@@ -31,9 +31,8 @@ from ..training.loop import Batch
 from ..training.schedules import carso_published, carso_v1_published, one_cycle
 from .model import Carso
 
-TARGETS = ("classifier", "pipeline")
 CHOICES = {
-    "attack_target": TARGETS,
+    "attack_target": ("classifier", "pipeline"),
     "eps_mode": ("paper", "official_code"),
     "reduction": ("mean", "sum"),
     "optimizer": ("adamw", "radam_lookahead"),

@@ -43,7 +43,7 @@ class BatchNorm2d(_LiteralBatchNorm, nn.BatchNorm2d):
 
 def per_channel(name: str, statistic: float | Sequence[float] | Tensor, channels: int) -> list[float]:
     """``statistic`` as a list of 1 or ``channels`` numbers; ValueError naming it for any other count."""
-    if isinstance(statistic, Tensor):
+    if hasattr(statistic, "flatten"):  # a tensor or an array; torch.as_tensor would be no numbers on the meta device
         statistic = statistic.flatten().tolist()
     values = [float(value) for value in (statistic if isinstance(statistic, Sequence) else [statistic])]
     if len(values) not in (1, channels):

@@ -88,12 +88,14 @@ def test_it_is_saved_and_loaded(defence, tmp_path):
     assert loaded.arguments == defence.arguments
 
 
-def test_it_compiles_as_one_graph(defence):
+@pytest.mark.parametrize("case", ["transformer", "wide", "v1"])
+def test_it_compiles_as_one_graph(case):
     torch._dynamo.reset()
-    defence.eval()
+    torch.manual_seed(0)
+    defence = CASES[case]().eval()
     compiled = torch.compile(defence, fullgraph=True, dynamic=True, backend="eager")
     with torch.no_grad(), defence.fixed_noise(1):
-        for n in (3, 20):
+        for n in (20, 33):
             x = batch(defence, n).x
             torch.testing.assert_close(compiled(x), defence(x), rtol=1e-4, atol=1e-5)
 

@@ -1,6 +1,8 @@
 """CARSO's training: the paper's schedules and batches, the two losses, what is trained and what is not."""
 
 import copy
+import dataclasses
+import json
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from purify_fast.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.carso.training import atom_size, balanced_batch, kl_weight, pipeline_step, published_step
 from purify_fast.nn import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
+from purify_fast.training.schedules import carso_published
 
 
 def defence():
@@ -34,9 +37,43 @@ def test_fact_7_kl_weight(epochs, epoch, want):
     assert kl_weight(epoch, epochs) == pytest.approx(want, abs=5e-5)
 
 
-@pytest.mark.parametrize(("size", "fraction", "atom"), [(640, 0.5, 80), (640, 0.15, 24), (128, 0.04, 1)])
-def test_fact_12_atoms(size, fraction, atom):
-    assert atom_size(size, fraction) == atom
+@pytest.mark.parametrize(
+    ("size", "fraction", "clean", "atom"),
+    [(640, 0.5, 320, 80), (640, 0.15, 544, 24), (128, 0.01, 128, 0), (128, 0.04, 124, 1), (1024, 0.01, 1016, 2)],
+)
+def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
+    import purify_fast.carso.training as module
+
+    calls = []
+
+    def attack(name):
+        def record(model, x, y, *, eps, **options):
+            calls.append((name, len(x), eps.tolist()))
+            return x + 10
+
+        return record
+
+    monkeypatch.setattr(module, "pgd", attack("pgd"))
+    monkeypatch.setattr(module, "fgsm", attack("fgsm"))
+    x, y = torch.rand(size, 1, 2, 2), torch.zeros(size, dtype=torch.int64)
+    config = CarsoConfig(eps=0.2, adversarial_fraction=fraction, allow_no_adversarial=True)
+    out = balanced_batch(None, x, y, config, seed=0, sample_ids=torch.arange(size))
+    assert torch.equal(out[:clean], x[:clean]) and torch.equal(out[clean:], x[clean:] + 10)
+    radii = pytest.approx([0.1] * atom + [0.2] * atom)
+    assert [(name, count) for name, count, _ in calls] == [("pgd", 2 * atom), ("fgsm", 2 * atom)]
+    assert all(eps == radii for _, _, eps in calls)
+    assert clean + 4 * atom == size
+
+
+def test_without_adversarial_examples_only_if_asked():
+    made, b = defence(), batch(16)
+    config = CarsoConfig(eps=0.2, steps=1, adversarial_fraction=0.01)
+    with pytest.raises(ValueError, match="leaves no adversarial example"):
+        published_step(made, b, config)
+    config = dataclasses.replace(config, allow_no_adversarial=True)
+    x = balanced_batch(made.classifier, b.x, b.y, config, seed=1, sample_ids=b.sample_ids)
+    assert torch.equal(x, b.x)
+    assert published_step(made, b, config)[0].isfinite()
 
 
 @pytest.mark.parametrize(("size", "fraction"), [(128, 0.01), (7, 0.5), (64, 0.0)])
@@ -75,6 +112,56 @@ def test_published_loss_is_reconstruction_plus_weighted_kl():
     assert terms["kl"] > 0
 
 
+def test_the_sum_is_the_mean_times_the_batch_and_logs_the_same():
+    made, b, config = defence(), batch(epoch=9), CarsoConfig(eps=0.2, steps=2)
+    mean, terms = published_step(made, b, config)
+    total, same = published_step(made, b, dataclasses.replace(config, reduction="sum"))
+    torch.testing.assert_close(total, 16 * mean)
+    torch.testing.assert_close(same, terms)
+
+
+def test_official_code_attacks_with_a_larger_eps_and_the_same_step(monkeypatch):
+    import purify_fast.carso.training as module
+
+    seen = []
+    monkeypatch.setattr(module, "balanced_batch", lambda c, x, y, config, **k: seen.append(config) or x)
+    torch.manual_seed(0)
+    statistics = {"mean": (0.4, 0.4, 0.4), "std": (0.25, 0.2, 0.3)}
+    made = Carso(SmallCNN(3, 10, (16, 16), 4), ["conv2"], (3, 16, 16), 8, 4, 2, decoder_width=2, **statistics)
+    b = batch()
+    colour = dataclasses.replace(b, x=b.x.expand(-1, 3, -1, -1))
+    config = CarsoConfig(eps=0.1, steps=2, alpha=0.01, eps_mode="official_code")
+    published_step(made, colour, config)
+    published_step(made, colour, dataclasses.replace(config, eps_mode="paper"))
+    assert [c.eps for c in seen] == pytest.approx([0.1 * 3 / 0.75, 0.1])
+    assert all(c.step(c.eps) == 0.01 for c in seen)
+
+
+def test_the_papers_optimiser_schedule_and_sum_in_the_loop(tmp_path):
+    digits, made = data.load("digits"), defence()
+    config = CarsoConfig(
+        eps=0.2,
+        steps=1,
+        reduction="sum",
+        optimizer="radam_lookahead",
+        lookahead_steps=4,
+        schedule="published",
+        learning_rate=1e-4 * 64,
+    )
+    task = CarsoTask(made, config)
+    last = fit(task, digits.x_train[:320], digits.y_train[:320], FitConfig(9, 64), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows] == [carso_published(epoch, 9, 6.4e-3) for epoch in range(9)]
+    assert last["reconstruction"] < 0.97 * rows[0]["reconstruction"]
+    trained = [p for p in made.parameters() if p.requires_grad]
+    assert task.optimizer.steps == 45 and all(
+        torch.equal(p, slow) for p, slow in zip(trained, task.optimizer._slow, strict=True)
+    )
+    again = defence()
+    assert fit(CarsoTask(again, config), digits.x_train[:320], digits.y_train[:320], FitConfig(9, 64), tmp_path) == last
+    assert all(torch.equal(made.state_dict()[k], v) for k, v in again.state_dict().items())
+
+
 def test_the_published_loss_reaches_every_part_of_the_purifier_but_not_the_classifier():
     made = defence()
     published_step(made, batch(), CarsoConfig(eps=0.2, steps=2))[0].backward()
@@ -110,6 +197,13 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
     ("wrong", "message"),
     [
         ({"attack_target": "both"}, "attack_target must be one of classifier, pipeline"),
+        ({"eps_mode": "pixels"}, "eps_mode must be one of paper, official_code, got 'pixels'"),
+        ({"reduction": "max"}, "reduction must be one of mean, sum"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, radam_lookahead"),
+        ({"schedule": "flat"}, "schedule must be one of one_cycle, published, published_v1"),
+        ({"attack_target": "pipeline", "reduction": "sum"}, "reduction 'sum' is of attack_target 'classifier'"),
+        ({"attack_target": "pipeline", "eps_mode": "official_code"}, "eps_mode 'official_code' is of attack_target"),
+        ({"lookahead_steps": 0}, "lookahead_steps must be at least 1"),
         ({"eps": 0.0}, "eps must be above 0"),
         ({"precision": "float16"}, "precision must be one of float32, bfloat16"),
         ({"steps": 0}, "steps must be at least 1"),

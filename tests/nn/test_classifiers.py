@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -63,6 +64,13 @@ def test_names_and_shapes_are_robustbenchs():
     assert digest(state) == "3031a934b7011cec2f42b284f175c49d02cc9a994953b6c7b59dd8e70f4d8919"
 
 
+@pytest.mark.parametrize(("depth", "width"), [(28, 10), (34, 10), (70, 16)])
+def test_every_depth_and_width_has_robustbenchs_tensors(robustbench, depth, width):
+    with torch.device("meta"):
+        ours, theirs = WideResNet(depth, width, 100), robustbench.DMWideResNet(100, depth, width, nn.SiLU)
+    assert digest(ours.state_dict()) == digest(theirs.state_dict())
+
+
 @pytest.mark.parametrize(("depth", "width", "size"), [(10, 2, 32), (16, 1, 32), (28, 10, 32), (34, 1, 32)])
 def test_logits_equal_robustbenchs(robustbench, depth, width, size):
     torch.manual_seed(0)
@@ -106,6 +114,14 @@ MAKERS = {
     "fully_connected": lambda c, size: FullyConnected(c, 4, size, (12, 6)),
     "small_cnn": lambda c, size: SmallCNN(c, 4, size, 4),
 }
+
+
+@pytest.mark.parametrize("kind", [tuple, list, np.array, torch.tensor])
+def test_statistics_of_any_kind(kind):
+    model = WideResNet(10, 1, mean=kind([0.1, 0.2, 0.3]), std=np.float64(0.5))
+    assert model.arguments["mean"] == pytest.approx([0.1, 0.2, 0.3]) and model.arguments["std"] == [0.5]
+    assert model.normalise(torch.full((1, 3, 1, 1), 0.3)).flatten().tolist() == pytest.approx([0.4, 0.2, 0.0], abs=1e-6)
+    assert not any("normalise" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from purify_fast import data
+from purify_fast.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.nn import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Lookahead, fit
 from purify_fast.training.checkpoint import read_tree, write_tree
 
@@ -129,6 +132,39 @@ def test_fit_leaves_the_slow_weights_in_the_model():
     fit(task, x, torch.arange(48) % 2, FitConfig(2, 16))
     assert task.optimizer.steps == 6  # two fast steps since the last slow one
     assert all(torch.equal(p, s) for p, s in zip(model.parameters(), task.optimizer._slow, strict=True))
+
+
+class Interrupted(RuntimeError):
+    pass
+
+
+def carso_run(folder, stop=None):
+    """Training as published, on few images; raises before step ``stop``."""
+    torch.manual_seed(0)
+    made = Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
+    config = CarsoConfig(eps=0.2, steps=1, reduction="sum", optimizer="radam_lookahead", schedule="published")
+    task, done = CarsoTask(made, config), []
+    step = task.training_step
+
+    def stopping(batch):
+        if len(done) == stop:
+            raise Interrupted
+        done.append(batch.epoch)
+        return step(batch)
+
+    task.training_step = stopping
+    digits = data.load("digits")
+    fit(task, digits.x_train[:128], digits.y_train[:128], FitConfig(5, 32, checkpoint_seconds=0), folder)
+    return made
+
+
+def test_an_interrupted_published_run_ends_with_the_same_weights_to_the_bit(tmp_path):
+    whole = carso_run(tmp_path / "whole")
+    for stop in (5, 3, 7):  # within an epoch; before and after slow steps
+        with pytest.raises(Interrupted):
+            carso_run(tmp_path / "parts", stop)
+    resumed = carso_run(tmp_path / "parts")
+    assert all(torch.equal(resumed.state_dict()[k], v) for k, v in whole.state_dict().items())
 
 
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"alpha": 0.0}, {"alpha": 1.5}])
