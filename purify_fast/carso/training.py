@@ -158,6 +158,8 @@ def balanced_batch(classifier, x: Tensor, y: Tensor, config: CarsoConfig, *, see
     All four share one attack call with a radius per image. Shape and dtype of x.
     """
     atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)
+    if atom == 0:
+        return x
     clean = len(x) - 4 * atom
     eps = torch.full((2 * atom,), config.eps, device=x.device)
     eps[:atom] /= 2

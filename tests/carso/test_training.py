@@ -46,22 +46,16 @@ def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
 
     calls = []
 
-    def attack(name):
-        def record(model, x, y, *, eps, **options):
-            calls.append((name, len(x), eps.tolist()))
-            return x + 10
+    def record(model, x, y, *, eps, **options):
+        calls.append(eps.tolist())
+        return x + 10
 
-        return record
-
-    monkeypatch.setattr(module, "pgd", attack("pgd"))
-    monkeypatch.setattr(module, "fgsm", attack("fgsm"))
+    monkeypatch.setattr(module, "pgd_and_fgsm", record)  # the first half by PGD, the second by FGSM
     x, y = torch.rand(size, 1, 2, 2), torch.zeros(size, dtype=torch.int64)
     config = CarsoConfig(eps=0.2, adversarial_fraction=fraction, allow_no_adversarial=True)
     out = balanced_batch(None, x, y, config, seed=0, sample_ids=torch.arange(size))
     assert torch.equal(out[:clean], x[:clean]) and torch.equal(out[clean:], x[clean:] + 10)
-    radii = pytest.approx([0.1] * atom + [0.2] * atom)
-    assert [(name, count) for name, count, _ in calls] == [("pgd", 2 * atom), ("fgsm", 2 * atom)]
-    assert all(eps == radii for _, _, eps in calls)
+    assert calls == ([pytest.approx(2 * ([0.1] * atom + [0.2] * atom))] if atom else [])
     assert clean + 4 * atom == size
 
 
