@@ -40,9 +40,9 @@ class Budget:
     """How much of everything."""
 
     width: int = 11  # 1.30 MFLOP an image, two per multiplication and addition
-    base_epochs: int = 8
-    published_epochs: int = 4
-    pipeline_epochs: int = 4
+    base_epochs: int = 6
+    published_epochs: int = 3
+    pipeline_epochs: int = 3
     images: int = 1000
     steps: int = 50
     eot: int = 5
