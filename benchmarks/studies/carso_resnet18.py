@@ -138,8 +138,8 @@ def write(path: str, root: Path, folder: Path, seed: int = 0, budget: Budget = B
         f"CIFAR-10 (JPEG 75), the first {budget.images} test images, L-inf eps 8/255, seed {seed}; accuracy ± standard "
         f"error, %. ResNet-18 of pyautoattack's examples, as it is; layers {', '.join(LAYERS)}; purifier trained on "
         f"{budget.published_images:,} images once as published, then on {budget.pipeline_images:,} once through the "
-        "pipeline; K = 8, all bfloat16 inside. An image counts if every prediction is right, under all attacks so far of "
-        "its kind.",
+        "pipeline; K = 8, all bfloat16 inside. An image counts if every prediction is right, under all attacks so "
+        "far of its kind.",
         "",
         *report.comparison(),
     ]
