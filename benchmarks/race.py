@@ -6,6 +6,7 @@ works for a moment, so that the threads of the process that just worked have sto
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import statistics
 import time
@@ -91,15 +92,19 @@ class _Process:
         theirs.close()
 
     def ask(self, command: str):
-        """The answer; RuntimeError with the other side's traceback if it failed."""
-        self.pipe.send(command)
-        done, answer = self.pipe.recv()
+        """The answer; RuntimeError with the other side's traceback, or its exit status, if there is none."""
+        try:
+            self.pipe.send(command)
+            done, answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            done, answer = False, f"exit status {self.process.exitcode}"
         if not done:
-            raise RuntimeError(f"{command} failed in a contestant's process:\n{answer}")
+            raise RuntimeError(f"{command!r} failed in a contestant's process: {answer}")
         return answer
 
     def end(self) -> None:
-        if self.process.is_alive():
+        with contextlib.suppress(OSError):  # it has ended already
             self.pipe.send(None)
         self.process.join()
 
