@@ -114,7 +114,7 @@ def _quantile(times: list[float], fifths: int) -> float:
 
 
 def race(pipeline: str, name: str, case: Case, device: torch.device, quick: bool, tell=lambda text: None) -> list[dict]:
-    """The rows of one case, a contestant each; one whose result is not the plain form's has no number."""
+    """The rows of one case, a contestant each; one whose result is not the first's has no number."""
     effort, threads = QUICK if quick else Effort(), torch.get_num_threads()
     processes: dict[str, _Process] = {}
     right, times, rates = {}, {}, []
@@ -141,7 +141,7 @@ def race(pipeline: str, name: str, case: Case, device: torch.device, quick: bool
     finally:
         for process in processes.values():
             process.end()
-    rate, plain = statistics.median(rates), statistics.median(times[next(iter(times))])
+    rate, first = statistics.median(rates), statistics.median(times[next(iter(times))])
     rows = []
     for label, spent in times.items():
         median = statistics.median(spent)
@@ -149,7 +149,7 @@ def race(pipeline: str, name: str, case: Case, device: torch.device, quick: bool
             "ms": f"{1e3 * median:.2f}",
             "p20": f"{1e3 * _quantile(spent, 1):.2f}",
             "p80": f"{1e3 * _quantile(spent, 4):.2f}",
-            "times_plain": f"{plain / median:.2f}",
+            "speed_up": f"{first / median:.2f}",
             "share_of_matrix_rate": f"{flops / median / rate:.3f}",
         }
         shares = " ".join(f"{part}:{seconds / median:.3f}" for part, seconds in parts.items())

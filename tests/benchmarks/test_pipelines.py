@@ -50,7 +50,7 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys):
     assert [row["contestant"] for row in rows] == list(contestants)
     for row in rows:
         assert row["verdict"] == "right" and row["torch"] == torch.__version__
-        assert math.isclose(float(row["times_plain"]), float(rows[0]["ms"]) / float(row["ms"]), rel_tol=0.05)
+        assert math.isclose(float(row["speed_up"]), float(rows[0]["ms"]) / float(row["ms"]), rel_tol=0.05)
         assert (row["contestant"] == "ours") == bool(row["parts"])
     table = (tmp_path / report.PIPELINES_TABLE).read_text()
     assert table in capsys.readouterr().out and "| torch.compile of plain |" in table and "classifying" in table
@@ -84,7 +84,7 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
     wrong = race.race("p", "c", Case("shape", 0.05, contestants), CPU, True)
     assert [row["verdict"] for row in wrong] == ["right", "wrong"] and wrong[1]["ms"] == ""
     right = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)[1]
-    assert (right["ms"], right["times_plain"], right["share_of_matrix_rate"]) == ("1000.00", "2.00", "0.250")
+    assert (right["ms"], right["speed_up"], right["share_of_matrix_rate"]) == ("1000.00", "2.00", "0.250")
     assert right["parts"] == "part:0.500"
     assert "wrong" in report.pipelines_markdown([{**row} for row in wrong])
 
