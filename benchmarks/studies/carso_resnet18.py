@@ -33,8 +33,8 @@ MODELS = (CLASSIFIER, PUBLISHED, PIPELINE)
 class Budget:
     """How much of everything; images to train on, each once."""
 
-    published_images: int = 20000
-    pipeline_images: int = 6000
+    published_images: int = 10000
+    pipeline_images: int = 3000
     images: int = 200
     steps: int = 20
     eot: int = 2
