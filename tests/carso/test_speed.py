@@ -13,6 +13,7 @@ from purify_fast import data
 from purify_fast.attacks import fgsm, input_gradient, pgd, pgd_and_fgsm
 from purify_fast.carso import Carso, CarsoConfig, CarsoTask, Head
 from purify_fast.carso.training import balanced_batch, pipeline_step, published_step
+from purify_fast.evaluation.protocol import _fingerprint
 from purify_fast.nn import Randomised, SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
 
@@ -106,6 +107,13 @@ def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
     made.save(tmp_path)
     loaded = purify_fast.load(tmp_path, made.classifier)
     assert loaded.accelerated is None and set(loaded.state_dict()) == set(before)
+
+
+def test_an_evaluation_tells_it_from_the_plain_defence():
+    made, names = defence(), []
+    for dtype in (None, torch.float32, torch.bfloat16):
+        names.append(_fingerprint(made.accelerate(dtype)))
+    assert len(set(names)) == 3
 
 
 def test_it_survives_copies_moves_and_modes():
