@@ -36,6 +36,14 @@ Model = Callable[[Tensor], Tensor]
 KINDS = ("pgd", "apgd", "fgsm", "autoattack")
 GRADIENT = ("pgd", "apgd", "fgsm")  # ours
 VARIANTS = ("random", "fixed", "deterministic")
+_OPTIONS = {  # of `Attack`, and the kinds they are of
+    "steps": ("pgd", "apgd", "autoattack"),
+    "alpha": ("pgd",),
+    "restarts": ("pgd", "apgd"),
+    "targets": ("apgd",),
+    "version": ("autoattack",),
+    "queries": ("autoattack",),
+}
 EXAMPLES = 8  # attacked images kept per row, for the pictures
 _CLEAN, _ATTACK, _JUDGE = range(3)  # each phase has a seed of its own: no attack has seen the draws it is judged by
 
@@ -82,6 +90,9 @@ class Attack:
         for name, allowed in (("kind", KINDS), ("loss", losses), ("variant", VARIANTS), ("version", VERSIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for option, kinds in _OPTIONS.items():
+            if self.kind not in kinds and getattr(self, option) != getattr(Attack, option):
+                raise ValueError(f"{option} goes with {', '.join(kinds)}, not with {self.kind}")
         if self.head not in (None, *METHODS, *UNSAFE):
             raise ValueError(f"head must be one of {', '.join(METHODS + UNSAFE)}, got {self.head!r}")
         if self.head is not None and self.target is not None:

@@ -529,6 +529,10 @@ def test_errors(change, message):
         ({"steps": 0}, "steps must be"),
         ({"limit": 0}, "limit must be"),
         ({"alpha": -0.1}, "alpha must be at least 0, got -0.1"),
+        ({"kind": "apgd", "alpha": 0.1}, "alpha goes with pgd, not with apgd"),
+        ({"kind": "fgsm", "steps": 2}, "steps goes with pgd, apgd, autoattack, not with fgsm"),
+        ({"kind": "autoattack", "restarts": 2}, "restarts goes with pgd, apgd, not with autoattack"),
+        ({"queries": 9}, "queries goes with autoattack, not with pgd"),
     ],
 )
 def test_attack_errors(change, message):
