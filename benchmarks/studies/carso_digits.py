@@ -45,8 +45,8 @@ def notes(quick: bool) -> list[str]:
     warning = "QUICK RUN: hardly trained, hardly attacked; these numbers mean nothing. " if quick else ""
     return [
         f"{warning}Digits, the first {n} held-out images, L-inf eps {EPS} (rows L2: L2 eps {EPS_L2}); %, mean ± "
-        "standard error over seeds. Learning rates and decays were chosen on the same held-out images, the layers are "
-        "ranked on them: differences of a point or two are not to be trusted.",
+        "standard error over seeds. Learning rates and decays were chosen in runs on the same 1,797 images, the layers "
+        "are ranked on the held-out ones: differences of a point or two are not to be trusted.",
         "",
         f"clean, PGD, + AutoAttack: the deterministic model (z = 0, no noise), attacked as such; PGD-{steps} with "
         f"cross-entropy, then with DLR on what is left; AutoAttack standard ({auto_steps} steps, {queries:,} queries "

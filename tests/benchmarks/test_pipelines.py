@@ -34,6 +34,14 @@ def test_every_contestant_computes_what_the_plain_form_does(pipeline, case):
             part()
 
 
+def test_plain_in_bfloat16_is_another_contestant_and_is_bfloat16():
+    """Ours computes in bfloat16: what that alone brings to the plain form is to be seen beside it."""
+    chosen = registry()["carso_training"](True)["published step"].contestants
+    assert {"plain, bfloat16", "torch.compile of plain, bfloat16"} < set(chosen)
+    single, half = (chosen[label].make(CPU, True).result() for label in ("plain", "plain, bfloat16"))
+    assert 0 < abs(half - single) < 1e-2 * single and half.dtype == torch.float32
+
+
 def test_the_full_cases_are_the_same_contests():
     for cases in registry().values():
         small, full = cases(True), cases(False)
