@@ -67,14 +67,15 @@ def run_ops(names: list[str], device: torch.device, quick: bool, out: Path | Non
 
 
 def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path | None) -> Path:
-    """Race, and write after every case; rows of pipelines that are not named stay."""
+    """Race, and write after every case; rows of other cases stay."""
     out = folder(device, quick) if out is None else out
     work = [(name, *case) for name in names for case in pipelines.registry()[name](quick).items()]
     path = out / report.PIPELINES
-    kept = [row for row in (report.read_csv(path) if path.exists() else []) if row["pipeline"] not in names]
+    kept = report.read_csv(path) if path.exists() else []
     with tqdm(work, unit="case", file=sys.stderr, disable=None) as progress:
         for name, case_name, case in progress:
-            kept += race.race(name, case_name, case, device, quick, progress.set_description)
+            fresh = race.race(name, case_name, case, device, quick, progress.set_description)
+            kept = [row for row in kept if (row["pipeline"], row["case"]) != (name, case_name)] + fresh
             report.write_csv(path, kept)
             report.report_pipelines(out)
     return out
@@ -99,9 +100,16 @@ def main(arguments: list[str] | None = None) -> None:
     redo.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
     chosen = parser.parse_args(arguments)
     if chosen.command == "study":
+        try:
+            command.check(chosen)
+        except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+            parser.error(str(error))
         print(command.main(chosen).read_text())
         return
     if chosen.command == "report":
+        for path in chosen.folders:
+            if not any((path / name).exists() for name in (report.ROWS, report.PIPELINES)):
+                parser.error(f"{path} holds neither {report.ROWS} nor {report.PIPELINES}")
         for path in chosen.folders or sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
             if (path / report.ROWS).exists():
                 report.report(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,12 +37,20 @@ class Case:
     contestants: dict[str, Contestant]
 
 
+def _autocast(make: Make, device: torch.device, quick: bool) -> Job:
+    """The same under `torch.autocast` to bfloat16."""
+    job, cast = make(device, quick), torch.autocast(device.type, torch.bfloat16)
+    return Job(cast(job.run), cast(job.result))
+
+
 def columns(plain: Make, compiled: Make, ours: Make, ours_compiled: Make) -> dict[str, Contestant]:
-    """The columns of a pipeline."""
+    """The columns of a pipeline. Ours computes in bfloat16: the plain forms do too, beside float32."""
     return {
         "plain": Contestant(plain, False),
         "plain, allocator raised": Contestant(plain, True),
+        "plain, bfloat16": Contestant(partial(_autocast, plain), True),
         "torch.compile of plain": Contestant(compiled, True),
+        "torch.compile of plain, bfloat16": Contestant(partial(_autocast, compiled), True),
         "ours": Contestant(ours, True),
         "ours, compiled": Contestant(ours_compiled, True),
     }

@@ -1,7 +1,8 @@
 """Studies: what makes a defence robust, over seeds, with controls. ``python -m benchmarks study NAME``.
 
 A study is a list of jobs that train and attack one model each. Jobs run side by side, one thread each; a finished one
-leaves ``result.json`` and is not run again, so a study that was stopped goes on where it was.
+leaves ``result.json`` and is not run again, so a study that was stopped goes on where it was. What a job was asked to
+do stands in ``job.json`` beside it: a folder that was begun with other settings is refused.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from purify_fast._files import write_text
 from purify_fast._process import end_with_parent
 from purify_fast.training import keep_memory
 
-RESULT = "result.json"
+RESULT, ASKED = "result.json", "job.json"
 
 
 @dataclass(frozen=True)
@@ -50,30 +52,61 @@ class Job:
     def done(self, root: Path) -> bool:
         return (self.folder(root) / RESULT).is_file()
 
+    def asked(self) -> dict:
+        """What must be equal for its folder to be used again, as JSON has it; where the data lie is no part of it."""
+        settings = {name: value for name, value in self.settings.items() if name != "data"}
+        plain = json.dumps({"work": self.work.__name__, "needs": self.needs, **settings}, default=asdict)
+        return json.loads(plain)
+
 
 def _run(job: Job, root: Path) -> None:
     if job.threads:
         torch.set_num_threads(job.threads)
     keep_memory()
     began = time.monotonic()
+    write_text(job.folder(root) / ASKED, json.dumps(job.asked(), indent=1) + "\n")
     result = job.work(job, job.folder(root), root)
     result |= {"name": job.name, "seed": job.seed, "minutes": round((time.monotonic() - began) / 60, 2)}
     write_text(job.folder(root) / RESULT, json.dumps(result, indent=1) + "\n")
 
 
-def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
-    """Run the jobs that are not done, and return all results in the order of ``jobs``.
-
-    Raises:
-        What a job raised, after those that were running have ended.
-    """
-    names = {(job.name, job.seed) for job in jobs}
-    if len(names) < len(jobs):
+def _check(jobs: Sequence[Job], root: Path) -> None:
+    """That the jobs can all be run, and that what ``root`` holds of them is theirs; ValueError otherwise."""
+    if not jobs:
+        raise ValueError("the study has no job")
+    if len({job.folder(root) for job in jobs}) < len(jobs):
         raise ValueError("jobs need names of their own")
+    names = {(job.name, job.seed) for job in jobs}
     for job in jobs:
         for need in job.needs:
             if (need, job.seed) not in names:
                 raise ValueError(f"{job.name} needs {need!r}, which the study has not")
+    try:
+        TopologicalSorter({(j.name, j.seed): [(need, j.seed) for need in j.needs] for j in jobs}).prepare()
+    except CycleError as error:
+        raise ValueError(f"these jobs need each other: {', '.join(name for name, _ in error.args[1])}") from error
+    for job in jobs:
+        path, now = job.folder(root) / ASKED, job.asked()
+        there = json.loads(path.read_text()) if path.is_file() else now
+        changes = "; ".join(
+            f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
+            for key in sorted(there.keys() | now.keys())
+            if there.get(key) != now.get(key)
+        )
+        if changes:
+            raise ValueError(
+                f"{path.parent} holds {job.name!r} with other settings ({changes}): give another folder, or remove it"
+            )
+
+
+def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
+    """Run the jobs that are not done, and return all results in the order of ``jobs``. Interrupted, it ends at once.
+
+    Raises:
+        ValueError: before any work, no job, jobs of one name, a need that no job fills, jobs that need each other, or
+            a folder with a job of other settings. Else what a job raised, after those that were running have ended.
+    """
+    _check(jobs, root)
     began = time.monotonic()
     waiting = [job for job in jobs if not job.done(root)]
     running: dict[Future, Job] = {}
@@ -84,11 +117,16 @@ def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
                 if len(running) < workers and all((job.folder(root, need) / RESULT).is_file() for need in job.needs):
                     waiting.remove(job)
                     running[pool.submit(_run, job, root)] = job
-            if not running:
-                raise ValueError(f"these jobs need each other: {', '.join(job.name for job in waiting)}")
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            try:
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            except KeyboardInterrupt:
+                for process in active_children():  # the pool would wait for their jobs
+                    process.terminate()
+                raise
             for future in finished:
                 job = running.pop(future)
+                if future.exception() is not None:
+                    print(f"{job.name}, seed {job.seed}, failed; it is in {job.folder(root)}", file=sys.stderr)
                 future.result()
                 left = len(waiting) + len(running)
                 minutes = (time.monotonic() - began) / 60

@@ -5,33 +5,64 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from purify_fast import data
+from purify_fast.evaluation.autoattack import implementation
+
 from . import carso_digits, carso_mnist, carso_resnet18, run, tables
 
-STUDIES = ("carso_digits", "carso_mnist", "carso_resnet18")
+STUDIES = {"carso_digits": "digits", "carso_mnist": "mnist", "carso_resnet18": "cifar10"}  # and their data sets
 RESULTS = Path(__file__).parents[1] / "results" / "studies"
+SEEDS, WORKERS = 3, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=STUDIES)
-    parser.add_argument("--data", default="data", help="the folder that holds mnist.npz or cifar10.npz")
-    parser.add_argument("--full", action="store_true", help="the full budgets: days rather than an hour")
-    parser.add_argument("--quick", action="store_true", help="the same path in a minute or two, no numbers")
-    parser.add_argument("--seeds", type=int, default=3, help="of the digits study")
-    parser.add_argument("--rows", nargs="*", metavar="ROW", help="only these rows of the digits study, and their needs")
-    parser.add_argument("--workers", type=int, default=2, help="jobs side by side, one thread each")
+    parser.add_argument("--data", help="of MNIST and CIFAR-10: the folder that holds them; data by default")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--full", action="store_true", help="of these too: the full budgets, days rather than an hour")
+    budget.add_argument("--quick", action="store_true", help="the same path in a minute or two, no numbers")
+    parser.add_argument("--seeds", type=int, help=f"of the digits study; {SEEDS} by default")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows of the digits study, and their needs")
+    parser.add_argument(
+        "--workers", type=int, help=f"jobs side by side, one thread each, not of the ResNet study; {WORKERS} by default"
+    )
     parser.add_argument("--out", type=Path, help="where the runs are kept; runs/studies/NAME by default")
 
 
+def check(chosen: argparse.Namespace) -> None:
+    """What would stop the study later.
+
+    Raises:
+        ValueError: an option that the study does not have, a number below 1, an unknown row. FileNotFoundError: no
+        data. ModuleNotFoundError: no AutoAttack, or what the data need is missing.
+    """
+    digits, resnet = chosen.name == "carso_digits", chosen.name == "carso_resnet18"
+    foreign = ("data", "full") if digits else ("seeds", "rows")
+    for option in (*foreign, *(("workers",) if resnet else ())):
+        if getattr(chosen, option) not in (None, False):
+            raise ValueError(f"--{option} does not go with {chosen.name}")
+    for option in ("seeds", "workers"):
+        value = getattr(chosen, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} must be at least 1, got {value}")
+    if digits:
+        carso_digits.jobs(chosen.seeds or SEEDS, chosen.quick, chosen.rows)
+    implementation()
+    data.load(STUDIES[chosen.name], chosen.data or "data")
+
+
 def main(chosen: argparse.Namespace) -> Path:
-    """Run what is not done yet; tables go to benchmarks/results/studies, those of other budgets to the runs' folder."""
+    """Run what is not done yet. The tables go to benchmarks/results/studies; those of other budgets, of some rows or of
+    fewer seeds to the runs' folder."""
     kind = "-quick" if chosen.quick else "-full" if chosen.full else ""
     root = chosen.out or Path("runs/studies") / f"{chosen.name}{kind}"
-    results = root if kind else RESULTS
+    seeds, workers, place = chosen.seeds or SEEDS, chosen.workers or WORKERS, chosen.data or "data"
+    results = root if kind or chosen.rows is not None or seeds < SEEDS else RESULTS
     if chosen.name == "carso_digits":
-        jobs = carso_digits.jobs(chosen.seeds, chosen.quick, chosen.rows)
-        return tables.write(run(jobs, root, chosen.workers), results, chosen.name)
+        done = run(carso_digits.jobs(seeds, chosen.quick, chosen.rows), root, workers)
+        return tables.write(done, results, chosen.name, carso_digits.notes(chosen.quick))
     study = carso_mnist if chosen.name == "carso_mnist" else carso_resnet18
     budget = study.QUICK if chosen.quick else study.FULL if chosen.full else study.Budget()
-    workers = chosen.workers if study is carso_mnist else 1  # the ResNet uses every core by itself
-    run(study.jobs(chosen.data, budget=budget), root, workers)
-    return study.write(chosen.data, root, results, budget=budget)
+    # the ResNet uses every core by itself
+    run(study.jobs(place, budget=budget), root, workers if study is carso_mnist else 1)
+    return study.write(root, results, budget=budget)

@@ -12,7 +12,7 @@ from purify_fast._files import atomic, write_text
 
 from . import over_seeds
 
-_COLUMNS = {"clean": "clean", "pgd": "PGD-100", "autoattack": "+ AutoAttack"}
+_COLUMNS = {"clean": "clean", "pgd": "PGD", "autoattack": "+ AutoAttack"}
 
 
 def _by_row(results: Sequence[dict]) -> dict[str, dict[int, dict]]:
@@ -32,7 +32,7 @@ def markdown(results: Sequence[dict], notes: Sequence[str] = ()) -> str:
     lines = [
         *notes,
         "",
-        "| model | clean | PGD-100 | + AutoAttack | difference to base | K draws, clean | K draws, attacked | KL, nats "
+        "| model | clean | PGD | + AutoAttack | difference to base | K draws, clean | K draws, attacked | KL, nats "
         "| parameters | training, s | seeds |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -46,11 +46,15 @@ def markdown(results: Sequence[dict], notes: Sequence[str] = ()) -> str:
             known = [result[key] for result in got if key in result]
             return f"{statistics.fmean(known):,.{places}f}" if known else "-"
 
-        cells = [name, *(over_seeds([r[key] for r in got]) for key in _COLUMNS), change]
+        bad = any(r.get("gradients") == "BAD" for r in got)
+        cells = [
+            name + (" (gradients unhealthy)" if bad else ""),
+            *(over_seeds([r[key] for r in got]) for key in _COLUMNS),
+            change,
+        ]
         cells += [over_seeds([r[k] for r in got]) if k in got[0] else "-" for k in ("clean_draws", "pgd_draws")]
         cells += [mean("kl", places=2), mean("parameters"), mean("train_seconds"), str(len(got))]
-        bad = any(r.get("gradients") == "BAD" for r in got)
-        lines.append("| " + " | ".join(cells) + " |" + (" gradients unhealthy" if bad else ""))
+        lines.append("| " + " | ".join(cells) + " |")
     ranked = [result for result in results if "layers" in result]
     if ranked:
         lines += [

@@ -100,6 +100,8 @@ def apgd(
     best, score = x.clone(), torch.full((2, len(x)), -torch.inf, device=x.device)
     with frozen(model):
         logits = _logits(model, x, chunk)
+        if target is not None and bool(((target < 0) | (target >= logits.shape[1])).any()):
+            raise ValueError(f"target must be in 0 .. {logits.shape[1] - 1}, got {target.min()} .. {target.max()}")
         correct = logits.argmax(1) == y
         for run, goal in enumerate(goal for goal in _goals(logits, y, loss, target, targets) for _ in range(restarts)):
             left = (score[0] < 1).nonzero()[:, 0]  # the one synchronisation, once per run

@@ -119,10 +119,10 @@ def load(
         title = name if name in NAMES else found.resolve().name
         classes = _classes_override(classes, num_classes)
         return DataSet(x["train"], y["train"], x["test"], y["test"], title, classes)
-    if isinstance(found, Path):
-        found = _npz(found, num_classes)
     if stream:
         raise ValueError(f"{name} is not an image folder: only these are streamed")
+    if isinstance(found, Path):
+        found = _npz(found, num_classes)
     if image_size is not None and tuple(image_size) != found.image_shape[1:]:
         raise ValueError(
             f"{name} has images of (H, W) = {found.image_shape[1:]}, and image_size is {image_size}: only "

@@ -24,7 +24,8 @@ VERSIONS = ("standard", "rand")
 _NORMS = {"linf": "Linf", "l2": "L2"}
 
 
-def _implementation() -> type:
+def implementation() -> type:
+    """The class ``AutoAttack`` of the package that is installed; ModuleNotFoundError says how to get one."""
     for package in ("pyautoattack", "autoattack"):
         with contextlib.suppress(ModuleNotFoundError):
             return importlib.import_module(package).AutoAttack
@@ -73,7 +74,7 @@ def autoattack(
         Adversarial images (the clean one where AutoAttack found none), and AutoAttack's warnings.
     """
     attacks, replaced = parts(version, classes)
-    make = _implementation()
+    make = implementation()
     said: list[str] = []
     with _listening(said):
         options = {"norm": _NORMS[norm], "eps": eps, "seed": seed, "version": version, "device": x.device}

@@ -29,13 +29,21 @@ from ..attacks import LOSSES, TARGETED, GradientHealth, apgd, fgsm, frozen, inpu
 from ..nn import Head
 from ..ops.aggregate import METHODS, UNSAFE
 from ..ops.pgd_step import NORMS
-from .autoattack import VERSIONS, autoattack, parts
+from .autoattack import VERSIONS, autoattack, implementation, parts
 from .report import FORMAT, Examples, Report, Row
 
 Model = Callable[[Tensor], Tensor]
 KINDS = ("pgd", "apgd", "fgsm", "autoattack")
 GRADIENT = ("pgd", "apgd", "fgsm")  # ours
 VARIANTS = ("random", "fixed", "deterministic")
+_OPTIONS = {  # of `Attack`, and the kinds they are of
+    "steps": ("pgd", "apgd", "autoattack"),
+    "alpha": ("pgd",),
+    "restarts": ("pgd", "apgd"),
+    "targets": ("apgd",),
+    "version": ("autoattack",),
+    "queries": ("autoattack",),
+}
 EXAMPLES = 8  # attacked images kept per row, for the pictures
 _CLEAN, _ATTACK, _JUDGE = range(3)  # each phase has a seed of its own: no attack has seen the draws it is judged by
 
@@ -82,6 +90,9 @@ class Attack:
         for name, allowed in (("kind", KINDS), ("loss", losses), ("variant", VARIANTS), ("version", VERSIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for option, kinds in _OPTIONS.items():
+            if self.kind not in kinds and getattr(self, option) != getattr(Attack, option):
+                raise ValueError(f"{option} goes with {', '.join(kinds)}, not with {self.kind}")
         if self.head not in (None, *METHODS, *UNSAFE):
             raise ValueError(f"head must be one of {', '.join(METHODS + UNSAFE)}, got {self.head!r}")
         if self.head is not None and self.target is not None:
@@ -90,6 +101,8 @@ class Attack:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.alpha is not None and not self.alpha >= 0:
+            raise ValueError(f"alpha must be at least 0, got {self.alpha}")
 
 
 def default_attacks(base: Model | None = None) -> list[Attack]:
@@ -144,9 +157,11 @@ def evaluate(
     Raises:
         ValueError: a wrong shape, dtype, range or setting. ModuleNotFoundError: AutoAttack is asked for and missing.
     """
-    x = _checked(x, y, eps, norm, steps, eot, n_eval, batch_size)
+    x = _checked(x, y, eps, norm, steps, eot, n_eval, batch_size, chunk)
     device = _device(defence, x)
     plan = default_attacks(base) if attacks is None else list(attacks)
+    if any(attack.kind == "autoattack" for attack in plan):
+        implementation()
     devices = [device.index or 0] if device.type == "cuda" else []
     report = Report()
     with contextlib.ExitStack() as stack:
@@ -167,11 +182,13 @@ def evaluate(
             report.rows.append(row)
             left[attack.variant] = left[attack.variant].copy()
             left[attack.variant][: row.n] &= row.robust
-    report.rows += _worst(report.rows)
+    report.rows += worst(report.rows)
     return report
 
 
-def _checked(x: Tensor, y: Tensor, eps: float, norm: str, steps: int, eot: int, n_eval: int, batch_size: int) -> Tensor:
+def _checked(
+    x: Tensor, y: Tensor, eps: float, norm: str, steps: int, eot: int, n_eval: int, batch_size: int, chunk: int | None
+) -> Tensor:
     if x.dim() != 4 or len(x) == 0:
         raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}")
     if y.shape != (len(x),) or y.dtype != torch.int64:
@@ -180,8 +197,9 @@ def _checked(x: Tensor, y: Tensor, eps: float, norm: str, steps: int, eot: int, 
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
-    for setting, value in (("steps", steps), ("eot", eot), ("n_eval", n_eval), ("batch_size", batch_size)):
-        if value < 1:
+    counts = {"steps": steps, "eot": eot, "n_eval": n_eval, "batch_size": batch_size, "chunk": chunk}
+    for setting, value in counts.items():
+        if value is not None and value < 1:
             raise ValueError(f"{setting} must be at least 1, got {value}")
     if x.dtype == torch.uint8:
         return x.float() / 255
@@ -476,7 +494,7 @@ class _Run:
         return row
 
 
-def _worst(rows: list[Row]) -> list[Row]:
+def worst(rows: list[Row]) -> list[Row]:
     """Per image, the worst over the rows of PGD, APGD and FGSM on all images, by variant and over all."""
     full = max(row.n for row in rows)
     mine = [r for r in rows if r.kind in GRADIENT and r.n == full and r.settings["target"] == "defence"]

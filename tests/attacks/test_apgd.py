@@ -265,6 +265,7 @@ def test_empty_batch(model):
         ({"eps": -0.1}, "eps must be at least 0"),
         ({"target": torch.zeros(9, dtype=torch.int64)}, "a target needs the loss dlr_targeted, got 'ce'"),
         ({"target": torch.zeros(9), "loss": "dlr_targeted"}, r"target must be int64 \[B\] = \[9\], got torch.float32"),
+        ({"target": torch.full((9,), 6), "loss": "dlr_targeted"}, r"target must be in 0 \.\. 5, got 6 \.\. 6"),
         ({"target": "the labels", "loss": "dlr_targeted"}, "target must differ from y"),
     ],
 )

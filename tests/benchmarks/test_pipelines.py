@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed pac
 
 from benchmarks import __main__ as program  # noqa: E402
 from benchmarks import race, report  # noqa: E402
-from benchmarks.pipelines import Case, Contestant, Job, registry  # noqa: E402
+from benchmarks.pipelines import Case, Contestant, Job, carso_training, registry  # noqa: E402
 
 CPU = torch.device("cpu")
 CASES = [(name, case) for name, cases in registry().items() for case in cases(True)]
@@ -32,6 +32,28 @@ def test_every_contestant_computes_what_the_plain_form_does(pipeline, case):
         job.run()
         for part in job.parts.values():
             part()
+
+
+def test_plain_in_bfloat16_is_another_contestant_and_is_bfloat16():
+    """Ours computes in bfloat16: what that alone brings to the plain form is to be seen beside it."""
+    chosen = registry()["carso_training"](True)["published step"].contestants
+    assert {"plain, bfloat16", "torch.compile of plain, bfloat16"} < set(chosen)
+    single, half = (chosen[label].make(CPU, True).result() for label in ("plain", "plain, bfloat16"))
+    assert 0 < abs(half - single) < 1e-2 * single and half.dtype == torch.float32
+
+
+def test_the_published_steps_attack_the_same_images_alike():
+    """The loss that the race compares hardly depends on them: without any attack it moves by 3e-5 here."""
+    plain, seen = carso_training.PlainTraining("classifier", CPU, True, False), []
+    original = plain.purify
+    plain.purify = lambda representation, perturbed, *rest: (
+        seen.append(perturbed) or original(representation, perturbed, *rest)
+    )
+    plain.published()
+    ours = registry()["carso_training"](True)["published step"].contestants["ours"].make(CPU, True).parts["attacks"]()
+    moved = (ours - plain.batch.x).abs() > 1e-4
+    assert 0.3 < moved.float().mean() <= 0.5  # half of the images
+    assert ((ours - seen[0]).abs() > 1e-4).float().mean() < 0.02  # bfloat16 turns a sign now and then
 
 
 def test_the_full_cases_are_the_same_contests():

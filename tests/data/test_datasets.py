@@ -129,6 +129,12 @@ def test_refused_with_num_classes(tmp_path):
         data.load(path)
 
 
+def test_an_npz_that_is_to_be_streamed_is_refused_unread(tmp_path):
+    (tmp_path / "set.npz").write_bytes(b"never opened")
+    with pytest.raises(ValueError, match="is not an image folder: only these are streamed"):
+        data.load(tmp_path / "set.npz", stream=True)
+
+
 def test_missing_arrays_and_other_files(tmp_path):
     path = saved(tmp_path, x_train=X, y_train=Y)
     with pytest.raises(ValueError, match="lacks x_test, y_test"):

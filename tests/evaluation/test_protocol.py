@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast.evaluation import Attack, default_attacks, evaluate, merge
+from purify_fast.evaluation import Attack, default_attacks, evaluate, merge, protocol
 from purify_fast.evaluation.autoattack import parts
 from purify_fast.ops import aggregate
 
@@ -504,6 +504,7 @@ def test_output_is_quiet(capsys, toy):
         ({"norm": "l1"}, "norm must be"),
         ({"steps": 0}, "steps must be"),
         ({"n_eval": 0}, "n_eval must be"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
         ({"attacks": [Attack(), Attack()]}, "labels of their own.*PGD-100 ce"),
     ],
 )
@@ -527,11 +528,25 @@ def test_errors(change, message):
         ({"head": "lse", "target": Linear()}, "not both"),
         ({"steps": 0}, "steps must be"),
         ({"limit": 0}, "limit must be"),
+        ({"alpha": -0.1}, "alpha must be at least 0, got -0.1"),
+        ({"kind": "apgd", "alpha": 0.1}, "alpha goes with pgd, not with apgd"),
+        ({"kind": "fgsm", "steps": 2}, "steps goes with pgd, apgd, autoattack, not with fgsm"),
+        ({"kind": "autoattack", "restarts": 2}, "restarts goes with pgd, apgd, not with autoattack"),
+        ({"queries": 9}, "queries goes with autoattack, not with pgd"),
     ],
 )
 def test_attack_errors(change, message):
     with pytest.raises(ValueError, match=message):
         Attack(**change)
+
+
+def test_without_autoattack_no_attack_is_begun(monkeypatch):
+    for package in ("pyautoattack", "autoattack"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(protocol, "pgd", lambda *a, **more: pytest.fail("it was attacked"))
+    x, y = torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ModuleNotFoundError, match="AutoAttack is not installed"):
+        evaluate(Linear(), x, y, attacks=[Attack(), Attack("autoattack")], **QUIET)
 
 
 def test_a_saturated_head_still_gets_its_draws():
