@@ -170,9 +170,17 @@ def jobs(seeds: int, quick: bool, rows: Sequence[str] | None = None) -> list[Job
     Ablations change one setting of the row "pipeline".
     """
     made: list[Job] = []
+    # part of each job, so that a folder of other numbers is refused
+    fixed = {
+        "quick": quick,
+        "radii": [EPS, EPS_L2],
+        "default_layers": LAYERS,
+        "sizes": SIZES,
+        "default_epochs": [BASE_EPOCHS, PUBLISHED_EPOCHS, PIPELINE_EPOCHS],
+    }
 
     def add(seed: int, name: str, work: Callable, *needs: str, **settings) -> None:
-        made.append(Job(name, seed, work, needs, settings | {"quick": quick}))
+        made.append(Job(name, seed, work, needs, settings | fixed))
 
     for seed in range(seeds):
         add(seed, "base", train_base, rank=True)

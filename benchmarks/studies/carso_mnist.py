@@ -183,15 +183,13 @@ def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) ->
     whole = report(root, seed)
     whole.save(folder / "carso_mnist")
     facts = json.loads((Job(CLASSIFIER, seed, attack).folder(root) / RESULT).read_text())
-    minutes = [json.loads(p.read_text()) for p in sorted(root.glob(f"*/{RESULT}"))]
     lines = [
         f"MNIST, the first {budget.images} test images, L-inf eps {EPS}, seed {seed}; accuracy ± standard error, %. "
         f"Classifier: {facts['mflop']:.2f} MFLOP an image, {budget.base_epochs} epochs of PGD-7 with eps rising "
         f"linearly over the first half; CARSO: K = {SIZES['samples']}, {budget.published_epochs} epochs as published, "
         f"then {budget.pipeline_epochs} through the pipeline. Under attack an image counts if each of five "
         f"predictions is right (z = 0: the one); `ce + dlr` and `APGD ce + APGD-T` count what both leave. AutoAttack: "
-        f"{budget.apgd_steps} steps, EOT {budget.autoattack_eot}. All in {sum(m['minutes'] for m in minutes):.0f} "
-        "minutes of one core.",
+        f"{budget.apgd_steps} steps, EOT {budget.autoattack_eot}.",
         "",
         *whole.comparison(),
         *(["", *(f"- {note}" for note in whole.notes)] if whole.notes else []),

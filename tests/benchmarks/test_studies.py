@@ -265,7 +265,7 @@ def test_the_mnist_table_is_what_the_jobs_found(tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "apgd", lambda model, x, *a, **more: x)  # finds nothing
     budget = replace(carso_mnist.QUICK, images=24, steps=5, eot=1)
     made = [job for job in carso_mnist.jobs("", budget=budget) if job.work is carso_mnist.attack]
-    found = {(job.settings["model"], job.settings["group"]): job.work(job, job.folder(tmp_path), tmp_path) for job in made}
+    found = {(j.settings["model"], j.settings["group"]): j.work(j, j.folder(tmp_path), tmp_path) for j in made}
     monkeypatch.setattr(protocol._Run, "_measure_attack", lambda *a: pytest.fail("a row was made anew"))
     whole = carso_mnist.report(tmp_path)
     for (name, _), rows in found.items():
