@@ -353,7 +353,13 @@ class Carso(Randomised):
         return training_loss(self, batch, config or CarsoConfig())[0]
 
     def release_classifier(self) -> None:
-        """Let the defence's own copy of the classifier be trained too; it is then saved with the purifier."""
+        """Let the defence's own copy of the classifier be trained too; it is then saved with the purifier.
+
+        Raises:
+            ValueError: the defence is accelerated.
+        """
+        if self._fast is not None:
+            raise ValueError("an accelerated defence computes with frozen copies: accelerate(None) first")
         self.classifier.requires_grad_(True)
         self.own_classifier = True
 
