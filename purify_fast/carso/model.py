@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.layers import per_channel
+from ..nn.layers import normalisation
 from ..nn.randomised import Randomised
 from ..nn.representation import Representation, first_tensor
 from ..nn.vae import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder, decoder_plan
 from ..nn.vae_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
-from ..nn.view import FrozenView, inside, quicken
+from ..nn.view import FrozenView, channels_last, inside, quicken
 from ..ops.decode_samples import decode_samples, latents
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class Carso(Randomised):
     `Carso.from_preset` builds the published systems, `Carso.from_official` reads the published files.
 
     Raises:
-        ValueError: sizes below 1, unknown layers, or a classifier that does not fit image_shape.
+        ValueError: sizes below 1, a std that is not above 0, unknown layers, or a classifier that does not fit
+            image_shape.
 
     One forward pass at a time: not for several threads or ``nn.DataParallel`` (one process per GPU does it).
 
@@ -102,7 +103,7 @@ class Carso(Randomised):
         if len(image_shape) != 3:
             raise ValueError(f"image_shape must be (C, H, W), got {image_shape}")
         channels = image_shape[0]
-        statistics = {"mean": per_channel("mean", mean, channels), "std": per_channel("std", std, channels)}
+        statistics = normalisation(mean, std, channels)
         if decoder is not None:
             start, h, w = decoder[0]
             plan = (
@@ -140,7 +141,10 @@ class Carso(Randomised):
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
         device = first_tensor(self.classifier).device
         # the whole pipeline runs about twice as fast in this layout on a CPU, its transposed convolutions three times
-        self.to(device).to(memory_format=torch.channels_last)
+        for part in (self.condition_encoder, self.posterior_encoder, self.decoder):
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        channels_last(self.classifier, image_shape)
+        self.to(device)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -178,6 +182,7 @@ class Carso(Randomised):
             raise
         return self
 
+    @torch.inference_mode(False)  # its copies are to be differentiated, wherever they are made
     def _prepare(self) -> None:
         fast = None
         if self.accelerated is not None:
@@ -214,11 +219,11 @@ class Carso(Randomised):
     def read(self, x: Tensor) -> list[Tensor]:
         """The classifier's representation of ``x [B, C, H, W]``, layer by layer, as the purifier takes it."""
         if self._fast is None:
-            layers = self.representation(x.to(self._classifier_dtype))
+            layers = self.representation(x.to(self._classifier_dtype).contiguous())
         else:
             view, reader = self._fast
             with inside(x.device, view.dtype):
-                layers = reader(x.float())
+                layers = reader(x.float().contiguous())
             if self._purifier_dtype == torch.float32:
                 return layers  # `encode` multiplies in their precision
         return [layer.to(self._purifier_dtype) for layer in layers]
@@ -268,7 +273,7 @@ class Carso(Randomised):
 
     def classify(self, images: Tensor) -> Tensor:
         """The classifier's float32 logits ``[B, K, classes]`` of ``images [B, K, C, H, W]``, in one batch."""
-        flat = images.flatten(0, 1)
+        flat = images.flatten(0, 1).contiguous()
         logits = self.classifier(flat.to(self._classifier_dtype)) if self._fast is None else self._fast[0](flat)
         return logits.float().unflatten(0, (images.shape[0], images.shape[1]))
 

@@ -18,11 +18,32 @@ def inside(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+def channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
+    """Give a model's convolutions channels_last weights, in place, if it still runs then; whether it does.
+
+    One that flattens a convolution's output by ``view`` does not, and stays contiguous. Other parameters stay as they
+    are. The images must come contiguous: such a model could not flatten what channels_last ones become, either.
+    """
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
+    for layer in layers:
+        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    first = first_tensor(model)
+    try:
+        with torch.no_grad():
+            model(torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype))
+    except RuntimeError:
+        for layer in layers:
+            layer.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return False
+    return True
+
+
 def quicken(model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, fold: bool = True) -> int:
     """Prepare a frozen model for `inside`, in place.
 
-    Its matrix layers get channels_last weights in ``dtype``; all else stays float32: normalisation, statistics and
-    whatever else a user's module holds. Layers with forward hooks are not folded.
+    Its matrix layers get weights in ``dtype``, channels_last if the model allows that (`channels_last`); all else
+    stays float32: normalisation, statistics and whatever else a user's module holds. Layers with forward hooks are
+    not folded.
 
     Args:
         model: from images ``[B, *image_shape]`` in [0, 1] to logits; no parameter may need a gradient.
@@ -41,7 +62,7 @@ def quicken(model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, 
     if fold:
         example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0))
         folded = fold_batchnorm(model, example.to(first_tensor(model).device))
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last(model, image_shape)
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
             module.to(dtype)
@@ -69,4 +90,4 @@ class FrozenView(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with inside(x.device, self.dtype):
-            return self.classifier(x.float()).float()
+            return self.classifier(x.float().contiguous()).float()

@@ -149,6 +149,8 @@ def test_clear_errors(carso):
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match="seed must be in"), carso.fixed_noise(seed):
             pass
+    with pytest.raises(ValueError, match=r"std must be above 0, got \[0\.0\]"):
+        Carso(SmallCNN(), ["conv1"], (1, 16, 16), std=0.0)
     for name in ("cond_dim", "latent_dim", "samples", "decoder_width", "encoder_depth"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             Carso(SmallCNN(), LAYERS, (1, 16, 16), **{name: 0})

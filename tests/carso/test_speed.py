@@ -94,6 +94,36 @@ def test_borders_are_float32_and_bfloat16_is_inside():
     assert inside and set(inside) == {torch.bfloat16}
 
 
+def test_maps_that_are_flattened_by_view_stay_contiguous():
+    class Flattening(nn.Sequential):
+        def forward(self, x):
+            x = self[0](x)
+            return self[1](x.view(x.size(0), -1))
+
+    torch.manual_seed(0)
+    last = {"memory_format": torch.channels_last}
+    for classifier, layout in ((Flattening(nn.Conv2d(3, 4, 3), nn.Linear(784, 10)), {}), (Residual(), last)):
+        layers = [name for name, module in classifier.named_modules() if isinstance(module, nn.Conv2d)]
+        made = Carso(classifier, layers, SHAPE, 8, 4, 2, decoder_width=4).eval()
+        want = response(made, images(3).to(**last))
+        made.accelerate(torch.float32)
+        for got, right in zip(response(made, images(3).to(**last)), want, strict=True):
+            assert relative(got, right) < 1e-5
+        for model in (made.classifier, made._fast[0].classifier, made._fast[1].model):
+            for weight in (module.weight for module in model.modules() if isinstance(module, nn.Conv2d)):
+                assert weight.is_contiguous(**layout)
+        assert made.frozen_classifier(images(3).to(**last)).shape == (3, 10)
+
+
+def test_it_is_made_and_moved_within_inference_mode():
+    made, x = defence(), images(3)
+    want = response(made, x)
+    with torch.inference_mode():
+        made.accelerate(torch.float32)
+    for got, right in zip(response(made, x), want, strict=True):
+        assert relative(got, right) < 1e-5
+
+
 def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
     made = defence()
     before = {name: value.clone() for name, value in made.state_dict().items()}
