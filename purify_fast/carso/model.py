@@ -95,6 +95,8 @@ class Carso(Randomised):
         self.register_load_state_dict_post_hook(_reload)
         if isinstance(classifier, nn.DataParallel):
             raise ValueError("classifier: unwrap it (classifier.module); for several GPUs run one process per GPU")
+        if hasattr(classifier, "_orig_mod"):
+            raise ValueError("classifier: unwrap it (classifier._orig_mod), and compile the defence instead")
         image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
         sizes = {"cond_dim": cond_dim, "latent_dim": latent_dim, "samples": samples, "decoder_width": decoder_width}
         for name, value in {**sizes, "encoder_depth": encoder_depth, "image_shape": min(image_shape)}.items():
@@ -143,7 +145,7 @@ class Carso(Randomised):
         # the whole pipeline runs about twice as fast in this layout on a CPU, its transposed convolutions three times
         for part in (self.condition_encoder, self.posterior_encoder, self.decoder):
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        channels_last(self.classifier, image_shape)
+        self._channels_last = channels_last(self.classifier, image_shape)
         self.to(device)
 
     def _apply(self, fn, recurse: bool = True):
@@ -177,7 +179,7 @@ class Carso(Randomised):
         before, self.accelerated = self.accelerated, None if dtype is None else {"dtype": dtype, "fold": fold}
         try:
             self._prepare()
-        except ValueError:
+        except Exception:  # the classifier's own, or no memory, too: the copies from before still serve
             self.accelerated = before
             raise
         return self
@@ -218,12 +220,13 @@ class Carso(Randomised):
 
     def read(self, x: Tensor) -> list[Tensor]:
         """The classifier's representation of ``x [B, C, H, W]``, layer by layer, as the purifier takes it."""
+        x = x if self._channels_last else x.contiguous()
         if self._fast is None:
-            layers = self.representation(x.to(self._classifier_dtype).contiguous())
+            layers = self.representation(x.to(self._classifier_dtype))
         else:
             view, reader = self._fast
             with inside(x.device, view.dtype):
-                layers = reader(x.float().contiguous())
+                layers = reader(x.float())
             if self._purifier_dtype == torch.float32:
                 return layers  # `encode` multiplies in their precision
         return [layer.to(self._purifier_dtype) for layer in layers]
@@ -273,7 +276,8 @@ class Carso(Randomised):
 
     def classify(self, images: Tensor) -> Tensor:
         """The classifier's float32 logits ``[B, K, classes]`` of ``images [B, K, C, H, W]``, in one batch."""
-        flat = images.flatten(0, 1).contiguous()
+        flat = images.flatten(0, 1)
+        flat = flat if self._channels_last else flat.contiguous()
         logits = self.classifier(flat.to(self._classifier_dtype)) if self._fast is None else self._fast[0](flat)
         return logits.float().unflatten(0, (images.shape[0], images.shape[1]))
 

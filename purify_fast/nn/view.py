@@ -21,16 +21,17 @@ def inside(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
     """Give a model's convolutions channels_last weights, in place, if it still runs then; whether it does.
 
-    One that flattens a convolution's output by ``view`` does not, and stays contiguous. Other parameters stay as they
-    are. The images must come contiguous: such a model could not flatten what channels_last ones become, either.
+    One that flattens maps or images by ``view`` does not: it stays contiguous, and needs contiguous images. Parameters
+    of other layers stay as they are.
     """
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
     for layer in layers:
         layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     first = first_tensor(model)
+    example = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
     try:
         with torch.no_grad():
-            model(torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype))
+            model(example.contiguous(memory_format=torch.channels_last))
     except RuntimeError:
         for layer in layers:
             layer.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -38,7 +39,7 @@ def channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
     return True
 
 
-def quicken(model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, fold: bool = True) -> int:
+def quicken(model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, fold: bool = True) -> tuple[int, bool]:
     """Prepare a frozen model for `inside`, in place.
 
     Its matrix layers get weights in ``dtype``, channels_last if the model allows that (`channels_last`); all else
@@ -50,7 +51,7 @@ def quicken(model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, 
         dtype: float32 or bfloat16. fold: whether BatchNorms are folded into the layers before them.
 
     Returns:
-        The number of BatchNorms folded.
+        The number of BatchNorms folded, and what `channels_last` said.
 
     Raises:
         ValueError: another dtype, or see `fold_batchnorm`.
@@ -62,11 +63,11 @@ def quicken(model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, 
     if fold:
         example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0))
         folded = fold_batchnorm(model, example.to(first_tensor(model).device))
-    channels_last(model, image_shape)
+    last = channels_last(model, image_shape)
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
             module.to(dtype)
-    return folded
+    return folded, last
 
 
 class FrozenView(nn.Module):
@@ -86,8 +87,8 @@ class FrozenView(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.classifier = untapped(copy.deepcopy(classifier)).requires_grad_(False)
-        self.folded = quicken(self.classifier, image_shape, dtype, fold)
+        self.folded, self.channels_last = quicken(self.classifier, image_shape, dtype, fold)
 
     def forward(self, x: Tensor) -> Tensor:
         with inside(x.device, self.dtype):
-            return self.classifier(x.float().contiguous()).float()
+            return self.classifier(x.float() if self.channels_last else x.float().contiguous()).float()

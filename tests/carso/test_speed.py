@@ -102,8 +102,10 @@ def test_maps_that_are_flattened_by_view_stay_contiguous():
 
     torch.manual_seed(0)
     last = {"memory_format": torch.channels_last}
-    for classifier, layout in ((Flattening(nn.Conv2d(3, 4, 3), nn.Linear(784, 10)), {}), (Residual(), last)):
-        layers = [name for name, module in classifier.named_modules() if isinstance(module, nn.Conv2d)]
+    flat = Flattening(nn.Conv2d(3, 4, 3), nn.Linear(784, 10))
+    images_only = Flattening(nn.Identity(), nn.Linear(768, 10))  # no convolution, and yet the images' layout matters
+    for classifier, layout in ((flat, {}), (images_only, {}), (Residual(), last)):
+        layers = [name for name, module in classifier.named_modules() if isinstance(module, (nn.Conv2d, nn.Identity))]
         made = Carso(classifier, layers, SHAPE, 8, 4, 2, decoder_width=4).eval()
         want = response(made, images(3).to(**last))
         made.accelerate(torch.float32)
@@ -182,6 +184,19 @@ def test_wrong_dtypes_are_refused_and_change_nothing():
     with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, torch\.bfloat16, got torch\.float16"):
         made.accelerate(torch.float16)
     assert made.accelerated == {"dtype": torch.bfloat16, "fold": True} and made._fast is not None
+
+
+def test_a_classifier_that_fails_leaves_the_defence_as_it_was(monkeypatch):
+    made, x = defence(), images(2)
+    want = response(made, x)
+
+    def fail(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("purify_fast.carso.model.FrozenView", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        made.accelerate()
+    assert made.accelerated is None and torch.equal(response(made.to("cpu"), x)[0], want[0])
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
