@@ -21,9 +21,10 @@ from purify_fast.training import keep_memory
 
 from . import measure, pipelines, race, report
 from .ops import registry
-from .studies import command
+from .studies import command, tables
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def device_class(device: torch.device) -> str:
@@ -94,8 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
         one.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
     command.add_arguments(commands.add_parser("study", help="what makes a defence robust: trains and attacks models"))
-    tables = commands.add_parser("report", help="the tables and pictures again, from the CSV files")
-    tables.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
+    redo = commands.add_parser("report", help="the tables and pictures again, from the CSV files")
+    redo.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
     chosen = parser.parse_args(arguments)
     if chosen.command == "study":
         print(command.main(chosen).read_text())
@@ -108,6 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
             if (path / report.PIPELINES).exists():
                 report.report_pipelines(path)
                 print(path / report.PIPELINES_TABLE)
+        for page in sorted(DOCS.glob("*.md")):
+            for name in tables.fill(page, command.RESULTS):
+                print(f"{page} wants the table of {name}, which no study has written yet", file=sys.stderr)
         return
     known = registry() if chosen.command == "ops" else pipelines.registry()
     unknown = set(chosen.names) - set(known)

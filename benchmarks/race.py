@@ -6,6 +6,7 @@ works for a moment, so that the threads of the process that just worked have sto
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import statistics
 import time
@@ -91,15 +92,19 @@ class _Process:
         theirs.close()
 
     def ask(self, command: str):
-        """The answer; RuntimeError with the other side's traceback if it failed."""
-        self.pipe.send(command)
-        done, answer = self.pipe.recv()
+        """The answer; RuntimeError with the other side's traceback, or its exit status, if there is none."""
+        try:
+            self.pipe.send(command)
+            done, answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            done, answer = False, f"exit status {self.process.exitcode}"
         if not done:
-            raise RuntimeError(f"{command} failed in a contestant's process:\n{answer}")
+            raise RuntimeError(f"{command!r} failed in a contestant's process: {answer}")
         return answer
 
     def end(self) -> None:
-        if self.process.is_alive():
+        with contextlib.suppress(OSError):  # it has ended already
             self.pipe.send(None)
         self.process.join()
 
@@ -109,7 +114,7 @@ def _quantile(times: list[float], fifths: int) -> float:
 
 
 def race(pipeline: str, name: str, case: Case, device: torch.device, quick: bool, tell=lambda text: None) -> list[dict]:
-    """The rows of one case, a contestant each; one whose result is not the plain form's has no number."""
+    """The rows of one case, a contestant each; one whose result is not the first's has no number."""
     effort, threads = QUICK if quick else Effort(), torch.get_num_threads()
     processes: dict[str, _Process] = {}
     right, times, rates = {}, {}, []
@@ -136,7 +141,7 @@ def race(pipeline: str, name: str, case: Case, device: torch.device, quick: bool
     finally:
         for process in processes.values():
             process.end()
-    rate, plain = statistics.median(rates), statistics.median(times[next(iter(times))])
+    rate, first = statistics.median(rates), statistics.median(times[next(iter(times))])
     rows = []
     for label, spent in times.items():
         median = statistics.median(spent)
@@ -144,7 +149,7 @@ def race(pipeline: str, name: str, case: Case, device: torch.device, quick: bool
             "ms": f"{1e3 * median:.2f}",
             "p20": f"{1e3 * _quantile(spent, 1):.2f}",
             "p80": f"{1e3 * _quantile(spent, 4):.2f}",
-            "times_plain": f"{plain / median:.2f}",
+            "speed_up": f"{first / median:.2f}",
             "share_of_matrix_rate": f"{flops / median / rate:.3f}",
         }
         shares = " ".join(f"{part}:{seconds / median:.3f}" for part, seconds in parts.items())

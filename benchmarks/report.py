@@ -164,16 +164,16 @@ def pipelines_markdown(rows: list[dict]) -> str:
         "`plain`: float32, contiguous, `torch.vmap` over the samples, every BatchNorm a layer, one attack after the "
         "other, weight gradients computed, glibc's allocator untouched. `torch.compile of plain`: its networks "
         "compiled, allocator raised. `ours`: `accelerate()`, allocator raised. Each one's result is compared with the "
-        "plain form's first. Share: the arithmetic that ours does (`torch.utils.flop_counter`), over the time, over "
+        "first one's. Share: the arithmetic that ours does (`torch.utils.flop_counter`), over the time, over "
         "the rate of a large bfloat16 matrix product measured in the same run.",
     ]
     for (pipeline, case), group in _cases(rows).items():
         lines += ["", f"## {pipeline}: {case}", ""]
         work, rate = group[0]["GFLOP"], group[0]["matrix_GFLOP_per_s"]
         lines += [f"{group[0]['shape']}; {work} GFLOP; bfloat16 matrix rate {rate} GFLOP/s.", ""]
-        lines += ["| | ms | p20 - p80 | times plain | share of the matrix rate |", "|---|---|---|---|---|"]
+        lines += ["| | ms | p20 - p80 | times the first | share of the matrix rate |", "|---|---|---|---|---|"]
         for row in group:
-            cells = [row["contestant"], row["ms"] or "wrong", f"{row['p20']} - {row['p80']}", row["times_plain"]]
+            cells = [row["contestant"], row["ms"] or "wrong", f"{row['p20']} - {row['p80']}", row["speed_up"]]
             lines.append("| " + " | ".join([*cells, row["share_of_matrix_rate"]]) + " |")
         for row in group:
             if row["parts"]:
@@ -188,7 +188,7 @@ def _parts(row: dict) -> list[tuple[str, float]]:
 
 
 def plot_pipelines(rows: list[dict], path: Path) -> bool:
-    """Speed relative to the plain form, by case; False without matplotlib."""
+    """Speed relative to the first contestant, by case; False without matplotlib."""
     pyplot = _pyplot()
     if pyplot is None:
         return False
@@ -196,11 +196,11 @@ def plot_pipelines(rows: list[dict], path: Path) -> bool:
     figure, axes = pyplot.subplots(len(cases), squeeze=False, figsize=(8, 1.6 * len(cases) + 0.5), sharex=True)
     for axis, ((pipeline, case), group) in zip(axes[:, 0], cases.items(), strict=True):
         group = [row for row in reversed(group) if row["ms"]]
-        bars = axis.barh([r["contestant"] for r in group], [float(r["times_plain"]) for r in group], color="tab:blue")
-        axis.bar_label(bars, [f"{r['times_plain']} ({r['ms']} ms)" for r in group], padding=3, fontsize=8)
+        bars = axis.barh([r["contestant"] for r in group], [float(r["speed_up"]) for r in group], color="tab:blue")
+        axis.bar_label(bars, [f"{r['speed_up']} ({r['ms']} ms)" for r in group], padding=3, fontsize=8)
         axis.set_title(f"{pipeline}: {case}", fontsize=9, loc="left")
         axis.margins(x=0.2)
-    axes[-1, 0].set_xlabel(f"times as fast as plain; {rows[0]['device']}, {rows[0]['threads']} threads", fontsize=8)
+    axes[-1, 0].set_xlabel(f"times as fast as the first; {rows[0]['device']}, {rows[0]['threads']} threads", fontsize=8)
     figure.tight_layout()
     _save(pyplot, figure, path)
     return True

@@ -29,10 +29,10 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. The first contestant is the plain form, the one that counts the work is ``ours``."""
+    """One row of the table. What the others are compared with comes first; ``ours`` counts the work."""
 
     shape: str
-    tolerance: float  # relative L2 distance to the plain form's result
+    tolerance: float  # relative L2 distance to the first one's result
     contestants: dict[str, Contestant]
 
 
@@ -48,7 +48,7 @@ def columns(plain: Make, compiled: Make, ours: Make) -> dict[str, Contestant]:
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:
     """Pipelines by name; each makes its cases by name, small ones if it is to be quick."""
-    from . import carso_inference, carso_training
+    from . import carso_inference, carso_training, pre_encoders
 
-    modules = (carso_inference, carso_training)
+    modules = (carso_inference, carso_training, pre_encoders)
     return {module.__name__.rpartition(".")[2]: module.cases for module in modules}

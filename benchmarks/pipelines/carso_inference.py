@@ -54,7 +54,7 @@ class Plain(nn.Module):
     def __init__(self, made: Carso):
         super().__init__()
         made = copy.deepcopy(made).requires_grad_(True)
-        made.decoder.to(memory_format=torch.contiguous_format)
+        made.to(memory_format=torch.contiguous_format)
         self.made = made
 
     def reconstruct(self, z: Tensor, condition: Tensor) -> Tensor:

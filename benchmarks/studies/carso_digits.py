@@ -159,8 +159,7 @@ def jobs(seeds: int, quick: bool, rows: Sequence[str] | None = None) -> list[Job
         add(seed, "pipeline", train_pipeline, "base", "published", draws=True)
         add(seed, "pipeline, joint", train_pipeline, "base", "published", draws=True, config=JOINT)
     for seed in range(min(seeds, ABLATION_SEEDS)):
-        add(seed, "noisy copies, sigma 0.3", attack_copies, "base", sigma=0.3)
-        for samples in (1, 2, 32):
+        for samples in (1, 32):
             add(seed, f"pipeline, K = {samples} when it predicts", attack_samples, "base", "pipeline", samples=samples)
         add(seed, "pipeline, K = 4 in training", train_pipeline, "base", "published", config={"train_samples": 4})
         for steps in (3, 15):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from ..nn.randomised import Randomised
 from ..nn.representation import Representation, first_tensor
 from ..nn.vae import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder, decoder_plan
 from ..nn.vae_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
-from ..nn.view import FrozenView, channels_last, inside, quicken
+from ..nn.view import FrozenView, Region, channels_last, inside, quicken
 from ..ops.decode_samples import decode_samples, latents
 
 if TYPE_CHECKING:
@@ -89,9 +89,10 @@ class Carso(Randomised):
         super().__init__()
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-        self.accelerated: dict[str, bool | torch.dtype] | None = None
+        self.accelerated: dict[str, Any] | None = None
         # frozen copies of the classifier; a tuple, so that they are no submodules: not saved, not trained
         self._fast: tuple[FrozenView, Representation] | None = None
+        self._regions: dict[str, Region] = {}
         self.register_load_state_dict_post_hook(_reload)
         if isinstance(classifier, nn.DataParallel):
             raise ValueError("classifier: unwrap it (classifier.module); for several GPUs run one process per GPU")
@@ -158,7 +159,9 @@ class Carso(Randomised):
 
     # -- speed --------------------------------------------------------------------------------------------------------
 
-    def accelerate(self, dtype: torch.dtype | None = torch.bfloat16, *, fold: bool = True) -> Carso:
+    def accelerate(
+        self, dtype: torch.dtype | None = torch.bfloat16, *, fold: bool = True, compile: bool = False
+    ) -> Carso:
         """Compute fast from now on: inference, attacks through the defence and both trainings.
 
         The classifier is read and attacked through frozen copies: BatchNorm folded, channels_last, ``dtype`` inside.
@@ -168,6 +171,8 @@ class Carso(Randomised):
         Args:
             dtype: ``torch.bfloat16``; ``torch.float32`` to fold only; None computes plainly again.
             fold: whether BatchNorms are folded into the layers before them.
+            compile: whether `torch.compile` fuses the parts, each once for all batch sizes: condition, decoding and
+                classifying; in training the attacked classifier only, where that is what is attacked.
 
         Returns:
             The defence. It saves, moves and copies as before. The frozen copies follow ``.to()`` and
@@ -176,7 +181,8 @@ class Carso(Randomised):
         Raises:
             ValueError: another dtype, or a classifier that cannot be folded (`purify_fast.nn.fold_batchnorm`).
         """
-        before, self.accelerated = self.accelerated, None if dtype is None else {"dtype": dtype, "fold": fold}
+        chosen = None if dtype is None else {"dtype": dtype, "fold": fold, "compile": compile}
+        before, self.accelerated = self.accelerated, chosen
         try:
             self._prepare()
         except Exception:  # the classifier's own, or no memory, too: the copies from before still serve
@@ -186,13 +192,20 @@ class Carso(Randomised):
 
     @torch.inference_mode(False)  # its copies are to be differentiated, wherever they are made
     def _prepare(self) -> None:
-        fast = None
-        if self.accelerated is not None:
-            view = FrozenView(self.classifier, self.image_shape, **self.accelerated)  # type: ignore[arg-type]
-            reader = copy.deepcopy(self.representation)
-            quicken(reader.model, self.image_shape, **self.accelerated)  # type: ignore[arg-type]
-            fast = view, reader
-        self._fast = fast
+        if self.accelerated is None:
+            self._fast, self._regions = None, {}
+            return
+        view = FrozenView(self.classifier, self.image_shape, **self.accelerated)
+        reader = copy.deepcopy(self.representation)
+        quicken(reader.model, self.image_shape, self.accelerated["dtype"], self.accelerated["fold"])
+        self._fast = view, reader
+        parts = (self._condition, self._decode) if self.accelerated["compile"] else ()
+        self._regions = {part.__name__: Region(part) for part in parts}
+
+    def _run(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """A part as it is, or compiled. Not in training: padding would enter the BatchNorm statistics."""
+        region = None if self.training else self._regions.get(part.__name__)
+        return (part if region is None else region)(*inputs)
 
     @property
     def frozen_classifier(self) -> nn.Module:
@@ -239,6 +252,9 @@ class Carso(Randomised):
     def condition(self, x: Tensor) -> Tensor:
         """c(x) ``[B, cond_dim]`` of images ``x [B, C, H, W]``; differentiable to x."""
         self._check(x)
+        return self._run(self._condition, x)
+
+    def _condition(self, x: Tensor) -> Tensor:
         return self.encode(self.read(x))
 
     def posterior(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,6 +266,9 @@ class Carso(Randomised):
 
     def decode(self, z: Tensor, condition: Tensor) -> Tensor:
         """Image logits ``[B, K, C, H, W]`` of latents ``[B, K, latent_dim]`` under conditions ``[B, cond_dim]``."""
+        return self._run(self._decode, z, condition)
+
+    def _decode(self, z: Tensor, condition: Tensor) -> Tensor:
         with self._inside(z.device):
             return decode_samples(self.decoder, condition, z).to(self._purifier_dtype)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .folding import fold_batchnorm
 from .representation import first_tensor, untapped
@@ -37,6 +39,31 @@ def channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
             layer.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         return False
     return True
+
+
+class Region:
+    """A function of tensors ``[B, ...]``, compiled once for every batch size; within another graph it is itself.
+
+    A compiler makes new graphs for a batch of 1, for one below 16, where torch's CPU convolutions are chosen
+    differently, for views and other strides: small batches are filled up with zeros, all are copied to one layout.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function, self.compiled = function, torch.compile(function)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.function(*inputs)
+        batch = len(inputs[0])
+        if batch < 16:
+            inputs = tuple(F.pad(x, (0, 0) * (x.dim() - 1) + (0, 16 - batch)) for x in inputs)
+        inputs = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
+        for x in inputs:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        return self.compiled(*inputs)[:batch]
+
+    def __reduce__(self) -> tuple:
+        return Region, (self.function,)  # copied and pickled, a method goes along with its object
 
 
 def quicken(model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, fold: bool = True) -> tuple[int, bool]:
@@ -74,7 +101,7 @@ class FrozenView(nn.Module):
     """A copy of ``classifier`` for inference and for attacks on it: images ``[B, *image_shape]`` -> float32 logits.
 
     It has no hooks of a `Representation`, and no parameter that needs a gradient. Later changes of the classifier's
-    weights do not reach it. Arguments and errors as in `quicken`.
+    weights do not reach it. Arguments and errors as in `quicken`; compile: as a `Region`.
     """
 
     def __init__(
@@ -83,12 +110,17 @@ class FrozenView(nn.Module):
         image_shape: tuple[int, ...],
         dtype: torch.dtype = torch.bfloat16,
         fold: bool = True,
+        compile: bool = False,
     ):
         super().__init__()
         self.dtype = dtype
         self.classifier = untapped(copy.deepcopy(classifier)).requires_grad_(False)
         self.folded, self.channels_last = quicken(self.classifier, image_shape, dtype, fold)
+        self.region = Region(self._logits) if compile else None
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._logits(x) if self.region is None else self.region(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
         with inside(x.device, self.dtype):
             return self.classifier(x.float() if self.channels_last else x.float().contiguous()).float()

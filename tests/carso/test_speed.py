@@ -1,10 +1,12 @@
 """The accelerated defence: the same function within bfloat16's rounding, and nothing else about it changed."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import purify_fast
@@ -179,11 +181,44 @@ def test_it_compiles_whole_with_gradients():
     assert relative(a, b) < 0.1
 
 
+def test_compiled_parts_serve_every_batch_size_with_one_graph_each(monkeypatch):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, fullgraph=True, backend=counter))
+    made, x = defence(samples=2).requires_grad_(False), images(20)
+    want = response(made.accelerate(), x)
+    made.accelerate(compile=True)
+    for got, right in zip(response(made, x), want, strict=True):
+        assert relative(got, right) < 0.05
+    with torch.no_grad(), made.fixed_noise(3):
+        whole = made(x)
+        graphs = counter.frame_count
+        for n in (1, 2, 7, 15, 16, 17):
+            torch.testing.assert_close(made(x[:n]), whole[:n], rtol=0.05, atol=0.05)
+    assert counter.frame_count == graphs == 9  # three parts: with gradients, without, in no_grad
+    twin = copy.deepcopy(made)
+    assert twin._regions["_condition"].function.__self__ is twin
+    assert twin._fast[0].region.function.__self__ is twin._fast[0]
+    made.train()
+    assert made._run(made._decode, torch.zeros(3, 2, 4), torch.zeros(3, 16)).shape == (3, 2, *SHAPE)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_copies_and_pickles_have_parts_of_their_own(twin):
+    made, x = defence().accelerate(), images(3)
+    for got, want in zip(response(twin(made), x), response(made, x), strict=True):
+        assert torch.equal(got, want)
+    other = twin(made.accelerate(compile=True))
+    assert [region.function.__self__ for region in other._regions.values()] == [other, other] != [made, made]
+    assert other._fast[0].region.function.__self__ is other._fast[0] is not made._fast[0]
+
+
 def test_wrong_dtypes_are_refused_and_change_nothing():
     made = defence().accelerate()
     with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, torch\.bfloat16, got torch\.float16"):
         made.accelerate(torch.float16)
-    assert made.accelerated == {"dtype": torch.bfloat16, "fold": True} and made._fast is not None
+    assert made.accelerated == {"dtype": torch.bfloat16, "fold": True, "compile": False} and made._fast is not None
 
 
 def test_a_classifier_that_fails_leaves_the_defence_as_it_was(monkeypatch):
@@ -236,7 +271,7 @@ def test_statistics_stay_float32_and_training_lowers_the_loss(tmp_path):
 def test_the_task_decides_the_precision():
     made = defence()
     CarsoTask(made, CarsoConfig(precision="bfloat16"))
-    assert made.accelerated == {"dtype": torch.bfloat16, "fold": True}
+    assert made.accelerated == {"dtype": torch.bfloat16, "fold": True, "compile": False}
     assert made.frozen_classifier is made._fast[0]
     task = CarsoTask(made, CarsoConfig())
     assert made.accelerated is None and made.frozen_classifier is made.classifier
