@@ -163,9 +163,11 @@ def pipelines_markdown(rows: list[dict]) -> str:
         "",
         "`plain`: float32, contiguous, `torch.vmap` over the samples, every BatchNorm a layer, one attack after the "
         "other, weight gradients computed, glibc's allocator untouched. `torch.compile of plain`: its networks "
-        "compiled, allocator raised. `ours`: `accelerate()`, allocator raised. Each one's result is compared with the "
-        "first one's. Share: the arithmetic that ours does (`torch.utils.flop_counter`), over the time, over "
-        "the rate of a large bfloat16 matrix product measured in the same run.",
+        "compiled, allocator raised. `ours`: `accelerate()`, allocator raised; `compiled`: with `compile=True`. "
+        "pre_encoders: `ours` runs them one after the other; `grouped`, same shapes in one convolution, is not "
+        "shipped. Each one's result is compared with the first one's. Share: the arithmetic that ours does "
+        "(`torch.utils.flop_counter`), over the time, over the rate of a large bfloat16 matrix product measured in the "
+        "same run.",
     ]
     for (pipeline, case), group in _cases(rows).items():
         lines += ["", f"## {pipeline}: {case}", ""]

@@ -41,10 +41,16 @@ def test_train_and_evaluate(npz, tmp_path, capsys):
     paths = ["--classifier", classifier, "--out", carso, "--layers", "conv2", "hidden"]
     assert cli.main(["train", "carso", *paths, "--epochs", "3", *train]) == 0
     fine = [*paths[:3], carso + "-fine", "--init", carso, "--attack-target", "pipeline"]
+    fine += ["--precision", "bfloat16"]
     assert cli.main(["train", "carso", *fine, "--epochs", "1", *train]) == 0
     evaluate = ["--data", npz, "--device", "cpu", "--eps", "0.1", "--images", "12", "--steps", "3", "--eot", "2"]
     assert cli.main(["evaluate", carso + "-fine", *evaluate, "--autoattack", "0"]) == 0
     assert "transfer from the base" in capsys.readouterr().out
+    rounded = ["--precision", "bfloat16", "--autoattack", "0"]
+    assert cli.main(["evaluate", carso, *evaluate, *rounded]) == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", classifier, *evaluate, *rounded]) == 2
+    assert "precision bfloat16 is for defences" in capsys.readouterr().err
     written = tmp_path / "carso-fine" / "evaluation"
     report = Report.from_json((written / "report.json").read_text())
     assert report.row("clean").n == 12 and (written / "report.md").is_file() and (written / "accuracies.png").is_file()

@@ -36,14 +36,21 @@ class Case:
     contestants: dict[str, Contestant]
 
 
-def columns(plain: Make, compiled: Make, ours: Make) -> dict[str, Contestant]:
-    """The four columns of a pipeline."""
+def columns(plain: Make, compiled: Make, ours: Make, ours_compiled: Make) -> dict[str, Contestant]:
+    """The columns of a pipeline."""
     return {
         "plain": Contestant(plain, False),
         "plain, allocator raised": Contestant(plain, True),
         "torch.compile of plain": Contestant(compiled, True),
         "ours": Contestant(ours, True),
+        "ours, compiled": Contestant(ours_compiled, True),
     }
+
+
+def uncompiled(job: Job) -> Job:
+    """The same, with `torch.compile` doing nothing: what a quick run leaves out."""
+    eager = torch.compiler.set_stance("force_eager")
+    return Job(eager(job.run), eager(job.result), job.parts)
 
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from purify_fast import Carso
 from purify_fast.nn import SmallCNN
 
-from . import Case, Job, columns
+from . import Case, Job, columns, uncompiled
 
 BATCH, SAMPLES = 32, 8
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
@@ -87,7 +88,7 @@ def size(quick: bool) -> int:
 def _plain(device: torch.device, quick: bool, compiled: bool = False) -> Job:
     made = defence(device, quick)
     model, batch = Plain(made), size(quick)
-    call = torch.compile(model, dynamic=False, backend="aot_eager" if quick else "inductor") if compiled else model
+    call = torch.compile(model, dynamic=False) if compiled else model
     x, fixed = images(batch, made, device), latents(made, batch, device)
 
     @torch.no_grad()
@@ -99,21 +100,21 @@ def _plain(device: torch.device, quick: bool, compiled: bool = False) -> Job:
     def result() -> Tensor:
         return call(x, fixed)[1].transpose(0, 1)
 
-    return Job(run, result)
+    job = Job(run, result)
+    return uncompiled(job) if quick else job
 
 
-def _compiled(device: torch.device, quick: bool) -> Job:
-    return _plain(device, quick, compiled=True)
-
-
-def _ours(device: torch.device, quick: bool) -> Job:
-    made = defence(device, quick).accelerate()
+def _ours(device: torch.device, quick: bool, compiled: bool = False) -> Job:
+    made = defence(device, quick).accelerate(compile=compiled)
     batch = size(quick)
     x, fixed = images(batch, made, device), latents(made, batch, device).transpose(0, 1).contiguous()
 
     def under(function):
         return torch.no_grad()(function)
 
+    job = Job(under(lambda: made(x)), under(lambda: made.sample_logits(x, fixed)))
+    if compiled:
+        return uncompiled(job) if quick else job
     with torch.no_grad():
         representation = made.read(x)
         condition = made.encode(representation)
@@ -124,9 +125,13 @@ def _ours(device: torch.device, quick: bool) -> Job:
         "decoding": under(lambda: torch.sigmoid(made.decode(fixed, condition))),
         "classifying": under(lambda: made.classify(reconstructions)),
     }
-    return Job(under(lambda: made(x)), under(lambda: made.sample_logits(x, fixed)), parts)
+    return Job(job.run, job.result, parts)
 
 
 def cases(quick: bool) -> dict[str, Case]:
     shape = f"{size(quick)} images, K = {2 if quick else SAMPLES}"
-    return {"prediction": Case(shape, 0.05, columns(_plain, _compiled, _ours))}
+    return {
+        "prediction": Case(
+            shape, 0.05, columns(_plain, partial(_plain, compiled=True), _ours, partial(_ours, compiled=True))
+        )
+    }

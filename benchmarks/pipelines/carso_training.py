@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from purify_fast.carso.training import CarsoConfig, CarsoTask, balanced_batch, k
 from purify_fast.ops.sample_latent import sample_latent
 from purify_fast.training import Batch
 
-from . import Case, Job, columns
+from . import Case, Job, columns, uncompiled
 from .carso_inference import Plain, defence, images
 
 BATCH, PUBLISHED_STEPS, PIPELINE_STEPS = 64, 40, 10
@@ -61,10 +62,8 @@ class PlainTraining:
             self.model,
         )
         if compiled:
-            backend = "aot_eager" if quick else "inductor"
             self.classifier, self.purify, self.whole = (
-                torch.compile(part, dynamic=False, backend=backend)
-                for part in (self.classifier, self.purify, self.whole)
+                torch.compile(part, dynamic=False) for part in (self.classifier, self.purify, self.whole)
             )
 
     def purifier_loss(self, representation: list[Tensor], perturbed: Tensor, seed: Tensor, ids: Tensor) -> Tensor:
@@ -115,40 +114,37 @@ class PlainTraining:
         return loss.detach()
 
 
-def _plain(target: str, compiled: bool = False):
-    def make(device: torch.device, quick: bool) -> Job:
-        plain = PlainTraining(target, device, quick, compiled)
-        return Job(plain.run, lambda: plain.step().detach())
-
-    return make
+def _plain(device: torch.device, quick: bool, target: str, compiled: bool = False) -> Job:
+    plain = PlainTraining(target, device, quick, compiled)
+    job = Job(plain.run, lambda: plain.step().detach())
+    return uncompiled(job) if quick else job
 
 
-def _ours(target: str):
-    def make(device: torch.device, quick: bool) -> Job:
-        made = defence(device, quick, samples=1)
-        config, batch = setting(target, quick, "bfloat16"), batch_of(made, device, quick)
-        task = CarsoTask(made, config)
+def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False) -> Job:
+    made = defence(device, quick, samples=1)
+    config, batch = setting(target, quick, "bfloat16"), batch_of(made, device, quick)
+    task = CarsoTask(made, config)
+    made.accelerate(compile=compiled)
 
-        def step() -> Tensor:
-            made.train()
-            return task.training_step(batch)[0]
+    def step() -> Tensor:
+        made.train()
+        return task.training_step(batch)[0]
 
-        def run() -> Tensor:
-            loss = step()
-            task.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            task.optimizer.step()
-            return loss.detach()
+    def run() -> Tensor:
+        loss = step()
+        task.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        task.optimizer.step()
+        return loss.detach()
 
-        def attacks() -> Tensor:
-            return balanced_batch(
-                made.frozen_classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids
-            )
+    def attacks() -> Tensor:
+        return balanced_batch(
+            made.frozen_classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids
+        )
 
-        parts = {"attacks": attacks, "representation": torch.no_grad()(lambda: made.read(batch.x))}
-        return Job(run, lambda: step().detach(), parts if target == "classifier" else {})
-
-    return make
+    parts = {"attacks": attacks, "representation": torch.no_grad()(lambda: made.read(batch.x))}
+    job = Job(run, lambda: step().detach(), parts if target == "classifier" and not compiled else {})
+    return uncompiled(job) if quick and compiled else job
 
 
 def cases(quick: bool) -> dict[str, Case]:
@@ -157,5 +153,6 @@ def cases(quick: bool) -> dict[str, Case]:
     for name, target in (("published step", "classifier"), ("pipeline step", "pipeline")):
         shape = f"{size} images, PGD-{setting(target, quick).steps}"
         shape += ", half of them adversarial" if target == "classifier" else ", K = 1"
-        made[name] = Case(shape, 0.03, columns(_plain(target), _plain(target, True), _ours(target)))
+        makes = [partial(form, target=target, compiled=c) for form in (_plain, _ours) for c in (False, True)]
+        made[name] = Case(shape, 0.03, columns(*makes))
     return made

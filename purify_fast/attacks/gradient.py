@@ -77,12 +77,19 @@ def _gradient(model: Model, x: Tensor, y: Tensor, loss: str, eot: int, chunk: in
 def _differentiate(model: Model, x: Tensor, y: Tensor, loss: str, draws: int) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        logits = model(leaf.repeat(draws, *[1] * (x.dim() - 1)))
+        logits = _draws(model, leaf, draws)
         each, wrong = _losses(logits, y, loss, draws)
         gradient = None
         if each.requires_grad:
             gradient = torch.autograd.grad(each.sum(), leaf, allow_unused=True)[0]
     return torch.zeros_like(x) if gradient is None else gradient, *_summed(draws, each, wrong)
+
+
+def _draws(model: Model, x: Tensor, draws: int) -> Tensor:
+    """Logits ``[draws * B, C]``; a model that shares work between its draws is asked for them at once."""
+    if draws > 1 and hasattr(type(model), "draw_logits"):  # the type's: a compiled module passes attributes on
+        return model.draw_logits(x, draws).flatten(0, 1)  # type: ignore[attr-defined]
+    return model(x.repeat(draws, *[1] * (x.dim() - 1)))
 
 
 def _losses(logits: Tensor, y: Tensor, loss: str, draws: int) -> tuple[Tensor, Tensor]:
@@ -206,7 +213,7 @@ def _better(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tuple
 @torch.no_grad()
 def _score(model: Model, x: Tensor, y: Tensor, loss: str, eot: int, chunk: int | None) -> Tensor:
     def run(a: Tensor, b: Tensor, draws: int) -> tuple[Tensor, ...]:
-        logits = model(a.repeat(draws, *[1] * (a.dim() - 1)))
+        logits = _draws(model, a, draws)
         return a, *_summed(draws, *_losses(logits, b, loss, draws))
 
     _, value, wrong = _over_chunks(x, y, eot, chunk, run)

@@ -220,11 +220,11 @@ class Carso(Randomised):
 
     # -- the parts ----------------------------------------------------------------------------------------------------
 
-    def prior_latents(self, batch: int, device: torch.device) -> Tensor:
-        """Latents ``[batch, K, latent_dim]`` as the current mode draws them."""
+    def prior_latents(self, batch: int, device: torch.device, draws: int = 1) -> Tensor:
+        """Latents ``[batch, draws * K, latent_dim]`` as the current mode draws them; K = 1 without noise."""
         if self.silent:
             return torch.zeros((batch, 1, self.latent_dim), device=device)
-        return latents(*self.noise(batch, device), self.samples, self.latent_dim).expand(batch, -1, -1)
+        return latents(*self.noise(batch, device), draws * self.samples, self.latent_dim).expand(batch, -1, -1)
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape or not x.is_floating_point():
@@ -308,6 +308,13 @@ class Carso(Randomised):
             missing = torch.sym_max(16 - batch, 0)
             x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, missing))  # type: ignore[arg-type]  # a SymInt
         return self.classify(self.reconstruct(x, z))[:batch]
+
+    def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
+        """`sample_logits` of ``draws`` independent calls, ``[draws, B, K, classes]``: the noise enters after c(x)."""
+        if self._noise != "fresh":  # every call gives the same
+            return self.sample_logits(x).expand(draws, -1, -1, -1)
+        z = self.prior_latents(x.shape[0], x.device, draws)
+        return self.sample_logits(x, z).unflatten(1, (draws, -1)).transpose(0, 1)
 
     # -- the published systems ----------------------------------------------------------------------------------------
 

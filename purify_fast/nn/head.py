@@ -13,7 +13,8 @@ class Head(nn.Module):
     """A defence seen through one aggregation method, and with z = 0 if asked: something to attack or to compare.
 
     Args:
-        defence: a module with ``sample_logits(x) -> [B, K, classes]`` and, if z = 0 is asked for, ``deterministic()``.
+        defence: a module with ``sample_logits(x) -> [B, K, classes]`` and, if z = 0 is asked for, ``deterministic()``;
+            its ``draw_sample_logits`` is used if it has one (`Randomised` has all three).
         method: of `purify_fast.ops.aggregate`. deterministic: whether z = 0.
     """
 
@@ -23,5 +24,16 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` -> ``[B, classes]``."""
-        with self.defence.deterministic() if self.zero else contextlib.nullcontext():
+        with self._mode():
             return aggregate(self.defence.sample_logits(x), self.method)
+
+    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
+        """``draws`` independent calls at once, ``[draws, B, classes]``; attacks with EOT use it."""
+        if not hasattr(self.defence, "draw_sample_logits"):
+            return self(x.repeat(draws, *[1] * (x.dim() - 1))).unflatten(0, (draws, -1))
+        with self._mode():
+            logits = self.defence.draw_sample_logits(x, draws)
+            return aggregate(logits.flatten(0, 1), self.method).unflatten(0, (draws, -1))
+
+    def _mode(self) -> contextlib.AbstractContextManager:
+        return self.defence.deterministic() if self.zero else contextlib.nullcontext()

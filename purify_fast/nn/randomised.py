@@ -70,6 +70,14 @@ class Randomised(nn.Module):
         """Logits of the K draws, ``[B, K, classes]``; aggregate them with `purify_fast.ops.aggregate`."""
         raise NotImplementedError
 
+    def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
+        """`sample_logits` of ``draws`` independent calls at once, ``[draws, B, K, classes]``."""
+        return self.sample_logits(x.repeat(draws, *[1] * (x.dim() - 1))).unflatten(0, (draws, -1))
+
+    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
+        """`forward` of ``draws`` independent calls at once, ``[draws, B, classes]``; attacks with EOT use it."""
+        return aggregate(self.draw_sample_logits(x, draws).flatten(0, 1), "lse").unflatten(0, (draws, -1))
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, classes]``, float32: logsumexp over the samples, the same decision as PeeL."""
         return aggregate(self.sample_logits(x), "lse")

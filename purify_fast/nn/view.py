@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def inside(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context accelerated parts compute in: matrix products in ``dtype``, nothing changed for float32."""
+    """The context accelerated parts compute in: matrix products in ``dtype``; float32 turns an outer autocast off."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 

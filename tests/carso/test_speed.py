@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import purify_fast
 from purify_fast import data
-from purify_fast.attacks import fgsm, pgd, pgd_and_fgsm
-from purify_fast.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.attacks import fgsm, input_gradient, pgd, pgd_and_fgsm
+from purify_fast.carso import Carso, CarsoConfig, CarsoTask, Head
 from purify_fast.carso.training import balanced_batch, pipeline_step, published_step
-from purify_fast.nn import SmallCNN
+from purify_fast.evaluation.protocol import _fingerprint
+from purify_fast.nn import Randomised, SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
 
 SHAPE = (3, 16, 16)
@@ -141,6 +142,13 @@ def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
     assert loaded.accelerated is None and set(loaded.state_dict()) == set(before)
 
 
+def test_an_evaluation_tells_it_from_the_plain_defence():
+    made, names = defence(), []
+    for dtype in (None, torch.float32, torch.bfloat16):
+        names.append(_fingerprint(made.accelerate(dtype)))
+    assert len(set(names)) == 3
+
+
 def test_it_survives_copies_moves_and_modes():
     made, x = defence().accelerate(), images(4)
     want = response(made, x)
@@ -212,6 +220,67 @@ def test_copies_and_pickles_have_parts_of_their_own(twin):
     other = twin(made.accelerate(compile=True))
     assert [region.function.__self__ for region in other._regions.values()] == [other, other] != [made, made]
     assert other._fast[0].region.function.__self__ is other._fast[0] is not made._fast[0]
+
+
+# -- draws ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [None, "mean"])
+def test_draws_at_once_are_independent_calls_with_one_representation_pass(head):
+    made, x = defence(samples=3), images(2)
+    model = made if head is None else Head(made, head)
+    passes = []
+    made.classifier.conv1.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    logits = model.draw_logits(x, 400)
+    assert passes == [2, 2 * 400 * 3] and logits.shape == (400, 2, 10)
+    assert not torch.equal(logits[0], logits[1])
+    calls = torch.stack([model(x) for _ in range(400)])  # the same distribution: mean and spread within 5 sigma
+    error = (logits.var(0) / 400 + calls.var(0) / 400).sqrt()
+    assert ((logits.mean(0) - calls.mean(0)).abs() < 5 * error).all()
+    assert ((logits.std(0) / calls.std(0)).log().abs() < 0.25).all()
+
+
+@pytest.mark.parametrize("mode", ["fixed", "deterministic"])
+def test_without_fresh_noise_all_draws_are_the_call(mode):
+    made, x = defence(), images(3)
+    with made.fixed_noise(1) if mode == "fixed" else made.deterministic():
+        assert torch.equal(made.draw_logits(x, 4), made(x).expand(4, -1, -1))
+
+
+def test_a_defence_with_sample_logits_only_repeats_the_images():
+    class Noisy(Randomised):
+        samples = 2
+
+        def sample_logits(self, x):
+            flat = x.flatten(1)[:, None, :5]
+            return flat + torch.randn(len(x), self.samples, 5)
+
+    class Bare(nn.Module):
+        def sample_logits(self, x):
+            return Noisy.sample_logits(Noisy(), x)
+
+    torch.manual_seed(0)
+    x = images(3)
+    for model in (Noisy(), Head(Noisy(), "mean"), Head(Bare(), "mean")):
+        logits = model.draw_logits(x, 4)
+        assert logits.shape == (4, 3, 5) and not torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("chunk", [None, 6, 1])
+def test_attacks_use_the_draws_and_their_gradient_is_that_of_the_calls(chunk):
+    made, x, y = defence(samples=2), images(3), torch.arange(3)
+    torch.manual_seed(0)
+    with made.fixed_noise(2):  # then both are deterministic
+        got, value = input_gradient(made, x, y, eot=4, chunk=chunk)
+        want, right = input_gradient(made.forward, x, y, eot=4, chunk=chunk)  # a bound method has no draws to offer
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(value, right)
+    asked = []
+    original = type(made).draw_sample_logits
+    made.draw_sample_logits = lambda x, draws: asked.append((len(x), draws)) or original(made, x, draws)
+    gradient, _ = input_gradient(made, x, y, eot=4, chunk=chunk)
+    assert torch.isfinite(gradient).all() and (gradient.flatten(1).abs().amax(1) > 0).all()
+    assert asked == {None: [(3, 4)], 6: [(3, 2)] * 2, 1: []}[chunk]
 
 
 def test_wrong_dtypes_are_refused_and_change_nothing():
