@@ -247,6 +247,18 @@ def test_without_fresh_noise_all_draws_are_the_call(mode):
         assert torch.equal(made.draw_logits(x, 4), made(x).expand(4, -1, -1))
 
 
+def test_a_forward_of_ones_own_is_what_is_attacked():
+    class Opposite(Carso):
+        def forward(self, x):
+            return -super().forward(x)
+
+    torch.manual_seed(0)
+    made, x, y = Opposite(Residual(), ["conv2"], SHAPE, 8, 4, 2, decoder_width=4).eval(), images(3), torch.arange(3)
+    with made.fixed_noise(1):
+        (one, _), (three, _) = (input_gradient(made, x, y, eot=eot) for eot in (1, 3))
+    torch.testing.assert_close(three, 3 * one, rtol=1e-3, atol=1e-7)
+
+
 def test_a_defence_with_sample_logits_only_repeats_the_images():
     class Noisy(Randomised):
         samples = 2
