@@ -163,6 +163,10 @@ class TrainCarso(_Data):
             raise ValueError(
                 f"--data {self.data}: its images are {images.image_shape}, the purifier's {defence.image_shape}"
             )
+        if images.num_classes > defence.num_classes:
+            raise ValueError(
+                f"--data {self.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
+            )
         print(
             fit(CarsoTask(defence, self.method, origin), images.x_train, images.y_train, self.loop, self.out, "carso")
         )
@@ -262,8 +266,9 @@ def _defaults(arguments: list[str]) -> Train | None:
     if arguments[:2] != ["train", "carso"]:
         return None
     words = [word for argument in arguments for word in argument.split("=", 1)]
-    name = next((after for word, after in pairwise(words) if word == "--preset"), None)
-    return None if name is None else Train(TrainCarso.of_preset(name, "--official-code" in words))
+    names = [after for word, after in pairwise(words) if word == "--preset"]
+    flags = {word.replace("_", "-") for word in words}  # tyro takes either
+    return Train(TrainCarso.of_preset(names[-1], "--official-code" in flags)) if names else None
 
 
 def main(arguments: list[str] | None = None) -> int:

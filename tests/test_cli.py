@@ -60,6 +60,17 @@ def test_train_and_evaluate(npz, tmp_path, capsys):
     assert [row["epoch"] for row in log] == [0, 1, 2] and log[-1]["images_per_second"] > 0
 
 
+def test_data_of_more_classes_than_the_classifier_is_refused(npz, tmp_path, capsys):
+    train = ["train", "classifier", "--out", str(tmp_path), "--epochs", "1", "--width", "1", "--device", "cpu"]
+    assert cli.main([*train, "--data", npz]) == 0
+    held = np.load(npz)
+    labels = {name: np.arange(len(held[name])) % 5 for name in ("y_train", "y_test")}
+    np.savez(tmp_path / "five.npz", x_train=held["x_train"], x_test=held["x_test"], **labels)
+    more = ["--data", str(tmp_path / "five.npz"), "--device", "cpu", "--layers", "conv2"]
+    assert cli.main(["train", "carso", "--classifier", str(tmp_path), "--out", str(tmp_path / "c"), *more]) == 2
+    assert "it has 5 classes, the classifier 2" in capsys.readouterr().err
+
+
 def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monkeypatch):
     state = np.random.RandomState(0)
     for part, n in (("train", 16), ("val", 4)):
@@ -131,8 +142,10 @@ def test_a_preset_gives_the_defaults_and_explicit_options_win(monkeypatch):
     assert cli.main(["train", "carso", "--preset", "cifar10"]) == 0
     assert cli.main(["train", "carso", "--preset=tiny_imagenet", "--official-code", "--optimizer", "adamw"]) == 0
     assert cli.main(["train", "carso", "--alpha", "None", "--samples", "3", "--preset", "mnist_v1"]) == 0
-    plain, official, changed = seen
+    assert cli.main(["train", "carso", "--preset", "mnist_v1", "--official_code", "--preset", "cifar10"]) == 0
+    plain, official, changed, underscored = seen
     made = PRESETS["cifar10"]
+    assert underscored.preset == "cifar10" and underscored.method == made.method(official_code=True)
     assert plain.method == made.method() and plain.loop == made.loop() and plain.layers == made.layers
     assert (plain.cond_dim, plain.latent_dim, plain.samples) == (512, 128, 8)
     assert official.method == dataclasses.replace(PRESETS["tiny_imagenet"].method(True), optimizer="adamw")

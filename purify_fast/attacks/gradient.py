@@ -44,6 +44,12 @@ def _check(
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def _not_negative(**sizes: float | Tensor | None) -> None:
+    for name, value in sizes.items():
+        if isinstance(value, (int, float)) and not value >= 0:  # a tensor's values are not read: that would be a sync
+            raise ValueError(f"{name} must be at least 0, got {value}")
+
+
 def input_gradient(
     model: Model, x: Tensor, y: Tensor, *, loss: str = "ce", eot: int = 1, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -81,9 +87,15 @@ def _differentiate(model: Model, x: Tensor, y: Tensor, loss: str, draws: int) ->
 
 def _draws(model: Model, x: Tensor, draws: int) -> Tensor:
     """Logits ``[draws * B, C]``; a model that shares work between its draws is asked for them at once."""
-    if draws > 1 and hasattr(type(model), "draw_logits"):  # the type's: a compiled module passes attributes on
+    if draws > 1 and _draws_at_once(type(model)):  # the type's: a compiled module passes attributes on
         return model.draw_logits(x, draws).flatten(0, 1)  # type: ignore[attr-defined]
     return model(x.repeat(draws, *[1] * (x.dim() - 1)))
+
+
+def _draws_at_once(kind: type) -> bool:
+    """Whether ``draw_logits`` speaks for ``forward``: a subclass's own ``forward`` is another function."""
+    first = {name: i for i, base in reversed([*enumerate(kind.__mro__)]) for name in vars(base)}
+    return "draw_logits" in first and first["draw_logits"] <= first.get("forward", len(kind.__mro__))
 
 
 def _losses(logits: Tensor, y: Tensor, loss: str, draws: int) -> tuple[Tensor, Tensor]:
@@ -169,9 +181,7 @@ def pgd(
         ValueError: a wrong shape, dtype, name or count, or a negative eps or alpha.
     """
     _check(x, y, norm, loss, steps, eot, chunk)
-    for name, value in (("eps", eps), ("alpha", alpha)):
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
+    _not_negative(eps=eps, alpha=alpha)
     if x.shape[0] == 0:
         return x.clone()
     x = x.detach()
@@ -283,6 +293,9 @@ def pgd_and_fgsm(
     half = len(x) // 2
     if len(x) != 2 * half:
         raise ValueError(f"x must hold an even number of images, PGD's and FGSM's, got {len(x)}")
+    _not_negative(eps=eps, alpha=alpha)
+    if half == 0:
+        return x.clone()
     x = x.detach()
     nat, labels, ids = x[:half], y[:half], None if sample_ids is None else sample_ids[:half]
     radius = per_sample("eps", eps, x)

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.layers import per_channel
+from ..nn.layers import normalisation
 from ..nn.randomised import Randomised
 from ..nn.representation import Representation, first_tensor
 from ..nn.vae import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder, decoder_plan
 from ..nn.vae_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
-from ..nn.view import FrozenView, Region, inside, quicken
+from ..nn.view import FrozenView, Region, channels_last, inside, quicken
 from ..ops.decode_samples import decode_samples, latents
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class Carso(Randomised):
     `Carso.from_preset` builds the published systems, `Carso.from_official` reads the published files.
 
     Raises:
-        ValueError: sizes below 1, unknown layers, or a classifier that does not fit image_shape.
+        ValueError: sizes below 1, a std that is not above 0, unknown layers, or a classifier that does not fit
+            image_shape.
 
     One forward pass at a time: not for several threads or ``nn.DataParallel`` (one process per GPU does it).
 
@@ -95,6 +96,8 @@ class Carso(Randomised):
         self.register_load_state_dict_post_hook(_reload)
         if isinstance(classifier, nn.DataParallel):
             raise ValueError("classifier: unwrap it (classifier.module); for several GPUs run one process per GPU")
+        if hasattr(classifier, "_orig_mod"):
+            raise ValueError("classifier: unwrap it (classifier._orig_mod), and compile the defence instead")
         image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
         sizes = {"cond_dim": cond_dim, "latent_dim": latent_dim, "samples": samples, "decoder_width": decoder_width}
         for name, value in {**sizes, "encoder_depth": encoder_depth, "image_shape": min(image_shape)}.items():
@@ -103,7 +106,7 @@ class Carso(Randomised):
         if len(image_shape) != 3:
             raise ValueError(f"image_shape must be (C, H, W), got {image_shape}")
         channels = image_shape[0]
-        statistics = {"mean": per_channel("mean", mean, channels), "std": per_channel("std", std, channels)}
+        statistics = normalisation(mean, std, channels)
         if decoder is not None:
             start, h, w = decoder[0]
             plan = (
@@ -141,7 +144,10 @@ class Carso(Randomised):
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
         device = first_tensor(self.classifier).device
         # the whole pipeline runs about twice as fast in this layout on a CPU, its transposed convolutions three times
-        self.to(device).to(memory_format=torch.channels_last)
+        for part in (self.condition_encoder, self.posterior_encoder, self.decoder):
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._channels_last = channels_last(self.classifier, image_shape)
+        self.to(device)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -179,11 +185,12 @@ class Carso(Randomised):
         before, self.accelerated = self.accelerated, chosen
         try:
             self._prepare()
-        except ValueError:
+        except Exception:  # the classifier's own, or no memory, too: the copies from before still serve
             self.accelerated = before
             raise
         return self
 
+    @torch.inference_mode(False)  # its copies are to be differentiated, wherever they are made
     def _prepare(self) -> None:
         if self.accelerated is None:
             self._fast, self._regions = None, {}
@@ -226,6 +233,7 @@ class Carso(Randomised):
 
     def read(self, x: Tensor) -> list[Tensor]:
         """The classifier's representation of ``x [B, C, H, W]``, layer by layer, as the purifier takes it."""
+        x = x if self._channels_last else x.contiguous()
         if self._fast is None:
             layers = self.representation(x.to(self._classifier_dtype))
         else:
@@ -288,6 +296,7 @@ class Carso(Randomised):
     def classify(self, images: Tensor) -> Tensor:
         """The classifier's float32 logits ``[B, K, classes]`` of ``images [B, K, C, H, W]``, in one batch."""
         flat = images.flatten(0, 1)
+        flat = flat if self._channels_last else flat.contiguous()
         logits = self.classifier(flat.to(self._classifier_dtype)) if self._fast is None else self._fast[0](flat)
         return logits.float().unflatten(0, (images.shape[0], images.shape[1]))
 
@@ -379,7 +388,13 @@ class Carso(Randomised):
         return training_loss(self, batch, config or CarsoConfig())[0]
 
     def release_classifier(self) -> None:
-        """Let the defence's own copy of the classifier be trained too; it is then saved with the purifier."""
+        """Let the defence's own copy of the classifier be trained too; it is then saved with the purifier.
+
+        Raises:
+            ValueError: the defence is accelerated.
+        """
+        if self._fast is not None:
+            raise ValueError("an accelerated defence computes with frozen copies: accelerate(None) first")
         self.classifier.requires_grad_(True)
         self.own_classifier = True
 

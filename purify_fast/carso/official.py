@@ -162,7 +162,23 @@ def load_official(
 
 
 def save_official(defence: Carso, directory: str | Path, stem: str) -> None:
-    """Write the three official files, each whole or absent; the posterior encoder is not among them."""
-    for part, tensors in official_state(defence).items():
-        with atomic(Path(directory) / f"{stem}_{part}.safetensors") as temporary:
+    """Write the three official files, each whole or absent; see `Carso.save_official`.
+
+    The posterior encoder is not among them.
+    """
+    state = official_state(defence)
+    paths = {part: Path(directory) / f"{stem}_{part}.safetensors" for part in PARTS}
+    try:
+        readable = _sizes({p: {k: tuple(v.shape) for k, v in state[p].items()} for p in PARTS}, paths)[0]["decoder"]
+    except ValueError:
+        readable = None
+    layers = [
+        Deconvolution(m.out_channels, m.kernel_size[0], m.stride[0], m.padding[0], m.output_padding)  # type: ignore[arg-type]
+        for m in defence.decoder.modules()
+        if isinstance(m, nn.ConvTranspose2d)
+    ]
+    if readable != (defence.decoder.start, layers):  # strides and paddings are not in the files
+        raise ValueError("official files hold the published kind of decoder only (`purify_fast.nn.published_decoder`)")
+    for part, tensors in state.items():
+        with atomic(paths[part]) as temporary:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)

@@ -67,7 +67,7 @@ class CarsoConfig:
         schedule: ``one_cycle`` (ours), ``published`` or ``published_v1`` of `purify_fast.training.schedules`.
         learning_rate: its peak (paper: 1e-4 times the batch of one process, with the sum). weight_decay: decoupled.
 
-    reduction and eps_mode are the published training's: through the pipeline they stay as they are.
+    reduction, eps_mode and free_bits are the published training's: through the pipeline they stay as they are.
     """
 
     attack_target: str = "classifier"
@@ -97,8 +97,8 @@ class CarsoConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("reduction", "eps_mode"):
-            if self.attack_target == "pipeline" and getattr(self, name) != CHOICES[name][0]:
+        for name, default in (("reduction", "mean"), ("eps_mode", "paper"), ("free_bits", 0.0)):
+            if self.attack_target == "pipeline" and getattr(self, name) != default:
                 raise ValueError(f"{name} {getattr(self, name)!r} is of attack_target 'classifier', not of 'pipeline'")
         if not self.eps > 0:
             raise ValueError(f"eps must be above 0, got {self.eps}: the purifier is never trained without attacks")
@@ -110,8 +110,10 @@ class CarsoConfig:
             raise ValueError(
                 f"joint training needs precision 'float32', got {self.precision!r}: no frozen copy serves it"
             )
-        if self.free_bits < 0:
+        if not self.free_bits >= 0:
             raise ValueError(f"free_bits must be at least 0, got {self.free_bits}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}: the images would not move")
         for name in ("steps", "train_samples", "lookahead_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -201,6 +203,10 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
 
     BatchNorm keeps the statistics it has: the attacked and the trained function are one.
     """
+    if config.joint and (
+        defence.accelerated is not None or not any(p.requires_grad for p in defence.classifier.parameters())
+    ):
+        raise ValueError("joint training needs a defence that is not accelerated, after release_classifier()")
     samples, training = defence.samples, defence.training
     defence.samples = config.train_samples
     defence.eval()
@@ -257,6 +263,8 @@ class CarsoTask:
         defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         if config.joint:
             defence.release_classifier()
+        else:  # released by an earlier task, perhaps
+            defence.classifier.requires_grad_(False)
         trainable = [p for p in defence.parameters() if p.requires_grad]
         options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}
         self.optimizer: torch.optim.Optimizer

@@ -51,6 +51,14 @@ def per_channel(name: str, statistic: float | Sequence[float] | Tensor, channels
     return values
 
 
+def normalisation(mean: float | Sequence[float], std: float | Sequence[float], channels: int) -> dict[str, list[float]]:
+    """``mean`` and ``std`` by `per_channel`; ValueError for a std that is not above 0."""
+    found = {"mean": per_channel("mean", mean, channels), "std": per_channel("std", std, channels)}
+    if not min(found["std"]) > 0:
+        raise ValueError(f"std must be above 0, got {found['std']}")
+    return found
+
+
 class Normalise(nn.Module):
     """(x - mean) / std per channel, for ``[B, C, H, W]``; the statistics are no part of the state dict.
 
@@ -63,9 +71,7 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: float | Sequence[float], std: float | Sequence[float], channels: int):
         super().__init__()
-        self.arguments = {"mean": per_channel("mean", mean, channels), "std": per_channel("std", std, channels)}
-        if not min(self.arguments["std"]) > 0:
-            raise ValueError(f"std must be above 0, got {self.arguments['std']}")
+        self.arguments = normalisation(mean, std, channels)
         for name, values in self.arguments.items():
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
 

@@ -20,6 +20,27 @@ def inside(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+def channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
+    """Give a model's convolutions channels_last weights, in place, if it still runs then; whether it does.
+
+    One that flattens maps or images by ``view`` does not: it stays contiguous, and needs contiguous images. Parameters
+    of other layers stay as they are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
+    for layer in layers:
+        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    first = first_tensor(model)
+    example = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
+    try:
+        with torch.no_grad():
+            model(example.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        for layer in layers:
+            layer.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return False
+    return True
+
+
 class Region:
     """A function of tensors ``[B, ...]``, compiled once for every batch size; within another graph it is itself.
 
@@ -41,22 +62,23 @@ class Region:
             torch._dynamo.maybe_mark_dynamic(x, 0)
         return self.compiled(*inputs)[:batch]
 
-    def __deepcopy__(self, memo: dict) -> Region:
-        return Region(copy.deepcopy(self.function, memo))  # a method goes along with its object
+    def __reduce__(self) -> tuple:
+        return Region, (self.function,)  # copied and pickled, a method goes along with its object
 
 
-def quicken(model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, fold: bool = True) -> int:
+def quicken(model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, fold: bool = True) -> tuple[int, bool]:
     """Prepare a frozen model for `inside`, in place.
 
-    Its matrix layers get channels_last weights in ``dtype``; all else stays float32: normalisation, statistics and
-    whatever else a user's module holds. Layers with forward hooks are not folded.
+    Its matrix layers get weights in ``dtype``, channels_last if the model allows that (`channels_last`); all else
+    stays float32: normalisation, statistics and whatever else a user's module holds. Layers with forward hooks are
+    not folded.
 
     Args:
         model: from images ``[B, *image_shape]`` in [0, 1] to logits; no parameter may need a gradient.
         dtype: float32 or bfloat16. fold: whether BatchNorms are folded into the layers before them.
 
     Returns:
-        The number of BatchNorms folded.
+        The number of BatchNorms folded, and what `channels_last` said.
 
     Raises:
         ValueError: another dtype, or see `fold_batchnorm`.
@@ -68,11 +90,11 @@ def quicken(model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, 
     if fold:
         example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0))
         folded = fold_batchnorm(model, example.to(first_tensor(model).device))
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = channels_last(model, image_shape)
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
             module.to(dtype)
-    return folded
+    return folded, last
 
 
 class FrozenView(nn.Module):
@@ -93,7 +115,7 @@ class FrozenView(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.classifier = untapped(copy.deepcopy(classifier)).requires_grad_(False)
-        self.folded = quicken(self.classifier, image_shape, dtype, fold)
+        self.folded, self.channels_last = quicken(self.classifier, image_shape, dtype, fold)
         self.region = Region(self._logits) if compile else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,4 +123,4 @@ class FrozenView(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         with inside(x.device, self.dtype):
-            return self.classifier(x.float()).float()
+            return self.classifier(x.float() if self.channels_last else x.float().contiguous()).float()

@@ -56,6 +56,11 @@ class Lookahead(torch.optim.Optimizer):
         """The inner optimiser's state, the slow weights and the count of steps: all a resumed run needs."""
         return {"inner": self.inner.state_dict(), "slow": list(self._slow), "steps": self.steps}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles; an optimiser's own state leaves out what is added to it."""
+        own = {name: getattr(self, name) for name in ("inner", "k", "alpha", "steps", "_slow")}
+        return {**super().__getstate__(), **own}
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""

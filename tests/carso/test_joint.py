@@ -129,7 +129,31 @@ def test_the_attack_leaves_the_classifier_trainable():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.classifier.parameters())
 
 
+def test_a_released_classifier_is_frozen_again_by_a_task_that_is_not_joint():
+    made = defence()
+    CarsoTask(made, CarsoConfig(attack_target="pipeline", joint=True))
+    before = made.classifier.head.weight.clone()
+    task = CarsoTask(made, CarsoConfig(attack_target="pipeline", eps=0.2, steps=1))
+    task.training_step(batch())[0].backward()
+    task.optimizer.step()
+    assert torch.equal(made.classifier.head.weight, before)
+    assert all(p.grad is None for p in made.classifier.parameters())
+
+
+def test_joint_training_that_would_not_reach_the_classifier_is_refused():
+    made, config = defence(), CarsoConfig(attack_target="pipeline", eps=0.2, steps=1, joint=True)
+    with pytest.raises(ValueError, match=r"after release_classifier\(\)"):
+        made.training_step(batch(), config)
+    with pytest.raises(ValueError, match=r"accelerate\(None\) first"):
+        made.accelerate().release_classifier()
+    made.accelerate(None).release_classifier()
+    with pytest.raises(ValueError, match="not accelerated"):
+        made.accelerate().training_step(batch(), config)
+
+
 def test_refusals():
+    with pytest.raises(ValueError, match=r"free_bits 2\.0 is of attack_target 'classifier'"):
+        CarsoConfig(attack_target="pipeline", free_bits=2.0)
     with pytest.raises(ValueError, match="joint training needs attack_target='pipeline'"):
         CarsoConfig(joint=True)
     with pytest.raises(ValueError, match="free_bits must be at least 0, got -1"):

@@ -149,6 +149,8 @@ def test_clear_errors(carso):
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match="seed must be in"), carso.fixed_noise(seed):
             pass
+    with pytest.raises(ValueError, match=r"std must be above 0, got \[0\.0\]"):
+        Carso(SmallCNN(), ["conv1"], (1, 16, 16), std=0.0)
     for name in ("cond_dim", "latent_dim", "samples", "decoder_width", "encoder_depth"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             Carso(SmallCNN(), LAYERS, (1, 16, 16), **{name: 0})
@@ -157,6 +159,8 @@ def test_clear_errors(carso):
 def test_classifiers_and_statistics_that_do_not_fit():
     with pytest.raises(ValueError, match=r"unwrap it \(classifier\.module\)"):
         Carso(nn.DataParallel(SmallCNN()), LAYERS, (1, 16, 16))
+    with pytest.raises(ValueError, match=r"unwrap it \(classifier\._orig_mod\)"):
+        Carso(torch.compile(SmallCNN()), LAYERS, (1, 16, 16))
     with pytest.raises(ValueError, match="mean needs 1 or 1 numbers, got 3"):
         Carso(SmallCNN(), LAYERS, (1, 16, 16), mean=(0.1, 0.2, 0.3))
 

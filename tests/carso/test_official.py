@@ -7,7 +7,7 @@ from torch import nn
 
 from purify_fast.carso import Carso
 from purify_fast.carso.official import PARTS, official_state
-from purify_fast.nn import SmallCNN, WideResNet, published_decoder
+from purify_fast.nn import Deconvolution, SmallCNN, WideResNet, published_decoder
 
 STEM = "wrn_28_10_cifar_10_cui_2023"
 
@@ -157,6 +157,16 @@ def test_what_the_files_cannot_hold_is_refused(tmp_path):
     vectors = Carso(SmallCNN(), ["conv1", "hidden"], (1, 16, 16), 4, 2)
     with pytest.raises(ValueError, match=r"representation is maps"):
         vectors.save_official(tmp_path, "a")
+    classifier = WideResNet(10, 1)
+    for shape in ((3, 32, 32), (3, 32, 64)):  # decoders of our own: the files do not tell strides and paddings
+        made = Carso(classifier, classifier.representation_layers(), shape, 4, 2, decoder_width=2)
+        with pytest.raises(ValueError, match="published kind of decoder only"):
+            made.save_official(tmp_path, "a")
+    start, layers = published_decoder((3, 32, 32))
+    layers[3:] = [Deconvolution(32, 3, 1, 0), Deconvolution(3, 2, 2, 2)]  # their tensors' shapes, and another function
+    made = Carso(classifier, classifier.representation_layers(), (3, 34, 34), 4, 2, decoder=(start, layers))
+    with pytest.raises(ValueError, match="published kind of decoder only"):
+        made.save_official(tmp_path, "a")
     assert not list(tmp_path.iterdir())
 
 

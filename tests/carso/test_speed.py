@@ -1,6 +1,7 @@
 """The accelerated defence: the same function within bfloat16's rounding, and nothing else about it changed."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -96,6 +97,38 @@ def test_borders_are_float32_and_bfloat16_is_inside():
     assert inside and set(inside) == {torch.bfloat16}
 
 
+def test_maps_that_are_flattened_by_view_stay_contiguous():
+    class Flattening(nn.Sequential):
+        def forward(self, x):
+            x = self[0](x)
+            return self[1](x.view(x.size(0), -1))
+
+    torch.manual_seed(0)
+    last = {"memory_format": torch.channels_last}
+    flat = Flattening(nn.Conv2d(3, 4, 3), nn.Linear(784, 10))
+    images_only = Flattening(nn.Identity(), nn.Linear(768, 10))  # no convolution, and yet the images' layout matters
+    for classifier, layout in ((flat, {}), (images_only, {}), (Residual(), last)):
+        layers = [name for name, module in classifier.named_modules() if isinstance(module, (nn.Conv2d, nn.Identity))]
+        made = Carso(classifier, layers, SHAPE, 8, 4, 2, decoder_width=4).eval()
+        want = response(made, images(3).to(**last))
+        made.accelerate(torch.float32)
+        for got, right in zip(response(made, images(3).to(**last)), want, strict=True):
+            assert relative(got, right) < 1e-5
+        for model in (made.classifier, made._fast[0].classifier, made._fast[1].model):
+            for weight in (module.weight for module in model.modules() if isinstance(module, nn.Conv2d)):
+                assert weight.is_contiguous(**layout)
+        assert made.frozen_classifier(images(3).to(**last)).shape == (3, 10)
+
+
+def test_it_is_made_and_moved_within_inference_mode():
+    made, x = defence(), images(3)
+    want = response(made, x)
+    with torch.inference_mode():
+        made.accelerate(torch.float32)
+    for got, right in zip(response(made, x), want, strict=True):
+        assert relative(got, right) < 1e-5
+
+
 def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
     made = defence()
     before = {name: value.clone() for name, value in made.state_dict().items()}
@@ -179,6 +212,16 @@ def test_compiled_parts_serve_every_batch_size_with_one_graph_each(monkeypatch):
     assert made._run(made._decode, torch.zeros(3, 2, 4), torch.zeros(3, 16)).shape == (3, 2, *SHAPE)
 
 
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_copies_and_pickles_have_parts_of_their_own(twin):
+    made, x = defence().accelerate(), images(3)
+    for got, want in zip(response(twin(made), x), response(made, x), strict=True):
+        assert torch.equal(got, want)
+    other = twin(made.accelerate(compile=True))
+    assert [region.function.__self__ for region in other._regions.values()] == [other, other] != [made, made]
+    assert other._fast[0].region.function.__self__ is other._fast[0] is not made._fast[0]
+
+
 # -- draws ------------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +245,18 @@ def test_without_fresh_noise_all_draws_are_the_call(mode):
     made, x = defence(), images(3)
     with made.fixed_noise(1) if mode == "fixed" else made.deterministic():
         assert torch.equal(made.draw_logits(x, 4), made(x).expand(4, -1, -1))
+
+
+def test_a_forward_of_ones_own_is_what_is_attacked():
+    class Opposite(Carso):
+        def forward(self, x):
+            return -super().forward(x)
+
+    torch.manual_seed(0)
+    made, x, y = Opposite(Residual(), ["conv2"], SHAPE, 8, 4, 2, decoder_width=4).eval(), images(3), torch.arange(3)
+    with made.fixed_noise(1):
+        (one, _), (three, _) = (input_gradient(made, x, y, eot=eot) for eot in (1, 3))
+    torch.testing.assert_close(three, 3 * one, rtol=1e-3, atol=1e-7)
 
 
 def test_a_defence_with_sample_logits_only_repeats_the_images():
@@ -245,6 +300,19 @@ def test_wrong_dtypes_are_refused_and_change_nothing():
     with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, torch\.bfloat16, got torch\.float16"):
         made.accelerate(torch.float16)
     assert made.accelerated == {"dtype": torch.bfloat16, "fold": True, "compile": False} and made._fast is not None
+
+
+def test_a_classifier_that_fails_leaves_the_defence_as_it_was(monkeypatch):
+    made, x = defence(), images(2)
+    want = response(made, x)
+
+    def fail(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("purify_fast.carso.model.FrozenView", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        made.accelerate()
+    assert made.accelerated is None and torch.equal(response(made.to("cpu"), x)[0], want[0])
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -311,6 +379,10 @@ def test_attacks_in_one_call_equal_separate_calls_to_the_bit(norm, steps):
 def test_attacks_in_one_call_need_two_halves():
     with pytest.raises(ValueError, match="even number"):
         pgd_and_fgsm(SmallCNN(3), images(3), torch.arange(3), eps=torch.ones(3), alpha=0.1, steps=1)
+    with pytest.raises(ValueError, match=r"alpha must be at least 0, got -0\.1"):
+        pgd_and_fgsm(SmallCNN(3), images(2), torch.arange(2), eps=torch.ones(2), alpha=-0.1, steps=1)
+    none = pgd_and_fgsm(SmallCNN(3), images(0), torch.arange(0), eps=torch.ones(0), alpha=0.1, steps=1)
+    assert none.shape == (0, *SHAPE)
 
 
 class NoSync(TorchDispatchMode):

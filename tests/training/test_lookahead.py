@@ -1,6 +1,8 @@
 """Lookahead around RAdam, as the official code runs it, and its exact resumption."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -171,3 +173,16 @@ def test_an_interrupted_published_run_ends_with_the_same_weights_to_the_bit(tmp_
 def test_bad_numbers_are_refused(wrong):
     with pytest.raises(ValueError, match="need k >= 1 and 0 < alpha <= 1"):
         Lookahead(radam(nn.Linear(1, 1)), **wrong)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_go_on_by_themselves(twin):
+    model, x, y = problem()
+    optimizer = Lookahead(radam(model), 3)
+    steps(optimizer, model, x, y, 4)
+    other, copied = twin((model, optimizer))
+    assert copied.param_groups is copied.inner.param_groups
+    steps(optimizer, model, x, y, 5)
+    assert not torch.equal(other.weight, model.weight)
+    steps(copied, other, x, y, 5)
+    assert torch.equal(other.weight, model.weight)
