@@ -87,12 +87,12 @@ def _differentiate(model: Model, x: Tensor, y: Tensor, loss: str, draws: int) ->
 
 def _draws(model: Model, x: Tensor, draws: int) -> Tensor:
     """Logits ``[draws * B, C]``; a model that shares work between its draws is asked for them at once."""
-    if draws > 1 and _draws_at_once(type(model)):  # the type's: a compiled module passes attributes on
+    if draws > 1 and draws_at_once(type(model)):  # the type's: a compiled module passes attributes on
         return model.draw_logits(x, draws).flatten(0, 1)  # type: ignore[attr-defined]
     return model(x.repeat(draws, *[1] * (x.dim() - 1)))
 
 
-def _draws_at_once(kind: type) -> bool:
+def draws_at_once(kind: type) -> bool:
     """Whether ``draw_logits`` speaks for ``forward``: a subclass's own ``forward`` is another function."""
     first = {name: i for i, base in reversed([*enumerate(kind.__mro__)]) for name in vars(base)}
     return "draw_logits" in first and first["draw_logits"] <= first.get("forward", len(kind.__mro__))

@@ -66,15 +66,15 @@ def rank_layers(
     dtype = first_tensor(classifier).dtype
     attacked = pgd(classifier, x, y, eps=eps, norm=norm, steps=steps, seed=seed)
     with torch.no_grad():
-        clean, moved = ([f.flatten(1).double() for f in read(part.to(dtype))] for part in (x, attacked))
+        clean, moved = ([f.flatten(1).float() for f in read(part.to(dtype))] for part in (x, attacked))
     labels = F.one_hot(y, read.num_classes).double()
     pixels = x.flatten(1).double()
     scores = []
     for layer, before, after in zip(layers, clean, moved, strict=True):
         near = (after - before).norm(dim=1).mean()
         far = (before - before.roll(1, 0)).norm(dim=1).mean()
-        clean_part, moved_part = (_projected(f, max_features, seed) for f in (before, after))
-        predicted = _held_out(clean_part, moved_part, torch.cat([labels, pixels], 1))
+        narrow = _projected(torch.stack([before, after]), max_features, seed).double()
+        predicted = _held_out(narrow[0], narrow[1], torch.cat([labels, pixels], 1))
         votes, images = predicted.split([labels.shape[1], pixels.shape[1]], 1)
         probe = (votes.argmax(1) == y).double().mean()
         error = (images - pixels).square().sum() / (pixels - pixels.mean(0)).square().sum()
@@ -83,10 +83,10 @@ def rank_layers(
 
 
 def _projected(features: Tensor, largest: int, seed: int) -> Tensor:
-    if features.shape[1] <= largest:
+    size = features.shape[-1]
+    if size <= largest:
         return features
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(features.shape[1], largest, generator=generator, dtype=features.dtype)
+    matrix = torch.randn(size, largest, generator=torch.Generator().manual_seed(seed))
     return features @ matrix.to(features.device) / largest**0.5
 
 

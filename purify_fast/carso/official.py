@@ -57,6 +57,17 @@ def official_state(defence: Carso) -> dict[str, dict[str, Tensor]]:
     return state
 
 
+def _statistics(classifier: nn.Module) -> dict:
+    """mean and std of the classifier's own normalisation, where it has one by our name or by RobustBench's."""
+    normalise = getattr(classifier, "normalise", None)
+    if isinstance(normalise, Normalise):
+        return normalise.arguments
+    mean, std = getattr(classifier, "mean", None), getattr(classifier, "std", None)
+    if isinstance(mean, Tensor) and isinstance(std, Tensor):
+        return {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
+    return {}
+
+
 def _find(directory: Path, stem: str | None) -> dict[str, Path]:
     if stem is None:
         ending = f"_{PARTS[0]}.safetensors"
@@ -148,9 +159,7 @@ def load_official(
         layers = classifier.representation_layers()  # type: ignore[operator]  # a method
     if len(layers) != count:
         raise ValueError(f"{paths['repr_compressors']} is for {count} layers, got {len(layers)}")
-    normalise = getattr(classifier, "normalise", None)
-    statistics: dict = normalise.arguments if isinstance(normalise, Normalise) else {}
-    defence = Carso(classifier, layers, samples=samples, **arguments, **statistics)
+    defence = Carso(classifier, layers, samples=samples, **arguments, **_statistics(classifier))
     state = official_state(defence)
     for part, path in paths.items():
         _compare(path, shapes[part], {name: tuple(tensor.shape) for name, tensor in state[part].items()})

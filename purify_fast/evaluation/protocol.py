@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .._files import atomic, digest, write_text
 from ..attacks import LOSSES, TARGETED, GradientHealth, apgd, fgsm, frozen, input_gradient, pgd
+from ..attacks.gradient import draws_at_once
 from ..nn import Head
 from ..ops.aggregate import METHODS, UNSAFE
 from ..ops.pgd_step import NORMS
@@ -383,7 +384,7 @@ class _Run:
             draws = self.target_draws(attack, target)
             settings["eot"] = draws
             with _bar(f"{self.name}: {label}", self.progress, self.total(attack, draws, len(index))) as bar:
-                watched = _Watched(target, bar)
+                watched = _watched(target, bar)
                 work = self._autoattack if attack.kind == "autoattack" else self._gradient
                 work(attack, watched, index, adversarial, draws, health, settings)
         right = self.predictions(adversarial, y, attack.variant, _JUDGE) & alive  # what was not attacked counts as lost
@@ -536,6 +537,18 @@ class _Watched(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.bar.update(len(x))
         return self.model(x)
+
+
+class _WatchedDraws(_Watched):
+    """Of a model that shares work between its draws."""
+
+    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
+        self.bar.update(draws * len(x))
+        return self.model.draw_logits(x, draws)  # type: ignore[attr-defined]
+
+
+def _watched(model: Model, bar: tqdm) -> _Watched:
+    return (_WatchedDraws if draws_at_once(type(model)) else _Watched)(model, bar)
 
 
 @contextlib.contextmanager

@@ -136,6 +136,22 @@ def test_files_that_do_not_fit_are_named_with_their_tensors(cifar, files, part, 
         Carso.from_official(cifar.classifier, files)
 
 
+def test_the_statistics_are_the_classifiers_own(cifar, files):
+    assert Carso.from_official(cifar.classifier, files).arguments["std"] == cifar.arguments["std"]
+
+    class Theirs(nn.Module):  # with tensors for attributes, as RobustBench's models have them
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.mean, self.std = model, torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
+
+        def forward(self, x):
+            return self.model(x)
+
+    layers = [f"model.{name}" for name in cifar.representation.layers]
+    theirs = Carso.from_official(Theirs(cifar.classifier), files, layers=layers)
+    assert theirs.arguments["mean"] == pytest.approx([0.4] * 3) and theirs.arguments["std"] == pytest.approx([0.2] * 3)
+
+
 def test_another_classifier_is_refused_by_shape(files):
     with pytest.raises(ValueError, match=r"0\.0\.0\.weight is \[8, 16, 3, 3\], must be \[16, 32, 3, 3\]"):
         Carso.from_official(WideResNet(28, 2), files)
