@@ -380,7 +380,8 @@ class Carso(Randomised):
         """The loss of one batch, for a loop of your own; backward and the optimiser's step are yours.
 
         Args:
-            batch: images in [0, 1], labels, sample indices, seed, epoch (`purify_fast.training.Batch`).
+            batch: images in [0, 1], labels, sample indices, seed, epoch and epochs (`purify_fast.training.Batch`); left
+                out, the last two say that the first epoch of the schedule never ends, without a KL term.
             config: `CarsoConfig`; its attack_target chooses the published training or the one through the pipeline.
         """
         from .training import CarsoConfig, training_loss

@@ -67,7 +67,9 @@ class CarsoConfig:
         schedule: ``one_cycle`` (ours), ``published`` or ``published_v1`` of `purify_fast.training.schedules`.
         learning_rate: its peak (paper: 1e-4 times the batch of one process, with the sum). weight_decay: decoupled.
 
-    reduction, eps_mode and free_bits are the published training's: through the pipeline they stay as they are.
+    lag, beta, free_bits, reduction, eps_mode and adversarial_fraction are the published training's: through the pipeline
+    the first two and the last have no effect, the others must stay as they are. train_samples and reconstruction are the
+    pipeline's alone.
     """
 
     attack_target: str = "classifier"
@@ -110,8 +112,9 @@ class CarsoConfig:
             raise ValueError(
                 f"joint training needs precision 'float32', got {self.precision!r}: no frozen copy serves it"
             )
-        if not self.free_bits >= 0:
-            raise ValueError(f"free_bits must be at least 0, got {self.free_bits}")
+        for name in ("free_bits", "beta", "reconstruction", "learning_rate", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"alpha must be above 0, got {self.alpha}: the images would not move")
         for name in ("steps", "train_samples", "lookahead_steps"):

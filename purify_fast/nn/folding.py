@@ -42,7 +42,9 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> int:
     try:
         want = _response(original, example.double())
     except RuntimeError as error:
-        raise ValueError(f"the model does not run in float64, where folding is verified: {error}") from error
+        raise ValueError(
+            f"the model does not run in float64, where folding is verified (fold=False leaves it out): {error}"
+        ) from error
     pairs = _pairs(original, example.double())
 
     def same(chosen: list[tuple[str, str]]) -> bool:
