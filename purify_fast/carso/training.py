@@ -67,9 +67,9 @@ class CarsoConfig:
         schedule: ``one_cycle`` (ours), ``published`` or ``published_v1`` of `purify_fast.training.schedules`.
         learning_rate: its peak (paper: 1e-4 times the batch of one process, with the sum). weight_decay: decoupled.
 
-    lag, beta, free_bits, reduction, eps_mode and adversarial_fraction are the published training's: through the pipeline
-    the first two and the last have no effect, the others must stay as they are. train_samples and reconstruction are the
-    pipeline's alone.
+    lag, beta, free_bits, reduction, eps_mode and adversarial_fraction are the published training's: through the
+    pipeline the first two and the last have no effect, the others must stay as they are. train_samples and
+    reconstruction are the pipeline's alone.
     """
 
     attack_target: str = "classifier"

@@ -43,7 +43,9 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> int:
         want = _response(original, example.double())
     except RuntimeError as error:
         raise ValueError(
-            f"the model does not run in float64, where folding is verified (fold=False leaves it out): {error}"
+            raise ValueError(
+                f"the model does not run in float64, where folding is verified (fold=False leaves it out): {error}"
+            ) from error
         ) from error
     pairs = _pairs(original, example.double())
 
