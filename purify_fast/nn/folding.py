@@ -43,9 +43,7 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> int:
         want = _response(original, example.double())
     except RuntimeError as error:
         raise ValueError(
-            raise ValueError(
-                f"the model does not run in float64, where folding is verified (fold=False leaves it out): {error}"
-            ) from error
+            f"the model does not run in float64, where folding is verified (fold=False leaves it out): {error}"
         ) from error
     pairs = _pairs(original, example.double())
 
