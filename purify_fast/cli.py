@@ -292,7 +292,8 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"only train is shared by several processes, here {launched()}: run this in one")
             command.run()
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
-        print(f"purify-fast: {error}", file=sys.stderr)
+        rank = processes()[0]  # of several, another than the first speaks only of an error of its own
+        print(f"purify-fast{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("purify-fast: interrupted; run the same command again to go on", file=sys.stderr)

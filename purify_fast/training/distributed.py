@@ -71,7 +71,7 @@ def from_first(make: Callable[[], Any]) -> Any:
     rank, world = processes()
     if world == 1:
         return make()
-    cuda = dist.get_backend() == "nccl"
+    cuda = dist.get_backend() in ("nccl", "cuda:nccl")  # and nothing for tensors on the CPU
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     tensors: list[Tensor] = []
     head: list[Any] = [None]
@@ -142,6 +142,7 @@ def torchrun_group() -> Iterator[None]:
             raise error if isinstance(error, SystemExit) else SystemExit(1) from None
         raise  # with the group as it is: to take it down, all would have to be here
     dist.destroy_process_group()
+    _store = None
 
 
 def _after_first(event: str, rank: int) -> None:
@@ -180,7 +181,10 @@ def own_device(device: str) -> str:
 
 
 def in_turn(load: Callable[[], T]) -> T:
-    """``load()``, on each machine by one process first: it may download what the others then find."""
+    """``load()``, on each machine by one process first: it may download what the others then find.
+
+    Once within `torchrun_group`; without it, simply ``load()``.
+    """
     if _store is None:
         return load()
     local, event = int(os.environ["LOCAL_RANK"]), f"loaded {os.environ.get('GROUP_RANK', '0')}"

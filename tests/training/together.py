@@ -44,13 +44,15 @@ def small_task(kind):
 
 
 def weights(out, kind, folder=None):
-    """Train, and keep the weights and the last metrics."""
-    task = small_task(kind)
+    """Train, and keep the weights, the last metrics and the number of steps it took."""
+    task, steps = small_task(kind), []
+    step = task.training_step
+    task.training_step = lambda batch: steps.append(batch) or step(batch)
     if dist.is_initialized() and dist.get_rank() > 0:  # they are to start from the first one's
         for parameter in task.model.parameters():
             parameter.data.add_(1.0)
     last = fit(task, *small_set(), LOOP, folder)
-    torch.save({"state": task.model.state_dict(), "last": last}, out)
+    torch.save({"state": task.model.state_dict(), "last": last, "steps": len(steps)}, out)
 
 
 def killed(out, kind, folder):
