@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +13,7 @@ import torch
 import tyro
 
 from . import demo, info
+from ._process import processes
 from .carso import Carso, CarsoConfig, CarsoTask, load
 from .carso.presets import preset
 from .data import DataSet, statistics
@@ -29,6 +30,7 @@ from .training import (
     save_classifier,
 )
 from .training.checkpoint import fingerprint, read_model
+from .training.distributed import in_turn, launched, own_device, torchrun_group
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class TrainClassifier(_Data):
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=30))
 
     def run(self) -> None:
-        images = self.load()
+        images = in_turn(self.load)
         torch.manual_seed(self.loop.seed)
         mean, std = statistics(images.x_train)
         sizes = {"width": self.width, "depth": self.depth}
@@ -100,6 +102,8 @@ class TrainClassifier(_Data):
         model = model.to(self.device)
         task = ClassifierTask(model, self.attack)
         print(fit(task, images.x_train, images.y_train, self.loop, self.out, "classifier"))
+        if processes()[0] > 0:
+            return
         save_classifier(model, self.out)
         report = evaluate(model, images.x_test[:], images.y_test, eps=self.attack.eps, attacks=[], name="classifier")
         print(report.to_text(sys.stdout.isatty()))
@@ -142,7 +146,7 @@ class TrainCarso(_Data):
             raise ValueError("--preset brings its own purifier: leave out --init and --decoder-width")
         if self.official_code and self.preset is None:
             raise ValueError("--official-code is of a --preset: name one")
-        images = self.load()
+        images = in_turn(self.load)
         classifier = load_classifier(self.classifier).to(self.device)
         torch.manual_seed(self.loop.seed)
         origin = "scratch"
@@ -170,6 +174,8 @@ class TrainCarso(_Data):
         print(
             fit(CarsoTask(defence, self.method, origin), images.x_train, images.y_train, self.loop, self.out, "carso")
         )
+        if processes()[0] > 0:
+            return
         defence.save(self.out)
         save_classifier(classifier, self.out / "classifier")
         print(f"saved to {self.out}; attack it with: purify-fast evaluate {self.out}")
@@ -242,7 +248,7 @@ class Info:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a classifier, or a defence on one."""
+    """Train a classifier, or a defence on one; by torchrun on several GPUs or processors."""
 
     what: (
         Annotated[TrainClassifier, tyro.conf.subcommand("classifier")]
@@ -250,7 +256,7 @@ class Train:
     )
 
     def run(self) -> None:
-        self.what.run()
+        replace(self.what, device=own_device(self.what.device)).run()
 
 
 Command = (
@@ -280,10 +286,14 @@ def main(arguments: list[str] | None = None) -> int:
         given: dict[str, Any] = {"prog": "purify-fast", "args": arguments, "config": options}
         if (defaults := _defaults(arguments)) is not None:
             given["default"] = defaults
-        command = tyro.cli(Command, **given)
-        command.run()
+        with torchrun_group():
+            command = tyro.cli(Command, **given)
+            if launched() > 1 and not isinstance(command, Train):
+                raise ValueError(f"only train is shared by several processes, here {launched()}: run this in one")
+            command.run()
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
-        print(f"purify-fast: {error}", file=sys.stderr)
+        rank = processes()[0]  # of several, another than the first speaks only of an error of its own
+        print(f"purify-fast{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("purify-fast: interrupted; run the same command again to go on", file=sys.stderr)

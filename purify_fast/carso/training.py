@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._process import processes
 from ..attacks import pgd, pgd_and_fgsm
 from ..ops.reconstruction_loss import reconstruction_loss
 from ..ops.sample_latent import sample_latent
 from ..training.checkpoint import fingerprint
+from ..training.distributed import average_
 from ..training.lookahead import Lookahead
 from ..training.loop import Batch
 from ..training.schedules import carso_published, carso_v1_published, one_cycle
@@ -152,7 +154,8 @@ def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = F
         least = ceil(4 / adversarial_fraction) if adversarial_fraction > 0 else None
         raise ValueError(
             f"adversarial_fraction {adversarial_fraction} of a batch of {batch_size} leaves no adversarial example for "
-            f"four attacks: " + (f"use at least {least} images per batch" if least else "it must be above 0")
+            f"four attacks: "
+            + (f"use at least {least} images per batch and process" if least else "it must be above 0")
         )
     return atom
 
@@ -161,6 +164,10 @@ def balanced_batch(classifier, x: Tensor, y: Tensor, config: CarsoConfig, *, see
     """The adversarially balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on ``classifier``.
 
     All four share one attack call with a radius per image. Shape and dtype of x.
+
+    Every process lays out its own share of the batch, as the official code does. The shares of
+    `purify_fast.data.batches` make the same images so attacked as one process would, if the number of processes divides
+    the images per attack, `atom_size` of the whole batch; if not, each rounds down by itself, and fewer are attacked.
     """
     atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)
     if atom == 0:
@@ -196,8 +203,13 @@ def published_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[T
     z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
     reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
+    everywhere = kl.detach().clone()
+    average_([everywhere])  # whether the batch has its free bits is decided for all of it
+    paid = torch.where(everywhere < config.free_bits, config.free_bits, kl)
     beta = config.beta * kl_weight(batch.epoch, batch.epochs, config.lag)
-    loss = (reconstruction + beta * kl.clamp(min=config.free_bits)) * (len(batch.x) if config.reduction == "sum" else 1)
+    # the mean of the processes' gradients is to be that of the sum over all images
+    images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
+    loss = (reconstruction + beta * paid) * images
     return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
 
@@ -213,20 +225,23 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
     samples, training = defence.samples, defence.training
     defence.samples = config.train_samples
     defence.eval()
+    rank, world = processes()
+    places = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)  # in the batch of all processes
     try:
-        x = pgd(
-            defence,
-            batch.x,
-            batch.y,
-            eps=config.eps,
-            steps=config.steps,
-            alpha=config.step(config.eps),
-            norm=config.norm,
-            seed=batch.seed,
-            sample_ids=batch.sample_ids,
-        )
-        logits = defence.reconstruction_logits(x)
-        predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
+        with defence.positions(places):
+            x = pgd(
+                defence,
+                batch.x,
+                batch.y,
+                eps=config.eps,
+                steps=config.steps,
+                alpha=config.step(config.eps),
+                norm=config.norm,
+                seed=batch.seed,
+                sample_ids=batch.sample_ids,
+            )
+            logits = defence.reconstruction_logits(x)
+            predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
     finally:
         defence.samples = samples
         defence.train(training)

@@ -24,7 +24,8 @@ def batches(
         n: images in the data set. batch_size: images per step over all ranks, a multiple of ``world``.
         seed, epoch: at least 0; the permutation is a function of the two, the same on every rank.
         drop_last: whether an incomplete last batch is left out; if not, its shares may differ by one, or be empty.
-        rank, world: this process and their number; the ranks' shares, in order, are the batch of one process.
+        rank, world: this process and their number; its share is every world-th index of the batch of one process, from
+            the rank-th on. A batch laid out in parts is so divided part by part.
 
     Returns:
         int64 tensors ``[batch_size / world]`` on ``device``; step k's batch is element k.
@@ -46,4 +47,4 @@ def batches(
     order = torch.from_numpy(state.permutation(n)).to(device)
     last = n - n % batch_size if drop_last else n
     parts = [order[first : min(first + batch_size, last)] for first in range(0, last, batch_size)]
-    return [part.tensor_split(world)[rank] for part in parts]
+    return [part[rank::world] for part in parts]

@@ -12,6 +12,7 @@ from math import prod
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._process import processes
 from .layers import BatchNorm1d, Normalise
 from .preact_resnet import PreActResNet18
 from .wide_resnet import WideResNet
@@ -62,7 +63,11 @@ class SmallCNN(nn.Module):
 
 class _Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, 0.15, self.training)
+        rank, world = processes() if self.training else (0, 1)
+        if world == 1:
+            return F.dropout(x, 0.15, self.training)
+        whole = x.new_ones(world * len(x), *x.shape[1:])  # one process would draw for all images, these among them
+        return x * F.dropout(whole, 0.15)[rank::world]
 
 
 class FullyConnected(nn.Module):

@@ -24,6 +24,7 @@ class Randomised(nn.Module):
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
+        self._positions: Tensor | None = None
 
     @contextlib.contextmanager
     def fixed_noise(self, seed: int) -> Iterator[Randomised]:
@@ -55,11 +56,28 @@ class Randomised(nn.Module):
         finally:
             self._noise = before
 
+    @contextlib.contextmanager
+    def positions(self, ids: Tensor) -> Iterator[Randomised]:
+        """Within the block, image i of a batch draws fresh noise as image ``ids[i]`` (int64 ``[B]``) of one would.
+
+        For the parts of a batch that are computed apart, as by several processes.
+        """
+        before, self._positions = self._positions, ids
+        try:
+            yield self
+        finally:
+            self._positions = before
+
     def noise(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(seed ``[1]``, sample ids ``[batch]`` or ``[1]``) that this call's draws are made from, int64."""
         if self._noise == "fixed":  # sample word 0 for every image
             return self._noise_seed, torch.zeros(1, dtype=torch.int64, device=device)
-        return torch.randint(2**62, (1,), device=device), torch.arange(batch, device=device)
+        seed = torch.randint(2**62, (1,), device=device)
+        if self._positions is None:
+            return seed, torch.arange(batch, device=device)
+        if len(self._positions) != batch:
+            raise ValueError(f"positions are of {len(self._positions)} images, the batch has {batch}")
+        return seed, self._positions
 
     @property
     def silent(self) -> bool:

@@ -16,32 +16,34 @@ from torch import Tensor, nn
 from .._files import atomic, write_text
 
 
-def _flatten(value: Any, tensors: list[Tensor]) -> Any:
+def flatten(value: Any, tensors: list[Tensor]) -> Any:
+    """Nested dicts and lists as JSON values; the tensors among them are appended to ``tensors``, on the CPU."""
     if isinstance(value, Tensor):
         tensors.append(value.detach().cpu().contiguous())
         return {"tensor": len(tensors) - 1}
     if isinstance(value, Mapping):  # pairs, since optimiser states have integer keys
-        return {"dict": [[key, _flatten(item, tensors)] for key, item in value.items()]}
+        return {"dict": [[key, flatten(item, tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
-        return {"list": [_flatten(item, tensors) for item in value]}
+        return {"list": [flatten(item, tensors) for item in value]}
     return {"value": value}
 
 
-def _restore(tree: Any, tensors: list[Tensor]) -> Any:
+def restore(tree: Any, tensors: list[Tensor]) -> Any:
+    """What `flatten` was given; lists for tuples."""
     ((kind, value),) = tree.items()
     if kind == "tensor":
         return tensors[value]
     if kind == "dict":
-        return {key: _restore(item, tensors) for key, item in value}
+        return {key: restore(item, tensors) for key, item in value}
     if kind == "list":
-        return [_restore(item, tensors) for item in value]
+        return [restore(item, tensors) for item in value]
     return value
 
 
 def write_tree(path: Path, tree: Any) -> None:
     """Write nested dicts and lists of tensors, numbers, strings and None as one safetensors file, atomically."""
     tensors: list[Tensor] = []
-    skeleton = json.dumps(_flatten(tree, tensors))
+    skeleton = json.dumps(flatten(tree, tensors))
     # clone: safetensors refuses tensors that share memory
     data = to_bytes({str(i): tensor.clone() for i, tensor in enumerate(tensors)}, {"tree": skeleton})
     with atomic(path) as temporary:
@@ -54,7 +56,7 @@ def read_tree(path: Path) -> Any:
         with safe_open(path, "pt") as file:
             skeleton = (file.metadata() or {})["tree"]
             tensors = {int(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-        return _restore(json.loads(skeleton), [tensors[i] for i in range(len(tensors))])
+        return restore(json.loads(skeleton), [tensors[i] for i in range(len(tensors))])
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a checkpoint of this package: {error!r}") from error
 

@@ -3,6 +3,9 @@
 Every step is a function of (seed, step) and of the state in the checkpoint: the order of the images, the attack's
 starts and torch's global generator are all seeded per step. So a run that was killed and resumed ends with the same
 weights, to the bit on the same CPU, as one that was not.
+
+Several processes (`purify_fast.training.distributed`) share each batch, and end with the weights of one up to floating
+point. What a step exchanges: gradients and metrics, in one mean after the backward pass, and BatchNorm's statistics.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._files import atomic, digest
+from .._process import processes
 from ..data import StreamedImages, batches, crop_flip, read_ahead, to_float
+from ..nn.layers import BatchNorm1d, BatchNorm2d
 from .checkpoint import read_tree, write_tree
+from .distributed import average_, from_first, gathered
 from .lookahead import Lookahead
 
 
@@ -30,7 +36,8 @@ class FitConfig:
     """How long and how to train; every number ours, a method's own numbers stand in its config.
 
     Args:
-        epochs, batch_size: passes over the data, images per step (the last, smaller batch of an epoch is dropped).
+        epochs, batch_size: passes over the data, images per step of all processes together (the last, smaller batch of
+            an epoch is dropped).
         seed: of everything random.
         padding: random crop after padding by so many pixels of 0, 0 for none; flip: random horizontal flips.
         checkpoint_seconds: time between checkpoints within an epoch; one is always written at an epoch's end.
@@ -53,7 +60,10 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input: images [B, C, H, W] in [0, 1], labels, global sample indices, and where in the run it is."""
+    """One step's input: images [B, C, H, W] in [0, 1], labels, global sample indices, and where in the run it is.
+
+    B is this process's share of the batch; the seed is one for all processes.
+    """
 
     x: Tensor
     y: Tensor
@@ -89,12 +99,20 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
-def _same(saved: dict, wanted: dict, folder: Path) -> None:
+def _differences(saved: dict, wanted: dict, there: str, here: str) -> str:
     wanted = json.loads(json.dumps(wanted))
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
-    if different:
-        changes = "; ".join(f"{key}: {saved.get(key)!r} there, {wanted.get(key)!r} now" for key in different)
-        raise ValueError(f"{folder} holds a run with other settings ({changes}): give another folder, or remove it")
+    return "; ".join(f"{key}: {saved.get(key)!r} {there}, {wanted.get(key)!r} {here}" for key in different)
+
+
+def _check_batchnorm(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        everywhere = isinstance(module, (BatchNorm1d, BatchNorm2d, nn.SyncBatchNorm))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and not everywhere:
+            raise ValueError(
+                f"{name} is a BatchNorm of one process's images: torch.nn.SyncBatchNorm.convert_sync_batchnorm makes "
+                "it one of all (GPUs only), or use purify_fast.nn.layers.BatchNorm2d"
+            )
 
 
 class _Log:
@@ -127,18 +145,30 @@ def fit(
     Args:
         task: the method: model, optimiser, step.
         x: uint8 ``[N, C, H, W]``, on the device to train on; y: int64 ``[N]`` there. Images streamed from a file give
-            the same weights to the bit, and either form resumes the other's run.
+            the same weights to the bit, and either form resumes the other's run. Every process gives all of them.
         config: how long and how.
         folder: for ``checkpoint.safetensors`` and ``log.jsonl``; None keeps nothing.
         title: of the progress bar.
+
+    In a process group of several (the command line makes it under torchrun, elsewhere
+    ``torch.distributed.init_process_group`` does) every process calls this alike. They start from the weights of the
+    first, which alone reads and writes the folder; a run may be resumed by another number of them. The weights are
+    those of one process up to floating point, but where a model draws otherwise than by `purify_fast` (torch's dropout:
+    the same masks in every process), and where the published training's attacks cannot be shared out evenly
+    (`purify_fast.carso.training.balanced_batch`). A task's loss is the mean over its share, or scaled to be so.
 
     Returns:
         The last epoch's mean metrics.
 
     Raises:
-        ValueError: fewer images than a batch, or a checkpoint of a run with other settings.
+        ValueError: fewer images than a batch, a checkpoint of a run with other settings; with several processes, a
+            batch they cannot share evenly, other data or settings than the first one's, or a model in training mode
+            with a BatchNorm that is not synchronised.
         FloatingPointError: the loss is not finite at the end of an epoch; the last checkpoint stays.
     """
+    rank, world = processes()
+    if config.batch_size % world:
+        raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {world} processes")
     steps = len(x) // config.batch_size
     if steps == 0:
         raise ValueError(f"batch_size {config.batch_size} is larger than the {len(x)} training images")
@@ -148,22 +178,42 @@ def fit(
     facts = {"data": f"{len(x)} images, {digest(x, y)}", **asdict(config), **task.describe()}
     del facts["checkpoint_seconds"]
     path = None if folder is None else Path(folder) / "checkpoint.safetensors"
-    if path is not None:
-        for stale in path.parent.glob(f".{path.stem}-*"):  # of a run killed while it wrote
-            stale.unlink()
-    if path is not None and path.is_file():
+
+    def state() -> dict:
+        states = {"model": task.model.state_dict(), "optimizer": task.optimizer.state_dict()}
+        return {**states, "facts": facts, "step": step, "last": last, "sums": sums}
+
+    def begin() -> dict | None:
+        if path is not None:
+            for stale in path.parent.glob(f".{path.stem}-*"):  # of a run killed while it wrote
+                stale.unlink()
+        if path is None or not path.is_file():
+            return None if world == 1 else state()
         saved = read_tree(path)
-        _same(saved["facts"], facts, path.parent)
+        if found := _differences(saved["facts"], facts, "there", "now"):
+            raise ValueError(
+                f"{path.parent} holds a run with other settings ({found}): give another folder, or remove it"
+            )
+        return saved
+
+    if world > 1:
+        task.model.train()
+        _check_batchnorm(task.model)
+    saved = from_first(begin)
+    if saved is not None:
+        differences = gathered(_differences(saved["facts"], facts, "in the first", "there"))
+        for other, found in enumerate(differences):
+            if found:
+                raise ValueError(f"process {other} trains on other data or settings than the first ({found})")
         task.model.load_state_dict(saved["model"])
         task.optimizer.load_state_dict(saved["optimizer"])
         step, last = saved["step"], saved["last"]
         sums = {key: value.to(x.device) for key, value in saved["sums"].items()}
-    log = _Log(None if path is None else path.parent / "log.jsonl", step)
+    log = _Log(None if path is None or rank else path.parent / "log.jsonl", step)
 
     def save() -> None:
-        if path is not None:
-            state = {"model": task.model.state_dict(), "optimizer": task.optimizer.state_dict()}
-            write_tree(path, {**state, "facts": facts, "step": step, "last": last, "sums": sums})
+        if path is not None and rank == 0:  # without the others, so that they need not agree on when
+            write_tree(path, state())
 
     devices = [x.device] if x.device.type == "cuda" else []
     bar = tqdm(
@@ -172,13 +222,14 @@ def fit(
         unit="img",
         desc=title,
         smoothing=0.05,
+        disable=rank > 0,
         mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants a line now and then
     )
     saved_at = began = time.monotonic()
     with bar, torch.random.fork_rng(devices):
         while step < total:
             epoch = step // steps
-            order = batches(len(x), config.batch_size, config.seed, epoch, device=x.device)
+            order = batches(len(x), config.batch_size, config.seed, epoch, rank=rank, world=world, device=x.device)
             resumed_at = step % steps
             for ids, raw in read_ahead(x, order[resumed_at:]):
                 seed = step_seed(config.seed, step)
@@ -192,8 +243,11 @@ def fit(
                 loss, metrics = task.training_step(Batch(images, y[ids], ids, seed, epoch, config.epochs))
                 task.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                measured = {"loss": loss.detach(), **metrics}
+                weights = (p for group in task.optimizer.param_groups for p in group["params"])
+                average_([*(p.grad for p in weights if p.grad is not None), *measured.values()])
                 task.optimizer.step()
-                for key, value in {"loss": loss.detach(), **metrics}.items():
+                for key, value in measured.items():
                     sums[key] = sums.get(key, torch.zeros((), device=x.device)) + value
                 step += 1
                 bar.update(config.batch_size)

@@ -1,0 +1,196 @@
+"""Training over several processes: what they share, and the group that torchrun's environment describes.
+
+Every process has the whole model and its share of each batch. 92 % of CARSO's training is the attack on the frozen
+classifier, which needs no communication; so gradients are averaged after the whole backward pass, without the overlap
+that DistributedDataParallel buys by owning ``forward`` (tasks call other methods of their models too).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from itertools import groupby
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._process import processes
+from .checkpoint import flatten, restore
+
+T = TypeVar("T")
+
+BUCKET = 2**25  # numbers sent at once: bounds the memory of the copy
+PATIENCE = timedelta(seconds=10)  # of a process that fails, for word that the first one failed too
+
+_store: dist.Store | None = None  # torchrun's, within `torchrun_group`: what is told there needs no one to listen
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    for _, same in groupby(sorted(tensors, key=lambda t: str(t.dtype)), lambda t: t.dtype):
+        bucket: list[Tensor] = []
+        for tensor in same:
+            if bucket and sum(map(torch.numel, bucket)) + tensor.numel() > BUCKET:
+                yield bucket
+                bucket = []
+            bucket.append(tensor)
+        yield bucket
+
+
+@torch.no_grad()
+def average_(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its mean over the processes, in place; nothing changes with one process.
+
+    Args:
+        tensors: floating point, one device, the same shapes in the same order in every process.
+    """
+    world = processes()[1]
+    if world == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        flat /= world
+        for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(mean.view(tensor.shape))
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What ``make`` gives in the first process, or the exception it raises there, in every process.
+
+    Args:
+        make: called by the first process only; gives nested dicts and lists of tensors, numbers, strings and None.
+
+    Returns:
+        The same, tensors on the CPU and lists for tuples; with one process what ``make`` gave.
+    """
+    rank, world = processes()
+    if world == 1:
+        return make()
+    cuda = dist.get_backend() in ("nccl", "cuda:nccl")  # and nothing for tensors on the CPU
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    tensors: list[Tensor] = []
+    head: list[Any] = [None]
+    if rank == 0:
+        try:
+            tree = flatten(make(), tensors)
+            head = [(tree, [(tensor.shape, tensor.dtype) for tensor in tensors])]
+        except Exception as error:
+            head = [error]
+    dist.broadcast_object_list(head, src=0, device=device)
+    if isinstance(head[0], Exception):
+        raise head[0]
+    tree, kinds = head[0]
+    received = []
+    for i, (shape, dtype) in enumerate(kinds):
+        tensor = tensors[i].to(device) if rank == 0 else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(tensor, src=0)
+        received.append(tensor.cpu())
+    return restore(tree, received)
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process gives, anything that can be pickled, by rank; in every process."""
+    world = processes()[1]
+    values: list[Any] = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def launched() -> int:
+    """The number of processes that torchrun started, this one among them; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+@contextlib.contextmanager
+def torchrun_group() -> Iterator[None]:
+    """Within the block, the process group that torchrun's environment describes; without torchrun, nothing.
+
+    All processes but the first are silent in it. An exception that is raised in the first one too is that one's to
+    report: the others end without a word. They leave the block together.
+
+    Raises:
+        ValueError: WORLD_SIZE is set without the rest of torchrun's environment.
+    """
+    global _store
+    if launched() == 1:
+        yield
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is {launched()}, but {', '.join(missing)} not set: start this by torchrun")
+    _store, rank, world = next(dist.rendezvous("env://"))
+    cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=_store, rank=rank, world_size=world)
+        with contextlib.ExitStack() as silence:
+            if rank > 0:
+                nowhere = silence.enter_context(open(os.devnull, "w"))
+                silence.enter_context(contextlib.redirect_stdout(nowhere))
+                silence.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+        _after_first("done", rank)
+    except BaseException as error:
+        if rank == 0:
+            _store.set("failed", "yes")
+        elif _first_failed():
+            raise error if isinstance(error, SystemExit) else SystemExit(1) from None
+        raise  # with the group as it is: to take it down, all would have to be here
+    dist.destroy_process_group()
+    _store = None
+
+
+def _after_first(event: str, rank: int) -> None:
+    assert _store is not None
+    if rank == 0:
+        _store.set(event, "yes")
+    else:
+        _store.wait([event], timedelta(days=7))
+
+
+def _first_failed() -> bool:
+    assert _store is not None
+    try:
+        _store.wait(["failed"], PATIENCE)
+    except Exception:  # it is at work, or has ended and taken the store along
+        return False
+    time.sleep(2)  # for it to speak and end before torchrun sees this process end
+    return True
+
+
+def own_device(device: str) -> str:
+    """The device this process trains on: of several processes on a machine, each has the GPU of its number.
+
+    Raises:
+        ValueError: several processes and neither ``cuda`` nor ``cpu``, or more processes than GPUs.
+    """
+    if processes()[1] == 1 or device == "cpu":
+        return device
+    if device != "cuda":
+        raise ValueError(f"device must be cuda or cpu for several processes, which share the GPUs out, got {device!r}")
+    local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= found:
+        raise ValueError(f"device cuda: process {local} of this machine has no GPU, there are {found}: start fewer")
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
+
+
+def in_turn(load: Callable[[], T]) -> T:
+    """``load()``, on each machine by one process first: it may download what the others then find.
+
+    Once within `torchrun_group`; without it, simply ``load()``.
+    """
+    if _store is None:
+        return load()
+    local, event = int(os.environ["LOCAL_RANK"]), f"loaded {os.environ.get('GROUP_RANK', '0')}"
+    if local > 0:
+        _after_first(event, local)
+    loaded = load()
+    if local == 0:
+        _after_first(event, local)
+    return loaded

@@ -1,0 +1,226 @@
+"""Several processes train what one trains; BatchNorm over all of them; kills, refusals, and the command by torchrun."""
+
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import purify_fast
+from purify_fast import cli
+from purify_fast.nn import NoisyCopies, SmallCNN
+from purify_fast.training import distributed, load_classifier
+from purify_fast.training.checkpoint import read_tree
+
+SCRIPT = Path(__file__).with_name("together.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
+KINDS = ("classifier", "convolutional", "pipeline", "published")
+NORMS = {  # layer, shape, images of the first process, mean, dtype
+    "2d": ("2d", (7, 3, 4, 5), 3, 0.0, torch.float64),
+    "1d": ("1d", (6, 3), 2, 0.5, torch.float64),
+    "far": ("2d", (8, 3, 4, 5), 4, 3e3, torch.float32),
+}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def together(folder, *actions):
+    """Run ``actions`` of together.py, (name, function, arguments) each, in two processes; exit statuses and errors."""
+    folder.mkdir(exist_ok=True)
+    store = folder / "store"
+    store.unlink(missing_ok=True)
+    started = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, str(rank), "2", store, folder, repr(actions)],
+            env=ENVIRONMENT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    return [process.returncode for process in started], errors
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes made of everything in which none of them dies."""
+    folder = tmp_path_factory.mktemp("two")
+    codes, errors = together(
+        folder,
+        *((kind, "weights", (kind, str(folder / f"run-{kind}"))) for kind in KINDS),
+        *((f"norm-{name}", "batchnorm", arguments) for name, arguments in NORMS.items()),
+        *((f"gradients-{free}", "gradients", (free,)) for free in (0.0, 1.001)),
+        ("refusals", "refusals", ()),
+    )
+    assert codes == [0, 0], errors
+    return folder
+
+
+def results(folder, name):
+    return [torch.load(folder / f"{name}-{rank}") for rank in range(2)]
+
+
+def close(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_end_with_the_weights_and_metrics_of_one(two, alone, tmp_path, kind):
+    alone["weights"](tmp_path / "one", kind)
+    one = torch.load(tmp_path / "one")
+    first, second = results(two, kind)
+    assert all(torch.equal(tensor, second["state"][name]) for name, tensor in first["state"].items())
+    assert first["last"] == second["last"] == pytest.approx(one["last"], rel=1e-4)
+    start = alone["small_task"](kind).model.state_dict()
+    assert any((one["state"][name] - start[name]).abs().max() > 1e-3 for name in start)
+    close(first["state"], one["state"])
+    assert len((two / f"run-{kind}" / "log.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_batchnorm_over_two_processes_is_torchs_over_all_images(two, alone, tmp_path, name):
+    layer, shape, first, mean, dtype = NORMS[name]
+    alone["batchnorm"](tmp_path / "one", f"torch {layer}", shape, first, mean, torch.float64)
+    y, dx, dweight, dbias, *running = torch.load(tmp_path / "one")
+    a, b = results(two, f"norm-{name}")
+    found = [torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]), a[2] + b[2], a[3] + b[3], *a[4:]]
+    assert all(torch.equal(*pair) for pair in zip(a[4:], b[4:], strict=True))
+    # float32 at a mean of 3,000 holds 4 digits of the deviations; their squares' sum would hold none
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 2e-3, "atol": 2e-3}
+    for got, want in zip(found, [y, dx, dweight, dbias, *running], strict=True):
+        torch.testing.assert_close(got.double(), want, **tolerance)
+
+
+@pytest.mark.parametrize("free", [0.0, 1.001])
+def test_the_published_steps_gradient_is_that_of_the_sum_over_both_shares(two, alone, tmp_path, free):
+    alone["gradients"](tmp_path / "one", free)
+    one = torch.load(tmp_path / "one")
+    a, b = results(two, f"gradients-{free}")
+    assert a["own"] != b["own"] and max(a["own"], b["own"]) > 1.001 * one["kl"]  # that share alone would pay
+    close(a["gradients"], b["gradients"])
+    largest = max(gradient.abs().max() for gradient in one["gradients"].values())
+    scaled = [{name: g / largest for name, g in found["gradients"].items()} for found in (a, one)]
+    close(*scaled)
+
+
+@pytest.mark.slow
+def test_a_process_is_killed_and_the_run_resumed_by_two_or_by_one(two, alone, tmp_path):
+    kind, folder = "pipeline", tmp_path / "run"
+    codes, _ = together(tmp_path, ("x", "killed", (kind, str(folder))))
+    assert codes[1] == -signal.SIGKILL and codes[0] != 0
+    assert read_tree(folder / "checkpoint.safetensors")["step"] == 3
+    shutil.copytree(folder, tmp_path / "by one")
+    codes, errors = together(tmp_path, ("resumed", "weights", (kind, str(folder))))
+    assert codes == [0, 0], errors
+    whole, resumed = torch.load(two / f"{kind}-0"), torch.load(tmp_path / "resumed-0")
+    assert all(torch.equal(tensor, resumed["state"][name]) for name, tensor in whole["state"].items())
+    assert whole["last"] == resumed["last"] and (whole["steps"], resumed["steps"]) == (6, 3)
+    alone["weights"](tmp_path / "one", kind, tmp_path / "by one")
+    one = torch.load(tmp_path / "one")
+    close(one["state"], whole["state"])
+    assert one["last"] == pytest.approx(whole["last"], rel=1e-4) and one["steps"] == 3
+
+
+def test_what_cannot_be_trained_together_is_refused_in_every_process(two):
+    first, second = results(two, "refusals")
+    assert first == second
+    assert first["batch"] == "ValueError: batch_size 33 must be a multiple of the 2 processes"
+    assert first["batchnorm"].startswith("ValueError: 1 is a BatchNorm of one process's images")
+    assert first["data"].startswith("ValueError: process 1 trains on other data or settings than the first (data: ")
+    assert first["diverged"].startswith("FloatingPointError: epoch 0: training diverged")
+
+
+def test_positions_draw_the_noise_of_those_images():
+    made = NoisyCopies(SmallCNN(width=2), 0.3, 2)
+    x = torch.rand(6, 1, 16, 16)
+    torch.manual_seed(0)
+    whole = made(x)
+    torch.manual_seed(0)
+    with made.positions(torch.tensor([1, 3, 5])):
+        torch.testing.assert_close(made(x[1::2]), whole[1::2])
+        with pytest.raises(ValueError, match="positions are of 3 images, the batch has 6"):
+            made(x)
+    torch.manual_seed(0)
+    assert torch.equal(made(x), whole)
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, "-m", "purify_fast.cli", *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.slow
+def test_the_command_by_torchrun(tmp_path):
+    x, y = np.random.RandomState(0).randint(0, 256, (40, 12, 8)).astype(np.uint8), np.arange(40) % 2
+    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    common = ["--data", str(tmp_path / "small.npz"), "--device", "cpu", "--epochs", "2"]
+    classifier = ["train", "classifier", "--width", "2", "--out", str(tmp_path / "classifier"), *common]
+    done = torchrun(*classifier, "--batch-size", "20")
+    assert done.returncode == 0, done.stderr
+    assert [len(re.findall(text, done.stdout)) for text in ("{'loss'", "clean", "saved to")] == [1, 1, 1], done.stdout
+    carso = ["train", "carso", "--classifier", str(tmp_path / "classifier"), "--layers", "conv2", *common]
+    carso += ["--out", str(tmp_path / "carso"), "--steps", "1"]
+    refused = torchrun(*carso, "--batch-size", "21")
+    assert refused.returncode != 0 and "exitcode  : 2" in refused.stderr, refused.stderr
+    said = [line for line in refused.stderr.splitlines() if line.startswith("purify-fast")]
+    assert said == ["purify-fast: batch_size 21 must be a multiple of the 2 processes"], refused.stderr
+    done = torchrun(*carso, "--batch-size", "20")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["{'loss':", "saved"], done.stdout
+    defence = purify_fast.load(tmp_path / "carso", load_classifier(tmp_path / "classifier"))
+    assert defence(torch.rand(2, 1, 12, 8)).shape == (2, 2)
+
+
+def test_half_of_torchruns_environment_is_refused(monkeypatch, capsys):
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["train", "classifier"]) == 2
+    assert "LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set" in capsys.readouterr().err
+
+
+def test_each_process_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(distributed, "processes", lambda: (1, 2))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert distributed.own_device("cpu") == "cpu" and not chosen
+    assert distributed.own_device("cuda") == "cuda:1" and chosen == [1]
+    with pytest.raises(ValueError, match=r"device must be cuda or cpu for several processes.*'cuda:0'"):
+        distributed.own_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="process 1 of this machine has no GPU, there are 1"):
+        distributed.own_device("cuda")
+    monkeypatch.setattr(distributed, "processes", lambda: (0, 1))
+    assert distributed.own_device("cuda:0") == "cuda:0"
+
+
+def test_averages_come_in_buckets_of_one_dtype(monkeypatch):
+    """With this process as both: the mean is half of the sum that is faked."""
+    seen = []
+    monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda flat: seen.append((flat.dtype, len(flat))))
+    monkeypatch.setattr(distributed, "BUCKET", 6)
+    maps = torch.arange(8.0).view(1, 2, 2, 2).to(memory_format=torch.channels_last)
+    tensors = [torch.ones(4), maps, torch.ones((), dtype=torch.float64), torch.ones(2), torch.ones(3)]
+    distributed.average_(tensors)
+    assert seen == [(torch.float32, 4), (torch.float32, 8), (torch.float32, 5), (torch.float64, 1)]
+    assert torch.equal(maps, torch.arange(8.0).view(1, 2, 2, 2) / 2) and all((t == 0.5).all() for t in tensors[2:])

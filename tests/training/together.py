@@ -1,0 +1,154 @@
+"""What test_distributed.py has several processes do together: ``python together.py RANK WORLD STORE OUT ACTION...``."""
+
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from purify_fast.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.carso.training import published_step
+from purify_fast.data import to_float
+from purify_fast.nn import FullyConnected, SmallCNN
+from purify_fast.nn.layers import BatchNorm1d, BatchNorm2d
+from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, fit
+from purify_fast.training.distributed import average_
+
+LOOP = FitConfig(2, 32, padding=1, flip=True, checkpoint_seconds=0)
+
+
+def small_set():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (100, 1, 16, 16), generator=generator, dtype=torch.uint8), torch.arange(100) % 10
+
+
+def small_defence():
+    return Carso(SmallCNN(width=2), ["conv2", "hidden"], (1, 16, 16), 6, 4, 2, decoder_width=2)
+
+
+def small_task(kind):
+    torch.manual_seed(0)
+    attack = {"eps": 0.1, "steps": 2, "norm": "l2"}  # signs of gradients near 0 would differ by rounding
+    if kind == "classifier":  # with BatchNorm and dropout
+        return ClassifierTask(FullyConnected(1, 10, (16, 16), (12, 8)), ClassifierConfig(**attack))
+    if kind == "convolutional":
+        return ClassifierTask(SmallCNN(width=2), ClassifierConfig(**attack))
+    if kind == "pipeline":
+        return CarsoTask(small_defence(), CarsoConfig(attack_target="pipeline", train_samples=2, **attack))
+    options = {"reduction": "sum", "optimizer": "radam_lookahead", "lag": 0.0, "learning_rate": 1e-3}
+    return CarsoTask(small_defence(), CarsoConfig(**attack, **options))
+
+
+def weights(out, kind, folder=None):
+    """Train, and keep the weights, the last metrics and the number of steps it took."""
+    task, steps = small_task(kind), []
+    step = task.training_step
+    task.training_step = lambda batch: steps.append(batch) or step(batch)
+    if dist.is_initialized() and dist.get_rank() > 0:  # they are to start from the first one's
+        for parameter in task.model.parameters():
+            parameter.data.add_(1.0)
+    last = fit(task, *small_set(), LOOP, folder)
+    torch.save({"state": task.model.state_dict(), "last": last, "steps": len(steps)}, out)
+
+
+def killed(out, kind, folder):
+    """The same, but the last process is killed in the fourth step."""
+    task, steps = small_task(kind), []
+    step = task.training_step
+
+    def last_step(batch):
+        steps.append(batch)
+        if len(steps) == 4 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(batch)
+
+    task.training_step = last_step
+    fit(task, *small_set(), LOOP, folder)
+
+
+def batchnorm(out, layer, shape, first, mean, dtype):
+    """One forward and backward pass, the first process with ``first`` of the images, the second with the rest."""
+    x, outer, made = batchnorm_inputs(layer, shape, mean, dtype)
+    part = slice(None)
+    if dist.is_initialized():
+        part = slice(0, first) if dist.get_rank() == 0 else slice(first, None)
+    x = x[part].requires_grad_()
+    y = made.train()(x)
+    (y * outer[part]).sum().backward()
+    torch.save([y.detach(), x.grad, made.weight.grad, made.bias.grad, made.running_mean, made.running_var], out)
+
+
+def batchnorm_inputs(layer, shape, mean, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, outer = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
+    made = {"1d": BatchNorm1d, "2d": BatchNorm2d, "torch 1d": nn.BatchNorm1d, "torch 2d": nn.BatchNorm2d}[layer](3)
+    made.weight.data, made.bias.data = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([0.0, 1.0, 3.0])
+    return (x + mean).to(dtype), outer.to(dtype), made.to(dtype)
+
+
+def gradients(out, free):
+    """Of the published step's sum; ``free`` bits are asked for in units of the batch's KL."""
+    torch.manual_seed(0)
+    defence = small_defence().train()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    x, y = small_set()
+    ids = torch.arange(rank, 32, world)
+    batch = Batch(to_float(x[ids]), y[ids], ids, 7, 9, 10)
+    config = CarsoConfig(eps=0.2, steps=2, norm="l2", reduction="sum")
+    statistics = {name: buffer.clone() for name, buffer in defence.named_buffers()}
+    own = published_step(defence, batch, config)[1]["kl"]
+    kl = own.clone()
+    average_([kl])
+    for name, buffer in defence.named_buffers():
+        buffer.copy_(statistics[name])
+    loss, _ = published_step(defence, batch, dataclasses.replace(config, free_bits=free * float(kl)))
+    loss.backward()
+    found = {name: p.grad for name, p in defence.named_parameters() if p.grad is not None}
+    average_(found.values())
+    torch.save({"gradients": found, "own": float(own), "kl": float(kl)}, out)
+
+
+def refusals(out):
+    """What `fit` says to what it cannot train."""
+    rank = dist.get_rank()
+    x, y = small_set()
+
+    def said(task, x=x, loop=LOOP):
+        try:
+            fit(task, x, y, loop)
+        except (ValueError, FloatingPointError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    own = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(392, 10))
+    torch.save(
+        {
+            "batch": said(small_task("convolutional"), loop=FitConfig(1, 33)),
+            "batchnorm": said(ClassifierTask(own, ClassifierConfig())),
+            "data": said(small_task("convolutional"), x + rank),
+            "diverged": said(_Diverging(SmallCNN(width=2), ClassifierConfig())),
+        },
+        out,
+    )
+
+
+class _Diverging(ClassifierTask):
+    def training_step(self, batch):
+        loss, metrics = super().training_step(batch)
+        return loss * (float("nan") if dist.get_rank() == 1 else 1.0), metrics
+
+
+def main():
+    rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    for name, call, arguments in eval(sys.argv[5]):
+        globals()[call](out / f"{name}-{rank}", *arguments)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
