@@ -167,8 +167,8 @@ def pipelines_markdown(rows: list[dict]) -> str:
         "allocator raised; `compiled`: with `compile=True`. "
         "pre_encoders: `ours` runs them one after the other; `grouped`, same shapes in one convolution, is not "
         "shipped. Each one's result is compared with the first one's. Share: the arithmetic that ours does "
-        "(`torch.utils.flop_counter`), over the time, over the rate of a large bfloat16 matrix product measured in the "
-        "same run.",
+        "(`torch.utils.flop_counter`), over the time, over the best rate of a large bfloat16 matrix product or "
+        "convolution in the same run.",
     ]
     for (pipeline, case), group in _cases(rows).items():
         lines += ["", f"## {pipeline}: {case}", ""]
