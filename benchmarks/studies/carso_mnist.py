@@ -7,7 +7,7 @@ attack (PeeL) and through exact gradients, and CARSO fine-tuned through the whol
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -135,9 +135,10 @@ def _attacks(name: str, budget: Budget) -> dict[str, list[Attack]]:
         queries=budget.queries,
         label=AUTOATTACK.format(budget.autoattack),
     )
-    pgd = [Attack(loss=loss, head=head, survivors=loss != "ce") for loss in ("ce", "dlr")]
-    labels = (f"PGD-{budget.steps} ce, EOT {budget.eot}", f"PGD-{budget.steps} ce + dlr, EOT {budget.eot}")
-    pgd = [replace(attack, label=label) for attack, label in zip(pgd, labels, strict=True)]
+    pgd = [
+        Attack(loss=loss, head=head, survivors=loss != "ce", label=f"PGD-{budget.steps} {what}, EOT {budget.eot}")
+        for loss, what in (("ce", "ce"), ("dlr", "ce + dlr"))
+    ]
     return {"PGD": pgd, "APGD": apgd, "AutoAttack": [auto]}
 
 
