@@ -24,8 +24,8 @@ from .pipelines import Case, Job, registry
 
 @dataclass(frozen=True)
 class Effort:
-    runs: int = 7
-    warm: int = 2
+    runs: int = 5
+    warm: int = 1
     pause: float = 0.2  # seconds
     matrix: int = 4096  # rows of the matrices whose product gives the rate; 32 times its convolution.s images
 
