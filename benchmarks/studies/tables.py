@@ -33,8 +33,8 @@ def markdown(results: Sequence[dict], notes: Sequence[str] = ()) -> str:
         *notes,
         "",
         "| model | clean | PGD | + AutoAttack | difference to base | K draws, clean | K draws, attacked | KL, nats "
-        "| parameters | training, s | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| parameters | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, seeds in rows.items():
         got = list(seeds.values())
@@ -53,7 +53,7 @@ def markdown(results: Sequence[dict], notes: Sequence[str] = ()) -> str:
             change,
         ]
         cells += [over_seeds([r[k] for r in got]) if k in got[0] else "-" for k in ("clean_draws", "pgd_draws")]
-        cells += [mean("kl", places=2), mean("parameters"), mean("train_seconds"), str(len(got))]
+        cells += [mean("kl", places=2), mean("parameters"), str(len(got))]
         lines.append("| " + " | ".join(cells) + " |")
     ranked = [result for result in results if "layers" in result]
     if ranked:
