@@ -159,7 +159,7 @@ def _count(model: nn.Module) -> int:
 def jobs(seeds: int, quick: bool, rows: Sequence[str] | None = None) -> list[Job]:
     """All rows, or some and what they need; the controls and the main ones first.
 
-    Ablations change one setting of the row "pipeline".
+    Ablations change one setting of the row "pipeline"; asked for by name they have all seeds, else ABLATION_SEEDS.
     """
     made: list[Job] = []
     # part of each job, so that a folder of other numbers is refused
@@ -182,7 +182,7 @@ def jobs(seeds: int, quick: bool, rows: Sequence[str] | None = None) -> list[Job
         add(seed, "published", train_published, "base", draws=True)
         add(seed, "pipeline", train_pipeline, "base", "published", draws=True)
         add(seed, "pipeline, joint", train_pipeline, "base", "published", draws=True, config=JOINT)
-    for seed in range(min(seeds, ABLATION_SEEDS)):
+    for seed in range(min(seeds, ABLATION_SEEDS) if rows is None else seeds):
         for samples in (1, 32):
             add(seed, f"pipeline, K = {samples} when it predicts", attack_samples, "base", "pipeline", samples=samples)
         add(seed, "pipeline, K = 4 in training", train_pipeline, "base", "published", config={"train_samples": 4})
