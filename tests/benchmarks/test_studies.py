@@ -117,7 +117,11 @@ def test_an_interrupted_study_ends_at_once(tmp_path, elsewhere):
     where = os.pathsep.join([str(ROOT), str(Path(elsewhere.__file__).parent)])
     (tmp_path / "study.py").write_text(script)
     study = subprocess.Popen(
-        [sys.executable, str(tmp_path / "study.py")], env=os.environ | {"PYTHONPATH": where}, stderr=subprocess.DEVNULL
+        [sys.executable, str(tmp_path / "study.py")],
+        env=os.environ | {"PYTHONPATH": where},
+        stderr=subprocess.DEVNULL,
+        # a suite started in the background ignores the signal, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         until = time.monotonic() + 120
