@@ -23,6 +23,15 @@ def on(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x is channels_last, and not contiguous too."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def warps(block: int) -> int:
     """Warps for a program of ``block`` elements: eight elements per thread, one to eight warps."""
     return max(1, min(8, block // 256))

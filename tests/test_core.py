@@ -256,3 +256,81 @@ def test_latent(core, mu, logvar, noise):
     values = [np.float32(value) for value in (mu, logvar, noise)]
     truth = core.latent_double(*map(float, values))
     assert abs(core.latent(*values) - truth) <= 8 * EPS * (abs(mu) + abs(noise) * np.exp(logvar / 2) + 1e-30)
+
+
+@holds(finite(100), finite(100))
+def test_gated_elu(core, a, b):
+    values = [np.float32(value) for value in (a, b)]
+    out, slope = core.gated_elu(*values), core.gated_elu_slope(*values)
+    truth, slope_truth = (f(*map(float, values)) for f in (core.gated_elu_double, core.gated_elu_slope_double))
+    for got, wanted in ((out, truth), *zip(slope, slope_truth, strict=True)):
+        assert abs(got - wanted) <= 8 * EPS * abs(wanted) + 1e-37
+    assert -1 <= out <= max(a, 0) and slope[0] >= 0 and slope[1] * a >= 0
+
+
+grids = st.tuples(st.integers(1, 5), st.integers(1, 5))
+moves = st.tuples(st.integers(-1, 0), st.integers(0, 1), st.integers(-1, 0), st.integers(0, 1))
+
+
+def matrices(grid, seed):
+    """Two of them, of whole numbers, whose sums are exact."""
+    cells = grid[0] * grid[1]
+    return np.random.default_rng(seed).integers(-1000, 1000, (2, cells, cells)).astype(np.float32)
+
+
+@holds(grids, uint32, moves)
+def test_windows_lead_back(core, grid, seed, moves):
+    """<y, window(x)> = <window back(y), x>: what backward rests on; the fuses are their own way back."""
+    x, y = matrices(grid, seed)
+    back = tuple(-m for m in (moves[1], moves[0], moves[3], moves[2]))
+    y = y.astype(np.float64)
+    assert (y * core.window(x, *grid, moves)).sum() == (core.window(y, *grid, back) * x.astype(np.float64)).sum()
+    for by_columns in (False, True):
+        there, back_again = core.fuse(x, *grid, by_columns), core.fuse(y, *grid, by_columns)
+        assert (y * there).sum() == (back_again * x.astype(np.float64)).sum()
+
+
+@holds(grids, uint32)
+def test_fuse_by_columns_is_fuse_by_rows_of_the_turned_grid(core, grid, seed):
+    (height, width), x = grid, matrices(grid, seed)[0]
+    order = np.arange(height * width).reshape(height, width).T.ravel()
+    turned = core.fuse(x[order][:, order], width, height, False)
+    np.testing.assert_array_equal(core.fuse(x, height, width, True)[order][:, order], turned)
+
+
+@holds(st.integers(1, 40).flatmap(lambda n: st.tuples(rows(finite(100), n), rows(st.sampled_from([0.0, 1.0]), n))))
+def test_attention_weights_are_a_part_of_one(core, data):
+    scores, keep = data
+    out = core.attention(scores, keep, 10.0)
+    assert (out >= 0).all() and out.sum() <= 1 + 8 * EPS and (out[keep == 0] == 0).all()
+    truth = core.attention_double(scores.astype(np.float64), keep.astype(np.float64), 10.0)
+    assert np.abs(out - truth).max() <= 1e-3  # the rounding of 10 * score, at most 1000, in the exponent
+    if keep.all():
+        assert abs(out.sum() - 1) <= 8 * EPS
+
+
+@holds(floats, finite(6), st.floats(0, 100, width=32))
+def test_transformed_pixels_and_their_slope(core, x, noise, sigma):
+    value, n, s = (np.float32(v) for v in (x, noise, sigma))
+    with np.errstate(all="ignore"):
+        u = value + np.float32(s * n)
+        out, slope = core.transformed(value, n, s), core.transformed_slope(value, n, s, np.float32(3))
+    np.testing.assert_array_equal(out, 2 * np.clip(u, np.float32(0), np.float32(1)) - 1)
+    assert np.isnan(out) if np.isnan(u) else -1 <= out <= 1
+    assert slope == (6 if 0 <= u <= 1 else 0)
+
+
+@holds(st.integers(1, 40), st.integers(1, 255), st.data())
+def test_every_part_owns_as_many_blocks(core, each, parts, data):
+    blocks = each * parts
+    owned = [core.owner_of(rank, blocks, 0, parts) for rank in range(blocks)]
+    assert np.bincount(owned).tolist() == [each] * parts
+    missing = data.draw(st.integers(0, blocks - 1))
+    assert sum(core.owner_of(rank, blocks, missing, 0) for rank in range(blocks)) == missing
+
+
+@holds(st.tuples(*[st.integers(1, 6)] * 4))
+def test_blocks_tile_the_image(core, sizes):
+    tall, wide, rows, columns = sizes
+    blocks = [core.block_of(tall, wide, columns, r, c) for r in range(tall * rows) for c in range(wide * columns)]
+    assert np.bincount(blocks).tolist() == [tall * wide] * (rows * columns)

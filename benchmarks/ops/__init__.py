@@ -36,7 +36,21 @@ def uniform(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def registry() -> dict[str, Callable[[], list[Case]]]:
-    from . import aggregate, apgd_step, pgd_step, philox, reconstruction_loss, sample_latent
+    from . import (
+        aggregate,
+        apgd_step,
+        contextual_attention,
+        gated_elu,
+        pgd_step,
+        philox,
+        random_transform,
+        reconstruction_loss,
+        sample_latent,
+        stitch,
+    )
 
-    modules = (philox, aggregate, sample_latent, reconstruction_loss, pgd_step, apgd_step)
+    modules = (
+        philox, aggregate, sample_latent, reconstruction_loss, pgd_step, apgd_step, random_transform, stitch, gated_elu,
+        contextual_attention,
+    )  # fmt: skip
     return {module.__name__.rpartition(".")[2]: module.cases for module in modules}

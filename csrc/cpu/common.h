@@ -58,7 +58,15 @@ inline Tensor dense(const Tensor& x, ScalarType dtype) {
 }
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// A new contiguous CPU tensor, uninitialised.
+// A new CPU tensor, uninitialised.
+inline Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+// A contiguous one.
 inline Tensor new_tensor(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   constexpr int64_t most = 16;
   std::array<int64_t, most> strides;
@@ -68,15 +76,27 @@ inline Tensor new_tensor(const int64_t* sizes, int64_t dim, ScalarType dtype) {
     strides[i] = stride;
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes, strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return new_strided(sizes, strides.data(), dim, dtype);
 }
 inline Tensor new_like(const Tensor& x) { return new_tensor(x.sizes().data(), x.dim(), x.scalar_type()); }
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return new_tensor(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
+}
+
+// Images [n, c, h, w] in either memory format.
+inline Tensor new_images(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, bool channels_last) {
+  const int64_t sizes[] = {n, c, h, w}, last[] = {h * w * c, 1, w * c, c};
+  return channels_last ? new_strided(sizes, last, 4, dtype) : new_tensor(sizes, 4, dtype);
+}
+// Whether the images are channels_last, and not contiguous; as PyTorch counts, strides of one element mean nothing.
+inline bool is_channels_last(const Tensor& x) {
+  if (x.is_contiguous()) return false;
+  int64_t stride = 1;
+  for (const int dim : {1, 3, 2, 0}) {
+    if (x.size(dim) != 1 && x.stride(dim) != stride) return false;
+    stride *= x.size(dim);
+  }
+  return true;
 }
 
 template <class T>

@@ -7,6 +7,7 @@
 
 #include "philox.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace pf::cpu {
@@ -44,7 +45,36 @@ PF_CLONES void fill_block(Distribution kind, Key key, const uint32_t* group, con
   }
 }
 
+// group_of(i) is the i-th of `count` groups.
+template <class F>
+void fill(Distribution kind, Key key, uint32_t draw, uint32_t sample, Stream stream, F group_of, int64_t count,
+          uint32_t* out) {
+  uint32_t c0[lanes] = {}, c1[lanes], c2[lanes];
+  std::fill_n(c1, lanes, draw);
+  std::fill_n(c2, lanes, sample);
+  for (int64_t start = 0; start < count; start += lanes) {
+    const int64_t some = std::min<int64_t>(lanes, count - start);
+    for (int64_t i = 0; i < some; ++i) c0[i] = group_of(start + i);
+    if (some == lanes) {
+      fill_block(kind, key, c0, c1, c2, static_cast<uint32_t>(stream), out + 4 * start);
+    } else {
+      uint32_t block[4 * lanes];
+      fill_block(kind, key, c0, c1, c2, static_cast<uint32_t>(stream), block);
+      std::memcpy(out + 4 * start, block, 4 * some * sizeof(uint32_t));
+    }
+  }
+}
+
 }  // namespace
+
+void fill_groups(Distribution kind, Key key, uint32_t draw, uint32_t sample, Stream stream, int64_t first,
+                 int64_t count, uint32_t* out) {
+  fill(kind, key, draw, sample, stream, [=](int64_t i) { return static_cast<uint32_t>(first + i); }, count, out);
+}
+void fill_these(Distribution kind, Key key, uint32_t draw, uint32_t sample, Stream stream, const uint32_t* groups,
+                int64_t count, uint32_t* out) {
+  fill(kind, key, draw, sample, stream, [=](int64_t i) { return groups[i]; }, count, out);
+}
 
 void fill_rows(Distribution kind, const Rows& rows, int64_t begin, int64_t end, int64_t numel, uint32_t* out) {
   const int64_t groups = (numel + 3) / 4, last = (end - begin) * groups;

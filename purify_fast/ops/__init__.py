@@ -3,21 +3,30 @@
 from ._op import REGISTRY, use_backend
 from .aggregate import aggregate
 from .apgd_step import apgd_step
+from .contextual_attention import contextual_attention, key_validity
 from .decode_samples import decode_samples
+from .gated_elu import gated_elu
 from .pgd_step import pgd_step
 from .philox import Stream, philox
+from .random_transform import random_transform
 from .reconstruction_loss import reconstruction_loss
 from .sample_latent import sample_latent
+from .stitch import stitch
 
 __all__ = [
     "REGISTRY",
     "Stream",
     "aggregate",
     "apgd_step",
+    "contextual_attention",
     "decode_samples",
+    "gated_elu",
+    "key_validity",
     "pgd_step",
     "philox",
+    "random_transform",
     "reconstruction_loss",
     "sample_latent",
+    "stitch",
     "use_backend",
 ]

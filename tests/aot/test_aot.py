@@ -21,15 +21,21 @@ from triton.compiler import ASTSource  # noqa: E402
 from purify_fast.kernels import (  # noqa: E402
     aggregate,
     apgd_step,
+    contextual_attention,
+    gated_elu,
     pgd_step,
     philox,
+    random_transform,
     reconstruction_loss,
     sample_latent,
+    stitch,
 )
 from purify_fast.kernels._common import CHUNK, warps  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = ("fp32", "bf16", "fp16")
+#: Sizes that large tensors have as multiples of 16.
+DIVISIBLE = ("numel", "dim", "size", "classes", "plane", "width")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -107,6 +113,47 @@ def _cases() -> list[Case]:
             id="reconstruction_loss-backward",
         ),
     ]
+    for layout, tile in (("contiguous", {"ROWS": 1, "WIDTH": 1024}), ("channels_last", {"ROWS": 8, "WIDTH": 128})):
+        for direction, kernel, pointers in (
+            ("forward", gated_elu._forward, "features:*T out:*T"),
+            ("backward", gated_elu._backward, "grad:*T features:*T out:*T"),
+        ):
+            cases.append(
+                Case(
+                    kernel,
+                    pointers + " rows:i32 size:i32 blocks:i32",
+                    tile,
+                    warps(1024),
+                    id=f"gated_elu-{layout}-{direction}",
+                )
+            )
+    # rows moved by single numbers have no vector loads
+    row, grid = {"WIDTH": 1024}, "size:i32 height:i32 width:i32"
+    for name, kernel, arguments, constants, dtypes in (
+        ("patches", "_patches", f"x:*fp32 inverse:*fp32 out:*fp32 {grid}", {"SCALED": True}, ("fp32",)),
+        ("patches-plain", "_patches", f"x:*fp32 inverse:*fp32 out:*fp32 {grid}", {"SCALED": False}, ("fp32",)),
+        ("attend", "_attend", "x:*fp32 keep:*T out:*fp32 size:i32 width:i32 scale:S", {}, DTYPES),
+        ("spread", "_spread", f"x:*fp32 out:*T {grid}", {}, DTYPES),
+        ("gather", "_gather", f"grad:*T weights:*fp32 out:*fp32 {grid} scale:S", {}, DTYPES),
+        (
+            "scaled",
+            "_scaled",
+            f"x:*fp32 correlation:*fp32 inverse:*fp32 parts:*fp32 out:*fp32 {grid} blocks:i32",
+            {"QUERIES": contextual_attention.QUERIES},
+            ("fp32",),
+        ),
+    ):
+        cases.append(
+            Case(
+                getattr(contextual_attention, kernel),
+                arguments,
+                {**constants, **row},
+                contextual_attention.warps(1024),
+                dtypes,
+                loads=False,
+                id=f"contextual_attention-{name}",
+            )
+        )
     step = "x:*T grad:*T nat:*T alpha:*fp32 eps:*fp32 out:*T size:i32 blocks:i32 lo:S hi:S"
     with_momentum = step.replace("alpha:", "previous:*T alpha:").replace("lo:", "momentum:S rest:S lo:")
     for module, arguments in ((pgd_step, step), (apgd_step, with_momentum)):
@@ -116,6 +163,7 @@ def _cases() -> list[Case]:
             cases.append(
                 Case(kernel, arguments, constants, warps(width), clamps=True, fused=False, id=f"{name}-{norm}")
             )
+    cases += _transforms()
     tile = {"K": 8, "C": 256}
     for method in ("LSE", "MEAN", "PROBABILITY"):
         constants = {"METHOD": getattr(aggregate, method).value, **tile}
@@ -154,6 +202,74 @@ def _cases() -> list[Case]:
     return cases
 
 
+def _transforms() -> list[Case]:
+    cases = [
+        Case(
+            random_transform._owners,
+            "seed:*i64 ids:*i64 out:*u8 batch:i32 blocks:i32 tiles:i32 cut:i32",
+            {"PARTITION": partition, "SHARED": shared, "STREAM": random_transform.MASK, "WIDTH": 64},
+            warps(64 * 64),
+            ("fp32",),
+            loads=False,  # keys are drawn
+            stores=False,  # a byte for each of 64 blocks
+            id=f"random_transform-{name}",
+        )
+        for name, partition, shared in (("missing", False, False), ("parts", True, True))
+    ]
+    sizes = " sigma:S batch:i32 channels:i32 plane:i32 width:i32 block:i32 columns:i32 blocks:i32 tiles:i32"
+    sizes += " samples:i32 parts:i32 first_part:i32"
+    pointers = "x:*T owners:*u8 seed:*i64 ids:*i64 out:*T"
+    layouts = (("", False, ("fp32", "bf16")), ("-channels_last", True, ("bf16",)))
+    for name, last, dtypes in layouts:
+        constants = {"NOISE": True, "CHANNELS_LAST": last, "ALIGNED": True}
+        constants |= {"STREAM": random_transform.TRANSFORM_NOISE, "GROUPS": 256}
+        cases += [
+            Case(
+                random_transform._forward,
+                pointers + sizes,
+                constants,
+                warps(1024),
+                dtypes,
+                clamps=True,
+                fused=False,
+                stores=not last,  # from one pixel to the next are all planes
+                id=f"random_transform-forward{name}",
+            ),
+            Case(
+                random_transform._backward,
+                "grad:*T " + pointers + sizes,
+                constants,
+                warps(1024),
+                dtypes,
+                fused=False,
+                id=f"random_transform-backward{name}",
+            ),
+        ]
+    sizes = " size:i32 channels:i32 plane:i32 width:i32 tall:i32 wide:i32 columns:i32 blocks:i32 passes:i32 tiles:i32"
+    for name, last, dtypes in layouts:
+        constants = {"CHANNELS_LAST": last, "WIDTH": 1024}
+        cases += [
+            Case(
+                stitch._forward,
+                "images:*T owners:*u8 out:*T" + sizes,
+                constants,
+                warps(1024),
+                dtypes,
+                loads=False,  # neighbours may be of two passes
+                id=f"stitch-forward{name}",
+            ),
+            Case(
+                stitch._backward,
+                "grad:*T owners:*u8 out:*T" + sizes,
+                constants,
+                warps(1024),
+                dtypes,
+                id=f"stitch-backward{name}",
+            ),
+        ]
+    return cases
+
+
 CASES = _cases()
 
 
@@ -165,7 +281,7 @@ def compiled(case_id: str, dtype: str, architecture: int, scalar: str = "fp32"):
     for position, (argument, name) in enumerate(zip(case.arguments.split(), case.kernel.arg_names, strict=False)):
         kind = argument.split(":")[1].replace("T", dtype).replace("S", scalar)
         signature[name] = kind
-        if kind.startswith("*") or argument.split(":")[0] in ("numel", "dim", "size", "classes"):
+        if kind.startswith("*") or argument.split(":")[0] in DIVISIBLE:
             attributes[(position,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(case.constants, "constexpr")
     assert list(signature) == list(case.kernel.arg_names), "the case's arguments are not the kernel's"
@@ -179,7 +295,10 @@ EVERY = [pytest.param(c, d, id=f"{c.id}-{d}") for c in CASES for d in c.dtypes]
 
 def test_every_kernel_has_a_case():
     """A jitted function that a launcher starts, one with a name `_x_ptr` first argument, is compiled here."""
-    modules = (aggregate, apgd_step, pgd_step, philox, reconstruction_loss, sample_latent)
+    modules = (
+        aggregate, apgd_step, contextual_attention, gated_elu, pgd_step, philox, random_transform, reconstruction_loss,
+        sample_latent, stitch,
+    )  # fmt: skip
     entry = {
         (module.__name__, name)
         for module in modules
@@ -206,7 +325,7 @@ def test_compiles_without_spills_or_doubles(case, dtype, architecture, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), [pytest.param(c, d, id=f"{c.id}-{d}") for c in CASES if " lo:S" in c.arguments for d in c.dtypes]
+    ("case", "dtype"), [pytest.param(c, d, id=f"{c.id}-{d}") for c in CASES if ":S" in c.arguments for d in c.dtypes]
 )
 def test_double_scalars_stay_out_of_the_arithmetic(case, dtype):
     """The compiler may declare a Python float as fp64: it must be narrowed once, and nothing else computed in it."""
@@ -232,7 +351,11 @@ def test_memory_access_is_vectorised(case, dtype):
         assert re.search(r"st\.global[\w.:]*\.v[248]", ptx), "no vector store"
 
 
-@pytest.mark.parametrize("kernel", ["pgd_step-linf", "apgd_step-linf"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_exact_kernels_have_no_fused_multiply_add(dtype, kernel):
+EXACT = ("pgd_step-linf", "apgd_step-linf", "random_transform-forward", "random_transform-backward")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [pytest.param(c.id, d, id=f"{c.id}-{d}") for c in CASES if c.id in EXACT for d in c.dtypes]
+)
+def test_exact_kernels_have_no_fused_multiply_add(kernel, dtype):
     assert not re.search(r"\bfma\.rn\.f32", compiled(kernel, dtype, 90).asm["ptx"])

@@ -3,14 +3,20 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <utility>
 #include <vector>
 
 #include "core/aggregate.h"
 #include "core/apgd_step.h"
+#include "core/contextual_attention.h"
+#include "core/gated_elu.h"
 #include "core/pgd_step.h"
 #include "core/philox.h"
+#include "core/random_transform.h"
 #include "core/reconstruction_loss.h"
 #include "core/sample_latent.h"
+#include "core/stitch.h"
 
 namespace py = pybind11;
 
@@ -81,8 +87,49 @@ void bind(py::module_& m, const char* suffix) {
   });
   m.def(name("reconstruction_loss_slope").c_str(),
         py::vectorize([](W logit, W target) { return pf::reconstruction_loss_slope(logit, target); }));
+  m.def(name("gated_elu").c_str(), py::vectorize([](W a, W b) { return pf::gated_elu(a, b); }));
+  m.def(name("gated_elu_slope").c_str(), [](W a, W b) {
+    const auto slope = pf::gated_elu_slope(a, b);
+    return std::make_pair(slope.a, slope.b);
+  });
+  // rows of a [cells, cells] matrix
+  m.def(name("window").c_str(), [](Array<W> x, int64_t height, int64_t width, std::array<int, 4> moves) {
+    const pf::Grid grid{height, width};
+    std::vector<W> inner(2 * grid.cells());
+    pf::inner_columns(grid, inner.data());
+    Array<W> out({grid.cells(), grid.cells()});
+    std::fill_n(out.mutable_data(), out.size(), W(0));
+    for (int64_t n = 0; n < grid.cells(); ++n) {
+      pf::add_window(out.mutable_data() + n * grid.cells(), x.data(), grid, n,
+                     pf::Window{moves[0], moves[1], moves[2], moves[3]}, inner.data());
+    }
+    return out;
+  });
+  m.def(name("fuse").c_str(), [](Array<W> x, int64_t height, int64_t width, bool by_columns) {
+    const pf::Grid grid{height, width};
+    Array<W> out({grid.cells(), grid.cells()});
+    for (int64_t n = 0; n < grid.cells(); ++n) {
+      W* row = out.mutable_data() + n * grid.cells();
+      if (by_columns) {
+        pf::fuse_columns(row, x.data(), grid, n);
+      } else {
+        pf::fuse_rows(row, x.data(), grid, n);
+      }
+    }
+    return out;
+  });
+  m.def(name("attention").c_str(), [](Array<W> scores, Array<W> keep, W scale) {
+    Array<W> out(scores.size());
+    std::copy_n(scores.data(), scores.size(), out.mutable_data());
+    pf::attention_row(out.mutable_data(), keep.data(), scale, scores.size());
+    return out;
+  });
   m.def(name("divergence").c_str(),
         [](Array<W> mu, Array<W> logvar) { return pf::divergence(mu.data(), logvar.data(), mu.size()); });
+  m.def(name("transformed").c_str(),
+        py::vectorize([](W x, W noise, W sigma) { return pf::transformed(x, noise, sigma); }));
+  m.def(name("transformed_slope").c_str(),
+        py::vectorize([](W x, W noise, W sigma, W grad) { return pf::transformed_slope(x, noise, sigma, grad); }));
   m.def(name("latent").c_str(), py::vectorize([](W mu, W logvar, W noise) { return pf::latent(mu, logvar, noise); }));
 }
 
@@ -97,6 +144,10 @@ float round_to(float x) {
 
 PYBIND11_MODULE(purify_fast_core, m) {
   m.def("draw_group", &draw_group);
+  m.def("owner_of", &pf::owner_of);
+  m.def("block_of", [](int64_t tall, int64_t wide, int64_t columns, int64_t row, int64_t column) {
+    return pf::Blocks{tall, wide, columns}.of(row, column);
+  });
   m.def("exp", py::vectorize([](float x) { return pf::exp(x); }));
   m.def("expm1", py::vectorize([](float x) { return pf::expm1(x); }));
   m.def("log", py::vectorize([](float x) { return pf::log(x); }));

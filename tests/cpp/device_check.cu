@@ -1,11 +1,15 @@
 // Every function of csrc/core, called from device code: compiled by cuda_check.py, never run.
 #include "core/aggregate.h"
 #include "core/apgd_step.h"
+#include "core/contextual_attention.h"
+#include "core/gated_elu.h"
 #include "core/math.h"
 #include "core/pgd_step.h"
 #include "core/philox.h"
+#include "core/random_transform.h"
 #include "core/reconstruction_loss.h"
 #include "core/sample_latent.h"
+#include "core/stitch.h"
 
 template <class T>
 __global__ void core_kernel(const T* __restrict__ x, const T* __restrict__ y, T* __restrict__ out, int64_t n) {
@@ -16,8 +20,10 @@ __global__ void core_kernel(const T* __restrict__ x, const T* __restrict__ y, T*
   const W sum = pf::pgd_step_linf(a, b, a, pf::PgdStep<W>{a, b, a, b}) + pf::reconstruction_loss_term(a, b) +
                 pf::apgd_step_linf(a, b, a, b, pf::ApgdStep<W>{{a, b, a, b}, a, b}) +
                 pf::reconstruction_loss_slope(a, b) + pf::latent(a, b, a) + pf::divergence_term(a, b) +
-                pf::latent_mu_slope(a, b, a) + pf::latent_logvar_slope(a, b, a, b) + pf::log_sigmoid(a) + pf::log(a);
-  pf::store(out[i], sum);
+                pf::latent_mu_slope(a, b, a) + pf::latent_logvar_slope(a, b, a, b) + pf::log_sigmoid(a) + pf::log(a) +
+                pf::transformed(a, b, a) + pf::transformed_slope(a, b, a, b);
+  const pf::GatedEluSlope<W> slope = pf::gated_elu_slope(a, b);
+  pf::store(out[i], sum + pf::gated_elu(a, b) + slope.a + slope.b);
 }
 
 template <class T>
@@ -38,6 +44,23 @@ __global__ void tile_kernel(int method, W* tile, W* out, W* scratch, int64_t sam
   pf::aggregate_tile_backward(kind, tile, out, samples, 1, classes, classes, scratch);
 }
 
+template <class W>
+__global__ void attention_kernel(W* row, W* inner, const W* x, pf::Grid grid) {
+  const int64_t n = threadIdx.x, cells = grid.cells();
+  pf::inner_columns(grid, inner);
+  pf::fuse_rows(row, x, grid, n);
+  pf::fuse_columns(row + cells, x, grid, n);
+  pf::add_window(row, x, grid, n, pf::all_neighbours, inner);
+  pf::add_window(row, x, grid, n, pf::spread_window(0, 1), inner);
+  pf::add_window(row, x, grid, n, pf::gather_window(1, 0), inner);
+  pf::attention_row(row, x, W(10), cells);
+  pf::attention_row_backward(row, x, W(10), cells);
+}
+
+__global__ void block_kernel(pf::Blocks blocks, int64_t missing, int64_t parts, uint8_t* out) {
+  out[threadIdx.x] = pf::owner_of(blocks.of(threadIdx.x, blockIdx.x), blocks.columns, missing, parts);
+}
+
 __global__ void stream_kernel(int kind, int64_t seed, uint32_t* out) {
   pf::draw_group(static_cast<pf::Distribution>(kind), pf::key_of(seed), threadIdx.x, 0, 0, 1, out + 4 * threadIdx.x);
 }
@@ -51,3 +74,5 @@ INSTANTIATE(pf::half)
 INSTANTIATE(pf::bfloat16)
 template __global__ void tile_kernel<float>(int, float*, float*, float*, int64_t, int64_t);
 template __global__ void tile_kernel<double>(int, double*, double*, double*, int64_t, int64_t);
+template __global__ void attention_kernel<float>(float*, float*, const float*, pf::Grid);
+template __global__ void attention_kernel<double>(double*, double*, const double*, pf::Grid);

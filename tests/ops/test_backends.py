@@ -16,6 +16,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def test_every_op_has_its_reference_everywhere():
     assert {"philox", "aggregate", "sample_latent", "reconstruction_loss", "pgd_step", "apgd_step"} <= set(REGISTRY)
+    assert {"gated_elu", "contextual_attention"} <= set(REGISTRY)
     for op in REGISTRY.values():
         for kind in ("cpu", "cuda"):
             assert "reference" in op.available[kind]

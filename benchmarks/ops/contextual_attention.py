@@ -1,0 +1,44 @@
+"""The attention branch of AToP's generator: 96 channels at a quarter of the image, for 256, 128 and 32 px.
+
+The whole function is timed, products included: they are PyTorch's in every contestant.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from purify_fast.ops import contextual_attention
+
+from . import Case, normal, uniform
+
+SHAPES = ((4, 96, 64, 64), (4, 96, 32, 32), (64, 96, 8, 8))
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str = "") -> Case:
+    batch, channels, height, width = shape
+    cells = height * width // 4
+    features, matrix = batch * channels * height * width * dtype.itemsize, batch * cells * cells
+    memory_format = torch.channels_last if variant else torch.contiguous_format
+
+    def inputs() -> tuple[Tensor, ...]:
+        values = normal(*shape, dtype=dtype, scale=0.05).to(memory_format=memory_format)
+        return values, uniform(batch, cells, dtype=torch.float32) > 0.25
+
+    return Case(
+        shape,
+        dtype,
+        inputs,
+        contextual_attention,
+        {"forward": 2 * features, "backward": 3 * features},
+        # the products of pixels (one) and with the weights (four), then of their gradients
+        {"forward": 10 * channels * matrix, "backward": 20 * channels * matrix},
+        variant,
+        (0,),
+    )
+
+
+def cases() -> list[Case]:
+    # minutes of compilation each
+    every = [case(shape, torch.float32) for shape in SHAPES]
+    return every + [case(shape, torch.bfloat16, "channels_last") for shape in SHAPES]

@@ -1,0 +1,32 @@
+// ELU of one half, gated by the sigmoid of the other (purify_fast/ops/gated_elu.py is the definition).
+#pragma once
+
+#include "math.h"
+
+namespace pf {
+
+template <class W>
+PF_HD W elu(W x) {
+  const W below = expm1(x);
+  return x > 0 ? x : below;
+}
+
+template <class W>
+PF_HD W gated_elu(W a, W b) {
+  return elu(a) * sigmoid(b);
+}
+
+template <class W>
+struct GatedEluSlope {
+  W a, b;
+};
+
+// By a and by b; s(b) s(-b) from one exponential, where 1 - s(b) would lose its digits.
+template <class W>
+PF_HD GatedEluSlope<W> gated_elu_slope(W a, W b) {
+  const W tail = exp(-abs(b)), inverse = 1 / (1 + tail);
+  const W gate = (b < 0 ? tail : W(1)) * inverse;
+  return {gate * exp(a > 0 ? W(0) : a), elu(a) * (tail * inverse * inverse)};
+}
+
+}  // namespace pf

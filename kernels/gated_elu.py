@@ -1,0 +1,85 @@
+"""`gated_elu` in Triton: tiles of rows, a row being n numbers a, then n numbers b, whatever the layout makes a row."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import BLOCK, expm1, on, warps
+
+
+@triton.jit
+def _places(rows, size, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows and elements of this program's tile, and where it is inside."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = (pid // blocks * ROWS + tl.arange(0, ROWS))[:, None]
+    element = (pid % blocks * WIDTH + tl.arange(0, WIDTH))[None, :]
+    return row, element, (row < rows) & (element < size)
+
+
+@triton.jit
+def _elu(x):
+    return tl.where(x > 0, x, expm1(x))
+
+
+@triton.jit
+def _forward(features_ptr, out_ptr, rows, size, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    row, element, inside = _places(rows, size, blocks, ROWS, WIDTH)
+    at = row * 2 * size + element
+    a = tl.load(features_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(features_ptr + at + size, mask=inside, other=0.0).to(tl.float32)
+    out = _elu(a) * tl.sigmoid(b)
+    tl.store(out_ptr + row * size + element, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(grad_ptr, features_ptr, out_ptr, rows, size, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    row, element, inside = _places(rows, size, blocks, ROWS, WIDTH)
+    at = row * 2 * size + element
+    g = tl.load(grad_ptr + row * size + element, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(features_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(features_ptr + at + size, mask=inside, other=0.0).to(tl.float32)
+    tail = tl.exp(-tl.abs(b))
+    inverse = 1.0 / (1.0 + tail)
+    to_a = g * (tl.where(b < 0, tail, 1.0) * inverse) * tl.exp(tl.where(a > 0, 0.0, a))
+    to_b = g * _elu(a) * (tail * inverse * inverse)  # s(b) s(-b): 1 - s(b) would lose its digits
+    tl.store(out_ptr + at, to_a.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at + size, to_b.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _layout(features: Tensor, dim: int) -> tuple[tuple[int, int, int], dict]:
+    """Rows, elements of half a row and programs per row; the tile. Not of an empty tensor."""
+    rows = math.prod(features.shape[:dim])
+    size = features.numel() // rows // 2
+    width = min(BLOCK, triton.next_power_of_2(size))
+    return (rows, size, triton.cdiv(size, width)), {"ROWS": BLOCK // width, "WIDTH": width, "num_warps": warps(BLOCK)}
+
+
+def forward(features: Tensor, dim: int) -> Tensor:
+    """The halves of ``dim`` into one, contiguous, in the features' dtype."""
+    shape = list(features.shape)
+    shape[dim] //= 2
+    out = torch.empty(shape, dtype=features.dtype, device=features.device)
+    if out.numel() == 0:
+        return out
+    sizes, tile = _layout(features, dim)
+    with on(features):
+        _forward[(triton.cdiv(sizes[0], tile["ROWS"]) * sizes[2],)](features.contiguous(), out, *sizes, **tile)
+    return out
+
+
+def backward(grad: Tensor, features: Tensor, dim: int) -> Tensor:
+    """grad times the slopes, in the features' dtype and shape, contiguous."""
+    out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
+    if out.numel() == 0:
+        return out
+    sizes, tile = _layout(features, dim)
+    with on(features):
+        _backward[(triton.cdiv(sizes[0], tile["ROWS"]) * sizes[2],)](
+            grad.contiguous(), features.contiguous(), out, *sizes, **tile
+        )
+    return out

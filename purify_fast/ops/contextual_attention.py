@@ -1,0 +1,246 @@
+"""Contextual attention: every position is rebuilt from the patches of a feature map that are known.
+
+With F [C, H, W] the features of one sample, p a key and q a query of the grid h x w = H/2 x W/2, in row-major order:
+
+    R[q, p]   product of the 3x3 patches (zero padded) of F's even pixels, P, around q and p
+    S         R[q, p] / max(|K_p|, 1e-4), K_p the key's patch; then twice X[q, p] + X[q-1, p-1] + X[q+1, p+1], zeros
+              outside, once with positions in row-major order, once in column-major order ("fuse")
+    A[q, p]   v_p softmax_p(scale v_p S[q, p]), v_p = 1 for a valid key; an invalid one has logit 0, and no share
+    y         1/4 the overlap-added 4x4 patches, stride 2, zero padded by 1, of F at p, in proportion A[q, p]
+
+DeepFillv2 (Yu et al., CVPR 2018, ICCV 2019), as the generator of AToP (arXiv 2401.16352) has it, but every sample has
+keys of its own. The patches are never built. With G = P'P and both positions moved together, zeros off the grid,
+
+    R[q, p] = sum over the 9 neighbours o of G[q+o, p+o]                               a ninth of the products
+    y_ab = U_ab F_ab,   U_ab[q, p] = 1/4 sum over o in {0, a'} x {0, b'} of A[q+o, p+o]   a quarter of them
+
+where F_ab, a, b in {0, 1}, holds the pixels (2i + a, 2j + b), and a' = 2a - 1. The products are PyTorch's; the op is
+what lies between, G to U. All its sums are symmetric in o, so that the same ones serve backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._op import define_op, launcher, wide
+from .gated_elu import last_channels
+
+_SMALLEST_NORM = 1e-4
+
+
+def _moved(x: Tensor, step: int, dim: int) -> Tensor:
+    """x [B, ..., ...], two equal groups of dimensions: ``dim`` of both groups moved, i from i + step (1 or -1)."""
+    groups, size = x.dim() // 2, x.shape[dim]
+    padding = [0] * (2 * x.dim())
+    for d in (dim, dim + groups):
+        x = x.narrow(d, max(step, 0), size - 1)
+        padding[2 * (x.dim() - 1 - d) + (step > 0)] = 1
+    return F.pad(x, padding)
+
+
+def _both(x: Tensor, dim: int) -> Tensor:
+    """x and what lies before and behind it along ``dim`` of both groups."""
+    return x + _moved(x, -1, dim) + _moved(x, 1, dim)
+
+
+def _next(x: Tensor, width: int, dim: int) -> Tensor:
+    """Along ``dim``, positions in row-major order: i from its successor in column-major order, 0 after the last."""
+    below, top = x.narrow(dim, width, x.shape[dim] - width), x.narrow(dim, 1, width - 1)
+    return torch.cat((below, top, torch.zeros_like(x.narrow(dim, 0, 1))), dim)
+
+
+def _previous(x: Tensor, width: int, dim: int) -> Tensor:
+    """The same, i from its predecessor."""
+    rest = x.shape[dim] - width
+    above, bottom = x.narrow(dim, 0, rest), x.narrow(dim, rest, width - 1)
+    return torch.cat((torch.zeros_like(x.narrow(dim, 0, 1)), bottom, above), dim)
+
+
+def _fuse_rows(x: Tensor) -> Tensor:
+    """The fuse in row-major order, [B, L, L]."""
+    return _both(x, 1)
+
+
+def _fuse_columns(x: Tensor, width: int) -> Tensor:
+    """The fuse in column-major order, [B, L, L]."""
+    after, before = (move(move(x, width, 1), width, 2) for move in (_next, _previous))
+    return x + after + before
+
+
+def _patches(x: Tensor, height: int, width: int) -> Tensor:
+    """Sum over the nine neighbours, [B, L, L]."""
+    return _both(_both(_grids(x, height, width), 1), 2).reshape(x.shape)
+
+
+def _grids(x: Tensor, height: int, width: int) -> Tensor:
+    return x.view(*x.shape[:-2], height, width, height, width)
+
+
+def reference(
+    correlation: Tensor, inverse: Tensor, keep: Tensor, height: int, width: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The definition of what lies between the products.
+
+    Args:
+        correlation: G ``[B, L, L]``, L = height * width; float32 or float64, which is the arithmetic's dtype.
+        inverse: ``[B, L]``, the correlation's dtype: one over the norms of the keys.
+        keep: v ``[B, L]``, 0 or 1, in the dtype U is wanted in.
+
+    Returns:
+        U ``[B, 4, L, L]``, by a and b, and A ``[B, L, L]``, for backward; queries are rows, keys columns.
+    """
+    v = keep.to(correlation.dtype)[:, None]
+    scores = _patches(correlation, height, width) * inverse[:, None]
+    weights = v * torch.softmax(scale * v * _fuse_columns(_fuse_rows(scores), width), 2)
+    x = _grids(weights, height, width)
+    by_row = [x + _moved(x, step, 1) for step in (-1, 1)]
+    by_both = [x + _moved(x, step, 2) for x in by_row for step in (-1, 1)]
+    return (0.25 * torch.stack(by_both, 1)).view(-1, 4, *weights.shape[1:]).to(keep.dtype), weights
+
+
+def reference_backward(
+    grad: Tensor, correlation: Tensor, inverse: Tensor, weights: Tensor, height: int, width: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of G and of the inverse norms, from that of U ``[B, 4, L, L]``; ``weights`` is A."""
+    x = _grids(grad.to(correlation.dtype), height, width)
+    by_row = [x[:, i] + x[:, i + 1] + _moved(x[:, i], 1, 2) + _moved(x[:, i + 1], -1, 2) for i in (0, 2)]
+    x = 0.25 * (by_row[0] + by_row[1] + _moved(by_row[0], 1, 1) + _moved(by_row[1], -1, 1)).reshape(weights.shape)
+    x = scale * weights * (x - (weights * x).sum(2, keepdim=True))
+    x = _fuse_rows(_fuse_columns(x, width))
+    to_inverse = (x * _patches(correlation, height, width)).sum(1)
+    return _patches(x * inverse[:, None], height, width), to_inverse
+
+
+OP = define_op(
+    "contextual_attention",
+    "(Tensor correlation, Tensor inverse, Tensor keep, SymInt height, SymInt width, float scale) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=lambda correlation, inverse, keep, height, width, scale: (
+        keep.new_empty((keep.shape[0], 4, *correlation.shape[1:])),
+        correlation.new_empty(correlation.shape),
+    ),
+    triton=launcher("contextual_attention", "forward"),
+    cpu="reference",
+    why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
+)
+BACKWARD = define_op(
+    "contextual_attention_backward",
+    "(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, SymInt height, SymInt width, float scale)"
+    " -> (Tensor, Tensor)",
+    reference=reference_backward,
+    fake=lambda grad, correlation, inverse, weights, height, width, scale: (
+        correlation.new_empty(correlation.shape),
+        inverse.new_empty(inverse.shape),
+    ),
+    triton=launcher("contextual_attention", "backward"),
+    cpu="reference",
+    why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
+)
+
+
+class _Between(torch.autograd.Function):
+    @staticmethod
+    def forward(correlation, inverse, keep, height, width, scale):
+        return OP.handle(correlation, inverse, keep, height, width, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        correlation, inverse, _keep, *ctx.constants = inputs
+        ctx.save_for_backward(correlation, inverse, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        if grad is None:  # U was not used; zeros for A's gradient are not wanted either
+            return (None,) * 6
+        return *BACKWARD(grad, *ctx.saved_tensors, *ctx.constants), None, None, None, None
+
+
+def _inverse_norms(pixels: Tensor, height: int, width: int) -> Tensor:
+    """One over the norms of the 3x3 patches of ``pixels`` [B, L, C], at least 1e-4: [B, L]."""
+    squares = pixels.square().sum(2).view(-1, 1, height, width)
+    squares = F.avg_pool2d(squares, 3, 1, 1, divisor_override=1).flatten(1)
+    return squares.clamp_min(_SMALLEST_NORM**2).rsqrt()  # a clamp of the root would have a NaN for gradient at 0
+
+
+def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -> Tensor:
+    """Rebuild a feature map from its valid patches, by their likeness: see the module's docstring.
+
+    Args:
+        features: ``[B, C, H, W]``, H and W even; float16, bfloat16, float32 or float64; the gradient flows here.
+        valid: bool ``[B, (H/2) * (W/2)]``, the keys each sample may use, row-major: `key_validity`.
+        scale: what the scores are multiplied by before the softmax.
+
+    Returns:
+        ``[B, C, H, W]``, the features' dtype, also under autocast; contiguous, or channels_last if the features are.
+        Scores and softmax are float32 (float64 for float64), the weights' sums are rounded to the features' dtype.
+        The products follow ``torch.set_float32_matmul_precision``.
+
+    Raises:
+        ValueError: features not floating point or not four-dimensional, H or W odd or 0, valid not bool, of another
+            shape or on another device.
+
+    Memory: five [H*W/4, H*W/4] matrices per sample, 20 MiB in float32 at 64x64. First-order gradients only;
+    deterministic; a sample's result does not depend on the others, but for the rounding of the matrix products.
+    """
+    if features.dim() != 4 or not features.is_floating_point():
+        raise ValueError(f"features must be floating point [B, C, H, W], got {features.dtype} {list(features.shape)}")
+    batch, channels, rows, columns = features.shape
+    if rows % 2 or columns % 2 or rows == 0 or columns == 0:
+        raise ValueError(f"features need even H and W, at least 2, got [B, C, H, W] = {list(features.shape)}")
+    height, width = rows // 2, columns // 2
+    if valid.dtype != torch.bool or valid.shape != (batch, height * width):
+        raise ValueError(
+            f"valid must be bool [B, (H/2) * (W/2)] = {[batch, height * width]}, got {valid.dtype} {list(valid.shape)}"
+        )
+    if valid.device != features.device:
+        raise ValueError(f"features are on {features.device}, valid on {valid.device}: they must agree")
+
+    last = last_channels(features)
+    with torch.autocast(features.device.type, enabled=False):
+        grid = features.unflatten(3, (width, 2)).unflatten(2, (height, 2))  # [B, C, h, a, w, b]
+        if last:  # each layout has the products that need no transposed copy
+            phases = grid.permute(0, 3, 5, 2, 4, 1).reshape(batch, 4, height * width, channels)
+        else:
+            phases = grid.permute(0, 3, 5, 1, 2, 4).reshape(batch, 4, channels, height * width).mT
+        pixels = wide(phases[:, 0])
+        correlation = pixels @ pixels.mT
+        inverse, keep = _inverse_norms(pixels, height, width), valid.to(features.dtype)
+        between = reference if OP.plain(features.device) else _Between.apply
+        spread, _weights = between(correlation, inverse, keep, height, width, float(scale))
+        if last:
+            out = (spread @ phases).view(batch, 2, 2, height, width, channels)
+            return out.permute(0, 3, 1, 4, 2, 5).reshape(batch, rows, columns, channels).permute(0, 3, 1, 2)
+        out = (phases.mT @ spread.mT).view(batch, 2, 2, channels, height, width)
+        return out.permute(0, 3, 4, 1, 5, 2).reshape(features.shape)
+
+
+def key_validity(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Which keys of `contextual_attention` are known: those whose whole 3x3 neighbourhood on the key grid is.
+
+    Args:
+        mask: ``[B, 1, H0, W0]``, bool or a number, what is not 0 is missing; any resolution.
+        size: (h, w) of the key grid, half of the features' size.
+
+    Returns:
+        bool ``[B, h * w]``, row-major. A cell of the grid is missing if any pixel of the mask in it is: for the mask
+        of blocks of 32 px in 256 px images this is the published sampling of every eighth pixel, which at smaller
+        sizes would miss blocks. Outside the grid nothing is missing. No gradient.
+
+    Raises:
+        ValueError: mask is not [B, 1, H0, W0] or empty, or h or w is below 1.
+    """
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] < 1 or mask.shape[3] < 1:
+        raise ValueError(f"mask must be [B, 1, H0, W0], got {list(mask.shape)}")
+    if size[0] < 1 or size[1] < 1:
+        raise ValueError(f"size must be (h, w), at least 1, got {tuple(size)}")
+    missing = (mask.detach() != 0).to(torch.float32)
+    if mask.shape[2] % size[0] or mask.shape[3] % size[1]:
+        missing = F.adaptive_max_pool2d(missing, size)
+    else:
+        missing = F.max_pool2d(missing, (mask.shape[2] // size[0], mask.shape[3] // size[1]))
+    return F.max_pool2d(missing, 3, 1, 1).flatten(1) == 0

@@ -1,0 +1,102 @@
+"""The gated unit behind a convolution with twice the channels: the first half a is activated, the second half b gates.
+
+    y = ELU(a) s(b),   ELU(a) = a for a > 0, exp(a) - 1 else,   s the sigmoid
+
+DeepFillv2 (Yu et al., ICCV 2019), the generator of AToP (arXiv 2401.16352). Backward, from the saved features alone:
+
+    da = g s(b) (1 for a > 0, exp(a) else)        db = g ELU(a) s(b) s(-b)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._op import define_op, launcher, wide
+
+
+def last_channels(x: Tensor) -> bool:
+    """Whether ``x`` is dense in channels_last, and only there."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def reference(features: Tensor, dim: int) -> Tensor:
+    """The definition, halves of ``dim``: float32 arithmetic (float64 for float64), the features' dtype out."""
+    a, b = wide(features).chunk(2, dim)
+    return (F.elu(a) * torch.sigmoid(b)).to(features.dtype)
+
+
+def reference_backward(grad: Tensor, features: Tensor, dim: int) -> Tensor:
+    """grad times dy/dfeatures, in the features' dtype and shape."""
+    a, b = wide(features).chunk(2, dim)
+    g, gate = grad.to(a.dtype), torch.sigmoid(b)
+    slope = torch.exp(torch.where(a > 0, 0.0, a))
+    out = torch.cat((g * gate * slope, g * F.elu(a) * gate * torch.sigmoid(-b)), dim)
+    return out.to(features.dtype).contiguous()
+
+
+def _half(features: Tensor, dim: int) -> list[int]:
+    return [size // 2 if i == dim else size for i, size in enumerate(features.shape)]
+
+
+OP = define_op(
+    "gated_elu",
+    "(Tensor features, int dim) -> Tensor",
+    reference=lambda features, dim: reference(features, dim).contiguous(),
+    fake=lambda features, dim: features.new_empty(_half(features, dim)),
+    triton=launcher("gated_elu", "forward"),
+    cpu="cpp",
+    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+)
+BACKWARD = define_op(
+    "gated_elu_backward",
+    "(Tensor grad, Tensor features, int dim) -> Tensor",
+    reference=reference_backward,
+    fake=lambda grad, features, dim: features.new_empty(features.shape),
+    triton=launcher("gated_elu", "backward"),
+    cpu="cpp",
+    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+)
+
+
+class _GatedElu(torch.autograd.Function):
+    @staticmethod
+    def forward(features, dim):
+        return OP.handle(features, dim)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        features, ctx.dim = inputs
+        ctx.save_for_backward(features)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return BACKWARD(grad, *ctx.saved_tensors, ctx.dim), None
+
+
+def gated_elu(features: Tensor) -> Tensor:
+    """ELU of the first half of the channels, times the sigmoid of the second half.
+
+    Args:
+        features: ``[B, 2C, ...]``, any number of dimensions after the channels; float16, bfloat16, float32 or float64.
+
+    Returns:
+        ``[B, C, ...]``, the features' dtype, also under autocast; computed in float32 (float64 for float64).
+        Contiguous, or channels_last if the features are.
+
+    Raises:
+        ValueError: fewer than 2 dimensions, an odd number of channels, or not floating point.
+
+    First-order gradients only; deterministic; ``vmap`` is not supported by the kernels.
+    """
+    if features.dim() < 2 or not features.is_floating_point():
+        raise ValueError(f"features must be floating point [B, 2C, ...], got {features.dtype} {list(features.shape)}")
+    if features.shape[1] % 2:
+        raise ValueError(f"features need an even number of channels, 2C, got {features.shape[1]}")
+    if OP.plain(features.device):
+        return reference(features, 1)
+    if last_channels(features):  # the op sees the halves of dense rows, whatever the layout
+        return _GatedElu.apply(features.permute(0, 2, 3, 1), 3).permute(0, 3, 1, 2)
+    return _GatedElu.apply(features, 1)

@@ -1,0 +1,121 @@
+"""Images put together from the blocks of several passes: each block from the pass that owns it.
+
+    out[s, b, :, h, w] = images[s, b, owners[s, b, h // bh, w // bw], :, h, w]
+
+The last step of AToP's RT3 (arXiv 2401.16352): sum_i m_i g(t_i, m_i) with masks m_i that tile the image, as a
+choice, not a sum of N images. The backward sends every block's gradient to its pass, and 0 to the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._op import define_op, launcher
+from .random_transform import DTYPES, on_pixels
+
+
+def layout(images: Tensor) -> torch.memory_format:
+    """The memory format that is kept: channels_last if the images are that and nothing else."""
+    last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _owned(owners: Tensor, passes: int, height: int, width: int) -> Tensor:
+    """Which pixels each pass owns, bool [S * B, N, 1, H, W]."""
+    pixels = on_pixels(owners, height, width).flatten(0, 1)[:, None, None]
+    return pixels == torch.arange(passes, device=owners.device)[:, None, None, None]
+
+
+def reference(images: Tensor, owners: Tensor, passes: int) -> Tensor:
+    """The definition: [S * B, C, H, W]; passes: N."""
+    each = images.unflatten(0, (owners.shape[0] * owners.shape[1], passes))
+    # all terms but one are 0: exact, and one fused loop under a compiler, backward too
+    out = torch.where(_owned(owners, passes, *images.shape[2:]), each, 0).sum(1)
+    return out.contiguous(memory_format=layout(images))
+
+
+def reference_backward(grad: Tensor, owners: Tensor, passes: int) -> Tensor:
+    """The gradient of ``images``, [S * B * N, C, H, W], in grad's dtype and memory format."""
+    out = torch.where(_owned(owners, passes, *grad.shape[2:]), grad[:, None], 0).flatten(0, 1)
+    return out.contiguous(memory_format=layout(grad))
+
+
+def _like(x: Tensor, images: int) -> Tensor:
+    return torch.empty((images, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout(x))
+
+
+OP = define_op(
+    "stitch",
+    "(Tensor images, Tensor owners, SymInt passes) -> Tensor",
+    reference=reference,
+    fake=lambda images, owners, passes: _like(images, owners.shape[0] * owners.shape[1]),
+    triton=launcher("stitch", "forward"),
+    cpu="cpp",
+    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+)
+BACKWARD = define_op(
+    "stitch_backward",
+    "(Tensor grad, Tensor owners, SymInt passes) -> Tensor",
+    reference=reference_backward,
+    fake=lambda grad, owners, passes: _like(grad, grad.shape[0] * passes),
+    triton=launcher("stitch", "backward"),
+    cpu="cpp",
+    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+)
+
+
+class _Stitch(torch.autograd.Function):
+    @staticmethod
+    def forward(images, owners, passes):
+        return OP.handle(images, owners, passes)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, owners, ctx.passes = inputs
+        ctx.save_for_backward(owners)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return BACKWARD(grad, *ctx.saved_tensors, ctx.passes), None, None
+
+
+def stitch(images: Tensor, owners: Tensor) -> Tensor:
+    """Put one image together from N passes.
+
+    Args:
+        images: ``[S * B * N, C, H, W]``, the N passes of an image next to each other; float16, bfloat16, float32 or
+            float64, contiguous or channels_last (anything else is copied).
+        owners: uint8 ``[S, B, rows, columns]``, the pass each block is taken from, as `random_transform` returns them;
+            rows divides H, columns divides W. A block whose owner is N or more is 0.
+
+    Returns:
+        ``[S * B, C, H, W]`` in images' dtype and memory format; every element a copy.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device.
+
+    What the other passes hold there, NaN too, is not read. First-order gradients only; deterministic; ``vmap`` is not
+    supported by the kernels.
+    """
+    if images.dim() != 4 or images.dtype not in DTYPES:
+        raise ValueError(
+            "images must be [S * B * N, C, H, W] in float16, bfloat16, float32 or float64, "
+            f"got {images.dtype} {list(images.shape)}"
+        )
+    if owners.dim() != 4 or owners.dtype != torch.uint8:
+        raise ValueError(f"owners must be uint8 [S, B, rows, columns], got {owners.dtype} {list(owners.shape)}")
+    if images.device != owners.device:
+        raise ValueError(f"images are on {images.device}, owners on {owners.device}: they must agree")
+    samples, batch, rows, columns = owners.shape
+    height, width = images.shape[2:]
+    if rows < 1 or columns < 1 or height < 1 or width < 1 or height % rows or width % columns:
+        raise ValueError(f"owners' grid of {rows} x {columns} blocks must divide the images, {height} x {width}")
+    if images.shape[0] % (samples * batch or 1) or (images.shape[0] == 0) != (samples * batch == 0):
+        raise ValueError(
+            f"{images.shape[0]} images are no whole number of passes for owners of {samples} x {batch} images"
+        )
+    passes = images.shape[0] // (samples * batch) if images.shape[0] else 1
+    call = reference if OP.plain(images.device) else _Stitch.apply
+    return call(images, owners, passes)

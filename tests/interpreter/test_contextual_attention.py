@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from purify_fast.kernels import contextual_attention as kernel
+
+op = import_module("purify_fast.ops.contextual_attention")
+GRIDS = ((2, 3, 3), (1, 2, 5), (1, 5, 2), (1, 1, 4), (1, 4, 1), (2, 1, 1))  # samples, height, width
+CASES = [(grid, torch.float32) for grid in GRIDS] + [(GRIDS[1], torch.bfloat16), (GRIDS[1], torch.float16)]
+
+
+def inputs(batch: int, height: int, width: int, dtype=torch.float32) -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(batch, height * width, 5, generator=generator) * 0.4
+    keep = (torch.rand(batch, height * width, generator=generator) > 0.3).to(dtype)
+    return pixels @ pixels.mT, op._inverse_norms(pixels, height, width), keep, height, width, 1.0
+
+
+def doubled(arguments: tuple) -> list:
+    return [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
+
+
+@pytest.mark.parametrize(("grid", "dtype"), CASES, ids=str)
+def test_values_and_gradients(within_budget, poisoned, grid, dtype):
+    arguments = inputs(*grid, dtype=dtype)
+    golden, same = op.reference(*doubled(arguments)), op.reference(*arguments)
+    for triple in zip(kernel.forward(*arguments), golden, same, strict=True):
+        within_budget(*triple)
+    grad = torch.randn(golden[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    arguments = (grad, *arguments[:2], same[1], *arguments[3:])
+    outputs, same = kernel.backward(*arguments), op.reference_backward(*arguments)
+    for triple in zip(outputs, op.reference_backward(*doubled(arguments)), same, strict=True):
+        within_budget(*triple)
+
+
+def test_more_queries_than_a_program_adds(within_budget, monkeypatch):
+    monkeypatch.setattr(kernel, "QUERIES", 4)
+    arguments = inputs(1, 3, 3)
+    weights = op.reference(*arguments)[1]
+    grad = torch.randn(1, 4, 9, 9, generator=torch.Generator().manual_seed(1))
+    arguments = (grad, *arguments[:2], weights, *arguments[3:])
+    outputs, same = kernel.backward(*arguments), op.reference_backward(*arguments)
+    for triple in zip(outputs, op.reference_backward(*doubled(arguments)), same, strict=True):
+        within_budget(*triple)
+
+
+def test_splits_nan_and_nothing():
+    arguments = inputs(2, 2, 3)
+    whole = kernel.forward(*arguments)
+    for i in range(2):
+        alone = kernel.forward(*(x[i : i + 1] for x in arguments[:3]), *arguments[3:])
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(whole, alone, strict=True))
+    arguments[0][1, 5, 5] = torch.nan
+    spread, weights = kernel.forward(*arguments)
+    expected = op.reference(*arguments)
+    assert torch.equal(weights.isnan(), expected[1].isnan()) and torch.equal(spread.isnan(), expected[0].isnan())
+    assert weights[1].isnan().any() and weights[0].isfinite().all()
+    nothing = [x[:0] if isinstance(x, torch.Tensor) else x for x in arguments]
+    spread, weights = kernel.forward(*nothing)
+    assert spread.shape == (0, 4, 6, 6) and weights.shape == (0, 6, 6)
+    grads = kernel.backward(spread, *nothing[:2], weights, *nothing[3:])
+    assert [g.shape for g in grads] == [(0, 6, 6), (0, 6)]

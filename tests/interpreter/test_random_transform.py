@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from purify_fast.kernels import philox as stream
+from purify_fast.kernels import random_transform as kernel
+from purify_fast.ops import Stream
+
+op = import_module("purify_fast.ops.random_transform")
+SEED = torch.tensor([-987654321])
+PLAIN, NHWC = torch.contiguous_format, torch.channels_last
+#: batch, channels, height, width, block: planes that are no multiple of 4, several programs for a plane, one pixel
+SHAPES = ((2, 3, 12, 20, 4), (1, 1, 1, 1, 1), (2, 2, 9, 15, 3), (1, 3, 32, 64, 16))
+
+#: sample, two of 1,024 blocks that have one key under seed 0, and how many keys are less
+TIES = ((1037, [84, 843], 648), (5552, [690, 696], 222))
+
+
+def inputs(shape: tuple, dtype=torch.float32) -> tuple:
+    x = torch.rand(shape[:4], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    return x, SEED, torch.arange(shape[0]) * 3 - 1
+
+
+@pytest.fixture
+def own_noise(monkeypatch):
+    """The reference with the kernel's normals, which differ by a few ulp: the rest can be compared to the bit."""
+
+    def noise(x, seed, sample_ids, samples):
+        numel = x[0].numel()
+        drawn = stream.philox(seed, sample_ids, numel, kernel.TRANSFORM_NOISE, 2, samples)
+        return drawn.transpose(0, 1).reshape(samples, *x.shape)
+
+    monkeypatch.setattr(op, "_noise", noise)
+
+
+def settings(shape: tuple, parts: int) -> tuple:
+    """(sigma, block, missing, parts) for the launchers."""
+    block = shape[4]
+    count = (shape[2] // block) * (shape[3] // block)
+    return 0.25, block, count // 3, parts if count % (parts or 1) == 0 else 1
+
+
+def test_the_streams_are_the_ops():
+    assert (int(Stream.TRANSFORM_NOISE), int(Stream.MASK)) == (kernel.TRANSFORM_NOISE, kernel.MASK)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "dtype"),
+    [
+        *((shape, parts, torch.float32) for shape, parts in zip(SHAPES, (5, 0, 5, 4), strict=True)),
+        (SHAPES[0], 0, torch.bfloat16),
+        (SHAPES[2], 1, torch.float16),
+    ],
+    ids=str,
+)
+def test_values_and_gradients(within_budget, poisoned, own_noise, shape, parts, dtype):
+    x, seed, ids = inputs(shape, dtype)
+    sigma, *rest = settings(shape, parts)
+    for samples, shared, out, last in ((1, False, dtype, False), (2, True, torch.float32, True)):
+        arguments = (x, seed, ids, sigma, *rest, samples, shared, out, last)
+        (packed, owners), same = kernel.forward(*arguments), op.reference(*arguments)
+        assert torch.equal(owners, same[1]) and packed.is_contiguous(memory_format=NHWC if last else PLAIN)
+        if out == torch.bfloat16:
+            torch.testing.assert_close(packed, same[0], rtol=2**-7, atol=2**-7)  # the interpreter truncates
+        else:
+            assert torch.equal(packed, same[0])
+        grad = torch.randn(packed.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        grad = grad.to(out).contiguous(memory_format=NHWC if last else PLAIN)
+        got = kernel.backward(grad, x, owners, seed, ids, sigma, rest[2])
+        golden = op.reference_backward(grad.double(), x.double(), owners, seed, ids, sigma, rest[2])
+        within_budget(got, golden, op.reference_backward(grad, x, owners, seed, ids, sigma, rest[2]))
+
+
+def test_without_noise(poisoned):
+    x, seed, ids = inputs(SHAPES[0])
+    arguments = (x, seed, ids, 0.0, 4, 5, 0, 2, False, torch.float32, False)
+    (packed, owners), same = kernel.forward(*arguments), op.reference(*arguments)
+    assert torch.equal(packed, same[0]) and torch.equal(owners, same[1])
+    grad = torch.randn(packed.shape)
+    ends = x.clone()
+    ends[0, 0, 0], ends[0, 0, 1] = 0, 1
+    got = kernel.backward(grad, ends, owners, seed, ids, 0.0, 0)
+    torch.testing.assert_close(got, op.reference_backward(grad, ends, owners, seed, ids, 0.0, 0))
+
+
+def test_noise_agrees_to_a_few_ulp():
+    x, seed, ids = inputs(SHAPES[0])
+    arguments = (x, seed, ids, 0.25, 4, 0, 0, 2, False, torch.float32, False)
+    torch.testing.assert_close(kernel.forward(*arguments)[0], op.reference(*arguments)[0], rtol=0, atol=2**-21)
+
+
+@pytest.mark.parametrize("parts", [0, 1, 4, 16])
+@pytest.mark.parametrize("shared", [False, True])
+def test_owners_have_the_same_bits(shared, parts):
+    """A grid below, of and above one tile; ids and draws of 32 bits and more."""
+    ids = torch.tensor([7, -1, 2**40 + 3])
+    for height, width in ((4, 4), (8, 8), (12, 20)):
+        got = kernel._assign(SEED, ids, height, width, height * width // 3, parts, 2, shared)
+        assert torch.equal(got, op._assign(SEED, ids, (height, width), height * width // 3, parts, 2, shared))
+
+
+def test_ties_go_by_index(monkeypatch):
+    """Blocks of one key, with the cut between them."""
+    monkeypatch.setattr(kernel, "TILE", 512)  # the interpreter takes as long for a small one
+    for sample, blocks, rank in TIES:
+        for missing, hidden in ((rank, [0, 0]), (rank + 1, [1, 0]), (rank + 2, [1, 1])):
+            owners = kernel._assign(torch.tensor([0]), torch.tensor([sample]), 32, 32, missing, 0, 1, False)
+            assert owners.flatten()[blocks].tolist() == hidden and owners.sum() == missing
+
+
+def test_splits_layouts_nan_and_empty():
+    x, seed, ids = inputs((5, 2, 9, 15, 3))
+    rest = (0.25, 3, 5, 3, 2, False, torch.float32, False)
+    whole, owners = kernel.forward(x, seed, ids, *rest)
+    whole = whole.unflatten(0, (2, 5, 3))
+    for cut in (slice(0, 2), slice(2, 5)):
+        packed, own = kernel.forward(x[cut], seed, ids[cut], *rest)
+        assert torch.equal(packed.unflatten(0, (2, -1, 3)), whole[:, cut]) and torch.equal(own, owners[:, cut])
+    strided = kernel.forward(x.contiguous(memory_format=NHWC), seed, ids.repeat_interleave(2)[::2], *rest)
+    assert torch.equal(strided[0], whole.flatten(0, 2))
+    grad = torch.randn(30, 4, 9, 15)
+    wanted = kernel.backward(grad, x, owners, seed, ids, 0.25, 3)
+    grads = torch.full((30, 9, 6, 15), torch.nan).permute(0, 2, 1, 3)
+    grads[:, 1:5] = grad
+    assert torch.equal(kernel.backward(grads[:, 1:5], x, owners, seed, ids, 0.25, 3), wanted)
+    x[1, 0, 4, 5] = torch.nan
+    packed = kernel.forward(x, seed, ids, *rest)[0].unflatten(0, (2, 5, 3))
+    assert packed.isnan().sum() == 4 and packed[:, 1, :, 0, 4, 5].isnan().sum() == 4  # 2 draws, 2 of 3 parts see it
+    assert kernel.backward(grad, x, owners, seed, ids, 0.25, 3)[1, 0, 4, 5] == 0
+    packed, owners = kernel.forward(x[:0], seed, ids[:0], *rest)
+    assert packed.shape == (0, 4, 9, 15) and owners.shape == (2, 0, 3, 5)
+    assert kernel.backward(packed, x[:0], owners, seed, ids[:0], 0.25, 3).shape == (0, 2, 9, 15)
+
+
+def test_offsets_are_64_bit():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def offsets(out_ptr, pid, planes, plane, tiles, LAST: tl.constexpr, ALIGNED: tl.constexpr):
+        image, channel, _, pixel, _ = kernel._pixels(tl.zeros((), tl.int64) + pid, planes, plane, tiles, ALIGNED, 8)
+        tl.store(out_ptr + tl.arange(0, 32), kernel._place(image, channel, pixel, planes, plane, LAST))
+
+    planes, plane = 5, 2**26
+    tiles = plane // 32 + 1
+    image, tile, channel = 40, 1000, 3
+    pid = (image * tiles + tile) * planes + channel
+    pixel = torch.arange(32) + 32 * tile
+    for last, wanted in ((False, channel * plane + pixel), (True, pixel * planes + channel)):
+        out = torch.empty(32, dtype=torch.int64)
+        offsets[(1,)](out, pid, planes, plane, tiles, LAST=last, ALIGNED=not last)
+        assert torch.equal(out, image * planes * plane + wanted)

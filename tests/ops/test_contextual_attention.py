@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from purify_fast.ops import contextual_attention, key_validity
+
+op = import_module("purify_fast.ops.contextual_attention")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# square; wider; higher; one row and one column of cells; one cell; no sample
+SHAPES = ((2, 6, 16, 16), (2, 3, 8, 14), (3, 5, 18, 6), (2, 4, 2, 12), (2, 4, 12, 2), (2, 3, 2, 2), (0, 3, 4, 6))
+
+
+def inputs(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 0.4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    features = (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    return features, torch.rand(shape[0], shape[2] * shape[3] // 4, generator=generator) > 0.3
+
+
+def literal(features: torch.Tensor, valid: torch.Tensor, scale: float = 10.0) -> torch.Tensor:
+    """One sample at a time, every patch built, the reorderings done; keys are rows."""
+    results = []
+    for x, v in zip(features, valid, strict=True):
+        h, w = x.shape[1] // 2, x.shape[2] // 2
+        values = F.unfold(x[None], 4, stride=2, padding=1)[0]
+        queries = F.unfold(F.interpolate(x[None], scale_factor=0.5, mode="nearest"), 3, padding=1)[0]
+        keys = queries / queries.norm(dim=0, keepdim=True).clamp_min(1e-4)
+        scores = keys.T @ queries
+        columns_first = torch.arange(h * w).view(h, w).T.flatten()
+        for order in (torch.arange(h * w), columns_first):
+            ordered = scores[order][:, order]
+            padded = F.pad(ordered, (1, 1, 1, 1))
+            fused = ordered + padded[:-2, :-2] + padded[2:, 2:]
+            back = order.argsort()
+            scores = fused[back][:, back]
+        kept = v.to(x.dtype)[:, None]
+        weights = kept * torch.softmax(scale * (kept * scores), 0)
+        results.append(F.fold((values @ weights)[None], x.shape[1:], 4, stride=2, padding=1)[0] / 4)
+    return torch.stack(results) if results else features.clone()
+
+
+def between(*shape: int, dtype=torch.float32, seed: int = 0) -> tuple:
+    """The op's own arguments; ``dtype`` of the weights' sums. No weight is near 1, where slopes are what cancels."""
+    features, valid = inputs(*shape, dtype=torch.promote_types(dtype, torch.float32), seed=seed)
+    pixels = features[:, :, ::2, ::2].flatten(2)
+    norms = op._inverse_norms(pixels.mT, shape[2] // 2, shape[3] // 2)
+    return pixels.mT @ pixels, norms, valid.to(dtype), shape[2] // 2, shape[3] // 2, 1.0
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_literal_form(backend, shape):
+    for dtype, tolerance, slope_tolerance in ((torch.float64, 1e-12, 1e-11), (torch.float32, 1e-6, 1e-4)):
+        features, valid = inputs(*shape, dtype=dtype)
+        leaf = features.requires_grad_()
+        out, wanted = contextual_attention(leaf, valid), literal(leaf, valid)
+        torch.testing.assert_close(out, wanted, rtol=0, atol=tolerance)
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+        got, slopes = (torch.autograd.grad(y, leaf, grad)[0] for y in (out, wanted))
+        torch.testing.assert_close(got, slopes, rtol=0, atol=slope_tolerance)
+
+
+def test_equals_the_literal_form_at_the_published_size(backend):
+    features, _ = inputs(1, 96, 64, 64, scale=0.002)  # the likeliest patch has about a tenth of the weight
+    mask = torch.zeros(1, 1, 256, 256)
+    mask[:, :, 32:64, 96:128], mask[:, :, 192:, :32] = 1, 1
+    valid = key_validity(mask, (32, 32))
+    out = contextual_attention(features, valid)
+    scale = out.abs().max().item()
+    torch.testing.assert_close(out, literal(features, valid), rtol=0, atol=1e-5 * scale)
+    assert 2e-4 < scale < features.abs().max() / 2
+
+
+def test_another_scale(backend):
+    features, valid = inputs(2, 3, 8, 6, dtype=torch.float64)
+    for scale in (0.0, 1.0, 25.0):
+        torch.testing.assert_close(contextual_attention(features, valid, scale), literal(features, valid, scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_lies_between_the_products(within_budget, poisoned, shape, dtype):
+    arguments = between(*shape, dtype=dtype)
+    golden_inputs = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
+    outputs, golden, same = op.OP.handle(*arguments), op.reference(*golden_inputs), op.reference(*arguments)
+    for triple in zip(outputs, golden, same, strict=True):
+        within_budget(*triple)
+    grad = torch.randn(golden[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    rest = arguments[3:]
+    outputs = op.BACKWARD.handle(grad, *arguments[:2], same[1], *rest)
+    golden = op.reference_backward(grad.double(), *golden_inputs[:2], same[1].double(), *rest)
+    for got, wanted in zip(outputs, golden, strict=True):
+        assert got.dtype == arguments[0].dtype
+        size = max([x.abs().max().item() for x in golden if x.numel()], default=0.0)  # sums of numbers of this size
+        tolerance = 32 * torch.finfo(got.dtype).eps * size
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance)
+
+
+def test_backward_is_the_derivative():
+    """Of the written-out gradient, by autograd through the reference."""
+    for shape in ((2, 3, 6, 10), (1, 3, 8, 4)):
+        correlation, inverse, keep, *rest = between(*shape, dtype=torch.float64)
+        correlation.requires_grad_(), inverse.requires_grad_()
+        spread, weights = op.reference(correlation, inverse, keep, *rest)
+        grad = torch.randn(spread.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        wanted = torch.autograd.grad(spread, (correlation, inverse), grad)
+        got = op.reference_backward(grad, correlation.detach(), inverse.detach(), weights.detach(), *rest)
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_gradcheck(backend):
+    features, valid = inputs(2, 2, 4, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: contextual_attention(x, valid, 2.0), (features.requires_grad_(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_have_wide_scores(backend, dtype):
+    """The error is that of rounding the weights' sums and the result, whatever the size of the scores."""
+    features, valid = inputs(2, 24, 16, 16, dtype=dtype, scale=1.0)
+    out = contextual_attention(features, valid)
+    wanted = literal(features.double(), valid)
+    assert out.dtype == dtype
+    assert (out - wanted).abs().max() <= 4 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+def test_samples_use_their_own_keys(backend):
+    features, valid = inputs(4, 6, 12, 8)
+    whole = contextual_attention(features, valid)
+    for i in range(4):
+        alone = contextual_attention(features[i : i + 1], valid[i : i + 1])
+        torch.testing.assert_close(whole[i : i + 1], alone, rtol=0, atol=2.4e-7 * 4)
+    other = contextual_attention(features, valid[:1].expand(4, -1))
+    assert (other[1:] - whole[1:]).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_invalid_keys_give_nothing_and_take_their_share(backend):
+    """At scale 0 the weights are 1/L, and only the valid ones count: no renormalisation."""
+    features, _ = inputs(1, 3, 8, 8, dtype=torch.float64)
+    valid = torch.zeros(1, 16, dtype=torch.bool)
+    assert (contextual_attention(features, valid) == 0).all()
+    valid[0, 5] = True  # the cell (1, 1), with its patch: rows and columns 1 to 4
+    out = contextual_attention(features, valid, 0.0)
+    patch = features[:, :, 1:5, 1:5] / 16 / 4
+    middle = sum(patch[:, :, y : y + 2, x : x + 2] for y in (0, 2) for x in (0, 2))
+    torch.testing.assert_close(out[:, :, 2:4, 2:4], middle.flip(2, 3))  # even pixels are covered by odd ones of it
+
+
+def test_zero_features_have_zero_gradients(backend):
+    leaf = torch.zeros(2, 3, 8, 8, requires_grad=True)
+    out = contextual_attention(leaf, torch.ones(2, 16, dtype=torch.bool))
+    out.sum().backward()
+    assert (out == 0).all() and leaf.grad.isfinite().all()
+
+
+def test_non_finite_features_are_not_hidden(backend):
+    features, valid = inputs(3, 4, 8, 8)
+    valid[:] = True
+    features[1, 2, 4, 4] = torch.nan  # a pixel of the keys
+    features[2, 2, 5, 5] = torch.inf  # one of the values only
+    out = contextual_attention(features, valid)
+    assert out[0].isfinite().all() and out[1].isnan().all() and not out[2, 2].isfinite().all()
+    valid[1] = False
+    assert contextual_attention(features, valid)[1].isnan().all()
+
+
+def test_any_layout(backend):
+    features, valid = inputs(2, 6, 8, 12)
+    grad = torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
+    leaf = features.clone().requires_grad_()
+    wanted = contextual_attention(leaf, valid)
+    (slopes,) = torch.autograd.grad(wanted, leaf, grad)
+    padded = torch.full((4, 8, 11, 15), torch.nan)
+    padded[1:3, 1:7, 2:10, 3:15] = features
+    last = torch.channels_last
+    for x in (features.to(memory_format=last), padded[1:3, 1:7, 2:10, 3:15], features.transpose(2, 3).contiguous().mT):
+        leaf = x.detach().requires_grad_()
+        out = contextual_attention(leaf, valid)
+        assert out.is_contiguous(memory_format=last if x.is_contiguous(memory_format=last) else torch.contiguous_format)
+        torch.testing.assert_close(out, wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.autograd.grad(out, leaf, grad)[0], slopes, rtol=0, atol=1e-5)
+
+
+def test_threads_change_nothing():
+    """Of the kernel; the sum over the queries is made in blocks of a fixed size."""
+    arguments = between(3, 4, 26, 22)
+    grad = torch.randn(3, 4, 143, 143, generator=torch.Generator().manual_seed(1))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            spread, weights = op.OP.handle(*arguments)
+            results.append((spread, weights, *op.BACKWARD.handle(grad, *arguments[:2], weights, *arguments[3:])))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_contract(backend, contract):
+    sets = [between(2, 3, 4, 6), between(2, 3, 4, 6, dtype=torch.bfloat16), between(0, 3, 4, 4), between(1, 2, 2, 2)]
+    contract.registered(op.OP.handle, *sets)
+    backward = []
+    for arguments in sets:
+        spread, weights = op.reference(*arguments)
+        backward.append((spread, *arguments[:2], weights, *arguments[3:]))
+    contract.registered(op.BACKWARD.handle, *backward)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_compiles(backend, contract, memory_format):
+    def make(size: int) -> tuple:
+        features, valid = inputs(size, 4, 6, 10, seed=size)
+        return features.to(memory_format=memory_format).requires_grad_(), valid
+
+    call = lambda x, v: contextual_attention(1.5 * x, v)  # noqa: E731
+    # of unknown height and width the reference's paddings take a minute of algebra
+    contract.compiles(call, make, sizes=(2, 3), compiler="aot_eager", batch_only=True)
+
+
+def test_inductor_fuses_the_reference():
+    """Its result; the gradient is traced alike above, and would take the C++ compiler as long again.
+
+    In float64: the scale of 10 before the softmax makes much of float32's rounding.
+    """
+    torch._dynamo.reset()
+    features, valid = inputs(2, 2, 4, 6, dtype=torch.float64)
+    with torch.no_grad():
+        compiled = torch.compile(contextual_attention, fullgraph=True)(features, valid)
+        torch.testing.assert_close(compiled, literal(features, valid), rtol=1e-11, atol=1e-12)
+
+
+def test_autocast_and_inference_mode(backend):
+    for dtype in (torch.float32, torch.bfloat16):
+        features, valid = inputs(2, 4, 6, 8, dtype=dtype)
+        expected = contextual_attention(features, valid)
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            out = contextual_attention(features, valid)
+        assert out.dtype == dtype and torch.equal(out, expected)
+
+
+def test_what_the_op_cannot_do():
+    correlation, inverse, keep, *rest = between(2, 3, 4, 6)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda x: op._Between.apply(x[None], inverse[:1], keep[:1], *rest)[0])(correlation)
+    leaf = correlation.requires_grad_()
+    spread, _ = op._Between.apply(leaf, inverse, keep, *rest)
+    weight = torch.ones_like(spread).requires_grad_()
+    (first,) = torch.autograd.grad(spread, leaf, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def valid_of(*shape: int, **more) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.bool, **more)
+
+
+@pytest.mark.parametrize(
+    ("features", "valid", "message"),
+    [
+        (torch.zeros(2, 3, 4), valid_of(2, 4), r"floating point \[B, C, H, W\], got torch.float32 \[2, 3, 4\]"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.int32), valid_of(2, 4), "got torch.int32"),
+        (torch.zeros(2, 3, 5, 4), valid_of(2, 4), r"even H and W, at least 2, got \[B, C, H, W\] = \[2, 3, 5, 4\]"),
+        (torch.zeros(2, 3, 0, 4), valid_of(2, 0), "even H and W"),
+        (
+            torch.zeros(2, 3, 4, 6),
+            valid_of(2, 5),
+            r"bool \[B, \(H/2\) \* \(W/2\)\] = \[2, 6\], got torch.bool \[2, 5\]",
+        ),
+        (torch.zeros(2, 3, 4, 6), valid_of(1, 6), r"= \[2, 6\], got torch.bool \[1, 6\]"),
+        (torch.zeros(2, 3, 4, 6), torch.ones(2, 6), "got torch.float32"),
+        (torch.zeros(2, 3, 4, 6), valid_of(2, 6, device="meta"), "features are on cpu, valid on meta: they must agree"),
+    ],
+)
+def test_errors(features, valid, message):
+    with pytest.raises(ValueError, match=message):
+        contextual_attention(features, valid)
+
+
+def blocks(*missing: tuple[int, int], side: int = 32, size: int = 256) -> torch.Tensor:
+    mask = torch.zeros(1, 1, size, size)
+    for row, column in missing:
+        mask[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side] = 1
+    return mask
+
+
+def test_validity_of_the_published_masks():
+    quarter = [(row, column) for row in range(4) for column in range(4)]
+    for missing, count in ((quarter, 735), ([(0, 0)], 999), ([(1, 1)], 988), ([], 1024)):
+        assert key_validity(blocks(*missing), (32, 32)).sum() == count
+    masks = torch.cat([blocks(*quarter), blocks((1, 1))])
+    assert key_validity(masks, (32, 32)).sum(1).tolist() == [735, 988]
+
+
+def by_hand(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Cell by cell: whether any pixel of its 3x3 cells is missing."""
+    (h, w), (rows, columns) = size, mask.shape[2:]
+    missing = torch.zeros(len(mask), h, w, dtype=torch.bool)
+    for y in range(h):
+        for x in range(w):
+            ends = -(-(y + 1) * rows // h), -(-(x + 1) * columns // w)
+            cell = mask[:, 0, y * rows // h : ends[0], x * columns // w : ends[1]]
+            missing[:, y, x] = (cell != 0).flatten(1).any(1)
+    padded = F.pad(missing, (1, 1, 1, 1))
+    near = [padded[:, dy : dy + h, dx : dx + w] for dy in range(3) for dx in range(3)]
+    return ~torch.stack(near).any(0).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "side", "size"),
+    [
+        ((256, 256), 32, (32, 32)),  # where sampling every eighth pixel is right
+        ((32, 32), 4, (4, 4)),  # blocks smaller than a cell: sampling would see one block in four
+        ((32, 32), 4, (5, 3)),  # cells that are no whole number of pixels
+        ((64, 96), 8, (8, 12)),
+        ((8, 8), 1, (32, 32)),  # a map of the blocks, finer cells
+    ],
+)
+def test_validity_at_any_resolution(pixels, side, size):
+    generator = torch.Generator().manual_seed(0)
+    coarse = (torch.rand(20, 1, pixels[0] // side, pixels[1] // side, generator=generator) < 0.1).float()
+    mask = coarse.repeat_interleave(side, 2).repeat_interleave(side, 3)
+    valid = key_validity(mask, size)
+    assert valid.dtype == torch.bool and valid.shape == (20, size[0] * size[1])
+    assert torch.equal(valid, by_hand(mask, size)) and 0 < valid.float().mean() < 1
+    assert torch.equal(key_validity(mask.bool(), size), valid)
+    assert torch.equal(key_validity(mask.bfloat16(), size), valid)
+
+
+def test_every_small_block_counts():
+    for row in range(8):
+        for column in range(8):
+            valid = key_validity(blocks((row, column), side=4, size=32), (4, 4)).view(4, 4)
+            assert not valid[row // 2, column // 2]
+
+
+def test_validity_compiles(contract):
+    contract.compiles(
+        lambda m: (key_validity(m, (4, 4)),), lambda size: (blocks((0, 0), side=4, size=32).expand(size, -1, -1, -1),)
+    )
+
+
+@pytest.mark.parametrize(
+    ("mask", "size", "message"),
+    [
+        (torch.zeros(2, 3, 8, 8), (4, 4), r"mask must be \[B, 1, H0, W0\], got \[2, 3, 8, 8\]"),
+        (torch.zeros(8, 8), (4, 4), r"got \[8, 8\]"),
+        (torch.zeros(1, 1, 0, 8), (4, 4), r"got \[1, 1, 0, 8\]"),
+        (torch.zeros(1, 1, 8, 8), (0, 4), r"size must be \(h, w\), at least 1, got \(0, 4\)"),
+    ],
+)
+def test_validity_errors(mask, size, message):
+    with pytest.raises(ValueError, match=message):
+        key_validity(mask, size)
