@@ -71,7 +71,8 @@ class Randomised(nn.Module):
     def noise(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(seed ``[1]``, sample ids ``[batch]`` or ``[1]``) that this call's draws are made from, int64."""
         if self._noise == "fixed":  # sample word 0 for every image
-            return self._noise_seed, torch.zeros(1, dtype=torch.int64, device=device)
+            # a copy: a backward after the block needs the block's seed
+            return self._noise_seed.clone(), torch.zeros(1, dtype=torch.int64, device=device)
         seed = torch.randint(2**62, (1,), device=device)
         if self._positions is None:
             return seed, torch.arange(batch, device=device)
@@ -94,11 +95,15 @@ class Randomised(nn.Module):
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
         """`forward` of ``draws`` independent calls at once, ``[draws, B, classes]``; attacks with EOT use it."""
-        return aggregate(self.draw_sample_logits(x, draws).flatten(0, 1), "lse").unflatten(0, (draws, -1))
+        return self.combine(self.draw_sample_logits(x, draws).flatten(0, 1)).unflatten(0, (draws, -1))
+
+    def combine(self, logits: Tensor) -> Tensor:
+        """``[B, K, classes]`` -> ``[B, classes]``, float32: logsumexp over the samples, the same decision as PeeL."""
+        return aggregate(logits, "lse")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``, float32: logsumexp over the samples, the same decision as PeeL."""
-        return aggregate(self.sample_logits(x), "lse")
+        """Logits ``[B, classes]``, float32: those of the K draws, combined."""
+        return self.combine(self.sample_logits(x))
 
     def predict_proba(self, x: Tensor) -> Tensor:
         """softmax of `forward`, ``[B, classes]``."""

@@ -86,6 +86,9 @@ class Representation:
         try:
             with torch.no_grad():  # two images: BatchNorm in a user's train-only code path would refuse one
                 logits = self.model(torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype))
+        except RuntimeError as error:
+            want = f"[B, {', '.join(map(str, image_shape))}]"
+            raise ValueError(f"the classifier must map {want} to logits [B, C]: {error}") from error
         finally:
             self.recording = False
             del self.read

@@ -1,0 +1,171 @@
+"""A masked autoencoder as purifier: the place of AToP's AE purifier, which is a denoising masked autoencoder (DMAE).
+
+Wu et al., "Denoising Masked Autoencoders Help Robust Classification", ICLR 2023, after He et al., CVPR 2022. AToP's own
+has never been published: how its predictions become an image is not known. Ours: plain pixels, through a tanh.
+
+A vision transformer encodes the patches that are not hidden, a smaller one decodes all of them. No dropout: training
+and evaluation mode are the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: DMAE's ViT-B/16, for images of 224 x 224, as arguments of `MaskedAutoencoder`.
+VIT_B16 = {
+    "image_shape": (3, 224, 224),
+    "patch": 16,
+    "width": 768,
+    "depth": 12,
+    "heads": 12,
+    "decoder_width": 512,
+    "decoder_depth": 8,
+    "decoder_heads": 16,
+}
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed positions of a grid of patches, ``[rows * columns, width]``: sines and cosines of row, then of column.
+
+    Frequencies 10000^(-i / n) with n = width / 4, of which width is a multiple.
+    """
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)
+    row, column = torch.cat([rows.sin(), rows.cos()], 1), torch.cat([columns.sin(), columns.cos()], 1)
+    return torch.cat([row.repeat_interleave(grid[1], 0), column.repeat(grid[0], 1)], 1).float()
+
+
+class _Block(nn.Module):
+    """Self-attention and two linear layers, LayerNorm before each: ``[B, T, width]``; a GELU, 4 width hidden."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
+        """seen: bool ``[B, 1, 1, T]``, the tokens that attention reads; None for all."""
+        b, t, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, width))
+        return x + self.mlp(self.norm2(x))
+
+
+class MaskedAutoencoder(nn.Module):
+    """A purifier ``g(transformed, mask) -> image`` for images of one size.
+
+    Args:
+        image_shape: (C, H, W), H and W multiples of the patch.
+        patch: side of the square patches in pixels.
+        width, depth, heads: of the encoder. decoder_width, decoder_depth, decoder_heads: of the decoder.
+
+    The default sizes are ours, for 16 x 16 to 32 x 32; `VIT_B16` has DMAE's.
+
+    ``forward(transformed, mask)``: transformed ``[B, C, H, W]`` in [-1, 1], 0 where hidden; mask ``[B, 1, H, W]``, 1
+    where hidden -> the whole image ``[B, C, H, W]`` in [-1, 1].
+
+    A patch is hidden if all of its pixels are: the encoder's attention then reads nothing of it, which equals encoding
+    the other patches alone, however many each image has. The patches are embedded with their part of the mask (ours),
+    since blocks smaller than a patch hide part of it. A class token is always read.
+
+    Raises:
+        ValueError: sizes that do not fit, at construction or call.
+    """
+
+    positions: Tensor
+    decoder_positions: Tensor
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        patch: int = 4,
+        width: int = 64,
+        depth: int = 4,
+        heads: int = 4,
+        decoder_width: int = 64,
+        decoder_depth: int = 2,
+        decoder_heads: int = 4,
+    ):
+        super().__init__()
+        channels, h, w = image_shape
+        if min(channels, h, w, patch, depth, decoder_depth, heads, decoder_heads) < 1 or h % patch or w % patch:
+            raise ValueError(
+                f"need H and W as multiples of patch and every size >= 1, got image_shape {tuple(image_shape)}, "
+                f"patch {patch}, depths {depth, decoder_depth}, heads {heads, decoder_heads}"
+            )
+        for name, size, parts in (("width", width, heads), ("decoder_width", decoder_width, decoder_heads)):
+            if size < 1 or size % 4 or size % parts:
+                raise ValueError(f"{name} must be a multiple of 4 and of its {parts} heads, got {size}")
+        self.arguments = {
+            "image_shape": [channels, h, w],
+            "patch": patch,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "decoder_width": decoder_width,
+            "decoder_depth": decoder_depth,
+            "decoder_heads": decoder_heads,
+        }
+        self.image_shape, self.patch = (channels, h, w), patch
+        grid = h // patch, w // patch
+        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        self.register_buffer("decoder_positions", sincos_positions(grid, decoder_width), persistent=False)
+        self.embed = nn.Linear((channels + 1) * patch * patch, width)
+        self.class_token = nn.Parameter(torch.empty(1, 1, width))
+        self.encoder = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.to_decoder = nn.Linear(width, decoder_width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
+        self.decoder = nn.ModuleList(_Block(decoder_width, decoder_heads) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
+        self.to_pixels = nn.Linear(decoder_width, channels * patch * patch)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for token in (self.class_token, self.mask_token):
+            nn.init.normal_(token, std=0.02)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W] -> [B, T, C patch patch]``, patches row by row."""
+        return F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
+
+    def forward(self, transformed: Tensor, mask: Tensor) -> Tensor:
+        c, h, w = self.image_shape
+        b = transformed.shape[0]
+        if tuple(transformed.shape[1:]) != (c, h, w) or tuple(mask.shape) != (b, 1, h, w):
+            raise ValueError(
+                f"need transformed [B, {c}, {h}, {w}] and mask [B, 1, {h}, {w}], got {list(transformed.shape)} and "
+                f"{list(mask.shape)}"
+            )
+        mask = mask.to(transformed.dtype)
+        tokens = self.embed(self._patches(torch.cat([transformed, mask], 1))) + self.positions
+        hidden = self._patches(mask).amin(2) > 0
+        seen = F.pad(~hidden, (1, 0), value=True)[:, None, None]
+        x = torch.cat([self.class_token.expand(b, -1, -1).to(tokens.dtype), tokens], 1)
+        for block in self.encoder:
+            x = block(x, seen)
+        x = self.to_decoder(self.norm(x))
+        token, patches = x[:, :1], x[:, 1:]
+        patches = torch.where(hidden[:, :, None], self.mask_token.to(x.dtype), patches) + self.decoder_positions
+        x = torch.cat([token.to(patches.dtype), patches], 1)
+        for block in self.decoder:
+            x = block(x, None)
+        pixels = torch.tanh(self.to_pixels(self.decoder_norm(x)[:, 1:]))
+        return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, (h // self.patch, w // self.patch)), self.patch)
+
+    def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
+        """DMAE's loss per image, ``[B]``: the mean square over all patches, hidden or not, of the last of ``images``.
+
+        In plain pixels, not normalised per patch, since the prediction is an image (ours).
+        """
+        return (images[-1] - target).square().flatten(1).mean(1)
