@@ -2,13 +2,16 @@
 
 from ._frozen import frozen
 from .apgd import apgd
+from .bpda import Bpda
 from .gradient import fgsm, input_gradient, pgd, pgd_and_fgsm
 from .health import GradientHealth
 from .losses import LOSSES, TARGETED, cross_entropy, dlr, dlr_targeted, margin
+from .stadv import stadv
 
 __all__ = [
     "LOSSES",
     "TARGETED",
+    "Bpda",
     "GradientHealth",
     "apgd",
     "cross_entropy",
@@ -20,4 +23,5 @@ __all__ = [
     "margin",
     "pgd",
     "pgd_and_fgsm",
+    "stadv",
 ]

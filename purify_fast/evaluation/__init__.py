@@ -1,6 +1,6 @@
 """Honest evaluation of any model from images in [0, 1] to logits: attacks, gradient health, tables and pictures."""
 
-from .protocol import Attack, default_attacks, evaluate
+from .protocol import Attack, default_attacks, evaluate, lee_kim_2023
 from .report import Examples, Paired, Report, Row, merge
 
-__all__ = ["Attack", "Examples", "Paired", "Report", "Row", "default_attacks", "evaluate", "merge"]
+__all__ = ["Attack", "Examples", "Paired", "Report", "Row", "default_attacks", "evaluate", "lee_kim_2023", "merge"]

@@ -106,9 +106,11 @@ def grid(
     Args:
         clean, adversarial: ``[M, C, H, W]`` in [0, 1], C = 1 or 3; arrays or tensors. labels: true classes ``[M]``.
         path: the PNG.
-        defence: gives the predictions; with ``reconstruct(x) -> [B, K, C, H, W]`` also the reconstructions, with
-            ``sample_logits(x) -> [B, K, classes]`` the class of each. With ``fixed_noise`` the two share their noise.
-        samples: reconstructions shown at most. seed: of the noise. names: of the classes. title: above everything.
+        defence: gives the predictions; with ``purify(x)`` or ``reconstruct(x)``, ``[B, K, C, H, W]`` or of one draw
+            ``[B, C, H, W]``, also the reconstructions, with ``sample_logits(x) -> [B, K, classes]`` the class of each,
+            and with ``transformed(x)``, alike, what it repairs. With ``fixed_noise`` they share their noise.
+        samples: reconstructions shown at most, and transformed images. seed: of the noise. names: of the classes.
+        title: above everything.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing. ValueError: shapes disagree.
@@ -120,8 +122,8 @@ def grid(
             f"clean and adversarial must be [M, C, H, W] with C = 1 or 3 and labels [M], "
             f"got {list(x.shape)}, {list(adv.shape)} and {list(y.shape)}"
         )
-    predicted, pictures, classes = _look(defence, x, adv, samples, seed)
-    columns = 3 + (0 if pictures is None else pictures.shape[1])
+    predicted, more = _look(defence, x, adv, samples, seed)
+    columns = 3 + len(more)
     figure = pyplot()(figsize=(1.25 * columns, 1.45 * len(x) + 0.5), layout="constrained")
     figure.suptitle(title or "Attacked images", fontsize=10)
     axes = figure.subplots(len(x), columns, squeeze=False)
@@ -129,10 +131,7 @@ def grid(
     amplified = 0.5 + (adv - x) / (2 * largest)
     for i in range(len(x)):
         shown = [(x[i], predicted[0], "clean"), (adv[i], predicted[1], "adversarial"), (amplified[i], None, "")]
-        if pictures is not None:
-            shown += [
-                (pictures[i, k], None if classes is None else classes[:, k], "") for k in range(pictures.shape[1])
-            ]
+        shown += [(images[i], classes, "") for images, classes, _ in more]
         for axis, (image, guess, what) in zip(axes[i], shown, strict=True):
             axis.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])
@@ -144,16 +143,16 @@ def grid(
                 axis.set_title(f"{what} {text}".strip(), fontsize=8, color=_GREEN if right else _RED, pad=2)
         axes[i][2].set_title(f"difference x{0.5 / largest:.1f}", fontsize=8, color="#555555", pad=2)
         axes[i][0].set_ylabel(f"true {_name(y[i], names)}", fontsize=8)
-    if pictures is not None:
-        axes[-1][3].set_xlabel("reconstructions", fontsize=8)
+    for axis, (_, _, what) in zip(axes[-1][3:], more, strict=True):
+        axis.set_xlabel(what, fontsize=8)
     _save(figure, path)
 
 
 @torch.no_grad()
 def _look(defence, x, adv, samples, seed):
-    """Predictions of both; of the adversarial images the reconstructions [M, K, C, H, W] and their classes [M, K]."""
+    """Predictions of both, and columns of what becomes of the adversarial images: [M, C, H, W], classes [M], a name."""
     if defence is None:
-        return (None, None), None, None
+        return (None, None), []
     device = x.device
     if isinstance(defence, nn.Module):
         device = next((p.device for p in (*defence.parameters(), *defence.buffers())), device)
@@ -168,10 +167,18 @@ def _look(defence, x, adv, samples, seed):
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), frozen(defence):
         predicted = [fixed(defence, images).argmax(1) for images in (x, adv)]
-        pictures = fixed(defence.reconstruct, adv)[:, :samples].float() if hasattr(defence, "reconstruct") else None
-        each = hasattr(defence, "sample_logits") and pictures is not None
+        purify = getattr(defence, "purify", None) or getattr(defence, "reconstruct", None)
+        each = hasattr(defence, "sample_logits") and purify is not None
         classes = fixed(defence.sample_logits, adv)[:, :samples].argmax(2) if each else None
-    return predicted, pictures, classes
+        columns: list[tuple] = []
+        for make, what in ((getattr(defence, "transformed", None), "transformed"), (purify, "reconstructions")):
+            if make is not None:
+                pictures = fixed(make, adv).float()
+                pictures = pictures[:, None] if pictures.dim() == 4 else pictures[:, :samples]
+                known = classes.unbind(1) if classes is not None and make is purify else [None] * pictures.shape[1]
+                named = [what] + [""] * (pictures.shape[1] - 1)
+                columns += zip(pictures.unbind(1), known, named, strict=True)
+    return predicted, columns
 
 
 def _name(label, names: Sequence[str] | None) -> str:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._files import atomic, digest, write_text
-from ..attacks import LOSSES, TARGETED, GradientHealth, apgd, fgsm, frozen, input_gradient, pgd
+from ..attacks import LOSSES, TARGETED, Bpda, GradientHealth, apgd, fgsm, frozen, input_gradient, pgd, stadv
+from ..attacks.bpda import classifier_of
 from ..attacks.gradient import draws_at_once
+from ..attacks.stadv import EPS as FLOW
 from ..nn import Head
 from ..ops.aggregate import METHODS, UNSAFE
 from ..ops.pgd_step import NORMS
@@ -34,13 +37,20 @@ from .autoattack import VERSIONS, autoattack, implementation, parts
 from .report import FORMAT, Examples, Report, Row
 
 Model = Callable[[Tensor], Tensor]
-KINDS = ("pgd", "apgd", "fgsm", "autoattack")
-GRADIENT = ("pgd", "apgd", "fgsm")  # ours
+KINDS = ("pgd", "apgd", "fgsm", "bpda", "stadv", "autoattack")
+GRADIENT = ("pgd", "apgd", "fgsm", "bpda", "stadv")  # ours
 VARIANTS = ("random", "fixed", "deterministic")
+CLASSIFIER = "classifier"  # as a target
+LEE_KIM = "PGD-200 ce + EOT (Lee & Kim 2023)"
+_ALONE = "on the classifier alone (not adaptive)"
+_NORMS = {"linf": "L-inf", "l2": "L2", "flow": "flow"}
 _OPTIONS = {  # of `Attack`, and the kinds they are of
-    "steps": ("pgd", "apgd", "autoattack"),
-    "alpha": ("pgd",),
-    "restarts": ("pgd", "apgd"),
+    "steps": ("pgd", "apgd", "bpda", "stadv", "autoattack"),
+    "alpha": ("pgd", "bpda", "stadv"),
+    "start": ("pgd", "bpda"),
+    "restarts": ("pgd", "apgd", "bpda", "stadv"),
+    "smoothness": ("stadv",),
+    "norm": ("pgd", "apgd", "fgsm", "bpda", "autoattack"),
     "targets": ("apgd",),
     "version": ("autoattack",),
     "queries": ("autoattack",),
@@ -54,30 +64,38 @@ class Attack:
     """One attack; what is None is taken from `evaluate`'s arguments.
 
     Attributes:
-        kind: ``pgd``, ``apgd``, ``fgsm`` or ``autoattack``.
-        loss: of PGD, APGD and FGSM: ``ce``, ``margin`` or ``dlr``, of APGD also ``dlr_targeted``; ``margin`` instead
-            of ``dlr`` below 3 classes, of ``dlr_targeted`` below 4.
-        steps: of PGD and APGD; of AutoAttack's APGD and FAB (None: 100). eot: draws per step (AutoAttack, None: 20).
+        kind: ``pgd``, ``apgd``, ``fgsm``, ``bpda`` (PGD on `purify_fast.attacks.Bpda` of a defence with ``purify(x)``
+            and ``classifier``), ``stadv`` or ``autoattack``.
+        loss: of all but AutoAttack: ``ce``, ``margin`` or ``dlr``, of APGD also ``dlr_targeted``; ``margin`` instead
+            of ``dlr`` below 3 classes, of ``dlr_targeted`` below 4. None: ``ce``, of StAdv ``margin``.
+        steps: of all but FGSM; of AutoAttack's APGD and FAB (None: 100). eot: draws per step (AutoAttack, None: 20).
         variant: which model is attacked and judged: ``random``, ``fixed`` or ``deterministic``.
         version: of AutoAttack: ``standard`` or ``rand``. queries: of its Square.
         target: attack this model instead, judge the defence: a transfer attack, or another head of the defence.
-        head: attack ``aggregate(defence.sample_logits(x), head)`` instead, judge the defence.
-        label: the row's name; made from the rest if None.
-        alpha: PGD's step in image units. restarts: PGD or APGD runs, of which each image keeps its worst.
+            ``"classifier"``: the defence's own, alone; the row's name says how little that shows.
+        head: attack ``aggregate(defence.sample_logits(x), head)`` instead, judge the defence; of BPDA, how the logits
+            of several draws are aggregated (None: the defence's own).
+        label: the row's name; made from the rest if None. Another threat model or ``"classifier"`` is named after it.
+        alpha: PGD's and BPDA's step in image units; StAdv's rate. start: whether PGD and BPDA begin at a random point.
+        restarts: runs, but for AutoAttack and FGSM, of which each image keeps its worst; StAdv's first is without a
+            flow, the others begin with random ones.
         targets: of ``dlr_targeted``: so many wrong classes, or all where there are fewer; a run for each.
+        smoothness: of StAdv, its tau.
+        eps, norm: another ball than the report's; of StAdv, eps is the bound on the flow (None: 0.05). Such a row
+            carries its threat model in its name and enters no headline and no ``worst`` but its own.
         limit: attack only the first so many images.
         survivors: attack only what the attacks before it, on this variant, left right; the row counts every image, as
             left after all of them. Cheap attacks first then save most of a costly one's work.
     """
 
     kind: str = "pgd"
-    loss: str = "ce"
+    loss: str | None = None
     steps: int | None = None
     eot: int | None = None
     variant: str = "random"
     version: str = "standard"
     queries: int = 5000
-    target: Model | None = None
+    target: Model | str | None = None
     head: str | None = None
     label: str | None = None
     alpha: float | None = None
@@ -85,12 +103,18 @@ class Attack:
     targets: int = 9
     limit: int | None = None
     survivors: bool = False
+    start: bool = True
+    smoothness: float | None = None
+    eps: float | None = None
+    norm: str | None = None
 
     def __post_init__(self) -> None:
-        losses = (*LOSSES, *TARGETED) if self.kind == "apgd" else tuple(LOSSES)
-        for name, allowed in (("kind", KINDS), ("loss", losses), ("variant", VARIANTS), ("version", VERSIONS)):
+        losses = (None, *LOSSES, *(TARGETED if self.kind == "apgd" else ()))
+        names = {"kind": KINDS, "loss": losses, "variant": VARIANTS, "version": VERSIONS, "norm": (None, *NORMS)}
+        for name, allowed in names.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                known = ", ".join(filter(None, allowed))
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         for option, kinds in _OPTIONS.items():
             if self.kind not in kinds and getattr(self, option) != getattr(Attack, option):
                 raise ValueError(f"{option} goes with {', '.join(kinds)}, not with {self.kind}")
@@ -98,19 +122,38 @@ class Attack:
             raise ValueError(f"head must be one of {', '.join(METHODS + UNSAFE)}, got {self.head!r}")
         if self.head is not None and self.target is not None:
             raise ValueError("an attack has a target or a head, not both")
+        if isinstance(self.target, str) and self.target != CLASSIFIER:
+            raise ValueError(f"target must be a model or {CLASSIFIER!r}, got {self.target!r}")
+        if self.kind == "bpda" and self.target is not None:
+            raise ValueError("bpda attacks the defence's own purifier: it takes no target")
+        if self.norm is not None and self.eps is None:
+            raise ValueError(f"the norm {self.norm} needs an eps of its own")
         for name in ("steps", "eot", "queries", "restarts", "targets", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.alpha is not None and not self.alpha >= 0:
-            raise ValueError(f"alpha must be at least 0, got {self.alpha}")
+        for name in ("alpha", "smoothness", "eps"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 def default_attacks(base: Model | None = None) -> list[Attack]:
-    """PGD with CE and DLR on the randomised and on the deterministic model, AutoAttack, transfer from ``base``."""
+    """PGD with CE and DLR on the randomised and the deterministic model, BPDA, AutoAttack, transfer from ``base``."""
     own = [Attack(loss=loss, variant=variant) for variant in ("random", "deterministic") for loss in ("ce", "dlr")]
     auto = [Attack("autoattack", variant="fixed"), Attack("autoattack", version="rand")]
-    return own + auto + ([] if base is None else [Attack(target=base, label="transfer from the base")])
+    transfer = [] if base is None else [Attack(target=base, label="transfer from the base")]
+    return [*own, Attack("bpda"), *auto, *transfer]
+
+
+def lee_kim_2023(eps: float = 8 / 255) -> Attack:
+    """PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
+
+    Full gradient, 200 steps of 0.007 at eps = 8/255, of the same share of any other eps, 20 draws averaged before the
+    sign is taken, L-inf, no random start. Ours: of the iterates the best is kept, not the last.
+    """
+    alpha = 0.007 * eps / (8 / 255)
+    return Attack(loss="ce", steps=200, alpha=alpha, eot=20, start=False, eps=eps, norm="linf", label=LEE_KIM)
 
 
 def evaluate(
@@ -152,8 +195,9 @@ def evaluate(
 
     Returns:
         A `Report`: a clean row per variant, a row per attack, and rows named ``worst``: per image, over all attacks by
-        PGD, APGD and FGSM, other than on a ``target``, of the variant ("worst, ...") and over both; a row of survivors
-        brings in what fell before it.
+        PGD, APGD, FGSM and BPDA, other than on a ``target`` (transfer, the classifier alone), of the variant
+        ("worst, ...") and over both; a row of survivors brings in what fell before it. Of any other threat model with
+        several attacks, a ``worst`` of its own.
 
     Raises:
         ValueError: a wrong shape, dtype, range or setting. ModuleNotFoundError: AutoAttack is asked for and missing.
@@ -168,7 +212,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.no_grad())
-        for model in {id(m): m for m in (defence, base, *(a.target for a in plan)) if m is not None}.values():
+        for model in {id(m): m for m in (defence, base, *(a.target for a in plan)) if callable(m)}.values():
             stack.enter_context(frozen(model))
         run = _Run(
             defence, x, y, eps, norm, steps, eot, n_eval, batch_size, chunk, seed, name, progress, device,
@@ -177,12 +221,14 @@ def evaluate(
         plan = _possible(plan, run, report.notes)
         for variant in dict.fromkeys(attack.variant for attack in plan) or ["random"]:
             report.rows.append(run.clean(variant))
-        left = {variant: run.clean(variant).robust for variant in VARIANTS if variant in {a.variant for a in plan}}
+        left: dict[tuple[str, str | None], np.ndarray] = {}  # an attack spares nothing that fell to another threat
         for attack in plan:
-            row = run.attack(attack, left[attack.variant])
+            where = attack.variant, run.threat(attack)
+            before = left.get(where, run.clean(attack.variant).robust)
+            row = run.attack(attack, before)
             report.rows.append(row)
-            left[attack.variant] = left[attack.variant].copy()
-            left[attack.variant][: row.n] &= row.robust
+            left[where] = before.copy()
+            left[where][: row.n] &= row.robust
     report.rows += worst(report.rows)
     return report
 
@@ -223,7 +269,11 @@ def _possible(plan: list[Attack], run: _Run, notes: list[str]) -> list[Attack]:
     kept: list[Attack] = []
     for attack in plan:
         why = None
-        if attack.head is not None and not hasattr(run.defence, "sample_logits"):
+        if attack.kind == "bpda" and not (hasattr(run.defence, "purify") and hasattr(run.defence, "classifier")):
+            why = "the model has no purify() and classifier"
+        elif attack.target == CLASSIFIER and not hasattr(run.defence, "classifier"):
+            why = "the model has no classifier"
+        elif attack.kind != "bpda" and attack.head is not None and not hasattr(run.defence, "sample_logits"):
             why = "the model has no sample_logits()"
         elif not run.randomised:
             if attack.kind == "autoattack" and attack.version == "rand":
@@ -286,15 +336,33 @@ class _Run:
         torch.manual_seed(3 * self.seed + phase)
 
     def loss(self, attack: Attack) -> str:
-        return "margin" if self.classes < {"dlr": 3, "dlr_targeted": 4}.get(attack.loss, 2) else attack.loss
+        asked = attack.loss or ("margin" if attack.kind == "stadv" else "ce")
+        return "margin" if self.classes < {"dlr": 3, "dlr_targeted": 4}.get(asked, 2) else asked
+
+    def ball(self, attack: Attack) -> tuple[str, float]:
+        """Norm and radius."""
+        if attack.kind == "stadv":
+            return "flow", FLOW if attack.eps is None else float(attack.eps)
+        return attack.norm or self.norm, self.eps if attack.eps is None else float(attack.eps)
+
+    def threat(self, attack: Attack) -> str | None:
+        """The attack's threat model in words, None where it is the report's."""
+        norm, eps = self.ball(attack)
+        if norm == self.norm and math.isclose(eps, self.eps, rel_tol=1e-6):
+            return None
+        return f"{_NORMS[norm]} {_short(eps)}"
 
     def runs(self, attack: Attack) -> int:
         """How often an image is attacked at most: restarts, for each target."""
         return attack.restarts * (min(attack.targets, self.classes - 1) if self.loss(attack) in TARGETED else 1)
 
     def target(self, attack: Attack) -> Model:
+        if attack.kind == "bpda":
+            return Bpda.of(self.defence, attack.head)
         if attack.head is not None:
             return Head(self.defence, attack.head)
+        if isinstance(attack.target, str):
+            return classifier_of(self.defence)
         return self.defence if attack.target is None else attack.target
 
     def target_draws(self, attack: Attack, target: Model) -> int:
@@ -308,8 +376,12 @@ class _Run:
 
     def label(self, attack: Attack) -> str:
         """The row's name, the same for a randomised model and a deterministic one, so that they stand side by side."""
-        if attack.label is not None:
-            return attack.label
+        name = self._label(attack) if attack.label is None else attack.label
+        alone = f" {_ALONE}" if attack.target == CLASSIFIER and _ALONE not in name else ""
+        threat = self.threat(attack)
+        return name + alone + (f", {threat}" if threat is not None and threat not in name else "")
+
+    def _label(self, attack: Attack) -> str:
         some = f", first {attack.limit}" if attack.limit is not None else ""
         if attack.kind == "autoattack":
             name = f"AutoAttack {attack.version}"
@@ -321,14 +393,15 @@ class _Run:
             name += steps
         else:
             loss, count = self.loss(attack), attack.steps or self.steps
-            name = f"FGSM {loss}" if attack.kind == "fgsm" else f"{attack.kind.upper()}-{count} {loss}"
+            kind = "StAdv" if attack.kind == "stadv" else attack.kind.upper()
+            name = f"FGSM {loss}" if attack.kind == "fgsm" else f"{kind}-{count} {loss}"
             if loss in TARGETED:
                 name = f"APGD-T {count}" + (f", {attack.targets} targets" if attack.targets != 9 else "")
             name += f" x{attack.restarts}" if attack.restarts > 1 else ""
         if attack.head is not None:
             name += f" through {attack.head}"
         if attack.target is not None:
-            name += " on another model"
+            name += f" {_ALONE}" if attack.target == CLASSIFIER else " on another model"
         standard = attack.kind == "autoattack" and attack.version == "standard"  # needs a deterministic model anyway
         if attack.variant == "deterministic" or (attack.variant == "fixed" and not standard):
             name += {"fixed": ", fixed noise", "deterministic": ", deterministic"}[attack.variant]
@@ -369,8 +442,11 @@ class _Run:
         alive = alive[: attack.limit]
         label = self.label(attack)
         settings = self.settings(attack) | {"attacked": int(alive.sum()), "survivors": attack.survivors}
-        key = self.key(settings | {"alive": digest(torch.from_numpy(alive))}, [self.defence, attack.target])
-        return self.stored(key, lambda: self._measure_attack(attack, label, alive, settings))
+        target = None if isinstance(attack.target, str) else attack.target
+        key = self.key(settings | {"alive": digest(torch.from_numpy(alive))}, [self.defence, target])
+        row = self.stored(key, lambda: self._measure_attack(attack, label, alive, settings))
+        row.attack, row.threat = label, self.threat(attack)  # no part of the key: the same attack by any name
+        return row
 
     def _measure_attack(self, attack: Attack, label: str, alive: np.ndarray, settings: dict[str, Any]) -> Row:
         begin = time.perf_counter()
@@ -396,44 +472,54 @@ class _Run:
         )  # fmt: skip
 
     def _gradient(self, attack, target, index, adversarial, draws, health, settings) -> None:
-        """PGD, APGD or FGSM, batch by batch; noise is tied to the image's index, so that batches do not matter."""
+        """Our attacks, batch by batch; noise is tied to the image's index, so that batches do not matter."""
+        norm, eps = self.ball(attack)
+        steps = attack.steps or self.steps
+        common: dict[str, Any] = {
+            "eps": eps, "loss": self.loss(attack), "eot": draws, "chunk": self.chunk, "health": health,
+        }  # fmt: skip
+        if attack.kind != "fgsm":
+            common["steps"] = steps
+        if attack.kind != "stadv":
+            common["norm"] = norm
         for part in index.split(self.batch_size):
             x, y, ids = self.x[part].to(self.device), self.y[part].to(self.device), part.to(self.device)
-            common: dict[str, Any] = {
-                "eps": self.eps, "norm": self.norm, "loss": self.loss(attack), "eot": draws, "chunk": self.chunk,
-                "health": health,
-            }  # fmt: skip
             if attack.kind == "fgsm":
-                adversarial[part] = fgsm(target, x, y, **common).to(adversarial.device)
-                continue
-            steps = attack.steps or self.steps
-            if attack.kind == "apgd":
-                adversarial[part] = apgd(
-                    target, x, y, steps=steps, restarts=attack.restarts, targets=attack.targets, seed=self.seed,
-                    sample_ids=ids, **common,
-                ).to(adversarial.device)  # fmt: skip
-                continue
-            best, value = x, torch.full((len(x),), -torch.inf, device=self.device)
-            for restart in range(attack.restarts):
-                found = pgd(
-                    target, x, y, steps=steps, alpha=attack.alpha, keep_best=True, seed=self.seed + restart,
-                    sample_ids=ids, **common,
+                best = fgsm(target, x, y, **common)
+            elif attack.kind == "apgd":
+                best = apgd(
+                    target, x, y, restarts=attack.restarts, targets=attack.targets, seed=self.seed, sample_ids=ids,
+                    **common,
                 )  # fmt: skip
-                if attack.restarts == 1:
-                    best = found
-                else:
-                    new = sum(LOSSES["margin"](target(found), y) for _ in range(draws)) / draws
-                    better = new > value
-                    best = torch.where(better.view(-1, 1, 1, 1), found, best)
-                    value = torch.where(better, new, value)
+            else:
+                best = self._worst_of_restarts(attack, target, x, y, ids, draws, common)
             adversarial[part] = best.to(adversarial.device)
+
+    def _worst_of_restarts(self, attack, target, x, y, ids, draws, common) -> Tensor:
+        best, value = x, torch.full((len(x),), -torch.inf, device=self.device)
+        for restart in range(attack.restarts):
+            own = {"keep_best": True, "seed": self.seed + restart, "sample_ids": ids}
+            if attack.kind == "stadv":
+                given = {"rate": attack.alpha, "smoothness": attack.smoothness}
+                own |= {name: setting for name, setting in given.items() if setting is not None}
+                found = stadv(target, x, y, start=restart > 0, **own, **common)
+            else:
+                found = pgd(target, x, y, alpha=attack.alpha, start=attack.start or restart > 0, **own, **common)
+            if attack.restarts == 1:
+                return found
+            new = sum(LOSSES["margin"](target(found), y) for _ in range(draws)) / draws
+            better = new > value
+            best = torch.where(better.view(-1, 1, 1, 1), found, best)
+            value = torch.where(better, new, value)
+        return best
 
     def _autoattack(self, attack, target, index, adversarial, draws, health, settings) -> None:
         if len(index) == 0:
             return
         x, y = self.x[index].to(self.device), self.y[index].to(self.device)
+        norm, eps = self.ball(attack)
         found, said = autoattack(
-            target, x, y, eps=self.eps, norm=self.norm, version=attack.version, classes=self.classes, seed=self.seed,
+            target, x, y, eps=eps, norm=norm, version=attack.version, classes=self.classes, seed=self.seed,
             batch_size=self.batch_size, steps=attack.steps or 100, eot=draws, queries=attack.queries, chunk=self.chunk,
         )  # fmt: skip
         settings["warnings"] = said
@@ -467,8 +553,10 @@ class _Run:
         else:
             own["loss"] = self.loss(attack)
             own["targets"] = self.runs(attack) // attack.restarts if own["loss"] in TARGETED else None
-        own["target"] = "defence" if attack.target is None else type(attack.target).__name__
-        return own | {"eps": self.eps, "norm": self.norm, "n_eval": self.draws(attack.variant)}
+        target = attack.target
+        own["target"] = "defence" if target is None else _ALONE if target == CLASSIFIER else type(target).__name__
+        norm, eps = self.ball(attack)
+        return own | {"eps": eps, "norm": norm, "n_eval": self.draws(attack.variant)}
 
     def key(self, settings: dict[str, Any], models: Sequence[Model | None]) -> str | None:
         """Names a row by all it depends on; None where a model cannot be named."""
@@ -496,28 +584,45 @@ class _Run:
 
 
 def worst(rows: list[Row]) -> list[Row]:
-    """Per image, the worst over the rows of PGD, APGD and FGSM on all images, by variant and over all."""
+    """Per image, the worst over our attacks on all images, by variant and over all, each threat model by itself.
+
+    Of another threat model than the report's only where it has several rows.
+    """
     full = max(row.n for row in rows)
     mine = [r for r in rows if r.kind in GRADIENT and r.n == full and r.settings["target"] == "defence"]
-    variants = list(dict.fromkeys(row.variant for row in mine))
-    groups = [(f"worst, {variant}", [r for r in mine if r.variant == variant]) for variant in variants]
+    main = [row for row in mine if row.threat is None]
+    variants = list(dict.fromkeys(row.variant for row in main))
+    groups = [(f"worst, {variant}", [r for r in main if r.variant == variant]) for variant in variants]
+    groups = [*(groups if len(groups) > 1 else []), ("worst", main)]
+    for threat in dict.fromkeys(row.threat for row in mine if row.threat is not None):
+        group = [row for row in mine if row.threat == threat]
+        groups += [(f"worst, {threat}", group)] if len(group) > 1 else []
     made = []
-    for label, group in [*(groups if len(groups) > 1 else []), ("worst", mine)]:
+    for label, group in groups:
         if not group:
             continue
         robust = np.logical_and.reduce([row.robust for row in group])
         accuracy = float(robust.mean())
-        first = group[0]
+        first, one = group[0], len({row.variant for row in group}) == 1
         made.append(
             Row(
-                first.model, label, "worst", first.variant if label != "worst" else "all", robust, accuracy, accuracy,
-                first.n_eval, first.seed, sum(row.seconds for row in group), first.data,
+                first.model, label, "worst", first.variant if one and label != "worst" else "all", robust, accuracy,
+                accuracy, first.n_eval, first.seed, sum(row.seconds for row in group), first.data,
                 # one attack that had gradients is enough: the others can only have lowered the number
                 reliable=any(row.reliable and row.settings["attacked"] for row in group),
                 settings={"over": [row.attack for row in group]},
+                threat=first.threat,
             )
         )  # fmt: skip
     return made
+
+
+def _short(eps: float) -> str:
+    """0.5, 8/255, or a few digits."""
+    if float(f"{eps:.2g}") == eps:
+        return f"{eps:.2g}"
+    levels = 255 * eps
+    return f"{levels:.0f}/255" if math.isclose(levels, round(levels), rel_tol=1e-5) else f"{eps:.3g}"
 
 
 def _examples(x: Tensor, adversarial: Tensor, y: Tensor, index: Tensor) -> Examples | None:
@@ -564,8 +669,9 @@ def _code() -> list[str]:
     """What decides a row besides its inputs: this package's sources, and the versions of what it calls."""
     sources = hashlib.blake2b(digest_size=16)
     root = Path(__file__).parents[1]
-    for folder in ("ops", "nn", "attacks", "evaluation", "carso"):
-        for path in sorted((root / folder).glob("*.py")):
+    for path in sorted(root.glob("*/*.py")):
+        # the images and the weights have hashes of their own
+        if path.parent.name not in ("data", "training", "demo"):
             sources.update(path.read_bytes())
     versions = [str(torch.__version__)]
     for package in ("pyautoattack", "autoattack"):

@@ -38,6 +38,8 @@ class Row:
         health: counts of the gradients (``gradients nonfinite zero images unmoved``), or None.
         reliable: whether the attack had gradients to work with; if not, the true number may be lower.
         data: a hash of the images and labels. seconds: wall clock.
+        threat: the threat model, such as ``L2 0.5``, where it is another than the report's; such a row is in no
+            headline and in no ``worst`` but its own.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Row:
     health: dict[str, int] | None = None
     reliable: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
+    threat: str | None = None
     examples: Examples | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -119,9 +122,9 @@ class Report:
 
     @property
     def attacks(self) -> list[str]:
-        """Labels of the rows: clean, then attacks, then the worst over them; in order."""
+        """Labels of the rows: clean, then attacks, then the worst over them, then other threat models; in order."""
         order = {"clean": 0, "worst": 2}
-        rows = sorted(self.rows, key=lambda row: order.get(row.kind, 1))
+        rows = sorted(self.rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
         return list(dict.fromkeys(row.attack for row in rows))
 
     def row(self, attack: str, model: str | None = None) -> Row:
@@ -134,13 +137,21 @@ class Report:
 
     @property
     def headlines(self) -> dict[str, Row]:
-        """Per model, the attack row of lowest accuracy. An unreliable one counts: an attack's success is a success."""
-        best: dict[str, Row] = {}
+        """Per model, the attack row of lowest accuracy, in the report's own threat model.
+
+        An unreliable row counts, and so does one that is not adaptive: an attack's success is a success.
+        """
+        return {model: row for (model, threat), row in self.lowest.items() if threat is None}
+
+    @property
+    def lowest(self) -> dict[tuple[str, str | None], Row]:
+        """Per model and threat model, None being the report's own, the attack row of lowest accuracy."""
+        best: dict[tuple[str, str | None], Row] = {}
         for row in self.rows:
             if row.kind != "clean":
-                before = best.get(row.model)
+                before = best.get((row.model, row.threat))
                 if before is None or (row.accuracy, not row.reliable) < (before.accuracy, not before.reliable):
-                    best[row.model] = row
+                    best[row.model, row.threat] = row
         return best
 
     @property
@@ -184,10 +195,9 @@ class Report:
     def to_markdown(self) -> str:
         """The headline of each model, a comparison if there are several, and the table of all rows."""
         lines = ["# Robustness", ""]
-        for model, row in self.headlines.items():
-            lines.append(
-                f"- **{model}: {_percent(row)} %** robust, the lowest of all attacks ({row.attack}, n = {row.n})"
-            )
+        for (model, threat), row in sorted(self.lowest.items(), key=lambda item: item[0][1] is not None):
+            what = f"**{model}: {_percent(row)} %**" if threat is None else f"{model}, {threat}: {_percent(row)} %"
+            lines.append(f"- {what} robust, the lowest of all attacks ({row.attack}, n = {row.n})")
             lines[-1] += "" if row.reliable else f"; {_MARK}: the true number may be lower"
         if len(self.models) > 1:
             lines += ["", "## Comparison", "", "Accuracy ± standard error, %.", "", *self.comparison()]
@@ -234,7 +244,7 @@ class Report:
 
         Args:
             folder: made if it is missing.
-            defence: for the pictures: its predictions, and its reconstructions if it has ``reconstruct``. Of several
+            defence: for the pictures: its predictions, and its reconstructions if it has ``purify``. Of several
                 models, a mapping from their names; those it lacks are shown without.
 
         Raises:
@@ -292,6 +302,11 @@ _LEGEND = [
     " prediction. mean: accuracy of one prediction, %. worst: right"
     " in all of the repeated predictions (their number in brackets), %. gradients: share non-finite / zero / images"
     " not moved. s: seconds.",
+    "",
+    "An attack of another norm or radius than the report's has it at the end of its name: L2, L-inf, or the flow that"
+    " moves pixels (StAdv; half the image is 1). It counts for no headline and no worst but its own. BPDA: through the"
+    " purifier as if it changed nothing. On the classifier alone: made without the defence, then tried on it, which"
+    " says little about an attacker who knows the defence.",
     "",
     f"{_MARK}: the attack lacked gradients (any non-finite one, more than 5 % zero ones, or more than 1 % of the"
     " correctly classified images not moved), so its number measures the gradients, not the model.",

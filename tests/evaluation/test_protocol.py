@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast.evaluation import Attack, default_attacks, evaluate, merge, protocol
+from purify_fast import Carso
+from purify_fast.evaluation import Attack, Report, default_attacks, evaluate, lee_kim_2023, merge, protocol
 from purify_fast.evaluation.autoattack import parts
+from purify_fast.nn import NoisyCopies, SmallCNN
 from purify_fast.ops import aggregate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -216,7 +218,7 @@ def test_transfer_attacks_the_base_and_judges_the_defence(toy):
 
 def test_base_argument(toy):
     assert [a.label for a in default_attacks(Plain(toy[0]))][-1] == "transfer from the base"
-    assert len(default_attacks()) == 6
+    assert [a.kind for a in default_attacks()] == ["pgd"] * 4 + ["bpda"] + ["autoattack"] * 2
 
 
 def test_deterministic_model(toy):
@@ -529,9 +531,23 @@ def test_errors(change, message):
         ({"steps": 0}, "steps must be"),
         ({"limit": 0}, "limit must be"),
         ({"alpha": -0.1}, "alpha must be at least 0, got -0.1"),
-        ({"kind": "apgd", "alpha": 0.1}, "alpha goes with pgd, not with apgd"),
-        ({"kind": "fgsm", "steps": 2}, "steps goes with pgd, apgd, autoattack, not with fgsm"),
-        ({"kind": "autoattack", "restarts": 2}, "restarts goes with pgd, apgd, not with autoattack"),
+        ({"kind": "apgd", "alpha": 0.1}, "alpha goes with pgd, bpda, stadv, not with apgd"),
+        ({"kind": "fgsm", "steps": 2}, "steps goes with pgd, apgd, bpda, stadv, autoattack, not with fgsm"),
+        ({"kind": "autoattack", "restarts": 2}, "restarts goes with pgd, apgd, bpda, stadv, not with autoattack"),
+        ({"kind": "apgd", "start": False}, "start goes with pgd, bpda, not with apgd"),
+        ({"smoothness": 0.1}, "smoothness goes with stadv, not with pgd"),
+        ({"kind": "stadv", "smoothness": -0.1}, "smoothness must be at least 0, got -0.1"),
+        (
+            {"kind": "stadv", "norm": "l2", "eps": 0.1},
+            "norm goes with pgd, apgd, fgsm, bpda, autoattack, not with stadv",
+        ),
+        ({"kind": "stadv", "loss": "dlr_targeted"}, "loss must be one of ce, margin, dlr, got"),
+        ({"norm": "l1", "eps": 0.1}, "norm must be one of linf, l2, got 'l1'"),
+        ({"norm": "l2"}, "the norm l2 needs an eps of its own"),
+        ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
+        ({"target": "base"}, "target must be a model or 'classifier', got 'base'"),
+        ({"kind": "bpda", "target": Linear()}, "it takes no target"),
+        ({"head": "lse", "target": "classifier"}, "not both"),
         ({"queries": 9}, "queries goes with autoattack, not with pgd"),
     ],
 )
@@ -698,3 +714,264 @@ def test_apgd_says_how_much_there_is_to_do(toy, monkeypatch, attack, exact):
     evaluate(Plain(model), x, y, steps=3, attacks=[attack], eps=FAINT)
     (bar,) = bars
     assert bar.n == bar.total if exact else bar.total / 9 < bar.n < bar.total
+
+
+class Shattered(nn.Module):
+    """A randomised defence with one purified image per prediction, rounded: no gradient gets through."""
+
+    purified = 0
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+        with torch.no_grad():
+            self.classifier[1].weight *= 10
+
+    def purify(self, x):
+        Shattered.purified += len(x)
+        noise = 0.02 * torch.randn_like(x)
+        return ((x + noise) * 16).round() / 16
+
+    def forward(self, x):
+        return self.classifier(self.purify(x))
+
+
+@pytest.fixture(scope="module")
+def shattered():
+    model = Shattered()
+    x = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model, x, model.classifier(x).argmax(1)
+
+
+UNSEEN = [
+    Attack(),
+    Attack("bpda"),
+    Attack(target="classifier", label="cheap"),
+    Attack("bpda", norm="l2", eps=1.0),
+    Attack("bpda", loss="dlr", norm="l2", eps=1.0, survivors=True),
+    Attack("stadv", target="classifier"),
+]
+
+
+@pytest.fixture(scope="module")
+def unseen(shattered):
+    model, x, y = shattered
+    return evaluate(model, x, y, attacks=UNSEEN, steps=8, eot=3, n_eval=2, name="d", eps=FAINT, progress=False)
+
+
+def test_unseen_rows(unseen):
+    assert unseen.attacks == [
+        "clean",
+        "PGD-8 ce",
+        "BPDA-8 ce",
+        "cheap on the classifier alone (not adaptive)",
+        "worst",
+        "BPDA-8 ce, L2 1",
+        "BPDA-8 dlr, L2 1",
+        "StAdv-8 margin on the classifier alone (not adaptive), flow 0.05",
+        "worst, L2 1",
+    ]
+    rows = {label: unseen.row(label) for label in unseen.attacks}
+    threats = [None] * 5 + ["L2 1", "L2 1", "flow 0.05", "L2 1"]
+    assert [row.threat for row in rows.values()] == threats
+    bpda, cheap, stadv = rows["BPDA-8 ce"], rows[unseen.attacks[3]], rows[unseen.attacks[7]]
+    assert not rows["PGD-8 ce"].reliable and rows["PGD-8 ce"].health["zero"] > 0
+    assert bpda.reliable and bpda.kind == "bpda" and bpda.accuracy < rows["PGD-8 ce"].accuracy - 0.2
+    assert bpda.settings["eot"] == 3 and bpda.health["gradients"] == 8 * bpda.settings["attacked"]
+    assert cheap.settings["target"] == "on the classifier alone (not adaptive)" and cheap.settings["eot"] == 1
+    assert (stadv.settings["eps"], stadv.settings["norm"], stadv.settings["loss"]) == (0.05, "flow", "margin")
+    assert stadv.health["gradients"] == 8 * stadv.settings["attacked"] and stadv.reliable
+
+
+def test_other_threat_models_stay_out_of_the_headline_and_the_worst(unseen):
+    of = {label: unseen.row(label).robust for label in unseen.attacks}
+    assert np.array_equal(of["worst"], of["PGD-8 ce"] & of["BPDA-8 ce"])  # neither transfer nor another ball
+    assert np.array_equal(of["worst, L2 1"], of["BPDA-8 ce, L2 1"] & of["BPDA-8 dlr, L2 1"])
+    assert of["worst, L2 1"].mean() < of["worst"].mean()
+    assert unseen.headline.threat is None and unseen.headline.accuracy == of["worst"].mean()
+    lowest = unseen.lowest
+    assert set(lowest) == {("d", None), ("d", "L2 1"), ("d", "flow 0.05")}
+    assert lowest["d", "L2 1"].accuracy == of["worst, L2 1"].mean()
+    markdown = unseen.to_markdown().split("\n")
+    assert markdown[2].startswith("- **d: ") and markdown[3].startswith("- d, L2 1: ")
+    assert markdown[4].startswith("- d, flow 0.05: ")
+    back = Report.from_json(unseen.to_json())
+    assert [row.threat for row in back.rows] == [row.threat for row in unseen.rows]
+    assert json.loads(unseen.to_json())["headlines"]["d"]["attack"] == unseen.headline.attack
+    assert "cheap on the classifier alone (not adaptive)" in unseen.to_text(False) and "flow 0.05" in unseen.to_text()
+
+
+def test_survivors_of_one_threat_model_are_not_spared_by_another(unseen):
+    first, second = unseen.row("BPDA-8 ce, L2 1"), unseen.row("BPDA-8 dlr, L2 1")
+    assert second.settings["attacked"] == first.robust.sum() < first.settings["attacked"]
+    model = Shattered()
+    x = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    y = model.classifier(x).argmax(1)
+    attacks = [Attack("bpda", norm="l2", eps=2.0), Attack("bpda", survivors=True)]
+    report = evaluate(model, x, y, attacks=attacks, steps=4, eps=FAINT, progress=False)
+    assert report.rows[1].accuracy == 0 and report.rows[2].settings["attacked"] == report.row("clean").robust.sum()
+
+
+def test_an_attack_with_the_reports_own_ball_is_no_other_threat(toy):
+    model, x, y = toy
+    attacks = [Attack(eps=0.1), Attack(loss="dlr", norm="linf", eps=0.1), Attack(loss="margin", eps=4 / 255)]
+    report = evaluate(Plain(model), x[:8], y[:8], steps=1, attacks=attacks, eps=0.1, progress=False)
+    assert report.attacks == ["clean", "PGD-1 ce", "PGD-1 dlr", "worst", "PGD-1 margin, L-inf 4/255"]
+    moved = np.abs(report.rows[3].examples.adversarial - report.rows[3].examples.clean).max()
+    assert moved == pytest.approx(4 / 255, rel=1e-3) and report.rows[1].settings["eps"] == 0.1
+
+
+def test_autoattack_in_a_ball_of_its_own(toy):
+    pytest.importorskip("pyautoattack")
+    model, x, y = toy
+    attacks = [Attack("autoattack", steps=5, queries=5, norm="l2", eps=0.1)]
+    report = evaluate(Plain(model), x[:16], y[:16], attacks=attacks, **QUIET)
+    row = report.row("AutoAttack standard, 5 steps, 5 queries, L2 0.1")
+    moved = (row.examples.adversarial - row.examples.clean).reshape(8, -1)
+    assert row.threat == "L2 0.1" and row.settings["norm"] == "l2" and row.accuracy < 1
+    assert 0.09 < np.linalg.norm(moved, axis=1).max() <= 0.1 + 1e-5 and report.headlines == {}
+
+
+@pytest.mark.parametrize("eps, text", [(0.5, "0.5"), (8 / 255, "8/255"), (1, "1"), (0.2, "0.2"), (0.123456, "0.123")])
+def test_radii_are_short(eps, text):
+    assert protocol._short(eps) == text
+
+
+def test_labels_name_the_threat_and_the_weak_protocol_once(shattered):
+    model, x, y = shattered
+    attacks = [
+        Attack("bpda", norm="l2", eps=0.5, label="BPDA in L2 0.5"),
+        Attack(norm="l2", eps=0.5, label="mine", target="classifier", variant="random"),
+    ]
+    report = evaluate(model, x[:4], y[:4], attacks=attacks, steps=1, n_eval=1, eps=FAINT, progress=False)
+    assert [row.attack for row in report.rows[1:]] == [
+        "BPDA in L2 0.5",
+        "mine on the classifier alone (not adaptive), L2 0.5",
+    ]
+    assert report.headlines == {}
+
+
+def test_what_a_model_lacks_is_said(toy):
+    model, x, y = toy
+    attacks = [Attack("bpda"), Attack("stadv", steps=2), Attack(target="classifier")]
+    report = evaluate(Plain(model), x, y, attacks=attacks, steps=1, name="m", **QUIET)
+    assert report.attacks == ["clean", "StAdv-2 margin, flow 0.05"]
+    assert report.notes == [
+        "m: BPDA-1 ce was left out: the model has no purify() and classifier",
+        "m: PGD-1 ce on the classifier alone (not adaptive) was left out: the model has no classifier",
+    ]
+
+
+def test_bpda_and_stadv_of_noisy_copies_and_of_carso(toy):
+    """Randomised defences: every variant, and BPDA through another head."""
+    _, x, y = toy
+    x, y = x[:12], torch.arange(12) % 10
+    classifier = SmallCNN(3, 10, (16, 16), 4)
+    noisy = NoisyCopies(classifier, 0.1, samples=2)
+    report = evaluate(noisy, x, y, attacks=[Attack("stadv"), Attack("stadv", variant="fixed")], steps=2, **QUIET)
+    assert [row.variant for row in report.rows] == ["random", "fixed", "random", "fixed", "all"]
+    assert report.attacks[-2:] == ["StAdv-2 margin, fixed noise, flow 0.05", "worst, flow 0.05"]
+    carso = Carso(classifier, ["conv2"], (3, 16, 16), cond_dim=8, latent_dim=4, samples=2)
+    y = carso.eval()(x).argmax(1)
+    attacks = [Attack("bpda"), Attack("bpda", variant="deterministic", restarts=2), Attack("bpda", head="mean")]
+    report = evaluate(carso, x, y, attacks=attacks, steps=2, eot=2, **QUIET)
+    assert [row.attack for row in report.rows[2:5]] == [
+        "BPDA-2 ce", "BPDA-2 ce x2, deterministic", "BPDA-2 ce through mean",
+    ]  # fmt: skip
+    attacked = [row.settings["attacked"] for row in report.rows[2:5]]
+    assert [row.health["gradients"] for row in report.rows[2:5]] == [2 * attacked[0], 4 * attacked[1], 2 * attacked[2]]
+    assert [row.settings["eot"] for row in report.rows[2:5]] == [2, 1, 2] and len(report.row("worst").robust) == 12
+
+
+def test_stadv_restarts_keep_the_worst_of_each_image(toy):
+    model, x, y = toy
+    plain = Plain(model)
+    faint = {"eps": 0.002, "alpha": 0.0005}
+    attacks = [Attack("stadv", label="one", **faint), Attack("stadv", restarts=3, **faint)]
+    report = evaluate(plain, x, y, attacks=attacks, steps=2, eps=FAINT, progress=False)
+    one, three = report.row("one, flow 0.002"), report.row("StAdv-2 margin x3, flow 0.002")
+    assert 0 < three.robust.sum() <= one.robust.sum() < len(x) and not (three.robust & ~one.robust).any()
+    changed = [(a != b).any() for a, b in zip(one.examples.adversarial, three.examples.adversarial, strict=True)]
+    assert any(changed) and three.health["gradients"] == 3 * one.health["gradients"]
+    other = evaluate(plain, x, y, attacks=attacks[1:], steps=2, eps=FAINT, batch_size=50, progress=False)
+    assert np.abs(other.rows[1].examples.adversarial - three.examples.adversarial).max() < 1e-4
+    assert np.array_equal(report.row("worst, flow 0.002").robust, three.robust)
+
+
+def test_options_reach_the_attacks(toy, monkeypatch):
+    model, x, y = toy
+    seen = {}
+    for name in ("pgd", "stadv"):
+        original = getattr(protocol, name)
+        monkeypatch.setattr(
+            protocol, name, lambda *a, original=original, name=name, **o: seen.update({name: o}) or original(*a, **o)
+        )
+    attacks = [Attack("stadv", alpha=0.02, smoothness=0.0, eps=0.1), lee_kim_2023()]
+    evaluate(model, x[:4], y[:4], attacks=[attacks[0]], steps=2, **QUIET)
+    assert {k: seen["stadv"][k] for k in ("rate", "smoothness", "eps", "steps", "loss", "start")} == {
+        "rate": 0.02, "smoothness": 0.0, "eps": 0.1, "steps": 2, "loss": "margin", "start": False,
+    }  # fmt: skip
+    assert "norm" not in seen["stadv"]
+    report = evaluate(model, x[:1], y[:1], attacks=[attacks[1]], **QUIET)
+    got = {k: seen["pgd"][k] for k in ("alpha", "steps", "eot", "start", "norm", "eps", "loss")}
+    assert got == {
+        "alpha": pytest.approx(0.007), "steps": 200, "eot": 20, "start": False, "norm": "linf", "eps": 8 / 255,
+        "loss": "ce",
+    }  # fmt: skip
+    assert report.rows[1].attack == "PGD-200 ce + EOT (Lee & Kim 2023)" and report.rows[1].threat is None
+
+
+def test_lee_kim_in_another_ball():
+    attack = lee_kim_2023(4 / 255)
+    assert attack.alpha == pytest.approx(0.0035) and attack.eps == 4 / 255
+
+
+def test_new_attacks_are_kept_and_found_again(tmp_path, shattered):
+    model, x, y = shattered
+    x, y = x[:16], y[:16]
+
+    def run(*attacks, **change):
+        before = Shattered.purified
+        settings = {"steps": 2, "out": tmp_path, "n_eval": 1, "progress": False, "eps": FAINT} | change
+        return evaluate(model, x, y, attacks=attacks, **settings), Shattered.purified - before
+
+    # plans that differ in one thing each: no row of one is taken for another's
+    plans = [
+        Attack(), Attack(start=False), Attack(eps=0.01), Attack(eps=0.5, norm="l2"), Attack(target="classifier"),
+        Attack("bpda"), Attack("bpda", head="mean"), Attack("bpda", start=False),
+        Attack("stadv"), Attack("stadv", smoothness=0.0), Attack("stadv", eps=0.1), Attack("stadv", alpha=0.02),
+        Attack("stadv", target="classifier"), Attack("stadv", loss="ce"),
+    ]  # fmt: skip
+    first = []
+    for number, plan in enumerate(plans, 1):
+        first.append(run(plan)[0])
+        assert len(list(tmp_path.glob("rows/*.json"))) == 1 + number  # the clean row, and one for each
+    few = 3 * 8 + 1  # the probes
+    for plan, before in zip(plans, first, strict=True):
+        again, made = run(plan)
+        assert made < few + 1 and again.to_json() == before.to_json()
+        assert again.rows[1].threat == before.rows[1].threat
+    # the same attack by another name, and from a report whose own ball it is, is the same row
+    named, made = run(Attack("bpda", label="by another name"))
+    assert made < few + 1 and named.rows[1].attack == "by another name"
+    other, made = run(Attack(), eps=0.01)
+    assert made < few + 1 and (other.rows[1].attack, other.rows[1].threat) == ("PGD-2 ce", None)
+    assert first[2].rows[1].attack == "PGD-2 ce, L-inf 0.01"
+
+
+@pytest.mark.parametrize("attack", [Attack("bpda", restarts=2), Attack("stadv"), Attack("stadv", restarts=2)])
+def test_the_bars_total_of_the_new_attacks_is_exact(shattered, monkeypatch, attack):
+    bars = []
+
+    class Bar(protocol.tqdm):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(protocol, "tqdm", Bar)
+    model, x, y = shattered
+    evaluate(model, x[:8], y[:8], steps=3, eot=2, attacks=[attack], eps=FAINT)
+    (bar,) = bars
+    assert bar.n == bar.total > 0

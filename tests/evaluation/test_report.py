@@ -29,6 +29,19 @@ def test_headline_is_the_lowest_success_counts():
         _ = Report([clean]).headline
 
 
+def test_other_threat_models_have_headlines_of_their_own():
+    mine, lower = row(attack="mine"), row(attack="lower", robust=[0, 0, 0, 0], threat="L2 0.5")
+    low = row(attack="low", robust=[1, 0, 0, 0], threat="L2 0.5", reliable=False)
+    worst = row(attack="worst", kind="worst")
+    report = Report([lower, mine, low, row(attack="clean", kind="clean", threat=None), worst])
+    assert report.headline is mine and report.lowest == {("m", None): mine, ("m", "L2 0.5"): lower}
+    assert report.attacks == ["clean", "mine", "worst", "lower", "low"]
+    lines = report.to_markdown().split("\n")
+    assert lines[2].startswith("- **m: 75.0") and lines[3].startswith("- m, L2 0.5: 0.0")
+    with pytest.raises(ValueError, match="one model with attacks"):
+        _ = Report([lower]).headline
+
+
 def test_json_round_trip():
     report = Report([row(settings={"steps": 3, "eps": 0.1, "target": None}), row(attack="x", health=None)], ["a note"])
     text = report.to_json()
@@ -50,6 +63,32 @@ def test_numbers_in_the_tables():
     assert "**b: 75.0 ± 21.7 %** robust" in text and "the true number may be lower" in text
     plain, colored = report.to_text(color=False), report.to_text()
     assert "\033" not in plain and "75.0 ± 21.7 unreliable" in plain and "\033[31m75.0 ± 21.7 unreliable" in colored
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "percent", "error", "printed"),
+    [
+        (373, 512, "72.85", "1.97", "72.9 ± 2.0"),
+        (303, 512, "59.18", "2.17", "59.2 ± 2.2"),
+        (229, 512, "44.73", "2.20", "44.7 ± 2.2"),
+        (41, 64, "64.06", "6.00", "64.1 ± 6.0"),
+    ],
+)
+def test_figures_published_for_atop(right, n, percent, error, printed):
+    """Its specification's fact 15: counts of 512 and of 64 images."""
+    made = row(robust=[1] * right + [0] * (n - right))
+    assert (f"{100 * made.accuracy:.2f}", f"{100 * made.standard_error:.2f}") == (percent, error)
+    assert Row.from_dict(made.to_dict()).accuracy == made.accuracy == right / n
+    assert f"| m | PGD | random | - | {n} | {printed} |" in Report([made]).to_markdown()
+
+
+def test_a_published_gain_and_its_error():
+    """14.45 points = 59.18 - 44.73."""
+    with_it, without = row(robust=[1] * 303 + [0] * 209), row(robust=[1] * 229 + [0] * 283)
+    gain = Report([with_it]).paired(Report([without]), "PGD")
+    assert f"{100 * gain.difference:.2f}" == "14.45" and gain.n == 512
+    # 74 images differ, all to one side: sqrt(p (1 - p) / n), p = 74 / 512
+    assert f"{100 * gain.standard_error:.2f}" == "1.55"
 
 
 def test_small_shares_are_not_rounded_to_none():
@@ -111,6 +150,16 @@ def test_pictures(tmp_path):
         both.save(tmp_path / "two", model)
     both.save(tmp_path / "two", {"m 1": model})
     assert (tmp_path / "two/images_m_1.png").read_bytes() == (tmp_path / "run/images_m_1.png").read_bytes()
+
+    class One(torch.nn.Module):  # one purified image each, no logits of its own draws
+        def purify(self, x):
+            return x.flip(3)
+
+        def forward(self, x):
+            return x.flatten(1)[:, :4]
+
+    plots.grid(x, x, y, tmp_path / "one.png", One())
+    assert size(tmp_path / "one.png")[1] / size(tmp_path / "plain.png")[1] == pytest.approx(4 / 3, rel=0.01)
     with pytest.raises(ValueError, match="no rows"):
         plots.bars(report, tmp_path / "none.png", ["no such attack"])
     with pytest.raises(ValueError, match="C = 1 or 3"):

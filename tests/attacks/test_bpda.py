@@ -1,0 +1,174 @@
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+from purify_fast import Carso
+from purify_fast.attacks import Bpda, GradientHealth, apgd, fgsm, frozen, input_gradient, pgd
+from purify_fast.attacks.bpda import classifier_of
+from purify_fast.nn import SmallCNN
+from purify_fast.ops import aggregate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Rounded(nn.Module):
+    """A defence whose gradients are shattered: images are rounded to a few levels before a linear classifier."""
+
+    def __init__(self, levels=8):
+        super().__init__()
+        self.levels = levels
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+
+    def purify(self, x):
+        return (x * self.levels).round() / self.levels
+
+    def forward(self, x):
+        return self.classifier(self.purify(x))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def defence():
+    torch.manual_seed(1)
+    return Rounded()
+
+
+def labels(model, x):
+    with torch.no_grad():
+        return model(x).argmax(1)
+
+
+def test_the_gradient_is_the_classifiers_at_the_purified_image(defence, batch):
+    y = labels(defence, batch)
+    wrapped = Bpda.of(defence)
+    with frozen(wrapped):
+        got, value = input_gradient(wrapped, batch, y)
+        want, at = input_gradient(defence.classifier, defence.purify(batch), y)
+        assert torch.equal(got, want) and torch.equal(value, at) and got.abs().max() > 0
+        assert torch.equal(wrapped(batch), defence(batch))
+        assert input_gradient(defence, batch, y)[0].abs().max() == 0  # what BPDA is for
+
+
+def test_breaks_shattered_gradients(defence, batch):
+    y = labels(defence, batch)
+    kept = {}
+    for name, model in (("itself", defence), ("bpda", Bpda.of(defence))):
+        health = GradientHealth()
+        found = pgd(model, batch, y, eps=0.1, steps=20, keep_best=True, health=health)
+        kept[name] = float((labels(defence, found) == y).float().mean()), health.zero
+    assert kept["itself"][0] > 0.8 and kept["itself"][1] == 1
+    assert kept["bpda"][0] < 0.1 and kept["bpda"][1] == 0
+    found = apgd(Bpda.of(defence), batch, y, eps=0.1, steps=20)
+    assert (labels(defence, found) == y).float().mean() < 0.1
+
+
+def test_autoattack_runs_on_it(defence, batch):
+    pytest.importorskip("pyautoattack")
+    from purify_fast.evaluation.autoattack import autoattack
+
+    y = labels(defence, batch)
+    wrapped = Bpda.of(defence)
+    with frozen(wrapped), torch.random.fork_rng():
+        found, _ = autoattack(
+            wrapped, batch, y, eps=0.1, norm="linf", version="standard", classes=4, seed=0, batch_size=40, steps=10,
+            queries=10,
+        )  # fmt: skip
+    assert (labels(defence, found) == y).float().mean() < 0.1
+
+
+@pytest.mark.parametrize("method", ["lse", "mean"])
+def test_several_draws(batch, method):
+    """K purified images: the logits are aggregated, and the gradient is the sum of those at each."""
+    torch.manual_seed(2)
+    classifier = SmallCNN(1, 4, (8, 8), 4).requires_grad_(False).eval()
+    noise = 0.1 * torch.randn(3, 1, 8, 8)
+    wrapped = Bpda(lambda x: (x[:, None] + noise).round(decimals=1), classifier, method=method)
+    y = torch.arange(40) % 4
+    got, value = input_gradient(wrapped, batch, y)
+    leaf = (batch[:, None] + noise).round(decimals=1).requires_grad_()
+    logits = aggregate(classifier(leaf.flatten(0, 1)).unflatten(0, (40, 3)), method)
+    each = nn.functional.cross_entropy(logits, y, reduction="none")
+    torch.testing.assert_close(value, each.detach())
+    torch.testing.assert_close(got, torch.autograd.grad(each.sum(), leaf)[0].sum(1))
+
+
+def test_a_substitute_gives_its_gradient_and_not_its_values(defence, batch):
+    y = labels(defence, batch)
+    weight = torch.rand(8, 8)
+    wrapped = Bpda(defence.purify, defence.classifier, substitute=lambda x: weight * x + 7)
+    plain = Bpda.of(defence)
+    with frozen(wrapped):
+        assert torch.equal(wrapped(batch), defence(batch))
+        got, want = (input_gradient(model, batch, y)[0] for model in (wrapped, plain))
+    torch.testing.assert_close(got, weight * want)
+
+
+def test_another_size_needs_a_substitute(batch):
+    half = Bpda(nn.AvgPool2d(2), nn.Flatten())
+    with pytest.raises(ValueError, match=r"purify gave \[40, 1, 4, 4\], its substitute .* \[40, 1, 8, 8\]"):
+        half(batch)
+    given = Bpda(nn.AvgPool2d(2), nn.Flatten(), substitute=nn.MaxPool2d(2))
+    gradient, _ = input_gradient(given, batch, torch.zeros(40, dtype=torch.int64))
+    assert gradient.abs().sum() > 0
+    with pytest.raises(ValueError, match="method must be one of lse"):
+        Bpda(nn.AvgPool2d(2), nn.Flatten(), method="max")
+
+
+def test_the_purifiers_module_is_frozen_too(batch):
+    """A bound method brings its module: no BatchNorm is in training mode under attack, and it comes back as it was."""
+
+    class Normalising(Rounded):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1)
+
+        def purify(self, x):
+            assert not self.training and not self.norm.weight.requires_grad
+            return self.norm(x)
+
+    model = Normalising()
+    fgsm(Bpda(model.purify, model.classifier), batch, torch.zeros(40, dtype=torch.int64), eps=0.1)
+    assert model.training and model.norm.weight.requires_grad and model.norm.num_batches_tracked == 0
+
+
+def test_eot_averages_over_the_purifiers_draws(batch):
+    """The purifier draws for every copy the attack makes of an image."""
+    torch.manual_seed(3)
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).requires_grad_(False)
+    y = labels(classifier, batch)
+
+    def purify(x):
+        return (x + 0.3 * torch.randn_like(x)).clamp(0, 1)
+
+    torch.manual_seed(4)
+    got, _ = input_gradient(Bpda(purify, classifier), batch, y, eot=3)
+    torch.manual_seed(4)
+    images = purify(batch.repeat(3, 1, 1, 1))
+    want, _ = input_gradient(classifier, images, y.repeat(3))
+    torch.testing.assert_close(got, want.view(3, *batch.shape).sum(0))
+
+
+@pytest.mark.parametrize("mode", ["random", "fixed", "deterministic"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_of_carso(batch, mode, fast):
+    """Its forward pass is the defence's own in every mode, also accelerated; x moves the purified image by itself."""
+    torch.manual_seed(5)
+    carso = Carso(SmallCNN(1, 4, (8, 8), 4), ["conv2"], (1, 8, 8), cond_dim=8, latent_dim=4, samples=3).eval()
+    if fast:
+        carso.accelerate()
+        assert classifier_of(carso) is carso.frozen_classifier is not carso.classifier
+    contexts = {"fixed": lambda: carso.fixed_noise(3), "deterministic": carso.deterministic}
+    wrapped = Bpda.of(carso)
+    with contexts.get(mode, contextlib.nullcontext)(), frozen(wrapped):
+        torch.manual_seed(6)
+        want = carso(batch)
+        torch.manual_seed(6)
+        torch.testing.assert_close(wrapped(batch), want)
+        gradient, _ = input_gradient(wrapped, batch, torch.zeros(40, dtype=torch.int64))
+    assert gradient.isfinite().all() and (gradient != 0).flatten(1).any(1).all()
