@@ -21,7 +21,7 @@ HEADERS = $(shell $(BIN)/python -c "import os, sysconfig; print('ON' if os.path.
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(STAMPS)/package  ## train and attack on digits, about 8 minutes on 2 cores; ARGS=--quick for a minute
+demo: $(STAMPS)/package  ## train and attack on digits, minutes on 2 cores; ARGS=--quick for a minute or two
 	$(BIN)/purify-fast demo $(ARGS)
 
 test: test-cpp test-python test-interpreter  ## everything: C++, Python, Triton in its interpreter

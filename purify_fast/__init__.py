@@ -1,12 +1,15 @@
 """Fast, honest adversarial purification for PyTorch.
 
 defence = purify_fast.Carso(classifier, layers, image_shape)      logits = defence(x), x in [0, 1]
-purify_fast.ops          fused operations        purify_fast.attacks      FGSM, PGD with EOT
+defence = purify_fast.Atop(classifier, purifier, image_shape)     the same interface
+purify_fast.ops          fused operations        purify_fast.attacks      PGD, APGD, BPDA, StAdv; EOT
 purify_fast.training     the shared loop         purify_fast.evaluation   adaptive evaluation and reports
 """
 
 from . import attacks, evaluation, ops, training
-from .carso import Carso, load
+from .atop import Atop
+from .carso import Carso
+from .saving import load
 
 __version__ = "0.1.0"
-__all__ = ["Carso", "attacks", "evaluation", "load", "ops", "training"]
+__all__ = ["Atop", "Carso", "attacks", "evaluation", "load", "ops", "training"]

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written aside, synced, moved into place; and a digest to name tensors by."""
+"""Files that are whole or absent: written aside, synced, moved into place; what their tensors must be; a digest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +34,20 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_shapes(what: str, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
+    """Refuse tensors other than the wanted; ValueError starting with ``what``, naming four of them at most."""
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
+    problems += [f"{name} is unknown" for name in sorted(found.keys() - wanted.keys())]
+    problems += [
+        f"{name} is {list(found[name])}, must be {list(wanted[name])}"
+        for name in sorted(wanted.keys() & found.keys())
+        if tuple(found[name]) != tuple(wanted[name])
+    ]
+    if problems:
+        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{what}: {'; '.join(problems[:4])}{more}")
 
 
 class Digested(Protocol):

@@ -1,4 +1,4 @@
-"""The command line: ``purify-fast demo | train classifier | train carso | evaluate | info``."""
+"""The command line: ``purify-fast demo | train classifier|carso|generator|atop | evaluate | info``."""
 
 from __future__ import annotations
 
@@ -11,31 +11,39 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import nn
 
 from . import demo, info
 from ._process import processes
-from .carso import Carso, CarsoConfig, CarsoTask, load
+from .atop import Atop, AtopConfig, AtopTask, DeepFillGenerator
+from .atop import load as load_atop
+from .carso import Carso, CarsoConfig, CarsoTask
+from .carso import load as load_carso
 from .carso.presets import preset
 from .data import DataSet, statistics
 from .data import load as load_data
-from .evaluation import Attack, default_attacks, evaluate
-from .nn import CLASSIFIERS, build_classifier
+from .evaluation import Attack, default_attacks, evaluate, lee_kim_2023
+from .nn import CLASSIFIERS, build_classifier, build_purifier
+from .nn.defence import Defence
+from .saving import load
 from .training import (
     ClassifierConfig,
     ClassifierTask,
     FitConfig,
+    Task,
     fit,
     keep_memory,
     load_classifier,
     save_classifier,
 )
 from .training.checkpoint import fingerprint, read_model
+from .training.defences import save_defence
 from .training.distributed import in_turn, launched, own_device, torchrun_group
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Train and attack four models on digits; prints a table, writes a report with pictures. Resumes where it was."""
+    """Train and attack seven models on digits; prints a table, writes a report with pictures. Resumes where it was."""
 
     out: Path = Path("runs/demo")
     quick: bool = False
@@ -110,6 +118,31 @@ class TrainClassifier(_Data):
         print(f"saved to {self.out}")
 
 
+def _train_defence(
+    command: TrainCarso | TrainGenerator,
+    images: DataSet,
+    task: Task,
+    defence: Defence,
+    classifier: nn.Module,
+    title: str,
+) -> None:
+    """Train, and save the defence with its classifier beside it."""
+    if images.image_shape != defence.image_shape:
+        raise ValueError(
+            f"--data {command.data}: its images are {images.image_shape}, the purifier's {defence.image_shape}"
+        )
+    if images.num_classes > defence.num_classes:
+        raise ValueError(
+            f"--data {command.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
+        )
+    print(fit(task, images.x_train, images.y_train, command.loop, command.out, title))
+    if processes()[0] > 0:
+        return
+    save_defence(defence, command.out)
+    save_classifier(classifier, command.out / "classifier")
+    print(f"saved to {command.out}; attack it with: purify-fast evaluate {command.out}")
+
+
 @dataclass(frozen=True)
 class TrainCarso(_Data):
     """Train CARSO's purifier on a saved classifier, as published or through the pipeline. Resumes an unfinished run."""
@@ -123,7 +156,7 @@ class TrainCarso(_Data):
     """With --preset: as its code runs it, which attacks with a larger eps, and never on TinyImageNet."""
     init: Path | None = None
     """Start from a saved purifier, as when fine-tuning through the pipeline."""
-    layers: tuple[str, ...] = demo.LAYERS
+    layers: tuple[str, ...] = demo.carso.LAYERS
     """Modules of the classifier whose outputs form the representation."""
     cond_dim: int = 64
     latent_dim: int = 8
@@ -155,7 +188,7 @@ class TrainCarso(_Data):
             given = [name for name in own if getattr(self, name) != getattr(TrainCarso, name)]
             if given:
                 raise ValueError(f"--init {self.init} brings its own sizes; leave out {', '.join(given)}")
-            defence = load(self.init, classifier)
+            defence = load_carso(self.init, classifier)
             origin = fingerprint(defence)
         elif self.preset is not None:
             changes = {key: getattr(self, key) for key in ("layers", "cond_dim", "latent_dim", "samples")}
@@ -163,22 +196,86 @@ class TrainCarso(_Data):
         else:
             sizes = (self.cond_dim, self.latent_dim, self.samples)
             defence = Carso(classifier, self.layers, images.image_shape, *sizes, decoder_width=self.decoder_width)
-        if images.image_shape != defence.image_shape:
+        _train_defence(self, images, CarsoTask(defence, self.method, origin), defence, classifier, "carso")
+
+
+_TRANSFORM = ("transform", "sigma", "block", "missing", "parts", "samples", "aggregation", "shared_mask")
+
+
+@dataclass(frozen=True)
+class TrainGenerator(_Data):
+    """Pre-train AToP's purifier on clean images: hinge GAN and L1. Resumes an unfinished run."""
+
+    classifier: Path = Path("runs/classifier")
+    """A folder that `train classifier` wrote; pre-training does not use it, what is saved names it."""
+    out: Path = Path("runs/generator")
+    purifier: str = "small_generator"
+    """small_generator, deepfill (height and width multiples of 8) or masked_autoencoder."""
+    width: int | None = None
+    """Of the purifier's network (8, 48 and 64)."""
+    residual: bool = False
+    """Of a small_generator: it corrects the image in place of painting one."""
+    weights: Path | None = None
+    """Of deepfill: a checkpoint of deepfillv2-pytorch to start from; only tensors are read from it."""
+    transform: str = "rt2"
+    """rt1 hides blocks, rt2 adds noise before, rt3 hides every block once in several passes."""
+    sigma: float = 0.25
+    """Standard deviation of the noise in image units."""
+    block: int | None = None
+    """Side of a block in pixels; default: an eighth of the height."""
+    missing: float = 0.25
+    """Share of the blocks that rt1 and rt2 hide."""
+    parts: int = 4
+    """Passes of rt3."""
+    samples: int = 1
+    """Draws of noise and mask per prediction."""
+    aggregation: str = "mean"
+    """Of the draws: mean of the logits, or probability."""
+    shared_mask: bool = False
+    """One mask for the whole batch, as in the official code."""
+    method: AtopConfig = field(default_factory=AtopConfig.pretraining)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=16))
+
+    def run(self) -> None:
+        images = in_turn(self.load)
+        classifier = load_classifier(self.classifier).to(self.device)
+        torch.manual_seed(self.loop.seed)
+        defence, origin = self.made(images, classifier)
+        _train_defence(self, images, AtopTask(defence, self.method, origin), defence, classifier, "atop")
+
+    def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:
+        """The defence to train, and what its purifier starts from."""
+        chosen = {name: getattr(self, name) for name in _TRANSFORM}
+        if self.weights is None:
+            purifier = build_purifier(self.purifier, images.image_shape, width=self.width, residual=self.residual)
+            return Atop(classifier, purifier, images.image_shape, **chosen), "scratch"
+        if self.purifier != "deepfill" or self.width is not None or self.residual:
+            raise ValueError(f"--weights {self.weights} goes with --purifier deepfill, and brings its width")
+        purifier = DeepFillGenerator.from_official(self.weights)
+        return Atop(classifier, purifier, images.image_shape, **chosen), fingerprint(purifier)
+
+
+@dataclass(frozen=True)
+class TrainAtop(TrainGenerator):
+    """Fine-tune a purifier through the frozen classifier, as published or through the pipeline. Resumes."""
+
+    out: Path = Path("runs/atop")
+    init: Path | None = Path("runs/generator")
+    """A folder that `train generator` or `train atop` wrote; it brings network and transform. None: from scratch."""
+    method: AtopConfig = field(default_factory=AtopConfig)
+
+    def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:
+        if self.init is None:
+            return super().made(images, classifier)
+        own = ("purifier", "width", "residual", "weights", *_TRANSFORM)
+        given = [name for name in own if getattr(self, name) != getattr(TrainGenerator, name)]
+        if given:
             raise ValueError(
-                f"--data {self.data}: its images are {images.image_shape}, the purifier's {defence.image_shape}"
+                f"--init {self.init} brings its own network and transform; leave out {', '.join(given)}, or start from "
+                "scratch with --init None"
             )
-        if images.num_classes > defence.num_classes:
-            raise ValueError(
-                f"--data {self.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
-            )
-        print(
-            fit(CarsoTask(defence, self.method, origin), images.x_train, images.y_train, self.loop, self.out, "carso")
-        )
-        if processes()[0] > 0:
-            return
-        defence.save(self.out)
-        save_classifier(classifier, self.out / "classifier")
-        print(f"saved to {self.out}; attack it with: purify-fast evaluate {self.out}")
+        defence = load_atop(self.init, classifier, check=False)  # pre-training saw no classifier
+        return defence, fingerprint(defence.purifier)
 
 
 @dataclass(frozen=True)
@@ -195,6 +292,10 @@ class Evaluate(_Data):
     eot: int = 5
     autoattack: int = 100
     """Images for AutoAttack; 0 leaves it out."""
+    also: tuple[Literal["lee_kim_2023", "l2", "stadv", "classifier"], ...] = ()
+    """More attacks: PGD-200 with EOT 20; APGD in the L2 ball; StAdv; the classifier alone, the weak protocol."""
+    l2_eps: float = 0.5
+    """Radius of the L2 ball of --also l2, in image units."""
     batch_size: int = 250
     chunk: int | None = None
     """Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets which draws."""
@@ -211,11 +312,18 @@ class Evaluate(_Data):
         base = None if own else load_classifier(self.folder / "classifier").to(self.device)
         model = load_classifier(self.folder).to(self.device) if base is None else load(self.folder, base)
         if self.precision == "bfloat16":
-            if not isinstance(model, Carso):
+            if not isinstance(model, Defence):
                 raise ValueError(f"precision bfloat16 is for defences; {self.folder} holds a classifier")
             model.accelerate(torch.bfloat16)
         attacks = [a for a in default_attacks(base) if a.kind != "autoattack" or self.autoattack > 0]
         attacks = [Attack(**{**vars(a), "limit": self.autoattack}) if a.kind == "autoattack" else a for a in attacks]
+        more = {
+            "lee_kim_2023": lee_kim_2023(self.eps),
+            "l2": Attack("apgd", norm="l2", eps=self.l2_eps),
+            "stadv": Attack("stadv"),
+            "classifier": Attack(target="classifier"),
+        }
+        attacks += [more[name] for name in dict.fromkeys(self.also)]
         out = self.folder / "evaluation" if self.out is None else self.out
         report = evaluate(
             model,
@@ -253,6 +361,8 @@ class Train:
     what: (
         Annotated[TrainClassifier, tyro.conf.subcommand("classifier")]
         | Annotated[TrainCarso, tyro.conf.subcommand("carso")]
+        | Annotated[TrainGenerator, tyro.conf.subcommand("generator")]
+        | Annotated[TrainAtop, tyro.conf.subcommand("atop")]
     )
 
     def run(self) -> None:

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import purify_fast
-from purify_fast import cli, demo
+from purify_fast import cli
 from purify_fast.carso import PRESETS
-from purify_fast.evaluation import Report, Row
+from purify_fast.evaluation import Report
 from purify_fast.training import load_classifier
 
 
@@ -172,31 +172,3 @@ def test_info(capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert "aggregate" in out and torch.__version__ in out
-
-
-def test_the_demos_sentences_follow_the_numbers():
-    def report(model, robust, auto, **rows):
-        made = Report()
-        for attack, mask in {"clean": [1] * 8, "worst": robust, demo.AUTOATTACK: auto, **rows}.items():
-            mask = np.array(mask, dtype=bool)
-            made.rows.append(Row(model, attack, "x", "random", mask, mask.mean(), mask.mean(), 1, 0, 0.0, "d"))
-        return made
-
-    def ones(n):
-        return [1] * n + [0] * (8 - n)
-
-    reports = {
-        demo.BASE: report(demo.BASE, ones(3), ones(2)),
-        demo.PUBLISHED: report(demo.PUBLISHED, ones(1), ones(0), **{demo.PEEL: ones(7)}),
-        demo.PIPELINE: report(demo.PIPELINE, ones(7), ones(1)),
-    }
-    reports[demo.PUBLISHED].row(demo.PEEL).reliable = False
-    text = "\n".join(demo.conclusion(reports, demo.Budget()))
-    assert "seems to withstand 87.5 ± 11.7 %" in text and "unreliable" in text and "QUICK" not in text
-    assert "+50.0 ± 17.7 points (n = 8, paired), better than its base" in text
-    assert "-12.5 ± 11.7 points (n = 8, paired), not told from its base" in text
-    reports[demo.PUBLISHED].row(demo.PEEL).reliable = True
-    reports[demo.PIPELINE] = report(demo.PIPELINE, ones(0), ones(0))
-    reports[demo.BASE] = report(demo.BASE, ones(8), ones(8))
-    text = "\n".join(demo.conclusion(reports, demo.QUICK, quick=True))
-    assert "worse than its base" in text and "believable" in text and "QUICK" in text

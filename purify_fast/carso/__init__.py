@@ -4,7 +4,7 @@ from ..nn import Head
 from .layers import LayerScore, rank_layers
 from .model import Carso
 from .presets import PRESETS, Preset
-from .saving import load, save
+from .saving import load
 from .training import CarsoConfig, CarsoTask
 
 __all__ = [
@@ -17,5 +17,4 @@ __all__ = [
     "Preset",
     "load",
     "rank_layers",
-    "save",
 ]

@@ -10,7 +10,6 @@ attacks by NaN; the logsumexp taken here makes the same decisions with finite lo
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.defence import Defence
 from ..nn.layers import normalisation
-from ..nn.randomised import Randomised
-from ..nn.representation import Representation, first_tensor
+from ..nn.representation import Representation
 from ..nn.vae import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder, decoder_plan
 from ..nn.vae_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
-from ..nn.view import FrozenView, Region, channels_last, inside, quicken
+from ..nn.view import inside, quicken
 from ..ops.decode_samples import decode_samples, latents
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ FORMS = ("v4", "v1")
 DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping]]
 
 
-class Carso(Randomised):
+class Carso(Defence):
     """A classifier behind CARSO's purifier. Images in [0, 1] in, finite logits out.
 
     Args:
@@ -86,25 +85,16 @@ class Carso(Randomised):
         decoder: DecoderPlan | None = None,
         form: str = "v4",
     ):
-        super().__init__()
+        super().__init__(classifier, image_shape)
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-        self.accelerated: dict[str, Any] | None = None
-        # frozen copies of the classifier; a tuple, so that they are no submodules: not saved, not trained
-        self._fast: tuple[FrozenView, Representation] | None = None
-        self._regions: dict[str, Region] = {}
-        self.register_load_state_dict_post_hook(_reload)
-        if isinstance(classifier, nn.DataParallel):
-            raise ValueError("classifier: unwrap it (classifier.module); for several GPUs run one process per GPU")
-        if hasattr(classifier, "_orig_mod"):
-            raise ValueError("classifier: unwrap it (classifier._orig_mod), and compile the defence instead")
-        image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
+        # a frozen copy of the reader; a tuple, as the classifier's
+        self._reader: tuple[Representation] | None = None
+        image_shape = self.image_shape
         sizes = {"cond_dim": cond_dim, "latent_dim": latent_dim, "samples": samples, "decoder_width": decoder_width}
-        for name, value in {**sizes, "encoder_depth": encoder_depth, "image_shape": min(image_shape)}.items():
+        for name, value in {**sizes, "encoder_depth": encoder_depth}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if len(image_shape) != 3:
-            raise ValueError(f"image_shape must be (C, H, W), got {image_shape}")
         channels = image_shape[0]
         statistics = normalisation(mean, std, channels)
         if decoder is not None:
@@ -126,9 +116,7 @@ class Carso(Randomised):
             "decoder": None if decoder is None else json.loads(json.dumps([plan[0], [asdict(x) for x in plan[1]]])),
             "form": form,
         }
-        self.own_classifier = False
-        self.image_shape, self.latent_dim, self.samples = image_shape, latent_dim, samples
-        self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
+        self.latent_dim, self.samples = latent_dim, samples
         self.representation = Representation(self.classifier, tuple(layers), image_shape)
         self.num_classes = self.representation.num_classes
         shapes = self.representation.shapes
@@ -142,81 +130,25 @@ class Carso(Randomised):
             self.decoder = Decoder(latent_dim, cond_dim, image_shape, *plan)
         for name, values in statistics.items():
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
-        device = first_tensor(self.classifier).device
         # the whole pipeline runs about twice as fast in this layout on a CPU, its transposed convolutions three times
         for part in (self.condition_encoder, self.posterior_encoder, self.decoder):
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._channels_last = channels_last(self.classifier, image_shape)
-        self.to(device)
+        self._ready()
 
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        # each part computes in its own precision, whatever the images and the other part have
-        self._classifier_dtype = first_tensor(self.classifier).dtype
-        self._purifier_dtype = first_tensor(self.decoder).dtype
-        self._prepare()
-        return self
+    def _purifier(self) -> tuple[nn.Module, ...]:
+        return self.condition_encoder, self.posterior_encoder, self.decoder
 
-    # -- speed --------------------------------------------------------------------------------------------------------
-
-    def accelerate(
-        self, dtype: torch.dtype | None = torch.bfloat16, *, fold: bool = True, compile: bool = False
-    ) -> Carso:
-        """Compute fast from now on: inference, attacks through the defence and both trainings.
-
-        The classifier is read and attacked through frozen copies: BatchNorm folded, channels_last, ``dtype`` inside.
-        The purifier keeps its weights, BatchNorm statistics and losses in float32 and multiplies in ``dtype``. Images,
-        condition, latents and logits are float32 at every border. bfloat16 rounds the images to 8 bits as well.
-
-        Args:
-            dtype: ``torch.bfloat16``; ``torch.float32`` to fold only; None computes plainly again.
-            fold: whether BatchNorms are folded into the layers before them.
-            compile: whether `torch.compile` fuses the parts, each once for all batch sizes: condition, decoding and
-                classifying; in training the attacked classifier only, where that is what is attacked.
-
-        Returns:
-            The defence. It saves, moves and copies as before. The frozen copies follow ``.to()`` and
-            ``load_state_dict``; after another change of the classifier's weights call this again.
-
-        Raises:
-            ValueError: another dtype, or a classifier that cannot be folded (`purify_fast.nn.fold_batchnorm`).
-        """
-        chosen = None if dtype is None else {"dtype": dtype, "fold": fold, "compile": compile}
-        before, self.accelerated = self.accelerated, chosen
-        try:
-            self._prepare()
-        except Exception:  # the classifier's own, or no memory, too: the copies from before still serve
-            self.accelerated = before
-            raise
-        return self
+    def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
+        return self._condition, self._decode
 
     @torch.inference_mode(False)  # its copies are to be differentiated, wherever they are made
     def _prepare(self) -> None:
-        if self.accelerated is None:
-            self._fast, self._regions = None, {}
-            return
-        view = FrozenView(self.classifier, self.image_shape, **self.accelerated)
-        reader = copy.deepcopy(self.representation)
-        quicken(reader.model, self.image_shape, self.accelerated["dtype"], self.accelerated["fold"])
-        self._fast = view, reader
-        parts = (self._condition, self._decode) if self.accelerated["compile"] else ()
-        self._regions = {part.__name__: Region(part) for part in parts}
-
-    def _run(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """A part as it is, or compiled. Not in training: padding would enter the BatchNorm statistics."""
-        region = None if self.training else self._regions.get(part.__name__)
-        return (part if region is None else region)(*inputs)
-
-    @property
-    def frozen_classifier(self) -> nn.Module:
-        """What classifies the reconstructions and is attacked in training: the classifier, or its accelerated copy."""
-        return self.classifier if self._fast is None else self._fast[0]
-
-    def _inside(self, device: torch.device) -> contextlib.AbstractContextManager:
-        """How the purifier computes."""
-        if self._fast is None or self._purifier_dtype != torch.float32:
-            return contextlib.nullcontext()
-        return inside(device, self._fast[0].dtype)
+        reader = None
+        if self.accelerated is not None:
+            reader = copy.deepcopy(self.representation)
+            quicken(reader.model, self.image_shape, self.accelerated["dtype"], self.accelerated["fold"])
+        super()._prepare()
+        self._reader = None if reader is None else (reader,)
 
     # -- the parts ----------------------------------------------------------------------------------------------------
 
@@ -226,20 +158,14 @@ class Carso(Randomised):
             return torch.zeros((batch, 1, self.latent_dim), device=device)
         return latents(*self.noise(batch, device), draws * self.samples, self.latent_dim).expand(batch, -1, -1)
 
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape or not x.is_floating_point():
-            want = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"x must be floating point [B, {want}], got {x.dtype} {list(x.shape)}")
-
     def read(self, x: Tensor) -> list[Tensor]:
         """The classifier's representation of ``x [B, C, H, W]``, layer by layer, as the purifier takes it."""
         x = x if self._channels_last else x.contiguous()
-        if self._fast is None:
+        if self._fast is None or self._reader is None:
             layers = self.representation(x.to(self._classifier_dtype))
         else:
-            view, reader = self._fast
-            with inside(x.device, view.dtype):
-                layers = reader(x.float())
+            with inside(x.device, self._fast[0].dtype):
+                layers = self._reader[0](x.float())
             if self._purifier_dtype == torch.float32:
                 return layers  # `encode` multiplies in their precision
         return [layer.to(self._purifier_dtype) for layer in layers]
@@ -293,12 +219,9 @@ class Carso(Randomised):
         """
         return torch.sigmoid(self.reconstruction_logits(x, z))
 
-    def classify(self, images: Tensor) -> Tensor:
-        """The classifier's float32 logits ``[B, K, classes]`` of ``images [B, K, C, H, W]``, in one batch."""
-        flat = images.flatten(0, 1)
-        flat = flat if self._channels_last else flat.contiguous()
-        logits = self.classifier(flat.to(self._classifier_dtype)) if self._fast is None else self._fast[0](flat)
-        return logits.float().unflatten(0, (images.shape[0], images.shape[1]))
+    def purify(self, x: Tensor) -> Tensor:
+        """`reconstruct`, by the name that attacks and evaluations know a purifier by; BPDA's gradient skips c(x)."""
+        return self.reconstruct(x)
 
     def sample_logits(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Logits of the K reconstructions, ``[B, K, classes]``; aggregate them with `purify_fast.ops.aggregate`."""
@@ -388,30 +311,8 @@ class Carso(Randomised):
 
         return training_loss(self, batch, config or CarsoConfig())[0]
 
-    def release_classifier(self) -> None:
-        """Let the defence's own copy of the classifier be trained too; it is then saved with the purifier.
-
-        Raises:
-            ValueError: the defence is accelerated.
-        """
-        if self._fast is not None:
-            raise ValueError("an accelerated defence computes with frozen copies: accelerate(None) first")
-        self.classifier.requires_grad_(True)
-        self.own_classifier = True
-
     def save(self, folder: str | Path) -> None:
         """Write the purifier, and a classifier trained with it, to ``folder``; `purify_fast.load` reads it back."""
-        from .saving import save
+        from ..training.defences import save_defence
 
-        save(self, folder)
-
-    def train(self, mode: bool = True) -> Carso:
-        """Training mode for the purifier; the classifier always stays in evaluation mode."""
-        super().train(mode)
-        self.classifier.eval()
-        return self
-
-
-def _reload(defence: Carso, keys: object) -> None:
-    """After load_state_dict: the accelerated copies get the new weights."""
-    defence._prepare()
+        save_defence(self, folder)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._files import atomic
+from .._files import atomic, check_shapes
 from ..nn.layers import Normalise
 from ..nn.vae import Deconvolution
 from .model import Carso
@@ -128,19 +128,6 @@ def _sizes(shapes: dict[str, Shapes], paths: dict[str, Path]) -> tuple[dict, int
     return arguments, len({pair[0] for pair in pairs})
 
 
-def _compare(path: Path, found: Shapes, wanted: Shapes) -> None:
-    problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"{name} is unknown" for name in sorted(found.keys() - wanted.keys())]
-    problems += [
-        f"{name} is {list(found[name])}, must be {list(wanted[name])}"
-        for name in sorted(wanted.keys() & found.keys())
-        if found[name] != wanted[name]
-    ]
-    if problems:
-        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"{path} does not fit this classifier and layers: {'; '.join(problems[:4])}{more}")
-
-
 def load_official(
     classifier: nn.Module,
     directory: str | Path,
@@ -162,7 +149,8 @@ def load_official(
     defence = Carso(classifier, layers, samples=samples, **arguments, **_statistics(classifier))
     state = official_state(defence)
     for part, path in paths.items():
-        _compare(path, shapes[part], {name: tuple(tensor.shape) for name, tensor in state[part].items()})
+        wanted = {name: tensor.shape for name, tensor in state[part].items()}
+        check_shapes(f"{path} does not fit this classifier and layers", shapes[part], wanted)
     for part, path in paths.items():
         with safe_open(path, "pt") as file, torch.no_grad():
             for name, tensor in state[part].items():

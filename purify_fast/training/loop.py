@@ -139,6 +139,7 @@ def fit(
     config: FitConfig,
     folder: str | Path | None = None,
     title: str = "train",
+    progress: bool = True,
 ) -> dict:
     """Train ``task`` on ``x`` and ``y``, resuming from ``folder`` if it holds a checkpoint of the same run.
 
@@ -148,7 +149,7 @@ def fit(
             the same weights to the bit, and either form resumes the other's run. Every process gives all of them.
         config: how long and how.
         folder: for ``checkpoint.safetensors`` and ``log.jsonl``; None keeps nothing.
-        title: of the progress bar.
+        title: of the progress bar. progress: whether there is one.
 
     In a process group of several (the command line makes it under torchrun, elsewhere
     ``torch.distributed.init_process_group`` does) every process calls this alike. They start from the weights of the
@@ -222,7 +223,7 @@ def fit(
         unit="img",
         desc=title,
         smoothing=0.05,
-        disable=rank > 0,
+        disable=rank > 0 or not progress,
         mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants a line now and then
     )
     saved_at = began = time.monotonic()

@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
+from purify_fast.atop import AtopTask
+from purify_fast.atop.training import attacked
+from purify_fast.nn.inpainting import GatedConv
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
 from benchmarks import __main__ as program  # noqa: E402
 from benchmarks import race, report  # noqa: E402
-from benchmarks.pipelines import Case, Contestant, Job, carso_training, registry  # noqa: E402
+from benchmarks.pipelines import Case, Contestant, Job, atop_finetune, carso_training, registry  # noqa: E402
 
 CPU = torch.device("cpu")
 CASES = [(name, case) for name, cases in registry().items() for case in cases(True)]
@@ -54,6 +60,67 @@ def test_the_published_steps_attack_the_same_images_alike():
     moved = (ours - plain.batch.x).abs() > 1e-4
     assert 0.3 < moved.float().mean() <= 0.5  # half of the images
     assert ((ours - seen[0]).abs() > 1e-4).float().mean() < 0.02  # bfloat16 turns a sign now and then
+
+
+class _NoAttention(nn.Module):
+    def forward(self, features, mask):
+        return torch.zeros_like(features)
+
+
+def _ungated(self, x):
+    return F.elu(self.conv(x).chunk(2, 1)[0]) / 2
+
+
+def _first_mask(self, x, packed, mask):
+    return _LOSSES(self, x, packed, mask[:1].expand_as(mask))
+
+
+_LOSSES = atop_finetune.PlainStep.losses
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong"),
+    [
+        (atop_finetune.PlainStep, "attention", _NoAttention),
+        (atop_finetune.PlainGate, "forward", _ungated),
+        (atop_finetune.PlainStep, "losses", _first_mask),
+        (
+            atop_finetune.PlainStep,
+            "cross_entropy",
+            lambda self, refined: F.cross_entropy(self.f(refined), self.batch.y),
+        ),
+    ],
+    ids=["no attention", "no gates", "the first image's mask", "the classifier gets [-1, 1]"],
+)
+def test_a_fine_tuning_step_that_is_wrong_is_seen(monkeypatch, owner, name, wrong):
+    """Weights of a fresh generator would paint grey, and any of these would agree with what is right."""
+    chosen = registry()["atop_finetune"](True)["fine-tuning step"]
+    lean = chosen.contestants["lean plain"].make
+    truth = lean(CPU, True).result()
+    monkeypatch.setattr(owner, name, wrong)
+    assert (lean(CPU, True).result() - truth).norm() > 1.2 * chosen.tolerance * truth.norm()
+
+
+def test_the_fine_tuning_steps_attack_the_same_images_alike():
+    """Neither the losses nor the purified image, under noise of 0.25, tell much of it."""
+    plain = atop_finetune.PlainStep(CPU, True, False)
+    task = AtopTask(atop_finetune.defence(CPU, True), atop_finetune.setting("bfloat16"))
+    theirs, ours = plain.adversarial(), attacked(task.defence, plain.batch, task.config)
+    assert ((ours - plain.batch.x).abs() > 1e-4).float().mean() > 0.9
+    assert ((ours - theirs).abs() > 1e-4).float().mean() < 0.1  # bfloat16 turns a sign now and then
+
+
+def test_plain_gates_stay_in_bfloat16():
+    step, seen = atop_finetune.PlainStep(CPU, True, False), []
+    for layer in step.generator.modules():
+        if isinstance(layer, atop_finetune.PlainGate):
+            layer.register_forward_hook(lambda layer, given, made: seen.append(made.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        step.run()
+    gates = sum(isinstance(layer, atop_finetune.PlainGate) for layer in step.generator.modules())
+    assert seen == [torch.bfloat16] * gates and gates > 30  # one pass
+    assert not any(isinstance(layer, GatedConv) for layer in step.generator.modules())
+    assert all(p.grad is None and not p.requires_grad for p in step.classifier.parameters())
 
 
 def test_the_full_cases_are_the_same_contests():

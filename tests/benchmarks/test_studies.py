@@ -13,18 +13,34 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from purify_fast.evaluation import protocol
+from purify_fast import data
+from purify_fast.evaluation import Report, protocol
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
 from benchmarks import __main__ as program  # noqa: E402
 from benchmarks import pipelines, race, report  # noqa: E402
-from benchmarks.studies import RESULT, Job, carso_digits, carso_mnist, command, over_seeds, run, tables  # noqa: E402
+from benchmarks.studies import (  # noqa: E402
+    RESULT,
+    Job,
+    atop_digits,
+    atop_mnist,
+    carso_digits,
+    carso_mnist,
+    command,
+    mnist,
+    over_seeds,
+    run,
+    tables,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,7 +170,7 @@ def test_tables_by_hand(tmp_path):
         result("pipeline, L2", 1, 0.5, 0.45),
     ]
     assert over_seeds([0.1, 0.3]) == "20.0 ± 10.0" and over_seeds([0.1]) == "10.0"
-    text = tables.markdown(results, ["What it is."])
+    text = tables.markdown(results, ["What it is."], carso_digits.LAYOUT)
     assert text.startswith("What it is.\n\n| model |")
     rows = lines_of(text)
     widths = {len(row) for row in rows.values()}
@@ -166,7 +182,7 @@ def test_tables_by_hand(tmp_path):
     ]  # fmt: skip
     assert rows["base, L2"][3] == "-" and rows["pipeline, L2"][3] == "5.0"
     assert rows["conv"] == ["60.0 ± 10.0", "25.0 ± 0.0", "0.10", "8"]
-    path = tables.write(results, tmp_path, "study", ["What it is."])
+    path = tables.write(results, tmp_path, "study", ["What it is."], carso_digits.LAYOUT)
     assert path.read_text() == text and json.loads((tmp_path / "study.json").read_text()) == results
 
 
@@ -179,15 +195,19 @@ def test_pages_are_filled_from_the_studies_files(tmp_path):
         assert page.read_text() == "A\n" + block.format("one", "| a \\1 |\n") + "B\n" + block.format("two", "kept\n")
 
 
-def test_digits_end_to_end(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "study, row, cell",  # and one that only some rows have
+    [("carso_digits", "published", 6), ("atop_digits", "pipeline, S = 4 when it predicts", 5)],
+)
+def test_digits_end_to_end(study, row, cell, tmp_path, capsys, monkeypatch):
     pytest.importorskip("sklearn")
     pytest.importorskip("pyautoattack")
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
-    options = ["--seeds", "1", "--workers", "1", "--rows", "published", "--out", str(tmp_path / "runs")]
-    arguments = ["study", "carso_digits", "--quick", *options]
+    options = ["--seeds", "1", "--workers", "1", "--rows", row, "--out", str(tmp_path / "runs")]
+    arguments = ["study", study, "--quick", *options]
     program.main(arguments)
     rows = lines_of(capsys.readouterr().out)
-    assert {"base", "published"} < set(rows) and float(rows["published"][0]) >= 0 and rows["published"][6] != "-"
+    assert {"base", row} < set(rows) and float(rows[row][0]) >= 0 and rows[row][cell] != "-"
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob(f"*/{RESULT}")}
     program.main(arguments)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob(f"*/{RESULT}")} == first
@@ -220,6 +240,54 @@ def test_rows_bring_their_needs():
     assert {job.settings["quick"] for job in made} == {True}
 
 
+def leaves(settings: dict, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:
+    found: dict[tuple[str, ...], object] = {}
+    for key, value in settings.items():
+        found |= leaves(value, (*path, key)) if isinstance(value, dict) else {(*path, key): value}
+    return found
+
+
+def test_a_row_of_atop_changes_the_setting_of_its_name_alone():
+    made = {job.name: job for job in atop_digits.jobs(1, False)}
+    main = leaves(made["pipeline"].settings)
+    changed = {}
+    for name in atop_digits.ABLATIONS:
+        now = leaves(made[f"pipeline, {name}"].settings)
+        changed[name] = {key for key in main.keys() | now.keys() if main.get(key) != now.get(key)}
+        changed[name] -= {("autoattack",)}  # which is for the main rows
+    assert all(len(keys) == 1 for keys in changed.values()) and len(changed) > 10
+    assert changed["sigma 0.25"] == {("defence", "sigma")} and changed["L1 1.0"] == {("stage", "reconstruction")}
+    standard = leaves(made["pipeline, on standard"].settings)
+    assert standard["base",] == "standard" and made["pipeline, on standard"].needs == ("standard", "pre-trained")
+    assert made["pipeline"].needs == ("base",)
+    seeds = [job.seed for job in atop_digits.jobs(3, False) if job.name in ("pipeline", "pipeline, sigma 0.25")]
+    assert sorted(seeds) == [0, 0, 1, 2]
+
+
+def test_a_model_without_randomness_is_attacked_anew_without_it(monkeypatch):
+    """As the others are: by the zero attacks alone, and not by what the attacks before them left."""
+    pytest.importorskip("sklearn")
+    images = data.load("digits")
+    templates = torch.stack([images.x_train[images.y_train == label].float().mean(0) for label in range(10)]) / 255
+    linear = nn.Linear(256, 10)
+    linear.weight.data, linear.bias.data = templates.flatten(1), -templates.flatten(1).square().sum(1) / 2
+    model = nn.Sequential(nn.Flatten(), linear)
+    model.sigma = model.missing = 0.0
+    seen = []
+
+    def attack(target, x, y, steps, **options):  # the first finds everything, the others nothing
+        seen.append((steps, len(x)))
+        target(x)
+        return x.flip(0) if steps == 2 else x
+
+    monkeypatch.setattr(protocol, "pgd", attack)
+    job = Job("row", 0, work, settings={"quick": True, "autoattack": False})
+    found = atop_digits._attacked(model, job)
+    assert set(found) == {"clean", "pgd", "clean_zero", "pgd_zero", "gradients"}
+    assert found["pgd"] < found["clean"] == found["clean_zero"] == found["pgd_zero"]
+    assert seen[0][0] == 2 and seen[0][1] == seen[-1][1] > 20  # the zero attacks had every image
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -230,6 +298,7 @@ def test_rows_bring_their_needs():
         ("carso_digits --data here", "--data does not go with carso_digits"),
         ("carso_digits --full --quick", "not allowed with"),
         ("carso_mnist --seeds 2", "--seeds does not go with carso_mnist"),
+        ("atop_mnist --rows base", "--rows does not go with atop_mnist"),
         ("carso_mnist --workers 0", "--workers must be at least 1, got 0"),
         ("carso_resnet18 --workers 2", "--workers does not go with carso_resnet18"),
         ("carso_mnist --data nowhere", "no data set 'mnist'"),
@@ -251,6 +320,9 @@ def test_without_autoattack_nothing_is_trained(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         program.main(["study", "carso_digits"])
     assert "AutoAttack is not installed" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):  # this one does not use it
+        program.main(["study", "atop_mnist", "--data", "nowhere"])
+    assert "no data set 'mnist'" in capsys.readouterr().err
 
 
 def test_the_mnist_table_is_what_the_jobs_found(tmp_path, monkeypatch):
@@ -260,10 +332,10 @@ def test_the_mnist_table_is_what_the_jobs_found(tmp_path, monkeypatch):
     x = torch.rand(24, 1, 8, 8).mul(255).to(torch.uint8)
     with torch.no_grad():
         y = model(x.float() / 255).argmax(1)
-    digits = carso_mnist.data.DataSet(x, y, x, y, "mnist", 10)
-    monkeypatch.setattr(carso_mnist, "_mnist", lambda *a: digits)
+    images = data.DataSet(x, y, x, y, "mnist", 10)
+    monkeypatch.setattr(mnist, "load", lambda *a: images)
     monkeypatch.setattr(carso_mnist, "_model", lambda *a: model)
-    monkeypatch.setattr(carso_mnist, "EPS", 0.02)
+    monkeypatch.setattr(mnist, "EPS", 0.02)
     monkeypatch.setattr(carso_mnist, "PEEL", "another")  # a head is for models that draw
     monkeypatch.setattr(protocol, "autoattack", lambda model, x, *a, **more: (x.clone(), []))
     monkeypatch.setattr(protocol, "apgd", lambda model, x, *a, **more: x)  # finds nothing
@@ -278,6 +350,65 @@ def test_the_mnist_table_is_what_the_jobs_found(tmp_path, monkeypatch):
                 assert whole.row(label, name).accuracy == accuracy
     one = {label: whole.row(label, carso_mnist.CLASSIFIER).accuracy for label in whole.attacks}
     assert one["APGD ce + APGD-T, z = 0"] == one["clean"] == 1 > one["PGD-5 ce + dlr, EOT 1"] == one["worst"] > 0
+
+
+@pytest.fixture
+def small_mnist(tmp_path) -> Path:
+    """A folder with digits as mnist.npz."""
+    pytest.importorskip("sklearn")
+    found = data.load("digits")
+    arrays = {name: getattr(found, name) for name in ("x_train", "y_train", "x_test", "y_test")}
+    wide = {name: F.pad(a, (6, 6, 6, 6)) if a.dim() == 4 else a for name, a in arrays.items()}
+    np.savez(tmp_path / "mnist.npz", **{name: a.numpy() for name, a in wide.items()})
+    return tmp_path
+
+
+def test_atop_on_mnist_end_to_end(small_mnist, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    runs = tmp_path / "runs"
+    options = ["--data", str(small_mnist), "--workers", "1", "--out", str(runs)]
+    program.main(["study", "atop_mnist", "--quick", *options])
+    text = capsys.readouterr().out
+    rows = lines_of(text)
+    assert all(len(rows[label]) == len(atop_mnist.BASES) for label in ("clean", "then PGD-2 dlr, EOT 2", "worst"))
+    weak = next(label for label in rows if label.startswith("weak protocol"))
+    assert "not adaptive" in weak and [cell == "-" for cell in rows[weak]] == [
+        name == base for name, base in atop_mnist.BASES.items()
+    ]
+    assert f"| {atop_mnist.PIPELINE} | then PGD-2 ce, EOT 2 | 2 | " in text and "/20 |" in text
+    assert text.count("(n = 20, paired)") == 3
+    left = Report.from_json((runs / "atop_mnist" / "report.json").read_text())
+    for name in left.models:  # each attack goes on from where the one before it ended
+        taken = [left.row(label, name).accuracy for label in left.attacks if label.startswith(("PGD", "then PGD"))]
+        assert taken == sorted(taken, reverse=True) and left.row("worst", name).accuracy == taken[-1]
+    pictures = {path.name for path in (runs / "atop_mnist").glob("*.png")}
+    assert pictures and len(pictures) == 1 + sum(left.row("clean", name).accuracy > 0 for name in left.models)
+    # the same purifier stands before both classifiers
+    jobs = {job.name: job for job in atop_mnist.jobs("", budget=atop_mnist.QUICK)}
+    pipeline, robust = (jobs[name] for name in (atop_mnist.PIPELINE, atop_mnist.ROBUST_PIPELINE))
+    assert pipeline.needs[1:] == robust.needs[1:] == (atop_mnist.PRETRAINED,)
+    weights = [safetensors.torch.load_file(job.folder(runs) / "model.safetensors") for job in (pipeline, robust)]
+    assert any((weights[0][key] != weights[1][key]).any() for key in weights[0])
+
+
+def test_settings_of_a_stage_count_for_what_follows_it_alone():
+    def asked(**changes) -> dict[str, dict]:
+        return {job.name: job.asked() for job in atop_mnist.jobs("", budget=replace(atop_mnist.QUICK, **changes))}
+
+    before = asked()
+
+    def changed(**changes) -> set[str]:
+        return {name for name, now in asked(**changes).items() if now != before[name]}
+
+    fine = {atop_mnist.PIPELINE, atop_mnist.ROBUST_PIPELINE}
+    attacked = {f"{name} attacked" for name in atop_mnist.BASES}
+    assert changed(pipeline_steps=2) == fine | {f"{name} attacked" for name in fine}
+    assert changed(attack_steps=9) == attacked
+    assert changed(published_epochs=2) == {atop_mnist.PUBLISHED, f"{atop_mnist.PUBLISHED} attacked"}
+    assert changed(data_images=9) == before.keys()
+    assert changed(pipeline_start=atop_mnist.PUBLISHED) == changed(pipeline_steps=2)
+    with pytest.raises(ValueError, match="pipeline_start must be 'AToP pre-trained only' or 'AToP published', got 'x'"):
+        asked(pipeline_start="x")
 
 
 def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ def test_the_accelerated_function_and_gradient_are_the_plain_ones(dtype, toleran
 def test_borders_are_float32_and_bfloat16_is_inside():
     made, x = defence().accelerate(), images(3)
     inside = []
-    for module in (made._fast[0].classifier.conv1, made._fast[1].model.conv2, made.decoder.stack[0]):
+    for module in (made._fast[0].classifier.conv1, made._reader[0].model.conv2, made.decoder.stack[0]):
         module.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
     outputs = [made(x), made.sample_logits(x), made.reconstruct(x), made.reconstruction_logits(x), made.condition(x)]
     outputs += [*made.posterior(x, made.condition(x)), made.read(x)[0].float()]
@@ -114,7 +114,7 @@ def test_maps_that_are_flattened_by_view_stay_contiguous():
         made.accelerate(torch.float32)
         for got, right in zip(response(made, images(3).to(**last)), want, strict=True):
             assert relative(got, right) < 1e-5
-        for model in (made.classifier, made._fast[0].classifier, made._fast[1].model):
+        for model in (made.classifier, made._fast[0].classifier, made._reader[0].model):
             for weight in (module.weight for module in model.modules() if isinstance(module, nn.Conv2d)):
                 assert weight.is_contiguous(**layout)
         assert made.frozen_classifier(images(3).to(**last)).shape == (3, 10)
@@ -154,7 +154,7 @@ def test_it_survives_copies_moves_and_modes():
     want = response(made, x)
     twin = copy.deepcopy(made).to("cpu").train().eval()
     assert all(torch.equal(a, b) for a, b in zip(response(twin, x), want, strict=True))
-    assert twin._fast[0] is not made._fast[0] and twin._fast[1].model is not made._fast[1].model
+    assert twin._fast[0] is not made._fast[0] and twin._reader[0].model is not made._reader[0].model
     nn.init.zeros_(twin.classifier.head.weight)
     twin.load_state_dict(twin.state_dict())  # the copies follow
     assert not torch.equal(response(twin, x)[0], want[0])
@@ -309,7 +309,7 @@ def test_a_classifier_that_fails_leaves_the_defence_as_it_was(monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("purify_fast.carso.model.FrozenView", fail)
+    monkeypatch.setattr("purify_fast.nn.defence.FrozenView", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         made.accelerate()
     assert made.accelerated is None and torch.equal(response(made.to("cpu"), x)[0], want[0])

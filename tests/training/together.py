@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from purify_fast.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.carso.training import published_step
 from purify_fast.data import to_float
@@ -37,6 +38,12 @@ def small_task(kind):
         return ClassifierTask(FullyConnected(1, 10, (16, 16), (12, 8)), ClassifierConfig(**attack))
     if kind == "convolutional":
         return ClassifierTask(SmallCNN(width=2), ClassifierConfig(**attack))
+    if kind.startswith("atop"):
+        defence = Atop(SmallCNN(width=2), SmallGenerator(1, width=2), (1, 16, 16), block=4, sigma=0.1)
+        options = {"warm_up": 0, "learning_rate": 1e-3, **attack, "attack": "pgd"}
+        if kind == "atop pipeline":
+            return AtopTask(defence, AtopConfig(attack_target="pipeline", **options))
+        return AtopTask(defence, AtopConfig(gan_grad=True, discriminator_width=2, **options))
     if kind == "pipeline":
         return CarsoTask(small_defence(), CarsoConfig(attack_target="pipeline", train_samples=2, **attack))
     options = {"reduction": "sum", "optimizer": "radam_lookahead", "lag": 0.0, "learning_rate": 1e-3}

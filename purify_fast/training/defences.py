@@ -1,0 +1,75 @@
+"""A trained defence as files: what it was trained to, in ``model.safetensors``, its facts in ``model.json``.
+
+The classifier's weights are there only if they were trained together with the purifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from ..nn.defence import Defence
+from .checkpoint import fingerprint, read_model, save_model
+from .classifier import load_classifier
+
+_CLASSIFIER = "classifier."
+D = TypeVar("D", bound=Defence)
+
+
+def save_defence(defence: Defence, folder: str | Path) -> None:
+    """Write a defence to ``folder``, with a fingerprint of its classifier; each file whole or absent."""
+    facts = {"classifier": fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
+    save_model(folder, type(defence).__name__, defence.arguments, _saved(defence), **facts)
+
+
+def _saved(defence: Defence) -> dict[str, Tensor]:
+    state = defence.state_dict()
+    return {name: value for name, value in state.items() if defence.own_classifier or not name.startswith(_CLASSIFIER)}
+
+
+def load_defence(
+    make: Callable[[nn.Module, dict[str, Any]], D],
+    kind: str,
+    folder: str | Path,
+    classifier: nn.Module | None = None,
+    check: bool = True,
+) -> D:
+    """Read a defence that `save_defence` wrote, around ``classifier``.
+
+    Args:
+        make: the classifier and the saved arguments to a defence. kind: its class's name.
+        folder: where ``model.safetensors`` and ``model.json`` are.
+        classifier: the one the purifier was trained for; None takes the one the command line keeps in
+            ``folder/classifier``. If its copy was trained too, only its architecture counts.
+        check: refuse another classifier; turn off for one that was fine-tuned or converted since.
+
+    Returns:
+        The defence in evaluation mode, on the classifier's device.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: broken files, another kind of model, another classifier.
+    """
+    facts, state = read_model(folder)
+    if facts.get("kind") != kind:
+        article = "an" if kind[0] in "AEIOU" else "a"
+        raise ValueError(f"{folder} holds a {facts.get('kind')!r}, not {article} {kind}")
+    if classifier is None:
+        classifier = load_classifier(Path(folder) / "classifier")
+    own = facts.get("own_classifier", False)
+    found = fingerprint(classifier)
+    if check and not own and found != facts["classifier"]:
+        raise ValueError(
+            f"classifier: its weights ({found}) are not those {folder} was trained for ({facts['classifier']}); "
+            "pass check=False if that is meant"
+        )
+    defence = make(classifier, facts["arguments"])
+    defence.own_classifier = own
+    wanted = _saved(defence)
+    odd = wanted.keys() ^ state.keys() or {name for name in state if wanted[name].shape != state[name].shape}
+    if odd:
+        raise ValueError(f"{folder}: its tensors do not fit its arguments, or the module given: {sorted(odd)[:4]} ...")
+    defence.load_state_dict(state, strict=False)  # all but a frozen classifier's, checked above
+    return defence.eval()
