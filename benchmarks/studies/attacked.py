@@ -5,17 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from purify_fast._files import write_text
-from purify_fast.evaluation import Report
+import numpy as np
+
+from purify_fast._files import atomic, write_text
+from purify_fast.evaluation import Examples, Report
 from purify_fast.evaluation.protocol import worst
 
-_NAME = "attacked.json"
+_NAME, _EXAMPLES = "attacked.json", "examples.npz"
 
 
 def keep(report: Report, folder: Path) -> dict[str, float]:
-    """Write one job's rows to its folder; returns the accuracies."""
+    """Write one job's rows to its folder, and the images of the first that has some; returns the accuracies."""
     write_text(folder / _NAME, report.to_json())
+    for row in report.rows:
+        if row.examples is not None:
+            with atomic(folder / _EXAMPLES) as temporary:
+                np.savez(temporary, attack=row.attack, **vars(row.examples))
+            break
     return {row.attack: row.accuracy for row in report.rows}
+
+
+def _kept(folder: Path) -> Report:
+    report = Report.from_json((folder / _NAME).read_text())
+    if (folder / _EXAMPLES).is_file():
+        with np.load(folder / _EXAMPLES) as file:
+            found = Examples(file["clean"], file["adversarial"], file["labels"])
+            report.row(str(file["attack"])).examples = found
+    return report
 
 
 def joined(folders: Iterable[Path]) -> Report:
@@ -24,7 +40,21 @@ def joined(folders: Iterable[Path]) -> Report:
     Each group was attacked apart: in one go, a classifier, which has one variant, would lose to APGD what the PGD
     before it had taken, and the defences would not.
     """
-    parts = [Report.from_json((folder / _NAME).read_text()) for folder in folders]
+    parts = [_kept(folder) for folder in folders]
     rows = {row.attack: row for part in parts for row in part.rows if row.kind != "worst"}  # clean is in each
     notes = [note for part in parts for note in part.notes]
     return Report([*rows.values(), *worst(list(rows.values()))], list(dict.fromkeys(notes)))
+
+
+def counts(report: Report) -> list[str]:
+    """Lines of a Markdown table: every row with its images, draws and the health of its gradients."""
+    lines = [
+        "| model | attack | EOT | robust images | accuracy | one prediction | gradients non-finite / zero / unmoved |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report.rows:
+        health = row.describe_health() + ("" if row.reliable else ", unreliable")
+        accuracy = f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
+        cells = [row.model, row.attack, str(row.settings.get("eot", "-")), f"{int(row.robust.sum())}/{row.n}"]
+        lines.append("| " + " | ".join([*cells, accuracy, f"{100 * row.mean:.1f}", health]) + " |")
+    return lines

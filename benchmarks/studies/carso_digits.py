@@ -14,33 +14,34 @@ import torch
 from torch import nn
 
 from purify_fast import data
-from purify_fast.carso import Carso, CarsoConfig, CarsoTask, Head, load, rank_layers
-from purify_fast.evaluation import Attack, evaluate
-from purify_fast.nn import NoisyCopies, SmallCNN
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, load_classifier, save_classifier
+from purify_fast.carso import Carso, CarsoConfig, CarsoTask, load
+from purify_fast.evaluation import Attack
+from purify_fast.nn import Head, NoisyCopies
+from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.checkpoint import fingerprint
 
 from . import Job
+from .digits import ALL_LAYERS, BASE_EPOCHS, EPS, EPS_L2, attacked, count, effort, select, train_base, zero_attacks
+from .tables import Layout
 
-EPS, EPS_L2 = 0.2, 1.0
 LAYERS = ("conv2", "conv4", "hidden")
-ALL_LAYERS = ("conv1", "conv2", "conv3", "conv4", "hidden")
 SIZES = {"cond_dim": 64, "latent_dim": 8, "samples": 8, "decoder_width": 8}
-BASE_EPOCHS, PUBLISHED_EPOCHS, PIPELINE_EPOCHS = 120, 15, 40
+PUBLISHED_EPOCHS, PIPELINE_EPOCHS = 15, 40
 ABLATION_SEEDS = 1
 WIDE = 21  # a classifier of 143 k parameters, as many as the base and its purifier have when they predict
 JOINT = {"joint": True, "learning_rate": 2e-3, "weight_decay": 2e-2}
-AUTO, DRAWS = "AutoAttack", "PGD ce, EOT 4, K draws"
-
-
-def _effort(quick: bool) -> tuple[int, int, int, int, int]:
-    """Images, steps of PGD, steps and Square's queries of AutoAttack, steps of PGD on K draws."""
-    return (40, 4, 4, 20, 2) if quick else (500, 100, 100, 1000, 40)
+DRAWS = "PGD ce, EOT 4, K draws"
+LAYOUT = Layout(
+    {"clean": "clean", "pgd": "PGD", "autoattack": "+ AutoAttack"},
+    {"autoattack": "difference to base"},
+    {"clean_draws": "K draws, clean", "pgd_draws": "K draws, attacked"},
+    {"kl": ("KL, nats", 2), "parameters": ("parameters", 0)},
+)
 
 
 def notes(quick: bool) -> list[str]:
     """What the table's columns are."""
-    n, steps, auto_steps, queries, draw_steps = _effort(quick)
+    n, steps, auto_steps, queries, draw_steps = effort(quick)
     warning = "QUICK RUN: hardly trained, hardly attacked; these numbers mean nothing. " if quick else ""
     return [
         f"{warning}Digits, the first {n} held-out images, L-inf eps {EPS} (rows L2: L2 eps {EPS_L2}); %, mean ± "
@@ -57,53 +58,15 @@ def notes(quick: bool) -> list[str]:
 
 
 def _attacked(model: nn.Module, seed: int, eps: float, norm: str, draws: bool, quick: bool) -> dict:
-    digits = data.load("digits")
-    n, steps, auto_steps, queries, draw_steps = _effort(quick)
-    randomised = hasattr(model, "deterministic")
-    variant = "deterministic" if randomised else "random"
-    attacks = [
-        Attack(loss="ce", variant=variant),
-        Attack(loss="dlr", variant=variant, survivors=True),
-        Attack("autoattack", variant=variant, survivors=True, steps=auto_steps, queries=queries, label=AUTO),
-    ]
-    if draws and randomised:
+    attacks, rows = zero_attacks(True, quick)
+    if draws:
         zero = Head(model, deterministic=True)
         attacks += [
             Attack(loss="ce", target=zero, label="made at z = 0"),
-            Attack(loss="ce", survivors=True, steps=draw_steps, eot=4, label=DRAWS),
+            Attack(loss="ce", survivors=True, steps=effort(quick)[-1], eot=4, label=DRAWS),
         ]
-    report = evaluate(
-        model, digits.x_test[:n], digits.y_test[:n], eps=eps, norm=norm, attacks=attacks, steps=steps, n_eval=3,
-        batch_size=250, chunk=500, seed=seed, progress=False,
-    )  # fmt: skip
-    rows = {
-        "clean": "clean, deterministic" if randomised else "clean",
-        "pgd": f"PGD-{steps} dlr" + (", deterministic" if randomised else ""),  # of the survivors of ce
-        "autoattack": AUTO,
-    }
-    if draws and randomised:
         rows |= {"clean_draws": "clean", "pgd_draws": DRAWS}
-    healthy = all(r.reliable for r in report.rows if r.kind != "autoattack")
-    return {key: report.row(row).accuracy for key, row in rows.items()} | {"gradients": "healthy" if healthy else "BAD"}
-
-
-def train_base(job: Job, folder: Path, root: Path) -> dict:
-    """An adversarially trained classifier: {width, epochs, norm}."""
-    s = job.settings
-    norm, eps = s.get("norm", "linf"), EPS if s.get("norm", "linf") == "linf" else EPS_L2
-    digits = data.load("digits")
-    torch.manual_seed(job.seed)
-    model = SmallCNN(width=s.get("width", 16))
-    config = ClassifierConfig(eps=eps, norm=norm, steps=7, learning_rate=1e-2, weight_decay=2e-2)
-    epochs = 2 if s["quick"] else s.get("epochs", BASE_EPOCHS)
-    fit(ClassifierTask(model, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
-    save_classifier(model, folder)
-    result = _attacked(model, job.seed, eps, norm, False, s["quick"])
-    if s.get("rank"):
-        images = digits.x_test.float() / 255
-        ranking = rank_layers(model, ALL_LAYERS, images, digits.y_test, eps=eps, norm=norm)
-        result["layers"] = [vars(score) for score in ranking]
-    return result | {"parameters": _count(model)}
+    return attacked(model, seed, attacks, rows, quick, eps, norm)
 
 
 def train_published(job: Job, folder: Path, root: Path) -> dict:
@@ -118,7 +81,7 @@ def train_published(job: Job, folder: Path, root: Path) -> dict:
     last = fit(CarsoTask(defence, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
     defence.save(folder)
     result = _attacked(defence, job.seed, config.eps, config.norm, s.get("draws", False), s["quick"])
-    return result | {"kl": last["kl"], "parameters": _count(defence)}
+    return result | {"kl": last["kl"], "parameters": count(defence)}
 
 
 def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
@@ -133,7 +96,7 @@ def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
     fit(task, digits.x_train, digits.y_train, FitConfig(epochs, 128, job.seed), folder)
     defence.save(folder)
     result = _attacked(defence, job.seed, config.eps, config.norm, s.get("draws", False), s["quick"])
-    return result | {"parameters": _count(defence)}
+    return result | {"parameters": count(defence)}
 
 
 def attack_copies(job: Job, folder: Path, root: Path) -> dict:
@@ -141,7 +104,7 @@ def attack_copies(job: Job, folder: Path, root: Path) -> dict:
     s = job.settings
     defence = NoisyCopies(load_classifier(job.folder(root, "base")), s["sigma"], 8)
     result = _attacked(defence, job.seed, EPS, "linf", True, s["quick"])
-    return result | {"parameters": _count(defence)}
+    return result | {"parameters": count(defence)}
 
 
 def attack_samples(job: Job, folder: Path, root: Path) -> dict:
@@ -150,10 +113,6 @@ def attack_samples(job: Job, folder: Path, root: Path) -> dict:
     defence = load(job.folder(root, "pipeline"), load_classifier(job.folder(root, "base")))
     defence.samples = s["samples"]
     return _attacked(defence, job.seed, EPS, "linf", True, s["quick"])
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def jobs(seeds: int, quick: bool, rows: Sequence[str] | None = None) -> list[Job]:
@@ -204,15 +163,4 @@ def jobs(seeds: int, quick: bool, rows: Sequence[str] | None = None) -> list[Job
         add(seed, "base, L2", train_base, norm="l2")
         add(seed, "published, L2", train_published, "base, L2", **l2)
         add(seed, "pipeline, L2", train_pipeline, "base, L2", "published, L2", start="published, L2", **l2)
-    names = {job.name for job in made}
-    if rows is None:
-        return made
-    unknown = set(rows) - names
-    if unknown:
-        raise ValueError(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
-    wanted: set[str] = set()
-    more = set(rows)
-    while more:
-        wanted |= more
-        more = {need for job in made if job.name in wanted for need in job.needs} - wanted
-    return [job for job in made if job.name in wanted]
+    return select(made, rows)

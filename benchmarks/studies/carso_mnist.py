@@ -14,18 +14,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from purify_fast import data
-from purify_fast._files import write_text
 from purify_fast.carso import Carso, CarsoConfig, CarsoTask, load
-from purify_fast.evaluation import Attack, Report, evaluate, merge
-from purify_fast.nn import SmallCNN
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, load_classifier, save_classifier
+from purify_fast.data import DataSet
+from purify_fast.evaluation import Attack, Report, merge
+from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.checkpoint import fingerprint
 
-from . import RESULT, Job
-from .attacked import joined, keep
+from . import RESULT, Job, mnist
+from .attacked import joined
 
-EPS = 0.3
 LAYERS = ("conv2", "conv4", "hidden")
 SIZES = {
     "cond_dim": 64,
@@ -58,28 +55,14 @@ FULL = Budget(base_epochs=40, published_epochs=20, pipeline_epochs=20, images=10
 QUICK = Budget(8, 1, 1, 1, 20, 2, 2, 2, 4, 2, 20, 640)
 
 
-def _mnist(root: str, budget: Budget) -> data.DataSet:
-    whole = data.load("mnist", root)
-    n = budget.train_images
-    return data.DataSet(
-        whole.x_train[:n], whole.y_train[:n], whole.x_test[: budget.images], whole.y_test[: budget.images], "mnist", 10
-    )
+def _mnist(job: Job) -> DataSet:
+    budget: Budget = job.settings["budget"]
+    return mnist.load(job.settings["data"], budget.train_images, budget.images)
 
 
 def train_classifier(job: Job, folder: Path, root: Path) -> dict:
     budget: Budget = job.settings["budget"]
-    mnist = _mnist(job.settings["data"], budget)
-    torch.manual_seed(job.seed)
-    model = SmallCNN(1, 10, (28, 28), budget.width)
-    config = ClassifierConfig(eps=EPS, steps=7, warm_up=0.5, learning_rate=1e-2, weight_decay=1e-3)
-    fit(
-        ClassifierTask(model, config),
-        mnist.x_train,
-        mnist.y_train,
-        FitConfig(budget.base_epochs, 128, job.seed),
-        folder,
-    )
-    save_classifier(model, folder)
+    model = mnist.train_classifier(job, folder, _mnist(job), budget.width, budget.base_epochs)
     with FlopCounterMode(display=False) as counter:
         model(torch.rand(1, 1, 28, 28))
     return {"mflop": counter.get_total_flops() / 1e6}
@@ -87,23 +70,23 @@ def train_classifier(job: Job, folder: Path, root: Path) -> dict:
 
 def train_published(job: Job, folder: Path, root: Path) -> dict:
     budget: Budget = job.settings["budget"]
-    mnist = _mnist(job.settings["data"], budget)
+    images = _mnist(job)
     torch.manual_seed(job.seed)
-    defence = Carso(load_classifier(job.folder(root, CLASSIFIER)), LAYERS, mnist.image_shape, **SIZES)
-    config = CarsoConfig(eps=EPS, steps=40)
+    defence = Carso(load_classifier(job.folder(root, CLASSIFIER)), LAYERS, images.image_shape, **SIZES)
+    config = CarsoConfig(eps=mnist.EPS, steps=40)
     fitting = FitConfig(budget.published_epochs, 128, job.seed)
-    last = fit(CarsoTask(defence, config), mnist.x_train, mnist.y_train, fitting, folder)
+    last = fit(CarsoTask(defence, config), images.x_train, images.y_train, fitting, folder)
     defence.save(folder)
     return {"kl": last["kl"]}
 
 
 def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
     budget: Budget = job.settings["budget"]
-    mnist = _mnist(job.settings["data"], budget)
+    images = _mnist(job)
     defence = load(job.folder(root, EXACT), load_classifier(job.folder(root, CLASSIFIER)))
-    config = CarsoConfig(attack_target="pipeline", eps=EPS, steps=7)
+    config = CarsoConfig(attack_target="pipeline", eps=mnist.EPS, steps=7)
     task = CarsoTask(defence, config, fingerprint(defence))
-    fit(task, mnist.x_train, mnist.y_train, FitConfig(budget.pipeline_epochs, 128, job.seed), folder)
+    fit(task, images.x_train, images.y_train, FitConfig(budget.pipeline_epochs, 128, job.seed), folder)
     defence.save(folder)
     return {}
 
@@ -145,13 +128,8 @@ def _attacks(name: str, budget: Budget) -> dict[str, list[Attack]]:
 def attack(job: Job, folder: Path, root: Path) -> dict:
     """One model under one group of attacks."""
     name, budget = job.settings["model"], job.settings["budget"]
-    mnist = _mnist(job.settings["data"], budget)
-    report = evaluate(
-        _model(job, root, name), mnist.x_test, mnist.y_test, eps=EPS,
-        attacks=_attacks(name, budget)[job.settings["group"]], steps=budget.steps, eot=budget.eot, batch_size=250,
-        chunk=1000, seed=job.seed, out=folder, name=name, progress=False,
-    )  # fmt: skip
-    return keep(report, folder)
+    attacks = _attacks(name, budget)[job.settings["group"]]
+    return mnist.attack(job, folder, _model(job, root, name), _mnist(job), attacks, budget.steps, budget.eot)
 
 
 def jobs(path: str, seed: int = 0, budget: Budget = Budget()) -> list[Job]:
@@ -182,18 +160,17 @@ def report(root: Path, seed: int = 0) -> Report:
 def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) -> Path:
     """``carso_mnist.md`` and its JSON and pictures in ``folder``."""
     whole = report(root, seed)
-    whole.save(folder / "carso_mnist")
     facts = json.loads((Job(CLASSIFIER, seed, attack).folder(root) / RESULT).read_text())
     lines = [
-        f"MNIST, the first {budget.images} test images, L-inf eps {EPS}, seed {seed}; accuracy ± standard error, %. "
-        f"Classifier: {facts['mflop']:.2f} MFLOP an image, {budget.base_epochs} epochs of PGD-7 with eps rising "
+        f"MNIST, the first {budget.images} test images, L-inf eps {mnist.EPS}, seed {seed}; accuracy ± standard error, "
+        f"%. Classifier: {facts['mflop']:.2f} MFLOP an image, {budget.base_epochs} epochs of PGD-7 with eps rising "
         f"linearly over the first half; CARSO: K = {SIZES['samples']}, {budget.published_epochs} epochs as published, "
         f"then {budget.pipeline_epochs} through the pipeline. Under attack an image counts if each of five "
         f"predictions is right (z = 0: the one); `ce + dlr` and `APGD ce + APGD-T` count what both leave. AutoAttack: "
         f"{budget.apgd_steps} steps, EOT {budget.autoattack_eot}.",
         "",
         *whole.comparison(),
-        *(["", *(f"- {note}" for note in whole.notes)] if whole.notes else []),
     ]
-    write_text(folder / "carso_mnist.md", "\n".join(lines) + "\n")
-    return folder / "carso_mnist.md"
+    job = Job("report", seed, attack)
+    models = {name: _model(job, root, name) for name in whole.models}
+    return mnist.write(whole, folder, "carso_mnist", lines, models)

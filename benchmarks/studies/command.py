@@ -8,9 +8,16 @@ from pathlib import Path
 from purify_fast import data
 from purify_fast.evaluation.autoattack import implementation
 
-from . import carso_digits, carso_mnist, carso_resnet18, run, tables
+from . import atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, run, tables
 
-STUDIES = {"carso_digits": "digits", "carso_mnist": "mnist", "carso_resnet18": "cifar10"}  # and their data sets
+STUDIES = {
+    "carso_digits": (carso_digits, "digits"),
+    "carso_mnist": (carso_mnist, "mnist"),
+    "carso_resnet18": (carso_resnet18, "cifar10"),
+    "atop_digits": (atop_digits, "digits"),
+    "atop_mnist": (atop_mnist, "mnist"),
+}  # and their data sets
+NO_AUTOATTACK = ("atop_mnist",)
 RESULTS = Path(__file__).parents[1] / "results" / "studies"
 SEEDS, WORKERS = 3, 2
 
@@ -36,9 +43,10 @@ def check(chosen: argparse.Namespace) -> None:
         ValueError: an option that the study does not have, a number below 1, an unknown row. FileNotFoundError: no
         data. ModuleNotFoundError: no AutoAttack, or what the data need is missing.
     """
-    digits, resnet = chosen.name == "carso_digits", chosen.name == "carso_resnet18"
+    study, images = STUDIES[chosen.name]
+    digits = images == "digits"
     foreign = ("data", "full") if digits else ("seeds", "rows")
-    for option in (*foreign, *(("workers",) if resnet else ())):
+    for option in (*foreign, *(("workers",) if study is carso_resnet18 else ())):
         if getattr(chosen, option) not in (None, False):
             raise ValueError(f"--{option} does not go with {chosen.name}")
     for option in ("seeds", "workers"):
@@ -46,9 +54,10 @@ def check(chosen: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
     if digits:
-        carso_digits.jobs(chosen.seeds or SEEDS, chosen.quick, chosen.rows)
-    implementation()
-    data.load(STUDIES[chosen.name], chosen.data or "data")
+        study.jobs(chosen.seeds or SEEDS, chosen.quick, chosen.rows)
+    if chosen.name not in NO_AUTOATTACK:
+        implementation()
+    data.load(images, chosen.data or "data")
 
 
 def main(chosen: argparse.Namespace) -> Path:
@@ -58,11 +67,11 @@ def main(chosen: argparse.Namespace) -> Path:
     root = chosen.out or Path("runs/studies") / f"{chosen.name}{kind}"
     seeds, workers, place = chosen.seeds or SEEDS, chosen.workers or WORKERS, chosen.data or "data"
     results = root if kind or chosen.rows is not None or seeds < SEEDS else RESULTS
-    if chosen.name == "carso_digits":
-        done = run(carso_digits.jobs(seeds, chosen.quick, chosen.rows), root, workers)
-        return tables.write(done, results, chosen.name, carso_digits.notes(chosen.quick))
-    study = carso_mnist if chosen.name == "carso_mnist" else carso_resnet18
+    study, images = STUDIES[chosen.name]
+    if images == "digits":
+        done = run(study.jobs(seeds, chosen.quick, chosen.rows), root, workers)
+        return tables.write(done, results, chosen.name, study.notes(chosen.quick), study.LAYOUT)
     budget = study.QUICK if chosen.quick else study.FULL if chosen.full else study.Budget()
     # the ResNet uses every core by itself
-    run(study.jobs(place, budget=budget), root, workers if study is carso_mnist else 1)
+    run(study.jobs(place, budget=budget), root, 1 if study is carso_resnet18 else workers)
     return study.write(root, results, budget=budget)

@@ -1,4 +1,4 @@
-"""The digits study as tables and a picture."""
+"""A digits study as tables and a picture."""
 
 from __future__ import annotations
 
@@ -6,13 +6,28 @@ import json
 import re
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from purify_fast._files import atomic, write_text
 
 from . import over_seeds
 
-_COLUMNS = {"clean": "clean", "pgd": "PGD", "autoattack": "+ AutoAttack"}
+
+@dataclass(frozen=True)
+class Layout:
+    """A digits study's columns: keys of the results and their heads.
+
+    Attributes:
+        main: accuracies that every row has, three at most. compared: those of them whose differences to the base are
+        shown; the last has the base's line in the picture. more: accuracies that some rows have. numbers: of other
+        kinds, with their decimals.
+    """
+
+    main: dict[str, str]
+    compared: dict[str, str]
+    more: dict[str, str]
+    numbers: dict[str, tuple[str, int]]
 
 
 def _by_row(results: Sequence[dict]) -> dict[str, dict[int, dict]]:
@@ -26,34 +41,31 @@ def _base(name: str) -> str:
     return "base, L2" if name.endswith("L2") else "base"
 
 
-def markdown(results: Sequence[dict], notes: Sequence[str] = ()) -> str:
+def markdown(results: Sequence[dict], notes: Sequence[str], layout: Layout) -> str:
     """One line per row of the study; differences are to the base of the same seed."""
     rows = _by_row(results)
-    lines = [
-        *notes,
-        "",
-        "| model | clean | PGD | + AutoAttack | difference to base | K draws, clean | K draws, attacked | KL, nats "
-        "| parameters | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    numbers = [head for head, _ in layout.numbers.values()]
+    heads = (layout.main, layout.compared, layout.more)
+    head = ["model", *(title for some in heads for title in some.values()), *numbers, "seeds"]
+    lines = [*notes, "", f"| {' | '.join(head)} |", "|" + len(head) * "---|"]
     for name, seeds in rows.items():
         got = list(seeds.values())
         base = rows.get(_base(name), {})
         both = [s for s in seeds if s in base and name != _base(name)]
-        change = over_seeds([seeds[s]["autoattack"] - base[s]["autoattack"] for s in both]) if both else "-"
+        changes = {key: [seeds[s][key] - base[s][key] for s in both] for key in layout.compared}
 
-        def mean(key, got=got, places=0):
+        def mean(key, places, got=got):
             known = [result[key] for result in got if key in result]
             return f"{statistics.fmean(known):,.{places}f}" if known else "-"
 
         bad = any(r.get("gradients") == "BAD" for r in got)
         cells = [
             name + (" (gradients unhealthy)" if bad else ""),
-            *(over_seeds([r[key] for r in got]) for key in _COLUMNS),
-            change,
+            *(over_seeds([r[key] for r in got]) for key in layout.main),
+            *(over_seeds(change) if both else "-" for change in changes.values()),
         ]
-        cells += [over_seeds([r[k] for r in got]) if k in got[0] else "-" for k in ("clean_draws", "pgd_draws")]
-        cells += [mean("kl", places=2), mean("parameters"), str(len(got))]
+        cells += [over_seeds([r[k] for r in got]) if k in got[0] else "-" for k in layout.more]
+        cells += [mean(key, places) for key, (_, places) in layout.numbers.items()] + [str(len(got))]
         lines.append("| " + " | ".join(cells) + " |")
     ranked = [result for result in results if "layers" in result]
     if ranked:
@@ -71,7 +83,7 @@ def markdown(results: Sequence[dict], notes: Sequence[str] = ()) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def picture(results: Sequence[dict], path: Path) -> bool:
+def picture(results: Sequence[dict], path: Path, layout: Layout) -> bool:
     """Clean against robust accuracy, a point per model and seed; False without matplotlib."""
     try:
         import matplotlib
@@ -82,13 +94,18 @@ def picture(results: Sequence[dict], path: Path) -> bool:
         return False
     rows = {name: seeds for name, seeds in _by_row(results).items() if not name.endswith("L2")}
     figure, axis = pyplot.subplots(figsize=(9, 0.32 * len(rows) + 1.2))
+    colours = ["tab:green", "tab:orange", "tab:red"]
     for line, seeds in enumerate(rows.values()):
-        for key, colour in (("clean", "tab:green"), ("pgd", "tab:orange"), ("autoattack", "tab:red")):
+        for key, colour in zip(layout.main, colours, strict=False):
             values = [100 * result[key] for result in seeds.values()]
-            axis.scatter(values, [line] * len(values), s=16, color=colour, label=_COLUMNS[key] if line == 0 else None)
+            axis.scatter(
+                values, [line] * len(values), s=16, color=colour, label=layout.main[key] if line == 0 else None
+            )
     base = rows.get("base", {})
     if base:
-        axis.axvline(100 * statistics.fmean(r["autoattack"] for r in base.values()), color="tab:red", linewidth=0.8)
+        key = list(layout.compared)[-1]
+        colour = colours[list(layout.main).index(key)]
+        axis.axvline(100 * statistics.fmean(r[key] for r in base.values()), color=colour, linewidth=0.8)
     axis.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="accuracy, %", xlim=(0, 100))
     axis.invert_yaxis()
     axis.legend(fontsize=8, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1))
@@ -98,11 +115,11 @@ def picture(results: Sequence[dict], path: Path) -> bool:
     return True
 
 
-def write(results: Sequence[dict], folder: Path, name: str, notes: Sequence[str] = ()) -> Path:
+def write(results: Sequence[dict], folder: Path, name: str, notes: Sequence[str], layout: Layout) -> Path:
     """``name.json``, ``name.md`` and ``name.png`` in ``folder``."""
     write_text(folder / f"{name}.json", json.dumps(list(results), indent=1) + "\n")
-    write_text(folder / f"{name}.md", markdown(results, notes))
-    picture(results, folder / f"{name}.png")
+    write_text(folder / f"{name}.md", markdown(results, notes, layout))
+    picture(results, folder / f"{name}.png", layout)
     return folder / f"{name}.md"
 
 

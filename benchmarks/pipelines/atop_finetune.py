@@ -1,0 +1,292 @@
+"""One step of AToP's fine-tuning: FGSM on the classifier, RT2, DeepFillv2.
+
+The released notebooks do more than the step's gradients need; a plain form without that is raced too, so that the table
+tells what doing less brings from what kernels and bfloat16 bring.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from purify_fast.atop import Atop, AtopConfig, AtopTask, DeepFillGenerator, PatchDiscriminator
+from purify_fast.atop.training import hinge, passes
+from purify_fast.nn import patch_depth
+from purify_fast.nn.inpainting import GatedConv
+from purify_fast.ops import use_backend
+from purify_fast.ops.contextual_attention import key_validity
+from purify_fast.training import Batch
+
+from . import Case, Job, columns, uncompiled
+from .carso_training import attack
+
+BATCH, SIDE, EPS, SIGMA, WEIGHT = 4, 128, 8 / 255, 0.25, 0.05
+TOLERANCE = 0.04  # 0.01 to 0.02 is bfloat16, with the signs that it turns in the attack
+IMAGE = 10  # the refined image's values are about 0.1
+
+
+def sizes(quick: bool) -> tuple[int, int, int]:
+    """Images, their side, the generator's width. In smaller images the attention would have no valid key."""
+    return (2, 64, 4) if quick else (BATCH, SIDE, 48)
+
+
+def generator(width: int) -> DeepFillGenerator:
+    """Random weights under which the image depends on what is given, and a third of that on the attention.
+
+    Under the published start a fresh generator paints mid-grey: whatever contestants compute, they would agree. Larger
+    weights make so much of rounding that bfloat16 paints another image.
+    """
+    made = DeepFillGenerator(5, width)
+    for layer in made.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=1.8 / layer.weight[0].numel() ** 0.5)
+            nn.init.normal_(layer.bias, std=0.1)  # type: ignore[arg-type]  # it has one
+    return made
+
+
+def defence(device: torch.device, quick: bool) -> Atop:
+    """ResNet-18 with random weights behind the published generator; a narrow one for a quick run."""
+    _, side, width = sizes(quick)
+    torch.manual_seed(0)
+    classifier = torchvision.models.resnet18(num_classes=10).eval()
+    classifier.fc.weight.data *= 10  # else the cross-entropy is about log 10 of every image
+    return Atop(classifier, generator(width), (3, side, side), block=side // 8).to(device)
+
+
+def batch_of(device: torch.device, quick: bool) -> Batch:
+    n, side, _ = sizes(quick)
+    source = torch.Generator().manual_seed(1)
+    x, y = torch.rand(n, 3, side, side, generator=source), torch.randint(10, (n,), generator=source)
+    return Batch(x.to(device), y.to(device), torch.arange(n, device=device), 7, 5, 10)
+
+
+def setting(precision: str) -> AtopConfig:
+    return AtopConfig(eps=EPS, cls_weight=WEIGHT, precision=precision)
+
+
+def compared(reconstruction: Tensor, cross_entropy: Tensor, refined: Tensor) -> Tensor:
+    """What contestants must agree on: both losses and the refined image, so scaled that each counts about as much."""
+    image = refined.float().flatten() * (IMAGE / refined.numel() ** 0.5)
+    return torch.cat([torch.stack([reconstruction.float(), cross_entropy.float()]), image]).detach()
+
+
+class PlainGate(nn.Module):
+    """A gated convolution as one would write it: under autocast it stays in the dtype of its convolution."""
+
+    def __init__(self, layer: GatedConv):
+        super().__init__()
+        self.conv, self.relu = layer.conv, layer.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.conv(x).chunk(2, 1)
+        return (F.relu(a) if self.relu else F.elu(a)) * torch.sigmoid(b)
+
+
+def weights(scores: Tensor, valid: Tensor, h: int, w: int) -> Tensor:
+    """Attention ``[N, keys, queries]`` of scores of the same shape: the fuse as two convolutions, then the softmax."""
+    n, keys = len(scores), h * w
+    diagonal = torch.eye(3, device=scores.device, dtype=scores.dtype)[None, None]
+    for a, b in ((h, w), (w, h)):
+        scores = F.conv2d(scores[:, None], diagonal, padding=1)[:, 0]
+        scores = scores.view(n, a, b, a, b).permute(0, 2, 1, 4, 3).reshape(n, keys, keys)
+    valid = valid[:, :, None]
+    return valid * torch.softmax(10 * valid * scores, 1)
+
+
+class ReleasedAttention(nn.Module):
+    """Contextual attention image by image: patches as the kernels of convolutions."""
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        h, w = features.shape[2] // 2, features.shape[3] // 2
+        valid = key_validity(mask, (h, w)).to(features.dtype)
+        return torch.cat([self.one(f[None], v[None], h, w) for f, v in zip(features, valid, strict=True)])
+
+    def one(self, features: Tensor, valid: Tensor, h: int, w: int) -> Tensor:
+        keys = h * w
+        values = F.unfold(features, 4, padding=1, stride=2)[0].T.reshape(keys, -1, 4, 4)
+        small = F.interpolate(features, (h, w))
+        patches = F.unfold(small, 3, padding=1)[0].T.reshape(keys, -1, 3, 3)
+        norms = patches.flatten(1).norm(dim=1).clamp_min(1e-4)
+        scores = F.conv2d(small, patches / norms[:, None, None, None], padding=1).view(1, keys, keys)
+        attention = weights(scores, valid, h, w)
+        return F.conv_transpose2d(attention.view(1, keys, h, w), values, stride=2, padding=1) / 4
+
+
+class PlainAttention(nn.Module):
+    """Contextual attention of the whole batch at once: products of matrices."""
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        h, w = features.shape[2] // 2, features.shape[3] // 2
+        valid = key_validity(mask, (h, w)).to(features.dtype)
+        values = F.unfold(features, 4, padding=1, stride=2)
+        patches = F.unfold(F.interpolate(features, (h, w)), 3, padding=1)
+        scores = (patches / patches.norm(dim=1, keepdim=True).clamp_min(1e-4)).transpose(1, 2) @ patches
+        return F.fold(values @ weights(scores, valid, h, w), features.shape[2:], 4, padding=1, stride=2) / 4
+
+
+class PlainStep:
+    """The step as one would write it, with nothing in it that its gradients do not need."""
+
+    attention: type[nn.Module] = PlainAttention
+
+    def __init__(self, device: torch.device, quick: bool, compiled: bool):
+        made = defence(device, quick)
+        self.made, self.batch, self.side = made, batch_of(device, quick), sizes(quick)[1]
+        self.generator = copy.deepcopy(made.purifier.module).to(memory_format=torch.contiguous_format)
+        self.generator.stage2.contextual_attention = self.attention()
+        for block in list(self.generator.modules()):
+            for name, layer in list(block.named_children()):
+                if isinstance(layer, GatedConv):
+                    setattr(block, name, PlainGate(layer))
+        self.classifier = copy.deepcopy(made.classifier).to(memory_format=torch.contiguous_format)  # frozen
+        self.optimizer = self.adam(self.generator)
+        self.g: Callable = self.generator
+        self.f: Callable = self.classifier
+        if compiled:
+            self.g, self.f = (torch.compile(part, dynamic=False) for part in (self.g, self.f))
+
+    def adam(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.5, 0.999))
+
+    def adversarial(self) -> Tensor:
+        return attack(self.f, self.batch.x, self.batch.y, EPS, EPS, 1, None, None)
+
+    def mask(self, device: torch.device) -> Tensor:
+        """One for the batch, of an 8 x 8 grid's blocks, ``[8, 8]``."""
+        return (torch.randperm(64, device=device) < 16).float().view(8, 8)
+
+    def noise(self, x: Tensor) -> Tensor:
+        return torch.randn_like(x)
+
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The packed images and their masks."""
+        block = self.side // 8
+        mask = self.mask(x.device).repeat_interleave(block, 0).repeat_interleave(block, 1)[None, None]
+        visible = (2 * (x + SIGMA * self.noise(x)).clamp(0, 1) - 1) * (1 - mask)
+        mask = mask.expand(len(x), 1, -1, -1)
+        return torch.cat([visible, torch.ones_like(mask), mask], 1), mask
+
+    def reconstruction(self, x: Tensor, coarse: Tensor, refined: Tensor) -> Tensor:
+        target = 2 * x - 1
+        return (target - coarse).abs().mean() + (target - refined).abs().mean()
+
+    def cross_entropy(self, refined: Tensor) -> Tensor:
+        return F.cross_entropy(self.f((refined + 1) / 2), self.batch.y)
+
+    def losses(self, x: Tensor, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction, cross-entropy, and the refined image."""
+        coarse, refined = self.g(packed, mask)
+        return self.reconstruction(x, coarse, refined), self.cross_entropy(refined), refined
+
+    def run(self) -> None:
+        x = self.adversarial()
+        reconstruction, cross_entropy, _ = self.losses(x, *self.transform(x))
+        self.optimizer.zero_grad()
+        (reconstruction + WEIGHT * cross_entropy).backward()
+        self.optimizer.step()
+
+    def result(self) -> Tensor:
+        """Under the noise and masks of ours."""
+        x, b = self.adversarial(), self.batch
+        packed, _ = self.made.draw(x, seed=torch.full((1,), b.seed, device=x.device), ids=b.sample_ids)
+        return compared(*self.losses(x, packed.contiguous(), packed[:, -1:].contiguous()))
+
+
+class ReleasedStep(PlainStep):
+    """As released: two passes of the generator, a discriminator that changes nothing, noise and mask from the CPU."""
+
+    attention = ReleasedAttention
+
+    def __init__(self, device: torch.device, quick: bool, compiled: bool):
+        super().__init__(device, quick, compiled)
+        width = 8 if quick else 64
+        self.discriminator = PatchDiscriminator(4, width, patch_depth((self.side, self.side))).to(device)
+        self.judge = self.adam(self.discriminator)
+        self.d: Callable = torch.compile(self.discriminator, dynamic=False) if compiled else self.discriminator
+
+    def mask(self, device: torch.device) -> Tensor:
+        flags = np.zeros(64, dtype=np.float32)
+        flags[:16] = 1
+        np.random.shuffle(flags)
+        return torch.from_numpy(flags.reshape(8, 8)).to(device)
+
+    def noise(self, x: Tensor) -> Tensor:
+        return torch.normal(0.0, 1.0, x.shape).to(x.device)
+
+    def losses(self, x: Tensor, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by a pass of the generator for each of the two losses."""
+        coarse, refined = self.g(packed, mask)
+        return self.reconstruction(x, coarse, refined), self.cross_entropy(self.g(packed, mask)[1]), refined
+
+    def run(self) -> None:
+        x = self.adversarial()
+        packed, mask = self.transform(x)
+        reconstruction, cross_entropy, refined = self.losses(x, packed, mask)
+        real, fake = (torch.cat([image, mask], 1) for image in (2 * x - 1, refined.detach()))
+        judged = hinge(self.d(real), self.d(fake))
+        self.judge.zero_grad()
+        judged.backward()
+        self.judge.step()
+        loss = reconstruction + WEIGHT * cross_entropy - self.d(fake).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def _plain(device: torch.device, quick: bool, form: type[PlainStep], compiled: bool = False) -> Job:
+    with use_backend("reference"):
+        step = form(device, quick, compiled)
+
+    def under(function: Callable) -> Callable:
+        def call():
+            with use_backend("reference"):
+                return function()
+
+        return call
+
+    job = Job(under(step.run), under(step.result))
+    return uncompiled(job) if quick else job
+
+
+def _ours(device: torch.device, quick: bool, compiled: bool = False) -> Job:
+    made, batch = defence(device, quick), batch_of(device, quick)
+    task = AtopTask(made, setting("bfloat16"))
+    made.accelerate(compile=compiled)
+    made.train()
+
+    def run() -> None:
+        loss, _ = task.training_step(batch)
+        task.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        task.optimizer.step()
+
+    def result() -> Tensor:
+        done = passes(made, batch, task.config)
+        return compared(done.metrics["reconstruction"], done.metrics["cross_entropy"], done.refined)
+
+    job = Job(run, result)
+    return uncompiled(job) if quick and compiled else job
+
+
+def cases(quick: bool) -> dict[str, Case]:
+    n, side, _ = sizes(quick)
+    ours = [partial(_ours, compiled=c) for c in (False, True)]
+    released, lean = (
+        columns(*(partial(_plain, form=form, compiled=c) for c in (False, True)), *ours)
+        for form in (ReleasedStep, PlainStep)
+    )
+    contestants = {label.replace("plain", "plain as released"): made for label, made in released.items()}
+    own = {label: contestants.pop(label) for label in list(contestants) if label.startswith("ours")}
+    contestants |= {
+        "lean plain": lean["plain, allocator raised"],
+        "torch.compile of lean plain, bfloat16": lean["torch.compile of plain, bfloat16"],
+    }
+    shape = f"{n} images of {side} x {side}, RT2, FGSM; as released: two passes, a discriminator; lean: neither"
+    return {"fine-tuning step": Case(shape, TOLERANCE, contestants | own)}

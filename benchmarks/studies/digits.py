@@ -1,0 +1,105 @@
+"""What the studies on digits share: the classifier that is defended, how a model is attacked, which rows are run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from purify_fast import data
+from purify_fast.carso import rank_layers
+from purify_fast.evaluation import Attack, evaluate
+from purify_fast.nn import SmallCNN
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, save_classifier
+
+from . import Job
+
+EPS, EPS_L2 = 0.2, 1.0
+BASE_EPOCHS = 120
+ALL_LAYERS = ("conv1", "conv2", "conv3", "conv4", "hidden")
+AUTO = "AutoAttack"
+
+
+def effort(quick: bool) -> tuple[int, int, int, int, int]:
+    """Images, steps of PGD, steps and Square's queries of AutoAttack, steps of PGD on K draws."""
+    return (40, 4, 4, 20, 2) if quick else (500, 100, 100, 1000, 40)
+
+
+def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list[Attack], dict[str, str]]:
+    """PGD, and if asked for AutoAttack, on a model without its randomness; the rows of the results' keys."""
+    _, steps, auto_steps, queries, _ = effort(quick)
+    variant = "deterministic" if randomised else "random"
+    attacks = [Attack(loss="ce", variant=variant), Attack(loss="dlr", variant=variant, survivors=True)]
+    rows = {
+        "clean": "clean, deterministic" if randomised else "clean",
+        "pgd": f"PGD-{steps} dlr" + (", deterministic" if randomised else ""),  # of the survivors of ce
+    }
+    if auto:
+        options: dict = {"survivors": True, "steps": auto_steps, "queries": queries, "label": AUTO}
+        attacks.append(Attack("autoattack", variant=variant, **options))
+        rows["autoattack"] = AUTO
+    return attacks, rows
+
+
+def attacked(
+    model: nn.Module,
+    seed: int,
+    attacks: Sequence[Attack],
+    rows: dict[str, str],
+    quick: bool,
+    eps: float = EPS,
+    norm: str = "linf",
+) -> dict:
+    """The accuracies of ``rows`` (key -> label), and whether the attacks had gradients."""
+    digits = data.load("digits")
+    n, steps, *_ = effort(quick)
+    report = evaluate(
+        model, digits.x_test[:n], digits.y_test[:n], eps=eps, norm=norm, attacks=attacks, steps=steps, n_eval=3,
+        batch_size=250, chunk=500, seed=seed, progress=False,
+    )  # fmt: skip
+    healthy = all(r.reliable for r in report.rows if r.kind != "autoattack")
+    return {key: report.row(row).accuracy for key, row in rows.items()} | {"gradients": "healthy" if healthy else "BAD"}
+
+
+def train_base(job: Job, folder: Path, root: Path) -> dict:
+    """A classifier, adversarially trained unless it is to be ``standard``: {width, epochs, norm, standard}."""
+    s = job.settings
+    norm, eps = s.get("norm", "linf"), EPS if s.get("norm", "linf") == "linf" else EPS_L2
+    digits = data.load("digits")
+    torch.manual_seed(job.seed)
+    model = SmallCNN(width=s.get("width", 16))
+    trained = 0.0 if s.get("standard") else eps
+    config = ClassifierConfig(eps=trained, norm=norm, steps=7, learning_rate=1e-2, weight_decay=2e-2)
+    epochs = 2 if s["quick"] else s.get("epochs", BASE_EPOCHS)
+    fit(ClassifierTask(model, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
+    save_classifier(model, folder)
+    attacks, rows = zero_attacks(False, s["quick"])
+    result = attacked(model, job.seed, attacks, rows, s["quick"], eps, norm)
+    if s.get("rank"):
+        images = digits.x_test.float() / 255
+        ranking = rank_layers(model, ALL_LAYERS, images, digits.y_test, eps=eps, norm=norm)
+        result["layers"] = [vars(score) for score in ranking]
+    return result | {"parameters": count(model)}
+
+
+def count(model: nn.Module) -> int:
+    """Parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def select(made: list[Job], rows: Sequence[str] | None) -> list[Job]:
+    """All jobs, or those of some rows and what they need; ValueError for a row that no job has."""
+    if rows is None:
+        return made
+    names = {job.name for job in made}
+    unknown = set(rows) - names
+    if unknown:
+        raise ValueError(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
+    wanted: set[str] = set()
+    more = set(rows)
+    while more:
+        wanted |= more
+        more = {need for job in made if job.name in wanted for need in job.needs} - wanted
+    return [job for job in made if job.name in wanted]

@@ -1,0 +1,67 @@
+"""What the studies on MNIST share: the data, the classifiers, one model's attacks, the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from purify_fast import data
+from purify_fast._files import write_text
+from purify_fast.evaluation import Attack, Report, evaluate
+from purify_fast.nn import SmallCNN
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, save_classifier
+
+from . import Job
+from .attacked import keep
+
+EPS = 0.3
+
+
+def load(root: str, train_images: int, images: int) -> data.DataSet:
+    """The first so many images to train on, and to attack."""
+    whole = data.load("mnist", root)
+    n, m = train_images, images
+    return data.DataSet(whole.x_train[:n], whole.y_train[:n], whole.x_test[:m], whole.y_test[:m], "mnist", 10)
+
+
+def train_classifier(
+    job: Job, folder: Path, mnist: data.DataSet, width: int, epochs: int, eps: float = EPS
+) -> nn.Module:
+    """An adversarially trained classifier, or with eps 0 one trained on clean images."""
+    torch.manual_seed(job.seed)
+    model = SmallCNN(1, 10, (28, 28), width)
+    config = ClassifierConfig(eps=eps, steps=7, warm_up=0.5, learning_rate=1e-2, weight_decay=1e-3)
+    fit(ClassifierTask(model, config), mnist.x_train, mnist.y_train, FitConfig(epochs, 128, job.seed), folder)
+    save_classifier(model, folder)
+    return model
+
+
+def attack(
+    job: Job,
+    folder: Path,
+    model: nn.Module,
+    mnist: data.DataSet,
+    attacks: Sequence[Attack],
+    steps: int,
+    eot: int,
+    chunk: int = 1000,
+) -> dict[str, float]:
+    """Attack the job's model and keep the rows; returns the accuracies."""
+    report = evaluate(
+        model, mnist.x_test, mnist.y_test, eps=EPS, attacks=attacks, steps=steps, eot=eot, batch_size=250, chunk=chunk,
+        seed=job.seed, out=folder, name=job.settings["model"], progress=False,
+    )  # fmt: skip
+    return keep(report, folder)
+
+
+def write(
+    whole: Report, folder: Path, name: str, lines: Sequence[str], models: Mapping[str, nn.Module] | None = None
+) -> Path:
+    """``name.md`` with the lines and what could not be run; in ``name`` the whole report with its pictures."""
+    whole.save(folder / name, models)
+    notes = ["", *(f"- {note}" for note in whole.notes)] if whole.notes else []
+    write_text(folder / f"{name}.md", "\n".join([*lines, *notes]) + "\n")
+    return folder / f"{name}.md"
