@@ -194,25 +194,38 @@ def jobs(path: str, seed: int = 0, budget: Budget = Budget()) -> list[Job]:
     return made + [job for name in reversed(BASES) for job in attacks if job.settings["model"] == name]
 
 
+def caption(budget: Budget, seed: int) -> str:
+    """What was trained and how it was attacked."""
+    b = budget
+    return (
+        f"MNIST, the first {b.data_images} test images, L-inf eps {mnist.EPS}, seed {seed}; accuracy ± standard error, "
+        f"%. Classifiers: {b.classifier_standard_epochs} epochs on clean images, {b.classifier_robust_epochs} of "
+        f"PGD-7. AToP: RT2 with sigma {b.defence_sigma}, {b.defence_missing:.1%} of the blocks of {b.defence_block} "
+        f"pixels hidden, S = {b.defence_samples}; a small generator (ours, "
+        f"{'correcting the image' if b.defence_residual else 'painting the image'}), pre-trained on "
+        f"{b.pretraining_images:,} images (epochs {b.pretraining_epochs}; weight of the GAN term "
+        f"{b.pretraining_gan_weight}); from there, with the published attack and loss (FGSM on the classifier, lambda "
+        f"{b.published_cls_weight}, L1 to {b.published_reconstruction_target} images; warm-up, rate and schedule ours: "
+        f"{b.published_warm_up}, {b.published_learning_rate}, {b.published_schedule}) on {b.published_images:,} (epochs"
+        f" {b.published_epochs}); through the pipeline "
+        f"(PGD-{b.pipeline_steps} through the whole defence, lambda {b.pipeline_cls_weight}, L1 "
+        f"{b.pipeline_reconstruction}), from `{b.pipeline_start}`, on {b.pipeline_images:,} (epochs "
+        f"{b.pipeline_epochs}). "
+        "Attacks: full gradients through the whole defence; each that begins with `then` attacks what those before it "
+        "left, and counts every image; under attack an image counts if each of five predictions is right. The weak "
+        "protocol attacks the classifier alone, as the published ablation did, and is in no `worst`."
+    )
+
+
 def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) -> Path:
     """``atop_mnist.md`` and its JSON and pictures in ``folder``."""
     job = Job("report", seed, attack)
     found = {name: joined([job.folder(root, f"{name} attacked")]) for name in BASES}
     whole = merge(found.values())
     minutes = {name: json.loads((job.folder(root, name) / RESULT).read_text())["minutes"] for name in BASES}
-    b, pairs = budget, ((PUBLISHED, PRETRAINED), (PIPELINE, PUBLISHED), (ROBUST_PIPELINE, ROBUST))
+    pairs = ((PUBLISHED, PRETRAINED), (PIPELINE, PUBLISHED), (ROBUST_PIPELINE, ROBUST))
     lines = [
-        f"MNIST, the first {b.data_images} test images, L-inf eps {mnist.EPS}, seed {seed}; accuracy ± standard error, "
-        f"%. Classifiers: {b.classifier_standard_epochs} epochs on clean images, {b.classifier_robust_epochs} of "
-        f"PGD-7. AToP: RT2 with sigma {b.defence_sigma}, {b.defence_missing:.1%} of the blocks of {b.defence_block} "
-        f"pixels hidden, S = {b.defence_samples}; pre-trained on {b.pretraining_images:,} images for "
-        f"{b.pretraining_epochs} epochs; from there, as published (FGSM on the classifier, lambda "
-        f"{b.published_cls_weight}) on {b.published_images:,} for {b.published_epochs}; through the pipeline "
-        f"(PGD-{b.pipeline_steps} through the whole defence, lambda {b.pipeline_cls_weight}, L1 "
-        f"{b.pipeline_reconstruction}), from `{b.pipeline_start}`, on {b.pipeline_images:,} for {b.pipeline_epochs}. "
-        "Attacks: full gradients through the whole defence; each that begins with `then` attacks what those before it "
-        "left, and counts every image; under attack an image counts if each of five predictions is right. The weak "
-        "protocol attacks the classifier alone, as the published ablation did, and is in no `worst`.",
+        caption(budget, seed),
         "",
         *whole.comparison(),
         "",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from math import gcd, log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ class Atop(Defence):
         image_shape: (C, H, W).
         transform: ``rt1``, ``rt2`` (the paper's best) or ``rt3``.
         sigma: standard deviation of the noise in image units, of rt2 and rt3 (paper: 0.25).
-        block: side of a hidden block in pixels; None: an eighth of the height (paper: 32 at 256).
+        block: side of a hidden block in pixels; None: what divides height and width and is nearest to an eighth of the
+            height (paper: 32 at 256; 4 at 32, and at 28).
         missing: share of the blocks that rt1 and rt2 hide, rounded down to whole ones (paper: 0.25).
         parts: N, passes of rt3, which must divide the blocks (paper: 4).
         samples: S, draws of noise and mask per prediction (paper: 1).
@@ -83,15 +85,12 @@ class Atop(Defence):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
-        height = self.image_shape[1]
-        if block is None:
-            if height % 8:
-                raise ValueError(f"block must be given: its default, an eighth, does not divide the height {height}")
-            block = height // 8
+        block = _block(self.image_shape) if block is None else block
+        for name, count in (("samples", samples), ("block", block), ("parts", parts)):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}")
         self.transform, self.sigma, self.samples = transform, 0.0 if transform == "rt1" else float(sigma), samples
-        self.block, self.missing, self.parts = int(block), float(missing), int(parts) if transform == "rt3" else None
+        self.block, self.missing, self.parts = block, float(missing), parts if transform == "rt3" else None
         self.aggregation, self.shared_mask = aggregation, bool(shared_mask)
         self.purifier = Purifier(copy.deepcopy(purifier), self.image_shape)
         self.arguments: dict[str, Any] = {
@@ -100,7 +99,7 @@ class Atop(Defence):
             "sigma": float(sigma),
             "block": self.block,
             "missing": self.missing,
-            "parts": int(parts),
+            "parts": parts,
             "samples": samples,
             "aggregation": aggregation,
             "shared_mask": self.shared_mask,
@@ -226,7 +225,7 @@ class Atop(Defence):
             return logits[:, 0]
         if self.aggregation == "mean":
             return aggregate(logits, "mean")
-        return aggregate(torch.log_softmax(logits, -1), "lse")
+        return aggregate(torch.log_softmax(logits, -1), "lse") - log(logits.shape[1])
 
     # -- training and files -------------------------------------------------------------------------------------------
 
@@ -249,6 +248,13 @@ class Atop(Defence):
         from ..training.defences import save_defence
 
         save_defence(self, folder)
+
+
+def _block(image_shape: tuple[int, int, int]) -> int:
+    """The side of blocks that tile an image, nearest to an eighth of its height; the smaller of two as near."""
+    _, h, w = image_shape
+    sides = [side for side in range(1, min(h, w) + 1) if gcd(h, w) % side == 0]
+    return min(sides, key=lambda side: abs(side - h / 8))
 
 
 def description(purifier: nn.Module) -> dict[str, Any]:

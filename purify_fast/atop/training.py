@@ -100,6 +100,8 @@ class AtopConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.attack != "none" and not self.eps > 0:
             raise ValueError(f"eps must be above 0, got {self.eps}; attack='none' trains without attacks")
+        if self.norm == "linf" and not self.eps <= 1:
+            raise ValueError(f"eps is in image units, at most 1 for linf, got {self.eps}: is {self.eps:g}/255 meant?")
         if self.attack == "none" and self.attack_target == "pipeline":
             raise ValueError("attack_target 'pipeline' needs an attack: fgsm or pgd")
         if self.alpha is not None and not self.alpha > 0:
@@ -112,8 +114,13 @@ class AtopConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.attack != "pgd" and (self.steps, self.alpha) != (type(self).steps, None):
             raise ValueError(f"steps and alpha go with attack='pgd', got {self.steps} and {self.alpha}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        gan = ("gan_weight", "discriminator_width", "gan_fake")
+        if not self.gan_grad and (odd := [name for name in gan if getattr(self, name) != getattr(type(self), name)]):
+            raise ValueError(
+                f"{odd[0]} {getattr(self, odd[0])!r} goes with gan_grad: without it there is no discriminator"
+            )
 
     @classmethod
     def published(cls, name: str = "cifar_rt2", **changes: Any) -> AtopConfig:
@@ -205,12 +212,22 @@ def training_loss(defence: Atop, batch: Batch, config: AtopConfig) -> tuple[Tens
     """(loss, metrics) of one batch without a discriminator.
 
     Raises:
-        ValueError: the config's ``gan_grad``: its discriminator is `AtopTask`'s.
+        ValueError: the config's ``gan_grad``: its discriminator is `AtopTask`'s; a precision that is not the defence's.
     """
+    if config.precision != _precision(defence):
+        raise ValueError(
+            f"precision {config.precision!r} needs a defence so accelerated; this computes in {_precision(defence)}"
+        )
     if config.gan_grad:
         raise ValueError("gan_grad needs a discriminator, which is trained with the purifier: use AtopTask")
     made = passes(defence, batch, config)
     return made.loss, made.metrics
+
+
+def _precision(defence: Atop) -> str:
+    """In what a defence computes, as a config names it."""
+    fast = defence.accelerated
+    return "bfloat16" if fast is not None and fast["dtype"] == torch.bfloat16 else "float32"
 
 
 class _Players(nn.Module):
@@ -235,7 +252,8 @@ class AtopTask:
     def __init__(self, defence: Atop, config: AtopConfig, origin: str = "scratch"):
         self.defence, self.config, self.origin = defence, config, origin
         self.classifier = fingerprint(defence.classifier)
-        defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
+        if _precision(defence) != config.precision:  # else as it was made, compiled perhaps
+            defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         defence.classifier.requires_grad_(False)
         self.discriminator: nn.Module | None = None
         self.model: nn.Module = defence

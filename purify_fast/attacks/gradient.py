@@ -170,7 +170,8 @@ def pgd(
             ``sample_ids``, int64 ``[B]``, default 0 .. B-1).
         keep_best: return, per image, the best iterate seen and not the last: misclassified in most draws, then of
             highest mean loss (one more forward pass, or two with EOT).
-        chunk: images in one forward pass at most; exact, bounds the memory.
+        chunk: images given to the model in one forward pass at most; exact, bounds the memory. (A defence that makes S
+            samples of an image in N passes computes on S N times as many.)
         health: counts gradients and movement.
 
     Returns:

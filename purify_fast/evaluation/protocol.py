@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -673,7 +674,9 @@ def _code() -> list[str]:
         # the images and the weights have hashes of their own
         if path.parent.name not in ("data", "training", "demo"):
             sources.update(path.read_bytes())
-    versions = [str(torch.__version__)]
+    for path in sorted(root.glob("_C*.so")):
+        sources.update(path.read_bytes())
+    versions = [str(torch.__version__), os.environ.get("PURIFY_FAST_BACKEND", "")]
     for package in ("pyautoattack", "autoattack"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")

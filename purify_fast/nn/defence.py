@@ -170,7 +170,9 @@ class Defence(Randomised):
 
 
 def refuse_wrapped(name: str, module: nn.Module) -> None:
-    """ValueError naming the argument if the module is in ``nn.DataParallel`` or compiled."""
+    """ValueError naming the argument if the module is none, is in ``nn.DataParallel`` or compiled."""
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
     if isinstance(module, nn.DataParallel):
         raise ValueError(f"{name}: unwrap it ({name}.module); for several GPUs run one process per GPU")
     if hasattr(module, "_orig_mod"):

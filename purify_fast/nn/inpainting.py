@@ -189,6 +189,10 @@ class DeepFillGenerator(nn.Module):
     image's own mask, where the published code takes the first image's for the whole batch: equal for one shared mask.
     The published start of the weights lets the signal fade: a fresh generator paints mid-grey, to 1e-6 at 32 x 32.
 
+    It is made for 256 x 256. With blocks of an eighth, a quarter of them hidden, the share of the attention's keys with
+    nothing hidden around them falls from 57 % there to 36 % at 128, 11 % at 64 and almost none at 32: below 128 take
+    `SmallGenerator`.
+
     Raises:
         ValueError: sizes that do not fit, at construction or call.
     """

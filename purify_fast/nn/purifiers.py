@@ -73,6 +73,7 @@ class Purifier(nn.Module):
             raise ValueError(f"image_shape must be (C, H, W), at least 1 each, got {tuple(image_shape)}")
         self.module, self.image_shape = module, (channels, h, w)
         self.takes_packed = bool(getattr(module, "takes_packed", False)) if takes_packed is None else takes_packed
+        self._overwrites = False  # a module that writes into its input gets a copy
         self._dry_run()
 
     def _dry_run(self) -> None:
@@ -87,7 +88,9 @@ class Purifier(nn.Module):
         self.module.eval()
         try:
             with torch.no_grad():
+                version = packed._version
                 images = self._run(packed)
+                self._overwrites = packed._version != version
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"purifier: {name} does not run on images {given}: {error}") from error
         finally:
@@ -109,7 +112,8 @@ class Purifier(nn.Module):
     def _run(self, packed: Tensor) -> tuple[Tensor, ...]:
         channels = self.image_shape[0]
         mask = packed[:, channels + 1 :]
-        images = self.module(packed if self.takes_packed else packed[:, :channels], mask)
+        given = packed if self.takes_packed else packed[:, :channels]
+        images = self.module(given.clone() if self._overwrites else given, mask.clone() if self._overwrites else mask)
         return tuple(images) if isinstance(images, (tuple, list)) else (images,)
 
     def forward(self, packed: Tensor) -> tuple[Tensor, ...]:

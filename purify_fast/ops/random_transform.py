@@ -229,6 +229,7 @@ def random_transform(
     """
     dtype = x.dtype if dtype is None else dtype
     _check(x, seed, sample_ids, sigma, block, missing, parts, samples, dtype)
-    count = int(missing * ((x.shape[2] // block) * (x.shape[3] // block))) if parts is None else 0
+    blocks = (x.shape[2] // block) * (x.shape[3] // block)
+    count = min(int(missing * blocks + 1e-6), blocks - 1) if parts is None else 0  # 1/49 of 49 is one, not 0.999..
     call = reference if OP.plain(x.device) else _RandomTransform.apply
     return call(x, seed, sample_ids, sigma, block, count, parts or 0, samples, shared_mask, dtype, channels_last)

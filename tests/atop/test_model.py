@@ -118,7 +118,7 @@ def test_aggregation():
     mean, probability = defence(samples=3), defence(samples=3, aggregation="probability")
     torch.testing.assert_close(mean.combine(logits), logits.mean(1))
     average = torch.softmax(logits, -1).mean(1)
-    torch.testing.assert_close(torch.softmax(probability.combine(logits), -1), average)
+    torch.testing.assert_close(probability.combine(logits), average.log())
     one = defence()
     assert torch.equal(one.combine(logits[:, :1]), logits[:, 0])
 
@@ -272,7 +272,9 @@ def test_the_callers_modules_stay_their_own():
     [
         ({"transform": "rt4"}, "transform must be one of rt1, rt2, rt3, got 'rt4'"),
         ({"aggregation": "lse"}, "aggregation must be one of mean, probability, got 'lse'"),
-        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"samples": 0}, "samples must be a whole number of at least 1, got 0"),
+        ({"samples": 2.0}, "samples must be a whole number of at least 1, got 2.0"),
+        ({"block": 2.7}, "block must be a whole number of at least 1, got 2.7"),
         ({"block": 5}, "block"),
         ({"missing": 1.0}, r"missing must be in \[0, 1\), got 1.0"),
         ({"sigma": -0.1}, "sigma must be finite and not negative, got -0.1"),
@@ -297,9 +299,17 @@ def test_fact_6_the_papers_classifiers_come_as_they_are(depth, classes, paramete
     assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
+@pytest.mark.parametrize(
+    ("size", "block"), [((256, 256), 32), ((32, 32), 4), ((28, 28), 4), ((12, 12), 1), ((30, 40), 5), ((24, 36), 3)]
+)
+def test_the_default_block_tiles_the_image(size, block):
+    made = Atop(FullyConnected(1, image_size=size), Identity(), (1, *size))
+    assert made.block == made.arguments["block"] == block
+
+
 def test_what_does_not_fit_is_refused_at_once():
-    with pytest.raises(ValueError, match="block must be given"):
-        Atop(FullyConnected(1, image_size=(12, 12)), Identity(), (1, 12, 12))
+    with pytest.raises(ValueError, match=r"purifier must be a torch\.nn\.Module, got function"):
+        Atop(SmallCNN(width=4), lambda t, m: t, (1, 16, 16))
     with pytest.raises(ValueError, match="Linear"):
         defence(nn.Linear(3, 3))
     for classifier, said in (

@@ -97,7 +97,7 @@ class Judge(nn.Module):
 )
 def test_fact_11_total(epoch, gan, want):
     made = defence(Constant(), Logits(), (1, 8, 8), block=2)
-    config = AtopConfig(attack="none", gan_grad=gan, discriminator_width=1)
+    config = AtopConfig(attack="none", gan_grad=gan, discriminator_width=1 if gan else 64)
     task = AtopTask(made, config)
     if gan:
         task.discriminator = Judge([[-0.875]])
