@@ -242,6 +242,56 @@ def test_reconstruction_loss_slope_is_a_probability_less_the_target(core, logit,
     assert -target <= slope <= 1 - target + EPS
 
 
+# away from where squares vanish
+feature = st.one_of(st.just(0.0), st.floats(2.0**-8, 16, width=32), st.floats(-16, -(2.0**-8), width=32))
+features = st.integers(1, 100).flatmap(lambda n: st.tuples(rows(feature, n), rows(feature, n)))
+
+
+@holds(features, st.sampled_from(range(4)))
+def test_representation_distance_is_near_float64(core, data, kind):
+    u, v = data
+    distance, _, _ = core.representation_distance(kind, u, v)
+    truth, _, _ = core.representation_distance_double(kind, u.astype(np.float64), v.astype(np.float64))
+    assert 0 <= distance <= (1, 2, 1, np.inf)[kind]
+    slack = 2e-4 if kind == 2 else 8 * EPS * (1 + (truth if kind == 3 else 0))  # arccos next to 1: sqrt(EPS)
+    assert abs(distance - truth) <= slack
+
+
+@holds(features, st.integers(-8, 8), st.sampled_from(range(4)))
+def test_representation_distance_of_parallel_vectors(core, data, power, kind):
+    """Exactly 0, with gradient scale (v - along u) = 0; at any power of two but for l2."""
+    u, _ = data
+    v = u * np.float32(1 if kind == 3 else 2.0**power)
+    distance, scale, along = core.representation_distance(kind, u, v)
+    if not u.any():
+        assert (distance, scale) == ((1, 0), (1, 0), (0.5, 0), (0, 0))[kind]
+        return
+    assert distance == 0 and np.isfinite(scale) and (v - np.float32(along) * u == 0).all()
+    if kind == 0:
+        assert core.representation_distance(kind, u, -v)[0] == 0
+
+
+@holds(features, st.sampled_from(range(3)))
+def test_representation_distance_turns_at_right_angles(core, data, kind):
+    u, v = (x.astype(np.float64) for x in data)
+    _, scale, along = core.representation_distance_double(kind, u, v)
+    gradient = scale * (v - along * u)
+    assert abs(gradient @ u) <= 1e-12 * (1 + abs(scale) * np.linalg.norm(u) * np.linalg.norm(v))
+
+
+unit = st.floats(0, 1, width=32)
+
+
+@holds(unit, st.integers(0, 2**24 - 1), unit)
+def test_replayed_pixels_stay_in_the_ball_and_the_box(core, x, word, eps):
+    x, eps, uniform = np.float32(x), np.float32(eps), np.float32(word * 2.0**-24)
+    out = np.float32(core.replayed(x, uniform, eps, 0.0, 1.0))
+    np.testing.assert_array_equal(out, np.clip(x + eps * (2 * uniform - np.float32(1)), np.float32(0), np.float32(1)))
+    assert max(x - eps, np.float32(0)) <= out <= min(x + eps, np.float32(1))
+    for bad in ((np.nan, uniform, eps), (x, uniform, np.nan)):
+        assert np.isnan(core.replayed(*map(np.float32, bad), 0.0, 1.0))
+
+
 @holds(st.integers(1, 100).flatmap(lambda n: st.tuples(rows(finite(50), n), rows(finite(50), n))))
 def test_divergence_is_not_negative(core, data):
     mu, logvar = data

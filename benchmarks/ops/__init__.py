@@ -41,16 +41,18 @@ def registry() -> dict[str, Callable[[], list[Case]]]:
         apgd_step,
         contextual_attention,
         gated_elu,
+        noisy_replay,
         pgd_step,
         philox,
         random_transform,
         reconstruction_loss,
+        representation_distance,
         sample_latent,
         stitch,
     )
 
     modules = (
         philox, aggregate, sample_latent, reconstruction_loss, pgd_step, apgd_step, random_transform, stitch, gated_elu,
-        contextual_attention,
+        contextual_attention, representation_distance, noisy_replay,
     )  # fmt: skip
     return {module.__name__.rpartition(".")[2]: module.cases for module in modules}

@@ -23,6 +23,14 @@
 #endif
 
 #define PF_FOR_EACH_DTYPE(X) X(float) X(double) X(pf::half) X(pf::bfloat16)
+// Two tensors: the second in the first's dtype, or wide (images stay float32 under autocast).
+#define PF_FOR_EACH_PAIR(X)     \
+  X(float, float)               \
+  X(double, double)             \
+  X(pf::half, pf::half)         \
+  X(pf::half, float)            \
+  X(pf::bfloat16, pf::bfloat16) \
+  X(pf::bfloat16, float)
 
 namespace pf::cpu {
 
@@ -106,6 +114,22 @@ const T* data(const Tensor& x) {
 template <class T>
 T* writable(Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// Calls f(pointer to a, pointer to b), both dense and of a pair of PF_FOR_EACH_PAIR: b is converted if it must be.
+template <class F>
+void with_pair(const Tensor& first, const Tensor& second, const char* op, F f) {
+  const ScalarType dtype = first.scalar_type();
+  const Tensor a = dense(first);
+  const Tensor b = dense(second, second.scalar_type() == dtype ? dtype : wide_dtype(dtype));
+  dispatch(dtype, op, [&](auto tag) {
+    using T = decltype(tag);
+    if (b.scalar_type() == dtype) {
+      f(data<T>(a), data<T>(b));
+    } else {
+      f(data<T>(a), data<wide_t<T>>(b));
+    }
+  });
 }
 
 // f(begin, end) over rows of `cost` elements each, on PyTorch's threads.

@@ -15,7 +15,6 @@ PF_HD void backward_loop(W grad, const L* logits, const T* target, L* out, int64
             [=](int64_t i) PF_INLINE { return grad * reconstruction_loss_slope<W>(load(logits[i]), load(target[i])); });
 }
 
-// The target comes in the logits' dtype, or wide (images stay float32 under autocast); any other is converted first.
 #define PF_LOOPS(L, T)                                                                                             \
   PF_CLONES void forward(const L* __restrict__ logits, const T* __restrict__ target, wide_t<L>* __restrict__ loss, \
                          int64_t rows, int64_t n) {                                                                \
@@ -25,33 +24,12 @@ PF_HD void backward_loop(W grad, const L* logits, const T* target, L* out, int64
                           L* __restrict__ out, int64_t n) {                                                        \
     backward_loop(grad, logits, target, out, n);                                                                   \
   }
-PF_LOOPS(float, float)
-PF_LOOPS(double, double)
-PF_LOOPS(pf::half, pf::half)
-PF_LOOPS(pf::half, float)
-PF_LOOPS(pf::bfloat16, pf::bfloat16)
-PF_LOOPS(pf::bfloat16, float)
-
-// Calls f(logits pointer, target pointer), both dense and of a pair of types that has loops.
-template <class F>
-void with_pointers(const Tensor& logits, const Tensor& target, F f) {
-  const ScalarType dtype = logits.scalar_type();
-  const Tensor l = dense(logits);
-  const Tensor t = dense(target, target.scalar_type() == dtype ? dtype : wide_dtype(dtype));
-  dispatch(dtype, "reconstruction_loss", [&](auto tag) {
-    using L = decltype(tag);
-    if (t.scalar_type() == dtype) {
-      f(data<L>(l), data<L>(t));
-    } else {
-      f(data<L>(l), data<wide_t<L>>(t));
-    }
-  });
-}
+PF_FOR_EACH_PAIR(PF_LOOPS)
 
 Tensor reconstruction_loss(Tensor logits, Tensor target) {
   const int64_t rows = logits.size(0), n = rows > 0 ? logits.numel() / rows : 0;
   Tensor loss = new_tensor({rows}, wide_dtype(logits.scalar_type()));
-  with_pointers(logits, target, [&](auto* l, auto* t) {
+  with_pair(logits, target, "reconstruction_loss", [&](auto* l, auto* t) {
     auto* to = writable<wide_t<std::remove_cvref_t<decltype(*l)>>>(loss);
     parallel_rows(rows, 2 * n, [&](int64_t begin, int64_t end) {
       forward(l + begin * n, t + begin * n, to + begin, end - begin, n);
@@ -64,7 +42,7 @@ Tensor reconstruction_loss_backward(Tensor grad, Tensor logits, Tensor target) {
   const int64_t rows = logits.size(0), n = rows > 0 ? logits.numel() / rows : 0;
   Tensor out = new_like(logits);
   const Tensor g = dense(grad, wide_dtype(logits.scalar_type()));
-  with_pointers(logits, target, [&](auto* l, auto* t) {
+  with_pair(logits, target, "reconstruction_loss", [&](auto* l, auto* t) {
     using L = std::remove_cvref_t<decltype(*l)>;
     const auto* from = data<wide_t<L>>(g);
     L* to = writable<L>(out);

@@ -6,10 +6,12 @@ from .apgd_step import apgd_step
 from .contextual_attention import contextual_attention, key_validity
 from .decode_samples import decode_samples
 from .gated_elu import gated_elu
+from .noisy_replay import noisy_replay
 from .pgd_step import pgd_step
 from .philox import Stream, philox
 from .random_transform import random_transform
 from .reconstruction_loss import reconstruction_loss
+from .representation_distance import representation_distance
 from .sample_latent import sample_latent
 from .stitch import stitch
 
@@ -22,10 +24,12 @@ __all__ = [
     "decode_samples",
     "gated_elu",
     "key_validity",
+    "noisy_replay",
     "pgd_step",
     "philox",
     "random_transform",
     "reconstruction_loss",
+    "representation_distance",
     "sample_latent",
     "stitch",
     "use_backend",

@@ -139,7 +139,8 @@ def _narrow(kernel: Callable, plain: Callable) -> Callable:
     """``kernel``, but float64 goes to the reference: the Triton kernels compute in float32."""
 
     def launch(*args):
-        double = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args)
+        flat = [one for arg in args for one in (arg if isinstance(arg, (list, tuple)) else [arg])]
+        double = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in flat)
         return (plain if double else kernel)(*args)
 
     return launch

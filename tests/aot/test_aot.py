@@ -23,10 +23,12 @@ from purify_fast.kernels import (  # noqa: E402
     apgd_step,
     contextual_attention,
     gated_elu,
+    noisy_replay,
     pgd_step,
     philox,
     random_transform,
     reconstruction_loss,
+    representation_distance,
     sample_latent,
     stitch,
 )
@@ -164,6 +166,7 @@ def _cases() -> list[Case]:
                 Case(kernel, arguments, constants, warps(width), clamps=True, fused=False, id=f"{name}-{norm}")
             )
     cases += _transforms()
+    cases += _distances()
     tile = {"K": 8, "C": 256}
     for method in ("LSE", "MEAN", "PROBABILITY"):
         constants = {"METHOD": getattr(aggregate, method).value, **tile}
@@ -270,6 +273,53 @@ def _transforms() -> list[Case]:
     return cases
 
 
+def _distances() -> list[Case]:
+    cases = [
+        Case(
+            representation_distance._sums,
+            "student:*T teacher:*T out:*fp32 size:i32 chunks:i32",
+            {"DIFFERENCE": difference, "LENGTH": CHUNK, "WIDTH": 1024},
+            warps(1024),
+            stores=False,
+            id=f"representation_distance-{name}",
+        )
+        for name, difference in (("products", False), ("squares", True))
+    ]
+    cases += [
+        Case(
+            representation_distance._measure,
+            "parts:*fp32 out:*fp32 slopes:*fp32 chunks:i32 layers:i32 layer:i32",
+            {"KIND": kind, "WIDTH": representation_distance.PARTS},
+            1,
+            ("fp32",),
+            clamps=name != "l2",
+            loads=False,  # a few partial sums
+            stores=False,
+            id=f"representation_distance-{name}",
+        )
+        for kind, name in enumerate(("abs_cosine", "cosine", "angular", "l2"))
+    ]
+    return [
+        *cases,
+        Case(
+            representation_distance._backward,
+            "grad:*fp32 student:*T teacher:*T slopes:*fp32 out:*T size:i32 blocks:i32 layers:i32 layer:i32",
+            {"WIDTH": 1024},
+            warps(1024),
+            id="representation_distance-backward",
+        ),
+        Case(
+            noisy_replay._forward,
+            "x:*T adv:*T drift:*fp32 tau:*fp32 eps:*fp32 seed:*i64 ids:*i64 out:*T size:i32 blocks:i32 lo:S hi:S",
+            {"STREAM": noisy_replay.REPLAY_NOISE, "GROUPS": 256},
+            warps(1024),
+            clamps=True,
+            fused=False,
+            id="noisy_replay",
+        ),
+    ]
+
+
 CASES = _cases()
 
 
@@ -296,8 +346,8 @@ EVERY = [pytest.param(c, d, id=f"{c.id}-{d}") for c in CASES for d in c.dtypes]
 def test_every_kernel_has_a_case():
     """A jitted function that a launcher starts, one with a name `_x_ptr` first argument, is compiled here."""
     modules = (
-        aggregate, apgd_step, contextual_attention, gated_elu, pgd_step, philox, random_transform, reconstruction_loss,
-        sample_latent, stitch,
+        aggregate, apgd_step, contextual_attention, gated_elu, noisy_replay, pgd_step, philox, random_transform,
+        reconstruction_loss, representation_distance, sample_latent, stitch,
     )  # fmt: skip
     entry = {
         (module.__name__, name)
@@ -351,7 +401,13 @@ def test_memory_access_is_vectorised(case, dtype):
         assert re.search(r"st\.global[\w.:]*\.v[248]", ptx), "no vector store"
 
 
-EXACT = ("pgd_step-linf", "apgd_step-linf", "random_transform-forward", "random_transform-backward")
+EXACT = (
+    "pgd_step-linf",
+    "apgd_step-linf",
+    "random_transform-forward",
+    "random_transform-backward",
+    "noisy_replay",
+)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@
 #include "core/apgd_step.h"
 #include "core/contextual_attention.h"
 #include "core/gated_elu.h"
+#include "core/noisy_replay.h"
 #include "core/pgd_step.h"
 #include "core/philox.h"
 #include "core/random_transform.h"
 #include "core/reconstruction_loss.h"
+#include "core/representation_distance.h"
 #include "core/sample_latent.h"
 #include "core/stitch.h"
 
@@ -87,6 +89,14 @@ void bind(py::module_& m, const char* suffix) {
   });
   m.def(name("reconstruction_loss_slope").c_str(),
         py::vectorize([](W logit, W target) { return pf::reconstruction_loss_slope(logit, target); }));
+  // one sample [n] twice -> (distance, scale, along)
+  m.def(name("representation_distance").c_str(), [](int kind, Array<W> student, Array<W> teacher) {
+    const pf::Measured d =
+        pf::representation_distance(static_cast<pf::Distance>(kind), student.data(), teacher.data(), student.size());
+    return std::array<double, 3>{d.distance, d.scale, d.along};
+  });
+  m.def(name("replayed").c_str(),
+        py::vectorize([](W x, float uniform, W eps, W lo, W hi) { return pf::replayed(x, uniform, eps, lo, hi); }));
   m.def(name("gated_elu").c_str(), py::vectorize([](W a, W b) { return pf::gated_elu(a, b); }));
   m.def(name("gated_elu_slope").c_str(), [](W a, W b) {
     const auto slope = pf::gated_elu_slope(a, b);

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def tensors(value) -> tuple[Tensor, ...]:
@@ -20,9 +21,9 @@ def registered(handle, *inputs: tuple) -> None:
         torch.library.opcheck(handle, arguments)
         outputs = tensors(handle(*arguments))
         with FakeTensorMode() as mode:
-            fake = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
-            fakes = tensors(handle(*fake))
-        given = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, Tensor) and a.numel()}
+            fakes = tensors(handle(*tree_map_only(Tensor, mode.from_tensor, arguments)))
+        leaves = [a for a in tree_leaves(arguments) if isinstance(a, Tensor)]
+        given = {a.untyped_storage().data_ptr() for a in leaves if a.numel()}
         for real, imagined in zip(outputs, fakes, strict=True):
             assert (real.shape, real.dtype) == (imagined.shape, imagined.dtype)
             assert real.stride() == imagined.stride()

@@ -16,7 +16,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def test_every_op_has_its_reference_everywhere():
     assert {"philox", "aggregate", "sample_latent", "reconstruction_loss", "pgd_step", "apgd_step"} <= set(REGISTRY)
-    assert {"gated_elu", "contextual_attention"} <= set(REGISTRY)
+    assert {"gated_elu", "contextual_attention", "representation_distance", "noisy_replay"} <= set(REGISTRY)
     for op in REGISTRY.values():
         for kind in ("cpu", "cuda"):
             assert "reference" in op.available[kind]
@@ -111,7 +111,9 @@ def test_double_precision_passes_the_triton_kernels_by():
     launch = _op._narrow(lambda *args: seen.append("kernel"), lambda *args: seen.append("reference"))
     launch(torch.zeros(2), 3)
     launch(torch.zeros(2, dtype=torch.float64), 3)
-    assert seen == ["kernel", "reference"]
+    launch([torch.zeros(2), torch.zeros(2)], 3)
+    launch([torch.zeros(2), torch.zeros(2, dtype=torch.float64)], 3)
+    assert seen == ["kernel", "reference"] * 2
 
 
 def test_fakes_on_a_device_that_is_not_here():

@@ -1,0 +1,39 @@
+"""Images and their adversarial examples, a quarter of them replayed with noise, or all."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from purify_fast.ops import noisy_replay
+
+from . import Case, uniform
+
+SHAPES = ((128, 3, 32, 32), (128, 1, 28, 28), (256, 3, 64, 64))
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
+    pixels, batch = math.prod(shape), shape[0]
+    threshold = 0.75 if variant == "quarter" else -1.0  # of drifts spread over [0, 1)
+    noisy = pixels // 4 if variant == "quarter" else pixels
+    return Case(
+        shape,
+        dtype,
+        lambda: (
+            uniform(*shape, dtype=dtype),
+            uniform(*shape, dtype=dtype, seed=1),
+            torch.arange(batch) / batch,
+            torch.tensor([1234567890123]),
+            torch.arange(batch),
+        ),
+        lambda x, adv, drift, seed, ids: noisy_replay(x, adv, drift, threshold, 8 / 255, seed, ids),
+        {"forward": 2 * pixels * dtype.itemsize},  # of the two, each sample's one is read
+        {"forward": 32 * noisy},  # as `philox` counts a uniform, and five more
+        variant,
+    )
+
+
+def cases() -> list[Case]:
+    dtypes = (torch.float32, torch.bfloat16)
+    return [case(shape, dtype, variant) for variant in ("quarter", "all") for dtype in dtypes for shape in SHAPES]

@@ -1,0 +1,114 @@
+// Distances between representations (purify_fast/ops/representation_distance.py is the definition).
+#pragma once
+
+#include "math.h"
+
+namespace pf {
+
+enum class Distance : int { abs_cosine = 0, cosine = 1, angular = 2, l2 = 3 };
+
+// |u||v| below this counts as 0; and what 1 - c^2 is at least, where the slope of arccos is taken.
+constexpr double least_norms = 1e-30, least_square_sine = 1e-4;
+
+// u.v, |u|^2 and |v|^2 of one sample.
+struct Products {
+  double dot, uu, vv;
+};
+
+// d, and its gradient in two numbers: dd/du = scale (v - along u). In this form it is exactly 0 at u = v.
+struct Measured {
+  double distance, scale, along;
+};
+
+// Running sums in float, folded into half as many in double before they are long.
+template <int lanes, class W>
+PF_HD void fold(const W* x, double* total) {
+  constexpr int half = lanes / 2;
+  for (int j = 0; j < half; ++j) total[j] += static_cast<double>(x[j]) + static_cast<double>(x[j + half]);
+}
+template <int lanes>
+PF_HD double sum_of(double* x) {
+  for (int width = lanes / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) x[j] += x[j + width];
+  }
+  return x[0];
+}
+
+// One pass, in an order that depends on n alone. The three sums are made alike, so that they are equal to the last bit
+// where u = v.
+template <class L, class T, class W = wide_t<L>>
+PF_HD Products products(const L* u, const T* v, int64_t n) {
+#if defined(__CUDA_ARCH__)
+  constexpr int lanes = 4;  // a thread's registers are few
+#else
+  constexpr int lanes = 32;
+#endif
+  constexpr int block = 32 * lanes;
+  double dot[lanes / 2] = {}, uu[lanes / 2] = {}, vv[lanes / 2] = {};
+  const int64_t whole = n / lanes * lanes;
+  for (int64_t start = 0; start < whole; start += block) {
+    const int64_t stop = start + block < whole ? start + block : whole;
+    W dots[lanes] = {}, us[lanes] = {}, vs[lanes] = {};
+    for (int64_t i = start; i < stop; i += lanes) {
+      for (int j = 0; j < lanes; ++j) {
+        const W a = load(u[i + j]), b = load(v[i + j]);
+        dots[j] += a * b;
+        us[j] += a * a;
+        vs[j] += b * b;
+      }
+    }
+    fold<lanes>(dots, dot);
+    fold<lanes>(us, uu);
+    fold<lanes>(vs, vv);
+  }
+  for (int64_t i = whole; i < n; ++i) {
+    const double a = load(u[i]), b = load(v[i]);
+    dot[0] += a * b;
+    uu[0] += a * a;
+    vv[0] += b * b;
+  }
+  return {sum_of<lanes / 2>(dot), sum_of<lanes / 2>(uu), sum_of<lanes / 2>(vv)};
+}
+
+PF_HD Measured angle(Distance kind, Products p) {
+  const double norms = sqrt(p.uu * p.vv);
+  if (norms < least_norms) return {kind == Distance::angular ? 0.5 : 1.0, 0, 0};
+  constexpr double infinity = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+  const double cosine = norms < infinity ? clamp_nan(p.dot / norms, -1.0, 1.0) : nan;
+  const double along = p.dot / p.uu;
+  if (kind == Distance::angular) {
+    constexpr double pi = 3.14159265358979323846;
+    const double square_sine = max_nan(1 - cosine * cosine, least_square_sine);
+    return {::acos(cosine) / pi, -1 / (pi * sqrt(square_sine) * norms), along};
+  }
+  if (kind == Distance::cosine) return {max_nan(1 - cosine, 0.0), -1 / norms + 0 * cosine, along};
+  const double sign = cosine > 0 ? 1 : (cosine < 0 ? -1 : 0 * cosine);  // NaN stays
+  return {max_nan(1 - abs(cosine), 0.0), -sign / norms, along};
+}
+
+// From |u - v|^2.
+PF_HD Measured euclidean(double square) {
+  const double distance = sqrt(square);
+  return {distance, distance > 0 ? -1 / distance : 0 * distance, 1};
+}
+
+template <class L, class T, class W = wide_t<L>>
+PF_HD W square_distance(const L* u, const T* v, int64_t n) {
+  return ordered_sum<W>(n, [=](int64_t i) PF_INLINE {
+    const W d = static_cast<W>(load(u[i])) - static_cast<W>(load(v[i]));
+    return d * d;
+  });
+}
+
+// One sample of n elements.
+template <class L, class T>
+PF_HD Measured representation_distance(Distance kind, const L* u, const T* v, int64_t n) {
+  return kind == Distance::l2 ? euclidean(square_distance(u, v, n)) : angle(kind, products(u, v, n));
+}
+
+template <class W>
+PF_HD W representation_slope(W u, W v, W scale, W along) {
+  return scale * (v - along * u);
+}
+
+}  // namespace pf

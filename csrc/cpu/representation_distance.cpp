@@ -1,0 +1,100 @@
+#include "../core/representation_distance.h"
+
+#include "common.h"
+
+namespace pf::cpu {
+namespace {
+
+template <class L, class T, class W = wide_t<L>>
+PF_HD void backward_loop(W scale, W along, const L* student, const T* teacher, L* out, int64_t n) {
+  store_all(out, n, [=](int64_t i) PF_INLINE {
+    return representation_slope<W>(load(student[i]), load(teacher[i]), scale, along);
+  });
+}
+
+#define PF_LOOPS(L, T)                                                                                       \
+  PF_CLONES Products all_products(const L* __restrict__ student, const T* __restrict__ teacher, int64_t n) { \
+    return products(student, teacher, n);                                                                    \
+  }                                                                                                          \
+  PF_CLONES wide_t<L> all_squares(const L* __restrict__ student, const T* __restrict__ teacher, int64_t n) { \
+    return square_distance(student, teacher, n);                                                             \
+  }                                                                                                          \
+  PF_CLONES void backward(wide_t<L> scale, wide_t<L> along, const L* __restrict__ student,                   \
+                          const T* __restrict__ teacher, L* __restrict__ out, int64_t n) {                   \
+    backward_loop(scale, along, student, teacher, out, n);                                                   \
+  }
+PF_FOR_EACH_PAIR(PF_LOOPS)
+
+// float64 if any layer is.
+ScalarType result_dtype(const std::vector<Tensor>& layers) {
+  for (const Tensor& x : layers) {
+    if (x.scalar_type() == ScalarType::Double) return ScalarType::Double;
+  }
+  return ScalarType::Float;
+}
+
+int64_t row_size(const Tensor& x) { return x.size(0) > 0 ? x.numel() / x.size(0) : 0; }
+
+std::tuple<Tensor, Tensor> representation_distance(std::vector<Tensor> student, std::vector<Tensor> teacher,
+                                                   int64_t kind) {
+  const auto layers = static_cast<int64_t>(student.size()), rows = student[0].size(0);
+  const ScalarType dtype = result_dtype(student);
+  Tensor distance = new_tensor({rows, layers}, dtype), slopes = new_tensor({rows, layers, 2}, dtype);
+  dispatch(dtype, "representation_distance", [&](auto tag) {
+    using W = wide_t<decltype(tag)>;
+    W *to = writable<W>(distance), *to_slopes = writable<W>(slopes);
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const int64_t n = row_size(student[layer]);
+      with_pair(student[layer], teacher[layer], "representation_distance", [&](auto* u, auto* v) {
+        parallel_rows(rows, 2 * n, [&](int64_t begin, int64_t end) {
+          for (int64_t b = begin; b < end; ++b) {
+            const auto which = static_cast<Distance>(kind);
+            const Measured measured = which == Distance::l2 ? euclidean(all_squares(u + b * n, v + b * n, n))
+                                                            : angle(which, all_products(u + b * n, v + b * n, n));
+            const int64_t at = b * layers + layer;
+            to[at] = static_cast<W>(measured.distance);
+            to_slopes[2 * at] = static_cast<W>(measured.scale);
+            to_slopes[2 * at + 1] = static_cast<W>(measured.along);
+          }
+        });
+      });
+    }
+  });
+  return {distance, slopes};
+}
+
+std::vector<Tensor> representation_distance_backward(Tensor grad, std::vector<Tensor> student,
+                                                     std::vector<Tensor> teacher, Tensor slopes) {
+  const auto layers = static_cast<int64_t>(student.size()), rows = student[0].size(0);
+  slopes = dense(slopes);
+  grad = dense(grad, slopes.scalar_type());
+  std::vector<Tensor> outs;
+  for (const Tensor& x : student) outs.push_back(new_like(x));
+  dispatch(slopes.scalar_type(), "representation_distance_backward", [&](auto tag) {
+    using R = wide_t<decltype(tag)>;
+    const R *upstream = data<R>(grad), *slope = data<R>(slopes);
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const int64_t n = row_size(student[layer]);
+      with_pair(student[layer], teacher[layer], "representation_distance_backward", [&](auto* u, auto* v) {
+        using L = std::remove_cvref_t<decltype(*u)>;
+        L* to = writable<L>(outs[layer]);
+        parallel_rows(rows, 2 * n, [&](int64_t begin, int64_t end) {
+          for (int64_t b = begin; b < end; ++b) {
+            const int64_t at = b * layers + layer;
+            backward(static_cast<wide_t<L>>(upstream[at] * slope[2 * at]), static_cast<wide_t<L>>(slope[2 * at + 1]),
+                     u + b * n, v + b * n, to + b * n, n);
+          }
+        });
+      });
+    }
+  });
+  return outs;
+}
+
+}  // namespace
+}  // namespace pf::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
+  m.impl("representation_distance", TORCH_BOX(&pf::cpu::representation_distance));
+  m.impl("representation_distance_backward", TORCH_BOX(&pf::cpu::representation_distance_backward));
+}

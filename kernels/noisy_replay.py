@@ -1,0 +1,62 @@
+"""`noisy_replay` in Triton: elementwise, the noise drawn in the kernel and for replayed samples only; bit-exact."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import BLOCK, on, warps
+from .pgd_step import _clamp, _load
+from .philox import in_order, uniform, words
+
+#: The fourth counter word, `purify_fast.ops.philox.Stream.REPLAY_NOISE`.
+REPLAY_NOISE = 5
+
+
+@triton.jit
+def _forward(
+    x_ptr, adv_ptr, drift_ptr, tau_ptr, eps_ptr, seed_ptr, ids_ptr, out_ptr, size, blocks, lo, hi,
+    STREAM: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    row, block = pid // blocks, pid % blocks
+    element = block * GROUPS * 4 + tl.arange(0, GROUPS * 4)
+    at, inside = row * size + element, element < size
+    if tl.load(drift_ptr + row) > tl.load(tau_ptr):
+        sample = tl.load(ids_ptr + row)
+        a, b, c, d = words(tl.load(seed_ptr), block * GROUPS + tl.arange(0, GROUPS), sample * 0, sample, STREAM)
+        r = in_order(uniform(a), uniform(b), uniform(c), uniform(d))
+        x = _load(x_ptr, at, inside) + tl.load(eps_ptr + row).to(tl.float32) * (2 * r - 1)
+        x = _clamp(x, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
+        tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out_ptr + at, tl.load(adv_ptr + at, mask=inside, other=0.0), mask=inside)
+
+
+def forward(
+    x: Tensor,
+    x_adv: Tensor,
+    drift: Tensor,
+    tau: Tensor,
+    eps: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    lo: float,
+    hi: float,
+) -> Tensor:
+    """What each sample is trained on, contiguous."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    size = x.numel() // x.shape[0]
+    block = min(BLOCK, max(32, triton.next_power_of_2(size)))
+    blocks = triton.cdiv(size, block)
+    with on(x):
+        _forward[(x.shape[0] * blocks,)](
+            x.contiguous(), x_adv.contiguous(), drift.contiguous(), tau.contiguous(), eps.contiguous(),
+            seed.contiguous(), sample_ids.contiguous(), out, size, blocks, float(lo), float(hi),
+            STREAM=REPLAY_NOISE, GROUPS=block // 4, num_warps=warps(block), enable_fp_fusion=False,
+        )  # fmt: skip
+    return out

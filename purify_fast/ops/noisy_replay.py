@@ -1,0 +1,120 @@
+"""Noisy replay: a sample whose representation has drifted is trained on with noise instead of its adversarial example.
+
+    out_b = clamp(x_b + u, lo, hi)   if drift_b > tau,    u = eps_b (2 r - 1), uniform in [-eps_b, eps_b)
+            x_adv_b                  otherwise
+
+r in [0, 1) comes from the Philox stream REPLAY_NOISE: element i of a sample, counted as in a contiguous tensor, draw 0.
+Source: ARREST (arXiv 2308.16454); its threshold of 30 degrees is tau = 1 - cos(30 deg) = 0.1339746 for the drift
+`representation_distance` returns. Rounding is monotonic: out lies in [x - eps, x + eps], ends as rounded.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._op import define_op, launcher, wide
+from .pgd_step import per_sample
+from .philox import Stream, check_stream, philox
+
+
+def reference(
+    x: Tensor,
+    x_adv: Tensor,
+    drift: Tensor,
+    tau: Tensor,
+    eps: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    lo: float,
+    hi: float,
+) -> Tensor:
+    """The definition: float32 arithmetic (float64 for float64), x's dtype out. drift, eps: [B]; tau: []."""
+    w, ones = wide(x), [1] * (x.dim() - 1)
+    r = philox(seed, sample_ids, math.prod(x.shape[1:]), stream=Stream.REPLAY_NOISE).view(x.shape).to(w.dtype)
+    noisy = (w + eps.to(w.dtype).view(-1, *ones) * (2 * r - 1)).clamp(lo, hi).to(x.dtype)
+    return torch.where((drift > tau).view(-1, *ones), noisy, x_adv).contiguous()
+
+
+OP = define_op(
+    "noisy_replay",
+    "(Tensor x, Tensor x_adv, Tensor drift, Tensor tau, Tensor eps, Tensor seed, Tensor sample_ids, float lo, float hi)"
+    " -> Tensor",
+    reference=reference,
+    fake=lambda x, x_adv, drift, tau, eps, seed, sample_ids, lo, hi: x.new_empty(x.shape),
+    triton=launcher("noisy_replay", "forward"),
+    cpu="cpp",
+    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+)
+
+
+def _threshold(tau: float | Tensor, drift: Tensor) -> Tensor:
+    """``tau`` as a [] tensor beside ``drift``; ValueError if it is of another shape."""
+    if not isinstance(tau, Tensor):
+        return torch.full((), float(tau), dtype=drift.dtype, device=drift.device)
+    if tau.dim() != 0:
+        raise ValueError(f"tau must be a number or a tensor [], got {list(tau.shape)}")
+    return tau.to(device=drift.device, dtype=drift.dtype)
+
+
+def _check(x: Tensor, x_adv: Tensor, drift: Tensor, seed: Tensor, sample_ids: Tensor, lo: float, hi: float) -> None:
+    """ValueError unless the arguments of `noisy_replay` are as it documents them."""
+    if x.shape != x_adv.shape or x.dim() < 2:
+        raise ValueError(f"x and x_adv need one shape [B, ...], got {list(x.shape)}, {list(x_adv.shape)}")
+    if x.dtype != x_adv.dtype or not x.is_floating_point():
+        raise ValueError(f"x and x_adv need one floating-point dtype, got {x.dtype}, {x_adv.dtype}")
+    if drift.shape != x.shape[:1] or not drift.is_floating_point():
+        raise ValueError(
+            f"drift must be a floating-point tensor [B] = [{x.shape[0]}], got {drift.dtype} {list(drift.shape)}"
+        )
+    check_stream(seed, sample_ids)
+    if sample_ids.shape[0] != x.shape[0]:
+        raise ValueError(f"sample_ids has {sample_ids.shape[0]} entries for a batch of {x.shape[0]}")
+    if not x.device == x_adv.device == drift.device == seed.device:
+        raise ValueError(
+            f"x is on {x.device}, x_adv on {x_adv.device}, drift on {drift.device}, seed on {seed.device}: "
+            "they must agree"
+        )
+    if lo > hi:
+        raise ValueError(f"lo = {lo} is above hi = {hi}")
+
+
+def noisy_replay(
+    x: Tensor,
+    x_adv: Tensor,
+    drift: Tensor,
+    tau: float | Tensor,
+    eps: float | Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    lo: float = 0.0,
+    hi: float = 1.0,
+) -> Tensor:
+    """Choose what each sample is trained on: its adversarial example, or itself with uniform noise if it has drifted.
+
+    Args:
+        x, x_adv: ``[B, ...]``, clean and adversarial, one shape, dtype and device; float16, bfloat16, float32 or
+            float64; image units. Where a sample is replayed its ``x_adv`` is not looked at, and may hold anything.
+        drift: ``[B]``, floating point, the distance of each clean sample's representation from the original one.
+        tau: threshold, a number or a tensor ``[]``, compared in drift's precision (at least float32): strictly above
+            it a sample is replayed. NaN is not above.
+        eps: radius of the noise in image units, a number or ``[B]``.
+        seed: int64 ``[1]``; sample_ids: int64 ``[B]``, global indices (see `philox`).
+        lo, hi: the box, lo <= hi. Only the noisy samples are clamped.
+
+    Returns:
+        Same shape and dtype as x, contiguous. No gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or lo > hi.
+
+    Deterministic given the seed; the same bits in every backend, whatever the batch split. NaN in x or eps propagates.
+    """
+    _check(x, x_adv, drift, seed, sample_ids, lo, hi)
+    call = reference if OP.plain(x.device) else OP.handle
+    with torch.no_grad():
+        drift = wide(drift)
+        limit, radius = _threshold(tau, drift), per_sample("eps", eps, x)
+        return call(x, x_adv, drift, limit, radius, seed, sample_ids, float(lo), float(hi))

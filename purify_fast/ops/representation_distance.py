@@ -1,0 +1,196 @@
+"""Distance between a student's representation u and a frozen teacher's v, per sample and layer, u and v flattened.
+
+    c = u . v / (|u| |v|)
+    abs_cosine    d = 1 - |c|             dd/dc = -sign(c)
+    cosine        d = 1 - c               dd/dc = -1
+    angular       d = arccos(c) / pi      dd/dc = -1 / (pi sqrt(max(1 - c^2, 1e-4)))
+    l2            d = |u - v|             dd/du = (u - v) / d, 0 at u = v
+
+``abs_cosine`` is ARREST's distance (arXiv 2308.16454), from Mao et al. (NeurIPS 2019). The gradient reaches the student
+only, and in this form it is exactly 0 at u = v, where fine-tuning starts:
+
+    dd/du = dd/dc (v - (u . v / |u|^2) u) / (|u| |v|)
+
+The slope of arccos is infinite at parallel vectors, where the direction of its gradient is undefined. With the bound
+1e-4 the gradient is the exact one, of length 1 / (pi |u|), for angles whose sine is 0.01 (0.57 degrees) or more, and
+falls linearly to 0 below. For |u| |v| < 1e-30, zero vectors among them, c and its gradient are 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from ._op import define_op, launcher, wide
+from .gated_elu import last_channels
+
+KINDS = ("abs_cosine", "cosine", "angular", "l2")
+LEAST_NORMS = 1e-30
+LEAST_SQUARE_SINE = 1e-4
+
+
+def _measure(student: Tensor, teacher: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(d, scale, along) of one layer, [B] each: dd/du = scale (v - along u). Sums as wide as the student, then float64.
+
+    float64 costs nothing for B numbers, and without it c would not be exactly 1 at u = v.
+    """
+    u = wide(student)
+    v, dims = teacher.to(u.dtype), list(range(1, u.dim()))
+    if kind == "l2":
+        d = (u - v).square().sum(dims).double().sqrt()
+        return d, torch.where(d > 0, -1 / d, 0 * d), torch.ones_like(d)
+    dot, uu, vv = ((a * b).sum(dims).double() for a, b in ((u, v), (u, u), (v, v)))
+    norms = (uu * vv).sqrt()
+    nothing = norms < LEAST_NORMS  # not NaN
+    c = torch.where(norms < math.inf, dot / norms, math.nan)  # squares that overflowed would make it 0
+    c = torch.where(nothing, 0.0, c.clamp(-1, 1))
+    if kind == "abs_cosine":
+        d, slope = (1 - c.abs()).clamp_min(0), -c.sign()
+        slope = torch.where(c.isnan(), c, slope)  # the sign of NaN is 0 on some devices
+    elif kind == "cosine":
+        d, slope = (1 - c).clamp_min(0), 0 * c - 1
+    else:
+        d = torch.arccos(c) / math.pi
+        slope = -1 / (math.pi * (1 - c * c).clamp_min(LEAST_SQUARE_SINE).sqrt())
+    return d, torch.where(nothing, 0.0, slope / norms), torch.where(nothing, 0.0, dot / uu)
+
+
+def _result_dtype(layers: Sequence[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (x.dtype for x in layers), torch.float32)
+
+
+def reference(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Tensor, Tensor]:
+    """The definition: layers [B, ...] -> distance [B, L] and slopes [B, L, 2], float32 (float64 if a layer is).
+
+    Float32 arithmetic for half types, slopes = (scale, along) for the backward: dd/du = scale (v - along u).
+    """
+    measured = [_measure(u, v, KINDS[kind]) for u, v in zip(student, teacher, strict=True)]
+    dtype = _result_dtype(student)
+    slopes = torch.stack([torch.stack(rest, 1) for _, *rest in measured], 1).detach()
+    return torch.stack([d for d, *_ in measured], 1).to(dtype), slopes.to(dtype)
+
+
+def reference_backward(grad: Tensor, student: list[Tensor], teacher: list[Tensor], slopes: Tensor) -> list[Tensor]:
+    """grad [B, L] times dd/dstudent, each layer in its dtype and shape."""
+    out = []
+    for layer, (x, v) in enumerate(zip(student, teacher, strict=True)):
+        u, ones = wide(x), [1] * (x.dim() - 1)
+        scale, along = slopes[:, layer].unbind(1)
+        weight = (grad[:, layer] * scale).to(u.dtype).view(-1, *ones)
+        slope = v.to(u.dtype) - along.to(u.dtype).view(-1, *ones) * u
+        out.append((weight * slope).to(x.dtype).contiguous())
+    return out
+
+
+def _fake(student, teacher, kind):
+    batch, layers, dtype = student[0].shape[0], len(student), _result_dtype(student)
+    return student[0].new_empty((batch, layers), dtype=dtype), student[0].new_empty((batch, layers, 2), dtype=dtype)
+
+
+OP = define_op(
+    "representation_distance",
+    "(Tensor[] student, Tensor[] teacher, int kind) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=_fake,
+    triton=launcher("representation_distance", "forward"),
+    cpu="cpp",
+    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+)
+BACKWARD = define_op(
+    "representation_distance_backward",
+    "(Tensor grad, Tensor[] student, Tensor[] teacher, Tensor slopes) -> Tensor[]",
+    reference=reference_backward,
+    fake=lambda grad, student, teacher, slopes: [x.new_empty(x.shape) for x in student],
+    triton=launcher("representation_distance", "backward"),
+    cpu="cpp",
+    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+)
+
+
+class _RepresentationDistance(torch.autograd.Function):
+    """Around the reference too: the gradient that autograd finds for it is rounding at u = v, and NaN at 0."""
+
+    @staticmethod
+    def forward(kind, layers, *tensors):
+        call = reference if OP.plain(tensors[0].device) else OP.handle
+        return call(list(tensors[:layers]), list(tensors[layers:]), kind)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.layers, *tensors = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, output[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        *tensors, slopes = ctx.saved_tensors
+        out = BACKWARD(grad, tensors[: ctx.layers], tensors[ctx.layers :], slopes)
+        return None, None, *out, *[None] * ctx.layers
+
+
+def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> None:
+    """ValueError unless the layers are as `representation_distance` documents them."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if not student or len(student) != len(teacher):
+        raise ValueError(
+            f"student and teacher need as many layers, at least one, got {len(student)} and {len(teacher)}"
+        )
+    for u, v in zip(student, teacher, strict=True):
+        if u.shape != v.shape or u.dim() < 2:
+            raise ValueError(f"student and teacher need one shape [B, ...], got {list(u.shape)}, {list(v.shape)}")
+        if not (u.is_floating_point() and v.is_floating_point()):
+            raise ValueError(f"student and teacher must be floating point, got {u.dtype} and {v.dtype}")
+        if not u.device == v.device == student[0].device:
+            raise ValueError(f"student is on {u.device}, teacher on {v.device}: all layers must agree")
+        if u.shape[0] != student[0].shape[0]:
+            raise ValueError(f"layers need one batch size, got {student[0].shape[0]} and {u.shape[0]}")
+
+
+def representation_distance(
+    student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], kind: str = "abs_cosine"
+) -> Tensor:
+    """Distance between representations, one number per sample and layer.
+
+    Args:
+        student: ``[B, ...]``, or a sequence of such layers, whose shapes and dtypes may differ; float16, bfloat16,
+            float32 or float64; the gradient flows here.
+        teacher: of the same shapes, on the same device, in any of these dtypes; no gradient, even if it requires one.
+        kind: ``abs_cosine`` (0 parallel or antiparallel, 1 orthogonal), ``cosine`` (0 to 2), ``angular`` (0 to 1, in
+            half turns) or ``l2`` (Euclidean, in the features' unit).
+
+    Returns:
+        ``[B]`` for one tensor, ``[B, L]`` for L layers; never negative; float32 (float64 if a layer of the student
+        is), also under autocast. At u = v: 0 with gradient 0. A zero vector is at 1 (``angular``: 0.5) from all
+        others, with gradient 0.
+
+    Raises:
+        ValueError: shapes, batch sizes, devices or numbers of layers differ, fewer than 2 dimensions, not floating
+            point, or an unknown kind.
+
+    NaN and infinities in either make the distance NaN (``l2`` of an infinity: infinite). In float32 that begins where
+    squares overflow, at norms of 1.8e19; below norms of 1e-15 precision is lost; ``angular`` is within 2e-4 next to 0
+    and 1, where the cosine's rounding is the angle. The memory order does not matter: the
+    gradient has the student's, and two channels_last maps are read as they are. First-order gradients only;
+    deterministic; ``vmap`` is not supported.
+    """
+    single = isinstance(student, Tensor)
+    if single != isinstance(teacher, Tensor):
+        raise ValueError("student and teacher must both be tensors, or both sequences of tensors")
+    us = [student] if isinstance(student, Tensor) else list(student)
+    vs = [teacher] if isinstance(teacher, Tensor) else list(teacher)
+    _check(us, vs, kind)
+    for layer, (u, v) in enumerate(zip(us, vs, strict=True)):
+        if last_channels(u):  # the op sees dense rows, whatever the layout
+            us[layer], vs[layer] = u.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1)
+    tensors = (*us, *(v.detach() for v in vs))
+    differentiable = torch.is_grad_enabled() and any(u.requires_grad for u in us)
+    # the compiler does not take a Function of any number of tensors where none needs a gradient
+    call = _RepresentationDistance.apply if differentiable else _RepresentationDistance.forward
+    distance, _ = call(KINDS.index(kind), len(us), *tensors)
+    return distance.squeeze(1) if single else distance

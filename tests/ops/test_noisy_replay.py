@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import math
+from importlib import import_module
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from purify_fast import _library
+from purify_fast.ops import Stream, noisy_replay, philox, representation_distance, use_backend
+
+op = import_module("purify_fast.ops.noisy_replay")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHAPES = ((1, 1), (4, 1, 16, 16), (3, 3, 33, 31), (2, 5001), (3, 2047), (0, 3, 4, 4))
+SEED = torch.tensor([0x0123456789ABCDEF])
+EPS = 8 / 255
+
+
+def inputs(*shape: int, dtype=torch.float32, seed: int = 0) -> tuple:
+    """(x, x_adv, drift, sample_ids); every other sample has drifted beyond 0.5."""
+    generator = torch.Generator().manual_seed(seed)
+    x, adv = (torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    drift = torch.rand(shape[0], generator=generator) / 2
+    drift[::2] += 0.5001
+    return x, adv, drift, torch.arange(shape[0]) * 3 - 1
+
+
+# the method's numbers: specification facts 7, 8 and 10
+
+
+@pytest.mark.parametrize("tau", [0.1339746, torch.tensor(0.1339746)], ids=["number", "tensor"])
+def test_published_mask(backend, tau):
+    drift = torch.tensor([0, 0.10, 0.1339, 0.1340, 0.5])
+    x, adv, _, ids = inputs(5, 3, 8, 8)
+    out = noisy_replay(x, adv, drift, tau, EPS, SEED, ids)
+    assert [not torch.equal(a, b) for a, b in zip(out, adv, strict=True)] == [False, False, False, True, True]
+    assert torch.equal(out[:3], adv[:3])  # copies
+
+
+def test_the_test_is_strict_and_nan_does_not_replay(backend):
+    x, adv, _, ids = inputs(4, 10)
+    drift = torch.tensor([0.25, torch.nan, torch.inf, 0.25 + 2**-20])
+    for tau, replayed in ((0.25, [0, 0, 1, 1]), (torch.nan, [0] * 4), (torch.inf, [0] * 4), (-torch.inf, [1, 0, 1, 1])):
+        out = noisy_replay(x, adv, drift, tau, 0.1, SEED, ids)
+        assert [int(not torch.equal(a, b)) for a, b in zip(out, adv, strict=True)] == replayed
+    # a threshold is rounded to drift's precision: 0.1 is above the float64 0.1 in float32, and not above itself
+    same = torch.full((4,), 0.1)
+    assert torch.equal(noisy_replay(x, adv, same, 0.1, 0.1, SEED, ids), adv)
+    assert not torch.equal(noisy_replay(x, adv, same.double(), 0.1, 0.1, SEED, ids), adv)
+
+
+def test_no_replay_where_the_student_is_the_teacher(backend):
+    features = torch.randn(6, 512, generator=torch.Generator().manual_seed(0))
+    x, adv, _, ids = inputs(6, 3, 8, 8)
+    drift = representation_distance(features, features)
+    assert torch.equal(noisy_replay(x, adv, drift, 0.0, EPS, SEED, ids), adv)
+
+
+def test_published_noise(backend):
+    """|u| <= 8/255, E|u| = 4/255, rms = 8/255 / sqrt(3), before the clamp; and no clamp far from the box."""
+    x = torch.zeros(64, 3, 32, 32)
+    u = noisy_replay(x, x, torch.ones(64), 0.5, EPS, SEED, torch.arange(64), -1.0, 1.0).double()
+    n = u.numel()
+    assert u.abs().max() <= 0.0313726 and u.max() > 0.03137 and u.min() < -0.03137
+    assert abs(u.mean()) < 5 * 0.0181129 / math.sqrt(n)
+    assert abs(u.abs().mean() - 0.0156863) < 5 * EPS / math.sqrt(12 * n)
+    assert abs(u.square().mean().sqrt() - 0.0181129) < 1e-4
+    ordered = (u.flatten() / EPS / 2 + 0.5).sort().values
+    grid = torch.arange(n, dtype=torch.float64)
+    distance = torch.maximum(ordered - grid / n, (grid + 1) / n - ordered).max()
+    assert distance * math.sqrt(n) < 1.95  # Kolmogorov and Smirnov, p = 0.001
+
+
+#: x = 0, eps = 1, seed 0x0123456789abcdef, sample 7, elements 0 to 4, in 2^-23. These never change.
+PINNED = [1479062, 6374874, 2989558, -3792627, 6087578]
+
+
+def test_pinned_vector(backend):
+    zero = torch.zeros(1, 5)
+    out = noisy_replay(zero, zero, torch.ones(1), 0.0, 1.0, SEED, torch.tensor([7]), -1.0, 1.0)
+    assert (out[0] * 2**23).tolist() == PINNED
+
+
+def test_noise_is_the_named_stream(backend):
+    x, adv, _, ids = inputs(3, 3, 5, 7)
+    r = philox(SEED, ids, 105, stream=Stream.REPLAY_NOISE)[:, 0].view_as(x)
+    out = noisy_replay(x, adv, torch.ones(3), 0.5, 0.1, SEED, ids)
+    assert torch.equal(out, (x + torch.tensor(0.1) * (2 * r - 1)).clamp(0, 1))
+    assert not torch.equal(out, noisy_replay(x, adv, torch.ones(3), 0.5, 0.1, SEED + 1, ids))
+
+
+# bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bit_exact(backend, poisoned, shape, dtype):
+    x, adv, drift, ids = inputs(*shape, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    eps = torch.linspace(0.01, 0.3, shape[0])
+    for own in (drift, drift.double(), drift.half()):
+        got = noisy_replay(x, adv, own, 0.5, eps, SEED, ids, 0.1, 0.9)
+        tau = torch.tensor(0.5, dtype=torch.promote_types(own.dtype, torch.float32))
+        with use_backend("reference"):
+            wanted = op.reference(x, adv, own.to(tau.dtype), tau, eps.to(wide), SEED, ids, 0.1, 0.9)
+        assert torch.equal(got, wanted) and got.dtype == dtype and got.is_contiguous()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(-(2**63), 2**63 - 1),
+    shape=st.tuples(st.integers(0, 4), st.integers(0, 70)),
+    eps=st.floats(0, 2, width=32),
+    box=st.tuples(st.floats(-1, 1, width=32), st.floats(0, 1, width=32)),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_noise_stays_in_ball_and_box(seed, shape, eps, box, dtype):
+    lo, hi = box[0], box[0] + box[1]
+    x, adv, drift, ids = inputs(*shape, dtype=dtype, seed=seed % 1000)
+    x = x.clamp(lo, hi)
+    outputs = []
+    for name in ("reference", "cpp") if _library.loaded() else ("reference",):
+        with use_backend(name):
+            outputs.append(noisy_replay(x, adv, drift, 0.5, eps, torch.tensor([seed]), ids, lo, hi))
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
+    replayed = drift > 0.5
+    assert torch.equal(outputs[0][~replayed], adv[~replayed])
+    noisy, x = outputs[0][replayed], x[replayed]
+    wide = torch.promote_types(dtype, torch.float32)
+    lowest, highest = ((x.to(wide) + side * torch.tensor(eps, dtype=wide)).clamp(lo, hi) for side in (-1, 1))
+    assert (noisy >= lowest.to(dtype)).all() and (noisy <= highest.to(dtype)).all()  # no slack: rounding is monotonic
+
+
+def test_radius_per_sample(backend):
+    x = torch.full((4, 3, 16, 16), 0.5)
+    eps = torch.tensor([0.0, 0.01, 0.1, 0.4])
+    ids = torch.tensor([5, 5, 5, 5])
+    moved = noisy_replay(x, x, torch.ones(4), 0.5, eps, SEED, ids) - x
+    assert (moved.flatten(1).abs().amax(1) <= eps).all() and (moved[0] == 0).all()
+    torch.testing.assert_close(moved[3] / 0.4, moved[2] / 0.1, rtol=0, atol=2e-6)  # one noise, scaled
+    for i in range(4):
+        alone = noisy_replay(x[:1], x[:1], torch.ones(1), 0.5, float(eps[i]), SEED, ids[:1]) - x[:1]
+        assert torch.equal(alone[0], moved[i])
+
+
+def test_the_box(backend):
+    x = torch.tensor([[0.0, 1.0, 0.001, 0.999]]).repeat(1, 500)
+    out = noisy_replay(x, x, torch.ones(1), 0.5, EPS, SEED, torch.zeros(1, dtype=torch.int64))
+    assert out.min() == 0 and out.max() == 1 and (out - x).abs().max() <= EPS
+    beyond = torch.full((1, 4), 3.0)  # what is not replayed is not clamped
+    assert torch.equal(noisy_replay(x[:, :4], beyond, torch.zeros(1), 0.5, EPS, SEED, torch.zeros(1).long()), beyond)
+
+
+def test_nan(backend):
+    x, adv, _, ids = inputs(3, 40)
+    x[:, 3], adv[:, 5] = torch.nan, torch.nan
+    out = noisy_replay(x, adv, torch.tensor([0.0, 1, 1]), 0.5, torch.tensor([0.1, 0.1, torch.nan]), SEED, ids)
+    assert out[0].isnan().nonzero().flatten().tolist() == [5]
+    assert out[1].isnan().nonzero().flatten().tolist() == [3]
+    assert out[2].isnan().all()
+
+
+def test_batch_split_and_order_change_nothing(backend):
+    x, adv, drift, ids = inputs(7, 3, 40, 40)
+    whole = noisy_replay(x, adv, drift, 0.5, EPS, SEED, ids)
+    cuts = (slice(0, 2), slice(2, 3), slice(3, 7))
+    parts = [noisy_replay(x[i], adv[i], drift[i], 0.5, EPS, SEED, ids[i]) for i in cuts]
+    assert torch.equal(torch.cat(parts), whole)
+    order = torch.tensor([3, 0, 6, 4, 2, 1, 5])
+    assert torch.equal(noisy_replay(x[order], adv[order], drift[order], 0.5, EPS, SEED, ids[order]), whole[order])
+    assert torch.equal(noisy_replay(x, adv, drift, 0.5, EPS, SEED, ids.repeat_interleave(2)[::2]), whole)
+
+
+def test_any_layout_and_no_mutation(backend):
+    x, adv, drift, ids = inputs(3, 4, 9, 7)
+    before = [t.clone() for t in (x, adv, drift)]
+    wanted = noisy_replay(x, adv, drift, 0.5, EPS, SEED, ids)
+    padded = torch.full((5, 6, 11, 12), torch.nan)
+    padded[1:4, 1:5, 2:11, 3:10] = x
+    last = torch.channels_last
+    for a, b in (
+        (x.to(memory_format=last), adv.to(memory_format=last)),
+        (x, adv.to(memory_format=last)),
+        (padded[1:4, 1:5, 2:11, 3:10], adv),
+    ):
+        out = noisy_replay(a, b, drift.repeat_interleave(2)[::2], 0.5, EPS, SEED, ids)
+        assert out.is_contiguous() and torch.equal(out, wanted)
+    flat = noisy_replay(x.flatten(1), adv.flatten(1), drift, 0.5, EPS, SEED, ids)
+    assert torch.equal(flat.view_as(x), wanted)
+    for tensor, copy in zip((x, adv, drift), before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+# contract
+
+
+def test_no_gradient_flows(backend):
+    x, adv, drift, ids = inputs(3, 6)
+    leaves = [t.requires_grad_() for t in (x, adv, drift)]
+    assert not noisy_replay(*leaves, 0.5, EPS, SEED, ids).requires_grad
+
+
+def test_contract(backend, contract):
+    sets = []
+    last = torch.channels_last
+    for shape, dtype, layout in (
+        ((3, 2, 5), torch.float32, None),
+        ((3, 2, 5), torch.bfloat16, None),
+        ((0, 3, 2), torch.float32, None),
+        ((1, 1), torch.float64, None),
+        ((2, 3, 4, 5), torch.float32, last),
+    ):
+        x, adv, drift, ids = inputs(*shape, dtype=dtype)
+        if layout is not None:
+            x, adv = x.to(memory_format=layout), adv.to(memory_format=layout)
+        eps = torch.full((shape[0],), EPS, dtype=torch.promote_types(dtype, torch.float32))
+        sets.append((x, adv, drift, torch.tensor(0.5), eps, SEED, ids, 0.0, 1.0))
+    contract.registered(op.OP.handle, *sets)
+
+
+def test_compiles(backend, contract):
+    def make(size: int) -> tuple:
+        x, adv, drift, ids = inputs(size, 3, 8, 8, seed=size)
+        return x, adv, drift, torch.tensor(0.4 + size / 100), torch.tensor([size]), ids
+
+    # neither seed nor threshold recompiles
+    contract.compiles(lambda x, a, d, t, s, i: noisy_replay(x, 1 * a, d, t, EPS, s, i), make, exact=True)
+
+
+def test_export(backend):
+    class Replay(torch.nn.Module):
+        def forward(self, x, adv, drift, ids):
+            return noisy_replay(x, adv, drift, 0.5, EPS, torch.tensor([3]), ids)
+
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(Replay(), inputs(4, 3, 8, 8), dynamic_shapes=(batch,) * 4)
+    assert torch.equal(program.module()(*inputs(7, 3, 8, 8)), Replay()(*inputs(7, 3, 8, 8)))
+
+
+def test_autocast_and_inference_mode(backend):
+    x, adv, drift, ids = inputs(3, 40, dtype=torch.bfloat16)
+    expected = noisy_replay(x, adv, drift, 0.5, EPS, SEED, ids)
+    with torch.autocast("cpu", torch.float16), torch.inference_mode():
+        out = noisy_replay(x, adv, drift, 0.5, EPS, SEED, ids)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 5)}, r"x and x_adv need one shape \[B, ...\], got \[3, 5\], \[3, 4\]"),
+        ({"x": torch.zeros(3), "x_adv": torch.zeros(3)}, "need one shape"),
+        ({"x_adv": torch.zeros(3, 4).half()}, "need one floating-point dtype, got torch.float32, torch.float16"),
+        ({"drift": torch.zeros(2)}, r"drift must be a floating-point tensor \[B\] = \[3\], got torch.float32 \[2\]"),
+        ({"drift": torch.zeros(3).long()}, r"drift must be .* got torch.int64 \[3\]"),
+        ({"tau": torch.zeros(3)}, r"tau must be a number or a tensor \[\], got \[3\]"),
+        ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
+        ({"seed": torch.tensor(1)}, "seed must be an int64"),
+        ({"sample_ids": torch.arange(2)}, "sample_ids has 2 entries for a batch of 3"),
+        ({"drift": torch.zeros(3, device="meta")}, "x is on cpu, x_adv on cpu, drift on meta, seed on cpu: they must"),
+        ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
+    ],
+)
+def test_errors(change, message):
+    arguments = {
+        "x": torch.zeros(3, 4),
+        "x_adv": torch.zeros(3, 4),
+        "drift": torch.zeros(3),
+        "tau": 0.1,
+        "eps": 0.1,
+        "seed": SEED,
+        "sample_ids": torch.arange(3),
+    }
+    with pytest.raises(ValueError, match=message):
+        noisy_replay(**(arguments | change))

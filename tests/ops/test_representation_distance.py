@@ -1,0 +1,478 @@
+from __future__ import annotations
+
+import math
+from importlib import import_module
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from purify_fast.ops import representation_distance
+
+op = import_module("purify_fast.ops.representation_distance")
+KINDS = op.KINDS
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHAPES = ((1, 1), (3, 512), (2, 3, 33, 31), (4, 20001), (5, 64, 4, 4), (0, 3, 4, 4))
+NHWC = torch.channels_last
+
+
+def inputs(*shape: int, dtype=torch.float32, seed: int = 0, near: float | None = None) -> tuple:
+    """Features of a student and a teacher; near: how far the student is from the teacher."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(shape, generator=generator, dtype=torch.float64)
+    student = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if near is not None:
+        student = teacher + near * student
+    return student.to(dtype), teacher.to(dtype)
+
+
+def rows(*pairs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
+
+
+# the method's numbers: specification facts 1, 2, 3, 5, 6, 8
+
+PAIRS = (
+    (((1, 0), (1, 0)), 0, 0),
+    (((1, 0), (0, 1)), 1, 0.5),
+    (((1, 0), (-1, 0)), 0, 1),
+    (((1, 0), (1, 1)), 0.2928932188, 0.25),
+    (((3, 4), (4, 3)), 0.04, 0.0903344706),
+    (((1, 2, 3), (4, 5, 6)), 0.0253681538, 0.0718508583),
+    (((2, 0, 0), (1, 1, 1)), 0.4226497308, 0.3040867240),
+)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 512.0])
+@pytest.mark.parametrize(("pair", "wanted", "half_turns"), PAIRS, ids=lambda value: str(value)[:24])
+def test_published_values(backend, pair, wanted, half_turns, scale):
+    u, v = rows(pair)
+    for kind, value in (
+        ("abs_cosine", wanted),
+        ("angular", half_turns),
+        ("cosine", 1 - math.cos(math.pi * half_turns)),
+    ):
+        assert representation_distance(scale * u, v, kind).item() == pytest.approx(value, abs=1e-9)
+        single = representation_distance((scale * u).float(), v.float(), kind)
+        # the angle of a cosine that is rounded next to 1
+        slack = 1.2e-4 if kind == "angular" and value in (0, 1) else 2e-7
+        assert single.dtype == torch.float32 and single.item() == pytest.approx(value, abs=slack)
+    assert representation_distance(u, v, "l2").item() == pytest.approx(math.dist(*pair), abs=1e-12)
+
+
+def test_published_thresholds(backend):
+    """tau of an angle, in d-units; and 50 tau, the loss of an example that sits on it."""
+    degrees = torch.tensor([10.0, 20, 30, 45, 60], dtype=torch.float64)
+    angles = torch.deg2rad(degrees)
+    u, v = torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([[1.0, 0]], dtype=torch.float64).expand(5, 2)
+    wanted = torch.tensor([0.0151922470, 0.0603073792, 0.1339745962, 0.2928932188, 0.5], dtype=torch.float64)
+    got = representation_distance(u, v)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+    torch.testing.assert_close(representation_distance(u, v, "angular"), degrees / 180)
+    assert 50 * got[2].item() == pytest.approx(6.69872981, abs=1e-8)
+
+
+def test_published_gradient_and_loss(backend):
+    u, v = rows(((3, 4), (4, 3)))
+    for dtype in (torch.float64, torch.float32):
+        leaf = u.to(dtype).requires_grad_()
+        d = representation_distance(leaf, v.to(dtype))
+        (grad,) = torch.autograd.grad(d.sum(), leaf)
+        torch.testing.assert_close(grad, torch.tensor([[-0.0448, 0.0336]], dtype=dtype))
+        assert abs((grad * leaf).sum().item()) < 1e-7  # orthogonal to u
+        logits, label = torch.tensor([[2.0, 1, 0]], dtype=dtype), torch.tensor([0])
+        loss = F.cross_entropy(logits, label) + 50 * d.mean()
+        assert loss.item() == pytest.approx(2.4076059644, abs=1e-6)
+    loss = F.cross_entropy(logits, label) + 50 * representation_distance(leaf, v.to(dtype), "angular").mean()
+    assert loss.item() == pytest.approx(4.9243294945, abs=5e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_the_student_is_the_teacher(backend, kind, dtype):
+    """0, exactly, and without a gradient: where fine-tuning starts. So too for its opposite."""
+    for shape in ((4, 512), (3, 64, 7, 7), (2, 20001), (3, 1)):
+        _, v = inputs(*shape, dtype=dtype, seed=3)
+        for u in (v, 4 * v, -v) if kind == "abs_cosine" else (v,):
+            leaf = u.clone().requires_grad_()
+            d = representation_distance(leaf, v, kind)
+            (grad,) = torch.autograd.grad(d.sum(), leaf)
+            assert torch.equal(d, torch.zeros_like(d)) and torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_never_negative_near_the_teacher(backend, kind):
+    for near in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4):
+        u, v = inputs(64, 300, near=near)
+        d = representation_distance(u, v, kind)
+        assert (d >= 0).all() and d.isfinite().all()
+        exact = representation_distance(u.double(), v.double(), kind)
+        assert (d - exact).abs().max() < (2e-4 if kind == "angular" else 2e-7)
+
+
+# values and gradients against float64
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients(backend, within_budget, poisoned, kind, shape, dtype):
+    index = KINDS.index(kind)
+    for near in (None, 0.5):
+        u, v = inputs(*shape, dtype=dtype, near=near)
+        grad = torch.linspace(-1, 2, shape[0], dtype=torch.promote_types(dtype, torch.float32))
+        leaf = u.clone().requires_grad_()
+        out = representation_distance(leaf, v, kind)
+        assert out.shape == shape[:1]
+        golden, exact_slopes = op.reference([u.double()], [v.double()], index)
+        same, slopes = op.reference([u], [v], index)
+        within_budget(out, golden[:, 0], same[:, 0])
+        (got,) = torch.autograd.grad(out, leaf, grad)
+        (golden,) = op.reference_backward(grad.double()[:, None], [u.double()], [v.double()], exact_slopes)
+        if shape != (1, 1) or kind == "l2":  # one number has no direction of its own: its gradient is rounding
+            (same,) = op.reference_backward(grad[:, None], [u], [v], slopes)
+            within_budget(got, golden, same)
+        else:
+            torch.testing.assert_close(got.double(), golden, rtol=0, atol=1e-4 if kind == "angular" else 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_on_their_own(within_budget, poisoned, kind):
+    """Several layers, unlike in shape and dtype."""
+    index = KINDS.index(kind)
+    pairs = [inputs(3, 2, 5, 7), inputs(3, 100, dtype=torch.bfloat16, seed=1), inputs(3, 4, 1025, seed=2)]
+    pairs[2] = (pairs[2][0], pairs[2][1].half())
+    student, teacher = map(list, zip(*pairs, strict=True))
+    golden, exact_slopes = op.reference([x.double() for x in student], [x.double() for x in teacher], index)
+    same, slopes = op.reference(student, teacher, index)
+    got, own_slopes = op.OP.handle(student, teacher, index)
+    within_budget(got, golden, same)
+    torch.testing.assert_close(own_slopes, slopes, rtol=1e-5, atol=1e-7)
+    grad = torch.linspace(-1, 2, 9).view(3, 3)
+    wide = op.reference_backward(
+        grad.double(), [x.double() for x in student], [x.double() for x in teacher], exact_slopes
+    )
+    same = op.reference_backward(grad, student, teacher, slopes)
+    for value, exact, rounded in zip(op.BACKWARD.handle(grad, student, teacher, own_slopes), wide, same, strict=True):
+        within_budget(value, exact, rounded)
+
+
+def test_layers_are_as_one_by_one(backend):
+    pairs = [inputs(4, 64, 8, 8), inputs(4, 128, 4, 4, seed=1), inputs(4, 512, seed=2)]
+    student, teacher = zip(*pairs, strict=True)
+    for kind in KINDS:
+        leaves = [x.clone().requires_grad_() for x in student]
+        together = representation_distance(leaves, list(teacher), kind)
+        weight = torch.linspace(0.5, 2, 12).view(4, 3)
+        grads = torch.autograd.grad((together * weight).sum(), leaves)
+        assert together.shape == (4, 3) and together.is_contiguous()
+        for layer, (u, v) in enumerate(pairs):
+            leaf = u.clone().requires_grad_()
+            alone = representation_distance(leaf, v, kind)
+            assert torch.equal(alone, together[:, layer])
+            assert torch.equal(torch.autograd.grad((alone * weight[:, layer]).sum(), leaf)[0], grads[layer])
+    assert torch.equal(representation_distance(student[:1], teacher[:1])[:, 0], representation_distance(*pairs[0]))
+
+
+def test_layers_of_several_precisions(backend):
+    student = inputs(3, 20)[0], inputs(3, 30, dtype=torch.float64)[0], inputs(3, 40, dtype=torch.bfloat16)[0]
+    teacher = [inputs(*x.shape, seed=4)[1] for x in student]
+    leaves = [x.clone().requires_grad_() for x in student]
+    got = representation_distance(leaves, teacher)
+    assert got.dtype == torch.float64
+    for layer, (u, v) in enumerate(zip(student, teacher, strict=True)):
+        torch.testing.assert_close(got[:, layer], representation_distance(u, v).double(), rtol=1e-6, atol=1e-7)
+    assert [g.dtype for g in torch.autograd.grad(got.sum(), leaves)] == [x.dtype for x in student]
+
+
+# the gradient
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind):
+    u, v = inputs(3, 2, 3, dtype=torch.float64)
+    w, x = inputs(3, 4, dtype=torch.float64, seed=1)
+    index = KINDS.index(kind)
+    for function in (
+        lambda a, b: op._RepresentationDistance.apply(index, 2, a, b, v, x)[0],
+        lambda a, b: op.reference([a, b], [v, x], index)[0],
+        lambda a, b: representation_distance([a, b], [v, x], kind),
+    ):
+        assert torch.autograd.gradcheck(function, (u.requires_grad_(), w.requires_grad_()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_is_autograds(backend, kind):
+    u, v = inputs(4, 3, 8, 8, dtype=torch.float64)
+    leaf, other = u.clone().requires_grad_(), u.clone().requires_grad_()
+    got = torch.autograd.grad(representation_distance(leaf, v, kind).sum(), leaf)[0]
+    c = F.cosine_similarity(other.flatten(1), v.flatten(1))
+    forms = {
+        "abs_cosine": 1 - c.abs(),
+        "cosine": 1 - c,
+        "angular": torch.arccos(c) / math.pi,
+        "l2": (other - v).flatten(1).norm(dim=1),
+    }
+    torch.testing.assert_close(representation_distance(u, v, kind), forms[kind].detach())
+    torch.testing.assert_close(got, torch.autograd.grad(forms[kind].sum(), other)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_angular_gradient_is_bounded(backend, dtype):
+    """Of length 1 / (pi |u|) at any angle but the smallest ones, where it falls to 0 with the sine."""
+    v = torch.tensor([[3.0, 0]], dtype=dtype)
+    for sine in (1.0, 0.5, 0.1, 0.02, 0.005, 1e-3, 1e-6, 0.0):
+        for turned in (1, -1):
+            u = torch.tensor([[turned * 2 * math.sqrt(1 - sine * sine), 2 * sine]], dtype=dtype, requires_grad=True)
+            (grad,) = torch.autograd.grad(representation_distance(u, v, "angular").sum(), u)
+            wanted = min(sine / 0.01, 1) / (2 * math.pi)
+            assert grad.norm().item() == pytest.approx(wanted, rel=2e-3 if dtype == torch.float32 else 1e-9, abs=1e-9)
+
+
+def test_the_teacher_gets_no_gradient(backend):
+    u, v = inputs(3, 4, 5)
+    v.requires_grad_()
+    assert not representation_distance(u, v).requires_grad
+    leaf = u.clone().requires_grad_()
+    representation_distance([leaf, leaf], [v, 2 * v]).sum().backward()
+    assert v.grad is None and leaf.grad is not None
+
+
+@pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_teacher_of_any_dtype(backend, dtype, teacher_dtype):
+    u, v = inputs(3, 4, 5, dtype=dtype)
+    v = v.to(teacher_dtype)
+    leaf = u.clone().requires_grad_()
+    out = representation_distance(leaf, v)
+    assert out.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(out.double(), representation_distance(u.double(), v.double()), rtol=1e-6, atol=1e-6)
+    assert torch.autograd.grad(out.sum(), leaf)[0].dtype == dtype
+
+
+# special values
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_zero_vectors(backend, kind):
+    u, v = inputs(4, 6)
+    u[0], v[1], u[2], v[2] = 0, 0, 0, 0
+    leaf = u.clone().requires_grad_()
+    d = representation_distance(leaf, v, kind)
+    (grad,) = torch.autograd.grad(d.sum(), leaf)
+    assert (d[:3] == (0.5 if kind == "angular" else 1)).all() and d[3].isfinite()
+    assert (grad[:3] == 0).all() and (grad[3] != 0).any()
+    empty = torch.zeros(3, 0, requires_grad=True)
+    d = representation_distance(empty, torch.zeros(3, 0), kind)
+    assert torch.equal(d, torch.full((3,), 0.5 if kind == "angular" else 1.0))
+    assert torch.autograd.grad(d.sum(), empty)[0].shape == (3, 0)
+
+
+def test_zero_vectors_in_l2(backend):
+    u, v = inputs(3, 6)
+    u[0], v[1] = 0, 0
+    leaf = u.clone().requires_grad_()
+    d = representation_distance(leaf, v, "l2")
+    torch.testing.assert_close(d, (u - v).norm(dim=1))
+    torch.testing.assert_close(torch.autograd.grad(d.sum(), leaf)[0], (u - v) / d.detach()[:, None])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_non_finite_features_are_not_hidden(backend, kind):
+    u, v = inputs(8, 100)
+    u[0, 99], v[1, 3], u[2, 5], v[3, 7] = torch.nan, torch.nan, torch.inf, -torch.inf
+    u[4], v[5] = 0, 0
+    v[4, 8], u[5, 9] = torch.nan, torch.inf
+    leaf = u.clone().requires_grad_()
+    d = representation_distance(leaf, v, kind)
+    (grad,) = torch.autograd.grad(d.sum(), leaf)
+    assert d[[0, 1, 4]].isnan().all() and not d[[2, 3, 5]].isfinite().any() and d[6:].isfinite().all()
+    assert grad[[0, 1, 4]].isnan().all() and grad[6:].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_from_the_smallest_to_the_largest_norms(backend, kind):
+    u, v = inputs(3, 50)
+    wanted = representation_distance(u, v, kind)
+    for a, b in ((1e-15, 1e-13), (1e-10, 1e10), (1e17, 1e17), (1e-13, 1)):
+        leaf = (a * u).requires_grad_()
+        d = representation_distance(leaf, b * v, kind)
+        torch.testing.assert_close(d, wanted, rtol=1e-4, atol=1e-6)
+        assert torch.autograd.grad(d.sum(), leaf)[0].isfinite().all()
+    assert representation_distance(1e25 * u, v, kind).isnan().all()  # not orthogonal: squares overflowed
+    assert (representation_distance(1e-35 * u, v, kind) == (0.5 if kind == "angular" else 1)).all()
+
+
+# layout, batch, modes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_layout_and_no_mutation(backend, kind):
+    u, v = inputs(3, 4, 9, 7)
+    before = u.clone(), v.clone()
+    plain = u.clone().requires_grad_()
+    wanted = representation_distance(plain, v, kind)
+    (grad,) = torch.autograd.grad(wanted.sum(), plain)
+    padded = torch.full((5, 6, 11, 12), torch.nan)
+    padded[1:4, 1:5, 2:11, 3:10] = u
+    last = u.to(memory_format=NHWC)
+    for x, t, layout in (
+        (last, v.to(memory_format=NHWC), NHWC),
+        (last, v, NHWC),
+        (u, v.to(memory_format=NHWC), torch.contiguous_format),
+        (padded[1:4, 1:5, 2:11, 3:10], v, None),
+        (u.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1), None),
+        (u.flatten(1), v.flatten(1), torch.contiguous_format),
+    ):
+        leaf = x.detach().requires_grad_()
+        out = representation_distance(leaf, t, kind)
+        torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-6)
+        (got,) = torch.autograd.grad(out.sum(), leaf)  # the incoming gradient is expanded
+        expected = grad.permute(0, 2, 3, 1) if got.shape[1] == 9 else grad.view_as(got)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        assert layout is None or got.is_contiguous(memory_format=layout)
+    assert torch.equal(u, before[0]) and torch.equal(v, before[1])
+
+
+def test_channels_last_maps_are_not_copied(backend):
+    """What the op is given are views of the maps."""
+    u, v = (x.to(memory_format=NHWC) for x in inputs(2, 16, 5, 3))
+    leaf = u.requires_grad_()
+    out = representation_distance(leaf, v)
+    given = [x for x in out.grad_fn.next_functions[0][0].saved_tensors if x.dim() == 4]
+    assert [x.data_ptr() for x in given] == [u.data_ptr(), v.data_ptr()] and all(x.is_contiguous() for x in given)
+
+
+def test_batch_split_changes_nothing(backend):
+    u, v = inputs(7, 64, 8, 8)
+    for kind in KINDS:
+        whole = representation_distance(u, v, kind)
+        parts = [representation_distance(a, b, kind) for a, b in zip(u.split(2), v.split(2), strict=True)]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0 if backend == "cpp" else 1e-7)
+
+
+def test_contract(backend, contract):
+    half = inputs(3, 2, 5, dtype=torch.float16)
+    mixed = (half[0], inputs(3, 2, 5)[1])
+    last = tuple(x.to(memory_format=NHWC) for x in inputs(2, 3, 4, 5))
+    sets = [[inputs(3, 2, 5), half, mixed], [last], [inputs(0, 3)], [inputs(1, 1)], [inputs(2, 3, dtype=torch.double)]]
+    for index in range(4):
+        arguments = [(*map(list, zip(*pairs, strict=True)), index) for pairs in sets]
+        contract.registered(op.OP.handle, *arguments)
+        backward = []
+        for student, teacher, _ in arguments:
+            _, slopes = op.reference(student, teacher, index)
+            backward.append((torch.ones(slopes.shape[:2]), student, teacher, slopes))
+        contract.registered(op.BACKWARD.handle, *backward)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles(backend, contract, kind):
+    def make(size: int) -> tuple:
+        first, second = inputs(size, 3, 8, 8, seed=size), inputs(size, 40, seed=size + 1)
+        return first[0].requires_grad_(), first[1], second[0].requires_grad_(), second[1]
+
+    def call(a, b, c, d):
+        return representation_distance([2 * a, c], [b, d], kind)
+
+    contract.compiles(call, make, compiler="inductor" if kind == "abs_cosine" else "aot_eager")
+
+
+def test_compiles_channels_last(backend):
+    u, v = (x.to(memory_format=NHWC) for x in inputs(3, 8, 4, 4, dtype=torch.bfloat16))
+    leaf = u.requires_grad_()
+    torch._dynamo.reset()
+    results = []
+    for call in (representation_distance, torch.compile(representation_distance, fullgraph=True, backend="aot_eager")):
+        out = call(leaf, v)
+        results.append((out, *torch.autograd.grad(out.sum(), leaf)))
+    for fast, eager in zip(*results, strict=True):
+        torch.testing.assert_close(fast, eager)
+        assert fast.stride() == eager.stride()
+
+
+def test_compiles_without_a_gradient(backend):
+    """As the drift test needs it."""
+    pairs = inputs(3, 8, 4, 4), inputs(3, 20, seed=1)
+    student, teacher = map(list, zip(*pairs, strict=True))
+    torch._dynamo.reset()
+    compiled = torch.compile(representation_distance, fullgraph=True, backend="aot_eager")
+    expected = representation_distance(student, teacher)
+    torch.testing.assert_close(compiled(student, teacher), expected)
+    student[0].requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(student, teacher), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(student, teacher), expected)
+
+
+def test_compiled_at_the_teacher_has_no_gradient(backend):
+    _, v = inputs(3, 8, 4, 4)
+    torch._dynamo.reset()
+    leaf = v.clone().requires_grad_()
+    out = torch.compile(representation_distance, fullgraph=True)(leaf, v)
+    assert torch.equal(out, torch.zeros(3)) and (torch.autograd.grad(out.sum(), leaf)[0] == 0).all()
+
+
+def test_export(backend):
+    class Distance(torch.nn.Module):
+        def forward(self, u, v):
+            return representation_distance([u], [v])
+
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(Distance(), inputs(4, 3, 8, 8), dynamic_shapes=(batch, batch))
+    arguments = inputs(7, 3, 8, 8)
+    torch.testing.assert_close(program.module()(*arguments), Distance()(*arguments))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_and_inference_mode(backend, kind):
+    arguments = inputs(3, 40, dtype=torch.bfloat16)
+    expected = representation_distance(*arguments, kind)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        out = representation_distance(*arguments, kind)
+    assert out.dtype == torch.float32 and torch.equal(out, expected)
+    leaf = arguments[0].clone().requires_grad_()
+    wanted = torch.autograd.grad(representation_distance(leaf, arguments[1], kind).sum(), leaf)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = representation_distance(leaf, arguments[1], kind).sum()
+    assert torch.equal(torch.autograd.grad(out, leaf)[0], wanted)
+
+
+def test_func_grad(backend):
+    u, v = inputs(3, 40)
+    got = torch.func.grad(lambda x: representation_distance(x, v, "l2").sum())(u)
+    torch.testing.assert_close(got, F.normalize(u - v, dim=1))
+
+
+def test_what_the_op_cannot_do():
+    u, v = inputs(3, 8)
+    leaf, weight = u.requires_grad_(), torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda x: op._RepresentationDistance.apply(0, 1, x[None], v[:1]))(leaf)
+    (first,) = torch.autograd.grad(representation_distance(leaf, v), leaf, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+ZEROS = torch.zeros(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "kind", "message"),
+    [
+        (ZEROS, torch.zeros(3, 5), "l2", r"student and teacher need one shape \[B, ...\], got \[3, 4\], \[3, 5\]"),
+        (torch.zeros(3), torch.zeros(3), "l2", "need one shape"),
+        (ZEROS, ZEROS.to(torch.uint8), "l2", "must be floating point, got torch.float32 and torch.uint8"),
+        (ZEROS, ZEROS.to("meta"), "l2", "student is on cpu, teacher on meta: all layers must agree"),
+        ([ZEROS, ZEROS.to("meta")], [ZEROS, ZEROS.to("meta")], "l2", "all layers must agree"),
+        (ZEROS, ZEROS, "arccos", "kind must be one of abs_cosine, cosine, angular, l2, got 'arccos'"),
+        ([], [], "l2", "need as many layers, at least one, got 0 and 0"),
+        ([ZEROS], [ZEROS, ZEROS], "l2", "need as many layers, at least one, got 1 and 2"),
+        (ZEROS, [ZEROS], "l2", "must both be tensors, or both sequences of tensors"),
+        ([ZEROS, ZEROS[:2]], [ZEROS, ZEROS[:2]], "l2", "layers need one batch size, got 3 and 2"),
+    ],
+)
+def test_errors(student, teacher, kind, message):
+    with pytest.raises(ValueError, match=message):
+        representation_distance(student, teacher, kind)
