@@ -2,5 +2,20 @@
 
 from .protocol import Attack, default_attacks, evaluate, lee_kim_2023
 from .report import Examples, Paired, Report, Row, merge
+from .tradeoff import Tradeoff, ar_bd, ar_point_dist, plot_tradeoff
 
-__all__ = ["Attack", "Examples", "Paired", "Report", "Row", "default_attacks", "evaluate", "lee_kim_2023", "merge"]
+__all__ = [
+    "Attack",
+    "Examples",
+    "Paired",
+    "Report",
+    "Row",
+    "Tradeoff",
+    "ar_bd",
+    "ar_point_dist",
+    "default_attacks",
+    "evaluate",
+    "lee_kim_2023",
+    "merge",
+    "plot_tradeoff",
+]
