@@ -1,7 +1,8 @@
-"""The command line: ``purify-fast demo | train classifier|carso|generator|atop | evaluate | info``."""
+"""The command line: ``purify-fast demo | train classifier|carso|generator|atop|arrest | ablate | evaluate | info``."""
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from torch import nn
 
 from . import demo, info
 from ._process import processes
+from .arrest import AblationConfig, ArrestConfig, ArrestTask, ablate
 from .atop import Atop, AtopConfig, AtopTask, DeepFillGenerator
 from .atop import load as load_atop
 from .carso import Carso, CarsoConfig, CarsoTask
@@ -23,7 +25,8 @@ from .carso.presets import preset
 from .data import DataSet, statistics
 from .data import load as load_data
 from .evaluation import Attack, default_attacks, evaluate, lee_kim_2023
-from .nn import CLASSIFIERS, build_classifier, build_purifier
+from .nn import CLASSIFIERS, Representation, build_classifier, build_purifier
+from .nn.classifiers import representation_before_pooling
 from .nn.defence import Defence
 from .saving import load
 from .training import (
@@ -104,10 +107,7 @@ class TrainClassifier(_Data):
     def run(self) -> None:
         images = in_turn(self.load)
         torch.manual_seed(self.loop.seed)
-        mean, std = statistics(images.x_train)
-        sizes = {"width": self.width, "depth": self.depth}
-        model = build_classifier(self.model, images.image_shape, images.num_classes, **sizes, mean=mean, std=std)
-        model = model.to(self.device)
+        model = _new_classifier(self, images)
         task = ClassifierTask(model, self.attack)
         print(fit(task, images.x_train, images.y_train, self.loop, self.out, "classifier"))
         if processes()[0] > 0:
@@ -116,6 +116,16 @@ class TrainClassifier(_Data):
         report = evaluate(model, images.x_test[:], images.y_test, eps=self.attack.eps, attacks=[], name="classifier")
         print(report.to_text(sys.stdout.isatty()))
         print(f"saved to {self.out}")
+
+
+def _new_classifier(command: TrainClassifier | TrainArrest | Ablate, images: DataSet) -> nn.Module:
+    """A classifier with fresh weights for the images, as ``--model``, ``--width`` and ``--depth`` say."""
+    mean, std = statistics(images.x_train)
+    sizes = {"width": command.width, "depth": command.depth}
+    made = build_classifier(
+        command.model or "small_cnn", images.image_shape, images.num_classes, **sizes, mean=mean, std=std
+    )
+    return made.to(command.device)
 
 
 def _train_defence(
@@ -143,6 +153,17 @@ def _train_defence(
     print(f"saved to {command.out}; attack it with: purify-fast evaluate {command.out}")
 
 
+def _given(command: Any, *options: str) -> dict[str, Any]:
+    """Those of a command's options that were given: None stands for a default that lies elsewhere."""
+    values = {name: getattr(command, name) for name in options}
+    return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+_SIZES: dict[str, Any] = {
+    "layers": demo.carso.LAYERS, "cond_dim": 64, "latent_dim": 8, "samples": 8, "decoder_width": 8,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TrainCarso(_Data):
     """Train CARSO's purifier on a saved classifier, as published or through the pipeline. Resumes an unfinished run."""
@@ -156,12 +177,16 @@ class TrainCarso(_Data):
     """With --preset: as its code runs it, which attacks with a larger eps, and never on TinyImageNet."""
     init: Path | None = None
     """Start from a saved purifier, as when fine-tuning through the pipeline."""
-    layers: tuple[str, ...] = demo.carso.LAYERS
-    """Modules of the classifier whose outputs form the representation."""
-    cond_dim: int = 64
-    latent_dim: int = 8
-    samples: int = 8
-    decoder_width: int = 8
+    layers: tuple[str, ...] | None = None
+    """Modules of the classifier whose outputs form the representation (small_cnn: conv2 conv4 hidden)."""
+    cond_dim: int | None = None
+    """Default: 64."""
+    latent_dim: int | None = None
+    """Default: 8."""
+    samples: int | None = None
+    """Default: 8."""
+    decoder_width: int | None = None
+    """Default: 8."""
     method: CarsoConfig = field(default_factory=CarsoConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=64))
 
@@ -175,7 +200,7 @@ class TrainCarso(_Data):
         )
 
     def run(self) -> None:
-        if self.preset is not None and (self.init is not None or self.decoder_width != TrainCarso.decoder_width):
+        if self.preset is not None and (self.init is not None or self.decoder_width is not None):
             raise ValueError("--preset brings its own purifier: leave out --init and --decoder-width")
         if self.official_code and self.preset is None:
             raise ValueError("--official-code is of a --preset: name one")
@@ -184,18 +209,14 @@ class TrainCarso(_Data):
         torch.manual_seed(self.loop.seed)
         origin = "scratch"
         if self.init is not None:
-            own = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")
-            given = [name for name in own if getattr(self, name) != getattr(TrainCarso, name)]
-            if given:
+            if given := _given(self, *_SIZES):
                 raise ValueError(f"--init {self.init} brings its own sizes; leave out {', '.join(given)}")
             defence = load_carso(self.init, classifier)
             origin = fingerprint(defence)
         elif self.preset is not None:
-            changes = {key: getattr(self, key) for key in ("layers", "cond_dim", "latent_dim", "samples")}
-            defence = Carso.from_preset(self.preset, classifier, **changes)
+            defence = Carso.from_preset(self.preset, classifier, **_given(self, *_SIZES))
         else:
-            sizes = (self.cond_dim, self.latent_dim, self.samples)
-            defence = Carso(classifier, self.layers, images.image_shape, *sizes, decoder_width=self.decoder_width)
+            defence = Carso(classifier, image_shape=images.image_shape, **(_SIZES | _given(self, *_SIZES)))
         _train_defence(self, images, CarsoTask(defence, self.method, origin), defence, classifier, "carso")
 
 
@@ -209,28 +230,29 @@ class TrainGenerator(_Data):
     classifier: Path = Path("runs/classifier")
     """A folder that `train classifier` wrote; pre-training does not use it, what is saved names it."""
     out: Path = Path("runs/generator")
-    purifier: str = "small_generator"
-    """small_generator, deepfill (height and width multiples of 8) or masked_autoencoder."""
+    purifier: str | None = None
+    """small_generator (default), deepfill (height and width multiples of 8; made for 256, its attention needs 128) or
+    masked_autoencoder."""
     width: int | None = None
     """Of the purifier's network (8, 48 and 64)."""
     residual: bool = False
     """Of a small_generator: it corrects the image in place of painting one."""
     weights: Path | None = None
     """Of deepfill: a checkpoint of deepfillv2-pytorch to start from; only tensors are read from it."""
-    transform: str = "rt2"
-    """rt1 hides blocks, rt2 adds noise before, rt3 hides every block once in several passes."""
-    sigma: float = 0.25
-    """Standard deviation of the noise in image units."""
+    transform: str | None = None
+    """rt1 hides blocks, rt2 (default) adds noise before, rt3 hides every block once in several passes."""
+    sigma: float | None = None
+    """Standard deviation of the noise in image units; default: 0.25."""
     block: int | None = None
-    """Side of a block in pixels; default: an eighth of the height."""
-    missing: float = 0.25
-    """Share of the blocks that rt1 and rt2 hide."""
-    parts: int = 4
-    """Passes of rt3."""
-    samples: int = 1
-    """Draws of noise and mask per prediction."""
-    aggregation: str = "mean"
-    """Of the draws: mean of the logits, or probability."""
+    """Side of a block in pixels; default: what tiles the image and is nearest to an eighth of the height."""
+    missing: float | None = None
+    """Share of the blocks that rt1 and rt2 hide; default: 0.25."""
+    parts: int | None = None
+    """Passes of rt3; default: 4."""
+    samples: int | None = None
+    """Draws of noise and mask per prediction; default: 1."""
+    aggregation: str | None = None
+    """Of the draws: mean (default) of the logits, or probability."""
     shared_mask: bool = False
     """One mask for the whole batch, as in the official code."""
     method: AtopConfig = field(default_factory=AtopConfig.pretraining)
@@ -245,11 +267,11 @@ class TrainGenerator(_Data):
 
     def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:
         """The defence to train, and what its purifier starts from."""
-        chosen = {name: getattr(self, name) for name in _TRANSFORM}
+        chosen, kind = _given(self, *_TRANSFORM), self.purifier or "small_generator"
         if self.weights is None:
-            purifier = build_purifier(self.purifier, images.image_shape, width=self.width, residual=self.residual)
+            purifier = build_purifier(kind, images.image_shape, width=self.width, residual=self.residual)
             return Atop(classifier, purifier, images.image_shape, **chosen), "scratch"
-        if self.purifier != "deepfill" or self.width is not None or self.residual:
+        if kind != "deepfill" or self.width is not None or self.residual:
             raise ValueError(f"--weights {self.weights} goes with --purifier deepfill, and brings its width")
         purifier = DeepFillGenerator.from_official(self.weights)
         return Atop(classifier, purifier, images.image_shape, **chosen), fingerprint(purifier)
@@ -267,15 +289,106 @@ class TrainAtop(TrainGenerator):
     def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:
         if self.init is None:
             return super().made(images, classifier)
-        own = ("purifier", "width", "residual", "weights", *_TRANSFORM)
-        given = [name for name in own if getattr(self, name) != getattr(TrainGenerator, name)]
-        if given:
+        if given := _given(self, "purifier", "width", "residual", "weights", *_TRANSFORM):
             raise ValueError(
                 f"--init {self.init} brings its own network and transform; leave out {', '.join(given)}, or start from "
                 "scratch with --init None"
             )
         defence = load_atop(self.init, classifier, check=False)  # pre-training saw no classifier
         return defence, fingerprint(defence.purifier)
+
+
+@dataclass(frozen=True)
+class TrainArrest(_Data):
+    """Finetune a standardly trained classifier adversarially, near its old representation. Resumes an unfinished run.
+
+    Writes a classifier, which `evaluate` attacks and on which `train carso` and `train atop` build.
+    """
+
+    out: Path = Path("runs/arrest")
+    classifier: Path | None = None
+    """A folder with a standardly trained classifier, by `train classifier`; None: train one first, to OUT/standard."""
+    model: str | None = None
+    """Without --classifier: small_cnn (default), preact_resnet18, wide_resnet or fully_connected."""
+    width: int | None = None
+    """Of that classifier, as in `train classifier`."""
+    depth: int | None = None
+    """Of wide_resnet (28)."""
+    standard_epochs: int | None = None
+    """Of standard training; default: 100, as a re-implementation of the paper says."""
+    layers: tuple[str, ...] = ()
+    """Modules whose outputs are the representation; default: the map before pooling."""
+    keep_teacher: bool = False
+    """Read the old representation of all images once and hold it in memory; not with augmentation."""
+    method: ArrestConfig = field(default_factory=ArrestConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
+
+    def run(self) -> None:
+        given = _given(self, "model", "width", "depth", "standard_epochs")
+        if self.classifier is not None and given:
+            raise ValueError(f"--classifier {self.classifier} is trained already: leave out {', '.join(given)}")
+        if self.keep_teacher and (self.loop.padding or self.loop.flip):
+            raise ValueError("--keep-teacher is for images that are not augmented: leave out --padding and --flip")
+        images = in_turn(self.load)
+        model = self.start(images)
+        task = ArrestTask(model, self.method, images.image_shape, self.layers or None)
+        if self.keep_teacher and task.teacher is not None:
+            task.teacher.keep(images.x_train, progress=processes()[0] == 0)
+        print(fit(task, images.x_train, images.y_train, self.loop, self.out, "arrest"))
+        if processes()[0] > 0:
+            return
+        save_classifier(task.result, self.out)
+        report = evaluate(task.result, images.x_test[:], images.y_test, eps=self.method.eps, attacks=[], name="arrest")
+        print(report.to_text(sys.stdout.isatty()))
+        ball = f"--eps {self.method.eps:.6g}" + (f" --norm {self.method.norm}" if self.method.norm != "linf" else "")
+        print(f"saved to {self.out}; attack it with: purify-fast evaluate {self.out} {ball}")
+
+    def fitting(self, model: nn.Module, images: DataSet) -> nn.Module:
+        """The classifier, if it fits the images and has the layers: said before anything is trained."""
+        layers = self.layers or (representation_before_pooling(model),)
+        found = Representation(copy.deepcopy(model), layers, images.image_shape).num_classes
+        if images.num_classes > found:
+            raise ValueError(f"--data {self.data}: it has {images.num_classes} classes, the classifier {found}")
+        return model
+
+    def start(self, images: DataSet) -> nn.Module:
+        """The standardly trained classifier."""
+        if self.classifier is not None:
+            return self.fitting(load_classifier(self.classifier).to(self.device), images)
+        torch.manual_seed(self.loop.seed)
+        model = self.fitting(_new_classifier(self, images), images)
+        loop = replace(self.loop, epochs=100 if self.standard_epochs is None else self.standard_epochs)
+        folder = self.out / "standard"
+        fit(ClassifierTask(model, ClassifierConfig()), images.x_train, images.y_train, loop, folder, "standard")
+        if processes()[0] == 0:
+            save_classifier(model, folder)
+        return model
+
+
+@dataclass(frozen=True)
+class Ablate(_Data):
+    """Adversarial training, finetuning, distillation and replay, each trained and attacked; a table and a plot.
+
+    Resumes; over lists of lambda (--weights) and phi (--angles).
+    """
+
+    method: tyro.conf.Positional[Literal["arrest"]] = "arrest"
+    out: Path = Path("runs/ablation")
+    model: str = "small_cnn"
+    """small_cnn, preact_resnet18, wide_resnet or fully_connected."""
+    width: int | None = None
+    """As in `train classifier`."""
+    depth: int | None = None
+    """Of wide_resnet (28)."""
+    what: AblationConfig = field(default_factory=AblationConfig)
+    config: ArrestConfig = field(default_factory=ArrestConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
+
+    def run(self) -> None:
+        images = self.load()
+        table = ablate(lambda: _new_classifier(self, images), images, self.config, self.what, self.loop, self.out)
+        print(table.read_text())
+        print(f"written: {table}, ablation.csv and ablation.png beside it; rows in folders there")
 
 
 @dataclass(frozen=True)
@@ -306,6 +419,8 @@ class Evaluate(_Data):
     """Default: FOLDER/evaluation."""
 
     def run(self) -> None:
+        if "lee_kim_2023" in self.also and self.norm != "linf":
+            raise ValueError(f"--also lee_kim_2023 is an L-inf attack at the radius --eps: not with --norm {self.norm}")
         images = self.load()
         kind = read_model(self.folder)[0].get("kind")
         own = kind in {classifier.__name__ for classifier in CLASSIFIERS.values()}
@@ -363,6 +478,7 @@ class Train:
         | Annotated[TrainCarso, tyro.conf.subcommand("carso")]
         | Annotated[TrainGenerator, tyro.conf.subcommand("generator")]
         | Annotated[TrainAtop, tyro.conf.subcommand("atop")]
+        | Annotated[TrainArrest, tyro.conf.subcommand("arrest")]
     )
 
     def run(self) -> None:
@@ -372,6 +488,7 @@ class Train:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )

@@ -64,7 +64,7 @@ def uncompiled(job: Job) -> Job:
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:
     """Pipelines by name; each makes its cases by name, small ones if it is to be quick."""
-    from . import atop_finetune, carso_inference, carso_training, pre_encoders
+    from . import arrest_step, atop_finetune, carso_inference, carso_training, pre_encoders
 
-    modules = (carso_inference, carso_training, pre_encoders, atop_finetune)
+    modules = (carso_inference, carso_training, pre_encoders, atop_finetune, arrest_step)
     return {module.__name__.rpartition(".")[2]: module.cases for module in modules}

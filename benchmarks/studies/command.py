@@ -8,7 +8,7 @@ from pathlib import Path
 from purify_fast import data
 from purify_fast.evaluation.autoattack import implementation
 
-from . import atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, run, tables
+from . import arrest_mnist, atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, run, tables
 
 STUDIES = {
     "carso_digits": (carso_digits, "digits"),
@@ -16,6 +16,7 @@ STUDIES = {
     "carso_resnet18": (carso_resnet18, "cifar10"),
     "atop_digits": (atop_digits, "digits"),
     "atop_mnist": (atop_mnist, "mnist"),
+    "arrest_mnist": (arrest_mnist, "mnist"),
 }  # and their data sets
 NO_AUTOATTACK = ("atop_mnist",)
 RESULTS = Path(__file__).parents[1] / "results" / "studies"

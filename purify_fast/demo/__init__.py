@@ -17,22 +17,26 @@ import torch
 
 from .._files import write_text
 from .._process import end_with_parent
-from ..evaluation import Report, merge
+from ..evaluation import Report, merge, plot_tradeoff
 from ..training import keep_memory
-from . import atop, carso
+from . import arrest, atop, carso
 from .common import BASE, EPS, QUICK, STANDARD, Budget, Place, digits
 
 __all__ = ["EPS", "QUICK", "Budget", "Place", "run"]
 
 #: The table's title, the method's module (MODELS, attack, model, conclusion) and the folder of its report.
-METHODS = {"CARSO": (carso, "report_carso"), "AToP": (atop, "report_atop")}
+METHODS = {
+    "CARSO": (carso, "report_carso"),
+    "AToP": (atop, "report_atop"),
+    "ARREST": (arrest, "report_arrest"),
+}
 
 
 def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> dict[str, Report]:
     """Train, attack, report: ``report.md``, and a folder with JSON and PNG pictures for each method.
 
-    Finished parts are reused. AToP is trained beside CARSO, on the core that small batches leave idle, and models are
-    attacked there as soon as they are ready.
+    Finished parts are reused. AToP and ARREST are trained beside CARSO, on the core that small batches leave idle, and
+    models are attacked there as soon as they are ready.
 
     Args:
         out: the folder; a quick run goes to ``out`` with ``-quick`` appended, since its numbers mean nothing.
@@ -51,13 +55,14 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
     heading(
         f"digits: {len(digits().x_train)} images to train on, {place.budget.images} held out to attack, L-inf eps {EPS}"
     )
-    heading("1/4 an adversarially trained classifier, the base; beside it a standard one, and AToP on that")
+    heading("1/4 an adversarially trained classifier, the base; beside it a standard one, AToP on that, ARREST from it")
     beside = _Beside(place)
     with beside:
-        beside(_train_atop)
-        for name in atop.MODELS:
-            beside(atop.attack, name)
-        beside(carso.attack, STANDARD)
+        trained = beside(_train_beside)
+        for method in (arrest, atop):
+            for name in method.MODELS:
+                beside(method.attack, name, after=trained)
+        beside(carso.attack, STANDARD, after=trained)
         place.train_classifier(BASE)
         beside(carso.attack, BASE)
         heading("2/4 CARSO's purifier on the base, as published: trained on attacks that see the classifier alone")
@@ -71,12 +76,20 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
 
     pages, whole = [], {}
     for title, (method, folder) in METHODS.items():
-        reports = {name: method.attack(place, name) for name in method.MODELS}  # rows that are kept
+        # rows that are kept; ARREST is told against what CARSO stands on
+        reports = {name: method.attack(place, name) for name in method.MODELS}
+        if method is arrest:
+            reports = {name: carso.attack(place, name) for name in (STANDARD, BASE)} | reports
         whole[title] = report = merge(reports.values())
         findings = [f"- {line}" for line in method.conclusion(reports, place.budget)]
         print(f"\n{report.to_text(color=sys.stdout.isatty())}\n")
         print("\n".join(findings))
         report.save(place.out / folder, {name: method.model(place, name) for name in method.MODELS})
+        if method is arrest:
+            points = {
+                name: (100 * r.row("clean").accuracy, 100 * r.row("worst").accuracy) for name, r in reports.items()
+            }
+            plot_tradeoff(place.out / folder / "tradeoff.png", points, title="clean accuracy and PGD")
         pictures = [
             f"![{title}: {path.stem}]({folder}/{path.name})" for path in sorted((place.out / folder).glob("*.png"))
         ]
@@ -92,10 +105,11 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
     return whole
 
 
-def _train_atop(place: Place) -> None:
+def _train_beside(place: Place) -> None:
     place.train_classifier(STANDARD)
-    for name in atop.MODELS:
-        atop.train(place, name)
+    for method in (atop, arrest):
+        for name in method.MODELS:
+            method.train(place, name)
 
 
 def _begin() -> None:
@@ -110,20 +124,25 @@ class _Beside:
     def __init__(self, place: Place):
         self.place = place
         self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin)
-        self.given: list[tuple[Future, Callable, tuple[str, ...]]] = []
+        self.given: list[tuple[Future, Callable, tuple[str, ...], Future | None]] = []
 
     def __enter__(self) -> _Beside:
         return self
 
-    def __call__(self, work: Callable, *arguments: str) -> None:
-        self.given.append((self.pool.submit(work, self.place.quiet(), *arguments), work, arguments))
+    def __call__(self, work: Callable, *arguments: str, after: Future | None = None) -> Future:
+        """Give it ``work``, which needs what ``after`` does."""
+        future = self.pool.submit(work, self.place.quiet(), *arguments)
+        self.given.append((future, work, arguments, after))
+        return future
 
     def finish(self) -> None:
         """Do what was not begun, last first, and wait for the rest."""
-        for future, work, arguments in reversed(self.given):
+        for future, work, arguments, after in reversed(self.given):
             if future.cancel():
+                if after is not None:
+                    after.result()
                 work(self.place, *arguments)
-        for future, _, _ in self.given:
+        for future, *_ in self.given:
             if not future.cancelled():
                 future.result()
 

@@ -43,6 +43,9 @@ class Budget:
     atop_pipeline_epochs: int = 30
     atop_steps: int = 40
     atop_images: int = 250
+    # ARREST
+    arrest_epochs: int = 60
+    arrest_carso_epochs: int = 20
 
 
 QUICK = Budget(
@@ -63,6 +66,8 @@ QUICK = Budget(
     atop_pipeline_epochs=1,
     atop_steps=4,
     atop_images=20,
+    arrest_epochs=2,
+    arrest_carso_epochs=1,
 )
 
 

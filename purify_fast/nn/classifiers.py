@@ -29,6 +29,8 @@ class SmallCNN(nn.Module):
     ``conv4`` and ``hidden`` are modules, so that their outputs can be named as a representation.
     """
 
+    before_pooling = "hidden"  # there is no pooling: the penultimate layer
+
     def __init__(
         self, in_channels: int = 1, num_classes: int = 10, image_size: tuple[int, int] = (16, 16), width: int = 16
     ):
@@ -114,6 +116,7 @@ class FullyConnected(nn.Module):
         for before, after in pairwise(sizes):
             body += [nn.Linear(before, after), nn.Mish(), BatchNorm1d(after), _Dropout()]
         self.body = nn.Sequential(*body, nn.Linear(sizes[-1], num_classes), nn.Mish())
+        self.before_pooling = f"body.{len(body) - 3}"  # there is no pooling: the last hidden Mish
 
     def forward(self, x: Tensor) -> Tensor:
         return F.log_softmax(self.body(self.normalise(x).flatten(1)), 1)
@@ -125,6 +128,22 @@ CLASSIFIERS: dict[str, type[nn.Module]] = {
     "wide_resnet": WideResNet,
     "fully_connected": FullyConnected,
 }
+
+
+def representation_before_pooling(model: nn.Module) -> str:
+    """The module of one of `CLASSIFIERS` whose output is its last map before pooling, or its penultimate vector.
+
+    Raises:
+        ValueError: another model.
+    """
+    found = getattr(model, "before_pooling", None)
+    if type(model) not in CLASSIFIERS.values() or found is None:
+        names = ", ".join(name for name, _ in model.named_modules() if name)
+        raise ValueError(
+            f"layers must be given for a {type(model).__name__}: the module whose output is the last map before "
+            f"pooling, one of {names[:400]}"
+        )
+    return found
 
 
 def build_classifier(

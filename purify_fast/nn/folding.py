@@ -36,6 +36,18 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> int:
     Raises:
         ValueError: a module in training mode, or a model that does not run in float64.
     """
+    return len(fold_pairs(model, example))
+
+
+def fold_pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
+    """`fold_batchnorm`, returning the names of what was (layer, BatchNorm)."""
+    pairs = _foldable(model, example)
+    for layer, norm in pairs:
+        _fold(model, layer, norm)
+    return pairs
+
+
+def _foldable(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     if any(module.training for module in model.modules()):
         raise ValueError("model must be in evaluation mode: a BatchNorm that still learns its statistics stays")
     original = copy.deepcopy(model).double()
@@ -59,9 +71,7 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> int:
             if same([*kept, pair]):
                 kept.append(pair)
         pairs = kept
-    for pair in pairs:
-        _fold(model, *pair)
-    return len(pairs)
+    return pairs
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -131,18 +141,25 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
 
 
 @torch.no_grad()
+def folded(layer: Any, norm: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Weight and bias, computed in ``dtype``, of ``layer`` with ``norm`` in evaluation mode folded into it."""
+    mean, variance = norm.running_mean.to(dtype), norm.running_var.to(dtype)
+    scale = (variance + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.to(dtype))
+    shift = 0 if norm.bias is None else norm.bias.to(dtype)
+    bias = 0 if layer.bias is None else layer.bias.to(dtype)
+    weight = layer.weight.to(dtype) * scale.view(-1, *[1] * (layer.weight.dim() - 1))
+    return weight, (bias - mean) * scale + shift
+
+
+@torch.no_grad()
 def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
     layer: Any = model.get_submodule(layer_name)
     norm: Any = model.get_submodule(norm_name)
-    mean, variance = norm.running_mean.double(), norm.running_var.double()  # rounded once, at the end
-    scale = (variance + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.double())
-    shift = 0 if norm.bias is None else norm.bias.double()
-    bias = 0 if layer.bias is None else layer.bias.double()
-    weight = layer.weight
-    folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-    layer.weight = nn.Parameter(folded.to(weight.dtype), weight.requires_grad)
-    layer.bias = nn.Parameter(((bias - mean) * scale + shift).to(weight.dtype), weight.requires_grad)
+    old = layer.weight
+    weight, bias = (value.to(old.dtype) for value in folded(layer, norm))  # rounded once, at the end
+    layer.weight = nn.Parameter(weight, old.requires_grad)
+    layer.bias = nn.Parameter(bias, old.requires_grad)
     for parent in model.modules():
         for name, child in parent.named_children():
             if child is norm:
-                setattr(parent, name, nn.Identity())
+                setattr(parent, name, nn.Identity().eval())

@@ -35,11 +35,14 @@ class PreActResNet18(nn.Module):
         width: channels of the first stage (He et al.: 64).
 
     ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1], any size -> logits ``[B, num_classes]``. The blocks are
-    ``stages.i.j`` with i in 0 .. 3 and j in 0 .. 1.
+    ``stages.i.j`` with i in 0 .. 3 and j in 0 .. 1; the map before pooling is
+    ``act``'s output.
 
     Raises:
         ValueError: fewer than 2 classes, counts below 1.
     """
+
+    before_pooling = "act"
 
     def __init__(
         self,
@@ -72,8 +75,9 @@ class PreActResNet18(nn.Module):
             )
         )
         self.norm = BatchNorm2d(channels[4])
+        self.act = nn.ReLU()
         self.head = nn.Linear(channels[4], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.norm(self.stages(self.conv(self.normalise(x)))))
+        out = self.act(self.norm(self.stages(self.conv(self.normalise(x)))))
         return self.head(out.mean((2, 3)))

@@ -115,10 +115,14 @@ class Representation:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """The layers' outputs for images ``x [B, C, H, W]``, in the order of ``layers``; differentiable."""
+        return self.with_logits(x)[1]
+
+    def with_logits(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The model's logits, and the layers' outputs, of one pass."""
         self.recording = True
         try:
-            self.model(x)
+            logits = self.model(x)
         finally:
             self.recording = False
         outputs, self._outputs = self._outputs, [None] * len(self.layers)
-        return outputs  # type: ignore[return-value]  # the dry run saw every layer run
+        return logits, outputs  # type: ignore[return-value]  # the dry run saw every layer run

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .folding import fold_batchnorm
+from .folding import fold_pairs, folded
 from .representation import first_tensor, untapped
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -66,7 +66,9 @@ class Region:
         return Region, (self.function,)  # copied and pickled, a method goes along with its object
 
 
-def quicken(model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, fold: bool = True) -> tuple[int, bool]:
+def quicken(
+    model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, fold: bool = True
+) -> tuple[list[tuple[str, str]], bool]:
     """Prepare a frozen model for `inside`, in place.
 
     Its matrix layers get weights in ``dtype``, channels_last if the model allows that (`channels_last`); all else
@@ -78,23 +80,23 @@ def quicken(model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, 
         dtype: float32 or bfloat16. fold: whether BatchNorms are folded into the layers before them.
 
     Returns:
-        The number of BatchNorms folded, and what `channels_last` said.
+        The names of the (layer, BatchNorm) that were folded, and what `channels_last` said.
 
     Raises:
-        ValueError: another dtype, or see `fold_batchnorm`.
+        ValueError: another dtype, or see `purify_fast.nn.fold_batchnorm`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     model.float().eval()
-    folded = 0
+    pairs: list[tuple[str, str]] = []
     if fold:
         example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0))
-        folded = fold_batchnorm(model, example.to(first_tensor(model).device))
+        pairs = fold_pairs(model, example.to(first_tensor(model).device))
     last = channels_last(model, image_shape)
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
             module.to(dtype)
-    return folded, last
+    return pairs, last
 
 
 class FrozenView(nn.Module):
@@ -115,7 +117,8 @@ class FrozenView(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.classifier = untapped(copy.deepcopy(classifier)).requires_grad_(False)
-        self.folded, self.channels_last = quicken(self.classifier, image_shape, dtype, fold)
+        self._pairs, self.channels_last = quicken(self.classifier, image_shape, dtype, fold)
+        self.folded = len(self._pairs)
         self.region = Region(self._logits) if compile else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,3 +127,39 @@ class FrozenView(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         with inside(x.device, self.dtype):
             return self.classifier(x.float() if self.channels_last else x.float().contiguous()).float()
+
+
+class LiveView(FrozenView):
+    """A `FrozenView` of a classifier that is being trained, for attacks on it: `refresh` takes the weights of now."""
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        image_shape: tuple[int, ...],
+        dtype: torch.dtype = torch.bfloat16,
+        compile: bool = False,
+    ):
+        super().__init__(classifier, image_shape, dtype, compile=compile)
+        self._source = (classifier,)  # a tuple, so that it is no submodule
+        own = {name for pair in self._pairs for name in pair}
+        self._copied = [name for name, _ in self.classifier.named_modules() if name not in own]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the classifier's parameters and buffers as they are now; its modules must be the same."""
+        (source,) = self._source
+        mine: list[Tensor] = []
+        theirs: list[Tensor] = []
+        for name in self._copied:
+            to, of = self.classifier.get_submodule(name), source.get_submodule(name)
+            for kind in ("_parameters", "_buffers"):
+                named = {key: value for key, value in getattr(to, kind).items() if value is not None}
+                mine += named.values()
+                theirs += [getattr(of, kind)[key] for key in named]
+        if mine:
+            torch._foreach_copy_(mine, theirs)
+        for layer, norm in self._pairs:
+            new = folded(source.get_submodule(layer), source.get_submodule(norm), torch.float32)
+            old = self.classifier.get_submodule(layer)
+            for name, value in zip(("weight", "bias"), new, strict=True):
+                old.get_parameter(name).copy_(value)

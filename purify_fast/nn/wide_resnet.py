@@ -70,11 +70,14 @@ class WideResNet(nn.Module):
         num_classes, in_channels: of the data.
         mean, std: normalisation of the images, numbers or one per channel (default: CIFAR-10's).
 
-    ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1], any size -> logits ``[B, num_classes]``.
+    ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1], any size -> logits ``[B, num_classes]``. The output of
+    ``relu`` is the map before pooling.
 
     Raises:
         ValueError: a depth that is not 6 n + 4, fewer than 2 classes, counts below 1.
     """
+
+    before_pooling = "relu"
 
     def __init__(
         self,
@@ -107,10 +110,11 @@ class WideResNet(nn.Module):
             *(_Group((depth - 4) // 6, channels[g], channels[g + 1], 2 if g else 1) for g in range(3))
         )
         self.batchnorm = BatchNorm2d(channels[3])
+        self.relu = nn.SiLU()
         self.logits = nn.Linear(channels[3], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.silu(self.batchnorm(self.layer(self.init_conv(self.normalise(x)))))
+        out = self.relu(self.batchnorm(self.layer(self.init_conv(self.normalise(x)))))
         return self.logits(out.mean((2, 3)))
 
     def representation_layers(self) -> list[str]:

@@ -14,7 +14,7 @@ from ..attacks import pgd
 from ..nn.classifiers import CLASSIFIERS
 from .checkpoint import read_model, save_model, structure
 from .loop import Batch
-from .schedules import one_cycle
+from .schedules import one_cycle, rising
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ClassifierTask:
         """(loss, metrics) of one batch; the attack runs on the frozen model."""
         c, x = self.config, batch.x
         if c.eps > 0:
-            eps = c.eps if c.warm_up == 0 else c.eps * min(1.0, (batch.epoch + 1) / (c.warm_up * batch.epochs))
+            eps = rising(c.eps, batch.epoch, batch.epochs, c.warm_up)
             alpha = (2 * c.eps / c.steps if c.alpha is None else c.alpha) * eps / c.eps
             x = pgd(
                 self.model,

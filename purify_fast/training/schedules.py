@@ -30,3 +30,18 @@ def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
     rise = max(1, int(epochs / 3))
     position = epoch / rise if epoch <= rise else (epochs - epoch) / max(1, epochs - rise)
     return 5e-9 + (peak - 5e-9) * position
+
+
+def arrest_published(epoch: int, epochs: int, peak: float) -> float:
+    """ARREST's rate for ``epoch`` in 0 .. epochs - 1, constant within it (arXiv 2308.16454, by sgmath12/FAT).
+
+    Of 20 epochs the first 11 at ``peak``, the next two at 0.8 ``peak``, then half as much every two epochs: from a peak
+    of 0.025 down to 0.00125. Other numbers of epochs stretch that.
+    """
+    place = epoch * 20 // epochs
+    return peak if place < 11 else 0.8 * peak * 0.5 ** ((place - 11) // 2)
+
+
+def rising(value: float, epoch: int, epochs: int, share: float) -> float:
+    """``value``, but in the first ``share`` of the epochs linearly rising to it."""
+    return value if share == 0 else value * min(1.0, (epoch + 1) / (share * epochs))

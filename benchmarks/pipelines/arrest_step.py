@@ -1,0 +1,169 @@
+"""One step of ARREST's finetuning of a ResNet-18: the drift test, PGD-10, the loss on logits and representation.
+
+In the second half of the training every image is attacked; in the first, here, half of them are replayed.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from purify_fast.arrest import ArrestConfig, ArrestTask
+from purify_fast.nn import PreActResNet18
+from purify_fast.ops import use_backend
+from purify_fast.training import Batch
+
+from . import Case, Job, columns, uncompiled
+from .carso_inference import classifier
+from .carso_training import attack
+
+BATCH, EPOCHS = 64, 20
+
+
+def networks(device: torch.device, quick: bool) -> tuple[nn.Module, nn.Module, list[str]]:
+    """The classifier as it is after some steps, its start, and the layers that are compared; a toy for a quick run."""
+    if quick:
+        torch.manual_seed(0)
+        start, layers = PreActResNet18(width=4).eval(), ["act"]
+    else:
+        start, layers = classifier(), ["layer4"]
+    now = copy.deepcopy(start)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in now.parameters():
+            if weight.dim() > 1:
+                noise = torch.randn(weight.shape, generator=generator)
+                weight.add_(noise * (0.3 * weight.norm() / noise.norm()))
+    return now.to(device), start.to(device), layers
+
+
+def setting(replay: bool, quick: bool, precision: str = "float32") -> ArrestConfig:
+    # decided by rank, below: no image is so near the threshold that rounding would decide it
+    return ArrestConfig(steps=2 if quick else 10, replay=replay, tau=1.0 if replay else None, precision=precision)
+
+
+def batch_of(device: torch.device, quick: bool) -> Batch:
+    size = 16 if quick else BATCH
+    source = torch.Generator().manual_seed(1)
+    # contrasts from low to high, so that drifts differ
+    x = 0.5 + (torch.rand(size, 3, 32, 32, generator=source) - 0.5) * torch.linspace(0.05, 1, size).view(-1, 1, 1, 1)
+    y = torch.randint(10, (size,), generator=source)
+    return Batch(x.to(device), y.to(device), torch.arange(size, device=device), 7, 5, EPOCHS)
+
+
+def threshold(device: torch.device, quick: bool) -> float:
+    """tau above which half of the images are, halfway between two of them."""
+    now, start, layers = networks(device, quick)
+    task = ArrestTask(now, setting(True, quick), (3, 32, 32), layers, start)
+    batch = batch_of(device, quick)
+    assert task.teacher is not None
+    with use_backend("reference"):
+        drift = task.drift(batch.x, task.teacher(batch)).sort().values
+    half = len(drift) // 2
+    return float((drift[half - 1] + drift[half]) / 2)
+
+
+class _Split(nn.Module):
+    """Logits and the flattened map before pooling."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        m = self.model
+        if isinstance(m, PreActResNet18):
+            features = F.relu(m.norm(m.stages(m.conv(m.normalise(x)))))
+            return m.head(features.mean((2, 3))), features.flatten(1)
+        features = m.layer4(m.layer3(m.layer2(m.layer1(F.relu(m.bn1(m.conv1(x)))))))
+        return m.linear(features.mean((2, 3))), features.flatten(1)
+
+
+class PlainStep:
+    """The step as one would write it: float32, contiguous, PGD by ``loss.backward()`` for every image."""
+
+    def __init__(self, device: torch.device, quick: bool, tau: float | None, compiled: bool):
+        now, start, _ = networks(device, quick)
+        self.config, self.batch, self.tau = setting(tau is not None, quick), batch_of(device, quick), tau
+        self.student, self.teacher = (_Split(model.to(memory_format=torch.contiguous_format)) for model in (now, start))
+        self.teacher.eval()
+        self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.025, momentum=0.9, weight_decay=5e-4)
+        self.f, self.g = self.student, self.teacher
+        if compiled:
+            self.f, self.g = (torch.compile(part, dynamic=False) for part in (self.f, self.g))
+
+    def inputs(self, of_teacher: Tensor) -> Tensor:
+        b, c = self.batch, self.config
+        self.student.eval()
+        x = attack(lambda x: self.f(x)[0], b.x, b.y, c.eps, c.step(c.eps), c.steps, b.seed, b.sample_ids)
+        if self.tau is not None:
+            with torch.no_grad():
+                drift = 1 - F.cosine_similarity(self.f(b.x)[1], of_teacher).abs()
+            noisy = (b.x + torch.empty_like(b.x).uniform_(-c.eps, c.eps)).clamp(0, 1)
+            x = torch.where((drift > self.tau).view(-1, 1, 1, 1), noisy, x)
+        self.student.train()
+        return x
+
+    def losses(self, x: Tensor, of_teacher: Tensor) -> tuple[Tensor, Tensor]:
+        logits, features = self.f(x)
+        return F.cross_entropy(logits, self.batch.y), (1 - F.cosine_similarity(features, of_teacher).abs()).mean()
+
+    def read(self) -> Tensor:
+        with torch.no_grad():
+            return self.g(self.batch.x)[1]
+
+    def run(self) -> None:
+        of_teacher = self.read()
+        cross_entropy, distance = self.losses(self.inputs(of_teacher), of_teacher)
+        self.optimizer.zero_grad()
+        (cross_entropy + self.config.weight * distance).backward()
+        self.optimizer.step()
+
+    def result(self) -> Tensor:
+        of_teacher = self.read()
+        torch.manual_seed(0)
+        return torch.stack(self.losses(self.inputs(of_teacher), of_teacher)).detach()
+
+
+def _plain(device: torch.device, quick: bool, replay: bool, compiled: bool = False) -> Job:
+    step = PlainStep(device, quick, threshold(device, quick) if replay else None, compiled)
+    job = Job(step.run, step.result)
+    return uncompiled(job) if quick else job
+
+
+def _ours(device: torch.device, quick: bool, replay: bool, compiled: bool = False) -> Job:
+    now, start, layers = networks(device, quick)
+    config = setting(replay, quick, "bfloat16")
+    if replay:
+        config = ArrestConfig(**{**vars(config), "tau": threshold(device, quick)})
+    task, batch = ArrestTask(now, config, (3, 32, 32), layers, start, compile=compiled), batch_of(device, quick)
+    now.train()
+
+    def run() -> None:
+        loss, _ = task.training_step(batch)
+        task.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        task.optimizer.step()
+
+    def result() -> Tensor:
+        metrics = task.training_step(batch)[1]
+        return torch.stack([metrics["cross_entropy"], metrics["distance"]])
+
+    def attacks() -> Tensor:
+        return task.attack(batch, config.eps)
+
+    job = Job(run, result, {} if replay or compiled else {"attack": attacks})
+    return uncompiled(job) if quick and compiled else job
+
+
+def cases(quick: bool) -> dict[str, Case]:
+    made = {}
+    for name, replay in (("all attacked", False), ("half replayed", True)):
+        makes = [partial(form, replay=replay, compiled=c) for form in (_plain, _ours) for c in (False, True)]
+        shape = f"{16 if quick else BATCH} images, PGD-{setting(False, quick).steps}, the map before pooling; {name}"
+        made[name] = Case(shape, 0.05, columns(*makes))
+    return made
