@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from purify_fast import demo
-from purify_fast.demo import atop, carso
-from purify_fast.demo.common import BASE, Budget, Place, percent
+from purify_fast.demo import arrest, atop, carso
+from purify_fast.demo.common import BASE, STANDARD, Budget, Place, percent
 from purify_fast.evaluation import Report, Row
 
 N = 8
@@ -62,6 +62,19 @@ def test_atops_sentences_follow_the_numbers():
     assert "+0.0 ± 0.0 points (n = 8, paired), not told from before" in published
     assert "+75.0 ± 15.3 points (n = 8, paired), better than before" in pipeline
     assert percent(reports[atop.PIPELINE], atop.ALONE) == "62.5 ± 17.1 %"
+
+
+def test_arrests_sentences_follow_the_numbers():
+    numbers = {STANDARD: (0, 0), BASE: (4, 3), arrest.FINETUNED: (5, 2), arrest.ARREST: (6, 6), arrest.CARSO: (6, 4)}
+    reports = {
+        name: report(name, worst=ones(worst), **{arrest.AUTOATTACK: ones(auto)})
+        for name, (worst, auto) in numbers.items()
+    }
+    scratch, finetuned, whole, carso_on_it, _ = arrest.conclusion(reports, Budget())
+    assert "50.0 ± 17.7 % under PGD, 37.5 ± 17.1 % under AutoAttack (sum 137.5, NRR 54.5)" in scratch
+    assert "AutoAttack -12.5 ± 11.7 points (n = 8, paired), not told from base (PGD-AT)" in finetuned
+    assert "AutoAttack +37.5 ± 17.1 points (n = 8, paired), better than base (PGD-AT)" in whole
+    assert "against ARREST: clean +0.0 ± 0.0" in carso_on_it and "AutoAttack -25.0 ± 15.3" in carso_on_it
 
 
 WORK = """
@@ -119,3 +132,17 @@ def test_the_second_process_fails_and_ends_with_the_first(work, place):
         work.wait(place, "first")
         raise KeyboardInterrupt
     assert not multiprocessing.active_children()
+
+
+def test_work_that_needs_other_work_waits_for_it(work, place):
+    with demo._Beside(place) as beside:
+        trained = beside(work.wait, "go")
+        beside(work.leave, "made", after=trained)
+        (place.out / "go").touch()
+        beside.finish()
+        assert trained.done() and (place.out / "made").exists()
+    with demo._Beside(place) as beside, pytest.raises(FloatingPointError, match="lost"):
+        failing = beside(work.fail)
+        beside(work.leave, "never", after=failing)
+        beside.finish()
+    assert not (place.out / "never").exists() or (place.out / "never").read_text().endswith("False")
