@@ -9,6 +9,8 @@ STAMPS := $(VENV)/stamps
 CMAKE  := build/cmake
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILD  := PURIFY_FAST_BUILD=cpu
+# a test process per core: threads that wait for work must not spin, or each would take the others' core
+PARALLEL = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 SOURCES := $(wildcard csrc/core/* csrc/cpu/*)
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cpp' 'tests/cpp/*.cu')
 # Python.h may be missing; then the property tests of the core say so, and are skipped
@@ -35,12 +37,12 @@ test-cpp: $(STAMPS)/cmake
 
 test-python: $(STAMPS)/package test-cpp
 	@echo "== Python tests"
-	$(BIN)/python -m pytest $(ARGS)
+	$(PARALLEL) -n auto --dist worksteal $(ARGS)
 
 # Triton's interpreter is chosen when Triton is imported: a process of its own
 test-interpreter: $(STAMPS)/package
 	@echo "== Triton kernels in the interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
 
 lint: $(STAMPS)/lint $(STAMPS)/package  ## ruff, clang-format, mypy, import-linter
 	$(BIN)/ruff check .
@@ -62,7 +64,7 @@ cuda-check: $(STAMPS)/cmake $(STAMPS)/package  ## compile CUDA and Triton for sm
 	$(BIN)/cmake -S . -B $(CMAKE)-cuda -G Ninja --log-level=WARNING -DPF_CUDA_CHECK=ON -DPF_BUILD_TESTS=OFF \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
 	$(BIN)/ctest --test-dir $(CMAKE)-cuda -R cuda_check --verbose --no-tests=error
-	$(BIN)/python -m pytest tests/aot
+	$(PARALLEL) -n auto tests/aot
 
 wheel: $(STAMPS)/base  ## a wheel with the CPU kernels in dist/, for every Python from 3.10 and torch from 2.11
 	@rm -rf build/lib* build/bdist*  # what an earlier build left would be packed

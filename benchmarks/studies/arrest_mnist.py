@@ -17,9 +17,8 @@ from purify_fast.training import FitConfig, fit, load_classifier, save_classifie
 from . import RESULT, Job, mnist
 from .attacked import counts, joined
 
-STANDARD, SCRATCH = "standard", "AT from scratch"
-FINETUNED, DISTILLED, REPLAYED, ARREST = "AFT", "AFT + RGKD", "AFT + NR", "ARREST"
-MODELS = (STANDARD, SCRATCH, FINETUNED, DISTILLED, REPLAYED, ARREST)
+STANDARD, SCRATCH, FINETUNED, ARREST = "standard", "AT from scratch", "AFT", "ARREST"
+MODELS = (STANDARD, SCRATCH, FINETUNED, ARREST)
 AUTOATTACK = "then AutoAttack standard, first {}"
 
 
@@ -71,7 +70,7 @@ def config(budget: Budget, name: str) -> ArrestConfig:
     return ArrestConfig(
         eps=mnist.EPS, steps=b.attack_in_training, alpha=None, warm_up=b.warm_up, optimizer="adamw",
         schedule="one_cycle", learning_rate=b.learning_rate, weight_decay=b.weight_decay, angle=b.angle,
-        weight=b.weight if name in (DISTILLED, ARREST) else 0.0, replay=name in (REPLAYED, ARREST),
+        weight=b.weight if name == ARREST else 0.0, replay=name == ARREST,
     )  # fmt: skip
 
 
@@ -83,7 +82,9 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
         task.teacher.keep(images.x_train, progress=False)
     last = fit(task, images.x_train, images.y_train, FitConfig(b.epochs, 128, job.seed), folder)
     save_classifier(task.result, folder)
-    return last
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    shares = [row["replayed"] for row in log if "replayed" in row][: (b.epochs + 1) // 2]
+    return last | {"replayed": sum(shares) / max(1, len(shares))}
 
 
 def attack(job: Job, folder: Path, root: Path) -> dict:
@@ -128,9 +129,10 @@ def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) ->
         f"MNIST, the first {b.images} test images, L-inf eps {mnist.EPS}, seed {seed}; accuracy ± standard error, %. "
         f"Classifiers of {facts[STANDARD]['mflop']:.2f} MFLOP an image: {b.standard_epochs} epochs on clean images; "
         f"{b.scratch_epochs} of PGD-{b.attack_in_training} from scratch; {b.epochs} of PGD-{b.attack_in_training} from "
-        f"the first, finetuned. AFT: nothing more; RGKD: lambda {c.weight:g}, on the penultimate layer; NR: phi "
-        f"{c.angle:g} degrees in the first half; ARREST: both. eps rises linearly over the first {c.warm_up:.0%} of "
-        "the epochs. Each attack that begins with `then` attacks what those before it left.",
+        f"the first, finetuned. AFT: nothing more; ARREST: distillation with lambda {c.weight:g}, on the penultimate "
+        f"layer, and replay above {c.angle:g} degrees in the first half ({facts[ARREST]['replayed']:.1%} of the images "
+        f"of that half). eps rises linearly over the first {c.warm_up:.0%} of the epochs. Each attack that begins with "
+        "`then` attacks what those before it left.",
         "",
         *whole.comparison(),
         "",

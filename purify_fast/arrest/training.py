@@ -161,7 +161,7 @@ class Teacher:
         layers, image_shape, pooled: as in `ArrestTask` and its config.
         dtype: bfloat16 reads an accelerated copy.
 
-    Called with images ``[B, C, H, W]`` and their indices ``[B]`` it returns the layers' outputs, without a gradient.
+    Called with a `Batch` it returns the layers' outputs for its images, without a gradient; kept ones, after `keep`.
     """
 
     def __init__(
