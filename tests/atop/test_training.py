@@ -167,9 +167,8 @@ def test_fact_14_no_gan_gradient_equals_no_discriminator(tmp_path):
 
     def trained(gan_weight, **options):
         made = defence()
-        config = AtopConfig(
-            eps=0.1, warm_up=0, learning_rate=1e-3, gan_weight=gan_weight, discriminator_width=2, **options
-        )
+        gan = {"gan_weight": gan_weight, "discriminator_width": 2} if options["gan_grad"] else {}
+        config = AtopConfig(eps=0.1, warm_up=0, learning_rate=1e-3, **gan, **options)
         task = AtopTask(made, config)
         fit(task, x, y, FitConfig(2, 8, 3))
         return made.purifier.state_dict()
@@ -355,7 +354,10 @@ def test_pretraining_lowers_the_reconstruction_error_in_the_hole():
         ({"cls_weight": -1.0}, "cls_weight must be at least 0, got -1.0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
-        ({"betas": (0.5, 1.0)}, r"betas must be in \[0, 1\), got \(0.5, 1.0\)"),
+        ({"betas": (0.5, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.5, 1.0\)"),
+        ({"betas": (0.5,)}, r"betas must be two numbers in \[0, 1\), got \(0.5,\)"),
+        ({"eps": 8.0}, r"eps is in image units, at most 1 for linf, got 8.0: is 8/255 meant\?"),
+        ({"gan_weight": 0.5}, "gan_weight 0.5 goes with gan_grad"),
         ({"reconstruction_target": "x"}, "reconstruction_target must be one of adversarial, clean"),
     ],
 )
