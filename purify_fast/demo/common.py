@@ -26,26 +26,26 @@ class Budget:
 
     images: int = 500
     standard_epochs: int = 20
-    base_epochs: int = 240
+    base_epochs: int = 120  # twice as many lose under attack
     # CARSO
     published_epochs: int = 30
-    pipeline_epochs: int = 80
-    steps: int = 100
-    eot: int = 5
+    pipeline_epochs: int = 50
+    steps: int = 50
+    eot: int = 3
     peel_steps: int = 40
-    peel_images: int = 200
-    autoattack_images: int = 500
+    peel_images: int = 100
+    autoattack_images: int = 200
     autoattack_steps: int = 100
     autoattack_queries: int = 1000
     # AToP
     generator_epochs: int = 30
-    atop_published_epochs: int = 40
-    atop_pipeline_epochs: int = 30
+    atop_published_epochs: int = 30
+    atop_pipeline_epochs: int = 20
     atop_steps: int = 40
-    atop_images: int = 250
+    atop_images: int = 200
     # ARREST
-    arrest_epochs: int = 60
-    arrest_carso_epochs: int = 20
+    arrest_epochs: int = 40
+    arrest_carso_epochs: int = 15
 
 
 QUICK = Budget(
