@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..arrest import ArrestConfig, ArrestTask
-from ..carso import Carso, CarsoConfig, CarsoTask
+from ..carso import Carso, CarsoConfig, CarsoTask, Head
 from ..carso import load as load_carso
 from ..evaluation import Attack, Report, Tradeoff
 from ..training import load_classifier, save_classifier
@@ -63,7 +63,11 @@ def attack(place: Place, name: str) -> Report:
     )
     zero = "deterministic" if name == CARSO else "random"  # through K samples it would take longer than all the rest
     pgd = [Attack(loss=loss, variant=zero, survivors=loss != "ce") for loss in ("ce", "dlr")]
-    return place.attacked(model(place, name), name, _FOLDERS[name], [*pgd, auto])
+    defence = model(place, name)
+    if name == CARSO:  # and what that attack leaves of it as it is
+        zero_head = Head(defence, deterministic=True)
+        pgd.append(Attack(loss="ce", target=zero_head, label=f"PGD-{budget.steps} ce made at z = 0"))
+    return place.attacked(defence, name, _FOLDERS[name], [*pgd, auto])
 
 
 def conclusion(reports: dict[str, Report], budget: Budget) -> list[str]:
