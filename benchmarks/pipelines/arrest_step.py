@@ -153,7 +153,10 @@ def _ours(device: torch.device, quick: bool, replay: bool, compiled: bool = Fals
         metrics = task.training_step(batch)[1]
         return torch.stack([metrics["cross_entropy"], metrics["distance"]])
 
-    job = Job(run, result)
+    def attacks() -> Tensor:
+        return task.attack(batch, config.eps)
+
+    job = Job(run, result, {} if replay or compiled else {"attack": attacks})
     return uncompiled(job) if quick and compiled else job
 
 
