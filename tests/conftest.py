@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +31,21 @@ def backend(request) -> Iterator[str]:
         pytest.fail(f"no compiled extension to test: {_library.load_error}", pytrace=False)
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def core():
+    """csrc/core as a Python module, built by CMake (`make test-cpp`)."""
+    build = Path(__file__).resolve().parents[1] / "build/cmake"
+    built = list(build.glob("purify_fast_core*" + sysconfig.get_config_var("EXT_SUFFIX")))
+    if not built and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("Python.h is missing (for example `apt install python3-dev`)")
+    if not built:
+        pytest.fail(f"no purify_fast_core in {build}: build it with `make test-cpp`", pytrace=False)
+    spec = importlib.util.spec_from_file_location("purify_fast_core", built[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sysconfig
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -17,26 +13,6 @@ from purify_fast import _library
 from purify_fast.ops import philox, use_backend
 from purify_fast.ops.aggregate import METHODS
 from purify_fast.ops.philox import Stream, words
-
-BUILD = Path(__file__).resolve().parents[1] / "build/cmake"
-
-
-def _load():
-    built = list(BUILD.glob("purify_fast_core*" + sysconfig.get_config_var("EXT_SUFFIX")))
-    if not built and not Path(sysconfig.get_path("include"), "Python.h").exists():
-        pytest.skip("Python.h is missing (for example `apt install python3-dev`)", allow_module_level=True)
-    if not built:
-        pytest.fail(f"no purify_fast_core in {BUILD}: build it with `make test-cpp`", pytrace=False)
-    spec = importlib.util.spec_from_file_location("purify_fast_core", built[0])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def core():
-    return _load()
-
 
 def holds(*strategies):
     """A property, tried on the same 200 examples every time."""

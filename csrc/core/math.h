@@ -21,6 +21,12 @@
 #else
 #define PF_INLINE
 #endif
+// Loops over registers must be unrolled: a GPU's registers have no index.
+#if defined(__CUDACC__)
+#define PF_UNROLL _Pragma("unroll")
+#else
+#define PF_UNROLL
+#endif
 
 namespace pf {
 

@@ -31,9 +31,7 @@ PF_HD Key key_of(int64_t seed) {
 // which vectorises twice as well with AVX-512.
 template <class U>
 PF_HD void philox(Key key, U& c0, U& c1, U& c2, U& c3) {
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
+  PF_UNROLL
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u, p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
     c0 = static_cast<U>(p1 >> 32) ^ c1 ^ key.low;

@@ -3,16 +3,30 @@
     z_bk ~ N(0, I) from the Philox stream LATENT, draw index k;   out_bk = decoder(z_bk, c_b)
 
 CARSO's inference (arXiv 2306.06081, section 4.4). K is folded into the batch, and the decoder sees the condition once
-per image. This is the reference, the plain layers, on every device: torch.compile fuses it with what surrounds it.
+per image. `decode_samples` takes any decoder and runs its layers. `decode_prior` takes one whose weights are folded and
+packed, a linear layer and transposed convolutions, and is one op with a CUDA kernel:
+
+    a_bk = z_bk W_z + c_b          c: the condition's half of the first layer and its bias, once per image
+    a <- conv_transpose2d(leaky_relu(a)) + bias, layer by layer;   image = sigmoid(a), or a
+
+The kernel (csrc/cuda/decode_samples.cu) multiplies bfloat16 and adds float32; activations between the layers are
+bfloat16, in shared memory where they fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ._op import define_op, wide
 from .philox import Stream, philox
+
+#: Channels of a packed product's input, columns of an image: as csrc/core/decode_samples.h has them.
+CHANNEL_TILE, COLUMN_TILE = 32, 8
 
 
 def latents(seed: Tensor, sample_ids: Tensor, samples: int, latent_dim: int) -> Tensor:
@@ -38,3 +52,264 @@ def decode_samples(decoder: Callable[[Tensor, Tensor], Tensor], condition: Tenso
         raise ValueError(f"z must be [B, K, latent_dim] with B = {condition.shape[0]}, got {list(z.shape)}")
     out = decoder(z, condition)
     return out.unflatten(0, (z.shape[0], z.shape[1]))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A transposed convolution: channels out, kernel, stride, padding, height and width out."""
+
+    channels: int
+    kernel: int
+    stride: int
+    padding: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A packed decoder's sizes: of the latent, of the first map [C, H, W], of every transposed convolution."""
+
+    latent_dim: int
+    start: tuple[int, int, int]
+    layers: tuple[Layer, ...]
+
+    def numbers(self) -> list[int]:
+        """As the op takes them."""
+        sizes = [(x.channels, x.kernel, x.stride, x.padding, x.height, x.width) for x in self.layers]
+        return [self.latent_dim, *self.start, *(n for size in sizes for n in size)]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Geometry:
+        """The inverse of `numbers`."""
+        latent_dim, c, h, w, *rest = numbers
+        return cls(latent_dim, (c, h, w), tuple(Layer(*six) for six in zip(*[iter(rest)] * 6, strict=True)))
+
+    def products(self) -> list[tuple[int, int, int]]:
+        """(taps, channels in, columns) of every matrix product: the first layer's, then the convolutions', padded."""
+        channels, h, w = self.start
+        out = [(h * w, _up(self.latent_dim, CHANNEL_TILE), _up(channels, CHANNEL_TILE))]
+        for i, layer in enumerate(self.layers):
+            tile = COLUMN_TILE if i == len(self.layers) - 1 else CHANNEL_TILE
+            out.append((layer.kernel**2, _up(channels, CHANNEL_TILE), _up(layer.channels, tile)))
+            channels = layer.channels
+        return out
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _pack(weight: Tensor, columns: int) -> Tensor:
+    """[taps, channels, columns], padded, in the order of the kernel's fragments: `weight_index` of the core."""
+    taps, inputs, outputs = weight.shape
+    padded = F.pad(weight, (0, columns - outputs, 0, _up(inputs, CHANNEL_TILE) - inputs))
+    # channel = 32 chunk + 16 step + 8 half + 2 pair + low, column = 8 tile + n; a lane holds (n, pair)
+    split = padded.reshape(taps, -1, 2, 2, 4, 2, columns // COLUMN_TILE, COLUMN_TILE)
+    return split.permute(0, 1, 6, 7, 4, 2, 3, 5).flatten()
+
+
+def _unpack(packed: Tensor, taps: int, channels: int, columns: int) -> Tensor:
+    split = packed.reshape(taps, channels // CHANNEL_TILE, columns // COLUMN_TILE, COLUMN_TILE, 4, 2, 2, 2)
+    return split.permute(0, 1, 5, 6, 4, 7, 2, 3).reshape(taps, channels, columns)
+
+
+def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A decoder's weights as the op takes them.
+
+    Args:
+        first: ``[C, H, W, latent_dim]``, the latent's half of the linear layer that makes the first map.
+        weights: ``[channels in, channels out, k, k]`` of every transposed convolution.
+        biases: ``[channels out]`` of each.
+
+    Returns:
+        One vector of weights, those of the layers and then, transposed, those of their gradients from the last to the
+        first; one of biases, without the first layer's; zeros where they are padded.
+    """
+    channels, h, w, dim = first.shape
+    parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), _up(channels, CHANNEL_TILE))]
+    shifts, backward = [], []
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        inputs, outputs, k, _ = weight.shape
+        columns = _up(outputs, COLUMN_TILE if i == len(weights) - 1 else CHANNEL_TILE)
+        parts.append(_pack(weight.permute(2, 3, 0, 1).reshape(k * k, inputs, outputs), columns))
+        shifts.append(F.pad(bias, (0, columns - outputs)))
+        transposed = weight.permute(2, 3, 1, 0).reshape(k * k, outputs, inputs)
+        backward.append(_pack(transposed, _up(inputs, CHANNEL_TILE)))
+    return torch.cat([*parts, *reversed(backward)]), torch.cat(shifts)
+
+
+def reference(
+    condition: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    packed: Tensor,
+    biases: Tensor,
+    numbers: list[int],
+    samples: int,
+    slope: float,
+    squash: bool,
+    channels_last: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The definition, in the precision of ``packed``; arguments as in `decode_prior`, sizes as `Geometry.numbers`.
+
+    condition: [B, H * W * C] of the first map, pixel by pixel, float32 (float64). Returns [B * K, C, H, W].
+    """
+    geometry = Geometry.of(numbers)
+    channels, h, w = geometry.start
+    products, offset, weights = geometry.products(), 0, []
+    for taps, inputs, columns in products:
+        size = taps * inputs * columns
+        weights.append(_unpack(packed[offset : offset + size], taps, inputs, columns))
+        offset += size
+    z = latents(seed, sample_ids, samples, geometry.latent_dim).to(packed.dtype)
+    first = weights[0][:, : geometry.latent_dim, :channels]  # [pixels, latent, channels]
+    x = torch.einsum("bkl,plc->bkpc", z, first).to(condition.dtype) + condition.view(-1, 1, h * w, channels)
+    x = F.leaky_relu(x, slope).to(packed.dtype).flatten(0, 1).unflatten(1, (h, w)).permute(0, 3, 1, 2)
+    shift = 0
+    for i, (layer, weight, (_, _, columns)) in enumerate(zip(geometry.layers, weights[1:], products[1:], strict=True)):
+        kernel = weight[:, : x.shape[1], : layer.channels].unflatten(0, (layer.kernel, layer.kernel))
+        bias = biases[shift : shift + layer.channels].to(packed.dtype)
+        missing = [
+            size - ((before - 1) * layer.stride - 2 * layer.padding + layer.kernel)
+            for size, before in zip((layer.height, layer.width), x.shape[2:], strict=True)
+        ]
+        x = F.leaky_relu(x, slope) if i else x
+        x = F.conv_transpose2d(x, kernel.permute(2, 3, 0, 1), bias, layer.stride, layer.padding, missing)
+        shift += columns
+    x = wide(x)
+    x = (torch.sigmoid(x) if squash else x).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def reference_backward(
+    grad: Tensor,
+    image: Tensor,
+    condition: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    packed: Tensor,
+    biases: Tensor,
+    numbers: list[int],
+    samples: int,
+    slope: float,
+    squash: bool,
+) -> Tensor:
+    """grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]; the decoder is run again."""
+    with torch.enable_grad():
+        leaf = condition.detach().requires_grad_()
+        rest = (seed, sample_ids, packed, biases, numbers, samples, slope, False, False, condition.dtype)
+        logits = reference(leaf, *rest)
+    upstream = wide(grad)
+    if squash:
+        upstream = upstream * wide(image) * (1 - wide(image))
+    return torch.autograd.grad(logits, leaf, upstream.to(logits.dtype))[0]
+
+
+def _fake(condition, seed, sample_ids, packed, biases, numbers, samples, slope, squash, channels_last, dtype):
+    channels, *_, h, w = numbers[-6:]
+    out = condition.new_empty((condition.shape[0] * samples, channels, h, w), dtype=dtype)
+    return out.contiguous(memory_format=torch.channels_last) if channels_last else out
+
+
+_SIZES = "Tensor packed, Tensor biases, int[] numbers, int samples, float slope, bool squash"
+OP = define_op(
+    "decode_samples",
+    f"(Tensor condition, Tensor seed, Tensor sample_ids, {_SIZES}, bool channels_last, ScalarType dtype) -> Tensor",
+    reference=reference,
+    fake=_fake,
+    why_cpu="plain layers, fused by torch.compile",
+)
+BACKWARD = define_op(
+    "decode_samples_backward",
+    f"(Tensor grad, Tensor image, Tensor condition, Tensor seed, Tensor sample_ids, {_SIZES}) -> Tensor",
+    reference=reference_backward,
+    fake=lambda grad, image, condition, *rest: condition.new_empty(condition.shape),
+    why_cpu="plain layers, fused by torch.compile",
+)
+
+
+class _DecodeSamples(torch.autograd.Function):
+    @staticmethod
+    def forward(condition, *rest):
+        return OP.handle(condition, *rest)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        condition, seed, sample_ids, packed, biases, *ctx.sizes = inputs
+        ctx.sizes = ctx.sizes[:4]
+        ctx.save_for_backward(output, condition, seed, sample_ids, packed, biases)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return BACKWARD(grad, *ctx.saved_tensors, *ctx.sizes), *[None] * 10
+
+
+def decode_prior(
+    condition: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    packed: Tensor,
+    biases: Tensor,
+    geometry: Geometry,
+    samples: int,
+    *,
+    slope: float = 0.2,
+    squash: bool = True,
+    channels_last: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Draw K latents per image and decode them with packed weights; `purify_fast.nn.PackedDecoder` wraps it.
+
+    Args:
+        condition: ``[B, H * W * C]`` for a first map [C, H, W]: the condition's half of the linear layer with its
+            bias, pixel by pixel, float32 (float64 beside float64 weights). The gradient flows here, and only here.
+        seed: ``[1]``, int64, on the condition's device. sample_ids: ``[B]``, int64: the samples' stream indices.
+        packed, biases: from `pack`; ``packed`` bfloat16, float32 or float64 decides the precision of the products
+            (the CUDA kernel takes bfloat16), ``biases`` in the condition's dtype.
+        geometry: the decoder's sizes.
+        samples: K >= 1.
+        slope: of the LeakyReLU between the layers, at least 0.
+        squash: end with a sigmoid: images in (0, 1); else their logits.
+        channels_last: the memory layout of the images.
+        dtype: of the images, float32 (default) or bfloat16; float64 beside float64 weights.
+
+    Returns:
+        Images ``[B, K, C, H, W]``; sample k of an image is draw index k, whatever K and the batch.
+
+    Raises:
+        ValueError: shapes, dtypes or devices other than these.
+
+    Deterministic. First-order gradients only; ``vmap`` is not supported.
+    """
+    expected = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
+    channels, h, w = geometry.start
+    real = expected.get(packed.dtype)
+    dtype = real if dtype is None else dtype
+    if real is None:
+        raise ValueError(f"packed must be bfloat16, float32 or float64, got {packed.dtype}")
+    if condition.dim() != 2 or condition.shape[1] != channels * h * w or condition.dtype != real:
+        raise ValueError(
+            f"condition must be [B, {channels * h * w}] and {real}, got {list(condition.shape)} and {condition.dtype}"
+        )
+    if biases.dtype != real:
+        raise ValueError(f"biases must be {real}, got {biases.dtype}")
+    sizes = [taps * inputs * columns for taps, inputs, columns in geometry.products()]
+    if packed.dim() != 1 or packed.numel() < sum(sizes):
+        raise ValueError(f"packed must hold at least {sum(sizes)} numbers for {geometry}, got {list(packed.shape)}")
+    if dtype not in ((torch.float64,) if real == torch.float64 else (torch.float32, torch.bfloat16)):
+        raise ValueError(f"dtype must be float32 or bfloat16 (float64 for float64 weights), got {dtype}")
+    if sample_ids.shape != (len(condition),) or sample_ids.dtype != torch.int64 or seed.dtype != torch.int64:
+        raise ValueError(
+            f"sample_ids must be [B] = [{len(condition)}] and int64, seed [1] and int64, "
+            f"got {list(sample_ids.shape)}, {sample_ids.dtype} and {list(seed.shape)}, {seed.dtype}"
+        )
+    if any(x.device != condition.device for x in (seed, sample_ids, packed, biases)):
+        raise ValueError(f"condition is on {condition.device}: seed, sample_ids, packed and biases must be, too")
+    if samples < 1 or slope < 0:
+        raise ValueError(f"samples must be at least 1 and slope at least 0, got {samples} and {slope}")
+    arguments = (condition, seed, sample_ids, packed, biases, geometry.numbers(), samples, float(slope), squash)
+    call = reference if OP.plain(condition.device) else _DecodeSamples.apply
+    return call(*arguments, channels_last, dtype).unflatten(0, (-1, samples))

@@ -1,0 +1,212 @@
+// Which products of a decoder share a launch, and how much of them a block takes: counted, on the host.
+#pragma once
+
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "decode_samples.h"
+
+namespace pf::decoder {
+
+// Numbers of a decoder as the op takes them: latent size, then channels, height and width of the first map, then of
+// every transposed convolution channels, kernel, stride, padding, height and width.
+constexpr int head_numbers = 4, layer_numbers = 6;
+
+// The products of the decoder in the order they are computed, or of its gradient. The first of a decoder makes the
+// first map of the latents: a transposed convolution of one pixel, whose stride is its kernel. The gradient leaves that
+// one out: latents have none. The packed weights hold the decoder's products, then the gradient's.
+inline std::vector<Product> chain_of(const std::vector<int64_t>& numbers, bool gradient) {
+  const auto whole = static_cast<int64_t>(numbers.size()) - head_numbers;
+  if (whole < layer_numbers || whole % layer_numbers != 0 || whole / layer_numbers + 1 > max_products) {
+    throw std::runtime_error("decode_samples: geometry must have 4 + 6 n numbers, 1 <= n < " +
+                             std::to_string(max_products) + ", got " + std::to_string(numbers.size()));
+  }
+  std::vector<Product> forward, backward;
+  const auto number = [&](int64_t i) { return static_cast<int>(numbers[i]); };
+  int c = number(1), h = number(2), w = number(3), bias = 0;
+  Product first{number(0), 1, 1, c, h, w, h, w, h, w, 0, 0, round_up(c, channel_tile), 0, 0};
+  int64_t weights = first.packed();
+  forward.push_back(first);
+  for (int64_t i = head_numbers; i < static_cast<int64_t>(numbers.size()); i += layer_numbers) {
+    const bool image = i + layer_numbers == static_cast<int64_t>(numbers.size());
+    Product p{c, h, w, number(i), number(i + 4), number(i + 5), number(i + 1), number(i + 1), number(i + 2),
+              number(i + 2), number(i + 3), number(i + 3), 0, bias, weights};
+    p.columns = round_up(p.out_c, image ? column_tile : channel_tile);
+    if (p.out_h > largest_side || p.out_w > largest_side || p.kernel_h > largest_side) {
+      throw std::runtime_error("decode_samples: maps and kernels may have " + std::to_string(largest_side) +
+                               " pixels a side, got " + std::to_string(most(most(p.out_h, p.out_w), p.kernel_h)));
+    }
+    bias += p.columns;
+    weights += p.packed();
+    forward.push_back(p);
+    c = p.out_c, h = p.out_h, w = p.out_w;
+  }
+  if (!gradient) return forward;
+  for (auto p = forward.rbegin(); p + 1 != forward.rend(); ++p) {
+    Product back = *p;
+    back.in_c = p->out_c, back.in_h = p->out_h, back.in_w = p->out_w;
+    back.out_c = p->in_c, back.out_h = p->in_h, back.out_w = p->in_w;
+    back.columns = round_up(back.out_c, channel_tile);
+    back.weights = weights;
+    weights += back.packed();
+    backward.push_back(back);
+  }
+  return backward;
+}
+
+// Sizes of a segment's buffers: of its largest block.
+inline Segment segment_of(const std::vector<Product>& chain, bool gradient, int first, int last, int samples,
+                          int rows) {
+  Segment s{first, last, samples, rows, {0, 0}, 0};
+  for (int lo = 0; lo < chain[last].out_h; lo += rows) {
+    Rows out{lo, least(lo + rows, chain[last].out_h)};
+    for (int i = last; i >= first; --i) {
+      out = rows_read(chain[i], gradient, out);
+      int& buffer = s.buffers[(i - first) % 2];
+      buffer = most(buffer, samples * out.count() * chain[i].in_w * chain[i].pitch());
+    }
+  }
+  for (int i = first; i <= last; ++i) s.zeros = most(s.zeros, chain[i].pitch());
+  return s;
+}
+
+// What a multiprocessor does in a cycle: about two thirds of mma.sync's rate, of its share of the level-2 cache's, of
+// its share of memory's. Counted for Hopper; they weigh the plans against each other and promise nothing.
+constexpr double products_per_cycle = 700, cached_bytes_per_cycle = 40, memory_bytes_per_cycle = 16;
+
+// Cycles of a segment for `total` samples.
+inline double cycles_of(const std::vector<Product>& chain, bool gradient, const Segment& s, int64_t total,
+                        int processors) {
+  const auto& begin = chain[s.first];
+  const auto& end = chain[s.last];
+  double slowest = 0;
+  Rows out{0, least(s.rows, end.out_h)};
+  const int tiles = ceil_div(end.out_h, s.rows);
+  if (tiles > 2) out = {s.rows, 2 * s.rows};  // away from the border
+  double block = 0, weights = 0;
+  for (int i = s.last; i >= s.first; --i) {
+    const Product& p = chain[i];
+    double work = 0;
+    slowest = 0;
+    for (int k = 0; k < classes(p, gradient); ++k) {
+      const Class c = class_of(p, gradient, out, k);
+      const int rows = s.samples * c.positions();
+      const double step = double{1} * c.y.taps * c.x.taps * p.channels();
+      const double item = step * least(round_up(rows, row_tile), row_tile * item_rows) * item_columns(p) * column_tile;
+      slowest = slowest < item ? item : slowest;
+      work += step * round_up(rows, row_tile) * p.columns;
+    }
+    const double share = work / warps;
+    block += (share < slowest ? slowest : share) * warps;
+    weights += 2.0 * static_cast<double>(p.packed());
+    out = rows_read(p, gradient, out);
+  }
+  double memory = 0;  // of the maps between segments
+  if (s.first > 0) memory += 2.0 * s.samples * out.count() * begin.in_w * begin.channels();
+  if (s.last + 1 < static_cast<int>(chain.size())) memory += 2.0 * s.samples * s.rows * end.out_w * end.columns;
+  const double compute = block / products_per_cycle, cached = weights / cached_bytes_per_cycle;
+  const int64_t blocks = (total + s.samples - 1) / s.samples * tiles;
+  const double waves = static_cast<double>((blocks + processors - 1) / processors);
+  return waves * ((compute < cached ? cached : compute) + memory / memory_bytes_per_cycle);
+}
+
+// The segments of least cycles for `total` samples; `alone`: every product its own launch, its result in memory.
+inline std::vector<Segment> plan_of(const std::vector<Product>& chain, bool gradient, int64_t total, int processors,
+                                    bool alone) {
+  const int count = static_cast<int>(chain.size());
+  std::vector<double> least_cycles(count + 1, std::numeric_limits<double>::infinity());
+  std::vector<Segment> chosen(count + 1);
+  least_cycles[0] = 0;
+  for (int last = 0; last < count; ++last) {
+    for (int first = alone ? last : 0; first <= last; ++first) {
+      for (int tiles = 1; tiles <= chain[last].out_h; ++tiles) {
+        const int rows = ceil_div(chain[last].out_h, tiles);
+        if (tiles > 1 && rows == ceil_div(chain[last].out_h, tiles - 1)) continue;
+        for (int samples = 1; samples <= 32 && samples <= total; ++samples) {
+          const Segment s = segment_of(chain, gradient, first, last, samples, rows);
+          if (s.elements() * 2 > shared_bytes) break;
+          const double cycles = least_cycles[first] + cycles_of(chain, gradient, s, total, processors);
+          if (cycles < least_cycles[last + 1]) {
+            least_cycles[last + 1] = cycles;
+            chosen[last + 1] = s;
+          }
+        }
+      }
+    }
+    if (!(least_cycles[last + 1] < std::numeric_limits<double>::infinity())) {
+      throw std::runtime_error("decode_samples: one row of product " + std::to_string(last) + " needs more than " +
+                               std::to_string(shared_bytes) + " bytes of shared memory");
+    }
+  }
+  std::vector<Segment> plan;
+  for (int end = count; end > 0; end = chosen[end].first) plan.insert(plan.begin(), chosen[end]);
+  return plan;
+}
+
+// The maps that a plan leaves in memory, as elements of one sample: where result i begins, and last their sum.
+inline std::vector<int64_t> maps_of(const std::vector<Product>& chain, const std::vector<Segment>& plan) {
+  std::vector<int64_t> places(chain.size(), -1);
+  int64_t sum = 0;
+  for (const Segment& s : plan) {
+    if (s.last + 1 == static_cast<int>(chain.size())) continue;
+    places[s.last] = sum;
+    sum += int64_t{chain[s.last].out_h} * chain[s.last].out_w * chain[s.last].columns;
+  }
+  places.push_back(sum);
+  return places;
+}
+
+template <class Machine, class Launch>
+void follow(Task<Machine> task, const std::vector<Product>& chain, const std::vector<Segment>& plan,
+            typename Machine::Element* maps, int64_t size, Launch launch) {
+  const std::vector<int64_t> places = maps_of(chain, plan);
+  task.count = static_cast<int>(chain.size());
+  for (int i = 0; i < task.count; ++i) task.products[i] = chain[i];
+  for (const Segment& s : plan) {
+    task.segment = s;
+    task.in = s.first == 0 ? nullptr : maps + places[s.first - 1] * size;
+    task.out = s.last + 1 == task.count ? nullptr : maps + places[s.last] * size;
+    launch(task);
+  }
+}
+
+// Decodes task.total samples, or takes the image's gradient back to the condition: as many samples at a time as leave
+// at most `workspace` bytes between the launches. Forward is computed again for the gradient: nothing was stored.
+//   plan(chain, gradient, samples, alone) -> segments; allocate(elements) -> memory; launch(task) -> one kernel
+template <class Machine, class Plan, class Allocate, class Launch>
+void decode(Task<Machine> task, const std::vector<int64_t>& numbers, int64_t workspace, Plan plan, Allocate allocate,
+            Launch launch) {
+  using Element = typename Machine::Element;
+  const bool gradient = task.gradient;
+  std::vector<Product> forward = chain_of(numbers, false), backward;
+  int64_t elements = 0;  // of a sample; the gradient keeps every activation
+  if (gradient) {
+    backward = chain_of(numbers, true);
+    for (const Product& p : backward) elements += 2 * int64_t{p.out_h} * p.out_w * p.columns;
+  } else {
+    for (const Product& p : forward) elements += int64_t{p.out_h} * p.out_w * p.columns;
+  }
+  const int64_t fitting = workspace / (elements * static_cast<int64_t>(sizeof(Element)));
+  const int64_t chunk = fitting < 1 ? 1 : fitting < task.total ? fitting : task.total;
+  const std::vector<Segment> first = plan(forward, false, chunk, gradient);
+  const std::vector<Segment> second = gradient ? plan(backward, true, chunk, false) : std::vector<Segment>{};
+  const std::vector<int64_t> kept = maps_of(forward, first), passed = gradient ? maps_of(backward, second) : kept;
+  Element* maps = allocate(chunk * (kept.back() + (gradient ? passed.back() : 0)));
+  const int64_t begin = task.first_sample, end = begin + task.total;
+  for (int64_t n = begin; n < end; n += chunk) {
+    task.first_sample = n;
+    task.total = end - n < chunk ? end - n : chunk;
+    task.gradient = false;
+    std::vector<Segment> computed = first;
+    if (gradient) computed.pop_back();  // the image itself is not needed
+    follow(task, forward, computed, maps, chunk, launch);
+    if (!gradient) continue;
+    task.gradient = true;
+    for (size_t i = 0; i < backward.size(); ++i) task.kept[i] = maps + kept[backward.size() - 1 - i] * chunk;
+    follow(task, backward, second, maps + kept.back() * chunk, chunk, launch);
+  }
+}
+
+}  // namespace pf::decoder
