@@ -18,13 +18,13 @@
 
 namespace pf::decoder {
 
-constexpr int channel_tile = 32;    // of the inputs: two steps of the matrix instruction, 16 bytes of weights a lane
-constexpr int column_tile = 8;      // of the outputs: the instruction's n
-constexpr int row_tile = 16;        // the instruction's m
-constexpr int item_rows = 8;        // row tiles of one warp's product
-constexpr int warps = 8;            // of a block
-constexpr int pixel_gap = 8;        // elements after a pixel: 16 bytes, so that rows of a fragment meet no bank twice
-constexpr int max_products = 12;    // of a chain
+constexpr int channel_tile = 32;     // of the inputs: two steps of the matrix instruction, 16 bytes of weights a lane
+constexpr int column_tile = 8;       // of the outputs: the instruction's n
+constexpr int row_tile = 16;         // the instruction's m
+constexpr int item_rows = 8;         // row tiles of one warp's product
+constexpr int warps = 8;             // of a block
+constexpr int pixel_gap = 8;         // elements after a pixel: 16 bytes, so that rows of a fragment meet no bank twice
+constexpr int max_products = 12;     // of a chain
 constexpr int outside = -(1 << 14);  // a coordinate no tap brings into a map
 constexpr int largest_side = 1 << 13;
 constexpr int shared_bytes = 98 * 1024;  // of a block; every GPU since sm_80 has 99 KiB, the kernel needs some itself
@@ -47,6 +47,7 @@ struct Product {
   int columns;      // out_c, padded: to the next product's channel tile, or to a column tile for an image
   int bias;         // where its biases begin; the first product's are the condition's, pixel by pixel
   int64_t weights;  // where its packed weights begin
+  bool image;       // what it makes is the image
 
   PF_HD int channels() const { return round_up(in_c, channel_tile); }
   PF_HD int pitch() const { return channels() + pixel_gap; }  // elements from pixel to pixel of the map that is read
@@ -90,8 +91,9 @@ PF_HD Rows rows_read(const Product& p, bool gradient, Rows out) {
 PF_HD int64_t weight_index(const Product& p, int tap, int channel, int column) {
   const int step = channel % 32 / 16, half = channel % 16 / 8, pair = channel % 8 / 2, low = channel % 2;
   const int lane = column % 8 * 4 + pair;
-  const int64_t tile = (int64_t{tap} * (p.channels() / channel_tile) + channel / channel_tile) *
-                           (p.columns / column_tile) + column / column_tile;
+  const int64_t tile =
+      (int64_t{tap} * (p.channels() / channel_tile) + channel / channel_tile) * (p.columns / column_tile) +
+      column / column_tile;
   return tile * (channel_tile * column_tile) + lane * 8 + step * 4 + half * 2 + low;
 }
 
@@ -133,22 +135,22 @@ struct Task {
   using Sum = typename Machine::Sum;
   Product products[max_products];
   Segment segment;
-  int count;            // products
-  bool gradient;        // of the products, to the map before the first
-  bool squashed;        // the image is a sigmoid's
-  Sum slope;            // of LeakyReLU, between the products
+  int count;                    // products
+  bool gradient;                // of the products, to the map before the first
+  bool squashed;                // the image is a sigmoid's
+  Sum slope;                    // of LeakyReLU, between the products
   int64_t first_sample, total;  // samples of this launch; sample n is draw n % draws of image n / draws
   int64_t draws;
   const Element* weights;
   const Sum* biases;
-  const Sum* condition;             // [images, h, w, c] of the first map: the condition's half and the bias
+  const Sum* condition;  // [images, h, w, c] of the first map: the condition's half and the bias
   const int64_t *seed, *sample_ids;
-  const Element* in;                // [total, h, w, channels]: the map the segment reads, not if it starts the chain
-  Element* out;                     // likewise, not if it ends the chain
+  const Element* in;                  // [total, h, w, channels]: the map the segment reads, not if it starts the chain
+  Element* out;                       // likewise, not if it ends the chain
   const Element* kept[max_products];  // gradient: the activation where product i's result arrives, as forward left it
-  Image image;                      // forward: the result; gradient: what arrives
-  Image result;                     // gradient: the image that was computed, if squashed
-  Sum* condition_gradient;          // [total, h, w, c] of the first map
+  Image image;                        // forward: the result; gradient: what arrives
+  Image result;                       // gradient: the image that was computed, if squashed
+  Sum* condition_gradient;            // [total, h, w, c] of the first map
 };
 
 template <class Machine>
@@ -160,10 +162,9 @@ struct Block {
 };
 
 template <class Machine>
-PF_HD Block<Machine> block_of(const Task<Machine>& task, int64_t index) {
+PF_HD void set_block(Block<Machine>& block, const Task<Machine>& task, int64_t index) {
   const Segment& s = task.segment;
   const int tiles = ceil_div(task.products[s.last].out_h, s.rows);
-  Block<Machine> block{};
   block.task = &task;
   block.sample = index / tiles * s.samples;
   const int64_t left = task.total - block.sample;
@@ -173,7 +174,6 @@ PF_HD Block<Machine> block_of(const Task<Machine>& task, int64_t index) {
   for (int i = s.last; i >= s.first; --i) {
     block.rows[i] = rows_read(task.products[i], task.gradient, block.rows[i + 1]);
   }
-  return block;
 }
 
 template <class Machine>
@@ -205,7 +205,8 @@ PF_HD Class class_of(const Product& p, bool gradient, Rows out, int index) {
 }
 
 // Column tiles of a warp's item.
-PF_HD int item_columns(const Product& p) { return p.columns % 32 == 0 ? 4 : 1; }
+constexpr int map_columns = channel_tile / column_tile, image_columns = 1;
+PF_HD int item_columns(const Product& p) { return p.image ? image_columns : map_columns; }
 
 PF_HD int row_items(int samples, const Class& c) { return ceil_div(samples * c.positions(), row_tile * item_rows); }
 PF_HD int column_items(const Product& p) { return p.columns / (column_tile * item_columns(p)); }
@@ -218,13 +219,13 @@ PF_HD void multiply(Machine& machine, const Product& p, const Class& c, int samp
   const int rows = samples * c.positions(), pitch = p.pitch(), chunks = p.channels() / channel_tile;
   Sum sums[Machine::lanes][item_rows][columns][4] = {};
   struct Pixel {
-    int row;      // of the block's map, before y is added
+    int row;       // of the block's map, before y is added
     int16_t y, x;  // which tap 0 reads
   };
   Pixel pixels[Machine::lanes][item_rows];
   int at[Machine::lanes][item_rows];
   machine.each([&](int lane, int slot) PF_INLINE {
-PF_UNROLL
+    PF_UNROLL
     for (int i = 0; i < item_rows; ++i) {
       const int row = first_row + row_tile * i + lane % row_tile, position = row % c.positions();
       const int y = position / c.width + c.first_y, x = position % c.width + c.first_x;
@@ -243,24 +244,25 @@ PF_UNROLL
   const auto fetch = [&](typename Machine::Weights(&to)[Machine::lanes][columns], int step) PF_INLINE {
     const typename Machine::Element* source = weights_of(step);
     machine.each([&](int lane, int slot) PF_INLINE {
-PF_UNROLL
+      PF_UNROLL
       for (int j = 0; j < columns; ++j) {
         to[slot][j] = machine.load_weights(source + j * (channel_tile * column_tile) + lane * 8);
       }
     });
   };
   if (steps > 0) fetch(next, 0);
+  PF_NO_UNROLL
   for (int step = 0; step < steps; ++step) {
-PF_UNROLL
+    PF_UNROLL
     for (int slot = 0; slot < Machine::lanes; ++slot) {
-PF_UNROLL
+      PF_UNROLL
       for (int j = 0; j < columns; ++j) now[slot][j] = next[slot][j];
     }
     if (step + 1 < steps) fetch(next, step + 1);  // in flight while this step is computed
     const int tap = step / chunks, chunk = step % chunks;
     if (chunk == 0) {
       machine.each([&](int lane, int slot) PF_INLINE {
-PF_UNROLL
+        PF_UNROLL
         for (int i = 0; i < item_rows; ++i) {
           const Pixel& pixel = pixels[slot][i];
           const int y = pixel.y + c.y.in_per_tap * (tap / c.x.taps), x = pixel.x + c.x.in_per_tap * (tap % c.x.taps);
@@ -270,14 +272,14 @@ PF_UNROLL
         }
       });
     }
-PF_UNROLL
+    PF_UNROLL
     for (int half = 0; half < 2; ++half) {
-PF_UNROLL
+      PF_UNROLL
       for (int i = 0; i < item_rows; ++i) {
         if (first_row + row_tile * i >= rows) continue;  // the same for all lanes
         typename Machine::Rows a[Machine::lanes];
         machine.load_rows(a, [&](int slot) PF_INLINE { return at[slot][i] + chunk * channel_tile + 16 * half; });
-PF_UNROLL
+        PF_UNROLL
         for (int j = 0; j < columns; ++j) {
           machine.multiply([&](int slot) PF_INLINE -> Sum* { return sums[slot][i][j]; }, a,
                            [&](int slot) PF_INLINE { return now[slot][j]; }, half);
@@ -287,19 +289,19 @@ PF_UNROLL
   }
 
   machine.each([&](int lane, int slot) PF_INLINE {
-PF_UNROLL
+    PF_UNROLL
     for (int i = 0; i < item_rows; ++i) {
-PF_UNROLL
+      PF_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int row = first_row + row_tile * i + c_row(lane, 2 * half);
         if (row >= rows) continue;
         const int position = row % c.positions();
         const int y = c.y.out_step * (position / c.width + c.first_y) + c.y.out_first;
         const int x = c.x.out_step * (position % c.width + c.first_x) + c.x.out_first;
-PF_UNROLL
+        const auto place = sink.place(row / c.positions(), y, x, first_column + c_column(lane, 0));
+        PF_UNROLL
         for (int j = 0; j < columns; ++j) {
-          sink(row / c.positions(), y, x, first_column + column_tile * j + c_column(lane, 0), sums[slot][i][j][2 * half],
-               sums[slot][i][j][2 * half + 1]);
+          sink.store(place, column_tile * j, sums[slot][i][j][2 * half], sums[slot][i][j][2 * half + 1]);
         }
       }
     }
@@ -364,64 +366,103 @@ PF_HD void load_image_gradient(Machine& machine, const Block<Machine>& block, in
   });
 }
 
-// Adds the bias or scales by LeakyReLU's slope, and stores two neighbouring columns where they belong.
+// The image: adds the bias, and squashes.
 template <class Machine>
-struct Epilogue {
+struct ToImage {
+  using Sum = typename Machine::Sum;
   Machine& machine;
   const Block<Machine>& block;
   int index;  // of the product
-  int to;     // the next map in shared memory
+  int to;     // not used: nothing follows
 
-  using Sum = typename Machine::Sum;
+  struct Place {
+    int64_t at;
+    int column;
+  };
 
-  PF_HD void operator()(int sample, int y, int x, int column, Sum a, Sum b) const {
+  PF_HD Place place(int sample, int y, int x, int column) const {
+    const auto& task = *block.task;
+    return {task.image.at(task.first_sample + block.sample + sample, column, y, x), column};
+  }
+  PF_HD void store(const Place& place, int offset, Sum a, Sum b) const {
     const auto& task = *block.task;
     const Product& p = task.products[index];
-    const int64_t n = block.sample + sample;
-    const int64_t pixel = (n * p.out_h + y) * p.out_w + x;
-    const bool ends = index + 1 == task.count;
-    if (task.gradient) {
-      const auto* kept = task.kept[index] + pixel * round_up(p.out_c, channel_tile) + column;
-      if (!(load(kept[0]) > 0)) a *= task.slope;
-      if (!(load(kept[1]) > 0)) b *= task.slope;
-      if (ends) {
-        Sum* out = task.condition_gradient + ((task.first_sample + n) * p.out_h + y) * int64_t{p.out_w} * p.out_c +
-                     int64_t{x} * p.out_c + column;
-        if (column < p.out_c) out[0] = a;
-        if (column + 1 < p.out_c) out[1] = b;
-        return;
-      }
-    } else {
-      const Sum* bias = task.biases + p.bias + column;
-      bool first = true, second = true;  // has a bias
-      if (index == 0) {
-        const int64_t image = (task.first_sample + n) / task.draws;
-        bias = task.condition + ((image * p.out_h + y) * p.out_w + x) * p.out_c + column;
-        first = column < p.out_c;
-        second = column + 1 < p.out_c;
-      }
-      if (first) a += bias[0];
-      if (second) b += bias[1];
-      if (ends) {
-        if (task.squashed) {
-          a = sigmoid(a);
-          b = sigmoid(b);
-        }
-        if (column < p.out_c) machine.write(task.image, task.image.at(task.first_sample + n, column, y, x), a);
-        if (column + 1 < p.out_c) machine.write(task.image, task.image.at(task.first_sample + n, column + 1, y, x), b);
-        return;
-      }
-      if (!(a > 0)) a *= task.slope;
-      if (!(b > 0)) b *= task.slope;
-    }
-    if (index == task.segment.last) {
-      machine.write_pair(task.out + pixel * p.columns + column, a, b);
-    } else {
-      const Rows rows = block.rows[index + 1];
-      const int next = (sample * rows.count() + y - rows.lo) * p.out_w + x;
-      machine.put_pair(to + next * (p.columns + pixel_gap) + column, a, b);
+    const Sum both[2] = {a, b};
+    PF_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (place.column + offset + i >= p.out_c) continue;
+      const Sum value = both[i] + task.biases[p.bias + place.column + offset + i];
+      machine.write(task.image, place.at + (offset + i) * task.image.c, task.squashed ? sigmoid(value) : value);
     }
   }
+};
+
+// Maps: forward adds the bias and bends, the gradient is scaled where forward was bent.
+template <class Machine>
+struct ToMap {
+  using Element = typename Machine::Element;
+  using Sum = typename Machine::Sum;
+  Machine& machine;
+  const Block<Machine>& block;
+  int index;
+  int to;  // the next map in shared memory
+
+  struct Place {
+    const Sum* bias;
+    const Element* kept;
+    Element* out;    // in memory, or
+    int at;          // in shared memory, or
+    Sum* condition;  // the condition's gradient
+    int inside;      // columns from here that are no padding
+  };
+
+  PF_HD Place place(int sample, int y, int x, int column) const {
+    const auto& task = *block.task;
+    const Product& p = task.products[index];
+    const int64_t n = block.sample + sample, in_map = int64_t{y} * p.out_w + x, size = int64_t{p.out_h} * p.out_w;
+    Place place{nullptr, nullptr, nullptr, 0, nullptr, p.out_c - column};
+    if (task.gradient) {
+      place.kept = task.kept[index] + (n * size + in_map) * p.columns + column;
+      if (index + 1 == task.count) {
+        place.condition = task.condition_gradient + ((task.first_sample + n) * size + in_map) * p.out_c + column;
+        return place;
+      }
+    } else if (index == 0) {
+      place.bias = task.condition + ((task.first_sample + n) / task.draws * size + in_map) * p.out_c + column;
+    } else {
+      place.bias = task.biases + p.bias + column;
+    }
+    if (index == task.segment.last) {
+      place.out = task.out + (n * size + in_map) * p.columns + column;
+    } else {
+      const Rows rows = block.rows[index + 1];
+      place.at = to + ((sample * rows.count() + y - rows.lo) * p.out_w + x) * (p.columns + pixel_gap) + column;
+    }
+    return place;
+  }
+
+  PF_HD void store(const Place& place, int offset, Sum a, Sum b) const {
+    const auto& task = *block.task;
+    if (place.kept == nullptr) {
+      a = bent(offset < place.inside ? a + place.bias[offset] : a);
+      b = bent(offset + 1 < place.inside ? b + place.bias[offset + 1] : b);
+    } else {
+      if (!(load(place.kept[offset]) > 0)) a *= task.slope;
+      if (!(load(place.kept[offset + 1]) > 0)) b *= task.slope;
+      if (place.condition != nullptr) {
+        if (offset < place.inside) place.condition[offset] = a;
+        if (offset + 1 < place.inside) place.condition[offset + 1] = b;
+        return;
+      }
+    }
+    if (place.out != nullptr) {
+      machine.write_pair(place.out + offset, a, b);
+    } else {
+      machine.put_pair(place.at + offset, a, b);
+    }
+  }
+
+  PF_HD Sum bent(Sum value) const { return value > 0 ? value : value * block.task->slope; }
 };
 
 // All of one block, of one launch.
@@ -444,7 +485,6 @@ PF_HD void run(Machine& machine, const Block<Machine>& block) {
     const bool odd = (index - segment.first) % 2 != 0;
     const int from = odd ? segment.buffers[0] : 0, to = odd ? 0 : segment.buffers[0];
     const auto* weights = task.weights + p.weights;
-    const Epilogue<Machine> epilogue{machine, block, index, to};
     int items = 0;
     for (int k = 0; k < classes(p, task.gradient); ++k) {
       items += row_items(block.samples, class_of(p, task.gradient, block.rows[index + 1], k)) * column_items(p);
@@ -458,12 +498,16 @@ PF_HD void run(Machine& machine, const Block<Machine>& block) {
       }
       // neighbours share the weights
       const int height = row_items(block.samples, c), row = (item - before) % height, column = (item - before) / height;
-      const auto go = [&](auto width) PF_INLINE {
-        multiply<decltype(width)::value>(machine, p, c, block.samples, block.rows[index], from, zeros, weights,
-                                         row * row_tile * item_rows, column * decltype(width)::value * column_tile,
-                                         epilogue);
+      const auto go = [&](auto width, auto sink) PF_INLINE {
+        constexpr int columns = decltype(width)::value;
+        multiply<columns>(machine, p, c, block.samples, block.rows[index], from, zeros, weights,
+                          row * row_tile * item_rows, column * columns * column_tile, sink);
       };
-      item_columns(p) == 4 ? go(std::integral_constant<int, 4>{}) : go(std::integral_constant<int, 1>{});
+      if (p.image) {
+        go(std::integral_constant<int, image_columns>{}, ToImage<Machine>{machine, block, index, to});
+      } else {
+        go(std::integral_constant<int, map_columns>{}, ToMap<Machine>{machine, block, index, to});
+      }
     });
   }
 }

@@ -26,13 +26,27 @@ inline std::vector<Product> chain_of(const std::vector<int64_t>& numbers, bool g
   std::vector<Product> forward, backward;
   const auto number = [&](int64_t i) { return static_cast<int>(numbers[i]); };
   int c = number(1), h = number(2), w = number(3), bias = 0;
-  Product first{number(0), 1, 1, c, h, w, h, w, h, w, 0, 0, round_up(c, channel_tile), 0, 0};
+  Product first{number(0), 1, 1, c, h, w, h, w, h, w, 0, 0, round_up(c, channel_tile), 0, 0, false};
   int64_t weights = first.packed();
   forward.push_back(first);
   for (int64_t i = head_numbers; i < static_cast<int64_t>(numbers.size()); i += layer_numbers) {
     const bool image = i + layer_numbers == static_cast<int64_t>(numbers.size());
-    Product p{c, h, w, number(i), number(i + 4), number(i + 5), number(i + 1), number(i + 1), number(i + 2),
-              number(i + 2), number(i + 3), number(i + 3), 0, bias, weights};
+    Product p{c,
+              h,
+              w,
+              number(i),
+              number(i + 4),
+              number(i + 5),
+              number(i + 1),
+              number(i + 1),
+              number(i + 2),
+              number(i + 2),
+              number(i + 3),
+              number(i + 3),
+              0,
+              bias,
+              weights,
+              image};
     p.columns = round_up(p.out_c, image ? column_tile : channel_tile);
     if (p.out_h > largest_side || p.out_w > largest_side || p.kernel_h > largest_side) {
       throw std::runtime_error("decode_samples: maps and kernels may have " + std::to_string(largest_side) +
@@ -50,6 +64,7 @@ inline std::vector<Product> chain_of(const std::vector<int64_t>& numbers, bool g
     back.out_c = p->in_c, back.out_h = p->in_h, back.out_w = p->in_w;
     back.columns = round_up(back.out_c, channel_tile);
     back.weights = weights;
+    back.image = false;
     weights += back.packed();
     backward.push_back(back);
   }

@@ -24,8 +24,10 @@
 // Loops over registers must be unrolled: a GPU's registers have no index.
 #if defined(__CUDACC__)
 #define PF_UNROLL _Pragma("unroll")
+#define PF_NO_UNROLL _Pragma("unroll 1")
 #else
 #define PF_UNROLL
+#define PF_NO_UNROLL
 #endif
 
 namespace pf {

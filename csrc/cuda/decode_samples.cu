@@ -105,7 +105,7 @@ using Task = decoder::Task<Warp>;
 __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constant__ Task task) {
   extern __shared__ __align__(16) uint16_t maps[];
   __shared__ decoder::Block<Warp> block;  // its rows are indexed: not for registers
-  if (threadIdx.x == 0) block = decoder::block_of(task, blockIdx.x);
+  if (threadIdx.x == 0) decoder::set_block(block, task, blockIdx.x);
   __syncthreads();
   Warp warp{reinterpret_cast<bfloat16*>(maps), static_cast<uint32_t>(__cvta_generic_to_shared(maps))};
   decoder::run(warp, block);
@@ -126,9 +126,11 @@ std::vector<decoder::Segment> plan(const std::vector<int64_t>& numbers, const st
 
 decoder::Image image_of(const Tensor& x) {
   const bool single = x.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(single || x.scalar_type() == ScalarType::BFloat16, "decode_samples: images must be float32 or bfloat16");
-  return {x.mutable_data_ptr(), single ? decoder::Format::f32 : decoder::Format::bf16, x.stride(0), x.stride(1),
-          x.stride(2), x.stride(3)};
+  STD_TORCH_CHECK(single || x.scalar_type() == ScalarType::BFloat16,
+                  "decode_samples: images must be float32 or bfloat16");
+  return {x.mutable_data_ptr(), single ? decoder::Format::f32 : decoder::Format::bf16,
+          x.stride(0),          x.stride(1),
+          x.stride(2),          x.stride(3)};
 }
 
 // Everything the forward and the backward call share; `task` brings its images.
@@ -154,7 +156,8 @@ void decode(Task task, const Tensor& condition, const Tensor& seed, const Tensor
   task.condition = static_cast<const float*>(condition.const_data_ptr());
   task.seed = static_cast<const int64_t*>(seed.const_data_ptr());
   task.sample_ids = static_cast<const int64_t*>(sample_ids.const_data_ptr());
-  STD_CUDA_CHECK(cudaFuncSetAttribute(decode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, decoder::shared_bytes));
+  STD_CUDA_CHECK(
+      cudaFuncSetAttribute(decode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, decoder::shared_bytes));
   Tensor maps = packed;  // replaced: a tensor without memory has no constructor here
   decoder::decode(
       task, numbers, workspace,
@@ -181,9 +184,9 @@ Tensor decode_samples(Tensor condition, Tensor seed, Tensor sample_ids, Tensor p
   sample_ids = torch::stable::contiguous(sample_ids);
   const int64_t total = sample_ids.numel() * samples, c = numbers.end()[-6], h = numbers.end()[-2],
                 w = numbers.end()[-1];
-  Tensor out = channels_last ? torch::stable::permute(torch::stable::new_empty(condition, {total, h, w, c}, dtype),
-                                                      {0, 3, 1, 2})
-                             : torch::stable::new_empty(condition, {total, c, h, w}, dtype);
+  Tensor out = channels_last
+                   ? torch::stable::permute(torch::stable::new_empty(condition, {total, h, w, c}, dtype), {0, 3, 1, 2})
+                   : torch::stable::new_empty(condition, {total, c, h, w}, dtype);
   Task task{};
   task.image = image_of(out);
   decode(task, condition, seed, sample_ids, packed, biases, numbers, samples, slope, squash);

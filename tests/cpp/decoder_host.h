@@ -95,7 +95,9 @@ template <class E, class S>
 void launch_on_host(const Task<HostMachine<E, S>>& task) {
   for (int64_t i = 0; i < blocks_of(task); ++i) {
     HostMachine<E, S> machine(task.segment.elements());
-    run(machine, block_of(task, i));
+    Block<HostMachine<E, S>> block{};
+    set_block(block, task, i);
+    run(machine, block);
   }
 }
 
