@@ -234,44 +234,51 @@ PF_HD void multiply(Machine& machine, const Product& p, const Class& c, int samp
     }
   });
 
-  const int steps = c.y.taps * c.x.taps * chunks;
-  const auto weights_of = [&](int step) PF_INLINE {
-    const int tap = step / chunks, y = c.y.tap_first + c.y.tap_step * (tap / c.x.taps);
-    const int x = c.x.tap_first + c.x.tap_step * (tap % c.x.taps);
-    return weights + weight_index(p, y * p.kernel_w + x, step % chunks * channel_tile, first_column);
+  struct Step {  // a tap, by its numbers along the axes, and 32 channels of it
+    int y, x, chunk;
   };
+  weights += weight_index(p, 0, 0, first_column);
   typename Machine::Weights now[Machine::lanes][columns], next[Machine::lanes][columns];
-  const auto fetch = [&](typename Machine::Weights(&to)[Machine::lanes][columns], int step) PF_INLINE {
-    const typename Machine::Element* source = weights_of(step);
+  const auto fetch = [&](const Step& step) PF_INLINE {
+    const int y = c.y.tap_first + c.y.tap_step * step.y, x = c.x.tap_first + c.x.tap_step * step.x;
+    const auto* source = weights + ((y * p.kernel_w + x) * chunks + step.chunk) * (channel_tile * p.columns);
     machine.each([&](int lane, int slot) PF_INLINE {
       PF_UNROLL
       for (int j = 0; j < columns; ++j) {
-        to[slot][j] = machine.load_weights(source + j * (channel_tile * column_tile) + lane * 8);
+        next[slot][j] = machine.load_weights(source + j * (channel_tile * column_tile) + lane * 8);
       }
     });
   };
-  if (steps > 0) fetch(next, 0);
+  Step step{c.x.taps > 0 ? 0 : c.y.taps, 0, 0};
+  if (step.y < c.y.taps) fetch(step);
   PF_NO_UNROLL
-  for (int step = 0; step < steps; ++step) {
+  while (step.y < c.y.taps) {
     PF_UNROLL
     for (int slot = 0; slot < Machine::lanes; ++slot) {
       PF_UNROLL
       for (int j = 0; j < columns; ++j) now[slot][j] = next[slot][j];
     }
-    if (step + 1 < steps) fetch(next, step + 1);  // in flight while this step is computed
-    const int tap = step / chunks, chunk = step % chunks;
-    if (chunk == 0) {
+    if (step.chunk == 0) {
       machine.each([&](int lane, int slot) PF_INLINE {
         PF_UNROLL
         for (int i = 0; i < item_rows; ++i) {
           const Pixel& pixel = pixels[slot][i];
-          const int y = pixel.y + c.y.in_per_tap * (tap / c.x.taps), x = pixel.x + c.x.in_per_tap * (tap % c.x.taps);
+          const int y = pixel.y + c.y.in_per_tap * step.y, x = pixel.x + c.x.in_per_tap * step.x;
           const bool inside = y >= 0 && y < p.in_h && x >= 0 && x < p.in_w;
           const int where = inside ? from + ((pixel.row + y) * p.in_w + x) * pitch : zeros;
           at[slot][i] = where + lane / row_tile * 8;
         }
       });
     }
+    const int chunk = step.chunk;
+    if (++step.chunk == chunks) {
+      step.chunk = 0;
+      if (++step.x == c.x.taps) {
+        step.x = 0;
+        ++step.y;
+      }
+    }
+    if (step.y < c.y.taps) fetch(step);  // in flight while this step is computed
     PF_UNROLL
     for (int half = 0; half < 2; ++half) {
       PF_UNROLL
