@@ -92,7 +92,6 @@ def _ops() -> list[tuple[str, ...]]:
             else:
                 why = _why(op, kind, served)
             rows.append((op.name if kind == "cpu" else "", kind, ", ".join(exists), served, why))
-    rows.append(("decode_samples", "any", "reference", "reference", "plain layers, fused by torch.compile"))
     return rows
 
 

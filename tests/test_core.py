@@ -14,6 +14,7 @@ from purify_fast.ops import philox, use_backend
 from purify_fast.ops.aggregate import METHODS
 from purify_fast.ops.philox import Stream, words
 
+
 def holds(*strategies):
     """A property, tried on the same 200 examples every time."""
     return lambda test: settings(max_examples=200, deadline=None, derandomize=True)(given(*strategies)(test))

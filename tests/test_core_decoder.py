@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from purify_fast.nn.vae import Deconvolution, decoder_plan, published_decoder
 from purify_fast.nn.vae_v1 import decoder_plan_v1
+from purify_fast.ops import Stream
 
 op = import_module("purify_fast.ops.decode_samples")
 SEED = 0x1234567
@@ -81,10 +82,14 @@ class Decoder:
     def layers(self, core) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Every pre-activation [B K, C, H, W], and the image's logits, with a graph."""
         channels, h, w = self.sizes.start
-        groups = range(-(-self.sizes.latent_dim // 4))
-        draws = [[[core.draw_group(2, SEED, g, k, i, 1) for g in groups] for k in range(self.samples)] for i in self.ids.tolist()]
-        z = torch.from_numpy(np.array(draws, np.uint32).view(np.float32)).flatten(2)[..., : self.sizes.latent_dim].double()
-        x = torch.einsum("bkl,chwl->bkchw", z, self.first)
+        dim = self.sizes.latent_dim
+        draws = [
+            [core.draw_group(2, SEED, group, draw, sample, int(Stream.LATENT)) for group in range(-(-dim // 4))]
+            for sample in self.ids.tolist()
+            for draw in range(self.samples)
+        ]
+        z = torch.from_numpy(np.array(draws, np.uint32).view(np.float32)).flatten(1)[:, :dim].double()
+        x = torch.einsum("bkl,chwl->bkchw", z.unflatten(0, (-1, self.samples)), self.first)
         x = x + self.condition.view(-1, 1, h, w, channels).permute(0, 1, 4, 2, 3)
         maps = [x.flatten(0, 1).requires_grad_()]
         for layer, weight, bias in zip(self.sizes.layers, self.weights, self.biases, strict=True):

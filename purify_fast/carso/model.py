@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from ..nn.defence import Defence
 from ..nn.layers import normalisation
+from ..nn.packed_decoder import PackedDecoder
 from ..nn.representation import Representation
 from ..nn.vae import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder, decoder_plan
 from ..nn.vae_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
 from ..nn.view import inside, quicken
+from ..ops import REGISTRY
 from ..ops.decode_samples import decode_samples, latents
 
 if TYPE_CHECKING:
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
 
 FORMS = ("v4", "v1")
 DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping]]
+
+
+def _packs(device: torch.device) -> bool:
+    """Whether a kernel of our own decodes on ``device``; in a compiled graph the layers do, fused with the rest."""
+    return not torch.compiler.is_compiling() and REGISTRY["decode_samples"].served_by(device) != "reference"
 
 
 class Carso(Defence):
@@ -90,6 +97,7 @@ class Carso(Defence):
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
         # a frozen copy of the reader; a tuple, as the classifier's
         self._reader: tuple[Representation] | None = None
+        self._packed: tuple[tuple, PackedDecoder] | None = None  # and the weights it was made of
         image_shape = self.image_shape
         sizes = {"cond_dim": cond_dim, "latent_dim": latent_dim, "samples": samples, "decoder_width": decoder_width}
         for name, value in {**sizes, "encoder_depth": encoder_depth}.items():
@@ -207,6 +215,29 @@ class Carso(Defence):
             raise ValueError(f"z must be [B, K, {self.latent_dim}] with B = {x.shape[0]} or 1, got {list(z.shape)}")
         return self.decode(z.expand(x.shape[0], -1, -1).to(condition.dtype), condition)
 
+    def _packed_decoder(self, device: torch.device) -> PackedDecoder | None:
+        """The decoder as one op: where a kernel serves it, and none of its weights may want a gradient."""
+        if self.training or self._fast is None or self._fast[0].dtype != torch.bfloat16 or not _packs(device):
+            return None
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters()):
+            return None
+        tensors = (*self.decoder.parameters(), *self.decoder.buffers())
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        if self._packed is None or self._packed[0] != state:
+            with torch.inference_mode(False):  # to be differentiated through, wherever it is made
+                self._packed = state, PackedDecoder(self.decoder)
+        return self._packed[1]
+
+    def _images(self, x: Tensor, z: Tensor | None, draws: int = 1) -> Tensor:
+        """`reconstruct`, with ``draws * K`` latents if none are given."""
+        packed = None if z is not None or self.silent else self._packed_decoder(x.device)
+        if packed is not None:
+            seed, ids = self.noise(x.shape[0], x.device)
+            return packed(self.condition(x), seed, ids.expand(x.shape[0]), draws * self.samples)
+        if z is None and draws > 1:
+            z = self.prior_latents(x.shape[0], x.device, draws)
+        return torch.sigmoid(self.reconstruction_logits(x, z))
+
     def reconstruct(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Purified images in (0, 1).
 
@@ -217,7 +248,7 @@ class Carso(Defence):
         Returns:
             ``[B, K, C, H, W]``; differentiable to x.
         """
-        return torch.sigmoid(self.reconstruction_logits(x, z))
+        return self._images(x, z)
 
     def purify(self, x: Tensor) -> Tensor:
         """`reconstruct`, by the name that attacks and evaluations know a purifier by; BPDA's gradient skips c(x)."""
@@ -236,8 +267,7 @@ class Carso(Defence):
         """`sample_logits` of ``draws`` independent calls, ``[draws, B, K, classes]``: the noise enters after c(x)."""
         if self._noise != "fresh":  # every call gives the same
             return self.sample_logits(x).expand(draws, -1, -1, -1)
-        z = self.prior_latents(x.shape[0], x.device, draws)
-        return self.sample_logits(x, z).unflatten(1, (draws, -1)).transpose(0, 1)
+        return self.classify(self._images(x, None, draws)).unflatten(1, (draws, -1)).transpose(0, 1)
 
     # -- the published systems ----------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from .folding import fold_batchnorm
 from .head import Head
 from .inpainting import DeepFillGenerator
 from .masked_autoencoder import VIT_B16, MaskedAutoencoder
+from .packed_decoder import PackedDecoder
 from .purifiers import PURIFIERS, Purifier, build_purifier
 from .randomised import Randomised
 from .representation import Representation
@@ -40,6 +41,7 @@ __all__ = [
     "Head",
     "MaskedAutoencoder",
     "NoisyCopies",
+    "PackedDecoder",
     "PatchDiscriminator",
     "PosteriorEncoder",
     "PosteriorEncoderV1",

@@ -115,6 +115,12 @@ class Deconvolution:
     padding: int = 1
     output_padding: tuple[int, int] = (0, 0)
 
+    @classmethod
+    def of(cls, layer: nn.ConvTranspose2d) -> Deconvolution:
+        """What a square layer is."""
+        (kernel, _), (stride, _), (padding, _) = layer.kernel_size, layer.stride, layer.padding
+        return cls(layer.out_channels, kernel, stride, int(padding), tuple(layer.output_padding))
+
     def size(self, h: int, w: int) -> tuple[int, int]:
         """The (h, w) this layer makes of an input of (h, w)."""
         return (
@@ -164,6 +170,8 @@ class Decoder(nn.Module):
     Raises:
         ValueError: at construction, layers that do not end at image_shape.
     """
+
+    slope = 0.2  # of its LeakyReLU
 
     def __init__(
         self,

@@ -92,6 +92,8 @@ class DecoderV1(nn.Module):
             image_shape.
     """
 
+    slope = 0.01  # of its LeakyReLU
+
     def __init__(
         self,
         latent_dim: int,
@@ -103,7 +105,7 @@ class DecoderV1(nn.Module):
         super().__init__()
         if prod(start) != latent_dim + cond_dim:
             raise ValueError(f"the decoder starts with {latent_dim + cond_dim} numbers, its start is {tuple(start)}")
-        self.start = tuple(start)
+        self.latent_dim, self.start = latent_dim, tuple(start)
         stack: list[nn.Module] = []
         channels, h, w = start
         for layer in layers:

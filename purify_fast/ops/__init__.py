@@ -4,7 +4,7 @@ from ._op import REGISTRY, use_backend
 from .aggregate import aggregate
 from .apgd_step import apgd_step
 from .contextual_attention import contextual_attention, key_validity
-from .decode_samples import decode_samples
+from .decode_samples import decode_prior, decode_samples
 from .gated_elu import gated_elu
 from .noisy_replay import noisy_replay
 from .pgd_step import pgd_step
@@ -21,6 +21,7 @@ __all__ = [
     "aggregate",
     "apgd_step",
     "contextual_attention",
+    "decode_prior",
     "decode_samples",
     "gated_elu",
     "key_validity",

@@ -139,6 +139,38 @@ def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
     return torch.cat([*parts, *reversed(backward)]), torch.cat(shifts)
 
 
+def _run(
+    condition: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    packed: Tensor,
+    biases: Tensor,
+    geometry: Geometry,
+    samples: int,
+    slope: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What enters every LeakyReLU and last the image's logits, [B * K, C, H, W]; the convolutions' weights."""
+    channels, h, w = geometry.start
+    products, sizes = geometry.products(), [taps * inputs * columns for taps, inputs, columns in geometry.products()]
+    parts = packed[: sum(sizes)].split(sizes)
+    first, *unpacked = (_unpack(part, *product) for part, product in zip(parts, products, strict=True))
+    z = latents(seed, sample_ids, samples, geometry.latent_dim).to(packed.dtype)
+    x = torch.einsum("bkl,plc->bkpc", z, first[:, : geometry.latent_dim, :channels])
+    x = x.to(condition.dtype) + condition.view(-1, 1, h * w, channels)
+    maps, weights = [x.to(packed.dtype).flatten(0, 1).unflatten(1, (h, w)).permute(0, 3, 1, 2)], []
+    shifts = biases.to(packed.dtype).split([columns for _, _, columns in products[1:]])
+    for layer, weight, shift in zip(geometry.layers, unpacked, shifts, strict=True):
+        kernel = weight[:, : maps[-1].shape[1], : layer.channels].unflatten(0, (layer.kernel, layer.kernel))
+        weights.append(kernel.permute(2, 3, 0, 1))
+        missing = [
+            size - ((before - 1) * layer.stride - 2 * layer.padding + layer.kernel)
+            for size, before in zip((layer.height, layer.width), maps[-1].shape[2:], strict=True)
+        ]
+        x, bias = F.leaky_relu(maps[-1], slope), shift[: layer.channels]
+        maps.append(F.conv_transpose2d(x, weights[-1], bias, layer.stride, layer.padding, missing))
+    return maps, weights
+
+
 def reference(
     condition: Tensor,
     seed: Tensor,
@@ -156,29 +188,8 @@ def reference(
 
     condition: [B, H * W * C] of the first map, pixel by pixel, float32 (float64). Returns [B * K, C, H, W].
     """
-    geometry = Geometry.of(numbers)
-    channels, h, w = geometry.start
-    products, offset, weights = geometry.products(), 0, []
-    for taps, inputs, columns in products:
-        size = taps * inputs * columns
-        weights.append(_unpack(packed[offset : offset + size], taps, inputs, columns))
-        offset += size
-    z = latents(seed, sample_ids, samples, geometry.latent_dim).to(packed.dtype)
-    first = weights[0][:, : geometry.latent_dim, :channels]  # [pixels, latent, channels]
-    x = torch.einsum("bkl,plc->bkpc", z, first).to(condition.dtype) + condition.view(-1, 1, h * w, channels)
-    x = F.leaky_relu(x, slope).to(packed.dtype).flatten(0, 1).unflatten(1, (h, w)).permute(0, 3, 1, 2)
-    shift = 0
-    for i, (layer, weight, (_, _, columns)) in enumerate(zip(geometry.layers, weights[1:], products[1:], strict=True)):
-        kernel = weight[:, : x.shape[1], : layer.channels].unflatten(0, (layer.kernel, layer.kernel))
-        bias = biases[shift : shift + layer.channels].to(packed.dtype)
-        missing = [
-            size - ((before - 1) * layer.stride - 2 * layer.padding + layer.kernel)
-            for size, before in zip((layer.height, layer.width), x.shape[2:], strict=True)
-        ]
-        x = F.leaky_relu(x, slope) if i else x
-        x = F.conv_transpose2d(x, kernel.permute(2, 3, 0, 1), bias, layer.stride, layer.padding, missing)
-        shift += columns
-    x = wide(x)
+    maps, _ = _run(condition, seed, sample_ids, packed, biases, Geometry.of(numbers), samples, slope)
+    x = wide(maps[-1])
     x = (torch.sigmoid(x) if squash else x).to(dtype)
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -196,15 +207,16 @@ def reference_backward(
     slope: float,
     squash: bool,
 ) -> Tensor:
-    """grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]; the decoder is run again."""
-    with torch.enable_grad():
-        leaf = condition.detach().requires_grad_()
-        rest = (seed, sample_ids, packed, biases, numbers, samples, slope, False, False, condition.dtype)
-        logits = reference(leaf, *rest)
-    upstream = wide(grad)
-    if squash:
-        upstream = upstream * wide(image) * (1 - wide(image))
-    return torch.autograd.grad(logits, leaf, upstream.to(logits.dtype))[0]
+    """grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]; the decoder is run again, nothing was stored."""
+    geometry = Geometry.of(numbers)
+    maps, weights = _run(condition, seed, sample_ids, packed, biases, geometry, samples, slope)
+    g = wide(grad)
+    g = (g * wide(image) * (1 - wide(image)) if squash else g).to(packed.dtype)
+    for layer, weight, x in zip(geometry.layers[::-1], weights[::-1], maps[-2::-1], strict=True):
+        g = F.conv2d(g, weight, None, layer.stride, layer.padding)
+        g = torch.where(x > 0, g, slope * g)
+    by_pixel = g.to(condition.dtype).permute(0, 2, 3, 1).flatten(1)
+    return by_pixel.unflatten(0, (-1, samples)).sum(1)
 
 
 def _fake(condition, seed, sample_ids, packed, biases, numbers, samples, slope, squash, channels_last, dtype):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -417,3 +418,55 @@ def test_balanced_batches_do_not_need_a_defence():
     b = batch(16)
     x = balanced_batch(Residual().eval(), b.x, b.y, CarsoConfig(steps=2), seed=1, sample_ids=b.sample_ids)
     assert x.shape == b.x.shape and (x - b.x).abs().max() <= 8 / 255 + 1e-6
+
+
+@pytest.fixture
+def packing(monkeypatch):
+    """As where a kernel decodes: the op is served by its reference here. Counts its calls."""
+    calls = []
+    module = sys.modules["purify_fast.nn.packed_decoder"]
+    plain = module.decode_prior
+    monkeypatch.setattr(module, "decode_prior", lambda *a, **k: calls.append(a[6]) or plain(*a, **k))
+    monkeypatch.setattr("purify_fast.carso.model._packs", lambda device: True)
+    return calls
+
+
+def test_a_packed_decoder_computes_the_same(packing):
+    made, x = defence().requires_grad_(False), images(5)
+    want = response(made, x)
+    assert not packing  # in full precision the layers decode
+    got = response(made.accelerate(), x)
+    assert packing == [4, 4]
+    for a, b, tolerance in zip(got, want, (0.02, 0.1), strict=True):
+        assert relative(a, b) < tolerance
+    with made.fixed_noise(3), torch.no_grad():
+        torch.testing.assert_close(made.sample_logits(x[2:]), got[0][2:], rtol=2e-2, atol=2e-2)
+    del packing[:]
+    torch.manual_seed(5)
+    draws = made.draw_sample_logits(x, 3)
+    assert packing == [12] and draws.shape == (3, 5, 4, 10) and not torch.equal(draws[0], draws[1])
+    with made.deterministic():
+        made(x)
+    assert packing == [12]  # z = 0 is the layers'
+
+
+def test_a_packed_decoder_follows_its_weights(packing):
+    made, x = defence().accelerate(), images(3)
+    made(x)
+    assert not packing  # a gradient of the decoder's weights may be asked for
+    with torch.no_grad(), made.fixed_noise(3):
+        before = made.reconstruct(x)
+        assert packing == [4] and made._packed[1] is made._packed_decoder(x.device)
+        made.decoder.stack[-1].bias.add_(0.5)
+        after = made.reconstruct(x)
+    assert relative(after, before) > 0.1
+    with torch.no_grad(), made.fixed_noise(3):
+        assert relative(after, made.accelerate(None).reconstruct(x)) < 0.01
+    with torch.inference_mode():
+        made.accelerate()(x)
+    made.train()(x)
+    assert len(packing) == 3  # not in training
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(made).eval()))
+    with torch.no_grad():
+        twin(x)
+    assert len(packing) == 4 and "_packed" not in str(list(made.state_dict()))

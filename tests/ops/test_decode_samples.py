@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast.ops import Stream, decode_samples, philox
+from purify_fast.ops import Stream, decode_prior, decode_samples, philox
 
 op = import_module("purify_fast.ops.decode_samples")
 SEED = torch.tensor([11])
@@ -88,3 +88,93 @@ def test_compiles_and_copies(decoder, contract):
 def test_errors(decoder, shape):
     with pytest.raises(ValueError, match=r"z must be \[B, K, latent_dim\] with B = 3"):
         decode_samples(decoder, torch.zeros(3, 5), torch.zeros(shape))
+
+
+GEOMETRY = op.Geometry(6, (4, 2, 3), (op.Layer(5, 3, 2, 1, 4, 5), op.Layer(2, 2, 1, 1, 3, 4)))
+
+
+def packed_arguments(batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple:
+    """condition, seed, ids, packed, biases of a decoder with random weights."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    packed, biases = op.pack(normal(4, 2, 3, 6), [normal(4, 5, 3, 3), normal(5, 2, 2, 2)], [normal(5), normal(2)])
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    ids = torch.arange(batch) * 7 + 1
+    return normal(batch, 24).to(real), SEED, ids, packed.to(dtype), biases.to(real)
+
+
+def opaque(condition, *rest):
+    """Through the op and its own backward, as a kernel is called."""
+    return op._DecodeSamples.apply(condition, *rest)
+
+
+def test_packing_is_undone():
+    weight = torch.randn(9, 40, 24)
+    unpacked = op._unpack(op._pack(weight, 32), 9, 64, 32)
+    assert torch.equal(unpacked[:, :40, :24], weight)
+    assert not unpacked[:, 40:].any() and not unpacked[..., 24:].any()
+    assert op.Geometry.of(GEOMETRY.numbers()) == GEOMETRY
+
+
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_contract_of_the_op(contract, dtype, squash):
+    arguments = packed_arguments(2, dtype)
+    real = arguments[0].dtype
+    sizes = (GEOMETRY.numbers(), 3, 0.2, squash)
+    contract.registered(op.OP.handle, (*arguments, *sizes, False, real), (*arguments, *sizes, True, real))
+    image = op.OP.handle(*arguments, *sizes, False, real)
+    contract.registered(op.BACKWARD.handle, (torch.randn_like(image), image, *arguments, *sizes))
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_gradients_of_the_op(squash):
+    condition, *rest = packed_arguments()
+    rest += [GEOMETRY.numbers(), 3, 0.2, squash, False, torch.float64]
+    condition.requires_grad_()
+    assert torch.autograd.gradcheck(lambda c: opaque(c, *rest), condition)
+    assert torch.autograd.gradcheck(lambda c: op.reference(c, *rest), condition)
+
+
+def test_decode_prior_compiles(contract):
+    def make(size: int) -> tuple:
+        condition, _, ids, *_ = packed_arguments(size, torch.float32)
+        return condition.requires_grad_(), ids
+
+    _, seed, _, packed, biases = packed_arguments(1, torch.float32)
+    for call in (None, opaque):
+
+        def run(condition, ids, call=call):
+            if call is None:
+                return decode_prior(condition, seed, ids, packed, biases, GEOMETRY, 3)
+            numbers = GEOMETRY.numbers()
+            return call(condition, seed, ids, packed, biases, numbers, 3, 0.2, True, False, torch.float32)
+
+        contract.compiles(run, make, (6, 8, 13), compiler="aot_eager")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packed": torch.zeros(9, dtype=torch.float16)}, "packed must be bfloat16, float32 or float64, got torch.flo"),
+        ({"packed": torch.zeros(9)}, "packed must hold at least"),
+        ({"condition": torch.zeros(2, 23)}, r"condition must be \[B, 24\] and torch.float32, got \[2, 23\]"),
+        ({"condition": torch.zeros(2, 24).half()}, r"condition must be .* got \[2, 24\] and torch.float16"),
+        ({"biases": torch.zeros(40).double()}, "biases must be torch.float32, got torch.float64"),
+        ({"dtype": torch.float16}, "dtype must be float32 or bfloat16"),
+        ({"sample_ids": torch.arange(3)}, r"sample_ids must be \[B\] = \[2\] and int64"),
+        ({"seed": torch.tensor([1.0])}, r"seed \[1\] and int64"),
+        ({"samples": 0}, "samples must be at least 1 and slope at least 0, got 0"),
+        ({"slope": -0.1}, "got 3 and -0.1"),
+        ({"condition": torch.zeros(2, 24, device="meta")}, "condition is on meta"),
+    ],
+)
+def test_refusals_of_decode_prior(change, message):
+    names = "condition", "seed", "sample_ids", "packed", "biases"
+    arguments = dict(zip(names, packed_arguments(2, torch.float32), strict=True))
+    arguments |= {"geometry": GEOMETRY, "samples": 3}
+    with pytest.raises(ValueError, match=message):
+        decode_prior(**(arguments | change))
