@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,7 +55,7 @@ class PackedDecoder(nn.Module):
             raise ValueError(f"dtype must be bfloat16, float32 or float64, got {dtype}")
         if any(isinstance(layer, BatchNorm2d) and layer.training for layer in decoder.modules()):
             raise ValueError("decoder must be in evaluation mode: a BatchNorm that still learns cannot be folded")
-        layers = list(decoder.stack)
+        layers: list[Any] = list(decoder.stack)
         if isinstance(decoder, Decoder):
             start = decoder.start
             joint = decoder.adapter.weight.double().unflatten(0, start)  # [C, h, w, z and c]

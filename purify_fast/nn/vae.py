@@ -118,8 +118,9 @@ class Deconvolution:
     @classmethod
     def of(cls, layer: nn.ConvTranspose2d) -> Deconvolution:
         """What a square layer is."""
-        (kernel, _), (stride, _), (padding, _) = layer.kernel_size, layer.stride, layer.padding
-        return cls(layer.out_channels, kernel, stride, int(padding), tuple(layer.output_padding))
+        more_h, more_w = layer.output_padding
+        kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
+        return cls(layer.out_channels, kernel, stride, padding, (more_h, more_w))
 
     def size(self, h: int, w: int) -> tuple[int, int]:
         """The (h, w) this layer makes of an input of (h, w)."""

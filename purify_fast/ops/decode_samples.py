@@ -299,9 +299,9 @@ def decode_prior(
     expected = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
     channels, h, w = geometry.start
     real = expected.get(packed.dtype)
-    dtype = real if dtype is None else dtype
     if real is None:
         raise ValueError(f"packed must be bfloat16, float32 or float64, got {packed.dtype}")
+    dtype = real if dtype is None else dtype
     if condition.dim() != 2 or condition.shape[1] != channels * h * w or condition.dtype != real:
         raise ValueError(
             f"condition must be [B, {channels * h * w}] and {real}, got {list(condition.shape)} and {condition.dtype}"

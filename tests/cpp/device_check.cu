@@ -2,6 +2,8 @@
 #include "core/aggregate.h"
 #include "core/apgd_step.h"
 #include "core/contextual_attention.h"
+#include "core/decode_samples.h"
+#include "core/decoder_plan.h"
 #include "core/gated_elu.h"
 #include "core/math.h"
 #include "core/noisy_replay.h"
