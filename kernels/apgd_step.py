@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import on, warps
+from ._common import on
 from .pgd_step import _clamp, _l2_direction, _l2_moved, _l2_shrink, _linf_moved, _load, layout
 
 
@@ -93,12 +93,12 @@ def forward(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    size, width, blocks = layout(x, norm)
+    size, blocks, block = layout(x, norm)
     kernel = _linf if norm == 0 else _l2
     with on(x):
         kernel[(x.shape[0] * blocks,)](
             x.contiguous(), grad.contiguous(), x_nat.contiguous(), previous.contiguous(), alpha.contiguous(),
             eps.contiguous(), out, size, blocks, float(momentum), float(1 - momentum), float(lo), float(hi),
-            WIDTH=width, num_warps=warps(width), enable_fp_fusion=False,
+            **block, enable_fp_fusion=False,
         )  # fmt: skip
     return out

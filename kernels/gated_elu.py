@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import BLOCK, expm1, on, warps
+from ._common import expm1, on, tile
 
 
 @triton.jit
@@ -55,8 +55,9 @@ def _layout(features: Tensor, dim: int) -> tuple[tuple[int, int, int], dict]:
     """Rows, elements of half a row and programs per row; the tile. Not of an empty tensor."""
     rows = math.prod(features.shape[:dim])
     size = features.numel() // rows // 2
-    width = min(BLOCK, triton.next_power_of_2(size))
-    return (rows, size, triton.cdiv(size, width)), {"ROWS": BLOCK // width, "WIDTH": width, "num_warps": warps(BLOCK)}
+    block, warps = tile(rows * size, features)
+    width = min(block, triton.next_power_of_2(size))
+    return (rows, size, triton.cdiv(size, width)), {"ROWS": block // width, "WIDTH": width, "num_warps": warps}
 
 
 def forward(features: Tensor, dim: int) -> Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import BLOCK, on, warps
+from ._common import on, tile
 from .pgd_step import _clamp, _load
 from .philox import in_order, uniform, words
 
@@ -51,12 +51,12 @@ def forward(
     if out.numel() == 0:
         return out
     size = x.numel() // x.shape[0]
-    block = min(BLOCK, max(32, triton.next_power_of_2(size)))
+    block, warps = tile(size, x)
     blocks = triton.cdiv(size, block)
     with on(x):
         _forward[(x.shape[0] * blocks,)](
             x.contiguous(), x_adv.contiguous(), drift.contiguous(), tau.contiguous(), eps.contiguous(),
             seed.contiguous(), sample_ids.contiguous(), out, size, blocks, float(lo), float(hi),
-            STREAM=REPLAY_NOISE, GROUPS=block // 4, num_warps=warps(block), enable_fp_fusion=False,
+            STREAM=REPLAY_NOISE, GROUPS=block // 4, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import BLOCK, on, warps
+from ._common import BLOCK, on, sum_tile, tile
 
 
 @triton.jit
@@ -92,11 +92,11 @@ def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, lo,
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def layout(x: Tensor, norm: int) -> tuple[int, int, int]:
-    """Elements of a sample, elements a program sees at once, programs per sample; ``norm`` by index."""
+def layout(x: Tensor, norm: int) -> tuple[int, int, dict]:
+    """Elements of a sample, programs per sample, elements a program sees at once and its warps; ``norm`` by index."""
     size = x.numel() // x.shape[0]
-    width = min(BLOCK if norm == 0 else 2 * BLOCK, max(32, triton.next_power_of_2(size)))
-    return size, width, triton.cdiv(size, width) if norm == 0 else 1
+    width, warps = tile(size, x) if norm == 0 else sum_tile(size, 2 * BLOCK)
+    return size, triton.cdiv(size, width) if norm == 0 else 1, {"WIDTH": width, "num_warps": warps}
 
 
 def forward(
@@ -106,11 +106,11 @@ def forward(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    size, width, blocks = layout(x, norm)
+    size, blocks, block = layout(x, norm)
     kernel = _linf if norm == 0 else _l2
     with on(x):
         kernel[(x.shape[0] * blocks,)](
             x.contiguous(), grad.contiguous(), x_nat.contiguous(), alpha.contiguous(), eps.contiguous(), out,
-            size, blocks, float(lo), float(hi), WIDTH=width, num_warps=warps(width), enable_fp_fusion=False,
+            size, blocks, float(lo), float(hi), **block, enable_fp_fusion=False,
         )  # fmt: skip
     return out

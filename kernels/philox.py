@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import BLOCK, on, warps
+from ._common import on, tile
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def philox(
     out = torch.empty((sample_ids.shape[0], draws, numel), dtype=dtype, device=sample_ids.device)
     if out.numel() == 0:
         return out
-    block = min(BLOCK, max(32, triton.next_power_of_2(numel)))
+    block, warps = tile(numel, out)
     blocks = triton.cdiv(numel, block)
     with on(out):
         _philox[(sample_ids.shape[0] * draws * blocks,)](
@@ -107,6 +107,6 @@ def philox(
             blocks,
             KIND=distribution,
             GROUPS=block // 4,
-            num_warps=warps(block),
+            num_warps=warps,
         )
     return out

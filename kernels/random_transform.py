@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import BLOCK, is_channels_last, memory_format, on, warps
+from ._common import is_channels_last, memory_format, on, tile, warps
 from .pgd_step import _clamp, _load
 from .philox import in_order, normals, words
 
@@ -123,10 +123,6 @@ def _backward(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _groups(plane: int) -> int:
-    return min(BLOCK, max(32, triton.next_power_of_2(plane))) // 4
-
-
 def _assign(
     seed: Tensor, sample_ids: Tensor, rows: int, columns: int, missing: int, parts: int, samples: int, shared: bool
 ) -> Tensor:
@@ -144,13 +140,14 @@ def _assign(
 def _launch(kernel, pointers: tuple[Tensor, ...], x: Tensor, owners: Tensor, planes: int, sigma, parts, last) -> None:
     samples, batch, rows, columns = owners.shape
     _, channels, height, width = x.shape
-    plane, groups = height * width, _groups(height * width)
-    tiles = triton.cdiv(plane + 3, 4 * groups)  # a plane may begin inside a group
+    plane = height * width
+    block, own = tile(plane, pointers[0], pointers[-1])
+    tiles = triton.cdiv(plane + 3, block)  # a plane may begin inside a group
     kernel[(batch * tiles * planes,)](
         *pointers, float(sigma), batch, channels, plane, width, width // columns, columns, rows * columns, tiles,
         samples, max(parts, 1), 0 if parts else 1,
-        NOISE=sigma != 0, CHANNELS_LAST=last, ALIGNED=plane % 4 == 0, STREAM=TRANSFORM_NOISE, GROUPS=groups,
-        num_warps=warps(4 * groups), enable_fp_fusion=False,
+        NOISE=sigma != 0, CHANNELS_LAST=last, ALIGNED=plane % 4 == 0, STREAM=TRANSFORM_NOISE, GROUPS=block // 4,
+        num_warps=own, enable_fp_fusion=False,
     )  # fmt: skip
 
 

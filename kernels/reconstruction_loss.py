@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import BLOCK, CHUNK, log1p, on, warps
+from ._common import CHUNK, dense, log1p, on, sum_tile, tile
 
 
 @triton.jit
@@ -50,23 +50,19 @@ def _backward(grad_ptr, logits_ptr, target_ptr, out_ptr, size, blocks, WIDTH: tl
     tl.store(out_ptr + row * size + element, (g * (tl.sigmoid(x) - t)).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _width(size: int) -> int:
-    return min(BLOCK, max(32, triton.next_power_of_2(size)))
-
-
 def forward(logits: Tensor, target: Tensor) -> Tensor:
     """[B, ...] twice -> [B], float32."""
     batch, out = logits.shape[0], torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.numel() == 0:
         return out.zero_()
     size = logits.numel() // batch
-    width, chunks = _width(size), triton.cdiv(size, CHUNK)
+    (width, warps), chunks = sum_tile(size), triton.cdiv(size, CHUNK)
     length = CHUNK if chunks > 1 else triton.cdiv(size, width) * width
     parts = torch.empty((batch, chunks), dtype=torch.float32, device=logits.device) if chunks > 1 else out
     with on(logits):
         _forward[(batch * chunks,)](
-            logits.contiguous(), target.contiguous(), parts, size, chunks,
-            LENGTH=length, WIDTH=width, num_warps=warps(width),
+            dense(logits), dense(target), parts, size, chunks,
+            LENGTH=length, WIDTH=width, num_warps=warps,
         )  # fmt: skip
         if chunks > 1:
             _add[(batch,)](parts, out, chunks, WIDTH=128, num_warps=1)
@@ -79,11 +75,11 @@ def backward(grad: Tensor, logits: Tensor, target: Tensor) -> Tensor:
     if logits.numel() == 0:
         return out
     size = logits.numel() // logits.shape[0]
-    width = _width(size)
+    width, warps = tile(size, logits, target)
     blocks = triton.cdiv(size, width)
     with on(logits):
         _backward[(logits.shape[0] * blocks,)](
             grad.contiguous(), logits.contiguous(), target.contiguous(), out, size, blocks,
-            WIDTH=width, num_warps=warps(width),
+            WIDTH=width, num_warps=warps,
         )  # fmt: skip
     return out

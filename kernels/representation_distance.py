@@ -1,5 +1,9 @@
-"""`representation_distance` in Triton, layer by layer: a program sums one chunk of one sample; a second one adds the
-chunks, in order, and measures. The chunk is fixed, so that a sample has the same bits in any batch. No atomics.
+"""`representation_distance` in Triton, all layers in one launch: a program sums one chunk of one layer of one sample.
+
+A sum of one chunk is measured at once; if any layer has more, a second launch adds the chunks of each, in order. The
+chunk is fixed, so that a sample has the same bits in any batch. No atomics.
+
+Layers are tuples of pointers and sizes, each with its own copy of the kernel's body: dtypes and shapes may differ.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import BLOCK, CHUNK, on, warps
+from ._common import CHUNK, dense, on, sum_tile, tile
 from .pgd_step import _clamp, _load
 
 #: `purify_fast.ops.representation_distance`'s kind by index, and its limits.
@@ -17,7 +21,8 @@ ABS_COSINE, COSINE, ANGULAR, L2 = (tl.constexpr(i) for i in range(4))
 LEAST_NORMS = tl.constexpr(1e-30)
 LEAST_SQUARE_SINE = tl.constexpr(1e-4)
 PI = tl.constexpr(3.141592653589793)
-#: Chunks that are added at once.
+#: Layers of a launch, and chunks that are added at once.
+LAYERS = 16
 PARTS = 128
 
 
@@ -37,26 +42,19 @@ def _arccos(x):
 
 
 @triton.jit
-def _sums(
-    student_ptr, teacher_ptr, out_ptr, size, chunks, DIFFERENCE: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr
-):
-    """u . v, |u|^2 and |v|^2 of a chunk; |u - v|^2 and two zeros if DIFFERENCE."""
-    pid = tl.program_id(0).to(tl.int64)
-    row, chunk = pid // chunks, pid % chunks
+def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexpr):
+    """u . v, |u|^2 and |v|^2 of the elements from ``start`` to ``end``; |u - v|^2 and two zeros if DIFFERENCE."""
     dot, uu, vv = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
-    for first in range(0, LENGTH, WIDTH):
-        element = chunk * LENGTH + first + tl.arange(0, WIDTH)
-        u = _load(student_ptr + row * size, element, element < size)
-        v = _load(teacher_ptr + row * size, element, element < size)
+    for first in range(start, end, WIDTH):
+        element = first + tl.arange(0, WIDTH)
+        u, v = _load(u_ptr, element, element < end), _load(v_ptr, element, element < end)
         if DIFFERENCE:
             dot += (u - v) * (u - v)
         else:
             dot += u * v
             uu += u * u
             vv += v * v
-    tl.store(out_ptr + pid * 3, tl.sum(dot, 0))
-    tl.store(out_ptr + pid * 3 + 1, tl.sum(uu, 0))
-    tl.store(out_ptr + pid * 3 + 2, tl.sum(vv, 0))
+    return tl.sum(dot, 0), tl.sum(uu, 0), tl.sum(vv, 0)
 
 
 @triton.jit
@@ -84,16 +82,7 @@ def _angle(dot, uu, vv, KIND: tl.constexpr):
 
 
 @triton.jit
-def _measure(parts_ptr, out_ptr, slopes_ptr, chunks, layers, layer, KIND: tl.constexpr, WIDTH: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    dot, uu, vv = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
-    for first in range(0, chunks, WIDTH):
-        chunk = first + tl.arange(0, WIDTH)
-        at, inside = (row * chunks + chunk) * 3, chunk < chunks
-        dot += _load(parts_ptr, at, inside)
-        uu += _load(parts_ptr, at + 1, inside)
-        vv += _load(parts_ptr, at + 2, inside)
-    dot, uu, vv = tl.sum(dot, 0), tl.sum(uu, 0), tl.sum(vv, 0)
+def _measure(dot, uu, vv, out_ptr, slopes_ptr, at, KIND: tl.constexpr):
     if KIND == L2:
         distance = tl.sqrt_rn(dot)
         moved = distance > 0
@@ -101,27 +90,72 @@ def _measure(parts_ptr, out_ptr, slopes_ptr, chunks, layers, layer, KIND: tl.con
         along = 0.0 * uu + 1.0
     else:
         distance, scale, along = _angle(dot, uu, vv, KIND)
-    at = row * layers + layer
     tl.store(out_ptr + at, distance)
     tl.store(slopes_ptr + 2 * at, scale)
     tl.store(slopes_ptr + 2 * at + 1, along)
 
 
 @triton.jit
+def _forward(
+    students, teachers, sizes, chunks, parts_ptr, out_ptr, slopes_ptr, programs, layers, layer,
+    KIND: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """``programs`` of a sample; ``layer``: the first one's index among all ``layers``. Without parts, measures."""
+    pid = tl.program_id(0).to(tl.int64)
+    row, own = pid // programs, pid % programs
+    before = 0
+    for i in tl.static_range(len(sizes)):
+        chunk = own - before
+        if (chunk >= 0) & (chunk < chunks[i]):
+            size, start = sizes[i], chunk * LENGTH
+            u_ptr, v_ptr = students[i] + row * size, teachers[i] + row * size
+            dot, uu, vv = _sums(u_ptr, v_ptr, start, tl.minimum(start + LENGTH, size), KIND == L2, WIDTH)
+            if parts_ptr is None:
+                _measure(dot, uu, vv, out_ptr, slopes_ptr, row * layers + layer + i, KIND)
+            else:
+                tl.store(parts_ptr + pid * 3, dot)
+                tl.store(parts_ptr + pid * 3 + 1, uu)
+                tl.store(parts_ptr + pid * 3 + 2, vv)
+        before += chunks[i]
+
+
+@triton.jit
+def _add(parts_ptr, out_ptr, slopes_ptr, chunks, programs, layers, layer, KIND: tl.constexpr, WIDTH: tl.constexpr):
+    """A program for every sample and layer, ``programs`` being those of a sample in `_forward`."""
+    pid = tl.program_id(0).to(tl.int64)
+    row, own = pid // len(chunks), pid % len(chunks)
+    start, count = row * programs, row * 0
+    for i in tl.static_range(len(chunks)):
+        start += tl.where(i < own, chunks[i], 0)
+        count += tl.where(i == own, chunks[i], 0)
+    dot, uu, vv = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, count, WIDTH):
+        chunk = first + tl.arange(0, WIDTH)
+        at, inside = (start + chunk) * 3, chunk < count
+        dot += _load(parts_ptr, at, inside)
+        uu += _load(parts_ptr, at + 1, inside)
+        vv += _load(parts_ptr, at + 2, inside)
+    at = row * layers + layer + own
+    _measure(tl.sum(dot, 0), tl.sum(uu, 0), tl.sum(vv, 0), out_ptr, slopes_ptr, at, KIND)
+
+
+@triton.jit
 def _backward(
-    grad_ptr, student_ptr, teacher_ptr, slopes_ptr, out_ptr, size, blocks, layers, layer, WIDTH: tl.constexpr
+    grad_ptr, students, teachers, slopes_ptr, outs, sizes, blocks, programs, layers, layer, WIDTH: tl.constexpr
 ):
     pid = tl.program_id(0).to(tl.int64)
-    row, element = pid // blocks, pid % blocks * WIDTH + tl.arange(0, WIDTH)
-    at, inside, of_row = row * size + element, element < size, row * layers + layer
-    weight = tl.load(grad_ptr + of_row).to(tl.float32) * tl.load(slopes_ptr + 2 * of_row)
-    along = tl.load(slopes_ptr + 2 * of_row + 1)
-    u, v = _load(student_ptr, at, inside), _load(teacher_ptr, at, inside)
-    tl.store(out_ptr + at, (weight * (v - along * u)).to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def _width(size: int) -> int:
-    return min(BLOCK, max(32, triton.next_power_of_2(size)))
+    row, own = pid // programs, pid % programs
+    before = 0
+    for i in tl.static_range(len(sizes)):
+        block = own - before
+        if (block >= 0) & (block < blocks[i]):
+            element = block * WIDTH + tl.arange(0, WIDTH)
+            at, inside, of_row = row * sizes[i] + element, element < sizes[i], row * layers + layer + i
+            weight = tl.load(grad_ptr + of_row).to(tl.float32) * tl.load(slopes_ptr + 2 * of_row)
+            along = tl.load(slopes_ptr + 2 * of_row + 1)
+            u, v = _load(students[i], at, inside), _load(teachers[i], at, inside)
+            tl.store(outs[i] + at, (weight * (v - along * u)).to(outs[i].dtype.element_ty), mask=inside)
+        before += blocks[i]
 
 
 def forward(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Tensor, Tensor]:
@@ -131,33 +165,43 @@ def forward(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Te
     slopes = torch.empty((batch, layers, 2), dtype=torch.float32, device=device)
     if batch == 0:
         return out, slopes
+    width, warps = sum_tile(CHUNK)  # of the smallest layer too: one launch has one
     with on(out):
-        for layer, (u, v) in enumerate(zip(student, teacher, strict=True)):
-            size = u.numel() // batch
-            width, chunks = _width(size), max(1, triton.cdiv(size, CHUNK))
-            length = CHUNK if chunks > 1 else max(1, triton.cdiv(size, width)) * width
-            parts = torch.empty((batch, chunks, 3), dtype=torch.float32, device=device)
-            _sums[(batch * chunks,)](
-                u.contiguous(), v.contiguous(), parts, size, chunks,
-                DIFFERENCE=kind == L2.value, LENGTH=length, WIDTH=width, num_warps=warps(width),
+        for layer in range(0, layers, LAYERS):
+            us, vs = (tuple(map(dense, side[layer : layer + LAYERS])) for side in (student, teacher))
+            sizes = tuple(u.numel() // batch for u in us)
+            chunks = tuple(max(1, triton.cdiv(size, CHUNK)) for size in sizes)
+            programs, parts = sum(chunks), None
+            if programs > len(chunks):
+                parts = torch.empty((batch, programs, 3), dtype=torch.float32, device=device)
+            _forward[(batch * programs,)](
+                us, vs, sizes, chunks, parts, out, slopes, programs, layers, layer,
+                KIND=kind, LENGTH=CHUNK, WIDTH=width, num_warps=warps,
             )  # fmt: skip
-            _measure[(batch,)](parts, out, slopes, chunks, layers, layer, KIND=kind, WIDTH=PARTS, num_warps=1)
+            if parts is not None:
+                _add[(batch * len(chunks),)](
+                    parts, out, slopes, chunks, programs, layers, layer, KIND=kind, WIDTH=PARTS, num_warps=1
+                )
     return out, slopes
 
 
 def backward(grad: Tensor, student: list[Tensor], teacher: list[Tensor], slopes: Tensor) -> list[Tensor]:
     """grad [B, L] times dd/dstudent, each layer in its dtype and shape, contiguous."""
     outs = [torch.empty(u.shape, dtype=u.dtype, device=u.device) for u in student]
-    grad, slopes, layers = grad.contiguous(), slopes.contiguous(), len(student)
+    batch, layers = slopes.shape[:2]
+    if batch == 0:
+        return outs
+    grad, slopes = grad.contiguous(), slopes.contiguous()
     with on(slopes):
-        for layer, (u, v, out) in enumerate(zip(student, teacher, outs, strict=True)):
-            if out.numel() == 0:
-                continue
-            size = u.numel() // u.shape[0]
-            width = _width(size)
-            blocks = triton.cdiv(size, width)
-            _backward[(u.shape[0] * blocks,)](
-                grad, u.contiguous(), v.contiguous(), slopes, out, size, blocks, layers, layer,
-                WIDTH=width, num_warps=warps(width),
-            )  # fmt: skip
+        for layer in range(0, layers, LAYERS):
+            us, vs = (tuple(x.contiguous() for x in side[layer : layer + LAYERS]) for side in (student, teacher))
+            sizes = tuple(u.numel() // batch for u in us)
+            width, warps = tile(max(sizes), *us, *vs)
+            blocks = tuple(triton.cdiv(size, width) for size in sizes)
+            programs = sum(blocks)
+            if programs > 0:
+                _backward[(batch * programs,)](
+                    grad, us, vs, slopes, tuple(outs[layer : layer + LAYERS]), sizes, blocks, programs, layers, layer,
+                    WIDTH=width, num_warps=warps,
+                )  # fmt: skip
     return outs

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import BLOCK, expm1, on, warps
+from ._common import dense, expm1, on, sum_tile, tile
 from .philox import normals
 
 #: The fourth counter word, `purify_fast.ops.philox.Stream.LATENT`.
@@ -52,21 +52,17 @@ def _backward(
         tl.store(dlogvar_ptr + at, dv.to(dlogvar_ptr.dtype.element_ty), mask=inside)
 
 
-def _block(dim: int) -> int:
-    return min(BLOCK, max(32, triton.next_power_of_2(dim)))
-
-
 def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
     """(z [B, D], kl [B]), as the op returns them."""
     z = torch.empty(mu.shape, dtype=mu.dtype, device=mu.device)
     kl = torch.empty(mu.shape[0], dtype=torch.float32, device=mu.device)
     if mu.numel() == 0:
         return z, kl.zero_()
-    block = _block(mu.shape[1])
+    block, warps = sum_tile(mu.shape[1])
     with on(mu):
         _forward[(mu.shape[0],)](
-            mu.contiguous(), logvar.contiguous(), seed.contiguous(), sample_ids.contiguous(), z, kl, mu.shape[1],
-            STREAM=LATENT, GROUPS=block // 4, num_warps=warps(block),
+            dense(mu), dense(logvar), seed.contiguous(), sample_ids.contiguous(), z, kl, mu.shape[1],
+            STREAM=LATENT, GROUPS=block // 4, num_warps=warps,
         )  # fmt: skip
     return z, kl
 
@@ -79,11 +75,11 @@ def backward(
     dlogvar = torch.empty(mu.shape, dtype=logvar.dtype, device=mu.device)
     if mu.numel() == 0:
         return dmu, dlogvar
-    block = _block(mu.shape[1])
+    block, warps = tile(mu.shape[1], mu, logvar)
     with on(mu):
         _backward[(mu.shape[0],)](
             grad_z.contiguous(), grad_kl.contiguous(), mu.contiguous(), logvar.contiguous(), seed.contiguous(),
             sample_ids.contiguous(), dmu, dlogvar, mu.shape[1],
-            STREAM=LATENT, GROUPS=block // 4, num_warps=warps(block),
+            STREAM=LATENT, GROUPS=block // 4, num_warps=warps,
         )  # fmt: skip
     return dmu, dlogvar

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import BLOCK, is_channels_last, memory_format, on, warps
+from ._common import is_channels_last, memory_format, on, tile
 
 
 @triton.jit
@@ -70,12 +70,12 @@ def _run(kernel, x: Tensor, owners: Tensor, passes: int, images: int) -> Tensor:
     samples, batch, rows, columns = owners.shape
     _, channels, height, width = x.shape
     size = channels * height * width
-    block = min(BLOCK, max(32, triton.next_power_of_2(size)))
+    block, warps = tile(size, x)
     tiles = triton.cdiv(size, block)
     with on(x):
         kernel[(samples * batch * tiles,)](
             x, owners.contiguous(), out, size, channels, height * width, width, height // rows, width // columns,
-            columns, rows * columns, passes, tiles, CHANNELS_LAST=last, WIDTH=block, num_warps=warps(block),
+            columns, rows * columns, passes, tiles, CHANNELS_LAST=last, WIDTH=block, num_warps=warps,
         )  # fmt: skip
     return out
 

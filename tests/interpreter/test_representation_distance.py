@@ -91,6 +91,21 @@ def test_layers_dtypes_layouts_splits_and_empty(poisoned, kind):
 
 
 @pytest.mark.parametrize("kind", range(4), ids=KINDS)
+def test_more_layers_than_a_launch_takes_are_as_each_alone(poisoned, kind):
+    kinds = ((5, torch.float32), (8193, torch.bfloat16), (0, torch.float32), (64, torch.float16))
+    pairs = [inputs(2, size, dtype=dtype, seed=i) for i in range(5) for size, dtype in kinds]
+    student, teacher = map(list, zip(*pairs, strict=True))
+    grad = torch.linspace(-1, 2, 2 * len(pairs)).view(2, -1)
+    whole, slopes = kernel.forward(student, teacher, kind)
+    got = kernel.backward(grad, student, teacher, slopes)
+    assert len(pairs) > kernel.LAYERS
+    for layer, (u, v) in enumerate(pairs):
+        alone, own = kernel.forward([u], [v], kind)
+        assert torch.equal(alone[:, 0], whole[:, layer]) and torch.equal(own[:, 0], slopes[:, layer])
+        assert torch.equal(kernel.backward(grad[:, layer : layer + 1], [u], [v], own)[0], got[layer])
+
+
+@pytest.mark.parametrize("kind", range(4), ids=KINDS)
 def test_zero_vectors_and_non_finite_features(kind):
     u, v = inputs(8, 100)
     u[0, 99], v[1, 3], u[2, 5] = torch.nan, torch.nan, torch.inf
