@@ -21,7 +21,7 @@ def test_same_stream_as_the_reference(ulps, poisoned, distribution, numel):
     got, expected = kernel.philox(SEED, IDS, *arguments), op.reference(SEED, IDS, *arguments)
     assert got.shape == expected.shape and got.dtype == expected.dtype and got.is_contiguous()
     if distribution == 2:
-        assert ulps(got, expected) <= 8  # the interpreter computes with NumPy, 4 ulp from the truth on some CPUs
+        assert ulps(got, expected) <= 6  # the interpreter takes NumPy's float32 log, up to 3.2 ulp from the truth
     else:
         assert torch.equal(got, expected)
 
