@@ -1,6 +1,7 @@
 """Compiles the device code with nvcc, without a GPU: no warnings, and no register spilled to memory.
 
-Every header of csrc/core (through device_check.cu) and every csrc/cuda/*.cu (against torch's stable headers).
+Every header of csrc/core (through device_check.cu) and every csrc/cuda/*.cu (against torch's stable headers), whose PTX
+holds no float64 arithmetic, no local memory, and the instructions named in `INSTRUCTIONS`.
 `--find` only prints the toolkit; exit status 1 and the reason if there is none.
 """
 
@@ -17,6 +18,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("80", "90", "100", "120")
+#: What the speed of a kernel rests on: matrix units and their loads, 16 bytes at a time.
+INSTRUCTIONS = {
+    "decode_samples": (
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16",
+        "ldmatrix.sync.aligned.m8n8.x4",
+        "ld.global.nc.v4",
+    ),
+    "philox": ("st.global.v4",),
+}
 
 
 def load_setup():
@@ -37,6 +47,13 @@ def spills(log: str) -> list[str]:
         if spill and (spill[1] != "0" or spill[2] != "0"):
             found.append(f"{kernel}: {spill[1]} bytes spilled, {spill[2]} loaded")
     return found
+
+
+def missing_or_wrong(ptx: str, name: str) -> list[str]:
+    """What the PTX of csrc/cuda/<name>.cu should not have, and has, or the other way round."""
+    found = [f"no {instruction}" for instruction in INSTRUCTIONS[name] if instruction not in ptx]
+    # tests/aot asks the same of the Triton kernels
+    return found + [f"{what} in the PTX" for what in (".f64", ".local") if re.search(rf"\{what}\b", ptx)]
 
 
 def main() -> int:
@@ -65,16 +82,12 @@ def main() -> int:
     kernels = 0
     with tempfile.TemporaryDirectory() as folder:
         for source in [ROOT / "tests/cpp/device_check.cu", *sorted(ROOT.glob("csrc/cuda/*.cu"))]:
-            command = [toolkit / "bin/nvcc", "-c", source, "-o", Path(folder) / "out.o", "-I", ROOT / "csrc"]
-            command += [
-                "-isystem",
-                include,
-                "-isystem",
-                include / "torch/csrc/api/include",
-                "-isystem",
-                toolkit / "include",
-            ]
-            command += [*setup.NVCC_FLAGS, *setup.DEFINES, "--Werror", "all-warnings", "-Xptxas", "-v"]
+            out = Path(folder) / "out"
+            nvcc = [toolkit / "bin/nvcc", source, "-o", out, "-I", ROOT / "csrc"]
+            for system in (include, include / "torch/csrc/api/include", toolkit / "include"):
+                nvcc += ["-isystem", system]
+            nvcc += [*setup.NVCC_FLAGS, *setup.DEFINES, "--Werror", "all-warnings"]
+            command = [*nvcc, "-c", "-Xptxas", "-v", "--threads", str(os.cpu_count())]
             command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
             run = subprocess.run(command, capture_output=True, text=True)
             log = run.stdout + run.stderr
@@ -83,6 +96,9 @@ def main() -> int:
             if run.returncode:
                 failures.append(f"{name} does not compile:\n{log}")
             failures += [f"{name}: {line}" for line in spills(log)]
+            if source.suffix == ".cu" and source.parent.name == "cuda":
+                subprocess.run([*nvcc, "-ptx", f"-arch=compute_{ARCHS[0]}"], check=True)
+                failures += [f"{name}: {line}" for line in missing_or_wrong(out.read_text(), source.stem)]
             print(f"{name}: {log.count('Compiling entry function')} kernels", flush=True)
     print(f"{kernels} kernels for sm_{', sm_'.join(ARCHS)}: {len(failures)} failures")
     print("\n".join(failures))
