@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -136,8 +137,9 @@ decoder::Image image_of(const Tensor& x) {
 // Everything the forward and the backward call share; `task` brings its images.
 void decode(Task task, const Tensor& condition, const Tensor& seed, const Tensor& sample_ids, const Tensor& packed,
             const Tensor& biases, const std::vector<int64_t>& numbers, int64_t samples, double slope, bool squash) {
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::BFloat16,
-                  "decode_samples: the CUDA kernel multiplies bfloat16: packed must be bfloat16");
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::BFloat16 && condition.scalar_type() == ScalarType::Float &&
+                      biases.scalar_type() == ScalarType::Float,
+                  "decode_samples: the CUDA kernel takes bfloat16 weights, float32 biases and conditions");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0,
                   "decode_samples: packed must begin at a multiple of 16 bytes");
   const int64_t images = sample_ids.numel();
@@ -176,14 +178,20 @@ void decode(Task task, const Tensor& condition, const Tensor& seed, const Tensor
       });
 }
 
+// Channels, height and width of the image, once there are enough numbers for one.
+std::array<int64_t, 3> image_sizes(const std::vector<int64_t>& numbers) {
+  decoder::chain_of(numbers, false);
+  return {numbers.end()[-6], numbers.end()[-2], numbers.end()[-1]};
+}
+
 Tensor decode_samples(Tensor condition, Tensor seed, Tensor sample_ids, Tensor packed, Tensor biases,
                       std::vector<int64_t> numbers, int64_t samples, double slope, bool squash, bool channels_last,
                       ScalarType dtype) {
   const torch::stable::accelerator::DeviceGuard guard(condition.get_device_index());
   condition = torch::stable::contiguous(condition);
   sample_ids = torch::stable::contiguous(sample_ids);
-  const int64_t total = sample_ids.numel() * samples, c = numbers.end()[-6], h = numbers.end()[-2],
-                w = numbers.end()[-1];
+  const auto [c, h, w] = image_sizes(numbers);
+  const int64_t total = sample_ids.numel() * samples;
   Tensor out = channels_last
                    ? torch::stable::permute(torch::stable::new_empty(condition, {total, h, w, c}, dtype), {0, 3, 1, 2})
                    : torch::stable::new_empty(condition, {total, c, h, w}, dtype);
@@ -199,6 +207,7 @@ Tensor decode_samples_backward(Tensor grad, Tensor image, Tensor condition, Tens
   const torch::stable::accelerator::DeviceGuard guard(condition.get_device_index());
   condition = torch::stable::contiguous(condition);
   sample_ids = torch::stable::contiguous(sample_ids);
+  image_sizes(numbers);
   const int64_t images = sample_ids.numel(), features = numbers[1] * numbers[2] * numbers[3];
   Tensor out = torch::stable::new_empty(condition, {images, samples, features});
   Task task{};
