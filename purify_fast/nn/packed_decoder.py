@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.decode_samples import Geometry, Layer, decode_prior, pack
+from ..ops.decode_samples import Geometry, Layer, Weights, decode_prior, pack, unpack
 from .layers import BatchNorm2d
 from .vae import Decoder, Deconvolution
 from .vae_v1 import DecoderV1
@@ -88,6 +88,18 @@ class PackedDecoder(nn.Module):
             ("bias", shift.permute(1, 2, 0).flatten(), real),
         ):
             self.register_buffer(name, value.to(kind).contiguous(), persistent=False)
+        self._layers = self._unpacked()
+
+    def _unpacked(self) -> Weights:
+        """For the layers, where no kernel serves: made once, not with every call."""
+        made = unpack(self.packed, self.biases, self.geometry)
+        last = tuple(weight.contiguous(memory_format=torch.channels_last) for weight in made.layers)
+        return Weights(made.first.contiguous(), last, made.biases)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._layers = self._unpacked()
+        return self
 
     def forward(
         self,
@@ -112,5 +124,5 @@ class PackedDecoder(nn.Module):
             first = F.linear(condition.to(self.weight.dtype), self.weight, self.bias)
         return decode_prior(
             first, seed, sample_ids, self.packed, self.biases, self.geometry, samples,
-            slope=self.slope, squash=squash, channels_last=channels_last, dtype=dtype,
+            slope=self.slope, squash=squash, channels_last=channels_last, dtype=dtype, weights=self._layers,
         )  # fmt: skip

@@ -139,36 +139,61 @@ def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
     return torch.cat([*parts, *reversed(backward)]), torch.cat(shifts)
 
 
-def _run(
+@dataclass(frozen=True)
+class Weights:
+    """A packed decoder's weights, unpacked: first [pixels, latent, channels], then every convolution's and its bias."""
+
+    first: Tensor
+    layers: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+
+
+def unpack(packed: Tensor, biases: Tensor, geometry: Geometry) -> Weights:
+    """What `pack` was given, in the packed weights' dtype."""
+    products = geometry.products()
+    sizes = [taps * inputs * columns for taps, inputs, columns in products]
+    parts = packed[: sum(sizes)].split(sizes)
+    first, *tiles = (_unpack(part, *product) for part, product in zip(parts, products, strict=True))
+    shifts = biases.to(packed.dtype).split([columns for _, _, columns in products[1:]])
+    inputs, weights = geometry.start[0], []
+    for layer, tile in zip(geometry.layers, tiles, strict=True):
+        kernel = tile[:, :inputs, : layer.channels].unflatten(0, (layer.kernel, layer.kernel))
+        weights.append(kernel.permute(2, 3, 0, 1))
+        inputs = layer.channels
+    ends = tuple(shift[: layer.channels] for shift, layer in zip(shifts, geometry.layers, strict=True))
+    return Weights(first[:, : geometry.latent_dim, : geometry.start[0]], tuple(weights), ends)
+
+
+def maps(
     condition: Tensor,
     seed: Tensor,
     sample_ids: Tensor,
-    packed: Tensor,
-    biases: Tensor,
+    weights: Weights,
     geometry: Geometry,
     samples: int,
     slope: float,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What enters every LeakyReLU and last the image's logits, [B * K, C, H, W]; the convolutions' weights."""
+) -> list[Tensor]:
+    """What enters every LeakyReLU and last the image's logits, [B * K, C, H, W], in the weights' precision."""
     channels, h, w = geometry.start
-    products, sizes = geometry.products(), [taps * inputs * columns for taps, inputs, columns in geometry.products()]
-    parts = packed[: sum(sizes)].split(sizes)
-    first, *unpacked = (_unpack(part, *product) for part, product in zip(parts, products, strict=True))
-    z = latents(seed, sample_ids, samples, geometry.latent_dim).to(packed.dtype)
-    x = torch.einsum("bkl,plc->bkpc", z, first[:, : geometry.latent_dim, :channels])
-    x = x.to(condition.dtype) + condition.view(-1, 1, h * w, channels)
-    maps, weights = [x.to(packed.dtype).flatten(0, 1).unflatten(1, (h, w)).permute(0, 3, 1, 2)], []
-    shifts = biases.to(packed.dtype).split([columns for _, _, columns in products[1:]])
-    for layer, weight, shift in zip(geometry.layers, unpacked, shifts, strict=True):
-        kernel = weight[:, : maps[-1].shape[1], : layer.channels].unflatten(0, (layer.kernel, layer.kernel))
-        weights.append(kernel.permute(2, 3, 0, 1))
+    dtype = weights.first.dtype
+    z = latents(seed, sample_ids, samples, geometry.latent_dim).to(dtype)
+    x = torch.einsum("bkl,plc->bkpc", z, weights.first).to(condition.dtype) + condition.view(-1, 1, h * w, channels)
+    out = [x.to(dtype).flatten(0, 1).unflatten(1, (h, w)).permute(0, 3, 1, 2)]
+    for layer, weight, bias in zip(geometry.layers, weights.layers, weights.biases, strict=True):
         missing = [
             size - ((before - 1) * layer.stride - 2 * layer.padding + layer.kernel)
-            for size, before in zip((layer.height, layer.width), maps[-1].shape[2:], strict=True)
+            for size, before in zip((layer.height, layer.width), out[-1].shape[2:], strict=True)
         ]
-        x, bias = F.leaky_relu(maps[-1], slope), shift[: layer.channels]
-        maps.append(F.conv_transpose2d(x, weights[-1], bias, layer.stride, layer.padding, missing))
-    return maps, weights
+        x = F.leaky_relu(out[-1], slope)
+        out.append(F.conv_transpose2d(x, weight, bias, layer.stride, layer.padding, missing))
+    return out
+
+
+def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype) -> Tensor:
+    """The last map as the op returns it."""
+    x = wide(logits)
+    x = (torch.sigmoid(x) if squash else x).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def reference(
@@ -188,10 +213,10 @@ def reference(
 
     condition: [B, H * W * C] of the first map, pixel by pixel, float32 (float64). Returns [B * K, C, H, W].
     """
-    maps, _ = _run(condition, seed, sample_ids, packed, biases, Geometry.of(numbers), samples, slope)
-    x = wide(maps[-1])
-    x = (torch.sigmoid(x) if squash else x).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    geometry = Geometry.of(numbers)
+    weights = unpack(packed, biases, geometry)
+    logits = maps(condition, seed, sample_ids, weights, geometry, samples, slope)[-1]
+    return images(logits, squash, channels_last, dtype)
 
 
 def reference_backward(
@@ -209,10 +234,11 @@ def reference_backward(
 ) -> Tensor:
     """grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]; the decoder is run again, nothing was stored."""
     geometry = Geometry.of(numbers)
-    maps, weights = _run(condition, seed, sample_ids, packed, biases, geometry, samples, slope)
+    weights = unpack(packed, biases, geometry)
+    entered = maps(condition, seed, sample_ids, weights, geometry, samples, slope)
     g = wide(grad)
     g = (g * wide(image) * (1 - wide(image)) if squash else g).to(packed.dtype)
-    for layer, weight, x in zip(geometry.layers[::-1], weights[::-1], maps[-2::-1], strict=True):
+    for layer, weight, x in zip(geometry.layers[::-1], weights.layers[::-1], entered[-2::-1], strict=True):
         g = F.conv2d(g, weight, None, layer.stride, layer.padding)
         g = torch.where(x > 0, g, slope * g)
     by_pixel = g.to(condition.dtype).permute(0, 2, 3, 1).flatten(1)
@@ -272,6 +298,7 @@ def decode_prior(
     squash: bool = True,
     channels_last: bool = False,
     dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
 ) -> Tensor:
     """Draw K latents per image and decode them with packed weights; `purify_fast.nn.PackedDecoder` wraps it.
 
@@ -287,6 +314,7 @@ def decode_prior(
         squash: end with a sigmoid: images in (0, 1); else their logits.
         channels_last: the memory layout of the images.
         dtype: of the images, float32 (default) or bfloat16; float64 beside float64 weights.
+        weights: ``unpack(packed, biases, geometry)``, if it is at hand: where the layers serve, they need it.
 
     Returns:
         Images ``[B, K, C, H, W]``; sample k of an image is draw index k, whatever K and the batch.
@@ -308,9 +336,9 @@ def decode_prior(
         )
     if biases.dtype != real:
         raise ValueError(f"biases must be {real}, got {biases.dtype}")
-    sizes = [taps * inputs * columns for taps, inputs, columns in geometry.products()]
-    if packed.dim() != 1 or packed.numel() < sum(sizes):
-        raise ValueError(f"packed must hold at least {sum(sizes)} numbers for {geometry}, got {list(packed.shape)}")
+    size = sum(taps * inputs * columns for taps, inputs, columns in geometry.products())
+    if packed.dim() != 1 or packed.numel() < size:
+        raise ValueError(f"packed must hold at least {size} numbers for {geometry}, got {list(packed.shape)}")
     if dtype not in ((torch.float64,) if real == torch.float64 else (torch.float32, torch.bfloat16)):
         raise ValueError(f"dtype must be float32 or bfloat16 (float64 for float64 weights), got {dtype}")
     if sample_ids.shape != (len(condition),) or sample_ids.dtype != torch.int64 or seed.dtype != torch.int64:
@@ -322,6 +350,12 @@ def decode_prior(
         raise ValueError(f"condition is on {condition.device}: seed, sample_ids, packed and biases must be, too")
     if samples < 1 or slope < 0:
         raise ValueError(f"samples must be at least 1 and slope at least 0, got {samples} and {slope}")
-    arguments = (condition, seed, sample_ids, packed, biases, geometry.numbers(), samples, float(slope), squash)
-    call = reference if OP.plain(condition.device) else _DecodeSamples.apply
-    return call(*arguments, channels_last, dtype).unflatten(0, (-1, samples))
+    if OP.plain(condition.device):
+        with torch.autocast(condition.device.type, enabled=False):
+            weights = unpack(packed, biases, geometry) if weights is None else weights
+            logits = maps(condition, seed, sample_ids, weights, geometry, samples, float(slope))[-1]
+        out = images(logits, squash, channels_last, dtype)
+    else:
+        sizes = geometry.numbers(), samples, float(slope), squash
+        out = _DecodeSamples.apply(condition, seed, sample_ids, packed, biases, *sizes, channels_last, dtype)
+    return out.unflatten(0, (-1, samples))

@@ -13,6 +13,9 @@ const std::vector<int64_t> cifar{128, 256, 3, 3,  256, 3,  2, 1, 5, 5,  128, 3, 
                                  3,   2,   1, 17, 17,  32, 3, 2, 1, 33, 33,  3, 2, 1, 1, 32, 32};
 const std::vector<int64_t> tiny{192, 256, 4, 4,  256, 3,  2, 1, 8, 8,  128, 3, 2, 1, 16, 16, 64,
                                 3,   2,   1, 32, 32,  32, 3, 2, 1, 64, 64,  3, 3, 1, 1,  64, 64};
+const std::vector<int64_t> imagenet{64,  256, 4,  4, 256, 3,  2,   1,   7, 7, 256, 3,  2,   1,  14, 14,
+                                    256, 3,   2,  1, 28,  28, 128, 3,   2, 1, 56,  56, 64,  3,  2,  1,
+                                    112, 112, 32, 3, 2,   1,  224, 224, 3, 3, 1,   1,  224, 224};
 const std::vector<int64_t> odd{7, 40, 2, 3, 96, 2, 3, 0, 5, 8, 5, 5, 1, 2, 5, 8};
 
 // Every output is in one class once, and reads what the definition says.
@@ -106,6 +109,7 @@ int main() {
     weights_fill(numbers);
     plans_fit(numbers);
   }
+  plans_fit(imagenet);
   const auto chain = chain_of(cifar, false);
   CHECK(chain.size() == 6 && chain[0].kernel_h == 3 && chain[0].stride_w == 3 && chain[5].columns == 8);
   CHECK(chain_of(cifar, true).size() == 5 && chain_of(cifar, true)[0].in_c == 3 && chain_of(cifar, true)[4].out_h == 3);
