@@ -86,7 +86,8 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
             "time": lambda: _clock(job.run, device),
             "flops": lambda: _flops(job),
             "rate": lambda: _matrix_rate(device, effort.matrix),
-            "parts": lambda: {name: [_clock(part, device) for _ in range(3)] for name, part in job.parts.items()},
+            "warm parts": lambda: [part() for part in job.parts.values()] and None,
+            "parts": lambda: {name: _clock(part, device) for name, part in job.parts.items()},
         }
         while (command := pipe.recv()) is not None:
             pipe.send((True, commands[command]()))
@@ -129,6 +130,7 @@ def race(pipeline: str, name: str, case: Case, device: torch.device, quick: bool
     effort, threads = QUICK if quick else Effort(), torch.get_num_threads()
     processes: dict[str, _Process] = {}
     right, times, rates = {}, {}, []
+    shares: dict[str, list[float]] = {}
     try:
         truth = None
         for label in case.contestants:
@@ -140,18 +142,21 @@ def race(pipeline: str, name: str, case: Case, device: torch.device, quick: bool
             right[label], times[label] = distance <= case.tolerance, []
             processes[label].ask("warm")
         flops = processes["ours"].ask("flops")
+        processes["ours"].ask("warm parts")
         for turn in range(effort.runs):
             tell(f"{name}: round {turn + 1} of {effort.runs}")
             for label, process in processes.items():
                 time.sleep(effort.pause)
                 times[label].append(process.ask("time"))
+                if label == "ours":  # beside the whole they are part of: the machine's speed changes in between
+                    for part, seconds in process.ask("parts").items():
+                        shares.setdefault(part, []).append(seconds / times[label][-1])
             time.sleep(effort.pause)
             rates.append(processes["ours"].ask("rate"))
-        time.sleep(effort.pause)
-        parts = {part: statistics.median(spent) for part, spent in processes["ours"].ask("parts").items()}
     finally:
         for process in processes.values():
             process.end()
+    parts = " ".join(f"{part}:{statistics.median(each):.3f}" for part, each in shares.items())
     rate, first = max(rates), statistics.median(times[next(iter(times))])
     rows = []
     for label, spent in times.items():
@@ -163,10 +168,9 @@ def race(pipeline: str, name: str, case: Case, device: torch.device, quick: bool
             "speed_up": f"{first / median:.2f}",
             "share_of_matrix_rate": f"{flops / median / rate:.3f}",
         }
-        shares = " ".join(f"{part}:{seconds / median:.3f}" for part, seconds in parts.items())
         row = {"pipeline": pipeline, "case": name, "shape": case.shape, "contestant": label}
         row |= numbers if right[label] else dict.fromkeys(numbers, "")
-        row |= {"verdict": "right" if right[label] else "wrong", "parts": shares if label == "ours" else ""}
+        row |= {"verdict": "right" if right[label] else "wrong", "parts": parts if label == "ours" else ""}
         row |= {"GFLOP": f"{flops / 1e9:.1f}", "matrix_GFLOP_per_s": f"{rate / 1e9:.1f}", "runs": effort.runs}
         rows.append(row | environment(device))
     return rows

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -16,7 +16,7 @@ from torch import nn
 
 from . import demo, info
 from ._process import processes
-from .arrest import AblationConfig, ArrestConfig, ArrestTask, ablate
+from .arrest import AblationConfig, ArrestConfig, ArrestTask, Teacher, ablate
 from .atop import Atop, AtopConfig, AtopTask, DeepFillGenerator
 from .atop import load as load_atop
 from .carso import Carso, CarsoConfig, CarsoTask
@@ -25,7 +25,7 @@ from .carso.presets import preset
 from .data import DataSet, statistics
 from .data import load as load_data
 from .evaluation import Attack, default_attacks, evaluate, lee_kim_2023
-from .nn import CLASSIFIERS, Representation, build_classifier, build_purifier
+from .nn import CLASSIFIERS, build_classifier, build_purifier
 from .nn.classifiers import representation_before_pooling
 from .nn.defence import Defence
 from .saving import load
@@ -46,7 +46,7 @@ from .training.distributed import in_turn, launched, own_device, torchrun_group
 
 @dataclass(frozen=True)
 class Demo:
-    """Train and attack seven models on digits; prints a table, writes a report with pictures. Resumes where it was."""
+    """Train and attack ten models on digits; prints a table, writes a report with pictures. Resumes where it was."""
 
     out: Path = Path("runs/demo")
     quick: bool = False
@@ -88,6 +88,16 @@ class _Data:
             cache=self.cache,
         )
         return found.to(self.device)
+
+    def attacked_by(self, folder: Path, eps: float, norm: str) -> str:
+        """The command that attacks what was trained here: the same images, the same ball."""
+        words = ["purify-fast", "evaluate", str(folder), "--data", self.data]
+        if self.data_root is not None:
+            words += ["--data-root", str(self.data_root)]
+        if self.image_size is not None:
+            words += ["--image-size", *map(str, self.image_size)]
+        words += ["--eps", f"{eps:.6g}"] + (["--norm", norm] if norm != "linf" else [])
+        return f"saved to {folder}; attack it with: {shlex.join(words)}"
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,7 @@ def _train_defence(
         return
     save_defence(defence, command.out)
     save_classifier(classifier, command.out / "classifier")
-    print(f"saved to {command.out}; attack it with: purify-fast evaluate {command.out}")
+    print(command.attacked_by(command.out, command.method.eps, command.method.norm))
 
 
 def _given(command: Any, *options: str) -> dict[str, Any]:
@@ -340,13 +350,12 @@ class TrainArrest(_Data):
         save_classifier(task.result, self.out)
         report = evaluate(task.result, images.x_test[:], images.y_test, eps=self.method.eps, attacks=[], name="arrest")
         print(report.to_text(sys.stdout.isatty()))
-        ball = f"--eps {self.method.eps:.6g}" + (f" --norm {self.method.norm}" if self.method.norm != "linf" else "")
-        print(f"saved to {self.out}; attack it with: purify-fast evaluate {self.out} {ball}")
+        print(self.attacked_by(self.out, self.method.eps, self.method.norm))
 
     def fitting(self, model: nn.Module, images: DataSet) -> nn.Module:
         """The classifier, if it fits the images and has the layers: said before anything is trained."""
         layers = self.layers or (representation_before_pooling(model),)
-        found = Representation(copy.deepcopy(model), layers, images.image_shape).num_classes
+        found = Teacher(model, layers, images.image_shape, self.method.pooled).reader.num_classes
         if images.num_classes > found:
             raise ValueError(f"--data {self.data}: it has {images.num_classes} classes, the classifier {found}")
         return model
@@ -369,7 +378,7 @@ class TrainArrest(_Data):
 class Ablate(_Data):
     """Adversarial training, finetuning, distillation and replay, each trained and attacked; a table and a plot.
 
-    Resumes; over lists of lambda (--weights) and phi (--angles).
+    Resumes; over lists of lambda (--weights) and of the replay's threshold, phi (--angles) or tau (--taus).
     """
 
     method: tyro.conf.Positional[Literal["arrest"]] = "arrest"
@@ -386,9 +395,9 @@ class Ablate(_Data):
 
     def run(self) -> None:
         images = self.load()
-        table = ablate(lambda: _new_classifier(self, images), images, self.config, self.what, self.loop, self.out)
-        print(table.read_text())
-        print(f"written: {table}, ablation.csv and ablation.png beside it; rows in folders there")
+        made = ablate(lambda: _new_classifier(self, images), images, self.config, self.what, self.loop, self.out)
+        print(made[0].read_text())
+        print(f"written: {made[0]}, {' and '.join(path.name for path in made[1:])} beside it; rows in folders there")
 
 
 @dataclass(frozen=True)

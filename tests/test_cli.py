@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 
 import purify_fast
@@ -32,7 +35,8 @@ def npz(tmp_path_factory):
     return str(path)
 
 
-def test_train_and_evaluate(npz, tmp_path, capsys):
+def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("PURIFY_FAST_DATA", raising=False)
     classifier, carso = str(tmp_path / "classifier"), str(tmp_path / "carso")
     common = ["--data", npz, "--device", "cpu", "--batch-size", "32"]
     train = ["--eps", "0.1", "--steps", "2", *common]
@@ -40,6 +44,8 @@ def test_train_and_evaluate(npz, tmp_path, capsys):
     assert "clean" in capsys.readouterr().out
     paths = ["--classifier", classifier, "--out", carso, "--layers", "conv2", "hidden"]
     assert cli.main(["train", "carso", *paths, "--epochs", "3", *train]) == 0
+    said = capsys.readouterr().out
+    assert f"saved to {carso}; attack it with: purify-fast evaluate {carso} --data {npz} --eps 0.1\n" in said
     fine = [*paths[:3], carso + "-fine", "--init", carso, "--attack-target", "pipeline"]
     fine += ["--precision", "bfloat16"]
     assert cli.main(["train", "carso", *fine, "--epochs", "1", *train]) == 0
@@ -58,6 +64,16 @@ def test_train_and_evaluate(npz, tmp_path, capsys):
     assert defence(torch.rand(2, 1, 12, 8)).shape == (2, 2)
     log = [json.loads(line) for line in (tmp_path / "carso" / "log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in log] == [0, 1, 2] and log[-1]["images_per_second"] > 0
+
+
+def test_the_command_that_attacks_names_what_was_trained_on(tmp_path):
+    where = {"data": "my set", "data_root": tmp_path, "image_size": (12, 8)}
+    text = cli.TrainCarso(**where).attacked_by(Path("o"), 8 / 255, "l2")
+    options = f"--data 'my set' --data-root {tmp_path} --image-size 12 8 --eps 0.0313725 --norm l2"
+    assert text == f"saved to o; attack it with: purify-fast evaluate o {options}"
+    command = tyro.cli(cli.Evaluate, args=shlex.split(text)[-12:])
+    assert (command.data, command.data_root, command.image_size, command.norm) == ("my set", tmp_path, (12, 8), "l2")
+    assert command.eps == pytest.approx(8 / 255, rel=1e-5) and command.folder == Path("o")
 
 
 def test_data_of_more_classes_than_the_classifier_is_refused(npz, tmp_path, capsys):
@@ -166,6 +182,20 @@ def test_a_preset_is_trained_on_the_users_data(tmp_path, capsys):
     assert defence.arguments["form"] == "v1" and defence.samples == 4
     assert cli.main([*preset, "--data", "digits", "--device", "cpu"]) == 2
     assert "its images are (1, 16, 16), the purifier's (1, 28, 28)" in capsys.readouterr().err
+
+
+def test_the_documented_commands_are_accepted(monkeypatch, capsys):
+    """Their settings are checked while they are read; none is run."""
+    root, ran = Path(__file__).parents[1], []
+    for command in (cli.Demo, cli.Train, cli.Ablate, cli.Evaluate, cli.Info):
+        monkeypatch.setattr(command, "run", lambda self: ran.append(self))
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
+    documented = [line for line in text.splitlines() if line.startswith("purify-fast ")]
+    for line in documented:
+        assert cli.main(shlex.split(line, comments=True)[1:]) == 0, (line, capsys.readouterr().err)
+    assert len(ran) == len(documented) > 10
+    assert {type(one) for one in ran} == {cli.Train, cli.Ablate, cli.Evaluate, cli.Info}
 
 
 def test_info(capsys):

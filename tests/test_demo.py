@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 from purify_fast import demo
+from purify_fast.carso import Carso
 from purify_fast.demo import arrest, atop, carso
-from purify_fast.demo.common import BASE, STANDARD, Budget, Place, percent
+from purify_fast.demo.common import BASE, BASE_TRAINING, EPS, QUICK, STANDARD, Budget, Place, percent
 from purify_fast.evaluation import Report, Row
+from purify_fast.training import ClassifierConfig, save_classifier
 
 N = 8
 
@@ -71,10 +74,61 @@ def test_arrests_sentences_follow_the_numbers():
         for name, (worst, auto) in numbers.items()
     }
     scratch, finetuned, whole, carso_on_it, _ = arrest.conclusion(reports, Budget())
-    assert "50.0 ± 17.7 % under PGD, 37.5 ± 17.1 % under AutoAttack (sum 137.5, NRR 54.5)" in scratch
+    assert "50.0 ± 17.7 % under PGD, 37.5 ± 17.1 % under AutoAttack (with clean" in scratch
     assert "AutoAttack -12.5 ± 11.7 points (n = 8, paired), not told from base (PGD-AT)" in finetuned
     assert "AutoAttack +37.5 ± 17.1 points (n = 8, paired), better than base (PGD-AT)" in whole
     assert "against ARREST: clean +0.0 ± 0.0" in carso_on_it and "AutoAttack -25.0 ± 15.3" in carso_on_it
+
+
+def test_arrests_sums_are_of_one_set_of_images():
+    """Clean accuracy on all images is another number."""
+    clean, auto = [1, 1, 1, 0, 1, 1, 1, 1], [1, 1, 0, 0]
+    rows = {"clean": clean, "worst": ones(2), arrest.AUTOATTACK: auto}
+    reports = {name: report(name, **rows) for name in arrest.COMPARED}
+    text = "87.5 ± 11.7 % of the clean images and withstands 25.0 ± 15.3 % under PGD, 50.0 ± 25.0 % under AutoAttack"
+    text += " (with clean accuracy on its 4 images: sum 125.0, NRR 60.0)"
+    sentences = arrest.conclusion(reports, Budget())
+    assert all(text in sentence for sentence in sentences[:4])
+
+
+def test_arrest_and_the_base_train_on_one_attack():
+    """Their tasks have default steps of their own; the base is CARSO's too and stays as it is."""
+    assert ClassifierConfig(eps=EPS, steps=7, learning_rate=1e-2, weight_decay=2e-2) == BASE_TRAINING
+    one, two = arrest.CONFIG, BASE_TRAINING
+    for eps in (EPS / 3, EPS):
+        assert one.step(eps) == pytest.approx(two.step(eps)) == pytest.approx(2 * eps / 7)
+    assert (one.eps, one.steps, one.warm_up, one.norm) == (two.eps, two.steps, two.warm_up, two.norm)
+
+
+def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):
+    pytest.importorskip("pyautoattack")
+    few = {"images": 20, "standard_epochs": 2, "steps": 2, "eot": 2}
+    few |= {"autoattack_images": 2, "autoattack_steps": 1, "autoattack_queries": 1}
+    place = Place(tmp_path, replace(QUICK, **few), 0, progress=False)
+    place.train_classifier(STANDARD)
+    for name in (BASE, arrest.FINETUNED, arrest.ARREST):
+        save_classifier(place.classifier(STANDARD), tmp_path / arrest._FOLDERS[name])
+    defence = Carso(place.classifier(STANDARD), carso.LAYERS, (1, 16, 16), cond_dim=4, latent_dim=2, samples=2)
+    folder = tmp_path / arrest._FOLDERS[arrest.CARSO]
+    defence.save(folder)
+    save_classifier(defence.classifier, folder / "classifier")
+
+    for name in (STANDARD, BASE):
+        carso.attack(place, name)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("rows/*")}
+    reports = {name: arrest.attack(place, name) for name in arrest.COMPARED}
+    for name in (STANDARD, BASE):  # nothing is attacked twice
+        rows = (tmp_path / arrest._FOLDERS[name]).rglob("rows/*")
+        assert {path: path.stat().st_mtime_ns for path in rows}.items() <= kept.items()
+    for name in arrest.COMPARED[:4]:
+        assert reports[name].row("worst").settings["over"] == ["PGD-2 ce", "PGD-2 dlr"]
+    for name in arrest.COMPARED[1:]:
+        assert reports[name].row(arrest.AUTOATTACK).n == 2
+    # a random defence is attacked as it is, too, and that counts
+    found = reports[arrest.CARSO]
+    row = found.row("PGD-2 ce")
+    assert row.variant == "random" and row.settings["target"] == "defence" and row.n == 20
+    assert "PGD-2 ce" in found.row("worst").settings["over"]
 
 
 WORK = """

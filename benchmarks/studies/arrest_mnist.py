@@ -32,7 +32,8 @@ class Budget:
     standard_epochs: int = 5
     scratch_epochs: int = 8
     epochs: int = 6
-    attack_in_training: int = 7
+    attack_in_training: int = 7  # steps of PGD, from scratch and finetuning alike
+    step_in_training: float = 2.0  # its alpha, in eps / steps
     weight: float = 5.0
     angle: float = 30.0
     warm_up: float = 0.5
@@ -42,6 +43,10 @@ class Budget:
     autoattack: int = 300
     autoattack_steps: int = 100
     queries: int = 5000
+
+    @property
+    def alpha(self) -> float:
+        return self.step_in_training * mnist.EPS / self.attack_in_training
 
 
 FULL = Budget(
@@ -58,7 +63,7 @@ def _images(job: Job) -> DataSet:
 def train_classifier(job: Job, folder: Path, root: Path) -> dict:
     b: Budget = job.settings["budget"]
     epochs, eps = (b.standard_epochs, 0.0) if job.name == STANDARD else (b.scratch_epochs, mnist.EPS)
-    model = mnist.train_classifier(job, folder, _images(job), b.width, epochs, eps)
+    model = mnist.train_classifier(job, folder, _images(job), b.width, epochs, eps, b.attack_in_training, b.alpha)
     with FlopCounterMode(display=False) as counter:
         model(torch.rand(1, 1, 28, 28))
     return {"mflop": counter.get_total_flops() / 1e6}
@@ -68,7 +73,7 @@ def config(budget: Budget, name: str) -> ArrestConfig:
     """A row's finetuning."""
     b = budget
     return ArrestConfig(
-        eps=mnist.EPS, steps=b.attack_in_training, alpha=None, warm_up=b.warm_up, optimizer="adamw",
+        eps=mnist.EPS, steps=b.attack_in_training, alpha=b.alpha, warm_up=b.warm_up, optimizer="adamw",
         schedule="one_cycle", learning_rate=b.learning_rate, weight_decay=b.weight_decay, angle=b.angle,
         weight=b.weight if name == ARREST else 0.0, replay=name == ARREST,
     )  # fmt: skip
@@ -131,8 +136,9 @@ def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) ->
         f"{b.scratch_epochs} of PGD-{b.attack_in_training} from scratch; {b.epochs} of PGD-{b.attack_in_training} from "
         f"the first, finetuned. AFT: nothing more; ARREST: distillation with lambda {c.weight:g}, on the penultimate "
         f"layer, and replay above {c.angle:g} degrees in the first half ({facts[ARREST]['replayed']:.1%} of the images "
-        f"of that half). eps rises linearly over the first {c.warm_up:.0%} of the epochs. Each attack that begins with "
-        "`then` attacks what those before it left.",
+        f"of that half). In all of them PGD's step is {b.step_in_training:g} eps / {b.attack_in_training}, and eps "
+        f"rises linearly over the first {c.warm_up:.0%} of the epochs. Each attack that begins with `then` attacks "
+        "what those before it left.",
         "",
         *whole.comparison(),
         "",

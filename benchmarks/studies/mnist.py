@@ -28,12 +28,19 @@ def load(root: str, train_images: int, images: int) -> data.DataSet:
 
 
 def train_classifier(
-    job: Job, folder: Path, mnist: data.DataSet, width: int, epochs: int, eps: float = EPS
+    job: Job,
+    folder: Path,
+    mnist: data.DataSet,
+    width: int,
+    epochs: int,
+    eps: float = EPS,
+    steps: int = 7,
+    alpha: float | None = None,
 ) -> nn.Module:
-    """An adversarially trained classifier, or with eps 0 one trained on clean images."""
+    """A classifier trained on PGD examples, or with eps 0 on clean images."""
     torch.manual_seed(job.seed)
     model = SmallCNN(1, 10, (28, 28), width)
-    config = ClassifierConfig(eps=eps, steps=7, warm_up=0.5, learning_rate=1e-2, weight_decay=1e-3)
+    config = ClassifierConfig(eps=eps, steps=steps, alpha=alpha, warm_up=0.5, learning_rate=1e-2, weight_decay=1e-3)
     fit(ClassifierTask(model, config), mnist.x_train, mnist.y_train, FitConfig(epochs, 128, job.seed), folder)
     save_classifier(model, folder)
     return model

@@ -1,6 +1,6 @@
 """ARREST: adversarial finetuning with representation-guided distillation and noisy replay (arXiv 2308.16454)."""
 
 from .ablation import AblationConfig, ablate
-from .training import ArrestConfig, ArrestTask, Teacher, angle_of
+from .training import ArrestConfig, ArrestTask, Teacher
 
-__all__ = ["AblationConfig", "ArrestConfig", "ArrestTask", "Teacher", "ablate", "angle_of"]
+__all__ = ["AblationConfig", "ArrestConfig", "ArrestTask", "Teacher", "ablate"]

@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +19,9 @@ from .._files import write_text
 from ..data import DataSet
 from ..evaluation import Attack, Tradeoff, ar_point_dist, evaluate, plot_tradeoff
 from ..evaluation.autoattack import implementation
+from ..nn.classifiers import representation_before_pooling
 from ..training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, load_classifier, save_classifier
-from .training import ArrestConfig, ArrestTask
+from .training import ArrestConfig, ArrestTask, Teacher
 
 STANDARD, SCRATCH, FINETUNED = "standard", "AT from scratch", "AFT"
 ROBUST, AUTO = "PGD ce + dlr", "AutoAttack"
@@ -30,17 +32,20 @@ class AblationConfig:
     """What is compared; numbers ours.
 
     Args:
-        weights: lambdas of the distillation. angles: phis of the replay in degrees. Each alone, and all pairs of them.
+        weights: lambdas of the distillation. angles, taus: thresholds of the replay, as phi in degrees and as the
+            distance itself. Each lambda and each threshold alone, and all pairs of the two.
         shares: of eps, for further classifiers trained from scratch, which with the standard one and the one at eps
             make the reference curve.
         standard_epochs, scratch_epochs: of the standard classifier, of adversarial training.
         scratch_learning_rate, standard_learning_rate: peaks of one cycle of AdamW.
         attack_steps: of PGD when attacking, with cross-entropy, then DLR. images: the first so many. autoattack: of
-            these the first so many by AutoAttack (standard) as well, what PGD left of them; 0 for none.
+            these the first so many by AutoAttack (standard) as well, what PGD left of them; 0 for none. If it runs, SUM
+            and the other trade-offs are the paper's, of clean accuracy and AutoAttack's, on its images; else of PGD's.
     """
 
     weights: tuple[float, ...] = (50.0,)
     angles: tuple[float, ...] = (30.0,)
+    taus: tuple[float, ...] = ()
     shares: tuple[float, ...] = (0.5,)
     standard_epochs: int = 100
     scratch_epochs: int = 100
@@ -56,10 +61,10 @@ class AblationConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.autoattack < 0:
             raise ValueError(f"autoattack must be at least 0, got {self.autoattack}")
-        for name in ("weights", "angles", "shares"):
+        for name in ("weights", "angles", "taus", "shares"):
             values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} must be different, got {values}")
+            if len({f"{value:g}" for value in values}) < len(values):  # as the rows are named
+                raise ValueError(f"{name} must be different in six digits, got {values}")
         if not all(weight > 0 for weight in self.weights):
             raise ValueError(f"weights must be above 0, got {self.weights}")
         if not all(0 < share < 1 for share in self.shares):
@@ -67,25 +72,51 @@ class AblationConfig:
 
 
 def rows(config: ArrestConfig, what: AblationConfig) -> dict[str, ArrestConfig]:
-    """Each row's name and its training: finetuning without either part, with each, and with both."""
-    bare = replace(config, weight=0.0, replay=False)
+    """Each row's name and its training: finetuning without either part, with each, and with both.
+
+    Raises:
+        ValueError: a row that cannot be trained, or a setting of ``config`` that the rows would replace by others.
+    """
+    for name, several in (("weight", "weights"), ("angle", "angles"), ("tau", "taus")):
+        value = getattr(config, name)
+        if value != getattr(ArrestConfig, name) and value not in getattr(what, several):
+            raise ValueError(
+                f"{name} {value:g} would be in no row: the ablation varies it, give {several} (--{several} {value:g})"
+            )
+    if not config.replay and (what.angles or what.taus):
+        raise ValueError("replay is off, and on in the rows of angles and taus: give none of them (--angles, --taus)")
+    bare = replace(config, weight=0.0, replay=False, angle=ArrestConfig.angle, tau=None)
+    distilled: dict[str, dict[str, Any]] = {f"lambda {w:g}": {"weight": w} for w in what.weights}
+    replayed: dict[str, dict[str, Any]] = {f"phi {a:g}": {"replay": True, "angle": a} for a in what.angles}
+    replayed |= {f"tau {t:g}": {"replay": True, "tau": t} for t in what.taus}
     made = {FINETUNED: bare}
-    made |= {f"AFT + RGKD, lambda {w:g}": replace(bare, weight=w) for w in what.weights}
-    made |= {f"AFT + NR, phi {a:g}": replace(bare, replay=True, tau=None, angle=a) for a in what.angles}
+    made |= {f"AFT + RGKD, {name}": replace(bare, **options) for name, options in distilled.items()}
+    made |= {f"AFT + NR, {name}": replace(bare, **options) for name, options in replayed.items()}
     return made | {
-        f"ARREST, lambda {w:g}, phi {a:g}": replace(config, weight=w, replay=True, tau=None, angle=a)
-        for w in what.weights
-        for a in what.angles
+        f"ARREST, {one}, {two}": replace(bare, **distilled[one], **replayed[two])
+        for one in distilled
+        for two in replayed
     }
 
 
 @dataclass(frozen=True)
 class _Result:
-    """One row: accuracies in percent, clean and under PGD, their standard errors, and AutoAttack's with its own."""
+    """One row: accuracies in percent, clean and robust, with their standard errors; of all images under PGD, and of
+    AutoAttack's if it ran."""
 
-    point: Tradeoff
-    errors: tuple[float, float]
-    auto: tuple[float, float] | None
+    pgd: Tradeoff
+    pgd_errors: tuple[float, float]
+    auto: Tradeoff | None = None
+    auto_errors: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def point(self) -> Tradeoff:
+        """What SUM and the other trade-offs are of."""
+        return self.pgd if self.auto is None else self.auto
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        return self.pgd_errors if self.auto is None else self.auto_errors
 
 
 def ablate(
@@ -96,29 +127,35 @@ def ablate(
     loop: FitConfig,
     out: str | Path,
     progress: bool = True,
-) -> Path:
-    """Train and attack every row, and write ``ablation.md``, ``ablation.csv`` and ``ablation.png``.
+) -> list[Path]:
+    """Train and attack every row, and write ``ablation.md``, ``ablation.csv`` and, with matplotlib, ``ablation.png``.
 
     Args:
         make: a fresh classifier, one of `purify_fast.nn.CLASSIFIERS`, on the images' device; torch is seeded before.
         images: to train on and to attack.
-        config: of the finetunings; their lambda and phi are replaced. Its eps is the attacks' too.
+        config: of the finetunings, but for lambda and the replay's threshold, which `AblationConfig` lists. Its attack
+            is that of the classifiers trained from scratch too, and its eps that of the attacks in the end.
         what: see `AblationConfig`. loop: of every training; its epochs are the finetunings'.
         out: folder; holds each row's run as well.
         progress: whether to show bars.
 
     Returns:
-        The table's path.
+        What was written, the table first.
 
     Raises:
-        ValueError: a folder that holds other settings. ModuleNotFoundError: AutoAttack or scipy is missing.
+        ValueError: settings that cannot be trained or would be ignored; a folder that holds others.
+        ModuleNotFoundError: AutoAttack or scipy is missing.
     """
     out = Path(out)
     ar_point_dist(((0, 1), (1, 0)), (0, 1))  # needs scipy, at the end: said now if it is missing
     if what.autoattack:
         implementation()
     finetunings = rows(config, what)  # what it refuses is refused before any work
-    what = replace(what, images=min(what.images, len(images.y_test)))  # as the table says
+    if config.pooled:
+        start = make()
+        Teacher(start, [representation_before_pooling(start)], images.image_shape, pooled=True)
+    n = min(what.images, len(images.y_test))
+    what = replace(what, images=n, autoattack=min(what.autoattack, n))  # as the table says
 
     def trained(name: str, task: Task, epochs: int, result: nn.Module) -> nn.Module:
         fit(task, images.x_train, images.y_train, replace(loop, epochs=epochs), _folder(out, name), name, progress)
@@ -137,7 +174,8 @@ def ablate(
             eps=share * config.eps,
             norm=config.norm,
             steps=config.steps,
-            alpha=None if config.alpha is None else share * config.alpha,
+            alpha=share * config.step(config.eps),  # its own default is another one
+            warm_up=config.warm_up,
             learning_rate=what.scratch_learning_rate if share else what.standard_learning_rate,
         )
         epochs = what.scratch_epochs if share else what.standard_epochs
@@ -167,12 +205,18 @@ def _attack(
         attacks=attacks, steps=what.attack_steps, seed=seed, out=folder, name=name, progress=progress,
     )  # fmt: skip
     report.save(folder)
-    both = [(100 * row.accuracy, 100 * row.standard_error) for row in (report.row("clean"), report.row(ROBUST))]
-    auto = report.row(AUTO) if what.autoattack else None
-    return _Result(
-        Tradeoff(both[0][0], both[1][0]),
-        (both[0][1], both[1][1]),
-        None if auto is None else (100 * auto.accuracy, 100 * auto.standard_error),
+    clean, robust = report.row("clean"), report.row(ROBUST)
+    found = _Result(
+        Tradeoff(100 * clean.accuracy, 100 * robust.accuracy), (100 * clean.standard_error, 100 * robust.standard_error)
+    )
+    if not what.autoattack:
+        return found
+    auto = report.row(AUTO)
+    first = replace(clean, robust=clean.robust[: auto.n])  # the images that AutoAttack had
+    return replace(
+        found,
+        auto=Tradeoff(100 * first.accuracy, 100 * auto.accuracy),
+        auto_errors=(100 * first.standard_error, 100 * auto.standard_error),
     )
 
 
@@ -188,23 +232,26 @@ def _curve(points: Sequence[Tradeoff]) -> list[Tradeoff]:
 
 def _write(
     out: Path, found: dict[str, _Result], reference: Sequence[str], config: ArrestConfig, what: AblationConfig
-) -> Path:
+) -> list[Path]:
     curve = _curve([found[name].point for name in reference])
-    auto = ["AutoAttack"] if what.autoattack else []
-    head = ["model", "standard", "robust", *auto, "SUM", "mean", "NRR", "ar_point_dist"]
+    auto = what.autoattack > 0
+    head = ["model", "standard", "robust"] + (["standard, AutoAttack's images", "AutoAttack"] if auto else [])
+    head += ["SUM", "mean", "NRR", "ar_point_dist"]
     table: list[list[str]] = []
     for name, result in found.items():
         point = result.point
         far = f"{ar_point_dist(curve, point):+.2f}" if len(curve) > 1 and name not in reference else "-"
-        pairs = list(zip((point.standard, point.robust), result.errors, strict=True))
-        pairs += [] if result.auto is None else [result.auto]
+        pairs = list(zip(result.pgd, result.pgd_errors, strict=True))
+        pairs += [] if result.auto is None else list(zip(result.auto, result.auto_errors, strict=True))
         sums = [f"{value:.2f}" for value in (point.sum, point.mean, point.nrr)]
         table.append([name, *(f"{value:.1f} ± {error:.1f}" for value, error in pairs), *sums, far])
+    robust = f"AutoAttack, first {what.autoattack} images" if auto else f"PGD-{what.attack_steps}"
     text = [
         f"Accuracy ± standard error, %; the first {what.images} test images, {config.norm} eps {config.eps:.4g}; "
         f"robust: PGD-{what.attack_steps} with cross-entropy, then with DLR on what that left. "
         + (f"AutoAttack: standard, then, on the first {what.autoattack}. " if auto else "")
-        + "ar_point_dist (ours; inspired by, and not, the paper's ARDist): signed distance in points to the curve "
+        + f"SUM, mean, NRR and ar_point_dist: of standard accuracy and {robust}. "
+        "ar_point_dist (ours; inspired by, and not, the paper's ARDist): signed distance in points to the curve "
         f"through {', '.join(f'({p.standard:.1f}, {p.robust:.1f})' for p in curve)}, those of {'; '.join(reference)} "
         "that no other of them beats.",
         "",
@@ -212,12 +259,14 @@ def _write(
         "|" + len(head) * "---|",
         *("| " + " | ".join(line) + " |" for line in table),
     ]
-    write_text(out / "ablation.md", "\n".join(text) + "\n")
+    written = [out / "ablation.md", out / "ablation.csv"]
+    write_text(written[0], "\n".join(text) + "\n")
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([head, *table])
-    write_text(out / "ablation.csv", file.getvalue())
+    write_text(written[1], file.getvalue())
     points = {name: (*result.point, *result.errors) for name, result in found.items()}
-    plot_tradeoff(
-        out / "ablation.png", points, curve if len(curve) > 1 else None, reference_name="trained from scratch"
-    )
-    return out / "ablation.md"
+    drawn = plot_tradeoff(
+        out / "ablation.png", points, curve if len(curve) > 1 else None, reference_name="trained from scratch",
+        title=f"robust: {robust}",
+    )  # fmt: skip
+    return [*written, out / "ablation.png"] if drawn else written

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from math import acos, cos, pi, radians
+from math import cos, radians
 from typing import Any
 
 import torch
@@ -54,11 +54,13 @@ class ArrestConfig:
     Args:
         eps: radius in image units (paper: 8/255). norm: ``linf`` (paper) or ``l2``.
         steps, alpha: of PGD on the cross-entropy alone (paper, port: 10 and 2/255). alpha None: 2.5 eps / steps (ours).
+            Together they must reach eps: alpha is not scaled with it.
         start: whether PGD begins at a random point of the ball (ours).
         warm_up: share of the epochs over which eps rises linearly from 0 (ours; port: 0).
         weight: lambda of the distillation (port: 50); 0 leaves it out.
         distance: d, ``abs_cosine`` (port; what the paper calls angular), ``cosine``, ``angular`` or ``l2``.
-        pooled: read maps after global average pooling (the port's deviation) and not before (paper, says the port).
+        pooled: read maps after global average pooling (the port's deviation) and not before (paper, says the port);
+            not for vectors.
         replay: whether noisy replay is on. angle: phi in degrees (port: 30); tau is the distance of two vectors at it.
         tau: the threshold itself, for a distance that no angle decides, or to be set freely; None takes the angle's.
         replay_share: of the epochs, the first, in which examples are replayed (port: half).
@@ -105,10 +107,18 @@ class ArrestConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not self.eps > 0:
             raise ValueError(f"eps must be above 0, got {self.eps}")
+        if self.norm == "linf" and not self.eps <= 1:
+            raise ValueError(f"eps is in image units, at most 1 for linf, got {self.eps}: is {self.eps:g}/255 meant?")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"alpha must be above 0, got {self.alpha}: the images would not move")
+        reach = self.eps if self.alpha is None else self.steps * self.alpha
+        if reach < self.eps * (1 - 1e-6):
+            raise ValueError(
+                f"{self.steps} steps of alpha {self.alpha:.4g} reach {reach:.4g} of eps {self.eps:.4g}: "
+                f"give a larger alpha, or None for 2.5 eps / steps = {2.5 * self.eps / self.steps:.4g}"
+            )
         for name in ("weight", "learning_rate", "weight_decay", "awp"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -140,12 +150,8 @@ class ArrestConfig:
 
     def replays(self, epoch: int, epochs: int) -> bool:
         """Whether examples may be replayed in ``epoch`` of 0 .. epochs - 1."""
-        return self.replay and epoch < self.replay_share * epochs
-
-
-def angle_of(tau: float) -> float:
-    """The angle in degrees, at 0 .. 90, at which 1 - |cos| is ``tau``."""
-    return acos(1 - tau) * 180 / pi
+        # rounded: 0.07 * 100 is above 7
+        return self.replay and epoch < round(self.replay_share * epochs, 9)
 
 
 def _pool(features: list[Tensor]) -> list[Tensor]:
@@ -162,6 +168,9 @@ class Teacher:
         dtype: bfloat16 reads an accelerated copy.
 
     Called with a `Batch` it returns the layers' outputs for its images, without a gradient; kept ones, after `keep`.
+
+    Raises:
+        ValueError: unknown layers, or ``pooled`` where all of them are vectors.
     """
 
     def __init__(
@@ -174,6 +183,8 @@ class Teacher:
     ):
         model = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.reader, self.pooled, self.dtype = Representation(model, tuple(layers), image_shape), pooled, dtype
+        if pooled and all(len(shape) == 1 for shape in self.reader.shapes):
+            raise ValueError(f"pooled is for maps and tokens: what {', '.join(layers)} puts out is a vector already")
         self._last = True
         if dtype != torch.float32:
             _, self._last = quicken(model, image_shape, dtype)
@@ -249,7 +260,7 @@ class ArrestTask:
         teacher: see `Teacher`; ``task.teacher.keep(x)`` before un-augmented training saves a pass a step.
 
     Raises:
-        ValueError: unknown layers, or layers are needed and not given.
+        ValueError: unknown layers, or layers are needed and not given; ``pooled`` without a map among them.
     """
 
     def __init__(
@@ -372,6 +383,7 @@ class ArrestTask:
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics) of one batch."""
+        self._restore()  # from a batch before, where a step is for the gradients of several
         of_teacher = [] if self.teacher is None else self.teacher(batch)
         x, replayed = self.inputs(batch, of_teacher)
         if self.config.awp > 0:
@@ -382,16 +394,16 @@ class ArrestTask:
     # -- adversarial weight perturbation ------------------------------------------------------------------------------
 
     def _perturb(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> None:
-        """Move each weight matrix by gamma of its norm up the loss, until the optimiser's step."""
-        self._restore()  # from a batch before, where a step is for the gradients of several
+        """Move each weight matrix by gamma of its norm up the loss, until the optimiser's or the next training step."""
         buffers = [(b, b.clone()) for b in self.classifier.buffers()]
         weights = [p for p in self.classifier.parameters() if p.requires_grad and p.dim() > 1]
-        gradients = torch.autograd.grad(self.loss(x, y, of_teacher)[0], weights)
-        average_(list(gradients))
+        found = torch.autograd.grad(self.loss(x, y, of_teacher)[0], weights, allow_unused=True)
+        used = [(weight, gradient) for weight, gradient in zip(weights, found, strict=True) if gradient is not None]
+        average_([gradient for _, gradient in used])
         with torch.no_grad():
             for buffer, before in buffers:  # the batch is to enter BatchNorm's statistics once
                 buffer.copy_(before)
-            for weight, gradient in zip(weights, gradients, strict=True):
+            for weight, gradient in used:
                 self._unperturbed.append((weight, weight.clone()))
                 weight.add_(gradient * (self.config.awp * weight.norm() / (gradient.norm() + 1e-12)))
 

@@ -18,6 +18,8 @@ from ..training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, l
 EPS = 0.2
 STANDARD, BASE = "standard", "base (PGD-AT)"
 CLASSIFIERS = {STANDARD: "standard", BASE: "base"}
+# a higher rate and more decay than the defaults: of a dozen settings the best under attack at 96 % clean
+BASE_TRAINING = ClassifierConfig(eps=EPS, steps=7, learning_rate=1e-2, weight_decay=2e-2)
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,7 @@ class Place:
         model = SmallCNN()
         config, epochs = ClassifierConfig(), self.budget.standard_epochs
         if name == BASE:
-            # a higher rate and more decay than the defaults: of a dozen settings the best under attack at 96 % clean
-            config = ClassifierConfig(eps=EPS, steps=7, learning_rate=1e-2, weight_decay=2e-2)
-            epochs = self.budget.base_epochs
+            config, epochs = BASE_TRAINING, self.budget.base_epochs
         folder = CLASSIFIERS[name]
         self.train(ClassifierTask(model, config), epochs, 64, folder)
         save_classifier(model, self.out / folder)

@@ -6,8 +6,10 @@ whose output is overwritten in place later (``x += shortcut``, in-place activati
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,18 @@ def untapped(model: nn.Module) -> nn.Module:
         for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Tap)]:
             del module._forward_hooks[key]
     return model
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block, ``model`` is in evaluation mode; afterwards each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class Representation:
@@ -80,11 +94,10 @@ class Representation:
         seen: list[list[tuple[Tensor, int]]] = [[] for _ in self.layers]
         self.read = lambda index, output: seen[index].append((output, getattr(output, "_version", -1)))  # type: ignore
         first = first_tensor(self.model)
-        training = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
         self.recording = True
         try:
-            with torch.no_grad():  # two images: BatchNorm in a user's train-only code path would refuse one
+            # two images: BatchNorm in a user's train-only code path would refuse one
+            with evaluating(self.model), torch.no_grad():
                 logits = self.model(torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype))
         except RuntimeError as error:
             want = f"[B, {', '.join(map(str, image_shape))}]"
@@ -92,8 +105,6 @@ class Representation:
         finally:
             self.recording = False
             del self.read
-            for module, mode in training:
-                module.training = mode
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 2:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .folding import fold_pairs, folded
-from .representation import first_tensor, untapped
+from .representation import evaluating, first_tensor, untapped
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -32,7 +32,7 @@ def channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
     first = first_tensor(model)
     example = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():  # BatchNorm's statistics are of the data alone
             model(example.contiguous(memory_format=torch.channels_last))
     except RuntimeError:
         for layer in layers:

@@ -41,6 +41,10 @@ class ClassifierConfig:
         if self.eps < 0 or self.steps < 1 or not 0 <= self.warm_up <= 1 or self.learning_rate <= 0:
             raise ValueError(f"need eps >= 0, steps >= 1, 0 <= warm_up <= 1, learning_rate > 0, got {self}")
 
+    def step(self, eps: float) -> float:
+        """The attack's step at a radius that may still be rising to the config's."""
+        return (2 * self.eps / self.steps if self.alpha is None else self.alpha) * eps / self.eps
+
 
 class ClassifierTask:
     """Cross-entropy training of ``model`` (images in [0, 1] to logits), on clean or adversarial images."""
@@ -56,13 +60,12 @@ class ClassifierTask:
         c, x = self.config, batch.x
         if c.eps > 0:
             eps = rising(c.eps, batch.epoch, batch.epochs, c.warm_up)
-            alpha = (2 * c.eps / c.steps if c.alpha is None else c.alpha) * eps / c.eps
             x = pgd(
                 self.model,
                 x,
                 batch.y,
                 eps=eps,
-                alpha=alpha,
+                alpha=c.step(eps),
                 steps=c.steps,
                 norm=c.norm,
                 seed=batch.seed,

@@ -1,6 +1,7 @@
 """The ablation: which rows there are, that each is trained and attacked once, and the table they make."""
 
 import csv
+import importlib
 import math
 import time
 
@@ -49,24 +50,33 @@ def counted(monkeypatch):
 
 
 def test_rows_of_the_parts_alone_and_together():
-    config = ArrestConfig(eps=0.1, tau=0.7, weight=3.0, angle=80.0)
-    made = rows(config, AblationConfig(weights=(50.0, 2.5), angles=(30.0, 45.0)))
+    config = ArrestConfig(eps=0.1, alpha=None, tau=0.7, weight=2.5, angle=45.0)  # each is in its list
+    made = rows(config, AblationConfig(weights=(50.0, 2.5), angles=(30.0, 45.0), taus=(0.7,)))
     assert list(made) == [
         "AFT",
         "AFT + RGKD, lambda 50",
         "AFT + RGKD, lambda 2.5",
         "AFT + NR, phi 30",
         "AFT + NR, phi 45",
+        "AFT + NR, tau 0.7",
         "ARREST, lambda 50, phi 30",
         "ARREST, lambda 50, phi 45",
+        "ARREST, lambda 50, tau 0.7",
         "ARREST, lambda 2.5, phi 30",
         "ARREST, lambda 2.5, phi 45",
+        "ARREST, lambda 2.5, tau 0.7",
     ]
     assert {c.eps for c in made.values()} == {0.1}
     bare, distilled = made["AFT"], made["AFT + RGKD, lambda 2.5"]
     replayed, both = made["AFT + NR, phi 45"], made["ARREST, lambda 2.5, phi 45"]
     assert [c.weight for c in (bare, distilled, replayed, both)] == [0, 2.5, 0, 2.5]
     assert [c.replay for c in (bare, distilled, replayed, both)] == [False, False, True, True]
+    thresholds = [made[f"{name}, tau 0.7"] for name in ("AFT + NR", "ARREST, lambda 50", "ARREST, lambda 2.5")]
+    assert [(c.threshold, c.weight, c.replay) for c in thresholds] == [
+        (0.7, 0, True),
+        (0.7, 50, True),
+        (0.7, 2.5, True),
+    ]
     for c in (replayed, both):  # phi decides: a tau of the config's own would hide it
         assert c.tau is None and c.threshold == pytest.approx(1 - math.cos(math.radians(45)))
 
@@ -74,7 +84,9 @@ def test_rows_of_the_parts_alone_and_together():
 def test_every_row_is_trained_attacked_and_written_once(images, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     taken = counted(monkeypatch)
-    table = run(images, tmp_path)
+    made = run(images, tmp_path)
+    table = made[0]
+    assert made == [tmp_path / f"ablation.{kind}" for kind in ("md", "csv", "png")]
     assert taken == {ClassifierTask: 3 * 4, ArrestTask: 4 * 4}
     assert table == tmp_path / "ablation.md" and (tmp_path / "ablation.png").stat().st_size > 1000
     with (tmp_path / "ablation.csv").open() as file:
@@ -83,6 +95,7 @@ def test_every_row_is_trained_attacked_and_written_once(images, tmp_path, monkey
     text = table.read_text()
     assert all(f"| {name} | " in text for name in SCRATCH + FINETUNED) and "not, the paper's ARDist" in text
     assert "the first 16 test images, linf eps 0.2; robust: PGD-2" in text and "AutoAttack" not in text
+    assert "SUM, mean, NRR and ar_point_dist: of standard accuracy and PGD-2." in text
     x = data.to_float(images.x_test)
     start = load_classifier(tmp_path / "standard").state_dict()
     for name, row in zip(SCRATCH + FINETUNED, written, strict=True):
@@ -97,7 +110,7 @@ def test_every_row_is_trained_attacked_and_written_once(images, tmp_path, monkey
     taken.update({ClassifierTask: 0, ArrestTask: 0})
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("rows/*")}
     time.sleep(0.01)
-    assert run(images, tmp_path).read_text() == text
+    assert run(images, tmp_path)[0].read_text() == text
     assert not any(taken.values()) and {path: path.stat().st_mtime_ns for path in files} == files and files
 
     run(
@@ -141,7 +154,7 @@ def test_the_scratch_rows_attack_with_their_share_of_eps(images, tmp_path, monke
         pass
 
     monkeypatch.setattr(module, "ClassifierTask", Task)
-    monkeypatch.setattr(module, "_attack", lambda *a: _Result(Tradeoff(0, 0), (0, 0), None))
+    monkeypatch.setattr(module, "_attack", lambda *a: _Result(Tradeoff(0, 0), (0, 0)))
     monkeypatch.setattr(module, "load_classifier", lambda folder: (_ for _ in ()).throw(Enough))
     what = AblationConfig(**FEW, shares=(0.5, 0.25), scratch_learning_rate=2e-3, standard_learning_rate=1e-3)
     with pytest.raises(Enough):
@@ -151,25 +164,72 @@ def test_the_scratch_rows_attack_with_their_share_of_eps(images, tmp_path, monke
     assert [c.alpha for c in configs] == pytest.approx([0, 0.025, 0.05, 0.1])
     assert [c.learning_rate for c in configs] == [1e-3, 2e-3, 2e-3, 2e-3] and {c.steps for c in configs} == {2}
     assert all(torch.equal(w, weights[0]) for w in weights)  # all begin with the same weights
+    assert {c.warm_up for c in configs} == {0.0}
+
+
+@pytest.mark.parametrize("alpha", [None, 0.15])
+def test_from_scratch_and_finetuned_train_on_one_attack(images, tmp_path, monkeypatch, alpha):
+    """Either task has a default step of its own."""
+    seen = []
+
+    def attack(model, x, y, **options):
+        seen.append([options[name] for name in ("eps", "alpha", "steps", "norm")])
+        return x
+
+    monkeypatch.setattr(module, "_attack", lambda *a: _Result(Tradeoff(0, 0), (0, 0)))
+    monkeypatch.setattr(module, "plot_tradeoff", lambda *a, **k: False)
+    for task in (ArrestTask, ClassifierTask):
+        monkeypatch.setattr(importlib.import_module(task.__module__), "pgd", attack)
+    config = ArrestConfig(eps=0.2, steps=2, alpha=alpha, warm_up=0.5)
+    what = AblationConfig(**{**FEW, "scratch_epochs": 4}, weights=(), angles=(), shares=())
+    ablate(lambda: SmallCNN(width=4), images, config, what, FitConfig(4, 32), tmp_path, False)
+    scratch, finetuned = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    step = 0.25 if alpha is None else alpha
+    assert len(seen) == 16 and scratch == [pytest.approx(options) for options in finetuned]
+    assert scratch[0] == pytest.approx([0.1, step / 2, 2, "linf"]) and scratch[-1] == pytest.approx(
+        [0.2, step, 2, "linf"]
+    )
 
 
 def result(standard, robust, auto=None):
-    return _Result(Tradeoff(standard, robust), (1.0, 2.0), auto)
+    return _Result(Tradeoff(standard, robust), (1.0, 2.0), None if auto is None else Tradeoff(*auto), (3.0, 4.0))
 
 
-def test_the_table_by_hand(tmp_path):
+def test_the_table_by_hand(tmp_path, monkeypatch):
     """The reference curve is the specification's; the point (90, 52) is at a distance of the square root of 2."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("scipy")
     scratch = {"standard": (92, 48), "half": (88, 52), "beaten": (82, 50), "three": (84, 56), "whole": (80, 60)}
-    found = {name: result(*point, (40.0, 3.0)) for name, point in scratch.items()}
-    found["ARREST"] = result(90, 52, (41.5, 3.0))
-    config, what = ArrestConfig(eps=0.1), AblationConfig(autoattack=5)
-    text = _write(tmp_path, found, list(scratch), config, what).read_text()
-    assert "| ARREST | 90.0 ± 1.0 | 52.0 ± 2.0 | 41.5 ± 3.0 | 142.00 | 71.00 | 65.92 | +1.41 |" in text
-    assert "| whole | 80.0 ± 1.0 | 60.0 ± 2.0 | 40.0 ± 3.0 | 140.00 | 70.00 | 68.57 | - |" in text
-    assert "AutoAttack: standard, then, on the first 5." in text
+    found = {name: result(*point) for name, point in scratch.items()}
+    found["ARREST"] = result(90, 52)
+    config = ArrestConfig(eps=0.1, alpha=None)
+    text = _write(tmp_path, found, list(scratch), config, AblationConfig())[0].read_text()
+    assert "| ARREST | 90.0 ± 1.0 | 52.0 ± 2.0 | 142.00 | 71.00 | 65.92 | +1.41 |" in text
+    assert "| whole | 80.0 ± 1.0 | 60.0 ± 2.0 | 140.00 | 70.00 | 68.57 | - |" in text
+    assert "ar_point_dist: of standard accuracy and PGD-50." in text and "AutoAttack" not in text
     assert "the curve through (80.0, 60.0), (84.0, 56.0), (88.0, 52.0), (92.0, 48.0)," in text
+
+    # with AutoAttack, the paper's: the same points on its images, whatever PGD on all of them says
+    found = {name: result(99, 70, point) for name, point in {**scratch, "ARREST": (90, 52)}.items()}
+    drawn = []
+    monkeypatch.setattr(module, "plot_tradeoff", lambda path, *a, **k: drawn.append((*a, k)))
+    text = _write(tmp_path, found, list(scratch), config, AblationConfig(autoattack=5))[0].read_text()
+    both = "| ARREST | 99.0 ± 1.0 | 70.0 ± 2.0 | 90.0 ± 3.0 | 52.0 ± 4.0 | 142.00 | 71.00 | 65.92 | +1.41 |"
+    assert both in text and "| standard, AutoAttack's images | AutoAttack | SUM |" in text
+    assert "AutoAttack: standard, then, on the first 5." in text
+    assert "ar_point_dist: of standard accuracy and AutoAttack, first 5 images." in text
+    assert "the curve through (80.0, 60.0), (84.0, 56.0), (88.0, 52.0), (92.0, 48.0)," in text
+    ((points, curve, options),) = drawn
+    assert points["ARREST"] == (90, 52, 3, 4) and tuple(curve[0]) == (80, 60)
+    assert options["title"] == "robust: AutoAttack, first 5 images"
+
+
+def test_only_what_was_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "plot_tradeoff", lambda *a, **k: False)  # as without matplotlib
+    (tmp_path / "ablation.png").touch()  # of another time
+    found = {"standard": result(90, 40), "AT from scratch": result(80, 30)}
+    made = _write(tmp_path, found, list(found), ArrestConfig(), AblationConfig())
+    assert made == [tmp_path / "ablation.md", tmp_path / "ablation.csv"]
 
 
 def test_the_curve_is_of_models_that_no_other_beats():
@@ -181,7 +241,7 @@ def test_the_curve_is_of_models_that_no_other_beats():
 def test_a_curve_of_one_point_gives_no_distance(tmp_path):
     pytest.importorskip("matplotlib")
     found = {"standard": result(90, 40), "AT from scratch": result(80, 30), "AFT": result(85, 35)}
-    text = _write(tmp_path, found, list(found)[:2], ArrestConfig(), AblationConfig()).read_text()
+    text = _write(tmp_path, found, list(found)[:2], ArrestConfig(), AblationConfig())[0].read_text()
     assert "| AFT | 85.0 ± 1.0 | 35.0 ± 2.0 | 120.00 | 60.00 | 49.58 | - |" in text
 
 
@@ -193,8 +253,10 @@ def test_a_curve_of_one_point_gives_no_distance(tmp_path):
         ({"attack_steps": 0}, "attack_steps must be at least 1, got 0"),
         ({"images": 0}, "images must be at least 1, got 0"),
         ({"autoattack": -1}, "autoattack must be at least 0, got -1"),
-        ({"weights": (1.0, 1.0)}, r"weights must be different, got \(1.0, 1.0\)"),
-        ({"angles": (1.0, 1.0)}, r"angles must be different, got \(1.0, 1.0\)"),
+        ({"weights": (1.0, 1.0)}, r"weights must be different in six digits, got \(1.0, 1.0\)"),
+        ({"weights": (5.0, 5.0000001)}, r"weights must be different in six digits, got \(5.0, 5.0000001\)"),
+        ({"angles": (1.0, 1.0)}, r"angles must be different in six digits, got \(1.0, 1.0\)"),
+        ({"taus": (0.1, 0.10000001)}, r"taus must be different in six digits, got \(0.1, 0.10000001\)"),
         ({"weights": (0.0,)}, r"weights must be above 0, got \(0.0,\)"),
         ({"shares": (1.0,)}, r"shares must be between 0 and 1, got \(1.0,\)"),
     ],
@@ -208,14 +270,27 @@ def test_settings_that_cannot_be_used(options, message):
     ("what", "config", "message"),
     [
         ({"angles": (120.0,)}, {}, r"angle must be in \[0, 90\] degrees, got 120.0"),
-        ({}, {"norm": "l2", "replay": False}, "replay needs norm 'linf'"),
-        ({}, {"distance": "l2", "tau": 1.0}, "tau must be given with distance 'l2'"),
+        ({"taus": (-1.0,)}, {}, "tau must be at least 0, got -1.0"),
+        ({}, {"distance": "l2", "tau": 1.0, "replay": False}, "tau 1 would be in no row: .* give taus"),
+        ({"taus": (1.0,)}, {"distance": "l2", "tau": 1.0}, "tau must be given with distance 'l2'"),  # the angle's row
+        ({}, {"weight": 3.0}, r"weight 3 would be in no row: the ablation varies it, give weights \(--weights 3\)"),
+        ({}, {"angle": 10.0}, r"angle 10 would be in no row: the ablation varies it, give angles \(--angles 10\)"),
+        ({}, {"tau": 0.2}, r"tau 0.2 would be in no row: the ablation varies it, give taus \(--taus 0.2\)"),
+        ({}, {"replay": False}, r"replay is off, and on in the rows of angles and taus: .*\(--angles, --taus\)"),
+        ({}, {"pooled": True}, "pooled is for maps and tokens: what hidden puts out is a vector already"),
     ],
 )
 def test_rows_that_cannot_be_trained_are_refused_before_any_work(images, tmp_path, what, config, message):
     with pytest.raises(ValueError, match=message):
         run(images, tmp_path / "out", AblationConfig(**FEW, **what), ArrestConfig(**config))
     assert not (tmp_path / "out").exists()
+
+
+def test_distances_and_norms_that_no_angle_decides_have_rows_too():
+    made = rows(ArrestConfig(distance="l2", tau=1.0), AblationConfig(angles=(), taus=(1.0, 2.0)))
+    assert [c.threshold for c in made.values() if c.replay] == [1.0, 2.0, 1.0, 2.0]
+    made = rows(ArrestConfig(norm="l2", replay=False), AblationConfig(angles=()))
+    assert list(made) == ["AFT", "AFT + RGKD, lambda 50"] and not any(c.replay for c in made.values())
 
 
 @pytest.mark.parametrize("missing", ["implementation", "ar_point_dist"])
@@ -233,9 +308,25 @@ def test_autoattack_is_a_column_of_its_own(images, tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("pyautoattack")
     few = {**FEW, "images": 100, "weights": (), "angles": (), "shares": ()}
-    text = run(images, tmp_path, AblationConfig(**few, autoattack=2)).read_text()
+    text = run(images, tmp_path, AblationConfig(**few, autoattack=2))[0].read_text()
     assert "the first 16 test images" in text and "on the first 2." in text  # there are no 100
     with (tmp_path / "ablation.csv").open() as file:
         written = list(csv.DictReader(file))
     assert [row["model"] for row in written] == ["standard", "AT from scratch", "AFT"]
-    assert all(float(row["AutoAttack"].split()[0]) in (0, 50, 100) for row in written)
+    x, y = data.to_float(images.x_test[:2]), images.y_test[:2]
+    for row in written:
+        auto, clean = (float(row[name].split()[0]) for name in ("AutoAttack", "standard, AutoAttack's images"))
+        model = load_classifier(tmp_path / row["model"].replace(" ", "_"))
+        assert auto in (0, 50, 100) and clean == 100 * (model(x).argmax(1) == y).float().mean()
+        assert float(row["SUM"]) == clean + auto
+
+
+def test_autoattack_has_no_more_images_than_there_are(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "implementation", lambda: None)
+    asked = []
+    monkeypatch.setattr(
+        module, "_attack", lambda *a: asked.append(a[4]) or _Result(Tradeoff(0, 0), (0, 0), Tradeoff(0, 0))
+    )
+    few = {**FEW, "images": 100, "weights": (), "angles": (), "shares": ()}
+    text = run(images, tmp_path, AblationConfig(**few, autoattack=50))[0].read_text()
+    assert {(what.images, what.autoattack) for what in asked} == {(16, 16)} and "on the first 16." in text

@@ -44,11 +44,15 @@ def standard(tmp_path_factory):
     return folder
 
 
-def test_from_nothing_to_a_defence_on_it(tmp_path, capsys):
+def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("PURIFY_FAST_DATA", raising=False)
     out = tmp_path / "arrest"
     assert run(out, "--width", "4", "--standard-epochs", "1", "--weight", "3", "--tau", "0.01") == 0
     text = said(capsys)
-    assert f"saved to {out}; attack it with: purify-fast evaluate {out} --eps 0.2" in text and "arrest" in text
+    assert (
+        f"saved to {out}; attack it with: purify-fast evaluate {out} --data digits --eps 0.2" in text
+        and "arrest" in text
+    )
     logged = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert logged["step"] == 5 and {"cross_entropy", "accuracy", "distance", "replayed"} <= logged.keys()
     assert logged["loss"] == pytest.approx(logged["cross_entropy"] + 3 * logged["distance"], rel=1e-4)
@@ -120,6 +124,10 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(standard, tmp_path, capsys
         (["--norm", "l1"], "norm must be one of linf, l2, got 'l1'"),
         (["--norm", "l2"], "replay needs norm 'linf', whose ball its noise fills, got 'l2'"),
         (["--distance", "l2"], "tau must be given with distance 'l2'"),
+        (["--pooled"], "pooled is for maps and tokens: what hidden puts out is a vector already"),
+        (["--pooled", "--classifier", "{standard}"], "pooled is for maps and tokens"),
+        (["--alpha", "0.05"], "2 steps of alpha 0.05 reach 0.1 of eps 0.2"),
+        (["--eps", "8"], "eps is in image units, at most 1 for linf, got 8.0: is 8/255 meant?"),
         (["--weight=-1"], "weight must be at least 0, got -1.0"),
         (["--angle", "100"], "angle must be in [0, 90] degrees, got 100.0"),
         (["--keep-teacher", "--flip"], "--keep-teacher is for images that are not augmented: leave out"),
@@ -167,7 +175,7 @@ def test_ablate_writes_its_table(tmp_path, capsys):
     few = ["--epochs", "1", "--standard-epochs", "1", "--scratch-epochs", "1", "--batch-size", "16", "--width", "4"]
     few += ["--attack-steps", "2", "--images", "8", "--eps", "0.1", "--alpha", "0.05", "--steps", "2"]
     command = ["ablate", "arrest", "--data", str(tmp_path / "bars.npz"), "--device", "cpu", "--out"]
-    lists = ["--weights", "5", "--angles", "20", "--shares", "0.3"]
+    lists = ["--weights", "5", "--angles", "20", "--taus", "0.5", "--shares", "0.3"]
     assert cli.main([*command, str(tmp_path / "o"), *few, *lists]) == 0
     text = said(capsys)
     for name in (
@@ -176,13 +184,21 @@ def test_ablate_writes_its_table(tmp_path, capsys):
         "AFT + RGKD, lambda 5",
         "AFT + NR, phi 20",
         "ARREST, lambda 5, phi 20",
+        "AFT + NR, tau 0.5",
+        "ARREST, lambda 5, tau 0.5",
     ):
         assert f"| {name} | " in text
-    assert f"written: {tmp_path / 'o' / 'ablation.md'}" in text and (tmp_path / "o" / "ablation.png").is_file()
+    assert (
+        f"written: {tmp_path / 'o' / 'ablation.md'}, ablation.csv and ablation.png beside it" in text
+        and (tmp_path / "o" / "ablation.png").is_file()
+    )
     assert type(load_classifier(tmp_path / "o" / "ARREST_lambda_5_phi_20")) is SmallCNN
     for wrong, message in (
         (["--angles", "120"], "angle must be in [0, 90] degrees, got 120.0"),
         (["--weights", "0"], "weights must be above 0, got (0.0,)"),
+        (["--weight", "3"], "weight 3 would be in no row: the ablation varies it, give weights (--weights 3)"),
+        (["--no-replay"], "replay is off, and on in the rows of angles and taus"),
+        (["--pooled"], "pooled is for maps and tokens"),
         (["--model", "gan"], "classifier must be one of small_cnn"),
     ):
         try:

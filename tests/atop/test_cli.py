@@ -50,7 +50,8 @@ def generator(made):
     return made / "generator"
 
 
-def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys):
+def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("PURIFY_FAST_DATA", raising=False)
     logged = json.loads((generator / "log.jsonl").read_text().splitlines()[-1])
     assert logged["discriminator"] > 0 and "cross_entropy" not in logged
     tuned, pipeline = tmp_path / "tuned", tmp_path / "pipeline"
@@ -60,7 +61,9 @@ def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys):
     assert logged["cross_entropy"] > 0 and "discriminator" not in logged
     ours = ["--init", str(tuned), "--attack", "pgd", "--steps", "2", "--attack-target", "pipeline"]
     assert run("atop", made, pipeline, *published[2:], *ours, "--precision", "bfloat16") == 0
-    assert f"purify-fast evaluate {pipeline}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for folder in (tuned, pipeline):
+        assert f"attack it with: purify-fast evaluate {folder} --data {made / 'bars.npz'} --eps 0.05\n" in said
 
     few = ["--images", "8", "--steps", "2", "--eot", "2", "--autoattack", "0", "--eps", "0.05", "--device", "cpu"]
     few += ["--also", "classifier", "l2", "--l2-eps", "0.25"]

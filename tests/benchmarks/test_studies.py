@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from purify_fast import data
 from purify_fast.evaluation import Report, protocol
+from purify_fast.nn import SmallCNN
+from purify_fast.training import save_classifier
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
@@ -413,6 +415,27 @@ def test_arrest_on_mnist_end_to_end(small_mnist, tmp_path, capsys, monkeypatch):
         arrest_mnist.FINETUNED: (False, False),
         arrest_mnist.ARREST: (True, True),
     }
+
+
+def test_arrest_on_mnist_trains_all_rows_on_one_attack(small_mnist, tmp_path, monkeypatch):
+    """The steps that the page prints, and one step size: either training has a default of its own."""
+    seen = {}
+
+    def fit(task, x, y, loop, folder):
+        seen[folder.name] = task.config
+        raise KeyboardInterrupt
+
+    for study in (mnist, arrest_mnist):
+        monkeypatch.setattr(study, "fit", fit)
+    budget = replace(arrest_mnist.QUICK, attack_in_training=40)
+    jobs = arrest_mnist.jobs(str(small_mnist), budget=budget)[:4]
+    save_classifier(SmallCNN(1, 10, (28, 28), 4), jobs[0].folder(tmp_path))
+    for job in jobs:
+        with pytest.raises(KeyboardInterrupt):
+            job.work(job, tmp_path / job.name, tmp_path)
+    standard, *others = (seen[name] for name in arrest_mnist.MODELS)
+    attacks = {(c.eps, c.steps, c.step(c.eps), c.warm_up, c.norm) for c in others}
+    assert len(others) == 3 and attacks == {(0.3, 40, 2 * 0.3 / 40, 0.5, "linf")} and standard.eps == 0
 
 
 def test_settings_of_a_stage_count_for_what_follows_it_alone():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.nn import PreActResNet18, Representation, SmallCNN, build_classifier
-from purify_fast.nn.view import FrozenView, LiveView
+from purify_fast.nn.view import FrozenView, LiveView, channels_last
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,6 +135,17 @@ def test_the_classifier_is_left_alone():
     assert not {id(p) for p in model.parameters()} & {id(p) for p in view.parameters()}
     assert not any(name.startswith("_source") for name, _ in view.named_modules())
     assert not any(m._forward_hooks for m in view.modules()) and representation(torch.rand(2, *SHAPE))[0].any()
+
+
+def test_the_classifier_is_left_alone_while_a_layout_is_tried():
+    """In training mode two grey images would enter BatchNorm's statistics."""
+    for name in ("preact_resnet18", "unfoldable", "fully_connected"):  # the last flattens its images
+        model = made(name).train()
+        before = copy.deepcopy(model.state_dict())
+        modes = [module.training for module in model.modules()]
+        channels_last(model, SHAPE)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert [module.training for module in model.modules()] == modes and any(modes)
 
 
 def test_layouts_and_dtypes_stay_through_a_refresh():

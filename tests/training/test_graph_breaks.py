@@ -30,7 +30,7 @@ def batch():
 
 
 def arrest(**options):
-    return ArrestTask(SmallCNN(width=4), ArrestConfig(eps=EPS, steps=2, **options), SHAPE)
+    return ArrestTask(SmallCNN(width=4), ArrestConfig(eps=EPS, steps=2, alpha=EPS / 2, **options), SHAPE)
 
 
 def carso(target):
