@@ -158,13 +158,21 @@ def _cases() -> list[Case]:
         )
     step = "x:*T grad:*T nat:*T alpha:*fp32 eps:*fp32 out:*T size:i32 blocks:i32 lo:S hi:S"
     with_momentum = step.replace("alpha:", "previous:*T alpha:").replace("lo:", "momentum:S rest:S lo:")
-    for module, arguments in ((pgd_step, step), (apgd_step, with_momentum)):
-        name = module.__name__.rpartition(".")[2]
-        for norm, kernel, width in (("linf", module._linf, 1024), ("l2", module._l2, 2048)):
-            constants = {"WIDTH": width}
-            cases.append(
-                Case(kernel, arguments, constants, warps(width), clamps=True, fused=False, id=f"{name}-{norm}")
-            )
+    per_sample = step.replace("blocks:i32 ", "")
+    sparse = step.replace("blocks:", "chosen:")
+    for id, kernel, arguments, width in (
+        ("pgd_step-linf", pgd_step._linf, step, 1024),
+        ("pgd_step-l2", pgd_step._l2, per_sample, 2048),
+        ("pgd_step-l1", pgd_step._l1, sparse, 2048),
+        ("apgd_step-linf", apgd_step._linf, with_momentum, 1024),
+        ("apgd_step-l2", apgd_step._l2, with_momentum, 2048),
+    ):
+        cases.append(Case(kernel, arguments, {"WIDTH": width}, warps(width), clamps=True, fused=False, id=id))
+    for norm, kernel, arguments in ((1, pgd_step._l2_whole, per_sample), (2, pgd_step._l1_whole, sparse)):
+        for width in (4096, pgd_step.WHOLE[norm]):
+            id = f"pgd_step-l{3 - norm}-whole-{width}"
+            count = pgd_step.whole_warps(width)
+            cases.append(Case(kernel, arguments, {"WIDTH": width}, count, clamps=True, fused=False, id=id))
     cases += _transforms()
     cases += _distances()
     tile = {"K": 8, "C": 256}
@@ -399,6 +407,17 @@ def test_memory_access_is_vectorised(case, dtype):
         assert re.search(r"ld\.global[\w.:]*\.v[248]", ptx), "no vector load"
     if case.stores:
         assert re.search(r"st\.global[\w.:]*\.v[248]", ptx), "no vector store"
+
+
+WHOLE = [case for case in CASES if "-whole-" in case.id]
+
+
+@pytest.mark.parametrize(("case", "dtype"), [pytest.param(c, d, id=f"{c.id}-{d}") for c in WHOLE for d in c.dtypes])
+def test_a_sample_that_fits_is_read_once(case, dtype):
+    """Three images, each in vectors of sixteen bytes; the step and the radius."""
+    ptx = compiled(case.id, dtype, 90).asm["ptx"]
+    thread = case.constants["WIDTH"] // (32 * case.warps) * (4 if dtype == "fp32" else 2)  # bytes of one image
+    assert len(re.findall(r"\bld\.global", ptx)) == 3 * thread // 16 + 2
 
 
 EXACT = (
