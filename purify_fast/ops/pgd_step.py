@@ -2,15 +2,14 @@
 
     linf:  x <- clamp(x + alpha sign(g), x_nat - eps, x_nat + eps)
     l2:    x <- x_nat + d min(1, eps / |d|),   d = x + alpha g / |g| - x_nat
-    then   x <- clamp(x, lo, hi)
-
+    both:  x <- clamp(x, lo, hi)
     l1:    x <- argmin |z - y|_2,   |z - x_nat|_1 <= eps,  lo <= z <= hi,   y = x + alpha s / |s|_1
 
 linf and l2: Madry et al., ICLR 2018. l1: s is the sparse direction of SLIDE (Tramer & Boneh, NeurIPS 2019, arXiv
 1904.13000): sign(g) where |g| is among the largest, 0 elsewhere. What the box stops (x at its border, g pointing out)
-is not among them, as in the authors' code; all that tie with the last one are. The projection is that of Croce & Hein
-("Mind the box", ICML 2021, arXiv 2103.01208), onto ball and box at once: clipping what was projected on the ball alone
-would give away a part of eps. With d = y - x_nat and the room between x_nat and the box on d's side,
+is not among them, as in SLIDE's implementations; all that tie with the last one are. The projection is that of Croce
+& Hein ("Mind the box", ICML 2021, arXiv 2103.01208), onto ball and box at once: clipping what was projected on the ball
+alone would give away a part of eps. With d = y - x_nat and the room between x_nat and the box on d's side,
 
     z = x_nat + sign(d) clamp(|d| - shift, 0, room),   the least shift >= 0 with |z - x_nat|_1 <= eps
 
@@ -185,7 +184,9 @@ def pgd_step(
     check({"x": x, "grad": grad, "x_nat": x_nat}, norm, lo, hi)
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
-    call = reference if OP.plain(x.device) else OP.handle
+    # in a graph too the op serves l1: unrolled, its halvings take the compiler long and are slower
+    plain = OP.served_by(x.device) == "reference" if norm == "l1" else OP.plain(x.device)
+    call = reference if plain else OP.handle
     with torch.no_grad():
         alpha, eps = per_sample("alpha", alpha, x), per_sample("eps", eps, x)
         return call(x, grad, x_nat, alpha, eps, NORMS.index(norm), float(lo), float(hi), float(density))

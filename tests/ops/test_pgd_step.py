@@ -283,6 +283,20 @@ def test_compiles(backend, contract, norm):
     )
 
 
+@pytest.mark.parametrize("norm", op.NORMS)
+def test_who_serves_a_graph(norm):
+    """Where there is a kernel: the plain reference, but the op for l1."""
+    graphs = []
+
+    def compiler(graph, _):
+        graphs.append(str(graph.code))
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(lambda *images: pgd_step(*images, 0.05, 0.1, norm), backend=compiler)(*inputs(3, 8))
+    assert ("purify_fast.pgd_step" in graphs[0]) == (norm == "l1" and op.OP.default["cpu"] == "cpp")
+
+
 def test_export(backend):
     class Step(torch.nn.Module):
         def forward(self, x, grad, nat):
