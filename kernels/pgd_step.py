@@ -1,4 +1,8 @@
-"""`pgd_step` in Triton: linf elementwise and bit-exact (no fused multiply-add); l2 one program per sample."""
+"""`pgd_step` in Triton: linf elementwise and bit-exact (no fused multiply-add); l2 and l1 one program per sample.
+
+A sample that fits into a program's registers is read once (the kernels named ``_whole``); a larger one is read again in
+every pass over it: four for l2, some fifty for l1.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import BLOCK, on, sum_tile, tile
+
+#: The largest tile that holds a sample without spilling registers, by norm.
+WHOLE = {1: 16384, 2: 8192}
+#: Bits of the first float32 that is not finite; those of |x| are ordered as |x| is, NaN last.
+INFINITE = tl.constexpr(0x7F800000)
+#: Of the interval that holds l1's shift: the reference's for float32.
+HALVINGS = tl.constexpr(24)
 
 
 @triton.jit
@@ -70,9 +81,8 @@ def _linf(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, l
 
 
 @triton.jit
-def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, lo, hi, WIDTH: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) // blocks  # blocks is 1
-    lane = tl.arange(0, WIDTH)
+def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
+    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
     peak, length, usable = _l2_direction(grad_ptr, row, lane, size, WIDTH)
     step = alpha / length
@@ -92,6 +102,167 @@ def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, lo,
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _l2_whole(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
+    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    at, inside = row * size + lane, lane < size
+    alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
+    x, g, nat = _load(x_ptr, at, inside), _load(grad_ptr, at, inside), _load(nat_ptr, at, inside)
+    peak = tl.max(tl.where(g == g, tl.abs(g), float("inf")), 0)  # tl.max would drop a NaN
+    usable = (peak > 0) & (peak < float("inf"))
+    g = g / tl.where(usable, peak, 1.0)
+    step = alpha / tl.where(usable, tl.sqrt_rn(tl.sum(g * g, 0)), 1.0)
+    d = (x + tl.where(usable, step * g, 0.0)) - nat
+    x = _clamp(nat + d * _l2_shrink(d * d, eps), tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _candidates(x, g, lo, hi):
+    # the bits of |g|, 0 where the box stops the step
+    return tl.where(((x >= hi) & (g > 0)) | ((x <= lo) & (g < 0)), 0, _bits(g))
+
+
+@triton.jit
+def _narrowed(low, high, count, chosen):
+    # one bisection of [low, high): at least ``chosen`` reach low, fewer reach high; over when just so many do
+    middle = low + (high - low) // 2
+    end = tl.where(count == chosen, middle + 1, high)
+    return tl.where(count >= chosen, middle, low), tl.where(count >= chosen, end, middle)
+
+
+@triton.jit
+def _length(alpha, count):
+    return alpha * tl.div_rn(1.0, tl.maximum(count, 1).to(tl.float32))
+
+
+@triton.jit
+def _l1_moved(x, g, candidates, least, length):
+    return x + tl.where(candidates >= least, tl.where(g > 0, length, -length), 0.0)
+
+
+@triton.jit
+def _room(d, nat, lo, hi):
+    return tl.maximum(tl.where(d > 0, hi - nat, nat - lo), 0.0)
+
+
+@triton.jit
+def _l1_projected(x, nat, shift, moves, lo, hi):
+    d = x - nat
+    left = tl.maximum(tl.abs(d) - shift, 0.0)
+    x = tl.where(moves, nat + tl.where(d < 0, -left, left), x)
+    return _clamp(tl.where(d != d, d, x), lo, hi)  # where nat alone is NaN
+
+
+@triton.jit
+def _l1_whole(
+    x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo, hi,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    at, inside = row * size + lane, lane < size
+    alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
+    lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
+    x, g, nat = _load(x_ptr, at, inside), _load(grad_ptr, at, inside), _load(nat_ptr, at, inside)
+
+    peak = tl.max(_bits(g), 0)
+    usable = peak < INFINITE
+    candidates = tl.where(usable, _candidates(x, g, lo, hi), 0)
+    low, high = 0, tl.where(usable, peak, 0) + 1
+    while high - low > 1:
+        count = tl.sum((candidates >= low + (high - low) // 2).to(tl.int32), 0)
+        low, high = _narrowed(low, high, count, chosen)
+    least = tl.maximum(low, 1)
+    length = _length(alpha, tl.sum((candidates >= least).to(tl.int32), 0))
+    x = _l1_moved(x, g, candidates, least, length)
+
+    d = x - nat
+    span, room = tl.abs(d), _room(d, nat, lo, hi)
+    moves = tl.sum(_clamp(span, 0.0, room), 0) > eps  # NaN does not
+    outer = 0.0
+    if moves:
+        inner, outer = 0.0, tl.max(span, 0)
+        for _ in range(HALVINGS):
+            middle = (inner + outer) * 0.5
+            outside = tl.sum(_clamp(span - middle, 0.0, room), 0) > eps
+            inner, outer = tl.where(outside, middle, inner), tl.where(outside, outer, middle)
+    x = _l1_projected(x, nat, outer, moves, lo, hi)
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _reaching(x_ptr, grad_ptr, row, lane, size, lo, hi, least, WIDTH: tl.constexpr):
+    # how many candidates reach ``least``, which is at least 1
+    count = tl.zeros((WIDTH,), tl.int32)
+    for first in range(0, size, WIDTH):
+        at, inside = row * size + first + lane, first + lane < size
+        count += (_candidates(_load(x_ptr, at, inside), _load(grad_ptr, at, inside), lo, hi) >= least).to(tl.int32)
+    return tl.sum(count, 0)
+
+
+@triton.jit
+def _again(x_ptr, grad_ptr, at, inside, least, length, lo, hi):
+    x, g = _load(x_ptr, at, inside), _load(grad_ptr, at, inside)
+    return _l1_moved(x, g, _candidates(x, g, lo, hi), least, length)
+
+
+@triton.jit
+def _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, shift, lo, hi, WIDTH: tl.constexpr):
+    # the l1 norm of what is left of the offset, and the largest offset
+    left, largest = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, size, WIDTH):
+        at, inside = row * size + first + lane, first + lane < size
+        nat = _load(nat_ptr, at, inside)
+        d = _again(x_ptr, grad_ptr, at, inside, least, length, lo, hi) - nat
+        left += _clamp(tl.abs(d) - shift, 0.0, _room(d, nat, lo, hi))
+        largest = tl.maximum(largest, tl.abs(d))
+    return tl.sum(left, 0), tl.max(largest, 0)
+
+
+@triton.jit
+def _l1(
+    x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo, hi,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
+    lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
+
+    bits = tl.zeros((WIDTH,), tl.int32)
+    for first in range(0, size, WIDTH):
+        bits = tl.maximum(bits, _bits(_load(grad_ptr, row * size + first + lane, first + lane < size)))
+    peak = tl.max(bits, 0)
+    usable = peak < INFINITE
+    low, high = 0, tl.where(usable, peak, 0) + 1
+    while high - low > 1:
+        count = _reaching(x_ptr, grad_ptr, row, lane, size, lo, hi, low + (high - low) // 2, WIDTH)
+        low, high = _narrowed(low, high, count, chosen)
+    least = tl.maximum(low, 1)
+    length = _length(alpha, _reaching(x_ptr, grad_ptr, row, lane, size, lo, hi, least, WIDTH))
+    length = tl.where(usable, length, 0.0)
+
+    total, largest = _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, 0.0, lo, hi, WIDTH)
+    moves = total > eps  # NaN does not
+    outer = 0.0
+    if moves:
+        inner, outer = 0.0, largest
+        for _ in range(HALVINGS):
+            middle = (inner + outer) * 0.5
+            total, largest = _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, middle, lo, hi, WIDTH)
+            outside = total > eps
+            inner, outer = tl.where(outside, middle, inner), tl.where(outside, outer, middle)
+    for first in range(0, size, WIDTH):
+        at, inside = row * size + first + lane, first + lane < size
+        x = _again(x_ptr, grad_ptr, at, inside, least, length, lo, hi)
+        x = _l1_projected(x, _load(nat_ptr, at, inside), outer, moves, lo, hi)
+        tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
 def layout(x: Tensor, norm: int) -> tuple[int, int, dict]:
     """Elements of a sample, programs per sample, elements a program sees at once and its warps; ``norm`` by index."""
     size = x.numel() // x.shape[0]
@@ -99,18 +270,39 @@ def layout(x: Tensor, norm: int) -> tuple[int, int, dict]:
     return size, triton.cdiv(size, width) if norm == 0 else 1, {"WIDTH": width, "num_warps": warps}
 
 
+def whole_warps(width: int) -> int:
+    """Warps of a program that keeps ``width`` elements of each image: sixteen per thread, one to sixteen warps."""
+    return max(1, min(16, width // 512))
+
+
 def forward(
-    x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Tensor, eps: Tensor, norm: int, lo: float, hi: float
+    x: Tensor,
+    grad: Tensor,
+    x_nat: Tensor,
+    alpha: Tensor,
+    eps: Tensor,
+    norm: int,
+    lo: float,
+    hi: float,
+    density: float,
 ) -> Tensor:
     """The new x, contiguous; ``norm`` by index."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
     size, blocks, block = layout(x, norm)
-    kernel = _linf if norm == 0 else _l2
+    fitting, chosen = max(32, triton.next_power_of_2(size)), max(1, int(density * size + 0.5))
+    whole = fitting <= WHOLE.get(norm, 0)
+    if whole:
+        block = {"WIDTH": fitting, "num_warps": whole_warps(fitting)}
+    kernel, own = (
+        (_linf, (blocks,)),
+        (_l2_whole if whole else _l2, ()),
+        (_l1_whole if whole else _l1, (chosen,)),
+    )[norm]
     with on(x):
         kernel[(x.shape[0] * blocks,)](
             x.contiguous(), grad.contiguous(), x_nat.contiguous(), alpha.contiguous(), eps.contiguous(), out,
-            size, blocks, float(lo), float(hi), **block, enable_fp_fusion=False,
+            size, *own, float(lo), float(hi), **block, enable_fp_fusion=False,
         )  # fmt: skip
     return out

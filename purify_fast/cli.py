@@ -414,10 +414,12 @@ class Evaluate(_Data):
     eot: int = 5
     autoattack: int = 100
     """Images for AutoAttack; 0 leaves it out."""
-    also: tuple[Literal["lee_kim_2023", "l2", "stadv", "classifier"], ...] = ()
-    """More attacks: PGD-200 with EOT 20; APGD in the L2 ball; StAdv; the classifier alone, the weak protocol."""
+    also: tuple[Literal["lee_kim_2023", "l2", "l1", "stadv", "classifier"], ...] = ()
+    """More attacks: PGD-200 with EOT 20; APGD in the L2 and PGD in the L1 ball; StAdv; the classifier alone (weak)."""
     l2_eps: float = 0.5
     """Radius of the L2 ball of --also l2, in image units."""
+    l1_eps: float = 12.0
+    """Radius of the L1 ball of --also l1, in image units; 12 is customary on CIFAR-10."""
     batch_size: int = 250
     chunk: int | None = None
     """Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets which draws."""
@@ -444,6 +446,7 @@ class Evaluate(_Data):
         more = {
             "lee_kim_2023": lee_kim_2023(self.eps),
             "l2": Attack("apgd", norm="l2", eps=self.l2_eps),
+            "l1": Attack("pgd", norm="l1", eps=self.l1_eps),
             "stadv": Attack("stadv"),
             "classifier": Attack(target="classifier"),
         }

@@ -134,6 +134,22 @@ def test_pgd_step_keeps_nan_where_it_is(core, images, alpha, eps, where):
     np.testing.assert_array_equal(np.isnan(out), np.isnan(x))
 
 
+@holds(images, radii, radii, st.integers(1, 40))
+def test_pgd_step_l1_stays_in_the_ball_and_the_box_and_moves_what_it_may(core, images, alpha, eps, k):
+    x, natural, grad = images
+    k = min(k, len(x))
+    out = core.pgd_step_l1(x, grad, natural, alpha, eps, k, 0.0, 1.0)
+    assert np.isfinite(out).all() and (out >= 0).all() and (out <= 1).all()
+    assert np.abs(out.astype(np.float64) - natural).sum() <= eps * (1 + 4 * EPS) + 2 * EPS * len(x)
+    free = core.pgd_step_l1(x, grad, x, alpha, 1e6, k, 0.0, 1.0)  # no ball: the step and the box alone
+    stopped = ((x == 1) & (grad > 0)) | ((x == 0) & (grad < 0))
+    size = np.where(stopped, 0, np.abs(grad)) if np.isfinite(grad).all() else np.zeros_like(grad)
+    allowed = (size >= np.sort(size)[-k]) & (size > 0)
+    length = np.float32(alpha) * (np.float32(1) / np.float32(max(1, allowed.sum())))
+    ahead = np.where(allowed, np.where(grad > 0, length, -length), 0)
+    np.testing.assert_array_equal(free, np.clip(x + ahead.astype(np.float32), 0, 1))
+
+
 def momentum_step(core, x, grad, natural, previous, alpha, eps, momentum, norm):
     return core.apgd_step(x, grad, natural, previous, alpha, eps, momentum, norm, 0.0, 1.0)
 

@@ -1,11 +1,13 @@
 // One step of projected gradient descent (purify_fast/ops/pgd_step.py is the definition).
 #pragma once
 
+#include <type_traits>
+
 #include "math.h"
 
 namespace pf {
 
-enum class Norm : int { linf = 0, l2 = 1 };
+enum class Norm : int { linf = 0, l2 = 1, l1 = 2 };
 
 template <class W>
 struct PgdStep {
@@ -36,19 +38,25 @@ struct Direction {
   }
 };
 
+// max |x_i|; NaN if one is.
 template <class T, class W = wide_t<T>>
-PF_HD Direction<W> l2_direction(const T* grad, int64_t n) {
+PF_HD W largest_size(const T* x, int64_t n) {
   constexpr int lanes = 16;
-  W peaks[lanes] = {};  // max |g|; each lane keeps NaN
+  W peaks[lanes] = {};
   const int64_t whole = n / lanes * lanes;
   for (int64_t i = 0; i < whole; i += lanes) {
-    for (int j = 0; j < lanes; ++j) peaks[j] = max_nan(abs(load(grad[i + j])), peaks[j]);
+    for (int j = 0; j < lanes; ++j) peaks[j] = max_nan(abs(load(x[i + j])), peaks[j]);
   }
-  for (int64_t i = whole; i < n; ++i) peaks[0] = max_nan(abs(load(grad[i])), peaks[0]);
+  for (int64_t i = whole; i < n; ++i) peaks[0] = max_nan(abs(load(x[i])), peaks[0]);
   for (int j = 1; j < lanes; ++j) peaks[0] = max_nan(peaks[j], peaks[0]);
+  return peaks[0];
+}
 
-  const bool usable = finite(peaks[0]) & (peaks[0] > 0);
-  const W peak = usable ? peaks[0] : W(1);
+template <class T, class W = wide_t<T>>
+PF_HD Direction<W> l2_direction(const T* grad, int64_t n) {
+  const W highest = largest_size(grad, n);
+  const bool usable = finite(highest) & (highest > 0);
+  const W peak = usable ? highest : W(1);
   // brings any peak, subnormal or huge, to where its inverse is exact enough
   constexpr W small = std::numeric_limits<W>::epsilon() * std::numeric_limits<W>::epsilon(), tiny = small * small;
   const W scale = peak < tiny ? 1 / tiny : (peak > 1 / tiny ? tiny : W(1));
@@ -83,6 +91,76 @@ PF_HD void pgd_step_l2(const T* x, const T* grad, const T* x_nat, T* out, int64_
   const W shrink = l2_shrink(n, step.eps, offset);
   store_all(out, n,
             [=](int64_t i) PF_INLINE { return clamp_nan(load(x_nat[i]) + offset(i) * shrink, step.lo, step.hi); });
+}
+
+template <class W>
+using bits_t = std::conditional_t<sizeof(W) == 8, int64_t, int32_t>;
+
+// What the k largest of x_i, i < n, reach and no other does, but for ties with the k-th; never 0. For 0 <= x_i <= most:
+// the bit patterns of such numbers are ordered as they are, and there it bisects.
+template <class W>
+PF_HD W reached_by(int64_t k, const W* x, int64_t n, W most) {
+  bits_t<W> low = 0, high = bit_cast<bits_t<W>>(most) + 1;  // at least k reach low, fewer reach high
+  while (high - low > 1) {
+    const bits_t<W> middle = low + (high - low) / 2;
+    const W least = bit_cast<W>(middle);
+    bits_t<W> count = 0;
+    for (int64_t i = 0; i < n; ++i) count += x[i] >= least ? 1 : 0;
+    (count >= k ? low : high) = middle;
+    if (count == k) break;
+  }
+  return bit_cast<W>(low > 0 ? low : bits_t<W>(1));
+}
+
+// One sample of n elements, of which k move; scratch holds 3 n.
+template <class T, class W = wide_t<T>>
+PF_HD void pgd_step_l1(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step, int64_t k,
+                       W* scratch) {
+  W *moved = scratch, *size = scratch + n, *room = scratch + 2 * n;
+  const W lo = step.lo, hi = step.hi, most = largest_size(grad, n);
+  W least = std::numeric_limits<W>::infinity(), length = 0;
+  if (finite(most)) {
+    store_all(size, n, [=](int64_t i) PF_INLINE {
+      const W at = load(x[i]), g = load(grad[i]);
+      const bool stopped = ((at >= hi) & (g > 0)) | ((at <= lo) & (g < 0));
+      return stopped ? W(0) : abs(g);
+    });
+    least = reached_by(k, size, n, most);
+    bits_t<W> count = 0;
+    for (int64_t i = 0; i < n; ++i) count += size[i] >= least ? 1 : 0;
+    length = step.alpha * (1 / static_cast<W>(count > 0 ? count : 1));
+  } else {
+    store_all(size, n, [](int64_t) PF_INLINE { return W(0); });
+  }
+  store_all(moved, n, [=](int64_t i) PF_INLINE {
+    const W ahead = load(grad[i]) > 0 ? length : -length;
+    return load(x[i]) + (size[i] >= least ? ahead : W(0));
+  });
+
+  const auto offset = [=](int64_t i) PF_INLINE { return moved[i] - load(x_nat[i]); };
+  store_all(size, n, [=](int64_t i) PF_INLINE { return abs(offset(i)); });
+  store_all(room, n, [=](int64_t i) PF_INLINE {
+    const W center = load(x_nat[i]), free = offset(i) > 0 ? hi - center : center - lo;
+    return free > 0 ? free : W(0);
+  });
+  const auto outside = [=](W shift) PF_INLINE {  // NaN is not
+    return ordered_sum<W>(n, [=](int64_t i) PF_INLINE { return clamp_nan(size[i] - shift, W(0), room[i]); }) > step.eps;
+  };
+  const bool moves = outside(0);
+  W outer = 0;
+  if (moves) {
+    W inner = 0;
+    outer = largest_size(size, n);
+    for (int i = 0; i < std::numeric_limits<W>::digits; ++i) {
+      const W middle = (inner + outer) / 2;
+      (outside(middle) ? inner : outer) = middle;
+    }
+  }
+  store_all(out, n, [=](int64_t i) PF_INLINE {
+    const W center = load(x_nat[i]), d = offset(i), left = clamp_nan(abs(d) - outer, W(0), abs(d));
+    const W z = center + (d < 0 ? -left : left);
+    return clamp_nan(moves | (d != d) ? z : moved[i], lo, hi);
+  });
 }
 
 }  // namespace pf

@@ -11,33 +11,54 @@ PF_HD void linf_loop(const T* x, const T* grad, const T* x_nat, T* out, int64_t 
             [=](int64_t i) PF_INLINE { return pgd_step_linf(load(x[i]), load(grad[i]), load(x_nat[i]), step); });
 }
 
-// float16 is widened once, not in each of the four passes (its conversion is long); scratch holds 4 n numbers for it.
-template <class T, class W = wide_t<T>>
-PF_HD void l2_sample(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step, W* scratch) {
+// step(x, grad, x_nat, out, scratch) for one sample. float16 is widened once, not in each of its passes (the conversion
+// is long): that takes 4 n numbers of scratch.
+template <class T, class W, class F>
+PF_HD void widened(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, W* scratch, F step) {
   if constexpr (std::is_same_v<T, half>) {
     W *wide_x = scratch, *wide_grad = scratch + n, *wide_nat = scratch + 2 * n, *wide_out = scratch + 3 * n;
     for (int64_t i = 0; i < n; ++i) wide_x[i] = load(x[i]);
     for (int64_t i = 0; i < n; ++i) wide_grad[i] = load(grad[i]);
     for (int64_t i = 0; i < n; ++i) wide_nat[i] = load(x_nat[i]);
-    pgd_step_l2(wide_x, wide_grad, wide_nat, wide_out, n, step);
+    step(wide_x, wide_grad, wide_nat, wide_out, scratch + 4 * n);
     for (int64_t i = 0; i < n; ++i) store(out[i], wide_out[i]);
   } else {
-    pgd_step_l2(x, grad, x_nat, out, n, step);
+    step(x, grad, x_nat, out, scratch);
   }
 }
 
-#define PF_LOOPS(T)                                                                                     \
-  PF_CLONES void linf(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat, \
-                      T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step) {                        \
-    linf_loop(x, grad, x_nat, out, n, step);                                                            \
-  }                                                                                                     \
-  PF_CLONES void l2(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,   \
-                    T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step, wide_t<T>* scratch) {      \
-    l2_sample(x, grad, x_nat, out, n, step, scratch);                                                   \
+template <class T, class W = wide_t<T>>
+PF_HD void l2_sample(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step, W* scratch) {
+  widened(x, grad, x_nat, out, n, scratch, [=](const auto* a, const auto* g, const auto* b, auto* to, W*) PF_INLINE {
+    pgd_step_l2(a, g, b, to, n, step);
+  });
+}
+
+template <class T, class W = wide_t<T>>
+PF_HD void l1_sample(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step, int64_t k,
+                     W* scratch) {
+  widened(x, grad, x_nat, out, n, scratch,
+          [=](const auto* a, const auto* g, const auto* b, auto* to, W* rest)
+              PF_INLINE { pgd_step_l1(a, g, b, to, n, step, k, rest); });
+}
+
+#define PF_LOOPS(T)                                                                                           \
+  PF_CLONES void linf(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,       \
+                      T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step) {                              \
+    linf_loop(x, grad, x_nat, out, n, step);                                                                  \
+  }                                                                                                           \
+  PF_CLONES void l2(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,         \
+                    T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step, wide_t<T>* scratch) {            \
+    l2_sample(x, grad, x_nat, out, n, step, scratch);                                                         \
+  }                                                                                                           \
+  PF_CLONES void l1(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,         \
+                    T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step, int64_t k, wide_t<T>* scratch) { \
+    l1_sample(x, grad, x_nat, out, n, step, k, scratch);                                                      \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
-Tensor pgd_step(Tensor x, Tensor grad, Tensor x_nat, Tensor alpha, Tensor eps, int64_t norm, double lo, double hi) {
+Tensor pgd_step(Tensor x, Tensor grad, Tensor x_nat, Tensor alpha, Tensor eps, int64_t norm, double lo, double hi,
+                double density) {
   const ScalarType dtype = x.scalar_type(), wide_type = wide_dtype(dtype);
   x = dense(x);
   grad = dense(grad, dtype);
@@ -54,11 +75,20 @@ Tensor pgd_step(Tensor x, Tensor grad, Tensor x_nat, Tensor alpha, Tensor eps, i
     const W *pa = data<W>(alpha), *pe = data<W>(eps);
     T* to = writable<T>(out);
     const auto step = [&](int64_t b) { return PgdStep<W>{pa[b], pe[b], static_cast<W>(lo), static_cast<W>(hi)}; };
+    constexpr int64_t wider = std::is_same_v<T, half> ? 4 : 0;
     if (static_cast<Norm>(norm) == Norm::l2) {
       parallel_rows(samples, 2 * n, [&](int64_t begin, int64_t end) {
-        std::vector<W> scratch(std::is_same_v<T, half> ? 4 * n : 0);
+        std::vector<W> scratch(wider * n);
         for (int64_t b = begin; b < end; ++b) {
           l2(px + b * n, pg + b * n, pn + b * n, to + b * n, n, step(b), scratch.data());
+        }
+      });
+    } else if (static_cast<Norm>(norm) == Norm::l1) {
+      const auto share = static_cast<int64_t>(density * static_cast<double>(n) + 0.5), k = share > 0 ? share : 1;
+      parallel_rows(samples, 10 * n, [&](int64_t begin, int64_t end) {  // some fifty short passes
+        std::vector<W> scratch((wider + 3) * n);
+        for (int64_t b = begin; b < end; ++b) {
+          l1(px + b * n, pg + b * n, pn + b * n, to + b * n, n, step(b), k, scratch.data());
         }
       });
     } else {

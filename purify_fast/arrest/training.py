@@ -30,6 +30,7 @@ from ..nn.classifiers import representation_before_pooling
 from ..nn.representation import Representation, untapped
 from ..nn.view import LiveView, channels_last, inside, quicken
 from ..ops.noisy_replay import noisy_replay
+from ..ops.pgd_step import NORMS
 from ..ops.representation_distance import representation_distance
 from ..training.checkpoint import fingerprint, structure
 from ..training.distributed import average_
@@ -37,7 +38,7 @@ from ..training.loop import Batch
 from ..training.schedules import arrest_published, one_cycle, rising
 
 CHOICES = {
-    "norm": ("linf", "l2"),
+    "norm": NORMS,
     "distance": ("abs_cosine", "cosine", "angular", "l2"),
     "drift_mode": ("eval", "train"),
     "optimizer": ("sgd", "adamw"),
@@ -52,7 +53,7 @@ class ArrestConfig:
     readers of the paper (sgmath12/FAT), "ours" a choice of this package where neither tells.
 
     Args:
-        eps: radius in image units (paper: 8/255). norm: ``linf`` (paper) or ``l2``.
+        eps: radius in image units (paper: 8/255). norm: ``linf`` (paper), ``l2`` or ``l1``.
         steps, alpha: of PGD on the cross-entropy alone (paper, port: 10 and 2/255). alpha None: 2.5 eps / steps (ours).
             Together they must reach eps: alpha is not scaled with it.
         start: whether PGD begins at a random point of the ball (ours).

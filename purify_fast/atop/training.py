@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from .._process import processes
 from ..attacks import fgsm, pgd
 from ..nn.discriminator import PatchDiscriminator, patch_depth
+from ..ops.pgd_step import NORMS
 from ..training.checkpoint import fingerprint
 from ..training.distributed import average_
 from ..training.loop import Batch
@@ -30,7 +31,7 @@ from .model import Atop
 CHOICES = {
     "attack": ("fgsm", "pgd", "none"),
     "attack_target": ("classifier", "pipeline"),
-    "norm": ("linf", "l2"),
+    "norm": NORMS,
     "reconstruction_target": ("adversarial", "clean"),
     "gan_fake": ("refined", "pasted"),
     "precision": ("float32", "bfloat16"),
@@ -55,7 +56,7 @@ class AtopConfig:
     Args:
         attack: ``fgsm`` (official code: one step, no start), ``pgd``, or ``none`` as in pre-training.
         attack_target: ``classifier`` (official code) or ``pipeline``, the whole defence with exact gradients (ours).
-        eps: radius in image units (official code: 8/255). norm: ``linf`` (official code) or ``l2``.
+        eps: radius in image units (official code: 8/255). norm: ``linf`` (official code), ``l2`` or ``l1``.
         steps, alpha: of PGD. alpha None: 2.5 eps / steps (ours).
         reconstruction_target: ``adversarial``, the purifier rebuilds what it gets (released notebooks, one pass), or
             ``clean``: a clean image from its own transform, in a second pass with the same noise and mask (the logged

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.apgd_step import apgd_step
+from ..ops.apgd_step import NORMS, apgd_step
 from ..ops.pgd_step import per_sample
 from ._frozen import frozen
 from .gradient import Model, _better, _check, _gradient, _score, random_start
@@ -77,7 +77,7 @@ def apgd(
     Raises:
         ValueError: a wrong shape, dtype, name, count or range, or too few classes for the loss.
     """
-    _check(x, y, norm, loss, steps, eot, chunk, (*LOSSES, *TARGETED))
+    _check(x, y, norm, loss, steps, eot, chunk, (*LOSSES, *TARGETED), NORMS)
     for name, count in (("targets", targets), ("restarts", restarts)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")

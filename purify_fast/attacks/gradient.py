@@ -1,5 +1,9 @@
 """Gradient attacks: FGSM (Goodfellow et al., ICLR 2015) and PGD (Madry et al., ICLR 2018), with EOT draws in the batch.
 
+In the l1 ball PGD takes SLIDE's sparse steps (Tramer & Boneh, NeurIPS 2019) and projects onto ball and box at once
+(Croce & Hein, ICML 2021): see `purify_fast.ops.pgd_step`. SLIDE moves a constant share of the coordinates, the same
+way each, so that what it adds cannot gather where it is worth most; ours moves ever fewer.
+
 Models map images [B, C, H, W] in [lo, hi] to logits [B, classes]. They are attacked through a frozen view: evaluation
 mode, gradients to the input only; the model comes back as it was. Randomised models are attacked through the mean of
 the loss over ``eot`` draws (expectation over transformation, Athalye et al., ICML 2018).
@@ -19,6 +23,7 @@ from .health import GradientHealth
 from .losses import LOSSES, TARGETED
 
 Model = Callable[[Tensor], Tensor]
+DENSITY = 0.1  # of PGD's first step in the l1 ball
 
 
 def _check(
@@ -30,13 +35,14 @@ def _check(
     eot: int,
     chunk: int | None,
     losses: Collection[str] = tuple(LOSSES),
+    norms: Collection[str] = NORMS,
 ) -> None:
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [B, ...], got {x.dtype} {list(x.shape)}")
     if y.shape != (x.shape[0],) or y.dtype != torch.int64:
         raise ValueError(f"y must be int64 [B] = [{x.shape[0]}], got {y.dtype} {list(y.shape)}")
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if norm not in norms:
+        raise ValueError(f"norm must be one of {', '.join(norms)}, got {norm!r}")
     if loss not in losses:
         raise ValueError(f"loss must be one of {', '.join(losses)}, got {loss!r}")
     for name, value in (("steps", steps), ("eot", eot), ("chunk", chunk)):
@@ -131,9 +137,13 @@ def random_start(
     if norm == "linf":
         noise = 2 * philox(key, ids, size, stream=Stream.ATTACK_START)[:, 0] - 1
     else:
-        noise = philox(key, ids, size, stream=Stream.ATTACK_START, distribution="normal")[:, 0]
+        if norm == "l2":
+            noise = philox(key, ids, size, stream=Stream.ATTACK_START, distribution="normal")[:, 0]
+        else:  # Laplace's distribution, by its inverse; the middles of the 2^24 steps, so that none is 0 or infinite
+            middles = 2 * philox(key, ids, size, stream=Stream.ATTACK_START)[:, 0] - (1 - 2**-24)
+            noise = -middles.sign() * torch.log1p(-middles.abs())
         shrink = philox(key, ids, 1, stream=Stream.ATTACK_START, first_draw=1)[:, 0] ** (1 / size)
-        noise = noise / noise.norm(dim=1, keepdim=True) * shrink
+        noise = noise / noise.norm(p=2 if norm == "l2" else 1, dim=1, keepdim=True) * shrink
     return (x + noise.view_as(x) * radius).clamp(lo, hi).to(x.dtype)
 
 
@@ -150,6 +160,7 @@ def pgd(
     eot: int = 1,
     start: bool = True,
     keep_best: bool = False,
+    density: float | None = None,
     seed: int = 0,
     sample_ids: Tensor | None = None,
     chunk: int | None = None,
@@ -164,12 +175,15 @@ def pgd(
         x: ``[B, ...]`` in [lo, hi]; y: true labels, int64 ``[B]``.
         eps, alpha: radius and step in image units, numbers or ``[B]``. Without alpha the step falls geometrically from
             ``eps`` to ``eps / 100``, which is stronger than a constant one (`make demo` has both on its base).
-        norm: ``linf`` or ``l2``. loss: ``ce``, ``margin`` or ``dlr``.
+        norm: ``linf``, ``l2`` or ``l1`` (customary on CIFAR-10: eps 8/255, 0.5 and 12). loss: ``ce``, ``margin`` or
+            ``dlr``.
         eot: draws of a randomised model averaged per step, folded into the batch.
         start: whether to begin at a random point of the ball (Philox stream ATTACK_START, from ``seed`` and
             ``sample_ids``, int64 ``[B]``, default 0 .. B-1).
         keep_best: return, per image, the best iterate seen and not the last: misclassified in most draws, then of
             highest mean loss (one more forward pass, or two with EOT).
+        density: of ``l1`` only: the share of the coordinates that a step moves, in (0, 1], at least one. Without it the
+            share falls geometrically from 0.1 to 0.001.
         chunk: images given to the model in one forward pass at most; exact, bounds the memory. (A defence that makes S
             samples of an image in N passes computes on S N times as many.)
         health: counts gradients and movement.
@@ -198,8 +212,9 @@ def pgd(
                 health.see_gradient(gradient, None if loss == "ce" else wrong == 1)
             if keep_best:
                 best, best_score = _better(best, best_score, adversarial, torch.stack([wrong, value]))
-            step = radius * 100.0 ** (-i / max(1, steps - 1)) if constant is None else constant
-            adversarial = pgd_step(adversarial, gradient.to(x.dtype), x, step, radius, norm, lo, hi)
+            step = radius * _fall(i, steps) if constant is None else constant
+            share = DENSITY * _fall(i, steps) if density is None else density
+            adversarial = pgd_step(adversarial, gradient.to(x.dtype), x, step, radius, norm, lo, hi, share)
         if health is not None:
             with torch.no_grad():
                 health.see_move(begin, adversarial, model(x).argmax(1) == y)
@@ -209,6 +224,11 @@ def pgd(
                 best_score = _score(model, best, y, loss, eot, chunk)
             adversarial, _ = _better(best, best_score, adversarial, score)
     return adversarial
+
+
+def _fall(i: int, steps: int) -> float:
+    """From 1 at the first step to a hundredth at the last."""
+    return 100.0 ** (-i / max(1, steps - 1))
 
 
 def _better(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,9 +325,10 @@ def pgd_and_fgsm(
         begin = torch.cat([random_start(nat, radius[:half], norm, seed, ids, lo, hi), x[half:]])
         gradient, _, _ = _gradient(model, begin, y, loss, 1, None)
         both = torch.cat([step, radius[half:]])
-        moved = pgd_step(begin, gradient.to(x.dtype), x, both, radius, norm, lo, hi)
+        moved = pgd_step(begin, gradient.to(x.dtype), x, both, radius, norm, lo, hi, DENSITY)
         adversarial = moved[:half]
-        for _ in range(steps - 1):
+        for i in range(1, steps):
             gradient, _, _ = _gradient(model, adversarial, labels, loss, 1, None)
-            adversarial = pgd_step(adversarial, gradient.to(x.dtype), nat, step, radius[:half], norm, lo, hi)
+            share = DENSITY * _fall(i, steps)
+            adversarial = pgd_step(adversarial, gradient.to(x.dtype), nat, step, radius[:half], norm, lo, hi, share)
     return torch.cat([adversarial, moved[half:]])

@@ -50,7 +50,7 @@ class CarsoConfig:
     Args:
         attack_target: ``classifier`` (the paper) or ``pipeline`` (ours).
         eps: radius of the strong attacks in image units (paper: 8/255 for colour images, 0.3 for MNIST); the weak ones
-            have half (paper). norm: ``linf`` (paper) or ``l2``.
+            have half (paper). norm: ``linf`` (paper), ``l2`` or ``l1``.
         eps_mode: ``paper`` takes eps as it is; ``official_code`` divides it by the mean of the defence's std, as the
             official code does, made for normalised images, to images that are not.
         steps, alpha: of PGD (paper: 40 and 0.01, made for eps 8/255). alpha None: 2.5 eps / steps (ours).

@@ -21,7 +21,7 @@ from ..attacks import pgd
 from ..ops.pgd_step import pgd_step
 
 VERSIONS = ("standard", "rand")
-_NORMS = {"linf": "Linf", "l2": "L2"}
+_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 def implementation() -> type:

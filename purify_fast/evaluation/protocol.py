@@ -33,6 +33,7 @@ from ..attacks.gradient import draws_at_once
 from ..attacks.stadv import EPS as FLOW
 from ..nn import Head
 from ..ops.aggregate import METHODS, UNSAFE
+from ..ops.apgd_step import NORMS as APGD_NORMS
 from ..ops.pgd_step import NORMS
 from .autoattack import VERSIONS, autoattack, implementation, parts
 from .report import FORMAT, Examples, Report, Row
@@ -44,7 +45,7 @@ VARIANTS = ("random", "fixed", "deterministic")
 CLASSIFIER = "classifier"  # as a target
 LEE_KIM = "PGD-200 ce + EOT (Lee & Kim 2023)"
 _ALONE = "on the classifier alone (not adaptive)"
-_NORMS = {"linf": "L-inf", "l2": "L2", "flow": "flow"}
+_NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1", "flow": "flow"}
 _OPTIONS = {  # of `Attack`, and the kinds they are of
     "steps": ("pgd", "apgd", "bpda", "stadv", "autoattack"),
     "alpha": ("pgd", "bpda", "stadv"),
@@ -82,8 +83,9 @@ class Attack:
             flow, the others begin with random ones.
         targets: of ``dlr_targeted``: so many wrong classes, or all where there are fewer; a run for each.
         smoothness: of StAdv, its tau.
-        eps, norm: another ball than the report's; of StAdv, eps is the bound on the flow (None: 0.05). Such a row
-            carries its threat model in its name and enters no headline and no ``worst`` but its own.
+        eps, norm: another ball than the report's (``apgd``: ``linf`` or ``l2``); of StAdv, eps is the bound on the flow
+            (None: 0.05). Such a row carries its threat model in its name and enters no headline and no ``worst`` but
+            its own.
         limit: attack only the first so many images.
         survivors: attack only what the attacks before it, on this variant, left right; the row counts every image, as
             left after all of them. Cheap attacks first then save most of a costly one's work.
@@ -111,7 +113,8 @@ class Attack:
 
     def __post_init__(self) -> None:
         losses = (None, *LOSSES, *(TARGETED if self.kind == "apgd" else ()))
-        names = {"kind": KINDS, "loss": losses, "variant": VARIANTS, "version": VERSIONS, "norm": (None, *NORMS)}
+        norms = (None, *(APGD_NORMS if self.kind == "apgd" else NORMS))
+        names = {"kind": KINDS, "loss": losses, "variant": VARIANTS, "version": VERSIONS, "norm": norms}
         for name, allowed in names.items():
             if getattr(self, name) not in allowed:
                 known = ", ".join(filter(None, allowed))
@@ -182,7 +185,7 @@ def evaluate(
         defence: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable. A module's mode,
             ``requires_grad`` flags and weights, and the random generators, are afterwards as they were.
         x, y: images, uint8 or float32 in [0, 1], and int64 labels ``[N]``.
-        eps, norm: the ball, in image units; ``linf`` or ``l2``.
+        eps, norm: the ball, in image units; ``linf``, ``l2`` or ``l1`` (no ``apgd`` but AutoAttack's).
         base: an undefended classifier: its adversarial images are tried on the defence.
         attacks: what to run; default `default_attacks`. Variants the defence lacks are left out, with a note.
         steps, eot: of PGD and APGD where an attack does not say; a deterministic model is attacked with one draw.
@@ -206,6 +209,8 @@ def evaluate(
     x = _checked(x, y, eps, norm, steps, eot, n_eval, batch_size, chunk)
     device = _device(defence, x)
     plan = default_attacks(base) if attacks is None else list(attacks)
+    if norm not in APGD_NORMS and any(attack.kind == "apgd" and attack.norm is None for attack in plan):
+        raise ValueError(f"apgd's norm must be one of {', '.join(APGD_NORMS)}, got {norm!r}: leave it out, or name one")
     if any(attack.kind == "autoattack" for attack in plan):
         implementation()
     devices = [device.index or 0] if device.type == "cuda" else []

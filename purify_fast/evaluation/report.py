@@ -303,9 +303,9 @@ _LEGEND = [
     " in all of the repeated predictions (their number in brackets), %. gradients: share non-finite / zero / images"
     " not moved. s: seconds.",
     "",
-    "An attack of another norm or radius than the report's has it at the end of its name: L2, L-inf, or the flow that"
-    " moves pixels (StAdv; half the image is 1). It counts for no headline and no worst but its own. BPDA: through the"
-    " purifier as if it changed nothing. On the classifier alone: made without the defence, then tried on it, which"
+    "An attack of another norm or radius than the report's has it at the end of its name: L1, L2, L-inf, or the flow"
+    " that moves pixels (StAdv; half the image is 1). It counts for no headline and no worst but its own. BPDA: through"
+    " the purifier as if it changed nothing. On the classifier alone: made without the defence, then tried on it, which"
     " says little about an attacker who knows the defence.",
     "",
     f"{_MARK}: the attack lacked gradients (any non-finite one, more than 5 % zero ones, or more than 1 % of the"

@@ -2,21 +2,38 @@
 
     linf:  x <- clamp(x + alpha sign(g), x_nat - eps, x_nat + eps)
     l2:    x <- x_nat + d min(1, eps / |d|),   d = x + alpha g / |g| - x_nat
-    then   x <- clamp(x, lo, hi)
+    both:  x <- clamp(x, lo, hi)
+    l1:    x <- argmin |z - y|_2,   |z - x_nat|_1 <= eps,  lo <= z <= hi,   y = x + alpha s / |s|_1
 
-Madry et al., ICLR 2018. sign(0) = 0, and a non-finite gradient moves nothing: an element (linf) or a sample (l2); the
-attacks count those, never hide them. NaN in x or x_nat propagates. |g| is taken after scaling by max |g|, so that the
-tiny gradients of a saturated loss still point somewhere.
+linf and l2: Madry et al., ICLR 2018. l1: s is the sparse direction of SLIDE (Tramer & Boneh, NeurIPS 2019, arXiv
+1904.13000): sign(g) where |g| is among the largest, 0 elsewhere. What the box stops (x at its border, g pointing out)
+is not among them, as in SLIDE's implementations; all that tie with the last one are. The projection is that of Croce
+& Hein ("Mind the box", ICML 2021, arXiv 2103.01208), onto ball and box at once: clipping what was projected on the ball
+alone would give away a part of eps. With d = y - x_nat and the room between x_nat and the box on d's side,
+
+    z = x_nat + sign(d) clamp(|d| - shift, 0, room),   the least shift >= 0 with |z - x_nat|_1 <= eps
+
+where x_nat is in the box.
+
+sign(0) = 0, and a non-finite gradient moves nothing: an element (linf) or a sample (l2, l1); the attacks count those,
+never hide them. NaN in x or x_nat propagates. |g| is taken after scaling by max |g| (l2), so that the tiny gradients of
+a saturated loss still point somewhere.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ._op import define_op, launcher, wide
 
-NORMS = ("linf", "l2")
+NORMS = ("linf", "l2", "l1")
+#: Of l1, ours: SLIDE's implementation in cleverhans has 0.01, AutoAttack's APGD begins with 0.2 and adapts.
+DENSITY = 0.05
+#: After so many an interval is shorter than the rounding of what it began with.
+HALVINGS = {torch.float32: 24, torch.float64: 53}
 
 
 def direction(grad: Tensor, norm: int) -> Tensor:
@@ -31,32 +48,77 @@ def direction(grad: Tensor, norm: int) -> Tensor:
     return torch.where(usable, grad / torch.where(usable, length, 1), 0.0)
 
 
+def chosen(size: int, density: float) -> int:
+    """How many of ``size`` coordinates an l1 step moves, ties aside: the share rounded, at least one."""
+    return max(1, int(density * size + 0.5))
+
+
+def sparse_direction(x: Tensor, grad: Tensor, density: float, lo: float, hi: float) -> Tensor:
+    """The step of l1 norm 1 along the largest |grad| that the box does not stop, [B, ...]; 0 where there is none."""
+    at, g = x.flatten(1), grad.flatten(1)
+    usable = torch.isfinite(g.abs().amax(1, keepdim=True))
+    stopped = ((at >= hi) & (g > 0)) | ((at <= lo) & (g < 0))
+    size = torch.where(usable & ~stopped, g.abs(), 0.0)
+    least = size.topk(chosen(size.shape[1], density), 1).values[:, -1:]
+    moves = (size >= least) & (size > 0)
+    return torch.where(moves, g.sign() / moves.sum(1, keepdim=True), 0.0).view_as(grad)
+
+
 def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: float) -> Tensor:
-    """``x`` in the ball around ``x_nat``, then in the box; eps: [B, 1, ...]."""
+    """``x`` in the ball around ``x_nat`` and in the box: one after the other (linf, l2), both at once (l1).
+
+    eps: [B, 1, ...].
+    """
+    dims = list(range(1, x.dim()))
     if NORMS[norm] == "linf":
         x = torch.minimum(torch.maximum(x, x_nat - eps), x_nat + eps)
+    elif NORMS[norm] == "l2":
+        d = x - x_nat
+        radius = d.square().sum(dims, keepdim=True).sqrt()
+        x = x_nat + d * torch.where(radius > eps, eps / radius, 1.0)
     else:
         d = x - x_nat
-        radius = d.square().sum(list(range(1, x.dim())), keepdim=True).sqrt()
-        x = x_nat + d * torch.where(radius > eps, eps / radius, 1.0)
+        size, room = d.abs(), torch.where(d > 0, hi - x_nat, x_nat - lo).clamp_min(0)
+
+        def outside(shift: Tensor | float) -> Tensor:
+            return (size - shift).clamp_min(0).minimum(room).sum(dims, keepdim=True) > eps  # NaN is not
+
+        moves = outside(0.0)
+        inner, outer = torch.zeros_like(eps), size.amax(dims, keepdim=True)
+        for _ in range(HALVINGS[x.dtype]):
+            middle = (inner + outer) / 2
+            short = outside(middle)
+            inner, outer = torch.where(short, middle, inner), torch.where(short, outer, middle)
+        # what is in the ball stays as it is, to the bit
+        x = torch.where(moves | d.isnan(), x_nat + d.sign() * (size - outer).clamp_min(0), x)
     return x.clamp(lo, hi)
 
 
 def reference(
-    x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Tensor, eps: Tensor, norm: int, lo: float, hi: float
+    x: Tensor,
+    grad: Tensor,
+    x_nat: Tensor,
+    alpha: Tensor,
+    eps: Tensor,
+    norm: int,
+    lo: float,
+    hi: float,
+    density: float = DENSITY,
 ) -> Tensor:
     """The definition: float32 arithmetic (float64 for float64), x's dtype out. alpha, eps: [B]."""
     w, g, n = wide(x), wide(grad), wide(x_nat)
     ones = [1] * (x.dim() - 1)
     a, e = alpha.to(w.dtype).view(-1, *ones), eps.to(w.dtype).view(-1, *ones)
-    return project(w + a * direction(g, norm), n, e, norm, lo, hi).to(x.dtype).contiguous()
+    unit = sparse_direction(w, g, density, lo, hi) if NORMS[norm] == "l1" else direction(g, norm)
+    return project(w + a * unit, n, e, norm, lo, hi).to(x.dtype).contiguous()
 
 
 OP = define_op(
     "pgd_step",
-    "(Tensor x, Tensor grad, Tensor x_nat, Tensor alpha, Tensor eps, int norm, float lo, float hi) -> Tensor",
+    "(Tensor x, Tensor grad, Tensor x_nat, Tensor alpha, Tensor eps, int norm, float lo, float hi, float density) "
+    "-> Tensor",
     reference=reference,
-    fake=lambda x, grad, x_nat, alpha, eps, norm, lo, hi: x.new_empty(x.shape),
+    fake=lambda x, grad, x_nat, alpha, eps, norm, lo, hi, density: x.new_empty(x.shape),
     triton=launcher("pgd_step", "forward"),
     cpu="cpp",
     why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
@@ -73,7 +135,7 @@ def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     return value.to(device=x.device, dtype=dtype).expand(x.shape[0]).contiguous()
 
 
-def check(images: dict[str, Tensor], norm: str, lo: float, hi: float) -> None:
+def check(images: dict[str, Tensor], norm: str, lo: float, hi: float, norms: Sequence[str] = NORMS) -> None:
     """What every step asks of its images, by name, its norm and its box; ValueError otherwise."""
     shapes, dtypes, devices = ([getattr(x, what) for x in images.values()] for what in ("shape", "dtype", "device"))
     *names, last = images
@@ -84,8 +146,8 @@ def check(images: dict[str, Tensor], norm: str, lo: float, hi: float) -> None:
         raise ValueError(f"{joined} need one floating-point dtype, got {', '.join(map(str, dtypes))}")
     if any(other != devices[0] for other in devices):
         raise ValueError(f"{joined} are on {', '.join(map(str, devices))}: they must agree")
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if norm not in norms:
+        raise ValueError(f"norm must be one of {', '.join(norms)}, got {norm!r}")
     if lo > hi:
         raise ValueError(f"lo = {lo} is above hi = {hi}")
 
@@ -99,25 +161,32 @@ def pgd_step(
     norm: str = "linf",
     lo: float = 0.0,
     hi: float = 1.0,
+    density: float = DENSITY,
 ) -> Tensor:
     """Move ``x`` along ``grad`` and project it back into the ball around ``x_nat`` and the box [lo, hi].
 
     Args:
         x, grad, x_nat: ``[B, ...]``, one shape, dtype and device; float16, bfloat16, float32 or float64; image units.
-        alpha, eps: step and radius in image units, a number or ``[B]``.
-        norm: ``linf`` or ``l2``.
+        alpha, eps: length of the step and radius, in ``norm`` and image units, a number or ``[B]``.
+        norm: ``linf``, ``l2`` or ``l1``.
         lo, hi: the box, lo <= hi.
+        density: of ``l1`` only: the share of the coordinates that move, in (0, 1], those of largest |grad|; rounded,
+            at least one. SLIDE's percentile is 1 - density.
 
     Returns:
         The new x: same shape and dtype, contiguous. No gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, an unknown norm, or lo > hi.
+        ValueError: shapes, dtypes or devices disagree, an unknown norm, lo > hi, or a density outside (0, 1].
 
     Deterministic; ``linf`` is bit-exact across backends.
     """
     check({"x": x, "grad": grad, "x_nat": x_nat}, norm, lo, hi)
-    call = reference if OP.plain(x.device) else OP.handle
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density}")
+    # in a graph too the op serves l1: unrolled, its halvings take the compiler long and are slower
+    plain = OP.served_by(x.device) == "reference" if norm == "l1" else OP.plain(x.device)
+    call = reference if plain else OP.handle
     with torch.no_grad():
         alpha, eps = per_sample("alpha", alpha, x), per_sample("eps", eps, x)
-        return call(x, grad, x_nat, alpha, eps, NORMS.index(norm), float(lo), float(hi))
+        return call(x, grad, x_nat, alpha, eps, NORMS.index(norm), float(lo), float(hi), float(density))

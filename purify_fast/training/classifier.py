@@ -23,7 +23,7 @@ class ClassifierConfig:
 
     Args:
         eps: radius of the training attack in image units; 0 trains on clean images.
-        norm: of the attack, ``linf`` or ``l2``.
+        norm: of the attack, ``linf``, ``l2`` or ``l1``.
         steps, alpha: of the attack; alpha defaults to ``2 eps / steps``.
         warm_up: share of the epochs over which eps rises linearly from 0: without it PGD training can collapse.
         learning_rate: peak of a one-cycle schedule; weight_decay: AdamW's.

@@ -42,6 +42,7 @@ from purify_fast.kernels import (  # noqa: E402
     stitch,
 )
 from purify_fast.ops.aggregate import METHODS  # noqa: E402
+from purify_fast.ops.apgd_step import NORMS as APGD_NORMS  # noqa: E402
 from purify_fast.ops.pgd_step import NORMS  # noqa: E402
 from purify_fast.ops.representation_distance import KINDS  # noqa: E402
 
@@ -79,8 +80,14 @@ def _cases() -> dict[str, tuple]:
     for kind, name in enumerate(("bits", "uniform", "normal")):
         cases[f"philox-{name}"] = (philox.philox, SEED, IDS, 4096, 2, kind)
     for norm, name in enumerate(NORMS):
-        cases[f"pgd_step-{name}"] = (pgd_step.forward, *[image] * 3, rows, rows, norm, 0.0, 1.0)
-        cases[f"apgd_step-{name}"] = (apgd_step.forward, *[image] * 4, rows, rows, 0.75, norm, 0.0, 1.0)
+        whole = [4096, pgd_step.WHOLE[norm]] if norm else []
+        shapes = {"": (3, 128, 128)} | {f"-whole-{size}": (size,) for size in whole}
+        for kind, shape in shapes.items():
+            cases[f"pgd_step-{name}{kind}"] = (
+                pgd_step.forward, *[x(4, *shape)] * 3, rows, rows, norm, 0.0, 1.0, 0.05
+            )  # fmt: skip
+        if name in APGD_NORMS:
+            cases[f"apgd_step-{name}"] = (apgd_step.forward, *[image] * 4, rows, rows, 0.75, norm, 0.0, 1.0)
     for method, name in enumerate(METHODS):
         logits = x(4, 8, 1024)
         cases[f"aggregate-{name}-forward"] = (aggregate.forward, logits, method)
@@ -205,7 +212,7 @@ def test_layers_share_their_launches(case, launches):
 
 #: What adds, and so must be launched the same on every device, or is too small to be launched otherwise.
 FIXED = (
-    "*_step-l[12]", "aggregate-*", "contextual_attention-*", "reconstruction_loss-forward",
+    "*_step-l[12]*", "aggregate-*", "contextual_attention-*", "reconstruction_loss-forward",
     "representation_distance-[acl]*", "sample_latent-forward",
 )  # fmt: skip
 
@@ -303,6 +310,15 @@ def test_clamps_propagate_nan(case, dtype):
     (clamps,) = (clamps for pattern, clamps in CLAMPS.items() if fnmatch(case, pattern))
     for clamp in clamps:
         assert re.search(rf"\b{clamp}\.NaN\.f32", ptx), clamp
+
+
+@every(lambda case: "-whole-" in case)
+def test_a_sample_that_fits_is_read_once(case, dtype):
+    """Three images, each in vectors of sixteen bytes; the step and the radius."""
+    (tile,) = _run(case, dtype, 90, lambda *_, grid, **tile: tile)
+    (kernel,) = launched(case, dtype, 90)
+    thread = tile["WIDTH"] // (32 * tile["num_warps"]) * DTYPES[dtype].itemsize  # bytes of one image
+    assert len(re.findall(r"\bld\.global", kernel.asm["ptx"])) == 3 * thread // 16 + 2
 
 
 #: Bit-exact against the reference, so that no product may be fused with a sum.

@@ -716,7 +716,7 @@ def test_a_compiled_attack_is_the_attack(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "l1"}, "norm must be one of linf, l2, got 'l1'"),
+        ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
         ({"distance": "mse"}, "distance must be one of abs_cosine, cosine, angular, l2, got 'mse'"),
         ({"drift_mode": "x"}, "drift_mode must be one of eval, train, got 'x'"),
         ({"optimizer": "adam"}, "optimizer must be one of sgd, adamw, got 'adam'"),

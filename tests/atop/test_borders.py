@@ -77,7 +77,7 @@ def test_a_wrapped_purifier_is_refused(wrap):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "l3"}, "norm must be one of linf, l2, got 'l3'"),
+        ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
         ({"steps": 7}, "steps and alpha go with attack='pgd', got 7 and None"),
         ({"attack": "none", "alpha": 0.1}, "steps and alpha go with attack='pgd', got 10 and 0.1"),
     ],

@@ -5,6 +5,7 @@ from torch import nn
 from purify_fast.attacks import GradientHealth, cross_entropy, dlr, fgsm, frozen, input_gradient, margin, pgd
 from purify_fast.attacks.gradient import random_start
 from purify_fast.nn import SmallCNN
+from purify_fast.ops import pgd_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,25 +35,30 @@ class Noisy(nn.Module):
         return self.model(x + 0.1 * torch.randn_like(x))
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+ORDERS = {"linf": torch.inf, "l2": 2, "l1": 1}
+SCALES = {"linf": 1, "l2": 1, "l1": 20}  # of a radius, for attacks of like strength
+
+
+@pytest.mark.parametrize("norm", ORDERS)
 @pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
 @pytest.mark.parametrize("keep_best", [False, True])
 def test_stays_in_ball_and_box(model, batch, norm, loss, keep_best):
     x, y = batch
-    adversarial = pgd(model, x, y, eps=EPS, steps=5, norm=norm, loss=loss, keep_best=keep_best)
-    d = (adversarial - x).flatten(1)
-    length = d.abs().amax(1) if norm == "linf" else d.norm(dim=1)
+    eps = EPS * SCALES[norm]
+    adversarial = pgd(model, x, y, eps=eps, steps=5, norm=norm, loss=loss, keep_best=keep_best)
+    length = (adversarial - x).flatten(1).double().norm(p=ORDERS[norm], dim=1)
     assert adversarial.shape == x.shape and adversarial.dtype == x.dtype
-    assert bool((length <= EPS + 1e-6).all()) and bool((length > 0.5 * EPS).all())
+    assert bool((length <= eps + 1e-6 * SCALES[norm]).all()) and bool((length > 0.5 * eps).all())
     assert float(adversarial.min()) >= 0 and float(adversarial.max()) <= 1
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ORDERS)
 def test_raises_the_loss(model, batch, norm):
     x, y = batch
     before = cross_entropy(model(x), y)
-    weak = cross_entropy(model(pgd(model, x, y, eps=0.05, steps=10, norm=norm)), y)
-    strong = cross_entropy(model(pgd(model, x, y, eps=0.3, steps=10, norm=norm)), y)
+    weak, strong = (
+        cross_entropy(model(pgd(model, x, y, eps=eps * SCALES[norm], steps=10, norm=norm)), y) for eps in (0.05, 0.3)
+    )
     assert bool((weak > before).all()) and bool((strong > weak).all())
 
 
@@ -179,7 +185,7 @@ def test_per_sample_eps_and_alpha(batch, model):
         assert torch.allclose(alone[0], together[i], atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ORDERS)
 def test_batch_splits_agree(batch, model, norm):
     x, y = batch
     ids = torch.arange(100, 109)
@@ -192,17 +198,78 @@ def test_batch_splits_agree(batch, model, norm):
     assert not torch.allclose(pgd(model, x, y, eps=EPS, steps=1, norm=norm, seed=8, sample_ids=ids), whole, atol=1e-3)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ORDERS)
 def test_random_start_fills_the_ball(norm):
     n, size = 2000, 3
     x = torch.full((n, size), 0.5)
     d = random_start(x, torch.full((n,), 0.3), norm, 0, None, 0.0, 1.0) - x
-    length = d.abs().amax(1) if norm == "linf" else d.norm(dim=1)
+    length = d.norm(p=ORDERS[norm], dim=1)
     assert float(length.max()) <= 0.3 + 1e-6
     # uniform in the ball: P(length < r) = (r / eps)^size
     for r in (0.15, 0.24):
         assert float((length < r).float().mean()) == pytest.approx((r / 0.3) ** size, abs=0.03)
     assert float(d.mean(0).abs().max()) < 0.02
+    # and no direction is preferred: the mean of (d_i / length)^4 on the cube, the sphere and the octahedron
+    wanted = {"linf": 7 / 15, "l2": 1 / 5, "l1": 1 / 15}[norm]
+    assert float(((d / length[:, None]) ** 4).mean()) == pytest.approx(wanted, rel=0.06)
+
+
+def best_linear(x, slope, eps):
+    """The most that slope . (z - x) can be in the l1 ball and [0, 1]: the largest slopes first, until eps is spent."""
+    room = torch.where(slope > 0, 1 - x, x)
+    size, order = slope.abs().sort(1, descending=True)
+    room = room.gather(1, order)
+    return (size * (eps - (room.cumsum(1) - room)).clamp_min(0).minimum(room)).sum(1)
+
+
+@pytest.mark.parametrize("eps", [1.0, 4.0, 12.0])
+def test_l1_on_a_linear_model_is_nearly_the_best(eps):
+    """The best in the ball and the box is known; a constant share of coordinates, noise and dense steps stay behind."""
+    g = torch.Generator().manual_seed(0)
+    slope, x = torch.randn(192, generator=g).expand(40, -1), torch.rand(40, 192, generator=g)
+    y, best = torch.zeros(40, dtype=torch.int64), best_linear(x, slope, eps)
+
+    def share(z):
+        assert bool(((z - x).double().abs().sum(1) <= eps * (1 + 1e-6)).all()) and z.min() >= 0 and z.max() <= 1
+        return ((z - x) * slope).sum(1) / best
+
+    ours, constant = (
+        share(pgd(lambda z: torch.stack([0 * z[:, 0], (z * slope[:1]).sum(1)], 1), x, y, eps=eps, norm="l1", density=d))
+        for d in (None, 0.05)
+    )
+    assert float(ours.min()) > 0.93 and float(ours.max()) < 1 + 1e-5
+    assert float(ours.min()) > float(constant.min()) + 0.02
+    assert float(share(random_start(x, torch.full((40,), eps), "l1", 0, None, 0.0, 1.0)).abs().max()) < 0.2
+    dense = (x + eps * slope / slope.abs().sum(1, keepdim=True)).clamp(0, 1)
+    assert float(share(dense).max()) < 0.7
+
+
+def test_l1_beside_noise_dense_steps_and_autoattack(digits):
+    """Robust accuracy of a trained network: below what noise and dense steps leave, not above the authors' APGD."""
+    base = pytest.importorskip("pyautoattack.autopgd_base")
+    net, x, y = digits
+    steps = 30
+
+    def accuracy(z):
+        with torch.no_grad():
+            return 100 * (net(z).argmax(1) == y).float().mean().item()
+
+    for eps in (1.0, 2.0):
+        radius = torch.full((len(x),), eps)
+        noise = dense = random_start(x, radius, "l1", 0, None, 0.0, 1.0)
+        for i in range(steps):
+            with frozen(net):
+                gradient, _ = input_gradient(net, dense, y)
+            unit = gradient / gradient.flatten(1).abs().sum(1).clamp_min(1e-30).view(-1, 1, 1, 1)
+            dense = dense + eps * 100 ** (-i / (steps - 1)) * unit
+            dense = pgd_step(dense, torch.zeros_like(x), x, 0.0, eps, "l1")
+        with torch.random.fork_rng([]):
+            theirs = base.APGDAttack(net, n_iter=steps, norm="L1", eps=eps, loss="ce", device="cpu").perturb(x, y)
+        found = pgd(net, x, y, eps=eps, steps=steps, norm="l1")
+        assert float((found - x).flatten(1).double().abs().sum(1).max()) <= eps * (1 + 1e-6)
+        assert float(found.min()) >= 0 and float(found.max()) <= 1
+        ours = accuracy(found)
+        assert accuracy(noise) > 90 and ours < accuracy(dense) - 4 and ours <= accuracy(theirs) + 1
 
 
 def test_fgsm_is_one_step(batch, model):
@@ -212,6 +279,8 @@ def test_fgsm_is_one_step(batch, model):
     assert torch.equal(fgsm(model, x, y, eps=EPS), (x + EPS * gradient.sign()).clamp(0, 1))
     step = EPS * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     assert torch.allclose(fgsm(model, x, y, eps=EPS, norm="l2"), (x + step).clamp(0, 1), atol=1e-6)
+    moved = fgsm(model, x, y, eps=EPS, norm="l1") != x
+    assert moved.flatten(1).sum(1).tolist() == [19] * len(x)  # a tenth of 192
 
 
 def test_keep_best_never_loses(batch, model):
@@ -247,7 +316,7 @@ def test_empty_batch(model):
         ({"x": torch.zeros(9, 3, 8, 8, dtype=torch.uint8)}, "floating point"),
         ({"y": torch.zeros(9)}, "y must be int64"),
         ({"y": torch.zeros(8, dtype=torch.int64)}, r"y must be int64 \[B\] = \[9\]"),
-        ({"norm": "l1"}, "norm must be one of linf, l2"),
+        ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
         ({"loss": "mse"}, "loss must be one of"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"eot": 0}, "eot must be at least 1"),
@@ -336,10 +405,16 @@ def test_health_forgives_dlr_where_it_has_won():
 def test_the_default_step_falls_from_eps_to_a_hundredth(monkeypatch):
     import purify_fast.attacks.gradient as module
 
-    steps = []
+    steps, shares = [], []
     original = module.pgd_step
-    monkeypatch.setattr(module, "pgd_step", lambda *a: steps.append(float(a[3][0])) or original(*a))
+    record = lambda *a: steps.append(float(a[3][0])) or shares.append(a[8]) or original(*a)  # noqa: E731
+    monkeypatch.setattr(module, "pgd_step", record)
     model, x, y = torch.nn.Flatten(), torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+    module.pgd(model, x, y, eps=0.5, steps=5, norm="l1")
+    assert shares == pytest.approx([0.1 * 100 ** (-i / 4) for i in range(5)])
+    module.pgd(model, x, y, eps=0.5, steps=2, norm="l1", density=0.3)
+    assert shares[5:] == [0.3, 0.3]
+    steps.clear()
     module.pgd(model, x, y, eps=0.5, steps=5)
     assert steps == pytest.approx([0.5 * 100 ** (-i / 4) for i in range(5)])
     steps.clear()

@@ -85,7 +85,7 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys):
     program.main(["ops", "pgd_step", "--quick", "--out", str(tmp_path)])
     assert "pgd_step forward, eager calls on cpu: served by" in capsys.readouterr().out
     rows = report.read_csv(tmp_path / report.ROWS)
-    assert {(r["variant"], r["style"]) for r in rows} == {(v, s) for v in ("linf", "l2") for s in measure.STYLES}
+    assert {(r["variant"], r["style"]) for r in rows} == {(v, s) for v in ("linf", "l2", "l1") for s in measure.STYLES}
     for made in rows:
         assert made["verdict"] != "wrong" and made["backend"] == "cpp" and made["torch"] == torch.__version__
         assert all(float(made[f"{kind}_{n}"]) > 0 for kind in measure.CONTESTANTS for n in ("us", "p20", "p80"))

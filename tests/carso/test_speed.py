@@ -361,7 +361,7 @@ def test_the_task_decides_the_precision():
 
 
 @pytest.mark.usefixtures("one_thread")  # with more, the convolutions' sums depend on the size of the batch
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_attacks_in_one_call_equal_separate_calls_to_the_bit(norm, steps):
     torch.manual_seed(0)

@@ -69,6 +69,14 @@ void bind(py::module_& m, const char* suffix) {
     }
     return out;
   });
+  m.def(name("pgd_step_l1").c_str(),
+        [](Array<W> x, Array<W> grad, Array<W> x_nat, W alpha, W eps, int64_t k, W lo, W hi) {
+          Array<W> out(x.size());
+          std::vector<W> scratch(3 * x.size());
+          pf::pgd_step_l1(x.data(), grad.data(), x_nat.data(), out.mutable_data(), x.size(),
+                          pf::PgdStep<W>{alpha, eps, lo, hi}, k, scratch.data());
+          return out;
+        });
   m.def(name("apgd_step").c_str(), [](Array<W> x, Array<W> grad, Array<W> x_nat, Array<W> previous, W alpha, W eps,
                                       W momentum, int norm, W lo, W hi) {
     const pf::ApgdStep<W> step{{alpha, eps, lo, hi}, momentum, 1 - momentum};

@@ -37,6 +37,7 @@ __global__ void row_kernel(const T* __restrict__ x, const T* __restrict__ y, T* 
   using W = pf::wide_t<T>;
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * n;
   pf::pgd_step_l2(x + row, y + row, x + row, out + row, n, pf::PgdStep<W>{1, 1, 0, 1});
+  pf::pgd_step_l1(x + row, y + row, x + row, out + row, n, pf::PgdStep<W>{1, 1, 0, 1}, 1, scratch + 3 * row);
   pf::apgd_step_l2(x + row, y + row, x + row, y + row, out + row, n, pf::ApgdStep<W>{{1, 1, 0, 1}, 1, 0},
                    scratch + row);
   pf::store(out[row], pf::reconstruction_loss(x + row, y + row, n) + pf::divergence(x + row, y + row, n));

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -503,7 +504,8 @@ def test_output_is_quiet(capsys, toy):
         ({"y": torch.zeros(3, dtype=torch.int64)}, "y must be int64"),
         ({"y": torch.tensor([0, 10, 1, 1])}, r"y\[1\] is 10, but the model has 10 classes"),
         ({"eps": -1.0}, "eps must be"),
-        ({"norm": "l1"}, "norm must be"),
+        ({"norm": "l3"}, "norm must be"),
+        ({"norm": "l1", "attacks": [Attack("apgd")]}, "apgd's norm must be one of linf, l2, got 'l1'"),
         ({"steps": 0}, "steps must be"),
         ({"n_eval": 0}, "n_eval must be"),
         ({"chunk": 0}, "chunk must be at least 1, got 0"),
@@ -542,7 +544,8 @@ def test_errors(change, message):
             "norm goes with pgd, apgd, fgsm, bpda, autoattack, not with stadv",
         ),
         ({"kind": "stadv", "loss": "dlr_targeted"}, "loss must be one of ce, margin, dlr, got"),
-        ({"norm": "l1", "eps": 0.1}, "norm must be one of linf, l2, got 'l1'"),
+        ({"norm": "l3", "eps": 0.1}, "norm must be one of linf, l2, l1, got 'l3'"),
+        ({"kind": "apgd", "norm": "l1", "eps": 12}, "norm must be one of linf, l2, got 'l1'"),
         ({"norm": "l2"}, "the norm l2 needs an eps of its own"),
         ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
         ({"target": "base"}, "target must be a model or 'classifier', got 'base'"),
@@ -823,15 +826,30 @@ def test_an_attack_with_the_reports_own_ball_is_no_other_threat(toy):
     assert moved == pytest.approx(4 / 255, rel=1e-3) and report.rows[1].settings["eps"] == 0.1
 
 
-def test_autoattack_in_a_ball_of_its_own(toy):
+@pytest.mark.parametrize(("order", "eps"), [(2, 0.1), (1, 0.5)])
+def test_autoattack_in_a_ball_of_its_own(toy, order, eps):
     pytest.importorskip("pyautoattack")
     model, x, y = toy
-    attacks = [Attack("autoattack", steps=5, queries=5, norm="l2", eps=0.1)]
+    attacks = [Attack("autoattack", steps=5, queries=5, norm=f"l{order}", eps=eps)]
     report = evaluate(Plain(model), x[:16], y[:16], attacks=attacks, **QUIET)
-    row = report.row("AutoAttack standard, 5 steps, 5 queries, L2 0.1")
+    row = report.row(f"AutoAttack standard, 5 steps, 5 queries, L{order} {eps}")
     moved = (row.examples.adversarial - row.examples.clean).reshape(8, -1)
-    assert row.threat == "L2 0.1" and row.settings["norm"] == "l2" and row.accuracy < 1
-    assert 0.09 < np.linalg.norm(moved, axis=1).max() <= 0.1 + 1e-5 and report.headlines == {}
+    assert row.threat == f"L{order} {eps}" and row.settings["norm"] == f"l{order}" and row.accuracy < 1
+    assert 0.9 * eps < np.linalg.norm(moved, order, axis=1).max() <= eps + 1e-5 and report.headlines == {}
+
+
+def test_every_row_of_the_default_plan_in_the_l1_ball(toy):
+    pytest.importorskip("pyautoattack")
+    model, x, y = toy
+    eps = 8.0  # AutoAttack returns only what fools the model
+    attacks = [Attack("fgsm"), *default_attacks(model)]
+    attacks = [dataclasses.replace(a, steps=4, queries=4) if a.kind == "autoattack" else a for a in attacks]
+    report = evaluate(model, x[:12], y[:12], attacks=attacks, eps=eps, norm="l1", steps=4, progress=False)
+    moved = [row for row in report.rows if row.examples is not None and row.kind != "clean"]
+    assert {"fgsm", "pgd", "autoattack"} <= {row.kind for row in moved}
+    for row in moved:
+        change = (row.examples.adversarial - row.examples.clean).reshape(len(row.examples.labels), -1)
+        assert row.settings["norm"] == "l1" and 0.8 * eps < np.abs(change).sum(1).max() <= eps + 1e-5
 
 
 @pytest.mark.parametrize("eps, text", [(0.5, "0.5"), (8 / 255, "8/255"), (1, "1"), (0.2, "0.2"), (0.123456, "0.123")])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from importlib import import_module
 
 import pytest
@@ -55,6 +56,116 @@ def test_l2(backend, within_budget, poisoned, shape, dtype):
         assert ((got - nat).flatten(1).norm(dim=1) <= eps * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_l1(backend, within_budget, poisoned, shape, dtype):
+    """Of the radii some cut and some do not: |x - x_nat| is 0.05 in the mean."""
+    x, grad, nat = inputs(*shape, dtype=dtype)
+    alpha, eps = (math.prod(shape[1:]) * radius for radius in radii(shape[0]))
+    wide = torch.promote_types(dtype, torch.float32)
+    for density in (0.05, 0.4):
+        got = pgd_step(x, grad, nat, alpha, eps, "l1", density=density)
+        golden = op.reference(
+            x.double(), grad.double(), nat.double(), alpha.double(), eps.double(), 2, 0.0, 1.0, density
+        )
+        within_budget(got, golden, op.reference(x, grad, nat, alpha.to(wide), eps.to(wide), 2, 0.0, 1.0, density))
+        if x.numel() and dtype in (torch.float32, torch.float64):
+            assert ((got - nat).flatten(1).double().abs().sum(1) <= eps * (1 + 1e-5)).all()
+
+
+def projection_gap(z: torch.Tensor, y: torch.Tensor, nat: torch.Tensor, eps: float, lo: float, hi: float) -> float:
+    """max over w of (y - z) . (w - z), w in ball and box: 0 where z projects y on them, above 0 elsewhere.
+
+    The largest product with a given vector has its largest entries use up their room, until eps is spent.
+    """
+    slope = y - z
+    order = slope.abs().argsort(descending=True)
+    room = torch.where(slope > 0, hi - nat, nat - lo)[order]
+    spent = (eps - (room.cumsum(0) - room)).clamp_min(0).minimum(room)
+    return float((slope * nat).sum() + (slope.abs()[order] * spent).sum() - (slope * z).sum())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(1, 60),
+    eps=st.floats(0, 20),
+    box=st.tuples(st.floats(-1, 1), st.floats(0, 1)),
+    spread=st.sampled_from([0.1, 1.0, 10.0]),
+    levels=st.sampled_from([0, 2, 5]),
+)
+def test_l1_projects_on_ball_and_box_at_once(seed, size, eps, box, spread, levels):
+    """Against the condition that only the projection meets, on points that tie, too, and on points outside the box."""
+    generator = torch.Generator().manual_seed(seed)
+    lo, hi = box[0], box[0] + box[1]
+    nat = lo + (hi - lo) * torch.rand(1, size, generator=generator, dtype=torch.float64)
+    offset = torch.randn(1, size, generator=generator, dtype=torch.float64)
+    if levels:
+        nat, offset = lo + ((nat - lo) * levels).round() / levels, (offset * levels).round() / levels
+    nat = nat.clamp(lo, hi)
+    y = nat + spread * offset
+    for name in ("reference", "cpp") if _library.loaded() else ("reference",):
+        with use_backend(name):
+            z = pgd_step(y, torch.zeros_like(y), nat, 0.0, eps, "l1", lo, hi)
+            near = pgd_step(y.float(), torch.zeros_like(y).float(), nat.float(), 0.0, eps, "l1", lo, hi)
+        assert (z - nat).abs().sum() <= eps + 1e-12 and (z >= lo).all() and (z <= hi).all()
+        assert projection_gap(z[0], y[0], nat[0], eps, lo, hi) <= 1e-11 * (1 + spread * size)
+        assert (near - z).abs().max() <= 4e-7 * spread * (1 + offset.abs().max())
+
+
+def test_the_gap_finds_what_is_no_projection():
+    """Of the check above: clipping after a projection on the ball alone, or a little less of it, does not pass."""
+    nat, y = torch.tensor([[0.9, 0.5, 0.5]]).double(), torch.tensor([[2.0, 1.1, 0.2]]).double()
+    z = pgd_step(y, torch.zeros_like(y), nat, 0.0, 0.5, "l1")
+    torch.testing.assert_close(z, torch.tensor([[1.0, 0.85, 0.45]]).double())  # 0.1 + 0.35 + 0.05
+    assert abs(projection_gap(z[0], y[0], nat[0], 0.5, 0.0, 1.0)) < 1e-12
+    d = y - nat
+    one_by_one = (nat + d.sign() * (d.abs() - 0.6).clamp_min(0)).clamp(0, 1)
+    for other in (one_by_one, nat + 0.999 * (z - nat), nat):
+        assert projection_gap(other[0], y[0], nat[0], 0.5, 0.0, 1.0) > 1e-4
+
+
+def test_l1_moves_the_largest_gradients(backend):
+    nat = torch.full((1, 10), 0.5)
+
+    def moved(grad, density=0.3, x=nat):
+        return (pgd_step(x, torch.tensor([grad]), nat, 0.12, 9.0, "l1", density=density) - x)[0]
+
+    def step(*where):
+        return torch.tensor([0.12 / len(where) * (i in where) for i in range(10)])
+
+    grad = [1.0, -9.0, 2.0, 8.0, 3.0, 7.0, 4.0, 0.0, 5.0, 6.0]
+    torch.testing.assert_close(moved(grad), step(1, 3, 5) * torch.tensor(grad).sign())
+    torch.testing.assert_close(moved(grad, 0.01), step(1) * -1)  # one at least
+    torch.testing.assert_close(moved(grad, 0.25), moved(grad))  # 2.5 of them, rounded
+    torch.testing.assert_close(moved(grad, 1.0), 0.12 / 9 * torch.tensor(grad).sign())  # 0 has no sign
+    torch.testing.assert_close(moved([5.0] * 4 + [7.0] + [1.0] * 5), step(0, 1, 2, 3, 4))  # ties with the third
+    torch.testing.assert_close(moved([0.0] * 8 + [2e-42, 1e-30]), step(8, 9))
+    x = torch.tensor([[0.5, 0.0, 0.5, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 1.2]])  # 1, 3 and 9 would leave the box
+    change = moved(grad, x=x)
+    torch.testing.assert_close(change[:9], step(5, 6, 8)[:9])
+    assert change[9] < -0.19  # it comes back into the box
+
+
+@pytest.mark.parametrize(("size", "density", "count"), [(3072, 0.05, 154), (1, 0.05, 1), (100, 0.29, 29), (7, 1.0, 7)])
+def test_the_share_is_rounded(backend, size, density, count):
+    grad = torch.linspace(1, 2, size)[None]
+    nat = torch.full_like(grad, 0.5)
+    out = pgd_step(nat, grad, nat, 0.1, 1.0, "l1", density=density)
+    assert op.chosen(size, density) == count and (out != nat).sum() == count
+    torch.testing.assert_close((out - nat).double().sum().item(), 0.1, rtol=1e-4, atol=0)
+
+
+def test_l1_leaves_what_is_in_the_ball_to_the_bit(backend):
+    x, grad, nat = inputs(3, 50)
+    assert torch.equal(pgd_step(x, torch.zeros_like(x), nat, 0.3, 50.0, "l1"), x)
+    assert torch.equal(pgd_step(3 * x - 1, torch.zeros_like(x), nat, 0.3, 200.0, "l1"), (3 * x - 1).clamp(0, 1))
+    inside = pgd_step(x, grad, nat, 9.0, 1.0, "l1")
+    again = pgd_step(inside, torch.zeros_like(x), nat, 0.3, 1.0, "l1")
+    torch.testing.assert_close(again, inside, rtol=0, atol=1e-6)
+    assert ((inside == nat).sum(1) > 10).all()  # sparse: shrunk to 0 exactly
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -78,8 +189,8 @@ def test_any_step_stays_in_ball_and_box(seed, size, alpha, eps, box, norm, dtype
         wide = out.double()
         assert (wide >= lo - slack).all() and (wide <= hi + slack).all()
         moved = (wide - nat.double()).flatten(1)
-        length = moved.abs().amax(1) if norm == "linf" else moved.norm(dim=1)
-        assert (length <= eps + slack * (1 if norm == "linf" else size**0.5) * 2).all()
+        order, terms = {"linf": (math.inf, 1), "l2": (2, size**0.5), "l1": (1, size)}[norm]
+        assert (moved.norm(p=order, dim=1) <= eps + slack * terms * 2).all()
     if norm == "linf":
         assert all(torch.equal(out, outputs[0]) for out in outputs)
 
@@ -92,19 +203,21 @@ def test_gradients_without_a_direction_move_nothing(backend):
     linf = pgd_step(x, grad, nat, 0.01, 0.1)
     assert torch.equal(linf[:, :3], x[:, :3])  # elementwise: the others move
     assert (linf[:, 3] == (x[:, 3] + 0.01).clamp(max=1)).all()
-    l2 = pgd_step(x, grad, nat, 0.01, 0.1, "l2")
-    assert torch.equal(l2[2:], x[2:])  # the sample: its direction is unknown
-    assert not torch.equal(l2[:2], x[:2])
-    assert torch.equal(pgd_step(x, torch.zeros_like(x), nat, 0.01, 0.1, "l2"), x)
+    for norm in ("l2", "l1"):
+        out = pgd_step(x, grad, nat, 0.01, 0.1, norm)
+        assert torch.equal(out[2:], x[2:])  # the sample: its direction is unknown
+        assert not torch.equal(out[:2], x[:2])
+        assert torch.equal(pgd_step(x, torch.zeros_like(x), nat, 0.01, 0.1, norm), x)
 
 
+@pytest.mark.parametrize("norm", [2, 1])
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-3, 1e10, 1e37])
-def test_gradients_of_any_size_have_a_direction(backend, scale):
+def test_gradients_of_any_size_have_a_direction(backend, scale, norm):
     nat = torch.full((2, 3, 4), 0.5)
     grad = torch.zeros(2, 3, 4)
     grad[0, 0, 0], grad[1] = 3, -1
-    step = pgd_step(nat, grad * scale, nat, 0.1, 1.0, "l2") - nat
-    torch.testing.assert_close(step.flatten(1).norm(dim=1), torch.full((2,), 0.1), rtol=1e-5, atol=0)
+    step = pgd_step(nat, grad * scale, nat, 0.1, 1.0, f"l{norm}") - nat
+    torch.testing.assert_close(step.flatten(1).norm(p=norm, dim=1), torch.full((2,), 0.1), rtol=1e-5, atol=0)
     assert step[0, 0, 0] > 0 and (step[1] < 0).all()
 
 
@@ -154,10 +267,10 @@ def test_no_gradient_flows(backend, norm):
 
 
 def test_contract(backend, contract):
-    for norm in (0, 1):
+    for norm in (0, 1, 2):
         sets = [inputs(3, 2, 5), inputs(3, 2, 5, dtype=torch.bfloat16), inputs(0, 3, 2), inputs(1, 1)]
         sets.append(tuple(t.to(memory_format=torch.channels_last) for t in inputs(2, 3, 4, 5)))
-        contract.registered(op.OP.handle, *((*s, *radii(len(s[0])), norm, 0.0, 1.0) for s in sets))
+        contract.registered(op.OP.handle, *((*s, *radii(len(s[0])), norm, 0.0, 1.0, 0.3) for s in sets))
 
 
 @pytest.mark.parametrize("norm", op.NORMS)
@@ -168,6 +281,20 @@ def test_compiles(backend, contract, norm):
         exact=norm == "linf",
         compiler="inductor" if norm == "linf" else "aot_eager",
     )
+
+
+@pytest.mark.parametrize("norm", op.NORMS)
+def test_who_serves_a_graph(norm):
+    """Where there is a kernel: the plain reference, but the op for l1."""
+    graphs = []
+
+    def compiler(graph, _):
+        graphs.append(str(graph.code))
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(lambda *images: pgd_step(*images, 0.05, 0.1, norm), backend=compiler)(*inputs(3, 8))
+    assert ("purify_fast.pgd_step" in graphs[0]) == (norm == "l1" and op.OP.default["cpu"] == "cpp")
 
 
 def test_export(backend):
@@ -196,7 +323,9 @@ def test_autocast_and_inference_mode(backend, norm):
         ({"x": torch.zeros(3), "grad": torch.zeros(3), "x_nat": torch.zeros(3)}, "need one shape"),
         ({"grad": torch.zeros(3, 4).half()}, "need one floating-point dtype, got torch.float32, torch.float16"),
         ({"x_nat": torch.zeros(3, 4, device="meta")}, "are on cpu, cpu, meta: they must agree"),
-        ({"norm": "l1"}, "norm must be one of linf, l2, got 'l1'"),
+        ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
+        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
+        ({"density": float("nan")}, r"density must be in \(0, 1\], got nan"),
         ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
         ({"alpha": torch.zeros(2)}, r"alpha must be a number or a tensor \[B\] = \[3\], got \[2\]"),
         ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),

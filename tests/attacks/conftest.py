@@ -1,0 +1,26 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from purify_fast.attacks import fgsm
+from purify_fast.nn import SmallCNN
+
+
+@pytest.fixture(scope="module")
+def digits(one_thread):
+    """A small CNN, trained on FGSM examples for a few seconds, and 500 digits."""
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    x, y = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order]
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        net = SmallCNN(1, 10, (8, 8), 6)
+        optimiser = torch.optim.Adam(net.parameters(), 8e-3)
+        for _ in range(5):
+            for a, b in zip(x[200:].split(64), y[200:].split(64), strict=True):
+                a = fgsm(net, a, b, eps=0.1)
+                optimiser.zero_grad()
+                F.cross_entropy(net(a), b).backward()
+                optimiser.step()
+    return net.eval(), x[:500], y[:500]
