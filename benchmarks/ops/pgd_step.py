@@ -11,10 +11,10 @@ from purify_fast.ops import pgd_step
 from . import Case, normal, uniform
 
 SHAPES = ((128, 1, 16, 16), (640, 3, 32, 32), (128, 3, 64, 64))
+LARGE = ((256, 3, 224, 224), (1024, 3, 32, 32))
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
-    pixels = math.prod(shape)
     alpha, eps = (2 / 255, 8 / 255) if norm == "linf" else (0.1, 0.5)
     return Case(
         shape,
@@ -25,12 +25,13 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
             uniform(*shape, dtype=dtype, seed=1),
         ),
         lambda x, grad, nat: pgd_step(x, grad, nat, alpha, eps, norm),
-        {"forward": 4 * pixels * dtype.itemsize},
-        {"forward": {"linf": 8, "l2": 14}[norm] * pixels},
+        {"forward": "4*n*s"},
+        {"forward": {"linf": "8*n", "l2": "14*n"}[norm]},
         norm,
+        symbols={"n": math.prod(shape), "s": dtype.itemsize},
     )
 
 
-def cases() -> list[Case]:
+def cases(shapes: tuple = SHAPES) -> list[Case]:
     dtypes = (torch.float32, torch.bfloat16)
-    return [case(shape, dtype, norm) for norm in ("linf", "l2") for dtype in dtypes for shape in SHAPES]
+    return [case(shape, dtype, norm) for norm in ("linf", "l2") for dtype in dtypes for shape in shapes]
