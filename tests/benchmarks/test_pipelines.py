@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed pac
 
 from benchmarks import __main__ as program  # noqa: E402
 from benchmarks import race, report  # noqa: E402
-from benchmarks.pipelines import Case, Contestant, Job, atop_finetune, carso_training, registry  # noqa: E402
+from benchmarks.pipelines import Case, Contestant, Job, atop_finetune, carso_training, registry, resnet18  # noqa: E402
 
 CPU = torch.device("cpu")
 CASES = [(name, case) for name, cases in registry().items() for case in cases(True)]
@@ -159,20 +159,26 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
         def __init__(self, pipeline, case, label, *rest):
             self.label = label
 
+        def order(self, command):
+            pass
+
+        def answer(self, command, seconds):
+            return self.ask(command)
+
         def ask(self, command):
             parts = {"part": [0.25, 0.5, 0.5]}
             times = {"plain": 2.0, "ours": 1.0}
             return {"result": answers[self.label].numpy(), "time": times[self.label], "flops": 10**9, "rate": 4e9,
                     "parts": parts, "warm": None}[command]  # fmt: skip
 
-        def end(self):
-            pass
+        def end(self, at_once):
+            assert not at_once
 
     monkeypatch.setattr(race, "_Process", Fake)
     contestants = {label: Contestant(_other, False) for label in answers}
-    wrong = race.race("p", "c", Case("shape", 0.05, contestants), CPU, True)
+    wrong = race.race("p", "c", Case("shape", 0.05, contestants, ""), CPU, True)
     assert [row["verdict"] for row in wrong] == ["right", "wrong"] and wrong[1]["ms"] == ""
-    right = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)[1]
+    right = race.race("p", "c", Case("shape", 0.15, contestants, ""), CPU, True)[1]
     assert (right["ms"], right["speed_up"], right["share_of_matrix_rate"]) == ("1000.00", "2.00", "0.250")
     assert right["parts"] == "part:0.500"
     assert "wrong" in report.pipelines_markdown([{**row} for row in wrong])
@@ -183,6 +189,19 @@ def test_a_failure_in_a_contestants_process_is_an_error_with_its_traceback():
     with pytest.raises(RuntimeError, match=r"'result' failed in a contestant's process.*\n(.*\n)*.*KeyError"):
         process.ask("result")
     process.end()
+
+
+def test_the_classifier_is_the_usual_resnet18():
+    """The one that comes with pyautoattack: names, weights from one seed, logits."""
+    theirs = pytest.importorskip("pyautoattack.examples.resnet").ResNet18
+    made = []
+    for kind in (resnet18.ResNet18, theirs):
+        torch.manual_seed(0)
+        made.append(kind().eval())
+    ours, usual = (model.state_dict() for model in made)
+    assert list(ours) == list(usual) and all(torch.equal(ours[name], usual[name]) for name in ours)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(made[0](x), made[1](x))
 
 
 def test_an_unknown_pipeline_is_refused():
