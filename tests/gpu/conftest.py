@@ -1,0 +1,19 @@
+"""The tests of a device: of the GPU's kernels, or rehearsed on a CPU's with PURIFY_FAST_TEST_DEVICE=cpu.
+
+With PURIFY_FAST_TEST_SECONDS, tests that would start later than that are skipped, and say so.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+LIMIT = float(os.environ.get("PURIFY_FAST_TEST_SECONDS", "inf"))
+BEGAN = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() - BEGAN > LIMIT:
+        pytest.skip(f"left out: the time limit of {LIMIT:g} s")
