@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from purify_fast.ops import REGISTRY, use_backend
 
@@ -197,21 +198,26 @@ def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor
     return [tuple(one) for one in sets]
 
 
+#: A backward that is run again keeps its buffers.
+_again = functorch_config.patch(donated_buffer=False)
+
+
+@_again
 def prepare(
     op: str, case: Case, direction: str, style: str, device: torch.device, contestants: tuple[str, ...]
 ) -> tuple[dict[str, Contestant], dict[str, tuple[Tensor, ...]]]:
     """The contestants of a row, compiled, and their results."""
     torch._dynamo.reset()
     sets = _sets(case, direction, device)
-    with torch._functorch.config.patch(donated_buffer=False):  # a backward that is run again keeps its buffers
-        entries = {k: Contestant(case, style, direction, k, op, sets) for k in contestants}
-        results = {}
-        for kind, entry in entries.items():
-            with entry.mode():
-                results[kind] = entry.run()
+    entries = {k: Contestant(case, style, direction, k, op, sets) for k in contestants}
+    results = {}
+    for kind, entry in entries.items():
+        with entry.mode():
+            results[kind] = entry.run()
     return entries, results
 
 
+@_again
 def measure(
     op: str,
     case: Case,

@@ -10,7 +10,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,13 +101,13 @@ def _compile_ahead(work: list[tuple], ops: dict, quick: bool, device: torch.devi
     if device.type == "cuda":  # each holds the inputs and results of a row
         workers = max(1, min(workers, torch.cuda.mem_get_info(device)[0] // (8 << 30)))
     positions = {name: {key(name, case, "", ""): i for i, case in enumerate(ops[name]())} for name in ops}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:  # what works at the end of the block is ended
         jobs = [
-            pool.submit(_compile, op, positions[op][key(op, case, "", "")], direction, style, quick, device)
+            pool.apply_async(_compile, (op, positions[op][key(op, case, "", "")], direction, style, quick, device))
             for op, case, direction, style in work
         ]
-        wait(jobs, timeout=seconds)  # an error shows again when the row is measured
-        pool.shutdown(wait=True, cancel_futures=True)
+        for job in jobs:  # an error shows again when the row is measured
+            job.wait(max(0.0, began + seconds - time.monotonic()))
     return time.monotonic() - began
 
 

@@ -49,7 +49,7 @@ def test_an_extension_that_is_absent_names_the_command(monkeypatch):
 
 
 def test_an_extension_built_elsewhere_is_loaded(tmp_path):
-    """PURIFY_FAST_EXTENSION is taken in place of the installed one; one that does not load is told, and not replaced."""
+    """PURIFY_FAST_EXTENSION is taken in place of the installed one; a broken one is told."""
     broken = tmp_path / "broken.so"
     broken.write_text("no library")
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PURIFY_FAST_EXTENSION": str(broken)}

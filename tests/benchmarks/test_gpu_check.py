@@ -114,6 +114,34 @@ def test_tests_are_counted_with_their_reasons(tmp_path):
     assert found.skipped == {"test_it::test_late": "left out: the time limit of 3 s"}
 
 
+TOOL = """#!/bin/sh
+case "$2" in
+memcheck) echo "========= ERROR SUMMARY: $ERRORS errors" ;;
+racecheck) echo "========= RACECHECK SUMMARY: $HAZARDS hazards displayed (0 errors, 0 warnings)" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("errors", "hazards", "state"), [("0", "0", "passed"), ("0", "2", "failed"), ("7", "0", "not available")]
+)
+def test_what_the_sanitizer_says_is_read(errors, hazards, state, tmp_path, monkeypatch):
+    """Errors in a program that has none mean that the tool does not work here, which is no pass."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("ERRORS", errors)
+    monkeypatch.setenv("HAZARDS", hazards)
+    monkeypatch.setattr(gpu_check, "EVERY_OP", ("-c", "print('every op')"))
+    context = gpu_check.Context(tmp_path, torch.device("cuda"), False, 60.0, lambda share, what: None)
+    outcome = gpu_check.sanitizer(context)
+    assert outcome.state == state and not outcome.left_out
+    assert (f"racecheck: RACECHECK SUMMARY: {hazards} hazards" in outcome.summary) == (state != "not available")
+    rehearsed = gpu_check.sanitizer(gpu_check.Context(tmp_path, CPU, True, 60.0, lambda share, what: None))
+    assert rehearsed.state == "not available" and "needs a CUDA device" in rehearsed.summary
+
+
 def device_tests(device: str, **environ: str) -> str:
     """What pytest says of some of the tests of a device."""
     environ = {**os.environ, "PURIFY_FAST_TEST_DEVICE": device, "OMP_NUM_THREADS": "1", **environ}

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+# poisoned allocations need deterministic algorithms, and those of cuBLAS need this before the first product
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 LIMIT = float(os.environ.get("PURIFY_FAST_TEST_SECONDS", "inf"))
 BEGAN = time.monotonic()
 
