@@ -418,6 +418,7 @@ def main(out: Path, device: torch.device, dry: bool, only: list[str], redo: bool
         only: sections; all if empty. redo: those that are done, too. seconds: a section's limit in place of its own.
         total: seconds for all of them.
     """
+    out = out.resolve()  # pytest runs in another folder
     (out / "gpu_check").mkdir(parents=True, exist_ok=True)
     mark, began = fingerprint(device, dry), time.monotonic()
     paths = {name: out / "gpu_check" / f"{name}.json" for name in SECTIONS}
