@@ -4,81 +4,27 @@ python -m benchmarks pipelines [names...] [--device cpu|cuda] [--quick] [--out D
 
 python -m benchmarks study NAME [--data DIR] [--full] [--quick]
 
+python -m benchmarks gpu_check [--dry] [--out DIR] [--only SECTION...] [--redo]
+
 python -m benchmarks report [DIR...]
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from purify_fast.training import keep_memory
 
-from . import measure, pipelines, race, report
+from . import gpu_check, performance, pipelines, report
 from .ops import registry
+from .running import RESULTS, folder, run_ops, run_pipelines
 from .studies import command, tables
 
-RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
-
-
-def device_class(device: torch.device) -> str:
-    """The folder of a device's results: cpu, or the GPU's name."""
-    if device.type == "cpu":
-        return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-
-
-def folder(device: torch.device, quick: bool) -> Path:
-    """Where results go if nothing else is said."""
-    return (Path("runs/benchmarks") if quick else RESULTS) / device_class(device)
-
-
-def run_ops(names: list[str], device: torch.device, quick: bool, out: Path | None) -> Path:
-    """Measure, and write after every op; rows of ops that are not named stay."""
-    out = folder(device, quick) if out is None else out
-    effort = measure.QUICK if quick else measure.Effort()
-    ops = registry()
-    work = []
-    for name in names:
-        cases = ops[name]()
-        variants = {case.variant: case for case in reversed(cases)}  # quick: the first of each
-        for case in variants.values() if quick else cases:
-            work += [(name, case, direction, style) for direction in case.directions for style in measure.STYLES]
-    path = out / report.ROWS
-    done = {name: [] for name in ops}
-    for row in report.read_csv(path) if path.exists() else []:
-        done.setdefault(row["op"], []).append(row)
-    fresh: dict[str, list[dict]] = {name: [] for name in names}
-    with tqdm(work, unit="row", file=sys.stderr, disable=None) as progress:
-        for index, (name, case, direction, style) in enumerate(progress):
-            progress.set_description(f"{name} {case.variant} {direction} {style}", refresh=True)
-            fresh[name].append(measure.measure(name, case, direction, style, device, effort))
-            if index + 1 == len(work) or work[index + 1][0] != name:
-                done[name] = fresh[name]
-                report.write_csv(path, [row for rows in done.values() for row in rows])
-                report.report(out)
-    return out
-
-
-def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path | None) -> Path:
-    """Race, and write after every case; rows of other cases stay."""
-    out = folder(device, quick) if out is None else out
-    work = [(name, *case) for name in names for case in pipelines.registry()[name](quick).items()]
-    path = out / report.PIPELINES
-    kept = report.read_csv(path) if path.exists() else []
-    with tqdm(work, unit="case", file=sys.stderr, disable=None) as progress:
-        for name, case_name, case in progress:
-            fresh = race.race(name, case_name, case, device, quick, progress.set_description)
-            kept = [row for row in kept if (row["pipeline"], row["case"]) != (name, case_name)] + fresh
-            report.write_csv(path, kept)
-            report.report_pipelines(out)
-    return out
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,6 +42,14 @@ def main(arguments: list[str] | None = None) -> None:
         )
         one.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
     command.add_arguments(commands.add_parser("study", help="what makes a defence robust: trains and attacks models"))
+    check = commands.add_parser("gpu_check", help="everything that only a GPU can tell, within nine minutes, resumably")
+    check.add_argument("--dry", action="store_true", help="rehearse every section on the CPU, small: no numbers")
+    check.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
+    check.add_argument("--only", nargs="+", choices=gpu_check.SECTIONS, default=[], metavar="section",
+                       help=f"which; all by default: {', '.join(gpu_check.SECTIONS)}")  # fmt: skip
+    check.add_argument("--redo", action="store_true", help="also what is done already")
+    check.add_argument("--seconds", type=float, help="the limit of each section in place of its own")
+    check.add_argument("--total", type=float, default=520.0, help="seconds for all of them; 520 by default")
     redo = commands.add_parser("report", help="the tables and pictures again, from the CSV files")
     redo.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
     chosen = parser.parse_args(arguments)
@@ -117,10 +71,20 @@ def main(arguments: list[str] | None = None) -> None:
             if (path / report.PIPELINES).exists():
                 report.report_pipelines(path)
                 print(path / report.PIPELINES_TABLE)
+        print(performance.write(RESULTS, DOCS))
         for page in sorted(DOCS.glob("*.md")):
             for name in tables.fill(page, command.RESULTS):
                 print(f"{page} wants the table of {name}, which no study has written yet", file=sys.stderr)
         return
+    if chosen.command == "gpu_check":
+        for name, value in (("--seconds", chosen.seconds), ("--total", chosen.total)):
+            if value is not None and not value > 0:
+                parser.error(f"{name} must be above 0, got {value:g}")
+        device = torch.device("cpu" if chosen.dry else "cuda")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            parser.error("no CUDA device is available; --dry rehearses everything on the CPU")
+        out = chosen.out or folder(device, chosen.dry)
+        sys.exit(not gpu_check.main(out, device, chosen.dry, chosen.only, chosen.redo, chosen.seconds, chosen.total))
     known = registry() if chosen.command == "ops" else pipelines.registry()
     unknown = set(chosen.names) - set(known)
     if unknown:
@@ -129,12 +93,13 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(chosen.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is available")
+    out = chosen.out or folder(device, chosen.quick)
     if chosen.command == "pipelines":
-        out = run_pipelines(chosen.names or list(known), device, chosen.quick, chosen.out)
+        run_pipelines(chosen.names or list(known), device, chosen.quick, out)
         print((out / report.PIPELINES_TABLE).read_text())
         return
     keep_memory()
-    out = run_ops(chosen.names or list(registry()), device, chosen.quick, chosen.out)
+    run_ops(chosen.names or list(registry()), device, chosen.quick, out)
     for line in report.read_csv(out / report.VERDICTS):
         name = f"{line['op']} {line['direction']}, eager calls on {device.type}"
         worst = f"{line['behind_eager']} rows behind, worst ratio {line['worst_ratio']}: {line['worst_row']}"

@@ -1,13 +1,17 @@
 """One row of the table: the contestants compared, then timed in turn, in one run.
 
-Contestants: ``eager`` (the reference), ``compile`` (torch.compile of it), ``ours`` (the C++ or Triton op). Styles:
-``eager`` calls the function from Python; ``graph`` puts it between a multiplication and a sum and compiles the whole,
-where the plain reference can be fused with its neighbours and the opaque op cannot.
+Contestants: ``eager`` (the reference), ``compile`` (torch.compile of it), ``ours`` (the C++, Triton or CUDA op), and on
+a GPU ``autotuned`` (torch.compile with the mode max-autotune-no-cudagraphs). Styles: ``eager`` calls the function from
+Python; ``graph`` puts it between a multiplication and a sum and compiles the whole, where the plain reference can be
+fused with its neighbours and the opaque op cannot.
+
+On a GPU, runs are timed by its events, and where the data would stay in its cache, sets of inputs take turns.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
 import platform
 import statistics
@@ -18,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from purify_fast.ops import REGISTRY, use_backend
 
@@ -25,6 +30,9 @@ from .ops import Case
 
 STYLES = ("eager", "graph")
 CONTESTANTS = ("eager", "compile", "ours")
+AUTOTUNED = "autotuned"
+#: Most sets of inputs that take turns: beyond it, what is so small is not limited by memory.
+MOST_SETS = 8
 #: Ours is served only where nothing beats it by more than 5 percent.
 LEAST = 0.95
 
@@ -60,6 +68,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": version,
+        "date": datetime.date.today().isoformat(),
     }
 
 
@@ -93,21 +102,29 @@ def _own_code(function: Callable, name: str) -> Callable:
 
 
 class Contestant:
-    """A function of no arguments, the backend it runs under, and what it returns."""
+    """Functions of no arguments, one for each set of inputs, and the backend they run under."""
 
-    def __init__(self, case: Case, style: str, direction: str, kind: str, op: str, inputs: tuple[Tensor, ...]):
-        self.backend = backend_of(op, inputs[0].device) if kind == "ours" else "reference"
+    def __init__(self, case: Case, style: str, direction: str, kind: str, op: str, sets: list[tuple[Tensor, ...]]):
+        self.backend = backend_of(op, sets[0][0].device) if kind == "ours" else "reference"
         self.graph = direction == "backward"
         function = _own_code(_function(case, style), kind)
-        if kind == "compile" or (kind == "ours" and style == "graph"):
-            function = torch.compile(function, fullgraph=True, dynamic=False)
-        self.run: Callable[[], tuple[Tensor, ...]] = lambda: tensors(function(*inputs))
-        if direction == "backward":
-            leaves = [inputs[i] for i in case.differentiable]
-            with self.mode():
-                outputs = self.run()
-            gradients = [torch.linspace(0.5, 1.5, o.numel(), device=o.device).view_as(o).to(o.dtype) for o in outputs]
-            self.run = lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+        if kind in ("compile", AUTOTUNED) or (kind == "ours" and style == "graph"):
+            # CUDA graphs would copy the inputs, and overwrite the outputs of the run before
+            mode = "max-autotune-no-cudagraphs" if kind == AUTOTUNED else None
+            function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+        self.calls = [self._call(function, case, direction, inputs) for inputs in sets]
+
+    def _call(self, function: Callable, case: Case, direction: str, inputs: tuple[Tensor, ...]) -> Callable:
+        if direction == "forward":
+            return lambda: tensors(function(*inputs))
+        leaves = [inputs[i] for i in case.differentiable]
+        with self.mode():
+            outputs = tensors(function(*inputs))
+        gradients = [torch.linspace(0.5, 1.5, o.numel(), device=o.device).view_as(o).to(o.dtype) for o in outputs]
+        return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+
+    def run(self) -> tuple[Tensor, ...]:
+        return self.calls[0]()
 
     @contextlib.contextmanager
     def mode(self):
@@ -128,19 +145,24 @@ def agree(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch
 
 def _clock(contestant: Contestant, repeats: int, device: torch.device) -> float:
     """Seconds per call."""
-    run = contestant.run
+    calls = [contestant.calls[i % len(contestant.calls)] for i in range(repeats)]
     with contestant.mode():
         if device.type == "cuda":
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(device)
+            began.record()
+            for call in calls:
+                call()
+            ended.record()
+            ended.synchronize()
+            return began.elapsed_time(ended) / 1e3 / repeats
         start = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        for call in calls:
+            call()
         return (time.perf_counter() - start) / repeats
 
 
-def _quantile(times: list[float], fifths: int) -> float:
+def quantile(times: list[float], fifths: int) -> float:
     return sorted(times)[fifths * (len(times) - 1) // 5]
 
 
@@ -154,7 +176,7 @@ def _alternate(
         for _ in range(effort.runs):
             for kind, entry in entries.items():
                 times[kind].append(_clock(entry, repeats[kind], device))
-        spread = max(_quantile(t, 4) / _quantile(t, 1) for t in times.values())
+        spread = max(quantile(t, 4) / quantile(t, 1) for t in times.values())
         if spread < least:
             best, least = times, spread
         if spread <= effort.steady:
@@ -162,25 +184,60 @@ def _alternate(
     return best
 
 
-def measure(op: str, case: Case, direction: str, style: str, device: torch.device, effort: Effort) -> dict:
-    """A row of the table; a contestant whose result is wrong has no number."""
-    torch._dynamo.reset()
-    inputs = [tensor.to(device) for tensor in case.inputs()]
+def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor, ...]]:
+    """The inputs; on a GPU as many sets as together are twice as large as its cache."""
+    count = 1
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        count = min(MOST_SETS, math.ceil(2 * cache / case.count("bytes", direction)))
+    with device:  # large ones are made where they are used
+        sets = [[tensor.to(device) for tensor in case.inputs()]]
+    sets += [[tensor.clone() for tensor in sets[0]] for _ in range(count - 1)]
     if direction == "backward":
-        inputs = [t.requires_grad_() if i in case.differentiable else t for i, t in enumerate(inputs)]
-    with torch._functorch.config.patch(donated_buffer=False):  # a backward that is run again keeps its buffers
-        entries = {k: Contestant(case, style, direction, k, op, tuple(inputs)) for k in CONTESTANTS}
-        results = {}
-        for kind, entry in entries.items():
-            with entry.mode():
-                results[kind] = entry.run()
-        right = {k: agree(r, results["eager"], case.dtype, style) for k, r in results.items()}
-        repeats = {}
-        for kind, entry in entries.items():
-            for _ in range(3):  # warm, compiled, and the allocator has its blocks
-                once = _clock(entry, 1, device)
-            repeats[kind] = max(1, math.ceil(effort.seconds / once))
-        times = _alternate(entries, repeats, device, effort)
+        sets = [[t.requires_grad_() if i in case.differentiable else t for i, t in enumerate(one)] for one in sets]
+    return [tuple(one) for one in sets]
+
+
+#: A backward that is run again keeps its buffers.
+_again = functorch_config.patch(donated_buffer=False)
+
+
+@_again
+def prepare(
+    op: str, case: Case, direction: str, style: str, device: torch.device, contestants: tuple[str, ...]
+) -> tuple[dict[str, Contestant], dict[str, tuple[Tensor, ...]]]:
+    """The contestants of a row, compiled, and their results."""
+    torch._dynamo.reset()
+    sets = _sets(case, direction, device)
+    entries = {k: Contestant(case, style, direction, k, op, sets) for k in contestants}
+    results = {}
+    for kind, entry in entries.items():
+        with entry.mode():
+            results[kind] = entry.run()
+    return entries, results
+
+
+@_again
+def measure(
+    op: str,
+    case: Case,
+    direction: str,
+    style: str,
+    device: torch.device,
+    effort: Effort,
+    contestants: tuple[str, ...] = CONTESTANTS,
+    bandwidth: float | None = None,
+) -> dict:
+    """A row of the table; a contestant whose result is wrong has no number. ``bandwidth``: of a copy, in bytes/s."""
+    entries, results = prepare(op, case, direction, style, device, contestants)
+    right = {k: agree(r, results["eager"], case.dtype, style) for k, r in results.items()}
+    del results
+    repeats = {}
+    for kind, entry in entries.items():
+        for _ in range(3):  # warm, compiled, and the allocator has its blocks
+            once = _clock(entry, len(entry.calls), device)
+        repeats[kind] = max(len(entry.calls), math.ceil(effort.seconds / once))
+    times = _alternate(entries, repeats, device, effort)
     row = {
         "op": op,
         "variant": case.variant,
@@ -191,19 +248,21 @@ def measure(op: str, case: Case, direction: str, style: str, device: torch.devic
         "backend": entries["ours"].backend,
     }
     median = {}
-    for kind in CONTESTANTS:
+    for kind in contestants:
         median[kind] = statistics.median(times[kind]) if right[kind] else math.nan
         for name, value in (
             ("us", median[kind]),
-            ("p20", _quantile(times[kind], 1)),
-            ("p80", _quantile(times[kind], 4)),
+            ("p20", quantile(times[kind], 1)),
+            ("p80", quantile(times[kind], 4)),
         ):
             row[f"{kind}_{name}"] = f"{1e6 * value:.2f}" if right[kind] else ""
-    best = min(median[k] for k in ("eager", "compile") if right[k])
+    best = min(median[k] for k in contestants if k != "ours" and right[k])
     row["ratio"] = f"{best / median['ours']:.3f}" if right["ours"] else ""
     row["verdict"] = verdict(row)
-    row["GB_per_s"] = f"{case.bytes[direction] / median['ours'] / 1e9:.2f}" if right["ours"] else ""
-    row["GFLOP_per_s"] = f"{case.flops[direction] / median['ours'] / 1e9:.2f}" if right["ours"] else ""
+    moved, computed = (case.count(what, direction) / median["ours"] for what in ("bytes", "flops"))
+    row["GB_per_s"] = f"{moved / 1e9:.2f}" if right["ours"] else ""
+    row["GFLOP_per_s"] = f"{computed / 1e9:.2f}" if right["ours"] else ""
+    row["share_of_copy"] = f"{moved / bandwidth:.3f}" if right["ours"] and bandwidth else ""
     return row | {"runs": effort.runs} | environment(device)
 
 

@@ -1,24 +1,27 @@
 """Pipelines raced: every contestant in a process of its own, one awake at a time, in turn, in one run.
 
 The allocator's thresholds are a process's own and cannot be put back, hence the processes. Between two runs nothing
-works for a moment, so that the threads of the process that just worked have stopped spinning.
+works for a moment, so that the threads of the process that just worked have stopped spinning. For a GPU all contestants
+get ready at the same time, which is mostly compilation; then they are timed in turn like the others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import statistics
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from purify_fast.training import keep_memory
 
-from .measure import environment
+from .limits import operands
+from .measure import environment, quantile
 from .pipelines import Case, Job, registry
 
 
@@ -49,11 +52,11 @@ def _clock(call, device: torch.device) -> float:
 
 def _matrix_rate(device: torch.device, size: int) -> float:
     """bfloat16 FLOP/s of a large matrix product or a 3 x 3 convolution, whichever is faster: the best of a few runs."""
-    a = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    a = operands(device, size, size)
     out = torch.empty_like(a)
     channels, side = min(size, 256), 16
-    x = torch.ones(max(1, size // 32), channels, side, side, dtype=torch.bfloat16, device=device)
-    weight = torch.ones(channels, channels, 3, 3, dtype=torch.bfloat16, device=device)
+    x = operands(device, max(1, size // 32), channels, side, side)
+    weight = operands(device, channels, channels, 3, 3)
     x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
     best = 0.0
     with torch.no_grad():
@@ -103,44 +106,85 @@ class _Process:
         self.process.start()
         theirs.close()
 
-    def ask(self, command: str):
-        """The answer; RuntimeError with the other side's traceback, or its exit status, if there is none."""
-        try:
+    def order(self, command: str) -> None:
+        """Have it work on a command, whose answer `answer` waits for."""
+        with contextlib.suppress(OSError):  # it has ended already, as the answer will tell
             self.pipe.send(command)
+
+    def answer(self, command: str, seconds: float = math.inf):
+        """RuntimeError with the other side's traceback, or its exit status; TimeoutError if there is none in time."""
+        try:
+            if seconds < math.inf and not self.pipe.poll(max(0.0, seconds)):
+                raise TimeoutError(command)
             done, answer = self.pipe.recv()
-        except (EOFError, OSError):
+        except (EOFError, ConnectionError):
             self.process.join()
             done, answer = False, f"exit status {self.process.exitcode}"
         if not done:
             raise RuntimeError(f"{command!r} failed in a contestant's process: {answer}")
         return answer
 
-    def end(self) -> None:
+    def ask(self, command: str):
+        self.order(command)
+        return self.answer(command)
+
+    def end(self, at_once: bool = False) -> None:
         with contextlib.suppress(OSError):  # it has ended already
             self.pipe.send(None)
+        if at_once:
+            self.process.kill()
         self.process.join()
 
 
-def _quantile(times: list[float], fifths: int) -> float:
-    return sorted(times)[fifths * (len(times) - 1) // 5]
+def race(
+    pipeline: str,
+    name: str,
+    case: Case,
+    device: torch.device,
+    quick: bool,
+    tell=lambda text: None,
+    seconds: float = math.inf,
+) -> list[dict]:
+    """The rows of one case, a contestant each; one whose result is not the first's has no number.
 
-
-def race(pipeline: str, name: str, case: Case, device: torch.device, quick: bool, tell=lambda text: None) -> list[dict]:
-    """The rows of one case, a contestant each; one whose result is not the first's has no number."""
-    effort, threads = QUICK if quick else Effort(), torch.get_num_threads()
+    Nor has one that is not ready within ``seconds``: it is left out, unless it is the first or ours.
+    """
+    effort, threads, end = QUICK if quick else Effort(), torch.get_num_threads(), time.monotonic() + seconds
+    together = device.type == "cuda"
+    if together:  # no thread of the others' spins
+        effort = replace(effort, pause=0.02)
     processes: dict[str, _Process] = {}
     right, times, rates = {}, {}, []
     shares: dict[str, list[float]] = {}
+
+    def prepare(label: str) -> None:
+        processes[label] = _Process(pipeline, name, label, device.type, quick, threads)
+        for command in ("result", "warm"):
+            processes[label].order(command)
+
     try:
         truth = None
-        for label in case.contestants:
+        needed = {next(iter(case.contestants)), "ours"}
+        # within a time limit, those without which there is no race come before the others
+        order = sorted(case.contestants, key=lambda label: seconds < math.inf and label not in needed)
+        for label in order if together else ():
+            prepare(label)
+        for label in order:
             tell(f"{name}: {label}, result")
-            processes[label] = _Process(pipeline, name, label, device.type, quick, threads)
-            result = torch.from_numpy(processes[label].ask("result"))
+            if not together and (label in needed or time.monotonic() < end):
+                prepare(label)
+            if label not in processes:
+                continue
+            left = math.inf if label in needed else end - time.monotonic()
+            try:
+                result = torch.from_numpy(processes[label].answer("result", left))
+                processes[label].answer("warm", left)
+            except TimeoutError:
+                processes.pop(label).end(at_once=True)
+                continue
             truth = result if truth is None else truth
             distance = float((result - truth).norm() / truth.norm())
             right[label], times[label] = distance <= case.tolerance, []
-            processes[label].ask("warm")
         flops = processes["ours"].ask("flops")
         processes["ours"].ask("warm parts")
         for turn in range(effort.runs):
@@ -155,22 +199,24 @@ def race(pipeline: str, name: str, case: Case, device: torch.device, quick: bool
             rates.append(processes["ours"].ask("rate"))
     finally:
         for process in processes.values():
-            process.end()
+            process.end(at_once=len(right) < len(processes))
     parts = " ".join(f"{part}:{statistics.median(each):.3f}" for part, each in shares.items())
     rate, first = max(rates), statistics.median(times[next(iter(times))])
     rows = []
-    for label, spent in times.items():
+    for label in case.contestants:
+        spent = times.get(label, [math.nan])
         median = statistics.median(spent)
         numbers = {
             "ms": f"{1e3 * median:.2f}",
-            "p20": f"{1e3 * _quantile(spent, 1):.2f}",
-            "p80": f"{1e3 * _quantile(spent, 4):.2f}",
+            "p20": f"{1e3 * quantile(spent, 1):.2f}",
+            "p80": f"{1e3 * quantile(spent, 4):.2f}",
             "speed_up": f"{first / median:.2f}",
             "share_of_matrix_rate": f"{flops / median / rate:.3f}",
         }
         row = {"pipeline": pipeline, "case": name, "shape": case.shape, "contestant": label}
-        row |= numbers if right[label] else dict.fromkeys(numbers, "")
-        row |= {"verdict": "right" if right[label] else "wrong", "parts": parts if label == "ours" else ""}
+        row |= numbers if right.get(label) else dict.fromkeys(numbers, "")
+        verdict = "left out" if label not in right else "right" if right[label] else "wrong"
+        row |= {"verdict": verdict, "parts": parts if label == "ours" else ""}
         row |= {"GFLOP": f"{flops / 1e9:.1f}", "matrix_GFLOP_per_s": f"{rate / 1e9:.1f}", "runs": effort.runs}
         rows.append(row | environment(device))
     return rows

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from purify_fast._files import atomic, write_text
 
-from .measure import LEAST, STYLES
+from .measure import AUTOTUNED, CONTESTANTS, LEAST, STYLES
 
 ROWS, VERDICTS, TABLE, PLOT = "ops.csv", "verdicts.csv", "ops.md", "ops.png"
 PIPELINES, PIPELINES_TABLE, PIPELINES_PLOT = "pipelines.csv", "pipelines.md", "pipelines.png"
@@ -22,32 +22,35 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     write_text(path, text.getvalue())
 
 
 def verdicts(rows: list[dict]) -> list[dict]:
-    """One line per op and direction: who serves eager calls, and how our kernel stands there and inside graphs.
+    """One line per op, direction and kernel: who serves eager calls, and how our kernel stands there and inside graphs.
 
     Eager calls go to our kernel where none of its rows is more than 5 percent behind the best, else to the plain
     reference. Inside a compiled graph the reference always serves.
     """
     decided = []
-    for op, direction in dict.fromkeys((row["op"], row["direction"]) for row in rows):
-        own = [row for row in rows if (row["op"], row["direction"]) == (op, direction)]
+    for op, direction, backend in dict.fromkeys((row["op"], row["direction"], row["backend"]) for row in rows):
+        own = [row for row in rows if (row["op"], row["direction"], row["backend"]) == (op, direction, backend)]
         eager, graph = ([row for row in own if row["style"] == style] for style in STYLES)
         lost = {
             style: [r for r in own if r["style"] == style and r["verdict"] in ("behind", "wrong")] for style in STYLES
         }
+        if not eager:  # a time limit left them out
+            continue
         worst = min(eager, key=lambda row: float(row["ratio"] or 0))
         gains = [float(row["eager_us"]) / float(row["ours_us"]) for row in eager if row["ratio"]]
         decided.append(
             {
                 "op": op,
                 "direction": direction,
-                "eager_calls": "reference" if lost["eager"] else own[0]["backend"],
+                "eager_calls": "reference" if lost["eager"] else backend,
                 "in_graphs": "reference",
                 "behind_eager": f"{len(lost['eager'])}/{len(eager)}",
                 "behind_graph": f"{len(lost['graph'])}/{len(graph)}",
@@ -76,6 +79,9 @@ def _machines(rows: list[dict], kind: str) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
+    gpu = any(f"{AUTOTUNED}_us" in row for row in rows)
+    kinds = [*CONTESTANTS[:2], *([AUTOTUNED] if gpu else []), *CONTESTANTS[2:]]
+    heads = ["op", "shape", "dtype", "direction", "style", *kinds, "ratio", "GB/s", *(["of a copy"] if gpu else []), ""]
     lines = [
         "# Speed of the ops",
         "",
@@ -84,7 +90,8 @@ def markdown(rows: list[dict]) -> str:
         "",
         "`eager`: the reference called from Python; `compile`: `torch.compile` of it; `ours`: the kernel. Style "
         "`graph`: between a multiplication and a sum, compiled whole (`ours` is then an opaque op in the graph). "
-        "`ratio`: the best of the others over ours, above 1 ours is faster.",
+        "`ratio`: the best of the others over ours, above 1 ours is faster."
+        + (" `autotuned`: `torch.compile` with `max-autotune-no-cudagraphs`." if AUTOTUNED in kinds else ""),
         "",
         "## Who serves",
         "",
@@ -100,14 +107,16 @@ def markdown(rows: list[dict]) -> str:
         "",
         "## All rows",
         "",
-        "| op | shape | dtype | direction | style | eager | compile | ours | ratio | GB/s | |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(heads).rstrip() + " |",
+        "|" + len(heads) * "---|",
     ]
     for row in rows:
         name = f"{row['op']} {row['variant']}".strip()
         cells = [name, row["shape"], row["dtype"], row["direction"], row["style"]]
-        cells += [row[f"{kind}_us"] or "wrong" for kind in ("eager", "compile", "ours")]
-        lines.append("| " + " | ".join([*cells, row["ratio"], row["GB_per_s"], row["verdict"]]) + " |")
+        # an autotuned form was not asked for in every row, and it has no column where it never was
+        cells += [row.get(f"{kind}_us") or ("-" if kind == AUTOTUNED else "wrong") for kind in kinds]
+        cells += [row["ratio"], row["GB_per_s"], *([row["share_of_copy"] or "-"] if gpu else []), row["verdict"]]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -132,7 +141,14 @@ def plot(rows: list[dict], path: Path) -> bool:
     figure, axis = pyplot.subplots(figsize=(8, 0.7 * len(names) + 1.5))
     for style, colour, shift in (("eager", "tab:blue", -0.12), ("graph", "tab:orange", 0.12)):
         points = [(float(r["ratio"]), names.index(r["op"]) + shift) for r in rows if r["style"] == style and r["ratio"]]
-        axis.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.7, label=f"called in a {style} context")
+        axis.scatter(
+            [x for x, _ in points],
+            [y for _, y in points],
+            s=14,
+            color=colour,
+            alpha=0.7,
+            label=f"called in a {style} context",
+        )
     axis.axvline(LEAST, color="black", linewidth=1)
     axis.set(xscale="log", xlabel="time of the best other / time of ours", yticks=range(len(names)), yticklabels=names)
     axis.set_title("; ".join(dict.fromkeys(f"{r['device']}, {r['threads']} threads" for r in rows)), fontsize=9)
@@ -184,16 +200,16 @@ def pipelines_markdown(rows: list[dict]) -> str:
         lines += [f"{group[0]['shape']}; {work} GFLOP; bfloat16 matrix rate {rate} GFLOP/s.", ""]
         lines += ["| | ms | p20 - p80 | times the first | share of the matrix rate |", "|---|---|---|---|---|"]
         for row in group:
-            cells = [row["contestant"], row["ms"] or "wrong", f"{row['p20']} - {row['p80']}", row["speed_up"]]
+            cells = [row["contestant"], row["ms"] or row["verdict"], f"{row['p20']} - {row['p80']}", row["speed_up"]]
             lines.append("| " + " | ".join([*cells, row["share_of_matrix_rate"]]) + " |")
         for row in group:
             if row["parts"]:
-                parts = ", ".join(f"{100 * share:.0f} % {part}" for part, share in _parts(row))
-                lines += ["", f"Of {row['contestant']}, each timed on its own: {parts}."]
+                shares = ", ".join(f"{100 * share:.0f} % {part}" for part, share in parts(row))
+                lines += ["", f"Of {row['contestant']}, each timed on its own: {shares}."]
     return "\n".join(lines) + "\n"
 
 
-def _parts(row: dict) -> list[tuple[str, float]]:
+def parts(row: dict) -> list[tuple[str, float]]:
     pairs = (part.split(":") for part in row["parts"].split())
     return [(name, float(share)) for name, share in pairs]
 

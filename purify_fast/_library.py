@@ -21,14 +21,19 @@ BUILD_HINT = (
 )
 
 
+def _find() -> str | None:
+    """PURIFY_FAST_EXTENSION, a shared object built elsewhere, or the installed one."""
+    spec = importlib.util.find_spec("purify_fast._C")
+    return os.environ.get("PURIFY_FAST_EXTENSION") or (spec.origin if spec is not None else None)
+
+
 def _load() -> None:
     global load_error, path
-    spec = importlib.util.find_spec("purify_fast._C")
-    if spec is None or spec.origin is None:
+    path = _find()
+    if path is None:
         load_error = ImportError(f"purify_fast._C is not installed: {BUILD_HINT}")
         logger.info("compiled CPU kernels are off, the PyTorch references serve: %s", load_error)
     else:
-        path = spec.origin
         try:
             torch.ops.load_library(path)
         except Exception as error:  # a broken build must not take the pure-Python package down with it

@@ -45,27 +45,31 @@ def _gpu() -> str:
     return "; ".join(found)
 
 
-def _facts() -> dict[str, str | None]:
-    """What setup.py recorded beside the extension; empty if there is no record."""
-    if _library.path is None:
+def facts(extension: str | Path | None) -> dict[str, str | None]:
+    """What setup.py recorded beside an extension; empty if there is no record."""
+    if extension is None:
         return {}
     try:
-        return json.loads(Path(_library.path).with_name("_build.json").read_text())
+        return json.loads(Path(extension).with_name("_build.json").read_text())
     except (OSError, ValueError):
         return {}
+
+
+def cuda_part(found: dict[str, str | None]) -> str:
+    """What an extension with these `facts` has for GPUs."""
+    return f"CUDA {found['cuda']} for {found['archs']}" if found.get("cuda") else "no CUDA kernels"
 
 
 def _extension() -> list[tuple[str, str]]:
     if not _library.loaded():
         return [("extension", f"not loaded: {_library.load_error}"), ("file", _library.path or "none")]
-    facts = _facts()
-    cuda = f"CUDA {facts['cuda']} for {facts['archs']}" if facts.get("cuda") else "no CUDA kernels"
-    rows = [("extension", f"loaded, {cuda}"), ("file", _library.path or "")]
-    if facts:
-        rows.append(("built", f"version {facts['version']} with torch {facts['torch']}, {facts['flags']}"))
-        if facts["version"] != __version__:
-            rows.append(("", f"WARNING: the extension is of version {facts['version']}; {_library.BUILD_HINT}"))
-    if not facts.get("cuda"):
+    found = facts(_library.path)
+    rows = [("extension", f"loaded, {cuda_part(found)}"), ("file", _library.path or "")]
+    if found:
+        rows.append(("built", f"version {found['version']} with torch {found['torch']}, {found['flags']}"))
+        if found["version"] != __version__:
+            rows.append(("", f"WARNING: the extension is of version {found['version']}; {_library.BUILD_HINT}"))
+    if not found.get("cuda"):
         rows.append(("CUDA kernels", "build with `PURIFY_FAST_BUILD=cuda`; needs a CUDA toolkit (CUDA_HOME), no GPU"))
     return rows
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -45,3 +46,20 @@ def test_an_extension_that_is_absent_names_the_command(monkeypatch):
     monkeypatch.setattr(_library, "path", None)
     text = info.report()
     assert "not loaded" in text and "pip install --no-build-isolation" in text
+
+
+def test_an_extension_built_elsewhere_is_loaded(tmp_path):
+    """PURIFY_FAST_EXTENSION is taken in place of the installed one; a broken one is told."""
+    broken = tmp_path / "broken.so"
+    broken.write_text("no library")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PURIFY_FAST_EXTENSION": str(broken)}
+    command = [sys.executable, "-m", "purify_fast.info"]
+    said = subprocess.run(command, capture_output=True, text=True, env=environ).stdout
+    assert "not loaded" in said and str(broken) in said
+    if _library.loaded():
+        copy = tmp_path / "_C.abi3.so"
+        copy.write_bytes(Path(_library.path).read_bytes())
+        said = subprocess.run(
+            command, capture_output=True, text=True, env=environ | {"PURIFY_FAST_EXTENSION": str(copy)}
+        ).stdout
+        assert "loaded, " in said and str(copy) in said

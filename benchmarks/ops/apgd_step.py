@@ -9,11 +9,12 @@ import torch
 from purify_fast.ops import apgd_step
 
 from . import Case, normal, uniform
-from .pgd_step import SHAPES
+from .pgd_step import LARGE, SHAPES
+
+__all__ = ["LARGE", "SHAPES", "cases"]
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
-    pixels = math.prod(shape)
     alpha, eps = (2 / 255, 8 / 255) if norm == "linf" else (0.1, 0.5)
     return Case(
         shape,
@@ -25,12 +26,13 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
             uniform(*shape, dtype=dtype, seed=2),
         ),
         lambda x, grad, nat, previous: apgd_step(x, grad, nat, previous, alpha, eps, 0.75, norm),
-        {"forward": 5 * pixels * dtype.itemsize},
-        {"forward": {"linf": 18, "l2": 27}[norm] * pixels},
+        {"forward": "5*n*s"},
+        {"forward": {"linf": "18*n", "l2": "27*n"}[norm]},
         norm,
+        symbols={"n": math.prod(shape), "s": dtype.itemsize},
     )
 
 
-def cases() -> list[Case]:
+def cases(shapes: tuple = SHAPES) -> list[Case]:
     dtypes = (torch.float32, torch.bfloat16)
-    return [case(shape, dtype, norm) for norm in ("linf", "l2") for dtype in dtypes for shape in SHAPES]
+    return [case(shape, dtype, norm) for norm in ("linf", "l2") for dtype in dtypes for shape in shapes]

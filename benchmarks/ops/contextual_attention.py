@@ -13,12 +13,12 @@ from purify_fast.ops import contextual_attention
 from . import Case, normal, uniform
 
 SHAPES = ((4, 96, 64, 64), (4, 96, 32, 32), (64, 96, 8, 8))
+LARGE = ((32, 96, 64, 64), (256, 96, 8, 8))
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str = "") -> Case:
     batch, channels, height, width = shape
     cells = height * width // 4
-    features, matrix = batch * channels * height * width * dtype.itemsize, batch * cells * cells
     memory_format = torch.channels_last if variant else torch.contiguous_format
 
     def inputs() -> tuple[Tensor, ...]:
@@ -30,15 +30,16 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str = "") -> Case:
         dtype,
         inputs,
         contextual_attention,
-        {"forward": 2 * features, "backward": 3 * features},
+        {"forward": "8*B*C*L*s", "backward": "12*B*C*L*s"},
         # the products of pixels (one) and with the weights (four), then of their gradients
-        {"forward": 10 * channels * matrix, "backward": 20 * channels * matrix},
+        {"forward": "10*B*C*L*L", "backward": "20*B*C*L*L"},
         variant,
         (0,),
+        {"B": batch, "C": channels, "L": cells, "s": dtype.itemsize},
     )
 
 
-def cases() -> list[Case]:
+def cases(shapes: tuple = SHAPES) -> list[Case]:
     # minutes of compilation each
-    every = [case(shape, torch.float32) for shape in SHAPES]
-    return every + [case(shape, torch.bfloat16, "channels_last") for shape in SHAPES]
+    every = [case(shape, torch.float32) for shape in shapes]
+    return every + [case(shape, torch.bfloat16, "channels_last") for shape in shapes]

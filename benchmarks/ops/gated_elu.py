@@ -21,25 +21,26 @@ SHAPES = (
     (64, 48, 32, 32),
     (64, 192, 8, 8),
 )
+LARGE = ((32, 48, 256, 256), (64, 192, 32, 32))
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str = "") -> Case:
-    pixels = math.prod(shape) // 2
     memory_format = torch.channels_last if variant else torch.contiguous_format
     return Case(
         shape,
         dtype,
         lambda: (normal(*shape, dtype=dtype, scale=2.0).to(memory_format=memory_format),),
         gated_elu,
-        {"forward": 3 * pixels * dtype.itemsize, "backward": 5 * pixels * dtype.itemsize},
-        {"forward": 10 * pixels, "backward": 20 * pixels},
+        {"forward": "3*n*s", "backward": "5*n*s"},
+        {"forward": "10*n", "backward": "20*n"},
         variant,
         (0,),
+        {"n": math.prod(shape) // 2, "s": dtype.itemsize},
     )
 
 
-def cases() -> list[Case]:
-    every = [case(shape, torch.float32) for shape in SHAPES]
+def cases(shapes: tuple = SHAPES) -> list[Case]:
+    every = [case(shape, torch.float32) for shape in shapes]
     return every + [
-        case(shape, dtype, "channels_last") for dtype in (torch.float32, torch.bfloat16) for shape in SHAPES
+        case(shape, dtype, "channels_last") for dtype in (torch.float32, torch.bfloat16) for shape in shapes
     ]

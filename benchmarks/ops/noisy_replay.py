@@ -11,6 +11,7 @@ from purify_fast.ops import noisy_replay
 from . import Case, uniform
 
 SHAPES = ((128, 3, 32, 32), (128, 1, 28, 28), (256, 3, 64, 64))
+LARGE = ((256, 3, 224, 224), (1024, 3, 32, 32))
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
@@ -28,12 +29,13 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
             torch.arange(batch),
         ),
         lambda x, adv, drift, seed, ids: noisy_replay(x, adv, drift, threshold, 8 / 255, seed, ids),
-        {"forward": 2 * pixels * dtype.itemsize},  # of the two, each sample's one is read
-        {"forward": 32 * noisy},  # as `philox` counts a uniform, and five more
+        {"forward": "2*n*s"},  # of the two, each sample's one is read
+        {"forward": "32*r"},  # of what is replayed; as `philox` counts a uniform, and five more
         variant,
+        symbols={"n": pixels, "s": dtype.itemsize, "r": noisy},
     )
 
 
-def cases() -> list[Case]:
+def cases(shapes: tuple = SHAPES) -> list[Case]:
     dtypes = (torch.float32, torch.bfloat16)
-    return [case(shape, dtype, variant) for variant in ("quarter", "all") for dtype in dtypes for shape in SHAPES]
+    return [case(shape, dtype, variant) for variant in ("quarter", "all") for dtype in dtypes for shape in shapes]

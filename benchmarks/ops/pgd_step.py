@@ -11,10 +11,10 @@ from purify_fast.ops import pgd_step
 from . import Case, normal, uniform
 
 SHAPES = ((128, 1, 16, 16), (640, 3, 32, 32), (128, 3, 64, 64))
+LARGE = ((256, 3, 224, 224), (1024, 3, 32, 32))
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
-    pixels = math.prod(shape)
     alpha, eps = {"linf": (2 / 255, 8 / 255), "l2": (0.1, 0.5), "l1": (1.0, 12.0)}[norm]
     return Case(
         shape,
@@ -25,12 +25,13 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
             uniform(*shape, dtype=dtype, seed=1),
         ),
         lambda x, grad, nat: pgd_step(x, grad, nat, alpha, eps, norm),
-        {"forward": 4 * pixels * dtype.itemsize},
-        {"forward": {"linf": 8, "l2": 14, "l1": 16}[norm] * pixels},  # of l1, were its two thresholds known
+        {"forward": "4*n*s"},
+        {"forward": {"linf": "8*n", "l2": "14*n", "l1": "16*n"}[norm]},  # of l1, were its two thresholds known
         norm,
+        symbols={"n": math.prod(shape), "s": dtype.itemsize},
     )
 
 
-def cases() -> list[Case]:
+def cases(shapes: tuple = SHAPES) -> list[Case]:
     dtypes = (torch.float32, torch.bfloat16)
-    return [case(shape, dtype, norm) for norm in ("linf", "l2", "l1") for dtype in dtypes for shape in SHAPES]
+    return [case(shape, dtype, norm) for norm in ("linf", "l2", "l1") for dtype in dtypes for shape in shapes]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from purify_fast.ops import random_transform
@@ -12,14 +10,13 @@ from . import Case, uniform
 
 #: shape, side of a block
 SHAPES = (((8, 3, 256, 256), 32), ((64, 3, 32, 32), 4))
+LARGE = (((128, 3, 256, 256), 32), ((1024, 3, 32, 32), 4))
 
 
 def case(shape: tuple[int, ...], block: int, variant: str, dtype: torch.dtype) -> Case:
     b, c, h, w = shape
-    pixels = math.prod(shape)
     parts = 4 if variant == "rt3" else None
     sigma = 0.0 if variant == "rt1" else 0.25
-    packed = b * (parts or 1) * (c + 2) * h * w * dtype.itemsize
     noise = 0 if variant == "rt1" else 45  # as `philox` counts a normal
     return Case(
         shape,
@@ -29,13 +26,14 @@ def case(shape: tuple[int, ...], block: int, variant: str, dtype: torch.dtype) -
         lambda x, seed, ids: random_transform(
             x, seed, ids, sigma=sigma, block=block, parts=parts, dtype=dtype, channels_last=dtype == torch.bfloat16
         )[0],
-        {"forward": 4 * pixels + packed, "backward": 2 * 4 * pixels + packed * c // (c + 2)},
-        {"forward": (noise + 6) * pixels, "backward": (noise + 4 + (parts or 1)) * pixels},
+        {"forward": "4*B*C*P + N*B*(C + 2)*P*s", "backward": "8*B*C*P + N*B*C*P*s"},
+        {"forward": f"{noise + 6}*B*C*P", "backward": f"({noise + 4} + N)*B*C*P"},
         variant,
         differentiable=(0,),
+        symbols={"B": b, "C": c, "P": h * w, "N": parts or 1, "s": dtype.itemsize},
     )
 
 
-def cases() -> list[Case]:
+def cases(shapes: tuple = SHAPES) -> list[Case]:
     dtypes = (torch.float32, torch.bfloat16)
-    return [case(*shape, variant, dtype) for variant in ("rt2", "rt3", "rt1") for dtype in dtypes for shape in SHAPES]
+    return [case(*shape, variant, dtype) for variant in ("rt2", "rt3", "rt1") for dtype in dtypes for shape in shapes]

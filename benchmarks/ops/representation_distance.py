@@ -18,6 +18,7 @@ from . import Case, normal
 
 NHWC = torch.channels_last
 SHAPES = ((128, 512), (128, 512, 4, 4), (128, 640, 8, 8), (64, 128, 7, 7))
+LARGE = ((1024, 640, 8, 8), (1024, 512))
 
 
 def distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -27,8 +28,6 @@ def distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> Case:
-    size = math.prod(shape)
-
     def inputs() -> tuple[Tensor, ...]:
         teacher = normal(*shape, dtype=torch.float32)
         student = teacher + 0.5 * teacher.flip(0)
@@ -39,13 +38,14 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory
         dtype,
         inputs,
         distance,
-        {"forward": 2 * size * dtype.itemsize, "backward": 3 * size * dtype.itemsize},
-        {"forward": 6 * size, "backward": 3 * size},
+        {"forward": "2*n*s", "backward": "3*n*s"},
+        {"forward": "6*n", "backward": "3*n"},
         "channels_last" if memory_format == NHWC else "",
         differentiable=(0,),
+        symbols={"n": math.prod(shape), "s": dtype.itemsize},
     )
 
 
-def cases() -> list[Case]:
+def cases(shapes: tuple = SHAPES) -> list[Case]:
     kinds = [(dtype, layout) for layout in (torch.contiguous_format, NHWC) for dtype in (torch.float32, torch.bfloat16)]
-    return [case(shape, *kind) for kind in kinds for shape in SHAPES if kind[1] != NHWC or len(shape) == 4]
+    return [case(shape, *kind) for kind in kinds for shape in shapes if kind[1] != NHWC or len(shape) == 4]

@@ -9,11 +9,11 @@ from purify_fast.ops import sample_latent
 from . import Case, normal
 
 SHAPES = ((256, 64), (640, 128), (4096, 192))
+LARGE = ((262144, 192), (4096, 128))
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
     b, d = shape
-    matrix = b * d * dtype.itemsize
     return Case(
         shape,
         dtype,
@@ -24,11 +24,12 @@ def case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
             torch.arange(b),
         ),
         sample_latent,
-        {"forward": 3 * matrix + 12 * b, "backward": 5 * matrix + 12 * b},
-        {"forward": 60 * b * d, "backward": 60 * b * d},
+        {"forward": "3*B*D*s + 12*B", "backward": "5*B*D*s + 12*B"},
+        {"forward": "60*B*D", "backward": "60*B*D"},
         differentiable=(0, 1),
+        symbols={"B": b, "D": d, "s": dtype.itemsize},
     )
 
 
-def cases() -> list[Case]:
-    return [case(shape, dtype) for dtype in (torch.float32, torch.bfloat16) for shape in SHAPES]
+def cases(shapes: tuple = SHAPES) -> list[Case]:
+    return [case(shape, dtype) for dtype in (torch.float32, torch.bfloat16) for shape in shapes]

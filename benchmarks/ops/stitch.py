@@ -14,6 +14,7 @@ from . import Case, normal
 PASSES = 4
 #: shape of the stitched images, side of a block
 SHAPES = (((8, 3, 256, 256), 32), ((64, 3, 32, 32), 4))
+LARGE = (((128, 3, 256, 256), 32), ((1024, 3, 32, 32), 4))
 
 
 def inputs(shape: tuple[int, ...], block: int, dtype: torch.dtype, memory_format: torch.memory_format) -> tuple:
@@ -25,19 +26,19 @@ def inputs(shape: tuple[int, ...], block: int, dtype: torch.dtype, memory_format
 
 
 def case(shape: tuple[int, ...], block: int, dtype: torch.dtype, memory_format: torch.memory_format) -> Case:
-    size = math.prod(shape) * dtype.itemsize
     return Case(
         shape,
         dtype,
         lambda: inputs(shape, block, dtype, memory_format),
         stitch,
-        {"forward": 2 * size, "backward": (1 + PASSES) * size},
-        {"forward": 0, "backward": 0},
+        {"forward": "2*n*s", "backward": "(1 + N)*n*s"},
+        {"forward": "0", "backward": "0"},
         str(memory_format).removeprefix("torch."),
         differentiable=(0,),
+        symbols={"n": math.prod(shape), "N": PASSES, "s": dtype.itemsize},
     )
 
 
-def cases() -> list[Case]:
+def cases(shapes: tuple = SHAPES) -> list[Case]:
     layouts = ((torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last))
-    return [case(*shape, *layout) for layout in layouts for shape in SHAPES]
+    return [case(*shape, *layout) for layout in layouts for shape in shapes]

@@ -30,11 +30,17 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. What the others are compared with comes first; ``ours`` counts the work."""
+    """One row of the table. What the others are compared with comes first; ``ours`` counts the work.
+
+    Attributes:
+        tolerance: relative L2 distance to the first one's result.
+        flops: what ours computes, in symbols that `performance` explains.
+    """
 
     shape: str
-    tolerance: float  # relative L2 distance to the first one's result
+    tolerance: float
     contestants: dict[str, Contestant]
+    flops: str
 
 
 def _autocast(make: Make, device: torch.device, quick: bool) -> Job:

@@ -13,19 +13,14 @@ from purify_fast import Carso
 from purify_fast.nn import SmallCNN
 
 from . import Case, Job, columns, uncompiled
+from .resnet18 import ResNet18
 
 BATCH, SAMPLES = 32, 8
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
 def classifier() -> nn.Module:
-    """ResNet-18 for 32 x 32 images, with random weights and statistics; the architecture comes with pyautoattack.
-
-    Raises:
-        ModuleNotFoundError: it is not installed (extra ``eval``).
-    """
-    from pyautoattack.examples.resnet import ResNet18
-
+    """ResNet-18 for 32 x 32 images, with random weights and statistics."""
     torch.manual_seed(0)
     model = ResNet18()
     for module in model.modules():
@@ -132,6 +127,9 @@ def cases(quick: bool) -> dict[str, Case]:
     shape = f"{size(quick)} images, K = {2 if quick else SAMPLES}"
     return {
         "prediction": Case(
-            shape, 0.05, columns(_plain, partial(_plain, compiled=True), _ours, partial(_ours, compiled=True))
+            shape,
+            0.05,
+            columns(_plain, partial(_plain, compiled=True), _ours, partial(_ours, compiled=True)),
+            "B (F + E + K (D + F))",
         )
     }

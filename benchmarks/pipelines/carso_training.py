@@ -154,5 +154,9 @@ def cases(quick: bool) -> dict[str, Case]:
         shape = f"{size} images, PGD-{setting(target, quick).steps}"
         shape += ", half of them adversarial" if target == "classifier" else ", K = 1"
         makes = [partial(form, target=target, compiled=c) for form in (_plain, _ours) for c in (False, True)]
-        made[name] = Case(shape, 0.03, columns(*makes))
+        work = {
+            "classifier": "B (2 F (S + 1) / 4 + F + 3 (E + Q + D))",
+            "pipeline": "B (2 S (F + E + K (D + F)) + F + 3 (E + K D) + 2 K F)",
+        }
+        made[name] = Case(shape, 0.03, columns(*makes), work[target])
     return made

@@ -71,5 +71,6 @@ def cases(quick: bool) -> dict[str, Case]:
                 f"{BATCH} images, {shape}",
                 0.02,
                 {label: Contestant(partial(_make, form, dtype, backward), True) for label, form in forms.items()},
+                "3 B E" if backward else "B E",
             )
     return made

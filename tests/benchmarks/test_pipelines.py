@@ -28,6 +28,7 @@ from benchmarks.pipelines import (  # noqa: E402
     atop_finetune,
     carso_training,
     registry,
+    resnet18,
 )
 
 CPU = torch.device("cpu")
@@ -201,20 +202,26 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
         def __init__(self, pipeline, case, label, *rest):
             self.label, self.slower = label, 0  # by the round, as a machine that others use
 
+        def order(self, command):
+            pass
+
+        def answer(self, command, seconds):
+            return self.ask(command)
+
         def ask(self, command):
             self.slower += command == "time"
             time, parts = {"plain": 2.0, "ours": 1.0}[self.label] * self.slower, {"part": 0.5 * self.slower}
             return {"result": answers[self.label].numpy(), "time": time, "flops": 10**9, "rate": 4e9, "parts": parts,
                     "warm": None, "warm parts": None}[command]  # fmt: skip
 
-        def end(self):
-            pass
+        def end(self, at_once):
+            assert not at_once
 
     monkeypatch.setattr(race, "_Process", Fake)
     contestants = {label: Contestant(_other, False) for label in answers}
-    wrong = race.race("p", "c", Case("shape", 0.05, contestants), CPU, True)
+    wrong = race.race("p", "c", Case("shape", 0.05, contestants, ""), CPU, True)
     assert [row["verdict"] for row in wrong] == ["right", "wrong"] and wrong[1]["ms"] == ""
-    right = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)[1]
+    right = race.race("p", "c", Case("shape", 0.15, contestants, ""), CPU, True)[1]
     assert (right["ms"], right["speed_up"], right["share_of_matrix_rate"]) == ("1500.00", "2.00", "0.167")
     assert right["parts"] == "part:0.500"  # of the step beside it
     assert "wrong" in report.pipelines_markdown([{**row} for row in wrong])
@@ -225,6 +232,19 @@ def test_a_failure_in_a_contestants_process_is_an_error_with_its_traceback():
     with pytest.raises(RuntimeError, match=r"'result' failed in a contestant's process.*\n(.*\n)*.*KeyError"):
         process.ask("result")
     process.end()
+
+
+def test_the_classifier_is_the_usual_resnet18():
+    """The one that comes with pyautoattack: names, weights from one seed, logits."""
+    theirs = pytest.importorskip("pyautoattack.examples.resnet").ResNet18
+    made = []
+    for kind in (resnet18.ResNet18, theirs):
+        torch.manual_seed(0)
+        made.append(kind().eval())
+    ours, usual = (model.state_dict() for model in made)
+    assert list(ours) == list(usual) and all(torch.equal(ours[name], usual[name]) for name in ours)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(made[0](x), made[1](x))
 
 
 def test_an_unknown_pipeline_is_refused():

@@ -1,0 +1,395 @@
+"""Small inputs of every registered op, as its kernel takes them: what the tests on a device and the sanitizers run.
+
+To add an op: write a generator here under its name. ``python -m benchmarks.examples`` runs every op once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from purify_fast.ops import REGISTRY, Stream
+from purify_fast.ops.aggregate import METHODS
+from purify_fast.ops.pgd_step import NORMS
+from purify_fast.ops.philox import DISTRIBUTIONS
+from purify_fast.ops.representation_distance import KINDS
+
+HALVES = (torch.bfloat16, torch.float16)
+NHWC = torch.channels_last
+ROWS = 3  # samples of an example, so that its batch dimensions can be told from others
+
+
+@dataclass(frozen=True)
+class Example:
+    """One set of shapes and settings of one op.
+
+    Attributes:
+        make: the kernel's arguments on the CPU, of a dtype and a seed: the same shapes and settings for every seed.
+        exact: every backend has the reference's bits.
+        slack: error allowed beside rounding, in float32's eps of the largest output: normals differ by a few ulp.
+    """
+
+    name: str
+    make: Callable[[torch.dtype, int], tuple]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALVES)
+    exact: bool = False
+    slack: float = 0.0
+
+
+def tensors(value) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def to(arguments: tuple, device: torch.device) -> tuple:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
+
+
+def double(arguments: tuple) -> tuple:
+    """The same in float64, settings that are dtypes too."""
+    made = tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, arguments)
+    return tuple(torch.float64 if isinstance(one, torch.dtype) else one for one in made)
+
+
+def batch_dimension(tensor: Tensor) -> int | None:
+    """Which dimension holds the samples, or their passes; None for seeds and settings."""
+    if tensor.numel() <= 1:
+        return None
+    return 0 if tensor.shape[0] % ROWS == 0 else 1  # owners: [draws, samples, ...]
+
+
+def tile(arguments, times: int):
+    """The samples of an example, ``times`` over."""
+
+    def one(tensor: Tensor) -> Tensor:
+        dimension = batch_dimension(tensor)
+        return (
+            tensor
+            if dimension is None
+            else tensor.repeat(*(times if d == dimension else 1 for d in range(tensor.dim())))
+        )
+
+    return tree_map_only(Tensor, one, arguments)
+
+
+def _normal(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def _uniform(seed: int, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _stream(seed: int) -> tuple[Tensor, Tensor]:
+    """A seed beyond 32 bits, and ids among which are a negative one and one beyond 32 bits."""
+    return torch.tensor([0x0123456789ABCDEF + seed]), torch.tensor([7, -1, 2**40 + 3])
+
+
+def _name(shape: tuple[int, ...], *words: object) -> str:
+    return " ".join(map(str, filter(None, (*words, "x".join(map(str, shape))))))
+
+
+def philox() -> Iterator[Example]:
+    for index, distribution in enumerate(DISTRIBUTIONS):
+        for numel in (130, 1024):
+
+            def make(dtype: torch.dtype, seed: int, index=index, numel=numel) -> tuple:
+                return *_stream(seed), numel, int(Stream.LATENT), index, 3, 2**32 - 2  # draws that wrap
+
+            normal = distribution == "normal"
+            yield Example(
+                _name((ROWS, 3, numel), distribution),
+                make,
+                (torch.float32,),
+                exact=not normal,
+                slack=16.0 if normal else 0.0,
+            )
+
+
+AGGREGATED = [(method, (ROWS, 8, 10)) for method in METHODS] + [("lse", (ROWS, 5, 101)), ("peel", (ROWS, 64, 7))]
+
+
+def aggregate() -> Iterator[Example]:
+    for method, shape in AGGREGATED:
+
+        def make(dtype: torch.dtype, seed: int, method=method, shape=shape) -> tuple:
+            return _normal(seed, *shape, scale=3.0).to(dtype), METHODS.index(method)
+
+        yield Example(_name(shape, method), make, exact=method == "vote")
+
+
+def aggregate_backward() -> Iterator[Example]:
+    for method, shape in AGGREGATED:
+
+        def make(dtype: torch.dtype, seed: int, method=method, shape=shape) -> tuple:
+            grad = _normal(seed + 100, shape[0], shape[2]).to(_wide(dtype))
+            return grad, _normal(seed, *shape, scale=3.0).to(dtype), METHODS.index(method)
+
+        yield Example(_name(shape, method), make)
+
+
+LATENTS = ((ROWS, 64), (ROWS, 37), (ROWS, 2500))
+
+
+def _latent(dtype: torch.dtype, seed: int, shape: tuple[int, ...]) -> tuple:
+    return _normal(seed, *shape).to(dtype), _normal(seed + 100, *shape).to(dtype), *_stream(seed)
+
+
+def sample_latent() -> Iterator[Example]:
+    for shape in LATENTS:
+        yield Example(_name(shape), lambda dtype, seed, shape=shape: _latent(dtype, seed, shape), slack=16.0)
+
+
+def sample_latent_backward() -> Iterator[Example]:
+    for shape in LATENTS:
+
+        def make(dtype: torch.dtype, seed: int, shape=shape) -> tuple:
+            grads = _normal(seed + 200, *shape).to(dtype), _normal(seed + 300, shape[0]).to(_wide(dtype))
+            return *grads, *_latent(dtype, seed, shape)
+
+        yield Example(_name(shape), make, slack=16.0)
+
+
+IMAGES = ((ROWS, 1, 16, 16), (ROWS, 3, 33, 31), (ROWS, 5001))
+
+
+def _reconstruction(dtype: torch.dtype, seed: int, shape: tuple[int, ...]) -> tuple:
+    return _normal(seed, *shape, scale=3.0).to(dtype), _uniform(seed + 100, *shape).to(dtype)
+
+
+def reconstruction_loss() -> Iterator[Example]:
+    for shape in IMAGES:
+        yield Example(_name(shape), lambda dtype, seed, shape=shape: _reconstruction(dtype, seed, shape))
+
+
+def reconstruction_loss_backward() -> Iterator[Example]:
+    for shape in IMAGES:
+
+        def make(dtype: torch.dtype, seed: int, shape=shape) -> tuple:
+            return _normal(seed + 200, shape[0]).to(_wide(dtype)), *_reconstruction(dtype, seed, shape)
+
+        yield Example(_name(shape), make)
+
+
+def _step(last: bool, momentum: bool) -> Iterator[Example]:
+    """A gradient with zeros, and images a little outside the ball, so that every branch is taken."""
+    for norm in range(len(NORMS)):
+        for shape in IMAGES:
+            if last and len(shape) != 4:
+                continue
+
+            def make(dtype: torch.dtype, seed: int, shape=shape, norm=norm) -> tuple:
+                clean, grad = _uniform(seed, *shape), _normal(seed + 100, *shape)
+                grad[_uniform(seed + 200, *shape) < 0.1] = 0
+                images = [(clean + 0.2 * (_uniform(seed + i, *shape) - 0.5)).clamp(0, 1) for i in (300, 400)]
+                given = [images[0], grad, clean] + ([images[1]] if momentum else [])
+                given = [x.to(dtype).contiguous(memory_format=NHWC) if last else x.to(dtype) for x in given]
+                radii = torch.linspace(0.01, 0.4, ROWS), torch.linspace(0.02, 1, ROWS)
+                radii = tuple(radius.to(_wide(dtype)) for radius in radii)
+                return *given, *radii, *([0.75] if momentum else []), norm, 0.1, 0.9
+
+            yield Example(_name(shape, NORMS[norm], "channels_last" if last else ""), make, exact=norm == 0)
+
+
+def pgd_step() -> Iterator[Example]:
+    yield from _step(False, False)
+    yield from _step(True, False)
+
+
+def apgd_step() -> Iterator[Example]:
+    yield from _step(False, True)
+    yield from _step(True, True)
+
+
+#: shape, block, parts (0: RT1 and RT2), sigma, draws; planes that are no multiple of 4 among them
+TRANSFORMS = (
+    ((ROWS, 3, 32, 32), 4, 0, 0.25, 1),
+    ((ROWS, 2, 9, 15), 3, 5, 0.25, 1),
+    ((ROWS, 3, 12, 20), 4, 5, 0.25, 2),
+    ((ROWS, 1, 16, 16), 4, 0, 0.0, 2),
+)
+
+
+def random_transform() -> Iterator[Example]:
+    for shape, block, parts, sigma, draws in TRANSFORMS:
+        for last in (False, True):
+
+            def make(dtype: torch.dtype, seed: int, shape=shape, block=block, parts=parts, sigma=sigma, draws=draws,
+                     last=last) -> tuple:  # fmt: skip
+                x = _uniform(seed, *shape).to(dtype).contiguous(memory_format=NHWC if last else torch.contiguous_format)
+                missing = (shape[2] // block) * (shape[3] // block) // 3
+                return x, *_stream(seed), sigma, block, missing, parts, draws, False, dtype, last
+
+            words = f"block {block}", f"{parts} parts", f"{draws} draws", "channels_last" if last else ""
+            yield Example(_name(shape, *words), make, exact=sigma == 0, slack=16.0 if sigma else 0.0)
+
+
+def random_transform_backward() -> Iterator[Example]:
+    for forward in random_transform():
+
+        def make(dtype: torch.dtype, seed: int, forward=forward) -> tuple:
+            x, key, ids, sigma, _, _, parts, *_ = given = forward.make(dtype, seed)
+            packed, owners = REGISTRY["random_transform"].reference(*given)
+            grad = torch.empty_like(packed).copy_(_normal(seed + 100, *packed.shape))  # in its layout
+            return grad, x, owners, key, ids, sigma, parts
+
+        yield Example(forward.name, make)
+
+
+#: shape, blocks, passes
+STITCHED = (((ROWS, 3, 32, 32), (4, 4), 4), ((ROWS, 2, 9, 15), (3, 5), 3))
+
+
+def _stitched(backward: bool) -> Iterator[Example]:
+    for shape, grid, passes in STITCHED:
+        for last in (False, True):
+
+            def make(dtype: torch.dtype, seed: int, shape=shape, grid=grid, passes=passes, last=last) -> tuple:
+                images = _normal(seed, shape[0] * (1 if backward else passes), *shape[1:]).to(dtype)
+                images = images.contiguous(memory_format=NHWC) if last else images
+                owners = torch.randint(passes, (1, shape[0], *grid), generator=torch.Generator().manual_seed(seed))
+                return images, owners.to(torch.uint8), passes
+
+            yield Example(_name(shape, f"{passes} passes", "channels_last" if last else ""), make, exact=True)
+
+
+def stitch() -> Iterator[Example]:
+    yield from _stitched(False)
+
+
+def stitch_backward() -> Iterator[Example]:
+    yield from _stitched(True)
+
+
+#: features and the dimension of their halves: rows of channels_last are the last dimension
+GATED = (((ROWS, 6, 17, 15), 1), ((ROWS, 8, 8, 48), 3), ((ROWS, 2050), 1), ((ROWS, 5, 7, 14), 3))
+
+
+def _features(dtype: torch.dtype, seed: int, shape: tuple[int, ...]) -> Tensor:
+    return _normal(seed, *shape, scale=2.0).to(dtype)
+
+
+def gated_elu() -> Iterator[Example]:
+    for shape, dim in GATED:
+        yield Example(
+            _name(shape, f"dim {dim}"), lambda dtype, seed, shape=shape, dim=dim: (_features(dtype, seed, shape), dim)
+        )
+
+
+def gated_elu_backward() -> Iterator[Example]:
+    for shape, dim in GATED:
+
+        def make(dtype: torch.dtype, seed: int, shape=shape, dim=dim) -> tuple:
+            half = [size // 2 if i == dim else size for i, size in enumerate(shape)]
+            return _normal(seed + 100, *half).to(dtype), _features(dtype, seed, shape), dim
+
+        yield Example(_name(shape, f"dim {dim}"), make)
+
+
+#: height and width of the grid of keys; channels
+ATTENDED = ((8, 8, 6), (4, 7, 3), (9, 3, 5))
+
+
+def _attended(dtype: torch.dtype, seed: int, height: int, width: int, channels: int) -> tuple:
+    pixels = _normal(seed, ROWS, height * width, channels, scale=0.4)
+    norms = pixels.square().sum(2).clamp_min(1e-4).rsqrt()  # any will do
+    keep = (_uniform(seed + 100, ROWS, height * width) > 0.3).to(dtype)
+    inner = _wide(dtype)  # between the products everything else is float32
+    return (pixels @ pixels.mT).to(inner), norms.to(inner), keep, height, width, 1.0
+
+
+def contextual_attention() -> Iterator[Example]:
+    for size in ATTENDED:
+        yield Example(_name(size), lambda dtype, seed, size=size: _attended(dtype, seed, *size))
+
+
+def contextual_attention_backward() -> Iterator[Example]:
+    for size in ATTENDED:
+
+        def make(dtype: torch.dtype, seed: int, size=size) -> tuple:
+            given = _attended(dtype, seed, *size)
+            spread, weights = REGISTRY["contextual_attention"].reference(*given)
+            grad = _normal(seed + 200, *spread.shape).to(dtype)
+            return grad, *given[:2], weights, *given[3:]
+
+        yield Example(_name(size), make, slack=32.0)  # sums of numbers of the largest output's size
+
+
+#: layers of one call
+LAYERS = (((2, 5, 7),), ((64, 8, 8), (130,), (4, 1025)))
+
+
+def _layers(dtype: torch.dtype, seed: int, shapes: tuple) -> tuple[list[Tensor], list[Tensor]]:
+    teacher = [_normal(seed + i, ROWS, *shape) for i, shape in enumerate(shapes)]
+    student = [v + 0.5 * _normal(seed + 100 + i, *v.shape) for i, v in enumerate(teacher)]
+    return [u.to(dtype) for u in student], [v.to(dtype) for v in teacher]
+
+
+def representation_distance() -> Iterator[Example]:
+    for kind, name in enumerate(KINDS):
+        for shapes in LAYERS:
+            yield Example(
+                f"{name} {len(shapes)} layers",
+                lambda dtype, seed, kind=kind, shapes=shapes: (*_layers(dtype, seed, shapes), kind),
+            )
+
+
+def representation_distance_backward() -> Iterator[Example]:
+    for kind, name in enumerate(KINDS):
+        for shapes in LAYERS:
+
+            def make(dtype: torch.dtype, seed: int, kind=kind, shapes=shapes) -> tuple:
+                student, teacher = _layers(dtype, seed, shapes)
+                distance, slopes = REGISTRY["representation_distance"].reference(student, teacher, kind)
+                return _normal(seed + 200, *distance.shape).to(distance.dtype), student, teacher, slopes
+
+            yield Example(f"{name} {len(shapes)} layers", make)
+
+
+def noisy_replay() -> Iterator[Example]:
+    for shape in IMAGES:
+
+        def make(dtype: torch.dtype, seed: int, shape=shape) -> tuple:
+            wide = _wide(dtype)
+            x, adversarial = (_uniform(seed + i, *shape).to(dtype) for i in (0, 100))
+            drift = torch.tensor([0.9, 0.1, 0.6], dtype=wide)
+            radius = torch.full((ROWS,), 8 / 255, dtype=wide)
+            return x, adversarial, drift, torch.tensor(0.5, dtype=wide), radius, *_stream(seed), 0.0, 1.0
+
+        yield Example(_name(shape), make, exact=True)
+
+
+def of(op: str) -> list[Example]:
+    """The examples of an op; KeyError, saying where they belong, if it has none."""
+    generator = globals().get(op)
+    if op not in REGISTRY or generator is None:
+        raise KeyError(f"{op} has no examples: write a generator of that name in benchmarks/examples.py")
+    return list(generator())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Runs every registered op once for each of its examples.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    device = torch.device(parser.parse_args().device)
+    count = 0
+    for name, op in REGISTRY.items():
+        for example in of(name):
+            for out in tensors(op.handle(*to(example.make(example.dtypes[0], 0), device))):
+                assert out.dtype == torch.uint8 or math.isfinite(out.double().sum()), (name, example.name)
+            count += 1
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"{len(REGISTRY)} ops, {count} examples on {device}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,461 @@
+"""Everything that only a GPU can tell, in sections, each in a process of its own and within a time limit.
+
+A section ends as passed, failed, or not available (a tool that is not here). What it found is written when it ends, to
+``DIR/gpu_check/<section>.json``, its output to ``<section>.log``, a summary of all to ``DIR/gpu_check.md``; figures and
+tables go to DIR itself, as the other commands of the benchmarks write them. A second run does what is not done: what
+failed, was left out, or was done by another version, by other sources or on another device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import xml.etree.ElementTree as xml
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from purify_fast import __version__, _library
+from purify_fast._files import write_text
+from purify_fast.info import cuda_part, facts
+from purify_fast.ops import REGISTRY
+from purify_fast.training import keep_memory
+
+from . import limits, pipelines, report
+from .measure import environment
+from .ops import registry
+from .running import Budget, run_ops, run_pipelines
+
+ROOT = Path(__file__).parents[1]
+PASSED, FAILED, NOT_AVAILABLE = "passed", "failed", "not available"
+GRACE = 20.0  # seconds beyond its limit until a section is ended
+#: By section: the limit in seconds, on a GPU and in the rehearsal on a CPU.
+LIMITS = {
+    "extension": (120, 600),
+    "limits": (20, 20),
+    "tests": (150, 150),
+    "sanitizer": (60, 60),
+    "ops": (110, 60),
+    "pipelines": (240, 45),  # the last, so that it has what the others leave
+}
+EVERY_OP = ("-m", "benchmarks.examples")
+#: What the results depend on.
+SOURCES = ("purify_fast/**/*.py", "kernels/*.py", "csrc/**/*", "benchmarks/**/*.py", "tests/gpu/*.py",
+           "tests/conftest.py", "setup.py")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Context:
+    out: Path
+    device: torch.device
+    dry: bool
+    seconds: float
+    tell: Callable[[float, str], None]  # the share that is done, and of what
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.started)
+
+
+@dataclass
+class Outcome:
+    state: str
+    summary: str
+    details: dict = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+
+def tail(text: str, lines: int = 30) -> str:
+    return "\n".join(text.strip().splitlines()[-lines:])
+
+
+def with_cuda() -> list[str]:
+    """The ops that have a CUDA C++ kernel in the extension that is loaded."""
+    return [name for name, op in REGISTRY.items() if "cuda" in op.available["cuda"]]
+
+
+# -- the sections -----------------------------------------------------------------------------------------------------
+
+
+def extension(context: Context) -> Outcome:
+    """The one that is loaded if it has what the device needs, else one built aside."""
+    have = bool(with_cuda()) if context.device.type == "cuda" else _library.loaded()
+    path = Path(_library.path) if have and _library.path else None
+    how = "loaded"
+    if path is None:
+        how, path = "built", _build(context)
+    found = facts(path)
+    summary = f"{how}: {cuda_part(found)}, torch {found.get('torch', 'unknown')}"
+    return Outcome(PASSED, summary, {"path": str(path), "how": how, **found})
+
+
+def _build(context: Context) -> Path:
+    mode = "cuda" if context.device.type == "cuda" else "cpu"
+    place = ROOT / "build" / "gpu_check" / f"{mode}-{platform.python_version()}-{torch.__version__}"
+    environ = {**os.environ, "PURIFY_FAST_BUILD": mode}
+    if mode == "cuda":
+        major, minor = torch.cuda.get_device_capability(context.device)
+        environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(place), "--build-temp", str(place / "tmp")]
+    context.tell(0.1, f"building for {mode}")
+    run = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=context.left)
+    print(run.stdout, run.stderr, sep="\n")
+    built = sorted(place.glob("purify_fast/_C*.so"))
+    if run.returncode or not built:
+        raise RuntimeError(f"the build failed, exit status {run.returncode}:\n{tail(run.stdout + run.stderr)}")
+    return built[0]
+
+
+def measured_limits(context: Context) -> Outcome:
+    rows = limits.run(context.device, context.dry, context.out)
+    return Outcome(PASSED, "; ".join(f"{row['limit']} {float(row['median']):,.0f} {row['unit']}" for row in rows))
+
+
+@dataclass
+class Cases:
+    """Tests by outcome: names, and for the others than passed why."""
+
+    passed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def read(self, path: Path) -> None:
+        for case in xml.parse(path).getroot().iter("testcase"):
+            name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+            bad, skipped = case.find("failure"), case.find("skipped")
+            bad = case.find("error") if bad is None else bad
+            if bad is not None:
+                self.failed[name] = f"{bad.get('message')}\n{tail(bad.text or '', 15)}"
+            elif skipped is not None:
+                self.skipped[name] = skipped.get("message") or ""
+            else:
+                self.passed.append(name)
+
+
+def tests(context: Context) -> Outcome:
+    """tests/gpu, with Triton's kernels everywhere, then with the extension's where it has any."""
+    found = Cases()
+    rounds = [("kernels of " + ("C++" if context.dry else "Triton"), context.dry, ["-m", "not large"], 0.7)]
+    rounds.append(("large tensors", context.dry, ["-m", "large"], 0.8))
+    if context.device.type == "cuda" and with_cuda():
+        chosen = " or ".join(f"{name}-cuda" for name in with_cuda())
+        rounds.append(("kernels of CUDA C++", True, ["-k", f"{chosen} or methods"], 1.0))
+    for index, (name, with_extension, arguments, share) in enumerate(rounds):
+        context.tell(index / len(rounds), name)
+        seconds = share * context.left
+        # large tensors one at a time
+        cores = min(6, (os.cpu_count() or 1) // 2) if importlib.util.find_spec("xdist") else 1
+        cores = 1 if "large" in arguments else cores
+        _pytest(context, found, name, with_extension, arguments, cores, seconds)
+    late = [test for test, why in found.skipped.items() if "left out" in why]
+    skipped = len(found.skipped) - len(late)
+    summary = f"{len(found.passed)} passed, {len(found.failed)} failed, {skipped} skipped, {len(late)} left out"
+    good = found.passed and not found.failed and not late
+    return Outcome(PASSED if good else FAILED, summary, dataclasses.asdict(found), late)
+
+
+def _pytest(
+    context: Context, found: Cases, name: str, with_extension: bool, arguments: list[str], cores: int, seconds: float
+) -> None:
+    path = context.out / "gpu_check" / "tests.xml"
+    path.unlink(missing_ok=True)
+    environ = {
+        **os.environ,
+        "PURIFY_FAST_TEST_DEVICE": context.device.type,
+        "PURIFY_FAST_TEST_SECONDS": str(max(1.0, seconds)),
+        "OMP_NUM_THREADS": "1",
+    }
+    if not with_extension:
+        environ["PURIFY_FAST_NO_EXTENSION"] = "1"
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-v", f"--junitxml={path}", "-p", "no:cacheprovider"]
+    if cores > 1:
+        command += ["-n", str(cores)]
+    command += ["--show-capture=no", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        last: list[str] = []
+        for line in process.stdout:
+            print(line, end="")
+            last = [*last, line][-30:]
+            share = re.search(r"\[ *(\d+)%\]", line)
+            if share:
+                context.tell(int(share[1]) / 100, name)
+    if not path.exists():
+        raise RuntimeError(f"pytest ended with exit status {process.returncode} and no report:\n{''.join(last)}")
+    found.read(path)
+
+
+def sanitizer(context: Context) -> Outcome:
+    """compute-sanitizer over every op once; without it, the ops alone, which is no check of memory."""
+    script = [sys.executable, *EVERY_OP, "--device", context.device.type]
+    environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor in an allocation of its own
+
+    def run(command: list[str]) -> subprocess.CompletedProcess:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=max(1.0, context.left)
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"{' '.join(command)} took longer than {error.timeout:.0f} s") from None
+        print(done.stdout, done.stderr, sep="\n")
+        return done
+
+    context.tell(0.1, "the ops without it")
+    alone = run(script)
+    if alone.returncode:
+        raise RuntimeError(f"exit status {alone.returncode} without the sanitizer:\n{tail(alone.stderr)}")
+    homes = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    tool = shutil.which("compute-sanitizer") or next(
+        (str(p) for home in (*homes, Path("/usr/local/cuda/bin")) if (p := home / "compute-sanitizer").exists()), None
+    )
+    if context.device.type != "cuda":
+        return Outcome(NOT_AVAILABLE, f"compute-sanitizer needs a CUDA device; {alone.stdout.strip()} without it")
+    if tool is None:
+        return Outcome(NOT_AVAILABLE, "compute-sanitizer is neither on the PATH nor below CUDA_HOME")
+    tiny = [sys.executable, "-c", "import torch; print(torch.arange(9, device='cuda').sum().item())"]
+    # PyTorch asks the driver for what it may not support: those errors are not the kernels'
+    kinds = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
+    clean = {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "SUMMARY: 0 hazards"}
+    commands = {kind: [tool, "--tool", kind, "--error-exitcode", "9", *more] for kind, more in kinds.items()}
+    control = run([*commands["memcheck"], *tiny])
+    if control.returncode or clean["memcheck"] not in control.stdout:
+        said = tail(control.stdout + control.stderr, 8)
+        return Outcome(NOT_AVAILABLE, "compute-sanitizer does not work on this device", {"said": said})
+    said, left_out, state = {}, [], PASSED
+    for index, (kind, command) in enumerate(commands.items()):
+        context.tell(0.3 + 0.3 * index, kind)
+        try:
+            done = run([*command, *script])
+        except TimeoutError as error:
+            left_out.append(f"{kind}: {error}")
+            continue
+        said[kind] = tail(done.stdout, 12)
+        if done.returncode or clean[kind] not in done.stdout:
+            state = FAILED
+    words = [f"{kind}: {(text or 'silent').splitlines()[-1].strip('= ')}" for kind, text in said.items()]
+    return Outcome(state if said else FAILED, "; ".join(words) or "no tool ended in time", said, left_out)
+
+
+def ops(context: Context) -> Outcome:
+    """`python -m benchmarks ops`, the backends of this process; then Triton's where CUDA C++ took its place."""
+    keep_memory()
+    budget = Budget(context.left, True, {}, tell=context.tell)
+    run_ops(list(registry()), context.device, context.dry, context.out, budget)
+    if with_cuda() and context.device.type == "cuda":
+        os.environ["PURIFY_FAST_NO_EXTENSION"] = "1"  # read when the other process imports the package
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+            names = [name for name in with_cuda() if name in registry()]
+            more = other.submit(_triton_rows, names, context.device, context.out, context.left).result()
+        budget.left_out += more.left_out
+        budget.failed = {**(budget.failed or {}), **(more.failed or {})}
+    rows = _read(context.out / report.ROWS)
+    wrong = [" ".join(row[k] for k in ("op", "variant", "shape", "dtype")) for row in rows if row["verdict"] == "wrong"]
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("best", "level", "behind")}
+    summary = f"{len(rows)} rows: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}, {len(wrong)} wrong"
+    return _measured(budget, bool(rows), summary, wrong)
+
+
+def _triton_rows(names: list[str], device: torch.device, out: Path, seconds: float) -> Budget:
+    budget = Budget(seconds, True, {})
+    run_ops([name for name in names if "triton" in REGISTRY[name].available["cuda"]], device, False, out, budget)
+    return budget
+
+
+def raced(context: Context) -> Outcome:
+    """`python -m benchmarks pipelines`."""
+    budget = Budget(context.left, True, {}, tell=context.tell)
+    run_pipelines(list(pipelines.registry()), context.device, context.dry, context.out, budget)
+    rows = _read(context.out / report.PIPELINES)
+    wrong = [f"{row['pipeline']} {row['case']}: {row['contestant']}" for row in rows if row["verdict"] == "wrong"]
+    cases = {(row["pipeline"], row["case"]) for row in rows}
+    return _measured(budget, bool(rows), f"{len(cases)} cases, {len(rows)} contestants, {len(wrong)} wrong", wrong)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    return report.read_csv(path) if path.exists() else []
+
+
+def _measured(budget: Budget, some: bool, summary: str, wrong: list[str]) -> Outcome:
+    """Passed if there are some rows, and none with an error or a wrong result."""
+    assert budget.failed is not None
+    summary += f", {len(budget.failed)} with an error, {len(budget.left_out)} left out"
+    state = PASSED if some and not wrong and not budget.failed else FAILED
+    return Outcome(state, summary, {"wrong": wrong, "errors": budget.failed}, budget.left_out)
+
+
+SECTIONS: dict[str, Callable[[Context], Outcome]] = {
+    "extension": extension,
+    "limits": measured_limits,
+    "tests": tests,
+    "sanitizer": sanitizer,
+    "ops": ops,
+    "pipelines": raced,
+}
+
+
+# -- running them -----------------------------------------------------------------------------------------------------
+
+
+def fingerprint(device: torch.device, dry: bool) -> dict:
+    """What a section's results are of."""
+    sources = hashlib.blake2b(digest_size=16)
+    for pattern in SOURCES:
+        for path in sorted(path for path in ROOT.glob(pattern) if path.is_file()):
+            sources.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    here = environment(device)
+    kept = {name: here[name] for name in ("device", "torch", "triton")}
+    python = platform.python_version()
+    return {"version": __version__, "sources": sources.hexdigest(), "python": python, "dry": dry, **kept}
+
+
+def _work(pipe, name: str, out: Path, device: torch.device, dry: bool, seconds: float) -> None:
+    """A section's process, with the processes that it starts in a group of their own."""
+    os.setsid()
+    with (out / "gpu_check" / f"{name}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    tell = lambda share, what: pipe.send(("tell", share, what))  # noqa: E731
+    try:
+        outcome = SECTIONS[name](Context(out, device, dry, seconds, tell))
+        pipe.send(("done", dataclasses.asdict(outcome), ""))
+    except Exception as error:
+        summary = f"{type(error).__name__}: {error}".splitlines()[0]
+        pipe.send(("done", dataclasses.asdict(Outcome(FAILED, summary)), traceback.format_exc()))
+
+
+def run_section(name: str, out: Path, device: torch.device, dry: bool, seconds: float, tell) -> dict:
+    """The outcome, with its traceback; a section that does not end in time is ended."""
+    began = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(theirs, name, out, device, dry, seconds))
+    process.start()
+    theirs.close()
+    outcome, trace = None, ""
+    try:
+        while outcome is None and time.monotonic() - began < seconds + GRACE:
+            if mine.poll(0.5):
+                kind, *rest = mine.recv()
+                if kind == "tell":
+                    tell(*rest)
+                else:
+                    outcome, trace = rest
+    except EOFError:
+        process.join()
+        outcome = dataclasses.asdict(Outcome(FAILED, f"its process ended with exit status {process.exitcode}"))
+    finally:
+        assert process.pid is not None
+        if outcome is not None:
+            process.join(GRACE)
+        with contextlib.suppress(ProcessLookupError):  # what it started must not outlive it either
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    if outcome is None:
+        outcome = dataclasses.asdict(Outcome(FAILED, f"ended {GRACE:.0f} s after its limit of {seconds:.0f} s"))
+    return {"section": name, **outcome, "traceback": trace, "seconds": round(time.monotonic() - began, 1)}
+
+
+def done(path: Path, mark: dict) -> dict | None:
+    """What a section wrote, if it was of the same."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return result if result.get("fingerprint") == mark else None
+
+
+def table(results: dict[str, dict | None]) -> str:
+    lines = ["| section | state | seconds | |", "|---|---|---|---|"]
+    for name, result in results.items():
+        cells = (result["state"], f"{result['seconds']:.0f}", result["summary"]) if result else ("not run", "", "")
+        lines.append(f"| {name} | " + " | ".join(cells).replace("\n", " ") + " |")
+    return "\n".join(lines)
+
+
+def page(results: dict[str, dict | None], mark: dict) -> str:
+    """The report: the table, what was left out, what failed."""
+    kind = "Rehearsal on a CPU" if mark["dry"] else "GPU check"
+    on = f"{mark['device']}, torch {mark['torch']}, triton {mark['triton']}, Python {mark['python']}"
+    lines = [f"# {kind}", "", f"purify_fast {mark['version']} on {on}; {datetime.date.today().isoformat()}.", ""]
+    lines += [table(results)]
+    for name, result in results.items():
+        if result is None:
+            continue
+        if result["left_out"]:
+            lines += ["", f"## {name}: left out", "", *(f"- {one}" for one in result["left_out"])]
+        errors = {**result["details"].get("errors", {}), **result["details"].get("failed", {})}
+        if result["traceback"]:
+            errors["section"] = result["traceback"]
+        for what, text in errors.items():
+            lines += ["", f"## {name}: {what} failed", "", "```", text.strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main(out: Path, device: torch.device, dry: bool, only: list[str], redo: bool, seconds: float | None,
+         total: float) -> bool:  # fmt: skip
+    """Run what is not done of the sections; whether all that were asked for passed, or are not available.
+
+    Args:
+        only: sections; all if empty. redo: those that are done, too. seconds: a section's limit in place of its own.
+        total: seconds for all of them.
+    """
+    out = out.resolve()  # pytest runs in another folder
+    (out / "gpu_check").mkdir(parents=True, exist_ok=True)
+    mark, began = fingerprint(device, dry), time.monotonic()
+    paths = {name: out / "gpu_check" / f"{name}.json" for name in SECTIONS}
+    results = {name: done(path, mark) for name, path in paths.items()}
+    chosen = only or list(SECTIONS)
+
+    def complete(name: str) -> bool:
+        result = results[name]
+        return result is not None and result["state"] != FAILED and not result["left_out"]
+
+    wanted = [name for name in SECTIONS if name in chosen and (redo or not complete(name))]
+    with tqdm(total=len(wanted), unit="section", file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}") as progress:
+        for index, name in enumerate(wanted):
+            if results[name] is None or redo:  # rows of other sources do not stay among the new ones
+                for file in {"ops": [report.ROWS], "pipelines": [report.PIPELINES]}.get(name, []):
+                    (out / file).unlink(missing_ok=True)
+
+            def tell(share: float, what: str, index=index, name=name) -> None:
+                progress.n = index + max(0.0, min(1.0, share))
+                progress.set_description(f"{name}: {what}"[:60], refresh=True)
+
+            tell(0.0, "")
+            limit = min(seconds or LIMITS[name][dry], total - (time.monotonic() - began) - GRACE)
+            if limit < 5:
+                progress.write(f"{name}: left out, the {total:.0f} s for all are over", file=sys.stderr)
+                continue
+            built = done(paths["extension"], mark)
+            if built and built["details"].get("how") == "built":
+                os.environ["PURIFY_FAST_EXTENSION"] = built["details"]["path"]
+            result = {**run_section(name, out, device, dry, limit, tell), "fingerprint": mark}
+            result["date"] = datetime.datetime.now().isoformat(timespec="seconds")
+            write_text(paths[name], json.dumps(result, indent=1) + "\n")
+            results[name] = result
+            write_text(out / "gpu_check.md", page(results, mark))
+        progress.n = len(wanted)
+        progress.set_description("done", refresh=True)
+    write_text(out / "gpu_check.md", page(results, mark))
+    print(table(results))
+    print(out / "gpu_check.md")
+    return all((result := results[name]) is not None and result["state"] != FAILED for name in chosen)

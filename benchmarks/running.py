@@ -1,0 +1,167 @@
+"""Rows measured one after the other and written as they come; what a time limit leaves out is named."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import limits, measure, pipelines, race, report
+from .ops import Case, registry
+
+RESULTS = Path(__file__).parent / "results"
+#: What tells the rows of ops.csv apart.
+KEY = ("op", "variant", "shape", "dtype", "direction", "style", "backend")
+
+
+def device_class(device: torch.device) -> str:
+    """The folder of a device's results: cpu, or the GPU's name."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def folder(device: torch.device, quick: bool) -> Path:
+    """Where results go if nothing else is said."""
+    return (Path("runs/benchmarks") if quick else RESULTS) / device_class(device)
+
+
+@dataclass
+class Budget:
+    """How long a run may take, and how it goes on: without one, an error ends it and nothing is left out.
+
+    Attributes:
+        seconds: nothing is begun that would end later, if it took as long as the others did on average.
+        resume: keep what has been measured already.
+        failed: tracebacks by name, if errors are to be collected.
+        tell: is told the share that is done, and the next name.
+    """
+
+    seconds: float = math.inf
+    resume: bool = False
+    failed: dict[str, str] | None = None
+    left_out: list[str] = field(default_factory=list)
+    tell: Callable[[float, str], None] = lambda share, name: None
+
+    def go(self, work: list[tuple[str, Callable[[], None]]], unit: str) -> None:
+        """Run all of ``work``, by name, within the budget."""
+        start = time.monotonic()
+        with tqdm(work, unit=unit, file=sys.stderr, disable=None) as progress:
+            for index, (name, run) in enumerate(progress):
+                spent = time.monotonic() - start
+                if spent + spent / max(1, index) > self.seconds:
+                    self.left_out += [name for name, _ in work[index:]]
+                    return
+                progress.set_description(name, refresh=True)
+                self.tell(index / len(work), name)
+                try:
+                    run()
+                except Exception:
+                    if self.failed is None:
+                        raise
+                    self.failed[name] = traceback.format_exc()
+
+
+def _rows(ops: dict[str, Callable[[], list[Case]]], names: list[str], quick: bool) -> list[tuple]:
+    """(rank of the case, op, case, direction, style) of every row."""
+    rows = []
+    for name in names:
+        cases = ops[name]()
+        if quick:  # the first of each variant
+            cases = list({case.variant: case for case in reversed(cases)}.values())
+        rows += [(i, name, c, d, s) for i, c in enumerate(cases) for d in c.directions for s in measure.STYLES]
+    return rows
+
+
+def key(op: str, case: Case, direction: str, style: str, backend: str = "") -> tuple[str, ...]:
+    dtype = str(case.dtype).removeprefix("torch.")
+    return op, case.variant, "x".join(map(str, case.shape)), dtype, direction, style, backend
+
+
+def _compile(op: str, index: int, direction: str, style: str, quick: bool, device: torch.device) -> None:
+    """Fill the compiler's cache on disk with what a row needs; in a process of its own."""
+    case = registry("cpu" if quick else device.type)[op]()[index]
+    measure.prepare(op, case, direction, style, device, ("compile", "ours"))
+
+
+def _compile_ahead(work: list[tuple], ops: dict, quick: bool, device: torch.device, seconds: float) -> float:
+    """Compile for the first rows of ``work`` on all cores, as a budget has no time for it one by one; seconds spent."""
+    began = time.monotonic()
+    workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+    if device.type == "cuda":  # each holds the inputs and results of a row
+        workers = max(1, min(workers, torch.cuda.mem_get_info(device)[0] // (8 << 30)))
+    positions = {name: {key(name, case, "", ""): i for i, case in enumerate(ops[name]())} for name in ops}
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:  # what works at the end of the block is ended
+        jobs = [
+            pool.apply_async(_compile, (op, positions[op][key(op, case, "", "")], direction, style, quick, device))
+            for op, case, direction, style in work
+        ]
+        for job in jobs:  # an error shows again when the row is measured
+            job.wait(max(0.0, began + seconds - time.monotonic()))
+    return time.monotonic() - began
+
+
+def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget | None = None) -> None:
+    """Measure, and write after every row; rows of ops that are not named stay."""
+    budget = budget or Budget()
+    effort = measure.QUICK if quick else measure.Effort()
+    ops = registry("cpu" if quick else device.type)
+    path = out / report.ROWS
+    kept = {tuple(row[k] for k in KEY): row for row in (report.read_csv(path) if path.exists() else [])}
+    if not budget.resume:
+        kept = {at: row for at, row in kept.items() if at[0] not in names}
+    order = {key(*row[1:])[:-1]: i for i, row in enumerate(_rows(ops, list(ops), False))}
+    backends = {name: measure.backend_of(name, device) for name in names}
+    bandwidth = limits.read(out).get((measure.environment(device)["device"], limits.COPY))
+    work = [row for row in _rows(ops, names, quick) if key(*row[1:], backends[row[1]]) not in kept]
+    if budget.seconds < math.inf:  # the first case of every op, eagerly called, comes before others
+        work.sort(key=lambda row: (row[0], measure.STYLES.index(row[4]), row[3] == "backward"))
+
+    def run(rank: int, *row) -> None:
+        contestants = measure.CONTESTANTS
+        if device.type == "cuda" and rank == 0:
+            contestants = (*contestants[:2], measure.AUTOTUNED, *contestants[2:])
+        kept[key(*row, backends[row[0]])] = measure.measure(*row, device, effort, contestants, bandwidth)
+        report.write_csv(path, [kept[at] for at in sorted(kept, key=lambda at: order.get(at[:-1], len(order)))])
+
+    if budget.seconds < math.inf:
+        budget.seconds -= _compile_ahead([row[1:] for row in work], ops, quick, device, 0.3 * budget.seconds)
+    try:
+        budget.go([(" ".join(filter(None, key(*row[1:]))), lambda row=row: run(*row)) for row in work], "row")
+    finally:
+        if kept:
+            report.report(out)
+
+
+def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget | None = None) -> None:
+    """Race, and write after every case; rows of other cases stay."""
+    budget = budget or Budget()
+    path = out / report.PIPELINES
+    kept = report.read_csv(path) if path.exists() else []
+    incomplete = {(row["pipeline"], row["case"]) for row in kept if row["verdict"] == "left out"}
+    done = {(row["pipeline"], row["case"]) for row in kept} - incomplete if budget.resume else set()
+    known = {name: pipelines.registry()[name](quick) for name in names}
+    work = [(name, label) for name, cases in known.items() for label in cases if (name, label) not in done]
+    # compiling the contestants takes most of the time: those that are not ready within a case's share are left out
+    share = budget.seconds / 3
+
+    def run(name: str, label: str) -> None:
+        nonlocal kept
+        tell = lambda text: budget.tell(len(done) / (len(done) + len(work)), f"{name} {text}")  # noqa: E731
+        fresh = race.race(name, label, known[name][label], device, quick, tell, share)
+        kept = [row for row in kept if (row["pipeline"], row["case"]) != (name, label)] + fresh
+        budget.left_out += [f"{name} {label}: {r['contestant']}" for r in fresh if r["verdict"] == "left out"]
+        report.write_csv(path, kept)
+        report.report_pipelines(out)
+
+    budget.go([(f"{name} {label}", lambda name=name, label=label: run(name, label)) for name, label in work], "case")

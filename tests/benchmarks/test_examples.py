@@ -1,0 +1,50 @@
+"""Every registered op has examples for the tests on a device, and they are of use there."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from purify_fast.ops import REGISTRY
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
+
+from benchmarks import examples
+
+
+def leaves(arguments) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize("op", REGISTRY)
+def test_examples_of_every_op(op):
+    made = examples.of(op)
+    assert len(made) > 1 and len({example.name for example in made}) == len(made)
+    for example in made:
+        first, second = (leaves(example.make(example.dtypes[0], seed)) for seed in (0, 1))
+        assert [t.shape for t in first] == [t.shape for t in second]  # a captured graph can be given the others
+        assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("op", REGISTRY)
+def test_tiled_samples_have_tiled_results(op):
+    """The batch dimensions are found, those of passes and owners too."""
+    small = examples.of(op)[0].make(torch.float32, 0)
+    got = examples.tensors(REGISTRY[op].reference(*examples.tile(small, 2)))
+    for out, wanted in zip(got, examples.tensors(REGISTRY[op].reference(*small)), strict=True):
+        torch.testing.assert_close(out, examples.tile(wanted, 2))
+
+
+def test_an_op_without_examples_is_told_where_they_belong(monkeypatch):
+    monkeypatch.setitem(REGISTRY, "new_op", REGISTRY["philox"])
+    with pytest.raises(KeyError, match=r"new_op has no examples: write a generator .* in benchmarks/examples\.py"):
+        examples.of("new_op")
+
+
+def test_every_op_runs_once(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["examples"])
+    examples.main()
+    assert f"{len(REGISTRY)} ops" in capsys.readouterr().out

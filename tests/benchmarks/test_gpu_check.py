@@ -1,0 +1,228 @@
+"""The check of a GPU, rehearsed on the CPU: sections, their limits and failures, what a second run does."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from purify_fast import _library
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+
+from benchmarks import __main__ as program  # noqa: E402
+from benchmarks import gpu_check, limits, measure, report, running  # noqa: E402
+
+CPU = torch.device("cpu")
+STATES = ("passed", "not available")
+
+
+def check(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        program.main(["gpu_check", *arguments])
+    return int(end.value.code)
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {path.stem: json.loads(path.read_text())["state"] for path in (folder / "gpu_check").glob("*.json")}
+
+
+def test_sections_run_once_and_again_if_asked(tmp_path, capsys):
+    arguments = ("--dry", "--out", str(tmp_path), "--only", "extension", "limits")
+    assert check(*arguments) == 0
+    assert states(tmp_path) == {"extension": "passed", "limits": "passed"}
+    assert {row["limit"] for row in report.read_csv(tmp_path / limits.FILE)} == {limits.COPY, limits.PRODUCT}
+    assert "| extension | passed |" in capsys.readouterr().out
+    table = (tmp_path / "gpu_check.md").read_text()
+    assert "# Rehearsal on a CPU" in table and "| tests | not run |" in table
+    paths = sorted((tmp_path / "gpu_check").glob("*.json"))
+    before = [path.stat().st_mtime_ns for path in paths]
+    assert check(*arguments) == 0
+    assert [path.stat().st_mtime_ns for path in paths] == before
+    changed = json.loads(paths[0].read_text())
+    changed["fingerprint"]["sources"] = "of another day"
+    paths[0].write_text(json.dumps(changed))
+    assert check(*arguments, "--redo") == 0
+    assert all(path.stat().st_mtime_ns > old for path, old in zip(paths, before, strict=True))
+
+
+def test_the_fingerprint_follows_the_sources(tmp_path, monkeypatch):
+    first = gpu_check.fingerprint(CPU, True)
+    assert first == gpu_check.fingerprint(CPU, True) != gpu_check.fingerprint(CPU, False)
+    path = tmp_path / "extension.json"
+    path.write_text(json.dumps({"state": "passed", "fingerprint": first}))
+    assert gpu_check.done(path, first) and gpu_check.done(tmp_path / "none.json", first) is None
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "new.py").write_text("")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    assert gpu_check.done(path, gpu_check.fingerprint(CPU, True)) is None
+
+
+FAILING = """
+import sys, time, os
+from pathlib import Path
+from benchmarks import gpu_check
+def bad(context):
+    raise ValueError("what went wrong")
+def slow(context):
+    time.sleep(60)
+def dead(context):
+    os._exit(3)
+gpu_check.SECTIONS.update(extension=bad, limits=slow, sanitizer=dead)
+gpu_check.GRACE = 0.5
+if __name__ == "__main__":
+    good = gpu_check.main(Path(sys.argv[1]), gpu_check.torch.device("cpu"), True,
+                          ["extension", "limits", "sanitizer"], False, 15.0, 100.0)
+    print("good" if good else "bad")
+"""
+
+
+def test_a_section_that_fails_stops_no_other(tmp_path):
+    """One raises, one does not end, one dies."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    began = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, str(tmp_path / "failing.py"), str(tmp_path)], env=environ, capture_output=True, text=True
+    )
+    assert run.stdout.strip().endswith("bad"), run.stderr
+    assert time.monotonic() - began < 59
+    assert states(tmp_path) == dict.fromkeys(("extension", "limits", "sanitizer"), "failed")
+    page = (tmp_path / "gpu_check.md").read_text()
+    assert "ValueError: what went wrong" in page and "Traceback" in page
+    assert "after its limit of 15 s" in page and "exit status 3" in page
+
+
+def test_tests_are_counted_with_their_reasons(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2, 'the reason'\n"
+        "def test_late(): pytest.skip('left out: the time limit of 3 s')\n"
+    )
+    path = tmp_path / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={path}", "-p", "no:cacheprovider", "test_it.py"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 1
+    found = gpu_check.Cases()
+    found.read(path)
+    assert found.passed == ["test_it::test_good"] and "the reason" in found.failed["test_it::test_bad"]
+    assert found.skipped == {"test_it::test_late": "left out: the time limit of 3 s"}
+
+
+TOOL = """#!/bin/sh
+case "$2" in
+memcheck) echo "========= ERROR SUMMARY: $ERRORS errors" ;;
+racecheck) echo "========= RACECHECK SUMMARY: $HAZARDS hazards displayed (0 errors, 0 warnings)" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("errors", "hazards", "state"), [("0", "0", "passed"), ("0", "2", "failed"), ("7", "0", "not available")]
+)
+def test_what_the_sanitizer_says_is_read(errors, hazards, state, tmp_path, monkeypatch):
+    """Errors in a program that has none mean that the tool does not work here, which is no pass."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("ERRORS", errors)
+    monkeypatch.setenv("HAZARDS", hazards)
+    monkeypatch.setattr(gpu_check, "EVERY_OP", ("-c", "print('every op')"))
+    context = gpu_check.Context(tmp_path, torch.device("cuda"), False, 60.0, lambda share, what: None)
+    outcome = gpu_check.sanitizer(context)
+    assert outcome.state == state and not outcome.left_out
+    assert (f"racecheck: RACECHECK SUMMARY: {hazards} hazards" in outcome.summary) == (state != "not available")
+    rehearsed = gpu_check.sanitizer(gpu_check.Context(tmp_path, CPU, True, 60.0, lambda share, what: None))
+    assert rehearsed.state == "not available" and "needs a CUDA device" in rehearsed.summary
+
+
+def device_tests(device: str, **environ: str) -> str:
+    """What pytest says of some of the tests of a device."""
+    environ = {**os.environ, "PURIFY_FAST_TEST_DEVICE": device, "OMP_NUM_THREADS": "1", **environ}
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-v", "-rs"]
+    command += ["-k", "reconstruction_loss or arrest"]
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(not _library.loaded(), reason="the rehearsal needs the compiled extension")
+def test_the_tests_of_a_device_can_be_rehearsed():
+    said = device_tests("cpu")
+    assert " passed" in said and " failed" not in said and "has neither streams nor CUDA graphs" in said
+    assert "left out: the time limit of 0 s" in device_tests("cpu", PURIFY_FAST_TEST_SECONDS="0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_tests_of_a_device_say_why_they_are_skipped():
+    said = device_tests("cuda")
+    assert "no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests" in said and " passed" not in said
+
+
+def test_a_budget_names_what_it_leaves_out():
+    made: list[str] = []
+    work = [(name, lambda name=name: made.append(name) or time.sleep(0.2)) for name in "abcdef"]
+    budget = running.Budget(0.5)
+    budget.go(work, "row")
+    assert 1 <= len(made) < 6 and made + budget.left_out == list("abcdef")
+    failing = running.Budget(failed={})
+    failing.go([("bad", lambda: 1 / 0), ("good", lambda: made.append("good"))], "row")
+    assert "ZeroDivisionError" in failing.failed["bad"] and made[-1] == "good" and not failing.left_out
+    with pytest.raises(ZeroDivisionError):
+        running.Budget().go([("bad", lambda: 1 / 0)], "row")
+
+
+def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
+    measured: list[tuple] = []
+
+    def fake(op, case, direction, style, *rest):
+        measured.append((op, case.variant, style))
+        columns = dict.fromkeys(("runs", "device", "threads", "torch", "triton", "GB_per_s"), "1")
+        times = dict.fromkeys((f"{kind}_us" for kind in measure.CONTESTANTS), "1")
+        row = dict(zip(running.KEY, running.key(op, case, direction, style, "cpp"), strict=True))
+        return row | times | columns | {"ratio": "1.000", "verdict": "best"}
+
+    monkeypatch.setattr(measure, "measure", fake)
+    running.run_ops(["pgd_step"], CPU, True, tmp_path)
+    running.run_ops(["pgd_step", "noisy_replay"], CPU, True, tmp_path, running.Budget(resume=True))
+    assert [op for op, *_ in measured] == 4 * ["pgd_step"] + 4 * ["noisy_replay"]
+    running.run_ops(["pgd_step"], CPU, True, tmp_path)
+    rows = report.read_csv(tmp_path / report.ROWS)
+    assert len(measured) == 12 and len(rows) == 8
+
+
+def test_limits_are_rates_of_random_data(tmp_path):
+    data = limits.operands(CPU, 64, 64)
+    assert data.dtype == torch.bfloat16 and data.unique().numel() > 100
+    rows = limits.run(CPU, True, tmp_path)
+    for row in rows:
+        assert 0 < float(row["p20"]) <= float(row["median"]) <= float(row["p80"])
+    found = limits.read(tmp_path)
+    name = measure.environment(CPU)["device"]
+    assert found == {(name, row["limit"]): 1e9 * float(row["median"]) for row in rows}
+    size = limits.Size(4 << 20, 64, 5)
+    assert limits.copies(CPU, size)[0] == 8 << 20 and len(limits.copies(CPU, size)[1]) == 5
+    assert limits.products(CPU, size)[0] == 2 * 64**3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nothing"], "invalid choice: 'nothing'"),
+        (["--dry", "--seconds", "0"], "--seconds must be above 0, got 0"),
+        (["--dry", "--total", "nan"], "--total must be above 0, got nan"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message, capsys):
+    assert check(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_names_the_rehearsal(capsys):
+    assert check() == 2
+    assert "no CUDA device is available; --dry rehearses" in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""docs/performance.md is what the committed results say, and what its numbers claim."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+
+from benchmarks import limits, measure, performance, pipelines, report  # noqa: E402
+from benchmarks.ops import Case, registry  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_committed_page_is_that_of_the_committed_results():
+    committed = (ROOT / "docs" / "performance.md").read_text()
+    assert committed == performance.page(RESULTS), "run `python -m benchmarks report`"
+
+
+def test_every_op_and_pipeline_has_its_lines():
+    page = performance.page(RESULTS)
+    for op, cases in registry("cuda").items():
+        for direction in cases()[0].directions:
+            assert f"| {op} | {direction} |" in page
+    measured = {(row["pipeline"], row["case"]) for row in report.read_csv(RESULTS / "cpu" / report.PIPELINES)}
+    assert measured and all(f"| {pipeline}: {case}; " in page for pipeline, case in measured)
+    for line in report.verdicts(report.read_csv(RESULTS / "cpu" / report.ROWS)):
+        lost = f"| {line['op']} | {line['direction']} | {line['behind_eager']} | {line['worst_ratio']} |"
+        assert (lost in page) == (line["eager_calls"] == "reference")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_bytes_and_flops_are_formulas_of_symbols_that_are_explained(kind):
+    for op, cases in registry(kind).items():
+        for case in cases():
+            assert set(case.symbols) <= set(performance.SYMBOLS), op
+            for direction in case.directions:
+                assert case.count("bytes", direction) > 0 <= case.count("flops", direction), op
+    for cases in pipelines.registry().values():
+        assert all(case.flops for case in cases(False).values())
+
+
+def test_formulas_count_bytes_as_tensors_do():
+    """Of ops that read every input and write every output once: the sizes of these tensors, ids and seeds aside."""
+    for op in ("pgd_step", "apgd_step", "gated_elu", "reconstruction_loss", "stitch", "aggregate"):
+        case = registry()[op]()[0]
+        inputs = case.inputs()
+        outputs = measure.tensors(case.call(*inputs))
+        size = sum(t.nbytes for t in (*inputs, *outputs) if t.is_floating_point())
+        if op == "stitch":  # of the passes, one is read at every pixel
+            size = 2 * outputs[0].nbytes
+        assert abs(case.count("bytes", "forward") - size) <= 0.01 * size, op
+
+
+def test_limits_are_the_larger_of_moving_and_computing():
+    case = Case((2,), torch.float32, tuple, tuple, {"forward": "4*n"}, {"forward": "n*n"}, symbols={"n": 1000})
+    assert performance.limit(case, "forward", None, 1e9) is None
+    assert performance.limit(case, "forward", 1e9, 1e12) == (4e-6, "bytes")
+    assert performance.limit(case, "forward", 1e9, 1e10) == (1e-4, "FLOP")
+    assert performance.limit(case, "forward", 1e9, None) == (4e-6, "bytes")
+
+
+def test_a_gpus_folder_becomes_a_chapter(tmp_path):
+    """Rows as the check of a GPU writes them."""
+    rows = []
+    for op, cases in registry("cuda").items():
+        case = performance.standard(cases())
+        for direction in case.directions:
+            row = {"op": op, "variant": case.variant, "shape": "x".join(map(str, case.shape)), "direction": direction}
+            row |= {"dtype": str(case.dtype).removeprefix("torch."), "style": "eager", "backend": "triton"}
+            row |= {f"{kind}_us": "500.00" for kind in performance.KINDS} | {"ratio": "1.000", "verdict": "best"}
+            row |= {"GB_per_s": "900", "share_of_copy": "0.9", "runs": "15", "device": "Some GPU", "threads": "1"}
+            rows.append(row | {"torch": "2.11.0", "triton": "3.6.0", "date": "2026-01-01"})
+    report.write_csv(tmp_path / "some-gpu" / report.ROWS, rows)
+    rates = {"unit": "GB/s", "device": "Some GPU"}
+    measured = [{"limit": limits.COPY, "median": "1000.0"}, {"limit": limits.PRODUCT, "median": "200000.0"}]
+    report.write_csv(tmp_path / "some-gpu" / limits.FILE, [one | rates for one in measured])
+    page = performance.page(tmp_path)
+    assert "Not yet run on a GPU" not in page and "## Measured: some-gpu" in page
+    assert "| Some GPU | 1,000 | 200,000 | 2026-01-01, torch 2.11.0, triton 3.6.0 |" in page
+    case = performance.standard(registry("cuda")["pgd_step"]())
+    most = 1e6 * case.count("bytes", "forward") / 1e12
+    cells = f"| {most:,.1f} | 500.0 | 500.0 | 500.0 | 500.0 | {100 * most / 500:.0f} % | 900 | triton | Some GPU |"
+    assert cells in page
+    report.report(tmp_path / "some-gpu")
+    assert "| autotuned |" in (tmp_path / "some-gpu" / report.TABLE).read_text()

@@ -1,0 +1,126 @@
+"""The three methods on a device: logits and gradients to the images, against the CPU in float64."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from purify_fast.arrest import ArrestConfig, ArrestTask
+from purify_fast.atop import Atop, SmallGenerator
+from purify_fast.carso import Carso
+from purify_fast.nn import SmallCNN
+from purify_fast.ops import REGISTRY, use_backend
+from purify_fast.training import Batch
+
+DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
+if DEVICE.type == "cuda" and not torch.cuda.is_available():
+    pytest.skip("no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+SHAPE, CLASSES = (1, 16, 16), 10
+#: The measured default, and what every op has.
+BACKENDS = [
+    None,
+    *sorted(set.intersection(*(set(op.available[DEVICE.type]) for op in REGISTRY.values())) - {"reference"}),
+]
+
+
+def carso() -> nn.Module:
+    made = Carso(SmallCNN(), ["conv1", "hidden"], SHAPE, 16, 4, 4, decoder_width=4).eval()
+    for module in made.modules():  # statistics a trained purifier would have
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return made
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Weights under which the image depends on what the purifier gets."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=2 / layer.weight[0].numel() ** 0.5)
+    return model
+
+
+def atop(transform: str) -> nn.Module:
+    options = {"block": 4, "sigma": 0.05, "samples": 2, "transform": transform}
+    return Atop(SmallCNN(), lively(SmallGenerator(1, width=4)), SHAPE, **options).eval()
+
+
+METHODS = {"CARSO": carso, "AToP rt2": lambda: atop("rt2"), "AToP rt3": lambda: atop("rt3")}
+
+
+def images(n: int = 6) -> Tensor:
+    return torch.rand((n, *SHAPE), generator=torch.Generator().manual_seed(1))
+
+
+def answer(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of a sum of them."""
+    x = x.requires_grad_()
+    with model.fixed_noise(3):
+        logits = model(x)
+    weights = torch.linspace(-1, 1, logits.numel()).view_as(logits).to(logits)
+    return logits.detach(), torch.autograd.grad(logits, x, weights)[0]
+
+
+def distance(actual: Tensor, golden: Tensor) -> float:
+    assert torch.isfinite(actual).all()
+    return float((actual.double().cpu() - golden.double()).norm() / golden.double().norm())
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_and_input_gradients(method, backend):
+    torch.manual_seed(0)
+    made = METHODS[method]()
+    with use_backend("reference"):
+        golden = answer(copy.deepcopy(made).double(), images().double())
+    with use_backend(backend):
+        found = answer(copy.deepcopy(made).to(DEVICE), images().to(DEVICE))
+    assert golden[1].norm() > 0
+    for actual, exact in zip(found, golden, strict=True):
+        assert distance(actual, exact) < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_accelerated_logits(method, backend):
+    torch.manual_seed(0)
+    made = METHODS[method]()
+    with use_backend("reference"):
+        golden = answer(made, images())
+    with use_backend(backend):
+        found = answer(copy.deepcopy(made).to(DEVICE).accelerate(), images().to(DEVICE))
+    assert distance(found[0], golden[0]) < 0.05  # bfloat16
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_arrest_distance_attack_and_replay(backend):
+    torch.manual_seed(0)
+    start = SmallCNN()
+    now = copy.deepcopy(start)
+    with torch.no_grad():
+        for weight in now.parameters():
+            weight.add_(0.1 * weight.norm() / weight.numel() ** 0.5 * torch.randn_like(weight))
+    y = torch.arange(6) % CLASSES
+
+    def found(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        student, teacher = (copy.deepcopy(m).to(device, dtype).eval() for m in (now, start))
+        task = ArrestTask(student, ArrestConfig(eps=0.1, steps=3), SHAPE, ["hidden"], teacher)
+        batch = Batch(images().to(device, dtype), y.to(device), torch.arange(6, device=device), 7, 0, 10)
+        assert task.teacher is not None
+        of_teacher = task.teacher(batch)
+        x = batch.x.clone().requires_grad_()
+        loss = task.loss(x, batch.y, of_teacher)[0]
+        return [loss.detach(), torch.autograd.grad(loss, x)[0], task.inputs(batch, of_teacher)[0]]
+
+    with use_backend("reference"):
+        golden = found(torch.device("cpu"), torch.float64)
+    with use_backend(backend):
+        actual = found(DEVICE, torch.float32)
+    assert distance(actual[0], golden[0]) < 1e-4 and distance(actual[1], golden[1]) < 1e-4
+    moved = (actual[2].cpu().double() - golden[2].double()).abs() > 1e-4
+    assert moved.double().mean() < 0.01  # a gradient near 0 may have another sign

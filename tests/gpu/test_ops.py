@@ -1,0 +1,224 @@
+"""Every op's kernel on a device, against its float64 reference on the CPU, and in every way PyTorch may run it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from purify_fast.ops import REGISTRY, use_backend
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+
+from benchmarks import examples, measure  # noqa: E402
+from benchmarks.ops import Case, registry  # noqa: E402
+
+DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
+if DEVICE.type == "cuda" and not torch.cuda.is_available():
+    pytest.skip("no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason=f"{DEVICE.type} has neither streams nor CUDA graphs")
+#: Elements of a large tensor: beyond what 32 bits count; in the rehearsal, beyond one example.
+MANY = 2**31 if DEVICE.type == "cuda" else 2**17
+REPEATS = 100 if DEVICE.type == "cuda" else 10
+
+
+def backend(op: str) -> str:
+    """The backend whose kernel the op's handle runs."""
+    return REGISTRY[op].available[DEVICE.type][-1]
+
+
+OPS = [pytest.param(op, id=f"{op}-{backend(op)}") for op in REGISTRY]
+EXAMPLES = [
+    pytest.param(op, example, dtype, id=f"{op}-{backend(op)}-{example.name}-{str(dtype).removeprefix('torch.')}")
+    for op in REGISTRY
+    for example in examples.of(op)
+    for dtype in example.dtypes
+]
+CASES = [
+    pytest.param(name, case, id=f"{name}-{backend(name)}-{case.variant}")
+    for name, cases in registry().items()
+    for case in {case.variant: case for case in reversed(cases())}.values()
+]
+
+
+@pytest.fixture(autouse=True)
+def kernel(request):
+    """Fails where an op has nothing but its reference: there would be nothing to test."""
+    op = request.node.callspec.params.get("op")
+    if op is not None and backend(op) == "reference":
+        pytest.fail(f"{op}: no kernel on {DEVICE.type}", pytrace=False)
+
+
+def run(op: str, arguments: tuple) -> tuple[Tensor, ...]:
+    return examples.tensors(REGISTRY[op].handle(*arguments))
+
+
+def given(op: str, seed: int = 0) -> tuple:
+    """Arguments of the op's first example, on the device."""
+    example = examples.of(op)[0]
+    return examples.to(example.make(example.dtypes[0], seed), DEVICE)
+
+
+def same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def close(actual: Tensor, golden: Tensor, same: Tensor, slack: float, within_budget) -> None:
+    """``slack`` is in float32's eps, of numbers of the size of ``golden``'s."""
+    if slack == 0 or actual.numel() == 0:
+        within_budget(actual, golden, same)
+        return
+    assert actual.dtype == same.dtype and torch.isfinite(actual).all()
+    allowed = (2 * torch.finfo(actual.dtype).eps + slack * 2**-23) * golden.abs().max().item()
+    torch.testing.assert_close(actual.double(), golden.double(), rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize(("op", "example", "dtype"), EXAMPLES)
+def test_values(op, example, dtype, within_budget, poisoned):
+    arguments = example.make(dtype, 0)
+    outputs = run(op, examples.to(arguments, DEVICE))
+    reference = REGISTRY[op].reference
+    same, golden = (examples.tensors(reference(*a)) for a in (arguments, examples.double(arguments)))
+    for actual, exact, rounded in zip(outputs, golden, same, strict=True):
+        assert actual.device.type == DEVICE.type
+        assert actual.is_contiguous() or actual.is_contiguous(memory_format=torch.channels_last)
+        if example.exact or not actual.is_floating_point():
+            same_bits((actual.cpu(),), (rounded,))
+        else:
+            close(actual.cpu(), exact, rounded, example.slack, within_budget)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_functions_and_gradients(name: str, case: Case, poisoned):
+    """The public function with its backend forced, its gradients, and both in a compiled graph: the same bits."""
+    results = {}
+    for kind, device, dtype in (("ours", DEVICE, None), ("same", "cpu", None), ("golden", "cpu", torch.float64)):
+        inputs = [t.to(device) for t in case.inputs()]
+        inputs = [t.to(dtype) if dtype is not None and t.is_floating_point() else t for t in inputs]
+        leaves = [inputs[i].requires_grad_() for i in case.differentiable]
+
+        def call(function, inputs=inputs, leaves=leaves) -> tuple[Tensor, ...]:
+            outputs = [out for out in measure.tensors(function(*inputs)) if out.is_floating_point()]
+            grads = [torch.linspace(0.5, 1.5, o.numel()).view(o.shape).to(o) for o in outputs if o.requires_grad]
+            roots = [out for out in outputs if out.requires_grad]
+            return *(o.detach() for o in outputs), *(torch.autograd.grad(roots, leaves, grads) if leaves else ())
+
+        with use_backend(backend(name) if kind == "ours" else "reference"):
+            results[kind] = call(case.call)
+            if kind == "ours":
+                torch._dynamo.reset()
+                same_bits(call(torch.compile(case.call, fullgraph=True, backend="aot_eager")), results[kind])
+    triples = zip(results["ours"], results["same"], results["golden"], strict=True)
+    for index, (ours, same, golden) in enumerate(triples):
+        size = golden.double().abs().max().item()
+        if index < len(results["ours"]) - len(case.differentiable):  # a distance is 1 less what is near 1
+            size = max(1.0, size)
+        error, budget = ((x.double().cpu() - golden.double()).abs().max().item() for x in (ours, same))
+        assert error <= 2 * budget + (2 * torch.finfo(ours.dtype).eps + 16 * 2**-23) * size, (error, budget, size)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_schema_and_fake(op):
+    torch.library.opcheck(REGISTRY[op].handle, given(op))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_has_the_bits_of_eager(op):
+    torch._dynamo.reset()
+    arguments, handle = given(op), REGISTRY[op].handle
+    compiled = torch.compile(lambda *given: handle(*given), fullgraph=True, dynamic=False)
+    same_bits(examples.tensors(compiled(*arguments)), run(op, arguments))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_bits_every_time(op):
+    arguments = given(op)
+    first = run(op, arguments)
+    for _ in range(REPEATS):
+        same_bits(run(op, arguments), first)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_stay_as_they_are(op):
+    arguments = given(op)
+    before = [leaf.clone() for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    run(op, arguments)
+    same_bits(tuple(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)), tuple(before))
+
+
+def refill(arguments: tuple, values: tuple) -> None:
+    for into, value in zip(tree_leaves(arguments), tree_leaves(values), strict=True):
+        if isinstance(into, Tensor):
+            into.copy_(value)
+
+
+@needs_cuda
+@pytest.mark.parametrize("op", OPS)
+def test_a_captured_graph_follows_its_inputs(op):
+    arguments, side = given(op), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(op, arguments)  # compiled and loaded before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        outputs = run(op, arguments)
+    for seed in (1, 2):
+        values = given(op, seed)
+        expected = run(op, values)
+        refill(arguments, values)
+        graph.replay()
+        torch.cuda.synchronize()
+        same_bits(outputs, expected)
+
+
+@needs_cuda
+@pytest.mark.parametrize("op", OPS)
+def test_works_on_the_current_stream(op):
+    """A kernel on another stream would read the inputs before they are written."""
+    arguments, values, side = given(op), given(op, 1), torch.cuda.Stream()
+    expected = run(op, values)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # tens of milliseconds
+        refill(arguments, values)
+        outputs = run(op, arguments)
+    side.synchronize()
+    same_bits(outputs, expected)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("op", OPS)
+def test_offsets_beyond_32_bits(op, poisoned):
+    """A batch of copies of one example is copies of its results, also where offsets no longer fit into 32 bits."""
+    example = examples.of(op)[0]
+    dtype = torch.bfloat16 if torch.bfloat16 in example.dtypes else example.dtypes[0]
+    small = examples.to(example.make(dtype, 0), DEVICE)
+    expected = run(op, small)
+    leaves = [t for t in (*tree_leaves(small), *expected) if isinstance(t, Tensor)]
+    batched = [t for t in leaves if examples.batch_dimension(t) is not None]
+    times = MANY // max(t.numel() for t in batched) + 2
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        needed = 4 * times * sum(t.numel() * t.element_size() for t in batched)
+        free = torch.cuda.mem_get_info(DEVICE)[0]
+        if needed > free:
+            pytest.skip(f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
+    whole = run(op, examples.tile(small, times))
+    for got, wanted in zip(whole, expected, strict=True):
+        dimension = examples.batch_dimension(wanted)
+        assert got.numel() == times * wanted.numel()
+        parts = got.unflatten(dimension, (times, wanted.shape[dimension]))
+        wanted = wanted.unsqueeze(dimension)
+        assert ((parts == wanted) | (wanted != wanted)).all()
+    if DEVICE.type == "cuda":
+        del whole, parts, got
+        torch.cuda.empty_cache()
