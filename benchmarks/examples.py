@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_map_only
 
 from purify_fast.ops import REGISTRY, Stream
 from purify_fast.ops.aggregate import METHODS
+from purify_fast.ops.apgd_step import NORMS as APGD_NORMS
+from purify_fast.ops.decode_samples import Geometry, Layer, pack
 from purify_fast.ops.pgd_step import NORMS
 from purify_fast.ops.philox import DISTRIBUTIONS
 from purify_fast.ops.representation_distance import KINDS
@@ -182,7 +184,7 @@ def reconstruction_loss_backward() -> Iterator[Example]:
 
 def _step(last: bool, momentum: bool) -> Iterator[Example]:
     """A gradient with zeros, and images a little outside the ball, so that every branch is taken."""
-    for norm in range(len(NORMS)):
+    for norm, name in enumerate(APGD_NORMS if momentum else NORMS):
         for shape in IMAGES:
             if last and len(shape) != 4:
                 continue
@@ -195,9 +197,9 @@ def _step(last: bool, momentum: bool) -> Iterator[Example]:
                 given = [x.to(dtype).contiguous(memory_format=NHWC) if last else x.to(dtype) for x in given]
                 radii = torch.linspace(0.01, 0.4, ROWS), torch.linspace(0.02, 1, ROWS)
                 radii = tuple(radius.to(_wide(dtype)) for radius in radii)
-                return *given, *radii, *([0.75] if momentum else []), norm, 0.1, 0.9
+                return *given, *radii, *([0.75] if momentum else []), norm, 0.1, 0.9, *([] if momentum else [0.05])
 
-            yield Example(_name(shape, NORMS[norm], "channels_last" if last else ""), make, exact=norm == 0)
+            yield Example(_name(shape, name, "channels_last" if last else ""), make, exact=norm == 0)
 
 
 def pgd_step() -> Iterator[Example]:
@@ -366,6 +368,50 @@ def noisy_replay() -> Iterator[Example]:
             return x, adversarial, drift, torch.tensor(0.5, dtype=wide), radius, *_stream(seed), 0.0, 1.0
 
         yield Example(_name(shape), make, exact=True)
+
+
+#: first map, the convolutions (channels, kernel, stride, padding, height, width), samples: every product is tiled
+DECODED = (
+    (Geometry(12, (40, 3, 3), (Layer(70, 3, 2, 1, 5, 6), Layer(3, 2, 1, 1, 4, 5))), 3),
+    (Geometry(33, (96, 1, 2), (Layer(5, 4, 2, 1, 2, 4),)), 5),
+)
+
+
+def _decoded(seed: int, sizes: Geometry, samples: int, squash: bool) -> tuple:
+    weights, biases, channels = [], [], sizes.start[0]
+    for i, layer in enumerate(sizes.layers):
+        shape = channels, layer.channels, layer.kernel, layer.kernel
+        weights.append(_normal(seed + i, *shape, scale=(channels * layer.kernel) ** -0.5))
+        biases.append(_normal(seed + 10 + i, layer.channels))
+        channels = layer.channels
+    first = _normal(seed + 20, *sizes.start, sizes.latent_dim, scale=sizes.latent_dim**-0.5)
+    packed, shifts = pack(first, weights, biases)
+    condition = _normal(seed + 30, ROWS, math.prod(sizes.start)).float()
+    return condition, *_stream(seed), packed.bfloat16(), shifts.float(), sizes.numbers(), samples, 0.2, squash
+
+
+def decode_samples() -> Iterator[Example]:
+    for sizes, samples in DECODED:
+        for squash, last in ((True, False), (False, True)):
+
+            def make(dtype: torch.dtype, seed: int, sizes=sizes, samples=samples, squash=squash, last=last) -> tuple:
+                return *_decoded(seed, sizes, samples, squash), last, dtype
+
+            words = f"K {samples}", "squashed" if squash else "", "channels_last" if last else ""
+            yield Example(_name(sizes.start, *words), make, (torch.float32, torch.bfloat16))
+
+
+def decode_samples_backward() -> Iterator[Example]:
+    for sizes, samples in DECODED:
+        for squash in (True, False):
+
+            def make(dtype: torch.dtype, seed: int, sizes=sizes, samples=samples, squash=squash) -> tuple:
+                given = _decoded(seed, sizes, samples, squash)
+                image = REGISTRY["decode_samples"].reference(*given, False, dtype)
+                return _normal(seed + 40, *image.shape).to(dtype), image, *given
+
+            name = _name(sizes.start, f"K {samples}", "squashed" if squash else "")
+            yield Example(name, make, (torch.float32, torch.bfloat16))
 
 
 def of(op: str) -> list[Example]:

@@ -259,11 +259,11 @@ def ops(context: Context) -> Outcome:
     """`python -m benchmarks ops`, the backends of this process; then Triton's where CUDA C++ took its place."""
     keep_memory()
     budget = Budget(context.left, True, {}, tell=context.tell)
-    run_ops(list(registry()), context.device, context.dry, context.out, budget)
+    run_ops(list(registry(context.device.type)), context.device, context.dry, context.out, budget)
     if with_cuda() and context.device.type == "cuda":
         os.environ["PURIFY_FAST_NO_EXTENSION"] = "1"  # read when the other process imports the package
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-            names = [name for name in with_cuda() if name in registry()]
+            names = [name for name in with_cuda() if name in registry(context.device.type)]
             more = other.submit(_triton_rows, names, context.device, context.out, context.left).result()
         budget.left_out += more.left_out
         budget.failed = {**(budget.failed or {}), **(more.failed or {})}

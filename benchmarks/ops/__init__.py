@@ -1,6 +1,7 @@
 """The ops' benchmarks: one file per op, each a list of the inputs that users have.
 
 A file has ``cases(shapes=SHAPES)``, and for GPUs, which these would not fill, other shapes in LARGE, the largest first.
+DEVICES are those that have a kernel, if not all do.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:
         aggregate,
         apgd_step,
         contextual_attention,
+        decode_samples,
         gated_elu,
         noisy_replay,
         pgd_step,
@@ -73,11 +75,12 @@ def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:
 
     modules = (
         philox, aggregate, sample_latent, reconstruction_loss, pgd_step, apgd_step, random_transform, stitch, gated_elu,
-        contextual_attention, representation_distance, noisy_replay,
+        contextual_attention, representation_distance, noisy_replay, decode_samples,
     )  # fmt: skip
     return {
         module.__name__.rpartition(".")[2]: partial(module.cases, module.LARGE)
         if kind == "cuda" and hasattr(module, "LARGE")
         else module.cases
         for module in modules
+        if kind in getattr(module, "DEVICES", ("cpu", "cuda"))
     }
