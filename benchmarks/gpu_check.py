@@ -26,7 +26,6 @@ import time
 import traceback
 import xml.etree.ElementTree as xml
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,20 +151,15 @@ class Cases:
 
 
 def tests(context: Context) -> Outcome:
-    """tests/gpu, with Triton's kernels everywhere, then with the extension's where it has any."""
+    """tests/gpu: the small tensors side by side, then large ones one at a time."""
     found = Cases()
-    rounds = [("kernels of " + ("C++" if context.dry else "Triton"), context.dry, ["-m", "not large"], 0.7)]
-    rounds.append(("large tensors", context.dry, ["-m", "large"], 0.8))
-    if context.device.type == "cuda" and with_cuda():
-        chosen = " or ".join(f"{name}-cuda" for name in with_cuda())
-        rounds.append(("kernels of CUDA C++", True, ["-k", f"{chosen} or methods"], 1.0))
-    for index, (name, with_extension, arguments, share) in enumerate(rounds):
+    rounds = [("kernels", ["-m", "not large"], 0.8), ("large tensors", ["-m", "large"], 1.0)]
+    for index, (name, arguments, share) in enumerate(rounds):
         context.tell(index / len(rounds), name)
         seconds = share * context.left
-        # large tensors one at a time
         cores = min(6, (os.cpu_count() or 1) // 2) if importlib.util.find_spec("xdist") else 1
         cores = 1 if "large" in arguments else cores
-        _pytest(context, found, name, with_extension, arguments, cores, seconds)
+        _pytest(context, found, name, arguments, cores, seconds)
     late = [test for test, why in found.skipped.items() if "left out" in why]
     skipped = len(found.skipped) - len(late)
     summary = f"{len(found.passed)} passed, {len(found.failed)} failed, {skipped} skipped, {len(late)} left out"
@@ -173,9 +167,7 @@ def tests(context: Context) -> Outcome:
     return Outcome(PASSED if good else FAILED, summary, dataclasses.asdict(found), late)
 
 
-def _pytest(
-    context: Context, found: Cases, name: str, with_extension: bool, arguments: list[str], cores: int, seconds: float
-) -> None:
+def _pytest(context: Context, found: Cases, name: str, arguments: list[str], cores: int, seconds: float) -> None:
     path = context.out / "gpu_check" / "tests.xml"
     path.unlink(missing_ok=True)
     environ = {
@@ -184,8 +176,6 @@ def _pytest(
         "PURIFY_FAST_TEST_SECONDS": str(max(1.0, seconds)),
         "OMP_NUM_THREADS": "1",
     }
-    if not with_extension:
-        environ["PURIFY_FAST_NO_EXTENSION"] = "1"
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-v", f"--junitxml={path}", "-p", "no:cacheprovider"]
     if cores > 1:
         command += ["-n", str(cores)]
@@ -256,28 +246,15 @@ def sanitizer(context: Context) -> Outcome:
 
 
 def ops(context: Context) -> Outcome:
-    """`python -m benchmarks ops`, the backends of this process; then Triton's where CUDA C++ took its place."""
+    """`python -m benchmarks ops`."""
     keep_memory()
     budget = Budget(context.left, True, {}, tell=context.tell)
     run_ops(list(registry(context.device.type)), context.device, context.dry, context.out, budget)
-    if with_cuda() and context.device.type == "cuda":
-        os.environ["PURIFY_FAST_NO_EXTENSION"] = "1"  # read when the other process imports the package
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-            names = [name for name in with_cuda() if name in registry(context.device.type)]
-            more = other.submit(_triton_rows, names, context.device, context.out, context.left).result()
-        budget.left_out += more.left_out
-        budget.failed = {**(budget.failed or {}), **(more.failed or {})}
     rows = _read(context.out / report.ROWS)
     wrong = [" ".join(row[k] for k in ("op", "variant", "shape", "dtype")) for row in rows if row["verdict"] == "wrong"]
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("best", "level", "behind")}
     summary = f"{len(rows)} rows: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}, {len(wrong)} wrong"
     return _measured(budget, bool(rows), summary, wrong)
-
-
-def _triton_rows(names: list[str], device: torch.device, out: Path, seconds: float) -> Budget:
-    budget = Budget(seconds, True, {})
-    run_ops([name for name in names if "triton" in REGISTRY[name].available["cuda"]], device, False, out, budget)
-    return budget
 
 
 def raced(context: Context) -> Outcome:

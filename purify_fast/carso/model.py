@@ -40,7 +40,8 @@ DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping]]
 
 def _packs(device: torch.device) -> bool:
     """Whether a kernel of our own decodes on ``device``; in a compiled graph the layers do, fused with the rest."""
-    return not torch.compiler.is_compiling() and REGISTRY["decode_samples"].served_by(device) != "reference"
+    chosen = REGISTRY["decode_samples"].choice(device)
+    return chosen not in (None, "reference") and not torch.compiler.is_compiling()
 
 
 class Carso(Defence):

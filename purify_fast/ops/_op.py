@@ -5,7 +5,8 @@ a compiled graph, and where no kernel wins, the public function calls the refere
 can fuse it with its surroundings.
 
 Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU), ``triton`` and ``cuda`` (GPU).
-``PURIFY_FAST_BACKEND`` forces one for its device, read once at import; `use_backend` does so for a block.
+``PURIFY_FAST_BACKEND`` forces one for its device, read once at import, or several, as ``triton,cuda``: each op takes
+the first that it has. `use_backend` does so for a block.
 """
 
 from __future__ import annotations
@@ -22,21 +23,25 @@ from .. import _library
 BACKENDS = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 
 
-def _checked(name: str | None) -> str | None:
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown; there are {', '.join(BACKENDS)}")
-    return name
+def _checked(names: str | None) -> tuple[str, ...]:
+    chosen = tuple(name.strip() for name in names.split(",")) if names is not None else ()
+    for name in chosen:
+        if name not in BACKENDS:
+            raise ValueError(f"backend {name!r} is unknown; there are {', '.join(BACKENDS)}")
+    return chosen
 
 
-_forced: str | None = _checked(os.environ.get("PURIFY_FAST_BACKEND"))
+_forced: tuple[str, ...] = _checked(os.environ.get("PURIFY_FAST_BACKEND"))
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Within the block, ops on ``name``'s device are served by ``name``; None restores the measured default.
 
+    Several are given as ``"triton,cuda"``: of those of its device, an op takes the first that it has.
+
     Raises:
-        ValueError: an unknown name. An op that lacks the backend raises RuntimeError when it is called.
+        ValueError: an unknown name. An op that has none of them raises RuntimeError when it is called.
     """
     global _forced
     before, _forced = _forced, _checked(name)
@@ -61,17 +66,24 @@ class Op:
         """Run on the arguments, the first a tensor: by the backend that serves its device. No gradient is recorded."""
         return (self.reference if self.plain(args[0].device) else self.handle)(*args)
 
-    def served_by(self, device: torch.device) -> str:
-        """The backend that serves this op on ``device``; raises RuntimeError if a forced one is missing."""
+    def choice(self, device: torch.device) -> str | None:
+        """The backend that serves this op on ``device``; None if what is forced there is missing."""
         kind = device.type
-        if _forced is not None and kind in BACKENDS[_forced]:
-            if _forced not in self.available[kind]:
-                raise RuntimeError(
-                    f"{self.name}: backend {_forced!r} is forced but missing; on {kind} there are: "
-                    f"{', '.join(self.available[kind])}"
-                )
-            return _forced
+        forced = [name for name in _forced if kind in BACKENDS[name]]
+        if forced:
+            return next((name for name in forced if name in self.available[kind]), None)
         return self.default.get(kind, "reference")
+
+    def served_by(self, device: torch.device) -> str:
+        """`choice`; raises RuntimeError if there is none."""
+        chosen = self.choice(device)
+        if chosen is None:
+            forced = " and ".join(repr(name) for name in _forced if device.type in BACKENDS[name])
+            raise RuntimeError(
+                f"{self.name}: backend {forced} is forced but missing; on {device.type} there are: "
+                f"{', '.join(self.available[device.type])}"
+            )
+        return chosen
 
     def plain(self, device: torch.device) -> bool:
         """Whether the public function should call the reference directly instead of the op.
@@ -79,7 +91,7 @@ class Op:
         Always so inside a compiled graph, unless a backend is forced: the compiler fuses the reference with what
         surrounds it, and an op is a wall to it.
         """
-        if _forced is None and torch.compiler.is_compiling():
+        if not _forced and torch.compiler.is_compiling():
             return True
         return self.served_by(device) == "reference"
 

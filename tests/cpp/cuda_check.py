@@ -25,7 +25,6 @@ INSTRUCTIONS = {
         "ldmatrix.sync.aligned.m8n8.x4",
         "ld.global.nc.v4",
     ),
-    "philox": ("st.global.v4",),
 }
 
 

@@ -25,11 +25,27 @@ def test_every_op_has_its_reference_everywhere():
 
 
 def test_forced_backend_of_another_device_leaves_this_one_alone():
-    for op in REGISTRY.values():
+    for name, op in REGISTRY.items():
         with use_backend("triton"):
             assert op.served_by(CPU) == op.default["cpu"]
-            assert op.served_by(CUDA) == "triton"
+            assert op.choice(CUDA) == (None if name.startswith("decode_samples") else "triton")
         assert op.served_by(torch.device("meta")) == "reference"
+
+
+def test_of_several_forced_backends_an_op_takes_the_first_it_has(monkeypatch):
+    op = REGISTRY["philox"]
+    with use_backend("cuda, triton,cpp"):
+        assert op.served_by(CUDA) == "triton"
+        monkeypatch.setitem(op.available, "cuda", ("reference", "cuda", "triton"))
+        assert op.served_by(CUDA) == "cuda"
+        monkeypatch.setitem(op.available, "cuda", ("reference",))
+        assert op.choice(CUDA) is None
+        with pytest.raises(
+            RuntimeError, match=r"philox: backend 'cuda' and 'triton' is forced but missing; on cuda .*: ref"
+        ):
+            op.served_by(CUDA)
+    with pytest.raises(ValueError, match="backend 'gpu' is unknown"), use_backend("triton,gpu"):
+        pass
 
 
 def test_a_missing_forced_backend_raises_and_lists(monkeypatch):

@@ -1,0 +1,91 @@
+"""The decoders people use, on a device, against the same layers in float64 on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from purify_fast.nn import Decoder, DecoderV1, PackedDecoder, decoder_plan, decoder_plan_v1, published_decoder
+from purify_fast.ops import REGISTRY, use_backend
+
+DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
+if DEVICE.type == "cuda" and not torch.cuda.is_available():
+    pytest.skip("no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+BACKEND = REGISTRY["decode_samples"].available[DEVICE.type][-1]
+IMAGES = 6 if DEVICE.type == "cuda" else 2
+SEED = torch.tensor([2**40 + 5])
+
+
+def cifar() -> nn.Module:
+    return Decoder(128, 512, (3, 32, 32), *published_decoder((3, 32, 32)))
+
+
+def tiny() -> nn.Module:
+    return Decoder(192, 768, (3, 64, 64), *published_decoder((3, 64, 64)))
+
+
+def first_version() -> nn.Module:
+    return DecoderV1(64, 130, (1, 28, 28), *decoder_plan_v1(1, 194))
+
+
+def oblong() -> nn.Module:
+    return Decoder(10, 24, (2, 20, 31), *decoder_plan((2, 20, 31), 12))
+
+
+def made(decoder, images: int = IMAGES) -> tuple[nn.Module, Tensor, Tensor]:
+    """A decoder with BatchNorms that are not the identity, conditions, and ids."""
+    torch.manual_seed(0)
+    model = decoder()
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.running_mean, std=0.1)
+            nn.init.uniform_(layer.running_var, 0.02, 0.1)  # about what fresh weights give
+    width = {"cifar": 512, "tiny": 768, "first_version": 130, "oblong": 24}[decoder.__name__]
+    return model.eval(), torch.randn(images, width), torch.arange(images) * 3 + 1
+
+
+def answer(packed: PackedDecoder, condition: Tensor, ids: Tensor, samples: int, **options) -> tuple[Tensor, Tensor]:
+    """Images and the condition's gradient of a fixed sum of them."""
+    device, real = packed.packed.device, packed.biases.dtype
+    leaf = condition.to(device, real).requires_grad_()
+    images = packed(leaf, SEED.to(device), ids.to(device), samples, **options)
+    weight = torch.randn(images.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((images * weight.to(device, images.dtype)).sum(), leaf)
+    return images.detach().double().cpu(), gradient.double().cpu()
+
+
+@pytest.mark.parametrize("decoder", [cifar, tiny, first_version, oblong])
+@pytest.mark.parametrize("squash", [True, False])
+def test_within_twice_the_layers_error(decoder, squash):
+    model, condition, ids = made(decoder)
+    exact = answer(PackedDecoder(model, torch.float64), condition, ids, 3, squash=squash)
+    packed = PackedDecoder(model)
+    layers = answer(packed, condition, ids, 3, squash=squash)
+    with use_backend(BACKEND):
+        ours = answer(packed.to(DEVICE), condition, ids, 3, squash=squash)
+    for got, same, golden in zip(ours, layers, exact, strict=True):
+        assert golden.norm() > 0
+        assert (got - golden).norm() <= 2 * (same - golden).norm() + 1e-3 * golden.norm()
+
+
+@pytest.mark.parametrize("decoder", [cifar, oblong])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_sample_has_the_same_bits_in_any_batch(decoder, channels_last):
+    """Plans, tiles and chunks depend on how many there are; what is computed does not."""
+    many = 300 if DEVICE.type == "cuda" else 3
+    model, condition, ids = made(decoder, many)
+    packed, options = PackedDecoder(model).to(DEVICE), {"channels_last": channels_last, "dtype": torch.bfloat16}
+    if BACKEND == "reference":
+        pytest.skip("the layers' bits depend on the batch")
+    with use_backend(BACKEND):
+        whole = answer(packed, condition, ids, 4, **options)[0]
+        assert torch.equal(answer(packed, condition, ids, 1, **options)[0], whole[:, :1])
+        for part in (slice(0, 1), slice(1, 8), slice(many - 2, many)):
+            images, gradient = answer(packed, condition[part], ids[part], 4, **options)
+            assert torch.equal(images, whole[part]) and torch.isfinite(gradient).all()
