@@ -187,10 +187,10 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
         return row | times | columns | {"ratio": "1.000", "verdict": "best"}
 
     monkeypatch.setattr(measure, "measure", fake)
-    running.run_ops(["pgd_step"], CPU, True, tmp_path)
-    running.run_ops(["pgd_step", "noisy_replay"], CPU, True, tmp_path, running.Budget(resume=True))
-    assert [op for op, *_ in measured] == 4 * ["pgd_step"] + 4 * ["noisy_replay"]
-    running.run_ops(["pgd_step"], CPU, True, tmp_path)
+    running.run_ops(["apgd_step"], CPU, True, tmp_path)
+    running.run_ops(["apgd_step", "noisy_replay"], CPU, True, tmp_path, running.Budget(resume=True))
+    assert [op for op, *_ in measured] == 4 * ["apgd_step"] + 4 * ["noisy_replay"]
+    running.run_ops(["apgd_step"], CPU, True, tmp_path)
     rows = report.read_csv(tmp_path / report.ROWS)
     assert len(measured) == 12 and len(rows) == 8
 

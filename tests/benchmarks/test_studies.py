@@ -462,10 +462,12 @@ def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
     cases = {name: {"big": None, "small": None} for name in ("one", "two")}
     monkeypatch.setattr(pipelines, "registry", lambda: {n: (lambda quick, c=c: c) for n, c in cases.items()})
     monkeypatch.setattr(report, "report_pipelines", lambda out: None)
-    monkeypatch.setattr(race, "race", lambda pipeline, case, *a: [{"pipeline": pipeline, "case": case, "ms": ms}])
+    monkeypatch.setattr(
+        race, "race", lambda pipeline, case, *a: [{"pipeline": pipeline, "case": case, "ms": ms, "verdict": "right"}]
+    )
 
     def rows() -> set[tuple[str, ...]]:
-        return {tuple(row.values()) for row in report.read_csv(tmp_path / report.PIPELINES)}
+        return {(row["pipeline"], row["case"], row["ms"]) for row in report.read_csv(tmp_path / report.PIPELINES)}
 
     ms, cpu = "1", torch.device("cpu")
     program.run_pipelines(["one", "two"], cpu, True, tmp_path)
@@ -475,7 +477,7 @@ def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
         calls.append(case)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return [{"pipeline": pipeline, "case": case, "ms": "2"}]
+        return right(pipeline, case, "2")
 
     monkeypatch.setattr(race, "race", breaks)
     with pytest.raises(KeyboardInterrupt):

@@ -109,7 +109,7 @@ def test_arrest_distance_attack_and_replay(backend):
 
     def found(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         student, teacher = (copy.deepcopy(m).to(device, dtype).eval() for m in (now, start))
-        task = ArrestTask(student, ArrestConfig(eps=0.1, steps=3), SHAPE, ["hidden"], teacher)
+        task = ArrestTask(student, ArrestConfig(eps=0.1, steps=3, alpha=None), SHAPE, ["hidden"], teacher)
         batch = Batch(images().to(device, dtype), y.to(device), torch.arange(6, device=device), 7, 0, 10)
         assert task.teacher is not None
         of_teacher = task.teacher(batch)
