@@ -462,9 +462,11 @@ def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
     cases = {name: {"big": None, "small": None} for name in ("one", "two")}
     monkeypatch.setattr(pipelines, "registry", lambda: {n: (lambda quick, c=c: c) for n, c in cases.items()})
     monkeypatch.setattr(report, "report_pipelines", lambda out: None)
-    monkeypatch.setattr(
-        race, "race", lambda pipeline, case, *a: [{"pipeline": pipeline, "case": case, "ms": ms, "verdict": "right"}]
-    )
+
+    def right(pipeline: str, case: str, ms: str) -> list[dict]:
+        return [{"pipeline": pipeline, "case": case, "ms": ms, "verdict": "right"}]
+
+    monkeypatch.setattr(race, "race", lambda pipeline, case, *a: right(pipeline, case, ms))
 
     def rows() -> set[tuple[str, ...]]:
         return {(row["pipeline"], row["case"], row["ms"]) for row in report.read_csv(tmp_path / report.PIPELINES)}
