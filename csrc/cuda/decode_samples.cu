@@ -192,7 +192,8 @@ Tensor decode_samples(Tensor condition, Tensor seed, Tensor sample_ids, Tensor p
   sample_ids = torch::stable::contiguous(sample_ids);
   const auto [c, h, w] = image_sizes(numbers);
   const int64_t total = sample_ids.numel() * samples;
-  Tensor out = channels_last
+  // one channel or one pixel is both layouts, and PyTorch then gives it the strides of the contiguous one
+  Tensor out = channels_last && c > 1 && h * w > 1
                    ? torch::stable::permute(torch::stable::new_empty(condition, {total, h, w, c}, dtype), {0, 3, 1, 2})
                    : torch::stable::new_empty(condition, {total, c, h, w}, dtype);
   Task task{};
