@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for kind, known, text in (
-        ("ops", registry(), "the ops against their references"),
+        ("ops", registry("cuda"), "the ops against their references"),
         ("pipelines", pipelines.registry(), "what users run end to end, against a plain implementation"),
     ):
         one = commands.add_parser(kind, help=text)
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error("no CUDA device is available; --dry rehearses everything on the CPU")
         out = chosen.out or folder(device, chosen.dry)
         sys.exit(not gpu_check.main(out, device, chosen.dry, chosen.only, chosen.redo, chosen.seconds, chosen.total))
-    known = registry() if chosen.command == "ops" else pipelines.registry()
+    known = registry(chosen.device) if chosen.command == "ops" else pipelines.registry()
     unknown = set(chosen.names) - set(known)
     if unknown:
         kind = chosen.command.removesuffix("s")
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         print((out / report.PIPELINES_TABLE).read_text())
         return
     keep_memory()
-    run_ops(chosen.names or list(registry()), device, chosen.quick, out)
+    run_ops(chosen.names or list(known), device, chosen.quick, out)
     for line in report.read_csv(out / report.VERDICTS):
         name = f"{line['op']} {line['direction']}, eager calls on {device.type}"
         worst = f"{line['behind_eager']} rows behind, worst ratio {line['worst_ratio']}: {line['worst_row']}"

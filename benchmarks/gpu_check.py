@@ -97,7 +97,7 @@ def with_cuda() -> list[str]:
 
 def extension(context: Context) -> Outcome:
     """The one that is loaded if it has what the device needs, else one built aside."""
-    have = bool(with_cuda()) if context.device.type == "cuda" else _library.loaded()
+    have = "decode_samples" in with_cuda() if context.device.type == "cuda" else _library.loaded()
     path = Path(_library.path) if have and _library.path else None
     how = "loaded"
     if path is None:
@@ -345,6 +345,7 @@ def run_section(name: str, out: Path, device: torch.device, dry: bool, seconds: 
             process.join(GRACE)
         with contextlib.suppress(ProcessLookupError):  # what it started must not outlive it either
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # it may have had no time to lead a group
         process.join()
     if outcome is None:
         outcome = dataclasses.asdict(Outcome(FAILED, f"ended {GRACE:.0f} s after its limit of {seconds:.0f} s"))
@@ -423,7 +424,7 @@ def main(out: Path, device: torch.device, dry: bool, only: list[str], redo: bool
                 progress.write(f"{name}: left out, the {total:.0f} s for all are over", file=sys.stderr)
                 continue
             built = done(paths["extension"], mark)
-            if built and built["details"].get("how") == "built":
+            if built and built["details"].get("path"):
                 os.environ["PURIFY_FAST_EXTENSION"] = built["details"]["path"]
             result = {**run_section(name, out, device, dry, limit, tell), "fingerprint": mark}
             result["date"] = datetime.datetime.now().isoformat(timespec="seconds")

@@ -72,6 +72,11 @@ class Budget:
                     self.failed[name] = traceback.format_exc()
 
 
+def _registry(device: torch.device, quick: bool) -> dict[str, Callable[[], list[Case]]]:
+    """The cases for a device; to be quick those for a CPU, where there are any."""
+    return registry(device.type) | (registry("cpu") if quick else {})
+
+
 def _rows(ops: dict[str, Callable[[], list[Case]]], names: list[str], quick: bool) -> list[tuple]:
     """(rank of the case, op, case, direction, style) of every row."""
     rows = []
@@ -90,7 +95,7 @@ def key(op: str, case: Case, direction: str, style: str, backend: str = "") -> t
 
 def _compile(op: str, index: int, direction: str, style: str, quick: bool, device: torch.device) -> None:
     """Fill the compiler's cache on disk with what a row needs; in a process of its own."""
-    case = registry("cpu" if quick else device.type)[op]()[index]
+    case = _registry(device, quick)[op]()[index]
     measure.prepare(op, case, direction, style, device, ("compile", "ours"))
 
 
@@ -115,13 +120,21 @@ def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budg
     """Measure, and write after every row; rows of ops that are not named stay."""
     budget = budget or Budget()
     effort = measure.QUICK if quick else measure.Effort()
-    ops = registry("cpu" if quick else device.type)
+    ops = _registry(device, quick)
     path = out / report.ROWS
     kept = {tuple(row[k] for k in KEY): row for row in (report.read_csv(path) if path.exists() else [])}
     if not budget.resume:
         kept = {at: row for at, row in kept.items() if at[0] not in names}
     order = {key(*row[1:])[:-1]: i for i, row in enumerate(_rows(ops, list(ops), False))}
-    backends = {name: measure.backend_of(name, device) for name in names}
+    backends = {}
+    for name in names:
+        try:
+            backends[name] = measure.backend_of(name, device)
+        except RuntimeError as error:  # the others can be measured all the same
+            if budget.failed is None:
+                raise
+            budget.failed[name] = str(error)
+    names = list(backends)
     bandwidth = limits.read(out).get((measure.environment(device)["device"], limits.COPY))
     work = [row for row in _rows(ops, names, quick) if key(*row[1:], backends[row[1]]) not in kept]
     if budget.seconds < math.inf:  # the first case of every op, eagerly called, comes before others

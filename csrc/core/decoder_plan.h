@@ -80,7 +80,8 @@ inline Segment segment_of(const std::vector<Product>& chain, bool gradient, int 
     for (int i = last; i >= first; --i) {
       out = rows_read(chain[i], gradient, out);
       int& buffer = s.buffers[(i - first) % 2];
-      buffer = most(buffer, samples * out.count() * chain[i].in_w * chain[i].pitch());
+      const int64_t needed = int64_t{samples} * out.count() * chain[i].in_w * chain[i].pitch();
+      buffer = most(buffer, needed < shared_bytes ? static_cast<int>(needed) : shared_bytes);  // which is too large
     }
   }
   for (int i = first; i <= last; ++i) s.zeros = most(s.zeros, chain[i].pitch());

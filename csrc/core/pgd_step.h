@@ -127,14 +127,15 @@ PF_HD void pgd_step_l1(const T* x, const T* grad, const T* x_nat, T* out, int64_
     });
     least = reached_by(k, size, n, most);
     bits_t<W> count = 0;
-    for (int64_t i = 0; i < n; ++i) count += size[i] >= least ? 1 : 0;
+    for (int64_t i = 0; i < n; ++i) count += (size[i] >= least) & (size[i] > 0) ? 1 : 0;
     length = step.alpha * (1 / static_cast<W>(count > 0 ? count : 1));
   } else {
     store_all(size, n, [](int64_t) PF_INLINE { return W(0); });
   }
   store_all(moved, n, [=](int64_t i) PF_INLINE {
     const W ahead = load(grad[i]) > 0 ? length : -length;
-    return load(x[i]) + (size[i] >= least ? ahead : W(0));
+    // the least number of all is 0 to a processor that flushes denormals
+    return load(x[i]) + ((size[i] >= least) & (size[i] > 0) ? ahead : W(0));
   });
 
   const auto offset = [=](int64_t i) PF_INLINE { return moved[i] - load(x_nat[i]); };

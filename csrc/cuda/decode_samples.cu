@@ -49,7 +49,10 @@ struct Warp {
   }
   template <class F>
   __device__ __forceinline__ void for_warps(int n, F f) {
-    for (int i = static_cast<int>(threadIdx.x / 32); i < n; i += decoder::warps) f(i);
+    for (int i = static_cast<int>(threadIdx.x / 32); i < n; i += decoder::warps) {
+      __syncwarp();  // the matrix instructions take whole warps, and the lanes of an item part at its borders
+      f(i);
+    }
   }
   __device__ __forceinline__ void barrier() { __syncthreads(); }
 

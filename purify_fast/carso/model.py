@@ -158,6 +158,7 @@ class Carso(Defence):
             quicken(reader.model, self.image_shape, self.accelerated["dtype"], self.accelerated["fold"])
         super()._prepare()
         self._reader = None if reader is None else (reader,)
+        self._packed = None
 
     # -- the parts ----------------------------------------------------------------------------------------------------
 
@@ -218,12 +219,13 @@ class Carso(Defence):
 
     def _packed_decoder(self, device: torch.device) -> PackedDecoder | None:
         """The decoder as one op: where a kernel serves it, and none of its weights may want a gradient."""
-        if self.training or self._fast is None or self._fast[0].dtype != torch.bfloat16 or not _packs(device):
+        narrow = self._fast is not None and self._fast[0].dtype == torch.bfloat16
+        if self.training or not narrow or self._purifier_dtype != torch.float32 or not _packs(device):
             return None
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters()):
             return None
         tensors = (*self.decoder.parameters(), *self.decoder.buffers())
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        state = tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
         if self._packed is None or self._packed[0] != state:
             with torch.inference_mode(False):  # to be differentiated through, wherever it is made
                 self._packed = state, PackedDecoder(self.decoder)

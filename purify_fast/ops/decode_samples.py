@@ -95,6 +95,17 @@ class Geometry:
             channels = layer.channels
         return out
 
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of the packed weights, the gradient's among them, and of the biases."""
+        first, *products = self.products()
+        channels = [self.start[0], *(layer.channels for layer in self.layers)]
+        backward = [
+            taps * _up(outputs, CHANNEL_TILE) * _up(inputs, CHANNEL_TILE)
+            for (taps, _, _), inputs, outputs in zip(products, channels, channels[1:], strict=False)
+        ]
+        forward = [taps * inputs * columns for taps, inputs, columns in (first, *products)]
+        return sum(forward) + sum(backward), sum(columns for _, _, columns in products)
+
 
 def _up(value: int, step: int) -> int:
     return -(-value // step) * step
@@ -336,12 +347,14 @@ def decode_prior(
         )
     if biases.dtype != real:
         raise ValueError(f"biases must be {real}, got {biases.dtype}")
-    size = sum(taps * inputs * columns for taps, inputs, columns in geometry.products())
-    if packed.dim() != 1 or packed.numel() < size:
-        raise ValueError(f"packed must hold at least {size} numbers for {geometry}, got {list(packed.shape)}")
+    weights_size, shifts = geometry.sizes()
+    for name, value, size in (("packed", packed, weights_size), ("biases", biases, shifts)):
+        if value.shape != (size,) or not value.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, [{size}] for {geometry}, got {list(value.shape)}")
     if dtype not in ((torch.float64,) if real == torch.float64 else (torch.float32, torch.bfloat16)):
         raise ValueError(f"dtype must be float32 or bfloat16 (float64 for float64 weights), got {dtype}")
-    if sample_ids.shape != (len(condition),) or sample_ids.dtype != torch.int64 or seed.dtype != torch.int64:
+    streams = (seed.shape, sample_ids.shape, seed.dtype, sample_ids.dtype)
+    if streams != ((1,), (len(condition),), torch.int64, torch.int64):
         raise ValueError(
             f"sample_ids must be [B] = [{len(condition)}] and int64, seed [1] and int64, "
             f"got {list(sample_ids.shape)}, {sample_ids.dtype} and {list(seed.shape)}, {seed.dtype}"
@@ -357,5 +370,7 @@ def decode_prior(
         out = images(logits, squash, channels_last, dtype)
     else:
         sizes = geometry.numbers(), samples, float(slope), squash
-        out = _DecodeSamples.apply(condition, seed, sample_ids, packed, biases, *sizes, channels_last, dtype)
+        # the gradient is taken from the image: in bfloat16 all above 0.998 is 1, and would have none
+        wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
+        out = _DecodeSamples.apply(condition, seed, sample_ids, packed, biases, *sizes, channels_last, wanted).to(dtype)
     return out.unflatten(0, (-1, samples))

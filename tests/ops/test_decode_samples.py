@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -117,6 +118,8 @@ def test_packing_is_undone():
     assert torch.equal(unpacked[:, :40, :24], weight)
     assert not unpacked[:, 40:].any() and not unpacked[..., 24:].any()
     assert op.Geometry.of(GEOMETRY.numbers()) == GEOMETRY
+    *_, packed, biases = packed_arguments()
+    assert GEOMETRY.sizes() == (packed.numel(), biases.numel())
 
 
 @pytest.mark.parametrize("squash", [False, True])
@@ -137,6 +140,17 @@ def test_gradients_of_the_op(squash):
     condition.requires_grad_()
     assert torch.autograd.gradcheck(lambda c: opaque(c, *rest), condition)
     assert torch.autograd.gradcheck(lambda c: op.reference(c, *rest), condition)
+
+
+def test_white_pixels_keep_their_gradient(monkeypatch):
+    """Of an image in bfloat16, where the sigmoid of 6.5 is 1."""
+    condition, seed, ids, packed, biases = packed_arguments(2, torch.bfloat16)
+    biases[-op.COLUMN_TILE :] = 6.5
+    monkeypatch.setattr(op, "OP", replace(op.OP, default={"cpu": "cpp"}))  # as where a kernel serves
+    images = op.decode_prior(condition.requires_grad_(), seed, ids, packed, biases, GEOMETRY, 3, dtype=torch.bfloat16)
+    assert images.dtype == torch.bfloat16 and (images == 1).float().mean() > 0.3
+    gradient = torch.autograd.grad(images[images == 1].sum(), condition)[0]
+    assert gradient.abs().max() > 0
 
 
 def test_decode_prior_compiles(contract):
@@ -160,7 +174,10 @@ def test_decode_prior_compiles(contract):
     ("change", "message"),
     [
         ({"packed": torch.zeros(9, dtype=torch.float16)}, "packed must be bfloat16, float32 or float64, got torch.flo"),
-        ({"packed": torch.zeros(9)}, "packed must hold at least"),
+        ({"packed": torch.zeros(9)}, r"packed must be contiguous, \[\d+\] for Geometry.*, got \[9\]"),
+        ({"biases": torch.zeros(1)}, r"biases must be contiguous, \[40\] for Geometry.*, got \[1\]"),
+        ({"biases": torch.zeros(80)[::2]}, "biases must be contiguous"),
+        ({"seed": torch.zeros(0, dtype=torch.int64)}, r"seed \[1\] and int64, got \[2\], torch.int64 and \[0\]"),
         ({"condition": torch.zeros(2, 23)}, r"condition must be \[B, 24\] and torch.float32, got \[2, 23\]"),
         ({"condition": torch.zeros(2, 24).half()}, r"condition must be .* got \[2, 24\] and torch.float16"),
         ({"biases": torch.zeros(40).double()}, "biases must be torch.float32, got torch.float64"),
