@@ -80,7 +80,7 @@ def _why(op, kind: str, served: str) -> str:
     if kind == "cuda" and served == "reference" and len(op.available["cuda"]) > 1:
         opt_in = ", ".join(name for name in op.available["cuda"] if name != "reference")
         return f"{opt_in}: opt-in, not yet run on a GPU"
-    if kind == "cpu" and served == "reference" and "cpp" not in op.available["cpu"]:
+    if kind == "cpu" and served == "reference" and not _library.loaded():
         return "the extension is not loaded"
     return op.why[kind] or f"see benchmarks/results/{kind}"
 

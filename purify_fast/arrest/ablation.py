@@ -167,10 +167,8 @@ def ablate(
 
     found: dict[str, _Result] = {}
     scratch = {STANDARD: 0.0, **{f"{SCRATCH}, eps x {s:g}": s for s in sorted(what.shares)}, SCRATCH: 1.0}
-    for name, share in scratch.items():
-        torch.manual_seed(loop.seed)
-        model = make()
-        training = ClassifierConfig(
+    trainings = {
+        name: ClassifierConfig(
             eps=share * config.eps,
             norm=config.norm,
             steps=config.steps,
@@ -178,8 +176,13 @@ def ablate(
             warm_up=config.warm_up,
             learning_rate=what.scratch_learning_rate if share else what.standard_learning_rate,
         )
+        for name, share in scratch.items()
+    }
+    for name, share in scratch.items():
+        torch.manual_seed(loop.seed)
+        model = make()
         epochs = what.scratch_epochs if share else what.standard_epochs
-        found[name] = attacked(name, trained(name, ClassifierTask(model, training), epochs, model))
+        found[name] = attacked(name, trained(name, ClassifierTask(model, trainings[name]), epochs, model))
     for name, chosen in finetunings.items():
         model = load_classifier(_folder(out, STANDARD)).to(images.y_train.device)
         task = ArrestTask(model, chosen, images.image_shape)

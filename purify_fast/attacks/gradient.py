@@ -213,7 +213,7 @@ def pgd(
             if keep_best:
                 best, best_score = _better(best, best_score, adversarial, torch.stack([wrong, value]))
             step = radius * _fall(i, steps) if constant is None else constant
-            share = DENSITY * _fall(i, steps) if density is None else density
+            share = _share(norm, i, steps) if density is None else density
             adversarial = pgd_step(adversarial, gradient.to(x.dtype), x, step, radius, norm, lo, hi, share)
         if health is not None:
             with torch.no_grad():
@@ -229,6 +229,11 @@ def pgd(
 def _fall(i: int, steps: int) -> float:
     """From 1 at the first step to a hundredth at the last."""
     return 100.0 ** (-i / max(1, steps - 1))
+
+
+def _share(norm: str, i: int, steps: int) -> float:
+    """Of the coordinates that an l1 step moves; for others a constant: each new number would be compiled for."""
+    return DENSITY * _fall(i, steps) if norm == "l1" else DENSITY
 
 
 def _better(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,6 +334,6 @@ def pgd_and_fgsm(
         adversarial = moved[:half]
         for i in range(1, steps):
             gradient, _, _ = _gradient(model, adversarial, labels, loss, 1, None)
-            share = DENSITY * _fall(i, steps)
+            share = _share(norm, i, steps)
             adversarial = pgd_step(adversarial, gradient.to(x.dtype), nat, step, radius[:half], norm, lo, hi, share)
     return torch.cat([adversarial, moved[half:]])

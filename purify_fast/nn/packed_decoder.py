@@ -119,7 +119,15 @@ class PackedDecoder(nn.Module):
             seed: ``[1]`` int64. sample_ids: ``[B]`` int64; both on the condition's device.
             samples: K. squash: whether to end with a sigmoid. channels_last: the images' layout.
             dtype: of the images, as `purify_fast.ops.decode_prior` takes it.
+
+        Raises:
+            ValueError: a condition of another shape; what `decode_prior` refuses.
         """
+        if condition.dim() != 2 or condition.shape[1] != self.weight.shape[1] or not condition.is_floating_point():
+            raise ValueError(
+                f"condition must be floating point [B, {self.weight.shape[1]}], got {condition.dtype} "
+                f"{list(condition.shape)}"
+            )
         with torch.autocast(condition.device.type, enabled=False):
             first = F.linear(condition.to(self.weight.dtype), self.weight, self.bias)
         return decode_prior(

@@ -27,7 +27,8 @@ def _checked(names: str | None) -> tuple[str, ...]:
     chosen = tuple(name.strip() for name in names.split(",")) if names is not None else ()
     for name in chosen:
         if name not in BACKENDS:
-            raise ValueError(f"backend {name!r} is unknown; there are {', '.join(BACKENDS)}")
+            known = ", ".join(BACKENDS)
+            raise ValueError(f"backend {name!r} is unknown; there are {known} (use_backend, PURIFY_FAST_BACKEND)")
     return chosen
 
 

@@ -86,5 +86,8 @@ def test_refusals():
         PackedDecoder(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="dtype must be bfloat16"):
         PackedDecoder(decoder, torch.float16)
+    for condition in (torch.zeros(3, 9), torch.zeros(10), torch.zeros(3, 10, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"condition must be floating point \[B, 10\], got torch"):
+            PackedDecoder(decoder)(condition, SEED, IDS, 2)
     with pytest.raises(ValueError, match="decoder must be in evaluation mode"):
         PackedDecoder(decoder.train())
