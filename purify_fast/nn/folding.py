@@ -142,12 +142,16 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def folded(layer: Any, norm: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Weight and bias, computed in ``dtype``, of ``layer`` with ``norm`` in evaluation mode folded into it."""
+    """Weight and bias, computed in ``dtype``, of ``layer`` with ``norm`` in evaluation mode folded into it.
+
+    A transposed convolution (of one group) has its outputs in the weight's second dimension.
+    """
     mean, variance = norm.running_mean.to(dtype), norm.running_var.to(dtype)
     scale = (variance + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.to(dtype))
     shift = 0 if norm.bias is None else norm.bias.to(dtype)
     bias = 0 if layer.bias is None else layer.bias.to(dtype)
-    weight = layer.weight.to(dtype) * scale.view(-1, *[1] * (layer.weight.dim() - 1))
+    outputs = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+    weight = layer.weight.to(dtype) * scale.view(-1, *[1] * (layer.weight.dim() - 1 - outputs))
     return weight, (bias - mean) * scale + shift
 
 

@@ -9,21 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.decode_samples import Geometry, Layer, Weights, decode_prior, pack, unpack
+from .folding import folded
 from .layers import BatchNorm2d
 from .vae import Decoder, Deconvolution
 from .vae_v1 import DecoderV1
 
 
 def _folded(layer: nn.ConvTranspose2d, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-    """Weight [in, out, k, k] and bias [out] in float64, with the BatchNorm after it."""
-    weight = layer.weight.double()
-    bias = weight.new_zeros(layer.out_channels) if layer.bias is None else layer.bias.double()
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        mean, variance = norm.running_mean, norm.running_var
-        assert mean is not None and variance is not None  # `Decoder`'s layers keep them
-        scale = norm.weight.double() * (variance.double() + norm.eps).rsqrt()
-        weight, bias = weight * scale.view(-1, 1, 1), (bias - mean.double()) * scale + norm.bias.double()
-    return weight, bias
+    """Weight [in, out, k, k] and bias [out] in float64, with the BatchNorm after it; without one there is a bias."""
+    if isinstance(norm, BatchNorm2d):
+        return folded(layer, norm)
+    assert layer.bias is not None
+    return layer.weight.double(), layer.bias.double()
 
 
 class PackedDecoder(nn.Module):
@@ -67,18 +64,18 @@ class PackedDecoder(nn.Module):
             shift = first.bias.double().view(-1, 1, 1).expand(start)
         latent_dim, self.slope = decoder.latent_dim, decoder.slope
         after = [*layers[1:], None]
-        folded = [
+        convolutions = [
             (layer, *_folded(layer, norm))
             for layer, norm in zip(layers, after, strict=True)
             if isinstance(layer, nn.ConvTranspose2d)
         ]
         (_, h, w), sizes = start, []
-        for layer, *_ in folded:
+        for layer, *_ in convolutions:
             made = Deconvolution.of(layer)
             h, w = made.size(h, w)
             sizes.append(Layer(made.channels, made.kernel, made.stride, made.padding, h, w))
         self.geometry = Geometry(latent_dim, start, tuple(sizes))
-        packed, biases = pack(joint[..., :latent_dim], [w for _, w, _ in folded], [b for *_, b in folded])
+        packed, biases = pack(joint[..., :latent_dim], [w for _, w, _ in convolutions], [b for *_, b in convolutions])
         real = torch.float64 if dtype == torch.float64 else torch.float32
         by_pixel = joint[..., latent_dim:].permute(1, 2, 0, 3).flatten(0, 2)
         for name, value, kind in (
