@@ -87,17 +87,13 @@ def tail(text: str, lines: int = 30) -> str:
     return "\n".join(text.strip().splitlines()[-lines:])
 
 
-def with_cuda() -> list[str]:
-    """The ops that have a CUDA C++ kernel in the extension that is loaded."""
-    return [name for name, op in REGISTRY.items() if "cuda" in op.available["cuda"]]
-
-
 # -- the sections -----------------------------------------------------------------------------------------------------
 
 
 def extension(context: Context) -> Outcome:
     """The one that is loaded if it has what the device needs, else one built aside."""
-    have = "decode_samples" in with_cuda() if context.device.type == "cuda" else _library.loaded()
+    kernels = REGISTRY["decode_samples"].available["cuda"]  # the op that has one in CUDA C++
+    have = "cuda" in kernels if context.device.type == "cuda" else _library.loaded()
     path = Path(_library.path) if have and _library.path else None
     how = "loaded"
     if path is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
@@ -29,25 +28,11 @@ SIZES = {"cuda": Size(2 << 30, 8192, 20), "cpu": Size(256 << 20, 2048, 10)}
 QUICK = Size(8 << 20, 256, 3)
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call: by the device's own events on a GPU."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
-    call()
-    ended.record()
-    ended.synchronize()
-    return began.elapsed_time(ended) / 1e3
-
-
 def _times(calls: list[Callable[[], object]], device: torch.device, runs: int) -> list[float]:
     """Of ``runs`` calls in turn, after each was made once."""
     for call in calls:
         call()
-    return [seconds(call, device) for call, _ in zip(cycle(calls), range(runs), strict=False)]
+    return [measure.seconds([call], device) for call, _ in zip(cycle(calls), range(runs), strict=False)]
 
 
 def copies(device: torch.device, size: Size) -> tuple[int, list[float]]:

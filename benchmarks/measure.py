@@ -143,23 +143,28 @@ def agree(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch
     return len(actual) == len(expected)
 
 
+def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
+    """Of all calls, one after the other: by the device's own events on a GPU."""
+    if device.type == "cuda":
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        began.record()
+        for call in calls:
+            call()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - start
+
+
 def _clock(contestant: Contestant, repeats: int, device: torch.device) -> float:
     """Seconds per call."""
     calls = [contestant.calls[i % len(contestant.calls)] for i in range(repeats)]
     with contestant.mode():
-        if device.type == "cuda":
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize(device)
-            began.record()
-            for call in calls:
-                call()
-            ended.record()
-            ended.synchronize()
-            return began.elapsed_time(ended) / 1e3 / repeats
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        return (time.perf_counter() - start) / repeats
+        return seconds(calls, device) / repeats
 
 
 def quantile(times: list[float], fifths: int) -> float:
