@@ -6,10 +6,12 @@ purify_fast.ops          fused operations        purify_fast.attacks      PGD, A
 purify_fast.training     the shared loop         purify_fast.evaluation   adaptive evaluation and reports
 """
 
-from . import attacks, evaluation, ops, training
-from .atop import Atop
-from .carso import Carso
-from .saving import load
+from . import _compat, attacks, evaluation, ops, training
+from .methods.atop import Atop
+from .methods.carso import Carso
+from .methods.saving import load
+
+_compat.install()
 
 __version__ = "0.1.0"
 __all__ = ["Atop", "Carso", "attacks", "evaluation", "load", "ops", "training"]

@@ -16,19 +16,19 @@ from torch import nn
 
 from . import demo, info
 from ._process import processes
-from .arrest import AblationConfig, ArrestConfig, ArrestTask, Teacher, ablate
-from .atop import Atop, AtopConfig, AtopTask, DeepFillGenerator
-from .atop import load as load_atop
-from .carso import Carso, CarsoConfig, CarsoTask
-from .carso import load as load_carso
-from .carso.presets import preset
 from .data import DataSet, statistics
 from .data import load as load_data
+from .defences.base import Defence
 from .evaluation import Attack, default_attacks, evaluate, lee_kim_2023
-from .nn import CLASSIFIERS, build_classifier, build_purifier
-from .nn.classifiers import representation_before_pooling
-from .nn.defence import Defence
-from .saving import load
+from .methods.arrest import AblationConfig, ArrestConfig, ArrestTask, Teacher, ablate
+from .methods.atop import Atop, AtopConfig, AtopTask, DeepFillGenerator
+from .methods.atop import load as load_atop
+from .methods.atop.purifier import build_purifier
+from .methods.carso import Carso, CarsoConfig, CarsoTask
+from .methods.carso import load as load_carso
+from .methods.carso.presets import preset
+from .methods.saving import load
+from .models.classifiers import CLASSIFIERS, build_classifier, representation_before_pooling
 from .training import (
     ClassifierConfig,
     ClassifierTask,

@@ -13,8 +13,8 @@ from PIL import Image
 
 import purify_fast
 from purify_fast import cli
-from purify_fast.carso import PRESETS
 from purify_fast.evaluation import Report
+from purify_fast.methods.carso import PRESETS
 from purify_fast.training import load_classifier
 
 

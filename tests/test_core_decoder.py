@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from purify_fast.nn.vae import Deconvolution, decoder_plan, published_decoder
-from purify_fast.nn.vae_v1 import decoder_plan_v1
+from purify_fast.methods.carso.networks import Deconvolution, decoder_plan, published_decoder
+from purify_fast.methods.carso.networks_v1 import decoder_plan_v1
 from purify_fast.ops import Stream
 
 op = import_module("purify_fast.ops.decode_samples")

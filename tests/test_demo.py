@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from purify_fast import demo
-from purify_fast.carso import Carso
 from purify_fast.demo import arrest, atop, carso
 from purify_fast.demo.common import BASE, BASE_TRAINING, EPS, QUICK, STANDARD, Budget, Place, percent
 from purify_fast.evaluation import Report, Row
+from purify_fast.methods.carso import Carso
 from purify_fast.training import ClassifierConfig, save_classifier
 
 N = 8

@@ -10,7 +10,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from purify_fast.nn import Decoder, PackedDecoder, published_decoder
+from purify_fast.methods.carso.networks import Decoder, published_decoder
+from purify_fast.methods.carso.packed_decoder import PackedDecoder
 
 from . import Case, normal
 

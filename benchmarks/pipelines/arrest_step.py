@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purify_fast.arrest import ArrestConfig, ArrestTask
-from purify_fast.nn import PreActResNet18
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.training import Batch
 
 from . import Case, Job, columns, uncompiled

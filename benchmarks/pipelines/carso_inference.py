@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purify_fast import Carso
-from purify_fast.nn import SmallCNN
+from purify_fast.models.classifiers import SmallCNN
 
 from . import Case, Job, columns, uncompiled
 from .resnet18 import ResNet18

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purify_fast.nn import pre_encoder
-from purify_fast.nn.view import inside
+from purify_fast.methods.carso.networks import pre_encoder
+from purify_fast.speed.inference_copy import inside
 
 from . import Case, Contestant, Job
 

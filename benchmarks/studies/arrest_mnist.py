@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from purify_fast.arrest import ArrestConfig, ArrestTask
 from purify_fast.data import DataSet
 from purify_fast.evaluation import Attack, Tradeoff, merge, plot_tradeoff
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.training import FitConfig, fit, load_classifier, save_classifier
 
 from . import RESULT, Job, mnist

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from purify_fast.atop import Atop, AtopConfig, AtopTask
 from purify_fast.data import DataSet
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask
 from purify_fast.training import FitConfig, fit
 from purify_fast.training.checkpoint import fingerprint
 

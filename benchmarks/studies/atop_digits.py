@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from purify_fast import data
-from purify_fast.atop import Atop, AtopConfig, SmallGenerator, load
 from purify_fast.evaluation import Attack
+from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator, load
 from purify_fast.training import load_classifier
 
 from . import Job, atop

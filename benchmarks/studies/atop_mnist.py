@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from purify_fast.atop import Atop, AtopConfig, SmallGenerator, load
 from purify_fast.data import DataSet
 from purify_fast.evaluation import Attack, merge
+from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator, load
 from purify_fast.training import load_classifier
 
 from . import RESULT, Job, atop, mnist

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from purify_fast import data
-from purify_fast.carso import Carso, CarsoConfig, CarsoTask, load
+from purify_fast.defences.aggregation import Head
+from purify_fast.defences.noisy_ensemble import NoisyCopies
 from purify_fast.evaluation import Attack
-from purify_fast.nn import Head, NoisyCopies
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
 from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.checkpoint import fingerprint
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from purify_fast.carso import Carso, CarsoConfig, CarsoTask, load
 from purify_fast.data import DataSet
 from purify_fast.evaluation import Attack, Report, merge
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
 from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.checkpoint import fingerprint
 

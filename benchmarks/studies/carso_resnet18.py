@@ -16,9 +16,9 @@ from torch import nn
 
 from purify_fast import data
 from purify_fast._files import write_text
-from purify_fast.carso import Carso, CarsoConfig, CarsoTask, load
 from purify_fast.evaluation import Attack, evaluate, merge
-from purify_fast.nn import FrozenView
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
+from purify_fast.speed.inference_copy import FrozenView
 from purify_fast.training import FitConfig, fit
 from purify_fast.training.checkpoint import fingerprint
 

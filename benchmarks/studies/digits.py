@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from purify_fast import data
-from purify_fast.carso import rank_layers
 from purify_fast.evaluation import Attack, evaluate
-from purify_fast.nn import SmallCNN
+from purify_fast.methods.carso import rank_layers
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, save_classifier
 
 from . import Job

@@ -11,7 +11,7 @@ from torch import nn
 from purify_fast import data
 from purify_fast._files import write_text
 from purify_fast.evaluation import Attack, Report, evaluate
-from purify_fast.nn import SmallCNN
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, save_classifier
 
 from . import Job

@@ -1,8 +1,8 @@
 """Attacks on any model that maps images in [0, 1] to logits; run on a frozen view of it."""
 
-from ._frozen import frozen
 from .apgd import apgd
 from .bpda import Bpda
+from .frozen_model import frozen
 from .gradient import fgsm, input_gradient, pgd, pgd_and_fgsm
 from .health import GradientHealth
 from .losses import LOSSES, TARGETED, cross_entropy, dlr, dlr_targeted, margin

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..ops.apgd_step import NORMS, apgd_step
 from ..ops.pgd_step import per_sample
-from ._frozen import frozen
+from .frozen_model import frozen
 from .gradient import Model, _better, _check, _gradient, _score, random_start
 from .health import GradientHealth
 from .losses import LOSSES, TARGETED

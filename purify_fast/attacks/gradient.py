@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..ops.pgd_step import NORMS, per_sample, pgd_step
 from ..ops.philox import Stream, philox
-from ._frozen import frozen
+from .frozen_model import frozen
 from .health import GradientHealth
 from .losses import LOSSES, TARGETED
 

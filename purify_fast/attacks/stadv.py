@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.pgd_step import per_sample
-from ._frozen import frozen
+from .frozen_model import frozen
 from .gradient import Model, _better, _check, _gradient, _not_negative, _score, random_start
 from .health import GradientHealth
 

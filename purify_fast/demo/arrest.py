@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..arrest import ArrestConfig, ArrestTask
-from ..carso import Carso, CarsoConfig, CarsoTask, Head
-from ..carso import load as load_carso
 from ..evaluation import Attack, Report, Tradeoff
+from ..methods.arrest import ArrestConfig, ArrestTask
+from ..methods.carso import Carso, CarsoConfig, CarsoTask, Head
+from ..methods.carso import load as load_carso
 from ..training import load_classifier, save_classifier
 from .carso import LAYERS
 from .common import BASE, BASE_TRAINING, CLASSIFIERS, EPS, STANDARD, Budget, Place, against, digits, percent

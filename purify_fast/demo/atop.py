@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from ..atop import Atop, AtopConfig, AtopTask, load
 from ..evaluation import Attack, Report
-from ..nn import SmallGenerator
+from ..methods.atop import Atop, AtopConfig, AtopTask, load
+from ..methods.atop.generators.small_generator import SmallGenerator
 from ..training import save_classifier
 from ..training.checkpoint import fingerprint
 from .common import EPS, STANDARD, Budget, Place, against, digits, percent

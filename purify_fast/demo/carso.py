@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..carso import Carso, CarsoConfig, CarsoTask, Head, load
 from ..evaluation import Attack, Report
+from ..methods.carso import Carso, CarsoConfig, CarsoTask, Head, load
 from ..training import save_classifier
 from ..training.checkpoint import fingerprint
 from .common import BASE, CLASSIFIERS, EPS, STANDARD, Budget, Place, against, digits, percent

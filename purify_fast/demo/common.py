@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import data
 from ..evaluation import Attack, Report, evaluate
-from ..nn import SmallCNN
+from ..models.classifiers import SmallCNN
 from ..training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, load_classifier, save_classifier
 
 EPS = 0.2

@@ -1,7 +1,7 @@
 """Honest evaluation of any model from images in [0, 1] to logits: attacks, gradient health, tables and pictures."""
 
-from .protocol import Attack, default_attacks, evaluate, lee_kim_2023
 from .report import Examples, Paired, Report, Row, merge
+from .runner import Attack, default_attacks, evaluate, lee_kim_2023
 from .tradeoff import Tradeoff, ar_bd, ar_point_dist, plot_tradeoff
 
 __all__ = [

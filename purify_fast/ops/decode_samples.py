@@ -311,7 +311,7 @@ def decode_prior(
     dtype: torch.dtype | None = None,
     weights: Weights | None = None,
 ) -> Tensor:
-    """Draw K latents per image and decode them with packed weights; `purify_fast.nn.PackedDecoder` wraps it.
+    """Draw K latents per image and decode them with packed weights; `purify_fast.methods.carso.PackedDecoder` wraps it.
 
     Args:
         condition: ``[B, H * W * C]`` for a first map [C, H, W]: the condition's half of the linear layer with its

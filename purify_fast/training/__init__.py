@@ -1,6 +1,6 @@
 """What the methods' training shares: the loop, checkpoints, schedules, and the training of classifiers."""
 
-from .allocator import keep_memory
+from ..speed.allocator import keep_memory
 from .classifier import ClassifierConfig, ClassifierTask, load_classifier, save_classifier
 from .lookahead import Lookahead
 from .loop import Batch, FitConfig, Task, fit

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attacks import pgd
-from ..nn.classifiers import CLASSIFIERS
+from ..models.classifiers import CLASSIFIERS
 from .checkpoint import read_model, save_model, structure
 from .loop import Batch
 from .schedules import one_cycle, rising

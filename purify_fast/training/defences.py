@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..nn.defence import Defence
+from ..defences.base import Defence
 from .checkpoint import fingerprint, read_model, save_model
 from .classifier import load_classifier
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .._files import atomic, digest
 from .._process import processes
 from ..data import StreamedImages, batches, crop_flip, read_ahead, to_float
-from ..nn.layers import BatchNorm1d, BatchNorm2d
+from ..models.layers import BatchNorm1d, BatchNorm2d
 from .checkpoint import read_tree, write_tree
 from .distributed import average_, from_first, gathered
 from .lookahead import Lookahead
@@ -111,7 +111,7 @@ def _check_batchnorm(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and not everywhere:
             raise ValueError(
                 f"{name} is a BatchNorm of one process's images: torch.nn.SyncBatchNorm.convert_sync_batchnorm makes "
-                "it one of all (GPUs only), or use purify_fast.nn.layers.BatchNorm2d"
+                "it one of all (GPUs only), or use purify_fast.models.layers.BatchNorm2d"
             )
 
 
@@ -156,7 +156,7 @@ def fit(
     first, which alone reads and writes the folder; a run may be resumed by another number of them. The weights are
     those of one process up to floating point, but where a model draws otherwise than by `purify_fast` (torch's dropout:
     the same masks in every process), and where the published training's attacks cannot be shared out evenly
-    (`purify_fast.carso.training.balanced_batch`). A task's loss is the mean over its share, or scaled to be so.
+    (`purify_fast.methods.carso.task.balanced_batch`). A task's loss is the mean over its share, or scaled to be so.
 
     Returns:
         The last epoch's mean metrics.

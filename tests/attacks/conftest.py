@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from purify_fast.attacks import fgsm
-from purify_fast.nn import SmallCNN
+from purify_fast.models.classifiers import SmallCNN
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from purify_fast.attacks import GradientHealth, apgd, cross_entropy, dlr, dlr_targeted, pgd
 from purify_fast.attacks.apgd import _goals, checkpoints
-from purify_fast.nn import SmallCNN
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import pgd_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")

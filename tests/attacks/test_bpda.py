@@ -7,7 +7,7 @@ from torch import nn
 from purify_fast import Carso
 from purify_fast.attacks import Bpda, GradientHealth, apgd, fgsm, frozen, input_gradient, pgd
 from purify_fast.attacks.bpda import classifier_of
-from purify_fast.nn import SmallCNN
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,7 +4,7 @@ from torch import nn
 
 from purify_fast.attacks import GradientHealth, cross_entropy, dlr, fgsm, frozen, input_gradient, margin, pgd
 from purify_fast.attacks.gradient import random_start
-from purify_fast.nn import SmallCNN
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import pgd_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")

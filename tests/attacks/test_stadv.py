@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from purify_fast import data
 from purify_fast.attacks import GradientHealth, stadv
 from purify_fast.attacks.stadv import flow_loss, warp
-from purify_fast.nn import SmallCNN
+from purify_fast.models.classifiers import SmallCNN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

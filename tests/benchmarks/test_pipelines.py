@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.arrest import ArrestTask
-from purify_fast.arrest import training as arrest_training
-from purify_fast.atop import AtopTask
-from purify_fast.atop.training import attacked
-from purify_fast.nn.inpainting import GatedConv
+from purify_fast.methods.arrest import ArrestTask
+from purify_fast.methods.arrest import task as arrest_training
+from purify_fast.methods.atop import AtopTask
+from purify_fast.methods.atop.generators.deepfill import GatedConv
+from purify_fast.methods.atop.task import attacked
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package

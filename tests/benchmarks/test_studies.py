@@ -21,8 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast import data
-from purify_fast.evaluation import Report, protocol
-from purify_fast.nn import SmallCNN
+from purify_fast.evaluation import Report
+from purify_fast.evaluation import runner as protocol
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import save_classifier
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import torch
 from purify_fast._files import digest
 from purify_fast.data import StreamedImages, batches, read_ahead
 from purify_fast.data.streaming import AHEAD
-from purify_fast.nn import SmallCNN
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.checkpoint import read_tree
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from purify_fast.arrest import ArrestConfig, ArrestTask
-from purify_fast.atop import Atop, SmallGenerator
-from purify_fast.carso import Carso
-from purify_fast.nn import SmallCNN
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.methods.atop import Atop, SmallGenerator
+from purify_fast.methods.carso import Carso
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.training import Batch
 

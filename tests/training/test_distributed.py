@@ -15,7 +15,8 @@ import torch
 
 import purify_fast
 from purify_fast import cli
-from purify_fast.nn import NoisyCopies, SmallCNN
+from purify_fast.defences.noisy_ensemble import NoisyCopies
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import distributed, load_classifier
 from purify_fast.training.checkpoint import read_tree
 

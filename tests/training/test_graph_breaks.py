@@ -12,10 +12,10 @@ import torch
 
 import purify_fast
 from purify_fast import data
-from purify_fast.arrest import ArrestConfig, ArrestTask
-from purify_fast.atop import Atop, AtopConfig, AtopTask, SmallGenerator
-from purify_fast.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.nn import SmallCNN
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")

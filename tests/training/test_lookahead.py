@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from purify_fast import data
-from purify_fast.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.nn import SmallCNN
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Lookahead, fit
 from purify_fast.training.checkpoint import read_tree, write_tree
 

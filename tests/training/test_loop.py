@@ -14,8 +14,8 @@ from torch import nn
 
 from purify_fast import data
 from purify_fast._files import atomic
-from purify_fast.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.nn import SmallCNN
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import (
     Batch,
     ClassifierConfig,
@@ -33,9 +33,9 @@ from purify_fast.training.schedules import one_cycle
 RUN = """
 import sys, torch
 from purify_fast import data
-from purify_fast.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.nn import SmallCNN
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.models import SmallCNN
 from purify_fast.training import FitConfig, fit
 torch.set_num_threads(1)
 torch.manual_seed(0)

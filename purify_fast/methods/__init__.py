@@ -1,0 +1,1 @@
+"""The three methods: CARSO, AToP and ARREST. They do not import each other."""

@@ -1,0 +1,431 @@
+"""ARREST: adversarial finetuning of a standardly trained classifier that stays close to its old representation.
+
+With f, h the classifier being trained, its logits and representation, and h* that of its frozen start,
+
+    drift_i = d(h(x_i), h*(x_i))
+    x_in    = x + u, u ~ Uniform(-eps, eps), where drift_i > tau in the first half of the epochs   (noisy replay)
+            = x', PGD on the cross-entropy, elsewhere                                    (adversarial finetuning)
+    L       = CE(f(x_in), y) + lambda mean d(h(x_in), h*(x)),   d = 1 - |cos|            (distillation)
+
+Suzuki et al.: "Adversarial Finetuning with Latent Representation Constraint to Mitigate Accuracy-Robustness Tradeoff",
+arXiv 2308.16454 (ICCV 2023). It has no official code: `ArrestConfig` says for each number how well it is known.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import cos, radians
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ...attacks import frozen, pgd
+from ...data import StreamedImages, to_float
+from ...models.classifiers import representation_before_pooling
+from ...models.representation import Representation, untapped
+from ...ops.noisy_replay import noisy_replay
+from ...ops.pgd_step import NORMS
+from ...ops.representation_distance import representation_distance
+from ...speed.inference_copy import LiveView, channels_last, inside, quicken
+from ...training.checkpoint import fingerprint, structure
+from ...training.distributed import average_
+from ...training.loop import Batch
+from ...training.schedules import arrest_published, one_cycle, rising
+
+CHOICES = {
+    "norm": NORMS,
+    "distance": ("abs_cosine", "cosine", "angular", "l2"),
+    "drift_mode": ("eval", "train"),
+    "optimizer": ("sgd", "adamw"),
+    "schedule": ("published", "one_cycle", "constant"),
+    "precision": ("float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class ArrestConfig:
+    """Numbers of ARREST's finetuning. "Paper" is its abstract or text that quotes it, "port" a re-implementation by
+    readers of the paper (sgmath12/FAT), "ours" a choice of this package where neither tells.
+
+    Args:
+        eps: radius in image units (paper: 8/255). norm: ``linf`` (paper), ``l2`` or ``l1``.
+        steps, alpha: of PGD on the cross-entropy alone (paper, port: 10 and 2/255). alpha None: 2.5 eps / steps (ours).
+            Together they must reach eps: alpha is not scaled with it.
+        start: whether PGD begins at a random point of the ball (ours).
+        warm_up: share of the epochs over which eps rises linearly from 0 (ours; port: 0).
+        weight: lambda of the distillation (port: 50); 0 leaves it out.
+        distance: d, ``abs_cosine`` (port; what the paper calls angular), ``cosine``, ``angular`` or ``l2``.
+        pooled: read maps after global average pooling (the port's deviation) and not before (paper, says the port);
+            not for vectors.
+        replay: whether noisy replay is on. angle: phi in degrees (port: 30); tau is the distance of two vectors at it.
+        tau: the threshold itself, for a distance that no angle decides, or to be set freely; None takes the angle's.
+        replay_share: of the epochs, the first, in which examples are replayed (port: half).
+        drift_mode: the drift test's mode, ``eval`` (ours), which leaves BatchNorm's statistics alone, or ``train``
+            (port).
+        optimizer: ``sgd`` with momentum (port), or ``adamw`` (ours). learning_rate: its peak (port: 0.025).
+        momentum: of sgd (port: 0.9). weight_decay: (port: 5e-4).
+        schedule: ``published`` (port; `purify_fast.training.schedules.arrest_published`), ``one_cycle`` or
+            ``constant`` (ours).
+        average: decay of a moving average of the weights, which is then the result; 0 for none (an extra, not part
+            of ARREST).
+        awp: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020; 0 for none (an extra, likewise).
+        precision: ``float32``, or ``bfloat16`` within matrix products (ours).
+
+    With ``weight=0, replay=False`` it is adversarial finetuning, and of a fresh classifier PGD adversarial training.
+    """
+
+    eps: float = 8 / 255
+    norm: str = "linf"
+    steps: int = 10
+    alpha: float | None = 2 / 255
+    start: bool = True
+    warm_up: float = 0.0
+    weight: float = 50.0
+    distance: str = "abs_cosine"
+    pooled: bool = False
+    replay: bool = True
+    angle: float = 30.0
+    tau: float | None = None
+    replay_share: float = 0.5
+    drift_mode: str = "eval"
+    optimizer: str = "sgd"
+    learning_rate: float = 0.025
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "published"
+    average: float = 0.0
+    awp: float = 0.0
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not self.eps > 0:
+            raise ValueError(f"eps must be above 0, got {self.eps}")
+        if self.norm == "linf" and not self.eps <= 1:
+            raise ValueError(f"eps is in image units, at most 1 for linf, got {self.eps}: is {self.eps:g}/255 meant?")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}: the images would not move")
+        reach = self.eps if self.alpha is None else self.steps * self.alpha
+        if reach < self.eps * (1 - 1e-6):
+            raise ValueError(
+                f"{self.steps} steps of alpha {self.alpha:.4g} reach {reach:.4g} of eps {self.eps:.4g}: "
+                f"give a larger alpha, or None for 2.5 eps / steps = {2.5 * self.eps / self.steps:.4g}"
+            )
+        for name in ("weight", "learning_rate", "weight_decay", "awp"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("warm_up", "replay_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("momentum", "average"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.angle <= 90:
+            raise ValueError(f"angle must be in [0, 90] degrees, got {self.angle}")
+        if self.tau is not None and not self.tau >= 0:
+            raise ValueError(f"tau must be at least 0, got {self.tau}")
+        if self.replay and self.norm != "linf":
+            raise ValueError(f"replay needs norm 'linf', whose ball its noise fills, got {self.norm!r}")
+        if self.replay and self.tau is None and self.distance == "l2":
+            raise ValueError("tau must be given with distance 'l2': no angle decides it")
+
+    @property
+    def threshold(self) -> float:
+        """tau: the drift above which an example is replayed."""
+        if self.tau is not None:
+            return self.tau
+        return self.angle / 180 if self.distance == "angular" else 1 - cos(radians(self.angle))
+
+    def step(self, eps: float) -> float:
+        """PGD's step at a radius that may still be rising to the config's."""
+        return 2.5 * eps / self.steps if self.alpha is None else self.alpha * eps / self.eps
+
+    def replays(self, epoch: int, epochs: int) -> bool:
+        """Whether examples may be replayed in ``epoch`` of 0 .. epochs - 1."""
+        # rounded: 0.07 * 100 is above 7
+        return self.replay and epoch < round(self.replay_share * epochs, 9)
+
+
+def _pool(features: list[Tensor]) -> list[Tensor]:
+    """Means over the positions of maps [B, C, H, W] and tokens [B, T, D]."""
+    return [f.mean((2, 3)) if f.dim() == 4 else f.mean(1) if f.dim() == 3 else f for f in features]
+
+
+class Teacher:
+    """The frozen start h*: a copy of a classifier, in evaluation mode, read at ``layers``.
+
+    Args:
+        classifier: images ``[B, *image_shape]`` in [0, 1] to logits; the caller's own is left untouched.
+        layers, image_shape, pooled: as in `ArrestTask` and its config.
+        dtype: bfloat16 reads an accelerated copy.
+
+    Called with a `Batch` it returns the layers' outputs for its images, without a gradient; kept ones, after `keep`.
+
+    Raises:
+        ValueError: unknown layers, or ``pooled`` where all of them are vectors.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        layers: Sequence[str],
+        image_shape: tuple[int, int, int],
+        pooled: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
+        model = copy.deepcopy(classifier).requires_grad_(False).eval()
+        self.reader, self.pooled, self.dtype = Representation(model, tuple(layers), image_shape), pooled, dtype
+        if pooled and all(len(shape) == 1 for shape in self.reader.shapes):
+            raise ValueError(f"pooled is for maps and tokens: what {', '.join(layers)} puts out is a vector already")
+        self._last = True
+        if dtype != torch.float32:
+            _, self._last = quicken(model, image_shape, dtype)
+        self._kept: list[Tensor] | None = None
+        self._checked = -1
+
+    @torch.no_grad()
+    def read(self, x: Tensor) -> list[Tensor]:
+        """The layers' outputs for images ``x [B, C, H, W]``."""
+        with inside(x.device, self.dtype):
+            features = self.reader(x if self._last else x.contiguous())
+        return _pool(features) if self.pooled else features
+
+    def keep(self, x: Tensor | StreamedImages, batch_size: int = 256, progress: bool = True) -> None:
+        """Read all training images once, to save a pass of the teacher in every step; not for augmented training.
+
+        Args:
+            x: uint8 ``[N, C, H, W]``, those that are trained on. The outputs of all of them are held on its device.
+        """
+        bar = tqdm(range(0, len(x), batch_size), desc="teacher", unit="batch", disable=not progress)
+        parts = [self.read(to_float(x[i : i + batch_size])) for i in bar]
+        kept = [torch.cat(layer) for layer in zip(*parts, strict=True)]
+        # rows of maps that are channels_last stay so when they are picked
+        self._kept = [k.permute(0, 2, 3, 1).contiguous() if k.dim() == 4 else k for k in kept]
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        if self._kept is None:
+            return self.read(batch.x)
+        features = [k[batch.sample_ids] for k in self._kept]
+        features = [f.permute(0, 3, 1, 2) if f.dim() == 4 else f for f in features]
+        if self._checked != batch.epoch:
+            self._checked = batch.epoch
+            for kept, now in zip(features, self.read(batch.x), strict=True):
+                apart = (kept.float() - now.float()).norm()
+                if not apart <= 0.01 * now.float().norm():
+                    raise ValueError("the kept features are not those of these images: are they augmented?")
+        return features
+
+
+class _Averaged(nn.Module):
+    """A model and the moving average of its weights: one checkpoint."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.average = untapped(copy.deepcopy(model)).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """One step of the average; buffers that are no floating-point numbers are copied."""
+        mine, theirs = self.average.state_dict(), self.model.state_dict()
+        for name, value in mine.items():
+            if value.is_floating_point():
+                value.lerp_(theirs[name], 1 - decay)
+            else:
+                value.copy_(theirs[name])
+
+
+class ArrestTask:
+    """Trains a classifier by ARREST in `purify_fast.training.fit`, starting from its weights as they are.
+
+    Args:
+        model: the classifier to train in place: images ``[B, *image_shape]`` in [0, 1] to logits. Standardly trained
+            for ARREST; with fresh weights and neither distillation nor replay, PGD adversarial training.
+        config: how.
+        image_shape: (C, H, W).
+        layers: module paths whose outputs are the representation; None: the map before pooling of one of this
+            package's classifiers. Several layers: their distances are averaged.
+        teacher: the frozen start; None: a copy of ``model`` as it is now. A run is resumed only with the same one.
+        compile: whether `torch.compile` makes the classifier that is attacked, once for all batch sizes.
+
+    Attributes:
+        teacher: see `Teacher`; ``task.teacher.keep(x)`` before un-augmented training saves a pass a step.
+
+    Raises:
+        ValueError: unknown layers, or layers are needed and not given; ``pooled`` without a map among them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ArrestConfig,
+        image_shape: tuple[int, int, int],
+        layers: Sequence[str] | None = None,
+        teacher: nn.Module | None = None,
+        compile: bool = False,
+    ):
+        self.classifier, self.config = model, config
+        self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        start = model if teacher is None else teacher
+        self.origin = fingerprint(start)
+        self.teacher: Teacher | None = None
+        self._reader: Representation | None = None
+        self._view: LiveView | None = None
+        self.layers: list[str] = []
+        if config.weight > 0 or config.replay:
+            self.layers = [representation_before_pooling(model)] if layers is None else list(layers)
+            self.teacher = Teacher(start, self.layers, image_shape, config.pooled, self.dtype)
+            self._reader = Representation(model, self.layers, image_shape)
+        self._last = True
+        if self.dtype != torch.float32:
+            self._last = channels_last(model, image_shape)
+        if self.dtype != torch.float32 or compile:
+            self._view = LiveView(model, image_shape, self.dtype, compile)
+        self.model: nn.Module = model if config.average == 0 else _Averaged(model)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        if not weights:
+            raise ValueError("model has no parameters to train")
+        options: dict[str, Any] = {
+            "lr": config.learning_rate,
+            "weight_decay": config.weight_decay,
+            "foreach": True,
+        }
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(weights, momentum=config.momentum, **options)
+        else:
+            self.optimizer = torch.optim.AdamW(weights, **options)
+        self._unperturbed: list[tuple[Tensor, Tensor]] = []
+        self.optimizer.register_step_pre_hook(lambda *_: self._restore())
+        if isinstance(self.model, _Averaged):
+            averaged = self.model
+            self.optimizer.register_step_post_hook(lambda *_: averaged.update(config.average))
+
+    @property
+    def result(self) -> nn.Module:
+        """The trained classifier: the moving average if there is one, else the model."""
+        return self.model.average if isinstance(self.model, _Averaged) else self.model
+
+    # -- the parts of a step ------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits ``[B, C]`` and representation of images ``[B, C, H, W]``; differentiable, in the model's mode."""
+        with inside(x.device, self.dtype):
+            x = x if self._last else x.contiguous()
+            if self._reader is None:
+                return self.classifier(x), []
+            logits, features = self._reader.with_logits(x)
+        return logits, _pool(features) if self.config.pooled else features
+
+    def distance(self, features: list[Tensor], of_teacher: list[Tensor]) -> Tensor:
+        """d of every example ``[B]``; the mean over the layers."""
+        return representation_distance(features, of_teacher, self.config.distance).mean(1)
+
+    @torch.no_grad()
+    def drift(self, x: Tensor, of_teacher: list[Tensor]) -> Tensor:
+        """d between the representations of clean images ``x``, ``[B]``, in the config's mode."""
+        if self.config.drift_mode == "train":
+            return self.distance(self.forward(x)[1], of_teacher)
+        with frozen(self.classifier):
+            return self.distance(self.forward(x)[1], of_teacher)
+
+    @property
+    def attacked(self) -> Callable[[Tensor], Tensor]:
+        """The classifier as the attack sees it; `LiveView.refresh` brings an accelerated copy up to date."""
+        return self.classifier if self._view is None else self._view
+
+    def attack(self, batch: Batch, eps: float, rows: Tensor | None = None) -> Tensor:
+        """PGD on the cross-entropy for the images of ``rows``, indices, or all; the others as they are."""
+        c = self.config
+        x, y, ids = (v if rows is None else v[rows] for v in (batch.x, batch.y, batch.sample_ids))
+        if self._view is not None:
+            self._view.refresh()
+        found = pgd(
+            self.attacked, x, y, eps=eps, alpha=c.step(eps), steps=c.steps, norm=c.norm, start=c.start,
+            seed=batch.seed, sample_ids=ids,
+        )  # fmt: skip
+        return found if rows is None else batch.x.index_copy(0, rows, found)
+
+    def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """x_in, and the share of replayed examples; PGD runs only for the others."""
+        eps = rising(self.config.eps, batch.epoch, batch.epochs, self.config.warm_up)
+        if not self.config.replays(batch.epoch, batch.epochs):
+            return self.attack(batch, eps), batch.x.new_zeros(())
+        drift, tau = self.drift(batch.x, of_teacher), self.config.threshold
+        replayed = drift > tau
+        rows = torch.nonzero(~replayed)[:, 0]  # a sync, for up to all of the attack
+        adversarial = self.attack(batch, eps, rows) if len(rows) else batch.x
+        seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
+        x = noisy_replay(batch.x, adversarial, drift, tau, eps, seed, batch.sample_ids)
+        return x, replayed.float().mean()
+
+    def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of inputs ``x [B, C, H, W]`` and metrics."""
+        logits, features = self.forward(x)
+        cross_entropy = F.cross_entropy(logits.float(), y)
+        metrics = {
+            "cross_entropy": cross_entropy.detach(),
+            "accuracy": (logits.detach().argmax(1) == y).float().mean(),
+        }
+        if self._reader is None:
+            return cross_entropy, metrics
+        distance = self.distance(features, of_teacher).mean()
+        metrics["distance"] = distance.detach()
+        return cross_entropy + self.config.weight * distance, metrics
+
+    def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics) of one batch."""
+        self._restore()  # from a batch before, where a step is for the gradients of several
+        of_teacher = [] if self.teacher is None else self.teacher(batch)
+        x, replayed = self.inputs(batch, of_teacher)
+        if self.config.awp > 0:
+            self._perturb(x, batch.y, of_teacher)
+        loss, metrics = self.loss(x, batch.y, of_teacher)
+        return loss, {**metrics, "replayed": replayed} if self.config.replay else metrics
+
+    # -- adversarial weight perturbation ------------------------------------------------------------------------------
+
+    def _perturb(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> None:
+        """Move each weight matrix by gamma of its norm up the loss, until the optimiser's or the next training step."""
+        buffers = [(b, b.clone()) for b in self.classifier.buffers()]
+        weights = [p for p in self.classifier.parameters() if p.requires_grad and p.dim() > 1]
+        found = torch.autograd.grad(self.loss(x, y, of_teacher)[0], weights, allow_unused=True)
+        used = [(weight, gradient) for weight, gradient in zip(weights, found, strict=True) if gradient is not None]
+        average_([gradient for _, gradient in used])
+        with torch.no_grad():
+            for buffer, before in buffers:  # the batch is to enter BatchNorm's statistics once
+                buffer.copy_(before)
+            for weight, gradient in used:
+                self._unperturbed.append((weight, weight.clone()))
+                weight.add_(gradient * (self.config.awp * weight.norm() / (gradient.norm() + 1e-12)))
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for weight, before in self._unperturbed:
+            weight.copy_(before)
+        self._unperturbed = []
+
+    # -- what `fit` asks for ------------------------------------------------------------------------------------------
+
+    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
+        """By the config's schedule."""
+        peak = self.config.learning_rate
+        if self.config.schedule == "constant":
+            return peak
+        return (
+            one_cycle(progress, peak) if self.config.schedule == "one_cycle" else arrest_published(epoch, epochs, peak)
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The config, the representation, the classifier's structure, and where it started."""
+        facts = {"layers": self.layers, "structure": structure(self.classifier), "origin": self.origin}
+        return {"task": "arrest", **asdict(self.config), **facts}

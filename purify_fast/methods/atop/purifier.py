@@ -1,0 +1,136 @@
+"""One interface to every purifier: two-stage generators, autoencoders, any module of a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...models.representation import first_tensor
+from .generators.deepfill import DeepFillGenerator
+from .generators.masked_autoencoder import MaskedAutoencoder
+from .generators.small_generator import SmallGenerator
+
+PURIFIERS: dict[str, type[nn.Module]] = {
+    "deepfill": DeepFillGenerator,
+    "small_generator": SmallGenerator,
+    "masked_autoencoder": MaskedAutoencoder,
+}
+
+
+def build_purifier(
+    name: str, image_shape: tuple[int, int, int], *, width: int | None = None, residual: bool = False
+) -> nn.Module:
+    """A purifier's network with fresh weights, by its name in `PURIFIERS`.
+
+    Args:
+        name: ``deepfill``, ``small_generator`` or ``masked_autoencoder``.
+        image_shape: (C, H, W). width: None for the network's own (48, 8 and 64).
+        residual: of a ``small_generator``: it corrects the image in place of painting one.
+
+    Raises:
+        ValueError: an unknown name, sizes the network does not take, or residual for another network.
+    """
+    if name not in PURIFIERS:
+        raise ValueError(f"purifier must be one of {', '.join(PURIFIERS)}, got {name!r}")
+    if residual and name != "small_generator":
+        raise ValueError(f"residual goes with small_generator, not with {name}")
+    options: dict = {} if width is None else {"width": width}
+    if name == "deepfill":
+        return DeepFillGenerator(image_shape[0] + 2, **options)
+    if name == "small_generator":
+        return SmallGenerator(image_shape[0], **options, residual=residual)
+    return MaskedAutoencoder(image_shape, **options)
+
+
+class Purifier(nn.Module):
+    """Any purifier as one function of packed images.
+
+    Args:
+        module: what repairs images; used as it is, not copied. Either ``module(transformed, mask)``, transformed
+            ``[N, C, H, W]`` in [-1, 1] and 0 where hidden, mask ``[N, 1, H, W]``, 1 where hidden; or, if it takes
+            packed images, ``module(packed, mask)``. It returns the purified image ``[N, C, H, W]``, or a tuple of such
+            images with the purified one last (DeepFillv2: coarse, refined). **Range: [-1, 1]**, as its input; values
+            beyond it are passed on as they are.
+        image_shape: (C, H, W).
+        takes_packed: what the module takes first; None asks its attribute of that name, False without one.
+
+    ``forward(packed [N, C + 2, H, W])``: transformed image, a plane of ones, mask -> tuple of images ``[N, C, H, W]``
+    in packed's dtype; the last is the purified one.
+
+    Raises:
+        ValueError: at construction, a module that does not run on two images, or returns something else; it names the
+            module, what it returned and what is allowed. At call, images of another shape.
+
+    The dry run is made in evaluation mode; the module's modes stay.
+    """
+
+    def __init__(self, module: nn.Module, image_shape: Sequence[int], takes_packed: bool | None = None):
+        super().__init__()
+        channels, h, w = (int(size) for size in image_shape)
+        if min(channels, h, w) < 1:
+            raise ValueError(f"image_shape must be (C, H, W), at least 1 each, got {tuple(image_shape)}")
+        self.module, self.image_shape = module, (channels, h, w)
+        self.takes_packed = bool(getattr(module, "takes_packed", False)) if takes_packed is None else takes_packed
+        self._overwrites = False  # a module that writes into its input gets a copy
+        self._dry_run()
+
+    def _dry_run(self) -> None:
+        channels, h, w = self.image_shape
+        first = first_tensor(self.module)
+        packed = torch.zeros((2, channels + 2, h, w), device=first.device, dtype=first.dtype)
+        packed[:, channels] = 1
+        packed[1, channels + 1, : (h + 1) // 2] = 1
+        name = type(self.module).__name__
+        given = f"[2, {channels + 2 if self.takes_packed else channels}, {h}, {w}] and masks [2, 1, {h}, {w}]"
+        training = [(module, module.training) for module in self.module.modules()]
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                version = packed._version
+                images = self._run(packed)
+                self._overwrites = packed._version != version
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"purifier: {name} does not run on images {given}: {error}") from error
+        finally:
+            for module, mode in training:
+                module.training = mode
+        want = (2, channels, h, w)
+        shapes = [list(image.shape) if isinstance(image, Tensor) else type(image).__name__ for image in images]
+        if not images or any(not isinstance(image, Tensor) or image.shape != want for image in images):
+            raise ValueError(
+                f"purifier: {name} must return an image {list(want)} of images {given}, or a tuple of such with the "
+                f"purified one last; it returned {shapes}"
+            )
+        if not all(image.is_floating_point() and image.isfinite().all() for image in images):
+            kinds = ", ".join(str(image.dtype) for image in images)
+            raise ValueError(
+                f"purifier: {name} must return finite floating-point images of mid-grey ones, it returned {kinds}"
+            )
+
+    def _run(self, packed: Tensor) -> tuple[Tensor, ...]:
+        channels = self.image_shape[0]
+        mask = packed[:, channels + 1 :]
+        given = packed if self.takes_packed else packed[:, :channels]
+        images = self.module(given.clone() if self._overwrites else given, mask.clone() if self._overwrites else mask)
+        return tuple(images) if isinstance(images, (tuple, list)) else (images,)
+
+    def forward(self, packed: Tensor) -> tuple[Tensor, ...]:
+        channels, h, w = self.image_shape
+        if tuple(packed.shape[1:]) != (channels + 2, h, w):
+            raise ValueError(f"packed must be [N, {channels + 2}, {h}, {w}], got {list(packed.shape)}")
+        return tuple(image.to(packed.dtype) for image in self._run(packed))
+
+    def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
+        """The loss the purifier was made with, less any adversarial term, per image: ``[N]``.
+
+        Args:
+            images: what `forward` returned. target: ``[N, C, H, W]`` in [-1, 1].
+
+        The module's own ``original_loss(images, target)`` if it has one; else DeepFillv2's, the mean absolute
+        difference summed over the images.
+        """
+        if hasattr(self.module, "original_loss"):
+            return self.module.original_loss(images, target)  # type: ignore[operator]  # a method
+        return sum(((image - target).abs().flatten(1).mean(1) for image in images), target.new_zeros(len(target)))

@@ -1,0 +1,104 @@
+"""Which layers should form the representation? A ranking by what each layer still tells about an attacked image. Ours.
+
+The paper leaves the choice open (arXiv 2306.06081, section 6). Per layer, with features f of clean and attacked images:
+
+    probe = accuracy of a ridge classifier of features, fitted on f(x) of half the images, on f(x~) of the rest
+    image = share of the clean images' variance explained in the same way
+    drift = E |f(x~) - f(x)| / E |f(x) - f(x')|,  x' another image: 0 untouched, 1 as far as a stranger
+
+Fitted on clean features, since an attack on the true label writes that label into the image: a probe fitted on attacked
+features reads it there and is almost always right.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...attacks import pgd
+from ...models.representation import Representation, first_tensor
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """One layer's scores under attack, shares; and its number of features."""
+
+    layer: str
+    probe: float
+    image: float
+    drift: float
+    features: int
+
+
+def rank_layers(
+    classifier: nn.Module,
+    layers: Sequence[str],
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: str = "linf",
+    steps: int = 20,
+    seed: int = 0,
+    max_features: int = 2048,
+) -> list[LayerScore]:
+    """Score each layer on images attacked on the classifier alone; the best probe first.
+
+    Args:
+        classifier: images ``[B, C, H, W]`` in [0, 1] to logits. layers: module paths.
+        x: float32 ``[N, C, H, W]``, at least 4 images, not those the classifier was trained on; y: int64 ``[N]``.
+        eps, norm, steps: of the PGD attack. seed: of the attack and of the projections.
+        max_features: features beyond so many are projected to that many at random before the regressions.
+
+    Raises:
+        ValueError: unknown layers, or fewer than 4 images.
+    """
+    if len(x) < 4:
+        raise ValueError(f"x must hold at least 4 images, got {len(x)}")
+    classifier = copy.deepcopy(classifier).eval()  # the hooks are to stay off the caller's
+    read = Representation(classifier, tuple(layers), tuple(x.shape[1:]))  # type: ignore[arg-type]
+    dtype = first_tensor(classifier).dtype
+    attacked = pgd(classifier, x, y, eps=eps, norm=norm, steps=steps, seed=seed)
+    with torch.no_grad():
+        clean, moved = ([f.flatten(1).float() for f in read(part.to(dtype))] for part in (x, attacked))
+    labels = F.one_hot(y, read.num_classes).double()
+    pixels = x.flatten(1).double()
+    scores = []
+    for layer, before, after in zip(layers, clean, moved, strict=True):
+        near = (after - before).norm(dim=1).mean()
+        far = (before - before.roll(1, 0)).norm(dim=1).mean()
+        narrow = _projected(torch.stack([before, after]), max_features, seed).double()
+        predicted = _held_out(narrow[0], narrow[1], torch.cat([labels, pixels], 1))
+        votes, images = predicted.split([labels.shape[1], pixels.shape[1]], 1)
+        probe = (votes.argmax(1) == y).double().mean()
+        error = (images - pixels).square().sum() / (pixels - pixels.mean(0)).square().sum()
+        scores.append(LayerScore(layer, float(probe), float(1 - error), float(near / far), before.shape[1]))
+    return sorted(scores, key=lambda score: -score.probe)
+
+
+def _projected(features: Tensor, largest: int, seed: int) -> Tensor:
+    size = features.shape[-1]
+    if size <= largest:
+        return features
+    matrix = torch.randn(size, largest, generator=torch.Generator().manual_seed(seed))
+    return features @ matrix.to(features.device) / largest**0.5
+
+
+def _held_out(clean: Tensor, attacked: Tensor, targets: Tensor, ridge: float = 0.1) -> Tensor:
+    """Predictions from each half of ``attacked`` by ridge regression on the other half of ``clean``, in dual form."""
+    half = len(clean) // 2
+    out = torch.empty_like(targets)
+    for fit, score in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
+        mean, std = clean[fit].mean(0), clean[fit].std(0)
+        std = std.clamp(min=1e-2 * float(std.max()) + 1e-12)  # a pixel that is always black is no scale
+        a, b = (clean[fit] - mean) / std, (attacked[score] - mean) / std
+        centre = targets[fit].mean(0)
+        gram = a @ a.T / a.shape[1]
+        gram.diagonal().add_(ridge)
+        out[score] = b @ (a.T @ torch.linalg.solve(gram, targets[fit] - centre)) / a.shape[1] + centre
+    return out

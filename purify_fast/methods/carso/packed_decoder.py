@@ -1,0 +1,133 @@
+"""A trained decoder as one op: BatchNorm folded, weights packed for `purify_fast.ops.decode_prior`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...models.layers import BatchNorm2d
+from ...ops.decode_samples import Geometry, Layer, Weights, decode_prior, pack, unpack
+from ...speed.folding import folded
+from .networks import Decoder, Deconvolution
+from .networks_v1 import DecoderV1
+
+
+def _folded(layer: nn.ConvTranspose2d, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """Weight [in, out, k, k] and bias [out] in float64, with the BatchNorm after it; without one there is a bias."""
+    if isinstance(norm, BatchNorm2d):
+        return folded(layer, norm)
+    assert layer.bias is not None
+    return layer.weight.double(), layer.bias.double()
+
+
+class PackedDecoder(nn.Module):
+    """Draws latents and decodes them: ``forward(condition, seed, sample_ids, samples) -> images [B, K, C, H, W]``.
+
+    A copy of a decoder's weights as they are now, in evaluation mode: the gradient reaches the condition only. Behind
+    it is one op; with the CUDA kernel, K latents per image are drawn and decoded without leaving the chip's memory
+    between most layers.
+
+    Args:
+        decoder: a `Decoder` or `DecoderV1` in evaluation mode.
+        dtype: of the products, bfloat16 (all the CUDA kernel takes), float32 or float64; float32 sums (float64).
+
+    Raises:
+        ValueError: another kind of decoder or dtype, or one in training mode.
+    """
+
+    packed: Tensor
+    biases: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @torch.no_grad()
+    def __init__(self, decoder: nn.Module, dtype: torch.dtype = torch.bfloat16):
+        super().__init__()
+        if not isinstance(decoder, (Decoder, DecoderV1)):
+            raise ValueError(f"decoder must be a Decoder or a DecoderV1, got {type(decoder).__name__}")
+        if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"dtype must be bfloat16, float32 or float64, got {dtype}")
+        if any(isinstance(layer, BatchNorm2d) and layer.training for layer in decoder.modules()):
+            raise ValueError("decoder must be in evaluation mode: a BatchNorm that still learns cannot be folded")
+        layers: list[Any] = list(decoder.stack)
+        if isinstance(decoder, Decoder):
+            start = decoder.start
+            joint = decoder.adapter.weight.double().unflatten(0, start)  # [C, h, w, z and c]
+            shift = decoder.adapter.bias.double().view(start)
+        else:  # its first convolution sees one pixel: a linear layer
+            first, *layers = layers
+            joint = first.weight.double().permute(1, 2, 3, 0)
+            start = tuple(joint.shape[:3])
+            shift = first.bias.double().view(-1, 1, 1).expand(start)
+        latent_dim, self.slope = decoder.latent_dim, decoder.slope
+        after = [*layers[1:], None]
+        convolutions = [
+            (layer, *_folded(layer, norm))
+            for layer, norm in zip(layers, after, strict=True)
+            if isinstance(layer, nn.ConvTranspose2d)
+        ]
+        (_, h, w), sizes = start, []
+        for layer, *_ in convolutions:
+            made = Deconvolution.of(layer)
+            h, w = made.size(h, w)
+            sizes.append(Layer(made.channels, made.kernel, made.stride, made.padding, h, w))
+        self.geometry = Geometry(latent_dim, start, tuple(sizes))
+        packed, biases = pack(joint[..., :latent_dim], [w for _, w, _ in convolutions], [b for *_, b in convolutions])
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        by_pixel = joint[..., latent_dim:].permute(1, 2, 0, 3).flatten(0, 2)
+        for name, value, kind in (
+            ("packed", packed, dtype),
+            ("biases", biases, real),
+            ("weight", by_pixel, real),
+            ("bias", shift.permute(1, 2, 0).flatten(), real),
+        ):
+            self.register_buffer(name, value.to(kind).contiguous(), persistent=False)
+        self._layers = self._unpacked()
+
+    def _unpacked(self) -> Weights:
+        """For the layers, where no kernel serves: made once, not with every call."""
+        made = unpack(self.packed, self.biases, self.geometry)
+        last = tuple(weight.contiguous(memory_format=torch.channels_last) for weight in made.layers)
+        return Weights(made.first.contiguous(), last, made.biases)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._layers = self._unpacked()
+        return self
+
+    def forward(
+        self,
+        condition: Tensor,
+        seed: Tensor,
+        sample_ids: Tensor,
+        samples: int,
+        *,
+        squash: bool = True,
+        channels_last: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Images in (0, 1), or their logits, ``[B, K, C, H, W]``.
+
+        Args:
+            condition: ``[B, cond_dim]``, floating point; the gradient flows here.
+            seed: ``[1]`` int64. sample_ids: ``[B]`` int64; both on the condition's device.
+            samples: K. squash: whether to end with a sigmoid. channels_last: the images' layout.
+            dtype: of the images, as `purify_fast.ops.decode_prior` takes it.
+
+        Raises:
+            ValueError: a condition of another shape; what `decode_prior` refuses.
+        """
+        if condition.dim() != 2 or condition.shape[1] != self.weight.shape[1] or not condition.is_floating_point():
+            raise ValueError(
+                f"condition must be floating point [B, {self.weight.shape[1]}], got {condition.dtype} "
+                f"{list(condition.shape)}"
+            )
+        with torch.autocast(condition.device.type, enabled=False):
+            first = F.linear(condition.to(self.weight.dtype), self.weight, self.bias)
+        return decode_prior(
+            first, seed, sample_ids, self.packed, self.biases, self.geometry, samples,
+            slope=self.slope, squash=squash, channels_last=channels_last, dtype=dtype, weights=self._layers,
+        )  # fmt: skip

@@ -1,0 +1,36 @@
+"""Any saved defence, read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from ..training.checkpoint import read_model
+from . import atop, carso
+
+
+def load(
+    folder: str | Path,
+    classifier: nn.Module | None = None,
+    *,
+    purifier: nn.Module | None = None,
+    check: bool = True,
+) -> carso.Carso | atop.Atop:
+    """Read a defence that its ``save`` wrote, around ``classifier``, in evaluation mode.
+
+    Args:
+        folder: where ``model.safetensors`` and ``model.json`` are.
+        classifier: the one it was trained for; None takes the one the command line keeps in ``folder/classifier``.
+        purifier: of an AToP with a purifier of yours: a module of its architecture.
+        check: refuse another classifier; turn off for one that was fine-tuned or converted since.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: broken files, no defence, another classifier.
+    """
+    kind = read_model(folder)[0].get("kind")
+    if kind == "Atop":
+        return atop.load(folder, classifier, purifier, check)
+    if purifier is not None:
+        raise ValueError(f"purifier: {folder} holds a {kind!r}, which brings its own")
+    return carso.load(folder, classifier, check)

@@ -1,0 +1,54 @@
+"""Noisy copies: the control that purifies nothing."""
+
+import pytest
+import torch
+
+from purify_fast.attacks import GradientHealth, pgd
+from purify_fast.defences.noisy_ensemble import NoisyCopies
+from purify_fast.evaluation import Attack, evaluate
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.ops import aggregate
+
+
+def control(sigma=0.2, samples=4):
+    torch.manual_seed(0)
+    return NoisyCopies(SmallCNN(width=4), sigma, samples)
+
+
+def images(n):
+    return torch.rand(n, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_it_is_the_classifier_on_noisy_copies():
+    made, x = control(), images(3)
+    with made.fixed_noise(5):
+        logits = made.sample_logits(x)
+        assert logits.shape == (3, 4, 10)
+        torch.testing.assert_close(made(x), aggregate(logits, "lse"))
+        torch.testing.assert_close(made.sample_logits(x.flip(0)), logits.flip(0))
+        assert not torch.allclose(logits[:, 0], logits[:, 1])
+    assert not torch.equal(made(x), made(x))
+    with made.deterministic():
+        torch.testing.assert_close(made(x), made.classifier(x))
+    seen = []
+    made.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    many = control(0.1, 64)
+    many.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    many(torch.full((8, 1, 16, 16), 0.5))
+    assert abs(float(seen[0].std()) - 0.1) < 0.005 and abs(float(seen[0].mean()) - 0.5) < 0.005
+    assert seen[0].min() >= 0 and seen[0].max() <= 1
+
+
+def test_it_is_attacked_like_any_defence():
+    made, x, y, health = control(), images(6), torch.arange(6), GradientHealth()
+    pgd(made, x, y, eps=0.1, steps=3, eot=2, health=health)
+    assert health.count("gradients") == 18 and health.nonfinite == 0
+    attacks = [Attack(steps=2), Attack(steps=2, variant="fixed"), Attack(steps=2, variant="deterministic")]
+    report = evaluate(made, x, y, eps=0.1, attacks=attacks, eot=2, progress=False)
+    assert len([row for row in report.rows if row.kind == "pgd"]) == 3 and not report.notes
+
+
+@pytest.mark.parametrize(("sigma", "samples"), [(-0.1, 4), (float("nan"), 4), (0.1, 0)])
+def test_refusals(sigma, samples):
+    with pytest.raises(ValueError, match="need sigma >= 0 and samples >= 1"):
+        control(sigma, samples)

@@ -1,0 +1,997 @@
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from purify_fast import Carso
+from purify_fast.defences.noisy_ensemble import NoisyCopies
+from purify_fast.evaluation import Attack, Report, default_attacks, evaluate, lee_kim_2023, merge
+from purify_fast.evaluation import runner as protocol
+from purify_fast.evaluation.autoattack import parts
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.ops import aggregate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Linear(nn.Module):
+    """A linear classifier on images of 3x16x16 and, around it, noise on the logits of K samples: fact 14's toy."""
+
+    def __init__(self, scale=1.0, samples=8, noise=0.15, method="lse", classes=10):
+        super().__init__()
+        weight = torch.randn(classes, 768, generator=torch.Generator().manual_seed(0))
+        self.weight = nn.Parameter(weight)
+        self.scale, self.samples, self.noise, self.method = scale, samples, noise, method
+        self._mode = None
+
+    def clean(self, x):
+        return self.scale * (x - 0.5).flatten(1) @ self.weight.T / (math.sqrt(768) * 0.2887)
+
+    def sample_logits(self, x):
+        logits = self.clean(x)
+        shape = (len(x), self.samples, logits.shape[1])
+        if self._mode is None:
+            noise = torch.randn(shape)
+        elif self._mode == "zero":
+            noise = torch.zeros(shape)
+        else:
+            noise = torch.randn(shape[1:], generator=torch.Generator().manual_seed(self._mode)).expand(shape)
+        return logits[:, None] + self.noise * noise
+
+    def forward(self, x):
+        return aggregate(self.sample_logits(x), self.method)
+
+    def reconstruct(self, x):
+        return x[:, None].expand(-1, self.samples, -1, -1, -1)
+
+    @contextlib.contextmanager
+    def _switch(self, mode):
+        before, self._mode = self._mode, mode
+        try:
+            yield self
+        finally:
+            self._mode = before
+
+    def fixed_noise(self, seed):
+        return self._switch(seed)
+
+    def deterministic(self):
+        return self._switch("zero")
+
+
+class Plain(nn.Module):
+    """The same without noise."""
+
+    def __init__(self, toy):
+        super().__init__()
+        self.toy = toy
+
+    def forward(self, x):
+        return self.toy.clean(x)
+
+
+EPS = 8 / 255
+FAINT = 0.006  # breaks some of the images
+QUIET = {"eps": EPS, "progress": False}
+
+
+def toy_data(model, n=128):
+    x = torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return x, model.clean(x).argmax(1)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    model = Linear(scale=2.0)
+    return model, *toy_data(model)
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.5, 1, 2, 4, 8, 16, 32])
+def test_fact_14_through_lse(scale):
+    model = Linear(scale)
+    x, y = toy_data(model)
+    report = evaluate(model, x, y, steps=30, eot=5, n_eval=1, attacks=[Attack()], **QUIET)
+    row = report.row("PGD-30 ce")
+    assert row.accuracy <= 0.01 and row.settings["eot"] == 5
+    assert row.reliable and row.health["nonfinite"] == 0 and row.health["gradients"] > 0
+
+
+@pytest.mark.parametrize("scale, saturated", [(0.5, 0.02), (1, 0.38), (2, 0.75), (4, 0.98)])
+def test_fact_14_through_the_published_head(scale, saturated):
+    """What looks like robustness is the share of images whose gradient is NaN; the report must say so."""
+    model = Linear(scale, method="peel_reference")
+    x, y = toy_data(model, 256)
+    report = evaluate(model, x, y, steps=30, eot=5, n_eval=1, attacks=[Attack()], **QUIET)
+    row = report.row("PGD-30 ce")
+    share = row.health["nonfinite"] / row.health["gradients"]
+    assert row.accuracy == pytest.approx(saturated, abs=0.15)
+    assert row.accuracy <= share + 0.1
+    assert not row.reliable and not report.headline.reliable
+    assert "unreliable</span>" in report.to_markdown() and "\033[31m" in report.to_text()
+    # judged by the same decisions, attacked through logsumexp: nothing is left
+    model.method = "lse"
+    head = evaluate(model, x, y, steps=30, eot=5, n_eval=1, attacks=[Attack(head="peel_reference"), Attack()], **QUIET)
+    assert not head.row("PGD-30 ce through peel_reference").reliable
+    assert head.headline.accuracy <= 0.01 and head.headline.reliable and head.row("worst").reliable
+
+
+@pytest.fixture(scope="module")
+def full(toy):
+    """Every default row, cheaply."""
+    model, x, y = toy
+    attacks = [
+        *default_attacks()[:4],
+        Attack("autoattack", variant="fixed", steps=5, queries=20),
+        Attack("autoattack", version="rand", steps=5, eot=2, limit=40),
+        Attack(target=Plain(model), label="transfer from the base"),
+        Attack("fgsm"),
+        Attack(head="mean", loss="margin", restarts=2),
+    ]
+    return evaluate(model, x, y, steps=5, eot=2, n_eval=3, attacks=attacks, name="toy", eps=FAINT, progress=False)
+
+
+def test_rows(full):
+    assert full.attacks == [
+        "clean",
+        "clean, deterministic",
+        "clean, fixed noise",
+        "PGD-5 ce",
+        "PGD-5 dlr",
+        "PGD-5 ce, deterministic",
+        "PGD-5 dlr, deterministic",
+        "AutoAttack standard, 5 steps, 20 queries",
+        "AutoAttack rand, 5 steps, first 40",
+        "transfer from the base",
+        "FGSM ce",
+        "PGD-5 margin x2 through mean",
+        "worst, random",
+        "worst, deterministic",
+        "worst",
+    ]
+    clean = full.row("clean")
+    assert clean.accuracy > 0.8 and clean.n == 128 and clean.health is None
+    for row in full.rows:
+        draws = 3 if row.variant == "random" else 1
+        assert row.n == len(row.robust) and row.seed == 0 and row.seconds >= 0
+        assert row.standard_error == pytest.approx(math.sqrt(row.accuracy * (1 - row.accuracy) / row.n))
+        if row.kind not in ("clean", "worst"):
+            assert row.n_eval == draws and row.worst == row.accuracy <= row.mean
+            assert row.health["gradients"] > 0 and row.reliable
+            assert row.settings["eot"] == (2 if row.variant == "random" and "transfer" not in row.attack else 1)
+            assert (
+                row.settings["attacked"]
+                == full.row({"random": "clean", "fixed": "clean, fixed noise"}.get(row.variant, "clean, deterministic"))
+                .robust[: row.n]
+                .sum()
+            )
+    assert full.row("AutoAttack rand, 5 steps, first 40").n == 40
+
+
+def test_worst_is_per_image(full):
+    of = {label: full.row(label).robust for label in full.attacks}
+    random = of["PGD-5 ce"] & of["PGD-5 dlr"] & of["FGSM ce"] & of["PGD-5 margin x2 through mean"]
+    zero = of["PGD-5 ce, deterministic"] & of["PGD-5 dlr, deterministic"]
+    assert np.array_equal(of["worst, random"], random) and np.array_equal(of["worst, deterministic"], zero)
+    assert np.array_equal(of["worst"], random & zero)
+    assert full.headline.accuracy == min(r.accuracy for r in full.rows if r.kind != "clean")
+
+
+def test_wrongly_classified_images_are_lost(full):
+    clean = full.row("clean").robust
+    assert not clean.all() and not (full.row("PGD-5 ce").robust & ~clean).any()
+
+
+def test_markdown(full):
+    text = full.to_markdown()
+    assert "| toy | PGD-5 ce | random | 2 | 128 |" in text
+    row = full.row("PGD-5 ce")
+    assert f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}" in text
+    assert f"| {100 * row.mean:.1f} | {100 * row.worst:.1f} (3) |" in text
+    head = text.split("\n")[2]
+    assert head.startswith("- **toy: ") and "n = " in head
+    assert all(len(line.split("|")) == 14 for line in text.split("\n") if line.startswith("| toy"))
+
+
+def test_transfer_attacks_the_base_and_judges_the_defence(toy):
+    """A base whose gradient points elsewhere: its images must not hurt, and its health is what is counted."""
+    model, x, y = toy
+    seen = []
+
+    class Base(nn.Module):
+        def forward(self, z):
+            seen.append(len(z))
+            return z.flatten(1)[:, :10] * 0 + z.flatten(1)[:, 767:]
+
+    attacks = [Attack(target=Base(), label="transfer")]
+    report = evaluate(model, x, y, steps=3, n_eval=1, attacks=attacks, **QUIET)
+    row = report.row("transfer")
+    assert seen and row.accuracy > 0.7 and not row.reliable  # all its logits are equal: no gradient at all
+    assert row.settings["target"] == "Base" and [r.kind for r in report.rows] == ["clean", "pgd"]  # no own attack
+
+
+def test_base_argument(toy):
+    assert [a.label for a in default_attacks(Plain(toy[0]))][-1] == "transfer from the base"
+    assert [a.kind for a in default_attacks()] == ["pgd"] * 4 + ["bpda"] + ["autoattack"] * 2
+
+
+def test_deterministic_model(toy):
+    """One draw, one prediction, one variant; no notes on what would be the same again."""
+    model, x, y = toy
+    attacks = [Attack(), Attack(variant="deterministic"), Attack("autoattack", version="rand"), Attack(head="mean")]
+    report = evaluate(Plain(model), x, y, steps=3, eot=4, n_eval=4, attacks=attacks, name="base", **QUIET)
+    assert report.attacks == ["clean", "PGD-3 ce", "worst"]
+    assert all(row.n_eval == 1 for row in report.rows) and report.row("PGD-3 ce").settings["eot"] == 1
+    assert report.row("clean").accuracy == 1
+    assert report.notes == [
+        "base: AutoAttack rand was left out: the model is deterministic",
+        "base: PGD-3 ce through mean was left out: the model has no sample_logits()",
+    ]
+
+
+def test_a_callable_without_abilities(toy):
+    model, x, y = toy
+    report = evaluate(
+        lambda z: model(z), x, y, steps=2, n_eval=2, name="f", **QUIET,
+        attacks=[Attack(), Attack(variant="fixed"), Attack(variant="deterministic")],
+    )  # fmt: skip
+    assert report.attacks == ["clean", "PGD-2 ce", "worst"] and len(report.notes) == 2
+    assert "fixed_noise()" in report.notes[0] and "deterministic()" in report.notes[1]
+
+
+def test_nothing_leaks(toy):
+    model, x, y = toy
+    model.train()
+    model.weight.requires_grad_(True)
+    logger = logging.getLogger("auto-attack")
+    before = torch.get_rng_state(), model.weight.clone(), x.clone(), logger.level, logger.propagate, sys.gettrace()
+    attacks = [Attack(), Attack("autoattack", variant="fixed", steps=2, queries=2)]
+    np_state = np.random.get_state()[1].tolist()
+    evaluate(model, x, y, steps=2, attacks=attacks, **QUIET)
+    assert torch.equal(before[0], torch.get_rng_state()) and np.random.get_state()[1].tolist() == np_state
+    assert torch.equal(before[1], model.weight) and torch.equal(before[2], x)
+    assert (logger.level, logger.propagate, sys.gettrace()) == before[3:] and not logger.handlers
+    assert model.training and model.weight.requires_grad and model.weight.grad is None and model._mode is None
+
+
+def test_reproducible_and_seeded(toy):
+    model, x, y = toy
+    common = {"steps": 3, "eps": FAINT, "progress": False}
+    attacks = [Attack(eot=2), Attack(loss="dlr")]
+    run = [evaluate(model, x, y, attacks=attacks, seed=s, **common) for s in (0, 0, 1)]
+    pictures = [r.row("PGD-3 dlr").examples.adversarial for r in run]
+    masks = [np.concatenate([r.robust for r in report.rows]) for report in run]
+    assert np.array_equal(masks[0], masks[1]) and not np.array_equal(masks[0], masks[2])
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
+    # a row does not depend on which rows came before it
+    alone = evaluate(model, x, y, attacks=attacks[1:], **common).row("PGD-3 dlr")
+    assert np.array_equal(alone.robust, run[0].row("PGD-3 dlr").robust)
+    assert np.array_equal(alone.examples.adversarial, pictures[0])
+
+
+def test_batches_do_not_matter(toy):
+    model, x, y = toy
+    attacks = [Attack(variant="fixed"), Attack(variant="deterministic")]
+    common = {"steps": 1, "eps": FAINT, "progress": False}
+    one, other = (evaluate(model, x, y, attacks=attacks, batch_size=b, **common) for b in (128, 3))
+    for label in ("PGD-1 ce, fixed noise", "PGD-1 ce, deterministic"):
+        a, b = one.row(label), other.row(label)
+        assert np.array_equal(a.robust, b.robust) and 0 < a.accuracy < 1
+        assert np.abs(a.examples.adversarial - b.examples.adversarial).max() < 1e-6
+
+
+def test_survivors(toy):
+    model, x, y = toy
+    attacks = [Attack(), Attack(loss="dlr", survivors=True), Attack(loss="margin", survivors=True)]
+    attacks += [Attack(variant="deterministic", survivors=True), Attack(label="all again", steps=2)]
+    report = evaluate(model, x, y, steps=1, attacks=attacks, n_eval=2, **QUIET)
+    first, second, third = (report.row(f"PGD-1 {loss}") for loss in ("ce", "dlr", "margin"))
+    assert second.settings["attacked"] == first.robust.sum() < first.settings["attacked"]
+    assert not (second.robust & ~first.robust).any() and not (third.robust & ~second.robust).any()
+    assert second.n == first.n == len(x)
+    clean = report.row("clean, deterministic").robust.sum()  # another variant starts anew
+    assert report.row("PGD-1 ce, deterministic").settings["attacked"] == clean
+    again = report.row("all again")
+    assert again.settings["attacked"] == first.settings["attacked"]
+    assert np.array_equal(report.row("worst, random").robust, third.robust & again.robust)
+    assert f"{len(x)} ({second.settings['attacked']})" in report.to_markdown()
+
+
+def test_uint8_images(toy):
+    model, x, y = toy
+    levels = (x * 255).round().to(torch.uint8)
+    a, b = (evaluate(model, z, y, steps=2, attacks=[Attack()], **QUIET) for z in (levels, levels.float() / 255))
+    assert np.array_equal(a.row("PGD-2 ce").robust, b.row("PGD-2 ce").robust) and a.rows[0].data == b.rows[0].data
+
+
+def test_paired_by_hand(toy):
+    model, x, y = toy
+    a = evaluate(model, x, y, steps=1, attacks=[Attack()], name="a", **QUIET)
+    b = evaluate(Plain(model), x, y, steps=1, attacks=[Attack()], name="b", **QUIET)
+    for report, robust in ((a, [1, 1, 1, 0, 0, 0, 1, 1]), (b, [1, 0, 0, 1, 0, 0, 1, 1])):
+        report.row("worst").robust = np.array(robust, dtype=bool)
+    # differences 0 1 1 -1 0 0 0 0: mean 1/8, mean square 3/8
+    paired = a.paired(b)
+    assert (paired.difference, paired.n) == (1 / 8, 8)
+    assert paired.standard_error == pytest.approx(math.sqrt((3 / 8 - 1 / 64) / 8))
+    assert b.paired(a).difference == -1 / 8
+    assert str(paired) == "+12.5 ± 21.2 points (n = 8, paired)"
+    other = evaluate(model, x[:64], y[:64], steps=1, attacks=[Attack()], **QUIET)
+    with pytest.raises(ValueError, match="different images"):
+        a.paired(other)
+    with pytest.raises(KeyError, match="clean"):
+        a.paired(b, "no such row")
+
+
+def test_merge(toy):
+    model, x, y = toy
+    a = evaluate(model, x, y, steps=1, attacks=[Attack()], name="a", **QUIET)
+    b = evaluate(Plain(model), x, y, steps=1, attacks=[Attack()], name="b", **QUIET)
+    both = merge([a, b])
+    assert both.models == ["a", "b"] and set(both.headlines) == {"a", "b"} and "## Comparison" in both.to_markdown()
+    assert "| attack | a | b |" in both.to_markdown()
+    with pytest.raises(ValueError, match="headlines"):
+        _ = both.headline
+    with pytest.raises(KeyError):
+        both.row("worst")
+    assert both.row("worst", "b") is b.row("worst")
+    with pytest.raises(ValueError, match="a: clean"):
+        merge([a, a])
+
+
+class Counting(Linear):
+    calls = 0
+
+    def sample_logits(self, x):
+        Counting.calls += 1
+        return super().sample_logits(x)
+
+
+def test_resume(tmp_path):
+    model = Counting(2.0)
+    x, y = toy_data(model, 32)
+    attacks = [Attack(), Attack(loss="dlr")]
+
+    def run(**change):
+        before = Counting.calls
+        settings = {"steps": 3, "attacks": attacks, "out": tmp_path, "n_eval": 2} | QUIET | change
+        report = evaluate(settings.pop("model", model), x, y, **settings)
+        return report, Counting.calls - before
+
+    first, made = run()
+    again, few = run()
+    assert made > 20 and few <= 4  # only the probes
+    assert again.to_json() == first.to_json()
+    assert np.array_equal(again.row("PGD-3 ce").examples.adversarial, first.row("PGD-3 ce").examples.adversarial)
+    files = sorted(tmp_path.glob("rows/*.json"))
+    assert len(files) == 3 and not list(tmp_path.glob("rows/.*"))
+    # one more attack: only that one is made
+    _, more = run(attacks=[*attacks, Attack(loss="margin")])
+    assert few < more < made and len(list(tmp_path.glob("rows/*.json"))) == 4
+    # another name is the same row
+    named, calls = run(name="other")
+    assert calls == few and named.models == ["other"]
+    # what decides the numbers makes new rows: seed, eps, weights, a plain attribute, data, a half-written file
+    for change in ({"seed": 1}, {"eps": 0.01}, {"eot": 2}, {"n_eval": 3}):
+        assert run(**change)[1] > few, change
+    with torch.no_grad():
+        model.weight[0, 0] += 1
+    assert run()[1] > few
+    model.samples = 4
+    assert run()[1] > few
+    assert run()[1] == few
+    for path in tmp_path.glob("rows/*.json"):
+        path.write_text(path.read_text()[:-50])
+    assert run()[1] > few
+
+
+def test_plain_callables_are_never_reused(tmp_path, toy):
+    model, x, y = toy
+    evaluate(lambda z: model(z), x[:8], y[:8], steps=1, attacks=[Attack()], out=tmp_path, **QUIET)
+    assert not list(tmp_path.glob("rows/*"))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5])
+def test_autoattack_with_few_classes(classes):
+    pytest.importorskip("pyautoattack")
+    model = Plain(Linear(scale=1.0, classes=classes))
+    x, y = toy_data(model.toy, 12)
+    report = evaluate(model, x, y, attacks=[Attack("autoattack", steps=10, queries=50)], eps=0.1, progress=False)
+    row = report.rows[1]
+    assert row.accuracy <= 0.1 and row.settings["warnings"] == []
+    if classes < 4:
+        assert f"PGD margin for apgd-t: {classes} classes" in row.attack
+        assert row.settings["replaced_by_pgd_margin"] == "apgd-t"
+    else:
+        assert row.settings["attacks"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+def test_autoattack_rand_with_two_classes():
+    pytest.importorskip("pyautoattack")
+    model = Linear(scale=1.0, classes=2)
+    x, y = toy_data(model, 12)
+    attacks = [Attack("autoattack", version="rand", steps=10, eot=2)]
+    row = evaluate(model, x, y, attacks=attacks, eps=0.1, progress=False).rows[1]
+    assert row.accuracy == 0 and "PGD margin for apgd-dlr: 2 classes" in row.attack
+
+
+def test_the_margin_replacement_finds_what_is_left():
+    """Logits too far apart for cross-entropy's gradient: of the parts with two classes only the margin gets through."""
+    pytest.importorskip("pyautoattack")
+    assert parts("rand", 2) == (["apgd-ce"], "apgd-dlr")
+    model = Linear(scale=1000.0, classes=2, noise=0.15)
+    x, y = toy_data(model, 12)
+    attacks = [Attack("autoattack", version="rand", steps=10, eot=2), Attack(loss="dlr")]
+    report = evaluate(model, x, y, attacks=attacks, eps=0.1, steps=10, progress=False)
+    assert report.attacks[2] == "PGD-10 margin"  # dlr needs three classes
+    assert report.rows[1].accuracy == 0 == report.rows[2].accuracy
+    assert not report.rows[1].reliable  # the probe's cross-entropy has no gradient: said, not hidden
+
+
+def test_autoattack_sees_a_randomised_model_under_fixed_noise(toy):
+    """Its own check for randomness must stay silent, since noise is the same for every image and call."""
+    pytest.importorskip("pyautoattack")
+    model, x, y = toy
+    attacks = [Attack("autoattack", variant="fixed", steps=3, queries=10)]
+    row = evaluate(model, x, y, attacks=attacks, batch_size=50, **QUIET).rows[1]
+    assert row.variant == "fixed" and row.n_eval == 1 and not any("random" in w for w in row.settings["warnings"])
+    assert row.health["gradients"] == 2 * row.settings["attacked"] and row.health["images"] == 0
+
+
+def test_autoattack_probe_marks_missing_gradients():
+    pytest.importorskip("pyautoattack")
+    model = Linear(4.0, method="peel_reference")
+    x, y = toy_data(model, 16)
+    row = evaluate(model, x, y, attacks=[Attack("autoattack", version="rand", steps=3, eot=2)], n_eval=1, **QUIET).rows[
+        1
+    ]
+    assert row.health["nonfinite"] > 0 and not row.reliable
+
+
+def test_the_other_package(monkeypatch, toy):
+    """fra31's `autoattack` has another constructor, `bs`, prints, and returns the images alone."""
+    model, x, y = toy
+    asked = {}
+
+    class AutoAttack:
+        def __init__(self, model, norm="Linf", eps=0.3, seed=None, verbose=True, attacks_to_run=(), version="standard",
+                     device="cuda", log_path=None):  # fmt: skip
+            assert not verbose and version == "standard"
+            self.model, self.eps = model, eps
+            self.apgd, self.apgd_targeted, self.fab, self.square = (types.SimpleNamespace() for _ in range(4))
+
+        def run_standard_evaluation(self, x_orig, y_orig, bs=250):
+            print("noise on the terminal")
+            asked.update(bs=bs, attacks=self.attacks_to_run, targets=self.fab.n_target_classes, steps=self.apgd.n_iter)
+            return (x_orig + 2 * self.eps).clamp(0, 1)  # leaves the ball: must be brought back
+
+    for package in ("pyautoattack", "autoattack"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=r"purify-fast\[eval\]"):
+        evaluate(Plain(model), x, y, attacks=[Attack("autoattack")], **QUIET)
+    monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=AutoAttack))
+    row = evaluate(Plain(model), x, y, attacks=[Attack("autoattack")], batch_size=33, **QUIET).rows[1]
+    assert asked == {"bs": 33, "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"], "targets": 9, "steps": 100}
+    moved = row.examples.adversarial - row.examples.clean
+    assert np.abs(moved).max() == pytest.approx(EPS, abs=1e-6)
+
+
+def test_output_is_quiet(capsys, toy):
+    pytest.importorskip("pyautoattack")
+    model, x, y = toy
+    evaluate(
+        model, x, y, steps=1, attacks=[Attack(), Attack("autoattack", variant="fixed", steps=1, queries=1)], **QUIET
+    )
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.rand(4, 768)}, r"x must be \[N, C, H, W\]"),
+        ({"x": torch.rand(0, 3, 16, 16), "y": torch.zeros(0, dtype=torch.int64)}, "at least one image"),
+        ({"x": torch.rand(4, 3, 16, 16) + 1}, r"x must be in \[0, 1\]"),
+        ({"x": torch.full((4, 3, 16, 16), torch.nan)}, "free of NaN"),
+        ({"x": torch.rand(4, 3, 16, 16).double()}, "uint8 or float32"),
+        ({"y": torch.zeros(3, dtype=torch.int64)}, "y must be int64"),
+        ({"y": torch.tensor([0, 10, 1, 1])}, r"y\[1\] is 10, but the model has 10 classes"),
+        ({"eps": -1.0}, "eps must be"),
+        ({"norm": "l3"}, "norm must be"),
+        ({"norm": "l1", "attacks": [Attack("apgd")]}, "apgd's norm must be one of linf, l2, got 'l1'"),
+        ({"steps": 0}, "steps must be"),
+        ({"n_eval": 0}, "n_eval must be"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"attacks": [Attack(), Attack()]}, "labels of their own.*PGD-100 ce"),
+    ],
+)
+def test_errors(change, message):
+    arguments = {"x": torch.rand(4, 3, 16, 16), "y": torch.zeros(4, dtype=torch.int64), "attacks": [Attack()]} | QUIET
+    arguments |= change
+    with pytest.raises(ValueError, match=message):
+        evaluate(Linear(), arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kind": "fab"}, "kind must be"),
+        ({"loss": "mse"}, "loss must be"),
+        ({"loss": "dlr_targeted"}, "loss must be one of ce, margin, dlr, got"),
+        ({"kind": "apgd", "targets": 0}, "targets must be at least 1"),
+        ({"variant": "zero"}, "variant must be"),
+        ({"version": "plus"}, "version must be"),
+        ({"head": "max"}, "head must be"),
+        ({"head": "lse", "target": Linear()}, "not both"),
+        ({"steps": 0}, "steps must be"),
+        ({"limit": 0}, "limit must be"),
+        ({"alpha": -0.1}, "alpha must be at least 0, got -0.1"),
+        ({"kind": "apgd", "alpha": 0.1}, "alpha goes with pgd, bpda, stadv, not with apgd"),
+        ({"kind": "fgsm", "steps": 2}, "steps goes with pgd, apgd, bpda, stadv, autoattack, not with fgsm"),
+        ({"kind": "autoattack", "restarts": 2}, "restarts goes with pgd, apgd, bpda, stadv, not with autoattack"),
+        ({"kind": "apgd", "start": False}, "start goes with pgd, bpda, not with apgd"),
+        ({"smoothness": 0.1}, "smoothness goes with stadv, not with pgd"),
+        ({"kind": "stadv", "smoothness": -0.1}, "smoothness must be at least 0, got -0.1"),
+        (
+            {"kind": "stadv", "norm": "l2", "eps": 0.1},
+            "norm goes with pgd, apgd, fgsm, bpda, autoattack, not with stadv",
+        ),
+        ({"kind": "stadv", "loss": "dlr_targeted"}, "loss must be one of ce, margin, dlr, got"),
+        ({"norm": "l3", "eps": 0.1}, "norm must be one of linf, l2, l1, got 'l3'"),
+        ({"kind": "apgd", "norm": "l1", "eps": 12}, "norm must be one of linf, l2, got 'l1'"),
+        ({"norm": "l2"}, "the norm l2 needs an eps of its own"),
+        ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
+        ({"target": "base"}, "target must be a model or 'classifier', got 'base'"),
+        ({"kind": "bpda", "target": Linear()}, "it takes no target"),
+        ({"head": "lse", "target": "classifier"}, "not both"),
+        ({"queries": 9}, "queries goes with autoattack, not with pgd"),
+    ],
+)
+def test_attack_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        Attack(**change)
+
+
+def test_without_autoattack_no_attack_is_begun(monkeypatch):
+    for package in ("pyautoattack", "autoattack"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(protocol, "pgd", lambda *a, **more: pytest.fail("it was attacked"))
+    x, y = torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ModuleNotFoundError, match="AutoAttack is not installed"):
+        evaluate(Linear(), x, y, attacks=[Attack(), Attack("autoattack")], **QUIET)
+
+
+def test_a_saturated_head_still_gets_its_draws():
+    """A head that is infinite everywhere looks deterministic; its EOT draws are taken all the same."""
+    model = Linear(32.0)
+    x, y = toy_data(model, 16)
+    report = evaluate(model, x, y, steps=2, eot=3, attacks=[Attack(head="peel_reference")], **QUIET)
+    assert report.rows[1].settings["eot"] == 3 and report.rows[1].health["nonfinite"] == 32
+
+
+def test_json_is_plain(full):
+    content = json.loads(full.to_json())
+    row = next(r for r in content["rows"] if r["attack"] == "PGD-5 ce")
+    assert set(row["robust"]) <= {"0", "1"} and len(row["robust"]) == row["n"] == 128
+    assert row["accuracy"] == full.row("PGD-5 ce").accuracy and row["seed"] == 0 and row["standard_error"] > 0
+
+
+def test_l2_and_grey():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    x = torch.rand(20, 1, 8, 8)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    report = evaluate(model, x, y, eps=0.3, norm="l2", steps=5, attacks=[Attack(loss="dlr")], progress=False)
+    row = report.row("PGD-5 margin")
+    assert row.settings["norm"] == "l2" and 0 < row.accuracy < 1
+    moved = np.linalg.norm(
+        (row.examples.adversarial - row.examples.clean).reshape(len(row.examples.labels), -1), axis=1
+    )
+    assert 0.29 < moved.max() <= 0.3 + 1e-5
+
+
+def test_rows_are_keyed_by_the_code_that_makes_them(toy, tmp_path, monkeypatch):
+    from purify_fast.evaluation import runner as protocol
+
+    model, x, y = toy
+    common = {"steps": 2, "attacks": [Attack(variant="deterministic")], "out": tmp_path, **QUIET}
+    evaluate(model, x, y, **common)
+    made = len(list((tmp_path / "rows").glob("*.json")))
+    evaluate(model, x, y, **common)
+    assert len(list((tmp_path / "rows").glob("*.json"))) == made
+    monkeypatch.setattr(protocol, "_code", lambda: ["another version"])
+    evaluate(model, x, y, **common)
+    assert len(list((tmp_path / "rows").glob("*.json"))) == 2 * made
+
+
+def test_models_that_differ_in_an_attribute_have_their_own_fingerprints():
+    from purify_fast.evaluation.runner import _fingerprint
+
+    marks = set()
+    for attribute in (
+        torch.relu,
+        torch.tanh,
+        lambda x: x + 1,
+        lambda x: x + 2,
+        [1, 2],
+        [1, 3],
+        {"a": 1},
+        {"a": 2},
+        None,
+    ):
+        module = nn.Linear(2, 2)
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+        module.extra = attribute
+        marks.add(_fingerprint(module))
+    assert len(marks) == 9
+    assert _fingerprint(lambda x: x) is None
+
+
+def test_images_that_cannot_be_drawn_do_not_lose_the_report(tmp_path):
+    class Four(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4 * 16, 3)
+
+        def forward(self, x):
+            return self.head(x.flatten(1))
+
+    x, y = torch.rand(6, 4, 4, 4), torch.arange(6) % 3
+    evaluate(Four(), x, y, eps=np.float32(0.1), steps=2, attacks=[Attack()], progress=False).save(tmp_path)
+    assert (tmp_path / "report.json").is_file() and (tmp_path / "report.md").is_file()
+
+
+APGD = [Attack("apgd"), Attack("apgd", loss="dlr"), Attack("apgd", loss="dlr_targeted")]
+
+
+def test_apgd_rows(toy):
+    """Labels, settings, health and the worst rows, as PGD has them."""
+    model, x, y = toy
+    attacks = [*APGD, Attack("apgd", variant="deterministic", restarts=2), Attack("apgd", head="mean", limit=40)]
+    attacks += [Attack("apgd", loss="dlr_targeted", targets=2, steps=2), Attack("apgd", target=Plain(model), label="t")]
+    report = evaluate(model, x, y, attacks=attacks, steps=4, eot=2, n_eval=2, eps=FAINT, progress=False)
+    assert report.attacks == [
+        "clean", "clean, deterministic", "APGD-4 ce", "APGD-4 dlr", "APGD-T 4", "APGD-4 ce x2, deterministic",
+        "APGD-4 ce through mean, first 40", "APGD-T 2, 2 targets", "t",
+        "worst, random", "worst, deterministic", "worst",
+    ]  # fmt: skip
+    rows = {label: report.row(label) for label in report.attacks}
+    targeted, one = rows["APGD-T 4"], rows["APGD-4 dlr"]
+    assert targeted.kind == "apgd" and 0 < targeted.accuracy < rows["clean"].accuracy and targeted.reliable
+    assert (targeted.settings["targets"], rows["APGD-T 2, 2 targets"].settings["targets"]) == (9, 2)
+    assert one.settings["targets"] is None and one.settings["loss"] == "dlr" and one.settings["eot"] == 2
+    assert one.health["gradients"] == 4 * one.settings["attacked"] == 4 * one.health["images"]
+    assert 4 * one.settings["attacked"] < targeted.health["gradients"] <= 9 * 4 * one.settings["attacked"]
+    worst = rows["APGD-4 ce"].robust & one.robust & targeted.robust & rows["APGD-T 2, 2 targets"].robust
+    assert np.array_equal(rows["worst, random"].robust, worst)
+    assert np.array_equal(rows["worst"].robust, worst & rows["APGD-4 ce x2, deterministic"].robust)
+    assert rows["APGD-4 ce through mean, first 40"].n == 40
+
+
+def test_apgd_attacks_survivors_whatever_the_batches(toy):
+    model, x, y = toy
+    attacks = [Attack("apgd", steps=2), Attack("apgd", loss="dlr_targeted", survivors=True)]
+    common = {"steps": 3, "eps": FAINT, "progress": False}
+    one, other = (evaluate(Plain(model), x, y, attacks=attacks, batch_size=b, **common) for b in (128, 7))
+    first, second = one.row("APGD-2 ce"), one.row("APGD-T 3")
+    assert second.settings["attacked"] == first.robust.sum() and not (second.robust & ~first.robust).any()
+    for label in ("APGD-2 ce", "APGD-T 3"):
+        a, b = one.row(label), other.row(label)
+        assert (
+            np.array_equal(a.robust, b.robust) and np.abs(a.examples.adversarial - b.examples.adversarial).max() < 1e-6
+        )
+
+
+@pytest.mark.parametrize("classes, label", [(2, "APGD-2 margin"), (3, "APGD-2 margin"), (4, "APGD-T 2")])
+def test_apgd_with_few_classes(classes, label):
+    model = Plain(Linear(2.0, classes=classes))
+    x, y = toy_data(model.toy, 24)
+    report = evaluate(model, x, y, steps=2, attacks=APGD[2:], **QUIET)
+    assert report.attacks == ["clean", label, "worst"]
+    assert report.rows[1].settings["targets"] == (3 if classes == 4 else None)
+
+
+@pytest.mark.parametrize("attack, exact", [(Attack("apgd"), True), (Attack("apgd", loss="dlr_targeted"), False)])
+def test_apgd_says_how_much_there_is_to_do(toy, monkeypatch, attack, exact):
+    """The bar's total: exact for one run, the most there can be for several."""
+    from purify_fast.evaluation import runner as protocol
+
+    bars = []
+
+    class Bar(protocol.tqdm):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(protocol, "tqdm", Bar)
+    model, x, y = toy
+    evaluate(Plain(model), x, y, steps=3, attacks=[attack], eps=FAINT)
+    (bar,) = bars
+    assert bar.n == bar.total if exact else bar.total / 9 < bar.n < bar.total
+
+
+class Shattered(nn.Module):
+    """A randomised defence with one purified image per prediction, rounded: no gradient gets through."""
+
+    purified = 0
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+        with torch.no_grad():
+            self.classifier[1].weight *= 10
+
+    def purify(self, x):
+        Shattered.purified += len(x)
+        noise = 0.02 * torch.randn_like(x)
+        return ((x + noise) * 16).round() / 16
+
+    def forward(self, x):
+        return self.classifier(self.purify(x))
+
+
+@pytest.fixture(scope="module")
+def shattered():
+    model = Shattered()
+    x = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model, x, model.classifier(x).argmax(1)
+
+
+UNSEEN = [
+    Attack(),
+    Attack("bpda"),
+    Attack(target="classifier", label="cheap"),
+    Attack("bpda", norm="l2", eps=1.0),
+    Attack("bpda", loss="dlr", norm="l2", eps=1.0, survivors=True),
+    Attack("stadv", target="classifier"),
+]
+
+
+@pytest.fixture(scope="module")
+def unseen(shattered):
+    model, x, y = shattered
+    return evaluate(model, x, y, attacks=UNSEEN, steps=8, eot=3, n_eval=2, name="d", eps=FAINT, progress=False)
+
+
+def test_unseen_rows(unseen):
+    assert unseen.attacks == [
+        "clean",
+        "PGD-8 ce",
+        "BPDA-8 ce",
+        "cheap on the classifier alone (not adaptive)",
+        "worst",
+        "BPDA-8 ce, L2 1",
+        "BPDA-8 dlr, L2 1",
+        "StAdv-8 margin on the classifier alone (not adaptive), flow 0.05",
+        "worst, L2 1",
+    ]
+    rows = {label: unseen.row(label) for label in unseen.attacks}
+    threats = [None] * 5 + ["L2 1", "L2 1", "flow 0.05", "L2 1"]
+    assert [row.threat for row in rows.values()] == threats
+    bpda, cheap, stadv = rows["BPDA-8 ce"], rows[unseen.attacks[3]], rows[unseen.attacks[7]]
+    assert not rows["PGD-8 ce"].reliable and rows["PGD-8 ce"].health["zero"] > 0
+    assert bpda.reliable and bpda.kind == "bpda" and bpda.accuracy < rows["PGD-8 ce"].accuracy - 0.2
+    assert bpda.settings["eot"] == 3 and bpda.health["gradients"] == 8 * bpda.settings["attacked"]
+    assert cheap.settings["target"] == "on the classifier alone (not adaptive)" and cheap.settings["eot"] == 1
+    assert (stadv.settings["eps"], stadv.settings["norm"], stadv.settings["loss"]) == (0.05, "flow", "margin")
+    assert stadv.health["gradients"] == 8 * stadv.settings["attacked"] and stadv.reliable
+
+
+def test_other_threat_models_stay_out_of_the_headline_and_the_worst(unseen):
+    of = {label: unseen.row(label).robust for label in unseen.attacks}
+    assert np.array_equal(of["worst"], of["PGD-8 ce"] & of["BPDA-8 ce"])  # neither transfer nor another ball
+    assert np.array_equal(of["worst, L2 1"], of["BPDA-8 ce, L2 1"] & of["BPDA-8 dlr, L2 1"])
+    assert of["worst, L2 1"].mean() < of["worst"].mean()
+    assert unseen.headline.threat is None and unseen.headline.accuracy == of["worst"].mean()
+    lowest = unseen.lowest
+    assert set(lowest) == {("d", None), ("d", "L2 1"), ("d", "flow 0.05")}
+    assert lowest["d", "L2 1"].accuracy == of["worst, L2 1"].mean()
+    markdown = unseen.to_markdown().split("\n")
+    assert markdown[2].startswith("- **d: ") and markdown[3].startswith("- d, L2 1: ")
+    assert markdown[4].startswith("- d, flow 0.05: ")
+    back = Report.from_json(unseen.to_json())
+    assert [row.threat for row in back.rows] == [row.threat for row in unseen.rows]
+    assert json.loads(unseen.to_json())["headlines"]["d"]["attack"] == unseen.headline.attack
+    assert "cheap on the classifier alone (not adaptive)" in unseen.to_text(False) and "flow 0.05" in unseen.to_text()
+
+
+def test_survivors_of_one_threat_model_are_not_spared_by_another(unseen):
+    first, second = unseen.row("BPDA-8 ce, L2 1"), unseen.row("BPDA-8 dlr, L2 1")
+    assert second.settings["attacked"] == first.robust.sum() < first.settings["attacked"]
+    model = Shattered()
+    x = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    y = model.classifier(x).argmax(1)
+    attacks = [Attack("bpda", norm="l2", eps=2.0), Attack("bpda", survivors=True)]
+    report = evaluate(model, x, y, attacks=attacks, steps=4, eps=FAINT, progress=False)
+    assert report.rows[1].accuracy == 0 and report.rows[2].settings["attacked"] == report.row("clean").robust.sum()
+
+
+def test_an_attack_with_the_reports_own_ball_is_no_other_threat(toy):
+    model, x, y = toy
+    attacks = [Attack(eps=0.1), Attack(loss="dlr", norm="linf", eps=0.1), Attack(loss="margin", eps=4 / 255)]
+    report = evaluate(Plain(model), x[:8], y[:8], steps=1, attacks=attacks, eps=0.1, progress=False)
+    assert report.attacks == ["clean", "PGD-1 ce", "PGD-1 dlr", "worst", "PGD-1 margin, L-inf 4/255"]
+    moved = np.abs(report.rows[3].examples.adversarial - report.rows[3].examples.clean).max()
+    assert moved == pytest.approx(4 / 255, rel=1e-3) and report.rows[1].settings["eps"] == 0.1
+
+
+@pytest.mark.parametrize(("order", "eps"), [(2, 0.1), (1, 0.5)])
+def test_autoattack_in_a_ball_of_its_own(toy, order, eps):
+    pytest.importorskip("pyautoattack")
+    model, x, y = toy
+    attacks = [Attack("autoattack", steps=5, queries=5, norm=f"l{order}", eps=eps)]
+    report = evaluate(Plain(model), x[:16], y[:16], attacks=attacks, **QUIET)
+    row = report.row(f"AutoAttack standard, 5 steps, 5 queries, L{order} {eps}")
+    moved = (row.examples.adversarial - row.examples.clean).reshape(8, -1)
+    assert row.threat == f"L{order} {eps}" and row.settings["norm"] == f"l{order}" and row.accuracy < 1
+    assert 0.9 * eps < np.linalg.norm(moved, order, axis=1).max() <= eps + 1e-5 and report.headlines == {}
+
+
+def test_every_row_of_the_default_plan_in_the_l1_ball(toy):
+    pytest.importorskip("pyautoattack")
+    model, x, y = toy
+    eps = 8.0  # AutoAttack returns only what fools the model
+    attacks = [Attack("fgsm"), *default_attacks(model)]
+    attacks = [dataclasses.replace(a, steps=4, queries=4) if a.kind == "autoattack" else a for a in attacks]
+    report = evaluate(model, x[:12], y[:12], attacks=attacks, eps=eps, norm="l1", steps=4, progress=False)
+    moved = [row for row in report.rows if row.examples is not None and row.kind != "clean"]
+    assert {"fgsm", "pgd", "autoattack"} <= {row.kind for row in moved}
+    for row in moved:
+        change = (row.examples.adversarial - row.examples.clean).reshape(len(row.examples.labels), -1)
+        assert row.settings["norm"] == "l1" and 0.8 * eps < np.abs(change).sum(1).max() <= eps + 1e-5
+
+
+@pytest.mark.parametrize("eps, text", [(0.5, "0.5"), (8 / 255, "8/255"), (1, "1"), (0.2, "0.2"), (0.123456, "0.123")])
+def test_radii_are_short(eps, text):
+    assert protocol._short(eps) == text
+
+
+def test_labels_name_the_threat_and_the_weak_protocol_once(shattered):
+    model, x, y = shattered
+    attacks = [
+        Attack("bpda", norm="l2", eps=0.5, label="BPDA in L2 0.5"),
+        Attack(norm="l2", eps=0.5, label="mine", target="classifier", variant="random"),
+    ]
+    report = evaluate(model, x[:4], y[:4], attacks=attacks, steps=1, n_eval=1, eps=FAINT, progress=False)
+    assert [row.attack for row in report.rows[1:]] == [
+        "BPDA in L2 0.5",
+        "mine on the classifier alone (not adaptive), L2 0.5",
+    ]
+    assert report.headlines == {}
+
+
+def test_what_a_model_lacks_is_said(toy):
+    model, x, y = toy
+    attacks = [Attack("bpda"), Attack("stadv", steps=2), Attack(target="classifier")]
+    report = evaluate(Plain(model), x, y, attacks=attacks, steps=1, name="m", **QUIET)
+    assert report.attacks == ["clean", "StAdv-2 margin, flow 0.05"]
+    assert report.notes == [
+        "m: BPDA-1 ce was left out: the model has no purify() and classifier",
+        "m: PGD-1 ce on the classifier alone (not adaptive) was left out: the model has no classifier",
+    ]
+
+
+def test_bpda_and_stadv_of_noisy_copies_and_of_carso(toy):
+    """Randomised defences: every variant, and BPDA through another head."""
+    _, x, y = toy
+    x, y = x[:12], torch.arange(12) % 10
+    classifier = SmallCNN(3, 10, (16, 16), 4)
+    noisy = NoisyCopies(classifier, 0.1, samples=2)
+    report = evaluate(noisy, x, y, attacks=[Attack("stadv"), Attack("stadv", variant="fixed")], steps=2, **QUIET)
+    assert [row.variant for row in report.rows] == ["random", "fixed", "random", "fixed", "all"]
+    assert report.attacks[-2:] == ["StAdv-2 margin, fixed noise, flow 0.05", "worst, flow 0.05"]
+    carso = Carso(classifier, ["conv2"], (3, 16, 16), cond_dim=8, latent_dim=4, samples=2)
+    y = carso.eval()(x).argmax(1)
+    attacks = [Attack("bpda"), Attack("bpda", variant="deterministic", restarts=2), Attack("bpda", head="mean")]
+    report = evaluate(carso, x, y, attacks=attacks, steps=2, eot=2, **QUIET)
+    assert [row.attack for row in report.rows[2:5]] == [
+        "BPDA-2 ce", "BPDA-2 ce x2, deterministic", "BPDA-2 ce through mean",
+    ]  # fmt: skip
+    attacked = [row.settings["attacked"] for row in report.rows[2:5]]
+    assert [row.health["gradients"] for row in report.rows[2:5]] == [2 * attacked[0], 4 * attacked[1], 2 * attacked[2]]
+    assert [row.settings["eot"] for row in report.rows[2:5]] == [2, 1, 2] and len(report.row("worst").robust) == 12
+
+
+def test_stadv_restarts_keep_the_worst_of_each_image(toy):
+    model, x, y = toy
+    plain = Plain(model)
+    faint = {"eps": 0.002, "alpha": 0.0005}
+    attacks = [Attack("stadv", label="one", **faint), Attack("stadv", restarts=3, **faint)]
+    report = evaluate(plain, x, y, attacks=attacks, steps=2, eps=FAINT, progress=False)
+    one, three = report.row("one, flow 0.002"), report.row("StAdv-2 margin x3, flow 0.002")
+    assert 0 < three.robust.sum() <= one.robust.sum() < len(x) and not (three.robust & ~one.robust).any()
+    changed = [(a != b).any() for a, b in zip(one.examples.adversarial, three.examples.adversarial, strict=True)]
+    assert any(changed) and three.health["gradients"] == 3 * one.health["gradients"]
+    other = evaluate(plain, x, y, attacks=attacks[1:], steps=2, eps=FAINT, batch_size=50, progress=False)
+    assert np.abs(other.rows[1].examples.adversarial - three.examples.adversarial).max() < 1e-4
+    assert np.array_equal(report.row("worst, flow 0.002").robust, three.robust)
+
+
+def test_options_reach_the_attacks(toy, monkeypatch):
+    model, x, y = toy
+    seen = {}
+    for name in ("pgd", "stadv"):
+        original = getattr(protocol, name)
+        monkeypatch.setattr(
+            protocol, name, lambda *a, original=original, name=name, **o: seen.update({name: o}) or original(*a, **o)
+        )
+    attacks = [Attack("stadv", alpha=0.02, smoothness=0.0, eps=0.1), lee_kim_2023()]
+    evaluate(model, x[:4], y[:4], attacks=[attacks[0]], steps=2, **QUIET)
+    assert {k: seen["stadv"][k] for k in ("rate", "smoothness", "eps", "steps", "loss", "start")} == {
+        "rate": 0.02, "smoothness": 0.0, "eps": 0.1, "steps": 2, "loss": "margin", "start": False,
+    }  # fmt: skip
+    assert "norm" not in seen["stadv"]
+    report = evaluate(model, x[:1], y[:1], attacks=[attacks[1]], **QUIET)
+    got = {k: seen["pgd"][k] for k in ("alpha", "steps", "eot", "start", "norm", "eps", "loss")}
+    assert got == {
+        "alpha": pytest.approx(0.007), "steps": 200, "eot": 20, "start": False, "norm": "linf", "eps": 8 / 255,
+        "loss": "ce",
+    }  # fmt: skip
+    assert report.rows[1].attack == "PGD-200 ce + EOT (Lee & Kim 2023)" and report.rows[1].threat is None
+
+
+def test_lee_kim_in_another_ball():
+    attack = lee_kim_2023(4 / 255)
+    assert attack.alpha == pytest.approx(0.0035) and attack.eps == 4 / 255
+
+
+def test_new_attacks_are_kept_and_found_again(tmp_path, shattered):
+    model, x, y = shattered
+    x, y = x[:16], y[:16]
+
+    def run(*attacks, **change):
+        before = Shattered.purified
+        settings = {"steps": 2, "out": tmp_path, "n_eval": 1, "progress": False, "eps": FAINT} | change
+        return evaluate(model, x, y, attacks=attacks, **settings), Shattered.purified - before
+
+    # plans that differ in one thing each: no row of one is taken for another's
+    plans = [
+        Attack(), Attack(start=False), Attack(eps=0.01), Attack(eps=0.5, norm="l2"), Attack(target="classifier"),
+        Attack("bpda"), Attack("bpda", head="mean"), Attack("bpda", start=False),
+        Attack("stadv"), Attack("stadv", smoothness=0.0), Attack("stadv", eps=0.1), Attack("stadv", alpha=0.02),
+        Attack("stadv", target="classifier"), Attack("stadv", loss="ce"),
+    ]  # fmt: skip
+    first = []
+    for number, plan in enumerate(plans, 1):
+        first.append(run(plan)[0])
+        assert len(list(tmp_path.glob("rows/*.json"))) == 1 + number  # the clean row, and one for each
+    few = 3 * 8 + 1  # the probes
+    for plan, before in zip(plans, first, strict=True):
+        again, made = run(plan)
+        assert made < few + 1 and again.to_json() == before.to_json()
+        assert again.rows[1].threat == before.rows[1].threat
+    # the same attack by another name, and from a report whose own ball it is, is the same row
+    named, made = run(Attack("bpda", label="by another name"))
+    assert made < few + 1 and named.rows[1].attack == "by another name"
+    other, made = run(Attack(), eps=0.01)
+    assert made < few + 1 and (other.rows[1].attack, other.rows[1].threat) == ("PGD-2 ce", None)
+    assert first[2].rows[1].attack == "PGD-2 ce, L-inf 0.01"
+
+
+@pytest.mark.parametrize("attack", [Attack("bpda", restarts=2), Attack("stadv"), Attack("stadv", restarts=2)])
+def test_the_bars_total_of_the_new_attacks_is_exact(shattered, monkeypatch, attack):
+    bars = []
+
+    class Bar(protocol.tqdm):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(protocol, "tqdm", Bar)
+    model, x, y = shattered
+    evaluate(model, x[:8], y[:8], steps=3, eot=2, attacks=[attack], eps=FAINT)
+    (bar,) = bars
+    assert bar.n == bar.total > 0

@@ -1,0 +1,332 @@
+"""The ablation: which rows there are, that each is trained and attacked once, and the table they make."""
+
+import csv
+import importlib
+import math
+import time
+
+import pytest
+import torch
+
+import purify_fast.methods.arrest.ablation as module
+from purify_fast import data
+from purify_fast.evaluation import Tradeoff
+from purify_fast.methods.arrest import AblationConfig, ArrestConfig, ArrestTask, ablate
+from purify_fast.methods.arrest.ablation import _curve, _Result, _write, rows
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import ClassifierTask, FitConfig, load_classifier
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = ArrestConfig(eps=0.2, steps=2, alpha=0.1, optimizer="adamw", schedule="one_cycle", learning_rate=3e-3)
+FEW = {"standard_epochs": 1, "scratch_epochs": 1, "attack_steps": 2, "images": 16}
+SCRATCH = ["standard", "AT from scratch, eps x 0.5", "AT from scratch"]
+FINETUNED = ["AFT", "AFT + RGKD, lambda 50", "AFT + NR, phi 30", "ARREST, lambda 50, phi 30"]
+
+
+@pytest.fixture(scope="module")
+def images():
+    digits = data.load("digits")
+    return data.DataSet(digits.x_train[:64], digits.y_train[:64], digits.x_test[:16], digits.y_test[:16], "few", 10)
+
+
+def run(images, out, what=None, config=CONFIG):
+    return ablate(
+        lambda: SmallCNN(width=4), images, config, what or AblationConfig(**FEW), FitConfig(1, 16), out, False
+    )
+
+
+def counted(monkeypatch):
+    """Training steps taken, by the task's kind."""
+    taken = {ArrestTask: 0, ClassifierTask: 0}
+    for kind in taken:
+
+        def step(self, batch, kind=kind, before=kind.training_step):
+            taken[kind] += 1
+            return before(self, batch)
+
+        monkeypatch.setattr(kind, "training_step", step)
+    return taken
+
+
+def test_rows_of_the_parts_alone_and_together():
+    config = ArrestConfig(eps=0.1, alpha=None, tau=0.7, weight=2.5, angle=45.0)  # each is in its list
+    made = rows(config, AblationConfig(weights=(50.0, 2.5), angles=(30.0, 45.0), taus=(0.7,)))
+    assert list(made) == [
+        "AFT",
+        "AFT + RGKD, lambda 50",
+        "AFT + RGKD, lambda 2.5",
+        "AFT + NR, phi 30",
+        "AFT + NR, phi 45",
+        "AFT + NR, tau 0.7",
+        "ARREST, lambda 50, phi 30",
+        "ARREST, lambda 50, phi 45",
+        "ARREST, lambda 50, tau 0.7",
+        "ARREST, lambda 2.5, phi 30",
+        "ARREST, lambda 2.5, phi 45",
+        "ARREST, lambda 2.5, tau 0.7",
+    ]
+    assert {c.eps for c in made.values()} == {0.1}
+    bare, distilled = made["AFT"], made["AFT + RGKD, lambda 2.5"]
+    replayed, both = made["AFT + NR, phi 45"], made["ARREST, lambda 2.5, phi 45"]
+    assert [c.weight for c in (bare, distilled, replayed, both)] == [0, 2.5, 0, 2.5]
+    assert [c.replay for c in (bare, distilled, replayed, both)] == [False, False, True, True]
+    thresholds = [made[f"{name}, tau 0.7"] for name in ("AFT + NR", "ARREST, lambda 50", "ARREST, lambda 2.5")]
+    assert [(c.threshold, c.weight, c.replay) for c in thresholds] == [
+        (0.7, 0, True),
+        (0.7, 50, True),
+        (0.7, 2.5, True),
+    ]
+    for c in (replayed, both):  # phi decides: a tau of the config's own would hide it
+        assert c.tau is None and c.threshold == pytest.approx(1 - math.cos(math.radians(45)))
+
+
+def test_every_row_is_trained_attacked_and_written_once(images, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    taken = counted(monkeypatch)
+    made = run(images, tmp_path)
+    table = made[0]
+    assert made == [tmp_path / f"ablation.{kind}" for kind in ("md", "csv", "png")]
+    assert taken == {ClassifierTask: 3 * 4, ArrestTask: 4 * 4}
+    assert table == tmp_path / "ablation.md" and (tmp_path / "ablation.png").stat().st_size > 1000
+    with (tmp_path / "ablation.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [row["model"] for row in written] == SCRATCH + FINETUNED
+    text = table.read_text()
+    assert all(f"| {name} | " in text for name in SCRATCH + FINETUNED) and "not, the paper's ARDist" in text
+    assert "the first 16 test images, linf eps 0.2; robust: PGD-2" in text and "AutoAttack" not in text
+    assert "SUM, mean, NRR and ar_point_dist: of standard accuracy and PGD-2." in text
+    x = data.to_float(images.x_test)
+    start = load_classifier(tmp_path / "standard").state_dict()
+    for name, row in zip(SCRATCH + FINETUNED, written, strict=True):
+        folder = name.replace(", ", "_").replace(" + ", "_").replace(" ", "_")
+        model = load_classifier(tmp_path / folder)
+        right = (model(x).argmax(1) == images.y_test).float().mean().item()
+        assert float(row["standard"].split()[0]) == pytest.approx(100 * right, abs=0.051)
+        assert float(row["robust"].split()[0]) <= float(row["standard"].split()[0])
+        assert name == "standard" or not torch.equal(model.state_dict()["head.weight"], start["head.weight"])
+
+    taken.clear()
+    taken.update({ClassifierTask: 0, ArrestTask: 0})
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("rows/*")}
+    time.sleep(0.01)
+    assert run(images, tmp_path)[0].read_text() == text
+    assert not any(taken.values()) and {path: path.stat().st_mtime_ns for path in files} == files and files
+
+    run(
+        images, tmp_path, AblationConfig(**FEW, weights=(50.0, 5.0), angles=(), shares=())
+    )  # only what is new is trained
+    assert taken == {ClassifierTask: 0, ArrestTask: 4}
+    assert "| AFT + RGKD, lambda 5 | " in table.read_text()
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(.*steps: 2 there, 3 now"):
+        run(images, tmp_path, config=ArrestConfig(eps=0.2, steps=3, alpha=0.1))
+
+
+def test_finetuning_starts_from_the_standard_classifier_and_its_teacher_is_that(images, tmp_path, monkeypatch):
+    starts = []
+
+    class Task(ArrestTask):
+        def __init__(self, model, *arguments):
+            super().__init__(model, *arguments)
+            read = None if self.teacher is None else self.teacher.reader.model.state_dict()
+            starts.append((self.config, {k: v.clone() for k, v in model.state_dict().items()}, read))
+
+    monkeypatch.setattr(module, "ArrestTask", Task)
+    monkeypatch.setattr(module, "plot_tradeoff", lambda *a, **k: None)
+    run(images, tmp_path, AblationConfig(**FEW, shares=()))
+    standard = load_classifier(tmp_path / "standard").state_dict()
+    assert [config for config, _, _ in starts] == list(rows(CONFIG, AblationConfig()).values())
+    for _, start, teacher in starts:
+        assert all(torch.equal(value, standard[name]) for name, value in start.items())
+        assert teacher is None or all(torch.equal(value, standard[name]) for name, value in teacher.items())
+    assert not (tmp_path / "AT_from_scratch_eps_x_0.5").exists()
+
+
+def test_the_scratch_rows_attack_with_their_share_of_eps(images, tmp_path, monkeypatch):
+    seen = []
+
+    class Task(ClassifierTask):
+        def __init__(self, model, config):
+            super().__init__(model, config)
+            seen.append((config, model.conv1.weight.detach().clone()))
+
+    class Enough(Exception):
+        pass
+
+    monkeypatch.setattr(module, "ClassifierTask", Task)
+    monkeypatch.setattr(module, "_attack", lambda *a: _Result(Tradeoff(0, 0), (0, 0)))
+    monkeypatch.setattr(module, "load_classifier", lambda folder: (_ for _ in ()).throw(Enough))
+    what = AblationConfig(**FEW, shares=(0.5, 0.25), scratch_learning_rate=2e-3, standard_learning_rate=1e-3)
+    with pytest.raises(Enough):
+        run(images, tmp_path, what)
+    configs, weights = zip(*seen, strict=True)
+    assert [c.eps for c in configs] == pytest.approx([0, 0.05, 0.1, 0.2])
+    assert [c.alpha for c in configs] == pytest.approx([0, 0.025, 0.05, 0.1])
+    assert [c.learning_rate for c in configs] == [1e-3, 2e-3, 2e-3, 2e-3] and {c.steps for c in configs} == {2}
+    assert all(torch.equal(w, weights[0]) for w in weights)  # all begin with the same weights
+    assert {c.warm_up for c in configs} == {0.0}
+
+
+@pytest.mark.parametrize("alpha", [None, 0.15])
+def test_from_scratch_and_finetuned_train_on_one_attack(images, tmp_path, monkeypatch, alpha):
+    """Either task has a default step of its own."""
+    seen = []
+
+    def attack(model, x, y, **options):
+        seen.append([options[name] for name in ("eps", "alpha", "steps", "norm")])
+        return x
+
+    monkeypatch.setattr(module, "_attack", lambda *a: _Result(Tradeoff(0, 0), (0, 0)))
+    monkeypatch.setattr(module, "plot_tradeoff", lambda *a, **k: False)
+    for task in (ArrestTask, ClassifierTask):
+        monkeypatch.setattr(importlib.import_module(task.__module__), "pgd", attack)
+    config = ArrestConfig(eps=0.2, steps=2, alpha=alpha, warm_up=0.5)
+    what = AblationConfig(**{**FEW, "scratch_epochs": 4}, weights=(), angles=(), shares=())
+    ablate(lambda: SmallCNN(width=4), images, config, what, FitConfig(4, 32), tmp_path, False)
+    scratch, finetuned = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    step = 0.25 if alpha is None else alpha
+    assert len(seen) == 16 and scratch == [pytest.approx(options) for options in finetuned]
+    assert scratch[0] == pytest.approx([0.1, step / 2, 2, "linf"]) and scratch[-1] == pytest.approx(
+        [0.2, step, 2, "linf"]
+    )
+
+
+def result(standard, robust, auto=None):
+    return _Result(Tradeoff(standard, robust), (1.0, 2.0), None if auto is None else Tradeoff(*auto), (3.0, 4.0))
+
+
+def test_the_table_by_hand(tmp_path, monkeypatch):
+    """The reference curve is the specification's; the point (90, 52) is at a distance of the square root of 2."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
+    scratch = {"standard": (92, 48), "half": (88, 52), "beaten": (82, 50), "three": (84, 56), "whole": (80, 60)}
+    found = {name: result(*point) for name, point in scratch.items()}
+    found["ARREST"] = result(90, 52)
+    config = ArrestConfig(eps=0.1, alpha=None)
+    text = _write(tmp_path, found, list(scratch), config, AblationConfig())[0].read_text()
+    assert "| ARREST | 90.0 ± 1.0 | 52.0 ± 2.0 | 142.00 | 71.00 | 65.92 | +1.41 |" in text
+    assert "| whole | 80.0 ± 1.0 | 60.0 ± 2.0 | 140.00 | 70.00 | 68.57 | - |" in text
+    assert "ar_point_dist: of standard accuracy and PGD-50." in text and "AutoAttack" not in text
+    assert "the curve through (80.0, 60.0), (84.0, 56.0), (88.0, 52.0), (92.0, 48.0)," in text
+
+    # with AutoAttack, the paper's: the same points on its images, whatever PGD on all of them says
+    found = {name: result(99, 70, point) for name, point in {**scratch, "ARREST": (90, 52)}.items()}
+    drawn = []
+    monkeypatch.setattr(module, "plot_tradeoff", lambda path, *a, **k: drawn.append((*a, k)))
+    text = _write(tmp_path, found, list(scratch), config, AblationConfig(autoattack=5))[0].read_text()
+    both = "| ARREST | 99.0 ± 1.0 | 70.0 ± 2.0 | 90.0 ± 3.0 | 52.0 ± 4.0 | 142.00 | 71.00 | 65.92 | +1.41 |"
+    assert both in text and "| standard, AutoAttack's images | AutoAttack | SUM |" in text
+    assert "AutoAttack: standard, then, on the first 5." in text
+    assert "ar_point_dist: of standard accuracy and AutoAttack, first 5 images." in text
+    assert "the curve through (80.0, 60.0), (84.0, 56.0), (88.0, 52.0), (92.0, 48.0)," in text
+    ((points, curve, options),) = drawn
+    assert points["ARREST"] == (90, 52, 3, 4) and tuple(curve[0]) == (80, 60)
+    assert options["title"] == "robust: AutoAttack, first 5 images"
+
+
+def test_only_what_was_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "plot_tradeoff", lambda *a, **k: False)  # as without matplotlib
+    (tmp_path / "ablation.png").touch()  # of another time
+    found = {"standard": result(90, 40), "AT from scratch": result(80, 30)}
+    made = _write(tmp_path, found, list(found), ArrestConfig(), AblationConfig())
+    assert made == [tmp_path / "ablation.md", tmp_path / "ablation.csv"]
+
+
+def test_the_curve_is_of_models_that_no_other_beats():
+    points = [Tradeoff(*p) for p in ((90, 10), (80, 40), (80, 30), (70, 40), (60, 50), (60, 50), (50, 50))]
+    assert [tuple(p) for p in _curve(points)] == [(60, 50), (80, 40), (90, 10)]
+    assert _curve([Tradeoff(1, 1), Tradeoff(1, 1)]) == [Tradeoff(1, 1)]
+
+
+def test_a_curve_of_one_point_gives_no_distance(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = {"standard": result(90, 40), "AT from scratch": result(80, 30), "AFT": result(85, 35)}
+    text = _write(tmp_path, found, list(found)[:2], ArrestConfig(), AblationConfig())[0].read_text()
+    assert "| AFT | 85.0 ± 1.0 | 35.0 ± 2.0 | 120.00 | 60.00 | 49.58 | - |" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"standard_epochs": 0}, "standard_epochs must be at least 1, got 0"),
+        ({"scratch_epochs": 0}, "scratch_epochs must be at least 1, got 0"),
+        ({"attack_steps": 0}, "attack_steps must be at least 1, got 0"),
+        ({"images": 0}, "images must be at least 1, got 0"),
+        ({"autoattack": -1}, "autoattack must be at least 0, got -1"),
+        ({"weights": (1.0, 1.0)}, r"weights must be different in six digits, got \(1.0, 1.0\)"),
+        ({"weights": (5.0, 5.0000001)}, r"weights must be different in six digits, got \(5.0, 5.0000001\)"),
+        ({"angles": (1.0, 1.0)}, r"angles must be different in six digits, got \(1.0, 1.0\)"),
+        ({"taus": (0.1, 0.10000001)}, r"taus must be different in six digits, got \(0.1, 0.10000001\)"),
+        ({"weights": (0.0,)}, r"weights must be above 0, got \(0.0,\)"),
+        ({"shares": (1.0,)}, r"shares must be between 0 and 1, got \(1.0,\)"),
+    ],
+)
+def test_settings_that_cannot_be_used(options, message):
+    with pytest.raises(ValueError, match=message):
+        AblationConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("what", "config", "message"),
+    [
+        ({"angles": (120.0,)}, {}, r"angle must be in \[0, 90\] degrees, got 120.0"),
+        ({"taus": (-1.0,)}, {}, "tau must be at least 0, got -1.0"),
+        ({}, {"distance": "l2", "tau": 1.0, "replay": False}, "tau 1 would be in no row: .* give taus"),
+        ({"taus": (1.0,)}, {"distance": "l2", "tau": 1.0}, "tau must be given with distance 'l2'"),  # the angle's row
+        ({}, {"weight": 3.0}, r"weight 3 would be in no row: the ablation varies it, give weights \(--weights 3\)"),
+        ({}, {"angle": 10.0}, r"angle 10 would be in no row: the ablation varies it, give angles \(--angles 10\)"),
+        ({}, {"tau": 0.2}, r"tau 0.2 would be in no row: the ablation varies it, give taus \(--taus 0.2\)"),
+        ({}, {"replay": False}, r"replay is off, and on in the rows of angles and taus: .*\(--angles, --taus\)"),
+        ({}, {"pooled": True}, "pooled is for maps and tokens: what hidden puts out is a vector already"),
+    ],
+)
+def test_rows_that_cannot_be_trained_are_refused_before_any_work(images, tmp_path, what, config, message):
+    with pytest.raises(ValueError, match=message):
+        run(images, tmp_path / "out", AblationConfig(**FEW, **what), ArrestConfig(**config))
+    assert not (tmp_path / "out").exists()
+
+
+def test_distances_and_norms_that_no_angle_decides_have_rows_too():
+    made = rows(ArrestConfig(distance="l2", tau=1.0), AblationConfig(angles=(), taus=(1.0, 2.0)))
+    assert [c.threshold for c in made.values() if c.replay] == [1.0, 2.0, 1.0, 2.0]
+    made = rows(ArrestConfig(norm="l2", replay=False), AblationConfig(angles=()))
+    assert list(made) == ["AFT", "AFT + RGKD, lambda 50"] and not any(c.replay for c in made.values())
+
+
+@pytest.mark.parametrize("missing", ["implementation", "ar_point_dist"])
+def test_what_is_missing_is_said_before_any_work(images, tmp_path, monkeypatch, missing):
+    def refuse(*arguments):
+        raise ModuleNotFoundError("install it")
+
+    monkeypatch.setattr(module, missing, refuse)
+    with pytest.raises(ModuleNotFoundError, match="install it"):
+        run(images, tmp_path / "out", AblationConfig(**FEW, autoattack=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_autoattack_is_a_column_of_its_own(images, tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("pyautoattack")
+    few = {**FEW, "images": 100, "weights": (), "angles": (), "shares": ()}
+    text = run(images, tmp_path, AblationConfig(**few, autoattack=2))[0].read_text()
+    assert "the first 16 test images" in text and "on the first 2." in text  # there are no 100
+    with (tmp_path / "ablation.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [row["model"] for row in written] == ["standard", "AT from scratch", "AFT"]
+    x, y = data.to_float(images.x_test[:2]), images.y_test[:2]
+    for row in written:
+        auto, clean = (float(row[name].split()[0]) for name in ("AutoAttack", "standard, AutoAttack's images"))
+        model = load_classifier(tmp_path / row["model"].replace(" ", "_"))
+        assert auto in (0, 50, 100) and clean == 100 * (model(x).argmax(1) == y).float().mean()
+        assert float(row["SUM"]) == clean + auto
+
+
+def test_autoattack_has_no_more_images_than_there_are(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "implementation", lambda: None)
+    asked = []
+    monkeypatch.setattr(
+        module, "_attack", lambda *a: asked.append(a[4]) or _Result(Tradeoff(0, 0), (0, 0), Tradeoff(0, 0))
+    )
+    few = {**FEW, "images": 100, "weights": (), "angles": (), "shares": ()}
+    text = run(images, tmp_path, AblationConfig(**few, autoattack=50))[0].read_text()
+    assert {(what.images, what.autoattack) for what in asked} == {(16, 16)} and "on the first 16." in text

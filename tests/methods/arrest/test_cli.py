@@ -1,0 +1,208 @@
+"""ARREST on the command line: trained from nothing and on a classifier, resumed, built upon; and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import purify_fast
+from purify_fast import cli
+from purify_fast.methods.arrest import ArrestTask
+from purify_fast.models.classifiers import PreActResNet18, SmallCNN
+from purify_fast.training import load_classifier, save_classifier
+from purify_fast.training.checkpoint import fingerprint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FEW = ["--eps", "0.2", "--alpha", "0.1", "--steps", "2", "--epochs", "1", "--batch-size", "256"]
+
+
+def run(out, *options, what="arrest", data="digits"):
+    """``train arrest`` for an epoch of five steps; the exit status."""
+    arguments = ["train", what, "--out", str(out), "--data", str(data), "--device", "cpu", *FEW, *options]
+    if what != "arrest":
+        arguments = [a for i, a in enumerate(arguments) if a != "--alpha" and arguments[i - 1] != "--alpha"]
+    try:
+        return cli.main(arguments)
+    except SystemExit as stop:  # refused while reading the arguments
+        return stop.code
+
+
+def said(capsys):
+    """What was printed, without a frame's lines and the line ends."""
+    captured = capsys.readouterr()
+    return " ".join((captured.err + captured.out).replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def standard(tmp_path_factory):
+    """A folder with a classifier for the digits."""
+    folder = tmp_path_factory.mktemp("standard")
+    torch.manual_seed(0)
+    save_classifier(SmallCNN(width=4), folder)
+    return folder
+
+
+def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("PURIFY_FAST_DATA", raising=False)
+    out = tmp_path / "arrest"
+    assert run(out, "--width", "4", "--standard-epochs", "1", "--weight", "3", "--tau", "0.01") == 0
+    text = said(capsys)
+    assert (
+        f"saved to {out}; attack it with: purify-fast evaluate {out} --data digits --eps 0.2" in text
+        and "arrest" in text
+    )
+    logged = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert logged["step"] == 5 and {"cross_entropy", "accuracy", "distance", "replayed"} <= logged.keys()
+    assert logged["loss"] == pytest.approx(logged["cross_entropy"] + 3 * logged["distance"], rel=1e-4)
+    assert json.loads((out / "standard" / "log.jsonl").read_text().splitlines()[-1]).keys() >= {"loss", "accuracy"}
+    start, trained = load_classifier(out / "standard"), load_classifier(out)
+    assert type(trained) is SmallCNN and trained.arguments == start.arguments and trained.arguments["width"] == 4
+    assert fingerprint(start) != fingerprint(trained)
+
+    assert run(out, "--width", "4", "--standard-epochs", "1", "--weight", "3", "--tau", "0.01") == 0  # it is finished
+    assert fingerprint(load_classifier(out)) == fingerprint(trained)
+    assert run(out, "--width", "4", "--standard-epochs", "1", "--weight", "4", "--tau", "0.01") == 2
+    assert "holds a run with other settings (weight: 3.0 there, 4.0 now)" in said(capsys)
+
+    carso = ["--classifier", str(out), "--layers", "conv2", "hidden", "--cond-dim", "4", "--latent-dim", "2"]
+    assert run(tmp_path / "carso", *carso, "--samples", "2", "--decoder-width", "2", what="carso") == 0
+    defence = purify_fast.load(tmp_path / "carso")
+    assert fingerprint(defence.classifier) == fingerprint(trained)
+    few = ["--images", "4", "--steps", "2", "--autoattack", "0", "--device", "cpu"]
+    assert cli.main(["evaluate", str(out), *few]) == 0
+    assert (out / "evaluation" / "report.md").is_file()
+
+
+def test_on_a_given_classifier_with_every_setting(standard, tmp_path):
+    """A learning rate of 0 keeps its weights, so that it was the start; else they move."""
+    before = fingerprint(load_classifier(standard))
+    options = ["--classifier", str(standard), "--layers", "conv4", "hidden", "--keep-teacher", "--pooled"]
+    options += ["--average", "0.5", "--awp", "0.01", "--precision", "bfloat16", "--distance", "cosine", "--angle", "10"]
+    options += ["--optimizer", "adamw", "--schedule", "one_cycle", "--drift-mode", "train", "--warm-up", "0.5"]
+    assert run(tmp_path / "moved", *options) == 0
+    assert fingerprint(load_classifier(tmp_path / "moved")) != before
+    assert not (tmp_path / "moved" / "standard").exists()
+    assert run(tmp_path / "still", "--classifier", str(standard), "--learning-rate", "0", "--weight-decay", "0") == 0
+    assert fingerprint(load_classifier(tmp_path / "still")) == before == fingerprint(load_classifier(standard))
+    assert run(tmp_path / "l2", "--classifier", str(standard), "--norm", "l2", "--no-replay", "--weight", "0") == 0
+
+
+def test_the_teacher_is_kept_if_asked(standard, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(purify_fast.methods.arrest.Teacher, "keep", lambda self, x, **options: kept.append(len(x)))
+    assert run(tmp_path / "a", "--classifier", str(standard)) == 0 and kept == []
+    assert run(tmp_path / "b", "--classifier", str(standard), "--keep-teacher") == 0 and kept == [1297]
+    bare = ["--classifier", str(standard), "--keep-teacher", "--weight", "0", "--no-replay"]
+    assert run(tmp_path / "c", *bare) == 0 and kept == [1297]  # there is no teacher
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(standard, tmp_path, capsys, monkeypatch):
+    options = ["--classifier", str(standard), "--epochs", "2", "--checkpoint-seconds", "0", "--average", "0.9"]
+    assert run(tmp_path / "whole", *options) == 0
+    step, calls = ArrestTask.training_step, []
+
+    def interrupted(self, batch):
+        calls.append(batch.epoch)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(ArrestTask, "training_step", interrupted)
+    assert run(tmp_path / "cut", *options) == 130
+    assert "run the same command again to go on" in said(capsys) and not (tmp_path / "cut" / "model.json").exists()
+    assert run(tmp_path / "cut", *options) == 0
+    assert calls == [0] * 5 + [1] * 3 + [1] * 3
+    whole, cut = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--norm", "l3"], "norm must be one of linf, l2, l1, got 'l3'"),
+        (["--norm", "l2"], "replay needs norm 'linf', whose ball its noise fills, got 'l2'"),
+        (["--distance", "l2"], "tau must be given with distance 'l2'"),
+        (["--pooled"], "pooled is for maps and tokens: what hidden puts out is a vector already"),
+        (["--pooled", "--classifier", "{standard}"], "pooled is for maps and tokens"),
+        (["--alpha", "0.05"], "2 steps of alpha 0.05 reach 0.1 of eps 0.2"),
+        (["--eps", "8"], "eps is in image units, at most 1 for linf, got 8.0: is 8/255 meant?"),
+        (["--weight=-1"], "weight must be at least 0, got -1.0"),
+        (["--angle", "100"], "angle must be in [0, 90] degrees, got 100.0"),
+        (["--keep-teacher", "--flip"], "--keep-teacher is for images that are not augmented: leave out"),
+        (["--keep-teacher", "--padding", "1"], "--keep-teacher is for images that are not augmented: leave out"),
+        (["--batch-size", "2000"], "batch_size 2000 is larger than the 1297 training images"),
+        (["--model", "gan"], "classifier must be one of small_cnn"),
+        (["--classifier", "{standard}", "--width", "4"], "is trained already: leave out width"),
+        (["--classifier", "{standard}", "--model", "small_cnn"], "is trained already: leave out model"),
+        (["--classifier", "{standard}", "--depth", "10", "--standard-epochs", "3"], "leave out depth, standard_epochs"),
+        (["--classifier", "nowhere"], "nowhere/model.json is missing"),
+        (["--classifier", "{standard}", "--layers", "hiden"], "no module 'hiden'; near: hidden"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused_before_any_work(standard, tmp_path, capsys, options, message):
+    options = [str(standard) if option == "{standard}" else option for option in options]
+    assert run(tmp_path / "out", *options) == 2
+    text = said(capsys)
+    assert message in text and "Traceback" not in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_are_checked_before_the_standard_classifier_is_trained(tmp_path, capsys):
+    assert run(tmp_path / "out", "--width", "4", "--standard-epochs", "1", "--layers", "hiden") == 2
+    assert "no module 'hiden'; near: hidden" in said(capsys) and not (tmp_path / "out").exists()
+
+
+def test_a_classifier_for_other_images_or_fewer_classes_is_refused(tmp_path, capsys):
+    torch.manual_seed(0)
+    save_classifier(SmallCNN(3, width=4), tmp_path / "colour")
+    assert run(tmp_path / "out", "--classifier", str(tmp_path / "colour")) == 2
+    assert "the classifier must map [B, 1, 16, 16] to logits" in said(capsys)
+    save_classifier(PreActResNet18(num_classes=2, in_channels=1, width=4), tmp_path / "two")
+    for options in ([], ["--weight", "0", "--no-replay"]):
+        assert run(tmp_path / "out", "--classifier", str(tmp_path / "two"), *options) == 2
+        assert "it has 10 classes, the classifier 2" in said(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ablate_writes_its_table(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    state = np.random.RandomState(0)
+    y = np.arange(32) % 2
+    x = (state.randint(0, 100, (32, 8, 8)) + 150 * (y[:, None, None] == (np.arange(8) < 4)[None, :, None])).astype("u1")
+    np.savez(tmp_path / "bars.npz", x_train=x, y_train=y, x_test=x[:8], y_test=y[:8])
+    few = ["--epochs", "1", "--standard-epochs", "1", "--scratch-epochs", "1", "--batch-size", "16", "--width", "4"]
+    few += ["--attack-steps", "2", "--images", "8", "--eps", "0.1", "--alpha", "0.05", "--steps", "2"]
+    command = ["ablate", "arrest", "--data", str(tmp_path / "bars.npz"), "--device", "cpu", "--out"]
+    lists = ["--weights", "5", "--angles", "20", "--taus", "0.5", "--shares", "0.3"]
+    assert cli.main([*command, str(tmp_path / "o"), *few, *lists]) == 0
+    text = said(capsys)
+    for name in (
+        "standard",
+        "AT from scratch, eps x 0.3",
+        "AFT + RGKD, lambda 5",
+        "AFT + NR, phi 20",
+        "ARREST, lambda 5, phi 20",
+        "AFT + NR, tau 0.5",
+        "ARREST, lambda 5, tau 0.5",
+    ):
+        assert f"| {name} | " in text
+    assert (
+        f"written: {tmp_path / 'o' / 'ablation.md'}, ablation.csv and ablation.png beside it" in text
+        and (tmp_path / "o" / "ablation.png").is_file()
+    )
+    assert type(load_classifier(tmp_path / "o" / "ARREST_lambda_5_phi_20")) is SmallCNN
+    for wrong, message in (
+        (["--angles", "120"], "angle must be in [0, 90] degrees, got 120.0"),
+        (["--weights", "0"], "weights must be above 0, got (0.0,)"),
+        (["--weight", "3"], "weight 3 would be in no row: the ablation varies it, give weights (--weights 3)"),
+        (["--no-replay"], "replay is off, and on in the rows of angles and taus"),
+        (["--pooled"], "pooled is for maps and tokens"),
+        (["--model", "gan"], "classifier must be one of small_cnn"),
+    ):
+        try:
+            code = cli.main([*command, str(tmp_path / "wrong"), *few, *wrong])
+        except SystemExit as stop:
+            code = stop.code
+        assert code == 2 and message in said(capsys) and not (tmp_path / "wrong").exists()

@@ -1,0 +1,778 @@
+"""ARREST's training: the specification's numbers, the parts of a step by hand, what is trained and what is not."""
+
+import copy
+import dataclasses
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import purify_fast.methods.arrest.task as module
+from purify_fast import data
+from purify_fast.attacks import pgd
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask, Teacher
+from purify_fast.models.classifiers import PreActResNet18, SmallCNN
+from purify_fast.ops import representation_distance
+from purify_fast.speed.inference_copy import FrozenView
+from purify_fast.training import Batch, FitConfig, fit
+from purify_fast.training.checkpoint import read_tree
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = (1, 16, 16)
+EPS = 0.2
+
+
+def cnn(seed=0):
+    torch.manual_seed(seed)
+    return SmallCNN(width=4)
+
+
+def resnet(seed=0):
+    torch.manual_seed(seed)
+    return PreActResNet18(in_channels=1, width=4)
+
+
+def arrest(model=None, layers=None, teacher=None, shape=SHAPE, compile=False, **options):
+    config = ArrestConfig(**{"eps": EPS, "steps": 2, "alpha": 0.1, **options})
+    return ArrestTask(cnn() if model is None else model, config, shape, layers, teacher, compile)
+
+
+def batch(n=8, epoch=0, epochs=20):
+    digits = data.load("digits")
+    return Batch(data.to_float(digits.x_train[:n]), digits.y_train[:n], torch.arange(n) + 100, 7, epoch, epochs)
+
+
+def moved(model, by=0.3):
+    """The model with other weights, so that its representation differs from what it was."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(by * p.std().nan_to_num(1) * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def states(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def frozen_to(monkeypatch, task, drift):
+    """The drift test says ``drift`` whatever the images."""
+    monkeypatch.setattr(task, "drift", lambda x, of_teacher: torch.as_tensor(drift, dtype=torch.float32))
+
+
+class Vector(nn.Module):
+    """The same vector for every image."""
+
+    def __init__(self, *values):
+        super().__init__()
+        self.values = nn.Parameter(torch.tensor(values))
+
+    def forward(self, x):
+        return self.values + 0 * x.flatten(1).mean(1, keepdim=True)
+
+
+class Given(nn.Module):
+    """Logits (2, 1, 0) and a given representation."""
+
+    def __init__(self, *values):
+        super().__init__()
+        self.features, self.logits = Vector(*values), Vector(2.0, 1.0, 0.0)
+
+    def forward(self, x):
+        return self.logits(x) + 0 * self.features(x).sum()
+
+
+def given(student, teacher, **options):
+    task = arrest(Given(*student), ["features"], Given(*teacher), **options)
+    step = dataclasses.replace(batch(4), y=torch.zeros(4, dtype=torch.int64))
+    return task, step
+
+
+# -- the specification's numbers -------------------------------------------------------------------------------------
+
+
+def test_fact_3_thresholds():
+    for angle, tau in ((30, 0.1339745962), (10, 0.0151922470), (20, 0.0603073792), (45, 0.2928932188), (60, 0.5)):
+        assert ArrestConfig(angle=angle).threshold == pytest.approx(tau, abs=1e-10)
+    assert ArrestConfig(distance="angular").threshold == pytest.approx(1 / 6)
+    assert ArrestConfig(distance="cosine", angle=60).threshold == pytest.approx(0.5)
+    assert ArrestConfig(tau=0.3, distance="l2").threshold == ArrestConfig(tau=0.3).threshold == 0.3
+
+
+def test_fact_4_the_distillation_of_an_example_at_the_threshold():
+    config = ArrestConfig()
+    assert config.weight * config.threshold == pytest.approx(6.69872981, abs=1e-8)
+    task, step = given((1.0, 0.0), (math.cos(math.radians(30)), 0.5))
+    loss, metrics = task.training_step(step)
+    assert (loss - metrics["cross_entropy"]).item() == pytest.approx(6.69872981, abs=1e-5)
+
+
+@pytest.mark.parametrize(("distance", "want"), [("abs_cosine", 2.4076059644), ("angular", 4.9243294945)])
+def test_fact_6_total_loss(distance, want):
+    task, step = given((3.0, 4.0), (4.0, 3.0), distance=distance)
+    loss, metrics = task.training_step(step)
+    assert loss.item() == pytest.approx(want, abs=2e-6)
+    assert metrics["cross_entropy"].item() == pytest.approx(0.4076059644, abs=1e-6)
+    assert 50 * metrics["distance"].item() == pytest.approx(want - 0.4076059644, abs=2e-6)
+    assert metrics["accuracy"] == 1
+    loss, _ = given((3.0, 4.0), (4.0, 3.0), weight=25.0)[0].training_step(step)
+    assert loss.item() == pytest.approx(1.4076059644, abs=1e-6)
+
+
+@pytest.mark.parametrize("epoch", range(20))
+def test_fact_7_replay_mask(monkeypatch, epoch):
+    task, step = arrest(), batch(5, epoch)
+    frozen_to(monkeypatch, task, [0, 0.10, 0.1339, 0.1340, 0.5])
+    adversarial = task.attack(step, EPS)
+    x, share = task.inputs(step, [])
+    replayed = [not torch.equal(a, b) for a, b in zip(x, adversarial, strict=True)]
+    assert replayed == ([False] * 3 + [True] * 2 if epoch < 10 else [False] * 5)
+    assert share.item() == pytest.approx(0.4 if epoch < 10 else 0)
+
+
+def test_replay_only_where_the_drift_is_above_the_threshold_and_in_its_share_of_the_epochs(monkeypatch):
+    task, step = arrest(tau=0.25), batch(3)
+    frozen_to(monkeypatch, task, [0.25, 0.2500001, 0.2499])  # 0.25 has no rounding: strictly above
+    adversarial = task.attack(step, EPS)
+    x, _ = task.inputs(step, [])
+    assert [torch.equal(a, b) for a, b in zip(x, adversarial, strict=True)] == [True, False, True]
+    config = ArrestConfig(replay_share=0.3)
+    assert [config.replays(epoch, 10) for epoch in range(10)] == [True] * 3 + [False] * 7
+    for hundredths in range(101):  # in floating point 0.07 * 100 is above 7
+        config, share = ArrestConfig(replay_share=hundredths / 100), Fraction(hundredths, 100)
+        for epochs in (1, 3, 7, 20, 25, 100, 150):
+            assert sum(config.replays(epoch, epochs) for epoch in range(epochs)) == math.ceil(share * epochs)
+    assert not ArrestConfig(replay=False).replays(0, 10) and not ArrestConfig(replay_share=0.0).replays(0, 10)
+
+
+@pytest.mark.parametrize("make", [cnn, resnet])
+def test_fact_8_nothing_drifts_at_the_start(make):
+    """At its start the student is the teacher: no drift, no replay, and a distillation whose gradient is exactly 0."""
+    task, step = arrest(make().eval()), batch()
+    of_teacher = task.teacher(step)
+    assert torch.equal(task.drift(step.x, of_teacher), torch.zeros(8))
+    assert task.inputs(step, of_teacher)[1] == 0
+    distance = 50 * task.distance(task.forward(step.x)[1], of_teacher).sum()
+    assert distance == 0
+    found = torch.autograd.grad(distance, list(task.model.parameters()), allow_unused=True)
+    assert any(g is not None for g in found) and all(g is None or not g.any() for g in found)
+    assert (task.loss(task.attack(step, EPS), step.y, of_teacher)[1]["distance"]) > 0  # of attacked images it has one
+
+
+def test_fact_9_learning_rates():
+    want = [0.025] * 11 + [0.02] * 2 + [0.01] * 2 + [0.005] * 2 + [0.0025] * 2 + [0.00125]
+    task = arrest()
+    assert [task.learning_rate(e / 20, e, 20) for e in range(20)] == pytest.approx(want)
+    assert [arrest(learning_rate=1.0).learning_rate(e / 20, e, 20) for e in (0, 11)] == pytest.approx([1.0, 0.8])
+    assert {arrest(schedule="constant").learning_rate(e / 20, e, 20) for e in range(20)} == {0.025}
+    one_cycle = [arrest(schedule="one_cycle").learning_rate(p, 0, 20) for p in (0.0, 0.2, 0.999)]
+    assert one_cycle == pytest.approx([0.001, 0.025, 0.000025], rel=0.01)
+
+
+def test_fact_10_noise_and_attack_bounds(monkeypatch):
+    eps = 8 / 255
+    grey = dataclasses.replace(batch(64), x=torch.full((64, *SHAPE), 0.5))
+    task = arrest(eps=eps, alpha=None)
+    frozen_to(monkeypatch, task, [1.0] * 64)
+    noise = task.inputs(grey, [])[0] - 0.5
+    assert noise.abs().max() <= eps + 1e-7 and noise.abs().max() > 0.99 * eps
+    assert noise.mean().item() == pytest.approx(0, abs=4e-4)
+    assert noise.abs().mean().item() == pytest.approx(0.0156863, abs=3e-4)
+    assert noise.square().mean().sqrt().item() == pytest.approx(0.0181129, abs=3e-4)
+    border, _ = task.inputs(batch(64), [])  # digits are 0 and 1 in most places
+    assert border.min() >= 0 and border.max() <= 1 and (border - batch(64).x).abs().max() <= eps + 1e-7
+
+    task = arrest(eps=eps, steps=10, alpha=2 / 255, replay=False, start=False)
+    step = batch(16)
+    adversarial, share = task.inputs(step, [])
+    assert adversarial.min() >= 0 and adversarial.max() <= 1 and share == 0
+    assert (adversarial - step.x).abs().max().item() == pytest.approx(eps, abs=1e-6)  # 20 / 255 would be further
+
+
+# -- the inputs --------------------------------------------------------------------------------------------------------
+
+
+def test_only_examples_that_are_not_replayed_are_attacked(monkeypatch):
+    """And to the same images as if all were, in float64, where rounding turns no sign of a gradient."""
+    task = arrest(cnn().double(), steps=3)
+    step = dataclasses.replace(batch(8), x=batch(8).x.double())
+    drift = torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 0])
+    frozen_to(monkeypatch, task, drift)
+    seen = []
+    task.classifier.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    x, share = task.inputs(step, [])
+    assert seen == [5, 5, 5] and share == pytest.approx(3 / 8)
+    whole = task.attack(step, EPS)
+    assert seen[3:] == [8, 8, 8]
+    kept = drift == 0
+    torch.testing.assert_close(x[kept], whole[kept], rtol=0, atol=1e-12)
+    assert not torch.isclose(x[~kept], whole[~kept]).all()
+
+    seen.clear()
+    frozen_to(monkeypatch, task, torch.ones(8))
+    assert task.inputs(step, [])[1] == 1 and seen == []  # no one is left to attack
+    frozen_to(monkeypatch, task, torch.zeros(8))
+    assert torch.equal(task.inputs(step, [])[0], whole) and seen == [8, 8, 8]
+
+
+def test_the_draws_follow_the_sample_and_the_seed(monkeypatch):
+    """A permuted batch gives permuted inputs: attack starts and noise belong to an image, not to its place."""
+    task = arrest(cnn().double(), steps=1, alpha=EPS)
+    step = dataclasses.replace(batch(6), x=batch(6).x.double())
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    other = dataclasses.replace(step, x=step.x[order], y=step.y[order], sample_ids=step.sample_ids[order])
+    drift = torch.tensor([0.0, 1, 0, 1, 1, 0])
+    frozen_to(monkeypatch, task, drift)
+    x, _ = task.inputs(step, [])
+    again, _ = task.inputs(dataclasses.replace(step, seed=8), [])
+    assert all(not torch.equal(a, b) for a, b in zip(x, again, strict=True))
+    frozen_to(monkeypatch, task, drift[order])
+    torch.testing.assert_close(task.inputs(other, [])[0], x[order], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_attack_sees_cross_entropy_alone(norm):
+    step, found = batch(), []
+    for weight in (0.0, 50.0, 1e4):
+        task = arrest(moved(cnn()), teacher=cnn(), weight=weight, replay=False, norm=norm)
+        found.append(task.inputs(step, [])[0])
+    direct = pgd(
+        moved(cnn()), step.x, step.y, eps=EPS, alpha=0.1, steps=2, norm=norm, seed=7, sample_ids=step.sample_ids
+    )
+    assert all(torch.equal(x, direct) for x in found)
+    assert not torch.equal(direct, step.x)
+
+
+def test_the_attack_runs_in_evaluation_mode_and_the_loss_in_training_mode():
+    model = resnet().train()
+    task, step, modes = arrest(model, replay=False), batch(), []
+    model.norm.register_forward_pre_hook(lambda m, _: modes.append(m.training))
+    before = model.norm.num_batches_tracked.item()
+    task.training_step(step)
+    assert modes == [False, False, True] and model.norm.num_batches_tracked == before + 1
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_eps_warms_up_with_its_step_and_its_noise(monkeypatch):
+    seen, task = [], arrest(warm_up=0.5, alpha=0.15)
+
+    def attack(model, x, y, **options):
+        seen.append((options["eps"], options["alpha"]))
+        return x
+
+    monkeypatch.setattr(module, "pgd", attack)
+    frozen_to(monkeypatch, task, [1.0, 0.0])
+    grey = dataclasses.replace(batch(2), x=torch.full((2, *SHAPE), 0.5), epochs=4)
+    steps = [dataclasses.replace(grey, epoch=epoch) for epoch in range(4)]
+    noise = [(task.inputs(step, [])[0] - 0.5)[0].abs().max().item() for step in steps]
+    assert seen == [pytest.approx(pair) for pair in ((0.1, 0.075), (0.2, 0.15), (0.2, 0.15), (0.2, 0.15))]
+    assert noise[:2] == pytest.approx([0.1, 0.2], rel=0.03)
+    assert arrest(alpha=None, steps=5).config.step(0.1) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_drift_tests_mode(mode):
+    """In evaluation mode it leaves BatchNorm's statistics alone; in training mode it is another number, and updates."""
+    model = resnet().train()
+    task, step = arrest(model, drift_mode=mode), batch()
+    before = states(model)
+    drift = task.drift(step.x, task.teacher(step))
+    if mode == "eval":
+        assert same(states(model), before) and not drift.any()
+    else:
+        assert model.norm.num_batches_tracked == before["norm.num_batches_tracked"] + 1 and drift.all()
+        assert not torch.equal(model.norm.running_mean, before["norm.running_mean"])
+    assert model.training and not drift.requires_grad
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_distance_is_between_the_student_on_its_input_and_the_teacher_on_the_clean_image():
+    model = moved(cnn()).train()
+    task, step = arrest(model, teacher=cnn(), layers=["conv4"], weight=3.0), batch()
+    x = (step.x + 0.1).clamp(0, 1)
+    seen = []
+    for net, images in ((model, x), (cnn(), step.x)):
+        handle = net.conv4.register_forward_hook(lambda m, args, out: seen.append(out.detach().flatten(1)))
+        net(images)
+        handle.remove()
+    u, v = seen
+    distance = 1 - ((u * v).sum(1) / (u.norm(dim=1) * v.norm(dim=1))).abs()
+    want = F.cross_entropy(model(x), step.y) + 3.0 * distance.mean()
+    loss, metrics = task.loss(x, step.y, task.teacher(step))
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(metrics["distance"], distance.mean())
+    task = arrest(model, teacher=cnn(), layers=["conv4"], tau=distance.median().item())
+    whole, metrics = task.training_step(step)
+    x, share = task.inputs(step, task.teacher(step))
+    assert torch.equal(whole, task.loss(x, step.y, task.teacher(step))[0]) and metrics["replayed"] == share > 0
+
+
+def test_several_layers_are_averaged_and_pooling_reads_their_means():
+    step = batch()
+    distances = {}
+    for layers in (["conv2"], ["conv4"], ["conv2", "conv4", "hidden"], ["hidden"]):
+        for pooled in (False, True):
+            if pooled and layers == ["hidden"]:
+                continue
+            task = arrest(moved(cnn()), teacher=cnn(), layers=layers, pooled=pooled)
+            of_teacher = task.teacher(step)
+            assert [f.dim() for f in of_teacher] == [2 if pooled or name == "hidden" else 4 for name in layers]
+            distances[" ".join(layers), pooled] = task.distance(task.forward(step.x)[1], of_teacher)
+    for pooled in (False, True):
+        three = [distances[name, pooled and name != "hidden"] for name in ("conv2", "conv4", "hidden")]
+        torch.testing.assert_close(distances["conv2 conv4 hidden", pooled], torch.stack(three).mean(0))
+    assert not torch.allclose(distances["conv4", False], distances["conv4", True], rtol=0.01)
+
+    maps = [Teacher(net, ["conv4"], SHAPE).read(step.x)[0] for net in (moved(cnn()), cnn())]
+    by_hand = representation_distance(*(m.flatten(2).mean(2) for m in maps))
+    torch.testing.assert_close(distances["conv4", True], by_hand)
+
+
+def test_by_default_the_map_before_pooling_is_read():
+    assert arrest(cnn()).layers == ["hidden"]
+    task = arrest(resnet())
+    (features,) = task.teacher(batch())
+    assert task.layers == ["act"] and features.shape == (8, 32, 2, 2) and features.min() >= 0
+    assert arrest(resnet(), pooled=True).teacher(batch())[0].shape == (8, 32)
+
+
+def test_without_either_part_it_is_adversarial_training():
+    """Loss, inputs and two steps' weights of PGD adversarial training written out; no teacher is made or asked."""
+    model = resnet().train()
+    other = copy.deepcopy(model)
+    task = arrest(model, weight=0.0, replay=False)
+    assert task.teacher is None and task.layers == []
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.025, momentum=0.9, weight_decay=5e-4)
+    for seed in (7, 8):
+        step = dataclasses.replace(batch(), seed=seed)
+        x = pgd(other, step.x, step.y, eps=EPS, alpha=0.1, steps=2, seed=seed, sample_ids=step.sample_ids)
+        want = F.cross_entropy(other(x), step.y)
+        loss, metrics = task.training_step(step)
+        assert torch.equal(loss, want) and metrics.keys() == {"cross_entropy", "accuracy"}
+        for result, chosen in ((loss, task.optimizer), (want, optimizer)):
+            chosen.zero_grad()
+            result.backward()
+            chosen.step()
+    assert same(states(model), states(other))
+
+
+@pytest.mark.parametrize("make", [cnn, resnet])
+def test_every_parameter_of_the_student_is_trained_and_none_of_the_teacher(make):
+    task, step = arrest(moved(make()).train(), teacher=make(), replay=False), batch()
+    of_teacher = task.teacher(step)
+    assert not any(f.requires_grad for f in of_teacher)
+    loss, _ = task.training_step(step)
+    loss.backward()
+    model = task.model
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    teacher = task.teacher.reader.model
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}
+    distance = task.distance(task.forward(step.x)[1], of_teacher).sum()
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(distance, list(named.values()), allow_unused=True)
+    without = {name for name, g in zip(named, found, strict=True) if g is None or not g.any()}
+    assert without == {"head.weight", "head.bias"}  # the representation is before them
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_teacher_stays_as_it_was(precision):
+    digits = data.load("digits")
+    origin = resnet(1).train()
+    before, model = states(origin), resnet()
+    task = arrest(model, teacher=origin, precision=precision)
+    kept = states(task.teacher.reader.model)
+    features = task.teacher(batch())
+    fit(task, digits.x_train[:32], digits.y_train[:32], FitConfig(2, 16))
+    assert same(states(origin), before) and origin.training
+    assert all(p.requires_grad for p in origin.parameters()) and not any(m._forward_hooks for m in origin.modules())
+    assert same(states(task.teacher.reader.model), kept)
+    assert not any(m.training for m in task.teacher.reader.model.modules() if not isinstance(m, nn.Identity))
+    assert torch.equal(task.teacher(batch())[0], features[0])
+    assert not same(states(model), states(resnet()))  # the student is trained in place
+
+
+def test_the_teacher_is_the_students_start_unless_one_is_given():
+    step, model = batch(), cnn()
+    task = arrest(model)
+    want = Teacher(cnn(), ["hidden"], SHAPE).read(step.x)[0]
+    moved(model)
+    assert torch.equal(task.teacher(step)[0], want)
+    assert torch.equal(arrest(model, teacher=cnn()).teacher(step)[0], want)
+    assert not torch.equal(arrest(model).teacher(step)[0], want)
+
+
+# -- the teacher, read once ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"pooled": True}, {"precision": "bfloat16"}])
+def test_a_kept_representation_gives_the_same_losses(options, monkeypatch):
+    digits = data.load("digits")
+    x, y = digits.x_train[:48], digits.y_train[:48]
+
+    def trained(keep):
+        task = arrest(moved(resnet()), teacher=resnet(), layers=["act", "stages.1"], **options)
+        reads, read = [], task.teacher.read
+        if keep:
+            task.teacher.keep(x, batch_size=20, progress=False)
+        monkeypatch.setattr(task.teacher, "read", lambda images: reads.append(len(images)) or read(images))
+        return fit(task, x, y, FitConfig(2, 16)), reads
+
+    (want, all_reads), (got, reads) = trained(False), trained(True)
+    tolerance = 1e-4 if not options.get("precision") else 0.05
+    assert got == {name: pytest.approx(value, rel=tolerance, abs=tolerance) for name, value in want.items()}
+    assert all_reads == [16] * 6 and reads == [16] * 2  # once an epoch, whether they are still the same images
+
+
+def test_a_kept_representation_is_that_of_the_samples_asked_for():
+    digits, teacher = data.load("digits"), Teacher(resnet(), ["act"], SHAPE)
+    fresh = Teacher(resnet(), ["act"], SHAPE)
+    teacher.keep(digits.x_train[:32], batch_size=10, progress=False)
+    ids = torch.tensor([30, 2, 17, 9])
+    step = Batch(data.to_float(digits.x_train[ids]), digits.y_train[ids], ids, 0)
+    torch.testing.assert_close(teacher(step)[0], fresh(step)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_kept_representation_is_not_for_augmented_images():
+    digits = data.load("digits")
+    x, y = digits.x_train[:32], digits.y_train[:32]
+    for augmentation in ({"flip": True}, {"padding": 1}):
+        task = arrest(resnet())
+        task.teacher.keep(x, progress=False)
+        with pytest.raises(ValueError, match="not those of these images: are they augmented"):
+            fit(task, x, y, FitConfig(1, 16, **augmentation))
+        fit(arrest(resnet()), x, y, FitConfig(1, 16, **augmentation))
+    task = arrest(resnet())
+    task.teacher.keep(digits.x_train[32:64], progress=False)  # other images
+    with pytest.raises(ValueError, match="not those of these images"):
+        fit(task, x, y, FitConfig(1, 16))
+
+
+# -- the extras --------------------------------------------------------------------------------------------------------
+
+
+def test_awp_by_hand():
+    """The gradient is that at the perturbed weights, the step is from the weights as they were, and BatchNorm's
+    statistics see the batch once, at the perturbed weights."""
+    gamma, rate = 0.05, 0.1
+    model = moved(resnet()).train()
+    task = arrest(
+        model, teacher=resnet(), awp=gamma, learning_rate=rate, momentum=0.0, weight_decay=0.0, replay=False, weight=2.0
+    )
+    step = batch()
+    before, of_teacher = states(model), task.teacher(step)
+    x, _ = task.inputs(step, of_teacher)
+
+    def loss_of(net):
+        helper = arrest(net, teacher=resnet(), weight=2.0)
+        return helper.loss(x, step.y, of_teacher)[0]
+
+    other = copy.deepcopy(model)
+    named = dict(other.named_parameters())
+    first = torch.autograd.grad(loss_of(other), list(named.values()))
+    other.load_state_dict(before)
+    with torch.no_grad():
+        for (name, p), g in zip(named.items(), first, strict=True):
+            if p.dim() > 1:
+                p.add_(g * (gamma * p.norm() / g.norm()))
+                assert (p - before[name]).norm().item() == pytest.approx(gamma * before[name].norm().item(), rel=1e-3)
+    want = loss_of(other)
+    second = dict(zip(named, torch.autograd.grad(want, list(named.values())), strict=True))
+
+    loss, _ = task.training_step(step)
+    torch.testing.assert_close(loss, want)
+    task.optimizer.zero_grad()
+    loss.backward()
+    task.optimizer.step()
+    for name, value in states(model).items():
+        if name in second:
+            torch.testing.assert_close(value, before[name] - rate * second[name], rtol=1e-4, atol=1e-6)
+        else:
+            torch.testing.assert_close(value, states(other)[name], rtol=1e-4, atol=1e-6)
+    assert model.norm.num_batches_tracked == before["norm.num_batches_tracked"] + 1
+    assert not torch.allclose(torch.stack([f.norm() for f in first]), torch.stack([*map(torch.norm, second.values())]))
+
+
+def test_awp_over_several_batches_of_one_step_comes_back_to_the_weights():
+    """A user's own loop may take a step for the gradients of several batches."""
+    task = arrest(awp=0.05, learning_rate=0.0, weight_decay=0.0, replay=False)
+    before = states(task.model)
+    for seed in (7, 8):
+        task.training_step(dataclasses.replace(batch(), seed=seed))[0].backward()
+    assert not same(states(task.model), before)
+    task.optimizer.step()
+    assert same(states(task.model), before)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_of_several_batches_of_one_step_each_is_attacked_at_the_weights(precision):
+    """Drift test and attack of the second batch do not see what moved the weights for the first."""
+    task = arrest(awp=0.5, learning_rate=0.0, weight_decay=0.0, precision=precision)
+    step = dataclasses.replace(batch(), seed=8)
+    want = arrest(precision=precision).inputs(step, task.teacher(step))[0]
+    loss, seen = task.loss, []
+    task.loss = lambda x, *rest: seen.append(x) or loss(x, *rest)
+    task.training_step(batch())[0].backward()
+    seen.clear()
+    task.training_step(step)
+    assert len(seen) == 2 and all(torch.equal(x, want) for x in seen)  # for the perturbation, and at it
+
+
+class Aside(nn.Module):
+    """A classifier with a layer that its logits do not pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.aside = cnn(), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_awp_leaves_weights_alone_that_have_no_gradient():
+    task = arrest(Aside(), ["body.hidden"], awp=0.05)
+    before = states(task.model)
+    task.training_step(batch())[0].backward()
+    moved = {name for name, value in states(task.model).items() if not torch.equal(value, before[name])}
+    assert moved == {name for name, p in task.model.named_parameters() if p.dim() > 1} - {"aside.weight"}
+    task.optimizer.step()
+
+
+def test_the_moving_average_by_hand():
+    model = resnet().train()
+    task = arrest(model, average=0.8)
+    assert task.result is not model and same(states(task.result), states(model))
+    average = states(model)
+    for seed in (7, 8):
+        task.model.train()
+        loss, _ = task.training_step(dataclasses.replace(batch(), seed=seed))
+        task.optimizer.zero_grad()
+        loss.backward()
+        task.optimizer.step()
+        for name, now in states(model).items():
+            average[name] = 0.8 * average[name] + 0.2 * now if now.is_floating_point() else now
+    for name, value in states(task.result).items():
+        torch.testing.assert_close(value, average[name], rtol=1e-6, atol=1e-7)
+    assert not same(states(task.result), states(model)) and task.result.norm.num_batches_tracked == 2
+    assert not any(m._forward_hooks for m in task.result.modules())
+    assert not {id(p) for p in task.result.parameters()} & {
+        id(p) for group in task.optimizer.param_groups for p in group["params"]
+    }
+    assert arrest(model).result is model
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (resnet, {}),
+        (resnet, {"average": 0.9, "awp": 0.01}),
+        (resnet, {"precision": "bfloat16", "drift_mode": "train"}),
+        (cnn, {"optimizer": "adamw", "schedule": "one_cycle", "learning_rate": 1e-2, "average": 0.5}),
+        (cnn, {"weight": 0.0, "replay": False, "awp": 0.01}),
+    ],
+)
+def test_killed_and_resumed_training_is_the_same(make, options, tmp_path):
+    digits = data.load("digits")
+    x, y = digits.x_train[:48], digits.y_train[:48]
+    config = FitConfig(2, 16, 3, checkpoint_seconds=0)
+    whole = arrest(make(), **options)
+    fit(whole, x, y, config, tmp_path / "whole")
+    cut, calls = arrest(make(), **options), []
+
+    def step(batch):
+        calls.append(batch)
+        if len(calls) == 5:
+            raise Killed
+        return ArrestTask.training_step(cut, batch)
+
+    cut.training_step = step
+    with pytest.raises(Killed):
+        fit(cut, x, y, config, tmp_path / "cut")
+    resumed = arrest(make(), **options)
+    fit(resumed, x, y, config, tmp_path / "cut")
+    one, two = (read_tree(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "cut"))
+    assert one["step"] == two["step"] == 6 and one["last"] == two["last"]
+    assert same(one["model"], two["model"]) and same(states(whole.result), states(resumed.result))
+    assert not same(states(whole.result), states(make()))
+
+
+def test_a_run_is_resumed_with_the_same_settings_and_start_only(tmp_path):
+    digits = data.load("digits")
+    x, y = digits.x_train[:32], digits.y_train[:32]
+    fit(arrest(), x, y, FitConfig(1, 16), tmp_path)
+    for other, named in (
+        (arrest(weight=1.0), "weight: 50.0 there, 1.0 now"),
+        (arrest(layers=["conv4"]), "layers: "),
+        (arrest(cnn(1)), "origin: "),
+        (arrest(teacher=cnn(1)), "origin: "),
+    ):
+        with pytest.raises(ValueError, match=named):
+            fit(other, x, y, FitConfig(1, 16), tmp_path)
+
+
+# -- precision and compilation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [cnn, resnet])
+def test_bfloat16_attacks_the_weights_of_now_and_trains_float32_ones(make):
+    digits = data.load("digits")
+    model = make()
+    task = arrest(model, precision="bfloat16")
+    fit(task, digits.x_train[:32], digits.y_train[:32], FitConfig(1, 16))
+    moved(model)
+    step = batch()
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    found = task.attack(step, EPS)
+    view = FrozenView(frozen, SHAPE)
+    torch.testing.assert_close(task.attacked(step.x), view(step.x), rtol=0.05, atol=0.05)
+    want = pgd(view, step.x, step.y, eps=EPS, alpha=0.1, steps=2, seed=7, sample_ids=step.sample_ids)
+    assert (found - want).abs().gt(1e-3).float().mean() < 0.05  # signs of gradients near 0
+    model.train()
+    features = task.forward(step.x)[1]
+    assert features[0].dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in model.parameters())
+    loss, _ = task.training_step(step)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_making_a_task_leaves_a_model_in_training_mode_as_it_is(compile):
+    """Also its BatchNorm statistics, which two grey images would move."""
+    model = resnet().train()
+    before = states(model)
+    model.stages[0].eval()  # a part that its owner froze
+    modes = [module.training for module in model.modules()]
+    arrest(model, precision="bfloat16", compile=compile)
+    assert same(states(model), before) and [module.training for module in model.modules()] == modes
+
+
+def test_bfloat16_losses_are_float32s_up_to_rounding():
+    step, losses = batch(), []
+    for precision in ("float32", "bfloat16"):
+        task = arrest(moved(resnet()).train(), teacher=resnet(), precision=precision)
+        of_teacher = task.teacher(step)
+        losses.append(task.loss(step.x, step.y, of_teacher)[1])
+    for name in ("cross_entropy", "distance"):
+        assert losses[1][name].item() == pytest.approx(losses[0][name].item(), rel=0.05)
+
+
+@pytest.mark.parametrize("make", [cnn, resnet])
+def test_the_model_part_compiles_whole(make):
+    task, step = arrest(moved(make()).eval(), teacher=make()), batch()
+    torch._dynamo.reset()
+    forward = torch.compile(task.forward, fullgraph=True, backend="aot_eager")
+    logits, features = forward(step.x)
+    want, wanted = task.forward(step.x)
+    torch.testing.assert_close(logits, want)
+    torch.testing.assert_close(features, wanted)
+    assert features[0].any() and logits.requires_grad and features[0].requires_grad
+
+
+def test_the_loss_compiles_whole_with_its_gradients():
+    task, step = arrest(moved(cnn()).train(), teacher=cnn()), batch()
+    of_teacher, weights = task.teacher(step), list(task.model.parameters())
+    torch._dynamo.reset()
+    compiled = torch.compile(task.loss, fullgraph=True, backend="aot_eager")
+    found = []
+    for run in (compiled, task.loss):
+        loss, _ = run(step.x, step.y, of_teacher)
+        found.append([loss, *torch.autograd.grad(loss, weights)])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_compiled_attack_is_the_attack(monkeypatch):
+    """With new weights too, and batches of other sizes: the region is made once."""
+    made, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: made.append(f) or compile(f, backend="aot_eager"))
+    torch._dynamo.reset()
+    task, plain = arrest(cnn(), compile=True), arrest(cnn())
+    assert len(made) == 1 and isinstance(task.attacked, FrozenView) and plain.attacked is plain.classifier
+    for change in (0.0, 0.3):
+        moved(task.classifier, change)
+        moved(plain.classifier, change)
+        for n in (8, 20):
+            step = batch(n)
+            apart = (task.attack(step, EPS) - plain.attack(step, EPS)).abs()
+            assert apart.gt(1e-3).float().mean() < 0.01
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
+        ({"distance": "mse"}, "distance must be one of abs_cosine, cosine, angular, l2, got 'mse'"),
+        ({"drift_mode": "x"}, "drift_mode must be one of eval, train, got 'x'"),
+        ({"optimizer": "adam"}, "optimizer must be one of sgd, adamw, got 'adam'"),
+        ({"schedule": "step"}, "schedule must be one of published, one_cycle, constant, got 'step'"),
+        ({"precision": "float16"}, "precision must be one of float32, bfloat16, got 'float16'"),
+        ({"eps": 0.0}, "eps must be above 0, got 0.0"),
+        ({"eps": float("nan")}, "eps must be above 0, got nan"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
+        ({"eps": 8.0}, r"at most 1 for linf, got 8.0: is 8/255 meant\?"),
+        (
+            {"eps": 0.3},
+            r"10 steps of alpha 0.007843 reach 0.07843 of eps 0.3: .* or None for 2.5 eps / steps = 0.075",
+        ),
+        ({"eps": 0.2, "steps": 1}, "1 steps of alpha 0.007843 reach 0.007843 of eps 0.2"),
+        ({"weight": -1.0}, "weight must be at least 0, got -1.0"),
+        ({"weight": float("nan")}, "weight must be at least 0, got nan"),
+        ({"learning_rate": -0.1}, "learning_rate must be at least 0, got -0.1"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+        ({"awp": -0.1}, "awp must be at least 0, got -0.1"),
+        ({"warm_up": 1.5}, r"warm_up must be in \[0, 1\], got 1.5"),
+        ({"replay_share": -0.5}, r"replay_share must be in \[0, 1\], got -0.5"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"average": 1.0}, r"average must be in \[0, 1\), got 1.0"),
+        ({"angle": 91.0}, r"angle must be in \[0, 90\] degrees, got 91.0"),
+        ({"tau": -0.1}, "tau must be at least 0, got -0.1"),
+        ({"tau": float("nan")}, "tau must be at least 0, got nan"),
+        ({"norm": "l2"}, "replay needs norm 'linf', whose ball its noise fills, got 'l2'"),
+        ({"distance": "l2"}, "tau must be given with distance 'l2'"),
+    ],
+)
+def test_settings_that_cannot_be_used(options, message):
+    with pytest.raises(ValueError, match=message):
+        ArrestConfig(**options)
+
+
+def test_settings_that_can():
+    assert ArrestConfig(norm="l2", replay=False) and ArrestConfig(distance="l2", replay=False)
+    assert ArrestConfig(distance="l2", tau=1.0) and ArrestConfig(weight=0.0, alpha=None)
+    assert ArrestConfig(eps=0.3, alpha=None) and ArrestConfig(eps=3.0, norm="l2", replay=False, alpha=0.5)
+    assert all(ArrestConfig(eps=0.3, steps=n, alpha=0.3 / n) for n in range(1, 50))  # just so, up to rounding
+
+
+def test_pooling_is_for_maps():
+    for layers in (None, ["hidden"], ["hidden", "head"]):
+        with pytest.raises(ValueError, match=r"pooled is for maps and tokens: what hidden.* is a vector already"):
+            arrest(layers=layers, pooled=True)
+    assert arrest(layers=["hidden", "conv4"], pooled=True) and arrest(weight=0.0, replay=False, pooled=True)
+
+
+def test_layers_that_are_none():
+    with pytest.raises(ValueError, match=r"no module 'hiden'; near: hidden"):
+        arrest(layers=["hiden"])
+    with pytest.raises(ValueError, match=r"layers must be given for a Given: .*features"):
+        arrest(Given(1.0, 2.0))
+    arrest(Given(1.0, 2.0), weight=0.0, replay=False)  # nothing is read
+    with pytest.raises(ValueError, match=r"must map \[B, 3, 16, 16\] to logits"):
+        arrest(shape=(3, 16, 16))

@@ -1,0 +1,240 @@
+"""AToP on the command line: made, trained, started from another, resumed, evaluated; and what is refused, how."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import purify_fast
+from purify_fast import cli
+from purify_fast.evaluation import Report
+from purify_fast.methods.atop import Atop, AtopTask, DeepFillGenerator, MaskedAutoencoder, SmallGenerator
+from purify_fast.methods.carso import Carso
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import load_classifier, save_classifier
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Data of a user's own, two classes, grey, 16 x 8, and a classifier for them."""
+    folder, state = tmp_path_factory.mktemp("atop"), np.random.RandomState(0)
+
+    def split(n):
+        y = np.arange(n) % 2
+        x = state.randint(0, 120, (n, 16, 8))
+        x[y == 0, :8] += 100
+        x[y == 1, 8:] += 100
+        return x.astype(np.uint8), y
+
+    (x, y), (x_test, y_test) = split(64), split(16)
+    np.savez(folder / "bars.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    torch.manual_seed(0)
+    save_classifier(SmallCNN(num_classes=2, image_size=(16, 8), width=4), folder / "classifier")
+    return folder
+
+
+def run(what, made, out, *options):
+    """``train generator`` or ``train atop`` for an epoch of four steps; the exit status."""
+    common = ["--data", str(made / "bars.npz"), "--classifier", str(made / "classifier"), "--device", "cpu"]
+    return cli.main(["train", what, "--out", str(out), *common, "--epochs", "1", "--batch-size", "16", *options])
+
+
+@pytest.fixture(scope="module")
+def generator(made):
+    """A folder of `train generator`."""
+    options = ["--width", "2", "--transform", "rt3", "--sigma", "0.1", "--block", "4", "--discriminator-width", "2"]
+    assert run("generator", made, made / "generator", *options) == 0
+    return made / "generator"
+
+
+def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("PURIFY_FAST_DATA", raising=False)
+    logged = json.loads((generator / "log.jsonl").read_text().splitlines()[-1])
+    assert logged["discriminator"] > 0 and "cross_entropy" not in logged
+    tuned, pipeline = tmp_path / "tuned", tmp_path / "pipeline"
+    published = ["--init", str(generator), "--eps", "0.05", "--warm-up", "0"]
+    assert run("atop", made, tuned, *published) == 0
+    logged = json.loads((tuned / "log.jsonl").read_text().splitlines()[-1])
+    assert logged["cross_entropy"] > 0 and "discriminator" not in logged
+    ours = ["--init", str(tuned), "--attack", "pgd", "--steps", "2", "--attack-target", "pipeline"]
+    assert run("atop", made, pipeline, *published[2:], *ours, "--precision", "bfloat16") == 0
+    said = capsys.readouterr().out
+    for folder in (tuned, pipeline):
+        assert f"attack it with: purify-fast evaluate {folder} --data {made / 'bars.npz'} --eps 0.05\n" in said
+
+    few = ["--images", "8", "--steps", "2", "--eot", "2", "--autoattack", "0", "--eps", "0.05", "--device", "cpu"]
+    few += ["--also", "classifier", "l2", "l1", "--l2-eps", "0.25", "--l1-eps", "2"]
+    data = ["--data", str(made / "bars.npz")]
+    assert cli.main(["evaluate", str(pipeline), *data, *few]) == 0
+    written = pipeline / "evaluation"
+    report = Report.from_json((written / "report.json").read_text())
+    assert report.row("clean").n == 8 and (written / "report.md").is_file()
+    assert {"pgd", "bpda"} <= {row.kind for row in report.rows} and "transfer from the base" in report.attacks
+    assert any("not adaptive" in name for name in report.attacks) and any("L2 0.25" in name for name in report.attacks)
+    assert any(name.startswith("PGD") and name.endswith("L1 2") for name in report.attacks)
+
+    weights = []
+    for folder in (generator, tuned, pipeline):
+        defence = purify_fast.load(folder)  # the classifier is kept beside it
+        assert isinstance(defence, Atop) and type(defence.purifier.module) is SmallGenerator
+        assert (defence.arguments["transform"], defence.sigma, defence.block) == ("rt3", 0.1, 4)
+        weights.append(torch.cat([p.flatten() for p in defence.purifier.parameters()]))
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    classifiers = [purify_fast.load(folder).classifier.state_dict() for folder in (generator, pipeline)]
+    assert all(torch.equal(value, classifiers[1][name]) for name, value in classifiers[0].items())
+
+
+def test_from_scratch_with_every_setting(made, tmp_path):
+    settings = ["--transform", "rt2", "--sigma", "0.2", "--block", "2", "--missing", "0.5", "--samples", "2"]
+    options = ["--init", "None", "--width", "2", "--shared-mask", "--eps", "0.05"]
+    assert run("atop", made, tmp_path, *options, *settings) == 0
+    loaded = purify_fast.load(tmp_path)
+    assert loaded.purifier.module.arguments["channels"] == 1
+    assert loaded.arguments["transform"] == "rt2" and loaded.shared_mask and loaded.samples == 2
+    assert (loaded.sigma, loaded.block, loaded.missing) == (0.2, 2, 0.5)
+    assert loaded(torch.rand(3, 1, 16, 8)).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "kind"), [("deepfill", 4, DeepFillGenerator), ("masked_autoencoder", 8, MaskedAutoencoder)]
+)
+def test_every_network_is_trained(made, tmp_path, name, width, kind):
+    options = ["--purifier", name, "--width", str(width), "--discriminator-width", "1"]
+    assert run("generator", made, tmp_path / "g", *options) == 0
+    assert run("atop", made, tmp_path / "a", "--init", str(tmp_path / "g"), "--warm-up", "0") == 0
+    network = purify_fast.load(tmp_path / "a").purifier.module
+    assert type(network) is kind and network.arguments["width"] == width
+
+
+def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, capsys):
+    torch.manual_seed(0)
+    path = tmp_path / "states.pth"
+    DeepFillGenerator(3, 4).save_official(path)
+    options = ["--init", "None", "--purifier", "deepfill", "--weights", str(path), "--learning-rate", "0"]
+    assert run("atop", made, tmp_path / "out", *options, "--warm-up", "0", "--aggregation", "probability") == 0
+    loaded, wanted = purify_fast.load(tmp_path / "out"), DeepFillGenerator.from_official(path).state_dict()
+    assert loaded.aggregation == "probability" and loaded.purifier.module.arguments["width"] == 4
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.purifier.module.state_dict().items())
+    for other in (["--width", "4"], ["--purifier", "small_generator"]):
+        assert run("atop", made, tmp_path / "other", *options, *other) == 2
+        assert f"--weights {path} goes with --purifier deepfill" in capsys.readouterr().err
+    assert run("atop", made, tmp_path / "other", *options, "--weights", str(tmp_path / "none.pth")) == 2
+    assert "none.pth" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(made, generator, tmp_path, capsys, monkeypatch):
+    options = ["--init", str(generator), "--warm-up", "1", "--epochs", "2", "--checkpoint-seconds", "0"]
+    assert run("atop", made, tmp_path / "whole", *options) == 0
+    step, calls = AtopTask.training_step, []
+
+    def interrupted(self, batch):
+        calls.append(batch.epoch)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(AtopTask, "training_step", interrupted)
+    assert run("atop", made, tmp_path / "cut", *options) == 130
+    assert "run the same command again to go on" in capsys.readouterr().err
+    assert not (tmp_path / "cut" / "model.json").exists()
+    assert run("atop", made, tmp_path / "cut", *options) == 0
+    assert calls == [0] * 4 + [1] * 3 + [1] * 2  # the seventh step was not taken, and is the first of the second run
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
+        tmp_path / "cut" / "model.safetensors"
+    ).read_bytes()
+    capsys.readouterr()
+    for other in (["--eps", "0.01"], ["--init", str(tmp_path / "whole")]):
+        assert run("atop", made, tmp_path / "cut", *options, *other) == 2
+        said = capsys.readouterr().err
+        assert "holds a run with other settings" in said and ("eps: " if "--eps" in other else "origin: ") in said
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--purifier", "deepfill"], "purifier"),
+        (["--width", "4"], "width"),
+        (["--residual"], "residual"),
+        (["--aggregation", "probability"], "aggregation"),
+        (["--weights", "mine.pth"], "weights"),
+        (["--transform", "rt1"], "transform"),
+        (["--sigma", "0.1"], "sigma"),  # the saved value too
+        (["--transform", "rt2"], "transform"),  # and the default
+        (["--sigma", "0.25", "--parts", "4"], "sigma, parts"),
+        (["--block", "4", "--parts", "2"], "block, parts"),
+        (["--missing", "0.5"], "missing"),
+        (["--samples", "2"], "samples"),
+        (["--shared-mask"], "shared_mask"),
+    ],
+)
+def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys, given, named):
+    assert run("atop", made, tmp_path / "out", "--init", str(generator), *given) == 2
+    said = capsys.readouterr().err
+    assert f"--init {generator} brings its own network and transform; leave out {named}, or start from" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["generator", "atop"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sigma=-0.1"], "sigma must be finite and not negative, got -0.1"),
+        (["--missing", "1.0"], "missing must be in [0, 1), got 1.0"),
+        (["--block", "3"], "block must be at least 1 and divide the image, got block = 3 for 16 x 8"),
+        (["--transform", "rt3", "--parts", "3"], "parts must be 1 to 32 and divide the 32 blocks of an image, got 3"),
+        (["--transform", "rt4"], "transform must be one of rt1, rt2, rt3, got 'rt4'"),
+        (["--samples", "0"], "samples must be a whole number of at least 1, got 0"),
+        (["--purifier", "gan"], "purifier must be one of deepfill, small_generator, masked_autoencoder, got 'gan'"),
+        (["--purifier", "deepfill", "--width", "6"], "width a multiple of 4, got 3 and 6"),
+        (["--width", "0"], "need channels, width >= 1, got 1 and 0"),
+        (["--batch-size", "65"], "batch_size 65 is larger than the 64 training images"),
+        (["--attack", "cw"], "attack must be one of fgsm, pgd, none, got 'cw'"),
+        (["--gan-weight=-1"], "gan_weight must be at least 0, got -1.0"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused_before_any_work(made, tmp_path, capsys, what, options, message):
+    scratch = ["--init", "None"] if what == "atop" else []
+    try:
+        code = run(what, made, tmp_path / "out", *scratch, *options)
+    except SystemExit as stop:  # refused while reading the arguments
+        code = stop.code
+    said = capsys.readouterr()
+    words = " ".join((said.err + said.out).replace("│", " ").split())  # without the frame and the line ends
+    assert code == 2 and message in words and "Traceback" not in words
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_another_kind_are_refused(made, generator, tmp_path, capsys, monkeypatch):
+    classifier = load_classifier(made / "classifier")
+    carso = tmp_path / "carso"
+    Carso(classifier, ["conv2"], (1, 16, 8), 4, 2, 2, decoder_width=2).save(carso)
+    monkeypatch.chdir(tmp_path)
+
+    def refused(what, *options):
+        assert run(what, made, tmp_path / "out", *options) == 2 and not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    assert f"{generator} holds a 'Atop', not a Carso" in refused("carso", "--init", str(generator))
+    assert f"{carso} holds a 'Carso', not an Atop" in refused("atop", "--init", str(carso))
+    kind = f"{made / 'classifier'} holds a 'SmallCNN', not a"
+    assert f"{kind}n Atop" in refused("atop", "--init", str(made / "classifier"))
+    assert f"{kind} Carso" in refused("carso", "--init", str(made / "classifier"))
+    for what in ("generator", "atop", "carso"):
+        assert f"{carso} holds a 'Carso', not a classifier" in refused(what, "--classifier", str(carso))
+    assert "runs/generator/model.json is missing" in refused("atop")
+    assert f"{tmp_path / 'nowhere' / 'model.json'} is missing" in refused("atop", "--init", str(tmp_path / "nowhere"))
+    assert cli.main(["evaluate", str(carso), "--data", str(made / "bars.npz"), "--device", "cpu"]) == 2
+    assert f"{carso / 'classifier' / 'model.json'} is missing" in capsys.readouterr().err
+
+
+def test_images_of_another_shape_are_refused(made, generator, tmp_path, capsys):
+    digits = ["--data", "digits"]  # 16 x 16
+    for what, options in (("generator", []), ("atop", ["--init", "None"]), ("carso", ["--layers", "conv2"])):
+        assert run(what, made, tmp_path / "out", *options, *digits) == 2
+        assert "the classifier must map [B, 1, 16, 16] to logits" in capsys.readouterr().err
+    assert run("atop", made, tmp_path / "out", "--init", str(generator), *digits) == 2
+    assert "its images are (1, 16, 16), the purifier's (1, 16, 8)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

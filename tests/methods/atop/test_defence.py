@@ -1,0 +1,324 @@
+"""AToP's defence: the transforms as it uses them, its contract as a module, files."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import purify_fast
+from purify_fast import _library
+from purify_fast.attacks import Bpda, GradientHealth, pgd
+from purify_fast.methods import atop
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, MaskedAutoencoder, SmallGenerator
+from purify_fast.models.classifiers import FullyConnected, SmallCNN
+from purify_fast.ops import use_backend
+from purify_fast.training import Batch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Identity(nn.Module):
+    """A purifier of a user's own: what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, image, mask):
+        assert mask.shape == (len(image), 1, *image.shape[2:])
+        return self.gain * image
+
+
+def defence(purifier=None, shape=(1, 16, 16), classifier=None, **options):
+    torch.manual_seed(0)
+    purifier = SmallGenerator(shape[0], width=2) if purifier is None else purifier
+    classifier = SmallCNN(shape[0], image_size=shape[1:], width=4) if classifier is None else classifier
+    return Atop(classifier, purifier, shape, **{"block": 4, **options}).eval()
+
+
+def lively(width=2):
+    """A purifier whose image depends on what it gets: the signal fades under the weights it starts with."""
+    torch.manual_seed(0)
+    made = SmallGenerator(1, width)
+    for layer in made.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=3 / layer.weight[0].numel() ** 0.5)
+    return made
+
+
+def images(n=6, shape=(1, 16, 16)):
+    return torch.rand((n, *shape), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("transform", ["rt1", "rt2"])
+def test_what_reaches_the_classifier(transform):
+    """Nothing is pasted back: of the identity, hidden blocks are mid-grey, the rest is what it was, noise and all."""
+    made, x = defence(Identity(), transform=transform, sigma=0.1), images()
+    with made.fixed_noise(3):
+        packed, owners = made.draw(x)
+        purified = made.purify(x)
+    hidden = packed[:, -1:] > 0
+    assert purified.shape == (6, 1, 1, 16, 16) and hidden.float().mean() == 0.25
+    assert (owners.flatten(2).sum(2) == 4).all()
+    assert (purified[:, 0][hidden] == 0.5).all()
+    kept, original = purified[:, 0][~hidden], x[~hidden]
+    assert torch.equal(kept, original) if transform == "rt1" else 0.05 < (kept - original).std() < 0.1
+
+
+def test_rt3_takes_each_block_from_the_pass_that_did_not_see_it():
+    class Painter(nn.Module):
+        def forward(self, image, mask):
+            return torch.where(mask > 0, 0.5, -0.5).expand_as(image)  # the hole light, the rest dark
+
+    made = defence(Painter(), transform="rt3", parts=4, samples=2)
+    assert (made.purify(images()) == 0.75).all() and made.purify(images()).shape == (6, 2, 1, 16, 16)
+    packed, _ = made.draw(images())
+    assert len(packed) == 2 * 6 * 4 and torch.equal(packed[:, -1].view(12, 4, 16, 16).sum(1), torch.ones(12, 16, 16))
+
+
+@pytest.mark.parametrize(("transform", "shape"), [("rt1", (1, 16, 16)), ("rt2", (3, 8, 16)), ("rt3", (1, 16, 16))])
+def test_the_contract_of_a_defence(transform, shape):
+    made, x = defence(shape=shape, transform=transform, samples=2), images(5, shape)
+    before, weights = x.clone(), copy.deepcopy(made.state_dict())
+    leaf = x.clone().requires_grad_()
+    logits = made(leaf)
+    gradient = torch.autograd.grad(logits.square().sum(), leaf)[0]
+    assert logits.shape == (5, 10) and logits.dtype == torch.float32 and logits.isfinite().all()
+    assert gradient.isfinite().all() and (gradient.flatten(1).norm(dim=1) > 0).all()
+    assert torch.equal(x, before) and all(torch.equal(v, weights[k]) for k, v in made.state_dict().items())
+    assert made(x[:0]).shape == (0, 10)
+    with made.fixed_noise(1):
+        whole, order = made(x), torch.tensor([4, 2, 0, 1, 3])
+        torch.testing.assert_close(made(x[order]), whole[order])
+        torch.testing.assert_close(torch.cat([made(x[:2]), made(x[2:])]), whole)
+    with made.deterministic():
+        torch.testing.assert_close(made(x), made(x))
+        torch.testing.assert_close(made(x[order]), made(x)[order])
+    assert not torch.equal(made(x), made(x))
+
+
+def test_draws_of_one_call_are_those_of_several():
+    """One read of x for all draws: the same distribution, the same shape, different draws."""
+    made, x = defence(samples=2, sigma=0.3), images()
+    many = made.draw_sample_logits(x, 3)
+    assert many.shape == (3, 6, 2, 10) and not torch.allclose(many[0], many[1])
+    torch.manual_seed(5)
+    together = made.draw_sample_logits(x, 3)
+    torch.manual_seed(5)
+    six = copy.deepcopy(made)
+    six.samples = 6
+    torch.testing.assert_close(together, six.sample_logits(x).unflatten(1, (3, 2)).transpose(0, 1))
+    with made.fixed_noise(0):
+        torch.testing.assert_close(made.draw_logits(x, 3), made(x).expand(3, -1, -1))
+
+
+def test_aggregation():
+    logits = torch.randn(4, 3, 10)
+    mean, probability = defence(samples=3), defence(samples=3, aggregation="probability")
+    torch.testing.assert_close(mean.combine(logits), logits.mean(1))
+    average = torch.softmax(logits, -1).mean(1)
+    torch.testing.assert_close(probability.combine(logits), average.log())
+    one = defence()
+    assert torch.equal(one.combine(logits[:, :1]), logits[:, 0])
+
+
+def test_shared_masks_are_one_for_the_batch():
+    shared, own = defence(shared_mask=True), defence()
+    masks = shared.draw(images())[1][0]
+    assert (masks == masks[:1]).all()
+    masks = own.draw(images())[1][0]
+    assert not (masks == masks[:1]).all()
+
+
+def test_the_whole_defence_is_one_graph_for_every_batch_size():
+    """Of fewer than 16 images in all, the draws counted: of more, torch chooses other convolutions on a CPU."""
+    torch._dynamo.reset()
+    made = defence(samples=2, sigma=0.1)
+    compiled = torch.compile(made, fullgraph=True, dynamic=True, backend="eager")
+    with made.fixed_noise(2):
+        for index, n in enumerate((5, 7)):
+            with torch._dynamo.config.patch(error_on_recompile=index > 0):
+                torch.testing.assert_close(compiled(images(n)), made(images(n)), atol=1e-4, rtol=1e-4)
+
+
+def test_the_whole_defence_compiles_with_its_gradient():
+    """As an attack differentiates it; every op of ours opaque, which takes a fraction of the time."""
+    torch._dynamo.reset()
+    made = defence(transform="rt3", sigma=0.1).requires_grad_(False)
+    compiled, x = torch.compile(made, fullgraph=True, backend="aot_eager"), images(5)
+    with made.fixed_noise(2), use_backend("cpp" if _library.loaded() else None):
+        results = []
+        for call in (made, compiled):
+            leaf = x.clone().requires_grad_()
+            logits = call(leaf)
+            results.append((logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]))
+    for value, same in zip(*results, strict=True):
+        torch.testing.assert_close(same, value, atol=1e-4, rtol=1e-4)
+    assert results[0][1].abs().max() > 0
+
+
+def test_accelerated_it_stays_close_and_keeps_its_gradients():
+    made, x = defence(SmallGenerator(1, width=4), sigma=0.1), images(8)
+    with made.fixed_noise(1):
+        plain = made(x)
+        made.accelerate()
+        fast = made(x)
+        leaf = x.clone().requires_grad_()
+        gradient = torch.autograd.grad(made(leaf).sum(), leaf)[0]
+    assert fast.dtype == torch.float32 and gradient.isfinite().all() and gradient.abs().sum() > 0
+    assert (fast - plain).norm() < 0.1 * plain.norm() and not torch.equal(fast, plain)
+    made.accelerate(None)
+    with made.fixed_noise(1):
+        assert torch.equal(made(x), plain)
+
+
+def test_attacks_find_gradients():
+    made, health = defence(sigma=0.05), GradientHealth()
+    x, y = images(8), torch.arange(8) % 10
+    adversarial = pgd(made, x, y, eps=0.1, steps=3, eot=2, health=health)
+    assert (adversarial - x).abs().max() <= 0.1 + 1e-6 and health.nonfinite == 0 and health.zero == 0
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "probability"])
+def test_bpda_goes_forward_as_the_defence_does(aggregation):
+    made, x = defence(lively(), sigma=0.3, samples=3, aggregation=aggregation), images().requires_grad_()
+    around = Bpda.of(made)
+    with made.fixed_noise(4):
+        logits = around(x)
+        torch.testing.assert_close(logits, made(x))
+        single = made.sample_logits(x)
+    assert (single - single[:, :1]).abs().max() > 1e-3  # the draws differ: how they are joined counts
+    gradient = torch.autograd.grad(logits.square().sum(), x)[0]
+    assert gradient.isfinite().all() and (gradient.flatten(1).norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize(("transform", "aggregation"), [("rt2", "mean"), ("rt3", "probability")])
+def test_gradients_are_exact(transform, aggregation):
+    """Finite differences of a whole defence in float64; its logits are float32, so the last step is done here too."""
+    made = defence(lively(), transform=transform, sigma=0.05, samples=2, aggregation=aggregation)
+    made.double().requires_grad_(False)
+    x = (0.3 + 0.4 * images(2).double()).requires_grad_()  # the noise reaches no end of [0, 1]
+
+    def whole(x):
+        logits = made.classifier(made.purify(x).flatten(0, 1)).unflatten(0, (2, 2))
+        return logits.mean(1) if aggregation == "mean" else torch.log_softmax(logits, -1).exp().mean(1).log()
+
+    with made.fixed_noise(5):
+        assert torch.autograd.gradcheck(whole, x, eps=1e-6, atol=1e-9, rtol=1e-5, fast_mode=True)
+        exact = torch.autograd.grad(torch.log_softmax(whole(x), -1)[:, 3].sum(), x)[0]
+        got = torch.autograd.grad(torch.log_softmax(made(x), -1)[:, 3].sum(), x)[0]
+    assert exact.abs().max() > 1e-4
+    torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("transform", ["rt1", "rt2"])
+def test_bfloat16_trains_with_a_discriminator(transform):
+    made = defence(transform=transform, sigma=0.1)
+    options = {"attack": "pgd", "attack_target": "pipeline", "steps": 2, "eps": 0.1, "warm_up": 0}
+    config = AtopConfig(precision="bfloat16", gan_grad=True, discriminator_width=2, learning_rate=1e-3, **options)
+    task, x = AtopTask(made, config), images(8)
+    task.model.train()
+    before = copy.deepcopy(task.model.state_dict())
+    for seed in range(3):
+        loss, metrics = task.training_step(Batch(x, torch.arange(8), torch.arange(8), seed, 0, 1))
+        assert loss.dtype == torch.float32 and all(value.isfinite() for value in (loss, *metrics.values()))
+        task.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        task.optimizer.step()
+    assert made.accelerated["dtype"] == torch.bfloat16
+    for name, value in task.model.state_dict().items():
+        assert value.isfinite().all() and value.dtype == before[name].dtype
+        if name.endswith(("weight", "bias")):
+            assert torch.equal(value, before[name]) == name.startswith("defence.classifier."), name
+
+
+@pytest.mark.parametrize("purifier", [SmallGenerator(1, 2), MaskedAutoencoder((1, 16, 16), width=16, depth=1)])
+def test_saved_and_read_back(purifier, tmp_path):
+    made = defence(purifier, samples=2, transform="rt3", aggregation="probability")
+    made.save(tmp_path)
+    loaded = purify_fast.load(tmp_path, made.classifier)
+    assert isinstance(loaded, Atop) and loaded.arguments == made.arguments and not loaded.training
+    with made.fixed_noise(1), loaded.fixed_noise(1):
+        assert torch.equal(made(images()), loaded(images()))
+    with pytest.raises(ValueError, match="classifier: its weights"):
+        purify_fast.load(tmp_path, SmallCNN(width=4))
+    with pytest.raises(ValueError, match="not a Carso"):
+        purify_fast.methods.carso.load(tmp_path, made.classifier)
+
+
+def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path):
+    made = defence(Identity())
+    made.purifier.module.gain.data.fill_(0.5)
+    made.save(tmp_path)
+    with pytest.raises(ValueError, match="holds a Identity of yours: give a module of its kind"):
+        purify_fast.load(tmp_path, made.classifier)
+    loaded = purify_fast.load(tmp_path, made.classifier, purifier=Identity())
+    assert loaded.purifier.module.gain.item() == 0.5
+    with pytest.raises(ValueError, match=r"holds Identity\(\), got small_generator"):
+        atop.load(tmp_path, made.classifier, SmallGenerator(1, 2))
+
+
+def test_the_callers_modules_stay_their_own():
+    classifier, purifier = SmallCNN(width=4), Identity()
+    made = Atop(classifier, purifier, (1, 16, 16), block=4)
+    assert classifier.training and all(p.requires_grad for p in classifier.parameters())
+    assert made.purifier.module is not purifier and not made.classifier.training
+    assert not any(p.requires_grad for p in made.classifier.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"transform": "rt4"}, "transform must be one of rt1, rt2, rt3, got 'rt4'"),
+        ({"aggregation": "lse"}, "aggregation must be one of mean, probability, got 'lse'"),
+        ({"samples": 0}, "samples must be a whole number of at least 1, got 0"),
+        ({"samples": 2.0}, "samples must be a whole number of at least 1, got 2.0"),
+        ({"block": 2.7}, "block must be a whole number of at least 1, got 2.7"),
+        ({"block": 5}, "block"),
+        ({"missing": 1.0}, r"missing must be in \[0, 1\), got 1.0"),
+        ({"sigma": -0.1}, "sigma must be finite and not negative, got -0.1"),
+        ({"transform": "rt3", "parts": 3}, "parts must be .* 16 blocks.*got 3"),
+    ],
+)
+def test_settings_that_cannot_be_used(options, message):
+    with pytest.raises(ValueError, match=message):
+        defence(**options)
+
+
+@pytest.mark.parametrize(
+    ("depth", "classes", "parameters"), [(18, 10, 11_173_962), (34, 10, 21_282_122), (50, 100, 23_705_252)]
+)
+def test_fact_6_the_papers_classifiers_come_as_they_are(depth, classes, parameters):
+    """torchvision's ResNets, with a first layer for small images."""
+    classifier = getattr(torchvision.models, f"resnet{depth}")(num_classes=classes)
+    classifier.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    made, x = defence(shape=(3, 32, 32), classifier=classifier), images(2, (3, 32, 32)).requires_grad_()
+    assert sum(p.numel() for p in made.classifier.parameters()) == parameters and made.num_classes == classes
+    gradient = torch.autograd.grad(made(x).square().sum(), x)[0]
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "block"), [((256, 256), 32), ((32, 32), 4), ((28, 28), 4), ((12, 12), 1), ((30, 40), 5), ((24, 36), 3)]
+)
+def test_the_default_block_tiles_the_image(size, block):
+    made = Atop(FullyConnected(1, image_size=size), Identity(), (1, *size))
+    assert made.block == made.arguments["block"] == block
+
+
+def test_what_does_not_fit_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"purifier must be a torch\.nn\.Module, got function"):
+        Atop(SmallCNN(width=4), lambda t, m: t, (1, 16, 16))
+    with pytest.raises(ValueError, match="Linear"):
+        defence(nn.Linear(3, 3))
+    for classifier, said in (
+        (SmallCNN(1, image_size=(8, 8)), r"\[B, 1, 16, 16\] to logits \[B, C\]: "),
+        (nn.Identity(), r"to logits \[B, C\], got \[2, 1, 16, 16\]"),
+        (nn.MaxPool2d(2, return_indices=True), r"to logits \[B, C\]: "),
+    ):
+        with pytest.raises(ValueError, match=rf"the classifier must map .*{said}"):
+            defence(classifier=classifier)
+    with pytest.raises(ValueError, match=r"x must be floating point \[B, 1, 16, 16\]"):
+        defence()(torch.rand(2, 3, 16, 16))

@@ -1,0 +1,147 @@
+"""SN-PatchGAN: its published sizes, and a spectral normalisation that is a function of its input."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.utils.parametrizations import spectral_norm
+
+from purify_fast.methods.atop.discriminator import PatchDiscriminator, SpectralConv, patch_depth
+
+
+@pytest.fixture(scope="module")
+def published():
+    torch.manual_seed(0)
+    return PatchDiscriminator()
+
+
+def test_fact_6_sizes(published):
+    assert sum(p.numel() for p in published.parameters()) == 5_946_816
+    assert sum(b.numel() for b in published.buffers()) == 1216
+    with torch.no_grad():
+        logits = published(torch.rand(1, 4, 256, 256))
+        assert logits.shape == (1, 4096) and logits.isfinite().all() and logits.std() > 0
+        assert published(torch.rand(2, 4, 64, 64)).shape == (2, 256)
+
+
+def test_tensors_have_the_official_names(published):
+    names = {f"conv{i}.conv_sn.{leaf}" for i in range(1, 7) for leaf in ("weight", "bias", "weight_u")}
+    state = published.state_dict()
+    assert state.keys() == names
+    assert state["conv3.conv_sn.weight"].shape == (256, 128, 5, 5) and state["conv3.conv_sn.weight_u"].shape == (256, 1)
+
+
+def test_leaky_relu_follows_every_layer_the_last_too():
+    torch.manual_seed(0)
+    made = PatchDiscriminator(2, 4, depth=1).eval()
+    x = torch.randn(1, 2, 6, 6)
+    out = made.conv1.conv_sn(x).flatten(1)
+    assert (out < 0).any() and torch.equal(made(x), torch.where(out > 0, out, 0.2 * out))
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "patches"),
+    [((256, 256), 6, 16), ((32, 32), 4, 4), ((28, 28), 4, 4), ((16, 16), 3, 4), ((16, 40), 3, 10), ((3, 3), 1, 4)],
+)
+def test_small_images_have_at_least_2_x_2_patches(size, depth, patches):
+    assert patch_depth(size) == depth
+    made = PatchDiscriminator(3, 2, depth)
+    assert made.arguments == {"in_channels": 3, "width": 2, "depth": depth}
+    assert made(torch.rand(2, 3, *size)).shape == (2, patches * 2 * (1, 2, 4, 4, 4, 4)[depth - 1])
+
+
+def test_a_trained_sigma_is_the_largest_singular_value():
+    torch.manual_seed(0)
+    layer = SpectralConv(3, 8, 5, 2, 2)
+    largest = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
+    x = torch.randn(1, 3, 9, 9)
+    with torch.no_grad():
+        for _ in range(100):
+            layer(x)
+        want = torch.nn.functional.conv2d(x, layer.weight / largest, layer.bias, 2, 2)
+        torch.testing.assert_close(layer.eval()(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_values_and_gradients_equal_torchs(training):
+    torch.manual_seed(0)
+    ours = SpectralConv(3, 8, 5, 2, 2)
+    plain = torch.nn.Conv2d(3, 8, 5, 2, 2)
+    with torch.no_grad():
+        plain.weight.copy_(ours.weight)
+        plain.bias.copy_(ours.bias)
+    theirs = spectral_norm(plain)
+    state = theirs.parametrizations.weight[0]
+    matrix = ours.weight.detach().flatten(1)
+    v = torch.nn.functional.normalize(matrix.T @ ours.weight_u, dim=0)[:, 0]
+    state._u.copy_(ours.weight_u[:, 0])
+    state._v.copy_(v)
+    ours.train(training)
+    theirs.train(training)
+    x = torch.randn(2, 3, 8, 8)
+    for layer in (ours, theirs):
+        layer(x).square().sum().backward()
+    want = theirs.parametrizations.weight.original.grad
+    torch.testing.assert_close(ours.weight.grad, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.bias.grad, theirs.bias.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.weight_u[:, 0], state._u)
+
+
+def test_scoring_changes_no_weight_and_evaluation_nothing_at_all():
+    torch.manual_seed(0)
+    made = PatchDiscriminator(2, 4, 3)
+    before = copy.deepcopy(made.state_dict())
+    x = torch.randn(1, 2, 16, 16)
+    with torch.no_grad():
+        made.eval()
+        assert torch.equal(made(x), made(x))
+        assert all(torch.equal(before[name], tensor) for name, tensor in made.state_dict().items())
+        made.train()(x)
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(before[name], tensor) == (not name.endswith("weight_u")), name
+
+
+def test_two_forwards_before_one_backward():
+    """Real and purified images are scored apart; the first graph keeps its own u."""
+    torch.manual_seed(0)
+    made = PatchDiscriminator(2, 4, 3)
+    real, purified = torch.randn(2, 1, 2, 16, 16)
+    (made(real).sum() - made(purified).sum()).backward()
+    for name, p in made.named_parameters():
+        assert p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+
+
+def test_compiled_as_one_graph_in_training_mode():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    made = PatchDiscriminator(2, 4, 3)
+    twin = copy.deepcopy(made)
+    x = torch.randn(2, 2, 16, 16)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), made(x))
+    assert torch.equal(twin.conv2.conv_sn.weight_u, made.conv2.conv_sn.weight_u)
+
+
+def test_autocast_keeps_sigma_exact():
+    torch.manual_seed(0)
+    layer = SpectralConv(3, 8, 5, 2, 2)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        want = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = twin(x)
+    assert got.dtype == torch.bfloat16 and torch.equal(layer.weight_u, twin.weight_u)
+    assert (got - want).abs().max() < 0.02 * want.abs().max()
+
+
+@pytest.mark.parametrize("arguments", [(0, 64, 6), (4, 0, 6), (4, 64, 0), (4, 64, 7)])
+def test_sizes_that_do_not_fit_are_refused(arguments):
+    with pytest.raises(ValueError, match=r"need in_channels, width >= 1 and depth in 1 \.\. 6"):
+        PatchDiscriminator(*arguments)
+
+
+def test_images_too_small_for_any_depth():
+    with pytest.raises(ValueError, match=r"at least 3 x 3, got \(2, 8\)"):
+        patch_depth((2, 8))

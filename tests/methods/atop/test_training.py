@@ -1,0 +1,378 @@
+"""AToP's training: the specification's numbers, the equivalences, what is trained and what is not."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from purify_fast import data
+from purify_fast.attacks import fgsm
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.atop.task import hinge, passes
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import Batch, FitConfig, fit
+from purify_fast.training.checkpoint import read_tree
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def defence(purifier=None, classifier=None, shape=(1, 16, 16), **options):
+    torch.manual_seed(0)
+    classifier = SmallCNN(width=4) if classifier is None else classifier
+    purifier = SmallGenerator(shape[0], width=2) if purifier is None else purifier
+    return Atop(classifier, purifier, shape, **{"block": 4, "sigma": 0.1, **options})
+
+
+def batch(n=8, epoch=5, epochs=10):
+    digits = data.load("digits")
+    return Batch(data.to_float(digits.x_train[:n]), digits.y_train[:n], torch.arange(n), 7, epoch, epochs)
+
+
+def gradients(model, loss):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def test_fact_9_hinge():
+    assert hinge(torch.tensor([1.5, -0.5]), torch.tensor([-2.0, 0.25])) == pytest.approx(0.6875)
+    assert hinge(torch.zeros(4), torch.zeros(4)) == 1
+    step = batch(2)
+    task = AtopTask(defence(), AtopConfig(gan_grad=True, discriminator_width=1))
+    task.discriminator = Judge([[-2.0], [0.25]])
+    assert task.training_step(step)[1]["deceived"] == 0.875
+
+
+def test_fact_10_cross_entropy_as_it_enters_the_loss():
+    assert F.cross_entropy(torch.tensor([[2.0, 0, -1]]), torch.tensor([0])) == pytest.approx(0.1698460, abs=1e-6)
+    uniform = F.cross_entropy(torch.zeros(1, 10), torch.tensor([3]))
+    assert uniform == pytest.approx(2.3025851) and AtopConfig().cls_weight * uniform == pytest.approx(0.1151293)
+    made = defence(classifier=Undecided())
+    for weight, share in ((0.05, 0.1151293), (0.1, 0.2302585)):
+        config = AtopConfig(attack="none", cls_weight=weight, reconstruction=0.0)
+        assert made.training_step(batch(), config).item() == pytest.approx(share, abs=1e-6)
+
+
+class Constant(nn.Module):
+    """x1 = 0 and x2 = 0.25 everywhere, with a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, image, mask):
+        return 0 * image + self.shift, 0 * image + 0.25 + self.shift
+
+
+class Logits(nn.Module):
+    """(2, 0, -1) for every image."""
+
+    def forward(self, x):
+        return torch.tensor([2.0, 0.0, -1.0]) + 0 * x.flatten(1).mean(1, keepdim=True)
+
+
+class Undecided(nn.Module):
+    """Ten equal logits for every image."""
+
+    def forward(self, x):
+        return 0 * x.flatten(1)[:, :10]
+
+
+class Judge(nn.Module):
+    """One opinion of each image, over and over, with a parameter and a gradient."""
+
+    def __init__(self, opinions):
+        super().__init__()
+        self.opinions = nn.Parameter(torch.tensor(opinions))
+
+    def forward(self, x):
+        return self.opinions.repeat(len(x) // len(self.opinions), 1) + 0 * x.flatten(1).mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "gan", "want"), [(2, True, 1.6334923), (1, True, 1.625), (2, False, 0.7584923), (0, False, 0.75)]
+)
+def test_fact_11_total(epoch, gan, want):
+    made = defence(Constant(), Logits(), (1, 8, 8), block=2)
+    config = AtopConfig(attack="none", gan_grad=gan, discriminator_width=1 if gan else 64)
+    task = AtopTask(made, config)
+    if gan:
+        task.discriminator = Judge([[-0.875]])
+    x = torch.full((4, 1, 8, 8), 0.75)  # S = 0.5
+    step = Batch(x, torch.zeros(4, dtype=torch.int64), torch.arange(4), 0, epoch, 10)
+    assert task.training_step(step)[0].item() == pytest.approx(want, abs=1e-6)
+
+
+def test_fact_12_fgsm():
+    linear = nn.Linear(2, 2, bias=False)
+    linear.weight = nn.Parameter(torch.tensor([[1.0, -2.0], [-1.0, 1.0]]))
+    x, y = torch.tensor([[0.5, 0.01]]), torch.tensor([0])
+    leaf = x.clone().requires_grad_()
+    loss = F.cross_entropy(linear(leaf), y)
+    assert loss.item() == pytest.approx(0.3214188, abs=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], torch.tensor([[-0.5498, 0.8246]]), atol=1e-4, rtol=0)
+    moved = fgsm(linear, x, y, eps=8 / 255)
+    torch.testing.assert_close(moved, torch.tensor([[0.468627, 0.041373]]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("parts", [None, 4])
+def test_fact_14_one_shared_pass_equals_two(parts):
+    """The released variant: L1 and cross-entropy from one pass, or from a pass each, give the same gradients."""
+    made = defence(transform="rt2" if parts is None else "rt3", parts=parts or 4, samples=2)
+    config = AtopConfig(eps=0.1, cls_weight=0.7)
+    whole = gradients(made.purifier, passes(made, batch(), config).loss)
+    l1 = passes(made, batch(), dataclasses.replace(config, cls_weight=0.0)).loss
+    ce = passes(made, batch(), dataclasses.replace(config, reconstruction=0.0)).loss
+    for a, b, c in zip(whole, gradients(made.purifier, l1), gradients(made.purifier, ce), strict=True):
+        torch.testing.assert_close(a, b + c, atol=1e-6, rtol=1e-4)
+
+
+def test_the_passes_share_noise_and_mask_and_are_as_many_as_needed(monkeypatch):
+    made, rows = defence(), []
+    run = made.stages
+    monkeypatch.setattr(made, "stages", lambda packed: rows.append(packed) or run(packed))
+    config = AtopConfig(eps=0.1, reconstruction_target="clean")
+    passes(made, batch(), config)
+    passes(made, batch(), dataclasses.replace(config, reconstruction_target="adversarial"))
+    passes(made, batch(epoch=0), config)  # warm-up: lambda is 0, and no one looks at adversarial images
+    assert [len(packed) for packed in rows] == [16, 8, 8]
+    clean, adversarial = rows[0].chunk(2)
+    assert torch.equal(clean[:, 1:], adversarial[:, 1:]) and not torch.equal(clean, adversarial)
+    difference = (clean - adversarial)[:, :1]
+    assert difference.abs().max() <= 2 * 0.1 + 1e-6  # the noise is the same: only the attack differs
+    assert torch.equal(rows[2], clean)
+
+
+def test_warm_up_with_a_clean_target_attacks_nothing(monkeypatch):
+    import purify_fast.methods.atop.task as module
+
+    def attack(*arguments, **options):
+        raise AssertionError("attacked")
+
+    monkeypatch.setattr(module, "fgsm", attack)
+    passes(defence(), batch(epoch=1), AtopConfig(reconstruction_target="clean"))
+    with pytest.raises(AssertionError, match="attacked"):
+        passes(defence(), batch(epoch=2), AtopConfig(reconstruction_target="clean"))
+    with pytest.raises(AssertionError, match="attacked"):
+        passes(defence(), batch(epoch=1), AtopConfig())
+
+
+def test_fact_14_no_gan_gradient_equals_no_discriminator(tmp_path):
+    """What the official code computes, a discriminator whose score is cut off from g, trains g as none does."""
+    digits = data.load("digits")
+    x, y = digits.x_train[:16], digits.y_train[:16]
+
+    def trained(gan_weight, **options):
+        made = defence()
+        gan = {"gan_weight": gan_weight, "discriminator_width": 2} if options["gan_grad"] else {}
+        config = AtopConfig(eps=0.1, warm_up=0, learning_rate=1e-3, **gan, **options)
+        task = AtopTask(made, config)
+        fit(task, x, y, FitConfig(2, 8, 3))
+        return made.purifier.state_dict()
+
+    cut_off, without = trained(0.0, gan_grad=True), trained(1.0, gan_grad=False)
+    with_gan = trained(1.0, gan_grad=True)
+    for name in without:
+        torch.testing.assert_close(cut_off[name], without[name], atol=1e-6, rtol=1e-5)
+    assert any(not torch.allclose(with_gan[name], without[name], atol=1e-5) for name in without)
+
+
+def test_each_player_trains_alone():
+    made = defence()
+    task = AtopTask(made, AtopConfig(eps=0.1, warm_up=0, gan_grad=True, discriminator_width=2, learning_rate=1e-2))
+    before = copy.deepcopy(task.model.state_dict())
+    loss, metrics = task.training_step(batch())
+    for name, value in task.model.state_dict().items():
+        moved = not torch.equal(value, before[name])
+        if name.endswith(("weight", "bias")):
+            assert moved == name.startswith("discriminator"), name
+    middle = copy.deepcopy(task.discriminator.state_dict())
+    task.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    task.optimizer.step()
+    assert all(torch.equal(value, middle[name]) for name, value in task.discriminator.state_dict().items())
+    classifier = [name for name in before if name.startswith("defence.classifier.")]
+    after = task.model.state_dict()
+    assert classifier and all(torch.equal(after[name], before[name]) for name in classifier)
+    assert any(not torch.equal(after[name], before[name]) for name in before if "purifier" in name)
+    assert metrics.keys() == {"reconstruction", "cross_entropy", "accuracy", "discriminator", "deceived"}
+
+
+@pytest.mark.parametrize("options", [{}, {"gan_grad": True, "discriminator_width": 2}])
+def test_killed_and_resumed_training_is_the_same(options, tmp_path):
+    digits = data.load("digits")
+    x, y = digits.x_train[:24], digits.y_train[:24]
+
+    def task():
+        made = defence()
+        torch.manual_seed(1)
+        return AtopTask(made, AtopConfig(eps=0.1, warm_up=1, learning_rate=1e-3, **options))
+
+    class Killed(Exception):
+        pass
+
+    whole = task()
+    fit(whole, x, y, FitConfig(2, 8, 3, checkpoint_seconds=0), tmp_path / "whole")
+    cut = task()
+    calls = []
+
+    def step(batch):
+        calls.append(batch)
+        if len(calls) == 5:
+            raise Killed
+        return AtopTask.training_step(cut, batch)
+
+    cut.training_step = step
+    with pytest.raises(Killed):
+        fit(cut, x, y, FitConfig(2, 8, 3, checkpoint_seconds=0), tmp_path / "cut")
+    fit(task(), x, y, FitConfig(2, 8, 3, checkpoint_seconds=0), tmp_path / "cut")
+    one, two = (read_tree(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "cut"))
+    assert one["model"].keys() == two["model"].keys()
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+
+
+class Same(nn.Module):
+    """What it is given: the hole stays mid-grey."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, image, mask):
+        return self.gain * image
+
+
+class Fill(Same):
+    """The hole gets the mean of what is seen of the same image."""
+
+    def forward(self, image, mask):
+        seen = (image * (1 - mask)).sum((1, 2, 3), keepdim=True) / (1 - mask).sum((1, 2, 3), keepdim=True)
+        return self.gain * torch.where(mask > 0, seen, image)
+
+
+class Rows(nn.Module):
+    """Logits of an image: three times the means of its four rows of blocks."""
+
+    def forward(self, x):
+        return 3 * x.unflatten(2, (4, -1)).mean((1, 3, 4))
+
+
+class Level(nn.Module):
+    """Logits of an image: its mean, its variance, one less its mean."""
+
+    def forward(self, x):
+        mean = x.mean((2, 3))
+        return torch.cat([mean, x.var((2, 3)), 1 - mean], 1)
+
+
+@pytest.mark.parametrize("target", ["adversarial", "clean"])
+@pytest.mark.parametrize("transform", ["rt2", "rt3"])
+def test_every_pass_has_the_target_and_the_label_of_its_own_image(transform, target):
+    """By hand, S = 2 and N = 4: of a purifier that returns its input the error is what the masks hide."""
+    made = defence(Same(), Rows(), transform=transform, sigma=0.0, samples=2)
+    brightness = torch.tensor([0.2, 0.6, 1.0]).view(3, 1, 1, 1)
+    x = brightness * torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    y, eps = torch.tensor([2, 0, 3]), 0.1
+    step = Batch(x, y, torch.arange(3), 7, 5, 10)
+    metrics = passes(made, step, AtopConfig(eps=eps, reconstruction_target=target)).metrics
+    adversarial = fgsm(Rows(), x, y, eps=eps)
+    rebuilt = 2 * (x if target == "clean" else adversarial) - 1
+    owners = made.draw(x, seed=torch.tensor([7]), ids=torch.arange(3))[1]  # [S, B, 4, 4]
+    l1, losses = [], []
+    for blocks in owners:
+        hidden = blocks.repeat_interleave(4, 1).repeat_interleave(4, 2)
+        for image, attacked, label, where in zip(rebuilt, adversarial, y, hidden, strict=True):
+            l1 += [(image[0].abs() * (where == part)).mean() for part in (range(4) if transform == "rt3" else [1])]
+            grey = torch.full_like(attacked[0], 0.5)
+            purified = grey if transform == "rt3" else torch.where(where == 1, grey, attacked[0])
+            logits = 3 * purified.view(4, 4, 16).mean((1, 2))
+            losses.append(logits.exp().sum().log() - logits[label])
+    assert len(l1) == (24 if transform == "rt3" else 6) and len(losses) == 6
+    assert metrics["reconstruction"].item() == pytest.approx(float(torch.stack(l1).mean()), rel=1e-5)
+    assert metrics["cross_entropy"].item() == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+
+
+def test_rt3_stitches_each_image_from_its_own_passes():
+    """Of constant images whose holes are filled as they were nothing is lost, whatever the order of the passes."""
+    made = defence(Fill(), Level(), transform="rt3", sigma=0.0, samples=2)
+    levels, y = torch.tensor([0.1, 0.45, 0.9]), torch.tensor([0, 2, 0])
+    step = Batch(levels.view(3, 1, 1, 1).expand(3, 1, 16, 16).clone(), y, torch.arange(3), 7, 5, 10)
+    metrics = passes(made, step, AtopConfig(attack="none")).metrics
+    logits = torch.stack([levels, torch.zeros(3), 1 - levels], 1)
+    want = (logits.exp().sum(1).log() - logits[torch.arange(3), y]).mean()
+    assert metrics["reconstruction"].item() == pytest.approx(0.0, abs=1e-6)
+    assert metrics["cross_entropy"].item() == pytest.approx(float(want), rel=1e-5)
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "pgd"])
+@pytest.mark.parametrize("target", ["classifier", "pipeline"])
+def test_a_step_of_every_training_moves_the_purifier_alone(attack, target):
+    made = defence()
+    steps = {"steps": 2} if attack == "pgd" else {}
+    config = AtopConfig(attack=attack, attack_target=target, eps=0.1, warm_up=0, **steps)
+    loss = made.training_step(batch(), config)
+    loss.backward()
+    assert loss.isfinite() and any(p.grad.abs().sum() > 0 for p in made.purifier.parameters() if p.grad is not None)
+    assert all(p.grad is None for p in made.classifier.parameters())
+
+
+def test_the_pipeline_is_what_is_attacked():
+    """PGD through the pipeline raises the pipeline's loss more than PGD on the classifier does."""
+    made, step = defence(sigma=0.02, missing=0.1), batch(32)
+    losses = {}
+    for target in ("classifier", "pipeline"):
+        config = AtopConfig(attack="pgd", attack_target=target, eps=0.2, steps=10, warm_up=0)
+        losses[target] = float(passes(made, step, config).metrics["cross_entropy"])
+    assert losses["pipeline"] > losses["classifier"]
+
+
+def test_pretraining_lowers_the_reconstruction_error_in_the_hole():
+    digits = data.load("digits")
+    made = defence(SmallGenerator(1, width=4))
+    config = AtopConfig.pretraining(learning_rate=3e-3, gan_weight=0.01, discriminator_width=4)
+
+    def hole():
+        x = data.to_float(digits.x_test[:64])
+        with torch.no_grad(), made.fixed_noise(0):
+            packed, _ = made.draw(x)
+            return (made.stages(packed)[-1] - (2 * x - 1)).abs()[packed[:, -1:] > 0].mean()
+
+    before = hole()
+    fit(AtopTask(made, config), digits.x_train[:512], digits.y_train[:512], FitConfig(3, 32))
+    assert hole() < 0.6 * before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attack": "cw"}, "attack must be one of fgsm, pgd, none, got 'cw'"),
+        ({"eps": 0.0}, "eps must be above 0, got 0.0"),
+        ({"attack": "none", "attack_target": "pipeline"}, "needs an attack"),
+        ({"cls_weight": -1.0}, "cls_weight must be at least 0, got -1.0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
+        ({"betas": (0.5, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.5, 1.0\)"),
+        ({"betas": (0.5,)}, r"betas must be two numbers in \[0, 1\), got \(0.5,\)"),
+        ({"eps": 8.0}, r"eps is in image units, at most 1 for linf, got 8.0: is 8/255 meant\?"),
+        ({"gan_weight": 0.5}, "gan_weight 0.5 goes with gan_grad"),
+        ({"reconstruction_target": "x"}, "reconstruction_target must be one of adversarial, clean"),
+    ],
+)
+def test_settings_that_cannot_be_used(options, message):
+    with pytest.raises(ValueError, match=message):
+        AtopConfig(**options)
+
+
+def test_what_needs_the_task_says_so():
+    with pytest.raises(ValueError, match="gan_grad needs a discriminator"):
+        defence().training_step(batch(), AtopConfig(gan_grad=True))
+    with pytest.raises(ValueError, match="no parameters to train"):
+
+        class Nothing(nn.Module):
+            def forward(self, image, mask):
+                return image
+
+        AtopTask(defence(Nothing()), AtopConfig())

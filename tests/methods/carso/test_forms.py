@@ -1,0 +1,150 @@
+"""Carso around other classifiers and images: tokens of a transformer, images that are not square, the first version."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import VisionTransformer
+
+import purify_fast
+from purify_fast.attacks import pgd
+from purify_fast.methods.carso import Carso, CarsoConfig
+from purify_fast.methods.carso.networks import Deconvolution, published_decoder
+from purify_fast.models.classifiers import FullyConnected, SmallCNN, WideResNet
+from purify_fast.training import Batch
+
+CONFIG = CarsoConfig(eps=0.1, steps=2)
+
+
+def transformer():
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        image_size=24, patch_size=8, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=16, num_classes=4
+    )
+    nn.init.normal_(model.heads.head.weight)  # torchvision starts it at 0, where no gradient passes
+    return model
+
+
+class Flattening(nn.Module):
+    """What channels_last weights break: a map flattened by ``view``, parameters of four and five dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6)
+        self.position = nn.Parameter(torch.randn(1, 6, 5, 4))
+        self.bias = nn.Parameter(torch.randn(1, 1, 6, 5, 4))
+        self.head = nn.Linear(120, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x)) + self.bias[0])
+        return self.head(x.view(x.size(0), -1) + self.position.view(1, -1))
+
+
+TRANSFORMER_LAYERS = ["conv_proj", "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1.mlp", "encoder.ln"]
+CASES = {
+    "transformer": lambda: Carso(transformer(), TRANSFORMER_LAYERS, (3, 24, 24), 8, 4, 2, decoder_width=4),
+    "wide": lambda: Carso(
+        WideResNet(10, 1, 4), ["layer.0.block.0.conv_1", "layer.2"], (3, 24, 40), 8, 4, 2, decoder_width=4
+    ),
+    "flattening": lambda: Carso(Flattening(), ["conv"], (3, 10, 8), 8, 4, 2, decoder_width=4),
+    "odd": lambda: Carso(SmallCNN(1, 4, (17, 30), 4), ["conv1", "conv3", "hidden"], (1, 17, 30), 8, 4, 2),
+    "v1": lambda: Carso(
+        FullyConnected(num_classes=4, hidden=(12, 6)),
+        ["body.1", "body.5", "body.9"],
+        (1, 28, 28),
+        10,
+        6,
+        2,
+        form="v1",
+    ),
+    "decoder": lambda: Carso(
+        SmallCNN(3, 4, (8, 12), 4),
+        ["conv2"],
+        (3, 8, 12),
+        8,
+        4,
+        2,
+        decoder=([6, 4, 6], [{"channels": 3, "kernel": 4}]),
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def defence(request):
+    torch.manual_seed(0)
+    return CASES[request.param]()
+
+
+def batch(defence, n=8):
+    x = torch.rand(n, *defence.image_shape, generator=torch.Generator().manual_seed(1))
+    return Batch(x, torch.arange(n) % 4, torch.arange(n), seed=0, epoch=9, epochs=10)
+
+
+def test_it_trains_and_is_attacked(defence):
+    b = batch(defence)
+    for config in (CONFIG, CarsoConfig(attack_target="pipeline", eps=0.1, steps=1)):
+        defence.train()
+        defence.zero_grad()
+        defence.training_step(b, config).backward()
+        used = ("condition_encoder", "decoder") + (("posterior",) if config is CONFIG else ())
+        for name, p in defence.named_parameters():
+            if name.startswith(used):
+                assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+    defence.eval()
+    logits = defence(b.x)
+    assert logits.shape == (8, 4) and logits.isfinite().all()
+    moved = pgd(defence, b.x, b.y, eps=0.1, steps=2)
+    assert ((moved - b.x).flatten(1).abs().amax(1) > 0.01).all()
+
+
+def test_it_is_saved_and_loaded(defence, tmp_path):
+    defence.eval().save(tmp_path)
+    loaded = purify_fast.load(tmp_path, defence.classifier)
+    x = batch(defence, 2).x
+    with torch.no_grad(), defence.fixed_noise(1), loaded.fixed_noise(1):
+        assert torch.equal(defence(x), loaded(x))
+    assert loaded.arguments == defence.arguments
+
+
+@pytest.mark.parametrize("case", ["transformer", "wide", "v1"])
+def test_it_compiles_as_one_graph(case):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    defence = CASES[case]().eval()
+    compiled = torch.compile(defence, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad(), defence.fixed_noise(1):
+        for n in (20, 33):
+            x = batch(defence, n).x
+            torch.testing.assert_close(compiled(x), defence(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformers_tokens_are_read_as_they_are():
+    made = CASES["transformer"]()
+    assert made.representation.shapes == [(12, 3, 3), (10, 12), (10, 12), (10, 12)]
+    x = torch.rand(2, 3, 24, 24)
+    tokens = made.classifier.encoder(
+        torch.cat([made.classifier.class_token.expand(2, -1, -1), made.classifier._process_input(x)], 1)
+    )
+    torch.testing.assert_close(made.read(x)[3], tokens)
+
+
+def test_the_first_version_feeds_latent_and_condition_side_by_side():
+    made = CASES["v1"]().eval()
+    x, z = torch.rand(2, 1, 28, 28), torch.randn(2, 3, 6)
+    h = torch.cat([z, made.condition(x)[:, None].expand(-1, 3, -1)], 2).flatten(0, 1)
+    want = torch.sigmoid(made.decoder.stack(h[:, :, None, None])).unflatten(0, (2, 3))
+    torch.testing.assert_close(made.reconstruct(x, z), want)
+
+
+def test_an_explicit_decoder_is_the_papers():
+    made = Carso(SmallCNN(3, 4, (32, 32), 4), ["conv2"], (3, 32, 32), 8, 4, decoder=published_decoder((3, 32, 32)))
+    kernels = [m.kernel_size for m in made.decoder.stack if isinstance(m, nn.ConvTranspose2d)]
+    assert kernels == [(3, 3)] * 4 + [(2, 2)] and made.decoder.start == (256, 3, 3)
+
+
+def test_forms_and_decoders_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="form must be one of v4, v1, got 'v2'"):
+        Carso(SmallCNN(), ["conv1"], (1, 16, 16), form="v2")
+    with pytest.raises(ValueError, match=r"end at \(1, 28, 28\), the images are \(1, 16, 16\)"):
+        Carso(SmallCNN(), ["conv1"], (1, 16, 16), form="v1")
+    with pytest.raises(ValueError, match=r"end at \(1, 7, 7\), the images are \(1, 16, 16\)"):
+        Carso(SmallCNN(), ["conv1"], (1, 16, 16), decoder=((8, 4, 4), [Deconvolution(1)]))

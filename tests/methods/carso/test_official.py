@@ -1,0 +1,203 @@
+"""The official files: written and read under the official names, and what happens with files that do not fit."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from purify_fast.methods.carso import Carso
+from purify_fast.methods.carso.networks import Deconvolution, published_decoder
+from purify_fast.methods.carso.official import PARTS, official_state
+from purify_fast.models.classifiers import SmallCNN, WideResNet
+
+STEM = "wrn_28_10_cifar_10_cui_2023"
+
+
+def system(size=32, width=1, seed=0, classes=10):
+    """A published system but for the width of its classifier, its condition and its latent."""
+    torch.manual_seed(seed)
+    classifier = WideResNet(28, width, classes)
+    shape = (3, size, size)
+    made = Carso(
+        classifier,
+        classifier.representation_layers(),
+        shape,
+        6,
+        4,
+        encoder_depth=3 if size == 32 else 4,
+        decoder=published_decoder(shape),
+        mean=classifier.normalise.arguments["mean"],
+        std=classifier.normalise.arguments["std"],
+    ).eval()
+    for module in made.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return made
+
+
+@pytest.fixture(scope="module")
+def cifar():
+    return system()
+
+
+@pytest.fixture
+def files(cifar, tmp_path):
+    cifar.save_official(tmp_path, STEM)
+    return tmp_path
+
+
+def test_the_files_hold_the_official_names(cifar, files):
+    assert sorted(path.name for path in files.iterdir()) == sorted(f"{STEM}_{part}.safetensors" for part in PARTS)
+    decoder = load_file(files / f"{STEM}_decoder.safetensors")
+    assert torch.equal(decoder["0.1.weight"], cifar.decoder.adapter.weight)
+    assert torch.equal(decoder["2.0.weight"], cifar.decoder.stack[3].weight)
+    assert torch.equal(decoder["2.1.running_var"], cifar.decoder.stack[4].running_var)
+    assert torch.equal(decoder["5.bias"], cifar.decoder.stack[12].bias)
+    compressors = load_file(files / f"{STEM}_repr_compressors.safetensors")
+    assert torch.equal(compressors["25.2.0.weight"], cifar.condition_encoder.layers[25][2][0].weight)
+    joint = load_file(files / f"{STEM}_repr_fcn_compressor.safetensors")
+    assert torch.equal(joint["1.1.running_mean"], cifar.condition_encoder.joint[1].running_mean)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_round_trip_keeps_every_tensor_and_the_function(size, tmp_path):
+    made = system(size, classes=7)
+    made.save_official(tmp_path, "a")
+    loaded = Carso.from_official(made.classifier, tmp_path)
+    before, after = official_state(made), official_state(loaded)
+    for part in PARTS:
+        assert before[part].keys() == after[part].keys()
+        assert all(torch.equal(before[part][name], after[part][name]) for name in before[part])
+    assert loaded.arguments == made.arguments and loaded.num_classes == 7 and not loaded.training
+    x = torch.rand(2, 3, size, size)
+    with torch.no_grad(), made.fixed_noise(1), loaded.fixed_noise(1):
+        assert torch.equal(made(x), loaded(x))
+    assert not torch.equal(made.posterior_encoder.mean.weight, loaded.posterior_encoder.mean.weight)  # fresh
+
+
+def test_one_of_several_systems_is_chosen_by_its_stem(cifar, files):
+    system(seed=1).save_official(files, "other")
+    with pytest.raises(ValueError, match=f"give its stem; there are: other, {STEM}"):
+        Carso.from_official(cifar.classifier, files)
+    loaded = Carso.from_official(cifar.classifier, files, STEM, samples=3)
+    assert torch.equal(loaded.decoder.adapter.weight, cifar.decoder.adapter.weight) and loaded.samples == 3
+
+
+def test_any_classifier_by_its_layers(tmp_path):
+    torch.manual_seed(0)
+    classifier, layers = SmallCNN(3, 4, (32, 32), 16), ["conv1", "conv2"]
+    made = Carso(classifier, layers, (3, 32, 32), 6, 4, decoder=published_decoder((3, 32, 32)))
+    made.save_official(tmp_path, "small")
+    with pytest.raises(ValueError, match="layers: name the modules"):
+        Carso.from_official(classifier, tmp_path)
+    with pytest.raises(ValueError, match=r"small_repr_compressors.safetensors is for 2 layers, got 1"):
+        Carso.from_official(classifier, tmp_path, layers=layers[:1])
+    assert Carso.from_official(classifier, tmp_path, layers=layers).num_classes == 4
+
+
+def rewrite(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        (
+            "repr_compressors",
+            lambda t: t.pop("3.1.1.bias"),
+            r"repr_compressors\.safetensors does not fit .*: 3\.1\.1\.bias is missing",
+        ),
+        (
+            "decoder",
+            lambda t: t.update({"6.weight": torch.zeros(1)}),
+            r"decoder\.safetensors does not fit .*: 6\.weight is unknown",
+        ),
+        (
+            "decoder",
+            lambda t: t.update({"3.1.bias": torch.zeros(9)}),
+            r"decoder\.safetensors .*: 3\.1\.bias is \[9\], must be \[64\]",
+        ),
+        (
+            "repr_fcn_compressor",
+            lambda t: t.pop("1.0.weight"),
+            r"fcn_compressor\.safetensors: 1\.0\.weight must be there with 2 dimensions, found None",
+        ),
+        (
+            "decoder",
+            lambda t: t.update({"0.1.weight": torch.zeros(9, 10)}),
+            "these are not the three files of a CARSO system",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_are_named_with_their_tensors(cifar, files, part, change, message):
+    rewrite(files / f"{STEM}_{part}.safetensors", change)
+    with pytest.raises(ValueError, match=message):
+        Carso.from_official(cifar.classifier, files)
+
+
+def test_the_statistics_are_the_classifiers_own(cifar, files):
+    assert Carso.from_official(cifar.classifier, files).arguments["std"] == cifar.arguments["std"]
+
+    class Theirs(nn.Module):  # with tensors for attributes, as RobustBench's models have them
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.mean, self.std = model, torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
+
+        def forward(self, x):
+            return self.model(x)
+
+    layers = [f"model.{name}" for name in cifar.representation.layers]
+    theirs = Carso.from_official(Theirs(cifar.classifier), files, layers=layers)
+    assert theirs.arguments["mean"] == pytest.approx([0.4] * 3) and theirs.arguments["std"] == pytest.approx([0.2] * 3)
+
+
+def test_another_classifier_is_refused_by_shape(files):
+    with pytest.raises(ValueError, match=r"0\.0\.0\.weight is \[8, 16, 3, 3\], must be \[16, 32, 3, 3\]"):
+        Carso.from_official(WideResNet(28, 2), files)
+
+
+def test_missing_and_broken_files(cifar, files, tmp_path):
+    with pytest.raises(ValueError, match="there are: none"):
+        Carso.from_official(cifar.classifier, tmp_path / "nowhere")
+    path = files / f"{STEM}_decoder.safetensors"
+    path.write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"decoder\.safetensors is not a safetensors file"):
+        Carso.from_official(cifar.classifier, files)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"decoder\.safetensors is missing"):
+        Carso.from_official(cifar.classifier, files)
+
+
+def test_what_the_files_cannot_hold_is_refused(tmp_path):
+    vectors = Carso(SmallCNN(), ["conv1", "hidden"], (1, 16, 16), 4, 2)
+    with pytest.raises(ValueError, match=r"representation is maps"):
+        vectors.save_official(tmp_path, "a")
+    classifier = WideResNet(10, 1)
+    for shape in ((3, 32, 32), (3, 32, 64)):  # decoders of our own: the files do not tell strides and paddings
+        made = Carso(classifier, classifier.representation_layers(), shape, 4, 2, decoder_width=2)
+        with pytest.raises(ValueError, match="published kind of decoder only"):
+            made.save_official(tmp_path, "a")
+    start, layers = published_decoder((3, 32, 32))
+    layers[3:] = [Deconvolution(32, 3, 1, 0), Deconvolution(3, 2, 2, 2)]  # their tensors' shapes, and another function
+    made = Carso(classifier, classifier.representation_layers(), (3, 34, 34), 4, 2, decoder=(start, layers))
+    with pytest.raises(ValueError, match="published kind of decoder only"):
+        made.save_official(tmp_path, "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(cifar, files, monkeypatch):
+    import purify_fast.methods.carso.official as module
+
+    path = files / f"{STEM}_{PARTS[0]}.safetensors"
+    old = path.read_bytes()
+
+    def fail(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        cifar.save_official(files, STEM)
+    assert path.read_bytes() == old and len(list(files.iterdir())) == 3

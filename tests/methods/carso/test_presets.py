@@ -1,0 +1,247 @@
+"""The published systems: their numbers and sources, their sizes layer by layer, and that they run."""
+
+import dataclasses
+import gc
+import hashlib
+
+import pytest
+import torch
+
+from purify_fast.methods.carso import PRESETS, Carso, CarsoTask
+from purify_fast.methods.carso.official import official_state
+from purify_fast.methods.carso.presets import GRADES, preset
+from purify_fast.methods.carso.task import atom_size
+from purify_fast.models.classifiers import FullyConnected, SmallCNN, WideResNet
+from purify_fast.training import Batch
+
+
+def parameters(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def on_meta(name):
+    """The whole system, without its memory."""
+    with torch.device("meta"):
+        return Carso.from_preset(name, PRESETS[name].build_classifier())
+
+
+@pytest.fixture(scope="module")
+def systems():
+    return {name: on_meta(name) for name in PRESETS}
+
+
+def numbers():
+    for name, made in PRESETS.items():
+        for field in dataclasses.fields(made):
+            value = getattr(made, field.name)
+            first = value[0] if isinstance(value, tuple) and value else value
+            if isinstance(first, (int, float)):
+                yield name, field.name
+
+
+@pytest.mark.parametrize(("name", "field"), list(numbers()))
+def test_every_number_has_a_source_and_none_is_unverified(name, field):
+    grade = PRESETS[name].sources[field].split()[0]
+    assert grade in GRADES and grade != "M"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_source_is_of_a_number(name):
+    assert set(PRESETS[name].sources) == {field for made, field in numbers() if made == name}
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    # fact 2, per map size: (layers, channels, size)
+    [
+        ("cifar10", [(8, 160, 32), (9, 320, 16), (9, 640, 8)]),
+        ("cifar100", [(8, 160, 32), (9, 320, 16), (9, 640, 8)]),
+        ("tiny_imagenet", [(8, 160, 64), (9, 320, 32), (9, 640, 16)]),
+    ],
+)
+def test_fact_2_the_26_representation_tensors(systems, name, counts):
+    want = [(channels, size, size) for n, channels, size in counts for _ in range(n)]
+    shapes = systems[name].representation.shapes
+    assert shapes == want and len(shapes) == 26
+    total = 9_666_560 if name == "tiny_imagenet" else 2_416_640
+    assert sum(c * h * w for c, h, w in shapes) == total
+    with torch.device("meta"):
+        encoder = systems[name].condition_encoder
+        outputs = [layer[:-1](torch.empty(2, *shape)) for layer, shape in zip(encoder.layers, shapes, strict=True)]
+    kept = [tuple(out.shape[1:]) for out in outputs]
+    if name == "tiny_imagenet":
+        assert kept == [(10, 56, 56)] * 8 + [(20, 24, 24)] * 9 + [(40, 8, 8)] * 9
+    else:
+        assert kept == [(20, 26, 26)] * 8 + [(40, 10, 10)] * 9 + [(80, 2, 2)] * 9
+    flat = 377_600 if name == "tiny_imagenet" else 147_040
+    assert sum(out[0].numel() for out in outputs) == flat == encoder.joint[0].in_features
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "each", "encoders", "joint", "posterior", "heads", "decoder", "total", "kept"),
+    [
+        (
+            "cifar10",
+            846,
+            [151_480, 605_360, 2_420_320],
+            28_442_960,
+            75_285_504,
+            164_096,
+            33_024,
+            2_455_107,
+            106_381_537,
+            106_183_571,
+        ),
+        (
+            "tiny_imagenet",
+            846,
+            [153_300, 612_600, 2_449_200],
+            28_782_600,
+            289_998_336,
+            737_664,
+            74_112,
+            4_914_979,
+            324_508_537,
+            323_695_915,
+        ),
+    ],
+)
+def test_fact_3_parameters_of_the_purifiers(
+    systems, name, image, each, encoders, joint, posterior, heads, decoder, total, kept
+):
+    made = systems[name]
+    layers = made.condition_encoder.layers
+    assert parameters(made.posterior_encoder.image) == image
+    assert [parameters(layers[i]) for i in (0, 8, 25)] == each
+    assert parameters(layers) == encoders
+    assert parameters(made.condition_encoder.joint) == joint
+    assert parameters(made.posterior_encoder.joint) == posterior
+    assert parameters(made.posterior_encoder.mean, made.posterior_encoder.log_variance) == heads
+    assert parameters(made.decoder) == decoder
+    assert parameters(made.condition_encoder, made.posterior_encoder, made.decoder) == total
+    assert parameters(made.condition_encoder, made.decoder) == kept
+    assert sum(p.numel() for p in made.parameters() if p.requires_grad) == total
+
+
+def test_cifar100_has_cifar10s_purifier(systems):
+    names = [{k: v.shape for k, v in systems[n].state_dict().items()} for n in ("cifar10", "cifar100")]
+    classes = {"classifier.logits.weight", "classifier.logits.bias"}
+    assert {k: v for k, v in names[0].items() if k not in classes} == {
+        k: v for k, v in names[1].items() if k not in classes
+    }
+    assert systems["cifar100"].num_classes == 100 and systems["tiny_imagenet"].num_classes == 200
+
+
+def test_the_first_version_on_mnist(systems):
+    made = systems["mnist_v1"]
+    assert made.representation.shapes == [(200,), (80,), (10,)]
+    assert made.latent_dim == 64 and made.samples == 4
+    assert parameters(made.condition_encoder) == 110_370
+
+
+@pytest.mark.parametrize(
+    ("part", "count", "want"),
+    [
+        ("repr_compressors", 468, "5c12a84cd70f9bf553713d3d6d9083f02afb0ee95ce498c65bf77af5769427eb"),
+        ("repr_fcn_compressor", 6, "35f5d7b74c7e854b8d0e4b6280765f6d290f39dedc2283d3328c70da85141a20"),
+        ("decoder", 28, "4a958939e6bc047ceffb423996cc38a4aed602f0f07206234259fcb075ec284b"),
+    ],
+)
+def test_full_size_tensors_have_the_official_names_and_shapes(systems, part, count, want):
+    state = official_state(systems["cifar10"])[part]
+    names = sorted((name, tuple(tensor.shape)) for name, tensor in state.items())
+    assert len(names) == count
+    assert hashlib.sha256(repr(names).encode()).hexdigest() == want
+
+
+@pytest.mark.parametrize(
+    ("name", "weak", "strong"),
+    [
+        ("cifar10", 0.0625616, 0.1251232),
+        ("cifar100", 0.0588309, 0.1176618),
+        ("tiny_imagenet", 0.0689103, 0.1378205),
+    ],
+)
+def test_fact_11_eps_in_pixels_as_the_official_code_scales_it(name, weak, strong):
+    made = PRESETS[name]
+    scaled = made.method(official_code=True).for_statistics(made.std)
+    assert scaled.eps == pytest.approx(strong, abs=1e-7) and scaled.eps / 2 == pytest.approx(weak, abs=1e-7)
+    assert made.method().for_statistics(made.std).eps == 8 / 255
+
+
+@pytest.mark.parametrize(
+    ("name", "clean", "atom"), [("cifar10", 320, 80), ("cifar100", 544, 24), ("tiny_imagenet", 128, 0)]
+)
+def test_fact_12_what_one_official_process_sees(name, clean, atom):
+    made = PRESETS[name]
+    local = made.batch_size // made.processes
+    config = made.method(official_code=True)
+    assert atom_size(local, config.adversarial_fraction, config.allow_no_adversarial) == atom
+    assert local - 4 * atom == clean
+    assert config.allow_no_adversarial == (atom == 0)
+    assert made.method().adversarial_fraction == {"cifar10": 0.5, "cifar100": 0.15, "tiny_imagenet": 0.01}[name]
+
+
+def test_peak_rates_are_those_of_one_official_process():
+    for name in ("cifar10", "cifar100", "tiny_imagenet"):
+        made = PRESETS[name]
+        assert made.learning_rate == pytest.approx(1e-4 * made.batch_size / made.processes)
+    assert PRESETS["mnist_v1"].learning_rate == pytest.approx(3e-5 * PRESETS["mnist_v1"].batch_size)
+
+
+def test_methods_and_loops_are_the_papers():
+    for name, made in PRESETS.items():
+        config, loop = made.method(), made.loop()
+        assert (config.steps, config.alpha, config.beta, config.reduction) == (40, 0.01, 1.0, "sum")
+        assert config.lag == (0 if name == "mnist_v1" else 0.125)
+        assert (loop.epochs, loop.batch_size) == (made.epochs, made.batch_size)
+        assert not loop.padding and not loop.flip
+    task = CarsoTask(Carso.from_preset("mnist_v1", FullyConnected()), PRESETS["mnist_v1"].method())
+    assert task.optimizer.k == 5 and task.optimizer.alpha == 0.8
+    assert isinstance(task.optimizer.inner, torch.optim.RAdam)
+
+
+def test_unknown_names_and_other_classifiers_are_refused():
+    with pytest.raises(ValueError, match="one of cifar10, cifar100, tiny_imagenet, mnist_v1, got 'imagenet'"):
+        preset("imagenet")
+    with pytest.raises(ValueError, match="no module 'layer"):
+        Carso.from_preset("cifar10", SmallCNN(3, 10, (32, 32)))
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=r"it has 7 classes, cifar10 \(CIFAR-10\) has 10"),
+    ):
+        Carso.from_preset("cifar10", WideResNet(28, 1, 7))
+
+
+def test_changes_take_the_place_of_the_presets():
+    made = Carso.from_preset("cifar10", WideResNet(28, 1), samples=2, cond_dim=6, latent_dim=4)
+    assert made.samples == 2 and made.latent_dim == 4
+    assert made.arguments["decoder"][0] == [256, 3, 3] and made.arguments["mean"] == [0.4914, 0.4822, 0.4465]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_trains_a_step_and_predicts(name):
+    """At full size. Four images, one of each attack; one step of PGD."""
+    made = PRESETS[name]
+    torch.manual_seed(0)
+    task = CarsoTask(
+        Carso.from_preset(name, made.build_classifier()),
+        dataclasses.replace(made.method(), adversarial_fraction=1.0, steps=1),
+    )
+    defence = task.model.train()
+    x = torch.rand(4, *made.image_shape)
+    batch = Batch(x, torch.arange(4), torch.arange(4), seed=0, epoch=made.epochs - 1, epochs=made.epochs)
+    before = defence.decoder.stack[0].weight.detach().clone()
+    loss, terms = task.training_step(batch)
+    loss.backward()
+    task.optimizer.step()
+    assert loss.isfinite() and all(value.isfinite() for value in terms.values())
+    assert not torch.equal(defence.decoder.stack[0].weight, before)
+    task.optimizer.zero_grad()
+    del task, loss
+    gc.collect()
+    defence.samples = 2  # of K: each is a whole pass of the classifier
+    with torch.no_grad():
+        logits = defence.eval()(x[:1])
+    assert logits.shape == (1, made.num_classes) and logits.isfinite().all()

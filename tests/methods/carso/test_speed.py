@@ -1,0 +1,473 @@
+"""The accelerated defence: the same function within bfloat16's rounding, and nothing else about it changed."""
+
+import copy
+import pickle
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import purify_fast
+from purify_fast import data
+from purify_fast.attacks import fgsm, input_gradient, pgd, pgd_and_fgsm
+from purify_fast.defences.stochastic import Randomised
+from purify_fast.evaluation.runner import _fingerprint
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, Head
+from purify_fast.methods.carso.task import balanced_batch, pipeline_step, published_step
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import Batch, FitConfig, fit
+
+SHAPE = (3, 16, 16)
+
+
+class Residual(nn.Module):
+    """BatchNorm, in-place layers and a shortcut: what the frozen copies have to get right."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.act, self.head = nn.ReLU(inplace=True), nn.Linear(8 * 16, 10)
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1))
+
+    def forward(self, x):
+        x = self.act(self.bn1(self.conv1(x - self.mean)))
+        y = self.bn2(self.conv2(x))
+        y += x
+        return self.head(nn.functional.avg_pool2d(self.act(y), 4).flatten(1))
+
+
+def trained(model):
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+def defence(layers=("bn1", "conv2"), samples=4):
+    torch.manual_seed(0)
+    return trained(Carso(Residual(), list(layers), SHAPE, 16, 4, samples, decoder_width=4)).eval()
+
+
+def images(n, seed=1):
+    return torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def batch(n=32, seed=1):
+    labels = torch.randint(10, (n,), generator=torch.Generator().manual_seed(seed))
+    return Batch(images(n, seed), labels, torch.arange(n), 7, 5, 10)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def response(made, x):
+    """Logits of the samples and the input gradient of the aggregated cross-entropy."""
+    leaf = x.clone().requires_grad_()
+    with made.fixed_noise(3):
+        loss = nn.functional.cross_entropy(made(leaf), torch.arange(len(x)) % 10)
+        return made.sample_logits(x).detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_the_accelerated_function_and_gradient_are_the_plain_ones(dtype, tolerance, fold):
+    """Relative L2 distance to the plain defence: 1e-5 folded in float32, 5 % in bfloat16."""
+    made, x = defence(), images(8)
+    want = response(made, x)
+    assert made.accelerate(dtype, fold=fold) is made
+    for got, right in zip(response(made, x), want, strict=True):
+        assert got.dtype == torch.float32 and relative(got, right) < tolerance
+    assert made._fast[0].folded == (2 if fold else 0)
+    made.accelerate(None)
+    assert all(torch.equal(a, b) for a, b in zip(response(made, x), want, strict=True))
+
+
+def test_borders_are_float32_and_bfloat16_is_inside():
+    made, x = defence().accelerate(), images(3)
+    inside = []
+    for module in (made._fast[0].classifier.conv1, made._reader[0].model.conv2, made.decoder.stack[0]):
+        module.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
+    outputs = [made(x), made.sample_logits(x), made.reconstruct(x), made.reconstruction_logits(x), made.condition(x)]
+    outputs += [*made.posterior(x, made.condition(x)), made.read(x)[0].float()]
+    assert all(output.dtype == torch.float32 for output in outputs)
+    assert inside and set(inside) == {torch.bfloat16}
+
+
+def test_maps_that_are_flattened_by_view_stay_contiguous():
+    class Flattening(nn.Sequential):
+        def forward(self, x):
+            x = self[0](x)
+            return self[1](x.view(x.size(0), -1))
+
+    torch.manual_seed(0)
+    last = {"memory_format": torch.channels_last}
+    flat = Flattening(nn.Conv2d(3, 4, 3), nn.Linear(784, 10))
+    images_only = Flattening(nn.Identity(), nn.Linear(768, 10))  # no convolution, and yet the images' layout matters
+    for classifier, layout in ((flat, {}), (images_only, {}), (Residual(), last)):
+        layers = [name for name, module in classifier.named_modules() if isinstance(module, (nn.Conv2d, nn.Identity))]
+        made = Carso(classifier, layers, SHAPE, 8, 4, 2, decoder_width=4).eval()
+        want = response(made, images(3).to(**last))
+        made.accelerate(torch.float32)
+        for got, right in zip(response(made, images(3).to(**last)), want, strict=True):
+            assert relative(got, right) < 1e-5
+        for model in (made.classifier, made._fast[0].classifier, made._reader[0].model):
+            for weight in (module.weight for module in model.modules() if isinstance(module, nn.Conv2d)):
+                assert weight.is_contiguous(**layout)
+        assert made.frozen_classifier(images(3).to(**last)).shape == (3, 10)
+
+
+def test_it_is_made_and_moved_within_inference_mode():
+    made, x = defence(), images(3)
+    want = response(made, x)
+    with torch.inference_mode():
+        made.accelerate(torch.float32)
+    for got, right in zip(response(made, x), want, strict=True):
+        assert relative(got, right) < 1e-5
+
+
+def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
+    made = defence()
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    names = [name for name, _ in made.named_parameters()]
+    made.accelerate()
+    assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in before.items()}
+    assert all(torch.equal(made.state_dict()[k], v) for k, v in before.items())
+    assert [name for name, _ in made.named_parameters()] == names
+    made.save(tmp_path)
+    loaded = purify_fast.load(tmp_path, made.classifier)
+    assert loaded.accelerated is None and set(loaded.state_dict()) == set(before)
+
+
+def test_an_evaluation_tells_it_from_the_plain_defence():
+    made, names = defence(), []
+    for dtype in (None, torch.float32, torch.bfloat16):
+        names.append(_fingerprint(made.accelerate(dtype)))
+    assert len(set(names)) == 3
+
+
+def test_it_survives_copies_moves_and_modes():
+    made, x = defence().accelerate(), images(4)
+    want = response(made, x)
+    twin = copy.deepcopy(made).to("cpu").train().eval()
+    assert all(torch.equal(a, b) for a, b in zip(response(twin, x), want, strict=True))
+    assert twin._fast[0] is not made._fast[0] and twin._reader[0].model is not made._reader[0].model
+    nn.init.zeros_(twin.classifier.head.weight)
+    twin.load_state_dict(twin.state_dict())  # the copies follow
+    assert not torch.equal(response(twin, x)[0], want[0])
+    assert torch.equal(response(made, x)[0], want[0])
+    wide = copy.deepcopy(made).double()
+    assert wide.reconstruct(x.double()).dtype == torch.float64 and wide(x.double()).dtype == torch.float32
+
+
+def test_noise_controls_and_attacks_go_through_it():
+    made, x, y = defence().accelerate(), images(6), torch.arange(6)
+    with made.deterministic():
+        assert torch.equal(made(x), made(x)) and made.reconstruct(x).shape[1] == 1
+    with made.fixed_noise(1):
+        whole = made(x)
+        torch.testing.assert_close(torch.cat([made(x[:1]), made(x[1:])]), whole, rtol=0.05, atol=0.05)
+    assert not torch.equal(made(x), made(x))
+    health = purify_fast.attacks.GradientHealth()
+    adversarial = pgd(made, x, y, eps=0.1, steps=3, eot=2, health=health)
+    assert health.reliable and (adversarial - x).abs().max() <= 0.1 + 1e-6
+
+
+def test_it_compiles_whole_with_gradients():
+    torch._dynamo.reset()
+    made, x = defence().requires_grad_(False).accelerate(), images(9)
+    compiled = torch.compile(made, fullgraph=True, dynamic=True, backend="aot_eager")
+    y, leaf, twin = torch.arange(9), x.clone().requires_grad_(), x.clone().requires_grad_()
+    with made.fixed_noise(1):
+        got, want = compiled(leaf), made(twin)
+        assert relative(got.detach(), want.detach()) < 0.02
+        a = torch.autograd.grad(nn.functional.cross_entropy(got, y), leaf)[0]
+        b = torch.autograd.grad(nn.functional.cross_entropy(want, y), twin)[0]
+    assert relative(a, b) < 0.1
+
+
+def test_compiled_parts_serve_every_batch_size_with_one_graph_each(monkeypatch):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, fullgraph=True, backend=counter))
+    made, x = defence(samples=2).requires_grad_(False), images(20)
+    want = response(made.accelerate(), x)
+    made.accelerate(compile=True)
+    for got, right in zip(response(made, x), want, strict=True):
+        assert relative(got, right) < 0.05
+    with torch.no_grad(), made.fixed_noise(3):
+        whole = made(x)
+        graphs = counter.frame_count
+        for n in (1, 2, 7, 15, 16, 17):
+            torch.testing.assert_close(made(x[:n]), whole[:n], rtol=0.05, atol=0.05)
+    assert counter.frame_count == graphs == 9  # three parts: with gradients, without, in no_grad
+    twin = copy.deepcopy(made)
+    assert twin._regions["_condition"].function.__self__ is twin
+    assert twin._fast[0].region.function.__self__ is twin._fast[0]
+    made.train()
+    assert made._run(made._decode, torch.zeros(3, 2, 4), torch.zeros(3, 16)).shape == (3, 2, *SHAPE)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_copies_and_pickles_have_parts_of_their_own(twin):
+    made, x = defence().accelerate(), images(3)
+    for got, want in zip(response(twin(made), x), response(made, x), strict=True):
+        assert torch.equal(got, want)
+    other = twin(made.accelerate(compile=True))
+    assert [region.function.__self__ for region in other._regions.values()] == [other, other] != [made, made]
+    assert other._fast[0].region.function.__self__ is other._fast[0] is not made._fast[0]
+
+
+# -- draws ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [None, "mean"])
+def test_draws_at_once_are_independent_calls_with_one_representation_pass(head):
+    made, x = defence(samples=3), images(2)
+    model = made if head is None else Head(made, head)
+    passes = []
+    made.classifier.conv1.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    logits = model.draw_logits(x, 400)
+    assert passes == [2, 2 * 400 * 3] and logits.shape == (400, 2, 10)
+    assert not torch.equal(logits[0], logits[1])
+    calls = torch.stack([model(x) for _ in range(400)])  # the same distribution: mean and spread within 5 sigma
+    error = (logits.var(0) / 400 + calls.var(0) / 400).sqrt()
+    assert ((logits.mean(0) - calls.mean(0)).abs() < 5 * error).all()
+    assert ((logits.std(0) / calls.std(0)).log().abs() < 0.25).all()
+
+
+@pytest.mark.parametrize("mode", ["fixed", "deterministic"])
+def test_without_fresh_noise_all_draws_are_the_call(mode):
+    made, x = defence(), images(3)
+    with made.fixed_noise(1) if mode == "fixed" else made.deterministic():
+        assert torch.equal(made.draw_logits(x, 4), made(x).expand(4, -1, -1))
+
+
+def test_a_forward_of_ones_own_is_what_is_attacked():
+    class Opposite(Carso):
+        def forward(self, x):
+            return -super().forward(x)
+
+    torch.manual_seed(0)
+    made, x, y = Opposite(Residual(), ["conv2"], SHAPE, 8, 4, 2, decoder_width=4).eval(), images(3), torch.arange(3)
+    with made.fixed_noise(1):
+        (one, _), (three, _) = (input_gradient(made, x, y, eot=eot) for eot in (1, 3))
+    torch.testing.assert_close(three, 3 * one, rtol=1e-3, atol=1e-7)
+
+
+def test_a_defence_with_sample_logits_only_repeats_the_images():
+    class Noisy(Randomised):
+        samples = 2
+
+        def sample_logits(self, x):
+            flat = x.flatten(1)[:, None, :5]
+            return flat + torch.randn(len(x), self.samples, 5)
+
+    class Bare(nn.Module):
+        def sample_logits(self, x):
+            return Noisy.sample_logits(Noisy(), x)
+
+    torch.manual_seed(0)
+    x = images(3)
+    for model in (Noisy(), Head(Noisy(), "mean"), Head(Bare(), "mean")):
+        logits = model.draw_logits(x, 4)
+        assert logits.shape == (4, 3, 5) and not torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("chunk", [None, 6, 1])
+def test_attacks_use_the_draws_and_their_gradient_is_that_of_the_calls(chunk):
+    made, x, y = defence(samples=2), images(3), torch.arange(3)
+    torch.manual_seed(0)
+    with made.fixed_noise(2):  # then both are deterministic
+        got, value = input_gradient(made, x, y, eot=4, chunk=chunk)
+        want, right = input_gradient(made.forward, x, y, eot=4, chunk=chunk)  # a bound method has no draws to offer
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(value, right)
+    asked = []
+    original = type(made).draw_sample_logits
+    made.draw_sample_logits = lambda x, draws: asked.append((len(x), draws)) or original(made, x, draws)
+    gradient, _ = input_gradient(made, x, y, eot=4, chunk=chunk)
+    assert torch.isfinite(gradient).all() and (gradient.flatten(1).abs().amax(1) > 0).all()
+    assert asked == {None: [(3, 4)], 6: [(3, 2)] * 2, 1: []}[chunk]
+
+
+def test_wrong_dtypes_are_refused_and_change_nothing():
+    made = defence().accelerate()
+    with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, torch\.bfloat16, got torch\.float16"):
+        made.accelerate(torch.float16)
+    assert made.accelerated == {"dtype": torch.bfloat16, "fold": True, "compile": False} and made._fast is not None
+
+
+def test_a_classifier_that_fails_leaves_the_defence_as_it_was(monkeypatch):
+    made, x = defence(), images(2)
+    want = response(made, x)
+
+    def fail(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("purify_fast.defences.base.FrozenView", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        made.accelerate()
+    assert made.accelerated is None and torch.equal(response(made.to("cpu"), x)[0], want[0])
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["classifier", "pipeline"])
+def test_loss_and_gradients_are_close_to_float32s(target):
+    """The loss within 2 %, all weights' gradient within 15 % (relative L2): the adversarial images differ as well."""
+    config, found = CarsoConfig(attack_target=target, eps=0.1, steps=3, train_samples=2), []
+    for precision in ("float32", "bfloat16"):
+        made = defence().train()
+        torch.manual_seed(4)
+        task = CarsoTask(made, CarsoConfig(**{**vars(config), "precision": precision}))
+        loss, _ = task.training_step(batch())
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in made.parameters() if p.grad is not None])
+        assert loss.dtype == gradient.dtype == torch.float32 and torch.isfinite(gradient).all()
+        assert all(not p.requires_grad and p.grad is None for p in made.classifier.parameters())
+        found.append((loss.detach(), gradient))
+    assert relative(found[1][0], found[0][0]) < 0.02
+    assert relative(found[1][1], found[0][1]) < 0.15
+
+
+def test_statistics_stay_float32_and_training_lowers_the_loss(tmp_path):
+    digits, losses = data.load("digits"), {}
+    for epochs in (1, 4):
+        torch.manual_seed(0)
+        made = Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
+        task = CarsoTask(made, CarsoConfig(eps=0.2, steps=2, precision="bfloat16"))
+        losses[epochs] = fit(
+            task, digits.x_train, digits.y_train, FitConfig(epochs, 64), tmp_path / f"{epochs}"
+        )["reconstruction"]  # fmt: skip
+        assert all(value.dtype in (torch.float32, torch.int64) for value in made.state_dict().values())
+    assert losses[4] < 0.95 * losses[1]
+
+
+def test_the_task_decides_the_precision():
+    made = defence()
+    CarsoTask(made, CarsoConfig(precision="bfloat16"))
+    assert made.accelerated == {"dtype": torch.bfloat16, "fold": True, "compile": False}
+    assert made.frozen_classifier is made._fast[0]
+    task = CarsoTask(made, CarsoConfig())
+    assert made.accelerated is None and made.frozen_classifier is made.classifier
+    assert task.describe()["precision"] == "float32"
+
+
+@pytest.mark.usefixtures("one_thread")  # with more, the convolutions' sums depend on the size of the batch
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_attacks_in_one_call_equal_separate_calls_to_the_bit(norm, steps):
+    torch.manual_seed(0)
+    model, x = SmallCNN(3).eval(), images(12)
+    y, ids, eps = torch.arange(12) % 10, torch.arange(12) + 5, torch.linspace(0.02, 0.1, 12)
+    together = pgd_and_fgsm(
+        model, x, y, eps=eps, alpha=eps[:6] / 3, steps=steps, norm=norm, seed=3, sample_ids=ids
+    )  # fmt: skip
+    one = pgd(
+        model, x[:6], y[:6], eps=eps[:6], alpha=eps[:6] / 3, steps=steps, norm=norm, seed=3, sample_ids=ids[:6]
+    )  # fmt: skip
+    two = fgsm(model, x[6:], y[6:], eps=eps[6:], norm=norm)
+    assert torch.equal(together, torch.cat([one, two]))
+    assert not torch.equal(together[:6], x[:6]) and all(p.requires_grad for p in model.parameters())
+
+
+def test_attacks_in_one_call_need_two_halves():
+    with pytest.raises(ValueError, match="even number"):
+        pgd_and_fgsm(SmallCNN(3), images(3), torch.arange(3), eps=torch.ones(3), alpha=0.1, steps=1)
+    with pytest.raises(ValueError, match=r"alpha must be at least 0, got -0\.1"):
+        pgd_and_fgsm(SmallCNN(3), images(2), torch.arange(2), eps=torch.ones(2), alpha=-0.1, steps=1)
+    none = pgd_and_fgsm(SmallCNN(3), images(0), torch.arange(0), eps=torch.ones(0), alpha=0.1, steps=1)
+    assert none.shape == (0, *SHAPE)
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where a GPU would have to be waited for: a tensor's value read on the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "item", "nonzero", "equal", "masked_select"), name
+        masks = args[1] if name in ("index", "index_put", "index_put_") else ()
+        assert all(mask is None or mask.dtype not in (torch.bool, torch.uint8) for mask in masks), "nonzero"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_mode_that_looks_for_syncs_sees_them():
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
+        float(torch.ones(()))
+    with pytest.raises(AssertionError, match="nonzero"), NoSync():
+        torch.ones(3)[torch.tensor([True, False, True])]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("step", [published_step, pipeline_step])
+def test_a_training_step_waits_for_nothing(step, fast):
+    made, b = defence().train().accelerate(torch.bfloat16 if fast else None), batch(16)
+    with NoSync():
+        loss, _ = step(made, b, CarsoConfig(eps=0.1, steps=2))
+        loss.backward()
+
+
+def test_balanced_batches_do_not_need_a_defence():
+    b = batch(16)
+    x = balanced_batch(Residual().eval(), b.x, b.y, CarsoConfig(steps=2), seed=1, sample_ids=b.sample_ids)
+    assert x.shape == b.x.shape and (x - b.x).abs().max() <= 8 / 255 + 1e-6
+
+
+@pytest.fixture
+def packing(monkeypatch):
+    """As where a kernel decodes: the op is served by its reference here. Counts its calls."""
+    calls = []
+    module = sys.modules["purify_fast.methods.carso.packed_decoder"]
+    plain = module.decode_prior
+    monkeypatch.setattr(module, "decode_prior", lambda *a, **k: calls.append(a[6]) or plain(*a, **k))
+    monkeypatch.setattr("purify_fast.methods.carso.defence._packs", lambda device: True)
+    return calls
+
+
+def test_a_packed_decoder_computes_the_same(packing):
+    made, x = defence().requires_grad_(False), images(5)
+    want = response(made, x)
+    assert not packing  # in full precision the layers decode
+    got = response(made.accelerate(), x)
+    assert packing == [4, 4]
+    for a, b, tolerance in zip(got, want, (0.02, 0.1), strict=True):
+        assert relative(a, b) < tolerance
+    with made.fixed_noise(3), torch.no_grad():
+        torch.testing.assert_close(made.sample_logits(x[2:]), got[0][2:], rtol=2e-2, atol=2e-2)
+    del packing[:]
+    torch.manual_seed(5)
+    draws = made.draw_sample_logits(x, 3)
+    assert packing == [12] and draws.shape == (3, 5, 4, 10) and not torch.equal(draws[0], draws[1])
+    with made.deterministic():
+        made(x)
+    assert packing == [12]  # z = 0 is the layers'
+
+
+def test_a_packed_decoder_follows_its_weights(packing):
+    made, x = defence().accelerate(), images(3)
+    made(x)
+    assert not packing  # a gradient of the decoder's weights may be asked for
+    with torch.no_grad(), made.fixed_noise(3):
+        before = made.reconstruct(x)
+        assert packing == [4] and made._packed[1] is made._packed_decoder(x.device)
+        made.decoder.stack[-1].bias.add_(0.5)
+        after = made.reconstruct(x)
+    assert relative(after, before) > 0.1
+    with torch.no_grad(), made.fixed_noise(3):
+        assert relative(after, made.accelerate(None).reconstruct(x)) < 0.01
+    with torch.inference_mode():
+        made.accelerate()(x)
+    made.train()(x)
+    assert len(packing) == 3  # not in training
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(made).eval()))
+    with torch.no_grad():
+        twin(x)
+    assert len(packing) == 4 and "_packed" not in str(list(made.state_dict()))

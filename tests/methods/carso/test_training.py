@@ -1,0 +1,238 @@
+"""CARSO's training: the paper's schedules and batches, the two losses, what is trained and what is not."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from purify_fast import data
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.methods.carso.task import atom_size, balanced_batch, kl_weight, pipeline_step, published_step
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import Batch, FitConfig, fit
+from purify_fast.training.schedules import carso_published
+
+
+def defence():
+    torch.manual_seed(0)
+    return Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
+
+
+def batch(n=16, epoch=5, epochs=10):
+    digits = data.load("digits")
+    return Batch(data.to_float(digits.x_train[:n]), digits.y_train[:n], torch.arange(n), 7, epoch, epochs)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "epoch", "want"),
+    # fact 7 of the specification, read off the official code
+    [
+        *[(200, 24, 0), (200, 25, 0), (200, 26, 0.1111), (200, 33, 0.8889), (200, 34, 1), (200, 199, 1)],
+        *[(250, 32, 0), (250, 33, 0.0909), (250, 42, 0.9091), (250, 43, 1)],
+    ],
+)
+def test_fact_7_kl_weight(epochs, epoch, want):
+    assert kl_weight(epoch, epochs) == pytest.approx(want, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction", "clean", "atom"),
+    [(640, 0.5, 320, 80), (640, 0.15, 544, 24), (128, 0.01, 128, 0), (128, 0.04, 124, 1), (1024, 0.01, 1016, 2)],
+)
+def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
+    import purify_fast.methods.carso.task as module
+
+    calls = []
+
+    def record(model, x, y, *, eps, **options):
+        calls.append(eps.tolist())
+        return x + 10
+
+    monkeypatch.setattr(module, "pgd_and_fgsm", record)  # the first half by PGD, the second by FGSM
+    x, y = torch.rand(size, 1, 2, 2), torch.zeros(size, dtype=torch.int64)
+    config = CarsoConfig(eps=0.2, adversarial_fraction=fraction, allow_no_adversarial=True)
+    out = balanced_batch(None, x, y, config, seed=0, sample_ids=torch.arange(size))
+    assert torch.equal(out[:clean], x[:clean]) and torch.equal(out[clean:], x[clean:] + 10)
+    assert calls == ([pytest.approx(2 * ([0.1] * atom + [0.2] * atom))] if atom else [])
+    assert clean + 4 * atom == size
+
+
+def test_without_adversarial_examples_only_if_asked():
+    made, b = defence(), batch(16)
+    config = CarsoConfig(eps=0.2, steps=1, adversarial_fraction=0.01)
+    with pytest.raises(ValueError, match="leaves no adversarial example"):
+        published_step(made, b, config)
+    config = dataclasses.replace(config, allow_no_adversarial=True)
+    x = balanced_batch(made.classifier, b.x, b.y, config, seed=1, sample_ids=b.sample_ids)
+    assert torch.equal(x, b.x)
+    assert published_step(made, b, config)[0].isfinite()
+
+
+@pytest.mark.parametrize(("size", "fraction"), [(128, 0.01), (7, 0.5), (64, 0.0)])
+def test_never_silently_without_adversarial_examples(size, fraction):
+    with pytest.raises(ValueError, match="leaves no adversarial example"):
+        atom_size(size, fraction)
+
+
+def test_the_balanced_batch_is_clean_then_pgd_then_fgsm_weak_before_strong():
+    made, b, eps = defence(), batch(32), 0.2
+    config = CarsoConfig(eps=eps, steps=10)
+    x = balanced_batch(made.classifier, b.x, b.y, config, seed=1, sample_ids=b.sample_ids)
+    distance = (x - b.x).flatten(1).abs().amax(1)
+    assert torch.equal(x[:16], b.x[:16])
+    for rows, bound in ((slice(16, 20), eps / 2), (slice(20, 24), eps), (slice(24, 28), eps / 2), (slice(28, 32), eps)):
+        assert (distance[rows] <= bound + 1e-6).all() and (distance[rows] > 0.99 * bound).all()
+    assert x.min() >= 0 and x.max() <= 1
+    for rows, bound in ((slice(24, 28), eps / 2), (slice(28, 32), eps)):  # FGSM: every free pixel moves by exactly eps
+        moved, free = (x - b.x)[rows].abs(), (x[rows] > 0) & (x[rows] < 1)
+        assert free.any() and torch.allclose(moved[free], torch.tensor(bound), atol=1e-6)
+
+
+def test_the_balanced_batch_raises_the_classifiers_loss():
+    made, b = defence(), batch(64)
+    x = balanced_batch(made.classifier, b.x, b.y, CarsoConfig(eps=0.2, steps=10), seed=1, sample_ids=b.sample_ids)
+    with torch.no_grad():
+        before = torch.nn.functional.cross_entropy(made.classifier(b.x[32:]), b.y[32:])
+        after = torch.nn.functional.cross_entropy(made.classifier(x[32:]), b.y[32:])
+    assert after > before
+
+
+def test_published_loss_is_reconstruction_plus_weighted_kl():
+    made, b = defence(), batch(epoch=0)
+    loss, terms = published_step(made, b, CarsoConfig(eps=0.2, steps=2))
+    torch.testing.assert_close(loss.detach(), terms["reconstruction"])  # epoch 0: no KL yet
+    loss, terms = published_step(made, batch(epoch=9), CarsoConfig(eps=0.2, steps=2, beta=0.5))
+    torch.testing.assert_close(loss.detach(), terms["reconstruction"] + 0.5 * terms["kl"])
+    assert terms["kl"] > 0
+
+
+def test_the_sum_is_the_mean_times_the_batch_and_logs_the_same():
+    made, b, config = defence(), batch(epoch=9), CarsoConfig(eps=0.2, steps=2)
+    mean, terms = published_step(made, b, config)
+    total, same = published_step(made, b, dataclasses.replace(config, reduction="sum"))
+    torch.testing.assert_close(total, 16 * mean)
+    torch.testing.assert_close(same, terms)
+
+
+def test_official_code_attacks_with_a_larger_eps_and_the_same_step(monkeypatch):
+    import purify_fast.methods.carso.task as module
+
+    seen = []
+    monkeypatch.setattr(module, "balanced_batch", lambda c, x, y, config, **k: seen.append(config) or x)
+    torch.manual_seed(0)
+    statistics = {"mean": (0.4, 0.4, 0.4), "std": (0.25, 0.2, 0.3)}
+    made = Carso(SmallCNN(3, 10, (16, 16), 4), ["conv2"], (3, 16, 16), 8, 4, 2, decoder_width=2, **statistics)
+    b = batch()
+    colour = dataclasses.replace(b, x=b.x.expand(-1, 3, -1, -1))
+    config = CarsoConfig(eps=0.1, steps=2, alpha=0.01, eps_mode="official_code")
+    published_step(made, colour, config)
+    published_step(made, colour, dataclasses.replace(config, eps_mode="paper"))
+    assert [c.eps for c in seen] == pytest.approx([0.1 * 3 / 0.75, 0.1])
+    assert all(c.step(c.eps) == 0.01 for c in seen)
+
+
+def test_the_papers_optimiser_schedule_and_sum_in_the_loop(tmp_path):
+    digits, made = data.load("digits"), defence()
+    config = CarsoConfig(
+        eps=0.2,
+        steps=1,
+        reduction="sum",
+        optimizer="radam_lookahead",
+        lookahead_steps=4,
+        schedule="published",
+        learning_rate=1e-4 * 64,
+    )
+    task = CarsoTask(made, config)
+    last = fit(task, digits.x_train[:320], digits.y_train[:320], FitConfig(9, 64), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows] == [carso_published(epoch, 9, 6.4e-3) for epoch in range(9)]
+    assert last["reconstruction"] < 0.97 * rows[0]["reconstruction"]
+    trained = [p for p in made.parameters() if p.requires_grad]
+    assert task.optimizer.steps == 45 and all(
+        torch.equal(p, slow) for p, slow in zip(trained, task.optimizer._slow, strict=True)
+    )
+    again = defence()
+    assert fit(CarsoTask(again, config), digits.x_train[:320], digits.y_train[:320], FitConfig(9, 64), tmp_path) == last
+    assert all(torch.equal(made.state_dict()[k], v) for k, v in again.state_dict().items())
+
+
+def test_the_published_loss_reaches_every_part_of_the_purifier_but_not_the_classifier():
+    made = defence()
+    published_step(made, batch(), CarsoConfig(eps=0.2, steps=2))[0].backward()
+    for name, p in made.named_parameters():
+        assert (p.grad is None) == name.startswith("classifier."), name
+
+
+def test_the_pipeline_loss_reaches_what_inference_uses_and_keeps_mode_samples_and_statistics():
+    made = defence().train()
+    state = copy.deepcopy(made.state_dict())
+    pipeline_step(made, batch(), CarsoConfig(attack_target="pipeline", eps=0.2, steps=2, train_samples=3))[0].backward()
+    for name, p in made.named_parameters():
+        inference = name.startswith(("condition_encoder", "decoder"))
+        assert (p.grad is not None) == inference, name
+    assert made.training and made.samples == 2
+    assert all(torch.equal(state[k], v) for k, v in made.state_dict().items())
+
+
+def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
+    import purify_fast.methods.carso.task as module
+
+    seen = []
+    for name in ("pgd", "pgd_and_fgsm"):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda model, *a, f=original, **k: seen.append(model) or f(model, *a, **k))
+    made = defence()
+    pipeline_step(made, batch(), CarsoConfig(attack_target="pipeline", eps=0.2, steps=1))
+    published_step(made, batch(), CarsoConfig(eps=0.2, steps=1))
+    assert seen == [made, made.classifier]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"attack_target": "both"}, "attack_target must be one of classifier, pipeline"),
+        ({"eps_mode": "pixels"}, "eps_mode must be one of paper, official_code, got 'pixels'"),
+        ({"reduction": "max"}, "reduction must be one of mean, sum"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, radam_lookahead"),
+        ({"schedule": "flat"}, "schedule must be one of one_cycle, published, published_v1"),
+        ({"attack_target": "pipeline", "reduction": "sum"}, "reduction 'sum' is of attack_target 'classifier'"),
+        ({"attack_target": "pipeline", "eps_mode": "official_code"}, "eps_mode 'official_code' is of attack_target"),
+        ({"lookahead_steps": 0}, "lookahead_steps must be at least 1"),
+        ({"eps": 0.0}, "eps must be above 0"),
+        ({"precision": "float16"}, "precision must be one of float32, bfloat16"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"alpha": -0.01}, "alpha must be above 0, got -0.01"),
+        ({"train_samples": 0}, "train_samples must be at least 1"),
+        ({"adversarial_fraction": 1.5}, r"adversarial_fraction must be in \[0, 1\]"),
+    ],
+)
+def test_config_errors(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        CarsoConfig(**wrong)
+
+
+def test_training_lowers_the_loss_and_leaves_the_classifier(tmp_path):
+    digits, made = data.load("digits"), defence()
+    before = copy.deepcopy(made.classifier.state_dict())
+    task = CarsoTask(made, CarsoConfig(eps=0.2, steps=2))
+    one = fit(task, digits.x_train, digits.y_train, FitConfig(1, 64), tmp_path / "one")
+    made2 = defence()
+    six = fit(CarsoTask(made2, task.config), digits.x_train, digits.y_train, FitConfig(6, 64), tmp_path / "six")
+    assert six["reconstruction"] < 0.9 * one["reconstruction"]
+    assert all(torch.equal(before[k], v) for k, v in made.classifier.state_dict().items())
+
+
+def test_a_loop_of_ones_own():
+    made = defence().train()
+    optimizer = torch.optim.Adam([p for p in made.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for step in range(12):
+        b = batch(32)
+        loss = made.training_step(Batch(b.x, b.y, b.sample_ids, step), CarsoConfig(eps=0.2, steps=2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]

@@ -1,0 +1,230 @@
+"""The classifiers: their published shapes, RobustBench's as an oracle, any image size, compilation, files."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from purify_fast.models.classifiers import (
+    CLASSIFIERS,
+    FullyConnected,
+    PreActResNet18,
+    SmallCNN,
+    WideResNet,
+    build_classifier,
+)
+from purify_fast.training import load_classifier, save_classifier
+
+
+def digest(state):
+    """Of the sorted names and shapes."""
+    return hashlib.sha256(repr(sorted((name, tuple(t.shape)) for name, t in state.items())).encode()).hexdigest()
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def with_statistics(model):
+    """BatchNorm as a trained network has it."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.5, 0.5),
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.5, 2.0),
+            ):
+                nn.init.uniform_(tensor, low, high, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def robustbench():
+    """RobustBench's model file alone: its package imports much that its models do not need."""
+    spec = importlib.util.find_spec("robustbench")
+    if spec is None:
+        pytest.skip("robustbench is not installed (pip install --no-deps robustbench)")
+    path = Path(spec.submodule_search_locations[0]) / "model_zoo/architectures/dm_wide_resnet.py"
+    spec = importlib.util.spec_from_file_location("dm_wide_resnet", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("classes", "count"), [(10, 36_479_194), (100, 36_536_884), (200, 36_600_984)])
+def test_fact_1_parameters_of_wrn_28_10(classes, count):
+    with torch.device("meta"):
+        assert parameters(WideResNet(28, 10, classes)) == count
+
+
+def test_names_and_shapes_are_robustbenchs():
+    with torch.device("meta"):
+        state = WideResNet().state_dict()
+    assert len(state) == 155
+    assert digest(state) == "3031a934b7011cec2f42b284f175c49d02cc9a994953b6c7b59dd8e70f4d8919"
+
+
+@pytest.mark.parametrize(("depth", "width"), [(28, 10), (34, 10), (70, 16)])
+def test_every_depth_and_width_has_robustbenchs_tensors(robustbench, depth, width):
+    with torch.device("meta"):
+        ours, theirs = WideResNet(depth, width, 100), robustbench.DMWideResNet(100, depth, width, nn.SiLU)
+    assert digest(ours.state_dict()) == digest(theirs.state_dict())
+
+
+@pytest.mark.parametrize(("depth", "width", "size"), [(10, 2, 32), (16, 1, 32), (28, 10, 32), (34, 1, 32)])
+def test_logits_equal_robustbenchs(robustbench, depth, width, size):
+    torch.manual_seed(0)
+    theirs = robustbench.DMWideResNet(7, depth, width, nn.SiLU, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    with_statistics(theirs)
+    ours = WideResNet(depth, width, 7, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def test_at_64_pixels_the_same_features_are_pooled_over_all_positions(robustbench):
+    torch.manual_seed(0)
+    theirs = with_statistics(robustbench.DMWideResNet(7, 10, 2, nn.SiLU))
+    ours = WideResNet(10, 2, 7).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        features = theirs.relu(theirs.batchnorm(theirs.layer(theirs.init_conv((x - theirs.mean) / theirs.std))))
+        assert features.shape[2:] == (16, 16)
+        torch.testing.assert_close(ours(x), theirs.logits(features.mean((2, 3))), rtol=1e-4, atol=1e-5)
+
+
+def test_the_representation_is_26_layers_in_execution_order():
+    model, ran = WideResNet(28, 1).eval(), []
+    layers = model.representation_layers()
+    for name, module in model.named_modules():
+        if name in layers:
+            module.register_forward_hook(lambda m, a, out, name=name: ran.append(name))
+    model(torch.rand(1, 3, 32, 32))
+    assert ran == layers and len(layers) == 26
+    assert layers[8:11] == [f"layer.1.block.0.{part}" for part in ("conv_0", "conv_1", "shortcut")]
+    assert layers[11] == "layer.1.block.1.conv_0"
+    assert "layer.0.block.0.shortcut" not in layers
+
+
+MAKERS = {
+    "wide_resnet": lambda c, size: WideResNet(10, 1, 4, in_channels=c, mean=0.5, std=0.5),
+    "preact_resnet18": lambda c, size: PreActResNet18(4, c, width=4),
+    "fully_connected": lambda c, size: FullyConnected(c, 4, size, (12, 6)),
+    "small_cnn": lambda c, size: SmallCNN(c, 4, size, 4),
+}
+
+
+@pytest.mark.parametrize("kind", [tuple, list, np.array, torch.tensor])
+def test_statistics_of_any_kind(kind):
+    model = WideResNet(10, 1, mean=kind([0.1, 0.2, 0.3]), std=np.float64(0.5))
+    assert model.arguments["mean"] == pytest.approx([0.1, 0.2, 0.3]) and model.arguments["std"] == [0.5]
+    assert model.normalise(torch.full((1, 3, 1, 1), 0.3)).flatten().tolist() == pytest.approx([0.4, 0.2, 0.0], abs=1e-6)
+    assert not any("normalise" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 17, 30), (3, 9, 64)])
+def test_any_image_size(name, shape):
+    torch.manual_seed(0)
+    model = MAKERS[name](shape[0], shape[1:])
+    out = model.train()(torch.rand(3, *shape))
+    assert out.shape == (3, 4) and out.isfinite().all()
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_preact_resnet18_is_he_et_als():
+    with torch.device("meta"):
+        model = PreActResNet18()
+    pairs = [(64, 128), (128, 256), (256, 512)]
+    convolutions = 9 * (3 * 64 + 4 * 64**2 + sum(a * b + 3 * b * b for a, b in pairs)) + sum(a * b for a, b in pairs)
+    norms = 2 * (4 * 64 + sum(a + 3 * b for a, b in pairs) + 512)  # two per block, on what comes in; the last one
+    assert parameters(model) == convolutions + norms + 513 * 10 == 11_172_170
+    assert sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules()) == 17
+    assert sum(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) for m in model.modules()) == 3
+
+
+def test_preact_resnet18_has_clean_shortcuts():
+    """With every last convolution at 0, the stages of one width are the identity."""
+    model = PreActResNet18(4, width=4).eval()
+    for block in model.stages[0]:
+        nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(model.stages[0](x), x)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_compiled_equals_eager_with_two_graphs(name):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = with_statistics(MAKERS[name](3, (16, 16)))
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for n in (7, 20, 3, 64, 16):  # torch's choice of CPU convolution asks whether the batch reaches 16
+            x = torch.rand(n, 3, 16, 16)
+            torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_classifier_is_saved_and_loaded(name, tmp_path):
+    model = with_statistics(MAKERS[name](1, (12, 20)))
+    save_classifier(model, tmp_path)
+    loaded, x = load_classifier(tmp_path), torch.rand(2, 1, 12, 20)
+    assert type(loaded) is CLASSIFIERS[name] and loaded.arguments == model.arguments and not loaded.training
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_what_is_no_classifier_of_ours_is_neither_saved_nor_loaded(tmp_path):
+    with pytest.raises(ValueError, match="model must be one of SmallCNN, PreActResNet18, WideResNet, FullyConnected"):
+        save_classifier(nn.Linear(2, 2), tmp_path)
+    save_classifier(SmallCNN(), tmp_path)
+    (tmp_path / "model.json").write_text('{"kind": "Carso", "arguments": {}}')
+    with pytest.raises(ValueError, match="holds a 'Carso', not a classifier"):
+        load_classifier(tmp_path)
+
+
+def test_build_classifier():
+    wide = build_classifier("wide_resnet", (1, 16, 24), 3, width=2, depth=10, mean=[0.2], std=[0.4])
+    assert wide.arguments == {
+        "depth": 10,
+        "width": 2,
+        "num_classes": 3,
+        "in_channels": 1,
+        "mean": [0.2],
+        "std": [0.4],
+    }
+    assert build_classifier("small_cnn", (3, 16, 24), 3).arguments["image_size"] == [16, 24]
+    assert build_classifier("preact_resnet18", (3, 16, 24), 3, width=8).arguments["width"] == 8
+    with pytest.raises(ValueError, match=r"classifier must be one of small_cnn, .* got 'resnet'"):
+        build_classifier("resnet", (1, 16, 16), 3)
+    with pytest.raises(ValueError, match="depth 10: small_cnn has no depth to choose"):
+        build_classifier("small_cnn", (1, 16, 16), 3, depth=10)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: WideResNet(12), "depth must be 6 n"),
+        (lambda: WideResNet(4), "at least 10, got 4"),
+        (lambda: WideResNet(10, 0), "width >= 1"),
+        (lambda: WideResNet(10, 1, 1), "num_classes >= 2"),
+        (lambda: WideResNet(10, 1, mean=(0.5, 0.5)), "mean needs 1 or 3 numbers, got 2"),
+        (lambda: WideResNet(10, 1, std=(0.5, 0.5, 0.0)), "std must be above 0"),
+        (lambda: PreActResNet18(1), "num_classes >= 2"),
+        (lambda: FullyConnected(hidden=()), "hidden >= 1"),
+    ],
+)
+def test_arguments_that_make_no_network_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

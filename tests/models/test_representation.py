@@ -1,0 +1,125 @@
+"""Features of a user's own classifier: by module path, cloned exactly where in-place layers would spoil them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.models.representation import Representation
+
+
+def small_resnet():
+    torch.manual_seed(0)
+    model = resnet18(num_classes=10).eval()  # its ReLUs and shortcuts work in place
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.weight, 0.5, 2)
+    return model
+
+
+LAYERS = ["conv1", "bn1", "layer1.0.bn2", "layer1.0", "layer2.0.downsample", "layer3.1.conv2", "avgpool", "fc"]
+
+
+def cloned_truth(model, layers, x):
+    found = {}
+    modules = dict(model.named_modules())
+    hooks = [
+        modules[name].register_forward_hook(lambda m, a, out, name=name: found.__setitem__(name, out.clone()))
+        for name in layers
+    ]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return [found[name] for name in layers]
+
+
+def test_in_place_layers_equal_cloned_truth():
+    model, x = small_resnet(), torch.rand(3, 3, 32, 32)
+    truth = cloned_truth(model, LAYERS, x)
+    representation = Representation(model, LAYERS, (3, 32, 32))
+    for name, got, want in zip(LAYERS, representation(x), truth, strict=True):
+        assert torch.equal(got, want), name
+    spoiled = dict(zip(LAYERS, representation.overwritten, strict=True))
+    # bn2 is added to in place, bn1 goes through an in-place ReLU; the convolutions before them are left alone
+    assert spoiled["bn1"] and spoiled["layer1.0.bn2"]
+    assert not spoiled["conv1"] and not spoiled["layer3.1.conv2"] and not spoiled["fc"]
+
+
+def test_without_clones_the_same_layers_would_be_wrong():
+    model, x = small_resnet(), torch.rand(3, 3, 32, 32)
+    truth = cloned_truth(model, LAYERS, x)
+    representation = Representation(model, LAYERS, (3, 32, 32))
+    representation.overwritten = [False] * len(LAYERS)
+    wrong = [not torch.equal(got, want) for got, want in zip(representation(x), truth, strict=True)]
+    assert wrong[1] and wrong[2]
+
+
+def test_gradients_flow_and_match():
+    model = small_resnet().requires_grad_(False)
+    layers = ["bn1", "layer1.0.bn2"]
+    x = torch.rand(2, 3, 32, 32, requires_grad=True)
+    truth = torch.autograd.grad(sum(t.square().sum() for t in cloned_truth(model, layers, x)), x)[0]
+    representation = Representation(model, layers, (3, 32, 32))
+    got = torch.autograd.grad(sum(t.square().sum() for t in representation(x)), x)[0]
+    torch.testing.assert_close(got, truth)
+
+
+def test_nothing_is_read_outside_a_call_and_mode_is_kept():
+    model = SmallCNN().train()
+    representation = Representation(model, ["conv1"], (1, 16, 16))
+    assert model.training
+    model(torch.rand(2, 1, 16, 16))
+    assert representation._outputs == [None]
+    representation(torch.rand(2, 1, 16, 16))
+    assert representation._outputs == [None]
+
+
+def test_a_copy_reads_its_own_model():
+    model = SmallCNN()
+    representation = Representation(model, ["conv1"], (1, 16, 16))
+    twin, twin_representation = copy.deepcopy((model, representation))
+    nn.init.zeros_(twin.conv1.weight)
+    nn.init.zeros_(twin.conv1.bias)
+    x = torch.rand(2, 1, 16, 16)
+    assert twin_representation(x)[0].abs().max() == 0
+    assert representation(x)[0].abs().max() > 0
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.unused, self.pair = nn.Conv2d(1, 1, 3, padding=1), nn.Linear(1, 1), nn.LSTM(4, 4)
+        self.tokens, self.volume, self.first = nn.Linear(16, 4), nn.Identity(), nn.Identity()
+
+    def forward(self, x):
+        x = self.conv(self.conv(x))
+        self.pair(x[0, 0, :, :4])
+        self.volume(x[:, None])
+        return self.first(self.tokens(x[:, 0]).transpose(0, 1)).mean(0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], "at least one"),
+        (["conv", "conv"], "each once"),
+        (["convv"], "no module 'convv'; near: conv"),
+        (["conv"], "'conv' runs 2 times"),
+        (["unused"], "'unused' runs 0 times"),
+        (["pair"], "output of 'pair' must be"),
+        (["volume"], r"for B = 2 it was \[2, 1, 1, 16, 16\]"),
+        (["first"], r"for B = 2 it was \[16, 2, 4\]"),
+    ],
+)
+def test_layers_that_cannot_be_read(layers, message):
+    with pytest.raises(ValueError, match=message):
+        Representation(Twice(), layers, (1, 16, 16))
+
+
+def test_a_classifier_without_logits_is_refused():
+    with pytest.raises(ValueError, match="must map"):
+        Representation(nn.Sequential(nn.Conv2d(1, 2, 3)), ["0"], (1, 16, 16))

@@ -1,0 +1,194 @@
+"""BatchNorm folded: the same function and gradient; what cannot be folded stays as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+from torchvision.models import resnet18
+
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.models.representation import Representation
+from purify_fast.speed.folding import fold_batchnorm
+from purify_fast.speed.inference_copy import FrozenView
+
+
+def trained(model):
+    """Statistics and affine parameters that a trained model would have."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            if module.affine:
+                nn.init.uniform_(module.weight, -1.5, 1.5)
+                nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval()
+
+
+def norms(model):
+    return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def assert_same(folded, model, x, rtol=1e-5):
+    """Output and input gradient, relative to the largest value."""
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    got, want = folded(a), model(b)
+    weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(3))
+    gradients = [torch.autograd.grad((out * weight).sum(), leaf)[0] for out, leaf in ((got, a), (want, b))]
+    for mine, right in ((got, want), (gradients[0], gradients[1])):
+        assert (mine - right).abs().max() <= rtol * right.abs().max()
+
+
+class Net(nn.Module):
+    """Everything that folds: with and without bias, groups, strides, no affine part, linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, stride=2, groups=4), nn.BatchNorm2d(8, eps=0.1), nn.SiLU(),
+            nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Flatten(),
+            nn.Linear(4 * 36, 12), nn.BatchNorm1d(12), nn.ReLU(inplace=True), nn.Linear(12, 5),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_all_kinds_of_layers_fold():
+    torch.manual_seed(0)
+    model, x = trained(Net()), torch.rand(6, 3, 16, 16)
+    folded = copy.deepcopy(model)
+    assert fold_batchnorm(folded, x) == 4 and norms(folded) == 0
+    assert_same(folded, model, x)
+
+
+def test_a_residual_network_with_in_place_layers_folds_whole():
+    torch.manual_seed(0)
+    model, x = trained(resnet18(num_classes=10)), torch.rand(4, 3, 32, 32)
+    folded = copy.deepcopy(model)
+    assert fold_batchnorm(folded, x[:2]) == 20 and norms(folded) == 0
+    assert_same(folded, model, x)
+
+
+class Awkward(nn.Module):
+    """Pairs that only look like pairs, and one that is."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.first, self.good = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        if kind == "weight norm":
+            self.conv = weight_norm(self.conv)
+        if kind == "tied":
+            self.conv.weight = self.tied_weight = nn.Conv2d(4, 4, 3).weight
+            self.other = nn.Conv2d(4, 4, 3, padding=1)
+            self.other.weight = self.conv.weight
+        if kind == "no statistics":
+            self.norm = nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x):
+        x = F.relu(self.good(self.first(x)))
+        y = self.conv(x)
+        if self.kind == "read twice":
+            return (self.norm(y) + y).mean((2, 3))
+        if self.kind == "changed between":
+            return self.norm(y.mul_(2)).square().mean((2, 3))
+        if self.kind == "run twice":
+            return self.norm(self.conv(self.norm(y))).square().mean((2, 3))
+        if self.kind == "tied":
+            y = y + self.norm(self.other(x))
+            return y.mean((2, 3))
+        if self.kind == "another axis":
+            return self.norm(y.transpose(1, 2)).square().mean((2, 3))
+        return self.norm(y).square().mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "kind", ["read twice", "changed between", "run twice", "tied", "weight norm", "no statistics", "another axis"]
+)
+def test_pairs_that_are_none_stay_and_the_others_fold(kind):
+    torch.manual_seed(0)
+    model, x = Awkward(kind), torch.rand(3, 3, 4, 4)
+    if kind != "no statistics":
+        trained(model)
+    model.eval()
+    folded = copy.deepcopy(model)
+    assert fold_batchnorm(folded, x) == 1 and isinstance(folded.good, nn.Identity)
+    assert isinstance(folded.norm, nn.BatchNorm2d)
+    assert_same(folded, model, x)
+
+
+class Aliased(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.again = nn.Sequential(self.conv, self.norm, nn.Flatten())
+
+    def forward(self, x):
+        return self.again(x)
+
+
+def test_a_batchnorm_with_two_names_is_replaced_under_both():
+    torch.manual_seed(0)
+    model, x = trained(Aliased()), torch.rand(2, 3, 5, 5)
+    folded = copy.deepcopy(model)
+    assert fold_batchnorm(folded, x) == 1 and norms(folded) == 0
+    assert_same(folded, model, x)
+
+
+@pytest.mark.parametrize("layer", ["conv1", "bn1", "layer1.0.bn2", "layer2.0.downsample", "layer1"])
+def test_tapped_layers_give_the_same_after_folding(layer):
+    torch.manual_seed(0)
+    model, x = trained(resnet18(num_classes=10)), torch.rand(2, 3, 32, 32)
+    want = Representation(copy.deepcopy(model), [layer], (3, 32, 32))(x)[0]
+    representation = Representation(model, [layer], (3, 32, 32))
+    whole = layer in ("layer2.0.downsample", "layer1")  # they hold pairs, but are none
+    assert fold_batchnorm(model, x) == (20 if whole else 19)
+    torch.testing.assert_close(representation(x)[0], want, rtol=1e-5, atol=1e-4)
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_a_container_whose_output_is_the_convolutions_is_not_folded_through():
+    torch.manual_seed(0)
+    model = trained(nn.Sequential(Inner(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2)))
+    Representation(model, ["0"], (3, 5, 5))
+    assert fold_batchnorm(model, torch.rand(2, 3, 5, 5)) == 0
+
+
+def test_what_cannot_be_folded_is_an_error():
+    with pytest.raises(ValueError, match="evaluation mode"):
+        fold_batchnorm(Net(), torch.rand(2, 3, 16, 16))
+
+    class Single(nn.Module):
+        def forward(self, x):
+            return F.linear(x.flatten(1), torch.zeros(2, 4))
+
+    with pytest.raises(ValueError, match="does not run in float64"):
+        fold_batchnorm(Single().eval(), torch.rand(2, 1, 2, 2))
+
+
+def test_the_frozen_view_is_the_classifier():
+    torch.manual_seed(0)
+    model, x = trained(resnet18(num_classes=10)), torch.rand(4, 3, 32, 32)
+    Representation(model, ["layer1"], (3, 32, 32))
+    exact, fast = FrozenView(model, (3, 32, 32), torch.float32), FrozenView(model, (3, 32, 32))
+    assert exact.folded == fast.folded == 20 and norms(model) == 20
+    assert_same(exact, model, x)
+    assert_same(fast, model, x, rtol=0.3)  # 20 layers of 8-bit mantissas; ReLUs at 0 decide otherwise
+    assert fast(x).dtype == torch.float32 and not any(m._forward_hooks for m in fast.modules())
+    assert not any(p.requires_grad for p in fast.parameters()) and all(p.requires_grad for p in model.parameters())
+    assert fast.classifier.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, torch\.bfloat16"):
+        FrozenView(SmallCNN(), (1, 16, 16), torch.float16)

@@ -1,0 +1,173 @@
+"""A view of a classifier in training: after `refresh` it is the classifier of now, in evaluation mode."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from purify_fast.models.classifiers import PreActResNet18, SmallCNN, build_classifier
+from purify_fast.models.representation import Representation
+from purify_fast.speed.inference_copy import FrozenView, LiveView, channels_last
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = (3, 16, 16)
+
+
+class Unfoldable(nn.Module):
+    """BatchNorms that stay, before the first layer and after a sum; one that folds; a parameter and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv, self.after = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.shortcut, self.joined = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)
+        self.scale, self.head = nn.Parameter(torch.ones(4, 1, 1)), nn.Linear(4, 5)
+        self.register_buffer("shift", torch.zeros(4, 1, 1))
+
+    def forward(self, x):
+        x = self.first(x)
+        out = self.joined(F.relu(self.after(self.conv(x))) + self.shortcut(x))
+        return self.head((out * self.scale + self.shift).mean((2, 3)))
+
+
+class Shared(nn.Module):
+    """A layer under two names, and a weight of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.body = nn.Sequential(self.conv, self.norm, nn.ReLU())
+        self.one, self.two = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(F.relu(self.one(self.body(x)))).mean((2, 3))
+
+
+MODELS = {
+    "small_cnn": (lambda: SmallCNN(3, width=4), 0),
+    "preact_resnet18": (lambda: PreActResNet18(width=4), 8),
+    "wide_resnet": (lambda: build_classifier("wide_resnet", SHAPE, 10, width=1, depth=10), None),
+    "fully_connected": (lambda: build_classifier("fully_connected", SHAPE, 10), 0),
+    "unfoldable": (Unfoldable, 1),
+    "shared": (Shared, 1),
+}
+
+
+def made(name):
+    torch.manual_seed(0)
+    return MODELS[name][0]()
+
+
+def train(model, steps=3):
+    """A few steps of training: other weights, and BatchNorm statistics far from what they were."""
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model.train()
+    for _ in range(steps):
+        x = 0.5 + 0.5 * torch.rand(8, *SHAPE, generator=generator)
+        loss = F.cross_entropy(model(x), torch.arange(8) % 3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(0.2 * torch.rand(buffer.shape, generator=generator))
+
+
+def function(model, x):
+    """Logits and input gradient."""
+    leaf = x.clone().requires_grad_()
+    logits = model(leaf)
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+    return logits.detach(), torch.autograd.grad((logits * weight).sum(), leaf)[0]
+
+
+def apart(got, want):
+    """Largest difference of each result, relative to its largest value."""
+    return [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_after_training_and_refresh_the_view_is_the_classifier(name):
+    model, x = made(name), torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(2))
+    exact, fast = LiveView(model, SHAPE, torch.float32), LiveView(model, SHAPE)
+    if MODELS[name][1] is not None:
+        assert exact.folded == fast.folded == MODELS[name][1]
+    first = function(exact, x)
+    train(model)
+    assert all(torch.equal(a, b) for a, b in zip(function(exact, x), first, strict=True))  # not before it is told
+    exact.refresh()
+    fast.refresh()
+    assert model.training
+    frozen = copy.deepcopy(model).eval()
+    want = function(frozen, x)
+    assert min(apart(first, want)) > 1e-2  # the weights are others indeed
+    assert max(apart(function(exact, x), want)) < 1e-5
+    assert apart(function(fast, x), want)[0] < 0.05
+    # one that is made now rounds in float64 before it rounds to bfloat16
+    assert apart(function(fast, x), function(FrozenView(frozen, SHAPE), x))[0] < 0.02
+
+
+def test_a_second_refresh_starts_from_the_classifier_not_from_the_folded_weights():
+    model, x = made("preact_resnet18"), torch.rand(4, *SHAPE)
+    view = LiveView(model, SHAPE, torch.float32)
+    for _ in range(3):
+        train(model, 1)
+        view.refresh()
+        view.refresh()
+        assert max(apart(function(view, x), function(copy.deepcopy(model).eval(), x))) < 1e-5
+
+
+def test_the_classifier_is_left_alone():
+    """No parameter of it becomes the view's, loses its gradient or changes; it is trained as if there were no view."""
+    model, other = made("preact_resnet18"), made("preact_resnet18")
+    representation = Representation(model, ["act"], SHAPE)
+    view = LiveView(model, SHAPE)
+    view.refresh()
+    train(model)
+    view.refresh()
+    train(other)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(p.requires_grad for p in model.parameters()) and not any(p.requires_grad for p in view.parameters())
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in view.parameters()}
+    assert not any(name.startswith("_source") for name, _ in view.named_modules())
+    assert not any(m._forward_hooks for m in view.modules()) and representation(torch.rand(2, *SHAPE))[0].any()
+
+
+def test_the_classifier_is_left_alone_while_a_layout_is_tried():
+    """In training mode two grey images would enter BatchNorm's statistics."""
+    for name in ("preact_resnet18", "unfoldable", "fully_connected"):  # the last flattens its images
+        model = made(name).train()
+        before = copy.deepcopy(model.state_dict())
+        modes = [module.training for module in model.modules()]
+        channels_last(model, SHAPE)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert [module.training for module in model.modules()] == modes and any(modes)
+
+
+def test_layouts_and_dtypes_stay_through_a_refresh():
+    model = made("preact_resnet18")
+    view = LiveView(model, SHAPE)
+    before = [(p.dtype, p.stride(), p.data_ptr()) for p in view.parameters()]
+    train(model)
+    view.refresh()
+    assert [(p.dtype, p.stride(), p.data_ptr()) for p in view.parameters()] == before
+    assert {p.dtype for p in view.parameters()} == {torch.float32, torch.bfloat16}
+    assert view.classifier.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert view(torch.rand(2, *SHAPE)).dtype == torch.float32
+
+
+def test_a_compiled_view_sees_the_new_weights(monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="aot_eager"))
+    torch._dynamo.reset()
+    model, x = made("unfoldable"), torch.rand(16, *SHAPE)
+    view = LiveView(model, SHAPE, torch.float32, compile=True)
+    view(x)
+    train(model)
+    view.refresh()
+    torch.testing.assert_close(view(x), copy.deepcopy(model).eval()(x), rtol=1e-5, atol=1e-5)
