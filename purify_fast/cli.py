@@ -123,7 +123,8 @@ class TrainClassifier(_Data):
         if processes()[0] > 0:
             return
         save_classifier(model, self.out)
-        report = evaluate(model, images.x_test[:], images.y_test, eps=self.attack.eps, attacks=[], name="classifier")
+        eps = self.attack.attack.eps
+        report = evaluate(model, images.x_test[:], images.y_test, eps=eps, attacks=[], name="classifier")
         print(report.to_text(sys.stdout.isatty()))
         print(f"saved to {self.out}")
 
@@ -160,7 +161,7 @@ def _train_defence(
         return
     save_defence(defence, command.out)
     save_classifier(classifier, command.out / "classifier")
-    print(command.attacked_by(command.out, command.method.eps, command.method.norm))
+    print(command.attacked_by(command.out, command.method.attack.eps, command.method.attack.norm))
 
 
 def _given(command: Any, *options: str) -> dict[str, Any]:
@@ -348,9 +349,10 @@ class TrainArrest(_Data):
         if processes()[0] > 0:
             return
         save_classifier(task.result, self.out)
-        report = evaluate(task.result, images.x_test[:], images.y_test, eps=self.method.eps, attacks=[], name="arrest")
+        eps, norm = self.method.attack.eps, self.method.attack.norm
+        report = evaluate(task.result, images.x_test[:], images.y_test, eps=eps, attacks=[], name="arrest")
         print(report.to_text(sys.stdout.isatty()))
-        print(self.attacked_by(self.out, self.method.eps, self.method.norm))
+        print(self.attacked_by(self.out, eps, norm))
 
     def fitting(self, model: nn.Module, images: DataSet) -> nn.Module:
         """The classifier, if it fits the images and has the layers: said before anything is trained."""

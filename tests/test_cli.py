@@ -165,7 +165,7 @@ def test_a_preset_gives_the_defaults_and_explicit_options_win(monkeypatch):
     assert plain.method == made.method() and plain.loop == made.loop() and plain.layers == made.layers
     assert (plain.cond_dim, plain.latent_dim, plain.samples) == (512, 128, 8)
     assert official.method == dataclasses.replace(PRESETS["tiny_imagenet"].method(True), optimizer="adamw")
-    assert changed.method.alpha is None and changed.samples == 3 and changed.method.eps == 0.3
+    assert changed.method.attack.alpha is None and changed.samples == 3 and changed.method.attack.eps == 0.3
 
 
 def test_a_preset_is_trained_on_the_users_data(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """What the methods' training shares: the loop, checkpoints, schedules, and the training of classifiers."""
 
 from ..speed.allocator import keep_memory
+from .attack import TrainingAttack
 from .classifier import ClassifierConfig, ClassifierTask, load_classifier, save_classifier
 from .lookahead import Lookahead
 from .loop import Batch, FitConfig, Task, fit
@@ -12,6 +13,7 @@ __all__ = [
     "FitConfig",
     "Lookahead",
     "Task",
+    "TrainingAttack",
     "fit",
     "keep_memory",
     "load_classifier",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +10,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._compat import flat_arguments
 from ..attacks import pgd
 from ..models.classifiers import CLASSIFIERS
+from .attack import TrainingAttack, settings
 from .checkpoint import read_model, save_model, structure
 from .loop import Batch
-from .schedules import one_cycle, rising
+from .schedules import one_cycle
 
 
+@flat_arguments(renamed={}, attack={"warm_up": "eps_warmup"})
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Numbers of classifier training; ours.
+    """How a classifier is trained; every number is this package's own choice.
 
     Args:
-        eps: radius of the training attack in image units; 0 trains on clean images.
-        norm: of the attack, ``linf``, ``l2`` or ``l1``.
-        steps, alpha: of the attack; alpha defaults to ``2 eps / steps``.
-        warm_up: share of the epochs over which eps rises linearly from 0: without it PGD training can collapse.
-        learning_rate: peak of a one-cycle schedule; weight_decay: AdamW's.
+        attack: PGD that makes the training examples; eps 0 trains on clean images.
+        learning_rate: the highest rate of a one-cycle schedule.
+        weight_decay: of AdamW.
+
+    Raises:
+        ValueError: a setting out of range; the message names it.
     """
 
-    eps: float = 0.0
-    norm: str = "linf"
-    steps: int = 7
-    alpha: float | None = None
-    warm_up: float = 0.2
+    attack: TrainingAttack = TrainingAttack(eps=0.0, steps=7, relative_alpha=2.0, eps_warmup=0.2)
     learning_rate: float = 3e-3
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        if self.eps < 0 or self.steps < 1 or not 0 <= self.warm_up <= 1 or self.learning_rate <= 0:
-            raise ValueError(f"need eps >= 0, steps >= 1, 0 <= warm_up <= 1, learning_rate > 0, got {self}")
-
-    def step(self, eps: float) -> float:
-        """The attack's step at a radius that may still be rising to the config's."""
-        return (2 * self.eps / self.steps if self.alpha is None else self.alpha) * eps / self.eps
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
 
 
 class ClassifierTask:
@@ -57,17 +53,18 @@ class ClassifierTask:
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics) of one batch; the attack runs on the frozen model."""
-        c, x = self.config, batch.x
-        if c.eps > 0:
-            eps = rising(c.eps, batch.epoch, batch.epochs, c.warm_up)
+        x = batch.x
+        if self.config.attack.eps > 0:
+            attack = self.config.attack.at_epoch(batch.epoch, batch.epochs)
             x = pgd(
                 self.model,
                 x,
                 batch.y,
-                eps=eps,
-                alpha=c.step(eps),
-                steps=c.steps,
-                norm=c.norm,
+                eps=attack.eps,
+                alpha=attack.step_size(attack.eps),
+                steps=attack.steps,
+                norm=attack.norm,
+                start=attack.random_start,
                 seed=batch.seed,
                 sample_ids=batch.sample_ids,
             )
@@ -81,7 +78,7 @@ class ClassifierTask:
 
     def describe(self) -> dict[str, Any]:
         """The config and the model's structure."""
-        return {"task": "classifier", **asdict(self.config), "structure": structure(self.model)}
+        return {"task": "classifier", **settings(self.config), "structure": structure(self.model)}
 
 
 _KINDS = {kind.__name__: kind for kind in CLASSIFIERS.values()}

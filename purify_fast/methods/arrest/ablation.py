@@ -21,7 +21,8 @@ from ...evaluation import Attack, Tradeoff, ar_point_dist, evaluate, plot_tradeo
 from ...evaluation.autoattack import implementation
 from ...models.classifiers import representation_before_pooling
 from ...training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, load_classifier, save_classifier
-from .task import ArrestConfig, ArrestTask, Teacher
+from .config import ArrestConfig
+from .task import ArrestTask, Teacher
 
 STANDARD, SCRATCH, FINETUNED = "standard", "AT from scratch", "AFT"
 ROBUST, AUTO = "PGD ce + dlr", "AutoAttack"
@@ -77,7 +78,7 @@ def rows(config: ArrestConfig, what: AblationConfig) -> dict[str, ArrestConfig]:
     Raises:
         ValueError: a row that cannot be trained, or a setting of ``config`` that the rows would replace by others.
     """
-    for name, several in (("weight", "weights"), ("angle", "angles"), ("tau", "taus")):
+    for name, several in (("distillation_weight", "weights"), ("angle", "angles"), ("tau", "taus")):
         value = getattr(config, name)
         if value != getattr(ArrestConfig, name) and value not in getattr(what, several):
             raise ValueError(
@@ -85,8 +86,8 @@ def rows(config: ArrestConfig, what: AblationConfig) -> dict[str, ArrestConfig]:
             )
     if not config.replay and (what.angles or what.taus):
         raise ValueError("replay is off, and on in the rows of angles and taus: give none of them (--angles, --taus)")
-    bare = replace(config, weight=0.0, replay=False, angle=ArrestConfig.angle, tau=None)
-    distilled: dict[str, dict[str, Any]] = {f"lambda {w:g}": {"weight": w} for w in what.weights}
+    bare = replace(config, distillation_weight=0.0, replay=False, angle=ArrestConfig.angle, tau=None)
+    distilled: dict[str, dict[str, Any]] = {f"lambda {w:g}": {"distillation_weight": w} for w in what.weights}
     replayed: dict[str, dict[str, Any]] = {f"phi {a:g}": {"replay": True, "angle": a} for a in what.angles}
     replayed |= {f"tau {t:g}": {"replay": True, "tau": t} for t in what.taus}
     made = {FINETUNED: bare}
@@ -151,6 +152,7 @@ def ablate(
     ar_point_dist(((0, 1), (1, 0)), (0, 1))  # needs scipy, at the end: said now if it is missing
     if what.autoattack:
         implementation()
+    attack = config.attack
     finetunings = rows(config, what)  # what it refuses is refused before any work
     if config.pooled:
         start = make()
@@ -170,11 +172,8 @@ def ablate(
     scratch = {STANDARD: 0.0, **{f"{SCRATCH}, eps x {s:g}": s for s in sorted(what.shares)}, SCRATCH: 1.0}
     trainings = {
         name: ClassifierConfig(
-            eps=share * config.eps,
-            norm=config.norm,
-            steps=config.steps,
-            alpha=share * config.step(config.eps),  # its own default is another one
-            warm_up=config.warm_up,
+            # the step is given, since the two tasks' own defaults differ
+            attack=replace(attack, eps=share * attack.eps, alpha=share * attack.step_size(attack.eps)),
             learning_rate=what.scratch_learning_rate if share else what.standard_learning_rate,
         )
         for name, share in scratch.items()
@@ -205,7 +204,8 @@ def _attack(
     if what.autoattack:
         attacks.append(Attack("autoattack", survivors=True, limit=what.autoattack, label=AUTO))
     report = evaluate(
-        model, images.x_test[: what.images], images.y_test[: what.images], eps=config.eps, norm=config.norm,
+        model, images.x_test[: what.images], images.y_test[: what.images],
+        eps=config.attack.eps, norm=config.attack.norm,
         attacks=attacks, steps=what.attack_steps, seed=seed, out=folder, name=name, progress=progress,
     )  # fmt: skip
     report.save(folder)
@@ -237,6 +237,7 @@ def _curve(points: Sequence[Tradeoff]) -> list[Tradeoff]:
 def _write(
     out: Path, found: dict[str, _Result], reference: Sequence[str], config: ArrestConfig, what: AblationConfig
 ) -> list[Path]:
+    attack = config.attack
     curve = _curve([found[name].point for name in reference])
     auto = what.autoattack > 0
     head = ["model", "standard", "robust"] + (["standard, AutoAttack's images", "AutoAttack"] if auto else [])
@@ -251,7 +252,7 @@ def _write(
         table.append([name, *(f"{value:.1f} ± {error:.1f}" for value, error in pairs), *sums, far])
     robust = f"AutoAttack, first {what.autoattack} images" if auto else f"PGD-{what.attack_steps}"
     text = [
-        f"Accuracy ± standard error, %; the first {what.images} test images, {config.norm} eps {config.eps:.4g}; "
+        f"Accuracy ± standard error, %; the first {what.images} test images, {attack.norm} eps {attack.eps:.4g}; "
         f"robust: PGD-{what.attack_steps} with cross-entropy, then with DLR on what that left. "
         + (f"AutoAttack: standard, then, on the first {what.autoattack}. " if auto else "")
         + f"SUM, mean, NRR and ar_point_dist: of standard accuracy and {robust}. "

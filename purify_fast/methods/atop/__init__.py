@@ -1,5 +1,6 @@
 """AToP: the defence, its purifiers, its training."""
 
+from .config import AtopConfig
 from .defence import Atop
 from .discriminator import PatchDiscriminator
 from .generators.deepfill import DeepFillGenerator
@@ -7,7 +8,7 @@ from .generators.masked_autoencoder import MaskedAutoencoder
 from .generators.small_generator import SmallGenerator
 from .purifier import Purifier
 from .saving import load
-from .task import AtopConfig, AtopTask
+from .task import AtopTask
 
 __all__ = [
     "Atop",

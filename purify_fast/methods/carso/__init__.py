@@ -1,13 +1,14 @@
 """CARSO: the defence, its training, and how it is saved."""
 
 from ...defences.aggregation import Head
+from .config import CarsoConfig
 from .defence import Carso
 from .layer_ranking import LayerScore, rank_layers
 from .networks import Decoder, Deconvolution, decoder_plan, published_decoder
 from .packed_decoder import PackedDecoder
 from .presets import PRESETS, Preset
 from .saving import load
-from .task import CarsoConfig, CarsoTask
+from .task import CarsoTask
 
 __all__ = [
     "PRESETS",

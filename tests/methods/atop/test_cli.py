@@ -55,11 +55,11 @@ def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys, monk
     logged = json.loads((generator / "log.jsonl").read_text().splitlines()[-1])
     assert logged["discriminator"] > 0 and "cross_entropy" not in logged
     tuned, pipeline = tmp_path / "tuned", tmp_path / "pipeline"
-    published = ["--init", str(generator), "--eps", "0.05", "--warm-up", "0"]
+    published = ["--init", str(generator), "--eps", "0.05", "--cls-delay-epochs", "0"]
     assert run("atop", made, tuned, *published) == 0
     logged = json.loads((tuned / "log.jsonl").read_text().splitlines()[-1])
     assert logged["cross_entropy"] > 0 and "discriminator" not in logged
-    ours = ["--init", str(tuned), "--attack", "pgd", "--steps", "2", "--attack-target", "pipeline"]
+    ours = ["--init", str(tuned), "--attack-method", "pgd", "--steps", "2", "--attack-target", "pipeline"]
     assert run("atop", made, pipeline, *published[2:], *ours, "--precision", "bfloat16") == 0
     said = capsys.readouterr().out
     for folder in (tuned, pipeline):
@@ -104,7 +104,7 @@ def test_from_scratch_with_every_setting(made, tmp_path):
 def test_every_network_is_trained(made, tmp_path, name, width, kind):
     options = ["--purifier", name, "--width", str(width), "--discriminator-width", "1"]
     assert run("generator", made, tmp_path / "g", *options) == 0
-    assert run("atop", made, tmp_path / "a", "--init", str(tmp_path / "g"), "--warm-up", "0") == 0
+    assert run("atop", made, tmp_path / "a", "--init", str(tmp_path / "g"), "--cls-delay-epochs", "0") == 0
     network = purify_fast.load(tmp_path / "a").purifier.module
     assert type(network) is kind and network.arguments["width"] == width
 
@@ -114,7 +114,7 @@ def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, cap
     path = tmp_path / "states.pth"
     DeepFillGenerator(3, 4).save_official(path)
     options = ["--init", "None", "--purifier", "deepfill", "--weights", str(path), "--learning-rate", "0"]
-    assert run("atop", made, tmp_path / "out", *options, "--warm-up", "0", "--aggregation", "probability") == 0
+    assert run("atop", made, tmp_path / "out", *options, "--cls-delay-epochs", "0", "--aggregation", "probability") == 0
     loaded, wanted = purify_fast.load(tmp_path / "out"), DeepFillGenerator.from_official(path).state_dict()
     assert loaded.aggregation == "probability" and loaded.purifier.module.arguments["width"] == 4
     assert all(torch.equal(value, wanted[name]) for name, value in loaded.purifier.module.state_dict().items())
@@ -126,7 +126,7 @@ def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, cap
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(made, generator, tmp_path, capsys, monkeypatch):
-    options = ["--init", str(generator), "--warm-up", "1", "--epochs", "2", "--checkpoint-seconds", "0"]
+    options = ["--init", str(generator), "--cls-delay-epochs", "1", "--epochs", "2", "--checkpoint-seconds", "0"]
     assert run("atop", made, tmp_path / "whole", *options) == 0
     step, calls = AtopTask.training_step, []
 
@@ -191,7 +191,7 @@ def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys, 
         (["--purifier", "deepfill", "--width", "6"], "width a multiple of 4, got 3 and 6"),
         (["--width", "0"], "need channels, width >= 1, got 1 and 0"),
         (["--batch-size", "65"], "batch_size 65 is larger than the 64 training images"),
-        (["--attack", "cw"], "attack must be one of fgsm, pgd, none, got 'cw'"),
+        (["--attack-method", "cw"], "invalid choice 'cw'"),
         (["--gan-weight=-1"], "gan_weight must be at least 0, got -1.0"),
     ],
 )

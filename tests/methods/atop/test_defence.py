@@ -15,6 +15,7 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, MaskedAutoencod
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.training import Batch
+from purify_fast.training.attack import TrainingAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -216,7 +217,8 @@ def test_gradients_are_exact(transform, aggregation):
 @pytest.mark.parametrize("transform", ["rt1", "rt2"])
 def test_bfloat16_trains_with_a_discriminator(transform):
     made = defence(transform=transform, sigma=0.1)
-    options = {"attack": "pgd", "attack_target": "pipeline", "steps": 2, "eps": 0.1, "warm_up": 0}
+    attack = TrainingAttack(eps=0.1, steps=2)
+    options = {"attack_method": "pgd", "attack_target": "pipeline", "attack": attack, "cls_delay_epochs": 0}
     config = AtopConfig(precision="bfloat16", gan_grad=True, discriminator_width=2, learning_rate=1e-3, **options)
     task, x = AtopTask(made, config), images(8)
     task.model.train()
