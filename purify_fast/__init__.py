@@ -6,6 +6,8 @@ purify_fast.ops          fused operations        purify_fast.attacks      PGD, A
 purify_fast.training     the shared loop         purify_fast.evaluation   adaptive evaluation and reports
 """
 
+__version__ = "0.1.0"  # first: what is imported below reads it
+
 from . import _compat, attacks, evaluation, ops, training
 from .methods.atop import Atop
 from .methods.carso import Carso
@@ -13,5 +15,4 @@ from .methods.saving import load
 
 _compat.install()
 
-__version__ = "0.1.0"
 __all__ = ["Atop", "Carso", "attacks", "evaluation", "load", "ops", "training"]

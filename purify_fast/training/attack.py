@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .._validation import check_literal
 from .schedules import rising
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Norm = Literal["linf", "l2", "l1"]
-Radius = TypeVar("Radius", float, Tensor)
+Radius = TypeVar("Radius", float, "Tensor")
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(standard, tmp_path, capsys
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--norm", "l3"], "invalid choice 'l3'"),
+        (["--norm", "l3"], "norm must be one of linf, l2, l1, got 'l3'"),
         (["--norm", "l2"], "replay needs norm 'linf', whose ball its noise fills, got 'l2'"),
         (["--distance", "l2"], "tau must be given with distance 'l2'"),
         (["--pooled"], "pooled is for maps and tokens: what hidden puts out is a vector already"),

@@ -191,7 +191,7 @@ def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys, 
         (["--purifier", "deepfill", "--width", "6"], "width a multiple of 4, got 3 and 6"),
         (["--width", "0"], "need channels, width >= 1, got 1 and 0"),
         (["--batch-size", "65"], "batch_size 65 is larger than the 64 training images"),
-        (["--attack-method", "cw"], "invalid choice 'cw'"),
+        (["--attack-method", "cw"], "attack_method must be one of fgsm, pgd, none, got 'cw'"),
         (["--gan-weight=-1"], "gan_weight must be at least 0, got -1.0"),
     ],
 )

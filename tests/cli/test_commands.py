@@ -186,7 +186,7 @@ def test_a_preset_is_trained_on_the_users_data(tmp_path, capsys):
 
 def test_the_documented_commands_are_accepted(monkeypatch, capsys):
     """Their settings are checked while they are read; none is run."""
-    root, ran = Path(__file__).parents[1], []
+    root, ran = Path(__file__).parents[2], []
     for command in (cli.Demo, cli.Train, cli.Ablate, cli.Evaluate, cli.Info):
         monkeypatch.setattr(command, "run", lambda self: ran.append(self))
     pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
