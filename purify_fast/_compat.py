@@ -37,6 +37,11 @@ MOVED_PACKAGES: dict[str, tuple[str, ...]] = {
 #: Attributes that have another name in the new packages.
 RENAMED_ATTRIBUTES: dict[str, str] = {}
 
+#: Names that a module no longer has, though it is still there: module, old name, and ``module:name`` of today.
+RENAMED_NAMES: dict[str, dict[str, str]] = {
+    "purify_fast": {"load": "purify_fast:load_defence"},
+}
+
 
 def warn(old: str, new: str) -> None:
     """Say that ``old`` is now called ``new``."""
@@ -131,6 +136,23 @@ def flat_arguments(
     return decorate
 
 
+def old_name(module: str, name: str) -> Any:
+    """What a module had under this name in version 0.1, with a warning; for a module's ``__getattr__``.
+
+    Args:
+        module: the module's ``__name__``.
+        name: the attribute that it does not have.
+
+    Raises:
+        AttributeError: it never had one of this name.
+    """
+    if name not in RENAMED_NAMES.get(module, {}):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    home, _, new = RENAMED_NAMES[module][name].partition(":")
+    warn(f"{module}.{name}", f"{home}.{new}")
+    return getattr(importlib.import_module(home), new)
+
+
 class _MovedPackage(ModuleType):
     """Stands for a package that moved: its attributes are those of the new packages."""
 
@@ -140,9 +162,10 @@ class _MovedPackage(ModuleType):
         new = RENAMED_ATTRIBUTES.get(name, name)
         for package in MOVED_PACKAGES[self.__name__]:
             module = importlib.import_module(package)
-            if new in vars(module):
+            # a package that imports its names when they are asked for lists them in __all__
+            if new in getattr(module, "__all__", ()) or new in vars(module):
                 warn(f"{self.__name__}.{name}", f"{package}.{new}")
-                return vars(module)[new]
+                return getattr(module, new)
         raise AttributeError(
             f"{self.__name__} has moved to {', '.join(MOVED_PACKAGES[self.__name__])}: no {name!r} there"
         )

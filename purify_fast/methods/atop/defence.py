@@ -245,7 +245,7 @@ class Atop(Defence):
         return training_loss(self, batch, config or AtopConfig())[0]
 
     def save(self, folder: str | Path) -> None:
-        """Write the purifier to ``folder``; `purify_fast.load` reads it back."""
+        """Write the purifier to ``folder``; `purify_fast.load_defence` reads it back."""
         from ...training.defences import save_defence
 
         save_defence(self, folder)

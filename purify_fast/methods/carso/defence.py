@@ -346,7 +346,7 @@ class Carso(Defence):
         return training_loss(self, batch, config or CarsoConfig())[0]
 
     def save(self, folder: str | Path) -> None:
-        """Write the purifier, and a classifier trained with it, to ``folder``; `purify_fast.load` reads it back."""
+        """Write the purifier, and a classifier trained with it, to ``folder`` for `purify_fast.load_defence`."""
         from ...training.defences import save_defence
 
         save_defence(self, folder)

@@ -70,7 +70,7 @@ def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
 
     carso = ["--classifier", str(out), "--layers", "conv2", "hidden", "--cond-dim", "4", "--latent-dim", "2"]
     assert run(tmp_path / "carso", *carso, "--samples", "2", "--decoder-width", "2", what="carso") == 0
-    defence = purify_fast.load(tmp_path / "carso")
+    defence = purify_fast.load_defence(tmp_path / "carso")
     assert fingerprint(defence.classifier) == fingerprint(trained)
     few = ["--images", "4", "--steps", "2", "--autoattack", "0", "--device", "cpu"]
     assert cli.main(["evaluate", str(out), *few]) == 0

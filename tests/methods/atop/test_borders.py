@@ -62,12 +62,12 @@ def test_another_purifier_than_the_saved_one_is_refused(tmp_path):
     classifier = SmallCNN(width=4)
     defence(classifier).save(tmp_path / "painting")
     with pytest.raises(ValueError, match=r"residual=False, width=2\), got .*residual=True, width=2\)"):
-        purify_fast.load(tmp_path / "painting", classifier, purifier=SmallGenerator(1, width=2, residual=True))
-    same = purify_fast.load(tmp_path / "painting", classifier, purifier=SmallGenerator(1, width=2))
+        purify_fast.load_defence(tmp_path / "painting", classifier, purifier=SmallGenerator(1, width=2, residual=True))
+    same = purify_fast.load_defence(tmp_path / "painting", classifier, purifier=SmallGenerator(1, width=2))
     assert same.arguments == defence(classifier).arguments
     encoder = MaskedAutoencoder(SHAPE, width=8)
     defence(classifier, encoder).save(tmp_path / "encoder")
-    purify_fast.load(tmp_path / "encoder", classifier, purifier=MaskedAutoencoder(SHAPE, width=8))
+    purify_fast.load_defence(tmp_path / "encoder", classifier, purifier=MaskedAutoencoder(SHAPE, width=8))
 
     class Mine(torch.nn.Conv2d):
         def forward(self, image, mask):
@@ -75,7 +75,7 @@ def test_another_purifier_than_the_saved_one_is_refused(tmp_path):
 
     defence(classifier, Mine(1, 1, 3, padding=1)).save(tmp_path / "mine")
     with pytest.raises(ValueError, match=r"its tensors do not fit its arguments, or the module given"):
-        purify_fast.load(tmp_path / "mine", classifier, purifier=Mine(1, 1, 5, padding=2))
+        purify_fast.load_defence(tmp_path / "mine", classifier, purifier=Mine(1, 1, 5, padding=2))
 
 
 @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager")])

@@ -99,7 +99,7 @@ def test_it_trains_and_is_attacked(defence):
 
 def test_it_is_saved_and_loaded(defence, tmp_path):
     defence.eval().save(tmp_path)
-    loaded = purify_fast.load(tmp_path, defence.classifier)
+    loaded = purify_fast.load_defence(tmp_path, defence.classifier)
     x = batch(defence, 2).x
     with torch.no_grad(), defence.fixed_noise(1), loaded.fixed_noise(1):
         assert torch.equal(defence(x), loaded(x))

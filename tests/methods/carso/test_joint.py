@@ -78,7 +78,7 @@ def test_saved_with_its_own_classifier_only_if_that_was_trained(tmp_path, joint)
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=joint)
     fit(CarsoTask(made, config), digits.x_train[:64], digits.y_train[:64], FitConfig(1, 32), tmp_path / "run")
     made.save(tmp_path / "saved")
-    again = purify_fast.load(tmp_path / "saved", classifier)
+    again = purify_fast.load_defence(tmp_path / "saved", classifier)
     x = batch().x
     with made.deterministic(), again.deterministic():
         assert torch.equal(made(x), again(x))
@@ -87,12 +87,12 @@ def test_saved_with_its_own_classifier_only_if_that_was_trained(tmp_path, joint)
     other = SmallCNN(width=4)
     nn.init.normal_(other.conv1.weight)
     if joint:  # its own weights replace whatever came
-        loaded = purify_fast.load(tmp_path / "saved", other)
+        loaded = purify_fast.load_defence(tmp_path / "saved", other)
         with made.deterministic(), loaded.deterministic():
             assert torch.equal(made(x), loaded(x))
     else:
         with pytest.raises(ValueError, match="its weights"):
-            purify_fast.load(tmp_path / "saved", other)
+            purify_fast.load_defence(tmp_path / "saved", other)
 
 
 def test_joint_runs_resume(tmp_path):

@@ -141,7 +141,7 @@ def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
     assert all(torch.equal(made.state_dict()[k], v) for k, v in before.items())
     assert [name for name, _ in made.named_parameters()] == names
     made.save(tmp_path)
-    loaded = purify_fast.load(tmp_path, made.classifier)
+    loaded = purify_fast.load_defence(tmp_path, made.classifier)
     assert loaded.accelerated is None and set(loaded.state_dict()) == set(before)
 
 
