@@ -14,12 +14,17 @@ from ..models.classifiers import CLASSIFIERS
 from .attack import settings
 from .checkpoint import read_model, save_model, structure
 from .config import ClassifierConfig
-from .loop import Batch
 from .schedules import one_cycle
+from .task import Batch, Task, check_classifier
 
 
-class ClassifierTask:
-    """Cross-entropy training of ``model`` (images in [0, 1] to logits), on clean or adversarial images."""
+class ClassifierTask(Task):
+    """Cross-entropy training of a classifier, on clean or adversarial images.
+
+    Args:
+        model: images in [0, 1] to logits.
+        config: how it is trained.
+    """
 
     def __init__(self, model: nn.Module, config: ClassifierConfig):
         self.model, self.config = model, config
@@ -28,7 +33,6 @@ class ClassifierTask:
         )
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics) of one batch; the attack runs on the frozen model."""
         x = batch.x
         if self.config.attack.eps > 0:
             attack = self.config.attack.at_epoch(batch.epoch, batch.epochs)
@@ -49,19 +53,28 @@ class ClassifierTask:
         return F.cross_entropy(logits, batch.y), {"accuracy": accuracy}
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        """One cycle."""
         return one_cycle(progress, self.config.learning_rate)
 
     def describe(self) -> dict[str, Any]:
-        """The config and the model's structure."""
         return {"task": "classifier", **settings(self.config), "structure": structure(self.model)}
+
+    def check(self, shape: tuple[int, ...], classes: int) -> None:
+        check_classifier(self.model, shape, classes)
 
 
 _KINDS = {kind.__name__: kind for kind in CLASSIFIERS.values()}
 
 
 def save_classifier(model: nn.Module, folder: str | Path) -> None:
-    """Write ``model.safetensors`` and ``model.json`` to ``folder``; ValueError if it is none of `CLASSIFIERS`."""
+    """Write a classifier as ``model.safetensors`` and ``model.json``.
+
+    Args:
+        model: one of `CLASSIFIERS`.
+        folder: where the files go.
+
+    Raises:
+        ValueError: another model.
+    """
     kind = type(model).__name__
     if type(model) is not _KINDS.get(kind):
         raise ValueError(f"model must be one of {', '.join(_KINDS)}, got {kind}: save its state dict yourself")
@@ -71,8 +84,12 @@ def save_classifier(model: nn.Module, folder: str | Path) -> None:
 def load_classifier(folder: str | Path) -> nn.Module:
     """Read a classifier that `save_classifier` wrote, in evaluation mode.
 
+    Args:
+        folder: where the files are.
+
     Raises:
-        FileNotFoundError: a file is missing. ValueError: broken files, or another kind of model.
+        FileNotFoundError: a file is missing.
+        ValueError: broken files, or another kind of model.
     """
     facts, state = read_model(folder)
     kind = facts.get("kind")

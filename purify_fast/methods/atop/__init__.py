@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .generators.deepfill import DeepFillGenerator as DeepFillGenerator
     from .generators.masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
     from .generators.small_generator import SmallGenerator as SmallGenerator
+    from .losses import training_loss as training_loss
     from .purifier import Purifier as Purifier
     from .saving import load as load
     from .task import AtopTask as AtopTask
@@ -27,6 +28,7 @@ __all__ = [
     "Purifier",
     "SmallGenerator",
     "load",
+    "training_loss",
 ]
 __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -39,4 +41,5 @@ __getattr__, __dir__ = lazy_exports(
     Purifier=".purifier",
     SmallGenerator=".generators.small_generator",
     load=".saving",
+    training_loss=".losses",
 )

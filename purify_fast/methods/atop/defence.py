@@ -13,20 +13,17 @@ import copy
 from collections.abc import Callable
 from math import gcd, log
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ... import _compat
 from ...defences.base import Defence, refuse_wrapped
 from ...ops.aggregate import aggregate
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
 from .purifier import PURIFIERS, Purifier
-
-if TYPE_CHECKING:
-    from ...training.loop import Batch
-    from .config import AtopConfig
 
 TRANSFORMS = ("rt1", "rt2", "rt3")
 AGGREGATIONS = ("mean", "probability")
@@ -229,20 +226,7 @@ class Atop(Defence):
 
     # -- training and files -------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Batch, config: AtopConfig | None = None) -> Tensor:
-        """The loss of one batch, for a loop of your own; backward and the optimiser's step are yours.
-
-        Args:
-            batch: images in [0, 1], labels, sample indices, seed, epoch and epochs (`purify_fast.training.Batch`).
-            config: `AtopConfig`; with ``gan_grad`` use `AtopTask`, which holds the discriminator.
-
-        Raises:
-            ValueError: ``gan_grad`` is asked for.
-        """
-        from .config import AtopConfig
-        from .task import training_loss
-
-        return training_loss(self, batch, config or AtopConfig())[0]
+    training_step = _compat.moved_training_step("purify_fast.methods.atop")
 
     def save(self, folder: str | Path) -> None:
         """Write the purifier to ``folder``; `purify_fast.load_defence` reads it back."""

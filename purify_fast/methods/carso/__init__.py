@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .defence import Carso as Carso
     from .layer_ranking import LayerScore as LayerScore
     from .layer_ranking import rank_layers as rank_layers
+    from .losses import training_loss as training_loss
     from .networks import Decoder as Decoder
     from .networks import Deconvolution as Deconvolution
     from .networks import decoder_plan as decoder_plan
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "published_decoder",
     "rank_layers",
+    "training_loss",
 ]
 __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -54,4 +56,5 @@ __getattr__, __dir__ = lazy_exports(
     load=".saving",
     published_decoder=".networks",
     rank_layers=".layer_ranking",
+    training_loss=".losses",
 )

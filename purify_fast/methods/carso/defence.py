@@ -15,11 +15,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ... import _compat
 from ...defences.base import Defence
 from ...models.layers import normalisation
 from ...models.representation import Representation
@@ -29,10 +30,6 @@ from ...speed.inference_copy import inside, quicken
 from .networks import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder, decoder_plan
 from .networks_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
 from .packed_decoder import PackedDecoder
-
-if TYPE_CHECKING:
-    from ...training.loop import Batch
-    from .config import CarsoConfig
 
 FORMS = ("v4", "v1")
 DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping]]
@@ -332,18 +329,7 @@ class Carso(Defence):
 
     # -- training and files -------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Batch, config: CarsoConfig | None = None) -> Tensor:
-        """The loss of one batch, for a loop of your own; backward and the optimiser's step are yours.
-
-        Args:
-            batch: images in [0, 1], labels, sample indices, seed, epoch and epochs (`purify_fast.training.Batch`); left
-                out, the last two say that the first epoch of the schedule never ends, without a KL term.
-            config: `CarsoConfig`; its attack_target chooses the published training or the one through the pipeline.
-        """
-        from .config import CarsoConfig
-        from .task import training_loss
-
-        return training_loss(self, batch, config or CarsoConfig())[0]
+    training_step = _compat.moved_training_step("purify_fast.methods.carso")
 
     def save(self, folder: str | Path) -> None:
         """Write the purifier, and a classifier trained with it, to ``folder`` for `purify_fast.load_defence`."""
