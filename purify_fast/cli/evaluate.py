@@ -53,7 +53,7 @@ class Evaluate(DataCommand):
 
         from ..defences.base import Defence
         from ..evaluation import Attack, default_attacks, evaluate, lee_kim_2023
-        from ..methods.saving import load
+        from ..methods.loading import load_defence
         from ..models.classifiers import CLASSIFIERS
         from ..training import load_classifier
         from ..training.checkpoint import read_model
@@ -65,7 +65,7 @@ class Evaluate(DataCommand):
         kind = read_model(self.folder)[0].get("kind")
         own = kind in {classifier.__name__ for classifier in CLASSIFIERS.values()}
         base = None if own else load_classifier(self.folder / "classifier").to(device)
-        model = load_classifier(self.folder).to(device) if base is None else load(self.folder, base)
+        model = load_classifier(self.folder).to(device) if base is None else load_defence(self.folder, base)
         if self.precision == "bfloat16":
             if not isinstance(model, Defence):
                 raise ValueError(f"precision bfloat16 is for defences; {self.folder} holds a classifier")

@@ -69,9 +69,11 @@ class TrainArrest(DataCommand):
         if processes()[0] > 0:
             return
         save_classifier(task.result, self.out)
-        report = evaluate(task.result, images.x_test[:], images.y_test, eps=self.method.eps, attacks=[], name="arrest")
+        report = evaluate(
+            task.result, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="arrest"
+        )
         print(report.to_text(sys.stdout.isatty()))
-        print(self.attacked_by(self.out, self.method.eps, self.method.norm))
+        print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
 
     def fitting(self, model: nn.Module, images: DataSet) -> nn.Module:
         """The classifier, if it fits the images and has the layers: said before anything is trained."""

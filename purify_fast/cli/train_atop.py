@@ -71,7 +71,7 @@ class TrainGenerator(DataCommand):
         defence, origin = self.made(images, classifier)
         task = AtopTask(defence, self.method, origin)
         if train_defence(self, images, task, defence, self.loop, self.out, "atop"):
-            print(self.attacked_by(self.out, self.method.eps, self.method.norm))
+            print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
 
     def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:
         """The defence to train, and what its purifier starts from."""

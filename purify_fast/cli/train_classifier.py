@@ -42,6 +42,8 @@ class TrainClassifier(DataCommand):
         if processes()[0] > 0:
             return
         save_classifier(model, self.out)
-        report = evaluate(model, images.x_test[:], images.y_test, eps=self.method.eps, attacks=[], name="classifier")
+        report = evaluate(
+            model, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="classifier"
+        )
         print(report.to_text(sys.stdout.isatty()))
         print(f"saved to {self.out}")
