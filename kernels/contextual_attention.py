@@ -16,9 +16,8 @@ from ._common import on
 
 #: Queries whose part of the norms' gradient one program adds; fixed, so that the result is independent of the batch.
 QUERIES = 16
-#: Registers a thread of `_scaled` may take: three windows of nine, four keys each, and two sums. Two programs do not fit
-#: beside each other with fewer either, so the compiler gets as many as it uses well; of its own accord triton 3.6 takes
-#: 231.
+#: Registers a thread of `_scaled` may take: three windows of nine, four keys each, and two sums. Without this limit the
+#: compiler of triton 3.6 takes 231.
 SCALED_REGISTERS = 224
 
 
