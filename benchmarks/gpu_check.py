@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from purify_fast import __version__, _library
 from purify_fast._files import write_text
-from purify_fast.info import cuda_part, facts
+from purify_fast.cli.installation import cuda_part, facts
 from purify_fast.ops import REGISTRY
 from purify_fast.training import keep_memory
 

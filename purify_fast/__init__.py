@@ -1,17 +1,78 @@
 """Fast, honest adversarial purification for PyTorch.
 
-defence = purify_fast.Carso(classifier, layers, image_shape)      logits = defence(x), x in [0, 1]
-defence = purify_fast.Atop(classifier, purifier, image_shape)     the same interface
-purify_fast.ops          fused operations        purify_fast.attacks      PGD, APGD, BPDA, StAdv; EOT
-purify_fast.training     the shared loop         purify_fast.evaluation   adaptive evaluation and reports
+- `purify_fast.Carso`, `purify_fast.Atop`: defences, ``defence(images in [0, 1]) -> logits``.
+- `purify_fast.load_defence`, `purify_fast.load_classifier`: what was saved, read back.
+- `purify_fast.carso`, `purify_fast.atop`, `purify_fast.arrest`: each method's networks, settings and training.
+- `purify_fast.training`: the loop that the methods share. `purify_fast.data`: data sets.
+- `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks themselves.
+- `purify_fast.ops`: the fused operations.
+
+Each is imported when it is first used: PyTorch takes 1.8 seconds, which the command line's help does not wait for.
 """
 
-from . import _compat, attacks, evaluation, ops, training
-from .methods.atop import Atop
-from .methods.carso import Carso
-from .methods.saving import load
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import _compat
+from ._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from . import attacks as attacks
+    from . import data as data
+    from . import evaluation as evaluation
+    from . import models as models
+    from . import ops as ops
+    from . import training as training
+    from .evaluation import evaluate as evaluate
+    from .methods import arrest as arrest
+    from .methods import atop as atop
+    from .methods import carso as carso
+    from .methods.atop import Atop as Atop
+    from .methods.carso import Carso as Carso
+    from .methods.loading import load_defence as load_defence
+    from .training import fit as fit
+    from .training import load_classifier as load_classifier
+    from .training import save_classifier as save_classifier
+
+__version__ = "0.1.0"
 
 _compat.install()
 
-__version__ = "0.1.0"
-__all__ = ["Atop", "Carso", "attacks", "evaluation", "load", "ops", "training"]
+__all__ = [
+    "Atop",
+    "Carso",
+    "arrest",
+    "atop",
+    "attacks",
+    "carso",
+    "data",
+    "evaluate",
+    "evaluation",
+    "fit",
+    "load_classifier",
+    "load_defence",
+    "models",
+    "ops",
+    "save_classifier",
+    "training",
+]
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    Atop=".methods.atop",
+    Carso=".methods.carso",
+    arrest=".methods.arrest:",
+    atop=".methods.atop:",
+    attacks=".attacks:",
+    carso=".methods.carso:",
+    data=".data:",
+    evaluate=".evaluation",
+    evaluation=".evaluation:",
+    fit=".training",
+    load_classifier=".training",
+    load_defence=".methods.loading",
+    models=".models:",
+    ops=".ops:",
+    save_classifier=".training",
+    training=".training:",
+)

@@ -6,6 +6,7 @@ the package may use it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.abc
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
+C = TypeVar("C")
 
 #: Packages that moved. An attribute of an old package is looked for in these, in order.
 MOVED_PACKAGES: dict[str, tuple[str, ...]] = {
@@ -34,6 +36,11 @@ MOVED_PACKAGES: dict[str, tuple[str, ...]] = {
 
 #: Attributes that have another name in the new packages.
 RENAMED_ATTRIBUTES: dict[str, str] = {}
+
+#: Names that a module no longer has, though it is still there: module, old name, and ``module:name`` of today.
+RENAMED_NAMES: dict[str, dict[str, str]] = {
+    "purify_fast": {"load": "purify_fast:load_defence"},
+}
 
 
 def warn(old: str, new: str) -> None:
@@ -73,6 +80,79 @@ def renamed(mapping: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, A
     return {names.get(name, name): value for name, value in mapping.items()}
 
 
+#: Settings of an attack that the configurations of version 0.1 took themselves, and now find in their ``attack``.
+_ATTACK_SETTINGS = {"eps": "eps", "norm": "norm", "steps": "steps", "alpha": "alpha"}
+
+
+def flat_arguments(
+    renamed: Mapping[str, str], attack: Mapping[str, str] | None = None, attack_word: str | None = None
+) -> Callable[[type[C]], type[C]]:
+    """A decorator for a training's configuration, which once held the settings of its attack itself.
+
+    The class still takes the old keyword arguments, and gives the old attributes, with a warning. An old name wins over
+    the new one, since ``dataclasses.replace(config, eps=0.1)`` gives both.
+
+    Args:
+        renamed: old name to new name, of the configuration's own fields.
+        attack: old name to new name, of further settings that are now the attack's.
+        attack_word: the new name of the argument ``attack`` where it was a word.
+    """
+    inside = _ATTACK_SETTINGS | dict(attack or {})
+
+    def decorate(cls: type[C]) -> type[C]:
+        initialize = cls.__init__
+
+        @functools.wraps(initialize)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            if attack_word is not None and isinstance(kwargs.get("attack"), str):
+                warn(f"{cls.__name__}(attack={kwargs['attack']!r})", attack_word)
+                if attack_word in kwargs:
+                    raise TypeError(f"{cls.__name__}() got both {attack_word!r} and its old name 'attack'")
+                kwargs[attack_word] = kwargs.pop("attack")
+            for old in renamed.keys() & kwargs.keys():
+                warn(f"{cls.__name__}({old}=...)", renamed[old])
+                kwargs[renamed[old]] = kwargs.pop(old)
+            given = {inside[old]: kwargs.pop(old) for old in inside.keys() & kwargs.keys()}
+            if given:
+                names = ", ".join(f"{name}=..." for name in given)
+                warn(f"{cls.__name__} with the attack's own settings", f"attack=TrainingAttack({names})")
+                attack: Any = kwargs.get("attack", cls.__dataclass_fields__["attack"].default)  # type: ignore[attr-defined]
+                kwargs["attack"] = dataclasses.replace(attack, **given)
+            initialize(self, *args, **kwargs)
+
+        def __getattr__(self: Any, name: str) -> Any:
+            if name in inside:
+                warn(f"{cls.__name__}.{name}", f"{cls.__name__}.attack.{inside[name]}")
+                return getattr(self.attack, inside[name])
+            if name in renamed:
+                warn(f"{cls.__name__}.{name}", f"{cls.__name__}.{renamed[name]}")
+                return getattr(self, renamed[name])
+            raise AttributeError(f"{cls.__name__!r} object has no attribute {name!r}")
+
+        cls.__init__ = __init__  # type: ignore[method-assign]
+        cls.__getattr__ = __getattr__  # type: ignore[attr-defined]
+        return cls
+
+    return decorate
+
+
+def old_name(module: str, name: str) -> Any:
+    """What a module had under this name in version 0.1, with a warning; for a module's ``__getattr__``.
+
+    Args:
+        module: the module's ``__name__``.
+        name: the attribute that it does not have.
+
+    Raises:
+        AttributeError: it never had one of this name.
+    """
+    if name not in RENAMED_NAMES.get(module, {}):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    home, _, new = RENAMED_NAMES[module][name].partition(":")
+    warn(f"{module}.{name}", f"{home}.{new}")
+    return getattr(importlib.import_module(home), new)
+
+
 class _MovedPackage(ModuleType):
     """Stands for a package that moved: its attributes are those of the new packages."""
 
@@ -82,9 +162,10 @@ class _MovedPackage(ModuleType):
         new = RENAMED_ATTRIBUTES.get(name, name)
         for package in MOVED_PACKAGES[self.__name__]:
             module = importlib.import_module(package)
-            if new in vars(module):
+            # a package that imports its names when they are asked for lists them in __all__
+            if new in getattr(module, "__all__", ()) or new in vars(module):
                 warn(f"{self.__name__}.{name}", f"{package}.{new}")
-                return vars(module)[new]
+                return getattr(module, new)
         raise AttributeError(
             f"{self.__name__} has moved to {', '.join(MOVED_PACKAGES[self.__name__])}: no {name!r} there"
         )

@@ -16,6 +16,7 @@ from purify_fast.demo.common import BASE, BASE_TRAINING, EPS, QUICK, STANDARD, B
 from purify_fast.evaluation import Report, Row
 from purify_fast.methods.carso import Carso
 from purify_fast.training import ClassifierConfig, save_classifier
+from purify_fast.training.attack import TrainingAttack
 
 N = 8
 
@@ -93,11 +94,20 @@ def test_arrests_sums_are_of_one_set_of_images():
 
 def test_arrest_and_the_base_train_on_one_attack():
     """Their tasks have default steps of their own; the base is CARSO's too and stays as it is."""
-    assert ClassifierConfig(eps=EPS, steps=7, learning_rate=1e-2, weight_decay=2e-2) == BASE_TRAINING
-    one, two = arrest.CONFIG, BASE_TRAINING
-    for eps in (EPS / 3, EPS):
-        assert one.step(eps) == pytest.approx(two.step(eps)) == pytest.approx(2 * eps / 7)
-    assert (one.eps, one.steps, one.warm_up, one.norm) == (two.eps, two.steps, two.warm_up, two.norm)
+    assert (
+        ClassifierConfig(
+            attack=TrainingAttack(eps=EPS, steps=7, relative_alpha=2.0, eps_warmup=0.2),
+            learning_rate=1e-2,
+            weight_decay=2e-2,
+        )
+        == BASE_TRAINING
+    )
+    one, two = arrest.CONFIG.attack, BASE_TRAINING.attack
+    for epoch in (0, 9):
+        now, same = one.at_epoch(epoch, 10), two.at_epoch(epoch, 10)
+        assert now.eps == same.eps == (EPS / 2 if epoch == 0 else EPS)
+        assert now.step_size(now.eps) == pytest.approx(same.step_size(same.eps)) == pytest.approx(2 * now.eps / 7)
+    assert (one.eps, one.steps, one.eps_warmup, one.norm) == (two.eps, two.steps, two.eps_warmup, two.norm)
 
 
 def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):

@@ -59,7 +59,7 @@ def test_importing_ops_does_not_import_triton_kernels():
 
 
 def test_an_unknown_backend_in_the_environment_is_refused():
-    done = run("import purify_fast", PURIFY_FAST_BACKEND="bogus")
+    done = run("import purify_fast.ops", PURIFY_FAST_BACKEND="bogus")
     assert done.returncode != 0
     assert "backend 'bogus' is unknown; there are reference, cpp, triton, cuda" in done.stderr
 

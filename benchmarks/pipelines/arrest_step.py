@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.training import Batch
+from purify_fast.training.attack import TrainingAttack
 
 from . import Case, Job, columns, uncompiled
 from .carso_inference import classifier
@@ -44,7 +45,9 @@ def networks(device: torch.device, quick: bool) -> tuple[nn.Module, nn.Module, l
 
 def setting(replay: bool, quick: bool, precision: str = "float32") -> ArrestConfig:
     steps, alpha = (2, 4 / 255) if quick else (10, 2 / 255)
-    return ArrestConfig(steps=steps, alpha=alpha, replay=replay, tau=0.5, precision=precision)
+    return ArrestConfig(
+        attack=TrainingAttack(eps=8 / 255, steps=steps, alpha=alpha), replay=replay, tau=0.5, precision=precision
+    )
 
 
 def batch_of(device: torch.device, quick: bool) -> Batch:
@@ -103,12 +106,12 @@ class PlainStep:
         return every_second(self.batch.x)
 
     def inputs(self, of_teacher: Tensor) -> Tensor:
-        b, c = self.batch, self.config
+        b, c, a = self.batch, self.config, self.config.attack
         self.student.eval()
-        x = attack(lambda x: self.f(x)[0], b.x, b.y, c.eps, c.step(c.eps), c.steps, b.seed, b.sample_ids)
+        x = attack(lambda x: self.f(x)[0], b.x, b.y, a.eps, a.step_size(a.eps), a.steps, b.seed, b.sample_ids)
         if c.replay:
             replayed = self.drift(of_teacher) > c.threshold
-            noisy = (b.x + torch.empty_like(b.x).uniform_(-c.eps, c.eps)).clamp(0, 1)
+            noisy = (b.x + torch.empty_like(b.x).uniform_(-a.eps, a.eps)).clamp(0, 1)
             x = torch.where(replayed.view(-1, 1, 1, 1), noisy, x)
         self.student.train()
         return x
@@ -125,7 +128,7 @@ class PlainStep:
         of_teacher = self.read()
         cross_entropy, distance = self.losses(self.inputs(of_teacher), of_teacher)
         self.optimizer.zero_grad()
-        (cross_entropy + self.config.weight * distance).backward()
+        (cross_entropy + self.config.distillation_weight * distance).backward()
         self.optimizer.step()
 
     def result(self) -> Tensor:
@@ -157,7 +160,7 @@ def _ours(device: torch.device, quick: bool, replay: bool, compiled: bool = Fals
         return torch.stack([metrics["cross_entropy"], metrics["distance"]])
 
     def attacks() -> Tensor:
-        return task.attack(batch, config.eps)
+        return task.attack(batch, config.attack)
 
     job = Job(run, result, {} if replay or compiled else {"attack": attacks})
     return uncompiled(job) if quick and compiled else job

@@ -23,6 +23,7 @@ from purify_fast.methods.atop.task import hinge, passes
 from purify_fast.ops import use_backend
 from purify_fast.ops.contextual_attention import key_validity
 from purify_fast.training import Batch
+from purify_fast.training.attack import TrainingAttack
 
 from . import Case, Job, columns, uncompiled
 from .carso_training import attack
@@ -68,7 +69,7 @@ def batch_of(device: torch.device, quick: bool) -> Batch:
 
 
 def setting(precision: str) -> AtopConfig:
-    return AtopConfig(eps=EPS, cls_weight=WEIGHT, precision=precision)
+    return AtopConfig(attack=TrainingAttack(eps=EPS, steps=10), cls_weight=WEIGHT, precision=precision)
 
 
 def compared(reconstruction: Tensor, cross_entropy: Tensor, refined: Tensor) -> Tensor:

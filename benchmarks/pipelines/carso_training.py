@@ -13,6 +13,7 @@ from purify_fast.attacks.gradient import random_start
 from purify_fast.methods.carso.task import CarsoConfig, CarsoTask, balanced_batch, kl_weight
 from purify_fast.ops.sample_latent import sample_latent
 from purify_fast.training import Batch
+from purify_fast.training.attack import TrainingAttack
 
 from . import Case, Job, columns, uncompiled
 from .carso_inference import Plain, defence, images
@@ -22,7 +23,7 @@ BATCH, PUBLISHED_STEPS, PIPELINE_STEPS = 64, 40, 10
 
 def setting(target: str, quick: bool, precision: str = "float32") -> CarsoConfig:
     steps = 2 if quick else PUBLISHED_STEPS if target == "classifier" else PIPELINE_STEPS
-    return CarsoConfig(attack_target=target, steps=steps, precision=precision)
+    return CarsoConfig(attack_target=target, attack=TrainingAttack(eps=8 / 255, steps=steps), precision=precision)
 
 
 def batch_of(made, device: torch.device, quick: bool) -> Batch:
@@ -76,13 +77,13 @@ class PlainTraining:
         return reconstruction.mean() + kl_weight(self.batch.epoch, self.batch.epochs) * kl.mean()
 
     def published(self) -> Tensor:
-        b, c = self.batch, self.config
-        atom = int(len(b.x) * c.adversarial_fraction // 4)
+        b, a = self.batch, self.config.attack
+        atom = int(len(b.x) * self.config.adversarial_fraction // 4)
         clean = len(b.x) - 4 * atom
         parts = [b.x[:clean]]
-        for i, (eps, fast) in enumerate(((c.eps / 2, False), (c.eps, False), (c.eps / 2, True), (c.eps, True))):
+        for i, (eps, fast) in enumerate(((a.eps / 2, False), (a.eps, False), (a.eps / 2, True), (a.eps, True))):
             rows = slice(clean + i * atom, clean + (i + 1) * atom)
-            alpha, steps, seed = (eps, 1, None) if fast else (c.step(eps), c.steps, b.seed)
+            alpha, steps, seed = (eps, 1, None) if fast else (a.step_size(eps), a.steps, b.seed)
             parts.append(attack(self.classifier, b.x[rows], b.y[rows], eps, alpha, steps, seed, b.sample_ids[rows]))
         perturbed = torch.cat(parts)
         with torch.no_grad():
@@ -92,7 +93,7 @@ class PlainTraining:
         return self.purify(representation, perturbed, seed, b.sample_ids)
 
     def pipeline(self) -> Tensor:
-        b, c = self.batch, self.config
+        b, a = self.batch, self.config.attack
         self.model.made.eval()
 
         def latents() -> Tensor:
@@ -101,10 +102,10 @@ class PlainTraining:
         def logits(x: Tensor) -> Tensor:
             return torch.logsumexp(self.whole(x, latents())[1], 0)
 
-        x = attack(logits, b.x, b.y, c.eps, c.step(c.eps), c.steps, b.seed, b.sample_ids)
+        x = attack(logits, b.x, b.y, a.eps, a.step_size(a.eps), a.steps, b.seed, b.sample_ids)
         image, predictions = (out[0] for out in self.whole(x, latents()))
         reconstruction = F.binary_cross_entropy_with_logits(image, b.x, reduction="none").flatten(1).sum(1).mean()
-        return F.cross_entropy(predictions, b.y) + c.reconstruction * reconstruction
+        return F.cross_entropy(predictions, b.y) + self.config.reconstruction_weight * reconstruction
 
     def run(self) -> Tensor:
         loss = self.step()

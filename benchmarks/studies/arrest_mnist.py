@@ -13,6 +13,7 @@ from purify_fast.data import DataSet
 from purify_fast.evaluation import Attack, Tradeoff, merge, plot_tradeoff
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.training import FitConfig, fit, load_classifier, save_classifier
+from purify_fast.training.attack import TrainingAttack
 
 from . import RESULT, Job, mnist
 from .attacked import counts, joined
@@ -72,10 +73,11 @@ def train_classifier(job: Job, folder: Path, root: Path) -> dict:
 def config(budget: Budget, name: str) -> ArrestConfig:
     """A row's finetuning."""
     b = budget
+    attack = TrainingAttack(eps=mnist.EPS, steps=b.attack_in_training, alpha=b.alpha, eps_warmup=b.warm_up)
     return ArrestConfig(
-        eps=mnist.EPS, steps=b.attack_in_training, alpha=b.alpha, warm_up=b.warm_up, optimizer="adamw",
-        schedule="one_cycle", learning_rate=b.learning_rate, weight_decay=b.weight_decay, angle=b.angle,
-        weight=b.weight if name == ARREST else 0.0, replay=name == ARREST,
+        attack=attack, optimizer="adamw", schedule="one_cycle", learning_rate=b.learning_rate,
+        weight_decay=b.weight_decay, angle=b.angle, distillation_weight=b.weight if name == ARREST else 0.0,
+        replay=name == ARREST,
     )  # fmt: skip
 
 
@@ -134,11 +136,12 @@ def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) ->
         f"MNIST, the first {b.images} test images, L-inf eps {mnist.EPS}, seed {seed}; accuracy ± standard error, %. "
         f"Classifiers of {facts[STANDARD]['mflop']:.2f} MFLOP an image: {b.standard_epochs} epochs on clean images; "
         f"{b.scratch_epochs} of PGD-{b.attack_in_training} from scratch; {b.epochs} of PGD-{b.attack_in_training} from "
-        f"the first, finetuned. AFT: nothing more; ARREST: distillation with lambda {c.weight:g}, on the penultimate "
-        f"layer, and replay above {c.angle:g} degrees in the first half ({facts[ARREST]['replayed']:.1%} of the images "
-        f"of that half). In all of them PGD's step is {b.step_in_training:g} eps / {b.attack_in_training}, and eps "
-        f"rises linearly over the first {c.warm_up:.0%} of the epochs. Each attack that begins with `then` attacks "
-        "what those before it left.",
+        f"the first, finetuned. AFT: nothing more; ARREST: distillation with lambda {c.distillation_weight:g}, on "
+        f"the penultimate layer, and replay above {c.angle:g} degrees in the first half "
+        f"({facts[ARREST]['replayed']:.1%} of the images of that half). In all of them PGD's step is "
+        f"{b.step_in_training:g} eps / {b.attack_in_training}, and eps rises linearly over the first "
+        f"{c.attack.eps_warmup:.0%} of the epochs. Each attack that begins with "
+        "`then` attacks what those before it left.",
         "",
         *whole.comparison(),
         "",

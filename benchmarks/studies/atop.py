@@ -7,18 +7,23 @@ from pathlib import Path
 
 from purify_fast.data import DataSet
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask
-from purify_fast.training import FitConfig, fit
+from purify_fast.training import FitConfig, TrainingAttack, fit
 from purify_fast.training.checkpoint import fingerprint
 
 from . import Job
 
-PIPELINE = {"attack": "pgd", "attack_target": "pipeline"}
+PIPELINE = {"attack_method": "pgd", "attack_target": "pipeline"}
 _OPTIONS = {field.name for field in fields(AtopConfig)}
 
 
 def options(settings: dict) -> dict:
-    """Those of the settings that are `AtopConfig`'s."""
+    """Those of the settings that are `AtopConfig`'s; its attack's are left to `attacked`."""
     return {name: value for name, value in settings.items() if name in _OPTIONS}
+
+
+def attacked(settings: dict, eps: float) -> AtopConfig:
+    """The config of a stage that trains on attacked images, with as many steps as the settings say."""
+    return AtopConfig(attack=TrainingAttack(eps=eps, steps=settings.get("steps", 10)), **options(settings))
 
 
 def train(job: Job, folder: Path, defence: Atop, config: AtopConfig, images: DataSet, stage: dict) -> dict:

@@ -36,7 +36,7 @@ PUBLISHED = {
 }  # fmt: skip
 PIPELINE = {
     "epochs": 20, "batch_size": 128, "learning_rate": 4e-3, "schedule": "one_cycle", "cls_weight": 1.0,
-    "reconstruction": 0.1, "warm_up": 0, "steps": 7, **atop.PIPELINE,
+    "reconstruction_weight": 0.1, "cls_delay_epochs": 0, "steps": 7, **atop.PIPELINE,
 }  # fmt: skip
 MAIN = {
     "generator": {"residual": True}, "defence": {"sigma": 0.1, "missing": 0.0}, "stage": PIPELINE, "base": BASE,
@@ -64,7 +64,7 @@ ABLATIONS: dict[str, dict] = {
     "missing 0.25": {"defence": {"missing": 0.25}},
     "PGD-2 in training": {"stage": {"steps": 2}},
     "twice the epochs": {"stage": {"epochs": 2 * PIPELINE["epochs"]}},
-    "no L1": {"stage": {"reconstruction": 0.0}},
+    "no L1": {"stage": {"reconstruction_weight": 0.0}},
 }
 SAMPLES = 4  # draws when it predicts, of one more row
 
@@ -133,8 +133,8 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     else:  # made beside another classifier, of which it saw nothing
         purifier = load(job.folder(root, s["start"]), base, check=False).purifier.module
     defence = Atop(base, purifier, digits.image_shape, **s["defence"])
-    options = atop.options(stage)
-    config = AtopConfig.pretraining(**options) if job.name == PAINTER else AtopConfig(eps=EPS, **options)
+    pretrained = job.name == PAINTER
+    config = AtopConfig.pretraining(**atop.options(stage)) if pretrained else atop.attacked(stage, EPS)
     atop.train(job, folder, defence, config, digits, stage)
     return _attacked(defence, job) | {"parameters": count(defence)}
 

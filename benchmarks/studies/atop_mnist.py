@@ -59,7 +59,7 @@ class Budget:
     pretraining_epochs: int = 1
     pretraining_batch_size: int = 64
     pretraining_learning_rate: float = 1e-3
-    pretraining_reconstruction: float = 1.0
+    pretraining_reconstruction_weight: float = 1.0
     pretraining_gan_weight: float = 0.1
     pretraining_discriminator_width: int = 16
     pretraining_schedule: str = "one_cycle"
@@ -69,9 +69,9 @@ class Budget:
     published_batch_size: int = 64
     published_learning_rate: float = 2e-3
     published_cls_weight: float = 0.1
-    published_reconstruction: float = 1.0
+    published_reconstruction_weight: float = 1.0
     published_reconstruction_target: str = "clean"
-    published_warm_up: int = 0
+    published_cls_delay_epochs: int = 0
     published_schedule: str = "one_cycle"
     published_precision: str = "float32"
     pipeline_start: str = PRETRAINED
@@ -81,9 +81,9 @@ class Budget:
     pipeline_steps: int = 7
     pipeline_learning_rate: float = 2e-3
     pipeline_cls_weight: float = 1.0
-    pipeline_reconstruction: float = 0.1
+    pipeline_reconstruction_weight: float = 0.1
     pipeline_reconstruction_target: str = "adversarial"
-    pipeline_warm_up: int = 0
+    pipeline_cls_delay_epochs: int = 0
     pipeline_schedule: str = "one_cycle"
     pipeline_precision: str = "float32"
     attack_first_steps: int = 20
@@ -132,7 +132,7 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
     """As published, or through the pipeline, from another row's purifier."""
     s = job.settings
     stage, how = _part(s, s["stage"]), atop.PIPELINE if s["stage"] == "pipeline" else {}
-    config = AtopConfig(eps=mnist.EPS, **how, **atop.options(stage))
+    config = atop.attacked({**stage, **how}, mnist.EPS)
     return atop.train(job, folder, _model(job, root, s["start"], s["base"]), config, _images(job), stage)
 
 
@@ -206,10 +206,10 @@ def caption(budget: Budget, seed: int) -> str:
         f"{b.pretraining_images:,} images (epochs {b.pretraining_epochs}; weight of the GAN term "
         f"{b.pretraining_gan_weight}); from there, with the published attack and loss (FGSM on the classifier, lambda "
         f"{b.published_cls_weight}, L1 to {b.published_reconstruction_target} images; warm-up, rate and schedule ours: "
-        f"{b.published_warm_up}, {b.published_learning_rate}, {b.published_schedule}) on {b.published_images:,} (epochs"
-        f" {b.published_epochs}); through the pipeline "
+        f"{b.published_cls_delay_epochs}, {b.published_learning_rate}, {b.published_schedule}) on "
+        f"{b.published_images:,} (epochs {b.published_epochs}); through the pipeline "
         f"(PGD-{b.pipeline_steps} through the whole defence, lambda {b.pipeline_cls_weight}, L1 "
-        f"{b.pipeline_reconstruction}), from `{b.pipeline_start}`, on {b.pipeline_images:,} (epochs "
+        f"{b.pipeline_reconstruction_weight}), from `{b.pipeline_start}`, on {b.pipeline_images:,} (epochs "
         f"{b.pipeline_epochs}). "
         "Attacks: full gradients through the whole defence; each that begins with `then` attacks what those before it "
         "left, and counts every image; under attack an image counts if each of five predictions is right. The weak "

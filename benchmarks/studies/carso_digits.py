@@ -7,7 +7,7 @@ the deterministic model (z = 0, no noise); the main ones also with their randomn
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from purify_fast.defences.noisy_ensemble import NoisyCopies
 from purify_fast.evaluation import Attack
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
 from purify_fast.training import FitConfig, fit, load_classifier
+from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import fingerprint
 
 from . import Job
@@ -30,6 +31,7 @@ SIZES = {"cond_dim": 64, "latent_dim": 8, "samples": 8, "decoder_width": 8}
 PUBLISHED_EPOCHS, PIPELINE_EPOCHS = 15, 40
 ABLATION_SEEDS = 1
 WIDE = 21  # a classifier of 143 k parameters, as many as the base and its purifier have when they predict
+_ATTACK = {field.name for field in fields(TrainingAttack)}
 JOINT = {"joint": True, "learning_rate": 2e-3, "weight_decay": 2e-2}
 DRAWS = "PGD ce, EOT 4, K draws"
 LAYOUT = Layout(
@@ -70,6 +72,13 @@ def _attacked(model: nn.Module, seed: int, eps: float, norm: str, draws: bool, q
     return attacked(model, seed, attacks, rows, quick, eps, norm)
 
 
+def _changed(config: CarsoConfig, changes: dict) -> CarsoConfig:
+    """The config with other settings, its own or its attack's."""
+    inside = {name: value for name, value in changes.items() if name in _ATTACK}
+    own = {name: value for name, value in changes.items() if name not in _ATTACK}
+    return replace(config, attack=replace(config.attack, **inside), **own)
+
+
 def train_published(job: Job, folder: Path, root: Path) -> dict:
     """The purifier on a base as published: {base, layers, config}."""
     s = job.settings
@@ -77,11 +86,11 @@ def train_published(job: Job, folder: Path, root: Path) -> dict:
     base = load_classifier(job.folder(root, s.get("base", "base")))
     torch.manual_seed(job.seed)
     defence = Carso(base, s.get("layers", LAYERS), digits.image_shape, **SIZES)
-    config = replace(CarsoConfig(eps=EPS, steps=20), **s.get("config", {}))
+    config = _changed(CarsoConfig(attack=TrainingAttack(eps=EPS, steps=20)), s.get("config", {}))
     epochs = 1 if s["quick"] else PUBLISHED_EPOCHS
     last = fit(CarsoTask(defence, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
     defence.save(folder)
-    result = _attacked(defence, job.seed, config.eps, config.norm, s.get("draws", False), s["quick"])
+    result = _attacked(defence, job.seed, config.attack.eps, config.attack.norm, s.get("draws", False), s["quick"])
     return result | {"kl": last["kl"], "parameters": count(defence)}
 
 
@@ -91,12 +100,15 @@ def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
     digits = data.load("digits")
     base = load_classifier(job.folder(root, s.get("base", "base")))
     defence = load(job.folder(root, s.get("start", "published")), base)
-    config = replace(CarsoConfig(attack_target="pipeline", eps=EPS, steps=7, learning_rate=4e-3), **s.get("config", {}))
+    config = _changed(
+        CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3),
+        s.get("config", {}),
+    )
     epochs = 1 if s["quick"] else s.get("epochs", PIPELINE_EPOCHS)
     task = CarsoTask(defence, config, fingerprint(defence))
     fit(task, digits.x_train, digits.y_train, FitConfig(epochs, 128, job.seed), folder)
     defence.save(folder)
-    result = _attacked(defence, job.seed, config.eps, config.norm, s.get("draws", False), s["quick"])
+    result = _attacked(defence, job.seed, config.attack.eps, config.attack.norm, s.get("draws", False), s["quick"])
     return result | {"parameters": count(defence)}
 
 

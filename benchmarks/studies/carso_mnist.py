@@ -18,6 +18,7 @@ from purify_fast.data import DataSet
 from purify_fast.evaluation import Attack, Report, merge
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
 from purify_fast.training import FitConfig, fit, load_classifier
+from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import fingerprint
 
 from . import RESULT, Job, mnist
@@ -73,7 +74,7 @@ def train_published(job: Job, folder: Path, root: Path) -> dict:
     images = _mnist(job)
     torch.manual_seed(job.seed)
     defence = Carso(load_classifier(job.folder(root, CLASSIFIER)), LAYERS, images.image_shape, **SIZES)
-    config = CarsoConfig(eps=mnist.EPS, steps=40)
+    config = CarsoConfig(attack=TrainingAttack(eps=mnist.EPS, steps=40))
     fitting = FitConfig(budget.published_epochs, 128, job.seed)
     last = fit(CarsoTask(defence, config), images.x_train, images.y_train, fitting, folder)
     defence.save(folder)
@@ -84,7 +85,7 @@ def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
     budget: Budget = job.settings["budget"]
     images = _mnist(job)
     defence = load(job.folder(root, EXACT), load_classifier(job.folder(root, CLASSIFIER)))
-    config = CarsoConfig(attack_target="pipeline", eps=mnist.EPS, steps=7)
+    config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=mnist.EPS, steps=7))
     task = CarsoTask(defence, config, fingerprint(defence))
     fit(task, images.x_train, images.y_train, FitConfig(budget.pipeline_epochs, 128, job.seed), folder)
     defence.save(folder)

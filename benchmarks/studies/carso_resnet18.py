@@ -20,6 +20,7 @@ from purify_fast.evaluation import Attack, evaluate, merge
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
 from purify_fast.speed.inference_copy import FrozenView
 from purify_fast.training import FitConfig, fit
+from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import fingerprint
 
 from . import Job
@@ -83,14 +84,18 @@ def train(job: Job, folder: Path, root: Path) -> dict:
             classifier(), LAYERS, cifar.image_shape, cond_dim=256, latent_dim=64, samples=8,
             mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616),
         )  # fmt: skip
-        config = CarsoConfig(eps=EPS, steps=5, precision="bfloat16")
+        config = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=5), precision="bfloat16")
         task, n, batch = CarsoTask(defence, config), budget.published_images, 64
     else:
         defence = load(job.folder(root, PUBLISHED), classifier())
         origin = fingerprint(defence)
         config = CarsoConfig(
-            attack_target="pipeline", eps=EPS, steps=5, reconstruction=1e-3, precision="bfloat16", learning_rate=1e-3
-        )  # fmt: skip
+            attack_target="pipeline",
+            attack=TrainingAttack(eps=EPS, steps=5),
+            reconstruction_weight=1e-3,
+            precision="bfloat16",
+            learning_rate=1e-3,
+        )
         task, n, batch = CarsoTask(defence, config, origin), budget.pipeline_images, 32
     last = fit(task, cifar.x_train[:n], cifar.y_train[:n], FitConfig(1, min(batch, n), job.seed), folder)
     defence.save(folder)

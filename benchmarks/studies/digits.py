@@ -13,6 +13,7 @@ from purify_fast.evaluation import Attack, evaluate
 from purify_fast.methods.carso import rank_layers
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, save_classifier
+from purify_fast.training.attack import TrainingAttack
 
 from . import Job
 
@@ -71,7 +72,11 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     torch.manual_seed(job.seed)
     model = SmallCNN(width=s.get("width", 16))
     trained = 0.0 if s.get("standard") else eps
-    config = ClassifierConfig(eps=trained, norm=norm, steps=7, learning_rate=1e-2, weight_decay=2e-2)
+    config = ClassifierConfig(
+        attack=TrainingAttack(eps=trained, steps=7, relative_alpha=2.0, eps_warmup=0.2, norm=norm),
+        learning_rate=1e-2,
+        weight_decay=2e-2,
+    )
     epochs = 2 if s["quick"] else s.get("epochs", BASE_EPOCHS)
     fit(ClassifierTask(model, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
     save_classifier(model, folder)

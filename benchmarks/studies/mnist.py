@@ -13,6 +13,7 @@ from purify_fast._files import write_text
 from purify_fast.evaluation import Attack, Report, evaluate
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, save_classifier
+from purify_fast.training.attack import TrainingAttack
 
 from . import Job
 from .attacked import keep
@@ -40,7 +41,8 @@ def train_classifier(
     """A classifier trained on PGD examples, or with eps 0 on clean images."""
     torch.manual_seed(job.seed)
     model = SmallCNN(1, 10, (28, 28), width)
-    config = ClassifierConfig(eps=eps, steps=steps, alpha=alpha, warm_up=0.5, learning_rate=1e-2, weight_decay=1e-3)
+    attack = TrainingAttack(eps=eps, steps=steps, alpha=alpha, relative_alpha=2.0, eps_warmup=0.5)
+    config = ClassifierConfig(attack=attack, learning_rate=1e-2, weight_decay=1e-3)
     fit(ClassifierTask(model, config), mnist.x_train, mnist.y_train, FitConfig(epochs, 128, job.seed), folder)
     save_classifier(model, folder)
     return model

@@ -12,7 +12,7 @@ from ..evaluation import Attack, Report, Tradeoff
 from ..methods.arrest import ArrestConfig, ArrestTask
 from ..methods.carso import Carso, CarsoConfig, CarsoTask, Head
 from ..methods.carso import load as load_carso
-from ..training import load_classifier, save_classifier
+from ..training import TrainingAttack, load_classifier, save_classifier
 from .carso import LAYERS
 from .common import BASE, BASE_TRAINING, CLASSIFIERS, EPS, STANDARD, Budget, Place, against, digits, percent
 
@@ -21,11 +21,20 @@ MODELS = (FINETUNED, ARREST, CARSO)
 COMPARED = (STANDARD, BASE, *MODELS)
 _FOLDERS = {**CLASSIFIERS, FINETUNED: "arrest_aft", ARREST: "arrest", CARSO: "arrest_carso"}
 AUTOATTACK = "AutoAttack standard (CARSO: z = 0)"  # a row of CARSO's part, on the base
-CONFIG = ArrestConfig(  # the base's attack and optimiser; lambda for digits, the default of 50 is a CIFAR port's
-    eps=EPS, steps=BASE_TRAINING.steps, alpha=BASE_TRAINING.step(EPS), warm_up=BASE_TRAINING.warm_up, weight=5.0,
-    optimizer="adamw", schedule="one_cycle", learning_rate=BASE_TRAINING.learning_rate,
+# the base's attack and optimizer; lambda for digits, since the default of 50 is a CIFAR port's
+CONFIG = ArrestConfig(
+    attack=TrainingAttack(
+        eps=EPS,
+        steps=BASE_TRAINING.attack.steps,
+        alpha=BASE_TRAINING.attack.step_size(EPS),
+        eps_warmup=BASE_TRAINING.attack.eps_warmup,
+    ),
+    distillation_weight=5.0,
+    optimizer="adamw",
+    schedule="one_cycle",
+    learning_rate=BASE_TRAINING.learning_rate,
     weight_decay=BASE_TRAINING.weight_decay,
-)  # fmt: skip
+)
 
 
 def train(place: Place, name: str) -> None:
@@ -35,12 +44,12 @@ def train(place: Place, name: str) -> None:
     if name == CARSO:
         base = model(place, ARREST)
         defence = Carso(base, LAYERS, digits().image_shape, cond_dim=64, latent_dim=8, samples=8, decoder_width=8)
-        through = CarsoConfig(attack_target="pipeline", eps=EPS, steps=7, learning_rate=4e-3)
+        through = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
         place.train(CarsoTask(defence, through), place.budget.arrest_carso_epochs, 128, folder)
         defence.save(place.out / folder)
         save_classifier(base, place.out / folder / "classifier")
         return
-    config = CONFIG if name == ARREST else replace(CONFIG, weight=0.0, replay=False)
+    config = CONFIG if name == ARREST else replace(CONFIG, distillation_weight=0.0, replay=False)
     task = ArrestTask(place.classifier(STANDARD), config, digits().image_shape)
     place.train(task, place.budget.arrest_epochs, 64, folder)
     save_classifier(task.result, place.out / folder)

@@ -10,7 +10,7 @@ import torch
 from ..evaluation import Attack, Report
 from ..methods.atop import Atop, AtopConfig, AtopTask, load
 from ..methods.atop.generators.small_generator import SmallGenerator
-from ..training import save_classifier
+from ..training import TrainingAttack, save_classifier
 from ..training.checkpoint import fingerprint
 from .common import EPS, STANDARD, Budget, Place, against, digits, percent
 
@@ -23,7 +23,9 @@ ALONE, ADAPTIVE = "PGD ce on the classifier alone (not adaptive)", "PGD ce + dlr
 def _methods(budget: Budget) -> dict[str, tuple[AtopConfig, int]]:
     """How each model is trained, and for how many epochs."""
     # its logged run, with the lambda of its notebooks for ImageNette; rate and schedule ours
-    published = AtopConfig.published("logged", eps=EPS, cls_weight=0.1, learning_rate=3e-3, schedule="one_cycle")
+    published = AtopConfig.published(
+        "logged", attack=TrainingAttack(eps=EPS, steps=10), cls_weight=0.1, learning_rate=3e-3, schedule="one_cycle"
+    )
     return {
         # narrower than the official discriminator, which is for images of 256 pixels
         BEFORE: (
@@ -33,8 +35,8 @@ def _methods(budget: Budget) -> dict[str, tuple[AtopConfig, int]]:
         PUBLISHED: (published, budget.atop_published_epochs),
         PIPELINE: (
             replace(
-                published, attack="pgd", attack_target="pipeline", steps=7, cls_weight=1.0, reconstruction=0.1,
-                reconstruction_target="adversarial", warm_up=0,
+                published, attack_method="pgd", attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7),
+                cls_weight=1.0, reconstruction_weight=0.1, reconstruction_target="adversarial", cls_delay_epochs=0,
             ),
             budget.atop_pipeline_epochs,
         ),

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..evaluation import Attack, Report
 from ..methods.carso import Carso, CarsoConfig, CarsoTask, Head, load
-from ..training import save_classifier
+from ..training import TrainingAttack, save_classifier
 from ..training.checkpoint import fingerprint
 from .common import BASE, CLASSIFIERS, EPS, STANDARD, Budget, Place, against, digits, percent
 
@@ -26,11 +26,16 @@ def train(place: Place, name: str) -> None:
     torch.manual_seed(place.seed)
     defence = Carso(base, LAYERS, digits().image_shape, cond_dim=64, latent_dim=8, samples=8, decoder_width=8)
     if name == PUBLISHED:
-        place.train(CarsoTask(defence, CarsoConfig(eps=EPS, steps=20)), budget.published_epochs, 64, _FOLDERS[name])
+        place.train(
+            CarsoTask(defence, CarsoConfig(attack=TrainingAttack(eps=EPS, steps=20))),
+            budget.published_epochs,
+            64,
+            _FOLDERS[name],
+        )
     else:
         published = load(place.out / _FOLDERS[PUBLISHED], base)
         defence.load_state_dict(published.state_dict())
-        fine = CarsoConfig(attack_target="pipeline", eps=EPS, steps=7, learning_rate=4e-3)
+        fine = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
         task = CarsoTask(defence, fine, fingerprint(published))
         place.train(task, budget.pipeline_epochs, 128, _FOLDERS[name])
     defence.save(place.out / _FOLDERS[name])

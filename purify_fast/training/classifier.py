@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +11,11 @@ from torch.nn import functional as F
 
 from ..attacks import pgd
 from ..models.classifiers import CLASSIFIERS
+from .attack import settings
 from .checkpoint import read_model, save_model, structure
+from .config import ClassifierConfig
 from .loop import Batch
-from .schedules import one_cycle, rising
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """Numbers of classifier training; ours.
-
-    Args:
-        eps: radius of the training attack in image units; 0 trains on clean images.
-        norm: of the attack, ``linf``, ``l2`` or ``l1``.
-        steps, alpha: of the attack; alpha defaults to ``2 eps / steps``.
-        warm_up: share of the epochs over which eps rises linearly from 0: without it PGD training can collapse.
-        learning_rate: peak of a one-cycle schedule; weight_decay: AdamW's.
-    """
-
-    eps: float = 0.0
-    norm: str = "linf"
-    steps: int = 7
-    alpha: float | None = None
-    warm_up: float = 0.2
-    learning_rate: float = 3e-3
-    weight_decay: float = 5e-4
-
-    def __post_init__(self) -> None:
-        if self.eps < 0 or self.steps < 1 or not 0 <= self.warm_up <= 1 or self.learning_rate <= 0:
-            raise ValueError(f"need eps >= 0, steps >= 1, 0 <= warm_up <= 1, learning_rate > 0, got {self}")
-
-    def step(self, eps: float) -> float:
-        """The attack's step at a radius that may still be rising to the config's."""
-        return (2 * self.eps / self.steps if self.alpha is None else self.alpha) * eps / self.eps
+from .schedules import one_cycle
 
 
 class ClassifierTask:
@@ -57,17 +29,18 @@ class ClassifierTask:
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics) of one batch; the attack runs on the frozen model."""
-        c, x = self.config, batch.x
-        if c.eps > 0:
-            eps = rising(c.eps, batch.epoch, batch.epochs, c.warm_up)
+        x = batch.x
+        if self.config.attack.eps > 0:
+            attack = self.config.attack.at_epoch(batch.epoch, batch.epochs)
             x = pgd(
                 self.model,
                 x,
                 batch.y,
-                eps=eps,
-                alpha=c.step(eps),
-                steps=c.steps,
-                norm=c.norm,
+                eps=attack.eps,
+                alpha=attack.step_size(attack.eps),
+                steps=attack.steps,
+                norm=attack.norm,
+                start=attack.random_start,
                 seed=batch.seed,
                 sample_ids=batch.sample_ids,
             )
@@ -81,7 +54,7 @@ class ClassifierTask:
 
     def describe(self) -> dict[str, Any]:
         """The config and the model's structure."""
-        return {"task": "classifier", **asdict(self.config), "structure": structure(self.model)}
+        return {"task": "classifier", **settings(self.config), "structure": structure(self.model)}
 
 
 _KINDS = {kind.__name__: kind for kind in CLASSIFIERS.values()}

@@ -260,7 +260,7 @@ def test_a_row_of_atop_changes_the_setting_of_its_name_alone():
         changed[name] = {key for key in main.keys() | now.keys() if main.get(key) != now.get(key)}
         changed[name] -= {("autoattack",)}  # which is for the main rows
     assert all(len(keys) == 1 for keys in changed.values()) and len(changed) == 5
-    assert changed["sigma 0.25"] == {("defence", "sigma")} and changed["no L1"] == {("stage", "reconstruction")}
+    assert changed["sigma 0.25"] == {("defence", "sigma")} and changed["no L1"] == {("stage", "reconstruction_weight")}
     standard = leaves(made["pipeline, on standard"].settings)
     assert standard["base",] == "standard" and made["pipeline, on standard"].needs == ("standard", "pre-trained")
     assert made["pipeline"].needs == ("base",)
@@ -412,7 +412,7 @@ def test_arrest_on_mnist_end_to_end(small_mnist, tmp_path, capsys, monkeypatch):
         assert f"| {name} | {clean + worst:.1f} | " in text
     assert (runs / "arrest_mnist" / "tradeoff.png").is_file()
     made = {name: arrest_mnist.config(arrest_mnist.Budget(), name) for name in arrest_mnist.MODELS[2:]}
-    assert {name: (c.weight > 0, c.replay) for name, c in made.items()} == {
+    assert {name: (c.distillation_weight > 0, c.replay) for name, c in made.items()} == {
         arrest_mnist.FINETUNED: (False, False),
         arrest_mnist.ARREST: (True, True),
     }
@@ -435,8 +435,8 @@ def test_arrest_on_mnist_trains_all_rows_on_one_attack(small_mnist, tmp_path, mo
         with pytest.raises(KeyboardInterrupt):
             job.work(job, tmp_path / job.name, tmp_path)
     standard, *others = (seen[name] for name in arrest_mnist.MODELS)
-    attacks = {(c.eps, c.steps, c.step(c.eps), c.warm_up, c.norm) for c in others}
-    assert len(others) == 3 and attacks == {(0.3, 40, 2 * 0.3 / 40, 0.5, "linf")} and standard.eps == 0
+    attacks = {(a.eps, a.steps, a.step_size(a.eps), a.eps_warmup, a.norm) for a in (c.attack for c in others)}
+    assert len(others) == 3 and attacks == {(0.3, 40, 2 * 0.3 / 40, 0.5, "linf")} and standard.attack.eps == 0
 
 
 def test_settings_of_a_stage_count_for_what_follows_it_alone():

@@ -15,6 +15,7 @@ from purify_fast.data import StreamedImages, batches, read_ahead
 from purify_fast.data.streaming import AHEAD
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
+from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree
 
 X = torch.randint(0, 256, (70, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -152,7 +153,10 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
 
 def task():
     torch.manual_seed(0)
-    return ClassifierTask(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig(eps=0.05, steps=1))
+    return ClassifierTask(
+        SmallCNN(1, 2, (8, 8), 4),
+        ClassifierConfig(attack=TrainingAttack(eps=0.05, steps=1, relative_alpha=2.0, eps_warmup=0.2)),
+    )
 
 
 class Stop(Exception):

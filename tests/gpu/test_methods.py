@@ -15,6 +15,7 @@ from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.training import Batch
+from purify_fast.training.attack import TrainingAttack
 
 DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
 if DEVICE.type == "cuda" and not torch.cuda.is_available():
@@ -109,7 +110,7 @@ def test_arrest_distance_attack_and_replay(backend):
 
     def found(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         student, teacher = (copy.deepcopy(m).to(device, dtype).eval() for m in (now, start))
-        task = ArrestTask(student, ArrestConfig(eps=0.1, steps=3, alpha=None), SHAPE, ["hidden"], teacher)
+        task = ArrestTask(student, ArrestConfig(attack=TrainingAttack(eps=0.1, steps=3)), SHAPE, ["hidden"], teacher)
         batch = Batch(images().to(device, dtype), y.to(device), torch.arange(6, device=device), 7, 0, 10)
         assert task.teacher is not None
         of_teacher = task.teacher(batch)

@@ -184,7 +184,7 @@ def test_the_command_by_torchrun(tmp_path):
     done = torchrun(*carso, "--batch-size", "20")
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["{'loss':", "saved"], done.stdout
-    defence = purify_fast.load(tmp_path / "carso", load_classifier(tmp_path / "classifier"))
+    defence = purify_fast.load_defence(tmp_path / "carso", load_classifier(tmp_path / "classifier"))
     assert defence(torch.rand(2, 1, 12, 8)).shape == (2, 2)
 
 

@@ -17,6 +17,7 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch
+from purify_fast.training.attack import TrainingAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,18 +31,22 @@ def batch():
 
 
 def arrest(**options):
-    return ArrestTask(SmallCNN(width=4), ArrestConfig(eps=EPS, steps=2, alpha=EPS / 2, **options), SHAPE)
+    return ArrestTask(
+        SmallCNN(width=4), ArrestConfig(attack=TrainingAttack(eps=EPS, steps=2, alpha=EPS / 2), **options), SHAPE
+    )
 
 
 def carso(target):
     made = Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
-    return CarsoTask(made, CarsoConfig(attack_target=target, eps=EPS, steps=2))
+    return CarsoTask(made, CarsoConfig(attack_target=target, attack=TrainingAttack(eps=EPS, steps=2)))
 
 
 def atop(target):
     made = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
-    attack = {"attack": "fgsm"} if target == "classifier" else {"attack": "pgd", "steps": 2}
-    return AtopTask(made, AtopConfig(attack_target=target, eps=EPS, warm_up=0, **attack))
+    method, steps = ("fgsm", 10) if target == "classifier" else ("pgd", 2)
+    attack = TrainingAttack(eps=EPS, steps=steps)
+    config = AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay_epochs=0)
+    return AtopTask(made, config)
 
 
 slow = pytest.mark.slow
@@ -71,7 +76,7 @@ def test_a_step_breaks_only_in_its_attack(make, most):
     losses = []
     found = torch._dynamo.explain(lambda step: losses.append(task.training_step(step)[0]))(step)
     assert 0 < found.graph_break_count <= most
-    allowed = {("attacks/_frozen.py", None), ("attacks/gradient.py", None), ("arrest/training.py", "inputs")}
+    allowed = {("attacks/frozen_model.py", None), ("attacks/gradient.py", None), ("methods/arrest/task.py", "inputs")}
     for reason in found.break_reasons:
         file, function = where(reason)
         assert (file, None) in allowed or (file, function) in allowed, reason

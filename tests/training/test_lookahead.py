@@ -12,6 +12,7 @@ from purify_fast import data
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Lookahead, fit
+from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree, write_tree
 
 
@@ -144,7 +145,9 @@ def carso_run(folder, stop=None):
     """Training as published, on few images; raises before step ``stop``."""
     torch.manual_seed(0)
     made = Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
-    config = CarsoConfig(eps=0.2, steps=1, reduction="sum", optimizer="radam_lookahead", schedule="published")
+    config = CarsoConfig(
+        attack=TrainingAttack(eps=0.2, steps=1), reduction="sum", optimizer="radam_lookahead", schedule="published"
+    )
     task, done = CarsoTask(made, config), []
     step = task.training_step
 

@@ -1,5 +1,6 @@
 """The shared loop: exact resume after a kill, logs, refusals, and the classifier's training."""
 
+import dataclasses
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from purify_fast.training import (
     load_classifier,
     save_classifier,
 )
+from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import fingerprint, read_tree, write_tree
 from purify_fast.training.loop import step_seed
 from purify_fast.training.schedules import one_cycle
@@ -34,15 +36,14 @@ RUN = """
 import sys, torch
 from purify_fast import data
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import SmallCNN
-from purify_fast.training import FitConfig, fit
+from purify_fast.training import FitConfig, TrainingAttack, fit
 torch.set_num_threads(1)
 torch.manual_seed(0)
 digits = data.load("digits")
 defence = Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
 target = sys.argv[2]
-task = CarsoTask(defence, CarsoConfig(attack_target=target, eps=0.2, steps=3))
+task = CarsoTask(defence, CarsoConfig(attack_target=target, attack=TrainingAttack(eps=0.2, steps=3)))
 config = FitConfig(4, 64, padding=1, flip=True, checkpoint_seconds=0.2)
 print("ready", flush=True)
 fit(task, digits.x_train, digits.y_train, config, sys.argv[1])
@@ -99,9 +100,16 @@ def small_set(n=64):
     return x, torch.arange(n) % 2
 
 
+def configured(**options):
+    """A config from its own settings and its attack's."""
+    names = {field.name for field in dataclasses.fields(TrainingAttack)}
+    attack = {name: options.pop(name) for name in names & options.keys()}
+    return ClassifierConfig(attack=dataclasses.replace(ClassifierConfig.attack, **attack), **options)
+
+
 def task(**options):
     torch.manual_seed(0)
-    return ClassifierTask(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig(**options))
+    return ClassifierTask(SmallCNN(1, 2, (8, 8), 4), configured(**options))
 
 
 def test_a_finished_run_is_not_trained_again_and_a_shorter_log_is_kept(tmp_path):
@@ -137,7 +145,7 @@ def test_other_data_models_classifiers_or_origins_are_refused(tmp_path):
     def carso(seed, origin="scratch"):
         torch.manual_seed(seed)
         made = Carso(SmallCNN(1, 2, (8, 8), 4), ["conv2"], (1, 8, 8), 4, 2, 1, decoder_width=2)
-        return CarsoTask(made, CarsoConfig(eps=0.1, steps=1), origin)
+        return CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.1, steps=1)), origin)
 
     fit(carso(0), x, y, FitConfig(1, 16), tmp_path / "b")
     with pytest.raises(ValueError, match="classifier: "):
@@ -177,9 +185,9 @@ def test_too_few_images_and_bad_settings():
     ):
         with pytest.raises(ValueError):
             FitConfig(**wrong)
-    for wrong in ({"eps": -1}, {"steps": 0}, {"warm_up": 2}, {"learning_rate": 0}):
+    for wrong in ({"eps": -1}, {"steps": 0}, {"eps_warmup": 2}, {"learning_rate": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            ClassifierConfig(**wrong)
+            configured(**wrong)
 
 
 def test_divergence_is_an_error_that_keeps_the_last_checkpoint(tmp_path):
@@ -205,7 +213,14 @@ def test_the_global_generator_is_left_as_it_was():
     torch.manual_seed(3)
     made = SmallCNN(1, 2, (8, 8), 4)
     torch.manual_seed(3)
-    fit(ClassifierTask(made, ClassifierConfig(eps=0.1, steps=1)), x, y, FitConfig(1, 16))
+    fit(
+        ClassifierTask(
+            made, ClassifierConfig(attack=TrainingAttack(eps=0.1, steps=1, relative_alpha=2.0, eps_warmup=0.2))
+        ),
+        x,
+        y,
+        FitConfig(1, 16),
+    )
     assert torch.equal(torch.rand(3), want)
 
 
@@ -216,7 +231,7 @@ def test_eps_warms_up_and_reaches_its_value(monkeypatch):
     original = module.pgd
     monkeypatch.setattr(module, "pgd", lambda *a, **k: seen.append(k["eps"]) or original(*a, **k))
     x, y = small_set(16)
-    fit(task(eps=0.2, steps=1, warm_up=0.5), x, y, FitConfig(4, 16))
+    fit(task(eps=0.2, steps=1, eps_warmup=0.5), x, y, FitConfig(4, 16))
     assert seen == pytest.approx([0.1, 0.2, 0.2, 0.2])
 
 

@@ -17,6 +17,7 @@ from purify_fast.methods.carso.task import published_step
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, fit
+from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.distributed import average_
 
 LOOP = FitConfig(2, 32, padding=1, flip=True, checkpoint_seconds=0)
@@ -33,21 +34,22 @@ def small_defence():
 
 def small_task(kind):
     torch.manual_seed(0)
-    attack = {"eps": 0.1, "steps": 2, "norm": "l2"}  # signs of gradients near 0 would differ by rounding
+    attack = TrainingAttack(eps=0.1, steps=2, norm="l2")  # signs of gradients near 0 would differ by rounding
+    standard = dataclasses.replace(attack, relative_alpha=2.0, eps_warmup=0.2)
     if kind == "classifier":  # with BatchNorm and dropout
-        return ClassifierTask(FullyConnected(1, 10, (16, 16), (12, 8)), ClassifierConfig(**attack))
+        return ClassifierTask(FullyConnected(1, 10, (16, 16), (12, 8)), ClassifierConfig(standard))
     if kind == "convolutional":
-        return ClassifierTask(SmallCNN(width=2), ClassifierConfig(**attack))
+        return ClassifierTask(SmallCNN(width=2), ClassifierConfig(standard))
     if kind.startswith("atop"):
         defence = Atop(SmallCNN(width=2), SmallGenerator(1, width=2), (1, 16, 16), block=4, sigma=0.1)
-        options = {"warm_up": 0, "learning_rate": 1e-3, **attack, "attack": "pgd"}
+        options = {"cls_delay_epochs": 0, "learning_rate": 1e-3, "attack": attack, "attack_method": "pgd"}
         if kind == "atop pipeline":
             return AtopTask(defence, AtopConfig(attack_target="pipeline", **options))
         return AtopTask(defence, AtopConfig(gan_grad=True, discriminator_width=2, **options))
     if kind == "pipeline":
-        return CarsoTask(small_defence(), CarsoConfig(attack_target="pipeline", train_samples=2, **attack))
-    options = {"reduction": "sum", "optimizer": "radam_lookahead", "lag": 0.0, "learning_rate": 1e-3}
-    return CarsoTask(small_defence(), CarsoConfig(**attack, **options))
+        return CarsoTask(small_defence(), CarsoConfig(attack_target="pipeline", train_samples=2, attack=attack))
+    options = {"reduction": "sum", "optimizer": "radam_lookahead", "kl_delay": 0.0, "learning_rate": 1e-3}
+    return CarsoTask(small_defence(), CarsoConfig(attack=attack, **options))
 
 
 def weights(out, kind, folder=None):
@@ -105,7 +107,7 @@ def gradients(out, free):
     x, y = small_set()
     ids = torch.arange(rank, 32, world)
     batch = Batch(to_float(x[ids]), y[ids], ids, 7, 9, 10)
-    config = CarsoConfig(eps=0.2, steps=2, norm="l2", reduction="sum")
+    config = CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2, norm="l2"), reduction="sum")
     statistics = {name: buffer.clone() for name, buffer in defence.named_buffers()}
     own = published_step(defence, batch, config)[1]["kl"]
     kl = own.clone()

@@ -21,54 +21,11 @@ from ...evaluation import Attack, Tradeoff, ar_point_dist, evaluate, plot_tradeo
 from ...evaluation.autoattack import implementation
 from ...models.classifiers import representation_before_pooling
 from ...training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, load_classifier, save_classifier
-from .task import ArrestConfig, ArrestTask, Teacher
+from .config import AblationConfig, ArrestConfig
+from .task import ArrestTask, Teacher
 
 STANDARD, SCRATCH, FINETUNED = "standard", "AT from scratch", "AFT"
 ROBUST, AUTO = "PGD ce + dlr", "AutoAttack"
-
-
-@dataclass(frozen=True)
-class AblationConfig:
-    """What is compared; numbers ours.
-
-    Args:
-        weights: lambdas of the distillation. angles, taus: thresholds of the replay, as phi in degrees and as the
-            distance itself. Each lambda and each threshold alone, and all pairs of the two.
-        shares: of eps, for further classifiers trained from scratch, which with the standard one and the one at eps
-            make the reference curve.
-        standard_epochs, scratch_epochs: of the standard classifier, of adversarial training.
-        scratch_learning_rate, standard_learning_rate: peaks of one cycle of AdamW.
-        attack_steps: of PGD when attacking, with cross-entropy, then DLR. images: the first so many. autoattack: of
-            these the first so many by AutoAttack (standard) as well, what PGD left of them; 0 for none. If it runs, SUM
-            and the other trade-offs are the paper's, of clean accuracy and AutoAttack's, on its images; else of PGD's.
-    """
-
-    weights: tuple[float, ...] = (50.0,)
-    angles: tuple[float, ...] = (30.0,)
-    taus: tuple[float, ...] = ()
-    shares: tuple[float, ...] = (0.5,)
-    standard_epochs: int = 100
-    scratch_epochs: int = 100
-    standard_learning_rate: float = 3e-3
-    scratch_learning_rate: float = 3e-3
-    attack_steps: int = 50
-    images: int = 1000
-    autoattack: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("standard_epochs", "scratch_epochs", "attack_steps", "images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.autoattack < 0:
-            raise ValueError(f"autoattack must be at least 0, got {self.autoattack}")
-        for name in ("weights", "angles", "taus", "shares"):
-            values = getattr(self, name)
-            if len({f"{value:g}" for value in values}) < len(values):  # as the rows are named
-                raise ValueError(f"{name} must be different in six digits, got {values}")
-        if not all(weight > 0 for weight in self.weights):
-            raise ValueError(f"weights must be above 0, got {self.weights}")
-        if not all(0 < share < 1 for share in self.shares):
-            raise ValueError(f"shares must be between 0 and 1, got {self.shares}")
 
 
 def rows(config: ArrestConfig, what: AblationConfig) -> dict[str, ArrestConfig]:
@@ -77,7 +34,7 @@ def rows(config: ArrestConfig, what: AblationConfig) -> dict[str, ArrestConfig]:
     Raises:
         ValueError: a row that cannot be trained, or a setting of ``config`` that the rows would replace by others.
     """
-    for name, several in (("weight", "weights"), ("angle", "angles"), ("tau", "taus")):
+    for name, several in (("distillation_weight", "weights"), ("angle", "angles"), ("tau", "taus")):
         value = getattr(config, name)
         if value != getattr(ArrestConfig, name) and value not in getattr(what, several):
             raise ValueError(
@@ -85,8 +42,8 @@ def rows(config: ArrestConfig, what: AblationConfig) -> dict[str, ArrestConfig]:
             )
     if not config.replay and (what.angles or what.taus):
         raise ValueError("replay is off, and on in the rows of angles and taus: give none of them (--angles, --taus)")
-    bare = replace(config, weight=0.0, replay=False, angle=ArrestConfig.angle, tau=None)
-    distilled: dict[str, dict[str, Any]] = {f"lambda {w:g}": {"weight": w} for w in what.weights}
+    bare = replace(config, distillation_weight=0.0, replay=False, angle=ArrestConfig.angle, tau=None)
+    distilled: dict[str, dict[str, Any]] = {f"lambda {w:g}": {"distillation_weight": w} for w in what.weights}
     replayed: dict[str, dict[str, Any]] = {f"phi {a:g}": {"replay": True, "angle": a} for a in what.angles}
     replayed |= {f"tau {t:g}": {"replay": True, "tau": t} for t in what.taus}
     made = {FINETUNED: bare}
@@ -151,6 +108,7 @@ def ablate(
     ar_point_dist(((0, 1), (1, 0)), (0, 1))  # needs scipy, at the end: said now if it is missing
     if what.autoattack:
         implementation()
+    attack = config.attack
     finetunings = rows(config, what)  # what it refuses is refused before any work
     if config.pooled:
         start = make()
@@ -170,11 +128,8 @@ def ablate(
     scratch = {STANDARD: 0.0, **{f"{SCRATCH}, eps x {s:g}": s for s in sorted(what.shares)}, SCRATCH: 1.0}
     trainings = {
         name: ClassifierConfig(
-            eps=share * config.eps,
-            norm=config.norm,
-            steps=config.steps,
-            alpha=share * config.step(config.eps),  # its own default is another one
-            warm_up=config.warm_up,
+            # the step is given, since the two tasks' own defaults differ
+            attack=replace(attack, eps=share * attack.eps, alpha=share * attack.step_size(attack.eps)),
             learning_rate=what.scratch_learning_rate if share else what.standard_learning_rate,
         )
         for name, share in scratch.items()
@@ -205,7 +160,8 @@ def _attack(
     if what.autoattack:
         attacks.append(Attack("autoattack", survivors=True, limit=what.autoattack, label=AUTO))
     report = evaluate(
-        model, images.x_test[: what.images], images.y_test[: what.images], eps=config.eps, norm=config.norm,
+        model, images.x_test[: what.images], images.y_test[: what.images],
+        eps=config.attack.eps, norm=config.attack.norm,
         attacks=attacks, steps=what.attack_steps, seed=seed, out=folder, name=name, progress=progress,
     )  # fmt: skip
     report.save(folder)
@@ -237,6 +193,7 @@ def _curve(points: Sequence[Tradeoff]) -> list[Tradeoff]:
 def _write(
     out: Path, found: dict[str, _Result], reference: Sequence[str], config: ArrestConfig, what: AblationConfig
 ) -> list[Path]:
+    attack = config.attack
     curve = _curve([found[name].point for name in reference])
     auto = what.autoattack > 0
     head = ["model", "standard", "robust"] + (["standard, AutoAttack's images", "AutoAttack"] if auto else [])
@@ -251,7 +208,7 @@ def _write(
         table.append([name, *(f"{value:.1f} ± {error:.1f}" for value, error in pairs), *sums, far])
     robust = f"AutoAttack, first {what.autoattack} images" if auto else f"PGD-{what.attack_steps}"
     text = [
-        f"Accuracy ± standard error, %; the first {what.images} test images, {config.norm} eps {config.eps:.4g}; "
+        f"Accuracy ± standard error, %; the first {what.images} test images, {attack.norm} eps {attack.eps:.4g}; "
         f"robust: PGD-{what.attack_steps} with cross-entropy, then with DLR on what that left. "
         + (f"AutoAttack: standard, then, on the first {what.autoattack}. " if auto else "")
         + f"SUM, mean, NRR and ar_point_dist: of standard accuracy and {robust}. "

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from math import cos, radians
 from typing import Any
 
 import torch
@@ -29,130 +27,14 @@ from ...data import StreamedImages, to_float
 from ...models.classifiers import representation_before_pooling
 from ...models.representation import Representation, untapped
 from ...ops.noisy_replay import noisy_replay
-from ...ops.pgd_step import NORMS
 from ...ops.representation_distance import representation_distance
 from ...speed.inference_copy import LiveView, channels_last, inside, quicken
+from ...training.attack import TrainingAttack, settings
 from ...training.checkpoint import fingerprint, structure
 from ...training.distributed import average_
 from ...training.loop import Batch
-from ...training.schedules import arrest_published, one_cycle, rising
-
-CHOICES = {
-    "norm": NORMS,
-    "distance": ("abs_cosine", "cosine", "angular", "l2"),
-    "drift_mode": ("eval", "train"),
-    "optimizer": ("sgd", "adamw"),
-    "schedule": ("published", "one_cycle", "constant"),
-    "precision": ("float32", "bfloat16"),
-}
-
-
-@dataclass(frozen=True)
-class ArrestConfig:
-    """Numbers of ARREST's finetuning. "Paper" is its abstract or text that quotes it, "port" a re-implementation by
-    readers of the paper (sgmath12/FAT), "ours" a choice of this package where neither tells.
-
-    Args:
-        eps: radius in image units (paper: 8/255). norm: ``linf`` (paper), ``l2`` or ``l1``.
-        steps, alpha: of PGD on the cross-entropy alone (paper, port: 10 and 2/255). alpha None: 2.5 eps / steps (ours).
-            Together they must reach eps: alpha is not scaled with it.
-        start: whether PGD begins at a random point of the ball (ours).
-        warm_up: share of the epochs over which eps rises linearly from 0 (ours; port: 0).
-        weight: lambda of the distillation (port: 50); 0 leaves it out.
-        distance: d, ``abs_cosine`` (port; what the paper calls angular), ``cosine``, ``angular`` or ``l2``.
-        pooled: read maps after global average pooling (the port's deviation) and not before (paper, says the port);
-            not for vectors.
-        replay: whether noisy replay is on. angle: phi in degrees (port: 30); tau is the distance of two vectors at it.
-        tau: the threshold itself, for a distance that no angle decides, or to be set freely; None takes the angle's.
-        replay_share: of the epochs, the first, in which examples are replayed (port: half).
-        drift_mode: the drift test's mode, ``eval`` (ours), which leaves BatchNorm's statistics alone, or ``train``
-            (port).
-        optimizer: ``sgd`` with momentum (port), or ``adamw`` (ours). learning_rate: its peak (port: 0.025).
-        momentum: of sgd (port: 0.9). weight_decay: (port: 5e-4).
-        schedule: ``published`` (port; `purify_fast.training.schedules.arrest_published`), ``one_cycle`` or
-            ``constant`` (ours).
-        average: decay of a moving average of the weights, which is then the result; 0 for none (an extra, not part
-            of ARREST).
-        awp: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020; 0 for none (an extra, likewise).
-        precision: ``float32``, or ``bfloat16`` within matrix products (ours).
-
-    With ``weight=0, replay=False`` it is adversarial finetuning, and of a fresh classifier PGD adversarial training.
-    """
-
-    eps: float = 8 / 255
-    norm: str = "linf"
-    steps: int = 10
-    alpha: float | None = 2 / 255
-    start: bool = True
-    warm_up: float = 0.0
-    weight: float = 50.0
-    distance: str = "abs_cosine"
-    pooled: bool = False
-    replay: bool = True
-    angle: float = 30.0
-    tau: float | None = None
-    replay_share: float = 0.5
-    drift_mode: str = "eval"
-    optimizer: str = "sgd"
-    learning_rate: float = 0.025
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: str = "published"
-    average: float = 0.0
-    awp: float = 0.0
-    precision: str = "float32"
-
-    def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not self.eps > 0:
-            raise ValueError(f"eps must be above 0, got {self.eps}")
-        if self.norm == "linf" and not self.eps <= 1:
-            raise ValueError(f"eps is in image units, at most 1 for linf, got {self.eps}: is {self.eps:g}/255 meant?")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha}: the images would not move")
-        reach = self.eps if self.alpha is None else self.steps * self.alpha
-        if reach < self.eps * (1 - 1e-6):
-            raise ValueError(
-                f"{self.steps} steps of alpha {self.alpha:.4g} reach {reach:.4g} of eps {self.eps:.4g}: "
-                f"give a larger alpha, or None for 2.5 eps / steps = {2.5 * self.eps / self.steps:.4g}"
-            )
-        for name in ("weight", "learning_rate", "weight_decay", "awp"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("warm_up", "replay_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("momentum", "average"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.angle <= 90:
-            raise ValueError(f"angle must be in [0, 90] degrees, got {self.angle}")
-        if self.tau is not None and not self.tau >= 0:
-            raise ValueError(f"tau must be at least 0, got {self.tau}")
-        if self.replay and self.norm != "linf":
-            raise ValueError(f"replay needs norm 'linf', whose ball its noise fills, got {self.norm!r}")
-        if self.replay and self.tau is None and self.distance == "l2":
-            raise ValueError("tau must be given with distance 'l2': no angle decides it")
-
-    @property
-    def threshold(self) -> float:
-        """tau: the drift above which an example is replayed."""
-        if self.tau is not None:
-            return self.tau
-        return self.angle / 180 if self.distance == "angular" else 1 - cos(radians(self.angle))
-
-    def step(self, eps: float) -> float:
-        """PGD's step at a radius that may still be rising to the config's."""
-        return 2.5 * eps / self.steps if self.alpha is None else self.alpha * eps / self.eps
-
-    def replays(self, epoch: int, epochs: int) -> bool:
-        """Whether examples may be replayed in ``epoch`` of 0 .. epochs - 1."""
-        # rounded: 0.07 * 100 is above 7
-        return self.replay and epoch < round(self.replay_share * epochs, 9)
+from ...training.schedules import arrest_published, one_cycle
+from .config import ArrestConfig
 
 
 def _pool(features: list[Tensor]) -> list[Tensor]:
@@ -281,7 +163,7 @@ class ArrestTask:
         self._reader: Representation | None = None
         self._view: LiveView | None = None
         self.layers: list[str] = []
-        if config.weight > 0 or config.replay:
+        if config.distillation_weight > 0 or config.replay:
             self.layers = [representation_before_pooling(model)] if layers is None else list(layers)
             self.teacher = Teacher(start, self.layers, image_shape, config.pooled, self.dtype)
             self._reader = Representation(model, self.layers, image_shape)
@@ -290,7 +172,7 @@ class ArrestTask:
             self._last = channels_last(model, image_shape)
         if self.dtype != torch.float32 or compile:
             self._view = LiveView(model, image_shape, self.dtype, compile)
-        self.model: nn.Module = model if config.average == 0 else _Averaged(model)
+        self.model: nn.Module = model if config.ema_decay == 0 else _Averaged(model)
         weights = [p for p in model.parameters() if p.requires_grad]
         if not weights:
             raise ValueError("model has no parameters to train")
@@ -308,7 +190,7 @@ class ArrestTask:
         self.optimizer.register_step_pre_hook(lambda *_: self._restore())
         if isinstance(self.model, _Averaged):
             averaged = self.model
-            self.optimizer.register_step_post_hook(lambda *_: averaged.update(config.average))
+            self.optimizer.register_step_post_hook(lambda *_: averaged.update(config.ema_decay))
 
     @property
     def result(self) -> nn.Module:
@@ -343,29 +225,28 @@ class ArrestTask:
         """The classifier as the attack sees it; `LiveView.refresh` brings an accelerated copy up to date."""
         return self.classifier if self._view is None else self._view
 
-    def attack(self, batch: Batch, eps: float, rows: Tensor | None = None) -> Tensor:
+    def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
         """PGD on the cross-entropy for the images of ``rows``, indices, or all; the others as they are."""
-        c = self.config
         x, y, ids = (v if rows is None else v[rows] for v in (batch.x, batch.y, batch.sample_ids))
         if self._view is not None:
             self._view.refresh()
         found = pgd(
-            self.attacked, x, y, eps=eps, alpha=c.step(eps), steps=c.steps, norm=c.norm, start=c.start,
-            seed=batch.seed, sample_ids=ids,
+            self.attacked, x, y, eps=attack.eps, alpha=attack.step_size(attack.eps), steps=attack.steps,
+            norm=attack.norm, start=attack.random_start, seed=batch.seed, sample_ids=ids,
         )  # fmt: skip
         return found if rows is None else batch.x.index_copy(0, rows, found)
 
     def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
         """x_in, and the share of replayed examples; PGD runs only for the others."""
-        eps = rising(self.config.eps, batch.epoch, batch.epochs, self.config.warm_up)
+        attack = self.config.attack.at_epoch(batch.epoch, batch.epochs)
         if not self.config.replays(batch.epoch, batch.epochs):
-            return self.attack(batch, eps), batch.x.new_zeros(())
+            return self.attack(batch, attack), batch.x.new_zeros(())
         drift, tau = self.drift(batch.x, of_teacher), self.config.threshold
         replayed = drift > tau
         rows = torch.nonzero(~replayed)[:, 0]  # a sync, for up to all of the attack
-        adversarial = self.attack(batch, eps, rows) if len(rows) else batch.x
+        adversarial = self.attack(batch, attack, rows) if len(rows) else batch.x
         seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
-        x = noisy_replay(batch.x, adversarial, drift, tau, eps, seed, batch.sample_ids)
+        x = noisy_replay(batch.x, adversarial, drift, tau, attack.eps, seed, batch.sample_ids)
         return x, replayed.float().mean()
 
     def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -380,14 +261,14 @@ class ArrestTask:
             return cross_entropy, metrics
         distance = self.distance(features, of_teacher).mean()
         metrics["distance"] = distance.detach()
-        return cross_entropy + self.config.weight * distance, metrics
+        return cross_entropy + self.config.distillation_weight * distance, metrics
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics) of one batch."""
         self._restore()  # from a batch before, where a step is for the gradients of several
         of_teacher = [] if self.teacher is None else self.teacher(batch)
         x, replayed = self.inputs(batch, of_teacher)
-        if self.config.awp > 0:
+        if self.config.awp_gamma > 0:
             self._perturb(x, batch.y, of_teacher)
         loss, metrics = self.loss(x, batch.y, of_teacher)
         return loss, {**metrics, "replayed": replayed} if self.config.replay else metrics
@@ -406,7 +287,7 @@ class ArrestTask:
                 buffer.copy_(before)
             for weight, gradient in used:
                 self._unperturbed.append((weight, weight.clone()))
-                weight.add_(gradient * (self.config.awp * weight.norm() / (gradient.norm() + 1e-12)))
+                weight.add_(gradient * (self.config.awp_gamma * weight.norm() / (gradient.norm() + 1e-12)))
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -428,4 +309,4 @@ class ArrestTask:
     def describe(self) -> dict[str, Any]:
         """The config, the representation, the classifier's structure, and where it started."""
         facts = {"layers": self.layers, "structure": structure(self.classifier), "origin": self.origin}
-        return {"task": "arrest", **asdict(self.config), **facts}
+        return {"task": "arrest", **settings(self.config), **facts}

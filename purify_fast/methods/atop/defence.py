@@ -26,7 +26,7 @@ from .purifier import PURIFIERS, Purifier
 
 if TYPE_CHECKING:
     from ...training.loop import Batch
-    from .task import AtopConfig
+    from .config import AtopConfig
 
 TRANSFORMS = ("rt1", "rt2", "rt3")
 AGGREGATIONS = ("mean", "probability")
@@ -239,12 +239,13 @@ class Atop(Defence):
         Raises:
             ValueError: ``gan_grad`` is asked for.
         """
-        from .task import AtopConfig, training_loss
+        from .config import AtopConfig
+        from .task import training_loss
 
         return training_loss(self, batch, config or AtopConfig())[0]
 
     def save(self, folder: str | Path) -> None:
-        """Write the purifier to ``folder``; `purify_fast.load` reads it back."""
+        """Write the purifier to ``folder``; `purify_fast.load_defence` reads it back."""
         from ...training.defences import save_defence
 
         save_defence(self, folder)

@@ -11,7 +11,7 @@ L_D = mean relu(1 - D(s, m)) / 2 + mean relu(1 + D(x2, m)) / 2; in the official 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,142 +20,32 @@ from torch.nn import functional as F
 
 from ..._process import processes
 from ...attacks import fgsm, pgd
-from ...ops.pgd_step import NORMS
+from ...training.attack import settings
 from ...training.checkpoint import fingerprint
 from ...training.distributed import average_
 from ...training.loop import Batch
 from ...training.schedules import one_cycle
+from .config import AtopConfig
 from .defence import Atop
 from .discriminator import PatchDiscriminator, patch_depth
-
-CHOICES = {
-    "attack": ("fgsm", "pgd", "none"),
-    "attack_target": ("classifier", "pipeline"),
-    "norm": NORMS,
-    "reconstruction_target": ("adversarial", "clean"),
-    "gan_fake": ("refined", "pasted"),
-    "precision": ("float32", "bfloat16"),
-    "schedule": ("constant", "one_cycle"),
-}
-
-#: What the official notebooks change of `AtopConfig`'s defaults. They name the transform, which is the defence's.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "cifar_rt1": {"warm_up": 0},
-    "cifar_rt2": {},
-    "imagenette_rt1": {"warm_up": 0},
-    "imagenette_rt2": {"cls_weight": 0.1},
-    "logged": {"reconstruction_target": "clean"},  # the one whose output is kept: CIFAR-10, rt2
-    "formula": {"gan_grad": True},  # the paper's, which no notebook computes
-}
-
-
-@dataclass(frozen=True)
-class AtopConfig:
-    """Numbers of AToP's training, with their source; the defaults are the released CIFAR-10 notebooks'.
-
-    Args:
-        attack: ``fgsm`` (official code: one step, no start), ``pgd``, or ``none`` as in pre-training.
-        attack_target: ``classifier`` (official code) or ``pipeline``, the whole defence with exact gradients (ours).
-        eps: radius in image units (official code: 8/255). norm: ``linf`` (official code), ``l2`` or ``l1``.
-        steps, alpha: of PGD. alpha None: 2.5 eps / steps (ours).
-        reconstruction_target: ``adversarial``, the purifier rebuilds what it gets (released notebooks, one pass), or
-            ``clean``: a clean image from its own transform, in a second pass with the same noise and mask (the logged
-            run).
-        cls_weight: lambda (official code: 0.05; 0.1 on ImageNette). warm_up: first epochs without it (official: 2).
-        reconstruction: weight of the L1 terms, or of the purifier's own ``original_loss`` (official: 1).
-        gan_weight: of L_G (official: 1). discriminator_width: channels of its first layer (official: 64).
-        gan_grad: whether L_G trains the purifier, as the paper's formula says. In the official code its gradient is cut
-            off, so that the discriminator changes nothing: False does without it.
-        gan_fake: what D sees as fake in its own step: ``refined``, x2 (fine-tuning), or ``pasted``, x2 in the hole and
-            t elsewhere (pre-training).
-        precision: ``float32`` (official), or ``bfloat16``: `AtopTask` trains the defence accelerated (ours).
-        schedule: ``constant`` (official) or ``one_cycle`` (ours).
-        learning_rate: of Adam (official: 1e-4). betas: (official: 0.5, 0.999).
-
-    Raises:
-        ValueError: a setting out of range; it names it.
-    """
-
-    attack: str = "fgsm"
-    attack_target: str = "classifier"
-    eps: float = 8 / 255
-    norm: str = "linf"
-    steps: int = 10
-    alpha: float | None = None
-    reconstruction_target: str = "adversarial"
-    cls_weight: float = 0.05
-    warm_up: int = 2
-    reconstruction: float = 1.0
-    gan_weight: float = 1.0
-    discriminator_width: int = 64
-    gan_grad: bool = False
-    gan_fake: str = "refined"
-    precision: str = "float32"
-    schedule: str = "constant"
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.5, 0.999)
-
-    def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.attack != "none" and not self.eps > 0:
-            raise ValueError(f"eps must be above 0, got {self.eps}; attack='none' trains without attacks")
-        if self.norm == "linf" and not self.eps <= 1:
-            raise ValueError(f"eps is in image units, at most 1 for linf, got {self.eps}: is {self.eps:g}/255 meant?")
-        if self.attack == "none" and self.attack_target == "pipeline":
-            raise ValueError("attack_target 'pipeline' needs an attack: fgsm or pgd")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha}: the images would not move")
-        for name in ("cls_weight", "reconstruction", "gan_weight", "learning_rate", "warm_up"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("steps", "discriminator_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.attack != "pgd" and (self.steps, self.alpha) != (type(self).steps, None):
-            raise ValueError(f"steps and alpha go with attack='pgd', got {self.steps} and {self.alpha}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        gan = ("gan_weight", "discriminator_width", "gan_fake")
-        if not self.gan_grad and (odd := [name for name in gan if getattr(self, name) != getattr(type(self), name)]):
-            raise ValueError(
-                f"{odd[0]} {getattr(self, odd[0])!r} goes with gan_grad: without it there is no discriminator"
-            )
-
-    @classmethod
-    def published(cls, name: str = "cifar_rt2", **changes: Any) -> AtopConfig:
-        """The numbers of one of the official notebooks, by its name in `PUBLISHED`.
-
-        Raises:
-            ValueError: another name.
-        """
-        if name not in PUBLISHED:
-            raise ValueError(f"name must be one of {', '.join(PUBLISHED)}, got {name!r}")
-        return cls(**{**PUBLISHED[name], **changes})
-
-    @classmethod
-    def pretraining(cls, **changes: Any) -> AtopConfig:
-        """Generator pre-training: hinge GAN and L1 on clean images, no classifier (DeepFillv2's, w_adv = w_l1 = 1)."""
-        made = {"attack": "none", "reconstruction_target": "clean", "cls_weight": 0.0, "gan_grad": True}
-        return cls(**{**made, "gan_fake": "pasted", **changes})
 
 
 def attacked(defence: Atop, batch: Batch, config: AtopConfig) -> Tensor:
     """x' as the config makes it: shape and dtype of the batch's images."""
-    if config.attack == "none":
+    if config.attack_method == "none":
         return batch.x
-    options: dict[str, Any] = {"eps": config.eps, "norm": config.norm}
-    if config.attack == "pgd":
-        alpha = 2.5 * config.eps / config.steps if config.alpha is None else config.alpha
-        options |= {"steps": config.steps, "alpha": alpha, "seed": batch.seed, "sample_ids": batch.sample_ids}
-    attack = pgd if config.attack == "pgd" else fgsm
+    attack = config.attack.at_epoch(batch.epoch, batch.epochs)
+    options: dict[str, Any] = {"eps": attack.eps, "norm": attack.norm}
+    if config.attack_method == "pgd":
+        options |= {"steps": attack.steps, "alpha": attack.step_size(attack.eps), "start": attack.random_start}
+        options |= {"seed": batch.seed, "sample_ids": batch.sample_ids}
+    method = pgd if config.attack_method == "pgd" else fgsm
     if config.attack_target == "classifier":
-        return attack(defence.frozen_classifier, batch.x, batch.y, **options)
+        return method(defence.frozen_classifier, batch.x, batch.y, **options)
     rank, world = processes()
     places = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)  # in the batch of all processes
     with defence.positions(places):
-        return attack(defence, batch.x, batch.y, **options)
+        return method(defence, batch.x, batch.y, **options)
 
 
 @dataclass(frozen=True)
@@ -176,9 +66,9 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig) -> Passes:
     One pass where the L1's input and the classifier's are the same images; one of twice the images where not. While
     lambda is 0 what only the cross-entropy would need is not computed.
     """
-    weight = config.cls_weight if batch.epoch >= config.warm_up else 0.0
+    weight = config.cls_weight if batch.epoch >= config.cls_delay_epochs else 0.0
     rebuild = batch.x
-    both = weight > 0 and config.attack != "none" and config.reconstruction_target == "clean"
+    both = weight > 0 and config.attack_method != "none" and config.reconstruction_target == "clean"
     if both or config.reconstruction_target == "adversarial":
         adversarial = attacked(defence, batch, config)
         rebuild = rebuild if both else adversarial
@@ -195,7 +85,7 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig) -> Passes:
     # sample by sample, N passes for each image of it
     target = target.repeat_interleave(parts, 0).repeat(passes_per_image // parts, 1, 1, 1)
     reconstruction = defence.purifier.original_loss([image[:rows] for image in images], target).mean()
-    loss = config.reconstruction * reconstruction
+    loss = config.reconstruction_weight * reconstruction
     metrics = {"reconstruction": reconstruction.detach()}
     if weight > 0:
         purified = defence.join(images[-1][-rows:], classified)  # [S, B, C, H, W]
@@ -311,7 +201,7 @@ class AtopTask:
     def describe(self) -> dict[str, Any]:
         """The config, the defence's arguments, its classifier, and where it started."""
         facts = {"defence": self.defence.arguments, "classifier": self.classifier}
-        return {"task": "atop", **asdict(self.config), **facts, "origin": self.origin}
+        return {"task": "atop", **settings(self.config), **facts, "origin": self.origin}
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:

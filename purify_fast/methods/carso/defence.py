@@ -32,7 +32,7 @@ from .packed_decoder import PackedDecoder
 
 if TYPE_CHECKING:
     from ...training.loop import Batch
-    from .task import CarsoConfig
+    from .config import CarsoConfig
 
 FORMS = ("v4", "v1")
 DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping]]
@@ -340,12 +340,13 @@ class Carso(Defence):
                 out, the last two say that the first epoch of the schedule never ends, without a KL term.
             config: `CarsoConfig`; its attack_target chooses the published training or the one through the pipeline.
         """
-        from .task import CarsoConfig, training_loss
+        from .config import CarsoConfig
+        from .task import training_loss
 
         return training_loss(self, batch, config or CarsoConfig())[0]
 
     def save(self, folder: str | Path) -> None:
-        """Write the purifier, and a classifier trained with it, to ``folder``; `purify_fast.load` reads it back."""
+        """Write the purifier, and a classifier trained with it, to ``folder`` for `purify_fast.load_defence`."""
         from ...training.defences import save_defence
 
         save_defence(self, folder)

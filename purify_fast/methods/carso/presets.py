@@ -24,9 +24,10 @@ from torch import nn
 
 from ...models.classifiers import FullyConnected, WideResNet
 from ...models.wide_resnet import representation_layers
-from ...training.loop import FitConfig
+from ...training.attack import TrainingAttack
+from ...training.config import FitConfig
+from .config import CarsoConfig, EpsMode, Schedule, atom_size
 from .networks import published_decoder
-from .task import CarsoConfig, atom_size
 
 GRADES = ("R", "RV", "E", "RB", "DM", "S", "X", "I", "M")
 
@@ -42,7 +43,7 @@ class Preset:
         layers: the representation's modules.
         form, cond_dim, latent_dim, samples, encoder_depth: of `Carso`.
         epochs, batch_size: of the whole run; processes: it was divided over, which sets the attacks per batch.
-        adversarial_fraction, eps, steps, alpha, lag, learning_rate, lookahead_steps, lookahead_alpha, schedule: of
+        adversarial_fraction, eps, steps, alpha, kl_delay, learning_rate, lookahead_steps, lookahead_alpha, schedule: of
             `CarsoConfig`.
         sources: per number, the grade of its source, and the file.
     """
@@ -69,11 +70,11 @@ class Preset:
     eps: float
     steps: int
     alpha: float
-    lag: float
+    kl_delay: float
     learning_rate: float
     lookahead_steps: int
     lookahead_alpha: float
-    schedule: str
+    schedule: Schedule
     sources: dict[str, str] = field(repr=False)
 
     def build_classifier(self) -> nn.Module:
@@ -105,19 +106,18 @@ class Preset:
         The code scales eps (`CarsoConfig.eps_mode`), and rounds the attacks per batch down in every process:
         TinyImageNet is trained without any adversarial example that way.
         """
-        fraction, mode = self.adversarial_fraction, "paper"
+        fraction = self.adversarial_fraction
+        mode: EpsMode = "paper"
         if official_code:
             local = self.batch_size // self.processes
             fraction = 4 * atom_size(local, fraction, allow_none=True) / local
             mode = "official_code" if self.form == "v4" else "paper"
         return CarsoConfig(
-            eps=self.eps,
+            attack=TrainingAttack(eps=self.eps, steps=self.steps, alpha=self.alpha),
             eps_mode=mode,
-            steps=self.steps,
-            alpha=self.alpha,
             adversarial_fraction=fraction,
             allow_no_adversarial=fraction == 0,
-            lag=self.lag,
+            kl_delay=self.kl_delay,
             reduction="sum",
             optimizer="radam_lookahead",
             lookahead_steps=self.lookahead_steps,
@@ -145,7 +145,7 @@ def _v4(script: str, statistics: str, **numbers) -> Preset:
         "processes": "R carsotrain_*.sh",
         "eps": "S the paper, against the code: see eps_mode",
         **dict.fromkeys(("steps", "alpha"), "R attacks.py"),
-        "lag": official,
+        "kl_delay": official,
         "learning_rate": "I 1e-4 times batch_size / processes",
         "lookahead_steps": official,
         "lookahead_alpha": "E optim/custom.py",
@@ -160,7 +160,7 @@ def _v4(script: str, statistics: str, **numbers) -> Preset:
         eps=8 / 255,
         steps=40,
         alpha=0.01,
-        lag=0.125,
+        kl_delay=0.125,
         lookahead_steps=6,
         lookahead_alpha=0.8,
         schedule="published",
@@ -247,7 +247,7 @@ PRESETS: dict[str, Preset] = {
         eps=0.3,
         steps=40,
         alpha=0.01,
-        lag=0.0,
+        kl_delay=0.0,
         learning_rate=0.04608,
         lookahead_steps=5,
         lookahead_alpha=0.8,
@@ -259,7 +259,7 @@ PRESETS: dict[str, Preset] = {
             "samples": "RV eval_a_individual.py",
             **dict.fromkeys(("epochs", "batch_size", "processes", "adversarial_fraction"), "RV train_a_carso.py"),
             **dict.fromkeys(("eps", "steps", "alpha"), "RV attacks.py"),
-            "lag": "RV train_a_carso.py",
+            "kl_delay": "RV train_a_carso.py",
             "learning_rate": "I 3e-5 times batch_size",
             "lookahead_steps": "RV train_a_carso.py",
             "lookahead_alpha": "E optim/custom.py",

@@ -15,10 +15,13 @@ from purify_fast.methods.arrest import AblationConfig, ArrestConfig, ArrestTask,
 from purify_fast.methods.arrest.ablation import _curve, _Result, _write, rows
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierTask, FitConfig, load_classifier
+from purify_fast.training.attack import TrainingAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIG = ArrestConfig(eps=0.2, steps=2, alpha=0.1, optimizer="adamw", schedule="one_cycle", learning_rate=3e-3)
+CONFIG = ArrestConfig(
+    attack=TrainingAttack(eps=0.2, steps=2, alpha=0.1), optimizer="adamw", schedule="one_cycle", learning_rate=3e-3
+)
 FEW = {"standard_epochs": 1, "scratch_epochs": 1, "attack_steps": 2, "images": 16}
 SCRATCH = ["standard", "AT from scratch, eps x 0.5", "AT from scratch"]
 FINETUNED = ["AFT", "AFT + RGKD, lambda 50", "AFT + NR, phi 30", "ARREST, lambda 50, phi 30"]
@@ -50,7 +53,9 @@ def counted(monkeypatch):
 
 
 def test_rows_of_the_parts_alone_and_together():
-    config = ArrestConfig(eps=0.1, alpha=None, tau=0.7, weight=2.5, angle=45.0)  # each is in its list
+    config = ArrestConfig(
+        attack=TrainingAttack(eps=0.1, steps=10), tau=0.7, distillation_weight=2.5, angle=45.0
+    )  # each is in its list
     made = rows(config, AblationConfig(weights=(50.0, 2.5), angles=(30.0, 45.0), taus=(0.7,)))
     assert list(made) == [
         "AFT",
@@ -66,13 +71,13 @@ def test_rows_of_the_parts_alone_and_together():
         "ARREST, lambda 2.5, phi 45",
         "ARREST, lambda 2.5, tau 0.7",
     ]
-    assert {c.eps for c in made.values()} == {0.1}
+    assert {c.attack.eps for c in made.values()} == {0.1}
     bare, distilled = made["AFT"], made["AFT + RGKD, lambda 2.5"]
     replayed, both = made["AFT + NR, phi 45"], made["ARREST, lambda 2.5, phi 45"]
-    assert [c.weight for c in (bare, distilled, replayed, both)] == [0, 2.5, 0, 2.5]
+    assert [c.distillation_weight for c in (bare, distilled, replayed, both)] == [0, 2.5, 0, 2.5]
     assert [c.replay for c in (bare, distilled, replayed, both)] == [False, False, True, True]
     thresholds = [made[f"{name}, tau 0.7"] for name in ("AFT + NR", "ARREST, lambda 50", "ARREST, lambda 2.5")]
-    assert [(c.threshold, c.weight, c.replay) for c in thresholds] == [
+    assert [(c.threshold, c.distillation_weight, c.replay) for c in thresholds] == [
         (0.7, 0, True),
         (0.7, 50, True),
         (0.7, 2.5, True),
@@ -119,7 +124,7 @@ def test_every_row_is_trained_attacked_and_written_once(images, tmp_path, monkey
     assert taken == {ClassifierTask: 0, ArrestTask: 4}
     assert "| AFT + RGKD, lambda 5 | " in table.read_text()
     with pytest.raises(ValueError, match=r"holds a run with other settings \(.*steps: 2 there, 3 now"):
-        run(images, tmp_path, config=ArrestConfig(eps=0.2, steps=3, alpha=0.1))
+        run(images, tmp_path, config=ArrestConfig(attack=TrainingAttack(eps=0.2, steps=3, alpha=0.1)))
 
 
 def test_finetuning_starts_from_the_standard_classifier_and_its_teacher_is_that(images, tmp_path, monkeypatch):
@@ -160,11 +165,11 @@ def test_the_scratch_rows_attack_with_their_share_of_eps(images, tmp_path, monke
     with pytest.raises(Enough):
         run(images, tmp_path, what)
     configs, weights = zip(*seen, strict=True)
-    assert [c.eps for c in configs] == pytest.approx([0, 0.05, 0.1, 0.2])
-    assert [c.alpha for c in configs] == pytest.approx([0, 0.025, 0.05, 0.1])
-    assert [c.learning_rate for c in configs] == [1e-3, 2e-3, 2e-3, 2e-3] and {c.steps for c in configs} == {2}
+    assert [c.attack.eps for c in configs] == pytest.approx([0, 0.05, 0.1, 0.2])
+    assert [c.attack.alpha for c in configs] == pytest.approx([0, 0.025, 0.05, 0.1])
+    assert [c.learning_rate for c in configs] == [1e-3, 2e-3, 2e-3, 2e-3] and {c.attack.steps for c in configs} == {2}
     assert all(torch.equal(w, weights[0]) for w in weights)  # all begin with the same weights
-    assert {c.warm_up for c in configs} == {0.0}
+    assert {c.attack.eps_warmup for c in configs} == {0.0}
 
 
 @pytest.mark.parametrize("alpha", [None, 0.15])
@@ -180,7 +185,7 @@ def test_from_scratch_and_finetuned_train_on_one_attack(images, tmp_path, monkey
     monkeypatch.setattr(module, "plot_tradeoff", lambda *a, **k: False)
     for task in (ArrestTask, ClassifierTask):
         monkeypatch.setattr(importlib.import_module(task.__module__), "pgd", attack)
-    config = ArrestConfig(eps=0.2, steps=2, alpha=alpha, warm_up=0.5)
+    config = ArrestConfig(attack=TrainingAttack(eps=0.2, steps=2, alpha=alpha, eps_warmup=0.5))
     what = AblationConfig(**{**FEW, "scratch_epochs": 4}, weights=(), angles=(), shares=())
     ablate(lambda: SmallCNN(width=4), images, config, what, FitConfig(4, 32), tmp_path, False)
     scratch, finetuned = seen[: len(seen) // 2], seen[len(seen) // 2 :]
@@ -202,7 +207,7 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
     scratch = {"standard": (92, 48), "half": (88, 52), "beaten": (82, 50), "three": (84, 56), "whole": (80, 60)}
     found = {name: result(*point) for name, point in scratch.items()}
     found["ARREST"] = result(90, 52)
-    config = ArrestConfig(eps=0.1, alpha=None)
+    config = ArrestConfig(attack=TrainingAttack(eps=0.1, steps=10))
     text = _write(tmp_path, found, list(scratch), config, AblationConfig())[0].read_text()
     assert "| ARREST | 90.0 ± 1.0 | 52.0 ± 2.0 | 142.00 | 71.00 | 65.92 | +1.41 |" in text
     assert "| whole | 80.0 ± 1.0 | 60.0 ± 2.0 | 140.00 | 70.00 | 68.57 | - |" in text
@@ -273,7 +278,11 @@ def test_settings_that_cannot_be_used(options, message):
         ({"taus": (-1.0,)}, {}, "tau must be at least 0, got -1.0"),
         ({}, {"distance": "l2", "tau": 1.0, "replay": False}, "tau 1 would be in no row: .* give taus"),
         ({"taus": (1.0,)}, {"distance": "l2", "tau": 1.0}, "tau must be given with distance 'l2'"),  # the angle's row
-        ({}, {"weight": 3.0}, r"weight 3 would be in no row: the ablation varies it, give weights \(--weights 3\)"),
+        (
+            {},
+            {"distillation_weight": 3.0},
+            r"distillation_weight 3 would be in no row: the ablation varies it, give weights \(--weights 3\)",
+        ),
         ({}, {"angle": 10.0}, r"angle 10 would be in no row: the ablation varies it, give angles \(--angles 10\)"),
         ({}, {"tau": 0.2}, r"tau 0.2 would be in no row: the ablation varies it, give taus \(--taus 0.2\)"),
         ({}, {"replay": False}, r"replay is off, and on in the rows of angles and taus: .*\(--angles, --taus\)"),
@@ -289,7 +298,10 @@ def test_rows_that_cannot_be_trained_are_refused_before_any_work(images, tmp_pat
 def test_distances_and_norms_that_no_angle_decides_have_rows_too():
     made = rows(ArrestConfig(distance="l2", tau=1.0), AblationConfig(angles=(), taus=(1.0, 2.0)))
     assert [c.threshold for c in made.values() if c.replay] == [1.0, 2.0, 1.0, 2.0]
-    made = rows(ArrestConfig(norm="l2", replay=False), AblationConfig(angles=()))
+    made = rows(
+        ArrestConfig(attack=TrainingAttack(eps=8 / 255, steps=10, alpha=2 / 255, norm="l2"), replay=False),
+        AblationConfig(angles=()),
+    )
     assert list(made) == ["AFT", "AFT + RGKD, lambda 50"] and not any(c.replay for c in made.values())
 
 

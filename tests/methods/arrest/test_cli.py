@@ -47,7 +47,7 @@ def standard(tmp_path_factory):
 def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("PURIFY_FAST_DATA", raising=False)
     out = tmp_path / "arrest"
-    assert run(out, "--width", "4", "--standard-epochs", "1", "--weight", "3", "--tau", "0.01") == 0
+    assert run(out, "--width", "4", "--standard-epochs", "1", "--distillation-weight", "3", "--tau", "0.01") == 0
     text = said(capsys)
     assert (
         f"saved to {out}; attack it with: purify-fast evaluate {out} --data digits --eps 0.2" in text
@@ -61,14 +61,16 @@ def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
     assert type(trained) is SmallCNN and trained.arguments == start.arguments and trained.arguments["width"] == 4
     assert fingerprint(start) != fingerprint(trained)
 
-    assert run(out, "--width", "4", "--standard-epochs", "1", "--weight", "3", "--tau", "0.01") == 0  # it is finished
+    assert (
+        run(out, "--width", "4", "--standard-epochs", "1", "--distillation-weight", "3", "--tau", "0.01") == 0
+    )  # it is finished
     assert fingerprint(load_classifier(out)) == fingerprint(trained)
-    assert run(out, "--width", "4", "--standard-epochs", "1", "--weight", "4", "--tau", "0.01") == 2
-    assert "holds a run with other settings (weight: 3.0 there, 4.0 now)" in said(capsys)
+    assert run(out, "--width", "4", "--standard-epochs", "1", "--distillation-weight", "4", "--tau", "0.01") == 2
+    assert "holds a run with other settings (distillation_weight: 3.0 there, 4.0 now)" in said(capsys)
 
     carso = ["--classifier", str(out), "--layers", "conv2", "hidden", "--cond-dim", "4", "--latent-dim", "2"]
     assert run(tmp_path / "carso", *carso, "--samples", "2", "--decoder-width", "2", what="carso") == 0
-    defence = purify_fast.load(tmp_path / "carso")
+    defence = purify_fast.load_defence(tmp_path / "carso")
     assert fingerprint(defence.classifier) == fingerprint(trained)
     few = ["--images", "4", "--steps", "2", "--autoattack", "0", "--device", "cpu"]
     assert cli.main(["evaluate", str(out), *few]) == 0
@@ -79,14 +81,28 @@ def test_on_a_given_classifier_with_every_setting(standard, tmp_path):
     """A learning rate of 0 keeps its weights, so that it was the start; else they move."""
     before = fingerprint(load_classifier(standard))
     options = ["--classifier", str(standard), "--layers", "conv4", "hidden", "--keep-teacher", "--pooled"]
-    options += ["--average", "0.5", "--awp", "0.01", "--precision", "bfloat16", "--distance", "cosine", "--angle", "10"]
-    options += ["--optimizer", "adamw", "--schedule", "one_cycle", "--drift-mode", "train", "--warm-up", "0.5"]
+    options += [
+        "--ema-decay",
+        "0.5",
+        "--awp-gamma",
+        "0.01",
+        "--precision",
+        "bfloat16",
+        "--distance",
+        "cosine",
+        "--angle",
+        "10",
+    ]
+    options += ["--optimizer", "adamw", "--schedule", "one_cycle", "--drift-mode", "train", "--eps-warmup", "0.5"]
     assert run(tmp_path / "moved", *options) == 0
     assert fingerprint(load_classifier(tmp_path / "moved")) != before
     assert not (tmp_path / "moved" / "standard").exists()
     assert run(tmp_path / "still", "--classifier", str(standard), "--learning-rate", "0", "--weight-decay", "0") == 0
     assert fingerprint(load_classifier(tmp_path / "still")) == before == fingerprint(load_classifier(standard))
-    assert run(tmp_path / "l2", "--classifier", str(standard), "--norm", "l2", "--no-replay", "--weight", "0") == 0
+    assert (
+        run(tmp_path / "l2", "--classifier", str(standard), "--norm", "l2", "--no-replay", "--distillation-weight", "0")
+        == 0
+    )
 
 
 def test_the_teacher_is_kept_if_asked(standard, tmp_path, monkeypatch):
@@ -94,12 +110,12 @@ def test_the_teacher_is_kept_if_asked(standard, tmp_path, monkeypatch):
     monkeypatch.setattr(purify_fast.methods.arrest.Teacher, "keep", lambda self, x, **options: kept.append(len(x)))
     assert run(tmp_path / "a", "--classifier", str(standard)) == 0 and kept == []
     assert run(tmp_path / "b", "--classifier", str(standard), "--keep-teacher") == 0 and kept == [1297]
-    bare = ["--classifier", str(standard), "--keep-teacher", "--weight", "0", "--no-replay"]
+    bare = ["--classifier", str(standard), "--keep-teacher", "--distillation-weight", "0", "--no-replay"]
     assert run(tmp_path / "c", *bare) == 0 and kept == [1297]  # there is no teacher
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(standard, tmp_path, capsys, monkeypatch):
-    options = ["--classifier", str(standard), "--epochs", "2", "--checkpoint-seconds", "0", "--average", "0.9"]
+    options = ["--classifier", str(standard), "--epochs", "2", "--checkpoint-seconds", "0", "--ema-decay", "0.9"]
     assert run(tmp_path / "whole", *options) == 0
     step, calls = ArrestTask.training_step, []
 
@@ -128,7 +144,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(standard, tmp_path, capsys
         (["--pooled", "--classifier", "{standard}"], "pooled is for maps and tokens"),
         (["--alpha", "0.05"], "2 steps of alpha 0.05 reach 0.1 of eps 0.2"),
         (["--eps", "8"], "eps is in image units, at most 1 for linf, got 8.0: is 8/255 meant?"),
-        (["--weight=-1"], "weight must be at least 0, got -1.0"),
+        (["--distillation-weight=-1"], "distillation_weight must be at least 0, got -1.0"),
         (["--angle", "100"], "angle must be in [0, 90] degrees, got 100.0"),
         (["--keep-teacher", "--flip"], "--keep-teacher is for images that are not augmented: leave out"),
         (["--keep-teacher", "--padding", "1"], "--keep-teacher is for images that are not augmented: leave out"),
@@ -160,7 +176,7 @@ def test_a_classifier_for_other_images_or_fewer_classes_is_refused(tmp_path, cap
     assert run(tmp_path / "out", "--classifier", str(tmp_path / "colour")) == 2
     assert "the classifier must map [B, 1, 16, 16] to logits" in said(capsys)
     save_classifier(PreActResNet18(num_classes=2, in_channels=1, width=4), tmp_path / "two")
-    for options in ([], ["--weight", "0", "--no-replay"]):
+    for options in ([], ["--distillation-weight", "0", "--no-replay"]):
         assert run(tmp_path / "out", "--classifier", str(tmp_path / "two"), *options) == 2
         assert "it has 10 classes, the classifier 2" in said(capsys)
     assert not (tmp_path / "out").exists()
@@ -196,7 +212,10 @@ def test_ablate_writes_its_table(tmp_path, capsys):
     for wrong, message in (
         (["--angles", "120"], "angle must be in [0, 90] degrees, got 120.0"),
         (["--weights", "0"], "weights must be above 0, got (0.0,)"),
-        (["--weight", "3"], "weight 3 would be in no row: the ablation varies it, give weights (--weights 3)"),
+        (
+            ["--distillation-weight", "3"],
+            "distillation_weight 3 would be in no row: the ablation varies it, give weights (--weights 3)",
+        ),
         (["--no-replay"], "replay is off, and on in the rows of angles and taus"),
         (["--pooled"], "pooled is for maps and tokens"),
         (["--model", "gan"], "classifier must be one of small_cnn"),

@@ -18,6 +18,7 @@ from purify_fast.models.classifiers import PreActResNet18, SmallCNN
 from purify_fast.ops import representation_distance
 from purify_fast.speed.inference_copy import FrozenView
 from purify_fast.training import Batch, FitConfig, fit
+from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,8 +37,17 @@ def resnet(seed=0):
     return PreActResNet18(in_channels=1, width=4)
 
 
+_ATTACK = {field.name for field in dataclasses.fields(TrainingAttack)}
+
+
+def configured(**options):
+    """A config from its own settings and its attack's."""
+    attack = {name: options.pop(name) for name in _ATTACK & options.keys()}
+    return ArrestConfig(attack=TrainingAttack(**{"eps": 8 / 255, "steps": 10, "alpha": 2 / 255, **attack}), **options)
+
+
 def arrest(model=None, layers=None, teacher=None, shape=SHAPE, compile=False, **options):
-    config = ArrestConfig(**{"eps": EPS, "steps": 2, "alpha": 0.1, **options})
+    config = configured(**{"eps": EPS, "steps": 2, "alpha": 0.1, **options})
     return ArrestTask(cnn() if model is None else model, config, shape, layers, teacher, compile)
 
 
@@ -109,7 +119,7 @@ def test_fact_3_thresholds():
 
 def test_fact_4_the_distillation_of_an_example_at_the_threshold():
     config = ArrestConfig()
-    assert config.weight * config.threshold == pytest.approx(6.69872981, abs=1e-8)
+    assert config.distillation_weight * config.threshold == pytest.approx(6.69872981, abs=1e-8)
     task, step = given((1.0, 0.0), (math.cos(math.radians(30)), 0.5))
     loss, metrics = task.training_step(step)
     assert (loss - metrics["cross_entropy"]).item() == pytest.approx(6.69872981, abs=1e-5)
@@ -123,7 +133,7 @@ def test_fact_6_total_loss(distance, want):
     assert metrics["cross_entropy"].item() == pytest.approx(0.4076059644, abs=1e-6)
     assert 50 * metrics["distance"].item() == pytest.approx(want - 0.4076059644, abs=2e-6)
     assert metrics["accuracy"] == 1
-    loss, _ = given((3.0, 4.0), (4.0, 3.0), weight=25.0)[0].training_step(step)
+    loss, _ = given((3.0, 4.0), (4.0, 3.0), distillation_weight=25.0)[0].training_step(step)
     assert loss.item() == pytest.approx(1.4076059644, abs=1e-6)
 
 
@@ -131,7 +141,7 @@ def test_fact_6_total_loss(distance, want):
 def test_fact_7_replay_mask(monkeypatch, epoch):
     task, step = arrest(), batch(5, epoch)
     frozen_to(monkeypatch, task, [0, 0.10, 0.1339, 0.1340, 0.5])
-    adversarial = task.attack(step, EPS)
+    adversarial = task.attack(step, task.config.attack)
     x, share = task.inputs(step, [])
     replayed = [not torch.equal(a, b) for a, b in zip(x, adversarial, strict=True)]
     assert replayed == ([False] * 3 + [True] * 2 if epoch < 10 else [False] * 5)
@@ -141,7 +151,7 @@ def test_fact_7_replay_mask(monkeypatch, epoch):
 def test_replay_only_where_the_drift_is_above_the_threshold_and_in_its_share_of_the_epochs(monkeypatch):
     task, step = arrest(tau=0.25), batch(3)
     frozen_to(monkeypatch, task, [0.25, 0.2500001, 0.2499])  # 0.25 has no rounding: strictly above
-    adversarial = task.attack(step, EPS)
+    adversarial = task.attack(step, task.config.attack)
     x, _ = task.inputs(step, [])
     assert [torch.equal(a, b) for a, b in zip(x, adversarial, strict=True)] == [True, False, True]
     config = ArrestConfig(replay_share=0.3)
@@ -164,7 +174,9 @@ def test_fact_8_nothing_drifts_at_the_start(make):
     assert distance == 0
     found = torch.autograd.grad(distance, list(task.model.parameters()), allow_unused=True)
     assert any(g is not None for g in found) and all(g is None or not g.any() for g in found)
-    assert (task.loss(task.attack(step, EPS), step.y, of_teacher)[1]["distance"]) > 0  # of attacked images it has one
+    assert (
+        (task.loss(task.attack(step, task.config.attack), step.y, of_teacher)[1]["distance"]) > 0
+    )  # of attacked images it has one
 
 
 def test_fact_9_learning_rates():
@@ -190,7 +202,7 @@ def test_fact_10_noise_and_attack_bounds(monkeypatch):
     border, _ = task.inputs(batch(64), [])  # digits are 0 and 1 in most places
     assert border.min() >= 0 and border.max() <= 1 and (border - batch(64).x).abs().max() <= eps + 1e-7
 
-    task = arrest(eps=eps, steps=10, alpha=2 / 255, replay=False, start=False)
+    task = arrest(eps=eps, steps=10, alpha=2 / 255, replay=False, random_start=False)
     step = batch(16)
     adversarial, share = task.inputs(step, [])
     assert adversarial.min() >= 0 and adversarial.max() <= 1 and share == 0
@@ -210,7 +222,7 @@ def test_only_examples_that_are_not_replayed_are_attacked(monkeypatch):
     task.classifier.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     x, share = task.inputs(step, [])
     assert seen == [5, 5, 5] and share == pytest.approx(3 / 8)
-    whole = task.attack(step, EPS)
+    whole = task.attack(step, task.config.attack)
     assert seen[3:] == [8, 8, 8]
     kept = drift == 0
     torch.testing.assert_close(x[kept], whole[kept], rtol=0, atol=1e-12)
@@ -242,7 +254,7 @@ def test_the_draws_follow_the_sample_and_the_seed(monkeypatch):
 def test_the_attack_sees_cross_entropy_alone(norm):
     step, found = batch(), []
     for weight in (0.0, 50.0, 1e4):
-        task = arrest(moved(cnn()), teacher=cnn(), weight=weight, replay=False, norm=norm)
+        task = arrest(moved(cnn()), teacher=cnn(), distillation_weight=weight, replay=False, norm=norm)
         found.append(task.inputs(step, [])[0])
     direct = pgd(
         moved(cnn()), step.x, step.y, eps=EPS, alpha=0.1, steps=2, norm=norm, seed=7, sample_ids=step.sample_ids
@@ -262,7 +274,7 @@ def test_the_attack_runs_in_evaluation_mode_and_the_loss_in_training_mode():
 
 
 def test_eps_warms_up_with_its_step_and_its_noise(monkeypatch):
-    seen, task = [], arrest(warm_up=0.5, alpha=0.15)
+    seen, task = [], arrest(eps_warmup=0.5, alpha=0.15)
 
     def attack(model, x, y, **options):
         seen.append((options["eps"], options["alpha"]))
@@ -275,7 +287,7 @@ def test_eps_warms_up_with_its_step_and_its_noise(monkeypatch):
     noise = [(task.inputs(step, [])[0] - 0.5)[0].abs().max().item() for step in steps]
     assert seen == [pytest.approx(pair) for pair in ((0.1, 0.075), (0.2, 0.15), (0.2, 0.15), (0.2, 0.15))]
     assert noise[:2] == pytest.approx([0.1, 0.2], rel=0.03)
-    assert arrest(alpha=None, steps=5).config.step(0.1) == pytest.approx(0.05)
+    assert arrest(alpha=None, steps=5).config.attack.step_size(0.1) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -298,7 +310,7 @@ def test_the_drift_tests_mode(mode):
 
 def test_the_distance_is_between_the_student_on_its_input_and_the_teacher_on_the_clean_image():
     model = moved(cnn()).train()
-    task, step = arrest(model, teacher=cnn(), layers=["conv4"], weight=3.0), batch()
+    task, step = arrest(model, teacher=cnn(), layers=["conv4"], distillation_weight=3.0), batch()
     x = (step.x + 0.1).clamp(0, 1)
     seen = []
     for net, images in ((model, x), (cnn(), step.x)):
@@ -350,7 +362,7 @@ def test_without_either_part_it_is_adversarial_training():
     """Loss, inputs and two steps' weights of PGD adversarial training written out; no teacher is made or asked."""
     model = resnet().train()
     other = copy.deepcopy(model)
-    task = arrest(model, weight=0.0, replay=False)
+    task = arrest(model, distillation_weight=0.0, replay=False)
     assert task.teacher is None and task.layers == []
     optimizer = torch.optim.SGD(other.parameters(), lr=0.025, momentum=0.9, weight_decay=5e-4)
     for seed in (7, 8):
@@ -467,14 +479,21 @@ def test_awp_by_hand():
     gamma, rate = 0.05, 0.1
     model = moved(resnet()).train()
     task = arrest(
-        model, teacher=resnet(), awp=gamma, learning_rate=rate, momentum=0.0, weight_decay=0.0, replay=False, weight=2.0
+        model,
+        teacher=resnet(),
+        awp_gamma=gamma,
+        learning_rate=rate,
+        momentum=0.0,
+        weight_decay=0.0,
+        replay=False,
+        distillation_weight=2.0,
     )
     step = batch()
     before, of_teacher = states(model), task.teacher(step)
     x, _ = task.inputs(step, of_teacher)
 
     def loss_of(net):
-        helper = arrest(net, teacher=resnet(), weight=2.0)
+        helper = arrest(net, teacher=resnet(), distillation_weight=2.0)
         return helper.loss(x, step.y, of_teacher)[0]
 
     other = copy.deepcopy(model)
@@ -505,7 +524,7 @@ def test_awp_by_hand():
 
 def test_awp_over_several_batches_of_one_step_comes_back_to_the_weights():
     """A user's own loop may take a step for the gradients of several batches."""
-    task = arrest(awp=0.05, learning_rate=0.0, weight_decay=0.0, replay=False)
+    task = arrest(awp_gamma=0.05, learning_rate=0.0, weight_decay=0.0, replay=False)
     before = states(task.model)
     for seed in (7, 8):
         task.training_step(dataclasses.replace(batch(), seed=seed))[0].backward()
@@ -517,7 +536,7 @@ def test_awp_over_several_batches_of_one_step_comes_back_to_the_weights():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_of_several_batches_of_one_step_each_is_attacked_at_the_weights(precision):
     """Drift test and attack of the second batch do not see what moved the weights for the first."""
-    task = arrest(awp=0.5, learning_rate=0.0, weight_decay=0.0, precision=precision)
+    task = arrest(awp_gamma=0.5, learning_rate=0.0, weight_decay=0.0, precision=precision)
     step = dataclasses.replace(batch(), seed=8)
     want = arrest(precision=precision).inputs(step, task.teacher(step))[0]
     loss, seen = task.loss, []
@@ -540,7 +559,7 @@ class Aside(nn.Module):
 
 
 def test_awp_leaves_weights_alone_that_have_no_gradient():
-    task = arrest(Aside(), ["body.hidden"], awp=0.05)
+    task = arrest(Aside(), ["body.hidden"], awp_gamma=0.05)
     before = states(task.model)
     task.training_step(batch())[0].backward()
     moved = {name for name, value in states(task.model).items() if not torch.equal(value, before[name])}
@@ -550,7 +569,7 @@ def test_awp_leaves_weights_alone_that_have_no_gradient():
 
 def test_the_moving_average_by_hand():
     model = resnet().train()
-    task = arrest(model, average=0.8)
+    task = arrest(model, ema_decay=0.8)
     assert task.result is not model and same(states(task.result), states(model))
     average = states(model)
     for seed in (7, 8):
@@ -579,10 +598,10 @@ class Killed(Exception):
     ("make", "options"),
     [
         (resnet, {}),
-        (resnet, {"average": 0.9, "awp": 0.01}),
+        (resnet, {"ema_decay": 0.9, "awp_gamma": 0.01}),
         (resnet, {"precision": "bfloat16", "drift_mode": "train"}),
-        (cnn, {"optimizer": "adamw", "schedule": "one_cycle", "learning_rate": 1e-2, "average": 0.5}),
-        (cnn, {"weight": 0.0, "replay": False, "awp": 0.01}),
+        (cnn, {"optimizer": "adamw", "schedule": "one_cycle", "learning_rate": 1e-2, "ema_decay": 0.5}),
+        (cnn, {"distillation_weight": 0.0, "replay": False, "awp_gamma": 0.01}),
     ],
 )
 def test_killed_and_resumed_training_is_the_same(make, options, tmp_path):
@@ -615,7 +634,7 @@ def test_a_run_is_resumed_with_the_same_settings_and_start_only(tmp_path):
     x, y = digits.x_train[:32], digits.y_train[:32]
     fit(arrest(), x, y, FitConfig(1, 16), tmp_path)
     for other, named in (
-        (arrest(weight=1.0), "weight: 50.0 there, 1.0 now"),
+        (arrest(distillation_weight=1.0), "distillation_weight: 50.0 there, 1.0 now"),
         (arrest(layers=["conv4"]), "layers: "),
         (arrest(cnn(1)), "origin: "),
         (arrest(teacher=cnn(1)), "origin: "),
@@ -636,7 +655,7 @@ def test_bfloat16_attacks_the_weights_of_now_and_trains_float32_ones(make):
     moved(model)
     step = batch()
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    found = task.attack(step, EPS)
+    found = task.attack(step, task.config.attack)
     view = FrozenView(frozen, SHAPE)
     torch.testing.assert_close(task.attacked(step.x), view(step.x), rtol=0.05, atol=0.05)
     want = pgd(view, step.x, step.y, eps=EPS, alpha=0.1, steps=2, seed=7, sample_ids=step.sample_ids)
@@ -707,7 +726,7 @@ def test_a_compiled_attack_is_the_attack(monkeypatch):
         moved(plain.classifier, change)
         for n in (8, 20):
             step = batch(n)
-            apart = (task.attack(step, EPS) - plain.attack(step, EPS)).abs()
+            apart = (task.attack(step, task.config.attack) - plain.attack(step, plain.config.attack)).abs()
             assert apart.gt(1e-3).float().mean() < 0.01
 
 
@@ -733,15 +752,15 @@ def test_a_compiled_attack_is_the_attack(monkeypatch):
             r"10 steps of alpha 0.007843 reach 0.07843 of eps 0.3: .* or None for 2.5 eps / steps = 0.075",
         ),
         ({"eps": 0.2, "steps": 1}, "1 steps of alpha 0.007843 reach 0.007843 of eps 0.2"),
-        ({"weight": -1.0}, "weight must be at least 0, got -1.0"),
-        ({"weight": float("nan")}, "weight must be at least 0, got nan"),
+        ({"distillation_weight": -1.0}, "distillation_weight must be at least 0, got -1.0"),
+        ({"distillation_weight": float("nan")}, "distillation_weight must be at least 0, got nan"),
         ({"learning_rate": -0.1}, "learning_rate must be at least 0, got -0.1"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
-        ({"awp": -0.1}, "awp must be at least 0, got -0.1"),
-        ({"warm_up": 1.5}, r"warm_up must be in \[0, 1\], got 1.5"),
+        ({"awp_gamma": -0.1}, "awp_gamma must be at least 0, got -0.1"),
+        ({"eps_warmup": 1.5}, r"eps_warmup must be in \[0, 1\], got 1.5"),
         ({"replay_share": -0.5}, r"replay_share must be in \[0, 1\], got -0.5"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
-        ({"average": 1.0}, r"average must be in \[0, 1\), got 1.0"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
         ({"angle": 91.0}, r"angle must be in \[0, 90\] degrees, got 91.0"),
         ({"tau": -0.1}, "tau must be at least 0, got -0.1"),
         ({"tau": float("nan")}, "tau must be at least 0, got nan"),
@@ -751,21 +770,31 @@ def test_a_compiled_attack_is_the_attack(monkeypatch):
 )
 def test_settings_that_cannot_be_used(options, message):
     with pytest.raises(ValueError, match=message):
-        ArrestConfig(**options)
+        configured(**options)
 
 
 def test_settings_that_can():
-    assert ArrestConfig(norm="l2", replay=False) and ArrestConfig(distance="l2", replay=False)
-    assert ArrestConfig(distance="l2", tau=1.0) and ArrestConfig(weight=0.0, alpha=None)
-    assert ArrestConfig(eps=0.3, alpha=None) and ArrestConfig(eps=3.0, norm="l2", replay=False, alpha=0.5)
-    assert all(ArrestConfig(eps=0.3, steps=n, alpha=0.3 / n) for n in range(1, 50))  # just so, up to rounding
+    assert ArrestConfig(
+        attack=TrainingAttack(eps=8 / 255, steps=10, alpha=2 / 255, norm="l2"), replay=False
+    ) and ArrestConfig(distance="l2", replay=False)
+    assert ArrestConfig(distance="l2", tau=1.0) and ArrestConfig(
+        distillation_weight=0.0, attack=TrainingAttack(eps=8 / 255, steps=10)
+    )
+    assert ArrestConfig(attack=TrainingAttack(eps=0.3, steps=10)) and ArrestConfig(
+        attack=TrainingAttack(eps=3.0, steps=10, alpha=0.5, norm="l2"), replay=False
+    )
+    assert all(
+        ArrestConfig(attack=TrainingAttack(eps=0.3, steps=n, alpha=0.3 / n)) for n in range(1, 50)
+    )  # just so, up to rounding
 
 
 def test_pooling_is_for_maps():
     for layers in (None, ["hidden"], ["hidden", "head"]):
         with pytest.raises(ValueError, match=r"pooled is for maps and tokens: what hidden.* is a vector already"):
             arrest(layers=layers, pooled=True)
-    assert arrest(layers=["hidden", "conv4"], pooled=True) and arrest(weight=0.0, replay=False, pooled=True)
+    assert arrest(layers=["hidden", "conv4"], pooled=True) and arrest(
+        distillation_weight=0.0, replay=False, pooled=True
+    )
 
 
 def test_layers_that_are_none():
@@ -773,6 +802,6 @@ def test_layers_that_are_none():
         arrest(layers=["hiden"])
     with pytest.raises(ValueError, match=r"layers must be given for a Given: .*features"):
         arrest(Given(1.0, 2.0))
-    arrest(Given(1.0, 2.0), weight=0.0, replay=False)  # nothing is read
+    arrest(Given(1.0, 2.0), distillation_weight=0.0, replay=False)  # nothing is read
     with pytest.raises(ValueError, match=r"must map \[B, 3, 16, 16\] to logits"):
         arrest(shape=(3, 16, 16))

@@ -1,5 +1,7 @@
 """Where AToP's defence meets what others give it: other dtypes, wrapped modules, gradients taken late."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,9 +11,17 @@ from purify_fast.evaluation import Attack, evaluate
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, MaskedAutoencoder, SmallGenerator
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, fit
+from purify_fast.training.attack import TrainingAttack
 
 SHAPE = (1, 16, 16)
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def configured(**options):
+    """A config from its own settings and its attack's."""
+    names = {field.name for field in dataclasses.fields(TrainingAttack)}
+    attack = {name: options.pop(name) for name in names & options.keys()}
+    return AtopConfig(attack=TrainingAttack(**{"eps": 8 / 255, "steps": 10, **attack}), **options)
 
 
 def defence(classifier=None, purifier=None, **options):
@@ -52,12 +62,12 @@ def test_another_purifier_than_the_saved_one_is_refused(tmp_path):
     classifier = SmallCNN(width=4)
     defence(classifier).save(tmp_path / "painting")
     with pytest.raises(ValueError, match=r"residual=False, width=2\), got .*residual=True, width=2\)"):
-        purify_fast.load(tmp_path / "painting", classifier, purifier=SmallGenerator(1, width=2, residual=True))
-    same = purify_fast.load(tmp_path / "painting", classifier, purifier=SmallGenerator(1, width=2))
+        purify_fast.load_defence(tmp_path / "painting", classifier, purifier=SmallGenerator(1, width=2, residual=True))
+    same = purify_fast.load_defence(tmp_path / "painting", classifier, purifier=SmallGenerator(1, width=2))
     assert same.arguments == defence(classifier).arguments
     encoder = MaskedAutoencoder(SHAPE, width=8)
     defence(classifier, encoder).save(tmp_path / "encoder")
-    purify_fast.load(tmp_path / "encoder", classifier, purifier=MaskedAutoencoder(SHAPE, width=8))
+    purify_fast.load_defence(tmp_path / "encoder", classifier, purifier=MaskedAutoencoder(SHAPE, width=8))
 
     class Mine(torch.nn.Conv2d):
         def forward(self, image, mask):
@@ -65,7 +75,7 @@ def test_another_purifier_than_the_saved_one_is_refused(tmp_path):
 
     defence(classifier, Mine(1, 1, 3, padding=1)).save(tmp_path / "mine")
     with pytest.raises(ValueError, match=r"its tensors do not fit its arguments, or the module given"):
-        purify_fast.load(tmp_path / "mine", classifier, purifier=Mine(1, 1, 5, padding=2))
+        purify_fast.load_defence(tmp_path / "mine", classifier, purifier=Mine(1, 1, 5, padding=2))
 
 
 @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
@@ -78,19 +88,24 @@ def test_a_wrapped_purifier_is_refused(wrap):
     ("options", "message"),
     [
         ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
-        ({"steps": 7}, "steps and alpha go with attack='pgd', got 7 and None"),
-        ({"attack": "none", "alpha": 0.1}, "steps and alpha go with attack='pgd', got 10 and 0.1"),
+        ({"steps": 7}, "steps and alpha go with attack_method='pgd', got 7 and None"),
+        ({"attack_method": "none", "alpha": 0.1}, "steps and alpha go with attack_method='pgd', got 10 and 0.1"),
     ],
 )
 def test_settings_that_would_be_ignored(options, message):
     with pytest.raises(ValueError, match=message):
-        AtopConfig(**options)
+        configured(**options)
 
 
 def test_numbers_of_the_official_notebooks():
     assert AtopConfig.published() == AtopConfig()
-    assert AtopConfig.published("imagenette_rt2").cls_weight == 0.1 and AtopConfig.published("cifar_rt1").warm_up == 0
-    assert AtopConfig.published("logged", eps=0.1) == AtopConfig(reconstruction_target="clean", eps=0.1)
+    assert (
+        AtopConfig.published("imagenette_rt2").cls_weight == 0.1
+        and AtopConfig.published("cifar_rt1").cls_delay_epochs == 0
+    )
+    assert AtopConfig.published("logged", attack=TrainingAttack(eps=0.1, steps=10)) == AtopConfig(
+        reconstruction_target="clean", attack=TrainingAttack(eps=0.1, steps=10)
+    )
     with pytest.raises(ValueError, match=r"name must be one of cifar_rt1, cifar_rt2, .*, got 'cifar'"):
         AtopConfig.published("cifar")
 
@@ -115,6 +130,6 @@ def test_transformed_is_what_the_purifier_sees(transform):
 def test_fit_without_a_bar(capsys):
     made = defence()
     x, y = (images(8) * 255).to(torch.uint8), torch.arange(8) % 2
-    task = AtopTask(made, AtopConfig(warm_up=0))
+    task = AtopTask(made, AtopConfig(cls_delay_epochs=0))
     fit(task, x, y, purify_fast.training.FitConfig(1, 4), progress=False)
     assert capsys.readouterr().err == ""

@@ -55,11 +55,11 @@ def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys, monk
     logged = json.loads((generator / "log.jsonl").read_text().splitlines()[-1])
     assert logged["discriminator"] > 0 and "cross_entropy" not in logged
     tuned, pipeline = tmp_path / "tuned", tmp_path / "pipeline"
-    published = ["--init", str(generator), "--eps", "0.05", "--warm-up", "0"]
+    published = ["--init", str(generator), "--eps", "0.05", "--cls-delay-epochs", "0"]
     assert run("atop", made, tuned, *published) == 0
     logged = json.loads((tuned / "log.jsonl").read_text().splitlines()[-1])
     assert logged["cross_entropy"] > 0 and "discriminator" not in logged
-    ours = ["--init", str(tuned), "--attack", "pgd", "--steps", "2", "--attack-target", "pipeline"]
+    ours = ["--init", str(tuned), "--attack-method", "pgd", "--steps", "2", "--attack-target", "pipeline"]
     assert run("atop", made, pipeline, *published[2:], *ours, "--precision", "bfloat16") == 0
     said = capsys.readouterr().out
     for folder in (tuned, pipeline):
@@ -78,12 +78,12 @@ def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys, monk
 
     weights = []
     for folder in (generator, tuned, pipeline):
-        defence = purify_fast.load(folder)  # the classifier is kept beside it
+        defence = purify_fast.load_defence(folder)  # the classifier is kept beside it
         assert isinstance(defence, Atop) and type(defence.purifier.module) is SmallGenerator
         assert (defence.arguments["transform"], defence.sigma, defence.block) == ("rt3", 0.1, 4)
         weights.append(torch.cat([p.flatten() for p in defence.purifier.parameters()]))
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
-    classifiers = [purify_fast.load(folder).classifier.state_dict() for folder in (generator, pipeline)]
+    classifiers = [purify_fast.load_defence(folder).classifier.state_dict() for folder in (generator, pipeline)]
     assert all(torch.equal(value, classifiers[1][name]) for name, value in classifiers[0].items())
 
 
@@ -91,7 +91,7 @@ def test_from_scratch_with_every_setting(made, tmp_path):
     settings = ["--transform", "rt2", "--sigma", "0.2", "--block", "2", "--missing", "0.5", "--samples", "2"]
     options = ["--init", "None", "--width", "2", "--shared-mask", "--eps", "0.05"]
     assert run("atop", made, tmp_path, *options, *settings) == 0
-    loaded = purify_fast.load(tmp_path)
+    loaded = purify_fast.load_defence(tmp_path)
     assert loaded.purifier.module.arguments["channels"] == 1
     assert loaded.arguments["transform"] == "rt2" and loaded.shared_mask and loaded.samples == 2
     assert (loaded.sigma, loaded.block, loaded.missing) == (0.2, 2, 0.5)
@@ -104,8 +104,8 @@ def test_from_scratch_with_every_setting(made, tmp_path):
 def test_every_network_is_trained(made, tmp_path, name, width, kind):
     options = ["--purifier", name, "--width", str(width), "--discriminator-width", "1"]
     assert run("generator", made, tmp_path / "g", *options) == 0
-    assert run("atop", made, tmp_path / "a", "--init", str(tmp_path / "g"), "--warm-up", "0") == 0
-    network = purify_fast.load(tmp_path / "a").purifier.module
+    assert run("atop", made, tmp_path / "a", "--init", str(tmp_path / "g"), "--cls-delay-epochs", "0") == 0
+    network = purify_fast.load_defence(tmp_path / "a").purifier.module
     assert type(network) is kind and network.arguments["width"] == width
 
 
@@ -114,8 +114,8 @@ def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, cap
     path = tmp_path / "states.pth"
     DeepFillGenerator(3, 4).save_official(path)
     options = ["--init", "None", "--purifier", "deepfill", "--weights", str(path), "--learning-rate", "0"]
-    assert run("atop", made, tmp_path / "out", *options, "--warm-up", "0", "--aggregation", "probability") == 0
-    loaded, wanted = purify_fast.load(tmp_path / "out"), DeepFillGenerator.from_official(path).state_dict()
+    assert run("atop", made, tmp_path / "out", *options, "--cls-delay-epochs", "0", "--aggregation", "probability") == 0
+    loaded, wanted = purify_fast.load_defence(tmp_path / "out"), DeepFillGenerator.from_official(path).state_dict()
     assert loaded.aggregation == "probability" and loaded.purifier.module.arguments["width"] == 4
     assert all(torch.equal(value, wanted[name]) for name, value in loaded.purifier.module.state_dict().items())
     for other in (["--width", "4"], ["--purifier", "small_generator"]):
@@ -126,7 +126,7 @@ def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, cap
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(made, generator, tmp_path, capsys, monkeypatch):
-    options = ["--init", str(generator), "--warm-up", "1", "--epochs", "2", "--checkpoint-seconds", "0"]
+    options = ["--init", str(generator), "--cls-delay-epochs", "1", "--epochs", "2", "--checkpoint-seconds", "0"]
     assert run("atop", made, tmp_path / "whole", *options) == 0
     step, calls = AtopTask.training_step, []
 
@@ -191,7 +191,7 @@ def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys, 
         (["--purifier", "deepfill", "--width", "6"], "width a multiple of 4, got 3 and 6"),
         (["--width", "0"], "need channels, width >= 1, got 1 and 0"),
         (["--batch-size", "65"], "batch_size 65 is larger than the 64 training images"),
-        (["--attack", "cw"], "attack must be one of fgsm, pgd, none, got 'cw'"),
+        (["--attack-method", "cw"], "attack_method must be one of fgsm, pgd, none, got 'cw'"),
         (["--gan-weight=-1"], "gan_weight must be at least 0, got -1.0"),
     ],
 )

@@ -15,6 +15,7 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, MaskedAutoencod
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.training import Batch
+from purify_fast.training.attack import TrainingAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -216,7 +217,8 @@ def test_gradients_are_exact(transform, aggregation):
 @pytest.mark.parametrize("transform", ["rt1", "rt2"])
 def test_bfloat16_trains_with_a_discriminator(transform):
     made = defence(transform=transform, sigma=0.1)
-    options = {"attack": "pgd", "attack_target": "pipeline", "steps": 2, "eps": 0.1, "warm_up": 0}
+    attack = TrainingAttack(eps=0.1, steps=2)
+    options = {"attack_method": "pgd", "attack_target": "pipeline", "attack": attack, "cls_delay_epochs": 0}
     config = AtopConfig(precision="bfloat16", gan_grad=True, discriminator_width=2, learning_rate=1e-3, **options)
     task, x = AtopTask(made, config), images(8)
     task.model.train()
@@ -238,12 +240,12 @@ def test_bfloat16_trains_with_a_discriminator(transform):
 def test_saved_and_read_back(purifier, tmp_path):
     made = defence(purifier, samples=2, transform="rt3", aggregation="probability")
     made.save(tmp_path)
-    loaded = purify_fast.load(tmp_path, made.classifier)
+    loaded = purify_fast.load_defence(tmp_path, made.classifier)
     assert isinstance(loaded, Atop) and loaded.arguments == made.arguments and not loaded.training
     with made.fixed_noise(1), loaded.fixed_noise(1):
         assert torch.equal(made(images()), loaded(images()))
     with pytest.raises(ValueError, match="classifier: its weights"):
-        purify_fast.load(tmp_path, SmallCNN(width=4))
+        purify_fast.load_defence(tmp_path, SmallCNN(width=4))
     with pytest.raises(ValueError, match="not a Carso"):
         purify_fast.methods.carso.load(tmp_path, made.classifier)
 
@@ -253,8 +255,8 @@ def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path)
     made.purifier.module.gain.data.fill_(0.5)
     made.save(tmp_path)
     with pytest.raises(ValueError, match="holds a Identity of yours: give a module of its kind"):
-        purify_fast.load(tmp_path, made.classifier)
-    loaded = purify_fast.load(tmp_path, made.classifier, purifier=Identity())
+        purify_fast.load_defence(tmp_path, made.classifier)
+    loaded = purify_fast.load_defence(tmp_path, made.classifier, purifier=Identity())
     assert loaded.purifier.module.gain.item() == 0.5
     with pytest.raises(ValueError, match=r"holds Identity\(\), got small_generator"):
         atop.load(tmp_path, made.classifier, SmallGenerator(1, 2))

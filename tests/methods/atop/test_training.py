@@ -14,9 +14,17 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.atop.task import hinge, passes
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
+from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def configured(**options):
+    """A config from its own settings and its attack's."""
+    names = {field.name for field in dataclasses.fields(TrainingAttack)}
+    attack = {name: options.pop(name) for name in names & options.keys()}
+    return AtopConfig(attack=TrainingAttack(**{"eps": 8 / 255, "steps": 10, **attack}), **options)
 
 
 def defence(purifier=None, classifier=None, shape=(1, 16, 16), **options):
@@ -52,7 +60,7 @@ def test_fact_10_cross_entropy_as_it_enters_the_loss():
     assert uniform == pytest.approx(2.3025851) and AtopConfig().cls_weight * uniform == pytest.approx(0.1151293)
     made = defence(classifier=Undecided())
     for weight, share in ((0.05, 0.1151293), (0.1, 0.2302585)):
-        config = AtopConfig(attack="none", cls_weight=weight, reconstruction=0.0)
+        config = AtopConfig(attack_method="none", cls_weight=weight, reconstruction_weight=0.0)
         assert made.training_step(batch(), config).item() == pytest.approx(share, abs=1e-6)
 
 
@@ -97,7 +105,7 @@ class Judge(nn.Module):
 )
 def test_fact_11_total(epoch, gan, want):
     made = defence(Constant(), Logits(), (1, 8, 8), block=2)
-    config = AtopConfig(attack="none", gan_grad=gan, discriminator_width=1 if gan else 64)
+    config = AtopConfig(attack_method="none", gan_grad=gan, discriminator_width=1 if gan else 64)
     task = AtopTask(made, config)
     if gan:
         task.discriminator = Judge([[-0.875]])
@@ -122,10 +130,10 @@ def test_fact_12_fgsm():
 def test_fact_14_one_shared_pass_equals_two(parts):
     """The released variant: L1 and cross-entropy from one pass, or from a pass each, give the same gradients."""
     made = defence(transform="rt2" if parts is None else "rt3", parts=parts or 4, samples=2)
-    config = AtopConfig(eps=0.1, cls_weight=0.7)
+    config = AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), cls_weight=0.7)
     whole = gradients(made.purifier, passes(made, batch(), config).loss)
     l1 = passes(made, batch(), dataclasses.replace(config, cls_weight=0.0)).loss
-    ce = passes(made, batch(), dataclasses.replace(config, reconstruction=0.0)).loss
+    ce = passes(made, batch(), dataclasses.replace(config, reconstruction_weight=0.0)).loss
     for a, b, c in zip(whole, gradients(made.purifier, l1), gradients(made.purifier, ce), strict=True):
         torch.testing.assert_close(a, b + c, atol=1e-6, rtol=1e-4)
 
@@ -134,7 +142,7 @@ def test_the_passes_share_noise_and_mask_and_are_as_many_as_needed(monkeypatch):
     made, rows = defence(), []
     run = made.stages
     monkeypatch.setattr(made, "stages", lambda packed: rows.append(packed) or run(packed))
-    config = AtopConfig(eps=0.1, reconstruction_target="clean")
+    config = AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), reconstruction_target="clean")
     passes(made, batch(), config)
     passes(made, batch(), dataclasses.replace(config, reconstruction_target="adversarial"))
     passes(made, batch(epoch=0), config)  # warm-up: lambda is 0, and no one looks at adversarial images
@@ -168,7 +176,9 @@ def test_fact_14_no_gan_gradient_equals_no_discriminator(tmp_path):
     def trained(gan_weight, **options):
         made = defence()
         gan = {"gan_weight": gan_weight, "discriminator_width": 2} if options["gan_grad"] else {}
-        config = AtopConfig(eps=0.1, warm_up=0, learning_rate=1e-3, **gan, **options)
+        config = AtopConfig(
+            attack=TrainingAttack(eps=0.1, steps=10), cls_delay_epochs=0, learning_rate=1e-3, **gan, **options
+        )
         task = AtopTask(made, config)
         fit(task, x, y, FitConfig(2, 8, 3))
         return made.purifier.state_dict()
@@ -182,7 +192,16 @@ def test_fact_14_no_gan_gradient_equals_no_discriminator(tmp_path):
 
 def test_each_player_trains_alone():
     made = defence()
-    task = AtopTask(made, AtopConfig(eps=0.1, warm_up=0, gan_grad=True, discriminator_width=2, learning_rate=1e-2))
+    task = AtopTask(
+        made,
+        AtopConfig(
+            attack=TrainingAttack(eps=0.1, steps=10),
+            cls_delay_epochs=0,
+            gan_grad=True,
+            discriminator_width=2,
+            learning_rate=1e-2,
+        ),
+    )
     before = copy.deepcopy(task.model.state_dict())
     loss, metrics = task.training_step(batch())
     for name, value in task.model.state_dict().items():
@@ -209,7 +228,10 @@ def test_killed_and_resumed_training_is_the_same(options, tmp_path):
     def task():
         made = defence()
         torch.manual_seed(1)
-        return AtopTask(made, AtopConfig(eps=0.1, warm_up=1, learning_rate=1e-3, **options))
+        return AtopTask(
+            made,
+            AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), cls_delay_epochs=1, learning_rate=1e-3, **options),
+        )
 
     class Killed(Exception):
         pass
@@ -277,7 +299,9 @@ def test_every_pass_has_the_target_and_the_label_of_its_own_image(transform, tar
     x = brightness * torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     y, eps = torch.tensor([2, 0, 3]), 0.1
     step = Batch(x, y, torch.arange(3), 7, 5, 10)
-    metrics = passes(made, step, AtopConfig(eps=eps, reconstruction_target=target)).metrics
+    metrics = passes(
+        made, step, AtopConfig(attack=TrainingAttack(eps=eps, steps=10), reconstruction_target=target)
+    ).metrics
     adversarial = fgsm(Rows(), x, y, eps=eps)
     rebuilt = 2 * (x if target == "clean" else adversarial) - 1
     owners = made.draw(x, seed=torch.tensor([7]), ids=torch.arange(3))[1]  # [S, B, 4, 4]
@@ -300,7 +324,7 @@ def test_rt3_stitches_each_image_from_its_own_passes():
     made = defence(Fill(), Level(), transform="rt3", sigma=0.0, samples=2)
     levels, y = torch.tensor([0.1, 0.45, 0.9]), torch.tensor([0, 2, 0])
     step = Batch(levels.view(3, 1, 1, 1).expand(3, 1, 16, 16).clone(), y, torch.arange(3), 7, 5, 10)
-    metrics = passes(made, step, AtopConfig(attack="none")).metrics
+    metrics = passes(made, step, AtopConfig(attack_method="none")).metrics
     logits = torch.stack([levels, torch.zeros(3), 1 - levels], 1)
     want = (logits.exp().sum(1).log() - logits[torch.arange(3), y]).mean()
     assert metrics["reconstruction"].item() == pytest.approx(0.0, abs=1e-6)
@@ -311,8 +335,12 @@ def test_rt3_stitches_each_image_from_its_own_passes():
 @pytest.mark.parametrize("target", ["classifier", "pipeline"])
 def test_a_step_of_every_training_moves_the_purifier_alone(attack, target):
     made = defence()
-    steps = {"steps": 2} if attack == "pgd" else {}
-    config = AtopConfig(attack=attack, attack_target=target, eps=0.1, warm_up=0, **steps)
+    config = AtopConfig(
+        attack_method=attack,
+        attack_target=target,
+        attack=TrainingAttack(eps=0.1, steps=2 if attack == "pgd" else 10),
+        cls_delay_epochs=0,
+    )
     loss = made.training_step(batch(), config)
     loss.backward()
     assert loss.isfinite() and any(p.grad.abs().sum() > 0 for p in made.purifier.parameters() if p.grad is not None)
@@ -324,7 +352,9 @@ def test_the_pipeline_is_what_is_attacked():
     made, step = defence(sigma=0.02, missing=0.1), batch(32)
     losses = {}
     for target in ("classifier", "pipeline"):
-        config = AtopConfig(attack="pgd", attack_target=target, eps=0.2, steps=10, warm_up=0)
+        config = AtopConfig(
+            attack_method="pgd", attack_target=target, attack=TrainingAttack(eps=0.2, steps=10), cls_delay_epochs=0
+        )
         losses[target] = float(passes(made, step, config).metrics["cross_entropy"])
     assert losses["pipeline"] > losses["classifier"]
 
@@ -348,9 +378,9 @@ def test_pretraining_lowers_the_reconstruction_error_in_the_hole():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attack": "cw"}, "attack must be one of fgsm, pgd, none, got 'cw'"),
+        ({"attack_method": "cw"}, "attack_method must be one of fgsm, pgd, none, got 'cw'"),
         ({"eps": 0.0}, "eps must be above 0, got 0.0"),
-        ({"attack": "none", "attack_target": "pipeline"}, "needs an attack"),
+        ({"attack_method": "none", "attack_target": "pipeline"}, "needs an attack"),
         ({"cls_weight": -1.0}, "cls_weight must be at least 0, got -1.0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
@@ -363,7 +393,7 @@ def test_pretraining_lowers_the_reconstruction_error_in_the_hole():
 )
 def test_settings_that_cannot_be_used(options, message):
     with pytest.raises(ValueError, match=message):
-        AtopConfig(**options)
+        configured(**options)
 
 
 def test_what_needs_the_task_says_so():

@@ -277,7 +277,7 @@ def test_deepcopy_is_independent(carso):
 
 def test_save_and_load(carso, tmp_path):
     carso.save(tmp_path / "d")
-    loaded = purify_fast.load(tmp_path / "d", carso.classifier)
+    loaded = purify_fast.load_defence(tmp_path / "d", carso.classifier)
     x = images(4)
     with carso.fixed_noise(1), loaded.fixed_noise(1):
         assert torch.equal(carso(x), loaded(x))
@@ -287,13 +287,13 @@ def test_save_and_load(carso, tmp_path):
 def test_loading_the_wrong_thing_is_refused(carso, tmp_path):
     carso.save(tmp_path / "d")
     with pytest.raises(ValueError, match="check=False"):
-        purify_fast.load(tmp_path / "d", SmallCNN())
-    purify_fast.load(tmp_path / "d", SmallCNN(), check=False)
+        purify_fast.load_defence(tmp_path / "d", SmallCNN())
+    purify_fast.load_defence(tmp_path / "d", SmallCNN(), check=False)
     with pytest.raises(FileNotFoundError, match=r"model\.json"):
-        purify_fast.load(tmp_path / "nothing", SmallCNN())
+        purify_fast.load_defence(tmp_path / "nothing", SmallCNN())
     (tmp_path / "d" / "model.safetensors").write_bytes(b"half a file")
     with pytest.raises(ValueError, match="broken"):
-        purify_fast.load(tmp_path / "d", carso.classifier)
+        purify_fast.load_defence(tmp_path / "d", carso.classifier)
 
 
 def test_repr(carso):

@@ -11,8 +11,9 @@ from purify_fast.methods.carso import Carso, CarsoConfig
 from purify_fast.methods.carso.networks import Deconvolution, published_decoder
 from purify_fast.models.classifiers import FullyConnected, SmallCNN, WideResNet
 from purify_fast.training import Batch
+from purify_fast.training.attack import TrainingAttack
 
-CONFIG = CarsoConfig(eps=0.1, steps=2)
+CONFIG = CarsoConfig(attack=TrainingAttack(eps=0.1, steps=2))
 
 
 def transformer():
@@ -81,7 +82,7 @@ def batch(defence, n=8):
 
 def test_it_trains_and_is_attacked(defence):
     b = batch(defence)
-    for config in (CONFIG, CarsoConfig(attack_target="pipeline", eps=0.1, steps=1)):
+    for config in (CONFIG, CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.1, steps=1))):
         defence.train()
         defence.zero_grad()
         defence.training_step(b, config).backward()
@@ -98,7 +99,7 @@ def test_it_trains_and_is_attacked(defence):
 
 def test_it_is_saved_and_loaded(defence, tmp_path):
     defence.eval().save(tmp_path)
-    loaded = purify_fast.load(tmp_path, defence.classifier)
+    loaded = purify_fast.load_defence(tmp_path, defence.classifier)
     x = batch(defence, 2).x
     with torch.no_grad(), defence.fixed_noise(1), loaded.fixed_noise(1):
         assert torch.equal(defence(x), loaded(x))

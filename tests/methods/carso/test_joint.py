@@ -12,6 +12,7 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.carso.task import pipeline_step, published_step
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
+from purify_fast.training.attack import TrainingAttack
 
 
 def defence():
@@ -33,14 +34,14 @@ def gradients(made, config):
 
 def test_free_bits_charge_only_what_is_above_them():
     made = defence()
-    plain, terms, _ = gradients(made, CarsoConfig(eps=0.2, steps=2))
+    plain, terms, _ = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2)))
     kl = float(terms["kl"])
-    below, _, _ = gradients(made, CarsoConfig(eps=0.2, steps=2, free_bits=0.5 * kl))
+    below, _, _ = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), free_bits=0.5 * kl))
     torch.testing.assert_close(below, plain)
-    above, _, _ = gradients(made, CarsoConfig(eps=0.2, steps=2, free_bits=2 * kl))
+    above, _, _ = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), free_bits=2 * kl))
     torch.testing.assert_close(above, plain + kl, rtol=1e-4, atol=1e-3)  # a constant in place of the term
-    unpaid = gradients(made, CarsoConfig(eps=0.2, steps=2, free_bits=2 * kl))[2]
-    free = gradients(made, CarsoConfig(eps=0.2, steps=2, beta=0.0))[2]
+    unpaid = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), free_bits=2 * kl))[2]
+    free = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), beta=0.0))[2]
     for a, b in zip(unpaid, free, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -49,7 +50,7 @@ def test_free_bits_keep_the_latent_alive():
     kl = {}
     for free_bits in (0.0, 3.0):
         made, digits = defence(), data.load("digits")
-        config = CarsoConfig(eps=0.2, steps=1, free_bits=free_bits, lag=0.0)
+        config = CarsoConfig(attack=TrainingAttack(eps=0.2, steps=1), free_bits=free_bits, kl_delay=0.0)
         last = fit(CarsoTask(made, config), digits.x_train[:512], digits.y_train[:512], FitConfig(16, 64))
         kl[free_bits] = last["kl"]
     assert kl[3.0] > 2 * kl[0.0]
@@ -61,7 +62,7 @@ def test_joint_training_moves_the_defences_classifier_and_not_the_callers():
     before = copy.deepcopy(classifier.state_dict())
     made = Carso(classifier, ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
     digits = data.load("digits")
-    config = CarsoConfig(attack_target="pipeline", eps=0.2, steps=1, joint=True)
+    config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=True)
     fit(CarsoTask(made, config), digits.x_train[:64], digits.y_train[:64], FitConfig(1, 32))
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
     assert not torch.equal(made.classifier.conv1.weight, before["conv1.weight"])
@@ -74,10 +75,10 @@ def test_saved_with_its_own_classifier_only_if_that_was_trained(tmp_path, joint)
     classifier = SmallCNN(width=4)
     made = Carso(classifier, ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
     digits = data.load("digits")
-    config = CarsoConfig(attack_target="pipeline", eps=0.2, steps=1, joint=joint)
+    config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=joint)
     fit(CarsoTask(made, config), digits.x_train[:64], digits.y_train[:64], FitConfig(1, 32), tmp_path / "run")
     made.save(tmp_path / "saved")
-    again = purify_fast.load(tmp_path / "saved", classifier)
+    again = purify_fast.load_defence(tmp_path / "saved", classifier)
     x = batch().x
     with made.deterministic(), again.deterministic():
         assert torch.equal(made(x), again(x))
@@ -86,17 +87,17 @@ def test_saved_with_its_own_classifier_only_if_that_was_trained(tmp_path, joint)
     other = SmallCNN(width=4)
     nn.init.normal_(other.conv1.weight)
     if joint:  # its own weights replace whatever came
-        loaded = purify_fast.load(tmp_path / "saved", other)
+        loaded = purify_fast.load_defence(tmp_path / "saved", other)
         with made.deterministic(), loaded.deterministic():
             assert torch.equal(made(x), loaded(x))
     else:
         with pytest.raises(ValueError, match="its weights"):
-            purify_fast.load(tmp_path / "saved", other)
+            purify_fast.load_defence(tmp_path / "saved", other)
 
 
 def test_joint_runs_resume(tmp_path):
     digits = data.load("digits")
-    config = CarsoConfig(attack_target="pipeline", eps=0.2, steps=1, joint=True)
+    config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=True)
 
     def train(folder, epochs_twice):
         made = defence()
@@ -124,7 +125,11 @@ def test_joint_runs_resume(tmp_path):
 def test_the_attack_leaves_the_classifier_trainable():
     made = defence()
     CarsoTask(made, CarsoConfig(attack_target="pipeline", joint=True))
-    loss, _ = pipeline_step(made.train(), batch(), CarsoConfig(attack_target="pipeline", eps=0.2, steps=1, joint=True))
+    loss, _ = pipeline_step(
+        made.train(),
+        batch(),
+        CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=True),
+    )
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.classifier.parameters())
 
@@ -133,7 +138,7 @@ def test_a_released_classifier_is_frozen_again_by_a_task_that_is_not_joint():
     made = defence()
     CarsoTask(made, CarsoConfig(attack_target="pipeline", joint=True))
     before = made.classifier.head.weight.clone()
-    task = CarsoTask(made, CarsoConfig(attack_target="pipeline", eps=0.2, steps=1))
+    task = CarsoTask(made, CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1)))
     task.training_step(batch())[0].backward()
     task.optimizer.step()
     assert torch.equal(made.classifier.head.weight, before)
@@ -141,7 +146,7 @@ def test_a_released_classifier_is_frozen_again_by_a_task_that_is_not_joint():
 
 
 def test_joint_training_that_would_not_reach_the_classifier_is_refused():
-    made, config = defence(), CarsoConfig(attack_target="pipeline", eps=0.2, steps=1, joint=True)
+    made, config = defence(), CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=True)
     with pytest.raises(ValueError, match=r"after release_classifier\(\)"):
         made.training_step(batch(), config)
     with pytest.raises(ValueError, match=r"accelerate\(None\) first"):

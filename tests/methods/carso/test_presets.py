@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from purify_fast.methods.carso import PRESETS, Carso, CarsoTask
+from purify_fast.methods.carso.config import atom_size
 from purify_fast.methods.carso.official import official_state
 from purify_fast.methods.carso.presets import GRADES, preset
-from purify_fast.methods.carso.task import atom_size
 from purify_fast.models.classifiers import FullyConnected, SmallCNN, WideResNet
 from purify_fast.training import Batch
 
@@ -165,8 +165,10 @@ def test_full_size_tensors_have_the_official_names_and_shapes(systems, part, cou
 def test_fact_11_eps_in_pixels_as_the_official_code_scales_it(name, weak, strong):
     made = PRESETS[name]
     scaled = made.method(official_code=True).for_statistics(made.std)
-    assert scaled.eps == pytest.approx(strong, abs=1e-7) and scaled.eps / 2 == pytest.approx(weak, abs=1e-7)
-    assert made.method().for_statistics(made.std).eps == 8 / 255
+    assert scaled.attack.eps == pytest.approx(strong, abs=1e-7) and scaled.attack.eps / 2 == pytest.approx(
+        weak, abs=1e-7
+    )
+    assert made.method().for_statistics(made.std).attack.eps == 8 / 255
 
 
 @pytest.mark.parametrize(
@@ -192,8 +194,8 @@ def test_peak_rates_are_those_of_one_official_process():
 def test_methods_and_loops_are_the_papers():
     for name, made in PRESETS.items():
         config, loop = made.method(), made.loop()
-        assert (config.steps, config.alpha, config.beta, config.reduction) == (40, 0.01, 1.0, "sum")
-        assert config.lag == (0 if name == "mnist_v1" else 0.125)
+        assert (config.attack.steps, config.attack.alpha, config.beta, config.reduction) == (40, 0.01, 1.0, "sum")
+        assert config.kl_delay == (0 if name == "mnist_v1" else 0.125)
         assert (loop.epochs, loop.batch_size) == (made.epochs, made.batch_size)
         assert not loop.padding and not loop.flip
     task = CarsoTask(Carso.from_preset("mnist_v1", FullyConnected()), PRESETS["mnist_v1"].method())

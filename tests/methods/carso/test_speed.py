@@ -19,6 +19,7 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, Head
 from purify_fast.methods.carso.task import balanced_batch, pipeline_step, published_step
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
+from purify_fast.training.attack import TrainingAttack
 
 SHAPE = (3, 16, 16)
 
@@ -140,7 +141,7 @@ def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
     assert all(torch.equal(made.state_dict()[k], v) for k, v in before.items())
     assert [name for name, _ in made.named_parameters()] == names
     made.save(tmp_path)
-    loaded = purify_fast.load(tmp_path, made.classifier)
+    loaded = purify_fast.load_defence(tmp_path, made.classifier)
     assert loaded.accelerated is None and set(loaded.state_dict()) == set(before)
 
 
@@ -323,7 +324,7 @@ def test_a_classifier_that_fails_leaves_the_defence_as_it_was(monkeypatch):
 @pytest.mark.parametrize("target", ["classifier", "pipeline"])
 def test_loss_and_gradients_are_close_to_float32s(target):
     """The loss within 2 %, all weights' gradient within 15 % (relative L2): the adversarial images differ as well."""
-    config, found = CarsoConfig(attack_target=target, eps=0.1, steps=3, train_samples=2), []
+    config, found = CarsoConfig(attack_target=target, attack=TrainingAttack(eps=0.1, steps=3), train_samples=2), []
     for precision in ("float32", "bfloat16"):
         made = defence().train()
         torch.manual_seed(4)
@@ -343,7 +344,7 @@ def test_statistics_stay_float32_and_training_lowers_the_loss(tmp_path):
     for epochs in (1, 4):
         torch.manual_seed(0)
         made = Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
-        task = CarsoTask(made, CarsoConfig(eps=0.2, steps=2, precision="bfloat16"))
+        task = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), precision="bfloat16"))
         losses[epochs] = fit(
             task, digits.x_train, digits.y_train, FitConfig(epochs, 64), tmp_path / f"{epochs}"
         )["reconstruction"]  # fmt: skip
@@ -411,13 +412,20 @@ def test_the_mode_that_looks_for_syncs_sees_them():
 def test_a_training_step_waits_for_nothing(step, fast):
     made, b = defence().train().accelerate(torch.bfloat16 if fast else None), batch(16)
     with NoSync():
-        loss, _ = step(made, b, CarsoConfig(eps=0.1, steps=2))
+        loss, _ = step(made, b, CarsoConfig(attack=TrainingAttack(eps=0.1, steps=2)))
         loss.backward()
 
 
 def test_balanced_batches_do_not_need_a_defence():
     b = batch(16)
-    x = balanced_batch(Residual().eval(), b.x, b.y, CarsoConfig(steps=2), seed=1, sample_ids=b.sample_ids)
+    x = balanced_batch(
+        Residual().eval(),
+        b.x,
+        b.y,
+        CarsoConfig(attack=TrainingAttack(eps=8 / 255, steps=2)),
+        seed=1,
+        sample_ids=b.sample_ids,
+    )
     assert x.shape == b.x.shape and (x - b.x).abs().max() <= 8 / 255 + 1e-6
 
 

@@ -12,7 +12,15 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.carso.task import atom_size, balanced_batch, kl_weight, pipeline_step, published_step
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
+from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.schedules import carso_published
+
+
+def configured(**options):
+    """A config from its own settings and its attack's."""
+    names = {field.name for field in dataclasses.fields(TrainingAttack)}
+    attack = {name: options.pop(name) for name in names & options.keys()}
+    return CarsoConfig(attack=TrainingAttack(**{"eps": 8 / 255, "steps": 40, **attack}), **options)
 
 
 def defence():
@@ -52,7 +60,9 @@ def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
 
     monkeypatch.setattr(module, "pgd_and_fgsm", record)  # the first half by PGD, the second by FGSM
     x, y = torch.rand(size, 1, 2, 2), torch.zeros(size, dtype=torch.int64)
-    config = CarsoConfig(eps=0.2, adversarial_fraction=fraction, allow_no_adversarial=True)
+    config = CarsoConfig(
+        attack=TrainingAttack(eps=0.2, steps=40), adversarial_fraction=fraction, allow_no_adversarial=True
+    )
     out = balanced_batch(None, x, y, config, seed=0, sample_ids=torch.arange(size))
     assert torch.equal(out[:clean], x[:clean]) and torch.equal(out[clean:], x[clean:] + 10)
     assert calls == ([pytest.approx(2 * ([0.1] * atom + [0.2] * atom))] if atom else [])
@@ -61,7 +71,7 @@ def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
 
 def test_without_adversarial_examples_only_if_asked():
     made, b = defence(), batch(16)
-    config = CarsoConfig(eps=0.2, steps=1, adversarial_fraction=0.01)
+    config = CarsoConfig(attack=TrainingAttack(eps=0.2, steps=1), adversarial_fraction=0.01)
     with pytest.raises(ValueError, match="leaves no adversarial example"):
         published_step(made, b, config)
     config = dataclasses.replace(config, allow_no_adversarial=True)
@@ -78,7 +88,7 @@ def test_never_silently_without_adversarial_examples(size, fraction):
 
 def test_the_balanced_batch_is_clean_then_pgd_then_fgsm_weak_before_strong():
     made, b, eps = defence(), batch(32), 0.2
-    config = CarsoConfig(eps=eps, steps=10)
+    config = CarsoConfig(attack=TrainingAttack(eps=eps, steps=10))
     x = balanced_batch(made.classifier, b.x, b.y, config, seed=1, sample_ids=b.sample_ids)
     distance = (x - b.x).flatten(1).abs().amax(1)
     assert torch.equal(x[:16], b.x[:16])
@@ -92,7 +102,14 @@ def test_the_balanced_batch_is_clean_then_pgd_then_fgsm_weak_before_strong():
 
 def test_the_balanced_batch_raises_the_classifiers_loss():
     made, b = defence(), batch(64)
-    x = balanced_batch(made.classifier, b.x, b.y, CarsoConfig(eps=0.2, steps=10), seed=1, sample_ids=b.sample_ids)
+    x = balanced_batch(
+        made.classifier,
+        b.x,
+        b.y,
+        CarsoConfig(attack=TrainingAttack(eps=0.2, steps=10)),
+        seed=1,
+        sample_ids=b.sample_ids,
+    )
     with torch.no_grad():
         before = torch.nn.functional.cross_entropy(made.classifier(b.x[32:]), b.y[32:])
         after = torch.nn.functional.cross_entropy(made.classifier(x[32:]), b.y[32:])
@@ -101,15 +118,15 @@ def test_the_balanced_batch_raises_the_classifiers_loss():
 
 def test_published_loss_is_reconstruction_plus_weighted_kl():
     made, b = defence(), batch(epoch=0)
-    loss, terms = published_step(made, b, CarsoConfig(eps=0.2, steps=2))
+    loss, terms = published_step(made, b, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2)))
     torch.testing.assert_close(loss.detach(), terms["reconstruction"])  # epoch 0: no KL yet
-    loss, terms = published_step(made, batch(epoch=9), CarsoConfig(eps=0.2, steps=2, beta=0.5))
+    loss, terms = published_step(made, batch(epoch=9), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), beta=0.5))
     torch.testing.assert_close(loss.detach(), terms["reconstruction"] + 0.5 * terms["kl"])
     assert terms["kl"] > 0
 
 
 def test_the_sum_is_the_mean_times_the_batch_and_logs_the_same():
-    made, b, config = defence(), batch(epoch=9), CarsoConfig(eps=0.2, steps=2)
+    made, b, config = defence(), batch(epoch=9), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2))
     mean, terms = published_step(made, b, config)
     total, same = published_step(made, b, dataclasses.replace(config, reduction="sum"))
     torch.testing.assert_close(total, 16 * mean)
@@ -126,18 +143,17 @@ def test_official_code_attacks_with_a_larger_eps_and_the_same_step(monkeypatch):
     made = Carso(SmallCNN(3, 10, (16, 16), 4), ["conv2"], (3, 16, 16), 8, 4, 2, decoder_width=2, **statistics)
     b = batch()
     colour = dataclasses.replace(b, x=b.x.expand(-1, 3, -1, -1))
-    config = CarsoConfig(eps=0.1, steps=2, alpha=0.01, eps_mode="official_code")
+    config = CarsoConfig(attack=TrainingAttack(eps=0.1, steps=2, alpha=0.01), eps_mode="official_code")
     published_step(made, colour, config)
     published_step(made, colour, dataclasses.replace(config, eps_mode="paper"))
-    assert [c.eps for c in seen] == pytest.approx([0.1 * 3 / 0.75, 0.1])
-    assert all(c.step(c.eps) == 0.01 for c in seen)
+    assert [c.attack.eps for c in seen] == pytest.approx([0.1 * 3 / 0.75, 0.1])
+    assert all(c.attack.step_size(c.attack.eps) == 0.01 for c in seen)
 
 
 def test_the_papers_optimiser_schedule_and_sum_in_the_loop(tmp_path):
     digits, made = data.load("digits"), defence()
     config = CarsoConfig(
-        eps=0.2,
-        steps=1,
+        attack=TrainingAttack(eps=0.2, steps=1),
         reduction="sum",
         optimizer="radam_lookahead",
         lookahead_steps=4,
@@ -160,7 +176,7 @@ def test_the_papers_optimiser_schedule_and_sum_in_the_loop(tmp_path):
 
 def test_the_published_loss_reaches_every_part_of_the_purifier_but_not_the_classifier():
     made = defence()
-    published_step(made, batch(), CarsoConfig(eps=0.2, steps=2))[0].backward()
+    published_step(made, batch(), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2)))[0].backward()
     for name, p in made.named_parameters():
         assert (p.grad is None) == name.startswith("classifier."), name
 
@@ -168,7 +184,9 @@ def test_the_published_loss_reaches_every_part_of_the_purifier_but_not_the_class
 def test_the_pipeline_loss_reaches_what_inference_uses_and_keeps_mode_samples_and_statistics():
     made = defence().train()
     state = copy.deepcopy(made.state_dict())
-    pipeline_step(made, batch(), CarsoConfig(attack_target="pipeline", eps=0.2, steps=2, train_samples=3))[0].backward()
+    pipeline_step(
+        made, batch(), CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=2), train_samples=3)
+    )[0].backward()
     for name, p in made.named_parameters():
         inference = name.startswith(("condition_encoder", "decoder"))
         assert (p.grad is not None) == inference, name
@@ -184,8 +202,8 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda model, *a, f=original, **k: seen.append(model) or f(model, *a, **k))
     made = defence()
-    pipeline_step(made, batch(), CarsoConfig(attack_target="pipeline", eps=0.2, steps=1))
-    published_step(made, batch(), CarsoConfig(eps=0.2, steps=1))
+    pipeline_step(made, batch(), CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1)))
+    published_step(made, batch(), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=1)))
     assert seen == [made, made.classifier]
 
 
@@ -210,13 +228,13 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
 )
 def test_config_errors(wrong, message):
     with pytest.raises(ValueError, match=message):
-        CarsoConfig(**wrong)
+        configured(**wrong)
 
 
 def test_training_lowers_the_loss_and_leaves_the_classifier(tmp_path):
     digits, made = data.load("digits"), defence()
     before = copy.deepcopy(made.classifier.state_dict())
-    task = CarsoTask(made, CarsoConfig(eps=0.2, steps=2))
+    task = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2)))
     one = fit(task, digits.x_train, digits.y_train, FitConfig(1, 64), tmp_path / "one")
     made2 = defence()
     six = fit(CarsoTask(made2, task.config), digits.x_train, digits.y_train, FitConfig(6, 64), tmp_path / "six")
@@ -230,7 +248,9 @@ def test_a_loop_of_ones_own():
     losses = []
     for step in range(12):
         b = batch(32)
-        loss = made.training_step(Batch(b.x, b.y, b.sample_ids, step), CarsoConfig(eps=0.2, steps=2))
+        loss = made.training_step(
+            Batch(b.x, b.y, b.sample_ids, step), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2))
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -10,7 +10,7 @@ from ..training.checkpoint import read_model
 from . import atop, carso
 
 
-def load(
+def load_defence(
     folder: str | Path,
     classifier: nn.Module | None = None,
     *,

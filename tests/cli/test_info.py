@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from purify_fast import __version__, _library, info
+from purify_fast import __version__, _library
+from purify_fast.cli import installation
 from purify_fast.ops import REGISTRY, use_backend
 
 
 def test_report_names_versions_build_and_every_op():
-    text = info.report()
+    text = installation.report()
     for part in (__version__, torch.__version__, "triton", "CPU", "GPU", "decode_samples"):
         assert part in text
     for name in REGISTRY:
@@ -26,15 +27,17 @@ def test_report_names_versions_build_and_every_op():
 
 def test_report_shows_a_forced_backend_and_a_missing_one():
     with use_backend("reference"):
-        assert "forced" in info.report()
+        assert "forced" in installation.report()
     with use_backend("cuda"):
-        text = info.report()
+        text = installation.report()
     assert "forced" in text and "nothing" in text  # no op but philox ever has CUDA C++
 
 
 def test_module_runs_and_says_how_to_get_what_is_missing():
     environ = {**os.environ, "PURIFY_FAST_NO_EXTENSION": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-m", "purify_fast.info"], capture_output=True, text=True, env=environ)
+    run = subprocess.run(
+        [sys.executable, "-m", "purify_fast.cli.installation"], capture_output=True, text=True, env=environ
+    )
     assert run.returncode == 0, run.stderr
     assert "switched off by PURIFY_FAST_NO_EXTENSION=1" in run.stdout
     assert "PURIFY_FAST_NO_EXTENSION=1" in run.stdout.split("environment")[1]
@@ -44,7 +47,7 @@ def test_module_runs_and_says_how_to_get_what_is_missing():
 def test_an_extension_that_is_absent_names_the_command(monkeypatch):
     monkeypatch.setattr(_library, "load_error", ImportError(f"not installed: {_library.BUILD_HINT}"))
     monkeypatch.setattr(_library, "path", None)
-    text = info.report()
+    text = installation.report()
     assert "not loaded" in text and "pip install --no-build-isolation" in text
 
 
@@ -53,7 +56,7 @@ def test_an_extension_built_elsewhere_is_loaded(tmp_path):
     broken = tmp_path / "broken.so"
     broken.write_text("no library")
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PURIFY_FAST_EXTENSION": str(broken)}
-    command = [sys.executable, "-m", "purify_fast.info"]
+    command = [sys.executable, "-m", "purify_fast.cli.installation"]
     said = subprocess.run(command, capture_output=True, text=True, env=environ).stdout
     assert "not loaded" in said and str(broken) in said
     if _library.loaded():

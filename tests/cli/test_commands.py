@@ -60,7 +60,7 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     written = tmp_path / "carso-fine" / "evaluation"
     report = Report.from_json((written / "report.json").read_text())
     assert report.row("clean").n == 12 and (written / "report.md").is_file() and (written / "accuracies.png").is_file()
-    defence = purify_fast.load(carso, load_classifier(classifier))
+    defence = purify_fast.load_defence(carso, load_classifier(classifier))
     assert defence(torch.rand(2, 1, 12, 8)).shape == (2, 2)
     log = [json.loads(line) for line in (tmp_path / "carso" / "log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in log] == [0, 1, 2] and log[-1]["images_per_second"] > 0
@@ -165,7 +165,7 @@ def test_a_preset_gives_the_defaults_and_explicit_options_win(monkeypatch):
     assert plain.method == made.method() and plain.loop == made.loop() and plain.layers == made.layers
     assert (plain.cond_dim, plain.latent_dim, plain.samples) == (512, 128, 8)
     assert official.method == dataclasses.replace(PRESETS["tiny_imagenet"].method(True), optimizer="adamw")
-    assert changed.method.alpha is None and changed.samples == 3 and changed.method.eps == 0.3
+    assert changed.method.attack.alpha is None and changed.samples == 3 and changed.method.attack.eps == 0.3
 
 
 def test_a_preset_is_trained_on_the_users_data(tmp_path, capsys):
@@ -178,7 +178,7 @@ def test_a_preset_is_trained_on_the_users_data(tmp_path, capsys):
     assert cli.main([*train, "--epochs", "1", "--batch-size", "20", *common]) == 0
     preset = ["train", "carso", "--preset", "mnist_v1", *folder, "--steps", "1", "--epochs", "1", "--batch-size", "20"]
     assert cli.main([*preset, *common]) == 0
-    defence = purify_fast.load(tmp_path / "carso")
+    defence = purify_fast.load_defence(tmp_path / "carso")
     assert defence.arguments["form"] == "v1" and defence.samples == 4
     assert cli.main([*preset, "--data", "digits", "--device", "cpu"]) == 2
     assert "its images are (1, 16, 16), the purifier's (1, 28, 28)" in capsys.readouterr().err
@@ -186,7 +186,7 @@ def test_a_preset_is_trained_on_the_users_data(tmp_path, capsys):
 
 def test_the_documented_commands_are_accepted(monkeypatch, capsys):
     """Their settings are checked while they are read; none is run."""
-    root, ran = Path(__file__).parents[1], []
+    root, ran = Path(__file__).parents[2], []
     for command in (cli.Demo, cli.Train, cli.Ablate, cli.Evaluate, cli.Info):
         monkeypatch.setattr(command, "run", lambda self: ran.append(self))
     pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]

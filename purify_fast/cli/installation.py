@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, _library
-from .ops import REGISTRY
+from .. import __version__, _library
+from ..ops import REGISTRY
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -111,7 +111,7 @@ def report() -> str:
     """Versions, machine, build, environment, and the table op x backend, as text."""
     threads = torch.get_num_threads()
     head = [
-        ("purify_fast", f"{__version__}, {Path(__file__).parent}"),
+        ("purify_fast", f"{__version__}, {Path(__file__).parents[1]}"),
         ("python", platform.python_version()),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"),
         ("triton", _version("triton")),

@@ -1,0 +1,47 @@
+"""Small things about tensors that many modules need."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """One number for each image, shaped so that it is broadcast over the image.
+
+    Args:
+        values: ``[B]``, any dtype.
+        like: ``[B, ...]``, images or anything else with one entry per image.
+
+    Returns:
+        A view of ``values`` of shape ``[B, 1, ...]``, with as many dimensions as ``like``.
+    """
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def repeat_batch(x: Tensor, times: int) -> Tensor:
+    """The whole batch ``times`` times, one after the other.
+
+    Args:
+        x: ``[B, ...]``.
+        times: how often, at least 1.
+
+    Returns:
+        A new tensor ``[times * B, ...]``; ``unflatten(0, (times, -1))`` parts it again.
+    """
+    return x.repeat(times, *[1] * (x.dim() - 1))
+
+
+def first_tensor(module: nn.Module) -> Tensor:
+    """The first floating-point parameter or buffer, which tells a module's device and dtype.
+
+    Args:
+        module: any module.
+
+    Returns:
+        That tensor, or a float32 zero on the CPU for a module that has none.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))

@@ -1,0 +1,150 @@
+"""The command line: ``purify-fast demo | train classifier|carso|generator|atop|arrest | ablate | evaluate | info``.
+
+PyTorch takes 1.8 seconds to import. What reads the options does without it, so that help and refusals come at once:
+each command imports what computes when it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import tyro
+
+from .ablate import Ablate
+from .command import Command
+from .demo import Demo
+from .device import usable_device
+from .evaluate import Evaluate
+from .info import Info
+from .option_types import Refused
+from .parsing import cli, overlays, parse
+from .train_arrest import TrainArrest
+from .train_atop import TrainAtop, TrainGenerator
+from .train_carso import TrainCarso
+from .train_classifier import TrainClassifier
+
+__all__ = [
+    "Ablate",
+    "Demo",
+    "Evaluate",
+    "Info",
+    "Train",
+    "TrainArrest",
+    "TrainAtop",
+    "TrainCarso",
+    "TrainClassifier",
+    "TrainGenerator",
+    "main",
+]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a classifier, or a defence on one; by torchrun on several GPUs or processors."""
+
+    what: (
+        Annotated[TrainClassifier, tyro.conf.subcommand("classifier")]
+        | Annotated[TrainCarso, tyro.conf.subcommand("carso")]
+        | Annotated[TrainGenerator, tyro.conf.subcommand("generator")]
+        | Annotated[TrainAtop, tyro.conf.subcommand("atop")]
+        | Annotated[TrainArrest, tyro.conf.subcommand("arrest")]
+    )
+
+    def run(self) -> None:
+        """Train on the device that is this process's own."""
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        from ..training.distributed import own_device
+
+        replace(self.what, device=own_device(usable_device(self.what.device))).run()
+
+
+Commands = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Ablate, tyro.conf.subcommand("ablate")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+)
+
+_KINDS: dict[str, type[Command]] = {
+    "demo": Demo,
+    "train classifier": TrainClassifier,
+    "train carso": TrainCarso,
+    "train generator": TrainGenerator,
+    "train atop": TrainAtop,
+    "train arrest": TrainArrest,
+    "ablate": Ablate,
+    "evaluate": Evaluate,
+    "info": Info,
+}
+
+
+def _read(arguments: list[str]) -> Command | Train:
+    """The command that the words describe."""
+    for length in (1, 2):
+        name = " ".join(arguments[:length])
+        if name in _KINDS:
+            command = parse(_KINDS[name], name, arguments[length:])
+            return Train(command) if name.startswith("train ") else command  # type: ignore[arg-type]
+    # --version prints and exits
+    overlays().parse_known_args(arguments)
+    # no command, or none of this name: the parser of all of them says which there are
+    return cli(Commands, arguments, prog="purify-fast")
+
+
+def _several() -> int:
+    """The number of processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _run(arguments: list[str]) -> None:
+    with contextlib.ExitStack() as stack:
+        if _several() > 1:
+            # PyTorch takes 1.8 seconds to import: --help does without it
+            from ..training.distributed import torchrun_group
+
+            stack.enter_context(torchrun_group())
+        command = _read(arguments)
+        if _several() > 1 and not isinstance(command, Train):
+            raise ValueError(f"only train is shared by several processes, here {_several()}: run this in one")
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        from ..speed.allocator import keep_memory
+
+        keep_memory()
+        command.run()
+
+
+def _rank() -> int:
+    """The number of this process among several."""
+    if "torch" not in sys.modules:
+        return 0
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    from .._process import processes
+
+    return processes()[0]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point.
+
+    Args:
+        arguments: the words behind the program's name; None takes the process's own.
+
+    Returns:
+        The exit status: 0; 2, with one line on stderr, for input that cannot be used; 130 after Ctrl-C.
+    """
+    try:
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+    except (Refused, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
+        # of several processes, another than the first speaks only of an error of its own
+        rank = _rank()
+        print(f"purify-fast{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("purify-fast: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,131 @@
+"""``run.yaml``: the options of a run, written beside its log and read by ``--config``.
+
+The file is one flat table with the names of the command line. ``command`` says what it is for, ``version`` which
+release of this package wrote it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from .. import __version__
+from .command import Command
+
+RUN_FILE = "run.yaml"
+_FACTS = ("command", "version")
+
+
+def _fields(kind: type) -> Iterator[tuple[str, Any, bool]]:
+    """(name, type, is positional) of each option of a command, those of its configurations among the others."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _fields(typing.cast(type, hint))
+        elif field.name != "config":
+            yield field.name, hint, tyro.conf.Positional in getattr(hint, "__metadata__", ())
+
+
+def values(command: Any) -> dict[str, Any]:
+    """The options of a command and of its configurations, as YAML holds them: text, numbers, lists."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= values(value)
+        elif field.name != "config":
+            found[field.name] = (
+                str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            )
+    return found
+
+
+def run_file(command: Command, name: str) -> str:
+    """The text of a run's file.
+
+    Args:
+        command: the command that runs.
+        name: how it is called, as in ``train carso``.
+    """
+    left_out = {name for rule in command.superseded() for name in rule.names}
+    options = {option: value for option, value in values(command).items() if option not in left_out}
+    facts = {"command": name, "version": __version__}
+    head = f"# purify-fast {name} --config {RUN_FILE} repeats this run; options on the command line win.\n"
+    return head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """The table in a run's file, or in one written by hand.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no YAML, or no table.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    found = {} if found is None else found
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ValueError(f"{path} must hold a table of options, such as `eps: 0.3`")
+    return found
+
+
+def options_of(path: Path, kind: type, name: str) -> dict[str, Any]:
+    """The options in a file, if they are a command's.
+
+    Args:
+        path: the file.
+        kind: the command's class.
+        name: how the command is called.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a table, of another command, or has an option that the command does not have.
+    """
+    found = {key.replace("-", "_"): value for key, value in read_run_file(path).items()}
+    if found.get("command", name) != name:
+        raise ValueError(f"--config {path} is of `purify-fast {found['command']}`, not of `purify-fast {name}`")
+    for fact in _FACTS:
+        found.pop(fact, None)
+    known = [option for option, _, _ in _fields(kind)]
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise ValueError(f"--config {path}: `purify-fast {name}` has no option {key!r}{hint}")
+    return found
+
+
+def words(options: dict[str, Any], kind: type) -> list[str]:
+    """Options as the words of a command line, so that both are read alike.
+
+    Args:
+        options: names and values, as `options_of` returns them.
+        kind: the command's class.
+    """
+    positional = {name for name, _, is_positional in _fields(kind) if is_positional}
+    first = [str(value) for name, value in options.items() if name in positional]
+    named: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if name in positional:
+            continue
+        if isinstance(value, bool):
+            named.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            named += [f"--{flag}", *map(str, value)]
+        else:
+            named.append(f"--{flag}={value}")
+    return first + named

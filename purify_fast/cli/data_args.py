@@ -1,0 +1,66 @@
+"""The options that say which images a command works on, and where."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .command import Command
+from .device import usable_device
+
+if TYPE_CHECKING:
+    from ..data import DataSet
+
+
+def _path_or_none(text: str | None) -> Path | None:
+    return Path(text) if text else None
+
+
+@dataclass(frozen=True)
+class DataCommand(Command):
+    """A command that reads images."""
+
+    data: str = "digits"
+    """digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet, an .npz file with
+    x_train y_train x_test y_test, or a folder with train/<class>/*.jpg|png and val/ or test/."""
+    data_root: Path | None = field(default_factory=lambda: _path_or_none(os.environ.get("PURIFY_FAST_DATA")))
+    """Where data sets are looked for and downloaded to; default: PURIFY_FAST_DATA, else the current folder."""
+    download: bool = False
+    """Let torchvision download the official files if they are missing."""
+    image_size: tuple[int, int] | None = None
+    """Height and width an image folder's images are resized and cropped to."""
+    stream: bool = False
+    """Read an image folder batch by batch from its decoded copy even if it fits into memory, as for a smaller GPU."""
+    cache: Path | None = None
+    """Where an image folder's decoded images are kept; default: .purify_fast in that folder."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, or another of PyTorch's devices; auto takes a GPU if there is one."""
+
+    def load_data(self) -> DataSet:
+        """The images, on the device."""
+        # what reads images imports PyTorch, which takes 1.8 seconds: --help does without it
+        from ..data import load
+
+        device = usable_device(self.device)
+        found = load(
+            self.data,
+            self.data_root,
+            download=self.download,
+            image_size=self.image_size,
+            stream=self.stream,
+            cache=self.cache,
+        )
+        return found.to(device)
+
+    def attacked_by(self, folder: Path, eps: float, norm: str) -> str:
+        """The sentence that names the command that attacks what was trained here: the same images, the same ball."""
+        words = ["purify-fast", "evaluate", str(folder), "--data", self.data]
+        if self.data_root is not None:
+            words += ["--data-root", str(self.data_root)]
+        if self.image_size is not None:
+            words += ["--image-size", *map(str, self.image_size)]
+        words += ["--eps", f"{eps:.6g}"] + (["--norm", norm] if norm != "linf" else [])
+        return f"saved to {folder}; attack it with: {shlex.join(words)}"

@@ -1,0 +1,88 @@
+"""From the words of a command line to a command: presets and ``--config`` give the defaults, options given here win."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from .. import __version__
+from . import config_file
+from .command import Command
+from .option_types import option_types
+from .train_carso import TrainCarso
+
+_MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+
+
+def overlays() -> argparse.ArgumentParser:
+    """Reads --version and the options that decide the defaults of the others, and leaves everything else."""
+    parser = argparse.ArgumentParser(prog="purify-fast", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--preset")
+    parser.add_argument("--official-code", "--official_code", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--version", action="version", version=f"purify-fast {__version__}")
+    return parser
+
+
+def _names(arguments: list[str]) -> set[str]:
+    """The options among the words, by their names as fields."""
+    flags = [word.split("=", 1)[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")]
+    return {name.removeprefix("no_") for name in flags} | set(flags)
+
+
+def refuse_superseded(command: Command, given: set[str]) -> None:
+    """ValueError if an option was given that another one makes meaningless.
+
+    Args:
+        command: the command with all of its options.
+        given: the names of the options that were given.
+    """
+    for rule in command.superseded():
+        if odd := [name for name in rule.names if name in given]:
+            raise ValueError(rule.message.format(given=", ".join(odd)))
+
+
+def cli(kind: Any, arguments: list[str], **options: Any) -> Any:
+    """``tyro.cli`` with this command line's types.
+
+    Args:
+        kind: a command's class, or a union of several.
+        arguments: the words to read.
+        options: further arguments of ``tyro.cli``.
+    """
+    return tyro.cli(kind, args=arguments, config=_MARKERS, registry=option_types(), **options)
+
+
+def parse(kind: type[Command], name: str, arguments: list[str]) -> Command:
+    """The command that the words describe.
+
+    Args:
+        kind: its class.
+        name: how it is called, as in ``train carso``.
+        arguments: the words behind its name.
+
+    Raises:
+        ValueError: a preset or a file that cannot be used, or options that do not go together.
+        OSError: the file cannot be read.
+        SystemExit: words that are no options or values of this command, or ``--help``.
+    """
+    prog = f"purify-fast {name}"
+    options: dict[str, Any] = {}
+    read = overlays()
+    path = read.parse_known_args(arguments)[0].config
+    in_file = {} if path is None else config_file.options_of(path, kind, name)
+    file_words = config_file.words(in_file, kind)
+    if kind is TrainCarso:
+        chosen = read.parse_known_args(file_words + arguments)[0]
+        if chosen.preset not in (None, "None"):
+            options = {"default": TrainCarso.of_preset(chosen.preset, chosen.official_code)}
+    if file_words:
+        default = cli(kind, file_words, prog=f"{prog} --config {path}", **options)
+        refuse_superseded(default, set(in_file))
+        options = {"default": default}
+    command = cli(kind, arguments, prog=prog, **options)
+    refuse_superseded(command, _names(arguments))
+    return command

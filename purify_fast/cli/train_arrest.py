@@ -1,0 +1,107 @@
+"""``purify-fast train arrest``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..methods.arrest import ArrestConfig
+from ..training import ClassifierConfig, FitConfig
+from .command import Superseded
+from .data_args import DataCommand
+from .training import fresh_classifier, images_in_turn
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import DataSet
+
+
+@dataclass(frozen=True)
+class TrainArrest(DataCommand):
+    """Finetune a standardly trained classifier adversarially, near its old representation. Resumes an unfinished run.
+
+    Writes a classifier, which `evaluate` attacks and on which `train carso` and `train atop` build.
+    """
+
+    out: Path = Path("runs/arrest")
+    """Where the run is kept: checkpoint, log, options and the classifier."""
+    classifier: Path | None = None
+    """A folder with a standardly trained classifier, by `train classifier`; None: train one first, to OUT/standard."""
+    model: str = "small_cnn"
+    """The classifier to train first: small_cnn, preact_resnet18, wide_resnet or fully_connected."""
+    width: int | None = None
+    """Channels of that classifier's first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10)."""
+    depth: int | None = None
+    """Layers of that classifier, if it is a wide_resnet (28)."""
+    standard_epochs: int = 100
+    """Epochs of that classifier's training; 100 are what a re-implementation of the paper says."""
+    layers: tuple[str, ...] = ()
+    """Modules whose outputs are the representation; default: the map before pooling."""
+    keep_teacher: bool = False
+    """Read the old representation of all images once and hold it in memory; not with augmentation."""
+    method: ArrestConfig = field(default_factory=ArrestConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
+
+    def superseded(self) -> list[Superseded]:
+        if self.classifier is None:
+            return []
+        message = f"--classifier {self.classifier} is trained already: leave out {{given}}"
+        return [Superseded(("model", "width", "depth", "standard_epochs"), message)]
+
+    def run(self) -> None:
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        from .._process import processes
+        from ..evaluation import evaluate
+        from ..methods.arrest import ArrestTask
+        from ..training import fit, save_classifier
+
+        if self.keep_teacher and (self.loop.padding or self.loop.flip):
+            raise ValueError("--keep-teacher is for images that are not augmented: leave out --padding and --flip")
+        images = images_in_turn(self)
+        model = self.start(images)
+        task = ArrestTask(model, self.method, images.image_shape, self.layers or None)
+        if self.keep_teacher and task.teacher is not None:
+            task.teacher.keep(images.x_train, progress=processes()[0] == 0)
+        print(fit(task, images.x_train, images.y_train, self.loop, self.out, "arrest"))
+        if processes()[0] > 0:
+            return
+        save_classifier(task.result, self.out)
+        report = evaluate(
+            task.result, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="arrest"
+        )
+        print(report.to_text(sys.stdout.isatty()))
+        print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
+
+    def fitting(self, model: nn.Module, images: DataSet) -> nn.Module:
+        """The classifier, if it fits the images and has the layers: said before anything is trained."""
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        from ..methods.arrest import Teacher
+        from ..models.classifiers import representation_before_pooling
+
+        layers = self.layers or (representation_before_pooling(model),)
+        found = Teacher(model, layers, images.image_shape, self.method.pooled).reader.num_classes
+        if images.num_classes > found:
+            raise ValueError(f"--data {self.data}: it has {images.num_classes} classes, the classifier {found}")
+        return model
+
+    def start(self, images: DataSet) -> nn.Module:
+        """The standardly trained classifier."""
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        import torch
+
+        from .._process import processes
+        from ..training import ClassifierTask, fit, load_classifier, save_classifier
+
+        if self.classifier is not None:
+            return self.fitting(load_classifier(self.classifier).to(images.y_train.device), images)
+        torch.manual_seed(self.loop.seed)
+        model = self.fitting(fresh_classifier(self.model, images, width=self.width, depth=self.depth), images)
+        loop = replace(self.loop, epochs=self.standard_epochs)
+        folder = self.out / "standard"
+        fit(ClassifierTask(model, ClassifierConfig()), images.x_train, images.y_train, loop, folder, "standard")
+        if processes()[0] == 0:
+            save_classifier(model, folder)
+        return model

@@ -1,0 +1,123 @@
+"""``purify-fast train generator`` and ``purify-fast train atop``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..methods.atop import AtopConfig
+from ..training import FitConfig
+from .command import Superseded
+from .data_args import DataCommand
+from .training import images_in_turn, train_defence
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import DataSet
+    from ..methods.atop import Atop
+
+_NETWORK = ("purifier", "width", "residual", "weights")
+_TRANSFORM = ("transform", "sigma", "block", "missing", "parts", "samples", "aggregation", "shared_mask")
+
+
+@dataclass(frozen=True)
+class TrainGenerator(DataCommand):
+    """Pre-train AToP's purifier on clean images: hinge GAN and L1. Resumes an unfinished run."""
+
+    classifier: Path = Path("runs/classifier")
+    """A folder that `train classifier` wrote; pre-training does not use it, what is saved names it."""
+    out: Path = Path("runs/generator")
+    """Where the run is kept: checkpoint, log, options and the defence."""
+    purifier: str = "small_generator"
+    """small_generator, deepfill (height and width multiples of 8; made for 256, its attention needs 128) or
+    masked_autoencoder."""
+    width: int | None = None
+    """Width of the purifier's network; default: its own (small_generator 8, deepfill 48, masked_autoencoder 64)."""
+    residual: bool = False
+    """Let a small_generator correct the image in place of painting one."""
+    weights: Path | None = None
+    """A checkpoint of deepfillv2-pytorch that a deepfill starts from; only tensors are read from it."""
+    transform: str = "rt2"
+    """rt1 hides blocks, rt2 adds noise before, rt3 hides every block once in several passes."""
+    sigma: float = 0.25
+    """Standard deviation of the noise in image units."""
+    block: int | None = None
+    """Side of a block in pixels; default: what tiles the image and is nearest to an eighth of the height."""
+    missing: float = 0.25
+    """Share of the blocks that rt1 and rt2 hide."""
+    parts: int = 4
+    """Passes of rt3."""
+    samples: int = 1
+    """Draws of noise and mask per prediction."""
+    aggregation: str = "mean"
+    """How the draws become one prediction: mean of the logits, or probability."""
+    shared_mask: bool = False
+    """Draw one mask for the whole batch, as in the official code."""
+    method: AtopConfig = field(default_factory=AtopConfig.pretraining)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=16))
+
+    def run(self) -> None:
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        import torch
+
+        from ..methods.atop import AtopTask
+        from ..training import load_classifier
+
+        images = images_in_turn(self)
+        classifier = load_classifier(self.classifier).to(images.y_train.device)
+        torch.manual_seed(self.loop.seed)
+        defence, origin = self.made(images, classifier)
+        task = AtopTask(defence, self.method, origin)
+        if train_defence(self, images, task, defence, self.loop, self.out, "atop"):
+            print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
+
+    def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:
+        """The defence to train, and what its purifier starts from."""
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        from ..methods.atop import Atop, DeepFillGenerator
+        from ..methods.atop.purifier import build_purifier
+        from ..training.checkpoint import fingerprint
+
+        chosen = {name: getattr(self, name) for name in _TRANSFORM}
+        if self.weights is None:
+            purifier = build_purifier(self.purifier, images.image_shape, width=self.width, residual=self.residual)
+            return Atop(classifier, purifier, images.image_shape, **chosen), "scratch"
+        if self.purifier != "deepfill" or self.width is not None or self.residual:
+            raise ValueError(f"--weights {self.weights} goes with --purifier deepfill, and brings its width")
+        purifier = DeepFillGenerator.from_official(self.weights)
+        return Atop(classifier, purifier, images.image_shape, **chosen), fingerprint(purifier)
+
+
+@dataclass(frozen=True)
+class TrainAtop(TrainGenerator):
+    """Fine-tune a purifier through the frozen classifier, as published or through the pipeline. Resumes."""
+
+    classifier: Path = Path("runs/classifier")
+    """A folder that `train classifier` wrote, with the classifier that the purifier is trained for."""
+    out: Path = Path("runs/atop")
+    """Where the run is kept: checkpoint, log, options and the defence."""
+    init: Path | None = Path("runs/generator")
+    """A folder that `train generator` or `train atop` wrote; it brings network and transform. None: from scratch."""
+    method: AtopConfig = field(default_factory=AtopConfig)
+
+    def superseded(self) -> list[Superseded]:
+        if self.init is None:
+            return []
+        message = (
+            f"--init {self.init} brings its own network and transform; leave out {{given}}, or start from scratch with "
+            "--init None"
+        )
+        return [Superseded(_NETWORK + _TRANSFORM, message)]
+
+    def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:
+        if self.init is None:
+            return super().made(images, classifier)
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        from ..methods.atop import load
+        from ..training.checkpoint import fingerprint
+
+        # pre-training saw no classifier, so that another than the saved one is as good
+        defence = load(self.init, classifier, check=False)
+        return defence, fingerprint(defence.purifier)

@@ -1,0 +1,107 @@
+"""``purify-fast train carso``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..methods.carso import CarsoConfig
+from ..training import FitConfig
+from .command import Superseded
+from .data_args import DataCommand
+from .training import images_in_turn, train_defence
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import DataSet
+    from ..methods.carso import Carso
+
+_SIZES = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")
+
+
+@dataclass(frozen=True)
+class TrainCarso(DataCommand):
+    """Train CARSO's purifier on a saved classifier, as published or through the pipeline. Resumes an unfinished run."""
+
+    classifier: Path = Path("runs/classifier")
+    """A folder that `train classifier` wrote."""
+    out: Path = Path("runs/carso")
+    """Where the run is kept: checkpoint, log, options and the defence."""
+    preset: str | None = None
+    """A published system: cifar10, cifar100, tiny_imagenet or mnist_v1; its numbers become this command's defaults."""
+    official_code: bool = False
+    """With --preset: as its code runs it, which attacks with a larger eps, and never on TinyImageNet."""
+    init: Path | None = None
+    """A saved CARSO to start from, as when fine-tuning through the pipeline; it brings its sizes."""
+    layers: tuple[str, ...] = ("conv2", "conv4", "hidden")
+    """Modules of the classifier whose outputs form the representation; the default is for small_cnn."""
+    cond_dim: int = 64
+    """Numbers of the condition that the representation is compressed to."""
+    latent_dim: int = 8
+    """Numbers of the latent that is drawn for each sample."""
+    samples: int = 8
+    """Reconstructions that are classified for each image."""
+    decoder_width: int = 8
+    """Channels of the decoder's widest layer, in multiples of the network's own."""
+    method: CarsoConfig = field(default_factory=CarsoConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=64))
+
+    @staticmethod
+    def of_preset(name: str, official_code: bool) -> TrainCarso:
+        """This command with the numbers of a preset.
+
+        Args:
+            name: the preset.
+            official_code: take the training's numbers as the official code runs them.
+        """
+        # PyTorch takes 1.8 seconds to import: --help does without it, unless a preset is asked for
+        from ..methods.carso.presets import preset
+
+        made = preset(name)
+        sizes = {key: getattr(made, key) for key in ("layers", "cond_dim", "latent_dim", "samples")}
+        return TrainCarso(
+            preset=name, official_code=official_code, method=made.method(official_code), loop=made.loop(), **sizes
+        )
+
+    def superseded(self) -> list[Superseded]:
+        found = []
+        if self.preset is not None:
+            own = "--preset brings its own purifier: leave out --init and --decoder-width"
+            found.append(Superseded(("init", "decoder_width"), own))
+        elif self.init is not None:
+            found.append(Superseded(_SIZES, f"--init {self.init} brings its own sizes; leave out {{given}}"))
+        if self.preset is None:
+            found.append(Superseded(("official_code",), "--official-code is of a --preset: name one"))
+        return found
+
+    def run(self) -> None:
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        import torch
+
+        from ..methods.carso import CarsoTask
+        from ..training import load_classifier
+
+        images = images_in_turn(self)
+        classifier = load_classifier(self.classifier).to(images.y_train.device)
+        torch.manual_seed(self.loop.seed)
+        defence, origin = self.made(images, classifier)
+        task = CarsoTask(defence, self.method, origin)
+        if train_defence(self, images, task, defence, self.loop, self.out, "carso"):
+            print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
+
+    def made(self, images: DataSet, classifier: nn.Module) -> tuple[Carso, str]:
+        """The defence to train, and what its purifier starts from."""
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        from ..methods.carso import Carso, load
+        from ..training.checkpoint import fingerprint
+
+        if self.init is not None:
+            defence = load(self.init, classifier)
+            return defence, fingerprint(defence)
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        if self.preset is not None:
+            del sizes["decoder_width"]
+            return Carso.from_preset(self.preset, classifier, **sizes), "scratch"
+        return Carso(classifier, image_shape=images.image_shape, **sizes), "scratch"

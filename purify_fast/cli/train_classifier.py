@@ -1,0 +1,49 @@
+"""``purify-fast train classifier``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..training import ClassifierConfig, FitConfig
+from .data_args import DataCommand
+from .training import fresh_classifier, images_in_turn
+
+
+@dataclass(frozen=True)
+class TrainClassifier(DataCommand):
+    """Train a classifier: standard (eps 0) or on PGD examples. Resumes if OUT holds an unfinished run."""
+
+    out: Path = Path("runs/classifier")
+    """Where the run is kept: checkpoint, log, options and the classifier."""
+    model: str = "small_cnn"
+    """small_cnn, preact_resnet18, wide_resnet or fully_connected."""
+    width: int | None = None
+    """Channels of the first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10)."""
+    depth: int | None = None
+    """Layers of a wide_resnet (28)."""
+    method: ClassifierConfig = field(default_factory=ClassifierConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=30))
+
+    def run(self) -> None:
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        import torch
+
+        from .._process import processes
+        from ..evaluation import evaluate
+        from ..training import ClassifierTask, fit, save_classifier
+
+        images = images_in_turn(self)
+        torch.manual_seed(self.loop.seed)
+        model = fresh_classifier(self.model, images, width=self.width, depth=self.depth)
+        task = ClassifierTask(model, self.method)
+        print(fit(task, images.x_train, images.y_train, self.loop, self.out, "classifier"))
+        if processes()[0] > 0:
+            return
+        save_classifier(model, self.out)
+        report = evaluate(
+            model, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="classifier"
+        )
+        print(report.to_text(sys.stdout.isatty()))
+        print(f"saved to {self.out}")

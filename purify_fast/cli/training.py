@@ -1,0 +1,82 @@
+"""What the commands that train have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .data_args import DataCommand
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import DataSet
+    from ..defences.base import Defence
+    from ..training import FitConfig, Task
+
+
+def images_in_turn(command: DataCommand) -> DataSet:
+    """The command's images; of several processes on a machine one reads them first, and may download them."""
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    from ..training.distributed import in_turn
+
+    return in_turn(command.load_data)
+
+
+def fresh_classifier(model: str, images: DataSet, *, width: int | None = None, depth: int | None = None) -> nn.Module:
+    """A classifier with fresh weights for the images, on their device.
+
+    Args:
+        model: its name, as ``--model`` takes it.
+        images: the data set; its statistics normalize the images.
+        width: channels of the first stage, or wide_resnet's factor; None for the network's own.
+        depth: of wide_resnet; None for 28.
+    """
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    from ..data import statistics
+    from ..models.classifiers import build_classifier
+
+    mean, std = statistics(images.x_train)
+    made = build_classifier(model, images.image_shape, images.num_classes, width=width, depth=depth, mean=mean, std=std)
+    return made.to(images.y_train.device)
+
+
+def train_defence(
+    command: DataCommand, images: DataSet, task: Task, defence: Defence, loop: FitConfig, out: Path, title: str
+) -> bool:
+    """Train a defence, and save it with its classifier beside it.
+
+    Args:
+        command: says what the images are called.
+        images: what to train on.
+        task: the training.
+        defence: what it trains.
+        loop: how long.
+        out: where the run is kept.
+        title: of the progress bar.
+
+    Returns:
+        Whether this process is the one that saves and prints.
+
+    Raises:
+        ValueError: the images or labels are not those the defence takes.
+    """
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    from .._process import processes
+    from ..training import fit, save_classifier
+    from ..training.defences import save_defence
+
+    if images.image_shape != defence.image_shape:
+        raise ValueError(
+            f"--data {command.data}: its images are {images.image_shape}, the purifier's {defence.image_shape}"
+        )
+    if images.num_classes > defence.num_classes:
+        raise ValueError(
+            f"--data {command.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
+        )
+    print(fit(task, images.x_train, images.y_train, loop, out, title))
+    if processes()[0] > 0:
+        return False
+    save_defence(defence, out)
+    save_classifier(defence.classifier, out / "classifier")
+    return True

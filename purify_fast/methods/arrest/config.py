@@ -1,0 +1,183 @@
+"""The settings of ARREST's finetuning, each with its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import cos, radians
+from typing import Literal
+
+from ..._compat import flat_arguments
+from ..._validation import check_literal
+from ...training.attack import TrainingAttack
+
+Distance = Literal["abs_cosine", "cosine", "angular", "l2"]
+DriftMode = Literal["eval", "train"]
+Optimizer = Literal["sgd", "adamw"]
+Schedule = Literal["published", "one_cycle", "constant"]
+Precision = Literal["float32", "bfloat16"]
+
+
+@flat_arguments(
+    renamed={"weight": "distillation_weight", "average": "ema_decay", "awp": "awp_gamma"},
+    attack={"start": "random_start", "warm_up": "eps_warmup"},
+)
+@dataclass(frozen=True)
+class ArrestConfig:
+    """How ARREST finetunes a classifier.
+
+    "Paper" is the abstract of arXiv 2308.16454 or text that quotes it, "port" a re-implementation by readers of the
+    paper (sgmath12/FAT), "own" a choice of this package where neither tells. With ``distillation_weight=0,
+    replay=False`` it is adversarial finetuning, and of a fresh classifier PGD adversarial training.
+
+    Args:
+        attack: PGD on the cross-entropy alone. Paper: eps 8/255, linf; paper and port: 10 steps of 2/255. Its steps
+            must together reach eps. Own: the random start, and alpha None, which is 2.5 eps / steps. The port has no
+            warm-up.
+        distillation_weight: weight of the distillation, lambda (port: 50); 0 leaves it out.
+        distance: d, of two representations: "abs_cosine" (port; what the paper calls angular), "cosine", "angular" or
+            "l2".
+        pooled: whether maps are read after global average pooling (the port's deviation) and not before it (paper, says
+            the port); not for vectors.
+        replay: whether noisy replay is on.
+        angle: the replay's threshold as an angle, phi, in degrees (port: 30); tau is the distance of two vectors at it.
+        tau: the replay's threshold as the distance itself, for a distance that no angle decides, or to set it freely;
+            None takes the angle's.
+        replay_share: share of the epochs, from the first on, in which examples are replayed (port: half).
+        drift_mode: mode of the classifier in the drift test: "eval" (own), which leaves BatchNorm's statistics alone,
+            or "train" (port).
+        optimizer: "sgd" with momentum (port), or "adamw" (own).
+        learning_rate: the highest rate of the schedule (port: 0.025).
+        momentum: of sgd (port: 0.9).
+        weight_decay: of either optimizer (port: 5e-4).
+        schedule: of the learning rate: "published" (port; `purify_fast.training.schedules.arrest_published`),
+            "one_cycle" or "constant" (own).
+        ema_decay: decay of a moving average of the weights, which is then the result; 0 for none (an extra, not part of
+            ARREST).
+        awp_gamma: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020; 0 for none (an extra, not part of
+            ARREST).
+        precision: "float32", or "bfloat16" within matrix products (own).
+
+    Raises:
+        ValueError: a setting out of range; the message names it.
+    """
+
+    attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=10, alpha=2 / 255)
+    distillation_weight: float = 50.0
+    distance: Distance = "abs_cosine"
+    pooled: bool = False
+    replay: bool = True
+    angle: float = 30.0
+    tau: float | None = None
+    replay_share: float = 0.5
+    drift_mode: DriftMode = "eval"
+    optimizer: Optimizer = "sgd"
+    learning_rate: float = 0.025
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Schedule = "published"
+    ema_decay: float = 0.0
+    awp_gamma: float = 0.0
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        check_literal("distance", self.distance, Distance)
+        check_literal("drift_mode", self.drift_mode, DriftMode)
+        check_literal("optimizer", self.optimizer, Optimizer)
+        check_literal("schedule", self.schedule, Schedule)
+        check_literal("precision", self.precision, Precision)
+        self._check_attack()
+        for name in ("distillation_weight", "learning_rate", "weight_decay", "awp_gamma"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.replay_share <= 1:
+            raise ValueError(f"replay_share must be in [0, 1], got {self.replay_share}")
+        for name in ("momentum", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.angle <= 90:
+            raise ValueError(f"angle must be in [0, 90] degrees, got {self.angle}")
+        if self.tau is not None and not self.tau >= 0:
+            raise ValueError(f"tau must be at least 0, got {self.tau}")
+        if self.replay and self.attack.norm != "linf":
+            raise ValueError(f"replay needs norm 'linf', whose ball its noise fills, got {self.attack.norm!r}")
+        if self.replay and self.tau is None and self.distance == "l2":
+            raise ValueError("tau must be given with distance 'l2': no angle decides it")
+
+    def _check_attack(self) -> None:
+        eps, steps = self.attack.eps, self.attack.steps
+        if not eps > 0:
+            raise ValueError(f"eps must be above 0, got {eps}")
+        alpha = self.attack.step_size(eps)
+        reach = steps * alpha
+        if reach < eps * (1 - 1e-6):
+            raise ValueError(
+                f"{steps} steps of alpha {alpha:.4g} reach {reach:.4g} of eps {eps:.4g}: "
+                f"give a larger alpha, or None for 2.5 eps / steps = {2.5 * eps / steps:.4g}"
+            )
+
+    @property
+    def threshold(self) -> float:
+        """The drift above which an example is replayed, tau."""
+        if self.tau is not None:
+            return self.tau
+        return self.angle / 180 if self.distance == "angular" else 1 - cos(radians(self.angle))
+
+    def replays(self, epoch: int, epochs: int) -> bool:
+        """Whether examples may be replayed in ``epoch`` of 0 .. epochs - 1."""
+        # rounded: 0.07 * 100 is above 7
+        return self.replay and epoch < round(self.replay_share * epochs, 9)
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """What an ablation compares; every number is this package's own choice.
+
+    Each lambda and each threshold of the replay makes a row alone, and so do all pairs of the two.
+
+    Args:
+        weights: lambdas of the distillation.
+        angles: thresholds of the replay as angles, phi, in degrees.
+        taus: thresholds of the replay as the distance itself.
+        shares: shares of eps that further classifiers are trained at from scratch; with the standard one and the one at
+            eps they make the reference curve.
+        standard_epochs: epochs of the standard classifier.
+        scratch_epochs: epochs of adversarial training from scratch.
+        standard_learning_rate: the highest rate of the standard classifier's one cycle of AdamW.
+        scratch_learning_rate: the highest rate of the one cycle of AdamW from scratch.
+        attack_steps: steps of PGD when attacking, with cross-entropy, then with DLR.
+        images: the first so many held-out images are attacked.
+        autoattack: the first so many of these are attacked by AutoAttack (standard) as well, where PGD failed; 0 for
+            none. If it runs, SUM and the other trade-offs are the paper's, of clean accuracy and AutoAttack's on its
+            images, else of PGD's.
+
+    Raises:
+        ValueError: a setting out of range; the message names it.
+    """
+
+    weights: tuple[float, ...] = (50.0,)
+    angles: tuple[float, ...] = (30.0,)
+    taus: tuple[float, ...] = ()
+    shares: tuple[float, ...] = (0.5,)
+    standard_epochs: int = 100
+    scratch_epochs: int = 100
+    standard_learning_rate: float = 3e-3
+    scratch_learning_rate: float = 3e-3
+    attack_steps: int = 50
+    images: int = 1000
+    autoattack: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("standard_epochs", "scratch_epochs", "attack_steps", "images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.autoattack < 0:
+            raise ValueError(f"autoattack must be at least 0, got {self.autoattack}")
+        for name in ("weights", "angles", "taus", "shares"):
+            values = getattr(self, name)
+            # the rows are named with six digits
+            if len({f"{value:g}" for value in values}) < len(values):
+                raise ValueError(f"{name} must be different in six digits, got {values}")
+        if not all(weight > 0 for weight in self.weights):
+            raise ValueError(f"weights must be above 0, got {self.weights}")
+        if not all(0 < share < 1 for share in self.shares):
+            raise ValueError(f"shares must be between 0 and 1, got {self.shares}")

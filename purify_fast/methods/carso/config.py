@@ -1,0 +1,149 @@
+"""The settings of CARSO's training, each with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Literal
+
+from ..._compat import flat_arguments
+from ..._validation import check_literal
+from ...training.attack import TrainingAttack
+
+AttackTarget = Literal["classifier", "pipeline"]
+EpsMode = Literal["paper", "official_code"]
+Reduction = Literal["mean", "sum"]
+Optimizer = Literal["adamw", "radam_lookahead"]
+Schedule = Literal["one_cycle", "published", "published_v1"]
+Precision = Literal["float32", "bfloat16"]
+
+
+@flat_arguments(renamed={"lag": "kl_delay", "reconstruction": "reconstruction_weight"})
+@dataclass(frozen=True)
+class CarsoConfig:
+    """How CARSO's purifier is trained. "Paper" is arXiv 2306.06081; "own" is this package's own choice.
+
+    Two trainings share these settings. kl_delay, beta, free_bits, reduction, eps_mode and adversarial_fraction belong
+    to the published one: through the pipeline kl_delay, beta and adversarial_fraction have no effect, and the other
+    three must stay as they are. train_samples and reconstruction_weight belong to the pipeline's alone.
+
+    Args:
+        attack_target: what the training examples are made against: "classifier" (paper), or "pipeline", the whole
+            defence with exact gradients (own).
+        attack: the attack. Paper: eps 8/255 for color images and 0.3 for MNIST, linf, 40 steps of 0.01, which is made
+            for eps 8/255; alpha None is own. The weak attacks of the published training have half of eps (paper), and
+            the same alpha if one is given.
+        eps_mode: "paper" takes eps as it is. "official_code" divides it by the mean of the defence's std: the official
+            code attacks images that are not normalized with a radius made for normalized ones.
+        adversarial_fraction: share of each batch that is attacked, divided among four attacks (paper: 0.5, on
+            CIFAR-10).
+        allow_no_adversarial: whether to train even if that leaves no image for the attacks, as the official
+            TinyImageNet run did.
+        kl_delay: share of the epochs without the KL term, which then rises over a third as many (paper: 0.125).
+        beta: weight of the KL term at the end (paper: 1).
+        free_bits: nats of the batch's mean KL that cost nothing, against posterior collapse (paper: 0; Kingma et al.,
+            NeurIPS 2016, with the whole latent as one group).
+        train_samples: reconstructions per image, K, while training through the pipeline.
+        reconstruction_weight: weight of the reconstruction term while training through the pipeline (own: 0.02).
+        joint: whether the classifier's copy is trained too, through the pipeline only (own; the paper's is frozen).
+        reduction: of the loss over the batch, "mean" (own) or "sum" (paper).
+        optimizer: "adamw" (own), or "radam_lookahead", RAdam within Lookahead (paper), of which the slow weights
+            remain.
+        lookahead_steps: fast steps per slow step of Lookahead (paper: 6).
+        lookahead_alpha: length of Lookahead's slow step (paper: 0.8).
+        schedule: of the learning rate: "one_cycle" (own), "published" or "published_v1"; see
+            `purify_fast.training.schedules`.
+        precision: "float32" (paper), or "bfloat16" to train the accelerated defence (own).
+        learning_rate: the highest rate of the schedule (paper: 1e-4 times the batch of one process, with the sum).
+        weight_decay: decoupled weight decay.
+
+    Raises:
+        ValueError: a setting out of range, or one that would have no effect; the message names it.
+    """
+
+    attack_target: AttackTarget = "classifier"
+    attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=40)
+    eps_mode: EpsMode = "paper"
+    adversarial_fraction: float = 0.5
+    allow_no_adversarial: bool = False
+    kl_delay: float = 0.125
+    beta: float = 1.0
+    free_bits: float = 0.0
+    train_samples: int = 1
+    reconstruction_weight: float = 0.02
+    joint: bool = False
+    reduction: Reduction = "mean"
+    optimizer: Optimizer = "adamw"
+    lookahead_steps: int = 6
+    lookahead_alpha: float = 0.8
+    schedule: Schedule = "one_cycle"
+    precision: Precision = "float32"
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_literal("attack_target", self.attack_target, AttackTarget)
+        check_literal("eps_mode", self.eps_mode, EpsMode)
+        check_literal("reduction", self.reduction, Reduction)
+        check_literal("optimizer", self.optimizer, Optimizer)
+        check_literal("schedule", self.schedule, Schedule)
+        check_literal("precision", self.precision, Precision)
+        for name, default in (("reduction", "mean"), ("eps_mode", "paper"), ("free_bits", 0.0)):
+            if self.attack_target == "pipeline" and getattr(self, name) != default:
+                raise ValueError(f"{name} {getattr(self, name)!r} is of attack_target 'classifier', not of 'pipeline'")
+        if not self.attack.eps > 0:
+            raise ValueError(
+                f"eps must be above 0, got {self.attack.eps}: the purifier is never trained without attacks"
+            )
+        if self.attack_target == "classifier" and not self.attack.random_start:
+            raise ValueError("random_start must be on with attack_target 'classifier', whose PGD always has it")
+        if self.joint and self.attack_target != "pipeline":
+            raise ValueError(
+                "joint training needs attack_target='pipeline': the published loss does not see the labels"
+            )
+        if self.joint and self.precision != "float32":
+            raise ValueError(
+                f"joint training needs precision 'float32', got {self.precision!r}: no frozen copy serves it"
+            )
+        for name in ("free_bits", "beta", "reconstruction_weight", "learning_rate", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("train_samples", "lookahead_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("adversarial_fraction", "kl_delay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+    def for_statistics(self, std: Sequence[float]) -> CarsoConfig:
+        """This config with eps in pixel units.
+
+        Args:
+            std: the standard deviations that normalize the images, one per channel.
+        """
+        scale = len(std) / sum(std) if self.eps_mode == "official_code" else 1.0
+        return replace(self, attack=replace(self.attack, eps=self.attack.eps * scale), eps_mode="paper")
+
+
+def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = False) -> int:
+    """Images per attack in a balanced batch: int(batch_size * adversarial_fraction // 4).
+
+    Args:
+        batch_size: images of the batch, or of one process's share of it.
+        adversarial_fraction: share of them that is attacked.
+        allow_none: whether the result may be 0.
+
+    Raises:
+        ValueError: the result is 0 and ``allow_none`` is not set. The official TinyImageNet run trained without any
+            adversarial example that way.
+    """
+    atom = int(batch_size * adversarial_fraction // 4)
+    if atom == 0 and not allow_none:
+        least = ceil(4 / adversarial_fraction) if adversarial_fraction > 0 else None
+        raise ValueError(
+            f"adversarial_fraction {adversarial_fraction} of a batch of {batch_size} leaves no adversarial example for "
+            f"four attacks: "
+            + (f"use at least {least} images per batch and process" if least else "it must be above 0")
+        )
+    return atom

@@ -1,0 +1,83 @@
+"""What the package asks of other people's objects: each protocol is a handful of methods, and no class need inherit it.
+
+A classifier is any callable from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. What a defence can do
+beyond that is asked with `supports`, which looks at the object's type: a wrapper that merely passes attribute names on,
+such as a compiled module, does not count, because calling the inner object's method would bypass the wrapper.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+class Classifier(Protocol):
+    """Maps images to logits."""
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """Logits ``[B, classes]`` of images ``[B, C, H, W]`` in [0, 1]."""
+
+
+@runtime_checkable
+class Purifies(Protocol):
+    """Repairs images before they are classified."""
+
+    def purify(self, x: Tensor) -> Tensor:
+        """Purified images ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
+
+
+@runtime_checkable
+class Purifier(Purifies, Protocol):
+    """A purifier in front of a classifier; the classifier is an attribute of the object."""
+
+    classifier: nn.Module
+
+
+@runtime_checkable
+class SampleLogits(Protocol):
+    """Makes several predictions per image, which are then aggregated."""
+
+    def sample_logits(self, x: Tensor) -> Tensor:
+        """Logits of the K draws, ``[B, K, classes]``."""
+
+
+@runtime_checkable
+class DrawsSampleLogits(Protocol):
+    """Makes the sample logits of several independent calls at once."""
+
+    def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
+        """`SampleLogits.sample_logits` of ``draws`` independent calls, ``[draws, B, K, classes]``."""
+
+
+@runtime_checkable
+class SharesDraws(Protocol):
+    """Makes several independent predictions at once, cheaper than as many calls.
+
+    A type with this method promises that it speaks for the type's own ``forward``.
+    """
+
+    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
+        """Logits of ``draws`` independent calls, ``[draws, B, classes]``."""
+
+
+@runtime_checkable
+class FixedNoise(Protocol):
+    """Can make its randomness a function of a seed."""
+
+    def fixed_noise(self, seed: int) -> contextlib.AbstractContextManager:
+        """Within the block, every image gets the same draws, made from ``seed``."""
+
+
+@runtime_checkable
+class DeterministicMode(Protocol):
+    """Can be run without any randomness."""
+
+    def deterministic(self) -> contextlib.AbstractContextManager:
+        """Within the block, nothing is drawn."""
+
+
+def supports(model: object, protocol: type) -> bool:
+    """Whether the type of ``model`` has the methods of ``protocol``, one of this module's protocols of methods."""
+    return issubclass(type(model), protocol)
