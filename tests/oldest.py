@@ -1,7 +1,7 @@
-"""Says which versions `make compat` runs with, and fails unless they are the ones asked for and the extension is loaded.
+"""Says which versions `make compat` runs with; fails unless they are those asked for and the extension is loaded.
 
-The arguments are requirements such as ``torch==2.11.0``. The extension must have the decoder's kernel where it was built
-for CUDA.
+The arguments are requirements such as ``torch==2.11.0``. Where the extension was built for CUDA, it must have the
+decoder's kernel.
 """
 
 from __future__ import annotations
