@@ -182,11 +182,11 @@ def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys, 
     ("options", "message"),
     [
         (["--sigma=-0.1"], "sigma must be finite and not negative, got -0.1"),
-        (["--mask-ratio", "1.0"], "missing must be in [0, 1), got 1.0"),
+        (["--mask-ratio", "1.0"], "mask_ratio must be in [0, 1), got 1.0"),
         (["--block", "3"], "block must be at least 1 and divide the image, got block = 3 for 16 x 8"),
         (
             ["--transform", "rt3", "--num-passes", "3"],
-            "parts must be 1 to 32 and divide the 32 blocks of an image, got 3",
+            "num_passes must be 1 to 32 and divide the 32 blocks of an image, got 3",
         ),
         (["--transform", "rt4"], "transform must be one of rt1, rt2, rt3, got 'rt4'"),
         (["--samples", "0"], "samples must be a whole number of at least 1, got 0"),
