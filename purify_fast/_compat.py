@@ -40,6 +40,7 @@ RENAMED_ATTRIBUTES: dict[str, str] = {}
 #: Names that a module no longer has, though it is still there: module, old name, and ``module:name`` of today.
 RENAMED_NAMES: dict[str, dict[str, str]] = {
     "purify_fast": {"load": "purify_fast:load_defence"},
+    "purify_fast.data": {"load": "purify_fast.data:load_dataset"},
 }
 
 
@@ -62,8 +63,9 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            for old in names.keys() & kwargs.keys():
-                new = names[old]
+            for old, new in names.items():
+                if old not in kwargs:
+                    continue
                 if new in kwargs:
                     raise TypeError(f"{function.__qualname__}() got both {new!r} and its old name {old!r}")
                 warn(f"the argument {old!r} of {function.__qualname__}()", repr(new))
@@ -73,6 +75,25 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
         return wrapper  # type: ignore[return-value]
 
     return decorate
+
+
+def renamed_value(argument: str, value: str, names: Mapping[str, str]) -> str:
+    """The new name of a mode that is given as a string, with a warning; a value that has no new name as it is.
+
+    Args:
+        argument: what takes the mode, as the caller writes it.
+        value: the mode that was given.
+        names: old name to new name.
+
+    Returns:
+        The name that is in use now.
+    """
+    if value not in names:
+        return value
+    text = f"{argument}={value!r} is deprecated and goes in the next release: use {names[value]!r}"
+    # this function, the one that takes the mode, and its caller: there the warning points
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+    return names[value]
 
 
 def renamed(mapping: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

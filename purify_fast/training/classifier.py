@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._compat import flat_arguments
 from ..attacks import pgd
 from ..models.classifiers import CLASSIFIERS
-from .attack import TrainingAttack, settings
+from .attack import settings
 from .checkpoint import read_model, save_model, structure
+from .config import ClassifierConfig
 from .loop import Batch
 from .schedules import one_cycle
-
-
-@flat_arguments(renamed={}, attack={"warm_up": "eps_warmup"})
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """How a classifier is trained; every number is this package's own choice.
-
-    Args:
-        attack: PGD that makes the training examples; eps 0 trains on clean images.
-        learning_rate: the highest rate of a one-cycle schedule.
-        weight_decay: of AdamW.
-
-    Raises:
-        ValueError: a setting out of range; the message names it.
-    """
-
-    attack: TrainingAttack = TrainingAttack(eps=0.0, steps=7, relative_alpha=2.0, eps_warmup=0.2)
-    learning_rate: float = 3e-3
-    weight_decay: float = 5e-4
-
-    def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
 
 
 class ClassifierTask:

@@ -270,7 +270,7 @@ def test_a_row_of_atop_changes_the_setting_of_its_name_alone():
 def test_a_model_without_randomness_is_attacked_anew_without_it(monkeypatch):
     """As the others are: by the zero attacks alone, and not by what the attacks before them left."""
     pytest.importorskip("sklearn")
-    images = data.load("digits")
+    images = data.load_dataset("digits")
     templates = torch.stack([images.x_train[images.y_train == label].float().mean(0) for label in range(10)]) / 255
     linear = nn.Linear(256, 10)
     linear.weight.data, linear.bias.data = templates.flatten(1), -templates.flatten(1).square().sum(1) / 2
@@ -359,7 +359,7 @@ def test_the_mnist_table_is_what_the_jobs_found(tmp_path, monkeypatch):
 def small_mnist(tmp_path) -> Path:
     """A folder with digits as mnist.npz."""
     pytest.importorskip("sklearn")
-    found = data.load("digits")
+    found = data.load_dataset("digits")
     arrays = {name: getattr(found, name) for name in ("x_train", "y_train", "x_test", "y_test")}
     wide = {name: F.pad(a, (6, 6, 6, 6)) if a.dim() == 4 else a for name, a in arrays.items()}
     np.savez(tmp_path / "mnist.npz", **{name: a.numpy() for name, a in wide.items()})

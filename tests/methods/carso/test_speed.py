@@ -340,7 +340,7 @@ def test_loss_and_gradients_are_close_to_float32s(target):
 
 
 def test_statistics_stay_float32_and_training_lowers_the_loss(tmp_path):
-    digits, losses = data.load("digits"), {}
+    digits, losses = data.load_dataset("digits"), {}
     for epochs in (1, 4):
         torch.manual_seed(0)
         made = Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
