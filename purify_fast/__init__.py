@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from . import models as models
     from . import ops as ops
     from . import training as training
+    from .data import load_dataset as load_dataset
     from .evaluation import evaluate as evaluate
     from .methods import arrest as arrest
     from .methods import atop as atop
@@ -51,6 +52,7 @@ __all__ = [
     "evaluation",
     "fit",
     "load_classifier",
+    "load_dataset",
     "load_defence",
     "models",
     "ops",
@@ -70,6 +72,7 @@ __getattr__, __dir__ = lazy_exports(
     evaluation=".evaluation:",
     fit=".training",
     load_classifier=".training",
+    load_dataset=".data",
     load_defence=".methods.loading",
     models=".models:",
     ops=".ops:",
