@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__
 from .._files import digest
+from .._version import __version__
 from ..attacks import Bpda, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
 from ..defences.aggregation import Head
