@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from . import _compat
 from ._lazy import lazy_exports
+from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import attacks as attacks
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from .training import fit as fit
     from .training import load_classifier as load_classifier
     from .training import save_classifier as save_classifier
-
-__version__ = "0.1.0"
 
 _compat.install()
 
