@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .callbacks import TrainingState as TrainingState
     from .callbacks import summary as summary
     from .classifier import ClassifierTask as ClassifierTask
+    from .classifier import is_classifier as is_classifier
     from .classifier import load_classifier as load_classifier
     from .classifier import save_classifier as save_classifier
     from .config import ClassifierConfig as ClassifierConfig
@@ -39,6 +40,7 @@ __all__ = [
     "TrainingState",
     "Update",
     "fit",
+    "is_classifier",
     "keep_memory",
     "load_classifier",
     "save_classifier",
@@ -60,6 +62,7 @@ __getattr__, __dir__ = lazy_exports(
     Update=".task",
     fit=".loop",
     keep_memory="..speed.allocator",
+    is_classifier=".classifier",
     load_classifier=".classifier",
     save_classifier=".classifier",
     summary=".callbacks",

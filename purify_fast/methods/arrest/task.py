@@ -252,7 +252,10 @@ class ArrestTask(Task):
         )
 
     def describe(self) -> dict[str, Any]:
-        facts = {"layers": self.layers, "structure": structure(self.classifier), "origin": self.origin}
+        attack = self.config.attack
+        # the step itself, so that a run is resumed whether its step was given or follows from eps
+        facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
+        facts |= {"structure": structure(self.classifier), "origin": self.origin}
         return {"task": "arrest", **settings(self.config), **facts}
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
