@@ -142,9 +142,7 @@ class Loader:
         self.x, self.seed, self.device = x, config.seed, device
         first = self._of(0)
         if not isinstance(first, Iterable):
-            raise TypeError(
-                f"x must be images, an iterable of batches or a function of the epoch, got {type(x).__name__}"
-            )
+            raise TypeError(f"x must be images, batches or a function of the epoch, got {type(x).__name__}")
         if isinstance(first, Iterator):
             raise ValueError(
                 "x is an iterator, which is used up after one epoch: give a DataLoader, a list of batches, or a "
