@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,15 +27,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._files import atomic, digest, write_text
-from ..attacks import LOSSES, TARGETED, Bpda, GradientHealth, apgd, fgsm, frozen, input_gradient, pgd, stadv
+from ..attacks import LOSSES, TARGETED, BpdaModel, GradientHealth, apgd, fgsm, frozen, input_gradient, pgd, stadv
+from ..attacks.arguments import read_norm
+from ..attacks.autoattack import Version, autoattack, implementation, parts
 from ..attacks.bpda import classifier_of
-from ..attacks.gradient import draws_at_once
 from ..attacks.stadv import EPS as FLOW
 from ..defences.aggregation import Head
 from ..ops.aggregate import METHODS, UNSAFE
 from ..ops.apgd_step import NORMS as APGD_NORMS
 from ..ops.pgd_step import NORMS
-from .autoattack import VERSIONS, autoattack, implementation, parts
+from ..protocols import SharesDraws, supports
 from .report import FORMAT, Examples, Report, Row
 
 Model = Callable[[Tensor], Tensor]
@@ -66,8 +67,8 @@ class Attack:
     """One attack; what is None is taken from `evaluate`'s arguments.
 
     Attributes:
-        kind: ``pgd``, ``apgd``, ``fgsm``, ``bpda`` (PGD on `purify_fast.attacks.Bpda` of a defence with ``purify(x)``
-            and ``classifier``), ``stadv`` or ``autoattack``.
+        kind: ``pgd``, ``apgd``, ``fgsm``, ``bpda`` (PGD on `purify_fast.attacks.BpdaModel` of a defence with
+            ``purify(x)`` and ``classifier``), ``stadv`` or ``autoattack``.
         loss: of all but AutoAttack: ``ce``, ``margin`` or ``dlr``, of APGD also ``dlr_targeted``; ``margin`` instead
             of ``dlr`` below 3 classes, of ``dlr_targeted`` below 4. None: ``ce``, of StAdv ``margin``.
         steps: of all but FGSM; of AutoAttack's APGD and FAB (None: 100). eot: draws per step (AutoAttack, None: 20).
@@ -114,7 +115,7 @@ class Attack:
     def __post_init__(self) -> None:
         losses = (None, *LOSSES, *(TARGETED if self.kind == "apgd" else ()))
         norms = (None, *(APGD_NORMS if self.kind == "apgd" else NORMS))
-        names = {"kind": KINDS, "loss": losses, "variant": VARIANTS, "version": VERSIONS, "norm": norms}
+        names = {"kind": KINDS, "loss": losses, "variant": VARIANTS, "version": get_args(Version), "norm": norms}
         for name, allowed in names.items():
             if getattr(self, name) not in allowed:
                 known = ", ".join(filter(None, allowed))
@@ -364,7 +365,7 @@ class _Run:
 
     def target(self, attack: Attack) -> Model:
         if attack.kind == "bpda":
-            return Bpda.of(self.defence, attack.head)
+            return BpdaModel.of(self.defence, attack.head)
         if attack.head is not None:
             return Head(self.defence, attack.head)
         if isinstance(attack.target, str):
@@ -482,7 +483,7 @@ class _Run:
         norm, eps = self.ball(attack)
         steps = attack.steps or self.steps
         common: dict[str, Any] = {
-            "eps": eps, "loss": self.loss(attack), "eot": draws, "chunk": self.chunk, "health": health,
+            "eps": eps, "loss": self.loss(attack), "eot_iter": draws, "max_forward_batch": self.chunk, "health": health,
         }  # fmt: skip
         if attack.kind != "fgsm":
             common["steps"] = steps
@@ -494,8 +495,8 @@ class _Run:
                 best = fgsm(target, x, y, **common)
             elif attack.kind == "apgd":
                 best = apgd(
-                    target, x, y, restarts=attack.restarts, targets=attack.targets, seed=self.seed, sample_ids=ids,
-                    **common,
+                    target, x, y, restarts=attack.restarts, n_target_classes=attack.targets, seed=self.seed,
+                    sample_ids=ids, **common,
                 )  # fmt: skip
             else:
                 best = self._worst_of_restarts(attack, target, x, y, ids, draws, common)
@@ -508,9 +509,9 @@ class _Run:
             if attack.kind == "stadv":
                 given = {"rate": attack.alpha, "smoothness": attack.smoothness}
                 own |= {name: setting for name, setting in given.items() if setting is not None}
-                found = stadv(target, x, y, start=restart > 0, **own, **common)
+                found = stadv(target, x, y, random_start=restart > 0, **own, **common)
             else:
-                found = pgd(target, x, y, alpha=attack.alpha, start=attack.start or restart > 0, **own, **common)
+                found = pgd(target, x, y, alpha=attack.alpha, random_start=attack.start or restart > 0, **own, **common)
             if attack.restarts == 1:
                 return found
             new = sum(LOSSES["margin"](target(found), y) for _ in range(draws)) / draws
@@ -525,8 +526,9 @@ class _Run:
         x, y = self.x[index].to(self.device), self.y[index].to(self.device)
         norm, eps = self.ball(attack)
         found, said = autoattack(
-            target, x, y, eps=eps, norm=norm, version=attack.version, classes=self.classes, seed=self.seed,
-            batch_size=self.batch_size, steps=attack.steps or 100, eot=draws, queries=attack.queries, chunk=self.chunk,
+            target, x, y, eps=eps, norm=read_norm(norm), version=attack.version, num_classes=self.classes,
+            seed=self.seed, batch_size=self.batch_size, steps=attack.steps or 100, eot_iter=draws,
+            n_queries=attack.queries, max_forward_batch=self.chunk,
         )  # fmt: skip
         settings["warnings"] = said
         for a, b, c in zip(
@@ -659,7 +661,7 @@ class _WatchedDraws(_Watched):
 
 
 def _watched(model: Model, bar: tqdm) -> _Watched:
-    return (_WatchedDraws if draws_at_once(type(model)) else _Watched)(model, bar)
+    return (_WatchedDraws if supports(model, SharesDraws) else _Watched)(model, bar)
 
 
 @contextlib.contextmanager
