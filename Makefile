@@ -13,11 +13,15 @@ BUILD  := PURIFY_FAST_BUILD=cpu
 PARALLEL = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 SOURCES := $(wildcard csrc/core/* csrc/cpu/*)
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cpp' 'tests/cpp/*.cu')
+# the oldest versions that are supported, and the newest numpy that the interpreter of that Triton works with
+OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 numpy==2.3.5
+COMPAT := build/compat
+ASIDE   = PYTHONPATH=$(abspath $(COMPAT)/site):$(CURDIR) PURIFY_FAST_EXTENSION=$(abspath $(COMPAT)/lib/purify_fast/_C.abi3.so)
 # Python.h may be missing; then the property tests of the core say so, and are skipped
 HEADERS = $(shell $(BIN)/python -c "import os, sysconfig; print('ON' if os.path.exists(sysconfig.get_path('include') + '/Python.h') else 'OFF')")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-interpreter test-cpp lint format bench cuda-check wheel clean
+.PHONY: help demo test test-python test-interpreter test-cpp lint format bench cuda-check compat wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -66,6 +70,19 @@ cuda-check: $(STAMPS)/cmake $(STAMPS)/package  ## compile CUDA and Triton for sm
 	$(BIN)/ctest --test-dir $(CMAKE)-cuda -R cuda_check --verbose --no-tests=error
 	$(PARALLEL) -n auto tests/aot
 
+compat: $(COMPAT)/site/.done $(STAMPS)/package  ## build and test with the oldest torch and triton; CUDA too where nvcc is
+	@echo "== the extension with $(OLDEST)"
+	mode=cpu; $(BIN)/python tests/cpp/cuda_check.py --find > /dev/null 2>&1 && mode=cuda; \
+	  $(ASIDE) PURIFY_FAST_BUILD=$$mode TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0;12.0+PTX" PATH="$(abspath $(BIN)):$$PATH" \
+	  $(BIN)/python setup.py --quiet build_ext --build-lib $(COMPAT)/lib --build-temp $(COMPAT)/objects
+	$(ASIDE) $(BIN)/python tests/oldest.py $(OLDEST)
+	@echo "== its device code: warnings, spills and instructions"
+	! $(BIN)/python tests/cpp/cuda_check.py --find > /dev/null || $(ASIDE) $(BIN)/python tests/cpp/cuda_check.py
+	@echo "== the Triton kernels' budgets, then every op"
+	$(ASIDE) $(PARALLEL) -n auto --dist worksteal tests/aot
+	$(ASIDE) $(PARALLEL) -n auto --dist worksteal tests/ops
+	$(ASIDE) TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
+
 wheel: $(STAMPS)/base  ## a wheel with the CPU kernels in dist/, for every Python from 3.10 and torch from 2.11
 	@rm -rf build/lib* build/bdist*  # what an earlier build left would be packed
 	$(BUILD) $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist .
@@ -84,10 +101,17 @@ $(STAMPS)/base: constraints.txt | $(BIN)/python
 	$(PIP) torch torchvision setuptools wheel ninja
 	@touch $@
 
+$(COMPAT)/site/.done: Makefile | $(STAMPS)/base
+	@echo "== $(OLDEST) aside, in $(COMPAT) (the first time this downloads a lot)"
+	rm -rf $(COMPAT)/site
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(COMPAT)/site $(OLDEST)
+	@touch $@
+
 $(STAMPS)/package: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
 	@echo "== purify_fast with its CPU kernels"
 	$(BUILD) $(PIP) --no-build-isolation -e '.[demo,test]'
-	$(PIP) --no-deps robustbench  # tests compare with its model files; what its package imports is not needed
+	# tests compare with robustbench's model files and run torchattacks' PGD; what else the two ask for is not needed
+	$(PIP) --no-deps robustbench torchattacks
 	@touch $@
 
 $(STAMPS)/cmake: $(STAMPS)/base

@@ -16,6 +16,9 @@ from ._common import on
 
 #: Queries whose part of the norms' gradient one program adds; fixed, so that the result is independent of the batch.
 QUERIES = 16
+#: Registers a thread of `_scaled` may take: three windows of nine, four keys each, and two sums. Without this limit the
+#: compiler of triton 3.6 takes 231.
+SCALED_REGISTERS = 224
 
 
 def warps(block: int) -> int:
@@ -190,7 +193,7 @@ def backward(
         _gather[grid](grad.contiguous(), weights.contiguous(), first, size, height, width, float(scale), **row)
         _scaled[(batch * blocks,)](
             first, correlation.contiguous(), inverse, parts, second, size, height, width, blocks,
-            QUERIES=QUERIES, **row,
+            QUERIES=QUERIES, maxnreg=SCALED_REGISTERS, **row,
         )  # fmt: skip
         _patches[grid](second, inverse, out, size, height, width, SCALED=False, **row)
     return out, parts.sum(1)

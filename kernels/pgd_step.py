@@ -15,6 +15,9 @@ from ._common import BLOCK, on, sum_tile, tile
 
 #: The largest tile that holds a sample without spilling registers, by norm.
 WHOLE = {1: 16384, 2: 8192}
+#: Registers a thread of an l1 kernel may take. Left to itself, the compiler of triton 3.6 aims at 48 or 80 of them, so
+#: that more programs fit beside each other, and spills.
+L1_REGISTERS = 128
 #: Bits of the first float32 that is not finite; those of |x| are ordered as |x| is, NaN last.
 INFINITE = tl.constexpr(0x7F800000)
 #: Of the interval that holds l1's shift: the reference's for float32.
@@ -295,6 +298,8 @@ def forward(
     whole = fitting <= WHOLE.get(norm, 0)
     if whole:
         block = {"WIDTH": fitting, "num_warps": whole_warps(fitting)}
+    if norm == 2:
+        block["maxnreg"] = L1_REGISTERS
     kernel, own = (
         (_linf, (blocks,)),
         (_l2_whole if whole else _l2, ()),

@@ -125,7 +125,7 @@ def _attacked(model: nn.Module, job: Job) -> dict:
 def train(job: Job, folder: Path, root: Path) -> dict:
     """A row's purifier, new or from another row's."""
     s = job.settings
-    digits, stage = data.load("digits"), s["stage"] | ({"epochs": 1, "images": 128} if s["quick"] else {})
+    digits, stage = data.load_dataset("digits"), s["stage"] | ({"epochs": 1, "images": 128} if s["quick"] else {})
     base = load_classifier(job.folder(root, s["base"]))
     torch.manual_seed(job.seed)
     if s["start"] is None:

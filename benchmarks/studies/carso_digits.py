@@ -82,7 +82,7 @@ def _changed(config: CarsoConfig, changes: dict) -> CarsoConfig:
 def train_published(job: Job, folder: Path, root: Path) -> dict:
     """The purifier on a base as published: {base, layers, config}."""
     s = job.settings
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     base = load_classifier(job.folder(root, s.get("base", "base")))
     torch.manual_seed(job.seed)
     defence = Carso(base, s.get("layers", LAYERS), digits.image_shape, **SIZES)
@@ -97,7 +97,7 @@ def train_published(job: Job, folder: Path, root: Path) -> dict:
 def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
     """A published purifier fine-tuned through the pipeline: {base, start, config, epochs}."""
     s = job.settings
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     base = load_classifier(job.folder(root, s.get("base", "base")))
     defence = load(job.folder(root, s.get("start", "published")), base)
     config = _changed(

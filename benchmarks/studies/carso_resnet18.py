@@ -51,7 +51,7 @@ QUICK = Budget(64, 32, 4, 2, 2, 2, 2)
 
 
 def classifier() -> nn.Module:
-    """The example checkpoint: 10 classes, images in [0, 1], no normalisation; in evaluation mode.
+    """The example checkpoint: 10 classes, images in [0, 1], no normalization; in evaluation mode.
 
     Raises:
         ModuleNotFoundError: without pyautoattack.
@@ -76,7 +76,7 @@ def _defence(job: Job, root: Path, name: str) -> nn.Module:
 def train(job: Job, folder: Path, root: Path) -> dict:
     """The purifier as published, or fine-tuned from there through the pipeline."""
     budget: Budget = job.settings["budget"]
-    cifar = data.load("cifar10", job.settings["data"])
+    cifar = data.load_dataset("cifar10", job.settings["data"])
     torch.manual_seed(job.seed)
     if job.name == PUBLISHED:
         # the statistics are CIFAR-10's
@@ -120,7 +120,7 @@ def _attacks(name: str, budget: Budget) -> dict[str, list[Attack]]:
 def attack(job: Job, folder: Path, root: Path) -> dict:
     """One model under one group of attacks."""
     name, budget = job.settings["model"], job.settings["budget"]
-    cifar = data.load("cifar10", job.settings["data"])
+    cifar = data.load_dataset("cifar10", job.settings["data"])
     # one precision for all: what is attacked and what predicts is the same function
     bare = FrozenView(classifier(), cifar.image_shape) if name == CLASSIFIER else None
     report = evaluate(

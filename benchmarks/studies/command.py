@@ -58,7 +58,7 @@ def check(chosen: argparse.Namespace) -> None:
         study.jobs(chosen.seeds or SEEDS, chosen.quick, chosen.rows)
     if chosen.name not in NO_AUTOATTACK:
         implementation()
-    data.load(images, chosen.data or "data")
+    data.load_dataset(images, chosen.data or "data")
 
 
 def main(chosen: argparse.Namespace) -> Path:

@@ -54,7 +54,7 @@ def attacked(
     norm: str = "linf",
 ) -> dict:
     """The accuracies of ``rows`` (key -> label), and whether the attacks had gradients."""
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     n, steps, *_ = effort(quick)
     report = evaluate(
         model, digits.x_test[:n], digits.y_test[:n], eps=eps, norm=norm, attacks=attacks, steps=steps, n_eval=3,
@@ -68,7 +68,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     """A classifier, adversarially trained unless it is to be ``standard``: {width, epochs, norm, standard}."""
     s = job.settings
     norm, eps = s.get("norm", "linf"), EPS if s.get("norm", "linf") == "linf" else EPS_L2
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     torch.manual_seed(job.seed)
     model = SmallCNN(width=s.get("width", 16))
     trained = 0.0 if s.get("standard") else eps

@@ -23,7 +23,7 @@ EPS = 0.3
 
 def load(root: str, train_images: int, images: int) -> data.DataSet:
     """The first so many images to train on, and to attack."""
-    whole = data.load("mnist", root)
+    whole = data.load_dataset("mnist", root)
     n, m = train_images, images
     return data.DataSet(whole.x_train[:n], whole.y_train[:n], whole.x_test[:m], whole.y_test[:m], "mnist", 10)
 

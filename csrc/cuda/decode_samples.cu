@@ -196,9 +196,11 @@ Tensor decode_samples(Tensor condition, Tensor seed, Tensor sample_ids, Tensor p
   const auto [c, h, w] = image_sizes(numbers);
   const int64_t total = sample_ids.numel() * samples;
   // one channel or one pixel is both layouts, and PyTorch then gives it the strides of the contiguous one
-  Tensor out = channels_last && c > 1 && h * w > 1
-                   ? torch::stable::permute(torch::stable::new_empty(condition, {total, h, w, c}, dtype), {0, 3, 1, 2})
-                   : torch::stable::new_empty(condition, {total, c, h, w}, dtype);
+  const bool by_pixel = channels_last && c > 1 && h * w > 1;
+  Tensor out = by_pixel ? torch::stable::new_empty(condition, {total, h, w, c}, dtype)
+                        : torch::stable::new_empty(condition, {total, c, h, w}, dtype);
+  // two transpositions, because torch::stable::permute came with torch 2.14
+  if (by_pixel) out = torch::stable::transpose(torch::stable::transpose(out, 1, 3), 2, 3);
   Task task{};
   task.image = image_of(out);
   decode(task, condition, seed, sample_ids, packed, biases, numbers, samples, slope, squash);

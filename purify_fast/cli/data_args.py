@@ -42,10 +42,10 @@ class DataCommand(Command):
     def load_data(self) -> DataSet:
         """The images, on the device."""
         # what reads images imports PyTorch, which takes 1.8 seconds: --help does without it
-        from ..data import load
+        from ..data import load_dataset
 
         device = usable_device(self.device)
-        found = load(
+        found = load_dataset(
             self.data,
             self.data_root,
             download=self.download,

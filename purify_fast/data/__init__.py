@@ -1,9 +1,27 @@
 """Data sets as uint8 tensors, and what a loop needs of them: floats, shuffled batches, augmentation on the device."""
 
+from typing import Any
+
+from .. import _compat
 from .augment import crop_flip
 from .batches import batches
-from .datasets import DataSet, load, to_float
+from .datasets import DataSet, load_dataset, to_float
 from .statistics import statistics
 from .streaming import StreamedImages, read_ahead
+from .subset import balanced_subset
 
-__all__ = ["DataSet", "StreamedImages", "batches", "crop_flip", "load", "read_ahead", "statistics", "to_float"]
+__all__ = [
+    "DataSet",
+    "StreamedImages",
+    "balanced_subset",
+    "batches",
+    "crop_flip",
+    "load_dataset",
+    "read_ahead",
+    "statistics",
+    "to_float",
+]
+
+
+def __getattr__(name: str) -> Any:
+    return _compat.old_name(__name__, name)

@@ -5,31 +5,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from torchvision.datasets.folder import make_dataset
 
-from .._files import atomic, content_hash, write_text
-from .._process import end_with_parent
+from .._files import atomic, write_text
+from .decoding import NAMED, decode, first_size
 from .streaming import StreamedImages
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
 CACHE = ".purify_fast"
-FORMAT = 1  # of the cache
-CHUNK = 32  # images a process decodes at a time
-NAMED = 10  # undecodable files an error names
+#: Version of the cache; another one is decoded anew.
+FORMAT = 1
 FORM = (
     "train/<class>/*.jpg|png and val/ or test/ in the same form, or tiny-imagenet-200's val/images and "
     "val/val_annotations.txt"
@@ -38,7 +32,12 @@ FORM = (
 
 @dataclass(frozen=True)
 class Split:
-    """Image files and their labels, int64 [N]."""
+    """Image files and their labels.
+
+    Args:
+        files: N paths.
+        labels: int64 ``[N]``.
+    """
 
     files: list[Path]
     labels: Tensor
@@ -47,6 +46,7 @@ class Split:
 def read_folder(
     folder: Path,
     image_size: tuple[int, int] | None,
+    *,
     memory: int | None,
     stream: bool,
     cache: Path | None,
@@ -56,7 +56,11 @@ def read_folder(
 
     Args:
         folder: the classes are the folders in ``train``, sorted; the held-out images are ``val``'s, else ``test``'s.
-        image_size, memory, stream, cache, workers: as for `purify_fast.data.load`.
+        image_size: (H, W) to resize and crop to, None for the images' own, which must all be the same.
+        memory: bytes the decoded images may take before they are streamed; None for half of what is available.
+        stream: whether they are streamed in any case.
+        cache: the folder to keep decoded images in; None for one in ``folder``.
+        workers: processes that decode, 0 for none but this; None for one per CPU.
 
     Returns:
         Images (RGB ``[N, 3, H, W]``) and labels (int64 ``[N]``) by ``train`` and ``test``, and the number of classes.
@@ -74,9 +78,11 @@ def read_folder(
     images = _opened(place, source, splits)
     if images is None:
         with _locked(place):
-            images = _opened(place, source, splits)  # another process may have written it meanwhile
+            # another process may have written it meanwhile
+            images = _opened(place, source, splits)
             if images is None:
-                _write(place, source, splits, image_size, _cpus() if workers is None else workers, folder.name)
+                workers = _cpus() if workers is None else workers
+                _write(place, source, splits, image_size=image_size, workers=workers, name=folder.name)
                 images = _opened(place, source, splits)
                 assert images is not None
     labels = {part: split.labels for part, split in splits.items()}
@@ -104,7 +110,8 @@ def _available() -> int:
     except (OSError, KeyError):
         return 8 * 2**30
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+        # there may be no such group, or "max" in its file
+        with contextlib.suppress(OSError, ValueError):
             free = min(free, int(Path(limit).read_text()))
     return free
 
@@ -116,12 +123,13 @@ def _cpus() -> int:
 # ---- what there is
 
 
-def _images_in(folder: Path) -> list[Path]:
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in found if not path.name.startswith("."))
+def _is_image(path: str) -> bool:
+    name = os.path.basename(path)
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def _classes_in(folder: Path) -> list[str]:
+    # torchvision's find_classes would take a hidden folder, such as an editor's, for a class
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
@@ -148,17 +156,17 @@ def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
     unknown = sorted(set(_classes_in(folder)) - set(classes))
     if unknown:
         raise ValueError(f"{folder} holds the classes {', '.join(unknown[:NAMED])}, which train lacks")
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = _images_in(folder / name) if (folder / name).is_dir() else []
-        if every and not found:
-            raise ValueError(f"{folder / name} holds no image ({', '.join(SUFFIXES)})")
-        files += found
-        labels += [label] * len(found)
-    if not files:
+    found = make_dataset(folder, {name: i for i, name in enumerate(classes)}, None, _is_image, allow_empty=True)
+    # by path within a class, whatever folders are in it: torchvision has the files of a folder before those inside it
+    samples = sorted((label, Path(path)) for path, label in found)
+    labels = torch.tensor([label for label, _ in samples], dtype=torch.int64)
+    if every:
+        empty = [name for label, name in enumerate(classes) if label not in labels]
+        if empty:
+            raise ValueError(f"{folder / empty[0]} holds no image ({', '.join(SUFFIXES)})")
+    if not samples:
         raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)}) in a folder of its class")
-    return Split(files, torch.tensor(labels))
+    return Split([path for _, path in samples], labels)
 
 
 def _annotated(path: Path, classes: list[str]) -> Split:
@@ -213,11 +221,13 @@ def _locked(place: Path) -> Iterator[None]:
     """One process writes a cache, the others wait for it; the lock ends with the process."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        file = open(place / ".lock", "w")  # noqa: SIM115  # closed below
+        # closed below
+        file = open(place / ".lock", "w")  # noqa: SIM115
     except OSError as error:
         raise OSError(f"decoded images cannot be kept in {place} ({error}): give another folder as cache") from error
     with file:
         if sys.platform != "win32":
+            # Windows has no such module
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -225,12 +235,13 @@ def _locked(place: Path) -> Iterator[None]:
 
 
 def _write(
-    place: Path, source: str, splits: dict[str, Split], image_size: tuple[int, int] | None, workers: int, name: str
+    place: Path, source: str, splits: dict[str, Split], *, image_size: tuple[int, int] | None, workers: int, name: str
 ) -> None:
     (place / "set.json").unlink(missing_ok=True)
-    for old in [*place.glob("x_*.npy"), *place.glob(".x_*.npy")]:  # of other files, or of a killed process
+    # those of other files, or of a killed process
+    for old in [*place.glob("x_*.npy"), *place.glob(".x_*.npy")]:
         old.unlink()
-    size = _first_size(splits["train"].files) if image_size is None else image_size
+    size = first_size(splits["train"].files) if image_size is None else image_size
     needed = sum(len(split.files) for split in splits.values()) * 3 * size[0] * size[1]
     free = shutil.disk_usage(place).free
     if needed > free:
@@ -238,97 +249,8 @@ def _write(
     digests = {}
     for part, split in splits.items():
         with atomic(_array(place, part, source)) as temporary:
-            digests[part] = _decode(split.files, size, image_size is None, temporary, workers, f"decode {name} {part}")
+            title = f"decode {name} {part}"
+            digests[part] = decode(
+                split.files, size, resize=image_size is not None, out=temporary, workers=workers, title=title
+            )
     write_text(place / "set.json", json.dumps({"source": source, "digests": digests}))
-
-
-def _first_size(files: list[Path]) -> tuple[int, int]:
-    """(H, W) of the first image that can be decoded."""
-    for path in files:
-        image = _image(path, None)
-        if not isinstance(image, str):
-            return image.shape[1], image.shape[2]
-    raise ValueError(f"none of the {len(files)} training images can be decoded; the first: {_image(files[0], None)}")
-
-
-def _decode(files: list[Path], size: tuple[int, int], native: bool, out: Path, workers: int, title: str) -> str:
-    """Write ``[N, 3, H, W]`` to an ``.npy`` file, return its digest; all of it passes through in chunks."""
-    shape = (len(files), 3, *size)
-    content = content_hash(torch.uint8, shape)
-    failed: list[str] = []
-    bar = tqdm(total=len(files), unit="img", desc=title, mininterval=0.1 if sys.stderr.isatty() else 10)
-    with bar, out.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        decoded = _decoded(files, None if native else size, workers)
-        with contextlib.closing(decoded):
-            for path, image in zip(files, decoded, strict=True):
-                bar.update()
-                if isinstance(image, str):
-                    failed.append(image)
-                elif image.shape != shape[1:]:
-                    got = " x ".join(map(str, image.shape[1:]))
-                    raise ValueError(f"{path} has {got} pixels, others {size[0]} x {size[1]}: give image_size=(H, W)")
-                elif not failed:
-                    pixels = image.tobytes()
-                    file.write(pixels)
-                    content.update(pixels)
-    if failed:
-        more = f"; and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
-        raise ValueError(
-            f"{len(failed)} of {len(files)} images cannot be decoded, replace or remove them: "
-            + "; ".join(failed[:NAMED])
-            + more
-        )
-    return content.hexdigest()
-
-
-def _decoded(files: list[Path], size: tuple[int, int] | None, workers: int) -> Generator[np.ndarray | str, None, None]:
-    """Every file's image or what is wrong with it, in order; a bounded number wait."""
-    chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
-    workers = min(workers, len(chunks))
-    if workers <= 1:
-        for chunk in chunks:
-            yield from _decode_chunk(chunk, size)
-        return
-    # fork where it is usual: a spawned process would import the caller's script again; these touch only Pillow
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    waiting: deque[Future[list[np.ndarray | str]]] = deque()
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-        for chunk in chunks:
-            waiting.append(pool.submit(_decode_chunk, chunk, size))
-            if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-
-
-def _decode_chunk(files: list[Path], size: tuple[int, int] | None) -> list[np.ndarray | str]:
-    return [_image(path, size) for path in files]
-
-
-def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray | str:
-    """RGB uint8 [3, H, W], or a sentence that names the file and says what is wrong with it.
-
-    Resized (bilinear, antialiased) until it just covers ``size``, then cropped at the centre, as torchvision's Resize
-    and CenterCrop do for squares. Transparency and a camera's note on orientation are ignored.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            if file.mode not in MODES:
-                return f"{path}: its mode is {file.mode}, not one of {', '.join(MODES)}"
-            image = file.convert("RGB")
-    except Exception as error:  # a broken file can raise anything
-        return f"{path}: {error}"
-    if size is not None:
-        height, width = size
-        if height * image.width < width * image.height:  # the width decides
-            scaled = width, image.height * width // image.width
-        else:
-            scaled = image.width * height // image.height, height
-        if scaled != image.size:
-            image = image.resize(scaled, Image.Resampling.BILINEAR)
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-        image = image.crop((left, top, left + width, top + height))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

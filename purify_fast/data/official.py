@@ -6,34 +6,38 @@ code. MNIST's are read as they are: torchvision keeps checksums of the compresse
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import shutil
 import tempfile
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torchvision import datasets
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import check_integrity, extract_archive
 
 IDX = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-CLASSES = {
-    "mnist": "MNIST",
-    "fashion_mnist": "FashionMNIST",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "svhn": "SVHN",
-    "imagenette": "Imagenette",
+READERS: dict[str, Any] = {
+    "mnist": datasets.MNIST,
+    "fashion_mnist": datasets.FashionMNIST,
+    "cifar10": datasets.CIFAR10,
+    "cifar100": datasets.CIFAR100,
+    "svhn": datasets.SVHN,
+    "imagenette": datasets.Imagenette,
 }
-NAMES = (*CLASSES, "tiny_imagenet")
 TINY = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
 def find_official(
     name: str, root: Path, download: bool, image_size: tuple[int, int] | None
 ) -> Path | dict[str, np.ndarray]:
-    """A data set of `NAMES`: the path of its ``.npz`` or image folder, or its arrays.
+    """A well-known data set: the path of its ``.npz`` or image folder, or its arrays.
 
     Args:
+        name: one of `purify_fast.data.datasets.NAMES`.
         root: the folder to look in: ``<root>/<name>.npz``, then the official files in torchvision's layout or in
             ``<root>/<name>``; idx files may be compressed (``.gz``).
         download: whether torchvision may fetch missing files to root. Damaged ones are never replaced.
@@ -44,8 +48,9 @@ def find_official(
         int64 ``[N]``.
 
     Raises:
-        FileNotFoundError: files are missing, or cannot be downloaded. ValueError: a file is damaged, or imagenette
-        without ``image_size``. ModuleNotFoundError: SVHN without scipy.
+        FileNotFoundError: files are missing, or cannot be downloaded.
+        ValueError: a file is damaged, or imagenette without ``image_size``.
+        ModuleNotFoundError: SVHN without scipy.
     """
     npz = root / f"{name}.npz"
     if npz.is_file():
@@ -63,26 +68,35 @@ def find_official(
         return _idx(place)
     if name in ("imagenette", "tiny_imagenet"):
         return place
-    return _svhn(place) if name == "svhn" else _cifar(name, place)
+    return _svhn(place) if name == "svhn" else _cifar(READERS[name], place)
+
+
+# ---- where the files are
 
 
 def _wanted(name: str, root: Path, image_size: tuple[int, int] | None) -> dict[Path, list[Path]]:
     """The files that are needed, by the place each would be in; the first place that has all is read."""
-    from torchvision import datasets
-
-    if name in ("mnist", "fashion_mnist"):  # not root itself: the files of both have the same names
-        return {place: [place / file for file in IDX] for place in (root / CLASSES[name] / "raw", root / name)}
+    if name in ("mnist", "fashion_mnist"):
+        # not root itself: the files of both have the same names
+        return {place: [place / file for file in IDX] for place in (root / READERS[name].__name__ / "raw", root / name)}
     if name == "imagenette":
         folders = [root / name, root / _archive(image_size)]
         return {place: [place / "train", place / "val"] for place in folders}
     if name == "tiny_imagenet":
         return {place: [place / "train", place / "val"] for place in (root / "tiny-imagenet-200", root / name)}
-    if name == "svhn":
-        files = [datasets.SVHN.split_list[part][1] for part in ("train", "test")]
-    else:
-        reader = getattr(datasets, CLASSES[name])
-        files = [f"{reader.base_folder}/{file}" for file, _ in _cifar_files(reader)]
+    files = _svhn_files() if name == "svhn" else _cifar_files(READERS[name])
     return {place: [place / file for file in files] for place in (root, root / name)}
+
+
+def _svhn_files() -> dict[str, str]:
+    """The md5 of each of SVHN's files."""
+    return {datasets.SVHN.split_list[part][1]: datasets.SVHN.split_list[part][2] for part in ("train", "test")}
+
+
+def _cifar_files(reader: Any) -> dict[str, str]:
+    """The md5 of each of CIFAR's pickles, by its path relative to the place they are in."""
+    listed = [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
+    return {f"{reader.base_folder}/{file}": md5 for file, md5 in listed}
 
 
 def _present(wanted: dict[Path, list[Path]]) -> Path | None:
@@ -90,11 +104,15 @@ def _present(wanted: dict[Path, list[Path]]) -> Path | None:
 
 
 def _exists(path: Path) -> bool:
-    return path.exists() or (path.name in IDX and path.with_name(path.name + ".gz").exists())
+    return path.exists() or (path.name in IDX and _compressed(path).exists())
+
+
+def _compressed(path: Path) -> Path:
+    return path.with_name(path.name + ".gz")
 
 
 def _archive(image_size: tuple[int, int] | None) -> str:
-    """imagenette comes with shorter sides of 160, 320 and as photographed."""
+    """Imagenette comes with shorter sides of 160, 320 and as photographed."""
     side = 0 if image_size is None else max(image_size)
     return "imagenette2-160" if side <= 160 else "imagenette2-320" if side <= 320 else "imagenette2"
 
@@ -110,90 +128,84 @@ def _missing(
         how = f"get it with: curl -LO {TINY} && unzip -q tiny-imagenet-200.zip -d {root}"
     else:
         size = "" if image_size is None or name != "imagenette" else f", image_size={tuple(image_size)}"
-        call = f"load({name!r}, {str(root)!r}, download=True{size})"
-        how = f'get it with: python -c "from purify_fast.data import load; {call}", or --download on the command line'
+        call = f"load_dataset({name!r}, {str(root)!r}, download=True{size})"
+        code = f"from purify_fast.data import load_dataset; {call}"
+        how = f'get it with: python -c "{code}", or --download on the command line'
     gz = ", compressed (.gz) or not" if name in ("mnist", "fashion_mnist") else ""
     return f"no data set {name!r}: looked for {npz.absolute()} (x_train, y_train, x_test, y_test), {places}{gz}; {how}"
 
 
 def _download(name: str, root: Path, image_size: tuple[int, int] | None) -> None:
-    from torchvision import datasets
-
     if name == "tiny_imagenet":
         raise FileNotFoundError(
             f"torchvision cannot download tiny_imagenet; get it with: curl -LO {TINY} && "
             f"unzip -q tiny-imagenet-200.zip -d {root}"
         )
-    reader = getattr(datasets, CLASSES[name])
+    reader = READERS[name]
     root.mkdir(parents=True, exist_ok=True)
     try:
         if name == "imagenette":
             size = {"imagenette2-160": "160px", "imagenette2-320": "320px"}.get(_archive(image_size), "full")
             reader(root, "train", size, download=True)
         elif name == "svhn":
-            _needs_scipy()  # torchvision reads what it downloads
+            # torchvision reads what it downloads
+            _needs_scipy()
             for part in ("train", "test"):
                 reader(root, part, download=True)
         else:
             reader(root, train=True, download=True)
-    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
+    # urllib's errors are OSErrors
+    except (OSError, RuntimeError) as error:
         raise FileNotFoundError(f"{name} could not be downloaded to {root.absolute()}: {error}") from error
 
 
-def _idx(place: Path) -> dict[str, np.ndarray]:
-    from torchvision.datasets.mnist import read_image_file, read_label_file
+# ---- what is in them
 
+
+def _idx(place: Path) -> dict[str, np.ndarray]:
+    """MNIST's and Fashion-MNIST's arrays.
+
+    The files are read by torchvision's own functions, not by its data sets: those know neither compressed files nor a
+    folder of another name than theirs, and prefer the ``training.pt`` that an old release may have left beside them.
+    """
     arrays = {}
     for file in IDX:
-        path = place / file
+        path = place / file if (place / file).is_file() else _compressed(place / file)
+        read = read_image_file if "images" in file else read_label_file
         try:
             with tempfile.TemporaryDirectory() as aside:
-                if not path.is_file():  # torchvision reads uncompressed files only
-                    path = path.with_name(file + ".gz")
-                    plain = Path(aside) / file
-                    with gzip.open(path) as source, plain.open("wb") as target:
-                        shutil.copyfileobj(source, target)
-                else:
-                    plain = path
-                read = read_image_file if "images" in file else read_label_file
-                tensor = read(str(plain))
+                if path.suffix == ".gz":
+                    extract_archive(path, aside)
+                tensor = read(str(Path(aside) / file if path.suffix == ".gz" else path))
         # what torchvision raises for other contents: a bad header, or more or less than it announces
         except (OSError, EOFError, zlib.error, AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is no whole idx file ({error}): replace it") from error
-        arrays[("x_" if "images" in file else "y_") + ("train" if file.startswith("train") else "test")] = (
-            tensor.numpy()
-        )
+        kind, part = "x" if "images" in file else "y", "train" if file.startswith("train") else "test"
+        arrays[f"{kind}_{part}"] = tensor.numpy()
     return arrays
 
 
-def _check(path: Path, md5: str) -> None:
-    from torchvision.datasets.utils import check_integrity
+def _verified(read: Callable[[], Any], place: Path, files: dict[str, str]) -> Any:
+    """What torchvision reads; it looks at the checksums first, and this names the file whose checksum is another."""
+    try:
+        return read()
+    except RuntimeError as error:
+        for file, md5 in files.items():
+            if not check_integrity(place / file, md5):
+                raise ValueError(
+                    f"{place / file} does not have the checksum of the official file (md5 {md5}), so it is not read: "
+                    f"it is damaged or another file. Remove it and get the official one, or save your arrays as an "
+                    f".npz file"
+                ) from error
+        raise
 
-    if not check_integrity(path, md5):
-        raise ValueError(
-            f"{path} does not have the checksum of the official file (md5 {md5}), so it is not read: it is damaged or "
-            f"another file. Remove it and get the official one, or save your arrays as an .npz file"
-        )
 
-
-def _cifar_files(reader) -> list[tuple[str, str]]:
-    """(file, md5) of CIFAR's pickles."""
-    return [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
-
-
-def _cifar(name: str, place: Path) -> dict[str, np.ndarray]:
-    from torchvision import datasets
-
-    reader = getattr(datasets, CLASSES[name])
-    for file, md5 in _cifar_files(reader):
-        _check(place / reader.base_folder / file, md5)
-    train, test = reader(place, train=True), reader(place, train=False)
-    return {
-        "x_train": train.data,
-        "y_train": np.array(train.targets),
-        "x_test": test.data,
-        "y_test": np.array(test.targets),
-    }
+def _cifar(reader: Any, place: Path) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for part in ("train", "test"):
+        found = _verified(partial(reader, place, train=part == "train"), place, _cifar_files(reader))
+        arrays |= {f"x_{part}": found.data, f"y_{part}": np.array(found.targets)}
+    return arrays
 
 
 def _needs_scipy() -> None:
@@ -202,13 +214,9 @@ def _needs_scipy() -> None:
 
 
 def _svhn(place: Path) -> dict[str, np.ndarray]:
-    from torchvision import datasets
-
     _needs_scipy()
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for part in ("train", "test"):
-        _, file, md5 = datasets.SVHN.split_list[part]
-        _check(place / file, md5)
-        read = datasets.SVHN(place, part)
-        arrays[f"x_{part}"], arrays[f"y_{part}"] = read.data, read.labels
+        found = _verified(partial(datasets.SVHN, place, part), place, _svhn_files())
+        arrays |= {f"x_{part}": found.data, f"y_{part}": found.labels}
     return arrays

@@ -87,7 +87,7 @@ QUICK = Budget(
 @cache
 def digits() -> data.DataSet:
     """The images: 1,297 to train on, 500 held out."""
-    return data.load("digits")
+    return data.load_dataset("digits")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,24 @@
 """What the methods' training shares: the loop, checkpoints, schedules, and the training of classifiers."""
 
-from ..speed.allocator import keep_memory
-from .attack import TrainingAttack
-from .classifier import ClassifierConfig, ClassifierTask, load_classifier, save_classifier
-from .lookahead import Lookahead
-from .loop import Batch, FitConfig, Task, fit
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from ..speed.allocator import keep_memory as keep_memory
+    from .attack import TrainingAttack as TrainingAttack
+    from .classifier import ClassifierTask as ClassifierTask
+    from .classifier import is_classifier as is_classifier
+    from .classifier import load_classifier as load_classifier
+    from .classifier import save_classifier as save_classifier
+    from .config import ClassifierConfig as ClassifierConfig
+    from .config import FitConfig as FitConfig
+    from .lookahead import Lookahead as Lookahead
+    from .loop import Batch as Batch
+    from .loop import Task as Task
+    from .loop import fit as fit
 
 __all__ = [
     "Batch",
@@ -15,7 +29,23 @@ __all__ = [
     "Task",
     "TrainingAttack",
     "fit",
+    "is_classifier",
     "keep_memory",
     "load_classifier",
     "save_classifier",
 ]
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    Batch=".loop",
+    ClassifierConfig=".config",
+    ClassifierTask=".classifier",
+    FitConfig=".config",
+    Lookahead=".lookahead",
+    Task=".loop",
+    TrainingAttack=".attack",
+    fit=".loop",
+    keep_memory="..speed.allocator",
+    is_classifier=".classifier",
+    load_classifier=".classifier",
+    save_classifier=".classifier",
+)

@@ -11,6 +11,9 @@ from .schedules import rising
 if TYPE_CHECKING:
     from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Norm = Literal["linf", "l2", "l1"]
 Radius = TypeVar("Radius", float, "Tensor")
 

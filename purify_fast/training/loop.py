@@ -27,35 +27,9 @@ from .._process import processes
 from ..data import StreamedImages, batches, crop_flip, read_ahead, to_float
 from ..models.layers import BatchNorm1d, BatchNorm2d
 from .checkpoint import read_tree, write_tree
+from .config import FitConfig
 from .distributed import average_, from_first, gathered
 from .lookahead import Lookahead
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """How long and how to train; every number ours, a method's own numbers stand in its config.
-
-    Args:
-        epochs, batch_size: passes over the data, images per step of all processes together (the last, smaller batch of
-            an epoch is dropped).
-        seed: of everything random.
-        padding: random crop after padding by so many pixels of 0, 0 for none; flip: random horizontal flips.
-        checkpoint_seconds: time between checkpoints within an epoch; one is always written at an epoch's end.
-    """
-
-    epochs: int
-    batch_size: int = 128
-    seed: int = 0
-    padding: int = 0
-    flip: bool = False
-    checkpoint_seconds: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.padding < 0 or self.checkpoint_seconds < 0 or not 0 <= self.seed < 2**31:
-            raise ValueError(f"padding and checkpoint_seconds must be >= 0 and 0 <= seed < 2^31, got {self}")
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,8 @@ def _cases() -> dict[str, tuple]:
 
     owners = torch.zeros((1, 4, 8, 8), dtype=torch.uint8)
     for last, layout in ((False, ""), (True, "-channels_last")):
-        for mask, missing, parts in (("missing", 16, 0), ("parts", 0, 4)):
-            mask_of, out = (8, missing, parts, 1, parts > 0), (lambda dtype: dtype, last)
+        for mask, masked_blocks, num_passes in (("masked", 16, 0), ("passes", 0, 4)):
+            mask_of, out = (8, masked_blocks, num_passes, 1, num_passes > 0), (lambda dtype: dtype, last)
             cases[f"random_transform-forward-{mask}{layout}"] = (
                 random_transform.forward, one(4, 3, 64, 64), SEED, IDS, 0.25, *mask_of, *out
             )  # fmt: skip
@@ -225,7 +225,7 @@ def test_only_elementwise_tiles_depend_on_the_device(case):
 
 #: Registers of a thread, where they are more than 128.
 REGISTERS = {
-    "contextual_attention._scaled": 224,  # rows of three windows of nine, four keys each, and two sums
+    "contextual_attention._scaled": contextual_attention.SCALED_REGISTERS,
 }
 
 
@@ -293,7 +293,8 @@ def test_double_scalars_are_narrowed_at_once(case, dtype):
 
 #: Kernels that clamp, and the clamps that must propagate NaN.
 CLAMPS = {
-    "aggregate-p*": ("min",),
+    "aggregate-peel-*": ("min",),
+    "aggregate-mean_sigmoid-*": ("min",),
     "apgd_step-*": ("max", "min"),
     "noisy_replay": ("max", "min"),
     "pgd_step-*": ("max", "min"),

@@ -229,7 +229,7 @@ def test_errors(model, batch, change, message):
 def test_fools_a_trained_classifier():
     """Digits of 16 x 16: 0.05 is 0.4 of a pixel, 0.1 is 0.8."""
     pytest.importorskip("sklearn")
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     x, y = data.to_float(digits.x_train[:]), digits.y_train
     torch.manual_seed(0)
     net = SmallCNN(width=8)

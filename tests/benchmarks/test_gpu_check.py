@@ -1,5 +1,6 @@
 """The check of a GPU, rehearsed on the CPU: sections, their limits and failures, what a second run does."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -161,6 +162,28 @@ def test_the_tests_of_a_device_can_be_rehearsed():
 def test_the_tests_of_a_device_say_why_they_are_skipped():
     said = device_tests("cuda")
     assert "no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests" in said and " passed" not in said
+
+
+def test_a_gpu_without_a_kernel_fails_its_tests(monkeypatch):
+    """A test that is skipped would look like a pass: the decoder's kernel is the one that has to be built."""
+    monkeypatch.setenv("PURIFY_FAST_TEST_DEVICE", "cpu")
+    spec = importlib.util.spec_from_file_location("device_test_ops", ROOT / "tests/gpu/test_ops.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for op in ("decode_samples", "decode_samples_backward", "philox"):
+        with pytest.raises(pytest.fail.Exception, match=f"{op}: no kernel on cuda"):
+            module.need_kernel(op, "cuda", "reference")
+    module.need_kernel("decode_samples", "cuda", "cuda")
+    with pytest.raises(pytest.skip.Exception, match="CUDA C"):
+        module.need_kernel("decode_samples", "cpu", "reference")
+
+
+def test_the_tests_of_a_device_use_whole_float32():
+    """The convolutions of a GPU round to TF32 by default, whose error is far above what the tests allow."""
+    code = "import runpy, torch; runpy.run_path('tests/gpu/conftest.py');"
+    code += "print(torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout.split() == ["False", "False"], said.stderr
 
 
 def test_a_budget_names_what_it_leaves_out():

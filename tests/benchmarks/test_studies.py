@@ -21,8 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast import data
-from purify_fast.evaluation import Report
-from purify_fast.evaluation import runner as protocol
+from purify_fast.evaluation import Report, kinds, runner
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import save_classifier
 
@@ -271,7 +270,7 @@ def test_a_row_of_atop_changes_the_setting_of_its_name_alone():
 def test_a_model_without_randomness_is_attacked_anew_without_it(monkeypatch):
     """As the others are: by the zero attacks alone, and not by what the attacks before them left."""
     pytest.importorskip("sklearn")
-    images = data.load("digits")
+    images = data.load_dataset("digits")
     templates = torch.stack([images.x_train[images.y_train == label].float().mean(0) for label in range(10)]) / 255
     linear = nn.Linear(256, 10)
     linear.weight.data, linear.bias.data = templates.flatten(1), -templates.flatten(1).square().sum(1) / 2
@@ -284,7 +283,7 @@ def test_a_model_without_randomness_is_attacked_anew_without_it(monkeypatch):
         target(x)
         return x.flip(0) if steps == 2 else x
 
-    monkeypatch.setattr(protocol, "pgd", attack)
+    monkeypatch.setattr(kinds, "pgd", attack)
     job = Job("row", 0, work, settings={"quick": True, "autoattack": False})
     found = atop_digits._attacked(model, job)
     assert set(found) == {"clean", "pgd", "clean_zero", "pgd_zero", "gradients"}
@@ -341,12 +340,12 @@ def test_the_mnist_table_is_what_the_jobs_found(tmp_path, monkeypatch):
     monkeypatch.setattr(carso_mnist, "_model", lambda *a: model)
     monkeypatch.setattr(mnist, "EPS", 0.02)
     monkeypatch.setattr(carso_mnist, "PEEL", "another")  # a head is for models that draw
-    monkeypatch.setattr(protocol, "autoattack", lambda model, x, *a, **more: (x.clone(), []))
-    monkeypatch.setattr(protocol, "apgd", lambda model, x, *a, **more: x)  # finds nothing
+    monkeypatch.setattr(kinds, "autoattack", lambda model, x, *a, **more: (x.clone(), []))
+    monkeypatch.setattr(kinds, "apgd", lambda model, x, *a, **more: x)  # finds nothing
     budget = replace(carso_mnist.QUICK, images=24, steps=5, eot=1)
     made = [job for job in carso_mnist.jobs("", budget=budget) if job.work is carso_mnist.attack]
     found = {(j.settings["model"], j.settings["group"]): j.work(j, j.folder(tmp_path), tmp_path) for j in made}
-    monkeypatch.setattr(protocol._Run, "_measure_attack", lambda *a: pytest.fail("a row was made anew"))
+    monkeypatch.setattr(runner._Rows, "_measure_attack", lambda *a: pytest.fail("a row was made anew"))
     whole = carso_mnist.report(tmp_path)
     for (name, _), rows in found.items():
         for label, accuracy in rows.items():
@@ -360,7 +359,7 @@ def test_the_mnist_table_is_what_the_jobs_found(tmp_path, monkeypatch):
 def small_mnist(tmp_path) -> Path:
     """A folder with digits as mnist.npz."""
     pytest.importorskip("sklearn")
-    found = data.load("digits")
+    found = data.load_dataset("digits")
     arrays = {name: getattr(found, name) for name in ("x_train", "y_train", "x_test", "y_test")}
     wide = {name: F.pad(a, (6, 6, 6, 6)) if a.dim() == 4 else a for name, a in arrays.items()}
     np.savez(tmp_path / "mnist.npz", **{name: a.numpy() for name, a in wide.items()})

@@ -23,14 +23,14 @@ def saved(folder, **arrays_):
 
 def test_digits():
     pytest.importorskip("sklearn")
-    d = data.load("digits")
+    d = data.load_dataset("digits")
     assert d.x_train.shape == (1297, 1, 16, 16) and d.x_test.shape == (500, 1, 16, 16)
     assert d.x_train.dtype == torch.uint8 and d.y_train.dtype == torch.int64
     assert (d.name, d.num_classes, d.image_shape) == ("digits", 10, (1, 16, 16))
     assert int(d.x_train.min()) == 0 and int(d.x_train.max()) == 255
     # a fixed split: every image once, and always the same ones
-    assert torch.equal(data.load("digits").x_test, d.x_test)
-    assert d.y_test[:8].tolist() == data.load("digits").y_test[:8].tolist()
+    assert torch.equal(data.load_dataset("digits").x_test, d.x_test)
+    assert d.y_test[:8].tolist() == data.load_dataset("digits").y_test[:8].tolist()
     from sklearn.datasets import load_digits
 
     both = torch.cat([d.y_train, d.y_test]).bincount()
@@ -40,13 +40,13 @@ def test_digits():
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"purify-fast\[demo\]"):
-        data.load("digits")
+        data.load_dataset("digits")
 
 
 @pytest.mark.parametrize("shape", [(8, 9), (8, 9, 1), (1, 8, 9), (8, 9, 3), (3, 8, 9)])
 def test_layouts(tmp_path, shape):
     a = arrays(shape=shape)
-    d = data.load(saved(tmp_path, **a))
+    d = data.load_dataset(saved(tmp_path, **a))
     channels = 3 if 3 in shape else 1
     assert d.image_shape == (channels, 8, 9) and d.num_classes == 3 and d.name == "set"
     want = a["x_test"]
@@ -65,7 +65,7 @@ def test_floats_that_are_levels(tmp_path, dtype, scale):
     a["x_train"][:, 0, 0] = np.arange(256)  # every level
     f = {k: v.astype(dtype) for k, v in a.items() if k[0] == "x"}
     f = {k: v / dtype(255) if scale == "divided" else v * dtype(1 / 255) for k, v in f.items()}
-    d = data.load(saved(tmp_path, **a | f))
+    d = data.load_dataset(saved(tmp_path, **a | f))
     assert np.array_equal(d.x_train[:, 0].numpy(), a["x_train"])
     assert torch.allclose(data.to_float(d.x_train)[:, 0].double(), torch.from_numpy(f["x_train"]).double(), atol=1e-7)
 
@@ -73,11 +73,11 @@ def test_floats_that_are_levels(tmp_path, dtype, scale):
 def test_two_classes_column_labels_and_override(tmp_path):
     a = arrays(classes=2)
     a["y_train"] = a["y_train"][:, None].astype(np.uint8)
-    d = data.load(saved(tmp_path, **a))
+    d = data.load_dataset(saved(tmp_path, **a))
     assert d.num_classes == 2 and d.y_train.shape == (12,) and d.y_train.dtype == torch.int64
-    assert data.load(tmp_path / "set.npz", num_classes=5).num_classes == 5
+    assert data.load_dataset(tmp_path / "set.npz", num_classes=5).num_classes == 5
     only = a | {"y_train": np.full(12, 3), "y_test": np.full(6, 1)}
-    assert data.load(saved(tmp_path, **only), num_classes=4).num_classes == 4
+    assert data.load_dataset(saved(tmp_path, **only), num_classes=4).num_classes == 4
 
 
 def with_(array, index, value):
@@ -117,39 +117,39 @@ def test_refused(tmp_path, case):
     replace, message = BAD[case]
     path = saved(tmp_path, **arrays() | replace)
     with pytest.raises(ValueError, match=message):
-        data.load(path)
+        data.load_dataset(path)
 
 
 def test_refused_with_num_classes(tmp_path):
     path = saved(tmp_path, **arrays())
     with pytest.raises(ValueError, match=r"y_train\[2\] is 2: .*0 \.\. 1"):
-        data.load(path, num_classes=2)
+        data.load_dataset(path, num_classes=2)
     path = saved(tmp_path, **arrays(classes=1))
     with pytest.raises(ValueError, match="one class only"):
-        data.load(path)
+        data.load_dataset(path)
 
 
 def test_an_npz_that_is_to_be_streamed_is_refused_unread(tmp_path):
     (tmp_path / "set.npz").write_bytes(b"never opened")
     with pytest.raises(ValueError, match="is not an image folder: only these are streamed"):
-        data.load(tmp_path / "set.npz", stream=True)
+        data.load_dataset(tmp_path / "set.npz", stream=True)
 
 
 def test_missing_arrays_and_other_files(tmp_path):
     path = saved(tmp_path, x_train=X, y_train=Y)
     with pytest.raises(ValueError, match="lacks x_test, y_test"):
-        data.load(path)
+        data.load_dataset(path)
     (tmp_path / "text.npz").write_text("not a zip file")
     with pytest.raises(ValueError, match=r"text\.npz"):
-        data.load(tmp_path / "text.npz")
+        data.load_dataset(tmp_path / "text.npz")
     np.save(tmp_path / "one.npy", X)
     with pytest.raises(ValueError, match=r"one\.npy is not an \.npz"):
-        data.load(tmp_path / "one.npy")
+        data.load_dataset(tmp_path / "one.npy")
 
 
 def test_missing_file_says_where_and_what(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
-        data.load("nowhere", tmp_path)
+        data.load_dataset("nowhere", tmp_path)
     text = str(error.value)
     assert str(tmp_path / "nowhere.npz") in text and "x_train" in text and "'digits'" in text
     assert re.search(r"looked for .*, .*, ", text)
@@ -157,15 +157,27 @@ def test_missing_file_says_where_and_what(tmp_path):
 
 def test_root(tmp_path):
     saved(tmp_path, **arrays())
-    assert data.load("set", tmp_path).name == data.load("set.npz", tmp_path).name == "set"
+    assert data.load_dataset("set", tmp_path).name == data.load_dataset("set.npz", tmp_path).name == "set"
 
 
 def test_to(tmp_path):
-    d = data.load(saved(tmp_path, **arrays()))
+    d = data.load_dataset(saved(tmp_path, **arrays()))
     there = d.to("meta")
     assert there.x_test.device.type == there.y_train.device.type == "meta" and there.image_shape == d.image_shape
     with pytest.raises(AttributeError):
         d.name = "other"
+
+
+def test_its_repr_is_one_line_without_arrays(tmp_path):
+    d = data.load_dataset(saved(tmp_path, **arrays()))
+    assert repr(d) == "DataSet('set', 12 training and 6 held-out images of 1 x 8 x 9, 3 classes, on cpu)"
+
+
+def test_the_old_name_works_and_tells_the_new_one(tmp_path):
+    path = saved(tmp_path, **arrays())
+    with pytest.warns(DeprecationWarning, match=r"purify_fast\.data\.load is deprecated .* use .*load_dataset"):
+        load = data.load
+    assert torch.equal(load(path).x_test, data.load_dataset(path).x_test)
 
 
 def test_to_float():

@@ -17,7 +17,7 @@ from torchvision import transforms
 
 from purify_fast import data
 from purify_fast._files import digest
-from purify_fast.data import StreamedImages, folders
+from purify_fast.data import StreamedImages, decoding, folders
 
 
 def picture(path, seed, size=(10, 8), mode="RGB"):
@@ -45,26 +45,26 @@ def test_layout(tmp_path, held_out, ending):
     made = folder(tmp_path / "pets", held_out=held_out, ending=ending)
     (tmp_path / "pets" / "train" / "cat" / "notes.txt").write_text("not an image")
     (tmp_path / "pets" / "train" / "cat" / "._000.png").write_text("not an image either")
-    for d in (data.load(tmp_path / "pets"), data.load("pets", tmp_path)):
+    for d in (data.load_dataset(tmp_path / "pets"), data.load_dataset("pets", tmp_path)):
         assert np.array_equal(d.x_train.numpy(), np.stack(made["train"]))
         assert np.array_equal(d.x_test.numpy(), np.stack(made["test"]))
         assert d.y_train.tolist() == [0] * 5 + [1] * 5 and d.y_test.tolist() == [0, 0, 1, 1]
         assert (d.name, d.num_classes, d.image_shape) == ("pets", 2, (3, 10, 8)) and d.y_train.dtype == torch.int64
-    assert data.load(tmp_path / "pets", num_classes=4).num_classes == 4
+    assert data.load_dataset(tmp_path / "pets", num_classes=4).num_classes == 4
     with pytest.raises(ValueError, match="num_classes is 1, but the labels go up to 1"):
-        data.load(tmp_path / "pets", num_classes=1)
+        data.load_dataset(tmp_path / "pets", num_classes=1)
 
 
 def test_imagenette_takes_the_smallest_archive_that_suffices(tmp_path):
     folder(tmp_path / "imagenette2-160", train=2)
     folder(tmp_path / "imagenette2-320", train=3)
     with pytest.raises(ValueError, match="give image_size"):
-        data.load("imagenette", tmp_path)
-    assert len(data.load("imagenette", tmp_path, image_size=(16, 16)).x_train) == 4
-    d = data.load("imagenette", tmp_path, image_size=(16, 161))
+        data.load_dataset("imagenette", tmp_path)
+    assert len(data.load_dataset("imagenette", tmp_path, image_size=(16, 16)).x_train) == 4
+    d = data.load_dataset("imagenette", tmp_path, image_size=(16, 161))
     assert d.x_train.shape == (6, 3, 16, 161) and d.name == "imagenette"
     with pytest.raises(FileNotFoundError, match=r"imagenette2 \(train, val missing\).*image_size=\(400, 400\)"):
-        data.load("imagenette", tmp_path, image_size=(400, 400))
+        data.load_dataset("imagenette", tmp_path, image_size=(400, 400))
 
 
 def tiny(root):
@@ -80,27 +80,71 @@ def tiny(root):
 
 def test_tiny_imagenet(tmp_path):
     pixels, held_out = tiny(tmp_path / "tiny-imagenet-200")
-    for d in (data.load("tiny_imagenet", tmp_path), data.load(tmp_path / "tiny-imagenet-200")):
+    for d in (data.load_dataset("tiny_imagenet", tmp_path), data.load_dataset(tmp_path / "tiny-imagenet-200")):
         assert np.array_equal(d.x_train.numpy(), np.stack(pixels)) and d.y_train.tolist() == [0, 1, 2]
         assert np.array_equal(d.x_test.numpy(), np.stack([held_out[i] for i in (2, 0, 1)]))
         assert d.y_test.tolist() == [2, 1, 0] and d.num_classes == 3
     (tmp_path / "tiny-imagenet-200" / "wnids.txt").write_text("n1\nn2\n")
     with pytest.raises(ValueError, match=r"wnids\.txt and the folders in train differ in n3"):
-        data.load("tiny_imagenet", tmp_path)
+        data.load_dataset("tiny_imagenet", tmp_path)
     (tmp_path / "tiny-imagenet-200" / "wnids.txt").unlink()
     (tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn9\n")
     with pytest.raises(ValueError, match=r"val_annotations\.txt, line 1: .*n9"):
-        data.load("tiny_imagenet", tmp_path)
+        data.load_dataset("tiny_imagenet", tmp_path)
 
 
 @pytest.mark.parametrize("side", [8, 13, 30])
 def test_squares_are_resized_and_cropped_as_by_torchvision(tmp_path, side):
     folder(tmp_path, sizes=((10, 17), (23, 13), (16, 16), (13, 13)))
-    d = data.load(tmp_path, image_size=(side, side))
+    d = data.load_dataset(tmp_path, image_size=(side, side))
     like = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(side), transforms.PILToTensor()])
     files = sorted((tmp_path / "train").rglob("*.png"))
     want = torch.stack([like(Image.open(path)) for path in files])
     assert torch.equal(d.x_train, want)
+
+
+def by_pillow(path, size):
+    """What was read before torchvision resized: Pillow alone, and whole numbers."""
+    image = Image.open(path).convert("RGB")
+    height, width = size
+    if height * image.width < width * image.height:
+        scaled = width, image.height * width // image.width
+    else:
+        scaled = image.width * height // image.height, height
+    if scaled != image.size:
+        image = image.resize(scaled, Image.Resampling.BILINEAR)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("size", [(9, 9), (16, 5), (7, 31), (40, 33)])
+def test_pixels_are_those_of_pillow_alone(tmp_path, size):
+    for part in ("train", "val"):
+        for label in ("a", "b"):
+            for seed, mode in enumerate(("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "1")):
+                ending = "jpg" if mode in ("CMYK", "YCbCr") else "png"
+                sizes = ((13, 29), (31, 8), (7, 7), (40, 33))
+                picture(tmp_path / part / label / f"{seed}.{ending}", seed, sizes[(seed + len(label)) % 4], mode)
+        # a note that the camera was turned, which is ignored
+        turned = Image.fromarray(np.random.RandomState(9).randint(0, 256, (12, 20, 3)).astype(np.uint8))
+        exif = turned.getexif()
+        exif[0x0112] = 6
+        turned.save(tmp_path / part / "a" / "turned.jpg", exif=exif)
+    d = data.load_dataset(tmp_path, image_size=size)
+    files = [path for name in ("a", "b") for path in sorted((tmp_path / "train" / name).iterdir())]
+    assert len(d.x_train) == len(files) == 17
+    assert np.array_equal(d.x_train.numpy(), np.stack([by_pillow(path, size) for path in files]))
+
+
+def test_files_in_folders_inside_a_class_are_sorted_by_their_whole_path(tmp_path):
+    names = ("b.png", "a/x.png", "a/deeper/0.png", "c/x.PNG", ".hidden/y.png", "a/.hidden.png")
+    made = {name: picture(tmp_path / "train" / "cat" / name, i) for i, name in enumerate(names)}
+    for name in ("train/dog/0.png", "val/cat/0.png", "train/.ipynb_checkpoints/0.png"):
+        picture(tmp_path / name, 7)
+    d = data.load_dataset(tmp_path)
+    want = [".hidden/y.png", "a/deeper/0.png", "a/x.png", "b.png", "c/x.PNG"]
+    assert np.array_equal(d.x_train[:5].numpy(), np.stack([made[name] for name in want]))
+    assert d.y_train.tolist() == [0] * 5 + [1] and d.num_classes == 2
 
 
 def test_other_shapes_cover_the_target_and_are_centred(tmp_path):
@@ -110,16 +154,16 @@ def test_other_shapes_cover_the_target_and_are_centred(tmp_path):
             image = np.zeros((40, 20, 3), np.uint8)
             image[18:22] = 255  # a bar across the middle
             Image.fromarray(image).save(tmp_path / part / name / "0.png")
-    d = data.load(tmp_path, image_size=(10, 20))
+    d = data.load_dataset(tmp_path, image_size=(10, 20))
     assert d.image_shape == (3, 10, 20)
     assert d.x_train[0, 0, :, 0].tolist() == [0] * 3 + [255] * 4 + [0] * 3
-    assert data.load(tmp_path, image_size=(20, 5)).x_train[0, 0, 9:11].min() > 200
+    assert data.load_dataset(tmp_path, image_size=(20, 5)).x_train[0, 0, 9:11].min() > 200
 
 
 def test_images_of_several_sizes_need_image_size(tmp_path):
     folder(tmp_path, sizes=((10, 8), (9, 8)))
     with pytest.raises(ValueError, match=r"001\.png has 9 x 8 pixels, others 10 x 8: give image_size"):
-        data.load(tmp_path)
+        data.load_dataset(tmp_path)
     assert not list((tmp_path / ".purify_fast").rglob("*.npy"))
 
 
@@ -127,7 +171,7 @@ def test_images_of_several_sizes_need_image_size(tmp_path):
 def test_every_8_bit_mode_becomes_rgb(tmp_path, mode, ending):
     folder(tmp_path)
     want = picture(tmp_path / "train" / "cat" / f"000.{ending}", 3, mode=mode)
-    assert np.array_equal(data.load(tmp_path).x_train[0].numpy(), want)
+    assert np.array_equal(data.load_dataset(tmp_path).x_train[0].numpy(), want)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -138,19 +182,19 @@ def test_files_that_cannot_be_decoded_are_all_named(tmp_path, workers):
     (train / "dog" / "007.png").write_text("no image")
     Image.fromarray(np.zeros((10, 8), np.uint16)).save(train / "dog" / "039.png")
     with pytest.raises(ValueError) as error:
-        data.load(tmp_path, workers=workers)
+        data.load_dataset(tmp_path, workers=workers)
     text = str(error.value)
     assert text.startswith("3 of 80 images cannot be decoded")
     for name in ("cat/003.png", "dog/007.png", "dog/039.png: its mode is I;16"):
         assert name in text
     with pytest.raises(ValueError, match="3 of 80"):  # and nothing is kept that would be read next time
-        data.load(tmp_path, workers=workers)
+        data.load_dataset(tmp_path, workers=workers)
     assert not list((tmp_path / ".purify_fast").rglob("*.npy"))
 
 
 def test_processes_decode_in_order(tmp_path):
     made = folder(tmp_path, train=110)
-    d = data.load(tmp_path, workers=3, cache=tmp_path / "cache")
+    d = data.load_dataset(tmp_path, workers=3, cache=tmp_path / "cache")
     assert np.array_equal(d.x_train.numpy(), np.stack(made["train"]))
     assert (tmp_path / "cache" / tmp_path.name / "native" / "set.json").is_file()
     assert not (tmp_path / ".purify_fast").exists()
@@ -158,19 +202,19 @@ def test_processes_decode_in_order(tmp_path):
 
 def test_decoded_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
     folder(tmp_path)
-    first = data.load(tmp_path, image_size=(8, 8))
+    first = data.load_dataset(tmp_path, image_size=(8, 8))
 
     def never(*_):
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "_image", never)
-        assert torch.equal(data.load(tmp_path, image_size=(8, 8)).x_train, first.x_train)
+        patch.setattr(decoding, "_image", never)
+        assert torch.equal(data.load_dataset(tmp_path, image_size=(8, 8)).x_train, first.x_train)
         with pytest.raises(AssertionError, match="decoded again"):
-            data.load(tmp_path, image_size=(8, 9))
+            data.load_dataset(tmp_path, image_size=(8, 9))
     changed = picture(tmp_path / "train" / "cat" / "000.png", 999, (8, 8))
     picture(tmp_path / "train" / "dog" / "900.png", 998, (8, 8))
-    again = data.load(tmp_path, image_size=(8, 8))
+    again = data.load_dataset(tmp_path, image_size=(8, 8))
     assert len(again.x_train) == 11 and np.array_equal(again.x_train[0].numpy(), changed)
     assert torch.equal(again.x_train[1:10], first.x_train[1:])
     assert len(list((tmp_path / ".purify_fast" / "8x8").glob("x_*.npy"))) == 2  # the old ones are gone
@@ -178,25 +222,25 @@ def test_decoded_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
 
 def test_a_cut_cache_is_decoded_again(tmp_path):
     made = folder(tmp_path)
-    data.load(tmp_path)
+    data.load_dataset(tmp_path)
     (path,) = (tmp_path / ".purify_fast" / "native").glob("x_train-*.npy")
     path.write_bytes(path.read_bytes()[:-1])
-    assert np.array_equal(data.load(tmp_path).x_train.numpy(), np.stack(made["train"]))
+    assert np.array_equal(data.load_dataset(tmp_path).x_train.numpy(), np.stack(made["train"]))
     (tmp_path / ".purify_fast" / "native" / "set.json").write_text("{")
-    assert np.array_equal(data.load(tmp_path).x_train.numpy(), np.stack(made["train"]))
+    assert np.array_equal(data.load_dataset(tmp_path).x_train.numpy(), np.stack(made["train"]))
 
 
 LOAD = """
 import sys, time
 from purify_fast import data
-from purify_fast.data import folders
-original = folders._image
+from purify_fast.data import decoding
+original = decoding._image
 def slow(path, size):
     time.sleep(0.02)
     return original(path, size)
-folders._image = slow
+decoding._image = slow
 print("ready", flush=True)
-data.load(sys.argv[1], workers=int(sys.argv[2]))
+data.load_dataset(sys.argv[1], workers=int(sys.argv[2]))
 """
 
 
@@ -215,7 +259,7 @@ def test_a_kill_leaves_nothing_that_is_read_later(tmp_path, workers):
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)  # its end of the pipe: no process that decoded lives on, and none holds the lock
     assert process.returncode == -signal.SIGKILL and list(place.glob(".x_*.npy"))  # killed while it wrote
-    assert np.array_equal(data.load(tmp_path).x_train.numpy(), np.stack(made["train"]))
+    assert np.array_equal(data.load_dataset(tmp_path).x_train.numpy(), np.stack(made["train"]))
     left = sorted(path.name.split("-")[0] for path in place.iterdir())
     assert left == [".lock", "set.json", "x_test", "x_train"]
 
@@ -224,14 +268,14 @@ def test_of_two_writers_at_once_one_waits_and_reads(tmp_path, monkeypatch):
     made = folder(tmp_path)
     writers, original = [], folders._write
 
-    def write(*arguments):
+    def write(*arguments, **options):
         writers.append(arguments)
         time.sleep(0.3)
-        original(*arguments)
+        original(*arguments, **options)
 
     monkeypatch.setattr(folders, "_write", write)
     with ThreadPoolExecutor(2) as pool:  # the lock is of the opened file: it holds between threads as between processes
-        both = list(pool.map(data.load, [tmp_path] * 2))
+        both = list(pool.map(data.load_dataset, [tmp_path] * 2))
     assert len(writers) == 1
     assert all(np.array_equal(d.x_train.numpy(), np.stack(made["train"])) for d in both)
 
@@ -241,10 +285,10 @@ def test_memory_decides_what_is_streamed(tmp_path):
     train, test = 10 * 240, 4 * 240  # bytes
     held = {}
     for memory in (test - 1, test, train + test - 1, train + test):
-        d = data.load(tmp_path, memory=memory)
+        d = data.load_dataset(tmp_path, memory=memory)
         held[memory] = [isinstance(x, StreamedImages) for x in (d.x_train, d.x_test)]
     assert list(held.values()) == [[True, True], [True, False], [True, False], [False, False]]
-    whole, streamed = data.load(tmp_path), data.load(tmp_path, stream=True)
+    whole, streamed = data.load_dataset(tmp_path), data.load_dataset(tmp_path, stream=True)
     assert isinstance(streamed.x_test, StreamedImages) and isinstance(whole.x_train, torch.Tensor)
     assert digest(streamed.x_train, whole.y_train) == digest(whole.x_train, whole.y_train)
     assert streamed.image_shape == whole.image_shape and streamed.to("cpu").num_classes == 2
@@ -252,45 +296,45 @@ def test_memory_decides_what_is_streamed(tmp_path):
 
 def test_the_stored_digest_is_that_of_the_images(tmp_path):
     folder(tmp_path, train=40)
-    d = data.load(tmp_path, stream=True, workers=2)
+    d = data.load_dataset(tmp_path, stream=True, workers=2)
     kept = json.loads((tmp_path / ".purify_fast" / "native" / "set.json").read_text())["digests"]
     assert digest(d.x_train) == digest(d.x_train[:]) and d.x_train.digest == kept["train"] != kept["test"]
 
 
 def test_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is no image folder: it lacks val/ and test/; it must hold train/"):
-        data.load(tmp_path)
+        data.load_dataset(tmp_path)
     folder(tmp_path / "a")
     (tmp_path / "a" / "val" / "cow").mkdir()
     with pytest.raises(ValueError, match="holds the classes cow, which train lacks"):
-        data.load(tmp_path / "a")
+        data.load_dataset(tmp_path / "a")
     (tmp_path / "a" / "train" / "cow").mkdir()
     with pytest.raises(ValueError, match=r"cow holds no image \(\.jpg"):
-        data.load(tmp_path / "a")
+        data.load_dataset(tmp_path / "a")
     picture(tmp_path / "b" / "train" / "only" / "0.png", 0)
     picture(tmp_path / "b" / "val" / "only" / "0.png", 0)
     with pytest.raises(ValueError, match=r"at least 2 classes, got \['only'\]"):
-        data.load(tmp_path / "b")
+        data.load_dataset(tmp_path / "b")
     folder(tmp_path / "c", test=0)
     (tmp_path / "c" / "val").mkdir()
     with pytest.raises(ValueError, match="val holds no image"):
-        data.load(tmp_path / "c")
+        data.load_dataset(tmp_path / "c")
     for path in (tmp_path / "c" / "train").rglob("*.png"):
         path.write_text("no image")
     picture(tmp_path / "c" / "val" / "cat" / "0.png", 0)
     with pytest.raises(ValueError, match="none of the 10 training images can be decoded"):
-        data.load(tmp_path / "c")
+        data.load_dataset(tmp_path / "c")
     folder(tmp_path / "d")
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="give another folder as cache"):
-        data.load(tmp_path / "d", cache=tmp_path / "file")
+        data.load_dataset(tmp_path / "d", cache=tmp_path / "file")
 
 
 def test_a_full_disk_is_seen_before_the_work(tmp_path, monkeypatch):
     folder(tmp_path)
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
     with pytest.raises(OSError, match="has 9 bytes free, the decoded images need 3360"):
-        data.load(tmp_path)
+        data.load_dataset(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -307,4 +351,4 @@ def test_a_full_disk_is_seen_before_the_work(tmp_path, monkeypatch):
 def test_arguments_that_do_not_fit(options, message):
     pytest.importorskip("sklearn")
     with pytest.raises(ValueError, match=message):
-        data.load("digits", **options)
+        data.load_dataset("digits", **options)

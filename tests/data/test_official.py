@@ -67,16 +67,16 @@ def same(d, arrays, name):
 )
 def test_idx(tmp_path, name, place, compressed):
     arrays = write_idx(tmp_path / place, compressed)
-    same(data.load(name, tmp_path), arrays, name)
+    same(data.load_dataset(name, tmp_path), arrays, name)
 
 
 def test_an_npz_comes_first_and_mnist_is_not_fashion_mnist(tmp_path):
     write_idx(tmp_path / "mnist")
     with pytest.raises(FileNotFoundError, match="no data set 'fashion_mnist'"):
-        data.load("fashion_mnist", tmp_path)
+        data.load_dataset("fashion_mnist", tmp_path)
     x, y = RNG.integers(0, 256, (4, 2, 2), dtype=np.uint8), np.arange(4) % 2
     np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    assert data.load("mnist", tmp_path).image_shape == (1, 2, 2)
+    assert data.load_dataset("mnist", tmp_path).image_shape == (1, 2, 2)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -85,27 +85,27 @@ def test_a_damaged_idx_file_is_named(tmp_path, compressed):
     path = tmp_path / "mnist" / ("train-images-idx3-ubyte" + ".gz" * compressed)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=f"{path.name} is no whole idx file"):
-        data.load("mnist", tmp_path)
+        data.load_dataset("mnist", tmp_path)
     path.write_bytes(gzip.compress(b"neither") if compressed else b"neither")
     with pytest.raises(ValueError, match=f"{path.name} is no whole idx file"):
-        data.load("mnist", tmp_path)
+        data.load_dataset("mnist", tmp_path)
 
 
 def test_labels_are_checked_as_in_an_npz(tmp_path):
     write_idx(tmp_path / "mnist")
     (tmp_path / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx_file(np.array([0, 1, 2, 9, 0, 1], np.uint8)))
     with pytest.raises(ValueError, match=r"y_test\[3\] is 9"):
-        data.load("mnist", tmp_path)
-    assert data.load("mnist", tmp_path, num_classes=10).num_classes == 10
+        data.load_dataset("mnist", tmp_path)
+    assert data.load_dataset("mnist", tmp_path, num_classes=10).num_classes == 10
     (tmp_path / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx_file(np.array([0, 1], np.uint8)))
     with pytest.raises(ValueError, match="y_test has 2 labels for the 6 images"):
-        data.load("mnist", tmp_path)
+        data.load_dataset("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "tiny_imagenet"])
 def test_what_is_missing_is_said_and_nothing_is_downloaded(tmp_path, name):
     with pytest.raises(FileNotFoundError) as error:
-        data.load(name, tmp_path)
+        data.load_dataset(name, tmp_path)
     text = str(error.value)
     assert str(tmp_path / f"{name}.npz") in text and str(tmp_path / name) in text
     wanted = {"cifar10": "data_batch_3", "cifar100": "train", "svhn": "test_32x32.mat", "tiny_imagenet": "val"}
@@ -116,7 +116,7 @@ def test_what_is_missing_is_said_and_nothing_is_downloaded(tmp_path, name):
 
 def test_the_command_in_the_message_runs(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as error:
-        data.load("mnist", tmp_path)
+        data.load_dataset("mnist", tmp_path)
     code = str(error.value).split('get it with: python -c "')[1].split('"')[0]
     monkeypatch.setattr(datasets.MNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
     with pytest.raises(FileNotFoundError, match=f"mnist could not be downloaded to {tmp_path}"):
@@ -153,7 +153,7 @@ def write_cifar(folder, monkeypatch, name):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar(tmp_path, monkeypatch, name, inside):
     made = write_cifar(tmp_path / (name if inside else ""), monkeypatch, name)
-    d = data.load(name, tmp_path)
+    d = data.load_dataset(name, tmp_path)
     assert np.array_equal(d.x_train.numpy(), made["train_list"][0]) and d.y_train.tolist() == made["train_list"][1]
     assert np.array_equal(d.x_test.numpy(), made["test_list"][0]) and d.y_test.tolist() == made["test_list"][1]
     assert (d.name, d.num_classes) == (name, 3)
@@ -169,11 +169,11 @@ def test_cifar_with_another_checksum_is_never_unpickled(tmp_path, monkeypatch):
     path = tmp_path / "cifar-10-batches-py" / "data_batch_4"
     path.write_bytes(pickle.dumps(Harm()))
     with pytest.raises(ValueError, match=r"data_batch_4 does not have the checksum of the official file"):
-        data.load("cifar10", tmp_path)
+        data.load_dataset("cifar10", tmp_path)
     assert not (tmp_path / "harm").exists()
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"\(cifar-10-batches-py/data_batch_4 missing\)"):
-        data.load("cifar10", tmp_path)
+        data.load_dataset("cifar10", tmp_path)
 
 
 def write_svhn(folder, monkeypatch):
@@ -192,7 +192,7 @@ def write_svhn(folder, monkeypatch):
 
 def test_svhn(tmp_path, monkeypatch):
     made = write_svhn(tmp_path, monkeypatch)
-    d = data.load("svhn", tmp_path)
+    d = data.load_dataset("svhn", tmp_path)
     for part in ("train", "test"):
         assert np.array_equal(getattr(d, f"x_{part}").numpy(), made[part][0])
         assert getattr(d, f"y_{part}").tolist() == made[part][1].tolist()
@@ -200,14 +200,14 @@ def test_svhn(tmp_path, monkeypatch):
     with (tmp_path / "test_32x32.mat").open("ab") as file:
         file.write(b"more")
     with pytest.raises(ValueError, match=r"test_32x32\.mat does not have the checksum"):
-        data.load("svhn", tmp_path)
+        data.load_dataset("svhn", tmp_path)
 
 
 def test_svhn_without_scipy(tmp_path, monkeypatch):
     write_svhn(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ModuleNotFoundError, match="pip install scipy"):
-        data.load("svhn", tmp_path)
+        data.load_dataset("svhn", tmp_path)
 
 
 def test_download(tmp_path, monkeypatch):
@@ -216,10 +216,10 @@ def test_download(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
     monkeypatch.setattr(datasets.MNIST, "mirrors", [(tmp_path / "server").as_uri() + "/"])
     root = tmp_path / "new" / "root"
-    same(data.load("mnist", root, download=True), arrays, "mnist")
+    same(data.load_dataset("mnist", root, download=True), arrays, "mnist")
     monkeypatch.setattr(datasets.MNIST, "mirrors", [])
-    same(data.load("mnist", root, download=True), arrays, "mnist")  # it is there
-    same(data.load("mnist", root), arrays, "mnist")
+    same(data.load_dataset("mnist", root, download=True), arrays, "mnist")  # it is there
+    same(data.load_dataset("mnist", root), arrays, "mnist")
 
 
 def test_download_unpacks_cifars_archive(tmp_path, monkeypatch):
@@ -229,14 +229,14 @@ def test_download_unpacks_cifars_archive(tmp_path, monkeypatch):
         file.add(tmp_path / "server" / "cifar-10-batches-py", "cifar-10-batches-py")
     monkeypatch.setattr(datasets.CIFAR10, "url", archive.as_uri())
     monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(archive))
-    d = data.load("cifar10", tmp_path / "root", download=True)
+    d = data.load_dataset("cifar10", tmp_path / "root", download=True)
     assert np.array_equal(d.x_train.numpy(), made["train_list"][0])
 
 
 def test_download_of_svhn(tmp_path, monkeypatch):
     (tmp_path / "server").mkdir()
     made = write_svhn(tmp_path / "server", monkeypatch)
-    d = data.load("svhn", tmp_path / "root", download=True)
+    d = data.load_dataset("svhn", tmp_path / "root", download=True)
     assert np.array_equal(d.x_test.numpy(), made["test"][0])
 
 
@@ -254,25 +254,25 @@ def test_download_of_imagenette_takes_the_archive_for_the_size(tmp_path, monkeyp
         file.add(inside, inside.name)
     archives = {size: ((server / name).as_uri(), md5(server / name))}  # any other size would be a KeyError
     monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", archives)
-    d = data.load("imagenette", tmp_path / "root", download=True, image_size=(side, side))
+    d = data.load_dataset("imagenette", tmp_path / "root", download=True, image_size=(side, side))
     assert d.x_train.shape == (2, 3, side, side) and (d.name, d.num_classes) == ("imagenette", 2)
 
 
 def test_a_failed_download_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.MNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
     with pytest.raises(FileNotFoundError, match=r"mnist could not be downloaded to .*train-images"):
-        data.load("mnist", tmp_path / "root", download=True)
+        data.load_dataset("mnist", tmp_path / "root", download=True)
     with pytest.raises(FileNotFoundError, match=r"torchvision cannot download tiny_imagenet.*unzip"):
-        data.load("tiny_imagenet", tmp_path, download=True)
+        data.load_dataset("tiny_imagenet", tmp_path, download=True)
 
 
 def test_download_of_what_has_no_official_files_is_refused():
     for name in ("digits", "my.npz"):
         with pytest.raises(ValueError, match="download goes with the data sets mnist, fashion_mnist"):
-            data.load(name, download=True)
+            data.load_dataset(name, download=True)
 
 
 def test_the_current_folder_is_the_default_root(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arrays = write_idx(tmp_path / "MNIST" / "raw")
-    same(data.load("mnist"), arrays, "mnist")
+    same(data.load_dataset("mnist"), arrays, "mnist")

@@ -9,9 +9,13 @@ import os
 import time
 
 import pytest
+import torch
 
 # poisoned allocations need deterministic algorithms, and those of cuBLAS need this before the first product
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# PyTorch rounds the operands of convolutions to 10 bits by default, which is a hundred times what these tests allow
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_tf32 = False
 LIMIT = float(os.environ.get("PURIFY_FAST_TEST_SECONDS", "inf"))
 BEGAN = time.monotonic()
 

@@ -51,14 +51,26 @@ CASES = [
 ]
 
 
+def need_kernel(op: str, device: str, served_by: str) -> None:
+    """Fail where an op has nothing but its reference, as there would be nothing to test.
+
+    Args:
+        op: its name.
+        device: the type of the device that is tested.
+        served_by: the op's backend there.
+    """
+    if op in CUDA_ONLY and device != "cuda":
+        pytest.skip(f"{op} has a kernel in CUDA C++ only")
+    if served_by == "reference":
+        pytest.fail(f"{op}: no kernel on {device}; the extension: {_library.load_error or 'loaded'}", pytrace=False)
+
+
 @pytest.fixture(autouse=True)
 def kernel(request):
-    """Fails where an op has nothing but its reference: there would be nothing to test."""
+    """Applies `need_kernel` to the test's op."""
     op = request.node.callspec.params.get("op")
-    if op in CUDA_ONLY and (DEVICE.type != "cuda" or not _library.loaded()):
-        pytest.skip(f"{op} has a kernel in CUDA C++ only")
-    if op is not None and backend(op) == "reference":
-        pytest.fail(f"{op}: no kernel on {DEVICE.type}", pytrace=False)
+    if op is not None:
+        need_kernel(op, DEVICE.type, backend(op))
 
 
 def run(op: str, arguments: tuple) -> tuple[Tensor, ...]:

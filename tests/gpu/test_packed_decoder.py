@@ -62,6 +62,15 @@ def answer(packed: PackedDecoder, condition: Tensor, ids: Tensor, samples: int, 
     return images.detach().double().cpu(), gradient.double().cpu()
 
 
+@pytest.fixture(autouse=True)
+def kernel():
+    """On a GPU the layers alone would be no test: the extension has to be built for it."""
+    if DEVICE.type == "cuda" and BACKEND == "reference":
+        pytest.fail(
+            "decode_samples has no kernel on cuda: build the extension with PURIFY_FAST_BUILD=cuda", pytrace=False
+        )
+
+
 @pytest.mark.parametrize("decoder", [cifar, tiny, first_version, oblong])
 @pytest.mark.parametrize("squash", [True, False])
 def test_within_twice_the_layers_error(decoder, squash):

@@ -220,7 +220,12 @@ def test_contract(backend, contract):
     contract.registered(op.OP.handle, *sets)
 
 
-def test_compiles(backend, contract):
+def test_compiles(backend, contract, request):
+    if backend == "reference" and torch.__version__ < "2.12":  # its graphs multiply one number as a signed integer
+        request.applymarker(
+            pytest.mark.xfail(reason="torch 2.11: an id that is negative gets other noise in a CPU graph")
+        )
+
     def make(size: int) -> tuple:
         x, adv, drift, ids = inputs(size, 3, 8, 8, seed=size)
         return x, adv, drift, torch.tensor(0.4 + size / 100), torch.tensor([size]), ids

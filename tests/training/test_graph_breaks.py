@@ -26,7 +26,7 @@ EPS = 0.1
 
 
 def batch():
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     return Batch(data.to_float(digits.x_train[:16]), digits.y_train[:16], torch.arange(16), 7, 0, 10)
 
 

@@ -158,7 +158,7 @@ def carso_run(folder, stop=None):
         return step(batch)
 
     task.training_step = stopping
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     fit(task, digits.x_train[:128], digits.y_train[:128], FitConfig(5, 32, checkpoint_seconds=0), folder)
     return made
 

@@ -40,7 +40,7 @@ from purify_fast.models import SmallCNN
 from purify_fast.training import FitConfig, TrainingAttack, fit
 torch.set_num_threads(1)
 torch.manual_seed(0)
-digits = data.load("digits")
+digits = data.load_dataset("digits")
 defence = Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
 target = sys.argv[2]
 task = CarsoTask(defence, CarsoConfig(attack_target=target, attack=TrainingAttack(eps=0.2, steps=3)))
@@ -236,7 +236,7 @@ def test_eps_warms_up_and_reaches_its_value(monkeypatch):
 
 
 def test_standard_and_adversarial_training_learn_digits():
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     x, y = data.to_float(digits.x_test), digits.y_test
     torch.manual_seed(0)
     model = SmallCNN()

@@ -1,7 +1,30 @@
 """ARREST: adversarial finetuning with representation-guided distillation and noisy replay (arXiv 2308.16454)."""
 
-from .ablation import AblationConfig, ablate
-from .config import ArrestConfig
-from .task import ArrestTask, Teacher
+from __future__ import annotations
 
-__all__ = ["AblationConfig", "ArrestConfig", "ArrestTask", "Teacher", "ablate"]
+from typing import TYPE_CHECKING
+
+from ..._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .ablation import ablate as ablate
+    from .config import AblationConfig as AblationConfig
+    from .config import ArrestConfig as ArrestConfig
+    from .task import ArrestTask as ArrestTask
+    from .task import Teacher as Teacher
+
+__all__ = [
+    "AblationConfig",
+    "ArrestConfig",
+    "ArrestTask",
+    "Teacher",
+    "ablate",
+]
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    AblationConfig=".config",
+    ArrestConfig=".config",
+    ArrestTask=".task",
+    Teacher=".task",
+    ablate=".ablation",
+)

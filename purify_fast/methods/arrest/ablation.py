@@ -21,55 +21,11 @@ from ...data import DataSet
 from ...evaluation import Attack, Tradeoff, ar_point_dist, evaluate, plot_tradeoff
 from ...models.classifiers import representation_before_pooling
 from ...training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, load_classifier, save_classifier
-from .config import ArrestConfig
+from .config import AblationConfig, ArrestConfig
 from .task import ArrestTask, Teacher
 
 STANDARD, SCRATCH, FINETUNED = "standard", "AT from scratch", "AFT"
 ROBUST, AUTO = "PGD ce + dlr", "AutoAttack"
-
-
-@dataclass(frozen=True)
-class AblationConfig:
-    """What is compared; numbers ours.
-
-    Args:
-        weights: lambdas of the distillation. angles, taus: thresholds of the replay, as phi in degrees and as the
-            distance itself. Each lambda and each threshold alone, and all pairs of the two.
-        shares: of eps, for further classifiers trained from scratch, which with the standard one and the one at eps
-            make the reference curve.
-        standard_epochs, scratch_epochs: of the standard classifier, of adversarial training.
-        scratch_learning_rate, standard_learning_rate: peaks of one cycle of AdamW.
-        attack_steps: of PGD when attacking, with cross-entropy, then DLR. images: the first so many. autoattack: of
-            these the first so many by AutoAttack (standard) as well, what PGD left of them; 0 for none. If it runs, SUM
-            and the other trade-offs are the paper's, of clean accuracy and AutoAttack's, on its images; else of PGD's.
-    """
-
-    weights: tuple[float, ...] = (50.0,)
-    angles: tuple[float, ...] = (30.0,)
-    taus: tuple[float, ...] = ()
-    shares: tuple[float, ...] = (0.5,)
-    standard_epochs: int = 100
-    scratch_epochs: int = 100
-    standard_learning_rate: float = 3e-3
-    scratch_learning_rate: float = 3e-3
-    attack_steps: int = 50
-    images: int = 1000
-    autoattack: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("standard_epochs", "scratch_epochs", "attack_steps", "images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.autoattack < 0:
-            raise ValueError(f"autoattack must be at least 0, got {self.autoattack}")
-        for name in ("weights", "angles", "taus", "shares"):
-            values = getattr(self, name)
-            if len({f"{value:g}" for value in values}) < len(values):  # as the rows are named
-                raise ValueError(f"{name} must be different in six digits, got {values}")
-        if not all(weight > 0 for weight in self.weights):
-            raise ValueError(f"weights must be above 0, got {self.weights}")
-        if not all(0 < share < 1 for share in self.shares):
-            raise ValueError(f"shares must be between 0 and 1, got {self.shares}")
 
 
 def rows(config: ArrestConfig, what: AblationConfig) -> dict[str, ArrestConfig]:

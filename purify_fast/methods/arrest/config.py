@@ -30,9 +30,9 @@ class ArrestConfig:
     replay=False`` it is adversarial finetuning, and of a fresh classifier PGD adversarial training.
 
     Args:
-        attack: PGD on the cross-entropy alone. Paper: eps 8/255, linf; paper and port: 10 steps of 2/255. Its steps
-            must together reach eps. Own: the random start, and alpha None, which is 2.5 eps / steps. The port has no
-            warm-up.
+        attack: PGD on the cross-entropy alone. Paper: eps 8/255, linf; paper and port: 10 steps of 2/255, which alpha
+            None, 2.5 eps / steps, gives at these numbers and keeps in proportion at others. Its steps must together
+            reach eps. Own: the random start. The port has no warm-up.
         distillation_weight: weight of the distillation, lambda (port: 50); 0 leaves it out.
         distance: d, of two representations: "abs_cosine" (port; what the paper calls angular), "cosine", "angular" or
             "l2".
@@ -61,7 +61,7 @@ class ArrestConfig:
         ValueError: a setting out of range; the message names it.
     """
 
-    attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=10, alpha=2 / 255)
+    attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=10)
     distillation_weight: float = 50.0
     distance: Distance = "abs_cosine"
     pooled: bool = False
@@ -126,3 +126,58 @@ class ArrestConfig:
         """Whether examples may be replayed in ``epoch`` of 0 .. epochs - 1."""
         # rounded: 0.07 * 100 is above 7
         return self.replay and epoch < round(self.replay_share * epochs, 9)
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """What an ablation compares; every number is this package's own choice.
+
+    Each lambda and each threshold of the replay makes a row alone, and so do all pairs of the two.
+
+    Args:
+        weights: lambdas of the distillation.
+        angles: thresholds of the replay as angles, phi, in degrees.
+        taus: thresholds of the replay as the distance itself.
+        shares: shares of eps that further classifiers are trained at from scratch; with the standard one and the one at
+            eps they make the reference curve.
+        standard_epochs: epochs of the standard classifier.
+        scratch_epochs: epochs of adversarial training from scratch.
+        standard_learning_rate: the highest rate of the standard classifier's one cycle of AdamW.
+        scratch_learning_rate: the highest rate of the one cycle of AdamW from scratch.
+        attack_steps: steps of PGD when attacking, with cross-entropy, then with DLR.
+        images: the first so many held-out images are attacked.
+        autoattack: the first so many of these are attacked by AutoAttack (standard) as well, where PGD failed; 0 for
+            none. If it runs, SUM and the other trade-offs are the paper's, of clean accuracy and AutoAttack's on its
+            images, else of PGD's.
+
+    Raises:
+        ValueError: a setting out of range; the message names it.
+    """
+
+    weights: tuple[float, ...] = (50.0,)
+    angles: tuple[float, ...] = (30.0,)
+    taus: tuple[float, ...] = ()
+    shares: tuple[float, ...] = (0.5,)
+    standard_epochs: int = 100
+    scratch_epochs: int = 100
+    standard_learning_rate: float = 3e-3
+    scratch_learning_rate: float = 3e-3
+    attack_steps: int = 50
+    images: int = 1000
+    autoattack: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("standard_epochs", "scratch_epochs", "attack_steps", "images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.autoattack < 0:
+            raise ValueError(f"autoattack must be at least 0, got {self.autoattack}")
+        for name in ("weights", "angles", "taus", "shares"):
+            values = getattr(self, name)
+            # the rows are named with six digits
+            if len({f"{value:g}" for value in values}) < len(values):
+                raise ValueError(f"{name} must be different in six digits, got {values}")
+        if not all(weight > 0 for weight in self.weights):
+            raise ValueError(f"weights must be above 0, got {self.weights}")
+        if not all(0 < share < 1 for share in self.shares):
+            raise ValueError(f"shares must be between 0 and 1, got {self.shares}")

@@ -25,7 +25,7 @@ from torch import nn
 from ...models.classifiers import FullyConnected, WideResNet
 from ...models.wide_resnet import representation_layers
 from ...training.attack import TrainingAttack
-from ...training.loop import FitConfig
+from ...training.config import FitConfig
 from .config import CarsoConfig, EpsMode, Schedule, atom_size
 from .networks import published_decoder
 

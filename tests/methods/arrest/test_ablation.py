@@ -29,7 +29,7 @@ FINETUNED = ["AFT", "AFT + RGKD, lambda 50", "AFT + NR, phi 30", "ARREST, lambda
 
 @pytest.fixture(scope="module")
 def images():
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     return data.DataSet(digits.x_train[:64], digits.y_train[:64], digits.x_test[:16], digits.y_test[:16], "few", 10)
 
 

@@ -52,7 +52,7 @@ def arrest(model=None, layers=None, teacher=None, shape=SHAPE, compile=False, **
 
 
 def batch(n=8, epoch=0, epochs=20):
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     return Batch(data.to_float(digits.x_train[:n]), digits.y_train[:n], torch.arange(n) + 100, 7, epoch, epochs)
 
 
@@ -399,7 +399,7 @@ def test_every_parameter_of_the_student_is_trained_and_none_of_the_teacher(make)
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_teacher_stays_as_it_was(precision):
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     origin = resnet(1).train()
     before, model = states(origin), resnet()
     task = arrest(model, teacher=origin, precision=precision)
@@ -429,7 +429,7 @@ def test_the_teacher_is_the_students_start_unless_one_is_given():
 
 @pytest.mark.parametrize("options", [{}, {"pooled": True}, {"precision": "bfloat16"}])
 def test_a_kept_representation_gives_the_same_losses(options, monkeypatch):
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     x, y = digits.x_train[:48], digits.y_train[:48]
 
     def trained(keep):
@@ -447,7 +447,7 @@ def test_a_kept_representation_gives_the_same_losses(options, monkeypatch):
 
 
 def test_a_kept_representation_is_that_of_the_samples_asked_for():
-    digits, teacher = data.load("digits"), Teacher(resnet(), ["act"], SHAPE)
+    digits, teacher = data.load_dataset("digits"), Teacher(resnet(), ["act"], SHAPE)
     fresh = Teacher(resnet(), ["act"], SHAPE)
     teacher.keep(digits.x_train[:32], batch_size=10, progress=False)
     ids = torch.tensor([30, 2, 17, 9])
@@ -456,7 +456,7 @@ def test_a_kept_representation_is_that_of_the_samples_asked_for():
 
 
 def test_a_kept_representation_is_not_for_augmented_images():
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     x, y = digits.x_train[:32], digits.y_train[:32]
     for augmentation in ({"flip": True}, {"padding": 1}):
         task = arrest(resnet())
@@ -605,7 +605,7 @@ class Killed(Exception):
     ],
 )
 def test_killed_and_resumed_training_is_the_same(make, options, tmp_path):
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     x, y = digits.x_train[:48], digits.y_train[:48]
     config = FitConfig(2, 16, 3, checkpoint_seconds=0)
     whole = arrest(make(), **options)
@@ -630,7 +630,7 @@ def test_killed_and_resumed_training_is_the_same(make, options, tmp_path):
 
 
 def test_a_run_is_resumed_with_the_same_settings_and_start_only(tmp_path):
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     x, y = digits.x_train[:32], digits.y_train[:32]
     fit(arrest(), x, y, FitConfig(1, 16), tmp_path)
     for other, named in (
@@ -648,7 +648,7 @@ def test_a_run_is_resumed_with_the_same_settings_and_start_only(tmp_path):
 
 @pytest.mark.parametrize("make", [cnn, resnet])
 def test_bfloat16_attacks_the_weights_of_now_and_trains_float32_ones(make):
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     model = make()
     task = arrest(model, precision="bfloat16")
     fit(task, digits.x_train[:32], digits.y_train[:32], FitConfig(1, 16))

@@ -35,7 +35,7 @@ def defence(purifier=None, classifier=None, shape=(1, 16, 16), **options):
 
 
 def batch(n=8, epoch=5, epochs=10):
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     return Batch(data.to_float(digits.x_train[:n]), digits.y_train[:n], torch.arange(n), 7, epoch, epochs)
 
 
@@ -170,7 +170,7 @@ def test_warm_up_with_a_clean_target_attacks_nothing(monkeypatch):
 
 def test_fact_14_no_gan_gradient_equals_no_discriminator(tmp_path):
     """What the official code computes, a discriminator whose score is cut off from g, trains g as none does."""
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     x, y = digits.x_train[:16], digits.y_train[:16]
 
     def trained(gan_weight, **options):
@@ -222,7 +222,7 @@ def test_each_player_trains_alone():
 
 @pytest.mark.parametrize("options", [{}, {"gan_grad": True, "discriminator_width": 2}])
 def test_killed_and_resumed_training_is_the_same(options, tmp_path):
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     x, y = digits.x_train[:24], digits.y_train[:24]
 
     def task():
@@ -360,7 +360,7 @@ def test_the_pipeline_is_what_is_attacked():
 
 
 def test_pretraining_lowers_the_reconstruction_error_in_the_hole():
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     made = defence(SmallGenerator(1, width=4))
     config = AtopConfig.pretraining(learning_rate=3e-3, gan_weight=0.01, discriminator_width=4)
 

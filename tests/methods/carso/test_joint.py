@@ -21,7 +21,7 @@ def defence():
 
 
 def batch(n=16):
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     return Batch(data.to_float(digits.x_train[:n]), digits.y_train[:n], torch.arange(n), 7, 9, 10)
 
 
@@ -49,7 +49,7 @@ def test_free_bits_charge_only_what_is_above_them():
 def test_free_bits_keep_the_latent_alive():
     kl = {}
     for free_bits in (0.0, 3.0):
-        made, digits = defence(), data.load("digits")
+        made, digits = defence(), data.load_dataset("digits")
         config = CarsoConfig(attack=TrainingAttack(eps=0.2, steps=1), free_bits=free_bits, kl_delay=0.0)
         last = fit(CarsoTask(made, config), digits.x_train[:512], digits.y_train[:512], FitConfig(16, 64))
         kl[free_bits] = last["kl"]
@@ -61,7 +61,7 @@ def test_joint_training_moves_the_defences_classifier_and_not_the_callers():
     classifier = SmallCNN(width=4)
     before = copy.deepcopy(classifier.state_dict())
     made = Carso(classifier, ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=True)
     fit(CarsoTask(made, config), digits.x_train[:64], digits.y_train[:64], FitConfig(1, 32))
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
@@ -74,7 +74,7 @@ def test_saved_with_its_own_classifier_only_if_that_was_trained(tmp_path, joint)
     torch.manual_seed(0)
     classifier = SmallCNN(width=4)
     made = Carso(classifier, ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=joint)
     fit(CarsoTask(made, config), digits.x_train[:64], digits.y_train[:64], FitConfig(1, 32), tmp_path / "run")
     made.save(tmp_path / "saved")
@@ -96,7 +96,7 @@ def test_saved_with_its_own_classifier_only_if_that_was_trained(tmp_path, joint)
 
 
 def test_joint_runs_resume(tmp_path):
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=True)
 
     def train(folder, epochs_twice):

@@ -25,7 +25,7 @@ class Known(nn.Module):
 
 
 def test_known_layers():
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     x, y = data.to_float(digits.x_test[:200]), digits.y_test[:200]
     torch.manual_seed(0)
     scores = {s.layer: s for s in rank_layers(Known(), ["image", "constant", "scrambled"], x, y, eps=1e-4, steps=2)}
@@ -35,7 +35,7 @@ def test_known_layers():
 
 
 def test_order_projection_and_the_callers_model_untouched():
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     x, y = data.to_float(digits.x_test[:100]), digits.y_test[:100]
     torch.manual_seed(0)
     model = SmallCNN(width=4).train()

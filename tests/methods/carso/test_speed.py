@@ -14,7 +14,7 @@ import purify_fast
 from purify_fast import data
 from purify_fast.attacks import fgsm, input_gradient, pgd, pgd_and_fgsm
 from purify_fast.defences.stochastic import Randomised
-from purify_fast.evaluation.runner import _fingerprint
+from purify_fast.evaluation.fingerprint import fingerprint
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, Head
 from purify_fast.methods.carso.task import balanced_batch, pipeline_step, published_step
 from purify_fast.models.classifiers import SmallCNN
@@ -148,7 +148,7 @@ def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
 def test_an_evaluation_tells_it_from_the_plain_defence():
     made, names = defence(), []
     for dtype in (None, torch.float32, torch.bfloat16):
-        names.append(_fingerprint(made.accelerate(dtype)))
+        names.append(fingerprint(made.accelerate(dtype)))
     assert len(set(names)) == 3
 
 
@@ -341,7 +341,7 @@ def test_loss_and_gradients_are_close_to_float32s(target):
 
 
 def test_statistics_stay_float32_and_training_lowers_the_loss(tmp_path):
-    digits, losses = data.load("digits"), {}
+    digits, losses = data.load_dataset("digits"), {}
     for epochs in (1, 4):
         torch.manual_seed(0)
         made = Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)

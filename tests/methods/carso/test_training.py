@@ -29,7 +29,7 @@ def defence():
 
 
 def batch(n=16, epoch=5, epochs=10):
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     return Batch(data.to_float(digits.x_train[:n]), digits.y_train[:n], torch.arange(n), 7, epoch, epochs)
 
 
@@ -151,7 +151,7 @@ def test_official_code_attacks_with_a_larger_eps_and_the_same_step(monkeypatch):
 
 
 def test_the_papers_optimiser_schedule_and_sum_in_the_loop(tmp_path):
-    digits, made = data.load("digits"), defence()
+    digits, made = data.load_dataset("digits"), defence()
     config = CarsoConfig(
         attack=TrainingAttack(eps=0.2, steps=1),
         reduction="sum",
@@ -232,7 +232,7 @@ def test_config_errors(wrong, message):
 
 
 def test_training_lowers_the_loss_and_leaves_the_classifier(tmp_path):
-    digits, made = data.load("digits"), defence()
+    digits, made = data.load_dataset("digits"), defence()
     before = copy.deepcopy(made.classifier.state_dict())
     task = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2)))
     one = fit(task, digits.x_train, digits.y_train, FitConfig(1, 64), tmp_path / "one")

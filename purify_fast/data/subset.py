@@ -1,0 +1,83 @@
+"""A part of a data set in which every class has its share."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .streaming import StreamedImages
+
+#: How many missing classes a warning names.
+NAMED = 10
+
+
+class Subset(NamedTuple):
+    """Some images of a data set.
+
+    Attributes:
+        x: uint8 ``[n, C, H, W]``.
+        y: int64 ``[n]``, their labels.
+        ids: int64 ``[n]``, their indices in the data set.
+    """
+
+    x: Tensor
+    y: Tensor
+    ids: Tensor
+
+
+def balanced_subset(
+    x: Tensor | StreamedImages, y: Tensor, count: int, seed: int, *, num_classes: int | None = None
+) -> Subset:
+    """``count`` images with equally many, up to one, of every class, while a class has that many.
+
+    Image folders are sorted by class, so that their first images are all of one class. Here every first part of the
+    result is balanced as well: each class comes once before any comes twice.
+
+    Args:
+        x: ``[N, C, H, W]``, any dtype.
+        y: int64 ``[N]``, labels of 0 .. num_classes - 1.
+        count: how many images; all of them, in another order, where there are not more.
+        seed: at least 0; the choice and its order are a function of the labels and the seed.
+        num_classes: how many classes there should be; None takes the largest label plus 1.
+
+    Returns:
+        The images, their labels and their indices, on y's device.
+
+    Raises:
+        ValueError: no image, a count below 1, or labels that do not fit.
+
+    Warns:
+        UserWarning: a class has no image in the result, so that figures say nothing about it.
+    """
+    if len(x) != len(y) or len(y) == 0:
+        raise ValueError(f"x and y must have equally many images and labels, at least 1, got {len(x)} and {len(y)}")
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+    labels = y.cpu().numpy()
+    classes = 1 + int(labels.max()) if num_classes is None else num_classes
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"y must hold labels of 0 .. {classes - 1}, got {labels.min()} .. {labels.max()}")
+    # numpy promises never to change RandomState's stream
+    order = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32]).permutation(len(labels))
+    by_class = np.argsort(labels[order], kind="stable")
+    sizes = np.bincount(labels, minlength=classes)
+    turn = np.empty_like(by_class)
+    # the how-manieth of its class an image is in that order
+    turn[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chosen = order[np.argsort(turn, kind="stable")][:count]
+    missing = np.flatnonzero(np.bincount(labels[chosen], minlength=classes) == 0).tolist()
+    if missing:
+        named = ", ".join(map(str, missing[:NAMED])) + (", ..." if len(missing) > NAMED else "")
+        warnings.warn(
+            f"{len(missing)} of {classes} classes have no image among the {len(chosen)} chosen ones ({named}): "
+            f"figures of these images say nothing about them",
+            stacklevel=2,
+        )
+    ids = torch.from_numpy(chosen).to(y.device)
+    return Subset(x[ids], y[ids], ids)

@@ -1,0 +1,77 @@
+"""The balanced subset: every class has its share, in every first part of it too."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from purify_fast.data import StreamedImages, balanced_subset
+
+
+def sorted_by_class(sizes):
+    y = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    x = torch.arange(len(y), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).contiguous()
+    return x, y
+
+
+@pytest.mark.parametrize("count", [1, 7, 20, 34, 1000])
+def test_every_first_part_is_balanced(count):
+    x, y = sorted_by_class([10, 30, 5, 12])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chosen = balanced_subset(x, y, count, seed=3)
+    assert len(chosen.x) == min(count, 57) == chosen.ids.unique().numel()
+    assert torch.equal(chosen.x, x[chosen.ids]) and torch.equal(chosen.y, y[chosen.ids])
+    for n in range(1, min(count, 20) + 1):
+        counts = chosen.y[:n].bincount(minlength=4)
+        assert int(counts.max() - counts.min()) <= 1
+    if count >= 57:
+        assert chosen.y.bincount().tolist() == [10, 30, 5, 12]
+
+
+def test_a_function_of_the_seed():
+    x, y = sorted_by_class([20, 20, 20])
+    chosen = [balanced_subset(x, y, 30, seed).ids.tolist() for seed in (0, 0, 1, 2**40)]
+    assert chosen[0] == chosen[1] and len({tuple(ids) for ids in chosen}) == 3
+    # within a class, and among the classes, no image is preferred
+    firsts = torch.tensor([balanced_subset(x, y, 3, seed).ids.tolist() for seed in range(200)])
+    assert firsts.unique().numel() == 60 and (y[firsts[:, 0]].bincount() > 40).all()
+    # the stream is numpy's frozen one
+    assert chosen[0][:6] == [17, 25, 52, 2, 20, 54]
+
+
+def test_a_missing_class_is_told():
+    x, y = sorted_by_class([4, 0, 4])
+    with pytest.warns(UserWarning, match=r"1 of 3 classes have no image among the 6 chosen ones \(1\)"):
+        balanced_subset(x, y, 6, 0)
+    x, y = sorted_by_class([3] * 30)
+    with pytest.warns(UserWarning, match=r"28 of 30 classes have no image among the 2 chosen ones \(.*, \.\.\.\)"):
+        balanced_subset(x, y, 2, 0)
+    with pytest.warns(UserWarning, match=r"1 of 31 classes .*\(30\)"):
+        balanced_subset(x, y, 30, 0, num_classes=31)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert balanced_subset(x, y, 30, 0).y.unique().numel() == 30
+
+
+def test_streamed_images(tmp_path):
+    x, y = sorted_by_class([5, 6])
+    np.save(tmp_path / "x.npy", x.numpy())
+    whole, streamed = (balanced_subset(z, y, 5, 0) for z in (x, StreamedImages(tmp_path / "x.npy", "")))
+    assert torch.equal(whole.x, streamed.x) and torch.equal(whole.ids, streamed.ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"count": 0}, "count must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"num_classes": 1}, r"y must hold labels of 0 \.\. 0, got 0 \.\. 1"),
+        ({"y": torch.zeros(3, dtype=torch.int64)}, "got 4 and 3"),
+    ],
+)
+def test_refused(options, message):
+    x, y = sorted_by_class([2, 2])
+    with pytest.raises(ValueError, match=message):
+        balanced_subset(**{"x": x, "y": y, "count": 2, "seed": 0} | options)

@@ -1,0 +1,53 @@
+"""What float32 means on a GPU; the settings can be read without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from purify_fast.speed.precision import float32_products
+
+
+def settings() -> tuple[bool, bool]:
+    return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision() != "highest"
+
+
+def test_products_are_ieee_unless_tf32_is_asked_for():
+    before = settings()
+    with float32_products():
+        assert settings() == (False, False)
+        with float32_products(tf32=True):
+            assert settings() == (True, True)
+        assert settings() == (False, False)
+    assert settings() == before
+
+
+def test_an_error_restores_the_settings():
+    before = settings()
+    with pytest.raises(KeyError), float32_products(tf32=not before[0]):
+        raise KeyError
+    assert settings() == before
+
+
+def test_settings_made_by_the_newer_names_are_restored():
+    setting = torch.backends.cudnn.conv
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = "ieee"
+        with float32_products(tf32=True):
+            assert settings() == (True, True)
+        assert setting.fp32_precision == "ieee"
+    finally:
+        setting.fp32_precision = before
+
+
+@pytest.mark.parametrize("products", ["highest", "high", "medium"])
+def test_the_precision_of_matrix_products_is_restored(products):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(products)
+        with float32_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == products
+    finally:
+        torch.set_float32_matmul_precision(before)
