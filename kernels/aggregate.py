@@ -1,6 +1,6 @@
 """`aggregate` in Triton: tiles [samples, classes] of one image, all K samples in one tile, classes in turn.
 
-lse, mean and probability treat each class alone: a program per image and tile. peel and vote compare classes: a
+lse, mean and mean_sigmoid treat each class alone: a program per image and tile. peel and vote compare classes: a
 program per image goes through the tiles twice, and computes a tile again rather than write it and read it back.
 """
 
@@ -16,7 +16,7 @@ from ._common import log1p, on, warps
 #: Elements of a tile; only more samples than that make it larger.
 TILE = 4096
 #: The indices of `purify_fast.ops.aggregate.METHODS`, and its constant.
-LSE, PEEL, MEAN, PROBABILITY, VOTE = (tl.constexpr(index) for index in range(5))
+LSE, PEEL, MEAN, MEAN_SIGMOID, VOTE = (tl.constexpr(index) for index in range(5))
 TANGENT = tl.constexpr(70.0)
 
 

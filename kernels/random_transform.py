@@ -29,7 +29,7 @@ def _owners(
     seed_ptr, ids_ptr, out_ptr, batch, blocks, tiles, cut,
     PARTITION: tl.constexpr, SHARED: tl.constexpr, STREAM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A rank is the number of blocks that come first; cut: blocks of a part, or how many are missing."""
+    """A block's rank is how many blocks come before it; ``cut`` is the blocks of a pass, or how many are masked."""
     pid = tl.program_id(0).to(tl.int64)
     row, start = pid // tiles, pid % tiles * WIDTH
     draw = row // batch
@@ -69,7 +69,7 @@ def _place(row, channel, pixel, planes, plane, CHANNELS_LAST: tl.constexpr):
 @triton.jit
 def _forward(
     x_ptr, owners_ptr, seed_ptr, ids_ptr, out_ptr, sigma, batch, channels, plane, width, block, columns, blocks, tiles,
-    samples, parts, first_part,
+    samples, num_passes, first_pass,
     NOISE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, STREAM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     planes = channels + 2
@@ -89,16 +89,16 @@ def _forward(
             seen = 2 * _clamp(u, 0.0, 1.0) - 1
         else:
             seen = tl.zeros_like(x) + tl.where(channel == channels, 1.0, 0.0)
-        for part in range(parts):
-            value = tl.where(owner == part + first_part, covered, seen)
-            at = _place(row * parts + part, channel, pixel, planes, plane, CHANNELS_LAST)
+        for own in range(num_passes):
+            value = tl.where(owner == own + first_pass, covered, seen)
+            at = _place(row * num_passes + own, channel, pixel, planes, plane, CHANNELS_LAST)
             tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
     grad_ptr, x_ptr, owners_ptr, seed_ptr, ids_ptr, out_ptr, sigma, batch, channels, plane, width, block, columns,
-    blocks, tiles, samples, parts, first_part,
+    blocks, tiles, samples, num_passes, first_pass,
     NOISE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, STREAM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     image, channel, group, pixel, inside = _pixels(
@@ -115,29 +115,39 @@ def _backward(
         if NOISE:
             u += sigma * normals(seed, group, sample * 0 + draw, sample, STREAM)
         through = tl.zeros_like(x)
-        for part in range(parts):
-            at = _place(row * parts + part, channel, pixel, channels + 2, plane, CHANNELS_LAST)
-            through += tl.where(owner == part + first_part, 0.0, _load(grad_ptr, at, inside))
+        for own in range(num_passes):
+            at = _place(row * num_passes + own, channel, pixel, channels + 2, plane, CHANNELS_LAST)
+            through += tl.where(owner == own + first_pass, 0.0, _load(grad_ptr, at, inside))
         total += tl.where((u >= 0) & (u <= 1), 2 * through, 0.0)
     at = (image * channels + channel) * plane + pixel
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def _assign(
-    seed: Tensor, sample_ids: Tensor, rows: int, columns: int, missing: int, parts: int, samples: int, shared: bool
+    seed: Tensor,
+    sample_ids: Tensor,
+    grid: tuple[int, int],
+    *,
+    masked_blocks: int,
+    num_passes: int,
+    samples: int,
+    shared_mask: bool,
 ) -> Tensor:
-    batch, blocks = sample_ids.shape[0], rows * columns
-    out = torch.empty((samples, batch, rows, columns), dtype=torch.uint8, device=sample_ids.device)
+    """The owner of every block, uint8 [S, B, *grid]."""
+    batch, blocks = sample_ids.shape[0], grid[0] * grid[1]
+    out = torch.empty((samples, batch, *grid), dtype=torch.uint8, device=sample_ids.device)
     width = min(TILE, max(16, triton.next_power_of_2(blocks)))
     tiles = triton.cdiv(blocks, width)
     _owners[(samples * batch * tiles,)](
-        seed, sample_ids, out, batch, blocks, tiles, blocks // parts if parts else missing,
-        PARTITION=parts > 0, SHARED=shared, STREAM=MASK, WIDTH=width, num_warps=warps(width * width),
+        seed, sample_ids, out, batch, blocks, tiles, blocks // num_passes if num_passes else masked_blocks,
+        PARTITION=num_passes > 0, SHARED=shared_mask, STREAM=MASK, WIDTH=width, num_warps=warps(width * width),
     )  # fmt: skip
     return out
 
 
-def _launch(kernel, pointers: tuple[Tensor, ...], x: Tensor, owners: Tensor, planes: int, sigma, parts, last) -> None:
+def _launch(
+    kernel, pointers: tuple[Tensor, ...], x: Tensor, owners: Tensor, planes: int, sigma, num_passes, last
+) -> None:
     samples, batch, rows, columns = owners.shape
     _, channels, height, width = x.shape
     plane = height * width
@@ -145,7 +155,7 @@ def _launch(kernel, pointers: tuple[Tensor, ...], x: Tensor, owners: Tensor, pla
     tiles = triton.cdiv(plane + 3, block)  # a plane may begin inside a group
     kernel[(batch * tiles * planes,)](
         *pointers, float(sigma), batch, channels, plane, width, width // columns, columns, rows * columns, tiles,
-        samples, max(parts, 1), 0 if parts else 1,
+        samples, max(num_passes, 1), 0 if num_passes else 1,
         NOISE=sigma != 0, CHANNELS_LAST=last, ALIGNED=plane % 4 == 0, STREAM=TRANSFORM_NOISE, GROUPS=block // 4,
         num_warps=own, enable_fp_fusion=False,
     )  # fmt: skip
@@ -157,8 +167,8 @@ def forward(
     sample_ids: Tensor,
     sigma: float,
     block: int,
-    missing: int,
-    parts: int,
+    masked_blocks: int,
+    num_passes: int,
     samples: int,
     shared_mask: bool,
     dtype: torch.dtype,
@@ -166,20 +176,23 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(packed, owners), as the op returns them."""
     batch, channels, height, width = x.shape
-    shape = (samples * batch * max(parts, 1), channels + 2, height, width)
+    shape = (samples * batch * max(num_passes, 1), channels + 2, height, width)
     packed = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format(channels_last))
-    seed, sample_ids, rows, columns = seed.contiguous(), sample_ids.contiguous(), height // block, width // block
+    seed, sample_ids, grid = seed.contiguous(), sample_ids.contiguous(), (height // block, width // block)
     if packed.numel() == 0:
-        return packed, torch.empty((samples, batch, rows, columns), dtype=torch.uint8, device=x.device)
+        return packed, torch.empty((samples, batch, *grid), dtype=torch.uint8, device=x.device)
     with on(x):
-        owners = _assign(seed, sample_ids, rows, columns, missing, parts, samples, shared_mask)
+        owners = _assign(
+            seed, sample_ids, grid,
+            masked_blocks=masked_blocks, num_passes=num_passes, samples=samples, shared_mask=shared_mask,
+        )  # fmt: skip
         pointers = (x.contiguous(), owners, seed, sample_ids, packed)
-        _launch(_forward, pointers, x, owners, channels + 2, sigma, parts, channels_last)
+        _launch(_forward, pointers, x, owners, channels + 2, sigma, num_passes, channels_last)
     return packed, owners
 
 
 def backward(
-    grad: Tensor, x: Tensor, owners: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, parts: int
+    grad: Tensor, x: Tensor, owners: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, num_passes: int
 ) -> Tensor:
     """dx [B, C, H, W] in x's dtype."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -189,5 +202,5 @@ def backward(
     grad = grad if last else grad.contiguous()
     with on(x):
         pointers = (grad, x.contiguous(), owners.contiguous(), seed.contiguous(), sample_ids.contiguous(), out)
-        _launch(_backward, pointers, x, owners, x.shape[1], sigma, parts, last)
+        _launch(_backward, pointers, x, owners, x.shape[1], sigma, num_passes, last)
     return out

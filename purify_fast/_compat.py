@@ -44,6 +44,34 @@ RENAMED_NAMES: dict[str, dict[str, str]] = {
 }
 
 
+#: Options of the command line by their old names, for each command.
+_ATOP_OPTIONS = {
+    "attack": "attack-method",
+    "missing": "mask-ratio",
+    "parts": "num-passes",
+    "reconstruction": "reconstruction-weight",
+    "warm-up": "cls-delay-epochs",
+}
+_ARREST_OPTIONS = {
+    "average": "ema-decay",
+    "awp": "awp-gamma",
+    "start": "random-start",
+    "warm-up": "eps-warmup",
+    "weight": "distillation-weight",
+}
+RENAMED_OPTIONS: dict[str, dict[str, str]] = {
+    "train classifier": {"warm-up": "eps-warmup"},
+    "train carso": {"lag": "kl-delay", "reconstruction": "reconstruction-weight"},
+    "train generator": _ATOP_OPTIONS,
+    "train atop": _ATOP_OPTIONS,
+    "train arrest": _ARREST_OPTIONS,
+    "ablate": _ARREST_OPTIONS,
+    "evaluate": {"chunk": "max-forward-batch", "eot": "eot-iter"},
+}
+#: Values of options that have another name: by the option's name of today, old value to new.
+RENAMED_VALUES: dict[str, dict[str, str]] = {"aggregation": {"probability": "mean_softmax"}}
+
+
 def warn(old: str, new: str) -> None:
     """Say that ``old`` is now called ``new``."""
     # the caller of the deprecated name, not this module, is where the warning points
@@ -63,8 +91,9 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            for old in names.keys() & kwargs.keys():
-                new = names[old]
+            for old, new in names.items():
+                if old not in kwargs:
+                    continue
                 if new in kwargs:
                     raise TypeError(f"{function.__qualname__}() got both {new!r} and its old name {old!r}")
                 warn(f"the argument {old!r} of {function.__qualname__}()", repr(new))
@@ -74,6 +103,25 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
         return wrapper  # type: ignore[return-value]
 
     return decorate
+
+
+def renamed_value(argument: str, value: str, names: Mapping[str, str]) -> str:
+    """The new name of a mode that is given as a string, with a warning; a value that has no new name as it is.
+
+    Args:
+        argument: what takes the mode, as the caller writes it.
+        value: the mode that was given.
+        names: old name to new name.
+
+    Returns:
+        The name that is in use now.
+    """
+    if value not in names:
+        return value
+    text = f"{argument}={value!r} is deprecated and goes in the next release: use {names[value]!r}"
+    # this function, the one that takes the mode, and its caller: there the warning points
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+    return names[value]
 
 
 def renamed(mapping: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -152,6 +200,38 @@ def old_name(module: str, name: str) -> Any:
     home, _, new = RENAMED_NAMES[module][name].partition(":")
     warn(f"{module}.{name}", f"{home}.{new}")
     return getattr(importlib.import_module(home), new)
+
+
+def new_options(command: str, words: Sequence[str]) -> list[str]:
+    """A command line with the option names of today; each old one warns, visibly for whoever typed it.
+
+    Args:
+        command: how the command is called, as in ``train carso``.
+        words: the words behind its name.
+    """
+    options = RENAMED_OPTIONS.get(command, {})
+    found: list[str] = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", "the option", DeprecationWarning)
+        for word in words:
+            flag, equals, value = word.partition("=")
+            name = flag.removeprefix("--").replace("_", "-")
+            negation = "no-" if name.startswith("no-") else ""
+            if flag.startswith("--") and name.removeprefix("no-") in options:
+                new = f"--{negation}{options[name.removeprefix('no-')]}"
+                warn(f"the option {flag} of `purify-fast {command}`", new)
+                found.append(f"{new}{equals}{value}")
+                continue
+            # the value of the option before it, or its own
+            option = (flag if equals else found[-1] if found else "").removeprefix("--").replace("_", "-")
+            old = value if equals else word
+            if option in RENAMED_VALUES and old in RENAMED_VALUES[option]:
+                new = RENAMED_VALUES[option][old]
+                warn(f"the option --{option} {old} of `purify-fast {command}`", f"--{option} {new}")
+                found.append(f"{flag}={new}" if equals else new)
+                continue
+            found.append(word)
+    return found
 
 
 class _MovedPackage(ModuleType):

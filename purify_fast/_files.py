@@ -26,6 +26,11 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            # a full disk, say: the system names no file when the writing itself fails
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         Path(name).unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ LARGE = (((128, 3, 256, 256), 32), ((1024, 3, 32, 32), 4))
 
 def case(shape: tuple[int, ...], block: int, variant: str, dtype: torch.dtype) -> Case:
     b, c, h, w = shape
-    parts = 4 if variant == "rt3" else None
+    num_passes = 4 if variant == "rt3" else None
     sigma = 0.0 if variant == "rt1" else 0.25
     noise = 0 if variant == "rt1" else 45  # as `philox` counts a normal
     return Case(
@@ -24,13 +24,20 @@ def case(shape: tuple[int, ...], block: int, variant: str, dtype: torch.dtype) -
         lambda: (uniform(*shape, dtype=torch.float32), torch.tensor([1234567890123]), torch.arange(b)),
         # bfloat16 is for the generator, which takes it in channels_last
         lambda x, seed, ids: random_transform(
-            x, seed, ids, sigma=sigma, block=block, parts=parts, dtype=dtype, channels_last=dtype == torch.bfloat16
+            x,
+            seed,
+            ids,
+            sigma=sigma,
+            block=block,
+            num_passes=num_passes,
+            dtype=dtype,
+            channels_last=dtype == torch.bfloat16,
         )[0],
         {"forward": "4*B*C*P + N*B*(C + 2)*P*s", "backward": "8*B*C*P + N*B*C*P*s"},
         {"forward": f"{noise + 6}*B*C*P", "backward": f"({noise + 4} + N)*B*C*P"},
         variant,
         differentiable=(0,),
-        symbols={"B": b, "C": c, "P": h * w, "N": parts or 1, "s": dtype.itemsize},
+        symbols={"B": b, "C": c, "P": h * w, "N": num_passes or 1, "s": dtype.itemsize},
     )
 
 

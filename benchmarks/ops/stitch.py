@@ -21,7 +21,7 @@ def inputs(shape: tuple[int, ...], block: int, dtype: torch.dtype, memory_format
     b, *image = shape
     images = normal(b * PASSES, *image, dtype=dtype).contiguous(memory_format=memory_format)
     x, seed, ids = torch.zeros(shape), torch.tensor([1234567890123]), torch.arange(b)
-    owners: Tensor = random_transform(x, seed, ids, sigma=0.0, block=block, parts=PASSES)[1]
+    owners: Tensor = random_transform(x, seed, ids, sigma=0.0, block=block, num_passes=PASSES)[1]
     return images, owners
 
 

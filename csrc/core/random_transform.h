@@ -23,9 +23,10 @@ PF_HD W transformed_slope(W x, W noise, W sigma, W grad) {
   return (u >= 0) & (u <= 1) ? 2 * grad : W(0);
 }
 
-// Who owns the block whose key has this rank; with parts = 0 the first `missing` are owned by 1, the others by 0.
-PF_HD uint8_t owner_of(int64_t rank, int64_t blocks, int64_t missing, int64_t parts) {
-  return static_cast<uint8_t>(parts == 0 ? rank < missing : rank / (blocks / parts));
+// The owner of the block whose key has this rank: the pass that hides it. With num_passes = 0 there is one pass; the
+// `masked_blocks` blocks of the least ranks are hidden and owned by 1, the others are owned by 0.
+PF_HD uint8_t owner_of(int64_t rank, int64_t blocks, int64_t masked_blocks, int64_t num_passes) {
+  return static_cast<uint8_t>(num_passes == 0 ? rank < masked_blocks : rank / (blocks / num_passes));
 }
 
 }  // namespace pf

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..methods.arrest import ArrestConfig
 from ..training import ClassifierConfig, FitConfig
+from .classifiers import fresh_classifier, trained_classifier
 from .command import Superseded
+from .config_file import write_run_file
 from .data_args import DataCommand
-from .training import fresh_classifier, images_in_turn
+from .training import images_in_turn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,12 +28,19 @@ class TrainArrest(DataCommand):
     Writes a classifier, which `evaluate` attacks and on which `train carso` and `train atop` build.
     """
 
+    called: ClassVar[str] = "train arrest"
+
     out: Path = Path("runs/arrest")
     """Where the run is kept: checkpoint, log, options and the classifier."""
-    classifier: Path | None = None
-    """A folder with a standardly trained classifier, by `train classifier`; None: train one first, to OUT/standard."""
+    classifier: str | None = None
+    """A folder with a standardly trained classifier, by `train classifier`; or one by name: torchvision:resnet18,
+    timm:resnet18, or package.module:function of yours. None: train one first, to OUT/standard."""
+    classifier_weights: str | None = None
+    """Weights of a classifier by name: a .safetensors or .pth file, of which only tensors are read; or what the library
+    calls weights that it has downloaded before, such as IMAGENET1K_V1, or pretrained of timm."""
     model: str = "small_cnn"
-    """The classifier to train first: small_cnn, preact_resnet18, wide_resnet or fully_connected."""
+    """The classifier to train first: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
+    timm:NAME or package.module:function."""
     width: int | None = None
     """Channels of that classifier's first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10)."""
     depth: int | None = None
@@ -69,6 +78,7 @@ class TrainArrest(DataCommand):
         if processes()[0] > 0:
             return
         save_classifier(task.result, self.out)
+        write_run_file(self, self.out)
         report = evaluate(
             task.result, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="arrest"
         )
@@ -93,10 +103,10 @@ class TrainArrest(DataCommand):
         import torch
 
         from .._process import processes
-        from ..training import ClassifierTask, fit, load_classifier, save_classifier
+        from ..training import ClassifierTask, fit, save_classifier
 
         if self.classifier is not None:
-            return self.fitting(load_classifier(self.classifier).to(images.y_train.device), images)
+            return self.fitting(trained_classifier(self.classifier, self.classifier_weights, images), images)
         torch.manual_seed(self.loop.seed)
         model = self.fitting(fresh_classifier(self.model, images, width=self.width, depth=self.depth), images)
         loop = replace(self.loop, epochs=self.standard_epochs)

@@ -212,7 +212,7 @@ def apgd_step() -> Iterator[Example]:
     yield from _step(True, True)
 
 
-#: shape, block, parts (0: RT1 and RT2), sigma, draws; planes that are no multiple of 4 among them
+#: shape, block, num_passes (0: RT1 and RT2), sigma, draws; planes that are no multiple of 4 among them
 TRANSFORMS = (
     ((ROWS, 3, 32, 32), 4, 0, 0.25, 1),
     ((ROWS, 2, 9, 15), 3, 5, 0.25, 1),
@@ -222,16 +222,16 @@ TRANSFORMS = (
 
 
 def random_transform() -> Iterator[Example]:
-    for shape, block, parts, sigma, draws in TRANSFORMS:
+    for shape, block, num_passes, sigma, draws in TRANSFORMS:
         for last in (False, True):
 
-            def make(dtype: torch.dtype, seed: int, shape=shape, block=block, parts=parts, sigma=sigma, draws=draws,
-                     last=last) -> tuple:  # fmt: skip
+            def make(dtype: torch.dtype, seed: int, shape=shape, block=block, num_passes=num_passes, sigma=sigma,
+                     draws=draws, last=last) -> tuple:  # fmt: skip
                 x = _uniform(seed, *shape).to(dtype).contiguous(memory_format=NHWC if last else torch.contiguous_format)
-                missing = (shape[2] // block) * (shape[3] // block) // 3
-                return x, *_stream(seed), sigma, block, missing, parts, draws, False, dtype, last
+                masked_blocks = (shape[2] // block) * (shape[3] // block) // 3
+                return x, *_stream(seed), sigma, block, masked_blocks, num_passes, draws, False, dtype, last
 
-            words = f"block {block}", f"{parts} parts", f"{draws} draws", "channels_last" if last else ""
+            words = f"block {block}", f"{num_passes} passes", f"{draws} draws", "channels_last" if last else ""
             yield Example(_name(shape, *words), make, exact=sigma == 0, slack=16.0 if sigma else 0.0)
 
 
@@ -239,10 +239,10 @@ def random_transform_backward() -> Iterator[Example]:
     for forward in random_transform():
 
         def make(dtype: torch.dtype, seed: int, forward=forward) -> tuple:
-            x, key, ids, sigma, _, _, parts, *_ = given = forward.make(dtype, seed)
+            x, key, ids, sigma, _, _, num_passes, *_ = given = forward.make(dtype, seed)
             packed, owners = REGISTRY["random_transform"].reference(*given)
             grad = torch.empty_like(packed).copy_(_normal(seed + 100, *packed.shape))  # in its layout
-            return grad, x, owners, key, ids, sigma, parts
+            return grad, x, owners, key, ids, sigma, num_passes
 
         yield Example(forward.name, make)
 

@@ -3,7 +3,7 @@
     lse          q_i = logsumexp_k l_ki                                       the default: finite, same decision as peel
     peel         log P_i = S_i - logsumexp_j S_j,   S = exp(q)                CARSO's P, arXiv 2306.06081, section 4.5
     mean         mean_k l_ki
-    probability  logit(mean_k sigmoid(l_ki))                                  CARSO's code, "prob"
+    mean_sigmoid logit(mean_k sigmoid(l_ki))                                  CARSO's code, "prob"
     vote         the number of samples whose largest logit is i               no gradient: attack lse instead
 
     peel_reference   logit(softmax_i(sum_k exp(l_ki))), as CARSO's code returns it: +-inf from a margin of about 1.2 at
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._compat import renamed_value
 from ._op import define_op, launcher, wide
 
 #: Methods with a kernel, by index.
-METHODS = ("lse", "peel", "mean", "probability", "vote")
+METHODS = ("lse", "peel", "mean", "mean_sigmoid", "vote")
 #: The published forms that are unsafe to attack.
 UNSAFE = ("peel_reference", "vote_reference")
 TANGENT = 70.0  # exp(70) = 2.5e30 leaves float32 eight decades for the tangent and for sums over classes
@@ -46,7 +47,7 @@ def reference(logits: Tensor, method: int) -> Tensor:
         return F.log_softmax(_tangent_exp(torch.logsumexp(x, 1))[0], 1)
     if name == "mean":
         return x.mean(1)
-    if name == "probability":
+    if name == "mean_sigmoid":
         return torch.logsumexp(F.logsigmoid(x), 1) - torch.logsumexp(F.logsigmoid(-x), 1)
     return F.one_hot(x.detach().argmax(2), x.shape[2]).sum(1).to(x.dtype)
 
@@ -62,7 +63,7 @@ def reference_backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
         out = torch.softmax(x, 1) * g[:, None]
     elif name == "mean":
         out = (g / x.shape[1])[:, None].expand_as(x)
-    elif name == "probability":
+    elif name == "mean_sigmoid":
         yes, no = F.logsigmoid(x), F.logsigmoid(-x)
         out = g[:, None] * (torch.softmax(yes, 1) * no.exp() + torch.softmax(no, 1) * yes.exp())
     else:
@@ -123,7 +124,7 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
 
     Args:
         logits: ``[B, K, C]``, K >= 1, C >= 2; float16, bfloat16, float32 or float64.
-        method: ``lse``, ``peel`` (log-probabilities), ``mean``, ``probability``, ``vote``; ``peel_reference`` and
+        method: ``lse``, ``peel`` (log-probabilities), ``mean``, ``mean_sigmoid``, ``vote``; ``peel_reference`` and
             ``vote_reference`` are CARSO's published forms, unsafe to attack (the module's docstring says why).
 
     Returns:
@@ -139,6 +140,7 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
         raise ValueError(f"logits must be floating point [B, K, C], got {logits.dtype} {list(logits.shape)}")
     if logits.shape[1] < 1 or logits.shape[2] < 2:
         raise ValueError(f"logits need K >= 1 samples and C >= 2 classes, got [B, K, C] = {list(logits.shape)}")
+    method = renamed_value("method", method, {"probability": "mean_sigmoid"})
     if method == "peel_reference":
         return peel_reference(logits)
     if method == "vote_reference":

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ..speed.allocator import keep_memory as keep_memory
     from .attack import TrainingAttack as TrainingAttack
     from .classifier import ClassifierTask as ClassifierTask
+    from .classifier import is_classifier as is_classifier
     from .classifier import load_classifier as load_classifier
     from .classifier import save_classifier as save_classifier
     from .config import ClassifierConfig as ClassifierConfig
@@ -28,6 +29,7 @@ __all__ = [
     "Task",
     "TrainingAttack",
     "fit",
+    "is_classifier",
     "keep_memory",
     "load_classifier",
     "save_classifier",
@@ -43,6 +45,7 @@ __getattr__, __dir__ = lazy_exports(
     TrainingAttack=".attack",
     fit=".loop",
     keep_memory="..speed.allocator",
+    is_classifier=".classifier",
     load_classifier=".classifier",
     save_classifier=".classifier",
 )

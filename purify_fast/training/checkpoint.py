@@ -93,8 +93,14 @@ def read_model(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: {folder} is not a saved model")
     try:
-        facts = json.loads((folder / "model.json").read_text())
+        facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'model.json'} is damaged: {error}") from error
+    kind, arguments = (facts.get("kind"), facts.get("arguments")) if isinstance(facts, dict) else (None, None)
+    if not isinstance(kind, str) or not isinstance(arguments, dict):
+        raise ValueError(f"{folder / 'model.json'} is damaged: it says no kind of model, or not its arguments")
+    try:
         with safe_open(folder / "model.safetensors", "pt") as file:
             return facts, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{folder} holds a broken model: {error!r}") from error

@@ -108,8 +108,8 @@ def _cases() -> dict[str, tuple]:
 
     owners = torch.zeros((1, 4, 8, 8), dtype=torch.uint8)
     for last, layout in ((False, ""), (True, "-channels_last")):
-        for mask, missing, parts in (("missing", 16, 0), ("parts", 0, 4)):
-            mask_of, out = (8, missing, parts, 1, parts > 0), (lambda dtype: dtype, last)
+        for mask, masked_blocks, num_passes in (("masked", 16, 0), ("passes", 0, 4)):
+            mask_of, out = (8, masked_blocks, num_passes, 1, num_passes > 0), (lambda dtype: dtype, last)
             cases[f"random_transform-forward-{mask}{layout}"] = (
                 random_transform.forward, one(4, 3, 64, 64), SEED, IDS, 0.25, *mask_of, *out
             )  # fmt: skip
@@ -293,7 +293,8 @@ def test_double_scalars_are_narrowed_at_once(case, dtype):
 
 #: Kernels that clamp, and the clamps that must propagate NaN.
 CLAMPS = {
-    "aggregate-p*": ("min",),
+    "aggregate-peel-*": ("min",),
+    "aggregate-mean_sigmoid-*": ("min",),
     "apgd_step-*": ("max", "min"),
     "noisy_replay": ("max", "min"),
     "pgd_step-*": ("max", "min"),

@@ -14,8 +14,18 @@ from torch import nn
 
 from purify_fast import Carso
 from purify_fast.defences.noisy_ensemble import NoisyCopies
-from purify_fast.evaluation import Attack, Report, default_attacks, evaluate, lee_kim_2023, merge
-from purify_fast.evaluation import runner as protocol
+from purify_fast.evaluation import (
+    Attack,
+    Report,
+    default_attacks,
+    evaluate,
+    kinds,
+    labels,
+    lee_kim_2023,
+    merge,
+    row_cache,
+    watched,
+)
 from purify_fast.evaluation.autoattack import parts
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
@@ -117,7 +127,7 @@ def test_fact_14_through_the_published_head(scale, saturated):
     assert row.accuracy == pytest.approx(saturated, abs=0.15)
     assert row.accuracy <= share + 0.1
     assert not row.reliable and not report.headline.reliable
-    assert "unreliable</span>" in report.to_markdown() and "\033[31m" in report.to_text()
+    assert "unreliable</span>" in report.to_markdown() and "\033[31m" in report.to_text(color=True)
     # judged by the same decisions, attacked through logsumexp: nothing is left
     model.method = "lse"
     head = evaluate(model, x, y, steps=30, eot=5, n_eval=1, attacks=[Attack(head="peel_reference"), Attack()], **QUIET)
@@ -564,7 +574,7 @@ def test_attack_errors(change, message):
 def test_without_autoattack_no_attack_is_begun(monkeypatch):
     for package in ("pyautoattack", "autoattack"):
         monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(protocol, "pgd", lambda *a, **more: pytest.fail("it was attacked"))
+    monkeypatch.setattr(kinds, "pgd", lambda *a, **more: pytest.fail("it was attacked"))
     x, y = torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ModuleNotFoundError, match="AutoAttack is not installed"):
         evaluate(Linear(), x, y, attacks=[Attack(), Attack("autoattack")], **QUIET)
@@ -601,21 +611,19 @@ def test_l2_and_grey():
 
 
 def test_rows_are_keyed_by_the_code_that_makes_them(toy, tmp_path, monkeypatch):
-    from purify_fast.evaluation import runner as protocol
-
     model, x, y = toy
     common = {"steps": 2, "attacks": [Attack(variant="deterministic")], "out": tmp_path, **QUIET}
     evaluate(model, x, y, **common)
     made = len(list((tmp_path / "rows").glob("*.json")))
     evaluate(model, x, y, **common)
     assert len(list((tmp_path / "rows").glob("*.json"))) == made
-    monkeypatch.setattr(protocol, "_code", lambda: ["another version"])
+    monkeypatch.setattr(row_cache, "PROTOCOL_VERSION", row_cache.PROTOCOL_VERSION + 1)
     evaluate(model, x, y, **common)
     assert len(list((tmp_path / "rows").glob("*.json"))) == 2 * made
 
 
 def test_models_that_differ_in_an_attribute_have_their_own_fingerprints():
-    from purify_fast.evaluation.runner import _fingerprint
+    from purify_fast.evaluation.fingerprint import fingerprint
 
     marks = set()
     for attribute in (
@@ -633,9 +641,9 @@ def test_models_that_differ_in_an_attribute_have_their_own_fingerprints():
         nn.init.zeros_(module.weight)
         nn.init.zeros_(module.bias)
         module.extra = attribute
-        marks.add(_fingerprint(module))
+        marks.add(fingerprint(module))
     assert len(marks) == 9
-    assert _fingerprint(lambda x: x) is None
+    assert fingerprint(lambda x: x) is None
 
 
 def test_images_that_cannot_be_drawn_do_not_lose_the_report(tmp_path):
@@ -705,16 +713,14 @@ def test_apgd_with_few_classes(classes, label):
 @pytest.mark.parametrize("attack, exact", [(Attack("apgd"), True), (Attack("apgd", loss="dlr_targeted"), False)])
 def test_apgd_says_how_much_there_is_to_do(toy, monkeypatch, attack, exact):
     """The bar's total: exact for one run, the most there can be for several."""
-    from purify_fast.evaluation import runner as protocol
-
     bars = []
 
-    class Bar(protocol.tqdm):
+    class Bar(watched.tqdm):
         def __init__(self, *args, **more):
             super().__init__(*args, **more | {"disable": False, "file": io.StringIO()})
             bars.append(self)
 
-    monkeypatch.setattr(protocol, "tqdm", Bar)
+    monkeypatch.setattr(watched, "tqdm", Bar)
     model, x, y = toy
     evaluate(Plain(model), x, y, steps=3, attacks=[attack], eps=FAINT)
     (bar,) = bars
@@ -856,7 +862,7 @@ def test_every_row_of_the_default_plan_in_the_l1_ball(toy):
 
 @pytest.mark.parametrize("eps, text", [(0.5, "0.5"), (8 / 255, "8/255"), (1, "1"), (0.2, "0.2"), (0.123456, "0.123")])
 def test_radii_are_short(eps, text):
-    assert protocol._short(eps) == text
+    assert labels.short(eps) == text
 
 
 def test_labels_name_the_threat_and_the_weak_protocol_once(shattered):
@@ -924,9 +930,9 @@ def test_options_reach_the_attacks(toy, monkeypatch):
     model, x, y = toy
     seen = {}
     for name in ("pgd", "stadv"):
-        original = getattr(protocol, name)
+        original = getattr(kinds, name)
         monkeypatch.setattr(
-            protocol, name, lambda *a, original=original, name=name, **o: seen.update({name: o}) or original(*a, **o)
+            kinds, name, lambda *a, original=original, name=name, **o: seen.update({name: o}) or original(*a, **o)
         )
     attacks = [Attack("stadv", alpha=0.02, smoothness=0.0, eps=0.1), lee_kim_2023()]
     evaluate(model, x[:4], y[:4], attacks=[attacks[0]], steps=2, **QUIET)
@@ -985,12 +991,12 @@ def test_new_attacks_are_kept_and_found_again(tmp_path, shattered):
 def test_the_bars_total_of_the_new_attacks_is_exact(shattered, monkeypatch, attack):
     bars = []
 
-    class Bar(protocol.tqdm):
+    class Bar(watched.tqdm):
         def __init__(self, *args, **more):
             super().__init__(*args, **more | {"disable": False, "file": io.StringIO()})
             bars.append(self)
 
-    monkeypatch.setattr(protocol, "tqdm", Bar)
+    monkeypatch.setattr(watched, "tqdm", Bar)
     model, x, y = shattered
     evaluate(model, x[:8], y[:8], steps=3, eot=2, attacks=[attack], eps=FAINT)
     (bar,) = bars

@@ -17,8 +17,8 @@ def random(*shape: int, scale: float = 3.0, seed: int = 0, dtype=torch.float32) 
 
 
 def test_the_constants_are_the_ops():
-    names = (kernel.LSE, kernel.PEEL, kernel.MEAN, kernel.PROBABILITY, kernel.VOTE)
-    assert [n.value for n in names] == [op.METHODS.index(n) for n in ("lse", "peel", "mean", "probability", "vote")]
+    names = (kernel.LSE, kernel.PEEL, kernel.MEAN, kernel.MEAN_SIGMOID, kernel.VOTE)
+    assert [n.value for n in names] == [op.METHODS.index(n) for n in ("lse", "peel", "mean", "mean_sigmoid", "vote")]
     assert kernel.TANGENT.value == op.TANGENT
 
 

@@ -36,11 +36,11 @@ def own_noise(monkeypatch):
     monkeypatch.setattr(op, "_noise", noise)
 
 
-def settings(shape: tuple, parts: int) -> tuple:
-    """(sigma, block, missing, parts) for the launchers."""
+def settings(shape: tuple, num_passes: int) -> tuple:
+    """(sigma, block, masked_blocks, num_passes) for the launchers."""
     block = shape[4]
     count = (shape[2] // block) * (shape[3] // block)
-    return 0.25, block, count // 3, parts if count % (parts or 1) == 0 else 1
+    return 0.25, block, count // 3, num_passes if count % (num_passes or 1) == 0 else 1
 
 
 def test_the_streams_are_the_ops():
@@ -48,17 +48,17 @@ def test_the_streams_are_the_ops():
 
 
 @pytest.mark.parametrize(
-    ("shape", "parts", "dtype"),
+    ("shape", "num_passes", "dtype"),
     [
-        *((shape, parts, torch.float32) for shape, parts in zip(SHAPES, (5, 0, 5, 4), strict=True)),
+        *((shape, num_passes, torch.float32) for shape, num_passes in zip(SHAPES, (5, 0, 5, 4), strict=True)),
         (SHAPES[0], 0, torch.bfloat16),
         (SHAPES[2], 1, torch.float16),
     ],
     ids=str,
 )
-def test_values_and_gradients(within_budget, poisoned, own_noise, shape, parts, dtype):
+def test_values_and_gradients(within_budget, poisoned, own_noise, shape, num_passes, dtype):
     x, seed, ids = inputs(shape, dtype)
-    sigma, *rest = settings(shape, parts)
+    sigma, *rest = settings(shape, num_passes)
     for samples, shared, out, last in ((1, False, dtype, False), (2, True, torch.float32, True)):
         arguments = (x, seed, ids, sigma, *rest, samples, shared, out, last)
         (packed, owners), same = kernel.forward(*arguments), op.reference(*arguments)
@@ -92,23 +92,29 @@ def test_noise_agrees_to_a_few_ulp():
     torch.testing.assert_close(kernel.forward(*arguments)[0], op.reference(*arguments)[0], rtol=0, atol=2**-21)
 
 
-@pytest.mark.parametrize("parts", [0, 1, 4, 16])
+@pytest.mark.parametrize("num_passes", [0, 1, 4, 16])
 @pytest.mark.parametrize("shared", [False, True])
-def test_owners_have_the_same_bits(shared, parts):
+def test_owners_have_the_same_bits(shared, num_passes):
     """A grid below, of and above one tile; ids and draws of 32 bits and more."""
     ids = torch.tensor([7, -1, 2**40 + 3])
     for height, width in ((4, 4), (8, 8), (12, 20)):
-        got = kernel._assign(SEED, ids, height, width, height * width // 3, parts, 2, shared)
-        assert torch.equal(got, op._assign(SEED, ids, (height, width), height * width // 3, parts, 2, shared))
+        mask = {
+            "masked_blocks": height * width // 3, "num_passes": num_passes, "samples": 2, "shared_mask": shared
+        }  # fmt: skip
+        got = kernel._assign(SEED, ids, (height, width), **mask)
+        assert torch.equal(got, op._assign(SEED, ids, (height, width), **mask))
 
 
 def test_ties_go_by_index(monkeypatch):
     """Blocks of one key, with the cut between them."""
     monkeypatch.setattr(kernel, "TILE", 512)  # the interpreter takes as long for a small one
     for sample, blocks, rank in TIES:
-        for missing, hidden in ((rank, [0, 0]), (rank + 1, [1, 0]), (rank + 2, [1, 1])):
-            owners = kernel._assign(torch.tensor([0]), torch.tensor([sample]), 32, 32, missing, 0, 1, False)
-            assert owners.flatten()[blocks].tolist() == hidden and owners.sum() == missing
+        for masked_blocks, hidden in ((rank, [0, 0]), (rank + 1, [1, 0]), (rank + 2, [1, 1])):
+            owners = kernel._assign(
+                torch.tensor([0]), torch.tensor([sample]), (32, 32),
+                masked_blocks=masked_blocks, num_passes=0, samples=1, shared_mask=False,
+            )  # fmt: skip
+            assert owners.flatten()[blocks].tolist() == hidden and owners.sum() == masked_blocks
 
 
 def test_splits_layouts_nan_and_empty():
@@ -128,7 +134,7 @@ def test_splits_layouts_nan_and_empty():
     assert torch.equal(kernel.backward(grads[:, 1:5], x, owners, seed, ids, 0.25, 3), wanted)
     x[1, 0, 4, 5] = torch.nan
     packed = kernel.forward(x, seed, ids, *rest)[0].unflatten(0, (2, 5, 3))
-    assert packed.isnan().sum() == 4 and packed[:, 1, :, 0, 4, 5].isnan().sum() == 4  # 2 draws, 2 of 3 parts see it
+    assert packed.isnan().sum() == 4 and packed[:, 1, :, 0, 4, 5].isnan().sum() == 4  # 2 draws, 2 of 3 passes see it
     assert kernel.backward(grad, x, owners, seed, ids, 0.25, 3)[1, 0, 4, 5] == 0
     packed, owners = kernel.forward(x[:0], seed, ids[:0], *rest)
     assert packed.shape == (0, 4, 9, 15) and owners.shape == (2, 0, 3, 5)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from purify_fast.ops import aggregate, use_backend
 
 op = import_module("purify_fast.ops.aggregate")
-SMOOTH = ("lse", "peel", "mean", "probability")
+SMOOTH = ("lse", "peel", "mean", "mean_sigmoid")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((1, 1, 2), (3, 8, 10), (2, 5, 101), (5, 64, 7), (2, 3, 1300), (0, 4, 10))
 
@@ -43,7 +43,7 @@ def test_published_example(backend):
     torch.testing.assert_close(aggregate(logits, "peel").exp(), p, rtol=0, atol=1e-6)
     close("peel_reference", 1.8614, -2.1833, -3.3689)
     close("mean", 0.75, 0.10, -0.65)
-    close("probability", 0.7389, 0.0998, -0.6312)
+    close("mean_sigmoid", 0.7389, 0.0998, -0.6312)
     close("vote_reference", 2, 0, -2)
     close("vote", 2, 0, 0)  # a true majority: both samples choose class 0
     second = torch.tensor([[[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]], dtype=torch.float64)
@@ -311,3 +311,10 @@ def test_reference_backend_is_the_reference():
     with use_backend("reference"):
         for index, method in enumerate(op.METHODS):
             assert torch.equal(aggregate(logits, method), op.reference(logits, index))
+
+
+def test_the_old_name_of_a_method_warns(backend):
+    logits = torch.randn(2, 3, 4)
+    with pytest.warns(DeprecationWarning, match="method='probability' .* use 'mean_sigmoid'"):
+        old = aggregate(logits, "probability")
+    assert torch.equal(old, aggregate(logits, "mean_sigmoid"))

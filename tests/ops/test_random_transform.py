@@ -53,13 +53,13 @@ def own_noise(monkeypatch):
 
 
 def plain_arguments(
-    x, sigma=0.25, block=4, missing=3, parts=0, samples=1, shared=False, dtype=None, last=False
+    x, sigma=0.25, block=4, masked_blocks=3, num_passes=0, samples=1, shared=False, dtype=None, last=False
 ) -> tuple:
-    return x, SEED, names(len(x)), sigma, block, missing, parts, samples, shared, dtype or x.dtype, last
+    return x, SEED, names(len(x)), sigma, block, masked_blocks, num_passes, samples, shared, dtype or x.dtype, last
 
 
 def test_masks_of_the_paper(backend):
-    """256 pixels, blocks of 32: 16 of 64 are missing, 16,384 pixels; RT3's four masks tile the image."""
+    """256 pixels, blocks of 32: 16 of 64 are hidden, 16,384 pixels; RT3's four masks tile the image."""
     x, ids = images(4, 3, 256, 256), names(4)
     packed, owners = random_transform(x, SEED, ids, samples=2)
     assert packed.shape == (8, 5, 256, 256) and owners.shape == (2, 4, 8, 8) and owners.dtype == torch.uint8
@@ -70,38 +70,38 @@ def test_masks_of_the_paper(backend):
     assert owners.max() == 1 and len(owners.flatten(2).flatten(0, 1).unique(dim=0)) == 8  # one for each draw and image
     assert (packed[:, 3] == 1).all() and (packed[:, :3].abs() <= 1).all()
 
-    packed, owners = random_transform(x, SEED, ids, parts=4)
-    parts = packed.unflatten(0, (4, 4))
-    m = parts[:, :, 4]
+    packed, owners = random_transform(x, SEED, ids, num_passes=4)
+    passes = packed.unflatten(0, (4, 4))
+    m = passes[:, :, 4]
     assert (m.sum((2, 3)) == 16384).all() and (m.sum(1) == 1).all()
     for i in range(4):
         assert (owners == i).sum((2, 3)).eq(16).all()
         assert torch.equal(m[:, i, ::32, ::32], (owners[0] == i).float())
-    # the noise is drawn once: where two parts see a pixel, they see the same
+    # the noise is drawn once: where two passes see a pixel, they see the same
     seen = (m == 0)[:, :, None]
-    shown = torch.where(seen, parts[:, :, :3], -torch.inf).amax(1, keepdim=True)
-    assert torch.equal(torch.where(seen, parts[:, :, :3], 0), torch.where(seen, shown, 0))
+    shown = torch.where(seen, passes[:, :, :3], -torch.inf).amax(1, keepdim=True)
+    assert torch.equal(torch.where(seen, passes[:, :, :3], 0), torch.where(seen, shown, 0))
 
-    packed, owners = random_transform(x, SEED, ids, parts=1)
+    packed, owners = random_transform(x, SEED, ids, num_passes=1)
     assert packed.shape == (4, 5, 256, 256) and (owners == 0).all()
-    assert (packed[:, :3] == 0).all() and (packed[:, 3:] == 1).all()  # everything is missing
+    assert (packed[:, :3] == 0).all() and (packed[:, 3:] == 1).all()  # everything is hidden
 
 
 def test_values_of_the_paper(monkeypatch):
     """Noise, clip, scale, mask, in this order."""
     x, n = torch.tensor([0, 0.25, 0.5, 1]), torch.tensor([-1.0, 1, 2, 1])
     monkeypatch.setattr(op, "_noise", lambda x, *_: n.view(1, *x.shape))
-    for missing, wanted in ((0, [-1.0, 0, 1, 1]), (4, [0.0] * 4)):
-        packed, _ = op.reference(*plain_arguments(x.view(1, 1, 1, 4), block=1, missing=missing))
+    for masked_blocks, wanted in ((0, [-1.0, 0, 1, 1]), (4, [0.0] * 4)):
+        packed, _ = op.reference(*plain_arguments(x.view(1, 1, 1, 4), block=1, masked_blocks=masked_blocks))
         assert packed[0, 0, 0].tolist() == wanted
 
 
 def test_planes_of_the_paper(backend):
-    """A constant image with only the first block missing: the sums of the channels."""
+    """A constant image with only the first block hidden: the sums of the channels."""
     ids = torch.arange(400)
-    _, owners = random_transform(torch.zeros(400, 1, 8, 8), SEED, ids, block=1, missing=1 / 64)
+    _, owners = random_transform(torch.zeros(400, 1, 8, 8), SEED, ids, block=1, mask_ratio=1 / 64)
     chosen = ids[owners[0, :, 0, 0] == 1][:1]
-    packed, owners = random_transform(torch.full((1, 3, 256, 256), 0.75), SEED, chosen, sigma=0.0, missing=1 / 64)
+    packed, owners = random_transform(torch.full((1, 3, 256, 256), 0.75), SEED, chosen, sigma=0.0, mask_ratio=1 / 64)
     assert owners[0, 0, 0, 0] == 1 and owners.sum() == 1  # the mask depends on the number of blocks alone
     assert packed.sum((0, 2, 3)).tolist() == [32256, 32256, 32256, 65536, 1024]
 
@@ -109,7 +109,7 @@ def test_planes_of_the_paper(backend):
 def test_moments_of_the_clipped_noise(backend):
     levels = torch.tensor([0.0, 0.25, 0.5, 1.0])
     x = levels.view(4, 1, 1, 1).expand(4, 3, 256, 256)
-    packed, _ = random_transform(x, SEED, torch.zeros(4, dtype=torch.int64), missing=0.0, samples=2)
+    packed, _ = random_transform(x, SEED, torch.zeros(4, dtype=torch.int64), mask_ratio=0.0, samples=2)
     z = (packed[:, :3].double() + 1) / 2
     z = z.unflatten(0, (2, 4)).transpose(0, 1).flatten(1)
     means, deviations = (0.09973, 0.27073, 0.5, 0.90027), (0.14594, 0.21631, 0.23986, 0.14594)
@@ -121,8 +121,8 @@ def test_moments_of_the_clipped_noise(backend):
 def test_gradient_of_the_clip(backend):
     """Both ends pass it, what is hidden does not."""
     x = torch.tensor([0, 1, 0.5, -0.1, 1.1]).view(1, 1, 1, 5).requires_grad_()
-    for missing in (0.0, 0.4):
-        packed, owners = random_transform(x, SEED, names(1), sigma=0.0, block=1, missing=missing)
+    for mask_ratio in (0.0, 0.4):
+        packed, owners = random_transform(x, SEED, names(1), sigma=0.0, block=1, mask_ratio=mask_ratio)
         (grad,) = torch.autograd.grad(packed.sum(), x)
         wanted = [2.0 * v * (1 - m) for v, m in zip((1, 1, 1, 0, 0), owners.flatten().tolist(), strict=True)]
         assert grad.flatten().tolist() == wanted
@@ -134,7 +134,7 @@ def test_gradient_of_the_clip(backend):
 def test_values_and_gradients(backend, within_budget, poisoned, own_noise, shape, dtype):
     x, ids = images(*shape[:4], dtype=dtype), names(shape[0])
     count = (shape[2] // shape[4]) * (shape[3] // shape[4])
-    for parts, samples, shared, out, last in (
+    for num_passes, samples, shared, out, last in (
         (None, 1, False, dtype, False),
         (None, 3, False, torch.float16, False),
         (count if count < 16 else 4, 2, False, torch.bfloat16, True),
@@ -145,18 +145,18 @@ def test_values_and_gradients(backend, within_budget, poisoned, own_noise, shape
     ):
         leaf = x.clone().requires_grad_()
         packed, owners = random_transform(
-            leaf, SEED, ids, block=shape[4], parts=parts, samples=samples, shared_mask=shared, dtype=out,
+            leaf, SEED, ids, block=shape[4], num_passes=num_passes, samples=samples, shared_mask=shared, dtype=out,
             channels_last=last,
         )  # fmt: skip
-        arguments = (x, SEED, ids, 0.25, shape[4], count // 4, parts or 0, samples, shared, out, last)
+        arguments = (x, SEED, ids, 0.25, shape[4], count // 4, num_passes or 0, samples, shared, out, last)
         same = op.reference(*arguments)
         assert torch.equal(packed, same[0]) and torch.equal(owners, same[1])
         assert packed.dtype == out and packed.is_contiguous(memory_format=NHWC if last else PLAIN)
         grad = images(*packed.shape, dtype=torch.float64, seed=5).to(out) - 0.5
         grad = grad.contiguous(memory_format=NHWC if last else PLAIN)
         (got,) = torch.autograd.grad(packed, leaf, grad)
-        golden = op.reference_backward(grad.double(), x.double(), owners, SEED, ids, 0.25, parts or 0)
-        same = op.reference_backward(grad, x, owners, SEED, ids, 0.25, parts or 0)
+        golden = op.reference_backward(grad.double(), x.double(), owners, SEED, ids, 0.25, num_passes or 0)
+        same = op.reference_backward(grad, x, owners, SEED, ids, 0.25, num_passes or 0)
         if backend == "cpp":
             within_budget(got, golden, same)
         elif got.numel():  # autograd's rounding, not the reference backward's
@@ -166,7 +166,7 @@ def test_values_and_gradients(backend, within_budget, poisoned, own_noise, shape
 
 def test_kernels_on_their_own(within_budget, poisoned, own_noise):
     x = images(3, 3, 12, 20)
-    arguments = plain_arguments(x, parts=5, samples=2)
+    arguments = plain_arguments(x, num_passes=5, samples=2)
     for got, same in zip(op.OP.handle(*arguments), op.reference(*arguments), strict=True):
         assert torch.equal(got, same)
     packed, owners = op.reference(*arguments)
@@ -182,36 +182,36 @@ def test_kernels_on_their_own(within_budget, poisoned, own_noise):
     ids=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4),
     grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     block=st.integers(1, 3),
-    missing=st.floats(0, 1, exclude_max=True),
+    mask_ratio=st.floats(0, 1, exclude_max=True),
     data=st.data(),
     samples=st.integers(1, 3),
     shared=st.booleans(),
 )
-def test_backends_agree(seed, ids, grid, block, missing, data, samples, shared):
+def test_backends_agree(seed, ids, grid, block, mask_ratio, data, samples, shared):
     """The same masks to the bit, the same noise to a few ulp; and what the masks must be."""
     blocks = grid[0] * grid[1]
     divisors = [n for n in range(1, blocks + 1) if blocks % n == 0]
-    parts = data.draw(st.sampled_from([None, *divisors]))
+    num_passes = data.draw(st.sampled_from([None, *divisors]))
     x = images(len(ids), 2, grid[0] * block, grid[1] * block)
     made = []
     for name in ("reference", "cpp") if _library.loaded() else ("reference",):
         with use_backend(name):
             made.append(
                 random_transform(
-                    x, torch.tensor([seed]), torch.tensor(ids, dtype=torch.int64), block=block, missing=missing,
-                    parts=parts, samples=samples, shared_mask=shared,
+                    x, torch.tensor([seed]), torch.tensor(ids, dtype=torch.int64), block=block, mask_ratio=mask_ratio,
+                    num_passes=num_passes, samples=samples, shared_mask=shared,
                 )
             )  # fmt: skip
     for packed, owners in made:
         assert torch.equal(owners, made[0][1]) and torch.equal(packed[:, 2:], made[0][0][:, 2:])
         torch.testing.assert_close(packed, made[0][0], rtol=0, atol=2**-20)
         assert (packed[:, 2] == 1).all()
-        m = packed[:, 3].unflatten(0, (samples, len(ids), parts or 1))
-        if parts is None:
-            assert (owners.sum((2, 3)) == int(missing * blocks)).all()
+        m = packed[:, 3].unflatten(0, (samples, len(ids), num_passes or 1))
+        if num_passes is None:
+            assert (owners.sum((2, 3)) == int(mask_ratio * blocks)).all()
             assert torch.equal(m[:, :, 0, ::block, ::block], owners.to(m.dtype))
         else:
-            assert (m.sum(2) == 1).all() and (m.sum((3, 4)) == blocks // parts * block**2).all()
+            assert (m.sum(2) == 1).all() and (m.sum((3, 4)) == blocks // num_passes * block**2).all()
 
 
 def test_ties_go_by_index(backend):
@@ -224,21 +224,21 @@ def test_ties_go_by_index(backend):
             keys[blocks[0]] == keys[blocks[1]]
             and ((keys.long() & 0xFFFFFFFF) < (keys[blocks[0]].long() & 0xFFFFFFFF)).sum() == rank
         )
-        for missing, hidden in ((rank, [0, 0]), (rank + 1, [1, 0]), (rank + 2, [1, 1])):
+        for masked_blocks, hidden in ((rank, [0, 0]), (rank + 1, [1, 0]), (rank + 2, [1, 1])):
             _, owners = random_transform(
                 torch.zeros(1, 1, 32, 32), torch.tensor([0]), torch.tensor([sample]), block=1,
-                missing=(missing + 0.5) / 1024,
+                mask_ratio=(masked_blocks + 0.5) / 1024,
             )  # fmt: skip
-            assert owners.flatten()[blocks].tolist() == hidden and owners.sum() == missing
+            assert owners.flatten()[blocks].tolist() == hidden and owners.sum() == masked_blocks
 
 
 @pytest.mark.parametrize("side", [7, 10, 14])
 def test_k_of_g_is_k_for_every_k(side):
     """k / G in floating point times G may fall short of k."""
     for k in range(side**2):
-        _, owners = random_transform(torch.zeros(1, 1, side, side), SEED, names(1), block=1, missing=k / side**2)
+        _, owners = random_transform(torch.zeros(1, 1, side, side), SEED, names(1), block=1, mask_ratio=k / side**2)
         assert owners.sum() == k
-    most = random_transform(torch.zeros(1, 1, side, side), SEED, names(1), block=1, missing=1 - 1e-9)[1]
+    most = random_transform(torch.zeros(1, 1, side, side), SEED, names(1), block=1, mask_ratio=1 - 1e-9)[1]
     assert most.sum() == side**2 - 1
 
 
@@ -250,7 +250,7 @@ def test_pinned_masks(backend):
     order = sorted(range(16), key=lambda i: (int(bits[i]), i))
     _, owners = random_transform(x, seed, ids, block=1)
     assert sorted(order[:4]) == owners.flatten().nonzero().flatten().tolist() == [4, 10, 12, 14]
-    _, owners = random_transform(x, seed, ids, block=1, parts=4)
+    _, owners = random_transform(x, seed, ids, block=1, num_passes=4)
     assert [int(owners.flatten()[i]) for i in order] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
     _, shared = random_transform(x.expand(3, -1, -1, -1), seed, names(3), block=1, shared_mask=True)
     _, zero = random_transform(x, seed, torch.zeros(1, dtype=torch.int64), block=1)
@@ -261,12 +261,12 @@ def test_masks_are_uniform(backend):
     n = 4096
     x, ids = torch.zeros(n, 1, 4, 4), torch.arange(n)
     _, owners = random_transform(x, SEED, ids, block=1)
-    missing = owners[0].flatten(1).double()
-    pairs = missing.T @ missing / n  # 4 of 16: 1/4 alone, 4 * 3 / (16 * 15) together
+    hidden = owners[0].flatten(1).double()
+    pairs = hidden.T @ hidden / n  # 4 of 16: 1/4 alone, 4 * 3 / (16 * 15) together
     wanted = torch.full((16, 16), 1 / 20, dtype=torch.float64).fill_diagonal_(1 / 4)
     assert ((pairs - wanted).abs() < 5 * (wanted * (1 - wanted) / n).sqrt()).all()
-    _, owners = random_transform(x, SEED, ids, block=1, parts=4)
-    own = torch.nn.functional.one_hot(owners[0].flatten(1).long(), 4).double()  # same part: 3 of the 15 others
+    _, owners = random_transform(x, SEED, ids, block=1, num_passes=4)
+    own = torch.nn.functional.one_hot(owners[0].flatten(1).long(), 4).double()  # same pass: 3 of the 15 others
     same = torch.einsum("nip,njp->ij", own, own) / n
     wanted = torch.full((16, 16), 1 / 5, dtype=torch.float64).fill_diagonal_(1)
     assert ((same - wanted).abs() <= 5 * (wanted * (1 - wanted) / n).sqrt()).all()
@@ -275,18 +275,18 @@ def test_masks_are_uniform(backend):
 
 def test_noise_does_not_know_the_mask(backend):
     x = torch.full((8, 3, 64, 64), 0.5)
-    packed, owners = random_transform(x, SEED, names(8), sigma=0.01, block=4, parts=4)
+    packed, owners = random_transform(x, SEED, names(8), sigma=0.01, block=4, num_passes=4)
     t = packed.unflatten(0, (8, 4))[:, :, :3].abs()
     first, last = (t[:, i][(op.on_pixels(owners, 64, 64)[0] == 3 - i)[:, None].expand_as(t[:, i])] for i in (0, 3))
     assert abs(first.mean() / last.mean() - 1) < 0.02
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("parts", [None, 3])
-def test_batch_split_order_and_draws_change_nothing(backend, parts, shared):
+@pytest.mark.parametrize("num_passes", [None, 3])
+def test_batch_split_order_and_draws_change_nothing(backend, num_passes, shared):
     x, ids = images(5, 3, 9, 15), names(5)
-    more = {"block": 3, "parts": parts, "shared_mask": shared}
-    n = parts or 1
+    more = {"block": 3, "num_passes": num_passes, "shared_mask": shared}
+    n = num_passes or 1
 
     def run(x, ids, samples=3):
         packed, owners = random_transform(x, SEED, ids, samples=samples, **more)
@@ -319,7 +319,7 @@ def test_without_noise(backend, block):
 
 def test_any_layout_and_no_mutation(backend):
     x, ids = images(3, 4, 9, 15), names(3)
-    before, more = x.clone(), {"block": 3, "parts": 3, "samples": 2}
+    before, more = x.clone(), {"block": 3, "num_passes": 3, "samples": 2}
     leaf = x.clone().requires_grad_()
     packed, owners = random_transform(leaf, SEED, ids, **more)
     grad = torch.linspace(-1, 1, packed.numel()).view_as(packed)
@@ -344,12 +344,12 @@ def test_nan_stays_where_it_is_seen(backend, block):
     x, ids = images(2, 3, 2 * block, 2 * block), names(2)
     x[1, 2, block - 1, block + 1] = torch.nan
     leaf = x.clone().requires_grad_()
-    packed, owners = random_transform(leaf, SEED, ids, block=block, parts=4)
+    packed, owners = random_transform(leaf, SEED, ids, block=block, num_passes=4)
     seen = packed.isnan().unflatten(0, (2, 4))
     assert seen.sum() == 3 and seen[1, :, 2, block - 1, block + 1].sum() == 3
     assert not seen[1, int(owners[0, 1, 0, 1]), 2, block - 1, block + 1]
-    for parts in (4, None):
-        packed, _ = random_transform(leaf, SEED, ids, block=block, parts=parts)
+    for num_passes in (4, None):
+        packed, _ = random_transform(leaf, SEED, ids, block=block, num_passes=num_passes)
         grad = torch.ones_like(packed)
         grad[:, :3][packed[:, 4:5].expand(-1, 3, -1, -1) == 1] = torch.nan  # in the holes: it goes nowhere
         grad[:, 3:] = torch.nan
@@ -359,14 +359,14 @@ def test_nan_stays_where_it_is_seen(backend, block):
 
 def test_infinities_are_clipped_where_they_are_seen(backend):
     x = torch.full((1, 1, 2, 2), torch.inf)
-    packed, owners = random_transform(x, SEED, names(1), block=1, missing=0.25)
+    packed, owners = random_transform(x, SEED, names(1), block=1, mask_ratio=0.25)
     assert torch.equal(packed[0, 0], 1 - owners[0, 0].float())
 
 
 def test_gradcheck():
     x = (1.4 * images(2, 2, 4, 6, dtype=torch.float64) - 0.2).requires_grad_()
-    for parts in (0, 3):
-        rest = plain_arguments(x, block=2, missing=2, parts=parts, samples=2)[1:]
+    for num_passes in (0, 3):
+        rest = plain_arguments(x, block=2, masked_blocks=2, num_passes=num_passes, samples=2)[1:]
         for function in (op._RandomTransform.apply, op.reference):
             assert torch.autograd.gradcheck(lambda x, f=function, rest=rest: f(x, *rest)[0], x)
 
@@ -375,9 +375,9 @@ def test_contract(backend, contract):
     x = images(3, 3, 8, 12)
     sets = [
         plain_arguments(x),
-        plain_arguments(x[:0], parts=3),
+        plain_arguments(x[:0], num_passes=3),
         plain_arguments(
-            x.contiguous(memory_format=NHWC), parts=2, samples=2, shared=True, dtype=torch.float16, last=True
+            x.contiguous(memory_format=NHWC), num_passes=2, samples=2, shared=True, dtype=torch.float16, last=True
         ),
     ]
     contract.registered(op.OP.handle, *sets)
@@ -388,14 +388,14 @@ def test_contract(backend, contract):
     contract.registered(op.BACKWARD.handle, *backward)
 
 
-@pytest.mark.parametrize("parts", [None, 4])
-def test_compiles(backend, contract, parts):
+@pytest.mark.parametrize("num_passes", [None, 4])
+def test_compiles(backend, contract, num_passes):
     def make(size: int) -> tuple:
         sigma = 0.1 + size / 50 if backend == "reference" else 0.25  # an opaque op's numbers are constants of the graph
         return images(size, 3, 8, 8, seed=size).requires_grad_(), torch.tensor([size]), names(size), sigma
 
     def call(x, seed, ids, sigma):  # neither seed nor sigma recompiles
-        return random_transform(2 * x, seed, ids, sigma=sigma, block=2, parts=parts, samples=2)[0]
+        return random_transform(2 * x, seed, ids, sigma=sigma, block=2, num_passes=num_passes, samples=2)[0]
 
     contract.compiles(call, make, compiler="aot_eager")  # a minute with inductor, which the benchmark checks
 
@@ -411,7 +411,7 @@ def test_compiles_to_other_dtypes_and_formats(backend):
 def test_export(backend):
     class Transform(torch.nn.Module):
         def forward(self, x, seed, ids):
-            return random_transform(x, seed, ids, block=4, parts=4)
+            return random_transform(x, seed, ids, block=4, num_passes=4)
 
     batch = {0: torch.export.Dim("batch")}
     program = torch.export.export(Transform(), (images(4, 3, 8, 8), SEED, names(4)), dynamic_shapes=(batch, {}, batch))
@@ -462,13 +462,16 @@ def test_what_the_op_cannot_do():
         ({"sigma": -0.1}, "sigma must be finite and not negative, got -0.1"),
         ({"sigma": math.inf}, "sigma must be finite and not negative, got inf"),
         ({"sigma": math.nan}, "sigma must be finite and not negative, got nan"),
-        ({"missing": 1.0}, r"missing must be in \[0, 1\), got 1.0"),
-        ({"missing": -0.1}, r"missing must be in \[0, 1\), got -0.1"),
-        ({"missing": math.nan}, r"missing must be in \[0, 1\), got nan"),
-        ({"parts": 4}, "parts must be 1 to 6 and divide the 6 blocks of an image, got 4"),
-        ({"parts": 0}, "parts must be 1 to 6 and divide the 6 blocks of an image, got 0"),
-        ({"parts": 7}, "parts must be 1 to 6 .* got 7"),
-        ({"block": 2, "parts": 256}, "parts must be 1 to 255 and divide the 1536 blocks of an image, got 256"),
+        ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\), got 1.0"),
+        ({"mask_ratio": -0.1}, r"mask_ratio must be in \[0, 1\), got -0.1"),
+        ({"mask_ratio": math.nan}, r"mask_ratio must be in \[0, 1\), got nan"),
+        ({"num_passes": 4}, "num_passes must be 1 to 6 and divide the 6 blocks of an image, got 4"),
+        ({"num_passes": 0}, "num_passes must be 1 to 6 and divide the 6 blocks of an image, got 0"),
+        ({"num_passes": 7}, "num_passes must be 1 to 6 .* got 7"),
+        (
+            {"block": 2, "num_passes": 256},
+            "num_passes must be 1 to 255 and divide the 1536 blocks of an image, got 256",
+        ),
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"dtype": torch.int8}, "dtype must be float16, bfloat16, float32 or float64, got torch.int8"),
     ],
@@ -477,3 +480,13 @@ def test_errors(change, message):
     arguments = {"x": torch.zeros(3, 3, 64, 96), "seed": SEED, "sample_ids": torch.arange(3)} | change
     with pytest.raises(ValueError, match=message):
         random_transform(arguments.pop("x"), arguments.pop("seed"), arguments.pop("sample_ids"), **arguments)
+
+
+def test_old_names_of_arguments_warn():
+    x, ids = torch.rand(2, 3, 16, 16), names(2)
+    with pytest.warns(DeprecationWarning, match="'missing' of random_transform.* use 'mask_ratio'"):
+        old = random_transform(x, SEED, ids, block=4, missing=0.5)
+    assert torch.equal(old[0], random_transform(x, SEED, ids, block=4, mask_ratio=0.5)[0])
+    with pytest.warns(DeprecationWarning, match="'parts' of random_transform.* use 'num_passes'"):
+        old = random_transform(x, SEED, ids, block=4, parts=4)
+    assert torch.equal(old[0], random_transform(x, SEED, ids, block=4, num_passes=4)[0])

@@ -66,7 +66,7 @@ def test_values_and_gradients(backend, poisoned, shape, dtype, memory_format):
 
 def test_stitch_of_the_paper(backend):
     """RT3: every block from the pass that hides it; the gradient of pass i is its mask."""
-    packed, owners = random_transform(torch.rand(2, 3, 256, 256), torch.tensor([5]), torch.arange(2), parts=4)
+    packed, owners = random_transform(torch.rand(2, 3, 256, 256), torch.tensor([5]), torch.arange(2), num_passes=4)
     constants = torch.tensor([0.5, -1.0, 0.25, 2.0])
     passes = constants.repeat(2)[:, None, None, None].expand(8, 3, 256, 256).clone().requires_grad_()
     out = stitch(passes, owners)
@@ -77,13 +77,15 @@ def test_stitch_of_the_paper(backend):
         assert [int((blocks[0, :, 0, :, 0] == c).sum()) for c in constants] == [16] * 4
     (grad,) = torch.autograd.grad(out.sum(), passes)
     assert torch.equal(grad, packed[:, 4:].expand_as(grad))
-    whole, owners = random_transform(torch.rand(2, 3, 64, 64), torch.tensor([5]), torch.arange(2), parts=1)
+    whole, owners = random_transform(torch.rand(2, 3, 64, 64), torch.tensor([5]), torch.arange(2), num_passes=1)
     assert torch.equal(stitch(whole, owners), whole)
 
 
 def test_what_is_seen_never_reaches_the_stitched_image(backend):
     """All N passes shown as they came in: the owners' blocks are the hidden ones, 0."""
-    packed, owners = random_transform(torch.rand(3, 3, 16, 16), torch.tensor([5]), torch.arange(3), block=4, parts=4)
+    packed, owners = random_transform(
+        torch.rand(3, 3, 16, 16), torch.tensor([5]), torch.arange(3), block=4, num_passes=4
+    )
     assert (stitch(packed[:, :3], owners) == 0).all()
 
 

@@ -308,5 +308,8 @@ class ArrestTask:
 
     def describe(self) -> dict[str, Any]:
         """The config, the representation, the classifier's structure, and where it started."""
-        facts = {"layers": self.layers, "structure": structure(self.classifier), "origin": self.origin}
+        attack = self.config.attack
+        # the step itself, so that a run is resumed whether its step was given or follows from eps
+        facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
+        facts |= {"structure": structure(self.classifier), "origin": self.origin}
         return {"task": "arrest", **settings(self.config), **facts}

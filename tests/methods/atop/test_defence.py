@@ -279,9 +279,9 @@ def test_the_callers_modules_stay_their_own():
         ({"samples": 2.0}, "samples must be a whole number of at least 1, got 2.0"),
         ({"block": 2.7}, "block must be a whole number of at least 1, got 2.7"),
         ({"block": 5}, "block"),
-        ({"missing": 1.0}, r"missing must be in \[0, 1\), got 1.0"),
+        ({"missing": 1.0}, r"mask_ratio must be in \[0, 1\), got 1.0"),
         ({"sigma": -0.1}, "sigma must be finite and not negative, got -0.1"),
-        ({"transform": "rt3", "parts": 3}, "parts must be .* 16 blocks.*got 3"),
+        ({"transform": "rt3", "parts": 3}, "num_passes must be .* 16 blocks.*got 3"),
     ],
 )
 def test_settings_that_cannot_be_used(options, message):

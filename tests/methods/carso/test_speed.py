@@ -14,7 +14,7 @@ import purify_fast
 from purify_fast import data
 from purify_fast.attacks import fgsm, input_gradient, pgd, pgd_and_fgsm
 from purify_fast.defences.stochastic import Randomised
-from purify_fast.evaluation.runner import _fingerprint
+from purify_fast.evaluation.fingerprint import fingerprint
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, Head
 from purify_fast.methods.carso.task import balanced_batch, pipeline_step, published_step
 from purify_fast.models.classifiers import SmallCNN
@@ -148,7 +148,7 @@ def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
 def test_an_evaluation_tells_it_from_the_plain_defence():
     made, names = defence(), []
     for dtype in (None, torch.float32, torch.bfloat16):
-        names.append(_fingerprint(made.accelerate(dtype)))
+        names.append(fingerprint(made.accelerate(dtype)))
     assert len(set(names)) == 3
 
 
