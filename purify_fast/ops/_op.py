@@ -89,9 +89,9 @@ class Op:
     sources: dict[str, tuple[Path, ...]] = field(default_factory=dict)
     served: dict[tuple[Style, torch.device, str], str] = field(default_factory=dict)
 
-    def __call__(self, *args):
+    def __call__(self, *args, variant: str = ""):
         """Run on the arguments, the first a tensor: by the backend that serves its device. No gradient is recorded."""
-        return (self.reference if self.plain(args[0].device) else self.handle)(*args)
+        return (self.reference if self.plain(args[0].device, variant) else self.handle)(*args)
 
     def kernel(self, kind: str) -> str:
         """The backend whose kernel the handle runs on devices of a type; ``reference`` where there is none."""
@@ -128,30 +128,39 @@ class Op:
                 self.served[style, device, variant] = found
         return found
 
+    def forced(self, kind: str) -> str | None:
+        """The backend that is forced for devices of a type: None if none is, and empty if none of them exists here."""
+        names = [name for name in _forced if kind in BACKENDS[name]]
+        return next((name for name in names if name in self.available[kind]), "") if names else None
+
+    def missing(self, kind: str) -> str:
+        """What is wrong where `forced` is empty."""
+        names = " and ".join(repr(name) for name in _forced if kind in BACKENDS[name])
+        there = ", ".join(self.available[kind])
+        return f"{self.name}: backend {names} is forced but missing; on {kind} there are: {there}"
+
     def choice(self, device: torch.device, variant: str = "") -> str | None:
         """The backend that serves this op on ``device``; None if what is forced there is missing."""
-        kind = device.type
-        if _forced:
-            forced = [name for name in _forced if kind in BACKENDS[name]]
-            if forced:
-                return next((name for name in forced if name in self.available[kind]), None)
+        forced = self.forced(device.type) if _forced else None
+        if forced is not None:
+            return forced or None
         if torch.compiler.is_compiling():
-            return _in_graph(self.name, kind, device.index, variant)
+            return _in_graph(self.name, device.type, device.index, variant)
         return self.serving("eager", device, variant)
 
     def served_by(self, device: torch.device, variant: str = "") -> str:
         """`choice`; raises RuntimeError if there is none."""
         chosen = self.choice(device, variant)
         if chosen is None:
-            forced = " and ".join(repr(name) for name in _forced if device.type in BACKENDS[name])
-            raise RuntimeError(
-                f"{self.name}: backend {forced} is forced but missing; on {device.type} there are: "
-                f"{', '.join(self.available[device.type])}"
-            )
+            raise RuntimeError(self.missing(device.type))
         return chosen
 
     def plain(self, device: torch.device, variant: str = "") -> bool:
         """Whether the public function should call the reference directly instead of the op."""
+        if not _forced and not torch.compiler.is_compiling():  # every eager call passes here: one look-up
+            return (
+                self.served.get(("eager", device, variant)) or self.serving("eager", device, variant)
+            ) == "reference"
         return self.served_by(device, variant) == "reference"
 
 
@@ -237,7 +246,10 @@ def define_op(
         reference,
         available,
         {"cpu": cpu if cpu in available["cpu"] else "reference", "cuda": "reference"},
-        {"cpu": why_cpu, "cuda": "one launch replaces a dozen or more" if many else "compilers fuse the reference"},
+        {
+            "cpu": why_cpu,
+            "cuda": "one launch replaces a dozen or more" if "" in many else "compilers fuse the reference",
+        },
         many,
         {"cpu": cpu_in_graphs},
         sources,

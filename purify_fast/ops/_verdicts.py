@@ -11,6 +11,7 @@ written, the verdicts last as long as the process.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import json
@@ -27,6 +28,10 @@ import torch
 from .. import _files
 
 logger = logging.getLogger("purify_fast")
+
+
+#: What stands for an infinite error, which JSON does not have.
+LARGEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,14 @@ class Verdict:
     case: str
     seconds: float
     date: str
+
+    def words(self) -> str:
+        """The finding, as `purify-fast info` and a warning tell it."""
+        if self.passed:
+            return f"verified {self.date[:10]}, error {self.error:.1g} of {self.budget:.1g} allowed"
+        if self.error < LARGEST:
+            return f"an error of {self.error:.2g} where {self.budget:.2g} is allowed ({self.case})"
+        return self.case
 
 
 def folder() -> Path:
@@ -82,6 +95,18 @@ def _triton_version() -> str:
     return triton.__version__
 
 
+def _driver() -> str:
+    """The major CUDA version that the driver supports; ``unknown`` where the driver's library is not found."""
+    # PyTorch has no name for it; its library is loaded already where there is a GPU
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int()
+        failed = library.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return "unknown"
+    return "unknown" if failed else str(version.value // 1000)  # 13020 is CUDA 13.2
+
+
 @functools.cache
 def machine(device: torch.device) -> dict[str, str]:
     """The device and the versions that decide what a kernel computes on it."""
@@ -95,7 +120,7 @@ def machine(device: torch.device) -> dict[str, str]:
         "capability": f"sm_{major}{minor}",
         "torch": torch.__version__,
         "triton": _triton_version(),
-        "driver": str(torch._C._cuda_getDriverVersion() // 1000),  # 13020 is CUDA 13.2
+        "driver": _driver(),
     }
 
 
@@ -163,5 +188,3 @@ def locked(path: Path) -> Iterator[bool]:
         yield True
     finally:
         os.close(handle)
-
-

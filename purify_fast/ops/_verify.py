@@ -102,7 +102,7 @@ def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, ca
 
 def compare(op: Op, device: torch.device, examples: list[Example]) -> Deviation:
     """The case of the op's kernel on a device that comes closest to its budget, or exceeds it most."""
-    worst = Deviation(0.0, 0.0, "no case")
+    worst: Deviation | None = None
     with torch.no_grad():
         for example in examples:
             for dtype in example.dtypes:
@@ -110,9 +110,11 @@ def compare(op: Op, device: torch.device, examples: list[Example]) -> Deviation:
                 outputs = tensors(op.handle(*to(arguments, device)))
                 same, golden = (tensors(op.reference(*given)) for given in (arguments, double(arguments)))
                 for index, (actual, exact, rounded) in enumerate(zip(outputs, golden, same, strict=True)):
-                    case = f"{example.name}, output {index}, {str(actual.dtype).removeprefix('torch.')}"
+                    case = f"{example.name}, {str(dtype).removeprefix('torch.')}, output {index}"
                     found = deviation(actual.cpu(), exact, rounded, example, case)
-                    worst = max(worst, found, key=lambda one: one.share)
+                    worst = found if worst is None or found.share > worst.share else worst
+    if worst is None:
+        raise ValueError(f"{op.name} has no examples to verify it with")
     return worst
 
 
@@ -150,7 +152,7 @@ def _verify(op: Op, device: torch.device, backend: str) -> tuple[Verdict, bool]:
         backend=backend,
         sources=op.sources_digest(device.type),
         passed=found.passed,
-        error=min(found.error, 1e300),  # JSON has no infinity
+        error=min(found.error, _verdicts.LARGEST),
         budget=found.budget,
         case=found.case,
         seconds=round(time.perf_counter() - began, 3),
@@ -162,24 +164,37 @@ def _verify(op: Op, device: torch.device, backend: str) -> tuple[Verdict, bool]:
 def _warn(op: Op, device: torch.device, verdict: Verdict) -> None:
     where = _verdicts.machine(device)["device"]
     warnings.warn(
-        f"purify_fast: the {verdict.backend} kernel of {op.name} is wrong on {where}: an error of {verdict.error:.2g} "
-        f"where {verdict.budget:.2g} is allowed ({verdict.case}). It does not serve on this machine, its reference in "
-        "PyTorch does. Please report it with the output of `purify-fast info`",
+        f"purify_fast: the {verdict.backend} kernel of {op.name} is wrong on {where}: {verdict.words()}. "
+        "It does not serve on this machine, its reference in PyTorch does. Please report it with the output of "
+        "`purify-fast info`",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
+def kept_verdicts(device: torch.device) -> dict[str, Verdict]:
+    """The verdicts by op, of this process and on the disk; those on other sources or kernels are left out."""
+    path = _verdicts.file_of(device)
+    found = _verdicts.read(path, _verdicts.machine(device))
+    found |= {name: verdict for (file, name), verdict in _known.items() if file == str(path)}
+    return {
+        name: verdict for name, verdict in found.items() if name in REGISTRY and _holds(REGISTRY[name], verdict, device)
+    }
+
+
+def _holds(op: Op, verdict: Verdict, device: torch.device) -> bool:
+    """Whether a verdict is on the op's kernel as it is now."""
+    return verdict.sources == op.sources_digest(device.type) and verdict.backend == op.kernel(device.type)
+
+
 def kept(op: Op, device: torch.device) -> Verdict | None:
     """The verdict on the op's kernel as it is now, from this process or from the disk; None where there is none."""
     path = _verdicts.file_of(device)
-    known = _known.get((str(path), op.name))
-    if known is None:
-        known = _verdicts.read(path, _verdicts.machine(device)).get(op.name)
-    if known is None or known.sources != op.sources_digest(device.type) or known.backend != op.kernel(device.type):
+    found = _known.get((str(path), op.name)) or _verdicts.read(path, _verdicts.machine(device)).get(op.name)
+    if found is None or not _holds(op, found, device):
         return None
-    _known[str(path), op.name] = known
-    return known
+    _known[str(path), op.name] = found
+    return found
 
 
 def verdict_of(op: Op, device: torch.device) -> Verdict:
@@ -210,7 +225,9 @@ def verdict_of(op: Op, device: torch.device) -> Verdict:
 
 @functools.cache  # once per process
 def _say_unwritable(path: str) -> None:
-    logger.warning("%s cannot be written: kernels are verified in every process; PURIFY_FAST_CACHE names a folder", path)
+    logger.warning(
+        "%s cannot be written: kernels are verified in every process; PURIFY_FAST_CACHE names a folder", path
+    )
 
 
 def serves(op: Op, device: torch.device) -> bool | None:
