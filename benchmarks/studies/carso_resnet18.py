@@ -51,7 +51,7 @@ QUICK = Budget(64, 32, 4, 2, 2, 2, 2)
 
 
 def classifier() -> nn.Module:
-    """The example checkpoint: 10 classes, images in [0, 1], no normalisation; in evaluation mode.
+    """The example checkpoint: 10 classes, images in [0, 1], no normalization; in evaluation mode.
 
     Raises:
         ModuleNotFoundError: without pyautoattack.

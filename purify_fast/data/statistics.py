@@ -1,4 +1,4 @@
-"""What a network's normalisation needs to know of its training images."""
+"""What a network's normalization needs to know of its training images."""
 
 from __future__ import annotations
 

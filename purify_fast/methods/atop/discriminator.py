@@ -1,6 +1,6 @@
 """SN-PatchGAN: the discriminator that DeepFillv2 is trained against, a logit per patch and channel.
 
-Yu et al., ICCV 2019, in the form of nipponjo/deepfillv2-pytorch, whose names its tensors have; spectral normalisation
+Yu et al., ICCV 2019, in the form of nipponjo/deepfillv2-pytorch, whose names its tensors have; spectral normalization
 as Miyato et al., ICLR 2018, define it.
 """
 
@@ -78,7 +78,7 @@ def patch_depth(image_size: tuple[int, int]) -> int:
 
 
 class PatchDiscriminator(nn.Module):
-    """``depth`` spectrally normalised 5 x 5 convolutions of stride 2, LeakyReLU(0.2) after each, the last one too.
+    """``depth`` spectrally normalized 5 x 5 convolutions of stride 2, LeakyReLU(0.2) after each, the last one too.
 
     Args:
         in_channels: C + 1 with C channels of the image.

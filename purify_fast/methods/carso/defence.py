@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...defences.base import Defence
-from ...models.layers import normalisation
+from ...models.layers import normalization
 from ...models.representation import Representation
 from ...ops import REGISTRY
 from ...ops.decode_samples import decode_samples, latents
@@ -57,7 +57,7 @@ class Carso(Defence):
         samples: K, reconstructions per prediction.
         decoder_width: channels of the decoder's last hidden layer; they double inwards.
         encoder_depth: blocks per pre-encoder.
-        mean, std: normalisation of the posterior encoder's input, numbers or one per channel.
+        mean, std: normalization of the posterior encoder's input, numbers or one per channel.
         decoder: (start, layers) of the decoder, layers as `Deconvolution` or their fields; None has `decoder_plan` make
             them from image_shape and decoder_width. `published_decoder` has the paper's.
         form: ``v4``, the paper's versions 4 to 6, or ``v1``, its first, made for 28 x 28 images; decoder_width and
@@ -105,7 +105,7 @@ class Carso(Defence):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         channels = image_shape[0]
-        statistics = normalisation(mean, std, channels)
+        statistics = normalization(mean, std, channels)
         if decoder is not None:
             start, h, w = decoder[0]
             plan = (
@@ -195,9 +195,9 @@ class Carso(Defence):
 
     def posterior(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance ``[B, latent_dim]`` of q(z | x, c); training only."""
-        normalised = (x.to(self._purifier_dtype) - self.mean) / self.std
+        normalized = (x.to(self._purifier_dtype) - self.mean) / self.std
         with self._inside(x.device):
-            mean, log_variance = self.posterior_encoder(normalised, condition)
+            mean, log_variance = self.posterior_encoder(normalized, condition)
         return mean.to(self._purifier_dtype), log_variance.to(self._purifier_dtype)
 
     def decode(self, z: Tensor, condition: Tensor) -> Tensor:

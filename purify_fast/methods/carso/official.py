@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..._files import atomic, check_shapes
-from ...models.layers import Normalise
+from ...models.layers import Normalize
 from .defence import Carso
 from .networks import Deconvolution
 
@@ -58,10 +58,10 @@ def official_state(defence: Carso) -> dict[str, dict[str, Tensor]]:
 
 
 def _statistics(classifier: nn.Module) -> dict:
-    """mean and std of the classifier's own normalisation, where it has one by our name or by RobustBench's."""
-    normalise = getattr(classifier, "normalise", None)
-    if isinstance(normalise, Normalise):
-        return normalise.arguments
+    """mean and std of the classifier's own normalization, where it has one by our name or by RobustBench's."""
+    normalize = getattr(classifier, "normalize", None)
+    if isinstance(normalize, Normalize):
+        return normalize.arguments
     mean, std = getattr(classifier, "mean", None), getattr(classifier, "std", None)
     if isinstance(mean, Tensor) and isinstance(std, Tensor):
         return {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}

@@ -26,8 +26,8 @@ def system(size=32, width=1, seed=0, classes=10):
         4,
         encoder_depth=3 if size == 32 else 4,
         decoder=published_decoder(shape),
-        mean=classifier.normalise.arguments["mean"],
-        std=classifier.normalise.arguments["std"],
+        mean=classifier.normalize.arguments["mean"],
+        std=classifier.normalize.arguments["std"],
     ).eval()
     for module in made.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

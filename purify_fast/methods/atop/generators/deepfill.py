@@ -3,7 +3,7 @@
 Yu et al., "Free-Form Image Inpainting with Gated Convolution", ICCV 2019, in the form of nipponjo/deepfillv2-pytorch,
 which AToP (arXiv 2401.16352) fine-tunes. Names and shapes of the tensors are that code's: its checkpoints load.
 
-No normalisation, no dropout: training and evaluation mode are the same function.
+No normalization, no dropout: training and evaluation mode are the same function.
 """
 
 from __future__ import annotations

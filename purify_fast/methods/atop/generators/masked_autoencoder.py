@@ -166,6 +166,6 @@ class MaskedAutoencoder(nn.Module):
     def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
         """DMAE's loss per image, ``[B]``: the mean square over all patches, hidden or not, of the last of ``images``.
 
-        In plain pixels, not normalised per patch, since the prediction is an image (ours).
+        In plain pixels, not normalized per patch, since the prediction is an image (ours).
         """
         return (images[-1] - target).square().flatten(1).mean(1)
