@@ -49,8 +49,8 @@ class Ablate(DataCommand):
             images,
             self.method,
             self.rows,
-            self.loop,
-            self.out,
+            loop=self.loop,
+            out=self.out,
         )
         write_run_file(self, self.out)
         print(made[0].read_text())

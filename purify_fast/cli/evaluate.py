@@ -95,6 +95,7 @@ class Evaluate(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
 
+        # and so does what imports it
         from ..defences.base import Defence
         from ..evaluation import Attack, default_attacks, evaluate, lee_kim_2023
 
