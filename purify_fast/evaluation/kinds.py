@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..attacks import LOSSES, TARGETED, GradientHealth, apgd, fgsm, input_gradient, pgd, stadv
+from ..attacks.arguments import read_norm
+from ..attacks.autoattack import autoattack, parts
 from ..attacks.stadv import EPS as FLOW
-from .autoattack import autoattack, parts
 from .specs import Attack
 from .subject import Model
 
@@ -96,7 +97,8 @@ def run_batch(
     """One batch under one of this package's attacks; noise is tied to the images' ids."""
     norm, eps = ball_of(attack, context)
     common: dict[str, Any] = {
-        "eps": eps, "loss": loss_of(attack, context), "eot": context.eot, "chunk": context.chunk, "health": health,
+        "eps": eps, "loss": loss_of(attack, context), "eot_iter": context.eot, "health": health,
+        "max_forward_batch": context.chunk,
     }  # fmt: skip
     if attack.kind != "fgsm":
         common["steps"] = attack.steps or context.steps
@@ -107,7 +109,7 @@ def run_batch(
     if attack.kind == "apgd":
         more: dict[str, Any] = {
             "restarts": attack.restarts,
-            "targets": attack.targets,
+            "n_target_classes": attack.targets,
             "seed": context.seed,
             "sample_ids": ids,
         }
@@ -118,9 +120,9 @@ def run_batch(
         if attack.kind == "stadv":
             given = {"rate": attack.alpha, "smoothness": attack.smoothness}
             own |= {name: setting for name, setting in given.items() if setting is not None}
-            found = stadv(model, x, y, start=restart > 0, **own, **common)
+            found = stadv(model, x, y, random_start=restart > 0, **own, **common)
         else:
-            found = pgd(model, x, y, alpha=attack.alpha, start=attack.start or restart > 0, **own, **common)
+            found = pgd(model, x, y, alpha=attack.alpha, random_start=attack.start or restart > 0, **own, **common)
         if attack.restarts == 1:
             return found
         new = sum(LOSSES["margin"](model(found), y) for _ in range(context.eot)) / context.eot
@@ -136,9 +138,9 @@ def run_autoattack(
     """All images under AutoAttack, and its warnings."""
     norm, eps = ball_of(attack, context)
     found, warnings = autoattack(
-        model, x, y, eps=eps, norm=norm, version=attack.version, classes=context.num_classes, seed=context.seed,
-        batch_size=context.batch_size, steps=attack.steps or 100, eot=context.eot, queries=attack.queries,
-        chunk=context.chunk,
+        model, x, y, eps=eps, norm=read_norm(norm), version=attack.version, num_classes=context.num_classes,
+        seed=context.seed, batch_size=context.batch_size, steps=attack.steps or 100, eot_iter=context.eot,
+        n_queries=attack.queries, max_forward_batch=context.chunk,
     )  # fmt: skip
     for a, b, c in zip(*(part.split(context.batch_size) for part in (x, found, y)), strict=True):
         for point in (a, b):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..attacks import TARGETED
-from .autoattack import parts
+from ..attacks.autoattack import parts
 from .kinds import Context, ball_of, loss_of
 from .specs import CLASSIFIER, Attack
 

@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from .._files import digest
 from .._version import __version__
-from ..attacks import Bpda, GradientHealth, frozen
+from ..attacks import BpdaModel, GradientHealth, frozen
+from ..attacks.autoattack import implementation
 from ..attacks.bpda import classifier_of
 from ..defences.aggregation import Head
 from ..ops.apgd_step import NORMS as APGD_NORMS
 from ..ops.pgd_step import NORMS
-from .autoattack import implementation
+from ..protocols import Purifier
 from .images import collect
 from .kinds import Context, run_autoattack, run_batch, settings_of, total
 from .labels import ALONE, ball_name, clean_name, row_name, threat_name
@@ -303,11 +304,11 @@ class _Rows:
     def _target(self, attack: Attack) -> Model:
         model = self.subject.model
         if attack.kind == "bpda":
-            return Bpda.of(model, attack.head)
+            return BpdaModel.of(cast(Purifier, model), attack.head)
         if attack.head is not None:
             return Head(model, attack.head)
         if isinstance(attack.target, str):
-            return classifier_of(model)
+            return classifier_of(cast(Purifier, model))
         return model if attack.target is None else attack.target
 
     def _draws(self, attack: Attack, target: Model) -> int:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import get_args
 
 from ..attacks import LOSSES, TARGETED
+from ..attacks.autoattack import Version
 from ..ops.aggregate import METHODS, UNSAFE
 from ..ops.apgd_step import NORMS as APGD_NORMS
 from ..ops.pgd_step import NORMS
-from .autoattack import VERSIONS
 from .subject import Model, Variant
 
 KINDS = ("pgd", "apgd", "fgsm", "bpda", "stadv", "autoattack")
@@ -33,8 +33,8 @@ class Attack:
     """One attack; what is None is taken from `evaluate`'s arguments.
 
     Attributes:
-        kind: ``pgd``, ``apgd``, ``fgsm``, ``bpda`` (PGD on `purify_fast.attacks.Bpda` of a defence with ``purify(x)``
-            and ``classifier``), ``stadv`` or ``autoattack``.
+        kind: ``pgd``, ``apgd``, ``fgsm``, ``bpda`` (PGD on `purify_fast.attacks.BpdaModel` of a defence with
+            ``purify(x)`` and ``classifier``), ``stadv`` or ``autoattack``.
         loss: of all but AutoAttack: ``ce``, ``margin`` or ``dlr``, of APGD also ``dlr_targeted``; ``margin`` instead
             of ``dlr`` below 3 classes, of ``dlr_targeted`` below 4. None: ``ce``, of StAdv ``margin``.
         steps: of all but FGSM; of AutoAttack's APGD and FAB (None: 100). eot: draws per step (AutoAttack, None: 20).
@@ -63,7 +63,7 @@ class Attack:
     steps: int | None = None
     eot: int | None = None
     variant: Variant = "random"
-    version: str = "standard"
+    version: Version = "standard"
     queries: int = 5000
     target: Model | str | None = None
     head: str | None = None
@@ -81,7 +81,13 @@ class Attack:
     def __post_init__(self) -> None:
         losses = (None, *LOSSES, *(TARGETED if self.kind == "apgd" else ()))
         norms = (None, *(APGD_NORMS if self.kind == "apgd" else NORMS))
-        names = {"kind": KINDS, "loss": losses, "variant": get_args(Variant), "version": VERSIONS, "norm": norms}
+        names = {
+            "kind": KINDS,
+            "loss": losses,
+            "variant": get_args(Variant),
+            "version": get_args(Version),
+            "norm": norms,
+        }
         for name, allowed in names.items():
             if getattr(self, name) not in allowed:
                 known = ", ".join(filter(None, allowed))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..attacks.gradient import draws_at_once
+from ..protocols import SharesDraws, supports
 from .subject import Model
 
 
@@ -39,7 +39,7 @@ class _WatchedDraws(Watched):
 
 def watched(model: Model, bar: tqdm) -> Watched:
     """The model, with every forward pass shown by the bar."""
-    return (_WatchedDraws if draws_at_once(type(model)) else Watched)(model, bar)
+    return (_WatchedDraws if supports(model, SharesDraws) else Watched)(model, bar)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ class ClassifierTask:
                 alpha=attack.step_size(attack.eps),
                 steps=attack.steps,
                 norm=attack.norm,
-                start=attack.random_start,
+                random_start=attack.random_start,
                 seed=batch.seed,
                 sample_ids=batch.sample_ids,
             )

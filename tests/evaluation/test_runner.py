@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from purify_fast import Carso
+from purify_fast.attacks.autoattack import parts
 from purify_fast.defences.noisy_ensemble import NoisyCopies
 from purify_fast.evaluation import (
     Attack,
@@ -26,7 +27,6 @@ from purify_fast.evaluation import (
     row_cache,
     watched,
 )
-from purify_fast.evaluation.autoattack import parts
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 
@@ -936,15 +936,15 @@ def test_options_reach_the_attacks(toy, monkeypatch):
         )
     attacks = [Attack("stadv", alpha=0.02, smoothness=0.0, eps=0.1), lee_kim_2023()]
     evaluate(model, x[:4], y[:4], attacks=[attacks[0]], steps=2, **QUIET)
-    assert {k: seen["stadv"][k] for k in ("rate", "smoothness", "eps", "steps", "loss", "start")} == {
-        "rate": 0.02, "smoothness": 0.0, "eps": 0.1, "steps": 2, "loss": "margin", "start": False,
+    assert {k: seen["stadv"][k] for k in ("rate", "smoothness", "eps", "steps", "loss", "random_start")} == {
+        "rate": 0.02, "smoothness": 0.0, "eps": 0.1, "steps": 2, "loss": "margin", "random_start": False,
     }  # fmt: skip
     assert "norm" not in seen["stadv"]
     report = evaluate(model, x[:1], y[:1], attacks=[attacks[1]], **QUIET)
-    got = {k: seen["pgd"][k] for k in ("alpha", "steps", "eot", "start", "norm", "eps", "loss")}
+    got = {k: seen["pgd"][k] for k in ("alpha", "steps", "eot_iter", "random_start", "norm", "eps", "loss")}
     assert got == {
-        "alpha": pytest.approx(0.007), "steps": 200, "eot": 20, "start": False, "norm": "linf", "eps": 8 / 255,
-        "loss": "ce",
+        "alpha": pytest.approx(0.007), "steps": 200, "eot_iter": 20, "random_start": False, "norm": "linf",
+        "eps": 8 / 255, "loss": "ce",
     }  # fmt: skip
     assert report.rows[1].attack == "PGD-200 ce + EOT (Lee & Kim 2023)" and report.rows[1].threat is None
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ..._files import write_text
+from ...attacks.autoattack import implementation
 from ...data import DataSet
 from ...evaluation import Attack, Tradeoff, ar_point_dist, evaluate, plot_tradeoff
-from ...evaluation.autoattack import implementation
 from ...models.classifiers import representation_before_pooling
 from ...training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, load_classifier, save_classifier
 from .config import AblationConfig, ArrestConfig
