@@ -126,9 +126,9 @@ class TrainAtop(TrainGenerator):
         if self.init is None:
             return super().made(images, classifier)
         # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..methods.atop import load
+        from ..methods.atop import load_atop
         from ..training.checkpoint import fingerprint
 
         # pre-training saw no classifier, so that another than the saved one is as good
-        defence = load(self.init, classifier, check=False)
+        defence = load_atop(self.init, classifier, check=False)
         return defence, fingerprint(defence.purifier)

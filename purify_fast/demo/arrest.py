@@ -10,8 +10,7 @@ from torch import nn
 
 from ..evaluation import Attack, Report, Tradeoff
 from ..methods.arrest import ArrestConfig, ArrestTask
-from ..methods.carso import Carso, CarsoConfig, CarsoTask, Head
-from ..methods.carso import load as load_carso
+from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation, load_carso
 from ..training import TrainingAttack, load_classifier, save_classifier
 from .carso import LAYERS
 from .common import BASE, BASE_TRAINING, CLASSIFIERS, EPS, STANDARD, Budget, Place, against, digits, percent
@@ -75,7 +74,7 @@ def attack(place: Place, name: str) -> Report:
     defence = model(place, name)
     attacks = [Attack(loss="ce"), Attack(loss="dlr", survivors=True)]
     if name == CARSO:  # at z = 0, and as it is: there first what is cheap, as in CARSO's part
-        zero = Head(defence, deterministic=True)
+        zero = WithAggregation(defence, deterministic=True)
         attacks = [
             *(replace(attack, variant="deterministic") for attack in attacks),
             Attack(loss="ce", target=zero, label=f"PGD-{budget.steps} ce made at z = 0"),

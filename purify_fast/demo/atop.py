@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..evaluation import Attack, Report
-from ..methods.atop import Atop, AtopConfig, AtopTask, load
+from ..methods.atop import Atop, AtopConfig, AtopTask, load_atop
 from ..methods.atop.generators.small_generator import SmallGenerator
 from ..training import TrainingAttack, save_classifier
 from ..training.checkpoint import fingerprint
@@ -61,7 +61,7 @@ def train(place: Place, name: str) -> None:
 
 def model(place: Place, name: str) -> Atop:
     """One of the trained `MODELS`."""
-    return load(place.out / _FOLDERS[name], place.classifier(STANDARD))
+    return load_atop(place.out / _FOLDERS[name], place.classifier(STANDARD))
 
 
 def attack(place: Place, name: str) -> Report:

@@ -23,7 +23,7 @@ from .._version import __version__
 from ..attacks import BpdaModel, GradientHealth, frozen
 from ..attacks.autoattack import implementation
 from ..attacks.bpda import classifier_of
-from ..defences.aggregation import Head
+from ..defences.aggregation import WithAggregation
 from ..ops.apgd_step import NORMS as APGD_NORMS
 from ..ops.pgd_step import NORMS
 from ..protocols import Purifier
@@ -306,7 +306,7 @@ class _Rows:
         if attack.kind == "bpda":
             return BpdaModel.of(cast(Purifier, model), attack.head)
         if attack.head is not None:
-            return Head(model, attack.head)
+            return WithAggregation(model, attack.head)  # type: ignore[arg-type]  # a model with sample_logits
         if isinstance(attack.target, str):
             return classifier_of(cast(Purifier, model))
         return model if attack.target is None else attack.target
