@@ -259,7 +259,7 @@ def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path)
     loaded = purify_fast.load_defence(tmp_path, made.classifier, purifier=Identity())
     assert loaded.purifier.module.gain.item() == 0.5
     with pytest.raises(ValueError, match=r"holds Identity\(\), got small_generator"):
-        atop.load(tmp_path, made.classifier, SmallGenerator(1, 2))
+        atop.load_atop(tmp_path, made.classifier, SmallGenerator(1, 2))
 
 
 def test_the_callers_modules_stay_their_own():
