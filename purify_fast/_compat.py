@@ -40,6 +40,7 @@ RENAMED_ATTRIBUTES: dict[str, str] = {}
 #: Names that a module no longer has, though it is still there: module, old name, and ``module:name`` of today.
 RENAMED_NAMES: dict[str, dict[str, str]] = {
     "purify_fast": {"load": "purify_fast:load_defence"},
+    "purify_fast.attacks": {"Bpda": "purify_fast.attacks:BpdaModel"},
     "purify_fast.data": {"load": "purify_fast.data:load_dataset"},
 }
 

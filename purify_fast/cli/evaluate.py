@@ -94,6 +94,7 @@ class Evaluate(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
 
+        # and so does what imports it
         from ..attacks import APGD, PGD, AutoAttack, StAdv
         from ..attacks.arguments import read_norm
         from ..defences.base import Defence

@@ -41,7 +41,7 @@ def test_it_is_the_classifier_on_noisy_copies():
 
 def test_it_is_attacked_like_any_defence():
     made, x, y, health = control(), images(6), torch.arange(6), GradientHealth()
-    pgd(made, x, y, eps=0.1, steps=3, eot=2, health=health)
+    pgd(made, x, y, eps=0.1, steps=3, eot_iter=2, health=health)
     assert health.count("gradients") == 18 and health.nonfinite == 0
     attacks = [
         PGD(steps=2),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import purify_fast
-from purify_fast.attacks import BPDA, PGD, Bpda
+from purify_fast.attacks import BPDA, PGD, BpdaModel
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, MaskedAutoencoder, SmallGenerator
 from purify_fast.models.classifiers import SmallCNN
@@ -52,7 +52,7 @@ def test_a_classifier_in_bfloat16_is_attacked_and_trained_with():
     attacks = [BPDA(steps=2), AttackSpec(PGD(steps=2), target="classifier"), PGD(loss="ce", steps=2)]
     report = evaluate(made, images(), y, eps=0.1, attacks=attacks, eot_iter=1, progress=False)
     assert [row.kind for row in report.rows][1:4] == ["bpda", "pgd", "pgd"]
-    assert Bpda.of(made)(images()).dtype == torch.float32
+    assert BpdaModel.of(made)(images()).dtype == torch.float32
     loss = made.training_step(Batch(images(), y, torch.arange(4), 0, 5, 10), AtopConfig())
     loss.backward()
     assert loss.isfinite() and all(p.grad is None for p in made.classifier.parameters())
