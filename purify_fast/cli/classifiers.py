@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data import DataSet
+    from ..models.foreign import ForeignClassifier
 
 
 def is_named(classifier: str) -> bool:
@@ -38,11 +39,9 @@ def fresh_classifier(model: str, images: DataSet, *, width: int | None = None, d
         for name, value in (("width", width), ("depth", depth)):
             if value is not None:
                 raise ValueError(f"--{name} {value}: the size of {model} is in its name")
-        made: nn.Module = build_foreign(model, images.image_shape[0], images.num_classes, mean=mean, std=std)
-    else:
-        made = build_classifier(
-            model, images.image_shape, images.num_classes, width=width, depth=depth, mean=mean, std=std
-        )
+        named = build_foreign(model, images.image_shape[0], images.num_classes, mean=mean, std=std)
+        return _running(named.to(images.y_train.device), images)
+    made = build_classifier(model, images.image_shape, images.num_classes, width=width, depth=depth, mean=mean, std=std)
     return made.to(images.y_train.device)
 
 
@@ -75,7 +74,24 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
         )
     mean, std = statistics(images.x_train)
     made = build_foreign(text, images.image_shape[0], images.num_classes, mean=mean, std=std, weights=weights)
-    return made.to(images.y_train.device).eval()
+    return _running(made.to(images.y_train.device), images).eval()
+
+
+def _running(model: ForeignClassifier, images: DataSet) -> ForeignClassifier:
+    """The model, if it maps these images to logits; many of the libraries' are made for larger ones."""
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    import torch
+
+    training = model.training
+    shape = images.image_shape
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros((2, *shape), device=images.y_train.device))
+    except RuntimeError as error:
+        raise ValueError(f"{model.spec} does not run on images {_size(list(shape[1:]))}: {error}") from error
+    if logits.dim() != 2 or logits.shape[1] < images.num_classes:
+        raise ValueError(f"{model.spec} must map images to logits [B, {images.num_classes}], got {list(logits.shape)}")
+    return model.train(training)
 
 
 def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
