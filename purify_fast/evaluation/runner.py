@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import digest
+from .._fingerprint import digest
 from .._version import __version__
 from ..attacks import Bpda, GradientHealth, frozen
 from ..attacks.bpda import classifier_of

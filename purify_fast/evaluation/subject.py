@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._files import digest
+from .._fingerprint import digest
 
 Model = Callable[[Tensor], Tensor]
 Variant = Literal["random", "fixed", "deterministic"]

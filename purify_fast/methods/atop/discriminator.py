@@ -73,7 +73,7 @@ class _Block(nn.Module):
 def patch_depth(image_size: tuple[int, int]) -> int:
     """The most layers of `PatchDiscriminator`, at most 6, that leave 2 x 2 patches of an image.
 
-    That is 6 for 128 x 128 and larger, 4 for 32 x 32 and 28 x 28, 3 for 16 x 16; the paper has images of 256 x 256 only.
+    That is 6 for 128 x 128 and larger, 4 for 32 x 32 and 28 x 28, 3 for 16 x 16. The paper has 256 x 256 only.
 
     Args:
         image_size: (H, W).
