@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -74,7 +73,7 @@ class TrainArrest(DataCommand):
         task = ArrestTask(model, self.method, images.image_shape, self.layers or None)
         if self.keep_teacher and task.teacher is not None:
             task.teacher.keep(images.x_train, progress=processes()[0] == 0)
-        print(fit(task, images.x_train, images.y_train, self.loop, self.out, "arrest"))
+        print(fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title="arrest"))
         if processes()[0] > 0:
             return
         save_classifier(task.result, self.out)
@@ -82,11 +81,11 @@ class TrainArrest(DataCommand):
         report = evaluate(
             task.result, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="arrest"
         )
-        print(report.to_text(sys.stdout.isatty()))
+        print(report.to_text())
         print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
 
     def fitting(self, model: nn.Module, images: DataSet) -> nn.Module:
-        """The classifier, if it fits the images and has the layers: said before anything is trained."""
+        """The classifier, if it fits the images and has the layers; refused before anything is trained, if not."""
         # PyTorch takes 1.8 seconds to import: --help does without it
         from ..methods.arrest import Teacher
         from ..models.classifiers import representation_before_pooling
@@ -102,6 +101,7 @@ class TrainArrest(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
 
+        # and so does what imports it
         from .._process import processes
         from ..training import ClassifierTask, fit, save_classifier
 
@@ -111,7 +111,14 @@ class TrainArrest(DataCommand):
         model = self.fitting(fresh_classifier(self.model, images, width=self.width, depth=self.depth), images)
         loop = replace(self.loop, epochs=self.standard_epochs)
         folder = self.out / "standard"
-        fit(ClassifierTask(model, ClassifierConfig()), images.x_train, images.y_train, loop, folder, "standard")
+        fit(
+            ClassifierTask(model, ClassifierConfig()),
+            images.x_train,
+            images.y_train,
+            loop,
+            folder=folder,
+            title="standard",
+        )
         if processes()[0] == 0:
             save_classifier(model, folder)
         return model

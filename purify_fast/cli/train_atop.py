@@ -69,6 +69,7 @@ class TrainGenerator(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
 
+        # and so does what imports it
         from ..methods.atop import AtopTask
 
         images = images_in_turn(self)
@@ -76,7 +77,7 @@ class TrainGenerator(DataCommand):
         torch.manual_seed(self.loop.seed)
         defence, origin = self.made(images, classifier)
         task = AtopTask(defence, self.method, origin)
-        if train_defence(self, images, task, defence, self.loop, self.out, "atop"):
+        if train_defence(self, images, task, defence, self.loop, out=self.out, title="atop"):
             print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
 
     def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:

@@ -87,6 +87,7 @@ class TrainCarso(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
 
+        # and so does what imports it
         from ..methods.carso import CarsoTask
 
         images = images_in_turn(self)
@@ -94,7 +95,7 @@ class TrainCarso(DataCommand):
         torch.manual_seed(self.loop.seed)
         defence, origin = self.made(images, classifier)
         task = CarsoTask(defence, self.method, origin)
-        if train_defence(self, images, task, defence, self.loop, self.out, "carso"):
+        if train_defence(self, images, task, defence, self.loop, out=self.out, title="carso"):
             print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
 
     def made(self, images: DataSet, classifier: nn.Module) -> tuple[Carso, str]:

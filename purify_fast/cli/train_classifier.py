@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -36,6 +35,7 @@ class TrainClassifier(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
 
+        # and so does what imports it
         from .._process import processes
         from ..evaluation import evaluate
         from ..training import ClassifierTask, fit, save_classifier
@@ -44,7 +44,7 @@ class TrainClassifier(DataCommand):
         torch.manual_seed(self.loop.seed)
         model = fresh_classifier(self.model, images, width=self.width, depth=self.depth)
         task = ClassifierTask(model, self.method)
-        print(fit(task, images.x_train, images.y_train, self.loop, self.out, "classifier"))
+        print(fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title="classifier"))
         if processes()[0] > 0:
             return
         save_classifier(model, self.out)
@@ -52,5 +52,5 @@ class TrainClassifier(DataCommand):
         report = evaluate(
             model, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="classifier"
         )
-        print(report.to_text(sys.stdout.isatty()))
+        print(report.to_text())
         print(f"saved to {self.out}")

@@ -55,7 +55,7 @@ def train_defence(
         raise ValueError(
             f"--data {command.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
         )
-    print(fit(task, images.x_train, images.y_train, loop, out, title))
+    print(fit(task, images.x_train, images.y_train, loop, folder=out, title=title))
     if processes()[0] > 0:
         return False
     save_defence(defence, out)

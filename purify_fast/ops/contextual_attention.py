@@ -124,6 +124,7 @@ OP = define_op(
     triton=launcher("contextual_attention", "forward"),
     cpu="reference",
     why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
+    replaces_many=True,
 )
 BACKWARD = define_op(
     "contextual_attention_backward",
@@ -137,6 +138,7 @@ BACKWARD = define_op(
     triton=launcher("contextual_attention", "backward"),
     cpu="reference",
     why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
+    replaces_many=True,
 )
 
 

@@ -269,6 +269,7 @@ OP = define_op(
     reference=reference,
     fake=_fake,
     why_cpu="plain layers, fused by torch.compile",
+    replaces_many=True,
 )
 BACKWARD = define_op(
     "decode_samples_backward",
@@ -276,6 +277,7 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, image, condition, *rest: condition.new_empty(condition.shape),
     why_cpu="plain layers, fused by torch.compile",
+    replaces_many=True,
 )
 
 

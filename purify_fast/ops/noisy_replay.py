@@ -47,6 +47,7 @@ OP = define_op(
     triton=launcher("noisy_replay", "forward"),
     cpu="cpp",
     why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+    replaces_many=True,
 )
 
 

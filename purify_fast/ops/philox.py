@@ -91,6 +91,7 @@ OP = define_op(
     triton=launcher("philox", "philox"),
     cpu="cpp",
     why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+    replaces_many=True,
 )
 
 

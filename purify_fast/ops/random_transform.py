@@ -142,6 +142,7 @@ OP = define_op(
     triton=launcher("random_transform", "forward"),
     cpu="cpp",
     why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+    replaces_many=True,
 )
 BACKWARD = define_op(
     "random_transform_backward",
@@ -151,6 +152,7 @@ BACKWARD = define_op(
     triton=launcher("random_transform", "backward"),
     cpu="reference",
     why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
+    replaces_many=True,
 )
 
 

@@ -45,6 +45,7 @@ OP = define_op(
     triton=launcher("sample_latent", "forward"),
     cpu="cpp",
     why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+    replaces_many=True,
 )
 BACKWARD = define_op(
     "sample_latent_backward",
@@ -54,6 +55,7 @@ BACKWARD = define_op(
     triton=launcher("sample_latent", "backward"),
     cpu="reference",
     why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
+    replaces_many=True,
 )
 
 

@@ -53,6 +53,7 @@ OP = define_op(
     triton=launcher("stitch", "forward"),
     cpu="cpp",
     why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+    replaces_many=True,
 )
 BACKWARD = define_op(
     "stitch_backward",
@@ -62,6 +63,7 @@ BACKWARD = define_op(
     triton=launcher("stitch", "backward"),
     cpu="cpp",
     why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+    replaces_many=True,
 )
 
 

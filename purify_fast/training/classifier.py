@@ -14,7 +14,7 @@ from ..attacks import pgd
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from .attack import settings
-from .checkpoint import read_model, save_model
+from .checkpoint import read_facts, read_model, save_model
 from .config import ClassifierConfig
 from .loop import Batch
 from .schedules import one_cycle
@@ -42,7 +42,7 @@ class ClassifierTask:
                 alpha=attack.step_size(attack.eps),
                 steps=attack.steps,
                 norm=attack.norm,
-                start=attack.random_start,
+                random_start=attack.random_start,
                 seed=batch.seed,
                 sample_ids=batch.sample_ids,
             )
@@ -88,7 +88,7 @@ def is_classifier(folder: str | Path) -> bool:
         FileNotFoundError: a file is missing.
         ValueError: the files are broken.
     """
-    return read_model(folder)[0]["kind"] in _KINDS
+    return read_facts(folder)["kind"] in _KINDS
 
 
 def load_classifier(folder: str | Path) -> nn.Module:

@@ -232,7 +232,7 @@ class ArrestTask:
             self._view.refresh()
         found = pgd(
             self.attacked, x, y, eps=attack.eps, alpha=attack.step_size(attack.eps), steps=attack.steps,
-            norm=attack.norm, start=attack.random_start, seed=batch.seed, sample_ids=ids,
+            norm=attack.norm, random_start=attack.random_start, seed=batch.seed, sample_ids=ids,
         )  # fmt: skip
         return found if rows is None else batch.x.index_copy(0, rows, found)
 

@@ -37,7 +37,7 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig) -> Tensor:
     attack = config.attack.at_epoch(batch.epoch, batch.epochs)
     options: dict[str, Any] = {"eps": attack.eps, "norm": attack.norm}
     if config.attack_method == "pgd":
-        options |= {"steps": attack.steps, "alpha": attack.step_size(attack.eps), "start": attack.random_start}
+        options |= {"steps": attack.steps, "alpha": attack.step_size(attack.eps), "random_start": attack.random_start}
         options |= {"seed": batch.seed, "sample_ids": batch.sample_ids}
     method = pgd if config.attack_method == "pgd" else fgsm
     if config.attack_target == "classifier":

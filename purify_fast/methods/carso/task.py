@@ -124,7 +124,7 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
                 steps=attack.steps,
                 alpha=attack.step_size(attack.eps),
                 norm=attack.norm,
-                start=attack.random_start,
+                random_start=attack.random_start,
                 seed=batch.seed,
                 sample_ids=batch.sample_ids,
             )

@@ -9,7 +9,7 @@ from torch import nn
 
 import purify_fast
 from purify_fast import _library
-from purify_fast.attacks import Bpda, GradientHealth, pgd
+from purify_fast.attacks import BpdaModel, GradientHealth, pgd
 from purify_fast.methods import atop
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, MaskedAutoencoder, SmallGenerator
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
@@ -178,14 +178,14 @@ def test_accelerated_it_stays_close_and_keeps_its_gradients():
 def test_attacks_find_gradients():
     made, health = defence(sigma=0.05), GradientHealth()
     x, y = images(8), torch.arange(8) % 10
-    adversarial = pgd(made, x, y, eps=0.1, steps=3, eot=2, health=health)
+    adversarial = pgd(made, x, y, eps=0.1, steps=3, eot_iter=2, health=health)
     assert (adversarial - x).abs().max() <= 0.1 + 1e-6 and health.nonfinite == 0 and health.zero == 0
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "probability"])
 def test_bpda_goes_forward_as_the_defence_does(aggregation):
     made, x = defence(lively(), sigma=0.3, samples=3, aggregation=aggregation), images().requires_grad_()
-    around = Bpda.of(made)
+    around = BpdaModel.of(made)
     with made.fixed_noise(4):
         logits = around(x)
         torch.testing.assert_close(logits, made(x))

@@ -227,7 +227,7 @@ def test_input_gradients_match_finite_differences():
 def test_an_attack_leaves_no_weight_gradients_and_restores_the_mode():
     made = defence().train()
     trainable = {name for name, p in made.named_parameters() if p.requires_grad}
-    attacks.pgd(made, images(3), torch.tensor([1, 2, 3]), eps=0.1, steps=2, eot=2)
+    attacks.pgd(made, images(3), torch.tensor([1, 2, 3]), eps=0.1, steps=2, eot_iter=2)
     assert made.training and not made.classifier.training and made.condition_encoder.layers[0].training is not False
     assert {name for name, p in made.named_parameters() if p.requires_grad} == trainable
     assert all(p.grad is None for p in made.parameters())

@@ -175,7 +175,7 @@ def test_noise_controls_and_attacks_go_through_it():
         torch.testing.assert_close(torch.cat([made(x[:1]), made(x[1:])]), whole, rtol=0.05, atol=0.05)
     assert not torch.equal(made(x), made(x))
     health = purify_fast.attacks.GradientHealth()
-    adversarial = pgd(made, x, y, eps=0.1, steps=3, eot=2, health=health)
+    adversarial = pgd(made, x, y, eps=0.1, steps=3, eot_iter=2, health=health)
     assert health.reliable and (adversarial - x).abs().max() <= 0.1 + 1e-6
 
 
@@ -258,7 +258,7 @@ def test_a_forward_of_ones_own_is_what_is_attacked():
     torch.manual_seed(0)
     made, x, y = Opposite(Residual(), ["conv2"], SHAPE, 8, 4, 2, decoder_width=4).eval(), images(3), torch.arange(3)
     with made.fixed_noise(1):
-        (one, _), (three, _) = (input_gradient(made, x, y, eot=eot) for eot in (1, 3))
+        (one, _), (three, _) = (input_gradient(made, x, y, eot_iter=eot) for eot in (1, 3))
     torch.testing.assert_close(three, 3 * one, rtol=1e-3, atol=1e-7)
 
 
@@ -286,14 +286,15 @@ def test_attacks_use_the_draws_and_their_gradient_is_that_of_the_calls(chunk):
     made, x, y = defence(samples=2), images(3), torch.arange(3)
     torch.manual_seed(0)
     with made.fixed_noise(2):  # then both are deterministic
-        got, value = input_gradient(made, x, y, eot=4, chunk=chunk)
-        want, right = input_gradient(made.forward, x, y, eot=4, chunk=chunk)  # a bound method has no draws to offer
+        got, value = input_gradient(made, x, y, eot_iter=4, max_forward_batch=chunk)
+        # a bound method has no draws to offer
+        want, right = input_gradient(made.forward, x, y, eot_iter=4, max_forward_batch=chunk)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(value, right)
     asked = []
     original = type(made).draw_sample_logits
     made.draw_sample_logits = lambda x, draws: asked.append((len(x), draws)) or original(made, x, draws)
-    gradient, _ = input_gradient(made, x, y, eot=4, chunk=chunk)
+    gradient, _ = input_gradient(made, x, y, eot_iter=4, max_forward_batch=chunk)
     assert torch.isfinite(gradient).all() and (gradient.flatten(1).abs().amax(1) > 0).all()
     assert asked == {None: [(3, 4)], 6: [(3, 2)] * 2, 1: []}[chunk]
 
