@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..._fingerprint import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen, pgd
 from ...data import StreamedImages, to_float
 from ...models.classifiers import representation_before_pooling
@@ -35,7 +36,6 @@ from ...speed.inference_copy import (
     prepare_for_inference,
 )
 from ...training.attack import TrainingAttack, settings
-from ...training.checkpoint import fingerprint, structure
 from ...training.distributed import average_
 from ...training.loop import Batch
 from ...training.schedules import arrest_published, one_cycle
@@ -163,7 +163,7 @@ class ArrestTask:
         self.classifier, self.config = model, config
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         start = model if teacher is None else teacher
-        self.origin = fingerprint(start)
+        self.origin = weights_fingerprint(start)
         self.teacher: Teacher | None = None
         self._reader: Representation | None = None
         self._view: LiveInferenceCopy | None = None
@@ -316,5 +316,5 @@ class ArrestTask:
         attack = self.config.attack
         # the step itself, so that a run is resumed whether its step was given or follows from eps
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
-        facts |= {"structure": structure(self.classifier), "origin": self.origin}
+        facts |= {"structure": structure_fingerprint(self.classifier), "origin": self.origin}
         return {"task": "arrest", **settings(self.config), **facts}
