@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from purify_fast import data
+from purify_fast.attacks import PGD
 from purify_fast.defences.aggregation import Head
 from purify_fast.defences.noisy_ensemble import NoisyCopies
-from purify_fast.evaluation import Attack
+from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
 from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.attack import TrainingAttack
@@ -65,8 +66,8 @@ def _attacked(model: nn.Module, seed: int, eps: float, norm: str, draws: bool, q
     if draws:
         zero = Head(model, deterministic=True)
         attacks += [
-            Attack(loss="ce", target=zero, label="made at z = 0"),
-            Attack(loss="ce", survivors=True, steps=effort(quick)[-1], eot=4, label=DRAWS),
+            AttackSpec(PGD(loss="ce"), target=zero, label="made at z = 0"),
+            AttackSpec(PGD(loss="ce", steps=effort(quick)[-1], eot_iter=4), survivors_only=True, label=DRAWS),
         ]
         rows |= {"clean_draws": "clean", "pgd_draws": DRAWS}
     return attacked(model, seed, attacks, rows, quick, eps, norm)

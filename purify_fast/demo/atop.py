@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from ..evaluation import Attack, Report
+from ..attacks import PGD
+from ..evaluation import AttackSpec, Report
 from ..methods.atop import Atop, AtopConfig, AtopTask, load
 from ..methods.atop.generators.small_generator import SmallGenerator
 from ..training import TrainingAttack, save_classifier
@@ -69,9 +70,9 @@ def attack(place: Place, name: str) -> Report:
     budget = place.budget
     n = budget.atop_images
     attacks = [
-        Attack(target="classifier", label=ALONE, limit=n),
-        Attack(loss="ce", limit=n),
-        Attack(loss="dlr", survivors=True, label=ADAPTIVE, limit=n),
+        AttackSpec(PGD(), target="classifier", label=ALONE, max_images=n),
+        AttackSpec(PGD(), max_images=n),
+        AttackSpec(PGD(loss="dlr"), survivors_only=True, label=ADAPTIVE, max_images=n),
     ]
     return place.attacked(model(place, name), name, _FOLDERS[name], attacks, steps=budget.atop_steps)
 
