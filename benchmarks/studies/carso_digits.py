@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from purify_fast import data
+from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.attacks import PGD
 from purify_fast.defences.aggregation import Head
 from purify_fast.defences.noisy_ensemble import NoisyCopies
@@ -21,7 +22,6 @@ from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
 from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.checkpoint import fingerprint
 
 from . import Job
 from .digits import ALL_LAYERS, BASE_EPOCHS, EPS, EPS_L2, attacked, count, effort, select, train_base, zero_attacks
@@ -106,7 +106,7 @@ def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
         s.get("config", {}),
     )
     epochs = 1 if s["quick"] else s.get("epochs", PIPELINE_EPOCHS)
-    task = CarsoTask(defence, config, fingerprint(defence))
+    task = CarsoTask(defence, config, weights_fingerprint(defence))
     fit(task, digits.x_train, digits.y_train, FitConfig(epochs, 128, job.seed), folder)
     defence.save(folder)
     result = _attacked(defence, job.seed, config.attack.eps, config.attack.norm, s.get("draws", False), s["quick"])

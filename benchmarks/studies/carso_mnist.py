@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.attacks import APGD, PGD, AutoAttack
 from purify_fast.data import DataSet
 from purify_fast.evaluation import AttackSpec, Report, merge
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
 from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.checkpoint import fingerprint
 
 from . import RESULT, Job, mnist
 from .attacked import joined
@@ -87,7 +87,7 @@ def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
     images = _mnist(job)
     defence = load(job.folder(root, EXACT), load_classifier(job.folder(root, CLASSIFIER)))
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=mnist.EPS, steps=7))
-    task = CarsoTask(defence, config, fingerprint(defence))
+    task = CarsoTask(defence, config, weights_fingerprint(defence))
     fit(task, images.x_train, images.y_train, FitConfig(budget.pipeline_epochs, 128, job.seed), folder)
     defence.save(folder)
     return {}

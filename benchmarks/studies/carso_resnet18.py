@@ -16,13 +16,13 @@ from torch import nn
 
 from purify_fast import data
 from purify_fast._files import write_text
+from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.attacks import APGD, PGD
 from purify_fast.evaluation import AttackSpec, evaluate, merge
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
 from purify_fast.speed.inference_copy import FrozenView
 from purify_fast.training import FitConfig, fit
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.checkpoint import fingerprint
 
 from . import Job
 from .attacked import joined, keep
@@ -89,7 +89,7 @@ def train(job: Job, folder: Path, root: Path) -> dict:
         task, n, batch = CarsoTask(defence, config), budget.published_images, 64
     else:
         defence = load(job.folder(root, PUBLISHED), classifier())
-        origin = fingerprint(defence)
+        origin = weights_fingerprint(defence)
         config = CarsoConfig(
             attack_target="pipeline",
             attack=TrainingAttack(eps=EPS, steps=5),

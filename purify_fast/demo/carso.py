@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .._fingerprint import weights_fingerprint
 from ..attacks import PGD
 from ..attacks.losses import Loss
 from ..evaluation import AttackSpec, Report
 from ..methods.carso import Carso, CarsoConfig, CarsoTask, Head, load
 from ..training import TrainingAttack, save_classifier
-from ..training.checkpoint import fingerprint
 from .common import AUTOATTACK, BASE, CLASSIFIERS, EPS, STANDARD, Budget, Place, against, autoattack, digits, percent
 
 LAYERS = ("conv2", "conv4", "hidden")
@@ -38,7 +38,7 @@ def train(place: Place, name: str) -> None:
         published = load(place.out / _FOLDERS[PUBLISHED], base)
         defence.load_state_dict(published.state_dict())
         fine = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
-        task = CarsoTask(defence, fine, fingerprint(published))
+        task = CarsoTask(defence, fine, weights_fingerprint(published))
         place.train(task, budget.pipeline_epochs, 128, _FOLDERS[name])
     defence.save(place.out / _FOLDERS[name])
     save_classifier(base, place.out / _FOLDERS[name] / "classifier")
