@@ -33,7 +33,7 @@ NOT_DONE = {
 }  # fmt: skip
 #: Likewise, of those that use words of a private vocabulary.
 WORDS_NOT_DONE = {
-    "purify_fast/attacks", "purify_fast/defences", "purify_fast/demo", "purify_fast/evaluation",
+    "purify_fast/defences", "purify_fast/demo", "purify_fast/evaluation",
     "purify_fast/methods/arrest", "purify_fast/methods/atop", "purify_fast/methods/carso", "purify_fast/models",
     "purify_fast/ops", "purify_fast/speed", "purify_fast/training",
 }  # fmt: skip

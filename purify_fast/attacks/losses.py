@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,6 +38,23 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
+#: The losses of a true label, and those with the targeted one, which also takes a target class per image.
+Loss = Literal["ce", "margin", "dlr"]
+ApgdLoss = Literal["ce", "margin", "dlr", "dlr_targeted"]
+AnyLoss = TypeVar("AnyLoss", Loss, ApgdLoss)
+
 LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
-#: These also take a target class per image; APGD's alone.
 TARGETED = {"dlr_targeted": dlr_targeted}
+
+#: The fewest classes for which a loss is defined, where that is more than two.
+FEWEST_CLASSES = {"dlr": 3, "dlr_targeted": 4}
+
+
+def usable_loss(loss: AnyLoss, num_classes: int) -> AnyLoss:
+    """The loss itself, or the margin where it needs more classes than there are.
+
+    Args:
+        loss: a name of `LOSSES` or `TARGETED`.
+        num_classes: classes of the model.
+    """
+    return "margin" if num_classes < FEWEST_CLASSES.get(loss, 2) else loss

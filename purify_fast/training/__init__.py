@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from ..speed.allocator import keep_memory as keep_memory
     from .attack import TrainingAttack as TrainingAttack
     from .callbacks import Callback as Callback
     from .callbacks import JsonlLog as JsonlLog
@@ -41,7 +40,6 @@ __all__ = [
     "Update",
     "fit",
     "is_classifier",
-    "keep_memory",
     "load_classifier",
     "save_classifier",
     "summary",
@@ -61,7 +59,6 @@ __getattr__, __dir__ = lazy_exports(
     TrainingState=".callbacks",
     Update=".task",
     fit=".loop",
-    keep_memory="..speed.allocator",
     is_classifier=".classifier",
     load_classifier=".classifier",
     save_classifier=".classifier",

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._fingerprint import structure_fingerprint
 from ..attacks import pgd
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from .attack import settings
-from .checkpoint import read_model, save_model, structure
+from .checkpoint import read_facts, read_model, save_model
 from .config import ClassifierConfig
 from .schedules import one_cycle
 from .task import Batch, Task, check_classifier
@@ -45,7 +46,7 @@ class ClassifierTask(Task):
                 alpha=attack.step_size(attack.eps),
                 steps=attack.steps,
                 norm=attack.norm,
-                start=attack.random_start,
+                random_start=attack.random_start,
                 seed=batch.seed,
                 sample_ids=batch.sample_ids,
             )
@@ -57,7 +58,7 @@ class ClassifierTask(Task):
         return one_cycle(progress, self.config.learning_rate)
 
     def describe(self) -> dict[str, Any]:
-        return {"task": "classifier", **settings(self.config), "structure": structure(self.model)}
+        return {"task": "classifier", **settings(self.config), "structure": structure_fingerprint(self.model)}
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         check_classifier(self.model, shape, classes)
@@ -92,7 +93,7 @@ def is_classifier(folder: str | Path) -> bool:
         FileNotFoundError: a file is missing.
         ValueError: the files are broken.
     """
-    return read_model(folder)[0]["kind"] in _KINDS
+    return read_facts(folder)["kind"] in _KINDS
 
 
 def load_classifier(folder: str | Path) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .._files import digest
+from .._fingerprint import digest
 from .._process import processes
 from ..data import StreamedImages, batches, read_ahead
 from .config import FitConfig

@@ -207,6 +207,6 @@ def test_the_old_method_training_step_gives_the_loss(make):
     defence = getattr(defence, "defence", defence).eval()
     x, y = images()
     batch = Batch(x[:8].float() / 255, y[:8], torch.arange(8), 1, 2, 3)
-    with pytest.warns(DeprecationWarning, match="training_loss, which returns"):
+    with pytest.warns(DeprecationWarning, match="training_loss"):
         loss = defence.training_step(batch)
     assert loss.dim() == 0 and loss.isfinite()

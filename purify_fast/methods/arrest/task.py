@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
+from ..._fingerprint import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen, pgd
 from ...models.classifiers import representation_before_pooling
-from ...models.representation import Representation, untapped
+from ...models.representation import Representation, without_recorders
 from ...ops.noisy_replay import noisy_replay
 from ...ops.representation_distance import representation_distance
-from ...speed.inference_copy import LiveView, channels_last, inside
+from ...speed.inference_copy import LiveInferenceCopy, autocast_to, convert_to_channels_last
 from ...training.attack import TrainingAttack, settings
-from ...training.checkpoint import fingerprint, structure
 from ...training.distributed import average_
 from ...training.schedules import arrest_published, one_cycle
 from ...training.task import Batch, Metrics, Task, check_classifier
@@ -60,7 +60,7 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
                 average.copy_(value)
 
     made = AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
-    untapped(made.module).requires_grad_(False)
+    without_recorders(made.module).requires_grad_(False)
     # its first update copies the weights, so that the average begins with them
     made.update_parameters(model)
     return made
@@ -98,20 +98,20 @@ class ArrestTask(Task):
         self.classifier, self.config = model, config
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         start = model if teacher is None else teacher
-        self.origin = fingerprint(start)
+        self.origin = weights_fingerprint(start)
         self.teacher: Teacher | None = None
         self._reader: Representation | None = None
-        self._view: LiveView | None = None
+        self._view: LiveInferenceCopy | None = None
         self.layers: list[str] = []
         if config.distillation_weight > 0 or config.replay:
             self.layers = [representation_before_pooling(model)] if layers is None else list(layers)
             self.teacher = Teacher(start, self.layers, image_shape, config.pooled, self.dtype)
             self._reader = Representation(model, self.layers, image_shape)
-        self._last = True
+        self._uses_channels_last = True
         if self.dtype != torch.float32:
-            self._last = channels_last(model, image_shape)
+            self._uses_channels_last = convert_to_channels_last(model, image_shape)
         if self.dtype != torch.float32 or compile:
-            self._view = LiveView(model, image_shape, self.dtype, compile)
+            self._view = LiveInferenceCopy(model, image_shape, self.dtype, compile)
         self._average: AveragedModel | None = None
         self.model: nn.Module = model
         if config.ema_decay > 0:
@@ -141,8 +141,8 @@ class ArrestTask(Task):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits ``[B, C]`` and representation of images ``[B, C, H, W]``; differentiable, in the model's mode."""
-        with inside(x.device, self.dtype):
-            x = x if self._last else x.contiguous()
+        with autocast_to(x.device, self.dtype):
+            x = x if self._uses_channels_last else x.contiguous()
             if self._reader is None:
                 return self.classifier(x), []
             logits, features = self._reader.with_logits(x)
@@ -162,17 +162,17 @@ class ArrestTask(Task):
 
     @property
     def attacked(self) -> Callable[[Tensor], Tensor]:
-        """The classifier as the attack sees it; `LiveView.refresh` brings an accelerated copy up to date."""
+        """The classifier as the attack sees it; `LiveInferenceCopy.refresh` brings an accelerated copy up to date."""
         return self.classifier if self._view is None else self._view
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
         """PGD on the cross-entropy for the images of ``rows``, indices, or all; the others as they are."""
         x, y, ids = (v if rows is None else v[rows] for v in (batch.x, batch.y, batch.sample_ids))
         if self._view is not None:
-            self._view.refresh()
+            self._view.refresh(self.classifier)
         found = pgd(
             self.attacked, x, y, eps=attack.eps, alpha=attack.step_size(attack.eps), steps=attack.steps,
-            norm=attack.norm, start=attack.random_start, seed=batch.seed, sample_ids=ids,
+            norm=attack.norm, random_start=attack.random_start, seed=batch.seed, sample_ids=ids,
         )  # fmt: skip
         return found if rows is None else batch.x.index_copy(0, rows, found)
 
@@ -255,7 +255,7 @@ class ArrestTask(Task):
         attack = self.config.attack
         # the step itself, so that a run is resumed whether its step was given or follows from eps
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
-        facts |= {"structure": structure(self.classifier), "origin": self.origin}
+        facts |= {"structure": structure_fingerprint(self.classifier), "origin": self.origin}
         return {"task": "arrest", **settings(self.config), **facts}
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
@@ -270,7 +270,7 @@ class ArrestTask(Task):
         attack = self.config.attack
         x = pgd(
             self.result, batch.x, batch.y, eps=attack.eps, alpha=attack.step_size(attack.eps), steps=attack.steps,
-            norm=attack.norm, start=attack.random_start, seed=batch.seed, sample_ids=batch.sample_ids,
+            norm=attack.norm, random_start=attack.random_start, seed=batch.seed, sample_ids=batch.sample_ids,
         )  # fmt: skip
         with torch.no_grad():
             logits = self.result(x).float()

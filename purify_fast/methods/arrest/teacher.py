@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ...data import StreamedImages, to_float
 from ...models.representation import Representation
-from ...speed.inference_copy import inside, quicken
+from ...speed.inference_copy import autocast_to, prepare_for_inference
 from ...training.task import Batch
 
 
@@ -52,9 +52,9 @@ class Teacher:
         self.reader, self.pooled, self.dtype = Representation(model, tuple(layers), image_shape), pooled, dtype
         if pooled and all(len(shape) == 1 for shape in self.reader.shapes):
             raise ValueError(f"pooled is for maps and tokens: what {', '.join(layers)} puts out is a vector already")
-        self._last = True
+        self._uses_channels_last = True
         if dtype != torch.float32:
-            _, self._last = quicken(model, image_shape, dtype)
+            _, self._uses_channels_last = prepare_for_inference(model, image_shape, dtype)
         self._kept: list[Tensor] | None = None
         self._checked = -1
 
@@ -65,8 +65,8 @@ class Teacher:
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
         """
-        with inside(x.device, self.dtype):
-            features = self.reader(x if self._last else x.contiguous())
+        with autocast_to(x.device, self.dtype):
+            features = self.reader(x if self._uses_channels_last else x.contiguous())
         return pool(features) if self.pooled else features
 
     def keep(self, x: Tensor | StreamedImages, batch_size: int = 256, progress: bool = True) -> None:

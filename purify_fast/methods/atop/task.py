@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._fingerprint import weights_fingerprint
 from ...training.attack import settings
-from ...training.checkpoint import fingerprint
 from ...training.schedules import one_cycle
 from ...training.task import Batch, Metrics, Task, Update, check_labels, check_shape
 from .config import AtopConfig
@@ -40,7 +40,7 @@ class AtopTask(Task):
 
     def __init__(self, defence: Atop, config: AtopConfig, origin: str = "scratch"):
         self.defence, self.config, self.origin = defence, config, origin
-        self.classifier = fingerprint(defence.classifier)
+        self.classifier = weights_fingerprint(defence.classifier)
         # one that computes so already stays as it was made, compiled perhaps
         if computed_precision(defence) != config.precision:
             defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)

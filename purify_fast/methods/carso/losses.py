@@ -142,18 +142,17 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
     Raises:
         ValueError: joint training of a defence that is accelerated, or whose classifier is not released.
     """
-    if config.joint and (
-        defence.accelerated is not None or not any(p.requires_grad for p in defence.classifier.parameters())
-    ):
+    if config.joint and (defence.fast is not None or not any(p.requires_grad for p in defence.classifier.parameters())):
         raise ValueError("joint training needs a defence that is not accelerated, after release_classifier()")
     attack = config.attack.at_epoch(batch.epoch, batch.epochs)
     samples, training = defence.samples, defence.training
     defence.samples = config.train_samples
     defence.eval()
     rank, world = processes()
-    places = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)  # in the batch of all processes
+    # where the images stand in the batch of all processes
+    global_positions = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)
     try:
-        with defence.positions(places):
+        with defence.noise_ids(global_positions):
             x = pgd(
                 defence,
                 batch.x,
@@ -162,7 +161,7 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
                 steps=attack.steps,
                 alpha=attack.step_size(attack.eps),
                 norm=attack.norm,
-                start=attack.random_start,
+                random_start=attack.random_start,
                 seed=batch.seed,
                 sample_ids=batch.sample_ids,
             )

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._fingerprint import weights_fingerprint
 from ...training.attack import settings
-from ...training.checkpoint import fingerprint
 from ...training.lookahead import Lookahead
 from ...training.schedules import carso_published, carso_v1_published, one_cycle
 from ...training.task import Batch, Metrics, Task, check_labels, check_shape
@@ -32,7 +32,8 @@ class CarsoTask(Task):
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):
         self.model: Carso = defence
         self.config, self.origin = config, origin
-        self.classifier = fingerprint(defence.classifier)  # as it was at the start: joint training changes it
+        # as it is at the start: joint training changes it
+        self.classifier = weights_fingerprint(defence.classifier)
         defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         if config.joint:
             defence.release_classifier()
