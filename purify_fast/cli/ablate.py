@@ -19,7 +19,8 @@ from .data_args import DataCommand
 class Ablate(DataCommand):
     """Adversarial training, finetuning, distillation and replay, each trained and attacked; a table and a plot.
 
-    Resumes; over lists of lambda (--weights) and of the replay's threshold, phi (--angles) or tau (--taus).
+    Resumes; over lists of lambda (--weights) and of the replay's threshold, phi (--angles) or tau (--taus). --epochs
+    are those of finetuning: the standard classifier and training from scratch have --standard-epochs, --scratch-epochs.
     """
 
     called: ClassVar[str] = "ablate"

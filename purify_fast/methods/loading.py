@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ..training.checkpoint import read_model
+from ..training import is_classifier
+from ..training.checkpoint import read_facts
 from . import atop, carso
 
 
@@ -28,7 +29,9 @@ def load_defence(
     Raises:
         FileNotFoundError: a file is missing. ValueError: broken files, no defence, another classifier.
     """
-    kind = read_model(folder)[0].get("kind")
+    kind = read_facts(folder)["kind"]
+    if is_classifier(folder):
+        raise ValueError(f"{folder} holds a classifier, a {kind}, and no defence: load_classifier reads it")
     if kind == "Atop":
         return atop.load(folder, classifier, purifier, check)
     if purifier is not None:

@@ -86,8 +86,16 @@ def save_model(folder: str | Path, kind: str, arguments: dict, state: dict[str, 
     write_text(folder / "model.json", facts + "\n")
 
 
-def read_model(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """(facts, state) as `save_model` wrote them; FileNotFoundError names what is missing, ValueError what is broken."""
+def read_facts(folder: str | Path) -> dict[str, Any]:
+    """What `save_model` wrote beside the weights: the ``kind``, its ``arguments`` and extra facts.
+
+    Args:
+        folder: where the model was saved.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message names it.
+        ValueError: the facts are damaged.
+    """
     folder = Path(folder)
     for name in ("model.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -99,8 +107,25 @@ def read_model(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     kind, arguments = (facts.get("kind"), facts.get("arguments")) if isinstance(facts, dict) else (None, None)
     if not isinstance(kind, str) or not isinstance(arguments, dict):
         raise ValueError(f"{folder / 'model.json'} is damaged: it says no kind of model, or not its arguments")
+    return facts
+
+
+def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A model as `save_model` wrote it.
+
+    Args:
+        folder: where it was saved.
+
+    Returns:
+        (facts, state dict).
+
+    Raises:
+        FileNotFoundError: a file is missing; the message names it.
+        ValueError: a file is damaged.
+    """
+    facts = read_facts(folder)
     try:
-        with safe_open(folder / "model.safetensors", "pt") as file:
+        with safe_open(Path(folder) / "model.safetensors", "pt") as file:
             return facts, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
     except SafetensorError as error:
         raise ValueError(f"{folder} holds a broken model: {error!r}") from error

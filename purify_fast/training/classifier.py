@@ -13,7 +13,7 @@ from ..attacks import pgd
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from .attack import settings
-from .checkpoint import read_model, save_model, structure
+from .checkpoint import read_facts, read_model, save_model, structure
 from .config import ClassifierConfig
 from .loop import Batch
 from .schedules import one_cycle
@@ -87,7 +87,7 @@ def is_classifier(folder: str | Path) -> bool:
         FileNotFoundError: a file is missing.
         ValueError: the files are broken.
     """
-    return read_model(folder)[0]["kind"] in _KINDS
+    return read_facts(folder)["kind"] in _KINDS
 
 
 def load_classifier(folder: str | Path) -> nn.Module:

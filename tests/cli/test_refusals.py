@@ -4,12 +4,14 @@ import errno
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
+import purify_fast
 from purify_fast import _files
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import save_classifier
+from purify_fast.training import load_classifier, save_classifier
 
 
 @pytest.fixture
@@ -71,6 +73,21 @@ def test_images_of_more_channels_or_classes(run, bars, tmp_path):
         assert (code, message is None or message.format(tmp_path / "m") in printed) == (2 if message else 0, True)
     code, printed = run("evaluate", tmp_path / "m", "--data", "digits", "--device", "cpu", "--eps", "0.1")
     assert code == 2 and f"images are of 10 classes, the model in {tmp_path / 'm'} knows 3" in printed
+
+
+def test_a_classifier_is_no_defence(saved):
+    with pytest.raises(ValueError, match="holds a classifier, a SmallCNN, and no defence: load_classifier reads it"):
+        purify_fast.load_defence(saved)
+
+
+def test_a_class_without_images(run, tmp_path):
+    x, y = np.zeros((8, 16, 16), np.uint8), np.array([0, 2] * 4)
+    np.savez(tmp_path / "gap.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    words = ["--data", tmp_path / "gap.npz", "--device", "cpu", "--epochs", "1", "--batch-size", "8", "--width", "2"]
+    code, printed = run("train", "classifier", *words, "--out", tmp_path / "out")
+    assert code == 2 and "no image has label 1 (give num_classes if that is meant)" in printed
+    code, printed = run("train", "classifier", *words, "--out", tmp_path / "out", "--num-classes", "3")
+    assert code == 0 and load_classifier(tmp_path / "out").arguments["num_classes"] == 3
 
 
 @pytest.mark.parametrize(
