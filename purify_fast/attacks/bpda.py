@@ -78,11 +78,8 @@ class BpdaModel(nn.Module):
             defence: with ``purify(x)`` and ``classifier``.
             aggregation: how the logits of several draws are aggregated; None: as the defence does.
         """
-        own: str | Callable[[Tensor], Tensor] = "lse"
-        if supports(defence, Aggregates):
-            own = cast(Aggregates, defence).aggregate
-        else:
-            own = getattr(defence, "combine", own)
+        aggregates = supports(defence, Aggregates)
+        own = cast(Aggregates, defence).aggregate if aggregates else getattr(defence, "combine", "lse")
         modules = [defence] if isinstance(defence, nn.Module) else []
         chosen = own if aggregation is None else aggregation
         return cls(defence.purify, classifier_of(defence), aggregation=chosen, modules=modules)
