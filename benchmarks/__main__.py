@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
                 report.report_pipelines(path)
                 print(path / report.PIPELINES_TABLE)
         print(performance.write(RESULTS, DOCS))
+        print(report.write_races(RESULTS))
         for page in sorted(DOCS.glob("*.md")):
             for name in tables.fill(page, command.RESULTS):
                 print(f"{page} wants the table of {name}, which no study has written yet", file=sys.stderr)

@@ -203,6 +203,70 @@ def old_name(module: str, name: str) -> Any:
     return getattr(importlib.import_module(home), new)
 
 
+#: The attacks of version 0.1's `evaluation.Attack(kind, ...)`, and their classes in `purify_fast.attacks`.
+_ATTACK_CLASSES = {
+    "pgd": "PGD",
+    "apgd": "APGD",
+    "fgsm": "FGSM",
+    "bpda": "BPDA",
+    "stadv": "StAdv",
+    "autoattack": "AutoAttack",
+}
+#: Its options that belong to an `AttackSpec` now, old name to new name.
+_SPEC_OPTIONS = {
+    "variant": "variant",
+    "target": "target",
+    "head": "aggregation",
+    "label": "label",
+    "limit": "max_images",
+    "survivors": "survivors_only",
+}
+#: Its options that belong to the attack, where they have another name.
+_ATTACK_OPTIONS = {"eot": "eot_iter", "start": "random_start", "targets": "n_target_classes", "queries": "n_queries"}
+#: What they were if not given: such a value was allowed for every attack.
+_ATTACK_DEFAULTS = {"restarts": 1, "targets": 9, "queries": 5000, "version": "standard", "start": True}
+
+
+def old_attack(kind: str = "pgd", **options: Any) -> Any:
+    """`evaluation.Attack` of version 0.1, as an `AttackSpec` around one of the attacks of today, with a warning.
+
+    Args:
+        kind: ``pgd``, ``apgd``, ``fgsm``, ``bpda``, ``stadv`` or ``autoattack``.
+        options: of the attack, or of how it is used, by their old names.
+
+    Raises:
+        ValueError: an unknown kind, or an option that it does not have.
+    """
+    if kind not in _ATTACK_CLASSES:
+        raise ValueError(f"kind must be one of {', '.join(_ATTACK_CLASSES)}, got {kind!r}")
+    attacks = importlib.import_module("purify_fast.attacks")
+    specs = importlib.import_module("purify_fast.evaluation.specs")
+    warn(
+        f"evaluation.Attack({kind!r}, ...)",
+        f"purify_fast.attacks.{_ATTACK_CLASSES[kind]}(...), and AttackSpec around it for options such as the variant",
+    )
+
+    def name_in(kind: str, option: str) -> str | None:
+        """The option's name in the attack's class, if the class has it."""
+        new = "rate" if (kind, option) == ("stadv", "alpha") else _ATTACK_OPTIONS.get(option, option)
+        fields = {field.name for field in dataclasses.fields(getattr(attacks, _ATTACK_CLASSES[kind]))}
+        return new if new in fields else None
+
+    own, around = {}, {}
+    for option, value in options.items():
+        if option == "head" and kind == "bpda":
+            own["aggregation"] = value
+        elif option in _SPEC_OPTIONS:
+            around[_SPEC_OPTIONS[option]] = value
+        elif (new := name_in(kind, option)) is not None:
+            # None stood for the attack's own default
+            own |= {} if value is None else {new: value}
+        elif value != _ATTACK_DEFAULTS.get(option) and (kind, option) != ("autoattack", "loss"):
+            kinds = ", ".join(other for other in _ATTACK_CLASSES if name_in(other, option) is not None)
+            raise ValueError(f"{option} goes with {kinds or 'no attack'}, not with {kind}")
+    return specs.AttackSpec(getattr(attacks, _ATTACK_CLASSES[kind])(**own), **around)
+
+
 def new_options(command: str, words: Sequence[str]) -> list[str]:
     """A command line with the option names of today; each old one warns, visibly for whoever typed it.
 

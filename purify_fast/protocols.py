@@ -28,11 +28,33 @@ class Purifies(Protocol):
         """Purified images ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
 
 
+class HasClassifier(Protocol):
+    """Is made around a classifier, which is an attribute of the object."""
+
+    classifier: nn.Module
+
+
 @runtime_checkable
 class Purifier(Purifies, Protocol):
     """A purifier in front of a classifier; the classifier is an attribute of the object."""
 
     classifier: nn.Module
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """Repairs images, by the name that CARSO has for it."""
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Purified images ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
+
+
+@runtime_checkable
+class ShowsTransform(Protocol):
+    """Transforms images before it repairs them, and shows the transformed ones."""
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """What is repaired: images ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
 
 
 @runtime_checkable
@@ -103,4 +125,9 @@ def supports(model: object, protocol: type) -> bool:
 def is_purifier(model: object) -> TypeGuard[Purifier]:
     """Whether ``model`` has what `Purifier` asks for."""
     # isinstance(model, Purifier) finds no submodules since Python 3.12: they are no attributes of the object proper
-    return supports(model, Purifies) and callable(getattr(model, "classifier", None))
+    return supports(model, Purifies) and has_classifier(model)
+
+
+def has_classifier(model: object) -> TypeGuard[HasClassifier]:
+    """Whether ``model`` has what `HasClassifier` asks for."""
+    return callable(getattr(model, "classifier", None))

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from purify_fast import data
+from purify_fast._fingerprint import weights_fingerprint
+from purify_fast.attacks import PGD
 from purify_fast.defences.aggregation import Head
 from purify_fast.defences.noisy_ensemble import NoisyCopies
-from purify_fast.evaluation import Attack
+from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
 from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.checkpoint import fingerprint
 
 from . import Job
 from .digits import ALL_LAYERS, BASE_EPOCHS, EPS, EPS_L2, attacked, count, effort, select, train_base, zero_attacks
@@ -65,8 +66,8 @@ def _attacked(model: nn.Module, seed: int, eps: float, norm: str, draws: bool, q
     if draws:
         zero = Head(model, deterministic=True)
         attacks += [
-            Attack(loss="ce", target=zero, label="made at z = 0"),
-            Attack(loss="ce", survivors=True, steps=effort(quick)[-1], eot=4, label=DRAWS),
+            AttackSpec(PGD(loss="ce"), target=zero, label="made at z = 0"),
+            AttackSpec(PGD(loss="ce", steps=effort(quick)[-1], eot_iter=4), survivors_only=True, label=DRAWS),
         ]
         rows |= {"clean_draws": "clean", "pgd_draws": DRAWS}
     return attacked(model, seed, attacks, rows, quick, eps, norm)
@@ -105,7 +106,7 @@ def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
         s.get("config", {}),
     )
     epochs = 1 if s["quick"] else s.get("epochs", PIPELINE_EPOCHS)
-    task = CarsoTask(defence, config, fingerprint(defence))
+    task = CarsoTask(defence, config, weights_fingerprint(defence))
     fit(task, digits.x_train, digits.y_train, FitConfig(epochs, 128, job.seed), folder)
     defence.save(folder)
     result = _attacked(defence, job.seed, config.attack.eps, config.attack.norm, s.get("draws", False), s["quick"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import inspect
 import io
 import logging
@@ -105,6 +106,14 @@ class AutoAttack(BallAttack):
     def cost(self, context: AttackContext) -> None:
         """None: it stops early where it has won."""
         return None
+
+    def revision(self) -> str:
+        """That of this class, and the installed package with its version."""
+        package = implementation().__module__.partition(".")[0]
+        # an installation without metadata, such as a folder on the path, has no version
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            package += f" {importlib.metadata.version(package)}"
+        return f"1, {package}"
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
         run, replaced = parts(self.version, context.num_classes)

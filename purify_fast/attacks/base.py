@@ -105,6 +105,13 @@ class Attack(abc.ABC):
             Adversarial images, shape and dtype of x.
         """
 
+    def revision(self) -> str | None:
+        """Names what the attack computes; kept rows of an evaluation are used again only where it is the same.
+
+        A subclass raises its number whenever the same settings would find other images. None: rows are never kept.
+        """
+        return "1"
+
     def target(self, model: Classifier) -> Classifier:
         """What the attack runs on to fool ``model``: the model itself, where an attack does not say otherwise."""
         return model

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from .._compat import renamed_arguments
 from ..ops.aggregate import METHODS, UNSAFE, aggregate
-from ..protocols import Aggregates, Classifier, FrozenClassifier, Purifier, is_purifier, supports
+from ..protocols import Aggregates, Classifier, FrozenClassifier, HasClassifier, Purifier, is_purifier, supports
 from .base import AttackContext
 from .pgd import PGD
 
 
-def classifier_of(defence: Purifier) -> nn.Module:
+def classifier_of(defence: HasClassifier) -> nn.Module:
     """What a defence classifies with: its ``frozen_classifier``, an accelerated copy perhaps, or its ``classifier``."""
     return defence.frozen_classifier if isinstance(defence, FrozenClassifier) else defence.classifier
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -96,8 +95,10 @@ class Evaluate(DataCommand):
         import torch
 
         # and so does what imports it
+        from ..attacks import APGD, PGD, AutoAttack, StAdv
+        from ..attacks.arguments import read_norm
         from ..defences.base import Defence
-        from ..evaluation import Attack, default_attacks, evaluate, lee_kim_2023
+        from ..evaluation import AttackSpec, default_attacks, evaluate, lee_kim_2023
 
         images = self.load_data()
         model, base = self.loaded(images)
@@ -108,14 +109,17 @@ class Evaluate(DataCommand):
             if not isinstance(model, Defence):
                 raise ValueError(f"precision bfloat16 is for defences; {self.folder} holds a classifier")
             model.accelerate(torch.bfloat16)
-        attacks = [a for a in default_attacks(base) if a.kind != "autoattack" or self.autoattack > 0]
-        attacks = [Attack(**{**vars(a), "limit": self.autoattack}) if a.kind == "autoattack" else a for a in attacks]
+        attacks = [
+            replace(spec, max_images=self.autoattack) if isinstance(spec.attack, AutoAttack) else spec
+            for spec in default_attacks(base)
+            if self.autoattack > 0 or not isinstance(spec.attack, AutoAttack)
+        ]
         more = {
             "lee_kim_2023": lee_kim_2023(eps),
-            "l2": Attack("apgd", norm="l2", eps=self.l2_eps),
-            "l1": Attack("pgd", norm="l1", eps=self.l1_eps),
-            "stadv": Attack("stadv"),
-            "classifier": Attack(target="classifier"),
+            "l2": AttackSpec(APGD(norm="l2", eps=self.l2_eps)),
+            "l1": AttackSpec(PGD(norm="l1", eps=self.l1_eps)),
+            "stadv": AttackSpec(StAdv()),
+            "classifier": AttackSpec(PGD(), target="classifier"),
         }
         attacks += [more[name] for name in dict.fromkeys(self.also)]
         out = self.folder / "evaluation" if self.out is None else self.out
@@ -124,18 +128,19 @@ class Evaluate(DataCommand):
             images.x_test[: self.images],
             images.y_test[: self.images],
             eps=eps,
-            norm=norm,
+            norm=read_norm(norm),
             base=base,
             attacks=attacks,
             steps=self.steps,
-            eot=self.eot_iter,
+            eot_iter=self.eot_iter,
             batch_size=self.batch_size,
-            chunk=self.max_forward_batch,
+            max_forward_batch=self.max_forward_batch,
             seed=self.seed,
             out=out,
             name=self.folder.name,
+            dataset_name=images.name,
         )
-        print(report.to_text(sys.stdout.isatty()))
+        print(report.to_text())
         report.save(out, model)
         write_run_file(self, out)
         print(f"written: {out}/report.md, report.json and pictures")

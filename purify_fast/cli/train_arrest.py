@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -82,7 +81,7 @@ class TrainArrest(DataCommand):
         report = evaluate(
             task.result, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="arrest"
         )
-        print(report.to_text(sys.stdout.isatty()))
+        print(report.to_text())
         print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
 
     def fitting(self, model: nn.Module, images: DataSet) -> nn.Module:

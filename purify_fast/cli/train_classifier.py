@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -53,5 +52,5 @@ class TrainClassifier(DataCommand):
         report = evaluate(
             model, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="classifier"
         )
-        print(report.to_text(sys.stdout.isatty()))
+        print(report.to_text())
         print(f"saved to {self.out}")

@@ -7,7 +7,6 @@ they stand on.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -82,7 +81,7 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
         reports = {name: method.attack(place, name) for name in compared}
         whole[title] = report = merge(reports.values())
         findings = [f"- {line}" for line in method.conclusion(reports, place.budget)]
-        print(f"\n{report.to_text(color=sys.stdout.isatty())}\n")
+        print(f"\n{report.to_text()}\n")
         print("\n".join(findings))
         report.save(place.out / folder, {name: method.model(place, name) for name in method.MODELS})
         if method is arrest:

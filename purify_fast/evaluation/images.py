@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def collect(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tensor, Tensor
         x, y = _read(x)
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
-            hint = f": torch.as_tensor({name}) makes one of it" if hasattr(type(value), "__array__") else ""
+            hint = f": torch.as_tensor({name}) makes one of it" if isinstance(value, np.ndarray) else ""
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__module__}.{type(value).__name__}{hint}")
     assert isinstance(x, Tensor)
     if x.dim() != 4 or len(x) == 0:
@@ -47,7 +48,7 @@ def collect(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tensor, Tensor
 
 def _read(batches: Any) -> tuple[Tensor, Tensor]:
     """All batches of an iterable as one; they may not differ in dtype or in the size of their images."""
-    if isinstance(batches, Tensor) or hasattr(type(batches), "__array__") or not isinstance(batches, Iterable):
+    if isinstance(batches, (Tensor, np.ndarray)) or not isinstance(batches, Iterable):
         raise TypeError(f"without y, x must be an iterable of batches (images, labels), got {type(batches).__name__}")
     images: list[Tensor] = []
     labels: list[Tensor] = []

@@ -5,6 +5,7 @@ matplotlib and adjustText come with the extra ``demo``; both are imported where 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,8 +18,12 @@ from torch import Tensor, nn
 
 from .._files import atomic
 from ..attacks import frozen
+from ..protocols import FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
 from .metrics import check_curve, check_pair, interpolate
 from .rows import Row, attack_names, model_names
+
+#: Pictures ``[M, C, H, W]``, their predicted classes ``[M]``, and what is written below them.
+_Column = tuple[Tensor, Tensor | None, str]
 
 _COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
 _RED = "#c62828"
@@ -186,7 +191,9 @@ def _show_image(axis: Any, image: Tensor) -> None:
 
 
 @torch.no_grad()
-def _look(defence, x, adv, samples, seed):
+def _look(
+    defence: Any, x: Tensor, adv: Tensor, samples: int, seed: int
+) -> tuple[tuple[Tensor | None, Tensor | None], list[_Column]]:
     """Predictions of both, and columns of what becomes of the adversarial images: [M, C, H, W], classes [M], a name."""
     if defence is None:
         return (None, None), []
@@ -194,28 +201,31 @@ def _look(defence, x, adv, samples, seed):
     if isinstance(defence, nn.Module):
         device = next((p.device for p in (*defence.parameters(), *defence.buffers())), device)
 
-    def fixed(call, images):
+    def fixed(call: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         torch.manual_seed(seed)
-        if hasattr(defence, "fixed_noise"):
-            with defence.fixed_noise(seed):
-                return call(images.to(device)).cpu()
-        return call(images.to(device)).cpu()
+        with defence.fixed_noise(seed) if supports(defence, FixedNoise) else contextlib.nullcontext():
+            return call(images.to(device)).cpu()
+
+    def columns_of(made: Tensor, classes: Tensor | None, what: str) -> list[_Column]:
+        pictures = made.float()[:, None] if made.dim() == 4 else made.float()[:, :samples]
+        count = pictures.shape[1]
+        known = [None] * count if classes is None else classes.unbind(1)
+        return list(zip(pictures.unbind(1), known, [what] + [""] * (count - 1), strict=True))
 
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), frozen(defence):
         predicted = [fixed(defence, images).argmax(1) for images in (x, adv)]
-        purify = getattr(defence, "purify", None) or getattr(defence, "reconstruct", None)
-        each = hasattr(defence, "sample_logits") and purify is not None
-        classes = fixed(defence.sample_logits, adv)[:, :samples].argmax(2) if each else None
-        columns: list[tuple] = []
-        for make, what in ((getattr(defence, "transformed", None), "transformed"), (purify, "reconstructions")):
-            if make is not None:
-                pictures = fixed(make, adv).float()
-                pictures = pictures[:, None] if pictures.dim() == 4 else pictures[:, :samples]
-                known = classes.unbind(1) if classes is not None and make is purify else [None] * pictures.shape[1]
-                named = [what] + [""] * (pictures.shape[1] - 1)
-                columns += zip(pictures.unbind(1), known, named, strict=True)
-    return predicted, columns
+        columns: list[_Column] = []
+        if supports(defence, ShowsTransform):
+            columns += columns_of(fixed(defence.transformed, adv), None, "transformed")
+        purifies = supports(defence, Purifies)
+        if purifies or supports(defence, Reconstructs):
+            classes = None
+            if supports(defence, SampleLogits):
+                classes = fixed(defence.sample_logits, adv)[:, :samples].argmax(2)
+            made = fixed(defence.purify if purifies else defence.reconstruct, adv)
+            columns += columns_of(made, classes, "reconstructions")
+    return (predicted[0], predicted[1]), columns
 
 
 def _class_name(label: Any, names: Sequence[str] | None) -> str:

@@ -1,133 +1,136 @@
-"""What is run: one attack for each row, the default plan, and a published protocol."""
+"""What is run: one attack for each row of a report, the default plan, and a published protocol."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, Literal, cast
 
-from ..attacks import LOSSES, TARGETED
-from ..attacks.autoattack import Version
-from ..ops.aggregate import METHODS, UNSAFE
-from ..ops.apgd_step import NORMS as APGD_NORMS
-from ..ops.pgd_step import NORMS
-from .subject import Model, Variant
+from .._validation import check_literal
+from ..attacks import BPDA, PGD, Attack, AutoAttack
+from ..attacks.arguments import check_at_least_one
+from ..attacks.bpda import check_aggregation
+from ..protocols import Classifier
+from .function_attack import AttackFunction, as_attack
+from .subject import Variant
 
-KINDS = ("pgd", "apgd", "fgsm", "bpda", "stadv", "autoattack")
-CLASSIFIER = "classifier"  # as a target
+#: The target that stands for the defence's own classifier.
+CLASSIFIER = "classifier"
 LEE_KIM = "PGD-200 ce + EOT (Lee & Kim 2023)"
-_OPTIONS = {  # of `Attack`, and the kinds they are of
-    "steps": ("pgd", "apgd", "bpda", "stadv", "autoattack"),
-    "alpha": ("pgd", "bpda", "stadv"),
-    "start": ("pgd", "bpda"),
-    "restarts": ("pgd", "apgd", "bpda", "stadv"),
-    "smoothness": ("stadv",),
-    "norm": ("pgd", "apgd", "fgsm", "bpda", "autoattack"),
-    "targets": ("apgd",),
-    "version": ("autoattack",),
-    "queries": ("autoattack",),
-}
 
 
 @dataclass(frozen=True)
-class Attack:
-    """One attack; what is None is taken from `evaluate`'s arguments.
+class AttackSpec:
+    """An attack, and how it is used for a row: on what, on which images, under which name.
 
-    Attributes:
-        kind: ``pgd``, ``apgd``, ``fgsm``, ``bpda`` (PGD on `purify_fast.attacks.BpdaModel` of a defence with
-            ``purify(x)`` and ``classifier``), ``stadv`` or ``autoattack``.
-        loss: of all but AutoAttack: ``ce``, ``margin`` or ``dlr``, of APGD also ``dlr_targeted``; ``margin`` instead
-            of ``dlr`` below 3 classes, of ``dlr_targeted`` below 4. None: ``ce``, of StAdv ``margin``.
-        steps: of all but FGSM; of AutoAttack's APGD and FAB (None: 100). eot: draws per step (AutoAttack, None: 20).
-        variant: which model is attacked and judged: ``random``, ``fixed`` or ``deterministic``.
-        version: of AutoAttack: ``standard`` or ``rand``. queries: of its Square.
-        target: attack this model instead, judge the defence: a transfer attack, or another head of the defence.
-            ``"classifier"``: the defence's own, alone; the row's name says how little that shows.
-        head: attack ``aggregate(defence.sample_logits(x), head)`` instead, judge the defence; of BPDA, how the logits
-            of several draws are aggregated (None: the defence's own).
-        label: the row's name; made from the rest if None. Another threat model or ``"classifier"`` is named after it.
-        alpha: PGD's and BPDA's step in image units; StAdv's rate. start: whether PGD and BPDA begin at a random point.
-        restarts: runs, but for AutoAttack and FGSM, of which each image keeps its worst; StAdv's first is without a
-            flow, the others begin with random ones.
-        targets: of ``dlr_targeted``: so many wrong classes, or all where there are fewer; a run for each.
-        smoothness: of StAdv, its tau.
-        eps, norm: another ball than the report's (``apgd``: ``linf`` or ``l2``); of StAdv, eps is the bound on the flow
-            (None: 0.05). Such a row carries its threat model in its name and enters no headline and no ``worst`` but
-            its own.
-        limit: attack only the first so many images.
-        survivors: attack only what the attacks before it, on this variant, left right; the row counts every image, as
-            left after all of them. Cheap attacks first then save most of a costly one's work.
+    Args:
+        attack: one of `purify_fast.attacks`, or a function ``(model, x, y) -> x_adv`` (see `as_attack`).
+        variant: which mode of the model is attacked and judged: ``random``, as it is; ``fixed``, every image under the
+            same noise; ``deterministic``, without noise.
+        target: attack this model instead, and judge the defence by the result: a transfer attack, or another view of
+            the defence. ``"classifier"``: the defence's own classifier, alone; the row's name says how little that
+            shows.
+        aggregation: attack the defence with its samples aggregated so, by a method of `purify_fast.ops.aggregate`, and
+            judge the defence as it is. BPDA has an option of its own for this.
+        label: the row's name; made from the rest if None. Another threat model than the report's, or the target
+            ``"classifier"``, is named after it.
+        max_images: attack only the first so many images; None: all.
+        survivors_only: attack only what the attacks before it, on this variant and in this threat model, left right.
+            The row counts every image, as left after all of them. Cheap attacks first then save most of a costly one's
+            work.
+
+    Raises:
+        ValueError: options that are not allowed or do not go together.
+        TypeError: no attack.
     """
 
-    kind: str = "pgd"
-    loss: str | None = None
-    steps: int | None = None
-    eot: int | None = None
+    attack: Attack | AttackFunction
     variant: Variant = "random"
-    version: Version = "standard"
-    queries: int = 5000
-    target: Model | str | None = None
-    head: str | None = None
+    target: Classifier | Literal["classifier"] | None = None
+    aggregation: str | None = None
     label: str | None = None
-    alpha: float | None = None
-    restarts: int = 1
-    targets: int = 9
-    limit: int | None = None
-    survivors: bool = False
-    start: bool = True
-    smoothness: float | None = None
-    eps: float | None = None
-    norm: str | None = None
+    max_images: int | None = None
+    survivors_only: bool = False
 
     def __post_init__(self) -> None:
-        losses = (None, *LOSSES, *(TARGETED if self.kind == "apgd" else ()))
-        norms = (None, *(APGD_NORMS if self.kind == "apgd" else NORMS))
-        names = {
-            "kind": KINDS,
-            "loss": losses,
-            "variant": get_args(Variant),
-            "version": get_args(Version),
-            "norm": norms,
-        }
-        for name, allowed in names.items():
-            if getattr(self, name) not in allowed:
-                known = ", ".join(filter(None, allowed))
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        for option, kinds in _OPTIONS.items():
-            if self.kind not in kinds and getattr(self, option) != getattr(Attack, option):
-                raise ValueError(f"{option} goes with {', '.join(kinds)}, not with {self.kind}")
-        if self.head not in (None, *METHODS, *UNSAFE):
-            raise ValueError(f"head must be one of {', '.join(METHODS + UNSAFE)}, got {self.head!r}")
-        if self.head is not None and self.target is not None:
-            raise ValueError("an attack has a target or a head, not both")
-        if isinstance(self.target, str) and self.target != CLASSIFIER:
-            raise ValueError(f"target must be a model or {CLASSIFIER!r}, got {self.target!r}")
-        if self.kind == "bpda" and self.target is not None:
-            raise ValueError("bpda attacks the defence's own purifier: it takes no target")
-        if self.norm is not None and self.eps is None:
-            raise ValueError(f"the norm {self.norm} needs an eps of its own")
-        for name in ("steps", "eot", "queries", "restarts", "targets", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("alpha", "smoothness", "eps"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+        if not isinstance(self.attack, Attack):
+            object.__setattr__(self, "attack", as_attack(self.attack))
+        check_literal("variant", self.variant, Variant)
+        check_at_least_one(max_images=self.max_images)
+        if isinstance(self.target, str):
+            if self.target != CLASSIFIER:
+                raise ValueError(f"target must be a model or {CLASSIFIER!r}, got {self.target!r}")
+        elif self.target is not None and not callable(self.target):
+            raise TypeError(f"target must be a model or {CLASSIFIER!r}, got {self.target!r}")
+        if self.aggregation is not None:
+            check_aggregation(self.aggregation)
+            if self.target is not None:
+                raise ValueError("an attack has a target or an aggregation, not both")
+        if isinstance(self.attack, BPDA):
+            if self.target is not None:
+                raise ValueError("BPDA attacks the defence's own purifier: it takes no target")
+            if self.aggregation is not None:
+                raise ValueError(f"BPDA has this option itself: BPDA(aggregation={self.aggregation!r})")
+
+    @property
+    def resolved(self) -> Attack:
+        """The attack; a function is wrapped as one."""
+        return cast(Attack, self.attack)
+
+    @property
+    def other_model(self) -> Classifier | None:
+        """The model that is attacked in the defence's place, if it is no part of the defence."""
+        return None if isinstance(self.target, str) else self.target
 
 
-def default_attacks(base: Model | None = None) -> list[Attack]:
-    """PGD with CE and DLR on the randomised and the deterministic model, BPDA, AutoAttack, transfer from ``base``."""
-    own = [Attack(loss=loss, variant=variant) for variant in ("random", "deterministic") for loss in ("ce", "dlr")]
-    auto = [Attack("autoattack", variant="fixed"), Attack("autoattack", version="rand")]
-    transfer = [] if base is None else [Attack(target=base, label="transfer from the base")]
-    return [*own, Attack("bpda"), *auto, *transfer]
+def as_spec(attack: Any) -> AttackSpec:
+    """What stands in a list of attacks, as an `AttackSpec`; TypeError for what is no attack."""
+    return attack if isinstance(attack, AttackSpec) else AttackSpec(attack)
 
 
-def lee_kim_2023(eps: float = 8 / 255) -> Attack:
+def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
+    """A list of attacks, of `AttackSpec` and of functions ``(model, x, y) -> x_adv``, as `AttackSpec`.
+
+    Raises:
+        TypeError: no list, or something in it that is no attack.
+    """
+    if isinstance(attacks, (str, Attack, AttackSpec)) or not isinstance(attacks, Sequence):
+        raise TypeError(f"attacks must be a list, got {attacks!r}")
+    specs = []
+    for i, attack in enumerate(attacks):
+        try:
+            specs.append(as_spec(attack))
+        except TypeError as error:
+            raise TypeError(f"attacks[{i}]: {error}") from None
+    return specs
+
+
+def default_attacks(base: Classifier | None = None) -> list[AttackSpec]:
+    """What `evaluate` runs if it is not told.
+
+    Args:
+        base: an undefended classifier, on which a transfer attack is made.
+
+    Returns:
+        PGD with CE and DLR on the random and the deterministic model, BPDA, AutoAttack, and transfer from ``base``.
+    """
+    variants: tuple[Variant, ...] = ("random", "deterministic")
+    own = [AttackSpec(pgd, variant) for variant in variants for pgd in (PGD(), PGD(loss="dlr"))]
+    auto = [AttackSpec(AutoAttack(), "fixed"), AttackSpec(AutoAttack(version="rand"))]
+    transfer = [] if base is None else [AttackSpec(PGD(), target=base, label="transfer from the base")]
+    return [*own, AttackSpec(BPDA()), *auto, *transfer]
+
+
+def lee_kim_2023(eps: float = 8 / 255) -> AttackSpec:
     """PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
 
     Full gradient, 200 steps of 0.007 at eps = 8/255, of the same share of any other eps, 20 draws averaged before the
-    sign is taken, L-inf, no random start. Ours: of the iterates the best is kept, not the last.
+    sign is taken, L-inf, no random start. One thing is not in the paper: of the iterates the best is kept, not the
+    last.
+
+    Args:
+        eps: radius in image units.
     """
     alpha = 0.007 * eps / (8 / 255)
-    return Attack(loss="ce", steps=200, alpha=alpha, eot=20, start=False, eps=eps, norm="linf", label=LEE_KIM)
+    attack = PGD(steps=200, alpha=alpha, eot_iter=20, random_start=False, eps=eps, norm="linf")
+    return AttackSpec(attack, label=LEE_KIM)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._files import digest
+from .._fingerprint import digest
+from ..protocols import Classifier
 
-Model = Callable[[Tensor], Tensor]
 Variant = Literal["random", "fixed", "deterministic"]
 #: Each phase of an evaluation has a seed of its own, so that no attack has seen the draws it is judged by.
 PHASES = {"clean": 0, "attack": 1, "judge": 2}
 
 
-def device_of(model: Model, x: Tensor) -> torch.device:
+def device_of(model: Classifier, x: Tensor) -> torch.device:
     """Where a model computes: where its first tensor is, or the images, for a model without tensors."""
     if isinstance(model, nn.Module):
         for tensor in (*model.parameters(), *model.buffers()):
@@ -55,7 +54,7 @@ class Subject:
         ValueError: a label that the model has no class for.
     """
 
-    def __init__(self, model: Model, x: Tensor, y: Tensor, *, batch_size: int, n_eval: int, seed: int):
+    def __init__(self, model: Classifier, x: Tensor, y: Tensor, *, batch_size: int, n_eval: int, seed: int):
         self.model, self.x, self.y = model, x, y
         self.batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
         self.device = device_of(model, x)
@@ -72,7 +71,7 @@ class Subject:
         """A few images, to try models on."""
         return self.x[:8].to(self.device)
 
-    def draws(self, model: Model) -> bool:
+    def draws(self, model: Classifier) -> bool:
         """Whether two predictions of a model differ."""
         some = self.some()
         return not torch.allclose(model(some), model(some), rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..protocols import SharesDraws, supports
-from .subject import Model
+from ..protocols import Classifier, SharesDraws, supports
 
 
 class Watched(nn.Module):
@@ -20,9 +19,11 @@ class Watched(nn.Module):
         bar: is told of every forward pass.
     """
 
-    def __init__(self, model: Model, bar: tqdm):
+    def __init__(self, model: Classifier, bar: tqdm):
         super().__init__()
         self.model, self.bar = model, bar
+        # attacks of other packages would put a model that looks like one in training back into training
+        self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
         self.bar.update(len(x))
@@ -37,7 +38,7 @@ class _WatchedDraws(Watched):
         return self.model.draw_logits(x, draws)  # type: ignore[attr-defined]
 
 
-def watched(model: Model, bar: tqdm) -> Watched:
+def watched(model: Classifier, bar: tqdm) -> Watched:
     """The model, with every forward pass shown by the bar."""
     return (_WatchedDraws if supports(model, SharesDraws) else Watched)(model, bar)
 

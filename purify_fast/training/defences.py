@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from .._fingerprint import weights_fingerprint
 from ..defences.base import Defence
-from .checkpoint import fingerprint, read_model, save_model
+from .checkpoint import read_model, save_model
 from .classifier import load_classifier
 
 _CLASSIFIER = "classifier."
@@ -21,7 +22,7 @@ D = TypeVar("D", bound=Defence)
 
 def save_defence(defence: Defence, folder: str | Path) -> None:
     """Write a defence to ``folder``, with a fingerprint of its classifier; each file whole or absent."""
-    facts = {"classifier": fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
+    facts = {"classifier": weights_fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
     save_model(folder, type(defence).__name__, defence.arguments, _saved(defence), **facts)
 
 
@@ -59,7 +60,7 @@ def load_defence(
     if classifier is None:
         classifier = load_classifier(Path(folder) / "classifier")
     own = facts.get("own_classifier", False)
-    found = fingerprint(classifier)
+    found = weights_fingerprint(classifier)
     if check and not own and found != facts["classifier"]:
         raise ValueError(
             f"classifier: its weights ({found}) are not those {folder} was trained for ({facts['classifier']}); "

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._files import atomic, digest
+from .._files import atomic
+from .._fingerprint import digest
 from .._process import processes
 from ..data import StreamedImages, batches, crop_flip, read_ahead, to_float
 from ..models.layers import BatchNorm1d, BatchNorm2d

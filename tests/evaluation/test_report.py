@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from purify_fast._files import atomic, write_text
-from purify_fast.evaluation import Attack, Examples, Report, Row, evaluate, merge, plots
+from purify_fast.attacks import PGD
+from purify_fast.evaluation import Examples, Report, Row, evaluate, merge, plots
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,7 +131,7 @@ def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     model = Purifier()
     x, y = torch.rand(6, 3, 6, 6), torch.randint(0, 4, (6,))
-    report = evaluate(model, x, y, eps=0.1, steps=2, attacks=[Attack()], n_eval=2, name="m 1", progress=False)
+    report = evaluate(model, x, y, eps=0.1, steps=2, attacks=[PGD()], n_eval=2, name="m 1", progress=False)
     report.rows[1].examples = Examples(x.numpy(), x.numpy(), y.numpy())
     rng = torch.get_rng_state()
     report.save(tmp_path / "run", model)

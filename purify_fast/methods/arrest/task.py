@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..._fingerprint import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen, pgd
 from ...data import StreamedImages, to_float
 from ...models.classifiers import representation_before_pooling
@@ -30,7 +31,6 @@ from ...ops.noisy_replay import noisy_replay
 from ...ops.representation_distance import representation_distance
 from ...speed.inference_copy import LiveView, channels_last, inside, quicken
 from ...training.attack import TrainingAttack, settings
-from ...training.checkpoint import fingerprint, structure
 from ...training.distributed import average_
 from ...training.loop import Batch
 from ...training.schedules import arrest_published, one_cycle
@@ -158,7 +158,7 @@ class ArrestTask:
         self.classifier, self.config = model, config
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         start = model if teacher is None else teacher
-        self.origin = fingerprint(start)
+        self.origin = weights_fingerprint(start)
         self.teacher: Teacher | None = None
         self._reader: Representation | None = None
         self._view: LiveView | None = None
@@ -311,5 +311,5 @@ class ArrestTask:
         attack = self.config.attack
         # the step itself, so that a run is resumed whether its step was given or follows from eps
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
-        facts |= {"structure": structure(self.classifier), "origin": self.origin}
+        facts |= {"structure": structure_fingerprint(self.classifier), "origin": self.origin}
         return {"task": "arrest", **settings(self.config), **facts}

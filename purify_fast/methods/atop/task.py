@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._fingerprint import weights_fingerprint
 from ..._process import processes
 from ...attacks import fgsm, pgd
 from ...training.attack import settings
-from ...training.checkpoint import fingerprint
 from ...training.distributed import average_
 from ...training.loop import Batch
 from ...training.schedules import one_cycle
@@ -142,7 +142,7 @@ class AtopTask:
 
     def __init__(self, defence: Atop, config: AtopConfig, origin: str = "scratch"):
         self.defence, self.config, self.origin = defence, config, origin
-        self.classifier = fingerprint(defence.classifier)
+        self.classifier = weights_fingerprint(defence.classifier)
         if _precision(defence) != config.precision:  # else as it was made, compiled perhaps
             defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         defence.classifier.requires_grad_(False)

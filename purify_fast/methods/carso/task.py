@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..._fingerprint import weights_fingerprint
 from ..._process import processes
 from ...attacks import pgd, pgd_and_fgsm
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
 from ...training.attack import settings
-from ...training.checkpoint import fingerprint
 from ...training.distributed import average_
 from ...training.lookahead import Lookahead
 from ...training.loop import Batch
@@ -165,7 +165,7 @@ class CarsoTask:
 
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):
         self.model, self.config, self.origin = defence, config, origin
-        self.classifier = fingerprint(defence.classifier)  # as it was at the start: joint training changes it
+        self.classifier = weights_fingerprint(defence.classifier)  # as it was at the start: joint training changes it
         defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         if config.joint:
             defence.release_classifier()
