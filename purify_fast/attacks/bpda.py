@@ -78,8 +78,7 @@ class BpdaModel(nn.Module):
             defence: with ``purify(x)`` and ``classifier``.
             aggregation: how the logits of several draws are aggregated; None: as the defence does.
         """
-        aggregates = supports(defence, Aggregates)
-        own = cast(Aggregates, defence).aggregate if aggregates else getattr(defence, "combine", "lse")
+        own = cast(Aggregates, defence).aggregate if supports(defence, Aggregates) else "lse"
         modules = [defence] if isinstance(defence, nn.Module) else []
         chosen = own if aggregation is None else aggregation
         return cls(defence.purify, classifier_of(defence), aggregation=chosen, modules=modules)
