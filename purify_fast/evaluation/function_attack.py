@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..attacks import Attack, AttackContext, frozen
+from ..attacks import Attack, AttackContext, ThreatModel, frozen
 from ..attacks.arguments import Norm
 from ..attacks.base import BallAttack
 from ..ops.pgd_step import pgd_step
