@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from purify_fast.training import keep_memory
+from purify_fast.speed import retain_freed_memory
 
 from . import gpu_check, performance, pipelines, report
 from .ops import registry
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         run_pipelines(chosen.names or list(known), device, chosen.quick, out)
         print((out / report.PIPELINES_TABLE).read_text())
         return
-    keep_memory()
+    retain_freed_memory()
     run_ops(chosen.names or list(known), device, chosen.quick, out)
     for line in report.read_csv(out / report.VERDICTS):
         name = f"{line['op']} {line['direction']}, eager calls on {device.type}"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, _library
+from .. import _library
+from .._version import __version__
 from ..ops import REGISTRY
 from ..ops._op import Op
 from ..ops._verdicts import Verdict, folder

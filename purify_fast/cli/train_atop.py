@@ -127,8 +127,8 @@ class TrainAtop(TrainGenerator):
             return super().made(images, classifier)
         # PyTorch takes 1.8 seconds to import: --help does without it
         from .._fingerprint import weights_fingerprint
-        from ..methods.atop import load
+        from ..methods.atop import load_atop
 
         # pre-training saw no classifier, so that another than the saved one is as good
-        defence = load(self.init, classifier, check=False)
+        defence = load_atop(self.init, classifier, check=False)
         return defence, weights_fingerprint(defence.purifier)

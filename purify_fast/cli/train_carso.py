@@ -102,10 +102,10 @@ class TrainCarso(DataCommand):
         """The defence to train, and what its purifier starts from."""
         # PyTorch takes 1.8 seconds to import: --help does without it
         from .._fingerprint import weights_fingerprint
-        from ..methods.carso import Carso, load
+        from ..methods.carso import Carso, load_carso
 
         if self.init is not None:
-            defence = load(self.init, classifier)
+            defence = load_carso(self.init, classifier)
             return defence, weights_fingerprint(defence)
         sizes = {name: getattr(self, name) for name in _SIZES}
         if self.preset is not None:

@@ -18,7 +18,7 @@ import torch
 from .._files import write_text
 from .._process import end_with_parent
 from ..evaluation import Report, merge, plot_tradeoff
-from ..training import keep_memory
+from ..speed import retain_freed_memory
 from . import arrest, atop, carso
 from .common import BASE, EPS, QUICK, STANDARD, Budget, Place, digits
 
@@ -114,7 +114,7 @@ def _train_beside(place: Place) -> None:
 def _begin() -> None:
     end_with_parent()
     torch.set_num_threads(1)
-    keep_memory()
+    retain_freed_memory()
 
 
 class _Beside:

@@ -11,8 +11,7 @@ from torch import nn
 from ..attacks import PGD
 from ..evaluation import AttackSpec, Report, Tradeoff
 from ..methods.arrest import ArrestConfig, ArrestTask
-from ..methods.carso import Carso, CarsoConfig, CarsoTask, Head
-from ..methods.carso import load as load_carso
+from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation, load_carso
 from ..training import TrainingAttack, load_classifier, save_classifier
 from .carso import LAYERS
 from .common import (
@@ -82,7 +81,7 @@ def attack(place: Place, name: str) -> Report:
     attacks = [AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True)]
     if name == CARSO:
         # at z = 0, and as it is: there first what is cheap, as in CARSO's part
-        zero = Head(defence, deterministic=True)
+        zero = WithAggregation(defence, deterministic=True)
         attacks = [
             *(replace(attack, variant="deterministic") for attack in attacks),
             AttackSpec(PGD(), target=zero, label=f"PGD-{budget.steps} ce made at z = 0"),

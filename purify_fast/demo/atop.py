@@ -10,7 +10,7 @@ import torch
 from .._fingerprint import weights_fingerprint
 from ..attacks import PGD
 from ..evaluation import AttackSpec, Report
-from ..methods.atop import Atop, AtopConfig, AtopTask, load
+from ..methods.atop import Atop, AtopConfig, AtopTask, load_atop
 from ..methods.atop.generators.small_generator import SmallGenerator
 from ..training import TrainingAttack, save_classifier
 from .common import EPS, STANDARD, Budget, Place, against, digits, percent
@@ -62,7 +62,7 @@ def train(place: Place, name: str) -> None:
 
 def model(place: Place, name: str) -> Atop:
     """One of the trained `MODELS`."""
-    return load(place.out / _FOLDERS[name], place.classifier(STANDARD))
+    return load_atop(place.out / _FOLDERS[name], place.classifier(STANDARD))
 
 
 def attack(place: Place, name: str) -> Report:

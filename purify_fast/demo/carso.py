@@ -9,7 +9,7 @@ from .._fingerprint import weights_fingerprint
 from ..attacks import PGD
 from ..attacks.losses import Loss
 from ..evaluation import AttackSpec, Report
-from ..methods.carso import Carso, CarsoConfig, CarsoTask, Head, load
+from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation, load_carso
 from ..training import TrainingAttack, save_classifier
 from .common import AUTOATTACK, BASE, CLASSIFIERS, EPS, STANDARD, Budget, Place, against, autoattack, digits, percent
 
@@ -35,7 +35,7 @@ def train(place: Place, name: str) -> None:
             _FOLDERS[name],
         )
     else:
-        published = load(place.out / _FOLDERS[PUBLISHED], base)
+        published = load_carso(place.out / _FOLDERS[PUBLISHED], base)
         defence.load_state_dict(published.state_dict())
         fine = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
         task = CarsoTask(defence, fine, weights_fingerprint(published))
@@ -48,7 +48,7 @@ def model(place: Place, name: str) -> nn.Module:
     """One of the trained `MODELS`."""
     if name in CLASSIFIERS:
         return place.classifier(name)
-    return load(place.out / _FOLDERS[name], place.classifier(BASE))
+    return load_carso(place.out / _FOLDERS[name], place.classifier(BASE))
 
 
 def attack(place: Place, name: str) -> Report:
@@ -64,7 +64,7 @@ def attack(place: Place, name: str) -> Report:
     elif name == BASE:
         attacks = [ce, dlr, *constant, auto]
     else:
-        zero = Head(defence, deterministic=True)
+        zero = WithAggregation(defence, deterministic=True)
         attacks = [
             AttackSpec(PGD(), variant="deterministic"),
             AttackSpec(PGD(loss="dlr"), variant="deterministic", survivors_only=True),

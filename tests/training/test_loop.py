@@ -18,13 +18,13 @@ from purify_fast._files import atomic
 from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed import retain_freed_memory
 from purify_fast.training import (
     Batch,
     ClassifierConfig,
     ClassifierTask,
     FitConfig,
     fit,
-    keep_memory,
     load_classifier,
     save_classifier,
 )
@@ -284,4 +284,4 @@ def test_one_cycle():
 
 
 def test_keep_memory_says_whether_it_took_effect():
-    assert keep_memory() is (sys.platform == "linux")
+    assert retain_freed_memory() is (sys.platform == "linux")

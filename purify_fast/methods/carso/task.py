@@ -104,18 +104,17 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
 
     BatchNorm keeps the statistics it has: the attacked and the trained function are one.
     """
-    if config.joint and (
-        defence.accelerated is not None or not any(p.requires_grad for p in defence.classifier.parameters())
-    ):
+    if config.joint and (defence.fast is not None or not any(p.requires_grad for p in defence.classifier.parameters())):
         raise ValueError("joint training needs a defence that is not accelerated, after release_classifier()")
     attack = config.attack.at_epoch(batch.epoch, batch.epochs)
     samples, training = defence.samples, defence.training
     defence.samples = config.train_samples
     defence.eval()
     rank, world = processes()
-    places = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)  # in the batch of all processes
+    # Where the images stand in the batch of all processes.
+    global_positions = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)
     try:
-        with defence.positions(places):
+        with defence.noise_ids(global_positions):
             x = pgd(
                 defence,
                 batch.x,
