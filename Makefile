@@ -110,7 +110,8 @@ $(COMPAT)/site/.done: Makefile | $(STAMPS)/base
 $(STAMPS)/package: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
 	@echo "== purify_fast with its CPU kernels"
 	$(BUILD) $(PIP) --no-build-isolation -e '.[demo,test]'
-	$(PIP) --no-deps robustbench  # tests compare with its model files; what its package imports is not needed
+	# tests compare with robustbench's model files and run torchattacks' PGD; what else the two ask for is not needed
+	$(PIP) --no-deps robustbench torchattacks
 	@touch $@
 
 $(STAMPS)/cmake: $(STAMPS)/base

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from . import _compat
 from ._lazy import lazy_exports
+from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import attacks as attacks
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from . import models as models
     from . import ops as ops
     from . import training as training
+    from .data import load_dataset as load_dataset
     from .evaluation import evaluate as evaluate
     from .methods import arrest as arrest
     from .methods import atop as atop
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from .training import fit as fit
     from .training import load_classifier as load_classifier
     from .training import save_classifier as save_classifier
-
-__version__ = "0.1.0"
 
 _compat.install()
 
@@ -51,6 +51,7 @@ __all__ = [
     "evaluation",
     "fit",
     "load_classifier",
+    "load_dataset",
     "load_defence",
     "models",
     "ops",
@@ -70,6 +71,7 @@ __getattr__, __dir__ = lazy_exports(
     evaluation=".evaluation:",
     fit=".training",
     load_classifier=".training",
+    load_dataset=".data",
     load_defence=".methods.loading",
     models=".models:",
     ops=".ops:",

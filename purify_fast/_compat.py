@@ -35,13 +35,52 @@ MOVED_PACKAGES: dict[str, tuple[str, ...]] = {
 }
 
 #: Attributes that have another name in the new packages.
-RENAMED_ATTRIBUTES: dict[str, str] = {}
+RENAMED_ATTRIBUTES: dict[str, str] = {
+    "FrozenView": "InferenceCopy",
+    "Head": "WithAggregation",
+    "NoisyCopies": "NoisyEnsemble",
+    "Purifier": "PurifierAdapter",
+    "Randomised": "StochasticDefence",
+    "keep_memory": "retain_freed_memory",
+}
 
 #: Names that a module no longer has, though it is still there: module, old name, and ``module:name`` of today.
 RENAMED_NAMES: dict[str, dict[str, str]] = {
     "purify_fast": {"load": "purify_fast:load_defence"},
+    "purify_fast.carso": {"load": "purify_fast.methods.carso:load_carso"},
+    "purify_fast.atop": {"load": "purify_fast.methods.atop:load_atop"},
+    "purify_fast.training": {"keep_memory": "purify_fast.speed:retain_freed_memory"},
+    "purify_fast.attacks": {"Bpda": "purify_fast.attacks:BpdaModel"},
     "purify_fast.data": {"load": "purify_fast.data:load_dataset"},
 }
+
+
+#: Options of the command line by their old names, for each command.
+_ATOP_OPTIONS = {
+    "attack": "attack-method",
+    "missing": "mask-ratio",
+    "parts": "num-passes",
+    "reconstruction": "reconstruction-weight",
+    "warm-up": "cls-delay-epochs",
+}
+_ARREST_OPTIONS = {
+    "average": "ema-decay",
+    "awp": "awp-gamma",
+    "start": "random-start",
+    "warm-up": "eps-warmup",
+    "weight": "distillation-weight",
+}
+RENAMED_OPTIONS: dict[str, dict[str, str]] = {
+    "train classifier": {"warm-up": "eps-warmup"},
+    "train carso": {"lag": "kl-delay", "reconstruction": "reconstruction-weight"},
+    "train generator": _ATOP_OPTIONS,
+    "train atop": _ATOP_OPTIONS,
+    "train arrest": _ARREST_OPTIONS,
+    "ablate": _ARREST_OPTIONS,
+    "evaluate": {"chunk": "max-forward-batch", "eot": "eot-iter"},
+}
+#: Values of options that have another name: by the option's name of today, old value to new.
+RENAMED_VALUES: dict[str, dict[str, str]] = {"aggregation": {"probability": "mean_softmax"}}
 
 
 def warn(old: str, new: str) -> None:
@@ -77,6 +116,66 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
     return decorate
 
 
+def renamed_values(**values: Mapping[str, str]) -> Callable[[F], F]:
+    """A decorator that still takes old words as values of keyword arguments, with a warning.
+
+    Args:
+        values: per argument, old word to new word.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            for name in values.keys() & kwargs.keys():
+                old = kwargs[name]
+                if isinstance(old, str) and old in values[name]:
+                    warn(f"{name}={old!r}", f"{name}={values[name][old]!r}")
+                    kwargs[name] = values[name][old]
+            return function(*args, **kwargs)
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
+
+
+def renamed(
+    mapping: Mapping[str, Any], names: Mapping[str, str], values: Mapping[str, Mapping[str, str]] | None = None
+) -> dict[str, Any]:
+    """A saved file's settings under their new names; the others stay as they are.
+
+    Args:
+        mapping: settings by name.
+        names: old name to new name.
+        values: per new name, old word to new word.
+    """
+    made = {names.get(name, name): value for name, value in mapping.items()}
+    for name, words in (values or {}).items():
+        if isinstance(made.get(name), str):
+            made[name] = words.get(made[name], made[name])
+    return made
+
+
+#: What the saved defences of version 0.1 call the arguments of their classes, and words in them.
+OLD_CARSO_ARGUMENTS = {"form": "version"}
+OLD_ATOP_ARGUMENTS = {"missing": "mask_ratio", "parts": "num_passes"}
+OLD_ATOP_VALUES = {"aggregation": {"probability": "mean_softmax"}}
+
+
+def training_step(package: str, configuration: str, defence: Any, batch: Any, config: Any) -> Any:
+    """The method ``training_step`` of the defences of version 0.1: the loss of one batch.
+
+    Args:
+        package: the method's package, such as ``purify_fast.methods.carso``.
+        configuration: the name of its configuration's class.
+        defence: the method's defence.
+        batch: a `purify_fast.training.Batch`.
+        config: the method's configuration, or None for its defaults.
+    """
+    method = importlib.import_module(package)
+    warn("the method training_step()", f"{package}.training_loss()")
+    return method.training_loss(defence, batch, getattr(method, configuration)() if config is None else config)[0]
+
+
 def renamed_value(argument: str, value: str, names: Mapping[str, str]) -> str:
     """The new name of a mode that is given as a string, with a warning; a value that has no new name as it is.
 
@@ -94,11 +193,6 @@ def renamed_value(argument: str, value: str, names: Mapping[str, str]) -> str:
     # this function, the one that takes the mode, and its caller: there the warning points
     warnings.warn(text, DeprecationWarning, stacklevel=3)
     return names[value]
-
-
-def renamed(mapping: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A saved file's settings under their new names; the others stay as they are."""
-    return {names.get(name, name): value for name, value in mapping.items()}
 
 
 #: Settings of an attack that the configurations of version 0.1 took themselves, and now find in their ``attack``.
@@ -174,12 +268,110 @@ def old_name(module: str, name: str) -> Any:
     return getattr(importlib.import_module(home), new)
 
 
+#: The attacks of version 0.1's `evaluation.Attack(kind, ...)`, and their classes in `purify_fast.attacks`.
+_ATTACK_CLASSES = {
+    "pgd": "PGD",
+    "apgd": "APGD",
+    "fgsm": "FGSM",
+    "bpda": "BPDA",
+    "stadv": "StAdv",
+    "autoattack": "AutoAttack",
+}
+#: Its options that belong to an `AttackSpec` now, old name to new name.
+_SPEC_OPTIONS = {
+    "variant": "variant",
+    "target": "target",
+    "head": "aggregation",
+    "label": "label",
+    "limit": "max_images",
+    "survivors": "survivors_only",
+}
+#: Its options that belong to the attack, where they have another name.
+_ATTACK_OPTIONS = {"eot": "eot_iter", "start": "random_start", "targets": "n_target_classes", "queries": "n_queries"}
+#: What they were if not given: such a value was allowed for every attack.
+_ATTACK_DEFAULTS = {"restarts": 1, "targets": 9, "queries": 5000, "version": "standard", "start": True}
+
+
+def old_attack(kind: str = "pgd", **options: Any) -> Any:
+    """`evaluation.Attack` of version 0.1, as an `AttackSpec` around one of the attacks of today, with a warning.
+
+    Args:
+        kind: ``pgd``, ``apgd``, ``fgsm``, ``bpda``, ``stadv`` or ``autoattack``.
+        options: of the attack, or of how it is used, by their old names.
+
+    Raises:
+        ValueError: an unknown kind, or an option that it does not have.
+    """
+    if kind not in _ATTACK_CLASSES:
+        raise ValueError(f"kind must be one of {', '.join(_ATTACK_CLASSES)}, got {kind!r}")
+    attacks = importlib.import_module("purify_fast.attacks")
+    specs = importlib.import_module("purify_fast.evaluation.specs")
+    warn(
+        f"evaluation.Attack({kind!r}, ...)",
+        f"purify_fast.attacks.{_ATTACK_CLASSES[kind]}(...), and AttackSpec around it for options such as the variant",
+    )
+
+    def name_in(kind: str, option: str) -> str | None:
+        """The option's name in the attack's class, if the class has it."""
+        new = "rate" if (kind, option) == ("stadv", "alpha") else _ATTACK_OPTIONS.get(option, option)
+        fields = {field.name for field in dataclasses.fields(getattr(attacks, _ATTACK_CLASSES[kind]))}
+        return new if new in fields else None
+
+    own, around = {}, {}
+    for option, value in options.items():
+        if option == "head" and kind == "bpda":
+            own["aggregation"] = value
+        elif option in _SPEC_OPTIONS:
+            around[_SPEC_OPTIONS[option]] = value
+        elif (new := name_in(kind, option)) is not None:
+            # None stood for the attack's own default
+            own |= {} if value is None else {new: value}
+        elif value != _ATTACK_DEFAULTS.get(option) and (kind, option) != ("autoattack", "loss"):
+            kinds = ", ".join(other for other in _ATTACK_CLASSES if name_in(other, option) is not None)
+            raise ValueError(f"{option} goes with {kinds or 'no attack'}, not with {kind}")
+    return specs.AttackSpec(getattr(attacks, _ATTACK_CLASSES[kind])(**own), **around)
+
+
+def new_options(command: str, words: Sequence[str]) -> list[str]:
+    """A command line with the option names of today; each old one warns, visibly for whoever typed it.
+
+    Args:
+        command: how the command is called, as in ``train carso``.
+        words: the words behind its name.
+    """
+    options = RENAMED_OPTIONS.get(command, {})
+    found: list[str] = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", "the option", DeprecationWarning)
+        for word in words:
+            flag, equals, value = word.partition("=")
+            name = flag.removeprefix("--").replace("_", "-")
+            negation = "no-" if name.startswith("no-") else ""
+            if flag.startswith("--") and name.removeprefix("no-") in options:
+                new = f"--{negation}{options[name.removeprefix('no-')]}"
+                warn(f"the option {flag} of `purify-fast {command}`", new)
+                found.append(f"{new}{equals}{value}")
+                continue
+            # the value of the option before it, or its own
+            option = (flag if equals else found[-1] if found else "").removeprefix("--").replace("_", "-")
+            old = value if equals else word
+            if option in RENAMED_VALUES and old in RENAMED_VALUES[option]:
+                new = RENAMED_VALUES[option][old]
+                warn(f"the option --{option} {old} of `purify-fast {command}`", f"--{option} {new}")
+                found.append(f"{flag}={new}" if equals else new)
+                continue
+            found.append(word)
+    return found
+
+
 class _MovedPackage(ModuleType):
     """Stands for a package that moved: its attributes are those of the new packages."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in RENAMED_NAMES.get(self.__name__, {}):
+            return old_name(self.__name__, name)
         new = RENAMED_ATTRIBUTES.get(name, name)
         for package in MOVED_PACKAGES[self.__name__]:
             module = importlib.import_module(package)

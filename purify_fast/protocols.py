@@ -8,7 +8,7 @@ such as a compiled module, does not count, because calling the inner object's me
 from __future__ import annotations
 
 import contextlib
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -21,6 +21,14 @@ class Classifier(Protocol):
 
 
 @runtime_checkable
+class NamesRepresentation(Protocol):
+    """A classifier that knows which of its modules make a good representation."""
+
+    def representation_layers(self) -> list[str]:
+        """Module paths, as in ``named_modules()``."""
+
+
+@runtime_checkable
 class Purifies(Protocol):
     """Repairs images before they are classified."""
 
@@ -28,11 +36,50 @@ class Purifies(Protocol):
         """Purified images ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
 
 
+class HasClassifier(Protocol):
+    """Is made around a classifier, which is an attribute of the object."""
+
+    classifier: nn.Module
+
+
 @runtime_checkable
 class Purifier(Purifies, Protocol):
     """A purifier in front of a classifier; the classifier is an attribute of the object."""
 
     classifier: nn.Module
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """Repairs images, by the name that CARSO has for it."""
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Purified images ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
+
+
+@runtime_checkable
+class ShowsTransform(Protocol):
+    """Transforms images before it repairs them, and shows the transformed ones."""
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """What is repaired: images ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
+
+
+@runtime_checkable
+class FrozenClassifier(Protocol):
+    """A defence whose images are classified, and whose classifier is attacked alone, through a copy of it."""
+
+    @property
+    def frozen_classifier(self) -> nn.Module:
+        """That copy, or the classifier itself."""
+
+
+@runtime_checkable
+class Aggregates(Protocol):
+    """Makes one prediction of several."""
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        """Logits of K draws ``[B, K, classes]`` to those of the prediction, ``[B, classes]``."""
 
 
 @runtime_checkable
@@ -81,3 +128,14 @@ class DeterministicMode(Protocol):
 def supports(model: object, protocol: type) -> bool:
     """Whether the type of ``model`` has the methods of ``protocol``, one of this module's protocols of methods."""
     return issubclass(type(model), protocol)
+
+
+def is_purifier(model: object) -> TypeGuard[Purifier]:
+    """Whether ``model`` has what `Purifier` asks for."""
+    # isinstance(model, Purifier) finds no submodules since Python 3.12: they are no attributes of the object proper
+    return supports(model, Purifies) and has_classifier(model)
+
+
+def has_classifier(model: object) -> TypeGuard[HasClassifier]:
+    """Whether ``model`` has what `HasClassifier` asks for."""
+    return callable(getattr(model, "classifier", None))

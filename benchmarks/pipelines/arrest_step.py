@@ -81,7 +81,7 @@ class _Split(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         m = self.model
         if isinstance(m, PreActResNet18):
-            features = F.relu(m.norm(m.stages(m.conv(m.normalise(x)))))
+            features = F.relu(m.norm(m.stages(m.conv(m.normalize(x)))))
             return m.head(features.mean((2, 3))), features.flatten(1)
         features = m.layer4(m.layer3(m.layer2(m.layer1(F.relu(m.bn1(m.conv1(x)))))))
         return m.linear(features.mean((2, 3))), features.flatten(1)

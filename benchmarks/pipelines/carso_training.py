@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from purify_fast.attacks.gradient import random_start
+from purify_fast.attacks import Ball, sample_in_ball
 from purify_fast.methods.carso.task import CarsoConfig, CarsoTask, balanced_batch, kl_weight
 from purify_fast.ops.sample_latent import sample_latent
 from purify_fast.training import Batch
@@ -38,7 +38,7 @@ def attack(
     """L-inf PGD as one would write it, from a random start if there is a seed; weights accumulate gradients."""
     adversarial = x.clone()
     if seed is not None:
-        adversarial = random_start(x, torch.full((len(x),), eps, device=x.device), "linf", seed, ids, 0.0, 1.0)
+        adversarial = sample_in_ball(x, Ball(torch.full((len(x),), eps, device=x.device)), seed=seed, sample_ids=ids)
     for _ in range(steps):
         adversarial = adversarial.clone().detach().requires_grad_(True)
         F.cross_entropy(model(adversarial), y, reduction="sum").backward()

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from purify_fast.attacks import PGD, AutoAttack
 from purify_fast.data import DataSet
-from purify_fast.evaluation import Attack, Tradeoff, merge, plot_tradeoff
+from purify_fast.evaluation import AttackSpec, Tradeoff, merge, plot_tradeoff
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.training import FitConfig, fit, load_classifier, save_classifier
 from purify_fast.training.attack import TrainingAttack
@@ -97,13 +98,15 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
 def attack(job: Job, folder: Path, root: Path) -> dict:
     b: Budget = job.settings["budget"]
     attacks = [
-        Attack(loss="ce"),
-        Attack(loss="dlr", survivors=True, label=f"then PGD-{b.steps} dlr"),
-        Attack(
-            "autoattack", survivors=True, limit=b.autoattack, steps=b.autoattack_steps, queries=b.queries,
+        AttackSpec(PGD()),
+        AttackSpec(PGD(loss="dlr"), survivors_only=True, label=f"then PGD-{b.steps} dlr"),
+        AttackSpec(
+            AutoAttack(steps=b.autoattack_steps, n_queries=b.queries),
+            survivors_only=True,
+            max_images=b.autoattack,
             label=AUTOATTACK.format(b.autoattack),
         ),
-    ]  # fmt: skip
+    ]
     model = load_classifier(job.folder(root, job.settings["model"]))
     return mnist.attack(job, folder, model, _images(job), attacks, b.steps, 1)
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from purify_fast import data
-from purify_fast.evaluation import Attack
-from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator, load
+from purify_fast.attacks import PGD
+from purify_fast.evaluation import AttackSpec
+from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator, load_atop
 from purify_fast.training import load_classifier
 
 from . import Job, atop
@@ -108,9 +109,9 @@ def _attacked(model: nn.Module, job: Job) -> dict:
     first, eot = _effort(quick)
     labels = [f"PGD-{first} ce, one draw", f"PGD-{steps} ce, EOT {eot}", f"PGD-{steps} dlr, EOT {eot}"]
     attacks = [
-        Attack(loss="ce", steps=first, eot=1, label=labels[0]),
-        Attack(loss="ce", eot=eot, survivors=True, label=labels[1]),
-        Attack(loss="dlr", eot=eot, survivors=True, label=labels[2]),
+        AttackSpec(PGD(loss="ce", steps=first, eot_iter=1), label=labels[0]),
+        AttackSpec(PGD(loss="ce", eot_iter=eot), survivors_only=True, label=labels[1]),
+        AttackSpec(PGD(loss="dlr", eot_iter=eot), survivors_only=True, label=labels[2]),
     ]
     zero, rows = zero_attacks(model.sigma > 0 or model.missing > 0, quick, auto)
     keys = {key if key == "autoattack" else f"{key}_zero": label for key, label in rows.items()}
@@ -131,7 +132,7 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     if s["start"] is None:
         purifier: nn.Module = SmallGenerator(1, **s["generator"])
     else:  # made beside another classifier, of which it saw nothing
-        purifier = load(job.folder(root, s["start"]), base, check=False).purifier.module
+        purifier = load_atop(job.folder(root, s["start"]), base, check=False).purifier.module
     defence = Atop(base, purifier, digits.image_shape, **s["defence"])
     pretrained = job.name == PAINTER
     config = AtopConfig.pretraining(**atop.options(stage)) if pretrained else atop.attacked(stage, EPS)
@@ -141,7 +142,7 @@ def train(job: Job, folder: Path, root: Path) -> dict:
 
 def attack_samples(job: Job, folder: Path, root: Path) -> dict:
     """The pipeline's model with other draws when it predicts."""
-    defence = load(job.folder(root, "pipeline"), load_classifier(job.folder(root, BASE)))
+    defence = load_atop(job.folder(root, "pipeline"), load_classifier(job.folder(root, BASE)))
     defence.samples = job.settings["samples"]
     return _attacked(defence, job)
 

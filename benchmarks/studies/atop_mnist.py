@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from purify_fast.attacks import PGD
 from purify_fast.data import DataSet
-from purify_fast.evaluation import Attack, merge
-from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator, load
+from purify_fast.evaluation import AttackSpec, merge
+from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator, load_atop
 from purify_fast.training import load_classifier
 
 from . import RESULT, Job, atop, mnist
@@ -139,19 +140,19 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
 def _model(job: Job, root: Path, name: str, base: str) -> nn.Module:
     """A classifier, or a row's purifier in front of one; pre-training knew no classifier, and any will do."""
     classifier = load_classifier(job.folder(root, base))
-    return classifier if name == base else load(job.folder(root, name), classifier, check=False)
+    return classifier if name == base else load_atop(job.folder(root, name), classifier, check=False)
 
 
-def _attacks(name: str, settings: dict) -> list[Attack]:
+def _attacks(name: str, settings: dict) -> list[AttackSpec]:
     """The rows of one model; one label for all models."""
     first, steps, eot = (settings[f"attack_{what}"] for what in ("first_steps", "steps", "eot"))
     attacks = [
-        Attack(loss="ce", steps=first, eot=1, label=f"PGD-{first} ce, EOT 1"),
-        Attack(loss="ce", survivors=True, label=f"then PGD-{steps} ce, EOT {eot}"),
-        Attack(loss="dlr", survivors=True, label=f"then PGD-{steps} dlr, EOT {eot}"),
+        AttackSpec(PGD(loss="ce", steps=first, eot_iter=1), label=f"PGD-{first} ce, EOT 1"),
+        AttackSpec(PGD(loss="ce"), survivors_only=True, label=f"then PGD-{steps} ce, EOT {eot}"),
+        AttackSpec(PGD(loss="dlr"), survivors_only=True, label=f"then PGD-{steps} dlr, EOT {eot}"),
     ]
     if name != BASES[name]:
-        attacks.append(Attack(loss="ce", target="classifier", label=f"weak protocol: PGD-{steps} ce"))
+        attacks.append(AttackSpec(PGD(loss="ce"), target="classifier", label=f"weak protocol: PGD-{steps} ce"))
     return attacks
 
 

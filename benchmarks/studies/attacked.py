@@ -9,7 +9,7 @@ import numpy as np
 
 from purify_fast._files import atomic, write_text
 from purify_fast.evaluation import Examples, Report
-from purify_fast.evaluation.runner import worst
+from purify_fast.evaluation.worst import worst
 
 _NAME, _EXAMPLES = "attacked.json", "examples.npz"
 

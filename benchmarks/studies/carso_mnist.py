@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from purify_fast._fingerprint import weights_fingerprint
+from purify_fast.attacks import APGD, PGD, AutoAttack
 from purify_fast.data import DataSet
-from purify_fast.evaluation import Attack, Report, merge
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
+from purify_fast.evaluation import AttackSpec, Report, merge
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load_carso
 from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.checkpoint import fingerprint
 
 from . import RESULT, Job, mnist
 from .attacked import joined
@@ -84,9 +85,9 @@ def train_published(job: Job, folder: Path, root: Path) -> dict:
 def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
     budget: Budget = job.settings["budget"]
     images = _mnist(job)
-    defence = load(job.folder(root, EXACT), load_classifier(job.folder(root, CLASSIFIER)))
+    defence = load_carso(job.folder(root, EXACT), load_classifier(job.folder(root, CLASSIFIER)))
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=mnist.EPS, steps=7))
-    task = CarsoTask(defence, config, fingerprint(defence))
+    task = CarsoTask(defence, config, weights_fingerprint(defence))
     fit(task, images.x_train, images.y_train, FitConfig(budget.pipeline_epochs, 128, job.seed), folder)
     defence.save(folder)
     return {}
@@ -94,36 +95,46 @@ def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
 
 def _model(job: Job, root: Path, name: str) -> nn.Module:
     base = load_classifier(job.folder(root, CLASSIFIER))
-    return base if name == CLASSIFIER else load(job.folder(root, EXACT if name == PEEL else name), base)
+    return base if name == CLASSIFIER else load_carso(job.folder(root, EXACT if name == PEEL else name), base)
 
 
 GROUPS = ("PGD", "APGD", "AutoAttack")
 AUTOATTACK = "AutoAttack rand (classifier: standard), first {}"
 
 
-def _attacks(name: str, budget: Budget) -> dict[str, list[Attack]]:
+def _attacks(name: str, budget: Budget) -> dict[str, list[AttackSpec]]:
     """The rows of one model, in groups that can be attacked apart; one label for all models."""
     head = "peel_reference" if name == PEEL else None
     zero = "random" if name == CLASSIFIER else "deterministic"
     apgd = [
-        Attack("apgd", loss=loss, steps=budget.apgd_steps, variant=zero, head=head, survivors=loss != "ce", label=label)
+        AttackSpec(
+            APGD(loss=loss, steps=budget.apgd_steps),
+            variant=zero,
+            aggregation=head,
+            survivors_only=loss != "ce",
+            label=label,
+        )
         for loss, label in (("ce", "APGD ce, z = 0"), ("dlr_targeted", "APGD ce + APGD-T, z = 0"))
     ]
-    auto = Attack(
-        "autoattack",
-        version="standard" if name == CLASSIFIER else "rand",  # rand is for models that draw
-        head=head,
-        limit=budget.autoattack,
+    auto = AutoAttack(
+        # rand is for models that draw
+        version="standard" if name == CLASSIFIER else "rand",
         steps=budget.apgd_steps,
-        eot=budget.autoattack_eot,
-        queries=budget.queries,
-        label=AUTOATTACK.format(budget.autoattack),
+        eot_iter=budget.autoattack_eot,
+        n_queries=budget.queries,
     )
+    label = AUTOATTACK.format(budget.autoattack)
+    auto_row = AttackSpec(auto, aggregation=head, max_images=budget.autoattack, label=label)
     pgd = [
-        Attack(loss=loss, head=head, survivors=loss != "ce", label=f"PGD-{budget.steps} {what}, EOT {budget.eot}")
+        AttackSpec(
+            PGD(loss=loss),
+            aggregation=head,
+            survivors_only=loss != "ce",
+            label=f"PGD-{budget.steps} {what}, EOT {budget.eot}",
+        )
         for loss, what in (("ce", "ce"), ("dlr", "ce + dlr"))
     ]
-    return {"PGD": pgd, "APGD": apgd, "AutoAttack": [auto]}
+    return {"PGD": pgd, "APGD": apgd, "AutoAttack": [auto_row]}
 
 
 def attack(job: Job, folder: Path, root: Path) -> dict:

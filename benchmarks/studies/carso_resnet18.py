@@ -16,12 +16,13 @@ from torch import nn
 
 from purify_fast import data
 from purify_fast._files import write_text
-from purify_fast.evaluation import Attack, evaluate, merge
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
-from purify_fast.speed.inference_copy import FrozenView
+from purify_fast._fingerprint import weights_fingerprint
+from purify_fast.attacks import APGD, PGD
+from purify_fast.evaluation import AttackSpec, evaluate, merge
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load_carso
+from purify_fast.speed.inference_copy import InferenceCopy
 from purify_fast.training import FitConfig, fit
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.checkpoint import fingerprint
 
 from . import Job
 from .attacked import joined, keep
@@ -51,7 +52,7 @@ QUICK = Budget(64, 32, 4, 2, 2, 2, 2)
 
 
 def classifier() -> nn.Module:
-    """The example checkpoint: 10 classes, images in [0, 1], no normalisation; in evaluation mode.
+    """The example checkpoint: 10 classes, images in [0, 1], no normalization; in evaluation mode.
 
     Raises:
         ModuleNotFoundError: without pyautoattack.
@@ -70,7 +71,7 @@ def classifier() -> nn.Module:
 
 
 def _defence(job: Job, root: Path, name: str) -> nn.Module:
-    return load(job.folder(root, name), classifier()).accelerate()
+    return load_carso(job.folder(root, name), classifier()).accelerate()
 
 
 def train(job: Job, folder: Path, root: Path) -> dict:
@@ -87,8 +88,8 @@ def train(job: Job, folder: Path, root: Path) -> dict:
         config = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=5), precision="bfloat16")
         task, n, batch = CarsoTask(defence, config), budget.published_images, 64
     else:
-        defence = load(job.folder(root, PUBLISHED), classifier())
-        origin = fingerprint(defence)
+        defence = load_carso(job.folder(root, PUBLISHED), classifier())
+        origin = weights_fingerprint(defence)
         config = CarsoConfig(
             attack_target="pipeline",
             attack=TrainingAttack(eps=EPS, steps=5),
@@ -102,16 +103,16 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     return last
 
 
-def _attacks(name: str, budget: Budget) -> dict[str, list[Attack]]:
+def _attacks(name: str, budget: Budget) -> dict[str, list[AttackSpec]]:
     zero = "random" if name == CLASSIFIER else "deterministic"
     n, steps = budget.apgd_images, budget.apgd_steps
     pgd = [
-        Attack(loss="ce", label=f"PGD-{budget.steps} ce, EOT {budget.eot}"),
-        Attack(loss="dlr", survivors=True, label=f"PGD-{budget.steps} ce + dlr, EOT {budget.eot}"),
+        AttackSpec(PGD(loss="ce"), label=f"PGD-{budget.steps} ce, EOT {budget.eot}"),
+        AttackSpec(PGD(loss="dlr"), survivors_only=True, label=f"PGD-{budget.steps} ce + dlr, EOT {budget.eot}"),
     ]
     labels = (f"APGD ce, z = 0, first {n}", f"APGD ce + APGD-T, z = 0, first {n}")
     apgd = [
-        Attack("apgd", loss=loss, variant=zero, limit=n, steps=steps, survivors=loss != "ce", label=label)
+        AttackSpec(APGD(loss=loss, steps=steps), variant=zero, max_images=n, survivors_only=loss != "ce", label=label)
         for loss, label in zip(("ce", "dlr_targeted"), labels, strict=True)
     ]
     return {"PGD": pgd, "APGD": apgd}
@@ -122,11 +123,12 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
     name, budget = job.settings["model"], job.settings["budget"]
     cifar = data.load_dataset("cifar10", job.settings["data"])
     # one precision for all: what is attacked and what predicts is the same function
-    bare = FrozenView(classifier(), cifar.image_shape) if name == CLASSIFIER else None
+    bare = InferenceCopy(classifier(), cifar.image_shape) if name == CLASSIFIER else None
     report = evaluate(
         _defence(job, root, name) if bare is None else bare, cifar.x_test[: budget.images],
         cifar.y_test[: budget.images], eps=EPS, attacks=_attacks(name, budget)[job.settings["group"]],
-        steps=budget.steps, eot=budget.eot, batch_size=100, chunk=32, seed=job.seed, out=folder, name=name,
+        steps=budget.steps, eot_iter=budget.eot, batch_size=100, max_forward_batch=32, seed=job.seed,
+        out=folder, name=name,
     )  # fmt: skip
     return keep(report, folder)
 

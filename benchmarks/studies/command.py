@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from purify_fast import data
-from purify_fast.evaluation.autoattack import implementation
+from purify_fast.attacks.autoattack import implementation
 
 from . import arrest_mnist, atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, run, tables
 

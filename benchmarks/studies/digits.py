@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from purify_fast import data
-from purify_fast.evaluation import Attack, evaluate
+from purify_fast.attacks import PGD, AutoAttack
+from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation.subject import Variant
 from purify_fast.methods.carso import rank_layers
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, save_classifier
@@ -28,18 +30,21 @@ def effort(quick: bool) -> tuple[int, int, int, int, int]:
     return (40, 4, 4, 20, 2) if quick else (500, 100, 100, 1000, 40)
 
 
-def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list[Attack], dict[str, str]]:
+def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list[AttackSpec], dict[str, str]]:
     """PGD, and if asked for AutoAttack, on a model without its randomness; the rows of the results' keys."""
     _, steps, auto_steps, queries, _ = effort(quick)
-    variant = "deterministic" if randomised else "random"
-    attacks = [Attack(loss="ce", variant=variant), Attack(loss="dlr", variant=variant, survivors=True)]
+    variant: Variant = "deterministic" if randomised else "random"
+    attacks = [
+        AttackSpec(PGD(), variant=variant),
+        AttackSpec(PGD(loss="dlr"), variant=variant, survivors_only=True),
+    ]
     rows = {
         "clean": "clean, deterministic" if randomised else "clean",
         "pgd": f"PGD-{steps} dlr" + (", deterministic" if randomised else ""),  # of the survivors of ce
     }
     if auto:
-        options: dict = {"survivors": True, "steps": auto_steps, "queries": queries, "label": AUTO}
-        attacks.append(Attack("autoattack", variant=variant, **options))
+        auto_attack = AutoAttack(steps=auto_steps, n_queries=queries)
+        attacks.append(AttackSpec(auto_attack, variant=variant, survivors_only=True, label=AUTO))
         rows["autoattack"] = AUTO
     return attacks, rows
 
@@ -47,7 +52,7 @@ def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list
 def attacked(
     model: nn.Module,
     seed: int,
-    attacks: Sequence[Attack],
+    attacks: Sequence[AttackSpec],
     rows: dict[str, str],
     quick: bool,
     eps: float = EPS,
@@ -58,7 +63,7 @@ def attacked(
     n, steps, *_ = effort(quick)
     report = evaluate(
         model, digits.x_test[:n], digits.y_test[:n], eps=eps, norm=norm, attacks=attacks, steps=steps, n_eval=3,
-        batch_size=250, chunk=500, seed=seed, progress=False,
+        batch_size=250, max_forward_batch=500, seed=seed, progress=False,
     )  # fmt: skip
     healthy = all(r.reliable for r in report.rows if r.kind != "autoattack")
     return {key: report.row(row).accuracy for key, row in rows.items()} | {"gradients": "healthy" if healthy else "BAD"}

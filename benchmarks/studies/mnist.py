@@ -10,7 +10,7 @@ from torch import nn
 
 from purify_fast import data
 from purify_fast._files import write_text
-from purify_fast.evaluation import Attack, Report, evaluate
+from purify_fast.evaluation import AttackSpec, Report, evaluate
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, save_classifier
 from purify_fast.training.attack import TrainingAttack
@@ -53,15 +53,15 @@ def attack(
     folder: Path,
     model: nn.Module,
     mnist: data.DataSet,
-    attacks: Sequence[Attack],
+    attacks: Sequence[AttackSpec],
     steps: int,
     eot: int,
     chunk: int = 1000,
 ) -> dict[str, float]:
     """Attack the job's model and keep the rows; returns the accuracies."""
     report = evaluate(
-        model, mnist.x_test, mnist.y_test, eps=EPS, attacks=attacks, steps=steps, eot=eot, batch_size=250, chunk=chunk,
-        seed=job.seed, out=folder, name=job.settings["model"], progress=False,
+        model, mnist.x_test, mnist.y_test, eps=EPS, attacks=attacks, steps=steps, eot_iter=eot, batch_size=250,
+        max_forward_batch=chunk, seed=job.seed, out=folder, name=job.settings["model"], progress=False,
     )  # fmt: skip
     return keep(report, folder)
 

@@ -1,18 +1,39 @@
-"""Attacks on any model that maps images in [0, 1] to logits; run on a frozen view of it."""
+"""Attacks on any model that maps images in [0, 1] to logits.
 
-from .apgd import apgd
-from .bpda import Bpda
+The functions, such as `pgd`, attack a batch; the dataclasses, such as `PGD`, are rows of `purify_fast.evaluation`.
+"""
+
+from typing import Any
+
+from .. import _compat
+from .apgd import APGD, apgd
+from .autoattack import AutoAttack
+from .ball import Ball, sample_in_ball
+from .base import Attack, AttackContext, ThreatModel
+from .bpda import BPDA, BpdaModel
+from .draws import input_gradient
+from .fgsm import FGSM, fgsm, pgd_and_fgsm
 from .frozen_model import frozen
-from .gradient import fgsm, input_gradient, pgd, pgd_and_fgsm
 from .health import GradientHealth
 from .losses import LOSSES, TARGETED, cross_entropy, dlr, dlr_targeted, margin
-from .stadv import stadv
+from .pgd import PGD, pgd
+from .stadv import StAdv, stadv
 
 __all__ = [
+    "APGD",
+    "BPDA",
+    "FGSM",
     "LOSSES",
+    "PGD",
     "TARGETED",
-    "Bpda",
+    "Attack",
+    "AttackContext",
+    "AutoAttack",
+    "Ball",
+    "BpdaModel",
     "GradientHealth",
+    "StAdv",
+    "ThreatModel",
     "apgd",
     "cross_entropy",
     "dlr",
@@ -23,5 +44,10 @@ __all__ = [
     "margin",
     "pgd",
     "pgd_and_fgsm",
+    "sample_in_ball",
     "stadv",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return _compat.old_name(__name__, name)

@@ -8,58 +8,80 @@ x. A purifier with a usable gradient is attacked harder through that gradient; a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from .._compat import renamed_arguments
 from ..ops.aggregate import METHODS, UNSAFE, aggregate
+from ..protocols import Aggregates, Classifier, FrozenClassifier, HasClassifier, Purifier, is_purifier, supports
+from .base import AttackContext
+from .pgd import PGD
 
 
-def classifier_of(defence: Any) -> nn.Module:
+def classifier_of(defence: HasClassifier) -> nn.Module:
     """What a defence classifies with: its ``frozen_classifier``, an accelerated copy perhaps, or its ``classifier``."""
-    return getattr(defence, "frozen_classifier", None) or defence.classifier
+    return defence.frozen_classifier if isinstance(defence, FrozenClassifier) else defence.classifier
 
 
-class Bpda(nn.Module):
-    """A purifier and a classifier as something that any gradient attack can run on; EOT is the attack's.
+def check_aggregation(aggregation: str) -> None:
+    """ValueError unless the op `purify_fast.ops.aggregate` knows the method."""
+    if aggregation not in (*METHODS, *UNSAFE):
+        raise ValueError(f"aggregation must be one of {', '.join(METHODS + UNSAFE)}, got {aggregation!r}")
 
-    Args:
-        purify: images ``[B, ...]`` to purified ones of the same shape, or to K draws of each, ``[B, K, ...]``; never
-            differentiated. A module or its bound method is frozen along with this one (`frozen`).
-        classifier: purified images to logits ``[B, classes]``.
-        substitute: differentiable, images to what has one purified image's shape; only its gradient is used. None: the
-            identity.
-        method: how the logits of K draws are aggregated: of `purify_fast.ops.aggregate`, or a function of them,
-            ``[B, K, classes] -> [B, classes]``.
+
+class BpdaModel(nn.Module):
+    """A purifier and a classifier as something that any gradient attack can run on; the draws are the attack's.
 
     The forward pass is exactly the defence's. With the identity, the gradient at x is exactly the classifier's at
     purify(x), summed over the draws.
 
+    Args:
+        purify: images ``[B, ...]`` to purified ones of the same shape, or to K draws of each, ``[B, K, ...]``; never
+            differentiated.
+        classifier: purified images to logits ``[B, classes]``.
+        substitute: differentiable, images to what has one purified image's shape; only its gradient is used. None: the
+            identity.
+        aggregation: how the logits of K draws are aggregated: a method of `purify_fast.ops.aggregate`, or a function of
+            them, ``[B, K, classes] -> [B, classes]``.
+        modules: those whose methods the callables above are; they are frozen along with this one (`frozen`), as are
+            callables that are modules themselves.
+
     Raises:
-        ValueError: an unknown method; in the forward pass, a substitute of another shape.
+        ValueError: an unknown aggregation; in the forward pass, a substitute of another shape.
     """
 
+    @renamed_arguments(method="aggregation")
     def __init__(
         self,
         purify: Callable[[Tensor], Tensor],
         classifier: Callable[[Tensor], Tensor],
         substitute: Callable[[Tensor], Tensor] | None = None,
-        method: str | Callable[[Tensor], Tensor] = "lse",
+        aggregation: str | Callable[[Tensor], Tensor] = "lse",
+        modules: Sequence[nn.Module] = (),
     ):
         super().__init__()
-        if isinstance(method, str) and method not in (*METHODS, *UNSAFE):
-            raise ValueError(f"method must be one of {', '.join(METHODS + UNSAFE)}, got {method!r}")
-        self.purify, self.classifier, self.substitute, self.method = purify, classifier, substitute, method
-        owners = (getattr(part, "__self__", None) for part in (purify, classifier, substitute))
-        self.owners = nn.ModuleList([owner for owner in owners if isinstance(owner, nn.Module)])
+        if isinstance(aggregation, str):
+            check_aggregation(aggregation)
+        self.purify, self.classifier, self.substitute, self.aggregation = purify, classifier, substitute, aggregation
+        self.owners = nn.ModuleList(modules)
 
     @classmethod
-    def of(cls, defence: Any, method: str | None = None) -> Bpda:
-        """Of a defence with ``purify(x)`` and a ``classifier``, as `purify_fast.Carso`; method: None for its own."""
-        chosen = getattr(defence, "combine", "lse") if method is None else method
-        return cls(defence.purify, classifier_of(defence), method=chosen)
+    @renamed_arguments(method="aggregation")
+    def of(cls, defence: Purifier, aggregation: str | Callable[[Tensor], Tensor] | None = None) -> BpdaModel:
+        """Of a defence that purifies images before it classifies them, as `purify_fast.Carso` does.
+
+        Args:
+            defence: with ``purify(x)`` and ``classifier``.
+            aggregation: how the logits of several draws are aggregated; None: as the defence does.
+        """
+        own = cast(Aggregates, defence).aggregate if supports(defence, Aggregates) else "lse"
+        modules = [defence] if isinstance(defence, nn.Module) else []
+        chosen = own if aggregation is None else aggregation
+        return cls(defence.purify, classifier_of(defence), aggregation=chosen, modules=modules)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, ...]`` to logits ``[B, classes]``."""
@@ -73,9 +95,55 @@ class Bpda(nn.Module):
                 f"purify gave {list(purified.shape)}, its substitute (the identity, unless given) {list(smooth.shape)}:"
                 " they must agree, but for K draws [B, K, ...]"
             )
-        change = (smooth - smooth.detach()).to(purified.dtype)  # zero, with the substitute's gradient
+        # zero, with the substitute's gradient
+        change = (smooth - smooth.detach()).to(purified.dtype)
         if not several:
             return self.classifier(purified + change)
         logits = self.classifier((purified + change[:, None]).flatten(0, 1).contiguous())
         logits = logits.unflatten(0, purified.shape[:2])
-        return aggregate(logits, self.method) if isinstance(self.method, str) else self.method(logits)
+        return aggregate(logits, self.aggregation) if isinstance(self.aggregation, str) else self.aggregation(logits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BPDA(PGD):
+    """PGD on `BpdaModel` of a defence with ``purify(x)`` and ``classifier``, as a row of an evaluation.
+
+    Args:
+        aggregation: how the logits of several draws are aggregated; None: as the defence does.
+        loss: "ce", "margin" or "dlr", which below 3 classes becomes "margin".
+        steps: gradient steps; None: the report's.
+        alpha: length of a step in image units; None: it falls geometrically from eps to eps / 100.
+        random_start: whether the first run begins at a random point of the ball; every further one does.
+        restarts: runs, of which each image keeps its worst.
+        eot_iter: draws of a random model averaged per step; None: the report's.
+        eps: radius of another ball than the report's, in image units; None: the report's.
+        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    kind: ClassVar[str] = "bpda"
+
+    aggregation: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.aggregation is not None:
+            check_aggregation(self.aggregation)
+
+    def name(self, context: AttackContext) -> str:
+        return super().name(context) + ("" if self.aggregation is None else f" through {self.aggregation}")
+
+    def target(self, model: Classifier) -> BpdaModel:
+        """The defence with the purifier's gradient replaced.
+
+        Args:
+            model: a defence with ``purify(x)`` and ``classifier``.
+
+        Raises:
+            TypeError: it has none.
+        """
+        if not is_purifier(model):
+            raise TypeError(f"BPDA needs a defence with purify(x) and classifier, got {type(model).__qualname__}")
+        return BpdaModel.of(model, self.aggregation)

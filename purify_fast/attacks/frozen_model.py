@@ -1,21 +1,25 @@
-"""A view of a model that attacks may use: evaluation mode, no weight gradients, everything restored afterwards."""
+"""A model as attacks use it: in evaluation mode, without gradients to its weights, restored afterwards."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
+
+from ..protocols import Classifier
 
 
 @contextlib.contextmanager
-def frozen(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def frozen(model: Classifier) -> Iterator[None]:
     """Within the block, ``model`` is in evaluation mode and no parameter asks for a gradient.
 
     A compiled backward computes weight gradients for every parameter that asks for one, needed or not: about a third of
-    an attack's work. A bound method freezes its module; other plain callables are left as they are.
+    an attack's work.
+
+    Args:
+        model: an ``nn.Module``; any other callable is left as it is. Who attacks a module's method freezes the module.
     """
-    model = getattr(model, "__self__", model)
     if not isinstance(model, nn.Module):
         yield
         return

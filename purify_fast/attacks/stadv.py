@@ -5,30 +5,45 @@
 
 The flow is in units in which the image spans [-1, 1]: 0.05 moves a pixel by 0.8 of 32. The bound, Adam in place of the
 paper's L-BFGS, its rate and its 20 steps are those of Laidlaw et al., "Perceptual adversarial robustness", ICLR 2021;
-tau = 0.05 is both papers', the first's with the flow in pixels. Ours: beyond its border the image goes on as it ends,
-and Adam's small constant is smaller, so that a saturated loss still moves the flow.
+tau = 0.05 is both papers', the first's with the flow in pixels. Two things are not in the papers: beyond its border the
+image goes on as it ends, and Adam's small constant is smaller, so that a saturated loss still moves the flow.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
+from .._compat import renamed_arguments
+from .._tensors import per_image
+from .._validation import check_literal
 from ..ops.pgd_step import per_sample
+from ..protocols import Classifier
+from .arguments import check_at_least_one, check_images, check_not_negative
+from .ball import Ball, sample_in_ball
+from .base import Attack, AttackContext, ThreatModel, cost_of_runs
+from .draws import Objective
 from .frozen_model import frozen
-from .gradient import Model, _better, _check, _gradient, _not_negative, _score, random_start
 from .health import GradientHealth
+from .losses import Loss, usable_loss
+from .search import Search, worst_of_restarts
 
 EPS, RATE, TAU = 0.05, 0.01, 0.05
-BETAS, TINY = (0.9, 0.999), 1e-16  # of Adam
-CORNER = 1e-5  # far below any step: neighbours that differ by a rounding error are not pulled together with full force
+#: Of Adam: the decays of its means, and the constant that keeps its quotient finite.
+BETAS, TINY = (0.9, 0.999), 1e-16
+#: Far below any step: neighbours that differ by a rounding error are not pulled together with full force.
+CORNER = 1e-5
 
 
 def warp(x: Tensor, flow: Tensor) -> Tensor:
     """Sample every pixel from where the flow points, bilinearly; exactly x at zero flow, and never out of x's range.
 
     Args:
-        x: ``[B, C, H, W]``. flow: ``[B, 2, H, W]``, to the right and down, in units of half the image.
+        x: images, floating point ``[B, C, H, W]``.
+        flow: ``[B, 2, H, W]``, to the right and down, in units of half the image.
 
     Returns:
         Shape and dtype of x; differentiable to the flow, one-sided where it points at a pixel's middle.
@@ -38,7 +53,8 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
     def split(offset: Tensor, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """The pixel before the place, and how far beyond it the place is, in [0, 1]."""
         place = start + offset * (size / 2)
-        inside = (place >= 0) & (place <= size - 1)  # clamp() alone may pass no gradient at the border itself
+        # clamp() alone may pass no gradient at the border itself
+        inside = (place >= 0) & (place <= size - 1)
         place = torch.where(inside, place, place.detach().clamp(0, size - 1))
         before = place.detach().floor().clamp(max=max(size - 2, 0))
         return before.long(), (place - before)[:, None]
@@ -64,8 +80,9 @@ def flow_loss(flow: Tensor) -> Tensor:
     return 2 * (across + down)
 
 
+@renamed_arguments(start="random_start", eot="eot_iter", chunk="max_forward_batch")
 def stadv(
-    model: Model,
+    model: Classifier,
     x: Tensor,
     y: Tensor,
     *,
@@ -73,72 +90,158 @@ def stadv(
     steps: int = 20,
     rate: float = RATE,
     smoothness: float = TAU,
-    loss: str = "margin",
-    eot: int = 1,
-    start: bool = False,
+    loss: Loss = "margin",
+    eot_iter: int = 1,
+    random_start: bool = False,
     keep_best: bool = False,
     seed: int = 0,
     sample_ids: Tensor | None = None,
-    chunk: int | None = None,
+    max_forward_batch: int | None = None,
     health: GradientHealth | None = None,
 ) -> Tensor:
     """Adam on a flow field, from none at all, clamped to its bound after every step.
 
     Args:
         model: images ``[B, C, H, W]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack.
-        x: ``[B, C, H, W]``; y: true labels, int64 ``[B]``.
+        x: images, floating point ``[B, C, H, W]``.
+        y: true labels, int64 ``[B]``.
         eps: the largest flow along each axis, half the image being 1; a number or ``[B]``.
-        rate: Adam's, in the same unit. smoothness: the paper's tau; 0 attacks hardest, and leaves ragged edges.
-        loss: ``margin``, the paper's, ``ce`` or ``dlr``; ``ce`` fades where the model is sure, and tau outweighs it.
-        start: whether to begin with a random flow within the bound, a function of ``seed`` and ``sample_ids`` as in
-            `pgd`, instead of none.
-        eot, keep_best, chunk, health: as in `pgd`; health counts the loss's gradients to the flow.
+        steps: of Adam.
+        rate: Adam's learning rate, in the unit of eps.
+        smoothness: the paper's tau; 0 attacks hardest, and leaves ragged edges.
+        loss: "margin", the paper's, "ce" or "dlr"; "ce" fades where the model is sure, and tau outweighs it.
+        eot_iter: draws of a random model averaged per step, folded into the batch.
+        random_start: whether to begin with a random flow within the bound instead of none.
+        keep_best: whether to return, per image, the best iterate seen and not the last, as of `pgd`.
+        seed: of the random start.
+        sample_ids: int64 ``[B]``; an image's random start depends on the seed and its id alone. None: 0 .. B - 1.
+        max_forward_batch: images in one forward pass at most; exact. None: no limit.
+        health: counts the loss's gradients to the flow, and movement, if given.
 
     Returns:
         Adversarial images: shape, dtype and range of x.
 
     Raises:
+        TypeError: x or y is no tensor.
         ValueError: a wrong shape, dtype, name or count, or a negative eps, rate or smoothness.
     """
-    _check(x, y, "linf", loss, steps, eot, chunk)
+    check_images(x, y)
+    check_literal("loss", loss, Loss)
+    check_at_least_one(steps=steps, eot_iter=eot_iter, max_forward_batch=max_forward_batch)
     if x.dim() != 4:
         raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
-    _not_negative(eps=eps, rate=rate, smoothness=smoothness)
+    check_not_negative(eps=eps, rate=rate, smoothness=smoothness)
     if x.shape[0] == 0:
         return x.clone()
     x = x.detach()
-    radius = per_sample("eps", eps, x)
-    bound = radius.view(-1, 1, 1, 1)
+    room = Ball(per_sample("eps", eps, x), "linf", -torch.inf, torch.inf)
+    bound = per_image(room.eps, x)
     flow = bound.new_zeros((len(x), 2, *x.shape[2:]))
-    if start:
-        flow = random_start(flow, radius, "linf", seed, sample_ids, -torch.inf, torch.inf)
-    mean, square = torch.zeros_like(flow), torch.zeros_like(flow)
+    if random_start:
+        flow = sample_in_ball(flow, room, seed=seed, sample_ids=sample_ids)
+    objective, adam = Objective(model, loss, eot_iter, max_forward_batch), _Adam(flow, rate)
     with frozen(model):
-        adversarial = begin = warp(x, flow)
-        best, best_score = adversarial, torch.full((2, len(x)), -torch.inf, device=x.device)
-        for i in range(steps):
+        point = warp(x, flow)
+        search = Search(objective, point, y, keep_best=keep_best, health=health)
+        for _ in range(steps):
             with torch.enable_grad():
                 leaf = flow.detach().requires_grad_()
-                moved, rough = warp(x, leaf), flow_loss(leaf).sum()
-            to_image, value, wrong = _gradient(model, adversarial, y, loss, eot, chunk)
-            (gradient,) = torch.autograd.grad(moved, leaf, (to_image / eot).to(moved.dtype))
-            if health is not None:
-                health.see_gradient(gradient, None if loss == "ce" else wrong == 1)  # as in pgd
-            if keep_best:
-                best, best_score = _better(best, best_score, adversarial, torch.stack([wrong, value]))
-            (apart,) = torch.autograd.grad(rough, leaf)
+                moved, roughness = warp(x, leaf), flow_loss(leaf).sum()
+            found = objective.gradient(point, y)
+            (gradient,) = torch.autograd.grad(moved, leaf, (found.image / eot_iter).to(moved.dtype))
+            search.see(point, found._replace(image=gradient))
+            (apart,) = torch.autograd.grad(roughness, leaf)
             gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) - smoothness * apart
-            mean = BETAS[0] * mean + (1 - BETAS[0]) * gradient
-            square = BETAS[1] * square + (1 - BETAS[1]) * gradient.square()
-            step = mean / (1 - BETAS[0] ** (i + 1)) / ((square / (1 - BETAS[1] ** (i + 1))).sqrt() + TINY)
-            flow = (flow + rate * step).clamp(-bound, bound)
-            adversarial = warp(x, flow)
-        if health is not None:
-            with torch.no_grad():
-                health.see_move(begin, adversarial, model(x).argmax(1) == y)
-        if keep_best:
-            score = _score(model, adversarial, y, loss, eot, chunk)
-            if eot > 1:  # judged afresh, as in pgd
-                best_score = _score(model, best, y, loss, eot, chunk)
-            adversarial, _ = _better(best, best_score, adversarial, score)
-    return adversarial
+            flow = (flow + adam.step(gradient)).clamp(-bound, bound)
+            point = warp(x, flow)
+        search.see_move(x, point)
+        return search.result(point)
+
+
+class _Adam:
+    """Adam's running means, and the steps it takes with them."""
+
+    def __init__(self, like: Tensor, rate: float):
+        self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
+        self.rate, self.steps = rate, 0
+
+    def step(self, gradient: Tensor) -> Tensor:
+        """The step for a gradient, to be added."""
+        self.steps += 1
+        first, second = BETAS
+        self.mean = first * self.mean + (1 - first) * gradient
+        self.square = second * self.square + (1 - second) * gradient.square()
+        mean, square = self.mean / (1 - first**self.steps), self.square / (1 - second**self.steps)
+        return self.rate * (mean / (square.sqrt() + TINY))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StAdv(Attack):
+    """StAdv that keeps the best point, as a row of an evaluation; its threat model is a bound on the flow.
+
+    Args:
+        loss: "margin", "ce" or "dlr", which below 3 classes becomes "margin".
+        steps: of Adam; None: the report's.
+        eps: the largest flow along each axis, half the image being 1.
+        rate: Adam's learning rate, in the unit of eps.
+        smoothness: the paper's tau; 0 attacks hardest, and leaves ragged edges.
+        restarts: runs, of which each image keeps its worst; the first begins without a flow, the others with random
+            ones.
+        eot_iter: draws of a random model averaged per step; None: the report's.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    kind: ClassVar[str] = "stadv"
+
+    loss: Loss = "margin"
+    steps: int | None = None
+    eps: float = EPS
+    rate: float = RATE
+    smoothness: float = TAU
+    restarts: int = 1
+    eot_iter: int | None = None
+
+    def __post_init__(self) -> None:
+        check_literal("loss", self.loss, Loss)
+        check_at_least_one(steps=self.steps, restarts=self.restarts, eot_iter=self.eot_iter)
+        check_not_negative(eps=self.eps, rate=self.rate, smoothness=self.smoothness)
+
+    def name(self, context: AttackContext) -> str:
+        name = f"StAdv-{self.steps or context.steps} {usable_loss(self.loss, context.num_classes)}"
+        return name + (f" x{self.restarts}" if self.restarts > 1 else "")
+
+    def threat_model(self, context: AttackContext) -> ThreatModel:
+        return ThreatModel("flow", float(self.eps))
+
+    def cost(self, context: AttackContext) -> int:
+        return cost_of_runs(self.steps or context.steps, self.draws(context), self.restarts)
+
+    def settings(self, context: AttackContext) -> dict[str, Any]:
+        own = {"loss": usable_loss(self.loss, context.num_classes), "steps": self.steps or context.steps}
+        return super().settings(context) | own
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        draws = self.draws(context)
+
+        def attack(run: int) -> Tensor:
+            return stadv(
+                target,
+                x,
+                y,
+                eps=self.eps,
+                steps=self.steps or context.steps,
+                rate=self.rate,
+                smoothness=self.smoothness,
+                loss=usable_loss(self.loss, context.num_classes),
+                random_start=run > 0,
+                keep_best=True,
+                eot_iter=draws,
+                max_forward_batch=context.max_forward_batch,
+                seed=context.seed + run,
+                sample_ids=context.sample_ids,
+                health=context.health,
+            )
+
+        return worst_of_restarts(attack, target, x, y, restarts=self.restarts, eot_iter=draws)

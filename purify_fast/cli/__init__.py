@@ -27,19 +27,7 @@ from .train_atop import TrainAtop, TrainGenerator
 from .train_carso import TrainCarso
 from .train_classifier import TrainClassifier
 
-__all__ = [
-    "Ablate",
-    "Demo",
-    "Evaluate",
-    "Info",
-    "Train",
-    "TrainArrest",
-    "TrainAtop",
-    "TrainCarso",
-    "TrainClassifier",
-    "TrainGenerator",
-    "main",
-]
+__all__ = ["main"]
 
 
 @dataclass(frozen=True)
@@ -71,15 +59,18 @@ Commands = (
 )
 
 _KINDS: dict[str, type[Command]] = {
-    "demo": Demo,
-    "train classifier": TrainClassifier,
-    "train carso": TrainCarso,
-    "train generator": TrainGenerator,
-    "train atop": TrainAtop,
-    "train arrest": TrainArrest,
-    "ablate": Ablate,
-    "evaluate": Evaluate,
-    "info": Info,
+    kind.called: kind
+    for kind in (
+        Demo,
+        TrainClassifier,
+        TrainCarso,
+        TrainGenerator,
+        TrainAtop,
+        TrainArrest,
+        Ablate,
+        Evaluate,
+        Info,
+    )
 }
 
 
@@ -88,7 +79,7 @@ def _read(arguments: list[str]) -> Command | Train:
     for length in (1, 2):
         name = " ".join(arguments[:length])
         if name in _KINDS:
-            command = parse(_KINDS[name], name, arguments[length:])
+            command = parse(_KINDS[name], arguments[length:])
             return Train(command) if name.startswith("train ") else command  # type: ignore[arg-type]
     # --version prints and exits
     overlays().parse_known_args(arguments)
@@ -112,9 +103,9 @@ def _run(arguments: list[str]) -> None:
         if _several() > 1 and not isinstance(command, Train):
             raise ValueError(f"only train is shared by several processes, here {_several()}: run this in one")
         # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..speed.allocator import keep_memory
+        from ..speed.allocator import retain_freed_memory
 
-        keep_memory()
+        retain_freed_memory()
         command.run()
 
 

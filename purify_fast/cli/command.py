@@ -5,6 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from .._validation import check_literal
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,20 @@ class Superseded:
 class Command(ABC):
     """A command: its fields are its options."""
 
+    #: how it is called, as in ``train carso``
+    called: ClassVar[str]
+
     config: Path | None = None
     """A run.yaml, which every run writes beside its log. Its options become this command's; those given here win."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            for kind in (hint, *get_args(hint)):
+                if get_origin(kind) is Literal:
+                    value = getattr(self, name)
+                    for one in value if isinstance(value, tuple) else (value,):
+                        if one is not None or type(None) not in get_args(hint):
+                            check_literal(name, one, kind)
 
     @abstractmethod
     def run(self) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import tyro
 import yaml
 
-from .. import __version__
+from .._version import __version__
 from .command import Command
+from .option_types import number
 
 RUN_FILE = "run.yaml"
 _FACTS = ("command", "version")
@@ -48,18 +49,54 @@ def values(command: Any) -> dict[str, Any]:
     return found
 
 
-def run_file(command: Command, name: str) -> str:
+def run_file(command: Command) -> str:
     """The text of a run's file.
 
     Args:
         command: the command that runs.
-        name: how it is called, as in ``train carso``.
     """
     left_out = {name for rule in command.superseded() for name in rule.names}
     options = {option: value for option, value in values(command).items() if option not in left_out}
-    facts = {"command": name, "version": __version__}
-    head = f"# purify-fast {name} --config {RUN_FILE} repeats this run; options on the command line win.\n"
+    facts = {"command": command.called, "version": __version__}
+    head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run; options on the command line win.\n"
     return head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
+
+
+def write_run_file(command: Command, folder: Path) -> None:
+    """Write a run's file beside its log.
+
+    Args:
+        command: the command that runs.
+        folder: the run's folder.
+    """
+    # PyTorch, which this imports, takes 1.8 seconds: --help does without it
+    from .._files import write_text
+
+    write_text(folder / RUN_FILE, run_file(command))
+
+
+def ball_of_run(folder: Path) -> tuple[float, str] | None:
+    """The radius and the norm that a run trained at.
+
+    Args:
+        folder: the run's folder.
+
+    Returns:
+        (eps, norm), or None if nothing there says so, or the run was on clean images.
+
+    Raises:
+        ValueError: the run's file or checkpoint is damaged.
+    """
+    found: dict[str, Any] = {}
+    if (folder / RUN_FILE).is_file():
+        found = read_run_file(folder / RUN_FILE)
+    elif (folder / "checkpoint.safetensors").is_file():
+        # runs of version 0.1 have no such file; importing PyTorch takes 1.8 seconds, and --help does without it
+        from ..training.checkpoint import read_tree
+
+        found = read_tree(folder / "checkpoint.safetensors")["facts"]
+    eps = number(str(found.get("eps", 0)))
+    return (eps, str(found.get("norm", "linf"))) if eps > 0 else None
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
@@ -82,18 +119,18 @@ def read_run_file(path: Path) -> dict[str, Any]:
     return found
 
 
-def options_of(path: Path, kind: type, name: str) -> dict[str, Any]:
+def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
     """The options in a file, if they are a command's.
 
     Args:
         path: the file.
         kind: the command's class.
-        name: how the command is called.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is not a table, of another command, or has an option that the command does not have.
     """
+    name = kind.called
     found = {key.replace("-", "_"): value for key, value in read_run_file(path).items()}
     if found.get("command", name) != name:
         raise ValueError(f"--config {path} is of `purify-fast {found['command']}`, not of `purify-fast {name}`")

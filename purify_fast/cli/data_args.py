@@ -32,6 +32,8 @@ class DataCommand(Command):
     """Let torchvision download the official files if they are missing."""
     image_size: tuple[int, int] | None = None
     """Height and width an image folder's images are resized and cropped to."""
+    num_classes: int | None = None
+    """Number of classes, for a data set whose images lack some of them; default: as many as the labels say."""
     stream: bool = False
     """Read an image folder batch by batch from its decoded copy even if it fits into memory, as for a smaller GPU."""
     cache: Path | None = None
@@ -48,6 +50,7 @@ class DataCommand(Command):
         found = load_dataset(
             self.data,
             self.data_root,
+            self.num_classes,
             download=self.download,
             image_size=self.image_size,
             stream=self.stream,
@@ -62,5 +65,7 @@ class DataCommand(Command):
             words += ["--data-root", str(self.data_root)]
         if self.image_size is not None:
             words += ["--image-size", *map(str, self.image_size)]
+        if self.num_classes is not None:
+            words += ["--num-classes", str(self.num_classes)]
         words += ["--eps", f"{eps:.6g}"] + (["--norm", norm] if norm != "linf" else [])
         return f"saved to {folder}; attack it with: {shlex.join(words)}"

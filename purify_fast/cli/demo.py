@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from .command import Command
 
@@ -11,6 +12,8 @@ from .command import Command
 @dataclass(frozen=True)
 class Demo(Command):
     """Train and attack ten models on digits; prints a table, writes a report with pictures. Resumes where it was."""
+
+    called: ClassVar[str] = "demo"
 
     out: Path = Path("runs/demo")
     """Where models, reports and pictures are kept."""

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import tyro
 
+from .classifiers import refuse_other_images
+from .config_file import ball_of_run, write_run_file
 from .data_args import DataCommand
+from .option_types import refuse_large_radius
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import DataSet
 
 
 @dataclass(frozen=True)
 class Evaluate(DataCommand):
     """Attack a saved classifier or defence on held-out images; writes a report with pictures beside it. Resumes."""
 
+    called: ClassVar[str] = "evaluate"
+
     folder: tyro.conf.Positional[Path] = Path("runs/carso")
     """What to attack: a folder that one of the `train` commands wrote."""
-    eps: float = 0.2
-    """Radius in image units."""
-    norm: Literal["linf", "l2", "l1"] = "linf"
-    """Norm of the ball."""
+    eps: float | None = None
+    """Radius in image units, such as 8/255; default: what FOLDER was trained at."""
+    norm: Literal["linf", "l2", "l1"] | None = None
+    """Norm of the ball; default: what FOLDER was trained at, or linf if eps is given."""
     images: int = 500
     """Held-out images, the first so many."""
     steps: int = 100
     """Steps of PGD and APGD."""
-    eot: int = 5
+    eot_iter: int = 5
     """Draws of the defence that each step averages over."""
     autoattack: int = 100
     """Images for AutoAttack; 0 leaves it out."""
@@ -38,65 +47,103 @@ class Evaluate(DataCommand):
     """Radius of the L1 ball of --also l1, in image units; 12 is customary on CIFAR-10."""
     batch_size: int = 250
     """Images that are attacked together."""
-    chunk: int | None = None
+    max_forward_batch: int | None = None
     """Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets which draws."""
     seed: int = 0
     """Seed of everything random."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 evaluates the accelerated defence, a slightly different function: images are rounded to 8 bits."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a slightly
+    different function: images are rounded to 8 bits."""
     out: Path | None = None
     """Where the report goes; default: FOLDER/evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eps is not None:
+            refuse_large_radius(self.eps, self.norm or "linf")
+
+    def ball(self) -> tuple[float, str]:
+        """The radius and the norm to attack with."""
+        if self.eps is not None:
+            return self.eps, self.norm or "linf"
+        found = ball_of_run(self.folder)
+        if found is None:
+            raise ValueError(
+                f"--eps must be given, such as --eps 8/255: {self.folder} does not say what it was trained at, or was "
+                "trained on clean images"
+            )
+        if self.norm not in (None, found[1]):
+            raise ValueError(f"--norm {self.norm} needs an --eps: {self.folder} was trained at {found[1]} {found[0]:g}")
+        return found
+
+    def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
+        """What is attacked, and the classifier without its defence, if it is one."""
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        from ..methods.loading import load_defence
+        from ..training import is_classifier, load_classifier
+
+        device = images.y_test.device
+        if is_classifier(self.folder):
+            model, base = load_classifier(self.folder).to(device), None
+        else:
+            base = load_classifier(self.folder / "classifier").to(device)
+            model = load_defence(self.folder, base)
+        refuse_other_images(model, images, f"the model in {self.folder}")
+        return model, base
 
     def run(self) -> None:
         # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
 
+        # and so does what imports it
+        from ..attacks import APGD, PGD, AutoAttack, StAdv
+        from ..attacks.arguments import read_norm
         from ..defences.base import Defence
-        from ..evaluation import Attack, default_attacks, evaluate, lee_kim_2023
-        from ..methods.loading import load_defence
-        from ..models.classifiers import CLASSIFIERS
-        from ..training import load_classifier
-        from ..training.checkpoint import read_model
+        from ..evaluation import AttackSpec, default_attacks, evaluate, lee_kim_2023
+        from ..speed.precision import float32_products
 
-        if "lee_kim_2023" in self.also and self.norm != "linf":
-            raise ValueError(f"--also lee_kim_2023 is an L-inf attack at the radius --eps: not with --norm {self.norm}")
         images = self.load_data()
-        device = images.y_test.device
-        kind = read_model(self.folder)[0].get("kind")
-        own = kind in {classifier.__name__ for classifier in CLASSIFIERS.values()}
-        base = None if own else load_classifier(self.folder / "classifier").to(device)
-        model = load_classifier(self.folder).to(device) if base is None else load_defence(self.folder, base)
+        model, base = self.loaded(images)
+        eps, norm = self.ball()
+        if "lee_kim_2023" in self.also and norm != "linf":
+            raise ValueError(f"--also lee_kim_2023 is an L-inf attack at the radius --eps: not with --norm {norm}")
         if self.precision == "bfloat16":
             if not isinstance(model, Defence):
                 raise ValueError(f"precision bfloat16 is for defences; {self.folder} holds a classifier")
             model.accelerate(torch.bfloat16)
-        attacks = [a for a in default_attacks(base) if a.kind != "autoattack" or self.autoattack > 0]
-        attacks = [Attack(**{**vars(a), "limit": self.autoattack}) if a.kind == "autoattack" else a for a in attacks]
+        attacks = [
+            replace(spec, max_images=self.autoattack) if isinstance(spec.attack, AutoAttack) else spec
+            for spec in default_attacks(base)
+            if self.autoattack > 0 or not isinstance(spec.attack, AutoAttack)
+        ]
         more = {
-            "lee_kim_2023": lee_kim_2023(self.eps),
-            "l2": Attack("apgd", norm="l2", eps=self.l2_eps),
-            "l1": Attack("pgd", norm="l1", eps=self.l1_eps),
-            "stadv": Attack("stadv"),
-            "classifier": Attack(target="classifier"),
+            "lee_kim_2023": lee_kim_2023(eps),
+            "l2": AttackSpec(APGD(norm="l2", eps=self.l2_eps)),
+            "l1": AttackSpec(PGD(norm="l1", eps=self.l1_eps)),
+            "stadv": AttackSpec(StAdv()),
+            "classifier": AttackSpec(PGD(), target="classifier"),
         }
         attacks += [more[name] for name in dict.fromkeys(self.also)]
         out = self.folder / "evaluation" if self.out is None else self.out
-        report = evaluate(
-            model,
-            images.x_test[: self.images],
-            images.y_test[: self.images],
-            eps=self.eps,
-            norm=self.norm,
-            base=base,
-            attacks=attacks,
-            steps=self.steps,
-            eot=self.eot,
-            batch_size=self.batch_size,
-            chunk=self.chunk,
-            seed=self.seed,
-            out=out,
-            name=self.folder.name,
-        )
-        print(report.to_text(sys.stdout.isatty()))
+        with float32_products(tf32=self.precision == "tf32"):
+            report = evaluate(
+                model,
+                images.x_test[: self.images],
+                images.y_test[: self.images],
+                eps=eps,
+                norm=read_norm(norm),
+                base=base,
+                attacks=attacks,
+                steps=self.steps,
+                eot_iter=self.eot_iter,
+                batch_size=self.batch_size,
+                max_forward_batch=self.max_forward_batch,
+                seed=self.seed,
+                out=out,
+                name=self.folder.name,
+                dataset_name=images.name,
+            )
+        print(report.to_text())
         report.save(out, model)
+        write_run_file(self, out)
         print(f"written: {out}/report.md, report.json and pictures")

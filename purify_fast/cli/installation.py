@@ -11,8 +11,12 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, _library
+from .. import _library
+from .._version import __version__
 from ..ops import REGISTRY
+from ..ops._op import Op
+from ..ops._verdicts import Verdict, folder
+from ..ops._verify import kept_verdicts, mode
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -74,28 +78,47 @@ def _extension() -> list[tuple[str, str]]:
     return rows
 
 
-def _why(op, kind: str, served: str) -> str:
-    if served != op.default.get(kind):
-        return "forced"
-    if kind == "cuda" and served == "reference" and len(op.available["cuda"]) > 1:
-        opt_in = ", ".join(name for name in op.available["cuda"] if name != "reference")
-        return f"{opt_in}: opt-in, not yet run on a GPU"
-    if kind == "cpu" and served == "reference" and not _library.loaded():
-        return "the extension is not loaded"
-    return op.why[kind] or f"see benchmarks/results/{kind}"
+def _device(kind: str) -> torch.device | None:
+    """The device of a kind that a process here would use; None where there is none."""
+    if kind == "cuda":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    return torch.device(kind)
+
+
+def _state(op: Op, kind: str, verdicts: dict[str, Verdict]) -> tuple[str, str, str]:
+    """Who serves eager calls of an op on devices of a kind, who serves inside graphs, and why; verifies nothing."""
+    device = _device(kind) or torch.device(kind)
+    eager, graph = op.wanted("eager", device), op.wanted("graph", device)
+    if op.kernel(kind) == "reference":
+        missing = {"cpu": "the extension is not loaded", "cuda": "its CUDA kernel is not built"}
+        known = kind == "cuda" or not _library.loaded()
+        return eager.backend, graph.backend, missing[kind] if known else "plain layers, fused by torch.compile"
+    found, why = verdicts.get(op.name), [eager.why]
+    if found is not None and not found.passed:
+        return "reference", "reference", f"the {found.backend} kernel is WRONG here: {found.words()}; please report it"
+    for variant in filter(None, op.replaces_many):
+        calls, inside = op.wanted("eager", device, variant), op.wanted("graph", device, variant)
+        if (calls.backend, inside.backend) != (eager.backend, graph.backend):
+            why.append(f"{variant}: {calls.backend}, in graphs {inside.backend}, {calls.why}")
+    if op.kernel(kind) in " ".join([eager.backend, graph.backend, *why[1:]]):
+        why.append(found.words() if found else "verified at first use")
+    return eager.backend, graph.backend, "; ".join(why)
 
 
 def _ops() -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("op", "device", "exists", "serves", "why")]
+    rows: list[tuple[str, ...]] = [("op", "device", "exists", "serves", "in graphs", "why")]
+    devices = {kind: _device(kind) for kind in ("cpu", "cuda")}
+    verdicts = {kind: {} if device is None else kept_verdicts(device) for kind, device in devices.items()}
     for op in REGISTRY.values():
         for kind, exists in op.available.items():
-            try:
-                served = op.served_by(torch.device(kind))
-            except RuntimeError as error:  # forced, but missing
-                served, why = "nothing", str(error)
+            forced = op.forced(kind)
+            if forced is None:
+                cells = _state(op, kind, verdicts[kind])
+            elif forced:
+                cells = (forced, forced, "forced")
             else:
-                why = _why(op, kind, served)
-            rows.append((op.name if kind == "cpu" else "", kind, ", ".join(exists), served, why))
+                cells = ("nothing", "nothing", op.missing(kind))
+            rows.append((op.name if kind == "cpu" else "", kind, ", ".join(exists), *cells))
     return rows
 
 
@@ -120,6 +143,9 @@ def report() -> str:
         ("GPU", _gpu()),
         *_extension(),
     ]
+    head.append(("verdicts", f"{folder()}; PURIFY_FAST_VERIFY={mode()}"))
+    if not torch.cuda.is_available():
+        head.append(("", "GPU kernels are verified on your card at first use; they have not yet been raced on one"))
     settings = {key: value for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")}
     head.append(("environment", " ".join(f"{key}={value}" for key, value in settings.items()) or "no PURIFY_FAST_*"))
     lines = []

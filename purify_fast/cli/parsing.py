@@ -8,13 +8,14 @@ from typing import Any
 
 import tyro
 
-from .. import __version__
+from .. import _compat
+from .._version import __version__
 from . import config_file
 from .command import Command
 from .option_types import option_types
 from .train_carso import TrainCarso
 
-_MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 
 
 def overlays() -> argparse.ArgumentParser:
@@ -53,15 +54,14 @@ def cli(kind: Any, arguments: list[str], **options: Any) -> Any:
         arguments: the words to read.
         options: further arguments of ``tyro.cli``.
     """
-    return tyro.cli(kind, args=arguments, config=_MARKERS, registry=option_types(), **options)
+    return tyro.cli(kind, args=arguments, config=MARKERS, registry=option_types(), **options)
 
 
-def parse(kind: type[Command], name: str, arguments: list[str]) -> Command:
+def parse(kind: type[Command], arguments: list[str]) -> Command:
     """The command that the words describe.
 
     Args:
         kind: its class.
-        name: how it is called, as in ``train carso``.
         arguments: the words behind its name.
 
     Raises:
@@ -69,11 +69,12 @@ def parse(kind: type[Command], name: str, arguments: list[str]) -> Command:
         OSError: the file cannot be read.
         SystemExit: words that are no options or values of this command, or ``--help``.
     """
-    prog = f"purify-fast {name}"
+    prog = f"purify-fast {kind.called}"
     options: dict[str, Any] = {}
     read = overlays()
+    arguments = _compat.new_options(kind.called, arguments)
     path = read.parse_known_args(arguments)[0].config
-    in_file = {} if path is None else config_file.options_of(path, kind, name)
+    in_file = {} if path is None else config_file.options_of(path, kind)
     file_words = config_file.words(in_file, kind)
     if kind is TrainCarso:
         chosen = read.parse_known_args(file_words + arguments)[0]

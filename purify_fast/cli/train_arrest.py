@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..methods.arrest import ArrestConfig
 from ..training import ClassifierConfig, FitConfig
+from .classifiers import fresh_classifier, trained_classifier
 from .command import Superseded
+from .config_file import write_run_file
 from .data_args import DataCommand
-from .training import fresh_classifier, images_in_turn
+from .training import images_in_turn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,12 +27,19 @@ class TrainArrest(DataCommand):
     Writes a classifier, which `evaluate` attacks and on which `train carso` and `train atop` build.
     """
 
+    called: ClassVar[str] = "train arrest"
+
     out: Path = Path("runs/arrest")
     """Where the run is kept: checkpoint, log, options and the classifier."""
-    classifier: Path | None = None
-    """A folder with a standardly trained classifier, by `train classifier`; None: train one first, to OUT/standard."""
+    classifier: str | None = None
+    """A folder with a standardly trained classifier, by `train classifier`; or one by name: torchvision:resnet18,
+    timm:resnet18, or package.module:function of yours. None: train one first, to OUT/standard."""
+    classifier_weights: str | None = None
+    """Weights of a classifier by name: a .safetensors or .pth file, of which only tensors are read; or what the library
+    calls weights that it has downloaded before, such as IMAGENET1K_V1, or pretrained of timm."""
     model: str = "small_cnn"
-    """The classifier to train first: small_cnn, preact_resnet18, wide_resnet or fully_connected."""
+    """The classifier to train first: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
+    timm:NAME or package.module:function."""
     width: int | None = None
     """Channels of that classifier's first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10)."""
     depth: int | None = None
@@ -65,18 +73,19 @@ class TrainArrest(DataCommand):
         task = ArrestTask(model, self.method, images.image_shape, self.layers or None)
         if self.keep_teacher and task.teacher is not None:
             task.teacher.keep(images.x_train, progress=processes()[0] == 0)
-        print(fit(task, images.x_train, images.y_train, self.loop, self.out, "arrest"))
+        print(fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title="arrest"))
         if processes()[0] > 0:
             return
         save_classifier(task.result, self.out)
+        write_run_file(self, self.out)
         report = evaluate(
             task.result, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="arrest"
         )
-        print(report.to_text(sys.stdout.isatty()))
+        print(report.to_text())
         print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
 
     def fitting(self, model: nn.Module, images: DataSet) -> nn.Module:
-        """The classifier, if it fits the images and has the layers: said before anything is trained."""
+        """The classifier, if it fits the images and has the layers; refused before anything is trained, if not."""
         # PyTorch takes 1.8 seconds to import: --help does without it
         from ..methods.arrest import Teacher
         from ..models.classifiers import representation_before_pooling
@@ -92,16 +101,24 @@ class TrainArrest(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
 
+        # and so does what imports it
         from .._process import processes
-        from ..training import ClassifierTask, fit, load_classifier, save_classifier
+        from ..training import ClassifierTask, fit, save_classifier
 
         if self.classifier is not None:
-            return self.fitting(load_classifier(self.classifier).to(images.y_train.device), images)
+            return self.fitting(trained_classifier(self.classifier, self.classifier_weights, images), images)
         torch.manual_seed(self.loop.seed)
         model = self.fitting(fresh_classifier(self.model, images, width=self.width, depth=self.depth), images)
         loop = replace(self.loop, epochs=self.standard_epochs)
         folder = self.out / "standard"
-        fit(ClassifierTask(model, ClassifierConfig()), images.x_train, images.y_train, loop, folder, "standard")
+        fit(
+            ClassifierTask(model, ClassifierConfig()),
+            images.x_train,
+            images.y_train,
+            loop,
+            folder=folder,
+            title="standard",
+        )
         if processes()[0] == 0:
             save_classifier(model, folder)
         return model

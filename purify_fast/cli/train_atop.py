@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..methods.atop import AtopConfig
 from ..training import FitConfig
+from .classifiers import trained_classifier
 from .command import Superseded
 from .data_args import DataCommand
 from .training import images_in_turn, train_defence
@@ -19,40 +20,46 @@ if TYPE_CHECKING:
     from ..methods.atop import Atop
 
 _NETWORK = ("purifier", "width", "residual", "weights")
-_TRANSFORM = ("transform", "sigma", "block", "missing", "parts", "samples", "aggregation", "shared_mask")
+_TRANSFORM = ("transform", "sigma", "block", "mask_ratio", "num_passes", "samples", "aggregation", "shared_mask")
+_OLD = {"mask_ratio": "missing", "num_passes": "parts"}
 
 
 @dataclass(frozen=True)
 class TrainGenerator(DataCommand):
     """Pre-train AToP's purifier on clean images: hinge GAN and L1. Resumes an unfinished run."""
 
-    classifier: Path = Path("runs/classifier")
-    """A folder that `train classifier` wrote; pre-training does not use it, what is saved names it."""
+    called: ClassVar[str] = "train generator"
+
+    classifier: str = "runs/classifier"
+    """A folder that `train classifier` wrote, or a classifier by name as in `train atop`: pre-training does not use it,
+    but what is saved names it."""
+    classifier_weights: str | None = None
+    """Weights of a classifier by name: a .safetensors or .pth file, of which only tensors are read; or what the library
+    calls weights that it has downloaded before, such as IMAGENET1K_V1, or pretrained of timm."""
     out: Path = Path("runs/generator")
     """Where the run is kept: checkpoint, log, options and the defence."""
-    purifier: str = "small_generator"
-    """small_generator, deepfill (height and width multiples of 8; made for 256, its attention needs 128) or
-    masked_autoencoder."""
+    purifier: Literal["deepfill", "small_generator", "masked_autoencoder"] = "small_generator"
+    """The purifier's network. deepfill is made for images of 256 x 256; it needs multiples of 8, its attention 128."""
     width: int | None = None
     """Width of the purifier's network; default: its own (small_generator 8, deepfill 48, masked_autoencoder 64)."""
     residual: bool = False
     """Let a small_generator correct the image in place of painting one."""
     weights: Path | None = None
     """A checkpoint of deepfillv2-pytorch that a deepfill starts from; only tensors are read from it."""
-    transform: str = "rt2"
+    transform: Literal["rt1", "rt2", "rt3"] = "rt2"
     """rt1 hides blocks, rt2 adds noise before, rt3 hides every block once in several passes."""
     sigma: float = 0.25
     """Standard deviation of the noise in image units."""
     block: int | None = None
     """Side of a block in pixels; default: what tiles the image and is nearest to an eighth of the height."""
-    missing: float = 0.25
+    mask_ratio: float = 0.25
     """Share of the blocks that rt1 and rt2 hide."""
-    parts: int = 4
+    num_passes: int = 4
     """Passes of rt3."""
     samples: int = 1
     """Draws of noise and mask per prediction."""
-    aggregation: str = "mean"
-    """How the draws become one prediction: mean of the logits, or probability."""
+    aggregation: Literal["mean", "mean_softmax"] = "mean"
+    """How the draws become one prediction: mean of the logits, or logarithm of the mean of their softmax."""
     shared_mask: bool = False
     """Draw one mask for the whole batch, as in the official code."""
     method: AtopConfig = field(default_factory=AtopConfig.pretraining)
@@ -62,40 +69,44 @@ class TrainGenerator(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
 
+        # and so does what imports it
         from ..methods.atop import AtopTask
-        from ..training import load_classifier
 
         images = images_in_turn(self)
-        classifier = load_classifier(self.classifier).to(images.y_train.device)
+        classifier = trained_classifier(self.classifier, self.classifier_weights, images)
         torch.manual_seed(self.loop.seed)
         defence, origin = self.made(images, classifier)
         task = AtopTask(defence, self.method, origin)
-        if train_defence(self, images, task, defence, self.loop, self.out, "atop"):
+        if train_defence(self, images, task, defence, self.loop, out=self.out, title="atop"):
             print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
 
     def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:
         """The defence to train, and what its purifier starts from."""
         # PyTorch takes 1.8 seconds to import: --help does without it
+        from .._fingerprint import weights_fingerprint
         from ..methods.atop import Atop, DeepFillGenerator
         from ..methods.atop.purifier import build_purifier
-        from ..training.checkpoint import fingerprint
 
-        chosen = {name: getattr(self, name) for name in _TRANSFORM}
+        chosen = {_OLD.get(name, name): getattr(self, name) for name in _TRANSFORM}
+        chosen["aggregation"] = {"mean_softmax": "probability"}.get(self.aggregation, self.aggregation)
         if self.weights is None:
             purifier = build_purifier(self.purifier, images.image_shape, width=self.width, residual=self.residual)
             return Atop(classifier, purifier, images.image_shape, **chosen), "scratch"
         if self.purifier != "deepfill" or self.width is not None or self.residual:
             raise ValueError(f"--weights {self.weights} goes with --purifier deepfill, and brings its width")
         purifier = DeepFillGenerator.from_official(self.weights)
-        return Atop(classifier, purifier, images.image_shape, **chosen), fingerprint(purifier)
+        return Atop(classifier, purifier, images.image_shape, **chosen), weights_fingerprint(purifier)
 
 
 @dataclass(frozen=True)
 class TrainAtop(TrainGenerator):
     """Fine-tune a purifier through the frozen classifier, as published or through the pipeline. Resumes."""
 
-    classifier: Path = Path("runs/classifier")
-    """A folder that `train classifier` wrote, with the classifier that the purifier is trained for."""
+    called: ClassVar[str] = "train atop"
+
+    classifier: str = "runs/classifier"
+    """A folder that `train classifier` or `train arrest` wrote; or a classifier by name:
+    torchvision:resnet18, timm:resnet18, or package.module:function of yours."""
     out: Path = Path("runs/atop")
     """Where the run is kept: checkpoint, log, options and the defence."""
     init: Path | None = Path("runs/generator")
@@ -115,9 +126,9 @@ class TrainAtop(TrainGenerator):
         if self.init is None:
             return super().made(images, classifier)
         # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..methods.atop import load
-        from ..training.checkpoint import fingerprint
+        from .._fingerprint import weights_fingerprint
+        from ..methods.atop import load_atop
 
         # pre-training saw no classifier, so that another than the saved one is as good
-        defence = load(self.init, classifier, check=False)
-        return defence, fingerprint(defence.purifier)
+        defence = load_atop(self.init, classifier, check=False)
+        return defence, weights_fingerprint(defence.purifier)

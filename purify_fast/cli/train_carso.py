@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..methods.carso import CarsoConfig
 from ..training import FitConfig
+from .classifiers import trained_classifier
 from .command import Superseded
 from .data_args import DataCommand
 from .training import images_in_turn, train_defence
@@ -25,8 +26,14 @@ _SIZES = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")
 class TrainCarso(DataCommand):
     """Train CARSO's purifier on a saved classifier, as published or through the pipeline. Resumes an unfinished run."""
 
-    classifier: Path = Path("runs/classifier")
-    """A folder that `train classifier` wrote."""
+    called: ClassVar[str] = "train carso"
+
+    classifier: str = "runs/classifier"
+    """A folder that `train classifier` or `train arrest` wrote; or a classifier by name:
+    torchvision:resnet18, timm:resnet18, or package.module:function of yours."""
+    classifier_weights: str | None = None
+    """Weights of a classifier by name: a .safetensors or .pth file, of which only tensors are read; or what the library
+    calls weights that it has downloaded before, such as IMAGENET1K_V1, or pretrained of timm."""
     out: Path = Path("runs/carso")
     """Where the run is kept: checkpoint, log, options and the defence."""
     preset: str | None = None
@@ -80,26 +87,26 @@ class TrainCarso(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
 
+        # and so does what imports it
         from ..methods.carso import CarsoTask
-        from ..training import load_classifier
 
         images = images_in_turn(self)
-        classifier = load_classifier(self.classifier).to(images.y_train.device)
+        classifier = trained_classifier(self.classifier, self.classifier_weights, images)
         torch.manual_seed(self.loop.seed)
         defence, origin = self.made(images, classifier)
         task = CarsoTask(defence, self.method, origin)
-        if train_defence(self, images, task, defence, self.loop, self.out, "carso"):
+        if train_defence(self, images, task, defence, self.loop, out=self.out, title="carso"):
             print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
 
     def made(self, images: DataSet, classifier: nn.Module) -> tuple[Carso, str]:
         """The defence to train, and what its purifier starts from."""
         # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..methods.carso import Carso, load
-        from ..training.checkpoint import fingerprint
+        from .._fingerprint import weights_fingerprint
+        from ..methods.carso import Carso, load_carso
 
         if self.init is not None:
-            defence = load(self.init, classifier)
-            return defence, fingerprint(defence)
+            defence = load_carso(self.init, classifier)
+            return defence, weights_fingerprint(defence)
         sizes = {name: getattr(self, name) for name in _SIZES}
         if self.preset is not None:
             del sizes["decoder_width"]

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from ..training import ClassifierConfig, FitConfig
+from .classifiers import fresh_classifier
+from .config_file import write_run_file
 from .data_args import DataCommand
-from .training import fresh_classifier, images_in_turn
+from .training import images_in_turn
 
 
 @dataclass(frozen=True)
 class TrainClassifier(DataCommand):
     """Train a classifier: standard (eps 0) or on PGD examples. Resumes if OUT holds an unfinished run."""
 
+    called: ClassVar[str] = "train classifier"
+
     out: Path = Path("runs/classifier")
     """Where the run is kept: checkpoint, log, options and the classifier."""
     model: str = "small_cnn"
-    """small_cnn, preact_resnet18, wide_resnet or fully_connected."""
+    """small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME, timm:NAME or
+    package.module:function."""
     width: int | None = None
     """Channels of the first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10)."""
     depth: int | None = None
@@ -30,6 +35,7 @@ class TrainClassifier(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
 
+        # and so does what imports it
         from .._process import processes
         from ..evaluation import evaluate
         from ..training import ClassifierTask, fit, save_classifier
@@ -38,12 +44,13 @@ class TrainClassifier(DataCommand):
         torch.manual_seed(self.loop.seed)
         model = fresh_classifier(self.model, images, width=self.width, depth=self.depth)
         task = ClassifierTask(model, self.method)
-        print(fit(task, images.x_train, images.y_train, self.loop, self.out, "classifier"))
+        print(fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title="classifier"))
         if processes()[0] > 0:
             return
         save_classifier(model, self.out)
+        write_run_file(self, self.out)
         report = evaluate(
             model, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="classifier"
         )
-        print(report.to_text(sys.stdout.isatty()))
+        print(report.to_text())
         print(f"saved to {self.out}")

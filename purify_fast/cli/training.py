@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .config_file import write_run_file
 from .data_args import DataCommand
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..data import DataSet
     from ..defences.base import Defence
     from ..training import FitConfig, Task
@@ -21,24 +20,6 @@ def images_in_turn(command: DataCommand) -> DataSet:
     from ..training.distributed import in_turn
 
     return in_turn(command.load_data)
-
-
-def fresh_classifier(model: str, images: DataSet, *, width: int | None = None, depth: int | None = None) -> nn.Module:
-    """A classifier with fresh weights for the images, on their device.
-
-    Args:
-        model: its name, as ``--model`` takes it.
-        images: the data set; its statistics normalize the images.
-        width: channels of the first stage, or wide_resnet's factor; None for the network's own.
-        depth: of wide_resnet; None for 28.
-    """
-    # PyTorch takes 1.8 seconds to import: --help does without it
-    from ..data import statistics
-    from ..models.classifiers import build_classifier
-
-    mean, std = statistics(images.x_train)
-    made = build_classifier(model, images.image_shape, images.num_classes, width=width, depth=depth, mean=mean, std=std)
-    return made.to(images.y_train.device)
 
 
 def train_defence(
@@ -63,8 +44,8 @@ def train_defence(
     """
     # PyTorch takes 1.8 seconds to import: --help does without it
     from .._process import processes
+    from ..methods.saved_defence import save_defence
     from ..training import fit, save_classifier
-    from ..training.defences import save_defence
 
     if images.image_shape != defence.image_shape:
         raise ValueError(
@@ -74,9 +55,10 @@ def train_defence(
         raise ValueError(
             f"--data {command.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
         )
-    print(fit(task, images.x_train, images.y_train, loop, out, title))
+    print(fit(task, images.x_train, images.y_train, loop, folder=out, title=title))
     if processes()[0] > 0:
         return False
     save_defence(defence, out)
     save_classifier(defence.classifier, out / "classifier")
+    write_run_file(command, out)
     return True

@@ -7,7 +7,6 @@ they stand on.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,7 +18,7 @@ import torch
 from .._files import write_text
 from .._process import end_with_parent
 from ..evaluation import Report, merge, plot_tradeoff
-from ..training import keep_memory
+from ..speed import retain_freed_memory
 from . import arrest, atop, carso
 from .common import BASE, EPS, QUICK, STANDARD, Budget, Place, digits
 
@@ -82,7 +81,7 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
         reports = {name: method.attack(place, name) for name in compared}
         whole[title] = report = merge(reports.values())
         findings = [f"- {line}" for line in method.conclusion(reports, place.budget)]
-        print(f"\n{report.to_text(color=sys.stdout.isatty())}\n")
+        print(f"\n{report.to_text()}\n")
         print("\n".join(findings))
         report.save(place.out / folder, {name: method.model(place, name) for name in method.MODELS})
         if method is arrest:
@@ -115,7 +114,7 @@ def _train_beside(place: Place) -> None:
 def _begin() -> None:
     end_with_parent()
     torch.set_num_threads(1)
-    keep_memory()
+    retain_freed_memory()
 
 
 class _Beside:

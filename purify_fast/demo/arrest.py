@@ -8,19 +8,31 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..evaluation import Attack, Report, Tradeoff
+from ..attacks import PGD
+from ..evaluation import AttackSpec, Report, Tradeoff
 from ..methods.arrest import ArrestConfig, ArrestTask
-from ..methods.carso import Carso, CarsoConfig, CarsoTask, Head
-from ..methods.carso import load as load_carso
+from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation, load_carso
 from ..training import TrainingAttack, load_classifier, save_classifier
 from .carso import LAYERS
-from .common import BASE, BASE_TRAINING, CLASSIFIERS, EPS, STANDARD, Budget, Place, against, digits, percent
+from .common import (
+    AUTOATTACK,
+    BASE,
+    BASE_TRAINING,
+    CLASSIFIERS,
+    EPS,
+    STANDARD,
+    Budget,
+    Place,
+    against,
+    autoattack,
+    digits,
+    percent,
+)
 
 FINETUNED, ARREST, CARSO = "AFT", "ARREST", "CARSO on ARREST"
 MODELS = (FINETUNED, ARREST, CARSO)
 COMPARED = (STANDARD, BASE, *MODELS)
 _FOLDERS = {**CLASSIFIERS, FINETUNED: "arrest_aft", ARREST: "arrest", CARSO: "arrest_carso"}
-AUTOATTACK = "AutoAttack standard (CARSO: z = 0)"  # a row of CARSO's part, on the base
 # the base's attack and optimizer; lambda for digits, since the default of 50 is a CIFAR port's
 CONFIG = ArrestConfig(
     attack=TrainingAttack(
@@ -64,22 +76,17 @@ def model(place: Place, name: str) -> nn.Module:
 def attack(place: Place, name: str) -> Report:
     """One of `COMPARED`, all under the same attacks; rows that CARSO's part has of the first two are reused."""
     budget = place.budget
-    auto = Attack(
-        "autoattack",
-        variant="deterministic",
-        steps=budget.autoattack_steps,
-        queries=budget.autoattack_queries,
-        limit=budget.autoattack_images,
-        label=AUTOATTACK,
-    )
+    auto = autoattack(budget)
     defence = model(place, name)
-    attacks = [Attack(loss="ce"), Attack(loss="dlr", survivors=True)]
-    if name == CARSO:  # at z = 0, and as it is: there first what is cheap, as in CARSO's part
-        zero = Head(defence, deterministic=True)
+    attacks = [AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True)]
+    if name == CARSO:
+        # at z = 0, and as it is: there first what is cheap, as in CARSO's part
+        zero = WithAggregation(defence, deterministic=True)
         attacks = [
             *(replace(attack, variant="deterministic") for attack in attacks),
-            Attack(loss="ce", target=zero, label=f"PGD-{budget.steps} ce made at z = 0"),
-            Attack(loss="ce", eot=1, survivors=True),  # a draw averages K samples; three take a minute longer
+            AttackSpec(PGD(), target=zero, label=f"PGD-{budget.steps} ce made at z = 0"),
+            # one draw averages K samples already; three draws take a minute longer
+            AttackSpec(PGD(eot_iter=1), survivors_only=True),
         ]
     return place.attacked(defence, name, _FOLDERS[name], attacks if name == STANDARD else [*attacks, auto])
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from ..evaluation import Attack, Report
-from ..methods.atop import Atop, AtopConfig, AtopTask, load
+from .._fingerprint import weights_fingerprint
+from ..attacks import PGD
+from ..evaluation import AttackSpec, Report
+from ..methods.atop import Atop, AtopConfig, AtopTask, load_atop
 from ..methods.atop.generators.small_generator import SmallGenerator
 from ..training import TrainingAttack, save_classifier
-from ..training.checkpoint import fingerprint
 from .common import EPS, STANDARD, Budget, Place, against, digits, percent
 
 BEFORE, PUBLISHED, PIPELINE = "purifier before AToP", "AToP published", "AToP pipeline"
@@ -52,7 +53,7 @@ def train(place: Place, name: str) -> None:
         defence = Atop(classifier, SmallGenerator(1), digits().image_shape)
     else:
         defence = model(place, BEFORE)
-        origin = fingerprint(defence.purifier)
+        origin = weights_fingerprint(defence.purifier)
     method, epochs = _methods(place.budget)[name]
     place.train(AtopTask(defence, method, origin), epochs, 64, _FOLDERS[name])
     defence.save(place.out / _FOLDERS[name])
@@ -61,7 +62,7 @@ def train(place: Place, name: str) -> None:
 
 def model(place: Place, name: str) -> Atop:
     """One of the trained `MODELS`."""
-    return load(place.out / _FOLDERS[name], place.classifier(STANDARD))
+    return load_atop(place.out / _FOLDERS[name], place.classifier(STANDARD))
 
 
 def attack(place: Place, name: str) -> Report:
@@ -69,9 +70,9 @@ def attack(place: Place, name: str) -> Report:
     budget = place.budget
     n = budget.atop_images
     attacks = [
-        Attack(target="classifier", label=ALONE, limit=n),
-        Attack(loss="ce", limit=n),
-        Attack(loss="dlr", survivors=True, label=ADAPTIVE, limit=n),
+        AttackSpec(PGD(), target="classifier", label=ALONE, max_images=n),
+        AttackSpec(PGD(), max_images=n),
+        AttackSpec(PGD(loss="dlr"), survivors_only=True, label=ADAPTIVE, max_images=n),
     ]
     return place.attacked(model(place, name), name, _FOLDERS[name], attacks, steps=budget.atop_steps)
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..evaluation import Attack, Report
-from ..methods.carso import Carso, CarsoConfig, CarsoTask, Head, load
+from .._fingerprint import weights_fingerprint
+from ..attacks import PGD
+from ..attacks.losses import Loss
+from ..evaluation import AttackSpec, Report
+from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation, load_carso
 from ..training import TrainingAttack, save_classifier
-from ..training.checkpoint import fingerprint
-from .common import BASE, CLASSIFIERS, EPS, STANDARD, Budget, Place, against, digits, percent
+from .common import AUTOATTACK, BASE, CLASSIFIERS, EPS, STANDARD, Budget, Place, against, autoattack, digits, percent
 
 LAYERS = ("conv2", "conv4", "hidden")
 PUBLISHED, PIPELINE = "CARSO published", "CARSO pipeline"
 MODELS = (STANDARD, BASE, PUBLISHED, PIPELINE)
 _FOLDERS = {**CLASSIFIERS, PUBLISHED: "carso_published", PIPELINE: "carso_pipeline"}
+LOSSES: tuple[Loss, ...] = ("ce", "dlr")
 PEEL = "through PeeL, as published"
 TRANSFER = "transfer from the base"
-AUTOATTACK = "AutoAttack standard (CARSO: z = 0)"
 
 
 def train(place: Place, name: str) -> None:
@@ -33,10 +35,10 @@ def train(place: Place, name: str) -> None:
             _FOLDERS[name],
         )
     else:
-        published = load(place.out / _FOLDERS[PUBLISHED], base)
+        published = load_carso(place.out / _FOLDERS[PUBLISHED], base)
         defence.load_state_dict(published.state_dict())
         fine = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
-        task = CarsoTask(defence, fine, fingerprint(published))
+        task = CarsoTask(defence, fine, weights_fingerprint(published))
         place.train(task, budget.pipeline_epochs, 128, _FOLDERS[name])
     defence.save(place.out / _FOLDERS[name])
     save_classifier(base, place.out / _FOLDERS[name] / "classifier")
@@ -46,42 +48,36 @@ def model(place: Place, name: str) -> nn.Module:
     """One of the trained `MODELS`."""
     if name in CLASSIFIERS:
         return place.classifier(name)
-    return load(place.out / _FOLDERS[name], place.classifier(BASE))
+    return load_carso(place.out / _FOLDERS[name], place.classifier(BASE))
 
 
 def attack(place: Place, name: str) -> Report:
     """One of `MODELS` under its attacks."""
     budget, defence = place.budget, model(place, name)
-    ce, dlr = Attack(loss="ce"), Attack(loss="dlr", survivors=True)
-    labels = {loss: f"PGD-{budget.steps} {loss}, constant step" for loss in ("ce", "dlr")}
-    constant = [Attack(loss=loss, alpha=EPS / 10, label=label) for loss, label in labels.items()]
-    # of a randomised model the deterministic version, z = 0: the only one AutoAttack standard is made for
-    auto = Attack(
-        "autoattack",
-        variant="deterministic",
-        steps=budget.autoattack_steps,
-        queries=budget.autoattack_queries,
-        limit=budget.autoattack_images,
-        label=AUTOATTACK,
-    )
+    ce, dlr = AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True)
+    constant = [
+        AttackSpec(PGD(loss=loss, alpha=EPS / 10), label=f"PGD-{budget.steps} {loss}, constant step") for loss in LOSSES
+    ]
+    auto = autoattack(budget)
     if name == STANDARD:
         attacks = [ce, dlr]
     elif name == BASE:
         attacks = [ce, dlr, *constant, auto]
     else:
-        zero = Head(defence, deterministic=True)
+        zero = WithAggregation(defence, deterministic=True)
         attacks = [
-            Attack(loss="ce", variant="deterministic"),
-            Attack(loss="dlr", variant="deterministic", survivors=True),
+            AttackSpec(PGD(), variant="deterministic"),
+            AttackSpec(PGD(loss="dlr"), variant="deterministic", survivors_only=True),
             # cheap, and what falls to it needs no attack through K samples
-            Attack(loss="ce", target=zero, label=f"PGD-{budget.steps} ce made at z = 0"),
-            Attack(loss="ce", survivors=True),
+            AttackSpec(PGD(), target=zero, label=f"PGD-{budget.steps} ce made at z = 0"),
+            AttackSpec(PGD(), survivors_only=True),
             auto,
-            Attack(loss="ce", target=place.classifier(BASE), label=TRANSFER),
+            AttackSpec(PGD(), target=place.classifier(BASE), label=TRANSFER),
         ]
         if name == PUBLISHED:
             steps, limit = budget.peel_steps, budget.peel_images
-            attacks.append(Attack(loss="ce", steps=steps, head="peel_reference", limit=limit, label=PEEL))
+            through = AttackSpec(PGD(steps=steps), aggregation="peel_reference", max_images=limit, label=PEEL)
+            attacks.append(through)
         else:
             attacks.insert(4, dlr)
     return place.attacked(defence, name, _FOLDERS[name], attacks)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from .. import data
-from ..evaluation import Attack, Report, evaluate
+from ..attacks import AutoAttack
+from ..evaluation import AttackSpec, Report, evaluate
 from ..models.classifiers import SmallCNN
 from ..training import (
     ClassifierConfig,
@@ -26,6 +27,7 @@ from ..training import (
 
 EPS = 0.2
 STANDARD, BASE = "standard", "base (PGD-AT)"
+AUTOATTACK = "AutoAttack standard (CARSO: z = 0)"
 CLASSIFIERS = {STANDARD: "standard", BASE: "base"}
 # a higher rate and more decay than the defaults: of a dozen settings the best under attack at 96 % clean
 BASE_TRAINING = ClassifierConfig(
@@ -114,10 +116,10 @@ class Place:
         finally:
             torch.set_num_threads(threads)
 
-    def attacked(self, model: nn.Module, name: str, folder: str, attacks: list[Attack], **options: Any) -> Report:
+    def attacked(self, model: nn.Module, name: str, folder: str, attacks: list[AttackSpec], **options: Any) -> Report:
         """Attack a model on the held-out images; finished rows are kept in the folder and reused."""
         images, budget = digits(), self.budget
-        options = {"steps": budget.steps, "eot": budget.eot, "batch_size": 250, "chunk": 500} | options
+        options = {"steps": budget.steps, "eot_iter": budget.eot, "batch_size": 250, "max_forward_batch": 500} | options
         return evaluate(
             model,
             images.x_test[: budget.images],
@@ -145,6 +147,15 @@ class Place:
         folder = CLASSIFIERS[name]
         self.train(ClassifierTask(model, config), epochs, 64, folder)
         save_classifier(model, self.out / folder)
+
+
+def autoattack(budget: Budget) -> AttackSpec:
+    """AutoAttack's row, the same for every model.
+
+    A random model is attacked in its deterministic mode (CARSO: z = 0), the only one that its standard version is for.
+    """
+    attack = AutoAttack(steps=budget.autoattack_steps, n_queries=budget.autoattack_queries)
+    return AttackSpec(attack, variant="deterministic", max_images=budget.autoattack_images, label=AUTOATTACK)
 
 
 def percent(report: Report, attack: str) -> str:

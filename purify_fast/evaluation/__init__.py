@@ -1,11 +1,16 @@
 """Honest evaluation of any model from images in [0, 1] to logits: attacks, gradient health, tables and pictures."""
 
+from .._compat import old_attack as Attack
+from .function_attack import as_attack
+from .metrics import Tradeoff, ar_bd, ar_point_dist
+from .plots import plot_tradeoff
 from .report import Examples, Paired, Report, Row, merge
-from .runner import Attack, default_attacks, evaluate, lee_kim_2023
-from .tradeoff import Tradeoff, ar_bd, ar_point_dist, plot_tradeoff
+from .runner import evaluate
+from .specs import AttackSpec, default_attacks, lee_kim_2023
 
 __all__ = [
     "Attack",
+    "AttackSpec",
     "Examples",
     "Paired",
     "Report",
@@ -13,6 +18,7 @@ __all__ = [
     "Tradeoff",
     "ar_bd",
     "ar_point_dist",
+    "as_attack",
     "default_attacks",
     "evaluate",
     "lee_kim_2023",

@@ -1,77 +1,92 @@
-"""Pictures of an evaluation: attacked images with what the defence made of them, and bars of accuracies."""
+"""Pictures of an evaluation: attacked images with what the defence made of them, bars of accuracies, trade-offs.
+
+matplotlib and adjustText come with the extra ``demo``; both are imported where a picture is drawn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._files import atomic
 from ..attacks import frozen
-from .report import Report
+from ..protocols import FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
+from .metrics import check_curve, check_pair, interpolate
+from .rows import Row, attack_names, model_names
+
+#: Pictures ``[M, C, H, W]``, their predicted classes ``[M]``, and what is written below them.
+_Column = tuple[Tensor, Tensor | None, str]
 
 _COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
 _RED = "#c62828"
 _GREEN = "#2e7d32"
+_GRAY = "#8a8a8a"
 
 
-def pyplot() -> Any:
-    """matplotlib's Figure class, for files only; ModuleNotFoundError names the extra to install."""
+def require_matplotlib() -> None:
+    """ModuleNotFoundError, which names the extra to install, where matplotlib or adjustText is missing."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import adjustText  # noqa: F401
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ModuleNotFoundError(
-            "pictures need matplotlib, which is not installed: pip install 'purify-fast[demo]'"
+            f"pictures need {(error.name or 'matplotlib').partition('.')[0]}, which is not installed: "
+            "pip install 'purify-fast[demo]'"
         ) from error
 
-    def figure(**options: Any) -> Any:
-        # a figure of its own, not pyplot's: the user's backend and open figures are left alone
-        made = Figure(**options)
-        FigureCanvasAgg(made)
-        return made
 
-    return figure
+def _new_figure(**options: Any) -> Any:
+    """A figure for a file. It is not pyplot's, so that the user's backend and open figures are left alone."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(**options, layout="constrained")
+    FigureCanvasAgg(made)
+    return made
 
 
-def bars(report: Report, path: str | Path, attacks: Sequence[str] | None = None) -> None:
+# -- bars -------------------------------------------------------------------------------------------------------------
+
+
+def bars(rows: Sequence[Row], path: str | Path, attacks: Sequence[str] | None = None) -> None:
     """Accuracies with standard errors, one group per attack, one bar per model; unreliable ones hatched in red.
 
     Args:
-        report: of one model or several. path: the PNG. attacks: labels to show, in order; default all.
+        rows: of one model or several, as in a `Report`.
+        path: the PNG.
+        attacks: labels to show, in order; all of them if None.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing. ValueError: nothing to show.
+        ModuleNotFoundError: matplotlib is missing.
+        ValueError: there is nothing to show.
     """
-    labels = [label for label in (report.attacks if attacks is None else attacks) if label in report.attacks]
+    known = attack_names(rows)
+    labels = [label for label in (known if attacks is None else attacks) if label in known]
     if not labels:
-        raise ValueError(f"no rows to show: the report has {report.attacks}, asked for {attacks}")
-    models = report.models
-    found = {(row.attack, row.model): row for row in report.rows}
-    lines = [(label, [m for m in models if (label, m) in found]) for label in labels]
-    count = sum(len(present) for _, present in lines)
-    figure = pyplot()(figsize=(8.5, 1.2 + 0.24 * count + 0.16 * len(lines)), layout="constrained")
+        raise ValueError(f"no rows to show: the report has {known}, asked for {attacks}")
+    models = model_names(rows)
+    found = {(row.attack, row.model): row for row in rows}
+    groups = [(label, [found[label, m] for m in models if (label, m) in found]) for label in labels]
+    count = sum(len(group) for _, group in groups)
+    figure = _new_figure(figsize=(8.5, 1.2 + 0.24 * count + 0.16 * len(groups)))
     axes = figure.add_subplot()
     at, ticks = 0.0, []
-    for label, present in lines:
-        ticks.append(at + (len(present) - 1) / 2)
-        for model in present:
-            row, color = found[label, model], _COLORS[models.index(model) % len(_COLORS)]
-            if row.reliable:
-                axes.barh(at, 100 * row.accuracy, 0.86, color=color)
-            else:
-                axes.barh(at, 100 * row.accuracy, 0.86, facecolor=(color, 0.25), edgecolor=_RED, hatch="////")
-            axes.errorbar(100 * row.accuracy, at, xerr=100 * row.standard_error, color="#222222", capsize=2, lw=1)
-            text = f"{100 * row.accuracy:.1f}" + ("" if row.reliable else "  unreliable")
-            place = 100 * (row.accuracy + row.standard_error) + 1
-            axes.text(place, at, text, va="center", fontsize=8, color="#222222" if row.reliable else _RED)
+    for _, group in groups:
+        ticks.append(at + (len(group) - 1) / 2)
+        for row in group:
+            _bar(axes, at, row, _color(models.index(row.model)))
             at += 1
         at += 0.7
-    axes.set_yticks(ticks, [_wrap(label) for label, _ in lines], fontsize=8)
+    axes.set_yticks(ticks, [textwrap.fill(label, 34) for label, _ in groups], fontsize=8)
     axes.set_ylim(at - 1, -0.8)
     axes.set_xlim(0, 118)
     axes.set_xticks(range(0, 101, 20))
@@ -80,19 +95,37 @@ def bars(report: Report, path: str | Path, attacks: Sequence[str] | None = None)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)
-    from matplotlib.patches import Patch
-
-    handles = [Patch(color=_COLORS[m % len(_COLORS)], label=model) for m, model in enumerate(models)]
-    if any(not row.reliable for row in report.rows):
-        handles.append(Patch(facecolor="white", edgecolor=_RED, hatch="////", label="unreliable: no usable gradients"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8)
+    _legend_of_models(figure, models, any(not row.reliable for row in rows))
     _save(figure, path)
 
 
+def _bar(axes: Any, at: float, row: Row, color: str) -> None:
+    if row.reliable:
+        axes.barh(at, 100 * row.accuracy, 0.86, color=color)
+    else:
+        axes.barh(at, 100 * row.accuracy, 0.86, facecolor=(color, 0.25), edgecolor=_RED, hatch="////")
+    axes.errorbar(100 * row.accuracy, at, xerr=100 * row.standard_error, color="#222222", capsize=2, lw=1)
+    text = f"{100 * row.accuracy:.1f}" + ("" if row.reliable else "  unreliable")
+    place = 100 * (row.accuracy + row.standard_error) + 1
+    axes.text(place, at, text, va="center", fontsize=8, color="#222222" if row.reliable else _RED)
+
+
+def _legend_of_models(figure: Any, models: Sequence[str], unreliable: bool) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=_color(m), label=model) for m, model in enumerate(models)]
+    if unreliable:
+        handles.append(Patch(facecolor="white", edgecolor=_RED, hatch="////", label="unreliable: no usable gradients"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8)
+
+
+# -- attacked images --------------------------------------------------------------------------------------------------
+
+
 def grid(
-    clean: np.ndarray,
-    adversarial: np.ndarray,
-    labels: np.ndarray,
+    clean: np.ndarray | Tensor,
+    adversarial: np.ndarray | Tensor,
+    labels: np.ndarray | Tensor,
     path: str | Path,
     defence: Callable | None = None,
     *,
@@ -104,16 +137,21 @@ def grid(
     """One line per image: clean, adversarial, the difference, and reconstructions, with the predicted class above.
 
     Args:
-        clean, adversarial: ``[M, C, H, W]`` in [0, 1], C = 1 or 3; arrays or tensors. labels: true classes ``[M]``.
+        clean: images ``[M, C, H, W]`` in [0, 1], C = 1 or 3.
+        adversarial: the attacked images, of the same shape.
+        labels: true classes ``[M]``.
         path: the PNG.
         defence: gives the predictions; with ``purify(x)`` or ``reconstruct(x)``, ``[B, K, C, H, W]`` or of one draw
             ``[B, C, H, W]``, also the reconstructions, with ``sample_logits(x) -> [B, K, classes]`` the class of each,
             and with ``transformed(x)``, alike, what it repairs. With ``fixed_noise`` they share their noise.
-        samples: reconstructions shown at most, and transformed images. seed: of the noise. names: of the classes.
+        samples: how many reconstructions, and how many transformed images, are shown at most.
+        seed: of the noise.
+        names: of the classes.
         title: above everything.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing. ValueError: shapes disagree.
+        ModuleNotFoundError: matplotlib is missing.
+        ValueError: shapes disagree.
     """
     x, adv = (torch.as_tensor(a).detach().cpu().float() for a in (clean, adversarial))
     y = torch.as_tensor(labels).cpu()
@@ -124,7 +162,7 @@ def grid(
         )
     predicted, more = _look(defence, x, adv, samples, seed)
     columns = 3 + len(more)
-    figure = pyplot()(figsize=(1.25 * columns, 1.45 * len(x) + 0.5), layout="constrained")
+    figure = _new_figure(figsize=(1.25 * columns, 1.45 * len(x) + 0.5))
     figure.suptitle(title or "Attacked images", fontsize=10)
     axes = figure.subplots(len(x), columns, squeeze=False)
     largest = float((adv - x).abs().max()) or 1.0
@@ -133,23 +171,29 @@ def grid(
         shown = [(x[i], predicted[0], "clean"), (adv[i], predicted[1], "adversarial"), (amplified[i], None, "")]
         shown += [(images[i], classes, "") for images, classes, _ in more]
         for axis, (image, guess, what) in zip(axes[i], shown, strict=True):
-            axis.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_color("#bbbbbb")
+            _show_image(axis, image)
             if guess is not None:
                 right = int(guess[i]) == int(y[i])
-                text = _name(guess[i], names)
+                text = _class_name(guess[i], names)
                 axis.set_title(f"{what} {text}".strip(), fontsize=8, color=_GREEN if right else _RED, pad=2)
         axes[i][2].set_title(f"difference x{0.5 / largest:.1f}", fontsize=8, color="#555555", pad=2)
-        axes[i][0].set_ylabel(f"true {_name(y[i], names)}", fontsize=8)
+        axes[i][0].set_ylabel(f"true {_class_name(y[i], names)}", fontsize=8)
     for axis, (_, _, what) in zip(axes[-1][3:], more, strict=True):
         axis.set_xlabel(what, fontsize=8)
     _save(figure, path)
 
 
+def _show_image(axis: Any, image: Tensor) -> None:
+    axis.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_color("#bbbbbb")
+
+
 @torch.no_grad()
-def _look(defence, x, adv, samples, seed):
+def _look(
+    defence: Any, x: Tensor, adv: Tensor, samples: int, seed: int
+) -> tuple[tuple[Tensor | None, Tensor | None], list[_Column]]:
     """Predictions of both, and columns of what becomes of the adversarial images: [M, C, H, W], classes [M], a name."""
     if defence is None:
         return (None, None), []
@@ -157,38 +201,164 @@ def _look(defence, x, adv, samples, seed):
     if isinstance(defence, nn.Module):
         device = next((p.device for p in (*defence.parameters(), *defence.buffers())), device)
 
-    def fixed(call, images):
+    def fixed(call: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         torch.manual_seed(seed)
-        if hasattr(defence, "fixed_noise"):
-            with defence.fixed_noise(seed):
-                return call(images.to(device)).cpu()
-        return call(images.to(device)).cpu()
+        with defence.fixed_noise(seed) if supports(defence, FixedNoise) else contextlib.nullcontext():
+            return call(images.to(device)).cpu()
+
+    def columns_of(made: Tensor, classes: Tensor | None, what: str) -> list[_Column]:
+        pictures = made.float()[:, None] if made.dim() == 4 else made.float()[:, :samples]
+        count = pictures.shape[1]
+        known = [None] * count if classes is None else classes.unbind(1)
+        return list(zip(pictures.unbind(1), known, [what] + [""] * (count - 1), strict=True))
 
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), frozen(defence):
         predicted = [fixed(defence, images).argmax(1) for images in (x, adv)]
-        purify = getattr(defence, "purify", None) or getattr(defence, "reconstruct", None)
-        each = hasattr(defence, "sample_logits") and purify is not None
-        classes = fixed(defence.sample_logits, adv)[:, :samples].argmax(2) if each else None
-        columns: list[tuple] = []
-        for make, what in ((getattr(defence, "transformed", None), "transformed"), (purify, "reconstructions")):
-            if make is not None:
-                pictures = fixed(make, adv).float()
-                pictures = pictures[:, None] if pictures.dim() == 4 else pictures[:, :samples]
-                known = classes.unbind(1) if classes is not None and make is purify else [None] * pictures.shape[1]
-                named = [what] + [""] * (pictures.shape[1] - 1)
-                columns += zip(pictures.unbind(1), known, named, strict=True)
-    return predicted, columns
+        columns: list[_Column] = []
+        if supports(defence, ShowsTransform):
+            columns += columns_of(fixed(defence.transformed, adv), None, "transformed")
+        purifies = supports(defence, Purifies)
+        if purifies or supports(defence, Reconstructs):
+            classes = None
+            if supports(defence, SampleLogits):
+                classes = fixed(defence.sample_logits, adv)[:, :samples].argmax(2)
+            made = fixed(defence.purify if purifies else defence.reconstruct, adv)
+            columns += columns_of(made, classes, "reconstructions")
+    return (predicted[0], predicted[1]), columns
 
 
-def _name(label, names: Sequence[str] | None) -> str:
+def _class_name(label: Any, names: Sequence[str] | None) -> str:
     return str(int(label)) if names is None else names[int(label)]
 
 
-def _wrap(label: str, width: int = 34) -> str:
-    import textwrap
+# -- trade-offs -------------------------------------------------------------------------------------------------------
 
-    return "\n".join(textwrap.wrap(label, width))
+
+def plot_tradeoff(
+    path: str | Path,
+    points: Mapping[str, Iterable[float]],
+    reference: Iterable[Iterable[float]] | None = None,
+    *,
+    reference_name: str = "reference",
+    title: str = "",
+) -> bool:
+    """A picture of robust over standard accuracy: named models, lines of equal SUM, and the reference curve.
+
+    Args:
+        path: the PNG, which appears whole or not at all.
+        points: from names to (standard %, robust %) or to (standard %, robust %, their two standard errors in points),
+            which become error bars.
+        reference: pairs (standard %, robust %) as of `ar_bd`, drawn with the curve of `ar_point_dist`.
+        reference_name: the curve's name in the legend.
+        title: above everything.
+
+    Returns:
+        False, without a file, if matplotlib or adjustText is missing.
+
+    Raises:
+        ValueError: nothing to show, accuracies not within 0 to 100, negative or infinite standard errors, or a
+            reference that `ar_bd` refuses.
+        ModuleNotFoundError: there is a reference, and scipy is missing.
+    """
+    shown = {name: _with_errors(name, values) for name, values in points.items()}
+    x, y = (np.empty(0), np.empty(0)) if reference is None else check_curve("reference", reference)
+    if not shown and not len(x):
+        raise ValueError(f"points must name at least one model where there is no reference, got {points!r}")
+    try:
+        figure = _new_figure(figsize=(7.2, 5.0))
+    except ModuleNotFoundError:
+        return False
+    axes = figure.add_subplot()
+    at = np.array([values[:2] for values in shown.values()]).reshape(-1, 2)
+    errors = np.array([values[2:] for values in shown.values()]).reshape(-1, 2)
+    everything = np.concatenate([at - errors, at + errors, np.stack([x, y], 1)])
+    low, high = everything.min(0), everything.max(0)
+    room = np.maximum(0.14 * (high - low), 2.0)
+    # beyond 0 and 100 only what the marks need
+    low, high = np.maximum(low - room, -0.4 * room), np.minimum(high + room, 100 + 0.4 * room)
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    _lines_of_equal_sum(axes, low, high)
+    traced = _draw_reference(axes, x, y, reference_name) if len(x) else np.empty((0, 2))
+    for i, (center, error) in enumerate(zip(at, errors, strict=True)):
+        if error.any():
+            # a bar of length 0 would still have caps
+            xerr, yerr = (value or None for value in error)
+            axes.errorbar(*center, xerr=xerr, yerr=yerr, color=_color(i), capsize=2.5, lw=1.1, zorder=3)
+        axes.plot(*center, "o", ms=7.5, color=_color(i), mec="white", mew=0.9, zorder=4)
+    axes.set_xlabel("standard accuracy, %")
+    axes.set_ylabel("robust accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#888888")
+    axes.tick_params(color="#888888", labelsize=9)
+    if title:
+        axes.set_title(title, fontsize=11, pad=18)
+    _name_points(axes, list(shown), at, traced)
+    _save(figure, path)
+    return True
+
+
+def _with_errors(name: str, values: Iterable[float]) -> tuple[float, ...]:
+    """(standard, robust, standard error, standard error), the errors 0 where none are given."""
+    what, given = f"points[{name!r}]", tuple(values)
+    if len(given) not in (2, 4):
+        raise ValueError(f"{what} must be (standard %, robust %) or these and two standard errors, got {given!r}")
+    errors = given[2:] or (0.0, 0.0)
+    if not all(0 <= error < math.inf for error in errors):
+        raise ValueError(f"{what}: standard errors must be finite and not negative, got {errors!r}")
+    return *check_pair(what, given[:2]), *(float(error) for error in errors)
+
+
+def _draw_reference(axes: Any, x: np.ndarray, y: np.ndarray, name: str) -> np.ndarray:
+    """The reference curve with its points; returns where it runs, ``[points, 2]``."""
+    along = np.linspace(x[0], x[-1], 400)
+    traced = np.stack([along, interpolate(x, y)(along)], 1)
+    axes.plot(*traced.T, color=_GRAY, lw=1.6, zorder=2)
+    axes.plot(x, y, "o", ms=4.5, color="white", mec=_GRAY, mew=1.4, zorder=2.5)
+    axes.plot([], [], "o-", color=_GRAY, lw=1.6, ms=4.5, mfc="white", mew=1.4, label=name)
+    axes.legend(loc="lower left", frameon=False, fontsize=8)
+    return traced
+
+
+def _lines_of_equal_sum(axes: Any, low: np.ndarray, high: np.ndarray) -> None:
+    """Lines of equal SUM, with the value where they leave through the right or the upper edge."""
+    from matplotlib.ticker import MaxNLocator
+
+    for total in MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(low.sum(), high.sum()):
+        axes.plot([low[0], high[0]], [total - low[0], total - high[0]], color="#e4e4e4", lw=0.8, zorder=1)
+        right, top = total - high[0], total - high[1]
+        style = {"fontsize": 7, "color": "#9a9a9a", "annotation_clip": False, "textcoords": "offset points"}
+        if low[1] <= right < high[1]:
+            axes.annotate(f"SUM {total:g}", (high[0], right), (3, 0), va="center", **style)
+        elif low[0] <= top < high[0]:
+            axes.annotate(f"SUM {total:g}", (top, high[1]), (0, 3), ha="center", **style)
+
+
+def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, traced: np.ndarray) -> None:
+    """Write each name beside its point, away from the other points, the curve and the other names."""
+    from adjustText import adjust_text
+
+    if not names:
+        return
+    # the layout, and with it the place of every point in pixels, is known from here on
+    axes.figure.canvas.draw()
+    texts = [
+        axes.text(*point, name, fontsize=8.5, color=_color(i), zorder=5)
+        for i, (name, point) in enumerate(zip(names, at, strict=True))
+    ]
+    for text in texts:
+        text.set_in_layout(False)
+    # a twentieth of the curve's points stands for it; a number of rounds in place of a time keeps the picture the same
+    x, y = np.concatenate([at, traced[::20]]).T
+    legend = axes.get_legend()
+    adjust_text(
+        texts, x=x, y=y, ax=axes, objects=None if legend is None else [legend], iter_lim=2000,
+        arrowprops={"arrowstyle": "-", "color": _GRAY, "lw": 0.6, "zorder": 2.8},
+    )  # fmt: skip
+
+
+def _color(i: int) -> str:
+    return _COLORS[i % len(_COLORS)]
 
 
 def _save(figure: Any, path: str | Path) -> None:

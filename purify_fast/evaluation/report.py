@@ -1,4 +1,4 @@
-"""What an evaluation found: one row per attack, image by image, so that models can be compared in pairs."""
+"""An evaluation's report: its rows, what they amount to, and the files it is kept in."""
 
 from __future__ import annotations
 
@@ -9,126 +9,65 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .._files import write_text
+from . import plots
+from .rows import Examples, Paired, Row, attack_names, model_names
+from .tables import (
+    COLUMNS,
+    LEGEND,
+    RED_UNRELIABLE,
+    color_is_welcome,
+    comparison,
+    headline,
+    markdown_table,
+    row_cells,
+    terminal_table,
+)
+
+__all__ = ["FORMAT", "Examples", "Paired", "Report", "Row", "merge"]
 
 FORMAT = 1
 
 
-@dataclass
-class Examples:
-    """A few attacked images: clean and adversarial ``[M, C, H, W]`` float32 in [0, 1], true labels ``[M]`` int64."""
-
-    clean: np.ndarray
-    adversarial: np.ndarray
-    labels: np.ndarray
-
-
-@dataclass
-class Row:
-    """One model under one attack.
-
-    Attributes:
-        model, attack: their names; the pair identifies the row. kind: ``clean``, an attack's kind, or ``worst``.
-        variant: what of the model was attacked and judged: ``random``, ``fixed`` noise, or ``deterministic``.
-        robust: bool ``[n]``, image by image. Clean: the first prediction was right. Attacks: the image was classified
-            correctly, and all ``n_eval`` predictions on the adversarial image were right.
-        mean: mean accuracy of one prediction, over ``n_eval``. worst: share of images with all ``n_eval`` right.
-        health: counts of the gradients (``gradients nonfinite zero images unmoved``), or None.
-        reliable: whether the attack had gradients to work with; if not, the true number may be lower.
-        data: a hash of the images and labels. seconds: wall clock.
-        threat: the threat model, such as ``L2 0.5``, where it is another than the report's; such a row is in no
-            headline and in no ``worst`` but its own.
-    """
-
-    model: str
-    attack: str
-    kind: str
-    variant: str
-    robust: np.ndarray
-    mean: float
-    worst: float
-    n_eval: int
-    seed: int
-    seconds: float
-    data: str
-    health: dict[str, int] | None = None
-    reliable: bool = True
-    settings: dict[str, Any] = field(default_factory=dict)
-    threat: str | None = None
-    examples: Examples | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def n(self) -> int:
-        """Images."""
-        return len(self.robust)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of robust images."""
-        return float(self.robust.mean())
-
-    @property
-    def standard_error(self) -> float:
-        """Binomial: sqrt(p (1 - p) / n)."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; ``robust`` as a string of 0 and 1; without the examples."""
-        values = {name: value for name, value in self.__dict__.items() if name not in ("robust", "examples")}
-        values |= {"n": self.n, "accuracy": self.accuracy, "standard_error": self.standard_error}
-        return values | {"robust": "".join("1" if right else "0" for right in self.robust)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Row:
-        """The inverse of `to_dict`."""
-        derived = ("n", "accuracy", "standard_error")
-        values = {name: value for name, value in values.items() if name not in derived}
-        return cls(**values | {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)})
-
-    def describe_health(self) -> str:
-        """The shares of non-finite and zero gradients and of unmoved images, as one short text."""
-        if self.health is None:
-            return "-"
-        h = self.health
-        text = f"{_share(h['nonfinite'], h['gradients'])} / {_share(h['zero'], h['gradients'])}"
-        return f"{text} / {_share(h['unmoved'], h['images'])}" if h["images"] else f"{text} / -"
-
-
-@dataclass(frozen=True)
-class Paired:
-    """A difference of accuracies on the same n images, with the standard error of the paired differences."""
-
-    difference: float
-    standard_error: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{100 * self.difference:+.1f} ± {100 * self.standard_error:.1f} points (n = {self.n}, paired)"
-
-
-@dataclass
+@dataclass(repr=False)
 class Report:
-    """Rows of one model, or of several (`merge`), and remarks on what could not be run."""
+    """Rows of one model, or of several (`merge`), and remarks on what could not be run.
+
+    Args:
+        rows: the rows, in the order in which they were made.
+        notes: remarks, one sentence each.
+        about: what all rows have in common: ``threat`` (such as ``L-inf 8/255``), ``dataset`` and ``version`` (of this
+            package), as far as they are known.
+    """
 
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    about: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        lowest = (f"{model}: {100 * row.accuracy:.1f} % under {row.attack}" for model, row in self.headlines.items())
+        return f"Report({len(self.rows)} rows of {len(self.models)} models; lowest: {', '.join(lowest) or 'no attack'})"
 
     @property
     def models(self) -> list[str]:
         """Names of the models, in order."""
-        return list(dict.fromkeys(row.model for row in self.rows))
+        return model_names(self.rows)
 
     @property
     def attacks(self) -> list[str]:
         """Labels of the rows: clean, then attacks, then the worst over them, then other threat models; in order."""
-        order = {"clean": 0, "worst": 2}
-        rows = sorted(self.rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
-        return list(dict.fromkeys(row.attack for row in rows))
+        return attack_names(self.rows)
 
     def row(self, attack: str, model: str | None = None) -> Row:
-        """The row of ``attack``; ``model`` is needed when there are several. KeyError names what there is."""
+        """The row of an attack.
+
+        Args:
+            attack: its label.
+            model: the model's name; needed where there are several.
+
+        Raises:
+            KeyError: there is no such row, or several; the message names what there is.
+        """
         found = [row for row in self.rows if row.attack == attack and model in (None, row.model)]
         if len(found) != 1:
             have = ", ".join(f"{row.model}: {row.attack}" for row in self.rows)
@@ -166,10 +105,16 @@ class Report:
         """Accuracy of this report's model minus the other's on the images both have.
 
         Args:
-            other: a report on the same data. row: the attack's label. other_row: its label there, if another.
+            other: a report on the same data.
+            row: the attack's label.
+            other_row: its label in the other report, if it is another one.
+
+        Returns:
+            The difference with its standard error.
 
         Raises:
-            KeyError: no such row, or several. ValueError: the rows are not about the same data.
+            KeyError: no such row, or several.
+            ValueError: the rows are not about the same data.
         """
         mine, theirs = self.row(row), other.row(row if other_row is None else other_row)
         if mine.data != theirs.data:
@@ -181,7 +126,7 @@ class Report:
     def to_json(self) -> str:
         """All rows with their masks, and each model's headline."""
         headlines = {model: {"attack": row.attack, "accuracy": row.accuracy} for model, row in self.headlines.items()}
-        content = {"format": FORMAT, "headlines": headlines, "notes": self.notes}
+        content: dict[str, Any] = {"format": FORMAT, "about": self.about, "headlines": headlines, "notes": self.notes}
         return json.dumps(content | {"rows": [row.to_dict() for row in self.rows]}, indent=1, allow_nan=False)
 
     @classmethod
@@ -190,48 +135,41 @@ class Report:
         content = json.loads(text)
         if content.get("format") != FORMAT:
             raise ValueError(f"the report has format {content.get('format')!r}, this version reads {FORMAT}")
-        return cls([Row.from_dict(row) for row in content["rows"]], content["notes"])
+        rows = [Row.from_dict(row) for row in content["rows"]]
+        return cls(rows, content["notes"], content.get("about", {}))
 
     def to_markdown(self) -> str:
         """The headline of each model, a comparison if there are several, and the table of all rows."""
-        lines = ["# Robustness", ""]
+        lines = [", ".join(["# Robustness", *self._title()]), ""]
         for (model, threat), row in sorted(self.lowest.items(), key=lambda item: item[0][1] is not None):
-            what = f"**{model}: {_percent(row)} %**" if threat is None else f"{model}, {threat}: {_percent(row)} %"
-            lines.append(f"- {what} robust, the lowest of all attacks ({row.attack}, n = {row.n})")
-            lines[-1] += "" if row.reliable else f"; {_MARK}: the true number may be lower"
+            lines.append(headline(model, threat, row))
         if len(self.models) > 1:
             lines += ["", "## Comparison", "", "Accuracy ± standard error, %.", "", *self.comparison()]
         lines += ["", "## Every row", ""]
-        lines += _markdown(_COLUMNS, [_cells(row, _MARK) for row in self.rows])
-        lines += ["", *_LEGEND]
+        lines += markdown_table(COLUMNS, [row_cells(row, RED_UNRELIABLE) for row in self.rows])
+        lines += ["", *LEGEND]
         if self.notes:
             lines += ["", "Notes:", "", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
+    def _title(self) -> list[str]:
+        """What the numbers are about: the threat model, the data set and the version, where they are known."""
+        return [self.about[what] for what in ("threat", "dataset", "version") if what in self.about]
+
     def comparison(self) -> list[str]:
         """Lines of a Markdown table: attacks down, models across."""
-        return _markdown(["attack", *self.models], [[a, *self._cells(a, _MARK)] for a in self.attacks])
+        return markdown_table(*comparison(self.rows, RED_UNRELIABLE))
 
-    def to_text(self, color: bool = True) -> str:
-        """The table for a terminal, unreliable numbers in red; the comparison only, when there are several models."""
-        several = len(self.models) > 1
-        table = [["attack", *self.models]] + [[a, *self._cells(a, "unreliable")] for a in self.attacks]
-        if not several:
-            table = [_COLUMNS] + [_cells(row, "unreliable") for row in self.rows]
-        width = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = []
-        for line in table:
-            cells = [cell.ljust(w) for cell, w in zip(line, width, strict=True)]
-            if color:
-                cells = [f"\033[31m{cell}\033[0m" if "unreliable" in cell else cell for cell in cells]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join([lines[0], "-" * (sum(width) + 2 * len(width) - 2), *lines[1:]])
+    def to_text(self, color: bool | None = None) -> str:
+        """The table for a terminal; the comparison only, when there are several models.
 
-    def _cells(self, attack: str, mark: str) -> list[str]:
-        found = {row.model: row for row in self.rows if row.attack == attack}
-        return [
-            _percent(found[m]) + ("" if found[m].reliable else f" {mark}") if m in found else "-" for m in self.models
-        ]
+        Args:
+            color: whether unreliable numbers are red. None: if standard output is a terminal and NO_COLOR is not set.
+        """
+        chosen = color_is_welcome() if color is None else color
+        if len(self.models) > 1:
+            return terminal_table(*comparison(self.rows), chosen)
+        return terminal_table(COLUMNS, [row_cells(row) for row in self.rows], chosen)
 
     def _write(self, folder: Path) -> None:
         write_text(folder / "report.json", self.to_json())
@@ -258,90 +196,38 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         self._write(folder)  # before the pictures, whatever becomes of them
         try:
-            from . import plots  # matplotlib is optional
-
-            plots.pyplot()
+            plots.require_matplotlib()
         except ModuleNotFoundError as error:
             self.notes.append(f"no pictures: {error}")
             self._write(folder)
         else:
-            plots.bars(self, folder / "accuracies.png")
-            for model in self.models:
-                row = next((r for r in self.rows if r.model == model and r.examples is not None), None)
-                if row is not None and row.examples is not None and row.examples.clean.shape[1] in (1, 3):
-                    e, path = row.examples, folder / f"images_{_slug(model)}.png"
-                    plots.grid(
-                        e.clean,
-                        e.adversarial,
-                        e.labels,
-                        path,
-                        (defence or {}).get(model),
-                        title=f"{model}: {row.attack}",
-                    )
+            self._draw(folder, defence or {})
+
+    def _draw(self, folder: Path, defences: Mapping[str, Callable]) -> None:
+        plots.bars(self.rows, folder / "accuracies.png")
+        for model in self.models:
+            row = next((r for r in self.rows if r.model == model and r.examples is not None), None)
+            if row is not None and row.examples is not None and row.examples.clean.shape[1] in (1, 3):
+                e, path = row.examples, folder / f"images_{_slug(model)}.png"
+                title = f"{model}: {row.attack}"
+                plots.grid(e.clean, e.adversarial, e.labels, path, defences.get(model), title=title)
 
 
 def merge(reports: Iterable[Report]) -> Report:
     """One report on several models; ValueError if two rows share model and attack."""
     merged = Report()
-    for report in reports:
+    together = list(reports)
+    for report in together:
         merged.rows += report.rows
         merged.notes += [note for note in report.notes if note not in merged.notes]
+    if together:
+        shared = together[0].about.items()
+        merged.about = {key: said for key, said in shared if all(r.about.get(key) == said for r in together)}
     names = [(row.model, row.attack) for row in merged.rows]
     double = [f"{model}: {attack}" for model, attack in dict.fromkeys(names) if names.count((model, attack)) > 1]
     if double:
         raise ValueError(f"rows must differ in model or attack, these do not: {', '.join(double)}")
     return merged
-
-
-_MARK = '**<span style="color:red">unreliable</span>**'
-_COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "mean", "worst", "gradients", "", "seed", "s"]
-_LEGEND = [
-    "variant: the model as it is (random), with fixed noise, or its deterministic version. EOT: draws averaged per"
-    " gradient. n: images (in brackets, those attacked, where earlier attacks left only these). accuracy ± binomial"
-    " standard error, %: clean, one prediction; under attack, images classified correctly and right in every repeated"
-    " prediction. mean: accuracy of one prediction, %. worst: right"
-    " in all of the repeated predictions (their number in brackets), %. gradients: share non-finite / zero / images"
-    " not moved. s: seconds.",
-    "",
-    "An attack of another norm or radius than the report's has it at the end of its name: L1, L2, L-inf, or the flow"
-    " that moves pixels (StAdv; half the image is 1). It counts for no headline and no worst but its own. BPDA: through"
-    " the purifier as if it changed nothing. On the classifier alone: made without the defence, then tried on it, which"
-    " says little about an attacker who knows the defence.",
-    "",
-    f"{_MARK}: the attack lacked gradients (any non-finite one, more than 5 % zero ones, or more than 1 % of the"
-    " correctly classified images not moved), so its number measures the gradients, not the model.",
-]
-
-
-def _cells(row: Row, mark: str) -> list[str]:
-    return [
-        row.model,
-        row.attack,
-        row.variant,
-        str(row.settings.get("eot", "-")),
-        f"{row.n} ({row.settings['attacked']})" if row.settings.get("survivors") else str(row.n),
-        _percent(row),
-        f"{100 * row.mean:.1f}",
-        f"{100 * row.worst:.1f} ({row.n_eval})",
-        row.describe_health(),
-        "" if row.reliable else mark,
-        str(row.seed),
-        f"{row.seconds:.1f}",
-    ]
-
-
-def _markdown(head: list[str], body: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *body]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def _percent(row: Row) -> str:
-    return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
-
-
-def _share(part: int, whole: int) -> str:
-    share = 100 * part / max(1, whole)
-    return f"{share:.2g} %" if 0 < share < 1 else f"{share:.0f} %"
 
 
 def _slug(name: str) -> str:

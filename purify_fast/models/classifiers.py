@@ -8,28 +8,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._process import processes
-from .layers import BatchNorm1d, Normalise
+from .layers import BatchNorm1d, Normalize
 from .preact_resnet import PreActResNet18
 from .wide_resnet import WideResNet
 
 
 class SmallCNN(nn.Module):
-    """Four convolutions and two linear layers, SiLU, normalisation inside. Ours.
+    """Four convolutions and two linear layers, SiLU, normalization inside. This package's own.
 
     Args:
-        in_channels, num_classes: of the data. image_size: (H, W), at least 8 each.
+        in_channels: channels of the images.
+        num_classes: classes of the data, at least 2.
+        image_size: (H, W), at least 8 each.
         width: channels of the first stage; the second has twice as many.
 
     ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1] -> logits ``[B, num_classes]``. The stages ``conv1`` ..
     ``conv4`` and ``hidden`` are modules, so that their outputs can be named as a representation.
     """
 
-    before_pooling = "hidden"  # there is no pooling: the penultimate layer
+    # there is no pooling: the penultimate layer
+    before_pooling = "hidden"
 
     def __init__(
         self, in_channels: int = 1, num_classes: int = 10, image_size: tuple[int, int] = (16, 16), width: int = 16
@@ -41,7 +45,7 @@ class SmallCNN(nn.Module):
             raise ValueError(
                 f"need in_channels, width >= 1 and num_classes >= 2, got {in_channels, width, num_classes}"
             )
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             "in_channels": in_channels,
             "num_classes": num_classes,
             "image_size": list(image_size),
@@ -68,7 +72,8 @@ class _Dropout(nn.Module):
         rank, world = processes() if self.training else (0, 1)
         if world == 1:
             return F.dropout(x, 0.15, self.training)
-        whole = x.new_ones(world * len(x), *x.shape[1:])  # one process would draw for all images, these among them
+        # one process would draw for all images, these among them
+        whole = x.new_ones(world * len(x), *x.shape[1:])
         return x * F.dropout(whole, 0.15)[rank::world]
 
 
@@ -76,9 +81,12 @@ class FullyConnected(nn.Module):
     """The MNIST classifier of CARSO's first version: Mish, BatchNorm and dropout of 0.15 after each hidden layer.
 
     Args:
-        in_channels, num_classes, image_size: of the data.
+        in_channels: channels of the images.
+        num_classes: classes of the data, at least 2.
+        image_size: (H, W).
         hidden: sizes of the hidden layers (published: 200 and 80).
-        mean, std: normalisation of the images, numbers or one per channel (default: MNIST's).
+        mean: what the images are normalized by, a number or one per channel (default: MNIST's).
+        std: likewise, the standard deviations (default: MNIST's).
 
     ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1] -> log-probabilities ``[B, num_classes]``: a Mish and a
     log-softmax follow the last linear layer, as published. The outputs of ``body.1``, ``body.5``, ``body.9`` (every
@@ -103,23 +111,24 @@ class FullyConnected(nn.Module):
                 "need in_channels, image_size, hidden >= 1 and num_classes >= 2, got "
                 f"{in_channels, tuple(image_size), tuple(hidden), num_classes}"
             )
-        self.normalise = Normalise(mean, std, in_channels)
-        self.arguments = {
+        self.normalize = Normalize(mean, std, in_channels)
+        self.arguments: dict[str, Any] = {
             "in_channels": in_channels,
             "num_classes": num_classes,
             "image_size": list(image_size),
             "hidden": list(hidden),
-            **self.normalise.arguments,
+            **self.normalize.arguments,
         }
         sizes = [in_channels * prod(image_size), *hidden]
         body: list[nn.Module] = []
         for before, after in pairwise(sizes):
             body += [nn.Linear(before, after), nn.Mish(), BatchNorm1d(after), _Dropout()]
         self.body = nn.Sequential(*body, nn.Linear(sizes[-1], num_classes), nn.Mish())
-        self.before_pooling = f"body.{len(body) - 3}"  # there is no pooling: the last hidden Mish
+        # there is no pooling: the last hidden Mish
+        self.before_pooling = f"body.{len(body) - 3}"
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.log_softmax(self.body(self.normalise(x).flatten(1)), 1)
+        return F.log_softmax(self.body(self.normalize(x).flatten(1)), 1)
 
 
 CLASSIFIERS: dict[str, type[nn.Module]] = {
@@ -131,7 +140,13 @@ CLASSIFIERS: dict[str, type[nn.Module]] = {
 
 
 def representation_before_pooling(model: nn.Module) -> str:
-    """The module of one of `CLASSIFIERS` whose output is its last map before pooling, or its penultimate vector.
+    """The layer that stands for a classifier's representation when none is named.
+
+    Args:
+        model: one of `CLASSIFIERS`.
+
+    Returns:
+        The path of the module whose output is the last map before pooling, or without pooling the penultimate vector.
 
     Raises:
         ValueError: another model.
@@ -160,9 +175,12 @@ def build_classifier(
 
     Args:
         name: ``small_cnn``, ``preact_resnet18``, ``wide_resnet`` or ``fully_connected``.
-        image_shape: (C, H, W). num_classes: of the data.
-        width, depth: None for the network's own (16, 64 and WRN-28-10); depth is ``wide_resnet``'s alone.
-        mean, std: normalisation of the images; ``small_cnn`` has its own, 0.5 and 0.5.
+        image_shape: (C, H, W).
+        num_classes: classes of the data, at least 2.
+        width: None for the network's own: 16 for ``small_cnn``, 64 for ``preact_resnet18``, 10 for ``wide_resnet``.
+        depth: of ``wide_resnet`` alone; None for 28.
+        mean: what the images are normalized by, a number or one per channel; ``small_cnn`` has its own, 0.5.
+        std: likewise, the standard deviations; ``small_cnn`` has its own, 0.5.
 
     Raises:
         ValueError: an unknown name, or a width or depth the network does not have.
@@ -170,7 +188,7 @@ def build_classifier(
     if name not in CLASSIFIERS:
         raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, got {name!r}")
     channels, *size = image_shape
-    options: dict = {"in_channels": channels, "num_classes": num_classes}
+    options: dict[str, Any] = {"in_channels": channels, "num_classes": num_classes}
     if name in ("small_cnn", "fully_connected"):
         options["image_size"] = tuple(size)
     if name != "small_cnn":

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._files import check_shapes
-from .layers import Normalise
+from .layers import Normalize
 
 LIBRARIES = ("torchvision", "timm")
 FORMS = "torchvision:NAME, timm:NAME or package.module:function"
@@ -72,7 +72,7 @@ class ForeignClassifier(nn.Module):
         else:
             self.model = _called(spec)
         if library in LIBRARIES:
-            normalize = Normalise(mean, std, in_channels)
+            normalize = Normalize(mean, std, in_channels)
             self.normalize = normalize
             self.arguments |= normalize.arguments
 

@@ -1,13 +1,14 @@
-"""ResNet-18 with pre-activation (He et al., ECCV 2016), in its form for small images, normalisation inside."""
+"""ResNet-18 with pre-activation (He et al., ECCV 2016), in its form for small images, normalization inside."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import BatchNorm2d, Normalise
+from .layers import BatchNorm2d, Normalize
 
 
 class _Block(nn.Module):
@@ -30,13 +31,14 @@ class PreActResNet18(nn.Module):
     """A 3 x 3 convolution, four stages of two blocks with ``width`` .. ``8 width`` channels, a mean over the positions.
 
     Args:
-        num_classes, in_channels: of the data.
-        mean, std: normalisation of the images, numbers or one per channel.
+        num_classes: classes of the data, at least 2.
+        in_channels: channels of the images.
+        mean: what the images are normalized by, a number or one per channel.
+        std: likewise, the standard deviations.
         width: channels of the first stage (He et al.: 64).
 
     ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1], any size -> logits ``[B, num_classes]``. The blocks are
-    ``stages.i.j`` with i in 0 .. 3 and j in 0 .. 1; the map before pooling is
-    ``act``'s output.
+    ``stages.i.j`` with i in 0 .. 3 and j in 0 .. 1; the map before pooling is ``act``'s output.
 
     Raises:
         ValueError: fewer than 2 classes, counts below 1.
@@ -57,12 +59,12 @@ class PreActResNet18(nn.Module):
             raise ValueError(
                 f"need in_channels, width >= 1 and num_classes >= 2, got {in_channels, width, num_classes}"
             )
-        self.normalise = Normalise(mean, std, in_channels)
-        self.arguments = {
+        self.normalize = Normalize(mean, std, in_channels)
+        self.arguments: dict[str, Any] = {
             "num_classes": num_classes,
             "in_channels": in_channels,
             "width": width,
-            **self.normalise.arguments,
+            **self.normalize.arguments,
         }
         self.conv = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         channels = [width, width, 2 * width, 4 * width, 8 * width]
@@ -79,5 +81,5 @@ class PreActResNet18(nn.Module):
         self.head = nn.Linear(channels[4], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.act(self.norm(self.stages(self.conv(self.normalise(x)))))
+        out = self.act(self.norm(self.stages(self.conv(self.normalize(x)))))
         return self.head(out.mean((2, 3)))

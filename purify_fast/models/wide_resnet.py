@@ -1,6 +1,6 @@
 """Wide residual networks as DeepMind's robustness work has them, the classifiers of the published CARSO systems.
 
-Zagoruyko, Komodakis: BMVC 2016; Gowal et al., arXiv 2010.03593. SiLU, pre-activation, "SAME" padding, normalisation
+Zagoruyko, Komodakis: BMVC 2016; Gowal et al., arXiv 2010.03593. SiLU, pre-activation, "SAME" padding, normalization
 inside. Parameter names are those of RobustBench's ``DMWideResNet``, whose state dicts load with ``strict=True``.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import BatchNorm2d, Normalise
+from .layers import BatchNorm2d, Normalize
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
@@ -30,7 +30,8 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activated = F.silu(self.batchnorm_0(x))
         out = activated
-        if self.strided:  # "SAME": at an even size the one missing row and column come last
+        if self.strided:
+            # "SAME" padding: at an even size the one missing row and column come last
             h, w = x.shape[2:]
             out = F.pad(out, (1 if w % 2 else 0, 1, 1 if h % 2 else 0, 1))
         out = self.conv_1(F.silu(self.batchnorm_1(self.conv_0(out))))
@@ -51,8 +52,14 @@ class _Group(nn.Module):
 def representation_layers(depth: int = 28) -> list[str]:
     """The layers CARSO reads, in execution order: every block's two convolutions, and the strided shortcuts.
 
-    26 for depth 28. They are read before BatchNorm, activation and the residual sum; the first group's shortcut, the
-    first convolution and the logits are not among them.
+    They are read before BatchNorm, activation and the residual sum; the first group's shortcut, the first convolution
+    and the logits are not among them.
+
+    Args:
+        depth: the network's, 6 n + 4.
+
+    Returns:
+        Module paths, 26 for depth 28.
     """
     return [
         f"layer.{g}.block.{b}.{part}"
@@ -66,9 +73,12 @@ class WideResNet(nn.Module):
     """WRN-depth-width with SiLU: WRN-28-10 is CARSO's classifier on CIFAR-10, CIFAR-100 and TinyImageNet.
 
     Args:
-        depth: 6 n + 4 with n blocks in each of the three groups. width: factor on 16, 32 and 64 channels.
-        num_classes, in_channels: of the data.
-        mean, std: normalisation of the images, numbers or one per channel (default: CIFAR-10's).
+        depth: 6 n + 4 with n blocks in each of the three groups.
+        width: factor on 16, 32 and 64 channels.
+        num_classes: classes of the data, at least 2.
+        mean: what the images are normalized by, a number or one per channel (default: CIFAR-10's).
+        std: likewise, the standard deviations (default: CIFAR-10's).
+        in_channels: channels of the images.
 
     ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1], any size -> logits ``[B, num_classes]``. The output of
     ``relu`` is the map before pooling.
@@ -96,13 +106,13 @@ class WideResNet(nn.Module):
             raise ValueError(
                 f"need in_channels, width >= 1 and num_classes >= 2, got {in_channels, width, num_classes}"
             )
-        self.normalise = Normalise(mean, std, in_channels)
+        self.normalize = Normalize(mean, std, in_channels)
         self.arguments: dict[str, Any] = {
             "depth": depth,
             "width": width,
             "num_classes": num_classes,
             "in_channels": in_channels,
-            **self.normalise.arguments,
+            **self.normalize.arguments,
         }
         channels = [16, 16 * width, 32 * width, 64 * width]
         self.init_conv = nn.Conv2d(in_channels, channels[0], 3, 1, 1, bias=False)
@@ -114,7 +124,7 @@ class WideResNet(nn.Module):
         self.logits = nn.Linear(channels[3], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.batchnorm(self.layer(self.init_conv(self.normalise(x)))))
+        out = self.relu(self.batchnorm(self.layer(self.init_conv(self.normalize(x)))))
         return self.logits(out.mean((2, 3)))
 
     def representation_layers(self) -> list[str]:

@@ -1,5 +1,6 @@
 """Fused operations; each module holds one op: its formula, its reference, its contract."""
 
+from . import _op, _verify
 from ._op import REGISTRY, use_backend
 from .aggregate import aggregate
 from .apgd_step import apgd_step
@@ -14,6 +15,8 @@ from .reconstruction_loss import reconstruction_loss
 from .representation_distance import representation_distance
 from .sample_latent import sample_latent
 from .stitch import stitch
+
+_op.set_verifier(_verify.serves)
 
 __all__ = [
     "REGISTRY",

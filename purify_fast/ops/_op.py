@@ -1,8 +1,12 @@
 """How every op is registered, and which backend serves it.
 
-One schema, one fake, one kernel per dispatch key, opaque to the compiler. A kernel that wins serves eager calls; inside
-a compiled graph, and where no kernel wins, the public function calls the reference directly, so that ``torch.compile``
-can fuse it with its surroundings.
+One schema, one fake, one kernel per dispatch key, opaque to the compiler. Every op has two defaults on a device: for
+eager calls, and inside compiled graphs, where a kernel is a wall to the compiler. Where no kernel serves, the public
+function calls the reference directly, so that ``torch.compile`` can fuse it with its surroundings.
+
+A kernel serves where it was measured ahead: on the user's machine, or on one like it that was measured for the package
+(`_races`). Where nothing was measured, it serves on a GPU if one launch replaces a dozen or more. It serves only if it
+was found right on this machine (`_verify`).
 
 Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU), ``triton`` and ``cuda`` (GPU).
 ``PURIFY_FAST_BACKEND`` forces one for its device, read once at import, or several, as ``triton,cuda``: each op takes
@@ -14,11 +18,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import torch
 
 from .. import _library
+from ._races import Winner, winner
+from ._verdicts import sources_digest
+
+Style = Literal["eager", "graph"]
+KERNELS = Path(__file__).parents[1] / "kernels"
 
 BACKENDS = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 
@@ -54,47 +65,131 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Op:
-    """One registered op: its handle, its definition, and who serves it where."""
+    """One registered op: its handle, its definition, and who serves it where.
+
+    Attributes:
+        name: without the name space.
+        handle: the op as PyTorch dispatches it.
+        reference: the definition.
+        available: device type to the backends that exist here, the kernel last.
+        replaces_many: the variants for which one launch replaces a dozen or more; ``""`` is the op that has none.
+        sources: device type to the files that its kernel there is made of.
+        served: the decisions that were made: by style, device and variant.
+    """
 
     name: str
     handle: Callable
     reference: Callable
-    available: dict[str, tuple[str, ...]]  # device type -> backends that exist here
-    default: dict[str, str]  # device type -> backend measured best
-    why: dict[str, str]  # device type -> reason for the default, for `purify-fast info`
+    available: dict[str, tuple[str, ...]]
+    replaces_many: tuple[str, ...] = ()
+    sources: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    served: dict[tuple[Style, torch.device, str], str] = field(default_factory=dict)
 
-    def __call__(self, *args):
+    def __call__(self, *args, variant: str = ""):
         """Run on the arguments, the first a tensor: by the backend that serves its device. No gradient is recorded."""
-        return (self.reference if self.plain(args[0].device) else self.handle)(*args)
+        return (self.reference if self.plain(args[0].device, variant) else self.handle)(*args)
 
-    def choice(self, device: torch.device) -> str | None:
+    def kernel(self, kind: str) -> str:
+        """The backend whose kernel the handle runs on devices of a type; ``reference`` where there is none."""
+        return self.available[kind][-1] if kind in self.available else "reference"
+
+    def sources_digest(self, kind: str) -> str:
+        """A hash of what the kernel on devices of a type is made of: a verdict is of this, and of nothing else."""
+        return sources_digest(self.sources.get(kind, ()))
+
+    def wanted(self, style: Style, device: torch.device, variant: str = "") -> Winner:
+        """The backend that serves if it is right, and why: who won a race, else by a safe rule.
+
+        Args:
+            style: eager calls, or calls inside a compiled graph.
+            device: need not be here: then the rule decides.
+            variant: a setting that decides how much one launch replaces, as the op's own module names it.
+        """
+        kernel = self.kernel(device.type)
+        if kernel == "reference":
+            return Winner(kernel, "there is no kernel")
+        if device.type != "cuda" or torch.cuda.is_available():
+            found = winner(self.name, self.sources_digest(device.type), style, device, variant)
+            if found is not None:
+                return found if found.backend in (kernel, "reference") else Winner("reference", found.why)
+        if device.type == "cuda" and variant in self.replaces_many:
+            return Winner(kernel, "one launch replaces a dozen or more")
+        return Winner("reference", "not raced" if device.type == "cpu" else "compilers fuse the reference")
+
+    def serving(self, style: Style, device: torch.device, variant: str = "") -> str:
+        """The backend that serves unless another is forced: a kernel only once it was found right."""
+        found = self.served.get((style, device, variant))
+        if found is None:
+            found, settled = self.wanted(style, device, variant).backend, True
+            if found != "reference":
+                right = _kernel_serves(self, device)
+                settled = right is not None
+                found = found if right else "reference"
+            if settled:
+                self.served[style, device, variant] = found
+        return found
+
+    def forced(self, kind: str) -> str | None:
+        """The backend that is forced for devices of a type: None if none is, and empty if none of them exists here."""
+        names = [name for name in _forced if kind in BACKENDS[name]]
+        return next((name for name in names if name in self.available[kind]), "") if names else None
+
+    def missing(self, kind: str) -> str:
+        """What is wrong where `forced` is empty."""
+        names = " and ".join(repr(name) for name in _forced if kind in BACKENDS[name])
+        there = ", ".join(self.available[kind])
+        return f"{self.name}: backend {names} is forced but missing; on {kind} there are: {there}"
+
+    def choice(self, device: torch.device, variant: str = "") -> str | None:
         """The backend that serves this op on ``device``; None if what is forced there is missing."""
-        kind = device.type
-        forced = [name for name in _forced if kind in BACKENDS[name]]
-        if forced:
-            return next((name for name in forced if name in self.available[kind]), None)
-        return self.default.get(kind, "reference")
+        forced = self.forced(device.type) if _forced else None
+        if forced is not None:
+            return forced or None
+        if torch.compiler.is_compiling():
+            return _in_graph(self.name, device.type, device.index, variant)
+        return self.serving("eager", device, variant)
 
-    def served_by(self, device: torch.device) -> str:
+    def served_by(self, device: torch.device, variant: str = "") -> str:
         """`choice`; raises RuntimeError if there is none."""
-        chosen = self.choice(device)
+        chosen = self.choice(device, variant)
         if chosen is None:
-            forced = " and ".join(repr(name) for name in _forced if device.type in BACKENDS[name])
-            raise RuntimeError(
-                f"{self.name}: backend {forced} is forced but missing; on {device.type} there are: "
-                f"{', '.join(self.available[device.type])}"
-            )
+            raise RuntimeError(self.missing(device.type))
         return chosen
 
-    def plain(self, device: torch.device) -> bool:
-        """Whether the public function should call the reference directly instead of the op.
+    def plain(self, device: torch.device, variant: str = "") -> bool:
+        """Whether the public function should call the reference directly instead of the op."""
+        if not _forced and not torch.compiler.is_compiling():  # every eager call passes here: one look-up
+            return (
+                self.served.get(("eager", device, variant)) or self.serving("eager", device, variant)
+            ) == "reference"
+        return self.served_by(device, variant) == "reference"
 
-        Always so inside a compiled graph, unless a backend is forced: the compiler fuses the reference with what
-        surrounds it, and an op is a wall to it.
-        """
-        if not _forced and torch.compiler.is_compiling():
-            return True
-        return self.served_by(device) == "reference"
+
+@torch._dynamo.assume_constant_result  # decided while a graph is traced, as a call of its own that is no part of it
+def _in_graph(name: str, kind: str, index: int | None, variant: str) -> str:
+    device = torch.device(kind) if index is None else torch.device(kind, index)
+    return REGISTRY[name].serving("graph", device, variant)
+
+
+def _every_kernel_serves(op: Op, device: torch.device) -> bool | None:
+    return True
+
+
+#: Whether an op's kernel may serve on a device; None where that cannot be told yet. The package sets it to
+#: `_verify.serves`, which needs the ops to be defined.
+_kernel_serves: Callable[[Op, torch.device], bool | None] = _every_kernel_serves
+
+
+def set_verifier(verifier: Callable[[Op, torch.device], bool | None]) -> None:
+    """Let ``verifier`` tell whether kernels may serve, in place of serving every one."""
+    global _kernel_serves
+    _kernel_serves = verifier
+
+
+def forget() -> None:
+    """Decide anew who serves what, as after a change of what is kept on the disk."""
+    for op in REGISTRY.values():
+        op.served.clear()
 
 
 REGISTRY: dict[str, Op] = {}
@@ -107,26 +202,27 @@ def define_op(
     reference: Callable,
     fake: Callable,
     triton: Callable | None = None,
-    cpu: str = "reference",
-    cuda: str = "reference",
-    why_cpu: str = "",
-    why_cuda: str = "GPU kernels are opt-in: not yet run on a GPU",
+    replaces_many: bool | tuple[str, ...] = False,
 ) -> Op:
     """Register ``purify_fast::name``.
 
     Args:
-        name, schema: the op and its signature, as ``torch.library.define`` takes them.
+        name: of the op, without the name space.
+        schema: its signature, as ``torch.library.define`` takes it.
         reference: the definition, in PyTorch; runs under ``no_grad`` behind the op.
         fake: shapes and dtypes of the outputs.
         triton: a launcher with the op's signature, imported on first call; never sees float64.
-        cpu, cuda: the backend the benchmarks chose for that device; a missing one falls to the reference.
-        why_cpu, why_cuda: the reason, one line, shown by ``purify-fast info``.
+        replaces_many: whether one launch replaces a dozen or more of the reference, or the variants for which it does.
+            There the kernel serves on a GPU, eagerly and inside graphs; elsewhere the reference, which compilers fuse.
     """
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
     torch.library.register_fake(qualified, fake)
     plain = torch.no_grad()(reference)  # else autograd traces the fallback
     available: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
+    definition = Path(reference.__code__.co_filename)
+    extension = (Path(_library.path),) if _library.path else ()
+    sources = {"cpu": (definition, *extension), "cuda": (definition, *extension)}
     if _library.has_kernel(qualified, "CPU"):
         available["cpu"] += ("cpp",)
     else:
@@ -136,13 +232,16 @@ def define_op(
     else:
         torch.library.impl(qualified, "CUDA", _narrow(triton, plain) if triton is not None else plain)
         available["cuda"] += ("triton",) if triton is not None else ()
+        if isinstance(triton, Launcher):
+            sources["cuda"] = (definition, KERNELS / f"{triton.module}.py", KERNELS / "_common.py")
+    many = replaces_many if isinstance(replaces_many, tuple) else ("",) if replaces_many else ()
     op = Op(
         name,
         getattr(torch.ops.purify_fast, name).default,
         reference,
         available,
-        {kind: best if best in available[kind] else "reference" for kind, best in (("cpu", cpu), ("cuda", cuda))},
-        {"cpu": why_cpu, "cuda": why_cuda},
+        many,
+        sources,
     )
     REGISTRY[name] = op
     return op
@@ -159,14 +258,24 @@ def _narrow(kernel: Callable, plain: Callable) -> Callable:
     return launch
 
 
-def launcher(module: str, name: str) -> Callable:
-    """``kernels/<module>.py``'s launcher ``name``, imported when a GPU tensor first needs it."""
+@dataclass(frozen=True)
+class Launcher:
+    """A launcher of ``kernels/<module>.py``, imported when a GPU tensor first needs it.
 
-    def launch(*args):
-        kernels = __import__(f"purify_fast.kernels.{module}", fromlist=[name])
-        return getattr(kernels, name)(*args)
+    Attributes:
+        module: the file's name.
+        name: the function in it.
+    """
 
-    return launch
+    module: str
+    name: str
+
+    def __call__(self, *args):
+        kernels = __import__(f"purify_fast.kernels.{self.module}", fromlist=[self.name])
+        return getattr(kernels, self.name)(*args)
+
+
+launcher = Launcher
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

@@ -47,8 +47,7 @@ OP = define_op(
     reference=reference,
     fake=lambda x, grad, x_nat, previous, alpha, eps, momentum, norm, lo, hi: x.new_empty(x.shape),
     triton=launcher("apgd_step", "forward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+    replaces_many=("l2",),
 )
 
 
@@ -85,7 +84,7 @@ def apgd_step(
     check({"x": x, "grad": grad, "x_nat": x_nat, "previous": previous}, norm, lo, hi, NORMS)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be in [0, 1], got {momentum}")
-    call = reference if OP.plain(x.device) else OP.handle
+    call = reference if OP.plain(x.device, norm) else OP.handle
     with torch.no_grad():
         alpha, eps = per_sample("alpha", alpha, x), per_sample("eps", eps, x)
         return call(x, grad, x_nat, previous, alpha, eps, float(momentum), NORMS.index(norm), float(lo), float(hi))

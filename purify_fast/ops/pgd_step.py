@@ -120,8 +120,7 @@ OP = define_op(
     reference=reference,
     fake=lambda x, grad, x_nat, alpha, eps, norm, lo, hi, density: x.new_empty(x.shape),
     triton=launcher("pgd_step", "forward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+    replaces_many=("l2", "l1"),
 )
 
 
@@ -184,9 +183,7 @@ def pgd_step(
     check({"x": x, "grad": grad, "x_nat": x_nat}, norm, lo, hi)
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
-    # in a graph too the op serves l1: unrolled, its halvings take the compiler long and are slower
-    plain = OP.served_by(x.device) == "reference" if norm == "l1" else OP.plain(x.device)
-    call = reference if plain else OP.handle
+    call = reference if OP.plain(x.device, norm) else OP.handle
     with torch.no_grad():
         alpha, eps = per_sample("alpha", alpha, x), per_sample("eps", eps, x)
         return call(x, grad, x_nat, alpha, eps, NORMS.index(norm), float(lo), float(hi), float(density))

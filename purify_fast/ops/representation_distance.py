@@ -97,8 +97,7 @@ OP = define_op(
     reference=reference,
     fake=_fake,
     triton=launcher("representation_distance", "forward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
+    replaces_many=("several",),
 )
 BACKWARD = define_op(
     "representation_distance_backward",
@@ -106,9 +105,13 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, student, teacher, slopes: [x.new_empty(x.shape) for x in student],
     triton=launcher("representation_distance", "backward"),
-    cpu="reference",
-    why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
+    replaces_many=("several",),
 )
+
+
+def _variant(layers: int) -> str:
+    """Of one layer the reference is a few launches, of several as many times more."""
+    return "several" if layers > 1 else ""
 
 
 class _RepresentationDistance(torch.autograd.Function):
@@ -116,7 +119,7 @@ class _RepresentationDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(kind, layers, *tensors):
-        call = reference if OP.plain(tensors[0].device) else OP.handle
+        call = reference if OP.plain(tensors[0].device, _variant(layers)) else OP.handle
         return call(list(tensors[:layers]), list(tensors[layers:]), kind)
 
     @staticmethod
@@ -129,7 +132,7 @@ class _RepresentationDistance(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         *tensors, slopes = ctx.saved_tensors
-        out = BACKWARD(grad, tensors[: ctx.layers], tensors[ctx.layers :], slopes)
+        out = BACKWARD(grad, tensors[: ctx.layers], tensors[ctx.layers :], slopes, variant=_variant(ctx.layers))
         return None, None, *out, *[None] * ctx.layers
 
 

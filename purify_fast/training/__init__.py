@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from ..speed.allocator import keep_memory as keep_memory
     from .attack import TrainingAttack as TrainingAttack
     from .classifier import ClassifierTask as ClassifierTask
+    from .classifier import is_classifier as is_classifier
     from .classifier import load_classifier as load_classifier
     from .classifier import save_classifier as save_classifier
     from .config import ClassifierConfig as ClassifierConfig
@@ -28,7 +28,7 @@ __all__ = [
     "Task",
     "TrainingAttack",
     "fit",
-    "keep_memory",
+    "is_classifier",
     "load_classifier",
     "save_classifier",
 ]
@@ -42,7 +42,7 @@ __getattr__, __dir__ = lazy_exports(
     Task=".loop",
     TrainingAttack=".attack",
     fit=".loop",
-    keep_memory="..speed.allocator",
+    is_classifier=".classifier",
     load_classifier=".classifier",
     save_classifier=".classifier",
 )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._files import atomic, write_text
 
@@ -61,21 +59,6 @@ def read_tree(path: Path) -> Any:
         raise ValueError(f"{path} is not a checkpoint of this package: {error!r}") from error
 
 
-def fingerprint(module: nn.Module) -> str:
-    """A short hash of a module's parameters and buffers: names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def structure(module: nn.Module) -> str:
-    """A short hash of the names and shapes of a module's parameters and buffers."""
-    shapes = [(name, list(tensor.shape)) for name, tensor in module.state_dict().items()]
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
-
-
 def save_model(folder: str | Path, kind: str, arguments: dict, state: dict[str, Tensor], **extra: Any) -> None:
     """Write ``model.safetensors`` and ``model.json`` (kind, constructor arguments, extra facts), each atomically."""
     folder = Path(folder)
@@ -86,15 +69,46 @@ def save_model(folder: str | Path, kind: str, arguments: dict, state: dict[str, 
     write_text(folder / "model.json", facts + "\n")
 
 
-def read_model(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """(facts, state) as `save_model` wrote them; FileNotFoundError names what is missing, ValueError what is broken."""
+def read_facts(folder: str | Path) -> dict[str, Any]:
+    """What `save_model` wrote beside the weights: the ``kind``, its ``arguments`` and extra facts.
+
+    Args:
+        folder: where the model was saved.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message names it.
+        ValueError: the facts are damaged.
+    """
     folder = Path(folder)
     for name in ("model.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: {folder} is not a saved model")
     try:
-        facts = json.loads((folder / "model.json").read_text())
-        with safe_open(folder / "model.safetensors", "pt") as file:
+        facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'model.json'} is damaged: {error}") from error
+    kind, arguments = (facts.get("kind"), facts.get("arguments")) if isinstance(facts, dict) else (None, None)
+    if not isinstance(kind, str) or not isinstance(arguments, dict):
+        raise ValueError(f"{folder / 'model.json'} is damaged: it says no kind of model, or not its arguments")
+    return facts
+
+
+def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A model as `save_model` wrote it.
+
+    Args:
+        folder: where it was saved.
+
+    Returns:
+        (facts, state dict).
+
+    Raises:
+        FileNotFoundError: a file is missing; the message names it.
+        ValueError: a file is damaged.
+    """
+    facts = read_facts(folder)
+    try:
+        with safe_open(Path(folder) / "model.safetensors", "pt") as file:
             return facts, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{folder} holds a broken model: {error!r}") from error

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._fingerprint import structure_fingerprint
 from ..attacks import pgd
 from ..models.classifiers import CLASSIFIERS
+from ..models.foreign import ForeignClassifier
 from .attack import settings
-from .checkpoint import read_model, save_model, structure
+from .checkpoint import read_facts, read_model, save_model
 from .config import ClassifierConfig
 from .loop import Batch
 from .schedules import one_cycle
@@ -40,7 +42,7 @@ class ClassifierTask:
                 alpha=attack.step_size(attack.eps),
                 steps=attack.steps,
                 norm=attack.norm,
-                start=attack.random_start,
+                random_start=attack.random_start,
                 seed=batch.seed,
                 sample_ids=batch.sample_ids,
             )
@@ -54,30 +56,59 @@ class ClassifierTask:
 
     def describe(self) -> dict[str, Any]:
         """The config and the model's structure."""
-        return {"task": "classifier", **settings(self.config), "structure": structure(self.model)}
+        return {"task": "classifier", **settings(self.config), "structure": structure_fingerprint(self.model)}
 
 
-_KINDS = {kind.__name__: kind for kind in CLASSIFIERS.values()}
+_KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (*CLASSIFIERS.values(), ForeignClassifier)}
 
 
 def save_classifier(model: nn.Module, folder: str | Path) -> None:
-    """Write ``model.safetensors`` and ``model.json`` to ``folder``; ValueError if it is none of `CLASSIFIERS`."""
+    """Write ``model.safetensors`` and ``model.json``.
+
+    Args:
+        model: one of this package's classifiers, or a `purify_fast.models.foreign.ForeignClassifier`.
+        folder: where to.
+
+    Raises:
+        ValueError: it is another model.
+    """
     kind = type(model).__name__
     if type(model) is not _KINDS.get(kind):
         raise ValueError(f"model must be one of {', '.join(_KINDS)}, got {kind}: save its state dict yourself")
     save_model(folder, kind, model.arguments, model.state_dict())  # type: ignore[arg-type]
 
 
+def is_classifier(folder: str | Path) -> bool:
+    """Whether a folder holds a classifier, and not a defence.
+
+    Args:
+        folder: where a model was saved.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the files are broken.
+    """
+    return read_facts(folder)["kind"] in _KINDS
+
+
 def load_classifier(folder: str | Path) -> nn.Module:
     """Read a classifier that `save_classifier` wrote, in evaluation mode.
 
+    Args:
+        folder: where it was saved. A `purify_fast.models.foreign.ForeignClassifier` made by a function of a user's own
+            imports and calls that function again: load such a folder only if you trust it.
+
     Raises:
-        FileNotFoundError: a file is missing. ValueError: broken files, or another kind of model.
+        FileNotFoundError: a file is missing.
+        ValueError: broken files, or another kind of model.
     """
     facts, state = read_model(folder)
-    kind = facts.get("kind")
+    kind = facts["kind"]
     if kind not in _KINDS:
         raise ValueError(f"{folder} holds a {kind!r}, not a classifier: {', '.join(_KINDS)}")
-    model = _KINDS[kind](**facts["arguments"])
-    model.load_state_dict(state)
+    try:
+        model = _KINDS[kind](**facts["arguments"])
+        model.load_state_dict(state)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder} holds a broken model: {' '.join(str(error).split())}") from error
     return model.eval()

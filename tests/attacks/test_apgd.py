@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from purify_fast.attacks import GradientHealth, apgd, cross_entropy, dlr, dlr_targeted, pgd
+from purify_fast.attacks import Ball, GradientHealth, apgd, cross_entropy, dlr, dlr_targeted, pgd
 from purify_fast.attacks.apgd import _goals, checkpoints
+from purify_fast.attacks.draws import Objective
+from purify_fast.attacks.search import Search
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import pgd_step
 
@@ -43,7 +45,7 @@ def test_stays_in_ball_and_box(model, batch, norm, loss, box):
     x, y = batch
     x = x.clamp(*box)
     eps = torch.linspace(0, 0.4, 9)
-    adversarial = apgd(model, x, y, eps=eps, steps=7, norm=norm, loss=loss, lo=box[0], hi=box[1])
+    adversarial = apgd(model, x, y, eps=eps, steps=7, norm=norm, loss=loss, clip_min=box[0], clip_max=box[1])
     assert adversarial.shape == x.shape and adversarial.dtype == x.dtype
     assert float(adversarial.min()) >= box[0] and float(adversarial.max()) <= box[1]
     if norm == "linf":  # exactly: a projection changes nothing
@@ -65,9 +67,9 @@ def test_the_steps_are_those_of_the_algorithm(monkeypatch):
     seen = []
     original = module.apgd_step
 
-    def step(x, gradient, x_nat, previous, alpha, eps, momentum, *rest):
-        seen.append((float(x), float(previous), float(alpha), momentum))
-        return original(x, gradient, x_nat, previous, alpha, eps, momentum, *rest)
+    def step(x, gradient, x_nat, previous, alpha, **options):
+        seen.append((float(x), float(previous), float(alpha), options["momentum"]))
+        return original(x, gradient, x_nat, previous, alpha, **options)
 
     monkeypatch.setattr(module, "apgd_step", step)
 
@@ -94,10 +96,10 @@ def test_a_step_that_pays_is_kept_and_one_that_does_not_is_halved(monkeypatch):
         v = torch.stack([x[0].sum(), 0 * x[1].sum()])
         return torch.stack([-v, torch.zeros(2)], 1)
 
-    def drift(x, *a):  # each step moves by a thousandth, whatever its size
+    def drift(x, *a, **options):  # each step moves by a thousandth, whatever its size
         return x + 0.001
 
-    monkeypatch.setattr(module, "apgd_step", lambda *a: sizes.append(a[4].tolist()) or drift(*a))
+    monkeypatch.setattr(module, "apgd_step", lambda *a, **b: sizes.append(a[4].tolist()) or drift(*a))
     module.apgd(slope, torch.full((2, 3), 0.5), torch.zeros(2, dtype=torch.int64), eps=0.1, steps=30, loss="margin")
     first, second = zip(*sizes, strict=True)
     assert set(first) == {first[0]} and second[-1] == pytest.approx(second[0] / 2 ** len(checkpoints(30)))
@@ -137,9 +139,9 @@ def test_chunk_bounds_the_batch_and_is_exact(batch, model, chunk):
         sizes.append(len(z))
         return model(z)
 
-    common = {"eps": 0.05, "steps": 4, "eot": 3, "loss": "dlr_targeted", "targets": 2}
+    common = {"eps": 0.05, "steps": 4, "eot_iter": 3, "loss": "dlr_targeted", "n_target_classes": 2}
     model.eval()
-    got = apgd(watched, x, y, chunk=chunk, **common)
+    got = apgd(watched, x, y, max_forward_batch=chunk, **common)
     assert max(sizes) <= chunk and torch.allclose(got, apgd(model, x, y, **common), atol=1e-5)
 
 
@@ -181,9 +183,9 @@ def test_a_run_never_waits_for_the_device():
         with pytest.raises(DataDependentOutputException):
             bool((x > 0).all())
         for norm in ("linf", "l2"):
-            found = module._run(
-                lambda z: z @ weight, x, x, y, torch.ones(5), 30, norm, "ce", 2, 0.75, None, GradientHealth(), 0.0, 1.0
-            )
+            objective = Objective(lambda z: z @ weight, "ce", 2)
+            search = Search(objective, x, y, health=GradientHealth())
+            found = module._run(search, x, Ball(torch.ones(5), norm), module.Schedule(30))
             assert [f.shape for f in found] == [(5, 48), (5, 48), (2, 5)]
 
 
@@ -215,7 +217,7 @@ def test_luck_is_judged_again():
 
     torch.manual_seed(0)
     x, y = torch.full((200, 1, 2, 2), 0.5), torch.zeros(200, dtype=torch.int64)
-    found = apgd(wild, x, y, eps=0.5, steps=20, eot=4, loss="margin")
+    found = apgd(wild, x, y, eps=0.5, steps=20, eot_iter=4, loss="margin")
     assert float((found.flatten(1).mean(1) > 0.9).float().mean()) > 0.7
 
 
@@ -259,7 +261,7 @@ def test_empty_batch(model):
         ({"loss": "mse"}, "loss must be one of ce, margin, dlr, dlr_targeted, got 'mse'"),
         ({"norm": "l1"}, "norm must be one of linf, l2, got 'l1'"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"targets": 0}, "targets must be at least 1"),
+        ({"n_target_classes": 0}, "n_target_classes must be at least 1"),
         ({"restarts": 0}, "restarts must be at least 1"),
         ({"rho": 1.5}, r"rho must be in \[0, 1\], got 1.5"),
         ({"eps": -0.1}, "eps must be at least 0"),

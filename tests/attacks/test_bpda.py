@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from purify_fast import Carso
-from purify_fast.attacks import Bpda, GradientHealth, apgd, fgsm, frozen, input_gradient, pgd
+from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, frozen, input_gradient, pgd
 from purify_fast.attacks.bpda import classifier_of
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
@@ -46,7 +46,7 @@ def labels(model, x):
 
 def test_the_gradient_is_the_classifiers_at_the_purified_image(defence, batch):
     y = labels(defence, batch)
-    wrapped = Bpda.of(defence)
+    wrapped = BpdaModel.of(defence)
     with frozen(wrapped):
         got, value = input_gradient(wrapped, batch, y)
         want, at = input_gradient(defence.classifier, defence.purify(batch), y)
@@ -58,26 +58,26 @@ def test_the_gradient_is_the_classifiers_at_the_purified_image(defence, batch):
 def test_breaks_shattered_gradients(defence, batch):
     y = labels(defence, batch)
     kept = {}
-    for name, model in (("itself", defence), ("bpda", Bpda.of(defence))):
+    for name, model in (("itself", defence), ("bpda", BpdaModel.of(defence))):
         health = GradientHealth()
         found = pgd(model, batch, y, eps=0.1, steps=20, keep_best=True, health=health)
         kept[name] = float((labels(defence, found) == y).float().mean()), health.zero
     assert kept["itself"][0] > 0.8 and kept["itself"][1] == 1
     assert kept["bpda"][0] < 0.1 and kept["bpda"][1] == 0
-    found = apgd(Bpda.of(defence), batch, y, eps=0.1, steps=20)
+    found = apgd(BpdaModel.of(defence), batch, y, eps=0.1, steps=20)
     assert (labels(defence, found) == y).float().mean() < 0.1
 
 
 def test_autoattack_runs_on_it(defence, batch):
     pytest.importorskip("pyautoattack")
-    from purify_fast.evaluation.autoattack import autoattack
+    from purify_fast.attacks.autoattack import autoattack
 
     y = labels(defence, batch)
-    wrapped = Bpda.of(defence)
+    wrapped = BpdaModel.of(defence)
     with frozen(wrapped), torch.random.fork_rng():
         found, _ = autoattack(
-            wrapped, batch, y, eps=0.1, norm="linf", version="standard", classes=4, seed=0, batch_size=40, steps=10,
-            queries=10,
+            wrapped, batch, y, eps=0.1, norm="linf", version="standard", num_classes=4, seed=0, batch_size=40, steps=10,
+            n_queries=10,
         )  # fmt: skip
     assert (labels(defence, found) == y).float().mean() < 0.1
 
@@ -88,7 +88,7 @@ def test_several_draws(batch, method):
     torch.manual_seed(2)
     classifier = SmallCNN(1, 4, (8, 8), 4).requires_grad_(False).eval()
     noise = 0.1 * torch.randn(3, 1, 8, 8)
-    wrapped = Bpda(lambda x: (x[:, None] + noise).round(decimals=1), classifier, method=method)
+    wrapped = BpdaModel(lambda x: (x[:, None] + noise).round(decimals=1), classifier, aggregation=method)
     y = torch.arange(40) % 4
     got, value = input_gradient(wrapped, batch, y)
     leaf = (batch[:, None] + noise).round(decimals=1).requires_grad_()
@@ -101,8 +101,8 @@ def test_several_draws(batch, method):
 def test_a_substitute_gives_its_gradient_and_not_its_values(defence, batch):
     y = labels(defence, batch)
     weight = torch.rand(8, 8)
-    wrapped = Bpda(defence.purify, defence.classifier, substitute=lambda x: weight * x + 7)
-    plain = Bpda.of(defence)
+    wrapped = BpdaModel(defence.purify, defence.classifier, substitute=lambda x: weight * x + 7)
+    plain = BpdaModel.of(defence)
     with frozen(wrapped):
         assert torch.equal(wrapped(batch), defence(batch))
         got, want = (input_gradient(model, batch, y)[0] for model in (wrapped, plain))
@@ -110,18 +110,18 @@ def test_a_substitute_gives_its_gradient_and_not_its_values(defence, batch):
 
 
 def test_another_size_needs_a_substitute(batch):
-    half = Bpda(nn.AvgPool2d(2), nn.Flatten())
+    half = BpdaModel(nn.AvgPool2d(2), nn.Flatten())
     with pytest.raises(ValueError, match=r"purify gave \[40, 1, 4, 4\], its substitute .* \[40, 1, 8, 8\]"):
         half(batch)
-    given = Bpda(nn.AvgPool2d(2), nn.Flatten(), substitute=nn.MaxPool2d(2))
+    given = BpdaModel(nn.AvgPool2d(2), nn.Flatten(), substitute=nn.MaxPool2d(2))
     gradient, _ = input_gradient(given, batch, torch.zeros(40, dtype=torch.int64))
     assert gradient.abs().sum() > 0
-    with pytest.raises(ValueError, match="method must be one of lse"):
-        Bpda(nn.AvgPool2d(2), nn.Flatten(), method="max")
+    with pytest.raises(ValueError, match="aggregation must be one of lse"):
+        BpdaModel(nn.AvgPool2d(2), nn.Flatten(), aggregation="max")
 
 
 def test_the_purifiers_module_is_frozen_too(batch):
-    """A bound method brings its module: no BatchNorm is in training mode under attack, and it comes back as it was."""
+    """The module of a method is named: no BatchNorm is in training mode under attack, and it comes back as it was."""
 
     class Normalising(Rounded):
         def __init__(self):
@@ -133,7 +133,7 @@ def test_the_purifiers_module_is_frozen_too(batch):
             return self.norm(x)
 
     model = Normalising()
-    fgsm(Bpda(model.purify, model.classifier), batch, torch.zeros(40, dtype=torch.int64), eps=0.1)
+    fgsm(BpdaModel(model.purify, model.classifier, modules=[model]), batch, torch.zeros(40, dtype=torch.int64), eps=0.1)
     assert model.training and model.norm.weight.requires_grad and model.norm.num_batches_tracked == 0
 
 
@@ -147,7 +147,7 @@ def test_eot_averages_over_the_purifiers_draws(batch):
         return (x + 0.3 * torch.randn_like(x)).clamp(0, 1)
 
     torch.manual_seed(4)
-    got, _ = input_gradient(Bpda(purify, classifier), batch, y, eot=3)
+    got, _ = input_gradient(BpdaModel(purify, classifier), batch, y, eot_iter=3)
     torch.manual_seed(4)
     images = purify(batch.repeat(3, 1, 1, 1))
     want, _ = input_gradient(classifier, images, y.repeat(3))
@@ -164,7 +164,7 @@ def test_of_carso(batch, mode, fast):
         carso.accelerate()
         assert classifier_of(carso) is carso.frozen_classifier is not carso.classifier
     contexts = {"fixed": lambda: carso.fixed_noise(3), "deterministic": carso.deterministic}
-    wrapped = Bpda.of(carso)
+    wrapped = BpdaModel.of(carso)
     with contexts.get(mode, contextlib.nullcontext)(), frozen(wrapped):
         torch.manual_seed(6)
         want = carso(batch)

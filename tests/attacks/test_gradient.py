@@ -1,9 +1,21 @@
+import importlib
+
 import pytest
 import torch
 from torch import nn
 
-from purify_fast.attacks import GradientHealth, cross_entropy, dlr, fgsm, frozen, input_gradient, margin, pgd
-from purify_fast.attacks.gradient import random_start
+from purify_fast.attacks import (
+    Ball,
+    GradientHealth,
+    cross_entropy,
+    dlr,
+    fgsm,
+    frozen,
+    input_gradient,
+    margin,
+    pgd,
+    sample_in_ball,
+)
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import pgd_step
 
@@ -64,7 +76,7 @@ def test_raises_the_loss(model, batch, norm):
 
 def test_other_box(model, batch):
     x, y = batch
-    adversarial = pgd(model, x * 0.5 + 0.25, y, eps=0.5, steps=3, lo=0.25, hi=0.75)
+    adversarial = pgd(model, x * 0.5 + 0.25, y, eps=0.5, steps=3, clip_min=0.25, clip_max=0.75)
     assert float(adversarial.min()) >= 0.25 and float(adversarial.max()) <= 0.75
 
 
@@ -133,10 +145,10 @@ def test_eot_is_the_explicit_mean(batch, model):
     with frozen(model):
         one, value = input_gradient(model, x, y)
         for eot, chunk in ((4, None), (4, 9), (4, 20), (5, 1)):
-            folded, mean = input_gradient(model, x, y, eot=eot, chunk=chunk)
+            folded, mean = input_gradient(model, x, y, eot_iter=eot, max_forward_batch=chunk)
             assert torch.allclose(folded, eot * one, rtol=1e-4, atol=1e-6)
             assert torch.allclose(mean, value, rtol=1e-5)
-    a, b = (pgd(model, x, y, eps=EPS, steps=4, eot=e) for e in (1, 3))
+    a, b = (pgd(model, x, y, eps=EPS, steps=4, eot_iter=e) for e in (1, 3))
     assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -148,7 +160,7 @@ def test_eot_draws_differ(batch, model):
     noise = torch.randn(4 * len(x), 3, 8, 8)
     with frozen(noisy):
         torch.manual_seed(3)
-        folded, _ = input_gradient(noisy, x, y, eot=4)
+        folded, _ = input_gradient(noisy, x, y, eot_iter=4)
         leaf = x.clone().requires_grad_()
         loops = sum(cross_entropy(model(leaf + 0.1 * noise[9 * k : 9 * k + 9]), y).sum() for k in range(4))
         (explicit,) = torch.autograd.grad(loops, leaf)
@@ -166,8 +178,8 @@ def test_chunk_bounds_the_batch_and_is_exact(batch, model, chunk):
         return model(z)
 
     with frozen(model):
-        got = pgd(watched, x, y, eps=EPS, steps=3, eot=4, chunk=chunk, keep_best=True)
-        want = pgd(model, x, y, eps=EPS, steps=3, eot=4, keep_best=True)
+        got = pgd(watched, x, y, eps=EPS, steps=3, eot_iter=4, max_forward_batch=chunk, keep_best=True)
+        want = pgd(model, x, y, eps=EPS, steps=3, eot_iter=4, keep_best=True)
     assert max(sizes) <= max(chunk, len(x))
     assert torch.allclose(got, want, atol=1e-5)
 
@@ -202,7 +214,7 @@ def test_batch_splits_agree(batch, model, norm):
 def test_random_start_fills_the_ball(norm):
     n, size = 2000, 3
     x = torch.full((n, size), 0.5)
-    d = random_start(x, torch.full((n,), 0.3), norm, 0, None, 0.0, 1.0) - x
+    d = sample_in_ball(x, Ball(torch.full((n,), 0.3), norm)) - x
     length = d.norm(p=ORDERS[norm], dim=1)
     assert float(length.max()) <= 0.3 + 1e-6
     # uniform in the ball: P(length < r) = (r / eps)^size
@@ -239,7 +251,7 @@ def test_l1_on_a_linear_model_is_nearly_the_best(eps):
     )
     assert float(ours.min()) > 0.93 and float(ours.max()) < 1 + 1e-5
     assert float(ours.min()) > float(constant.min()) + 0.02
-    assert float(share(random_start(x, torch.full((40,), eps), "l1", 0, None, 0.0, 1.0)).abs().max()) < 0.2
+    assert float(share(sample_in_ball(x, Ball(torch.full((40,), eps), "l1"))).abs().max()) < 0.2
     dense = (x + eps * slope / slope.abs().sum(1, keepdim=True)).clamp(0, 1)
     assert float(share(dense).max()) < 0.7
 
@@ -256,7 +268,7 @@ def test_l1_beside_noise_dense_steps_and_autoattack(digits):
 
     for eps in (1.0, 2.0):
         radius = torch.full((len(x),), eps)
-        noise = dense = random_start(x, radius, "l1", 0, None, 0.0, 1.0)
+        noise = dense = sample_in_ball(x, Ball(radius, "l1"))
         for i in range(steps):
             with frozen(net):
                 gradient, _ = input_gradient(net, dense, y)
@@ -301,7 +313,7 @@ def test_keep_best_is_not_luck():
 
     torch.manual_seed(0)
     x, y = torch.full((200, 1, 2, 2), 0.5), torch.zeros(200, dtype=torch.int64)
-    kept = pgd(wild, x, y, eps=0.5, steps=20, eot=4, keep_best=True, loss="margin")
+    kept = pgd(wild, x, y, eps=0.5, steps=20, eot_iter=4, keep_best=True, loss="margin")
     assert float((kept.flatten(1).mean(1) > 0.9).float().mean()) > 0.7
 
 
@@ -319,8 +331,8 @@ def test_empty_batch(model):
         ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
         ({"loss": "mse"}, "loss must be one of"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"eot": 0}, "eot must be at least 1"),
-        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"eot_iter": 0}, "eot_iter must be at least 1"),
+        ({"max_forward_batch": 0}, "max_forward_batch must be at least 1"),
         ({"eps": -0.1}, "eps must be at least 0"),
         ({"eps": float("nan")}, "eps must be at least 0"),
         ({"alpha": -0.1}, "alpha must be at least 0"),
@@ -403,11 +415,11 @@ def test_health_forgives_dlr_where_it_has_won():
 
 
 def test_the_default_step_falls_from_eps_to_a_hundredth(monkeypatch):
-    import purify_fast.attacks.gradient as module
+    module = importlib.import_module("purify_fast.attacks.pgd")  # the package's attribute is the function
 
     steps, shares = [], []
     original = module.pgd_step
-    record = lambda *a: steps.append(float(a[3][0])) or shares.append(a[8]) or original(*a)  # noqa: E731
+    record = lambda *a, **b: steps.append(float(a[3][0])) or shares.append(b["density"]) or original(*a, **b)  # noqa: E731
     monkeypatch.setattr(module, "pgd_step", record)
     model, x, y = torch.nn.Flatten(), torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
     module.pgd(model, x, y, eps=0.5, steps=5, norm="l1")
@@ -428,7 +440,7 @@ def test_logits_that_do_not_depend_on_the_image_give_zero_gradients():
     assert gradient.shape == x.shape and gradient.abs().max() == 0 and value.shape == (3,)
 
 
-def test_a_bound_method_freezes_its_module():
+def test_a_method_is_attacked_with_its_module_frozen():
     class Doubled(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -439,7 +451,8 @@ def test_a_bound_method_freezes_its_module():
             return 2 * self.head(self.norm(x).flatten(1))
 
     model = Doubled().train()
-    pgd(model.logits, torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2]), eps=0.1, steps=2)
+    with frozen(model):
+        pgd(model.logits, torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2]), eps=0.1, steps=2)
     assert model.training and model.head.weight.requires_grad and model.norm.num_batches_tracked == 0
 
 
@@ -452,16 +465,16 @@ def test_no_pass_is_larger_than_chunk(chunk):
         return x.flatten(1)
 
     x, y = torch.rand(7, 1, 2, 2), torch.arange(7) % 4
-    whole = input_gradient(model, x, y, eot=4)
+    whole = input_gradient(model, x, y, eot_iter=4)
     sizes.clear()
-    parts = input_gradient(model, x, y, eot=4, chunk=chunk)
+    parts = input_gradient(model, x, y, eot_iter=4, max_forward_batch=chunk)
     assert max(sizes) <= chunk and sum(sizes) == 28
     torch.testing.assert_close(parts, whole)
 
 
 def test_keep_best_prefers_a_fooled_iterate_to_a_higher_loss():
-    from purify_fast.attacks.gradient import _better
+    from purify_fast.attacks.search import better_of
 
     x, other = torch.zeros(3, 1), torch.ones(3, 1)
     score, better = torch.tensor([[0.0, 1.0, 1.0], [9.0, 1.0, 1.0]]), torch.tensor([[1.0, 0.0, 1.0], [1.0, 9.0, 2.0]])
-    assert _better(x, score, other, better)[0].flatten().tolist() == [1, 0, 1]
+    assert better_of(x, score, other, better)[0].flatten().tolist() == [1, 0, 1]

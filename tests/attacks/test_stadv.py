@@ -83,7 +83,9 @@ def test_flow_loss_by_hand():
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@pytest.mark.parametrize("options", [{}, {"start": True}, {"smoothness": 0.0}, {"keep_best": True, "eot": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"random_start": True}, {"smoothness": 0.0}, {"keep_best": True, "eot_iter": 2}]
+)
 @pytest.mark.parametrize("loss", ["margin", "ce", "dlr"])
 def test_the_bound_on_the_flow_holds(model, batch, monkeypatch, options, loss):
     x, y = batch
@@ -106,7 +108,7 @@ def test_a_bound_per_image(model, batch, monkeypatch):
     assert torch.equal(adversarial[0], x[0])
 
 
-@pytest.mark.parametrize("still", [{"eps": 0.0}, {"rate": 0.0}, {"eps": 0.0, "start": True}])
+@pytest.mark.parametrize("still", [{"eps": 0.0}, {"rate": 0.0}, {"eps": 0.0, "random_start": True}])
 def test_without_room_or_steps_the_image_stays(model, batch, still):
     assert torch.equal(stadv(model, *batch, **still), batch[0])
 
@@ -138,13 +140,14 @@ def test_seeds_and_batches(model, batch):
     x, y = batch
     ids = torch.arange(100, 109)
     for start in (False, True):
-        whole = stadv(model, x, y, steps=4, start=start, seed=7, sample_ids=ids)
-        assert torch.equal(whole, stadv(model, x, y, steps=4, start=start, seed=7, sample_ids=ids))
+        whole = stadv(model, x, y, steps=4, random_start=start, seed=7, sample_ids=ids)
+        assert torch.equal(whole, stadv(model, x, y, steps=4, random_start=start, seed=7, sample_ids=ids))
         parts = [
-            stadv(model, x[i], y[i], steps=4, start=start, seed=7, sample_ids=ids[i]) for i in ids.sub(100).split(4)
+            stadv(model, x[i], y[i], steps=4, random_start=start, seed=7, sample_ids=ids[i])
+            for i in ids.sub(100).split(4)
         ]
         torch.testing.assert_close(torch.cat(parts), whole, atol=1e-4, rtol=0)
-        other = stadv(model, x, y, steps=4, start=start, seed=8, sample_ids=ids)
+        other = stadv(model, x, y, steps=4, random_start=start, seed=8, sample_ids=ids)
         assert torch.equal(other, whole) is not start
 
 
@@ -158,7 +161,7 @@ def test_chunks_and_draws_change_nothing(model, batch, chunk):
         sizes.append(len(z))
         return model(z)
 
-    got = stadv(watched, x, y, steps=4, eot=3, chunk=chunk, keep_best=True)
+    got = stadv(watched, x, y, steps=4, eot_iter=3, max_forward_batch=chunk, keep_best=True)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
     assert max(sizes[:-1]) <= chunk
 
@@ -179,7 +182,7 @@ def test_nothing_leaks(model, batch):
             return self.inner(z)
 
     with torch.no_grad():  # as an evaluation calls it
-        stadv(Probe(), x, y, steps=2, start=True)
+        stadv(Probe(), x, y, steps=2, random_start=True)
     assert seen and not any(any(state) for state in seen)
     assert model.training and model[1].weight.requires_grad and model[1].weight.grad is None
     assert torch.equal(rng, torch.get_rng_state())
@@ -208,8 +211,8 @@ def test_health(model, batch):
         ({"y": torch.zeros(8, dtype=torch.int64)}, r"y must be int64 \[B\] = \[9\]"),
         ({"loss": "mse"}, "loss must be one of ce, margin, dlr, got 'mse'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"eot": 0}, "eot must be at least 1"),
-        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"eot_iter": 0}, "eot_iter must be at least 1"),
+        ({"max_forward_batch": 0}, "max_forward_batch must be at least 1"),
         ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
         ({"eps": float("nan")}, "eps must be at least 0, got nan"),
         ({"eps": torch.zeros(3)}, r"eps must be a number or a tensor \[B\] = \[9\]"),
@@ -244,6 +247,6 @@ def test_fools_a_trained_classifier():
             return float((net(images).argmax(1) == y).float().mean())
 
     left = [accuracy(stadv(net, x, y, eps=eps, keep_best=True)) for eps in (0.02, 0.05, 0.1)]
-    noise = accuracy(stadv(net, x, y, eps=0.1, rate=0.0, start=True))  # a flow that means nothing
+    noise = accuracy(stadv(net, x, y, eps=0.1, rate=0.0, random_start=True))  # a flow that means nothing
     assert accuracy(x) > 0.9 and noise > 0.8
     assert left[0] > left[1] > left[2] and left[1] < 0.6 and left[2] < 0.1

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from purify_fast.ops import REGISTRY
+from purify_fast.ops import _examples as examples
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
-from benchmarks import examples
+from benchmarks import every_op
 
 
 def leaves(arguments) -> list[Tensor]:
@@ -40,11 +41,13 @@ def test_tiled_samples_have_tiled_results(op):
 
 def test_an_op_without_examples_is_told_where_they_belong(monkeypatch):
     monkeypatch.setitem(REGISTRY, "new_op", REGISTRY["philox"])
-    with pytest.raises(KeyError, match=r"new_op has no examples: write a generator .* in benchmarks/examples\.py"):
+    with pytest.raises(
+        KeyError, match=r"new_op has no examples: write a generator .* in purify_fast/ops/_examples\.py"
+    ):
         examples.of("new_op")
 
 
 def test_every_op_runs_once(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["examples"])
-    examples.main()
+    monkeypatch.setattr(sys, "argv", ["every_op"])
+    every_op.main()
     assert f"{len(REGISTRY)} ops" in capsys.readouterr().out

@@ -21,8 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast import data
-from purify_fast.evaluation import Report
-from purify_fast.evaluation import runner as protocol
+from purify_fast.evaluation import Report, measure
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import save_classifier
 
@@ -284,7 +283,7 @@ def test_a_model_without_randomness_is_attacked_anew_without_it(monkeypatch):
         target(x)
         return x.flip(0) if steps == 2 else x
 
-    monkeypatch.setattr(protocol, "pgd", attack)
+    monkeypatch.setattr(importlib.import_module("purify_fast.attacks.pgd"), "pgd", attack)
     job = Job("row", 0, work, settings={"quick": True, "autoattack": False})
     found = atop_digits._attacked(model, job)
     assert set(found) == {"clean", "pgd", "clean_zero", "pgd_zero", "gradients"}
@@ -341,12 +340,18 @@ def test_the_mnist_table_is_what_the_jobs_found(tmp_path, monkeypatch):
     monkeypatch.setattr(carso_mnist, "_model", lambda *a: model)
     monkeypatch.setattr(mnist, "EPS", 0.02)
     monkeypatch.setattr(carso_mnist, "PEEL", "another")  # a head is for models that draw
-    monkeypatch.setattr(protocol, "autoattack", lambda model, x, *a, **more: (x.clone(), []))
-    monkeypatch.setattr(protocol, "apgd", lambda model, x, *a, **more: x)  # finds nothing
+    monkeypatch.setattr(
+        importlib.import_module("purify_fast.attacks.autoattack"),
+        "autoattack",
+        lambda model, x, *a, **more: (x.clone(), []),
+    )
+    monkeypatch.setattr(
+        importlib.import_module("purify_fast.attacks.apgd"), "apgd", lambda model, x, *a, **more: x
+    )  # finds nothing
     budget = replace(carso_mnist.QUICK, images=24, steps=5, eot=1)
     made = [job for job in carso_mnist.jobs("", budget=budget) if job.work is carso_mnist.attack]
     found = {(j.settings["model"], j.settings["group"]): j.work(j, j.folder(tmp_path), tmp_path) for j in made}
-    monkeypatch.setattr(protocol._Run, "_measure_attack", lambda *a: pytest.fail("a row was made anew"))
+    monkeypatch.setattr(measure.Measure, "_measure_attack", lambda *a: pytest.fail("a row was made anew"))
     whole = carso_mnist.report(tmp_path)
     for (name, _), rows in found.items():
         for label, accuracy in rows.items():

@@ -49,7 +49,7 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     fine = [*paths[:3], carso + "-fine", "--init", carso, "--attack-target", "pipeline"]
     fine += ["--precision", "bfloat16"]
     assert cli.main(["train", "carso", *fine, "--epochs", "1", *train]) == 0
-    evaluate = ["--data", npz, "--device", "cpu", "--eps", "0.1", "--images", "12", "--steps", "3", "--eot", "2"]
+    evaluate = ["--data", npz, "--device", "cpu", "--eps", "0.1", "--images", "12", "--steps", "3", "--eot-iter", "2"]
     assert cli.main(["evaluate", carso + "-fine", *evaluate, "--autoattack", "0"]) == 0
     assert "transfer from the base" in capsys.readouterr().out
     rounded = ["--precision", "bfloat16", "--autoattack", "0"]
@@ -101,7 +101,7 @@ def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monk
     out = str(tmp_path / "out")
     assert cli.main(["train", "classifier", "--out", out, *train]) == 0
     assert (tmp_path / "c" / "set" / "12x8" / "set.json").is_file()
-    few = ["--images", "8", "--steps", "2", "--eot", "1", "--autoattack", "0", "--eps", "0.01"]
+    few = ["--images", "8", "--steps", "2", "--eot-iter", "1", "--autoattack", "0", "--eps", "0.01"]
     assert cli.main(["evaluate", out, *common, *few]) == 0
     assert Report.from_json((tmp_path / "out" / "evaluation" / "report.json").read_text()).row("clean").robust.all()
     capsys.readouterr()
@@ -148,7 +148,19 @@ def test_every_classifier_is_trained_and_evaluated(npz, tmp_path, sizes):
     assert model.arguments["mean"] == pytest.approx([channel.mean()]) and model.arguments["std"] == pytest.approx(
         [channel.std()]
     )
-    evaluate = ["evaluate", str(tmp_path), *common, "--images", "4", "--steps", "1", "--autoattack", "0"]
+    evaluate = [
+        "evaluate",
+        str(tmp_path),
+        *common,
+        "--images",
+        "4",
+        "--steps",
+        "1",
+        "--autoattack",
+        "0",
+        "--eps",
+        "0.2",
+    ]
     assert cli.main(evaluate) == 0
 
 
@@ -179,7 +191,7 @@ def test_a_preset_is_trained_on_the_users_data(tmp_path, capsys):
     preset = ["train", "carso", "--preset", "mnist_v1", *folder, "--steps", "1", "--epochs", "1", "--batch-size", "20"]
     assert cli.main([*preset, *common]) == 0
     defence = purify_fast.load_defence(tmp_path / "carso")
-    assert defence.arguments["form"] == "v1" and defence.samples == 4
+    assert defence.arguments["version"] == "v1" and defence.samples == 4
     assert cli.main([*preset, "--data", "digits", "--device", "cpu"]) == 2
     assert "its images are (1, 16, 16), the purifier's (1, 28, 28)" in capsys.readouterr().err
 

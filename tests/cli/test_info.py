@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from purify_fast import __version__, _library
 from purify_fast.cli import installation
-from purify_fast.ops import REGISTRY, use_backend
+from purify_fast.ops import REGISTRY, _verdicts, _verify, use_backend
+
+CPU = torch.device("cpu")
 
 
 def test_report_names_versions_build_and_every_op():
@@ -22,7 +26,7 @@ def test_report_names_versions_build_and_every_op():
         assert f"\n{name} " in text
     assert (_library.path or "none") in text
     if not torch.cuda.is_available():
-        assert "opt-in, not yet run on a GPU" in text
+        assert "GPU kernels are verified on your card at first use; they have not yet been raced on one" in text
 
 
 def test_report_shows_a_forced_backend_and_a_missing_one():
@@ -31,6 +35,25 @@ def test_report_shows_a_forced_backend_and_a_missing_one():
     with use_backend("cuda"):
         text = installation.report()
     assert "forced" in text and "nothing" in text  # no op but philox ever has CUDA C++
+
+
+@pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
+def test_report_says_what_was_verified_and_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(_verify, "_known", {})
+    rows = {line.split()[0]: line for line in installation.report().splitlines() if line}
+    assert "cpp" in rows["philox"] and "verified at first use" in rows["philox"]
+    found = {name: _verify.verdict_of(REGISTRY[name], CPU) for name in ("philox", "stitch")}
+    found["stitch"] = dataclasses.replace(
+        found["stitch"], passed=False, error=0.25, budget=0.0, case="3x3x32x32, float32"
+    )
+    _verdicts.write(_verdicts.file_of(CPU), _verdicts.machine(CPU), found)
+    monkeypatch.setattr(_verify, "_known", {})
+    text = installation.report()
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    assert f"verified {found['philox'].date[:10]}, error " in rows["philox"]
+    assert "the cpp kernel is WRONG here: an error of 0.25 where 0 is allowed (3x3x32x32, float32)" in rows["stitch"]
+    assert str(tmp_path) in text.partition("verdicts")[2]
 
 
 def test_module_runs_and_says_how_to_get_what_is_missing():

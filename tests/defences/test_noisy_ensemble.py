@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from purify_fast.attacks import GradientHealth, pgd
-from purify_fast.defences.noisy_ensemble import NoisyCopies
-from purify_fast.evaluation import Attack, evaluate
+from purify_fast.attacks import PGD, GradientHealth, pgd
+from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 
 
 def control(sigma=0.2, samples=4):
     torch.manual_seed(0)
-    return NoisyCopies(SmallCNN(width=4), sigma, samples)
+    return NoisyEnsemble(SmallCNN(width=4), sigma, samples)
 
 
 def images(n):
@@ -41,10 +41,14 @@ def test_it_is_the_classifier_on_noisy_copies():
 
 def test_it_is_attacked_like_any_defence():
     made, x, y, health = control(), images(6), torch.arange(6), GradientHealth()
-    pgd(made, x, y, eps=0.1, steps=3, eot=2, health=health)
+    pgd(made, x, y, eps=0.1, steps=3, eot_iter=2, health=health)
     assert health.count("gradients") == 18 and health.nonfinite == 0
-    attacks = [Attack(steps=2), Attack(steps=2, variant="fixed"), Attack(steps=2, variant="deterministic")]
-    report = evaluate(made, x, y, eps=0.1, attacks=attacks, eot=2, progress=False)
+    attacks = [
+        PGD(steps=2),
+        AttackSpec(PGD(steps=2), variant="fixed"),
+        AttackSpec(PGD(steps=2), variant="deterministic"),
+    ]
+    report = evaluate(made, x, y, eps=0.1, attacks=attacks, eot_iter=2, progress=False)
     assert len([row for row in report.rows if row.kind == "pgd"]) == 3 and not report.notes
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from purify_fast._files import atomic, write_text
-from purify_fast.evaluation import Attack, Examples, Report, Row, evaluate, merge, plots
+from purify_fast.attacks import PGD
+from purify_fast.evaluation import Examples, Report, Row, evaluate, merge, plots
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,7 +62,7 @@ def test_numbers_in_the_tables():
     assert "| a | PGD | random | - | 4 | 25.0 ± 21.7 | 25.0 | 25.0 (1) | 0 % / 0 % / 0 % |  | 3 | 1.5 |" in text
     assert "40 % / 0 % / 0 %" in text and text.count("- note") == 1
     assert "**b: 75.0 ± 21.7 %** robust" in text and "the true number may be lower" in text
-    plain, colored = report.to_text(color=False), report.to_text()
+    plain, colored = report.to_text(color=False), report.to_text(color=True)
     assert "\033" not in plain and "75.0 ± 21.7 unreliable" in plain and "\033[31m75.0 ± 21.7 unreliable" in colored
 
 
@@ -130,7 +131,7 @@ def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     model = Purifier()
     x, y = torch.rand(6, 3, 6, 6), torch.randint(0, 4, (6,))
-    report = evaluate(model, x, y, eps=0.1, steps=2, attacks=[Attack()], n_eval=2, name="m 1", progress=False)
+    report = evaluate(model, x, y, eps=0.1, steps=2, attacks=[PGD()], n_eval=2, name="m 1", progress=False)
     report.rows[1].examples = Examples(x.numpy(), x.numpy(), y.numpy())
     rng = torch.get_rng_state()
     report.save(tmp_path / "run", model)
@@ -144,7 +145,7 @@ def test_pictures(tmp_path):
     # five reconstructions, of which four are shown, beside three columns
     assert size(tmp_path / "run/images_m_1.png")[1] / size(tmp_path / "plain.png")[1] == pytest.approx(7 / 3, rel=0.01)
     plots.grid(x[:1, :1], x[:1, :1], y[:1], tmp_path / "grey.png", names=list("abcd"))
-    plots.bars(merge([report, Report([row("other", "PGD-2 ce", reliable=False)])]), tmp_path / "bars.png")
+    plots.bars(merge([report, Report([row("other", "PGD-2 ce", reliable=False)])]).rows, tmp_path / "bars.png")
     both = merge([report, Report([row("other", "PGD-2 ce")])])
     with pytest.raises(ValueError, match="mapping"):
         both.save(tmp_path / "two", model)
@@ -161,7 +162,7 @@ def test_pictures(tmp_path):
     plots.grid(x, x, y, tmp_path / "one.png", One())
     assert size(tmp_path / "one.png")[1] / size(tmp_path / "plain.png")[1] == pytest.approx(4 / 3, rel=0.01)
     with pytest.raises(ValueError, match="no rows"):
-        plots.bars(report, tmp_path / "none.png", ["no such attack"])
+        plots.bars(report.rows, tmp_path / "none.png", ["no such attack"])
     with pytest.raises(ValueError, match="C = 1 or 3"):
         plots.grid(x[:, :2], x[:, :2], y, tmp_path / "bad.png")
     assert not (tmp_path / "none.png").exists() and not (tmp_path / "bad.png").exists()
@@ -171,6 +172,6 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     report = Report([row()])
     with pytest.raises(ModuleNotFoundError, match=r"purify-fast\[demo\]"):
-        plots.bars(report, tmp_path / "x.png")
+        plots.bars(report.rows, tmp_path / "x.png")
     report.save(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["report.json", "report.md"] and "no pictures" in report.notes[0]

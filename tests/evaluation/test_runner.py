@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 import types
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -13,10 +14,21 @@ import torch
 from torch import nn
 
 from purify_fast import Carso
-from purify_fast.defences.noisy_ensemble import NoisyCopies
-from purify_fast.evaluation import Attack, Report, default_attacks, evaluate, lee_kim_2023, merge
-from purify_fast.evaluation import runner as protocol
-from purify_fast.evaluation.autoattack import parts
+from purify_fast.attacks import APGD, BPDA, FGSM, PGD, AutoAttack, StAdv
+from purify_fast.attacks.autoattack import parts
+from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.evaluation import (
+    Attack,
+    AttackSpec,
+    Report,
+    default_attacks,
+    evaluate,
+    labels,
+    lee_kim_2023,
+    merge,
+    row_cache,
+    watched,
+)
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 
@@ -100,9 +112,9 @@ def toy():
 def test_fact_14_through_lse(scale):
     model = Linear(scale)
     x, y = toy_data(model)
-    report = evaluate(model, x, y, steps=30, eot=5, n_eval=1, attacks=[Attack()], **QUIET)
+    report = evaluate(model, x, y, steps=30, eot_iter=5, n_eval=1, attacks=[PGD()], **QUIET)
     row = report.row("PGD-30 ce")
-    assert row.accuracy <= 0.01 and row.settings["eot"] == 5
+    assert row.accuracy <= 0.01 and row.settings["eot_iter"] == 5
     assert row.reliable and row.health["nonfinite"] == 0 and row.health["gradients"] > 0
 
 
@@ -111,16 +123,25 @@ def test_fact_14_through_the_published_head(scale, saturated):
     """What looks like robustness is the share of images whose gradient is NaN; the report must say so."""
     model = Linear(scale, method="peel_reference")
     x, y = toy_data(model, 256)
-    report = evaluate(model, x, y, steps=30, eot=5, n_eval=1, attacks=[Attack()], **QUIET)
+    report = evaluate(model, x, y, steps=30, eot_iter=5, n_eval=1, attacks=[PGD()], **QUIET)
     row = report.row("PGD-30 ce")
     share = row.health["nonfinite"] / row.health["gradients"]
     assert row.accuracy == pytest.approx(saturated, abs=0.15)
     assert row.accuracy <= share + 0.1
     assert not row.reliable and not report.headline.reliable
-    assert "unreliable</span>" in report.to_markdown() and "\033[31m" in report.to_text()
+    assert "unreliable</span>" in report.to_markdown() and "\033[31m" in report.to_text(color=True)
     # judged by the same decisions, attacked through logsumexp: nothing is left
     model.method = "lse"
-    head = evaluate(model, x, y, steps=30, eot=5, n_eval=1, attacks=[Attack(head="peel_reference"), Attack()], **QUIET)
+    head = evaluate(
+        model,
+        x,
+        y,
+        steps=30,
+        eot_iter=5,
+        n_eval=1,
+        attacks=[AttackSpec(PGD(), aggregation="peel_reference"), PGD()],
+        **QUIET,
+    )
     assert not head.row("PGD-30 ce through peel_reference").reliable
     assert head.headline.accuracy <= 0.01 and head.headline.reliable and head.row("worst").reliable
 
@@ -131,13 +152,13 @@ def full(toy):
     model, x, y = toy
     attacks = [
         *default_attacks()[:4],
-        Attack("autoattack", variant="fixed", steps=5, queries=20),
-        Attack("autoattack", version="rand", steps=5, eot=2, limit=40),
-        Attack(target=Plain(model), label="transfer from the base"),
-        Attack("fgsm"),
-        Attack(head="mean", loss="margin", restarts=2),
+        AttackSpec(AutoAttack(steps=5, n_queries=20), variant="fixed"),
+        AttackSpec(AutoAttack(version="rand", steps=5, eot_iter=2), max_images=40),
+        AttackSpec(PGD(), target=Plain(model), label="transfer from the base"),
+        FGSM(),
+        AttackSpec(PGD(loss="margin", restarts=2), aggregation="mean"),
     ]
-    return evaluate(model, x, y, steps=5, eot=2, n_eval=3, attacks=attacks, name="toy", eps=FAINT, progress=False)
+    return evaluate(model, x, y, steps=5, eot_iter=2, n_eval=3, attacks=attacks, name="toy", eps=FAINT, progress=False)
 
 
 def test_rows(full):
@@ -167,7 +188,7 @@ def test_rows(full):
         if row.kind not in ("clean", "worst"):
             assert row.n_eval == draws and row.worst == row.accuracy <= row.mean
             assert row.health["gradients"] > 0 and row.reliable
-            assert row.settings["eot"] == (2 if row.variant == "random" and "transfer" not in row.attack else 1)
+            assert row.settings["eot_iter"] == (2 if row.variant == "random" and "transfer" not in row.attack else 1)
             assert (
                 row.settings["attacked"]
                 == full.row({"random": "clean", "fixed": "clean, fixed noise"}.get(row.variant, "clean, deterministic"))
@@ -212,7 +233,7 @@ def test_transfer_attacks_the_base_and_judges_the_defence(toy):
             seen.append(len(z))
             return z.flatten(1)[:, :10] * 0 + z.flatten(1)[:, 767:]
 
-    attacks = [Attack(target=Base(), label="transfer")]
+    attacks = [AttackSpec(PGD(), target=Base(), label="transfer")]
     report = evaluate(model, x, y, steps=3, n_eval=1, attacks=attacks, **QUIET)
     row = report.row("transfer")
     assert seen and row.accuracy > 0.7 and not row.reliable  # all its logits are equal: no gradient at all
@@ -221,16 +242,21 @@ def test_transfer_attacks_the_base_and_judges_the_defence(toy):
 
 def test_base_argument(toy):
     assert [a.label for a in default_attacks(Plain(toy[0]))][-1] == "transfer from the base"
-    assert [a.kind for a in default_attacks()] == ["pgd"] * 4 + ["bpda"] + ["autoattack"] * 2
+    assert [a.attack.kind for a in default_attacks()] == ["pgd"] * 4 + ["bpda"] + ["autoattack"] * 2
 
 
 def test_deterministic_model(toy):
     """One draw, one prediction, one variant; no notes on what would be the same again."""
     model, x, y = toy
-    attacks = [Attack(), Attack(variant="deterministic"), Attack("autoattack", version="rand"), Attack(head="mean")]
-    report = evaluate(Plain(model), x, y, steps=3, eot=4, n_eval=4, attacks=attacks, name="base", **QUIET)
+    attacks = [
+        PGD(),
+        AttackSpec(PGD(), variant="deterministic"),
+        AutoAttack(version="rand"),
+        AttackSpec(PGD(), aggregation="mean"),
+    ]
+    report = evaluate(Plain(model), x, y, steps=3, eot_iter=4, n_eval=4, attacks=attacks, name="base", **QUIET)
     assert report.attacks == ["clean", "PGD-3 ce", "worst"]
-    assert all(row.n_eval == 1 for row in report.rows) and report.row("PGD-3 ce").settings["eot"] == 1
+    assert all(row.n_eval == 1 for row in report.rows) and report.row("PGD-3 ce").settings["eot_iter"] == 1
     assert report.row("clean").accuracy == 1
     assert report.notes == [
         "base: AutoAttack rand was left out: the model is deterministic",
@@ -242,7 +268,7 @@ def test_a_callable_without_abilities(toy):
     model, x, y = toy
     report = evaluate(
         lambda z: model(z), x, y, steps=2, n_eval=2, name="f", **QUIET,
-        attacks=[Attack(), Attack(variant="fixed"), Attack(variant="deterministic")],
+        attacks=[PGD(), AttackSpec(PGD(), variant="fixed"), AttackSpec(PGD(), variant="deterministic")],
     )  # fmt: skip
     assert report.attacks == ["clean", "PGD-2 ce", "worst"] and len(report.notes) == 2
     assert "fixed_noise()" in report.notes[0] and "deterministic()" in report.notes[1]
@@ -254,7 +280,7 @@ def test_nothing_leaks(toy):
     model.weight.requires_grad_(True)
     logger = logging.getLogger("auto-attack")
     before = torch.get_rng_state(), model.weight.clone(), x.clone(), logger.level, logger.propagate, sys.gettrace()
-    attacks = [Attack(), Attack("autoattack", variant="fixed", steps=2, queries=2)]
+    attacks = [PGD(), AttackSpec(AutoAttack(steps=2, n_queries=2), variant="fixed")]
     np_state = np.random.get_state()[1].tolist()
     evaluate(model, x, y, steps=2, attacks=attacks, **QUIET)
     assert torch.equal(before[0], torch.get_rng_state()) and np.random.get_state()[1].tolist() == np_state
@@ -266,7 +292,7 @@ def test_nothing_leaks(toy):
 def test_reproducible_and_seeded(toy):
     model, x, y = toy
     common = {"steps": 3, "eps": FAINT, "progress": False}
-    attacks = [Attack(eot=2), Attack(loss="dlr")]
+    attacks = [PGD(eot_iter=2), PGD(loss="dlr")]
     run = [evaluate(model, x, y, attacks=attacks, seed=s, **common) for s in (0, 0, 1)]
     pictures = [r.row("PGD-3 dlr").examples.adversarial for r in run]
     masks = [np.concatenate([r.robust for r in report.rows]) for report in run]
@@ -280,7 +306,7 @@ def test_reproducible_and_seeded(toy):
 
 def test_batches_do_not_matter(toy):
     model, x, y = toy
-    attacks = [Attack(variant="fixed"), Attack(variant="deterministic")]
+    attacks = [AttackSpec(PGD(), variant="fixed"), AttackSpec(PGD(), variant="deterministic")]
     common = {"steps": 1, "eps": FAINT, "progress": False}
     one, other = (evaluate(model, x, y, attacks=attacks, batch_size=b, **common) for b in (128, 3))
     for label in ("PGD-1 ce, fixed noise", "PGD-1 ce, deterministic"):
@@ -291,8 +317,15 @@ def test_batches_do_not_matter(toy):
 
 def test_survivors(toy):
     model, x, y = toy
-    attacks = [Attack(), Attack(loss="dlr", survivors=True), Attack(loss="margin", survivors=True)]
-    attacks += [Attack(variant="deterministic", survivors=True), Attack(label="all again", steps=2)]
+    attacks = [
+        PGD(),
+        AttackSpec(PGD(loss="dlr"), survivors_only=True),
+        AttackSpec(PGD(loss="margin"), survivors_only=True),
+    ]
+    attacks += [
+        AttackSpec(PGD(), variant="deterministic", survivors_only=True),
+        AttackSpec(PGD(steps=2), label="all again"),
+    ]
     report = evaluate(model, x, y, steps=1, attacks=attacks, n_eval=2, **QUIET)
     first, second, third = (report.row(f"PGD-1 {loss}") for loss in ("ce", "dlr", "margin"))
     assert second.settings["attacked"] == first.robust.sum() < first.settings["attacked"]
@@ -309,14 +342,14 @@ def test_survivors(toy):
 def test_uint8_images(toy):
     model, x, y = toy
     levels = (x * 255).round().to(torch.uint8)
-    a, b = (evaluate(model, z, y, steps=2, attacks=[Attack()], **QUIET) for z in (levels, levels.float() / 255))
+    a, b = (evaluate(model, z, y, steps=2, attacks=[PGD()], **QUIET) for z in (levels, levels.float() / 255))
     assert np.array_equal(a.row("PGD-2 ce").robust, b.row("PGD-2 ce").robust) and a.rows[0].data == b.rows[0].data
 
 
 def test_paired_by_hand(toy):
     model, x, y = toy
-    a = evaluate(model, x, y, steps=1, attacks=[Attack()], name="a", **QUIET)
-    b = evaluate(Plain(model), x, y, steps=1, attacks=[Attack()], name="b", **QUIET)
+    a = evaluate(model, x, y, steps=1, attacks=[PGD()], name="a", **QUIET)
+    b = evaluate(Plain(model), x, y, steps=1, attacks=[PGD()], name="b", **QUIET)
     for report, robust in ((a, [1, 1, 1, 0, 0, 0, 1, 1]), (b, [1, 0, 0, 1, 0, 0, 1, 1])):
         report.row("worst").robust = np.array(robust, dtype=bool)
     # differences 0 1 1 -1 0 0 0 0: mean 1/8, mean square 3/8
@@ -325,7 +358,7 @@ def test_paired_by_hand(toy):
     assert paired.standard_error == pytest.approx(math.sqrt((3 / 8 - 1 / 64) / 8))
     assert b.paired(a).difference == -1 / 8
     assert str(paired) == "+12.5 ± 21.2 points (n = 8, paired)"
-    other = evaluate(model, x[:64], y[:64], steps=1, attacks=[Attack()], **QUIET)
+    other = evaluate(model, x[:64], y[:64], steps=1, attacks=[PGD()], **QUIET)
     with pytest.raises(ValueError, match="different images"):
         a.paired(other)
     with pytest.raises(KeyError, match="clean"):
@@ -334,8 +367,8 @@ def test_paired_by_hand(toy):
 
 def test_merge(toy):
     model, x, y = toy
-    a = evaluate(model, x, y, steps=1, attacks=[Attack()], name="a", **QUIET)
-    b = evaluate(Plain(model), x, y, steps=1, attacks=[Attack()], name="b", **QUIET)
+    a = evaluate(model, x, y, steps=1, attacks=[PGD()], name="a", **QUIET)
+    b = evaluate(Plain(model), x, y, steps=1, attacks=[PGD()], name="b", **QUIET)
     both = merge([a, b])
     assert both.models == ["a", "b"] and set(both.headlines) == {"a", "b"} and "## Comparison" in both.to_markdown()
     assert "| attack | a | b |" in both.to_markdown()
@@ -359,7 +392,7 @@ class Counting(Linear):
 def test_resume(tmp_path):
     model = Counting(2.0)
     x, y = toy_data(model, 32)
-    attacks = [Attack(), Attack(loss="dlr")]
+    attacks = [PGD(), PGD(loss="dlr")]
 
     def run(**change):
         before = Counting.calls
@@ -375,13 +408,13 @@ def test_resume(tmp_path):
     files = sorted(tmp_path.glob("rows/*.json"))
     assert len(files) == 3 and not list(tmp_path.glob("rows/.*"))
     # one more attack: only that one is made
-    _, more = run(attacks=[*attacks, Attack(loss="margin")])
+    _, more = run(attacks=[*attacks, PGD(loss="margin")])
     assert few < more < made and len(list(tmp_path.glob("rows/*.json"))) == 4
     # another name is the same row
     named, calls = run(name="other")
     assert calls == few and named.models == ["other"]
     # what decides the numbers makes new rows: seed, eps, weights, a plain attribute, data, a half-written file
-    for change in ({"seed": 1}, {"eps": 0.01}, {"eot": 2}, {"n_eval": 3}):
+    for change in ({"seed": 1}, {"eps": 0.01}, {"eot_iter": 2}, {"n_eval": 3}):
         assert run(**change)[1] > few, change
     with torch.no_grad():
         model.weight[0, 0] += 1
@@ -396,7 +429,7 @@ def test_resume(tmp_path):
 
 def test_plain_callables_are_never_reused(tmp_path, toy):
     model, x, y = toy
-    evaluate(lambda z: model(z), x[:8], y[:8], steps=1, attacks=[Attack()], out=tmp_path, **QUIET)
+    evaluate(lambda z: model(z), x[:8], y[:8], steps=1, attacks=[PGD()], out=tmp_path, **QUIET)
     assert not list(tmp_path.glob("rows/*"))
 
 
@@ -405,7 +438,7 @@ def test_autoattack_with_few_classes(classes):
     pytest.importorskip("pyautoattack")
     model = Plain(Linear(scale=1.0, classes=classes))
     x, y = toy_data(model.toy, 12)
-    report = evaluate(model, x, y, attacks=[Attack("autoattack", steps=10, queries=50)], eps=0.1, progress=False)
+    report = evaluate(model, x, y, attacks=[AutoAttack(steps=10, n_queries=50)], eps=0.1, progress=False)
     row = report.rows[1]
     assert row.accuracy <= 0.1 and row.settings["warnings"] == []
     if classes < 4:
@@ -419,7 +452,7 @@ def test_autoattack_rand_with_two_classes():
     pytest.importorskip("pyautoattack")
     model = Linear(scale=1.0, classes=2)
     x, y = toy_data(model, 12)
-    attacks = [Attack("autoattack", version="rand", steps=10, eot=2)]
+    attacks = [AutoAttack(version="rand", steps=10, eot_iter=2)]
     row = evaluate(model, x, y, attacks=attacks, eps=0.1, progress=False).rows[1]
     assert row.accuracy == 0 and "PGD margin for apgd-dlr: 2 classes" in row.attack
 
@@ -430,7 +463,7 @@ def test_the_margin_replacement_finds_what_is_left():
     assert parts("rand", 2) == (["apgd-ce"], "apgd-dlr")
     model = Linear(scale=1000.0, classes=2, noise=0.15)
     x, y = toy_data(model, 12)
-    attacks = [Attack("autoattack", version="rand", steps=10, eot=2), Attack(loss="dlr")]
+    attacks = [AutoAttack(version="rand", steps=10, eot_iter=2), PGD(loss="dlr")]
     report = evaluate(model, x, y, attacks=attacks, eps=0.1, steps=10, progress=False)
     assert report.attacks[2] == "PGD-10 margin"  # dlr needs three classes
     assert report.rows[1].accuracy == 0 == report.rows[2].accuracy
@@ -441,7 +474,7 @@ def test_autoattack_sees_a_randomised_model_under_fixed_noise(toy):
     """Its own check for randomness must stay silent, since noise is the same for every image and call."""
     pytest.importorskip("pyautoattack")
     model, x, y = toy
-    attacks = [Attack("autoattack", variant="fixed", steps=3, queries=10)]
+    attacks = [AttackSpec(AutoAttack(steps=3, n_queries=10), variant="fixed")]
     row = evaluate(model, x, y, attacks=attacks, batch_size=50, **QUIET).rows[1]
     assert row.variant == "fixed" and row.n_eval == 1 and not any("random" in w for w in row.settings["warnings"])
     assert row.health["gradients"] == 2 * row.settings["attacked"] and row.health["images"] == 0
@@ -451,9 +484,7 @@ def test_autoattack_probe_marks_missing_gradients():
     pytest.importorskip("pyautoattack")
     model = Linear(4.0, method="peel_reference")
     x, y = toy_data(model, 16)
-    row = evaluate(model, x, y, attacks=[Attack("autoattack", version="rand", steps=3, eot=2)], n_eval=1, **QUIET).rows[
-        1
-    ]
+    row = evaluate(model, x, y, attacks=[AutoAttack(version="rand", steps=3, eot_iter=2)], n_eval=1, **QUIET).rows[1]
     assert row.health["nonfinite"] > 0 and not row.reliable
 
 
@@ -462,7 +493,7 @@ def test_the_other_package(monkeypatch, toy):
     model, x, y = toy
     asked = {}
 
-    class AutoAttack:
+    class Other:
         def __init__(self, model, norm="Linf", eps=0.3, seed=None, verbose=True, attacks_to_run=(), version="standard",
                      device="cuda", log_path=None):  # fmt: skip
             assert not verbose and version == "standard"
@@ -477,9 +508,9 @@ def test_the_other_package(monkeypatch, toy):
     for package in ("pyautoattack", "autoattack"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError, match=r"purify-fast\[eval\]"):
-        evaluate(Plain(model), x, y, attacks=[Attack("autoattack")], **QUIET)
-    monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=AutoAttack))
-    row = evaluate(Plain(model), x, y, attacks=[Attack("autoattack")], batch_size=33, **QUIET).rows[1]
+        evaluate(Plain(model), x, y, attacks=[AutoAttack()], **QUIET)
+    monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=Other))
+    row = evaluate(Plain(model), x, y, attacks=[AutoAttack()], batch_size=33, **QUIET).rows[1]
     assert asked == {"bs": 33, "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"], "targets": 9, "steps": 100}
     moved = row.examples.adversarial - row.examples.clean
     assert np.abs(moved).max() == pytest.approx(EPS, abs=1e-6)
@@ -489,7 +520,7 @@ def test_output_is_quiet(capsys, toy):
     pytest.importorskip("pyautoattack")
     model, x, y = toy
     evaluate(
-        model, x, y, steps=1, attacks=[Attack(), Attack("autoattack", variant="fixed", steps=1, queries=1)], **QUIET
+        model, x, y, steps=1, attacks=[PGD(), AttackSpec(AutoAttack(steps=1, n_queries=1), variant="fixed")], **QUIET
     )
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err == ""
@@ -507,15 +538,15 @@ def test_output_is_quiet(capsys, toy):
         ({"y": torch.tensor([0, 10, 1, 1])}, r"y\[1\] is 10, but the model has 10 classes"),
         ({"eps": -1.0}, "eps must be"),
         ({"norm": "l3"}, "norm must be"),
-        ({"norm": "l1", "attacks": [Attack("apgd")]}, "apgd's norm must be one of linf, l2, got 'l1'"),
+        ({"norm": "l1", "attacks": [APGD()]}, "apgd's norm must be one of linf, l2, got 'l1'"),
         ({"steps": 0}, "steps must be"),
         ({"n_eval": 0}, "n_eval must be"),
-        ({"chunk": 0}, "chunk must be at least 1, got 0"),
-        ({"attacks": [Attack(), Attack()]}, "labels of their own.*PGD-100 ce"),
+        ({"max_forward_batch": 0}, "max_forward_batch must be at least 1, got 0"),
+        ({"attacks": [PGD(), PGD()]}, "labels of their own.*PGD-100 ce"),
     ],
 )
 def test_errors(change, message):
-    arguments = {"x": torch.rand(4, 3, 16, 16), "y": torch.zeros(4, dtype=torch.int64), "attacks": [Attack()]} | QUIET
+    arguments = {"x": torch.rand(4, 3, 16, 16), "y": torch.zeros(4, dtype=torch.int64), "attacks": [PGD()]} | QUIET
     arguments |= change
     with pytest.raises(ValueError, match=message):
         evaluate(Linear(), arguments.pop("x"), arguments.pop("y"), **arguments)
@@ -527,13 +558,13 @@ def test_errors(change, message):
         ({"kind": "fab"}, "kind must be"),
         ({"loss": "mse"}, "loss must be"),
         ({"loss": "dlr_targeted"}, "loss must be one of ce, margin, dlr, got"),
-        ({"kind": "apgd", "targets": 0}, "targets must be at least 1"),
+        ({"kind": "apgd", "targets": 0}, "n_target_classes must be at least 1"),
         ({"variant": "zero"}, "variant must be"),
-        ({"version": "plus"}, "version must be"),
-        ({"head": "max"}, "head must be"),
+        ({"kind": "autoattack", "version": "plus"}, "version must be"),
+        ({"head": "max"}, "aggregation must be"),
         ({"head": "lse", "target": Linear()}, "not both"),
         ({"steps": 0}, "steps must be"),
-        ({"limit": 0}, "limit must be"),
+        ({"limit": 0}, "max_images must be"),
         ({"alpha": -0.1}, "alpha must be at least 0, got -0.1"),
         ({"kind": "apgd", "alpha": 0.1}, "alpha goes with pgd, bpda, stadv, not with apgd"),
         ({"kind": "fgsm", "steps": 2}, "steps goes with pgd, apgd, bpda, stadv, autoattack, not with fgsm"),
@@ -564,18 +595,22 @@ def test_attack_errors(change, message):
 def test_without_autoattack_no_attack_is_begun(monkeypatch):
     for package in ("pyautoattack", "autoattack"):
         monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(protocol, "pgd", lambda *a, **more: pytest.fail("it was attacked"))
+    monkeypatch.setattr(
+        import_module("purify_fast.attacks.pgd"), "pgd", lambda *a, **more: pytest.fail("it was attacked")
+    )
     x, y = torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ModuleNotFoundError, match="AutoAttack is not installed"):
-        evaluate(Linear(), x, y, attacks=[Attack(), Attack("autoattack")], **QUIET)
+        evaluate(Linear(), x, y, attacks=[PGD(), AutoAttack()], **QUIET)
 
 
 def test_a_saturated_head_still_gets_its_draws():
     """A head that is infinite everywhere looks deterministic; its EOT draws are taken all the same."""
     model = Linear(32.0)
     x, y = toy_data(model, 16)
-    report = evaluate(model, x, y, steps=2, eot=3, attacks=[Attack(head="peel_reference")], **QUIET)
-    assert report.rows[1].settings["eot"] == 3 and report.rows[1].health["nonfinite"] == 32
+    report = evaluate(
+        model, x, y, steps=2, eot_iter=3, attacks=[AttackSpec(PGD(), aggregation="peel_reference")], **QUIET
+    )
+    assert report.rows[1].settings["eot_iter"] == 3 and report.rows[1].health["nonfinite"] == 32
 
 
 def test_json_is_plain(full):
@@ -591,7 +626,7 @@ def test_l2_and_grey():
     x = torch.rand(20, 1, 8, 8)
     with torch.no_grad():
         y = model(x).argmax(1)
-    report = evaluate(model, x, y, eps=0.3, norm="l2", steps=5, attacks=[Attack(loss="dlr")], progress=False)
+    report = evaluate(model, x, y, eps=0.3, norm="l2", steps=5, attacks=[PGD(loss="dlr")], progress=False)
     row = report.row("PGD-5 margin")
     assert row.settings["norm"] == "l2" and 0 < row.accuracy < 1
     moved = np.linalg.norm(
@@ -601,21 +636,19 @@ def test_l2_and_grey():
 
 
 def test_rows_are_keyed_by_the_code_that_makes_them(toy, tmp_path, monkeypatch):
-    from purify_fast.evaluation import runner as protocol
-
     model, x, y = toy
-    common = {"steps": 2, "attacks": [Attack(variant="deterministic")], "out": tmp_path, **QUIET}
+    common = {"steps": 2, "attacks": [AttackSpec(PGD(), variant="deterministic")], "out": tmp_path, **QUIET}
     evaluate(model, x, y, **common)
     made = len(list((tmp_path / "rows").glob("*.json")))
     evaluate(model, x, y, **common)
     assert len(list((tmp_path / "rows").glob("*.json"))) == made
-    monkeypatch.setattr(protocol, "_code", lambda: ["another version"])
+    monkeypatch.setattr(row_cache, "PROTOCOL_VERSION", row_cache.PROTOCOL_VERSION + 1)
     evaluate(model, x, y, **common)
     assert len(list((tmp_path / "rows").glob("*.json"))) == 2 * made
 
 
 def test_models_that_differ_in_an_attribute_have_their_own_fingerprints():
-    from purify_fast.evaluation.runner import _fingerprint
+    from purify_fast.evaluation.fingerprint import fingerprint
 
     marks = set()
     for attribute in (
@@ -633,9 +666,9 @@ def test_models_that_differ_in_an_attribute_have_their_own_fingerprints():
         nn.init.zeros_(module.weight)
         nn.init.zeros_(module.bias)
         module.extra = attribute
-        marks.add(_fingerprint(module))
+        marks.add(fingerprint(module))
     assert len(marks) == 9
-    assert _fingerprint(lambda x: x) is None
+    assert fingerprint(lambda x: x) is None
 
 
 def test_images_that_cannot_be_drawn_do_not_lose_the_report(tmp_path):
@@ -648,19 +681,26 @@ def test_images_that_cannot_be_drawn_do_not_lose_the_report(tmp_path):
             return self.head(x.flatten(1))
 
     x, y = torch.rand(6, 4, 4, 4), torch.arange(6) % 3
-    evaluate(Four(), x, y, eps=np.float32(0.1), steps=2, attacks=[Attack()], progress=False).save(tmp_path)
+    evaluate(Four(), x, y, eps=np.float32(0.1), steps=2, attacks=[PGD()], progress=False).save(tmp_path)
     assert (tmp_path / "report.json").is_file() and (tmp_path / "report.md").is_file()
 
 
-APGD = [Attack("apgd"), Attack("apgd", loss="dlr"), Attack("apgd", loss="dlr_targeted")]
+APGD_ROWS = [APGD(), APGD(loss="dlr"), APGD(loss="dlr_targeted")]
 
 
 def test_apgd_rows(toy):
     """Labels, settings, health and the worst rows, as PGD has them."""
     model, x, y = toy
-    attacks = [*APGD, Attack("apgd", variant="deterministic", restarts=2), Attack("apgd", head="mean", limit=40)]
-    attacks += [Attack("apgd", loss="dlr_targeted", targets=2, steps=2), Attack("apgd", target=Plain(model), label="t")]
-    report = evaluate(model, x, y, attacks=attacks, steps=4, eot=2, n_eval=2, eps=FAINT, progress=False)
+    attacks = [
+        *APGD_ROWS,
+        AttackSpec(APGD(restarts=2), variant="deterministic"),
+        AttackSpec(APGD(), aggregation="mean", max_images=40),
+    ]
+    attacks += [
+        APGD(loss="dlr_targeted", n_target_classes=2, steps=2),
+        AttackSpec(APGD(), target=Plain(model), label="t"),
+    ]
+    report = evaluate(model, x, y, attacks=attacks, steps=4, eot_iter=2, n_eval=2, eps=FAINT, progress=False)
     assert report.attacks == [
         "clean", "clean, deterministic", "APGD-4 ce", "APGD-4 dlr", "APGD-T 4", "APGD-4 ce x2, deterministic",
         "APGD-4 ce through mean, first 40", "APGD-T 2, 2 targets", "t",
@@ -669,8 +709,8 @@ def test_apgd_rows(toy):
     rows = {label: report.row(label) for label in report.attacks}
     targeted, one = rows["APGD-T 4"], rows["APGD-4 dlr"]
     assert targeted.kind == "apgd" and 0 < targeted.accuracy < rows["clean"].accuracy and targeted.reliable
-    assert (targeted.settings["targets"], rows["APGD-T 2, 2 targets"].settings["targets"]) == (9, 2)
-    assert one.settings["targets"] is None and one.settings["loss"] == "dlr" and one.settings["eot"] == 2
+    assert (targeted.settings["n_target_classes"], rows["APGD-T 2, 2 targets"].settings["n_target_classes"]) == (9, 2)
+    assert one.settings["n_target_classes"] is None and one.settings["loss"] == "dlr" and one.settings["eot_iter"] == 2
     assert one.health["gradients"] == 4 * one.settings["attacked"] == 4 * one.health["images"]
     assert 4 * one.settings["attacked"] < targeted.health["gradients"] <= 9 * 4 * one.settings["attacked"]
     worst = rows["APGD-4 ce"].robust & one.robust & targeted.robust & rows["APGD-T 2, 2 targets"].robust
@@ -681,7 +721,7 @@ def test_apgd_rows(toy):
 
 def test_apgd_attacks_survivors_whatever_the_batches(toy):
     model, x, y = toy
-    attacks = [Attack("apgd", steps=2), Attack("apgd", loss="dlr_targeted", survivors=True)]
+    attacks = [APGD(steps=2), AttackSpec(APGD(loss="dlr_targeted"), survivors_only=True)]
     common = {"steps": 3, "eps": FAINT, "progress": False}
     one, other = (evaluate(Plain(model), x, y, attacks=attacks, batch_size=b, **common) for b in (128, 7))
     first, second = one.row("APGD-2 ce"), one.row("APGD-T 3")
@@ -697,24 +737,22 @@ def test_apgd_attacks_survivors_whatever_the_batches(toy):
 def test_apgd_with_few_classes(classes, label):
     model = Plain(Linear(2.0, classes=classes))
     x, y = toy_data(model.toy, 24)
-    report = evaluate(model, x, y, steps=2, attacks=APGD[2:], **QUIET)
+    report = evaluate(model, x, y, steps=2, attacks=APGD_ROWS[2:], **QUIET)
     assert report.attacks == ["clean", label, "worst"]
-    assert report.rows[1].settings["targets"] == (3 if classes == 4 else None)
+    assert report.rows[1].settings["n_target_classes"] == (3 if classes == 4 else None)
 
 
-@pytest.mark.parametrize("attack, exact", [(Attack("apgd"), True), (Attack("apgd", loss="dlr_targeted"), False)])
+@pytest.mark.parametrize("attack, exact", [(APGD(), True), (APGD(loss="dlr_targeted"), False)])
 def test_apgd_says_how_much_there_is_to_do(toy, monkeypatch, attack, exact):
     """The bar's total: exact for one run, the most there can be for several."""
-    from purify_fast.evaluation import runner as protocol
-
     bars = []
 
-    class Bar(protocol.tqdm):
+    class Bar(watched.tqdm):
         def __init__(self, *args, **more):
             super().__init__(*args, **more | {"disable": False, "file": io.StringIO()})
             bars.append(self)
 
-    monkeypatch.setattr(protocol, "tqdm", Bar)
+    monkeypatch.setattr(watched, "tqdm", Bar)
     model, x, y = toy
     evaluate(Plain(model), x, y, steps=3, attacks=[attack], eps=FAINT)
     (bar,) = bars
@@ -751,19 +789,19 @@ def shattered():
 
 
 UNSEEN = [
-    Attack(),
-    Attack("bpda"),
-    Attack(target="classifier", label="cheap"),
-    Attack("bpda", norm="l2", eps=1.0),
-    Attack("bpda", loss="dlr", norm="l2", eps=1.0, survivors=True),
-    Attack("stadv", target="classifier"),
+    PGD(),
+    BPDA(),
+    AttackSpec(PGD(), target="classifier", label="cheap"),
+    BPDA(norm="l2", eps=1.0),
+    AttackSpec(BPDA(loss="dlr", norm="l2", eps=1.0), survivors_only=True),
+    AttackSpec(StAdv(), target="classifier"),
 ]
 
 
 @pytest.fixture(scope="module")
 def unseen(shattered):
     model, x, y = shattered
-    return evaluate(model, x, y, attacks=UNSEEN, steps=8, eot=3, n_eval=2, name="d", eps=FAINT, progress=False)
+    return evaluate(model, x, y, attacks=UNSEEN, steps=8, eot_iter=3, n_eval=2, name="d", eps=FAINT, progress=False)
 
 
 def test_unseen_rows(unseen):
@@ -784,8 +822,8 @@ def test_unseen_rows(unseen):
     bpda, cheap, stadv = rows["BPDA-8 ce"], rows[unseen.attacks[3]], rows[unseen.attacks[7]]
     assert not rows["PGD-8 ce"].reliable and rows["PGD-8 ce"].health["zero"] > 0
     assert bpda.reliable and bpda.kind == "bpda" and bpda.accuracy < rows["PGD-8 ce"].accuracy - 0.2
-    assert bpda.settings["eot"] == 3 and bpda.health["gradients"] == 8 * bpda.settings["attacked"]
-    assert cheap.settings["target"] == "on the classifier alone (not adaptive)" and cheap.settings["eot"] == 1
+    assert bpda.settings["eot_iter"] == 3 and bpda.health["gradients"] == 8 * bpda.settings["attacked"]
+    assert cheap.settings["target"] == "on the classifier alone (not adaptive)" and cheap.settings["eot_iter"] == 1
     assert (stadv.settings["eps"], stadv.settings["norm"], stadv.settings["loss"]) == (0.05, "flow", "margin")
     assert stadv.health["gradients"] == 8 * stadv.settings["attacked"] and stadv.reliable
 
@@ -814,14 +852,14 @@ def test_survivors_of_one_threat_model_are_not_spared_by_another(unseen):
     model = Shattered()
     x = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     y = model.classifier(x).argmax(1)
-    attacks = [Attack("bpda", norm="l2", eps=2.0), Attack("bpda", survivors=True)]
+    attacks = [BPDA(norm="l2", eps=2.0), AttackSpec(BPDA(), survivors_only=True)]
     report = evaluate(model, x, y, attacks=attacks, steps=4, eps=FAINT, progress=False)
     assert report.rows[1].accuracy == 0 and report.rows[2].settings["attacked"] == report.row("clean").robust.sum()
 
 
 def test_an_attack_with_the_reports_own_ball_is_no_other_threat(toy):
     model, x, y = toy
-    attacks = [Attack(eps=0.1), Attack(loss="dlr", norm="linf", eps=0.1), Attack(loss="margin", eps=4 / 255)]
+    attacks = [PGD(eps=0.1), PGD(loss="dlr", norm="linf", eps=0.1), PGD(loss="margin", eps=4 / 255)]
     report = evaluate(Plain(model), x[:8], y[:8], steps=1, attacks=attacks, eps=0.1, progress=False)
     assert report.attacks == ["clean", "PGD-1 ce", "PGD-1 dlr", "worst", "PGD-1 margin, L-inf 4/255"]
     moved = np.abs(report.rows[3].examples.adversarial - report.rows[3].examples.clean).max()
@@ -832,7 +870,7 @@ def test_an_attack_with_the_reports_own_ball_is_no_other_threat(toy):
 def test_autoattack_in_a_ball_of_its_own(toy, order, eps):
     pytest.importorskip("pyautoattack")
     model, x, y = toy
-    attacks = [Attack("autoattack", steps=5, queries=5, norm=f"l{order}", eps=eps)]
+    attacks = [AutoAttack(steps=5, n_queries=5, norm=f"l{order}", eps=eps)]
     report = evaluate(Plain(model), x[:16], y[:16], attacks=attacks, **QUIET)
     row = report.row(f"AutoAttack standard, 5 steps, 5 queries, L{order} {eps}")
     moved = (row.examples.adversarial - row.examples.clean).reshape(8, -1)
@@ -844,8 +882,12 @@ def test_every_row_of_the_default_plan_in_the_l1_ball(toy):
     pytest.importorskip("pyautoattack")
     model, x, y = toy
     eps = 8.0  # AutoAttack returns only what fools the model
-    attacks = [Attack("fgsm"), *default_attacks(model)]
-    attacks = [dataclasses.replace(a, steps=4, queries=4) if a.kind == "autoattack" else a for a in attacks]
+    quick = {"fixed": AutoAttack(steps=4, n_queries=4), "random": AutoAttack(version="rand", steps=4)}
+    attacks = [
+        dataclasses.replace(spec, attack=quick[spec.variant]) if isinstance(spec.attack, AutoAttack) else spec
+        for spec in default_attacks(model)
+    ]
+    attacks = [FGSM(), *attacks]
     report = evaluate(model, x[:12], y[:12], attacks=attacks, eps=eps, norm="l1", steps=4, progress=False)
     moved = [row for row in report.rows if row.examples is not None and row.kind != "clean"]
     assert {"fgsm", "pgd", "autoattack"} <= {row.kind for row in moved}
@@ -856,14 +898,14 @@ def test_every_row_of_the_default_plan_in_the_l1_ball(toy):
 
 @pytest.mark.parametrize("eps, text", [(0.5, "0.5"), (8 / 255, "8/255"), (1, "1"), (0.2, "0.2"), (0.123456, "0.123")])
 def test_radii_are_short(eps, text):
-    assert protocol._short(eps) == text
+    assert labels.short(eps) == text
 
 
 def test_labels_name_the_threat_and_the_weak_protocol_once(shattered):
     model, x, y = shattered
     attacks = [
-        Attack("bpda", norm="l2", eps=0.5, label="BPDA in L2 0.5"),
-        Attack(norm="l2", eps=0.5, label="mine", target="classifier", variant="random"),
+        AttackSpec(BPDA(norm="l2", eps=0.5), label="BPDA in L2 0.5"),
+        AttackSpec(PGD(norm="l2", eps=0.5), label="mine", target="classifier", variant="random"),
     ]
     report = evaluate(model, x[:4], y[:4], attacks=attacks, steps=1, n_eval=1, eps=FAINT, progress=False)
     assert [row.attack for row in report.rows[1:]] == [
@@ -875,7 +917,7 @@ def test_labels_name_the_threat_and_the_weak_protocol_once(shattered):
 
 def test_what_a_model_lacks_is_said(toy):
     model, x, y = toy
-    attacks = [Attack("bpda"), Attack("stadv", steps=2), Attack(target="classifier")]
+    attacks = [BPDA(), StAdv(steps=2), AttackSpec(PGD(), target="classifier")]
     report = evaluate(Plain(model), x, y, attacks=attacks, steps=1, name="m", **QUIET)
     assert report.attacks == ["clean", "StAdv-2 margin, flow 0.05"]
     assert report.notes == [
@@ -885,31 +927,31 @@ def test_what_a_model_lacks_is_said(toy):
 
 
 def test_bpda_and_stadv_of_noisy_copies_and_of_carso(toy):
-    """Randomised defences: every variant, and BPDA through another head."""
+    """StochasticDefence defences: every variant, and BPDA through another head."""
     _, x, y = toy
     x, y = x[:12], torch.arange(12) % 10
     classifier = SmallCNN(3, 10, (16, 16), 4)
-    noisy = NoisyCopies(classifier, 0.1, samples=2)
-    report = evaluate(noisy, x, y, attacks=[Attack("stadv"), Attack("stadv", variant="fixed")], steps=2, **QUIET)
+    noisy = NoisyEnsemble(classifier, 0.1, samples=2)
+    report = evaluate(noisy, x, y, attacks=[StAdv(), AttackSpec(StAdv(), variant="fixed")], steps=2, **QUIET)
     assert [row.variant for row in report.rows] == ["random", "fixed", "random", "fixed", "all"]
     assert report.attacks[-2:] == ["StAdv-2 margin, fixed noise, flow 0.05", "worst, flow 0.05"]
     carso = Carso(classifier, ["conv2"], (3, 16, 16), cond_dim=8, latent_dim=4, samples=2)
     y = carso.eval()(x).argmax(1)
-    attacks = [Attack("bpda"), Attack("bpda", variant="deterministic", restarts=2), Attack("bpda", head="mean")]
-    report = evaluate(carso, x, y, attacks=attacks, steps=2, eot=2, **QUIET)
+    attacks = [BPDA(), AttackSpec(BPDA(restarts=2), variant="deterministic"), BPDA(aggregation="mean")]
+    report = evaluate(carso, x, y, attacks=attacks, steps=2, eot_iter=2, **QUIET)
     assert [row.attack for row in report.rows[2:5]] == [
         "BPDA-2 ce", "BPDA-2 ce x2, deterministic", "BPDA-2 ce through mean",
     ]  # fmt: skip
     attacked = [row.settings["attacked"] for row in report.rows[2:5]]
     assert [row.health["gradients"] for row in report.rows[2:5]] == [2 * attacked[0], 4 * attacked[1], 2 * attacked[2]]
-    assert [row.settings["eot"] for row in report.rows[2:5]] == [2, 1, 2] and len(report.row("worst").robust) == 12
+    assert [row.settings["eot_iter"] for row in report.rows[2:5]] == [2, 1, 2] and len(report.row("worst").robust) == 12
 
 
 def test_stadv_restarts_keep_the_worst_of_each_image(toy):
     model, x, y = toy
     plain = Plain(model)
-    faint = {"eps": 0.002, "alpha": 0.0005}
-    attacks = [Attack("stadv", label="one", **faint), Attack("stadv", restarts=3, **faint)]
+    faint = {"eps": 0.002, "rate": 0.0005}
+    attacks = [AttackSpec(StAdv(**faint), label="one"), StAdv(restarts=3, **faint)]
     report = evaluate(plain, x, y, attacks=attacks, steps=2, eps=FAINT, progress=False)
     one, three = report.row("one, flow 0.002"), report.row("StAdv-2 margin x3, flow 0.002")
     assert 0 < three.robust.sum() <= one.robust.sum() < len(x) and not (three.robust & ~one.robust).any()
@@ -924,28 +966,29 @@ def test_options_reach_the_attacks(toy, monkeypatch):
     model, x, y = toy
     seen = {}
     for name in ("pgd", "stadv"):
-        original = getattr(protocol, name)
+        module = import_module(f"purify_fast.attacks.{name}")
+        original = getattr(module, name)
         monkeypatch.setattr(
-            protocol, name, lambda *a, original=original, name=name, **o: seen.update({name: o}) or original(*a, **o)
+            module, name, lambda *a, original=original, name=name, **o: seen.update({name: o}) or original(*a, **o)
         )
-    attacks = [Attack("stadv", alpha=0.02, smoothness=0.0, eps=0.1), lee_kim_2023()]
+    attacks = [StAdv(rate=0.02, smoothness=0.0, eps=0.1), lee_kim_2023()]
     evaluate(model, x[:4], y[:4], attacks=[attacks[0]], steps=2, **QUIET)
-    assert {k: seen["stadv"][k] for k in ("rate", "smoothness", "eps", "steps", "loss", "start")} == {
-        "rate": 0.02, "smoothness": 0.0, "eps": 0.1, "steps": 2, "loss": "margin", "start": False,
+    assert {k: seen["stadv"][k] for k in ("rate", "smoothness", "eps", "steps", "loss", "random_start")} == {
+        "rate": 0.02, "smoothness": 0.0, "eps": 0.1, "steps": 2, "loss": "margin", "random_start": False,
     }  # fmt: skip
     assert "norm" not in seen["stadv"]
     report = evaluate(model, x[:1], y[:1], attacks=[attacks[1]], **QUIET)
-    got = {k: seen["pgd"][k] for k in ("alpha", "steps", "eot", "start", "norm", "eps", "loss")}
+    got = {k: seen["pgd"][k] for k in ("alpha", "steps", "eot_iter", "random_start", "norm", "eps", "loss")}
     assert got == {
-        "alpha": pytest.approx(0.007), "steps": 200, "eot": 20, "start": False, "norm": "linf", "eps": 8 / 255,
-        "loss": "ce",
+        "alpha": pytest.approx(0.007), "steps": 200, "eot_iter": 20, "random_start": False, "norm": "linf",
+        "eps": 8 / 255, "loss": "ce",
     }  # fmt: skip
     assert report.rows[1].attack == "PGD-200 ce + EOT (Lee & Kim 2023)" and report.rows[1].threat is None
 
 
 def test_lee_kim_in_another_ball():
     attack = lee_kim_2023(4 / 255)
-    assert attack.alpha == pytest.approx(0.0035) and attack.eps == 4 / 255
+    assert attack.attack.alpha == pytest.approx(0.0035) and attack.attack.eps == 4 / 255
 
 
 def test_new_attacks_are_kept_and_found_again(tmp_path, shattered):
@@ -959,10 +1002,10 @@ def test_new_attacks_are_kept_and_found_again(tmp_path, shattered):
 
     # plans that differ in one thing each: no row of one is taken for another's
     plans = [
-        Attack(), Attack(start=False), Attack(eps=0.01), Attack(eps=0.5, norm="l2"), Attack(target="classifier"),
-        Attack("bpda"), Attack("bpda", head="mean"), Attack("bpda", start=False),
-        Attack("stadv"), Attack("stadv", smoothness=0.0), Attack("stadv", eps=0.1), Attack("stadv", alpha=0.02),
-        Attack("stadv", target="classifier"), Attack("stadv", loss="ce"),
+        PGD(), PGD(random_start=False), PGD(eps=0.01), PGD(eps=0.5, norm="l2"), AttackSpec(PGD(), target="classifier"),
+        BPDA(), BPDA(aggregation="mean"), BPDA(random_start=False),
+        StAdv(), StAdv(smoothness=0.0), StAdv(eps=0.1), StAdv(rate=0.02),
+        AttackSpec(StAdv(), target="classifier"), StAdv(loss="ce"),
     ]  # fmt: skip
     first = []
     for number, plan in enumerate(plans, 1):
@@ -974,24 +1017,24 @@ def test_new_attacks_are_kept_and_found_again(tmp_path, shattered):
         assert made < few + 1 and again.to_json() == before.to_json()
         assert again.rows[1].threat == before.rows[1].threat
     # the same attack by another name, and from a report whose own ball it is, is the same row
-    named, made = run(Attack("bpda", label="by another name"))
+    named, made = run(AttackSpec(BPDA(), label="by another name"))
     assert made < few + 1 and named.rows[1].attack == "by another name"
-    other, made = run(Attack(), eps=0.01)
+    other, made = run(PGD(), eps=0.01)
     assert made < few + 1 and (other.rows[1].attack, other.rows[1].threat) == ("PGD-2 ce", None)
     assert first[2].rows[1].attack == "PGD-2 ce, L-inf 0.01"
 
 
-@pytest.mark.parametrize("attack", [Attack("bpda", restarts=2), Attack("stadv"), Attack("stadv", restarts=2)])
+@pytest.mark.parametrize("attack", [BPDA(restarts=2), StAdv(), StAdv(restarts=2)])
 def test_the_bars_total_of_the_new_attacks_is_exact(shattered, monkeypatch, attack):
     bars = []
 
-    class Bar(protocol.tqdm):
+    class Bar(watched.tqdm):
         def __init__(self, *args, **more):
             super().__init__(*args, **more | {"disable": False, "file": io.StringIO()})
             bars.append(self)
 
-    monkeypatch.setattr(protocol, "tqdm", Bar)
+    monkeypatch.setattr(watched, "tqdm", Bar)
     model, x, y = shattered
-    evaluate(model, x[:8], y[:8], steps=3, eot=2, attacks=[attack], eps=FAINT)
+    evaluate(model, x[:8], y[:8], steps=3, eot_iter=2, attacks=[attack], eps=FAINT)
     (bar,) = bars
     assert bar.n == bar.total > 0

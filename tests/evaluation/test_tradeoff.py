@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from purify_fast.evaluation import Tradeoff, ar_bd, ar_point_dist, plot_tradeoff
-from purify_fast.evaluation.tradeoff import _foot, _linear_delta, _pchip
+from purify_fast.evaluation.metrics import interpolate, linear_delta, nearest_point
 
 # scipy comes with the extras eval and demo
 needs_scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="needs scipy")
@@ -24,7 +24,7 @@ def flipped(points):
 
 
 def foot(reference, point):
-    return _foot(_pchip(*np.array(reference, dtype=float).T), *point)
+    return nearest_point(interpolate(*np.array(reference, dtype=float).T), *point)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_shift_is_the_delta():
 @needs_scipy
 def test_point_beside_a_straight_line():
     point = (90, 52)
-    assert point[1] - float(_pchip(*np.array(LINE, dtype=float).T)(90)) == pytest.approx(2, abs=1e-12)
+    assert point[1] - float(interpolate(*np.array(LINE, dtype=float).T)(90)) == pytest.approx(2, abs=1e-12)
     assert ar_point_dist(LINE, point) == pytest.approx(math.sqrt(2), abs=1e-12)
     assert foot(LINE, point) == pytest.approx((89, 51), abs=1e-12)
     assert ar_point_dist(LINE, (88, 50)) == pytest.approx(-math.sqrt(2), abs=1e-12)
@@ -104,7 +104,7 @@ def test_point_beside_a_straight_line():
 
 @needs_scipy
 def test_interpolation():
-    curve = _pchip(*np.array(BENT, dtype=float).T)
+    curve = interpolate(*np.array(BENT, dtype=float).T)
     assert curve([82, 85, 87, 89]) == pytest.approx([54.631410256, 53.580128205, 52.190476190, 48.955357143], abs=5e-10)
     assert float(curve.integrate(80, 90)) == pytest.approx(527.318376068, abs=5e-10)
 
@@ -144,8 +144,8 @@ def test_the_published_bjontegaard_example():
     """The README of the package bjontegaard, of rates in kbit/s and PSNR in dB, by its own logarithmic forms."""
     rate = np.log10([[9487.76, 4593.60, 2486.44, 1358.24], [9787.80, 4469.00, 2451.52, 1356.24]])[:, ::-1]
     psnr = np.array([[40.037, 38.615, 36.845, 34.851], [40.121, 38.651, 36.970, 34.987]])[:, ::-1]
-    assert _linear_delta(rate[0], psnr[0], rate[1], psnr[1]) == pytest.approx(0.119692785, abs=5e-10)
-    delta = _linear_delta(psnr[0], rate[0], psnr[1], rate[1])
+    assert linear_delta(rate[0], psnr[0], rate[1], psnr[1]) == pytest.approx(0.119692785, abs=5e-10)
+    delta = linear_delta(psnr[0], rate[0], psnr[1], rate[1])
     assert 100 * (10**delta - 1) == pytest.approx(-4.417485351, abs=5e-10)
 
 
@@ -189,11 +189,11 @@ def test_foot_is_the_nearest_of_all(seed):
     if seed % 3 == 0:
         x[1] = x[0] + 10.0 ** -random.integers(1, 9)
     y = random.uniform(20, 60, len(x)) if seed % 2 else np.sort(random.integers(20, 40, len(x)))[::-1].astype(float)
-    curve = _pchip(x, y)
+    curve = interpolate(x, y)
     dense = np.concatenate([np.linspace(*ends, 20_001) for ends in itertools.pairwise(x)])
     values = curve(dense)
     for point in random.uniform([55, 15], [100, 65], (30, 2)):
-        near = _foot(curve, *point)
+        near = nearest_point(curve, *point)
         assert near[1] == pytest.approx(float(curve(near[0])), abs=1e-9) and x[0] <= near[0] <= x[-1] + 1e-12
         best = np.hypot(dense - point[0], values - point[1]).min()
         assert best - 2e-3 <= math.dist(near, point) <= best + 1e-9
@@ -234,10 +234,10 @@ def test_picture(tmp_path):
 
 def test_names_do_not_cover_each_other(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    from purify_fast.evaluation import tradeoff
+    from purify_fast.evaluation import plots
 
     kept = []
-    monkeypatch.setattr(tradeoff, "_save", lambda figure, path: kept.append(figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
     random = np.random.default_rng(0)
     points = {f"model {i}": tuple(random.uniform([85, 45], [86, 46])) for i in range(12)}
     assert plot_tradeoff(tmp_path / "a.png", points | PUBLISHED)

@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from purify_fast import _library
 from purify_fast.ops import REGISTRY, use_backend
+from purify_fast.ops import _examples as examples
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import examples, measure  # noqa: E402
+from benchmarks import measure  # noqa: E402
 from benchmarks.ops import Case, registry  # noqa: E402
 
 DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))

@@ -127,8 +127,8 @@ MAKERS = {
 def test_statistics_of_any_kind(kind):
     model = WideResNet(10, 1, mean=kind([0.1, 0.2, 0.3]), std=np.float64(0.5))
     assert model.arguments["mean"] == pytest.approx([0.1, 0.2, 0.3]) and model.arguments["std"] == [0.5]
-    assert model.normalise(torch.full((1, 3, 1, 1), 0.3)).flatten().tolist() == pytest.approx([0.4, 0.2, 0.0], abs=1e-6)
-    assert not any("normalise" in name for name in model.state_dict())
+    assert model.normalize(torch.full((1, 3, 1, 1), 0.3)).flatten().tolist() == pytest.approx([0.4, 0.2, 0.0], abs=1e-6)
+    assert not any("normalize" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ..._files import write_text
+from ...attacks import PGD, AutoAttack
+from ...attacks.autoattack import implementation
 from ...data import DataSet
-from ...evaluation import Attack, Tradeoff, ar_point_dist, evaluate, plot_tradeoff
-from ...evaluation.autoattack import implementation
+from ...evaluation import AttackSpec, Tradeoff, ar_point_dist, evaluate, plot_tradeoff
 from ...models.classifiers import representation_before_pooling
 from ...training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, load_classifier, save_classifier
 from .config import AblationConfig, ArrestConfig
@@ -156,9 +157,9 @@ def _attack(
     folder: Path,
     progress: bool,
 ) -> _Result:
-    attacks = [Attack(loss="ce"), Attack(loss="dlr", survivors=True, label=ROBUST)]
+    attacks = [AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True, label=ROBUST)]
     if what.autoattack:
-        attacks.append(Attack("autoattack", survivors=True, limit=what.autoattack, label=AUTO))
+        attacks.append(AttackSpec(AutoAttack(), survivors_only=True, max_images=what.autoattack, label=AUTO))
     report = evaluate(
         model, images.x_test[: what.images], images.y_test[: what.images],
         eps=config.attack.eps, norm=config.attack.norm,

@@ -30,9 +30,9 @@ class ArrestConfig:
     replay=False`` it is adversarial finetuning, and of a fresh classifier PGD adversarial training.
 
     Args:
-        attack: PGD on the cross-entropy alone. Paper: eps 8/255, linf; paper and port: 10 steps of 2/255. Its steps
-            must together reach eps. Own: the random start, and alpha None, which is 2.5 eps / steps. The port has no
-            warm-up.
+        attack: PGD on the cross-entropy alone. Paper: eps 8/255, linf; paper and port: 10 steps of 2/255, which alpha
+            None, 2.5 eps / steps, gives at these numbers and keeps in proportion at others. Its steps must together
+            reach eps. Own: the random start. The port has no warm-up.
         distillation_weight: weight of the distillation, lambda (port: 50); 0 leaves it out.
         distance: d, of two representations: "abs_cosine" (port; what the paper calls angular), "cosine", "angular" or
             "l2".
@@ -61,7 +61,7 @@ class ArrestConfig:
         ValueError: a setting out of range; the message names it.
     """
 
-    attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=10, alpha=2 / 255)
+    attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=10)
     distillation_weight: float = 50.0
     distance: Distance = "abs_cosine"
     pooled: bool = False

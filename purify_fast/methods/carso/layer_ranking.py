@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...attacks import pgd
+from ...attacks.arguments import Norm
 from ...models.representation import Representation, first_tensor
 
 
@@ -42,7 +43,7 @@ def rank_layers(
     y: Tensor,
     *,
     eps: float,
-    norm: str = "linf",
+    norm: Norm = "linf",
     steps: int = 20,
     seed: int = 0,
     max_features: int = 2048,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import purify_fast
-from purify_fast.attacks import Bpda
-from purify_fast.evaluation import Attack, evaluate
+from purify_fast.attacks import BPDA, PGD, BpdaModel
+from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, MaskedAutoencoder, SmallGenerator
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, fit
@@ -49,10 +49,10 @@ def test_the_gradient_may_be_taken_when_the_noise_is_no_longer_fixed():
 
 def test_a_classifier_in_bfloat16_is_attacked_and_trained_with():
     made, y = defence(SmallCNN(width=4).bfloat16()), torch.arange(4)
-    attacks = [Attack("bpda", steps=2), Attack(target="classifier", steps=2), Attack(loss="ce", steps=2)]
-    report = evaluate(made, images(), y, eps=0.1, attacks=attacks, eot=1, progress=False)
+    attacks = [BPDA(steps=2), AttackSpec(PGD(steps=2), target="classifier"), PGD(loss="ce", steps=2)]
+    report = evaluate(made, images(), y, eps=0.1, attacks=attacks, eot_iter=1, progress=False)
     assert [row.kind for row in report.rows][1:4] == ["bpda", "pgd", "pgd"]
-    assert Bpda.of(made)(images()).dtype == torch.float32
+    assert BpdaModel.of(made)(images()).dtype == torch.float32
     loss = made.training_step(Batch(images(), y, torch.arange(4), 0, 5, 10), AtopConfig())
     loss.backward()
     assert loss.isfinite() and all(p.grad is None for p in made.classifier.parameters())

@@ -65,7 +65,7 @@ def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys, monk
     for folder in (tuned, pipeline):
         assert f"attack it with: purify-fast evaluate {folder} --data {made / 'bars.npz'} --eps 0.05\n" in said
 
-    few = ["--images", "8", "--steps", "2", "--eot", "2", "--autoattack", "0", "--eps", "0.05", "--device", "cpu"]
+    few = ["--images", "8", "--steps", "2", "--eot-iter", "2", "--autoattack", "0", "--eps", "0.05", "--device", "cpu"]
     few += ["--also", "classifier", "l2", "l1", "--l2-eps", "0.25", "--l1-eps", "2"]
     data = ["--data", str(made / "bars.npz")]
     assert cli.main(["evaluate", str(pipeline), *data, *few]) == 0
@@ -88,7 +88,7 @@ def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys, monk
 
 
 def test_from_scratch_with_every_setting(made, tmp_path):
-    settings = ["--transform", "rt2", "--sigma", "0.2", "--block", "2", "--missing", "0.5", "--samples", "2"]
+    settings = ["--transform", "rt2", "--sigma", "0.2", "--block", "2", "--mask-ratio", "0.5", "--samples", "2"]
     options = ["--init", "None", "--width", "2", "--shared-mask", "--eps", "0.05"]
     assert run("atop", made, tmp_path, *options, *settings) == 0
     loaded = purify_fast.load_defence(tmp_path)
@@ -114,7 +114,7 @@ def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, cap
     path = tmp_path / "states.pth"
     DeepFillGenerator(3, 4).save_official(path)
     options = ["--init", "None", "--purifier", "deepfill", "--weights", str(path), "--learning-rate", "0"]
-    assert run("atop", made, tmp_path / "out", *options, "--cls-delay-epochs", "0", "--aggregation", "probability") == 0
+    assert run("atop", made, tmp_path / "out", *options, "--cls-delay-epochs=0", "--aggregation", "mean_softmax") == 0
     loaded, wanted = purify_fast.load_defence(tmp_path / "out"), DeepFillGenerator.from_official(path).state_dict()
     assert loaded.aggregation == "probability" and loaded.purifier.module.arguments["width"] == 4
     assert all(torch.equal(value, wanted[name]) for name, value in loaded.purifier.module.state_dict().items())
@@ -158,14 +158,14 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(made, generator, tmp_path,
         (["--purifier", "deepfill"], "purifier"),
         (["--width", "4"], "width"),
         (["--residual"], "residual"),
-        (["--aggregation", "probability"], "aggregation"),
+        (["--aggregation", "mean_softmax"], "aggregation"),
         (["--weights", "mine.pth"], "weights"),
         (["--transform", "rt1"], "transform"),
         (["--sigma", "0.1"], "sigma"),  # the saved value too
         (["--transform", "rt2"], "transform"),  # and the default
-        (["--sigma", "0.25", "--parts", "4"], "sigma, parts"),
-        (["--block", "4", "--parts", "2"], "block, parts"),
-        (["--missing", "0.5"], "missing"),
+        (["--sigma", "0.25", "--num-passes", "4"], "sigma, num_passes"),
+        (["--block", "4", "--num-passes", "2"], "block, num_passes"),
+        (["--mask-ratio", "0.5"], "mask_ratio"),
         (["--samples", "2"], "samples"),
         (["--shared-mask"], "shared_mask"),
     ],
@@ -182,10 +182,10 @@ def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys, 
     ("options", "message"),
     [
         (["--sigma=-0.1"], "sigma must be finite and not negative, got -0.1"),
-        (["--missing", "1.0"], "mask_ratio must be in [0, 1), got 1.0"),
+        (["--mask-ratio", "1.0"], "mask_ratio must be in [0, 1), got 1.0"),
         (["--block", "3"], "block must be at least 1 and divide the image, got block = 3 for 16 x 8"),
         (
-            ["--transform", "rt3", "--parts", "3"],
+            ["--transform", "rt3", "--num-passes", "3"],
             "num_passes must be 1 to 32 and divide the 32 blocks of an image, got 3",
         ),
         (["--transform", "rt4"], "transform must be one of rt1, rt2, rt3, got 'rt4'"),

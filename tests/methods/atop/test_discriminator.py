@@ -1,4 +1,4 @@
-"""SN-PatchGAN: its published sizes, and a spectral normalisation that is a function of its input."""
+"""SN-PatchGAN: its published sizes, and a spectral normalization that is a function of its input."""
 
 import copy
 

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import purify_fast
 from purify_fast import attacks
-from purify_fast.methods.carso import Carso, Head
+from purify_fast.methods.carso import Carso, WithAggregation
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 
@@ -53,7 +53,7 @@ def test_forward_is_logsumexp_and_peel_decides_the_same(carso):
         torch.testing.assert_close(carso(x), torch.logsumexp(logits, 1))
         torch.testing.assert_close(carso.peel(x), aggregate(logits, "peel"))
         assert torch.equal(carso(x).argmax(1), carso.peel(x).argmax(1))
-        torch.testing.assert_close(Head(carso, "mean")(x), logits.mean(1))
+        torch.testing.assert_close(WithAggregation(carso, "mean")(x), logits.mean(1))
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
@@ -227,7 +227,7 @@ def test_input_gradients_match_finite_differences():
 def test_an_attack_leaves_no_weight_gradients_and_restores_the_mode():
     made = defence().train()
     trainable = {name for name, p in made.named_parameters() if p.requires_grad}
-    attacks.pgd(made, images(3), torch.tensor([1, 2, 3]), eps=0.1, steps=2, eot=2)
+    attacks.pgd(made, images(3), torch.tensor([1, 2, 3]), eps=0.1, steps=2, eot_iter=2)
     assert made.training and not made.classifier.training and made.condition_encoder.layers[0].training is not False
     assert {name for name, p in made.named_parameters() if p.requires_grad} == trainable
     assert all(p.grad is None for p in made.parameters())

@@ -1,26 +1,27 @@
-"""Small inputs of every registered op, as its kernel takes them: what the tests on a device and the sanitizers run.
+"""Small inputs of every registered op, as its kernel takes them: what kernels are verified and tested with.
 
-To add an op: write a generator here under its name. ``python -m benchmarks.examples`` runs every op once.
+To add an op: write a generator here under its name. ``python -m benchmarks.every_op`` runs every op once.
+The file is longer than others because it is a list, of which each op has a part that is read alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from purify_fast.ops import REGISTRY, Stream
-from purify_fast.ops.aggregate import METHODS
-from purify_fast.ops.apgd_step import NORMS as APGD_NORMS
-from purify_fast.ops.decode_samples import Geometry, Layer, pack
-from purify_fast.ops.pgd_step import NORMS
-from purify_fast.ops.philox import DISTRIBUTIONS
-from purify_fast.ops.representation_distance import KINDS
+from ._op import REGISTRY
+from .aggregate import METHODS
+from .apgd_step import NORMS as APGD_NORMS
+from .decode_samples import Geometry, Layer, pack
+from .pgd_step import NORMS
+from .philox import DISTRIBUTIONS, Stream
+from .representation_distance import KINDS
 
 HALVES = (torch.bfloat16, torch.float16)
 NHWC = torch.channels_last
@@ -148,7 +149,7 @@ def _latent(dtype: torch.dtype, seed: int, shape: tuple[int, ...]) -> tuple:
 
 def sample_latent() -> Iterator[Example]:
     for shape in LATENTS:
-        yield Example(_name(shape), lambda dtype, seed, shape=shape: _latent(dtype, seed, shape), slack=16.0)
+        yield Example(_name(shape), partial(_latent, shape=shape), slack=16.0)
 
 
 def sample_latent_backward() -> Iterator[Example]:
@@ -170,7 +171,7 @@ def _reconstruction(dtype: torch.dtype, seed: int, shape: tuple[int, ...]) -> tu
 
 def reconstruction_loss() -> Iterator[Example]:
     for shape in IMAGES:
-        yield Example(_name(shape), lambda dtype, seed, shape=shape: _reconstruction(dtype, seed, shape))
+        yield Example(_name(shape), partial(_reconstruction, shape=shape))
 
 
 def reconstruction_loss_backward() -> Iterator[Example]:
@@ -195,8 +196,7 @@ def _step(last: bool, momentum: bool) -> Iterator[Example]:
                 images = [(clean + 0.2 * (_uniform(seed + i, *shape) - 0.5)).clamp(0, 1) for i in (300, 400)]
                 given = [images[0], grad, clean] + ([images[1]] if momentum else [])
                 given = [x.to(dtype).contiguous(memory_format=NHWC) if last else x.to(dtype) for x in given]
-                radii = torch.linspace(0.01, 0.4, ROWS), torch.linspace(0.02, 1, ROWS)
-                radii = tuple(radius.to(_wide(dtype)) for radius in radii)
+                radii = [torch.linspace(low, high, ROWS).to(_wide(dtype)) for low, high in ((0.01, 0.4), (0.02, 1.0))]
                 return *given, *radii, *([0.75] if momentum else []), norm, 0.1, 0.9, *([] if momentum else [0.05])
 
             yield Example(_name(shape, name, "channels_last" if last else ""), make, exact=norm == 0)
@@ -282,9 +282,11 @@ def _features(dtype: torch.dtype, seed: int, shape: tuple[int, ...]) -> Tensor:
 
 def gated_elu() -> Iterator[Example]:
     for shape, dim in GATED:
-        yield Example(
-            _name(shape, f"dim {dim}"), lambda dtype, seed, shape=shape, dim=dim: (_features(dtype, seed, shape), dim)
-        )
+
+        def make(dtype: torch.dtype, seed: int, shape=shape, dim=dim) -> tuple:
+            return _features(dtype, seed, shape), dim
+
+        yield Example(_name(shape, f"dim {dim}"), make)
 
 
 def gated_elu_backward() -> Iterator[Example]:
@@ -311,7 +313,11 @@ def _attended(dtype: torch.dtype, seed: int, height: int, width: int, channels: 
 
 def contextual_attention() -> Iterator[Example]:
     for size in ATTENDED:
-        yield Example(_name(size), lambda dtype, seed, size=size: _attended(dtype, seed, *size))
+
+        def make(dtype: torch.dtype, seed: int, size=size) -> tuple:
+            return _attended(dtype, seed, *size)
+
+        yield Example(_name(size), make)
 
 
 def contextual_attention_backward() -> Iterator[Example]:
@@ -339,10 +345,11 @@ def _layers(dtype: torch.dtype, seed: int, shapes: tuple) -> tuple[list[Tensor],
 def representation_distance() -> Iterator[Example]:
     for kind, name in enumerate(KINDS):
         for shapes in LAYERS:
-            yield Example(
-                f"{name} {len(shapes)} layers",
-                lambda dtype, seed, kind=kind, shapes=shapes: (*_layers(dtype, seed, shapes), kind),
-            )
+
+            def make(dtype: torch.dtype, seed: int, kind=kind, shapes=shapes) -> tuple:
+                return *_layers(dtype, seed, shapes), kind
+
+            yield Example(f"{name} {len(shapes)} layers", make)
 
 
 def representation_distance_backward() -> Iterator[Example]:
@@ -418,24 +425,5 @@ def of(op: str) -> list[Example]:
     """The examples of an op; KeyError, saying where they belong, if it has none."""
     generator = globals().get(op)
     if op not in REGISTRY or generator is None:
-        raise KeyError(f"{op} has no examples: write a generator of that name in benchmarks/examples.py")
+        raise KeyError(f"{op} has no examples: write a generator of that name in purify_fast/ops/_examples.py")
     return list(generator())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Runs every registered op once for each of its examples.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    device = torch.device(parser.parse_args().device)
-    count = 0
-    for name, op in REGISTRY.items():
-        for example in of(name):
-            for out in tensors(op.handle(*to(example.make(example.dtypes[0], 0), device))):
-                assert out.dtype == torch.uint8 or math.isfinite(out.double().sum()), (name, example.name)
-            count += 1
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    print(f"{len(REGISTRY)} ops, {count} examples on {device}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,290 @@
+"""AutoAttack (Croce & Hein, ICML 2020) from the package ``pyautoattack`` or ``autoattack``, whichever is installed.
+
+Both draw from torch's global generator, and both trace Python calls once: the caller forks the generator, the trace is
+put back here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import inspect
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .._validation import check_literal
+from ..ops.pgd_step import pgd_step
+from ..protocols import Classifier
+from .arguments import Norm, NormName, check_at_least_one, read_norm
+from .base import AttackContext, BallAttack
+from .draws import input_gradient
+from .frozen_model import frozen
+from .pgd import pgd
+
+Version = Literal["standard", "rand"]
+#: Its authors' own steps of APGD and FAB, draws of the version "rand", and queries of Square.
+STEPS, DRAWS, QUERIES = 100, 20, 5000
+_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+
+
+def implementation() -> type:
+    """The class ``AutoAttack`` of the package that is installed; ModuleNotFoundError says how to get one."""
+    for package in ("pyautoattack", "autoattack"):
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(package).AutoAttack
+    raise ModuleNotFoundError(
+        "AutoAttack is not installed: pip install 'purify-fast[eval]' (pyautoattack), or leave its rows out"
+    )
+
+
+def parts(version: str, classes: int) -> tuple[list[str], str | None]:
+    """AutoAttack's attacks that can run with so many classes, and the one that a margin attack must stand in for.
+
+    The DLR loss needs 3 classes, its targeted form 4.
+    """
+    if version == "rand":
+        return (["apgd-ce", "apgd-dlr"], None) if classes >= 3 else (["apgd-ce"], "apgd-dlr")
+    if classes >= 4:
+        return ["apgd-ce", "apgd-t", "fab-t", "square"], None
+    return ["apgd-ce", *(["apgd-dlr"] if classes == 3 else []), "fab-t", "square"], "apgd-t"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAttack(BallAttack):
+    """AutoAttack, as a row of an evaluation. It draws from torch's global generator: the caller forks that.
+
+    Args:
+        version: "standard", for a model that predicts the same every time, or "rand", whose gradients are averaged over
+            the draws.
+        steps: of its APGD and FAB; None: 100, its authors' own.
+        n_queries: queries of its Square; its authors' own are 5000.
+        eot_iter: draws of a random model averaged per step of the version "rand"; None: 20, its authors' own.
+        eps: radius of another ball than the report's, in image units; None: the report's.
+        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    kind: ClassVar[str] = "autoattack"
+    batches_itself: ClassVar[bool] = True
+
+    version: Version = "standard"
+    steps: int | None = None
+    n_queries: int = QUERIES
+    eot_iter: int | None = None
+    eps: float | None = None
+    norm: Norm | None = None
+
+    def __post_init__(self) -> None:
+        check_literal("version", self.version, Version)
+        check_at_least_one(steps=self.steps, n_queries=self.n_queries, eot_iter=self.eot_iter)
+        self.check_ball()
+
+    def name(self, context: AttackContext) -> str:
+        name = f"AutoAttack {self.version}"
+        if self.steps not in (None, STEPS):
+            name += f", {self.steps} steps"
+        if self.version == "standard" and self.n_queries != QUERIES:
+            name += f", {self.n_queries} queries"
+        run, replaced = parts(self.version, context.num_classes)
+        if replaced is not None:
+            name += f" ({' + '.join(run)}; PGD margin for {replaced}: {context.num_classes} classes)"
+        return name
+
+    def draws(self, context: AttackContext) -> int:
+        return (self.eot_iter or DRAWS) if context.draws_differ else 1
+
+    def cost(self, context: AttackContext) -> None:
+        """None: it stops early where it has won."""
+        return None
+
+    def revision(self) -> str:
+        """That of this class, and the installed package with its version."""
+        package = implementation().__module__.partition(".")[0]
+        # an installation without metadata, such as a folder on the path, has no version
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            package += f" {importlib.metadata.version(package)}"
+        return f"1, {package}"
+
+    def settings(self, context: AttackContext) -> dict[str, Any]:
+        run, replaced = parts(self.version, context.num_classes)
+        own = {"steps": self.steps or STEPS, "attacks": run, "replaced_by_pgd_margin": replaced}
+        return super().settings(context) | own
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        """Attack what `target` gave, batch by batch; `AttackContext.warnings` gets AutoAttack's own.
+
+        Args:
+            target: an ``nn.Module``, as AutoAttack wants one.
+            x: float32 images ``[B, C, H, W]`` in [0, 1], on the model's device.
+            y: labels, int64 ``[B]``.
+            context: what the evaluation tells.
+
+        Returns:
+            Adversarial images; the clean one where AutoAttack found none.
+
+        Raises:
+            ModuleNotFoundError: AutoAttack is not installed.
+        """
+        if len(x) == 0:
+            return x.clone()
+        norm, eps = self.ball(context)
+        with frozen(target):
+            found, warnings = autoattack(
+                target,
+                x,
+                y,
+                eps=eps,
+                norm=norm,
+                version=self.version,
+                num_classes=context.num_classes,
+                seed=context.seed,
+                batch_size=context.batch_size,
+                steps=self.steps or STEPS,
+                eot_iter=self.draws(context),
+                n_queries=self.n_queries,
+                max_forward_batch=context.max_forward_batch,
+            )
+            context.warnings.extend(warnings)
+            if context.health is not None:
+                for a, b, c in zip(*(whole.split(context.batch_size) for whole in (x, found, y)), strict=True):
+                    for point in (a, b):
+                        context.health.see_gradient(input_gradient(target, point, c)[0])
+        return found
+
+
+def autoattack(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: NormName,
+    version: Version,
+    num_classes: int,
+    seed: int,
+    batch_size: int,
+    steps: int = STEPS,
+    eot_iter: int = DRAWS,
+    n_queries: int = QUERIES,
+    max_forward_batch: int | None = None,
+) -> tuple[Tensor, list[str]]:
+    """Run AutoAttack on images the model classifies.
+
+    Args:
+        model: images ``[B, C, H, W]`` to logits, an ``nn.Module``; within `purify_fast.attacks.frozen`.
+        x: images, float32 ``[B, C, H, W]`` in [0, 1], on the model's device.
+        y: labels, int64 ``[B]``.
+        eps: radius in image units.
+        norm: "linf", "l2" or "l1".
+        version: "standard" for a model that predicts the same every time, or "rand".
+        num_classes: classes of the model; below 4 some of AutoAttack's losses are not defined.
+        seed: of everything random.
+        batch_size: images attacked together.
+        steps: of APGD and FAB.
+        eot_iter: draws averaged per step of the version "rand".
+        n_queries: of Square.
+        max_forward_batch: images in one forward pass at most, of the margin attack that replaces what cannot run.
+
+    Returns:
+        Adversarial images (the clean one where AutoAttack found none), and AutoAttack's warnings.
+
+    Raises:
+        ModuleNotFoundError: AutoAttack is not installed.
+    """
+    norm = read_norm(norm)
+    attacks, replaced = parts(version, num_classes)
+    make = implementation()
+    warnings: list[str] = []
+    with _listening(warnings):
+        options = {"norm": _NORMS[norm], "eps": eps, "seed": seed, "version": version, "device": x.device}
+        known = inspect.signature(make.__init__).parameters  # type: ignore[misc]
+        adversary = make(model, **options, **({"verbose": False} if "verbose" in known else {}))
+        adversary.attacks_to_run = attacks
+        adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = min(9, num_classes - 1)
+        for part in (adversary.apgd, adversary.apgd_targeted):
+            _set_steps(part, steps)
+        adversary.fab.n_iter = steps
+        adversary.square.n_queries = n_queries
+        if version == "rand":
+            adversary.apgd.eot_iter = eot_iter
+        size = "batch_size" if "batch_size" in inspect.signature(adversary.run_standard_evaluation).parameters else "bs"
+        result = adversary.run_standard_evaluation(x, y, **{size: batch_size})
+        # the package autoattack returns the images alone
+        found = result[0] if isinstance(result, tuple) else result
+    if replaced is not None:
+        found = _with_margin(
+            model,
+            x,
+            y,
+            found,
+            batch_size,
+            eps=eps,
+            norm=norm,
+            steps=steps,
+            eot_iter=eot_iter if version == "rand" else 1,
+            seed=seed,
+            max_forward_batch=max_forward_batch,
+        )
+    # AutoAttack rounds a little past the ball
+    return pgd_step(found.detach(), torch.zeros_like(x), x, 0.0, eps, norm=norm), warnings
+
+
+def _with_margin(model: Classifier, x: Tensor, y: Tensor, found: Tensor, batch_size: int, **options: Any) -> Tensor:
+    """What AutoAttack found, or where that is nothing what PGD on the margin finds; ``options`` are `pgd`'s."""
+    with torch.no_grad():
+        left = [
+            part[model(found[part]).argmax(1) == y[part]]
+            for part in torch.arange(len(x), device=x.device).split(batch_size)
+        ]
+    for part in torch.cat(left).split(batch_size):
+        stronger = pgd(model, x[part], y[part], loss="margin", keep_best=True, sample_ids=part, **options)
+        with torch.no_grad():
+            wrong = model(stronger).argmax(1) != y[part]
+        found[part[wrong]] = stronger[wrong]
+    return found
+
+
+def _set_steps(part, steps: int) -> None:
+    """APGD derives its checkpoints from the number of steps when it is made."""
+    part.n_iter = part.n_iter_orig = steps
+    part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(r * steps), 1) for r in (0.22, 0.06, 0.03))
+
+
+class _Listener(logging.Handler):
+    def __init__(self, warnings: list[str]):
+        super().__init__(logging.WARNING)
+        self.warnings = warnings
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage().split(" See flags_doc")[0]
+        # a compiled model's first call looks like a dynamic defence to it; the losses that cannot run are replaced
+        known = "dynamic defense" in text or "it is not possible to use the" in text
+        if not known and text not in self.warnings:
+            self.warnings.append(text)
+
+
+@contextlib.contextmanager
+def _listening(warnings: list[str]) -> Iterator[None]:
+    """Collect AutoAttack's warnings instead of printing them; its tracing leaves no trace."""
+    logger, trace = logging.getLogger("auto-attack"), sys.gettrace()
+    handler, before = _Listener(warnings), (logger.propagate, logger.level)
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        sys.settrace(trace)
+        logger.removeHandler(handler)
+        logger.propagate, logger.level = before

@@ -1,0 +1,195 @@
+"""What an evaluation asks of an attack, and what it tells it.
+
+An attack is a small frozen dataclass that holds its own options alone. Whatever it leaves open comes from the
+`AttackContext`: the report's ball, steps and draws, the seed, and the sizes of batches.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, NamedTuple, get_args
+
+from torch import Tensor
+
+from ..protocols import Classifier
+from .arguments import Norm, check_eps, read_norm
+from .health import GradientHealth
+
+
+class ThreatModel(NamedTuple):
+    """How far an attack may go."""
+
+    #: "linf", "l2" or "l1"; "flow" where pixels are moved rather than changed.
+    norm: str
+    #: The radius in image units; of "flow" the largest shift along each axis, half the image being 1.
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackContext:
+    """What an evaluation tells an attack.
+
+    Args:
+        num_classes: classes of the model.
+        eps: radius of the report's ball in image units.
+        norm: norm of the report's ball: "linf", "l2" or "l1".
+        steps: steps of an attack that does not say how many.
+        eot_iter: draws averaged per step by an attack that does not say how many.
+        draws_differ: whether two predictions of the attacked model differ; if not, every attack takes one draw.
+        seed: of everything random.
+        sample_ids: int64 ``[B]``, the images' indices in their data set; an image's random start depends on the seed
+            and its id alone. None: 0 .. B - 1.
+        max_forward_batch: images in one forward pass at most; None: no limit.
+        batch_size: images that an attack takes together, where it makes its own batches (`Attack.batches_itself`).
+        health: counts gradients and movement, if given.
+        warnings: an attack appends what the reader of its result must know.
+    """
+
+    num_classes: int
+    eps: float
+    norm: Norm = "linf"
+    steps: int = 100
+    eot_iter: int = 5
+    draws_differ: bool = True
+    seed: int = 0
+    sample_ids: Tensor | None = None
+    max_forward_batch: int | None = None
+    batch_size: int = 250
+    health: GradientHealth | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+class Attack(abc.ABC):
+    """An attack with its options; subclasses are frozen dataclasses."""
+
+    #: The attack's name in files: "pgd", "apgd", ...
+    kind: ClassVar[str]
+    #: Whether `search` takes any number of images and makes its own batches; otherwise the caller gives it one batch.
+    batches_itself: ClassVar[bool] = False
+
+    #: Every attack has this option: draws of a random model averaged per step; None: the report's.
+    eot_iter: int | None
+
+    @abc.abstractmethod
+    def name(self, context: AttackContext) -> str:
+        """A short label of the attack with its options, such as "PGD-100 ce"."""
+
+    @abc.abstractmethod
+    def threat_model(self, context: AttackContext) -> ThreatModel:
+        """The attack's own ball, or the report's.
+
+        Raises:
+            ValueError: the attack has no such norm.
+        """
+
+    def draws(self, context: AttackContext) -> int:
+        """Draws of the model averaged per step: one where they do not differ."""
+        return (self.eot_iter or context.eot_iter) if context.draws_differ else 1
+
+    @abc.abstractmethod
+    def cost(self, context: AttackContext) -> int | None:
+        """Forward passes per image at most; None where that cannot be known before."""
+
+    @abc.abstractmethod
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        """Attack what `target` gave.
+
+        Args:
+            target: images to logits.
+            x: images ``[B, C, H, W]`` in [0, 1].
+            y: labels, int64 ``[B]``.
+            context: what the evaluation tells.
+
+        Returns:
+            Adversarial images, shape and dtype of x.
+        """
+
+    def revision(self) -> str | None:
+        """Names what the attack computes; kept rows of an evaluation are used again only where it is the same.
+
+        A subclass raises its number whenever the same settings would find other images. None: rows are never kept.
+        """
+        return "1"
+
+    def target(self, model: Classifier) -> Classifier:
+        """What the attack runs on to fool ``model``: the model itself, where an attack does not say otherwise."""
+        return model
+
+    def run(self, model: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        """Adversarial images for a model.
+
+        Args:
+            model: images to logits; an ``nn.Module`` comes back in its mode and with its gradient flags.
+            x: images ``[B, C, H, W]`` in [0, 1].
+            y: labels, int64 ``[B]``.
+            context: what the evaluation tells.
+
+        Returns:
+            Adversarial images, shape and dtype of x.
+        """
+        return self.search(self.target(model), x, y, context)
+
+    def settings(self, context: AttackContext) -> dict[str, Any]:
+        """The options as plain values, with what the context decided in the place of every None it replaced."""
+        norm, eps = self.threat_model(context)
+        options = asdict(self)  # type: ignore[call-overload]
+        return options | {"norm": norm, "eps": eps, "eot_iter": self.draws(context)}
+
+
+class BallAttack(Attack):
+    """An attack within a ball, the report's or one of its own."""
+
+    #: The names of the norms that the attack knows, a ``Literal``.
+    norms: ClassVar[Any] = Norm
+
+    #: The attack's own ball; None: the report's.
+    eps: float | None
+    norm: Norm | None
+
+    def check_ball(self) -> None:
+        """Check the attack's own ball, and write its norm as this package does; for ``__post_init__``.
+
+        Raises:
+            ValueError: a radius or norm that is not allowed, or a norm without a radius.
+        """
+        known = None if self.norm is None else read_norm(self.norm, self.norms)
+        if known is not None and self.eps is None:
+            raise ValueError(f"the norm {known} needs an eps of its own")
+        check_eps(self.eps, known)
+        # the dataclass is frozen
+        object.__setattr__(self, "norm", known)
+
+    def ball(self, context: AttackContext) -> tuple[Norm, float]:
+        """Norm and radius of the attack's own ball, or of the report's.
+
+        Args:
+            context: what the evaluation tells.
+
+        Raises:
+            ValueError: the attack has no such norm, or the radius is not in image units.
+        """
+        norm, eps = self.norm or context.norm, context.eps if self.eps is None else float(self.eps)
+        allowed = get_args(self.norms)
+        if norm not in allowed:
+            known = ", ".join(allowed)
+            raise ValueError(f"{self.kind}'s norm must be one of {known}, got {norm!r}: leave it out, or name one")
+        check_eps(eps, norm)
+        return norm, eps
+
+    def threat_model(self, context: AttackContext) -> ThreatModel:
+        return ThreatModel(*self.ball(context))
+
+
+def cost_of_runs(steps: int, draws: int, restarts: int) -> int:
+    """Forward passes per image of `restarts` runs that keep the best point.
+
+    Args:
+        steps: gradient steps of a run.
+        draws: draws per step.
+        restarts: runs of which each image keeps its worst.
+    """
+    # the last point, under several draws also the best one, and the clean image, whose prediction health needs
+    at_the_end = draws * (2 if draws > 1 else 1) + 1
+    comparison = draws if restarts > 1 else 0
+    return restarts * (steps * draws + at_the_end + comparison)

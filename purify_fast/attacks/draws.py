@@ -1,0 +1,140 @@
+"""What an attack raises, and its gradient: a loss over several draws of a random model, in bounded forward passes.
+
+The draws of an image stand in one batch (expectation over transformation, Athalye et al., ICML 2018). Parting a batch
+changes no result but by the rounding of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .._compat import renamed_arguments
+from .._tensors import repeat_batch
+from ..protocols import Classifier, SharesDraws, supports
+from .losses import LOSSES, TARGETED, Loss
+
+
+class Gradient(NamedTuple):
+    """A gradient to images, and how good these images were."""
+
+    #: Of the loss summed over the draws, shape of the images; zero where the logits do not depend on them.
+    image: Tensor
+    #: Mean over the draws, ``[B]``.
+    loss: Tensor
+    #: The share of the draws that are misclassified, ``[B]``.
+    wrong: Tensor
+
+    @property
+    def score(self) -> Tensor:
+        """What points are compared by: the share of misclassified draws, then the loss; ``[2, B]``."""
+        return torch.stack([self.wrong, self.loss])
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss that an attack raises.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``; within `purify_fast.attacks.frozen`.
+        loss: a name of `purify_fast.attacks.LOSSES` or `TARGETED`.
+        eot_iter: draws of a random model that are averaged.
+        max_forward_batch: images in one forward pass at most; None: all draws of all images at once.
+    """
+
+    model: Classifier
+    loss: str = "ce"
+    eot_iter: int = 1
+    max_forward_batch: int | None = None
+
+    def gradient(self, x: Tensor, y: Tensor) -> Gradient:
+        """The gradient to images, and their score.
+
+        Args:
+            x: images ``[B, ...]``.
+            y: labels, int64 ``[B]``; for a targeted loss labels and targets, ``[B, 2]``.
+        """
+        return Gradient(*self._over_passes(self._differentiate, x, y))
+
+    @torch.no_grad()
+    def score(self, x: Tensor, y: Tensor) -> Tensor:
+        """The score of images by fresh draws, `Gradient.score`.
+
+        Args:
+            x: images ``[B, ...]``.
+            y: as of `gradient`.
+        """
+        loss, wrong = self._over_passes(self._judge, x, y)
+        return torch.stack([wrong, loss])
+
+    def _over_passes(self, one_pass: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor) -> list[Tensor]:
+        """Over all draws, of what ``one_pass(x, y, draws)`` gives: the means of the last two, the sum of any other."""
+        most = self.max_forward_batch
+        images = len(x) if most is None else min(len(x), most)
+        draws = self.eot_iter if most is None else min(self.eot_iter, max(1, most // images))
+        parts = []
+        for a, b in zip(x.split(images), y.split(images), strict=True):
+            passes = [one_pass(a, b, min(draws, self.eot_iter - first)) for first in range(0, self.eot_iter, draws)]
+            *gradient, loss, wrong = (sum(column[1:], column[0]) for column in zip(*passes, strict=True))
+            parts.append((*gradient, loss / self.eot_iter, wrong / self.eot_iter))
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def _differentiate(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over ``draws`` draws: the gradient, the losses, and how many are misclassified."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            losses, wrong = self._losses(leaf, y, draws)
+            gradient = None
+            if losses.requires_grad:
+                gradient = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)[0]
+        return torch.zeros_like(x) if gradient is None else gradient, losses.detach().sum(0), wrong.sum(0)
+
+    def _judge(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+        """Sums over ``draws`` draws: the losses, and how many are misclassified."""
+        losses, wrong = self._losses(x, y, draws)
+        return losses.sum(0), wrong.sum(0)
+
+    def _losses(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+        """The loss of every draw, and 1 where it is misclassified, else 0; ``[draws, B]`` both."""
+        logits = self._logits(x, draws)
+        labels = y.view(len(y), -1).repeat(draws, 1).unbind(1)
+        losses = (LOSSES | TARGETED)[self.loss](logits, *labels)
+        wrong = (logits.detach().argmax(1) != labels[0]).float()
+        return losses.view(draws, -1), wrong.view(draws, -1)
+
+    def _logits(self, x: Tensor, draws: int) -> Tensor:
+        """Logits ``[draws * B, classes]``; a model that shares work between its draws is asked for them at once."""
+        if draws > 1 and supports(self.model, SharesDraws):
+            return cast(SharesDraws, self.model).draw_logits(x, draws).flatten(0, 1)
+        return self.model(repeat_batch(x, draws))
+
+
+@renamed_arguments(eot="eot_iter", chunk="max_forward_batch")
+def input_gradient(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: Loss = "ce",
+    eot_iter: int = 1,
+    max_forward_batch: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient to the input of the loss summed over the draws, exact whatever ``max_forward_batch``.
+
+    Args:
+        model: images to logits; call within `purify_fast.attacks.frozen`.
+        x: images, floating point ``[B, ...]``.
+        y: labels, int64 ``[B]``.
+        loss: "ce", "margin" or "dlr".
+        eot_iter: draws of a random model, folded into the batch.
+        max_forward_batch: images in one forward pass at most; None: all draws of all images at once.
+
+    Returns:
+        The gradient, shape of x (zero where the logits do not depend on x), and the mean loss over the draws, ``[B]``.
+    """
+    found = Objective(model, loss, eot_iter, max_forward_batch).gradient(x, y)
+    return found.image, found.loss

@@ -1,0 +1,198 @@
+"""FGSM, the fast gradient (sign) method (Goodfellow et al., ICLR 2015), alone and with PGD in one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._compat import renamed_arguments
+from .._validation import check_literal
+from ..ops.pgd_step import per_sample, pgd_step
+from ..protocols import Classifier
+from .arguments import Norm, NormName, check_at_least_one, check_images, check_not_negative
+from .ball import ball_around, sample_in_ball
+from .base import AttackContext, BallAttack
+from .draws import Objective
+from .frozen_model import frozen
+from .health import GradientHealth
+from .losses import Loss, usable_loss
+from .pgd import DENSITY, density_at, pgd
+
+
+@renamed_arguments(eot="eot_iter", chunk="max_forward_batch", lo="clip_min", hi="clip_max")
+def fgsm(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    norm: NormName = "linf",
+    loss: Loss = "ce",
+    eot_iter: int = 1,
+    max_forward_batch: int | None = None,
+    health: GradientHealth | None = None,
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+) -> Tensor:
+    """One step of length eps from the image itself.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius and step in image units, a number or ``[B]``.
+        norm: "linf", "l2" or "l1".
+        loss: "ce", "margin" or "dlr".
+        eot_iter: draws of a random model averaged, folded into the batch.
+        max_forward_batch: images in one forward pass at most; None: no limit.
+        health: counts gradients and movement, if given.
+        clip_min: the smallest value of a pixel.
+        clip_max: the largest value of a pixel.
+
+    Returns:
+        Adversarial images, as of `pgd`.
+
+    Raises:
+        TypeError: x or y is no tensor.
+        ValueError: as `pgd`.
+    """
+    return pgd(
+        model,
+        x,
+        y,
+        eps=eps,
+        alpha=eps,
+        steps=1,
+        norm=norm,
+        loss=loss,
+        eot_iter=eot_iter,
+        random_start=False,
+        max_forward_batch=max_forward_batch,
+        health=health,
+        clip_min=clip_min,
+        clip_max=clip_max,
+    )
+
+
+@renamed_arguments(lo="clip_min", hi="clip_max")
+def pgd_and_fgsm(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: Tensor,
+    alpha: float | Tensor,
+    steps: int,
+    norm: NormName = "linf",
+    loss: Loss = "ce",
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+) -> Tensor:
+    """PGD from random starts on the first half of the images, FGSM on the second, sharing the first gradient pass.
+
+    The same as one call of `pgd` for the first half and one of `fgsm` for the second, to the bit where the model's
+    arithmetic does not depend on the size of the batch.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
+        x: images, floating point ``[2 B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[2 B]``.
+        eps: radius in image units, ``[2 B]``.
+        alpha: PGD's constant step in image units, a number or ``[B]``.
+        steps: PGD's steps.
+        norm: "linf", "l2" or "l1".
+        loss: "ce", "margin" or "dlr".
+        seed: of PGD's random starts.
+        sample_ids: int64 ``[2 B]``, as of `pgd`; the first half is used. None: 0 .. B - 1.
+        clip_min: the smallest value of a pixel.
+        clip_max: the largest value of a pixel.
+
+    Returns:
+        The adversarial images, shape and dtype of x.
+
+    Raises:
+        TypeError: x or y is no tensor.
+        ValueError: an odd number of images, or as `pgd`.
+    """
+    check_images(x, y)
+    ball = ball_around(x, eps, norm, clip_min, clip_max)
+    check_literal("loss", loss, Loss)
+    check_at_least_one(steps=steps)
+    check_not_negative(alpha=alpha)
+    half = len(x) // 2
+    if len(x) != 2 * half:
+        raise ValueError(f"x must hold an even number of images, PGD's and FGSM's, got {len(x)}")
+    if half == 0:
+        return x.clone()
+    x = x.detach()
+    first = slice(half)
+    clean, labels, ids, inner = x[first], y[first], None if sample_ids is None else sample_ids[first], ball.of(first)
+    step = per_sample("alpha", alpha, clean)
+    objective = Objective(model, loss)
+    with frozen(model):
+        begin = torch.cat([sample_in_ball(clean, inner, seed=seed, sample_ids=ids), x[half:]])
+        gradient = objective.gradient(begin, y).image.to(x.dtype)
+        both = torch.cat([step, ball.eps[half:]])
+        moved = pgd_step(begin, gradient, x, both, ball.eps, density=DENSITY, **ball.bounds)
+        point = moved[:half]
+        for i in range(1, steps):
+            gradient = objective.gradient(point, labels).image.to(x.dtype)
+            share = density_at(ball.norm, i, steps)
+            point = pgd_step(point, gradient, clean, step, inner.eps, density=share, **ball.bounds)
+    return torch.cat([point, moved[half:]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGSM(BallAttack):
+    """One step of length eps from the image itself, as a row of an evaluation.
+
+    Args:
+        loss: "ce", "margin" or "dlr", which below 3 classes becomes "margin".
+        eot_iter: draws of a random model averaged; None: the report's.
+        eps: radius of another ball than the report's, in image units; None: the report's.
+        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    kind: ClassVar[str] = "fgsm"
+
+    loss: Loss = "ce"
+    eot_iter: int | None = None
+    eps: float | None = None
+    norm: Norm | None = None
+
+    def __post_init__(self) -> None:
+        check_literal("loss", self.loss, Loss)
+        check_at_least_one(eot_iter=self.eot_iter)
+        self.check_ball()
+
+    def name(self, context: AttackContext) -> str:
+        return f"FGSM {usable_loss(self.loss, context.num_classes)}"
+
+    def cost(self, context: AttackContext) -> int:
+        # the gradient's draws, and the clean image, whose prediction health needs
+        return self.draws(context) + 1
+
+    def settings(self, context: AttackContext) -> dict[str, Any]:
+        return super().settings(context) | {"loss": usable_loss(self.loss, context.num_classes)}
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        norm, eps = self.ball(context)
+        return fgsm(
+            target,
+            x,
+            y,
+            eps=eps,
+            norm=norm,
+            loss=usable_loss(self.loss, context.num_classes),
+            eot_iter=self.draws(context),
+            max_forward_batch=context.max_forward_batch,
+            health=context.health,
+        )

@@ -1,0 +1,206 @@
+"""Projected gradient descent (Madry et al., ICLR 2018), on the attack's loss upwards.
+
+In the l1 ball PGD takes SLIDE's sparse steps (Tramer & Boneh, NeurIPS 2019) and projects onto ball and box at once
+(Croce & Hein, ICML 2021): see `purify_fast.ops.pgd_step`. SLIDE moves a constant share of the coordinates, the same
+way each, so that what it adds cannot gather where it is worth most; this implementation moves ever fewer.
+
+Models map images [B, C, H, W] in [clip_min, clip_max] to logits [B, classes]. They are attacked in evaluation mode,
+with gradients to the input only, and come back as they were (`purify_fast.attacks.frozen`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .._compat import renamed_arguments
+from .._validation import check_literal
+from ..ops.pgd_step import per_sample, pgd_step
+from ..protocols import Classifier
+from .arguments import Norm, NormName, check_at_least_one, check_images, check_not_negative
+from .ball import ball_around, sample_in_ball
+from .base import AttackContext, BallAttack, cost_of_runs
+from .draws import Objective
+from .frozen_model import frozen
+from .health import GradientHealth
+from .losses import Loss, usable_loss
+from .search import Search, worst_of_restarts
+
+#: The share of the coordinates that the first step in the l1 ball moves.
+DENSITY = 0.1
+
+
+@renamed_arguments(start="random_start", eot="eot_iter", chunk="max_forward_batch", lo="clip_min", hi="clip_max")
+def pgd(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    steps: int = 40,
+    alpha: float | Tensor | None = None,
+    norm: NormName = "linf",
+    loss: Loss = "ce",
+    eot_iter: int = 1,
+    random_start: bool = True,
+    keep_best: bool = False,
+    density: float | None = None,
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+    max_forward_batch: int | None = None,
+    health: GradientHealth | None = None,
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+) -> Tensor:
+    """Projected gradient ascent on the attack loss.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius in image units, a number or ``[B]`` (customary on CIFAR-10: 8/255 for "linf", 0.5 for "l2", 12 for
+            "l1").
+        steps: gradient steps.
+        alpha: length of a step in image units, a number or ``[B]``. None: it falls geometrically from ``eps`` to
+            ``eps / 100``, which is stronger than a constant one (`make demo` has both on its base).
+        norm: "linf", "l2" or "l1".
+        loss: "ce", "margin" or "dlr".
+        eot_iter: draws of a random model averaged per step, folded into the batch.
+        random_start: whether to begin at a random point of the ball and not at the image itself.
+        keep_best: whether to return, per image, the best iterate seen and not the last: misclassified in most draws,
+            then of highest mean loss (one more forward pass, or two with several draws).
+        density: of "l1" only: the share of the coordinates that a step moves, in (0, 1], at least one. None: the share
+            falls geometrically from 0.1 to 0.001.
+        seed: of the random start (Philox stream ATTACK_START).
+        sample_ids: int64 ``[B]``; an image's random start depends on the seed and its id alone. None: 0 .. B - 1.
+        max_forward_batch: images given to the model in one forward pass at most; exact, bounds the memory. (A defence
+            that makes S samples of an image in N passes computes on S N times as many.) None: no limit.
+        health: counts gradients and movement, if given.
+        clip_min: the smallest value of a pixel.
+        clip_max: the largest value of a pixel.
+
+    Returns:
+        Adversarial images: shape and dtype of x, within eps of x (in half precision: up to its rounding) and within
+        [clip_min, clip_max].
+
+    Raises:
+        TypeError: x or y is no tensor.
+        ValueError: a wrong shape, dtype, name or count, or a negative eps or alpha.
+    """
+    check_images(x, y)
+    ball = ball_around(x, eps, norm, clip_min, clip_max)
+    check_literal("loss", loss, Loss)
+    check_at_least_one(steps=steps, eot_iter=eot_iter, max_forward_batch=max_forward_batch)
+    check_not_negative(alpha=alpha)
+    if x.shape[0] == 0:
+        return x.clone()
+    x = x.detach()
+    constant = None if alpha is None else per_sample("alpha", alpha, x)
+    objective = Objective(model, loss, eot_iter, max_forward_batch)
+    with frozen(model):
+        point = sample_in_ball(x, ball, seed=seed, sample_ids=sample_ids) if random_start else x
+        search = Search(objective, point, y, keep_best=keep_best, health=health)
+        for i in range(steps):
+            found = objective.gradient(point, y)
+            search.see(point, found)
+            step = ball.eps * fall(i, steps) if constant is None else constant
+            share = density_at(ball.norm, i, steps) if density is None else density
+            point = pgd_step(point, found.image.to(x.dtype), x, step, ball.eps, density=share, **ball.bounds)
+        search.see_move(x, point)
+        return search.result(point)
+
+
+def fall(i: int, steps: int) -> float:
+    """What a step's length is multiplied with: from 1 at the first step to a hundredth at the last.
+
+    Args:
+        i: the step, from 0.
+        steps: of how many.
+    """
+    return 100.0 ** (-i / max(1, steps - 1))
+
+
+def density_at(norm: str, i: int, steps: int) -> float:
+    """The share of the coordinates that an l1 step moves; for other norms a constant, which is not used.
+
+    Args:
+        norm: the ball's.
+        i: the step, from 0.
+        steps: of how many.
+    """
+    # a compiled step would be compiled again for every new number
+    return DENSITY * fall(i, steps) if norm == "l1" else DENSITY
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD(BallAttack):
+    """Projected gradient descent that keeps the best point, as a row of an evaluation.
+
+    Args:
+        loss: "ce", "margin" or "dlr", which below 3 classes becomes "margin".
+        steps: gradient steps; None: the report's.
+        alpha: length of a step in image units; None: it falls geometrically from eps to eps / 100.
+        random_start: whether the first run begins at a random point of the ball; every further one does.
+        restarts: runs, of which each image keeps its worst.
+        eot_iter: draws of a random model averaged per step; None: the report's.
+        eps: radius of another ball than the report's, in image units; None: the report's.
+        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    kind: ClassVar[str] = "pgd"
+
+    loss: Loss = "ce"
+    steps: int | None = None
+    alpha: float | None = None
+    random_start: bool = True
+    restarts: int = 1
+    eot_iter: int | None = None
+    eps: float | None = None
+    norm: Norm | None = None
+
+    def __post_init__(self) -> None:
+        check_literal("loss", self.loss, Loss)
+        check_at_least_one(steps=self.steps, restarts=self.restarts, eot_iter=self.eot_iter)
+        check_not_negative(alpha=self.alpha)
+        self.check_ball()
+
+    def name(self, context: AttackContext) -> str:
+        name = f"{self.kind.upper()}-{self.steps or context.steps} {usable_loss(self.loss, context.num_classes)}"
+        return name + (f" x{self.restarts}" if self.restarts > 1 else "")
+
+    def cost(self, context: AttackContext) -> int:
+        return cost_of_runs(self.steps or context.steps, self.draws(context), self.restarts)
+
+    def settings(self, context: AttackContext) -> dict[str, Any]:
+        own = {"loss": usable_loss(self.loss, context.num_classes), "steps": self.steps or context.steps}
+        return super().settings(context) | own
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        norm, eps = self.ball(context)
+        draws = self.draws(context)
+
+        def attack(run: int) -> Tensor:
+            return pgd(
+                target,
+                x,
+                y,
+                eps=eps,
+                norm=norm,
+                steps=self.steps or context.steps,
+                alpha=self.alpha,
+                loss=usable_loss(self.loss, context.num_classes),
+                random_start=self.random_start or run > 0,
+                keep_best=True,
+                eot_iter=draws,
+                max_forward_batch=context.max_forward_batch,
+                seed=context.seed + run,
+                sample_ids=context.sample_ids,
+                health=context.health,
+            )
+
+        return worst_of_restarts(attack, target, x, y, restarts=self.restarts, eot_iter=draws)

@@ -1,0 +1,133 @@
+"""What attacks do besides their steps: keep the best point, watch the gradients, start again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .._tensors import per_image
+from ..protocols import Classifier
+from .draws import Gradient, Objective
+from .frozen_model import frozen
+from .health import GradientHealth
+from .losses import margin
+
+
+def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    """Of two points per image, the one misclassified in more of the draws, then the one of higher loss.
+
+    Args:
+        best: points ``[B, ...]``, kept where the others are only as good.
+        best_score: their `Gradient.score`, ``[2, B]``.
+        x: other points, ``[B, ...]``.
+        score: theirs, ``[2, B]``.
+
+    Returns:
+        The better points and their scores.
+    """
+    higher = (score[0] > best_score[0]) | ((score[0] == best_score[0]) & (score[1] > best_score[1]))
+    return torch.where(per_image(higher, x), x, best), torch.where(higher, score, best_score)
+
+
+class Search:
+    """The points that one run of an attack meets: the best of them, and the health of their gradients.
+
+    Nothing here waits for the device.
+
+    Args:
+        objective: what the attack raises.
+        begin: where it begins, ``[B, ...]``.
+        y: labels, as of `Objective.gradient`.
+        keep_best: whether the best point is returned, and not the last.
+        health: counts gradients and movement, if given.
+
+    Attributes:
+        best: the best point so far, ``[B, ...]``; there is none unless it is kept.
+        best_score: its score, ``[2, B]``.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        begin: Tensor,
+        y: Tensor,
+        *,
+        keep_best: bool = True,
+        health: GradientHealth | None = None,
+    ):
+        self.objective, self.begin, self.y = objective, begin, y
+        self.keep_best, self.health = keep_best, health
+        if keep_best:
+            self.best, self.best_score = begin, torch.full((2, len(begin)), -torch.inf, device=begin.device)
+
+    def see(self, point: Tensor, found: Gradient) -> None:
+        """Take note of a point.
+
+        Args:
+            point: images ``[B, ...]``.
+            found: their score, and the gradient whose health counts.
+        """
+        if self.health is not None:
+            # once an image is fooled, dlr is flat: 1, where the true class is third
+            forgiven = None if self.objective.loss == "ce" else found.wrong == 1
+            self.health.see_gradient(found.image, forgiven)
+        if self.keep_best:
+            self.best, self.best_score = better_of(self.best, self.best_score, point, found.score)
+
+    def see_move(self, x: Tensor, last: Tensor) -> None:
+        """Count the images, of those classified correctly, that the attack left where it began.
+
+        Args:
+            x: the clean images ``[B, ...]``.
+            last: the last point ``[B, ...]``.
+        """
+        if self.health is not None:
+            with torch.no_grad():
+                correct = self.objective.model(x).argmax(1) == self.y
+            self.health.see_move(self.begin, last, correct)
+
+    def judge_afresh(self) -> None:
+        """Score the best point by fresh draws: the highest of many noisy scores is high by luck."""
+        if self.objective.eot_iter > 1:
+            self.best_score = self.objective.score(self.best, self.y)
+
+    def result(self, last: Tensor) -> Tensor:
+        """What the attack returns: the last point, or the best one, the last included, judged afresh.
+
+        Args:
+            last: the last point ``[B, ...]``, not seen yet.
+        """
+        if not self.keep_best:
+            return last
+        last_score = self.objective.score(last, self.y)
+        self.judge_afresh()
+        self.best, self.best_score = better_of(self.best, self.best_score, last, last_score)
+        return self.best
+
+
+def worst_of_restarts(
+    attack: Callable[[int], Tensor], model: Classifier, x: Tensor, y: Tensor, *, restarts: int, eot_iter: int
+) -> Tensor:
+    """The run of an attack after which an image's mean margin is largest.
+
+    Args:
+        attack: a run, of its number from 0, to adversarial images ``[B, ...]``.
+        model: images to logits, which judges the runs.
+        x: the clean images ``[B, ...]``.
+        y: labels, int64 ``[B]``.
+        restarts: how many runs; the only run is not judged.
+        eot_iter: draws of a random model that judge a run.
+    """
+    if restarts == 1:
+        return attack(0)
+    best, highest = x, torch.full((len(x),), -torch.inf, device=x.device)
+    with frozen(model), torch.no_grad():
+        for restart in range(restarts):
+            found = attack(restart)
+            value = sum((margin(model(found), y) for _ in range(eot_iter)), start=torch.zeros_like(highest)) / eot_iter
+            higher = value > highest
+            best = torch.where(per_image(higher, x), found, best)
+            highest = torch.where(higher, value, highest)
+    return best

@@ -1,0 +1,124 @@
+"""The classifiers that commands start from: a saved folder, or a network by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import DataSet
+    from ..models.foreign import ForeignClassifier
+
+
+def is_named(classifier: str) -> bool:
+    """Whether this is ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``, and no folder."""
+    return ":" in classifier and not Path(classifier).exists()
+
+
+def fresh_classifier(model: str, images: DataSet, *, width: int | None = None, depth: int | None = None) -> nn.Module:
+    """A classifier with fresh weights for the images, on their device.
+
+    Args:
+        model: its name, as ``--model`` takes it.
+        images: the data set; its statistics normalize the images.
+        width: channels of the first stage, or wide_resnet's factor; None for the network's own.
+        depth: of wide_resnet; None for 28.
+
+    Raises:
+        ValueError: no such classifier, or a size that it does not have.
+    """
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    from ..data import statistics
+    from ..models.classifiers import build_classifier
+    from ..models.foreign import build_foreign
+
+    mean, std = statistics(images.x_train)
+    if is_named(model):
+        for name, value in (("width", width), ("depth", depth)):
+            if value is not None:
+                raise ValueError(f"--{name} {value}: the size of {model} is in its name")
+        named = build_foreign(model, images.image_shape[0], images.num_classes, mean=mean, std=std)
+        return _running(named.to(images.y_train.device), images)
+    made = build_classifier(model, images.image_shape, images.num_classes, width=width, depth=depth, mean=mean, std=std)
+    return made.to(images.y_train.device)
+
+
+def trained_classifier(classifier: str | Path, weights: str | None, images: DataSet) -> nn.Module:
+    """A classifier that was trained, on the images' device.
+
+    Args:
+        classifier: a folder that `train classifier` or `train arrest` wrote, or a network by name.
+        weights: of a network by name: a file, or the library's name for them.
+        images: the data set it is for.
+
+    Raises:
+        FileNotFoundError: the folder or the weights are not there.
+        ValueError: they are broken, or do not fit.
+    """
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    from ..data import statistics
+    from ..models.foreign import LIBRARIES, build_foreign
+    from ..training import load_classifier
+
+    text = str(classifier)
+    if not is_named(text):
+        if weights is not None:
+            raise ValueError(f"--classifier-weights {weights}: the folder {classifier} brings its own")
+        return load_classifier(classifier).to(images.y_train.device)
+    if weights is None and text.partition(":")[0] in LIBRARIES:
+        raise ValueError(
+            f"--classifier {text} has fresh weights: give trained ones with --classifier-weights, or train it first "
+            f"with `train classifier --model {text}`"
+        )
+    mean, std = statistics(images.x_train)
+    made = build_foreign(text, images.image_shape[0], images.num_classes, mean=mean, std=std, weights=weights)
+    return _running(made.to(images.y_train.device), images).eval()
+
+
+def _running(model: ForeignClassifier, images: DataSet) -> ForeignClassifier:
+    """The model, if it maps these images to logits; many of the libraries' are made for larger ones."""
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    import torch
+
+    training = model.training
+    shape = images.image_shape
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros((2, *shape), device=images.y_train.device))
+    except RuntimeError as error:
+        raise ValueError(f"{model.spec} does not run on images {_size(list(shape[1:]))}: {error}") from error
+    if logits.dim() != 2 or logits.shape[1] < images.num_classes:
+        raise ValueError(f"{model.spec} must map images to logits [B, {images.num_classes}], got {list(logits.shape)}")
+    return model.train(training)
+
+
+def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
+    """ValueError if a model was trained on images of another size or on fewer classes, as far as it says so.
+
+    Args:
+        model: a defence, or one of this package's classifiers.
+        images: what it is to be attacked on.
+        what: how the model is called in the message.
+    """
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    from ..defences.base import Defence
+
+    channels, *size = images.image_shape
+    if isinstance(model, Defence):
+        wanted_channels, *wanted = model.image_shape
+        classes = model.num_classes
+    else:
+        facts: dict = model.arguments  # type: ignore[assignment]  # every classifier that is loaded has them
+        wanted_channels, wanted, classes = facts["in_channels"], facts.get("image_size", size), facts["num_classes"]
+    if list(wanted) != list(size):
+        raise ValueError(f"images are {_size(size)}, {what} was trained on {_size(wanted)}")
+    if wanted_channels != channels:
+        raise ValueError(f"images have {channels} channels, {what} was trained on {wanted_channels}")
+    if images.num_classes > classes:
+        raise ValueError(f"images are of {images.num_classes} classes, {what} knows {classes}")
+
+
+def _size(size: list[int]) -> str:
+    return "x".join(map(str, size))

@@ -1,0 +1,56 @@
+"""What tells one model from another: its weights, structure and plain attributes."""
+
+from __future__ import annotations
+
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._fingerprint import digest, text_hash
+
+
+def fingerprint(model: object) -> str | None:
+    """A hash of a module's weights, structure and attributes; None for everything that is no module.
+
+    What a class computes is not part of it: a module whose ``forward`` was rewritten has the same fingerprint. A
+    function that is kept as an attribute, such as an activation, is part of it with its code, since nothing else tells
+    two of them apart; its docstring and its place in the file do not count.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    plain = [
+        (path, type(module).__qualname__, sorted((k, _plain(v)) for k, v in vars(module).items() if _counts(k)))
+        for path, module in model.named_modules()
+    ]
+    # with the buffers that state_dict leaves out
+    state = dict((*model.named_parameters(), *model.named_buffers()))
+    text = f"{plain}{list(state)}{model!r}"
+    return text_hash(text).hexdigest() + digest(*state.values())
+
+
+def _counts(name: str) -> bool:
+    return name != "training" and not name.startswith("_")
+
+
+def _plain(value: Any) -> str:
+    """What stands for an attribute in a fingerprint; functions count with their code, other objects by their type."""
+    code = getattr(value, "__code__", None)
+    if isinstance(code, CodeType):
+        return f"{value.__qualname__} {_code(code, value.__doc__)}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_plain, value))}]"
+    if isinstance(value, dict):
+        return _plain([[key, item] for key, item in value.items()])
+    if value is None or isinstance(value, (bool, int, float, str, torch.Size, torch.dtype)):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _code(code: CodeType, doc: str | None) -> str:
+    """What a function does: its instructions, constants and names, without the docstring."""
+    constants = [c for i, c in enumerate(code.co_consts) if i > 0 or c is None or c != doc]
+    # the text of a nested function's code would have its address in memory
+    text = [_code(c, None) if isinstance(c, CodeType) else repr(c) for c in constants]
+    return f"{code.co_code.hex()} {text} {code.co_names}"

@@ -1,0 +1,73 @@
+"""The names of rows: what was run, on what, in which threat model."""
+
+from __future__ import annotations
+
+import math
+
+from ..attacks import AttackContext, AutoAttack
+from .specs import CLASSIFIER, AttackSpec
+from .subject import Variant
+
+ALONE = "on the classifier alone (not adaptive)"
+_NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1", "flow": "flow"}
+_VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "deterministic": ", deterministic"}
+
+
+def clean_name(variant: Variant) -> str:
+    """The name of the row of the clean images."""
+    return f"clean{_VARIANTS[variant]}"
+
+
+def ball_name(norm: str, eps: float) -> str:
+    """A threat model in words, such as ``L-inf 8/255``."""
+    return f"{_NORMS[norm]} {short(eps)}"
+
+
+def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
+    """The attack's threat model in words, None where it is the report's.
+
+    Args:
+        spec: the attack.
+        context: what the evaluation tells it.
+
+    Raises:
+        ValueError: the attack has no such norm.
+    """
+    norm, eps = spec.resolved.threat_model(context)
+    if norm == context.norm and math.isclose(eps, context.eps, rel_tol=1e-6):
+        return None
+    return ball_name(norm, eps)
+
+
+def row_name(spec: AttackSpec, context: AttackContext) -> str:
+    """The row's name, the same for a random model and a deterministic one, so that they stand side by side.
+
+    Args:
+        spec: the attack.
+        context: what the evaluation tells it.
+    """
+    name = _own_name(spec, context) if spec.label is None else spec.label
+    alone = f" {ALONE}" if spec.target == CLASSIFIER and ALONE not in name else ""
+    threat = threat_name(spec, context)
+    return name + alone + (f", {threat}" if threat is not None and threat not in name else "")
+
+
+def _own_name(spec: AttackSpec, context: AttackContext) -> str:
+    name = spec.resolved.name(context)
+    if spec.aggregation is not None:
+        name += f" through {spec.aggregation}"
+    if spec.target is not None:
+        name += f" {ALONE}" if spec.target == CLASSIFIER else " on another model"
+    # standard AutoAttack needs a model without randomness anyway: fixed noise goes without saying
+    standard = isinstance(spec.resolved, AutoAttack) and spec.resolved.version == "standard"
+    if not (standard and spec.variant == "fixed"):
+        name += _VARIANTS[spec.variant]
+    return name + ("" if spec.max_images is None else f", first {spec.max_images}")
+
+
+def short(eps: float) -> str:
+    """0.5, 8/255, or a few digits."""
+    if float(f"{eps:.2g}") == eps:
+        return f"{eps:.2g}"
+    levels = 255 * eps
+    return f"{levels:.0f}/255" if math.isclose(levels, round(levels), rel_tol=1e-5) else f"{eps:.3g}"

@@ -1,0 +1,150 @@
+"""What an evaluation found, image by image: one row for each attack, so that models can be compared in pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Examples:
+    """A few attacked images.
+
+    Args:
+        clean: the images before the attack, ``[M, C, H, W]`` float32 in [0, 1].
+        adversarial: the same images after it, of the same shape.
+        labels: the true classes, int64 ``[M]``.
+    """
+
+    clean: np.ndarray
+    adversarial: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(repr=False)
+class Row:
+    """One model under one attack.
+
+    Args:
+        model: the model's name.
+        attack: the attack's name; with the model's name it identifies the row.
+        kind: ``clean``, an attack's kind, or ``worst``.
+        variant: which mode of the model was attacked and judged: ``random``, ``fixed`` (noise) or ``deterministic``.
+        robust: bool ``[n]``, image by image. Of a clean row: the first prediction was right. Of an attack: the image
+            was classified correctly, and all ``n_eval`` predictions on the adversarial image were right.
+        mean: mean accuracy of one prediction, over ``n_eval`` of them.
+        worst: share of the images for which all ``n_eval`` predictions are right.
+        n_eval: how many predictions judged each image.
+        seed: of everything random.
+        seconds: wall clock time.
+        data: a hash of the images and labels.
+        health: counts of the gradients (``gradients nonfinite zero images unmoved``), or None where none were counted.
+        reliable: whether the attack had gradients to work with; if not, the true number may be lower.
+        settings: what was run, in plain values.
+        threat: the threat model, such as ``L2 0.5``, where it is another than the report's. Such a row is in no
+            headline and in no ``worst`` but its own.
+        nonfinite_predictions: how many of the predictions had a NaN among their logits; they count as wrong.
+        examples: some attacked images, for the pictures.
+    """
+
+    model: str
+    attack: str
+    kind: str
+    variant: str
+    robust: np.ndarray
+    mean: float
+    worst: float
+    n_eval: int
+    seed: int
+    seconds: float
+    data: str
+    health: dict[str, int] | None = None
+    reliable: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
+    threat: str | None = None
+    nonfinite_predictions: int = 0
+    examples: Examples | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        percent = f"{100 * self.accuracy:.1f} ± {100 * self.standard_error:.1f} %" if self.n else "no images"
+        return f"Row({self.model!r}, {self.attack!r}, {percent}, n = {self.n})"
+
+    @property
+    def n(self) -> int:
+        """How many images the row is about."""
+        return len(self.robust)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of robust images."""
+        return float(self.robust.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Binomial: sqrt(p (1 - p) / n)."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
+
+    @property
+    def nothing_to_attack(self) -> bool:
+        """Whether this is a ``worst`` over attacks none of which had a correctly classified image to attack."""
+        return self.kind == "worst" and self.settings.get("attacked") == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; ``robust`` as a string of 0 and 1; without the examples."""
+        values = {name: value for name, value in self.__dict__.items() if name not in ("robust", "examples")}
+        values |= {"n": self.n, "accuracy": self.accuracy, "standard_error": self.standard_error}
+        return values | {"robust": "".join("1" if right else "0" for right in self.robust)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Row:
+        """The inverse of `to_dict`."""
+        derived = ("n", "accuracy", "standard_error")
+        values = {name: value for name, value in values.items() if name not in derived}
+        return cls(**values | {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)})
+
+    def describe_health(self) -> str:
+        """The shares of non-finite and zero gradients and of unmoved images, as one short text."""
+        if self.health is None:
+            return "-"
+        h = self.health
+        text = f"{_share(h['nonfinite'], h['gradients'])} / {_share(h['zero'], h['gradients'])}"
+        return f"{text} / {_share(h['unmoved'], h['images'])}" if h["images"] else f"{text} / -"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A difference of accuracies on the same images.
+
+    Args:
+        difference: of the two accuracies, between -1 and 1.
+        standard_error: of the paired differences.
+        n: how many images.
+    """
+
+    difference: float
+    standard_error: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.difference:+.1f} ± {100 * self.standard_error:.1f} points (n = {self.n}, paired)"
+
+
+def model_names(rows: Sequence[Row]) -> list[str]:
+    """The names of the models, in order."""
+    return list(dict.fromkeys(row.model for row in rows))
+
+
+def attack_names(rows: Sequence[Row]) -> list[str]:
+    """The names of the attacks: clean, then attacks, then the worst over them, then other threat models; in order."""
+    order = {"clean": 0, "worst": 2}
+    ordered = sorted(rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
+    return list(dict.fromkeys(row.attack for row in ordered))
+
+
+def _share(part: int, whole: int) -> str:
+    share = 100 * part / max(1, whole)
+    return f"{share:.2g} %" if 0 < share < 1 else f"{share:.0f} %"

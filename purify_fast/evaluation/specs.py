@@ -1,0 +1,136 @@
+"""What is run: one attack for each row of a report, the default plan, and a published protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from .._validation import check_literal
+from ..attacks import BPDA, PGD, Attack, AutoAttack
+from ..attacks.arguments import check_at_least_one
+from ..attacks.bpda import check_aggregation
+from ..protocols import Classifier
+from .function_attack import AttackFunction, as_attack
+from .subject import Variant
+
+#: The target that stands for the defence's own classifier.
+CLASSIFIER = "classifier"
+LEE_KIM = "PGD-200 ce + EOT (Lee & Kim 2023)"
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """An attack, and how it is used for a row: on what, on which images, under which name.
+
+    Args:
+        attack: one of `purify_fast.attacks`, or a function ``(model, x, y) -> x_adv`` (see `as_attack`).
+        variant: which mode of the model is attacked and judged: ``random``, as it is; ``fixed``, every image under the
+            same noise; ``deterministic``, without noise.
+        target: attack this model instead, and judge the defence by the result: a transfer attack, or another view of
+            the defence. ``"classifier"``: the defence's own classifier, alone; the row's name says how little that
+            shows.
+        aggregation: attack the defence with its samples aggregated so, by a method of `purify_fast.ops.aggregate`, and
+            judge the defence as it is. BPDA has an option of its own for this.
+        label: the row's name; made from the rest if None. Another threat model than the report's, or the target
+            ``"classifier"``, is named after it.
+        max_images: attack only the first so many images; None: all.
+        survivors_only: attack only what the attacks before it, on this variant and in this threat model, left right.
+            The row counts every image, as left after all of them. Cheap attacks first then save most of a costly one's
+            work.
+
+    Raises:
+        ValueError: options that are not allowed or do not go together.
+        TypeError: no attack.
+    """
+
+    attack: Attack | AttackFunction
+    variant: Variant = "random"
+    target: Classifier | Literal["classifier"] | None = None
+    aggregation: str | None = None
+    label: str | None = None
+    max_images: int | None = None
+    survivors_only: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.attack, Attack):
+            object.__setattr__(self, "attack", as_attack(self.attack))
+        check_literal("variant", self.variant, Variant)
+        check_at_least_one(max_images=self.max_images)
+        if isinstance(self.target, str):
+            if self.target != CLASSIFIER:
+                raise ValueError(f"target must be a model or {CLASSIFIER!r}, got {self.target!r}")
+        elif self.target is not None and not callable(self.target):
+            raise TypeError(f"target must be a model or {CLASSIFIER!r}, got {self.target!r}")
+        if self.aggregation is not None:
+            check_aggregation(self.aggregation)
+            if self.target is not None:
+                raise ValueError("an attack has a target or an aggregation, not both")
+        if isinstance(self.attack, BPDA):
+            if self.target is not None:
+                raise ValueError("BPDA attacks the defence's own purifier: it takes no target")
+            if self.aggregation is not None:
+                raise ValueError(f"BPDA has this option itself: BPDA(aggregation={self.aggregation!r})")
+
+    @property
+    def resolved(self) -> Attack:
+        """The attack; a function is wrapped as one."""
+        return cast(Attack, self.attack)
+
+    @property
+    def other_model(self) -> Classifier | None:
+        """The model that is attacked in the defence's place, if it is no part of the defence."""
+        return None if isinstance(self.target, str) else self.target
+
+
+def as_spec(attack: Any) -> AttackSpec:
+    """What stands in a list of attacks, as an `AttackSpec`; TypeError for what is no attack."""
+    return attack if isinstance(attack, AttackSpec) else AttackSpec(attack)
+
+
+def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
+    """A list of attacks, of `AttackSpec` and of functions ``(model, x, y) -> x_adv``, as `AttackSpec`.
+
+    Raises:
+        TypeError: no list, or something in it that is no attack.
+    """
+    if isinstance(attacks, (str, Attack, AttackSpec)) or not isinstance(attacks, Sequence):
+        raise TypeError(f"attacks must be a list, got {attacks!r}")
+    specs = []
+    for i, attack in enumerate(attacks):
+        try:
+            specs.append(as_spec(attack))
+        except TypeError as error:
+            raise TypeError(f"attacks[{i}]: {error}") from None
+    return specs
+
+
+def default_attacks(base: Classifier | None = None) -> list[AttackSpec]:
+    """What `evaluate` runs if it is not told.
+
+    Args:
+        base: an undefended classifier, on which a transfer attack is made.
+
+    Returns:
+        PGD with CE and DLR on the random and the deterministic model, BPDA, AutoAttack, and transfer from ``base``.
+    """
+    variants: tuple[Variant, ...] = ("random", "deterministic")
+    own = [AttackSpec(pgd, variant) for variant in variants for pgd in (PGD(), PGD(loss="dlr"))]
+    auto = [AttackSpec(AutoAttack(), "fixed"), AttackSpec(AutoAttack(version="rand"))]
+    transfer = [] if base is None else [AttackSpec(PGD(), target=base, label="transfer from the base")]
+    return [*own, AttackSpec(BPDA()), *auto, *transfer]
+
+
+def lee_kim_2023(eps: float = 8 / 255) -> AttackSpec:
+    """PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
+
+    Full gradient, 200 steps of 0.007 at eps = 8/255, of the same share of any other eps, 20 draws averaged before the
+    sign is taken, L-inf, no random start. One thing is not in the paper: of the iterates the best is kept, not the
+    last.
+
+    Args:
+        eps: radius in image units.
+    """
+    alpha = 0.007 * eps / (8 / 255)
+    attack = PGD(steps=200, alpha=alpha, eot_iter=20, random_start=False, eps=eps, norm="linf")
+    return AttackSpec(attack, label=LEE_KIM)

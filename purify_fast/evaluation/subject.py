@@ -1,0 +1,111 @@
+"""The model under evaluation: its variants, and how its predictions are judged."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._fingerprint import digest
+from ..protocols import Classifier
+
+Variant = Literal["random", "fixed", "deterministic"]
+#: Each phase of an evaluation has a seed of its own, so that no attack has seen the draws it is judged by.
+PHASES = {"clean": 0, "attack": 1, "judge": 2}
+
+
+def device_of(model: Classifier, x: Tensor) -> torch.device:
+    """Where a model computes: where its first tensor is, or the images, for a model without tensors."""
+    if isinstance(model, nn.Module):
+        for tensor in (*model.parameters(), *model.buffers()):
+            return tensor.device
+    return x.device
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Repeated predictions on the same images.
+
+    Args:
+        right: bool ``[draws, n]``, which predictions were right.
+        nonfinite: how many of them had a NaN among their logits; they are not right.
+    """
+
+    right: np.ndarray
+    nonfinite: int
+
+
+class Subject:
+    """A model with the images it is attacked on.
+
+    Args:
+        model: images to logits.
+        x: images, float32 in [0, 1].
+        y: labels, int64.
+        batch_size: images in one prediction.
+        n_eval: how often a random model judges each image.
+        seed: of everything random.
+
+    Raises:
+        ValueError: a label that the model has no class for.
+    """
+
+    def __init__(self, model: Classifier, x: Tensor, y: Tensor, *, batch_size: int, n_eval: int, seed: int):
+        self.model, self.x, self.y = model, x, y
+        self.batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
+        self.device = device_of(model, x)
+        self.data = digest(x, y)
+        torch.manual_seed(seed)
+        self.is_random = self.draws(model)
+        self.num_classes: int = model(x[:1].to(self.device)).shape[1]
+        bad = (y < 0) | (y >= self.num_classes)
+        if bool(bad.any()):
+            first = int(bad.int().argmax())
+            raise ValueError(f"y[{first}] is {int(y[first])}, but the model has {self.num_classes} classes")
+
+    def some(self) -> Tensor:
+        """A few images, to try models on."""
+        return self.x[:8].to(self.device)
+
+    def draws(self, model: Classifier) -> bool:
+        """Whether two predictions of a model differ."""
+        some = self.some()
+        return not torch.allclose(model(some), model(some), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+    def variant(self, name: Variant) -> contextlib.AbstractContextManager:
+        """The model as the variant has it, within a block."""
+        if name == "random" or not self.is_random:
+            return contextlib.nullcontext()
+        return self.model.fixed_noise(self.seed) if name == "fixed" else self.model.deterministic()  # type: ignore[attr-defined]
+
+    def judges(self, variant: Variant) -> int:
+        """How many predictions judge an image."""
+        return self.n_eval if variant == "random" and self.is_random else 1
+
+    def reseed(self, phase: Literal["clean", "attack", "judge"]) -> None:
+        """Put the random generators where the phase begins."""
+        torch.manual_seed(3 * self.seed + PHASES[phase])
+
+    def judge(self, x: Tensor, variant: Variant, phase: Literal["clean", "judge"]) -> Judgement:
+        """Predictions on the first ``len(x)`` images, or on what became of them.
+
+        A prediction with a NaN among its logits is wrong, whatever class ``argmax`` would name.
+        """
+        self.reseed(phase)
+        y = self.y[: len(x)].cpu()
+        right, nonfinite = [], 0
+        with self.variant(variant):
+            for _ in range(self.judges(variant)):
+                decided, broken = [], []
+                for part in x.split(self.batch_size):
+                    logits = self.model(part.to(self.device))
+                    decided.append(logits.argmax(1).cpu())
+                    broken.append(logits.isnan().any(1).cpu())
+                undecided = torch.cat(broken)
+                nonfinite += int(undecided.sum())
+                right.append(((torch.cat(decided) == y) & ~undecided).numpy())
+        return Judgement(np.stack(right), nonfinite)

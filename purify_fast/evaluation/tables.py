@@ -1,0 +1,127 @@
+"""Tables of an evaluation, for Markdown and for the terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+from .rows import Row, attack_names, model_names
+
+UNRELIABLE = "unreliable"
+#: How an unreliable number is marked in Markdown.
+RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
+COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "mean", "worst", "gradients", "", "seed", "s"]
+LEGEND = [
+    "variant: the model as it is (random), with fixed noise, or its deterministic version. EOT: draws averaged per"
+    " gradient. n: images (in brackets, those attacked, where earlier attacks left only these). accuracy ± binomial"
+    " standard error, %: clean, one prediction; under attack, images classified correctly and right in every repeated"
+    " prediction. mean: accuracy of one prediction, %. worst: right"
+    " in all of the repeated predictions (their number in brackets), %. gradients: share non-finite / zero / images"
+    " not moved. s: seconds.",
+    "",
+    "An attack of another norm or radius than the report's has it at the end of its name: L1, L2, L-inf, or the flow"
+    " that moves pixels (StAdv; half the image is 1). It counts for no headline and no worst but its own. BPDA: through"
+    " the purifier as if it changed nothing. On the classifier alone: made without the defence, then tried on it, which"
+    " says little about an attacker who knows the defence.",
+    "",
+    f"{RED_UNRELIABLE}: the attack lacked gradients (any non-finite one, more than 5 % zero ones, or more than 1 % of"
+    " the correctly classified images not moved), so its number measures the gradients, not the model.",
+]
+
+
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table.
+
+    Args:
+        head: the titles of the columns.
+        body: the cells of each line, as many as there are columns.
+    """
+    lines = [head, ["---"] * len(head), *body]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def terminal_table(head: Sequence[str], body: Iterable[Sequence[str]], color: bool) -> str:
+    """The same in columns of equal width; with ``color``, cells that must not be overlooked are red."""
+    table = [list(head), *(list(line) for line in body)]
+    width = [max(len(line[i]) for line in table) for i in range(len(head))]
+    lines = []
+    for line in table:
+        cells = [cell.ljust(w) for cell, w in zip(line, width, strict=True)]
+        if color:
+            cells = [f"\033[31m{cell}\033[0m" if UNRELIABLE in cell or NOT_FINITE in cell else cell for cell in cells]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * (sum(width) + 2 * len(width) - 2), *lines[1:]])
+
+
+def color_is_welcome() -> bool:
+    """Whether standard output is a terminal, and NO_COLOR (https://no-color.org) is not set."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def percent(row: Row) -> str:
+    """A row's accuracy and its standard error, in percent."""
+    return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
+
+
+NOT_FINITE = "not finite"
+
+
+def remark(row: Row, unreliable: str = UNRELIABLE) -> str:
+    """What must be said of a row's number; empty for most.
+
+    Args:
+        row: the row.
+        unreliable: how to write that the attack lacked gradients.
+    """
+    said = [f"{row.nonfinite_predictions} predictions {NOT_FINITE}"] if row.nonfinite_predictions else []
+    if row.nothing_to_attack:
+        said.append("nothing to attack")
+    elif not row.reliable:
+        said.append(unreliable)
+    return ", ".join(said)
+
+
+def row_cells(row: Row, unreliable: str = UNRELIABLE) -> list[str]:
+    """One line of the table of all rows; its titles are `COLUMNS`."""
+    return [
+        row.model,
+        row.attack,
+        row.variant,
+        str(row.settings.get("eot_iter", row.settings.get("eot", "-"))),
+        f"{row.n} ({row.settings['attacked']})" if _survivors_only(row) else str(row.n),
+        percent(row),
+        f"{100 * row.mean:.1f}",
+        f"{100 * row.worst:.1f} ({row.n_eval})",
+        row.describe_health(),
+        remark(row, unreliable),
+        str(row.seed),
+        f"{row.seconds:.1f}",
+    ]
+
+
+def comparison(rows: Sequence[Row], unreliable: str = UNRELIABLE) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of a table with the attacks down and the models across."""
+    models = model_names(rows)
+    found = {(row.attack, row.model): row for row in rows}
+
+    def cell(attack: str, model: str) -> str:
+        row = found.get((attack, model))
+        return "-" if row is None else f"{percent(row)} {remark(row, unreliable)}".strip()
+
+    return ["attack", *models], [[attack, *(cell(attack, m) for m in models)] for attack in attack_names(rows)]
+
+
+def headline(model: str, threat: str | None, row: Row) -> str:
+    """One line of Markdown: the lowest number of a model under a threat model."""
+    what = f"**{model}: {percent(row)} %**" if threat is None else f"{model}, {threat}: {percent(row)} %"
+    line = f"- {what} robust, the lowest of all attacks ({row.attack}, n = {row.n})"
+    more = remark(row, RED_UNRELIABLE)
+    if not more:
+        return line
+    return f"{line}; {more}" + ("" if row.reliable or row.nothing_to_attack else ": the true number may be lower")
+
+
+def _survivors_only(row: Row) -> bool:
+    # reports that the release before wrote have the old name of the setting
+    return bool(row.settings.get("survivors_only", row.settings.get("survivors")))

@@ -1,0 +1,52 @@
+"""A progress bar over the forward passes of a model under attack."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..protocols import Classifier, SharesDraws, supports
+
+
+class Watched(nn.Module):
+    """A module around any callable, as AutoAttack wants one; counts the images for the progress bar.
+
+    Args:
+        model: the callable.
+        bar: is told of every forward pass.
+    """
+
+    def __init__(self, model: Classifier, bar: tqdm):
+        super().__init__()
+        self.model, self.bar = model, bar
+        # attacks of other packages would put a model that looks like one in training back into training
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bar.update(len(x))
+        return self.model(x)
+
+
+class _WatchedDraws(Watched):
+    """The same around a model that makes several draws at once."""
+
+    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
+        self.bar.update(draws * len(x))
+        return self.model.draw_logits(x, draws)  # type: ignore[attr-defined]
+
+
+def watched(model: Classifier, bar: tqdm) -> Watched:
+    """The model, with every forward pass shown by the bar."""
+    return (_WatchedDraws if supports(model, SharesDraws) else Watched)(model, bar)
+
+
+@contextlib.contextmanager
+def progress_bar(label: str, shown: bool, total: int | None) -> Iterator[tqdm]:
+    """A bar over the forward passes of single images; it disappears when the block ends."""
+    with tqdm(
+        total=total, desc=label, unit=" images", unit_scale=True, disable=not shown, leave=False, dynamic_ncols=True
+    ) as bar:
+        yield bar

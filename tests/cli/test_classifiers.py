@@ -1,0 +1,194 @@
+"""Classifiers by name: of torchvision, of timm, by import path; trained, saved, loaded, built upon."""
+
+import importlib.util
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+import purify_fast
+from purify_fast._fingerprint import weights_fingerprint
+from purify_fast.models.foreign import ForeignClassifier, build_foreign, read_weights
+from purify_fast.training import load_classifier, save_classifier
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MINE = """
+import torch
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Conv2d(1, 4, 3, stride=2)
+        self.head = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.first(2 * x - 1).relu().mean((2, 3)))
+
+
+def trained():
+    torch.manual_seed(3)
+    return Net()
+
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's own in the working folder."""
+    (tmp_path / "my_networks.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_network_by_import_path_is_defended_and_loaded_again(run, bars, mine):
+    few = ["--data", bars, "--device", "cpu", "--batch-size", "16", "--epochs", "1"]
+    carso = [
+        "--layers",
+        "model.first",
+        "--cond-dim",
+        "4",
+        "--latent-dim",
+        "2",
+        "--samples",
+        "2",
+        "--decoder-width",
+        "2",
+    ]
+    words = ["--classifier", "my_networks:trained", *carso, "--eps", "0.1", "--steps", "1", "--out", mine / "carso"]
+    code, printed = run("train", "carso", *words, *few)
+    assert code == 0, printed
+    defence = purify_fast.load_defence(mine / "carso")
+    torch.manual_seed(3)
+    assert isinstance(defence.classifier, ForeignClassifier) and defence.classifier.spec == "my_networks:trained"
+    assert weights_fingerprint(defence.classifier) == weights_fingerprint(
+        ForeignClassifier("my_networks:trained", 1, 2)
+    )
+    assert run("evaluate", mine / "carso", *few[:4], "--images", "2", "--steps", "1", "--autoattack", "0")[0] == 0
+    # finetuned, it is a classifier with other weights
+    arrest = ["--layers", "model.first", "--eps", "0.1", "--steps", "1", "--out", mine / "arrest"]
+    assert run("train", "arrest", "--classifier", "my_networks:trained", *arrest, *few)[0] == 0
+    assert weights_fingerprint(load_classifier(mine / "arrest")) != weights_fingerprint(defence.classifier)
+
+
+def test_what_an_import_path_may_not_name(run, bars, mine):
+    for spec, message in (
+        ("my_networks:missing", "has no function or class 'missing'"),
+        ("my_networks:nothing", "must return a torch.nn.Module, it returned a int"),
+        ("no_such_module:make", "No module named 'no_such_module'"),
+        (":make", "is torchvision:NAME, timm:NAME or package.module:function"),
+        ("torchvision:resnet18", "has fresh weights: give trained ones with --classifier-weights"),
+    ):
+        code, printed = run("train", "carso", "--data", bars, "--device", "cpu", "--classifier", spec)
+        assert code == 2 and message in printed and "Traceback" not in printed
+
+
+def test_a_network_of_torchvision_is_trained_and_used(run, bars, tmp_path):
+    few = ["--data", bars, "--device", "cpu", "--batch-size", "16", "--epochs", "1"]
+    out = tmp_path / "classifier"
+    assert run("train", "classifier", "--model", "torchvision:shufflenet_v2_x0_5", "--out", out, *few)[0] == 0
+    model = load_classifier(out)
+    assert model.spec == "torchvision:shufflenet_v2_x0_5" and model(torch.rand(2, 1, 16, 16)).shape == (2, 2)
+    assert model.arguments["num_classes"] == 2 and model.arguments["mean"] != [0.5]
+    assert run("evaluate", out, *few[:4], "--eps", "0.1", "--images", "2", "--steps", "1", "--autoattack", "0")[0] == 0
+    code, printed = run("train", "classifier", "--model", "torchvision:shufflenet_v2_x0_5", "--width", "3", *few)
+    assert code == 2 and "the size of torchvision:shufflenet_v2_x0_5 is in its name" in printed
+    for model, message in (
+        ("resnet", "torchvision has no classifier 'resnet'"),
+        ("squeezenet1_1", "torchvision:squeezenet1_1 does not run on images 16x16: "),
+    ):
+        code, printed = run("train", "classifier", "--model", f"torchvision:{model}", *few)
+        assert code == 2 and message in printed
+    code, printed = run("train", "carso", "--classifier", out, "--classifier-weights", "x.pth", *few)
+    assert code == 2 and f"the folder {out} brings its own" in printed
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pth", "table.pth"])
+def test_given_weights(tmp_path, ending):
+    torch.manual_seed(1)
+    network = torchvision.models.resnet18(num_classes=4)
+    state, path = network.state_dict(), tmp_path / f"weights{ending}"
+    if ending == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(
+            {"state_dict": {f"module.{name}": v for name, v in state.items()}} if "table" in ending else state, path
+        )
+    made = build_foreign("torchvision:resnet18", 3, 4, (0.5,) * 3, (0.25,) * 3, weights=str(path))
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(made.eval()(x), network.eval()((x - 0.5) / 0.25))
+    save_classifier(made, tmp_path / "saved")
+    assert torch.equal(load_classifier(tmp_path / "saved")(x), made(x))
+    with pytest.raises(ValueError, match=r"weights.* fc.bias is \[4\], must be \[5\]"):
+        build_foreign("torchvision:resnet18", 3, 5, (0.5,) * 3, (0.5,) * 3, weights=str(path))
+
+
+def test_grey_images_are_given_three_times():
+    torch.manual_seed(0)
+    made = ForeignClassifier("torchvision:resnet18", 1, 3, 0.3, 0.2).eval()
+    x = torch.rand(2, 1, 16, 16)
+    assert torch.equal(made(x), made.model(((x - 0.3) / 0.2).repeat(1, 3, 1, 1)))
+    with pytest.raises(ValueError, match="takes images of 1 or 3 channels, got 2"):
+        ForeignClassifier("torchvision:resnet18", 2, 3)
+
+
+class Executed:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_only_tensors_are_read(tmp_path, capsys):
+    torch.save({"weight": Executed()}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match="holds Python objects, and only tensors are read"):
+        read_weights(tmp_path / "bad.pth")
+    assert "executed" not in capsys.readouterr().out
+    torch.save([1], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        read_weights(tmp_path / "list.pth")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds no weights"):
+        read_weights(tmp_path / "empty.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"nowhere.pth is missing"):
+        read_weights(tmp_path / "nowhere.pth")
+
+
+def test_weights_of_the_library_are_taken_from_its_folder_and_never_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    mean, std = (0.5,) * 3, (0.5,) * 3
+    with pytest.raises(FileNotFoundError, match=r"resnet18-f37072fd.pth is missing: nothing is downloaded here"):
+        build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="IMAGENET1K_V1")
+    with pytest.raises(ValueError, match="resnet18 has no weights 'V9', only IMAGENET1K_V1"):
+        build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="V9")
+    torch.manual_seed(2)
+    network = torchvision.models.resnet18()
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(network.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
+    made = build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="IMAGENET1K_V1")
+    assert made.arguments["num_classes"] == 1000 and made.arguments["mean"] == [0.485, 0.456, 0.406]
+    assert torch.equal(made.model.fc.weight, network.fc.weight)
+    with pytest.raises(ValueError, match="has 1000 classes, the data 2000"):
+        build_foreign("torchvision:resnet18", 3, 2000, mean, std, weights="IMAGENET1K_V1")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+def test_a_network_of_timm(tmp_path):
+    torch.manual_seed(0)
+    made = ForeignClassifier("timm:resnet18", 1, 4, 0.3, 0.2).eval()
+    save_classifier(made, tmp_path)
+    x = torch.rand(2, 1, 32, 32)
+    assert made(x).shape == (2, 4) and torch.equal(load_classifier(tmp_path)(x), made(x))
+    with pytest.raises(ValueError, match="timm has no model 'resnet'"):
+        ForeignClassifier("timm:resnet", 1, 4)
+    with pytest.raises(ValueError, match="must be a file or 'pretrained', got 'best'"):
+        build_foreign("timm:resnet18", 3, 4, (0.5,), (0.5,), weights="best")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+def test_without_timm_it_says_how_to_get_it():
+    with pytest.raises(ModuleNotFoundError, match="timm is not installed: pip install timm"):
+        ForeignClassifier("timm:resnet18", 3, 4)

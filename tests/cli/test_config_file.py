@@ -1,0 +1,108 @@
+"""run.yaml: written by every run, read by --config; options on the command line win."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from purify_fast import cli
+from purify_fast.cli import config_file
+from purify_fast.cli.parsing import parse
+
+COMMANDS = [
+    ["train classifier", "--eps", "8/255", "--norm", "L2", "--flip"],
+    ["train carso", "--eps", "0.3", "--layers", "conv2", "--no-flip", "--image-size", "12", "8"],
+    ["train carso", "--preset", "mnist_v1", "--samples", "3"],
+    ["train carso", "--init", "runs/carso", "--attack-target", "pipeline"],
+    ["train generator", "--residual", "--betas", "0.4", "0.9", "--weight-decay=-1"][:5],
+    ["train atop", "--init", "None", "--transform", "rt3", "--shared-mask"],
+    ["train arrest", "--eps", "0.3", "--tau", "0.01", "--no-replay"],
+    ["ablate", "arrest", "--weights", "1", "5", "--angles"],
+    ["evaluate", "runs/a folder", "--also", "l2", "l1", "--eps", "0.1"],
+    ["demo", "--quick", "--seed", "3"],
+]
+
+
+def parsed(words):
+    return parse(cli._KINDS[words[0]], words[1:])
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:3]))
+def test_a_run_is_repeated_from_its_file(tmp_path, words):
+    command = parsed(words)
+    config_file.write_run_file(command, tmp_path)
+    path = tmp_path / "run.yaml"
+    again = parsed([words[0], "--config", str(path)])
+    assert dataclasses.replace(again, config=None) == command
+    held = yaml.safe_load(path.read_text())
+    assert held["command"] == words[0] and held["version"] == "0.1.0" and "config" not in held
+
+
+def test_options_on_the_command_line_win(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("eps: 8/255\nlayers: [conv2]\nbatch-size: 7\nflip: true\n")
+    read = parsed(["train carso", "--config", str(path), "--layers", "conv4", "hidden", "--no-flip"])
+    assert (read.layers, read.loop.batch_size, read.loop.flip) == (("conv4", "hidden"), 7, False)
+    assert read.method.attack.eps == 8 / 255
+
+
+def test_a_preset_in_a_file_gives_the_numbers_that_the_file_does_not(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: mnist_v1\nsamples: 2\n")
+    read = parsed(["train carso", "--config", str(path), "--epochs", "3"])
+    assert (read.samples, read.cond_dim, read.loop.epochs, read.loop.batch_size) == (2, 130, 3, 1536)
+
+
+def test_what_a_file_may_not_hold(run, tmp_path):
+    path = tmp_path / "mine.yaml"
+    for text, message in (
+        ("epochz: 3\n", "`purify-fast train carso` has no option 'epochz'; near: epochs"),
+        ("command: train atop\n", "is of `purify-fast train atop`, not of `purify-fast train carso`"),
+        ("- 3\n", "must hold a table of options"),
+        ("a: [\n", "is not YAML"),
+        ("!!python/object/apply:os.getcwd []\n", "is not YAML"),
+        ("init: x\nlayers: [conv2]\n", "--init x brings its own sizes; leave out layers"),
+        ("steps: many\n", "steps"),
+        ("norm: l3\n", "norm must be one of linf, l2, l1, got 'l3'"),
+    ):
+        path.write_text(text)
+        code, printed = run("train", "carso", "--config", path)
+        assert code == 2 and message in printed and "Traceback" not in printed
+    code, printed = run("train", "carso", "--config", tmp_path / "none.yaml")
+    assert code == 2 and "none.yaml" in printed
+
+
+def test_every_run_writes_its_file(run, bars, tmp_path):
+    out = tmp_path / "classifier"
+    words = ["--data", bars, "--device", "cpu", "--eps", "0.1", "--steps", "1", "--epochs", "1", "--batch-size", "16"]
+    assert run("train", "classifier", "--out", out, "--width", "2", *words)[0] == 0
+    held = yaml.safe_load((out / "run.yaml").read_text())
+    assert (held["eps"], held["width"], held["data"], held["command"]) == (0.1, 2, bars, "train classifier")
+    log = (out / "log.jsonl").read_text()
+    # the same run: it is finished, and nothing is trained again
+    assert run("train", "classifier", "--config", out / "run.yaml")[0] == 0
+    assert (out / "log.jsonl").read_text() == log
+
+    few = ["--data", bars, "--device", "cpu", "--images", "4", "--steps", "1", "--autoattack", "0"]
+    assert run("evaluate", out, *few)[0] == 0
+    held = yaml.safe_load((out / "evaluation" / "run.yaml").read_text())
+    assert (held["command"], held["folder"], held["images"]) == ("evaluate", str(out), 4)
+    (out / "run.yaml").unlink()
+    # a run of version 0.1 has no such file; its checkpoint says the same
+    assert config_file.ball_of_run(out) == (0.1, "linf")
+    (out / "checkpoint.safetensors").unlink()
+    code, printed = run("evaluate", out, *few)
+    assert (
+        code == 2 and f"--eps must be given, such as --eps 8/255: {out} does not say what it was trained at" in printed
+    )
+
+
+def test_the_norm_of_a_run_goes_with_its_radius(run, bars, tmp_path):
+    out = tmp_path / "classifier"
+    words = ["--data", bars, "--device", "cpu", "--steps", "1", "--epochs", "1", "--batch-size", "16"]
+    assert run("train", "classifier", "--out", out, "--width", "2", "--eps", "0.5", "--norm", "L2", *words)[0] == 0
+    assert config_file.ball_of_run(out) == (0.5, "l2")
+    code, printed = run("evaluate", out, "--data", bars, "--norm", "linf")
+    assert code == 2 and f"--norm linf needs an --eps: {out} was trained at l2 0.5" in printed
+    code, printed = run("evaluate", out, "--data", bars, "--also", "lee_kim_2023")
+    assert code == 2 and "not with --norm l2" in printed

@@ -1,0 +1,58 @@
+"""--help comes at once, without PyTorch, and explains every option in words of its own."""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tyro
+
+from purify_fast import cli
+from purify_fast.cli.option_types import option_types
+from purify_fast.cli.parsing import MARKERS
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = list(cli._KINDS)
+
+
+def options(kind):
+    """The options of a command, as argparse holds them."""
+    parser = tyro.extras.get_parser(kind, config=MARKERS, registry=option_types())
+    return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "", "train"])
+def test_help_comes_without_pytorch(name):
+    code = (
+        "import sys\nfrom purify_fast import cli\n"
+        f"try:\n    cli.main({[*name.split(), '--help']!r})\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "loaded = sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'torchvision', 'numpy', 'tqdm'})\n"
+        "assert not loaded, loaded"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: purify-fast {name}".strip() in done.stdout
+    # 0.3 seconds on an idle core; the bound is for one that others use too
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_is_explained_in_its_own_words(name):
+    found = options(cli._KINDS[name])
+    assert found
+    helps = {}
+    for action in found:
+        text = str(action.help).split("(default")[0].strip()
+        assert len(text) > 8, (name, action.dest, text)
+        assert text not in helps, (name, action.dest, helps[text])
+        helps[text] = action.dest
+
+
+def test_the_program_is_run_as_a_module_and_tells_its_version():
+    done = subprocess.run(
+        [sys.executable, "-m", "purify_fast.cli", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout == "purify-fast 0.1.0\n"

@@ -1,0 +1,117 @@
+"""What cannot be used is refused in one line that says what is meant."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import purify_fast
+from purify_fast import _files
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import load_classifier, save_classifier
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a classifier of 28 x 28 images."""
+    torch.manual_seed(0)
+    save_classifier(SmallCNN(1, 2, (28, 28), width=2), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(run, bars):
+    code, printed = run("train", "classifier", "--data", bars, "--device", "cuda")
+    assert code == 2 and "--device cuda: PyTorch finds no GPU here" in printed and "use --device cpu" in printed
+
+
+def test_a_device_of_no_such_name(run, bars, saved):
+    for words in (["train", "classifier"], ["evaluate", str(saved)]):
+        code, printed = run(*words, "--data", bars, "--device", "gpu")
+        assert code == 2 and printed == "purify-fast: --device must be auto, cpu, cuda or cuda:N, got 'gpu'"
+
+
+@pytest.mark.parametrize("eps", ["8", "80/10"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "x"],
+        ["train", "classifier"],
+        ["train", "carso"],
+        ["train", "atop"],
+        ["train", "arrest"],
+        ["ablate"],
+    ],
+)
+def test_a_radius_in_levels_of_255(run, words, eps):
+    code, printed = run(*words, "--eps", eps)
+    assert code == 2 and "eps is in image units, at most 1 for linf, got 8" in printed and "is 8/255 meant?" in printed
+
+
+def test_numbers_that_are_none(run):
+    for text in ("8/0", "a/b", "much"):
+        code, printed = run("train", "classifier", "--eps", text)
+        assert code == 2 and f"must be a number or a fraction such as 8/255, got '{text}'" in printed
+
+
+def test_images_of_another_size(run, bars, saved):
+    code, printed = run("evaluate", saved, "--data", bars, "--device", "cpu", "--eps", "0.1")
+    assert code == 2 and f"images are 16x16, the model in {saved} was trained on 28x28" in printed
+
+
+def test_images_of_more_channels_or_classes(run, bars, tmp_path):
+    for sizes, message in (
+        ({"in_channels": 3, "num_classes": 2}, "images have 1 channels, the model in {} was trained on 3"),
+        ({"in_channels": 1, "num_classes": 3}, None),
+    ):
+        save_classifier(SmallCNN(**sizes, width=2), tmp_path / "m")
+        few = ["--images", "2", "--steps", "1", "--autoattack", "0", "--device", "cpu", "--eps", "0.1"]
+        code, printed = run("evaluate", tmp_path / "m", "--data", bars, *few)
+        assert (code, message is None or message.format(tmp_path / "m") in printed) == (2 if message else 0, True)
+    code, printed = run("evaluate", tmp_path / "m", "--data", "digits", "--device", "cpu", "--eps", "0.1")
+    assert code == 2 and f"images are of 10 classes, the model in {tmp_path / 'm'} knows 3" in printed
+
+
+def test_a_classifier_is_no_defence(saved):
+    with pytest.raises(ValueError, match="holds a classifier, a SmallCNN, and no defence: load_classifier reads it"):
+        purify_fast.load_defence(saved)
+
+
+def test_a_class_without_images(run, tmp_path):
+    x, y = np.zeros((8, 16, 16), np.uint8), np.array([0, 2] * 4)
+    np.savez(tmp_path / "gap.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    words = ["--data", tmp_path / "gap.npz", "--device", "cpu", "--epochs", "1", "--batch-size", "8", "--width", "2"]
+    code, printed = run("train", "classifier", *words, "--out", tmp_path / "out")
+    assert code == 2 and "no image has label 1 (give num_classes if that is meant)" in printed
+    code, printed = run("train", "classifier", *words, "--out", tmp_path / "out", "--num-classes", "3")
+    assert code == 0 and load_classifier(tmp_path / "out").arguments["num_classes"] == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"kind": "SmallCNN"}', '{"kind": 3, "arguments": {}}', b"\xff\xfe\x00", "null"]
+)
+def test_a_damaged_model_file(run, bars, saved, text):
+    (saved / "model.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    code, printed = run("evaluate", saved, "--data", bars, "--device", "cpu", "--eps", "0.1")
+    assert code == 2 and f"{saved / 'model.json'} is damaged" in printed and "Traceback" not in printed
+
+
+def test_arguments_that_no_model_takes(run, bars, saved):
+    facts = json.loads((saved / "model.json").read_text())
+    for change in ({"colour": 3}, {"width": 5}):
+        (saved / "model.json").write_text(json.dumps(facts | {"arguments": facts["arguments"] | change}))
+        code, printed = run("evaluate", saved, "--data", bars, "--device", "cpu", "--eps", "0.1")
+        assert code == 2 and f"{saved} holds a broken model" in printed and "Traceback" not in printed
+
+
+def test_a_full_disk_names_the_file(monkeypatch, tmp_path):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device.*model.json"):
+        _files.write_text(tmp_path / "model.json", "{}")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,185 @@
+"""Attacks of other people as rows: a plain function, torchattacks' PGD, and what a function must not return."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from purify_fast.attacks import PGD
+from purify_fast.attacks.base import ThreatModel
+from purify_fast.evaluation import AttackSpec, as_attack, evaluate
+from purify_fast.evaluation.function_attack import check_adversarial
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EPS = 0.02
+QUIET = {"eps": EPS, "progress": False}
+
+
+@pytest.fixture
+def attacked():
+    """A small network with BatchNorm, whose mode matters, and images that it classifies."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5))
+    model[1].running_var.fill_(0.2)
+    x = torch.rand(40, 3, 8, 8)
+    with torch.no_grad():
+        y = model.eval()(x).argmax(1)
+    return model.train(), x, y
+
+
+def my_attack(model, x, y):
+    """Random search, then sign gradients: an attack that somebody wrote in fifteen lines."""
+    best, lowest = x, torch.full((len(x),), math.inf)
+    adversarial = (x + EPS * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+    for _ in range(10):
+        leaf = adversarial.detach().requires_grad_()
+        logits = model(leaf)
+        true = logits.gather(1, y[:, None])[:, 0]
+        margin = true - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+        better = margin.detach() < lowest
+        best = torch.where(better.view(-1, 1, 1, 1), leaf.detach(), best)
+        lowest = torch.where(better, margin.detach(), lowest)
+        (gradient,) = torch.autograd.grad(margin.sum(), leaf)
+        moved = leaf.detach() - EPS / 4 * gradient.sign()
+        adversarial = (x + (moved - x).clamp(-EPS, EPS)).clamp(0, 1)
+    return best
+
+
+def test_a_function_is_a_row(attacked, tmp_path):
+    model, x, y = attacked
+    statistics = {name: value.clone() for name, value in model.state_dict().items()}
+    report = evaluate(model, x, y, attacks=[my_attack, PGD(steps=10)], batch_size=16, out=tmp_path, **QUIET)
+    assert report.attacks == ["clean", "my_attack", "PGD-10 ce", "worst"]
+    row, other = report.row("my_attack"), report.row("PGD-10 ce")
+    assert 0 < row.accuracy < 0.9 and abs(row.accuracy - other.accuracy) < 0.15
+    assert row.kind == "function" and row.health is None and row.settings["target"] == "defence" and row.n == 40
+    assert (row.settings["norm"], row.settings["eps"]) == ("linf", EPS)
+    assert "my_attack" in report.row("worst").settings["over"]
+    assert (report.row("worst").robust == (row.robust & other.robust)).all()
+    moved = torch.as_tensor(row.examples.adversarial - row.examples.clean)
+    assert 0 < moved.abs().max() <= EPS + 1e-6
+    # the model is as it was, and the function's row is not kept, since its code may change
+    assert model.training and all(torch.equal(value, statistics[name]) for name, value in model.state_dict().items())
+    assert len(list((tmp_path / "rows").glob("*.json"))) == 2
+    report.to_markdown()
+
+
+def test_a_function_in_every_way_an_attack_is_used(attacked):
+    model, x, y = attacked
+    weaker = as_attack(my_attack, name="half", eps=2 * EPS, norm="l2")
+    plan = [
+        AttackSpec(my_attack, label="first", max_images=20),
+        AttackSpec(as_attack(lambda model, x, y: x, name="nothing"), survivors_only=True),
+        AttackSpec(lambda model, x, y: x, target=nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), label="elsewhere"),
+        AttackSpec(as_attack(lambda model, x, y: x + 0.0, name="other ball", eps=0.5, norm="l2")),
+    ]
+    report = evaluate(model, x, y, attacks=plan, **QUIET)
+    rows = {row.attack: row for row in report.rows}
+    assert rows["first"].n == 20 and rows["elsewhere"].accuracy == 1
+    assert rows["nothing"].settings["attacked"] == 20 + rows["first"].robust.sum()
+    assert rows["other ball, L2 0.5"].threat == "L2 0.5"
+    with pytest.raises(ValueError, match="'half' left the ball"):
+        evaluate(model, x, y, attacks=[weaker], **QUIET)
+
+
+def test_rows_of_a_function_with_a_revision_are_kept(attacked, tmp_path):
+    model, x, y = attacked
+    calls = []
+
+    def attack(model, x, y):
+        calls.append(len(x))
+        return x
+
+    for revision, expected in (("a", 1), ("a", 1), ("b", 2), (None, 3), (None, 4)):
+        named = as_attack(attack, revision=revision)
+        evaluate(model.eval(), x, y, attacks=[named], out=tmp_path, **QUIET)
+        assert len(calls) == expected
+
+
+def test_pgd_of_torchattacks(attacked):
+    torchattacks = pytest.importorskip("torchattacks")
+    model, x, y = attacked
+    statistics = model[1].running_mean.clone()
+
+    def attack(model, x, y):
+        return torchattacks.PGD(model, eps=EPS, alpha=EPS / 4, steps=10)(x, y)
+
+    report = evaluate(model, x, y, attacks=[AttackSpec(attack, label="torchattacks PGD"), PGD(steps=10)], **QUIET)
+    theirs, own = report.row("torchattacks PGD"), report.row("PGD-10 ce")
+    assert 0 < theirs.accuracy < 0.9 and abs(theirs.accuracy - own.accuracy) < 0.15
+    assert torch.equal(statistics, model[1].running_mean) and model.training
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "message"),
+    [
+        (lambda x: x.numpy(), TypeError, "'mine' must return a torch.Tensor, got ndarray"),
+        (lambda x: x[:1], ValueError, r"must return torch.float32 images \[4, 3, 8, 8\] on cpu, got .* \[1, 3, 8, 8\]"),
+        (lambda x: x.double(), ValueError, "got torch.float64"),
+        (lambda x: x * torch.nan, ValueError, "768 values that are not finite"),
+        (lambda x: x + 1, ValueError, r"values from 1.4 to 1.6: 0.6 outside the allowed range \[0, 1\]"),
+        (lambda x: x - 1, ValueError, r"0.6 outside the allowed range"),
+        (
+            lambda x: x + 0.03,
+            ValueError,
+            "'mine' left the ball: image 0 of the batch is moved by 0.03 in the norm linf, 0.01 more than the allowed "
+            "eps = 0.02",
+        ),
+    ],
+)
+def test_what_a_function_must_not_return(found, error, message):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    x = torch.full((4, 3, 8, 8), 0.4)
+    x[:, :, :4] = 0.6
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    attack = as_attack(lambda model, x, y: found(x), name="mine")
+    with pytest.raises(error, match=message):
+        evaluate(model, x, y, attacks=[attack], **QUIET)
+
+
+@pytest.mark.parametrize(("norm", "order"), [("linf", math.inf), ("l2", 2), ("l1", 1)])
+def test_rounding_is_allowed_and_no_more(norm, order):
+    x = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    eps = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}[norm]
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    length = torch.linalg.vector_norm(direction.flatten(1), ord=order, dim=1).view(-1, 1, 1, 1)
+    x = 0.25 + x / 2
+    at_the_border = x + eps * direction / length
+    check_adversarial("a", at_the_border, x, ThreatModel(norm, eps))
+    with pytest.raises(ValueError, match="left the ball"):
+        check_adversarial("a", x + 1.001 * eps * direction / length, x, ThreatModel(norm, eps))
+
+
+@pytest.mark.parametrize(
+    ("attacks", "message"),
+    [
+        (["pgd"], r"attacks\[0\]: an attack is one of purify_fast.attacks, such as PGD\(\), .* got 'pgd'"),
+        ("pgd", "attacks must be a list, got 'pgd'"),
+        (PGD(), "attacks must be a list, got PGD"),
+        ([PGD(), None], r"attacks\[1\]: .* got None"),
+        ([PGD], r"attacks\[0\]: PGD is a class of attacks: write PGD\(\)"),
+    ],
+)
+def test_what_is_no_attack_is_told(attacked, attacks, message):
+    model, x, y = attacked
+    with pytest.raises(TypeError, match=message):
+        evaluate(model, x, y, attacks=attacks, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"variant": "zero"}, ValueError, "variant must be one of random, fixed, deterministic, got 'zero'"),
+        ({"target": "base"}, ValueError, "target must be a model or 'classifier', got 'base'"),
+        ({"target": 3}, TypeError, "target must be a model or 'classifier', got 3"),
+        ({"aggregation": "max"}, ValueError, "aggregation must be one of"),
+        ({"aggregation": "lse", "target": "classifier"}, ValueError, "a target or an aggregation, not both"),
+        ({"max_images": 0}, ValueError, "max_images must be at least 1, got 0"),
+    ],
+)
+def test_errors_of_a_spec(options, error, message):
+    with pytest.raises(error, match=message):
+        AttackSpec(PGD(), **options)
