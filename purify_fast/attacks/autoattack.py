@@ -250,7 +250,7 @@ def autoattack(
     return pgd_step(found.detach(), torch.zeros_like(x), x, 0.0, eps, norm=norm), warnings
 
 
-def _set_steps(part, steps: int) -> None:
+def _set_steps(part: Any, steps: int) -> None:
     """APGD derives its checkpoints from the number of steps when it is made."""
     part.n_iter = part.n_iter_orig = steps
     part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(r * steps), 1) for r in (0.22, 0.06, 0.03))
