@@ -27,6 +27,7 @@ from .._fingerprint import digest
 from .._process import processes
 from ..data import StreamedImages, batches, crop_flip, read_ahead, to_float
 from ..models.layers import BatchNorm1d, BatchNorm2d
+from ..speed.precision import whole_float32_by_default
 from .checkpoint import read_tree, write_tree
 from .config import FitConfig
 from .distributed import average_, from_first, gathered
@@ -107,6 +108,7 @@ class _Log:
                 file.write(json.dumps(row) + "\n")
 
 
+@whole_float32_by_default()
 def fit(
     task: Task,
     x: Tensor | StreamedImages,
