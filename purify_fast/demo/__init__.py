@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -123,12 +124,12 @@ class _Beside:
     def __init__(self, place: Place):
         self.place = place
         self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin)
-        self.given: list[tuple[Future, Callable, tuple[str, ...], Future | None]] = []
+        self.given: list[tuple[Future[Any], Callable[..., Any], tuple[str, ...], Future[Any] | None]] = []
 
     def __enter__(self) -> _Beside:
         return self
 
-    def __call__(self, work: Callable, *arguments: str, after: Future | None = None) -> Future:
+    def __call__(self, work: Callable[..., Any], *arguments: str, after: Future[Any] | None = None) -> Future[Any]:
         """Give it ``work``, which needs what ``after`` does."""
         future = self.pool.submit(work, self.place.quiet(), *arguments)
         self.given.append((future, work, arguments, after))

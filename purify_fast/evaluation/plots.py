@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .._files import atomic
 from ..attacks import frozen
-from ..protocols import FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
+from ..protocols import Classifier, FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
 from .metrics import check_curve, check_pair, interpolate
 from .rows import Row, attack_names, model_names
 
@@ -127,7 +127,7 @@ def grid(
     adversarial: np.ndarray | Tensor,
     labels: np.ndarray | Tensor,
     path: str | Path,
-    defence: Callable | None = None,
+    defence: Classifier | None = None,
     *,
     samples: int = 4,
     seed: int = 0,

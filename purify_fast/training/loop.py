@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .._process import processes
 from ..models.layers import BatchNorm1d, BatchNorm2d
+from ..speed.precision import whole_float32_by_default
 from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
 from .epoch import batch_of, set_learning_rate, train_step
@@ -30,6 +31,7 @@ from .task import Task
 from .validation import Validation
 
 
+@whole_float32_by_default()
 def fit(
     task: Task,
     x: Images,
