@@ -4,6 +4,8 @@ This is the only file that knows old names. It imports nothing of the package wh
 the package may use it.
 """
 
+# long because everything that knows an old name is in this one file, which goes as a whole in the next release
+
 from __future__ import annotations
 
 import dataclasses

@@ -30,22 +30,17 @@ NOT_DONE = {
     "purify_fast/data",
     "purify_fast/demo",
     "purify_fast/evaluation",
-    "purify_fast/methods/arrest",
     "purify_fast/methods/atop",
     "purify_fast/methods/carso",
     "purify_fast/models",
     "purify_fast/ops",
-    "purify_fast/training",
 }
 #: Likewise, of those that use words of a private vocabulary.
 WORDS_NOT_DONE = {
     "purify_fast/demo",
     "purify_fast/evaluation",
-    "purify_fast/methods/arrest",
-    "purify_fast/methods/atop",
     "purify_fast/methods/carso",
     "purify_fast/ops",
-    "purify_fast/training",
 }
 PRIVATE_WORDS = re.compile(r"\b(ours|quicken|untapped|silent|said)\b")
 

@@ -95,7 +95,8 @@ def ablate(
         images: to train on and to attack.
         config: of the finetunings, but for lambda and the replay's threshold, which `AblationConfig` lists. Its attack
             is that of the classifiers trained from scratch too, and its eps that of the attacks in the end.
-        what: see `AblationConfig`. loop: of every training; its epochs are the finetunings'.
+        what: see `AblationConfig`.
+        loop: of every training; its epochs are the finetunings'.
         out: folder; holds each row's run as well.
         progress: whether to show bars.
 
@@ -107,7 +108,7 @@ def ablate(
         ModuleNotFoundError: AutoAttack or scipy is missing.
     """
     out = Path(out)
-    ar_point_dist(((0, 1), (1, 0)), (0, 1))  # needs scipy, at the end: said now if it is missing
+    ar_point_dist(((0, 1), (1, 0)), (0, 1))  # needs scipy at the end: if it is missing, that is an error now
     if what.autoattack:
         implementation()
     attack = config.attack
@@ -119,12 +120,15 @@ def ablate(
     what = replace(what, images=n, autoattack=min(what.autoattack, n))  # as the table says
 
     def trained(name: str, task: Task, epochs: int, result: nn.Module) -> nn.Module:
-        fit(task, images.x_train, images.y_train, replace(loop, epochs=epochs), _folder(out, name), name, progress)
+        setting = replace(loop, epochs=epochs)
+        folder = _folder(out, name)
+        fit(task, images.x_train, images.y_train, setting, folder=folder, title=name, progress=progress)
         save_classifier(result, _folder(out, name))
         return result
 
     def attacked(name: str, model: nn.Module) -> _Result:
-        return _attack(name, model, images, config, what, loop.seed, _folder(out, name), progress)
+        folder = _folder(out, name)
+        return _attack(name, model, images, config, what, seed=loop.seed, folder=folder, progress=progress)
 
     found: dict[str, _Result] = {}
     scratch = {STANDARD: 0.0, **{f"{SCRATCH}, eps x {s:g}": s for s in sorted(what.shares)}, SCRATCH: 1.0}
@@ -154,6 +158,7 @@ def _attack(
     images: DataSet,
     config: ArrestConfig,
     what: AblationConfig,
+    *,
     seed: int,
     folder: Path,
     progress: bool,
@@ -214,7 +219,7 @@ def _write(
         f"robust: PGD-{what.attack_steps} with cross-entropy, then with DLR on what that left. "
         + (f"AutoAttack: standard, then, on the first {what.autoattack}. " if auto else "")
         + f"SUM, mean, NRR and ar_point_dist: of standard accuracy and {robust}. "
-        "ar_point_dist (ours; inspired by, and not, the paper's ARDist): signed distance in points to the curve "
+        "ar_point_dist (own; inspired by, and not, the paper's ARDist): signed distance in points to the curve "
         f"through {', '.join(f'({p.standard:.1f}, {p.robust:.1f})' for p in curve)}, those of {'; '.join(reference)} "
         "that no other of them beats.",
         "",

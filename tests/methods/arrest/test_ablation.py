@@ -159,7 +159,7 @@ def test_the_scratch_rows_attack_with_their_share_of_eps(images, tmp_path, monke
         pass
 
     monkeypatch.setattr(module, "ClassifierTask", Task)
-    monkeypatch.setattr(module, "_attack", lambda *a: _Result(Tradeoff(0, 0), (0, 0)))
+    monkeypatch.setattr(module, "_attack", lambda *a, **k: _Result(Tradeoff(0, 0), (0, 0)))
     monkeypatch.setattr(module, "load_classifier", lambda folder: (_ for _ in ()).throw(Enough))
     what = AblationConfig(**FEW, shares=(0.5, 0.25), scratch_learning_rate=2e-3, standard_learning_rate=1e-3)
     with pytest.raises(Enough):
@@ -181,7 +181,7 @@ def test_from_scratch_and_finetuned_train_on_one_attack(images, tmp_path, monkey
         seen.append([options[name] for name in ("eps", "alpha", "steps", "norm")])
         return x
 
-    monkeypatch.setattr(module, "_attack", lambda *a: _Result(Tradeoff(0, 0), (0, 0)))
+    monkeypatch.setattr(module, "_attack", lambda *a, **k: _Result(Tradeoff(0, 0), (0, 0)))
     monkeypatch.setattr(module, "plot_tradeoff", lambda *a, **k: False)
     for task in (ArrestTask, ClassifierTask):
         monkeypatch.setattr(importlib.import_module(task.__module__), "pgd", attack)
@@ -337,7 +337,7 @@ def test_autoattack_has_no_more_images_than_there_are(images, tmp_path, monkeypa
     monkeypatch.setattr(module, "implementation", lambda: None)
     asked = []
     monkeypatch.setattr(
-        module, "_attack", lambda *a: asked.append(a[4]) or _Result(Tradeoff(0, 0), (0, 0), Tradeoff(0, 0))
+        module, "_attack", lambda *a, **k: asked.append(a[4]) or _Result(Tradeoff(0, 0), (0, 0), Tradeoff(0, 0))
     )
     few = {**FEW, "images": 100, "weights": (), "angles": (), "shares": ()}
     text = run(images, tmp_path, AblationConfig(**few, autoattack=50))[0].read_text()
