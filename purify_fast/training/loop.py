@@ -27,6 +27,7 @@ from .._fingerprint import digest
 from .._process import processes
 from ..data import StreamedImages, batches, crop_flip, read_ahead, to_float
 from ..models.layers import BatchNorm1d, BatchNorm2d
+from ..ops import agree, wrong_kernels
 from ..speed.precision import whole_float32_by_default
 from .checkpoint import read_tree, write_tree
 from .config import FitConfig
@@ -147,6 +148,8 @@ def fit(
     rank, world = processes()
     if config.batch_size % world:
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {world} processes")
+    if world > 1:  # a kernel that is wrong in the first process serves in none, else they would not compute the same
+        agree(from_first(lambda: wrong_kernels(y.device)), y.device)
     steps = len(x) // config.batch_size
     if steps == 0:
         raise ValueError(f"batch_size {config.batch_size} is larger than the {len(x)} training images")
