@@ -23,7 +23,8 @@ from ...evaluation import AttackSpec, Tradeoff, ar_point_dist, evaluate, plot_tr
 from ...models.classifiers import representation_before_pooling
 from ...training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, load_classifier, save_classifier
 from .config import AblationConfig, ArrestConfig
-from .task import ArrestTask, Teacher
+from .task import ArrestTask
+from .teacher import Teacher
 
 STANDARD, SCRATCH, FINETUNED = "standard", "AT from scratch", "AFT"
 ROBUST, AUTO = "PGD ce + dlr", "AutoAttack"
