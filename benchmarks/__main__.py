@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from purify_fast.training import keep_memory
+from purify_fast.speed import retain_freed_memory
 
 from . import gpu_check, performance, pipelines, report
 from .ops import registry
@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
                 report.report_pipelines(path)
                 print(path / report.PIPELINES_TABLE)
         print(performance.write(RESULTS, DOCS))
+        print(report.write_races(RESULTS))
         for page in sorted(DOCS.glob("*.md")):
             for name in tables.fill(page, command.RESULTS):
                 print(f"{page} wants the table of {name}, which no study has written yet", file=sys.stderr)
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         run_pipelines(chosen.names or list(known), device, chosen.quick, out)
         print((out / report.PIPELINES_TABLE).read_text())
         return
-    keep_memory()
+    retain_freed_memory()
     run_ops(chosen.names or list(known), device, chosen.quick, out)
     for line in report.read_csv(out / report.VERDICTS):
         name = f"{line['op']} {line['direction']}, eager calls on {device.type}"

@@ -36,7 +36,7 @@ from purify_fast import __version__, _library
 from purify_fast._files import write_text
 from purify_fast.cli.installation import cuda_part, facts
 from purify_fast.ops import REGISTRY
-from purify_fast.training import keep_memory
+from purify_fast.speed import retain_freed_memory
 
 from . import limits, pipelines, report
 from .measure import environment
@@ -243,7 +243,7 @@ def sanitizer(context: Context) -> Outcome:
 
 def ops(context: Context) -> Outcome:
     """`python -m benchmarks ops`."""
-    keep_memory()
+    retain_freed_memory()
     budget = Budget(context.left, True, {}, tell=context.tell)
     run_ops(list(registry(context.device.type)), context.device, context.dry, context.out, budget)
     rows = _read(context.out / report.ROWS)

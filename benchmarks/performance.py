@@ -216,8 +216,8 @@ def page(results: Path) -> str:
         lines += [
             "",
             "**Not yet run on a GPU.** What is said of one below is counted. `python -m benchmarks gpu_check` measures "
-            "it; its folder in `benchmarks/results` becomes a chapter here. Until then every op is served by its "
-            "reference there, and the GPU kernels are opt-in.",
+            "it; its folder in `benchmarks/results` becomes a chapter here. Until then a GPU kernel serves where "
+            "one launch replaces a dozen or more, once it was verified on the user's own card.",
         ]
     lines += ["", *counted()]
     for folder, rows, races, rates in found:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from purify_fast.training import keep_memory
+from purify_fast.speed import retain_freed_memory
 
 from .limits import operands
 from .measure import environment, quantile
@@ -81,7 +81,7 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
         device, effort = torch.device(device_type), QUICK if quick else Effort()
         chosen = registry()[pipeline](quick)[case].contestants[contestant]
         if chosen.raised:
-            keep_memory()
+            retain_freed_memory()
         job = chosen.make(device, quick)
         commands = {
             "result": lambda: job.result().double().cpu().numpy(),

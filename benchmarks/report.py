@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import statistics
 from pathlib import Path
 
 from purify_fast._files import atomic, write_text
+from purify_fast.ops._races import SHIPPED
 
 from .measure import AUTOTUNED, CONTESTANTS, LEAST, STYLES
 
@@ -29,11 +31,16 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, text.getvalue())
 
 
+#: Times as fast as torch.compile, for a kernel to serve inside graphs: the op is a wall there, whose inputs and outputs
+#: are written and read once more than if they were fused with neighbours that the benchmark does not have.
+IN_GRAPHS = 2.0
+
+
 def verdicts(rows: list[dict]) -> list[dict]:
     """One line per op, direction and kernel: who serves eager calls, and how our kernel stands there and inside graphs.
 
     Eager calls go to our kernel where none of its rows is more than 5 percent behind the best, else to the plain
-    reference. Inside a compiled graph the reference always serves.
+    reference. Inside a compiled graph it serves where it is at least `IN_GRAPHS` times as fast in every row.
     """
     decided = []
     for op, direction, backend in dict.fromkeys((row["op"], row["direction"], row["backend"]) for row in rows):
@@ -51,7 +58,7 @@ def verdicts(rows: list[dict]) -> list[dict]:
                 "op": op,
                 "direction": direction,
                 "eager_calls": "reference" if lost["eager"] else backend,
-                "in_graphs": "reference",
+                "in_graphs": backend if _ahead(graph) else "reference",
                 "behind_eager": f"{len(lost['eager'])}/{len(eager)}",
                 "behind_graph": f"{len(lost['graph'])}/{len(graph)}",
                 "gain_on_eager": f"{_mean(gains):.2f}",
@@ -60,6 +67,49 @@ def verdicts(rows: list[dict]) -> list[dict]:
             }
         )
     return decided
+
+
+def _ahead(rows: list[dict]) -> bool:
+    """Whether our kernel is far enough ahead in all of these rows to be a wall inside a graph."""
+    return bool(rows) and all(float(row["ratio"] or 0) >= IN_GRAPHS for row in rows)
+
+
+def races(rows: list[dict]) -> dict:
+    """What the package ships of a machine's rows: who serves each op and each of its variants, and where it was found.
+
+    Where ops were measured on several machines, it is named after the one of most rows.
+    """
+    usual = statistics.mode(row["device"] for row in rows)
+    first = next(row for row in rows if row["device"] == usual)
+    kind = "cpu" if first["backend"] == "cpp" else "cuda"
+    decided: dict[str, dict] = {}
+    for row in rows:
+        name = row["op"] if row["direction"] == "forward" else f"{row['op']}_backward"
+        own = [one for one in rows if (one["op"], one["direction"]) == (row["op"], row["direction"])]
+        if name in decided:
+            continue
+        variants = {one["variant"]: [r for r in own if r["variant"] == one["variant"]] for one in own}
+        decided[name] = _winners(own) | {
+            "variants": {variant: _winners(part) for variant, part in sorted(variants.items()) if variant}
+        }
+    device, _, capability = first["device"].partition(" x86_64 ")
+    capability = f"x86_64 {capability}" if capability else ""
+    machine = {"kind": kind, "device": device, "capability": capability, "torch": first["torch"]}
+    machine |= {"triton": first["triton"], "threads": first["threads"]}
+    return {"machine": machine, "date": max(row["date"] for row in rows), "ops": dict(sorted(decided.items()))}
+
+
+def write_races(results: Path) -> Path:
+    """What the package ships of every folder of results."""
+    found = [races(read_csv(path)) for path in sorted(results.glob(f"*/{ROWS}"))]
+    write_text(SHIPPED, json.dumps(found, indent=1) + "\n")
+    return SHIPPED
+
+
+def _winners(rows: list[dict]) -> dict[str, str]:
+    """The backends of eager calls and inside graphs, by rows of one op and direction."""
+    (line,) = verdicts(rows)
+    return {"eager": line["eager_calls"], "graph": line["in_graphs"]}
 
 
 def _mean(values: list[float]) -> float:
@@ -96,8 +146,9 @@ def markdown(rows: list[dict]) -> str:
         "## Who serves",
         "",
         f"Eager calls: our kernel, unless it is below {LEAST} of the best in some row. In a compiled graph: "
-        "the reference, which the compiler fuses with its surroundings. Gain: ours over the uncompiled reference, "
-        "geometric mean of the eager rows.",
+        f"the reference, which the compiler fuses with its surroundings, unless our kernel is {IN_GRAPHS:g} times as "
+        "fast in every row, or in every one of a variant, which is then served on its own. Gain: ours over the "
+        "uncompiled reference, geometric mean of the eager rows.",
         "",
         "| op | direction | eager calls | in graphs | behind, eager | behind, graph | gain | worst ratio | where |",
         "|---|---|---|---|---|---|---|---|---|",

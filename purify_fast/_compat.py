@@ -35,11 +35,21 @@ MOVED_PACKAGES: dict[str, tuple[str, ...]] = {
 }
 
 #: Attributes that have another name in the new packages.
-RENAMED_ATTRIBUTES: dict[str, str] = {}
+RENAMED_ATTRIBUTES: dict[str, str] = {
+    "FrozenView": "InferenceCopy",
+    "Head": "WithAggregation",
+    "NoisyCopies": "NoisyEnsemble",
+    "Purifier": "PurifierAdapter",
+    "Randomised": "StochasticDefence",
+    "keep_memory": "retain_freed_memory",
+}
 
 #: Names that a module no longer has, though it is still there: module, old name, and ``module:name`` of today.
 RENAMED_NAMES: dict[str, dict[str, str]] = {
     "purify_fast": {"load": "purify_fast:load_defence"},
+    "purify_fast.carso": {"load": "purify_fast.methods.carso:load_carso"},
+    "purify_fast.atop": {"load": "purify_fast.methods.atop:load_atop"},
+    "purify_fast.training": {"keep_memory": "purify_fast.speed:retain_freed_memory"},
     "purify_fast.attacks": {"Bpda": "purify_fast.attacks:BpdaModel"},
     "purify_fast.data": {"load": "purify_fast.data:load_dataset"},
 }
@@ -106,6 +116,66 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
     return decorate
 
 
+def renamed_values(**values: Mapping[str, str]) -> Callable[[F], F]:
+    """A decorator that still takes old words as values of keyword arguments, with a warning.
+
+    Args:
+        values: per argument, old word to new word.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            for name in values.keys() & kwargs.keys():
+                old = kwargs[name]
+                if isinstance(old, str) and old in values[name]:
+                    warn(f"{name}={old!r}", f"{name}={values[name][old]!r}")
+                    kwargs[name] = values[name][old]
+            return function(*args, **kwargs)
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
+
+
+def renamed(
+    mapping: Mapping[str, Any], names: Mapping[str, str], values: Mapping[str, Mapping[str, str]] | None = None
+) -> dict[str, Any]:
+    """A saved file's settings under their new names; the others stay as they are.
+
+    Args:
+        mapping: settings by name.
+        names: old name to new name.
+        values: per new name, old word to new word.
+    """
+    made = {names.get(name, name): value for name, value in mapping.items()}
+    for name, words in (values or {}).items():
+        if isinstance(made.get(name), str):
+            made[name] = words.get(made[name], made[name])
+    return made
+
+
+#: What the saved defences of version 0.1 call the arguments of their classes, and words in them.
+OLD_CARSO_ARGUMENTS = {"form": "version"}
+OLD_ATOP_ARGUMENTS = {"missing": "mask_ratio", "parts": "num_passes"}
+OLD_ATOP_VALUES = {"aggregation": {"probability": "mean_softmax"}}
+
+
+def training_step(package: str, configuration: str, defence: Any, batch: Any, config: Any) -> Any:
+    """The method ``training_step`` of the defences of version 0.1: the loss of one batch.
+
+    Args:
+        package: the method's package, such as ``purify_fast.methods.carso``.
+        configuration: the name of its configuration's class.
+        defence: the method's defence.
+        batch: a `purify_fast.training.Batch`.
+        config: the method's configuration, or None for its defaults.
+    """
+    method = importlib.import_module(package)
+    warn("the method training_step()", f"{package}.training_loss()")
+    return method.training_loss(defence, batch, getattr(method, configuration)() if config is None else config)[0]
+
+
 def renamed_value(argument: str, value: str, names: Mapping[str, str]) -> str:
     """The new name of a mode that is given as a string, with a warning; a value that has no new name as it is.
 
@@ -123,11 +193,6 @@ def renamed_value(argument: str, value: str, names: Mapping[str, str]) -> str:
     # this function, the one that takes the mode, and its caller: there the warning points
     warnings.warn(text, DeprecationWarning, stacklevel=3)
     return names[value]
-
-
-def renamed(mapping: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A saved file's settings under their new names; the others stay as they are."""
-    return {names.get(name, name): value for name, value in mapping.items()}
 
 
 #: Settings of an attack that the configurations of version 0.1 took themselves, and now find in their ``attack``.
@@ -305,6 +370,8 @@ class _MovedPackage(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in RENAMED_NAMES.get(self.__name__, {}):
+            return old_name(self.__name__, name)
         new = RENAMED_ATTRIBUTES.get(name, name)
         for package in MOVED_PACKAGES[self.__name__]:
             module = importlib.import_module(package)

@@ -1,22 +1,21 @@
-"""Files that are whole or absent: written aside, synced, moved into place; what their tensors must be; a digest."""
+"""Files that are whole or absent: written aside, synced, moved into place; and what their tensors must be."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
-
-import torch
-from torch import Tensor
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, moved onto it when the block ends without an error."""
+    """A temporary path beside ``path``, moved onto it when the block ends without an error.
+
+    Args:
+        path: the file to write; its folder is made if it is missing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
@@ -36,13 +35,27 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
+    """Write a UTF-8 text file, which is whole or absent.
+
+    Args:
+        path: the file.
+        text: all of its content.
+    """
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def check_shapes(what: str, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
-    """Refuse tensors other than the wanted; ValueError starting with ``what``, naming four of them at most."""
+    """Refuse tensors other than the wanted ones.
+
+    Args:
+        what: how the error begins.
+        found: the shape of each tensor, by its name.
+        wanted: likewise.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; four of them at most are named.
+    """
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
     problems += [f"{name} is unknown" for name in sorted(found.keys() - wanted.keys())]
     problems += [
@@ -53,27 +66,3 @@ def check_shapes(what: str, found: Mapping[str, Sequence[int]], wanted: Mapping[
     if problems:
         more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"{what}: {'; '.join(problems[:4])}{more}")
-
-
-class Digested(Protocol):
-    """Stands for a tensor whose digest is kept with it, such as a file that is not read whole."""
-
-    digest: str
-
-
-def content_hash(dtype: torch.dtype, shape: Sequence[int]) -> hashlib.blake2b:
-    """The hash of one tensor, still to be given its bytes."""
-    return hashlib.blake2b(f"{dtype} {list(shape)}".encode(), digest_size=16)
-
-
-def digest(*tensors: Tensor | Digested) -> str:
-    """A hash of dtypes, shapes and contents; made of each tensor's own, so that a kept one can stand for its tensor."""
-    whole = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            content = content_hash(tensor.dtype, tensor.shape)
-            content.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-            whole.update(content.hexdigest().encode())
-        else:
-            whole.update(tensor.digest.encode())
-    return whole.hexdigest()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 
 def end_with_parent() -> None:
-    """For a worker to call first: leave Ctrl-C to the parent, and end when it does, however it ends."""
+    """Leave Ctrl-C to the parent process, and end when it does, however it ends; the first call of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -42,7 +42,11 @@ def end_workers() -> None:
 
 
 def processes() -> tuple[int, int]:
-    """(rank, world) in torch's default process group; (0, 1) without one."""
+    """This process among those that train together.
+
+    Returns:
+        Its number and how many there are, of torch's default process group; (0, 1) without one.
+    """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1

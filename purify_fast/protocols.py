@@ -21,6 +21,14 @@ class Classifier(Protocol):
 
 
 @runtime_checkable
+class NamesRepresentation(Protocol):
+    """A classifier that knows which of its modules make a good representation."""
+
+    def representation_layers(self) -> list[str]:
+        """Module paths, as in ``named_modules()``."""
+
+
+@runtime_checkable
 class Purifies(Protocol):
     """Repairs images before they are classified."""
 

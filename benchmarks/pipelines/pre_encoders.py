@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purify_fast.methods.carso.networks import pre_encoder
-from purify_fast.speed.inference_copy import inside
+from purify_fast.speed.inference_copy import autocast_to
 
 from . import Case, Contestant, Job
 
@@ -50,7 +50,7 @@ def _make(form, dtype: torch.dtype, backward: bool, device: torch.device, quick:
     parameters = [p for encoders, _ in groups for encoder in encoders for p in encoder.parameters()]
 
     def run() -> Tensor:
-        with torch.set_grad_enabled(backward), inside(device, dtype):
+        with torch.set_grad_enabled(backward), autocast_to(device, dtype):
             features = [part for encoders, maps in groups for part in form(encoders, maps)]
         if not backward:
             return torch.cat([part.flatten() for part in features]).float()

@@ -21,7 +21,7 @@ import torch
 
 from purify_fast._files import write_text
 from purify_fast._process import end_workers, worker_pool
-from purify_fast.training import keep_memory
+from purify_fast.speed import retain_freed_memory
 
 RESULT, ASKED = "result.json", "job.json"
 
@@ -61,7 +61,7 @@ class Job:
 def _run(job: Job, root: Path) -> None:
     if job.threads:
         torch.set_num_threads(job.threads)
-    keep_memory()
+    retain_freed_memory()
     began = time.monotonic()
     write_text(job.folder(root) / ASKED, json.dumps(job.asked(), indent=1) + "\n")
     result = job.work(job, job.folder(root), root)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.data import DataSet
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask
 from purify_fast.training import FitConfig, TrainingAttack, fit
-from purify_fast.training.checkpoint import fingerprint
 
 from . import Job
 
@@ -34,7 +34,7 @@ def train(job: Job, folder: Path, defence: Atop, config: AtopConfig, images: Dat
     """
     n = stage.get("images", len(images.x_train))
     fitting = FitConfig(stage["epochs"], stage["batch_size"], job.seed)
-    task = AtopTask(defence, config, fingerprint(defence))
+    task = AtopTask(defence, config, weights_fingerprint(defence))
     last = fit(task, images.x_train[:n], images.y_train[:n], fitting, folder)
     defence.save(folder)
     return last

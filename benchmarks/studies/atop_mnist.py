@@ -17,7 +17,7 @@ from torch import nn
 from purify_fast.attacks import PGD
 from purify_fast.data import DataSet
 from purify_fast.evaluation import AttackSpec, merge
-from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator, load
+from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator, load_atop
 from purify_fast.training import load_classifier
 
 from . import RESULT, Job, atop, mnist
@@ -140,7 +140,7 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
 def _model(job: Job, root: Path, name: str, base: str) -> nn.Module:
     """A classifier, or a row's purifier in front of one; pre-training knew no classifier, and any will do."""
     classifier = load_classifier(job.folder(root, base))
-    return classifier if name == base else load(job.folder(root, name), classifier, check=False)
+    return classifier if name == base else load_atop(job.folder(root, name), classifier, check=False)
 
 
 def _attacks(name: str, settings: dict) -> list[AttackSpec]:

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from purify_fast import data
+from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.attacks import PGD
-from purify_fast.defences.aggregation import Head
-from purify_fast.defences.noisy_ensemble import NoisyCopies
+from purify_fast.defences.aggregation import WithAggregation
+from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.demo.setting import LAYERS, SIZES
 from purify_fast.evaluation import AttackSpec
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load_carso
 from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.checkpoint import fingerprint
 
 from . import Job
 from .digits import ALL_LAYERS, BASE_EPOCHS, EPS, EPS_L2, attacked, count, effort, select, train_base, zero_attacks
@@ -63,7 +63,7 @@ def notes(quick: bool) -> list[str]:
 def _attacked(model: nn.Module, seed: int, eps: float, norm: str, draws: bool, quick: bool) -> dict:
     attacks, rows = zero_attacks(True, quick)
     if draws:
-        zero = Head(model, deterministic=True)
+        zero = WithAggregation(model, deterministic=True)
         attacks += [
             AttackSpec(PGD(loss="ce"), target=zero, label="made at z = 0"),
             AttackSpec(PGD(loss="ce", steps=effort(quick)[-1], eot_iter=4), survivors_only=True, label=DRAWS),
@@ -99,13 +99,13 @@ def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
     s = job.settings
     digits = data.load_dataset("digits")
     base = load_classifier(job.folder(root, s.get("base", "base")))
-    defence = load(job.folder(root, s.get("start", "published")), base)
+    defence = load_carso(job.folder(root, s.get("start", "published")), base)
     config = _changed(
         CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3),
         s.get("config", {}),
     )
     epochs = 1 if s["quick"] else s.get("epochs", PIPELINE_EPOCHS)
-    task = CarsoTask(defence, config, fingerprint(defence))
+    task = CarsoTask(defence, config, weights_fingerprint(defence))
     fit(task, digits.x_train, digits.y_train, FitConfig(epochs, 128, job.seed), folder)
     defence.save(folder)
     result = _attacked(defence, job.seed, config.attack.eps, config.attack.norm, s.get("draws", False), s["quick"])
@@ -115,7 +115,7 @@ def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
 def attack_copies(job: Job, folder: Path, root: Path) -> dict:
     """Noisy copies of the image on the base, under its randomness: {sigma}."""
     s = job.settings
-    defence = NoisyCopies(load_classifier(job.folder(root, "base")), s["sigma"], 8)
+    defence = NoisyEnsemble(load_classifier(job.folder(root, "base")), s["sigma"], 8)
     result = _attacked(defence, job.seed, EPS, "linf", True, s["quick"])
     return result | {"parameters": count(defence)}
 
@@ -123,7 +123,7 @@ def attack_copies(job: Job, folder: Path, root: Path) -> dict:
 def attack_samples(job: Job, folder: Path, root: Path) -> dict:
     """The pipeline's model with another K when it predicts: {samples}."""
     s = job.settings
-    defence = load(job.folder(root, "pipeline"), load_classifier(job.folder(root, "base")))
+    defence = load_carso(job.folder(root, "pipeline"), load_classifier(job.folder(root, "base")))
     defence.samples = s["samples"]
     return _attacked(defence, job.seed, EPS, "linf", True, s["quick"])
 

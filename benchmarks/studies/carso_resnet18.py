@@ -16,13 +16,13 @@ from torch import nn
 
 from purify_fast import data
 from purify_fast._files import write_text
+from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.attacks import APGD, PGD
 from purify_fast.evaluation import AttackSpec, evaluate, merge
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load
-from purify_fast.speed.inference_copy import FrozenView
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load_carso
+from purify_fast.speed.inference_copy import InferenceCopy
 from purify_fast.training import FitConfig, fit
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.checkpoint import fingerprint
 
 from . import Job
 from .attacked import joined, keep
@@ -71,7 +71,7 @@ def classifier() -> nn.Module:
 
 
 def _defence(job: Job, root: Path, name: str) -> nn.Module:
-    return load(job.folder(root, name), classifier()).accelerate()
+    return load_carso(job.folder(root, name), classifier()).accelerate()
 
 
 def train(job: Job, folder: Path, root: Path) -> dict:
@@ -88,8 +88,8 @@ def train(job: Job, folder: Path, root: Path) -> dict:
         config = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=5), precision="bfloat16")
         task, n, batch = CarsoTask(defence, config), budget.published_images, 64
     else:
-        defence = load(job.folder(root, PUBLISHED), classifier())
-        origin = fingerprint(defence)
+        defence = load_carso(job.folder(root, PUBLISHED), classifier())
+        origin = weights_fingerprint(defence)
         config = CarsoConfig(
             attack_target="pipeline",
             attack=TrainingAttack(eps=EPS, steps=5),
@@ -123,7 +123,7 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
     name, budget = job.settings["model"], job.settings["budget"]
     cifar = data.load_dataset("cifar10", job.settings["data"])
     # one precision for all: what is attacked and what predicts is the same function
-    bare = FrozenView(classifier(), cifar.image_shape) if name == CLASSIFIER else None
+    bare = InferenceCopy(classifier(), cifar.image_shape) if name == CLASSIFIER else None
     report = evaluate(
         _defence(job, root, name) if bare is None else bare, cifar.x_test[: budget.images],
         cifar.y_test[: budget.images], eps=EPS, attacks=_attacks(name, budget)[job.settings["group"]],

@@ -79,7 +79,7 @@ class BpdaModel(nn.Module):
             aggregation: how the logits of several draws are aggregated; None: as the defence does.
         """
         if aggregation is None:
-            aggregation = getattr(defence, "aggregate", None) or getattr(defence, "combine", "lse")
+            aggregation = getattr(defence, "aggregate", "lse")
         assert aggregation is not None
         modules = [defence] if isinstance(defence, nn.Module) else []
         return cls(defence.purify, classifier_of(defence), aggregation=aggregation, modules=modules)

@@ -103,9 +103,9 @@ def _run(arguments: list[str]) -> None:
         if _several() > 1 and not isinstance(command, Train):
             raise ValueError(f"only train is shared by several processes, here {_several()}: run this in one")
         # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..speed.allocator import keep_memory
+        from ..speed.allocator import retain_freed_memory
 
-        keep_memory()
+        retain_freed_memory()
         command.run()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 import yaml
 
-from .. import __version__
+from .._version import __version__
 from .command import Command
 from .option_types import number
 

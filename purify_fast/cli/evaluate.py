@@ -51,8 +51,9 @@ class Evaluate(DataCommand):
     """Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets which draws."""
     seed: int = 0
     """Seed of everything random."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 evaluates the accelerated defence, a slightly different function: images are rounded to 8 bits."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a slightly
+    different function: images are rounded to 8 bits."""
     out: Path | None = None
     """Where the report goes; default: FOLDER/evaluation."""
 
@@ -99,6 +100,7 @@ class Evaluate(DataCommand):
         from ..attacks.arguments import read_norm
         from ..defences.base import Defence
         from ..evaluation import AttackSpec, default_attacks, evaluate, lee_kim_2023
+        from ..speed.precision import float32_products
 
         images = self.load_data()
         model, base = self.loaded(images)
@@ -123,23 +125,24 @@ class Evaluate(DataCommand):
         }
         attacks += [more[name] for name in dict.fromkeys(self.also)]
         out = self.folder / "evaluation" if self.out is None else self.out
-        report = evaluate(
-            model,
-            images.x_test[: self.images],
-            images.y_test[: self.images],
-            eps=eps,
-            norm=read_norm(norm),
-            base=base,
-            attacks=attacks,
-            steps=self.steps,
-            eot_iter=self.eot_iter,
-            batch_size=self.batch_size,
-            max_forward_batch=self.max_forward_batch,
-            seed=self.seed,
-            out=out,
-            name=self.folder.name,
-            dataset_name=images.name,
-        )
+        with float32_products(tf32=self.precision == "tf32"):
+            report = evaluate(
+                model,
+                images.x_test[: self.images],
+                images.y_test[: self.images],
+                eps=eps,
+                norm=read_norm(norm),
+                base=base,
+                attacks=attacks,
+                steps=self.steps,
+                eot_iter=self.eot_iter,
+                batch_size=self.batch_size,
+                max_forward_batch=self.max_forward_batch,
+                seed=self.seed,
+                out=out,
+                name=self.folder.name,
+                dataset_name=images.name,
+            )
         print(report.to_text())
         report.save(out, model)
         write_run_file(self, out)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, _library
+from .. import _library
+from .._version import __version__
 from ..ops import REGISTRY
 from ..ops._op import Op
 from ..ops._verdicts import Verdict, folder
@@ -86,22 +87,22 @@ def _device(kind: str) -> torch.device | None:
 
 def _state(op: Op, kind: str, verdicts: dict[str, Verdict]) -> tuple[str, str, str]:
     """Who serves eager calls of an op on devices of a kind, who serves inside graphs, and why; verifies nothing."""
-    eager, graph = op.wanted("eager", kind), op.wanted("graph", kind)
-    variants = [name for name in op.replaces_many if name] if kind == "cuda" else [*op.in_graphs.get(kind, ())]
-    why = [op.why[kind] or f"see benchmarks/results/{kind}"]
-    if variants and op.kernel(kind) != "reference":
-        where = " inside graphs" if kind == "cpu" else ", where one launch replaces a dozen"
-        why.append(f"{op.kernel(kind)} for {', '.join(variants)}{where}")
-    if kind == "cpu" and not _library.loaded():
-        return eager, graph, "the extension is not loaded"
+    device = _device(kind) or torch.device(kind)
+    eager, graph = op.wanted("eager", device), op.wanted("graph", device)
     if op.kernel(kind) == "reference":
-        return eager, graph, "; ".join([*why, *(["its CUDA kernel is not built"] if kind == "cuda" else [])])
-    if eager == graph == "reference" and not variants:
-        return eager, graph, why[0]
-    found = verdicts.get(op.name)
+        missing = {"cpu": "the extension is not loaded", "cuda": "its CUDA kernel is not built"}
+        known = kind == "cuda" or not _library.loaded()
+        return eager.backend, graph.backend, missing[kind] if known else "plain layers, fused by torch.compile"
+    found, why = verdicts.get(op.name), [eager.why]
     if found is not None and not found.passed:
         return "reference", "reference", f"the {found.backend} kernel is WRONG here: {found.words()}; please report it"
-    return eager, graph, "; ".join([*why, found.words() if found else "verified at first use"])
+    for variant in filter(None, op.replaces_many):
+        calls, inside = op.wanted("eager", device, variant), op.wanted("graph", device, variant)
+        if (calls.backend, inside.backend) != (eager.backend, graph.backend):
+            why.append(f"{variant}: {calls.backend}, in graphs {inside.backend}, {calls.why}")
+    if op.kernel(kind) in " ".join([eager.backend, graph.backend, *why[1:]]):
+        why.append(found.words() if found else "verified at first use")
+    return eager.backend, graph.backend, "; ".join(why)
 
 
 def _ops() -> list[tuple[str, ...]]:

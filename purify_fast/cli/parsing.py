@@ -8,7 +8,8 @@ from typing import Any
 
 import tyro
 
-from .. import __version__, _compat
+from .. import _compat
+from .._version import __version__
 from . import config_file
 from .command import Command
 from .option_types import option_types

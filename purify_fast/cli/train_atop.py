@@ -83,9 +83,9 @@ class TrainGenerator(DataCommand):
     def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:
         """The defence to train, and what its purifier starts from."""
         # PyTorch takes 1.8 seconds to import: --help does without it
+        from .._fingerprint import weights_fingerprint
         from ..methods.atop import Atop, DeepFillGenerator
         from ..methods.atop.purifier import build_purifier
-        from ..training.checkpoint import fingerprint
 
         chosen = {_OLD.get(name, name): getattr(self, name) for name in _TRANSFORM}
         chosen["aggregation"] = {"mean_softmax": "probability"}.get(self.aggregation, self.aggregation)
@@ -95,7 +95,7 @@ class TrainGenerator(DataCommand):
         if self.purifier != "deepfill" or self.width is not None or self.residual:
             raise ValueError(f"--weights {self.weights} goes with --purifier deepfill, and brings its width")
         purifier = DeepFillGenerator.from_official(self.weights)
-        return Atop(classifier, purifier, images.image_shape, **chosen), fingerprint(purifier)
+        return Atop(classifier, purifier, images.image_shape, **chosen), weights_fingerprint(purifier)
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ class TrainAtop(TrainGenerator):
         if self.init is None:
             return super().made(images, classifier)
         # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..methods.atop import load
-        from ..training.checkpoint import fingerprint
+        from .._fingerprint import weights_fingerprint
+        from ..methods.atop import load_atop
 
         # pre-training saw no classifier, so that another than the saved one is as good
-        defence = load(self.init, classifier, check=False)
-        return defence, fingerprint(defence.purifier)
+        defence = load_atop(self.init, classifier, check=False)
+        return defence, weights_fingerprint(defence.purifier)

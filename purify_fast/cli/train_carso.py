@@ -101,12 +101,12 @@ class TrainCarso(DataCommand):
     def made(self, images: DataSet, classifier: nn.Module) -> tuple[Carso, str]:
         """The defence to train, and what its purifier starts from."""
         # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..methods.carso import Carso, load
-        from ..training.checkpoint import fingerprint
+        from .._fingerprint import weights_fingerprint
+        from ..methods.carso import Carso, load_carso
 
         if self.init is not None:
-            defence = load(self.init, classifier)
-            return defence, fingerprint(defence)
+            defence = load_carso(self.init, classifier)
+            return defence, weights_fingerprint(defence)
         sizes = {name: getattr(self, name) for name in _SIZES}
         if self.preset is not None:
             del sizes["decoder_width"]

@@ -44,8 +44,8 @@ def train_defence(
     """
     # PyTorch takes 1.8 seconds to import: --help does without it
     from .._process import processes
+    from ..methods.saved_defence import save_defence
     from ..training import fit, save_classifier
-    from ..training.defences import save_defence
 
     if images.image_shape != defence.image_shape:
         raise ValueError(

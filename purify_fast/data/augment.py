@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from .._validation import check_literal
 from ..ops.philox import Stream, philox
 
-MODES = ("zero", "reflect")
+#: What is around an image that was padded.
+PaddingMode = Literal["zero", "reflect"]
 
 
 def crop_flip(
@@ -16,14 +20,14 @@ def crop_flip(
     sample_ids: Tensor,
     padding: int = 4,
     flip: bool = True,
-    mode: str = "zero",
+    mode: PaddingMode = "zero",
     epoch: int = 0,
 ) -> Tensor:
     """Pad each image, crop it back at a random place, and mirror it with probability 1/2.
 
     Args:
         x: ``[B, C, H, W]``, any dtype.
-        seed: an int, or int64 ``[1]`` on x's device.
+        seed: the draws are a function of it; an int, or int64 ``[1]`` on x's device.
         sample_ids: int64 ``[B]`` on x's device, indices in the data set.
         padding: pixels on each side, 0 for none; below H and W for ``reflect``.
         flip: whether to mirror left and right.
@@ -40,8 +44,7 @@ def crop_flip(
         raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
     if sample_ids.shape != (x.shape[0],):
         raise ValueError(f"sample_ids must be [B] = [{x.shape[0]}], got {list(sample_ids.shape)}")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    check_literal("mode", mode, PaddingMode)
     b, c, h, w = x.shape
     if padding < 0 or (mode == "reflect" and padding >= min(h, w)):
         raise ValueError(f"padding must be at least 0, and below {min(h, w)} for reflect, got {padding}")
@@ -63,7 +66,8 @@ def crop_flip(
     return out.masked_fill(~inside, 0) if mode == "zero" else out
 
 
-def _fold(index: Tensor, size: int, mode: str) -> Tensor:
+def _fold(index: Tensor, size: int, mode: PaddingMode) -> Tensor:
     if mode == "zero":
-        return index.clamp(0, size - 1)  # masked afterwards
+        # what lies outside is set to zero afterwards
+        return index.clamp(0, size - 1)
     return size - 1 - (size - 1 - index.abs()).abs()

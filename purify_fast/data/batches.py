@@ -21,11 +21,15 @@ def batches(
     """One epoch's batches, as indices.
 
     Args:
-        n: images in the data set. batch_size: images per step over all ranks, a multiple of ``world``.
-        seed, epoch: at least 0; the permutation is a function of the two, the same on every rank.
+        n: images in the data set.
+        batch_size: images per step over all ranks, a multiple of ``world``.
+        seed: at least 0; the permutation is a function of the seed and the epoch, the same on every rank.
+        epoch: at least 0.
         drop_last: whether an incomplete last batch is left out; if not, its shares may differ by one, or be empty.
-        rank, world: this process and their number; its share is every world-th index of the batch of one process, from
-            the rank-th on. A batch laid out in parts is so divided part by part.
+        rank: the number of this process. Its share is every world-th index of the whole batch, from the rank-th on, so
+            that each part of a batch that is laid out in parts is divided alike.
+        world: how many processes there are.
+        device: where the indices are wanted; None for the CPU.
 
     Returns:
         int64 tensors ``[batch_size / world]`` on ``device``; step k's batch is element k.

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from .._files import content_hash
+from .._fingerprint import content_hash
 from .._process import end_with_parent
 
 #: Pillow's modes with 8 bits a channel.

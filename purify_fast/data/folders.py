@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from torch import Tensor
 from torchvision.datasets.folder import make_dataset
 
 from .._files import atomic, write_text
+from .._fingerprint import text_hash
 from .decoding import NAMED, decode, first_size
 from .streaming import StreamedImages
 
@@ -187,7 +187,7 @@ def _annotated(path: Path, classes: list[str]) -> Split:
 
 def _fingerprint(folder: Path, splits: dict[str, Split], classes: list[str]) -> str:
     """A hash of the files' names, sizes, times and labels."""
-    content = hashlib.blake2b(json.dumps([FORMAT, classes]).encode(), digest_size=16)
+    content = text_hash(json.dumps([FORMAT, classes]))
     for part, split in splits.items():
         for path, label in zip(split.files, split.labels.tolist(), strict=True):
             facts = path.stat()

@@ -7,13 +7,20 @@ from torch import Tensor
 
 from .streaming import StreamedImages
 
-_PART = 8192  # images read at a time
+#: How many images are read at a time.
+_PART = 8192
 
 
 def statistics(x: Tensor | StreamedImages) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of uint8 images ``[N, C, H, W]``, in image units ([0, 1]).
+    """Mean and standard deviation of each channel, exact, from histograms.
 
-    Exact, from histograms. A channel that never changes gets a deviation of 1 / 255, so that it can be divided by.
+    A channel that never changes gets a deviation of 1 / 255, so that it can be divided by.
+
+    Args:
+        x: uint8 ``[N, C, H, W]``.
+
+    Returns:
+        The means and the standard deviations, C numbers each, in image units ([0, 1]).
 
     Raises:
         ValueError: another dtype or shape, or no image.

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AHEAD = 2  # batches read, or being read, while the caller works with one
+#: How many batches are read, or being read, while the caller works with one.
+AHEAD = 2
 
 
 class StreamedImages:
@@ -20,7 +21,7 @@ class StreamedImages:
 
     Args:
         path: the file; it must not change while this is used.
-        digest: hash of the images, which stands for them in `purify_fast._files.digest`.
+        digest: hash of the images, which stands for them in `purify_fast._fingerprint.digest`.
         device: where the images go that are read.
 
     Raises:
@@ -32,7 +33,8 @@ class StreamedImages:
 
     def __init__(self, path: str | Path, digest: str, device: torch.device | str = "cpu"):
         self.path, self.digest = Path(path), digest
-        self.device = torch.empty(0, device=device).device  # with its index
+        # made by way of a tensor, since "cuda" then has its index
+        self.device = torch.empty(0, device=device).device
         try:
             array = np.load(self.path, mmap_mode="r")
         except (EOFError, ValueError) as error:
@@ -40,7 +42,8 @@ class StreamedImages:
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4:
             raise ValueError(f"{self.path} must hold one uint8 array [N, C, H, W]")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it cannot be written to, which nobody does
+            # the warning is that the array cannot be written to, which nobody does
+            warnings.simplefilter("ignore")
             self._rows = torch.from_numpy(array)
         self.shape = self._rows.shape
 
@@ -48,10 +51,17 @@ class StreamedImages:
         return len(self._rows)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """The images of an int64 ``[B]`` of indices in 0 .. N - 1, or of a slice: uint8 ``[B, C, H, W]`` on ``device``.
+        """Some of the images, read now.
+
+        Args:
+            index: int64 ``[B]`` of indices in 0 .. N - 1, or a slice.
+
+        Returns:
+            uint8 ``[B, C, H, W]`` on ``device``.
 
         Raises:
-            IndexError: an index outside. TypeError: anything else as the index.
+            IndexError: an index outside.
+            TypeError: anything else as the index.
         """
         if isinstance(index, slice):
             return self._rows[index].clone().to(self.device)
@@ -60,11 +70,20 @@ class StreamedImages:
         return self.read(index.cpu()).to(self.device)
 
     def read(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
-        """The images of ``ids`` (int64 ``[B]`` on the CPU) there, in ``out`` if given; Python's lock is released."""
+        """Some of the images, on the CPU; other Python threads run while they are read.
+
+        Args:
+            ids: int64 ``[B]`` on the CPU.
+            out: uint8 ``[B, C, H, W]`` on the CPU to read them into; None for a new tensor.
+        """
         return torch.index_select(self._rows, 0, ids, out=out)
 
     def to(self, device: torch.device | str) -> StreamedImages:
-        """The same file, read to ``device``."""
+        """The same file, read to another device.
+
+        Args:
+            device: where the images go that are read.
+        """
         return StreamedImages(self.path, self.digest, device)
 
 
@@ -75,17 +94,20 @@ def read_ahead(x: Tensor | StreamedImages, order: Sequence[Tensor]) -> Iterator[
     pinned memory, from which the copy does not block; no other batches are held.
 
     Args:
-        x: uint8 ``[N, C, H, W]``. order: int64 tensors ``[B]`` on x's device.
+        x: uint8 ``[N, C, H, W]``.
+        order: int64 tensors ``[B]`` on x's device, the indices of each batch.
 
     Yields:
         An element of ``order``, and ``x`` at it, uint8 ``[B, C, H, W]`` on x's device.
     """
     if isinstance(x, Tensor):
         for ids in order:
-            yield ids, x.index_select(0, ids)  # faster than x[ids] on a CPU
+            # faster than x[ids] on a CPU
+            yield ids, x.index_select(0, ids)
         return
     cuda = x.device.type == "cuda"
-    rows = [ids.cpu() for ids in order]  # now: later each would wait for the device's work
+    # all of them now: later each copy would wait for the device's work
+    rows = [ids.cpu() for ids in order]
     reading: deque[Future[Tensor]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
         for k in range(len(order) + AHEAD):

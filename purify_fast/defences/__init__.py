@@ -1,8 +1,8 @@
 """What every defence is made of: control over its randomness, aggregation, a frozen classifier behind a purifier."""
 
-from .aggregation import Head
+from .aggregation import WithAggregation
 from .base import Defence
-from .noisy_ensemble import NoisyCopies
-from .stochastic import Randomised
+from .noisy_ensemble import NoisyEnsemble
+from .stochastic import StochasticDefence
 
-__all__ = ["Defence", "Head", "NoisyCopies", "Randomised"]
+__all__ = ["Defence", "NoisyEnsemble", "StochasticDefence", "WithAggregation"]

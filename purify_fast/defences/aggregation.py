@@ -1,4 +1,4 @@
-"""A randomised defence through another aggregation than its own."""
+"""A randomized defence through another aggregation than its own."""
 
 from __future__ import annotations
 
@@ -7,33 +7,44 @@ import contextlib
 from torch import Tensor, nn
 
 from ..ops.aggregate import aggregate
+from ..protocols import DrawsSampleLogits
 
 
-class Head(nn.Module):
-    """A defence seen through one aggregation method, and with z = 0 if asked: something to attack or to compare.
+class WithAggregation(nn.Module):
+    """A defence seen through one aggregation, and without noise if asked: something to attack or to compare.
 
     Args:
-        defence: a module with ``sample_logits(x) -> [B, K, classes]`` and, if z = 0 is asked for, ``deterministic()``;
-            its ``draw_sample_logits`` is used if it has one (`Randomised` has all three).
-        method: of `purify_fast.ops.aggregate`. deterministic: whether z = 0.
+        defence: a module with ``sample_logits(x) -> [B, K, classes]`` and, if ``deterministic`` is asked for,
+            ``deterministic()``. Its ``draw_sample_logits`` is used if it has one (`StochasticDefence` has all three).
+        aggregation: a method of `purify_fast.ops.aggregate`.
+        deterministic: whether the defence is run without noise.
     """
 
-    def __init__(self, defence, method: str = "lse", deterministic: bool = False):
+    def __init__(self, defence: nn.Module, aggregation: str = "lse", deterministic: bool = False):
         super().__init__()
-        self.defence, self.method, self.zero = defence, method, deterministic
+        self.defence, self.aggregation, self.without_noise = defence, aggregation, deterministic
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` -> ``[B, classes]``."""
+        """Logits ``[B, classes]``.
+
+        Args:
+            x: images ``[B, C, H, W]``.
+        """
         with self._mode():
-            return aggregate(self.defence.sample_logits(x), self.method)
+            return aggregate(self.defence.sample_logits(x), self.aggregation)  # type: ignore[operator]
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """``draws`` independent calls at once, ``[draws, B, classes]``; attacks with EOT use it."""
-        if not hasattr(self.defence, "draw_sample_logits"):
+        """``draws`` independent calls at once, ``[draws, B, classes]``; attacks with EOT use it.
+
+        Args:
+            x: images ``[B, C, H, W]``.
+            draws: number of calls.
+        """
+        if not isinstance(self.defence, DrawsSampleLogits):
             return self(x.repeat(draws, *[1] * (x.dim() - 1))).unflatten(0, (draws, -1))
         with self._mode():
             logits = self.defence.draw_sample_logits(x, draws)
-            return aggregate(logits.flatten(0, 1), self.method).unflatten(0, (draws, -1))
+            return aggregate(logits.flatten(0, 1), self.aggregation).unflatten(0, (draws, -1))
 
     def _mode(self) -> contextlib.AbstractContextManager:
-        return self.defence.deterministic() if self.zero else contextlib.nullcontext()
+        return self.defence.deterministic() if self.without_noise else contextlib.nullcontext()  # type: ignore[operator]

@@ -1,24 +1,25 @@
-"""What the defences share: a frozen classifier behind a purifier, plain or fast."""
+"""What the defences share: a frozen classifier behind a purifier, plain or accelerated."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models.representation import first_tensor
-from ..speed.inference_copy import FrozenView, Region, channels_last, inside
-from .stochastic import Randomised
+from ..models.representation import Representation, dtype_of, first_tensor
+from ..speed.accelerated import Accelerated
+from ..speed.inference_copy import autocast_to, convert_to_channels_last
+from .stochastic import StochasticDefence
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Defence(Randomised):
+class Defence(StochasticDefence):
     """A classifier, copied, frozen and in evaluation mode, behind a purifier; subclasses bring that.
 
     Args:
@@ -26,13 +27,17 @@ class Defence(Randomised):
             untouched.
         image_shape: (C, H, W).
 
+    Attributes:
+        acceleration: the settings that `accelerate` was given (``dtype``, ``fold``, ``compile``), or None.
+        fast: the copies that an accelerated defence computes with, or None.
+
     Raises:
         ValueError: a classifier that is wrapped, or an image_shape that is not three sizes of at least 1.
 
     One forward pass at a time: not for several threads or ``nn.DataParallel`` (one process per GPU does it).
 
-    A subclass sets ``arguments`` (what makes it again, JSON values), ``num_classes``, and ends its constructor with
-    `_ready`; it implements `_purifier` and `_compiled_parts`.
+    A subclass sets ``arguments`` (what makes it again, JSON values) and ``num_classes``, says in `purifier_dtype` in
+    which precision its purifier computes, and ends its constructor with `_ready`.
     """
 
     arguments: dict[str, Any]
@@ -40,11 +45,8 @@ class Defence(Randomised):
 
     def __init__(self, classifier: nn.Module, image_shape: tuple[int, int, int]):
         super().__init__()
-        self.accelerated: dict[str, Any] | None = None
-        # a frozen copy of the classifier; a tuple, so that it is no submodule: not saved, not trained
-        self._fast: tuple[FrozenView] | None = None
-        self._regions: dict[str, Region] = {}
-        self.register_load_state_dict_post_hook(_reload)
+        self.acceleration: dict[str, Any] | None = None
+        self.fast: Accelerated | None = None
         refuse_wrapped("classifier", classifier)
         image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
         if len(image_shape) != 3 or min(image_shape) < 1:
@@ -52,27 +54,67 @@ class Defence(Randomised):
         self.image_shape = image_shape
         self.own_classifier = False
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
+        self.classifier_uses_channels_last = False
 
     def _ready(self) -> None:
         """To the classifier's device; the end of a subclass's constructor."""
-        self._channels_last = channels_last(self.classifier, self.image_shape)
+        self.classifier_uses_channels_last = convert_to_channels_last(self.classifier, self.image_shape)
         self.to(first_tensor(self.classifier).device)
 
-    def _purifier(self) -> tuple[nn.Module, ...]:
-        """The purifier's parts."""
+    # -- the parts of a prediction ------------------------------------------------------------------------------------
+
+    @property
+    def purifier_dtype(self) -> torch.dtype:
+        """The precision of the purifier's weights, in which it takes and gives tensors."""
         raise NotImplementedError
 
-    def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
-        """Methods of tensors ``[B, ...]`` that ``accelerate(compile=True)`` compiles."""
-        raise NotImplementedError
+    @property
+    def classifier_dtype(self) -> torch.dtype:
+        """The precision of the classifier's weights; it may differ from the purifier's."""
+        return dtype_of(self.classifier)
 
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        # each part computes in its own precision, whatever the images and the other part have
-        self._classifier_dtype = first_tensor(self.classifier).dtype
-        self._purifier_dtype = first_tensor(nn.ModuleList(self._purifier())).dtype
-        self._prepare()
-        return self
+    @property
+    def frozen_classifier(self) -> nn.Module:
+        """What classifies the purified images and is attacked alone: the classifier, or its accelerated copy.
+
+        It takes float32 images and gives float32 logits whatever the classifier's own dtype.
+        """
+        if self.fast is not None:
+            return self.fast.classifier
+        return self.classifier if self.classifier_dtype == torch.float32 else _Float32Borders(self.classifier)
+
+    def classify(self, images: Tensor) -> Tensor:
+        """The classifier's logits of purified images, all in one batch; float32 ``[B, K, classes]``.
+
+        Args:
+            images: ``[B, K, C, H, W]``.
+        """
+        flat = images.flatten(0, 1)
+        flat = flat if self.classifier_uses_channels_last else flat.contiguous()
+        logits = self.classifier(flat.to(self.classifier_dtype)) if self.fast is None else self.fast.classify(flat)
+        return logits.float().unflatten(0, images.shape[:2])
+
+    def check_images(self, x: Tensor) -> None:
+        """ValueError unless ``x`` holds floating-point images of the defence's shape.
+
+        Args:
+            x: ``[B, C, H, W]``.
+        """
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape or not x.is_floating_point():
+            want = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"x must be floating point [B, {want}], got {x.dtype} {list(x.shape)}")
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """The context in which the purifier computes."""
+        if self.fast is None or self.purifier_dtype != torch.float32:
+            return contextlib.nullcontext()
+        return autocast_to(device, self.fast.dtype)
+
+    def _compiled(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """A part as it is, or compiled. Not in training: the padding would enter the BatchNorm statistics."""
+        if self.fast is None or self.training:
+            return part(*inputs)
+        return self.fast.run(part, *inputs)
 
     # -- speed --------------------------------------------------------------------------------------------------------
 
@@ -92,64 +134,76 @@ class Defence(Randomised):
                 evaluation mode, as within an attack, the purifier's.
 
         Returns:
-            The defence. It saves, moves and copies as before. The frozen copies follow ``.to()`` and
-            ``load_state_dict``; after another change of the classifier's weights call this again.
+            The defence. It saves, moves and copies as before. The copies follow its own ``to``, ``cuda``, ``cpu`` and
+            ``load_state_dict``; after another change of the classifier's weights call `refresh`.
 
         Raises:
             ValueError: another dtype, or a classifier that cannot be folded (`purify_fast.speed.fold_batchnorm`).
         """
-        chosen = None if dtype is None else {"dtype": dtype, "fold": fold, "compile": compile}
-        before, self.accelerated = self.accelerated, chosen
-        try:
-            self._prepare()
-        except Exception:  # the classifier's own, or no memory, too: the copies from before still serve
-            self.accelerated = before
-            raise
+        settings = None if dtype is None else {"dtype": dtype, "fold": fold, "compile": compile}
+        # If making the copies fails, for want of memory for example, those from before still serve.
+        self.fast = None if settings is None else self._make_copies(settings)
+        self.acceleration = settings
         return self
 
-    @torch.inference_mode(False)  # its copies are to be differentiated, wherever they are made
-    def _prepare(self) -> None:
-        if self.accelerated is None:
-            self._fast, self._regions = None, {}
-            return
-        self._fast = (FrozenView(self.classifier, self.image_shape, **self.accelerated),)
-        parts = self._compiled_parts() if self.accelerated["compile"] else ()
-        self._regions = {part.__name__: Region(part) for part in parts}
+    def refresh(self) -> None:
+        """Make the copies of an accelerated defence again, from the weights as they are now."""
+        if self.acceleration is not None:
+            self.fast = self._make_copies(self.acceleration)
 
-    def _run(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """A part as it is, or compiled. Not in training: padding would enter the BatchNorm statistics."""
-        region = None if self.training else self._regions.get(part.__name__)
-        return (part if region is None else region)(*inputs)
+    def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
+        return Accelerated.make(self.classifier, self.image_shape, settings, self._reader(), self._compiled_parts())
 
-    @property
-    def frozen_classifier(self) -> nn.Module:
-        """What classifies the purified images and is attacked alone: the classifier, or its accelerated copy.
+    def _reader(self) -> Representation | None:
+        """What reads the classifier's representation, if the defence is conditioned on it."""
+        return None
 
-        It takes float32 images and gives float32 logits whatever the classifier's own dtype.
+    def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
+        """Methods of tensors ``[B, ...]`` that ``accelerate(compile=True)`` compiles."""
+        return ()
+
+    # -- moves, files, modes ------------------------------------------------------------------------------------------
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As ``nn.Module.to``; the accelerated copies move along, and keep their dtype.
+
+        Args:
+            args: as ``nn.Module.to`` takes them.
+            kwargs: as ``nn.Module.to`` takes them.
         """
-        if self._fast is not None:
-            return self._fast[0]
-        return self.classifier if self._classifier_dtype == torch.float32 else _Float32(self.classifier)
+        super().to(*args, **kwargs)
+        return self._move_copies()
 
-    def _inside(self, device: torch.device) -> contextlib.AbstractContextManager:
-        """How the purifier computes."""
-        if self._fast is None or self._purifier_dtype != torch.float32:
-            return contextlib.nullcontext()
-        return inside(device, self._fast[0].dtype)
+    def cuda(self, device: int | torch.device | None = None) -> Self:
+        """As ``nn.Module.cuda``; the accelerated copies move along.
 
-    # -- the parts ----------------------------------------------------------------------------------------------------
+        Args:
+            device: which GPU; None for the current one.
+        """
+        super().cuda(device)
+        return self._move_copies()
 
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape or not x.is_floating_point():
-            want = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"x must be floating point [B, {want}], got {x.dtype} {list(x.shape)}")
+    def cpu(self) -> Self:
+        """As ``nn.Module.cpu``; the accelerated copies move along."""
+        super().cpu()
+        return self._move_copies()
 
-    def classify(self, images: Tensor) -> Tensor:
-        """The classifier's float32 logits ``[B, K, classes]`` of ``images [B, K, C, H, W]``, in one batch."""
-        flat = images.flatten(0, 1)
-        flat = flat if self._channels_last else flat.contiguous()
-        logits = self.classifier(flat.to(self._classifier_dtype)) if self._fast is None else self._fast[0](flat)
-        return logits.float().unflatten(0, (images.shape[0], images.shape[1]))
+    def _move_copies(self) -> Self:
+        if self.fast is not None:
+            self.fast.to(first_tensor(self.classifier).device)
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module.load_state_dict``; the accelerated copies are made again.
+
+        Args:
+            state_dict: parameters and buffers by name.
+            strict: whether the names must be the defence's.
+            assign: whether the tensors are taken as they are, in place of copying their values.
+        """
+        found = super().load_state_dict(state_dict, strict, assign)
+        self.refresh()
+        return found
 
     def release_classifier(self) -> None:
         """Let the defence's own copy of the classifier be trained too; it is then saved with the purifier.
@@ -157,39 +211,43 @@ class Defence(Randomised):
         Raises:
             ValueError: the defence is accelerated.
         """
-        if self._fast is not None:
+        if self.fast is not None:
             raise ValueError("an accelerated defence computes with frozen copies: accelerate(None) first")
         self.classifier.requires_grad_(True)
         self.own_classifier = True
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode for the purifier; the classifier always stays in evaluation mode."""
+        """Training mode for the purifier; the classifier always stays in evaluation mode.
+
+        Args:
+            mode: True for training.
+        """
         super().train(mode)
         self.classifier.eval()
         return self
 
 
 def refuse_wrapped(name: str, module: nn.Module) -> None:
-    """ValueError naming the argument if the module is none, is in ``nn.DataParallel`` or compiled."""
+    """ValueError if the module is none, is in ``nn.DataParallel`` or is compiled.
+
+    Args:
+        name: of the argument, for the message.
+        module: what was given for it.
+    """
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
     if isinstance(module, nn.DataParallel):
         raise ValueError(f"{name}: unwrap it ({name}.module); for several GPUs run one process per GPU")
-    if hasattr(module, "_orig_mod"):
+    if isinstance(module, torch._dynamo.OptimizedModule):
         raise ValueError(f"{name}: unwrap it ({name}._orig_mod), and compile the defence instead")
 
 
-class _Float32(nn.Module):
-    """A classifier of another dtype behind float32 borders."""
+class _Float32Borders(nn.Module):
+    """A classifier of another dtype that takes and gives float32."""
 
     def __init__(self, classifier: nn.Module):
         super().__init__()
-        self.classifier, self.dtype = classifier, first_tensor(classifier).dtype
+        self.classifier, self.dtype = classifier, dtype_of(classifier)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(images.to(self.dtype)).float()
-
-
-def _reload(defence: Defence, keys: object) -> None:
-    """After load_state_dict: the accelerated copies get the new weights."""
-    defence._prepare()

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.philox import Stream, philox
-from .stochastic import Randomised
+from .stochastic import StochasticDefence
 
 
-class NoisyCopies(Randomised):
-    """A classifier on K noisy copies of the image, aggregated as CARSO aggregates its K reconstructions. Ours.
+class NoisyEnsemble(StochasticDefence):
+    """A classifier on K noisy copies of the image, aggregated as CARSO aggregates its K reconstructions.
 
         x_k = clamp(x + sigma n_k, 0, 1),  n_k ~ N(0, I);   logits_i = logsumexp_k classifier(x_k)_i
 
@@ -31,16 +31,24 @@ class NoisyCopies(Randomised):
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.sigma, self.samples = float(sigma), samples
 
-    def train(self, mode: bool = True) -> NoisyCopies:
-        """The classifier always stays in evaluation mode."""
+    def train(self, mode: bool = True) -> NoisyEnsemble:
+        """Set the mode; the classifier always stays in evaluation mode.
+
+        Args:
+            mode: True for training.
+        """
         super().train(mode)
         self.classifier.eval()
         return self
 
     def sample_logits(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` -> ``[B, K, classes]``; with one classification of x itself if there is no noise."""
+        """Logits ``[B, K, classes]``; K = 1, of the image itself, without noise.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+        """
         copies = x[:, None]
-        if not self.silent:
+        if not self.noise_is_off:
             noise = philox(
                 *self.noise(len(x), x.device),
                 x[0].numel(),

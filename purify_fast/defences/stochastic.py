@@ -1,9 +1,10 @@
-"""What every randomised defence shares: K sets of logits per image, aggregated, and control over the noise."""
+"""What every randomized defence shares: K sets of logits per image, aggregated, and control over the noise."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from ..ops.aggregate import aggregate
 
 
-class Randomised(nn.Module):
-    """A defence that draws noise for each of ``samples`` predictions; subclasses give ``sample_logits``.
+class StochasticDefence(nn.Module):
+    """A defence that draws noise for each of ``samples`` predictions; subclasses give `sample_logits`.
 
-    Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`; `deterministic` takes none.
+    Every call draws a fresh seed from PyTorch's global generator. Within `fixed_noise` the seed is the caller's; within
+    `deterministic` nothing is drawn.
     """
 
     _noise_seed: Tensor
@@ -24,13 +26,27 @@ class Randomised(nn.Module):
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
-        self._positions: Tensor | None = None
+        self._noise_ids: Tensor | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A subclass with a ``forward`` of its own is attacked through that: `draw_logits` must agree with it."""
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls) and "draw_logits" not in vars(cls):
+            cls.draw_logits = _repeated_forward  # type: ignore[assignment, method-assign]
+
+    # -- control over the noise ---------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def fixed_noise(self, seed: int) -> Iterator[Randomised]:
-        """Within the block, every image gets the same K draws, made from ``seed`` (0 <= seed < 2^63).
+    def fixed_noise(self, seed: int) -> Iterator[StochasticDefence]:
+        """Within the block, every image gets the same K draws, made from ``seed``.
 
         `forward` is then a function of one image: no batch split or order changes its logits.
+
+        Args:
+            seed: in [0, 2^63).
+
+        Raises:
+            ValueError: another seed.
         """
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {seed}")
@@ -43,9 +59,9 @@ class Randomised(nn.Module):
                 self._noise_seed.copy_(before)
 
     @contextlib.contextmanager
-    def deterministic(self) -> Iterator[Randomised]:
+    def deterministic(self) -> Iterator[StochasticDefence]:
         """Within the block, no noise and one prediction per image: no randomness at all."""
-        with self._switch("zero"):
+        with self._switch("off"):
             yield self
 
     @contextlib.contextmanager
@@ -57,62 +73,126 @@ class Randomised(nn.Module):
             self._noise = before
 
     @contextlib.contextmanager
-    def positions(self, ids: Tensor) -> Iterator[Randomised]:
-        """Within the block, image i of a batch draws fresh noise as image ``ids[i]`` (int64 ``[B]``) of one would.
+    def noise_ids(self, ids: Tensor) -> Iterator[StochasticDefence]:
+        """Within the block, image i of a batch draws fresh noise as image ``ids[i]`` of one would.
 
         For the parts of a batch that are computed apart, as by several processes.
+
+        Args:
+            ids: int64 ``[B]``.
         """
-        before, self._positions = self._positions, ids
+        before, self._noise_ids = self._noise_ids, ids
         try:
             yield self
         finally:
-            self._positions = before
+            self._noise_ids = before
 
     def noise(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(seed ``[1]``, sample ids ``[batch]`` or ``[1]``) that this call's draws are made from, int64."""
-        if self._noise == "fixed":  # sample word 0 for every image
-            # a copy: a backward after the block needs the block's seed
+        """What the draws of this call are made from.
+
+        Args:
+            batch: number of images.
+            device: of the results.
+
+        Returns:
+            The seed, int64 ``[1]``, and the sample ids, int64 ``[batch]`` or ``[1]``.
+
+        Raises:
+            ValueError: `noise_ids` was given ids for another number of images.
+        """
+        if self._noise == "fixed":
+            # The seed is copied, because a backward pass after the block still needs it. Every image has sample id 0.
             return self._noise_seed.clone(), torch.zeros(1, dtype=torch.int64, device=device)
         seed = torch.randint(2**62, (1,), device=device)
-        if self._positions is None:
+        if self._noise_ids is None:
             return seed, torch.arange(batch, device=device)
-        if len(self._positions) != batch:
-            raise ValueError(f"positions are of {len(self._positions)} images, the batch has {batch}")
-        return seed, self._positions
+        if len(self._noise_ids) != batch:
+            raise ValueError(f"noise_ids are of {len(self._noise_ids)} images, the batch has {batch}")
+        return seed, self._noise_ids
 
     @property
-    def silent(self) -> bool:
+    def noise_is_off(self) -> bool:
         """Whether no noise is drawn now."""
-        return self._noise == "zero"
+        return self._noise == "off"
 
-    def sample_logits(self, x: Tensor) -> Tensor:
-        """Logits of the K draws, ``[B, K, classes]``; aggregate them with `purify_fast.ops.aggregate`."""
-        raise NotImplementedError
+    @property
+    def noise_is_fresh(self) -> bool:
+        """Whether every call draws anew."""
+        return self._noise == "fresh"
 
-    def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
-        """`sample_logits` of ``draws`` independent calls at once, ``[draws, B, K, classes]``."""
-        return self.sample_logits(x.repeat(draws, *[1] * (x.dim() - 1))).unflatten(0, (draws, -1))
-
-    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """`forward` of ``draws`` independent calls at once, ``[draws, B, classes]``; attacks with EOT use it."""
-        return self.combine(self.draw_sample_logits(x, draws).flatten(0, 1)).unflatten(0, (draws, -1))
-
-    def combine(self, logits: Tensor) -> Tensor:
-        """``[B, K, classes]`` -> ``[B, classes]``, float32: logsumexp over the samples, the same decision as PeeL."""
-        return aggregate(logits, "lse")
+    # -- predictions --------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``, float32: those of the K draws, combined."""
-        return self.combine(self.sample_logits(x))
+        """Logits ``[B, classes]``, float32: those of the K draws, aggregated.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+        """
+        return self.aggregate(self.sample_logits(x))
+
+    def sample_logits(self, x: Tensor) -> Tensor:
+        """Logits of the K draws, ``[B, K, classes]``.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+        """
+        raise NotImplementedError
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        """``[B, classes]``, float32: logsumexp over the samples, which makes the same decisions as the paper's PeeL.
+
+        Args:
+            logits: ``[B, K, classes]``.
+        """
+        return aggregate(logits, "lse")
+
+    def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
+        """`sample_logits` of ``draws`` independent calls, ``[draws, B, K, classes]``.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+            draws: number of calls.
+        """
+        return self.sample_logits(_repeated(x, draws)).unflatten(0, (draws, -1))
+
+    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
+        """`forward` of ``draws`` independent calls at once, ``[draws, B, classes]``; attacks with EOT use it.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+            draws: number of calls.
+        """
+        return self.aggregate(self.draw_sample_logits(x, draws).flatten(0, 1)).unflatten(0, (draws, -1))
 
     def predict_proba(self, x: Tensor) -> Tensor:
-        """softmax of `forward`, ``[B, classes]``."""
+        """softmax of `forward`, ``[B, classes]``.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+        """
         return torch.softmax(self.forward(x), 1)
 
     def peel(self, x: Tensor) -> Tensor:
-        """The paper's aggregated log-probabilities, ``[B, classes]``, computed stably: finite where its code is not."""
+        """The paper's aggregated log-probabilities, ``[B, classes]``, computed stably: finite where its code is not.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+        """
         return aggregate(self.sample_logits(x), "peel")
 
     def peel_reference(self, x: Tensor) -> Tensor:
-        """The head as the official code returns it, ``[B, classes]``: +-inf and NaN gradients. To study, not to use."""
+        """The output as the official code returns it, ``[B, classes]``: +-inf, with NaN gradients. For study only.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+        """
         return aggregate(self.sample_logits(x), "peel_reference")
+
+
+def _repeated(x: Tensor, draws: int) -> Tensor:
+    return x.repeat(draws, *[1] * (x.dim() - 1))
+
+
+def _repeated_forward(defence: nn.Module, x: Tensor, draws: int) -> Tensor:
+    """Logits of ``draws`` independent calls of ``forward``, ``[draws, B, classes]``, in one batch."""
+    return defence(_repeated(x, draws)).unflatten(0, (draws, -1))

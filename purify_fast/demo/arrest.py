@@ -11,8 +11,7 @@ from torch import nn
 from ..attacks import PGD
 from ..evaluation import AttackSpec, Report, Tradeoff
 from ..methods.arrest import ArrestConfig, ArrestTask
-from ..methods.carso import Carso, CarsoConfig, CarsoTask, Head
-from ..methods.carso import load as load_carso
+from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation, load_carso
 from ..training import TrainingAttack, load_classifier, save_classifier
 from .sentences import against, percent
 from .setting import BASE_TRAINING, EPS, LAYERS, SIZES, ce_then_dlr, digits
@@ -70,7 +69,7 @@ def attack(workspace: Workspace, name: str) -> Report:
     attacks = ce_then_dlr()
     if name == CARSO:
         # at z = 0, and as it is: there first what is cheap, as in CARSO's part
-        zero = Head(defence, deterministic=True)
+        zero = WithAggregation(defence, deterministic=True)
         attacks = [
             *ce_then_dlr("deterministic"),
             AttackSpec(PGD(), target=zero, label=f"PGD-{budget.steps} ce made at z = 0"),

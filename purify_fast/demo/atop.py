@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
+from .._fingerprint import weights_fingerprint
 from ..attacks import PGD
 from ..evaluation import AttackSpec, Report
-from ..methods.atop import Atop, AtopConfig, AtopTask, load
+from ..methods.atop import Atop, AtopConfig, AtopTask, load_atop
 from ..methods.atop.generators.small_generator import SmallGenerator
 from ..training import TrainingAttack, save_classifier
-from ..training.checkpoint import fingerprint
 from .sentences import against, percent
 from .setting import EPS, digits
 from .workspace import STANDARD, Budget, Workspace
@@ -55,7 +55,7 @@ def train(workspace: Workspace, name: str) -> None:
         defence = Atop(classifier, SmallGenerator(1), digits().image_shape)
     else:
         defence = model(workspace, BEFORE)
-        origin = fingerprint(defence.purifier)
+        origin = weights_fingerprint(defence.purifier)
     method, epochs = _methods(workspace.budget)[name]
     workspace.train(AtopTask(defence, method, origin), epochs, 64, _FOLDERS[name])
     defence.save(workspace.out / _FOLDERS[name])
@@ -64,7 +64,7 @@ def train(workspace: Workspace, name: str) -> None:
 
 def model(workspace: Workspace, name: str) -> Atop:
     """One of the trained `MODELS`."""
-    return load(workspace.out / _FOLDERS[name], workspace.classifier(STANDARD))
+    return load_atop(workspace.out / _FOLDERS[name], workspace.classifier(STANDARD))
 
 
 def attack(workspace: Workspace, name: str) -> Report:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .._fingerprint import weights_fingerprint
 from ..attacks import PGD
 from ..attacks.losses import Loss
 from ..evaluation import AttackSpec, Report
-from ..methods.carso import Carso, CarsoConfig, CarsoTask, Head, load
+from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation, load_carso
 from ..training import TrainingAttack, save_classifier
-from ..training.checkpoint import fingerprint
 from .sentences import against, percent
 from .setting import EPS, LAYERS, SIZES, ce_then_dlr, digits
 from .workspace import AUTOATTACK, BASE, CLASSIFIERS, STANDARD, Budget, Workspace, autoattack
@@ -36,10 +36,10 @@ def train(workspace: Workspace, name: str) -> None:
             _FOLDERS[name],
         )
     else:
-        published = load(workspace.out / _FOLDERS[PUBLISHED], base)
+        published = load_carso(workspace.out / _FOLDERS[PUBLISHED], base)
         defence.load_state_dict(published.state_dict())
         fine = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
-        task = CarsoTask(defence, fine, fingerprint(published))
+        task = CarsoTask(defence, fine, weights_fingerprint(published))
         workspace.train(task, budget.pipeline_epochs, 128, _FOLDERS[name])
     defence.save(workspace.out / _FOLDERS[name])
     save_classifier(base, workspace.out / _FOLDERS[name] / "classifier")
@@ -49,7 +49,7 @@ def model(workspace: Workspace, name: str) -> nn.Module:
     """One of the trained `MODELS`."""
     if name in CLASSIFIERS:
         return workspace.classifier(name)
-    return load(workspace.out / _FOLDERS[name], workspace.classifier(BASE))
+    return load_carso(workspace.out / _FOLDERS[name], workspace.classifier(BASE))
 
 
 def attack(workspace: Workspace, name: str) -> Report:
@@ -65,7 +65,7 @@ def attack(workspace: Workspace, name: str) -> Report:
     elif name == BASE:
         attacks = [ce, dlr, *constant, auto]
     else:
-        zero = Head(defence, deterministic=True)
+        zero = WithAggregation(defence, deterministic=True)
         attacks = [
             *ce_then_dlr("deterministic"),
             # cheap, and what falls to it needs no attack through K samples

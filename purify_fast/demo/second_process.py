@@ -8,14 +8,14 @@ from concurrent.futures import Future
 import torch
 
 from .._process import end_with_parent, end_workers, worker_pool
-from ..speed.allocator import keep_memory
+from ..speed import retain_freed_memory
 from .workspace import Workspace
 
 
 def _prepare() -> None:
     end_with_parent()
     torch.set_num_threads(1)
-    keep_memory()
+    retain_freed_memory()
 
 
 class SecondProcess:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._files import digest
+from .._fingerprint import digest, text_hash
 
 
 def fingerprint(model: object) -> str | None:
@@ -28,7 +27,7 @@ def fingerprint(model: object) -> str | None:
     # with the buffers that state_dict leaves out
     state = dict((*model.named_parameters(), *model.named_buffers()))
     text = f"{plain}{list(state)}{model!r}"
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest() + digest(*state.values())
+    return text_hash(text).hexdigest() + digest(*state.values())
 
 
 def _counts(name: str) -> bool:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import digest
+from .._fingerprint import digest
 from ..attacks import AttackContext, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
-from ..defences.aggregation import Head
+from ..defences.aggregation import WithAggregation
 from ..protocols import Classifier, has_classifier
 from .labels import ALONE, clean_name, row_name, threat_name
 from .row_cache import RowCache
@@ -173,7 +173,7 @@ class Measure:
         """What the attack runs on."""
         model = self.subject.model
         if spec.aggregation is not None:
-            return Head(model, spec.aggregation)
+            return WithAggregation(model, spec.aggregation)  # type: ignore[arg-type]  # a model with sample_logits
         if spec.target == CLASSIFIER and has_classifier(model):
             return classifier_of(model)
         return spec.resolved.target(model) if spec.other_model is None else spec.other_model

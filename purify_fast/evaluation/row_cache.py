@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ import torch
 
 from .. import _library
 from .._files import atomic, write_text
+from .._fingerprint import text_hash
 from .fingerprint import fingerprint
 from .rows import Examples, Row
 
@@ -63,7 +63,7 @@ class RowCache:
         if None in marks:
             return None
         text = json.dumps([PROTOCOL_VERSION, environment(), what, marks], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return text_hash(text).hexdigest()
 
     def _fingerprint(self, model: object) -> str | None:
         if model is None:

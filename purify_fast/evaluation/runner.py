@@ -23,6 +23,7 @@ from ..attacks import BPDA, Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
 from ..attacks.autoattack import implementation
 from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
+from ..speed.precision import whole_float32_by_default
 from .function_attack import AttackFunction
 from .images import collect
 from .labels import ball_name, row_name, threat_name
@@ -36,6 +37,7 @@ from .worst import worst
 
 
 @renamed_arguments(eot="eot_iter", chunk="max_forward_batch")
+@whole_float32_by_default()
 def evaluate(
     defence: Classifier,
     x: Tensor | Iterable[Any],

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._files import digest
+from .._fingerprint import digest
 from ..protocols import Classifier
 
 Variant = Literal["random", "fixed", "deterministic"]

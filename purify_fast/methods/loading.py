@@ -8,7 +8,10 @@ from torch import nn
 
 from ..training import is_classifier
 from ..training.checkpoint import read_facts
-from . import atop, carso
+from .atop.defence import Atop
+from .atop.files import load_atop
+from .carso.defence import Carso
+from .carso.files import load_carso
 
 
 def load_defence(
@@ -17,7 +20,7 @@ def load_defence(
     *,
     purifier: nn.Module | None = None,
     check: bool = True,
-) -> carso.Carso | atop.Atop:
+) -> Carso | Atop:
     """Read a defence that its ``save`` wrote, around ``classifier``, in evaluation mode.
 
     Args:
@@ -27,13 +30,14 @@ def load_defence(
         check: refuse another classifier; turn off for one that was fine-tuned or converted since.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: broken files, no defence, another classifier.
+        FileNotFoundError: a file is missing.
+        ValueError: broken files, no defence, another classifier.
     """
     kind = read_facts(folder)["kind"]
     if is_classifier(folder):
         raise ValueError(f"{folder} holds a classifier, a {kind}, and no defence: load_classifier reads it")
     if kind == "Atop":
-        return atop.load(folder, classifier, purifier, check)
+        return load_atop(folder, classifier, purifier, check)
     if purifier is not None:
         raise ValueError(f"purifier: {folder} holds a {kind!r}, which brings its own")
-    return carso.load(folder, classifier, check)
+    return load_carso(folder, classifier, check)

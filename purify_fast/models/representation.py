@@ -1,7 +1,8 @@
 """The internal representation of a classifier: outputs of modules named by path, read by forward hooks.
 
-Hooks are registered once. A dry run compares each output's version counter when it was read and after the pass: a layer
-whose output is overwritten in place later (``x += shortcut``, in-place activations) is cloned, and no other is.
+The hooks are registered once, because registering them anew would make `torch.compile` start over. A dry run compares
+each output's version counter at the time when it was read with the one after the pass. So only a layer whose output is
+overwritten in place later (``x += shortcut``, in-place activations) is cloned.
 """
 
 from __future__ import annotations
@@ -10,46 +11,84 @@ import contextlib
 import difflib
 import itertools
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-class _Tap:
-    """The hook of one layer. A class, not a closure, so that the model can be copied and pickled."""
+class _Recorder:
+    """The forward hook of one layer. It is a class and not a closure, so that the model can be copied and pickled."""
 
     def __init__(self, owner: Representation, index: int):
         self.owner, self.index = owner, index
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self.owner.recording:
-            self.owner.read(self.index, output)
+            self.owner.outputs[self.index] = output.clone() if self.owner.overwritten[self.index] else output
 
 
 def first_tensor(module: nn.Module) -> Tensor:
-    """The first floating-point parameter or buffer, which tells device and dtype; float32 on the CPU without any."""
+    """The first floating-point parameter or buffer of ``module``, which tells its device and dtype.
+
+    Args:
+        module: any module; without floating-point tensors the result is a float32 scalar on the CPU.
+    """
     tensors = itertools.chain(module.parameters(), module.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
 
 
-def untapped(model: nn.Module) -> nn.Module:
-    """``model`` without the hooks that `Representation` gave it, in place; other hooks stay."""
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of `first_tensor`, found without making a tensor, which in a compiled step would be one more graph.
+
+    Args:
+        module: any module; float32 without floating-point tensors.
+    """
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
+
+
+def without_recorders(model: nn.Module) -> nn.Module:
+    """``model`` without the hooks that `Representation` gave it, in place; other hooks stay.
+
+    Args:
+        model: usually a copy of a model that is read by a `Representation`.
+    """
     for module in model.modules():
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Tap)]:
+        # PyTorch has no public way to list a module's hooks, and the handles belong to the model that was copied.
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Recorder)]:
             del module._forward_hooks[key]
     return model
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block, ``model`` is in evaluation mode; afterwards each module is in the mode it was in."""
+def restored_modes(model: nn.Module) -> Iterator[None]:
+    """After the block, each module of ``model`` is in the mode, training or evaluation, in which it was before.
+
+    Args:
+        model: any module.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block, ``model`` is in evaluation mode; afterwards each module is in the mode in which it was.
+
+    Args:
+        model: any module.
+    """
+    with restored_modes(model):
+        model.eval()
+        yield
 
 
 class Representation:
@@ -61,6 +100,8 @@ class Representation:
         image_shape: (C, H, W) of the images, for the dry run.
 
     Attributes:
+        recording: whether the hooks keep what they see.
+        outputs: what the hooks kept of the pass that is under way.
         shapes: per layer, the shape of its output without the batch.
         overwritten: per layer, whether it is cloned because the model overwrites it later.
         num_classes: size of the model's logits.
@@ -81,30 +122,31 @@ class Representation:
         self.model, self.layers = model, tuple(layers)
         self.recording = False
         self.overwritten = [False] * len(layers)
-        self._outputs: list[Tensor | None] = [None] * len(layers)
-        for index, name in enumerate(layers):
-            modules[name].register_forward_hook(_Tap(self, index))
+        self.outputs: list[Tensor | None] = [None] * len(layers)
         self.shapes, self.num_classes = self._dry_run(image_shape)
-
-    def read(self, index: int, output: Tensor) -> None:
-        """Take one layer's output; called by its hook."""
-        self._outputs[index] = output.clone() if self.overwritten[index] else output
+        for index, name in enumerate(layers):
+            modules[name].register_forward_hook(_Recorder(self, index))
 
     def _dry_run(self, image_shape: tuple[int, int, int]) -> tuple[list[tuple[int, ...]], int]:
         seen: list[list[tuple[Tensor, int]]] = [[] for _ in self.layers]
-        self.read = lambda index, output: seen[index].append((output, getattr(output, "_version", -1)))  # type: ignore
+
+        def see(index: int, module: nn.Module, args: tuple, output: Any) -> None:
+            version = output._version if isinstance(output, Tensor) else -1
+            seen[index].append((output, version))
+
         first = first_tensor(self.model)
-        self.recording = True
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        handles = [modules[name].register_forward_hook(partial(see, i)) for i, name in enumerate(self.layers)]
         try:
-            # two images: BatchNorm in a user's train-only code path would refuse one
-            with evaluating(self.model), torch.no_grad():
+            # Two images, because a BatchNorm that a user's model keeps in training mode refuses a single one.
+            with evaluation_mode(self.model), torch.no_grad():
                 logits = self.model(torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype))
         except RuntimeError as error:
             want = f"[B, {', '.join(map(str, image_shape))}]"
             raise ValueError(f"the classifier must map {want} to logits [B, C]: {error}") from error
         finally:
-            self.recording = False
-            del self.read
+            for handle in handles:
+                handle.remove()
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 2:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
@@ -125,15 +167,23 @@ class Representation:
         return shapes, logits.shape[1]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """The layers' outputs for images ``x [B, C, H, W]``, in the order of ``layers``; differentiable."""
+        """The layers' outputs in the order of ``layers``; differentiable.
+
+        Args:
+            x: images ``[B, C, H, W]``.
+        """
         return self.with_logits(x)[1]
 
     def with_logits(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The model's logits, and the layers' outputs, of one pass."""
+        """The model's logits, and the layers' outputs, of one pass.
+
+        Args:
+            x: images ``[B, C, H, W]``.
+        """
         self.recording = True
         try:
             logits = self.model(x)
         finally:
             self.recording = False
-        outputs, self._outputs = self._outputs, [None] * len(self.layers)
-        return logits, outputs  # type: ignore[return-value]  # the dry run saw every layer run
+        outputs, self.outputs = self.outputs, [None] * len(self.layers)
+        return logits, outputs  # type: ignore[return-value]  # the dry run saw that every layer runs

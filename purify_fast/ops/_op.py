@@ -4,8 +4,9 @@ One schema, one fake, one kernel per dispatch key, opaque to the compiler. Every
 eager calls, and inside compiled graphs, where a kernel is a wall to the compiler. Where no kernel serves, the public
 function calls the reference directly, so that ``torch.compile`` can fuse it with its surroundings.
 
-On a CPU a kernel serves where it was measured ahead. On a GPU it serves where one launch replaces a dozen or more, and
-the compiler could not fuse as well. A kernel serves only if it was found right on this machine (`_verify`).
+A kernel serves where it was measured ahead: on the user's machine, or on one like it that was measured for the package
+(`_races`). Where nothing was measured, it serves on a GPU if one launch replaces a dozen or more. It serves only if it
+was found right on this machine (`_verify`).
 
 Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU), ``triton`` and ``cuda`` (GPU).
 ``PURIFY_FAST_BACKEND`` forces one for its device, read once at import, or several, as ``triton,cuda``: each op takes
@@ -24,6 +25,7 @@ from typing import Literal
 import torch
 
 from .. import _library
+from ._races import Winner, winner
 from ._verdicts import sources_digest
 
 Style = Literal["eager", "graph"]
@@ -70,10 +72,7 @@ class Op:
         handle: the op as PyTorch dispatches it.
         reference: the definition.
         available: device type to the backends that exist here, the kernel last.
-        default: device type to the backend of eager calls.
-        why: device type to the reason for the default, for ``purify-fast info``.
         replaces_many: the variants for which one launch replaces a dozen or more; ``""`` is the op that has none.
-        in_graphs: device type to the variants whose default for eager calls also serves inside graphs.
         sources: device type to the files that its kernel there is made of.
         served: the decisions that were made: by style, device and variant.
     """
@@ -82,10 +81,7 @@ class Op:
     handle: Callable
     reference: Callable
     available: dict[str, tuple[str, ...]]
-    default: dict[str, str]
-    why: dict[str, str]
     replaces_many: tuple[str, ...] = ()
-    in_graphs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sources: dict[str, tuple[Path, ...]] = field(default_factory=dict)
     served: dict[tuple[Style, torch.device, str], str] = field(default_factory=dict)
 
@@ -101,25 +97,30 @@ class Op:
         """A hash of what the kernel on devices of a type is made of: a verdict is of this, and of nothing else."""
         return sources_digest(self.sources.get(kind, ()))
 
-    def wanted(self, style: Style, kind: str, variant: str = "") -> str:
-        """The backend that serves if it is right.
+    def wanted(self, style: Style, device: torch.device, variant: str = "") -> Winner:
+        """The backend that serves if it is right, and why: who won a race, else by a safe rule.
 
         Args:
             style: eager calls, or calls inside a compiled graph.
-            kind: the device's type.
+            device: need not be here: then the rule decides.
             variant: a setting that decides how much one launch replaces, as the op's own module names it.
         """
-        if kind == "cuda" and variant in self.replaces_many:
-            return self.kernel("cuda")
-        if style == "graph" and variant not in self.in_graphs.get(kind, ()):
-            return "reference"
-        return self.default.get(kind, "reference")
+        kernel = self.kernel(device.type)
+        if kernel == "reference":
+            return Winner(kernel, "there is no kernel")
+        if device.type != "cuda" or torch.cuda.is_available():
+            found = winner(self.name, self.sources_digest(device.type), style, device, variant)
+            if found is not None:
+                return found if found.backend in (kernel, "reference") else Winner("reference", found.why)
+        if device.type == "cuda" and variant in self.replaces_many:
+            return Winner(kernel, "one launch replaces a dozen or more")
+        return Winner("reference", "not raced" if device.type == "cpu" else "compilers fuse the reference")
 
     def serving(self, style: Style, device: torch.device, variant: str = "") -> str:
         """The backend that serves unless another is forced: a kernel only once it was found right."""
         found = self.served.get((style, device, variant))
         if found is None:
-            found, settled = self.wanted(style, device.type, variant), True
+            found, settled = self.wanted(style, device, variant).backend, True
             if found != "reference":
                 right = _kernel_serves(self, device)
                 settled = right is not None
@@ -201,9 +202,6 @@ def define_op(
     reference: Callable,
     fake: Callable,
     triton: Callable | None = None,
-    cpu: str = "reference",
-    why_cpu: str = "",
-    cpu_in_graphs: tuple[str, ...] = (),
     replaces_many: bool | tuple[str, ...] = False,
 ) -> Op:
     """Register ``purify_fast::name``.
@@ -214,9 +212,6 @@ def define_op(
         reference: the definition, in PyTorch; runs under ``no_grad`` behind the op.
         fake: shapes and dtypes of the outputs.
         triton: a launcher with the op's signature, imported on first call; never sees float64.
-        cpu: the backend the benchmarks chose for eager calls on a CPU; a missing one falls to the reference.
-        why_cpu: the reason, one line, shown by ``purify-fast info``.
-        cpu_in_graphs: the variants for which ``cpu`` also serves inside compiled graphs.
         replaces_many: whether one launch replaces a dozen or more of the reference, or the variants for which it does.
             There the kernel serves on a GPU, eagerly and inside graphs; elsewhere the reference, which compilers fuse.
     """
@@ -245,13 +240,7 @@ def define_op(
         getattr(torch.ops.purify_fast, name).default,
         reference,
         available,
-        {"cpu": cpu if cpu in available["cpu"] else "reference", "cuda": "reference"},
-        {
-            "cpu": why_cpu,
-            "cuda": "one launch replaces a dozen or more" if "" in many else "compilers fuse the reference",
-        },
         many,
-        {"cpu": cpu_in_graphs},
         sources,
     )
     REGISTRY[name] = op

@@ -89,8 +89,6 @@ OP = define_op(
     reference=reference,
     fake=lambda logits, method: wide(logits).new_empty((logits.shape[0], logits.shape[2])),
     triton=launcher("aggregate", "forward"),
-    cpu="reference",
-    why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
 )
 BACKWARD = define_op(
     "aggregate_backward",
@@ -98,8 +96,6 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, logits, method: logits.new_empty(logits.shape),
     triton=launcher("aggregate", "backward"),
-    cpu="reference",
-    why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
 )
 
 

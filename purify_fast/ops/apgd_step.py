@@ -47,8 +47,6 @@ OP = define_op(
     reference=reference,
     fake=lambda x, grad, x_nat, previous, alpha, eps, momentum, norm, lo, hi: x.new_empty(x.shape),
     triton=launcher("apgd_step", "forward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
     replaces_many=("l2",),
 )
 

@@ -122,8 +122,6 @@ OP = define_op(
         correlation.new_empty(correlation.shape),
     ),
     triton=launcher("contextual_attention", "forward"),
-    cpu="reference",
-    why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
     replaces_many=True,
 )
 BACKWARD = define_op(
@@ -136,8 +134,6 @@ BACKWARD = define_op(
         inverse.new_empty(inverse.shape),
     ),
     triton=launcher("contextual_attention", "backward"),
-    cpu="reference",
-    why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
     replaces_many=True,
 )
 

@@ -268,7 +268,6 @@ OP = define_op(
     f"(Tensor condition, Tensor seed, Tensor sample_ids, {_SIZES}, bool channels_last, ScalarType dtype) -> Tensor",
     reference=reference,
     fake=_fake,
-    why_cpu="plain layers, fused by torch.compile",
     replaces_many=True,
 )
 BACKWARD = define_op(
@@ -276,7 +275,6 @@ BACKWARD = define_op(
     f"(Tensor grad, Tensor image, Tensor condition, Tensor seed, Tensor sample_ids, {_SIZES}) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, image, condition, *rest: condition.new_empty(condition.shape),
-    why_cpu="plain layers, fused by torch.compile",
     replaces_many=True,
 )
 

@@ -46,8 +46,6 @@ OP = define_op(
     reference=lambda features, dim: reference(features, dim).contiguous(),
     fake=lambda features, dim: features.new_empty(_half(features, dim)),
     triton=launcher("gated_elu", "forward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
 )
 BACKWARD = define_op(
     "gated_elu_backward",
@@ -55,8 +53,6 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, features, dim: features.new_empty(features.shape),
     triton=launcher("gated_elu", "backward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
 )
 
 

@@ -45,8 +45,6 @@ OP = define_op(
     reference=reference,
     fake=lambda x, x_adv, drift, tau, eps, seed, sample_ids, lo, hi: x.new_empty(x.shape),
     triton=launcher("noisy_replay", "forward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
     replaces_many=True,
 )
 

@@ -120,9 +120,6 @@ OP = define_op(
     reference=reference,
     fake=lambda x, grad, x_nat, alpha, eps, norm, lo, hi, density: x.new_empty(x.shape),
     triton=launcher("pgd_step", "forward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
-    cpu_in_graphs=("l1",),  # unrolled in a graph, its halvings take the compiler long and are slower
     replaces_many=("l2", "l1"),
 )
 

@@ -89,8 +89,6 @@ OP = define_op(
     reference=reference,
     fake=_fake,
     triton=launcher("philox", "philox"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
     replaces_many=True,
 )
 

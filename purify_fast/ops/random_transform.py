@@ -140,8 +140,6 @@ OP = define_op(
     reference=reference,
     fake=_fake,
     triton=launcher("random_transform", "forward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
     replaces_many=True,
 )
 BACKWARD = define_op(
@@ -150,8 +148,6 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, x, owners, seed, sample_ids, sigma, num_passes: x.new_empty(x.shape),
     triton=launcher("random_transform", "backward"),
-    cpu="reference",
-    why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
     replaces_many=True,
 )
 

@@ -36,8 +36,6 @@ OP = define_op(
     reference=reference,
     fake=lambda logits, target: wide(logits).new_empty(logits.shape[0]),
     triton=launcher("reconstruction_loss", "forward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
 )
 BACKWARD = define_op(
     "reconstruction_loss_backward",
@@ -45,8 +43,6 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, logits, target: logits.new_empty(logits.shape),
     triton=launcher("reconstruction_loss", "backward"),
-    cpu="reference",
-    why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
 )
 
 

@@ -97,8 +97,6 @@ OP = define_op(
     reference=reference,
     fake=_fake,
     triton=launcher("representation_distance", "forward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
     replaces_many=("several",),
 )
 BACKWARD = define_op(
@@ -107,8 +105,6 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, student, teacher, slopes: [x.new_empty(x.shape) for x in student],
     triton=launcher("representation_distance", "backward"),
-    cpu="reference",
-    why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
     replaces_many=("several",),
 )
 

@@ -43,8 +43,6 @@ OP = define_op(
     reference=reference,
     fake=lambda mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), wide(mu).new_empty(mu.shape[0])),
     triton=launcher("sample_latent", "forward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
     replaces_many=True,
 )
 BACKWARD = define_op(
@@ -53,8 +51,6 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad_z, grad_kl, mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), logvar.new_empty(mu.shape)),
     triton=launcher("sample_latent", "backward"),
-    cpu="reference",
-    why_cpu="torch.compile beats the C++ kernel in some row: benchmarks/results/cpu/ops.md",
     replaces_many=True,
 )
 

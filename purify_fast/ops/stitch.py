@@ -51,8 +51,6 @@ OP = define_op(
     reference=reference,
     fake=lambda images, owners, passes: _like(images, owners.shape[0] * owners.shape[1]),
     triton=launcher("stitch", "forward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
     replaces_many=True,
 )
 BACKWARD = define_op(
@@ -61,8 +59,6 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, owners, passes: _like(grad, grad.shape[0] * passes),
     triton=launcher("stitch", "backward"),
-    cpu="cpp",
-    why_cpu="fastest in every eager row: benchmarks/results/cpu/ops.md",
     replaces_many=True,
 )
 

@@ -1,7 +1,9 @@
 """Making a frozen model fast: inference copies, BatchNorm folding, compiled regions, the memory allocator."""
 
-from .allocator import keep_memory
+from .accelerated import Accelerated
+from .allocator import retain_freed_memory
+from .compiled_region import CompiledRegion
 from .folding import fold_batchnorm
-from .inference_copy import FrozenView
+from .inference_copy import InferenceCopy
 
-__all__ = ["FrozenView", "fold_batchnorm", "keep_memory"]
+__all__ = ["Accelerated", "CompiledRegion", "InferenceCopy", "fold_batchnorm", "retain_freed_memory"]

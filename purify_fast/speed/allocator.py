@@ -8,7 +8,7 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def keep_memory() -> bool:
+def retain_freed_memory() -> bool:
     """Tell glibc to keep freed memory instead of giving every large tensor's pages back to the system.
 
     For the whole process: it holds on to its peak of CPU memory. The command line does so; in a library it is the

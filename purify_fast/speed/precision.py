@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+#: How many blocks of `float32_products` the process is in.
+_blocks = 0
+
 
 def _restorer() -> Callable[[], None]:
     """What puts the settings back as they are now."""
@@ -40,10 +43,20 @@ def float32_products(*, tf32: bool = False) -> Iterator[None]:
         tf32: round the operands to ten bits of mantissa, which is several times faster; the input gradients of a small
             network then err by about 1e-2. By default products are those of IEEE float32, as on a CPU.
     """
+    global _blocks
     restore = _restorer()
+    _blocks += 1
     try:
         torch.backends.cudnn.allow_tf32 = tf32
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         yield
     finally:
+        _blocks -= 1
         restore()
+
+
+@contextlib.contextmanager
+def whole_float32_by_default() -> Iterator[None]:
+    """`float32_products`, unless the caller has chosen already by a block of it; also a decorator."""
+    with contextlib.nullcontext() if _blocks else float32_products():
+        yield

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from ..speed.allocator import keep_memory as keep_memory
     from .attack import TrainingAttack as TrainingAttack
     from .classifier import ClassifierTask as ClassifierTask
     from .classifier import is_classifier as is_classifier
@@ -30,7 +29,6 @@ __all__ = [
     "TrainingAttack",
     "fit",
     "is_classifier",
-    "keep_memory",
     "load_classifier",
     "save_classifier",
 ]
@@ -44,7 +42,6 @@ __getattr__, __dir__ = lazy_exports(
     Task=".loop",
     TrainingAttack=".attack",
     fit=".loop",
-    keep_memory="..speed.allocator",
     is_classifier=".classifier",
     load_classifier=".classifier",
     save_classifier=".classifier",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._files import atomic, write_text
 
@@ -59,21 +57,6 @@ def read_tree(path: Path) -> Any:
         return restore(json.loads(skeleton), [tensors[i] for i in range(len(tensors))])
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a checkpoint of this package: {error!r}") from error
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A short hash of a module's parameters and buffers: names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def structure(module: nn.Module) -> str:
-    """A short hash of the names and shapes of a module's parameters and buffers."""
-    shapes = [(name, list(tensor.shape)) for name, tensor in module.state_dict().items()]
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
 def save_model(folder: str | Path, kind: str, arguments: dict, state: dict[str, Tensor], **extra: Any) -> None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._fingerprint import structure_fingerprint
 from ..attacks import pgd
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from .attack import settings
-from .checkpoint import read_facts, read_model, save_model, structure
+from .checkpoint import read_facts, read_model, save_model
 from .config import ClassifierConfig
 from .loop import Batch
 from .schedules import one_cycle
@@ -55,7 +56,7 @@ class ClassifierTask:
 
     def describe(self) -> dict[str, Any]:
         """The config and the model's structure."""
-        return {"task": "classifier", **settings(self.config), "structure": structure(self.model)}
+        return {"task": "classifier", **settings(self.config), "structure": structure_fingerprint(self.model)}
 
 
 _KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (*CLASSIFIERS.values(), ForeignClassifier)}

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._files import atomic, digest
+from .._files import atomic
+from .._fingerprint import digest
 from .._process import processes
 from ..data import StreamedImages, batches, crop_flip, read_ahead, to_float
 from ..models.layers import BatchNorm1d, BatchNorm2d
+from ..speed.precision import whole_float32_by_default
 from .checkpoint import read_tree, write_tree
 from .config import FitConfig
 from .distributed import average_, from_first, gathered
@@ -106,6 +108,7 @@ class _Log:
                 file.write(json.dumps(row) + "\n")
 
 
+@whole_float32_by_default()
 def fit(
     task: Task,
     x: Tensor | StreamedImages,

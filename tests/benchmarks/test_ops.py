@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
+from purify_fast.ops._races import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
@@ -134,10 +136,17 @@ def test_committed_results_are_complete():
     ]
 
 
+def test_what_ships_is_the_committed_verdict():
+    committed = [report.races(report.read_csv(path)) for path in sorted(COMMITTED.parents[1].glob("*/ops.csv"))]
+    assert json.loads(SHIPPED.read_text()) == committed, "run `python -m benchmarks report`"
+
+
 @needs_extension
 @pytest.mark.parametrize("op", sorted(registry()))
-def test_defaults_are_the_committed_verdict(op):
+def test_defaults_are_the_committed_verdict(op, tmp_path, monkeypatch):
+    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path))
     for line in report.verdicts(report.read_csv(COMMITTED)):
         if line["op"] == op:
             name = op if line["direction"] == "forward" else f"{op}_backward"
-            assert REGISTRY[name].default["cpu"] == line["eager_calls"], f"set cpu={line['eager_calls']!r} for {name}"
+            for style, serves in (("eager", "eager_calls"), ("graph", "in_graphs")):
+                assert REGISTRY[name].wanted(style, torch.device("cpu")).backend == line[serves]

@@ -191,7 +191,7 @@ def test_a_preset_is_trained_on_the_users_data(tmp_path, capsys):
     preset = ["train", "carso", "--preset", "mnist_v1", *folder, "--steps", "1", "--epochs", "1", "--batch-size", "20"]
     assert cli.main([*preset, *common]) == 0
     defence = purify_fast.load_defence(tmp_path / "carso")
-    assert defence.arguments["form"] == "v1" and defence.samples == 4
+    assert defence.arguments["version"] == "v1" and defence.samples == 4
     assert cli.main([*preset, "--data", "digits", "--device", "cpu"]) == 2
     assert "its images are (1, 16, 16), the purifier's (1, 28, 28)" in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import transforms
 
 from purify_fast import data
-from purify_fast._files import digest
+from purify_fast._fingerprint import digest
 from purify_fast.data import StreamedImages, decoding, folders
 
 

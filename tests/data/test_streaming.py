@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from purify_fast._files import digest
+from purify_fast._fingerprint import digest
 from purify_fast.data import StreamedImages, batches, read_ahead
 from purify_fast.data.streaming import AHEAD
 from purify_fast.models.classifiers import SmallCNN
@@ -30,7 +30,7 @@ def streamed(tmp_path):
 
 def digest_of(x):
     """What the cache keeps: the hash a tensor brings to `digest`."""
-    from purify_fast._files import content_hash
+    from purify_fast._fingerprint import content_hash
 
     content = content_hash(x.dtype, x.shape)
     content.update(x.numpy().tobytes())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from purify_fast.attacks import PGD, GradientHealth, pgd
-from purify_fast.defences.noisy_ensemble import NoisyCopies
+from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
@@ -12,7 +12,7 @@ from purify_fast.ops import aggregate
 
 def control(sigma=0.2, samples=4):
     torch.manual_seed(0)
-    return NoisyCopies(SmallCNN(width=4), sigma, samples)
+    return NoisyEnsemble(SmallCNN(width=4), sigma, samples)
 
 
 def images(n):

@@ -16,7 +16,7 @@ from torch import nn
 from purify_fast import Carso
 from purify_fast.attacks import APGD, BPDA, FGSM, PGD, AutoAttack, StAdv
 from purify_fast.attacks.autoattack import parts
-from purify_fast.defences.noisy_ensemble import NoisyCopies
+from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import (
     Attack,
     AttackSpec,
@@ -927,11 +927,11 @@ def test_what_a_model_lacks_is_said(toy):
 
 
 def test_bpda_and_stadv_of_noisy_copies_and_of_carso(toy):
-    """Randomised defences: every variant, and BPDA through another head."""
+    """StochasticDefence defences: every variant, and BPDA through another head."""
     _, x, y = toy
     x, y = x[:12], torch.arange(12) % 10
     classifier = SmallCNN(3, 10, (16, 16), 4)
-    noisy = NoisyCopies(classifier, 0.1, samples=2)
+    noisy = NoisyEnsemble(classifier, 0.1, samples=2)
     report = evaluate(noisy, x, y, attacks=[StAdv(), AttackSpec(StAdv(), variant="fixed")], steps=2, **QUIET)
     assert [row.variant for row in report.rows] == ["random", "fixed", "random", "fixed", "all"]
     assert report.attacks[-2:] == ["StAdv-2 margin, fixed noise, flow 0.05", "worst, flow 0.05"]

@@ -73,9 +73,9 @@ def test_nothing_is_read_outside_a_call_and_mode_is_kept():
     representation = Representation(model, ["conv1"], (1, 16, 16))
     assert model.training
     model(torch.rand(2, 1, 16, 16))
-    assert representation._outputs == [None]
+    assert representation.outputs == [None]
     representation(torch.rand(2, 1, 16, 16))
-    assert representation._outputs == [None]
+    assert representation.outputs == [None]
 
 
 def test_a_copy_reads_its_own_model():

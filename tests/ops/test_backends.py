@@ -20,14 +20,15 @@ def test_every_op_has_its_reference_everywhere():
     for op in REGISTRY.values():
         for kind in ("cpu", "cuda"):
             assert "reference" in op.available[kind]
-            assert op.default[kind] in op.available[kind]
+            for style in ("eager", "graph"):
+                assert op.wanted(style, torch.device(kind)).backend in op.available[kind]
             assert set(op.available[kind]) <= {name for name, kinds in _op.BACKENDS.items() if kind in kinds}
 
 
 def test_forced_backend_of_another_device_leaves_this_one_alone():
     for name, op in REGISTRY.items():
         with use_backend("triton"):
-            assert op.served_by(CPU) == op.default["cpu"]
+            assert op.served_by(CPU) == op.wanted("eager", CPU).backend
             assert op.choice(CUDA) == (None if name.startswith("decode_samples") else "triton")
         assert op.served_by(torch.device("meta")) == "reference"
 

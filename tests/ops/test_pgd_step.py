@@ -294,7 +294,7 @@ def test_who_serves_a_graph(norm):
 
     torch._dynamo.reset()
     torch.compile(lambda *images: pgd_step(*images, 0.05, 0.1, norm), backend=compiler)(*inputs(3, 8))
-    assert ("purify_fast.pgd_step" in graphs[0]) == (norm == "l1" and op.OP.default["cpu"] == "cpp")
+    assert ("purify_fast.pgd_step" in graphs[0]) == (norm == "l1" and op.OP.kernel("cpu") == "cpp")
 
 
 def test_export(backend):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from purify_fast import _library
-from purify_fast.ops import REGISTRY, _examples, _op, _verdicts, _verify, philox, use_backend
+from purify_fast.ops import REGISTRY, _examples, _op, _races, _verdicts, _verify, philox, use_backend
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -54,7 +54,6 @@ def make(monkeypatch) -> Callable[[Callable], _op.Op]:
             "(Tensor x) -> Tensor",
             reference=lambda x: 2 * x,
             fake=lambda x: x.new_empty(x.shape),
-            cpu="cpp",
         )
         torch.library.impl(f"purify_fast::{name}", "CPU", kernel)
         REGISTRY.clear()
@@ -63,6 +62,8 @@ def make(monkeypatch) -> Callable[[Callable], _op.Op]:
         example = _examples.Example("3x4", lambda dtype, seed: (torch.linspace(-1, 1, 12).view(3, 4).to(dtype),),
                                     exact=exact)  # fmt: skip
         monkeypatch.setattr(_examples, name, lambda: iter([example]), raising=False)
+        race = {"eager": "cpp", "graph": "cpp"}
+        monkeypatch.setitem(_races.shipped()[0]["ops"], name, race)
         return op
 
     return made
@@ -205,7 +206,6 @@ def test_no_mode_of_the_caller_reaches_the_verification(make):
 def test_a_graph_decides_while_it_is_traced(make):
     kernel = counted(lambda x: x + x)
     op = make(kernel)
-    object.__setattr__(op, "in_graphs", {"cpu": ("",)})
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: op(x) + 1, fullgraph=True, backend="aot_eager")
     assert compiled(torch.ones(2)).tolist() == [3, 3] and kernel.calls == 3 + 1
@@ -216,7 +216,7 @@ def test_a_device_that_is_not_here_serves_the_reference_for_now():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     op = REGISTRY["philox"]
-    assert op.wanted("eager", "cuda") == op.wanted("graph", "cuda") == op.kernel("cuda") != "reference"
+    assert [op.wanted(style, torch.device("cuda")).backend for style in ("eager", "graph")] == ["triton"] * 2
     assert op.served_by(torch.device("cuda", 0)) == "reference"
     assert not [key for key in op.served if key[1].type == "cuda"]  # asked again the next time
 
@@ -337,3 +337,48 @@ def test_a_gpu_is_named_with_all_that_decides_what_it_computes(monkeypatch):
     monkeypatch.undo()
     if not torch.cuda.is_available():
         assert _verdicts._driver() == "unknown"
+
+
+def test_the_users_race_comes_before_the_shipped_and_a_stale_one_is_not_used(make, folder, caplog):
+    op = make(lambda x: x + x)
+    assert op.served_by(CPU) == "cpp" and op.wanted("eager", CPU).why.startswith("raced on ")
+    entry = {"eager": "reference", "graph": "cpp", "variants": {"l1": {"eager": "cpp", "graph": "reference"}}}
+    race = {"machine": _verdicts.machine(CPU), "date": "2026-01-02", "ops": {op.name: entry}}
+    path = _races.file_of(CPU)
+
+    def wanted(sources: str, style: str, variant: str = "") -> str:
+        entry["sources"] = sources
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(race))
+        _races.forget()
+        return op.wanted(style, CPU, variant).backend
+
+    mine = op.sources_digest("cpu")
+    assert wanted(mine, "eager") == "reference" and wanted(mine, "graph") == "cpp"
+    assert wanted(mine, "eager", "l1") == "cpp" and wanted(mine, "graph", "l1") == "reference"
+    assert op.wanted("graph", CPU).why == "raced on this machine, 2026-01-02"
+    assert not caplog.records
+    assert wanted("of another build", "eager") == "cpp"
+    race["machine"] = {**race["machine"], "torch": "1.0"}
+    assert wanted(mine, "eager") == "cpp"
+    assert sum("is not used" in record.message for record in caplog.records) == 2
+    path.write_text("{")
+    _races.forget()
+    assert op.wanted("eager", CPU).backend == "cpp" and "cannot be read" in caplog.text
+
+
+def test_what_ships_goes_to_the_machine_that_is_most_like_it(monkeypatch):
+    def machine(kind: str, device: str, capability: str) -> dict:
+        return {"machine": {"kind": kind, "device": device, "capability": capability}, "date": device, "ops": {}}
+
+    known = machine("cpu", "A", "avx2"), machine("cpu", "B", "avx512"), machine("cuda", "H", "sm_90")
+    monkeypatch.setattr(_races, "shipped", lambda: known)
+    asked = {
+        ("cpu", "B", "avx2"): "B",
+        ("cpu", "C", "avx512"): "B",
+        ("cpu", "C", "neon"): "A",
+        ("cuda", "G", "sm_90"): "H",
+    }
+    for (kind, device, capability), expected in asked.items():
+        assert _races._nearest({"kind": kind, "device": device, "capability": capability})["date"] == expected
+    assert _races._nearest({"kind": "cuda", "device": "G", "capability": "sm_120"}) is None

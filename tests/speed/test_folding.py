@@ -12,7 +12,7 @@ from torchvision.models import resnet18
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.models.representation import Representation
 from purify_fast.speed.folding import fold_batchnorm
-from purify_fast.speed.inference_copy import FrozenView
+from purify_fast.speed.inference_copy import InferenceCopy
 
 
 def trained(model):
@@ -183,7 +183,7 @@ def test_the_frozen_view_is_the_classifier():
     torch.manual_seed(0)
     model, x = trained(resnet18(num_classes=10)), torch.rand(4, 3, 32, 32)
     Representation(model, ["layer1"], (3, 32, 32))
-    exact, fast = FrozenView(model, (3, 32, 32), torch.float32), FrozenView(model, (3, 32, 32))
+    exact, fast = InferenceCopy(model, (3, 32, 32), torch.float32), InferenceCopy(model, (3, 32, 32))
     assert exact.folded == fast.folded == 20 and norms(model) == 20
     assert_same(exact, model, x)
     assert_same(fast, model, x, rtol=0.3)  # 20 layers of 8-bit mantissas; ReLUs at 0 decide otherwise
@@ -191,4 +191,4 @@ def test_the_frozen_view_is_the_classifier():
     assert not any(p.requires_grad for p in fast.parameters()) and all(p.requires_grad for p in model.parameters())
     assert fast.classifier.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, torch\.bfloat16"):
-        FrozenView(SmallCNN(), (1, 16, 16), torch.float16)
+        InferenceCopy(SmallCNN(), (1, 16, 16), torch.float16)

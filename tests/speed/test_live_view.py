@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN, build_classifier
 from purify_fast.models.representation import Representation
-from purify_fast.speed.inference_copy import FrozenView, LiveView, channels_last
+from purify_fast.speed.inference_copy import InferenceCopy, LiveInferenceCopy, convert_to_channels_last
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,14 +94,14 @@ def apart(got, want):
 @pytest.mark.parametrize("name", MODELS)
 def test_after_training_and_refresh_the_view_is_the_classifier(name):
     model, x = made(name), torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(2))
-    exact, fast = LiveView(model, SHAPE, torch.float32), LiveView(model, SHAPE)
+    exact, fast = LiveInferenceCopy(model, SHAPE, torch.float32), LiveInferenceCopy(model, SHAPE)
     if MODELS[name][1] is not None:
         assert exact.folded == fast.folded == MODELS[name][1]
     first = function(exact, x)
     train(model)
     assert all(torch.equal(a, b) for a, b in zip(function(exact, x), first, strict=True))  # not before it is told
-    exact.refresh()
-    fast.refresh()
+    exact.refresh(model)
+    fast.refresh(model)
     assert model.training
     frozen = copy.deepcopy(model).eval()
     want = function(frozen, x)
@@ -109,16 +109,16 @@ def test_after_training_and_refresh_the_view_is_the_classifier(name):
     assert max(apart(function(exact, x), want)) < 1e-5
     assert apart(function(fast, x), want)[0] < 0.05
     # one that is made now rounds in float64 before it rounds to bfloat16
-    assert apart(function(fast, x), function(FrozenView(frozen, SHAPE), x))[0] < 0.02
+    assert apart(function(fast, x), function(InferenceCopy(frozen, SHAPE), x))[0] < 0.02
 
 
 def test_a_second_refresh_starts_from_the_classifier_not_from_the_folded_weights():
     model, x = made("preact_resnet18"), torch.rand(4, *SHAPE)
-    view = LiveView(model, SHAPE, torch.float32)
+    view = LiveInferenceCopy(model, SHAPE, torch.float32)
     for _ in range(3):
         train(model, 1)
-        view.refresh()
-        view.refresh()
+        view.refresh(model)
+        view.refresh(model)
         assert max(apart(function(view, x), function(copy.deepcopy(model).eval(), x))) < 1e-5
 
 
@@ -126,10 +126,10 @@ def test_the_classifier_is_left_alone():
     """No parameter of it becomes the view's, loses its gradient or changes; it is trained as if there were no view."""
     model, other = made("preact_resnet18"), made("preact_resnet18")
     representation = Representation(model, ["act"], SHAPE)
-    view = LiveView(model, SHAPE)
-    view.refresh()
+    view = LiveInferenceCopy(model, SHAPE)
+    view.refresh(model)
     train(model)
-    view.refresh()
+    view.refresh(model)
     train(other)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     assert all(p.requires_grad for p in model.parameters()) and not any(p.requires_grad for p in view.parameters())
@@ -144,17 +144,17 @@ def test_the_classifier_is_left_alone_while_a_layout_is_tried():
         model = made(name).train()
         before = copy.deepcopy(model.state_dict())
         modes = [module.training for module in model.modules()]
-        channels_last(model, SHAPE)
+        convert_to_channels_last(model, SHAPE)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert [module.training for module in model.modules()] == modes and any(modes)
 
 
 def test_layouts_and_dtypes_stay_through_a_refresh():
     model = made("preact_resnet18")
-    view = LiveView(model, SHAPE)
+    view = LiveInferenceCopy(model, SHAPE)
     before = [(p.dtype, p.stride(), p.data_ptr()) for p in view.parameters()]
     train(model)
-    view.refresh()
+    view.refresh(model)
     assert [(p.dtype, p.stride(), p.data_ptr()) for p in view.parameters()] == before
     assert {p.dtype for p in view.parameters()} == {torch.float32, torch.bfloat16}
     assert view.classifier.conv.weight.is_contiguous(memory_format=torch.channels_last)
@@ -166,8 +166,8 @@ def test_a_compiled_view_sees_the_new_weights(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="aot_eager"))
     torch._dynamo.reset()
     model, x = made("unfoldable"), torch.rand(16, *SHAPE)
-    view = LiveView(model, SHAPE, torch.float32, compile=True)
+    view = LiveInferenceCopy(model, SHAPE, torch.float32, compile=True)
     view(x)
     train(model)
-    view.refresh()
+    view.refresh(model)
     torch.testing.assert_close(view(x), copy.deepcopy(model).eval()(x), rtol=1e-5, atol=1e-5)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from purify_fast.speed.precision import float32_products
+from purify_fast.evaluation import evaluate
+from purify_fast.speed.precision import float32_products, whole_float32_by_default
+from purify_fast.training import fit
 
 
 def settings() -> tuple[bool, bool]:
@@ -51,3 +53,13 @@ def test_the_precision_of_matrix_products_is_restored(products):
         assert torch.get_float32_matmul_precision() == products
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_training_and_evaluation_use_whole_float32_unless_the_caller_chose():
+    before = settings()
+    found = whole_float32_by_default()(settings)
+    assert found() == (False, False)
+    with float32_products(tf32=True):
+        assert found() == (True, True)
+    assert settings() == before
+    assert fit.__wrapped__ and evaluate.__wrapped__  # both are decorated with it

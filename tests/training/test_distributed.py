@@ -15,7 +15,7 @@ import torch
 
 import purify_fast
 from purify_fast import cli
-from purify_fast.defences.noisy_ensemble import NoisyCopies
+from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import distributed, load_classifier
 from purify_fast.training.checkpoint import read_tree
@@ -146,14 +146,14 @@ def test_what_cannot_be_trained_together_is_refused_in_every_process(two):
 
 
 def test_positions_draw_the_noise_of_those_images():
-    made = NoisyCopies(SmallCNN(width=2), 0.3, 2)
+    made = NoisyEnsemble(SmallCNN(width=2), 0.3, 2)
     x = torch.rand(6, 1, 16, 16)
     torch.manual_seed(0)
     whole = made(x)
     torch.manual_seed(0)
-    with made.positions(torch.tensor([1, 3, 5])):
+    with made.noise_ids(torch.tensor([1, 3, 5])):
         torch.testing.assert_close(made(x[1::2]), whole[1::2])
-        with pytest.raises(ValueError, match="positions are of 3 images, the batch has 6"):
+        with pytest.raises(ValueError, match="noise_ids are of 3 images, the batch has 6"):
             made(x)
     torch.manual_seed(0)
     assert torch.equal(made(x), whole)

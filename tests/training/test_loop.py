@@ -15,20 +15,21 @@ from torch import nn
 
 from purify_fast import data
 from purify_fast._files import atomic
+from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed import retain_freed_memory
 from purify_fast.training import (
     Batch,
     ClassifierConfig,
     ClassifierTask,
     FitConfig,
     fit,
-    keep_memory,
     load_classifier,
     save_classifier,
 )
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.checkpoint import fingerprint, read_tree, write_tree
+from purify_fast.training.checkpoint import read_tree, write_tree
 from purify_fast.training.loop import step_seed
 from purify_fast.training.schedules import one_cycle
 
@@ -251,9 +252,9 @@ def test_classifiers_are_saved_and_loaded(tmp_path):
     save_classifier(model, tmp_path)
     loaded = load_classifier(tmp_path)
     x = torch.rand(2, 3, 12, 20)
-    assert torch.equal(model(x), loaded(x)) and fingerprint(model) == fingerprint(loaded)
+    assert torch.equal(model(x), loaded(x)) and weights_fingerprint(model) == weights_fingerprint(loaded)
     nn.init.zeros_(loaded.head.bias)
-    assert fingerprint(model) != fingerprint(loaded)
+    assert weights_fingerprint(model) != weights_fingerprint(loaded)
 
 
 def test_trees_round_trip(tmp_path):
@@ -283,4 +284,4 @@ def test_one_cycle():
 
 
 def test_keep_memory_says_whether_it_took_effect():
-    assert keep_memory() is (sys.platform == "linux")
+    assert retain_freed_memory() is (sys.platform == "linux")

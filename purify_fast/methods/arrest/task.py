@@ -22,15 +22,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..._fingerprint import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen, pgd
 from ...data import StreamedImages, to_float
 from ...models.classifiers import representation_before_pooling
-from ...models.representation import Representation, untapped
+from ...models.representation import Representation, without_recorders
 from ...ops.noisy_replay import noisy_replay
 from ...ops.representation_distance import representation_distance
-from ...speed.inference_copy import LiveView, channels_last, inside, quicken
+from ...speed.inference_copy import (
+    LiveInferenceCopy,
+    autocast_to,
+    convert_to_channels_last,
+    prepare_for_inference,
+)
 from ...training.attack import TrainingAttack, settings
-from ...training.checkpoint import fingerprint, structure
 from ...training.distributed import average_
 from ...training.loop import Batch
 from ...training.schedules import arrest_published, one_cycle
@@ -68,17 +73,17 @@ class Teacher:
         self.reader, self.pooled, self.dtype = Representation(model, tuple(layers), image_shape), pooled, dtype
         if pooled and all(len(shape) == 1 for shape in self.reader.shapes):
             raise ValueError(f"pooled is for maps and tokens: what {', '.join(layers)} puts out is a vector already")
-        self._last = True
+        self._uses_channels_last = True
         if dtype != torch.float32:
-            _, self._last = quicken(model, image_shape, dtype)
+            _, self._uses_channels_last = prepare_for_inference(model, image_shape, dtype)
         self._kept: list[Tensor] | None = None
         self._checked = -1
 
     @torch.no_grad()
     def read(self, x: Tensor) -> list[Tensor]:
         """The layers' outputs for images ``x [B, C, H, W]``."""
-        with inside(x.device, self.dtype):
-            features = self.reader(x if self._last else x.contiguous())
+        with autocast_to(x.device, self.dtype):
+            features = self.reader(x if self._uses_channels_last else x.contiguous())
         return _pool(features) if self.pooled else features
 
     def keep(self, x: Tensor | StreamedImages, batch_size: int = 256, progress: bool = True) -> None:
@@ -113,7 +118,7 @@ class _Averaged(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.average = untapped(copy.deepcopy(model)).requires_grad_(False)
+        self.average = without_recorders(copy.deepcopy(model)).requires_grad_(False)
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
@@ -158,20 +163,20 @@ class ArrestTask:
         self.classifier, self.config = model, config
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         start = model if teacher is None else teacher
-        self.origin = fingerprint(start)
+        self.origin = weights_fingerprint(start)
         self.teacher: Teacher | None = None
         self._reader: Representation | None = None
-        self._view: LiveView | None = None
+        self._view: LiveInferenceCopy | None = None
         self.layers: list[str] = []
         if config.distillation_weight > 0 or config.replay:
             self.layers = [representation_before_pooling(model)] if layers is None else list(layers)
             self.teacher = Teacher(start, self.layers, image_shape, config.pooled, self.dtype)
             self._reader = Representation(model, self.layers, image_shape)
-        self._last = True
+        self._uses_channels_last = True
         if self.dtype != torch.float32:
-            self._last = channels_last(model, image_shape)
+            self._uses_channels_last = convert_to_channels_last(model, image_shape)
         if self.dtype != torch.float32 or compile:
-            self._view = LiveView(model, image_shape, self.dtype, compile)
+            self._view = LiveInferenceCopy(model, image_shape, self.dtype, compile)
         self.model: nn.Module = model if config.ema_decay == 0 else _Averaged(model)
         weights = [p for p in model.parameters() if p.requires_grad]
         if not weights:
@@ -201,8 +206,8 @@ class ArrestTask:
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits ``[B, C]`` and representation of images ``[B, C, H, W]``; differentiable, in the model's mode."""
-        with inside(x.device, self.dtype):
-            x = x if self._last else x.contiguous()
+        with autocast_to(x.device, self.dtype):
+            x = x if self._uses_channels_last else x.contiguous()
             if self._reader is None:
                 return self.classifier(x), []
             logits, features = self._reader.with_logits(x)
@@ -222,14 +227,14 @@ class ArrestTask:
 
     @property
     def attacked(self) -> Callable[[Tensor], Tensor]:
-        """The classifier as the attack sees it; `LiveView.refresh` brings an accelerated copy up to date."""
+        """The classifier as the attack sees it; `LiveInferenceCopy.refresh` brings an accelerated copy up to date."""
         return self.classifier if self._view is None else self._view
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
         """PGD on the cross-entropy for the images of ``rows``, indices, or all; the others as they are."""
         x, y, ids = (v if rows is None else v[rows] for v in (batch.x, batch.y, batch.sample_ids))
         if self._view is not None:
-            self._view.refresh()
+            self._view.refresh(self.classifier)
         found = pgd(
             self.attacked, x, y, eps=attack.eps, alpha=attack.step_size(attack.eps), steps=attack.steps,
             norm=attack.norm, random_start=attack.random_start, seed=batch.seed, sample_ids=ids,
@@ -311,5 +316,5 @@ class ArrestTask:
         attack = self.config.attack
         # the step itself, so that a run is resumed whether its step was given or follows from eps
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
-        facts |= {"structure": structure(self.classifier), "origin": self.origin}
+        facts |= {"structure": structure_fingerprint(self.classifier), "origin": self.origin}
         return {"task": "arrest", **settings(self.config), **facts}

@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from .config import AtopConfig as AtopConfig
     from .defence import Atop as Atop
     from .discriminator import PatchDiscriminator as PatchDiscriminator
+    from .files import load_atop as load_atop
     from .generators.deepfill import DeepFillGenerator as DeepFillGenerator
     from .generators.masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
     from .generators.small_generator import SmallGenerator as SmallGenerator
-    from .purifier import Purifier as Purifier
-    from .saving import load as load
+    from .purifier import PurifierAdapter as PurifierAdapter
     from .task import AtopTask as AtopTask
+    from .task import training_loss as training_loss
 
 __all__ = [
     "Atop",
@@ -24,9 +25,10 @@ __all__ = [
     "DeepFillGenerator",
     "MaskedAutoencoder",
     "PatchDiscriminator",
-    "Purifier",
+    "PurifierAdapter",
     "SmallGenerator",
-    "load",
+    "load_atop",
+    "training_loss",
 ]
 __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -36,7 +38,8 @@ __getattr__, __dir__ = lazy_exports(
     DeepFillGenerator=".generators.deepfill",
     MaskedAutoencoder=".generators.masked_autoencoder",
     PatchDiscriminator=".discriminator",
-    Purifier=".purifier",
+    PurifierAdapter=".purifier",
     SmallGenerator=".generators.small_generator",
-    load=".saving",
+    load_atop=".files",
+    training_loss=".task",
 )

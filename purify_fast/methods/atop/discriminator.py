@@ -22,8 +22,15 @@ class SpectralConv(nn.Conv2d):
     after fifteen steps.
 
     deepfillv2-pytorch divides the weight itself at every forward, also where no gradient is wanted: scoring an image
-    changes the weights, behind the optimiser's back, and no gradient goes through sigma. Here neither is so. A weight
-    that was saved so has sigma near 1.
+    changes the weights without the optimizer, and no gradient goes through sigma. Here neither is so. A weight that was
+    saved by that code has sigma near 1.
+
+    Args:
+        inputs: channels of the input.
+        outputs: channels of the result.
+        kernel: side of the kernel.
+        stride: of the convolution.
+        padding: zeros on each side.
     """
 
     weight_u: Tensor
@@ -42,8 +49,10 @@ class SpectralConv(nn.Conv2d):
         return F.normalize(self.weight.detach().flatten(1) @ self._right(u), dim=0, eps=1e-12)
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):  # eight bits would not do for sigma
-            u = self.weight_u.clone()  # for the graph: the buffer may change before its backward
+        # the eight bits of a bfloat16 are too few for sigma
+        with torch.autocast(input.device.type, enabled=False):
+            # a copy for the graph: the buffer may change before its backward
+            u = self.weight_u.clone()
             if self.training:
                 u = self._step(u)
                 self.weight_u.copy_(u)
@@ -62,9 +71,12 @@ class _Block(nn.Module):
 
 
 def patch_depth(image_size: tuple[int, int]) -> int:
-    """The most layers of `PatchDiscriminator`, at most 6, that leave 2 x 2 patches of images (H, W). Ours.
+    """The most layers of `PatchDiscriminator`, at most 6, that leave 2 x 2 patches of an image.
 
-    6 for 128 x 128 and larger, 4 for 32 x 32 and 28 x 28, 3 for 16 x 16.
+    That is 6 for 128 x 128 and larger, 4 for 32 x 32 and 28 x 28, 3 for 16 x 16. The paper has 256 x 256 only.
+
+    Args:
+        image_size: (H, W).
 
     Raises:
         ValueError: images smaller than 3 x 3, of which no layer leaves 2 x 2.

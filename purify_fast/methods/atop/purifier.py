@@ -44,7 +44,7 @@ def build_purifier(
     return MaskedAutoencoder(image_shape, **options)
 
 
-class Purifier(nn.Module):
+class PurifierAdapter(nn.Module):
     """Any purifier as one function of packed images.
 
     Args:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._fingerprint import weights_fingerprint
 from ..._process import processes
 from ...attacks import fgsm, pgd
 from ...training.attack import settings
-from ...training.checkpoint import fingerprint
 from ...training.distributed import average_
 from ...training.loop import Batch
 from ...training.schedules import one_cycle
@@ -43,8 +43,9 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig) -> Tensor:
     if config.attack_target == "classifier":
         return method(defence.frozen_classifier, batch.x, batch.y, **options)
     rank, world = processes()
-    places = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)  # in the batch of all processes
-    with defence.positions(places):
+    # Where the images stand in the batch of all processes.
+    global_positions = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)
+    with defence.noise_ids(global_positions):
         return method(defence, batch.x, batch.y, **options)
 
 
@@ -81,9 +82,9 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig) -> Passes:
     channels = rebuild.shape[1]
     target = (2 * rebuild - 1).to(images[-1].dtype)
     passes_per_image = rows // len(rebuild)
-    parts = 1 if defence.parts is None else defence.parts
+    num_passes = 1 if defence.num_passes is None else defence.num_passes
     # sample by sample, N passes for each image of it
-    target = target.repeat_interleave(parts, 0).repeat(passes_per_image // parts, 1, 1, 1)
+    target = target.repeat_interleave(num_passes, 0).repeat(passes_per_image // num_passes, 1, 1, 1)
     reconstruction = defence.purifier.original_loss([image[:rows] for image in images], target).mean()
     loss = config.reconstruction_weight * reconstruction
     metrics = {"reconstruction": reconstruction.detach()}
@@ -117,8 +118,7 @@ def training_loss(defence: Atop, batch: Batch, config: AtopConfig) -> tuple[Tens
 
 def _precision(defence: Atop) -> str:
     """In what a defence computes, as a config names it."""
-    fast = defence.accelerated
-    return "bfloat16" if fast is not None and fast["dtype"] == torch.bfloat16 else "float32"
+    return "bfloat16" if defence.fast is not None and defence.fast.dtype == torch.bfloat16 else "float32"
 
 
 class _Players(nn.Module):
@@ -142,7 +142,7 @@ class AtopTask:
 
     def __init__(self, defence: Atop, config: AtopConfig, origin: str = "scratch"):
         self.defence, self.config, self.origin = defence, config, origin
-        self.classifier = fingerprint(defence.classifier)
+        self.classifier = weights_fingerprint(defence.classifier)
         if _precision(defence) != config.precision:  # else as it was made, compiled perhaps
             defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         defence.classifier.requires_grad_(False)

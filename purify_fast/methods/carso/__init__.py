@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from ...defences.aggregation import Head as Head
+    from ...defences.aggregation import WithAggregation as WithAggregation
     from .config import CarsoConfig as CarsoConfig
     from .defence import Carso as Carso
+    from .files import load_carso as load_carso
     from .layer_ranking import LayerScore as LayerScore
     from .layer_ranking import rank_layers as rank_layers
     from .networks import Decoder as Decoder
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from .packed_decoder import PackedDecoder as PackedDecoder
     from .presets import PRESETS as PRESETS
     from .presets import Preset as Preset
-    from .saving import load as load
     from .task import CarsoTask as CarsoTask
+    from .task import training_loss as training_loss
 
 __all__ = [
     "PRESETS",
@@ -29,14 +30,15 @@ __all__ = [
     "CarsoTask",
     "Decoder",
     "Deconvolution",
-    "Head",
     "LayerScore",
     "PackedDecoder",
     "Preset",
+    "WithAggregation",
     "decoder_plan",
-    "load",
+    "load_carso",
     "published_decoder",
     "rank_layers",
+    "training_loss",
 ]
 __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -46,12 +48,13 @@ __getattr__, __dir__ = lazy_exports(
     CarsoTask=".task",
     Decoder=".networks",
     Deconvolution=".networks",
-    Head="...defences.aggregation",
+    WithAggregation="...defences.aggregation",
     LayerScore=".layer_ranking",
     PackedDecoder=".packed_decoder",
     Preset=".presets",
     decoder_plan=".networks",
-    load=".saving",
+    load_carso=".files",
     published_decoder=".networks",
     rank_layers=".layer_ranking",
+    training_loss=".task",
 )

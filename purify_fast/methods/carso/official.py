@@ -10,8 +10,10 @@ The posterior encoder q(z | x, c) is in none of them: inference does not use it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,36 +22,35 @@ from torch import Tensor, nn
 
 from ..._files import atomic, check_shapes
 from ...models.layers import Normalize
-from .defence import Carso
+from ...protocols import NamesRepresentation
 from .networks import Deconvolution
 
 PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")
 Shapes = dict[str, tuple[int, ...]]
 
 
-def official_state(defence: Carso) -> dict[str, dict[str, Tensor]]:
-    """The defence's tensors per official file, under their official names; they share its memory.
+def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a version 4 system per official file, under their official names; memory is shared.
 
-    Raises:
-        ValueError: the defence is not of form v4 with maps [B, C, H, W] as its representation.
+    Args:
+        condition_encoder: a `ConditionEncoder` of maps.
+        decoder: a `Decoder`.
     """
-    if defence.arguments["form"] != "v4" or any(len(shape) != 3 for shape in defence.representation.shapes):
-        raise ValueError("official files hold systems of form v4 whose representation is maps [B, C, H, W] only")
-    encoder: dict[str, Tensor] = defence.condition_encoder.state_dict()
     state: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
-    for name, tensor in encoder.items():
+    for name, tensor in condition_encoder.state_dict().items():
         kind, _, rest = name.partition(".")
         if kind == "layers":
             state["repr_compressors"][rest] = tensor
         else:
             state["repr_fcn_compressor"][f"1.{rest}"] = tensor
-    decoder: dict[str, Tensor] = defence.decoder.state_dict()
-    last = max(int(name.split(".")[1]) for name in decoder if name.startswith("stack."))
-    for name, tensor in decoder.items():
+    stack: dict[str, Tensor] = decoder.state_dict()
+    last = max(int(name.split(".")[1]) for name in stack if name.startswith("stack."))
+    for name, tensor in stack.items():
         kind, _, rest = name.partition(".")
         if kind == "adapter":
             state["decoder"][f"0.1.{rest}"] = tensor
-        else:  # ours counts modules, three to a layer; theirs counts layers
+        else:
+            # This package's names count modules, of which a layer has three; the official names count layers.
             index, _, leaf = rest.partition(".")
             layer, module = divmod(int(index), 3)
             middle = "" if int(index) == last else f"{module}."
@@ -57,14 +58,15 @@ def official_state(defence: Carso) -> dict[str, dict[str, Tensor]]:
     return state
 
 
-def _statistics(classifier: nn.Module) -> dict:
-    """mean and std of the classifier's own normalization, where it has one by our name or by RobustBench's."""
-    normalize = getattr(classifier, "normalize", None)
-    if isinstance(normalize, Normalize):
-        return normalize.arguments
-    mean, std = getattr(classifier, "mean", None), getattr(classifier, "std", None)
-    if isinstance(mean, Tensor) and isinstance(std, Tensor):
-        return {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
+def _statistics(classifier: nn.Module) -> dict[str, list[float]]:
+    """mean and std of the classifier's own normalization: a `Normalize` inside it, or RobustBench's two tensors."""
+    for module in classifier.children():
+        if isinstance(module, Normalize):
+            return module.arguments
+    held = {**vars(classifier), **dict(classifier.named_buffers(recurse=False))}
+    found = {name: held.get(name) for name in ("mean", "std")}
+    if all(isinstance(value, Tensor) for value in found.values()):
+        return {name: value.flatten().tolist() for name, value in found.items() if isinstance(value, Tensor)}
     return {}
 
 
@@ -128,53 +130,86 @@ def _sizes(shapes: dict[str, Shapes], paths: dict[str, Path]) -> tuple[dict, int
     return arguments, len({pair[0] for pair in pairs})
 
 
-def load_official(
-    classifier: nn.Module,
-    directory: str | Path,
-    stem: str | None = None,
-    *,
-    layers: Sequence[str] | None = None,
-    samples: int = 8,
-) -> Carso:
-    """Read a system from its three official files; see `Carso.from_official`."""
+@dataclass(frozen=True)
+class OfficialFiles:
+    """The three files of a system, and the shapes of the tensors in them.
+
+    Args:
+        paths: of each of `PARTS`.
+        shapes: of each of `PARTS`, by tensor name.
+    """
+
+    paths: dict[str, Path]
+    shapes: dict[str, Shapes]
+
+    def read_into(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Copy the files' tensors into the system's.
+
+        Args:
+            state: what `official_tensors` gives of the system.
+
+        Raises:
+            ValueError: the files' names or shapes are not the system's; nothing is copied then.
+        """
+        for part, path in self.paths.items():
+            wanted = {name: tuple(tensor.shape) for name, tensor in state[part].items()}
+            check_shapes(f"{path} does not fit this classifier and layers", self.shapes[part], wanted)
+        for part, path in self.paths.items():
+            with safe_open(path, "pt") as file, torch.no_grad():
+                for name, tensor in state[part].items():
+                    tensor.copy_(file.get_tensor(name))
+
+
+def official_arguments(
+    classifier: nn.Module, directory: str | Path, stem: str | None, layers: Sequence[str] | None
+) -> tuple[OfficialFiles, dict[str, Any]]:
+    """A system's files, and what `Carso` takes to hold them; see `Carso.from_official`.
+
+    Args:
+        classifier: the one that the files were trained for.
+        directory: where the files are.
+        stem: their common name; None if there is one system in the directory.
+        layers: the representation's modules; None for what the classifier names itself, as a `WideResNet` does.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the files are not those of a system, or not for so many layers.
+    """
     paths = _find(Path(directory), stem)
-    shapes = {part: _shapes(path) for part, path in paths.items()}
-    arguments, count = _sizes(shapes, paths)
+    files = OfficialFiles(paths, {part: _shapes(path) for part, path in paths.items()})
+    arguments, count = _sizes(files.shapes, paths)
     if layers is None:
-        if not hasattr(classifier, "representation_layers"):
+        if not isinstance(classifier, NamesRepresentation):
             raise ValueError("layers: name the modules of this classifier that the files were trained on")
-        layers = classifier.representation_layers()  # type: ignore[operator]  # a method
+        layers = classifier.representation_layers()
     if len(layers) != count:
         raise ValueError(f"{paths['repr_compressors']} is for {count} layers, got {len(layers)}")
-    defence = Carso(classifier, layers, samples=samples, **arguments, **_statistics(classifier))
-    state = official_state(defence)
-    for part, path in paths.items():
-        wanted = {name: tensor.shape for name, tensor in state[part].items()}
-        check_shapes(f"{path} does not fit this classifier and layers", shapes[part], wanted)
-    for part, path in paths.items():
-        with safe_open(path, "pt") as file, torch.no_grad():
-            for name, tensor in state[part].items():
-                tensor.copy_(file.get_tensor(name))
-    return defence.eval()
+    return files, {"layers": layers, **arguments, **_statistics(classifier)}
 
 
-def save_official(defence: Carso, directory: str | Path, stem: str) -> None:
+def write_official(condition_encoder: nn.Module, decoder: nn.Module, directory: str | Path, stem: str) -> None:
     """Write the three official files, each whole or absent; see `Carso.save_official`.
 
     The posterior encoder is not among them.
+
+    Args:
+        condition_encoder: a `ConditionEncoder` of maps.
+        decoder: a `Decoder`.
+        directory: where to.
+        stem: the files' common name.
+
+    Raises:
+        ValueError: the files cannot hold this decoder.
     """
-    state = official_state(defence)
+    state = official_tensors(condition_encoder, decoder)
     paths = {part: Path(directory) / f"{stem}_{part}.safetensors" for part in PARTS}
     try:
         readable = _sizes({p: {k: tuple(v.shape) for k, v in state[p].items()} for p in PARTS}, paths)[0]["decoder"]
     except ValueError:
         readable = None
-    layers = [
-        Deconvolution(m.out_channels, m.kernel_size[0], m.stride[0], m.padding[0], m.output_padding)  # type: ignore[arg-type]
-        for m in defence.decoder.modules()
-        if isinstance(m, nn.ConvTranspose2d)
-    ]
-    if readable != (defence.decoder.start, layers):  # strides and paddings are not in the files
+    layers = [Deconvolution.of(layer) for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d)]
+    if readable != (decoder.start, layers):
+        # Strides and paddings are not in the files: a reader takes the published ones.
         raise ValueError(
             "official files hold the published kind of decoder only (`purify_fast.methods.carso.published_decoder`)"
         )

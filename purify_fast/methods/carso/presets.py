@@ -19,6 +19,7 @@ losses) stand in `CarsoConfig`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
@@ -41,7 +42,7 @@ class Preset:
         classifier: its name in `purify_fast.models.CLASSIFIERS`; depth, width: of it, 0 where it has none.
         weights: what the published classifier's weights are called, not part of this package.
         layers: the representation's modules.
-        form, cond_dim, latent_dim, samples, encoder_depth: of `Carso`.
+        version, cond_dim, latent_dim, samples, encoder_depth: of `Carso`.
         epochs, batch_size: of the whole run; processes: it was divided over, which sets the attacks per batch.
         adversarial_fraction, eps, steps, alpha, kl_delay, learning_rate, lookahead_steps, lookahead_alpha, schedule: of
             `CarsoConfig`.
@@ -58,7 +59,7 @@ class Preset:
     width: int
     weights: str
     layers: tuple[str, ...]
-    form: str
+    version: Literal["v4", "v1"]
     cond_dim: int
     latent_dim: int
     samples: int
@@ -96,8 +97,8 @@ class Preset:
             "encoder_depth": self.encoder_depth,
             "mean": self.mean,
             "std": self.std,
-            "decoder": published_decoder(self.image_shape) if self.form == "v4" else None,
-            "form": self.form,
+            "decoder": published_decoder(self.image_shape) if self.version == "v4" else None,
+            "version": self.version,
         }
 
     def method(self, official_code: bool = False) -> CarsoConfig:
@@ -111,7 +112,7 @@ class Preset:
         if official_code:
             local = self.batch_size // self.processes
             fraction = 4 * atom_size(local, fraction, allow_none=True) / local
-            mode = "official_code" if self.form == "v4" else "paper"
+            mode = "official_code" if self.version == "v4" else "paper"
         return CarsoConfig(
             attack=TrainingAttack(eps=self.eps, steps=self.steps, alpha=self.alpha),
             eps_mode=mode,
@@ -155,7 +156,7 @@ def _v4(script: str, statistics: str, **numbers) -> Preset:
         depth=28,
         width=10,
         layers=tuple(representation_layers(28)),
-        form="v4",
+        version="v4",
         samples=8,
         eps=8 / 255,
         steps=40,
@@ -235,7 +236,7 @@ PRESETS: dict[str, Preset] = {
         width=0,
         weights="fcn_mnist_adv",
         layers=("body.1", "body.5", "body.9"),
-        form="v1",
+        version="v1",
         cond_dim=130,
         latent_dim=64,
         samples=4,

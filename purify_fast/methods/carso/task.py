@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..._fingerprint import weights_fingerprint
 from ..._process import processes
 from ...attacks import pgd, pgd_and_fgsm
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
 from ...training.attack import settings
-from ...training.checkpoint import fingerprint
 from ...training.distributed import average_
 from ...training.lookahead import Lookahead
 from ...training.loop import Batch
@@ -104,18 +104,17 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
 
     BatchNorm keeps the statistics it has: the attacked and the trained function are one.
     """
-    if config.joint and (
-        defence.accelerated is not None or not any(p.requires_grad for p in defence.classifier.parameters())
-    ):
+    if config.joint and (defence.fast is not None or not any(p.requires_grad for p in defence.classifier.parameters())):
         raise ValueError("joint training needs a defence that is not accelerated, after release_classifier()")
     attack = config.attack.at_epoch(batch.epoch, batch.epochs)
     samples, training = defence.samples, defence.training
     defence.samples = config.train_samples
     defence.eval()
     rank, world = processes()
-    places = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)  # in the batch of all processes
+    # Where the images stand in the batch of all processes.
+    global_positions = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)
     try:
-        with defence.positions(places):
+        with defence.noise_ids(global_positions):
             x = pgd(
                 defence,
                 batch.x,
@@ -165,7 +164,7 @@ class CarsoTask:
 
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):
         self.model, self.config, self.origin = defence, config, origin
-        self.classifier = fingerprint(defence.classifier)  # as it was at the start: joint training changes it
+        self.classifier = weights_fingerprint(defence.classifier)  # as it was at the start: joint training changes it
         defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         if config.joint:
             defence.release_classifier()

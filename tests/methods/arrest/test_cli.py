@@ -8,10 +8,10 @@ import torch
 
 import purify_fast
 from purify_fast import cli
+from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.methods.arrest import ArrestTask
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN
 from purify_fast.training import load_classifier, save_classifier
-from purify_fast.training.checkpoint import fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,19 +59,19 @@ def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
     assert json.loads((out / "standard" / "log.jsonl").read_text().splitlines()[-1]).keys() >= {"loss", "accuracy"}
     start, trained = load_classifier(out / "standard"), load_classifier(out)
     assert type(trained) is SmallCNN and trained.arguments == start.arguments and trained.arguments["width"] == 4
-    assert fingerprint(start) != fingerprint(trained)
+    assert weights_fingerprint(start) != weights_fingerprint(trained)
 
     assert (
         run(out, "--width", "4", "--standard-epochs", "1", "--distillation-weight", "3", "--tau", "0.01") == 0
     )  # it is finished
-    assert fingerprint(load_classifier(out)) == fingerprint(trained)
+    assert weights_fingerprint(load_classifier(out)) == weights_fingerprint(trained)
     assert run(out, "--width", "4", "--standard-epochs", "1", "--distillation-weight", "4", "--tau", "0.01") == 2
     assert "holds a run with other settings (distillation_weight: 3.0 there, 4.0 now)" in said(capsys)
 
     carso = ["--classifier", str(out), "--layers", "conv2", "hidden", "--cond-dim", "4", "--latent-dim", "2"]
     assert run(tmp_path / "carso", *carso, "--samples", "2", "--decoder-width", "2", what="carso") == 0
     defence = purify_fast.load_defence(tmp_path / "carso")
-    assert fingerprint(defence.classifier) == fingerprint(trained)
+    assert weights_fingerprint(defence.classifier) == weights_fingerprint(trained)
     few = ["--images", "4", "--steps", "2", "--autoattack", "0", "--device", "cpu"]
     assert cli.main(["evaluate", str(out), *few]) == 0
     assert (out / "evaluation" / "report.md").is_file()
@@ -79,7 +79,7 @@ def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
 
 def test_on_a_given_classifier_with_every_setting(standard, tmp_path):
     """A learning rate of 0 keeps its weights, so that it was the start; else they move."""
-    before = fingerprint(load_classifier(standard))
+    before = weights_fingerprint(load_classifier(standard))
     options = ["--classifier", str(standard), "--layers", "conv4", "hidden", "--keep-teacher", "--pooled"]
     options += [
         "--ema-decay",
@@ -95,10 +95,14 @@ def test_on_a_given_classifier_with_every_setting(standard, tmp_path):
     ]
     options += ["--optimizer", "adamw", "--schedule", "one_cycle", "--drift-mode", "train", "--eps-warmup", "0.5"]
     assert run(tmp_path / "moved", *options) == 0
-    assert fingerprint(load_classifier(tmp_path / "moved")) != before
+    assert weights_fingerprint(load_classifier(tmp_path / "moved")) != before
     assert not (tmp_path / "moved" / "standard").exists()
     assert run(tmp_path / "still", "--classifier", str(standard), "--learning-rate", "0", "--weight-decay", "0") == 0
-    assert fingerprint(load_classifier(tmp_path / "still")) == before == fingerprint(load_classifier(standard))
+    assert (
+        weights_fingerprint(load_classifier(tmp_path / "still"))
+        == before
+        == weights_fingerprint(load_classifier(standard))
+    )
     assert (
         run(tmp_path / "l2", "--classifier", str(standard), "--norm", "l2", "--no-replay", "--distillation-weight", "0")
         == 0

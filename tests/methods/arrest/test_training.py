@@ -16,7 +16,7 @@ from purify_fast.attacks import pgd
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask, Teacher
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN
 from purify_fast.ops import representation_distance
-from purify_fast.speed.inference_copy import FrozenView
+from purify_fast.speed.inference_copy import InferenceCopy
 from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree
@@ -656,7 +656,7 @@ def test_bfloat16_attacks_the_weights_of_now_and_trains_float32_ones(make):
     step = batch()
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     found = task.attack(step, task.config.attack)
-    view = FrozenView(frozen, SHAPE)
+    view = InferenceCopy(frozen, SHAPE)
     torch.testing.assert_close(task.attacked(step.x), view(step.x), rtol=0.05, atol=0.05)
     want = pgd(view, step.x, step.y, eps=EPS, alpha=0.1, steps=2, seed=7, sample_ids=step.sample_ids)
     assert (found - want).abs().gt(1e-3).float().mean() < 0.05  # signs of gradients near 0
@@ -720,7 +720,7 @@ def test_a_compiled_attack_is_the_attack(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **o: made.append(f) or compile(f, backend="aot_eager"))
     torch._dynamo.reset()
     task, plain = arrest(cnn(), compile=True), arrest(cnn())
-    assert len(made) == 1 and isinstance(task.attacked, FrozenView) and plain.attacked is plain.classifier
+    assert len(made) == 1 and isinstance(task.attacked, InferenceCopy) and plain.attacked is plain.classifier
     for change in (0.0, 0.3):
         moved(task.classifier, change)
         moved(plain.classifier, change)

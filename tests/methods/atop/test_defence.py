@@ -73,7 +73,7 @@ def test_rt3_takes_each_block_from_the_pass_that_did_not_see_it():
         def forward(self, image, mask):
             return torch.where(mask > 0, 0.5, -0.5).expand_as(image)  # the hole light, the rest dark
 
-    made = defence(Painter(), transform="rt3", parts=4, samples=2)
+    made = defence(Painter(), transform="rt3", num_passes=4, samples=2)
     assert (made.purify(images()) == 0.75).all() and made.purify(images()).shape == (6, 2, 1, 16, 16)
     packed, _ = made.draw(images())
     assert len(packed) == 2 * 6 * 4 and torch.equal(packed[:, -1].view(12, 4, 16, 16).sum(1), torch.ones(12, 16, 16))
@@ -117,12 +117,12 @@ def test_draws_of_one_call_are_those_of_several():
 
 def test_aggregation():
     logits = torch.randn(4, 3, 10)
-    mean, probability = defence(samples=3), defence(samples=3, aggregation="probability")
-    torch.testing.assert_close(mean.combine(logits), logits.mean(1))
+    mean, probability = defence(samples=3), defence(samples=3, aggregation="mean_softmax")
+    torch.testing.assert_close(mean.aggregate(logits), logits.mean(1))
     average = torch.softmax(logits, -1).mean(1)
-    torch.testing.assert_close(probability.combine(logits), average.log())
+    torch.testing.assert_close(probability.aggregate(logits), average.log())
     one = defence()
-    assert torch.equal(one.combine(logits[:, :1]), logits[:, 0])
+    assert torch.equal(one.aggregate(logits[:, :1]), logits[:, 0])
 
 
 def test_shared_masks_are_one_for_the_batch():
@@ -182,7 +182,7 @@ def test_attacks_find_gradients():
     assert (adversarial - x).abs().max() <= 0.1 + 1e-6 and health.nonfinite == 0 and health.zero == 0
 
 
-@pytest.mark.parametrize("aggregation", ["mean", "probability"])
+@pytest.mark.parametrize("aggregation", ["mean", "mean_softmax"])
 def test_bpda_goes_forward_as_the_defence_does(aggregation):
     made, x = defence(lively(), sigma=0.3, samples=3, aggregation=aggregation), images().requires_grad_()
     around = BpdaModel.of(made)
@@ -195,7 +195,7 @@ def test_bpda_goes_forward_as_the_defence_does(aggregation):
     assert gradient.isfinite().all() and (gradient.flatten(1).norm(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize(("transform", "aggregation"), [("rt2", "mean"), ("rt3", "probability")])
+@pytest.mark.parametrize(("transform", "aggregation"), [("rt2", "mean"), ("rt3", "mean_softmax")])
 def test_gradients_are_exact(transform, aggregation):
     """Finite differences of a whole defence in float64; its logits are float32, so the last step is done here too."""
     made = defence(lively(), transform=transform, sigma=0.05, samples=2, aggregation=aggregation)
@@ -229,7 +229,7 @@ def test_bfloat16_trains_with_a_discriminator(transform):
         task.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         task.optimizer.step()
-    assert made.accelerated["dtype"] == torch.bfloat16
+    assert made.acceleration["dtype"] == torch.bfloat16
     for name, value in task.model.state_dict().items():
         assert value.isfinite().all() and value.dtype == before[name].dtype
         if name.endswith(("weight", "bias")):
@@ -238,7 +238,7 @@ def test_bfloat16_trains_with_a_discriminator(transform):
 
 @pytest.mark.parametrize("purifier", [SmallGenerator(1, 2), MaskedAutoencoder((1, 16, 16), width=16, depth=1)])
 def test_saved_and_read_back(purifier, tmp_path):
-    made = defence(purifier, samples=2, transform="rt3", aggregation="probability")
+    made = defence(purifier, samples=2, transform="rt3", aggregation="mean_softmax")
     made.save(tmp_path)
     loaded = purify_fast.load_defence(tmp_path, made.classifier)
     assert isinstance(loaded, Atop) and loaded.arguments == made.arguments and not loaded.training
@@ -247,7 +247,7 @@ def test_saved_and_read_back(purifier, tmp_path):
     with pytest.raises(ValueError, match="classifier: its weights"):
         purify_fast.load_defence(tmp_path, SmallCNN(width=4))
     with pytest.raises(ValueError, match="not a Carso"):
-        purify_fast.methods.carso.load(tmp_path, made.classifier)
+        purify_fast.methods.carso.load_carso(tmp_path, made.classifier)
 
 
 def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path):
@@ -259,7 +259,7 @@ def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path)
     loaded = purify_fast.load_defence(tmp_path, made.classifier, purifier=Identity())
     assert loaded.purifier.module.gain.item() == 0.5
     with pytest.raises(ValueError, match=r"holds Identity\(\), got small_generator"):
-        atop.load(tmp_path, made.classifier, SmallGenerator(1, 2))
+        atop.load_atop(tmp_path, made.classifier, SmallGenerator(1, 2))
 
 
 def test_the_callers_modules_stay_their_own():
@@ -274,14 +274,14 @@ def test_the_callers_modules_stay_their_own():
     ("options", "message"),
     [
         ({"transform": "rt4"}, "transform must be one of rt1, rt2, rt3, got 'rt4'"),
-        ({"aggregation": "lse"}, "aggregation must be one of mean, probability, got 'lse'"),
+        ({"aggregation": "lse"}, "aggregation must be one of mean, mean_softmax, got 'lse'"),
         ({"samples": 0}, "samples must be a whole number of at least 1, got 0"),
         ({"samples": 2.0}, "samples must be a whole number of at least 1, got 2.0"),
         ({"block": 2.7}, "block must be a whole number of at least 1, got 2.7"),
         ({"block": 5}, "block"),
-        ({"missing": 1.0}, r"mask_ratio must be in \[0, 1\), got 1.0"),
+        ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\), got 1.0"),
         ({"sigma": -0.1}, "sigma must be finite and not negative, got -0.1"),
-        ({"transform": "rt3", "parts": 3}, "num_passes must be .* 16 blocks.*got 3"),
+        ({"transform": "rt3", "num_passes": 3}, "num_passes must be .* 16 blocks.*got 3"),
     ],
 )
 def test_settings_that_cannot_be_used(options, message):

@@ -6,7 +6,7 @@ from torch import nn
 
 from purify_fast.methods.atop.generators.masked_autoencoder import MaskedAutoencoder
 from purify_fast.methods.atop.generators.small_generator import SmallGenerator
-from purify_fast.methods.atop.purifier import PURIFIERS, Purifier, build_purifier
+from purify_fast.methods.atop.purifier import PURIFIERS, PurifierAdapter, build_purifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,7 +47,7 @@ def test_every_network_by_its_name(name, channels):
     module = build_purifier(name, (channels, 16, 16), width=8)
     assert type(module) is PURIFIERS[name] and type(module)(**module.arguments).arguments == module.arguments
     x = packed(channels=channels)
-    images = Purifier(module, (channels, 16, 16))(x)
+    images = PurifierAdapter(module, (channels, 16, 16))(x)
     assert len(images) == (1 if name == "masked_autoencoder" else 2)
     assert all(image.shape == (2, channels, 16, 16) and image.abs().max() <= 1 for image in images)
     mask = x[:, channels + 1 :]
@@ -68,7 +68,7 @@ def test_defaults_and_refusals():
 def test_a_users_module_gets_transformed_images_and_masks():
     module = Paste()
     x = packed()
-    (image,) = Purifier(module, (3, 16, 16))(x)
+    (image,) = PurifierAdapter(module, (3, 16, 16))(x)
     assert torch.equal(image, x[:, :3] + 0.5 * x[:, 4:])
     image.sum().backward()
     assert module.colour.grad == 2 * 3 * 4 * 16
@@ -76,23 +76,23 @@ def test_a_users_module_gets_transformed_images_and_masks():
 
 def test_a_users_two_stage_module():
     x = packed()
-    lists = Purifier(of(lambda t, m: [t, t * (1 - m)]), (3, 16, 16))(x)
+    lists = PurifierAdapter(of(lambda t, m: [t, t * (1 - m)]), (3, 16, 16))(x)
     assert isinstance(lists, tuple) and torch.equal(lists[0], x[:, :3])
     whole = of(lambda p, m: p[:, :3] * p[:, 3:4])
-    assert torch.equal(Purifier(whole, (3, 16, 16), takes_packed=True)(x)[0], x[:, :3])
+    assert torch.equal(PurifierAdapter(whole, (3, 16, 16), takes_packed=True)(x)[0], x[:, :3])
     whole.takes_packed = True
-    assert torch.equal(Purifier(whole, (3, 16, 16))(x)[0], x[:, :3])
+    assert torch.equal(PurifierAdapter(whole, (3, 16, 16))(x)[0], x[:, :3])
 
 
 def test_the_output_has_the_inputs_dtype():
     half = of(lambda t, m: t.bfloat16())
-    assert Purifier(half, (3, 16, 16))(packed())[0].dtype == torch.float32
+    assert PurifierAdapter(half, (3, 16, 16))(packed())[0].dtype == torch.float32
 
 
 def test_the_dry_run_leaves_modes_and_statistics_alone():
     module = nn.ModuleDict({"norm": nn.BatchNorm2d(3), "fixed": nn.BatchNorm2d(3).eval()})
     module.forward = lambda t, m: module["norm"](t)
-    purifier = Purifier(module, (3, 16, 16))
+    purifier = PurifierAdapter(module, (3, 16, 16))
     assert module["norm"].training and not module["fixed"].training and purifier.module is module
     assert module["norm"].num_batches_tracked == 0
 
@@ -111,34 +111,34 @@ def test_the_dry_run_leaves_modes_and_statistics_alone():
 )
 def test_modules_that_are_no_purifiers_are_refused(function, message):
     with pytest.raises(ValueError, match=message):
-        Purifier(of(function), (3, 16, 16))
+        PurifierAdapter(of(function), (3, 16, 16))
 
 
 def test_a_network_for_other_images_is_refused():
     with pytest.raises(ValueError, match=r"SmallGenerator does not run on images \[2, 5, 16, 16\] .*\[B, 3, H, W\]"):
-        Purifier(SmallGenerator(1), (3, 16, 16))
+        PurifierAdapter(SmallGenerator(1), (3, 16, 16))
     with pytest.raises(ValueError, match=r"SmallGenerator does not run on images \[2, 5, 18, 16\] .*multiples of 4"):
-        Purifier(SmallGenerator(3), (3, 18, 16))
+        PurifierAdapter(SmallGenerator(3), (3, 18, 16))
     with pytest.raises(ValueError, match=r"image_shape must be \(C, H, W\), at least 1 each"):
-        Purifier(Paste(), (3, 0, 16))
+        PurifierAdapter(Paste(), (3, 0, 16))
 
 
 def test_images_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"packed must be \[N, 5, 16, 16\], got \[2, 5, 20, 20\]"):
-        Purifier(Paste(), (3, 16, 16))(packed(size=20))
+        PurifierAdapter(Paste(), (3, 16, 16))(packed(size=20))
 
 
 def test_the_original_loss_is_the_modules_own_or_deepfills():
     target = torch.zeros(2, 1, 16, 16)
     images = (target + 0.5, target + torch.tensor([0.25, 1.0])[:, None, None, None])
-    two_stage = Purifier(SmallGenerator(1, 4), (1, 16, 16))
+    two_stage = PurifierAdapter(SmallGenerator(1, 4), (1, 16, 16))
     assert two_stage.original_loss(images, target).tolist() == [0.75, 1.5]
-    encoder = Purifier(build_purifier("masked_autoencoder", (1, 16, 16), width=8), (1, 16, 16))
+    encoder = PurifierAdapter(build_purifier("masked_autoencoder", (1, 16, 16), width=8), (1, 16, 16))
     assert encoder.original_loss(images, target).tolist() == [0.0625, 1.0]
 
 
 def test_compiled_as_one_graph():
     torch._dynamo.reset()
-    purifier = Purifier(Paste(), (3, 16, 16))
+    purifier = PurifierAdapter(Paste(), (3, 16, 16))
     compiled = torch.compile(purifier, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(packed())[0], purifier(packed())[0])

@@ -129,7 +129,7 @@ def test_fact_12_fgsm():
 @pytest.mark.parametrize("parts", [None, 4])
 def test_fact_14_one_shared_pass_equals_two(parts):
     """The released variant: L1 and cross-entropy from one pass, or from a pass each, give the same gradients."""
-    made = defence(transform="rt2" if parts is None else "rt3", parts=parts or 4, samples=2)
+    made = defence(transform="rt2" if parts is None else "rt3", num_passes=parts or 4, samples=2)
     config = AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), cls_weight=0.7)
     whole = gradients(made.purifier, passes(made, batch(), config).loss)
     l1 = passes(made, batch(), dataclasses.replace(config, cls_weight=0.0)).loss
@@ -349,7 +349,7 @@ def test_a_step_of_every_training_moves_the_purifier_alone(attack, target):
 
 def test_the_pipeline_is_what_is_attacked():
     """PGD through the pipeline raises the pipeline's loss more than PGD on the classifier does."""
-    made, step = defence(sigma=0.02, missing=0.1), batch(32)
+    made, step = defence(sigma=0.02, mask_ratio=0.1), batch(32)
     losses = {}
     for target in ("classifier", "pipeline"):
         config = AtopConfig(

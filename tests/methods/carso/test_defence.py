@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import purify_fast
 from purify_fast import attacks
-from purify_fast.methods.carso import Carso, Head
+from purify_fast.methods.carso import Carso, WithAggregation
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 
@@ -53,7 +53,7 @@ def test_forward_is_logsumexp_and_peel_decides_the_same(carso):
         torch.testing.assert_close(carso(x), torch.logsumexp(logits, 1))
         torch.testing.assert_close(carso.peel(x), aggregate(logits, "peel"))
         assert torch.equal(carso(x).argmax(1), carso.peel(x).argmax(1))
-        torch.testing.assert_close(Head(carso, "mean")(x), logits.mean(1))
+        torch.testing.assert_close(WithAggregation(carso, "mean")(x), logits.mean(1))
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])

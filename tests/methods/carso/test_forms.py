@@ -55,7 +55,7 @@ CASES = {
         10,
         6,
         2,
-        form="v1",
+        version="v1",
     ),
     "decoder": lambda: Carso(
         SmallCNN(3, 4, (8, 12), 4),
@@ -143,9 +143,9 @@ def test_an_explicit_decoder_is_the_papers():
 
 
 def test_forms_and_decoders_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="form must be one of v4, v1, got 'v2'"):
-        Carso(SmallCNN(), ["conv1"], (1, 16, 16), form="v2")
+    with pytest.raises(ValueError, match="version must be one of v4, v1, got 'v2'"):
+        Carso(SmallCNN(), ["conv1"], (1, 16, 16), version="v2")
     with pytest.raises(ValueError, match=r"end at \(1, 28, 28\), the images are \(1, 16, 16\)"):
-        Carso(SmallCNN(), ["conv1"], (1, 16, 16), form="v1")
+        Carso(SmallCNN(), ["conv1"], (1, 16, 16), version="v1")
     with pytest.raises(ValueError, match=r"end at \(1, 7, 7\), the images are \(1, 16, 16\)"):
         Carso(SmallCNN(), ["conv1"], (1, 16, 16), decoder=((8, 4, 4), [Deconvolution(1)]))

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import purify_fast
 from purify_fast import data
 from purify_fast.attacks import fgsm, input_gradient, pgd, pgd_and_fgsm
-from purify_fast.defences.stochastic import Randomised
+from purify_fast.defences.stochastic import StochasticDefence
 from purify_fast.evaluation.fingerprint import fingerprint
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, Head
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation
 from purify_fast.methods.carso.task import balanced_batch, pipeline_step, published_step
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
@@ -84,7 +84,7 @@ def test_the_accelerated_function_and_gradient_are_the_plain_ones(dtype, toleran
     assert made.accelerate(dtype, fold=fold) is made
     for got, right in zip(response(made, x), want, strict=True):
         assert got.dtype == torch.float32 and relative(got, right) < tolerance
-    assert made._fast[0].folded == (2 if fold else 0)
+    assert made.fast.classifier.folded == (2 if fold else 0)
     made.accelerate(None)
     assert all(torch.equal(a, b) for a, b in zip(response(made, x), want, strict=True))
 
@@ -92,7 +92,7 @@ def test_the_accelerated_function_and_gradient_are_the_plain_ones(dtype, toleran
 def test_borders_are_float32_and_bfloat16_is_inside():
     made, x = defence().accelerate(), images(3)
     inside = []
-    for module in (made._fast[0].classifier.conv1, made._reader[0].model.conv2, made.decoder.stack[0]):
+    for module in (made.fast.classifier.classifier.conv1, made.fast.reader.model.conv2, made.decoder.stack[0]):
         module.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
     outputs = [made(x), made.sample_logits(x), made.reconstruct(x), made.reconstruction_logits(x), made.condition(x)]
     outputs += [*made.posterior(x, made.condition(x)), made.read(x)[0].float()]
@@ -117,7 +117,7 @@ def test_maps_that_are_flattened_by_view_stay_contiguous():
         made.accelerate(torch.float32)
         for got, right in zip(response(made, images(3).to(**last)), want, strict=True):
             assert relative(got, right) < 1e-5
-        for model in (made.classifier, made._fast[0].classifier, made._reader[0].model):
+        for model in (made.classifier, made.fast.classifier.classifier, made.fast.reader.model):
             for weight in (module.weight for module in model.modules() if isinstance(module, nn.Conv2d)):
                 assert weight.is_contiguous(**layout)
         assert made.frozen_classifier(images(3).to(**last)).shape == (3, 10)
@@ -142,7 +142,7 @@ def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
     assert [name for name, _ in made.named_parameters()] == names
     made.save(tmp_path)
     loaded = purify_fast.load_defence(tmp_path, made.classifier)
-    assert loaded.accelerated is None and set(loaded.state_dict()) == set(before)
+    assert loaded.acceleration is None and set(loaded.state_dict()) == set(before)
 
 
 def test_an_evaluation_tells_it_from_the_plain_defence():
@@ -157,7 +157,7 @@ def test_it_survives_copies_moves_and_modes():
     want = response(made, x)
     twin = copy.deepcopy(made).to("cpu").train().eval()
     assert all(torch.equal(a, b) for a, b in zip(response(twin, x), want, strict=True))
-    assert twin._fast[0] is not made._fast[0] and twin._reader[0].model is not made._reader[0].model
+    assert twin.fast.classifier is not made.fast.classifier and twin.fast.reader.model is not made.fast.reader.model
     nn.init.zeros_(twin.classifier.head.weight)
     twin.load_state_dict(twin.state_dict())  # the copies follow
     assert not torch.equal(response(twin, x)[0], want[0])
@@ -209,10 +209,10 @@ def test_compiled_parts_serve_every_batch_size_with_one_graph_each(monkeypatch):
             torch.testing.assert_close(made(x[:n]), whole[:n], rtol=0.05, atol=0.05)
     assert counter.frame_count == graphs == 9  # three parts: with gradients, without, in no_grad
     twin = copy.deepcopy(made)
-    assert twin._regions["_condition"].function.__self__ is twin
-    assert twin._fast[0].region.function.__self__ is twin._fast[0]
+    assert twin.fast.regions["_condition"].function.__self__ is twin
+    assert twin.fast.classifier.region.function.__self__ is twin.fast.classifier
     made.train()
-    assert made._run(made._decode, torch.zeros(3, 2, 4), torch.zeros(3, 16)).shape == (3, 2, *SHAPE)
+    assert made._compiled(made._decode, torch.zeros(3, 2, 4), torch.zeros(3, 16)).shape == (3, 2, *SHAPE)
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
@@ -221,8 +221,8 @@ def test_copies_and_pickles_have_parts_of_their_own(twin):
     for got, want in zip(response(twin(made), x), response(made, x), strict=True):
         assert torch.equal(got, want)
     other = twin(made.accelerate(compile=True))
-    assert [region.function.__self__ for region in other._regions.values()] == [other, other] != [made, made]
-    assert other._fast[0].region.function.__self__ is other._fast[0] is not made._fast[0]
+    assert [region.function.__self__ for region in other.fast.regions.values()] == [other, other] != [made, made]
+    assert other.fast.classifier.region.function.__self__ is other.fast.classifier is not made.fast.classifier
 
 
 # -- draws ------------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_copies_and_pickles_have_parts_of_their_own(twin):
 @pytest.mark.parametrize("head", [None, "mean"])
 def test_draws_at_once_are_independent_calls_with_one_representation_pass(head):
     made, x = defence(samples=3), images(2)
-    model = made if head is None else Head(made, head)
+    model = made if head is None else WithAggregation(made, head)
     passes = []
     made.classifier.conv1.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
     logits = model.draw_logits(x, 400)
@@ -263,7 +263,7 @@ def test_a_forward_of_ones_own_is_what_is_attacked():
 
 
 def test_a_defence_with_sample_logits_only_repeats_the_images():
-    class Noisy(Randomised):
+    class Noisy(StochasticDefence):
         samples = 2
 
         def sample_logits(self, x):
@@ -276,7 +276,7 @@ def test_a_defence_with_sample_logits_only_repeats_the_images():
 
     torch.manual_seed(0)
     x = images(3)
-    for model in (Noisy(), Head(Noisy(), "mean"), Head(Bare(), "mean")):
+    for model in (Noisy(), WithAggregation(Noisy(), "mean"), WithAggregation(Bare(), "mean")):
         logits = model.draw_logits(x, 4)
         assert logits.shape == (4, 3, 5) and not torch.equal(logits[0], logits[1])
 
@@ -303,7 +303,7 @@ def test_wrong_dtypes_are_refused_and_change_nothing():
     made = defence().accelerate()
     with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, torch\.bfloat16, got torch\.float16"):
         made.accelerate(torch.float16)
-    assert made.accelerated == {"dtype": torch.bfloat16, "fold": True, "compile": False} and made._fast is not None
+    assert made.acceleration == {"dtype": torch.bfloat16, "fold": True, "compile": False} and made.fast is not None
 
 
 def test_a_classifier_that_fails_leaves_the_defence_as_it_was(monkeypatch):
@@ -313,10 +313,10 @@ def test_a_classifier_that_fails_leaves_the_defence_as_it_was(monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("purify_fast.defences.base.FrozenView", fail)
+    monkeypatch.setattr("purify_fast.speed.accelerated.InferenceCopy", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         made.accelerate()
-    assert made.accelerated is None and torch.equal(response(made.to("cpu"), x)[0], want[0])
+    assert made.acceleration is None and torch.equal(response(made.to("cpu"), x)[0], want[0])
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -356,10 +356,10 @@ def test_statistics_stay_float32_and_training_lowers_the_loss(tmp_path):
 def test_the_task_decides_the_precision():
     made = defence()
     CarsoTask(made, CarsoConfig(precision="bfloat16"))
-    assert made.accelerated == {"dtype": torch.bfloat16, "fold": True, "compile": False}
-    assert made.frozen_classifier is made._fast[0]
+    assert made.acceleration == {"dtype": torch.bfloat16, "fold": True, "compile": False}
+    assert made.frozen_classifier is made.fast.classifier
     task = CarsoTask(made, CarsoConfig())
-    assert made.accelerated is None and made.frozen_classifier is made.classifier
+    assert made.acceleration is None and made.frozen_classifier is made.classifier
     assert task.describe()["precision"] == "float32"
 
 
@@ -437,7 +437,7 @@ def packing(monkeypatch):
     module = sys.modules["purify_fast.methods.carso.packed_decoder"]
     plain = module.decode_prior
     monkeypatch.setattr(module, "decode_prior", lambda *a, **k: calls.append(a[6]) or plain(*a, **k))
-    monkeypatch.setattr("purify_fast.methods.carso.defence._packs", lambda device: True)
+    monkeypatch.setattr("purify_fast.methods.carso.defence._kernel_decodes", lambda device: True)
     return calls
 
 
@@ -466,7 +466,7 @@ def test_a_packed_decoder_follows_its_weights(packing):
     assert not packing  # a gradient of the decoder's weights may be asked for
     with torch.no_grad(), made.fixed_noise(3):
         before = made.reconstruct(x)
-        assert packing == [4] and made._packed[1] is made._packed_decoder(x.device)
+        assert packing == [4] and made.fast.packed[1] is made._packed_decoder(x.device)
         made.decoder.stack[-1].bias.add_(0.5)
         after = made.reconstruct(x)
     assert relative(after, before) > 0.1

@@ -3,7 +3,7 @@
 Yu et al., "Free-Form Image Inpainting with Gated Convolution", ICCV 2019, in the form of nipponjo/deepfillv2-pytorch,
 which AToP (arXiv 2401.16352) fine-tunes. Names and shapes of the tensors are that code's: its checkpoints load.
 
-No normalization, no dropout: training and evaluation mode are the same function.
+It has no normalization and no dropout: training and evaluation mode are the same function.
 """
 
 from __future__ import annotations
@@ -14,16 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...._files import check_shapes
 from ....ops.contextual_attention import contextual_attention, key_validity
 from ....ops.gated_elu import gated_elu
+from .deepfill_files import FIRST, read_generator, write_generator
+
+_CONSTANT = "stage2.contextual_attention.fuse_weight"
 
 
 class GatedConv(nn.Module):
     """One convolution with twice the outputs, halves a and b: ``ELU(a) sigmoid(b)``; zero padding keeps the size.
 
     Args:
-        inputs, outputs: channels. kernel, stride, dilation: of the convolution.
-        relu: ReLU(a) in place of ELU(a).
+        inputs: channels of the input.
+        outputs: channels of the result.
+        kernel: side of the convolution's kernel, odd.
+        stride: of the convolution.
+        dilation: of the convolution.
+        relu: whether ReLU(a) takes the place of ELU(a).
 
     ``[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]``. Weights start as kaiming_uniform by fan_out, bias 0.
     """
@@ -32,10 +40,12 @@ class GatedConv(nn.Module):
         self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1, *, relu: bool = False
     ):
         super().__init__()
-        self.conv = nn.Conv2d(inputs, 2 * outputs, kernel, stride, dilation * (kernel - 1) // 2, dilation)
+        padding = dilation * (kernel - 1) // 2
+        self.conv = nn.Conv2d(inputs, 2 * outputs, kernel, stride, padding=padding, dilation=dilation)
         self.relu = relu
         nn.init.kaiming_uniform_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]  # it has one
+        assert self.conv.bias is not None
+        nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv(x)
@@ -46,7 +56,12 @@ class GatedConv(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Each pixel fourfold, then a gated 3 x 3 convolution: ``[B, inputs, H, W] -> [B, outputs, 2 H, 2 W]``."""
+    """Each pixel fourfold, then a gated 3 x 3 convolution: ``[B, inputs, H, W] -> [B, outputs, 2 H, 2 W]``.
+
+    Args:
+        inputs: channels of the input.
+        outputs: channels of the result.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -57,12 +72,18 @@ class Upsample(nn.Module):
 
 
 class ToImage(nn.Module):
-    """A plain 3 x 3 convolution before the tanh: ``[B, inputs, H, W] -> [B, channels, H, W]``; its bias starts at 0."""
+    """A plain 3 x 3 convolution before the tanh: ``[B, inputs, H, W] -> [B, channels, H, W]``; its bias starts at 0.
+
+    Args:
+        inputs: channels of the input.
+        channels: channels of the image.
+    """
 
     def __init__(self, inputs: int, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(inputs, channels, 3, 1, 1)
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]  # it has one
+        assert self.conv.bias is not None
+        nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -161,7 +182,17 @@ class _Refined(nn.Module):
 
 
 def check_packed(packed: Tensor, mask: Tensor, channels: int, multiple: int) -> None:
-    """Refuse a packed input and mask that a generator for ``channels`` cannot take; ValueError naming both shapes."""
+    """Refuse a packed input and a mask that a generator cannot take.
+
+    Args:
+        packed: should be floating point ``[B, channels + 2, H, W]``.
+        mask: should be ``[B, 1, H, W]``.
+        channels: of the generator's images.
+        multiple: what H and W must be multiples of.
+
+    Raises:
+        ValueError: anything else; it names both shapes.
+    """
     if packed.dim() != 4 or packed.shape[1] != channels + 2 or not packed.is_floating_point():
         raise ValueError(
             f"packed must be floating point [B, {channels + 2}, H, W], got {packed.dtype} {list(packed.shape)}"
@@ -177,7 +208,8 @@ class DeepFillGenerator(nn.Module):
     """DeepFillv2's generator: 4,052,478 parameters in the published size, 1,631,151 of them in the coarse stage.
 
     Args:
-        in_channels: C + 2 with C channels of the image. width: 48 published; a multiple of 4.
+        in_channels: C + 2 with C channels of the image.
+        width: 48 as published; a multiple of 4.
 
     ``forward(packed, mask) -> (coarse, refined)``:
 
@@ -226,15 +258,31 @@ class DeepFillGenerator(nn.Module):
         TensorFlow (``networks_tf.py``) have other names, other padding, and are refused.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: it is broken, holds other objects, holds no such state dict, or
-                one with tensors missing, unknown or of another shape; all are named.
+            FileNotFoundError: no such file.
+            ValueError: it is broken, holds other objects, holds no such state dict, or one with tensors missing,
+                unknown or of another shape; all are named.
         """
-        from .deepfill_files import load_official
-
-        return load_official(path)
+        place, state = read_generator(Path(path))
+        first = state[FIRST]
+        width, in_channels = first.shape[:2] if first.dim() == 4 else (0, 0)
+        try:
+            generator = cls(in_channels, width)
+        except ValueError as error:
+            raise ValueError(f"{place}: {FIRST} is {list(first.shape)}: {error}") from error
+        own = generator.state_dict()
+        # checkpoints older than that buffer lack it
+        constant = state.setdefault(_CONSTANT, own[_CONSTANT])
+        shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (state, own)]
+        check_shapes(f"{place} is not a generator of deepfillv2-pytorch", *shapes)
+        if not torch.equal(constant.to(own[_CONSTANT]), own[_CONSTANT]):
+            raise ValueError(f"{place}: {_CONSTANT} is {constant.tolist()}, must be the identity")
+        generator.load_state_dict(state)
+        return generator.eval()
 
     def save_official(self, path: str | Path) -> None:
-        """Write what `from_official` reads: by the name's end a ``.safetensors`` file, or ``{"G": state dict}``."""
-        from .deepfill_files import save_official
+        """Write what `from_official` reads, the file whole or absent.
 
-        save_official(self, path)
+        Args:
+            path: a ``.safetensors`` file, or any other, which holds ``{"G": state dict}``.
+        """
+        write_generator(self.state_dict(), Path(path))

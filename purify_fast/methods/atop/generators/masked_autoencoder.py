@@ -1,10 +1,11 @@
 """A masked autoencoder as purifier: the place of AToP's AE purifier, which is a denoising masked autoencoder (DMAE).
 
 Wu et al., "Denoising Masked Autoencoders Help Robust Classification", ICLR 2023, after He et al., CVPR 2022. AToP's own
-has never been published: how its predictions become an image is not known. Ours: plain pixels, through a tanh.
+has never been published, and how its predictions become an image is not known: plain pixels through a tanh are this
+package's own choice.
 
-A vision transformer encodes the patches that are not hidden, a smaller one decodes all of them. No dropout: training
-and evaluation mode are the same function.
+A vision transformer encodes the patches that are not hidden, a smaller one decodes all of them. There is no dropout:
+training and evaluation mode are the same function.
 """
 
 from __future__ import annotations
@@ -29,9 +30,16 @@ VIT_B16 = {
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed positions of a grid of patches, ``[rows * columns, width]``: sines and cosines of row, then of column.
+    """Fixed positions of a grid of patches: sines and cosines of the row, then of the column.
 
-    Frequencies 10000^(-i / n) with n = width / 4, of which width is a multiple.
+    The frequencies are 10000^(-i / n) with n = width / 4.
+
+    Args:
+        grid: rows and columns of patches.
+        width: numbers per patch, a multiple of 4.
+
+    Returns:
+        float32 ``[rows * columns, width]``.
     """
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)
@@ -52,7 +60,12 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        """seen: bool ``[B, 1, 1, T]``, the tokens that attention reads; None for all."""
+        """One block.
+
+        Args:
+            x: ``[B, T, width]``.
+            seen: bool ``[B, 1, 1, T]``, the tokens that attention reads; None for all.
+        """
         b, t, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
@@ -66,16 +79,21 @@ class MaskedAutoencoder(nn.Module):
     Args:
         image_shape: (C, H, W), H and W multiples of the patch.
         patch: side of the square patches in pixels.
-        width, depth, heads: of the encoder. decoder_width, decoder_depth, decoder_heads: of the decoder.
+        width: numbers per token in the encoder, a multiple of 4 and of its heads.
+        depth: blocks of the encoder.
+        heads: of the encoder's attention.
+        decoder_width: numbers per token in the decoder, a multiple of 4 and of its heads.
+        decoder_depth: blocks of the decoder.
+        decoder_heads: of the decoder's attention.
 
-    The default sizes are ours, for 16 x 16 to 32 x 32; `VIT_B16` has DMAE's.
+    The default sizes were chosen for 16 x 16 to 32 x 32; `VIT_B16` has DMAE's.
 
     ``forward(transformed, mask)``: transformed ``[B, C, H, W]`` in [-1, 1], 0 where hidden; mask ``[B, 1, H, W]``, 1
     where hidden -> the whole image ``[B, C, H, W]`` in [-1, 1].
 
     A patch is hidden if all of its pixels are: the encoder's attention then reads nothing of it, which equals encoding
-    the other patches alone, however many each image has. The patches are embedded with their part of the mask (ours),
-    since blocks smaller than a patch hide part of it. A class token is always read.
+    the other patches alone, however many each image has. The patches are embedded with their part of the mask (not in
+    the paper), since blocks smaller than a patch hide part of it. A class token is always read.
 
     Raises:
         ValueError: sizes that do not fit, at construction or call.
@@ -164,8 +182,15 @@ class MaskedAutoencoder(nn.Module):
         return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, (h // self.patch, w // self.patch)), self.patch)
 
     def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
-        """DMAE's loss per image, ``[B]``: the mean square over all patches, hidden or not, of the last of ``images``.
+        """DMAE's loss: the mean square over all patches, hidden or not.
 
-        In plain pixels, not normalized per patch, since the prediction is an image (ours).
+        It is taken in plain pixels, not normalized per patch as in the paper, since the prediction is an image.
+
+        Args:
+            images: the stages' images, ``[B, C, H, W]`` each; the last one counts.
+            target: what it should be, ``[B, C, H, W]``.
+
+        Returns:
+            The loss per image, ``[B]``.
         """
         return (images[-1] - target).square().flatten(1).mean(1)

@@ -1,4 +1,7 @@
-"""An inpainting generator for small images, 16 x 16 to 32 x 32: DeepFillv2's ideas at a small price. Ours."""
+"""An inpainting generator for small images, 16 x 16 to 32 x 32: DeepFillv2's ideas at a small price.
+
+It is this package's own; no paper describes it.
+"""
 
 from __future__ import annotations
 
@@ -75,10 +78,11 @@ def _logit(image: Tensor) -> Tensor:
 
 
 class SmallGenerator(nn.Module):
-    """Coarse and refined image by gated convolutions, for small images. Every size of it is ours.
+    """Coarse and refined image by gated convolutions, for small images.
 
     Args:
-        channels: C of the images. width: channels at full size; 2 and 4 times as many at a half and a quarter.
+        channels: C of the images.
+        width: channels at full size; 2 and 4 times as many at a half and a quarter.
         attention: whether the refined stage has a branch of contextual attention, at half size.
         residual: whether each stage corrects an image in place of painting one: the coarse stage the transformed image,
             the refined one the coarse image. ``tanh(atanh(0.95 image) + correction)``, with the correction 0 at first.

@@ -11,17 +11,23 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from .._fingerprint import weights_fingerprint
 from ..defences.base import Defence
-from .checkpoint import fingerprint, read_model, save_model
-from .classifier import load_classifier
+from ..training.checkpoint import read_model, save_model
+from ..training.classifier import load_classifier
 
 _CLASSIFIER = "classifier."
 D = TypeVar("D", bound=Defence)
 
 
 def save_defence(defence: Defence, folder: str | Path) -> None:
-    """Write a defence to ``folder``, with a fingerprint of its classifier; each file whole or absent."""
-    facts = {"classifier": fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
+    """Write a defence, with a fingerprint of its classifier; each file appears whole or not at all.
+
+    Args:
+        defence: what to write.
+        folder: where to; ``model.safetensors`` and ``model.json`` are written there.
+    """
+    facts = {"classifier": weights_fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
     save_model(folder, type(defence).__name__, defence.arguments, _saved(defence), **facts)
 
 
@@ -30,7 +36,7 @@ def _saved(defence: Defence) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if defence.own_classifier or not name.startswith(_CLASSIFIER)}
 
 
-def load_defence(
+def read_defence(
     make: Callable[[nn.Module, dict[str, Any]], D],
     kind: str,
     folder: str | Path,
@@ -40,7 +46,8 @@ def load_defence(
     """Read a defence that `save_defence` wrote, around ``classifier``.
 
     Args:
-        make: the classifier and the saved arguments to a defence. kind: its class's name.
+        make: from the classifier and the saved arguments to a defence.
+        kind: the name of the defence's class.
         folder: where ``model.safetensors`` and ``model.json`` are.
         classifier: the one the purifier was trained for; None takes the one the command line keeps in
             ``folder/classifier``. If its copy was trained too, only its architecture counts.
@@ -50,7 +57,8 @@ def load_defence(
         The defence in evaluation mode, on the classifier's device.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: broken files, another kind of model, another classifier.
+        FileNotFoundError: a file is missing.
+        ValueError: broken files, another kind of model, another classifier.
     """
     facts, state = read_model(folder)
     if facts.get("kind") != kind:
@@ -59,7 +67,7 @@ def load_defence(
     if classifier is None:
         classifier = load_classifier(Path(folder) / "classifier")
     own = facts.get("own_classifier", False)
-    found = fingerprint(classifier)
+    found = weights_fingerprint(classifier)
     if check and not own and found != facts["classifier"]:
         raise ValueError(
             f"classifier: its weights ({found}) are not those {folder} was trained for ({facts['classifier']}); "
