@@ -9,7 +9,7 @@ in the paper: the start is uniform in the ball, and a random model's loss is the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ from .._tensors import per_image
 from .._validation import check_literal
 from ..ops.apgd_step import apgd_step
 from ..protocols import Classifier
-from .arguments import ApgdNorm, Norm, NormName, check_at_least_one, check_images, read_norm
+from .arguments import ApgdNorm, NormName, check_at_least_one, check_images, read_norm
 from .ball import Ball, ball_around, sample_in_ball
-from .base import Attack, AttackContext, ThreatModel, draws_of, own_or_report, read_own_ball
+from .base import AttackContext, BallAttack
 from .draws import Objective
 from .frozen_model import frozen
 from .health import GradientHealth
@@ -235,7 +235,7 @@ def _run(search: Search, x: Tensor, ball: Ball, schedule: Schedule) -> tuple[Ten
 
 
 @dataclass(frozen=True, kw_only=True)
-class APGD(Attack):
+class APGD(BallAttack):
     """Auto-PGD, as a row of an evaluation.
 
     Args:
@@ -253,6 +253,7 @@ class APGD(Attack):
     """
 
     kind: ClassVar[str] = "apgd"
+    norms: ClassVar[Any] = ApgdNorm
 
     loss: ApgdLoss = "ce"
     steps: int | None = None
@@ -269,7 +270,7 @@ class APGD(Attack):
             steps=self.steps, restarts=self.restarts, n_target_classes=self.n_target_classes, eot_iter=self.eot_iter
         )
         _check_rho(self.rho)
-        object.__setattr__(self, "norm", read_own_ball(self.eps, self.norm, ApgdNorm))
+        self.check_ball()
 
     def name(self, context: AttackContext) -> str:
         loss, steps = usable_loss(self.loss, context.num_classes), self.steps or context.steps
@@ -277,20 +278,6 @@ class APGD(Attack):
         if loss in TARGETED:
             name = f"APGD-T {steps}" + (f", {self.n_target_classes} targets" if self.n_target_classes != 9 else "")
         return name + (f" x{self.restarts}" if self.restarts > 1 else "")
-
-    def threat_model(self, context: AttackContext) -> ThreatModel:
-        return ThreatModel(*self.ball(context))
-
-    def ball(self, context: AttackContext) -> tuple[Norm, float]:
-        """Norm and radius; ValueError for a norm that this attack has not."""
-        norm, eps = own_or_report(self.eps, self.norm, context)
-        if norm not in get_args(ApgdNorm):
-            allowed = ", ".join(get_args(ApgdNorm))
-            raise ValueError(f"apgd's norm must be one of {allowed}, got {norm!r}: leave it out, or name one")
-        return norm, eps
-
-    def draws(self, context: AttackContext) -> int:
-        return draws_of(self.eot_iter, context)
 
     def target_classes(self, context: AttackContext) -> int | None:
         """How many wrong classes are tried; None for a loss without a target."""

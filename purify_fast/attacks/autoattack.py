@@ -24,8 +24,9 @@ from .._validation import check_literal
 from ..ops.pgd_step import pgd_step
 from ..protocols import Classifier
 from .arguments import Norm, NormName, check_at_least_one, read_norm
-from .base import Attack, AttackContext, ThreatModel, own_or_report, read_own_ball
+from .base import AttackContext, BallAttack
 from .draws import input_gradient
+from .frozen_model import frozen
 from .pgd import pgd
 
 Version = Literal["standard", "rand"]
@@ -57,7 +58,7 @@ def parts(version: str, classes: int) -> tuple[list[str], str | None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoAttack(Attack):
+class AutoAttack(BallAttack):
     """AutoAttack, as a row of an evaluation. It draws from torch's global generator: the caller forks that.
 
     Args:
@@ -86,7 +87,7 @@ class AutoAttack(Attack):
     def __post_init__(self) -> None:
         check_literal("version", self.version, Version)
         check_at_least_one(steps=self.steps, n_queries=self.n_queries, eot_iter=self.eot_iter)
-        object.__setattr__(self, "norm", read_own_ball(self.eps, self.norm))
+        self.check_ball()
 
     def name(self, context: AttackContext) -> str:
         name = f"AutoAttack {self.version}"
@@ -98,9 +99,6 @@ class AutoAttack(Attack):
         if replaced is not None:
             name += f" ({' + '.join(run)}; PGD margin for {replaced}: {context.num_classes} classes)"
         return name
-
-    def threat_model(self, context: AttackContext) -> ThreatModel:
-        return ThreatModel(*own_or_report(self.eps, self.norm, context))
 
     def draws(self, context: AttackContext) -> int:
         return (self.eot_iter or DRAWS) if context.draws_differ else 1
@@ -139,27 +137,28 @@ class AutoAttack(Attack):
         """
         if len(x) == 0:
             return x.clone()
-        norm, eps = own_or_report(self.eps, self.norm, context)
-        found, warnings = autoattack(
-            target,
-            x,
-            y,
-            eps=eps,
-            norm=norm,
-            version=self.version,
-            num_classes=context.num_classes,
-            seed=context.seed,
-            batch_size=context.batch_size,
-            steps=self.steps or STEPS,
-            eot_iter=self.draws(context),
-            n_queries=self.n_queries,
-            max_forward_batch=context.max_forward_batch,
-        )
-        context.warnings.extend(warnings)
-        if context.health is not None:
-            for a, b, c in zip(*(whole.split(context.batch_size) for whole in (x, found, y)), strict=True):
-                for point in (a, b):
-                    context.health.see_gradient(input_gradient(target, point, c)[0])
+        norm, eps = self.ball(context)
+        with frozen(target):
+            found, warnings = autoattack(
+                target,
+                x,
+                y,
+                eps=eps,
+                norm=norm,
+                version=self.version,
+                num_classes=context.num_classes,
+                seed=context.seed,
+                batch_size=context.batch_size,
+                steps=self.steps or STEPS,
+                eot_iter=self.draws(context),
+                n_queries=self.n_queries,
+                max_forward_batch=context.max_forward_batch,
+            )
+            context.warnings.extend(warnings)
+            if context.health is not None:
+                for a, b, c in zip(*(whole.split(context.batch_size) for whole in (x, found, y)), strict=True):
+                    for point in (a, b):
+                        context.health.see_gradient(input_gradient(target, point, c)[0])
         return found
 
 
@@ -223,31 +222,36 @@ def autoattack(
         # the package autoattack returns the images alone
         found = result[0] if isinstance(result, tuple) else result
     if replaced is not None:
-        with torch.no_grad():
-            left = [
-                part[model(found[part]).argmax(1) == y[part]]
-                for part in torch.arange(len(x), device=x.device).split(batch_size)
-            ]
-        for part in torch.cat(left).split(batch_size):
-            stronger = pgd(
-                model,
-                x[part],
-                y[part],
-                eps=eps,
-                norm=norm,
-                loss="margin",
-                steps=steps,
-                eot_iter=eot_iter if version == "rand" else 1,
-                keep_best=True,
-                seed=seed,
-                sample_ids=part,
-                max_forward_batch=max_forward_batch,
-            )
-            with torch.no_grad():
-                wrong = model(stronger).argmax(1) != y[part]
-            found[part[wrong]] = stronger[wrong]
+        found = _with_margin(
+            model,
+            x,
+            y,
+            found,
+            batch_size,
+            eps=eps,
+            norm=norm,
+            steps=steps,
+            eot_iter=eot_iter if version == "rand" else 1,
+            seed=seed,
+            max_forward_batch=max_forward_batch,
+        )
     # AutoAttack rounds a little past the ball
     return pgd_step(found.detach(), torch.zeros_like(x), x, 0.0, eps, norm=norm), warnings
+
+
+def _with_margin(model: Classifier, x: Tensor, y: Tensor, found: Tensor, batch_size: int, **options: Any) -> Tensor:
+    """What AutoAttack found, or where that is nothing what PGD on the margin finds; ``options`` are `pgd`'s."""
+    with torch.no_grad():
+        left = [
+            part[model(found[part]).argmax(1) == y[part]]
+            for part in torch.arange(len(x), device=x.device).split(batch_size)
+        ]
+    for part in torch.cat(left).split(batch_size):
+        stronger = pgd(model, x[part], y[part], loss="margin", keep_best=True, sample_ids=part, **options)
+        with torch.no_grad():
+            wrong = model(stronger).argmax(1) != y[part]
+        found[part[wrong]] = stronger[wrong]
+    return found
 
 
 def _set_steps(part, steps: int) -> None:

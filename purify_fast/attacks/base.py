@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -68,6 +68,9 @@ class Attack(abc.ABC):
     #: Whether `search` takes any number of images and makes its own batches; otherwise the caller gives it one batch.
     batches_itself: ClassVar[bool] = False
 
+    #: Every attack has this option: draws of a random model averaged per step; None: the report's.
+    eot_iter: int | None
+
     @abc.abstractmethod
     def name(self, context: AttackContext) -> str:
         """A short label of the attack with its options, such as "PGD-100 ce"."""
@@ -80,9 +83,9 @@ class Attack(abc.ABC):
             ValueError: the attack has no such norm.
         """
 
-    @abc.abstractmethod
     def draws(self, context: AttackContext) -> int:
-        """Draws of the model averaged per step."""
+        """Draws of the model averaged per step: one where they do not differ."""
+        return (self.eot_iter or context.eot_iter) if context.draws_differ else 1
 
     @abc.abstractmethod
     def cost(self, context: AttackContext) -> int | None:
@@ -134,9 +137,48 @@ class Attack(abc.ABC):
         return options | {"norm": norm, "eps": eps, "eot_iter": self.draws(context)}
 
 
-def draws_of(eot_iter: int | None, context: AttackContext) -> int:
-    """The attack's own number of draws, or the report's; one where the draws do not differ."""
-    return (eot_iter or context.eot_iter) if context.draws_differ else 1
+class BallAttack(Attack):
+    """An attack within a ball, the report's or one of its own."""
+
+    #: The names of the norms that the attack knows, a ``Literal``.
+    norms: ClassVar[Any] = Norm
+
+    #: The attack's own ball; None: the report's.
+    eps: float | None
+    norm: Norm | None
+
+    def check_ball(self) -> None:
+        """Check the attack's own ball, and write its norm as this package does; for ``__post_init__``.
+
+        Raises:
+            ValueError: a radius or norm that is not allowed, or a norm without a radius.
+        """
+        known = None if self.norm is None else read_norm(self.norm, self.norms)
+        if known is not None and self.eps is None:
+            raise ValueError(f"the norm {known} needs an eps of its own")
+        check_eps(self.eps, known)
+        # the dataclass is frozen
+        object.__setattr__(self, "norm", known)
+
+    def ball(self, context: AttackContext) -> tuple[Norm, float]:
+        """Norm and radius of the attack's own ball, or of the report's.
+
+        Args:
+            context: what the evaluation tells.
+
+        Raises:
+            ValueError: the attack has no such norm, or the radius is not in image units.
+        """
+        norm, eps = self.norm or context.norm, context.eps if self.eps is None else float(self.eps)
+        allowed = get_args(self.norms)
+        if norm not in allowed:
+            known = ", ".join(allowed)
+            raise ValueError(f"{self.kind}'s norm must be one of {known}, got {norm!r}: leave it out, or name one")
+        check_eps(eps, norm)
+        return norm, eps
+
+    def threat_model(self, context: AttackContext) -> ThreatModel:
+        return ThreatModel(*self.ball(context))
 
 
 def cost_of_runs(steps: int, draws: int, restarts: int) -> int:
@@ -151,43 +193,3 @@ def cost_of_runs(steps: int, draws: int, restarts: int) -> int:
     at_the_end = draws * (2 if draws > 1 else 1) + 1
     comparison = draws if restarts > 1 else 0
     return restarts * (steps * draws + at_the_end + comparison)
-
-
-def read_own_ball(eps: float | None, norm: str | None, allowed: Any = Norm) -> Norm | None:
-    """The norm of an attack's own ball as this package writes it; None where it has the report's.
-
-    Args:
-        eps: radius, or None for the report's.
-        norm: norm, or None for the report's.
-        allowed: the ``Literal`` of the norms that the attack knows.
-
-    Raises:
-        ValueError: a radius or norm that is not allowed, or a norm without a radius.
-    """
-    if norm is None:
-        check_eps(eps, None)
-        return None
-    known = read_norm(norm, allowed)
-    if eps is None:
-        raise ValueError(f"the norm {known} needs an eps of its own")
-    check_eps(eps, known)
-    return known
-
-
-def own_or_report(eps: float | None, norm: Norm | None, context: AttackContext) -> tuple[Norm, float]:
-    """An attack's own ball, where it has one, or the report's.
-
-    Args:
-        eps: its own radius.
-        norm: its own norm.
-        context: what the evaluation tells.
-
-    Returns:
-        Norm and radius.
-
-    Raises:
-        ValueError: an L-inf radius that is not in image units.
-    """
-    chosen, radius = norm or context.norm, context.eps if eps is None else float(eps)
-    check_eps(radius, chosen)
-    return chosen, radius

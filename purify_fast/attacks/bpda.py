@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._compat import renamed_arguments
 from ..ops.aggregate import METHODS, UNSAFE, aggregate
-from ..protocols import Classifier, FrozenClassifier, HasClassifier, Purifier, is_purifier
+from ..protocols import Aggregates, Classifier, FrozenClassifier, HasClassifier, Purifier, is_purifier, supports
 from .base import AttackContext
 from .pgd import PGD
 
@@ -78,11 +78,10 @@ class BpdaModel(nn.Module):
             defence: with ``purify(x)`` and ``classifier``.
             aggregation: how the logits of several draws are aggregated; None: as the defence does.
         """
-        if aggregation is None:
-            aggregation = getattr(defence, "aggregate", "lse")
-        assert aggregation is not None
+        own = cast(Aggregates, defence).aggregate if supports(defence, Aggregates) else "lse"
         modules = [defence] if isinstance(defence, nn.Module) else []
-        return cls(defence.purify, classifier_of(defence), aggregation=aggregation, modules=modules)
+        chosen = own if aggregation is None else aggregation
+        return cls(defence.purify, classifier_of(defence), aggregation=chosen, modules=modules)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, ...]`` to logits ``[B, classes]``."""

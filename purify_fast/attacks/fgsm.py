@@ -14,7 +14,7 @@ from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
 from .arguments import Norm, NormName, check_at_least_one, check_images, check_not_negative
 from .ball import ball_around, sample_in_ball
-from .base import Attack, AttackContext, ThreatModel, draws_of, own_or_report, read_own_ball
+from .base import AttackContext, BallAttack
 from .draws import Objective
 from .frozen_model import frozen
 from .health import GradientHealth
@@ -148,7 +148,7 @@ def pgd_and_fgsm(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FGSM(Attack):
+class FGSM(BallAttack):
     """One step of length eps from the image itself, as a row of an evaluation.
 
     Args:
@@ -171,16 +171,10 @@ class FGSM(Attack):
     def __post_init__(self) -> None:
         check_literal("loss", self.loss, Loss)
         check_at_least_one(eot_iter=self.eot_iter)
-        object.__setattr__(self, "norm", read_own_ball(self.eps, self.norm))
+        self.check_ball()
 
     def name(self, context: AttackContext) -> str:
         return f"FGSM {usable_loss(self.loss, context.num_classes)}"
-
-    def threat_model(self, context: AttackContext) -> ThreatModel:
-        return ThreatModel(*own_or_report(self.eps, self.norm, context))
-
-    def draws(self, context: AttackContext) -> int:
-        return draws_of(self.eot_iter, context)
 
     def cost(self, context: AttackContext) -> int:
         # the gradient's draws, and the clean image, whose prediction health needs
@@ -190,7 +184,7 @@ class FGSM(Attack):
         return super().settings(context) | {"loss": usable_loss(self.loss, context.num_classes)}
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        norm, eps = own_or_report(self.eps, self.norm, context)
+        norm, eps = self.ball(context)
         return fgsm(
             target,
             x,

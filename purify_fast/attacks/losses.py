@@ -10,19 +10,34 @@ from torch.nn import functional as F
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """-log softmax(logits)_y, [B]."""
+    """-log softmax(logits)_y, [B].
+
+    Args:
+        logits: floating point ``[B, classes]``.
+        y: true labels, int64 ``[B]``.
+    """
     return F.cross_entropy(logits, y, reduction="none")
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """max_{j != y} l_j - l_y, [B]; positive exactly where the image is misclassified. Carlini & Wagner, S&P 2017."""
+    """max_{j != y} l_j - l_y, [B]; positive exactly where the image is misclassified. Carlini & Wagner, S&P 2017.
+
+    Args:
+        logits: floating point ``[B, classes]``.
+        y: true labels, int64 ``[B]``.
+    """
     true = logits.gather(1, y[:, None])[:, 0]
     others = logits.masked_fill(F.one_hot(y, logits.shape[1]).bool(), -torch.inf)
     return others.amax(1) - true
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """margin / (l_(1) - l_(3)), [B]: the difference of logits ratio, Croce & Hein, ICML 2020. Needs 3 classes."""
+    """margin / (l_(1) - l_(3)), [B]: the difference of logits ratio, Croce & Hein, ICML 2020. Needs 3 classes.
+
+    Args:
+        logits: floating point ``[B, classes]``.
+        y: true labels, int64 ``[B]``.
+    """
     if logits.shape[1] < 3:
         raise ValueError(f"the dlr loss needs at least 3 classes, got {logits.shape[1]}: use 'margin'")
     top = logits.topk(3, 1).values
@@ -30,7 +45,13 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """(l_t - l_y) / (l_(1) - (l_(3) + l_(4)) / 2), [B], t the target [B]: Croce & Hein, ICML 2020. Needs 4 classes."""
+    """(l_t - l_y) / (l_(1) - (l_(3) + l_(4)) / 2), [B], t the target [B]: Croce & Hein, ICML 2020. Needs 4 classes.
+
+    Args:
+        logits: floating point ``[B, classes]``.
+        y: true labels, int64 ``[B]``.
+        target: the class to be raised, int64 ``[B]``.
+    """
     if logits.shape[1] < 4:
         raise ValueError(f"the dlr_targeted loss needs at least 4 classes, got {logits.shape[1]}: use 'margin'")
     top = logits.topk(4, 1).values

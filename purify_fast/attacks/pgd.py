@@ -21,7 +21,7 @@ from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
 from .arguments import Norm, NormName, check_at_least_one, check_images, check_not_negative
 from .ball import ball_around, sample_in_ball
-from .base import Attack, AttackContext, ThreatModel, cost_of_runs, draws_of, own_or_report, read_own_ball
+from .base import AttackContext, BallAttack, cost_of_runs
 from .draws import Objective
 from .frozen_model import frozen
 from .health import GradientHealth
@@ -135,7 +135,7 @@ def density_at(norm: str, i: int, steps: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGD(Attack):
+class PGD(BallAttack):
     """Projected gradient descent that keeps the best point, as a row of an evaluation.
 
     Args:
@@ -167,17 +167,11 @@ class PGD(Attack):
         check_literal("loss", self.loss, Loss)
         check_at_least_one(steps=self.steps, restarts=self.restarts, eot_iter=self.eot_iter)
         check_not_negative(alpha=self.alpha)
-        object.__setattr__(self, "norm", read_own_ball(self.eps, self.norm))
+        self.check_ball()
 
     def name(self, context: AttackContext) -> str:
         name = f"{self.kind.upper()}-{self.steps or context.steps} {usable_loss(self.loss, context.num_classes)}"
         return name + (f" x{self.restarts}" if self.restarts > 1 else "")
-
-    def threat_model(self, context: AttackContext) -> ThreatModel:
-        return ThreatModel(*own_or_report(self.eps, self.norm, context))
-
-    def draws(self, context: AttackContext) -> int:
-        return draws_of(self.eot_iter, context)
 
     def cost(self, context: AttackContext) -> int:
         return cost_of_runs(self.steps or context.steps, self.draws(context), self.restarts)
@@ -187,7 +181,7 @@ class PGD(Attack):
         return super().settings(context) | own
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        norm, eps = own_or_report(self.eps, self.norm, context)
+        norm, eps = self.ball(context)
         draws = self.draws(context)
 
         def attack(run: int) -> Tensor:

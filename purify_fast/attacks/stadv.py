@@ -24,7 +24,7 @@ from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
 from .arguments import check_at_least_one, check_images, check_not_negative
 from .ball import Ball, sample_in_ball
-from .base import Attack, AttackContext, ThreatModel, cost_of_runs, draws_of
+from .base import Attack, AttackContext, ThreatModel, cost_of_runs
 from .draws import Objective
 from .frozen_model import frozen
 from .health import GradientHealth
@@ -214,9 +214,6 @@ class StAdv(Attack):
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
         return ThreatModel("flow", float(self.eps))
-
-    def draws(self, context: AttackContext) -> int:
-        return draws_of(self.eot_iter, context)
 
     def cost(self, context: AttackContext) -> int:
         return cost_of_runs(self.steps or context.steps, self.draws(context), self.restarts)

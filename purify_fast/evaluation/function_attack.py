@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attacks import Attack, AttackContext, ThreatModel, frozen
 from ..attacks.arguments import Norm
-from ..attacks.base import own_or_report, read_own_ball
+from ..attacks.base import BallAttack
 from ..ops.pgd_step import pgd_step
 from ..protocols import Classifier
 
@@ -59,7 +59,7 @@ def as_attack(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FunctionAttack(Attack):
+class FunctionAttack(BallAttack):
     """A function as an attack; made by `as_attack`.
 
     Args:
@@ -81,13 +81,10 @@ class FunctionAttack(Attack):
     def __post_init__(self) -> None:
         if not self.row_name:
             raise ValueError("the name of an attack must not be empty")
-        object.__setattr__(self, "norm", read_own_ball(self.eps, self.norm))
+        self.check_ball()
 
     def name(self, context: AttackContext) -> str:
         return self.row_name
-
-    def threat_model(self, context: AttackContext) -> ThreatModel:
-        return ThreatModel(*own_or_report(self.eps, self.norm, context))
 
     def draws(self, context: AttackContext) -> int:
         """1: the function asks the model as often as it likes."""

@@ -1,0 +1,250 @@
+"""The attacks as rows of an evaluation: their names, costs and settings, and what they run."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from purify_fast import attacks
+from purify_fast.attacks import (
+    APGD,
+    BPDA,
+    FGSM,
+    PGD,
+    AttackContext,
+    AutoAttack,
+    BpdaModel,
+    GradientHealth,
+    StAdv,
+    apgd,
+    fgsm,
+    margin,
+    pgd,
+    stadv,
+)
+from purify_fast.models.classifiers import SmallCNN
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EPS = 0.05
+EVERY = [PGD, APGD, FGSM, BPDA, StAdv, AutoAttack]
+
+
+class Purifying(nn.Module):
+    """A defence that rounds images."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def purify(self, x):
+        return (8 * x).round() / 8
+
+    def forward(self, x):
+        return self.classifier(self.purify(x))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return Purifying(SmallCNN(in_channels=3, num_classes=6, image_size=(8, 8), width=4)).eval()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    g = torch.Generator().manual_seed(1)
+    return torch.rand(9, 3, 8, 8, generator=g), torch.randint(0, 6, (9,), generator=g)
+
+
+def context(**options):
+    return AttackContext(**{"num_classes": 6, "eps": EPS, "steps": 5, "eot_iter": 3, "draws_differ": False} | options)
+
+
+@pytest.mark.parametrize(
+    ("attack", "classes", "name"),
+    [
+        (PGD(), 6, "PGD-5 ce"),
+        (PGD(loss="dlr", steps=3), 6, "PGD-3 dlr"),
+        (PGD(loss="dlr", restarts=2), 2, "PGD-5 margin x2"),
+        (FGSM(loss="margin"), 6, "FGSM margin"),
+        (APGD(), 6, "APGD-5 ce"),
+        (APGD(loss="dlr_targeted"), 6, "APGD-T 5"),
+        (APGD(loss="dlr_targeted", n_target_classes=2, restarts=3), 6, "APGD-T 5, 2 targets x3"),
+        (APGD(loss="dlr_targeted"), 3, "APGD-5 margin"),
+        (BPDA(), 6, "BPDA-5 ce"),
+        (BPDA(aggregation="mean", restarts=2), 6, "BPDA-5 ce x2 through mean"),
+        (StAdv(), 6, "StAdv-5 margin"),
+        (AutoAttack(), 6, "AutoAttack standard"),
+        (AutoAttack(steps=100, n_queries=20), 6, "AutoAttack standard, 20 queries"),
+        (AutoAttack(version="rand", steps=4, n_queries=20), 6, "AutoAttack rand, 4 steps"),
+        (AutoAttack(version="rand"), 2, "AutoAttack rand (apgd-ce; PGD margin for apgd-dlr: 2 classes)"),
+    ],
+)
+def test_names(attack, classes, name):
+    assert attack.name(context(num_classes=classes)) == name
+
+
+@pytest.mark.parametrize("attack", [PGD(), PGD(restarts=3), FGSM(), BPDA(restarts=2), StAdv(), StAdv(restarts=2)])
+@pytest.mark.parametrize("draws_differ", [False, True])
+def test_the_cost_is_what_is_computed(model, batch, attack, draws_differ):
+    x, y = batch
+    target, passes = attack.target(model), []
+
+    def watched(z):
+        passes.append(len(z))
+        return target(z)
+
+    told = context(draws_differ=draws_differ, health=GradientHealth())
+    attack.search(watched, x, y, told)
+    assert sum(passes) == len(x) * attack.cost(told)
+
+
+def test_the_cost_of_apgd_is_the_most_that_is_computed(batch):
+    x, y = batch
+    passes = []
+
+    def never_fooled(z):
+        passes.append(len(z))
+        return 9 * nn.functional.one_hot(y, 6)[: len(z)] + z.flatten(1)[:, :6]
+
+    for attack in (APGD(), APGD(restarts=2), APGD(loss="dlr_targeted"), APGD(loss="dlr_targeted", n_target_classes=2)):
+        passes.clear()
+        attack.search(never_fooled, x, y, context(health=GradientHealth()))
+        assert sum(passes) == len(x) * attack.cost(context())
+    assert AutoAttack().cost(context()) is None
+
+
+def test_each_runs_its_function(model, batch):
+    x, y = batch
+    ids = torch.arange(100, 109)
+    told = context(seed=7, sample_ids=ids, max_forward_batch=4)
+    common = {"max_forward_batch": 4}
+    seeded = common | {"seed": 7, "sample_ids": ids}
+    around = BpdaModel.of(model)
+    for attack, want in (
+        (PGD(loss="dlr"), pgd(model, x, y, eps=EPS, steps=5, loss="dlr", keep_best=True, **seeded)),
+        (PGD(alpha=0.01, steps=3, random_start=False, eps=0.5, norm="L2"),
+         pgd(model, x, y, eps=0.5, norm="l2", alpha=0.01, steps=3, random_start=False, keep_best=True, **seeded)),
+        (FGSM(), fgsm(model, x, y, eps=EPS, **common)),
+        (APGD(rho=0.5, restarts=2), apgd(model, x, y, eps=EPS, steps=5, rho=0.5, restarts=2, **seeded)),
+        (BPDA(), pgd(around, x, y, eps=EPS, steps=5, keep_best=True, **seeded)),
+        (StAdv(rate=0.02, smoothness=0.0), stadv(model, x, y, steps=5, rate=0.02, smoothness=0.0, keep_best=True,
+                                                 **seeded)),
+    ):  # fmt: skip
+        assert torch.equal(attack.run(model, x, y, told), want), attack
+
+
+def test_of_the_restarts_each_image_keeps_its_worst(model, batch):
+    x, y = batch
+    for attack, runs in (
+        (PGD(random_start=False, restarts=3), [
+            pgd(model, x, y, eps=EPS, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)
+        ]),
+        (StAdv(restarts=3), [
+            stadv(model, x, y, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)
+        ]),
+    ):  # fmt: skip
+        found = attack.run(model, x, y, context())
+        with torch.no_grad():
+            got, *each = (margin(model(images), y) for images in (found, *runs))
+        assert torch.equal(got, torch.stack(each).amax(0)) and not torch.equal(each[0], each[1])
+
+
+def test_settings_are_plain_and_say_what_was_decided():
+    told = context(num_classes=3, draws_differ=True)
+    assert PGD(loss="dlr").settings(told) == {
+        "loss": "dlr", "steps": 5, "alpha": None, "random_start": True, "restarts": 1, "eot_iter": 3, "eps": EPS,
+        "norm": "linf",
+    }  # fmt: skip
+    targeted = APGD(loss="dlr_targeted", eps=0.5, norm="L2").settings(told)
+    assert (targeted["loss"], targeted["n_target_classes"], targeted["norm"]) == ("margin", None, "l2")
+    assert APGD(loss="dlr_targeted").settings(context())["n_target_classes"] == 5
+    auto = AutoAttack(version="rand").settings(told)
+    assert (auto["steps"], auto["eot_iter"], auto["attacks"]) == (100, 20, ["apgd-ce", "apgd-dlr"])
+    assert StAdv().settings(told)["norm"] == "flow" and StAdv().threat_model(told) == ("flow", 0.05)
+    for attack in EVERY:
+        assert attack().draws(context()) == 1
+
+
+@pytest.mark.parametrize("attack", EVERY)
+def test_an_attack_is_frozen_and_has_its_own_options_alone(attack):
+    options = {field.name for field in dataclasses.fields(attack)}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        attack().eot_iter = 3
+    assert ("n_queries" in options) == (attack is AutoAttack) and ("rho" in options) == (attack is APGD)
+    assert ("smoothness" in options) == (attack is StAdv) == ("norm" not in options)
+
+
+def test_bpda_needs_a_purifier(batch):
+    with pytest.raises(TypeError, match=r"BPDA needs a defence with purify\(x\) and classifier, got Flatten"):
+        BPDA().run(nn.Flatten(), *batch, context())
+
+
+@pytest.mark.parametrize(
+    ("attack", "options", "message"),
+    [
+        (PGD, {"loss": "dlr_targeted"}, "loss must be one of ce, margin, dlr, got 'dlr_targeted'"),
+        (APGD, {"norm": "l1", "eps": 1.0}, "norm must be one of linf, l2, got 'l1'"),
+        (APGD, {"rho": 2.0}, r"rho must be in \[0, 1\], got 2.0"),
+        (FGSM, {"norm": "l2"}, "the norm l2 needs an eps of its own"),
+        (PGD, {"eps": 8.0, "norm": "linf"}, r"at most 1 for linf, got 8.0: is 8/255 meant\?"),
+        (PGD, {"eps": -1.0}, "eps must be at least 0, got -1.0"),
+        (PGD, {"steps": 0}, "steps must be at least 1, got 0"),
+        (BPDA, {"aggregation": "max"}, "aggregation must be one of lse"),
+        (StAdv, {"rate": -1.0}, "rate must be at least 0, got -1.0"),
+        (AutoAttack, {"version": "plus"}, "version must be one of standard, rand, got 'plus'"),
+        (AutoAttack, {"n_queries": 0}, "n_queries must be at least 1, got 0"),
+    ],
+)
+def test_wrong_options(attack, options, message):
+    with pytest.raises(ValueError, match=message):
+        attack(**options)
+
+
+def test_apgd_refuses_the_reports_norm_where_it_has_none():
+    with pytest.raises(ValueError, match="apgd's norm must be one of linf, l2, got 'l1': leave it out, or name one"):
+        APGD().threat_model(context(norm="l1"))
+
+
+@pytest.mark.parametrize("attack", [pgd, fgsm, apgd])
+def test_a_strangers_mistakes(model, batch, attack):
+    x, y = batch
+    for change, kind, message in (
+        ({"eps": 8}, ValueError, r"eps is in image units, at most 1 for linf, got 8: is 8/255 meant\?"),
+        ({"x": x.numpy()}, TypeError, r"x must be a torch.Tensor, got numpy.ndarray: torch.as_tensor\(x\) makes one"),
+        ({"y": np.zeros(9)}, TypeError, "y must be a torch.Tensor, got numpy.ndarray"),
+        (
+            {"y": y.int()},
+            ValueError,
+            r"y must be int64 \[B\] = \[9\], got torch.int32 \[9\]: y.long\(\) makes it int64",
+        ),
+        ({"norm": "Linfinity"}, ValueError, "norm must be one of linf, l2.*, got 'Linfinity'"),
+    ):
+        arguments = {"x": x, "y": y, "eps": EPS} | change
+        with pytest.raises(kind, match=message):
+            attack(model, arguments.pop("x"), arguments.pop("y"), **arguments)
+    # pixels from 0 to 255 have an eps in the same unit
+    assert attack(model, 255 * x, y, eps=8, clip_max=255).max() > 1
+
+
+def test_norms_by_their_other_names(model, batch):
+    for norm in ("Linf", "L2", "L1"):
+        assert torch.equal(pgd(model, *batch, eps=EPS, norm=norm), pgd(model, *batch, eps=EPS, norm=norm.lower()))
+
+
+def test_old_names_still_work(model, batch):
+    x, y = batch
+    for attack, old, new in (
+        (pgd, {"start": False, "eot": 2, "chunk": 4, "lo": 0.1, "hi": 0.9},
+         {"random_start": False, "eot_iter": 2, "max_forward_batch": 4, "clip_min": 0.1, "clip_max": 0.9}),
+        (apgd, {"targets": 2, "loss": "dlr_targeted"}, {"n_target_classes": 2, "loss": "dlr_targeted"}),
+    ):  # fmt: skip
+        with pytest.warns(DeprecationWarning, match="is deprecated and goes in the next release"):
+            got = attack(model, x, y, eps=EPS, steps=2, **old)
+        assert torch.equal(got, attack(model, x, y, eps=EPS, steps=2, **new))
+    with pytest.warns(DeprecationWarning, match="use purify_fast.attacks.BpdaModel"):
+        assert attacks.Bpda is BpdaModel
+    with pytest.warns(DeprecationWarning, match="'method'"):
+        BpdaModel.of(model, method="mean")
