@@ -8,7 +8,7 @@ such as a compiled module, does not count, because calling the inner object's me
 from __future__ import annotations
 
 import contextlib
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -113,7 +113,7 @@ class SharesDraws(Protocol):
 class FixedNoise(Protocol):
     """Can make its randomness a function of a seed."""
 
-    def fixed_noise(self, seed: int) -> contextlib.AbstractContextManager:
+    def fixed_noise(self, seed: int) -> contextlib.AbstractContextManager[Any]:
         """Within the block, every image gets the same draws, made from ``seed``."""
 
 
@@ -121,7 +121,7 @@ class FixedNoise(Protocol):
 class DeterministicMode(Protocol):
     """Can be run without any randomness."""
 
-    def deterministic(self) -> contextlib.AbstractContextManager:
+    def deterministic(self) -> contextlib.AbstractContextManager[Any]:
         """Within the block, nothing is drawn."""
 
 

@@ -14,50 +14,10 @@ namespace pf::decoder {
 // every transposed convolution channels, kernel, stride, padding, height and width.
 constexpr int head_numbers = 4, layer_numbers = 6;
 
-// The products of the decoder in the order they are computed, or of its gradient. The first of a decoder makes the
-// first map of the latents: a transposed convolution of one pixel, whose stride is its kernel. The gradient leaves that
-// one out: latents have none. The packed weights hold the decoder's products, then the gradient's.
-inline std::vector<Product> chain_of(const std::vector<int64_t>& numbers, bool gradient) {
-  const auto whole = static_cast<int64_t>(numbers.size()) - head_numbers;
-  if (whole < layer_numbers || whole % layer_numbers != 0 || whole / layer_numbers + 1 > max_products) {
-    throw std::runtime_error("decode_samples: geometry must have 4 + 6 n numbers, 1 <= n < " +
-                             std::to_string(max_products) + ", got " + std::to_string(numbers.size()));
-  }
-  std::vector<Product> forward, backward;
-  const auto number = [&](int64_t i) { return static_cast<int>(numbers[i]); };
-  int c = number(1), h = number(2), w = number(3), bias = 0;
-  Product first{number(0), 1, 1, c, h, w, h, w, h, w, 0, 0, round_up(c, channel_tile), 0, 0, false};
-  int64_t weights = first.packed();
-  forward.push_back(first);
-  for (int64_t i = head_numbers; i < static_cast<int64_t>(numbers.size()); i += layer_numbers) {
-    const bool image = i + layer_numbers == static_cast<int64_t>(numbers.size());
-    Product p{c,
-              h,
-              w,
-              number(i),
-              number(i + 4),
-              number(i + 5),
-              number(i + 1),
-              number(i + 1),
-              number(i + 2),
-              number(i + 2),
-              number(i + 3),
-              number(i + 3),
-              0,
-              bias,
-              weights,
-              image};
-    p.columns = round_up(p.out_c, image ? column_tile : channel_tile);
-    if (p.out_h > largest_side || p.out_w > largest_side || p.kernel_h > largest_side) {
-      throw std::runtime_error("decode_samples: maps and kernels may have " + std::to_string(largest_side) +
-                               " pixels a side, got " + std::to_string(most(most(p.out_h, p.out_w), p.kernel_h)));
-    }
-    bias += p.columns;
-    weights += p.packed();
-    forward.push_back(p);
-    c = p.out_c, h = p.out_h, w = p.out_w;
-  }
-  if (!gradient) return forward;
+// The gradient's products for those of a decoder, whose packed weights end at `weights`: the last first. It leaves out
+// the first product of the decoder, since no gradient of the latents is wanted.
+inline std::vector<Product> gradient_of(const std::vector<Product>& forward, int64_t weights) {
+  std::vector<Product> backward;
   for (auto p = forward.rbegin(); p + 1 != forward.rend(); ++p) {
     Product back = *p;
     back.in_c = p->out_c, back.in_h = p->out_h, back.in_w = p->out_w;
@@ -71,25 +31,87 @@ inline std::vector<Product> chain_of(const std::vector<int64_t>& numbers, bool g
   return backward;
 }
 
+// The products of the decoder in the order they are computed, or those of its gradient. The first product of a decoder
+// makes the first map of the latents: a transposed convolution of one pixel, whose stride is its kernel. The packed
+// weights hold the decoder's products, then the gradient's.
+inline std::vector<Product> chain_of(const std::vector<int64_t>& numbers, bool gradient) {
+  const auto whole = static_cast<int64_t>(numbers.size()) - head_numbers;
+  if (whole < layer_numbers || whole % layer_numbers != 0 || whole / layer_numbers + 1 > max_products) {
+    throw std::runtime_error("decode_samples: geometry must have 4 + 6 n numbers, 1 <= n < " +
+                             std::to_string(max_products) + ", got " + std::to_string(numbers.size()));
+  }
+  std::vector<Product> forward;
+  const auto number = [&](int64_t i) { return static_cast<int>(numbers[i]); };
+  int c = number(1), h = number(2), w = number(3), bias = 0;
+  const Product first{.in_c = number(0),
+                      .in_h = 1,
+                      .in_w = 1,
+                      .out_c = c,
+                      .out_h = h,
+                      .out_w = w,
+                      .kernel_h = h,
+                      .kernel_w = w,
+                      .stride_h = h,
+                      .stride_w = w,
+                      .padding_h = 0,
+                      .padding_w = 0,
+                      .columns = round_up(c, channel_tile),
+                      .bias = 0,
+                      .weights = 0,
+                      .image = false};
+  int64_t weights = first.packed();
+  forward.push_back(first);
+  for (int64_t i = head_numbers; i < static_cast<int64_t>(numbers.size()); i += layer_numbers) {
+    const bool image = i + layer_numbers == static_cast<int64_t>(numbers.size());
+    const Product p{.in_c = c,
+                    .in_h = h,
+                    .in_w = w,
+                    .out_c = number(i),
+                    .out_h = number(i + 4),
+                    .out_w = number(i + 5),
+                    .kernel_h = number(i + 1),
+                    .kernel_w = number(i + 1),
+                    .stride_h = number(i + 2),
+                    .stride_w = number(i + 2),
+                    .padding_h = number(i + 3),
+                    .padding_w = number(i + 3),
+                    .columns = round_up(number(i), image ? column_tile : channel_tile),
+                    .bias = bias,
+                    .weights = weights,
+                    .image = image};
+    if (p.out_h > largest_side || p.out_w > largest_side || p.kernel_h > largest_side) {
+      throw std::runtime_error("decode_samples: maps and kernels may have " + std::to_string(largest_side) +
+                               " pixels a side, got " + std::to_string(most(most(p.out_h, p.out_w), p.kernel_h)));
+    }
+    bias += p.columns;
+    weights += p.packed();
+    forward.push_back(p);
+    c = p.out_c, h = p.out_h, w = p.out_w;
+  }
+  return gradient ? gradient_of(forward, weights) : forward;
+}
+
 // Sizes of a segment's buffers: of its largest block.
 inline Segment segment_of(const std::vector<Product>& chain, bool gradient, int first, int last, int samples,
                           int rows) {
-  Segment s{first, last, samples, rows, {0, 0}, 0};
+  Segment s{.first = first, .last = last, .samples = samples, .rows = rows, .buffers = {0, 0}, .zeros = 0};
   for (int lo = 0; lo < chain[last].out_h; lo += rows) {
     Rows out{lo, least(lo + rows, chain[last].out_h)};
     for (int i = last; i >= first; --i) {
       out = rows_read(chain[i], gradient, out);
       int& buffer = s.buffers[(i - first) % 2];
       const int64_t needed = int64_t{samples} * out.count() * chain[i].in_w * chain[i].pitch();
-      buffer = most(buffer, needed < shared_bytes ? static_cast<int>(needed) : shared_bytes);  // which is too large
+      // what does not fit in an int counts as shared_bytes elements, which is too large already
+      buffer = most(buffer, needed < shared_bytes ? static_cast<int>(needed) : shared_bytes);
     }
   }
   for (int i = first; i <= last; ++i) s.zeros = most(s.zeros, chain[i].pitch());
   return s;
 }
 
-// What a multiprocessor does in a cycle: about two thirds of mma.sync's rate, of its share of the level-2 cache's, of
-// its share of memory's. Counted for Hopper; they weigh the plans against each other and promise nothing.
+// What a multiprocessor does in a cycle: about two thirds of the rate of mma.sync, of its share of the level-2 cache's
+// rate, and of its share of the memory's. These are counted for Hopper, not measured; they weigh plans against each
+// other.
 constexpr double products_per_cycle = 700, cached_bytes_per_cycle = 40, memory_bytes_per_cycle = 16;
 
 // Cycles of a segment for `total` samples.
@@ -100,7 +122,8 @@ inline double cycles_of(const std::vector<Product>& chain, bool gradient, const 
   double slowest = 0;
   Rows out{0, least(s.rows, end.out_h)};
   const int tiles = ceil_div(end.out_h, s.rows);
-  if (tiles > 2) out = {s.rows, 2 * s.rows};  // away from the border
+  // if there is one, a block away from the border
+  if (tiles > 2) out = {s.rows, 2 * s.rows};
   double block = 0, weights = 0;
   for (int i = s.last; i >= s.first; --i) {
     const Product& p = chain[i];
@@ -119,7 +142,8 @@ inline double cycles_of(const std::vector<Product>& chain, bool gradient, const 
     weights += 2.0 * static_cast<double>(p.packed());
     out = rows_read(p, gradient, out);
   }
-  double memory = 0;  // of the maps between segments
+  // bytes of the maps between segments
+  double memory = 0;
   if (s.first > 0) memory += 2.0 * s.samples * out.count() * begin.in_w * begin.channels();
   if (s.last + 1 < static_cast<int>(chain.size())) memory += 2.0 * s.samples * s.rows * end.out_w * end.columns;
   const double compute = block / products_per_cycle, cached = weights / cached_bytes_per_cycle;
@@ -128,7 +152,8 @@ inline double cycles_of(const std::vector<Product>& chain, bool gradient, const 
   return waves * ((compute < cached ? cached : compute) + memory / memory_bytes_per_cycle);
 }
 
-// The segments of least cycles for `total` samples; `alone`: every product its own launch, its result in memory.
+// The segments that take the fewest cycles for `total` samples. With `alone` every product is a launch of its own, and
+// every map goes to memory.
 inline std::vector<Segment> plan_of(const std::vector<Product>& chain, bool gradient, int64_t total, int processors,
                                     bool alone) {
   const int count = static_cast<int>(chain.size());
@@ -161,7 +186,8 @@ inline std::vector<Segment> plan_of(const std::vector<Product>& chain, bool grad
   return plan;
 }
 
-// The maps that a plan leaves in memory, as elements of one sample: where result i begins, and last their sum.
+// The maps that a plan leaves in memory, in elements of one sample: where the result of product i begins (-1 if it
+// stays in shared memory), and as a last entry how many elements they are together.
 inline std::vector<int64_t> maps_of(const std::vector<Product>& chain, const std::vector<Segment>& plan) {
   std::vector<int64_t> places(chain.size(), -1);
   int64_t sum = 0;
@@ -174,6 +200,7 @@ inline std::vector<int64_t> maps_of(const std::vector<Product>& chain, const std
   return places;
 }
 
+// Launches the segments of a plan, one after the other; `size` samples have room in `maps`.
 template <class Machine, class Launch>
 void follow(Task<Machine> task, const std::vector<Product>& chain, const std::vector<Segment>& plan,
             typename Machine::Element* maps, int64_t size, Launch launch) {
@@ -188,8 +215,9 @@ void follow(Task<Machine> task, const std::vector<Product>& chain, const std::ve
   }
 }
 
-// Decodes task.total samples, or takes the image's gradient back to the condition: as many samples at a time as leave
-// at most `workspace` bytes between the launches. Forward is computed again for the gradient: nothing was stored.
+// Decodes task.total samples, or takes the image's gradient back to the condition. It works on as many samples at a
+// time as leave at most `workspace` bytes of maps between the launches. For the gradient, forward is computed again
+// first: nothing was stored.
 //   plan(chain, gradient, samples, alone) -> segments; allocate(elements) -> memory; launch(task) -> one kernel
 template <class Machine, class Plan, class Allocate, class Launch>
 void decode(Task<Machine> task, const std::vector<int64_t>& numbers, int64_t workspace, Plan plan, Allocate allocate,
@@ -197,7 +225,8 @@ void decode(Task<Machine> task, const std::vector<int64_t>& numbers, int64_t wor
   using Element = typename Machine::Element;
   const bool gradient = task.gradient;
   std::vector<Product> forward = chain_of(numbers, false), backward;
-  int64_t elements = 0;  // of a sample; the gradient keeps every activation
+  // of the maps of one sample; the gradient keeps every activation beside its own maps
+  int64_t elements = 0;
   if (gradient) {
     backward = chain_of(numbers, true);
     for (const Product& p : backward) elements += 2 * int64_t{p.out_h} * p.out_w * p.columns;
@@ -216,7 +245,8 @@ void decode(Task<Machine> task, const std::vector<int64_t>& numbers, int64_t wor
     task.total = end - n < chunk ? end - n : chunk;
     task.gradient = false;
     std::vector<Segment> computed = first;
-    if (gradient) computed.pop_back();  // the image itself is not needed
+    // for the gradient the image itself is not needed
+    if (gradient) computed.pop_back();
     follow(task, forward, computed, maps, chunk, launch);
     if (!gradient) continue;
     task.gradient = true;

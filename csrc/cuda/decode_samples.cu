@@ -23,10 +23,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int threads = 32 * decoder::warps;
-// Between the launches of one call, at most: enough to fill the GPU, little beside what a classifier takes.
+// Bytes of maps between the launches of one call, at most: enough to fill the GPU, little beside what a classifier
+// takes.
 constexpr int64_t workspace = int64_t{256} << 20;
 
-// A warp, as the block's program sees it: every lane runs it, and is the only one it speaks of.
+// The machine of the block's program on the GPU: each lane of a warp runs the program, and knows of itself alone.
 struct Warp {
   using Element = bfloat16;
   using Sum = float;
@@ -37,7 +38,8 @@ struct Warp {
   using Weights = uint4;
 
   Element* shared;
-  uint32_t address;  // of `shared`, in the shared window
+  // of `shared`, in the address space of shared memory
+  uint32_t address;
 
   template <class F>
   __device__ __forceinline__ void each(F f) {
@@ -50,7 +52,8 @@ struct Warp {
   template <class F>
   __device__ __forceinline__ void for_warps(int n, F f) {
     for (int i = static_cast<int>(threadIdx.x / 32); i < n; i += decoder::warps) {
-      __syncwarp();  // the matrix instructions take whole warps, and the lanes of an item part at its borders
+      // the matrix instructions need whole warps, and at the borders of an item lanes take different branches
+      __syncwarp();
       f(i);
     }
   }
@@ -108,7 +111,8 @@ using Task = decoder::Task<Warp>;
 
 __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constant__ Task task) {
   extern __shared__ __align__(16) uint16_t maps[];
-  __shared__ decoder::Block<Warp> block;  // its rows are indexed: not for registers
+  // in shared memory, since its rows are indexed by variables, which registers cannot be
+  __shared__ decoder::Block<Warp> block;
   if (threadIdx.x == 0) decoder::set_block(block, task, blockIdx.x);
   __syncthreads();
   Warp warp{reinterpret_cast<bfloat16*>(maps), static_cast<uint32_t>(__cvta_generic_to_shared(maps))};
@@ -132,9 +136,12 @@ decoder::Image image_of(const Tensor& x) {
   const bool single = x.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(single || x.scalar_type() == ScalarType::BFloat16,
                   "decode_samples: images must be float32 or bfloat16");
-  return {x.mutable_data_ptr(), single ? decoder::Format::f32 : decoder::Format::bf16,
-          x.stride(0),          x.stride(1),
-          x.stride(2),          x.stride(3)};
+  return {.data = x.mutable_data_ptr(),
+          .format = single ? decoder::Format::f32 : decoder::Format::bf16,
+          .n = x.stride(0),
+          .c = x.stride(1),
+          .h = x.stride(2),
+          .w = x.stride(3)};
 }
 
 // Everything the forward and the backward call share; `task` brings its images.
@@ -163,7 +170,8 @@ void decode(Task task, const Tensor& condition, const Tensor& seed, const Tensor
   task.sample_ids = static_cast<const int64_t*>(sample_ids.const_data_ptr());
   STD_CUDA_CHECK(
       cudaFuncSetAttribute(decode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, decoder::shared_bytes));
-  Tensor maps = packed;  // replaced: a tensor without memory has no constructor here
+  // replaced below: torch's stable interface has no constructor for a tensor without memory
+  Tensor maps = packed;
   decoder::decode(
       task, numbers, workspace,
       [&](const std::vector<decoder::Product>& chain, bool gradient, int64_t total, bool alone) {

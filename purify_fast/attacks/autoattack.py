@@ -254,7 +254,7 @@ def _with_margin(model: Classifier, x: Tensor, y: Tensor, found: Tensor, batch_s
     return found
 
 
-def _set_steps(part, steps: int) -> None:
+def _set_steps(part: Any, steps: int) -> None:
     """APGD derives its checkpoints from the number of steps when it is made."""
     part.n_iter = part.n_iter_orig = steps
     part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(r * steps), 1) for r in (0.22, 0.06, 0.03))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,7 +110,8 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
         wanted_channels, *wanted = model.image_shape
         classes = model.num_classes
     else:
-        facts: dict = model.arguments  # type: ignore[assignment]  # every classifier that is loaded has them
+        # every classifier that is loaded has them
+        facts: dict[str, Any] = model.arguments  # type: ignore[assignment]
         wanted_channels, wanted, classes = facts["in_channels"], facts.get("image_size", size), facts["num_classes"]
     if list(wanted) != list(size):
         raise ValueError(f"images are {_size(size)}, {what} was trained on {_size(wanted)}")

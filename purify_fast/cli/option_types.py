@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from tyro.constructors import (
     ConstructorRegistry,
@@ -53,7 +53,7 @@ def refuse_large_radius(eps: float, norm: str) -> None:
         raise ValueError(f"eps is in image units, at most 1 for linf, got {eps:g}: is {eps:g}/255 meant?")
 
 
-def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     if info.type is not float:
         return None
     return PrimitiveConstructorSpec(
@@ -65,8 +65,8 @@ def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     )
 
 
-def _words(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    if info.type_origin is not Literal or not all(isinstance(word, str) for word in get_args(info.type)):
+def _words(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    if get_origin(info.type) is not Literal or not all(isinstance(word, str) for word in get_args(info.type)):
         return None
     allowed = get_args(info.type)
 

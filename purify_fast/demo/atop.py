@@ -25,7 +25,7 @@ ALONE, ADAPTIVE = "PGD ce on the classifier alone (not adaptive)", "PGD ce + dlr
 
 def _methods(budget: Budget) -> dict[str, tuple[AtopConfig, int]]:
     """How each model is trained, and for how many epochs."""
-    # its logged run, with the lambda of its notebooks for ImageNette; rate and schedule ours
+    # its logged run, with the lambda of its notebooks for ImageNette; rate and schedule were chosen here
     published = AtopConfig.published(
         "logged", attack=TrainingAttack(eps=EPS, steps=10), cls_weight=0.1, learning_rate=3e-3, schedule="one_cycle"
     )

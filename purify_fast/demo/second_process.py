@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 import torch
 
@@ -28,12 +29,12 @@ class SecondProcess:
     def __init__(self, workspace: Workspace):
         self.workspace = workspace
         self.pool = worker_pool(1, _prepare)
-        self.given: list[tuple[Future, Callable, tuple[str, ...], Future | None]] = []
+        self.given: list[tuple[Future[Any], Callable[..., Any], tuple[str, ...], Future[Any] | None]] = []
 
     def __enter__(self) -> SecondProcess:
         return self
 
-    def __call__(self, work: Callable, *arguments: str, after: Future | None = None) -> Future:
+    def __call__(self, work: Callable[..., Any], *arguments: str, after: Future[Any] | None = None) -> Future[Any]:
         """Give it something to do.
 
         Args:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .._files import write_text
+from ..protocols import Classifier
 from . import plots
 from .rows import Examples, Paired, Row, attack_names, model_names
 from .tables import (
@@ -175,7 +176,7 @@ class Report:
         write_text(folder / "report.json", self.to_json())
         write_text(folder / "report.md", self.to_markdown())
 
-    def save(self, folder: str | Path, defence: Callable | Mapping[str, Callable] | None = None) -> None:
+    def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
         """Write ``report.json``, ``report.md``, ``accuracies.png`` and, where examples are kept, ``images_*.png``.
 
         Each file appears whole or not at all. Without matplotlib the pictures are left out, and a note says so.
@@ -203,7 +204,7 @@ class Report:
         else:
             self._draw(folder, defence or {})
 
-    def _draw(self, folder: Path, defences: Mapping[str, Callable]) -> None:
+    def _draw(self, folder: Path, defences: Mapping[str, Classifier]) -> None:
         plots.bars(self.rows, folder / "accuracies.png")
         for model in self.models:
             row = next((r for r in self.rows if r.model == model and r.examples is not None), None)
@@ -222,7 +223,7 @@ def merge(reports: Iterable[Report]) -> Report:
         merged.notes += [note for note in report.notes if note not in merged.notes]
     if together:
         shared = together[0].about.items()
-        merged.about = {key: said for key, said in shared if all(r.about.get(key) == said for r in together)}
+        merged.about = {key: value for key, value in shared if all(r.about.get(key) == value for r in together)}
     names = [(row.model, row.attack) for row in merged.rows]
     double = [f"{model}: {attack}" for model, attack in dict.fromkeys(names) if names.count((model, attack)) > 1]
     if double:

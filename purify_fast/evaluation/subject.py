@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class Subject:
         some = self.some()
         return not torch.allclose(model(some), model(some), rtol=1e-5, atol=1e-6, equal_nan=True)
 
-    def variant(self, name: Variant) -> contextlib.AbstractContextManager:
+    def variant(self, name: Variant) -> contextlib.AbstractContextManager[Any]:
         """The model as the variant has it, within a block."""
         if name == "random" or not self.is_random:
             return contextlib.nullcontext()

@@ -71,18 +71,18 @@ def draws(row: Row) -> str:
 
 
 def remark(row: Row, unreliable: str = UNRELIABLE) -> str:
-    """What must be said of a row's number; empty for most.
+    """A warning about a row's number; empty for most.
 
     Args:
         row: the row.
         unreliable: how to write that the attack lacked gradients.
     """
-    said = [f"{row.nonfinite_predictions} predictions {NOT_FINITE}"] if row.nonfinite_predictions else []
+    remarks = [f"{row.nonfinite_predictions} predictions {NOT_FINITE}"] if row.nonfinite_predictions else []
     if row.nothing_to_attack:
-        said.append("nothing to attack")
+        remarks.append("nothing to attack")
     elif not row.reliable:
-        said.append(unreliable)
-    return ", ".join(said)
+        remarks.append(unreliable)
+    return ", ".join(remarks)
 
 
 def row_cells(row: Row, unreliable: str = UNRELIABLE) -> list[str]:

@@ -34,7 +34,8 @@ class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
+        # torch's, without types
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self.training and (world := processes()[1]) > 1:

@@ -24,7 +24,7 @@ class _Recorder:
     def __init__(self, owner: Representation, index: int):
         self.owner, self.index = owner, index
 
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self.owner.recording:
             self.owner.outputs[self.index] = output.clone() if self.owner.overwritten[self.index] else output
 
@@ -130,7 +130,7 @@ class Representation:
     def _dry_run(self, image_shape: tuple[int, int, int]) -> tuple[list[tuple[int, ...]], int]:
         seen: list[list[tuple[Tensor, int]]] = [[] for _ in self.layers]
 
-        def see(index: int, module: nn.Module, args: tuple, output: Any) -> None:
+        def see(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             version = output._version if isinstance(output, Tensor) else -1
             seen[index].append((output, version))
 

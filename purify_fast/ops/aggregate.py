@@ -16,6 +16,8 @@ of the classes is kept.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -101,17 +103,17 @@ BACKWARD = define_op(
 
 class _Aggregate(torch.autograd.Function):
     @staticmethod
-    def forward(logits, method):
+    def forward(logits: Tensor, method: int) -> Tensor:
         return OP.handle(logits, method)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         logits, ctx.method = inputs
         ctx.save_for_backward(logits)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return BACKWARD(grad, *ctx.saved_tensors, ctx.method), None
 
 

@@ -20,6 +20,8 @@ what lies between, G to U. All its sums are symmetric in o, so that the same one
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -140,11 +142,13 @@ BACKWARD = define_op(
 
 class _Between(torch.autograd.Function):
     @staticmethod
-    def forward(correlation, inverse, keep, height, width, scale):
+    def forward(
+        correlation: Tensor, inverse: Tensor, keep: Tensor, height: int, width: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
         return OP.handle(correlation, inverse, keep, height, width, scale)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         correlation, inverse, _keep, *ctx.constants = inputs
         ctx.save_for_backward(correlation, inverse, output[1])
         ctx.mark_non_differentiable(output[1])
@@ -152,7 +156,7 @@ class _Between(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:  # U was not used; zeros for A's gradient are not wanted either
             return (None,) * 6
         return *BACKWARD(grad, *ctx.saved_tensors, *ctx.constants), None, None, None, None

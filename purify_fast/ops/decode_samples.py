@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -256,7 +257,19 @@ def reference_backward(
     return by_pixel.unflatten(0, (-1, samples)).sum(1)
 
 
-def _fake(condition, seed, sample_ids, packed, biases, numbers, samples, slope, squash, channels_last, dtype):
+def _fake(
+    condition: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    packed: Tensor,
+    biases: Tensor,
+    numbers: Sequence[int],
+    samples: int,
+    slope: float,
+    squash: bool,
+    channels_last: bool,
+    dtype: torch.dtype,
+) -> Tensor:
     channels, *_, h, w = numbers[-6:]
     out = condition.new_empty((condition.shape[0] * samples, channels, h, w), dtype=dtype)
     return out.contiguous(memory_format=torch.channels_last) if channels_last else out
@@ -281,18 +294,18 @@ BACKWARD = define_op(
 
 class _DecodeSamples(torch.autograd.Function):
     @staticmethod
-    def forward(condition, *rest):
+    def forward(condition: Tensor, *rest: Any) -> Tensor:
         return OP.handle(condition, *rest)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         condition, seed, sample_ids, packed, biases, *ctx.sizes = inputs
         ctx.sizes = ctx.sizes[:4]
         ctx.save_for_backward(output, condition, seed, sample_ids, packed, biases)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return BACKWARD(grad, *ctx.saved_tensors, *ctx.sizes), *[None] * 10
 
 

@@ -9,6 +9,8 @@ DeepFillv2 (Yu et al., ICCV 2019), the generator of AToP (arXiv 2401.16352). Bac
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -58,17 +60,17 @@ BACKWARD = define_op(
 
 class _GatedElu(torch.autograd.Function):
     @staticmethod
-    def forward(features, dim):
+    def forward(features: Tensor, dim: int) -> Tensor:
         return OP.handle(features, dim)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         features, ctx.dim = inputs
         ctx.save_for_backward(features)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return BACKWARD(grad, *ctx.saved_tensors, ctx.dim), None
 
 

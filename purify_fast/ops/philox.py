@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Stream(enum.IntEnum):
 DISTRIBUTIONS = ("bits", "uniform", "normal")
 
 
-def words(key: tuple, counter: tuple) -> tuple:
+def words(key: tuple[Any, Any], counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
     """Philox4x32-10 on int64 tensors (or ints) holding 32-bit words: 2 key words, 4 counter words -> 4 words."""
     (k0, k1), (c0, c1, c2, c3) = key, counter
     for _ in range(10):
@@ -77,7 +78,15 @@ def reference(
     return out.flatten(-2)[..., :numel].contiguous()
 
 
-def _fake(seed, sample_ids, numel, stream, distribution, draws=1, first_draw=0):
+def _fake(
+    seed: Tensor,
+    sample_ids: Tensor,
+    numel: int,
+    stream: int,
+    distribution: int,
+    draws: int = 1,
+    first_draw: int = 0,
+) -> Tensor:
     dtype = torch.int32 if distribution == 0 else torch.float32
     return sample_ids.new_empty((sample_ids.shape[0], draws, numel), dtype=dtype)
 

@@ -19,6 +19,7 @@ Backward draws n again from the seed. Only the owners of the blocks are kept for
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,7 +127,19 @@ def reference_backward(
     return torch.where((noisy >= 0) & (noisy <= 1), 2 * total, 0).sum(0).to(x.dtype).contiguous()
 
 
-def _fake(x, seed, sample_ids, sigma, block, masked_blocks, num_passes, samples, shared_mask, dtype, channels_last):
+def _fake(
+    x: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    sigma: float,
+    block: int,
+    masked_blocks: int,
+    num_passes: int,
+    samples: int,
+    shared_mask: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
     shape = (samples * batch * (num_passes or 1), channels + 2, height, width)
     packed = torch.empty(shape, dtype=dtype, device=x.device, memory_format=_format(channels_last))
@@ -154,15 +167,11 @@ BACKWARD = define_op(
 
 class _RandomTransform(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x, seed, sample_ids, sigma, block, masked_blocks, num_passes, samples, shared_mask, dtype, channels_last
-    ):
-        return OP.handle(
-            x, seed, sample_ids, sigma, block, masked_blocks, num_passes, samples, shared_mask, dtype, channels_last
-        )
+    def forward(x: Tensor, seed: Tensor, sample_ids: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+        return OP.handle(x, seed, sample_ids, *settings)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, seed, sample_ids, ctx.sigma = inputs[:4]
         ctx.num_passes = inputs[6]
         ctx.mark_non_differentiable(output[1])
@@ -170,7 +179,7 @@ class _RandomTransform(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         return (BACKWARD(grad, *ctx.saved_tensors, ctx.sigma, ctx.num_passes), *[None] * 10)
 
 

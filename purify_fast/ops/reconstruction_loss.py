@@ -10,6 +10,8 @@ For targets inside (0, 1) the minimum is the entropy of the pixels, not 0. Backw
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,16 +50,16 @@ BACKWARD = define_op(
 
 class _ReconstructionLoss(torch.autograd.Function):
     @staticmethod
-    def forward(logits, target):
+    def forward(logits: Tensor, target: Tensor) -> Tensor:
         return OP.handle(logits, target)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return BACKWARD(grad, *ctx.saved_tensors), None
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def reference_backward(grad: Tensor, student: list[Tensor], teacher: list[Tensor
     return out
 
 
-def _fake(student, teacher, kind):
+def _fake(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: int) -> tuple[Tensor, Tensor]:
     batch, layers, dtype = student[0].shape[0], len(student), _result_dtype(student)
     return student[0].new_empty((batch, layers), dtype=dtype), student[0].new_empty((batch, layers, 2), dtype=dtype)
 
@@ -118,19 +119,19 @@ class _RepresentationDistance(torch.autograd.Function):
     """Around the reference too: the gradient that autograd finds for it is rounding at u = v, and NaN at 0."""
 
     @staticmethod
-    def forward(kind, layers, *tensors):
+    def forward(kind: int, layers: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         call = reference if OP.plain(tensors[0].device, _variant(layers)) else OP.handle
         return call(list(tensors[:layers]), list(tensors[layers:]), kind)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, ctx.layers, *tensors = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         *tensors, slopes = ctx.saved_tensors
         out = BACKWARD(grad, tensors[: ctx.layers], tensors[ctx.layers :], slopes, variant=_variant(ctx.layers))
         return None, None, *out, *[None] * ctx.layers

@@ -10,6 +10,8 @@ Source: Kingma & Welling, ICLR 2014; CARSO (arXiv 2306.06081), section 4.3. Back
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,16 +59,16 @@ BACKWARD = define_op(
 
 class _SampleLatent(torch.autograd.Function):
     @staticmethod
-    def forward(mu, logvar, seed, sample_ids):
+    def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
         return OP.handle(mu, logvar, seed, sample_ids)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_z, grad_kl):
+    def backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         return (*BACKWARD(grad_z, grad_kl, *ctx.saved_tensors), None, None)
 
 

@@ -8,6 +8,8 @@ choice, not a sum of N images. The backward sends every block's gradient to its 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,17 +67,17 @@ BACKWARD = define_op(
 
 class _Stitch(torch.autograd.Function):
     @staticmethod
-    def forward(images, owners, passes):
+    def forward(images: Tensor, owners: Tensor, passes: int) -> Tensor:
         return OP.handle(images, owners, passes)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, owners, ctx.passes = inputs
         ctx.save_for_backward(owners)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return BACKWARD(grad, *ctx.saved_tensors, ctx.passes), None, None
 
 

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from .._process import processes
 from .checkpoint import flatten, restore
@@ -27,7 +29,7 @@ T = TypeVar("T")
 BUCKET = 2**25  # numbers sent at once: bounds the memory of the copy
 PATIENCE = timedelta(seconds=10)  # of a process that fails, for word that the first one failed too
 
-_store: dist.Store | None = None  # torchrun's, within `torchrun_group`: what is told there needs no one to listen
+_store: Store | None = None  # torchrun's, within `torchrun_group`: what is told there needs no one to listen
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -124,7 +126,7 @@ def torchrun_group() -> Iterator[None]:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"WORLD_SIZE is {launched()}, but {', '.join(missing)} not set: start this by torchrun")
-    _store, rank, world = next(dist.rendezvous("env://"))
+    _store, rank, world = next(rendezvous("env://"))
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=_store, rank=rank, world_size=world)

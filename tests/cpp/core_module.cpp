@@ -188,7 +188,7 @@ struct DecoderOnHost {
 
   pf::decoder::Image image(double* data) const {
     const int64_t c = numbers.end()[-6], h = numbers.end()[-2], w = numbers.end()[-1];
-    return {data, pf::decoder::Format::f64, c * h * w, h * w, w, 1};
+    return {.data = data, .format = pf::decoder::Format::f64, .n = c * h * w, .c = h * w, .h = w, .w = 1};
   }
 
   void run(pf::decoder::Task<Machine> task) {

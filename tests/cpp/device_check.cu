@@ -3,6 +3,8 @@
 #include "core/apgd_step.h"
 #include "core/contextual_attention.h"
 #include "core/decode_samples.h"
+#include "core/decoder_geometry.h"
+#include "core/decoder_item.h"
 #include "core/decoder_plan.h"
 #include "core/gated_elu.h"
 #include "core/math.h"

@@ -85,7 +85,7 @@ def ablate(
         ValueError: settings that cannot be trained or would be ignored; a folder that holds others.
         ModuleNotFoundError: AutoAttack or scipy is missing.
     """
-    # what would stop the last step, or a later row, is said before any work: scipy, AutoAttack, refused settings
+    # what would stop a later step is checked before any work: scipy, AutoAttack, refused settings
     ar_point_dist(((0, 1), (1, 0)), (0, 1))
     if what.autoattack:
         implementation()

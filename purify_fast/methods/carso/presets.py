@@ -23,8 +23,8 @@ from typing import Literal
 
 from torch import nn
 
-from ...models.classifiers import FullyConnected, WideResNet
-from ...models.wide_resnet import representation_layers
+from ...models.classifiers import FullyConnected
+from ...models.wide_resnet import WideResNet, representation_layers
 from ...training.attack import TrainingAttack
 from ...training.config import FitConfig
 from .config import CarsoConfig, EpsMode, Schedule, atom_size
