@@ -21,7 +21,8 @@ from ...models.classifiers import representation_before_pooling
 from ...training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, load_classifier, save_classifier
 from .ablation_table import Result, write
 from .config import AblationConfig, ArrestConfig
-from .task import ArrestTask, Teacher
+from .task import ArrestTask
+from .teacher import Teacher
 
 STANDARD, SCRATCH, FINETUNED = "standard", "AT from scratch", "AFT"
 ROBUST, AUTO = "PGD ce + dlr", "AutoAttack"
