@@ -32,7 +32,7 @@ from ..saved_defence import save_defence
 from .purifier import PURIFIERS, PurifierAdapter
 
 if TYPE_CHECKING:
-    from ...training.loop import Batch
+    from ...training.task import Batch
     from .config import AtopConfig
 
 Transform = Literal["rt1", "rt2", "rt3"]
