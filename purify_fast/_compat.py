@@ -345,14 +345,7 @@ def old_name(module: str, name: str) -> Any:
 
 
 #: The attacks of version 0.1's `evaluation.Attack(kind, ...)`, and their classes in `purify_fast.attacks`.
-_ATTACK_CLASSES = {
-    "pgd": "PGD",
-    "apgd": "APGD",
-    "fgsm": "FGSM",
-    "bpda": "BPDA",
-    "stadv": "StAdv",
-    "autoattack": "AutoAttack",
-}
+_ATTACK_CLASSES = {name.lower(): name for name in ("PGD", "APGD", "FGSM", "BPDA", "StAdv", "AutoAttack")}
 #: Its options that belong to an `AttackSpec` now, old name to new name.
 _SPEC_OPTIONS = {
     "variant": "variant",

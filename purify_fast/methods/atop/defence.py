@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ... import _compat
+from ..._tensors import dtype_of
 from ..._validation import check_literal
 from ...defences.base import Defence, refuse_wrapped
 from ...defences.stochastic import StochasticDefence
-from ...models.representation import dtype_of, evaluation_mode
+from ...models.representation import evaluation_mode
 from ...ops.aggregate import aggregate
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
