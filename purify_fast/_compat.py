@@ -4,6 +4,8 @@ This is the only file that knows old names. It imports nothing of the package wh
 the package may use it.
 """
 
+# long because everything that knows an old name is here, to be deleted as a whole with the next release
+
 from __future__ import annotations
 
 import dataclasses

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from .._process import processes
 from ..models.layers import BatchNorm1d, BatchNorm2d
+from ..ops import agree, wrong_kernels
 from ..speed.precision import whole_float32_by_default
 from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
+from .distributed import from_first
 from .epoch import batch_of, set_learning_rate, train_step
 from .run import Checkpointer, Run, diverged
 from .sources import HeldOut, Images, Source, held_out_source, step_seed, training_source
@@ -94,6 +96,8 @@ def fit(
     if world > 1:
         task.model.train()
         _check_batchnorm(task.model)
+        # a kernel that is wrong in the first process serves in none, else they would not compute the same
+        agree(from_first(lambda: wrong_kernels(source.device)), source.device)
     checkpoints = Checkpointer(run, folder, source.reproducible)
     checkpoints.resume(source.device)
     validate = None if held is None else Validation(run, held, folder)
