@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .config import CarsoConfig
 
 Version = Literal["v4", "v1"]
-DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping]]
+DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping[str, Any]]]
 
 
 class Carso(Defence):
@@ -121,10 +121,10 @@ class Carso(Defence):
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
         # In this layout the whole pipeline runs about twice as fast on a CPU, its transposed convolutions three times.
         for part in (self.condition_encoder, self.posterior_encoder, self.decoder):
-            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            part.to(memory_format=torch.channels_last)
         self._ready()
 
-    def _make_networks(self, version: Version, cond_dim: int, encoder_depth: int, plan: tuple) -> None:
+    def _make_networks(self, version: Version, cond_dim: int, encoder_depth: int, plan: tuple[Any, Any]) -> None:
         shapes, sizes = self.representation.shapes, (self.latent_dim, cond_dim, self.image_shape)
         if version == "v1":
             self.condition_encoder: nn.Module = ConditionEncoderV1(shapes, cond_dim)
@@ -298,7 +298,7 @@ class Carso(Defence):
     @property
     def _last_bias(self) -> Tensor:
         # The decoder's last tensor stands for all: they share a dtype, and an optimizer's step changes every one.
-        return self.decoder.stack[-1].bias  # type: ignore[index, return-value, union-attr]
+        return self.decoder.stack[-1].bias  # type: ignore[index, union-attr]
 
     def _reader(self) -> Representation:
         return self.representation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,8 +95,9 @@ class PackedDecoder(nn.Module):
         last = tuple(weight.contiguous(memory_format=torch.channels_last) for weight in made.layers)
         return Weights(made.first.contiguous(), last, made.biases)
 
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedDecoder:
+        # torch's, without types
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._layers = self._unpacked()
         return self
 
