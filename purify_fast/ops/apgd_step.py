@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._tensors import per_image
 from ._op import define_op, launcher, wide
 from .pgd_step import check, direction, per_sample, project
 
@@ -33,8 +34,7 @@ def reference(
 ) -> Tensor:
     """The definition: float32 arithmetic (float64 for float64), x's dtype out. alpha, eps: [B]."""
     w, g, n, before = wide(x), wide(grad), wide(x_nat), wide(previous)
-    ones = [1] * (x.dim() - 1)
-    a, e = alpha.to(w.dtype).view(-1, *ones), eps.to(w.dtype).view(-1, *ones)
+    a, e = per_image(alpha.to(w.dtype), x), per_image(eps.to(w.dtype), x)
     z = project(w + a * direction(g, norm), n, e, norm, lo, hi)
     w = w + momentum * (z - w) + (1 - momentum) * (w - before)
     return project(w, n, e, norm, lo, hi).to(x.dtype).contiguous()

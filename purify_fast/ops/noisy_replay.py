@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._tensors import per_image
 from ._op import define_op, launcher, wide
 from .pgd_step import per_sample
 from .philox import Stream, check_stream, philox
@@ -32,10 +33,10 @@ def reference(
     hi: float,
 ) -> Tensor:
     """The definition: float32 arithmetic (float64 for float64), x's dtype out. drift, eps: [B]; tau: []."""
-    w, ones = wide(x), [1] * (x.dim() - 1)
+    w = wide(x)
     r = philox(seed, sample_ids, math.prod(x.shape[1:]), stream=Stream.REPLAY_NOISE).view(x.shape).to(w.dtype)
-    noisy = (w + eps.to(w.dtype).view(-1, *ones) * (2 * r - 1)).clamp(lo, hi).to(x.dtype)
-    return torch.where((drift > tau).view(-1, *ones), noisy, x_adv).contiguous()
+    noisy = (w + per_image(eps.to(w.dtype), x) * (2 * r - 1)).clamp(lo, hi).to(x.dtype)
+    return torch.where(per_image(drift > tau, x), noisy, x_adv).contiguous()
 
 
 OP = define_op(

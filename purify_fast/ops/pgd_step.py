@@ -27,6 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._tensors import per_image
 from ._op import define_op, launcher, wide
 
 NORMS = ("linf", "l2", "l1")
@@ -107,8 +108,7 @@ def reference(
 ) -> Tensor:
     """The definition: float32 arithmetic (float64 for float64), x's dtype out. alpha, eps: [B]."""
     w, g, n = wide(x), wide(grad), wide(x_nat)
-    ones = [1] * (x.dim() - 1)
-    a, e = alpha.to(w.dtype).view(-1, *ones), eps.to(w.dtype).view(-1, *ones)
+    a, e = per_image(alpha.to(w.dtype), x), per_image(eps.to(w.dtype), x)
     unit = sparse_direction(w, g, density, lo, hi) if NORMS[norm] == "l1" else direction(g, norm)
     return project(w + a * unit, n, e, norm, lo, hi).to(x.dtype).contiguous()
 
