@@ -4,6 +4,8 @@ This is the only file that knows old names. It imports nothing of the package wh
 the package may use it.
 """
 
+# long because everything that knows an old name is here, to be deleted as a whole with the next release
+
 from __future__ import annotations
 
 import dataclasses
@@ -195,53 +197,70 @@ def renamed_value(argument: str, value: str, names: Mapping[str, str]) -> str:
     return names[value]
 
 
-#: Settings of an attack that the configurations of version 0.1 took themselves, and now find in their ``attack``.
-_ATTACK_SETTINGS = {"eps": "eps", "norm": "norm", "steps": "steps", "alpha": "alpha"}
+#: Settings of trainings, by the kind of training: name in version 0.1 to name now, in the configuration or its attack.
+_RENAMED_SETTINGS: dict[str, dict[str, str]] = {
+    "classifier": {"warm_up": "eps_warmup"},
+    "carso": {"lag": "kl_delay", "reconstruction": "reconstruction_weight"},
+    "atop": {
+        "attack": "attack_method",
+        "warm_up": "cls_delay_epochs",
+        "reconstruction": "reconstruction_weight",
+    },
+    "arrest": {
+        "weight": "distillation_weight",
+        "average": "ema_decay",
+        "awp": "awp_gamma",
+        "start": "random_start",
+        "warm_up": "eps_warmup",
+    },
+}
+#: Settings that the configurations themselves had, and that their attack has now.
+_ATTACK_SETTINGS = ("eps", "norm", "steps", "alpha")
 
 
-def flat_arguments(
-    renamed: Mapping[str, str], attack: Mapping[str, str] | None = None, attack_word: str | None = None
-) -> Callable[[type[C]], type[C]]:
+def old_settings(kind: str) -> Callable[[type[C]], type[C]]:
     """A decorator for a training's configuration, which once held the settings of its attack itself.
 
     The class still takes the old keyword arguments, and gives the old attributes, with a warning. An old name wins over
     the new one, since ``dataclasses.replace(config, eps=0.1)`` gives both.
 
     Args:
-        renamed: old name to new name, of the configuration's own fields.
-        attack: old name to new name, of further settings that are now the attack's.
-        attack_word: the new name of the argument ``attack`` where it was a word.
+        kind: which training's names these are.
     """
-    inside = _ATTACK_SETTINGS | dict(attack or {})
 
     def decorate(cls: type[C]) -> type[C]:
         initialize = cls.__init__
+        fields: Mapping[str, Any] = cls.__dataclass_fields__  # type: ignore[attr-defined]
+        own = {old: new for old, new in _RENAMED_SETTINGS[kind].items() if new in fields}
+        # what is still a setting, of another meaning, is the old one only where it is a word: attack="pgd"
+        word = own.pop("attack", None)
+        inside = {old: new for old, new in _RENAMED_SETTINGS[kind].items() if new not in fields}
+        inside |= {name: name for name in _ATTACK_SETTINGS}
 
         @functools.wraps(initialize)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            if attack_word is not None and isinstance(kwargs.get("attack"), str):
-                warn(f"{cls.__name__}(attack={kwargs['attack']!r})", attack_word)
-                if attack_word in kwargs:
-                    raise TypeError(f"{cls.__name__}() got both {attack_word!r} and its old name 'attack'")
-                kwargs[attack_word] = kwargs.pop("attack")
-            for old in renamed.keys() & kwargs.keys():
-                warn(f"{cls.__name__}({old}=...)", renamed[old])
-                kwargs[renamed[old]] = kwargs.pop(old)
+            if word is not None and isinstance(kwargs.get("attack"), str):
+                warn(f"{cls.__name__}(attack={kwargs['attack']!r})", word)
+                if word in kwargs:
+                    raise TypeError(f"{cls.__name__}() got both {word!r} and its old name 'attack'")
+                kwargs[word] = kwargs.pop("attack")
+            for old in own.keys() & kwargs.keys():
+                warn(f"{cls.__name__}({old}=...)", own[old])
+                kwargs[own[old]] = kwargs.pop(old)
             given = {inside[old]: kwargs.pop(old) for old in inside.keys() & kwargs.keys()}
             if given:
                 names = ", ".join(f"{name}=..." for name in given)
                 warn(f"{cls.__name__} with the attack's own settings", f"attack=TrainingAttack({names})")
-                attack: Any = kwargs.get("attack", cls.__dataclass_fields__["attack"].default)  # type: ignore[attr-defined]
-                kwargs["attack"] = dataclasses.replace(attack, **given)
+                kwargs["attack"] = dataclasses.replace(kwargs.get("attack", fields["attack"].default), **given)
             initialize(self, *args, **kwargs)
 
         def __getattr__(self: Any, name: str) -> Any:
             if name in inside:
                 warn(f"{cls.__name__}.{name}", f"{cls.__name__}.attack.{inside[name]}")
                 return getattr(self.attack, inside[name])
-            if name in renamed:
-                warn(f"{cls.__name__}.{name}", f"{cls.__name__}.{renamed[name]}")
-                return getattr(self, renamed[name])
+            if name in own:
+                warn(f"{cls.__name__}.{name}", f"{cls.__name__}.{own[name]}")
+                return getattr(self, own[name])
             raise AttributeError(f"{cls.__name__!r} object has no attribute {name!r}")
 
         cls.__init__ = __init__  # type: ignore[method-assign]
@@ -249,6 +268,65 @@ def flat_arguments(
         return cls
 
     return decorate
+
+
+#: Settings that version 0.1 did not have, as it did it.
+_NEW_SETTINGS: dict[str, Any] = {
+    "relative_alpha": 2.5,
+    "random_start": True,
+    "eps_warmup": 0.0,
+    "validation_share": 0.0,
+    "validation_every": 1,
+    "keep_best": "off",
+}
+
+
+def checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
+    """A training's checkpoint in today's form.
+
+    Args:
+        saved: a checkpoint of this release or of version 0.1, which had one optimizer without a name.
+    """
+    if "optimizers" in saved:
+        return saved
+    saved = dict(saved)
+    kind = saved["facts"]["task"]
+    own = {"relative_alpha": 2.0} if kind == "classifier" else {}
+    facts = _NEW_SETTINGS | own | renamed(saved["facts"], _RENAMED_SETTINGS.get(kind, {}))
+    if kind == "carso":
+        facts["defence"] = renamed(facts["defence"], OLD_CARSO_ARGUMENTS)
+    if kind == "atop":
+        facts["defence"] = renamed(facts["defence"], OLD_ATOP_ARGUMENTS, OLD_ATOP_VALUES)
+    saved["facts"] = facts
+    names = ("purifier", "discriminator") if kind == "atop" else ("model",)
+    saved["optimizers"] = dict(zip(names, _by_group(saved.pop("optimizer"), len(names)), strict=False))
+    if kind == "arrest" and facts["ema_decay"] > 0:
+        saved["model"] = {
+            name.replace("average.", "average.module.", 1) if name.startswith("average.") else name: value
+            for name, value in saved["model"].items()
+        }
+        # once at the start and once a step
+        torch = importlib.import_module("torch")
+        saved["model"]["average.n_averaged"] = torch.tensor(saved["step"] + 1)
+    return {**saved, "best": {}}
+
+
+def _by_group(state: dict[str, Any], most: int) -> list[dict[str, Any]]:
+    """The state of an optimizer of several groups, as of one optimizer for each."""
+    groups = state.get("param_groups", [])
+    if most == 1 or len(groups) == 1:
+        return [state]
+    parts = []
+    for group in groups:
+        own = {index: state["state"][index] for index in group["params"] if index in state["state"]}
+        numbers = {index: new for new, index in enumerate(group["params"])}
+        parts.append(
+            {
+                "state": {numbers[index]: value for index, value in own.items()},
+                "param_groups": [{**group, "params": list(numbers.values())}],
+            }
+        )
+    return parts
 
 
 def old_name(module: str, name: str) -> Any:
@@ -269,14 +347,7 @@ def old_name(module: str, name: str) -> Any:
 
 
 #: The attacks of version 0.1's `evaluation.Attack(kind, ...)`, and their classes in `purify_fast.attacks`.
-_ATTACK_CLASSES = {
-    "pgd": "PGD",
-    "apgd": "APGD",
-    "fgsm": "FGSM",
-    "bpda": "BPDA",
-    "stadv": "StAdv",
-    "autoattack": "AutoAttack",
-}
+_ATTACK_CLASSES = {name.lower(): name for name in ("PGD", "APGD", "FGSM", "BPDA", "StAdv", "AutoAttack")}
 #: Its options that belong to an `AttackSpec` now, old name to new name.
 _SPEC_OPTIONS = {
     "variant": "variant",

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import torch.distributed as dist
 
@@ -21,6 +23,22 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def worker_pool(count: int, prepare: Callable[[], None] = end_with_parent) -> ProcessPoolExecutor:
+    """Processes that start with an interpreter of their own: threads do not survive a fork.
+
+    Args:
+        count: how many.
+        prepare: called first in each; it must call `end_with_parent`.
+    """
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=prepare)
+
+
+def end_workers() -> None:
+    """End this process's children at once; a pool that is shut down would wait for their work."""
+    for process in multiprocessing.active_children():
+        process.terminate()
 
 
 def processes() -> tuple[int, int]:

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from purify_fast import demo
 from purify_fast.demo import arrest, atop, carso
-from purify_fast.demo.common import BASE, BASE_TRAINING, EPS, QUICK, STANDARD, Budget, Place, percent
+from purify_fast.demo.second_process import SecondProcess
+from purify_fast.demo.sentences import percent
+from purify_fast.demo.setting import BASE_TRAINING, EPS, LAYERS
+from purify_fast.demo.workspace import AUTOATTACK, BASE, QUICK, STANDARD, Budget, Workspace
 from purify_fast.evaluation import Report, Row
 from purify_fast.methods.carso import Carso
 from purify_fast.training import ClassifierConfig, save_classifier
@@ -35,7 +37,7 @@ def report(model: str, **rows: list[int]) -> Report:
 
 def test_carsos_sentences_follow_the_numbers():
     def made(model: str, robust: int, auto: int, **rows: list[int]) -> Report:
-        return report(model, worst=ones(robust), **{carso.AUTOATTACK: ones(auto)}, **rows)
+        return report(model, worst=ones(robust), **{AUTOATTACK: ones(auto)}, **rows)
 
     reports = {
         BASE: made(BASE, 3, 2),
@@ -71,8 +73,7 @@ def test_atops_sentences_follow_the_numbers():
 def test_arrests_sentences_follow_the_numbers():
     numbers = {STANDARD: (0, 0), BASE: (4, 3), arrest.FINETUNED: (5, 2), arrest.ARREST: (6, 6), arrest.CARSO: (6, 4)}
     reports = {
-        name: report(name, worst=ones(worst), **{arrest.AUTOATTACK: ones(auto)})
-        for name, (worst, auto) in numbers.items()
+        name: report(name, worst=ones(worst), **{AUTOATTACK: ones(auto)}) for name, (worst, auto) in numbers.items()
     }
     scratch, finetuned, whole, carso_on_it, _ = arrest.conclusion(reports, Budget())
     assert "50.0 ± 17.7 % under PGD, 37.5 ± 17.1 % under AutoAttack (with clean" in scratch
@@ -84,7 +85,7 @@ def test_arrests_sentences_follow_the_numbers():
 def test_arrests_sums_are_of_one_set_of_images():
     """Clean accuracy on all images is another number."""
     clean, auto = [1, 1, 1, 0, 1, 1, 1, 1], [1, 1, 0, 0]
-    rows = {"clean": clean, "worst": ones(2), arrest.AUTOATTACK: auto}
+    rows = {"clean": clean, "worst": ones(2), AUTOATTACK: auto}
     reports = {name: report(name, **rows) for name in arrest.COMPARED}
     text = "87.5 ± 11.7 % of the clean images and withstands 25.0 ± 15.3 % under PGD, 50.0 ± 25.0 % under AutoAttack"
     text += " (with clean accuracy on its 4 images: sum 125.0, NRR 60.0)"
@@ -114,26 +115,26 @@ def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):
     pytest.importorskip("pyautoattack")
     few = {"images": 20, "standard_epochs": 2, "steps": 2, "eot": 2}
     few |= {"autoattack_images": 2, "autoattack_steps": 1, "autoattack_queries": 1}
-    place = Place(tmp_path, replace(QUICK, **few), 0, progress=False)
-    place.train_classifier(STANDARD)
+    workspace = Workspace(tmp_path, replace(QUICK, **few), 0, progress=False)
+    workspace.train_classifier(STANDARD)
     for name in (BASE, arrest.FINETUNED, arrest.ARREST):
-        save_classifier(place.classifier(STANDARD), tmp_path / arrest._FOLDERS[name])
-    defence = Carso(place.classifier(STANDARD), carso.LAYERS, (1, 16, 16), cond_dim=4, latent_dim=2, samples=2)
+        save_classifier(workspace.classifier(STANDARD), tmp_path / arrest._FOLDERS[name])
+    defence = Carso(workspace.classifier(STANDARD), LAYERS, (1, 16, 16), cond_dim=4, latent_dim=2, samples=2)
     folder = tmp_path / arrest._FOLDERS[arrest.CARSO]
     defence.save(folder)
     save_classifier(defence.classifier, folder / "classifier")
 
     for name in (STANDARD, BASE):
-        carso.attack(place, name)
+        carso.attack(workspace, name)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("rows/*")}
-    reports = {name: arrest.attack(place, name) for name in arrest.COMPARED}
+    reports = {name: arrest.attack(workspace, name) for name in arrest.COMPARED}
     for name in (STANDARD, BASE):  # nothing is attacked twice
         rows = (tmp_path / arrest._FOLDERS[name]).rglob("rows/*")
         assert {path: path.stat().st_mtime_ns for path in rows}.items() <= kept.items()
     for name in arrest.COMPARED[:4]:
         assert reports[name].row("worst").settings["over"] == ["PGD-2 ce", "PGD-2 dlr"]
     for name in arrest.COMPARED[1:]:
-        assert reports[name].row(arrest.AUTOATTACK).n == 2
+        assert reports[name].row(AUTOATTACK).n == 2
     # a random defence is attacked as it is, too, and that counts
     found = reports[arrest.CARSO]
     row = found.row("PGD-2 ce")
@@ -144,14 +145,14 @@ def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):
 WORK = """
 import os, time
 
-def leave(place, name):
-    (place.out / name).write_text(f"{os.getpid()} {place.progress}")
+def leave(workspace, name):
+    (workspace.out / name).write_text(f"{os.getpid()} {workspace.progress}")
 
-def wait(place, name):
-    while not (place.out / name).exists():
+def wait(workspace, name):
+    while not (workspace.out / name).exists():
         time.sleep(0.01)
 
-def fail(place):
+def fail(workspace):
     raise FloatingPointError("lost")
 """
 
@@ -167,46 +168,46 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
+def workspace(tmp_path: Path) -> Workspace:
     (tmp_path / "out").mkdir()
-    return Place(tmp_path / "out", Budget(), 0)
+    return Workspace(tmp_path / "out", Budget(), 0)
 
 
-def test_what_the_second_process_has_not_begun_is_done_here(work, place):
-    with demo._Beside(place) as beside:
+def test_what_the_second_process_has_not_begun_is_done_here(work, workspace):
+    with SecondProcess(workspace) as beside:
         beside(work.leave, "first")
         beside(work.wait, "last")  # which only this process can leave
         for name in ("second", "third", "last"):
             beside(work.leave, name)
-        work.wait(place, "first")
+        work.wait(workspace, "first")
         beside.finish()
-    other, quiet = (place.out / "first").read_text().split()
+    other, quiet = (workspace.out / "first").read_text().split()
     assert int(other) != os.getpid() and quiet == "False"
-    assert (place.out / "last").read_text() == f"{os.getpid()} True"
-    assert {path.name for path in place.out.iterdir()} == {"first", "second", "third", "last"}
+    assert (workspace.out / "last").read_text() == f"{os.getpid()} True"
+    assert {path.name for path in workspace.out.iterdir()} == {"first", "second", "third", "last"}
 
 
-def test_the_second_process_fails_and_ends_with_the_first(work, place):
-    with pytest.raises(FloatingPointError, match="lost"), demo._Beside(place) as beside:
+def test_the_second_process_fails_and_ends_with_the_first(work, workspace):
+    with pytest.raises(FloatingPointError, match="lost"), SecondProcess(workspace) as beside:
         beside(work.fail)
         beside.finish()
-    with pytest.raises(KeyboardInterrupt), demo._Beside(place) as beside:
+    with pytest.raises(KeyboardInterrupt), SecondProcess(workspace) as beside:
         beside(work.leave, "first")
         beside(work.wait, "never")
-        work.wait(place, "first")
+        work.wait(workspace, "first")
         raise KeyboardInterrupt
     assert not multiprocessing.active_children()
 
 
-def test_work_that_needs_other_work_waits_for_it(work, place):
-    with demo._Beside(place) as beside:
+def test_work_that_needs_other_work_waits_for_it(work, workspace):
+    with SecondProcess(workspace) as beside:
         trained = beside(work.wait, "go")
         beside(work.leave, "made", after=trained)
-        (place.out / "go").touch()
+        (workspace.out / "go").touch()
         beside.finish()
-        assert trained.done() and (place.out / "made").exists()
-    with demo._Beside(place) as beside, pytest.raises(FloatingPointError, match="lost"):
+        assert trained.done() and (workspace.out / "made").exists()
+    with SecondProcess(workspace) as beside, pytest.raises(FloatingPointError, match="lost"):
         failing = beside(work.fail)
         beside(work.leave, "never", after=failing)
         beside.finish()
-    assert not (place.out / "never").exists() or (place.out / "never").read_text().endswith("False")
+    assert not (workspace.out / "never").exists() or (workspace.out / "never").read_text().endswith("False")

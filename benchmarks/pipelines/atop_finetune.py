@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, DeepFillGenerator, PatchDiscriminator
 from purify_fast.methods.atop.discriminator import patch_depth
 from purify_fast.methods.atop.generators.deepfill import GatedConv
-from purify_fast.methods.atop.task import hinge, passes
+from purify_fast.methods.atop.losses import hinge, passes
 from purify_fast.ops import use_backend
 from purify_fast.ops.contextual_attention import key_validity
 from purify_fast.training import Batch

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from purify_fast.attacks import Ball, sample_in_ball
-from purify_fast.methods.carso.task import CarsoConfig, CarsoTask, balanced_batch, kl_weight
+from purify_fast.methods.carso import CarsoConfig, CarsoTask
+from purify_fast.methods.carso.losses import balanced_batch, kl_weight
 from purify_fast.ops.sample_latent import sample_latent
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack

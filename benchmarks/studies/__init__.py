@@ -12,16 +12,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
 
 from purify_fast._files import write_text
-from purify_fast._process import end_with_parent
+from purify_fast._process import end_workers, worker_pool
 from purify_fast.speed import retain_freed_memory
 
 RESULT, ASKED = "result.json", "job.json"
@@ -111,7 +110,7 @@ def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
     waiting = [job for job in jobs if not job.done(root)]
     running: dict[Future, Job] = {}
     total = len(waiting)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
+    with worker_pool(workers) as pool:
         while waiting or running:
             for job in list(waiting):
                 if len(running) < workers and all((job.folder(root, need) / RESULT).is_file() for need in job.needs):
@@ -120,8 +119,7 @@ def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
             try:
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
             except KeyboardInterrupt:
-                for process in active_children():  # the pool would wait for their jobs
-                    process.terminate()
+                end_workers()
                 raise
             for future in finished:
                 job = running.pop(future)

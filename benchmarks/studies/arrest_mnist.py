@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from purify_fast.attacks import PGD, AutoAttack
 from purify_fast.data import DataSet
 from purify_fast.evaluation import AttackSpec, Tradeoff, merge, plot_tradeoff
+from purify_fast.evaluation.tables import markdown_table
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.training import FitConfig, fit, load_classifier, save_classifier
 from purify_fast.training.attack import TrainingAttack
@@ -132,7 +133,8 @@ def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) ->
         points[name] = (*accuracies, *(100 * row.standard_error for row in (clean, worst)))
         first = Tradeoff(100 * float(clean.robust[: b.autoattack].mean()), 100 * under_auto.accuracy)
         both = Tradeoff(*accuracies)
-        sums.append(f"| {name} | {both.sum:.1f} | {both.nrr:.2f} | {first.sum:.1f} | {first.nrr:.2f} |")
+        sums.append([name, f"{both.sum:.1f}", f"{both.nrr:.2f}", f"{first.sum:.1f}", f"{first.nrr:.2f}"])
+    head = ["", "SUM of clean and worst", "NRR", "SUM of clean and AutoAttack, on its images", "NRR"]
     c = config(b, ARREST)
     minutes = (f"{name} {fact['minutes']:.1f}" for name, fact in facts.items())
     lines = [
@@ -148,9 +150,7 @@ def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) ->
         "",
         *whole.comparison(),
         "",
-        "| | SUM of clean and worst | NRR | SUM of clean and AutoAttack, on its images | NRR |",
-        "|---|---|---|---|---|",
-        *sums,
+        *markdown_table(head, sums),
         "",
         *(f"- {name} minus {SCRATCH}: clean {found[name].paired(found[SCRATCH], 'clean')}; {auto[5:]} "
           f"{found[name].paired(found[SCRATCH], auto)}." for name in MODELS[2:]),

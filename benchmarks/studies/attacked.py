@@ -9,6 +9,7 @@ import numpy as np
 
 from purify_fast._files import atomic, write_text
 from purify_fast.evaluation import Examples, Report
+from purify_fast.evaluation.tables import draws, markdown_table, percent
 from purify_fast.evaluation.worst import worst
 
 _NAME, _EXAMPLES = "attacked.json", "examples.npz"
@@ -48,13 +49,10 @@ def joined(folders: Iterable[Path]) -> Report:
 
 def counts(report: Report) -> list[str]:
     """Lines of a Markdown table: every row with its images, draws and the health of its gradients."""
-    lines = [
-        "| model | attack | EOT | robust images | accuracy | one prediction | gradients non-finite / zero / unmoved |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["model", "attack", "EOT", "robust images", "accuracy", "one prediction"]
+    body = []
     for row in report.rows:
         health = row.describe_health() + ("" if row.reliable else ", unreliable")
-        accuracy = f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
-        cells = [row.model, row.attack, str(row.settings.get("eot", "-")), f"{int(row.robust.sum())}/{row.n}"]
-        lines.append("| " + " | ".join([*cells, accuracy, f"{100 * row.mean:.1f}", health]) + " |")
-    return lines
+        cells = [row.model, row.attack, draws(row), f"{int(row.robust.sum())}/{row.n}"]
+        body.append([*cells, percent(row), f"{100 * row.mean:.1f}", health])
+    return markdown_table([*head, "gradients non-finite / zero / unmoved"], body)

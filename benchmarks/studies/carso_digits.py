@@ -18,6 +18,7 @@ from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.attacks import PGD
 from purify_fast.defences.aggregation import WithAggregation
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.demo.setting import LAYERS, SIZES
 from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load_carso
 from purify_fast.training import FitConfig, fit, load_classifier
@@ -27,8 +28,6 @@ from . import Job
 from .digits import ALL_LAYERS, BASE_EPOCHS, EPS, EPS_L2, attacked, count, effort, select, train_base, zero_attacks
 from .tables import Layout
 
-LAYERS = ("conv2", "conv4", "hidden")
-SIZES = {"cond_dim": 64, "latent_dim": 8, "samples": 8, "decoder_width": 8}
 PUBLISHED_EPOCHS, PIPELINE_EPOCHS = 15, 40
 ABLATION_SEEDS = 1
 WIDE = 21  # a classifier of 143 k parameters, as many as the base and its purifier have when they predict

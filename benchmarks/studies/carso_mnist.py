@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.attacks import APGD, PGD, AutoAttack
 from purify_fast.data import DataSet
+from purify_fast.demo.setting import LAYERS
 from purify_fast.evaluation import AttackSpec, Report, merge
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load_carso
 from purify_fast.training import FitConfig, fit, load_classifier
@@ -25,7 +26,6 @@ from purify_fast.training.attack import TrainingAttack
 from . import RESULT, Job, mnist
 from .attacked import joined
 
-LAYERS = ("conv2", "conv4", "hidden")
 SIZES = {
     "cond_dim": 64,
     "latent_dim": 16,

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from purify_fast import data
-from purify_fast.attacks import PGD, AutoAttack
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.attacks import AutoAttack
+from purify_fast.demo import setting
+from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.subject import Variant
 from purify_fast.methods.carso import rank_layers
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, save_classifier
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training import ClassifierTask, FitConfig, fit, save_classifier
 
 from . import Job
 
-EPS, EPS_L2 = 0.2, 1.0
-BASE_EPOCHS = 120
+EPS, EPS_L2 = setting.EPS, 1.0
+BASE_EPOCHS = setting.BASE_EPOCHS
 ALL_LAYERS = ("conv1", "conv2", "conv3", "conv4", "hidden")
 AUTO = "AutoAttack"
 
@@ -34,10 +34,7 @@ def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list
     """PGD, and if asked for AutoAttack, on a model without its randomness; the rows of the results' keys."""
     _, steps, auto_steps, queries, _ = effort(quick)
     variant: Variant = "deterministic" if randomised else "random"
-    attacks = [
-        AttackSpec(PGD(), variant=variant),
-        AttackSpec(PGD(loss="dlr"), variant=variant, survivors_only=True),
-    ]
+    attacks = setting.ce_then_dlr(variant)
     rows = {
         "clean": "clean, deterministic" if randomised else "clean",
         "pgd": f"PGD-{steps} dlr" + (", deterministic" if randomised else ""),  # of the survivors of ce
@@ -59,12 +56,10 @@ def attacked(
     norm: str = "linf",
 ) -> dict:
     """The accuracies of ``rows`` (key -> label), and whether the attacks had gradients."""
-    digits = data.load_dataset("digits")
     n, steps, *_ = effort(quick)
-    report = evaluate(
-        model, digits.x_test[:n], digits.y_test[:n], eps=eps, norm=norm, attacks=attacks, steps=steps, n_eval=3,
-        batch_size=250, max_forward_batch=500, seed=seed, progress=False,
-    )  # fmt: skip
+    report = setting.attacked(
+        model, n, list(attacks), eps=eps, norm=norm, steps=steps, n_eval=3, seed=seed, progress=False
+    )
     healthy = all(r.reliable for r in report.rows if r.kind != "autoattack")
     return {key: report.row(row).accuracy for key, row in rows.items()} | {"gradients": "healthy" if healthy else "BAD"}
 
@@ -73,15 +68,11 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     """A classifier, adversarially trained unless it is to be ``standard``: {width, epochs, norm, standard}."""
     s = job.settings
     norm, eps = s.get("norm", "linf"), EPS if s.get("norm", "linf") == "linf" else EPS_L2
-    digits = data.load_dataset("digits")
+    digits = setting.digits()
     torch.manual_seed(job.seed)
     model = SmallCNN(width=s.get("width", 16))
     trained = 0.0 if s.get("standard") else eps
-    config = ClassifierConfig(
-        attack=TrainingAttack(eps=trained, steps=7, relative_alpha=2.0, eps_warmup=0.2, norm=norm),
-        learning_rate=1e-2,
-        weight_decay=2e-2,
-    )
+    config = replace(setting.BASE_TRAINING, attack=replace(setting.BASE_TRAINING.attack, eps=trained, norm=norm))
     epochs = 2 if s["quick"] else s.get("epochs", BASE_EPOCHS)
     fit(ClassifierTask(model, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
     save_classifier(model, folder)

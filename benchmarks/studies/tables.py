@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from purify_fast._files import atomic, write_text
+from purify_fast.evaluation.tables import markdown_table
 
 from . import over_seeds
 
@@ -47,7 +48,7 @@ def markdown(results: Sequence[dict], notes: Sequence[str], layout: Layout) -> s
     numbers = [head for head, _ in layout.numbers.values()]
     heads = (layout.main, layout.compared, layout.more)
     head = ["model", *(title for some in heads for title in some.values()), *numbers, "seeds"]
-    lines = [*notes, "", f"| {' | '.join(head)} |", "|" + len(head) * "---|"]
+    body = []
     for name, seeds in rows.items():
         got = list(seeds.values())
         base = rows.get(_base(name), {})
@@ -66,20 +67,19 @@ def markdown(results: Sequence[dict], notes: Sequence[str], layout: Layout) -> s
         ]
         cells += [over_seeds([r[k] for r in got]) if k in got[0] else "-" for k in layout.more]
         cells += [mean(key, places) for key, (_, places) in layout.numbers.items()] + [str(len(got))]
-        lines.append("| " + " | ".join(cells) + " |")
+        body.append(cells)
+    lines = [*notes, "", *markdown_table(head, body)]
     ranked = [result for result in results if "layers" in result]
     if ranked:
-        lines += [
-            "",
-            "| layer | probe, attacked | image explained, attacked | drift | features |",
-            "|---|" + 4 * "---|",
-        ]
+        layers = []
         names = [score["layer"] for score in ranked[0]["layers"]]
         for name in names:
             own = [next(score for score in r["layers"] if score["layer"] == name) for r in ranked]
             cells = [over_seeds([score[key] for score in own]) for key in ("probe", "image")]
             drift = statistics.fmean(score["drift"] for score in own)
-            lines.append(f"| {name} | {' | '.join(cells)} | {drift:.2f} | {own[0]['features']} |")
+            layers.append([name, *cells, f"{drift:.2f}", str(own[0]["features"])])
+        head = ["layer", "probe, attacked", "image explained, attacked", "drift", "features"]
+        lines += ["", *markdown_table(head, layers)]
     return "\n".join(lines).strip() + "\n"
 
 

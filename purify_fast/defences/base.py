@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..models.representation import Representation, dtype_of, first_tensor
+from .._tensors import dtype_of, first_tensor
+from ..models.representation import Representation
 from ..speed.accelerated import Accelerated
 from ..speed.inference_copy import autocast_to, convert_to_channels_last
 from .stochastic import StochasticDefence

@@ -13,21 +13,9 @@ from ..evaluation import AttackSpec, Report, Tradeoff
 from ..methods.arrest import ArrestConfig, ArrestTask
 from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation, load_carso
 from ..training import TrainingAttack, load_classifier, save_classifier
-from .carso import LAYERS
-from .common import (
-    AUTOATTACK,
-    BASE,
-    BASE_TRAINING,
-    CLASSIFIERS,
-    EPS,
-    STANDARD,
-    Budget,
-    Place,
-    against,
-    autoattack,
-    digits,
-    percent,
-)
+from .sentences import against, percent
+from .setting import BASE_TRAINING, EPS, LAYERS, SIZES, ce_then_dlr, digits
+from .workspace import AUTOATTACK, BASE, CLASSIFIERS, STANDARD, Budget, Workspace, autoattack
 
 FINETUNED, ARREST, CARSO = "AFT", "ARREST", "CARSO on ARREST"
 MODELS = (FINETUNED, ARREST, CARSO)
@@ -49,46 +37,46 @@ CONFIG = ArrestConfig(
 )
 
 
-def train(place: Place, name: str) -> None:
+def train(workspace: Workspace, name: str) -> None:
     """Train one of `MODELS`; the last on the one before."""
     folder = _FOLDERS[name]
-    torch.manual_seed(place.seed)
+    torch.manual_seed(workspace.seed)
     if name == CARSO:
-        base = model(place, ARREST)
-        defence = Carso(base, LAYERS, digits().image_shape, cond_dim=64, latent_dim=8, samples=8, decoder_width=8)
+        base = model(workspace, ARREST)
+        defence = Carso(base, LAYERS, digits().image_shape, **SIZES)
         through = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
-        place.train(CarsoTask(defence, through), place.budget.arrest_carso_epochs, 128, folder)
-        defence.save(place.out / folder)
-        save_classifier(base, place.out / folder / "classifier")
+        workspace.train(CarsoTask(defence, through), workspace.budget.arrest_carso_epochs, 128, folder)
+        defence.save(workspace.out / folder)
+        save_classifier(base, workspace.out / folder / "classifier")
         return
     config = CONFIG if name == ARREST else replace(CONFIG, distillation_weight=0.0, replay=False)
-    task = ArrestTask(place.classifier(STANDARD), config, digits().image_shape)
-    place.train(task, place.budget.arrest_epochs, 64, folder)
-    save_classifier(task.result, place.out / folder)
+    task = ArrestTask(workspace.classifier(STANDARD), config, digits().image_shape)
+    workspace.train(task, workspace.budget.arrest_epochs, 64, folder)
+    save_classifier(task.result, workspace.out / folder)
 
 
-def model(place: Place, name: str) -> nn.Module:
+def model(workspace: Workspace, name: str) -> nn.Module:
     """One of the trained `COMPARED`."""
-    folder = place.out / _FOLDERS[name]
+    folder = workspace.out / _FOLDERS[name]
     return load_carso(folder) if name == CARSO else load_classifier(folder)
 
 
-def attack(place: Place, name: str) -> Report:
+def attack(workspace: Workspace, name: str) -> Report:
     """One of `COMPARED`, all under the same attacks; rows that CARSO's part has of the first two are reused."""
-    budget = place.budget
+    budget = workspace.budget
     auto = autoattack(budget)
-    defence = model(place, name)
-    attacks = [AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True)]
+    defence = model(workspace, name)
+    attacks = ce_then_dlr()
     if name == CARSO:
         # at z = 0, and as it is: there first what is cheap, as in CARSO's part
         zero = WithAggregation(defence, deterministic=True)
         attacks = [
-            *(replace(attack, variant="deterministic") for attack in attacks),
+            *ce_then_dlr("deterministic"),
             AttackSpec(PGD(), target=zero, label=f"PGD-{budget.steps} ce made at z = 0"),
             # one draw averages K samples already; three draws take a minute longer
             AttackSpec(PGD(eot_iter=1), survivors_only=True),
         ]
-    return place.attacked(defence, name, _FOLDERS[name], attacks if name == STANDARD else [*attacks, auto])
+    return workspace.attacked(defence, name, _FOLDERS[name], attacks if name == STANDARD else [*attacks, auto])
 
 
 def conclusion(reports: dict[str, Report], budget: Budget) -> list[str]:

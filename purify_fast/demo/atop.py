@@ -1,5 +1,5 @@
 """AToP's part: a standard classifier behind a purifier that was only pre-trained, fine-tuned as published, and
-fine-tuned through the whole pipeline (ours)."""
+fine-tuned through the whole pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from ..evaluation import AttackSpec, Report
 from ..methods.atop import Atop, AtopConfig, AtopTask, load_atop
 from ..methods.atop.generators.small_generator import SmallGenerator
 from ..training import TrainingAttack, save_classifier
-from .common import EPS, STANDARD, Budget, Place, against, digits, percent
+from .sentences import against, percent
+from .setting import EPS, digits
+from .workspace import STANDARD, Budget, Workspace
 
 BEFORE, PUBLISHED, PIPELINE = "purifier before AToP", "AToP published", "AToP pipeline"
 MODELS = (BEFORE, PUBLISHED, PIPELINE)
@@ -23,7 +25,7 @@ ALONE, ADAPTIVE = "PGD ce on the classifier alone (not adaptive)", "PGD ce + dlr
 
 def _methods(budget: Budget) -> dict[str, tuple[AtopConfig, int]]:
     """How each model is trained, and for how many epochs."""
-    # its logged run, with the lambda of its notebooks for ImageNette; rate and schedule ours
+    # its logged run, with the lambda of its notebooks for ImageNette; rate and schedule were chosen here
     published = AtopConfig.published(
         "logged", attack=TrainingAttack(eps=EPS, steps=10), cls_weight=0.1, learning_rate=3e-3, schedule="one_cycle"
     )
@@ -44,37 +46,37 @@ def _methods(budget: Budget) -> dict[str, tuple[AtopConfig, int]]:
     }  # fmt: skip
 
 
-def train(place: Place, name: str) -> None:
+def train(workspace: Workspace, name: str) -> None:
     """Train one of `MODELS`; the last two go on from the first."""
-    classifier = place.classifier(STANDARD)
-    torch.manual_seed(place.seed)
+    classifier = workspace.classifier(STANDARD)
+    torch.manual_seed(workspace.seed)
     origin = "scratch"
     if name == BEFORE:
         defence = Atop(classifier, SmallGenerator(1), digits().image_shape)
     else:
-        defence = model(place, BEFORE)
+        defence = model(workspace, BEFORE)
         origin = weights_fingerprint(defence.purifier)
-    method, epochs = _methods(place.budget)[name]
-    place.train(AtopTask(defence, method, origin), epochs, 64, _FOLDERS[name])
-    defence.save(place.out / _FOLDERS[name])
-    save_classifier(classifier, place.out / _FOLDERS[name] / "classifier")
+    method, epochs = _methods(workspace.budget)[name]
+    workspace.train(AtopTask(defence, method, origin), epochs, 64, _FOLDERS[name])
+    defence.save(workspace.out / _FOLDERS[name])
+    save_classifier(classifier, workspace.out / _FOLDERS[name] / "classifier")
 
 
-def model(place: Place, name: str) -> Atop:
+def model(workspace: Workspace, name: str) -> Atop:
     """One of the trained `MODELS`."""
-    return load_atop(place.out / _FOLDERS[name], place.classifier(STANDARD))
+    return load_atop(workspace.out / _FOLDERS[name], workspace.classifier(STANDARD))
 
 
-def attack(place: Place, name: str) -> Report:
+def attack(workspace: Workspace, name: str) -> Report:
     """One of `MODELS` under the protocol of the paper's ablations, and under one that sees the whole defence."""
-    budget = place.budget
+    budget = workspace.budget
     n = budget.atop_images
     attacks = [
         AttackSpec(PGD(), target="classifier", label=ALONE, max_images=n),
         AttackSpec(PGD(), max_images=n),
         AttackSpec(PGD(loss="dlr"), survivors_only=True, label=ADAPTIVE, max_images=n),
     ]
-    return place.attacked(model(place, name), name, _FOLDERS[name], attacks, steps=budget.atop_steps)
+    return workspace.attacked(model(workspace, name), name, _FOLDERS[name], attacks, steps=budget.atop_steps)
 
 
 def conclusion(reports: dict[str, Report], budget: Budget) -> list[str]:

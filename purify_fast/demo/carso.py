@@ -1,4 +1,4 @@
-"""CARSO's part: on an adversarially trained base, as published, and fine-tuned through the whole pipeline (ours)."""
+"""CARSO's part: on an adversarially trained base, as published, and fine-tuned through the whole pipeline."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from ..attacks.losses import Loss
 from ..evaluation import AttackSpec, Report
 from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation, load_carso
 from ..training import TrainingAttack, save_classifier
-from .common import AUTOATTACK, BASE, CLASSIFIERS, EPS, STANDARD, Budget, Place, against, autoattack, digits, percent
+from .sentences import against, percent
+from .setting import EPS, LAYERS, SIZES, ce_then_dlr, digits
+from .workspace import AUTOATTACK, BASE, CLASSIFIERS, STANDARD, Budget, Workspace, autoattack
 
-LAYERS = ("conv2", "conv4", "hidden")
 PUBLISHED, PIPELINE = "CARSO published", "CARSO pipeline"
 MODELS = (STANDARD, BASE, PUBLISHED, PIPELINE)
 _FOLDERS = {**CLASSIFIERS, PUBLISHED: "carso_published", PIPELINE: "carso_pipeline"}
@@ -22,39 +23,39 @@ PEEL = "through PeeL, as published"
 TRANSFER = "transfer from the base"
 
 
-def train(place: Place, name: str) -> None:
+def train(workspace: Workspace, name: str) -> None:
     """Train `PUBLISHED`, or `PIPELINE` from it."""
-    base, budget = place.classifier(BASE), place.budget
-    torch.manual_seed(place.seed)
-    defence = Carso(base, LAYERS, digits().image_shape, cond_dim=64, latent_dim=8, samples=8, decoder_width=8)
+    base, budget = workspace.classifier(BASE), workspace.budget
+    torch.manual_seed(workspace.seed)
+    defence = Carso(base, LAYERS, digits().image_shape, **SIZES)
     if name == PUBLISHED:
-        place.train(
+        workspace.train(
             CarsoTask(defence, CarsoConfig(attack=TrainingAttack(eps=EPS, steps=20))),
             budget.published_epochs,
             64,
             _FOLDERS[name],
         )
     else:
-        published = load_carso(place.out / _FOLDERS[PUBLISHED], base)
+        published = load_carso(workspace.out / _FOLDERS[PUBLISHED], base)
         defence.load_state_dict(published.state_dict())
         fine = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
         task = CarsoTask(defence, fine, weights_fingerprint(published))
-        place.train(task, budget.pipeline_epochs, 128, _FOLDERS[name])
-    defence.save(place.out / _FOLDERS[name])
-    save_classifier(base, place.out / _FOLDERS[name] / "classifier")
+        workspace.train(task, budget.pipeline_epochs, 128, _FOLDERS[name])
+    defence.save(workspace.out / _FOLDERS[name])
+    save_classifier(base, workspace.out / _FOLDERS[name] / "classifier")
 
 
-def model(place: Place, name: str) -> nn.Module:
+def model(workspace: Workspace, name: str) -> nn.Module:
     """One of the trained `MODELS`."""
     if name in CLASSIFIERS:
-        return place.classifier(name)
-    return load_carso(place.out / _FOLDERS[name], place.classifier(BASE))
+        return workspace.classifier(name)
+    return load_carso(workspace.out / _FOLDERS[name], workspace.classifier(BASE))
 
 
-def attack(place: Place, name: str) -> Report:
+def attack(workspace: Workspace, name: str) -> Report:
     """One of `MODELS` under its attacks."""
-    budget, defence = place.budget, model(place, name)
-    ce, dlr = AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True)
+    budget, defence = workspace.budget, model(workspace, name)
+    ce, dlr = ce_then_dlr()
     constant = [
         AttackSpec(PGD(loss=loss, alpha=EPS / 10), label=f"PGD-{budget.steps} {loss}, constant step") for loss in LOSSES
     ]
@@ -66,13 +67,12 @@ def attack(place: Place, name: str) -> Report:
     else:
         zero = WithAggregation(defence, deterministic=True)
         attacks = [
-            AttackSpec(PGD(), variant="deterministic"),
-            AttackSpec(PGD(loss="dlr"), variant="deterministic", survivors_only=True),
+            *ce_then_dlr("deterministic"),
             # cheap, and what falls to it needs no attack through K samples
             AttackSpec(PGD(), target=zero, label=f"PGD-{budget.steps} ce made at z = 0"),
             AttackSpec(PGD(), survivors_only=True),
             auto,
-            AttackSpec(PGD(), target=place.classifier(BASE), label=TRANSFER),
+            AttackSpec(PGD(), target=workspace.classifier(BASE), label=TRANSFER),
         ]
         if name == PUBLISHED:
             steps, limit = budget.peel_steps, budget.peel_images
@@ -80,7 +80,7 @@ def attack(place: Place, name: str) -> Report:
             attacks.append(through)
         else:
             attacks.insert(4, dlr)
-    return place.attacked(defence, name, _FOLDERS[name], attacks)
+    return workspace.attacked(defence, name, _FOLDERS[name], attacks)
 
 
 def conclusion(reports: dict[str, Report], budget: Budget) -> list[str]:

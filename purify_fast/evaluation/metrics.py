@@ -145,6 +145,7 @@ def check_curve(name: str, points: Iterable[Iterable[float]]) -> tuple[np.ndarra
 def interpolate(x: np.ndarray, y: np.ndarray) -> Any:
     """The monotone cubic through the points; ModuleNotFoundError without scipy, which is optional."""
     try:
+        # scipy is optional: the extras eval and demo have it
         from scipy.interpolate import PchipInterpolator
     except ImportError as error:
         raise ModuleNotFoundError(

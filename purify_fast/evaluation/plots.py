@@ -34,6 +34,7 @@ _GRAY = "#8a8a8a"
 def require_matplotlib() -> None:
     """ModuleNotFoundError, which names the extra to install, where matplotlib or adjustText is missing."""
     try:
+        # both are optional: the extra demo has them
         import adjustText  # noqa: F401
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -46,7 +47,10 @@ def require_matplotlib() -> None:
 def _new_figure(**options: Any) -> Any:
     """A figure for a file. It is not pyplot's, so that the user's backend and open figures are left alone."""
     require_matplotlib()
+    # optional: the extra demo has it
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    # optional: the extra demo has it
     from matplotlib.figure import Figure
 
     made = Figure(**options, layout="constrained")
@@ -111,6 +115,7 @@ def _bar(axes: Any, at: float, row: Row, color: str) -> None:
 
 
 def _legend_of_models(figure: Any, models: Sequence[str], unreliable: bool) -> None:
+    # optional: the extra demo has it
     from matplotlib.patches import Patch
 
     handles = [Patch(color=_color(m), label=model) for m, model in enumerate(models)]
@@ -322,6 +327,7 @@ def _draw_reference(axes: Any, x: np.ndarray, y: np.ndarray, name: str) -> np.nd
 
 def _lines_of_equal_sum(axes: Any, low: np.ndarray, high: np.ndarray) -> None:
     """Lines of equal SUM, with the value where they leave through the right or the upper edge."""
+    # optional: the extra demo has it
     from matplotlib.ticker import MaxNLocator
 
     for total in MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(low.sum(), high.sum()):
@@ -336,6 +342,7 @@ def _lines_of_equal_sum(axes: Any, low: np.ndarray, high: np.ndarray) -> None:
 
 def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, traced: np.ndarray) -> None:
     """Write each name beside its point, away from the other points, the curve and the other names."""
+    # optional: the extra demo has it
     from adjustText import adjust_text
 
     if not names:

@@ -223,7 +223,7 @@ def merge(reports: Iterable[Report]) -> Report:
         merged.notes += [note for note in report.notes if note not in merged.notes]
     if together:
         shared = together[0].about.items()
-        merged.about = {key: said for key, said in shared if all(r.about.get(key) == said for r in together)}
+        merged.about = {key: value for key, value in shared if all(r.about.get(key) == value for r in together)}
     names = [(row.model, row.attack) for row in merged.rows]
     double = [f"{model}: {attack}" for model, attack in dict.fromkeys(names) if names.count((model, attack)) > 1]
     if double:

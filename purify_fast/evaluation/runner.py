@@ -103,7 +103,7 @@ def evaluate(
     )
     plan = default_attacks(base) if attacks is None else as_specs(attacks)
     if any(isinstance(spec.resolved, AutoAttack) for spec in plan):
-        # if it is missing, this is said before any work
+        # if it is missing, no work is begun
         implementation()
     about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}"}
     report = Report(about=about if dataset_name is None else about | {"dataset": dataset_name})

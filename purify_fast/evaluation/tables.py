@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from .rows import Row, attack_names, model_names
 
-UNRELIABLE = "unreliable"
+UNRELIABLE, NOT_FINITE = "unreliable", "not finite"
 #: How an unreliable number is marked in Markdown.
 RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
 COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "mean", "worst", "gradients", "", "seed", "s"]
@@ -64,22 +64,25 @@ def percent(row: Row) -> str:
     return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
 
 
-NOT_FINITE = "not finite"
+def draws(row: Row) -> str:
+    """How many draws the attack averaged per step."""
+    # reports that the release before wrote have the old name of the setting
+    return str(row.settings.get("eot_iter", row.settings.get("eot", "-")))
 
 
 def remark(row: Row, unreliable: str = UNRELIABLE) -> str:
-    """What must be said of a row's number; empty for most.
+    """A warning about a row's number; empty for most.
 
     Args:
         row: the row.
         unreliable: how to write that the attack lacked gradients.
     """
-    said = [f"{row.nonfinite_predictions} predictions {NOT_FINITE}"] if row.nonfinite_predictions else []
+    remarks = [f"{row.nonfinite_predictions} predictions {NOT_FINITE}"] if row.nonfinite_predictions else []
     if row.nothing_to_attack:
-        said.append("nothing to attack")
+        remarks.append("nothing to attack")
     elif not row.reliable:
-        said.append(unreliable)
-    return ", ".join(said)
+        remarks.append(unreliable)
+    return ", ".join(remarks)
 
 
 def row_cells(row: Row, unreliable: str = UNRELIABLE) -> list[str]:
@@ -88,7 +91,7 @@ def row_cells(row: Row, unreliable: str = UNRELIABLE) -> list[str]:
         row.model,
         row.attack,
         row.variant,
-        str(row.settings.get("eot_iter", row.settings.get("eot", "-"))),
+        draws(row),
         f"{row.n} ({row.settings['attacked']})" if _survivors_only(row) else str(row.n),
         percent(row),
         f"{100 * row.mean:.1f}",

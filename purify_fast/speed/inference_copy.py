@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..models.representation import evaluation_mode, first_tensor, without_recorders
+from .._tensors import first_tensor
+from ..models.representation import evaluation_mode, without_recorders
 from .compiled_region import CompiledRegion
 from .folding import fold_pairs, folded
 

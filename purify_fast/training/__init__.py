@@ -8,6 +8,11 @@ from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .attack import TrainingAttack as TrainingAttack
+    from .callbacks import Callback as Callback
+    from .callbacks import JsonlLog as JsonlLog
+    from .callbacks import TensorBoardLog as TensorBoardLog
+    from .callbacks import TrainingState as TrainingState
+    from .callbacks import summary as summary
     from .classifier import ClassifierTask as ClassifierTask
     from .classifier import is_classifier as is_classifier
     from .classifier import load_classifier as load_classifier
@@ -15,34 +20,47 @@ if TYPE_CHECKING:
     from .config import ClassifierConfig as ClassifierConfig
     from .config import FitConfig as FitConfig
     from .lookahead import Lookahead as Lookahead
-    from .loop import Batch as Batch
-    from .loop import Task as Task
     from .loop import fit as fit
+    from .task import Batch as Batch
+    from .task import Task as Task
+    from .task import Update as Update
 
 __all__ = [
     "Batch",
+    "Callback",
     "ClassifierConfig",
     "ClassifierTask",
     "FitConfig",
+    "JsonlLog",
     "Lookahead",
     "Task",
+    "TensorBoardLog",
     "TrainingAttack",
+    "TrainingState",
+    "Update",
     "fit",
     "is_classifier",
     "load_classifier",
     "save_classifier",
+    "summary",
 ]
 __getattr__, __dir__ = lazy_exports(
     __name__,
-    Batch=".loop",
+    Batch=".task",
+    Callback=".callbacks",
     ClassifierConfig=".config",
     ClassifierTask=".classifier",
     FitConfig=".config",
+    JsonlLog=".callbacks",
     Lookahead=".lookahead",
-    Task=".loop",
+    Task=".task",
+    TensorBoardLog=".callbacks",
     TrainingAttack=".attack",
+    TrainingState=".callbacks",
+    Update=".task",
     fit=".loop",
     is_classifier=".classifier",
     load_classifier=".classifier",
     save_classifier=".classifier",
+    summary=".callbacks",
 )

@@ -16,12 +16,17 @@ from ..models.foreign import ForeignClassifier
 from .attack import settings
 from .checkpoint import read_facts, read_model, save_model
 from .config import ClassifierConfig
-from .loop import Batch
 from .schedules import one_cycle
+from .task import Batch, Task, check_classifier
 
 
-class ClassifierTask:
-    """Cross-entropy training of ``model`` (images in [0, 1] to logits), on clean or adversarial images."""
+class ClassifierTask(Task):
+    """Cross-entropy training of a classifier, on clean or adversarial images.
+
+    Args:
+        model: images in [0, 1] to logits.
+        config: how it is trained.
+    """
 
     def __init__(self, model: nn.Module, config: ClassifierConfig):
         self.model, self.config = model, config
@@ -30,7 +35,6 @@ class ClassifierTask:
         )
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics) of one batch; the attack runs on the frozen model."""
         x = batch.x
         if self.config.attack.eps > 0:
             attack = self.config.attack.at_epoch(batch.epoch, batch.epochs)
@@ -51,12 +55,13 @@ class ClassifierTask:
         return F.cross_entropy(logits, batch.y), {"accuracy": accuracy}
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        """One cycle."""
         return one_cycle(progress, self.config.learning_rate)
 
     def describe(self) -> dict[str, Any]:
-        """The config and the model's structure."""
         return {"task": "classifier", **settings(self.config), "structure": structure_fingerprint(self.model)}
+
+    def check(self, shape: tuple[int, ...], classes: int) -> None:
+        check_classifier(self.model, shape, classes)
 
 
 _KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (*CLASSIFIERS.values(), ForeignClassifier)}

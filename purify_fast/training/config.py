@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from .._compat import flat_arguments
+from .._compat import old_settings
+from .._validation import check_literal
 from .attack import TrainingAttack
+
+KeepBest = Literal["off", "loss", "accuracy"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,10 @@ class FitConfig:
         padding: pixels of black around an image before it is cropped at random; 0 for none.
         flip: whether half of the images, drawn at random, are mirrored from left to right.
         checkpoint_seconds: seconds between checkpoints within an epoch; one is always written at an epoch's end.
+        validation_share: share of the images, drawn by the seed, that is not trained on but validated with; 0 for none.
+        validation_every: epochs from one validation to the next; the last epoch's end has one in any case.
+        keep_best: "off" leaves the weights of the run's end; "loss" and "accuracy" leave those of the validation with
+            the lowest loss or the highest accuracy, under the training's own attack at its full eps.
 
     Raises:
         ValueError: a setting out of range; the message names it.
@@ -30,16 +38,22 @@ class FitConfig:
     padding: int = 0
     flip: bool = False
     checkpoint_seconds: float = 30.0
+    validation_share: float = 0.0
+    validation_every: int = 1
+    keep_best: KeepBest = "off"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        check_literal("keep_best", self.keep_best, KeepBest)
+        for name in ("epochs", "batch_size", "validation_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.padding < 0 or self.checkpoint_seconds < 0 or not 0 <= self.seed < 2**31:
             raise ValueError(f"padding and checkpoint_seconds must be >= 0 and 0 <= seed < 2^31, got {self}")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share must be in [0, 1), got {self.validation_share}")
 
 
-@flat_arguments(renamed={}, attack={"warm_up": "eps_warmup"})
+@old_settings("classifier")
 @dataclass(frozen=True)
 class ClassifierConfig:
     """How a classifier is trained; every number is this package's own choice.

@@ -30,8 +30,8 @@ from purify_fast.training import (
 )
 from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree, write_tree
-from purify_fast.training.loop import step_seed
 from purify_fast.training.schedules import one_cycle
+from purify_fast.training.sources import step_seed
 
 RUN = """
 import sys, torch

@@ -13,7 +13,7 @@ from torch import nn
 from purify_fast.data import to_float
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.carso.task import published_step
+from purify_fast.methods.carso.losses import published_step
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, fit

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .config import AblationConfig as AblationConfig
     from .config import ArrestConfig as ArrestConfig
     from .task import ArrestTask as ArrestTask
-    from .task import Teacher as Teacher
+    from .teacher import Teacher as Teacher
 
 __all__ = [
     "AblationConfig",
@@ -25,6 +25,6 @@ __getattr__, __dir__ = lazy_exports(
     AblationConfig=".config",
     ArrestConfig=".config",
     ArrestTask=".task",
-    Teacher=".task",
+    Teacher=".teacher",
     ablate=".ablation",
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import cos, radians
 from typing import Literal
 
-from ..._compat import flat_arguments
+from ..._compat import old_settings
 from ..._validation import check_literal
 from ...training.attack import TrainingAttack
 
@@ -17,10 +17,7 @@ Schedule = Literal["published", "one_cycle", "constant"]
 Precision = Literal["float32", "bfloat16"]
 
 
-@flat_arguments(
-    renamed={"weight": "distillation_weight", "average": "ema_decay", "awp": "awp_gamma"},
-    attack={"start": "random_start", "warm_up": "eps_warmup"},
-)
+@old_settings("arrest")
 @dataclass(frozen=True)
 class ArrestConfig:
     """How ARREST finetunes a classifier.

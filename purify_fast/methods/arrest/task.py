@@ -13,125 +13,60 @@ arXiv 2308.16454 (ICCV 2023). It has no official code: `ArrestConfig` says for e
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
+from torch.optim.swa_utils import AveragedModel
 
 from ..._fingerprint import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen, pgd
-from ...data import StreamedImages, to_float
 from ...models.classifiers import representation_before_pooling
 from ...models.representation import Representation, without_recorders
 from ...ops.noisy_replay import noisy_replay
 from ...ops.representation_distance import representation_distance
-from ...speed.inference_copy import (
-    LiveInferenceCopy,
-    autocast_to,
-    convert_to_channels_last,
-    prepare_for_inference,
-)
+from ...speed.inference_copy import LiveInferenceCopy, autocast_to, convert_to_channels_last
 from ...training.attack import TrainingAttack, settings
 from ...training.distributed import average_
-from ...training.loop import Batch
 from ...training.schedules import arrest_published, one_cycle
+from ...training.task import Batch, Metrics, Task, check_classifier
 from .config import ArrestConfig
+from .teacher import Teacher, pool
 
 
-def _pool(features: list[Tensor]) -> list[Tensor]:
-    """Means over the positions of maps [B, C, H, W] and tokens [B, T, D]."""
-    return [f.mean((2, 3)) if f.dim() == 4 else f.mean(1) if f.dim() == 3 else f for f in features]
-
-
-class Teacher:
-    """The frozen start h*: a copy of a classifier, in evaluation mode, read at ``layers``.
-
-    Args:
-        classifier: images ``[B, *image_shape]`` in [0, 1] to logits; the caller's own is left untouched.
-        layers, image_shape, pooled: as in `ArrestTask` and its config.
-        dtype: bfloat16 reads an accelerated copy.
-
-    Called with a `Batch` it returns the layers' outputs for its images, without a gradient; kept ones, after `keep`.
-
-    Raises:
-        ValueError: unknown layers, or ``pooled`` where all of them are vectors.
-    """
-
-    def __init__(
-        self,
-        classifier: nn.Module,
-        layers: Sequence[str],
-        image_shape: tuple[int, int, int],
-        pooled: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ):
-        model = copy.deepcopy(classifier).requires_grad_(False).eval()
-        self.reader, self.pooled, self.dtype = Representation(model, tuple(layers), image_shape), pooled, dtype
-        if pooled and all(len(shape) == 1 for shape in self.reader.shapes):
-            raise ValueError(f"pooled is for maps and tokens: what {', '.join(layers)} puts out is a vector already")
-        self._uses_channels_last = True
-        if dtype != torch.float32:
-            _, self._uses_channels_last = prepare_for_inference(model, image_shape, dtype)
-        self._kept: list[Tensor] | None = None
-        self._checked = -1
-
-    @torch.no_grad()
-    def read(self, x: Tensor) -> list[Tensor]:
-        """The layers' outputs for images ``x [B, C, H, W]``."""
-        with autocast_to(x.device, self.dtype):
-            features = self.reader(x if self._uses_channels_last else x.contiguous())
-        return _pool(features) if self.pooled else features
-
-    def keep(self, x: Tensor | StreamedImages, batch_size: int = 256, progress: bool = True) -> None:
-        """Read all training images once, to save a pass of the teacher in every step; not for augmented training.
-
-        Args:
-            x: uint8 ``[N, C, H, W]``, those that are trained on. The outputs of all of them are held on its device.
-        """
-        bar = tqdm(range(0, len(x), batch_size), desc="teacher", unit="batch", disable=not progress)
-        parts = [self.read(to_float(x[i : i + batch_size])) for i in bar]
-        kept = [torch.cat(layer) for layer in zip(*parts, strict=True)]
-        # rows of maps that are channels_last stay so when they are picked
-        self._kept = [k.permute(0, 2, 3, 1).contiguous() if k.dim() == 4 else k for k in kept]
-
-    def __call__(self, batch: Batch) -> list[Tensor]:
-        if self._kept is None:
-            return self.read(batch.x)
-        features = [k[batch.sample_ids] for k in self._kept]
-        features = [f.permute(0, 3, 1, 2) if f.dim() == 4 else f for f in features]
-        if self._checked != batch.epoch:
-            self._checked = batch.epoch
-            for kept, now in zip(features, self.read(batch.x), strict=True):
-                apart = (kept.float() - now.float()).norm()
-                if not apart <= 0.01 * now.float().norm():
-                    raise ValueError("the kept features are not those of these images: are they augmented?")
-        return features
-
-
-class _Averaged(nn.Module):
+class _WithAverage(nn.Module):
     """A model and the moving average of its weights: one checkpoint."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, average: AveragedModel):
         super().__init__()
-        self.model = model
-        self.average = without_recorders(copy.deepcopy(model)).requires_grad_(False)
+        self.model, self.average = model, average
 
-    @torch.no_grad()
-    def update(self, decay: float) -> None:
-        """One step of the average; buffers that are no floating-point numbers are copied."""
-        mine, theirs = self.average.state_dict(), self.model.state_dict()
-        for name, value in mine.items():
-            if value.is_floating_point():
-                value.lerp_(theirs[name], 1 - decay)
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of a model that follows its weights and buffers; buffers of whole numbers are copied.
+
+    Args:
+        model: what to follow.
+        decay: share of the average that each step keeps.
+    """
+
+    def follow(averages: Iterable[Tensor], values: Iterable[Tensor], _: Tensor | int) -> None:
+        for average, value in zip(averages, values, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, 1 - decay)
             else:
-                value.copy_(theirs[name])
+                average.copy_(value)
+
+    made = AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
+    without_recorders(made.module).requires_grad_(False)
+    # its first update copies the weights, so that the average begins with them
+    made.update_parameters(model)
+    return made
 
 
-class ArrestTask:
+class ArrestTask(Task):
     """Trains a classifier by ARREST in `purify_fast.training.fit`, starting from its weights as they are.
 
     Args:
@@ -177,7 +112,11 @@ class ArrestTask:
             self._uses_channels_last = convert_to_channels_last(model, image_shape)
         if self.dtype != torch.float32 or compile:
             self._view = LiveInferenceCopy(model, image_shape, self.dtype, compile)
-        self.model: nn.Module = model if config.ema_decay == 0 else _Averaged(model)
+        self._average: AveragedModel | None = None
+        self.model: nn.Module = model
+        if config.ema_decay > 0:
+            self._average = moving_average(model, config.ema_decay)
+            self.model = _WithAverage(model, self._average)
         weights = [p for p in model.parameters() if p.requires_grad]
         if not weights:
             raise ValueError("model has no parameters to train")
@@ -192,15 +131,11 @@ class ArrestTask:
         else:
             self.optimizer = torch.optim.AdamW(weights, **options)
         self._unperturbed: list[tuple[Tensor, Tensor]] = []
-        self.optimizer.register_step_pre_hook(lambda *_: self._restore())
-        if isinstance(self.model, _Averaged):
-            averaged = self.model
-            self.optimizer.register_step_post_hook(lambda *_: averaged.update(config.ema_decay))
 
     @property
     def result(self) -> nn.Module:
         """The trained classifier: the moving average if there is one, else the model."""
-        return self.model.average if isinstance(self.model, _Averaged) else self.model
+        return self.model if self._average is None else self._average.module
 
     # -- the parts of a step ------------------------------------------------------------------------------------------
 
@@ -211,7 +146,7 @@ class ArrestTask:
             if self._reader is None:
                 return self.classifier(x), []
             logits, features = self._reader.with_logits(x)
-        return logits, _pool(features) if self.config.pooled else features
+        return logits, pool(features) if self.config.pooled else features
 
     def distance(self, features: list[Tensor], of_teacher: list[Tensor]) -> Tensor:
         """d of every example ``[B]``; the mean over the layers."""
@@ -254,7 +189,7 @@ class ArrestTask:
         x = noisy_replay(batch.x, adversarial, drift, tau, attack.eps, seed, batch.sample_ids)
         return x, replayed.float().mean()
 
-    def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, Metrics]:
         """The loss of inputs ``x [B, C, H, W]`` and metrics."""
         logits, features = self.forward(x)
         cross_entropy = F.cross_entropy(logits.float(), y)
@@ -268,9 +203,9 @@ class ArrestTask:
         metrics["distance"] = distance.detach()
         return cross_entropy + self.config.distillation_weight * distance, metrics
 
-    def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics) of one batch."""
-        self._restore()  # from a batch before, where a step is for the gradients of several
+    def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        # from a batch before, where one step is for the gradients of several
+        self.before_step()
         of_teacher = [] if self.teacher is None else self.teacher(batch)
         x, replayed = self.inputs(batch, of_teacher)
         if self.config.awp_gamma > 0:
@@ -281,7 +216,7 @@ class ArrestTask:
     # -- adversarial weight perturbation ------------------------------------------------------------------------------
 
     def _perturb(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> None:
-        """Move each weight matrix by gamma of its norm up the loss, until the optimiser's or the next training step."""
+        """Move each weight matrix by gamma of its norm up the loss, until the optimizer's or the next training step."""
         buffers = [(b, b.clone()) for b in self.classifier.buffers()]
         weights = [p for p in self.classifier.parameters() if p.requires_grad and p.dim() > 1]
         found = torch.autograd.grad(self.loss(x, y, of_teacher)[0], weights, allow_unused=True)
@@ -295,15 +230,20 @@ class ArrestTask:
                 weight.add_(gradient * (self.config.awp_gamma * weight.norm() / (gradient.norm() + 1e-12)))
 
     @torch.no_grad()
-    def _restore(self) -> None:
+    def before_step(self) -> None:
+        """The optimizer moves the weights from where they were before their perturbation."""
         for weight, before in self._unperturbed:
             weight.copy_(before)
         self._unperturbed = []
 
     # -- what `fit` asks for ------------------------------------------------------------------------------------------
 
+    def after_step(self) -> None:
+        """The moving average follows the weights."""
+        if self._average is not None:
+            self._average.update_parameters(self.classifier)
+
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        """By the config's schedule."""
         peak = self.config.learning_rate
         if self.config.schedule == "constant":
             return peak
@@ -312,9 +252,27 @@ class ArrestTask:
         )
 
     def describe(self) -> dict[str, Any]:
-        """The config, the representation, the classifier's structure, and where it started."""
         attack = self.config.attack
         # the step itself, so that a run is resumed whether its step was given or follows from eps
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
         facts |= {"structure": structure_fingerprint(self.classifier), "origin": self.origin}
         return {"task": "arrest", **settings(self.config), **facts}
+
+    def check(self, shape: tuple[int, ...], classes: int) -> None:
+        check_classifier(self.classifier, shape, classes)
+
+    def validate(self, batch: Batch) -> Metrics:
+        """Cross-entropy and accuracy of the result under the training's attack.
+
+        Args:
+            batch: held-out images.
+        """
+        attack = self.config.attack
+        x = pgd(
+            self.result, batch.x, batch.y, eps=attack.eps, alpha=attack.step_size(attack.eps), steps=attack.steps,
+            norm=attack.norm, random_start=attack.random_start, seed=batch.seed, sample_ids=batch.sample_ids,
+        )  # fmt: skip
+        with torch.no_grad():
+            logits = self.result(x).float()
+        accuracy = (logits.argmax(1) == batch.y).float().mean()
+        return {"loss": F.cross_entropy(logits, batch.y), "accuracy": accuracy}

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from .generators.deepfill import DeepFillGenerator as DeepFillGenerator
     from .generators.masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
     from .generators.small_generator import SmallGenerator as SmallGenerator
+    from .losses import training_loss as training_loss
     from .purifier import PurifierAdapter as PurifierAdapter
     from .task import AtopTask as AtopTask
-    from .task import training_loss as training_loss
 
 __all__ = [
     "Atop",
@@ -41,5 +41,5 @@ __getattr__, __dir__ = lazy_exports(
     PurifierAdapter=".purifier",
     SmallGenerator=".generators.small_generator",
     load_atop=".files",
-    training_loss=".task",
+    training_loss=".losses",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..._compat import flat_arguments
+from ..._compat import old_settings
 from ..._validation import check_literal
 from ...training.attack import TrainingAttack
 
@@ -29,9 +29,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
-@flat_arguments(
-    renamed={"warm_up": "cls_delay_epochs", "reconstruction": "reconstruction_weight"}, attack_word="attack_method"
-)
+@old_settings("atop")
 @dataclass(frozen=True)
 class AtopConfig:
     """How AToP's purifier is trained; the defaults are the released CIFAR-10 notebooks'.

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ... import _compat
+from ..._tensors import dtype_of
 from ..._validation import check_literal
 from ...defences.base import Defence, refuse_wrapped
 from ...defences.stochastic import StochasticDefence
-from ...models.representation import dtype_of, evaluation_mode
+from ...models.representation import evaluation_mode
 from ...ops.aggregate import aggregate
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
@@ -31,7 +32,7 @@ from ..saved_defence import save_defence
 from .purifier import PURIFIERS, PurifierAdapter
 
 if TYPE_CHECKING:
-    from ...training.loop import Batch
+    from ...training.task import Batch
     from .config import AtopConfig
 
 Transform = Literal["rt1", "rt2", "rt3"]

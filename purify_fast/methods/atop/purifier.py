@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...models.representation import first_tensor
+from ..._tensors import first_tensor
 from .generators.deepfill import DeepFillGenerator
 from .generators.masked_autoencoder import MaskedAutoencoder
 from .generators.small_generator import SmallGenerator

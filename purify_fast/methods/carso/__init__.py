@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .files import load_carso as load_carso
     from .layer_ranking import LayerScore as LayerScore
     from .layer_ranking import rank_layers as rank_layers
+    from .losses import training_loss as training_loss
     from .networks import Decoder as Decoder
     from .networks import Deconvolution as Deconvolution
     from .networks import decoder_plan as decoder_plan
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from .presets import PRESETS as PRESETS
     from .presets import Preset as Preset
     from .task import CarsoTask as CarsoTask
-    from .task import training_loss as training_loss
 
 __all__ = [
     "PRESETS",
@@ -56,5 +56,5 @@ __getattr__, __dir__ = lazy_exports(
     load_carso=".files",
     published_decoder=".networks",
     rank_layers=".layer_ranking",
-    training_loss=".task",
+    training_loss=".losses",
 )

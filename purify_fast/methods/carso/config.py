@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
-from ..._compat import flat_arguments
+from ..._compat import old_settings
 from ..._validation import check_literal
 from ...training.attack import TrainingAttack
 
@@ -19,7 +19,7 @@ Schedule = Literal["one_cycle", "published", "published_v1"]
 Precision = Literal["float32", "bfloat16"]
 
 
-@flat_arguments(renamed={"lag": "kl_delay", "reconstruction": "reconstruction_weight"})
+@old_settings("carso")
 @dataclass(frozen=True)
 class CarsoConfig:
     """How CARSO's purifier is trained. "Paper" is arXiv 2306.06081; "own" is this package's own choice.

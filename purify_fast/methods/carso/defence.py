@@ -37,7 +37,7 @@ from .packed_decoder import PackedDecoder
 from .presets import preset
 
 if TYPE_CHECKING:
-    from ...training.loop import Batch
+    from ...training.task import Batch
     from .config import CarsoConfig
 
 Version = Literal["v4", "v1"]

@@ -11,8 +11,9 @@ import torch
 import purify_fast.methods.arrest.ablation as module
 from purify_fast import data
 from purify_fast.evaluation import Tradeoff
-from purify_fast.methods.arrest import AblationConfig, ArrestConfig, ArrestTask, ablate
-from purify_fast.methods.arrest.ablation import _curve, _Result, _write, rows
+from purify_fast.methods.arrest import AblationConfig, ArrestConfig, ArrestTask, ablate, ablation_table
+from purify_fast.methods.arrest.ablation import rows
+from purify_fast.methods.arrest.ablation_table import Result, best_points, write
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierTask, FitConfig, load_classifier
 from purify_fast.training.attack import TrainingAttack
@@ -35,7 +36,13 @@ def images():
 
 def run(images, out, what=None, config=CONFIG):
     return ablate(
-        lambda: SmallCNN(width=4), images, config, what or AblationConfig(**FEW), FitConfig(1, 16), out, False
+        lambda: SmallCNN(width=4),
+        images,
+        config,
+        what or AblationConfig(**FEW),
+        FitConfig(1, 16),
+        out=out,
+        progress=False,
     )
 
 
@@ -137,7 +144,7 @@ def test_finetuning_starts_from_the_standard_classifier_and_its_teacher_is_that(
             starts.append((self.config, {k: v.clone() for k, v in model.state_dict().items()}, read))
 
     monkeypatch.setattr(module, "ArrestTask", Task)
-    monkeypatch.setattr(module, "plot_tradeoff", lambda *a, **k: None)
+    monkeypatch.setattr(ablation_table, "plot_tradeoff", lambda *a, **k: None)
     run(images, tmp_path, AblationConfig(**FEW, shares=()))
     standard = load_classifier(tmp_path / "standard").state_dict()
     assert [config for config, _, _ in starts] == list(rows(CONFIG, AblationConfig()).values())
@@ -159,7 +166,7 @@ def test_the_scratch_rows_attack_with_their_share_of_eps(images, tmp_path, monke
         pass
 
     monkeypatch.setattr(module, "ClassifierTask", Task)
-    monkeypatch.setattr(module, "_attack", lambda *a: _Result(Tradeoff(0, 0), (0, 0)))
+    monkeypatch.setattr(module._Study, "attacked", lambda *a: Result(Tradeoff(0, 0), (0, 0)))
     monkeypatch.setattr(module, "load_classifier", lambda folder: (_ for _ in ()).throw(Enough))
     what = AblationConfig(**FEW, shares=(0.5, 0.25), scratch_learning_rate=2e-3, standard_learning_rate=1e-3)
     with pytest.raises(Enough):
@@ -181,13 +188,13 @@ def test_from_scratch_and_finetuned_train_on_one_attack(images, tmp_path, monkey
         seen.append([options[name] for name in ("eps", "alpha", "steps", "norm")])
         return x
 
-    monkeypatch.setattr(module, "_attack", lambda *a: _Result(Tradeoff(0, 0), (0, 0)))
-    monkeypatch.setattr(module, "plot_tradeoff", lambda *a, **k: False)
+    monkeypatch.setattr(module._Study, "attacked", lambda *a: Result(Tradeoff(0, 0), (0, 0)))
+    monkeypatch.setattr(ablation_table, "plot_tradeoff", lambda *a, **k: False)
     for task in (ArrestTask, ClassifierTask):
         monkeypatch.setattr(importlib.import_module(task.__module__), "pgd", attack)
     config = ArrestConfig(attack=TrainingAttack(eps=0.2, steps=2, alpha=alpha, eps_warmup=0.5))
     what = AblationConfig(**{**FEW, "scratch_epochs": 4}, weights=(), angles=(), shares=())
-    ablate(lambda: SmallCNN(width=4), images, config, what, FitConfig(4, 32), tmp_path, False)
+    ablate(lambda: SmallCNN(width=4), images, config, what, FitConfig(4, 32), out=tmp_path, progress=False)
     scratch, finetuned = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     step = 0.25 if alpha is None else alpha
     assert len(seen) == 16 and scratch == [pytest.approx(options) for options in finetuned]
@@ -197,7 +204,7 @@ def test_from_scratch_and_finetuned_train_on_one_attack(images, tmp_path, monkey
 
 
 def result(standard, robust, auto=None):
-    return _Result(Tradeoff(standard, robust), (1.0, 2.0), None if auto is None else Tradeoff(*auto), (3.0, 4.0))
+    return Result(Tradeoff(standard, robust), (1.0, 2.0), None if auto is None else Tradeoff(*auto), (3.0, 4.0))
 
 
 def test_the_table_by_hand(tmp_path, monkeypatch):
@@ -208,7 +215,7 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
     found = {name: result(*point) for name, point in scratch.items()}
     found["ARREST"] = result(90, 52)
     config = ArrestConfig(attack=TrainingAttack(eps=0.1, steps=10))
-    text = _write(tmp_path, found, list(scratch), config, AblationConfig())[0].read_text()
+    text = write(tmp_path, found, list(scratch), config.attack, AblationConfig())[0].read_text()
     assert "| ARREST | 90.0 ± 1.0 | 52.0 ± 2.0 | 142.00 | 71.00 | 65.92 | +1.41 |" in text
     assert "| whole | 80.0 ± 1.0 | 60.0 ± 2.0 | 140.00 | 70.00 | 68.57 | - |" in text
     assert "ar_point_dist: of standard accuracy and PGD-50." in text and "AutoAttack" not in text
@@ -217,8 +224,8 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
     # with AutoAttack, the paper's: the same points on its images, whatever PGD on all of them says
     found = {name: result(99, 70, point) for name, point in {**scratch, "ARREST": (90, 52)}.items()}
     drawn = []
-    monkeypatch.setattr(module, "plot_tradeoff", lambda path, *a, **k: drawn.append((*a, k)))
-    text = _write(tmp_path, found, list(scratch), config, AblationConfig(autoattack=5))[0].read_text()
+    monkeypatch.setattr(ablation_table, "plot_tradeoff", lambda path, *a, **k: drawn.append((*a, k)))
+    text = write(tmp_path, found, list(scratch), config.attack, AblationConfig(autoattack=5))[0].read_text()
     both = "| ARREST | 99.0 ± 1.0 | 70.0 ± 2.0 | 90.0 ± 3.0 | 52.0 ± 4.0 | 142.00 | 71.00 | 65.92 | +1.41 |"
     assert both in text and "| standard, AutoAttack's images | AutoAttack | SUM |" in text
     assert "AutoAttack: standard, then, on the first 5." in text
@@ -230,23 +237,23 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
 
 
 def test_only_what_was_written_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "plot_tradeoff", lambda *a, **k: False)  # as without matplotlib
+    monkeypatch.setattr(ablation_table, "plot_tradeoff", lambda *a, **k: False)  # as without matplotlib
     (tmp_path / "ablation.png").touch()  # of another time
     found = {"standard": result(90, 40), "AT from scratch": result(80, 30)}
-    made = _write(tmp_path, found, list(found), ArrestConfig(), AblationConfig())
+    made = write(tmp_path, found, list(found), ArrestConfig().attack, AblationConfig())
     assert made == [tmp_path / "ablation.md", tmp_path / "ablation.csv"]
 
 
 def test_the_curve_is_of_models_that_no_other_beats():
     points = [Tradeoff(*p) for p in ((90, 10), (80, 40), (80, 30), (70, 40), (60, 50), (60, 50), (50, 50))]
-    assert [tuple(p) for p in _curve(points)] == [(60, 50), (80, 40), (90, 10)]
-    assert _curve([Tradeoff(1, 1), Tradeoff(1, 1)]) == [Tradeoff(1, 1)]
+    assert [tuple(p) for p in best_points(points)] == [(60, 50), (80, 40), (90, 10)]
+    assert best_points([Tradeoff(1, 1), Tradeoff(1, 1)]) == [Tradeoff(1, 1)]
 
 
 def test_a_curve_of_one_point_gives_no_distance(tmp_path):
     pytest.importorskip("matplotlib")
     found = {"standard": result(90, 40), "AT from scratch": result(80, 30), "AFT": result(85, 35)}
-    text = _write(tmp_path, found, list(found)[:2], ArrestConfig(), AblationConfig())[0].read_text()
+    text = write(tmp_path, found, list(found)[:2], ArrestConfig().attack, AblationConfig())[0].read_text()
     assert "| AFT | 85.0 ± 1.0 | 35.0 ± 2.0 | 120.00 | 60.00 | 49.58 | - |" in text
 
 
@@ -337,7 +344,9 @@ def test_autoattack_has_no_more_images_than_there_are(images, tmp_path, monkeypa
     monkeypatch.setattr(module, "implementation", lambda: None)
     asked = []
     monkeypatch.setattr(
-        module, "_attack", lambda *a: asked.append(a[4]) or _Result(Tradeoff(0, 0), (0, 0), Tradeoff(0, 0))
+        module._Study,
+        "attacked",
+        lambda self, *a: asked.append(self.what) or Result(Tradeoff(0, 0), (0, 0), Tradeoff(0, 0)),
     )
     few = {**FEW, "images": 100, "weights": (), "angles": (), "shares": ()}
     text = run(images, tmp_path, AblationConfig(**few, autoattack=50))[0].read_text()

@@ -512,6 +512,7 @@ def test_awp_by_hand():
     torch.testing.assert_close(loss, want)
     task.optimizer.zero_grad()
     loss.backward()
+    task.before_step()
     task.optimizer.step()
     for name, value in states(model).items():
         if name in second:
@@ -529,6 +530,7 @@ def test_awp_over_several_batches_of_one_step_comes_back_to_the_weights():
     for seed in (7, 8):
         task.training_step(dataclasses.replace(batch(), seed=seed))[0].backward()
     assert not same(states(task.model), before)
+    task.before_step()
     task.optimizer.step()
     assert same(states(task.model), before)
 
@@ -564,6 +566,7 @@ def test_awp_leaves_weights_alone_that_have_no_gradient():
     task.training_step(batch())[0].backward()
     moved = {name for name, value in states(task.model).items() if not torch.equal(value, before[name])}
     assert moved == {name for name, p in task.model.named_parameters() if p.dim() > 1} - {"aside.weight"}
+    task.before_step()
     task.optimizer.step()
 
 
@@ -578,6 +581,7 @@ def test_the_moving_average_by_hand():
         task.optimizer.zero_grad()
         loss.backward()
         task.optimizer.step()
+        task.after_step()
         for name, now in states(model).items():
             average[name] = 0.8 * average[name] + 0.2 * now if now.is_floating_point() else now
     for name, value in states(task.result).items():

@@ -9,6 +9,7 @@ import purify_fast
 from purify_fast.attacks import BPDA, PGD, BpdaModel
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, MaskedAutoencoder, SmallGenerator
+from purify_fast.methods.atop.losses import training_loss
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, fit
 from purify_fast.training.attack import TrainingAttack
@@ -53,7 +54,7 @@ def test_a_classifier_in_bfloat16_is_attacked_and_trained_with():
     report = evaluate(made, images(), y, eps=0.1, attacks=attacks, eot_iter=1, progress=False)
     assert [row.kind for row in report.rows][1:4] == ["bpda", "pgd", "pgd"]
     assert BpdaModel.of(made)(images()).dtype == torch.float32
-    loss = made.training_step(Batch(images(), y, torch.arange(4), 0, 5, 10), AtopConfig())
+    loss, _ = training_loss(made, Batch(images(), y, torch.arange(4), 0, 5, 10), AtopConfig())
     loss.backward()
     assert loss.isfinite() and all(p.grad is None for p in made.classifier.parameters())
 

@@ -94,7 +94,7 @@ def test_from_scratch_with_every_setting(made, tmp_path):
     loaded = purify_fast.load_defence(tmp_path)
     assert loaded.purifier.module.arguments["channels"] == 1
     assert loaded.arguments["transform"] == "rt2" and loaded.shared_mask and loaded.samples == 2
-    assert (loaded.sigma, loaded.block, loaded.missing) == (0.2, 2, 0.5)
+    assert (loaded.sigma, loaded.block, loaded.mask_ratio) == (0.2, 2, 0.5)
     assert loaded(torch.rand(3, 1, 16, 8)).shape == (3, 2)
 
 
@@ -116,7 +116,7 @@ def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, cap
     options = ["--init", "None", "--purifier", "deepfill", "--weights", str(path), "--learning-rate", "0"]
     assert run("atop", made, tmp_path / "out", *options, "--cls-delay-epochs=0", "--aggregation", "mean_softmax") == 0
     loaded, wanted = purify_fast.load_defence(tmp_path / "out"), DeepFillGenerator.from_official(path).state_dict()
-    assert loaded.aggregation == "probability" and loaded.purifier.module.arguments["width"] == 4
+    assert loaded.aggregation == "mean_softmax" and loaded.purifier.module.arguments["width"] == 4
     assert all(torch.equal(value, wanted[name]) for name, value in loaded.purifier.module.state_dict().items())
     for other in (["--width", "4"], ["--purifier", "small_generator"]):
         assert run("atop", made, tmp_path / "other", *options, *other) == 2

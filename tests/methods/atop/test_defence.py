@@ -16,6 +16,7 @@ from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.epoch import apply_update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -224,11 +225,10 @@ def test_bfloat16_trains_with_a_discriminator(transform):
     task.model.train()
     before = copy.deepcopy(task.model.state_dict())
     for seed in range(3):
-        loss, metrics = task.training_step(Batch(x, torch.arange(8), torch.arange(8), seed, 0, 1))
-        assert loss.dtype == torch.float32 and all(value.isfinite() for value in (loss, *metrics.values()))
-        task.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        task.optimizer.step()
+        for update in task.updates(Batch(x, torch.arange(8), torch.arange(8), seed, 0, 1)):
+            assert update.loss.dtype == torch.float32
+            assert all(value.isfinite() for value in (update.loss, *update.metrics.values()))
+            apply_update(task, update)
     assert made.acceleration["dtype"] == torch.bfloat16
     for name, value in task.model.state_dict().items():
         assert value.isfinite().all() and value.dtype == before[name].dtype

@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from purify_fast import data
 from purify_fast.attacks import fgsm
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
-from purify_fast.methods.atop.task import hinge, passes
+from purify_fast.methods.atop.losses import hinge, passes, training_loss
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree
+from purify_fast.training.epoch import apply_update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,7 +62,7 @@ def test_fact_10_cross_entropy_as_it_enters_the_loss():
     made = defence(classifier=Undecided())
     for weight, share in ((0.05, 0.1151293), (0.1, 0.2302585)):
         config = AtopConfig(attack_method="none", cls_weight=weight, reconstruction_weight=0.0)
-        assert made.training_step(batch(), config).item() == pytest.approx(share, abs=1e-6)
+        assert training_loss(made, batch(), config)[0].item() == pytest.approx(share, abs=1e-6)
 
 
 class Constant(nn.Module):
@@ -155,7 +156,7 @@ def test_the_passes_share_noise_and_mask_and_are_as_many_as_needed(monkeypatch):
 
 
 def test_warm_up_with_a_clean_target_attacks_nothing(monkeypatch):
-    import purify_fast.methods.atop.task as module
+    import purify_fast.methods.atop.losses as module
 
     def attack(*arguments, **options):
         raise AssertionError("attacked")
@@ -203,7 +204,9 @@ def test_each_player_trains_alone():
         ),
     )
     before = copy.deepcopy(task.model.state_dict())
-    loss, metrics = task.training_step(batch())
+    updates = task.updates(batch())
+    apply_update(task, next(updates))
+    loss, metrics = (last := next(updates)).loss, last.metrics
     for name, value in task.model.state_dict().items():
         moved = not torch.equal(value, before[name])
         if name.endswith(("weight", "bias")):
@@ -245,9 +248,9 @@ def test_killed_and_resumed_training_is_the_same(options, tmp_path):
         calls.append(batch)
         if len(calls) == 5:
             raise Killed
-        return AtopTask.training_step(cut, batch)
+        return AtopTask.updates(cut, batch)
 
-    cut.training_step = step
+    cut.updates = step
     with pytest.raises(Killed):
         fit(cut, x, y, FitConfig(2, 8, 3, checkpoint_seconds=0), tmp_path / "cut")
     fit(task(), x, y, FitConfig(2, 8, 3, checkpoint_seconds=0), tmp_path / "cut")
@@ -341,7 +344,7 @@ def test_a_step_of_every_training_moves_the_purifier_alone(attack, target):
         attack=TrainingAttack(eps=0.1, steps=2 if attack == "pgd" else 10),
         cls_delay_epochs=0,
     )
-    loss = made.training_step(batch(), config)
+    loss, _ = training_loss(made, batch(), config)
     loss.backward()
     assert loss.isfinite() and any(p.grad.abs().sum() > 0 for p in made.purifier.parameters() if p.grad is not None)
     assert all(p.grad is None for p in made.classifier.parameters())
@@ -398,7 +401,7 @@ def test_settings_that_cannot_be_used(options, message):
 
 def test_what_needs_the_task_says_so():
     with pytest.raises(ValueError, match="gan_grad needs a discriminator"):
-        defence().training_step(batch(), AtopConfig(gan_grad=True))
+        training_loss(defence(), batch(), AtopConfig(gan_grad=True))
     with pytest.raises(ValueError, match="no parameters to train"):
 
         class Nothing(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 import purify_fast
 from purify_fast import data
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.carso.task import pipeline_step, published_step
+from purify_fast.methods.carso.losses import pipeline_step, published_step, training_loss
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.attack import TrainingAttack
@@ -148,12 +148,12 @@ def test_a_released_classifier_is_frozen_again_by_a_task_that_is_not_joint():
 def test_joint_training_that_would_not_reach_the_classifier_is_refused():
     made, config = defence(), CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=True)
     with pytest.raises(ValueError, match=r"after release_classifier\(\)"):
-        made.training_step(batch(), config)
+        training_loss(made, batch(), config)
     with pytest.raises(ValueError, match=r"accelerate\(None\) first"):
         made.accelerate().release_classifier()
     made.accelerate(None).release_classifier()
     with pytest.raises(ValueError, match="not accelerated"):
-        made.accelerate().training_step(batch(), config)
+        training_loss(made.accelerate(), batch(), config)
 
 
 def test_refusals():

@@ -16,7 +16,7 @@ from purify_fast.attacks import fgsm, input_gradient, pgd, pgd_and_fgsm
 from purify_fast.defences.stochastic import StochasticDefence
 from purify_fast.evaluation.fingerprint import fingerprint
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation
-from purify_fast.methods.carso.task import balanced_batch, pipeline_step, published_step
+from purify_fast.methods.carso.losses import balanced_batch, pipeline_step, published_step
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.attack import TrainingAttack

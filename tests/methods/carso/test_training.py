@@ -9,7 +9,8 @@ import torch
 
 from purify_fast import data
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.carso.task import atom_size, balanced_batch, kl_weight, pipeline_step, published_step
+from purify_fast.methods.carso.config import atom_size
+from purify_fast.methods.carso.losses import balanced_batch, kl_weight, pipeline_step, published_step, training_loss
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.attack import TrainingAttack
@@ -50,7 +51,7 @@ def test_fact_7_kl_weight(epochs, epoch, want):
     [(640, 0.5, 320, 80), (640, 0.15, 544, 24), (128, 0.01, 128, 0), (128, 0.04, 124, 1), (1024, 0.01, 1016, 2)],
 )
 def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
-    import purify_fast.methods.carso.task as module
+    import purify_fast.methods.carso.losses as module
 
     calls = []
 
@@ -134,7 +135,7 @@ def test_the_sum_is_the_mean_times_the_batch_and_logs_the_same():
 
 
 def test_official_code_attacks_with_a_larger_eps_and_the_same_step(monkeypatch):
-    import purify_fast.methods.carso.task as module
+    import purify_fast.methods.carso.losses as module
 
     seen = []
     monkeypatch.setattr(module, "balanced_batch", lambda c, x, y, config, **k: seen.append(config) or x)
@@ -195,7 +196,7 @@ def test_the_pipeline_loss_reaches_what_inference_uses_and_keeps_mode_samples_an
 
 
 def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
-    import purify_fast.methods.carso.task as module
+    import purify_fast.methods.carso.losses as module
 
     seen = []
     for name in ("pgd", "pgd_and_fgsm"):
@@ -248,8 +249,8 @@ def test_a_loop_of_ones_own():
     losses = []
     for step in range(12):
         b = batch(32)
-        loss = made.training_step(
-            Batch(b.x, b.y, b.sample_ids, step), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2))
+        loss, _ = training_loss(
+            made, Batch(b.x, b.y, b.sample_ids, step), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2))
         )
         optimizer.zero_grad()
         loss.backward()

@@ -1,47 +1,32 @@
-"""What the methods' parts of the demonstration share: its images, budgets, folders, training and attacks."""
+"""Where the demonstration keeps its files, how much it does, and how its models are trained and attacked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import data
 from ..attacks import AutoAttack
-from ..evaluation import AttackSpec, Report, evaluate
+from ..evaluation import AttackSpec, Report
 from ..models.classifiers import SmallCNN
-from ..training import (
-    ClassifierConfig,
-    ClassifierTask,
-    FitConfig,
-    Task,
-    TrainingAttack,
-    fit,
-    load_classifier,
-    save_classifier,
-)
+from ..training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, load_classifier, save_classifier
+from .setting import BASE_EPOCHS, BASE_TRAINING, attacked, digits
 
-EPS = 0.2
 STANDARD, BASE = "standard", "base (PGD-AT)"
 AUTOATTACK = "AutoAttack standard (CARSO: z = 0)"
 CLASSIFIERS = {STANDARD: "standard", BASE: "base"}
-# a higher rate and more decay than the defaults: of a dozen settings the best under attack at 96 % clean
-BASE_TRAINING = ClassifierConfig(
-    attack=TrainingAttack(eps=EPS, steps=7, relative_alpha=2.0, eps_warmup=0.2), learning_rate=1e-2, weight_decay=2e-2
-)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything; ours, set on digits."""
+    """How much of everything, as chosen on digits."""
 
     images: int = 500
     standard_epochs: int = 20
-    base_epochs: int = 120  # twice as many lose under attack
+    base_epochs: int = BASE_EPOCHS
     # CARSO
     published_epochs: int = 30
     pipeline_epochs: int = 50
@@ -86,14 +71,8 @@ QUICK = Budget(
 )
 
 
-@cache
-def digits() -> data.DataSet:
-    """The images: 1,297 to train on, 500 held out."""
-    return data.load_dataset("digits")
-
-
 @dataclass(frozen=True)
-class Place:
+class Workspace:
     """Where a demonstration keeps its files, how much it does, and whether it shows its progress."""
 
     out: Path
@@ -101,37 +80,29 @@ class Place:
     seed: int
     progress: bool = True
 
-    def quiet(self) -> Place:
+    def quiet(self) -> Workspace:
         """The same, for a process beside the one that is watched."""
         return replace(self, progress=False)
 
     def train(self, task: Task, epochs: int, batch_size: int, folder: str) -> None:
         """Train, or go on with it, in the folder of that name."""
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # batches of small images: a second thread costs more than it brings
+        # batches of small images: a second thread costs more than it brings
+        torch.set_num_threads(1)
         try:
             config = FitConfig(epochs, batch_size, self.seed)
             images = digits()
-            fit(task, images.x_train, images.y_train, config, self.out / folder, folder, progress=self.progress)
+            fit(task, images.x_train, images.y_train, config, self.out / folder, title=folder, progress=self.progress)
         finally:
             torch.set_num_threads(threads)
 
     def attacked(self, model: nn.Module, name: str, folder: str, attacks: list[AttackSpec], **options: Any) -> Report:
         """Attack a model on the held-out images; finished rows are kept in the folder and reused."""
-        images, budget = digits(), self.budget
-        options = {"steps": budget.steps, "eot_iter": budget.eot, "batch_size": 250, "max_forward_batch": 500} | options
-        return evaluate(
-            model,
-            images.x_test[: budget.images],
-            images.y_test[: budget.images],
-            eps=EPS,
-            attacks=attacks,
-            seed=self.seed,
-            out=self.out / folder,
-            name=name,
-            progress=self.progress,
-            **options,
-        )
+        budget = self.budget
+        return attacked(
+            model, budget.images, attacks, seed=self.seed, out=self.out / folder, name=name, progress=self.progress,
+            **{"steps": budget.steps, "eot_iter": budget.eot} | options,
+        )  # fmt: skip
 
     def classifier(self, name: str) -> nn.Module:
         """The trained `STANDARD` or `BASE`."""
@@ -156,17 +127,3 @@ def autoattack(budget: Budget) -> AttackSpec:
     """
     attack = AutoAttack(steps=budget.autoattack_steps, n_queries=budget.autoattack_queries)
     return AttackSpec(attack, variant="deterministic", max_images=budget.autoattack_images, label=AUTOATTACK)
-
-
-def percent(report: Report, attack: str) -> str:
-    """A row's accuracy, as the sentences say it."""
-    row = report.row(attack)
-    return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f} %"
-
-
-def against(report: Report, other: Report, attack: str, what: str) -> str:
-    """The paired difference between two models under one attack, and what it is worth."""
-    paired = report.paired(other, attack)
-    difference, error = paired.difference, 2 * paired.standard_error
-    verdict = "better than" if difference > error else "worse than" if difference < -error else "not told from"
-    return f"{paired}, {verdict} {what} by two standard errors"

@@ -1,0 +1,200 @@
+"""The losses of CARSO's training: as published, and through the whole pipeline.
+
+Published (arXiv 2306.06081, section 4): x~ is clean or adversarial against the classifier alone, x its clean image,
+
+    loss = sum BCE(decoder(z, c(x~)), x) + beta(epoch) KL(q(z | x~, c) | N(0, I)),   z ~ q, per image
+
+Through the pipeline (not in the paper): x~ is adversarial against the defence itself, with exact gradients,
+z ~ N(0, I),
+
+    loss = mean_k CE(classifier(x_k), y) + w sum BCE(x_k, x)
+
+the classifier frozen, or trained together with the purifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import ceil
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..._process import processes
+from ...attacks import pgd, pgd_and_fgsm
+from ...ops.reconstruction_loss import reconstruction_loss
+from ...ops.sample_latent import sample_latent
+from ...training.distributed import average_
+from ...training.task import Batch, Metrics
+from .config import CarsoConfig, atom_size
+from .defence import Carso
+
+
+def kl_weight(epoch: int, epochs: int, kl_delay: float = 0.125) -> float:
+    """The paper's weight of the KL term, for a final weight of 1.
+
+    It is 0 for ceil(kl_delay E) of the E epochs, then rises linearly over ceil(kl_delay E / 3).
+
+    Args:
+        epoch: the epoch, from 0.
+        epochs: epochs of the whole run, E.
+        kl_delay: share of them without the KL term.
+    """
+    start, rise = ceil(kl_delay * epochs), ceil(epochs * kl_delay / 3)
+    return 1.0 if epoch >= start + rise else max(0.0, (epoch - start) / rise)
+
+
+def balanced_batch(
+    classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, config: CarsoConfig, *, seed: int, sample_ids: Tensor
+) -> Tensor:
+    """The adversarially balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on a classifier.
+
+    All four attacks share one call, with a radius per image.
+
+    Every process lays out its own share of the batch, as the official code does. The shares of
+    `purify_fast.data.batches` make the same images so attacked as one process would, if the number of processes divides
+    the images per attack, `atom_size` of the whole batch; if not, each rounds down by itself, and fewer are attacked.
+
+    Args:
+        classifier: what is attacked, images to logits.
+        x: images ``[B, C, H, W]`` in [0, 1].
+        y: labels, int64 ``[B]``.
+        config: the attack, and the share of the images that is attacked.
+        seed: of the random starts.
+        sample_ids: index of each image, int64 ``[B]``, for the random starts.
+
+    Returns:
+        The images, shape and dtype of x.
+
+    Raises:
+        ValueError: a batch too small to hold adversarial examples.
+    """
+    atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)
+    if atom == 0:
+        return x
+    clean = len(x) - 4 * atom
+    attack = config.attack
+    eps = torch.full((2 * atom,), attack.eps, device=x.device)
+    eps[:atom] /= 2
+    adversarial = pgd_and_fgsm(
+        classifier,
+        x[clean:],
+        y[clean:],
+        eps=eps.repeat(2),
+        alpha=attack.step_size(eps),
+        steps=attack.steps,
+        norm=attack.norm,
+        seed=seed,
+        sample_ids=sample_ids[clean:],
+    )
+    return torch.cat([x[:clean], adversarial])
+
+
+def published_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Tensor, Metrics]:
+    """The paper's loss of a batch; attacks see the classifier alone.
+
+    Args:
+        defence: whose purifier is trained.
+        batch: the images.
+        config: the settings of the training.
+
+    Returns:
+        The loss over the batch, and its two terms per image.
+    """
+    config = replace(config, attack=config.attack.at_epoch(batch.epoch, batch.epochs))
+    config = config.for_statistics(defence.arguments["std"])
+    perturbed = balanced_batch(
+        defence.frozen_classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids
+    )
+    with torch.no_grad():  # the representation is data to the purifier
+        representation = defence.read(perturbed)
+    condition = defence.encode(representation)
+    mean, log_variance = defence.posterior(perturbed, condition)
+    seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
+    z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
+    reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
+    kl = kl.mean()
+    everywhere = kl.detach().clone()
+    average_([everywhere])  # whether the batch has its free bits is decided for all of it
+    paid = torch.where(everywhere < config.free_bits, config.free_bits, kl)
+    beta = config.beta * kl_weight(batch.epoch, batch.epochs, config.kl_delay)
+    # the mean of the processes' gradients is to be that of the sum over all images
+    images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
+    loss = (reconstruction + beta * paid) * images
+    return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+
+
+def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Tensor, Metrics]:
+    """This package's own loss: PGD through the whole defence, cross-entropy of the K predictions, and a reconstruction.
+
+    BatchNorm keeps the statistics it has: the attacked and the trained function are one.
+
+    Args:
+        defence: whose purifier is trained, and with ``joint`` its classifier.
+        batch: the images.
+        config: the settings of the training.
+
+    Returns:
+        The loss, and metrics.
+
+    Raises:
+        ValueError: joint training of a defence that is accelerated, or whose classifier is not released.
+    """
+    if config.joint and (defence.fast is not None or not any(p.requires_grad for p in defence.classifier.parameters())):
+        raise ValueError("joint training needs a defence that is not accelerated, after release_classifier()")
+    attack = config.attack.at_epoch(batch.epoch, batch.epochs)
+    samples, training = defence.samples, defence.training
+    defence.samples = config.train_samples
+    defence.eval()
+    rank, world = processes()
+    # where the images stand in the batch of all processes
+    global_positions = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)
+    try:
+        with defence.noise_ids(global_positions):
+            x = pgd(
+                defence,
+                batch.x,
+                batch.y,
+                eps=attack.eps,
+                steps=attack.steps,
+                alpha=attack.step_size(attack.eps),
+                norm=attack.norm,
+                random_start=attack.random_start,
+                seed=batch.seed,
+                sample_ids=batch.sample_ids,
+            )
+            logits = defence.reconstruction_logits(x)
+            predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
+    finally:
+        defence.samples = samples
+        defence.train(training)
+    labels = batch.y.repeat_interleave(config.train_samples)
+    targets = batch.x.repeat_interleave(config.train_samples, 0)
+    cross_entropy = F.cross_entropy(predictions, labels)
+    reconstruction = reconstruction_loss(logits.flatten(0, 1), targets).mean()
+    accuracy = (predictions.detach().argmax(1) == labels).float().mean()
+    metrics = {
+        "cross_entropy": cross_entropy.detach(),
+        "reconstruction": reconstruction.detach(),
+        "accuracy": accuracy,
+    }
+    return cross_entropy + config.reconstruction_weight * reconstruction, metrics
+
+
+def training_loss(defence: Carso, batch: Batch, config: CarsoConfig | None = None) -> tuple[Tensor, Metrics]:
+    """The loss of one batch, for `CarsoTask` or a loop of your own; backward and the optimizer's step are the loop's.
+
+    Args:
+        defence: what is trained.
+        batch: the images. Without epoch and epochs it says that the first epoch of the schedule never ends, which has
+            no KL term.
+        config: the settings; its attack_target chooses `published_step` or `pipeline_step`. None takes the defaults.
+
+    Returns:
+        The loss to minimize, and detached metrics.
+    """
+    config = CarsoConfig() if config is None else config
+    step = published_step if config.attack_target == "classifier" else pipeline_step
+    return step(defence, batch, config)

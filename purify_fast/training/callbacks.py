@@ -1,0 +1,187 @@
+"""What listens to a training: logs, a progress bar, or anything with the methods of `Callback`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tqdm import tqdm
+
+from .._files import atomic
+from .task import Task
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a training is, as its callbacks see it.
+
+    Args:
+        task: what is trained.
+        step: steps taken so far.
+        total_steps: steps of the whole run.
+        epoch: the epoch that is running or has just ended, from 0.
+        epochs: epochs of the whole run.
+        images: images of the step, or of the epoch, of all processes together.
+        metrics: after a step its loss and metrics as tensors, whose values are known when the device gets there; after
+            an epoch and at the end the means over the epoch as numbers, with those of a validation.
+        learning_rate: of the last step.
+        images_per_second: of the epoch, since the start or since it was resumed; 0 after a step.
+    """
+
+    task: Task
+    step: int
+    total_steps: int
+    epoch: int
+    epochs: int
+    images: int
+    metrics: Mapping[str, Any]
+    learning_rate: float
+    images_per_second: float = 0.0
+
+
+class Callback(Protocol):
+    """Listens to a training; subclasses define the methods they need. Only the first of several processes calls it."""
+
+    def on_step(self, state: TrainingState) -> None:
+        """After every step; reading a metric's value waits for the device.
+
+        Args:
+            state: where the training is.
+        """
+        return None
+
+    def on_epoch(self, state: TrainingState) -> None:
+        """After every epoch, and its validation, before the checkpoint is written.
+
+        Args:
+            state: where the training is.
+        """
+        return None
+
+    def on_end(self, state: TrainingState) -> None:
+        """When the model holds what the training results in.
+
+        Args:
+            state: where the training is, with the last epoch's metrics.
+        """
+        return None
+
+
+class JsonlLog(Callback):
+    """A JSONL file with one row per epoch, which holds exactly the steps that the checkpoint has seen.
+
+    Args:
+        path: the file.
+        step: steps of the checkpoint; rows of later ones, of a run that was killed, are dropped.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        old = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
+        with atomic(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
+
+    def on_epoch(self, state: TrainingState) -> None:
+        place = {"epoch": state.epoch, "step": state.step}
+        speed = {"learning_rate": state.learning_rate, "images_per_second": round(state.images_per_second, 1)}
+        with self.path.open("a") as file:
+            file.write(json.dumps({**place, **state.metrics, **speed}) + "\n")
+
+
+class TensorBoardLog(Callback):
+    """Event files for TensorBoard: every epoch's metrics, learning rate and speed, over the steps.
+
+    Args:
+        folder: where the event files go.
+
+    Raises:
+        ModuleNotFoundError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: str | Path):
+        try:
+            # tensorboard is an optional package, of the extra "log"
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "TensorBoardLog needs tensorboard: pip install 'purify-fast[log]', or pip install tensorboard"
+            ) from error
+        self.folder, self._make = Path(folder), SummaryWriter
+        self._writer: SummaryWriter | None = None
+
+    def on_epoch(self, state: TrainingState) -> None:
+        if self._writer is None:
+            # what an earlier, killed run wrote about this epoch and later ones is hidden
+            self._writer = self._make(str(self.folder), purge_step=state.step)
+        speed = {"learning_rate": state.learning_rate, "images_per_second": state.images_per_second}
+        for name, value in {**state.metrics, **speed}.items():
+            self._writer.add_scalar(name, value, state.step)
+        self._writer.flush()
+
+    def on_end(self, state: TrainingState) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class ProgressBar(Callback):
+    """A bar on stderr, with the last epoch's metrics; a context, which takes it off the screen at an error too.
+
+    Args:
+        title: what it shows first.
+        total: images of the whole run, or steps.
+        done: how many of them were done before.
+        unit: "img" or "step".
+        shown: whether there is one.
+    """
+
+    def __init__(self, title: str, total: int, done: int, unit: str, shown: bool):
+        self.by_images = unit == "img"
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            unit=unit,
+            desc=title,
+            smoothing=0.05,
+            disable=not shown,
+            # a log file wants a line now and then
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+        )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+
+    def on_step(self, state: TrainingState) -> None:
+        self.bar.update(state.images if self.by_images else 1)
+
+    def on_epoch(self, state: TrainingState) -> None:
+        self.bar.set_postfix({key: f"{value:.3g}" for key, value in state.metrics.items()}, refresh=False)
+
+
+def summary(metrics: Mapping[str, float]) -> str:
+    """What a training's last epoch came to, as a line to read.
+
+    Args:
+        metrics: what `fit` returned.
+    """
+    if not metrics:
+        return "nothing was trained"
+    shares = ("accuracy", "replayed")
+    parts = [
+        f"{name.replace('_', ' ')} {value:.1%}" if name.endswith(shares) else f"{name.replace('_', ' ')} {value:.4g}"
+        for name, value in metrics.items()
+    ]
+    return f"last epoch: {', '.join(parts)}"

@@ -1,0 +1,305 @@
+"""Where a training's images come from: tensors, a file that is streamed, a DataLoader, or any iterable of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .._fingerprint import digest
+from .._process import processes
+from ..data import StreamedImages, batches, read_ahead
+from .config import FitConfig
+from .task import Task
+
+#: Batches of (images, labels) or (images, labels, indices), the same number of them in every epoch.
+Batches: TypeAlias = Iterable[Any]
+#: What `fit` takes: images to be laid out in batches, or batches, or a function of the epoch that gives its batches.
+Images: TypeAlias = "Tensor | StreamedImages | Batches | Callable[[int], Batches]"
+#: What `fit` validates with: images and labels, or batches as above.
+HeldOut: TypeAlias = "tuple[Tensor | StreamedImages, Tensor] | Images"
+
+#: Images of one batch when a run is validated with images.
+VALIDATION_BATCH = 250
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one step's randomness; torch's CPU generator reads 32 bits, so both are mixed into them.
+
+    Args:
+        seed: the run's.
+        step: the step, from 0.
+    """
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+class Source(Protocol):
+    """Batches of images by epoch.
+
+    Attributes:
+        description: what must be equal for a run to be resumed.
+        device: where the images are put.
+        steps: batches of an epoch.
+        batch_size: images in a batch of all processes together; None if that is known only when they arrive.
+        reproducible: whether an epoch's batches are a function of the epoch, so that one can begin in its middle.
+    """
+
+    description: str
+    device: torch.device
+    steps: int
+    batch_size: int | None
+    reproducible: bool
+
+    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The epoch's batches from number ``first`` on: images uint8 or float, labels and indices, of this process."""
+
+
+class InMemory:
+    """Tensors or streamed images, in an order that is a function of the seed and the epoch.
+
+    Args:
+        x: uint8 ``[N, C, H, W]``.
+        y: int64 ``[N]``, on the same device.
+        config: batch size and seed.
+        rank: this process.
+        world: the number of processes.
+        ids: the images to take, int64; None for all.
+        drop_last: whether an epoch's last, incomplete batch is left out.
+
+    Raises:
+        ValueError: images or labels of another type or number, or fewer images than a batch.
+    """
+
+    reproducible: bool = True
+
+    def __init__(
+        self,
+        x: Tensor | StreamedImages,
+        y: Tensor,
+        config: FitConfig,
+        rank: int,
+        world: int,
+        ids: Tensor | None = None,
+        drop_last: bool = True,
+    ):
+        check_images(x, y)
+        if config.batch_size % world:
+            raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {world} processes")
+        self.x, self.y, self.seed, self.rank, self.world = x, y, config.seed, rank, world
+        self.ids = None if ids is None else ids.to(x.device)
+        self.n = len(x) if ids is None else len(ids)
+        self.device, self.drop_last = x.device, drop_last
+        self.batch_size: int | None = config.batch_size
+        self._rows = config.batch_size
+        self.steps = self.n // config.batch_size if drop_last else -(-self.n // config.batch_size)
+        if self.steps == 0:
+            raise ValueError(f"batch_size {config.batch_size} is larger than the {self.n} training images")
+        self.description = f"{len(x)} images, {digest(x, y)}"
+
+    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        order = batches(
+            self.n,
+            self._rows,
+            self.seed,
+            epoch,
+            self.drop_last,
+            rank=self.rank,
+            world=self.world,
+            device=self.device,
+        )
+        if self.ids is not None:
+            order = [self.ids[rows] for rows in order]
+        for ids, images in read_ahead(self.x, order[first:]):
+            yield images, self.y[ids], ids
+
+
+class Loader:
+    """A DataLoader, another iterable, or a function of the epoch, on the model's device.
+
+    torch's global generator is seeded before an epoch and before each of its batches, so that what a DataLoader draws
+    from it, its order and its workers' seeds among others, is a function of the seed and the epoch.
+
+    Args:
+        x: what gives the batches. Each process has its own share in its own.
+        config: the seed.
+        device: where the images go.
+        keeps: whether checkpoints of the run are kept.
+
+    Raises:
+        TypeError: it is neither, or has no length.
+        ValueError: it can be read only once, or its order cannot be resumed.
+    """
+
+    batch_size: int | None = None
+
+    def __init__(self, x: Batches | Callable[[int], Batches], config: FitConfig, device: torch.device, keeps: bool):
+        self.reproducible = callable(x)
+        self.x, self.seed, self.device = x, config.seed, device
+        first = self._of(0)
+        if not isinstance(first, Iterable):
+            raise TypeError(f"x must be images, batches or a function of the epoch, got {type(x).__name__}")
+        if isinstance(first, Iterator):
+            raise ValueError(
+                "x is an iterator, which is used up after one epoch: give a DataLoader, a list of batches, or a "
+                "function of the epoch that returns one of these"
+            )
+        if keeps and isinstance(first, DataLoader) and first.generator is not None and not self.reproducible:
+            raise ValueError(
+                "x is a DataLoader with a generator of its own, whose state is in no checkpoint, so that a resumed run "
+                "would see the images in another order: leave the generator out, or give a function of the epoch"
+            )
+        try:
+            self.steps = len(first)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise TypeError(
+                "x must have a length, the number of its batches: learning rates depend on how long the run is"
+            ) from error
+        if self.steps == 0:
+            raise ValueError("x gives no batch")
+        self.description = f"batches, {self.steps} an epoch"
+
+    def _of(self, epoch: int) -> Any:
+        return self.x(epoch) if callable(self.x) else self.x
+
+    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        torch.manual_seed(step_seed(self.seed, epoch * self.steps))
+        given, seen = iter(self._of(epoch)), 0
+        for k in range(self.steps):
+            torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
+            try:
+                batch = next(given)
+            except StopIteration:
+                raise ValueError(f"x gave {k} batches in epoch {epoch}, its length says {self.steps}") from None
+            images, labels, *rest = batch
+            ids = rest[0] if rest else torch.arange(seen, seen + len(images))
+            seen += len(images)
+            if k >= first:
+                check_batch(images, labels, ids)
+                yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
+
+
+def training_source(task: Task, x: Images, y: Tensor | None, config: FitConfig, keeps: bool) -> Source:
+    """What a run trains on, checked before any work.
+
+    Args:
+        task: what is trained.
+        x: the images, as `fit` takes them.
+        y: their labels; None with batches.
+        config: batch size, seed and the share that is held out.
+        keeps: whether checkpoints of the run are kept.
+
+    Raises:
+        TypeError: images in no form that can be trained on.
+        ValueError: images or labels that cannot be trained on, or that the model does not take.
+    """
+    if not isinstance(x, (Tensor, StreamedImages)):
+        if y is not None:
+            raise ValueError("y must be None with batches, which bring their labels")
+        if config.validation_share > 0:
+            raise ValueError("validation_share is of images: with batches give validation, held-out images or batches")
+        return Loader(x, config, next(task.model.parameters()).device, keeps)
+    check_images(x, y)
+    assert y is not None
+    if len(x):
+        task.check(tuple(x.shape[1:]), int(y.max()) + 1)
+    ids = held_out(len(x), config.validation_share, config.seed)[0] if config.validation_share > 0 else None
+    return InMemory(x, y, config, *processes(), ids)
+
+
+def held_out_source(
+    task: Task, x: Images, y: Tensor | None, config: FitConfig, validation: HeldOut | None
+) -> Source | None:
+    """What a run validates with, in every process all of it; None for nothing.
+
+    Args:
+        task: what is trained.
+        x: the images to train on, of which the config may hold out a share.
+        y: their labels.
+        config: the share, and the seed.
+        validation: what `fit` was given.
+
+    Raises:
+        ValueError: validation is asked for twice, or the best weights without it.
+    """
+    if validation is None and config.validation_share == 0:
+        if config.keep_best != "off":
+            raise ValueError(f"keep_best {config.keep_best!r} needs validation_share, or validation")
+        return None
+    if validation is not None and config.validation_share > 0:
+        raise ValueError("validation_share goes without validation: give one of them")
+    config = replace(config, batch_size=VALIDATION_BATCH)
+    if validation is None:
+        assert isinstance(x, (Tensor, StreamedImages)) and y is not None
+        ids = held_out(len(x), config.validation_share, config.seed)[1]
+        return InMemory(x, y, config, 0, 1, ids, drop_last=False)
+    if isinstance(validation, tuple):
+        images, labels = validation
+        return InMemory(images, labels, config, 0, 1, drop_last=False)
+    if isinstance(validation, (Tensor, StreamedImages)):
+        raise ValueError("validation must bring labels: give (images, labels)")
+    return Loader(validation, config, next(task.model.parameters()).device, keeps=False)
+
+
+def check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
+    """Refuse images and labels that cannot be trained on.
+
+    Args:
+        x: the images.
+        y: the labels.
+
+    Raises:
+        ValueError: the message says which of the two is wrong, and how it must be.
+    """
+    if x.dtype != torch.uint8 or len(x.shape) != 4:
+        advice = ": images in [0, 1] are (255 * x).round().to(torch.uint8)" if x.dtype.is_floating_point else ""
+        raise ValueError(f"x must be uint8 [N, C, H, W], got {x.dtype} {list(x.shape)}{advice}")
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (len(x),):
+        found = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"y must be int64 [N] = [{len(x)}], got {found}")
+    if y.device != x.device:
+        raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}")
+    if len(y) and int(y.min()) < 0:
+        raise ValueError(f"y must hold labels of at least 0, got {int(y.min())}")
+
+
+def check_batch(images: Tensor, labels: Tensor, ids: Tensor) -> None:
+    """Refuse a batch of a loader that cannot be trained on; its values are not read.
+
+    Args:
+        images: float in [0, 1] or uint8, ``[B, C, H, W]``.
+        labels: int64 ``[B]``.
+        ids: int64 ``[B]``.
+
+    Raises:
+        ValueError: the message says which of them is wrong.
+    """
+    if images.dim() != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
+        found = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"x: images must be float in [0, 1] or uint8, [B, C, H, W], got {found}")
+    for name, part in (("labels", labels), ("indices", ids)):
+        if part.dtype != torch.int64 or part.shape != (len(images),):
+            raise ValueError(f"x: {name} must be int64 [B] = [{len(images)}], got {part.dtype} {list(part.shape)}")
+
+
+def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Two parts of a data set, a function of the seed: indices to train on and indices to validate with, each rising.
+
+    Args:
+        n: images of the data set.
+        share: of them to validate with.
+        seed: the run's.
+
+    Raises:
+        ValueError: one of the parts would be empty.
+    """
+    k = round(share * n)
+    if not 0 < k < n:
+        raise ValueError(f"validation_share {share} of {n} images holds out {k}: give another share")
+    # RandomState, since numpy promises never to change its stream; a word more than the seeds of `data.batches` have
+    order = np.random.RandomState([seed & 0xFFFFFFFF, 0, 0, 1]).permutation(n)
+    return torch.from_numpy(np.sort(order[k:])), torch.from_numpy(np.sort(order[:k]))

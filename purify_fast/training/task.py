@@ -1,0 +1,187 @@
+"""What a method brings to `purify_fast.training.fit`, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .lookahead import Lookahead
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input. With several processes, the images are this process's share of the batch.
+
+    Args:
+        x: images ``[B, C, H, W]`` in [0, 1].
+        y: labels, int64 ``[B]``.
+        sample_ids: index of each image in the whole data set, int64 ``[B]``.
+        seed: of this step's randomness, the same for all processes.
+        epoch: the epoch, from 0.
+        epochs: epochs of the whole run.
+    """
+
+    x: Tensor
+    y: Tensor
+    sample_ids: Tensor
+    seed: int
+    epoch: int = 0
+    epochs: int = 1
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer does in a step.
+
+    Args:
+        optimizer: its name among the task's optimizers.
+        loss: what it lowers.
+        metrics: detached scalars to log.
+    """
+
+    optimizer: str
+    loss: Tensor
+    metrics: Metrics
+
+
+class Task:
+    """A training, step by step; a method subclasses it. `fit` does for each batch, and each update of it,
+
+        zero_grad, backward of the loss, mean of the gradients over the processes,
+        task.before_step(), optimizer.step(), task.after_step()
+
+    and calls ``finish`` when the run is over. Most tasks give a model, an optimizer and the first three methods.
+
+    Attributes:
+        model: what is trained; its whole state is saved in checkpoints and restored.
+        optimizer: its optimizer.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The loss to minimize, and detached scalars to log.
+
+        The loss is the mean over the batch, or scaled so that the mean of the processes' losses is the whole batch's.
+
+        Args:
+            batch: the images to train on.
+        """
+        raise NotImplementedError
+
+    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
+        """The learning rate of a step.
+
+        Args:
+            progress: share of the run's steps that have been taken, in [0, 1).
+            epoch: the epoch, from 0.
+            epochs: epochs of the whole run.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be resumed, as JSON values; ``task`` names the kind of training."""
+        raise NotImplementedError
+
+    @property
+    def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
+        """Every optimizer by name, the one of the model first. Their states are saved in checkpoints and restored."""
+        return {"model": self.optimizer}
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        """The updates of one step, each made when the one before it has been applied.
+
+        The loss and the metrics of the last one are logged.
+
+        Args:
+            batch: the images to train on.
+        """
+        loss, metrics = self.training_step(batch)
+        yield Update("model", loss, metrics)
+
+    def before_step(self) -> None:
+        """Called when the gradients are known and the optimizer has not moved the weights yet."""
+
+    def after_step(self) -> None:
+        """Called when the optimizer has moved the weights."""
+
+    def finish(self) -> None:
+        """Leave in the model what the training results in. May be called in the middle of a run, to validate it."""
+        for optimizer in self.optimizers.values():
+            if isinstance(optimizer, Lookahead):
+                optimizer.load_slow()
+
+    def check(self, shape: tuple[int, ...], classes: int) -> None:
+        """Refuse images or labels that the model does not take, before any step.
+
+        Args:
+            shape: of one image, (C, H, W).
+            classes: one more than the largest label.
+
+        Raises:
+            ValueError: the message says what does not fit.
+        """
+
+    def validate(self, batch: Batch) -> Metrics:
+        """``loss`` and metrics of held-out images, detached; the model is in evaluation mode, and finished.
+
+        Args:
+            batch: held-out images, as of the run's last epoch.
+        """
+        with torch.no_grad():
+            loss, metrics = self.training_step(batch)
+        return {"loss": loss.detach(), **metrics}
+
+
+@torch.no_grad()
+def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> None:
+    """Refuse images or labels that a classifier does not take, by a look at one black image.
+
+    Args:
+        model: images to logits.
+        shape: of one image, (C, H, W).
+        classes: one more than the largest label.
+
+    Raises:
+        ValueError: the message says what does not fit.
+    """
+    weight = next(model.parameters())
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        logits = model(torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"x: the model does not take images of {list(shape)}: {error}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    check_labels(classes, logits.shape[1])
+
+
+def check_labels(classes: int, known: int) -> None:
+    """ValueError if there are labels that the model does not know.
+
+    Args:
+        classes: one more than the largest label.
+        known: classes of the model.
+    """
+    if classes > known:
+        raise ValueError(f"y: the largest label is {classes - 1}, but the model has {known} classes, 0 to {known - 1}")
+
+
+def check_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """ValueError if images have another shape than those a defence takes.
+
+    Args:
+        shape: of one image, (C, H, W).
+        wanted: the defence's.
+    """
+    if tuple(shape) != tuple(wanted):
+        raise ValueError(f"x: its images are {list(shape)}, the defence takes {list(wanted)}")

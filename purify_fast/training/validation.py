@@ -1,0 +1,109 @@
+"""Held-out images during a training: how good its result would be now, and the best weights so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .._process import processes
+from .checkpoint import read_tree, write_tree
+from .distributed import from_first
+from .epoch import batch_of
+from .run import Run
+from .sources import Source, step_seed
+
+
+@contextmanager
+def finished(run: Run) -> Iterator[None]:
+    """Within the block, the model is as if the run ended here, in evaluation mode; then it goes on as it was."""
+    state = {name: value.clone() for name, value in run.task.model.state_dict().items()}
+    run.task.finish()
+    run.task.model.eval()
+    try:
+        yield
+    finally:
+        run.task.model.load_state_dict(state)
+
+
+class Validation:
+    """Validates a run and keeps its best weights; every process does all of it.
+
+    Args:
+        run: the run.
+        source: held-out images, all of them in every process.
+        folder: where ``best.safetensors`` is kept; None keeps the best weights in memory.
+    """
+
+    def __init__(self, run: Run, source: Source, folder: Path | None):
+        self.run, self.source = run, source
+        self.path = None if folder is None else folder / "best.safetensors"
+        self._best: dict[str, Tensor] | None = None
+
+    def due(self, epoch: int) -> bool:
+        """Whether to validate at the end of an epoch; always at the last one's.
+
+        Args:
+            epoch: the epoch, from 0.
+        """
+        config = self.run.config
+        return (epoch + 1) % config.validation_every == 0 or epoch + 1 == config.epochs
+
+    def __call__(self) -> dict[str, float]:
+        """Validate now, and keep the weights if they are the best so far.
+
+        Returns:
+            The means over the held-out images, by names that begin with ``validation_``.
+
+        Raises:
+            ValueError: the config chooses the best by something that the task does not measure.
+        """
+        with finished(self.run):
+            # drawn with the first process's noise, so that all agree on the best
+            here = self._measure()
+            measured: dict[str, float] = from_first(lambda: here)
+            chosen = self.run.config.keep_best
+            if chosen != "off":
+                if chosen not in measured:
+                    raise ValueError(f"keep_best {chosen!r}: this training measures {', '.join(measured)}")
+                self._keep(-measured["loss"] if chosen == "loss" else measured[chosen])
+        return {f"validation_{name}": value for name, value in measured.items()}
+
+    def _measure(self) -> dict[str, float]:
+        config, sums, count = self.run.config, dict[str, Tensor](), 0
+        # the same draws every time, and the last epoch's attack, so that the numbers can be compared
+        seed, epoch = step_seed(config.seed, 2**31), config.epochs - 1
+        for images, labels, ids in self.source.epoch(0, 0):
+            torch.manual_seed(seed)
+            batch = batch_of(images, labels, ids, config, seed=seed, epoch=epoch, augment=False)
+            for name, value in self.run.task.validate(batch).items():
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + len(images) * value
+            count += len(images)
+        return {name: float(value) / count for name, value in sums.items()}
+
+    def _keep(self, score: float) -> None:
+        # a score that is not a number is never the best
+        if self.run.best and not score > self.run.best["score"]:
+            return
+        self.run.best = {"score": score, "step": self.run.step}
+        state = self.run.task.model.state_dict()
+        if self.path is None:
+            self._best = {name: value.clone() for name, value in state.items()}
+        elif processes()[0] == 0:
+            write_tree(self.path, {"model": state})
+
+    def load_best(self) -> None:
+        """Put the best weights into the model.
+
+        Raises:
+            FileNotFoundError: the file that held them is gone.
+        """
+        path = self.path
+        if path is None:
+            if self._best is not None:
+                self.run.task.model.load_state_dict(self._best)
+            return
+        self.run.task.model.load_state_dict(from_first(lambda: read_tree(path))["model"])

@@ -1,0 +1,153 @@
+"""What listens to a training: foreign loggers, JSONL, TensorBoard, the bar."""
+
+import builtins
+import json
+import math
+
+import pytest
+import torch
+
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import (
+    Callback,
+    ClassifierConfig,
+    ClassifierTask,
+    FitConfig,
+    TensorBoardLog,
+    TrainingState,
+    fit,
+    summary,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def images(n=64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(n) % 2
+
+
+def task():
+    torch.manual_seed(0)
+    return ClassifierTask(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig())
+
+
+class PlainLogger(Callback):
+    """A foreign logger: ten lines with those above the methods."""
+
+    def __init__(self):
+        self.lines = []
+
+    def on_epoch(self, state):
+        self.lines.append(f"{state.epoch + 1}/{state.epochs}: loss {state.metrics['loss']:.3f}")
+
+    def on_end(self, state):
+        self.lines.append("done")
+
+
+class Structural:
+    """One that does not know this package; it has the three methods."""
+
+    def __init__(self):
+        self.steps, self.epochs, self.ends = [], [], []
+
+    def on_step(self, state):
+        self.steps.append(state)
+
+    def on_epoch(self, state):
+        self.epochs.append(state)
+
+    def on_end(self, state):
+        self.ends.append((state, state.task.model.training))
+
+
+def test_a_foreign_logger_is_ten_lines(tmp_path):
+    logger = PlainLogger()
+    last = fit(task(), *images(), FitConfig(2, 16), tmp_path, progress=False, callbacks=[logger])
+    assert len(logger.lines) == 3 and logger.lines[0].startswith("1/2: loss ") and logger.lines[-1] == "done"
+    assert logger.lines[1] == f"2/2: loss {last['loss']:.3f}"
+
+
+def test_what_a_callback_sees():
+    seen = Structural()
+    trained = task()
+    last = fit(trained, *images(), FitConfig(2, 16), progress=False, callbacks=[seen])
+    assert [(s.step, s.epoch, s.images) for s in seen.steps] == [(i + 1, i // 4, 16) for i in range(8)]
+    assert all(isinstance(s, TrainingState) and s.total_steps == 8 and s.epochs == 2 for s in seen.steps)
+    assert all(s.metrics["loss"].dim() == 0 and not s.metrics["loss"].requires_grad for s in seen.steps)
+    for epoch, state in enumerate(seen.epochs):
+        steps = [float(s.metrics["loss"]) for s in seen.steps[4 * epoch : 4 * epoch + 4]]
+        assert state.metrics["loss"] == pytest.approx(sum(steps) / 4, rel=1e-5)
+        assert state.images == 64 and state.images_per_second > 0 and state.step == 4 * epoch + 4
+    ((end, training),) = seen.ends
+    assert end.metrics == last and end.step == 8 and end.task is trained and not training
+    with pytest.raises(AttributeError):
+        end.step = 3
+
+
+def test_callbacks_do_not_change_the_weights(tmp_path):
+    plain, heard = task(), task()
+    fit(plain, *images(), FitConfig(2, 16), progress=False)
+    fit(heard, *images(), FitConfig(2, 16), tmp_path, progress=False, callbacks=[Structural(), PlainLogger()])
+    assert all(torch.equal(heard.model.state_dict()[k], v) for k, v in plain.model.state_dict().items())
+
+
+def test_the_jsonl_file_has_a_row_an_epoch_with_the_mean_metrics(tmp_path):
+    last = fit(task(), *images(), FitConfig(2, 16), tmp_path, progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [list(row) for row in rows] == [
+        ["epoch", "step", "loss", "accuracy", "learning_rate", "images_per_second"]
+    ] * 2
+    assert [(row["epoch"], row["step"]) for row in rows] == [(0, 4), (1, 8)]
+    assert {name: rows[-1][name] for name in last} == last
+
+
+def test_a_finished_run_calls_on_end_alone(tmp_path):
+    last = fit(task(), *images(), FitConfig(1, 16), tmp_path, progress=False)
+    seen = Structural()
+    assert fit(task(), *images(), FitConfig(1, 16), tmp_path, progress=False, callbacks=[seen]) == last
+    assert not seen.steps and not seen.epochs and seen.ends[0][0].metrics == last
+
+
+def test_tensorboard_has_every_epochs_metrics(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    last = fit(task(), *images(), FitConfig(2, 16), progress=False, callbacks=[TensorBoardLog(tmp_path)])
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert {"loss", "accuracy", "learning_rate", "images_per_second"} <= set(events.Tags()["scalars"])
+    losses = events.Scalars("loss")
+    assert [event.step for event in losses] == [4, 8] and losses[-1].value == pytest.approx(last["loss"])
+
+
+def test_without_tensorboard_it_is_said_how_to_get_it(tmp_path, monkeypatch):
+    original = builtins.__import__
+
+    def without(name, *rest):
+        if "tensorboard" in name:
+            raise ImportError(name)
+        return original(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'purify-fast\[log\]'"):
+        TensorBoardLog(tmp_path)
+
+
+def test_the_bar_counts_images_and_goes_at_an_error(capsys):
+    class Stop(Exception):
+        pass
+
+    class Stopping(Callback):
+        def on_epoch(self, state):
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(task(), *images(), FitConfig(2, 16), title="mine", callbacks=[Stopping()])
+    shown = capsys.readouterr().err
+    assert "mine" in shown and "/128" in shown and "img/s" in shown
+
+
+def test_a_summary_is_a_line_to_read():
+    text = summary({"loss": 0.4321987, "accuracy": 0.9125, "validation_accuracy": 0.5, "cross_entropy": math.pi})
+    assert text == "last epoch: loss 0.4322, accuracy 91.2%, validation accuracy 50.0%, cross entropy 3.142"
+    assert summary({}) == "nothing was trained"

@@ -1,0 +1,234 @@
+"""What `fit` takes as images: what is wrong with them is said at the door, and loaders are read as they come."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
+from purify_fast.training.sources import InMemory, held_out
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def images(n=64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(n) % 2
+
+
+def task(**options):
+    torch.manual_seed(0)
+    attack = TrainingAttack(eps=0.05, steps=1)
+    return ClassifierTask(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig(attack=attack, **options))
+
+
+def weights(trained):
+    return trained.model.state_dict()
+
+
+def same(one, two):
+    return all(torch.equal(value, weights(two)[name]) for name, value in weights(one).items())
+
+
+def source(config, x, y):
+    return InMemory(x, y, config, 0, 1)
+
+
+# -- images at the door -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x / 255, y), r"x must be uint8 \[N, C, H, W\], got torch.float32 .*255 \* x"),
+        (lambda x, y: (x[:, 0], y), r"x must be uint8 \[N, C, H, W\], got torch.uint8 \[64, 8, 8\]"),
+        (lambda x, y: (x, y.int()), r"y must be int64 \[N\] = \[64\], got torch.int32"),
+        (lambda x, y: (x, y[:9]), r"y must be int64 \[N\] = \[64\], got torch.int64 \[9\]"),
+        (lambda x, y: (x, y.tolist()), r"y must be int64 \[N\] = \[64\], got list"),
+        (lambda x, y: (x, None), r"y must be int64 \[N\] = \[64\], got NoneType"),
+        (lambda x, y: (x, y - 1), "y must hold labels of at least 0, got -1"),
+        (lambda x, y: (x, y + 1), "y: the largest label is 2, but the model has 2 classes, 0 to 1"),
+        (lambda x, y: (x.expand(-1, 3, -1, -1), y), r"x: the model does not take images of \[3, 8, 8\]"),
+        (lambda x, y: (x[:, :, :4], y), r"x: the model does not take images of \[1, 4, 8\]"),
+    ],
+)
+def test_wrong_images_and_labels_are_named_before_any_step(tmp_path, change, message):
+    made = task()
+    made.training_step = lambda batch: pytest.fail("a step was taken")
+    with pytest.raises(ValueError, match=message):
+        fit(made, *change(*images()), FitConfig(1, 16), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["carso", "atop"])
+def test_defences_name_images_and_labels_that_they_do_not_take(method):
+    classifier = SmallCNN(1, 2, (8, 8), 4)
+    if method == "carso":
+        made = CarsoTask(Carso(classifier, ["hidden"], (1, 8, 8), 4, 3, 2, decoder_width=2), CarsoConfig())
+    else:
+        made = AtopTask(Atop(classifier, SmallGenerator(1, width=2), (1, 8, 8), block=2), AtopConfig())
+    x, y = images()
+    with pytest.raises(ValueError, match=r"x: its images are \[1, 8, 4\], the defence takes \[1, 8, 8\]"):
+        fit(made, x[..., :4], y, FitConfig(1, 16))
+    with pytest.raises(ValueError, match="y: the largest label is 2, but the model has 2 classes"):
+        fit(made, x, y + 1, FitConfig(1, 16))
+
+
+def test_the_check_leaves_model_and_generator_as_they_were():
+    made = task()
+    made.model.train()
+    before = {name: value.clone() for name, value in weights(made).items()}
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    made.check((1, 8, 8), 2)
+    assert torch.equal(torch.rand(3), want) and made.model.training
+    assert all(torch.equal(value, before[name]) for name, value in weights(made).items())
+
+
+def test_something_else_than_a_task_is_refused():
+    with pytest.raises(TypeError, match=r"task must be a purify_fast\.training\.Task, got SmallCNN"):
+        fit(SmallCNN(), *images(), FitConfig(1, 16))
+
+
+# -- loaders ----------------------------------------------------------------------------------------------------------
+
+
+class Indexed(Dataset):
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], self.y[i], i
+
+
+def as_batches(epoch, x, y, config):
+    return [(raw, labels, ids) for raw, labels, ids in source(config, x, y).epoch(epoch, 0)]
+
+
+def test_the_same_batches_give_the_same_weights_to_the_bit_in_every_form():
+    x, y = images()
+    config = FitConfig(3, 16, padding=1, flip=True)
+    tensors, function, floats = task(), task(), task()
+    last = fit(tensors, x, y, config, progress=False)
+    assert fit(function, lambda epoch: as_batches(epoch, x, y, config), None, config, progress=False) == last
+    fit(
+        floats,
+        lambda epoch: [(raw.float().div(255), labels, ids) for raw, labels, ids in as_batches(epoch, x, y, config)],
+        None,
+        config,
+        progress=False,
+    )
+    assert same(tensors, function) and same(tensors, floats)
+
+
+@pytest.mark.parametrize("indices", [False, True])
+def test_a_shuffling_loader_is_in_the_same_order_every_time(indices):
+    x, y = images(60)
+    dataset = Indexed(x, y) if indices else TensorDataset(x, y)
+    one, two = task(), task()
+    torch.manual_seed(1)
+    fit(one, DataLoader(dataset, 16, shuffle=True), None, FitConfig(2), progress=False)
+    torch.manual_seed(2)
+    fit(two, DataLoader(dataset, 16, shuffle=True), None, FitConfig(2), progress=False)
+    assert same(one, two)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def cut(made, step):
+    """Raises in place of a step."""
+    original, taken = made.training_step, []
+
+    def stopping(batch):
+        if len(taken) == step:
+            raise Interrupted
+        taken.append(batch.epoch)
+        return original(batch)
+
+    made.training_step = stopping
+    return made, taken
+
+
+@pytest.mark.parametrize(("form", "again"), [("loader", [1, 1, 1, 1, 2, 2, 2, 2]), ("function", [1, 2, 2, 2, 2])])
+def test_a_loaders_run_is_resumed_at_an_epochs_end_and_a_functions_at_any_step(tmp_path, form, again):
+    x, y = images()
+    config = FitConfig(3, 16, checkpoint_seconds=0)
+    if form == "loader":
+        data = DataLoader(Indexed(x, y), 16, shuffle=True)
+    else:
+
+        def data(epoch):
+            return as_batches(epoch, x, y, config)
+
+    whole = task()
+    fit(whole, data, None, config, tmp_path / "whole", progress=False)
+    with pytest.raises(Interrupted):
+        fit(cut(task(), 7)[0], data, None, config, tmp_path / "cut", progress=False)
+    resumed, taken = cut(task(), None)
+    fit(resumed, data, None, config, tmp_path / "cut", progress=False)
+    assert taken == again and same(whole, resumed)
+
+
+def test_loaders_that_cannot_be_used_are_refused(tmp_path):
+    x, y = images()
+    with pytest.raises(ValueError, match="x is an iterator, which is used up after one epoch"):
+        fit(task(), iter([(x, y)]), None, FitConfig(1))
+    with pytest.raises(TypeError, match="x must have a length, the number of its batches"):
+
+        class Endless:
+            def __iter__(self):
+                return iter([(x, y)])
+
+        fit(task(), Endless(), None, FitConfig(1))
+    with pytest.raises(TypeError, match="x must be images, batches or a function of the epoch, got int"):
+        fit(task(), 3, None, FitConfig(1))
+    with pytest.raises(ValueError, match="x gives no batch"):
+        fit(task(), [], None, FitConfig(1))
+    with pytest.raises(ValueError, match="y must be None with batches"):
+        fit(task(), [(x, y)], y, FitConfig(1))
+    with pytest.raises(ValueError, match="x gave 1 batches in epoch 0, its length says 2"):
+
+        class Short(list):
+            def __len__(self):
+                return 2
+
+        fit(task(), Short([(x, y)]), None, FitConfig(1), progress=False)
+    with pytest.raises(ValueError, match=r"x: labels must be int64 \[B\] = \[64\], got torch.int32"):
+        fit(task(), [(x, y.int())], None, FitConfig(1), progress=False)
+    with pytest.raises(ValueError, match=r"x: images must be float in \[0, 1\] or uint8"):
+        fit(task(), [(x.long(), y)], None, FitConfig(1), progress=False)
+    own = DataLoader(TensorDataset(x, y), 16, shuffle=True, generator=torch.Generator())
+    with pytest.raises(ValueError, match="DataLoader with a generator of its own, whose state is in no checkpoint"):
+        fit(task(), own, None, FitConfig(1), tmp_path)
+    fit(task(), own, None, FitConfig(1), progress=False)  # nothing is kept, nothing can be resumed
+
+
+def test_a_loaders_last_smaller_batch_is_trained_on():
+    x, y = images(40)
+    seen = []
+    made = task()
+    step = made.training_step
+    made.training_step = lambda batch: seen.append(batch.sample_ids.tolist()) or step(batch)
+    fit(made, DataLoader(TensorDataset(x, y), 16), None, FitConfig(1), progress=False)
+    assert seen == [list(range(16)), list(range(16, 32)), list(range(32, 40))]
+
+
+# -- held-out images --------------------------------------------------------------------------------------------------
+
+
+def test_held_out_images_are_a_function_of_the_seed_and_are_not_trained_on():
+    kept, held = held_out(100, 0.25, 3)
+    assert len(held) == 25 and torch.equal(torch.cat([kept, held]).sort().values, torch.arange(100))
+    assert all(torch.equal(a, b) for a, b in zip(held_out(100, 0.25, 3), (kept, held), strict=True))
+    assert not torch.equal(held_out(100, 0.25, 4)[1], held)
+    for share, n in ((0.001, 100), (0.999, 100)):
+        with pytest.raises(ValueError, match="validation_share"):
+            held_out(n, share, 0)

@@ -1,0 +1,202 @@
+"""Held-out images during a training, and the best weights by them."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from purify_fast import data
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ATTACK = TrainingAttack(eps=0.05, steps=1, eps_warmup=1.0)
+
+
+def images(n=100):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(n) % 2
+
+
+def task(**options):
+    torch.manual_seed(0)
+    return ClassifierTask(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig(attack=ATTACK, **options))
+
+
+def weights(trained):
+    return {name: value.clone() for name, value in trained.model.state_dict().items()}
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def watched(made):
+    """The task, and for each step and each validation which images it saw."""
+    trained, validated = [], []
+    step, validate = made.training_step, made.validate
+    inside = []
+
+    def see_step(batch):
+        if not inside:
+            trained.append(batch)
+        return step(batch)
+
+    def see_validation(batch):
+        validated.append((batch, made.model.training))
+        inside.append(1)
+        try:
+            return validate(batch)
+        finally:
+            inside.clear()
+
+    made.training_step, made.validate = see_step, see_validation
+    return made, trained, validated
+
+
+def test_validation_is_off_by_default_and_changes_no_weight_by_itself():
+    x, y = images()
+    kept = FitConfig(2, 16, validation_share=0.2)
+    one, two = task(), task()
+    fit(one, x, y, kept, progress=False)
+    # trained on the same images, validated never but at the end
+    fit(two, x, y, FitConfig(2, 16, validation_share=0.2, validation_every=9), progress=False)
+    assert same(weights(one), weights(two))
+    assert set(fit(task(), x, y, FitConfig(1, 16), progress=False)) == {"loss", "accuracy"}
+
+
+def test_held_out_images_are_validated_with_and_not_trained_on(tmp_path):
+    x, y = images()
+    made, trained, validated = watched(task())
+    config = FitConfig(3, 16, flip=True, validation_share=0.3, validation_every=2)
+    last = fit(made, x, y, config, tmp_path, progress=False)
+    seen = set(torch.cat([batch.sample_ids for batch in trained]).tolist())
+    held = [set(batch.sample_ids.tolist()) for batch, _ in validated]
+    assert len(held) == 2 and held[0] == held[1] and len(held[0]) == 30 and not seen & held[0]
+    # unaugmented, in evaluation mode, as of the last epoch, with the same draws every time
+    for batch, training in validated:
+        assert not training and batch.epoch == 2 and batch.seed == validated[0][0].seed
+        assert torch.equal((batch.x * 255).round().to(torch.uint8), x[batch.sample_ids])
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert ["validation_loss" in row for row in rows] == [False, True, True]
+    assert rows[-1]["validation_accuracy"] == last["validation_accuracy"]
+
+
+class Worse(ClassifierTask):
+    """Its held-out loss is lowest after the second of its validations."""
+
+    def __init__(self, model):
+        super().__init__(model, ClassifierConfig(attack=ATTACK))
+        self.seen, self.scores = [], [3.0, 1.0, 2.0, 2.5]
+
+    def validate(self, batch):
+        self.seen.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        return {"loss": torch.tensor(self.scores[len(self.seen) - 1])}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_best_weights_are_what_remains(tmp_path, kept):
+    torch.manual_seed(0)
+    made = Worse(SmallCNN(1, 2, (8, 8), 4))
+    config = FitConfig(4, 16, validation_share=0.2, keep_best="loss")
+    fit(made, *images(), config, tmp_path if kept else None, progress=False)
+    assert same(weights(made), made.seen[1]) and not same(made.seen[1], made.seen[3])
+    assert (tmp_path / "best.safetensors").exists() == kept
+
+
+def test_the_best_weights_survive_an_interruption(tmp_path):
+    config = FitConfig(4, 16, validation_share=0.2, keep_best="loss", checkpoint_seconds=0)
+
+    class Stop(Exception):
+        pass
+
+    class Stopping(Worse):
+        def training_step(self, batch):
+            if batch.epoch == 3:
+                raise Stop
+            return super().training_step(batch)
+
+    torch.manual_seed(0)
+    first = Stopping(SmallCNN(1, 2, (8, 8), 4))
+    with pytest.raises(Stop):
+        fit(first, *images(), config, tmp_path, progress=False)
+    torch.manual_seed(0)
+    second = Worse(SmallCNN(1, 2, (8, 8), 4))
+    second.scores = [2.5]
+    fit(second, *images(), config, tmp_path, progress=False)
+    assert same(weights(second), first.seen[1])
+    # a finished run gives the same again
+    torch.manual_seed(0)
+    third = Worse(SmallCNN(1, 2, (8, 8), 4))
+    fit(third, *images(), config, tmp_path, progress=False)
+    assert same(weights(third), first.seen[1]) and not third.seen
+
+
+def test_held_out_data_of_ones_own():
+    x, y = images()
+    held = x[:30], y[:30]
+    one, two, three = ({} for _ in range(3))
+    config = FitConfig(1, 16)
+    one = fit(task(), x, y, config, progress=False, validation=held)
+    two = fit(task(), x, y, config, progress=False, validation=DataLoader(TensorDataset(*held), 30))
+    three = fit(task(), DataLoader(TensorDataset(x, y), 16), None, config, progress=False, validation=held)
+    assert one == pytest.approx(two) and "validation_accuracy" in three
+
+
+def tasks():
+    torch.manual_seed(0)
+    classifier, shape = SmallCNN(width=2), (1, 16, 16)
+    attack = TrainingAttack(eps=0.1, steps=1)
+    carso = Carso(classifier, ["hidden"], shape, 4, 3, 2, decoder_width=2)
+    atop = Atop(classifier, SmallGenerator(1, width=2), shape, block=4)
+    looking = CarsoConfig(attack=attack, optimizer="radam_lookahead")
+    return {
+        "carso": lambda: CarsoTask(carso, looking),
+        "pipeline": lambda: CarsoTask(carso, CarsoConfig(attack_target="pipeline", attack=attack)),
+        "atop": lambda: AtopTask(atop, AtopConfig(gan_grad=True, discriminator_width=1, cls_delay_epochs=0)),
+        "arrest": lambda: ArrestTask(classifier, ArrestConfig(attack=attack, ema_decay=0.5, awp_gamma=0.01), shape),
+    }
+
+
+@pytest.mark.parametrize("name", ["carso", "pipeline", "atop", "arrest"])
+def test_every_training_can_be_validated_and_goes_on_as_if_it_had_not_been(name):
+    digits = data.load_dataset("digits")
+    x, y = digits.x_train[:80], digits.y_train[:80]
+    found = []
+    for every in (1, 9):
+        made = tasks()[name]()
+        config = FitConfig(3, 16, validation_share=0.2, validation_every=every, keep_best="off")
+        last = fit(made, x, y, config, progress=False)
+        assert last["validation_loss"] == last["validation_loss"]
+        found.append(weights(made))
+    assert same(*found)
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        ({"validation_share": 1.0}, {}, r"validation_share must be in \[0, 1\), got 1.0"),
+        ({"validation_every": 0}, {}, "validation_every must be at least 1, got 0"),
+        ({"keep_best": "robust"}, {}, "keep_best must be one of off, loss, accuracy, got 'robust'"),
+        ({"keep_best": "loss"}, {}, "keep_best 'loss' needs validation_share, or validation"),
+        ({"validation_share": 0.2}, {"validation": images(8)}, "validation_share goes without validation"),
+        ({}, {"validation": images(8)[0]}, r"validation must bring labels: give \(images, labels\)"),
+    ],
+)
+def test_settings_that_cannot_be_used(options, given, message):
+    with pytest.raises(ValueError, match=message):
+        fit(task(), *images(), FitConfig(1, 16, **options), progress=False, **given)
+
+
+def test_a_best_by_what_is_not_measured_is_refused():
+    class Silent(ClassifierTask):
+        def validate(self, batch):
+            return {"loss": torch.zeros(())}
+
+    config = FitConfig(1, 16, validation_share=0.2, keep_best="accuracy")
+    with pytest.raises(ValueError, match="keep_best 'accuracy': this training measures loss"):
+        fit(Silent(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig()), *images(), config, progress=False)
