@@ -10,6 +10,8 @@ moves such an element (linf) or sample (l2). NaN in x, x_nat or previous propaga
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -36,10 +38,10 @@ def reference(
     """The definition: float32 arithmetic (float64 for float64), x's dtype out. alpha, eps: [B]."""
     start, center = wide(x), wide(x_nat)
     length, radius = per_image(alpha.to(start.dtype), x), per_image(eps.to(start.dtype), x)
-    ball = {"eps": radius, "norm": norm, "lo": lo, "hi": hi}
-    z = project(start + length * direction(wide(grad), norm), center, **ball)
+    into_ball = functools.partial(project, x_nat=center, eps=radius, norm=norm, lo=lo, hi=hi)
+    z = into_ball(start + length * direction(wide(grad), norm))
     moved = start + momentum * (z - start) + (1 - momentum) * (start - wide(previous))
-    return project(moved, center, **ball).to(x.dtype).contiguous()
+    return into_ball(moved).to(x.dtype).contiguous()
 
 
 OP = define_op(
