@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -47,5 +48,5 @@ class WithAggregation(nn.Module):
             logits = self.defence.draw_sample_logits(x, draws)
             return aggregate(logits.flatten(0, 1), self.aggregation).unflatten(0, (draws, -1))
 
-    def _mode(self) -> contextlib.AbstractContextManager:
+    def _mode(self) -> contextlib.AbstractContextManager[Any]:
         return self.defence.deterministic() if self.without_noise else contextlib.nullcontext()  # type: ignore[operator]

@@ -105,7 +105,7 @@ class Defence(StochasticDefence):
             want = ", ".join(map(str, self.image_shape))
             raise ValueError(f"x must be floating point [B, {want}], got {x.dtype} {list(x.shape)}")
 
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context in which the purifier computes."""
         if self.fast is None or self.purifier_dtype != torch.float32:
             return contextlib.nullcontext()

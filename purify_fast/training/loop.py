@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +153,7 @@ def _train_epoch(run: Run, source: Source, checkpoints: Checkpointer, listeners:
 
 
 def _state(
-    run: Run, images: int, metrics: dict, epoch: int | None = None, images_per_second: float = 0.0
+    run: Run, images: int, metrics: dict[str, Any], epoch: int | None = None, images_per_second: float = 0.0
 ) -> TrainingState:
     return TrainingState(
         task=run.task,

@@ -114,7 +114,7 @@ class Atop(Defence):
         # A purifier of a user's own might flatten its maps by ``view``, which channels_last maps do not allow.
         self.purifier_uses_channels_last = type(purifier) in PURIFIERS.values()
         if self.purifier_uses_channels_last:
-            self.purifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.purifier.to(memory_format=torch.channels_last)
         self._ready()
         self._dry_run()
 
@@ -190,7 +190,9 @@ class Atop(Defence):
 
     # -- its parts ----------------------------------------------------------------------------------------------------
 
-    def draw(self, x: Tensor, draws: int = 1, seed: Tensor | None = None, ids: Tensor | None = None) -> tuple:
+    def draw(
+        self, x: Tensor, draws: int = 1, seed: Tensor | None = None, ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The random transforms of images, as the current mode draws them.
 
         Args:
