@@ -4,6 +4,8 @@ This is the only file that knows old names. It imports nothing of the package wh
 the package may use it.
 """
 
+# long because everything that knows an old name is here, to be deleted as a whole with the next release.
+
 from __future__ import annotations
 
 import dataclasses
@@ -268,6 +270,12 @@ def old_settings(kind: str) -> Callable[[type[C]], type[C]]:
     return decorate
 
 
+def _found(place: str) -> Any:
+    """What ``module:name`` says, imported when it is asked for, because everything else lies above this file."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 #: Settings that version 0.1 did not have, as it did it.
 _NEW_SETTINGS: dict[str, Any] = {
     "relative_alpha": 2.5,
@@ -295,6 +303,8 @@ def checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
         facts["defence"] = renamed(facts["defence"], OLD_CARSO_ARGUMENTS)
     if kind == "atop":
         facts["defence"] = renamed(facts["defence"], OLD_ATOP_ARGUMENTS, OLD_ATOP_VALUES)
+    if kind == "arrest" and facts["alpha"] is None:
+        facts["alpha"] = 2.5 * facts["eps"] / facts["steps"]
     saved["facts"] = facts
     names = ("purifier", "discriminator") if kind == "atop" else ("model",)
     saved["optimizers"] = dict(zip(names, _by_group(saved.pop("optimizer"), len(names)), strict=False))
@@ -339,9 +349,9 @@ def old_name(module: str, name: str) -> Any:
     """
     if name not in RENAMED_NAMES.get(module, {}):
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    home, _, new = RENAMED_NAMES[module][name].partition(":")
-    warn(f"{module}.{name}", f"{home}.{new}")
-    return getattr(importlib.import_module(home), new)
+    place = RENAMED_NAMES[module][name]
+    warn(f"{module}.{name}", place.replace(":", "."))
+    return _found(place)
 
 
 #: The attacks of version 0.1's `evaluation.Attack(kind, ...)`, and their classes in `purify_fast.attacks`.
@@ -373,8 +383,7 @@ def old_attack(kind: str = "pgd", **options: Any) -> Any:
     """
     if kind not in _ATTACK_CLASSES:
         raise ValueError(f"kind must be one of {', '.join(_ATTACK_CLASSES)}, got {kind!r}")
-    attacks = importlib.import_module("purify_fast.attacks")
-    specs = importlib.import_module("purify_fast.evaluation.specs")
+    classes = {word: _found(f"purify_fast.attacks:{name}") for word, name in _ATTACK_CLASSES.items()}
     warn(
         f"evaluation.Attack({kind!r}, ...)",
         f"purify_fast.attacks.{_ATTACK_CLASSES[kind]}(...), and AttackSpec around it for options such as the variant",
@@ -383,7 +392,7 @@ def old_attack(kind: str = "pgd", **options: Any) -> Any:
     def name_in(kind: str, option: str) -> str | None:
         """The option's name in the attack's class, if the class has it."""
         new = "rate" if (kind, option) == ("stadv", "alpha") else _ATTACK_OPTIONS.get(option, option)
-        fields = {field.name for field in dataclasses.fields(getattr(attacks, _ATTACK_CLASSES[kind]))}
+        fields = {field.name for field in dataclasses.fields(classes[kind])}
         return new if new in fields else None
 
     own, around = {}, {}
@@ -398,7 +407,7 @@ def old_attack(kind: str = "pgd", **options: Any) -> Any:
         elif value != _ATTACK_DEFAULTS.get(option) and (kind, option) != ("autoattack", "loss"):
             kinds = ", ".join(other for other in _ATTACK_CLASSES if name_in(other, option) is not None)
             raise ValueError(f"{option} goes with {kinds or 'no attack'}, not with {kind}")
-    return specs.AttackSpec(getattr(attacks, _ATTACK_CLASSES[kind])(**own), **around)
+    return _found("purify_fast.evaluation:AttackSpec")(classes[kind](**own), **around)
 
 
 def new_options(command: str, words: Sequence[str]) -> list[str]:

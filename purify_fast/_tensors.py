@@ -45,3 +45,18 @@ def first_tensor(module: nn.Module) -> Tensor:
     """
     tensors = itertools.chain(module.parameters(), module.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of `first_tensor`, found without making a tensor, which in a compiled step would be one more graph.
+
+    Args:
+        module: any module.
+
+    Returns:
+        That dtype, float32 for a module without floating-point tensors.
+    """
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _NETWORK = ("purifier", "width", "residual", "weights")
 _TRANSFORM = ("transform", "sigma", "block", "mask_ratio", "num_passes", "samples", "aggregation", "shared_mask")
-_OLD = {"mask_ratio": "missing", "num_passes": "parts"}
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,7 @@ class TrainGenerator(DataCommand):
         from ..methods.atop import Atop, DeepFillGenerator
         from ..methods.atop.purifier import build_purifier
 
-        chosen = {_OLD.get(name, name): getattr(self, name) for name in _TRANSFORM}
-        chosen["aggregation"] = {"mean_softmax": "probability"}.get(self.aggregation, self.aggregation)
+        chosen = {name: getattr(self, name) for name in _TRANSFORM}
         if self.weights is None:
             purifier = build_purifier(self.purifier, images.image_shape, width=self.width, residual=self.residual)
             return Atop(classifier, purifier, images.image_shape, **chosen), "scratch"

@@ -54,12 +54,26 @@ class DataSet:
         return f"DataSet({self.name!r}, {images} of {size}, {self.num_classes} classes, on {self.y_train.device})"
 
     def to(self, device: torch.device | str) -> DataSet:
-        """The same data on ``device``; images that are streamed stay in their file, and are read to it."""
+        """The same data on another device; images that are streamed stay in their file, and are read to it.
+
+        Args:
+            device: where the images and labels are wanted.
+        """
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in ARRAYS})
 
 
 def to_float(x: Tensor) -> Tensor:
-    """uint8 images of any shape -> float32 in [0, 1]; ValueError for any other dtype."""
+    """Images as floating-point numbers.
+
+    Args:
+        x: uint8 of any shape.
+
+    Returns:
+        float32 in [0, 1], of the same shape.
+
+    Raises:
+        ValueError: any other dtype.
+    """
     if x.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, got {x.dtype}")
     return x.float().div_(255)

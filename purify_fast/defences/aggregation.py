@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 from torch import Tensor, nn
 
+from .._tensors import repeat_batch
 from ..ops.aggregate import aggregate
 from ..protocols import DrawsSampleLogits
 
@@ -41,10 +43,10 @@ class WithAggregation(nn.Module):
             draws: number of calls.
         """
         if not isinstance(self.defence, DrawsSampleLogits):
-            return self(x.repeat(draws, *[1] * (x.dim() - 1))).unflatten(0, (draws, -1))
+            return self(repeat_batch(x, draws)).unflatten(0, (draws, -1))
         with self._mode():
             logits = self.defence.draw_sample_logits(x, draws)
             return aggregate(logits.flatten(0, 1), self.aggregation).unflatten(0, (draws, -1))
 
-    def _mode(self) -> contextlib.AbstractContextManager:
+    def _mode(self) -> contextlib.AbstractContextManager[Any]:
         return self.defence.deterministic() if self.without_noise else contextlib.nullcontext()  # type: ignore[operator]

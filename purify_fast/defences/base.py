@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..models.representation import Representation, dtype_of, first_tensor
+from .._tensors import dtype_of, first_tensor
+from ..models.representation import Representation
 from ..speed.accelerated import Accelerated
 from ..speed.inference_copy import autocast_to, convert_to_channels_last
 from .stochastic import StochasticDefence
@@ -104,7 +105,7 @@ class Defence(StochasticDefence):
             want = ", ".join(map(str, self.image_shape))
             raise ValueError(f"x must be floating point [B, {want}], got {x.dtype} {list(x.shape)}")
 
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context in which the purifier computes."""
         if self.fast is None or self.purifier_dtype != torch.float32:
             return contextlib.nullcontext()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._tensors import repeat_batch
 from ..ops.aggregate import aggregate
 
 
@@ -153,7 +154,7 @@ class StochasticDefence(nn.Module):
             x: images ``[B, C, H, W]`` in [0, 1].
             draws: number of calls.
         """
-        return self.sample_logits(_repeated(x, draws)).unflatten(0, (draws, -1))
+        return self.sample_logits(repeat_batch(x, draws)).unflatten(0, (draws, -1))
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
         """`forward` of ``draws`` independent calls at once, ``[draws, B, classes]``; attacks with EOT use it.
@@ -189,10 +190,6 @@ class StochasticDefence(nn.Module):
         return aggregate(self.sample_logits(x), "peel_reference")
 
 
-def _repeated(x: Tensor, draws: int) -> Tensor:
-    return x.repeat(draws, *[1] * (x.dim() - 1))
-
-
 def _repeated_forward(defence: nn.Module, x: Tensor, draws: int) -> Tensor:
     """Logits of ``draws`` independent calls of ``forward``, ``[draws, B, classes]``, in one batch."""
-    return defence(_repeated(x, draws)).unflatten(0, (draws, -1))
+    return defence(repeat_batch(x, draws)).unflatten(0, (draws, -1))

@@ -40,8 +40,9 @@ class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked.add_(1)
         if self.training and (world := processes()[1]) > 1:
             return self._everywhere(input, world)
+        mean, var = self.running_mean, self.running_var
         return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum=0.1, eps=1e-5
+            input, mean, var, weight=self.weight, bias=self.bias, training=self.training, momentum=0.1, eps=1e-5
         )
 
     def _everywhere(self, input: Tensor, world: int) -> Tensor:

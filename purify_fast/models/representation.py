@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import itertools
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .._tensors import first_tensor
 
 
 class _Recorder:
@@ -27,28 +28,6 @@ class _Recorder:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self.owner.recording:
             self.owner.outputs[self.index] = output.clone() if self.owner.overwritten[self.index] else output
-
-
-def first_tensor(module: nn.Module) -> Tensor:
-    """The first floating-point parameter or buffer of ``module``, which tells its device and dtype.
-
-    Args:
-        module: any module; without floating-point tensors the result is a float32 scalar on the CPU.
-    """
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of `first_tensor`, found without making a tensor, which in a compiled step would be one more graph.
-
-    Args:
-        module: any module; float32 without floating-point tensors.
-    """
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if tensor.is_floating_point():
-            return tensor.dtype
-    return torch.float32
 
 
 def without_recorders(model: nn.Module) -> nn.Module:

@@ -54,6 +54,7 @@ class NormalizeEverywhere(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
+        # positional because the operator has no names for its arguments in Python
         direct, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, variance, None, None, False, 1e-5, [True, True, True]
         )

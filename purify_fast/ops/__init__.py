@@ -2,6 +2,7 @@
 
 from . import _op, _verify
 from ._op import REGISTRY, use_backend
+from ._verify import agree, wrong_kernels
 from .aggregate import aggregate
 from .apgd_step import apgd_step
 from .contextual_attention import contextual_attention, key_validity
@@ -22,6 +23,7 @@ __all__ = [
     "REGISTRY",
     "Stream",
     "aggregate",
+    "agree",
     "apgd_step",
     "contextual_attention",
     "decode_prior",
@@ -37,4 +39,5 @@ __all__ = [
     "sample_latent",
     "stitch",
     "use_backend",
+    "wrong_kernels",
 ]

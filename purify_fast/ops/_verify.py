@@ -18,7 +18,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import _verdicts
 from ._examples import Example, double, of, tensors, to
-from ._op import REGISTRY, Op
+from ._op import REGISTRY, Op, Style, forget
 from ._verdicts import Verdict
 
 logger = logging.getLogger("purify_fast")
@@ -36,6 +36,8 @@ MODES = ("first_use", "off")
 _verifying: set[int] = set()
 #: This process's verdicts, by file and op; they outlast a folder that cannot be written.
 _known: dict[tuple[str, str], Verdict] = {}
+#: The wrong kernels by type of device, where a group of processes has agreed on them.
+_agreed: dict[str, frozenset[str]] = {}
 
 
 def mode() -> str:
@@ -234,11 +236,37 @@ def serves(op: Op, device: torch.device) -> bool | None:
     """Whether the op's kernel may serve on a device; None where that cannot be told now, and is asked again."""
     if mode() == "off":
         return True
+    if device.type in _agreed:
+        return op.name not in _agreed[device.type]
     if threading.get_ident() in _verifying:
         return None
     if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):
         return None
     return verdict_of(op, device).passed
+
+
+def wrong_kernels(device: torch.device) -> list[str]:
+    """The ops whose kernels would serve on a device and are wrong there; what has no verdict is verified now."""
+    if mode() == "off":
+        return []
+    styles: tuple[Style, ...] = ("eager", "graph")
+    wrong = []
+    for name, op in REGISTRY.items():
+        wanted = {op.wanted(style, device, variant).backend for style in styles for variant in ("", *op.replaces_many)}
+        if wanted != {"reference"} and not verdict_of(op, device).passed:
+            wrong.append(name)
+    return wrong
+
+
+def agree(wrong: Iterable[str], device: torch.device) -> None:
+    """Let the verdicts of another process hold in this one, so that all of a group compute with the same kernels.
+
+    Args:
+        wrong: what `wrong_kernels` gave there.
+        device: one of the kind that they are about.
+    """
+    _agreed[device.type] = frozenset(wrong)
+    forget()
 
 
 def verify_all(device: torch.device) -> dict[str, Verdict]:

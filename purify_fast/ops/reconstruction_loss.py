@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._tensors import per_image
 from ._op import define_op, launcher, wide
 
 
@@ -28,7 +29,7 @@ def reference(logits: Tensor, target: Tensor) -> Tensor:
 def reference_backward(grad: Tensor, logits: Tensor, target: Tensor) -> Tensor:
     """grad [B] times dloss/dlogits, in the logits' dtype and shape."""
     x = wide(logits)
-    g = grad.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    g = per_image(grad.to(x.dtype), x)
     return (g * (torch.sigmoid(x) - target.to(x.dtype))).to(logits.dtype).contiguous()
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._tensors import per_image
 from ._op import define_op, launcher, wide
 from .gated_elu import last_channels
 
@@ -79,10 +80,10 @@ def reference_backward(grad: Tensor, student: list[Tensor], teacher: list[Tensor
     """grad [B, L] times dd/dstudent, each layer in its dtype and shape."""
     out = []
     for layer, (x, v) in enumerate(zip(student, teacher, strict=True)):
-        u, ones = wide(x), [1] * (x.dim() - 1)
+        u = wide(x)
         scale, along = slopes[:, layer].unbind(1)
-        weight = (grad[:, layer] * scale).to(u.dtype).view(-1, *ones)
-        slope = v.to(u.dtype) - along.to(u.dtype).view(-1, *ones) * u
+        weight = per_image((grad[:, layer] * scale).to(u.dtype), x)
+        slope = v.to(u.dtype) - per_image(along.to(u.dtype), x) * u
         out.append((weight * slope).to(x.dtype).contiguous())
     return out
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.representation import Representation, first_tensor
+from .._tensors import first_tensor
+from ..models.representation import Representation
 from .compiled_region import CompiledRegion
 from .inference_copy import InferenceCopy, autocast_to, prepare_for_inference
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,6 @@ class CompiledRegion:
             torch._dynamo.maybe_mark_dynamic(x, 0)
         return self.compiled(*inputs)[:batch]
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         # When a region is copied or pickled, a bound method takes its object along, and the copy compiles for itself.
         return CompiledRegion, (self.function,)

@@ -82,7 +82,7 @@ def _response(model: nn.Module, example: Tensor) -> list[Tensor]:
     """The output, what hooks see on the way, and the input gradient of a fixed random sum of the output."""
     seen: list[Tensor] = []
 
-    def see(module: nn.Module, args: tuple, output: object) -> None:
+    def see(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         if isinstance(output, Tensor):
             seen.append(output.detach().clone())
 
@@ -112,11 +112,11 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # the tensors are kept: ids are not reused
     pairs: list[tuple[Any, Any]] = []
 
-    def after(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         runs[module] += 1
         outputs[id(output)] = module, output, output._version
 
-    def before(module: nn.Module, args: tuple) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         runs[module] += 1
         layer, _, version = outputs.get(id(args[0]), (None, None, -1)) if args else (None, None, -1)
         if layer is not None and args[0]._version == version:

@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..models.representation import evaluation_mode, first_tensor, without_recorders
+from .._tensors import first_tensor
+from ..models.representation import evaluation_mode, without_recorders
 from .compiled_region import CompiledRegion
 from .folding import fold_pairs, folded
 
@@ -39,7 +40,7 @@ def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> 
     """
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
     for layer in layers:
-        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layer.to(memory_format=torch.channels_last)
     first = first_tensor(model)
     example = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
     try:
@@ -48,7 +49,7 @@ def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> 
             model(example.contiguous(memory_format=torch.channels_last))
     except RuntimeError:
         for layer in layers:
-            layer.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            layer.to(memory_format=torch.contiguous_format)
         return False
     return True
 

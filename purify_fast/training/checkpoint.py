@@ -59,7 +59,9 @@ def read_tree(path: Path) -> Any:
         raise ValueError(f"{path} is not a checkpoint of this package: {error!r}") from error
 
 
-def save_model(folder: str | Path, kind: str, arguments: dict, state: dict[str, Tensor], **extra: Any) -> None:
+def save_model(
+    folder: str | Path, kind: str, arguments: dict[str, Any], state: dict[str, Tensor], **extra: Any
+) -> None:
     """Write ``model.safetensors`` and ``model.json`` (kind, constructor arguments, extra facts), each atomically."""
     folder = Path(folder)
     facts = json.dumps({"kind": kind, "arguments": arguments, **extra}, indent=2, sort_keys=True)

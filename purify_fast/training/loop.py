@@ -15,15 +15,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._process import processes
 from ..models.layers import BatchNorm1d, BatchNorm2d
+from ..ops import agree, wrong_kernels
 from ..speed.precision import whole_float32_by_default
 from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
+from .distributed import from_first
 from .epoch import batch_of, set_learning_rate, train_step
 from .run import Checkpointer, Run, diverged
 from .sources import HeldOut, Images, Source, held_out_source, step_seed, training_source
@@ -93,6 +96,8 @@ def fit(
     if world > 1:
         task.model.train()
         _check_batchnorm(task.model)
+        # a kernel that is wrong in the first process serves in none, else they would not compute the same
+        agree(from_first(lambda: wrong_kernels(source.device)), source.device)
     checkpoints = Checkpointer(run, folder, source.reproducible)
     checkpoints.resume(source.device)
     validate = None if held is None else Validation(run, held, folder)
@@ -148,7 +153,7 @@ def _train_epoch(run: Run, source: Source, checkpoints: Checkpointer, listeners:
 
 
 def _state(
-    run: Run, images: int, metrics: dict, epoch: int | None = None, images_per_second: float = 0.0
+    run: Run, images: int, metrics: dict[str, Any], epoch: int | None = None, images_per_second: float = 0.0
 ) -> TrainingState:
     return TrainingState(
         task=run.task,

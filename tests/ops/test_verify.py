@@ -18,7 +18,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from purify_fast import _library
-from purify_fast.ops import REGISTRY, _examples, _op, _races, _verdicts, _verify, philox, use_backend
+from purify_fast.ops import (
+    REGISTRY,
+    _examples,
+    _op,
+    _races,
+    _verdicts,
+    _verify,
+    agree,
+    philox,
+    use_backend,
+    wrong_kernels,
+)
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -382,3 +393,16 @@ def test_what_ships_goes_to_the_machine_that_is_most_like_it(monkeypatch):
     for (kind, device, capability), expected in asked.items():
         assert _races._nearest({"kind": kind, "device": device, "capability": capability})["date"] == expected
     assert _races._nearest({"kind": "cuda", "device": "G", "capability": "sm_120"}) is None
+
+
+def test_the_verdicts_of_the_first_process_hold_in_all(make, monkeypatch):
+    monkeypatch.setattr(_verify, "_agreed", {})
+    wrong, right = make(lambda x: 3 * x), make(lambda x: x + x)
+    with pytest.warns(RuntimeWarning, match=wrong.name):
+        found = wrong_kernels(CPU)
+    assert found == [wrong.name]
+    assert right.served_by(CPU) == "cpp"
+    agree([right.name], CPU)  # as if it were wrong there
+    assert right.served_by(CPU) == "reference" and wrong.served_by(CPU) == "cpp"
+    agree([], CPU)
+    assert right.served_by(CPU) == "cpp"

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ... import _compat
+from ..._tensors import dtype_of
 from ..._validation import check_literal
 from ...defences.base import Defence, refuse_wrapped
 from ...defences.stochastic import StochasticDefence
-from ...models.representation import dtype_of, evaluation_mode
+from ...models.representation import evaluation_mode
 from ...ops.aggregate import aggregate
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
@@ -113,7 +114,7 @@ class Atop(Defence):
         # A purifier of a user's own might flatten its maps by ``view``, which channels_last maps do not allow.
         self.purifier_uses_channels_last = type(purifier) in PURIFIERS.values()
         if self.purifier_uses_channels_last:
-            self.purifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.purifier.to(memory_format=torch.channels_last)
         self._ready()
         self._dry_run()
 
@@ -189,7 +190,9 @@ class Atop(Defence):
 
     # -- its parts ----------------------------------------------------------------------------------------------------
 
-    def draw(self, x: Tensor, draws: int = 1, seed: Tensor | None = None, ids: Tensor | None = None) -> tuple:
+    def draw(
+        self, x: Tensor, draws: int = 1, seed: Tensor | None = None, ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The random transforms of images, as the current mode draws them.
 
         Args:

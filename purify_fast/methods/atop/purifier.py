@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...models.representation import first_tensor
+from ..._tensors import first_tensor
 from .generators.deepfill import DeepFillGenerator
 from .generators.masked_autoencoder import MaskedAutoencoder
 from .generators.small_generator import SmallGenerator
@@ -36,7 +37,7 @@ def build_purifier(
         raise ValueError(f"purifier must be one of {', '.join(PURIFIERS)}, got {name!r}")
     if residual and name != "small_generator":
         raise ValueError(f"residual goes with small_generator, not with {name}")
-    options: dict = {} if width is None else {"width": width}
+    options: dict[str, Any] = {} if width is None else {"width": width}
     if name == "deepfill":
         return DeepFillGenerator(image_shape[0] + 2, **options)
     if name == "small_generator":

@@ -8,6 +8,8 @@ aggregation improves adversarial robustness", arXiv 2306.06081. The paper's aggr
 gradient attacks by NaN. The logsumexp taken here makes the same decisions with finite logits and usable gradients.
 """
 
+# long because the formula of a prediction, its parts, and their documentation are to be read in one place.
+
 from __future__ import annotations
 
 import json
@@ -25,7 +27,6 @@ from ...defences.base import Defence
 from ...defences.stochastic import StochasticDefence
 from ...models.layers import normalization
 from ...models.representation import Representation
-from ...ops import REGISTRY
 from ...ops.decode_samples import decode_samples, latents
 from ...speed.accelerated import Accelerated
 from ...speed.compiled_region import pad_batch
@@ -33,7 +34,7 @@ from ..saved_defence import save_defence
 from .networks import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder, decoder_plan
 from .networks_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
 from .official import official_arguments, official_tensors, write_official
-from .packed_decoder import PackedDecoder
+from .packed_decoder import PackedDecoder, kernel_decodes, times_written
 from .presets import preset
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from .config import CarsoConfig
 
 Version = Literal["v4", "v1"]
-DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping]]
+DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping[str, Any]]]
 
 
 class Carso(Defence):
@@ -120,10 +121,10 @@ class Carso(Defence):
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
         # In this layout the whole pipeline runs about twice as fast on a CPU, its transposed convolutions three times.
         for part in (self.condition_encoder, self.posterior_encoder, self.decoder):
-            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            part.to(memory_format=torch.channels_last)
         self._ready()
 
-    def _make_networks(self, version: Version, cond_dim: int, encoder_depth: int, plan: tuple) -> None:
+    def _make_networks(self, version: Version, cond_dim: int, encoder_depth: int, plan: tuple[Any, Any]) -> None:
         shapes, sizes = self.representation.shapes, (self.latent_dim, cond_dim, self.image_shape)
         if version == "v1":
             self.condition_encoder: nn.Module = ConditionEncoderV1(shapes, cond_dim)
@@ -297,7 +298,7 @@ class Carso(Defence):
     @property
     def _last_bias(self) -> Tensor:
         # The decoder's last tensor stands for all: they share a dtype, and an optimizer's step changes every one.
-        return self.decoder.stack[-1].bias  # type: ignore[index, return-value, union-attr]
+        return self.decoder.stack[-1].bias  # type: ignore[index, union-attr]
 
     def _reader(self) -> Representation:
         return self.representation
@@ -307,23 +308,23 @@ class Carso(Defence):
 
     def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
         fast = super()._make_copies(settings)
-        if settings["dtype"] == torch.bfloat16 and not self.training and _kernel_decodes(self._last_bias.device):
+        if settings["dtype"] == torch.bfloat16 and not self.training and kernel_decodes(self._last_bias.device):
             fast.packed = self._pack()
         return fast
 
     @torch.inference_mode(False)
     def _pack(self) -> tuple[int, PackedDecoder]:
         # Made outside inference mode, because attacks differentiate through it.
-        return _version(self._last_bias), PackedDecoder(self.decoder)
+        return times_written(self._last_bias), PackedDecoder(self.decoder)
 
     def _packed_decoder(self, device: torch.device) -> PackedDecoder | None:
         """The decoder as one op, where a kernel serves it and no gradient of its weights can be asked for."""
         fast, bias = self.fast, self._last_bias
         if fast is None or fast.dtype != torch.bfloat16 or self.training or bias.dtype != torch.float32:
             return None
-        if not _kernel_decodes(device) or (torch.is_grad_enabled() and bias.requires_grad):
+        if not kernel_decodes(device) or (torch.is_grad_enabled() and bias.requires_grad):
             return None
-        if fast.packed is None or fast.packed[0] != _version(bias):
+        if fast.packed is None or fast.packed[0] != times_written(bias):
             fast.packed = self._pack()
         return fast.packed[1]
 
@@ -419,14 +420,3 @@ def _decoder_plan(
         start, h, w = given[0]
         return (start, h, w), [x if isinstance(x, Deconvolution) else Deconvolution(**x) for x in given[1]]
     return decoder_plan_v1(image_shape[0], joint_dim) if version == "v1" else decoder_plan(image_shape, width)
-
-
-def _kernel_decodes(device: torch.device) -> bool:
-    """Whether a kernel decodes on ``device``; in a compiled graph the layers do, fused with the rest."""
-    chosen = REGISTRY["decode_samples"].choice(device)
-    return chosen not in (None, "reference") and not torch.compiler.is_compiling()
-
-
-def _version(tensor: Tensor) -> int:
-    """Changes whenever the tensor is written to or replaced; tensors made in inference mode have no version."""
-    return hash((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._tensors import first_tensor
 from ...attacks import pgd
 from ...attacks.arguments import Norm
-from ...models.representation import Representation, first_tensor
+from ...models.representation import Representation
 
 
 @dataclass(frozen=True)

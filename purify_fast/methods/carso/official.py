@@ -93,7 +93,7 @@ def _shapes(path: Path) -> Shapes:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _sizes(shapes: dict[str, Shapes], paths: dict[str, Path]) -> tuple[dict, int]:
+def _sizes(shapes: dict[str, Shapes], paths: dict[str, Path]) -> tuple[dict[str, Any], int]:
     """The arguments of `Carso` that the files tell, and the number of layers in the representation."""
 
     def shape(part: str, name: str, dims: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...models.layers import BatchNorm2d
+from ...ops import REGISTRY
 from ...ops.decode_samples import Geometry, Layer, Weights, decode_prior, pack, unpack
 from ...speed.folding import folded
 from .networks import Decoder, Deconvolution
@@ -93,8 +95,9 @@ class PackedDecoder(nn.Module):
         last = tuple(weight.contiguous(memory_format=torch.channels_last) for weight in made.layers)
         return Weights(made.first.contiguous(), last, made.biases)
 
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedDecoder:
+        # torch's, without types
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._layers = self._unpacked()
         return self
 
@@ -131,3 +134,22 @@ class PackedDecoder(nn.Module):
             first, seed, sample_ids, self.packed, self.biases, self.geometry, samples,
             slope=self.slope, squash=squash, channels_last=channels_last, dtype=dtype, weights=self._layers,
         )  # fmt: skip
+
+
+def kernel_decodes(device: torch.device) -> bool:
+    """Whether a kernel decodes on ``device``; in a compiled graph the layers do, fused with the rest.
+
+    Args:
+        device: of the latents.
+    """
+    chosen = REGISTRY["decode_samples"].choice(device)
+    return chosen not in (None, "reference") and not torch.compiler.is_compiling()
+
+
+def times_written(tensor: Tensor) -> int:
+    """A number that changes whenever the tensor is written to or replaced by another.
+
+    Args:
+        tensor: any tensor; those made in inference mode count no writes.
+    """
+    return hash((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))

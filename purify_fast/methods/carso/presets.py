@@ -19,7 +19,7 @@ losses) stand in `CarsoConfig`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -86,7 +86,7 @@ class Preset:
             return WideResNet(self.depth, self.width, **statistics)  # type: ignore[arg-type]
         return FullyConnected(image_size=size, **statistics)  # type: ignore[arg-type]
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What `Carso` takes beside the classifier."""
         return {
             "layers": self.layers,
@@ -132,7 +132,7 @@ class Preset:
         return FitConfig(epochs=self.epochs, batch_size=self.batch_size)
 
 
-def _v4(script: str, statistics: str, **numbers) -> Preset:
+def _v4(script: str, statistics: str, **numbers: Any) -> Preset:
     """A system of the paper's versions 4 to 6; ``script`` is its official training script."""
     official = f"R {script}"
     sources = {

@@ -437,7 +437,7 @@ def packing(monkeypatch):
     module = sys.modules["purify_fast.methods.carso.packed_decoder"]
     plain = module.decode_prior
     monkeypatch.setattr(module, "decode_prior", lambda *a, **k: calls.append(a[6]) or plain(*a, **k))
-    monkeypatch.setattr("purify_fast.methods.carso.defence._kernel_decodes", lambda device: True)
+    monkeypatch.setattr("purify_fast.methods.carso.defence.kernel_decodes", lambda device: True)
     return calls
 
 
