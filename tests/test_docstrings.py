@@ -26,10 +26,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.p
 
 #: Folders and files of purify_fast/ whose docstrings are not done. This list only ever shrinks.
 NOT_DONE = {
-    "__init__.py",
     "demo",
     "evaluation",
-    "methods/arrest",
     "methods/atop",
     "methods/carso",
     "ops",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config_file import write_run_file
+from .config_file import RunFile
 from .data_args import DataCommand
 
 if TYPE_CHECKING:
@@ -55,10 +55,9 @@ def train_defence(
         raise ValueError(
             f"--data {command.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
         )
-    print(fit(task, images.x_train, images.y_train, loop, folder=out, title=title))
+    print(fit(task, images.x_train, images.y_train, loop, folder=out, title=title, callbacks=[RunFile(command, out)]))
     if processes()[0] > 0:
         return False
     save_defence(defence, out)
     save_classifier(defence.classifier, out / "classifier")
-    write_run_file(command, out)
     return True

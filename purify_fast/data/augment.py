@@ -50,7 +50,8 @@ def crop_flip(
         raise ValueError(f"padding must be at least 0, and below {min(h, w)} for reflect, got {padding}")
     device = x.device
     if not isinstance(seed, Tensor):
-        seed = torch.tensor([seed], dtype=torch.int64, device=device)
+        # filled on the device: a tensor made of a list would be copied there, which waits for the device
+        seed = torch.full((1,), seed, dtype=torch.int64, device=device)
     u = philox(seed, sample_ids, 3, stream=Stream.AUGMENTATION, first_draw=epoch)[:, 0]
     # u < 1, but its product can round up to the bound
     shift = (u[:, :2] * (2 * padding + 1)).long().clamp(max=2 * padding) - padding

@@ -29,12 +29,14 @@ from ._op import define_op, launcher, wide
 METHODS = ("lse", "peel", "mean", "mean_sigmoid", "vote")
 #: The published forms that are unsafe to attack.
 UNSAFE = ("peel_reference", "vote_reference")
-TANGENT = 70.0  # exp(70) = 2.5e30 leaves float32 eight decades for the tangent and for sums over classes
+#: exp(70) = 2.5e30 leaves float32 eight decades for the tangent and for sums over classes.
+TANGENT = 70.0
 
 
 def _tangent_exp(q: Tensor) -> tuple[Tensor, Tensor]:
     """exp(q) continued linearly above TANGENT, and its derivative."""
-    above = q > TANGENT  # where, not clamps: at TANGENT itself autograd would see no slope
+    # torch.where and not a clamp, whose gradient would be 0 at TANGENT itself
+    above = q > TANGENT
     slope = torch.exp(torch.where(above, TANGENT, q))
     return torch.where(above, slope * (1 + (q - TANGENT)), slope), slope
 
@@ -146,6 +148,7 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS + UNSAFE)}, got {method!r}")
     index = METHODS.index(method)
-    if OP.plain(logits.device) and method != "vote":  # which has no graph of its own to carry its zero gradient
+    # the reference of vote has no autograd graph that could carry its zero gradient
+    if OP.plain(logits.device) and method != "vote":
         return reference(logits, index)
     return _Aggregate.apply(logits, index)

@@ -10,6 +10,8 @@ moves such an element (linf) or sample (l2). NaN in x, x_nat or previous propaga
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,8 @@ from .._tensors import per_image
 from ._op import define_op, launcher, wide
 from .pgd_step import check, direction, per_sample, project
 
-NORMS = ("linf", "l2")  # l1 has a step rule of its own, which adapts the share of coordinates that move
+#: l1 is not among them: its steps adapt the share of the coordinates that move, which is another rule.
+NORMS = ("linf", "l2")
 
 
 def reference(
@@ -33,11 +36,12 @@ def reference(
     hi: float,
 ) -> Tensor:
     """The definition: float32 arithmetic (float64 for float64), x's dtype out. alpha, eps: [B]."""
-    w, g, n, before = wide(x), wide(grad), wide(x_nat), wide(previous)
-    a, e = per_image(alpha.to(w.dtype), x), per_image(eps.to(w.dtype), x)
-    z = project(w + a * direction(g, norm), n, e, norm, lo, hi)
-    w = w + momentum * (z - w) + (1 - momentum) * (w - before)
-    return project(w, n, e, norm, lo, hi).to(x.dtype).contiguous()
+    start, center = wide(x), wide(x_nat)
+    length, radius = per_image(alpha.to(start.dtype), x), per_image(eps.to(start.dtype), x)
+    into_ball = functools.partial(project, x_nat=center, eps=radius, norm=norm, lo=lo, hi=hi)
+    z = into_ball(start + length * direction(wide(grad), norm))
+    moved = start + momentum * (z - start) + (1 - momentum) * (start - wide(previous))
+    return into_ball(moved).to(x.dtype).contiguous()
 
 
 OP = define_op(
@@ -66,12 +70,16 @@ def apgd_step(
     """Move ``x`` along ``grad`` and along its last move, within the ball around ``x_nat`` and the box [lo, hi].
 
     Args:
-        x, grad, x_nat, previous: ``[B, ...]``, one shape, dtype and device; float16, bfloat16, float32 or float64;
-            image units. ``previous`` is what x was before its last step.
-        alpha, eps: step and radius in image units, a number or ``[B]``.
+        x: the images that the attack has reached, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
+        grad: the gradient of the attacker's loss at x, of x's shape, dtype and device.
+        x_nat: the images that are attacked, the centers of the balls; likewise.
+        previous: what x was before its last step; likewise.
+        alpha: length of the step in image units, a number or ``[B]``.
+        eps: radius of the ball in image units, a number or ``[B]``.
         momentum: the weight a of the new step, in [0, 1]; 1 - a is that of the last move.
         norm: ``linf`` or ``l2``.
-        lo, hi: the box, lo <= hi.
+        lo: lower end of the box that images lie in.
+        hi: upper end of the box, at least lo.
 
     Returns:
         The new x: same shape and dtype, contiguous. No gradient.

@@ -89,6 +89,9 @@ def reference(
         correlation: G ``[B, L, L]``, L = height * width; float32 or float64, which is the arithmetic's dtype.
         inverse: ``[B, L]``, the correlation's dtype: one over the norms of the keys.
         keep: v ``[B, L]``, 0 or 1, in the dtype U is wanted in.
+        height: h, the height of the grid of keys.
+        width: w, its width.
+        scale: what the scores are multiplied by before the softmax.
 
     Returns:
         U ``[B, 4, L, L]``, by a and b, and A ``[B, L, L]``, for backward; queries are rows, keys columns.
@@ -157,7 +160,8 @@ class _Between(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        if grad is None:  # U was not used; zeros for A's gradient are not wanted either
+        # None when U was not used; zeros for A's gradient are not wanted either
+        if grad is None:
             return (None,) * 6
         return *BACKWARD(grad, *ctx.saved_tensors, *ctx.constants), None, None, None, None
 
@@ -166,7 +170,8 @@ def _inverse_norms(pixels: Tensor, height: int, width: int) -> Tensor:
     """One over the norms of the 3x3 patches of ``pixels`` [B, L, C], at least 1e-4: [B, L]."""
     squares = pixels.square().sum(2).view(-1, 1, height, width)
     squares = F.avg_pool2d(squares, 3, 1, 1, divisor_override=1).flatten(1)
-    return squares.clamp_min(_SMALLEST_NORM**2).rsqrt()  # a clamp of the root would have a NaN for gradient at 0
+    # the squares are clamped, not their root: its gradient at 0 would be NaN
+    return squares.clamp_min(_SMALLEST_NORM**2).rsqrt()
 
 
 def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -> Tensor:
@@ -205,15 +210,16 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
     last = last_channels(features)
     with torch.autocast(features.device.type, enabled=False):
         grid = features.unflatten(3, (width, 2)).unflatten(2, (height, 2))  # [B, C, h, a, w, b]
-        if last:  # each layout has the products that need no transposed copy
+        # for each memory layout the matrix products that need no transposed copy
+        if last:
             phases = grid.permute(0, 3, 5, 2, 4, 1).reshape(batch, 4, height * width, channels)
         else:
             phases = grid.permute(0, 3, 5, 1, 2, 4).reshape(batch, 4, channels, height * width).mT
         pixels = wide(phases[:, 0])
         correlation = pixels @ pixels.mT
         inverse, keep = _inverse_norms(pixels, height, width), valid.to(features.dtype)
-        between = reference if OP.plain(features.device) else _Between.apply
-        spread, _weights = between(correlation, inverse, keep, height, width, float(scale))
+        call = reference if OP.plain(features.device) else _Between.apply
+        spread, _weights = call(correlation, inverse, keep, height, width, float(scale))
         if last:
             out = (spread @ phases).view(batch, 2, 2, height, width, channels)
             return out.permute(0, 3, 1, 4, 2, 5).reshape(batch, rows, columns, channels).permute(0, 3, 1, 2)

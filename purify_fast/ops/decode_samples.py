@@ -16,7 +16,6 @@ bfloat16, in shared memory where they fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +23,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._op import define_op, wide
+from .decoder_weights import Geometry, Layer, Weights, pack, unpack
 from .philox import Stream, philox
 
-#: Channels of a packed product's input, columns of an image: as csrc/core/decode_samples.h has them.
-CHANNEL_TILE, COLUMN_TILE = 32, 8
+__all__ = ["Geometry", "Layer", "Weights", "decode_prior", "decode_samples", "latents", "pack", "unpack"]
 
 
 def latents(seed: Tensor, sample_ids: Tensor, samples: int, latent_dim: int) -> Tensor:
-    """Prior latents [B, samples, latent_dim], float32; sample k of an image is draw index k."""
+    """Latents from the prior; sample k of an image is draw index k.
+
+    Args:
+        seed: int64 ``[1]``.
+        sample_ids: int64 ``[B]``, the global index of each image (see `philox`).
+        samples: K, how many latents for each image.
+        latent_dim: numbers of a latent.
+
+    Returns:
+        ``[B, samples, latent_dim]``, float32.
+    """
     return philox(seed, sample_ids, latent_dim, stream=Stream.LATENT, distribution="normal", draws=samples)
 
 
@@ -55,127 +64,6 @@ def decode_samples(decoder: Callable[[Tensor, Tensor], Tensor], condition: Tenso
     return out.unflatten(0, (z.shape[0], z.shape[1]))
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A transposed convolution: channels out, kernel, stride, padding, height and width out."""
-
-    channels: int
-    kernel: int
-    stride: int
-    padding: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A packed decoder's sizes: of the latent, of the first map [C, H, W], of every transposed convolution."""
-
-    latent_dim: int
-    start: tuple[int, int, int]
-    layers: tuple[Layer, ...]
-
-    def numbers(self) -> list[int]:
-        """As the op takes them."""
-        sizes = [(x.channels, x.kernel, x.stride, x.padding, x.height, x.width) for x in self.layers]
-        return [self.latent_dim, *self.start, *(n for size in sizes for n in size)]
-
-    @classmethod
-    def of(cls, numbers: Sequence[int]) -> Geometry:
-        """The inverse of `numbers`."""
-        latent_dim, c, h, w, *rest = numbers
-        return cls(latent_dim, (c, h, w), tuple(Layer(*six) for six in zip(*[iter(rest)] * 6, strict=True)))
-
-    def products(self) -> list[tuple[int, int, int]]:
-        """(taps, channels in, columns) of every matrix product: the first layer's, then the convolutions', padded."""
-        channels, h, w = self.start
-        out = [(h * w, _up(self.latent_dim, CHANNEL_TILE), _up(channels, CHANNEL_TILE))]
-        for i, layer in enumerate(self.layers):
-            tile = COLUMN_TILE if i == len(self.layers) - 1 else CHANNEL_TILE
-            out.append((layer.kernel**2, _up(channels, CHANNEL_TILE), _up(layer.channels, tile)))
-            channels = layer.channels
-        return out
-
-    def sizes(self) -> tuple[int, int]:
-        """Numbers of the packed weights, the gradient's among them, and of the biases."""
-        first, *products = self.products()
-        channels = [self.start[0], *(layer.channels for layer in self.layers)]
-        backward = [
-            taps * _up(outputs, CHANNEL_TILE) * _up(inputs, CHANNEL_TILE)
-            for (taps, _, _), inputs, outputs in zip(products, channels, channels[1:], strict=False)
-        ]
-        forward = [taps * inputs * columns for taps, inputs, columns in (first, *products)]
-        return sum(forward) + sum(backward), sum(columns for _, _, columns in products)
-
-
-def _up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-def _pack(weight: Tensor, columns: int) -> Tensor:
-    """[taps, channels, columns], padded, in the order of the kernel's fragments: `weight_index` of the core."""
-    taps, inputs, outputs = weight.shape
-    padded = F.pad(weight, (0, columns - outputs, 0, _up(inputs, CHANNEL_TILE) - inputs))
-    # channel = 32 chunk + 16 step + 8 half + 2 pair + low, column = 8 tile + n; a lane holds (n, pair)
-    split = padded.reshape(taps, -1, 2, 2, 4, 2, columns // COLUMN_TILE, COLUMN_TILE)
-    return split.permute(0, 1, 6, 7, 4, 2, 3, 5).flatten()
-
-
-def _unpack(packed: Tensor, taps: int, channels: int, columns: int) -> Tensor:
-    split = packed.reshape(taps, channels // CHANNEL_TILE, columns // COLUMN_TILE, COLUMN_TILE, 4, 2, 2, 2)
-    return split.permute(0, 1, 5, 6, 4, 7, 2, 3).reshape(taps, channels, columns)
-
-
-def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """A decoder's weights as the op takes them.
-
-    Args:
-        first: ``[C, H, W, latent_dim]``, the latent's half of the linear layer that makes the first map.
-        weights: ``[channels in, channels out, k, k]`` of every transposed convolution.
-        biases: ``[channels out]`` of each.
-
-    Returns:
-        One vector of weights, those of the layers and then, transposed, those of their gradients from the last to the
-        first; one of biases, without the first layer's; zeros where they are padded.
-    """
-    channels, h, w, dim = first.shape
-    parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), _up(channels, CHANNEL_TILE))]
-    shifts, backward = [], []
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        inputs, outputs, k, _ = weight.shape
-        columns = _up(outputs, COLUMN_TILE if i == len(weights) - 1 else CHANNEL_TILE)
-        parts.append(_pack(weight.permute(2, 3, 0, 1).reshape(k * k, inputs, outputs), columns))
-        shifts.append(F.pad(bias, (0, columns - outputs)))
-        transposed = weight.permute(2, 3, 1, 0).reshape(k * k, outputs, inputs)
-        backward.append(_pack(transposed, _up(inputs, CHANNEL_TILE)))
-    return torch.cat([*parts, *reversed(backward)]), torch.cat(shifts)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A packed decoder's weights, unpacked: first [pixels, latent, channels], then every convolution's and its bias."""
-
-    first: Tensor
-    layers: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
-
-
-def unpack(packed: Tensor, biases: Tensor, geometry: Geometry) -> Weights:
-    """What `pack` was given, in the packed weights' dtype."""
-    products = geometry.products()
-    sizes = [taps * inputs * columns for taps, inputs, columns in products]
-    parts = packed[: sum(sizes)].split(sizes)
-    first, *tiles = (_unpack(part, *product) for part, product in zip(parts, products, strict=True))
-    shifts = biases.to(packed.dtype).split([columns for _, _, columns in products[1:]])
-    inputs, weights = geometry.start[0], []
-    for layer, tile in zip(geometry.layers, tiles, strict=True):
-        kernel = tile[:, :inputs, : layer.channels].unflatten(0, (layer.kernel, layer.kernel))
-        weights.append(kernel.permute(2, 3, 0, 1))
-        inputs = layer.channels
-    ends = tuple(shift[: layer.channels] for shift, layer in zip(shifts, geometry.layers, strict=True))
-    return Weights(first[:, : geometry.latent_dim, : geometry.start[0]], tuple(weights), ends)
-
-
 def maps(
     condition: Tensor,
     seed: Tensor,
@@ -192,12 +80,16 @@ def maps(
     x = torch.einsum("bkl,plc->bkpc", z, weights.first).to(condition.dtype) + condition.view(-1, 1, h * w, channels)
     out = [x.to(dtype).flatten(0, 1).unflatten(1, (h, w)).permute(0, 3, 1, 2)]
     for layer, weight, bias in zip(geometry.layers, weights.layers, weights.biases, strict=True):
-        missing = [
+        output_padding = [
             size - ((before - 1) * layer.stride - 2 * layer.padding + layer.kernel)
             for size, before in zip((layer.height, layer.width), out[-1].shape[2:], strict=True)
         ]
         x = F.leaky_relu(out[-1], slope)
-        out.append(F.conv_transpose2d(x, weight, bias, layer.stride, layer.padding, missing))
+        out.append(
+            F.conv_transpose2d(
+                x, weight, bias, stride=layer.stride, padding=layer.padding, output_padding=output_padding
+            )
+        )
     return out
 
 
@@ -227,7 +119,7 @@ def reference(
     """
     geometry = Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)
-    logits = maps(condition, seed, sample_ids, weights, geometry, samples, slope)[-1]
+    logits = maps(condition, seed, sample_ids, weights, geometry, samples=samples, slope=slope)[-1]
     return images(logits, squash, channels_last, dtype)
 
 
@@ -247,7 +139,7 @@ def reference_backward(
     """grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]; the decoder is run again, nothing was stored."""
     geometry = Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)
-    entered = maps(condition, seed, sample_ids, weights, geometry, samples, slope)
+    entered = maps(condition, seed, sample_ids, weights, geometry, samples=samples, slope=slope)
     g = wide(grad)
     g = (g * wide(image) * (1 - wide(image)) if squash else g).to(packed.dtype)
     for layer, weight, x in zip(geometry.layers[::-1], weights.layers[::-1], entered[-2::-1], strict=True):
@@ -329,9 +221,11 @@ def decode_prior(
     Args:
         condition: ``[B, H * W * C]`` for a first map [C, H, W]: the condition's half of the linear layer with its
             bias, pixel by pixel, float32 (float64 beside float64 weights). The gradient flows here, and only here.
-        seed: ``[1]``, int64, on the condition's device. sample_ids: ``[B]``, int64: the samples' stream indices.
-        packed, biases: from `pack`; ``packed`` bfloat16, float32 or float64 decides the precision of the products
-            (the CUDA kernel takes bfloat16), ``biases`` in the condition's dtype.
+        seed: int64 ``[1]``, on the condition's device.
+        sample_ids: int64 ``[B]``, the global index of each image (see `philox`).
+        packed: the weights, from `pack`. Their dtype, bfloat16, float32 or float64, is the precision of the products;
+            the CUDA kernel takes bfloat16.
+        biases: from `pack`, in the condition's dtype.
         geometry: the decoder's sizes.
         samples: K >= 1.
         slope: of the LeakyReLU between the layers, at least 0.
@@ -379,7 +273,7 @@ def decode_prior(
     if OP.plain(condition.device):
         with torch.autocast(condition.device.type, enabled=False):
             weights = unpack(packed, biases, geometry) if weights is None else weights
-            logits = maps(condition, seed, sample_ids, weights, geometry, samples, float(slope))[-1]
+            logits = maps(condition, seed, sample_ids, weights, geometry, samples=samples, slope=float(slope))[-1]
         out = images(logits, squash, channels_last, dtype)
     else:
         sizes = geometry.numbers(), samples, float(slope), squash

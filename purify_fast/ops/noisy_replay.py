@@ -33,9 +33,9 @@ def reference(
     hi: float,
 ) -> Tensor:
     """The definition: float32 arithmetic (float64 for float64), x's dtype out. drift, eps: [B]; tau: []."""
-    w = wide(x)
-    r = philox(seed, sample_ids, math.prod(x.shape[1:]), stream=Stream.REPLAY_NOISE).view(x.shape).to(w.dtype)
-    noisy = (w + per_image(eps.to(w.dtype), x) * (2 * r - 1)).clamp(lo, hi).to(x.dtype)
+    clean = wide(x)
+    r = philox(seed, sample_ids, math.prod(x.shape[1:]), stream=Stream.REPLAY_NOISE).view(x.shape).to(clean.dtype)
+    noisy = (clean + per_image(eps.to(clean.dtype), x) * (2 * r - 1)).clamp(lo, hi).to(x.dtype)
     return torch.where(per_image(drift > tau, x), noisy, x_adv).contiguous()
 
 
@@ -59,8 +59,8 @@ def _threshold(tau: float | Tensor, drift: Tensor) -> Tensor:
     return tau.to(device=drift.device, dtype=drift.dtype)
 
 
-def _check(x: Tensor, x_adv: Tensor, drift: Tensor, seed: Tensor, sample_ids: Tensor, lo: float, hi: float) -> None:
-    """ValueError unless the arguments of `noisy_replay` are as it documents them."""
+def _check(x: Tensor, x_adv: Tensor, drift: Tensor, seed: Tensor, sample_ids: Tensor) -> None:
+    """ValueError unless the tensors of `noisy_replay` are as it documents them."""
     if x.shape != x_adv.shape or x.dim() < 2:
         raise ValueError(f"x and x_adv need one shape [B, ...], got {list(x.shape)}, {list(x_adv.shape)}")
     if x.dtype != x_adv.dtype or not x.is_floating_point():
@@ -77,8 +77,6 @@ def _check(x: Tensor, x_adv: Tensor, drift: Tensor, seed: Tensor, sample_ids: Te
             f"x is on {x.device}, x_adv on {x_adv.device}, drift on {drift.device}, seed on {seed.device}: "
             "they must agree"
         )
-    if lo > hi:
-        raise ValueError(f"lo = {lo} is above hi = {hi}")
 
 
 def noisy_replay(
@@ -95,14 +93,17 @@ def noisy_replay(
     """Choose what each sample is trained on: its adversarial example, or itself with uniform noise if it has drifted.
 
     Args:
-        x, x_adv: ``[B, ...]``, clean and adversarial, one shape, dtype and device; float16, bfloat16, float32 or
-            float64; image units. Where a sample is replayed its ``x_adv`` is not looked at, and may hold anything.
+        x: clean images, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
+        x_adv: their adversarial examples, of x's shape, dtype and device. Where a sample is replayed, its adversarial
+            example is not read, and may hold anything.
         drift: ``[B]``, floating point, the distance of each clean sample's representation from the original one.
         tau: threshold, a number or a tensor ``[]``, compared in drift's precision (at least float32): strictly above
             it a sample is replayed. NaN is not above.
         eps: radius of the noise in image units, a number or ``[B]``.
-        seed: int64 ``[1]``; sample_ids: int64 ``[B]``, global indices (see `philox`).
-        lo, hi: the box, lo <= hi. Only the noisy samples are clamped.
+        seed: int64 ``[1]``, on x's device.
+        sample_ids: int64 ``[B]``, the global index of each sample (see `philox`).
+        lo: lower end of the box that noisy samples are clamped to. Adversarial examples are not clamped.
+        hi: upper end of the box, at least lo.
 
     Returns:
         Same shape and dtype as x, contiguous. No gradient.
@@ -112,7 +113,9 @@ def noisy_replay(
 
     Deterministic given the seed; the same bits in every backend, whatever the batch split. NaN in x or eps propagates.
     """
-    _check(x, x_adv, drift, seed, sample_ids, lo, hi)
+    _check(x, x_adv, drift, seed, sample_ids)
+    if lo > hi:
+        raise ValueError(f"lo = {lo} is above hi = {hi}")
     call = reference if OP.plain(x.device) else OP.handle
     with torch.no_grad():
         drift = wide(drift)

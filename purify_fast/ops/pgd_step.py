@@ -6,10 +6,11 @@
     l1:    x <- argmin |z - y|_2,   |z - x_nat|_1 <= eps,  lo <= z <= hi,   y = x + alpha s / |s|_1
 
 linf and l2: Madry et al., ICLR 2018. l1: s is the sparse direction of SLIDE (Tramer & Boneh, NeurIPS 2019, arXiv
-1904.13000): sign(g) where |g| is among the largest, 0 elsewhere. What the box stops (x at its border, g pointing out)
-is not among them, as in SLIDE's implementations; all that tie with the last one are. The projection is that of Croce
-& Hein ("Mind the box", ICML 2021, arXiv 2103.01208), onto ball and box at once: clipping what was projected on the ball
-alone would give away a part of eps. With d = y - x_nat and the room between x_nat and the box on d's side,
+1904.13000): sign(g) for the coordinates with the largest |g|, and 0 for the others. Coordinates at the border of the
+box whose g points out of it are left out, as in SLIDE's implementations; coordinates that tie with the last one chosen
+are chosen too. The projection is that of Croce & Hein ("Mind the box", ICML 2021, arXiv 2103.01208), onto ball and box
+at once: to project onto the ball and to clip afterwards would give away a part of eps. With d = y - x_nat, and room the
+distance from x_nat to the box on d's side,
 
     z = x_nat + sign(d) clamp(|d| - shift, 0, room),   the least shift >= 0 with |z - x_nat|_1 <= eps
 
@@ -31,9 +32,10 @@ from .._tensors import per_image
 from ._op import define_op, launcher, wide
 
 NORMS = ("linf", "l2", "l1")
-#: Of l1, ours: SLIDE's implementation in cleverhans has 0.01, AutoAttack's APGD begins with 0.2 and adapts.
+#: The share of the coordinates that an l1 step moves, this package's own choice. SLIDE's implementation in cleverhans
+#: has 0.01; AutoAttack's APGD begins with 0.2 and adapts it.
 DENSITY = 0.05
-#: After so many an interval is shorter than the rounding of what it began with.
+#: How often the interval that holds the shift of l1 is halved: then it is shorter than the rounding of its first end.
 HALVINGS = {torch.float32: 24, torch.float64: 53}
 
 
@@ -43,7 +45,8 @@ def direction(grad: Tensor, norm: int) -> Tensor:
         return torch.sign(torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
     dims = list(range(1, grad.dim()))
     peak = grad.abs().amax(dims, keepdim=True)
-    usable = torch.isfinite(peak) & (peak > 0)  # amax propagates NaN
+    # amax propagates NaN, so that a sample with one is not usable
+    usable = torch.isfinite(peak) & (peak > 0)
     grad = torch.where(usable, grad / torch.where(usable, peak, 1), 0.0)
     length = grad.square().sum(dims, keepdim=True).sqrt()
     return torch.where(usable, grad / torch.where(usable, length, 1), 0.0)
@@ -55,10 +58,10 @@ def chosen(size: int, density: float) -> int:
 
 
 def sparse_direction(x: Tensor, grad: Tensor, density: float, lo: float, hi: float) -> Tensor:
-    """The step of l1 norm 1 along the largest |grad| that the box does not stop, [B, ...]; 0 where there is none."""
-    at, g = x.flatten(1), grad.flatten(1)
+    """The step of l1 norm 1 along the largest |grad| among coordinates that can move, [B, ...]; 0 without such."""
+    position, g = x.flatten(1), grad.flatten(1)
     usable = torch.isfinite(g.abs().amax(1, keepdim=True))
-    stopped = ((at >= hi) & (g > 0)) | ((at <= lo) & (g < 0))
+    stopped = ((position >= hi) & (g > 0)) | ((position <= lo) & (g < 0))
     size = torch.where(usable & ~stopped, g.abs(), 0.0)
     least = size.topk(chosen(size.shape[1], density), 1).values[:, -1:]
     moves = (size >= least) & (size > 0)
@@ -82,7 +85,8 @@ def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: flo
         size, room = d.abs(), torch.where(d > 0, hi - x_nat, x_nat - lo).clamp_min(0)
 
         def outside(shift: Tensor | float) -> Tensor:
-            return (size - shift).clamp_min(0).minimum(room).sum(dims, keepdim=True) > eps  # NaN is not
+            # a sum that is NaN does not count as outside
+            return (size - shift).clamp_min(0).minimum(room).sum(dims, keepdim=True) > eps
 
         moves = outside(0.0)
         inner, outer = torch.zeros_like(eps), size.amax(dims, keepdim=True)
@@ -90,7 +94,7 @@ def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: flo
             middle = (inner + outer) / 2
             short = outside(middle)
             inner, outer = torch.where(short, middle, inner), torch.where(short, outer, middle)
-        # what is in the ball stays as it is, to the bit
+        # a sample that is in the ball already keeps its bits
         x = torch.where(moves | d.isnan(), x_nat + d.sign() * (size - outer).clamp_min(0), x)
     return x.clamp(lo, hi)
 
@@ -107,10 +111,11 @@ def reference(
     density: float = DENSITY,
 ) -> Tensor:
     """The definition: float32 arithmetic (float64 for float64), x's dtype out. alpha, eps: [B]."""
-    w, g, n = wide(x), wide(grad), wide(x_nat)
-    a, e = per_image(alpha.to(w.dtype), x), per_image(eps.to(w.dtype), x)
-    unit = sparse_direction(w, g, density, lo, hi) if NORMS[norm] == "l1" else direction(g, norm)
-    return project(w + a * unit, n, e, norm, lo, hi).to(x.dtype).contiguous()
+    start, g = wide(x), wide(grad)
+    length, radius = per_image(alpha.to(start.dtype), x), per_image(eps.to(start.dtype), x)
+    unit = sparse_direction(start, g, density, lo, hi) if NORMS[norm] == "l1" else direction(g, norm)
+    moved = project(start + length * unit, wide(x_nat), eps=radius, norm=norm, lo=lo, hi=hi)
+    return moved.to(x.dtype).contiguous()
 
 
 OP = define_op(
@@ -165,12 +170,16 @@ def pgd_step(
     """Move ``x`` along ``grad`` and project it back into the ball around ``x_nat`` and the box [lo, hi].
 
     Args:
-        x, grad, x_nat: ``[B, ...]``, one shape, dtype and device; float16, bfloat16, float32 or float64; image units.
-        alpha, eps: length of the step and radius, in ``norm`` and image units, a number or ``[B]``.
+        x: the images that the attack has reached, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
+        grad: the gradient of the attacker's loss at x, of x's shape, dtype and device.
+        x_nat: the images that are attacked, the centers of the balls; likewise.
+        alpha: length of the step, measured in ``norm`` and image units, a number or ``[B]``.
+        eps: radius of the ball, measured likewise, a number or ``[B]``.
         norm: ``linf``, ``l2`` or ``l1``.
-        lo, hi: the box, lo <= hi.
-        density: of ``l1`` only: the share of the coordinates that move, in (0, 1], those of largest |grad|; rounded,
-            at least one. SLIDE's percentile is 1 - density.
+        lo: lower end of the box that images lie in.
+        hi: upper end of the box, at least lo.
+        density: for ``l1`` only: the share of the coordinates that move, in (0, 1], those of largest |grad|. Their
+            number is rounded, and at least one. SLIDE's percentile is 1 - density.
 
     Returns:
         The new x: same shape and dtype, contiguous. No gradient.

@@ -7,7 +7,8 @@
         sqrt(-2 ln u_0) cos(2 pi v_1)  and  sqrt(-2 ln u_0) sin(2 pi v_1),  v = (w >> 8) 2^-24
 
 The same seed gives the same bits in every backend, whatever the batch split, chunk or rank; normals agree to a few ulp.
-Every use has a stream of its own: uses that shared counters would be correlated. Source of the layout: ours.
+Every use has a stream of its own: uses that shared counters would be correlated. The layout of the counter is this
+package's own choice.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def words(key: tuple[Any, Any], counter: tuple[Any, Any, Any, Any]) -> tuple[Any
     """Philox4x32-10 on int64 tensors (or ints) holding 32-bit words: 2 key words, 4 counter words -> 4 words."""
     (k0, k1), (c0, c1, c2, c3) = key, counter
     for _ in range(10):
-        # a 32 x 32 bit product wraps in int64, but both of its halves survive
+        # a product of two 32-bit words wraps in int64, but both of its halves keep their bits
         p0, p1 = c0 * _ROUND[0], c2 * _ROUND[1]
         c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + _KEY[0]) & _MASK, (k1 + _KEY[1]) & _MASK
@@ -130,7 +131,8 @@ def philox(
         numel: numbers per sample and draw, at least 0.
         stream: what they are for, a `Stream`.
         distribution: ``bits`` (int32), ``uniform`` (float32 in [0, 1)) or ``normal`` (float32).
-        draws, first_draw: draw indices ``first_draw .. first_draw + draws - 1``, the low 32 bits count.
+        draws: how many draws for each sample, at least 1.
+        first_draw: index of the first draw, at least 0; the others follow. The low 32 bits of an index count.
 
     Returns:
         ``[B, draws, numel]`` on the seed's device. No gradient.

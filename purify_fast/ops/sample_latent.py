@@ -25,18 +25,19 @@ def _noise(mu: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:
 
 def reference(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The definition: (z [B, D] in mu's dtype, kl [B] in float32; float64 for float64)."""
-    m, v = wide(mu), wide(logvar)
-    z = m + _noise(mu, seed, sample_ids).to(m.dtype) * torch.exp(0.5 * v)
-    return z.to(mu.dtype), 0.5 * (m.square() + v.exp() - v - 1).sum(1)
+    mean, logs = wide(mu), wide(logvar)
+    z = mean + _noise(mu, seed, sample_ids).to(mean.dtype) * torch.exp(0.5 * logs)
+    return z.to(mu.dtype), 0.5 * (mean.square() + logs.exp() - logs - 1).sum(1)
 
 
 def reference_backward(
     grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(dmu, dlogvar) [B, D], in the dtypes of mu and logvar."""
-    m, v, gz, gk = wide(mu), wide(logvar), wide(grad_z), wide(grad_kl)[:, None]
-    deviation = _noise(mu, seed, sample_ids).to(m.dtype) * torch.exp(0.5 * v)
-    return (gz + gk * m).to(mu.dtype), (0.5 * (gz * deviation + gk * torch.expm1(v))).to(logvar.dtype)
+    mean, logs, to_z, to_kl = wide(mu), wide(logvar), wide(grad_z), wide(grad_kl)[:, None]
+    deviation = _noise(mu, seed, sample_ids).to(mean.dtype) * torch.exp(0.5 * logs)
+    to_logvar = 0.5 * (to_z * deviation + to_kl * torch.expm1(logs))
+    return (to_z + to_kl * mean).to(mu.dtype), to_logvar.to(logvar.dtype)
 
 
 OP = define_op(
@@ -76,8 +77,10 @@ def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) 
     """Sample the posterior and measure it against the prior N(0, I).
 
     Args:
-        mu, logvar: ``[B, D]``, one shape, dtype and device; float16, bfloat16, float32 or float64.
-        seed: int64 ``[1]``; sample_ids: int64 ``[B]``, global indices (see `philox`).
+        mu: means, ``[B, D]``; float16, bfloat16, float32 or float64.
+        logvar: logarithms of the variances, of mu's shape, dtype and device.
+        seed: int64 ``[1]``, on mu's device.
+        sample_ids: int64 ``[B]``, the global index of each sample (see `philox`).
 
     Returns:
         ``z [B, D]`` in mu's dtype and ``kl [B]`` in nats, float32 (float64 for float64 inputs), also under autocast.
