@@ -116,7 +116,12 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig) -> Passes:
         metrics |= {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
     head = packed[:rows]
     return Passes(
-        loss, metrics, target=target, refined=images[-1][:rows], mask=head[:, -1:], visible=head[:, :channels]
+        loss=loss,
+        metrics=metrics,
+        target=target,
+        refined=images[-1][:rows],
+        mask=head[:, -1:],
+        visible=head[:, :channels],
     )
 
 
