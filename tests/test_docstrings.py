@@ -31,7 +31,6 @@ NOT_DONE = {
     "methods/atop",
     "methods/carso",
     "ops",
-    "training",
 }
 
 
