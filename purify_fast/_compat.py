@@ -303,6 +303,8 @@ def checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
         facts["defence"] = renamed(facts["defence"], OLD_CARSO_ARGUMENTS)
     if kind == "atop":
         facts["defence"] = renamed(facts["defence"], OLD_ATOP_ARGUMENTS, OLD_ATOP_VALUES)
+    if kind == "arrest" and facts["alpha"] is None:
+        facts["alpha"] = 2.5 * facts["eps"] / facts["steps"]
     saved["facts"] = facts
     names = ("purifier", "discriminator") if kind == "atop" else ("model",)
     saved["optimizers"] = dict(zip(names, _by_group(saved.pop("optimizer"), len(names)), strict=False))

@@ -27,11 +27,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.p
 #: Folders and files of purify_fast/ whose docstrings are not done. This list only ever shrinks.
 NOT_DONE = {
     "demo",
-    "evaluation",
-    "methods/atop",
-    "methods/carso",
     "ops",
-    "training",
 }
 
 

@@ -11,7 +11,7 @@ import difflib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 import yaml
@@ -19,6 +19,9 @@ import yaml
 from .._version import __version__
 from .command import Command
 from .option_types import number
+
+if TYPE_CHECKING:
+    from ..training import TrainingState
 
 RUN_FILE = "run.yaml"
 _FACTS = ("command", "version")
@@ -73,6 +76,45 @@ def write_run_file(command: Command, folder: Path) -> None:
     from .._files import write_text
 
     write_text(folder / RUN_FILE, run_file(command))
+
+
+class RunFile:
+    """Writes a run's file as soon as its training has begun, and not before what would refuse it.
+
+    A `purify_fast.training.Callback`.
+
+    Args:
+        command: the command that runs.
+        folder: the run's folder.
+    """
+
+    def __init__(self, command: Command, folder: Path):
+        self.command, self.folder, self.written = command, folder, False
+
+    def on_step(self, state: TrainingState) -> None:
+        """Write the file, once.
+
+        Args:
+            state: where the training is.
+        """
+        if not self.written:
+            write_run_file(self.command, self.folder)
+            self.written = True
+
+    def on_epoch(self, state: TrainingState) -> None:
+        """Nothing: it is written.
+
+        Args:
+            state: where the training is.
+        """
+
+    def on_end(self, state: TrainingState) -> None:
+        """Write the file of a run that was finished before.
+
+        Args:
+            state: where the training is.
+        """
+        self.on_step(state)
 
 
 def ball_of_run(folder: Path) -> tuple[float, str] | None:

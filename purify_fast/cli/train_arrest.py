@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,7 +10,7 @@ from ..methods.arrest import ArrestConfig
 from ..training import ClassifierConfig, FitConfig
 from .classifiers import fresh_classifier, trained_classifier
 from .command import Superseded
-from .config_file import write_run_file
+from .config_file import RunFile
 from .data_args import DataCommand
 from .training import images_in_turn
 
@@ -64,7 +64,7 @@ class TrainArrest(DataCommand):
         from .._process import processes
         from ..evaluation import evaluate
         from ..methods.arrest import ArrestTask
-        from ..training import fit, save_classifier
+        from ..training import fit, save_classifier, summary
 
         if self.keep_teacher and (self.loop.padding or self.loop.flip):
             raise ValueError("--keep-teacher is for images that are not augmented: leave out --padding and --flip")
@@ -73,11 +73,19 @@ class TrainArrest(DataCommand):
         task = ArrestTask(model, self.method, images.image_shape, self.layers or None)
         if self.keep_teacher and task.teacher is not None:
             task.teacher.keep(images.x_train, progress=processes()[0] == 0)
-        print(fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title="arrest"))
+        last = fit(
+            task,
+            images.x_train,
+            images.y_train,
+            self.loop,
+            folder=self.out,
+            title="arrest",
+            callbacks=[RunFile(self, self.out)],
+        )
+        print(summary(last))
         if processes()[0] > 0:
             return
         save_classifier(task.result, self.out)
-        write_run_file(self, self.out)
         report = evaluate(
             task.result, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="arrest"
         )
@@ -107,6 +115,7 @@ class TrainArrest(DataCommand):
 
         if self.classifier is not None:
             return self.fitting(trained_classifier(self.classifier, self.classifier_weights, images), images)
+        self.refuse_another_run()
         torch.manual_seed(self.loop.seed)
         model = self.fitting(fresh_classifier(self.model, images, width=self.width, depth=self.depth), images)
         loop = replace(self.loop, epochs=self.standard_epochs)
@@ -122,3 +131,22 @@ class TrainArrest(DataCommand):
         if processes()[0] == 0:
             save_classifier(model, folder)
         return model
+
+    def refuse_another_run(self) -> None:
+        """ValueError if OUT holds another run, before the standard classifier is trained into it for minutes."""
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        from .. import _compat
+        from ..training.attack import settings
+        from ..training.checkpoint import read_tree
+        from ..training.run import refuse_another
+
+        path = self.out / "checkpoint.safetensors"
+        if not path.is_file():
+            return
+        saved = _compat.checkpoint(read_tree(path))["facts"]
+        attack = self.method.attack
+        wanted = {"task": "arrest", **settings(self.method), **asdict(self.loop)}
+        wanted["alpha"] = attack.step_size(attack.eps)
+        # when checkpoints are written is no setting of a run
+        del wanted["checkpoint_seconds"]
+        refuse_another(self.out, {name: saved.get(name) for name in wanted}, wanted)

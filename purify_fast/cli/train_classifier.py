@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..training import ClassifierConfig, FitConfig
 from .classifiers import fresh_classifier
-from .config_file import write_run_file
+from .config_file import RunFile
 from .data_args import DataCommand
 from .training import images_in_turn
 
@@ -38,17 +38,25 @@ class TrainClassifier(DataCommand):
         # and so does what imports it
         from .._process import processes
         from ..evaluation import evaluate
-        from ..training import ClassifierTask, fit, save_classifier
+        from ..training import ClassifierTask, fit, save_classifier, summary
 
         images = images_in_turn(self)
         torch.manual_seed(self.loop.seed)
         model = fresh_classifier(self.model, images, width=self.width, depth=self.depth)
         task = ClassifierTask(model, self.method)
-        print(fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title="classifier"))
+        last = fit(
+            task,
+            images.x_train,
+            images.y_train,
+            self.loop,
+            folder=self.out,
+            title="classifier",
+            callbacks=[RunFile(self, self.out)],
+        )
+        print(summary(last))
         if processes()[0] > 0:
             return
         save_classifier(model, self.out)
-        write_run_file(self, self.out)
         report = evaluate(
             model, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="classifier"
         )

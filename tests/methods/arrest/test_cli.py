@@ -174,6 +174,21 @@ def test_layers_are_checked_before_the_standard_classifier_is_trained(tmp_path, 
     assert "no module 'hiden'; near: hidden" in said(capsys) and not (tmp_path / "out").exists()
 
 
+def test_a_folder_with_another_run_is_refused_before_anything_is_trained(standard, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(out, "--classifier", str(standard)) == 0
+    before = sorted(path.name for path in out.iterdir())
+    capsys.readouterr()
+    assert run(out, "--width", "4", "--standard-epochs", "1", "--distillation-weight", "4") == 2
+    assert "holds a run with other settings (distillation_weight: 50.0 there, 4.0 now)" in said(capsys)
+    other = tmp_path / "classifier"
+    assert run(other, "--width", "4", what="classifier") == 0
+    capsys.readouterr()
+    assert run(other, "--width", "4", "--standard-epochs", "1") == 2
+    assert "holds a classifier's run, and this is an ARREST run" in said(capsys)
+    assert sorted(path.name for path in out.iterdir()) == before and not (other / "standard").exists()
+
+
 def test_a_classifier_for_other_images_or_fewer_classes_is_refused(tmp_path, capsys):
     torch.manual_seed(0)
     save_classifier(SmallCNN(3, width=4), tmp_path / "colour")
