@@ -27,7 +27,6 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.p
 #: Folders and files of purify_fast/ whose docstrings are not done. This list only ever shrinks.
 NOT_DONE = {
     "demo",
-    "ops",
 }
 
 
