@@ -249,10 +249,7 @@ def wrong_kernels(device: torch.device) -> list[str]:
     """The ops whose kernels would serve on a device and are wrong there; what has no verdict is verified now.
 
     Args:
-        device: where the ops would run.
-
-    Returns:
-        The names of these ops.
+        device: where the kernels run.
     """
     if mode() == "off":
         return []
