@@ -48,9 +48,11 @@ _forced: tuple[str, ...] = _checked(os.environ.get("PURIFY_FAST_BACKEND"))
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block, ops on ``name``'s device are served by ``name``; None restores the measured default.
+    """Within the block, ops are served by the backends of this name on their devices.
 
-    Several are given as ``"triton,cuda"``: of those of its device, an op takes the first that it has.
+    Args:
+        name: ``reference``, ``cpp``, ``triton`` or ``cuda``, or several with commas between: of those of its device, an
+            op takes the first that it has. None restores the measured default.
 
     Raises:
         ValueError: an unknown name. An op that has none of them raises RuntimeError when it is called.
