@@ -64,10 +64,10 @@ def _columns(logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr,
     pid = tl.program_id(0).to(tl.int64)
     row, first = pid // tiles, pid % tiles * C
     if METHOD == LSE:
-        x, inside = _tile(logits_ptr, row, first, samples, classes, float("-inf"), K, C)
+        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("-inf"), K=K, C=C)
         out = _logsumexp(x)
     else:
-        x, inside = _tile(logits_ptr, row, first, samples, classes, 0.0, K, C)
+        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=0.0, K=K, C=C)
         if METHOD == MEAN:
             out = tl.sum(x, 0) / samples
         else:
@@ -91,10 +91,10 @@ def _columns_backward(
         inside = (k < samples)[:, None] & (c < classes)[None, :]
         out = tl.zeros((K, C), tl.float32) + (g / samples)[None, :]
     elif METHOD == LSE:
-        x, inside = _tile(logits_ptr, row, first, samples, classes, float("-inf"), K, C)
+        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("-inf"), K=K, C=C)
         out = _softmax(x, inside) * g[None, :]
     else:
-        x, inside = _tile(logits_ptr, row, first, samples, classes, 0.0, K, C)
+        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=0.0, K=K, C=C)
         yes, no = _logsigmoids(x)
         a = _softmax(tl.where(inside, yes, float("-inf")), inside)
         b = _softmax(tl.where(inside, no, float("-inf")), inside)
@@ -109,7 +109,7 @@ def _peel_normaliser(logits_ptr, row, samples, classes, K: tl.constexpr, C: tl.c
     high = tl.full((C,), float("-inf"), tl.float32)
     total = tl.zeros((C,), tl.float32)
     for first in range(0, classes, C):
-        x, _inside = _tile(logits_ptr, row, first, samples, classes, float("-inf"), K, C)
+        x, _inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("-inf"), K=K, C=C)
         s, _slope = _tangent_exp(_logsumexp(x))
         valid = first + tl.arange(0, C) < classes
         # S is at least 0, so that 0 is a safe start of the running maximum wherever a lane has been used
@@ -123,9 +123,9 @@ def _peel_normaliser(logits_ptr, row, samples, classes, K: tl.constexpr, C: tl.c
 @triton.jit
 def _peel(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    top, total = _peel_normaliser(logits_ptr, row, samples, classes, K, C)
+    top, total = _peel_normaliser(logits_ptr, row, samples, classes=classes, K=K, C=C)
     for first in range(0, classes, C):
-        x, _inside = _tile(logits_ptr, row, first, samples, classes, float("-inf"), K, C)
+        x, _inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("-inf"), K=K, C=C)
         s, _slope = _tangent_exp(_logsumexp(x))
         c = first + tl.arange(0, C)
         tl.store(out_ptr + row * classes + c, (s - top) - tl.log(total), mask=c < classes)
@@ -134,14 +134,14 @@ def _peel(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
 @triton.jit
 def _peel_backward(grad_ptr, logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    top, total = _peel_normaliser(logits_ptr, row, samples, classes, K, C)
+    top, total = _peel_normaliser(logits_ptr, row, samples, classes=classes, K=K, C=C)
     gradients = tl.zeros((C,), tl.float32)
     for first in range(0, classes, C):
         c = first + tl.arange(0, C)
         gradients += tl.load(grad_ptr + row * classes + c, mask=c < classes, other=0.0).to(tl.float32)
     all_gradients = tl.sum(gradients, 0)
     for first in range(0, classes, C):
-        x, inside = _tile(logits_ptr, row, first, samples, classes, float("-inf"), K, C)
+        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("-inf"), K=K, C=C)
         s, slope = _tangent_exp(_logsumexp(x))
         c = first + tl.arange(0, C)
         g = tl.load(grad_ptr + row * classes + c, mask=c < classes, other=0.0).to(tl.float32)
@@ -157,7 +157,7 @@ def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
     index = tl.zeros((K,), tl.int32)
     first_nan = tl.zeros((K,), tl.int32) + classes
     for first in range(0, classes, C):
-        x, inside = _tile(logits_ptr, row, first, samples, classes, float("-inf"), K, C)
+        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("-inf"), K=K, C=C)
         c = (first + tl.arange(0, C))[None, :]
         nan = x != x
         x = tl.where(nan, float("-inf"), x)

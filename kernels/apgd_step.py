@@ -22,7 +22,7 @@ def _linf(
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     x, g, nat = _load(x_ptr, at, inside), _load(grad_ptr, at, inside), _load(nat_ptr, at, inside)
-    z, past = _linf_moved(x, g, nat, alpha, eps, lo, hi), _load(previous_ptr, at, inside)
+    z, past = _linf_moved(x, g, nat, alpha=alpha, eps=eps, lo=lo, hi=hi), _load(previous_ptr, at, inside)
     moved = x + tl.cast(momentum, tl.float32) * (z - x) + tl.cast(rest, tl.float32) * (x - past)
     moved = _clamp(_clamp(moved, nat - eps, nat + eps), lo, hi)
     tl.store(out_ptr + at, moved.to(out_ptr.dtype.element_ty), mask=inside)
@@ -34,7 +34,7 @@ def _offset(
 ):  # fmt: skip
     # the image with its momentum, before the second projection, less the natural one
     x, nat = _load(x_ptr, at, inside), _load(nat_ptr, at, inside)
-    d = _l2_moved(x_ptr, grad_ptr, at, inside, peak, step, usable) - nat
+    d = _l2_moved(x_ptr, grad_ptr, at, inside=inside, peak=peak, step=step, usable=usable) - nat
     z = _clamp(nat + d * shrink, lo, hi)
     return (x + momentum * (z - x) + rest * (x - _load(previous_ptr, at, inside))) - nat
 
@@ -55,7 +55,9 @@ def _l2(
     squares = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
-        d = _l2_moved(x_ptr, grad_ptr, at, inside, peak, step, usable) - _load(nat_ptr, at, inside)
+        d = _l2_moved(x_ptr, grad_ptr, at, inside=inside, peak=peak, step=step, usable=usable) - _load(
+            nat_ptr, at, inside
+        )
         squares += d * d
     inner = _l2_shrink(squares, eps)
 
@@ -63,7 +65,8 @@ def _l2(
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
         d = _offset(
-            x_ptr, grad_ptr, nat_ptr, previous_ptr, at, inside, peak, step, usable, inner, momentum, rest, lo, hi
+            x_ptr, grad_ptr, nat_ptr, previous_ptr=previous_ptr, at=at, inside=inside, peak=peak, step=step,
+            usable=usable, shrink=inner, momentum=momentum, rest=rest, lo=lo, hi=hi,
         )  # fmt: skip
         squares += tl.where(inside, d * d, 0.0)  # where the box leaves 0 out, masked lanes are not 0
     outer = _l2_shrink(squares, eps)
@@ -71,7 +74,8 @@ def _l2(
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
         d = _offset(
-            x_ptr, grad_ptr, nat_ptr, previous_ptr, at, inside, peak, step, usable, inner, momentum, rest, lo, hi
+            x_ptr, grad_ptr, nat_ptr, previous_ptr=previous_ptr, at=at, inside=inside, peak=peak, step=step,
+            usable=usable, shrink=inner, momentum=momentum, rest=rest, lo=lo, hi=hi,
         )  # fmt: skip
         moved = _clamp(_load(nat_ptr, at, inside) + d * outer, lo, hi)
         tl.store(out_ptr + at, moved.to(out_ptr.dtype.element_ty), mask=inside)

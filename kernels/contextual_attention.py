@@ -52,7 +52,7 @@ def _window(
             shift = down * width + right
             query = (y + down >= 0) & (y + down < height) & (column + right >= 0) & (column + right < width)
             key = (i < size) & (i + shift >= 0) & (i + shift < size) & (own + right >= 0) & (own + right < width)
-            total += _load(x_ptr, sample, n + shift, i + shift, query & key, size)
+            total += _load(x_ptr=x_ptr, sample=sample, n=n + shift, i=i + shift, inside=query & key, size=size)
     return total
 
 
@@ -71,26 +71,32 @@ def _previous(i, size, width):
 @triton.jit
 def _fused_rows(x_ptr, sample, n, i, inside, size):
     """x fused in row-major order, at [n, i] where inside."""
-    total = _load(x_ptr, sample, n, i, inside, size)
-    total += _load(x_ptr, sample, n - 1, i - 1, inside & (n > 0) & (i > 0), size)
-    return total + _load(x_ptr, sample, n + 1, i + 1, inside & (n < size - 1) & (i < size - 1), size)
+    total = _load(x_ptr, sample, n, i=i, inside=inside, size=size)
+    total += _load(x_ptr=x_ptr, sample=sample, n=n - 1, i=i - 1, inside=inside & (n > 0) & (i > 0), size=size)
+    return total + _load(
+        x_ptr=x_ptr, sample=sample, n=n + 1, i=i + 1, inside=inside & (n < size - 1) & (i < size - 1), size=size
+    )
 
 
 @triton.jit
 def _fused_columns(x_ptr, sample, n, i, inside, size, width):
     """x fused in column-major order, at [n, i] where inside."""
-    total = _load(x_ptr, sample, n, i, inside, size)
+    total = _load(x_ptr, sample, n, i=i, inside=inside, size=size)
     after = inside & (n < size - 1) & (i < size - 1)
-    total += _load(x_ptr, sample, _next(n, size, width), _next(i, size, width), after, size)
+    total += _load(
+        x_ptr=x_ptr, sample=sample, n=_next(n, size, width), i=_next(i, size, width), inside=after, size=size
+    )
     before = inside & (n > 0) & (i > 0)
-    return total + _load(x_ptr, sample, _previous(n, size, width), _previous(i, size, width), before, size)
+    return total + _load(
+        x_ptr=x_ptr, sample=sample, n=_previous(n, size, width), i=_previous(i, size, width), inside=before, size=size
+    )
 
 
 @triton.jit
 def _patches(x_ptr, inverse_ptr, out_ptr, size, height, width, SCALED: tl.constexpr, WIDTH: tl.constexpr):
     sample, n, row = _query(size)
     i = tl.arange(0, WIDTH)
-    total = _window(x_ptr, sample, n, i, size, height, width, -1, 1, -1, 1)
+    total = _window(x_ptr, sample, n, i=i, size=size, height=height, width=width, TOP=-1, BOTTOM=1, LEFT=-1, RIGHT=1)
     if SCALED:
         total *= tl.load(inverse_ptr + sample * size + i, mask=i < size, other=0.0)
     tl.store(out_ptr + row + i, total, mask=i < size)
@@ -101,11 +107,15 @@ def _attend(x_ptr, keep_ptr, out_ptr, size, width, scale, WIDTH: tl.constexpr):
     sample, n, row = _query(size)
     i = tl.arange(0, WIDTH)
     inside = i < size
-    total = _fused_rows(x_ptr, sample, n, i, inside, size)
+    total = _fused_rows(x_ptr, sample, n, i=i, inside=inside, size=size)
     after = inside & (n < size - 1) & (i < size - 1)
-    total += _fused_rows(x_ptr, sample, _next(n, size, width), _next(i, size, width), after, size)
+    total += _fused_rows(
+        x_ptr=x_ptr, sample=sample, n=_next(n, size, width), i=_next(i, size, width), inside=after, size=size
+    )
     before = inside & (n > 0) & (i > 0)
-    total += _fused_rows(x_ptr, sample, _previous(n, size, width), _previous(i, size, width), before, size)
+    total += _fused_rows(
+        x_ptr=x_ptr, sample=sample, n=_previous(n, size, width), i=_previous(i, size, width), inside=before, size=size
+    )
     keep = tl.load(keep_ptr + sample * size + i, mask=inside, other=0.0).to(tl.float32)
     logits = tl.where(inside, tl.cast(scale, tl.float32) * keep * total, float("-inf"))
     e = tl.where(inside, tl.exp(logits - tl.max(logits, 0)), 0.0)  # NaN anywhere is NaN everywhere
@@ -118,7 +128,9 @@ def _spread(x_ptr, out_ptr, size, height, width, WIDTH: tl.constexpr):
     i = tl.arange(0, WIDTH)
     for a in tl.static_range(2):
         for b in tl.static_range(2):
-            total = 0.25 * _window(x_ptr, sample, n, i, size, height, width, a - 1, a, b - 1, b)
+            total = 0.25 * _window(
+                x_ptr, sample, n, i=i, size=size, height=height, width=width, TOP=a - 1, BOTTOM=a, LEFT=b - 1, RIGHT=b
+            )
             at = ((sample * 4 + 2 * a + b) * size + n) * size + i
             tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=i < size)
 
@@ -131,7 +143,10 @@ def _gather(grad_ptr, weights_ptr, out_ptr, size, height, width, scale, WIDTH: t
     for a in tl.static_range(2):
         for b in tl.static_range(2):
             phase = sample * 4 + 2 * a + b
-            total += _window(grad_ptr, phase, n, i, size, height, width, -a, 1 - a, -b, 1 - b)
+            total += _window(
+                grad_ptr, phase, n, i=i, size=size, height=height, width=width,
+                TOP=-a, BOTTOM=1 - a, LEFT=-b, RIGHT=1 - b,
+            )  # fmt: skip
     total *= 0.25
     weights = tl.load(weights_ptr + row + i, mask=i < size, other=0.0)
     slope = tl.cast(scale, tl.float32) * weights * (total - tl.sum(weights * total, 0))
@@ -148,10 +163,16 @@ def _scaled(
     inverse = tl.load(inverse_ptr + sample * size + i, mask=i < size, other=0.0)
     part = tl.zeros((WIDTH,), tl.float32)
     for n in range(first, tl.minimum(first + QUERIES, size)):
-        total = _fused_columns(x_ptr, sample, n, i, i < size, size, width)
-        total += _fused_columns(x_ptr, sample, n - 1, i - 1, (n > 0) & (i > 0) & (i < size), size, width)
-        total += _fused_columns(x_ptr, sample, n + 1, i + 1, (n < size - 1) & (i < size - 1), size, width)
-        part += total * _window(correlation_ptr, sample, n, i, size, height, width, -1, 1, -1, 1)
+        total = _fused_columns(x_ptr, sample, n, i=i, inside=i < size, size=size, width=width)
+        total += _fused_columns(
+            x_ptr=x_ptr, sample=sample, n=n - 1, i=i - 1, inside=(n > 0) & (i > 0) & (i < size), size=size, width=width
+        )
+        total += _fused_columns(
+            x_ptr=x_ptr, sample=sample, n=n + 1, i=i + 1, inside=(n < size - 1) & (i < size - 1), size=size, width=width
+        )
+        part += total * _window(
+            correlation_ptr, sample, n, i=i, size=size, height=height, width=width, TOP=-1, BOTTOM=1, LEFT=-1, RIGHT=1
+        )
         tl.store(out_ptr + (sample * size + n) * size + i, total * inverse, mask=i < size)
     tl.store(parts_ptr + pid.to(tl.int64) * size + i, part, mask=i < size)
 

@@ -79,7 +79,7 @@ def _linf(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, l
     at, inside = row * size + element, element < size
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
     x, g, nat = _load(x_ptr, at, inside), _load(grad_ptr, at, inside), _load(nat_ptr, at, inside)
-    x = _linf_moved(x, g, nat, alpha, eps, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
+    x = _linf_moved(x, g, nat, alpha=alpha, eps=eps, lo=tl.cast(lo, tl.float32), hi=tl.cast(hi, tl.float32))
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -93,14 +93,16 @@ def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, lo, hi, WID
     squares = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
-        d = _l2_moved(x_ptr, grad_ptr, at, inside, peak, step, usable) - _load(nat_ptr, at, inside)
+        d = _l2_moved(x_ptr, grad_ptr, at, inside=inside, peak=peak, step=step, usable=usable) - _load(
+            nat_ptr, at, inside
+        )
         squares += d * d
     shrink = _l2_shrink(squares, eps)
 
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
         nat = _load(nat_ptr, at, inside)
-        d = _l2_moved(x_ptr, grad_ptr, at, inside, peak, step, usable) - nat
+        d = _l2_moved(x_ptr, grad_ptr, at, inside=inside, peak=peak, step=step, usable=usable) - nat
         x = _clamp(nat + d * shrink, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -194,7 +196,7 @@ def _l1_whole(
             middle = (inner + outer) * 0.5
             outside = tl.sum(_clamp(span - middle, 0.0, room), 0) > eps
             inner, outer = tl.where(outside, middle, inner), tl.where(outside, outer, middle)
-    x = _l1_projected(x, nat, outer, moves, lo, hi)
+    x = _l1_projected(x, nat, outer, moves=moves, lo=lo, hi=hi)
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -221,7 +223,7 @@ def _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, shift, 
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
         nat = _load(nat_ptr, at, inside)
-        d = _again(x_ptr, grad_ptr, at, inside, least, length, lo, hi) - nat
+        d = _again(x_ptr, grad_ptr, at, inside=inside, least=least, length=length, lo=lo, hi=hi) - nat
         left += _clamp(tl.abs(d) - shift, 0.0, _room(d, nat, lo, hi))
         largest = tl.maximum(largest, tl.abs(d))
     return tl.sum(left, 0), tl.max(largest, 0)
@@ -243,26 +245,36 @@ def _l1(
     usable = peak < INFINITE
     low, high = 0, tl.where(usable, peak, 0) + 1
     while high - low > 1:
-        count = _reaching(x_ptr, grad_ptr, row, lane, size, lo, hi, low + (high - low) // 2, WIDTH)
+        count = _reaching(
+            x_ptr, grad_ptr, row, lane=lane, size=size, lo=lo, hi=hi, least=low + (high - low) // 2, WIDTH=WIDTH
+        )
         low, high = _narrowed(low, high, count, chosen)
     least = tl.maximum(low, 1)
-    length = _length(alpha, _reaching(x_ptr, grad_ptr, row, lane, size, lo, hi, least, WIDTH))
+    length = _length(
+        alpha, _reaching(x_ptr, grad_ptr, row, lane=lane, size=size, lo=lo, hi=hi, least=least, WIDTH=WIDTH)
+    )
     length = tl.where(usable, length, 0.0)
 
-    total, largest = _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, 0.0, lo, hi, WIDTH)
+    total, largest = _l1_spread(
+        x_ptr, grad_ptr, nat_ptr, row=row, lane=lane, size=size, least=least, length=length, shift=0.0, lo=lo, hi=hi,
+        WIDTH=WIDTH,
+    )  # fmt: skip
     moves = total > eps  # NaN does not
     outer = 0.0
     if moves:
         inner, outer = 0.0, largest
         for _ in range(HALVINGS):
             middle = (inner + outer) * 0.5
-            total, largest = _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, middle, lo, hi, WIDTH)
+            total, largest = _l1_spread(
+                x_ptr, grad_ptr, nat_ptr, row=row, lane=lane, size=size, least=least, length=length, shift=middle,
+                lo=lo, hi=hi, WIDTH=WIDTH,
+            )  # fmt: skip
             outside = total > eps
             inner, outer = tl.where(outside, middle, inner), tl.where(outside, outer, middle)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
-        x = _again(x_ptr, grad_ptr, at, inside, least, length, lo, hi)
-        x = _l1_projected(x, _load(nat_ptr, at, inside), outer, moves, lo, hi)
+        x = _again(x_ptr, grad_ptr, at, inside=inside, least=least, length=length, lo=lo, hi=hi)
+        x = _l1_projected(x, _load(nat_ptr, at, inside), outer, moves=moves, lo=lo, hi=hi)
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 

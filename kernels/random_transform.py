@@ -35,10 +35,16 @@ def _owners(
     draw = row // batch
     sample = draw * 0 if SHARED else tl.load(ids_ptr + row % batch)
     seed = tl.load(seed_ptr)
-    key, block = _keys(seed, start, draw, sample, STREAM, WIDTH)[:, None], (start + tl.arange(0, WIDTH))[:, None]
+    key, block = (
+        _keys(seed, start, draw, sample=sample, STREAM=STREAM, WIDTH=WIDTH)[:, None],
+        (start + tl.arange(0, WIDTH))[:, None],
+    )
     rank = tl.zeros((WIDTH,), tl.int32)
     for first in range(0, blocks, WIDTH):
-        other, at = _keys(seed, first, draw, sample, STREAM, WIDTH)[None, :], (first + tl.arange(0, WIDTH))[None, :]
+        other, at = (
+            _keys(seed, first, draw, sample=sample, STREAM=STREAM, WIDTH=WIDTH)[None, :],
+            (first + tl.arange(0, WIDTH))[None, :],
+        )
         before = ((other < key) | ((other == key) & (at < block))) & (at < blocks)
         rank += tl.sum(before.to(tl.int32), 1)
     owner = rank // cut if PARTITION else (rank < cut).to(tl.int32)
@@ -73,7 +79,9 @@ def _forward(
     NOISE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, STREAM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     planes = channels + 2
-    image, channel, group, pixel, inside = _pixels(tl.program_id(0).to(tl.int64), planes, plane, tiles, ALIGNED, GROUPS)
+    image, channel, group, pixel, inside = _pixels(
+        tl.program_id(0).to(tl.int64), planes, plane, tiles=tiles, ALIGNED=ALIGNED, GROUPS=GROUPS
+    )
     in_grid = pixel // width // block * columns + pixel % width // block
     seed, sample, sigma = tl.load(seed_ptr), tl.load(ids_ptr + image), tl.cast(sigma, tl.float32)
     is_image = channel < channels
@@ -91,7 +99,7 @@ def _forward(
             seen = tl.zeros_like(x) + tl.where(channel == channels, 1.0, 0.0)
         for own in range(num_passes):
             value = tl.where(owner == own + first_pass, covered, seen)
-            at = _place(row * num_passes + own, channel, pixel, planes, plane, CHANNELS_LAST)
+            at = _place(row * num_passes + own, channel, pixel, planes=planes, plane=plane, CHANNELS_LAST=CHANNELS_LAST)
             tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -102,7 +110,7 @@ def _backward(
     NOISE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, STREAM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     image, channel, group, pixel, inside = _pixels(
-        tl.program_id(0).to(tl.int64), channels, plane, tiles, ALIGNED, GROUPS
+        tl.program_id(0).to(tl.int64), channels, plane, tiles=tiles, ALIGNED=ALIGNED, GROUPS=GROUPS
     )
     in_grid = pixel // width // block * columns + pixel % width // block
     seed, sample, sigma = tl.load(seed_ptr), tl.load(ids_ptr + image), tl.cast(sigma, tl.float32)
@@ -116,7 +124,9 @@ def _backward(
             u += sigma * normals(seed, group, sample * 0 + draw, sample, STREAM)
         through = tl.zeros_like(x)
         for own in range(num_passes):
-            at = _place(row * num_passes + own, channel, pixel, channels + 2, plane, CHANNELS_LAST)
+            at = _place(
+                row * num_passes + own, channel, pixel, planes=channels + 2, plane=plane, CHANNELS_LAST=CHANNELS_LAST
+            )
             through += tl.where(owner == own + first_pass, 0.0, _load(grad_ptr, at, inside))
         total += tl.where((u >= 0) & (u <= 1), 2 * through, 0.0)
     at = (image * channels + channel) * plane + pixel
@@ -187,7 +197,8 @@ def forward(
             masked_blocks=masked_blocks, num_passes=num_passes, samples=samples, shared_mask=shared_mask,
         )  # fmt: skip
         pointers = (x.contiguous(), owners, seed, sample_ids, packed)
-        _launch(_forward, pointers, x, owners, channels + 2, sigma, num_passes, channels_last)
+        sizes = {"planes": channels + 2, "num_passes": num_passes}
+        _launch(_forward, pointers, x, owners, sigma=sigma, last=channels_last, **sizes)
     return packed, owners
 
 
@@ -202,5 +213,5 @@ def backward(
     grad = grad if last else grad.contiguous()
     with on(x):
         pointers = (grad, x.contiguous(), owners.contiguous(), seed.contiguous(), sample_ids.contiguous(), out)
-        _launch(_backward, pointers, x, owners, x.shape[1], sigma, num_passes, last)
+        _launch(_backward, pointers, x, owners=owners, planes=x.shape[1], sigma=sigma, num_passes=num_passes, last=last)
     return out

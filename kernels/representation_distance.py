@@ -109,9 +109,11 @@ def _forward(
         if (chunk >= 0) & (chunk < chunks[i]):
             size, start = sizes[i], chunk * LENGTH
             u_ptr, v_ptr = students[i] + row * size, teachers[i] + row * size
-            dot, uu, vv = _sums(u_ptr, v_ptr, start, tl.minimum(start + LENGTH, size), KIND == L2, WIDTH)
+            dot, uu, vv = _sums(
+                u_ptr, v_ptr, start, end=tl.minimum(start + LENGTH, size), DIFFERENCE=KIND == L2, WIDTH=WIDTH
+            )
             if parts_ptr is None:
-                _measure(dot, uu, vv, out_ptr, slopes_ptr, row * layers + layer + i, KIND)
+                _measure(dot, uu, vv, out_ptr=out_ptr, slopes_ptr=slopes_ptr, at=row * layers + layer + i, KIND=KIND)
             else:
                 tl.store(parts_ptr + pid * 3, dot)
                 tl.store(parts_ptr + pid * 3 + 1, uu)
@@ -136,7 +138,7 @@ def _add(parts_ptr, out_ptr, slopes_ptr, chunks, programs, layers, layer, KIND: 
         uu += _load(parts_ptr, at + 1, inside)
         vv += _load(parts_ptr, at + 2, inside)
     at = row * layers + layer + own
-    _measure(tl.sum(dot, 0), tl.sum(uu, 0), tl.sum(vv, 0), out_ptr, slopes_ptr, at, KIND)
+    _measure(tl.sum(dot, 0), tl.sum(uu, 0), tl.sum(vv, 0), out_ptr=out_ptr, slopes_ptr=slopes_ptr, at=at, KIND=KIND)
 
 
 @triton.jit

@@ -35,8 +35,9 @@ def _forward(
     element = start + tl.arange(0, WIDTH)
     inside = element < size
     owner = _owner(
-        owners_ptr, image, start, inside, channels, plane, width, tall, wide, columns, blocks, CHANNELS_LAST, WIDTH
-    )
+        owners_ptr, image, start, inside=inside, channels=channels, plane=plane, width=width, tall=tall, wide=wide,
+        columns=columns, blocks=blocks, CHANNELS_LAST=CHANNELS_LAST, WIDTH=WIDTH,
+    )  # fmt: skip
     at = (image * passes + owner) * size + element
     tl.store(out_ptr + image * size + element, tl.load(images_ptr + at, mask=inside & (owner < passes), other=0.0),
              mask=inside)  # fmt: skip
@@ -52,8 +53,9 @@ def _backward(
     element = start + tl.arange(0, WIDTH)
     inside = element < size
     owner = _owner(
-        owners_ptr, image, start, inside, channels, plane, width, tall, wide, columns, blocks, CHANNELS_LAST, WIDTH
-    )
+        owners_ptr, image, start, inside=inside, channels=channels, plane=plane, width=width, tall=tall, wide=wide,
+        columns=columns, blocks=blocks, CHANNELS_LAST=CHANNELS_LAST, WIDTH=WIDTH,
+    )  # fmt: skip
     grad = tl.load(grad_ptr + image * size + element, mask=inside, other=0.0)
     for part in range(passes):
         own = tl.where(owner == part, grad, 0.0).to(out_ptr.dtype.element_ty)

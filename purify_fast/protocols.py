@@ -8,6 +8,7 @@ such as a compiled module, does not count, because calling the inner object's me
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor, nn
@@ -80,6 +81,14 @@ class Aggregates(Protocol):
 
     def aggregate(self, logits: Tensor) -> Tensor:
         """Logits of K draws ``[B, K, classes]`` to those of the prediction, ``[B, classes]``."""
+
+
+@runtime_checkable
+class HasOriginalLoss(Protocol):
+    """A generator that brings the loss it was made with."""
+
+    def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
+        """Per image ``[N]``, of the images ``[N, C, H, W]`` of every stage and what they should be."""
 
 
 @runtime_checkable

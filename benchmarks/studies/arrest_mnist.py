@@ -27,7 +27,7 @@ AUTOATTACK = "then AutoAttack standard, first {}"
 
 @dataclass(frozen=True)
 class Budget:
-    """Everything that can be chosen; ours."""
+    """Everything that can be chosen."""
 
     train_images: int = 60000
     images: int = 1000
@@ -55,7 +55,19 @@ class Budget:
 FULL = Budget(
     images=10000, standard_epochs=20, scratch_epochs=20, epochs=20, attack_in_training=40, steps=200, autoattack=1000
 )
-QUICK = Budget(640, 20, 4, 1, 1, 1, 1, steps=2, autoattack=4, autoattack_steps=2, queries=2)
+QUICK = Budget(
+    train_images=640,
+    images=20,
+    width=4,
+    standard_epochs=1,
+    scratch_epochs=1,
+    epochs=1,
+    attack_in_training=1,
+    steps=2,
+    autoattack=4,
+    autoattack_steps=2,
+    queries=2,
+)
 
 
 def _images(job: Job) -> DataSet:
@@ -66,7 +78,9 @@ def _images(job: Job) -> DataSet:
 def train_classifier(job: Job, folder: Path, root: Path) -> dict:
     b: Budget = job.settings["budget"]
     epochs, eps = (b.standard_epochs, 0.0) if job.name == STANDARD else (b.scratch_epochs, mnist.EPS)
-    model = mnist.train_classifier(job, folder, _images(job), b.width, epochs, eps, b.attack_in_training, b.alpha)
+    model = mnist.train_classifier(
+        job, folder, _images(job), b.width, epochs, eps=eps, steps=b.attack_in_training, alpha=b.alpha
+    )
     with FlopCounterMode(display=False) as counter:
         model(torch.rand(1, 1, 28, 28))
     return {"mflop": counter.get_total_flops() / 1e6}
@@ -109,7 +123,7 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
         ),
     ]
     model = load_classifier(job.folder(root, job.settings["model"]))
-    return mnist.attack(job, folder, model, _images(job), attacks, b.steps, 1)
+    return mnist.attack(job, folder, model, _images(job), attacks, steps=b.steps, eot=1)
 
 
 def jobs(path: str, seed: int = 0, budget: Budget = Budget()) -> list[Job]:

@@ -136,7 +136,7 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     defence = Atop(base, purifier, digits.image_shape, **s["defence"])
     pretrained = job.name == PAINTER
     config = AtopConfig.pretraining(**atop.options(stage)) if pretrained else atop.attacked(stage, EPS)
-    atop.train(job, folder, defence, config, digits, stage)
+    atop.train(job, folder, defence, config, digits, stage=stage)
     return _attacked(defence, job) | {"parameters": count(defence)}
 
 

@@ -116,7 +116,7 @@ def _images(job: Job) -> DataSet:
 def train_classifier(job: Job, folder: Path, root: Path) -> dict:
     s = job.settings
     epochs = s["classifier_robust_epochs" if s["eps"] else "classifier_standard_epochs"]
-    mnist.train_classifier(job, folder, _images(job), s["classifier_width"], epochs, s["eps"])
+    mnist.train_classifier(job, folder, _images(job), s["classifier_width"], epochs, eps=s["eps"])
     return {}
 
 
@@ -126,7 +126,7 @@ def pretrain(job: Job, folder: Path, root: Path) -> dict:
     torch.manual_seed(job.seed)
     generator = SmallGenerator(1, made.pop("width"), residual=made.pop("residual"))
     defence = Atop(load_classifier(job.folder(root, STANDARD)), generator, images.image_shape, **made)
-    return atop.train(job, folder, defence, AtopConfig.pretraining(**atop.options(stage)), images, stage)
+    return atop.train(job, folder, defence, AtopConfig.pretraining(**atop.options(stage)), images, stage=stage)
 
 
 def finetune(job: Job, folder: Path, root: Path) -> dict:
@@ -134,7 +134,7 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
     s = job.settings
     stage, how = _part(s, s["stage"]), atop.PIPELINE if s["stage"] == "pipeline" else {}
     config = atop.attacked({**stage, **how}, mnist.EPS)
-    return atop.train(job, folder, _model(job, root, s["start"], s["base"]), config, _images(job), stage)
+    return atop.train(job, folder, _model(job, root, s["start"], s["base"]), config, _images(job), stage=stage)
 
 
 def _model(job: Job, root: Path, name: str, base: str) -> nn.Module:
@@ -161,7 +161,7 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
     name = s["model"]
     model = _model(job, root, name, BASES[name])
     return mnist.attack(
-        job, folder, model, _images(job), _attacks(name, s), s["attack_steps"], s["attack_eot"], chunk=250
+        job, folder, model, _images(job), _attacks(name, s), steps=s["attack_steps"], eot=s["attack_eot"], chunk=250
     )
 
 

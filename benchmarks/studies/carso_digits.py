@@ -60,7 +60,8 @@ def notes(quick: bool) -> list[str]:
     ]
 
 
-def _attacked(model: nn.Module, seed: int, eps: float, norm: str, draws: bool, quick: bool) -> dict:
+def _attacked(model: nn.Module, job: Job, eps: float, norm: str, *, draws: bool) -> dict:
+    quick = job.settings["quick"]
     attacks, rows = zero_attacks(True, quick)
     if draws:
         zero = WithAggregation(model, deterministic=True)
@@ -69,7 +70,7 @@ def _attacked(model: nn.Module, seed: int, eps: float, norm: str, draws: bool, q
             AttackSpec(PGD(loss="ce", steps=effort(quick)[-1], eot_iter=4), survivors_only=True, label=DRAWS),
         ]
         rows |= {"clean_draws": "clean", "pgd_draws": DRAWS}
-    return attacked(model, seed, attacks, rows, quick, eps, norm)
+    return attacked(model, job.seed, attacks, rows, quick, eps=eps, norm=norm)
 
 
 def _changed(config: CarsoConfig, changes: dict) -> CarsoConfig:
@@ -90,7 +91,7 @@ def train_published(job: Job, folder: Path, root: Path) -> dict:
     epochs = 1 if s["quick"] else PUBLISHED_EPOCHS
     last = fit(CarsoTask(defence, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
     defence.save(folder)
-    result = _attacked(defence, job.seed, config.attack.eps, config.attack.norm, s.get("draws", False), s["quick"])
+    result = _attacked(defence, job, config.attack.eps, config.attack.norm, draws=s.get("draws", False))
     return result | {"kl": last["kl"], "parameters": count(defence)}
 
 
@@ -108,7 +109,7 @@ def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
     task = CarsoTask(defence, config, weights_fingerprint(defence))
     fit(task, digits.x_train, digits.y_train, FitConfig(epochs, 128, job.seed), folder)
     defence.save(folder)
-    result = _attacked(defence, job.seed, config.attack.eps, config.attack.norm, s.get("draws", False), s["quick"])
+    result = _attacked(defence, job, config.attack.eps, config.attack.norm, draws=s.get("draws", False))
     return result | {"parameters": count(defence)}
 
 
@@ -116,7 +117,7 @@ def attack_copies(job: Job, folder: Path, root: Path) -> dict:
     """Noisy copies of the image on the base, under its randomness: {sigma}."""
     s = job.settings
     defence = NoisyEnsemble(load_classifier(job.folder(root, "base")), s["sigma"], 8)
-    result = _attacked(defence, job.seed, EPS, "linf", True, s["quick"])
+    result = _attacked(defence, job, EPS, "linf", draws=True)
     return result | {"parameters": count(defence)}
 
 
@@ -125,7 +126,7 @@ def attack_samples(job: Job, folder: Path, root: Path) -> dict:
     s = job.settings
     defence = load_carso(job.folder(root, "pipeline"), load_classifier(job.folder(root, "base")))
     defence.samples = s["samples"]
-    return _attacked(defence, job.seed, EPS, "linf", True, s["quick"])
+    return _attacked(defence, job, EPS, "linf", draws=True)
 
 
 def jobs(seeds: int, quick: bool, rows: Sequence[str] | None = None) -> list[Job]:

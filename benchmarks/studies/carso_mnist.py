@@ -54,7 +54,20 @@ class Budget:
 
 
 FULL = Budget(base_epochs=40, published_epochs=20, pipeline_epochs=20, images=10000, steps=200, eot=20, autoattack=1000)
-QUICK = Budget(8, 1, 1, 1, 20, 2, 2, 2, 4, 2, 20, 640)
+QUICK = Budget(
+    width=8,
+    base_epochs=1,
+    published_epochs=1,
+    pipeline_epochs=1,
+    images=20,
+    steps=2,
+    eot=2,
+    apgd_steps=2,
+    autoattack=4,
+    autoattack_eot=2,
+    queries=20,
+    train_images=640,
+)
 
 
 def _mnist(job: Job) -> DataSet:
@@ -141,7 +154,7 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
     """One model under one group of attacks."""
     name, budget = job.settings["model"], job.settings["budget"]
     attacks = _attacks(name, budget)[job.settings["group"]]
-    return mnist.attack(job, folder, _model(job, root, name), _mnist(job), attacks, budget.steps, budget.eot)
+    return mnist.attack(job, folder, _model(job, root, name), _mnist(job), attacks, steps=budget.steps, eot=budget.eot)
 
 
 def jobs(path: str, seed: int = 0, budget: Budget = Budget()) -> list[Job]:

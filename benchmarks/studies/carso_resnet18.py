@@ -47,8 +47,8 @@ class Budget:
     apgd_steps: int = 100
 
 
-FULL = Budget(50000, 50000, 10000, 200, 20, 1000)
-QUICK = Budget(64, 32, 4, 2, 2, 2, 2)
+FULL = Budget(published_images=50000, pipeline_images=50000, images=10000, steps=200, eot=20, apgd_images=1000)
+QUICK = Budget(published_images=64, pipeline_images=32, images=4, steps=2, eot=2, apgd_images=2, apgd_steps=2)
 
 
 def classifier() -> nn.Module:
@@ -137,10 +137,14 @@ def jobs(path: str, seed: int = 0, budget: Budget = Budget()) -> list[Job]:
     """Two trainings and three evaluations, one after the other with all threads."""
     common = {"data": path, "budget": budget}
     needs: dict[str, tuple[str, ...]] = {CLASSIFIER: (), PUBLISHED: (PUBLISHED,), PIPELINE: (PIPELINE,)}
-    made = [Job(PUBLISHED, seed, train, (), common, 0), Job(PIPELINE, seed, train, (PUBLISHED,), common, 0)]
+    made = [
+        Job(PUBLISHED, seed, train, (), common, threads=0),
+        Job(PIPELINE, seed, train, (PUBLISHED,), common, threads=0),
+    ]
     for name in MODELS:
         for group in GROUPS:
-            made.append(Job(f"{name} {group}", seed, attack, needs[name], {**common, "model": name, "group": group}, 0))
+            settings = {**common, "model": name, "group": group}
+            made.append(Job(f"{name} {group}", seed, attack, needs[name], settings, threads=0))
     return made
 
 

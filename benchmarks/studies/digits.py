@@ -77,7 +77,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     fit(ClassifierTask(model, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
     save_classifier(model, folder)
     attacks, rows = zero_attacks(False, s["quick"])
-    result = attacked(model, job.seed, attacks, rows, s["quick"], eps, norm)
+    result = attacked(model, job.seed, attacks, rows, s["quick"], eps=eps, norm=norm)
     if s.get("rank"):
         images = digits.x_test.float() / 255
         ranking = rank_layers(model, ALL_LAYERS, images, digits.y_test, eps=eps, norm=norm)

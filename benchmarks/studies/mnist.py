@@ -25,7 +25,9 @@ def load(root: str, train_images: int, images: int) -> data.DataSet:
     """The first so many images to train on, and to attack."""
     whole = data.load_dataset("mnist", root)
     n, m = train_images, images
-    return data.DataSet(whole.x_train[:n], whole.y_train[:n], whole.x_test[:m], whole.y_test[:m], "mnist", 10)
+    return data.DataSet(
+        whole.x_train[:n], whole.y_train[:n], whole.x_test[:m], whole.y_test[:m], name="mnist", num_classes=10
+    )
 
 
 def train_classifier(
@@ -60,9 +62,21 @@ def attack(
 ) -> dict[str, float]:
     """Attack the job's model and keep the rows; returns the accuracies."""
     report = evaluate(
-        model, mnist.x_test, mnist.y_test, eps=EPS, attacks=attacks, steps=steps, eot_iter=eot, batch_size=250,
-        max_forward_batch=chunk, seed=job.seed, out=folder, name=job.settings["model"], progress=False,
-    )  # fmt: skip
+        model,
+        mnist.x_test,
+        mnist.y_test,
+        eps=EPS,
+        attacks=attacks,
+        steps=steps,
+        eot_iter=eot,
+        batch_size=250,
+        max_forward_batch=chunk,
+        seed=job.seed,
+        out=folder,
+        name=job.settings["model"],
+        dataset_name=mnist.name,
+        progress=False,
+    )
     return keep(report, folder)
 
 

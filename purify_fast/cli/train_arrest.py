@@ -64,7 +64,7 @@ class TrainArrest(DataCommand):
         from .._process import processes
         from ..evaluation import evaluate
         from ..methods.arrest import ArrestTask
-        from ..training import fit, save_classifier
+        from ..training import fit, save_classifier, summary
 
         if self.keep_teacher and (self.loop.padding or self.loop.flip):
             raise ValueError("--keep-teacher is for images that are not augmented: leave out --padding and --flip")
@@ -73,17 +73,16 @@ class TrainArrest(DataCommand):
         task = ArrestTask(model, self.method, images.image_shape, self.layers or None)
         if self.keep_teacher and task.teacher is not None:
             task.teacher.keep(images.x_train, progress=processes()[0] == 0)
-        print(
-            fit(
-                task,
-                images.x_train,
-                images.y_train,
-                self.loop,
-                folder=self.out,
-                title="arrest",
-                callbacks=[RunFile(self, self.out)],
-            )
+        last = fit(
+            task,
+            images.x_train,
+            images.y_train,
+            self.loop,
+            folder=self.out,
+            title="arrest",
+            callbacks=[RunFile(self, self.out)],
         )
+        print(summary(last))
         if processes()[0] > 0:
             return
         save_classifier(task.result, self.out)

@@ -38,23 +38,22 @@ class TrainClassifier(DataCommand):
         # and so does what imports it
         from .._process import processes
         from ..evaluation import evaluate
-        from ..training import ClassifierTask, fit, save_classifier
+        from ..training import ClassifierTask, fit, save_classifier, summary
 
         images = images_in_turn(self)
         torch.manual_seed(self.loop.seed)
         model = fresh_classifier(self.model, images, width=self.width, depth=self.depth)
         task = ClassifierTask(model, self.method)
-        print(
-            fit(
-                task,
-                images.x_train,
-                images.y_train,
-                self.loop,
-                folder=self.out,
-                title="classifier",
-                callbacks=[RunFile(self, self.out)],
-            )
+        last = fit(
+            task,
+            images.x_train,
+            images.y_train,
+            self.loop,
+            folder=self.out,
+            title="classifier",
+            callbacks=[RunFile(self, self.out)],
         )
+        print(summary(last))
         if processes()[0] > 0:
             return
         save_classifier(model, self.out)

@@ -45,7 +45,7 @@ def train_defence(
     # PyTorch takes 1.8 seconds to import: --help does without it
     from .._process import processes
     from ..methods.saved_defence import save_defence
-    from ..training import fit, save_classifier
+    from ..training import fit, save_classifier, summary
 
     if images.image_shape != defence.image_shape:
         raise ValueError(
@@ -55,7 +55,8 @@ def train_defence(
         raise ValueError(
             f"--data {command.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
         )
-    print(fit(task, images.x_train, images.y_train, loop, folder=out, title=title, callbacks=[RunFile(command, out)]))
+    last = fit(task, images.x_train, images.y_train, loop, folder=out, title=title, callbacks=[RunFile(command, out)])
+    print(summary(last))
     if processes()[0] > 0:
         return False
     save_defence(defence, out)

@@ -44,7 +44,8 @@ def attacked(model: Classifier, images: int, attacks: list[AttackSpec], *, eps: 
         options: more arguments of `evaluate`.
     """
     x, y = digits().x_test[:images], digits().y_test[:images]
-    return evaluate(model, x, y, eps=eps, attacks=attacks, batch_size=250, max_forward_batch=500, **options)
+    sizes: dict[str, Any] = {"batch_size": 250, "max_forward_batch": 500}
+    return evaluate(model, x, y, eps=eps, attacks=attacks, dataset_name=digits().name, **sizes, **options)
 
 
 def ce_then_dlr(variant: Variant = "random") -> list[AttackSpec]:

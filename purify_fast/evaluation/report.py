@@ -215,7 +215,14 @@ class Report:
 
 
 def merge(reports: Iterable[Report]) -> Report:
-    """One report on several models; ValueError if two rows share model and attack."""
+    """One report on several models.
+
+    Args:
+        reports: of the models, on the same images or not.
+
+    Raises:
+        ValueError: two rows share model and attack.
+    """
     merged = Report()
     together = list(reports)
     for report in together:

@@ -47,7 +47,8 @@ class Row:
         settings: what was run, in plain values.
         threat: the threat model, such as ``L2 0.5``, where it is another than the report's. Such a row is in no
             headline and in no ``worst`` but its own.
-        nonfinite_predictions: how many of the predictions had a NaN among their logits; they count as wrong.
+        nonfinite_predictions: how many of the predictions name no class, because of a NaN or of an infinity that
+            several classes share; they count as wrong.
         examples: some attacked images, for the pictures.
     """
 

@@ -193,8 +193,8 @@ def _impossible(spec: AttackSpec, subject: Subject) -> str | None:
 
 def _nonfinite(rows: Sequence[Row]) -> list[str]:
     return [
-        f"{row.model}: {row.nonfinite_predictions} of the {row.n * row.n_eval} predictions of {row.attack} have a NaN "
-        "among their logits; they count as wrong"
+        f"{row.model}: {row.nonfinite_predictions} of the {row.n * row.n_eval} predictions of {row.attack} name no "
+        "class, because of a NaN or an infinity among their logits; they count as wrong"
         for row in rows
         if row.nonfinite_predictions
     ]

@@ -32,7 +32,7 @@ class Judgement:
 
     Args:
         right: bool ``[draws, n]``, which predictions were right.
-        nonfinite: how many of them had a NaN among their logits; they are not right.
+        nonfinite: how many of them name no class, because of a NaN or an infinity; they are not right.
     """
 
     right: np.ndarray
@@ -93,7 +93,8 @@ class Subject:
     def judge(self, x: Tensor, variant: Variant, phase: Literal["clean", "judge"]) -> Judgement:
         """Predictions on the first ``len(x)`` images, or on what became of them.
 
-        A prediction with a NaN among its logits is wrong, whatever class ``argmax`` would name.
+        A prediction that names no class, because of a NaN or of an infinity that several classes share, is wrong,
+        whatever ``argmax`` would say.
         """
         self.reseed(phase)
         y = self.y[: len(x)].cpu()
@@ -104,8 +105,17 @@ class Subject:
                 for part in x.split(self.batch_size):
                     logits = self.model(part.to(self.device))
                     decided.append(logits.argmax(1).cpu())
-                    broken.append(logits.isnan().any(1).cpu())
+                    broken.append(_undecided(logits).cpu())
                 undecided = torch.cat(broken)
                 nonfinite += int(undecided.sum())
                 right.append(((torch.cat(decided) == y) & ~undecided).numpy())
         return Judgement(np.stack(right), nonfinite)
+
+
+def _undecided(logits: Tensor) -> Tensor:
+    """Which predictions name no class, bool ``[B]``: with a NaN, or with a largest logit that is infinite and shared.
+
+    A single infinity is a decision: CARSO's published output has them where it is sure.
+    """
+    top = logits.topk(min(2, logits.shape[1]), 1).values
+    return logits.isnan().any(1) | ((top[:, 0] == top[:, -1]) & top[:, 0].isinf() & (logits.shape[1] > 1))

@@ -29,7 +29,10 @@ T = TypeVar("T")
 BUCKET = 2**25  # numbers sent at once: bounds the memory of the copy
 PATIENCE = timedelta(seconds=10)  # of a process that fails, for word that the first one failed too
 
-_store: Store | None = None  # torchrun's, within `torchrun_group`: what is told there needs no one to listen
+# torchrun's store, within `torchrun_group`. What the processes wait for here may take hours, a download or the first
+# one's evaluation, and a process that has failed is to be heard by others that are in no collective call:
+# dist.barrier would end such a wait after half an hour, and elastic's record tells torchrun alone.
+_store: Store | None = None
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -113,7 +116,7 @@ def launched() -> int:
 def torchrun_group() -> Iterator[None]:
     """Within the block, the process group that torchrun's environment describes; without torchrun, nothing.
 
-    All processes but the first are silent in it. An exception that is raised in the first one too is that one's to
+    All processes but the first print nothing in it. An exception that is raised in the first one too is that one's to
     report: the others end without a word. They leave the block together.
 
     Raises:

@@ -30,7 +30,7 @@ def batch_of(
     x = to_float(images) if images.dtype == torch.uint8 else images
     if augment and (config.padding or config.flip):
         x = crop_flip(x, config.seed, ids, config.padding, config.flip, epoch=epoch)
-    return Batch(x, labels, ids, seed, epoch, config.epochs)
+    return Batch(x, labels, ids, seed, epoch=epoch, epochs=config.epochs)
 
 
 def train_step(task: Task, batch: Batch) -> Metrics:

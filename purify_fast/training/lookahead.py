@@ -1,6 +1,6 @@
-"""Lookahead around any optimiser (Zhang, Lucas, Hinton, Ba: NeurIPS 2019): k fast steps, then one slow step.
+"""Lookahead around any optimizer (Zhang, Lucas, Hinton, Ba: NeurIPS 2019): k fast steps, then one slow step.
 
-slow <- slow + alpha (fast - slow),   fast <- slow,   after every k-th step of the inner optimiser
+slow <- slow + alpha (fast - slow),   fast <- slow,   after every k-th step of the inner optimizer
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ class Lookahead(torch.optim.Optimizer):
     """Steps ``inner``, and every k-th time pulls its weights back towards the slow ones; momenta are left alone.
 
     Args:
-        inner: the optimiser of the fast weights. Its groups are this one's: learning rates are set on either.
-        k: fast steps per slow step. alpha: length of the slow step, in (0, 1].
+        inner: the optimizer of the fast weights. Its groups are this one's: learning rates are set on either.
+        k: fast steps per slow step.
+        alpha: length of the slow step, in (0, 1].
 
     The model holds the fast weights. What is evaluated and saved are the slow ones: `load_slow`, once at the end.
 
@@ -38,7 +39,11 @@ class Lookahead(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One fast step, and after every k-th a slow one."""
+        """One fast step, and after every k-th a slow one.
+
+        Args:
+            closure: as of the inner optimizer.
+        """
         loss = self.inner.step(closure)
         self.steps += 1
         if self.steps % self.k == 0:
@@ -53,17 +58,21 @@ class Lookahead(torch.optim.Optimizer):
             fast.copy_(slow)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimiser's state, the slow weights and the count of steps: all a resumed run needs."""
+        """The inner optimizer's state, the slow weights and the count of steps: all a resumed run needs."""
         return {"inner": self.inner.state_dict(), "slow": list(self._slow), "steps": self.steps}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles; an optimiser's own state leaves out what is added to it."""
+        """For copies and pickles; an optimizer's own state leaves out what is added to it."""
         own = {name: getattr(self, name) for name in ("inner", "k", "alpha", "steps", "_slow")}
         return {**super().__getstate__(), **own}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave.
+
+        Args:
+            state_dict: the inner optimizer's state, the slow weights and the count of steps.
+        """
         self.inner.load_state_dict(state_dict["inner"])
         self.param_groups, self.steps = self.inner.param_groups, state_dict["steps"]
         for mine, saved in zip(self._slow, state_dict["slow"], strict=True):

@@ -1,10 +1,22 @@
-"""Learning rates as functions of progress through the run, or of the epoch."""
+"""Learning rates as functions of progress through the run, or of the epoch.
+
+torch's schedulers are not used: OneCycleLR counts to the step before the last and joins its halves one step later, and
+LambdaLR multiplies with a factor, which rounds otherwise, so that published and earlier runs would not be repeated to
+the bit. A function of the step has no state either that a checkpoint would have to hold.
+"""
 
 import math
 
 
 def one_cycle(progress: float, peak: float, warm: float = 0.2, floor: float = 1e-3) -> float:
-    """Cosine up from ``peak / 25`` over the first ``warm`` of the run, cosine down to ``floor * peak``; Smith 2018."""
+    """Cosine up from ``peak / 25`` over the first ``warm`` of the run, cosine down to ``floor * peak``; Smith 2018.
+
+    Args:
+        progress: share of the run's steps that have been taken, in [0, 1).
+        peak: the highest rate.
+        warm: share of the run in which the rate rises.
+        floor: the rate at the end, as a share of ``peak``.
+    """
     if progress < warm:
         low, position = peak / 25, 1 - progress / warm
     else:
@@ -17,6 +29,11 @@ def carso_published(epoch: int, epochs: int, peak: float) -> float:
 
     Linear from 5e-9 to ``peak`` over int(epochs / 8) epochs, flat for as many, linear to 1.25e-4 ``peak`` over the
     rest; at least 3 epochs to rise, 1 flat and 3 to fall. The official peak is 1e-4 times the batch of one process.
+
+    Args:
+        epoch: the epoch, from 0.
+        epochs: epochs of the whole run.
+        peak: the highest rate.
     """
     rise, flat = max(3, int(epochs / 8)), max(1, int(epochs / 8))
     fall = max(3, epochs - 2 * int(epochs / 8))
@@ -26,7 +43,13 @@ def carso_published(epoch: int, epochs: int, peak: float) -> float:
 
 
 def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
-    """The rate of CARSO's first version: linear from 5e-9 to ``peak`` over int(epochs / 3) epochs, linear back down."""
+    """The rate of CARSO's first version: linear from 5e-9 to ``peak`` over int(epochs / 3) epochs, linear back down.
+
+    Args:
+        epoch: the epoch, from 0.
+        epochs: epochs of the whole run.
+        peak: the highest rate.
+    """
     rise = max(1, int(epochs / 3))
     position = epoch / rise if epoch <= rise else (epochs - epoch) / max(1, epochs - rise)
     return 5e-9 + (peak - 5e-9) * position
@@ -37,11 +60,23 @@ def arrest_published(epoch: int, epochs: int, peak: float) -> float:
 
     Of 20 epochs the first 11 at ``peak``, the next two at 0.8 ``peak``, then half as much every two epochs: from a peak
     of 0.025 down to 0.00125. Other numbers of epochs stretch that.
+
+    Args:
+        epoch: the epoch, from 0.
+        epochs: epochs of the whole run.
+        peak: the highest rate.
     """
     place = epoch * 20 // epochs
     return peak if place < 11 else 0.8 * peak * 0.5 ** ((place - 11) // 2)
 
 
 def rising(value: float, epoch: int, epochs: int, share: float) -> float:
-    """``value``, but in the first ``share`` of the epochs linearly rising to it."""
+    """``value``, but in the first ``share`` of the epochs linearly rising to it.
+
+    Args:
+        value: what it rises to.
+        epoch: the epoch, from 0.
+        epochs: epochs of the whole run.
+        share: share of the epochs; 0 for none.
+    """
     return value if share == 0 else value * min(1.0, (epoch + 1) / (share * epochs))

@@ -236,7 +236,7 @@ def held_out_source(
     if validation is None:
         assert isinstance(x, (Tensor, StreamedImages)) and y is not None
         ids = held_out(len(x), config.validation_share, config.seed)[1]
-        return InMemory(x, y, config, 0, 1, ids, drop_last=False)
+        return InMemory(x, y, config, 0, 1, ids=ids, drop_last=False)
     if isinstance(validation, tuple):
         images, labels = validation
         return InMemory(images, labels, config, 0, 1, drop_last=False)

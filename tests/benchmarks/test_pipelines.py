@@ -128,9 +128,9 @@ def test_half_of_the_images_are_replayed_in_every_run(monkeypatch, compiled, aut
     shares, replay, where, computed = [], arrest_training.noisy_replay, torch.where, []
     drift = ArrestTask.drift
 
-    def replayed(x, adversarial, drift, tau, *rest):
+    def replayed(x, adversarial, drift, tau, *rest, **options):
         shares.append((drift > tau).float().mean().item())
-        return replay(x, adversarial, drift, tau, *rest)
+        return replay(x, adversarial, drift, tau, *rest, **options)
 
     def chosen(condition, *rest):
         if condition.shape == (16, 1, 1, 1):

@@ -34,11 +34,17 @@ def test_nan_is_no_prediction():
     report = evaluate(Broken(-1), x, y, name="m", **QUIET)
     clean = report.row("clean")
     assert clean.accuracy == 0 == report.headline.accuracy and clean.nonfinite_predictions == 10
-    assert "m: 10 of the 10 predictions of clean have a NaN among their logits; they count as wrong" in report.notes
+    note = (
+        "m: 10 of the 10 predictions of clean name no class, because of a NaN or an infinity among their logits; they "
+    )
+    assert f"{note}count as wrong" in report.notes
     assert "10 predictions not finite" in report.to_text() and "10 predictions not finite" in report.to_markdown()
     assert json.loads(report.to_json())["rows"][0]["nonfinite_predictions"] == 10
     half = evaluate(Broken(0.5), x, y, **QUIET).row("clean")
     assert (half.accuracy, half.nonfinite_predictions) == (0.5, 5)
+    for logits, decided in (([torch.inf] * 3, 0), ([-torch.inf] * 3, 0), ([torch.inf, 0.0, 1.0], 10), ([0.0] * 3, 10)):
+        row = evaluate(lambda x, logits=logits: torch.tensor(logits).expand(len(x), 3), x, y, **QUIET).row("clean")
+        assert row.robust.sum() == decided == 10 - row.nonfinite_predictions
 
 
 def test_nothing_to_attack_is_not_unreliable():

@@ -3,6 +3,8 @@
 import builtins
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -118,6 +120,36 @@ def test_tensorboard_has_every_epochs_metrics(tmp_path):
     assert {"loss", "accuracy", "learning_rate", "images_per_second"} <= set(events.Tags()["scalars"])
     losses = events.Scalars("loss")
     assert [event.step for event in losses] == [4, 8] and losses[-1].value == pytest.approx(last["loss"])
+
+
+def test_tensorboard_hides_what_a_killed_run_wrote_of_later_epochs(tmp_path, monkeypatch):
+    """With a writer that keeps what it is given, so that tensorboard need not be there."""
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            written.append("closed")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    log = TensorBoardLog(tmp_path)
+    assert not written
+    last = fit(task(), *images(), FitConfig(2, 16), progress=False, callbacks=[log])
+    assert written[0] == (str(tmp_path), 4) and written[-1] == "closed"
+    assert [(name, step) for name, _, step in written[1:5]] == [
+        (name, 4) for name in ("loss", "accuracy", "learning_rate", "images_per_second")
+    ]
+    assert ("loss", last["loss"], 8) in written
 
 
 def test_without_tensorboard_it_is_said_how_to_get_it(tmp_path, monkeypatch):

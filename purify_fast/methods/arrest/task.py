@@ -186,7 +186,7 @@ class ArrestTask(Task):
         rows = torch.nonzero(~replayed)[:, 0]  # a sync, for up to all of the attack
         adversarial = self.attack(batch, attack, rows) if len(rows) else batch.x
         seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
-        x = noisy_replay(batch.x, adversarial, drift, tau, attack.eps, seed, batch.sample_ids)
+        x = noisy_replay(batch.x, adversarial, drift, tau, attack.eps, seed=seed, sample_ids=batch.sample_ids)
         return x, replayed.float().mean()
 
     def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, Metrics]:

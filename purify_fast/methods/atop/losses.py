@@ -115,7 +115,14 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig) -> Passes:
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         metrics |= {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
     head = packed[:rows]
-    return Passes(loss, metrics, target, images[-1][:rows], head[:, -1:], head[:, :channels])
+    return Passes(
+        loss=loss,
+        metrics=metrics,
+        target=target,
+        refined=images[-1][:rows],
+        mask=head[:, -1:],
+        visible=head[:, :channels],
+    )
 
 
 def training_loss(defence: Atop, batch: Batch, config: AtopConfig | None = None) -> tuple[Tensor, Metrics]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._tensors import first_tensor
+from ...protocols import HasOriginalLoss
 from .generators.deepfill import DeepFillGenerator
 from .generators.masked_autoencoder import MaskedAutoencoder
 from .generators.small_generator import SmallGenerator
@@ -27,7 +28,8 @@ def build_purifier(
 
     Args:
         name: ``deepfill``, ``small_generator`` or ``masked_autoencoder``.
-        image_shape: (C, H, W). width: None for the network's own (48, 8 and 64).
+        image_shape: (C, H, W).
+        width: of the network; None for its own (48, 8 and 64).
         residual: of a ``small_generator``: it corrects the image in place of painting one.
 
     Raises:
@@ -127,11 +129,12 @@ class PurifierAdapter(nn.Module):
         """The loss the purifier was made with, less any adversarial term, per image: ``[N]``.
 
         Args:
-            images: what `forward` returned. target: ``[N, C, H, W]`` in [-1, 1].
+            images: what `forward` returned.
+            target: ``[N, C, H, W]`` in [-1, 1].
 
         The module's own ``original_loss(images, target)`` if it has one; else DeepFillv2's, the mean absolute
         difference summed over the images.
         """
-        if hasattr(self.module, "original_loss"):
-            return self.module.original_loss(images, target)  # type: ignore[operator]  # a method
+        if isinstance(self.module, HasOriginalLoss):
+            return self.module.original_loss(images, target)
         return sum(((image - target).abs().flatten(1).mean(1) for image in images), target.new_zeros(len(target)))

@@ -101,6 +101,10 @@ class AtopTask(Task):
         facts = {"defence": self.defence.arguments, "classifier": self.classifier}
         return {"task": "atop", **settings(self.config), **facts, "origin": self.origin}
 
+    def finish(self) -> None:
+        super().finish()
+        self.defence.refresh()
+
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         check_shape(shape, self.defence.image_shape)
         check_labels(classes, self.defence.num_classes)

@@ -28,7 +28,15 @@ from ...models.representation import Representation
 
 @dataclass(frozen=True)
 class LayerScore:
-    """One layer's scores under attack, shares; and its number of features."""
+    """One layer's scores under attack, as the module's docstring defines them.
+
+    Args:
+        layer: the module's path.
+        probe: accuracy of a linear probe, a share.
+        image: share of the images' variance that is explained.
+        drift: how far the attack moves the features, 1 being as far as another image's.
+        features: how many there are.
+    """
 
     layer: str
     probe: float
@@ -52,9 +60,14 @@ def rank_layers(
     """Score each layer on images attacked on the classifier alone; the best probe first.
 
     Args:
-        classifier: images ``[B, C, H, W]`` in [0, 1] to logits. layers: module paths.
-        x: float32 ``[N, C, H, W]``, at least 4 images, not those the classifier was trained on; y: int64 ``[N]``.
-        eps, norm, steps: of the PGD attack. seed: of the attack and of the projections.
+        classifier: images ``[B, C, H, W]`` in [0, 1] to logits.
+        layers: module paths.
+        x: float32 ``[N, C, H, W]``, at least 4 images, not those the classifier was trained on.
+        y: true labels, int64 ``[N]``.
+        eps: radius of the PGD attack in image units.
+        norm: of the attack.
+        steps: of the attack.
+        seed: of the attack and of the projections.
         max_features: features beyond so many are projected to that many at random before the regressions.
 
     Raises:

@@ -1,7 +1,7 @@
 """The parts of CARSO's conditional variational autoencoder, for any image size and any layers.
 
 arXiv 2306.06081, section 4.2. Convolution block: conv (no bias), BatchNorm, LeakyReLU(0.2). The paper's CIFAR-10 and
-TinyImageNet systems are instances; the sizes chosen for other images are ours.
+TinyImageNet systems are instances; the sizes for other images are this package's own choice.
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ def pre_encoder(shape: tuple[int, ...], depth: int = 3) -> tuple[nn.Module, int]
 
     A map (C, H, W) goes through ``depth`` convolution blocks that halve the channels (C/2, C/4, C/8, rounded up), 3 x 3
     without padding while the map is large enough, else 1 x 1; a vector (F,) passes unchanged. Tokens (T, D) go through
-    ``depth`` linear blocks that halve D (rounded up), the same for every token (ours).
+    ``depth`` linear blocks that halve D (rounded up), the same for every token; that is not in the paper.
+
+    Args:
+        shape: of the layer's output without the batch: (C, H, W), (T, D) or (F,).
+        depth: blocks.
     """
     if len(shape) == 1:
         return nn.Identity(), shape[0]
@@ -107,7 +111,15 @@ class PosteriorEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Deconvolution:
-    """One transposed convolution: output channels, kernel, stride, padding, output padding (h, w)."""
+    """One transposed convolution.
+
+    Args:
+        channels: of its output.
+        kernel: side of its kernel.
+        stride: in both directions.
+        padding: on all sides.
+        output_padding: (h, w), added below and to the right.
+    """
 
     channels: int
     kernel: int = 3
@@ -117,13 +129,22 @@ class Deconvolution:
 
     @classmethod
     def of(cls, layer: nn.ConvTranspose2d) -> Deconvolution:
-        """What a square layer is."""
+        """What a square layer is.
+
+        Args:
+            layer: with equal kernel, stride and padding in both directions.
+        """
         more_h, more_w = layer.output_padding
         kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
         return cls(layer.out_channels, kernel, stride, padding, (more_h, more_w))
 
     def size(self, h: int, w: int) -> tuple[int, int]:
-        """The (h, w) this layer makes of an input of (h, w)."""
+        """Height and width that this layer makes.
+
+        Args:
+            h: height of its input.
+            w: width of its input.
+        """
         return (
             (h - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding[0],
             (w - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding[1],
@@ -133,10 +154,14 @@ class Deconvolution:
 def decoder_plan(
     image_shape: tuple[int, int, int], width: int = 32
 ) -> tuple[tuple[int, int, int], list[Deconvolution]]:
-    """Start shape and layers of a decoder that ends at ``image_shape``; ours, after the paper's two.
+    """Start shape and layers of a decoder that ends at ``image_shape``, after the pattern of the paper's two.
 
     The image is halved (rounded up) until it is at most 4 on its longer side; channels double inwards from ``width``,
     to at most ``8 width``; a last 3 x 3 layer of stride 1 makes the image.
+
+    Args:
+        image_shape: (C, H, W).
+        width: channels of the last hidden layer.
     """
     channels, h, w = image_shape
     layers: list[Deconvolution] = [Deconvolution(channels, stride=1)]
@@ -149,6 +174,9 @@ def decoder_plan(
 
 def published_decoder(image_shape: tuple[int, int, int]) -> tuple[tuple[int, int, int], list[Deconvolution]]:
     """Start shape and layers of the paper's decoder for 3 x 32 x 32 (CIFAR) or 3 x 64 x 64 (TinyImageNet).
+
+    Args:
+        image_shape: (C, H, W).
 
     Raises:
         ValueError: another image_shape, for which nothing is published; `decoder_plan` makes a decoder for it.
@@ -167,6 +195,13 @@ class Decoder(nn.Module):
 
     ``forward(z [B, K, latent_dim], c [B, cond_dim]) -> [B * K, C, H, W]``, before the sigmoid. All layers but the last
     are ConvTranspose2d without bias, BatchNorm2d, LeakyReLU(0.2); the last has a bias and nothing after it.
+
+    Args:
+        latent_dim: size of a latent.
+        cond_dim: size of the condition.
+        image_shape: (C, H, W) of the images it must end at.
+        start: (C, h, w) of the map that the adapter makes.
+        layers: the transposed convolutions, in order.
 
     Raises:
         ValueError: at construction, layers that do not end at image_shape.
@@ -191,7 +226,13 @@ class Decoder(nn.Module):
             last = i == len(layers) - 1
             stack.append(
                 nn.ConvTranspose2d(
-                    channels, layer.channels, layer.kernel, layer.stride, layer.padding, layer.output_padding, bias=last
+                    channels,
+                    layer.channels,
+                    layer.kernel,
+                    stride=layer.stride,
+                    padding=layer.padding,
+                    output_padding=layer.output_padding,
+                    bias=last,
                 )
             )
             if not last:

@@ -112,7 +112,12 @@ class DecoderV1(nn.Module):
             stack += [_LeakyReLU()] if stack else []
             stack.append(
                 nn.ConvTranspose2d(
-                    channels, layer.channels, layer.kernel, layer.stride, layer.padding, layer.output_padding
+                    channels,
+                    layer.channels,
+                    layer.kernel,
+                    stride=layer.stride,
+                    padding=layer.padding,
+                    output_padding=layer.output_padding,
                 )
             )
             channels, (h, w) = layer.channels, layer.size(h, w)

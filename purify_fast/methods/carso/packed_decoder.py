@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,7 +74,16 @@ class PackedDecoder(nn.Module):
         for layer, *_ in convolutions:
             made = Deconvolution.of(layer)
             h, w = made.size(h, w)
-            sizes.append(Layer(made.channels, made.kernel, made.stride, made.padding, h, w))
+            sizes.append(
+                Layer(
+                    channels=made.channels,
+                    kernel=made.kernel,
+                    stride=made.stride,
+                    padding=made.padding,
+                    height=h,
+                    width=w,
+                )
+            )
         self.geometry = Geometry(latent_dim, start, tuple(sizes))
         packed, biases = pack(joint[..., :latent_dim], [w for _, w, _ in convolutions], [b for *_, b in convolutions])
         real = torch.float64 if dtype == torch.float64 else torch.float32
@@ -90,16 +98,10 @@ class PackedDecoder(nn.Module):
         self._layers = self._unpacked()
 
     def _unpacked(self) -> Weights:
-        """For the layers, where no kernel serves: made once, not with every call."""
+        """The weights of the layers, which decode where no kernel serves."""
         made = unpack(self.packed, self.biases, self.geometry)
         last = tuple(weight.contiguous(memory_format=torch.channels_last) for weight in made.layers)
         return Weights(made.first.contiguous(), last, made.biases)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedDecoder:
-        # torch's, without types
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._layers = self._unpacked()
-        return self
 
     def forward(
         self,
@@ -116,8 +118,11 @@ class PackedDecoder(nn.Module):
 
         Args:
             condition: ``[B, cond_dim]``, floating point; the gradient flows here.
-            seed: ``[1]`` int64. sample_ids: ``[B]`` int64; both on the condition's device.
-            samples: K. squash: whether to end with a sigmoid. channels_last: the images' layout.
+            seed: int64 ``[1]``, on the condition's device.
+            sample_ids: int64 ``[B]``, on the condition's device.
+            samples: K.
+            squash: whether to end with a sigmoid.
+            channels_last: whether the images are laid out so.
             dtype: of the images, as `purify_fast.ops.decode_prior` takes it.
 
         Raises:
@@ -130,10 +135,23 @@ class PackedDecoder(nn.Module):
             )
         with torch.autocast(condition.device.type, enabled=False):
             first = F.linear(condition.to(self.weight.dtype), self.weight, self.bias)
+        if (self._layers.first.device, self._layers.first.dtype) != (self.packed.device, self.packed.dtype):
+            # The module was moved or converted since they were unpacked.
+            self._layers = self._unpacked()
         return decode_prior(
-            first, seed, sample_ids, self.packed, self.biases, self.geometry, samples,
-            slope=self.slope, squash=squash, channels_last=channels_last, dtype=dtype, weights=self._layers,
-        )  # fmt: skip
+            first,
+            seed,
+            sample_ids,
+            packed=self.packed,
+            biases=self.biases,
+            geometry=self.geometry,
+            samples=samples,
+            slope=self.slope,
+            squash=squash,
+            channels_last=channels_last,
+            dtype=dtype,
+            weights=self._layers,
+        )
 
 
 def kernel_decodes(device: torch.device) -> bool:

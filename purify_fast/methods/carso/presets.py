@@ -38,14 +38,33 @@ class Preset:
     """One published system: data, classifier, purifier, training.
 
     Args:
-        data: the data set. image_shape, num_classes, mean, std: of it.
-        classifier: its name in `purify_fast.models.CLASSIFIERS`; depth, width: of it, 0 where it has none.
-        weights: what the published classifier's weights are called, not part of this package.
+        data: the data set.
+        image_shape: (C, H, W) of its images.
+        num_classes: of the data set.
+        mean: of the data set's channels.
+        std: of the data set's channels.
+        classifier: its name in `purify_fast.models.CLASSIFIERS`.
+        depth: of the classifier; 0 where it has none.
+        width: of the classifier; 0 where it has none.
+        weights: what the published classifier's weights are called, which are not part of this package.
         layers: the representation's modules.
-        version, cond_dim, latent_dim, samples, encoder_depth: of `Carso`.
-        epochs, batch_size: of the whole run; processes: it was divided over, which sets the attacks per batch.
-        adversarial_fraction, eps, steps, alpha, kl_delay, learning_rate, lookahead_steps, lookahead_alpha, schedule: of
-            `CarsoConfig`.
+        version: of `Carso`.
+        cond_dim: of `Carso`.
+        latent_dim: of `Carso`.
+        samples: of `Carso`.
+        encoder_depth: of `Carso`.
+        epochs: of the whole run.
+        batch_size: of all processes together.
+        processes: that the run was divided over, which sets the number of attacks per batch.
+        adversarial_fraction: of `CarsoConfig`.
+        eps: of the training's attack, in image units.
+        steps: of the training's attack.
+        alpha: step of the training's attack, in image units.
+        kl_delay: of `CarsoConfig`.
+        learning_rate: of `CarsoConfig`.
+        lookahead_steps: of `CarsoConfig`.
+        lookahead_alpha: of `CarsoConfig`.
+        schedule: of `CarsoConfig`.
         sources: per number, the grade of its source, and the file.
     """
 

@@ -61,6 +61,10 @@ class CarsoTask(Task):
         facts = {"defence": self.model.arguments, "classifier": self.classifier}
         return {"task": "carso", **settings(self.config), **facts, "origin": self.origin}
 
+    def finish(self) -> None:
+        super().finish()
+        self.model.refresh()
+
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         check_shape(shape, self.model.image_shape)
         check_labels(classes, self.model.num_classes)
