@@ -96,8 +96,8 @@ PF_HD void pgd_step_l2(const T* x, const T* grad, const T* x_nat, T* out, int64_
 template <class W>
 using bits_t = std::conditional_t<sizeof(W) == 8, int64_t, int32_t>;
 
-// What the k largest of x_i, i < n, reach and no other does, but for ties with the k-th; never 0. For 0 <= x_i <= most:
-// the bit patterns of such numbers are ordered as they are, and there it bisects.
+// A threshold that the k largest of x_i, i < n, reach; of the others only those do that equal the k-th. It is never 0.
+// All x_i must lie in [0, most]: it bisects their bit patterns, which are ordered as such numbers are.
 template <class W>
 PF_HD W reached_by(int64_t k, const W* x, int64_t n, W most) {
   bits_t<W> low = 0, high = bit_cast<bits_t<W>>(most) + 1;  // at least k reach low, fewer reach high

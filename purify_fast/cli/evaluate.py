@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -14,7 +15,7 @@ from .data_args import DataCommand
 from .option_types import refuse_large_radius
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ..data import DataSet
 
@@ -32,7 +33,7 @@ class Evaluate(DataCommand):
     norm: Literal["linf", "l2", "l1"] | None = None
     """Norm of the ball; default: what FOLDER was trained at, or linf if eps is given."""
     images: int = 500
-    """Held-out images, the first so many."""
+    """Held-out images to attack: so many, chosen by the seed, equally many of every class up to one."""
     steps: int = 100
     """Steps of PGD and APGD."""
     eot_iter: int = 5
@@ -91,6 +92,24 @@ class Evaluate(DataCommand):
         refuse_other_images(model, images, f"the model in {self.folder}")
         return model, base
 
+    def chosen(self, images: DataSet) -> tuple[Tensor, Tensor, list[str]]:
+        """The held-out images to attack, their labels, and what the report must say of the choice."""
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        from ..data import balanced_subset
+
+        if self.images >= len(images.y_test):
+            return images.x_test[:], images.y_test, []
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found = balanced_subset(
+                images.x_test, images.y_test, self.images, self.seed, num_classes=images.num_classes
+            )
+        notes = [
+            f"{len(found.y)} of the {len(images.y_test)} held-out images, chosen by the seed {self.seed}, equally many "
+            "of every class up to one"
+        ]
+        return found.x, found.y, notes + [str(warning.message) for warning in told]
+
     def run(self) -> None:
         # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
@@ -125,11 +144,12 @@ class Evaluate(DataCommand):
         }
         attacks += [more[name] for name in dict.fromkeys(self.also)]
         out = self.folder / "evaluation" if self.out is None else self.out
+        x, y, notes = self.chosen(images)
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(
                 model,
-                images.x_test[: self.images],
-                images.y_test[: self.images],
+                x,
+                y,
                 eps=eps,
                 norm=read_norm(norm),
                 base=base,
@@ -143,7 +163,8 @@ class Evaluate(DataCommand):
                 name=self.folder.name,
                 dataset_name=images.name,
             )
-        print(report.to_text())
+        report.notes += notes
+        print("\n".join([report.to_text(), *notes]))
         report.save(out, model)
         write_run_file(self, out)
         print(f"written: {out}/report.md, report.json and pictures")

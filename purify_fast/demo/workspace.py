@@ -22,7 +22,29 @@ CLASSIFIERS = {STANDARD: "standard", BASE: "base"}
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything, as chosen on digits."""
+    """How much of everything, as chosen on digits.
+
+    Args:
+        images: held-out images that are attacked.
+        standard_epochs: of the standard classifier.
+        base_epochs: of the adversarially trained base.
+        published_epochs: of CARSO as published.
+        pipeline_epochs: of CARSO's fine-tuning through the pipeline.
+        steps: of PGD on CARSO, ARREST and their bases.
+        eot: draws of a random defence averaged per step.
+        peel_steps: of PGD through the PeeL output.
+        peel_images: images for the attack through the PeeL output, the first so many.
+        autoattack_images: images for AutoAttack, the first so many.
+        autoattack_steps: of AutoAttack's APGD and FAB.
+        autoattack_queries: of AutoAttack's Square.
+        generator_epochs: of AToP's pre-training.
+        atop_published_epochs: of AToP as published.
+        atop_pipeline_epochs: of AToP's fine-tuning through the pipeline.
+        atop_steps: of PGD on AToP.
+        atop_images: images for the attacks on AToP, the first so many.
+        arrest_epochs: of ARREST, and of adversarial finetuning alone.
+        arrest_carso_epochs: of CARSO's training on ARREST's result.
+    """
 
     images: int = 500
     standard_epochs: int = 20
@@ -73,7 +95,14 @@ QUICK = Budget(
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a demonstration keeps its files, how much it does, and whether it shows its progress."""
+    """Where a demonstration keeps its files, how much it does, and whether it shows its progress.
+
+    Args:
+        out: the folder for the files.
+        budget: how much is trained and attacked.
+        seed: of everything random.
+        progress: whether bars are shown.
+    """
 
     out: Path
     budget: Budget

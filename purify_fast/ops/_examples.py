@@ -1,9 +1,9 @@
 """Small inputs of every registered op, as its kernel takes them: what kernels are verified and tested with.
 
 To add an op: write a generator here under its name. ``python -m benchmarks.every_op`` runs every op once.
-The file is longer than others because it is a list, of which each op has a part that is read alone.
 """
 
+# long because it is a list, of which each op has a part that is read alone
 from __future__ import annotations
 
 import math
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from ._op import REGISTRY
 from .aggregate import METHODS
 from .apgd_step import NORMS as APGD_NORMS
-from .decode_samples import Geometry, Layer, pack
+from .decode_samples import Geometry, pack
 from .pgd_step import NORMS
 from .philox import DISTRIBUTIONS, Stream
 from .representation_distance import KINDS
@@ -379,8 +379,8 @@ def noisy_replay() -> Iterator[Example]:
 
 #: first map, the convolutions (channels, kernel, stride, padding, height, width), samples: every product is tiled
 DECODED = (
-    (Geometry(12, (40, 3, 3), (Layer(70, 3, 2, 1, 5, 6), Layer(3, 2, 1, 1, 4, 5))), 3),
-    (Geometry(33, (96, 1, 2), (Layer(5, 4, 2, 1, 2, 4),)), 5),
+    (Geometry.of([12, 40, 3, 3, *(70, 3, 2, 1, 5, 6), *(3, 2, 1, 1, 4, 5)]), 3),
+    (Geometry.of([33, 96, 1, 2, *(5, 4, 2, 1, 2, 4)]), 5),
 )
 
 

@@ -48,9 +48,11 @@ _forced: tuple[str, ...] = _checked(os.environ.get("PURIFY_FAST_BACKEND"))
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block, ops on ``name``'s device are served by ``name``; None restores the measured default.
+    """Within the block, ops are served by the backends of this name on their devices.
 
-    Several are given as ``"triton,cuda"``: of those of its device, an op takes the first that it has.
+    Args:
+        name: ``reference``, ``cpp``, ``triton`` or ``cuda``, or several with commas between: of those of its device, an
+            op takes the first that it has. None restores the measured default.
 
     Raises:
         ValueError: an unknown name. An op that has none of them raises RuntimeError when it is called.
@@ -236,12 +238,12 @@ def define_op(
             sources["cuda"] = (definition, KERNELS / f"{triton.module}.py", KERNELS / "_common.py")
     many = replaces_many if isinstance(replaces_many, tuple) else ("",) if replaces_many else ()
     op = Op(
-        name,
-        getattr(torch.ops.purify_fast, name).default,
-        reference,
-        available,
-        many,
-        sources,
+        name=name,
+        handle=getattr(torch.ops.purify_fast, name).default,
+        reference=reference,
+        available=available,
+        replaces_many=many,
+        sources=sources,
     )
     REGISTRY[name] = op
     return op

@@ -89,7 +89,8 @@ def processor() -> str:
 
 def _triton_version() -> str:
     try:
-        import triton  # optional: it comes with PyTorch for NVIDIA GPUs only
+        # optional: it comes with PyTorch for NVIDIA GPUs only
+        import triton
     except ImportError:
         return ""
     return triton.__version__
@@ -182,7 +183,8 @@ def locked(path: Path) -> Iterator[bool]:
         return
     try:
         if sys.platform != "win32":
-            import fcntl  # Unix only
+            # Unix alone has it
+            import fcntl
 
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield True

@@ -246,7 +246,11 @@ def serves(op: Op, device: torch.device) -> bool | None:
 
 
 def wrong_kernels(device: torch.device) -> list[str]:
-    """The ops whose kernels would serve on a device and are wrong there; what has no verdict is verified now."""
+    """The ops whose kernels would serve on a device and are wrong there; what has no verdict is verified now.
+
+    Args:
+        device: where the kernels run.
+    """
     if mode() == "off":
         return []
     styles: tuple[Style, ...] = ("eager", "graph")
