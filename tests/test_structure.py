@@ -25,10 +25,6 @@ BY_SCHEMA = {"handle", "apply", "OP", "BACKWARD", "call"}
 #: Functions of any number of equal arguments.
 EQUAL_ARGUMENTS = {"zip", "max", "min", "save_for_backward"}
 
-#: Folders, and files outside of them, whose sources are not done yet. These lists only ever shrink.
-NOT_DONE: set[str] = set()
-#: Likewise, of those that use words of a private vocabulary.
-WORDS_NOT_DONE: set[str] = set()
 PRIVATE_WORDS = re.compile(r"\b(ours|quicken|untapped|silent|said)\b")
 
 
@@ -196,17 +192,10 @@ def private_words(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ROOMS)
-@pytest.mark.parametrize(("check", "not_done"), [(findings, NOT_DONE), (private_words, WORDS_NOT_DONE)])
-def test_structure(check, not_done, name):
+@pytest.mark.parametrize("check", [findings, private_words])
+def test_structure(check, name):
     found = check(name)
-    if name in not_done:
-        assert found, f"{name} is done: take it off the list"
-        pytest.skip("not done yet")
     assert not found, "\n".join(["", *found])
-
-
-def test_the_lists_name_rooms():
-    assert set(ROOMS) >= NOT_DONE | WORDS_NOT_DONE
 
 
 def test_the_scanner_sees_functions_of_all_kinds():
