@@ -167,8 +167,24 @@ BACKWARD = define_op(
 
 class _RandomTransform(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, seed: Tensor, sample_ids: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-        return OP.handle(x, seed, sample_ids, *settings)
+    def forward(
+        x: Tensor,
+        seed: Tensor,
+        sample_ids: Tensor,
+        sigma: float,
+        block: int,
+        masked_blocks: int,
+        num_passes: int,
+        samples: int,
+        shared_mask: bool,
+        dtype: torch.dtype,
+        channels_last: bool,
+    ) -> tuple[Tensor, Tensor]:
+        # Every argument has its name here, because torch.compile takes a forward of any number of arguments for one
+        # with a context before them.
+        return OP.handle(
+            x, seed, sample_ids, sigma, block, masked_blocks, num_passes, samples, shared_mask, dtype, channels_last
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -13,22 +13,21 @@ _blocks = 0
 
 def _restorer() -> Callable[[], None]:
     """What puts the settings back as they are now."""
-    try:
-        convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:
-        # The caller has used PyTorch's newer settings, which the older names refuse to describe once they differ. That
-        # of recurrent layers has no public name.
-        names = ("conv", "rnn", "matmul")
-        values = [torch._C._get_fp32_precision_getter("cuda", name) for name in names]
+    # PyTorch has older names for these settings and newer ones. The older ones refuse to describe what the newer ones
+    # alone can say, and forget it when they are written to; so both are put back, the newer ones last. That of
+    # recurrent layers has no public name.
+    names = ("conv", "rnn", "matmul")
+    values = [torch._C._get_fp32_precision_getter("cuda", name) for name in names]
+    older: tuple[bool, str] | None = None
+    with contextlib.suppress(RuntimeError):
+        older = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
-        def restore() -> None:
-            for name, value in zip(names, values, strict=True):
-                torch._C._set_fp32_precision_setter("cuda", name, value)
-    else:
-
-        def restore() -> None:
-            torch.backends.cudnn.allow_tf32 = convolutions
-            torch.set_float32_matmul_precision(products)
+    def restore() -> None:
+        if older is not None:
+            torch.backends.cudnn.allow_tf32 = older[0]
+            torch.set_float32_matmul_precision(older[1])
+        for name, value in zip(names, values, strict=True):
+            torch._C._set_fp32_precision_setter("cuda", name, value)
 
     return restore
 

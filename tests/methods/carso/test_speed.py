@@ -436,7 +436,7 @@ def packing(monkeypatch):
     calls = []
     module = sys.modules["purify_fast.methods.carso.packed_decoder"]
     plain = module.decode_prior
-    monkeypatch.setattr(module, "decode_prior", lambda *a, **k: calls.append(a[6]) or plain(*a, **k))
+    monkeypatch.setattr(module, "decode_prior", lambda *a, **k: calls.append(k["samples"]) or plain(*a, **k))
     monkeypatch.setattr("purify_fast.methods.carso.defence.kernel_decodes", lambda device: True)
     return calls
 
