@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 
 from purify_fast._files import atomic, write_text
+from purify_fast.ops import REGISTRY
 from purify_fast.ops._races import SHIPPED
 
 from .measure import AUTOTUNED, CONTESTANTS, LEAST, STYLES
@@ -70,8 +71,14 @@ def verdicts(rows: list[dict]) -> list[dict]:
 
 
 def _ahead(rows: list[dict]) -> bool:
-    """Whether our kernel is far enough ahead in all of these rows to be a wall inside a graph."""
-    return bool(rows) and all(float(row["ratio"] or 0) >= IN_GRAPHS for row in rows)
+    """Whether a kernel is far enough ahead in all of these rows to be a wall inside a graph.
+
+    Only where it replaces a dozen operators or more: others a compiler fuses with neighbours that the rows do not have.
+    """
+    many = REGISTRY[rows[0]["op"]].replaces_many if rows and rows[0]["op"] in REGISTRY else ()
+    return bool(many) and all(
+        float(row["ratio"] or 0) >= IN_GRAPHS and ("" in many or row["variant"] in many) for row in rows
+    )
 
 
 def races(rows: list[dict]) -> dict:

@@ -55,6 +55,8 @@ def check_at_least_one(**counts: int | None) -> None:
 def check_not_negative(**sizes: float | Tensor | None) -> None:
     """ValueError for a negative number or NaN; a tensor's values are not read, which would wait for the device."""
     for name, value in sizes.items():
+        if isinstance(value, str):
+            raise TypeError(f"{name} must be a number, got {value!r}")
         if isinstance(value, (int, float)) and not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
 

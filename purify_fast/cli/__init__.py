@@ -84,7 +84,12 @@ def _read(arguments: list[str]) -> Command | Train:
     # --version prints and exits
     overlays().parse_known_args(arguments)
     # no command, or none of this name: the parser of all of them says which there are
-    return cli(Commands, arguments, prog="purify-fast")
+    return cli(
+        Commands,
+        arguments,
+        prog="purify-fast",
+        description="Adversarial purification: train, attack and judge defences of image classifiers.",
+    )
 
 
 def _several() -> int:
@@ -130,6 +135,10 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
+    except BrokenPipeError:
+        # Whoever read the output has closed it, such as `head`: there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (Refused, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         # of several processes, another than the first speaks only of an error of its own
         rank = _rank()

@@ -189,7 +189,7 @@ def grid(
 
 
 def _show_image(axis: Any, image: Tensor) -> None:
-    axis.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+    axis.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_color("#bbbbbb")

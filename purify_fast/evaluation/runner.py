@@ -161,7 +161,7 @@ def _possible(plan: Sequence[AttackSpec], measure: Measure, notes: list[str]) ->
         if not subject.is_random:
             spec = dataclasses.replace(spec, variant="random")
             label = row_name(spec, context)
-            if label in kept:
+            if kept.get(label) == spec:
                 # the same model under the same attack again
                 continue
         if label in kept:

@@ -38,7 +38,12 @@ def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[s
         body: the cells of each line, as many as there are columns.
     """
     lines = [head, ["---"] * len(head), *body]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return ["| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines]
+
+
+def _escaped(cell: str) -> str:
+    """A cell in which a bar ends no column and a name such as ``<lambda>`` is no tag."""
+    return cell.replace("|", "\\|").replace("<lambda>", "&lt;lambda&gt;")
 
 
 def terminal_table(head: Sequence[str], body: Iterable[Sequence[str]], color: bool) -> str:

@@ -22,8 +22,15 @@ class Watched(nn.Module):
     def __init__(self, model: Classifier, bar: tqdm):
         super().__init__()
         self.model, self.bar = model, bar
-        # attacks of other packages would put a model that looks like one in training back into training
         self.training = False
+
+    def train(self, mode: bool = True) -> Watched:
+        """Nothing: the model under attack stays in evaluation mode, whatever an attack does to its modes.
+
+        Args:
+            mode: is not looked at.
+        """
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         self.bar.update(len(x))

@@ -241,3 +241,28 @@ def test_what_is_no_attack_is_told(attacked, attacks, message):
 def test_errors_of_a_spec(options, error, message):
     with pytest.raises(error, match=message):
         AttackSpec(PGD(), **options)
+
+
+def test_attacks_of_one_label_are_refused_on_a_deterministic_model_too():
+    """One of them would be left out without a word, and it may be the stronger one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 10)).eval()
+    x = torch.rand(4, 1, 16, 16)
+    y = model(x).argmax(1)
+    pair = [PGD(alpha=1e-4, steps=1), PGD(alpha=0.05, steps=1)]
+    with pytest.raises(ValueError, match="attacks need labels of their own, these share one: PGD-1 ce"):
+        evaluate(model, x, y, eps=0.1, attacks=pair, progress=False)
+
+
+def test_an_attack_cannot_put_the_model_into_training():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 3)).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def careless(model, x, y):
+        model.train()
+        model(x)
+        return x
+
+    evaluate(model, torch.rand(4, 1, 8, 8), torch.arange(4) % 3, eps=0.1, attacks=[careless], progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and not model.training
