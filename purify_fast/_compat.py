@@ -87,8 +87,16 @@ RENAMED_VALUES: dict[str, dict[str, str]] = {"aggregation": {"probability": "mea
 
 def warn(old: str, new: str) -> None:
     """Say that ``old`` is now called ``new``."""
-    # the caller of the deprecated name, not this module, is where the warning points
-    warnings.warn(f"{old} is deprecated and goes in the next release: use {new}", DeprecationWarning, stacklevel=3)
+    _warn(f"{old} is deprecated and goes in the next release: use {new}")
+
+
+def _warn(text: str) -> None:
+    """A DeprecationWarning that points to the first caller outside of this package: others are hidden by default."""
+    level, frame = 2, sys._getframe(1)
+    inside = (__package__ or "purify_fast", "dataclasses", "importlib")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, DeprecationWarning, stacklevel=level)
 
 
 def renamed_arguments(**names: str) -> Callable[[F], F]:
@@ -192,8 +200,7 @@ def renamed_value(argument: str, value: str, names: Mapping[str, str]) -> str:
     if value not in names:
         return value
     text = f"{argument}={value!r} is deprecated and goes in the next release: use {names[value]!r}"
-    # this function, the one that takes the mode, and its caller: there the warning points
-    warnings.warn(text, DeprecationWarning, stacklevel=3)
+    _warn(text)
     return names[value]
 
 

@@ -297,6 +297,9 @@ class APGD(BallAttack):
         own = {"loss": loss, "steps": steps, "n_target_classes": self.target_classes(context)}
         return super().settings(context) | own
 
+    def revision(self) -> str:
+        return "1"
+
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         norm, eps = self.ball(context)
         return apgd(

@@ -108,9 +108,14 @@ class Attack(abc.ABC):
     def revision(self) -> str | None:
         """Names what the attack computes; kept rows of an evaluation are used again only where it is the same.
 
-        A subclass raises its number whenever the same settings would find other images. None: rows are never kept.
+        None, unless a subclass says otherwise: rows are never kept, since nothing tells when its code changes. A
+        subclass that returns a number raises it whenever the same settings would find other images.
         """
-        return "1"
+        return None
+
+    def identity(self) -> list[str]:
+        """Module and name of the code that `revision` is of: two attacks may have the same revision."""
+        return [type(self).__module__, type(self).__qualname__]
 
     def target(self, model: Classifier) -> Classifier:
         """What the attack runs on to fool ``model``: the model itself, where an attack does not say otherwise."""

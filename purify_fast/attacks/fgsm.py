@@ -183,6 +183,9 @@ class FGSM(BallAttack):
     def settings(self, context: AttackContext) -> dict[str, Any]:
         return super().settings(context) | {"loss": usable_loss(self.loss, context.num_classes)}
 
+    def revision(self) -> str:
+        return "1"
+
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         norm, eps = self.ball(context)
         return fgsm(

@@ -180,6 +180,9 @@ class PGD(BallAttack):
         own = {"loss": usable_loss(self.loss, context.num_classes), "steps": self.steps or context.steps}
         return super().settings(context) | own
 
+    def revision(self) -> str:
+        return "1"
+
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         norm, eps = self.ball(context)
         draws = self.draws(context)

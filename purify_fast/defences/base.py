@@ -48,6 +48,8 @@ class Defence(StochasticDefence):
         super().__init__()
         self.acceleration: dict[str, Any] | None = None
         self.fast: Accelerated | None = None
+        # A hook, and no override, because it runs also where a larger module loads the defence as a part of it.
+        self.register_load_state_dict_post_hook(_make_copies_again)  # type: ignore[no-untyped-call]
         refuse_wrapped("classifier", classifier)
         image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
         if len(image_shape) != 3 or min(image_shape) < 1:
@@ -194,18 +196,6 @@ class Defence(StochasticDefence):
             self.fast.to(first_tensor(self.classifier).device)
         return self
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As ``nn.Module.load_state_dict``; the accelerated copies are made again.
-
-        Args:
-            state_dict: parameters and buffers by name.
-            strict: whether the names must be the defence's.
-            assign: whether the tensors are taken as they are, in place of copying their values.
-        """
-        found = super().load_state_dict(state_dict, strict, assign)
-        self.refresh()
-        return found
-
     def release_classifier(self) -> None:
         """Let the defence's own copy of the classifier be trained too; it is then saved with the purifier.
 
@@ -225,6 +215,9 @@ class Defence(StochasticDefence):
         """
         super().train(mode)
         self.classifier.eval()
+        if mode and self.fast is not None:
+            # Weights and BatchNorm statistics may change from now on: what is packed is packed again when it is used.
+            self.fast.packed = None
         return self
 
 
@@ -252,3 +245,8 @@ class _Float32Borders(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(images.to(self.dtype)).float()
+
+
+def _make_copies_again(defence: Defence, keys: object) -> None:
+    """After weights were loaded: the accelerated copies follow them."""
+    defence.refresh()

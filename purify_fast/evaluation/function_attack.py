@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -39,7 +41,9 @@ def as_attack(
         eps: radius of the ball in image units, if it is another than the report's.
         norm: norm of that ball; it needs an eps.
         revision: names what the function computes. Rows of a function without one are made anew by every `evaluate`;
-            with one they are kept, so change it whenever the function would find other images.
+            with one they are kept, so change it whenever the function would find other images. Functions are told
+            apart by their module and name: two lambdas, or two functions that one function returned, need revisions
+            that differ.
 
     Raises:
         TypeError: no function.
@@ -100,6 +104,14 @@ class FunctionAttack(BallAttack):
 
     def revision(self) -> str | None:
         return self.own_revision
+
+    def identity(self) -> list[str]:
+        """Module and name of the function, or of the class of an object that is called."""
+        function: Any = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        named = function if inspect.isroutine(function) else type(function)
+        return [str(named.__module__), named.__qualname__]
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         """Call the function on one batch and check what it returns.

@@ -88,7 +88,7 @@ class Measure:
             revision = spec.resolved.revision()
             if revision is None:
                 return make()
-            what = what | {"attack": [spec.resolved.kind, revision]}
+            what = what | {"attack": [spec.resolved.kind, revision, *spec.resolved.identity()]}
         other = None if spec is None else spec.other_model
         # which image gets which draws depends on them
         batches = [context.batch_size, context.max_forward_batch] if subject.is_random else []

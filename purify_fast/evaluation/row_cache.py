@@ -15,6 +15,8 @@ import torch
 from .. import _library
 from .._files import atomic, write_text
 from .._fingerprint import text_hash
+from ..ops._op import forced_backends
+from ..speed.precision import float32_settings
 from .fingerprint import fingerprint
 from .rows import Examples, Row
 
@@ -31,9 +33,16 @@ def environment() -> list[Any]:
     Another release of PyTorch, or kernels in place of the reference, change the last bits of a model's arithmetic, and
     with them which of two equally good points an attack returns. A kernel extension that is built again from the same
     definitions does not, so that its bytes are no part of this: only whether it is there, and which backends are
-    forced.
+    forced. What float32 means on a GPU changes far more than the last bits.
     """
-    return [str(torch.__version__), _library.loaded(), os.environ.get("PURIFY_FAST_BACKEND", "")]
+    return [
+        str(torch.__version__),
+        _library.loaded(),
+        os.environ.get("PURIFY_FAST_BACKEND", ""),
+        # a block of `use_backend` overrides the variable
+        forced_backends(),
+        float32_settings(),
+    ]
 
 
 class RowCache:

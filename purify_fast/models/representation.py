@@ -163,6 +163,7 @@ class Representation:
         try:
             logits = self.model(x)
         finally:
+            # Also after an error: what was read would keep its memory and its graph.
             self.recording = False
-        outputs, self.outputs = self.outputs, [None] * len(self.layers)
+            outputs, self.outputs = self.outputs, [None] * len(self.layers)
         return logits, outputs  # type: ignore[return-value]  # the dry run saw that every layer runs

@@ -65,6 +65,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
+def forced_backends() -> tuple[str, ...]:
+    """The backends that are forced now, by `use_backend` or the environment; empty if none is."""
+    return _forced
+
+
 @dataclass(frozen=True)
 class Op:
     """One registered op: its handle, its definition, and who serves it where.

@@ -82,7 +82,7 @@ def _nearest(facts: dict[str, str]) -> dict[str, Any] | None:
     return same[0] if same and facts["kind"] == "cpu" else None
 
 
-def _said(race: dict[str, Any], op: str, style: str, variant: str) -> str | None:
+def _reported(race: dict[str, Any], op: str, style: str, variant: str) -> str | None:
     """The backend that a file names for an op."""
     entry = race.get("ops", {}).get(op)
     if entry is None:
@@ -105,10 +105,10 @@ def winner(op: str, sources: str, style: str, device: torch.device, variant: str
     own = _read(path)
     if op in own.get("ops", {}):
         if own.get("machine") == facts and own["ops"][op].get("sources") == sources:
-            return Winner(str(_said(own, op, style, variant)), f"raced on this machine, {own.get('date')}")
+            return Winner(str(_reported(own, op, style, variant)), f"raced on this machine, {own.get('date')}")
         _say_stale(path, op)
     near = _nearest(facts)
-    backend = _said(near, op, style, variant) if near is not None else None
+    backend = _reported(near, op, style, variant) if near is not None else None
     if near is None or backend is None:
         return None
     return Winner(backend, f"raced on {near['machine']['device']}, {near['date']}")

@@ -186,7 +186,9 @@ def locked(path: Path) -> Iterator[bool]:
             # Unix alone has it
             import fcntl
 
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            # Some shared file systems have no locks: there, as on Windows, the last writer wins.
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield True
     finally:
         os.close(handle)

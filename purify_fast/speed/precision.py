@@ -9,24 +9,36 @@ import torch
 
 #: How many blocks of `float32_products` the process is in.
 _blocks = 0
+#: What has a setting of its own by PyTorch's newer names.
+_NAMES = ("conv", "rnn", "matmul")
+
+
+def float32_settings() -> tuple[tuple[bool, str] | None, list[str]]:
+    """What float32 means now.
+
+    Returns:
+        cuDNN's ``allow_tf32`` and the precision of float32 matrix products, or None where PyTorch's older names cannot
+        say it; and by the newer names the precision of convolutions, recurrent layers and matrix products.
+    """
+    # PyTorch has older names for these settings and newer ones. The older ones refuse to describe what the newer ones
+    # alone can say, and forget it when they are written to; so both are put back, the newer ones last. That of
+    # recurrent layers has no public name.
+    values = [torch._C._get_fp32_precision_getter("cuda", name) for name in _NAMES]
+    older: tuple[bool, str] | None = None
+    with contextlib.suppress(RuntimeError):
+        older = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    return older, values
 
 
 def _restorer() -> Callable[[], None]:
     """What puts the settings back as they are now."""
-    # PyTorch has older names for these settings and newer ones. The older ones refuse to describe what the newer ones
-    # alone can say, and forget it when they are written to; so both are put back, the newer ones last. That of
-    # recurrent layers has no public name.
-    names = ("conv", "rnn", "matmul")
-    values = [torch._C._get_fp32_precision_getter("cuda", name) for name in names]
-    older: tuple[bool, str] | None = None
-    with contextlib.suppress(RuntimeError):
-        older = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    older, values = float32_settings()
 
     def restore() -> None:
         if older is not None:
             torch.backends.cudnn.allow_tf32 = older[0]
             torch.set_float32_matmul_precision(older[1])
-        for name, value in zip(names, values, strict=True):
+        for name, value in zip(_NAMES, values, strict=True):
             torch._C._set_fp32_precision_setter("cuda", name, value)
 
     return restore

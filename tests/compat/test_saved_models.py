@@ -40,3 +40,13 @@ def test_old_arguments_still_work_and_warn():
     with pytest.warns(DeprecationWarning, match="mask_ratio|num_passes|mean_softmax"):
         atop = purify_fast.Atop(classifier, generator, (1, 8, 8), missing=0.5, block=2, aggregation="probability")
     assert atop.mask_ratio == 0.5 and atop.aggregation == "mean_softmax"
+
+
+def test_warnings_point_to_the_user():
+    """A DeprecationWarning that points into the package is hidden by Python's default filters."""
+    classifier = purify_fast.load_classifier(SAVED / "carso" / "classifier")
+    generator = purify_fast.methods.atop.SmallGenerator(1, width=2)
+    with pytest.warns(DeprecationWarning) as seen:
+        assert purify_fast.load is purify_fast.load_defence
+        purify_fast.Atop(classifier, generator, (1, 8, 8), missing=0.5, block=2, aggregation="probability")
+    assert len(seen) == 3 and {warning.filename for warning in seen} == {__file__}

@@ -1,13 +1,15 @@
 """Attacks of other people as rows: a plain function, torchattacks' PGD, and what a function must not return."""
 
+import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from purify_fast.attacks import PGD
-from purify_fast.attacks.base import ThreatModel
+from purify_fast.attacks import APGD, BPDA, FGSM, PGD, StAdv
+from purify_fast.attacks.base import BallAttack, ThreatModel
 from purify_fast.evaluation import AttackSpec, as_attack, evaluate
 from purify_fast.evaluation.function_attack import check_adversarial
 
@@ -96,6 +98,62 @@ def test_rows_of_a_function_with_a_revision_are_kept(attacked, tmp_path):
         named = as_attack(attack, revision=revision)
         evaluate(model.eval(), x, y, attacks=[named], out=tmp_path, **QUIET)
         assert len(calls) == expected
+
+
+def test_attacks_of_one_revision_have_rows_of_their_own(attacked, tmp_path):
+    model, x, y = attacked
+    calls = []
+
+    def first(model, x, y):
+        calls.append("first")
+        return x
+
+    def second(model, x, y, sign=1):
+        calls.append("second")
+        return x
+
+    class Subclass(PGD):
+        def search(self, target, x, y, context):
+            calls.append("subclass")
+            return x
+
+    for _ in range(2):
+        for attack in (
+            as_attack(first, revision="1"),
+            as_attack(functools.partial(second, sign=-1), name="partial", revision="1"),
+            PGD(steps=2),
+            Subclass(steps=2),
+        ):
+            evaluate(model.eval(), x, y, attacks=[attack], out=tmp_path, **QUIET)
+    assert calls == ["first", "second", "subclass"]
+
+
+def test_rows_of_an_attack_that_names_no_revision_are_not_kept(attacked, tmp_path):
+    model, x, y = attacked
+    calls = []
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Foreign(BallAttack):
+        kind = "foreign"
+        eps: float | None = None
+        norm: str | None = None
+        eot_iter: int | None = None
+
+        def name(self, context):
+            return "foreign"
+
+        def cost(self, context):
+            return None
+
+        def search(self, target, x, y, context):
+            calls.append(len(x))
+            return x
+
+    for expected in (1, 2):
+        evaluate(model.eval(), x, y, attacks=[Foreign()], out=tmp_path, **QUIET)
+        assert len(calls) == expected
+    known = PGD(), APGD(), FGSM(), BPDA(), StAdv()
+    assert [attack.revision() for attack in known] == ["1"] * len(known)
 
 
 def test_pgd_of_torchattacks(attacked):

@@ -1,5 +1,6 @@
 """Which changes throw a finished row away, and which do not."""
 
+import functools
 import importlib
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 from torch import nn
 
 from purify_fast.attacks import PGD
+from purify_fast.defences.stochastic import StochasticDefence
 from purify_fast.evaluation import evaluate, measure, row_cache
 from purify_fast.evaluation.fingerprint import fingerprint
+from purify_fast.ops import use_backend
+from purify_fast.speed.precision import float32_products
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,3 +114,72 @@ def test_a_function_within_a_function_has_the_same_fingerprint_in_another_proces
     assert first.activation is not second.activation
     assert fingerprint(first) == fingerprint(second) is not None
     assert fingerprint(nn.Linear(2, 2)) != fingerprint(first)
+
+
+def test_the_backend_and_the_precision_of_a_block_make_rows_anew(tmp_path, monkeypatch, counted):
+    model = model_of(tmp_path, monkeypatch)
+    assert counted(model) == 2
+    with use_backend("reference"):
+        assert counted(model) == 2
+        assert counted(model) == 0
+    with float32_products(tf32=True):
+        assert counted(model) == 2
+        assert counted(model) == 0
+    assert counted(model) == 0
+    with float32_products():
+        assert counted(model) == 0
+
+
+class Noisy(StochasticDefence):
+    samples = 1
+
+    def sample_logits(self, x):
+        return x.flatten(1)[:, None]
+
+
+def test_the_state_of_the_noise_is_part_of_a_fingerprint():
+    defence = Noisy()
+    marks = [fingerprint(defence)]
+    for block in (defence.deterministic(), defence.fixed_noise(0), defence.fixed_noise(1)):
+        with block:
+            marks.append(fingerprint(nn.Sequential(defence)[0]))
+    assert len(set(marks)) == 4
+    assert fingerprint(defence) == marks[0]
+
+
+def test_what_a_function_holds_is_part_of_a_fingerprint():
+    def around(value):
+        return lambda x: x * value
+
+    def default(value):
+        def scale(x, factor=value):
+            return x * factor
+
+        return scale
+
+    def keyword(value):
+        def scale(x, *, factor=value):
+            return x * factor
+
+        return scale
+
+    def recursive(value):
+        def scale(x):
+            return scale(x - value)
+
+        return scale
+
+    def mark(function):
+        module = nn.Identity()
+        module.function = function
+        return fingerprint(module)
+
+    def partial(value):
+        return functools.partial(torch.clamp, min=value)
+
+    for make in (around, default, keyword, recursive, partial, lambda value: functools.partial(torch.mul, value)):
+        assert mark(make(1.0)) == mark(make(1.0)) != mark(make(2.0))
+        assert mark(make(torch.ones(2))) == mark(make(torch.ones(2))) != mark(make(torch.zeros(2)))
+    assert mark(functools.partial(torch.add, 1)) != mark(functools.partial(torch.sub, 1))
+    with torch.random.fork_rng():
+        assert mark(around(nn.Linear(2, 2))) != mark(around(nn.Linear(2, 2)))

@@ -297,7 +297,7 @@ class Carso(Defence):
 
     @property
     def _last_bias(self) -> Tensor:
-        # The decoder's last tensor stands for all: they share a dtype, and an optimizer's step changes every one.
+        # The decoder's last tensor stands for all: they share a dtype, and training changes it with the others.
         return self.decoder.stack[-1].bias  # type: ignore[index, union-attr]
 
     def _reader(self) -> Representation:
@@ -322,7 +322,9 @@ class Carso(Defence):
         fast, bias = self.fast, self._last_bias
         if fast is None or fast.dtype != torch.bfloat16 or self.training or bias.dtype != torch.float32:
             return None
-        if not kernel_decodes(device) or (torch.is_grad_enabled() and bias.requires_grad):
+        if not kernel_decodes(device):
+            return None
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters()):
             return None
         if fast.packed is None or fast.packed[0] != times_written(bias):
             fast.packed = self._pack()

@@ -480,3 +480,32 @@ def test_a_packed_decoder_follows_its_weights(packing):
     with torch.no_grad():
         twin(x)
     assert len(packing) == 4 and "_packed" not in str(list(made.state_dict()))
+
+
+def test_a_packed_decoder_follows_statistics_and_partly_frozen_weights(packing):
+    made, x = defence().requires_grad_(False).accelerate(), images(16)
+    with torch.no_grad(), made.fixed_noise(3):
+        before = made.reconstruct(x)
+        made.train().reconstruct(x)  # BatchNorm's statistics move, and no weight does
+        after = made.eval().reconstruct(x)
+        assert packing == [4, 4] and relative(after, before) > 1e-3
+        assert relative(after, made.accelerate(None).reconstruct(x)) < 0.01
+    made.accelerate()
+    del packing[:]
+    next(made.decoder.parameters()).requires_grad_(True)
+    assert made.reconstruct(x[:2]).requires_grad and not packing
+
+
+def test_the_copies_follow_what_is_loaded_and_moved_as_a_part_of_a_module():
+    made, x = defence().accelerate(), images(4)
+    whole = nn.ModuleDict({"defence": made})
+    state = {name: value.clone() for name, value in whole.state_dict().items()}
+    want = response(made, x)[0]
+    nn.init.zeros_(state["defence.classifier.head.weight"])
+    whole.load_state_dict(state)
+    assert not torch.equal(response(made, x)[0], want)
+    made.fast.device = torch.device("meta")  # as after whole.cuda(), which the copies do not see
+    with pytest.raises(RuntimeError, match=r"the images are on cpu, the accelerated copies on meta: .* refresh\(\)"):
+        made(x)
+    made.refresh()
+    assert made(x).shape == (4, 10)
