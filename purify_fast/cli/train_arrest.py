@@ -82,9 +82,9 @@ class TrainArrest(DataCommand):
             title="arrest",
             callbacks=[RunFile(self, self.out)],
         )
-        print(summary(last))
         if processes()[0] > 0:
             return
+        print(summary(last))
         save_classifier(task.result, self.out)
         report = evaluate(
             task.result, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="arrest"

@@ -53,9 +53,9 @@ class TrainClassifier(DataCommand):
             title="classifier",
             callbacks=[RunFile(self, self.out)],
         )
-        print(summary(last))
         if processes()[0] > 0:
             return
+        print(summary(last))
         save_classifier(model, self.out)
         report = evaluate(
             model, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="classifier"

@@ -56,9 +56,9 @@ def train_defence(
             f"--data {command.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
         )
     last = fit(task, images.x_train, images.y_train, loop, folder=out, title=title, callbacks=[RunFile(command, out)])
-    print(summary(last))
     if processes()[0] > 0:
         return False
+    print(summary(last))
     save_defence(defence, out)
     save_classifier(defence.classifier, out / "classifier")
     return True

@@ -11,9 +11,6 @@ from .schedules import rising
 if TYPE_CHECKING:
     from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 Norm = Literal["linf", "l2", "l1"]
 Radius = TypeVar("Radius", float, "Tensor")
 

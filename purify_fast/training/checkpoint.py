@@ -19,7 +19,7 @@ def flatten(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors.append(value.detach().cpu().contiguous())
         return {"tensor": len(tensors) - 1}
-    if isinstance(value, Mapping):  # pairs, since optimiser states have integer keys
+    if isinstance(value, Mapping):  # pairs, since optimizer states have integer keys
         return {"dict": [[key, flatten(item, tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         return {"list": [flatten(item, tensors) for item in value]}

@@ -81,9 +81,9 @@ def fit(
     Raises:
         TypeError: a task that is no `Task`, or images in no form that can be trained on.
         ValueError: images, labels or a loader that cannot be trained on, or that the model does not take; fewer images
-            than a batch; a checkpoint of another run; with several processes, a batch they cannot share evenly, other
-            data or settings than the first one's, or a model in training mode with a BatchNorm that is not
-            synchronized.
+            than a batch; a keep_best that the task does not measure; a checkpoint of another run; with several
+            processes, a batch they cannot share evenly, other data or settings than the first one's, or a model in
+            training mode with a BatchNorm that is not synchronized.
         FloatingPointError: the loss or the weights are not finite; the last checkpoint stays.
     """
     rank, world = processes()
@@ -107,6 +107,9 @@ def fit(
     listeners = [] if rank else [*log, bar, *callbacks]
     devices = [source.device] if source.device.type == "cuda" else []
     with bar, torch.random.fork_rng(devices):
+        if validate is not None and run.step < run.total:
+            # before any work is done that a refusal would lose
+            validate.check()
         while run.step < run.total:
             state = _train_epoch(run, source, checkpoints, listeners)
             if validate is not None and validate.due(state.epoch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,10 @@ from .distributed import from_first
 from .epoch import batch_of
 from .run import Run
 from .sources import Source, step_seed
+from .task import Metrics
+
+#: Images that show what a task measures, before it is trained.
+_LOOK = 8
 
 
 @contextmanager
@@ -52,14 +57,28 @@ class Validation:
         config = self.run.config
         return (epoch + 1) % config.validation_every == 0 or epoch + 1 == config.epochs
 
+    def check(self) -> None:
+        """Refuse a choice of the best by something that the task does not measure, by a look at a few images.
+
+        Every task measures the loss: nothing is computed if the best is chosen by it, or not at all.
+
+        Raises:
+            ValueError: the message names what the task measures.
+        """
+        chosen = self.run.config.keep_best
+        if chosen in ("off", "loss"):
+            return
+        images, labels, ids = next(iter(self.source.epoch(0, 0)))
+        with finished(self.run):
+            measured = self._measure_batch(images[:_LOOK], labels[:_LOOK], ids[:_LOOK])
+        if chosen not in measured:
+            raise ValueError(f"keep_best {chosen!r}: this training measures {', '.join(measured)}")
+
     def __call__(self) -> dict[str, float]:
         """Validate now, and keep the weights if they are the best so far.
 
         Returns:
             The means over the held-out images, by names that begin with ``validation_``.
-
-        Raises:
-            ValueError: the config chooses the best by something that the task does not measure.
         """
         with finished(self.run):
             # drawn with the first process's noise, so that all agree on the best
@@ -67,26 +86,27 @@ class Validation:
             measured: dict[str, float] = from_first(lambda: here)
             chosen = self.run.config.keep_best
             if chosen != "off":
-                if chosen not in measured:
-                    raise ValueError(f"keep_best {chosen!r}: this training measures {', '.join(measured)}")
                 self._keep(-measured["loss"] if chosen == "loss" else measured[chosen])
         return {f"validation_{name}": value for name, value in measured.items()}
 
     def _measure(self) -> dict[str, float]:
-        config, sums, count = self.run.config, dict[str, Tensor](), 0
-        # the same draws every time, and the last epoch's attack, so that the numbers can be compared
-        seed, epoch = step_seed(config.seed, 2**31), config.epochs - 1
+        sums, count = dict[str, Tensor](), 0
         for images, labels, ids in self.source.epoch(0, 0):
-            torch.manual_seed(seed)
-            batch = batch_of(images, labels, ids, config, seed=seed, epoch=epoch, augment=False)
-            for name, value in self.run.task.validate(batch).items():
+            for name, value in self._measure_batch(images, labels, ids).items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + len(images) * value
             count += len(images)
         return {name: float(value) / count for name, value in sums.items()}
 
+    def _measure_batch(self, images: Tensor, labels: Tensor, ids: Tensor) -> Metrics:
+        config = self.run.config
+        # the same draws every time, and the last epoch's attack, so that the numbers can be compared
+        seed, epoch = step_seed(config.seed, 2**31), config.epochs - 1
+        torch.manual_seed(seed)
+        return self.run.task.validate(batch_of(images, labels, ids, config, seed=seed, epoch=epoch, augment=False))
+
     def _keep(self, score: float) -> None:
-        # a score that is not a number is never the best
-        if self.run.best and not score > self.run.best["score"]:
+        # A score that is not a number is never the best, and one that is takes the place of one that is not.
+        if math.isnan(score) or (self.run.best and score <= self.run.best["score"]):
             return
         self.run.best = {"score": score, "step": self.run.step}
         state = self.run.task.model.state_dict()
@@ -96,11 +116,13 @@ class Validation:
             write_tree(self.path, {"model": state})
 
     def load_best(self) -> None:
-        """Put the best weights into the model.
+        """Put the best weights into the model; without any, for no score was a number, it stays as it is.
 
         Raises:
             FileNotFoundError: the file that held them is gone.
         """
+        if not self.run.best:
+            return
         path = self.path
         if path is None:
             if self._best is not None:

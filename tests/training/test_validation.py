@@ -197,6 +197,60 @@ def test_a_best_by_what_is_not_measured_is_refused():
         def validate(self, batch):
             return {"loss": torch.zeros(())}
 
+        def training_step(self, batch):
+            pytest.fail("it was trained before it was refused")
+
     config = FitConfig(1, 16, validation_share=0.2, keep_best="accuracy")
     with pytest.raises(ValueError, match="keep_best 'accuracy': this training measures loss"):
         fit(Silent(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig()), *images(), config, progress=False)
+
+
+def test_a_best_that_carsos_published_loss_does_not_measure_is_refused():
+    digits = data.load_dataset("digits")
+    config = FitConfig(1, 16, validation_share=0.2, keep_best="accuracy")
+    with pytest.raises(ValueError, match="keep_best 'accuracy': this training measures loss, reconstruction, kl"):
+        fit(tasks()["carso"](), digits.x_train[:80], digits.y_train[:80], config, progress=False)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "atop", "arrest"])
+def test_what_a_task_measures_is_seen_without_a_change_to_the_run(name):
+    digits = data.load_dataset("digits")
+    x, y = digits.x_train[:80], digits.y_train[:80]
+    found = []
+    for chosen in ("off", "accuracy"):
+        made = tasks()[name]()
+        last = fit(made, x, y, FitConfig(1, 16, validation_share=0.2, keep_best=chosen), progress=False)
+        assert "validation_accuracy" in last
+        found.append(weights(made))
+    # one epoch, so that its weights are the best
+    assert same(*found)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(("scores", "best"), [([float("nan"), 2.0, 1.0, 3.0], 2), ([float("nan")] * 4, 3)])
+def test_a_score_that_is_no_number_is_never_the_best(tmp_path, scores, best, kept):
+    torch.manual_seed(0)
+    made = Worse(SmallCNN(1, 2, (8, 8), 4))
+    made.scores = scores
+    config = FitConfig(4, 16, validation_share=0.2, keep_best="loss")
+    fit(made, *images(), config, tmp_path if kept else None, progress=False)
+    assert same(weights(made), made.seen[best])
+
+
+def test_carso_is_validated_with_a_last_batch_too_small_to_attack(monkeypatch, tmp_path):
+    monkeypatch.setattr("purify_fast.training.sources.VALIDATION_BATCH", 16)
+    digits = data.load_dataset("digits")
+    x, y = digits.x_train[:53], digits.y_train[:53]
+    found = []
+    for reduction in ("mean", "sum"):
+        torch.manual_seed(0)
+        defence = Carso(SmallCNN(width=2), ["hidden"], (1, 16, 16), 4, 3, 2, decoder_width=2)
+        attack = TrainingAttack(eps=0.1, steps=1)
+        made = CarsoTask(defence, CarsoConfig(attack=attack, reduction=reduction, learning_rate=0.0))
+        held = x[32:], y[32:]  # 16 and 5 images
+        found.append(fit(made, x[:32], y[:32], FitConfig(1, 16), tmp_path / reduction, progress=False, validation=held))
+        assert (tmp_path / reduction / "checkpoint.safetensors").is_file()
+    mean, total = found
+    # per image, however the training's loss is reduced
+    assert total["validation_loss"] == pytest.approx(mean["validation_loss"])
+    assert total["loss"] == pytest.approx(16 * mean["loss"])

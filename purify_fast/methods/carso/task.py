@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,3 +69,16 @@ class CarsoTask(Task):
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         check_shape(shape, self.model.image_shape)
         check_labels(classes, self.model.num_classes)
+
+    def validate(self, batch: Batch) -> Metrics:
+        """The training's loss per image, and its metrics.
+
+        Args:
+            batch: held-out images.
+        """
+        # The last batch may be too small to be attacked. The mean over all batches weights each by its images, so that
+        # the sum over a batch would count them twice.
+        config = replace(self.config, allow_no_adversarial=True, reduction="mean")
+        with torch.no_grad():
+            loss, metrics = training_loss(self.model, batch, config)
+        return {"loss": loss.detach(), **metrics}
