@@ -97,6 +97,8 @@ class Evaluate(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         from ..data import balanced_subset
 
+        if self.images < 1:
+            raise ValueError(f"images must be at least 1, got {self.images}")
         if self.images >= len(images.y_test):
             return images.x_test[:], images.y_test, []
         with warnings.catch_warnings(record=True) as told:

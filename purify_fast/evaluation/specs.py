@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from .._validation import check_literal
 from ..attacks import BPDA, PGD, Attack, AutoAttack
-from ..attacks.arguments import check_at_least_one
+from ..attacks.arguments import check_at_least_one, check_eps
 from ..attacks.bpda import check_aggregation
 from ..protocols import Classifier
 from .function_attack import AttackFunction, as_attack
@@ -130,7 +130,11 @@ def lee_kim_2023(eps: float = 8 / 255) -> AttackSpec:
 
     Args:
         eps: radius in image units.
+
+    Raises:
+        ValueError: an eps below 0 or above 1.
     """
+    check_eps(eps, "linf")
     alpha = 0.007 * eps / (8 / 255)
     attack = PGD(steps=200, alpha=alpha, eot_iter=20, random_start=False, eps=eps, norm="linf")
     return AttackSpec(attack, label=LEE_KIM)

@@ -26,7 +26,8 @@ LEGEND = [
     " says little about an attacker who knows the defence.",
     "",
     f"{RED_UNRELIABLE}: the attack lacked gradients (any non-finite one, more than 5 % zero ones, or more than 1 % of"
-    " the correctly classified images not moved), so its number measures the gradients, not the model.",
+    " the correctly classified images not moved), so its number measures the gradients, not the model. A worst over"
+    " attacks whose gradients nobody measured, such as functions of your own, is marked too.",
 ]
 
 

@@ -47,8 +47,11 @@ class FitConfig:
         for name in ("epochs", "batch_size", "validation_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.padding < 0 or self.checkpoint_seconds < 0 or not 0 <= self.seed < 2**31:
-            raise ValueError(f"padding and checkpoint_seconds must be >= 0 and 0 <= seed < 2^31, got {self}")
+        for name in ("padding", "checkpoint_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be in [0, 2^31), got {self.seed}")
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"validation_share must be in [0, 1), got {self.validation_share}")
 

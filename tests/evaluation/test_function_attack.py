@@ -10,7 +10,7 @@ from torch import nn
 
 from purify_fast.attacks import APGD, BPDA, FGSM, PGD, StAdv
 from purify_fast.attacks.base import BallAttack, ThreatModel
-from purify_fast.evaluation import AttackSpec, as_attack, evaluate
+from purify_fast.evaluation import AttackSpec, as_attack, evaluate, lee_kim_2023
 from purify_fast.evaluation.function_attack import check_adversarial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -266,3 +266,11 @@ def test_an_attack_cannot_put_the_model_into_training():
 
     evaluate(model, torch.rand(4, 1, 8, 8), torch.arange(4) % 3, eps=0.1, attacks=[careless], progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and not model.training
+
+
+def test_a_radius_that_cannot_be_is_named():
+    for eps in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="eps must be at least 0"):
+            lee_kim_2023(eps)
+    with pytest.raises(TypeError, match="eps must be a number, got '8/255'"):
+        PGD(eps="8/255")

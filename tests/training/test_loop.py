@@ -285,3 +285,11 @@ def test_one_cycle():
 
 def test_keep_memory_says_whether_it_took_effect():
     assert retain_freed_memory() is (sys.platform == "linux")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("padding", -1), ("checkpoint_seconds", -1.0), ("seed", -1), ("epochs", 0)]
+)
+def test_a_setting_out_of_range_is_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        FitConfig(**{"epochs": 1, name: value})
