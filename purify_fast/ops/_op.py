@@ -16,6 +16,7 @@ the first that it has. `use_backend` does so for a block.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -278,7 +279,7 @@ class Launcher:
     name: str
 
     def __call__(self, *args):
-        kernels = __import__(f"purify_fast.kernels.{self.module}", fromlist=[self.name])
+        kernels = importlib.import_module(f"purify_fast.kernels.{self.module}")
         return getattr(kernels, self.name)(*args)
 
 

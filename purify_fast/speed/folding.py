@@ -145,7 +145,14 @@ def folded(layer: Any, norm: Any, dtype: torch.dtype = torch.float64) -> tuple[T
     """Weight and bias, computed in ``dtype``, of ``layer`` with ``norm`` in evaluation mode folded into it.
 
     A transposed convolution (of one group) has its outputs in the weight's second dimension.
+
+    Args:
+        layer: a linear layer or a convolution.
+        norm: the BatchNorm after it.
+        dtype: of the arithmetic and of the results.
     """
+    # torch.nn.utils.fuse_conv_bn_weights multiplies the bias in another order, which moves its last bits where the
+    # arithmetic is in float32; it knows no linear layers either.
     mean, variance = norm.running_mean.to(dtype), norm.running_var.to(dtype)
     scale = (variance + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.to(dtype))
     shift = 0 if norm.bias is None else norm.bias.to(dtype)
