@@ -44,30 +44,19 @@ def without_recorders(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def restored_modes(model: nn.Module) -> Iterator[None]:
-    """After the block, each module of ``model`` is in the mode, training or evaluation, in which it was before.
-
-    Args:
-        model: any module.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Within the block, ``model`` is in evaluation mode; afterwards each module is in the mode in which it was.
 
     Args:
         model: any module.
     """
-    with restored_modes(model):
+    modes = [(module, module.training) for module in model.modules()]
+    try:
         model.eval()
         yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class Representation:

@@ -283,9 +283,6 @@ class Launcher:
         return getattr(kernels, self.name)(*args)
 
 
-launcher = Launcher
-
-
 def wide(x: torch.Tensor) -> torch.Tensor:
     """float32 for half types, float64 stays: the precision losses, distances and aggregation are computed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._compat import renamed_value
-from ._op import define_op, launcher, wide
+from ._op import Launcher, define_op, wide
 
 #: Methods with a kernel, by index.
 METHODS = ("lse", "peel", "mean", "mean_sigmoid", "vote")
@@ -92,14 +92,14 @@ OP = define_op(
     "(Tensor logits, int method) -> Tensor",
     reference=reference,
     fake=lambda logits, method: wide(logits).new_empty((logits.shape[0], logits.shape[2])),
-    triton=launcher("aggregate", "forward"),
+    triton=Launcher("aggregate", "forward"),
 )
 BACKWARD = define_op(
     "aggregate_backward",
     "(Tensor grad, Tensor logits, int method) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, logits, method: logits.new_empty(logits.shape),
-    triton=launcher("aggregate", "backward"),
+    triton=Launcher("aggregate", "backward"),
 )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from ._op import define_op, launcher, wide
+from ._op import Launcher, define_op, wide
 from .pgd_step import check, direction, per_sample, project
 
 #: l1 is not among them: its steps adapt the share of the coordinates that move, which is another rule.
@@ -50,7 +50,7 @@ OP = define_op(
     "float lo, float hi) -> Tensor",
     reference=reference,
     fake=lambda x, grad, x_nat, previous, alpha, eps, momentum, norm, lo, hi: x.new_empty(x.shape),
-    triton=launcher("apgd_step", "forward"),
+    triton=Launcher("apgd_step", "forward"),
     replaces_many=("l2",),
 )
 

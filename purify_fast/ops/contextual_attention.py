@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._op import define_op, launcher, wide
+from ._op import Launcher, define_op, wide
 from .gated_elu import last_channels
 
 _SMALLEST_NORM = 1e-4
@@ -126,7 +126,7 @@ OP = define_op(
         keep.new_empty((keep.shape[0], 4, *correlation.shape[1:])),
         correlation.new_empty(correlation.shape),
     ),
-    triton=launcher("contextual_attention", "forward"),
+    triton=Launcher("contextual_attention", "forward"),
     replaces_many=True,
 )
 BACKWARD = define_op(
@@ -138,7 +138,7 @@ BACKWARD = define_op(
         correlation.new_empty(correlation.shape),
         inverse.new_empty(inverse.shape),
     ),
-    triton=launcher("contextual_attention", "backward"),
+    triton=Launcher("contextual_attention", "backward"),
     replaces_many=True,
 )
 

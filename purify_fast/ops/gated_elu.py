@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._op import define_op, launcher, wide
+from ._op import Launcher, define_op, wide
 
 
 def last_channels(x: Tensor) -> bool:
@@ -47,14 +47,14 @@ OP = define_op(
     "(Tensor features, int dim) -> Tensor",
     reference=lambda features, dim: reference(features, dim).contiguous(),
     fake=lambda features, dim: features.new_empty(_half(features, dim)),
-    triton=launcher("gated_elu", "forward"),
+    triton=Launcher("gated_elu", "forward"),
 )
 BACKWARD = define_op(
     "gated_elu_backward",
     "(Tensor grad, Tensor features, int dim) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, features, dim: features.new_empty(features.shape),
-    triton=launcher("gated_elu", "backward"),
+    triton=Launcher("gated_elu", "backward"),
 )
 
 

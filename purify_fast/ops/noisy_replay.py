@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from ._op import define_op, launcher, wide
+from ._op import Launcher, define_op, wide
 from .pgd_step import per_sample
 from .philox import Stream, check_stream, philox
 
@@ -45,7 +45,7 @@ OP = define_op(
     " -> Tensor",
     reference=reference,
     fake=lambda x, x_adv, drift, tau, eps, seed, sample_ids, lo, hi: x.new_empty(x.shape),
-    triton=launcher("noisy_replay", "forward"),
+    triton=Launcher("noisy_replay", "forward"),
     replaces_many=True,
 )
 

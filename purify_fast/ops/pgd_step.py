@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from ._op import define_op, launcher, wide
+from ._op import Launcher, define_op, wide
 
 NORMS = ("linf", "l2", "l1")
 #: The share of the coordinates that an l1 step moves, this package's own choice. SLIDE's implementation in cleverhans
@@ -124,7 +124,7 @@ OP = define_op(
     "-> Tensor",
     reference=reference,
     fake=lambda x, grad, x_nat, alpha, eps, norm, lo, hi, density: x.new_empty(x.shape),
-    triton=launcher("pgd_step", "forward"),
+    triton=Launcher("pgd_step", "forward"),
     replaces_many=("l2", "l1"),
 )
 

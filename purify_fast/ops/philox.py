@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._op import define_op, launcher
+from ._op import Launcher, define_op
 
 _MASK = 0xFFFFFFFF
 _ROUND = (0xD2511F53, 0xCD9E8D57)
@@ -98,7 +98,7 @@ OP = define_op(
     " -> Tensor",
     reference=reference,
     fake=_fake,
-    triton=launcher("philox", "philox"),
+    triton=Launcher("philox", "philox"),
     replaces_many=True,
 )
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .._compat import renamed_arguments
-from ._op import define_op, launcher, wide
+from ._op import Launcher, define_op, wide
 from .philox import Stream, check_stream, philox
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -152,7 +152,7 @@ OP = define_op(
     "SymInt num_passes, SymInt samples, bool shared_mask, ScalarType dtype, bool channels_last) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    triton=launcher("random_transform", "forward"),
+    triton=Launcher("random_transform", "forward"),
     replaces_many=True,
 )
 BACKWARD = define_op(
@@ -160,7 +160,7 @@ BACKWARD = define_op(
     "(Tensor grad, Tensor x, Tensor owners, Tensor seed, Tensor sample_ids, float sigma, SymInt num_passes) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, x, owners, seed, sample_ids, sigma, num_passes: x.new_empty(x.shape),
-    triton=launcher("random_transform", "backward"),
+    triton=Launcher("random_transform", "backward"),
     replaces_many=True,
 )
 

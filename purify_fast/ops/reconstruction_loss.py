@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._tensors import per_image
-from ._op import define_op, launcher, wide
+from ._op import Launcher, define_op, wide
 
 
 def reference(logits: Tensor, target: Tensor) -> Tensor:
@@ -38,14 +38,14 @@ OP = define_op(
     "(Tensor logits, Tensor target) -> Tensor",
     reference=reference,
     fake=lambda logits, target: wide(logits).new_empty(logits.shape[0]),
-    triton=launcher("reconstruction_loss", "forward"),
+    triton=Launcher("reconstruction_loss", "forward"),
 )
 BACKWARD = define_op(
     "reconstruction_loss_backward",
     "(Tensor grad, Tensor logits, Tensor target) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, logits, target: logits.new_empty(logits.shape),
-    triton=launcher("reconstruction_loss", "backward"),
+    triton=Launcher("reconstruction_loss", "backward"),
 )
 
 

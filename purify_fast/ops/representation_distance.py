@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from ._op import define_op, launcher, wide
+from ._op import Launcher, define_op, wide
 from .gated_elu import last_channels
 
 KINDS = ("abs_cosine", "cosine", "angular", "l2")
@@ -98,7 +98,7 @@ OP = define_op(
     "(Tensor[] student, Tensor[] teacher, int kind) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    triton=launcher("representation_distance", "forward"),
+    triton=Launcher("representation_distance", "forward"),
     replaces_many=("several",),
 )
 BACKWARD = define_op(
@@ -106,7 +106,7 @@ BACKWARD = define_op(
     "(Tensor grad, Tensor[] student, Tensor[] teacher, Tensor slopes) -> Tensor[]",
     reference=reference_backward,
     fake=lambda grad, student, teacher, slopes: [x.new_empty(x.shape) for x in student],
-    triton=launcher("representation_distance", "backward"),
+    triton=Launcher("representation_distance", "backward"),
     replaces_many=("several",),
 )
 

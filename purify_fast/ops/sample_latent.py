@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._op import define_op, launcher, wide
+from ._op import Launcher, define_op, wide
 from .philox import Stream, check_stream, philox
 
 
@@ -45,7 +45,7 @@ OP = define_op(
     "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor)",
     reference=reference,
     fake=lambda mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), wide(mu).new_empty(mu.shape[0])),
-    triton=launcher("sample_latent", "forward"),
+    triton=Launcher("sample_latent", "forward"),
     replaces_many=True,
 )
 BACKWARD = define_op(
@@ -53,7 +53,7 @@ BACKWARD = define_op(
     "(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor)",
     reference=reference_backward,
     fake=lambda grad_z, grad_kl, mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), logvar.new_empty(mu.shape)),
-    triton=launcher("sample_latent", "backward"),
+    triton=Launcher("sample_latent", "backward"),
     replaces_many=True,
 )
 

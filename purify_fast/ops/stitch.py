@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._op import define_op, launcher
+from ._op import Launcher, define_op
 from .random_transform import DTYPES, on_pixels
 
 
@@ -52,7 +52,7 @@ OP = define_op(
     "(Tensor images, Tensor owners, SymInt passes) -> Tensor",
     reference=reference,
     fake=lambda images, owners, passes: _like(images, owners.shape[0] * owners.shape[1]),
-    triton=launcher("stitch", "forward"),
+    triton=Launcher("stitch", "forward"),
     replaces_many=True,
 )
 BACKWARD = define_op(
@@ -60,7 +60,7 @@ BACKWARD = define_op(
     "(Tensor grad, Tensor owners, SymInt passes) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, owners, passes: _like(grad, grad.shape[0] * passes),
-    triton=launcher("stitch", "backward"),
+    triton=Launcher("stitch", "backward"),
     replaces_many=True,
 )
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.representation import evaluation_mode
 from .lookahead import Lookahead
 
 Metrics = dict[str, Tensor]
@@ -153,15 +154,11 @@ def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> 
         ValueError: the message says what does not fit.
     """
     weight = next(model.parameters())
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        logits = model(torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype))
+        with evaluation_mode(model):
+            logits = model(torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype))
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"x: the model does not take images of {list(shape)}: {error}") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     check_labels(classes, logits.shape[1])
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._tensors import first_tensor
+from ...models.representation import evaluation_mode
 from ...protocols import HasOriginalLoss
 from .generators.deepfill import DeepFillGenerator
 from .generators.masked_autoencoder import MaskedAutoencoder
@@ -87,18 +88,13 @@ class PurifierAdapter(nn.Module):
         packed[1, channels + 1, : (h + 1) // 2] = 1
         name = type(self.module).__name__
         given = f"[2, {channels + 2 if self.takes_packed else channels}, {h}, {w}] and masks [2, 1, {h}, {w}]"
-        training = [(module, module.training) for module in self.module.modules()]
-        self.module.eval()
         try:
-            with torch.no_grad():
+            with evaluation_mode(self.module), torch.no_grad():
                 version = packed._version
                 images = self._run(packed)
                 self._overwrites = packed._version != version
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"purifier: {name} does not run on images {given}: {error}") from error
-        finally:
-            for module, mode in training:
-                module.training = mode
         want = (2, channels, h, w)
         shapes = [list(image.shape) if isinstance(image, Tensor) else type(image).__name__ for image in images]
         if not images or any(not isinstance(image, Tensor) or image.shape != want for image in images):
