@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .._compat import old_settings
+from .._files import OnFull
 from .._validation import check_literal
 from .attack import TrainingAttack
 
@@ -27,6 +28,8 @@ class FitConfig:
         validation_every: epochs from one validation to the next; the last epoch's end has one in any case.
         keep_best: "off" leaves the weights of the run's end; "loss" and "accuracy" leave those of the validation with
             the lowest loss or the highest accuracy, under the training's own attack at its full eps.
+        on_full: "stop" ends the run when its disk is full, with the last checkpoint kept; "wait" tries again every few
+            seconds until there is room.
 
     Raises:
         ValueError: a setting out of range; the message names it.
@@ -41,9 +44,11 @@ class FitConfig:
     validation_share: float = 0.0
     validation_every: int = 1
     keep_best: KeepBest = "off"
+    on_full: OnFull = "stop"
 
     def __post_init__(self) -> None:
         check_literal("keep_best", self.keep_best, KeepBest)
+        check_literal("on_full", self.on_full, OnFull)
         for name in ("epochs", "batch_size", "validation_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

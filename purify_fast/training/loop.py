@@ -101,7 +101,7 @@ def fit(
     checkpoints = Checkpointer(run, folder, source.reproducible)
     checkpoints.resume(source.device)
     validate = None if held is None else Validation(run, held, folder)
-    log = [] if folder is None or rank else [JsonlLog(folder / "log.jsonl", run.step)]
+    log = [] if folder is None or rank else [JsonlLog(folder / "log.jsonl", run.step, config.on_full)]
     size, unit = (1, "step") if source.batch_size is None else (source.batch_size, "img")
     bar = ProgressBar(title, run.total * size, run.step * size, unit, progress and rank == 0)
     listeners = [] if rank else [*log, bar, *callbacks]

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from .. import _compat
 from .._process import processes
-from .checkpoint import read_tree, write_tree
+from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
 from .config import FitConfig
 from .distributed import from_first, gathered
 from .epoch import finite
 from .sources import Source
 from .task import Task
+
+#: Settings of the loop that say nothing about the weights of an undisturbed run.
+NO_FACTS = ("checkpoint_seconds", "on_full")
 
 
 class Run:
@@ -42,8 +45,8 @@ class Run:
     def __init__(self, task: Task, config: FitConfig, source: Source, validation: str | None = None):
         self.task, self.config, self.steps = task, config, source.steps
         settings = asdict(config)
-        # when checkpoints are written says nothing about the weights
-        del settings["checkpoint_seconds"]
+        for name in NO_FACTS:
+            del settings[name]
         self.facts = {"data": source.description, **settings, **task.describe()}
         if validation is not None:
             self.facts["validation"] = validation
@@ -126,13 +129,12 @@ class Checkpointer:
 
     Args:
         run: the run.
-        folder: where ``checkpoint.safetensors`` is kept; None keeps nothing.
+        folder: where ``checkpoint.safetensors`` and the one before it are kept; None keeps nothing.
         within_epochs: whether a run can be resumed in the middle of an epoch.
     """
 
     def __init__(self, run: Run, folder: Path | None, within_epochs: bool):
-        self.run, self.within_epochs = run, within_epochs
-        self.path = None if folder is None else folder / "checkpoint.safetensors"
+        self.run, self.folder, self.within_epochs = run, folder, within_epochs
         self.saved_at = time.monotonic()
 
     def resume(self, device: torch.device) -> None:
@@ -154,21 +156,23 @@ class Checkpointer:
         self.run.load(saved, device)
 
     def _read(self) -> dict[str, Any] | None:
-        if self.path is not None:
+        saved = None
+        if self.folder is not None:
             # of a run that was killed while it wrote
-            for stale in self.path.parent.glob(f".{self.path.stem}-*"):
+            for stale in self.folder.glob(f".{Path(CHECKPOINT).stem}-*"):
                 stale.unlink()
-        if self.path is None or not self.path.is_file():
+            saved = last_checkpoint(self.folder, set_aside=True)
+        if self.folder is None or saved is None:
             return None if processes()[1] == 1 else self.run.state()
-        saved = _compat.checkpoint(read_tree(self.path))
-        refuse_another(self.path.parent, saved["facts"], self.run.facts)
+        saved = _compat.checkpoint(saved)
+        refuse_another(self.folder, saved["facts"], self.run.facts)
         return saved
 
     def save(self) -> None:
         """Write the checkpoint."""
         # without the other processes, so that they need not agree on when
-        if self.path is not None and processes()[0] == 0:
-            write_tree(self.path, self.run.state())
+        if self.folder is not None and processes()[0] == 0:
+            save_checkpoint(self.folder, self.run.state(), self.run.config.on_full)
         self.saved_at = time.monotonic()
 
     def save_if_due(self) -> None:
@@ -178,7 +182,7 @@ class Checkpointer:
             FloatingPointError: they are not; the last checkpoint stays.
         """
         due = time.monotonic() - self.saved_at >= self.run.config.checkpoint_seconds
-        if self.path is None or not due or not self.within_epochs:
+        if self.folder is None or not due or not self.within_epochs:
             return
         if self.run.healthy():
             self.save()
