@@ -98,6 +98,8 @@ class JsonlLog(Callback):
     def on_epoch(self, state: TrainingState) -> None:
         place = {"epoch": state.epoch, "step": state.step}
         speed = {"learning_rate": state.learning_rate, "images_per_second": round(state.images_per_second, 1)}
+        # a run that went back comes to an epoch twice
+        self.rows = [row for row in self.rows if row["step"] < state.step]
         self.rows.append({**place, **state.metrics, **speed})
         self._write()
 

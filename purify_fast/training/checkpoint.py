@@ -57,7 +57,7 @@ def restore(tree: Any, tensors: list[Tensor]) -> Any:
     return value
 
 
-# -- seals --------------------------------------------------------------------------------------------------------------
+# -- seals ------------------------------------------------------------------------------------------------------------
 
 
 def _hash() -> hashlib.blake2b:
@@ -68,14 +68,23 @@ def _sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple
     """The parts of a safetensors file with a checksum of itself, and the checksum."""
     # clone: safetensors refuses tensors that share memory
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    data = to_bytes(copies, {**metadata, "version": __version__, "checksum": _ZEROS.decode()})
+    data = to_bytes(copies)
+    size = int.from_bytes(data[:8], "little")
+    # written again here, since safetensors orders metadata at random, and equal contents are to be equal files
+    own = {**metadata, "version": __version__, "checksum": _ZEROS.decode()}
+    text = json.dumps({"__metadata__": own, **json.loads(data[8 : 8 + size])}, separators=(",", ":")).encode()
+    # the format wants tensors at multiples of 8
+    header = text.ljust(-(-len(text) // 8) * 8)
+    head = len(header).to_bytes(8, "little") + header
     # quotes inside other entries are escaped, so that this is found once
-    at = data.index(_IN_HEADER + _ZEROS) + len(_IN_HEADER)
+    at = head.index(_IN_HEADER + _ZEROS) + len(_IN_HEADER)
+    body = memoryview(data)[8 + size :]
     content = _hash()
-    content.update(data)
+    content.update(head)
+    content.update(body)
     digits = content.hexdigest()
-    view = memoryview(data)
-    return [view[:at], memoryview(digits.encode()), view[at + len(_ZEROS) :]], digits
+    sealed = head[:at] + digits.encode() + head[at + len(_ZEROS) :]
+    return [memoryview(sealed), body], digits
 
 
 def _write_parts(path: Path, parts: list[memoryview], previous: Path | None = None) -> None:
@@ -128,7 +137,7 @@ def check_seal(path: Path) -> None:
         raise ValueError("its checksum is not that of its content: it changed after it was written")
 
 
-# -- checkpoints --------------------------------------------------------------------------------------------------------
+# -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def write_tree(path: Path, tree: Any, previous: Path | None = None) -> None:
@@ -220,7 +229,7 @@ def _set_aside(path: Path) -> Path:
     return place
 
 
-# -- saved models -------------------------------------------------------------------------------------------------------
+# -- saved models -----------------------------------------------------------------------------------------------------
 
 
 def save_model(

@@ -11,6 +11,7 @@ from .._validation import check_literal
 from .attack import TrainingAttack
 
 KeepBest = Literal["off", "loss", "accuracy"]
+OnNan = Literal["stop", "back_off"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class FitConfig:
             the lowest loss or the highest accuracy, under the training's own attack at its full eps.
         on_full: "stop" ends the run when its disk is full, with the last checkpoint kept; "wait" tries again every few
             seconds until there is room.
+        on_nan: "stop" ends a run whose loss or weights are no longer finite, with the last checkpoint kept; "back_off"
+            returns to that checkpoint and goes on with half of the learning rate, at most 5 times.
 
     Raises:
         ValueError: a setting out of range; the message names it.
@@ -45,10 +48,12 @@ class FitConfig:
     validation_every: int = 1
     keep_best: KeepBest = "off"
     on_full: OnFull = "stop"
+    on_nan: OnNan = "stop"
 
     def __post_init__(self) -> None:
         check_literal("keep_best", self.keep_best, KeepBest)
         check_literal("on_full", self.on_full, OnFull)
+        check_literal("on_nan", self.on_nan, OnNan)
         for name in ("epochs", "batch_size", "validation_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

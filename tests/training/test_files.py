@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -194,3 +195,32 @@ def test_without_second_names_the_checkpoint_before_it_is_kept_too(tmp_path, mon
             temporary.write_text(content)
     assert (tmp_path / "f").read_text() == "second" and (tmp_path / "before").read_text() == "first"
     assert last_checkpoint(tmp_path) is None
+
+
+LONG = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+import test_files as t
+torch.set_num_threads(1)
+print("ready", flush=True)
+torch.save(t.train(sys.argv[1], epochs=int(sys.argv[3]), checkpoint_seconds=1000), sys.argv[1] + "-weights")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_sigterm_leaves_a_checkpoint_of_the_last_step(tmp_path):
+    """A run that is asked to end, as by a cluster's scheduler, loses nothing."""
+    words = [sys.executable, "-c", LONG, str(tmp_path / "run"), os.path.dirname(__file__)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*words, "80"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    while not (tmp_path / "run" / CHECKPOINT).is_file():
+        time.sleep(0.01)
+    process.terminate()
+    errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 143, errors
+    step = read_tree(tmp_path / "run" / CHECKPOINT)["step"]
+    assert f"ended by SIGTERM after step {step} of 320; its checkpoint is in {tmp_path / 'run'}" in errors
+    whole = train(None, epochs=80)
+    again = train(tmp_path / "run", epochs=80, checkpoint_seconds=1000)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
