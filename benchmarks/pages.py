@@ -1,8 +1,8 @@
 """What README and docs take from results files: tables between markers, single values between markers.
 
-A page holds ``<!-- table: NAME -->`` ... ``<!-- end -->`` around a table, and ``<!-- value: STUDY/MODEL/ATTACK -->`` ...
-``<!-- end -->`` around one number. `fill` writes both again from ``benchmarks/results``, so that no number that a results
-file holds is typed by hand.
+A page holds ``<!-- table: NAME -->`` ... ``<!-- end -->`` around a table, and around one number
+``<!-- value: STUDY/MODEL/ATTACK -->`` ... ``<!-- end -->``. `fill` writes both again from ``benchmarks/results``, so that
+no number that a results file holds is typed by hand.
 """
 
 from __future__ import annotations
@@ -211,8 +211,8 @@ def anchors(page: Path) -> set[str]:
 def typed_numbers(page: Path, results: Path) -> list[str]:
     """Numbers in a page's sentences that neither its own generated tables nor the results that it names hold.
 
-    Looked at are numbers with decimals, outside of code, generated tables and generated values. Two comments say where a
-    number is from: ``<!-- numbers from: carso_mnist, atop_digits -->`` names studies, and
+    Looked at are numbers with decimals, outside of code, generated tables and generated values. Two comments say where
+    a number is from: ``<!-- numbers from: carso_mnist, atop_digits -->`` names studies, and
     ``<!-- not measured here: 0.25, 1.1 -->`` the numbers that are no measurements of this package, such as settings,
     versions and figures of papers.
 

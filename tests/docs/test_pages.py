@@ -31,7 +31,8 @@ def test_tables_are_filled_from_the_studies_files(tmp_path):
 
 
 def test_values_are_read_from_the_studies():
-    text = "keeps <!-- value: carso_mnist/CARSO pipeline/worst -->1.0<!-- end --> % of <!-- value: carso_digits/base/autoattack --><!-- end -->"
+    names = ("carso_mnist/CARSO pipeline/worst", "carso_digits/base/autoattack")
+    text = "keeps " + " % of ".join(f"<!-- value: {name} -->1.0<!-- end -->" for name in names)
     filled, missing = pages.filled(text, RESULTS)
     assert "-->77.9<!-- end -->" in filled and "-->30.9<!-- end -->" in filled and not missing
     with pytest.raises(KeyError, match="no such attack of CARSO pipeline"):
