@@ -1,8 +1,8 @@
 """What README and docs take from results files: tables between markers, single values between markers.
 
 A page holds ``<!-- table: NAME -->`` ... ``<!-- end -->`` around a table, and around one number
-``<!-- value: STUDY/MODEL/ATTACK -->`` ... ``<!-- end -->``. `fill` writes both again from ``benchmarks/results``, so that
-no number that a results file holds is typed by hand.
+``<!-- value: STUDY/MODEL/ATTACK -->`` ... ``<!-- end -->``. `fill` writes both again from ``benchmarks/results``, so
+that no number that a results file holds is typed by hand.
 """
 
 from __future__ import annotations
