@@ -151,6 +151,14 @@ class PassesOn(Protocol):
         """The same wrapper around what ``replace`` makes of the model inside."""
 
 
+@runtime_checkable
+class PreparesReplay(Protocol):
+    """Keeps something that it computes from its weights, which replays of a captured step read where it lies."""
+
+    def prepare_replay(self) -> None:
+        """Bring what is kept up to date, in place."""
+
+
 def supports(model: object, protocol: type) -> bool:
     """Whether the type of ``model`` has the methods of ``protocol``, one of this module's protocols of methods."""
     return issubclass(type(model), protocol)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, get_args
 from torch import Tensor
 
 from ..protocols import Classifier
+from ..speed.step_graphs import StepGraphs
 from .arguments import Fallen, Norm, check_eps, read_norm
 from .health import GradientHealth
 
@@ -46,6 +47,7 @@ class AttackContext:
         max_forward_batch: images in one forward pass at most; None: no limit.
         batch_size: images that an attack takes together, where it makes its own batches (`Attack.batches_itself`).
         health: counts gradients and movement, if given.
+        graphs: captures the steps of attacks on a CUDA device, if given.
         warnings: an attack appends what the reader of its result must know.
         found: an attack that tries several things adds to the name of each how many images fell to it.
     """
@@ -63,6 +65,7 @@ class AttackContext:
     max_forward_batch: int | None = None
     batch_size: int = 250
     health: GradientHealth | None = None
+    graphs: StepGraphs | None = None
     warnings: list[str] = field(default_factory=list)
     found: dict[str, int] = field(default_factory=dict)
 

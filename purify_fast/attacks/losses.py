@@ -27,7 +27,8 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
         y: true labels, int64 ``[B]``.
     """
     true = logits.gather(1, y[:, None])[:, 0]
-    others = logits.masked_fill(F.one_hot(y, logits.shape[1]).bool(), -torch.inf)
+    # one_hot would read the labels first, which a GPU must finish for
+    others = logits.scatter(1, y[:, None], -torch.inf)
     return others.amax(1) - true
 
 
