@@ -63,6 +63,14 @@ class GradientHealth:
         self._add("images", correct.sum())
         self._add("unmoved", (still & correct).sum())
 
+    def see_fallen(self, images: int) -> None:
+        """Count images that left the attack because they had fallen: they needed no movement.
+
+        Args:
+            images: how many.
+        """
+        self._add("images", images)
+
     def count(self, name: str) -> int:
         """``gradients``, ``nonfinite``, ``zero``, ``images`` or ``unmoved``."""
         return int(self._counts.get(name, 0))
