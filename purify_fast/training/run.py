@@ -27,8 +27,8 @@ from .task import Task
 
 logger = logging.getLogger("purify_fast")
 
-#: Settings of the loop that say nothing about the weights of an undisturbed run.
-NO_FACTS = ("checkpoint_seconds", "on_full", "on_nan")
+#: Settings of the loop that say how a run is carried out, not what comes of it.
+NO_FACTS = ("checkpoint_seconds", "on_full", "on_nan", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
 #: How often a run backs off, and what its learning rate is multiplied with each time.
 BACK_OFFS, BACK_OFF = 5, 0.5
 
@@ -241,7 +241,7 @@ class Checkpointer:
         found = from_first(self._read)
         assert found is not None
         watch.forget()
-        run.load(found, next(iter(run.sums.values())).device if run.sums else torch.device("cpu"))
+        run.load(found, watch.source.device)
         run.rate = scale
         if processes()[0] == 0:
             logger.warning("%s; back to step %d with %g of the learning rate", explained, run.step, scale)
