@@ -189,7 +189,7 @@ def save_checkpoint(folder: Path, tree: Any, on_full: OnFull = "stop") -> None:
 
 
 def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
-    """A run's last whole checkpoint: a damaged one is passed over for the one before it, which is said.
+    """A run's last whole checkpoint. Of a damaged one a warning tells, and the one before it is taken.
 
     Args:
         folder: the run's.
