@@ -19,7 +19,7 @@ import torch
 
 from purify_fast.speed import retain_freed_memory
 
-from . import gpu_check, performance, pipelines, report
+from . import front_page, gpu_check, performance, pipelines, report
 from .ops import registry
 from .running import RESULTS, folder, run_ops, run_pipelines
 from .studies import command, tables
@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(path / report.PIPELINES_TABLE)
         print(performance.write(RESULTS, DOCS))
         print(report.write_races(RESULTS))
+        print(front_page.write(DOCS.parent, RESULTS))
         for page in sorted(DOCS.glob("*.md")):
             for name in tables.fill(page, command.RESULTS):
                 print(f"{page} wants the table of {name}, which no study has written yet", file=sys.stderr)
