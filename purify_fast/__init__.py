@@ -5,7 +5,7 @@
 - `purify_fast.carso`, `purify_fast.atop`, `purify_fast.arrest`: each method's networks, settings and training.
 - `purify_fast.training`: the loop that the methods share. `purify_fast.data`: data sets.
 - `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks themselves.
-- `purify_fast.ops`: the fused operations.
+- `purify_fast.ops`: the fused operations. `purify_fast.zoo`: small trained models to attack.
 
 Each is imported when it is first used: PyTorch takes 1.8 seconds, which the command line's help does not wait for.
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from . import models as models
     from . import ops as ops
     from . import training as training
+    from . import zoo as zoo
     from .data import load_dataset as load_dataset
     from .evaluation import evaluate as evaluate
     from .methods import arrest as arrest
@@ -57,6 +58,7 @@ __all__ = [
     "ops",
     "save_classifier",
     "training",
+    "zoo",
 ]
 __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -77,4 +79,5 @@ __getattr__, __dir__ = lazy_exports(
     ops=".ops:",
     save_classifier=".training",
     training=".training:",
+    zoo=".zoo:",
 )
