@@ -1,19 +1,15 @@
-"""README's picture and tables: each number is read from a committed results file.
-
-`python -m benchmarks report` writes them between the page's markers, and a test holds that they are up to date.
-"""
+"""README's picture and tables, made from the committed results; `benchmarks.pages` writes the tables into the page."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-import re
 import statistics
 from pathlib import Path
 from typing import Any
 
-from purify_fast._files import atomic, write_text
+from purify_fast._files import atomic
 from purify_fast.evaluation.tables import markdown_table
 
 #: The row of a report that takes the worst over its attacks, image by image.
@@ -109,7 +105,7 @@ def speed_table(results: Path) -> str:
         "times `torch.compile`",
         "of the matrix rate",
     ]
-    return "\n".join(markdown_table(head, body))
+    return "\n".join([*markdown_table(head, body), "", ops_sentence(results)])
 
 
 def ops_sentence(results: Path) -> str:
@@ -128,45 +124,6 @@ def ops_sentence(results: Path) -> str:
         f"Over the {len(rows)} measured rows of the single operations, the C++ kernels are {compiled:.1f} times as "
         f"fast as `torch.compile` and {eager:.1f} times as fast as uncompiled PyTorch (geometric means)."
     )
-
-
-def blocks(results: Path) -> dict[str, str]:
-    """What stands between README's markers, by the marker's name.
-
-    Args:
-        results: the folder of committed results.
-    """
-    return {
-        "front_results": results_table(results),
-        "front_speed": f"{speed_table(results)}\n\n{ops_sentence(results)}",
-    }
-
-
-_BLOCK = re.compile(r"(<!-- table: (front_\w+) -->\n).*?(<!-- end -->)", re.S)
-
-
-def filled(page: str, results: Path) -> str:
-    """README with its tables as the results have them.
-
-    Args:
-        page: README's text, with the markers ``<!-- table: front_... -->`` and ``<!-- end -->``.
-        results: the folder of committed results.
-    """
-    tables = blocks(results)
-    return _BLOCK.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[3]}", page)
-
-
-def write(root: Path, results: Path) -> Path:
-    """Bring README's tables and its picture up to date.
-
-    Args:
-        root: the folder of the project.
-        results: the folder of committed results.
-    """
-    readme = root / "README.md"
-    write_text(readme, filled(readme.read_text(), results))
-    picture(results, root / "docs" / "pictures" / "claim.png")
-    return readme
 
 
 def picture(results: Path, path: Path) -> bool:

@@ -22,12 +22,15 @@ class StochasticDefence(nn.Module):
 
     _noise_seed: Tensor
     samples: int
+    #: What a captured step need not look at (`purify_fast.speed.dependencies`): memory for ids, not the ids in use.
+    not_dependencies = frozenset({"_kept_ids"})
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
         self._noise_ids: Tensor | None = None
+        self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         """A subclass with a ``forward`` of its own is attacked through that: `draw_logits` must agree with it."""
@@ -82,7 +85,10 @@ class StochasticDefence(nn.Module):
         Args:
             ids: int64 ``[B]``.
         """
-        before, self._noise_ids = self._noise_ids, ids
+        before = self._noise_ids
+        # A captured step reads the ids where they lay when it was captured: they are written there again.
+        kept = self._kept_ids.setdefault((len(ids), ids.device), ids.clone()) if before is None else ids.clone()
+        self._noise_ids = kept.copy_(ids)
         try:
             yield self
         finally:
@@ -109,7 +115,8 @@ class StochasticDefence(nn.Module):
             return seed, torch.arange(batch, device=device)
         if len(self._noise_ids) != batch:
             raise ValueError(f"noise_ids are of {len(self._noise_ids)} images, the batch has {batch}")
-        return seed, self._noise_ids
+        # copied as the fixed seed is
+        return seed, self._noise_ids.clone()
 
     @property
     def noise_is_off(self) -> bool:

@@ -67,7 +67,7 @@ def evaluate(
             batches (images, labels) or (images, labels, indices), which is read once and kept in memory.
         y: labels, int64 ``[N]``.
         eps: radius of the ball, in image units.
-        norm: of the ball: ``linf``, ``l2`` or ``l1`` (which `APGD` does not have).
+        norm: of the ball: ``linf``, ``l2`` or ``l1``.
         base: an undefended classifier: its adversarial images are tried on the defence.
         attacks: what to run: attacks of `purify_fast.attacks`, such as ``PGD()``; functions ``(model, x, y) -> x_adv``,
             which `as_attack` describes; or `AttackSpec` around either. None: `default_attacks`. Variants that the

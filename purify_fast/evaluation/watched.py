@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -31,6 +31,14 @@ class Watched(nn.Module):
             mode: is not looked at.
         """
         return self
+
+    def around(self, replace: Callable[[Classifier], Classifier]) -> Watched:
+        """The same counter around another model.
+
+        Args:
+            replace: makes that model of the one inside.
+        """
+        return watched(replace(self.model), self.bar)
 
     def forward(self, x: Tensor) -> Tensor:
         self.bar.update(len(x))
