@@ -138,7 +138,7 @@ class TrainArrest(DataCommand):
         from .. import _compat
         from ..training.attack import settings
         from ..training.checkpoint import read_tree
-        from ..training.run import refuse_another
+        from ..training.run import NO_FACTS, refuse_another
 
         path = self.out / "checkpoint.safetensors"
         if not path.is_file():
@@ -147,6 +147,6 @@ class TrainArrest(DataCommand):
         attack = self.method.attack
         wanted = {"task": "arrest", **settings(self.method), **asdict(self.loop)}
         wanted["alpha"] = attack.step_size(attack.eps)
-        # when checkpoints are written is no setting of a run
-        del wanted["checkpoint_seconds"]
+        for name in NO_FACTS:
+            del wanted[name]
         refuse_another(self.out, {name: saved.get(name) for name in wanted}, wanted)

@@ -10,6 +10,10 @@ from .._validation import check_literal
 from .attack import TrainingAttack
 
 KeepBest = Literal["off", "loss", "accuracy"]
+#: As `purify_fast.speed` has them, which takes PyTorch to import.
+CudaGraphs = Literal["auto", "always", "off"]
+CudnnBenchmark = Literal["auto", "on", "off"]
+FusedOptimizers = Literal["auto", "off"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,13 @@ class FitConfig:
         validation_every: epochs from one validation to the next; the last epoch's end has one in any case.
         keep_best: "off" leaves the weights of the run's end; "loss" and "accuracy" leave those of the validation with
             the lowest loss or the highest accuracy, under the training's own attack at its full eps.
+        cuda_graphs: "auto" captures a step of the training's attack once and replays it, on a CUDA device where
+            launching takes longer than computing; "always" wherever that is possible, "off" never. A graph needs the
+            memory of one attack step for itself.
+        cudnn_benchmark: "auto" lets cuDNN race its algorithms once for each shape, unless the process asks for
+            deterministic ones; "on" in any case, "off" leaves cuDNN as it is. A CUDA device only.
+        fused_optimizers: "auto" lets torch's optimizers step in one kernel on a CUDA device; "off" leaves them as they
+            were made.
 
     Raises:
         ValueError: a setting out of range; the message names it.
@@ -41,9 +52,15 @@ class FitConfig:
     validation_share: float = 0.0
     validation_every: int = 1
     keep_best: KeepBest = "off"
+    cuda_graphs: CudaGraphs = "auto"
+    cudnn_benchmark: CudnnBenchmark = "auto"
+    fused_optimizers: FusedOptimizers = "auto"
 
     def __post_init__(self) -> None:
         check_literal("keep_best", self.keep_best, KeepBest)
+        check_literal("cuda_graphs", self.cuda_graphs, CudaGraphs)
+        check_literal("cudnn_benchmark", self.cudnn_benchmark, CudnnBenchmark)
+        check_literal("fused_optimizers", self.fused_optimizers, FusedOptimizers)
         for name in ("epochs", "batch_size", "validation_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

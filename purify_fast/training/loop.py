@@ -28,6 +28,7 @@ from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
 from .distributed import from_first
 from .epoch import batch_of, set_learning_rate, train_step
+from .on_device import on_device
 from .run import Checkpointer, Run, diverged
 from .sources import HeldOut, Images, Source, held_out_source, step_seed, training_source
 from .task import Task
@@ -106,7 +107,7 @@ def fit(
     bar = ProgressBar(title, run.total * size, run.step * size, unit, progress and rank == 0)
     listeners = [] if rank else [*log, bar, *callbacks]
     devices = [source.device] if source.device.type == "cuda" else []
-    with bar, torch.random.fork_rng(devices):
+    with bar, torch.random.fork_rng(devices), on_device(task, config, source.device):
         if validate is not None and run.step < run.total:
             # before any work is done that a refusal would lose
             validate.check()
@@ -138,7 +139,8 @@ def _train_epoch(run: Run, source: Source, checkpoints: Checkpointer, listeners:
         set_learning_rate(task, task.learning_rate(run.step / run.total, epoch, config.epochs))
         measured = train_step(task, batch)
         for key, value in measured.items():
-            run.sums[key] = run.sums.get(key, torch.zeros((), device=source.device)) + value
+            wide = torch.promote_types(value.dtype, torch.float32)
+            run.sums[key] = run.sums[key] + value if key in run.sums else value.to(source.device, wide, copy=True)
         run.step += 1
         images += len(raw) * world
         state = _state(run, len(raw) * world, measured, epoch)

@@ -20,6 +20,9 @@ from .epoch import finite
 from .sources import Source
 from .task import Task
 
+#: Settings of the loop that say how a run is carried out, not what comes of it.
+NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
+
 
 class Run:
     """Where a run is, and what makes it this run and no other.
@@ -42,8 +45,8 @@ class Run:
     def __init__(self, task: Task, config: FitConfig, source: Source, validation: str | None = None):
         self.task, self.config, self.steps = task, config, source.steps
         settings = asdict(config)
-        # when checkpoints are written says nothing about the weights
-        del settings["checkpoint_seconds"]
+        for name in NO_FACTS:
+            del settings[name]
         self.facts = {"data": source.description, **settings, **task.describe()}
         if validation is not None:
             self.facts["validation"] = validation
