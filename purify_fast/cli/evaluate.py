@@ -63,6 +63,13 @@ class Evaluate(DataCommand):
         if self.eps is not None:
             refuse_large_radius(self.eps, self.norm or "linf")
 
+    def writes(self) -> Path:
+        if self.out is not None:
+            return self.out
+        name = zoo_name(self.folder)
+        # the folder of a model of the zoo belongs to the installed package
+        return (self.folder if name is None else Path("runs/zoo") / name) / "evaluation"
+
     def ball(self) -> tuple[float, str]:
         """The radius and the norm to attack with."""
         if self.eps is not None:
@@ -86,14 +93,6 @@ class Evaluate(DataCommand):
 
         card = zoo.card(name)
         return card.eps, card.norm
-
-    def report_folder(self) -> Path:
-        """Where the report goes."""
-        if self.out is not None:
-            return self.out
-        name = zoo_name(self.folder)
-        # the folder of a model of the zoo belongs to the installed package
-        return (self.folder if name is None else Path("runs/zoo") / name) / "evaluation"
 
     def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
         """What is attacked, and the classifier without its defence, if it is one."""
@@ -164,7 +163,7 @@ class Evaluate(DataCommand):
             "classifier": AttackSpec(PGD(), target="classifier"),
         }
         attacks += [more[name] for name in dict.fromkeys(self.also)]
-        out = self.report_folder()
+        out = self.writes()
         x, y, notes = self.chosen(images)
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(

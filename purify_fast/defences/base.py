@@ -217,7 +217,7 @@ class Defence(StochasticDefence):
         self.classifier.eval()
         if mode and self.fast is not None:
             # Weights and BatchNorm statistics may change from now on: what is packed is packed again when it is used.
-            self.fast.packed = None
+            self.fast.packed_from = None
         return self
 
 

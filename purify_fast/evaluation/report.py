@@ -95,6 +95,11 @@ class Report:
                     best[row.model, row.threat] = row
         return best
 
+    def _over_all(self, model: str, threat: str | None) -> Row | None:
+        """The worst over all images, if there is one."""
+        name = "worst" if threat is None else f"worst, {threat}"
+        return next((row for row in self.rows if (row.model, row.attack) == (model, name)), None)
+
     @property
     def headline(self) -> Row:
         """The lowest robust accuracy of the one model; ValueError if there are several, or no attack."""
@@ -144,7 +149,7 @@ class Report:
         """The headline of each model, a comparison if there are several, and the table of all rows."""
         lines = [", ".join(["# Robustness", *self._title()]), ""]
         for (model, threat), row in sorted(self.lowest.items(), key=lambda item: item[0][1] is not None):
-            lines.append(headline(model, threat, row))
+            lines.append(headline(model, threat, row, self._over_all(model, threat)))
         if len(self.models) > 1:
             lines += ["", "## Comparison", "", "Accuracy ± standard error, %.", "", *self.comparison()]
         lines += ["", "## Every row", ""]

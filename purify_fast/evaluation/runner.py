@@ -85,10 +85,10 @@ def evaluate(
         progress: whether to show a bar for each attack: forward passes of single images.
 
     Returns:
-        A `Report`: a clean row per variant, a row per attack, and rows named ``worst``: per image, over all attacks but
-        AutoAttack and those on a ``target`` (transfer, the classifier alone), of the variant
-        ("worst, ...") and over both; a row of survivors brings in what fell before it. Of any other threat model with
-        several attacks, a ``worst`` of its own.
+        A `Report`: a clean row per variant, a row per attack, and rows named ``worst``: per image over every row,
+        AutoAttack and transferred images included, of the variant ("worst, ...") and over all; a row of survivors
+        brings in what fell before it. Attacks on the first 200 images enter "worst, first 200" instead, with what all
+        others found on these. Of any other threat model with several attacks, a ``worst`` of its own.
 
     Raises:
         ValueError: a wrong shape, dtype, range or setting.

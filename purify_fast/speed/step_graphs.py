@@ -103,9 +103,13 @@ class Steps:
         """
         self.state |= values
 
-    def values(self) -> State:
-        """The state as it is now, in tensors that nothing writes to."""
-        return self.state
+    def values(self, *names: str) -> State:
+        """The state as it is now, in tensors that nothing writes to.
+
+        Args:
+            names: which tensors; none for all.
+        """
+        return {name: self.state[name] for name in names or self.state}
 
 
 class _Replays(Steps):
@@ -124,8 +128,8 @@ class _Replays(Steps):
             if value is not self.state[name]:
                 self.state[name].copy_(value)
 
-    def values(self) -> State:
-        return {name: value.clone() for name, value in self.state.items()}
+    def values(self, *names: str) -> State:
+        return {name: value.clone() for name, value in super().values(*names).items()}
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class StepGraphs:
         capture: what makes graphs; None: CUDA graphs, on CUDA devices.
 
     Attributes:
-        refusal: why the last loop could not be captured and never will be; None where it was, or may yet be.
+        refusal: why the last loop that was to be captured was not and never will be; None where it was, or may yet be.
 
     Raises:
         ValueError: an unknown mode, or a limit below 1.
@@ -185,7 +189,6 @@ class StepGraphs:
         Returns:
             The loop; replayed if the step is captured, or can be and is worth it.
         """
-        self.refusal = None
         device = next(iter(state.values())).device
         if self.mode == "off" or device.type != self.capture.kind or torch.compiler.is_compiling():
             return Steps(function, state)
@@ -202,8 +205,8 @@ class StepGraphs:
             base = hash_checked((function, shapes, device, _numerics(device)))
         except TypeError:
             return self._refuse(None, f"{_name(model)} cannot be hashed")
-        if base in self._refused:
-            self.refusal = self._refused[base]
+        self.refusal = self._refused.get(base)
+        if self.refusal is not None:
             return None
         for part in model.modules():
             if _prepares(cast(Hashable, type(part))):

@@ -174,4 +174,6 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"purify-fast\[demo\]"):
         plots.bars(report.rows, tmp_path / "x.png")
     report.save(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["report.html", "report.json", "report.md"] and "no pictures" in report.notes[0]
+    assert (
+        sorted(os.listdir(tmp_path)) == ["report.html", "report.json", "report.md"] and "no pictures" in report.notes[0]
+    )

@@ -177,7 +177,9 @@ def test_rows(full):
         "PGD-5 margin x2 through mean",
         "worst, random",
         "worst, deterministic",
+        "worst, fixed",
         "worst",
+        "worst, first 40",
     ]
     clean = full.row("clean")
     assert clean.accuracy > 0.8 and clean.n == 128 and clean.health is None
@@ -201,9 +203,15 @@ def test_rows(full):
 def test_worst_is_per_image(full):
     of = {label: full.row(label).robust for label in full.attacks}
     random = of["PGD-5 ce"] & of["PGD-5 dlr"] & of["FGSM ce"] & of["PGD-5 margin x2 through mean"]
+    random &= of["transfer from the base"]
     zero = of["PGD-5 ce, deterministic"] & of["PGD-5 dlr, deterministic"]
     assert np.array_equal(of["worst, random"], random) and np.array_equal(of["worst, deterministic"], zero)
-    assert np.array_equal(of["worst"], random & zero)
+    fixed = of["AutoAttack standard, 5 steps, 20 queries"]
+    assert np.array_equal(of["worst, fixed"], fixed) and np.array_equal(of["worst"], random & zero & fixed)
+    # an attack on fewer images neither lowers nor raises the row over all of them
+    few = full.row("worst, first 40")
+    assert np.array_equal(few.robust, of["worst"][:40] & of["AutoAttack rand, 5 steps, first 40"])
+    assert few.n == 40 and set(few.settings["over"]) == {*full.row("worst").settings["over"], few.settings["over"][-4]}
     assert full.headline.accuracy == min(r.accuracy for r in full.rows if r.kind != "clean")
 
 
@@ -237,7 +245,9 @@ def test_transfer_attacks_the_base_and_judges_the_defence(toy):
     report = evaluate(model, x, y, steps=3, n_eval=1, attacks=attacks, **QUIET)
     row = report.row("transfer")
     assert seen and row.accuracy > 0.7 and not row.reliable  # all its logits are equal: no gradient at all
-    assert row.settings["target"] == "Base" and [r.kind for r in report.rows] == ["clean", "pgd"]  # no own attack
+    assert row.settings["target"] == "Base" and [r.kind for r in report.rows] == ["clean", "pgd", "worst"]
+    # what was carried over is a success where it succeeds, and says nothing about the model's own gradients
+    assert np.array_equal(report.row("worst").robust, row.robust) and not report.row("worst").reliable
 
 
 def test_base_argument(toy):
@@ -703,7 +713,7 @@ def test_apgd_rows(toy):
     assert report.attacks == [
         "clean", "clean, deterministic", "APGD-4 ce", "APGD-4 dlr", "APGD-T 4", "APGD-4 ce x2, deterministic",
         "APGD-4 ce through mean, first 40", "APGD-T 2, 2 targets", "t",
-        "worst, random", "worst, deterministic", "worst",
+        "worst, random", "worst, deterministic", "worst", "worst, first 40",
     ]  # fmt: skip
     rows = {label: report.row(label) for label in report.attacks}
     targeted, one = rows["APGD-T 4"], rows["APGD-4 dlr"]
@@ -715,6 +725,7 @@ def test_apgd_rows(toy):
     assert one.health["images"] == one.settings["attacked"]
     assert one.health["gradients"] < targeted.health["gradients"] <= 9 * 4 * one.settings["attacked"]
     worst = rows["APGD-4 ce"].robust & one.robust & targeted.robust & rows["APGD-T 2, 2 targets"].robust
+    worst &= rows["t"].robust
     assert np.array_equal(rows["worst, random"].robust, worst)
     assert np.array_equal(rows["worst"].robust, worst & rows["APGD-4 ce x2, deterministic"].robust)
     assert rows["APGD-4 ce through mean, first 40"].n == 40
@@ -831,7 +842,8 @@ def test_unseen_rows(unseen):
 
 def test_other_threat_models_stay_out_of_the_headline_and_the_worst(unseen):
     of = {label: unseen.row(label).robust for label in unseen.attacks}
-    assert np.array_equal(of["worst"], of["PGD-8 ce"] & of["BPDA-8 ce"])  # neither transfer nor another ball
+    # with what was made on the classifier alone, without another ball
+    assert np.array_equal(of["worst"], of["PGD-8 ce"] & of["BPDA-8 ce"] & of[unseen.attacks[3]])
     assert np.array_equal(of["worst, L2 1"], of["BPDA-8 ce, L2 1"] & of["BPDA-8 dlr, L2 1"])
     assert of["worst, L2 1"].mean() < of["worst"].mean()
     assert unseen.headline.threat is None and unseen.headline.accuracy == of["worst"].mean()
@@ -912,6 +924,7 @@ def test_labels_name_the_threat_and_the_weak_protocol_once(shattered):
     assert [row.attack for row in report.rows[1:]] == [
         "BPDA in L2 0.5",
         "mine on the classifier alone (not adaptive), L2 0.5",
+        "worst, L2 0.5",
     ]
     assert report.headlines == {}
 
