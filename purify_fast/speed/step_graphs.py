@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .._validation import check_literal
 from ..ops._op import forced_backends
-from ..protocols import PreparesReplay
+from ..protocols import CountsImages, PreparesReplay
 from .cuda_capture import CudaCapture
 from .dependencies import dependencies
 from .precision import float32_settings
@@ -122,6 +122,8 @@ class _Replays(Steps):
 
     def take(self) -> None:
         self.captured.replay()
+        for counter, images in self.captured.counters:
+            counter.count(images)
 
     def put(self, **values: Tensor) -> None:
         for name, value in values.items():
@@ -134,10 +136,18 @@ class _Replays(Steps):
 
 @dataclass(frozen=True)
 class _Captured:
-    """A captured step: where its state lies, what launches it, and the objects whose identity it depends on."""
+    """A captured step.
+
+    Args:
+        buffers: where its state lies.
+        replay: launches it.
+        counters: the parts of its model that count images, and how many they count in a step.
+        objects: what it depends on by identity.
+    """
 
     buffers: State
     replay: Callable[[], None]
+    counters: list[tuple[CountsImages, int]]
     objects: list[Any]
 
 
@@ -200,7 +210,7 @@ class StepGraphs:
         model = function.model
         if not isinstance(model, nn.Module):
             return self._refuse(None, f"{_name(model)} is no torch.nn.Module: what it depends on cannot be seen")
-        shapes = tuple((name, value.shape, value.stride(), value.dtype) for name, value in state.items())
+        shapes = tuple((name, value.shape, value.stride(), value.dtype) for name, value in sorted(state.items()))
         try:
             base = hash_checked((function, shapes, device, _numerics(device)))
         except TypeError:
@@ -208,9 +218,8 @@ class StepGraphs:
         self.refusal = self._refused.get(base)
         if self.refusal is not None:
             return None
-        for part in model.modules():
-            if _prepares(cast(Hashable, type(part))):
-                cast(PreparesReplay, part).prepare_replay()
+        for part in _parts(model, PreparesReplay):
+            part.prepare_replay()
         values, objects = dependencies(model)
         key = (base, values)
         if key in self._captured:
@@ -249,9 +258,12 @@ class StepGraphs:
         def advance() -> None:
             _write(function(buffers), buffers)
 
+        counters: list[CountsImages] = _parts(function.model, CountsImages)
+        before = [counter.counted() for counter in counters]
         try:
             with _no_trace(device):
                 reason = self._trial(function, buffers, device)
+                counts = [counter.counted() - start for counter, start in zip(counters, before, strict=True)]
                 # the second call chooses nothing any more: its time is that of every later one
                 times = [] if reason else [self.capture.timed(lambda: _drop(function(buffers)), device) for _ in "12"]
                 if reason is None and self.mode == "auto" and times[-1][0] < LEAST_SHARE * times[-1][1]:
@@ -265,7 +277,11 @@ class StepGraphs:
                 replay = self.capture.record(advance, device)
         except RuntimeError as error:
             return self._refuse(base, f"the step cannot be captured ({str(error).strip().splitlines()[0]})")
-        return _Captured(buffers, replay, objects)
+        finally:
+            # none of these steps is one of the loop
+            for counter, start in zip(counters, before, strict=True):
+                counter.count(start - counter.counted())
+        return _Captured(buffers, replay, list(zip(counters, counts, strict=True)), objects)
 
     def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
         """Run the step once, and say what keeps it from being captured, if anything does."""
@@ -288,9 +304,14 @@ class StepGraphs:
         return None
 
 
+def _parts(model: nn.Module, protocol: Any) -> list[Any]:
+    """The modules of a model that have the methods of a protocol."""
+    return [part for part in model.modules() if _supports(cast(Hashable, type(part)), protocol)]
+
+
 @functools.lru_cache(maxsize=1024)
-def _prepares(kind: Any) -> bool:
-    return issubclass(kind, PreparesReplay)
+def _supports(kind: Any, protocol: Any) -> bool:
+    return issubclass(kind, protocol)
 
 
 def hash_checked(key: Any) -> Hashable:
