@@ -69,9 +69,8 @@ def main(folder: str | None = None, size: int = 32, layer: str = "model.stage", 
     print(evaluate(classifier, x, y, eps=4 / 255, attacks=[PGD(steps=5)], name="model", progress=False).to_text())
     defence = purify_fast.Carso(classifier, [layer], (3, size, size), cond_dim=32, latent_dim=8, samples=2).eval()
     print(evaluate(defence, x, y, eps=4 / 255, attacks=[PGD(steps=5)], name="CARSO", progress=False).to_text())
-    print(
-        "Images and weights are random here, and the purifier is untrained: these numbers mean nothing; train_carso_cifar10.py shows how it is trained."
-    )
+    print("The images are random and the purifier is untrained, so these numbers mean nothing.")
+    print("train_carso_cifar10.py shows how it is trained.")
 
 
 if __name__ == "__main__":
