@@ -10,8 +10,8 @@
 #include <algorithm>
 #include <cstring>
 
-// The widening products of Philox are one instruction of AVX-512, which no compiler finds in the portable loop: there it
-// multiplies 64 bits by 64. Both versions give the same bits; the loader chooses, as for the clones.
+// The widening products of Philox are one instruction of AVX-512, which no compiler finds in the portable loop: there
+// it multiplies 64 bits by 64. Both versions give the same bits; the loader chooses, as for the clones.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #include <immintrin.h>
 #define PF_PORTABLE __attribute__((target("default")))
@@ -45,8 +45,8 @@ PF_PORTABLE void fill_next(Key key, uint32_t group, uint32_t draw, uint32_t samp
   fill_words(key, c0, c1, c2, stream, w);
 }
 #if defined(PF_AVX512)
-// The words of 32 counters, eight to a register, each word in the lower half of a lane. What is left in the upper halves
-// is not looked at: the products take the lower ones.
+// The words of 32 counters, eight to a register, each word in the lower half of a lane. What is left in the upper
+// halves is not looked at: the products take the lower ones.
 constexpr int together = 4;  // registers whose rounds overlap
 PF_AVX512 inline void rounds(Key key, __m512i (&c)[4][together], uint32_t (*w)[lanes], int at) {
   const __m512i first = _mm512_set1_epi64(0xD2511F53), second = _mm512_set1_epi64(0xCD9E8D57);
