@@ -219,10 +219,8 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         pixels = wide(phases[:, 0])
         correlation = pixels @ pixels.mT
         inverse, keep = _inverse_norms(pixels, height, width), valid.to(features.dtype)
-        if OP.plain(features.device):
-            call = reference
-        else:
-            call = _Between.apply if needs_gradient(features) else OP.handle
+        kernel = _Between.apply if needs_gradient(features) else OP.handle
+        call = reference if OP.plain(features.device) else kernel
         spread, _weights = call(correlation, inverse, keep, height, width, float(scale))
         if last:
             out = (spread @ phases).view(batch, 2, 2, height, width, channels)
