@@ -20,7 +20,7 @@ import torch
 from purify_fast._lock import FolderInUse
 from purify_fast.speed import retain_freed_memory
 
-from . import gpu_check, pages, performance, pipelines, report
+from . import front_page, gpu_check, pages, performance, pipelines, report
 from .ops import registry
 from .running import RESULTS, folder, run_ops, run_pipelines
 from .studies import command
@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(path / report.PIPELINES_TABLE)
         print(performance.write(RESULTS, DOCS))
         print(report.write_races(RESULTS))
+        front_page.picture(RESULTS, DOCS / "pictures" / "claim.png")
         for page in pages.every_page():
             for name in pages.fill(page, RESULTS):
                 print(f"{page} wants the table {name}, whose results are not there yet", file=sys.stderr)

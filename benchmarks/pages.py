@@ -17,7 +17,7 @@ from pathlib import Path
 from purify_fast._files import write_text
 from purify_fast.evaluation.tables import markdown_table
 
-from . import performance, report
+from . import front_page, performance, report
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,6 +80,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "ops_served": ops_served,
     "pipelines_carso": lambda results: pipelines(results, "carso_inference", "carso_training"),
     "pipelines_atop": lambda results: pipelines(results, "atop_finetune"),
+    "front_results": front_page.results_table,
+    "front_speed": front_page.speed_table,
     "pipelines_arrest": lambda results: pipelines(results, "arrest_step"),
 }
 

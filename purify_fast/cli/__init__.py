@@ -1,4 +1,4 @@
-"""The command line: ``purify-fast demo | train classifier|carso|generator|atop|arrest | ablate | evaluate | info``.
+"""The command line: ``purify-fast demo | train ... | ablate | evaluate | report | zoo | info``.
 
 PyTorch takes 1.8 seconds to import. What reads the options does without it, so that help and refusals come at once:
 each command imports what computes when it runs.
@@ -24,10 +24,12 @@ from .evaluate import Evaluate
 from .info import Info
 from .option_types import Refused
 from .parsing import cli, overlays, parse
+from .report import ShowReport
 from .train_arrest import TrainArrest
 from .train_atop import TrainAtop, TrainGenerator
 from .train_carso import TrainCarso
 from .train_classifier import TrainClassifier
+from .zoo import Zoo
 
 __all__ = ["main"]
 
@@ -61,6 +63,8 @@ Commands = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[ShowReport, tyro.conf.subcommand("report")]
+    | Annotated[Zoo, tyro.conf.subcommand("zoo")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -75,6 +79,8 @@ _KINDS: dict[str, type[Command]] = {
         TrainArrest,
         Ablate,
         Evaluate,
+        ShowReport,
+        Zoo,
         Info,
     )
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast.attacks import GradientHealth, fgsm, frozen, pgd, pgd_and_fgsm
+from purify_fast.attacks import GradientHealth, apgd, fgsm, frozen, pgd, pgd_and_fgsm
 from purify_fast.attacks.draws import Objective
 from purify_fast.attacks.pgd import Ascent
 from purify_fast.defences import NoisyEnsemble
@@ -78,6 +78,21 @@ def test_captured_fgsm_and_the_shared_first_pass(model, batch, graphs, rerun, no
             for chosen in (None, graphs)
         )
         assert torch.equal(wanted, found) and rerun.recorded == recorded
+
+
+@pytest.mark.parametrize("norm", SIZES)
+@pytest.mark.parametrize("options", [{"loss": "dlr_targeted", "n_target_classes": 2}, {"leave_when_fallen": False}])
+def test_captured_apgd_gives_the_bits_of_eager_apgd(model, batch, graphs, rerun, norm, options):
+    x = batch[0]
+    # few images fall, and leave
+    y = model(x).argmax(1)
+    wanted, found = (
+        apgd(model, x, y, eps=SIZES[norm] / 8, norm=norm, steps=25, eot_iter=2, graphs=chosen, **options)
+        for chosen in (None, graphs)
+    )
+    assert torch.equal(wanted, found) and not torch.equal(found, x)
+    # in the l1 ball the steps are parted among three radii, and are too few to be captured at once
+    assert rerun.recorded >= 1 and graphs.refusal is None and (rerun.replayed >= 25 or norm == "l1")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
