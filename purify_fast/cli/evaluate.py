@@ -50,6 +50,12 @@ class Evaluate(DataCommand):
     """Images that are attacked together."""
     max_forward_batch: int | None = None
     """Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets which draws."""
+    cuda_graphs: Literal["auto", "always", "off"] = "auto"
+    """On a GPU, capture a step of an attack once and replay it: where launching takes longer than computing (auto),
+    wherever that is possible, or never."""
+    cudnn_benchmark: Literal["auto", "on", "off"] = "off"
+    """On a GPU, let cuDNN race its algorithms for each shape of a batch, which may change the last bits from run to
+    run; auto: unless the process asks for deterministic algorithms."""
     seed: int = 0
     """Seed of everything random."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
@@ -178,6 +184,8 @@ class Evaluate(DataCommand):
                 eot_iter=self.eot_iter,
                 batch_size=self.batch_size,
                 max_forward_batch=self.max_forward_batch,
+                cuda_graphs=self.cuda_graphs,
+                cudnn_benchmark=self.cudnn_benchmark,
                 seed=self.seed,
                 out=out,
                 name=zoo_name(self.folder) or self.folder.name,
