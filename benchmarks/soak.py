@@ -234,7 +234,9 @@ class Soak:
             shutil.rmtree(folder, ignore_errors=True)
         kinds = [kind for kind in self.faults if self.applies(kind, command)]
         # a kill is what happens most
-        chosen = [self.draw.choice([*kinds, "SIGKILL", "SIGKILL"]) for _ in range(self.draw.randint(1, 4))]
+        kills = ["SIGKILL"] * (1 if command.name == "demo" else self.draw.randint(1, 4))
+        chosen = [*kills, *(self.draw.choice(kinds) for _ in range(self.draw.randint(0, 2)))]
+        self.draw.shuffle(chosen)
         for kind in chosen:
             self.faults[kind](command, out)
         code, errors = ended(start(command, out))
@@ -264,7 +266,9 @@ class Soak:
         return True
 
     def moment(self, command: Command) -> float:
-        return self.draw.uniform(0.02, 1.05) * self.seconds[command.name]
+        # a process needs seconds to begin with its work: not every fault is to fall into these
+        first = 0.02 if self.draw.random() < 0.25 else min(0.6, 4.0 / self.seconds[command.name])
+        return self.draw.uniform(first, 1.05) * self.seconds[command.name]
 
     def disturb(
         self,
