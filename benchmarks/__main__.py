@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from purify_fast._lock import FolderInUse
 from purify_fast.speed import retain_freed_memory
 
 from . import gpu_check, pages, performance, pipelines, report
@@ -114,4 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FolderInUse as error:
+        sys.exit(f"python -m benchmarks: {error}")

@@ -23,16 +23,13 @@ from .base import AttackContext, BallAttack
 from .draws import Objective
 from .engine.active_set import ActiveSet
 from .engine.auto_pgd import run, run_from_larger
-from .engine.gradient_copy import gradient_copy
+from .engine.gradient_copy import COMPARED, gradient_copy
 from .engine.judge import Judge
 from .engine.step_size import Schedule
 from .engine.waves import Waves, likeliest_wrong
 from .frozen_model import frozen
 from .health import GradientHealth
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, usable_loss
-
-#: Images of the batch on which a copy for gradients is compared with the model.
-COMPARED = 8
 
 
 @renamed_arguments(targets="n_target_classes", eot="eot_iter", chunk="max_forward_batch", lo="clip_min", hi="clip_max")

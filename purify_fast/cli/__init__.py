@@ -10,10 +10,12 @@ import contextlib
 import os
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from .._lock import folder_lock
 from .ablate import Ablate
 from .command import Command
 from .demo import Demo
@@ -48,6 +50,10 @@ class Train:
         from ..training.distributed import own_device
 
         replace(self.what, device=own_device(usable_device(self.what.device))).run()
+
+    def writes(self) -> Path | None:
+        """The run's folder, which the first of several processes writes; None in the others."""
+        return None if _rank() else self.what.writes()
 
 
 Commands = (
@@ -111,7 +117,16 @@ def _run(arguments: list[str]) -> None:
         from ..speed.allocator import retain_freed_memory
 
         retain_freed_memory()
+        stack.enter_context(folder_lock(_writable(command)))
         command.run()
+
+
+def _writable(command: Command | Train) -> Path | None:
+    """The folder that a command writes, if what it is for is there: a mistyped name makes no folder."""
+    folder = command.writes()
+    if isinstance(command, Evaluate) and not command.folder.is_dir():
+        return None
+    return folder
 
 
 def _rank() -> int:

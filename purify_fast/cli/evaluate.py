@@ -63,6 +63,9 @@ class Evaluate(DataCommand):
         if self.eps is not None:
             refuse_large_radius(self.eps, self.norm or "linf")
 
+    def writes(self) -> Path:
+        return self.folder / "evaluation" if self.out is None else self.out
+
     def ball(self) -> tuple[float, str]:
         """The radius and the norm to attack with."""
         if self.eps is not None:
@@ -145,7 +148,7 @@ class Evaluate(DataCommand):
             "classifier": AttackSpec(PGD(), target="classifier"),
         }
         attacks += [more[name] for name in dict.fromkeys(self.also)]
-        out = self.folder / "evaluation" if self.out is None else self.out
+        out = self.writes()
         x, y, notes = self.chosen(images)
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(

@@ -137,13 +137,13 @@ class TrainArrest(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         from .. import _compat
         from ..training.attack import settings
-        from ..training.checkpoint import read_tree
+        from ..training.checkpoint import last_checkpoint
         from ..training.run import NO_FACTS, refuse_another
 
-        path = self.out / "checkpoint.safetensors"
-        if not path.is_file():
+        found = last_checkpoint(self.out)
+        if found is None:
             return
-        saved = _compat.checkpoint(read_tree(path))["facts"]
+        saved = _compat.checkpoint(found)["facts"]
         attack = self.method.attack
         wanted = {"task": "arrest", **settings(self.method), **asdict(self.loop)}
         wanted["alpha"] = attack.step_size(attack.eps)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .._compat import old_settings
+from .._files import OnFull
 from .._validation import check_literal
 from .attack import TrainingAttack
 
 KeepBest = Literal["off", "loss", "accuracy"]
+OnNan = Literal["stop", "back_off"]
 #: As `purify_fast.speed` has them, which takes PyTorch to import.
 CudaGraphs = Literal["auto", "always", "off"]
 CudnnBenchmark = Literal["auto", "on", "off"]
@@ -31,6 +33,10 @@ class FitConfig:
         validation_every: epochs from one validation to the next; the last epoch's end has one in any case.
         keep_best: "off" leaves the weights of the run's end; "loss" and "accuracy" leave those of the validation with
             the lowest loss or the highest accuracy, under the training's own attack at its full eps.
+        on_full: "stop" ends the run when its disk is full, with the last checkpoint kept; "wait" tries again every few
+            seconds until there is room.
+        on_nan: "stop" ends a run whose loss or weights are no longer finite, with the last checkpoint kept; "back_off"
+            returns to that checkpoint and goes on with half of the learning rate, at most 5 times.
         cuda_graphs: "auto" captures a step of the training's attack once and replays it, on a CUDA device where
             launching takes longer than computing; "always" wherever that is possible, "off" never. A graph needs the
             memory of one attack step for itself.
@@ -52,6 +58,8 @@ class FitConfig:
     validation_share: float = 0.0
     validation_every: int = 1
     keep_best: KeepBest = "off"
+    on_full: OnFull = "stop"
+    on_nan: OnNan = "stop"
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
     fused_optimizers: FusedOptimizers = "auto"
@@ -61,6 +69,8 @@ class FitConfig:
         check_literal("cuda_graphs", self.cuda_graphs, CudaGraphs)
         check_literal("cudnn_benchmark", self.cudnn_benchmark, CudnnBenchmark)
         check_literal("fused_optimizers", self.fused_optimizers, FusedOptimizers)
+        check_literal("on_full", self.on_full, OnFull)
+        check_literal("on_nan", self.on_nan, OnNan)
         for name in ("epochs", "batch_size", "validation_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
