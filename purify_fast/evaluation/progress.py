@@ -27,16 +27,13 @@ class Progress:
     Args:
         name: of the model.
         shown: whether to show anything.
-        costs: forward passes of single images that each row takes at most, in order; None where it is not known.
+        costs: forward passes of single images that each row takes at most, in order; 0 where it is not known.
     """
 
-    def __init__(self, name: str, shown: bool, costs: Sequence[int | None]):
+    def __init__(self, name: str, shown: bool, costs: Sequence[int]):
         self.name, self.shown = name, shown
         self.lines = shown and not sys.stderr.isatty()
-        known = [cost for cost in costs if cost is not None]
-        # a row whose cost nobody knows is taken for an average one
-        guess = sum(known) // len(known) if known else 0
-        self.costs = [guess if cost is None else cost for cost in costs]
+        self.costs = list(costs)
         self.at, self.done = 0, 0
         self.began = self.last_line = time.monotonic()
 

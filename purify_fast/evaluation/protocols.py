@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from .._validation import check_literal
-from ..attacks import APGD, FAB, PGD, Attack, AutoAttack, Square
+from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
 from ..attacks.autoattack import implementation
+from ..defences.aggregation import WithAggregation
 from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, supports
-from .specs import AttackSpec, Variant
+from .specs import AttackSpec
 from .surrogates import Surrogate, surrogates
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official"]
 
+#: How rows begin whose gradients are another aggregation's, or a surrogate's.
+HEAD_ROW, THROUGH = "APGD-T through the samples'", "by the gradients of"
 #: Draws that "rand" averages per step, as AutoAttack's version of that name.
 RAND_DRAWS = 20
 #: Further random starts of "strong", each a row of its own, so that the gain of the last one is seen.
@@ -66,9 +69,9 @@ def protocol_attacks(name: str, attacked: AttackedModel) -> list[AttackSpec]:
     return found
 
 
-def _left(attack: Attack, label: str | None = None, *, target: Classifier | None = None) -> AttackSpec:
+def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpec:
     """An attack on what the ones before it left."""
-    return AttackSpec(attack, label=label, target=target, survivors_only=True)
+    return AttackSpec(attack, label=label, survivors_only=True, **options)
 
 
 def _fast(attacked: AttackedModel) -> list[AttackSpec]:
@@ -76,7 +79,7 @@ def _fast(attacked: AttackedModel) -> list[AttackSpec]:
 
 
 def _standard(attacked: AttackedModel) -> list[AttackSpec]:
-    own = [_left(APGD()), _left(APGD(loss="dlr_targeted")), _left(FAB()), _left(Square())]
+    own = [_left(APGD()), _left(APGD(loss="dlr_targeted")), _left(FABT()), _left(Square())]
     return own + _without_noise(attacked)
 
 
@@ -93,25 +96,29 @@ def _rand(attacked: AttackedModel) -> list[AttackSpec]:
 
 
 def _strong(attacked: AttackedModel) -> list[AttackSpec]:
-    found = [_left(APGD()), _left(APGD(loss="dlr_targeted"))]
-    found.append(_left(APGD(loss="margin_targeted", n_target_classes=None, precision="float32")))
-    if supports(attacked.model, SampleLogits):
-        found += [
-            AttackSpec(APGD(loss="margin_targeted"), aggregation=head, survivors_only=True)
-            for head in HEADS
-        ]
-    found += [_transferred(s) for s in surrogates(attacked.model, attacked.some, attacked.num_classes)]
+    found = _standard(attacked)[:2]
+    every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
+    found.append(_left(every, "APGD-T margin, every target, float32"))
     found.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
-    found += [_left(FAB()), _left(Square())]
-    starts = [f"APGD-T from another random start, {i + 2} of {RESTARTS + 1}" for i in range(RESTARTS)]
+    if supports(attacked.model, SampleLogits):
+        found += [_head(attacked.model, head) for head in HEADS]
+    found += [_transferred(s) for s in surrogates(attacked.model, attacked.some, attacked.num_classes)]
+    found += [_left(FABT(n_target_classes=None)), _left(Square())]
     again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
-    return found + [_left(_Reseeded(again, i + 1), label) for i, label in enumerate(starts)]
+    for i in range(RESTARTS):
+        found.append(_left(again, f"APGD-T, every target, random start {i + 2} of {RESTARTS + 1}", seed=i + 1))
+    return found
+
+
+def _head(model: Classifier, aggregation: str) -> AttackSpec:
+    """An attacker's own aggregation of the samples; the defence judges by its own."""
+    head = WithAggregation(model, aggregation)  # type: ignore[arg-type]  # a model with sample_logits
+    return _left(APGD(loss="dlr_targeted"), f"{HEAD_ROW} {aggregation}", gradients_from=head)
 
 
 def _transferred(surrogate: Surrogate) -> AttackSpec:
-    # a copy is fooled first, and the model later: its image goes on when the copy has fallen
-    attack = APGD(loss="dlr_targeted", leave_when_fallen=False)
-    return _left(attack, f"APGD-T on {surrogate.name}, tried on the model", target=surrogate.model)
+    label = f"APGD-T {THROUGH} {surrogate.name}"
+    return _left(APGD(loss="dlr_targeted", precision="float32"), label, gradients_from=surrogate.model)
 
 
 def _official(attacked: AttackedModel) -> list[AttackSpec]:

@@ -38,8 +38,8 @@ class AttackSpec:
         survivors_only: attack only what the attacks before it, on this variant and in this threat model, left right.
             The row counts every image, as left after all of them. Cheap attacks first then save most of a costly one's
             work.
-        gradients_from: follow the gradients of this model, a surrogate, and have the defence itself judge every success;
-            only attacks that can (`purify_fast.attacks.APGD`).
+        gradients_from: follow the gradients of this model, a surrogate; the defence itself judges every success. Only
+            attacks that can follow them (`purify_fast.attacks.APGD`).
         seed: added to the evaluation's for this attack: another random start of the same attack is another row.
 
     Raises:
@@ -90,7 +90,7 @@ class AttackSpec:
 
     @property
     def other_model(self) -> Classifier | None:
-        """The model that is attacked in the defence's place, or whose gradients are followed; None where there is none."""
+        """The model that is attacked in the defence's place, or whose gradients are followed, if there is one."""
         return self.target if callable(self.target) else self.gradients_from
 
 

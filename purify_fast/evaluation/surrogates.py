@@ -113,7 +113,7 @@ class WithoutNoise(_Around):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        with self.model.deterministic():  # type: ignore[union-attr, operator]
+        with self.model.deterministic():  # type: ignore[attr-defined]
             return self.model(x)
 
 
