@@ -1,4 +1,4 @@
-"""The command line: ``purify-fast demo | train classifier|carso|generator|atop|arrest | ablate | evaluate | info``.
+"""``purify-fast demo | train classifier|carso|generator|atop|arrest | ablate | evaluate | tune | info``.
 
 PyTorch takes 1.8 seconds to import. What reads the options does without it, so that help and refusals come at once:
 each command imports what computes when it runs.
@@ -26,6 +26,7 @@ from .train_arrest import TrainArrest
 from .train_atop import TrainAtop, TrainGenerator
 from .train_carso import TrainCarso
 from .train_classifier import TrainClassifier
+from .tune import Tune
 
 __all__ = ["main"]
 
@@ -55,6 +56,7 @@ Commands = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -69,6 +71,7 @@ _KINDS: dict[str, type[Command]] = {
         TrainArrest,
         Ablate,
         Evaluate,
+        Tune,
         Info,
     )
 }
