@@ -65,7 +65,8 @@ def _attack(attack: Attack, target: Classifier, part: Tensor, subject: Subject, 
     found = attack.search(target, x, y, told)
     counts = {name: health.count(name) for name in COUNTS}
     seconds = time.perf_counter() - begin
-    return Batch(found.detach().cpu(), counts, _states(subject.device), seconds, told.warnings, told.found)
+    states = _states(subject.device)
+    return Batch(found.detach().cpu(), counts, states, seconds, warnings=told.warnings, fallen=told.found)
 
 
 def _states(device: torch.device) -> list[Tensor]:

@@ -119,14 +119,7 @@ def evaluate(
     check_at_least_one(
         steps=steps, eot_iter=eot_iter, n_eval=n_eval, batch_size=batch_size, max_forward_batch=max_forward_batch
     )
-    if protocol is not None and attacks is not None:
-        raise ValueError("give a protocol or a list of attacks, not both")
-    given = (default_attacks(base) if attacks is None else as_specs(attacks)) if protocol is None else []
-    if protocol is not None:
-        check_literal("protocol", protocol, ProtocolName)
-    if protocol == "official" or any(isinstance(spec.resolved, AutoAttack) for spec in given):
-        # if it is missing, no work is begun
-        implementation()
+    given = _given(protocol, attacks, base)
     about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}", "seed": str(seed)}
     about |= {} if dataset_name is None else {"dataset": dataset_name}
     report = Report(about=about | ({} if protocol is None else {"protocol": protocol}))
@@ -151,6 +144,23 @@ def evaluate(
     report.rows += worst(report.rows)
     report.notes += _nonfinite(report.rows)
     return report
+
+
+def _given(
+    protocol: str | None, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None, base: Classifier | None
+) -> list[AttackSpec]:
+    """The attacks that were listed, or the default ones; none where a protocol is named, which asks the model first."""
+    if protocol is not None:
+        check_literal("protocol", protocol, ProtocolName)
+        if attacks is not None:
+            raise ValueError("give a protocol or a list of attacks, not both")
+        given = []
+    else:
+        given = default_attacks(base) if attacks is None else as_specs(attacks)
+    if protocol == "official" or any(isinstance(spec.resolved, AutoAttack) for spec in given):
+        # if it is missing, no work is begun
+        implementation()
+    return given
 
 
 def _known(subject: Subject, base: Classifier | None) -> AttackedModel:
