@@ -6,6 +6,7 @@
 - `purify_fast.training`: the loop that the methods share. `purify_fast.data`: data sets.
 - `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks themselves.
 - `purify_fast.ops`: the fused operations. `purify_fast.speed`: what makes a frozen model fast.
+- `purify_fast.zoo`: small trained models to attack.
 - `purify_fast.models`, `purify_fast.defences`, `purify_fast.protocols`: classifiers, what every defence shares, and
   what the package asks of objects of yours.
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from . import protocols as protocols
     from . import speed as speed
     from . import training as training
+    from . import zoo as zoo
     from .data import load_dataset as load_dataset
     from .evaluation import evaluate as evaluate
     from .methods import arrest as arrest
@@ -67,6 +69,7 @@ __all__ = [
     "save_classifier",
     "speed",
     "training",
+    "zoo",
 ]
 __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -91,4 +94,5 @@ __getattr__, __dir__ = lazy_exports(
     save_classifier=".training",
     speed=".speed:",
     training=".training:",
+    zoo=".zoo:",
 )

@@ -159,6 +159,17 @@ class PreparesReplay(Protocol):
         """Bring what is kept up to date, in place."""
 
 
+@runtime_checkable
+class CountsImages(Protocol):
+    """Counts the images of its forward passes; a replay of a captured step runs none of its Python."""
+
+    def counted(self) -> int:
+        """How many it has counted."""
+
+    def count(self, images: int) -> None:
+        """Count so many more, or fewer if they are negative."""
+
+
 def supports(model: object, protocol: type) -> bool:
     """Whether the type of ``model`` has the methods of ``protocol``, one of this module's protocols of methods."""
     return issubclass(type(model), protocol)

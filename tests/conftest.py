@@ -117,6 +117,7 @@ class Rerun:
     Attributes:
         recorded: how many functions were captured.
         replayed: how often one was replayed.
+        replaying: whether one is being replayed.
         times: seconds of launching and of all, as `CudaCapture.timed` measures them.
         error: raised in place of a capture, if given.
     """
@@ -124,7 +125,7 @@ class Rerun:
     kind = "cpu"
 
     def __init__(self) -> None:
-        self.recorded, self.replayed = 0, 0
+        self.recorded, self.replayed, self.replaying = 0, 0, False
         self.times = (1.0, 1.0)
         self.error: RuntimeError | None = None
 
@@ -142,7 +143,9 @@ class Rerun:
 
         def replay() -> None:
             self.replayed += 1
+            self.replaying = True
             run()
+            self.replaying = False
 
         return replay
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .._compat import renamed_arguments
 from .._validation import check_literal
 from ..protocols import Classifier
+from ..speed.step_graphs import StepGraphs
 from .arguments import Fallen, Norm, NormName, Precision, check_at_least_one, check_images
 from .ball import ball_around
 from .base import AttackContext, BallAttack
@@ -57,6 +58,7 @@ def apgd(
     sample_ids: Tensor | None = None,
     max_forward_batch: int | None = None,
     health: GradientHealth | None = None,
+    graphs: StepGraphs | None = None,
     clip_min: float = 0.0,
     clip_max: float = 1.0,
 ) -> Tensor:
@@ -91,6 +93,7 @@ def apgd(
         sample_ids: int64 ``[B]``; an image's random start depends on the seed and its id alone. None: 0 .. B - 1.
         max_forward_batch: images in one forward pass at most; exact. None: no limit.
         health: counts gradients and, in every run, movement, if given.
+        graphs: on a CUDA device, captures what a step asks of the model, as of `pgd`; one graph for each batch size.
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
 
@@ -121,7 +124,7 @@ def apgd(
         goals = _goals(judge, x, y, loss, target=target, count=n_target_classes)
         active = ActiveSet(x, y, judge, leave=leave_when_fallen)
         source = gradient_copy(model, x[:COMPARED], precision) if gradients_from is None else gradients_from
-        objective = Objective(source, loss, eot_iter, max_forward_batch)
+        objective = Objective(source, loss, eot_iter, max_forward_batch, graphs)
         attack = run_from_larger if ball.norm == "l1" else run
         waves = Waves(x, y, ball, goals, restarts, seed=seed, ids=ids, most=most_rows)  # fmt: skip
         with frozen(source):
@@ -268,4 +271,5 @@ class APGD(BallAttack):
             seed=context.seed,
             sample_ids=context.sample_ids,
             health=context.health,
+            graphs=context.graphs,
         )

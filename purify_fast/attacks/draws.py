@@ -7,7 +7,7 @@ changes no result but by the rounding of sums.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import torch
@@ -45,12 +45,15 @@ class Objective:
         loss: a name of `purify_fast.attacks.LOSSES` or `TARGETED`.
         eot_iter: draws of a random model that are averaged.
         max_forward_batch: images in one forward pass at most; None: all draws of all images at once.
+        graphs: captures what attacks do with it on a CUDA device, if given.
     """
 
     model: Classifier
     loss: str = "ce"
     eot_iter: int = 1
     max_forward_batch: int | None = None
+    #: No part of what is computed.
+    graphs: StepGraphs | None = field(default=None, compare=False)
 
     def gradient(self, x: Tensor, y: Tensor) -> Gradient:
         """The gradient to images, and their score.
@@ -135,7 +138,7 @@ class Look:
 
 
 class Gradients:
-    """The gradients of one batch at one point after the other; captured and replayed, where there are graphs.
+    """The gradients of one batch at one point after the other; captured and replayed, if the objective has graphs.
 
     For an attack whose step is not captured as a whole.
 
@@ -144,16 +147,15 @@ class Gradients:
         like: images ``[B, ...]``, of the shape and dtype of every point.
         y: labels, as of `Objective.gradient`.
         points: at how many points it will look.
-        graphs: captures what the model computes, if given.
     """
 
-    def __init__(self, objective: Objective, like: Tensor, y: Tensor, points: int, graphs: StepGraphs | None = None):
+    def __init__(self, objective: Objective, like: Tensor, y: Tensor, points: int):
         self._objective, self._y, self._loop = objective, y, None
-        if graphs is not None:
+        if objective.graphs is not None:
             wide = torch.promote_types(like.dtype, torch.float32)
             zeros = torch.zeros(len(like), device=like.device)
             state = {"point": like, "y": y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
-            self._loop = graphs.begin(Look(objective), state, points)
+            self._loop = objective.graphs.begin(Look(objective), state, points)
 
     def at(self, point: Tensor) -> Gradient:
         """`Objective.gradient` at a point.

@@ -139,15 +139,15 @@ def pgd_and_fgsm(
     first = slice(half)
     clean, labels, ids, inner = x[first], y[first], None if sample_ids is None else sample_ids[first], ball.of(first)
     step = per_sample("alpha", alpha, clean)
-    objective = Objective(model, loss)
+    objective = Objective(model, loss, graphs=graphs)
     with frozen(model):
         begin = torch.cat([sample_in_ball(clean, inner, seed=seed, sample_ids=ids), x[half:]])
         both = {"point": begin, "x": x, "y": y, "alpha": torch.cat([step, ball.eps[half:]])}
-        moved = ascend(objective, ball, both, steps=1, density=DENSITY, graphs=graphs)["point"]
+        moved = ascend(objective, ball, both, steps=1, density=DENSITY)["point"]
         point = moved[:half]
         if steps > 1:
             alone = {"point": point, "x": clean, "y": labels, "alpha": step}
-            point = ascend(objective, inner, alone, steps=steps, first=1, graphs=graphs)["point"]
+            point = ascend(objective, inner, alone, steps=steps, first=1)["point"]
     return torch.cat([point, moved[half:]])
 
 

@@ -91,19 +91,17 @@ def ascend(
     first: int = 0,
     falls: bool = False,
     density: float | None = None,
-    graphs: StepGraphs | None = None,
 ) -> State:
     """Take the steps of PGD.
 
     Args:
-        objective: what is raised.
+        objective: what is raised; its graphs capture the step.
         ball: the ball around each image.
         state: what `Ascent` begins with, but for eps; without ``alpha`` if it falls.
         steps: how many steps the whole attack has.
         first: the step to begin with, from 0.
         falls: whether the length of a step falls geometrically from eps to a hundredth of it.
         density: of "l1", the share of the coordinates that move; None: it falls.
-        graphs: captures the step, if given.
 
     Returns:
         The state after the last step.
@@ -116,7 +114,7 @@ def ascend(
         state["alpha"] = ball.eps
     if changes:
         state["gradient"] = torch.zeros_like(state["x"])
-    loop = begin_steps(graphs, ascent, state, steps - first)
+    loop = begin_steps(objective.graphs, ascent, state, steps - first)
     for i in range(first, steps):
         if falls:
             loop.put(alpha=ball.eps * fall(i, steps))
@@ -196,14 +194,14 @@ def pgd(
         return x.clone()
     x = x.detach()
     constant = None if alpha is None else per_sample("alpha", alpha, x)
-    objective = Objective(model, loss, eot_iter, max_forward_batch)
+    objective = Objective(model, loss, eot_iter, max_forward_batch, graphs)
     with frozen(model):
         point = sample_in_ball(x, ball, seed=seed, sample_ids=sample_ids) if random_start else x
         search = Search(objective, point, y, keep_best=keep_best, health=health)
         begin: State = {"point": point, "x": x, "y": y, **search.memory()}
         if constant is not None:
             begin["alpha"] = constant
-        last = ascend(objective, ball, begin, steps=steps, falls=constant is None, density=density, graphs=graphs)
+        last = ascend(objective, ball, begin, steps=steps, falls=constant is None, density=density)
         search.recall(last, steps)
         search.see_move(x, last["point"])
         return search.result(last["point"])

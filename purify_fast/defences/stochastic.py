@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,9 @@ from ..ops.aggregate import aggregate
 
 class StochasticDefence(nn.Module):
     """A defence that draws noise for each of ``samples`` predictions; subclasses give `sample_logits`.
+
+    Several threads may call one at once while its noise is fresh. A thread that decides over the noise has the defence
+    for itself: the calls of others are refused meanwhile.
 
     Every call draws a fresh seed from PyTorch's global generator. Within `fixed_noise` the seed is the caller's; within
     `deterministic` nothing is drawn.
@@ -29,6 +33,8 @@ class StochasticDefence(nn.Module):
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
+        # the thread that decides over the draws, where one does
+        self._noise_owner: int | None = None
         self._noise_ids: Tensor | None = None
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -70,11 +76,32 @@ class StochasticDefence(nn.Module):
 
     @contextlib.contextmanager
     def _switch(self, noise: str) -> Iterator[None]:
-        before, self._noise = self._noise, noise
+        with self._by_this_thread():
+            before, self._noise = self._noise, noise
+            try:
+                yield
+            finally:
+                self._noise = before
+
+    @contextlib.contextmanager
+    def _by_this_thread(self) -> Iterator[None]:
+        """Within the block, the calls of other threads are refused: they would draw what this thread chose."""
+        self._refuse_other_threads()
+        before, self._noise_owner = self._noise_owner, threading.get_ident()
         try:
             yield
         finally:
-            self._noise = before
+            self._noise_owner = before
+
+    def _refuse_other_threads(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        owner = self._noise_owner
+        if owner is not None and owner != threading.get_ident():
+            raise RuntimeError(
+                "another thread has this defence in fixed_noise(), deterministic() or noise_ids(), which would decide "
+                "over this thread's draws too: give each thread a copy.deepcopy of the defence"
+            )
 
     @contextlib.contextmanager
     def noise_ids(self, ids: Tensor) -> Iterator[StochasticDefence]:
@@ -85,6 +112,10 @@ class StochasticDefence(nn.Module):
         Args:
             ids: int64 ``[B]``.
         """
+        with self._by_this_thread():
+            yield from self._with_ids(ids)
+
+    def _with_ids(self, ids: Tensor) -> Iterator[StochasticDefence]:
         before = self._noise_ids
         # A captured step reads the ids where they lay when it was captured: they are written there again.
         kept = self._kept_ids.setdefault((len(ids), ids.device), ids.clone()) if before is None else ids.clone()
@@ -107,6 +138,7 @@ class StochasticDefence(nn.Module):
         Raises:
             ValueError: `noise_ids` was given ids for another number of images.
         """
+        self._refuse_other_threads()
         if self._noise == "fixed":
             # The seed is copied, because a backward pass after the block still needs it. Every image has sample id 0.
             return self._noise_seed.clone(), torch.zeros(1, dtype=torch.int64, device=device)
@@ -121,11 +153,13 @@ class StochasticDefence(nn.Module):
     @property
     def noise_is_off(self) -> bool:
         """Whether no noise is drawn now."""
+        self._refuse_other_threads()
         return self._noise == "off"
 
     @property
     def noise_is_fresh(self) -> bool:
         """Whether every call draws anew."""
+        self._refuse_other_threads()
         return self._noise == "fresh"
 
     # -- predictions --------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 from .gated_elu import last_channels
 
@@ -118,6 +119,16 @@ def reference_backward(
     return _patches(x * inverse[:, None], height, width), to_inverse
 
 
+def _weighed(correlation: Tensor, inverse: Tensor, keep: Tensor, *_: object) -> tuple[torch.dtype, int]:
+    """What the forward is weighed by: the dtype of what is kept, and the pairs of pixels."""
+    return keep.dtype, correlation.numel()
+
+
+def _weighed_backward(grad: Tensor, correlation: Tensor, *_: object) -> tuple[torch.dtype, int]:
+    """What the backward is weighed by: the dtype of its gradient, and the pairs of pixels."""
+    return grad.dtype, correlation.numel()
+
+
 OP = define_op(
     "contextual_attention",
     "(Tensor correlation, Tensor inverse, Tensor keep, SymInt height, SymInt width, float scale) -> (Tensor, Tensor)",
@@ -128,6 +139,7 @@ OP = define_op(
     ),
     triton=Launcher("contextual_attention", "forward"),
     replaces_many=True,
+    weigh=_weighed,
 )
 BACKWARD = define_op(
     "contextual_attention_backward",
@@ -140,6 +152,7 @@ BACKWARD = define_op(
     ),
     triton=Launcher("contextual_attention", "backward"),
     replaces_many=True,
+    weigh=_weighed_backward,
 )
 
 
@@ -158,7 +171,7 @@ class _Between(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         # None when U was not used; zeros for A's gradient are not wanted either
         if grad is None:
@@ -218,7 +231,8 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         pixels = wide(phases[:, 0])
         correlation = pixels @ pixels.mT
         inverse, keep = _inverse_norms(pixels, height, width), valid.to(features.dtype)
-        call = reference if OP.plain(features.device) else _Between.apply
+        kernel = _Between.apply if needs_gradient(features) else OP.handle
+        call = reference if OP.plain(features.device, features.dtype, correlation.numel()) else kernel
         spread, _weights = call(correlation, inverse, keep, height, width, float(scale))
         if last:
             out = (spread @ phases).view(batch, 2, 2, height, width, channels)

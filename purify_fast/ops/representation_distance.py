@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
+from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 from .gated_elu import last_channels
 
@@ -93,6 +94,16 @@ def _fake(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: int) -> tu
     return student[0].new_empty((batch, layers), dtype=dtype), student[0].new_empty((batch, layers, 2), dtype=dtype)
 
 
+def _weighed(student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
+    """What the forward is weighed by: the student's first layer."""
+    return student[0].dtype, student[0].numel()
+
+
+def _weighed_backward(grad: Tensor, student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
+    """What the backward is weighed by: likewise."""
+    return _weighed(student)
+
+
 OP = define_op(
     "representation_distance",
     "(Tensor[] student, Tensor[] teacher, int kind) -> (Tensor, Tensor)",
@@ -100,6 +111,7 @@ OP = define_op(
     fake=_fake,
     triton=Launcher("representation_distance", "forward"),
     replaces_many=("several",),
+    weigh=_weighed,
 )
 BACKWARD = define_op(
     "representation_distance_backward",
@@ -108,6 +120,7 @@ BACKWARD = define_op(
     fake=lambda grad, student, teacher, slopes: [x.new_empty(x.shape) for x in student],
     triton=Launcher("representation_distance", "backward"),
     replaces_many=("several",),
+    weigh=_weighed_backward,
 )
 
 
@@ -121,7 +134,11 @@ class _RepresentationDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(kind: int, layers: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        call = reference if OP.plain(tensors[0].device, _variant(layers)) else OP.handle
+        call = (
+            reference
+            if OP.plain(tensors[0].device, tensors[0].dtype, tensors[0].numel(), _variant(layers))
+            else OP.handle
+        )
         return call(list(tensors[:layers]), list(tensors[layers:]), kind)
 
     @staticmethod
@@ -131,7 +148,7 @@ class _RepresentationDistance(torch.autograd.Function):
         ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         *tensors, slopes = ctx.saved_tensors
         out = BACKWARD(grad, tensors[: ctx.layers], tensors[ctx.layers :], slopes, variant=_variant(ctx.layers))
@@ -194,8 +211,7 @@ def representation_distance(
         if last_channels(u):  # the op sees dense rows, whatever the layout
             us[layer], vs[layer] = u.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1)
     tensors = (*us, *(v.detach() for v in vs))
-    differentiable = torch.is_grad_enabled() and any(u.requires_grad for u in us)
-    # the compiler does not take a Function of any number of tensors where none needs a gradient
-    call = _RepresentationDistance.apply if differentiable else _RepresentationDistance.forward
+    # the compiler, too, does not take a Function of any number of tensors where none needs a gradient
+    call = _RepresentationDistance.apply if needs_gradient(*us) else _RepresentationDistance.forward
     distance, _ = call(KINDS.index(kind), len(us), *tensors)
     return distance.squeeze(1) if single else distance

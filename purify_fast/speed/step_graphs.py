@@ -15,10 +15,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import random
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -26,11 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from .._validation import check_literal
-from ..ops._op import forced_backends
-from ..protocols import PreparesReplay
+from ..protocols import CountsImages, PreparesReplay
 from .cuda_capture import CudaCapture
 from .dependencies import dependencies
-from .precision import float32_settings
+from .surroundings import host_generators, no_trace, numerics
 from .waits import Waits
 
 logger = logging.getLogger("purify_fast")
@@ -122,6 +119,8 @@ class _Replays(Steps):
 
     def take(self) -> None:
         self.captured.replay()
+        for counter, images in self.captured.counters:
+            counter.count(images)
 
     def put(self, **values: Tensor) -> None:
         for name, value in values.items():
@@ -134,10 +133,18 @@ class _Replays(Steps):
 
 @dataclass(frozen=True)
 class _Captured:
-    """A captured step: where its state lies, what launches it, and the objects whose identity it depends on."""
+    """A captured step.
+
+    Args:
+        buffers: where its state lies.
+        replay: launches it.
+        counters: the parts of its model that count images, and how many they count in a step.
+        objects: what it depends on by identity.
+    """
 
     buffers: State
     replay: Callable[[], None]
+    counters: list[tuple[CountsImages, int]]
     objects: list[Any]
 
 
@@ -200,18 +207,20 @@ class StepGraphs:
         model = function.model
         if not isinstance(model, nn.Module):
             return self._refuse(None, f"{_name(model)} is no torch.nn.Module: what it depends on cannot be seen")
-        shapes = tuple((name, value.shape, value.stride(), value.dtype) for name, value in state.items())
+        shapes = tuple((name, value.shape, value.stride(), value.dtype) for name, value in sorted(state.items()))
         try:
-            base = hash_checked((function, shapes, device, _numerics(device)))
+            base = hash_checked((function, shapes, device, numerics(device)))
         except TypeError:
             return self._refuse(None, f"{_name(model)} cannot be hashed")
         self.refusal = self._refused.get(base)
         if self.refusal is not None:
             return None
-        for part in model.modules():
-            if _prepares(cast(Hashable, type(part))):
-                cast(PreparesReplay, part).prepare_replay()
-        values, objects = dependencies(model)
+        for part in _parts(model, PreparesReplay):
+            part.prepare_replay()
+        try:
+            values, objects = dependencies(model)
+        except TypeError as error:
+            return self._refuse(base, f"{_name(model)}: {error}")
         key = (base, values)
         if key in self._captured:
             self._captured.move_to_end(key)
@@ -249,30 +258,45 @@ class StepGraphs:
         def advance() -> None:
             _write(function(buffers), buffers)
 
+        counters: list[CountsImages] = _parts(function.model, CountsImages)
+        before = [counter.counted() for counter in counters]
         try:
-            with _no_trace(device):
+            with no_trace(device):
+                with self.capture.aside(device):
+                    # the first call compiles, verifies kernels and chooses algorithms, which waits
+                    function(buffers)
+                tried = [counter.counted() for counter in counters]
                 reason = self._trial(function, buffers, device)
-                # the second call chooses nothing any more: its time is that of every later one
-                times = [] if reason else [self.capture.timed(lambda: _drop(function(buffers)), device) for _ in "12"]
-                if reason is None and self.mode == "auto" and times[-1][0] < LEAST_SHARE * times[-1][1]:
-                    reason = (
-                        f"the device computes a step for {times[-1][1] * 1e3:.3g} ms, of which launching takes "
-                        f"{times[-1][0] * 1e3:.3g} ms, so that a graph would gain nothing"
-                    )
+                counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
+                reason = reason or self._busy(lambda: _drop(function(buffers)), device)
                 if reason is not None:
                     return self._refuse(base, reason)
                 # the state is written by what is launched, and by no warm-up: it is put in before each loop
                 replay = self.capture.record(advance, device)
         except RuntimeError as error:
             return self._refuse(base, f"the step cannot be captured ({str(error).strip().splitlines()[0]})")
-        return _Captured(buffers, replay, objects)
+        finally:
+            # none of these steps is one of the loop
+            for counter, start in zip(counters, before, strict=True):
+                counter.count(start - counter.counted())
+        return _Captured(buffers, replay, list(zip(counters, counts, strict=True)), objects)
+
+    def _busy(self, run: Callable[[], None], device: torch.device) -> str | None:
+        """Say so if the device is busy for so long that launching costs nothing, and that matters."""
+        launching, whole = self.capture.timed(run, device)
+        if self.mode == "always" or launching >= LEAST_SHARE * whole:
+            return None
+        return (
+            f"the device computes a step for {whole * 1e3:.3g} ms, of which launching takes {launching * 1e3:.3g} ms, "
+            "so that a graph would gain nothing"
+        )
 
     def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
         """Run the step once, and say what keeps it from being captured, if anything does."""
-        before = _host_generators(device)
+        before = host_generators(device)
         with self.capture.aside(device), Waits() as waits:
             found = function(buffers)
-        if _host_generators(device) != before:
+        if host_generators(device) != before:
             return f"{_name(function.model)} draws from a generator of the host, which a graph would draw from once"
         # a number that is turned into a tensor waits only if it goes to the device, where the capture then fails
         blocking = [wait for wait in waits.found if wait.operator != "lift_fresh"]
@@ -288,9 +312,14 @@ class StepGraphs:
         return None
 
 
+def _parts(model: nn.Module, protocol: Any) -> list[Any]:
+    """The modules of a model that have the methods of a protocol."""
+    return [part for part in model.modules() if _supports(cast(Hashable, type(part)), protocol)]
+
+
 @functools.lru_cache(maxsize=1024)
-def _prepares(kind: Any) -> bool:
-    return issubclass(kind, PreparesReplay)
+def _supports(kind: Any, protocol: Any) -> bool:
+    return issubclass(kind, protocol)
 
 
 def hash_checked(key: Any) -> Hashable:
@@ -339,49 +368,3 @@ def _remember(table: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> N
 
 def _name(model: Any) -> str:
     return getattr(model, "__qualname__", None) or type(model).__qualname__
-
-
-def _numerics(device: torch.device) -> tuple[Any, ...]:
-    """The settings of the process that decide what an operator computes."""
-    older, newer = float32_settings()
-    return (
-        older,
-        tuple(newer),
-        forced_backends(),
-        torch.is_autocast_enabled(device.type),
-        torch.get_autocast_dtype(device.type),
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.deterministic,
-        torch.are_deterministic_algorithms_enabled(),
-    )
-
-
-@contextlib.contextmanager
-def _no_trace(device: torch.device) -> Iterator[None]:
-    """Within the block a step is tried and captured: no generator has moved after it, and no autocast keeps a weight.
-
-    Autocast keeps the copies of weights that it made, until its outermost block ends. A graph would read those copies,
-    which do not follow the weights.
-    """
-    numpy = sys.modules.get("numpy")
-    python, array = random.getstate(), None if numpy is None else numpy.random.get_state()
-    cached = torch.is_autocast_cache_enabled()
-    devices = [device] if device.type == "cuda" else []
-    try:
-        torch.set_autocast_cache_enabled(False)
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(array)
-
-
-def _host_generators(device: torch.device) -> tuple[Any, ...]:
-    """The states of the generators that no graph follows."""
-    numpy = sys.modules.get("numpy")
-    array = None if numpy is None else numpy.random.get_state()
-    # on a CPU torch's generator of the host is that of the device
-    host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
-    return random.getstate(), host, None if array is None else (array[0], array[1].tobytes(), *array[2:])

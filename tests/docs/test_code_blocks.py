@@ -29,8 +29,7 @@ import benchmarks.__main__ as benchmarks  # noqa: E402
 
 BLOCKS = {
     page.relative_to(ROOT).as_posix(): re.findall(r"^```([\w{}:-]*)\n(.*?)^```", page.read_text(), re.S | re.M)
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
-    if page.is_file()
+    for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
 }
 #: What takes long is made short; the names and the shapes stay.
 SHORTER = {
@@ -40,6 +39,9 @@ SHORTER = {
     r", batch_size=\d+|batch_size=\d+, ": "",
     r"FitConfig\(": "FitConfig(batch_size=8, ",
     # the default plan has the official AutoAttack; another test runs it
+    r"^report = evaluate\(defence, x, y, eps=8 / 255\)": (
+        "report = evaluate(defence, x, y, eps=8 / 255, attacks=[], progress=False)"
+    ),
     r"eps=8 / 255, base=classifier\)": "eps=8 / 255, base=classifier, attacks=[], progress=False)",
     # the list of attacks of every kind runs on a model of one layer; a function is a row whatever it calls
     r"^evaluate\(defence, x, y, eps=8 / 255, attacks=attacks\)$": (
@@ -114,6 +116,16 @@ def scope(tmp_path, monkeypatch):
         "y": y,
         "x_uint8": (255 * x).byte(),
         "loader": [(x[:8], y[:8]), (x[8:], y[8:])],
+        # what the front page's readers bring
+        "defence": Layers().eval(),
+        "model": Layers().eval(),
+        "mean": torch.rand(4, 8),
+        "log_variance": torch.rand(4, 8),
+        "sample_ids": torch.arange(4),
+        "seed": torch.zeros(1, dtype=torch.int64),
+        "sample_logits": torch.rand(4, 3, 10),
+        "features": [torch.rand(4, 8), torch.rand(4, 2, 5, 5)],
+        "teacher_features": [torch.rand(4, 8), torch.rand(4, 2, 5, 5)],
     }
 
 

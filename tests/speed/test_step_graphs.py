@@ -175,6 +175,36 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(graphs, rerun, c
     assert re.search(reason, graphs.refusal) and re.search(reason, caplog.text)
 
 
+class Verified(Scale):
+    """Waits at its first call only, as where a kernel is verified."""
+
+    def __init__(self):
+        super().__init__()
+        self.checked: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) not in self.checked:
+            assert float(x.sum()) > 0
+            self.checked.add(len(x))
+        return super().forward(x)
+
+
+def test_what_waits_at_its_first_call_alone_is_captured(graphs, rerun):
+    model = Verified()
+    found = run(graphs, model, WORTH)
+    assert rerun.recorded == 1 and same(found, run(None, Verified(), WORTH))
+
+
+def test_sharded_weights_are_not_captured(graphs, rerun):
+    class Shard(Tensor):
+        pass
+
+    model = Scale()
+    model.part = torch.ones(2).as_subclass(Shard)
+    assert same(run(graphs, model, WORTH), run(None, model, WORTH)) and rerun.recorded == 0
+    assert "a tensor of type Shard does not say where its memory is" in graphs.refusal
+
+
 def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun, caplog):
     model, rerun.error = Scale(), RuntimeError("operation not permitted\nwhen stream is capturing")
     with caplog.at_level(logging.INFO, "purify_fast"):
@@ -218,6 +248,26 @@ def test_warm_up_moves_no_generator(graphs, rerun):
     torch.manual_seed(3)
     assert same(run(graphs, model, WORTH), wanted) and torch.equal(torch.rand(1), after)
     assert rerun.recorded == 1
+
+
+def test_counters_count_replays_and_no_warm_up(graphs, rerun):
+    class Counting(Scale):
+        images, not_dependencies = 0, frozenset({"images"})
+
+        def counted(self) -> int:
+            return self.images
+
+        def count(self, images: int) -> None:
+            self.images += images
+
+        def forward(self, x: Tensor) -> Tensor:
+            # a graph launches what this launches, and does not run it
+            self.images += 0 if rerun.replaying else len(x)
+            return super().forward(x)
+
+    eager, captured = Counting(), Counting()
+    run(None, eager, WORTH), run(graphs, captured, WORTH), run(graphs, captured, WORTH)
+    assert rerun.recorded == 1 and 2 * eager.images == captured.images == 6 * WORTH
 
 
 def test_a_copy_captures_for_itself(graphs, rerun):

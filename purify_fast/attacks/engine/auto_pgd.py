@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops.pgd_step import pgd_step
-from ..draws import Objective
+from ..draws import Gradients, Objective
 from ..health import GradientHealth
 from ..search import better_of
 from .active_set import ActiveSet
@@ -55,8 +55,9 @@ def run(
     point = previous = best = rows.begin
     size = _step_size(rows, schedule, share)
     score = torch.full((2, len(point)), -torch.inf, device=point.device)
+    gradients = Gradients(objective, point, rows.labels, schedule.steps)
     for i in range(schedule.steps):
-        found = objective.gradient(point, rows.labels)
+        found = gradients.at(point)
         gradient = found.image.to(point.dtype)
         if health is not None:
             # once an image is fooled, dlr is flat: 1, where the true class is third
@@ -73,6 +74,7 @@ def run(
                 rows, score = rows.of(kept), score[:, kept]
                 point, previous, best, gradient = point[kept], previous[kept], best[kept], gradient[kept]
                 size.take(kept)
+                gradients = Gradients(objective, point, rows.labels, schedule.steps - i - 1)
             if len(point) == 0:
                 return rows, size
         origin, gradient = size.origin(i, point, gradient)
