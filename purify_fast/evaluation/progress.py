@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from .watched import bar_of
+from .watched import progress_bar
 
 #: Seconds between two lines of a log, at least.
 LINE_EVERY = 30.0
@@ -51,7 +51,7 @@ class Progress:
             total: forward passes of single images at most; None: not known.
         """
         place = f"{self.at + 1} of {max(len(self.costs), self.at + 1)}"
-        with bar_of(f"{self.name}: {label} ({place})", self.shown and not self.lines, total) as bar:
+        with progress_bar(f"{self.name}: {label} ({place})", self.shown and not self.lines, total) as bar:
             yield _Both(self, bar, f"{place}, {label}")
         self.at += 1
 

@@ -77,7 +77,7 @@ def watched(model: Classifier, bar: Any) -> Watched:
 
 
 @contextlib.contextmanager
-def bar_of(label: str, shown: bool, total: int | None) -> Iterator[tqdm]:
+def progress_bar(label: str, shown: bool, total: int | None) -> Iterator[tqdm]:
     """A bar over the forward passes of single images, with their rate and the time left; it disappears at the end."""
     with tqdm(
         total=total, desc=label, unit=" images", unit_scale=True, disable=not shown, leave=False, dynamic_ncols=True
