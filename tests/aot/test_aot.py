@@ -106,7 +106,7 @@ def _cases() -> dict[str, tuple]:
     grad = x(2, 4, 1024, 1024)
     cases["contextual_attention-backward"] = (contextual_attention.backward, grad, pairs, norms, pairs, *grid)
 
-    owners = torch.zeros((1, 4, 8, 8), dtype=torch.uint8)
+    owners, quarters = (torch.zeros((1, 4, n, n), dtype=torch.uint8) for n in (8, 2))
     for last, layout in ((False, ""), (True, "-channels_last")):
         for mask, masked_blocks, num_passes in (("masked", 16, 0), ("passes", 0, 4)):
             mask_of, out = (8, masked_blocks, num_passes, 1, num_passes > 0), (lambda dtype: dtype, last)
@@ -116,8 +116,8 @@ def _cases() -> dict[str, tuple]:
         cases[f"random_transform-backward{layout}"] = (
             random_transform.backward, x(4, 5, 64, 64, last=last), one(4, 3, 64, 64), owners, SEED, IDS, 0.25, 0
         )  # fmt: skip
-        cases[f"stitch-forward{layout}"] = (stitch.forward, x(16, 3, 64, 64, last=last), owners, 4)
-        cases[f"stitch-backward{layout}"] = (stitch.backward, x(4, 3, 64, 64, last=last), owners, 4)
+        cases[f"stitch-forward{layout}"] = (stitch.forward, x(16, 3, 64, 64, last=last), quarters, 4)
+        cases[f"stitch-backward{layout}"] = (stitch.backward, x(4, 3, 64, 64, last=last), quarters, 4)
 
     few, many = [x(4, 512), one(4, 1024)], [x(4, 512), one(4, 1024), x(4, 64, 16, 16)]  # one and several chunks
     for kind, name in enumerate(KINDS):
