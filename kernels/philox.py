@@ -87,12 +87,41 @@ def in_order(a, b, c, d):
 
 
 @triton.jit
-def normals(seed, group, draw, sample, stream):
-    """The normals of the elements 4 group .. 4 group + 3, in order."""
-    w0, w1, w2, w3 = words(seed, group, draw, sample, stream)
-    n0, n1 = box_muller(w0, w1)
-    n2, n3 = box_muller(w2, w3)
-    return in_order(n0, n1, n2, n3)
+def in_pairs(a, b, c, d, e, f, g, h):
+    """Eight blocks, of the four words of the even groups and of the odd ones, likewise."""
+    return tl.interleave(in_order(a, c, e, g), in_order(b, d, f, h))
+
+
+@triton.jit
+def _four(seed, group, draw, sample, stream, NORMAL: tl.constexpr):
+    """The four numbers of each group of four elements: normals, or uniform in [0, 1)."""
+    a, b, c, d = words(seed, group, draw, sample, stream)
+    if NORMAL:
+        w, x = box_muller(a, b)
+        y, z = box_muller(c, d)
+    else:
+        w, x, y, z = uniform(a), uniform(b), uniform(c), uniform(d)
+    return w, x, y, z
+
+
+@triton.jit
+def noise(
+    seed, first, draw, sample, stream, GROUPS: tl.constexpr, PAIRS: tl.constexpr, NORMAL: tl.constexpr = True
+):  # fmt: skip
+    """The numbers of ``GROUPS`` groups of four elements from group ``first`` on, in the order of the elements.
+
+    With ``PAIRS`` a thread draws two neighbouring groups: the eight elements of 16 bits that it loads and stores at
+    once. Drawn one by one, numbers would change threads through shared memory.
+    """
+    if PAIRS:
+        group = first + 2 * tl.arange(0, GROUPS // 2)
+        a, b, c, d = _four(seed, group, draw, sample=sample, stream=stream, NORMAL=NORMAL)
+        e, f, g, h = _four(seed, group + 1, draw, sample=sample, stream=stream, NORMAL=NORMAL)
+        out = in_pairs(a, b, c, d, e=e, f=f, g=g, h=h)
+    else:
+        a, b, c, d = _four(seed, first + tl.arange(0, GROUPS), draw, sample=sample, stream=stream, NORMAL=NORMAL)
+        out = in_order(a, b, c, d)
+    return out
 
 
 @triton.jit
@@ -101,15 +130,12 @@ def _philox(
 ):
     row, block = program(rows)
     seed, sample, draw = tl.load(seed_ptr), tl.load(ids_ptr + row // draws), row % draws + first_draw
-    group = first_of(block, numel, GROUPS) + tl.arange(0, GROUPS)
-    if KIND == 2:
-        out = normals(seed, group, draw, sample, stream)
+    first = first_of(block, numel, GROUPS)
+    if KIND == 0:
+        a, b, c, d = words(seed, first + tl.arange(0, GROUPS), draw, sample, stream)
+        out = in_order(a, b, c, d).to(tl.int32, bitcast=True)
     else:
-        w0, w1, w2, w3 = words(seed, group, draw, sample, stream)
-        if KIND == 1:
-            out = in_order(uniform(w0), uniform(w1), uniform(w2), uniform(w3))
-        else:
-            out = in_order(w0, w1, w2, w3).to(tl.int32, bitcast=True)
+        out = noise(seed, first, draw, sample=sample, stream=stream, GROUPS=GROUPS, PAIRS=False, NORMAL=KIND == 2)
     element = first_of(block, numel, GROUPS * 4) + tl.arange(0, GROUPS * 4)
     tl.store(out_ptr + row.to(tl.int64) * numel + element, out, mask=element < numel)
 
