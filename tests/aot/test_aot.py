@@ -225,7 +225,6 @@ def test_only_elementwise_tiles_depend_on_the_device(case):
 
 #: Registers of a thread, where they are more than 128.
 REGISTERS = {
-    "contextual_attention._scaled": contextual_attention.SCALED_REGISTERS,
 }
 
 
