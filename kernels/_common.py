@@ -101,7 +101,7 @@ def first_of(block, size, WIDTH: tl.constexpr):
 
 @triton.jit
 def log1p(y):
-    # log(1 + y) for y in [0, 1]: what the rounding of 1 + y loses, the quotient restores
+    # log(1 + y) for finite y above -1: what the rounding of 1 + y loses, the quotient restores
     u = 1.0 + y
     return tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
 
