@@ -21,7 +21,7 @@ ASIDE   = PYTHONPATH=$(abspath $(COMPAT)/site):$(CURDIR) PURIFY_FAST_EXTENSION=$
 HEADERS = $(shell $(BIN)/python -c "import os, sysconfig; print('ON' if os.path.exists(sysconfig.get_path('include') + '/Python.h') else 'OFF')")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-interpreter test-cpp lint format bench cuda-check compat wheel clean
+.PHONY: help demo test test-python test-interpreter test-cpp lint format docs bench cuda-check compat wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -60,6 +60,11 @@ format: $(STAMPS)/lint  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+docs: $(STAMPS)/docs $(STAMPS)/package  ## the documentation in docs/_build/html, every warning an error; no network
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+	$(BIN)/python -m benchmarks report --check
+	@echo "== docs/_build/html/index.html"
+
 bench: $(STAMPS)/package  ## every op: eager, torch.compile, ours
 	$(BIN)/python -m benchmarks ops --device cpu $(ARGS)
 
@@ -89,7 +94,7 @@ wheel: $(STAMPS)/base  ## a wheel with the CPU kernels in dist/, for every Pytho
 	@ls dist/*.whl
 
 clean:  ## remove what was built; .venv stays
-	rm -rf build dist purify_fast/_C*.so purify_fast/_build.json $(STAMPS)/package *.egg-info
+	rm -rf build dist docs/_build docs/api docs/generated purify_fast/_C*.so purify_fast/_build.json $(STAMPS)/package *.egg-info
 
 $(BIN)/python:
 	@echo "== $(VENV): a virtual environment of $$($(PYTHON) --version)"
@@ -117,6 +122,11 @@ $(STAMPS)/package: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
 $(STAMPS)/cmake: $(STAMPS)/base
 	@echo "== CMake and pybind11"
 	$(PIP) cmake pybind11
+	@touch $@
+
+$(STAMPS)/docs: $(STAMPS)/base
+	@echo "== Sphinx, MyST and the theme"
+	$(PIP) sphinx myst-parser furo sphinx-copybutton
 	@touch $@
 
 $(STAMPS)/lint: $(STAMPS)/base

@@ -6,7 +6,7 @@ python -m benchmarks study NAME [--data DIR] [--full] [--quick]
 
 python -m benchmarks gpu_check [--dry] [--out DIR] [--only SECTION...] [--redo]
 
-python -m benchmarks report [DIR...]
+python -m benchmarks report [DIR...] [--check]
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
+from purify_fast._lock import FolderInUse
 from purify_fast.speed import retain_freed_memory
 
-from . import gpu_check, performance, pipelines, report
+from . import front_page, gpu_check, pages, performance, pipelines, report
 from .ops import registry
 from .running import RESULTS, folder, run_ops, run_pipelines
-from .studies import command, tables
+from .studies import command
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     check.add_argument("--total", type=float, default=520.0, help="seconds for all of them; 520 by default")
     redo = commands.add_parser("report", help="the tables and pictures again, from the CSV files")
     redo.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
+    redo.add_argument("--check", action="store_true", help="write nothing: do README and docs agree with the results?")
     chosen = parser.parse_args(arguments)
     if chosen.command == "study":
         try:
@@ -60,6 +62,10 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(str(error))
         print(command.main(chosen).read_text())
         return
+    if chosen.command == "report" and chosen.check:
+        found = pages.check(RESULTS)
+        print("\n".join(found) or "README and docs agree with the results files; their local links lead somewhere")
+        sys.exit(bool(found))
     if chosen.command == "report":
         for path in chosen.folders:
             if not any((path / name).exists() for name in (report.ROWS, report.PIPELINES)):
@@ -73,9 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
                 print(path / report.PIPELINES_TABLE)
         print(performance.write(RESULTS, DOCS))
         print(report.write_races(RESULTS))
-        for page in sorted(DOCS.glob("*.md")):
-            for name in tables.fill(page, command.RESULTS):
-                print(f"{page} wants the table of {name}, which no study has written yet", file=sys.stderr)
+        front_page.picture(RESULTS, DOCS / "pictures" / "claim.png")
+        for page in pages.every_page():
+            for name in pages.fill(page, RESULTS):
+                print(f"{page} wants the table {name}, whose results are not there yet", file=sys.stderr)
         return
     if chosen.command == "gpu_check":
         for name, value in (("--seconds", chosen.seconds), ("--total", chosen.total)):
@@ -109,4 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FolderInUse as error:
+        sys.exit(f"python -m benchmarks: {error}")

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from purify_fast import __version__, _library
 from purify_fast._files import write_text
+from purify_fast._lock import folder_lock
 from purify_fast.cli.installation import cuda_part, facts
 from purify_fast.ops import REGISTRY
 from purify_fast.speed import retain_freed_memory
@@ -393,6 +394,12 @@ def main(out: Path, device: torch.device, dry: bool, only: list[str], redo: bool
         total: seconds for all of them.
     """
     out = out.resolve()  # pytest runs in another folder
+    with folder_lock(out):
+        return _run(out, device, dry, only=only, redo=redo, seconds=seconds, total=total)
+
+
+def _run(out: Path, device: torch.device, dry: bool, *, only: list[str], redo: bool, seconds: float | None,
+         total: float) -> bool:  # fmt: skip
     (out / "gpu_check").mkdir(parents=True, exist_ok=True)
     mark, began = fingerprint(device, dry), time.monotonic()
     paths = {name: out / "gpu_check" / f"{name}.json" for name in SECTIONS}

@@ -13,6 +13,8 @@ from . import limits, pipelines, report
 from .measure import AUTOTUNED
 from .ops import Case, registry
 
+#: The page in docs that is made here as a whole.
+PAGE = "performance.md"
 #: bytes/s and FLOP/s that stand for an H200-class GPU where none was measured.
 ASSUMED = (4.3e12, 790e12)
 #: Of the ops' formulas.
@@ -231,6 +233,6 @@ def page(results: Path) -> str:
 
 
 def write(results: Path, docs: Path) -> Path:
-    path = docs / "performance.md"
+    path = docs / PAGE
     write_text(path, page(results))
     return path

@@ -1,11 +1,14 @@
-"""Fast, honest adversarial purification for PyTorch.
+"""Judge, train and speed up adversarial defences of image classifiers in PyTorch.
 
 - `purify_fast.Carso`, `purify_fast.Atop`: defences, ``defence(images in [0, 1]) -> logits``.
 - `purify_fast.load_defence`, `purify_fast.load_classifier`: what was saved, read back.
 - `purify_fast.carso`, `purify_fast.atop`, `purify_fast.arrest`: each method's networks, settings and training.
 - `purify_fast.training`: the loop that the methods share. `purify_fast.data`: data sets.
 - `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks themselves.
-- `purify_fast.ops`: the fused operations.
+- `purify_fast.ops`: the fused operations. `purify_fast.speed`: what makes a frozen model fast.
+- `purify_fast.zoo`: small trained models to attack.
+- `purify_fast.models`, `purify_fast.defences`, `purify_fast.protocols`: classifiers, what every defence shares, and
+  what the package asks of objects of yours.
 
 Each is imported when it is first used: PyTorch takes 1.8 seconds, which the command line's help does not wait for.
 """
@@ -21,10 +24,15 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from . import attacks as attacks
     from . import data as data
+    from . import defences as defences
     from . import evaluation as evaluation
+    from . import methods as methods
     from . import models as models
     from . import ops as ops
+    from . import protocols as protocols
+    from . import speed as speed
     from . import training as training
+    from . import zoo as zoo
     from .data import load_dataset as load_dataset
     from .evaluation import evaluate as evaluate
     from .methods import arrest as arrest
@@ -47,16 +55,21 @@ __all__ = [
     "attacks",
     "carso",
     "data",
+    "defences",
     "evaluate",
     "evaluation",
     "fit",
     "load_classifier",
     "load_dataset",
     "load_defence",
+    "methods",
     "models",
     "ops",
+    "protocols",
     "save_classifier",
+    "speed",
     "training",
+    "zoo",
 ]
 __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -67,14 +80,19 @@ __getattr__, __dir__ = lazy_exports(
     attacks=".attacks:",
     carso=".methods.carso:",
     data=".data:",
+    defences=".defences:",
     evaluate=".evaluation",
     evaluation=".evaluation:",
     fit=".training",
     load_classifier=".training",
     load_dataset=".data",
     load_defence=".methods.loading",
+    methods=".methods:",
     models=".models:",
     ops=".ops:",
+    protocols=".protocols:",
     save_classifier=".training",
+    speed=".speed:",
     training=".training:",
+    zoo=".zoo:",
 )

@@ -3,18 +3,95 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
+
+logger = logging.getLogger("purify_fast")
+
+#: What a run does when a disk is full.
+OnFull = Literal["stop", "wait"]
+#: No space, no quota, and a file larger than the process may write.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: Seconds between two attempts to write to a full disk.
+PAUSE = 5.0
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that there is no room for a file.
+
+    Args:
+        error: what writing raised.
+    """
+    return error.errno in _FULL
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last: a file that was renamed is there after a power failure only then.
+
+    Args:
+        folder: the folder.
+    """
+    # Windows cannot open a folder, and some network file systems cannot sync one.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", kept: str = "") -> None:
+    """Write a file; on a full disk say which and how large, and either end or wait until there is room.
+
+    Args:
+        write: writes the file, as often as it is called; what it leaves behind when it fails is removed by itself.
+        path: the file, for the message.
+        on_full: "stop" raises, "wait" tries again every few seconds until there is room.
+        kept: what the message adds, such as which earlier file is kept.
+
+    Raises:
+        OSError: the file cannot be written; of a full disk only with "stop".
+    """
+    waited = False
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            text = f"{error.strerror}: {path} cannot be written, {_free(path.parent)}{kept}"
+            if on_full == "stop":
+                raise OSError(error.errno, f"{text}; make room and run the same command again to go on") from error
+            if not waited:
+                logger.warning("%s; waiting until there is room", text)
+            waited = True
+        time.sleep(PAUSE)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"its disk has {shutil.disk_usage(folder).free / 2**20:.1f} MiB free"
+    except OSError:
+        return "its disk does not say what is free"
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """A temporary path beside ``path``, moved onto it when the block ends without an error.
+
+    What was written is on the disk before it takes the name, and the name is on the disk when the block has ended.
 
     Args:
         path: the file to write; its folder is made if it is missing.
+        previous: where the file that is there before is kept; None drops it. At every moment one of the two names is a
+            whole file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -24,14 +101,46 @@ def atomic(path: Path) -> Iterator[Path]:
         with open(name, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
+        if previous is not None:
+            keep_as(path, previous)
         os.replace(name, path)
+        sync_folder(path.parent)
     except OSError as error:
         if error.filename is None and error.errno is not None:
             # a full disk, say: the system names no file when the writing itself fails
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            size = _size(name)
+            text = f"{error.strerror}, after {size} bytes" if is_full(error) and size else error.strerror
+            raise OSError(error.errno, text, str(path)) from error
         raise
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _size(name: str) -> int:
+    try:
+        return os.stat(name).st_size
+    except OSError:
+        return 0
+
+
+def keep_as(path: Path, previous: Path) -> None:
+    """Give a file a second name, which it keeps when the first is given to another file.
+
+    Args:
+        path: the file; nothing happens if there is none.
+        previous: its second name; what has that name is dropped.
+    """
+    if not path.is_file():
+        return
+    aside = path.with_name(f".{path.stem}-previous{path.suffix}")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(path, aside)
+    except OSError:
+        # This file system has no second names: for a moment there is no file of the first one, but of the second.
+        os.replace(path, previous)
+    else:
+        os.replace(aside, previous)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,7 +151,7 @@ def write_text(path: Path, text: str) -> None:
         text: all of its content.
     """
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode())
 
 
 def check_shapes(what: str, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import torch.distributed as dist
@@ -39,6 +40,44 @@ def end_workers() -> None:
     """End this process's children at once; a pool that is shut down would wait for their work."""
     for process in multiprocessing.active_children():
         process.terminate()
+
+
+class Stop:
+    """Whether this process has been asked to end.
+
+    Attributes:
+        asked: set by SIGTERM within `stop_on_sigterm`.
+    """
+
+    asked: bool = False
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[Stop]:
+    """Within the block, SIGTERM asks to end where it suits the work; a second one ends the process at once.
+
+    Only where SIGTERM would end the process anyway: not beside a handler of the user's, in a thread, in a worker, whose
+    parent ends it so, or among several processes, where one that waits for the others would not hear it.
+
+    Yields:
+        What says whether it was asked.
+    """
+    stop = Stop()
+    main = threading.current_thread() is threading.main_thread()
+    alone = processes()[1] == 1 and multiprocessing.parent_process() is None
+    if not main or not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield stop
+        return
+
+    def ask(number: int, frame: object) -> None:
+        stop.asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def processes() -> tuple[int, int]:

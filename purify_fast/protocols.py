@@ -8,9 +8,10 @@ such as a compiled module, does not count, because calling the inner object's me
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -132,6 +133,41 @@ class DeterministicMode(Protocol):
 
     def deterministic(self) -> contextlib.AbstractContextManager[Any]:
         """Within the block, nothing is drawn."""
+
+
+@runtime_checkable
+class Accelerates(Protocol):
+    """Computes through fast copies of its parts from then on."""
+
+    def accelerate(self, dtype: torch.dtype | None = ..., /) -> Any:
+        """The object itself, accelerated."""
+
+
+@runtime_checkable
+class PassesOn(Protocol):
+    """A wrapper that changes nothing, such as one that counts: an attack may put another model into its place."""
+
+    def around(self, replace: Callable[[Classifier], Classifier]) -> Classifier:
+        """The same wrapper around what ``replace`` makes of the model inside."""
+
+
+@runtime_checkable
+class PreparesReplay(Protocol):
+    """Keeps something that it computes from its weights, which replays of a captured step read where it lies."""
+
+    def prepare_replay(self) -> None:
+        """Bring what is kept up to date, in place."""
+
+
+@runtime_checkable
+class CountsImages(Protocol):
+    """Counts the images of its forward passes; a replay of a captured step runs none of its Python."""
+
+    def counted(self) -> int:
+        """How many it has counted."""
+
+    def count(self, images: int) -> None:
+        """Count so many more, or fewer if they are negative."""
 
 
 def supports(model: object, protocol: type) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sysconfig
@@ -108,3 +109,47 @@ def ulps() -> Callable[[Tensor, Tensor], int]:
         return int((a - b).abs().max()) if a.numel() else 0
 
     return distance
+
+
+class Rerun:
+    """Stands for CUDA graphs on a CPU: a replay runs the captured function again, on the buffers it was captured with.
+
+    Attributes:
+        recorded: how many functions were captured.
+        replayed: how often one was replayed.
+        replaying: whether one is being replayed.
+        times: seconds of launching and of all, as `CudaCapture.timed` measures them.
+        error: raised in place of a capture, if given.
+    """
+
+    kind = "cpu"
+
+    def __init__(self) -> None:
+        self.recorded, self.replayed, self.replaying = 0, 0, False
+        self.times = (1.0, 1.0)
+        self.error: RuntimeError | None = None
+
+    def aside(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+        run()
+        return self.times
+
+    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        if self.error is not None:
+            raise self.error
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            self.replaying = True
+            run()
+            self.replaying = False
+
+        return replay
+
+
+@pytest.fixture
+def rerun() -> Rerun:
+    return Rerun()

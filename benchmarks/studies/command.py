@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from purify_fast import data
+from purify_fast._lock import folder_lock
 from purify_fast.attacks.autoattack import implementation
 
 from . import arrest_mnist, atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, run, tables
@@ -66,8 +67,14 @@ def main(chosen: argparse.Namespace) -> Path:
     fewer seeds to the runs' folder."""
     kind = "-quick" if chosen.quick else "-full" if chosen.full else ""
     root = chosen.out or Path("runs/studies") / f"{chosen.name}{kind}"
-    seeds, workers, place = chosen.seeds or SEEDS, chosen.workers or WORKERS, chosen.data or "data"
+    seeds = chosen.seeds or SEEDS
     results = root if kind or chosen.rows is not None or seeds < SEEDS else RESULTS
+    with folder_lock(root):
+        return _run(chosen, root, results)
+
+
+def _run(chosen: argparse.Namespace, root: Path, results: Path) -> Path:
+    seeds, workers, place = chosen.seeds or SEEDS, chosen.workers or WORKERS, chosen.data or "data"
     study, images = STUDIES[chosen.name]
     if images == "digits":
         done = run(study.jobs(seeds, chosen.quick, chosen.rows), root, workers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,21 +120,3 @@ def write(results: Sequence[dict], folder: Path, name: str, notes: Sequence[str]
     write_text(folder / f"{name}.md", markdown(results, notes, layout))
     picture(results, folder / f"{name}.png", layout)
     return folder / f"{name}.md"
-
-
-_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
-
-
-def fill(page: Path, folder: Path) -> list[str]:
-    """Put each ``folder/NAME.md`` into the page's block ``<!-- table: NAME -->``; returns the names without a file."""
-    missing: list[str] = []
-
-    def block(found: re.Match) -> str:
-        path = folder / f"{found[2]}.md"
-        if not path.is_file():
-            missing.append(found[2])
-            return found[0]
-        return f"{found[1]}{path.read_text().strip()}\n{found[3]}"
-
-    write_text(page, _BLOCK.sub(block, page.read_text()))
-    return missing

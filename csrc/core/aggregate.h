@@ -41,17 +41,71 @@ PF_HD void lane_range(const W* __restrict__ tile, int64_t samples, int64_t width
   }
 }
 
-// tile <- exp(tile - shift), and its sum over the samples.
-template <class W>
-PF_HD void exp_and_sum(W* __restrict__ tile, int64_t samples, int64_t width, const W* __restrict__ shift,
-                       W* __restrict__ sum) {
-  for (int64_t i = 0; i < width; ++i) sum[i] = 0;
+// Most lanes that are worked on together while the samples are walked through: enough for loops that compilers
+// vectorise, few enough for the first-level cache.
+constexpr int64_t aggregate_lanes = 64;
+
+// Over the samples of some lanes, `stride` numbers from one sample to the next: the largest, which logsumexp subtracts,
+// and the sum of the exponentials of the rest. Infinite logits make sums that mean nothing: the maximum tells.
+template <class T, class W>
+PF_HD void exponentials(const T* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride, W* __restrict__ most,
+                        W* __restrict__ sum) {
+  for (int64_t j = 0; j < lanes; ++j) most[j] = load(x[j]);
+  for (int64_t k = 1; k < samples; ++k) {
+    for (int64_t j = 0; j < lanes; ++j) most[j] = max_nan(static_cast<W>(load(x[k * stride + j])), most[j]);
+  }
+  for (int64_t j = 0; j < lanes; ++j) sum[j] = 0;
   for (int64_t k = 0; k < samples; ++k) {
-    W* row = tile + k * width;
-    for (int64_t i = 0; i < width; ++i) {
-      row[i] = exp(row[i] - shift[i]);
-      sum[i] += row[i];
+    for (int64_t j = 0; j < lanes; ++j) sum[j] += exp_unit(static_cast<W>(load(x[k * stride + j])) - most[j]);
+  }
+}
+
+// The same, the exponentials written over the numbers.
+template <class W>
+PF_HD void tile_exponentials(W* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride, W* __restrict__ most,
+                             W* __restrict__ sum) {
+  for (int64_t j = 0; j < lanes; ++j) most[j] = x[j];
+  for (int64_t k = 1; k < samples; ++k) {
+    for (int64_t j = 0; j < lanes; ++j) most[j] = max_nan(x[k * stride + j], most[j]);
+  }
+  for (int64_t j = 0; j < lanes; ++j) sum[j] = 0;
+  for (int64_t k = 0; k < samples; ++k) {
+    W* row = x + k * stride;
+    for (int64_t j = 0; j < lanes; ++j) {
+      row[j] = exp_unit(row[j] - most[j]);
+      sum[j] += row[j];
     }
+  }
+}
+
+// logsumexp over the samples of some lanes.
+template <class T, class W>
+PF_HD void logsumexp_lanes(const T* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride,
+                           W* __restrict__ out) {
+  W most[aggregate_lanes], sum[aggregate_lanes];
+  exponentials(x, samples, lanes, stride, most, sum);
+  for (int64_t j = 0; j < lanes; ++j) {
+    const W whole = most[j] + log(sum[j]);
+    out[j] = finite(most[j]) ? whole : most[j];
+  }
+}
+
+// grad * softmax over the samples of some lanes. scratch: samples * lanes numbers.
+template <class T, class W>
+PF_HD void softmax_lanes(const W* __restrict__ grad, const T* __restrict__ x, T* __restrict__ out, int64_t samples,
+                         int64_t lanes, int64_t stride, W* __restrict__ scratch) {
+  constexpr W nan = std::numeric_limits<W>::quiet_NaN();
+  for (int64_t k = 0; k < samples; ++k) {
+    for (int64_t j = 0; j < lanes; ++j) scratch[k * lanes + j] = load(x[k * stride + j]);
+  }
+  W most[aggregate_lanes], sum[aggregate_lanes];
+  tile_exponentials(scratch, samples, lanes, lanes, most, sum);
+  for (int64_t j = 0; j < lanes; ++j) sum[j] = finite(most[j]) ? grad[j] / sum[j] : nan;  // as torch.softmax has it
+  for (int64_t k = 0; k < samples; ++k) {
+    for (int64_t j = 0; j < lanes; ++j) scratch[k * lanes + j] *= sum[j];
+  }
+  for (int64_t k = 0; k < samples; ++k) {
+    for (int64_t j = 0; j < lanes; ++j) store(out[k * stride + j], scratch[k * lanes + j]);
   }
 }
 
@@ -62,7 +116,7 @@ struct LogSigmoids {
 };
 template <class W>
 PF_HD LogSigmoids<W> log_sigmoids(W x) {
-  const W e = exp(-abs(x)), tail = log1p_unit(e);
+  const W e = exp_unit(-abs(x)), tail = log1p_unit(e);
   return {min_nan(x, W(0)) - tail, min_nan(-x, W(0)) - tail, e};
 }
 
@@ -80,8 +134,8 @@ PF_HD void log_sigmoid_sums(const W* __restrict__ tile, int64_t samples, int64_t
   for (int64_t k = 0; k < samples; ++k) {
     for (int64_t i = 0; i < width; ++i) {
       const LogSigmoids<W> l = log_sigmoids(tile[k * width + i]);
-      yes_sum[i] += exp(l.yes - yes_shift[i]);
-      no_sum[i] += exp(l.no - no_shift[i]);
+      yes_sum[i] += exp_unit(l.yes - yes_shift[i]);
+      no_sum[i] += exp_unit(l.no - no_shift[i]);
     }
   }
 }
@@ -105,7 +159,7 @@ PF_HD void softmax_parts(W* __restrict__ s, int64_t images, int64_t classes, int
     for (int64_t i = 1; i < classes; ++i) most = max_nan(row[i], most);
     for (int64_t i = 0; i < classes; ++i) row[i] -= most;
   }
-  for (int64_t i = 0; i < width; ++i) sum[i] = exp(s[i]);
+  for (int64_t i = 0; i < width; ++i) sum[i] = exp_unit(s[i]);
   sum_over_classes(sum, images, classes);
 }
 
@@ -122,10 +176,11 @@ PF_HD void aggregate_tile(Aggregation method, W* __restrict__ tile, int64_t samp
   switch (method) {
     case Aggregation::lse:
     case Aggregation::peel:
-      lane_range(tile, samples, width, a, b);
-      for (int64_t i = 0; i < width; ++i) a[i] = shift_of(a[i]);
-      exp_and_sum(tile, samples, width, a, b);
-      for (int64_t i = 0; i < width; ++i) out[i] = a[i] + log(b[i]);
+      tile_exponentials(tile, samples, width, width, a, b);
+      for (int64_t i = 0; i < width; ++i) {
+        const W whole = a[i] + log(b[i]);
+        out[i] = finite(a[i]) ? whole : a[i];
+      }
       if (method == Aggregation::lse) return;
       for (int64_t i = 0; i < width; ++i) out[i] = tangent_exp(out[i], a[i]);
       softmax_parts(out, images, classes, width, b);
@@ -173,23 +228,21 @@ PF_HD void aggregate_tile_backward(Aggregation method, W* __restrict__ tile, W* 
   switch (method) {
     case Aggregation::lse:
     case Aggregation::peel:
-      lane_range(tile, samples, width, a, b);
+      tile_exponentials(tile, samples, width, width, a, b);
       for (int64_t i = 0; i < width; ++i) {
-        c[i] = finite(a[i]) ? W(1) : nan;  // as torch.softmax has it
-        a[i] = shift_of(a[i]);
+        c[i] = (finite(a[i]) ? W(1) : nan) / b[i];  // as torch.softmax has it
+        a[i] += log(b[i]);
       }
-      exp_and_sum(tile, samples, width, a, b);
-      for (int64_t i = 0; i < width; ++i) c[i] /= b[i];
       if (method == Aggregation::peel) {
         for (int64_t i = 0; i < width; ++i) {
           W slope;
-          d[i] = tangent_exp(a[i] + log(b[i]), slope);
+          d[i] = tangent_exp(a[i], slope);
           c[i] *= slope;
           a[i] = grad[i];
         }
         softmax_parts(d, images, classes, width, b);
         sum_over_classes(a, images, classes);
-        for (int64_t i = 0; i < width; ++i) grad[i] -= exp(d[i]) / b[i] * a[i];
+        for (int64_t i = 0; i < width; ++i) grad[i] -= exp_unit(d[i]) / b[i] * a[i];
       }
       for (int64_t i = 0; i < width; ++i) grad[i] *= c[i];
       for (int64_t k = 0; k < samples; ++k) {
@@ -213,7 +266,7 @@ PF_HD void aggregate_tile_backward(Aggregation method, W* __restrict__ tile, W* 
           const W x = tile[k * width + i];
           const LogSigmoids<W> l = log_sigmoids(x);
           const W yes = (x < 0 ? l.e : W(1)) / (1 + l.e), no = (x < 0 ? W(1) : l.e) / (1 + l.e);  // sigmoid(x), (-x)
-          tile[k * width + i] = exp(l.yes - a[i]) * c[i] * no + exp(l.no - b[i]) * d[i] * yes;
+          tile[k * width + i] = exp_unit(l.yes - a[i]) * c[i] * no + exp_unit(l.no - b[i]) * d[i] * yes;
         }
       }
       return;

@@ -105,7 +105,7 @@ PF_HD void attention_row(W* __restrict__ row, const W* __restrict__ keep, W scal
   for (int64_t i = whole; i < n; ++i) peaks[0] = max_nan(row[i], peaks[0]);
   for (int j = 1; j < lanes; ++j) peaks[0] = max_nan(peaks[j], peaks[0]);
   const W peak = peaks[0];
-  for (int64_t i = 0; i < n; ++i) row[i] = exp(row[i] - peak);
+  for (int64_t i = 0; i < n; ++i) row[i] = exp_unit(row[i] - peak);
   const W* e = row;
   const W inverse = 1 / ordered_sum<W>(n, [=](int64_t i) PF_INLINE { return e[i]; });
   for (int64_t i = 0; i < n; ++i) row[i] *= inverse * keep[i];

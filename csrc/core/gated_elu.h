@@ -7,7 +7,7 @@ namespace pf {
 
 template <class W>
 PF_HD W elu(W x) {
-  const W below = expm1(x);
+  const W below = exp_units(x).minus_one;
   return x > 0 ? x : below;
 }
 
@@ -24,9 +24,11 @@ struct GatedEluSlope {
 // By a and by b; s(b) s(-b) from one exponential, where 1 - s(b) would lose its digits.
 template <class W>
 PF_HD GatedEluSlope<W> gated_elu_slope(W a, W b) {
-  const W tail = exp(-abs(b)), inverse = 1 / (1 + tail);
+  const W tail = exp_unit(-abs(b)), inverse = 1 / (1 + tail);
   const W gate = (b < 0 ? tail : W(1)) * inverse;
-  return {gate * exp(a > 0 ? W(0) : a), elu(a) * (tail * inverse * inverse)};
+  const ExpUnit<W> below = exp_units(a);
+  const W elu = a > 0 ? a : below.minus_one, slope = a > 0 ? W(1) : below.exp;
+  return {gate * slope, elu * (tail * inverse * inverse)};
 }
 
 }  // namespace pf

@@ -8,7 +8,7 @@ namespace pf {
 // max(l, 0) - l t + log(1 + exp(-|l|)); in this order the loss of a right and certain pixel keeps all its digits.
 template <class W>
 PF_HD W reconstruction_loss_term(W logit, W target) {
-  return ((1 - target) * logit - min_nan(logit, W(0))) + log1p_unit(exp(-abs(logit)));
+  return ((1 - target) * logit - min_nan(logit, W(0))) + log1p_unit(exp_unit(-abs(logit)));
 }
 
 template <class L, class T, class W = wide_t<L>>

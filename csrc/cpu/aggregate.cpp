@@ -60,14 +60,65 @@ PF_HD void backward_tile(Aggregation method, const W* grad, const T* logits, T* 
   from_tile(tile, out, images, samples, classes, width);
 }
 
-#define PF_LOOPS(T)                                                                                            \
-  PF_CLONES void forward(Aggregation method, const T* logits, wide_t<T>* out, int64_t images, int64_t samples, \
-                         int64_t classes, int64_t width, wide_t<T>* scratch) {                                 \
-    forward_tile(method, logits, out, images, samples, classes, width, scratch);                               \
-  }                                                                                                            \
-  PF_CLONES void backward(Aggregation method, const wide_t<T>* grad, const T* logits, T* out, int64_t images,  \
-                          int64_t samples, int64_t classes, int64_t width, wide_t<T>* scratch) {               \
-    backward_tile(method, grad, logits, out, images, samples, classes, width, scratch);                        \
+// f(first lane, lanes) for the classes of one image, which are as many as `lanes` at least and read where they lie: a
+// tile would be a copy. Calls get whole groups of lanes; the last overlaps another, and its lanes are computed twice.
+template <class F>
+PF_HD void for_lanes(int64_t classes, F f) {
+  const int64_t groups = (classes + lanes - 1) / lanes, most = aggregate_lanes / lanes,
+                parts = (groups + most - 1) / most;
+  for (int64_t part = 0, group = 0; part < parts; ++part) {
+    const int64_t width = (groups - group + parts - part - 1) / (parts - part) * lanes, at = group * lanes;
+    f(at + width <= classes ? at : classes - width, width);
+    group += width / lanes;
+  }
+}
+template <class T, class W = wide_t<T>>
+PF_HD void forward_image(const T* logits, W* out, int64_t samples, int64_t classes) {
+  for_lanes(classes, [=](int64_t at, int64_t width) PF_INLINE {
+    logsumexp_lanes(logits + at, samples, width / lanes * lanes, classes, out + at);
+  });
+}
+template <class T, class W = wide_t<T>>
+PF_HD void backward_image(const W* grad, const T* logits, T* out, int64_t samples, int64_t classes, W* scratch) {
+  for_lanes(classes, [=](int64_t at, int64_t width) PF_INLINE {
+    softmax_lanes(grad + at, logits + at, out + at, samples, width / lanes * lanes, classes, scratch);
+  });
+}
+template <class T, class W = wide_t<T>>
+PF_HD void mean_image(const T* logits, W* out, int64_t samples, int64_t classes) {
+  for_lanes(classes, [=](int64_t at, int64_t width) PF_INLINE {
+    W sum[aggregate_lanes] = {};
+    for (int64_t k = 0; k < samples; ++k) {
+      for (int64_t j = 0; j < width / lanes * lanes; ++j) sum[j] += load(logits[k * classes + at + j]);
+    }
+    for (int64_t j = 0; j < width; ++j) out[at + j] = sum[j] / static_cast<W>(samples);
+  });
+}
+
+#define PF_LOOPS(T)                                                                                                  \
+  PF_CLONES void forward(Aggregation method, const T* logits, wide_t<T>* out, int64_t images, int64_t samples,       \
+                         int64_t classes, int64_t width, wide_t<T>* scratch) {                                       \
+    forward_tile(method, logits, out, images, samples, classes, width, scratch);                                     \
+  }                                                                                                                  \
+  PF_CLONES void whole_forward(Aggregation method, const T* logits, wide_t<T>* out, int64_t images, int64_t samples, \
+                               int64_t classes) {                                                                    \
+    for (int64_t b = 0; b < images; ++b, logits += samples * classes, out += classes) {                              \
+      if (method == Aggregation::lse) {                                                                              \
+        forward_image(logits, out, samples, classes);                                                                \
+      } else {                                                                                                       \
+        mean_image(logits, out, samples, classes);                                                                   \
+      }                                                                                                              \
+    }                                                                                                                \
+  }                                                                                                                  \
+  PF_CLONES void whole_backward(const wide_t<T>* grad, const T* logits, T* out, int64_t images, int64_t samples,     \
+                                int64_t classes, wide_t<T>* scratch) {                                               \
+    for (int64_t b = 0; b < images; ++b, grad += classes, logits += samples * classes, out += samples * classes)     \
+      backward_image(grad, logits, out, samples, classes, scratch);                                                  \
+  }                                                                                                                  \
+                                                                                                                     \
+  PF_CLONES void backward(Aggregation method, const wide_t<T>* grad, const T* logits, T* out, int64_t images,        \
+                          int64_t samples, int64_t classes, int64_t width, wide_t<T>* scratch) {                     \
+    backward_tile(method, grad, logits, out, images, samples, classes, width, scratch);                              \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
@@ -91,6 +142,13 @@ Tensor aggregate(Tensor logits, int64_t method) {
     using W = wide_t<T>;
     const T* from = data<T>(x);
     W* to = writable<W>(out);
+    const auto kind = static_cast<Aggregation>(method);
+    if (classes >= lanes && (kind == Aggregation::lse || kind == Aggregation::mean)) {
+      parallel_rows(batch, (kind == Aggregation::lse ? 2 : 1) * samples * classes, [&](int64_t begin, int64_t end) {
+        whole_forward(kind, from + begin * samples * classes, to + begin * classes, end - begin, samples, classes);
+      });
+      return;
+    }
     for_each_tile<W>(batch, samples, classes, [&](int64_t b, int64_t images, int64_t width, W* scratch) {
       forward(static_cast<Aggregation>(method), from + b * samples * classes, to + b * classes, images, samples,
               classes, width, scratch);
@@ -110,6 +168,14 @@ Tensor aggregate_backward(Tensor grad, Tensor logits, int64_t method) {
     const T* from = data<T>(x);
     const W* upstream = data<W>(g);
     T* to = writable<T>(out);
+    if (classes >= lanes && static_cast<Aggregation>(method) == Aggregation::lse) {
+      parallel_rows(batch, 2 * samples * classes, [&](int64_t begin, int64_t end) {
+        std::vector<W> scratch(samples * aggregate_lanes);
+        const int64_t at = begin * samples * classes;
+        whole_backward(upstream + begin * classes, from + at, to + at, end - begin, samples, classes, scratch.data());
+      });
+      return;
+    }
     for_each_tile<W>(batch, samples, classes, [&](int64_t b, int64_t images, int64_t width, W* scratch) {
       const int64_t at = b * samples * classes;
       backward(static_cast<Aggregation>(method), upstream + b * classes, from + at, to + at, images, samples, classes,

@@ -12,16 +12,28 @@ from .ball import Ball, sample_in_ball
 from .base import Attack, AttackContext, ThreatModel
 from .bpda import BPDA, BpdaModel
 from .draws import input_gradient
+from .fab import FABT, fab_t
 from .fgsm import FGSM, fgsm, pgd_and_fgsm
 from .frozen_model import frozen
 from .health import GradientHealth
-from .losses import LOSSES, TARGETED, cross_entropy, dlr, dlr_targeted, margin
+from .losses import (
+    LOSSES,
+    TARGETED,
+    cross_entropy,
+    dlr,
+    dlr_targeted,
+    margin,
+    margin_targeted,
+    scaled_margin,
+)
 from .pgd import PGD, pgd
+from .square import Square, square
 from .stadv import StAdv, stadv
 
 __all__ = [
     "APGD",
     "BPDA",
+    "FABT",
     "FGSM",
     "LOSSES",
     "PGD",
@@ -32,19 +44,24 @@ __all__ = [
     "Ball",
     "BpdaModel",
     "GradientHealth",
+    "Square",
     "StAdv",
     "ThreatModel",
     "apgd",
     "cross_entropy",
     "dlr",
     "dlr_targeted",
+    "fab_t",
     "fgsm",
     "frozen",
     "input_gradient",
     "margin",
+    "margin_targeted",
     "pgd",
     "pgd_and_fgsm",
     "sample_in_ball",
+    "scaled_margin",
+    "square",
     "stadv",
 ]
 

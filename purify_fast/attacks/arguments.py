@@ -10,7 +10,10 @@ from torch import Tensor
 from .._validation import check_literal
 
 Norm = Literal["linf", "l2", "l1"]
-ApgdNorm = Literal["linf", "l2"]
+#: By which share of the fresh draws of a random model an image falls.
+Fallen = Literal["any", "majority", "all"]
+#: What gradients are computed in: `purify_fast.attacks.engine.gradient_copy`.
+Precision = Literal["auto", "float32", "bfloat16"]
 #: What the public functions take; AutoAttack and RobustBench write the second half.
 NormName = Literal["linf", "l2", "l1", "Linf", "L2", "L1"]
 

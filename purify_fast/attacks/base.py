@@ -13,7 +13,8 @@ from typing import Any, ClassVar, NamedTuple, get_args
 from torch import Tensor
 
 from ..protocols import Classifier
-from .arguments import Norm, check_eps, read_norm
+from ..speed.step_graphs import StepGraphs
+from .arguments import Fallen, Norm, check_eps, read_norm
 from .health import GradientHealth
 
 
@@ -37,13 +38,18 @@ class AttackContext:
         steps: steps of an attack that does not say how many.
         eot_iter: draws averaged per step by an attack that does not say how many.
         draws_differ: whether two predictions of the attacked model differ; if not, every attack takes one draw.
+        fallen: of a random model, by which share of fresh draws an image falls, and is then attacked no more: "any",
+            "majority" or "all". An attack that stops at the first lucky draw would leave weak images behind.
+        judge_draws: fresh draws for that.
         seed: of everything random.
         sample_ids: int64 ``[B]``, the images' indices in their data set; an image's random start depends on the seed
             and its id alone. None: 0 .. B - 1.
         max_forward_batch: images in one forward pass at most; None: no limit.
         batch_size: images that an attack takes together, where it makes its own batches (`Attack.batches_itself`).
         health: counts gradients and movement, if given.
+        graphs: captures the steps of attacks on a CUDA device, if given.
         warnings: an attack appends what the reader of its result must know.
+        found: an attack that tries several things adds to the name of each how many images fell to it.
     """
 
     num_classes: int
@@ -52,12 +58,21 @@ class AttackContext:
     steps: int = 100
     eot_iter: int = 5
     draws_differ: bool = True
+    fallen: Fallen = "all"
+    judge_draws: int = 5
     seed: int = 0
     sample_ids: Tensor | None = None
     max_forward_batch: int | None = None
     batch_size: int = 250
     health: GradientHealth | None = None
+    graphs: StepGraphs | None = None
     warnings: list[str] = field(default_factory=list)
+    found: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def judges(self) -> int:
+        """Fresh predictions by which an image falls: one of a model that predicts the same every time."""
+        return self.judge_draws if self.draws_differ else 1
 
 
 class Attack(abc.ABC):

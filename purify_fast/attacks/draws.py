@@ -7,7 +7,7 @@ changes no result but by the rounding of sums.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from .._compat import renamed_arguments
 from .._tensors import repeat_batch
 from ..protocols import Classifier, SharesDraws, supports
+from ..speed.step_graphs import State, StepGraphs
 from .losses import LOSSES, TARGETED, Loss
 
 
@@ -44,12 +45,15 @@ class Objective:
         loss: a name of `purify_fast.attacks.LOSSES` or `TARGETED`.
         eot_iter: draws of a random model that are averaged.
         max_forward_batch: images in one forward pass at most; None: all draws of all images at once.
+        graphs: captures what attacks do with it on a CUDA device, if given.
     """
 
     model: Classifier
     loss: str = "ce"
     eot_iter: int = 1
     max_forward_batch: int | None = None
+    #: No part of what is computed.
+    graphs: StepGraphs | None = field(default=None, compare=False)
 
     def gradient(self, x: Tensor, y: Tensor) -> Gradient:
         """The gradient to images, and their score.
@@ -111,6 +115,60 @@ class Objective:
         if draws > 1 and supports(self.model, SharesDraws):
             return cast(SharesDraws, self.model).draw_logits(x, draws).flatten(0, 1)
         return self.model(repeat_batch(x, draws))
+
+
+@dataclass(frozen=True)
+class Look:
+    """`Objective.gradient` as a step, so that it can be captured.
+
+    Args:
+        objective: the loss that an attack raises.
+    """
+
+    objective: Objective
+
+    @property
+    def model(self) -> Classifier:
+        """What is attacked."""
+        return self.objective.model
+
+    def __call__(self, state: State) -> State:
+        """The gradient, loss and share of wrong draws at ``point``, of labels ``y``."""
+        return self.objective.gradient(state["point"], state["y"])._asdict()
+
+
+class Gradients:
+    """The gradients of one batch at one point after the other; captured and replayed, if the objective has graphs.
+
+    For an attack whose step is not captured as a whole.
+
+    Args:
+        objective: the loss that it raises.
+        like: images ``[B, ...]``, of the shape and dtype of every point.
+        y: labels, as of `Objective.gradient`.
+        points: at how many points it will look.
+    """
+
+    def __init__(self, objective: Objective, like: Tensor, y: Tensor, points: int):
+        self._objective, self._y, self._loop = objective, y, None
+        if objective.graphs is not None:
+            wide = torch.promote_types(like.dtype, torch.float32)
+            zeros = torch.zeros(len(like), device=like.device)
+            state = {"point": like, "y": y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
+            self._loop = objective.graphs.begin(Look(objective), state, points)
+
+    def at(self, point: Tensor) -> Gradient:
+        """`Objective.gradient` at a point.
+
+        Args:
+            point: images ``[B, ...]``.
+        """
+        if self._loop is None:
+            return self._objective.gradient(point, self._y)
+        self._loop.put(point=point)
+        self._loop.take()
+        found = self._loop.values("image", "loss", "wrong")
+        return Gradient(**found)
 
 
 @renamed_arguments(eot="eot_iter", chunk="max_forward_batch")

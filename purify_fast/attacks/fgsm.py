@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .._compat import renamed_arguments
 from .._validation import check_literal
-from ..ops.pgd_step import per_sample, pgd_step
+from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
+from ..speed.step_graphs import StepGraphs
 from .arguments import Norm, NormName, check_at_least_one, check_images, check_not_negative
 from .ball import ball_around, sample_in_ball
 from .base import AttackContext, BallAttack
@@ -19,7 +20,7 @@ from .draws import Objective
 from .frozen_model import frozen
 from .health import GradientHealth
 from .losses import Loss, usable_loss
-from .pgd import DENSITY, density_at, pgd
+from .pgd import DENSITY, ascend, pgd
 
 
 @renamed_arguments(eot="eot_iter", chunk="max_forward_batch", lo="clip_min", hi="clip_max")
@@ -34,6 +35,7 @@ def fgsm(
     eot_iter: int = 1,
     max_forward_batch: int | None = None,
     health: GradientHealth | None = None,
+    graphs: StepGraphs | None = None,
     clip_min: float = 0.0,
     clip_max: float = 1.0,
 ) -> Tensor:
@@ -49,6 +51,7 @@ def fgsm(
         eot_iter: draws of a random model averaged, folded into the batch.
         max_forward_batch: images in one forward pass at most; None: no limit.
         health: counts gradients and movement, if given.
+        graphs: captures the step, as of `pgd`.
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
 
@@ -72,6 +75,7 @@ def fgsm(
         random_start=False,
         max_forward_batch=max_forward_batch,
         health=health,
+        graphs=graphs,
         clip_min=clip_min,
         clip_max=clip_max,
     )
@@ -90,6 +94,7 @@ def pgd_and_fgsm(
     loss: Loss = "ce",
     seed: int = 0,
     sample_ids: Tensor | None = None,
+    graphs: StepGraphs | None = None,
     clip_min: float = 0.0,
     clip_max: float = 1.0,
 ) -> Tensor:
@@ -109,6 +114,7 @@ def pgd_and_fgsm(
         loss: "ce", "margin" or "dlr".
         seed: of PGD's random starts.
         sample_ids: int64 ``[2 B]``, as of `pgd`; the first half is used. None: 0 .. B - 1.
+        graphs: captures the steps, as of `pgd`.
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
 
@@ -133,17 +139,15 @@ def pgd_and_fgsm(
     first = slice(half)
     clean, labels, ids, inner = x[first], y[first], None if sample_ids is None else sample_ids[first], ball.of(first)
     step = per_sample("alpha", alpha, clean)
-    objective = Objective(model, loss)
+    objective = Objective(model, loss, graphs=graphs)
     with frozen(model):
         begin = torch.cat([sample_in_ball(clean, inner, seed=seed, sample_ids=ids), x[half:]])
-        gradient = objective.gradient(begin, y).image.to(x.dtype)
-        both = torch.cat([step, ball.eps[half:]])
-        moved = pgd_step(begin, gradient, x, both, ball.eps, density=DENSITY, **ball.bounds)
+        both = {"point": begin, "x": x, "y": y, "alpha": torch.cat([step, ball.eps[half:]])}
+        moved = ascend(objective, ball, both, steps=1, density=DENSITY)["point"]
         point = moved[:half]
-        for i in range(1, steps):
-            gradient = objective.gradient(point, labels).image.to(x.dtype)
-            share = density_at(ball.norm, i, steps)
-            point = pgd_step(point, gradient, clean, step, inner.eps, density=share, **ball.bounds)
+        if steps > 1:
+            alone = {"point": point, "x": clean, "y": labels, "alpha": step}
+            point = ascend(objective, inner, alone, steps=steps, first=1)["point"]
     return torch.cat([point, moved[half:]])
 
 
@@ -198,4 +202,5 @@ class FGSM(BallAttack):
             eot_iter=self.draws(context),
             max_forward_batch=context.max_forward_batch,
             health=context.health,
+            graphs=context.graphs,
         )

@@ -11,6 +11,22 @@ from torch import Tensor
 MAX_NONFINITE, MAX_ZERO, MAX_UNMOVED = 0.0, 0.05, 0.01
 
 
+def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How many of a batch's gradients are of no use; waits for nothing.
+
+    Args:
+        grad: ``[B, ...]``.
+        fooled: bool ``[B]``, where the attack needs none, so that zero is no fault.
+
+    Returns:
+        How many have a non-finite element, and how many are zero, int64 both.
+    """
+    flat = grad.detach().flatten(1)
+    nonfinite = (~torch.isfinite(flat)).any(1).sum()
+    zero = (flat == 0).all(1)
+    return nonfinite, (zero if fooled is None else zero & ~fooled).sum()
+
+
 @dataclass
 class GradientHealth:
     """Counts over all gradients an attack took; pass one to an attack and read it afterwards.
@@ -27,17 +43,33 @@ class GradientHealth:
 
     def see_gradient(self, grad: Tensor, fooled: Tensor | None = None) -> None:
         """Count one gradient [B, ...]; ``fooled`` [B], bool: where the attack needs none, so that zero is no fault."""
-        flat = grad.detach().flatten(1)
-        self._add("gradients", flat.shape[0])
-        self._add("nonfinite", (~torch.isfinite(flat)).any(1).sum())
-        zero = (flat == 0).all(1)
-        self._add("zero", (zero if fooled is None else zero & ~fooled).sum())
+        self.add(len(grad), *faults(grad, fooled))
+
+    def add(self, gradients: int, nonfinite: Tensor, zero: Tensor) -> None:
+        """Count gradients that were looked at elsewhere, by `faults`.
+
+        Args:
+            gradients: how many, one for each image and step.
+            nonfinite: how many of them have a non-finite element, int64.
+            zero: how many are zero, int64.
+        """
+        self._add("gradients", gradients)
+        self._add("nonfinite", nonfinite)
+        self._add("zero", zero)
 
     def see_move(self, start: Tensor, end: Tensor, correct: Tensor) -> None:
         """Count the images of ``correct`` [B] that ended where they started, both [B, ...]."""
         still = (start == end).flatten(1).all(1)
         self._add("images", correct.sum())
         self._add("unmoved", (still & correct).sum())
+
+    def see_fallen(self, images: int) -> None:
+        """Count images that left the attack because they had fallen: they needed no movement.
+
+        Args:
+            images: how many.
+        """
+        self._add("images", images)
 
     def count(self, name: str) -> int:
         """``gradients``, ``nonfinite``, ``zero``, ``images`` or ``unmoved``."""

@@ -27,8 +27,33 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
         y: true labels, int64 ``[B]``.
     """
     true = logits.gather(1, y[:, None])[:, 0]
-    others = logits.masked_fill(F.one_hot(y, logits.shape[1]).bool(), -torch.inf)
+    # one_hot would read the labels first, which a GPU must finish for
+    others = logits.scatter(1, y[:, None], -torch.inf)
     return others.amax(1) - true
+
+
+def scaled_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """margin / std(logits), [B]; its gradient is the margin's, so that it never saturates, at one scale for all draws.
+
+    The standard deviation is over the classes, and a constant: where draws are averaged, one with large logits counts
+    no more than the others.
+
+    Args:
+        logits: floating point ``[B, classes]``.
+        y: true labels, int64 ``[B]``.
+    """
+    return margin(logits, y) / (logits.detach().std(1, correction=0) + 1e-12)
+
+
+def margin_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """l_t - l_y, [B], t the target [B]; defined for any number of classes.
+
+    Args:
+        logits: floating point ``[B, classes]``.
+        y: true labels, int64 ``[B]``.
+        target: the class to be raised, int64 ``[B]``.
+    """
+    return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
@@ -60,12 +85,12 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 
 #: The losses of a true label, and those with the targeted one, which also takes a target class per image.
-Loss = Literal["ce", "margin", "dlr"]
-ApgdLoss = Literal["ce", "margin", "dlr", "dlr_targeted"]
+Loss = Literal["ce", "margin", "scaled_margin", "dlr"]
+ApgdLoss = Literal["ce", "margin", "scaled_margin", "dlr", "dlr_targeted", "margin_targeted"]
 AnyLoss = TypeVar("AnyLoss", Loss, ApgdLoss)
 
-LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
-TARGETED = {"dlr_targeted": dlr_targeted}
+LOSSES = {"ce": cross_entropy, "margin": margin, "scaled_margin": scaled_margin, "dlr": dlr}
+TARGETED = {"dlr_targeted": dlr_targeted, "margin_targeted": margin_targeted}
 
 #: The fewest classes for which a loss is defined, where that is more than two.
 FEWEST_CLASSES = {"dlr": 3, "dlr_targeted": 4}

@@ -13,23 +13,116 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .._compat import renamed_arguments
 from .._validation import check_literal
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
+from ..speed.step_graphs import State, StepGraphs, begin_steps
 from .arguments import Norm, NormName, check_at_least_one, check_images, check_not_negative
-from .ball import ball_around, sample_in_ball
+from .ball import Ball, ball_around, sample_in_ball
 from .base import AttackContext, BallAttack, cost_of_runs
 from .draws import Objective
 from .frozen_model import frozen
 from .health import GradientHealth
 from .losses import Loss, usable_loss
-from .search import Search, worst_of_restarts
+from .search import Search, noted, worst_of_restarts
 
 #: The share of the coordinates that the first step in the l1 ball moves.
 DENSITY = 0.1
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """One step of PGD as a function of tensors, which has no branch on what they hold: it can be captured.
+
+    Args:
+        objective: what is raised.
+        norm: the ball's: "linf", "l2" or "l1".
+        clip_min: the smallest value of a pixel.
+        clip_max: the largest value of a pixel.
+        density: of "l1", the share of the coordinates that move. None, where it changes from step to step: the
+            gradient is returned in place of the new point, and `move` takes the step.
+
+    The state: ``x``, the clean images, and ``point``, ``[B, ...]``; ``y``, labels; ``eps`` and ``alpha``, ``[B]``; what
+    a `Search` remembers; without a density also ``gradient``, ``[B, ...]``.
+    """
+
+    objective: Objective
+    norm: Norm
+    clip_min: float
+    clip_max: float
+    density: float | None
+
+    @property
+    def model(self) -> Classifier:
+        """What is attacked."""
+        return self.objective.model
+
+    def __call__(self, state: State) -> State:
+        found = self.objective.gradient(state["point"], state["y"])
+        new = noted(self.objective, state, state["point"], found)
+        gradient = found.image.to(state["x"].dtype)
+        if self.density is None:
+            return {**new, "gradient": gradient}
+        return {**new, "point": self.move(state, gradient, self.density)}
+
+    def move(self, state: State, gradient: Tensor, density: float) -> Tensor:
+        """The next point.
+
+        Args:
+            state: the tensors of the step.
+            gradient: at the point, of its shape and dtype.
+            density: of "l1", the share of the coordinates that move.
+        """
+        bounds: dict[str, Any] = {"norm": self.norm, "lo": self.clip_min, "hi": self.clip_max}
+        x, alpha, eps = state["x"], state["alpha"], state["eps"]
+        return pgd_step(state["point"], gradient, x, alpha, eps, density=density, **bounds)
+
+
+def ascend(
+    objective: Objective,
+    ball: Ball,
+    state: State,
+    *,
+    steps: int,
+    first: int = 0,
+    falls: bool = False,
+    density: float | None = None,
+) -> State:
+    """Take the steps of PGD.
+
+    Args:
+        objective: what is raised; its graphs capture the step.
+        ball: the ball around each image.
+        state: what `Ascent` begins with, but for eps; without ``alpha`` if it falls.
+        steps: how many steps the whole attack has.
+        first: the step to begin with, from 0.
+        falls: whether the length of a step falls geometrically from eps to a hundredth of it.
+        density: of "l1", the share of the coordinates that move; None: it falls.
+
+    Returns:
+        The state after the last step.
+    """
+    share = density_at(ball.norm, first, steps) if density is None else density
+    changes = ball.norm == "l1" and density is None and steps - first > 1
+    ascent = Ascent(objective, ball.norm, ball.clip_min, ball.clip_max, None if changes else share)
+    state = {**state, "eps": ball.eps}
+    if falls:
+        state["alpha"] = ball.eps
+    if changes:
+        state["gradient"] = torch.zeros_like(state["x"])
+    loop = begin_steps(objective.graphs, ascent, state, steps - first)
+    for i in range(first, steps):
+        if falls:
+            loop.put(alpha=ball.eps * fall(i, steps))
+        loop.take()
+        if changes:
+            point = ascent.move(loop.state, loop.state["gradient"], density_at(ball.norm, i, steps))
+            loop.put(point=point)
+    return loop.values()
 
 
 @renamed_arguments(start="random_start", eot="eot_iter", chunk="max_forward_batch", lo="clip_min", hi="clip_max")
@@ -51,6 +144,7 @@ def pgd(
     sample_ids: Tensor | None = None,
     max_forward_batch: int | None = None,
     health: GradientHealth | None = None,
+    graphs: StepGraphs | None = None,
     clip_min: float = 0.0,
     clip_max: float = 1.0,
 ) -> Tensor:
@@ -78,6 +172,8 @@ def pgd(
         max_forward_batch: images given to the model in one forward pass at most; exact, bounds the memory. (A defence
             that makes S samples of an image in N passes computes on S N times as many.) None: no limit.
         health: counts gradients and movement, if given.
+        graphs: on a CUDA device, captures the step once and replays it, in this attack and later ones on the same
+            module, see `purify_fast.speed.StepGraphs`. None: every step is launched operator by operator.
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
 
@@ -98,18 +194,17 @@ def pgd(
         return x.clone()
     x = x.detach()
     constant = None if alpha is None else per_sample("alpha", alpha, x)
-    objective = Objective(model, loss, eot_iter, max_forward_batch)
+    objective = Objective(model, loss, eot_iter, max_forward_batch, graphs)
     with frozen(model):
         point = sample_in_ball(x, ball, seed=seed, sample_ids=sample_ids) if random_start else x
         search = Search(objective, point, y, keep_best=keep_best, health=health)
-        for i in range(steps):
-            found = objective.gradient(point, y)
-            search.see(point, found)
-            step = ball.eps * fall(i, steps) if constant is None else constant
-            share = density_at(ball.norm, i, steps) if density is None else density
-            point = pgd_step(point, found.image.to(x.dtype), x, step, ball.eps, density=share, **ball.bounds)
-        search.see_move(x, point)
-        return search.result(point)
+        begin: State = {"point": point, "x": x, "y": y, **search.memory()}
+        if constant is not None:
+            begin["alpha"] = constant
+        last = ascend(objective, ball, begin, steps=steps, falls=constant is None, density=density)
+        search.recall(last, steps)
+        search.see_move(x, last["point"])
+        return search.result(last["point"])
 
 
 def fall(i: int, steps: int) -> float:
@@ -204,6 +299,7 @@ class PGD(BallAttack):
                 seed=context.seed + run,
                 sample_ids=context.sample_ids,
                 health=context.health,
+                graphs=context.graphs,
             )
 
         return worst_of_restarts(attack, target, x, y, restarts=self.restarts, eot_iter=draws)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .._tensors import per_image
 from ..protocols import Classifier
+from ..speed.step_graphs import State
 from .draws import Gradient, Objective
 from .frozen_model import frozen
-from .health import GradientHealth
+from .health import GradientHealth, faults
 from .losses import margin
 
 
@@ -29,6 +30,38 @@ def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tup
     """
     higher = (score[0] > best_score[0]) | ((score[0] == best_score[0]) & (score[1] > best_score[1]))
     return torch.where(per_image(higher, x), x, best), torch.where(higher, score, best_score)
+
+
+def forgiven(objective: Objective, found: Gradient) -> Tensor | None:
+    """Which images may have a zero gradient, bool ``[B]``; None for none of them.
+
+    Args:
+        objective: what the attack raises.
+        found: gradient and score of the images.
+    """
+    # once an image is fooled, dlr is flat: 1, where the true class is third
+    return None if objective.loss == "ce" else found.wrong == 1
+
+
+def noted(objective: Objective, memory: State, point: Tensor, found: Gradient) -> State:
+    """What a search remembers after one more point, `Search.memory`; waits for nothing.
+
+    Args:
+        objective: what the attack raises.
+        memory: what it remembered before; other tensors among it are not looked at.
+        point: images ``[B, ...]``.
+        found: their score and gradient.
+
+    Returns:
+        The new values of what is remembered.
+    """
+    new: State = {}
+    if "nonfinite" in memory:
+        nonfinite, zero = faults(found.image, forgiven(objective, found))
+        new = {"nonfinite": memory["nonfinite"] + nonfinite, "zero": memory["zero"] + zero}
+    if "best" in memory:
+        new["best"], new["best_score"] = better_of(memory["best"], memory["best_score"], point, found.score)
+    return new
 
 
 class Search:
@@ -70,11 +103,32 @@ class Search:
             found: their score, and the gradient whose health counts.
         """
         if self.health is not None:
-            # once an image is fooled, dlr is flat: 1, where the true class is third
-            forgiven = None if self.objective.loss == "ce" else found.wrong == 1
-            self.health.see_gradient(found.image, forgiven)
+            self.health.see_gradient(found.image, forgiven(self.objective, found))
         if self.keep_best:
             self.best, self.best_score = better_of(self.best, self.best_score, point, found.score)
+
+    def memory(self) -> State:
+        """What the search remembers, as tensors for a step that goes on with `noted`; empty if that is nothing."""
+        memory: State = {}
+        if self.health is not None:
+            memory |= {name: self.begin.new_zeros((), dtype=torch.int64) for name in ("nonfinite", "zero")}
+        if self.keep_best:
+            # the score of a model in float64 is float64, that of one in half precision float32
+            wide = torch.promote_types(self.begin.dtype, torch.float32)
+            memory |= {"best": self.best, "best_score": self.best_score.to(wide)}
+        return memory
+
+    def recall(self, memory: State, steps: int) -> None:
+        """Go on with what a loop of steps has noted.
+
+        Args:
+            memory: `memory` as the loop left it.
+            steps: how many points it noted.
+        """
+        if self.health is not None:
+            self.health.add(steps * len(self.begin), memory["nonfinite"], memory["zero"])
+        if self.keep_best:
+            self.best, self.best_score = memory["best"], memory["best_score"]
 
     def see_move(self, x: Tensor, last: Tensor) -> None:
         """Count the images, of those classified correctly, that the attack left where it began.

@@ -1,4 +1,4 @@
-"""The command line: ``purify-fast demo | train classifier|carso|generator|atop|arrest | ablate | evaluate | info``.
+"""The command line: ``purify-fast demo | train ... | ablate | evaluate | report | zoo | info``.
 
 PyTorch takes 1.8 seconds to import. What reads the options does without it, so that help and refusals come at once:
 each command imports what computes when it runs.
@@ -10,10 +10,12 @@ import contextlib
 import os
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from .._lock import folder_lock
 from .ablate import Ablate
 from .command import Command
 from .demo import Demo
@@ -22,10 +24,12 @@ from .evaluate import Evaluate
 from .info import Info
 from .option_types import Refused
 from .parsing import cli, overlays, parse
+from .report import ShowReport
 from .train_arrest import TrainArrest
 from .train_atop import TrainAtop, TrainGenerator
 from .train_carso import TrainCarso
 from .train_classifier import TrainClassifier
+from .zoo import Zoo
 
 __all__ = ["main"]
 
@@ -49,12 +53,18 @@ class Train:
 
         replace(self.what, device=own_device(usable_device(self.what.device))).run()
 
+    def writes(self) -> Path | None:
+        """The run's folder, which the first of several processes writes; None in the others."""
+        return None if _rank() else self.what.writes()
+
 
 Commands = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[ShowReport, tyro.conf.subcommand("report")]
+    | Annotated[Zoo, tyro.conf.subcommand("zoo")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -69,6 +79,8 @@ _KINDS: dict[str, type[Command]] = {
         TrainArrest,
         Ablate,
         Evaluate,
+        ShowReport,
+        Zoo,
         Info,
     )
 }
@@ -111,7 +123,16 @@ def _run(arguments: list[str]) -> None:
         from ..speed.allocator import retain_freed_memory
 
         retain_freed_memory()
+        stack.enter_context(folder_lock(_writable(command)))
         command.run()
+
+
+def _writable(command: Command | Train) -> Path | None:
+    """The folder that a command writes, if what it is for is there: a mistyped name makes no folder."""
+    folder = command.writes()
+    if isinstance(command, Evaluate) and not command.folder.is_dir():
+        return None
+    return folder
 
 
 def _rank() -> int:

@@ -12,9 +12,41 @@ if TYPE_CHECKING:
     from ..models.foreign import ForeignClassifier
 
 
+#: What stands before the name of a model of `purify_fast.zoo` where a folder may stand as well.
+ZOO = "zoo:"
+
+
+def zoo_name(folder: str | Path) -> str | None:
+    """The name behind ``zoo:``; None for a folder.
+
+    Args:
+        folder: what was given for a saved model.
+    """
+    text = str(folder)
+    return text.removeprefix(ZOO) if text.startswith(ZOO) else None
+
+
+def saved_folder(folder: str | Path) -> Path:
+    """Where a saved model is: the folder itself, or that of a model of the zoo.
+
+    Args:
+        folder: a folder, or ``zoo:NAME``.
+
+    Raises:
+        ValueError: the zoo has no such model.
+    """
+    name = zoo_name(folder)
+    if name is None:
+        return Path(folder)
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    from .. import zoo
+
+    return zoo.folder(name)
+
+
 def is_named(classifier: str) -> bool:
-    """Whether this is ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``, and no folder."""
-    return ":" in classifier and not Path(classifier).exists()
+    """Whether this is ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``, and no saved model."""
+    return ":" in classifier and zoo_name(classifier) is None and not Path(classifier).exists()
 
 
 def fresh_classifier(model: str, images: DataSet, *, width: int | None = None, depth: int | None = None) -> nn.Module:
@@ -49,7 +81,7 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
     """A classifier that was trained, on the images' device.
 
     Args:
-        classifier: a folder that `train classifier` or `train arrest` wrote, or a network by name.
+        classifier: a folder that `train classifier` or `train arrest` wrote, ``zoo:NAME``, or a network by name.
         weights: of a network by name: a file, or the library's name for them.
         images: the data set it is for.
 
@@ -66,7 +98,7 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
     if not is_named(text):
         if weights is not None:
             raise ValueError(f"--classifier-weights {weights}: the folder {classifier} brings its own")
-        return load_classifier(classifier).to(images.y_train.device)
+        return load_classifier(saved_folder(classifier)).to(images.y_train.device)
     if weights is None and text.partition(":")[0] in LIBRARIES:
         raise ValueError(
             f"--classifier {text} has fresh weights: give trained ones with --classifier-weights, or train it first "

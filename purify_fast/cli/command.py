@@ -46,6 +46,10 @@ class Command(ABC):
     def run(self) -> None:
         """Do what the command is for."""
 
+    def writes(self) -> Path | None:
+        """The folder that the command writes, in which no other run may write meanwhile; None for none."""
+        return getattr(self, "out", None)
+
     def superseded(self) -> list[Superseded]:
         """The options that others of this command's options make meaningless."""
         return []

@@ -132,11 +132,12 @@ def ball_of_run(folder: Path) -> tuple[float, str] | None:
     found: dict[str, Any] = {}
     if (folder / RUN_FILE).is_file():
         found = read_run_file(folder / RUN_FILE)
-    elif (folder / "checkpoint.safetensors").is_file():
+    else:
         # runs of version 0.1 have no such file; importing PyTorch takes 1.8 seconds, and --help does without it
-        from ..training.checkpoint import read_tree
+        from ..training.checkpoint import last_checkpoint
 
-        found = read_tree(folder / "checkpoint.safetensors")["facts"]
+        saved = last_checkpoint(folder)
+        found = {} if saved is None else saved["facts"]
     eps = number(str(found.get("eps", 0)))
     return (eps, str(found.get("norm", "linf"))) if eps > 0 else None
 

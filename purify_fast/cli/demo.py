@@ -22,6 +22,9 @@ class Demo(Command):
     seed: int = 0
     """Seed of everything random."""
 
+    def writes(self) -> Path:
+        return self.out.with_name(self.out.name + "-quick") if self.quick else self.out
+
     def run(self) -> None:
         # PyTorch takes 1.8 seconds to import: --help does without it
         from .. import demo

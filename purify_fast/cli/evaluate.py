@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import tyro
 
-from .classifiers import refuse_other_images
+from .classifiers import refuse_other_images, saved_folder, zoo_name
 from .config_file import ball_of_run, write_run_file
 from .data_args import DataCommand
 from .option_types import refuse_large_radius
@@ -27,7 +27,7 @@ class Evaluate(DataCommand):
     called: ClassVar[str] = "evaluate"
 
     folder: tyro.conf.Positional[Path] = Path("runs/carso")
-    """What to attack: a folder that one of the `train` commands wrote."""
+    """What to attack: a folder that one of the `train` commands wrote, or zoo:NAME, which comes with the package."""
     eps: float | None = None
     """Radius in image units, such as 8/255; default: what FOLDER was trained at."""
     norm: Literal["linf", "l2", "l1"] | None = None
@@ -50,24 +50,38 @@ class Evaluate(DataCommand):
     """Images that are attacked together."""
     max_forward_batch: int | None = None
     """Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets which draws."""
+    cuda_graphs: Literal["auto", "always", "off"] = "auto"
+    """On a GPU, capture a step of an attack once and replay it: where launching takes longer than computing (auto),
+    wherever that is possible, or never."""
+    cudnn_benchmark: Literal["auto", "on", "off"] = "off"
+    """On a GPU, let cuDNN race its algorithms for each shape of a batch, which may change the last bits from run to
+    run; auto: unless the process asks for deterministic algorithms."""
     seed: int = 0
     """Seed of everything random."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a slightly
     different function: images are rounded to 8 bits."""
     out: Path | None = None
-    """Where the report goes; default: FOLDER/evaluation."""
+    """Where the report goes; default: FOLDER/evaluation, of a model of the zoo runs/zoo/NAME/evaluation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eps is not None:
             refuse_large_radius(self.eps, self.norm or "linf")
 
+    def writes(self) -> Path:
+        if self.out is not None:
+            return self.out
+        name = zoo_name(self.folder)
+        # the folder of a model of the zoo belongs to the installed package
+        return (self.folder if name is None else Path("runs/zoo") / name) / "evaluation"
+
     def ball(self) -> tuple[float, str]:
         """The radius and the norm to attack with."""
         if self.eps is not None:
             return self.eps, self.norm or "linf"
-        found = ball_of_run(self.folder)
+        name = zoo_name(self.folder)
+        found = ball_of_run(self.folder) if name is None else self.ball_of_card(name)
         if found is None:
             raise ValueError(
                 f"--eps must be given, such as --eps 8/255: {self.folder} does not say what it was trained at, or was "
@@ -77,6 +91,15 @@ class Evaluate(DataCommand):
             raise ValueError(f"--norm {self.norm} needs an --eps: {self.folder} was trained at {found[1]} {found[0]:g}")
         return found
 
+    @staticmethod
+    def ball_of_card(name: str) -> tuple[float, str]:
+        """The radius and the norm that a model of the zoo was judged at."""
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        from .. import zoo
+
+        card = zoo.card(name)
+        return card.eps, card.norm
+
     def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
         """What is attacked, and the classifier without its defence, if it is one."""
         # PyTorch takes 1.8 seconds to import: --help does without it
@@ -84,11 +107,12 @@ class Evaluate(DataCommand):
         from ..training import is_classifier, load_classifier
 
         device = images.y_test.device
-        if is_classifier(self.folder):
-            model, base = load_classifier(self.folder).to(device), None
+        folder = saved_folder(self.folder)
+        if is_classifier(folder):
+            model, base = load_classifier(folder).to(device), None
         else:
-            base = load_classifier(self.folder / "classifier").to(device)
-            model = load_defence(self.folder, base)
+            base = load_classifier(folder / "classifier").to(device)
+            model = load_defence(folder, base)
         refuse_other_images(model, images, f"the model in {self.folder}")
         return model, base
 
@@ -145,7 +169,7 @@ class Evaluate(DataCommand):
             "classifier": AttackSpec(PGD(), target="classifier"),
         }
         attacks += [more[name] for name in dict.fromkeys(self.also)]
-        out = self.folder / "evaluation" if self.out is None else self.out
+        out = self.writes()
         x, y, notes = self.chosen(images)
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(
@@ -160,9 +184,11 @@ class Evaluate(DataCommand):
                 eot_iter=self.eot_iter,
                 batch_size=self.batch_size,
                 max_forward_batch=self.max_forward_batch,
+                cuda_graphs=self.cuda_graphs,
+                cudnn_benchmark=self.cudnn_benchmark,
                 seed=self.seed,
                 out=out,
-                name=self.folder.name,
+                name=zoo_name(self.folder) or self.folder.name,
                 dataset_name=images.name,
             )
         report.notes += notes

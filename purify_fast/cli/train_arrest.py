@@ -137,16 +137,16 @@ class TrainArrest(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         from .. import _compat
         from ..training.attack import settings
-        from ..training.checkpoint import read_tree
-        from ..training.run import refuse_another
+        from ..training.checkpoint import last_checkpoint
+        from ..training.run import NO_FACTS, refuse_another
 
-        path = self.out / "checkpoint.safetensors"
-        if not path.is_file():
+        found = last_checkpoint(self.out)
+        if found is None:
             return
-        saved = _compat.checkpoint(read_tree(path))["facts"]
+        saved = _compat.checkpoint(found)["facts"]
         attack = self.method.attack
         wanted = {"task": "arrest", **settings(self.method), **asdict(self.loop)}
         wanted["alpha"] = attack.step_size(attack.eps)
-        # when checkpoints are written is no setting of a run
-        del wanted["checkpoint_seconds"]
+        for name in NO_FACTS:
+            del wanted[name]
         refuse_another(self.out, {name: saved.get(name) for name in wanted}, wanted)

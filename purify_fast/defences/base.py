@@ -35,7 +35,8 @@ class Defence(StochasticDefence):
     Raises:
         ValueError: a classifier that is wrapped, or an image_shape that is not three sizes of at least 1.
 
-    One forward pass at a time: not for several threads or ``nn.DataParallel`` (one process per GPU does it).
+    It starts in evaluation mode, in which a prediction changes nothing; a training sets training mode itself. Several
+    threads may predict at once; ``nn.DataParallel`` is not for it (one process per GPU is).
 
     A subclass sets ``arguments`` (what makes it again, JSON values) and ``num_classes``, says in `purifier_dtype` in
     which precision its purifier computes, and ends its constructor with `_ready`.
@@ -63,6 +64,7 @@ class Defence(StochasticDefence):
         """To the classifier's device; the end of a subclass's constructor."""
         self.classifier_uses_channels_last = convert_to_channels_last(self.classifier, self.image_shape)
         self.to(first_tensor(self.classifier).device)
+        self.eval()
 
     # -- the parts of a prediction ------------------------------------------------------------------------------------
 
@@ -217,7 +219,7 @@ class Defence(StochasticDefence):
         self.classifier.eval()
         if mode and self.fast is not None:
             # Weights and BatchNorm statistics may change from now on: what is packed is packed again when it is used.
-            self.fast.packed = None
+            self.fast.packed_from = None
         return self
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,18 +17,26 @@ from ..ops.aggregate import aggregate
 class StochasticDefence(nn.Module):
     """A defence that draws noise for each of ``samples`` predictions; subclasses give `sample_logits`.
 
+    Several threads may call one at once while its noise is fresh. A thread that decides over the noise has the defence
+    for itself: the calls of others are refused meanwhile.
+
     Every call draws a fresh seed from PyTorch's global generator. Within `fixed_noise` the seed is the caller's; within
     `deterministic` nothing is drawn.
     """
 
     _noise_seed: Tensor
     samples: int
+    #: What a captured step need not look at (`purify_fast.speed.dependencies`): memory for ids, not the ids in use.
+    not_dependencies = frozenset({"_kept_ids"})
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
+        # the thread that decides over the draws, where one does
+        self._noise_owner: int | None = None
         self._noise_ids: Tensor | None = None
+        self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         """A subclass with a ``forward`` of its own is attacked through that: `draw_logits` must agree with it."""
@@ -67,11 +76,32 @@ class StochasticDefence(nn.Module):
 
     @contextlib.contextmanager
     def _switch(self, noise: str) -> Iterator[None]:
-        before, self._noise = self._noise, noise
+        with self._by_this_thread():
+            before, self._noise = self._noise, noise
+            try:
+                yield
+            finally:
+                self._noise = before
+
+    @contextlib.contextmanager
+    def _by_this_thread(self) -> Iterator[None]:
+        """Within the block, the calls of other threads are refused: they would draw what this thread chose."""
+        self._refuse_other_threads()
+        before, self._noise_owner = self._noise_owner, threading.get_ident()
         try:
             yield
         finally:
-            self._noise = before
+            self._noise_owner = before
+
+    def _refuse_other_threads(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        owner = self._noise_owner
+        if owner is not None and owner != threading.get_ident():
+            raise RuntimeError(
+                "another thread has this defence in fixed_noise(), deterministic() or noise_ids(), which would decide "
+                "over this thread's draws too: give each thread a copy.deepcopy of the defence"
+            )
 
     @contextlib.contextmanager
     def noise_ids(self, ids: Tensor) -> Iterator[StochasticDefence]:
@@ -82,7 +112,14 @@ class StochasticDefence(nn.Module):
         Args:
             ids: int64 ``[B]``.
         """
-        before, self._noise_ids = self._noise_ids, ids
+        with self._by_this_thread():
+            yield from self._with_ids(ids)
+
+    def _with_ids(self, ids: Tensor) -> Iterator[StochasticDefence]:
+        before = self._noise_ids
+        # A captured step reads the ids where they lay when it was captured: they are written there again.
+        kept = self._kept_ids.setdefault((len(ids), ids.device), ids.clone()) if before is None else ids.clone()
+        self._noise_ids = kept.copy_(ids)
         try:
             yield self
         finally:
@@ -101,6 +138,7 @@ class StochasticDefence(nn.Module):
         Raises:
             ValueError: `noise_ids` was given ids for another number of images.
         """
+        self._refuse_other_threads()
         if self._noise == "fixed":
             # The seed is copied, because a backward pass after the block still needs it. Every image has sample id 0.
             return self._noise_seed.clone(), torch.zeros(1, dtype=torch.int64, device=device)
@@ -109,16 +147,19 @@ class StochasticDefence(nn.Module):
             return seed, torch.arange(batch, device=device)
         if len(self._noise_ids) != batch:
             raise ValueError(f"noise_ids are of {len(self._noise_ids)} images, the batch has {batch}")
-        return seed, self._noise_ids
+        # copied as the fixed seed is
+        return seed, self._noise_ids.clone()
 
     @property
     def noise_is_off(self) -> bool:
         """Whether no noise is drawn now."""
+        self._refuse_other_threads()
         return self._noise == "off"
 
     @property
     def noise_is_fresh(self) -> bool:
         """Whether every call draws anew."""
+        self._refuse_other_threads()
         return self._noise == "fresh"
 
     # -- predictions --------------------------------------------------------------------------------------------------

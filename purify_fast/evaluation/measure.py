@@ -142,7 +142,7 @@ class Measure:
         target = self._target(spec)
         with subject.variant(spec.variant), frozen(target):
             context = dataclasses.replace(
-                self.context, draws_differ=self._draws_differ(spec, target), health=health, warnings=[]
+                self.context, draws_differ=self._draws_differ(spec, target), health=health, warnings=[], found={}
             )
             # of a target that predicts the same every time one draw is enough
             settings |= {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}

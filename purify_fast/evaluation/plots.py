@@ -165,7 +165,7 @@ def grid(
             f"clean and adversarial must be [M, C, H, W] with C = 1 or 3 and labels [M], "
             f"got {list(x.shape)}, {list(adv.shape)} and {list(y.shape)}"
         )
-    predicted, more = _look(defence, x, adv, samples, seed)
+    predicted, more = look(defence, x, adv, samples, seed)
     columns = 3 + len(more)
     figure = _new_figure(figsize=(1.25 * columns, 1.45 * len(x) + 0.5))
     figure.suptitle(title or "Attacked images", fontsize=10)
@@ -196,10 +196,21 @@ def _show_image(axis: Any, image: Tensor) -> None:
 
 
 @torch.no_grad()
-def _look(
+def look(
     defence: Any, x: Tensor, adv: Tensor, samples: int, seed: int
 ) -> tuple[tuple[Tensor | None, Tensor | None], list[_Column]]:
-    """Predictions of both, and columns of what becomes of the adversarial images: [M, C, H, W], classes [M], a name."""
+    """What a defence says of images before and after an attack, and what it makes of the attacked ones.
+
+    Args:
+        defence: as of `grid`; None says nothing.
+        x: clean images ``[M, C, H, W]``.
+        adv: the attacked ones, of the same shape.
+        samples: how many reconstructions, and how many transformed images, are made at most.
+        seed: of the noise.
+
+    Returns:
+        The predicted classes of both, and columns of pictures ``[M, C, H, W]`` with their classes ``[M]`` and a name.
+    """
     if defence is None:
         return (None, None), []
     device = x.device

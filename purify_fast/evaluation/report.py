@@ -12,6 +12,7 @@ from typing import Any
 from .._files import write_text
 from ..protocols import Classifier
 from . import plots
+from .page import write_page
 from .rows import Examples, Paired, Row, attack_names, model_names
 from .tables import (
     COLUMNS,
@@ -94,6 +95,11 @@ class Report:
                     best[row.model, row.threat] = row
         return best
 
+    def _over_all(self, model: str, threat: str | None) -> Row | None:
+        """The worst over all images, if there is one."""
+        name = "worst" if threat is None else f"worst, {threat}"
+        return next((row for row in self.rows if (row.model, row.attack) == (model, name)), None)
+
     @property
     def headline(self) -> Row:
         """The lowest robust accuracy of the one model; ValueError if there are several, or no attack."""
@@ -143,7 +149,7 @@ class Report:
         """The headline of each model, a comparison if there are several, and the table of all rows."""
         lines = [", ".join(["# Robustness", *self._title()]), ""]
         for (model, threat), row in sorted(self.lowest.items(), key=lambda item: item[0][1] is not None):
-            lines.append(headline(model, threat, row))
+            lines.append(headline(model, threat, row, self._over_all(model, threat)))
         if len(self.models) > 1:
             lines += ["", "## Comparison", "", "Accuracy ± standard error, %.", "", *self.comparison()]
         lines += ["", "## Every row", ""]
@@ -177,9 +183,9 @@ class Report:
         write_text(folder / "report.md", self.to_markdown())
 
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
-        """Write ``report.json``, ``report.md``, ``accuracies.png`` and, where examples are kept, ``images_*.png``.
+        """Write ``report.html``, ``.json``, ``.md``, ``accuracies.png`` and, with examples, ``images_*.png``.
 
-        Each file appears whole or not at all. Without matplotlib the pictures are left out, and a note says so.
+        Each file appears whole or not at all. What needs a package that is missing is left out, and a note says so.
 
         Args:
             folder: made if it is missing.
@@ -197,6 +203,11 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         self._write(folder)  # before the pictures, whatever becomes of them
         try:
+            write_page(self, folder, defence)
+        except ModuleNotFoundError as error:
+            self.notes.append(f"no HTML page: {error}")
+            self._write(folder)
+        try:
             plots.require_matplotlib()
         except ModuleNotFoundError as error:
             self.notes.append(f"no pictures: {error}")
@@ -207,7 +218,9 @@ class Report:
     def _draw(self, folder: Path, defences: Mapping[str, Classifier]) -> None:
         plots.bars(self.rows, folder / "accuracies.png")
         for model in self.models:
-            row = next((r for r in self.rows if r.model == model and r.examples is not None), None)
+            kept = [r for r in self.rows if r.model == model and r.examples is not None and r.threat is None]
+            # the strongest attack's pictures: those of a weaker one would flatter the model
+            row = min(kept, key=lambda r: r.accuracy, default=None)
             if row is not None and row.examples is not None and row.examples.clean.shape[1] in (1, 3):
                 e, path = row.examples, folder / f"images_{_slug(model)}.png"
                 title = f"{model}: {row.attack}"

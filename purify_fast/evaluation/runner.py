@@ -23,7 +23,9 @@ from ..attacks import BPDA, Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
 from ..attacks.autoattack import implementation
 from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
+from ..speed.convolutions import CudnnBenchmark, raced_convolutions
 from ..speed.precision import whole_float32_by_default
+from ..speed.step_graphs import CudaGraphs, StepGraphs
 from .function_attack import AttackFunction
 from .images import collect
 from .labels import ball_name, row_name, threat_name
@@ -52,6 +54,8 @@ def evaluate(
     n_eval: int = 5,
     batch_size: int = 250,
     max_forward_batch: int | None = None,
+    cuda_graphs: CudaGraphs = "auto",
+    cudnn_benchmark: CudnnBenchmark = "off",
     seed: int = 0,
     out: str | Path | None = None,
     name: str = "defence",
@@ -67,7 +71,7 @@ def evaluate(
             batches (images, labels) or (images, labels, indices), which is read once and kept in memory.
         y: labels, int64 ``[N]``.
         eps: radius of the ball, in image units.
-        norm: of the ball: ``linf``, ``l2`` or ``l1`` (which `APGD` does not have).
+        norm: of the ball: ``linf``, ``l2`` or ``l1``.
         base: an undefended classifier: its adversarial images are tried on the defence.
         attacks: what to run: attacks of `purify_fast.attacks`, such as ``PGD()``; functions ``(model, x, y) -> x_adv``,
             which `as_attack` describes; or `AttackSpec` around either. None: `default_attacks`. Variants that the
@@ -77,6 +81,11 @@ def evaluate(
         n_eval: independent predictions on each adversarial image; 1 for a deterministic model.
         batch_size: images attacked together.
         max_forward_batch: images in one forward pass of an attack at most (exact); None: no limit.
+        cuda_graphs: on a CUDA device, "auto" captures a step of an attack once and replays it where launching takes
+            longer than computing; "always" wherever that is possible, "off" never.
+        cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN race its algorithms once for each shape of a batch,
+            "auto" not where the process asks for deterministic ones. Which one wins may differ from run to run, and
+            with it the last bits of a gradient.
         seed: of everything random.
         out: a folder; each finished row is kept in ``out/rows`` and used again where settings, weights and data agree.
             Rows of models without weights to compare (plain callables) are made anew.
@@ -85,10 +94,10 @@ def evaluate(
         progress: whether to show a bar for each attack: forward passes of single images.
 
     Returns:
-        A `Report`: a clean row per variant, a row per attack, and rows named ``worst``: per image, over all attacks but
-        AutoAttack and those on a ``target`` (transfer, the classifier alone), of the variant
-        ("worst, ...") and over both; a row of survivors brings in what fell before it. Of any other threat model with
-        several attacks, a ``worst`` of its own.
+        A `Report`: a clean row per variant, a row per attack, and rows named ``worst``: per image over every row,
+        AutoAttack and transferred images included, of the variant ("worst, ...") and over all; a row of survivors
+        brings in what fell before it. Attacks on the first 200 images enter "worst, first 200" instead, with what all
+        others found on these. Of any other threat model with several attacks, a ``worst`` of its own.
 
     Raises:
         ValueError: a wrong shape, dtype, range or setting.
@@ -110,6 +119,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(_cuda_devices(defence, images)))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(raced_convolutions(cudnn_benchmark, device_of(defence, images)))
         for model in {
             id(m): m for m in (defence, base, *(spec.other_model for spec in plan)) if m is not None
         }.values():
@@ -117,7 +127,7 @@ def evaluate(
         subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
-            max_forward_batch=max_forward_batch, batch_size=batch_size,
+            max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
         )  # fmt: skip
         measure = Measure(subject, context, name, cache=None if out is None else RowCache(Path(out)), progress=progress)
         _add_rows(report, _possible(plan, measure, report.notes), measure)

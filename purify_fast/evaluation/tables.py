@@ -21,7 +21,8 @@ LEGEND = [
     " not moved. s: seconds.",
     "",
     "An attack of another norm or radius than the report's has it at the end of its name: L1, L2, L-inf, or the flow"
-    " that moves pixels (StAdv; half the image is 1). It counts for no headline and no worst but its own. BPDA: through"
+    " that moves pixels (StAdv; half the image is 1). It counts for no headline and no worst but its own. worst: image"
+    " by image over every row of one threat model on the same images, transferred ones included. BPDA: through"
     " the purifier as if it changed nothing. On the classifier alone: made without the defence, then tried on it, which"
     " says little about an attacker who knows the defence.",
     "",
@@ -121,10 +122,19 @@ def comparison(rows: Sequence[Row], unreliable: str = UNRELIABLE) -> tuple[list[
     return ["attack", *models], [[attack, *(cell(attack, m) for m in models)] for attack in attack_names(rows)]
 
 
-def headline(model: str, threat: str | None, row: Row) -> str:
-    """One line of Markdown: the lowest number of a model under a threat model."""
+def headline(model: str, threat: str | None, row: Row, over_all: Row | None = None) -> str:
+    """One line of Markdown: the lowest number of a model under a threat model.
+
+    Args:
+        model: its name.
+        threat: the threat model, None for the report's own.
+        row: the lowest row.
+        over_all: the worst over all images, told beside a lowest row on fewer of them.
+    """
     what = f"**{model}: {percent(row)} %**" if threat is None else f"{model}, {threat}: {percent(row)} %"
     line = f"- {what} robust, the lowest of all attacks ({row.attack}, n = {row.n})"
+    if over_all is not None and over_all.n > row.n:
+        line += f"; on all {over_all.n} images, without what attacked fewer, {percent(over_all)} %"
     more = remark(row, RED_UNRELIABLE)
     if not more:
         return line

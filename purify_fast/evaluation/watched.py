@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -19,10 +19,14 @@ class Watched(nn.Module):
         bar: is told of every forward pass.
     """
 
+    #: What a captured step need not look at (`purify_fast.speed.dependencies`).
+    not_dependencies = frozenset({"bar", "images"})
+
     def __init__(self, model: Classifier, bar: tqdm):
         super().__init__()
         self.model, self.bar = model, bar
         self.training = False
+        self.images = 0
 
     def train(self, mode: bool = True) -> Watched:
         """Nothing: the model under attack stays in evaluation mode, whatever an attack does to its modes.
@@ -32,8 +36,29 @@ class Watched(nn.Module):
         """
         return self
 
+    def around(self, replace: Callable[[Classifier], Classifier]) -> Watched:
+        """The same counter around another model.
+
+        Args:
+            replace: makes that model of the one inside.
+        """
+        return watched(replace(self.model), self.bar)
+
+    def counted(self) -> int:
+        """How many images the model was given, each draw of an image counted."""
+        return self.images
+
+    def count(self, images: int) -> None:
+        """Count images, those of a captured step that is replayed too.
+
+        Args:
+            images: how many; below 0 for passes that were only tried.
+        """
+        self.images += images
+        self.bar.update(images)
+
     def forward(self, x: Tensor) -> Tensor:
-        self.bar.update(len(x))
+        self.count(len(x))
         return self.model(x)
 
 
@@ -41,7 +66,7 @@ class _WatchedDraws(Watched):
     """The same around a model that makes several draws at once."""
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        self.bar.update(draws * len(x))
+        self.count(draws * len(x))
         return self.model.draw_logits(x, draws)  # type: ignore[attr-defined]
 
 

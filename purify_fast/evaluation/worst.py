@@ -1,4 +1,4 @@
-"""The worst over several attacks, image by image."""
+"""The worst over every row, image by image: what no single attack of the report can refute."""
 
 from __future__ import annotations
 
@@ -8,34 +8,51 @@ import numpy as np
 
 from .rows import Row
 
-#: The attacks that a ``worst`` is made of; AutoAttack, itself a worst over four, stands beside it.
-IN_WORST = ("pgd", "apgd", "fgsm", "bpda", "stadv", "function")
-
 
 def worst(rows: Sequence[Row]) -> list[Row]:
-    """Per image, the worst over the attacks on all images, by variant and over all, each threat model by itself.
+    """Per image, the worst over every row of one threat model on the same images.
 
-    AutoAttack and attacks on another target than the defence do not count. Of another threat model than the report's
-    there is a row only where it has several attacks.
+    AutoAttack, transferred images and rows of survivors count like every other: an image that one of them broke is
+    broken. Attacks on fewer images, the first so many, enter the row that is named after these (``worst, first 200``),
+    beside all that the other attacks found on the same images; they neither lower nor raise the row over all images.
+
+    Args:
+        rows: of one model, the clean ones included.
+
+    Returns:
+        For the report's threat model a row over all images (``worst``), where several variants were attacked one for
+        each (``worst, deterministic``), and one for every smaller number of images. For another threat model the same
+        where it has several attacks.
     """
     full = max(row.n for row in rows)
-    mine = [r for r in rows if r.kind in IN_WORST and r.n == full and r.settings["target"] == "defence"]
-    main = [row for row in mine if row.threat is None]
-    variants = list(dict.fromkeys(row.variant for row in main))
-    groups = [(f"worst, {variant}", [r for r in main if r.variant == variant]) for variant in variants]
-    groups = [*(groups if len(groups) > 1 else []), ("worst", main)]
-    for threat in dict.fromkeys(row.threat for row in mine if row.threat is not None):
-        group = [row for row in mine if row.threat == threat]
-        groups += [(f"worst, {threat}", group)] if len(group) > 1 else []
-    return [_row(label, group) for label, group in groups if group]
+    attacks = [row for row in rows if row.kind not in ("clean", "worst")]
+    made = []
+    for threat in dict.fromkeys([None, *(row.threat for row in attacks)]):
+        mine = [row for row in attacks if row.threat == threat]
+        if threat is None or len(mine) > 1:
+            made += _of_threat(mine, full, "worst" if threat is None else f"worst, {threat}")
+    return made
 
 
-def _row(label: str, group: Sequence[Row]) -> Row:
-    robust = np.logical_and.reduce([row.robust for row in group])
+def _of_threat(rows: Sequence[Row], full: int, name: str) -> list[Row]:
+    complete = [row for row in rows if row.n == full]
+    variants = list(dict.fromkeys(row.variant for row in complete)) if name == "worst" else []
+    groups = [(f"worst, {variant}", [row for row in complete if row.variant == variant]) for variant in variants]
+    made = [_row(label, group, full) for label, group in groups if len(groups) > 1]
+    made += [_row(name, complete, full)] if complete else []
+    for n in sorted({row.n for row in rows if row.n < full}, reverse=True):
+        made.append(_row(f"{name}, first {n}", [row for row in rows if row.n >= n], n))
+    return made
+
+
+def _row(label: str, group: Sequence[Row], n: int) -> Row:
+    robust = np.logical_and.reduce([row.robust[:n] for row in group])
     accuracy = float(robust.mean())
     first = group[0]
-    one_variant = len({row.variant for row in group}) == 1 and label != "worst"
+    one_variant = label.endswith(f", {first.variant}")
     attacked = [row for row in group if row.settings["attacked"]]
+    # what was found elsewhere and carried over says nothing about the gradients of the model itself
+    own = [row for row in attacked if row.settings.get("target", "defence") == "defence"]
     return Row(
         model=first.model,
         attack=label,
@@ -50,7 +67,7 @@ def _row(label: str, group: Sequence[Row]) -> Row:
         data=first.data,
         # one attack that had gradients is enough, the others can only have lowered the number; where there was nothing
         # to attack, no attack lacked anything
-        reliable=not attacked or any(row.reliable and row.health is not None for row in attacked),
+        reliable=not attacked or any(row.reliable and row.health is not None for row in own),
         settings={"over": [row.attack for row in group], "attacked": max(row.settings["attacked"] for row in group)},
         threat=first.threat,
     )

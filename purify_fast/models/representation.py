@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -26,8 +27,13 @@ class _Recorder:
         self.owner, self.index = owner, index
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self.owner.recording:
-            self.owner.outputs[self.index] = output.clone() if self.owner.overwritten[self.index] else output
+        owner = self.owner
+        if torch.compiler.is_compiling():
+            if owner.traced is not None:
+                owner.traced[self.index] = output.clone() if owner.overwritten[self.index] else output
+        elif owner.reader == threading.get_ident():
+            # other threads may use the classifier meanwhile, such as to classify what was purified
+            owner.outputs[self.index] = output.clone() if owner.overwritten[self.index] else output
 
 
 def without_recorders(model: nn.Module) -> nn.Module:
@@ -60,7 +66,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Representation:
-    """Reads the outputs of ``layers`` in one forward pass of ``model``.
+    """Reads the outputs of ``layers`` in one forward pass of ``model``; several threads may read at once, in turn.
 
     Args:
         model: any module from ``[B, *image_shape]`` to logits; it stays the owner of its weights.
@@ -68,8 +74,9 @@ class Representation:
         image_shape: (C, H, W) of the images, for the dry run.
 
     Attributes:
-        recording: whether the hooks keep what they see.
+        reader: the thread whose pass is read; None while no representation is read.
         outputs: what the hooks kept of the pass that is under way.
+        traced: the same while a graph is traced; None while none is.
         shapes: per layer, the shape of its output without the batch.
         overwritten: per layer, whether it is cloned because the model overwrites it later.
         num_classes: size of the model's logits.
@@ -88,7 +95,9 @@ class Representation:
                 near = difflib.get_close_matches(name, modules, 3) or [n for n in modules if n][:5]
                 raise ValueError(f"layers: the classifier has no module {name!r}; near: {', '.join(near)}")
         self.model, self.layers = model, tuple(layers)
-        self.recording = False
+        self.reader: int | None = None
+        self.traced: list[Tensor | None] | None = None
+        self._turn = threading.Lock()
         self.overwritten = [False] * len(layers)
         self.outputs: list[Tensor | None] = [None] * len(layers)
         self.shapes, self.num_classes = self._dry_run(image_shape)
@@ -148,11 +157,30 @@ class Representation:
         Args:
             x: images ``[B, C, H, W]``.
         """
-        self.recording = True
-        try:
-            logits = self.model(x)
-        finally:
-            # Also after an error: what was read would keep its memory and its graph.
-            self.recording = False
-            outputs, self.outputs = self.outputs, [None] * len(self.layers)
+        if torch.compiler.is_compiling():
+            return self._traced(x)
+        # one thread after the other, since the hooks of all keep what they see in one place
+        with self._turn:
+            self.reader = threading.get_ident()
+            try:
+                logits = self.model(x)
+            finally:
+                # Also after an error: what was read would keep its memory and its graph.
+                self.reader = None
+                outputs, self.outputs = self.outputs, [None] * len(self.layers)
         return logits, outputs  # type: ignore[return-value]  # the dry run saw that every layer runs
+
+    def _traced(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`with_logits` as a part of a graph, which has no locks; each trace has its own list."""
+        self.traced = [None] * len(self.layers)
+        logits = self.model(x)
+        outputs, self.traced = self.traced, None
+        return logits, outputs  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which have a lock of their own."""
+        return {**vars(self), "_turn": None, "reader": None, "outputs": [None] * len(self.layers)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._turn = threading.Lock()

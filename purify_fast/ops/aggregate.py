@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._compat import renamed_value
+from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 
 #: Methods with a kernel, by index.
@@ -114,7 +115,7 @@ class _Aggregate(torch.autograd.Function):
         ctx.save_for_backward(logits)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return BACKWARD(grad, *ctx.saved_tensors, ctx.method), None
 
@@ -151,4 +152,4 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
     # the reference of vote has no autograd graph that could carry its zero gradient
     if OP.plain(logits.device) and method != "vote":
         return reference(logits, index)
-    return _Aggregate.apply(logits, index)
+    return _Aggregate.apply(logits, index) if needs_gradient(logits) else OP.handle(logits, index)

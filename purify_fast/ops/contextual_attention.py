@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 from .gated_elu import last_channels
 
@@ -158,7 +159,7 @@ class _Between(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         # None when U was not used; zeros for A's gradient are not wanted either
         if grad is None:
@@ -218,7 +219,8 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         pixels = wide(phases[:, 0])
         correlation = pixels @ pixels.mT
         inverse, keep = _inverse_norms(pixels, height, width), valid.to(features.dtype)
-        call = reference if OP.plain(features.device) else _Between.apply
+        kernel = _Between.apply if needs_gradient(features) else OP.handle
+        call = reference if OP.plain(features.device) else kernel
         spread, _weights = call(correlation, inverse, keep, height, width, float(scale))
         if last:
             out = (spread @ phases).view(batch, 2, 2, height, width, channels)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 
 
@@ -69,7 +70,7 @@ class _GatedElu(torch.autograd.Function):
         ctx.save_for_backward(features)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return BACKWARD(grad, *ctx.saved_tensors, ctx.dim), None
 
@@ -95,6 +96,7 @@ def gated_elu(features: Tensor) -> Tensor:
         raise ValueError(f"features need an even number of channels, 2C, got {features.shape[1]}")
     if OP.plain(features.device):
         return reference(features, 1)
+    call = _GatedElu.apply if needs_gradient(features) else OP.handle
     if last_channels(features):  # the op sees the halves of dense rows, whatever the layout
-        return _GatedElu.apply(features.permute(0, 2, 3, 1), 3).permute(0, 3, 1, 2)
-    return _GatedElu.apply(features, 1)
+        return call(features.permute(0, 2, 3, 1), 3).permute(0, 3, 1, 2)
+    return call(features, 1)

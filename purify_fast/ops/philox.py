@@ -36,6 +36,7 @@ class Stream(enum.IntEnum):
     ATTACK_START = 4
     REPLAY_NOISE = 5
     AUGMENTATION = 6
+    SQUARES = 7
 
 
 DISTRIBUTIONS = ("bits", "uniform", "normal")

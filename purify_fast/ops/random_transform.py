@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .._compat import renamed_arguments
+from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 from .philox import Stream, check_stream, philox
 
@@ -194,7 +195,7 @@ class _RandomTransform(torch.autograd.Function):
         ctx.save_for_backward(x, output[1], seed, sample_ids)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         return (BACKWARD(grad, *ctx.saved_tensors, ctx.sigma, ctx.num_passes), *[None] * 10)
 
@@ -296,6 +297,7 @@ def random_transform(
     blocks = (height // block) * (width // block)
     # 1/49 of 49 blocks is one block, although the product is 0.999.. in floating point
     masked_blocks = min(int(mask_ratio * blocks + 1e-6), blocks - 1) if num_passes is None else 0
-    call = reference if OP.plain(x.device) else _RandomTransform.apply
+    kernel = _RandomTransform.apply if needs_gradient(x) else OP.handle
+    call = reference if OP.plain(x.device) else kernel
     passes = num_passes or 0
     return call(x, seed, sample_ids, sigma, block, masked_blocks, passes, samples, shared_mask, dtype, channels_last)

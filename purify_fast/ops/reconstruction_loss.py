@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._tensors import per_image
+from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 
 
@@ -59,7 +60,7 @@ class _ReconstructionLoss(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return BACKWARD(grad, *ctx.saved_tensors), None
 
@@ -87,4 +88,6 @@ def reconstruction_loss(logits: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"logits are on {logits.device}, target on {target.device}: they must agree")
     if OP.plain(logits.device):
         return reference(logits, target.detach())
+    if not needs_gradient(logits):
+        return OP.handle(logits, target)
     return _ReconstructionLoss.apply(logits, target.detach())

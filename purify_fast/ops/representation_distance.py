@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
+from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 from .gated_elu import last_channels
 
@@ -131,7 +132,7 @@ class _RepresentationDistance(torch.autograd.Function):
         ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         *tensors, slopes = ctx.saved_tensors
         out = BACKWARD(grad, tensors[: ctx.layers], tensors[ctx.layers :], slopes, variant=_variant(ctx.layers))
@@ -194,8 +195,7 @@ def representation_distance(
         if last_channels(u):  # the op sees dense rows, whatever the layout
             us[layer], vs[layer] = u.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1)
     tensors = (*us, *(v.detach() for v in vs))
-    differentiable = torch.is_grad_enabled() and any(u.requires_grad for u in us)
-    # the compiler does not take a Function of any number of tensors where none needs a gradient
-    call = _RepresentationDistance.apply if differentiable else _RepresentationDistance.forward
+    # the compiler, too, does not take a Function of any number of tensors where none needs a gradient
+    call = _RepresentationDistance.apply if needs_gradient(*us) else _RepresentationDistance.forward
     distance, _ = call(KINDS.index(kind), len(us), *tensors)
     return distance.squeeze(1) if single else distance

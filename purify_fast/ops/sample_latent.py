@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 from .philox import Stream, check_stream, philox
 
@@ -68,7 +69,7 @@ class _SampleLatent(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         return (*BACKWARD(grad_z, grad_kl, *ctx.saved_tensors), None, None)
 
@@ -102,4 +103,5 @@ def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) 
         raise ValueError(f"mu is on {mu.device}, logvar on {logvar.device}, seed on {seed.device}: they must agree")
     if OP.plain(mu.device):
         return reference(mu, logvar, seed, sample_ids)
-    return _SampleLatent.apply(mu, logvar, seed, sample_ids)
+    call = _SampleLatent.apply if needs_gradient(mu, logvar) else OP.handle
+    return call(mu, logvar, seed, sample_ids)

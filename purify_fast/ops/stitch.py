@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op
 from .random_transform import DTYPES, on_pixels
 
@@ -76,7 +77,7 @@ class _Stitch(torch.autograd.Function):
         ctx.save_for_backward(owners)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return BACKWARD(grad, *ctx.saved_tensors, ctx.passes), None, None
 
@@ -117,5 +118,7 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
             f"{images.shape[0]} images are no whole number of passes for owners of {samples} x {batch} images"
         )
     passes = images.shape[0] // (samples * batch) if images.shape[0] else 1
-    call = reference if OP.plain(images.device) else _Stitch.apply
+    if OP.plain(images.device):
+        return reference(images, owners, passes)
+    call = _Stitch.apply if needs_gradient(images) else OP.handle
     return call(images, owners, passes)

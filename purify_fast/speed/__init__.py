@@ -5,5 +5,6 @@ from .allocator import retain_freed_memory
 from .compiled_region import CompiledRegion
 from .folding import fold_batchnorm
 from .inference_copy import InferenceCopy
+from .step_graphs import StepGraphs
 
-__all__ = ["Accelerated", "CompiledRegion", "InferenceCopy", "fold_batchnorm", "retain_freed_memory"]
+__all__ = ["Accelerated", "CompiledRegion", "InferenceCopy", "StepGraphs", "fold_batchnorm", "retain_freed_memory"]

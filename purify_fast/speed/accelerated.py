@@ -29,13 +29,18 @@ class Accelerated:
         reader: reads the representation, for a defence that has one.
         regions: compiled functions of the defence, by name.
         packed: a part's weights as its kernel takes them, kept here by a defence that has such a part.
+        packed_from: names the weights that were packed; None: they may have changed since.
     """
+
+    #: What a captured step need not look at (`purify_fast.speed.dependencies`): it changes with every training step.
+    not_dependencies = frozenset({"packed_from"})
 
     dtype: torch.dtype
     classifier: InferenceCopy
     reader: Representation | None = None
     regions: dict[str, CompiledRegion] = field(default_factory=dict)
     packed: Any = None
+    packed_from: int | None = None
 
     def __post_init__(self) -> None:
         self.device = first_tensor(self.classifier).device

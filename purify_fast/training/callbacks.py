@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
-from .._files import atomic
+from .._files import OnFull, with_room, write_text
 from .task import Task
 
 if TYPE_CHECKING:
@@ -81,20 +81,36 @@ class JsonlLog(Callback):
     Args:
         path: the file.
         step: steps of the checkpoint; rows of later ones, of a run that was killed, are dropped.
+        on_full: whether a full disk ends the run or is waited for.
     """
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        old = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
-        with atomic(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
+    def __init__(self, path: Path, step: int, on_full: OnFull = "stop"):
+        self.path, self.on_full = path, on_full
+        old = path.read_bytes().splitlines() if path.is_file() else []
+        self.rows = [row for row in map(_row, old) if row is not None and row["step"] <= step]
+        self._write()
+
+    def _write(self) -> None:
+        """The whole file anew: it has one short line for each epoch, and a kill never leaves half of one."""
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        with_room(lambda: write_text(self.path, text), self.path, self.on_full)
 
     def on_epoch(self, state: TrainingState) -> None:
         place = {"epoch": state.epoch, "step": state.step}
         speed = {"learning_rate": state.learning_rate, "images_per_second": round(state.images_per_second, 1)}
-        with self.path.open("a") as file:
-            file.write(json.dumps({**place, **state.metrics, **speed}) + "\n")
+        # a run that went back comes to an epoch twice
+        self.rows = [row for row in self.rows if row["step"] < state.step]
+        self.rows.append({**place, **state.metrics, **speed})
+        self._write()
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row of a log; None for what a failing disk or another version left in it."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 class TensorBoardLog(Callback):

@@ -49,6 +49,7 @@ class ClassifierTask(Task):
                 random_start=attack.random_start,
                 seed=batch.seed,
                 sample_ids=batch.sample_ids,
+                graphs=self.graphs,
             )
         logits = self.model(x)
         accuracy = (logits.detach().argmax(1) == batch.y).float().mean()

@@ -6,10 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .._compat import old_settings
+from .._files import OnFull
 from .._validation import check_literal
 from .attack import TrainingAttack
 
 KeepBest = Literal["off", "loss", "accuracy"]
+OnNan = Literal["stop", "back_off"]
+#: As `purify_fast.speed` has them, which takes PyTorch to import.
+CudaGraphs = Literal["auto", "always", "off"]
+CudnnBenchmark = Literal["auto", "on", "off"]
+FusedOptimizers = Literal["auto", "off"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,17 @@ class FitConfig:
         validation_every: epochs from one validation to the next; the last epoch's end has one in any case.
         keep_best: "off" leaves the weights of the run's end; "loss" and "accuracy" leave those of the validation with
             the lowest loss or the highest accuracy, under the training's own attack at its full eps.
+        on_full: "stop" ends the run when its disk is full, with the last checkpoint kept; "wait" tries again every few
+            seconds until there is room.
+        on_nan: "stop" ends a run whose loss or weights are no longer finite, with the last checkpoint kept; "back_off"
+            returns to that checkpoint and goes on with half of the learning rate, at most 5 times.
+        cuda_graphs: "auto" captures a step of the training's attack once and replays it, on a CUDA device where
+            launching takes longer than computing; "always" wherever that is possible, "off" never. A graph needs the
+            memory of one attack step for itself.
+        cudnn_benchmark: "auto" lets cuDNN race its algorithms once for each shape, unless the process asks for
+            deterministic ones; "on" in any case, "off" leaves cuDNN as it is. A CUDA device only.
+        fused_optimizers: "auto" lets torch's optimizers step in one kernel on a CUDA device; "off" leaves them as they
+            were made.
 
     Raises:
         ValueError: a setting out of range; the message names it.
@@ -41,9 +58,19 @@ class FitConfig:
     validation_share: float = 0.0
     validation_every: int = 1
     keep_best: KeepBest = "off"
+    on_full: OnFull = "stop"
+    on_nan: OnNan = "stop"
+    cuda_graphs: CudaGraphs = "auto"
+    cudnn_benchmark: CudnnBenchmark = "auto"
+    fused_optimizers: FusedOptimizers = "auto"
 
     def __post_init__(self) -> None:
         check_literal("keep_best", self.keep_best, KeepBest)
+        check_literal("cuda_graphs", self.cuda_graphs, CudaGraphs)
+        check_literal("cudnn_benchmark", self.cudnn_benchmark, CudnnBenchmark)
+        check_literal("fused_optimizers", self.fused_optimizers, FusedOptimizers)
+        check_literal("on_full", self.on_full, OnFull)
+        check_literal("on_nan", self.on_nan, OnNan)
         for name in ("epochs", "batch_size", "validation_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -10,28 +10,34 @@ point. What a step exchanges: gradients and metrics, in one mean after the backw
 
 from __future__ import annotations
 
+import logging
 import math
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .._process import processes
+from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
 from ..ops import agree, wrong_kernels
 from ..speed.precision import whole_float32_by_default
 from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
 from .distributed import from_first
+from .divergence import Diverged, LossWatch
 from .epoch import batch_of, set_learning_rate, train_step
-from .run import Checkpointer, Run, diverged
+from .on_device import on_device
+from .run import Checkpointer, Run
 from .sources import HeldOut, Images, Source, held_out_source, step_seed, training_source
 from .task import Task
 from .validation import Validation
+
+logger = logging.getLogger("purify_fast")
 
 
 @whole_float32_by_default()
@@ -85,11 +91,15 @@ def fit(
             processes, a batch they cannot share evenly, other data or settings than the first one's, or a model in
             training mode with a BatchNorm that is not synchronized.
         FloatingPointError: the loss or the weights are not finite; the last checkpoint stays.
+        FolderInUse: another run writes into the folder.
+        SystemExit: SIGTERM asked for it; a checkpoint of the last step is written first.
     """
-    rank, world = processes()
+    world = processes()[1]
     if not isinstance(task, Task):
         raise TypeError(f"task must be a purify_fast.training.Task, got {type(task).__name__}")
     folder = None if folder is None else Path(folder)
+    if folder is None and config.on_nan == "back_off":
+        raise ValueError("on_nan 'back_off' goes back to a checkpoint: give a folder to keep it in")
     source = training_source(task, x, y, config, folder is not None)
     held = held_out_source(task, x, y, config, validation)
     run = Run(task, config, source, None if validation is None or held is None else held.description)
@@ -99,19 +109,44 @@ def fit(
         # a kernel that is wrong in the first process serves in none, else they would not compute the same
         agree(from_first(lambda: wrong_kernels(source.device)), source.device)
     checkpoints = Checkpointer(run, folder, source.reproducible)
-    checkpoints.resume(source.device)
     validate = None if held is None else Validation(run, held, folder)
-    log = [] if folder is None or rank else [JsonlLog(folder / "log.jsonl", run.step)]
+    with checkpoints.locked(), stop_on_sigterm() as stop:
+        checkpoints.resume(source.device)
+        return _run(run, source, checkpoints, validate, callbacks=callbacks, title=title, progress=progress, stop=stop)
+
+
+def _run(
+    run: Run,
+    source: Source,
+    checkpoints: Checkpointer,
+    validate: Validation | None,
+    *,
+    callbacks: Sequence[Callback],
+    title: str,
+    progress: bool,
+    stop: Stop,
+) -> dict[str, float]:
+    """What is left of a run, and what it leaves in the model."""
+    task, config, folder, rank = run.task, run.config, checkpoints.folder, processes()[0]
+    log = [] if folder is None or rank else [JsonlLog(folder / "log.jsonl", run.step, config.on_full)]
     size, unit = (1, "step") if source.batch_size is None else (source.batch_size, "img")
     bar = ProgressBar(title, run.total * size, run.step * size, unit, progress and rank == 0)
     listeners = [] if rank else [*log, bar, *callbacks]
     devices = [source.device] if source.device.type == "cuda" else []
-    with bar, torch.random.fork_rng(devices):
+    with bar, torch.random.fork_rng(devices), on_device(task, config, source.device):
         if validate is not None and run.step < run.total:
             # before any work is done that a refusal would lose
             validate.check()
+        if config.on_nan == "back_off" and run.step == 0:
+            # something to go back to
+            checkpoints.save()
+        watch = LossWatch(source, config.seed)
         while run.step < run.total:
-            state = _train_epoch(run, source, checkpoints, listeners)
+            try:
+                state = _train_epoch(run, source, checkpoints, listeners, watch, stop=stop)
+            except Diverged as error:
+                checkpoints.back_off(error, watch)
+                continue
             if validate is not None and validate.due(state.epoch):
                 run.last = {**run.last, **validate()}
                 state = replace(state, metrics=run.last)
@@ -127,7 +162,9 @@ def fit(
     return run.last
 
 
-def _train_epoch(run: Run, source: Source, checkpoints: Checkpointer, listeners: Sequence[Callback]) -> TrainingState:
+def _train_epoch(
+    run: Run, source: Source, checkpoints: Checkpointer, listeners: Sequence[Callback], watch: LossWatch, *, stop: Stop
+) -> TrainingState:
     """The rest of the run's epoch, step by step, with checkpoints in between; its means are in ``run.last`` then."""
     task, config, epoch = run.task, run.config, run.epoch
     began, images, world = time.monotonic(), 0, processes()[1]
@@ -135,24 +172,36 @@ def _train_epoch(run: Run, source: Source, checkpoints: Checkpointer, listeners:
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
         batch = batch_of(raw, labels, ids, config, seed=seed, epoch=epoch)
-        set_learning_rate(task, task.learning_rate(run.step / run.total, epoch, config.epochs))
+        set_learning_rate(task, run.rate * task.learning_rate(run.step / run.total, epoch, config.epochs))
         measured = train_step(task, batch)
         for key, value in measured.items():
-            run.sums[key] = run.sums.get(key, torch.zeros((), device=source.device)) + value
+            wide = torch.promote_types(value.dtype, torch.float32)
+            run.sums[key] = run.sums[key] + value if key in run.sums else value.to(source.device, wide, copy=True)
+        watch.add(run.step, measured["loss"], raw, labels, ids)
         run.step += 1
         images += len(raw) * world
         state = _state(run, len(raw) * world, measured, epoch)
         for listener in listeners:
             listener.on_step(state)
         if run.step % run.steps:
-            checkpoints.save_if_due()
+            checkpoints.save_if_due(now=stop.asked)
+            if stop.asked:
+                _end(run, checkpoints)
     # the epoch's one wait for the device
     run.last = {key: float(value) / run.steps for key, value in run.sums.items()}
     if not all(map(math.isfinite, run.last.values())) or not run.healthy():
-        raise diverged(f"epoch {epoch}", run.last)
+        raise Diverged("a loss or a weight is not finite", None)
     run.sums = {}
     speed = images / max(time.monotonic() - began, 1e-9)
     return _state(run, images, run.last, epoch, speed)
+
+
+def _end(run: Run, checkpoints: Checkpointer) -> NoReturn:
+    """End this process, as SIGTERM asked: 143 is what a shell shows for it."""
+    kept = "its checkpoint" if checkpoints.within_epochs else "that of its last whole epoch"
+    where = f"; {kept} is in {checkpoints.folder}" if checkpoints.folder is not None else ""
+    logger.warning("ended by SIGTERM after step %d of %d%s: run the same again to go on", run.step, run.total, where)
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _state(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,22 @@ import torch
 from torch import Tensor
 
 from .. import _compat
+from .._lock import folder_lock
 from .._process import processes
-from .checkpoint import read_tree, write_tree
+from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
 from .config import FitConfig
 from .distributed import from_first, gathered
+from .divergence import Diverged, LossWatch
 from .epoch import finite
 from .sources import Source
 from .task import Task
+
+logger = logging.getLogger("purify_fast")
+
+#: Settings of the loop that say how a run is carried out, not what comes of it.
+NO_FACTS = ("checkpoint_seconds", "on_full", "on_nan", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
+#: How often a run backs off, and what its learning rate is multiplied with each time.
+BACK_OFFS, BACK_OFF = 5, 0.5
 
 
 class Run:
@@ -37,13 +49,14 @@ class Run:
         sums: of the epoch's losses and metrics so far, by name.
         last: the last epoch's means.
         best: the best validation so far: its ``score`` and its ``step``; empty without one.
+        rate: what the task's learning rate is multiplied with: 1, and less after a divergence that was backed off from.
     """
 
     def __init__(self, task: Task, config: FitConfig, source: Source, validation: str | None = None):
         self.task, self.config, self.steps = task, config, source.steps
         settings = asdict(config)
-        # when checkpoints are written says nothing about the weights
-        del settings["checkpoint_seconds"]
+        for name in NO_FACTS:
+            del settings[name]
         self.facts = {"data": source.description, **settings, **task.describe()}
         if validation is not None:
             self.facts["validation"] = validation
@@ -51,6 +64,7 @@ class Run:
         self.sums: dict[str, Tensor] = {}
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
+        self.rate = 1.0
 
     @property
     def epoch(self) -> int:
@@ -61,7 +75,7 @@ class Run:
         """What a checkpoint holds."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
         weights = {"model": self.task.model.state_dict(), "optimizers": optimizers}
-        progress = {"step": self.step, "last": self.last, "sums": self.sums, "best": self.best}
+        progress = {"step": self.step, "last": self.last, "sums": self.sums, "best": self.best, "rate": self.rate}
         return {**weights, "facts": self.facts, **progress}
 
     def load(self, saved: dict[str, Any], device: torch.device) -> None:
@@ -75,13 +89,20 @@ class Run:
         for name, optimizer in self.task.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
         self.step, self.last, self.best = saved["step"], saved["last"], saved["best"]
+        # a checkpoint of version 0.1 has none
+        self.rate = saved.get("rate", 1.0)
         self.sums = {key: value.to(device) for key, value in saved["sums"].items()}
 
     def healthy(self) -> bool:
         """Whether this epoch's losses and the weights are finite so far; waits for the device."""
         groups = (group for optimizer in self.task.optimizers.values() for group in optimizer.param_groups)
         weights = [weight for group in groups for weight in group["params"]]
-        return finite([*self.sums.values(), *weights])
+        statistics = [
+            buffer
+            for name, buffer in self.task.model.named_buffers()
+            if name.endswith(("running_mean", "running_var")) and buffer.is_floating_point()
+        ]
+        return finite([*self.sums.values(), *weights, *statistics])
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here: str) -> str:
@@ -126,14 +147,24 @@ class Checkpointer:
 
     Args:
         run: the run.
-        folder: where ``checkpoint.safetensors`` is kept; None keeps nothing.
+        folder: where ``checkpoint.safetensors`` and the one before it are kept; None keeps nothing.
         within_epochs: whether a run can be resumed in the middle of an epoch.
     """
 
     def __init__(self, run: Run, folder: Path | None, within_epochs: bool):
-        self.run, self.within_epochs = run, within_epochs
-        self.path = None if folder is None else folder / "checkpoint.safetensors"
+        self.run, self.folder, self.within_epochs = run, folder, within_epochs
         self.saved_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within the block, no other run writes into the folder; several processes are refused together.
+
+        Raises:
+            FolderInUse: another run does.
+        """
+        with contextlib.ExitStack() as stack:
+            from_first(lambda: stack.enter_context(folder_lock(self.folder)))
+            yield
 
     def resume(self, device: torch.device) -> None:
         """Go on from the checkpoint, if there is one; several processes begin from what the first has in any case.
@@ -154,45 +185,80 @@ class Checkpointer:
         self.run.load(saved, device)
 
     def _read(self) -> dict[str, Any] | None:
-        if self.path is not None:
+        saved = None
+        if self.folder is not None:
             # of a run that was killed while it wrote
-            for stale in self.path.parent.glob(f".{self.path.stem}-*"):
+            for stale in self.folder.glob(f".{Path(CHECKPOINT).stem}-*"):
                 stale.unlink()
-        if self.path is None or not self.path.is_file():
+            saved = last_checkpoint(self.folder, set_aside=True)
+        if self.folder is None or saved is None:
             return None if processes()[1] == 1 else self.run.state()
-        saved = _compat.checkpoint(read_tree(self.path))
-        refuse_another(self.path.parent, saved["facts"], self.run.facts)
+        saved = _compat.checkpoint(saved)
+        refuse_another(self.folder, saved["facts"], self.run.facts)
         return saved
 
     def save(self) -> None:
         """Write the checkpoint."""
         # without the other processes, so that they need not agree on when
-        if self.path is not None and processes()[0] == 0:
-            write_tree(self.path, self.run.state())
+        if self.folder is not None and processes()[0] == 0:
+            save_checkpoint(self.folder, self.run.state(), self.run.config.on_full)
         self.saved_at = time.monotonic()
 
-    def save_if_due(self) -> None:
+    def save_if_due(self, now: bool = False) -> None:
         """Write the checkpoint in the middle of an epoch, if the last one is old enough and the numbers are finite.
 
+        Args:
+            now: whether it is due in any case.
+
         Raises:
-            FloatingPointError: they are not; the last checkpoint stays.
+            Diverged: they are not; the last checkpoint stays.
         """
-        due = time.monotonic() - self.saved_at >= self.run.config.checkpoint_seconds
-        if self.path is None or not due or not self.within_epochs:
+        due = now or time.monotonic() - self.saved_at >= self.run.config.checkpoint_seconds
+        if self.folder is None or not due or not self.within_epochs:
             return
         if self.run.healthy():
             self.save()
         elif processes()[1] == 1:
-            raise diverged(f"epoch {self.run.epoch}, step {self.run.step}", self.run.sums)
-        # of several processes this one alone knows now: all of them end together with the epoch
+            raise Diverged("a loss or a weight is not finite", None)
+        # of several processes this one alone knows now: all of them see it when they look at their losses
 
+    def back_off(self, error: Diverged, watch: LossWatch) -> None:
+        """After a divergence: return to the last checkpoint with a smaller learning rate, or end the run.
 
-def diverged(where: str, values: dict[str, Any]) -> FloatingPointError:
-    """The error that ends a run whose numbers are not finite.
+        Args:
+            error: what was found.
+            watch: the run's losses.
 
-    Args:
-        where: what the message begins with.
-        values: loss and metrics.
-    """
-    shown = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
-    return FloatingPointError(f"{where}: training diverged, {shown}; the last checkpoint is kept")
+        Raises:
+            Diverged: the run is to end, or has backed off often enough; the message says what to change.
+        """
+        run = self.run
+        step = watch.first_bad() if error.step is None else error.step
+        explained = self._explained(step, watch)
+        scale = run.rate * BACK_OFF
+        if run.config.on_nan == "stop" or scale < BACK_OFF**BACK_OFFS:
+            raise Diverged(explained, step) from error
+        found = from_first(self._read)
+        assert found is not None
+        watch.forget()
+        run.load(found, watch.source.device)
+        run.rate = scale
+        if processes()[0] == 0:
+            logger.warning("%s; back to step %d with %g of the learning rate", explained, run.step, scale)
+
+    def _explained(self, step: int | None, watch: LossWatch) -> str:
+        run, config = self.run, self.run.config
+        epoch = (run.step - 1 if step is None else step) // run.steps
+        taken = max(1, run.step - (run.step - 1) // run.steps * run.steps)
+        shown = ", ".join(f"{name} {float(value) / taken:.4g}" for name, value in run.sums.items())
+        where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
+        text = f"epoch {epoch}: training diverged, {where} (means of the epoch: {shown}); the last checkpoint is kept"
+        if step is not None and self.folder is not None and processes()[0] == 0:
+            path = watch.record(step, run.steps, self.folder)
+            text += f"; its images, labels and seed are in {path}" if path is not None else ""
+        rate = next(iter(run.task.optimizers.values())).param_groups[0]["lr"]
+        text += f". Lower the learning rate ({rate:.3g} here), let eps rise over more epochs (eps_warmup), or train in "
+        text += "float32 if this is bfloat16"
+        if config.on_nan == "stop":
+            text += "; on_nan back_off halves the rate by itself"
+        return text

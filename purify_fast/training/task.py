@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.representation import evaluation_mode
+from ..speed.step_graphs import StepGraphs
 from .lookahead import Lookahead
 
 Metrics = dict[str, Tensor]
@@ -62,10 +63,13 @@ class Task:
     Attributes:
         model: what is trained; its whole state is saved in checkpoints and restored.
         optimizer: its optimizer.
+        graphs: captures the steps of the training's attacks, for a task that hands it to them; `fit` gives one on a
+            CUDA device.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    graphs: StepGraphs | None = None
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The loss to minimize, and detached scalars to log.

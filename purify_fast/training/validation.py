@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._files import with_room
 from .._process import processes
 from .checkpoint import read_tree, write_tree
 from .distributed import from_first
@@ -113,7 +114,8 @@ class Validation:
         if self.path is None:
             self._best = {name: value.clone() for name, value in state.items()}
         elif processes()[0] == 0:
-            write_tree(self.path, {"model": state})
+            path = self.path
+            with_room(lambda: write_tree(path, {"model": state}), path, self.run.config.on_full)
 
     def load_best(self) -> None:
         """Put the best weights into the model; without any, for no score was a number, it stays as it is.

@@ -209,7 +209,7 @@ def test_health(model, batch):
         ({"x": torch.rand(9, 12)}, r"x must be images \[B, C, H, W\], got \[9, 12\]"),
         ({"x": torch.zeros(9, 3, 8, 12, dtype=torch.uint8)}, "x must be floating point"),
         ({"y": torch.zeros(8, dtype=torch.int64)}, r"y must be int64 \[B\] = \[9\]"),
-        ({"loss": "mse"}, "loss must be one of ce, margin, dlr, got 'mse'"),
+        ({"loss": "mse"}, "loss must be one of ce, margin, scaled_margin, dlr, got 'mse'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"eot_iter": 0}, "eot_iter must be at least 1"),
         ({"max_forward_batch": 0}, "max_forward_batch must be at least 1"),

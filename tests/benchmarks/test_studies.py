@@ -189,15 +189,6 @@ def test_tables_by_hand(tmp_path):
     assert path.read_text() == text and json.loads((tmp_path / "study.json").read_text()) == results
 
 
-def test_pages_are_filled_from_the_studies_files(tmp_path):
-    page, block = tmp_path / "page.md", "<!-- table: {} -->\n{}<!-- end -->\n"
-    page.write_text("A\n" + block.format("one", "old\n") + "B\n" + block.format("two", "kept\n"))
-    (tmp_path / "one.md").write_text("| a \\1 |\n\n")
-    for _ in "12":
-        assert tables.fill(page, tmp_path) == ["two"]
-        assert page.read_text() == "A\n" + block.format("one", "| a \\1 |\n") + "B\n" + block.format("two", "kept\n")
-
-
 @pytest.mark.parametrize(
     "study, row, cell",  # and one that only some rows have
     [("carso_digits", "published", 6), ("atop_digits", "pipeline, S = 4 when it predicts", 5)],
@@ -355,7 +346,7 @@ def test_the_mnist_table_is_what_the_jobs_found(tmp_path, monkeypatch):
     whole = carso_mnist.report(tmp_path)
     for (name, _), rows in found.items():
         for label, accuracy in rows.items():
-            if label != "worst":
+            if not label.startswith("worst"):
                 assert whole.row(label, name).accuracy == accuracy
     one = {label: whole.row(label, carso_mnist.CLASSIFIER).accuracy for label in whole.attacks}
     assert one["APGD ce + APGD-T, z = 0"] == one["clean"] == 1 > one["PGD-5 ce + dlr, EOT 1"] == one["worst"] > 0

@@ -1,6 +1,6 @@
 """What README of version 0.1.0 showed still runs, and each old name warns with the new one.
 
-Today's page is run likewise, and has no old name.
+Today's page and the documentation are run by tests/docs/test_code_blocks.py.
 """
 
 import dataclasses
@@ -23,8 +23,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAGE = Path(__file__).with_name("readme_0_1.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-TODAY = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), flags=re.DOTALL)
-PAGES = pytest.mark.parametrize("page", [PYTHON, TODAY], ids=["0.1.0", "today"])
 COMMANDS = [
     line
     for block in re.findall(r"```\n(purify-fast.*?)```", PAGE, flags=re.DOTALL)
@@ -82,10 +80,9 @@ def run(snippet, **names):
     return scope, dict.fromkeys(found)
 
 
-def assert_warned(page, found, *pairs):
-    """Each (old, new) is in one of the warnings; today's page has no old name."""
-    assert page is not TODAY or not found, found
-    for old, new in pairs if page is not TODAY else ():
+def assert_warned(found, *pairs):
+    """Each (old, new) is in one of the warnings."""
+    for old, new in pairs:
         assert any(old in message.split(" is deprecated")[0] and new in message for message in found), (old, found)
 
 
@@ -111,52 +108,47 @@ def network():
 
 
 def test_all_snippets_are_held():
-    assert len(PYTHON) == len(TODAY) == 6 and len(COMMANDS) == 13
+    assert len(PYTHON) == 6 and len(COMMANDS) == 13
 
 
-@PAGES
-def test_a_defence_is_made_attacked_and_evaluated(page, network, tmp_path, monkeypatch):
+def test_a_defence_is_made_attacked_and_evaluated(network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # compiling takes a minute, and is tested elsewhere
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
-    scope, found = run(page[0], classifier=network)
+    scope, found = run(PYTHON[0], classifier=network)
     assert scope["logits"].shape == scope["same"].shape == (4, 10) and (tmp_path / "report" / "report.md").is_file()
-    assert_warned(page, found, ("'eot'", "eot_iter"))
+    assert_warned(found, ("'eot'", "eot_iter"))
 
 
-@PAGES
-def test_a_list_of_attacks_is_run(page, tmp_path):
+def test_a_list_of_attacks_is_run(tmp_path):
     pytest.importorskip("pyautoattack")
     torch.manual_seed(0)
     defence = purify_fast.Atop(Linear(3 * 8 * 8), Halved(), (3, 8, 8))
     x, y = torch.rand(2, 3, 8, 8), torch.arange(2)
     # torchattacks is not needed to see that a function is a row; the evaluation of a loader repeats the default one
-    snippet = page[1].replace("torchattacks.PGD(model, eps=8 / 255)(x, y)", "x")
+    snippet = PYTHON[1].replace("torchattacks.PGD(model, eps=8 / 255)(x, y)", "x")
     snippet = re.sub(r"^evaluate\(defence, loader.*$", "", snippet, flags=re.MULTILINE)
     _, found = run(snippet, defence=defence, x=x, y=y)
-    assert_warned(page, found, ("Attack", "PGD"))
+    assert_warned(found, ("Attack", "PGD"))
 
 
-@PAGES
-def test_the_published_systems(page, tmp_path, monkeypatch):
+def test_the_published_systems(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = {"depth": 10, "width": 1, "cond_dim": 8, "latent_dim": 2, "layers": representation_layers(10)}
     monkeypatch.setitem(PRESETS, "cifar10", dataclasses.replace(PRESETS["cifar10"], **sizes))
     classifier = PRESETS["cifar10"].build_classifier()
     Carso.from_preset("cifar10", classifier).save_official("models", "wrn_28_10_cifar_10_cui_2023")
-    scope, found = run(page[2])
+    scope, found = run(PYTHON[2])
     assert len(list(Path("models").glob("mine*"))) == 3 and scope["task"].config.reduction == "sum"
     for name in ("PRESETS", "Carso", "CarsoTask"):
-        assert_warned(page, found, (f"purify_fast.carso.{name}", f"purify_fast.methods.carso.{name}"))
+        assert_warned(found, (f"purify_fast.carso.{name}", f"purify_fast.methods.carso.{name}"))
 
 
-@PAGES
-def test_atop_is_trained_saved_and_loaded(page, network, tmp_path, monkeypatch):
+def test_atop_is_trained_saved_and_loaded(network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    scope, found = run(page[3], classifier=network, y=torch.arange(16) % 10, x=torch.rand(16, 3, 32, 32))
+    scope, found = run(PYTHON[3], classifier=network, y=torch.arange(16) % 10, x=torch.rand(16, 3, 32, 32))
     assert scope["images"].shape == (16, 1, 3, 32, 32)
     assert_warned(
-        page,
         found,
         ("purify_fast.atop.Atop", "purify_fast.methods.atop.Atop"),
         ("'missing'", "mask_ratio"),
@@ -166,24 +158,22 @@ def test_atop_is_trained_saved_and_loaded(page, network, tmp_path, monkeypatch):
     )
 
 
-@PAGES
-def test_purifiers_of_ones_own(page, network, tmp_path, monkeypatch):
+def test_purifiers_of_ones_own(network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     DeepFillGenerator(5, 4).save_official("states_pt_places2.pth")
     names = {"DeepFillGenerator": DeepFillGenerator, "Atop": purify_fast.Atop}
-    scope, found = run(page[4], classifier=network, classifier_256=Linear(3 * 256 * 256), **names)
+    scope, found = run(PYTHON[4], classifier=network, classifier_256=Linear(3 * 256 * 256), **names)
     assert (tmp_path / "mine.pth").is_file() and scope["defence"].samples == 2
-    assert_warned(page, found, ("'parts'", "num_passes"), ("purify_fast.load", "purify_fast.load_defence"))
+    assert_warned(found, ("'parts'", "num_passes"), ("purify_fast.load", "purify_fast.load_defence"))
 
 
-@PAGES
-def test_arrest_and_carso_on_it(page, network, tmp_path, monkeypatch):
+def test_arrest_and_carso_on_it(network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    snippet = page[5].replace("flip=True)", "flip=True, batch_size=16)")
+    snippet = PYTHON[5].replace("flip=True)", "flip=True, batch_size=16)")
     scope, found = run(snippet, classifier=network, y=torch.arange(16) % 10)
     assert isinstance(scope["defence"], Carso)
-    assert_warned(page, found, ("purify_fast.arrest.ArrestTask", "purify_fast.methods.arrest.ArrestTask"))
+    assert_warned(found, ("purify_fast.arrest.ArrestTask", "purify_fast.methods.arrest.ArrestTask"))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +189,7 @@ def test_arrest_and_carso_on_it(page, network, tmp_path, monkeypatch):
 )
 def test_names_in_the_text_of_the_page(statement, old, new):
     _, found = run(statement)
-    assert_warned(PYTHON, found, (old, new))
+    assert_warned(found, (old, new))
 
 
 def test_a_name_that_never_was_is_an_error():
@@ -223,4 +213,4 @@ def test_a_command_line_is_read(line, monkeypatch, capsys):
     renamed |= {name: {"--warm-up": "--eps-warmup"} for name in ("train arrest", "ablate arrest")}
     for old, new in renamed.get(command, {}).items():
         if old in shlex.split(line):
-            assert_warned(PYTHON, found, (f"the option {old} of", new))
+            assert_warned(found, (f"the option {old} of", new))

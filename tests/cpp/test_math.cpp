@@ -44,7 +44,14 @@ void polynomials() {
   CHECK(worst(0, 1e-6, [](float x) { return pf::log1p_unit(x); }, [](double x) { return std::log1p(x); }) <= 2);
   CHECK(worst(0, 6.2831855, sine, [](double x) { return std::sin(x); }) <= 2);
   CHECK(worst(0, 6.2831855, cosine, [](double x) { return std::cos(x); }) <= 2);
-  CHECK(worst(-100, 100, [](float x) { return pf::sigmoid(x); }, [](double x) { return 1 / (1 + std::exp(-x)); }) <= 3);
+  CHECK(worst(-87.33, 0, [](float x) { return pf::exp_unit(x); }, [](double x) { return std::exp(x); }) <= 2);
+  CHECK(worst(
+            -87.33, 0, [](float x) { return pf::exp_units(x).minus_one; }, [](double x) { return std::expm1(x); }) <=
+        2);
+  CHECK(
+      worst(-1e-3, 0, [](float x) { return pf::exp_units(x).minus_one; }, [](double x) { return std::expm1(x); }) <= 2);
+  CHECK(
+      worst(-87.33, 100, [](float x) { return pf::sigmoid(x); }, [](double x) { return 1 / (1 + std::exp(-x)); }) <= 3);
   CHECK(worst(-100, 80, [](float x) { return pf::log_sigmoid(x); }, log_sigmoid_truth) <= 3);
 }
 
@@ -54,6 +61,13 @@ void special_values() {
   CHECK(pf::exp(89.0f) == inf);
   CHECK(pf::exp(-100.0f) > 0);  // subnormal
   CHECK(std::isnan(pf::exp(nan_value)));
+  CHECK(pf::exp_unit(0.0f) == 1);
+  CHECK(pf::exp_unit(-inf) == 0);
+  CHECK(pf::exp_unit(-88.0f) == 0);  // it would be subnormal
+  CHECK(std::isnan(pf::exp_unit(nan_value)));
+  CHECK(pf::exp_units(-inf).minus_one == -1);
+  CHECK(pf::exp_units(-1e-45f).minus_one == -1e-45f);
+  CHECK(std::isnan(pf::exp_units(nan_value).minus_one));
   CHECK(pf::expm1(inf) == inf);
   CHECK(pf::expm1(-inf) == -1);
   CHECK(pf::expm1(0.0f) == 0);

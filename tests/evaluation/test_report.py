@@ -136,7 +136,7 @@ def test_pictures(tmp_path):
     rng = torch.get_rng_state()
     report.save(tmp_path / "run", model)
     assert torch.equal(rng, torch.get_rng_state()) and model.training
-    names = {"report.json", "report.md", "accuracies.png", "images_m_1.png"}
+    names = {"report.html", "report.json", "report.md", "accuracies.png", "images_m_1.png"}
     assert set(os.listdir(tmp_path / "run")) == names
     assert Report.from_json((tmp_path / "run/report.json").read_text()).to_json() == report.to_json()
     assert (tmp_path / "run/report.md").read_text() == report.to_markdown()
@@ -174,4 +174,6 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"purify-fast\[demo\]"):
         plots.bars(report.rows, tmp_path / "x.png")
     report.save(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["report.json", "report.md"] and "no pictures" in report.notes[0]
+    assert (
+        sorted(os.listdir(tmp_path)) == ["report.html", "report.json", "report.md"] and "no pictures" in report.notes[0]
+    )

@@ -60,6 +60,7 @@ PINNED = {
     Stream.ATTACK_START: [0x3E4C4F96, 0xEFC617A2, 0xB644A650, 0x7AA67725],
     Stream.REPLAY_NOISE: [0x61A56BBB, 0x54B5B554, 0x835B521E, 0x7F179469],
     Stream.AUGMENTATION: [0xD8B20712, 0x5771D999, 0xADDC4AF4, 0x873BF73F],
+    Stream.SQUARES: [0xFBA94C5E, 0x5901AB24, 0x4EA8644F, 0xB4DE0ADB],
 }
 
 
@@ -210,4 +211,5 @@ def test_errors(change, message):
 def test_streams_are_never_renumbered():
     assert {s.name: s.value for s in Stream} == {
         "LATENT": 1, "TRANSFORM_NOISE": 2, "MASK": 3, "ATTACK_START": 4, "REPLAY_NOISE": 5, "AUGMENTATION": 6,
+        "SQUARES": 7,
     }  # fmt: skip

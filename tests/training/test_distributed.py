@@ -142,7 +142,7 @@ def test_what_cannot_be_trained_together_is_refused_in_every_process(two):
     assert first["batch"] == "ValueError: batch_size 33 must be a multiple of the 2 processes"
     assert first["batchnorm"].startswith("ValueError: 1 is a BatchNorm of one process's images")
     assert first["data"].startswith("ValueError: process 1 trains on other data or settings than the first (data: ")
-    assert first["diverged"].startswith("FloatingPointError: epoch 0: training diverged")
+    assert first["diverged"].startswith("Diverged: epoch 0: training diverged")
 
 
 def test_positions_draw_the_noise_of_those_images():

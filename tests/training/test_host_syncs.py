@@ -6,60 +6,25 @@ is copied to the device, which waits.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import purify_fast
+from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, pgd, pgd_and_fgsm, stadv
 from purify_fast.data import crop_flip
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed import StepGraphs
+from purify_fast.speed.waits import Waits
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPE, EPS = (1, 16, 16), 0.1
-PACKAGE = Path(purify_fast.__file__).parent
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh", "unique_dim", "_unique2"}
-
-
-class Waits(TorchDispatchMode):
-    """Counts what waits, by operator and by the file and function of the package that asks for it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[tuple[str, str, str]] = Counter()
-        self.dispatched = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.dispatched += 1
-        name = function._schema.name.removeprefix("aten::")
-        masks = name in ("index", "index_put_", "_index_put_impl_") and any(
-            isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in tree_leaves(args[1])
-        )
-        if name in WAITING or masks:
-            self.found[(name, *_place())] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def _place() -> tuple[str, str]:
-    """The innermost function of the package that is running."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE):
-            return path.relative_to(PACKAGE).as_posix(), frame.f_code.co_name
-        frame = frame.f_back
-    return "elsewhere", ""
 
 
 def batch() -> Batch:
@@ -109,15 +74,71 @@ def test_a_step_does_not_wait_for_the_device(name):
     assert set(waits.found) <= set(allowed), waits.found
 
 
+def test_arrest_waits_for_nothing_once_its_attack_is_captured(rerun):
+    torch.manual_seed(0)
+    task, step = arrest(), batch()
+    task.graphs = StepGraphs(capture=rerun)
+    for _ in range(2):  # captured when it comes a second time
+        task.training_step(step)[0].backward()
+    with Waits() as waits:
+        task.training_step(step)[0].backward()
+    assert rerun.recorded == 1 and rerun.replayed == 4 and not waits.found
+
+
+def defence() -> Carso:
+    return Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2).eval()
+
+
+def probe(steps: int, attack=pgd, model=None, **options) -> Counter:
+    """What an attack of so many steps waits for."""
+    torch.manual_seed(0)
+    model, step = SmallCNN(width=4).eval() if model is None else model(), batch()
+    y = model(step.x).argmax(1).detach()
+    options = {"eps": EPS, "health": GradientHealth(), **({} if attack is fgsm else {"steps": steps}), **options}
+    if attack is pgd_and_fgsm:
+        options |= {"eps": torch.full((16,), EPS), "alpha": EPS / 4}
+        del options["health"]
+    with Waits() as waits:
+        attack(model, step.x, y, **options)
+    assert waits.dispatched > 30
+    return waits.found
+
+
+#: Attacks outside of trainings.
+ATTACKS = {
+    **{f"PGD {norm}": {"norm": norm} for norm in ("linf", "l2", "l1")},
+    "PGD that keeps the best point of several draws": {"keep_best": True, "eot_iter": 3, "loss": "dlr"},
+    "PGD on a defence": {"model": defence, "loss": "margin", "eot_iter": 2, "max_forward_batch": 24},
+    "FGSM": {"attack": fgsm},
+    "PGD and FGSM": {"attack": pgd_and_fgsm},
+    "StAdv": {"attack": stadv, "keep_best": True},
+    "BPDA": {"model": lambda: BpdaModel.of(defence())},
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_does_not_wait_for_the_device(name):
+    assert not probe(4, **ATTACKS[name])
+
+
+APGD = {norm: {"norm": norm} for norm in ("linf", "l2", "l1")} | {"targets": {"loss": "dlr_targeted"}}
+
+
+@pytest.mark.parametrize("name", APGD)
+def test_apgd_waits_where_images_may_leave_and_nowhere_else(name):
+    options = APGD[name]
+    staying = [probe(steps, apgd, leave_when_fallen=False, **options) for steps in (10, 40)]
+    assert staying[0] == staying[1], "a step waits"
+    # once for each wave of runs, to know which images are left, and where its best points go
+    assert {wait.function for wait in staying[0]} <= {"left", "offer", "likeliest_wrong"}
+    leaving = probe(40, apgd, **options) - staying[1]
+    # after the first few steps and then every five, to know which images have fallen
+    runs = 9 if name == "targets" else 1
+    assert {wait.function for wait in leaving} <= {"settle", "kept"} and leaving.total() <= 2 * 15 * runs
+
+
 def test_augmentation_does_not_wait_for_the_device():
     step = batch()
     with Waits() as waits:
         crop_flip(step.x, 3, step.sample_ids, 2, True)
     assert not waits.found
-
-
-def test_what_waits_is_counted():
-    x = torch.arange(4.0)
-    with Waits() as waits:
-        x[x > 1], x.sum().item(), torch.tensor([3]), (x > 1).nonzero()
-    assert {name for name, *_ in waits.found} >= {"_local_scalar_dense", "lift_fresh", "nonzero", "index"}

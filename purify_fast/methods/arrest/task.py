@@ -173,21 +173,35 @@ class ArrestTask(Task):
         found = pgd(
             self.attacked, x, y, eps=attack.eps, alpha=attack.step_size(attack.eps), steps=attack.steps,
             norm=attack.norm, random_start=attack.random_start, seed=batch.seed, sample_ids=ids,
+            graphs=self.graphs if rows is None else None,
         )  # fmt: skip
         return found if rows is None else batch.x.index_copy(0, rows, found)
 
     def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """x_in, and the share of replayed examples; PGD runs only for the others."""
+        """x_in, and the share of replayed examples; PGD runs only for the others, unless its step is captured."""
         attack = self.config.attack.at_epoch(batch.epoch, batch.epochs)
         if not self.config.replays(batch.epoch, batch.epochs):
             return self.attack(batch, attack), batch.x.new_zeros(())
         drift, tau = self.drift(batch.x, of_teacher), self.config.threshold
         replayed = drift > tau
-        rows = torch.nonzero(~replayed)[:, 0]  # a sync, for up to all of the attack
-        adversarial = self.attack(batch, attack, rows) if len(rows) else batch.x
+        if self.attacks_all_rows:
+            adversarial = self.attack(batch, attack)
+        else:
+            # the host waits for their number, which may spare it up to all of the attack
+            rows = torch.nonzero(~replayed)[:, 0]
+            adversarial = self.attack(batch, attack, rows) if len(rows) else batch.x
         seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
         x = noisy_replay(batch.x, adversarial, drift, tau, attack.eps, seed=seed, sample_ids=batch.sample_ids)
         return x, replayed.float().mean()
+
+    @property
+    def attacks_all_rows(self) -> bool:
+        """Whether the images that are replayed are attacked too, and the result is not used.
+
+        A captured step takes one number of images, and costs less than the launches for a part of them would. Where the
+        last attack could not be captured, or the device was busy with it, only the others are attacked.
+        """
+        return self.graphs is not None and self.graphs.refusal is None
 
     def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, Metrics]:
         """The loss of inputs ``x [B, C, H, W]`` and metrics."""
@@ -271,6 +285,7 @@ class ArrestTask(Task):
         x = pgd(
             self.result, batch.x, batch.y, eps=attack.eps, alpha=attack.step_size(attack.eps), steps=attack.steps,
             norm=attack.norm, random_start=attack.random_start, seed=batch.seed, sample_ids=batch.sample_ids,
+            graphs=self.graphs,
         )  # fmt: skip
         with torch.no_grad():
             logits = self.result(x).float()

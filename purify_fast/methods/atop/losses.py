@@ -20,18 +20,20 @@ from torch.nn import functional as F
 
 from ..._process import processes
 from ...attacks import fgsm, pgd
+from ...speed.step_graphs import StepGraphs
 from ...training.task import Batch, Metrics
 from .config import AtopConfig, GanFake, Precision
 from .defence import Atop
 
 
-def attacked(defence: Atop, batch: Batch, config: AtopConfig) -> Tensor:
+def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Tensor:
     """The adversarial images x' of a batch.
 
     Args:
         defence: what is attacked, or whose classifier.
         batch: the images.
         config: the attack and its target.
+        graphs: captures the attack's step, if given.
 
     Returns:
         Images, shape and dtype of the batch's.
@@ -39,7 +41,7 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig) -> Tensor:
     if config.attack_method == "none":
         return batch.x
     attack = config.attack.at_epoch(batch.epoch, batch.epochs)
-    options: dict[str, Any] = {"eps": attack.eps, "norm": attack.norm}
+    options: dict[str, Any] = {"eps": attack.eps, "norm": attack.norm, "graphs": graphs}
     if config.attack_method == "pgd":
         options |= {"steps": attack.steps, "alpha": attack.step_size(attack.eps), "random_start": attack.random_start}
         options |= {"seed": batch.seed, "sample_ids": batch.sample_ids}
@@ -74,7 +76,7 @@ class Passes:
     visible: Tensor
 
 
-def passes(defence: Atop, batch: Batch, config: AtopConfig) -> Passes:
+def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Passes:
     """The transform and the purifier on one batch.
 
     One pass where the L1's input and the classifier's are the same images; one of twice the images where not. While
@@ -84,12 +86,13 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig) -> Passes:
         defence: whose purifier is trained.
         batch: the images.
         config: the settings of the training.
+        graphs: captures the attack's step, if given.
     """
     weight = config.cls_weight if batch.epoch >= config.cls_delay_epochs else 0.0
     rebuild = batch.x
     both = weight > 0 and config.attack_method != "none" and config.reconstruction_target == "clean"
     if both or config.reconstruction_target == "adversarial":
-        adversarial = attacked(defence, batch, config)
+        adversarial = attacked(defence, batch, config, graphs)
         rebuild = rebuild if both else adversarial
     seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
     packed, owners = defence.draw(rebuild, seed=seed, ids=batch.sample_ids)
@@ -125,13 +128,16 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig) -> Passes:
     )
 
 
-def training_loss(defence: Atop, batch: Batch, config: AtopConfig | None = None) -> tuple[Tensor, Metrics]:
+def training_loss(
+    defence: Atop, batch: Batch, config: AtopConfig | None = None, graphs: StepGraphs | None = None
+) -> tuple[Tensor, Metrics]:
     """The loss of one batch without a discriminator, for a loop of your own; backward and the step are the loop's.
 
     Args:
         defence: whose purifier is trained.
         batch: the images.
         config: the settings; None takes the defaults.
+        graphs: captures the attack's step on a CUDA device, if given; the same one for every batch.
 
     Returns:
         The loss to minimize, and detached metrics.
@@ -148,7 +154,7 @@ def training_loss(defence: Atop, batch: Batch, config: AtopConfig | None = None)
         )
     if config.gan_grad:
         raise ValueError("gan_grad needs a discriminator, which is trained with the purifier: use AtopTask")
-    made = passes(defence, batch, config)
+    made = passes(defence, batch, config, graphs)
     return made.loss, made.metrics
 
 

@@ -73,7 +73,7 @@ class AtopTask(Task):
         if self.discriminator is None:
             yield Update("purifier", *self.training_step(batch))
             return
-        made, config = passes(self.defence, batch, self.config), self.config
+        made, config = passes(self.defence, batch, self.config, self.graphs), self.config
         judged = discriminator_loss(self.discriminator, made, config.gan_fake)
         yield Update("discriminator", judged, {})
         # by the discriminator as it is after its own step
@@ -87,7 +87,7 @@ class AtopTask(Task):
         Args:
             batch: the images.
         """
-        made = passes(self.defence, batch, self.config)
+        made = passes(self.defence, batch, self.config, self.graphs)
         if self.discriminator is None:
             return made.loss, made.metrics
         deceived = generator_loss(self.discriminator, made)

@@ -309,13 +309,22 @@ class Carso(Defence):
     def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
         fast = super()._make_copies(settings)
         if settings["dtype"] == torch.bfloat16 and not self.training and kernel_decodes(self._last_bias.device):
-            fast.packed = self._pack()
+            self._pack(fast)
         return fast
 
     @torch.inference_mode(False)
-    def _pack(self) -> tuple[int, PackedDecoder]:
-        # Made outside inference mode, because attacks differentiate through it.
-        return times_written(self._last_bias), PackedDecoder(self.decoder)
+    def _pack(self, fast: Accelerated) -> None:
+        # Made outside inference mode, because attacks differentiate through it. What was packed before is overwritten
+        # where it lies, so that a captured attack step sees the new weights.
+        if fast.packed is None:
+            fast.packed = PackedDecoder(self.decoder)
+        else:
+            fast.packed.refill(self.decoder)
+        fast.packed_from = times_written(self._last_bias)
+
+    def prepare_replay(self) -> None:
+        """Pack the decoder's weights where they were packed before, if they have changed (`PreparesReplay`)."""
+        self._packed_decoder(self._last_bias.device)
 
     def _packed_decoder(self, device: torch.device) -> PackedDecoder | None:
         """The decoder as one op, where a kernel serves it and no gradient of its weights can be asked for."""
@@ -326,9 +335,9 @@ class Carso(Defence):
             return None
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters()):
             return None
-        if fast.packed is None or fast.packed[0] != times_written(bias):
-            fast.packed = self._pack()
-        return fast.packed[1]
+        if fast.packed is None or fast.packed_from != times_written(bias):
+            self._pack(fast)
+        return fast.packed
 
     # -- the published systems, training and files --------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from ..._process import processes
 from ...attacks import pgd, pgd_and_fgsm
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
+from ...speed.step_graphs import StepGraphs
 from ...training.distributed import average_
 from ...training.task import Batch, Metrics
 from .config import CarsoConfig, atom_size
@@ -47,7 +48,14 @@ def kl_weight(epoch: int, epochs: int, kl_delay: float = 0.125) -> float:
 
 
 def balanced_batch(
-    classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, config: CarsoConfig, *, seed: int, sample_ids: Tensor
+    classifier: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    config: CarsoConfig,
+    *,
+    seed: int,
+    sample_ids: Tensor,
+    graphs: StepGraphs | None = None,
 ) -> Tensor:
     """The adversarially balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on a classifier.
 
@@ -64,6 +72,7 @@ def balanced_batch(
         config: the attack, and the share of the images that is attacked.
         seed: of the random starts.
         sample_ids: index of each image, int64 ``[B]``, for the random starts.
+        graphs: captures the attack's steps, if given.
 
     Returns:
         The images, shape and dtype of x.
@@ -88,17 +97,21 @@ def balanced_batch(
         norm=attack.norm,
         seed=seed,
         sample_ids=sample_ids[clean:],
+        graphs=graphs,
     )
     return torch.cat([x[:clean], adversarial])
 
 
-def published_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Tensor, Metrics]:
+def published_step(
+    defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
+) -> tuple[Tensor, Metrics]:
     """The paper's loss of a batch; attacks see the classifier alone.
 
     Args:
         defence: whose purifier is trained.
         batch: the images.
         config: the settings of the training.
+        graphs: captures the attacks' steps, if given.
 
     Returns:
         The loss over the batch, and its two terms per image.
@@ -106,8 +119,9 @@ def published_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[T
     config = replace(config, attack=config.attack.at_epoch(batch.epoch, batch.epochs))
     config = config.for_statistics(defence.arguments["std"])
     perturbed = balanced_batch(
-        defence.frozen_classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids
-    )
+        defence.frozen_classifier, batch.x, batch.y, config, seed=batch.seed, sample_ids=batch.sample_ids,
+        graphs=graphs,
+    )  # fmt: skip
     with torch.no_grad():  # the representation is data to the purifier
         representation = defence.read(perturbed)
     condition = defence.encode(representation)
@@ -126,7 +140,9 @@ def published_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[T
     return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
 
-def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Tensor, Metrics]:
+def pipeline_step(
+    defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
+) -> tuple[Tensor, Metrics]:
     """This package's own loss: PGD through the whole defence, cross-entropy of the K predictions, and a reconstruction.
 
     BatchNorm keeps the statistics it has: the attacked and the trained function are one.
@@ -135,6 +151,7 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
         defence: whose purifier is trained, and with ``joint`` its classifier.
         batch: the images.
         config: the settings of the training.
+        graphs: captures the attack's step, if given.
 
     Returns:
         The loss, and metrics.
@@ -164,6 +181,7 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
                 random_start=attack.random_start,
                 seed=batch.seed,
                 sample_ids=batch.sample_ids,
+                graphs=graphs,
             )
             logits = defence.reconstruction_logits(x)
             predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
@@ -183,7 +201,9 @@ def pipeline_step(defence: Carso, batch: Batch, config: CarsoConfig) -> tuple[Te
     return cross_entropy + config.reconstruction_weight * reconstruction, metrics
 
 
-def training_loss(defence: Carso, batch: Batch, config: CarsoConfig | None = None) -> tuple[Tensor, Metrics]:
+def training_loss(
+    defence: Carso, batch: Batch, config: CarsoConfig | None = None, graphs: StepGraphs | None = None
+) -> tuple[Tensor, Metrics]:
     """The loss of one batch, for `CarsoTask` or a loop of your own; backward and the optimizer's step are the loop's.
 
     Args:
@@ -191,10 +211,11 @@ def training_loss(defence: Carso, batch: Batch, config: CarsoConfig | None = Non
         batch: the images. Without epoch and epochs it says that the first epoch of the schedule never ends, which has
             no KL term.
         config: the settings; its attack_target chooses `published_step` or `pipeline_step`. None takes the defaults.
+        graphs: captures the attack's step on a CUDA device, if given; the same one for every batch.
 
     Returns:
         The loss to minimize, and detached metrics.
     """
     config = CarsoConfig() if config is None else config
     step = published_step if config.attack_target == "classifier" else pipeline_step
-    return step(defence, batch, config)
+    return step(defence, batch, config, graphs)

@@ -103,6 +103,24 @@ class PackedDecoder(nn.Module):
         last = tuple(weight.contiguous(memory_format=torch.channels_last) for weight in made.layers)
         return Weights(made.first.contiguous(), last, made.biases)
 
+    @torch.no_grad()
+    def refill(self, decoder: nn.Module) -> None:
+        """Take the weights that a decoder has now, in the memory of the old ones.
+
+        Args:
+            decoder: one of the sizes of that which this is a copy of, in evaluation mode.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        new = PackedDecoder(decoder, self.packed.dtype)
+        for old, value in zip(self._tensors(), new._tensors(), strict=True):
+            old.copy_(value)
+
+    def _tensors(self) -> list[Tensor]:
+        layers = self._layers
+        return [*self.buffers(), layers.first, *layers.layers, *layers.biases]
+
     def forward(
         self,
         condition: Tensor,

@@ -50,7 +50,7 @@ class CarsoTask(Task):
             self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        return training_loss(self.model, batch, self.config)
+        return training_loss(self.model, batch, self.config, self.graphs)
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         peak = self.config.learning_rate
@@ -80,5 +80,5 @@ class CarsoTask(Task):
         # the sum over a batch would count them twice.
         config = replace(self.config, allow_no_adversarial=True, reduction="mean")
         with torch.no_grad():
-            loss, metrics = training_loss(self.model, batch, config)
+            loss, metrics = training_loss(self.model, batch, config, self.graphs)
         return {"loss": loss.detach(), **metrics}

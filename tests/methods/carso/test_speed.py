@@ -466,8 +466,13 @@ def test_a_packed_decoder_follows_its_weights(packing):
     assert not packing  # a gradient of the decoder's weights may be asked for
     with torch.no_grad(), made.fixed_noise(3):
         before = made.reconstruct(x)
-        assert packing == [4] and made.fast.packed[1] is made._packed_decoder(x.device)
+        packed = made._packed_decoder(x.device)
+        assert packing == [4] and made.fast.packed is packed
+        places = [tensor.data_ptr() for tensor in packed._tensors()]
         made.decoder.stack[-1].bias.add_(0.5)
+        made.prepare_replay()
+        # a captured attack step reads them where they lie
+        assert made.fast.packed is packed and [tensor.data_ptr() for tensor in packed._tensors()] == places
         after = made.reconstruct(x)
     assert relative(after, before) > 0.1
     with torch.no_grad(), made.fixed_noise(3):

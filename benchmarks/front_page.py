@@ -1,0 +1,185 @@
+"""README's picture and tables, made from the committed results; `benchmarks.pages` writes the tables into the page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from purify_fast._files import atomic
+from purify_fast.evaluation.tables import markdown_table
+
+#: The row of a report that takes the worst over its attacks, image by image.
+WORST = "worst"
+#: Lines of the table of results: title, study, the model's name in its report, and the row that counts.
+MODELS = [
+    ("adversarially trained classifier, no defence added", "carso_mnist", "classifier", WORST),
+    (
+        "CARSO as published, attacked through its own output",
+        "carso_mnist",
+        "CARSO published, through PeeL",
+        WORST,
+    ),
+    ("CARSO as published, attacked through exact gradients", "carso_mnist", "CARSO published", WORST),
+    ("CARSO trained through the pipeline", "carso_mnist", "CARSO pipeline", WORST),
+    ("AToP as published, on a standard classifier", "atop_mnist", "AToP published", WORST),
+    ("AToP trained through the pipeline, on a standard classifier", "atop_mnist", "AToP pipeline", WORST),
+    ("adversarial training from scratch", "arrest_mnist", "AT from scratch", "then AutoAttack standard, first 300"),
+    ("ARREST", "arrest_mnist", "ARREST", "then AutoAttack standard, first 300"),
+]
+#: Columns of the table of speeds: title, and the pipeline and case in pipelines.csv.
+CASES = [
+    ("CARSO prediction, K = 8", "carso_inference", "prediction"),
+    ("CARSO training step", "carso_training", "published step"),
+    ("AToP training step", "atop_finetune", "fine-tuning step"),
+    ("ARREST training step", "arrest_step", "all attacked"),
+]
+_INK, _OURS, _ALARM, _PLAIN = "#1b1f24", "#1f6f4a", "#c62828", "#6e7781"
+
+
+def _rows(results: Path, study: str) -> list[dict[str, Any]]:
+    return json.loads((results / "studies" / study / "report.json").read_text())["rows"]
+
+
+def _row(results: Path, study: str, model: str, attack: str) -> dict[str, Any]:
+    (found,) = [row for row in _rows(results, study) if (row["model"], row["attack"]) == (model, attack)]
+    return found
+
+
+def _percent(row: dict[str, Any]) -> str:
+    share, n = row["accuracy"], row["n"]
+    return f"{100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / n):.1f}"
+
+
+def results_table(results: Path) -> str:
+    """The models that README compares, on MNIST.
+
+    Args:
+        results: the folder of committed results.
+    """
+    body = []
+    for title, study, model, attack in MODELS:
+        clean, attacked = (_row(results, study, model, name) for name in ("clean", attack))
+        verdict = "yes" if attacked["reliable"] else "**no**: the attack had no usable gradients"
+        body.append([title, _percent(clean), _percent(attacked), f"{attacked['n']:,}", verdict])
+    head = ["model", "clean, %", "under attack, %", "attacked images", "can the number be believed?"]
+    return "\n".join(markdown_table(head, body))
+
+
+def speed_table(results: Path) -> str:
+    """Times of whole predictions and training steps on a CPU, with the rival to beat.
+
+    Args:
+        results: the folder of committed results.
+    """
+    with (results / "cpu" / "pipelines.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    body = []
+    for title, pipeline, case in CASES:
+        own = [row for row in rows if (row["pipeline"], row["case"]) == (pipeline, case) and row["ms"]]
+        first, times = own[0], {row["contestant"]: float(row["ms"]) for row in own}
+        compiled = min(ms for name, ms in times.items() if name.startswith("torch.compile"))
+        ours = [row for row in own if row["contestant"].startswith("ours")]
+        best = min(ours, key=lambda row: float(row["ms"]))
+        ms = float(best["ms"])
+        body.append(
+            [
+                title,
+                f"{float(first['ms']):,.0f} ms",
+                f"{compiled:,.0f} ms",
+                f"**{ms:,.0f} ms**",
+                f"{float(first['ms']) / ms:.1f}",
+                f"{compiled / ms:.1f}",
+                f"{100 * float(best['share_of_matrix_rate']):.0f} %",
+            ]
+        )
+    head = [
+        "on a CPU",
+        "plain PyTorch",
+        "best `torch.compile`",
+        "purify_fast",
+        "times plain",
+        "times `torch.compile`",
+        "of the matrix rate",
+    ]
+    return "\n".join([*markdown_table(head, body), "", ops_sentence(results)])
+
+
+def ops_sentence(results: Path) -> str:
+    """How the C++ kernels stand against the compiler and the uncompiled reference, over all eager rows.
+
+    Args:
+        results: the folder of committed results.
+    """
+    with (results / "cpu" / "ops.csv").open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["style"] == "eager" and row["ratio"]]
+    compiled, eager = (
+        statistics.geometric_mean(float(row[f"{kind}_us"]) / float(row["ours_us"]) for row in rows)
+        for kind in ("compile", "eager")
+    )
+    return (
+        f"Over the {len(rows)} measured rows of the single operations, the C++ kernels are {compiled:.1f} times as "
+        f"fast as `torch.compile` and {eager:.1f} times as fast as uncompiled PyTorch (geometric means)."
+    )
+
+
+def picture(results: Path, path: Path) -> bool:
+    """What a defence claims, the alarm, and what is left under exact gradients; False without matplotlib.
+
+    Args:
+        results: the folder of committed results.
+        path: the PNG file that is written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    bars = [
+        ("The classifier alone, trained adversarially", "classifier", _PLAIN),
+        ("The published defence, as its authors attack it", "CARSO published, through PeeL", _ALARM),
+        ("The same defence, attacked with exact gradients", "CARSO published", _ALARM),
+        ("The defence trained by purify_fast through the pipeline", "CARSO pipeline", _OURS),
+    ]
+    figure = Figure(figsize=(9, 3.3), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    for line, (title, model, color) in enumerate(bars):
+        row = _row(results, "carso_mnist", model, WORST)
+        value = 100 * row["accuracy"]
+        masked = not row["reliable"]
+        axis.barh(
+            line,
+            value,
+            height=0.42,
+            color="white" if masked else color,
+            edgecolor=color,
+            hatch="////" if masked else None,
+            linewidth=1.4,
+        )
+        axis.text(0, line - 0.3, title, fontsize=10.5, color=_INK, va="bottom", weight="bold")
+        said = f"{value:.1f} %"
+        if masked:
+            said += "   ALARM: the attack had no gradients"
+        axis.text(
+            value / 2 if masked else value + 0.8,
+            line,
+            said,
+            fontsize=10.5,
+            color=color,
+            va="center",
+            ha="center" if masked else "left",
+            weight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 2.5} if masked else None,
+        )
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 118), yticks=[], xticks=range(0, 101, 20))
+    axis.set_xlabel("images still classified correctly under attack, %  (MNIST, 1,000 images, L-inf 0.3)", fontsize=9.5)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130, metadata={"Software": None}, format="png")
+    return True

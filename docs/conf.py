@@ -1,0 +1,69 @@
+"""How Sphinx builds these pages: `make docs`, with every warning an error and no network."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import api_pages  # noqa: E402
+import docstrings  # noqa: E402
+
+from purify_fast import __version__  # noqa: E402
+
+project = "purify_fast"
+release = version = __version__
+copyright = "the authors of purify_fast, MIT licence"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+# what is written between single backticks in a docstring is code
+default_role = "code"
+
+myst_enable_extensions = ["colon_fence"]
+# headings can be linked as on GitHub: [text](page.md#the-heading)
+myst_heading_anchors = 4
+
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints = "signature"
+autodoc_class_signature = "mixed"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+html_theme = "furo"
+html_title = f"purify_fast {__version__}"
+html_static_path = ["static"]
+html_css_files = ["purify_fast.css"]
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#b4400a", "color-brand-content": "#b4400a"},
+    "dark_css_variables": {"color-brand-primary": "#ff9d66", "color-brand-content": "#ff9d66"},
+}
+# the pages are read from a disk too: nothing is asked of another server
+html_show_sphinx = False
+html_copy_source = False
+
+
+def write_generated_pages(app):
+    """The reference of the API, the tables of every measured row, and the project's own files."""
+    api_pages.write(HERE / "api")
+    api_pages.write_project(HERE / "generated")
+
+
+def link_to_generated(app, name, source):
+    """Links to files of the repository lead to the pages of the site that hold the same."""
+    for file in ("benchmarks/results/cpu/ops", "benchmarks/results/cpu/pipelines", *api_pages.PROJECT):
+        page = file.rpartition("/")[2].lower()
+        source[0] = source[0].replace(f"](../{file}.md)", f"](generated/{page}.md)")
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("builder-inited", write_generated_pages)
+    app.connect("source-read", link_to_generated)
+    # before napoleon, which comes at 500, and after it
+    app.connect("autodoc-process-docstring", docstrings.keep_returns_whole, priority=400)
+    app.connect("autodoc-process-docstring", docstrings.to_rst)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# A training in several processes by torchrun: one process for each GPU, or some on a CPU.
+#
+#     bash examples/multi_gpu.sh                  # every GPU of this machine, MNIST from data/mnist.npz
+#     bash examples/multi_gpu.sh --tiny           # two CPU processes, scikit-learn's digits, seconds
+#
+# The batch is shared out among the processes, BatchNorm sees all of it, and the weights are those of one process up to
+# floating point. It is tested on CPUs; it has not yet been run on several GPUs.
+set -euo pipefail
+PYTHON=${PYTHON:-python}
+OUT=${OUT:-runs/multi_gpu}
+
+if [[ ${1:-} == --tiny ]]; then
+  processes=2
+  options=(--data digits --eps 0.2 --device cpu --epochs 1 --batch-size 64)
+  classifier=(--steps 2)
+  carso=(--steps 2)
+  export OMP_NUM_THREADS=1
+else
+  processes=$("$PYTHON" -c "import torch; print(max(1, torch.cuda.device_count()))")
+  options=(--data data/mnist.npz --eps 0.3)
+  classifier=(--epochs 20)
+  carso=(--epochs 20)
+fi
+
+run() { "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m purify_fast.cli train "$@"; }
+
+run classifier "${options[@]}" "${classifier[@]}" --out "$OUT/classifier"
+run carso "${options[@]}" "${carso[@]}" --classifier "$OUT/classifier" --out "$OUT/carso"
+echo "trained in $processes processes: $OUT/carso"

@@ -1,0 +1,111 @@
+"""Which images are still attacked.
+
+A search works on rows. Each row belongs to an image; several rows belong to the same image where several targets or
+restarts are tried at once. When a row's point makes its image fall, every row of the image leaves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..search import better_of
+from .buckets import bucket
+from .judge import Judge
+
+
+class ActiveSet:
+    """The images of one attack: which have fallen, and the best point known of each.
+
+    Args:
+        x: clean images ``[N, ...]``.
+        y: labels, int64 ``[N]``.
+        judge: confirms what has fallen.
+        leave: whether fallen images leave. If not, every image is attacked to the end, and keeps the point that is
+            misclassified in most draws, then the one of highest loss.
+
+    Attributes:
+        found: the best point known of each image, ``[N, ...]``; x at first.
+        score: its share of misclassified draws and its loss, ``[2, N]``; minus infinity at first.
+        fallen: bool ``[N]``, which have fallen; none where they do not leave.
+        correct: bool ``[N]``, which clean images have not fallen by themselves.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, judge: Judge, *, leave: bool = True):
+        self.y, self.judge, self.leave = y, judge, leave
+        self.found = x.clone()
+        self.score = torch.full((2, len(x)), -torch.inf, device=x.device)
+        fallen = judge.fallen(judge.shares(x, y))
+        self.correct = ~fallen
+        # what is misclassified as it is needs no attack
+        self.fallen = fallen if leave else torch.zeros_like(fallen)
+
+    def left(self) -> Tensor:
+        """Indices of the images that another run is for, int64 ``[n]``; waits for the device.
+
+        Those that have not fallen, or where none leave, those of which not every draw is misclassified.
+        """
+        return (~self.fallen if self.leave else self.score[0] < 1).nonzero()[:, 0]
+
+    def settle(self, owner: Tensor, points: Tensor, share: Tensor) -> tuple[Tensor, bool]:
+        """Judge the rows that claim a success.
+
+        Waits for the device once, and a second time where there are claims.
+
+        Args:
+            owner: the image of each row, int64 ``[R]``.
+            points: the points ``[R, ...]``.
+            share: of the search's own draws, how many each point fails, ``[R]``.
+
+        Returns:
+            The shares, with those of the claims as the judge counted them, ``[R]``; and whether an image has fallen.
+        """
+        claims = (self.judge.fallen(share) & ~self.fallen[owner]).nonzero()[:, 0]
+        if len(claims) == 0:
+            return share, False
+        judged = self.judge.shares(points[claims], self.y[owner[claims]])
+        share = share.index_copy(0, claims, judged.to(share.dtype))
+        won = claims[self.judge.fallen(judged)]
+        if len(won) == 0:
+            return share, False
+        # of several rows of an image the first: two of them written at once could mix
+        first = torch.full_like(self.y, len(owner)).scatter_reduce(0, owner[won], won, "amin")
+        won = won[first[owner[won]] == won]
+        self.found[owner[won]] = points[won]
+        self.fallen[owner[won]] = True
+        return share, True
+
+    def kept(self, owner: Tensor) -> Tensor | None:
+        """Which rows stay; waits for the device once.
+
+        Args:
+            owner: the image of each row, int64 ``[R]``.
+
+        Returns:
+            Indices int64 of the rows that stay, as many as `bucket` says, the unfallen ones first; None where the batch
+            keeps its size.
+        """
+        gone = self.fallen[owner]
+        left = len(owner) - int(gone.sum())
+        size = bucket(left, owner.device) if left else 0
+        if size >= len(owner):
+            return None
+        return gone.to(torch.int8).argsort(stable=True)[:size]
+
+    def offer(self, owner: Tensor, points: Tensor, score: Tensor) -> None:
+        """Keep the best of the rows of every image that has not fallen, where it is better than what is known.
+
+        Args:
+            owner: the image of each row, int64 ``[R]``.
+            points: the points ``[R, ...]``.
+            score: share of misclassified draws and loss, ``[2, R]``.
+        """
+        rank = torch.empty_like(owner)
+        by_loss = score[1].nan_to_num(nan=-torch.inf).argsort(stable=True)
+        rank[by_loss[score[0][by_loss].argsort(stable=True)]] = torch.arange(len(owner), device=owner.device)
+        top = torch.full_like(self.y, -1).scatter_reduce(0, owner, rank, "amax")
+        best = ((rank == top[owner]) & ~self.fallen[owner]).nonzero()[:, 0]
+        image = owner[best]
+        self.found[image], self.score[:, image] = better_of(
+            self.found[image], self.score[:, image], points[best], score[:, best].to(self.score.dtype)
+        )

@@ -1,0 +1,259 @@
+"""FAB-T (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020): the nearest point of another class, class by class.
+
+A step goes to where the model's linear approximation says that the target class takes over, drawn back a little towards
+the clean image; a point across the border is drawn back further. The attack has no radius: a point counts once it lies
+in the ball, and its image then leaves. One thing is not in the paper: at the end the nearest point across the border is
+cut off at the ball and tried as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._tensors import per_image
+from .._validation import check_literal
+from ..ops.pgd_step import pgd_step
+from ..protocols import Classifier
+from .arguments import Fallen, Norm, NormName, Precision, check_at_least_one, check_images
+from .ball import Ball, ball_around
+from .base import AttackContext, BallAttack
+from .draws import Objective
+from .engine.active_set import ActiveSet
+from .engine.auto_pgd import shrinks_after
+from .engine.gradient_copy import COMPARED, gradient_copy
+from .engine.hyperplane import move_to_plane
+from .engine.judge import Judge, has_fallen
+from .engine.waves import Rows, Waves, likeliest_wrong
+from .frozen_model import frozen
+from .health import GradientHealth
+
+#: The authors' own numbers: steps, the largest weight of the clean image, the overshoot, and how far a point across the
+#: border is drawn back.
+STEPS, LARGEST_PULL, OVERSHOOT, BACK = 100, 0.1, 1.05, 0.9
+_ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
+
+
+def fab_t(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    steps: int = STEPS,
+    norm: NormName = "linf",
+    n_target_classes: int | None = 9,
+    eot_iter: int = 1,
+    restarts: int = 1,
+    fallen: Fallen = "all",
+    judge_draws: int | None = None,
+    precision: Precision = "float32",
+    most_rows: int | None = None,
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+    max_forward_batch: int | None = None,
+    health: GradientHealth | None = None,
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+) -> Tensor:
+    """FAB towards one class after the other; images leave it as soon as they have fallen.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius in image units, a number or ``[B]``; a point further away is no success.
+        steps: of a run.
+        norm: "linf", "l2" or "l1".
+        n_target_classes: wrong classes that are tried, those of highest logit on x; None, or more than there are: all.
+        eot_iter: draws of a random model averaged per step.
+        restarts: runs for each target; the first begins at the image, the others in the ball around it.
+        fallen: of a random model, by which share of fresh draws an image falls: "any", "majority" or "all".
+        judge_draws: fresh draws for that; None: as many as ``eot_iter``.
+        precision: what gradients are computed in: "float32", "bfloat16" or "auto"; a success is always judged by the
+            model itself.
+        most_rows: searches at once, where several targets of an image are tried together; None: 64, or as many as there
+            are images, if those are more.
+        seed: of the random starts.
+        sample_ids: int64 ``[B]``; an image's random start depends on the seed and its id alone. None: 0 .. B - 1.
+        max_forward_batch: images in one forward pass at most; exact. None: no limit.
+        health: counts gradients, if given.
+        clip_min: the smallest value of a pixel.
+        clip_max: the largest value of a pixel.
+
+    Returns:
+        Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or
+        the image itself. Shape and dtype of x.
+
+    Raises:
+        TypeError: x or y is no tensor.
+        ValueError: a wrong shape, dtype, name, count or range.
+    """
+    check_images(x, y)
+    ball = ball_around(x, eps, norm, clip_min, clip_max)
+    check_literal("fallen", fallen, Fallen)
+    check_literal("precision", precision, Precision)
+    check_at_least_one(
+        steps=steps, n_target_classes=n_target_classes, eot_iter=eot_iter, restarts=restarts, judge_draws=judge_draws,
+        most_rows=most_rows, max_forward_batch=max_forward_batch,
+    )  # fmt: skip
+    if len(x) == 0:
+        return x.clone()
+    x = x.detach()
+    ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
+    judge = Judge(model, fallen, judge_draws or eot_iter, max_forward_batch)
+    with frozen(model):
+        active = ActiveSet(x, y, judge)
+        goals = likeliest_wrong(judge.logits(x), y, n_target_classes)
+        source = gradient_copy(model, x[:COMPARED], precision)
+        objective = Objective(source, "margin_targeted", eot_iter, max_forward_batch)
+        waves = Waves(x, y, ball, goals, restarts, seed=seed, ids=ids, most=most_rows, at_image=True)
+        with frozen(source):
+            for rows in waves.over(active):
+                _run(objective, active, rows, steps, health)
+    return active.found
+
+
+def _run(objective: Objective, active: ActiveSet, rows: Rows, steps: int, health: GradientHealth | None) -> None:
+    """One run: what falls is noted in ``active``, and the nearest points of the others are offered to it."""
+    point = nearest = rows.begin
+    nearest_at = torch.full_like(rows.ball.eps, torch.inf)
+    for i in range(steps):
+        found = objective.gradient(point, rows.labels)
+        if health is not None:
+            health.see_gradient(found.image)
+        gradient = found.image / objective.eot_iter
+        point = _step(rows, point, gradient, found.loss)
+        across = has_fallen(objective.score(point, rows.labels)[0], active.judge.rule)
+        far = _distance(point, rows)
+        nearer = across & (far < nearest_at)
+        nearest, nearest_at = (
+            torch.where(per_image(nearer, point), point, nearest),
+            torch.where(nearer, far, nearest_at),
+        )
+        point = torch.where(per_image(across, point), rows.x + BACK * (point - rows.x), point)
+        if shrinks_after(i + 1):
+            inside = (nearest_at <= rows.ball.eps).float()
+            judged, fell = active.settle(rows.owner, nearest, inside)
+            # what the model refuses is as if it had not been found
+            nearest_at = torch.where((inside > 0) & (judged < inside), torch.inf, nearest_at)
+            kept = active.kept(rows.owner) if fell else None
+            if kept is not None:
+                rows, point, nearest, nearest_at = rows.of(kept), point[kept], nearest[kept], nearest_at[kept]
+            if len(point) == 0:
+                return
+    _offer(objective, active, rows, nearest)
+
+
+def _step(rows: Rows, point: Tensor, gradient: Tensor, gap: Tensor) -> Tensor:
+    """Towards the border of the linear approximation, from the point and, with a small weight, from the clean image.
+
+    Args:
+        rows: the rows.
+        point: where they are, ``[R, ...]``.
+        gradient: of the target's logit minus the label's, ``[R, ...]``.
+        gap: that difference, ``[R]``.
+    """
+    ball = rows.ball
+    w, flat, clean = (tensor.flatten(1).to(gap.dtype) for tensor in (gradient, point, rows.x))
+    w = torch.where(w.isfinite(), w, 0.0)
+    offset = (w * flat).sum(1) - gap
+    both = move_to_plane(torch.cat([flat, clean]), w.repeat(2, 1), offset.repeat(2), ball)
+    from_point, from_clean = both.chunk(2)
+    length, other = torch.linalg.vector_norm(both, ord=_ORDERS[ball.norm], dim=1).clamp_min(1e-8).chunk(2)
+    pull = (length / (length + other)).clamp_max(LARGEST_PULL)[:, None]
+    moved = (flat + OVERSHOOT * from_point) * (1 - pull) + (clean + OVERSHOOT * from_clean) * pull
+    return moved.clamp(ball.clip_min, ball.clip_max).view_as(point).to(point.dtype)
+
+
+def _distance(point: Tensor, rows: Rows) -> Tensor:
+    return torch.linalg.vector_norm((point - rows.x).flatten(1), ord=_ORDERS[rows.ball.norm], dim=1)
+
+
+def _offer(objective: Objective, active: ActiveSet, rows: Rows, nearest: Tensor) -> None:
+    """Try the nearest points cut off at the ball, and keep the best of them."""
+    ball: Ball = rows.ball
+    cut = pgd_step(nearest, torch.zeros_like(nearest), rows.x, 0.0, ball.eps, **ball.bounds)
+    score = objective.score(cut, rows.labels)
+    share, _ = active.settle(rows.owner, cut, torch.ones_like(score[0]))
+    active.offer(rows.owner, cut, torch.stack([share, score[1]]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FABT(BallAttack):
+    """FAB-T, as a row of an evaluation.
+
+    Args:
+        steps: of a run; None: 100, its authors' own, whatever the report's steps.
+        n_target_classes: wrong classes that are tried, a run for each; None, or more than there are: all.
+        restarts: runs for each target.
+        eot_iter: draws of a random model averaged per step; None: the report's.
+        precision: what gradients are computed in: "float32", "bfloat16" (a copy of the model) or "auto" (such a copy
+            where it pays). A success is judged by the model itself.
+        eps: radius of another ball than the report's, in image units; None: the report's.
+        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    kind: ClassVar[str] = "fab"
+
+    steps: int | None = None
+    n_target_classes: int | None = 9
+    restarts: int = 1
+    eot_iter: int | None = None
+    precision: Precision = "auto"
+    eps: float | None = None
+    norm: Norm | None = None
+
+    def __post_init__(self) -> None:
+        check_literal("precision", self.precision, Precision)
+        check_at_least_one(
+            steps=self.steps, n_target_classes=self.n_target_classes, restarts=self.restarts, eot_iter=self.eot_iter
+        )
+        self.check_ball()
+
+    def name(self, context: AttackContext) -> str:
+        name = f"FAB-T {self.steps or STEPS}"
+        if self.n_target_classes != 9:
+            name += f", {'all' if self.n_target_classes is None else self.n_target_classes} targets"
+        return name + (f" x{self.restarts}" if self.restarts > 1 else "")
+
+    def cost(self, context: AttackContext) -> int:
+        runs = self.restarts * min(self.n_target_classes or context.num_classes, context.num_classes - 1)
+        # each step asks for a gradient and for what became of it; at the end the nearest point is tried and judged
+        draws = self.draws(context)
+        return runs * ((self.steps or STEPS) * 2 * draws + draws + context.judges) + context.judges + 1
+
+    def settings(self, context: AttackContext) -> dict[str, Any]:
+        targets = min(self.n_target_classes or context.num_classes, context.num_classes - 1)
+        return super().settings(context) | {"steps": self.steps or STEPS, "n_target_classes": targets}
+
+    def revision(self) -> str:
+        return "1"
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        norm, eps = self.ball(context)
+        return fab_t(
+            target,
+            x,
+            y,
+            eps=eps,
+            norm=norm,
+            steps=self.steps or STEPS,
+            n_target_classes=self.n_target_classes,
+            eot_iter=self.draws(context),
+            restarts=self.restarts,
+            fallen=context.fallen,
+            judge_draws=context.judges,
+            precision=self.precision,
+            most_rows=context.batch_size,
+            seed=context.seed,
+            sample_ids=context.sample_ids,
+            max_forward_batch=context.max_forward_batch,
+            health=context.health,
+        )

@@ -1,0 +1,262 @@
+"""Square (Andriushchenko et al., ECCV 2020): a random search with squares that asks for no gradient.
+
+Each proposal changes one square of an image and is kept if it raises the margin. Every image has random numbers of its
+own, made from the seed and its id, so that batches do not matter. Three things are not in the paper: of late proposals,
+of which few are kept, several are judged in one batch and the best is kept; a random model's margin is the mean over
+several draws, and that of the point to beat is drawn afresh now and then, so that no lucky draw stands forever; and an
+image has fallen by the share of fresh draws that it fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .._tensors import per_image, repeat_batch
+from .._validation import check_literal
+from ..ops.philox import Stream, philox
+from ..protocols import Classifier
+from .arguments import Fallen, Norm, NormName, Precision, check_at_least_one, check_images
+from .ball import Ball, ball_around
+from .base import AttackContext, BallAttack
+from .draws import Objective
+from .engine.active_set import ActiveSet
+from .engine.gradient_copy import COMPARED, gradient_copy
+from .engine.judge import Judge
+from .engine.squares import Proposals
+from .frozen_model import frozen
+
+#: The authors' own number of queries.
+QUERIES = 5000
+#: Proposals judged in one batch, from this query on. Early every second one is kept, late hardly any.
+TOGETHER = {0: 1, 100: 2, 500: 4, 1000: 8}
+#: Random numbers are made for so many queries at once.
+BLOCK = 64
+#: After so many rounds the batch may shrink, and the point to beat is judged by fresh draws.
+ROUNDS = 10
+
+
+def square(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    n_queries: int = QUERIES,
+    norm: NormName = "linf",
+    eot_iter: int = 1,
+    restarts: int = 1,
+    fallen: Fallen = "all",
+    judge_draws: int | None = None,
+    precision: Precision = "float32",
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+    max_forward_batch: int | None = None,
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+) -> Tensor:
+    """Square, without gradients; images leave it as soon as they have fallen.
+
+    Args:
+        model: images ``[B, C, H, W]`` to logits ``[B, classes]``; an ``nn.Module`` is in evaluation mode meanwhile.
+        x: images, floating point ``[B, C, H, W]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius in image units, a number or ``[B]``.
+        n_queries: proposals for each image and restart.
+        norm: "linf", "l2" or "l1".
+        eot_iter: draws of a random model averaged for each proposal.
+        restarts: runs, each for the images that have not fallen.
+        fallen: of a random model, by which share of fresh draws an image falls: "any", "majority" or "all".
+        judge_draws: fresh draws for that; None: as many as ``eot_iter``.
+        precision: what proposals are judged in, "float32", "bfloat16" or "auto"; a success is always judged by the
+            model itself.
+        seed: of everything random.
+        sample_ids: int64 ``[B]``; an image's proposals depend on the seed and its id alone. None: 0 .. B - 1.
+        max_forward_batch: images in one forward pass at most; None: no limit.
+        clip_min: the smallest value of a pixel.
+        clip_max: the largest value of a pixel.
+
+    Returns:
+        Per image the point that made it fall, or the one of the highest margin; shape and dtype of x.
+
+    Raises:
+        TypeError: x or y is no tensor.
+        ValueError: a wrong shape, dtype, name, count or range.
+    """
+    check_images(x, y)
+    if x.dim() != 4:
+        raise ValueError(f"x must be images [B, C, H, W] for Square, got {list(x.shape)}")
+    ball = ball_around(x, eps, norm, clip_min, clip_max)
+    check_literal("fallen", fallen, Fallen)
+    check_literal("precision", precision, Precision)
+    check_at_least_one(
+        n_queries=n_queries, eot_iter=eot_iter, restarts=restarts, judge_draws=judge_draws,
+        max_forward_batch=max_forward_batch,
+    )  # fmt: skip
+    if len(x) == 0:
+        return x.clone()
+    x = x.detach()
+    ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
+    with frozen(model), torch.no_grad():
+        active = ActiveSet(x, y, Judge(model, fallen, judge_draws or eot_iter, max_forward_batch))
+        source = gradient_copy(model, x[:COMPARED], precision)
+        objective = Objective(source, "margin", eot_iter, max_forward_batch)
+        with frozen(source):
+            for restart in range(restarts):
+                left = active.left()
+                if len(left) == 0:
+                    break
+                search = _Search(
+                    objective, active, (x[left], y[left], left), ball.of(left), (seed + restart, ids[left])
+                )
+                search.run(n_queries)
+    return active.found
+
+
+class _Search:
+    """One run over the images that are left.
+
+    Args:
+        objective: the margin, on what proposals are judged by.
+        active: the images.
+        images: clean images, labels and indices of those that are left, ``[R, ...]``.
+        ball: around them.
+        key: the seed, and the images' ids, int64 ``[R]``.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        active: ActiveSet,
+        images: tuple[Tensor, Tensor, Tensor],
+        ball: Ball,
+        key: tuple[int, Tensor],
+    ):
+        self.objective, self.active, self.ball = objective, active, ball
+        (self.x, self.y, self.owner), (seed, self.ids) = images, key
+        self.key = torch.full((1,), seed, dtype=torch.int64, device=self.x.device)
+        self.propose = Proposals((self.x.shape[1], self.x.shape[2], self.x.shape[3]), ball.norm)
+
+    def run(self, n_queries: int) -> None:
+        """Ask so many queries of every image that is left."""
+        first = self._numbers(self.propose.first_numbers, 0, 1)[:, 0]
+        self.point = self.propose.begin(self.x, self.ball, first)
+        self.score = self.objective.score(self.point, self.y)
+        query = rounds = 0
+        while query < n_queries:
+            if query % BLOCK == 0:
+                # the first draw is that of the beginning
+                numbers = self._numbers(self.propose.numbers, query + 1, BLOCK)
+            together = min(max(count for start, count in TOGETHER.items() if query >= start), n_queries - query)
+            # no round reaches into the next block
+            together = min(together, BLOCK - query % BLOCK)
+            self._round(query, numbers[:, query % BLOCK : query % BLOCK + together])
+            query, rounds = query + together, rounds + 1
+            if rounds % ROUNDS == 0:
+                numbers = self._shrunk(numbers)
+                if len(self.owner) == 0:
+                    return
+        everything = torch.ones_like(self.score[0])
+        share, _ = self.active.settle(self.owner, self.point, everything)
+        self.active.offer(self.owner, self.point, torch.stack([share, self.score[1]]))
+
+    def _numbers(self, count: int, first: int, draws: int) -> Tensor:
+        return philox(self.key, self.ids, count, stream=Stream.SQUARES, draws=draws, first_draw=first)
+
+    def _round(self, query: int, numbers: Tensor) -> None:
+        """Judge some proposals for each image, and keep the best where it is better than what is known."""
+        count = numbers.shape[1]
+        x, known, ball, y = self.x, self.point, self.ball, self.y
+        if count > 1:
+            x, known, y = (repeat_batch(value, count) for value in (x, known, y))
+            ball = Ball(ball.eps.repeat(count), ball.norm, ball.clip_min, ball.clip_max)
+        # proposal by proposal, each for every image
+        points = self.propose.next(query, x, known, ball, numbers.transpose(0, 1).flatten(0, 1))
+        score = self.objective.score(points, y)
+        if count > 1:
+            score = score.unflatten(1, (count, -1))
+            best = score[1].argmax(0)
+            row = torch.arange(len(best), device=best.device)
+            score, points = score[:, best, row], points.unflatten(0, (count, -1))[best, row]
+        better = score[1] > self.score[1]
+        self.point = torch.where(per_image(better, points), points, self.point)
+        self.score = torch.where(better, score, self.score)
+
+    def _shrunk(self, numbers: Tensor) -> Tensor:
+        """Judge what seems to have fallen and let it leave; the numbers of the rows that stay."""
+        share, fell = self.active.settle(self.owner, self.point, self.score[0])
+        self.score = torch.stack([share, self.score[1]])
+        kept = self.active.kept(self.owner) if fell else None
+        if kept is not None:
+            self.x, self.y, self.owner, self.ids = self.x[kept], self.y[kept], self.owner[kept], self.ids[kept]
+            self.point, self.score, self.ball = self.point[kept], self.score[:, kept], self.ball.of(kept)
+            numbers = numbers[kept]
+        if self.objective.eot_iter > 1 and len(self.owner):
+            # the highest of many noisy margins is high by luck
+            self.score = self.objective.score(self.point, self.y)
+        return numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square(BallAttack):
+    """Square, as a row of an evaluation; it needs no gradients.
+
+    Args:
+        n_queries: proposals for each image and restart.
+        restarts: runs, each for the images that have not fallen.
+        eot_iter: draws of a random model averaged for each proposal; None: the report's.
+        precision: what proposals are judged in: "float32", "bfloat16" (a copy of the model) or "auto" (such a copy
+            where it pays). A success is judged by the model itself.
+        eps: radius of another ball than the report's, in image units; None: the report's.
+        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    kind: ClassVar[str] = "square"
+
+    n_queries: int = QUERIES
+    restarts: int = 1
+    eot_iter: int | None = None
+    precision: Precision = "auto"
+    eps: float | None = None
+    norm: Norm | None = None
+
+    def __post_init__(self) -> None:
+        check_literal("precision", self.precision, Precision)
+        check_at_least_one(n_queries=self.n_queries, restarts=self.restarts, eot_iter=self.eot_iter)
+        self.check_ball()
+
+    def name(self, context: AttackContext) -> str:
+        name = "Square" + (f", {self.n_queries} queries" if self.n_queries != QUERIES else "")
+        return name + (f" x{self.restarts}" if self.restarts > 1 else "")
+
+    def cost(self, context: AttackContext) -> None:
+        """None: it stops early where it has won."""
+        return None
+
+    def revision(self) -> str:
+        return "1"
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        norm, eps = self.ball(context)
+        return square(
+            target,
+            x,
+            y,
+            eps=eps,
+            norm=norm,
+            n_queries=self.n_queries,
+            eot_iter=self.draws(context),
+            restarts=self.restarts,
+            fallen=context.fallen,
+            judge_draws=context.judges,
+            precision=self.precision,
+            seed=context.seed,
+            sample_ids=context.sample_ids,
+            max_forward_batch=context.max_forward_batch,
+        )

@@ -1,0 +1,143 @@
+"""What the page says, from a report, and the file it is written to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..._files import write_text
+from ...protocols import Classifier
+from ..rows import Row
+from ..tables import COLUMNS, row_cells
+from . import drawings, pictures
+
+#: The page's file, in the folder of the report.
+FILE = "report.html"
+_TEMPLATE = "page.html.jinja"
+
+
+class Reported(Protocol):
+    """What the page is made of: a `purify_fast.evaluation.Report`."""
+
+    rows: list[Row]
+    notes: list[str]
+    about: dict[str, str]
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in order."""
+        ...
+
+    @property
+    def headlines(self) -> dict[str, Row]:
+        """Per model the attack row of lowest accuracy, in the report's own threat model."""
+        ...
+
+
+def html_page(report: Reported, defence: Classifier | Mapping[str, Classifier] | None = None) -> str:
+    """The page of a report.
+
+    Args:
+        report: an evaluation of one model, or of several.
+        defence: for the pictures: its predictions, and what it makes of attacked images if it has ``purify``. Of
+            several models, a mapping from their names.
+
+    Returns:
+        HTML that loads nothing from anywhere.
+
+    Raises:
+        ModuleNotFoundError: jinja2 is missing; the message names the extra that installs it.
+    """
+    try:
+        # optional: it comes with PyTorch, and with the extra report
+        import jinja2
+
+        # jinja2 depends on it
+        from markupsafe import Markup
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the HTML page needs jinja2, which is not installed: pip install 'purify-fast[report]'"
+        ) from error
+    source = files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    # every text of the report is escaped; only the drawings, which are made here, are not
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    known = dict.fromkeys(report.models, defence) if callable(defence) else dict(defence or {})
+    models = [_model(report, name, known.get(name)) for name in report.models]
+    return environment.from_string(source).render(
+        about=report.about,
+        models=models,
+        columns=COLUMNS[1:],
+        notes=report.notes,
+        several=len(models) > 1,
+        widest=max((len(line) for model in models for line in model["pictures"]), default=3),
+        markup=Markup,
+    )
+
+
+def page_file(folder: str | Path) -> Path:
+    """Where the page of a report is.
+
+    Args:
+        folder: where ``report.json`` is.
+    """
+    return Path(folder) / FILE
+
+
+def write_page(
+    report: Reported, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None
+) -> Path:
+    """Write the page into a report's folder; it appears whole or not at all.
+
+    Args:
+        report: as of `html_page`.
+        folder: where ``report.json`` is.
+        defence: as of `html_page`.
+
+    Returns:
+        The file.
+
+    Raises:
+        ModuleNotFoundError: jinja2 is missing.
+    """
+    path = page_file(folder)
+    write_text(path, html_page(report, defence))
+    return path
+
+
+def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str, Any]:
+    """What the page says of one model."""
+    rows = [row for row in report.rows if row.model == name]
+    own = [row for row in rows if row.threat is None]
+    attacks = _comparable([row for row in own if row.kind not in ("clean", "worst")])
+    lowest = report.headlines.get(name)
+    # the strongest attack's pictures: those of a weaker one would flatter the model
+    shown = min((row for row in own if row.examples is not None), key=lambda row: row.accuracy, default=None)
+    examples = None if shown is None else shown.examples
+    usable = examples is not None and examples.clean.shape[1] in (1, 3)
+    return {
+        "name": name,
+        "lowest": lowest,
+        "clean": next((row for row in own if row.kind == "clean"), None),
+        "count": len(attacks),
+        "rows": [
+            {"cells": row_cells(row)[1:], "kind": row.kind, "reliable": row.reliable, "json": json.dumps(row.accuracy)}
+            for row in rows
+        ],
+        "bars": drawings.bars(own),
+        "overlap": drawings.overlap(attacks) if len(attacks) > 1 else "",
+        "alone": list(zip((row.attack for row in attacks), drawings.only_found_by(attacks), strict=True)),
+        "pictures": pictures.grid(examples, defence) if usable and examples is not None else [],
+        "pictured": "" if shown is None else shown.attack,
+        "settings": [(row.attack, json.dumps(row.settings, ensure_ascii=False, default=str)) for row in rows],
+        "seconds": sum(row.seconds for row in rows if row.kind != "worst"),
+        "seed": rows[0].seed,
+    }
+
+
+def _comparable(rows: Sequence[Row]) -> list[Row]:
+    """The attacks on as many images as most: an overlap is of the same images."""
+    most = max((row.n for row in rows), default=0)
+    return [row for row in rows if row.n == most]

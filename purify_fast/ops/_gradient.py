@@ -1,0 +1,48 @@
+"""Which calls need an ``autograd.Function`` around their kernel.
+
+Applying one costs 14 microseconds on a CPU of 3.5 GHz, several times a small kernel: a call from which no gradient can
+flow goes to the kernel directly. A table in docs/performance.md has the parts of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether a derivative of what is computed from these tensors may be asked for.
+
+    Args:
+        tensors: those that the op is differentiable in.
+
+    Returns:
+        True if gradients are recorded and a tensor requires one. Also true inside forward-mode differentiation, which
+        the ops' functions refuse, where a bare kernel would lose the tangent without a word.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``once_differentiable``, without its cost where nobody asked for a second derivative.
+
+    Args:
+        backward: a function's ``backward(ctx, *grads)``.
+
+    Returns:
+        The same, which raises when its own result is differentiated.
+    """
+    guarded = once_differentiable(backward)
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        # the engine records gradients in a backward only under create_graph=True
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run

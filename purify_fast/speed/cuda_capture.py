@@ -1,0 +1,104 @@
+"""CUDA graphs as `StepGraphs` uses them: a stream aside, one pool of memory, and a way back from a failed capture."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+class CudaCapture:
+    """Captures functions into CUDA graphs.
+
+    All graphs of one of these share a private pool of memory: what a replay allocates for itself is free again when it
+    ends, and the next replay, of whichever graph, may have it. So replays must not overlap, and whatever is to outlast
+    one must lie in memory from before the capture.
+    """
+
+    #: The type of the devices on which functions can be captured.
+    kind = "cuda"
+
+    def __init__(self) -> None:
+        self._places: dict[torch.device, tuple[torch.cuda.Stream, Any]] = {}
+
+    def _place(self, device: torch.device) -> tuple[torch.cuda.Stream, Any]:
+        """The stream on which functions are captured, and the pool that their graphs share."""
+        if device not in self._places:
+            self._places[device] = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        return self._places[device]
+
+    @contextlib.contextmanager
+    def aside(self, device: torch.device) -> Iterator[None]:
+        """Within the block, the stream that is captured is the current one; it begins and ends in the caller's order.
+
+        Args:
+            device: a CUDA device.
+        """
+        stream, caller = self._place(device)[0], torch.cuda.current_stream(device)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
+            yield
+        caller.wait_stream(stream)
+
+    def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+        """How long a function takes; what it allocates and chooses at its first call is then done.
+
+        Args:
+            run: what is to be captured.
+            device: where it computes.
+
+        Returns:
+            Seconds until the host had launched everything, and until the device was done.
+        """
+        with self.aside(device):
+            torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            run()
+            launched = time.perf_counter()
+            torch.cuda.synchronize(device)
+            return launched - begin, time.perf_counter() - begin
+
+    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        """Capture a function that has run on the stream aside before.
+
+        Args:
+            run: launches work and waits for none of it; torch's generator of the device may be drawn from.
+            device: where it computes.
+
+        Returns:
+            A function that launches the same work again, with whatever is in the same memory by then.
+
+        Raises:
+            RuntimeError: the function cannot be captured; the device and its generator work as before.
+        """
+        stream, pool = self._place(device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may allocate and synchronize meanwhile: those that read data ahead, or watch collectives.
+            with (
+                self.aside(device),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                run()
+        except Exception as error:
+            # PyTorch reports the end of the capture, which fails too; what went wrong first is behind it.
+            first = error.__context__ if isinstance(error.__context__, Exception) else error
+            self._recover(device)
+            raise RuntimeError(f"{type(first).__name__}: {str(first).strip().splitlines()[0]}") from error
+        return graph.replay
+
+    def _recover(self, device: torch.device) -> None:
+        """After a failed capture, capture something that works.
+
+        A capture that fails leaves torch's generator of the device as if it were still captured, and the next draw
+        would be refused. A capture that ends well puts it right.
+        """
+        # the pool of the failed capture is not used again
+        stream, _ = self._places.pop(device)
+        with contextlib.suppress(RuntimeError), torch.cuda.stream(stream):
+            spare = torch.zeros(1, device=device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+                spare.add_(1)

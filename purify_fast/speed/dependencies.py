@@ -1,0 +1,86 @@
+"""What a model computes with, as plain values: a captured step may be replayed while these are the same.
+
+A captured step reads the memory that its model had when it was captured. What is written there in place, it sees:
+an optimizer's step, a refreshed inference copy, new running statistics. What makes it wrong is anything else: a weight
+that is another tensor now, another mode, another number of samples. `dependencies` lists all that it can see of a
+model: its tensors by their addresses, its settings by their values, and any other object by its identity.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice, enum.Enum)
+#: The attributes of a bare module; of these only the mode, the tensors, the parts and the hooks count.
+_BARE = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def dependencies(model: nn.Module) -> tuple[tuple[Any, ...], list[Any]]:
+    """What ``model`` computes with now.
+
+    Args:
+        model: a module; objects of this package that it holds are looked into, others count by their identity. A class
+            names in ``not_dependencies`` the attributes that its computation does not depend on.
+
+    Returns:
+        The values, which can be hashed, and the objects that stand among them by their identity: who keeps the values
+        keeps these too, so that no other object is taken for one of them.
+    """
+    found: list[Any] = []
+    objects: list[Any] = []
+    _add(model, found, objects, set())
+    return tuple(found), objects
+
+
+def _add(value: Any, found: list[Any], objects: list[Any], seen: set[int]) -> None:
+    if isinstance(value, _PLAIN):
+        found.append(value)
+        return
+    if isinstance(value, Tensor):
+        found.append((value.data_ptr(), value.shape, value.dtype, value.device))
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        _add_module(value, found, objects, seen)
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            found.append(name if isinstance(name, _PLAIN) else id(name))
+            _add(part, found, objects, seen)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        found.append(len(value))
+        for part in value:
+            _add(part, found, objects, seen)
+    elif type(value).__module__.startswith("purify_fast.") and not callable(value):
+        found.append(type(value).__qualname__)
+        _add_attributes(value, found, objects, seen)
+    else:
+        found.append(id(value))
+        objects.append(value)
+
+
+def _add_module(module: nn.Module, found: list[Any], objects: list[Any], seen: set[int]) -> None:
+    found.append((type(module).__qualname__, module.training))
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        _add(tensor, found, objects, seen)
+    for name in _HOOKS:
+        if hooks := getattr(module, name):
+            _add(list(hooks.values()), found, objects, seen)
+    for part in module._modules.values():
+        _add(part, found, objects, seen)
+    _add_attributes(module, found, objects, seen)
+
+
+def _add_attributes(value: Any, found: list[Any], objects: list[Any], seen: set[int]) -> None:
+    left_out = _BARE if isinstance(value, nn.Module) else frozenset()
+    ignored: frozenset[str] = getattr(type(value), "not_dependencies", frozenset())
+    for name, part in getattr(value, "__dict__", {}).items():
+        if name not in left_out and name not in ignored:
+            found.append(name)
+            _add(part, found, objects, seen)

@@ -1,0 +1,71 @@
+"""What surrounds a step that is tried and captured: the settings of the process and the generators of the host."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..ops._op import forced_backends
+from .precision import float32_settings
+
+
+def numerics(device: torch.device) -> tuple[Any, ...]:
+    """The settings of the process that decide what an operator computes; they can be hashed.
+
+    Args:
+        device: where it computes.
+    """
+    older, newer = float32_settings()
+    return (
+        older,
+        tuple(newer),
+        forced_backends(),
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+@contextlib.contextmanager
+def no_trace(device: torch.device) -> Iterator[None]:
+    """Within the block a step is tried and captured: no generator has moved after it, and no autocast keeps a weight.
+
+    Autocast keeps the copies of weights that it made, until its outermost block ends. A graph would read those copies,
+    which do not follow the weights.
+
+    Args:
+        device: where the step computes.
+    """
+    numpy = sys.modules.get("numpy")
+    python, array = random.getstate(), None if numpy is None else numpy.random.get_state()
+    cached = torch.is_autocast_cache_enabled()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        torch.set_autocast_cache_enabled(False)
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(array)
+
+
+def host_generators(device: torch.device) -> tuple[Any, ...]:
+    """The states of the generators that no graph follows.
+
+    Args:
+        device: whose own generator a graph follows.
+    """
+    numpy = sys.modules.get("numpy")
+    array = None if numpy is None else numpy.random.get_state()
+    # on a CPU torch's generator of the host is that of the device
+    host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), host, None if array is None else (array[0], array[1].tobytes(), *array[2:])

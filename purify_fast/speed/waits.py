@@ -1,0 +1,85 @@
+"""What a piece of code waits for, and what it allocates, as PyTorch dispatches it.
+
+On a GPU each of these operators stops the host until the device is done, and none of them can stand in a CUDA graph.
+They are counted on any device. A tensor made of Python numbers counts too: on a GPU it is copied there, which waits.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+PACKAGE = Path(__file__).resolve().parents[1]
+#: Operators whose result the host reads, or whose result has as many elements as the data say.
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh", "unique_dim", "_unique2"}
+#: Operators that copy from one tensor to another, which waits where these are on different devices.
+COPIES = {"_to_copy", "copy_"}
+
+
+class Wait(NamedTuple):
+    """An operator that waits, and who asks for it."""
+
+    operator: str
+    #: The file of the innermost function of this package that is running, relative to the package.
+    file: str
+    function: str
+
+
+class Waits(TorchDispatchMode):
+    """Counts, within a block, the operators that wait for the device, and notes what every operator allocates.
+
+    Attributes:
+        found: how often each operator waits, by place.
+        allocated: name of the operator, shape and dtype of each tensor that an operator returned, in their order.
+        dispatched: how many operators ran.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: Counter[Wait] = Counter()
+        self.allocated: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+        self.dispatched = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.dispatched += 1
+        name = function._schema.name.removeprefix("aten::")
+        result = function(*args, **(kwargs or {}))
+        if name in WAITING or _masks(name, args) or _crosses(name, args, result):
+            self.found[Wait(name, *_place())] += 1
+        self.allocated += [
+            (name, tuple(out.shape), out.dtype) for out in tree_leaves(result) if isinstance(out, Tensor)
+        ]
+        return result
+
+
+def _masks(name: str, args: Any) -> bool:
+    """Whether a tensor is indexed by a mask: the host must know how many elements it has."""
+    if name not in ("index", "index_put_", "_index_put_impl_"):
+        return False
+    return any(isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in tree_leaves(args[1]))
+
+
+def _crosses(name: str, args: Any, result: Any) -> bool:
+    """Whether a tensor is copied between devices."""
+    if name not in COPIES:
+        return False
+    source = args[1] if name == "copy_" else args[0]
+    return isinstance(source, Tensor) and source.device.type != result.device.type
+
+
+def _place() -> tuple[str, str]:
+    """File and name of the innermost function of the package that is running."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE):
+            return path.relative_to(PACKAGE).as_posix(), frame.f_code.co_name
+        frame = frame.f_back  # type: ignore[assignment]
+    return "elsewhere", ""

@@ -1,0 +1,162 @@
+"""Attacks whose step is captured: the same bits as the eager loop, the same shapes in every step, and no wait.
+
+CUDA graphs are stood for by functions that are run again on the buffers they were captured with.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from purify_fast.attacks import GradientHealth, apgd, fgsm, frozen, pgd, pgd_and_fgsm
+from purify_fast.attacks.draws import Objective
+from purify_fast.attacks.pgd import Ascent
+from purify_fast.defences import NoisyEnsemble
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed import StepGraphs
+from purify_fast.speed.inference_copy import LiveInferenceCopy
+from purify_fast.speed.waits import Waits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = {"linf": 0.1, "l2": 1.0, "l1": 5.0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return SmallCNN(1, 5, (8, 8), 4)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(9, 1, 8, 8, generator=generator), torch.randint(0, 5, (9,), generator=generator)
+
+
+@pytest.fixture
+def graphs(rerun) -> StepGraphs:
+    return StepGraphs(capture=rerun)
+
+
+OPTIONS = {
+    "falling step": {},
+    "constant step": {"alpha": 0.05},
+    "best point and health": {"keep_best": True, "loss": "dlr"},
+    "draws in parts": {"eot_iter": 3, "max_forward_batch": 12, "keep_best": True},
+    "constant share": {"density": 0.1},
+    "no random start": {"random_start": False, "loss": "margin"},
+}
+
+
+@pytest.mark.parametrize("norm", SIZES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_captured_pgd_gives_the_bits_of_eager_pgd(model, batch, graphs, rerun, norm, options):
+    options = {"eps": SIZES[norm], "norm": norm, "steps": 21, **options}
+    healths = [GradientHealth() for _ in range(3)]
+    wanted, *found = (
+        pgd(model, *batch, graphs=chosen, health=health, **options)
+        for chosen, health in zip((None, graphs, graphs), healths, strict=True)
+    )
+    assert rerun.recorded == 1 and rerun.replayed == 42 and graphs.refusal is None
+    assert all(torch.equal(one, wanted) for one in found) and not torch.equal(wanted, batch[0])
+    counts = [[h.count(n) for n in ("gradients", "nonfinite", "zero", "images", "unmoved")] for h in healths]
+    assert counts[1:] == counts[:1] * 2 and counts[0][0] == 21 * 9
+
+
+@pytest.mark.parametrize("norm", SIZES)
+def test_captured_fgsm_and_the_shared_first_pass(model, batch, graphs, rerun, norm):
+    x, y = batch
+    for recorded in (0, 1, 1):
+        assert torch.equal(fgsm(model, x, y, eps=0.1, norm=norm, graphs=graphs), fgsm(model, x, y, eps=0.1, norm=norm))
+        assert rerun.recorded == recorded
+    x, y, eps = x[:8], y[:8], torch.linspace(0.5, 1, 8) * SIZES[norm]
+    for recorded in (1, 3, 3):
+        wanted, found = (
+            pgd_and_fgsm(model, x, y, eps=eps, alpha=eps[:4] / 3, steps=5, norm=norm, seed=4, graphs=chosen)
+            for chosen in (None, graphs)
+        )
+        assert torch.equal(wanted, found) and rerun.recorded == recorded
+
+
+@pytest.mark.parametrize("norm", SIZES)
+@pytest.mark.parametrize("options", [{"loss": "dlr_targeted", "n_target_classes": 2}, {"leave_when_fallen": False}])
+def test_captured_apgd_gives_the_bits_of_eager_apgd(model, batch, graphs, rerun, norm, options):
+    x = batch[0]
+    # few images fall, and leave
+    y = model(x).argmax(1)
+    wanted, found = (
+        apgd(model, x, y, eps=SIZES[norm] / 8, norm=norm, steps=25, eot_iter=2, graphs=chosen, **options)
+        for chosen in (None, graphs)
+    )
+    assert torch.equal(wanted, found) and not torch.equal(found, x)
+    # in the l1 ball the steps are parted among three radii, and are too few to be captured at once
+    assert rerun.recorded >= 1 and graphs.refusal is None and (rerun.replayed >= 25 or norm == "l1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(model, batch, graphs, rerun, dtype):
+    net, x = nn.Sequential(model).to(dtype), batch[0].to(dtype)
+    wanted, found = (
+        pgd(net, x, batch[1], eps=0.1, steps=20, keep_best=True, graphs=chosen) for chosen in (None, graphs)
+    )
+    net.float()
+    assert torch.equal(wanted, found) and found.dtype == dtype and rerun.recorded == 1
+
+
+def test_every_step_allocates_the_same_and_waits_for_nothing(model, batch):
+    x, y = batch
+    with frozen(model):
+        for norm, eps in SIZES.items():
+            for density in (0.1, None):
+                ascent = Ascent(Objective(model, "dlr"), norm, 0.0, 1.0, density)
+                sizes = torch.full((9,), eps)
+                zero = torch.zeros((), dtype=torch.int64)
+                state = {"point": x, "x": x, "y": y, "eps": sizes, "alpha": sizes / 4, "nonfinite": zero, "zero": zero}
+                state |= {"best": x, "best_score": torch.full((2, 9), -torch.inf)}
+                steps = []
+                for _ in range(4):
+                    with Waits() as waits:
+                        state |= ascent(state)
+                    assert not waits.found
+                    steps.append(waits.allocated)
+                assert len(steps[0]) > 50 and all(step == steps[0] for step in steps)
+
+
+def test_new_weights_other_images_and_the_last_batch(model, batch, graphs, rerun):
+    x, y = batch
+    view = LiveInferenceCopy(model, (1, 8, 8), torch.float32)
+    moved = SmallCNN(1, 5, (8, 8), 4)
+    for of, n, recorded in ((model, 9, 1), (moved, 9, 1), (model, 5, 2), (moved, 9, 2), (moved, 5, 2)):
+        view.refresh(of)
+        wanted, found = (
+            pgd(view, x[:n].flip(0), y[:n], eps=0.1, steps=20, sample_ids=torch.arange(n) + n, graphs=chosen)
+            for chosen in (None, graphs)
+        )
+        assert torch.equal(wanted, found) and rerun.recorded == recorded
+    assert len(graphs) == 2
+
+
+def test_a_random_defence_draws_as_without_graphs(model, batch, graphs, rerun):
+    x, y = batch
+    defence = NoisyEnsemble(model, 0.1, 2)
+
+    def attack(chosen, ids, seed):
+        torch.manual_seed(seed)
+        with defence.noise_ids(ids):
+            found = pgd(defence, x, y, eps=0.1, steps=20, eot_iter=1, graphs=chosen)
+        return found, torch.rand(1)
+
+    for ids in (torch.arange(9), torch.arange(9) + 100, torch.arange(9).flip(0)):
+        for seed in (1, 2):
+            (wanted, after), (found, then) = attack(None, ids, seed), attack(graphs, ids, seed)
+            assert torch.equal(wanted, found) and torch.equal(after, then)
+    assert rerun.recorded == 1
+    assert not torch.equal(attack(None, torch.arange(9), 1)[0], attack(None, torch.arange(9) + 100, 1)[0])
+    with defence.fixed_noise(3):
+        fixed = [pgd(defence, x, y, eps=0.1, steps=20, graphs=chosen) for chosen in (None, graphs)]
+    with defence.fixed_noise(4):
+        other = [pgd(defence, x, y, eps=0.1, steps=20, graphs=chosen) for chosen in (None, graphs)]
+    assert torch.equal(*fixed) and torch.equal(*other) and not torch.equal(fixed[0], other[0])
+    assert rerun.recorded == 2, "another mode is another graph, another seed is not"

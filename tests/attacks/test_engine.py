@@ -1,0 +1,372 @@
+"""What the strong attacks share: judging, leaving, copies for gradients; and FAB-T and Square, built on it."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from purify_fast.attacks import APGD, FABT, AttackContext, Ball, GradientHealth, Square, apgd, fab_t, square
+from purify_fast.attacks.draws import Objective
+from purify_fast.attacks.engine import gradient_copy as copies
+from purify_fast.attacks.engine.active_set import ActiveSet
+from purify_fast.attacks.engine.hyperplane import move_to_plane
+from purify_fast.attacks.engine.judge import Judge, has_fallen, standard_error
+from purify_fast.attacks.engine.squares import Proposals, pattern, side, window
+from purify_fast.evaluation.watched import progress_bar, watched
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed.inference_copy import InferenceCopy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NORMS = ("linf", "l2", "l1")
+THEIRS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
+
+
+def accuracy(model, x, y):
+    with torch.no_grad():
+        return 100 * (model(x).argmax(1) == y).float().mean().item()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    torch.manual_seed(0)
+    net = SmallCNN(in_channels=3, num_classes=6, image_size=(8, 8), width=4).eval()
+    x = torch.rand(9, 3, 8, 8)
+    with torch.no_grad():
+        return net, x, net(x).argmax(1)
+
+
+class Noisy(nn.Module):
+    """A linear classifier of two classes that adds noise to its margin."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        value = 20 * (x.flatten(1).mean(1) - 0.6) + self.scale * torch.randn(len(x), device=x.device)
+        return torch.stack([-value, value], 1)
+
+
+# -- judging ----------------------------------------------------------------------------------------------------------
+
+
+def test_by_which_share_an_image_falls():
+    share = torch.tensor([0.0, 0.2, 0.5, 0.6, 1.0])
+    assert has_fallen(share, "any").tolist() == [False, True, True, True, True]
+    assert has_fallen(share, "majority").tolist() == [False, False, False, True, True]
+    assert has_fallen(share, "all").tolist() == [False, False, False, False, True]
+    assert standard_error(0.5, 100) == pytest.approx(0.05, rel=0.02) and standard_error(1.0, 4) > 0.05
+    assert standard_error(0.3, 400) < standard_error(0.3, 25)
+
+
+@pytest.mark.parametrize("attack", [APGD(steps=20), Square(n_queries=100), FABT(steps=10)], ids=lambda a: a.kind)
+def test_a_lucky_draw_fells_nothing(attack):
+    """The mean margin stays on the right side, but of the draws of some twenty steps one is nearly always wrong."""
+    model, x, y = Noisy(1.5), torch.full((60, 1, 4, 4), 0.5), torch.zeros(60, dtype=torch.int64)
+    torch.manual_seed(0)
+    context = AttackContext(num_classes=2, eps=0.03, eot_iter=1, judge_draws=8, fallen="majority")
+    found = attack.search(model, x, y, context)
+    with torch.no_grad():
+        lucky = sum((model(x).argmax(1) != y) for _ in range(20)) > 0
+        shares = torch.stack([model(found).argmax(1) != y for _ in range(400)]).float().mean(0)
+    # most images are misclassified in some draw out of twenty as they are, none in most of them whatever is tried
+    assert lucky.float().mean() > 0.6 and float(shares.max()) < 0.5
+    judge = Judge(model, "majority", 400)
+    assert not judge.fallen(judge.shares(found, y)).any()
+
+
+def test_a_rule_decides_when_images_leave():
+    """The stricter the rule, the more gradients are asked for, and the more draws the points fail."""
+    model, x, y = Noisy(1.0), torch.full((40, 1, 4, 4), 0.5), torch.zeros(40, dtype=torch.int64)
+    asked, failed = [], []
+    for rule in ("any", "majority", "all"):
+        torch.manual_seed(0)
+        health = GradientHealth()
+        found = apgd(model, x, y, eps=0.2, steps=30, eot_iter=4, fallen=rule, judge_draws=8, health=health)
+        asked.append(health.count("gradients"))
+        failed.append(float(Judge(model, "all", 100).shares(found, y).mean()))
+    assert asked == sorted(asked) and asked[0] < asked[2] and failed[0] < failed[1] <= failed[2] and failed[2] > 0.95
+
+
+def test_of_several_rows_of_an_image_one_point_is_kept_whole():
+    model = lambda z: torch.stack([0.5 - z.flatten(1)[:, 0], z.flatten(1)[:, 0] - 0.5], 1)  # noqa: E731
+    x, y = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    active = ActiveSet(x, y, Judge(model))
+    owner = torch.tensor([0, 0, 1, 0, 2])
+    points = torch.stack([torch.full((1, 2, 2), value) for value in (0.7, 0.8, 0.9, 0.95, 0.2)])
+    share, fell = active.settle(owner, points, torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0]))
+    assert fell and active.fallen.tolist() == [True, True, False]
+    assert share.tolist() == [1.0, 1.0, 1.0, 1.0, 0.0], "the model refuses the last claim"
+    assert bool((active.found[0] == 0.7).all()) and bool((active.found[1] == 0.9).all())
+    kept = active.kept(owner)
+    assert kept.tolist() == [4] and torch.equal(active.left(), torch.tensor([2]))
+
+
+# -- copies for gradients ---------------------------------------------------------------------------------------------
+
+
+def convolutional(classes=10):
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, classes),
+    )  # fmt: skip
+    with torch.no_grad():
+        net.train()(torch.rand(64, 3, 16, 16))
+    return net.eval()
+
+
+def test_which_models_are_copied(monkeypatch):
+    net, x = convolutional(), torch.rand(4, 3, 16, 16)
+    assert copies.gradient_copy(net, x, "float32") is net
+    made = copies.gradient_copy(net, x, "bfloat16")
+    assert isinstance(made, InferenceCopy) and made.folded == 2 and made.dtype == torch.bfloat16
+    # too small to gain
+    assert copies.gradient_copy(net, x, "auto") is net
+    monkeypatch.setattr(copies, "FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(copies, "fast_bfloat16", lambda device: True)
+    assert isinstance(copies.gradient_copy(net, x, "auto"), InferenceCopy)
+    function = net.forward
+    assert copies.gradient_copy(function, x, "bfloat16") is function
+
+    class Stubborn(nn.Module):
+        def forward(self, z):
+            return net(z)
+
+        def __deepcopy__(self, memo):
+            raise RuntimeError("no copies")
+
+    class Changes(nn.Sequential):
+        """Its copies say something else."""
+
+        def __deepcopy__(self, memo):
+            return convolutional(10).apply(lambda m: isinstance(m, nn.Linear) and nn.init.normal_(m.weight))
+
+    for odd in (Stubborn(), Changes(*net)):
+        assert copies.gradient_copy(odd, x, "bfloat16") is odd
+    with progress_bar("attack", False, None) as bar:
+        counted = watched(net, bar)
+        around = copies.gradient_copy(counted, x, "bfloat16")
+        assert type(around) is type(counted) and isinstance(around.model, InferenceCopy)
+        assert copies.gradient_copy(counted, x, "float32") is counted
+
+
+@pytest.mark.parametrize("attack", [apgd, fab_t, square])
+def test_every_success_is_the_models_own(attack):
+    """A model that is right where its copy is wrong loses nothing, and what is found does fool it."""
+    net, x = convolutional(), torch.rand(24, 3, 16, 16)
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    amount = {apgd: {"steps": 20, "loss": "dlr_targeted"}, fab_t: {"steps": 10}, square: {"n_queries": 200}}[attack]
+    found = attack(net, x, y, eps=0.01, precision="bfloat16", **amount)
+    same = attack(net, x, y, eps=0.01, precision="float32", **amount)
+    assert 0 < accuracy(net, found, y) < 100 or attack is square
+    assert abs(accuracy(net, found, y) - accuracy(net, same, y)) <= 100 * 3 / 24
+
+    class Sees(nn.Module):
+        """Knows its own attacked images: right on everything in float32, wrong in a copy's bfloat16."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, z):
+            logits = self.net(z)
+            if torch.is_autocast_enabled("cpu"):
+                return logits
+            return logits + 1e4 * F.one_hot(y, 10).repeat(-(-len(z) // len(y)), 1)[: len(z)]
+
+    judge = Judge(Sees(), "all", 1)
+    active = ActiveSet(x, y, judge)
+    share, fell = active.settle(torch.arange(24), found, torch.ones(24))
+    assert not fell and not share.any() and not active.fallen.any()
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin", "scaled_margin", "dlr"])
+def test_chunked_gradients_are_exact(loss):
+    """Of a model whose draws are a function of their place, so that the same draws come again in parts."""
+    torch.manual_seed(0)
+    net, x = convolutional().double(), torch.rand(6, 3, 16, 16, dtype=torch.float64)
+    y = torch.randint(0, 10, (6,))
+    noise = torch.randn(5, 6, 3, 16, 16, dtype=torch.float64)
+    place = [0]
+
+    def model(z):
+        # the draws are asked for one after the other: images, then draws
+        at = torch.arange(place[0], place[0] + len(z))
+        place[0] += len(z)
+        return net(z + 0.1 * noise.flatten(0, 1)[at])
+
+    whole = Objective(model, loss, 5).gradient(x, y)
+    for most in (6, 12, 30):
+        place[0] = 0
+        part = Objective(model, loss, 5, most).gradient(x, y)
+        assert (part.image - whole.image).abs().max() <= 1e-10 * whole.image.abs().max()
+        assert torch.allclose(part.loss, whole.loss, rtol=1e-10)
+
+
+def test_memory_is_flat_in_the_draws():
+    """What a gradient keeps for its backward pass, counted, does not grow with the draws once they come in parts."""
+    net, x, y = convolutional(), torch.rand(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64)
+    noisy = lambda z: net(z + 0.1 * torch.randn_like(z))  # noqa: E731
+
+    def peak(draws: int, most: int | None) -> int:
+        alive, highest = {}, 0
+
+        def keep(tensor):
+            nonlocal highest
+            held = Held(tensor)
+            alive[id(held)] = held.size
+            highest = max(highest, sum(alive.values()))
+            return held
+
+        class Held:
+            def __init__(self, tensor):
+                self.tensor, self.size = tensor, tensor.numel()
+
+            def __del__(self):
+                alive.pop(id(self), None)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor):
+            Objective(noisy, "ce", draws, most).gradient(x, y)
+        return highest
+
+    one = peak(1, 4)
+    assert one > 0 and peak(20, 4) == one and peak(20, None) > 15 * one
+
+
+# -- FAB-T ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_move_to_a_plane(norm):
+    """As short as the authors' projection, and it reaches the plane wherever that meets the box."""
+    theirs = pytest.importorskip("pyautoattack.fab_projections")
+    torch.manual_seed(0)
+    x, w = torch.rand(200, 50), torch.randn(200, 50)
+    w[:, ::7] = 0
+    b = (w * x).sum(1) + torch.randn(200) * torch.tensor([0.1, 1.0, 10.0, 40.0]).repeat(50)
+    move = move_to_plane(x, w, b, Ball(torch.ones(200), norm))
+    project = {"linf": theirs.projection_linf, "l2": theirs.projection_l2, "l1": theirs.projection_l1}[norm]
+    want = project(x.clone(), w.clone(), b.clone())
+    least, most = (w.clamp(max=0)).sum(1), w.clamp(min=0).sum(1)
+    meets = (b > least + 1e-3) & (b < most - 1e-3)
+    assert 60 < meets.sum() < 200
+    reached = (w * (x + move)).sum(1)
+    assert (reached - b)[meets].abs().max() < 1e-4
+    ours, other = (torch.linalg.vector_norm(m, ord=ORDERS[norm], dim=1) for m in (move, want))
+    assert bool((ours <= other * (1 + 1e-4) + 1e-5)[meets].all())
+    corner = torch.where(b < least, least, most)
+    assert torch.allclose(reached[~meets], corner[~meets], atol=2e-2)
+    assert bool(((x + move) >= -1e-6).all()) and bool(((x + move) <= 1 + 1e-6).all())
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.12), ("l2", 0.5), ("l1", 1.0)])
+def test_fab_beside_the_authors(digits, norm, eps):
+    theirs = pytest.importorskip("pyautoattack.fab_pt")
+    net, x, y = digits[0], digits[1][:150], digits[2][:150]
+    health = GradientHealth()
+    found = fab_t(net, x, y, eps=eps, norm=norm, steps=15, health=health)
+    other = theirs.FABAttack_PT(net, norm=THEIRS[norm], n_iter=15, eps=eps, targeted=True, device="cpu")
+    with torch.random.fork_rng([]):
+        apart = other.perturb(x, y)
+    far = torch.linalg.vector_norm((apart - x).flatten(1), ord=ORDERS[norm], dim=1)
+    with torch.no_grad():
+        left = 100 * ((net(apart).argmax(1) == y) | (far > eps)).float().mean().item()
+    ours = accuracy(net, found, y)
+    assert 10 < left < 95 and ours <= left + 1, (norm, ours, left)
+    reach = torch.linalg.vector_norm((found - x).flatten(1).double(), ord=ORDERS[norm], dim=1)
+    assert bool((reach <= eps * (1 + 1e-5) + 1e-6).all()) and found.min() >= 0 and found.max() <= 1
+    assert health.count("gradients") > 0 and health.reliable
+
+
+# -- Square -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_squares_are_those_of_the_paper():
+    assert [side(q, 32, 32) for q in (0, 10, 11, 51, 201, 501, 1001, 2001, 4001)] == [29, 29, 20, 14, 10, 7, 5, 4, 3]
+    assert side(9000, 8, 8) == 1 and side(9000, 8, 8, least=3) == 3 and side(0, 32, 8) == 8
+    place = torch.tensor([[0.0, 0.0], [0.999, 0.999], [0.5, 0.2]])
+    inside, index = window(place, 3, 8, 6)
+    assert inside.sum((1, 2, 3)).tolist() == [9, 9, 9] and inside[1, 0, 5:, 3:].all() and inside[0, 0, :3, :3].all()
+    assert index[2][inside[2]].tolist() == list(range(9))
+    for power, decay in ((2, 2), (1, 4)):
+        both = pattern(5, power, decay)
+        assert torch.allclose(both.abs().pow(power).sum(1), torch.ones(2), atol=1e-6)
+        assert torch.allclose(both[0].view(5, 5), both[1].view(5, 5).T) and both.min() < 0 < both.max()
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 0.8), ("l1", 4.0)])
+def test_square_stays_in_the_ball_and_batches_do_not_matter(batch, norm, eps):
+    net, x, y = batch
+    options = {"eps": eps, "norm": norm, "n_queries": 150, "seed": 3}
+    ids = torch.arange(50, 59)
+    found = square(net, x, y, sample_ids=ids, **options)
+    reach = torch.linalg.vector_norm((found - x).flatten(1).double(), ord=ORDERS[norm], dim=1)
+    assert bool((reach <= eps * (1 + 1e-5) + 1e-6).all()) and found.min() >= 0 and found.max() <= 1
+    parts = [square(net, x[i], y[i], sample_ids=ids[i], **options) for i in (slice(0, 4), slice(4, 9))]
+    with torch.no_grad():
+        assert torch.equal(net(torch.cat(parts)).argmax(1), net(found).argmax(1))
+    assert not torch.equal(square(net, x, y, sample_ids=ids, **options | {"seed": 4}), found)
+    per_image = square(net, x, y, norm=norm, n_queries=20, eps=torch.linspace(0, eps, 9))
+    assert torch.allclose(per_image[0], x[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.12), ("l2", 0.7), ("l1", 4.0)])
+def test_square_beside_the_authors(digits, norm, eps):
+    theirs = pytest.importorskip("pyautoattack.square")
+    net, x, y = digits[0], digits[1][:200], digits[2][:200]
+    ours = accuracy(net, square(net, x, y, eps=eps, norm=norm, n_queries=300), y)
+    other = theirs.SquareAttack(net, norm=THEIRS[norm], n_queries=300, eps=eps, device="cpu", resc_schedule=False)
+    with torch.random.fork_rng([]), warnings.catch_warnings(), torch.no_grad():
+        left = accuracy(net, other.perturb(x, y), y)
+    assert 10 < left < 95 and ours <= left + 2, (norm, ours, left)
+
+
+def test_square_averages_a_random_model_and_leaves_with_its_images():
+    model, x, y = Noisy(0.5), torch.full((30, 1, 6, 6), 0.5), torch.zeros(30, dtype=torch.int64)
+    torch.manual_seed(0)
+    found = square(model, x, y, eps=0.2, n_queries=60, eot_iter=4, judge_draws=8)
+    assert float(Judge(model, "all", 50).shares(found, y).mean()) > 0.95
+    sizes = []
+
+    def counted(z):
+        sizes.append(len(z))
+        return Noisy(0.0)(z)
+
+    square(counted, x, y, eps=0.2, n_queries=400)
+    assert sum(sizes) < 30 * 60, "what falls at once is not asked 400 times"
+    with pytest.raises(ValueError, match=r"x must be images \[B, C, H, W\] for Square, got \[2, 5\]"):
+        square(model, torch.rand(2, 5), y[:2], eps=0.1)
+
+
+@pytest.mark.parametrize("kind", [FABT, Square, APGD])
+def test_rows(kind):
+    context = AttackContext(num_classes=10, eps=0.1, draws_differ=False)
+    attack = kind(restarts=2)
+    assert attack.name(context).endswith("x2") and attack.revision() and attack.settings(context)["eps"] == 0.1
+    assert attack.cost(context) is None or attack.cost(context) > 200
+    for options, message in (
+        ({"restarts": 0}, "restarts must be at least 1"),
+        ({"precision": "half"}, "precision must be one of auto, float32, bfloat16"),
+        ({"norm": "l2"}, "the norm l2 needs an eps of its own"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kind(**options)
+
+
+def test_the_proposals_of_every_norm_move_something():
+    for norm, eps in (("linf", 0.1), ("l2", 0.5), ("l1", 4.0)):
+        x = torch.rand(5, 3, 8, 8)
+        propose, ball = Proposals((3, 8, 8), norm), Ball(torch.full((5,), eps), norm)
+        first = propose.begin(x, ball, torch.rand(5, propose.first_numbers))
+        later = propose.next(700, x, first, ball, torch.rand(5, propose.numbers))
+        changed = (later != first).flatten(1).any(1)
+        assert changed.float().mean() >= 0.6 and bool((first != x).flatten(1).any(1).all())

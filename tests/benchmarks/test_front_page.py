@@ -1,0 +1,42 @@
+"""README's numbers are those of the committed results."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+
+from benchmarks import front_page  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_is_short_and_its_first_snippets_too():
+    assert len(README.splitlines()) <= 150
+    first = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[:3]
+    assert all(len([line for line in code.splitlines() if line]) <= 8 for code in first)
+
+
+def test_a_number_without_gradients_is_not_believed():
+    table = front_page.results_table(RESULTS).splitlines()
+    (masked,) = [line for line in table if "through its own output" in line]
+    assert "**no**" in masked
+    assert sum("**no**" in line for line in table) == 1
+
+
+def test_ratios_are_those_of_the_times():
+    for line in front_page.speed_table(RESULTS).splitlines()[2:-2]:
+        _, plain, compiled, own, times_plain, times_compiled, _ = line.strip("| ").split(" | ")
+        plain, compiled, own = (float(re.sub(r"[^0-9.]", "", one)) for one in (plain, compiled, own))
+        assert float(times_plain) == pytest.approx(plain / own, abs=0.06)
+        assert float(times_compiled) == pytest.approx(compiled / own, abs=0.06)
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert front_page.picture(RESULTS, tmp_path / "claim.png")
+    assert (tmp_path / "claim.png").stat().st_size > 10_000

@@ -1,0 +1,86 @@
+"""Every public name has a page in the reference of the API, and every public package is listed by the whole one."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+import purify_fast
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "docs"))  # what writes the pages is no part of the installed package
+
+import api_pages  # noqa: E402
+import docstrings  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("docs") / "api"
+    api_pages.write(out)
+    return out
+
+
+def test_every_public_name_has_a_page(folder):
+    found = api_pages.packages()
+    assert {"purify_fast", "purify_fast.ops", "purify_fast.methods.carso", "purify_fast.protocols"} <= set(found)
+    homes = api_pages.pages()
+    for package, module in found.items():
+        text = (folder / f"{package}.md").read_text()
+        for name in api_pages.names(module):
+            page = folder / f"{homes[f'{package}.{name}']}.md"
+            assert page.is_file(), page
+            assert f"[{name}]({page.name})" in text, (package, name)
+    assert "](purify_fast.ops.md)" in (folder / "index.md").read_text()
+
+
+def test_a_page_shows_the_docstring_or_the_comment_of_its_name(folder):
+    assert ".. autofunction:: purify_fast.ops.pgd_step" in (folder / "purify_fast.ops.pgd_step.md").read_text()
+    carso = (folder / "purify_fast.methods.carso.Carso.md").read_text()
+    assert ".. autoclass:: purify_fast.methods.carso.Carso" in carso and "Also `purify_fast.Carso`" in carso
+    presets = (folder / "purify_fast.methods.carso.PRESETS.md").read_text()
+    assert "`cifar10`" in presets
+
+
+def test_pages_of_names_that_are_gone_are_removed(tmp_path):
+    (tmp_path / "purify_fast.gone.md").write_text("old")
+    api_pages.write(tmp_path)
+    before = {page: page.stat().st_mtime_ns for page in tmp_path.glob("*.md")}
+    assert "purify_fast.gone" not in {page.stem for page in before}
+    api_pages.write(tmp_path)
+    assert before == {page: page.stat().st_mtime_ns for page in tmp_path.glob("*.md")}
+
+
+def test_files_of_the_repository_are_pages_with_links_of_the_site(tmp_path):
+    place = tmp_path / "docs" / "generated"
+    place.parent.mkdir()
+    for name in ("CONTRIBUTING", "CHANGELOG", "UPGRADING"):
+        (tmp_path / f"{name}.md").write_text("[a](docs/extend.md) [b](CHANGELOG.md)\n")
+    (tmp_path / "benchmarks" / "results" / "cpu").mkdir(parents=True)
+    for name in ("ops", "pipelines"):
+        (tmp_path / "benchmarks" / "results" / "cpu" / f"{name}.md").write_text("# Rows\n")
+    api_pages.write_project(place)
+    assert (place / "upgrading.md").read_text() == "[a](../extend.md) [b](changelog.md)\n"
+    assert (place / "ops.md").read_text().endswith("# Rows\n")
+
+
+def test_markup_in_docstrings_is_escaped_outside_of_code():
+    lines = ["1 - |cos| of *args, `|x|` and ``*y`` of name_ .", "Returns:", "    The new x: same shape."]
+    docstrings.to_rst(None, "function", "f", None, None, lines)
+    assert lines[0] == r"1 - \|cos\| of \*args, `|x|` and ``*y`` of name\_ ."
+    docstrings.keep_returns_whole(None, "function", "f", None, None, lines)
+    assert lines[2] == "    : The new x: same shape."
+
+
+def test_the_whole_package_lists_every_public_folder():
+    root = Path(purify_fast.__file__).parent
+    folders = {path.parent.name for path in root.glob("*/__init__.py")} - {"cli", "demo", "kernels"}
+    assert folders <= set(purify_fast.__all__)
+    for name in purify_fast.__all__:
+        assert getattr(purify_fast, name) is not None
+    public = [name for name in api_pages.packages() if name.count(".") == 1]
+    for name in public:
+        assert importlib.import_module(name).__doc__, name

@@ -1,0 +1,222 @@
+"""Every code block of README and the documentation runs: Python but shorter, commands as far as they are read."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import purify_fast
+from purify_fast import cli
+from purify_fast.methods.atop import DeepFillGenerator
+from purify_fast.methods.carso import PRESETS, Carso
+from purify_fast.models.wide_resnet import representation_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+
+import benchmarks.__main__ as benchmarks  # noqa: E402
+
+BLOCKS = {
+    page.relative_to(ROOT).as_posix(): re.findall(r"^```([\w{}:-]*)\n(.*?)^```", page.read_text(), re.S | re.M)
+    for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
+}
+#: What takes long is made short; the names and the shapes stay.
+SHORTER = {
+    r"^classifier = \.\.\..*$": "",
+    r"steps=\d\d+": "steps=2",
+    r"epochs=\d+": "epochs=1",
+    r", batch_size=\d+|batch_size=\d+, ": "",
+    r"FitConfig\(": "FitConfig(batch_size=8, ",
+    # the default plan has the official AutoAttack; another test runs it
+    r"^report = evaluate\(defence, x, y, eps=8 / 255\)": (
+        "report = evaluate(defence, x, y, eps=8 / 255, attacks=[], progress=False)"
+    ),
+    r"eps=8 / 255, base=classifier\)": "eps=8 / 255, base=classifier, attacks=[], progress=False)",
+    # the list of attacks of every kind runs on a model of one layer; a function is a row whatever it calls
+    r"^evaluate\(defence, x, y, eps=8 / 255, attacks=attacks\)$": (
+        "evaluate(tiny, x[:2, :, :8, :8], y[:2], eps=8 / 255, attacks=attacks, progress=False)"
+    ),
+    r"torchattacks\.PGD\(model, eps=8 / 255\)\(x, y\)": "x",
+    r"^evaluate\(defence, loader, eps=8 / 255\)": "evaluate(defence, loader, eps=8 / 255, attacks=[], progress=False)",
+}
+#: Languages whose blocks are not run: what programs print, and drawings.
+TEXT = ("text", "bibtex", "yaml", "json", "diff", "cpp")
+
+
+class Linear(nn.Module):
+    """A classifier of one layer."""
+
+    def __init__(self, features, classes=10):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(features, classes)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+
+class Layers(nn.Module):
+    """A classifier whose layers are called as torchvision calls a ResNet's, and as the package's small network does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer1 = nn.Conv2d(3, 4, 3, stride=4, padding=1)
+        self.layer3 = nn.Conv2d(4, 4, 3, stride=2, padding=1)
+        self.layer4 = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.layer3(self.layer1(2 * x - 1).relu()).relu()
+        return self.head(self.layer4(x).relu().mean((2, 3)))
+
+
+class Halved(nn.Module):
+    """A purifier of no parameters but one."""
+
+    def __init__(self):
+        super().__init__()
+        self.share = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, transformed, mask):
+        return self.share * transformed
+
+
+@pytest.fixture
+def scope(tmp_path, monkeypatch):
+    """What the blocks may take for granted: a classifier, images, labels, a loader, the weight files that are read."""
+    monkeypatch.chdir(tmp_path)
+    # compiling takes a minute, and is tested elsewhere
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    sizes = {"depth": 10, "width": 1, "cond_dim": 8, "latent_dim": 2, "layers": representation_layers(10)}
+    monkeypatch.setitem(PRESETS, "cifar10", dataclasses.replace(PRESETS["cifar10"], **sizes))
+    torch.manual_seed(0)
+    Carso.from_preset("cifar10", PRESETS["cifar10"].build_classifier()).save_official(
+        "models", "wrn_28_10_cifar_10_cui_2023"
+    )
+    DeepFillGenerator(5, 4).save_official("states_pt_places2.pth")
+    x, y = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
+    return {
+        "torch": torch,
+        "purify_fast": purify_fast,
+        "classifier": Layers().eval(),
+        "classifier_256": Linear(3 * 256 * 256),
+        "tiny": purify_fast.Atop(Linear(3 * 8 * 8), Halved(), (3, 8, 8)),
+        "x": x,
+        "y": y,
+        "x_uint8": (255 * x).byte(),
+        "loader": [(x[:8], y[:8]), (x[8:], y[8:])],
+        # what the front page's readers bring
+        "defence": Layers().eval(),
+        "model": Layers().eval(),
+        "mean": torch.rand(4, 8),
+        "log_variance": torch.rand(4, 8),
+        "sample_ids": torch.arange(4),
+        "seed": torch.zeros(1, dtype=torch.int64),
+        "sample_logits": torch.rand(4, 3, 10),
+        "features": [torch.rand(4, 8), torch.rand(4, 2, 5, 5)],
+        "teacher_features": [torch.rand(4, 8), torch.rand(4, 2, 5, 5)],
+    }
+
+
+def shortened(block):
+    for long, short in SHORTER.items():
+        block = re.sub(long, short, block, flags=re.MULTILINE)
+    return block
+
+
+@pytest.mark.parametrize(
+    "page", [page for page, blocks in BLOCKS.items() if any(kind == "python" for kind, _ in blocks)]
+)
+def test_python_blocks_run_one_after_the_other(page, scope):
+    pytest.importorskip("pyautoattack")
+    given = dict(scope)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DeprecationWarning)
+        for number, (kind, block) in enumerate(BLOCKS[page]):
+            if kind == "python":
+                # the front page's blocks are for different readers, who bring their own classifier and images
+                scope |= given if page == "README.md" else {}
+                exec(compile(shortened(block), f"{page}, block {number}", "exec"), scope)
+    old = [str(w.message) for w in caught if "goes in the next release" in str(w.message)]
+    assert not old, f"{page} uses old names: {old}"
+
+
+def commands(block):
+    """The command lines of a block, without comments and variables that are set before them."""
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
+            words = words[1:]
+        if words:
+            yield words
+
+
+COMMANDS = [
+    (page, words)
+    for page, blocks in BLOCKS.items()
+    for kind, block in blocks
+    if kind in ("", "bash", "console")
+    for words in commands(block)
+]
+TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[" ".join(words[:3]) for _, words in COMMANDS])
+def test_command_lines_are_read(page, words, monkeypatch, capsys):
+    """The settings of a command are checked while it is read; none is run."""
+    ran = []
+    for command in (cli.Demo, cli.Train, cli.Ablate, cli.Evaluate, cli.Info):
+        monkeypatch.setattr(command, "run", lambda self: ran.append(self))
+    match words:
+        case ["purify-fast", *rest] | ["python", "-m", "purify_fast", *rest]:
+            if rest[0].startswith("--tyro"):
+                # test_the_shell_is_completed writes it
+                return
+            with pytest.raises(SystemExit, match="0") if rest[-1] == "--help" else warnings.catch_warnings():
+                assert cli.main(rest) == 0, capsys.readouterr().err
+            assert len(ran) == 1 or rest[-1] == "--help"
+        case ["python", "-m", "benchmarks", *rest]:
+            # the parser reads the line, and stops before anything runs
+            monkeypatch.setattr(argparse.ArgumentParser, "parse_args", known_only)
+            with pytest.raises(Read):
+                benchmarks.main(rest)
+        case ["make", *targets]:
+            assert all(word in TARGETS or "=" in word for word in targets), targets
+        case ["python" | "bash", path, *_] if path.startswith("examples/"):
+            assert (ROOT / path).is_file()
+        case ["pip", "install", *_] | ["python", "-m", "pip" | "venv" | "pytest", *_] | ["pytest", *_]:
+            for word in words:
+                assert not word.startswith("tests") or (ROOT / word).exists(), word
+        case [".ci/run"] | ["mkdir" | "git" | "cd" | "torchrun", *_]:
+            pass
+        case _:
+            pytest.fail(f"{page} has a command that no test knows: {' '.join(words)}")
+
+
+class Read(Exception):
+    """A command line was accepted."""
+
+
+def known_only(self, args=None, namespace=None):
+    found, unknown = self.parse_known_args(args, namespace)
+    assert not unknown, unknown
+    raise Read(found)
+
+
+def test_every_block_says_what_it_is():
+    """A block is Python, commands, or text that nobody runs; another language would be left out in silence."""
+    kinds = {(page, kind) for page, blocks in BLOCKS.items() for kind, _ in blocks}
+    known = ("python", "", "bash", "console", *TEXT)
+    assert not [pair for pair in kinds if pair[1] not in known and not pair[1].startswith("{")]
+    assert len([kind for page, kind in kinds if kind == "python"]) >= 8 and len(COMMANDS) > 40

@@ -1,0 +1,61 @@
+"""README and docs say what the results files say, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+
+from benchmarks import pages  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_pages_agree_with_the_results():
+    found = pages.check(RESULTS)
+    assert not found, "\n".join(found)
+
+
+def test_tables_are_filled_from_the_studies_files(tmp_path):
+    page, block = tmp_path / "page.md", "<!-- table: {} -->\n{}<!-- end -->\n"
+    page.write_text("A\n" + block.format("one", "old\n") + "B\n" + block.format("two", "kept\n"))
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "one.md").write_text("| a \\1 |\n\n")
+    for _ in "12":
+        assert pages.fill(page, tmp_path) == ["two"]
+        assert page.read_text() == "A\n" + block.format("one", "| a \\1 |\n") + "B\n" + block.format("two", "kept\n")
+
+
+def test_values_are_read_from_the_studies():
+    names = ("carso_mnist/CARSO pipeline/worst", "carso_digits/base/autoattack")
+    text = "keeps " + " % of ".join(f"<!-- value: {name} -->1.0<!-- end -->" for name in names)
+    filled, missing = pages.filled(text, RESULTS)
+    assert "-->77.9<!-- end -->" in filled and "-->30.9<!-- end -->" in filled and not missing
+    with pytest.raises(KeyError, match="no such attack of CARSO pipeline"):
+        pages.filled("<!-- value: carso_mnist/CARSO pipeline/such attack --><!-- end -->", RESULTS)
+    speed, _ = pages.filled("<!-- value: cpu/carso_inference, prediction/ours --><!-- end -->", RESULTS)
+    assert "-->4.40<!-- end -->" in speed
+
+
+def test_a_typed_number_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- numbers from: carso_digits -->\nIt keeps 28.6 % and 99.97 %, at `0.123` and 8.25.\n\n"
+        "```\n1.234\n```\n<!-- not measured here: 8.25 -->\n"
+    )
+    assert pages.typed_numbers(page, RESULTS) == ["page.md: 99.97 stands in no results that the page names"]
+
+
+def test_a_broken_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One, two\n[a](#one-two) [b](#three) [c](gone.md) [d](page.md#one-two) [e](https://example.org)\n"
+    )
+    assert pages.broken_links(page) == [
+        "page.md: #three names no heading of page.md",
+        "page.md: gone.md does not exist",
+    ]

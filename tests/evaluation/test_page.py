@@ -1,0 +1,146 @@
+"""The HTML page of a report says what its JSON says, needs no network, and is shown by a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from purify_fast import cli
+from purify_fast.evaluation import Report, evaluate, merge
+from purify_fast.evaluation.page import drawings, html_page, write_page
+from purify_fast.evaluation.rows import Examples, Row
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def row(attack, robust, *, model="mine", kind="pgd", **more):
+    robust = np.array(robust, dtype=bool)
+    share = float(robust.mean())
+    settings = {"attacked": len(robust), "eot_iter": 1, "survivors_only": False, "target": "defence"}
+    measured = {"robust": robust, "mean": share, "worst": share, "n_eval": 1, "seed": 0, "seconds": 1.5, "data": "x"}
+    return Row(model=model, attack=attack, kind=kind, variant="random", settings=settings, **measured, **more)
+
+
+@pytest.fixture
+def report():
+    rows = [row("clean", [1, 1, 1, 1], kind="clean"), row("PGD <b>", [1, 0, 0, 1]), row("APGD", [1, 1, 0, 0])]
+    rows += [row("masked", [1, 1, 1, 1], reliable=False), row("worst", [1, 0, 0, 0], kind="worst")]
+    return Report(rows, ["a note with <script>"], {"threat": "L-inf 8/255", "version": "purify_fast 0"})
+
+
+class Cells(HTMLParser):
+    """The lines of the page's tables, and the accuracies that they carry."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines, self.accuracies, self.inside = [], [], False
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "tr" and "data-accuracy" in dict(attributes):
+            self.lines.append([])
+            self.accuracies.append(float(dict(attributes)["data-accuracy"]))
+        if tag == "td":
+            self.lines[-1].append("")
+        self.inside = tag == "td"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.lines[-1][-1] += data
+
+
+def read(page):
+    cells = Cells()
+    cells.feed(page)
+    return cells
+
+
+def assert_is(page, report):
+    found = read(page)
+    wanted = json.loads(report.to_json())["rows"]
+    assert [line[0] for line in found.lines] == [one["attack"] for one in wanted]
+    assert found.accuracies == [one["accuracy"] for one in wanted]
+
+
+def test_the_table_is_the_jsons(report):
+    page = html_page(report)
+    assert_is(page, report)
+    assert "25.0 %" in page and "after all 3 attacks" in page and "L-inf 8/255" in page
+
+
+def test_texts_are_escaped_and_nothing_is_loaded(report):
+    page = html_page(report)
+    assert "<script>" not in page and "&lt;script&gt;" in page and "PGD &lt;b&gt;" in page
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page) and "@import" not in page and "url(http" not in page
+
+
+def test_a_number_without_gradients_is_not_to_be_believed(report):
+    report.rows = [report.rows[0], report.rows[3]]
+    page = html_page(report)
+    assert 'class="card bad"' in page and "Do not believe this number" in page
+    assert "Do not believe" not in html_page(Report([row("PGD", [1, 0])]))
+
+
+def test_who_fell_to_what(report):
+    attacks = report.rows[1:3]
+    assert drawings.only_found_by(attacks) == [1, 1]
+    # of the two images that fell to the first attack, one fell to the second
+    assert ">50<" in drawings.overlap(attacks)
+    assert "1 image fell to APGD alone" in html_page(report)
+
+
+def test_a_curve_has_every_point():
+    drawn = drawings.curve([(1, 0.9, 0.01), (10, 0.5, 0.02), (100, 0.4, 0.02)], "steps of PGD")
+    assert drawn.count("<circle") == 3 and "steps of PGD" in drawn
+    assert drawings.curve([(1, 0.9, 0.01)], "steps").count("<circle") == 1
+
+
+def test_pictures_are_of_the_strongest_attack():
+    def picture(value):
+        images = np.full((2, 1, 4, 4), value, dtype=np.float32)
+        return Examples(images, images, np.array([0, 1]))
+
+    weak = row("weak", [1, 1, 0], examples=picture(0.2))
+    strong = row("strong", [1, 0, 0], examples=picture(0.6))
+    page = html_page(Report([row("clean", [1, 1, 1], kind="clean"), weak, strong]), lambda x: x.flatten(1)[:, :2])
+    assert "Attacked images: strong" in page and page.count("data:image/png") == 6
+
+
+def test_several_models_have_a_part_each(report):
+    other = Report([row("clean", [1, 1], model="other", kind="clean"), row("PGD", [1, 1], model="other")])
+    page = html_page(merge([report, other]))
+    assert page.count('class="card') == 2 and "<h2>other</h2>" in page
+
+
+def test_an_evaluation_writes_the_page_and_the_command_finds_it(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    found = evaluate(model, torch.rand(6, 1, 4, 4), torch.arange(6) % 3, eps=0.1, attacks=[])
+    found.save(tmp_path / "evaluation", model)
+    path = tmp_path / "evaluation" / "report.html"
+    assert_is(path.read_text(), found)
+    path.unlink()
+    assert cli.main(["report", str(tmp_path), "--no-open"]) == 0
+    assert capsys.readouterr().out.strip() == str(path)
+    assert_is(path.read_text(), found)
+    assert cli.main(["report", str(tmp_path / "nothing"), "--no-open"]) == 2
+    assert "purify-fast evaluate" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+def test_a_browser_shows_the_table(report, tmp_path):
+    path = write_page(report, tmp_path)
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    shown = subprocess.run([*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
+    assert_is(shown.stdout, report)
+    # drawings are laid out: a picture of the page is more than white
+    picture = tmp_path / "page.png"
+    subprocess.run([*command, f"--screenshot={picture}", path.as_uri()], capture_output=True, timeout=120, check=True)
+    image = np.asarray(Image.open(picture).convert("L"))
+    assert image.std() > 5

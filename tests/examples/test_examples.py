@@ -1,0 +1,69 @@
+"""Every example runs to its end with small settings, and says what it is to say; none reads a network."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+#: The options with which each script runs here, and what its output holds.
+SMALL = {
+    "arrest_then_carso.py": (["--tiny"], r"CARSO on ARREST +worst"),
+    "atop_on_image_folder.py": (["--tiny"], r"on the classifier alone \(not adaptive\)"),
+    "hf_model.py": ([], r"CARSO +PGD-5 ce"),
+    "judge_your_defence.py": (["--epochs", "4", "--images", "40"], r"The defence keeps \d+ % .* its base \d+ %"),
+    "kernels_in_your_loop.py": ([], r"images differ by 0\n.*\n.*finite: True\n.*batch: True"),
+    "lightning_loop.py": ([], r"trained by .*; logits \(2, 10\)"),
+    "read_published_weights.py": (["--tiny"], r"through PeeL, as published"),
+    "train_carso_cifar10.py": (["--tiny", "--out", "runs"], r"CARSO +worst"),
+    "wrap_a_torchvision_model.py": ([], r"saved and loaded: the same predictions"),
+}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("an example asks the network for something")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_example_runs(name, tmp_path, monkeypatch, capsys, no_network):
+    if name in ("judge_your_defence.py", "arrest_then_carso.py"):
+        pytest.importorskip("sklearn")
+    options, said = SMALL[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    out = capsys.readouterr().out
+    assert re.search(said, out), out
+
+
+def test_several_processes(tmp_path):
+    pytest.importorskip("sklearn")
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = ["bash", str(EXAMPLES / "multi_gpu.sh"), "--tiny"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "trained in 2 processes" in done.stdout and (tmp_path / "carso" / "run.yaml").is_file()
+
+
+def test_every_example_is_tested_and_listed():
+    scripts = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")}
+    assert scripts == {*SMALL, "multi_gpu.sh"}
+    listed = (EXAMPLES / "README.md").read_text()
+    assert all(f"[{name}]({name})" in listed for name in scripts)
+    for name in SMALL:
+        assert f"python examples/{name}" in (EXAMPLES / name).read_text().split('"""')[1], name

@@ -1,0 +1,265 @@
+"""Captured attack steps on a device: replays against launches; on a CPU a function stands for a graph."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from purify_fast.attacks import apgd, fgsm, pgd, pgd_and_fgsm
+from purify_fast.defences import NoisyEnsemble
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.models import PreActResNet18
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed import StepGraphs
+from purify_fast.speed.inference_copy import LiveInferenceCopy
+from purify_fast.training import Batch, FitConfig, Task
+from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.epoch import train_step
+from purify_fast.training.on_device import fuse, on_device
+
+DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
+if DEVICE.type == "cuda" and not torch.cuda.is_available():
+    pytest.skip("no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+SHAPE = (1, 16, 16)
+SIZES = {"linf": 0.1, "l2": 1.0, "l1": 8.0}
+
+
+@pytest.fixture
+def graphs(rerun) -> StepGraphs:
+    # captured whatever the launches cost: these tests are of the results
+    return StepGraphs("always", capture=None if DEVICE.type == "cuda" else rerun)
+
+
+@pytest.fixture(autouse=True)
+def same_algorithms():
+    """cuDNN takes the same algorithms whenever it is asked, so that results can be compared to the bit."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+def classifier(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return SmallCNN(width=8).to(DEVICE).eval()
+
+
+def images(n: int = 12, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand((n, *SHAPE), generator=generator)
+    return x.to(DEVICE), torch.randint(10, (n,), generator=generator).to(DEVICE)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    """The same operators on the same numbers: the same bits, unless a library adds in another order."""
+    assert found.shape == wanted.shape and bool(found.isfinite().all())
+    differs = ((found - wanted).abs() > 1e-5).float().mean()
+    # where a gradient is nearly 0 another order of a sum gives another sign
+    assert float(differs) < 0.01
+
+
+@pytest.mark.parametrize("norm", SIZES)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_replayed_pgd_and_fgsm(graphs, norm, precision):
+    model, (x, y) = LiveInferenceCopy(classifier(), SHAPE, precision), images()
+    eps = SIZES[norm]
+    attacks: list[Callable[[StepGraphs | None], Tensor]] = [
+        lambda g: pgd(model, x, y, eps=eps, norm=norm, steps=20, graphs=g),
+        lambda g: pgd(model, x, y, eps=eps, norm=norm, steps=20, alpha=eps / 4, keep_best=True, eot_iter=2, graphs=g),
+        lambda g: fgsm(model, x, y, eps=eps, norm=norm, graphs=g),
+        lambda g: pgd_and_fgsm(
+            model, x, y, eps=torch.full((12,), eps, device=DEVICE), alpha=eps / 4, steps=8, norm=norm, graphs=g
+        ),
+    ]
+    for attack in attacks:
+        wanted = attack(None)
+        for _ in range(3):
+            close(attack(graphs), wanted)
+        assert graphs.refusal is None
+    # FGSM, PGD with a falling step and the first of both together are one step, but for the share that l1 moves
+    assert len(graphs) == (4 if norm == "l1" else 3)
+
+
+def test_new_weights_and_the_last_batch(graphs):
+    view, other = LiveInferenceCopy(classifier(), SHAPE, torch.float32), classifier(1)
+    for n in (12, 5, 12, 5):
+        x, y = images(n, n)
+        close(pgd(view, x, y, eps=0.1, steps=20, graphs=graphs), pgd(view, x, y, eps=0.1, steps=20))
+        view.refresh(other)
+        close(pgd(view, x, y, eps=0.1, steps=20, graphs=graphs), pgd(view, x, y, eps=0.1, steps=20))
+    assert len(graphs) == 2 and graphs.refusal is None
+
+
+def test_draws_go_on_as_without_graphs(graphs):
+    defence, (x, y) = NoisyEnsemble(classifier(), 0.1, 2).to(DEVICE), images()
+
+    def attack(chosen: StepGraphs | None, seed: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(seed)
+        return pgd(defence, x, y, eps=0.1, steps=20, graphs=chosen), torch.rand(4, device=DEVICE)
+
+    for seed in (1, 2):
+        (wanted, after), (found, then) = attack(None, seed), attack(graphs, seed)
+        close(found, wanted)
+        assert torch.equal(after, then), "the generator of the device stands elsewhere"
+    assert len(graphs) == 1
+
+
+class Waits(nn.Module):
+    """Asks for a number in the middle of its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = classifier()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * (1.0 if float(x.sum()) > 0 else 2.0)
+
+
+class OwnGenerator(nn.Module):
+    """Draws from a generator of its own, which no graph follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.generator = classifier(), torch.Generator(DEVICE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + 0.01 * torch.rand(x.shape, generator=self.generator, device=x.device))
+
+
+@pytest.mark.parametrize("kind", [Waits, OwnGenerator])
+def test_what_cannot_be_captured_runs_eagerly_and_leaves_the_device_usable(graphs, kind):
+    model, (x, y) = kind(), images()
+
+    def attack(chosen: StepGraphs | None) -> Tensor:
+        if kind is OwnGenerator:
+            model.generator.manual_seed(5)
+        return pgd(model, x, y, eps=0.1, steps=20, graphs=chosen)
+
+    wanted = attack(None)
+    found = attack(graphs)
+    if DEVICE.type == "cuda" or kind is Waits:
+        assert graphs.refusal is not None and len(graphs) == 0
+    assert found.shape == wanted.shape and bool(found.isfinite().all())
+    # the generator of the device draws, and another model is captured
+    assert torch.rand(3, device=DEVICE).isfinite().all() and torch.randn(3, device=DEVICE).isfinite().all()
+    plain = classifier()
+    close(pgd(plain, x, y, eps=0.1, steps=20, graphs=graphs), pgd(plain, x, y, eps=0.1, steps=20))
+    assert graphs.refusal is None
+
+
+def batch(seed: int) -> Batch:
+    x, y = images(16, seed)
+    return Batch(x, y, torch.arange(16, device=DEVICE) + 20 * seed, seed, 0, 10)
+
+
+def arrest(precision: str) -> Task:
+    config = ArrestConfig(attack=TrainingAttack(eps=0.1, steps=4), precision=precision)
+    return ArrestTask(classifier(), config, SHAPE)
+
+
+def carso(target: str, precision: str) -> Task:
+    made = Carso(classifier(), ["conv2", "hidden"], SHAPE, 16, 8, 2, decoder_width=4)
+    attack = TrainingAttack(eps=0.1, steps=4)
+    return CarsoTask(made, CarsoConfig(attack_target=target, attack=attack, precision=precision))
+
+
+def atop(target: str) -> Task:
+    torch.manual_seed(0)
+    made = Atop(classifier(), SmallGenerator(1, width=4), SHAPE, block=4, sigma=0.1)
+    if target == "classifier":
+        return AtopTask(made, AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), cls_delay_epochs=0))
+    attack = TrainingAttack(eps=0.1, steps=4)
+    return AtopTask(made, AtopConfig(attack_method="pgd", attack_target=target, attack=attack, cls_delay_epochs=0))
+
+
+TASKS = {
+    "ARREST": lambda: arrest("float32"),
+    "ARREST, bfloat16": lambda: arrest("bfloat16"),
+    "CARSO": lambda: carso("classifier", "float32"),
+    "CARSO, pipeline": lambda: carso("pipeline", "float32"),
+    # the decoder's kernel reads packed weights, which are packed again in every step
+    "CARSO, pipeline, bfloat16": lambda: carso("pipeline", "bfloat16"),
+    "AToP": lambda: atop("classifier"),
+    "AToP, pipeline": lambda: atop("pipeline"),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_trainings_with_captured_attacks(graphs, name):
+    losses = []
+    for chosen in (None, graphs):
+        torch.manual_seed(0)
+        task = TASKS[name]()
+        task.graphs, found = chosen, []
+        for seed in range(1, 6):
+            torch.manual_seed(seed)
+            found.append(float(train_step(task, batch(seed))["loss"]))
+        losses.append(found)
+    assert graphs.refusal is None and len(graphs) >= 1
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="memory of a CUDA device")
+def test_memory_does_not_grow(rerun):
+    graphs, model = StepGraphs("always", limit=2), classifier()
+
+    def attacks() -> int:
+        for n in (8, 12, 16, 20):
+            x, y = images(n)
+            pgd(model, x, y, eps=0.1, steps=20, graphs=graphs)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    attacks()
+    second = attacks()
+    for _ in range(5):
+        last = attacks()
+    assert len(graphs) == 2 and last <= second + 2**21
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="fused kernels of a CUDA device")
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+def test_fused_optimizers(kind):
+    states = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = PreActResNet18(width=8).to(DEVICE)
+        optimizer = kind(model.parameters(), lr=0.01, foreach=True)
+        assert fuse(optimizer, fused) == fused
+        x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        states.append([weight.detach().cpu() for weight in model.parameters()])
+    torch.testing.assert_close(*states, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="settings of a CUDA device")
+def test_a_training_on_a_gpu_has_graphs_and_races_convolutions():
+    task = arrest("float32")
+    with on_device(task, FitConfig(1, 16), DEVICE):
+        assert task.graphs is not None and task.optimizer.param_groups[0]["fused"]
+        # these tests ask for deterministic algorithms
+        assert not torch.backends.cudnn.benchmark
+        train_step(task, batch(1))
+    assert task.graphs is None
+
+
+def test_apgd(graphs):
+    model, (x, y) = classifier(), images()
+    y = model(x).argmax(1)
+    wanted, found = (
+        apgd(model, x, y, eps=0.01, steps=40, leave_when_fallen=False, graphs=chosen) for chosen in (None, graphs)
+    )
+    assert len(graphs) >= 1
+    close(found, wanted)

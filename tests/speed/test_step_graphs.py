@@ -1,0 +1,280 @@
+"""What is captured, when, and what is replayed; CUDA graphs are stood for by functions that are run again."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from purify_fast.speed.dependencies import dependencies
+from purify_fast.speed.step_graphs import REMEMBERED, WORTH, State, StepGraphs, begin_steps
+from purify_fast.speed.waits import Waits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), 2.0), requires_grad=False)
+        self.power = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight**self.power
+
+
+@dataclass(frozen=True)
+class Grow:
+    """x <- model(x), and the x before it is kept."""
+
+    model: nn.Module
+
+    def __call__(self, state: State) -> State:
+        return {"x": self.model(state["x"]), "before": state["x"]}
+
+
+def start(n: int = 3) -> State:
+    return {"x": torch.arange(1.0, n + 1), "before": torch.zeros(n)}
+
+
+def run(graphs: StepGraphs | None, model: nn.Module, steps: int = 3, state: State | None = None, kind=Grow) -> State:
+    loop = begin_steps(graphs, kind(model), start() if state is None else state, steps)
+    for _ in range(steps):
+        loop.take()
+    return loop.values()
+
+
+def same(a: State, b: State) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def graphs(rerun) -> StepGraphs:
+    return StepGraphs(capture=rerun)
+
+
+def test_a_replay_gives_what_the_eager_loop_gives(graphs, rerun):
+    model, begin = Scale(), start()
+    wanted = run(None, model, WORTH, begin)
+    found = run(graphs, model, WORTH, begin)
+    assert rerun.recorded == 1 and rerun.replayed == WORTH and graphs.refusal is None
+    # what is another buffer before the step (here the old x) is read before any buffer is written
+    assert (
+        same(found, wanted) and float(found["x"][0]) == 2.0**WORTH and float(found["before"][0]) == 2.0 ** (WORTH - 1)
+    )
+    assert same(begin, start())
+    again = run(graphs, model, WORTH, begin)
+    assert rerun.recorded == 1 and same(again, wanted) and same(found, wanted)
+
+
+def test_a_short_loop_is_captured_when_it_comes_again(graphs, rerun):
+    model = Scale()
+    for captured in (0, 1, 1):
+        assert same(run(graphs, model), run(None, model)) and rerun.recorded == captured
+
+
+def test_weights_written_in_place_are_seen(graphs, rerun):
+    model = Scale()
+    run(graphs, model, WORTH)
+    with torch.no_grad():
+        model.weight.fill_(0.5)
+    assert same(run(graphs, model, WORTH), run(None, model, WORTH)) and rerun.recorded == 1
+
+
+@pytest.mark.parametrize("change", ["weight", "setting", "mode", "hook", "part"])
+def test_whatever_else_the_model_computes_with_makes_another_graph(graphs, rerun, change):
+    model = Scale()
+    run(graphs, model, WORTH)
+    if change == "weight":
+        model.weight = nn.Parameter(torch.full((1,), 3.0), requires_grad=False)
+    elif change == "setting":
+        model.power = 2
+    elif change == "mode":
+        model.eval()
+    elif change == "hook":
+        model.register_forward_hook(lambda module, args, output: output + 1)
+    else:
+        model.part = nn.Linear(1, 1)
+    assert same(run(graphs, model, WORTH), run(None, model, WORTH)) and rerun.recorded == 2
+
+
+def test_precision_and_autocast_make_another_graph(graphs, rerun):
+    model = Scale()
+    run(graphs, model, WORTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(graphs, model, WORTH)
+    assert rerun.recorded == 2
+
+
+def test_every_shape_has_its_graph_and_the_least_recently_used_one_goes(rerun):
+    graphs, model = StepGraphs(limit=2, capture=rerun), Scale()
+    for size, recorded in ((3, 1), (4, 2), (3, 2), (5, 3), (3, 3), (4, 4)):
+        assert same(run(graphs, model, WORTH, start(size)), run(None, model, WORTH, start(size)))
+        assert rerun.recorded == recorded and len(graphs) <= 2
+
+
+def test_what_is_remembered_of_short_loops_is_bounded(graphs, rerun):
+    for size in range(1, 2 * REMEMBERED):
+        run(graphs, Scale(), 1, start(size))
+    assert len(graphs._seen) == REMEMBERED and rerun.recorded == 0
+
+
+class Waiting(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if float(x.sum()) > 0 else x
+
+
+class Masked(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x[x > 1].sum()
+
+
+class Widening(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
+class DrawsInPython(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * random.random()
+
+
+class DrawsInNumpy(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(np.random.rand())
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Waiting, "the step waits for the device: _local_scalar_dense"),
+        (Masked, "the step waits for the device: index"),
+        (Widening, r"the step makes its x torch.float64 \[3\], it was torch.float32 \[3\]"),
+        (DrawsInPython, "DrawsInPython draws from a generator of the host"),
+        (DrawsInNumpy, "DrawsInNumpy draws from a generator of the host"),
+    ],
+)
+def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(graphs, rerun, caplog, kind, reason):
+    model = kind()
+    states = random.getstate(), np.random.get_state()[1].copy()
+    with caplog.at_level(logging.INFO, "purify_fast"):
+        for _ in range(3):
+            random.seed(1), np.random.seed(1)
+            wanted = run(None, model, WORTH)
+            random.seed(1), np.random.seed(1)
+            assert same(run(graphs, model, WORTH), wanted)
+    random.setstate(states[0])
+    assert rerun.recorded == 0 and len(caplog.records) == 1
+    assert re.search(reason, graphs.refusal) and re.search(reason, caplog.text)
+
+
+def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun, caplog):
+    model, rerun.error = Scale(), RuntimeError("operation not permitted\nwhen stream is capturing")
+    with caplog.at_level(logging.INFO, "purify_fast"):
+        for _ in range(2):
+            assert same(run(graphs, model, WORTH), run(None, model, WORTH))
+    assert [record.getMessage() for record in caplog.records] == [
+        "an attack runs without a CUDA graph: the step cannot be captured (operation not permitted)"
+    ]
+    rerun.error = None
+    run(graphs, model, WORTH)
+    assert rerun.recorded == 0, "what failed once is not tried again"
+
+
+def test_a_step_that_the_device_is_busy_with_is_captured_only_if_asked_for(rerun):
+    rerun.times = (0.1, 1.0)
+    graphs, model = StepGraphs(capture=rerun), Scale()
+    run(graphs, model, WORTH)
+    assert rerun.recorded == 0 and "launching takes 100 ms" in graphs.refusal
+    run(StepGraphs("always", capture=rerun), model, WORTH)
+    assert rerun.recorded == 1
+
+
+def test_a_function_and_another_device_run_eagerly(graphs, rerun):
+    assert same(run(graphs, lambda x: 2 * x, WORTH), run(None, lambda x: 2 * x, WORTH))
+    assert "no torch.nn.Module" in graphs.refusal
+    off, elsewhere = StepGraphs("off", capture=rerun), StepGraphs()
+    for other in (off, elsewhere):
+        run(other, Scale(), WORTH)
+        assert other.refusal is None
+    assert rerun.recorded == 0
+
+
+def test_warm_up_moves_no_generator(graphs, rerun):
+    class Noisy(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand(3)
+
+    model = Noisy()
+    torch.manual_seed(3)
+    wanted, after = run(None, model, WORTH), torch.rand(1)
+    torch.manual_seed(3)
+    assert same(run(graphs, model, WORTH), wanted) and torch.equal(torch.rand(1), after)
+    assert rerun.recorded == 1
+
+
+def test_counters_count_replays_and_no_warm_up(graphs, rerun):
+    class Counting(Scale):
+        images, not_dependencies = 0, frozenset({"images"})
+
+        def counted(self) -> int:
+            return self.images
+
+        def count(self, images: int) -> None:
+            self.images += images
+
+        def forward(self, x: Tensor) -> Tensor:
+            # a graph launches what this launches, and does not run it
+            self.images += 0 if rerun.replaying else len(x)
+            return super().forward(x)
+
+    eager, captured = Counting(), Counting()
+    run(None, eager, WORTH), run(graphs, captured, WORTH), run(graphs, captured, WORTH)
+    assert rerun.recorded == 1 and 2 * eager.images == captured.images == 6 * WORTH
+
+
+def test_a_copy_captures_for_itself(graphs, rerun):
+    model = Scale()
+    run(graphs, model, WORTH)
+    other = copy.deepcopy(graphs)
+    assert len(other) == 0 and len(graphs) == 1 and other.mode == "auto"
+
+
+def test_dependencies_of_the_same_model_are_equal_and_name_every_setting():
+    model = nn.Sequential(Scale(), nn.BatchNorm1d(2), nn.Dropout(0.5))
+    values, objects = dependencies(model)
+    assert dependencies(model)[0] == values and hash(values) is not None
+    model[2].p = 0.25
+    assert dependencies(model)[0] != values
+    model[2].p = 0.5
+    assert dependencies(model)[0] == values
+    model[0].function = len
+    assert len in dependencies(model)[1] and len not in objects
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="mode must be one of auto, always, off, got 'on'"):
+        StepGraphs("on")
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        StepGraphs(limit=0)
+
+
+def test_waits_and_allocations_are_counted():
+    x = torch.arange(4.0)
+    with Waits() as waits:
+        x[x > 1], x.sum().item(), torch.tensor([3]), (x > 1).nonzero(), x.to("meta")
+    assert {wait.operator for wait in waits.found} >= {
+        "_local_scalar_dense",
+        "lift_fresh",
+        "nonzero",
+        "index",
+        "_to_copy",
+    }
+    assert ("gt", (4,), torch.bool) in waits.allocated and waits.dispatched >= 6

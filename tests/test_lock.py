@@ -1,0 +1,176 @@
+"""One run per folder: who holds the lock, when it ends, and what is refused meanwhile."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from purify_fast import _lock
+from purify_fast._lock import NAME, FolderInUse, folder_lock
+
+HOLD = """
+import sys, time
+from purify_fast._lock import folder_lock
+with folder_lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of tmp_path / "run"."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_another_run_is_refused_by_name(tmp_path, holder):
+    began = time.monotonic()
+    with pytest.raises(FolderInUse) as told, folder_lock(tmp_path / "run"):
+        pass
+    words = str(told.value)
+    assert words.startswith(f"{tmp_path / 'run'} is written by another run: process {holder.pid} on ")
+    assert "since 20" in words and "wait for it, end it, or give another folder" in words
+    assert time.monotonic() - began < 2
+
+
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / "run" / NAME).is_file()
+    began = time.monotonic()
+    with folder_lock(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / NAME).read_text())["process"] == os.getpid()
+    assert time.monotonic() - began < 2 and not (tmp_path / "run" / NAME).exists()
+
+
+def test_the_same_thread_may_take_it_again_and_another_may_not(tmp_path):
+    refused = []
+
+    def other():
+        try:
+            with folder_lock(tmp_path / "a"):
+                pass
+        except FolderInUse as error:
+            refused.append(str(error))
+
+    with folder_lock(tmp_path / "a"), folder_lock(tmp_path / "a"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert len(refused) == 1 and "another thread of this process" in refused[0]
+    # a folder that was made for the lock alone goes with it
+    assert not (tmp_path / "a").exists()
+
+
+def _fork_takes_it(folder, out):
+    try:
+        with folder_lock(folder):
+            out.put("taken")
+    except FolderInUse as error:
+        out.put(str(error))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+def test_a_forked_process_does_not_hold_it(tmp_path):
+    context = multiprocessing.get_context("fork")
+    with folder_lock(tmp_path):
+        found = context.Queue()
+        process = context.Process(target=_fork_takes_it, args=(tmp_path, found))
+        process.start()
+        assert f"process {os.getpid()} on" in found.get(timeout=30)
+        process.join()
+
+
+def left(folder, **content):
+    """A lock's file as another machine left it."""
+    folder.mkdir(exist_ok=True)
+    facts = {"host": "elsewhere", "boot": "other", "process": 7, "started": "1", "since": "then", "command": "c"}
+    (folder / NAME).write_text(json.dumps({**facts, "token": "t", "beat": 0, **content}))
+
+
+def test_another_machines_lock_counts_while_its_holder_gives_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(_lock, "BEAT", 0.2)
+    monkeypatch.setattr(_lock, "WATCH", 1.0)
+    left(tmp_path)
+    ended = threading.Event()
+
+    def live():
+        beat = 0
+        while not ended.wait(0.2):
+            beat += 1
+            left(tmp_path, beat=beat)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(FolderInUse, match="process 7 on elsewhere since then"), folder_lock(tmp_path):
+            pass
+    finally:
+        ended.set()
+        thread.join()
+    began = time.monotonic()
+    with folder_lock(tmp_path):
+        assert time.monotonic() - began >= 1.0
+
+
+@pytest.mark.parametrize("start", ["own", "other"])
+def test_without_locks_of_the_system_the_process_is_looked_for(tmp_path, monkeypatch, start):
+    """A process of the same number that started at another time is another process."""
+    if not os.path.exists("/proc/self/stat"):
+        pytest.skip("this system does not tell when processes started")
+    monkeypatch.setattr(_lock, "_lock", lambda handle: None)
+    own = _lock._own()
+    left(tmp_path, host=own["host"], boot=own["boot"], process=own["process"],
+         started=own["started"] if start == "own" else "1")  # fmt: skip
+    if start == "own":
+        with pytest.raises(FolderInUse), folder_lock(tmp_path):
+            pass
+    else:
+        with folder_lock(tmp_path):
+            pass
+
+
+def test_a_file_of_garbage_is_no_lock(tmp_path):
+    (tmp_path / NAME).write_bytes(b"\xff{")
+    with folder_lock(tmp_path):
+        pass
+
+
+def test_many_at_once(tmp_path):
+    """Of processes that start together one at a time has the lock, and all get it in turn."""
+    script = (
+        "import sys, time\nfrom purify_fast._lock import FolderInUse, folder_lock\nfrom pathlib import Path\n"
+        "done = 0\n"
+        "while done < 5:\n"
+        "    try:\n"
+        "        with folder_lock(sys.argv[1]):\n"
+        "            Path(sys.argv[1], 'inside').touch(exist_ok=False)\n"
+        "            time.sleep(0.01)\n"
+        "            Path(sys.argv[1], 'inside').unlink()\n"
+        "            done += 1\n"
+        "    except FolderInUse:\n"
+        "        time.sleep(0.002)\n"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
+
+
+def test_two_runs_of_the_command_line(tmp_path, holder, capsys):
+    from purify_fast import cli
+
+    for words in (["train", "classifier", "--out"], ["ablate", "--out"], ["demo", "--out"]):
+        assert cli.main([*words, str(tmp_path / "run")]) == 2
+        assert f"process {holder.pid} on" in capsys.readouterr().err
+    (tmp_path / "model").mkdir()
+    assert cli.main(["evaluate", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--eps", "0.1"]) == 2
+    assert f"process {holder.pid} on" in capsys.readouterr().err

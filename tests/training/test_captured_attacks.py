@@ -1,0 +1,144 @@
+"""The trainings with captured attack steps: the same bits as without, on a CPU where a function stands for a graph."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed import StepGraphs
+from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, Task, fit
+from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.epoch import train_step
+from purify_fast.training.on_device import on_device
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE, EPS = (1, 16, 16), 0.1
+
+
+def batch(seed: int, n: int = 16) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand((n, *SHAPE), generator=generator)
+    return Batch(x, torch.randint(10, (n,), generator=generator), torch.arange(n) + 50 * seed, seed, 0, 10)
+
+
+def arrest(precision: str = "float32", **options) -> Task:
+    attack = TrainingAttack(eps=EPS, steps=3, norm=options.pop("norm", "linf"))
+    torch.manual_seed(0)
+    return ArrestTask(SmallCNN(width=4), ArrestConfig(attack=attack, precision=precision, **options), SHAPE)
+
+
+def carso(target: str, precision: str = "float32") -> Task:
+    torch.manual_seed(0)
+    made = Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
+    attack = TrainingAttack(eps=EPS, steps=3)
+    return CarsoTask(made, CarsoConfig(attack_target=target, attack=attack, precision=precision))
+
+
+def atop(target: str) -> Task:
+    torch.manual_seed(0)
+    made = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
+    method, steps = ("fgsm", 10) if target == "classifier" else ("pgd", 3)
+    attack = TrainingAttack(eps=EPS, steps=steps)
+    return AtopTask(made, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay_epochs=0))
+
+
+def classifier() -> Task:
+    torch.manual_seed(0)
+    return ClassifierTask(SmallCNN(width=4), ClassifierConfig(attack=TrainingAttack(eps=EPS, steps=3)))
+
+
+#: Each training, and the graphs that it needs: CARSO's published one has two, of PGD and FGSM together and of PGD.
+TASKS = {
+    "classifier": (classifier, 1),
+    "ARREST": (arrest, 1),
+    "ARREST, l1": (lambda: arrest(norm="l1", replay=False), 1),
+    "ARREST, bfloat16, no replay": (lambda: arrest("bfloat16", replay=False), 1),
+    "CARSO": (lambda: carso("classifier"), 2),
+    "CARSO, bfloat16": (lambda: carso("classifier", "bfloat16"), 2),
+    "CARSO, pipeline": (lambda: carso("pipeline"), 1),
+    "AToP": (lambda: atop("classifier"), 1),
+    "AToP, pipeline": (lambda: atop("pipeline"), 1),
+}
+
+
+def trained(task: Task, graphs: StepGraphs | None, batches: list[Batch]) -> tuple[list[float], dict]:
+    task.graphs, losses = graphs, []
+    for one in batches:
+        torch.manual_seed(one.seed)
+        losses.append(float(train_step(task, one)["loss"]))
+    return losses, task.model.state_dict()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_captured_attacks_train_the_same_weights(rerun, name):
+    make, needed = TASKS[name]
+    batches = [batch(1), batch(2), batch(3)]
+    wanted, found = trained(make(), None, batches), trained(make(), StepGraphs(capture=rerun), batches)
+    assert wanted[0] == found[0]
+    assert all(torch.equal(value, found[1][key]) for key, value in wanted[1].items())
+    # captured when it comes a second time, replayed then and in the third step
+    assert rerun.recorded == needed and rerun.replayed >= 2
+
+
+def test_a_packed_decoder_that_is_trained_is_read_as_it_is_now(rerun, monkeypatch):
+    """In bfloat16 a GPU decodes from packed weights, which are packed again after every step of the training."""
+    monkeypatch.setattr("purify_fast.methods.carso.defence.kernel_decodes", lambda device: True)
+    batches = [batch(1), batch(2), batch(3), batch(4)]
+    wanted, found = (
+        trained(carso("pipeline", "bfloat16"), graphs, batches) for graphs in (None, StepGraphs(capture=rerun))
+    )
+    assert wanted[0] == found[0] and rerun.recorded == 1 and rerun.replayed == 9
+    assert all(torch.equal(value, found[1][key]) for key, value in wanted[1].items())
+
+
+def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun):
+    attacked = []
+    for times, all_rows in (((1.0, 1.0), True), ((0.1, 1.0), False)):
+        rerun.times = times
+        # no image drifts so far, and all rows are those that are attacked
+        task = arrest(tau=10.0)
+        task.graphs = StepGraphs(capture=rerun)
+        monitored = task.attack
+        task.attack = lambda batch, attack, rows=None, run=monitored: (attacked.append(rows), run(batch, attack, rows))[
+            1
+        ]
+        for seed in (1, 2, 3):
+            train_step(task, batch(seed))
+        assert task.attacks_all_rows == all_rows
+        assert (attacked[-1] is None) == all_rows
+
+
+def test_fit_hands_out_graphs_on_a_gpu_and_takes_them_back(rerun, monkeypatch):
+    task, seen = classifier(), []
+    step = task.training_step
+    task.training_step = lambda batch: (seen.append(task.graphs), step(batch))[1]
+    x, y = (torch.rand(32, *SHAPE) * 255).to(torch.uint8), torch.arange(32) % 10
+    fit(task, x, y, FitConfig(1, 16), progress=False)
+    assert seen == [None, None] and task.graphs is None
+    task.graphs = mine = StepGraphs(capture=rerun)
+    fit(task, x, y, FitConfig(1, 16), progress=False)
+    fit(task, x, y, FitConfig(1, 16, cuda_graphs="off"), progress=False)
+    assert seen[2:] == [mine, mine, None, None] and task.graphs is mine
+    task.graphs = None
+    with monkeypatch.context() as patch:
+        # nothing is computed on the device
+        patch.setattr(sys.modules["purify_fast.training.on_device"], "fuse", lambda optimizer, fused: fused)
+        with on_device(task, FitConfig(1), torch.device("cuda")):
+            assert isinstance(task.graphs, StepGraphs) and task.graphs.mode == "auto"
+            assert torch.backends.cudnn.benchmark
+        with on_device(task, FitConfig(1, cuda_graphs="off", cudnn_benchmark="off"), torch.device("cuda")):
+            assert task.graphs is None and not torch.backends.cudnn.benchmark
+    assert task.graphs is None and not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("name", ["cuda_graphs", "cudnn_benchmark", "fused_optimizers"])
+def test_switches_are_checked(name):
+    with pytest.raises(ValueError, match=f"{name} must be one of auto, .*off, got 'yes'"):
+        FitConfig(1, **{name: "yes"})

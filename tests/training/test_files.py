@@ -1,0 +1,226 @@
+"""Checkpoints and saved models that changed on the disk, a disk that is full, and two checkpoints instead of one."""
+
+import errno
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from purify_fast import _files
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, load_classifier, save_classifier
+from purify_fast.training.checkpoint import (
+    CHECKPOINT,
+    PREVIOUS,
+    last_checkpoint,
+    read_tree,
+    save_checkpoint,
+    save_model,
+    write_tree,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def images(n=64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(n) % 2
+
+
+def task():
+    torch.manual_seed(0)
+    return ClassifierTask(SmallCNN(1, 2, (8, 8), 2), ClassifierConfig())
+
+
+def train(folder, epochs=3, **options):
+    made = task()
+    fit(made, *images(), FitConfig(epochs, 16, **options), folder, progress=False)
+    return made.model.state_dict()
+
+
+def flipped(path, bit):
+    """The file with one bit changed, and how to change it back."""
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def refused(read, path, count):
+    """How many of ``count`` single-bit changes anywhere in the file are refused."""
+    whole, draw, found = path.read_bytes(), random.Random(0), 0
+    for _ in range(count):
+        flipped(path, draw.randrange(8 * len(whole)))
+        try:
+            read()
+        except ValueError:
+            found += 1
+        path.write_bytes(whole)
+    read()
+    return found
+
+
+def test_every_changed_bit_of_a_checkpoint_is_seen(tmp_path):
+    train(tmp_path, epochs=1)
+    assert refused(lambda: read_tree(tmp_path / CHECKPOINT), tmp_path / CHECKPOINT, 120) == 120
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
+def test_every_changed_bit_of_a_saved_model_is_seen(tmp_path, name):
+    save_classifier(SmallCNN(1, 2, (8, 8), 2), tmp_path)
+    assert refused(lambda: load_classifier(tmp_path), tmp_path / name, 60) == 60
+
+
+def test_every_bit_of_a_header(tmp_path):
+    """The names of the checksum and the version among them, without which a file would pass for one of version 0.1."""
+    write_tree(tmp_path / "t", {"a": torch.arange(3.0)})
+    whole = (tmp_path / "t").read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped(tmp_path / "t", bit)
+        with pytest.raises(ValueError, match=r"is not a checkpoint"):
+            read_tree(tmp_path / "t")
+        (tmp_path / "t").write_bytes(whole)
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(tmp_path, caplog):
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "run", epochs=3)
+    steps = [read_tree(tmp_path / "run" / name)["step"] for name in (PREVIOUS, CHECKPOINT)]
+    assert steps == [8, 12]
+    flipped(tmp_path / "run" / CHECKPOINT, 8 * 3000)
+    with caplog.at_level(logging.WARNING, "purify_fast"):
+        again = train(tmp_path / "run")
+    assert "checkpoint.damaged-1.safetensors, and the checkpoint before it is taken, of step 8" in caplog.text
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "run" / "checkpoint.damaged-1.safetensors").is_file()
+
+
+def test_two_damaged_checkpoints_are_both_named_and_stay(tmp_path):
+    train(tmp_path, epochs=2)
+    for name in (CHECKPOINT, PREVIOUS):
+        flipped(tmp_path / name, 8 * 3000)
+    with pytest.raises(ValueError, match=rf"{CHECKPOINT} .*{PREVIOUS} .*remove it to begin anew"):
+        train(tmp_path, epochs=2)
+    assert all((tmp_path / name).is_file() for name in (CHECKPOINT, PREVIOUS))
+
+
+def test_files_of_version_0_1_are_read(tmp_path):
+    save_file({"0": torch.arange(3.0)}, tmp_path / "old", {"tree": json.dumps({"tensor": 0})})
+    assert torch.equal(read_tree(tmp_path / "old"), torch.arange(3.0))
+
+
+def test_a_model_whose_saving_was_killed_between_its_files(tmp_path):
+    """The weights bring their own facts: those of model.json are of the model before."""
+    save_model(tmp_path, "SmallCNN", SmallCNN(1, 2, (8, 8), 4).arguments, SmallCNN(1, 2, (8, 8), 4).state_dict())
+    before = (tmp_path / "model.json").read_bytes()
+    new = SmallCNN(1, 3, (8, 8), 2)
+    save_classifier(new, tmp_path)
+    (tmp_path / "model.json").write_bytes(before)
+    loaded = load_classifier(tmp_path)
+    assert loaded.arguments == new.arguments
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in new.state_dict().items())
+
+
+FULL = """
+import resource, sys, threading, torch
+from purify_fast import _files
+sys.path.insert(0, sys.argv[2])
+import test_files as t
+_files.PAUSE = 0.05
+unlimited = resource.RLIM_INFINITY
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), unlimited))
+if sys.argv[4] == "wait":
+    later = threading.Timer(1.0, resource.setrlimit, (resource.RLIMIT_FSIZE, (unlimited, unlimited)))
+    later.start()
+weights = t.train(sys.argv[1], epochs=1, checkpoint_seconds=0, on_full=sys.argv[4])
+later.join()
+torch.save(weights, sys.argv[1] + "-weights")
+"""
+
+
+def full(folder, how):
+    """A training that may not write files larger than 2,000 bytes, which are less than a checkpoint."""
+    script = [sys.executable, "-c", FULL, str(folder), os.path.dirname(__file__), "2000", how]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
+def test_a_full_disk_ends_a_run_with_the_file_named(tmp_path):
+    done = full(tmp_path / "run", "stop")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"{tmp_path}/run/{CHECKPOINT} cannot be written, its disk has" in last and "MiB free" in last
+    assert "make room and run the same command again to go on" in last
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
+def test_a_full_disk_is_waited_for_and_changes_nothing(tmp_path):
+    done = full(tmp_path / "run", "wait")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("waiting until there is room") == 1
+    found = torch.load(f"{tmp_path}/run-weights")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in train(None, epochs=1).items())
+
+
+def test_the_checkpoint_before_a_full_disk_is_kept(tmp_path, monkeypatch):
+    train(tmp_path, epochs=1)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+
+    def no_room(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match=r"checkpoint before it is kept in .*checkpoint\.safetensors"):
+        save_checkpoint(tmp_path, {"step": 1})
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert not list(tmp_path.glob(".checkpoint*"))
+
+
+def test_without_second_names_the_checkpoint_before_it_is_kept_too(tmp_path, monkeypatch):
+    def unsupported(*names):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", unsupported)
+    for content in ("first", "second"):
+        with _files.atomic(tmp_path / "f", tmp_path / "before") as temporary:
+            temporary.write_text(content)
+    assert (tmp_path / "f").read_text() == "second" and (tmp_path / "before").read_text() == "first"
+    assert last_checkpoint(tmp_path) is None
+
+
+LONG = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+import test_files as t
+torch.set_num_threads(1)
+print("ready", flush=True)
+torch.save(t.train(sys.argv[1], epochs=int(sys.argv[3]), checkpoint_seconds=1000), sys.argv[1] + "-weights")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_sigterm_leaves_a_checkpoint_of_the_last_step(tmp_path):
+    """A run that is asked to end, as by a cluster's scheduler, loses nothing."""
+    words = [sys.executable, "-c", LONG, str(tmp_path / "run"), os.path.dirname(__file__)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*words, "80"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    while not (tmp_path / "run" / CHECKPOINT).is_file():
+        time.sleep(0.01)
+    process.terminate()
+    errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 143, errors
+    step = read_tree(tmp_path / "run" / CHECKPOINT)["step"]
+    assert f"ended by SIGTERM after step {step} of 320; its checkpoint is in {tmp_path / 'run'}" in errors
+    whole = train(None, epochs=80)
+    again = train(tmp_path / "run", epochs=80, checkpoint_seconds=1000)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())

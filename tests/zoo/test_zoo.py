@@ -1,0 +1,97 @@
+"""The models that come with the package are what their cards say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from purify_fast import cli, zoo
+from purify_fast.attacks import frozen, pgd
+from purify_fast.data import load_dataset, to_float
+from purify_fast.zoo import cards
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+IMAGES = 100
+DIGITS = [name for name in zoo.list() if zoo.card(name).data == "digits"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load_dataset("digits")
+    return to_float(data.x_test[:IMAGES]), data.y_test[:IMAGES]
+
+
+def test_the_models_are_small():
+    sizes = {name: sum(f.stat().st_size for f in zoo.folder(name).rglob("*") if f.is_file()) for name in zoo.list()}
+    assert len(sizes) >= 3 and max(sizes.values()) <= 3_000_000 and sum(sizes.values()) <= 20_000_000
+
+
+@pytest.mark.parametrize("name", zoo.list())
+def test_a_model_loads_and_its_card_says_how_it_was_made(name):
+    card, model = zoo.card(name), zoo.load(name)
+    assert card.name == name and not model.training
+    logits = model(torch.rand(2, *card.image_shape))
+    assert logits.shape[0] == 2 and logits.isfinite().all()
+    text = str(card)
+    assert card.training in text and "Lower?" in text and ("published form" in text) == card.published
+    assert card.attacked and all(0 <= accuracy.share <= 1 for accuracy in card.attacked.values())
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_clean_accuracy_is_the_cards(name, digits):
+    x, y = digits
+    card, model = zoo.card(name), zoo.load(name)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        accuracy = (model(x).argmax(1) == y).float().mean().item()
+    both = (card.clean.standard_error**2 + card.clean.share * (1 - card.clean.share) / IMAGES) ** 0.5
+    assert abs(accuracy - card.clean.share) <= 3 * both
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_an_attack_of_a_few_steps_leaves_no_less_than_the_card_says(name, digits):
+    """A card that a quick attack refutes would be wrong."""
+    x, y = digits
+    card, model = zoo.card(name), zoo.load(name)
+    with frozen(model), torch.no_grad():
+        found = pgd(model, x, y, eps=card.eps, steps=10)
+        attacked = (model(found).argmax(1) == y).float().mean().item()
+    share = card.lowest.share
+    assert attacked >= share - 3 * (max(share * (1 - share), 0.01) / IMAGES) ** 0.5
+    assert attacked < card.clean.share
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"name must be a model of the zoo, got 'nothing': there are .*digits"):
+        zoo.load("nothing")
+
+
+def test_the_command_line_lists_and_evaluates(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["zoo"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in zoo.list())
+    assert cli.main(["zoo", "digits-pgd-at"]) == 0
+    assert "Lower?" in capsys.readouterr().out
+    small = ["--images", "10", "--steps", "2", "--autoattack", "0", "--device", "cpu"]
+    assert cli.main(["evaluate", "zoo:digits-pgd-at", *small]) == 0
+    assert (tmp_path / "runs" / "zoo" / "digits-pgd-at" / "evaluation" / "report.md").is_file()
+    assert cli.main(["evaluate", "zoo:nothing", *small]) == 2
+    assert "there are" in capsys.readouterr().err
+
+
+def test_a_card_is_read_as_it_was_written(tmp_path):
+    card = zoo.card("digits-pgd-at")
+    cards.write_card(card, tmp_path)
+    assert cards.read_card(tmp_path) == card
+    assert json.loads((tmp_path / cards.FILE).read_text())["name"] == card.name
+
+
+def test_the_zoo_needs_no_network_and_no_repository(tmp_path, monkeypatch):
+    """From a copy of the package's folder, as a wheel has it."""
+    copy = tmp_path / "models"
+    shutil.copytree(cards.MODELS, copy)
+    monkeypatch.setattr(cards, "MODELS", Path(copy))
+    assert zoo.load("digits-pgd-at")(torch.rand(1, 1, 16, 16)).shape == (1, 10)
