@@ -6,6 +6,8 @@ python -m benchmarks study NAME [--data DIR] [--full] [--quick]
 
 python -m benchmarks gpu_check [--dry] [--out DIR] [--only SECTION...] [--redo]
 
+python -m benchmarks instructions
+
 python -m benchmarks report [DIR...] [--check]
 """
 
@@ -20,7 +22,7 @@ import torch
 from purify_fast._lock import FolderInUse
 from purify_fast.speed import retain_freed_memory
 
-from . import front_page, gpu_check, pages, performance, pipelines, report
+from . import front_page, gpu_check, instructions, pages, performance, pipelines, report
 from .ops import registry
 from .running import RESULTS, folder, run_ops, run_pipelines
 from .studies import command
@@ -51,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     check.add_argument("--redo", action="store_true", help="also what is done already")
     check.add_argument("--seconds", type=float, help="the limit of each section in place of its own")
     check.add_argument("--total", type=float, default=520.0, help="seconds for all of them; 520 by default")
+    commands.add_parser("instructions", help="the GPU kernels' machine code, counted without a GPU")
     redo = commands.add_parser("report", help="the tables and pictures again, from the CSV files")
     redo.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
     redo.add_argument("--check", action="store_true", help="write nothing: do README and docs agree with the results?")
@@ -61,6 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
             parser.error(str(error))
         print(command.main(chosen).read_text())
+        return
+    if chosen.command == "instructions":
+        print(instructions.write(RESULTS))
         return
     if chosen.command == "report" and chosen.check:
         found = pages.check(RESULTS)

@@ -126,6 +126,8 @@ def _cases() -> dict[str, tuple]:
 
 
 CASES = _cases()
+
+
 class Device:
     """What the compiler asks a driver for; the number of the device keeps the compiled kernels of each apart."""
 

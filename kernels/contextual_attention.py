@@ -5,8 +5,8 @@ softmax; both fuses, and the gradient of the norms over a few queries; patch sum
 cache of a large GPU; no atomics.
 
 Query and key always move together, so that a sum over the nine neighbours is one of three rows, each of them a sum of
-three: a row of queries before, the same, the row after. A thread has ``VECTOR`` neighbouring keys, four where the grid's
-width allows it. It loads those of the three rows at once, and one more number for the end that moves in.
+three: a row of queries before, the same, the row after. A thread has ``VECTOR`` neighbouring keys, four where the width
+of the grid allows it. It loads those of the three rows at once, and one more number for the end that moves in.
 
 What both fuses read is kept with wings: in front of a row's L numbers, and behind them, ``width`` more, so that the
 successor of key i in column-major order is at i + width and its predecessor at i - width, whether they are in the next
@@ -103,7 +103,7 @@ def _next_pair(pointer, stride, at, inside, ends, VECTOR: tl.constexpr):
 
 @triton.jit
 def _line(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
-    """Sum over the moves along a line of the grid; ``x`` is the query's column, ``column`` that of a group's first key."""
+    """Sum over the moves along a line of the grid; ``x`` is the query's column, ``column`` that of a first key."""
     total = _load(pointer, at, inside, VECTOR)
     total += _previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
     return total + _next_pair(

@@ -59,6 +59,7 @@ def forward(
         _forward[(x.shape[0] * blocks,)](
             x.contiguous(), x_adv.contiguous(), drift.contiguous(), tau.contiguous(), eps.contiguous(),
             seed.contiguous(), sample_ids.contiguous(), out, size, blocks, float(lo), float(hi),
-            STREAM=REPLAY_NOISE, GROUPS=block // 4, PAIRS=x.element_size() == 2, num_warps=warps, enable_fp_fusion=False,
+            STREAM=REPLAY_NOISE, GROUPS=block // 4, PAIRS=x.element_size() == 2, num_warps=warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -126,8 +126,8 @@ def _forward(
     for draw in range(samples):
         packed = (sample * 0 + draw) * batch + image
         owner = _owner(
-            owners_ptr + packed * blocks, block, pixel, inside=inside, planes=planes, plane=plane, width=width, side=side,
-            columns=columns, UNIT=UNIT, PAIRS=PAIRS, GROUPS=GROUPS,
+            owners_ptr + packed * blocks, block, pixel, inside=inside, planes=planes, plane=plane, width=width,
+            side=side, columns=columns, UNIT=UNIT, PAIRS=PAIRS, GROUPS=GROUPS,
         )  # fmt: skip
         if is_image:
             u = x
@@ -162,14 +162,12 @@ def _backward(
     for draw in range(samples):
         packed = (sample * 0 + draw) * batch + image
         owner = _owner(
-            owners_ptr + packed * blocks, block, pixel, inside=inside, planes=channels, plane=plane, width=width, side=side,
-            columns=columns, UNIT=UNIT, PAIRS=PAIRS, GROUPS=GROUPS,
+            owners_ptr + packed * blocks, block, pixel, inside=inside, planes=channels, plane=plane, width=width,
+            side=side, columns=columns, UNIT=UNIT, PAIRS=PAIRS, GROUPS=GROUPS,
         )  # fmt: skip
         u = x
         if NOISE:
-            u += sigma * noise(
-                seed, group, sample * 0 + draw, sample=sample, stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS
-            )
+            u += sigma * noise(seed, group, sample * 0 + draw, sample=sample, stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS)
         through = tl.zeros_like(x)
         for own in range(num_passes):
             first = (packed * num_passes + own) * (channels + 2) * plane + begin
@@ -209,11 +207,12 @@ def _launch(
     block, own = tile(plane, pointers[0], pointers[-1])
     tiles = triton.cdiv(plane + 3, block)  # a plane may begin inside a group
     side, pairs = width // columns, min(x.element_size() for x in (pointers[0], pointers[-1])) == 2 and not last
+    unit = 8 if pairs and side % 8 == 0 else 4 if side % 4 == 0 else 1
     kernel[grid(batch, tiles * planes)](
         *pointers, float(sigma), batch, channels, plane, width, side, columns, rows * columns,
         samples, max(num_passes, 1), 0 if num_passes else 1,
-        NOISE=sigma != 0, CHANNELS_LAST=last, ALIGNED=plane % 4 == 0, UNIT=(8 if pairs and side % 8 == 0 else 4 if side % 4 == 0 else 1), PAIRS=pairs,
-        STREAM=TRANSFORM_NOISE, GROUPS=block // 4, num_warps=own, enable_fp_fusion=False,
+        NOISE=sigma != 0, CHANNELS_LAST=last, ALIGNED=plane % 4 == 0, UNIT=unit, PAIRS=pairs, STREAM=TRANSFORM_NOISE,
+        GROUPS=block // 4, num_warps=own, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the machine code of every Triton kernel must and must not hold; benchmarks/ahead.py compiles it, without a GPU."""
+"""What the machine code of every Triton kernel must and must not hold; benchmarks/ahead.py compiles it without a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -34,7 +33,9 @@ from benchmarks.ahead import (  # noqa: E402
     run,
     usage,
 )
-from benchmarks.instructions import EXECUTED, instructions  # noqa: E402
+from benchmarks.instructions import EXECUTED, RESULT, instructions  # noqa: E402
+from benchmarks.report import read_csv  # noqa: E402
+from benchmarks.running import RESULTS  # noqa: E402
 
 #: The cases that launch the same for every dtype.
 FLOAT32 = ("philox-*",)
@@ -228,8 +229,12 @@ def test_instructions(case, dtype):
     assert (got := instructions(case, dtype)) <= BUDGETS[case, dtype], got
 
 
-def test_every_line_of_the_table_has_a_budget():
-    assert {(row.case, row.dtype) for row in EXECUTED} <= set(BUDGETS)
+@pytest.mark.parametrize("row", EXECUTED, ids=lambda row: f"{row.case}-{row.dtype}")
+def test_the_table_says_what_is_counted(row):
+    """docs/performance.md is made of the committed counts; another version of Triton may differ by a few percent."""
+    assert (row.case, row.dtype) in BUDGETS
+    (line,) = (a for a in read_csv(RESULTS / RESULT) if (a["case"], a["dtype"]) == (row.case, row.dtype))
+    assert int(line["instructions"]) == pytest.approx(instructions(row.case, row.dtype), rel=0.08)
 
 
 #: The kernels of which one program fills a multiprocessor of sm_90: they keep a whole sample in registers.
@@ -247,7 +252,10 @@ TWO_BYTES = (
 def test_machine_code(case, dtype):
     """No division of 64 bits, which is a call; no access of two bytes; two programs on a multiprocessor."""
     for name, one in code(case, dtype).items():
-        assert not (calls := [i for i in one.instructions if re.search(r"\bCALL\b.*(div|rem)_[su]64", i)]), (name, calls)
+        assert not (calls := [i for i in one.instructions if re.search(r"\bCALL\b.*(div|rem)_[su]64", i)]), (
+            name,
+            calls,
+        )
         narrow = {i.split(".")[0].split()[-1] for i in one.instructions if re.search(r"\b(LDG|STG)\.E\.[US]16", i)}
         allowed = {of for pattern, of, _why in TWO_BYTES if fnmatch(case, pattern)}
         assert narrow <= allowed, (name, narrow)
