@@ -26,6 +26,9 @@ from ._common import grid, on, program
 TOGETHER = 4
 #: Queries whose part of the norms' gradient one program adds; fixed, so that the result is independent of the batch.
 QUERIES = 8
+#: Registers a thread of `_gather` may take, so that two programs fit on a multiprocessor. Without this limit the
+#: compiler of triton 3.6 takes 146.
+REGISTERS = 128
 
 
 def warps(groups: int) -> int:
@@ -413,8 +416,9 @@ def backward(
     inverse = inverse.contiguous()
     with on(grad):
         _gather[programs](
-            grad.contiguous(), weights.contiguous(), first, *sizes, float(scale), TOGETHER=together, **row
-        )
+            grad.contiguous(), weights.contiguous(), first, *sizes, float(scale), TOGETHER=together,
+            maxnreg=REGISTERS, **row,
+        )  # fmt: skip
         _scaled[grid(batch, blocks)](
             first, correlation.contiguous(), inverse, parts, second, *sizes, blocks, QUERIES=QUERIES, **row
         )
