@@ -7,6 +7,7 @@ every size and pointer a multiple of 16, as large tensors have them. tests/aot h
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -182,10 +183,14 @@ class Code:
     registers: int
     threads: int
 
-    def executed(self, trips: int = 1) -> int:
-        """Instructions of a thread, if every loop is run ``trips`` times and no branch is taken past anything."""
-        inside = {at for first, end in self.loops for at in range(first, end)}
-        return len(self.instructions) + (trips - 1) * len(inside)
+    def executed(self, *trips: int) -> int:
+        """Instructions of a thread, if no branch is taken past anything.
+
+        Args:
+            trips: of the loops, of the outermost first, then of those inside of them; 1 where there are more.
+        """
+        depth = [sum(first <= at < end for first, end in self.loops) for at in range(len(self.instructions))]
+        return sum(math.prod(trips[:nested]) for nested in depth)
 
     def programs(self) -> int:
         """Programs that fit on a multiprocessor of sm_90 beside each other, by registers and threads."""

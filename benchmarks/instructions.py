@@ -59,7 +59,7 @@ EXECUTED = (
     Row("contextual_attention-backward", "bf16", 4, 80, "four U, A and G read, one written", trips=4, divided=4),
 )
 #: The trips of a kernel's loops where they are not those of the row.
-TRIPS = {"contextual_attention._scaled": 8}
+TRIPS = {"contextual_attention._scaled": (8,), "contextual_attention._gather": (4, 2)}
 #: Kernels that work on the blocks of a mask, which are few, not on the elements of a row.
 APART = ("random_transform._owners",)
 
@@ -73,8 +73,8 @@ def instructions(case: str, dtype: str) -> int:
     for name, code in ahead.code(case, dtype).items():
         if name in APART:
             continue
-        trips = TRIPS.get(name, row.trips)
-        total += code.executed(trips) / (trips if row.divided > 1 else 1)
+        trips = TRIPS.get(name, (row.trips,))
+        total += code.executed(*trips) / (trips[0] if row.divided > 1 else 1)
     return round(total)
 
 

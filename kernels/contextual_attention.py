@@ -26,9 +26,6 @@ from ._common import grid, on, program
 TOGETHER = 4
 #: Queries whose part of the norms' gradient one program adds; fixed, so that the result is independent of the batch.
 QUERIES = 8
-#: Registers a thread of `_gather` may take, so that two programs fit on a multiprocessor. Without this limit the
-#: compiler of triton 3.6 takes 146.
-REGISTERS = 128
 
 
 def warps(groups: int) -> int:
@@ -319,15 +316,17 @@ def _gather(
         n = first + query
         x = n - y * width
         total = tl.zeros((GROUPS, VECTOR), tl.float32)
-        for phase in tl.static_range(4):
-            pointer = grad_ptr + (sample * 4 * size + n) * size + phase * map_size
-            total += _half_line(
-                pointer, size, at, inside=inside, x=x, column=column, width=width, RIGHT=phase % 2 == 0, VECTOR=VECTOR
-            )
-            pointer, there = (pointer + far, below) if phase < 2 else (pointer - far, above)
-            total += _half_line(
-                pointer, size, at, inside=there, x=x, column=column, width=width, RIGHT=phase % 2 == 0, VECTOR=VECTOR
-            )
+        for down in range(2):  # a loop, since the numbers of all four maps at once take too many registers
+            there = tl.where(down == 0, below, above)
+            for right in tl.static_range(2):
+                pointer = grad_ptr + (sample * 4 * size + n) * size + (2 * down + right) * map_size
+                total += _half_line(
+                    pointer, size, at, inside=inside, x=x, column=column, width=width, RIGHT=right == 0, VECTOR=VECTOR
+                )
+                total += _half_line(
+                    pointer + (1 - 2 * down) * far, size, at, inside=there, x=x, column=column, width=width,
+                    RIGHT=right == 0, VECTOR=VECTOR,
+                )  # fmt: skip
         weights = _load(weights_ptr + (sample * size + n) * size, at, inside, VECTOR)
         total *= 0.25
         slope = tl.cast(scale, tl.float32) * weights * (total - tl.sum(tl.sum(weights * total, 1), 0))
@@ -416,9 +415,8 @@ def backward(
     inverse = inverse.contiguous()
     with on(grad):
         _gather[programs](
-            grad.contiguous(), weights.contiguous(), first, *sizes, float(scale), TOGETHER=together,
-            maxnreg=REGISTERS, **row,
-        )  # fmt: skip
+            grad.contiguous(), weights.contiguous(), first, *sizes, float(scale), TOGETHER=together, **row
+        )
         _scaled[grid(batch, blocks)](
             first, correlation.contiguous(), inverse, parts, second, *sizes, blocks, QUERIES=QUERIES, **row
         )
