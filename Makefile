@@ -94,7 +94,7 @@ wheel: $(STAMPS)/base  ## a wheel with the CPU kernels in dist/, for every Pytho
 	@ls dist/*.whl
 
 clean:  ## remove what was built; .venv stays
-	rm -rf build dist docs/_build docs/api docs/measured purify_fast/_C*.so purify_fast/_build.json $(STAMPS)/package *.egg-info
+	rm -rf build dist docs/_build docs/api docs/generated purify_fast/_C*.so purify_fast/_build.json $(STAMPS)/package *.egg-info
 
 $(BIN)/python:
 	@echo "== $(VENV): a virtual environment of $$($(PYTHON) --version)"

@@ -6,6 +6,8 @@ python -m benchmarks study NAME [--data DIR] [--full] [--quick]
 
 python -m benchmarks gpu_check [--dry] [--out DIR] [--only SECTION...] [--redo]
 
+python -m benchmarks soak [--minutes N] [--only COMMAND...] [--seed N] [--out FILE]
+
 python -m benchmarks report [DIR...] [--check]
 """
 
@@ -20,7 +22,7 @@ import torch
 from purify_fast._lock import FolderInUse
 from purify_fast.speed import retain_freed_memory
 
-from . import front_page, gpu_check, pages, performance, pipelines, report
+from . import front_page, gpu_check, pages, performance, pipelines, report, soak
 from .ops import registry
 from .running import RESULTS, folder, run_ops, run_pipelines
 from .studies import command
@@ -51,10 +53,20 @@ def main(arguments: list[str] | None = None) -> None:
     check.add_argument("--redo", action="store_true", help="also what is done already")
     check.add_argument("--seconds", type=float, help="the limit of each section in place of its own")
     check.add_argument("--total", type=float, default=520.0, help="seconds for all of them; 520 by default")
+    long = commands.add_parser("soak", help="every command under faults: kills, full disks, changed bits and others")
+    long.add_argument("--minutes", type=float, default=30.0, help="how long; 30 by default")
+    long.add_argument("--only", nargs="+", default=[], metavar="COMMAND", help="such as 'train carso'; all by default")
+    long.add_argument("--seed", type=int, default=0, help="of the faults' kinds and moments")
+    long.add_argument("--out", type=Path, help="the report; benchmarks/results/soak.md by default")
+    long.add_argument("--folder", type=Path, help="where its files are kept meanwhile; the system's own by default")
     redo = commands.add_parser("report", help="the tables and pictures again, from the CSV files")
     redo.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
     redo.add_argument("--check", action="store_true", help="write nothing: do README and docs agree with the results?")
     chosen = parser.parse_args(arguments)
+    if chosen.command == "soak":
+        if not chosen.minutes > 0:
+            parser.error(f"--minutes must be above 0, got {chosen.minutes:g}")
+        sys.exit(not soak.main(chosen.minutes, chosen.out, chosen.seed, chosen.only, chosen.folder))
     if chosen.command == "study":
         try:
             command.check(chosen)

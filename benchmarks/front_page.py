@@ -9,8 +9,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from purify_fast._files import atomic
 from purify_fast.evaluation.tables import markdown_table
+
+from . import style
 
 #: The row of a report that takes the worst over its attacks, image by image.
 WORST = "worst"
@@ -37,7 +38,8 @@ CASES = [
     ("AToP training step", "atop_finetune", "fine-tuning step"),
     ("ARREST training step", "arrest_step", "all attacked"),
 ]
-_INK, _OURS, _ALARM, _PLAIN = "#1b1f24", "#1f6f4a", "#c62828", "#6e7781"
+#: Darker than the style's gray: it is the color of words too.
+_PLAIN = "#6e7781"
 
 
 def _rows(results: Path, study: str) -> list[dict[str, Any]]:
@@ -133,19 +135,15 @@ def picture(results: Path, path: Path) -> bool:
         results: the folder of committed results.
         path: the PNG file that is written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = style.new_figure(figsize=(9, 3.3))
+    if figure is None:
         return False
     bars = [
         ("The classifier alone, trained adversarially", "classifier", _PLAIN),
-        ("The published defence, as its authors attack it", "CARSO published, through PeeL", _ALARM),
-        ("The same defence, attacked with exact gradients", "CARSO published", _ALARM),
-        ("The defence trained by purify_fast through the pipeline", "CARSO pipeline", _OURS),
+        ("The published defence, as its authors attack it", "CARSO published, through PeeL", style.ALARM),
+        ("The same defence, attacked with exact gradients", "CARSO published", style.ALARM),
+        ("The defence trained by purify_fast through the pipeline", "CARSO pipeline", style.OURS),
     ]
-    figure = Figure(figsize=(9, 3.3), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.add_subplot()
     for line, (title, model, color) in enumerate(bars):
         row = _row(results, "carso_mnist", model, WORST)
@@ -160,7 +158,7 @@ def picture(results: Path, path: Path) -> bool:
             hatch="////" if masked else None,
             linewidth=1.4,
         )
-        axis.text(0, line - 0.3, title, fontsize=10.5, color=_INK, va="bottom", weight="bold")
+        axis.text(0, line - 0.3, title, fontsize=10.5, color=style.INK, va="bottom", weight="bold")
         said = f"{value:.1f} %"
         if masked:
             said += "   ALARM: the attack had no gradients"
@@ -180,6 +178,5 @@ def picture(results: Path, path: Path) -> bool:
     axis.set_xlabel("images still classified correctly under attack, %  (MNIST, 1,000 images, L-inf 0.3)", fontsize=9.5)
     axis.spines[["top", "right", "left"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=130, metadata={"Software": None}, format="png")
+    style.save(figure, path)
     return True

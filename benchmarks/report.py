@@ -8,10 +8,11 @@ import json
 import statistics
 from pathlib import Path
 
-from purify_fast._files import atomic, write_text
+from purify_fast._files import write_text
 from purify_fast.ops import REGISTRY
 from purify_fast.ops._races import SHIPPED
 
+from . import style
 from .measure import AUTOTUNED, CONTESTANTS, LEAST, STYLES
 
 ROWS, VERDICTS, TABLE, PLOT = "ops.csv", "verdicts.csv", "ops.md", "ops.png"
@@ -178,47 +179,47 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _pyplot():
-    """matplotlib's, drawing to files; None without it."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return None
-    return pyplot
-
-
 def plot(rows: list[dict], path: Path) -> bool:
     """Ratios of all rows, by op; False without matplotlib."""
-    pyplot = _pyplot()
-    if pyplot is None:
-        return False
     names = list(dict.fromkeys(row["op"] for row in rows))
-    figure, axis = pyplot.subplots(figsize=(8, 0.7 * len(names) + 1.5))
-    for style, colour, shift in (("eager", "tab:blue", -0.12), ("graph", "tab:orange", 0.12)):
-        points = [(float(r["ratio"]), names.index(r["op"]) + shift) for r in rows if r["style"] == style and r["ratio"]]
-        axis.scatter(
+    figure = style.new_figure(figsize=(8.5, 0.55 * len(names) + 1.6))
+    if figure is None:
+        return False
+    axes = figure.add_subplot()
+    least = min(float(row["ratio"]) for row in rows if row["ratio"])
+    axes.axvspan(least / 1.3, LEAST, color=style.ALARM, alpha=0.06, linewidth=0)
+    for kind, colour, mark, shift, said in (
+        ("eager", style.OURS, "o", -0.16, "called eagerly"),
+        ("graph", style.RIVAL, "s", 0.16, "inside a compiled graph"),
+    ):
+        points = [(float(r["ratio"]), names.index(r["op"]) + shift) for r in rows if r["style"] == kind and r["ratio"]]
+        axes.scatter(
             [x for x, _ in points],
             [y for _, y in points],
-            s=14,
+            s=16,
             color=colour,
-            alpha=0.7,
-            label=f"called in a {style} context",
+            marker=mark,
+            alpha=0.65,
+            label=said,
+            lw=0,
         )
-    axis.axvline(LEAST, color="black", linewidth=1)
-    axis.set(xscale="log", xlabel="time of the best other / time of ours", yticks=range(len(names)), yticklabels=names)
-    axis.set_title("; ".join(dict.fromkeys(f"{r['device']}, {r['threads']} threads" for r in rows)), fontsize=9)
-    axis.legend(fontsize=8)
-    _save(pyplot, figure, path)
+    axes.axvline(LEAST, color=style.INK, linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlim(least / 1.3)
+    ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if least / 1.3 < tick]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_yticks(range(len(names)), names)
+    style.plain_axes(axes)
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        "times as fast as the better of the reference and torch.compile; left of the line our kernel loses",
+        fontsize=8.5,
+    )
+    style.title(axes, "; ".join(dict.fromkeys(f"{r['device']}, {r['threads']} threads" for r in rows)))
+    figure.legend(fontsize=8.5, loc="outside lower center", ncols=2, frameon=False)
+    style.save(figure, path)
     return True
-
-
-def _save(pyplot, figure, path: Path) -> None:
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120, bbox_inches="tight", metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def report(folder: Path) -> None:
@@ -273,22 +274,41 @@ def parts(row: dict) -> list[tuple[str, float]]:
 
 
 def plot_pipelines(rows: list[dict], path: Path) -> bool:
-    """Speed relative to the first contestant, by case; False without matplotlib."""
-    pyplot = _pyplot()
-    if pyplot is None:
+    """Speed relative to the first contestant, by case; the best torch.compile is marked. False without matplotlib."""
+    cases = {case: [row for row in group if row["ms"]] for case, group in _cases(rows).items()}
+    heights = [len(group) + 1.2 for group in cases.values()]
+    figure = style.new_figure(figsize=(8.5, 0.25 * sum(heights) + 0.8))
+    if figure is None:
         return False
-    cases = _cases(rows)
-    figure, axes = pyplot.subplots(len(cases), squeeze=False, figsize=(8, 1.6 * len(cases) + 0.5), sharex=True)
-    for axis, ((pipeline, case), group) in zip(axes[:, 0], cases.items(), strict=True):
-        group = [row for row in reversed(group) if row["ms"]]
-        bars = axis.barh([r["contestant"] for r in group], [float(r["speed_up"]) for r in group], color="tab:blue")
-        axis.bar_label(bars, [f"{r['speed_up']} ({r['ms']} ms)" for r in group], padding=3, fontsize=8)
-        axis.set_title(f"{pipeline}: {case} ({group[0]['device']})", fontsize=9, loc="left")
-        axis.margins(x=0.2)
-    axes[-1, 0].set_xlabel("times as fast as the first", fontsize=8)
-    figure.tight_layout()
-    _save(pyplot, figure, path)
+    most = max(float(row["speed_up"]) for group in cases.values() for row in group)
+    panels = figure.subplots(len(cases), squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})
+    for axes, ((pipeline, case), group) in zip(panels[:, 0], cases.items(), strict=True):
+        times = [float(row["speed_up"]) for row in group]
+        names = [row["contestant"].replace("ours", "purify_fast") for row in group]
+        axes.barh(range(len(group)), times, height=0.72, color=[_colour(row["contestant"]) for row in group])
+        for at, (row, factor) in enumerate(zip(group, times, strict=True)):
+            text = f"{factor:.2f}   {float(row['ms']):,.0f} ms"
+            card = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+            axes.text(factor + 0.012 * most, at, text, va="center", fontsize=8, color=style.INK, bbox=card, zorder=4)
+        rivals = [factor for row, factor in zip(group, times, strict=True) if "torch.compile" in row["contestant"]]
+        if rivals:
+            axes.axvline(max(rivals), color=style.RIVAL, linewidth=1.1, linestyle=(0, (4, 3)))
+        axes.set_yticks(range(len(group)), names)
+        axes.set_ylim(len(group) - 0.4, -0.6)
+        axes.set_xlim(0, 1.25 * most)
+        style.plain_axes(axes)
+        style.title(axes, f"{pipeline}: {case} ({group[0]['device']})")
+    panels[-1, 0].set_xlabel(
+        "times as fast as the plain form; dashed: the best torch.compile, the one to beat", fontsize=8.5
+    )
+    style.save(figure, path)
     return True
+
+
+def _colour(contestant: str) -> str:
+    if contestant.startswith("ours"):
+        return style.OURS
+    return style.RIVAL if "torch.compile" in contestant else style.PLAIN
 
 
 def report_pipelines(folder: Path) -> None:

@@ -17,6 +17,8 @@ import purify_fast
 
 #: Modules without ``__all__`` that people are told to use: everything that they define is public.
 MODULES = ("purify_fast.protocols", "purify_fast.speed.precision")
+#: Files at the root of the repository that are pages of the site too.
+PROJECT = ("CONTRIBUTING", "CHANGELOG", "UPGRADING")
 
 
 def packages() -> dict[str, ModuleType]:
@@ -147,16 +149,22 @@ def write(folder: Path) -> None:
     put(folder, texts)
 
 
-def write_results(folder: Path) -> None:
-    """The tables of all measured rows, which the pages link to, as pages of their own.
+def write_project(folder: Path) -> None:
+    """Pages of files that have their place elsewhere: the tables of all measured rows, and the project's own files.
 
     Args:
-        folder: ``docs/measured``; it holds nothing else.
+        folder: ``docs/generated``; it holds nothing else.
     """
-    results = folder.parents[1] / "benchmarks" / "results" / "cpu"
+    root = folder.parents[1]
     texts = {}
     for name in ("ops", "pipelines"):
-        texts[name] = "---\norphan: true\n---\n\n" + (results / f"{name}.md").read_text()
+        rows = (root / "benchmarks" / "results" / "cpu" / f"{name}.md").read_text()
+        texts[name] = f"---\norphan: true\n---\n\n{rows}"
+    for name in PROJECT:
+        text = (root / f"{name}.md").read_text()
+        for other in PROJECT:
+            text = text.replace(f"]({other}.md)", f"]({other.lower()}.md)")
+        texts[name.lower()] = text.replace("](docs/", "](../")
     put(folder, texts)
 
 

@@ -48,21 +48,22 @@ html_copy_source = False
 
 
 def write_generated_pages(app):
-    """The reference of the API, and the tables of every measured row."""
+    """The reference of the API, the tables of every measured row, and the project's own files."""
     api_pages.write(HERE / "api")
-    api_pages.write_results(HERE / "measured")
+    api_pages.write_project(HERE / "generated")
 
 
-def link_to_measured(app, name, source):
-    """Links to results files, which lead somewhere in the repository, lead to pages of the site."""
-    source[0] = source[0].replace("](../benchmarks/results/cpu/ops.md)", "](measured/ops.md)")
-    source[0] = source[0].replace("](../benchmarks/results/cpu/pipelines.md)", "](measured/pipelines.md)")
+def link_to_generated(app, name, source):
+    """Links to files of the repository lead to the pages of the site that hold the same."""
+    for file in ("benchmarks/results/cpu/ops", "benchmarks/results/cpu/pipelines", *api_pages.PROJECT):
+        page = file.rpartition("/")[2].lower()
+        source[0] = source[0].replace(f"](../{file}.md)", f"](generated/{page}.md)")
 
 
 def setup(app):
     """Called by Sphinx."""
     app.connect("builder-inited", write_generated_pages)
-    app.connect("source-read", link_to_measured)
+    app.connect("source-read", link_to_generated)
     # before napoleon, which comes at 500, and after it
     app.connect("autodoc-process-docstring", docstrings.keep_returns_whole, priority=400)
     app.connect("autodoc-process-docstring", docstrings.to_rst)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from purify_fast._files import atomic, write_text
+from purify_fast._files import write_text
 from purify_fast.evaluation.tables import markdown_table
 
+from .. import style
 from . import over_seeds
 
 
@@ -84,33 +85,32 @@ def markdown(results: Sequence[dict], notes: Sequence[str], layout: Layout) -> s
 
 def picture(results: Sequence[dict], path: Path, layout: Layout) -> bool:
     """Clean against robust accuracy, a point per model and seed; False without matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return False
     rows = {name: seeds for name, seeds in _by_row(results).items() if not name.endswith("L2")}
-    figure, axis = pyplot.subplots(figsize=(9, 0.32 * len(rows) + 1.2))
-    colours = ["tab:green", "tab:orange", "tab:red"]
+    figure = style.new_figure(figsize=(9, 0.3 * len(rows) + 1.3))
+    if figure is None:
+        return False
+    axes = figure.add_subplot()
+    marks = list(style.MARKS.values())
     for line, seeds in enumerate(rows.values()):
-        for key, colour in zip(layout.main, colours, strict=False):
+        for key, (colour, mark) in zip(layout.main, marks, strict=False):
             values = [100 * result[key] for result in seeds.values()]
-            axis.scatter(
-                values, [line] * len(values), s=16, color=colour, label=layout.main[key] if line == 0 else None
-            )
+            said = layout.main[key] if line == 0 else None
+            at = [line] * len(values)
+            axes.scatter(values, at, s=22, color=colour, marker=mark, lw=0, alpha=0.85, label=said, zorder=3)
     base = rows.get("base", {})
     if base:
         key = list(layout.compared)[-1]
-        colour = colours[list(layout.main).index(key)]
-        axis.axvline(100 * statistics.fmean(r[key] for r in base.values()), color=colour, linewidth=0.8)
-    axis.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="accuracy, %", xlim=(0, 100))
-    axis.invert_yaxis()
-    axis.legend(fontsize=8, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1))
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120, bbox_inches="tight", metadata={"Software": None}, format="png")
-    pyplot.close(figure)
+        colour = marks[list(layout.main).index(key)][0]
+        mean = 100 * statistics.fmean(r[key] for r in base.values())
+        axes.axvline(mean, color=colour, linewidth=1.1, linestyle=(0, (4, 3)), label=f"{layout.main[key]}, of the base")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_xlim(-1, 101)
+    axes.set_xlabel("accuracy, %", fontsize=8.5)
+    style.plain_axes(axes)
+    axes.grid(axis="y", color=style.GRID, linewidth=0.4)
+    axes.invert_yaxis()
+    figure.legend(fontsize=8.5, loc="outside upper center", ncols=4, frameon=False)
+    style.save(figure, path)
     return True
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``purify-fast demo | train ... | ablate | evaluate | report | zoo | info``.
+"""The command line: ``purify-fast demo | train ... | ablate | evaluate | report | zoo | tune | info``.
 
 PyTorch takes 1.8 seconds to import. What reads the options does without it, so that help and refusals come at once:
 each command imports what computes when it runs.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from typing import Annotated
 import tyro
 
 from .._lock import folder_lock
+from .._version import __version__
 from .ablate import Ablate
 from .command import Command
 from .demo import Demo
@@ -29,6 +31,7 @@ from .train_arrest import TrainArrest
 from .train_atop import TrainAtop, TrainGenerator
 from .train_carso import TrainCarso
 from .train_classifier import TrainClassifier
+from .tune import Tune
 from .zoo import Zoo
 
 __all__ = ["main"]
@@ -65,6 +68,7 @@ Commands = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[ShowReport, tyro.conf.subcommand("report")]
     | Annotated[Zoo, tyro.conf.subcommand("zoo")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -81,6 +85,7 @@ _KINDS: dict[str, type[Command]] = {
         Evaluate,
         ShowReport,
         Zoo,
+        Tune,
         Info,
     )
 }
@@ -145,6 +150,22 @@ def _rank() -> int:
     return processes()[0]
 
 
+def _is_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch says that memory is used up: on a GPU by a class of its own, on a CPU by its text alone."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _bug() -> int:
+    """Print the traceback of an error that nobody foresaw, and how to report it; the exit status."""
+    traceback.print_exc()
+    print(
+        f"purify-fast: this is an error in purify_fast {__version__}, and not of your making. Please report it with "
+        "the lines above, the command line and what `purify-fast info` prints.",
+        file=sys.stderr,
+    )
+    return 1
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point.
 
@@ -152,7 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the words behind the program's name; None takes the process's own.
 
     Returns:
-        The exit status: 0; 2, with one line on stderr, for input that cannot be used; 130 after Ctrl-C.
+        The exit status: 0; 2, with one line on stderr, for input that cannot be used; 130 after Ctrl-C; 1, with a
+        traceback, for an error of this package.
     """
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -165,6 +187,14 @@ def main(arguments: list[str] | None = None) -> int:
         rank = _rank()
         print(f"purify-fast{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _is_memory(error):
+            return _bug()
+        print(f"purify-fast: not enough memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}; "
+              "give a smaller --batch-size, or --max-forward-batch where there is one", file=sys.stderr)  # fmt: skip
+        return 2
+    except Exception:
+        return _bug()
     except KeyboardInterrupt:
         print("purify-fast: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

@@ -6,7 +6,7 @@ import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .command import Command
 from .device import usable_device
@@ -38,6 +38,10 @@ class DataCommand(Command):
     """Read an image folder batch by batch from its decoded copy even if it fits into memory, as for a smaller GPU."""
     cache: Path | None = None
     """Where an image folder's decoded images are kept; default: .purify_fast in that folder."""
+    on_bad_image: Literal["refuse", "skip"] = "refuse"
+    """What happens to an image folder's images that cannot be decoded: refuse names them, skip leaves them out."""
+    follow_links: bool = False
+    """Let an image folder's symbolic links lead out of it."""
     device: str = "auto"
     """Where to compute: cpu, cuda, or another of PyTorch's devices; auto takes a GPU if there is one."""
 
@@ -55,6 +59,8 @@ class DataCommand(Command):
             image_size=self.image_size,
             stream=self.stream,
             cache=self.cache,
+            on_bad_image=self.on_bad_image,
+            follow_links=self.follow_links,
         )
         return found.to(device)
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._validation import check_literal
 from .arrays import ARRAYS, check_arrays, chosen_classes, read_npz
 from .streaming import StreamedImages
 
 #: The data sets that have official files, or an ``.npz`` under this name.
 NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagenette", "tiny_imagenet")
 DIGITS_TEST = 500
+#: What happens to an image that cannot be decoded.
+OnBadImage = Literal["refuse", "skip"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,6 +94,8 @@ def load_dataset(
     stream: bool = False,
     cache: str | Path | None = None,
     workers: int | None = None,
+    on_bad_image: OnBadImage = "refuse",
+    follow_links: bool = False,
 ) -> DataSet:
     """Load a data set.
 
@@ -113,6 +119,9 @@ def load_dataset(
         stream: streams them in any case.
         cache: where an image folder's decoded images are kept; default: ``.purify_fast`` in that folder.
         workers: processes that decode, 0 for none but this; default: one per CPU.
+        on_bad_image: "refuse" ends with the names of an image folder's images that cannot be decoded; "skip" leaves
+            them out, and a warning names them.
+        follow_links: whether an image folder's symbolic links may lead out of it.
 
     Returns:
         A `DataSet` on the CPU.
@@ -125,6 +134,7 @@ def load_dataset(
             names the array, and the first offending index and value, or the files that cannot be decoded.
     """
     name = str(name_or_path)
+    check_literal("on_bad_image", on_bad_image, OnBadImage)
     _check_options(name, download, image_size, memory=memory, workers=workers)
     found: Path | dict[str, np.ndarray] | None = None
     if name in NAMES:
@@ -139,7 +149,16 @@ def load_dataset(
         from .folders import read_folder
 
         place = None if cache is None else Path(cache)
-        x, y, classes = read_folder(found, image_size, memory=memory, stream=stream, cache=place, workers=workers)
+        x, y, classes = read_folder(
+            found,
+            image_size,
+            memory=memory,
+            stream=stream,
+            cache=place,
+            workers=workers,
+            on_bad_image=on_bad_image,
+            follow_links=follow_links,
+        )
         title = name if name in NAMES else found.resolve().name
         classes = chosen_classes(classes, num_classes)
         return DataSet(x["train"], y["train"], x["test"], y["test"], name=title, num_classes=classes)

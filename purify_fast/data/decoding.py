@@ -27,6 +27,19 @@ CHUNK = 32
 NAMED = 10
 
 
+class Undecodable(ValueError):
+    """Images that cannot be decoded.
+
+    Args:
+        text: the message.
+        failed: what is wrong with each, by its number among the files.
+    """
+
+    def __init__(self, text: str, failed: dict[int, str] | None = None):
+        super().__init__(text)
+        self.failed = failed or {}
+
+
 def first_size(files: list[Path]) -> tuple[int, int]:
     """(H, W) of the first image that can be decoded; ValueError if none can."""
     for path in files:
@@ -51,20 +64,21 @@ def decode(files: list[Path], size: tuple[int, int], *, resize: bool, out: Path,
         The digest of the written images.
 
     Raises:
-        ValueError: images that cannot be decoded (all are tried, the first `NAMED` are named), or of another size.
+        Undecodable: images that cannot be decoded (all are tried, the first `NAMED` are named).
+        ValueError: an image of another size.
     """
     shape = (len(files), 3, *size)
     content = content_hash(torch.uint8, shape)
-    failed: list[str] = []
+    failed: dict[int, str] = {}
     bar = tqdm(total=len(files), unit="img", desc=title, mininterval=0.1 if sys.stderr.isatty() else 10)
     with bar, out.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         decoded = _decoded(files, size if resize else None, workers)
         with contextlib.closing(decoded):
-            for path, image in zip(files, decoded, strict=True):
+            for number, (path, image) in enumerate(zip(files, decoded, strict=True)):
                 bar.update()
                 if isinstance(image, str):
-                    failed.append(image)
+                    failed[number] = image
                 elif image.shape != shape[1:]:
                     got = " x ".join(map(str, image.shape[1:]))
                     raise ValueError(f"{path} has {got} pixels, others {size[0]} x {size[1]}: give image_size=(H, W)")
@@ -73,13 +87,19 @@ def decode(files: list[Path], size: tuple[int, int], *, resize: bool, out: Path,
                     file.write(pixels)
                     content.update(pixels)
     if failed:
-        more = f"; and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
-        raise ValueError(
-            f"{len(failed)} of {len(files)} images cannot be decoded, replace or remove them: "
-            + "; ".join(failed[:NAMED])
-            + more
-        )
+        text = f"{len(failed)} of {len(files)} images cannot be decoded, replace or remove them, or skip them with "
+        raise Undecodable(f"{text}on_bad_image (--on-bad-image skip): {named(list(failed.values()))}", failed)
     return content.hexdigest()
+
+
+def named(failed: list[str]) -> str:
+    """The first `NAMED` of many sentences, and how many more there are.
+
+    Args:
+        failed: one sentence for each file.
+    """
+    more = f"; and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
+    return "; ".join(failed[:NAMED]) + more
 
 
 def _decoded(files: list[Path], size: tuple[int, int] | None, workers: int) -> Generator[np.ndarray | str, None, None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -17,8 +18,10 @@ from torchvision.datasets.folder import make_dataset
 
 from .._files import atomic, write_text
 from .._fingerprint import text_hash
-from .decoding import NAMED, decode, first_size
+from .decoding import NAMED, Undecodable, decode, first_size, named
 from .streaming import StreamedImages
+
+logger = logging.getLogger("purify_fast")
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 CACHE = ".purify_fast"
@@ -51,6 +54,8 @@ def read_folder(
     stream: bool,
     cache: Path | None,
     workers: int | None,
+    on_bad_image: str = "refuse",
+    follow_links: bool = False,
 ) -> tuple[dict[str, Tensor | StreamedImages], dict[str, Tensor], int]:
     """Images of an image folder, from its cache, which is written first where it is missing or the files changed.
 
@@ -61,6 +66,8 @@ def read_folder(
         stream: whether they are streamed in any case.
         cache: the folder to keep decoded images in; None for one in ``folder``.
         workers: processes that decode, 0 for none but this; None for one per CPU.
+        on_bad_image: whether images that cannot be decoded are refused or left out; those that are left out are named.
+        follow_links: whether symbolic links may lead out of the folder.
 
     Returns:
         Images (RGB ``[N, 3, H, W]``) and labels (int64 ``[N]``) by ``train`` and ``test``, and the number of classes.
@@ -72,20 +79,33 @@ def read_folder(
         OSError: the cache cannot be written, or its disk has too little space.
     """
     splits, classes = _listed(folder)
+    for split in splits.values():
+        _check_links(folder, split.files, follow_links)
     source = _fingerprint(folder, splits, classes)
     size = "native" if image_size is None else f"{image_size[0]}x{image_size[1]}"
     place = (folder / CACHE if cache is None else cache / folder.resolve().name) / size
-    images = _opened(place, source, splits)
-    if images is None:
+    found = _opened(place, source, splits)
+    if found is None:
         with _locked(place):
             # another process may have written it meanwhile
-            images = _opened(place, source, splits)
-            if images is None:
+            found = _opened(place, source, splits)
+            if found is None:
                 workers = _cpus() if workers is None else workers
-                _write(place, source, splits, image_size=image_size, workers=workers, name=folder.name)
-                images = _opened(place, source, splits)
-                assert images is not None
-    labels = {part: split.labels for part, split in splits.items()}
+                decoding = {"image_size": image_size, "workers": workers, "name": folder.name}
+                _write(place, source, splits, skip=on_bad_image == "skip", **decoding)  # type: ignore[arg-type]
+                found = _opened(place, source, splits)
+                assert found is not None
+    images, skipped = found
+    left_out = [text for part in skipped.values() for text in part.values()]
+    if left_out and on_bad_image == "refuse":
+        raise Undecodable(f"{len(left_out)} images of {folder} cannot be decoded: {named(left_out)}")
+    if left_out:
+        logger.warning("%d images of %s are left out: %s", len(left_out), folder, named(left_out))
+    labels = {}
+    for part, split in splits.items():
+        kept = torch.ones(len(split.files), dtype=torch.bool)
+        kept[[int(number) for number in skipped.get(part, {})]] = False
+        labels[part] = split.labels[kept]
     return _held(images, _available() // 2 if memory is None else memory, stream), labels, len(classes)
 
 
@@ -153,6 +173,26 @@ def _listed(folder: Path) -> tuple[dict[str, Split], list[str]]:
     return {"train": _by_class(folder / "train", classes, every=True), "test": test}, classes
 
 
+def _check_links(folder: Path, files: list[Path], follow: bool) -> None:
+    """ValueError for a link that leads in a circle, and unless that is wanted for one that leads out of the folder."""
+    root = folder.resolve()
+    # one look for each folder, since there may be a million files
+    real = {parent: parent.resolve() for parent in {path.parent for path in files}}
+    links = {place for parent in real for place in (parent, *parent.parents) if place != folder and place.is_symlink()}
+    for link in sorted(links):
+        if link.is_relative_to(folder) and link.parent.resolve().is_relative_to(link.resolve()):
+            raise ValueError(f"{link} is a link to a folder that it is in: its images would be read again and again")
+    if follow:
+        return
+    for path in files:
+        target = path.resolve() if path.is_symlink() else real[path.parent]
+        if not target.is_relative_to(root):
+            raise ValueError(
+                f"{path} leads out of {folder}, to {target}, by a symbolic link: remove it, or allow it with "
+                "follow_links (--follow-links)"
+            )
+
+
 def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
     unknown = sorted(set(_classes_in(folder)) - set(classes))
     if unknown:
@@ -204,8 +244,10 @@ def _array(place: Path, part: str, source: str) -> Path:
     return place / f"x_{part}-{source[:16]}.npy"
 
 
-def _opened(place: Path, source: str, splits: dict[str, Split]) -> dict[str, StreamedImages] | None:
-    """The cached images of exactly these files, None if there are none."""
+def _opened(
+    place: Path, source: str, splits: dict[str, Split]
+) -> tuple[dict[str, StreamedImages], dict[str, dict[str, str]]] | None:
+    """The cached images of exactly these files, and what is wrong with those left out; None if there are none."""
     try:
         facts = json.loads((place / "set.json").read_text())
         if facts["source"] != source:
@@ -213,8 +255,9 @@ def _opened(place: Path, source: str, splits: dict[str, Split]) -> dict[str, Str
         images = {part: StreamedImages(_array(place, part, source), facts["digests"][part]) for part in splits}
     except (OSError, ValueError, KeyError):
         return None
-    whole = all(len(images[part]) == len(split.files) for part, split in splits.items())
-    return images if whole else None
+    skipped: dict[str, dict[str, str]] = facts.get("skipped", {})
+    whole = all(len(images[part]) + len(skipped.get(part, {})) == len(split.files) for part, split in splits.items())
+    return (images, skipped) if whole else None
 
 
 @contextlib.contextmanager
@@ -236,7 +279,14 @@ def _locked(place: Path) -> Iterator[None]:
 
 
 def _write(
-    place: Path, source: str, splits: dict[str, Split], *, image_size: tuple[int, int] | None, workers: int, name: str
+    place: Path,
+    source: str,
+    splits: dict[str, Split],
+    *,
+    image_size: tuple[int, int] | None,
+    workers: int,
+    name: str,
+    skip: bool,
 ) -> None:
     (place / "set.json").unlink(missing_ok=True)
     # those of other files, or of a killed process
@@ -247,11 +297,17 @@ def _write(
     free = shutil.disk_usage(place).free
     if needed > free:
         raise OSError(f"{place} has {free} bytes free, the decoded images need {needed}: give another folder as cache")
-    digests = {}
+    digests, skipped = {}, dict[str, dict[int, str]]()
     for part, split in splits.items():
         with atomic(_array(place, part, source)) as temporary:
-            title = f"decode {name} {part}"
-            digests[part] = decode(
-                split.files, size, resize=image_size is not None, out=temporary, workers=workers, title=title
-            )
-    write_text(place / "set.json", json.dumps({"source": source, "digests": digests}))
+            options = {"resize": image_size is not None, "out": temporary, "workers": workers}
+            try:
+                digests[part] = decode(split.files, size, title=f"decode {name} {part}", **options)  # type: ignore[arg-type]
+            except Undecodable as error:
+                good = [path for number, path in enumerate(split.files) if number not in error.failed]
+                if not skip or not good:
+                    raise
+                skipped[part] = error.failed
+                digests[part] = decode(good, size, title=f"decode {name} {part} again", **options)  # type: ignore[arg-type]
+    facts = {"source": source, "digests": digests, "skipped": skipped}
+    write_text(place / "set.json", json.dumps(facts))

@@ -20,7 +20,7 @@ class StreamedImages:
     """Images ``[N, C, H, W]`` uint8 in an ``.npy`` file that is mapped into memory; indexing reads the asked ones only.
 
     Args:
-        path: the file; it must not change while this is used.
+        path: the file; it must not change while this is used, which is looked at whenever images are read.
         digest: hash of the images, which stands for them in `purify_fast._fingerprint.digest`.
         device: where the images go that are read.
 
@@ -46,6 +46,7 @@ class StreamedImages:
             warnings.simplefilter("ignore")
             self._rows = torch.from_numpy(array)
         self.shape = self._rows.shape
+        self._state = self._look()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -64,6 +65,7 @@ class StreamedImages:
             TypeError: anything else as the index.
         """
         if isinstance(index, slice):
+            self._check_unchanged()
             return self._rows[index].clone().to(self.device)
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1:
             raise TypeError(f"streamed images are indexed by a slice or an int64 tensor [B], got {index!r}")
@@ -76,7 +78,22 @@ class StreamedImages:
             ids: int64 ``[B]`` on the CPU.
             out: uint8 ``[B, C, H, W]`` on the CPU to read them into; None for a new tensor.
         """
+        self._check_unchanged()
         return torch.index_select(self._rows, 0, ids, out=out)
+
+    def _look(self) -> tuple[int, int, int] | None:
+        """What changes when the file is written to; None once it has lost its name, after which nobody writes to it."""
+        try:
+            facts = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+    def _check_unchanged(self) -> None:
+        now = self._look()
+        # another file of the name leaves the one that is mapped as it is
+        if now is not None and self._state is not None and now != self._state and now[0] == self._state[0]:
+            raise OSError(f"{self.path} changed while its images were read: run the same command again to decode anew")
 
     def to(self, device: torch.device | str) -> StreamedImages:
         """The same file, read to another device.

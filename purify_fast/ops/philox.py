@@ -93,6 +93,13 @@ def _fake(
     return sample_ids.new_empty((sample_ids.shape[0], draws, numel), dtype=dtype)
 
 
+def _drawn(
+    seed: Tensor, sample_ids: Tensor, numel: int, stream: int, distribution: int, draws: int = 1, *_: int
+) -> tuple[torch.dtype, int]:
+    """What a call is weighed by: the numbers that it draws."""
+    return torch.float32, sample_ids.numel() * draws * numel
+
+
 OP = define_op(
     "philox",
     "(Tensor seed, Tensor sample_ids, SymInt numel, int stream, int distribution, SymInt draws=1, SymInt first_draw=0)"
@@ -101,6 +108,7 @@ OP = define_op(
     fake=_fake,
     triton=Launcher("philox", "philox"),
     replaces_many=True,
+    weigh=_drawn,
 )
 
 
@@ -147,5 +155,5 @@ def philox(
     for name, value, least in (("numel", numel, 0), ("draws", draws, 1), ("first_draw", first_draw, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    call = reference if OP.plain(seed.device) else OP.handle
+    call = reference if OP.plain(seed.device, torch.float32, sample_ids.numel() * draws * numel) else OP.handle
     return call(seed, sample_ids, numel, int(stream), DISTRIBUTIONS.index(distribution), draws, first_draw)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .._tensors import per_image
 from . import _kept
 from ._gradient import first_order, needs_gradient
-from ._op import Launcher, define_op, wide
+from ._op import Launcher, define_op, second_argument, wide
 
 
 def reference(logits: Tensor, target: Tensor) -> Tensor:
@@ -48,6 +48,7 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, logits, target: logits.new_empty(logits.shape),
     triton=Launcher("reconstruction_loss", "backward"),
+    weigh=second_argument,
 )
 
 
@@ -105,7 +106,7 @@ def reconstruction_loss(logits: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"logits and target must be floating point, got {logits.dtype} and {target.dtype}")
     if logits.device != target.device:
         raise ValueError(f"logits are on {logits.device}, target on {target.device}: they must agree")
-    if OP.plain(logits.device):
+    if OP.plain(logits.device, logits.dtype, logits.numel()):
         return reference(logits, target.detach())
     if not needs_gradient(logits):
         return OP.handle(logits, target)

@@ -95,6 +95,16 @@ def _fake(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: int) -> tu
     return student[0].new_empty((batch, layers), dtype=dtype), student[0].new_empty((batch, layers, 2), dtype=dtype)
 
 
+def _weighed(student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
+    """What the forward is weighed by: the student's first layer."""
+    return student[0].dtype, student[0].numel()
+
+
+def _weighed_backward(grad: Tensor, student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
+    """What the backward is weighed by: likewise."""
+    return _weighed(student)
+
+
 OP = define_op(
     "representation_distance",
     "(Tensor[] student, Tensor[] teacher, int kind) -> (Tensor, Tensor)",
@@ -102,6 +112,7 @@ OP = define_op(
     fake=_fake,
     triton=Launcher("representation_distance", "forward"),
     replaces_many=("several",),
+    weigh=_weighed,
 )
 BACKWARD = define_op(
     "representation_distance_backward",
@@ -110,6 +121,7 @@ BACKWARD = define_op(
     fake=lambda grad, student, teacher, slopes: [x.new_empty(x.shape) for x in student],
     triton=Launcher("representation_distance", "backward"),
     replaces_many=("several",),
+    weigh=_weighed_backward,
 )
 
 
@@ -145,7 +157,11 @@ class _RepresentationDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(kind: int, layers: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        call = reference if OP.plain(tensors[0].device, _variant(layers)) else OP.handle
+        call = (
+            reference
+            if OP.plain(tensors[0].device, tensors[0].dtype, tensors[0].numel(), _variant(layers))
+            else OP.handle
+        )
         return call(list(tensors[:layers]), list(tensors[layers:]), kind)
 
     @staticmethod

@@ -125,7 +125,7 @@ def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) 
         raise ValueError(f"sample_ids has {sample_ids.shape[0]} entries for a batch of {mu.shape[0]}")
     if not mu.device == logvar.device == seed.device:
         raise ValueError(f"mu is on {mu.device}, logvar on {logvar.device}, seed on {seed.device}: they must agree")
-    if OP.plain(mu.device):
+    if OP.plain(mu.device, mu.dtype, mu.numel()):
         return reference(mu, logvar, seed, sample_ids)
     if not needs_gradient(mu, logvar):
         return OP.handle(mu, logvar, seed, sample_ids)

@@ -217,7 +217,10 @@ class StepGraphs:
             return None
         for part in _parts(model, PreparesReplay):
             part.prepare_replay()
-        values, objects = dependencies(model)
+        try:
+            values, objects = dependencies(model)
+        except TypeError as error:
+            return self._refuse(base, f"{_name(model)}: {error}")
         key = (base, values)
         if key in self._captured:
             self._captured.move_to_end(key)
@@ -259,15 +262,13 @@ class StepGraphs:
         before = [counter.counted() for counter in counters]
         try:
             with no_trace(device):
+                with self.capture.aside(device):
+                    # the first call compiles, verifies kernels and chooses algorithms, which waits
+                    function(buffers)
+                tried = [counter.counted() for counter in counters]
                 reason = self._trial(function, buffers, device)
-                counts = [counter.counted() - start for counter, start in zip(counters, before, strict=True)]
-                # the second call chooses nothing any more: its time is that of every later one
-                times = [] if reason else [self.capture.timed(lambda: _drop(function(buffers)), device) for _ in "12"]
-                if reason is None and self.mode == "auto" and times[-1][0] < LEAST_SHARE * times[-1][1]:
-                    reason = (
-                        f"the device computes a step for {times[-1][1] * 1e3:.3g} ms, of which launching takes "
-                        f"{times[-1][0] * 1e3:.3g} ms, so that a graph would gain nothing"
-                    )
+                counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
+                reason = reason or self._busy(lambda: _drop(function(buffers)), device)
                 if reason is not None:
                     return self._refuse(base, reason)
                 # the state is written by what is launched, and by no warm-up: it is put in before each loop
@@ -279,6 +280,16 @@ class StepGraphs:
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
         return _Captured(buffers, replay, list(zip(counters, counts, strict=True)), objects)
+
+    def _busy(self, run: Callable[[], None], device: torch.device) -> str | None:
+        """Say so if the device is busy for so long that launching costs nothing, and that matters."""
+        launching, whole = self.capture.timed(run, device)
+        if self.mode == "always" or launching >= LEAST_SHARE * whole:
+            return None
+        return (
+            f"the device computes a step for {whole * 1e3:.3g} ms, of which launching takes {launching * 1e3:.3g} ms, "
+            "so that a graph would gain nothing"
+        )
 
     def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
         """Run the step once, and say what keeps it from being captured, if anything does."""

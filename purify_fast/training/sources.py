@@ -180,6 +180,9 @@ class Loader:
             seen += len(images)
             if k >= first:
                 check_batch(images, labels, ids)
+                if k == first and images.is_floating_point():
+                    # once in an epoch, since it waits for a device that holds them
+                    check_range(images)
                 yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
 
 
@@ -284,6 +287,29 @@ def check_batch(images: Tensor, labels: Tensor, ids: Tensor) -> None:
     for name, part in (("labels", labels), ("indices", ids)):
         if part.dtype != torch.int64 or part.shape != (len(images),):
             raise ValueError(f"x: {name} must be int64 [B] = [{len(images)}], got {part.dtype} {list(part.shape)}")
+
+
+def check_range(images: Tensor) -> None:
+    """Refuse images that are not in [0, 1].
+
+    Args:
+        images: floating point.
+
+    Raises:
+        ValueError: the message says what is probably meant.
+    """
+    if images.numel() == 0:
+        return
+    low, high = (float(value) for value in torch.aminmax(images.detach()))
+    if low >= 0 and high <= 1:
+        return
+    if low != low or high != high:
+        hint = "some are no number"
+    elif low < 0:
+        hint = "leave out the normalization, which models and defences do themselves"
+    else:
+        hint = "divide by 255, or give uint8" if high > 2 else "clamp them"
+    raise ValueError(f"x: images must be in [0, 1], these are in [{low:.4g}, {high:.4g}]: {hint}")
 
 
 def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

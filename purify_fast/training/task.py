@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._tensors import first_tensor
 from ..models.representation import evaluation_mode
 from ..speed.step_graphs import StepGraphs
 from .lookahead import Lookahead
@@ -157,13 +158,28 @@ def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> 
     Raises:
         ValueError: the message says what does not fit.
     """
-    weight = next(model.parameters())
+    weight = first_tensor(model)
     try:
         with evaluation_mode(model):
             logits = model(torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(f"x: the model does not take images of {list(shape)}: {error}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1:
+        got = f"{list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        hint = ": wrap it in a module that returns the object's .logits" if holds_logits(logits) else ""
+        raise ValueError(
+            f"the model must map images [B, C, H, W] to logits [B, classes], it gave {got} for B = 1{hint}"
+        )
     check_labels(classes, logits.shape[1])
+
+
+def holds_logits(output: object) -> bool:
+    """Whether what a model gave is an object that holds logits, as those of some libraries are.
+
+    Args:
+        output: what the model gave.
+    """
+    return isinstance(getattr(output, "logits", None), Tensor)
 
 
 def check_labels(classes: int, known: int) -> None:

@@ -54,6 +54,19 @@ def test_pages_of_names_that_are_gone_are_removed(tmp_path):
     assert before == {page: page.stat().st_mtime_ns for page in tmp_path.glob("*.md")}
 
 
+def test_files_of_the_repository_are_pages_with_links_of_the_site(tmp_path):
+    place = tmp_path / "docs" / "generated"
+    place.parent.mkdir()
+    for name in ("CONTRIBUTING", "CHANGELOG", "UPGRADING"):
+        (tmp_path / f"{name}.md").write_text("[a](docs/extend.md) [b](CHANGELOG.md)\n")
+    (tmp_path / "benchmarks" / "results" / "cpu").mkdir(parents=True)
+    for name in ("ops", "pipelines"):
+        (tmp_path / "benchmarks" / "results" / "cpu" / f"{name}.md").write_text("# Rows\n")
+    api_pages.write_project(place)
+    assert (place / "upgrading.md").read_text() == "[a](../extend.md) [b](changelog.md)\n"
+    assert (place / "ops.md").read_text().endswith("# Rows\n")
+
+
 def test_markup_in_docstrings_is_escaped_outside_of_code():
     lines = ["1 - |cos| of *args, `|x|` and ``*y`` of name_ .", "Returns:", "    The new x: same shape."]
     docstrings.to_rst(None, "function", "f", None, None, lines)

@@ -29,8 +29,7 @@ import benchmarks.__main__ as benchmarks  # noqa: E402
 
 BLOCKS = {
     page.relative_to(ROOT).as_posix(): re.findall(r"^```([\w{}:-]*)\n(.*?)^```", page.read_text(), re.S | re.M)
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
-    if page.is_file()
+    for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
 }
 #: What takes long is made short; the names and the shapes stay.
 SHORTER = {

@@ -211,7 +211,7 @@ def test_no_mode_of_the_caller_reaches_the_verification(make):
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         assert make(lambda x: x + x).served_by(CPU) == "cpp"
     op = make(lambda x: x + x)
-    assert torch.func.vmap(lambda x: x + op.plain(x.device))(torch.ones(3)).tolist() == [1, 1, 1]
+    assert torch.func.vmap(lambda x: x + op.plain(x.device, x.dtype, x.numel()))(torch.ones(3)).tolist() == [1, 1, 1]
 
 
 def test_a_graph_decides_while_it_is_traced(make):
@@ -220,7 +220,7 @@ def test_a_graph_decides_while_it_is_traced(make):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: op(x) + 1, fullgraph=True, backend="aot_eager")
     assert compiled(torch.ones(2)).tolist() == [3, 3] and kernel.calls == 3 + 1
-    assert op.served["graph", CPU, ""] == "cpp"
+    assert op.served["graph", CPU, torch.float32, 0, ""] == "cpp"
 
 
 def test_a_device_that_is_not_here_serves_the_reference_for_now():
@@ -243,8 +243,10 @@ def test_every_kernel_of_this_machine_is_right_and_soon_verified():
 @needs_extension
 def test_a_look_up_takes_less_than_two_microseconds():
     op, calls = REGISTRY["philox"], 20_000
-    op.plain(CPU)
-    assert min(timeit.repeat(lambda: op.plain(CPU), number=calls, repeat=20)) / calls < 2e-6  # 0.4 on an idle machine
+    op.plain(CPU, torch.float32, 1000)
+    assert (
+        min(timeit.repeat(lambda: op.plain(CPU, torch.float32, 1000), number=calls, repeat=20)) / calls < 2e-6
+    )  # 0.4 on an idle machine
 
 
 PROCESS = """
@@ -391,8 +393,8 @@ def test_what_ships_goes_to_the_machine_that_is_most_like_it(monkeypatch):
         ("cuda", "G", "sm_90"): "H",
     }
     for (kind, device, capability), expected in asked.items():
-        assert _races._nearest({"kind": kind, "device": device, "capability": capability})["date"] == expected
-    assert _races._nearest({"kind": "cuda", "device": "G", "capability": "sm_120"}) is None
+        assert _races.nearest({"kind": kind, "device": device, "capability": capability})["date"] == expected
+    assert _races.nearest({"kind": "cuda", "device": "G", "capability": "sm_120"}) is None
 
 
 def test_the_verdicts_of_the_first_process_hold_in_all(make, monkeypatch):

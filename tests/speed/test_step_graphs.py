@@ -175,6 +175,36 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(graphs, rerun, c
     assert re.search(reason, graphs.refusal) and re.search(reason, caplog.text)
 
 
+class Verified(Scale):
+    """Waits at its first call only, as where a kernel is verified."""
+
+    def __init__(self):
+        super().__init__()
+        self.checked: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) not in self.checked:
+            assert float(x.sum()) > 0
+            self.checked.add(len(x))
+        return super().forward(x)
+
+
+def test_what_waits_at_its_first_call_alone_is_captured(graphs, rerun):
+    model = Verified()
+    found = run(graphs, model, WORTH)
+    assert rerun.recorded == 1 and same(found, run(None, Verified(), WORTH))
+
+
+def test_sharded_weights_are_not_captured(graphs, rerun):
+    class Shard(Tensor):
+        pass
+
+    model = Scale()
+    model.part = torch.ones(2).as_subclass(Shard)
+    assert same(run(graphs, model, WORTH), run(None, model, WORTH)) and rerun.recorded == 0
+    assert "a tensor of type Shard does not say where its memory is" in graphs.refusal
+
+
 def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun, caplog):
     model, rerun.error = Scale(), RuntimeError("operation not permitted\nwhen stream is capturing")
     with caplog.at_level(logging.INFO, "purify_fast"):

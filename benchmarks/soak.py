@@ -1,0 +1,555 @@
+"""Every command under faults, again and again: ``python -m benchmarks soak --minutes N``.
+
+Each command is run once undisturbed. Then it is run again and again, and disturbed: killed, asked to end, its disk
+full, its memory limited, its clock set, a bit of its checkpoint changed, a second run started beside it. It is started
+again until it ends, and what it wrote must be what the undisturbed run wrote, to the bit. Beside that one process
+trains and attacks in turn all the time; its memory must not grow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from purify_fast import __version__
+from purify_fast._files import write_text
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "soak.md"
+PURIFY = [sys.executable, "-m", "purify_fast.cli"]
+#: Facts that differ from run to run without being a result.
+NO_RESULTS = ("seconds", "images_per_second", "date")
+FAST = ["--checkpoint-seconds", "0.2", "--device", "cpu"]
+UNLIMITED = resource.RLIM_INFINITY
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is disturbed.
+
+    Args:
+        name: in the report.
+        words: of the command line, but for where it writes.
+        out: the option behind which that stands.
+        trains: whether it writes checkpoints.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    out: str = "--out"
+    trains: bool = True
+
+
+def commands(data: Path, inputs: Path) -> list[Command]:
+    """The commands, small; each may use what the undisturbed runs of those before it left in ``inputs``."""
+    images = ("--data", str(data))
+    base = ("--classifier", str(inputs / "train classifier"))
+    attack = ("--eps", "0.1", "--steps", "2")
+    few = ("--autoattack", "0", "--images", "12", "--steps", "4", "--eot-iter", "2")
+    carso = ("--layers", "conv2", "--cond-dim", "8", "--latent-dim", "4", "--samples", "2", "--decoder-width", "2")
+    rows = ("--standard-epochs", "3", "--scratch-epochs", "2", "--attack-steps", "3", "--images", "16")
+    atop = ("train", "atop", *base, *images, "--init", str(inputs / "train generator"), "--eps", "0.1")
+    ablate = ("ablate", *images, *rows, *attack, "--width", "2", "--epochs", "2", *FAST)
+    return [
+        Command("train classifier", ("train", "classifier", *images, "--width", "4", "--epochs", "16", *attack, *FAST)),
+        Command("train carso", ("train", "carso", *base, *images, *carso, "--epochs", "10", *attack, *FAST)),
+        Command(
+            "train generator",
+            ("train", "generator", *base, *images, "--width", "2", "--epochs", "2", "--batch-size", "32", *FAST),
+        ),
+        Command("train atop", (*atop, "--cls-delay-epochs", "1", "--epochs", "3", "--batch-size", "32", *FAST)),
+        Command("train arrest", ("train", "arrest", *base, *images, "--epochs", "10", *attack, *FAST)),
+        Command("evaluate", ("evaluate", str(inputs / "train carso"), *images, "--device", "cpu", *few), trains=False),
+        Command("ablate", ablate),
+        Command("demo", ("demo", "--quick")),
+    ]
+
+
+def make_data(path: Path) -> None:
+    """Images of 10 classes, 16 x 16, that can be learned in seconds."""
+    import numpy as np
+
+    state = np.random.RandomState(0)
+
+    def split(n: int):
+        y = np.arange(n) % 10
+        x = state.randint(0, 80, (n, 16, 16))
+        for image, label in zip(x, y, strict=True):
+            image[label : label + 6, 3 : 3 + label] += 150
+        return x.astype(np.uint8), y
+
+    (x, y), (x_test, y_test) = split(480), split(60)
+    np.savez(path, x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+
+
+# -- one run and its results -------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+
+
+def start(command: Command, out: Path, prefix: list[str] | None = None, more: tuple[str, ...] = ()) -> subprocess.Popen:
+    words = [*(PURIFY if prefix is None else prefix), *command.words, command.out, str(out), *more]
+    # a file and no pipe, which nobody would empty
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=errors,
+                               start_new_session=True)  # fmt: skip
+    process.errors = errors  # type: ignore[attr-defined]
+    return process
+
+
+def ended(process: subprocess.Popen, timeout: float = 900.0) -> tuple[int, str]:
+    """Its exit status and what it wrote to stderr; processes that it started are gone with it."""
+    try:
+        code = process.wait(timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    file = process.errors  # type: ignore[attr-defined]
+    file.seek(0)
+    text = file.read()
+    file.close()
+    return code, text
+
+
+def plain(value: object) -> object:
+    """A JSON value without the facts that are no results."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if not any(word in k for word in NO_RESULTS)}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def results(command: Command, folder: Path) -> dict[str, object]:
+    """What a run came to, by file: models to the bit, logs, tables and reports without times."""
+    folder = folder.with_name(folder.name + "-quick") if command.name == "demo" else folder
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        # rows are named by what they depend on, and the files that lead to a result are none
+        if path.name.startswith((".", "checkpoint")) or "rows/" in name or not path.is_file():
+            continue
+        if path.name == "model.safetensors":
+            found[name] = path.read_bytes()
+        elif path.name == "log.jsonl":
+            found[name] = [plain(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.name == "report.json":
+            found[name] = plain(json.loads(path.read_text()))
+        elif path.suffix == ".csv":
+            found[name] = path.read_text()
+    return found
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """What happened.
+
+    Attributes:
+        faults: how often each fault was brought about, by command and fault.
+        ended: how the disturbed processes ended, by fault and exit status.
+        rounds: disturbed runs that came to their end, by command.
+        losses: what was wrong, in words.
+        memory: resident bytes of the process that trains all the time, after each round.
+    """
+
+    faults: Counter[tuple[str, str]] = field(default_factory=Counter)
+    ended: Counter[tuple[str, int]] = field(default_factory=Counter)
+    rounds: Counter[str] = field(default_factory=Counter)
+    losses: list[str] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
+
+
+class Soak:
+    """One soak.
+
+    Args:
+        folder: for all files.
+        seed: of the moments and kinds of the faults.
+        only: names of commands; all if empty.
+    """
+
+    def __init__(self, folder: Path, seed: int, only: list[str]):
+        self.folder, self.draw, self.tally = folder, random.Random(seed), Tally()
+        self.inputs = folder / "undisturbed"
+        make_data(folder / "data.npz")
+        every = commands(folder / "data.npz", self.inputs)
+        unknown = set(only) - {command.name for command in every}
+        if unknown:
+            raise ValueError(f"no such command: {', '.join(unknown)}; there are {[c.name for c in every]}")
+        self.commands = [c for c in every if not only or c.name in only]
+        self.needed = [c for c in every if not only or c.name in only or c.name.startswith("train ")]
+        self.seconds: dict[str, float] = {}
+        self.wanted: dict[str, dict[str, object]] = {}
+        self.faults: dict[str, Callable[[Command, Path], None]] = {
+            "SIGKILL": self.killed,
+            "SIGTERM": self.terminated,
+            "full disk, stopped": self.full_stop,
+            "full disk, waited for": self.full_wait,
+            "small tmpfs": self.small_disk,
+            "memory limit": self.little_memory,
+            "clock set": self.clock,
+            "changed bit": self.bit,
+            "second run": self.second,
+        }
+
+    def say(self, text: str) -> None:
+        print(f"[{datetime.datetime.now():%H:%M:%S}] {text}", flush=True)
+
+    def undisturbed(self) -> None:
+        """Run every command once, and remember what it came to and how long it took."""
+        for command in self.needed:
+            began = time.monotonic()
+            out = self.inputs / command.name
+            code, errors = ended(start(command, out))
+            if code:
+                raise RuntimeError(f"{command.name} undisturbed: exit status {code}\n{errors[-3000:]}")
+            self.seconds[command.name] = time.monotonic() - began
+            self.wanted[command.name] = results(command, out)
+            self.say(f"{command.name} undisturbed: {self.seconds[command.name]:.1f} s")
+
+    def round(self, command: Command) -> None:
+        """Disturb a command until it has had some faults, let it end, and compare."""
+        out = self.folder / "disturbed"
+        quick = out.with_name(out.name + "-quick")
+        for folder in (out, quick):
+            shutil.rmtree(folder, ignore_errors=True)
+        kinds = [kind for kind in self.faults if self.applies(kind, command)]
+        # a kill is what happens most
+        chosen = [self.draw.choice([*kinds, "SIGKILL", "SIGKILL"]) for _ in range(self.draw.randint(1, 4))]
+        for kind in chosen:
+            self.faults[kind](command, out)
+        code, errors = ended(start(command, out))
+        if code:
+            self.lost(f"{command.name} after {', '.join(chosen)}: exit status {code}: {errors[-400:]}")
+            return
+        found = results(command, out)
+        wanted = self.wanted[command.name]
+        odd = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
+        if odd:
+            self.lost(f"{command.name} after {', '.join(chosen)}: {', '.join(odd)} differ")
+        self.tally.rounds[command.name] += 1
+        self.say(f"{command.name}: {', '.join(chosen)}: {'DIFFERENT' if odd else 'the same'}")
+
+    def lost(self, text: str) -> None:
+        self.tally.losses.append(text)
+        self.say(f"LOSS: {text}")
+
+    def applies(self, kind: str, command: Command) -> bool:
+        """Whether a fault can happen to a command: not all write checkpoints or take the training's options."""
+        if kind in ("full disk, waited for", "changed bit"):
+            return command.name.startswith("train ")
+        if kind == "small tmpfs":
+            return command.name == "train classifier" and namespaces()
+        if kind == "clock set":
+            return command.name != "demo"
+        return True
+
+    def moment(self, command: Command) -> float:
+        return self.draw.uniform(0.02, 1.05) * self.seconds[command.name]
+
+    def disturb(
+        self,
+        kind: str,
+        command: Command,
+        process: subprocess.Popen,
+        act: Callable[[], None],
+        after: float | None = None,
+    ) -> tuple[int, str]:
+        """Wait for a random moment, act if the run has not ended by itself, and wait for its end."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(self.moment(command))
+        if process.poll() is None:
+            act()
+            self.tally.faults[command.name, kind] += 1
+            found = ended(process)
+            self.tally.ended[kind, found[0]] += 1
+            return found
+        return ended(process)
+
+    def expect(self, kind: str, command: Command, found: tuple[int, str], codes: tuple[int, ...]) -> None:
+        """A disturbed run must end in a way that is meant, and without a traceback where it ends by itself."""
+        code, errors = found
+        if code not in codes:
+            self.lost(f"{command.name} under {kind} ended with {code}: {errors[-600:]}")
+        elif "Traceback" in errors and code >= 0:
+            self.lost(f"{command.name} under {kind} ended in a traceback: {errors[-600:]}")
+
+    def killed(self, command: Command, out: Path) -> None:
+        process = start(command, out)
+        # with all processes that it started, as when a machine fails
+        found = self.disturb("SIGKILL", command, process, lambda: os.killpg(process.pid, signal.SIGKILL))
+        self.expect("SIGKILL", command, found, (-9, 0))
+
+    def terminated(self, command: Command, out: Path) -> None:
+        process = start(command, out)
+        found = self.disturb("SIGTERM", command, process, process.terminate)
+        self.expect("SIGTERM", command, found, (-15, 143, 0))
+
+    def full_stop(self, command: Command, out: Path) -> None:
+        """From a random moment on, no file can be written that is larger than a few bytes."""
+        process = start(command, out)
+        kind = "full disk, stopped"
+        limit = lambda: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100, UNLIMITED))  # noqa: E731
+        found = self.disturb(kind, command, process, limit)
+        self.expect(kind, command, found, (0, 2) if command.name != "demo" else (0, 1, 2))
+        if found[0] == 2 and str(out) not in found[1]:
+            self.lost(f"{command.name} on a full disk names no file: {found[1][-400:]}")
+
+    def full_wait(self, command: Command, out: Path) -> None:
+        process = start(command, out, more=("--on-full", "wait"))
+        kind = "full disk, waited for"
+
+        def full_for_a_while() -> None:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100, UNLIMITED))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(3.0)
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (UNLIMITED, UNLIMITED))
+
+        # what is written before and after the training has no such option
+        found = self.disturb(kind, command, process, full_for_a_while)
+        self.expect(kind, command, found, (0, 2))
+
+    def small_disk(self, command: Command, out: Path) -> None:
+        """On a disk of 60 KiB, which has no room for two checkpoints; then the disk grows."""
+        out.mkdir(parents=True, exist_ok=True)
+        words = " ".join(f"'{word}'" for word in [*PURIFY, *command.words, command.out])
+        script = (
+            f"mkdir -p /tmp/soak-$$ && mount -t tmpfs -o size=60k none /tmp/soak-$$ || exit 77; "
+            f"{words} /tmp/soak-$$/run; code=$?; cp -r /tmp/soak-$$/run/. '{out}'; umount /tmp/soak-$$; "
+            f"rmdir /tmp/soak-$$; exit $code"
+        )
+        errors = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, env=environment(),
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        for path in out.rglob(".purify_fast.lock"):
+            path.unlink()
+        self.tally.faults[command.name, "small tmpfs"] += 1
+        self.tally.ended["small tmpfs", errors.returncode] += 1
+        if errors.returncode != 2 or "cannot be written, its disk has" not in errors.stderr:
+            self.lost(f"{command.name} on a small disk: {errors.returncode}: {errors.stderr[-400:]}")
+
+    def little_memory(self, command: Command, out: Path) -> None:
+        """From a random moment on, hardly any memory can be had; how a process ends then is not its choice."""
+        process = start(command, out)
+
+        def limit() -> None:
+            with contextlib.suppress(OSError, IndexError):
+                pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
+                room = pages * resource.getpagesize() + self.draw.choice((0, 2**18, 2**21))
+                resource.prlimit(process.pid, resource.RLIMIT_AS, (room, UNLIMITED))
+
+        kind = "memory limit"
+        self.disturb(kind, command, process, limit)
+
+    def clock(self, command: Command, out: Path) -> None:
+        """A run whose clock jumps by days at every look, killed at a random moment; its files get times of any year."""
+        process = start(command, out, prefix=[sys.executable, "-m", "benchmarks.soak", "clock"])
+        found = self.disturb("clock set", command, process, lambda: os.killpg(process.pid, signal.SIGKILL))
+        self.expect("clock set", command, found, (-9, 0))
+        for path in out.rglob("*"):
+            if path.is_file():
+                moment = self.draw.uniform(0, 2**32)
+                os.utime(path, (moment, moment))
+
+    def bit(self, command: Command, out: Path) -> None:
+        """One bit of the last checkpoint changes after a kill: refused, or the checkpoint before it is taken."""
+        self.killed(command, out)
+        path = out / "checkpoint.safetensors"
+        if not path.is_file():
+            return
+        whole = path.read_bytes()
+        at = self.draw.randrange(8 * len(whole))
+        data = bytearray(whole)
+        data[at // 8] ^= 1 << at % 8
+        path.write_bytes(data)
+        before = (out / "checkpoint.previous.safetensors").is_file()
+        code, errors = ended(start(command, out))
+        self.tally.faults[command.name, "changed bit"] += 1
+        self.tally.ended["changed bit", code] += 1
+        if before and (code or "is set aside as" not in errors):
+            self.lost(f"{command.name}: with bit {at} changed and a checkpoint before it: {code}: {errors[-400:]}")
+        if not before:
+            if code != 2 or "is not a checkpoint" not in errors:
+                self.lost(f"{command.name}: bit {at} of its only checkpoint changed: {code}: {errors[-400:]}")
+            path.write_bytes(whole)
+
+    def second(self, command: Command, out: Path) -> None:
+        """Another run of the same folder, at a random moment: refused while the first is at work."""
+        process = start(command, out)
+        seen: list[tuple[int, str]] = []
+        lock = (out.with_name(out.name + "-quick") if command.name == "demo" else out) / ".purify_fast.lock"
+
+        def another() -> None:
+            if lock.exists():
+                seen.append(ended(start(command, out)))
+
+        found = self.disturb("second run", command, process, another)
+        self.expect("second run", command, found, (0, 2))
+        # the first may have ended while the second one started
+        for code, errors in seen:
+            if code == 2 and "is written by another run: process" not in errors:
+                self.lost(f"{command.name}: a second run was refused for another reason: {errors[-400:]}")
+            self.tally.ended["second run, itself", code] += 1
+
+
+def namespaces() -> bool:
+    """Whether a small disk can be mounted here without being root."""
+    return shutil.which("unshare") is not None and subprocess.run(
+        ["unshare", "-rm", "true"], capture_output=True
+    ).returncode == 0  # fmt: skip
+
+
+# -- a process that trains and attacks all the time --------------------------------------------------------------------
+
+
+def cycle(folder: Path) -> int:
+    """One training and one evaluation of each kind in this process; its resident bytes afterwards."""
+    import torch
+
+    from purify_fast import cli
+
+    torch.set_num_threads(1)
+    inputs = folder / "steady inputs"
+    for command in commands(folder / "data.npz", inputs):
+        if command.name in ("demo", "ablate"):
+            continue
+        out = inputs / command.name
+        if command.name != "evaluate":
+            shutil.rmtree(out, ignore_errors=True)
+        # few epochs: it is the number of calls that matters
+        words = [*command.words, command.out, str(out)]
+        if "--epochs" in words:
+            words[words.index("--epochs") + 1] = "2"
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            code = cli.main(words)
+        if code:
+            raise RuntimeError(f"{command.name}: {code}")
+        if command.name == "evaluate":
+            shutil.rmtree(out, ignore_errors=True)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@contextlib.contextmanager
+def steady(folder: Path) -> Iterator[Callable[[], int]]:
+    """Within the block, a process that does a `cycle` whenever it is asked, and tells its resident bytes."""
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.soak", "steady", str(folder)], cwd=ROOT,
+                               env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+
+    def ask() -> int:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        return int(process.stdout.readline())
+
+    try:
+        yield ask
+    finally:
+        process.stdin.close()
+        process.wait(60)
+
+
+def with_jumping_clock(words: list[str]) -> int:
+    """The command line, with a clock that jumps by up to 30 days, back and forth, at every look."""
+    from purify_fast import cli
+
+    real, draw = time.time, random.Random(os.getpid())
+    time.time = lambda: real() + draw.uniform(-2.6e6, 2.6e6)  # type: ignore[assignment]
+    return cli.main(words)
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def growth(memory: list[int]) -> float:
+    """By how much resident memory grew, as a share: the last third against the second, both after a warm-up."""
+    third = len(memory) // 3
+    if third < 1:
+        return 0.0
+    return statistics.median(memory[-third:]) / statistics.median(memory[third:-third] or memory) - 1
+
+
+def page(soak: Soak, minutes: float) -> str:
+    """The report as Markdown."""
+    tally = soak.tally
+    kinds = list(soak.faults)
+    total = sum(tally.faults.values())
+    head = [
+        "# Soak", "",
+        f"purify_fast {__version__}, {platform.machine()}, Python {platform.python_version()}, one thread, "
+        f"{datetime.date.today().isoformat()}; {minutes:.0f} minutes: "
+        f"`python -m benchmarks soak --minutes {minutes:.0f}`.",
+        "",
+        f"**{total} faults, {sum(tally.rounds.values())} disturbed runs that came to their end, "
+        f"{len(tally.losses)} losses.** A loss is a result that differs from that of the undisturbed run, a run that "
+        "cannot be resumed, or an end that is not meant.", "",
+    ]  # fmt: skip
+    lines = ["| command | undisturbed, s | ended alike | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 3) + "|"]
+    for command in soak.commands:
+        counts = [str(tally.faults[command.name, kind] or "") for kind in kinds]
+        cells = [command.name, f"{soak.seconds[command.name]:.1f}", str(tally.rounds[command.name]), *counts]
+        lines.append("| " + " | ".join(cells) + " |")
+    sums = [str(sum(n for (_, k), n in tally.faults.items() if k == kind)) for kind in kinds]
+    lines.append("| all | | " + " | ".join([str(sum(tally.rounds.values())), *sums]) + " |")
+    ends = [f"- {kind}: " + ", ".join(f"{n} with {code}" for (k, code), n in sorted(tally.ended.items()) if k == kind)
+            for kind in sorted({k for k, _ in tally.ended})]  # fmt: skip
+    memory = tally.memory
+    told = "not measured"
+    if memory:
+        told = (
+            f"{len(memory)} rounds of six commands in one process, of every training and an evaluation: "
+            f"{memory[0] / 2**20:.0f} MiB after the first, {max(memory) / 2**20:.0f} MiB at most, "
+            f"{memory[-1] / 2**20:.0f} MiB after the last; the last third against the second: "
+            f"{100 * growth(memory):+.2f} %"
+        )
+    losses = [f"- {text}" for text in tally.losses] or ["None."]
+    return "\n".join([*head, *lines, "", "How they ended, by exit status (negative: the signal):", "",
+                      *ends, "", "## Resident memory", "", told, "", "## Losses", "", *losses, ""])  # fmt: skip
+
+
+def main(minutes: float, out: Path | None, seed: int, only: list[str], folder: Path | None) -> bool:
+    """Soak for so many minutes, the undisturbed runs not counted, and write the report; whether nothing was lost."""
+    with tempfile.TemporaryDirectory(prefix="soak-", dir=folder) as place:
+        soak = Soak(Path(place), seed, only)
+        soak.undisturbed()
+        until = time.monotonic() + 60 * minutes
+        with steady(Path(place)) as ask:
+            while time.monotonic() < until:
+                for command in soak.draw.sample(soak.commands, len(soak.commands)):
+                    # what takes long has its turn less often
+                    rarely = soak.seconds[command.name] > 3 * statistics.median(soak.seconds.values())
+                    if time.monotonic() < until and (not rarely or soak.draw.random() < 0.25):
+                        soak.round(command)
+                soak.tally.memory.append(ask())
+                write_text(out or RESULTS, page(soak, minutes))
+        if growth(soak.tally.memory) > 0.03:
+            soak.lost(f"resident memory grew by {100 * growth(soak.tally.memory):.1f} %: {soak.tally.memory}")
+        write_text(out or RESULTS, page(soak, minutes))
+        print(page(soak, minutes))
+    return not soak.tally.losses
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "clock":
+        sys.exit(with_jumping_clock(sys.argv[2:]))
+    if sys.argv[1] == "steady":
+        for _ in sys.stdin:
+            print(cycle(Path(sys.argv[2])), flush=True)

@@ -1,0 +1,74 @@
+"""The look of every picture of the benchmarks: a white card, for print and dark pages alike; colors with a meaning.
+
+What is this package's own is green, what is to be beaten is blue, everything else gray, and an alarm red. Figures are
+not pyplot's, so that the user's backend and open figures are left alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from purify_fast._files import atomic
+
+INK = "#1b1f24"
+#: This package's own contestants and models.
+OURS = "#1f6f4a"
+#: ``torch.compile``, the one to beat.
+RIVAL = "#2457a6"
+#: What one writes first.
+PLAIN = "#9aa4ae"
+ALARM = "#c62828"
+GRID = "#dde2e7"
+#: Marks that differ in shape as well, for readers who do not tell the colors apart.
+MARKS = {"clean": (PLAIN, "o"), "second": (RIVAL, "s"), "third": (INK, "D")}
+
+
+def new_figure(**options: Any) -> Any:
+    """A figure for a file; None without matplotlib.
+
+    Args:
+        options: of matplotlib's Figure.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    made = Figure(facecolor="white", layout="constrained", **options)
+    FigureCanvasAgg(made)
+    return made
+
+
+def plain_axes(axes: Any) -> None:
+    """Axes with a light grid along x and no frame.
+
+    Args:
+        axes: matplotlib's.
+    """
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(PLAIN)
+    axes.tick_params(axis="both", length=0, labelsize=8.5, labelcolor=INK)
+    axes.grid(axis="x", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def title(axes: Any, text: str) -> None:
+    """A title at the left edge.
+
+    Args:
+        axes: matplotlib's.
+        text: what it says.
+    """
+    axes.set_title(text, fontsize=9.5, loc="left", color=INK, weight="bold")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write the PNG, whole or not at all, with nothing in it that changes from run to run.
+
+    Args:
+        figure: the figure.
+        path: of the file.
+    """
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, metadata={"Software": None}, format="png")

@@ -1,0 +1,227 @@
+"""Data that are damaged, too large, elsewhere, or change under a run."""
+
+import logging
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from purify_fast import cli, data
+from purify_fast.data import StreamedImages
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def picture(path, seed, size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.random.RandomState(seed).randint(0, 256, (*size, 3)).astype(np.uint8)
+    Image.fromarray(levels).save(path)
+
+
+@pytest.fixture
+def pets(tmp_path):
+    for part, n in (("train", 6), ("val", 3)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(n):
+                picture(tmp_path / "pets" / part / name / f"{i}.png", 100 * label + i + (part == "val") * 50)
+    return tmp_path / "pets"
+
+
+def load(folder, **options):
+    return data.load_dataset(folder, workers=0, **options)
+
+
+def test_an_image_that_cannot_be_decoded_is_refused_or_left_out_by_choice(pets, caplog):
+    whole = load(pets)
+    bad = [pets / "train" / "cat" / "2.png", pets / "train" / "dog" / "0.png"]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"2 of 12 images cannot be decoded.*on_bad_image.*2\.png.*0\.png"):
+        load(pets)
+    with caplog.at_level(logging.WARNING, "purify_fast"):
+        made = load(pets, on_bad_image="skip")
+    assert "2 images of" in caplog.text and all(str(path) in caplog.text for path in bad)
+    keep = [i for i in range(12) if i not in (2, 6)]
+    assert torch.equal(made.x_train, whole.x_train[keep]) and torch.equal(made.y_train, whole.y_train[keep])
+    assert torch.equal(made.x_test, whole.x_test)
+    # from its cache, alike; and who refuses them is told even then
+    assert torch.equal(load(pets, on_bad_image="skip").x_train, made.x_train)
+    with pytest.raises(ValueError, match=r"2 images of .* cannot be decoded"):
+        load(pets)
+    with pytest.raises(ValueError, match="on_bad_image must be one of refuse, skip, got 'ignore'"):
+        load(pets, on_bad_image="ignore")
+
+
+def test_nothing_is_left_of_a_part(pets):
+    for path in (pets / "val").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="6 of 6 images cannot be decoded"):
+        load(pets, on_bad_image="skip")
+
+
+def test_an_image_of_200_megapixels_is_refused_by_name(pets):
+    """Its header alone says so: nothing of that size is ever in memory."""
+    path = pets / "train" / "cat" / "1.png"
+    Image.new("1", (20_000, 10_000)).save(path)
+    with pytest.raises(ValueError, match=r"1\.png: Image size \(200000000 pixels\) exceeds limit"):
+        load(pets, image_size=(8, 8))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few make links")
+def test_links_that_leave_the_folder(pets, tmp_path):
+    outside = tmp_path / "outside"
+    picture(outside / "secret.png", 1)
+    (pets / "train" / "cat" / "link.png").symlink_to(outside / "secret.png")
+    with pytest.raises(ValueError, match=r"link\.png leads out of .*secret\.png.*--follow-links"):
+        load(pets)
+    assert len(load(pets, follow_links=True).x_train) == 13
+    (pets / "train" / "cat" / "link.png").unlink()
+    (pets / "train" / "cat" / "more").symlink_to(outside)
+    with pytest.raises(ValueError, match=r"more/secret\.png leads out of"):
+        load(pets)
+    (pets / "train" / "cat" / "more").unlink()
+    # within the folder they are as good as files, and the folder itself may be a link
+    (pets / "train" / "cat" / "again.png").symlink_to(pets / "train" / "cat" / "0.png")
+    (tmp_path / "link").symlink_to(pets)
+    assert len(load(tmp_path / "link").x_train) == 13
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few make links")
+@pytest.mark.parametrize("target", ["..", "../..", "."])
+def test_links_that_lead_in_a_circle(pets, target):
+    """They were read forty times over, until the system refused to follow them."""
+    (pets / "train" / "cat" / "loop").symlink_to(target)
+    for follow in (False, True):
+        with pytest.raises(ValueError, match="is a link to a folder that it is in"):
+            load(pets, follow_links=follow)
+
+
+def test_a_file_that_changes_while_it_is_streamed(pets):
+    images = load(pets, stream=True).x_train
+    assert isinstance(images, StreamedImages)
+    first = images[torch.arange(3)]
+    copy = images.path.with_suffix(".copy")
+    shutil.copy(images.path, copy)
+    os.replace(copy, images.path)
+    # another file of its name leaves the open one as it is
+    assert torch.equal(images[torch.arange(3)], first)
+    other = load(pets, stream=True).x_train
+    with other.path.open("r+b") as file:
+        file.truncate(200)
+    for read in (lambda: other[torch.arange(3)], lambda: other[:2]):
+        with pytest.raises(OSError, match=r"x_train.*\.npy changed while its images were read"):
+            read()
+
+
+def task():
+    torch.manual_seed(0)
+    return ClassifierTask(SmallCNN(3, 2, (8, 8), 2), ClassifierConfig())
+
+
+def test_images_are_deleted_under_a_run(pets, tmp_path):
+    """What is decoded stays open: the run ends as one whose files stayed."""
+    whole, cut = task(), task()
+    images = load(pets)
+    fit(whole, images.x_train, images.y_train, FitConfig(2, 4), progress=False)
+    streamed = load(pets, stream=True)
+
+    class Deletes:
+        def on_step(self, state):
+            shutil.rmtree(pets, ignore_errors=True)
+
+        def on_epoch(self, state): ...
+        def on_end(self, state): ...
+
+    fit(cut, streamed.x_train, streamed.y_train, FitConfig(2, 4), progress=False, callbacks=[Deletes()])
+    assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), cut.model.parameters(), strict=True))
+
+
+def test_an_npz_that_disappears_or_changes_between_two_runs(tmp_path, capsys):
+    state, y = np.random.RandomState(0), np.arange(20) % 2
+    path = tmp_path / "small.npz"
+
+    def write():
+        x = state.randint(0, 256, (20, 8, 8)).astype(np.uint8)
+        np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+
+    write()
+    words = ["train", "classifier", "--data", str(path), "--device", "cpu", "--width", "2", "--epochs", "1"]
+    words += ["--batch-size", "10", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 0
+    write()
+    assert cli.main(words) == 2 and "holds a run with other settings (data: '20 images" in capsys.readouterr().err
+    path.unlink()
+    assert cli.main(words) == 2 and f"no data set '{path}': looked for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        (lambda x: 255 * x, "divide by 255, or give uint8"),
+        (lambda x: (x - 0.5) / 0.5, "leave out the normalization"),
+        (lambda x: x + torch.where(x < 0.5, torch.nan, 0.0), "some are no number"),
+        (lambda x: x * 1.2, "clamp them"),
+    ],
+)
+def test_images_outside_of_0_to_1(change, hint):
+    x, y = torch.linspace(0, 1, 8 * 3 * 64).view(8, 3, 8, 8), torch.arange(8) % 2
+    with pytest.raises(ValueError, match=rf"x: images must be in \[0, 1\], these are in .*: {hint}"):
+        fit(task(), [(change(x), y)], None, FitConfig(1), progress=False)
+
+
+class Answer:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class Odd(torch.nn.Module):
+    """A model whose output is no tensor of logits."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.net, self.how = SmallCNN(3, 2, (8, 8), 2), how
+
+    def forward(self, x):
+        logits = self.net(x)
+        return {"object": Answer(logits), "dict": {"logits": logits}, "flat": logits.flatten()}[self.how]
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [("object", r"it gave a Answer for B = 1: wrap it .*\.logits"), ("dict", "a dict"), ("flat", r"gave \[2\]")],
+)
+def test_a_model_whose_output_is_no_tensor_of_logits(how, text):
+    x, y = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2
+    with pytest.raises(ValueError, match=rf"must map images \[B, C, H, W\] to logits \[B, classes\].*{text}"):
+        fit(ClassifierTask(Odd(how), ClassifierConfig()), x, y, FitConfig(1, 4), progress=False)
+
+
+def test_an_error_of_the_package_asks_for_a_report(monkeypatch, capsys):
+    from purify_fast.cli.info import Info
+
+    def broken(self):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(Info, "run", broken)
+    assert cli.main(["info"]) == 1
+    printed = capsys.readouterr().err
+    assert "KeyError: 'a bug'" in printed and "Traceback" in printed
+    assert "this is an error in purify_fast" in printed and "Please report it" in printed
+
+
+def test_too_little_memory_is_no_error_of_the_package(monkeypatch, capsys):
+    from purify_fast.cli.info import Info
+
+    def broken(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Info, "run", broken)
+    assert cli.main(["info"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("purify-fast: not enough memory: CUDA out of memory") and "--batch-size" in printed
