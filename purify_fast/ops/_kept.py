@@ -54,4 +54,4 @@ def serves(backward: Op, x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not backward.plain(x.device)
+    return not backward.plain(x.device, x.dtype, x.numel())

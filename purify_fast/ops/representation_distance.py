@@ -180,7 +180,7 @@ class _RepresentationDistance(torch.autograd.Function):
 
 def _keeps(student: Tensor) -> bool:
     """Whether one layer's slope is kept for backward."""
-    if student.dtype not in (torch.float32, torch.float64) or OP.plain(student.device):
+    if student.dtype not in (torch.float32, torch.float64) or OP.plain(student.device, student.dtype, student.numel()):
         return False
     return _kept.serves(BACKWARD, student)
 
