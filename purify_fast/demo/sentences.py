@@ -17,5 +17,4 @@ def against(report: Report, other: Report, attack: str, what: str) -> str:
     difference, error = paired.difference, 2 * paired.standard_error
     if abs(difference) <= error:
         return f"{paired}, no significant difference from {what} (within two standard errors)"
-    verdict = "better" if difference > 0 else "worse"
-    return f"{paired}, significantly {verdict} than {what} (by more than two standard errors)"
+    return f"{paired}, {'better' if difference > 0 else 'worse'} than {what} (by more than two standard errors)"
