@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import grid, on, program
+from ._windows import keys, line, load, moved_in, moved_out, next_pair, previous_pair, store_winged, window
 
 #: Neighbouring queries of a program, where the grid's width allows it: they read each other's rows.
 TOGETHER = 4
@@ -31,116 +32,6 @@ QUERIES = 8
 def warps(groups: int) -> int:
     """A group of keys per thread."""
     return max(1, min(16, groups // 32))
-
-
-@triton.jit
-def _keys(size, width, VECTOR: tl.constexpr, GROUPS: tl.constexpr):
-    """The first key of each thread's group, which groups are inside, and their row and column in the grid."""
-    at = tl.arange(0, GROUPS) * VECTOR
-    y = (at.to(tl.uint32) // tl.cast(width, tl.uint32)).to(tl.int32)
-    return at, at < size, y, at - y * width
-
-
-@triton.jit
-def _load(pointer, at, inside, VECTOR: tl.constexpr):
-    """The numbers of each group, [GROUPS, VECTOR] in float32, 0 where not inside."""
-    at = at[:, None] + tl.arange(0, VECTOR)[None, :]
-    return tl.load(pointer + at, mask=inside[:, None], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _parts(x):
-    """[GROUPS, 4] -> four blocks."""
-    even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2]))
-    a, c = tl.split(even)
-    b, d = tl.split(odd)
-    return a, b, c, d
-
-
-@triton.jit
-def _whole(a, b, c, d):
-    """Four blocks -> [GROUPS, 4]."""
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0], 4])
-
-
-@triton.jit
-def _moved_in(x, first, VECTOR: tl.constexpr):
-    """Each number's predecessor in its group; ``first`` is that of the group's first."""
-    if VECTOR == 1:
-        out = first[:, None]
-    else:
-        a, b, c, _d = _parts(x)
-        out = _whole(first, a, b, c)
-    return out
-
-
-@triton.jit
-def _moved_out(x, last, VECTOR: tl.constexpr):
-    """Each number's successor in its group; ``last`` is that of the group's last."""
-    if VECTOR == 1:
-        out = last[:, None]
-    else:
-        _a, b, c, d = _parts(x)
-        out = _whole(b, c, d, last)
-    return out
-
-
-@triton.jit
-def _previous_pair(pointer, stride, at, inside, starts, VECTOR: tl.constexpr):
-    """x[n - 1, i - 1], ``pointer`` being row n; the group's first number has one where ``starts``."""
-    x = _load(pointer - stride, at, inside, VECTOR)
-    first = tl.load(pointer - stride + at - 1, mask=inside & starts, other=0.0).to(tl.float32)
-    return _moved_in(x, first, VECTOR)
-
-
-@triton.jit
-def _next_pair(pointer, stride, at, inside, ends, VECTOR: tl.constexpr):
-    """x[n + 1, i + 1], likewise."""
-    x = _load(pointer + stride, at, inside, VECTOR)
-    last = tl.load(pointer + stride + at + VECTOR, mask=inside & ends, other=0.0).to(tl.float32)
-    return _moved_out(x, last, VECTOR)
-
-
-@triton.jit
-def _line(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
-    """Sum over the moves along a line of the grid; ``x`` is the query's column, ``column`` that of a first key."""
-    total = _load(pointer, at, inside, VECTOR)
-    total += _previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
-    return total + _next_pair(
-        pointer, stride, at, inside=inside & (x < width - 1), ends=column + VECTOR < width, VECTOR=VECTOR
-    )
-
-
-@triton.jit
-def _window(pointer, size, at, inside, y, x, row, column, height, width, VECTOR: tl.constexpr):
-    """Sum over the nine moves o of x[n + o, i + o], wherever both are on the grid; ``pointer`` is row n."""
-    total = _line(pointer, size, at, inside=inside, x=x, column=column, width=width, VECTOR=VECTOR)
-    far = width * tl.cast(size, tl.int64) + width
-    above, below = inside & (y > 0) & (row > 0), inside & (y < height - 1) & (row < height - 1)
-    total += _line(pointer - far, size, at, inside=above, x=x, column=column, width=width, VECTOR=VECTOR)
-    return total + _line(pointer + far, size, at, inside=below, x=x, column=column, width=width, VECTOR=VECTOR)
-
-
-@triton.jit
-def _store_wings(pointer, at, value, size, width):
-    """Single numbers of a row into its wings; ``pointer`` is the row's number 0."""
-    tl.store(pointer + at + (size - 1), value, mask=(at >= 1) & (at <= width) & (at < size))
-    tl.store(pointer + at - (size - 1), value, mask=(at >= size - 1 - width) & (at < size - 1))
-
-
-@triton.jit
-def _store_winged(pointer, at, value, inside, size, width, VECTOR: tl.constexpr):
-    """A row's numbers and its wings; ``pointer`` is the row's number 0."""
-    i = at[:, None] + tl.arange(0, VECTOR)[None, :]
-    tl.store(pointer + i, value, mask=inside[:, None])
-    if VECTOR == 1:
-        _store_wings(pointer, i, value, size, width)
-    else:  # the wings are aligned otherwise than the row
-        a, b, c, d = _parts(value)
-        _store_wings(pointer, at, a, size, width)
-        _store_wings(pointer, at + 1, b, size, width)
-        _store_wings(pointer, at + 2, c, size, width)
-        _store_wings(pointer, at + 3, d, size, width)
 
 
 @triton.jit
@@ -162,11 +53,11 @@ def _fused_rows(pointer, stride, n, size, inside, at, before, after, starts, end
     ``before`` and ``after`` are where the number before a group and that after it are, unless they are not.
     """
     lower, upper = inside & (n > 0), inside & (n < size - 1)
-    total = _load(pointer, at, inside, VECTOR)
+    total = load(pointer, at, inside, VECTOR)
     first = tl.load(pointer - stride + before, mask=lower & starts, other=0.0)
-    total += _moved_in(_load(pointer - stride, at, lower, VECTOR), first, VECTOR)
+    total += moved_in(load(pointer - stride, at, lower, VECTOR), first, VECTOR)
     last = tl.load(pointer + stride + after, mask=upper & ends, other=0.0)
-    return total + _moved_out(_load(pointer + stride, at, upper, VECTOR), last, VECTOR)
+    return total + moved_out(load(pointer + stride, at, upper, VECTOR), last, VECTOR)
 
 
 @triton.jit
@@ -213,20 +104,20 @@ def _patches(
 ):  # fmt: skip
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * TOGETHER
-    at, inside, own, column = _keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
+    at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
     i = at[:, None] + tl.arange(0, VECTOR)[None, :]
     y = first // width
     if SCALED:
-        inverse = _load(inverse_ptr + sample * size, at, inside, VECTOR)
+        inverse = load(inverse_ptr + sample * size, at, inside, VECTOR)
     for query in range(TOGETHER):
         n = first + query
-        total = _window(
+        total = window(
             x_ptr + (sample * size + n) * size, size, at, inside=inside, y=y, x=n - y * width, row=own, column=column,
             height=height, width=width, VECTOR=VECTOR,
         )  # fmt: skip
         if SCALED:
             winged = out_ptr + (sample * size + n) * (size + 2 * width) + width
-            _store_winged(winged, at, total * inverse, inside=inside, size=size, width=width, VECTOR=VECTOR)
+            store_winged(winged, at, total * inverse, inside=inside, size=size, width=width, VECTOR=VECTOR)
         else:
             tl.store(out_ptr + (sample * size + n) * size + i, total, mask=inside[:, None])
 
@@ -241,7 +132,7 @@ def _attend(
     at = tl.arange(0, GROUPS) * VECTOR
     inside = at < size
     i = at[:, None] + tl.arange(0, VECTOR)[None, :]
-    keep, scale = _load(keep_ptr + sample * size, at, inside, VECTOR), tl.cast(scale, tl.float32)
+    keep, scale = load(keep_ptr + sample * size, at, inside, VECTOR), tl.cast(scale, tl.float32)
     for query in range(TOGETHER):
         n = first + query
         pointer = x_ptr + sample * size * (size + 2 * width) + width
@@ -255,11 +146,9 @@ def _attend(
 @triton.jit
 def _both_ways(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
     """x[n, i] with x[n - 1, i - 1], and with x[n + 1, i + 1], in a line of the grid."""
-    here = _load(pointer, at, inside, VECTOR)
-    left = _previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
-    right = _next_pair(
-        pointer, stride, at, inside=inside & (x < width - 1), ends=column + VECTOR < width, VECTOR=VECTOR
-    )
+    here = load(pointer, at, inside, VECTOR)
+    left = previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
+    right = next_pair(pointer, stride, at, inside=inside & (x < width - 1), ends=column + VECTOR < width, VECTOR=VECTOR)
     return here + left, here + right
 
 
@@ -269,7 +158,7 @@ def _spread(
 ):
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * TOGETHER
-    at, inside, own, column = _keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
+    at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
     i = at[:, None] + tl.arange(0, VECTOR)[None, :]
     y = first // width
     far, map_size = width * tl.cast(size, tl.int64) + width, tl.cast(size, tl.int64) * size
@@ -291,13 +180,13 @@ def _spread(
 @triton.jit
 def _half_line(pointer, stride, at, inside, x, column, width, RIGHT: tl.constexpr, VECTOR: tl.constexpr):
     """x[n, i] and what is before it in a line of the grid, or behind it."""
-    total = _load(pointer, at, inside, VECTOR)
+    total = load(pointer, at, inside, VECTOR)
     if RIGHT:
-        total += _next_pair(
+        total += next_pair(
             pointer, stride, at, inside=inside & (x < width - 1), ends=column + VECTOR < width, VECTOR=VECTOR
         )
     else:
-        total += _previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
+        total += previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
     return total
 
 
@@ -308,7 +197,7 @@ def _gather(
 ):  # fmt: skip
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * TOGETHER
-    at, inside, own, column = _keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
+    at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
     y = first // width
     far, map_size = width * tl.cast(size, tl.int64) + width, tl.cast(size, tl.int64) * size
     above, below = inside & (y > 0) & (own > 0), inside & (y < height - 1) & (own < height - 1)
@@ -327,11 +216,11 @@ def _gather(
                     pointer + (1 - 2 * down) * far, size, at, inside=there, x=x, column=column, width=width,
                     RIGHT=right == 0, VECTOR=VECTOR,
                 )  # fmt: skip
-        weights = _load(weights_ptr + (sample * size + n) * size, at, inside, VECTOR)
+        weights = load(weights_ptr + (sample * size + n) * size, at, inside, VECTOR)
         total *= 0.25
         slope = tl.cast(scale, tl.float32) * weights * (total - tl.sum(tl.sum(weights * total, 1), 0))
         winged = out_ptr + (sample * size + n) * (size + 2 * width) + width
-        _store_winged(winged, at, slope, inside=inside, size=size, width=width, VECTOR=VECTOR)
+        store_winged(winged, at, slope, inside=inside, size=size, width=width, VECTOR=VECTOR)
 
 
 @triton.jit
@@ -341,9 +230,9 @@ def _scaled(
 ):  # fmt: skip
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * QUERIES
-    at, inside, own, column = _keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
+    at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
     i = at[:, None] + tl.arange(0, VECTOR)[None, :]
-    inverse = _load(inverse_ptr + sample * size, at, inside, VECTOR)
+    inverse = load(inverse_ptr + sample * size, at, inside, VECTOR)
     part = tl.zeros((GROUPS, VECTOR), tl.float32)
     stride = size + 2 * width
     fused = x_ptr + sample * size * stride + width
@@ -353,13 +242,13 @@ def _scaled(
         lower, upper = inside & (n > 0), inside & (n < size - 1)
         x = _column(fused, stride, n - 1, i=i, inside=lower[:, None], size=size, width=width)
         one = _column(fused, stride, n - 1, i=at - 1, inside=lower & (at > 0), size=size, width=width)
-        total += _moved_in(x, one, VECTOR)
+        total += moved_in(x, one, VECTOR)
         x = _column(fused, stride, n + 1, i=i, inside=upper[:, None], size=size, width=width)
         last = at + VECTOR
         one = _column(fused, stride, n + 1, i=last, inside=upper & (last < size), size=size, width=width)
-        total += _moved_out(x, one, VECTOR)
+        total += moved_out(x, one, VECTOR)
         y = n // width
-        part += total * _window(
+        part += total * window(
             correlation_ptr + (sample * size + n) * size, size, at, inside=inside, y=y, x=n - y * width, row=own,
             column=column, height=height, width=width, VECTOR=VECTOR,
         )  # fmt: skip
