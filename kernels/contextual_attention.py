@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import grid, on, program
-from ._windows import keys, line, load, moved_in, moved_out, next_pair, previous_pair, store_winged, window
+from ._windows import keys, load, moved_in, moved_out, next_pair, previous_pair, store_winged, window
 
 #: Neighbouring queries of a program, where the grid's width allows it: they read each other's rows.
 TOGETHER = 4
