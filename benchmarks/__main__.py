@@ -6,6 +6,8 @@ python -m benchmarks study NAME [--data DIR] [--full] [--quick]
 
 python -m benchmarks gpu_check [--dry] [--out DIR] [--only SECTION...] [--redo]
 
+python -m benchmarks instructions
+
 python -m benchmarks soak [--minutes N] [--only COMMAND...] [--seed N] [--out FILE]
 
 python -m benchmarks report [DIR...] [--check]
@@ -23,7 +25,7 @@ import torch
 from purify_fast._lock import FolderInUse
 from purify_fast.speed import retain_freed_memory
 
-from . import evaluation, front_page, gpu_check, pages, performance, pipelines, report, soak
+from . import evaluation, front_page, gpu_check, instructions, pages, performance, pipelines, report, soak
 from .ops import registry
 from .running import RESULTS, folder, run_ops, run_pipelines
 from .studies import command
@@ -85,6 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     check.add_argument("--redo", action="store_true", help="also what is done already")
     check.add_argument("--seconds", type=float, help="the limit of each section in place of its own")
     check.add_argument("--total", type=float, default=520.0, help="seconds for all of them; 520 by default")
+    commands.add_parser("instructions", help="the GPU kernels' machine code, counted without a GPU")
     long = commands.add_parser("soak", help="every command under faults: kills, full disks, changed bits and others")
     long.add_argument("--minutes", type=float, default=30.0, help="how long; 30 by default")
     long.add_argument("--only", nargs="+", default=[], metavar="COMMAND", help="such as 'train carso'; all by default")
@@ -110,6 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
             parser.error(str(error))
         print(command.main(chosen).read_text())
+        return
+    if chosen.command == "instructions":
+        print(instructions.write(RESULTS))
         return
     if chosen.command == "report" and chosen.check:
         found = pages.check(RESULTS)

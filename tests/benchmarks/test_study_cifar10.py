@@ -53,6 +53,10 @@ def test_lambda_and_phi_are_chosen_on_held_out_images(tmp_path):
 def test_trades_is_its_formula():
     torch.manual_seed(0)
     model = build_classifier("small_cnn", (3, 8, 8), 10, width=2)
+    with torch.no_grad():
+        # logits that an attack moves by more than rounding
+        model.head.weight.mul_(100)
+        model.hidden.weight.mul_(10)
     config = cifar10_models.adversarial(BUDGET, ema=False)
     task = trades.TradesTask(model, cifar10_models.replace(config, precision="float32"), (3, 8, 8))
     x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
