@@ -9,7 +9,7 @@ from pathlib import Path
 
 from purify_fast._files import write_text
 
-from . import limits, pipelines, report
+from . import instructions, limits, pipelines, report
 from .measure import AUTOTUNED
 from .ops import Case, registry
 
@@ -221,7 +221,7 @@ def page(results: Path) -> str:
             "it; its folder in `benchmarks/results` becomes a chapter here. Until then a GPU kernel serves where "
             "one launch replaces a dozen or more, once it was verified on the user's own card.",
         ]
-    lines += ["", *counted()]
+    lines += ["", *counted(), *instructions.chapter(results)]
     for folder, rows, races, rates in found:
         kind = "cpu" if folder.name == "cpu" else "cuda"
         lines += ["", f"## Measured: {'CPU' if kind == 'cpu' else folder.name}"]
