@@ -18,7 +18,7 @@ def conclude(report: Report, measure: Measure, before: Before | None) -> None:
     Args:
         report: of one model, with all of its rows.
         measure: what made them.
-        before: what the model said before the attacks, to ask it again; None: it is asked nothing more.
+        before: the answers of the model before the attacks, to ask it again; None: it is asked nothing more.
     """
     rows = [row for row in report.rows if row.kind != "worst"]
     evidence = Evidence(rows, None if before is None else _probed(measure, before))

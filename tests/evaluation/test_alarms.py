@@ -142,12 +142,13 @@ def test_a_broken_defence_is_marked_and_the_row_is_named(model, alarm, row):
 
 def test_a_sharp_gate_is_given_away_by_the_gradients_of_its_parts():
     _, _, x, _ = digits()
+    model = Gated()
     with torch.no_grad():
         elsewhere = [
             AttackSpec(DIRECT[1].attack, label=s.name, gradients_from=s.model, survivors_only=True)
-            for s in surrogates(Gated(), x[:4], 10)
+            for s in surrogates(model, x[:4], 10)
         ]
-    report = judged(Gated(), [*DIRECT, *elsewhere], 100, probes=False)
+    report = judged(model, [*DIRECT, *elsewhere], 100, probes=False)
     verdict, row = verdicts(report)["transfer against gradients"]
     assert verdict == "unreliable" and row in [spec.label for spec in elsewhere]
     assert verdicts(report)["gradient health"][0] in ("passed", "noted")

@@ -73,7 +73,7 @@ class Probes:
 
 
 class Before:
-    """What the model said before the attacks, to be compared with what it says after them.
+    """The answers of a model before the attacks, to be compared with those after them.
 
     Args:
         subject: the model with its images.
@@ -101,7 +101,7 @@ def probe(before: Before, context: AttackContext) -> Probes:
     """Ask the model; to be called after the attacks.
 
     Args:
-        before: what it said before them.
+        before: its answers before them.
         context: what the evaluation tells attacks.
     """
     subject, x, y = before.subject, before.x, before.y
