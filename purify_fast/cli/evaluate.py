@@ -32,6 +32,10 @@ class Evaluate(DataCommand):
     """Radius in image units, such as 8/255; default: what FOLDER was trained at."""
     norm: Literal["linf", "l2", "l1"] | None = None
     """Norm of the ball; default: what FOLDER was trained at, or linf if eps is given."""
+    protocol: Literal["fast", "standard", "rand", "strong", "official"] | None = None
+    """Which attacks are run: fast, Auto-PGD in minutes; standard, AutoAttack's four with this package's engine; rand,
+    its version for random defences; strong, what a careful attacker would do; official, AutoAttack itself. Default: the
+    list that --also and --autoattack describe."""
     images: int = 500
     """Held-out images to attack: so many, chosen by the seed, equally many of every class up to one."""
     steps: int = 100
@@ -68,6 +72,8 @@ class Evaluate(DataCommand):
         super().__post_init__()
         if self.eps is not None:
             refuse_large_radius(self.eps, self.norm or "linf")
+        if self.protocol is not None and self.also:
+            raise ValueError(f"--also adds to the default list of attacks: not with --protocol {self.protocol}")
 
     def writes(self) -> Path:
         if self.out is not None:
@@ -179,7 +185,8 @@ class Evaluate(DataCommand):
                 eps=eps,
                 norm=read_norm(norm),
                 base=base,
-                attacks=attacks,
+                protocol=self.protocol,
+                attacks=attacks if self.protocol is None else None,
                 steps=self.steps,
                 eot_iter=self.eot_iter,
                 batch_size=self.batch_size,
@@ -195,4 +202,4 @@ class Evaluate(DataCommand):
         print("\n".join([report.to_text(), *notes]))
         report.save(out, model)
         write_run_file(self, out)
-        print(f"written: {out}/report.md, report.json and pictures")
+        print(f"written: {out}/report.html, report.md, report.json and pictures")
