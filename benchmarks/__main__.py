@@ -6,6 +6,8 @@ python -m benchmarks study NAME [--data DIR] [--full] [--quick]
 
 python -m benchmarks gpu_check [tests|ops|pipelines] [--dry] [--out DIR] [--only SECTION...] [--redo]
 
+python -m benchmarks instructions
+
 python -m benchmarks soak [--minutes N] [--only COMMAND...] [--seed N] [--out FILE]
 
 python -m benchmarks ship [--device cpu|cuda]
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,12 +27,55 @@ import torch
 from purify_fast._lock import FolderInUse
 from purify_fast.speed import retain_freed_memory
 
-from . import front_page, gpu_check, launches, pages, performance, pipelines, report, shipping, soak
+from . import (
+    evaluation,
+    front_page,
+    gpu_check,
+    instructions,
+    launches,
+    pages,
+    performance,
+    pipelines,
+    report,
+    shipping,
+    soak,
+)
 from .ops import registry
 from .running import RESULTS, folder, run_ops, run_pipelines
 from .studies import command
 
 DOCS = Path(__file__).parents[1] / "docs"
+
+
+def evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks evaluation``."""
+    known = "; ".join(evaluation.CONTESTS)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"which contests; all by default: {known}")
+    models = "the trained models of `make demo`; missing ones are trained there; runs/demo by default"
+    parser.add_argument("--models", type=Path, default=evaluation.MODELS, help=models)
+    parser.add_argument("--data", type=Path, help="folder with cifar10.npz or the official files, for the ResNet-18")
+    parser.add_argument("--images", type=int, help="at most so many images of each contest")
+    parser.add_argument("--rounds", type=int, default=1, help="how often every contestant runs; 1 by default")
+    parser.add_argument("--quick", action="store_true", help="tiny: that it works, no numbers")
+    parser.add_argument("--redo", action="store_true", help="also what is done already")
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/studies by default")
+
+
+def run_evaluation(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> None:
+    """Check the options, run the contests and print their table."""
+    unknown = set(chosen.names) - set(evaluation.CONTESTS)
+    if unknown:
+        known = "; ".join(evaluation.CONTESTS)
+        parser.error(f"no such contest: {', '.join(sorted(unknown))}; there are {known}")
+    for name, value in (("--images", chosen.images), ("--rounds", chosen.rounds)):
+        if value is not None and value < 1:
+            parser.error(f"{name} must be at least 1, got {value}")
+    amount = replace(evaluation.QUICK if chosen.quick else evaluation.Amount(), rounds=chosen.rounds)
+    if chosen.images is not None:
+        amount = replace(amount, images=chosen.images)
+    out = chosen.out or (Path("runs/benchmarks") if chosen.quick else RESULTS / "studies")
+    sources = evaluation.Sources(chosen.models, chosen.data)
+    print(evaluation.main(chosen.names, sources, amount, out, chosen.redo).read_text())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,6 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     check.add_argument("--redo", action="store_true", help="also what is done already")
     check.add_argument("--seconds", type=float, help="the limit of each section in place of its own")
     check.add_argument("--total", type=float, default=520.0, help="seconds for all of them; 520 by default")
+    commands.add_parser("instructions", help="the GPU kernels' machine code, counted without a GPU")
     long = commands.add_parser("soak", help="every command under faults: kills, full disks, changed bits and others")
     long.add_argument("--minutes", type=float, default=30.0, help="how long; 30 by default")
     long.add_argument("--only", nargs="+", default=[], metavar="COMMAND", help="such as 'train carso'; all by default")
@@ -64,6 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
     long.add_argument("--folder", type=Path, help="where its files are kept meanwhile; the system's own by default")
     ship = commands.add_parser("ship", help="let what purify-fast tune found on this machine ship with the package")
     ship.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    against = commands.add_parser("evaluation", help="our attacks against the official AutoAttack: strength and time")
+    evaluation_arguments(against)
     redo = commands.add_parser("report", help="the tables and pictures again, from the CSV files")
     redo.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
     redo.add_argument("--count", action="store_true", help="also count again what a training step launches")
@@ -73,12 +122,18 @@ def main(arguments: list[str] | None = None) -> None:
         if not chosen.minutes > 0:
             parser.error(f"--minutes must be above 0, got {chosen.minutes:g}")
         sys.exit(not soak.main(chosen.minutes, chosen.out, chosen.seed, chosen.only, chosen.folder))
+    if chosen.command == "evaluation":
+        run_evaluation(parser, chosen)
+        return
     if chosen.command == "study":
         try:
             command.check(chosen)
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
             parser.error(str(error))
         print(command.main(chosen).read_text())
+        return
+    if chosen.command == "instructions":
+        print(instructions.write(RESULTS))
         return
     if chosen.command == "report" and chosen.check:
         found = pages.check(RESULTS)

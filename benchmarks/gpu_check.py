@@ -59,7 +59,7 @@ GRACE = 20.0  # seconds beyond its limit until a section is ended
 LIMITS = {
     "extension": (180, 600),
     "limits": (20, 20),
-    "tests": (300, 150),
+    "tests": (270, 150),
     "races": (290, 60),
     "ops": (200, 60),
     "sanitizer": (150, 60),

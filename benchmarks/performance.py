@@ -10,7 +10,7 @@ from pathlib import Path
 
 from purify_fast._files import write_text
 
-from . import launches, limits, pipelines, report, shipping
+from . import instructions, launches, limits, pipelines, report, shipping
 from .measure import AUTOTUNED
 from .ops import Case, registry
 
@@ -282,7 +282,7 @@ def page(results: Path) -> str:
             "it; its folder in `benchmarks/results` becomes a chapter here. Until then a GPU kernel serves where "
             "one launch replaces a dozen or more, once it was verified on the user's own card.",
         ]
-    lines += ["", *counted()]
+    lines += ["", *counted(), *instructions.chapter(results)]
     if (results / launches.FILE).exists():
         lines += ["", *launched(results)]
     for folder, *_ in found:

@@ -38,8 +38,8 @@ class Report:
     Args:
         rows: the rows, in the order in which they were made.
         notes: remarks, one sentence each.
-        about: what all rows have in common: ``threat`` (such as ``L-inf 8/255``), ``dataset`` and ``version`` (of this
-            package), as far as they are known.
+        about: what all rows have in common: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``, ``seed``
+            and ``version`` (of this package), as far as they are known.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -161,7 +161,9 @@ class Report:
 
     def _title(self) -> list[str]:
         """What the numbers are about: the threat model, the data set and the version, where they are known."""
-        return [self.about[what] for what in ("threat", "dataset", "version") if what in self.about]
+        protocol = [f"protocol {self.about['protocol']}"] if "protocol" in self.about else []
+        named = [self.about[what] for what in ("threat", "dataset") if what in self.about]
+        return [*named, *protocol, *([self.about["version"]] if "version" in self.about else [])]
 
     def comparison(self) -> list[str]:
         """Lines of a Markdown table: attacks down, models across."""

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ._examples import Example, raced, tensors, tile, to
-from ._op import REGISTRY, Op
+from ._op import REGISTRY, Op, use_backend
 from ._races import size_of
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -225,7 +225,7 @@ def run_race(race: Race, device: torch.device, full: bool = False) -> list[Row]:
     elements = op.weigh(*arguments)[1]
     kernel = op.kernel(device.type)
     serves = op.wanted("eager", device, race.example.variant, race.dtype, elements.bit_length()).backend == kernel
-    with Launches() as launches:
+    with use_backend("reference"), Launches() as launches:
         results = op.reference(*arguments)
     moved = sum(one.nbytes for one in tree_leaves((arguments, results)) if isinstance(one, Tensor))
     del results
