@@ -98,6 +98,22 @@ class RowCache:
                 unfinished.remove()
         return row
 
+    def value(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Plain values of that name, made and kept if they are not there yet.
+
+        Args:
+            key: the name; None: they are made and not kept.
+            make: makes them.
+        """
+        if key is None:
+            return make()
+        path = self.folder / f"{key}.values"
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(path.read_text())
+        made = make()
+        write_text(path, json.dumps(made))
+        return made
+
     def _read(self, key: str) -> Row | None:
         try:
             row = Row.from_dict(json.loads((self.folder / f"{key}.json").read_text()))

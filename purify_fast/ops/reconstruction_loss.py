@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._tensors import per_image
+from . import _kept
 from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, second_argument, wide
 
@@ -49,6 +50,24 @@ BACKWARD = define_op(
     triton=Launcher("reconstruction_loss", "backward"),
     weigh=second_argument,
 )
+
+
+#: The loss, and s - t in the arithmetic's dtype.
+KEEPING = _kept.kernel("reconstruction_loss_keeping", "(Tensor logits, Tensor target) -> (Tensor, Tensor)")
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        loss, slope = KEEPING(logits, target)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(slope)
+        return loss
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _kept.SCALED_ROWS(grad, *ctx.saved_tensors, ctx.dtype), None
 
 
 class _ReconstructionLoss(torch.autograd.Function):
@@ -91,4 +110,5 @@ def reconstruction_loss(logits: Tensor, target: Tensor) -> Tensor:
         return reference(logits, target.detach())
     if not needs_gradient(logits):
         return OP.handle(logits, target)
-    return _ReconstructionLoss.apply(logits, target.detach())
+    keeps = _kept.serves(BACKWARD, logits)
+    return (_Kept if keeps else _ReconstructionLoss).apply(logits, target.detach())

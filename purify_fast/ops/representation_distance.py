@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
+from . import _kept
 from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 from .gated_elu import last_channels
@@ -129,6 +130,28 @@ def _variant(layers: int) -> str:
     return "several" if layers > 1 else ""
 
 
+#: The distances of one layer [B], and dd/du in the student's shape and the arithmetic's dtype.
+KEEPING = _kept.kernel(
+    "representation_distance_keeping", "(Tensor student, Tensor teacher, int kind) -> (Tensor, Tensor)"
+)
+
+
+class _Kept(torch.autograd.Function):
+    """Of one layer whose dtype is the arithmetic's: a slope wider than the layer would be more bytes than its parts."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, kind: int) -> Tensor:
+        distance, slope = KEEPING(student, teacher, kind)
+        ctx.save_for_backward(slope)
+        return distance
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return _kept.SCALED_ROWS(grad, slope, slope.dtype), None, None
+
+
 class _RepresentationDistance(torch.autograd.Function):
     """Around the reference too: the gradient that autograd finds for it is rounding at u = v, and NaN at 0."""
 
@@ -153,6 +176,13 @@ class _RepresentationDistance(torch.autograd.Function):
         *tensors, slopes = ctx.saved_tensors
         out = BACKWARD(grad, tensors[: ctx.layers], tensors[ctx.layers :], slopes, variant=_variant(ctx.layers))
         return None, None, *out, *[None] * ctx.layers
+
+
+def _keeps(student: Tensor) -> bool:
+    """Whether one layer's slope is kept for backward."""
+    if student.dtype not in (torch.float32, torch.float64) or OP.plain(student.device, student.dtype, student.numel()):
+        return False
+    return _kept.serves(BACKWARD, student)
 
 
 def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> None:
@@ -210,8 +240,11 @@ def representation_distance(
     for layer, (u, v) in enumerate(zip(us, vs, strict=True)):
         if last_channels(u):  # the op sees dense rows, whatever the layout
             us[layer], vs[layer] = u.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1)
+    differentiable = needs_gradient(*us)
+    if differentiable and single and _keeps(us[0]):
+        return _Kept.apply(us[0], vs[0].detach(), KINDS.index(kind))
     tensors = (*us, *(v.detach() for v in vs))
     # the compiler, too, does not take a Function of any number of tensors where none needs a gradient
-    call = _RepresentationDistance.apply if needs_gradient(*us) else _RepresentationDistance.forward
+    call = _RepresentationDistance.apply if differentiable else _RepresentationDistance.forward
     distance, _ = call(KINDS.index(kind), len(us), *tensors)
     return distance.squeeze(1) if single else distance

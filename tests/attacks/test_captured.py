@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from purify_fast import _library
-from purify_fast.attacks import GradientHealth, apgd, fgsm, frozen, pgd, pgd_and_fgsm
+from purify_fast.attacks import GradientHealth, apgd, fgsm, frozen, pgd, pgd_and_fgsm, stadv
 from purify_fast.attacks.draws import Objective
 from purify_fast.attacks.pgd import Ascent
 from purify_fast.defences import NoisyEnsemble
@@ -99,6 +99,11 @@ def test_captured_apgd_gives_the_bits_of_eager_apgd(model, batch, graphs, rerun,
     assert torch.equal(wanted, found) and not torch.equal(found, x)
     # in the l1 ball the steps are parted among three radii, and are too few to be captured at once
     assert rerun.recorded >= 1 and graphs.refusal is None and (rerun.replayed >= 25 or norm == "l1")
+
+
+def test_captured_stadv_gives_the_bits_of_eager_stadv(model, batch, graphs, rerun):
+    wanted, found = (stadv(model, *batch, steps=20, keep_best=True, graphs=chosen) for chosen in (None, graphs))
+    assert torch.equal(wanted, found) and not torch.equal(found, batch[0]) and rerun.replayed == 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
