@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from purify_fast.ops import REGISTRY, use_backend
+from purify_fast.ops._racing import Launches
 
 from .ops import Case
 
@@ -237,6 +238,9 @@ def measure(
     entries, results = prepare(op, case, direction, style, device, contestants)
     right = {k: agree(r, results["eager"], case.dtype, style) for k, r in results.items()}
     del results
+    with entries["eager"].mode(), Launches() as counted:
+        entries["eager"].run()
+    launched = counted.count  # of the reference, where ours is one or a few
     repeats = {}
     for kind, entry in entries.items():
         for _ in range(3):  # warm, compiled, and the allocator has its blocks
@@ -267,6 +271,8 @@ def measure(
     moved, computed = (case.count(what, direction) / median["ours"] for what in ("bytes", "flops"))
     row["GB_per_s"] = f"{moved / 1e9:.2f}" if right["ours"] else ""
     row["GFLOP_per_s"] = f"{computed / 1e9:.2f}" if right["ours"] else ""
+    row["copy_GB_per_s"] = f"{bandwidth / 1e9:.1f}" if bandwidth else ""
+    row["launches"] = launched
     row["share_of_copy"] = f"{moved / bandwidth:.3f}" if right["ours"] and bandwidth else ""
     return row | {"runs": effort.runs} | environment(device)
 
