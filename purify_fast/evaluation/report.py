@@ -205,6 +205,22 @@ class Report:
             return terminal_table(*comparison(self.rows), chosen)
         return terminal_table(COLUMNS, [row_cells(row) for row in self.rows], chosen)
 
+    def _set_aside(self, folder: Path) -> None:
+        """Move a report on another threat model, data set or protocol into a folder of its own."""
+        try:
+            about = json.loads((folder / "report.json").read_text(encoding="utf-8")).get("about", {})
+        except (OSError, ValueError):
+            return
+        named = ("threat", "dataset", "protocol")
+        if all(about.get(name) == self.about.get(name) for name in named):
+            return
+        words = [about[name] for name in named if name in about]
+        place = folder / ", ".join(["earlier", *words]).replace("/", "_")
+        place.mkdir(exist_ok=True)
+        for path in (*folder.glob("report.*"), *folder.glob("*.png")):
+            path.replace(place / path.name)
+        self.notes.append(f"the report that was here before, on {', '.join(words) or 'something else'}, is in {place}")
+
     def _write(self, folder: Path) -> None:
         write_text(folder / "report.json", self.to_json())
         write_text(folder / "report.md", self.to_markdown())
@@ -212,7 +228,9 @@ class Report:
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
         """Write ``report.html``, ``.json``, ``.md``, ``accuracies.png`` and, with examples, ``images_*.png``.
 
-        Each file appears whole or not at all. What needs a package that is missing is left out, and a note says so.
+        Each file appears whole or not at all. A report on another threat model, data set or protocol that is in the
+        folder already is moved into a folder "earlier, ..." in it. What needs a package that is missing is left out,
+        and a note says so.
 
         Args:
             folder: made if it is missing.
@@ -228,6 +246,7 @@ class Report:
             defence = dict.fromkeys(self.models, defence)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self._set_aside(folder)
         self._write(folder)  # before the pictures, whatever becomes of them
         try:
             write_page(self, folder, defence)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,10 @@ class RowCache:
         # absent, half-written, or of another version
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        with contextlib.suppress(OSError), np.load(self.folder / f"{key}.npz", allow_pickle=False) as file:
+        with (
+            contextlib.suppress(OSError, ValueError, zipfile.BadZipFile),
+            np.load(self.folder / f"{key}.npz", allow_pickle=False) as file,
+        ):
             if "clean" in file:
                 row.examples = Examples(file["clean"], file["adversarial"], file["labels"])
             row.margins = file.get("margins")
