@@ -72,16 +72,46 @@ def sum_tile(size: int, most: int = BLOCK) -> tuple[int, int]:
     return width, warps(width)
 
 
+#: The most programs along the second and the third axis of a launch.
+MOST_PROGRAMS = 65535
+
+
+def grid(rows: int, blocks: int) -> tuple[int, int, int]:
+    """The programs for ``blocks`` blocks of each of ``rows`` rows; `program` tells a program which is its own.
+
+    The axes of a launch save every thread a division by the number of blocks.
+    """
+    third = triton.cdiv(rows, MOST_PROGRAMS)
+    return blocks, triton.cdiv(rows, third), third
+
+
+@triton.jit
+def program(rows):
+    """The row and the block of this program, int32. Programs beyond the last row do its work again, to the same end."""
+    row = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+    return tl.minimum(row, rows - 1), tl.program_id(0)
+
+
+@triton.jit
+def first_of(block, size, WIDTH: tl.constexpr):
+    """The first element of a block of a row of ``size`` elements, in as few bits as hold every element of the block."""
+    first = (size * 0 + block) * WIDTH  # int64 if the size is
+    return first if first.dtype == tl.int64 else first.to(tl.uint32, bitcast=True)
+
+
 @triton.jit
 def log1p(y):
-    # log(1 + y) for y in [0, 1]: what the rounding of 1 + y loses, the quotient restores
+    # log(1 + y) for finite y above -1: what the rounding of 1 + y loses, the quotient restores
     u = 1.0 + y
     return tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
 @triton.jit
 def expm1(x):
-    # the same device; it needs |x| small, and beyond 1 nothing cancels
-    u = tl.exp(x)
-    near = (u - 1.0) * (x / tl.where(u == 1.0, 1.0, tl.log(u)))
-    return tl.where(u == 1.0, x, tl.where(tl.abs(x) < 1.0, near, u - 1.0))
+    """exp(x) - 1: where that would lose digits a polynomial, fitted on [-0.7, 0.7] with an error of 2^-24.8."""
+    p = tl.fma(x, 0.00019855325808748603, 0.0014098193496465683)
+    p = tl.fma(x, p, 0.008334292098879814)
+    p = tl.fma(x, p, 0.04166172817349434)
+    p = tl.fma(x, p, 0.16666646301746368)
+    p = tl.fma(x, p, 0.5000002980232239)
+    return tl.where(tl.abs(x) < 0.7, tl.fma(x * p, x, x), tl.exp(x) - 1.0)

@@ -45,11 +45,24 @@ def _softmax(x, inside):
 
 
 @triton.jit
-def _logsigmoids(x):
-    """log sigmoid(x), log sigmoid(-x)."""
-    rest = log1p(tl.exp(-tl.abs(x)))
-    yes = tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - rest
-    return yes, tl.minimum(-x, 0.0, propagate_nan=tl.PropagateNan.ALL) - rest
+def _odds(x, inside):
+    """What the odds of the mean of sigmoid(x) over axis 0 are made of; rows that do not count hold +inf.
+
+    With t = exp(-|x|), sigmoid(|x|) is 1 / (1 + t) and sigmoid(-|x|) is t / (1 + t). Where all of a column have one
+    sign, the sum of the second kind could underflow: it is kept times exp(shift), shift being the least |x|.
+
+    Returns t exp(shift) and 1 / (1 + t), [K, C]; the sums of sigmoid(x) and of sigmoid(-x), [C]; the shift, from 0 down
+    where x is negative, and 0 up to 1 and where it is infinite; exp(-|shift|).
+    """
+    low, high = tl.min(x, 0), tl.max(tl.where(inside, x, float("-inf")), 0)
+    shift = tl.maximum(low, 0.0) + tl.minimum(high, 0.0)
+    shift = tl.where((tl.abs(shift) > 1.0) & (tl.abs(shift) < float("inf")), shift, 0.0)
+    tail = tl.exp(tl.abs(shift)[None, :] - tl.abs(x))
+    least = tl.exp(-tl.abs(shift))
+    most = tl.where(inside, 1.0 / (1.0 + tail * least[None, :]), 0.0)
+    rest = tail * most
+    yes, no = tl.sum(tl.where(x > 0, most, rest), 0), tl.sum(tl.where(x > 0, rest, most), 0)
+    return tail, most, yes, no, shift, least
 
 
 @triton.jit
@@ -67,13 +80,17 @@ def _columns(logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr,
         x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("-inf"), K=K, C=C)
         out = _logsumexp(x)
     else:
-        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=0.0, K=K, C=C)
+        other = 0.0 if METHOD == MEAN else float("inf")
+        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=other, K=K, C=C)
         if METHOD == MEAN:
             out = tl.sum(x, 0) / samples
         else:
-            yes, no = _logsigmoids(x)
-            yes, no = tl.where(inside, yes, float("-inf")), tl.where(inside, no, float("-inf"))
-            out = _logsumexp(yes) - _logsumexp(no)
+            tail, most, yes, no, shift, _least = _odds(x, inside)
+            # where the odds are even, the logarithm needs what they differ by, summed for itself
+            excess = tl.sum(tl.where(x > 0, most - tail * most, tail * most - most), 0)
+            more = tl.where(shift == 0.0, tl.abs(excess) / tl.minimum(yes, no), yes / no - 1.0)
+            out = tl.where(more == float("inf"), more, log1p(more))
+            out = tl.where((shift == 0.0) & (excess < 0), -out, out) + shift
     c = first + tl.arange(0, C)
     tl.store(out_ptr + row * classes + c, out, mask=c < classes)
 
@@ -94,11 +111,11 @@ def _columns_backward(
         x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("-inf"), K=K, C=C)
         out = _softmax(x, inside) * g[None, :]
     else:
-        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=0.0, K=K, C=C)
-        yes, no = _logsigmoids(x)
-        a = _softmax(tl.where(inside, yes, float("-inf")), inside)
-        b = _softmax(tl.where(inside, no, float("-inf")), inside)
-        out = g[None, :] * (a * tl.exp(no) + b * tl.exp(yes))
+        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("inf"), K=K, C=C)
+        # the slope is sigmoid(x) sigmoid(-x) (1 / yes + 1 / no); one of the sums may be kept times exp(shift)
+        tail, most, yes, no, shift, least = _odds(x, inside)
+        small, large = tl.where(shift < 0, yes, no), tl.where(shift < 0, no, yes)
+        out = tail * most * most * (g * (1.0 / small + least / large))[None, :]
     at = row * samples * classes + tl.arange(0, K)[:, None].to(tl.int64) * classes + c[None, :]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 

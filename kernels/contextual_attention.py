@@ -1,8 +1,16 @@
-"""`contextual_attention` in Triton: a program makes the row of one query, from rows moved by as many keys as queries.
+"""`contextual_attention` in Triton: a program makes the rows of a few neighbouring queries, whose neighbours it shares.
 
 Forward: patch sums; both fuses and the softmax; the sums for the four pixels of a cell. Backward: those sums and the
 softmax; both fuses, and the gradient of the norms over a few queries; patch sums. Everything between stays in the L2
 cache of a large GPU; no atomics.
+
+Query and key always move together, so that a sum over the nine neighbours is one of three rows, each of them a sum of
+three: a row of queries before, the same, the row after. A thread has ``VECTOR`` neighbouring keys, four where the width
+of the grid allows it. It loads those of the three rows at once, and one more number for the end that moves in.
+
+What both fuses read is kept with wings: in front of a row's L numbers, and behind them, ``width`` more, so that the
+successor of key i in column-major order is at i + width and its predecessor at i - width, whether they are in the next
+column or not.
 """
 
 from __future__ import annotations
@@ -12,48 +20,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import on
+from ._common import grid, on, program
+from ._windows import keys, load, moved_in, moved_out, next_pair, previous_pair, store_winged, window
 
+#: Neighbouring queries of a program, where the grid's width allows it: they read each other's rows.
+TOGETHER = 4
 #: Queries whose part of the norms' gradient one program adds; fixed, so that the result is independent of the batch.
-QUERIES = 16
-#: Registers a thread of `_scaled` may take: three windows of nine, four keys each, and two sums. Without this limit the
-#: compiler of triton 3.6 takes 231.
-SCALED_REGISTERS = 224
+QUERIES = 8
 
 
-def warps(block: int) -> int:
-    """Four keys per thread: a row is a sum of up to eighteen, each with a mask of its own, all in registers."""
-    return max(1, min(16, block // 128))
-
-
-@triton.jit
-def _query(size):
-    """This program's sample, its query, and where the query's row starts in [B, size, size]. Divides 32-bit numbers."""
-    pid = tl.program_id(0)
-    return (pid // size).to(tl.int64), pid % size, pid.to(tl.int64) * size
-
-
-@triton.jit
-def _load(x_ptr, sample, n, i, inside, size):
-    """x[sample, n, i] of [B, size, size], float32, 0 where not inside."""
-    return tl.load(x_ptr + (sample * size + n) * size + i, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _window(
-    x_ptr, sample, n, i, size, height, width,
-    TOP: tl.constexpr, BOTTOM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-):  # fmt: skip
-    """Sum over the moves o of x[n + o, i + o], wherever both are on the grid."""
-    y, column, own = n // width, n % width, i % width
-    total = tl.zeros(i.shape, tl.float32)
-    for down in tl.static_range(TOP, BOTTOM + 1):
-        for right in tl.static_range(LEFT, RIGHT + 1):
-            shift = down * width + right
-            query = (y + down >= 0) & (y + down < height) & (column + right >= 0) & (column + right < width)
-            key = (i < size) & (i + shift >= 0) & (i + shift < size) & (own + right >= 0) & (own + right < width)
-            total += _load(x_ptr=x_ptr, sample=sample, n=n + shift, i=i + shift, inside=query & key, size=size)
-    return total
+def warps(groups: int) -> int:
+    """A group of keys per thread."""
+    return max(1, min(16, groups // 32))
 
 
 @triton.jit
@@ -69,112 +47,225 @@ def _previous(i, size, width):
 
 
 @triton.jit
-def _fused_rows(x_ptr, sample, n, i, inside, size):
-    """x fused in row-major order, at [n, i] where inside."""
-    total = _load(x_ptr, sample, n, i=i, inside=inside, size=size)
-    total += _load(x_ptr=x_ptr, sample=sample, n=n - 1, i=i - 1, inside=inside & (n > 0) & (i > 0), size=size)
-    return total + _load(
-        x_ptr=x_ptr, sample=sample, n=n + 1, i=i + 1, inside=inside & (n < size - 1) & (i < size - 1), size=size
-    )
+def _fused_rows(pointer, stride, n, size, inside, at, before, after, starts, ends, VECTOR: tl.constexpr):
+    """x fused in row-major order: of row n, where ``pointer`` is, the groups at ``at``.
+
+    ``before`` and ``after`` are where the number before a group and that after it are, unless they are not.
+    """
+    lower, upper = inside & (n > 0), inside & (n < size - 1)
+    total = load(pointer, at, inside, VECTOR)
+    first = tl.load(pointer - stride + before, mask=lower & starts, other=0.0)
+    total += moved_in(load(pointer - stride, at, lower, VECTOR), first, VECTOR)
+    last = tl.load(pointer + stride + after, mask=upper & ends, other=0.0)
+    return total + moved_out(load(pointer + stride, at, upper, VECTOR), last, VECTOR)
 
 
 @triton.jit
-def _fused_columns(x_ptr, sample, n, i, inside, size, width):
-    """x fused in column-major order, at [n, i] where inside."""
-    total = _load(x_ptr, sample, n, i=i, inside=inside, size=size)
-    after = inside & (n < size - 1) & (i < size - 1)
-    total += _load(
-        x_ptr=x_ptr, sample=sample, n=_next(n, size, width), i=_next(i, size, width), inside=after, size=size
-    )
-    before = inside & (n > 0) & (i > 0)
-    return total + _load(
-        x_ptr=x_ptr, sample=sample, n=_previous(n, size, width), i=_previous(i, size, width), inside=before, size=size
-    )
+def _fused(pointer, n, at, inside, size, width, VECTOR: tl.constexpr):
+    """Row n of x, fused in row-major order and that in column-major order; ``pointer`` is number 0 of row 0."""
+    stride = size + 2 * width
+    i = at[:, None] + tl.arange(0, VECTOR)[None, :]
+    total = _fused_rows(
+        pointer + n.to(tl.int64) * stride, stride, n, size=size, inside=inside, at=at, before=at - 1,
+        after=at + VECTOR, starts=at > 0, ends=at + VECTOR < size, VECTOR=VECTOR,
+    )  # fmt: skip
+    m = _next(n, size, width)
+    following = _fused_rows(
+        pointer + m.to(tl.int64) * stride, stride, m, size=size, inside=inside & (n < size - 1), at=at + width,
+        before=tl.where(at == size - width, 0, at + width - 1), after=at + width + VECTOR, starts=at >= 0,
+        ends=_next(at + VECTOR - 1, size, width) < size - 1, VECTOR=VECTOR,
+    )  # fmt: skip
+    m = _previous(n, size, width)
+    preceding = _fused_rows(
+        pointer + m.to(tl.int64) * stride, stride, m, size=size, inside=inside & (n > 0), at=at - width,
+        before=at - width - 1, after=tl.where(at + VECTOR == width, size - 1, at - width + VECTOR),
+        starts=_previous(at, size, width) > 0, ends=at >= 0, VECTOR=VECTOR,
+    )  # fmt: skip
+    return total + tl.where(i < size - 1, following, 0.0) + tl.where(i > 0, preceding, 0.0)
 
 
 @triton.jit
-def _patches(x_ptr, inverse_ptr, out_ptr, size, height, width, SCALED: tl.constexpr, WIDTH: tl.constexpr):
-    sample, n, row = _query(size)
-    i = tl.arange(0, WIDTH)
-    total = _window(x_ptr, sample, n, i=i, size=size, height=height, width=width, TOP=-1, BOTTOM=1, LEFT=-1, RIGHT=1)
+def _column(pointer, stride, n, i, inside, size, width):
+    """x fused in column-major order, [n, i] where inside, of single keys or of groups of them.
+
+    Masks of groups allow loads of groups; then the first and the last key lose what they have not.
+    """
+    total = tl.load(pointer + n.to(tl.int64) * stride + i, mask=inside, other=0.0)
+    following = pointer + _next(n, size, width).to(tl.int64) * stride + width
+    total += tl.where(i < size - 1, tl.load(following + i, mask=inside & (n < size - 1), other=0.0), 0.0)
+    preceding = pointer + _previous(n, size, width).to(tl.int64) * stride - width
+    return total + tl.where(i > 0, tl.load(preceding + i, mask=inside & (n > 0), other=0.0), 0.0)
+
+
+@triton.jit
+def _patches(
+    x_ptr, inverse_ptr, out_ptr, batch, size, height, width,
+    SCALED: tl.constexpr, TOGETHER: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    row, block = program(batch)
+    sample, first = row.to(tl.int64), block * TOGETHER
+    at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
+    i = at[:, None] + tl.arange(0, VECTOR)[None, :]
+    y = first // width
     if SCALED:
-        total *= tl.load(inverse_ptr + sample * size + i, mask=i < size, other=0.0)
-    tl.store(out_ptr + row + i, total, mask=i < size)
+        inverse = load(inverse_ptr + sample * size, at, inside, VECTOR)
+    for query in range(TOGETHER):
+        n = first + query
+        total = window(
+            x_ptr + (sample * size + n) * size, size, at, inside=inside, y=y, x=n - y * width, row=own, column=column,
+            height=height, width=width, VECTOR=VECTOR,
+        )  # fmt: skip
+        if SCALED:
+            winged = out_ptr + (sample * size + n) * (size + 2 * width) + width
+            store_winged(winged, at, total * inverse, inside=inside, size=size, width=width, VECTOR=VECTOR)
+        else:
+            tl.store(out_ptr + (sample * size + n) * size + i, total, mask=inside[:, None])
 
 
 @triton.jit
-def _attend(x_ptr, keep_ptr, out_ptr, size, width, scale, WIDTH: tl.constexpr):
-    sample, n, row = _query(size)
-    i = tl.arange(0, WIDTH)
-    inside = i < size
-    total = _fused_rows(x_ptr, sample, n, i=i, inside=inside, size=size)
-    after = inside & (n < size - 1) & (i < size - 1)
-    total += _fused_rows(
-        x_ptr=x_ptr, sample=sample, n=_next(n, size, width), i=_next(i, size, width), inside=after, size=size
-    )
-    before = inside & (n > 0) & (i > 0)
-    total += _fused_rows(
-        x_ptr=x_ptr, sample=sample, n=_previous(n, size, width), i=_previous(i, size, width), inside=before, size=size
-    )
-    keep = tl.load(keep_ptr + sample * size + i, mask=inside, other=0.0).to(tl.float32)
-    logits = tl.where(inside, tl.cast(scale, tl.float32) * keep * total, float("-inf"))
-    e = tl.where(inside, tl.exp(logits - tl.max(logits, 0)), 0.0)  # NaN anywhere is NaN everywhere
-    tl.store(out_ptr + row + i, keep * (e / tl.sum(e, 0)), mask=inside)
+def _attend(
+    x_ptr, keep_ptr, out_ptr, batch, size, width, scale,
+    TOGETHER: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    row, block = program(batch)
+    sample, first = row.to(tl.int64), block * TOGETHER
+    at = tl.arange(0, GROUPS) * VECTOR
+    inside = at < size
+    i = at[:, None] + tl.arange(0, VECTOR)[None, :]
+    keep, scale = load(keep_ptr + sample * size, at, inside, VECTOR), tl.cast(scale, tl.float32)
+    for query in range(TOGETHER):
+        n = first + query
+        pointer = x_ptr + sample * size * (size + 2 * width) + width
+        total = _fused(pointer, n, at, inside=inside, size=size, width=width, VECTOR=VECTOR)
+        logits = tl.where(inside[:, None], scale * keep * total, float("-inf"))
+        e = tl.exp(logits - tl.max(tl.max(logits, 1), 0))  # 0 outside, and NaN anywhere is NaN everywhere
+        share = 1.0 / tl.sum(tl.sum(e, 1), 0)
+        tl.store(out_ptr + (sample * size + n) * size + i, keep * (e * share), mask=inside[:, None])
 
 
 @triton.jit
-def _spread(x_ptr, out_ptr, size, height, width, WIDTH: tl.constexpr):
-    sample, n, _row = _query(size)
-    i = tl.arange(0, WIDTH)
-    for a in tl.static_range(2):
-        for b in tl.static_range(2):
-            total = 0.25 * _window(
-                x_ptr, sample, n, i=i, size=size, height=height, width=width, TOP=a - 1, BOTTOM=a, LEFT=b - 1, RIGHT=b
-            )
-            at = ((sample * 4 + 2 * a + b) * size + n) * size + i
-            tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=i < size)
+def _both_ways(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
+    """x[n, i] with x[n - 1, i - 1], and with x[n + 1, i + 1], in a line of the grid."""
+    here = load(pointer, at, inside, VECTOR)
+    left = previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
+    right = next_pair(pointer, stride, at, inside=inside & (x < width - 1), ends=column + VECTOR < width, VECTOR=VECTOR)
+    return here + left, here + right
 
 
 @triton.jit
-def _gather(grad_ptr, weights_ptr, out_ptr, size, height, width, scale, WIDTH: tl.constexpr):
-    sample, n, row = _query(size)
-    i = tl.arange(0, WIDTH)
-    total = tl.zeros((WIDTH,), tl.float32)
-    for a in tl.static_range(2):
-        for b in tl.static_range(2):
-            phase = sample * 4 + 2 * a + b
-            total += _window(
-                grad_ptr, phase, n, i=i, size=size, height=height, width=width,
-                TOP=-a, BOTTOM=1 - a, LEFT=-b, RIGHT=1 - b,
-            )  # fmt: skip
-    total *= 0.25
-    weights = tl.load(weights_ptr + row + i, mask=i < size, other=0.0)
-    slope = tl.cast(scale, tl.float32) * weights * (total - tl.sum(weights * total, 0))
-    tl.store(out_ptr + row + i, slope, mask=i < size)
+def _spread(
+    x_ptr, out_ptr, batch, size, height, width, TOGETHER: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr
+):
+    row, block = program(batch)
+    sample, first = row.to(tl.int64), block * TOGETHER
+    at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
+    i = at[:, None] + tl.arange(0, VECTOR)[None, :]
+    y = first // width
+    far, map_size = width * tl.cast(size, tl.int64) + width, tl.cast(size, tl.int64) * size
+    above, below = inside & (y > 0) & (own > 0), inside & (y < height - 1) & (own < height - 1)
+    for query in range(TOGETHER):
+        n = first + query
+        pointer, x = x_ptr + (sample * size + n) * size, n - y * width
+        left, right = _both_ways(pointer, size, at, inside=inside, x=x, column=column, width=width, VECTOR=VECTOR)
+        left, right = 0.25 * left, 0.25 * right
+        to = out_ptr + (sample * 4 * size + n) * size + i
+        over = _both_ways(pointer - far, size, at, inside=above, x=x, column=column, width=width, VECTOR=VECTOR)
+        tl.store(to, (left + 0.25 * over[0]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+        tl.store(to + map_size, (right + 0.25 * over[1]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+        under = _both_ways(pointer + far, size, at, inside=below, x=x, column=column, width=width, VECTOR=VECTOR)
+        tl.store(to + 2 * map_size, (left + 0.25 * under[0]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+        tl.store(to + 3 * map_size, (right + 0.25 * under[1]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _half_line(pointer, stride, at, inside, x, column, width, RIGHT: tl.constexpr, VECTOR: tl.constexpr):
+    """x[n, i] and what is before it in a line of the grid, or behind it."""
+    total = load(pointer, at, inside, VECTOR)
+    if RIGHT:
+        total += next_pair(
+            pointer, stride, at, inside=inside & (x < width - 1), ends=column + VECTOR < width, VECTOR=VECTOR
+        )
+    else:
+        total += previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
+    return total
+
+
+@triton.jit
+def _gather(
+    grad_ptr, weights_ptr, out_ptr, batch, size, height, width, scale,
+    TOGETHER: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    row, block = program(batch)
+    sample, first = row.to(tl.int64), block * TOGETHER
+    at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
+    y = first // width
+    far, map_size = width * tl.cast(size, tl.int64) + width, tl.cast(size, tl.int64) * size
+    above, below = inside & (y > 0) & (own > 0), inside & (y < height - 1) & (own < height - 1)
+    for query in range(TOGETHER):
+        n = first + query
+        x = n - y * width
+        total = tl.zeros((GROUPS, VECTOR), tl.float32)
+        for down in range(2):  # a loop, since the numbers of all four maps at once take too many registers
+            there = tl.where(down == 0, below, above)
+            for right in tl.static_range(2):
+                pointer = grad_ptr + (sample * 4 * size + n) * size + (2 * down + right) * map_size
+                total += _half_line(
+                    pointer, size, at, inside=inside, x=x, column=column, width=width, RIGHT=right == 0, VECTOR=VECTOR
+                )
+                total += _half_line(
+                    pointer + (1 - 2 * down) * far, size, at, inside=there, x=x, column=column, width=width,
+                    RIGHT=right == 0, VECTOR=VECTOR,
+                )  # fmt: skip
+        weights = load(weights_ptr + (sample * size + n) * size, at, inside, VECTOR)
+        total *= 0.25
+        slope = tl.cast(scale, tl.float32) * weights * (total - tl.sum(tl.sum(weights * total, 1), 0))
+        winged = out_ptr + (sample * size + n) * (size + 2 * width) + width
+        store_winged(winged, at, slope, inside=inside, size=size, width=width, VECTOR=VECTOR)
 
 
 @triton.jit
 def _scaled(
-    x_ptr, correlation_ptr, inverse_ptr, parts_ptr, out_ptr, size, height, width, blocks,
-    QUERIES: tl.constexpr, WIDTH: tl.constexpr,
+    x_ptr, correlation_ptr, inverse_ptr, parts_ptr, out_ptr, batch, size, height, width, blocks,
+    QUERIES: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    pid, i = tl.program_id(0), tl.arange(0, WIDTH)
-    sample, first = (pid // blocks).to(tl.int64), pid % blocks * QUERIES
-    inverse = tl.load(inverse_ptr + sample * size + i, mask=i < size, other=0.0)
-    part = tl.zeros((WIDTH,), tl.float32)
-    for n in range(first, tl.minimum(first + QUERIES, size)):
-        total = _fused_columns(x_ptr, sample, n, i=i, inside=i < size, size=size, width=width)
-        total += _fused_columns(
-            x_ptr=x_ptr, sample=sample, n=n - 1, i=i - 1, inside=(n > 0) & (i > 0) & (i < size), size=size, width=width
-        )
-        total += _fused_columns(
-            x_ptr=x_ptr, sample=sample, n=n + 1, i=i + 1, inside=(n < size - 1) & (i < size - 1), size=size, width=width
-        )
-        part += total * _window(
-            correlation_ptr, sample, n, i=i, size=size, height=height, width=width, TOP=-1, BOTTOM=1, LEFT=-1, RIGHT=1
-        )
-        tl.store(out_ptr + (sample * size + n) * size + i, total * inverse, mask=i < size)
-    tl.store(parts_ptr + pid.to(tl.int64) * size + i, part, mask=i < size)
+    row, block = program(batch)
+    sample, first = row.to(tl.int64), block * QUERIES
+    at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
+    i = at[:, None] + tl.arange(0, VECTOR)[None, :]
+    inverse = load(inverse_ptr + sample * size, at, inside, VECTOR)
+    part = tl.zeros((GROUPS, VECTOR), tl.float32)
+    stride = size + 2 * width
+    fused = x_ptr + sample * size * stride + width
+    for query in range(tl.minimum(QUERIES, size - first)):
+        n = first + query
+        total = _column(fused, stride, n, i=i, inside=inside[:, None], size=size, width=width)
+        lower, upper = inside & (n > 0), inside & (n < size - 1)
+        x = _column(fused, stride, n - 1, i=i, inside=lower[:, None], size=size, width=width)
+        one = _column(fused, stride, n - 1, i=at - 1, inside=lower & (at > 0), size=size, width=width)
+        total += moved_in(x, one, VECTOR)
+        x = _column(fused, stride, n + 1, i=i, inside=upper[:, None], size=size, width=width)
+        last = at + VECTOR
+        one = _column(fused, stride, n + 1, i=last, inside=upper & (last < size), size=size, width=width)
+        total += moved_out(x, one, VECTOR)
+        y = n // width
+        part += total * window(
+            correlation_ptr + (sample * size + n) * size, size, at, inside=inside, y=y, x=n - y * width, row=own,
+            column=column, height=height, width=width, VECTOR=VECTOR,
+        )  # fmt: skip
+        tl.store(out_ptr + (sample * size + n) * size + i, total * inverse, mask=inside[:, None])
+    tl.store(parts_ptr + (sample * blocks + block) * size + i, part, mask=inside[:, None])
+
+
+def _layout(size: int, height: int, width: int) -> dict[str, int]:
+    """Keys of a thread, groups of them and warps of a program; the wings of one row of keys are too short for four."""
+    vector = 4 if width % 4 == 0 and height > 1 else 1
+    groups = triton.next_power_of_2(triton.cdiv(size, vector))
+    return {"VECTOR": vector, "GROUPS": groups, "num_warps": warps(groups)}
+
+
+def _together(width: int) -> int:
+    """Queries of a program: all of one line of the grid."""
+    return TOGETHER if width % TOGETHER == 0 else 1
 
 
 def forward(
@@ -186,13 +277,14 @@ def forward(
     weights = torch.empty((batch, size, size), dtype=torch.float32, device=keep.device)
     if batch == 0:
         return out, weights
-    block = triton.next_power_of_2(size)
-    row, grid = {"WIDTH": block, "num_warps": warps(block)}, (batch * size,)
-    scores = torch.empty_like(weights)
+    together = _together(width)
+    row, programs = _layout(size, height, width) | {"TOGETHER": together}, grid(batch, size // together)
+    scores = torch.empty((batch, size, size + 2 * width), dtype=torch.float32, device=keep.device)
+    sizes = (batch, size, height, width)
     with on(keep):
-        _patches[grid](correlation.contiguous(), inverse.contiguous(), scores, size, height, width, SCALED=True, **row)
-        _attend[grid](scores, keep.contiguous(), weights, size, width, float(scale), **row)
-        _spread[grid](weights, out, size, height, width, **row)
+        _patches[programs](correlation.contiguous(), inverse.contiguous(), scores, *sizes, SCALED=True, **row)
+        _attend[programs](scores, keep.contiguous(), weights, batch, size, width, float(scale), **row)
+        _spread[programs](weights, out, *sizes, **row)
     return out, weights
 
 
@@ -206,15 +298,16 @@ def backward(
         return out, torch.empty((batch, size), dtype=torch.float32, device=grad.device)
     blocks = triton.cdiv(size, QUERIES)
     parts = torch.empty((batch, blocks, size), dtype=torch.float32, device=grad.device)
-    block = triton.next_power_of_2(size)
-    row, grid = {"WIDTH": block, "num_warps": warps(block)}, (batch * size,)
-    first, second = torch.empty_like(out), torch.empty_like(out)
+    row, together = _layout(size, height, width), _together(width)
+    programs, sizes = grid(batch, size // together), (batch, size, height, width)
+    first, second = torch.empty((batch, size, size + 2 * width), device=out.device), torch.empty_like(out)
     inverse = inverse.contiguous()
     with on(grad):
-        _gather[grid](grad.contiguous(), weights.contiguous(), first, size, height, width, float(scale), **row)
-        _scaled[(batch * blocks,)](
-            first, correlation.contiguous(), inverse, parts, second, size, height, width, blocks,
-            QUERIES=QUERIES, maxnreg=SCALED_REGISTERS, **row,
-        )  # fmt: skip
-        _patches[grid](second, inverse, out, size, height, width, SCALED=False, **row)
+        _gather[programs](
+            grad.contiguous(), weights.contiguous(), first, *sizes, float(scale), TOGETHER=together, **row
+        )
+        _scaled[grid(batch, blocks)](
+            first, correlation.contiguous(), inverse, parts, second, *sizes, blocks, QUERIES=QUERIES, **row
+        )
+        _patches[programs](second, inverse, out, *sizes, SCALED=False, TOGETHER=together, **row)
     return out, parts.sum(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._common import on, tile
 from .pgd_step import _clamp, _load
-from .philox import in_order, uniform, words
+from .philox import noise
 
 #: The fourth counter word, `purify_fast.ops.philox.Stream.REPLAY_NOISE`.
 REPLAY_NOISE = 5
@@ -18,7 +18,7 @@ REPLAY_NOISE = 5
 @triton.jit
 def _forward(
     x_ptr, adv_ptr, drift_ptr, tau_ptr, eps_ptr, seed_ptr, ids_ptr, out_ptr, size, blocks, lo, hi,
-    STREAM: tl.constexpr, GROUPS: tl.constexpr,
+    STREAM: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     row, block = pid // blocks, pid % blocks
@@ -26,8 +26,10 @@ def _forward(
     at, inside = row * size + element, element < size
     if tl.load(drift_ptr + row) > tl.load(tau_ptr):
         sample = tl.load(ids_ptr + row)
-        a, b, c, d = words(tl.load(seed_ptr), block * GROUPS + tl.arange(0, GROUPS), sample * 0, sample, STREAM)
-        r = in_order(uniform(a), uniform(b), uniform(c), uniform(d))
+        r = noise(
+            tl.load(seed_ptr), block * GROUPS, sample * 0, sample=sample, stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS,
+            NORMAL=False,
+        )  # fmt: skip
         x = _load(x_ptr, at, inside) + tl.load(eps_ptr + row).to(tl.float32) * (2 * r - 1)
         x = _clamp(x, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
@@ -57,6 +59,7 @@ def forward(
         _forward[(x.shape[0] * blocks,)](
             x.contiguous(), x_adv.contiguous(), drift.contiguous(), tau.contiguous(), eps.contiguous(),
             seed.contiguous(), sample_ids.contiguous(), out, size, blocks, float(lo), float(hi),
-            STREAM=REPLAY_NOISE, GROUPS=block // 4, num_warps=warps, enable_fp_fusion=False,
+            STREAM=REPLAY_NOISE, GROUPS=block // 4, PAIRS=x.element_size() == 2, num_warps=warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out

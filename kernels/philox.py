@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import on, tile
+from ._common import first_of, grid, on, program, tile
 
 
 @triton.jit
@@ -28,23 +28,54 @@ def uniform(word):
 def cos_sin(angle):
     """cos and sin for angles in [0, 2 pi], to about one ulp; the libraries' versions pull in float64 and local memory.
 
-    The quarter turn is subtracted in three parts whose products with 0..4 are exact; then Taylor's series.
+    The number of quarter turns is rounded by adding 1.5 * 2^23, which leaves it in the low bits. They are subtracted in
+    three parts whose products with 0..4 are exact; then come polynomials, fitted on [-pi / 4, pi / 4].
     """
-    turn = tl.floor(angle * 0.6366197723675814 + 0.5)
-    r = ((angle - turn * 1.5707950592041016) - turn * 1.2675900507019833e-06) - turn * 7.443547480486623e-13
+    shifted = tl.fma(angle, 0.6366197723675814, 12582912.0)
+    quarter, turn = shifted.to(tl.uint32, bitcast=True), shifted - 12582912.0
+    r = tl.fma(turn, -1.2675900507019833e-06, tl.fma(turn, -1.5707950592041016, angle))
+    r = tl.fma(turn, -7.443547480486623e-13, r)
     z = r * r
-    sin = r + r * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
-    cos = 1 + z * (-1 / 2 + z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320 + z * (-1 / 3628800)))))
-    quarter = turn.to(tl.int32)
-    swap = (quarter & 1) == 1
-    a, b = tl.where(swap, sin, cos), tl.where(swap, cos, sin)
-    return tl.where(((quarter + 1) & 2) == 2, -a, a), tl.where((quarter & 2) == 2, -b, b)
+    sin = tl.fma(z, tl.fma(z, -0.00019516977772582322, 0.008332176133990288), -0.16666655242443085)
+    sin = tl.fma(r * z, sin, r)
+    cos = tl.fma(z, tl.fma(z, 2.4438089894829318e-05, -0.0013887364184483886), 0.04166664555668831)
+    cos = tl.fma(z, tl.fma(z, cos, -0.5), 1.0)
+    odd = (quarter & 1) == 1
+    a, b = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    return _negated(a, (quarter + 1) << 30), _negated(b, quarter << 30)
+
+
+@triton.jit
+def _negated(x, bits):
+    """-x where the highest bit is set, else x."""
+    return (x.to(tl.uint32, bitcast=True) ^ (bits & 0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _radius(word):
+    """sqrt(-2 log u) of u in (0, 1], a word's 24 high bits: u = 2^e (1 + r) with r in [-1/3, 1/3].
+
+    The polynomial is -2 log(1 + r), fitted. A library's logarithm takes half as many instructions again, for numbers
+    that u never is: 0, infinities, and those below 2^-126.
+    """
+    bits = ((word >> 8) + 1).to(tl.float32).to(tl.int32, bitcast=True) - 0x0C000000  # of u, 2^-24 of that number
+    exponent = (bits - 0x3F2AAAAB) & -0x00800000
+    r = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    p = tl.fma(r, -0.280527263879776, 0.3077709376811981)
+    p = tl.fma(r, p, -0.2799161374568939)
+    p = tl.fma(r, p, 0.3283191919326782)
+    p = tl.fma(r, p, -0.40022337436676025)
+    p = tl.fma(r, p, 0.5001564025878906)
+    p = tl.fma(r, p, -0.6666639447212219)
+    p = tl.fma(r, p, 0.9999987483024597)
+    p = tl.fma(r, p, -2.0)
+    return tl.sqrt(tl.fma(r, p, exponent.to(tl.float32) * -1.6525916589736e-07))  # 2 log(2) 2^-23
 
 
 @triton.jit
 def box_muller(a, b):
     """Two normals from two words."""
-    radius = tl.sqrt_rn(-2.0 * tl.log(((a >> 8) + 1).to(tl.float32) * 5.9604644775390625e-08))
+    radius = _radius(a)
     cos, sin = cos_sin((b >> 8).to(tl.float32) * 3.745070282923929e-07)  # 2 pi 2^-24
     return radius * cos, radius * sin
 
@@ -56,33 +87,57 @@ def in_order(a, b, c, d):
 
 
 @triton.jit
-def normals(seed, group, draw, sample, stream):
-    """The normals of the elements 4 group .. 4 group + 3, in order."""
-    w0, w1, w2, w3 = words(seed, group, draw, sample, stream)
-    n0, n1 = box_muller(w0, w1)
-    n2, n3 = box_muller(w2, w3)
-    return in_order(n0, n1, n2, n3)
+def in_pairs(a, b, c, d, e, f, g, h):
+    """Eight blocks, of the four words of the even groups and of the odd ones, likewise."""
+    return tl.interleave(in_order(a, c, e, g), in_order(b, d, f, h))
+
+
+@triton.jit
+def _four(seed, group, draw, sample, stream, NORMAL: tl.constexpr):
+    """The four numbers of each group of four elements: normals, or uniform in [0, 1)."""
+    a, b, c, d = words(seed, group, draw, sample, stream)
+    if NORMAL:
+        w, x = box_muller(a, b)
+        y, z = box_muller(c, d)
+    else:
+        w, x, y, z = uniform(a), uniform(b), uniform(c), uniform(d)
+    return w, x, y, z
+
+
+@triton.jit
+def noise(
+    seed, first, draw, sample, stream, GROUPS: tl.constexpr, PAIRS: tl.constexpr, NORMAL: tl.constexpr = True
+):  # fmt: skip
+    """The numbers of ``GROUPS`` groups of four elements from group ``first`` on, in the order of the elements.
+
+    With ``PAIRS`` a thread draws two neighbouring groups: the eight elements of 16 bits that it loads and stores at
+    once. Drawn one by one, numbers would change threads through shared memory.
+    """
+    if PAIRS:
+        group = first + 2 * tl.arange(0, GROUPS // 2)
+        a, b, c, d = _four(seed, group, draw, sample=sample, stream=stream, NORMAL=NORMAL)
+        e, f, g, h = _four(seed, group + 1, draw, sample=sample, stream=stream, NORMAL=NORMAL)
+        out = in_pairs(a, b, c, d, e=e, f=f, g=g, h=h)
+    else:
+        a, b, c, d = _four(seed, first + tl.arange(0, GROUPS), draw, sample=sample, stream=stream, NORMAL=NORMAL)
+        out = in_order(a, b, c, d)
+    return out
 
 
 @triton.jit
 def _philox(
-    seed_ptr, ids_ptr, out_ptr, numel, draws, first_draw, stream, blocks, KIND: tl.constexpr, GROUPS: tl.constexpr
+    seed_ptr, ids_ptr, out_ptr, rows, numel, draws, first_draw, stream, KIND: tl.constexpr, GROUPS: tl.constexpr
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    row, block = pid // blocks, pid % blocks
-    group = block * GROUPS + tl.arange(0, GROUPS)
-    seed, sample = tl.load(seed_ptr), tl.load(ids_ptr + row // draws)
-    draw = row % draws + first_draw
-    if KIND == 2:
-        out = normals(seed, group, draw, sample, stream)
+    row, block = program(rows)
+    seed, sample, draw = tl.load(seed_ptr), tl.load(ids_ptr + row // draws), row % draws + first_draw
+    first = first_of(block, numel, GROUPS)
+    if KIND == 0:
+        a, b, c, d = words(seed, first + tl.arange(0, GROUPS), draw, sample, stream)
+        out = in_order(a, b, c, d).to(tl.int32, bitcast=True)
     else:
-        w0, w1, w2, w3 = words(seed, group, draw, sample, stream)
-        if KIND == 1:
-            out = in_order(uniform(w0), uniform(w1), uniform(w2), uniform(w3))
-        else:
-            out = in_order(w0, w1, w2, w3).to(tl.int32, bitcast=True)
-    element = block * GROUPS * 4 + tl.arange(0, GROUPS * 4)
-    tl.store(out_ptr + row * numel + element, out, mask=element < numel)
+        out = noise(seed, first, draw, sample=sample, stream=stream, GROUPS=GROUPS, PAIRS=False, NORMAL=KIND == 2)
+    element = first_of(block, numel, GROUPS * 4) + tl.arange(0, GROUPS * 4)
+    tl.store(out_ptr + row.to(tl.int64) * numel + element, out, mask=element < numel)
 
 
 def philox(
@@ -94,19 +149,10 @@ def philox(
     if out.numel() == 0:
         return out
     block, warps = tile(numel, out)
-    blocks = triton.cdiv(numel, block)
+    rows = sample_ids.shape[0] * draws
     with on(out):
-        _philox[(sample_ids.shape[0] * draws * blocks,)](
-            seed.contiguous(),
-            sample_ids.contiguous(),
-            out,
-            numel,
-            draws,
-            first_draw,
-            stream,
-            blocks,
-            KIND=distribution,
-            GROUPS=block // 4,
-            num_warps=warps,
-        )
+        _philox[grid(rows, triton.cdiv(numel, block))](
+            seed.contiguous(), sample_ids.contiguous(), out, rows, numel, draws, first_draw, stream,
+            KIND=distribution, GROUPS=block // 4, num_warps=warps,
+        )  # fmt: skip
     return out

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import is_channels_last, memory_format, on, tile, warps
+from ._common import grid, is_channels_last, memory_format, on, program, tile, warps
 from .pgd_step import _clamp, _load
-from .philox import in_order, normals, words
+from .philox import in_order, in_pairs, noise, words
 
 #: The fourth counter words, `purify_fast.ops.philox.Stream.TRANSFORM_NOISE` and `MASK`.
 TRANSFORM_NOISE = 2
@@ -53,99 +53,142 @@ def _owners(
 
 
 @triton.jit
-def _pixels(pid, planes, plane, tiles, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):
-    """A program's image and plane, its groups of the random stream, their pixels, and which of these are inside."""
-    channel, rest = pid % planes, pid // planes
-    image, tile = rest // tiles, (rest % tiles).to(tl.int32)
-    first = channel * plane  # element of the image; its group may have begun in the plane before, unless aligned
-    group = first // 4 + tile * GROUPS + tl.arange(0, GROUPS)
+def _pixels(block, planes, plane, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):
+    """A block's plane, its first group of the random stream, its pixels in the plane, and which of these are inside."""
+    tile = block // planes
+    channel = block - tile * planes
+    first = channel.to(tl.int64) * plane  # element of the image; its group may have begun in the plane before
+    group = (first >> 2).to(tl.int32) + tile * GROUPS  # the stream counts groups in 32 bits
     pixel = tile * GROUPS * 4 + tl.arange(0, GROUPS * 4)
-    if not ALIGNED:
-        pixel -= (first % 4).to(tl.int32)
-    return image, channel, group, pixel, (pixel >= 0) & (pixel < plane)
+    if ALIGNED:
+        return channel, group, pixel, pixel < plane
+    pixel -= (first & 3).to(tl.int32)
+    return channel, group, pixel, (pixel >= 0) & (pixel < plane)
 
 
 @triton.jit
-def _place(row, channel, pixel, planes, plane, CHANNELS_LAST: tl.constexpr):
-    """Where a plane's pixels are in the packed images, ``row`` counting these."""
-    at = pixel.to(tl.int64) * planes + channel if CHANNELS_LAST else channel * plane + pixel
-    return row * planes * plane + at
+def _cell(pixel, width, side, columns):
+    """Which block of the mask each pixel is in. The divisions are unsigned, which takes fewer instructions."""
+    at, width, side = pixel.to(tl.uint32), tl.cast(width, tl.uint32), tl.cast(side, tl.uint32)
+    y = at // width
+    return y // side * tl.cast(columns, tl.uint32) + (at - y * width) // side
+
+
+@triton.jit
+def _owner(
+    owners_ptr, block, pixel, inside, planes, plane, width, side, columns,
+    UNIT: tl.constexpr, PAIRS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The owner of each pixel's block, found once for the ``UNIT`` neighbours, 1, 4 or 8, that never leave one."""
+    if UNIT == 1:
+        at = _cell(pixel, width, side, columns)
+        owner = tl.load(owners_ptr + at, mask=inside, other=0)
+    else:
+        step: tl.constexpr = 8 if PAIRS else 4
+        first = (block // planes * GROUPS * 4).to(tl.uint32) + step * tl.arange(0, GROUPS * 4 // step)
+        a = tl.load(owners_ptr + _cell(first, width, side, columns), mask=first < plane, other=0)
+        if PAIRS:
+            if UNIT == 8:
+                b = a
+            else:
+                b = tl.load(owners_ptr + _cell(first + 4, width, side, columns), mask=first + 4 < plane, other=0)
+            owner = in_pairs(a, a, a, a, e=b, f=b, g=b, h=b)
+        else:
+            owner = in_order(a, a, a, a)
+    return owner.to(tl.int32)
+
+
+@triton.jit
+def _place(pixel, channel, planes, plane, CHANNELS_LAST: tl.constexpr):
+    """Where a plane's pixels are in a packed image: where they begin, and from there on."""
+    if CHANNELS_LAST:
+        begin, at = channel.to(tl.int64), pixel.to(tl.int64) * planes
+    else:
+        begin, at = channel.to(tl.int64) * plane, pixel
+    return begin, at
 
 
 @triton.jit
 def _forward(
-    x_ptr, owners_ptr, seed_ptr, ids_ptr, out_ptr, sigma, batch, channels, plane, width, block, columns, blocks, tiles,
+    x_ptr, owners_ptr, seed_ptr, ids_ptr, out_ptr, sigma, batch, channels, plane, width, side, columns, blocks,
     samples, num_passes, first_pass,
-    NOISE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, STREAM: tl.constexpr, GROUPS: tl.constexpr,
+    NOISE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, UNIT: tl.constexpr, PAIRS: tl.constexpr,
+    STREAM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    planes = channels + 2
-    image, channel, group, pixel, inside = _pixels(
-        tl.program_id(0).to(tl.int64), planes, plane, tiles=tiles, ALIGNED=ALIGNED, GROUPS=GROUPS
-    )
-    in_grid = pixel // width // block * columns + pixel % width // block
+    row, block = program(batch)
+    image, planes = row.to(tl.int64), channels + 2
+    channel, group, pixel, inside = _pixels(block, planes, plane, ALIGNED=ALIGNED, GROUPS=GROUPS)
     seed, sample, sigma = tl.load(seed_ptr), tl.load(ids_ptr + image), tl.cast(sigma, tl.float32)
     is_image = channel < channels
     x = _load(x_ptr + (image * channels + channel) * plane, pixel, inside & is_image)
     covered = tl.where(is_image, 0.0, 1.0)  # what a hidden pixel holds: 0 in t, 1 in the other planes
+    begin, at = _place(pixel, channel, planes, plane, CHANNELS_LAST=CHANNELS_LAST)
     for draw in range(samples):
-        row = (sample * 0 + draw) * batch + image
-        owner = tl.load(owners_ptr + row * blocks + in_grid, mask=inside, other=0).to(tl.int32)
+        packed = (sample * 0 + draw) * batch + image
+        owner = _owner(
+            owners_ptr + packed * blocks, block, pixel, inside=inside, planes=planes, plane=plane, width=width,
+            side=side, columns=columns, UNIT=UNIT, PAIRS=PAIRS, GROUPS=GROUPS,
+        )  # fmt: skip
         if is_image:
             u = x
             if NOISE:
-                u += sigma * normals(seed, group, sample * 0 + draw, sample, STREAM)
+                u += sigma * noise(
+                    seed, group, sample * 0 + draw, sample=sample, stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS
+                )
             seen = 2 * _clamp(u, 0.0, 1.0) - 1
         else:
             seen = tl.zeros_like(x) + tl.where(channel == channels, 1.0, 0.0)
         for own in range(num_passes):
             value = tl.where(owner == own + first_pass, covered, seen)
-            at = _place(row * num_passes + own, channel, pixel, planes=planes, plane=plane, CHANNELS_LAST=CHANNELS_LAST)
-            tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
+            first = (packed * num_passes + own) * planes * plane + begin
+            tl.store(out_ptr + first + at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
-    grad_ptr, x_ptr, owners_ptr, seed_ptr, ids_ptr, out_ptr, sigma, batch, channels, plane, width, block, columns,
-    blocks, tiles, samples, num_passes, first_pass,
-    NOISE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, STREAM: tl.constexpr, GROUPS: tl.constexpr,
+    grad_ptr, x_ptr, owners_ptr, seed_ptr, ids_ptr, out_ptr, sigma, batch, channels, plane, width, side, columns,
+    blocks, samples, num_passes, first_pass,
+    NOISE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, UNIT: tl.constexpr, PAIRS: tl.constexpr,
+    STREAM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    image, channel, group, pixel, inside = _pixels(
-        tl.program_id(0).to(tl.int64), channels, plane, tiles=tiles, ALIGNED=ALIGNED, GROUPS=GROUPS
-    )
-    in_grid = pixel // width // block * columns + pixel % width // block
+    row, block = program(batch)
+    image = row.to(tl.int64)
+    channel, group, pixel, inside = _pixels(block, channels, plane, ALIGNED=ALIGNED, GROUPS=GROUPS)
     seed, sample, sigma = tl.load(seed_ptr), tl.load(ids_ptr + image), tl.cast(sigma, tl.float32)
-    x = _load(x_ptr + (image * channels + channel) * plane, pixel, inside)
+    own_plane = (image * channels + channel) * plane
+    x = _load(x_ptr + own_plane, pixel, inside)
+    begin, at = _place(pixel, channel, channels + 2, plane, CHANNELS_LAST=CHANNELS_LAST)
     total = tl.zeros_like(x)
     for draw in range(samples):
-        row = (sample * 0 + draw) * batch + image
-        owner = tl.load(owners_ptr + row * blocks + in_grid, mask=inside, other=0).to(tl.int32)
+        packed = (sample * 0 + draw) * batch + image
+        owner = _owner(
+            owners_ptr + packed * blocks, block, pixel, inside=inside, planes=channels, plane=plane, width=width,
+            side=side, columns=columns, UNIT=UNIT, PAIRS=PAIRS, GROUPS=GROUPS,
+        )  # fmt: skip
         u = x
         if NOISE:
-            u += sigma * normals(seed, group, sample * 0 + draw, sample, STREAM)
+            u += sigma * noise(seed, group, sample * 0 + draw, sample=sample, stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS)
         through = tl.zeros_like(x)
         for own in range(num_passes):
-            at = _place(
-                row * num_passes + own, channel, pixel, planes=channels + 2, plane=plane, CHANNELS_LAST=CHANNELS_LAST
-            )
-            through += tl.where(owner == own + first_pass, 0.0, _load(grad_ptr, at, inside))
+            first = (packed * num_passes + own) * (channels + 2) * plane + begin
+            through += tl.where(owner == own + first_pass, 0.0, _load(grad_ptr + first, at, inside))
         total += tl.where((u >= 0) & (u <= 1), 2 * through, 0.0)
-    at = (image * channels + channel) * plane + pixel
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + own_plane + pixel, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def _assign(
     seed: Tensor,
     sample_ids: Tensor,
-    grid: tuple[int, int],
+    cells: tuple[int, int],
     *,
     masked_blocks: int,
     num_passes: int,
     samples: int,
     shared_mask: bool,
 ) -> Tensor:
-    """The owner of every block, uint8 [S, B, *grid]."""
-    batch, blocks = sample_ids.shape[0], grid[0] * grid[1]
-    out = torch.empty((samples, batch, *grid), dtype=torch.uint8, device=sample_ids.device)
+    """The owner of every block, uint8 [S, B, *cells]."""
+    batch, blocks = sample_ids.shape[0], cells[0] * cells[1]
+    out = torch.empty((samples, batch, *cells), dtype=torch.uint8, device=sample_ids.device)
     width = min(TILE, max(16, triton.next_power_of_2(blocks)))
     tiles = triton.cdiv(blocks, width)
     _owners[(samples * batch * tiles,)](
@@ -163,11 +206,13 @@ def _launch(
     plane = height * width
     block, own = tile(plane, pointers[0], pointers[-1])
     tiles = triton.cdiv(plane + 3, block)  # a plane may begin inside a group
-    kernel[(batch * tiles * planes,)](
-        *pointers, float(sigma), batch, channels, plane, width, width // columns, columns, rows * columns, tiles,
+    side, pairs = width // columns, min(x.element_size() for x in (pointers[0], pointers[-1])) == 2 and not last
+    unit = 8 if pairs and side % 8 == 0 else 4 if side % 4 == 0 else 1
+    kernel[grid(batch, tiles * planes)](
+        *pointers, float(sigma), batch, channels, plane, width, side, columns, rows * columns,
         samples, max(num_passes, 1), 0 if num_passes else 1,
-        NOISE=sigma != 0, CHANNELS_LAST=last, ALIGNED=plane % 4 == 0, STREAM=TRANSFORM_NOISE, GROUPS=block // 4,
-        num_warps=own, enable_fp_fusion=False,
+        NOISE=sigma != 0, CHANNELS_LAST=last, ALIGNED=plane % 4 == 0, UNIT=unit, PAIRS=pairs, STREAM=TRANSFORM_NOISE,
+        GROUPS=block // 4, num_warps=own, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -188,12 +233,12 @@ def forward(
     batch, channels, height, width = x.shape
     shape = (samples * batch * max(num_passes, 1), channels + 2, height, width)
     packed = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format(channels_last))
-    seed, sample_ids, grid = seed.contiguous(), sample_ids.contiguous(), (height // block, width // block)
+    seed, sample_ids, cells = seed.contiguous(), sample_ids.contiguous(), (height // block, width // block)
     if packed.numel() == 0:
-        return packed, torch.empty((samples, batch, *grid), dtype=torch.uint8, device=x.device)
+        return packed, torch.empty((samples, batch, *cells), dtype=torch.uint8, device=x.device)
     with on(x):
         owners = _assign(
-            seed, sample_ids, grid,
+            seed, sample_ids, cells,
             masked_blocks=masked_blocks, num_passes=num_passes, samples=samples, shared_mask=shared_mask,
         )  # fmt: skip
         pointers = (x.contiguous(), owners, seed, sample_ids, packed)

@@ -8,25 +8,28 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import dense, expm1, on, sum_tile, tile
-from .philox import normals
+from .philox import noise
 
 #: The fourth counter word, `purify_fast.ops.philox.Stream.LATENT`.
 LATENT = 1
 
 
 @triton.jit
-def _forward(mu_ptr, logvar_ptr, seed_ptr, ids_ptr, z_ptr, kl_ptr, dim, STREAM: tl.constexpr, GROUPS: tl.constexpr):
+def _forward(
+    mu_ptr, logvar_ptr, seed_ptr, ids_ptr, z_ptr, kl_ptr, dim,
+    STREAM: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     seed, sample = tl.load(seed_ptr), tl.load(ids_ptr + row)
     zero = sample * 0
     total = tl.zeros((GROUPS * 4,), tl.float32)
     for first in range(0, dim, GROUPS * 4):
-        noise = normals(seed, first // 4 + tl.arange(0, GROUPS), zero, sample, STREAM)
+        drawn = noise(seed, first // 4, zero, sample=sample, stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS)
         element = first + tl.arange(0, GROUPS * 4)
         inside = element < dim
         m = tl.load(mu_ptr + row * dim + element, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(logvar_ptr + row * dim + element, mask=inside, other=0.0).to(tl.float32)
-        tl.store(z_ptr + row * dim + element, (m + noise * tl.exp(0.5 * v)).to(z_ptr.dtype.element_ty), mask=inside)
+        tl.store(z_ptr + row * dim + element, (m + drawn * tl.exp(0.5 * v)).to(z_ptr.dtype.element_ty), mask=inside)
         total += m * m + tl.exp(v) - v - 1.0  # 0 outside
     tl.store(kl_ptr + row, 0.5 * tl.sum(total, 0))
 
@@ -34,22 +37,27 @@ def _forward(mu_ptr, logvar_ptr, seed_ptr, ids_ptr, z_ptr, kl_ptr, dim, STREAM: 
 @triton.jit
 def _backward(
     dz_ptr, dkl_ptr, mu_ptr, logvar_ptr, seed_ptr, ids_ptr, dmu_ptr, dlogvar_ptr, dim,
-    STREAM: tl.constexpr, GROUPS: tl.constexpr,
+    STREAM: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     seed, sample, dkl = tl.load(seed_ptr), tl.load(ids_ptr + row), tl.load(dkl_ptr + row).to(tl.float32)
     zero = sample * 0
     for first in range(0, dim, GROUPS * 4):
-        noise = normals(seed, first // 4 + tl.arange(0, GROUPS), zero, sample, STREAM)
+        drawn = noise(seed, first // 4, zero, sample=sample, stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS)
         element = first + tl.arange(0, GROUPS * 4)
         inside = element < dim
         at = row * dim + element
         m = tl.load(mu_ptr + at, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(logvar_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dz = tl.load(dz_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dv = 0.5 * (dz * (noise * tl.exp(0.5 * v)) + dkl * expm1(v))
+        dv = 0.5 * (dz * (drawn * tl.exp(0.5 * v)) + dkl * expm1(v))
         tl.store(dmu_ptr + at, (dz + dkl * m).to(dmu_ptr.dtype.element_ty), mask=inside)
         tl.store(dlogvar_ptr + at, dv.to(dlogvar_ptr.dtype.element_ty), mask=inside)
+
+
+def _pairs(mu: Tensor, logvar: Tensor) -> bool:
+    """Whether a thread has eight elements of 16 bits at once."""
+    return min(mu.element_size(), logvar.element_size()) == 2
 
 
 def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +70,7 @@ def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tup
     with on(mu):
         _forward[(mu.shape[0],)](
             dense(mu), dense(logvar), seed.contiguous(), sample_ids.contiguous(), z, kl, mu.shape[1],
-            STREAM=LATENT, GROUPS=block // 4, num_warps=warps,
+            STREAM=LATENT, GROUPS=block // 4, PAIRS=_pairs(mu, logvar), num_warps=warps,
         )  # fmt: skip
     return z, kl
 
@@ -80,6 +88,6 @@ def backward(
         _backward[(mu.shape[0],)](
             grad_z.contiguous(), grad_kl.contiguous(), mu.contiguous(), logvar.contiguous(), seed.contiguous(),
             sample_ids.contiguous(), dmu, dlogvar, mu.shape[1],
-            STREAM=LATENT, GROUPS=block // 4, num_warps=warps,
+            STREAM=LATENT, GROUPS=block // 4, PAIRS=_pairs(mu, logvar), num_warps=warps,
         )  # fmt: skip
     return dmu, dlogvar

@@ -2,60 +2,63 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import is_channels_last, memory_format, on, tile
+from ._common import grid, is_channels_last, memory_format, on, program, tile
 
 
 @triton.jit
-def _owner(
-    owners_ptr, image, start, inside, channels, plane, width, tall, wide, columns, blocks,
-    CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The owners of the elements from ``start`` on of one image."""
-    lane = tl.arange(0, WIDTH)
-    if CHANNELS_LAST:  # the long divisions are of scalars
-        pixel = (start // channels).to(tl.int32) + ((start % channels).to(tl.int32) + lane) // channels
-    else:
-        pixel = ((start % plane).to(tl.int32) + lane) % plane
-    block = pixel // width // tall * columns + pixel % width // wide
-    return tl.load(owners_ptr + image * blocks + block, mask=inside, other=0).to(tl.int32)
+def _groups(owners_ptr, groups, line, height, cell, tall, columns, CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr):
+    """This block's groups of neighbouring elements, [GROUPS, 1], which are inside, and the owner of each.
+
+    A block of the mask is a whole number of groups wide, so that a thread divides once for all elements of its group.
+    ``line`` and ``cell`` are the groups of a line of the image and of a block in it. 32-bit and unsigned: a signed
+    division takes six instructions more, and one of 64 bits a hundred.
+    """
+    group = tl.program_id(0).to(tl.uint32) * GROUPS + tl.arange(0, GROUPS)
+    inside = group < tl.cast(groups, tl.uint32)
+    at = group // tl.cast(line, tl.uint32)
+    column = (group - at * tl.cast(line, tl.uint32)) // tl.cast(cell, tl.uint32)
+    y = at if CHANNELS_LAST else at % tl.cast(height, tl.uint32)  # channels_last, an image has a line for each y only
+    block = y // tl.cast(tall, tl.uint32) * tl.cast(columns, tl.uint32) + column
+    owner = tl.load(owners_ptr + block, mask=inside, other=0).to(tl.int32)
+    return group[:, None], inside[:, None], owner[:, None]
 
 
 @triton.jit
 def _forward(
-    images_ptr, owners_ptr, out_ptr, size, channels, plane, width, tall, wide, columns, blocks, passes, tiles,
-    CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr,
+    images_ptr, owners_ptr, out_ptr, images, size, groups, line, height, cell, tall, columns, blocks, passes,
+    CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    image, start = pid // tiles, pid % tiles * WIDTH
-    element = start + tl.arange(0, WIDTH)
-    inside = element < size
-    owner = _owner(
-        owners_ptr, image, start, inside=inside, channels=channels, plane=plane, width=width, tall=tall, wide=wide,
-        columns=columns, blocks=blocks, CHANNELS_LAST=CHANNELS_LAST, WIDTH=WIDTH,
+    image, _block = program(images)
+    image = image.to(tl.int64)
+    group, inside, owner = _groups(
+        owners_ptr + image * blocks, groups, line, height=height, cell=cell, tall=tall, columns=columns,
+        CHANNELS_LAST=CHANNELS_LAST, GROUPS=GROUPS,
     )  # fmt: skip
+    element = group.to(tl.int64) * VECTOR + tl.arange(0, VECTOR)[None, :]
     at = (image * passes + owner) * size + element
-    tl.store(out_ptr + image * size + element, tl.load(images_ptr + at, mask=inside & (owner < passes), other=0.0),
-             mask=inside)  # fmt: skip
+    value = tl.load(images_ptr + at, mask=inside & (owner < passes), other=0.0)
+    tl.store(out_ptr + image * size + element, value, mask=inside)
 
 
 @triton.jit
 def _backward(
-    grad_ptr, owners_ptr, out_ptr, size, channels, plane, width, tall, wide, columns, blocks, passes, tiles,
-    CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr,
+    grad_ptr, owners_ptr, out_ptr, images, size, groups, line, height, cell, tall, columns, blocks, passes,
+    CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    image, start = pid // tiles, pid % tiles * WIDTH
-    element = start + tl.arange(0, WIDTH)
-    inside = element < size
-    owner = _owner(
-        owners_ptr, image, start, inside=inside, channels=channels, plane=plane, width=width, tall=tall, wide=wide,
-        columns=columns, blocks=blocks, CHANNELS_LAST=CHANNELS_LAST, WIDTH=WIDTH,
+    image, _block = program(images)
+    image = image.to(tl.int64)
+    group, inside, owner = _groups(
+        owners_ptr + image * blocks, groups, line, height=height, cell=cell, tall=tall, columns=columns,
+        CHANNELS_LAST=CHANNELS_LAST, GROUPS=GROUPS,
     )  # fmt: skip
+    element = group.to(tl.int64) * VECTOR + tl.arange(0, VECTOR)[None, :]
     grad = tl.load(grad_ptr + image * size + element, mask=inside, other=0.0)
     for part in range(passes):
         own = tl.where(owner == part, grad, 0.0).to(out_ptr.dtype.element_ty)
@@ -71,13 +74,15 @@ def _run(kernel, x: Tensor, owners: Tensor, passes: int, images: int) -> Tensor:
         return out
     samples, batch, rows, columns = owners.shape
     _, channels, height, width = x.shape
-    size = channels * height * width
+    size, line = channels * height * width, width * channels if last else width
+    cell = line // columns
+    vector = math.gcd(cell, 16 // x.element_size())
     block, warps = tile(size, x)
-    tiles = triton.cdiv(size, block)
     with on(x):
-        kernel[(samples * batch * tiles,)](
-            x, owners.contiguous(), out, size, channels, height * width, width, height // rows, width // columns,
-            columns, rows * columns, passes, tiles, CHANNELS_LAST=last, WIDTH=block, num_warps=warps,
+        kernel[grid(samples * batch, triton.cdiv(size, block))](
+            x, owners.contiguous(), out, samples * batch, size, size // vector, line // vector, height, cell // vector,
+            height // rows, columns, rows * columns, passes,
+            CHANNELS_LAST=last, GROUPS=block // vector, VECTOR=vector, num_warps=warps,
         )  # fmt: skip
     return out
 

@@ -48,7 +48,7 @@ def test_carsos_sentences_follow_the_numbers():
     text = "\n".join(carso.conclusion(reports, Budget()))
     assert "seems to withstand 87.5 ± 11.7 %" in text and "unreliable" in text
     assert "+50.0 ± 17.7 points (n = 8, paired), better than its base" in text
-    assert "-12.5 ± 11.7 points (n = 8, paired), not told from its base" in text
+    assert "-12.5 ± 11.7 points (n = 8, paired), no significant difference from its base" in text
     reports[carso.PUBLISHED].row(carso.PEEL).reliable = True
     reports |= {carso.PIPELINE: made(carso.PIPELINE, 0, 0), BASE: made(BASE, 8, 8)}
     text = "\n".join(carso.conclusion(reports, Budget()))
@@ -65,7 +65,7 @@ def test_atops_sentences_follow_the_numbers():
     assert "25.0 ± 15.3 % when only its classifier is attacked, 12.5 ± 11.7 % when all of it is" in before
     assert "100.0 ± 0.0 % when only" in published
     assert "+75.0 ± 15.3 points (n = 8, paired), better than before" in published
-    assert "+0.0 ± 0.0 points (n = 8, paired), not told from before" in published
+    assert "+0.0 ± 0.0 points (n = 8, paired), no significant difference from before" in published
     assert "+75.0 ± 15.3 points (n = 8, paired), better than before" in pipeline
     assert percent(reports[atop.PIPELINE], atop.ALONE) == "62.5 ± 17.1 %"
 
@@ -77,7 +77,7 @@ def test_arrests_sentences_follow_the_numbers():
     }
     scratch, finetuned, whole, carso_on_it, _ = arrest.conclusion(reports, Budget())
     assert "50.0 ± 17.7 % under PGD, 37.5 ± 17.1 % under AutoAttack (with clean" in scratch
-    assert "AutoAttack -12.5 ± 11.7 points (n = 8, paired), not told from base (PGD-AT)" in finetuned
+    assert "AutoAttack -12.5 ± 11.7 points (n = 8, paired), no significant difference from base (PGD-AT)" in finetuned
     assert "AutoAttack +37.5 ± 17.1 points (n = 8, paired), better than base (PGD-AT)" in whole
     assert "against ARREST: clean +0.0 ± 0.0" in carso_on_it and "AutoAttack -25.0 ± 15.3" in carso_on_it
 

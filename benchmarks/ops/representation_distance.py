@@ -22,7 +22,9 @@ LARGE = ((1024, 640, 8, 8), (1024, 512))
 
 
 def distance(student: Tensor, teacher: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not REGISTRY["representation_distance"].plain(student.device):
+    if torch.compiler.is_compiling() or not REGISTRY["representation_distance"].plain(
+        student.device, student.dtype, student.numel()
+    ):
         return representation_distance(student, teacher)
     return 1 - F.cosine_similarity(student.flatten(1).float(), teacher.flatten(1).float()).abs()
 

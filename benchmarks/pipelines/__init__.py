@@ -49,8 +49,14 @@ def _autocast(make: Make, device: torch.device, quick: bool) -> Job:
     return Job(cast(job.run), cast(job.result))
 
 
-def columns(plain: Make, compiled: Make, ours: Make, ours_compiled: Make) -> dict[str, Contestant]:
-    """The columns of a pipeline. Ours computes in bfloat16: the plain forms do too, beside float32."""
+def columns(
+    plain: Make, compiled: Make, ours: Make, ours_compiled: Make, captured: Make | None = None
+) -> dict[str, Contestant]:
+    """The columns of a pipeline. Ours computes in bfloat16: the plain forms do too, beside float32.
+
+    ``captured`` is ours with its attack's step in a CUDA graph, which only a machine with a GPU can race.
+    """
+    gpu = {} if captured is None or not torch.cuda.is_available() else {"ours, captured": Contestant(captured, True)}
     return {
         "plain": Contestant(plain, False),
         "plain, allocator raised": Contestant(plain, True),
@@ -59,6 +65,7 @@ def columns(plain: Make, compiled: Make, ours: Make, ours_compiled: Make) -> dic
         "torch.compile of plain, bfloat16": Contestant(partial(_autocast, compiled), True),
         "ours": Contestant(ours, True),
         "ours, compiled": Contestant(ours_compiled, True),
+        **gpu,
     }
 
 

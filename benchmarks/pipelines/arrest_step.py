@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import PreActResNet18
+from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
 
@@ -143,10 +144,11 @@ def _plain(device: torch.device, quick: bool, replay: bool, compiled: bool = Fal
     return uncompiled(job) if quick else job
 
 
-def _ours(device: torch.device, quick: bool, replay: bool, compiled: bool = False) -> Job:
+def _ours(device: torch.device, quick: bool, replay: bool, compiled: bool = False, captured: bool = False) -> Job:
     now, start, layers = networks(device, quick)
     config = setting(replay, quick, "bfloat16")
     task, batch = HalfReplayed(now, config, (3, 32, 32), layers, start, compile=compiled), batch_of(device, quick)
+    task.graphs = StepGraphs("always") if captured else None
     now.train()
 
     def run() -> None:
@@ -162,7 +164,7 @@ def _ours(device: torch.device, quick: bool, replay: bool, compiled: bool = Fals
     def attacks() -> Tensor:
         return task.attack(batch, config.attack)
 
-    job = Job(run, result, {} if replay or compiled else {"attack": attacks})
+    job = Job(run, result, {} if replay or compiled or captured else {"attack": attacks})
     return uncompiled(job) if quick and compiled else job
 
 
@@ -172,5 +174,5 @@ def cases(quick: bool) -> dict[str, Case]:
         makes = [partial(form, replay=replay, compiled=c) for form in (_plain, _ours) for c in (False, True)]
         shape = f"{16 if quick else BATCH} images, PGD-{setting(False, quick).steps}, the map before pooling; {name}"
         work = "B (F + S F + 4 F)" if replay else "B (2 S F + 4 F)"
-        made[name] = Case(shape, 0.05, columns(*makes), work)
+        made[name] = Case(shape, 0.05, columns(*makes, partial(_ours, replay=replay, captured=True)), work)
     return made

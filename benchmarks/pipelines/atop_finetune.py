@@ -22,6 +22,7 @@ from purify_fast.methods.atop.generators.deepfill import GatedConv
 from purify_fast.methods.atop.losses import hinge, passes
 from purify_fast.ops import use_backend
 from purify_fast.ops.contextual_attention import key_validity
+from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
 
@@ -256,9 +257,10 @@ def _plain(device: torch.device, quick: bool, form: type[PlainStep], compiled: b
     return uncompiled(job) if quick else job
 
 
-def _ours(device: torch.device, quick: bool, compiled: bool = False) -> Job:
+def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: bool = False) -> Job:
     made, batch = defence(device, quick), batch_of(device, quick)
     task = AtopTask(made, setting("bfloat16"))
+    task.graphs = StepGraphs("always") if captured else None
     made.accelerate(compile=compiled)
     made.train()
 
@@ -278,7 +280,7 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False) -> Job:
 
 def cases(quick: bool) -> dict[str, Case]:
     n, side, _ = sizes(quick)
-    ours = [partial(_ours, compiled=c) for c in (False, True)]
+    ours = [*(partial(_ours, compiled=c) for c in (False, True)), partial(_ours, captured=True)]
     released, lean = (
         columns(*(partial(_plain, form=form, compiled=c) for c in (False, True)), *ours)
         for form in (ReleasedStep, PlainStep)

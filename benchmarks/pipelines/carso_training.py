@@ -13,6 +13,7 @@ from purify_fast.attacks import Ball, sample_in_ball
 from purify_fast.methods.carso import CarsoConfig, CarsoTask
 from purify_fast.methods.carso.losses import balanced_batch, kl_weight
 from purify_fast.ops.sample_latent import sample_latent
+from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
 
@@ -122,10 +123,11 @@ def _plain(device: torch.device, quick: bool, target: str, compiled: bool = Fals
     return uncompiled(job) if quick else job
 
 
-def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False) -> Job:
+def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False, captured: bool = False) -> Job:
     made = defence(device, quick, samples=1)
     config, batch = setting(target, quick, "bfloat16"), batch_of(made, device, quick)
     task = CarsoTask(made, config)
+    task.graphs = StepGraphs("always") if captured else None
     made.accelerate(compile=compiled)
 
     def step() -> Tensor:
@@ -145,7 +147,7 @@ def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False
         )
 
     parts = {"attacks": attacks, "representation": torch.no_grad()(lambda: made.read(batch.x))}
-    job = Job(run, lambda: step().detach(), parts if target == "classifier" and not compiled else {})
+    job = Job(run, lambda: step().detach(), parts if target == "classifier" and not (compiled or captured) else {})
     return uncompiled(job) if quick and compiled else job
 
 
@@ -160,5 +162,5 @@ def cases(quick: bool) -> dict[str, Case]:
             "classifier": "B (2 F (S + 1) / 4 + F + 3 (E + Q + D))",
             "pipeline": "B (2 S (F + E + K (D + F)) + F + 3 (E + K D) + 2 K F)",
         }
-        made[name] = Case(shape, 0.03, columns(*makes), work[target])
+        made[name] = Case(shape, 0.03, columns(*makes, partial(_ours, target=target, captured=True)), work[target])
     return made

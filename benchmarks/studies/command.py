@@ -9,17 +9,20 @@ from purify_fast import data
 from purify_fast._lock import folder_lock
 from purify_fast.attacks.autoattack import implementation
 
-from . import arrest_mnist, atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, run, tables
+from . import arrest_mnist, atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, cifar10, run, tables
 
 STUDIES = {
     "carso_digits": (carso_digits, "digits"),
     "carso_mnist": (carso_mnist, "mnist"),
     "carso_resnet18": (carso_resnet18, "cifar10"),
+    "cifar10": (cifar10, "cifar10"),
     "atop_digits": (atop_digits, "digits"),
     "atop_mnist": (atop_mnist, "mnist"),
     "arrest_mnist": (arrest_mnist, "mnist"),
 }  # and their data sets
-NO_AUTOATTACK = ("atop_mnist",)
+NO_AUTOATTACK = ("atop_mnist", "cifar10")
+#: Studies of networks that use every core by themselves.
+ALL_CORES = (carso_resnet18, cifar10)
 RESULTS = Path(__file__).parents[1] / "results" / "studies"
 SEEDS, WORKERS = 3, 2
 
@@ -48,7 +51,7 @@ def check(chosen: argparse.Namespace) -> None:
     study, images = STUDIES[chosen.name]
     digits = images == "digits"
     foreign = ("data", "full") if digits else ("seeds", "rows")
-    for option in (*foreign, *(("workers",) if study is carso_resnet18 else ())):
+    for option in (*foreign, *(("workers",) if study in ALL_CORES else ())):
         if getattr(chosen, option) not in (None, False):
             raise ValueError(f"--{option} does not go with {chosen.name}")
     for option in ("seeds", "workers"):
@@ -80,6 +83,5 @@ def _run(chosen: argparse.Namespace, root: Path, results: Path) -> Path:
         done = run(study.jobs(seeds, chosen.quick, chosen.rows), root, workers)
         return tables.write(done, results, chosen.name, study.notes(chosen.quick), study.LAYOUT)
     budget = study.QUICK if chosen.quick else study.FULL if chosen.full else study.Budget()
-    # the ResNet uses every core by itself
-    run(study.jobs(place, budget=budget), root, 1 if study is carso_resnet18 else workers)
+    run(study.jobs(place, budget=budget), root, 1 if study in ALL_CORES else workers)
     return study.write(root, results, budget=budget)

@@ -22,4 +22,14 @@ PF_HD W reconstruction_loss_slope(W logit, W target) {
   return sigmoid(logit) - target;
 }
 
+// The loss, in the same order, and on the way its slope at every pixel.
+template <class L, class T, class W = wide_t<L>>
+PF_HD W reconstruction_loss_and_slope(const L* logits, const T* target, W* __restrict__ slope, int64_t n) {
+  return ordered_sum<W>(n, [=](int64_t i) PF_INLINE {
+    const W logit = load(logits[i]), t = load(target[i]), e = exp_unit(-abs(logit));
+    slope[i] = (logit < 0 ? e : W(1)) / (1 + e) - t;
+    return ((1 - t) * logit - min_nan(logit, W(0))) + log1p_unit(e);
+  });
+}
+
 }  // namespace pf

@@ -31,5 +31,10 @@ template <class W>
 PF_HD W latent_logvar_slope(W logvar, W noise, W grad_z, W grad_kl) {
   return W(0.5) * (grad_z * (noise * exp(W(0.5) * logvar)) + grad_kl * expm1(logvar));
 }
+// The same from the deviation, noise * exp(logvar / 2).
+template <class W>
+PF_HD W latent_logvar_slope_kept(W logvar, W deviation, W grad_z, W grad_kl) {
+  return W(0.5) * (grad_z * deviation + grad_kl * expm1(logvar));
+}
 
 }  // namespace pf

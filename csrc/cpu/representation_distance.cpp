@@ -35,6 +35,12 @@ ScalarType result_dtype(const std::vector<Tensor>& layers) {
 
 int64_t row_size(const Tensor& x) { return x.size(0) > 0 ? x.numel() / x.size(0) : 0; }
 
+// One row: from the layer's numbers to the distance and its slopes.
+template <class L, class T>
+Measured measured(Distance kind, const L* u, const T* v, int64_t n) {
+  return kind == Distance::l2 ? euclidean(all_squares(u, v, n)) : angle(kind, all_products(u, v, n));
+}
+
 std::tuple<Tensor, Tensor> representation_distance(std::vector<Tensor> student, std::vector<Tensor> teacher,
                                                    int64_t kind) {
   const auto layers = static_cast<int64_t>(student.size()), rows = student[0].size(0);
@@ -48,13 +54,11 @@ std::tuple<Tensor, Tensor> representation_distance(std::vector<Tensor> student, 
       with_pair(student[layer], teacher[layer], "representation_distance", [&](auto* u, auto* v) {
         parallel_rows(rows, 2 * n, [&](int64_t begin, int64_t end) {
           for (int64_t b = begin; b < end; ++b) {
-            const auto which = static_cast<Distance>(kind);
-            const Measured measured = which == Distance::l2 ? euclidean(all_squares(u + b * n, v + b * n, n))
-                                                            : angle(which, all_products(u + b * n, v + b * n, n));
+            const Measured row = measured(static_cast<Distance>(kind), u + b * n, v + b * n, n);
             const int64_t at = b * layers + layer;
-            to[at] = static_cast<W>(measured.distance);
-            to_slopes[2 * at] = static_cast<W>(measured.scale);
-            to_slopes[2 * at + 1] = static_cast<W>(measured.along);
+            to[at] = static_cast<W>(row.distance);
+            to_slopes[2 * at] = static_cast<W>(row.scale);
+            to_slopes[2 * at + 1] = static_cast<W>(row.along);
           }
         });
       });
@@ -91,10 +95,33 @@ std::vector<Tensor> representation_distance_backward(Tensor grad, std::vector<Te
   return outs;
 }
 
+// One layer in the dtype of its arithmetic, and dd/du, written while the row is in the cache:
+// purify_fast/ops/_kept.py.
+std::tuple<Tensor, Tensor> representation_distance_keeping(Tensor student, Tensor teacher, int64_t kind) {
+  const int64_t rows = student.size(0), n = row_size(student);
+  Tensor distance = new_tensor({rows}, wide_dtype(student.scalar_type())), slope = new_like(student);
+  with_pair(student, teacher, "representation_distance_keeping", [&](auto* u, auto* v) {
+    using L = std::remove_cvref_t<decltype(*u)>;
+    using W = wide_t<L>;
+    W* to = writable<W>(distance);
+    L* to_slope = writable<L>(slope);
+    parallel_rows(rows, 2 * n, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t at = b * n;
+        const Measured row = measured(static_cast<Distance>(kind), u + at, v + at, n);
+        to[b] = static_cast<W>(row.distance);
+        backward(static_cast<W>(row.scale), static_cast<W>(row.along), u + at, v + at, to_slope + at, n);
+      }
+    });
+  });
+  return {distance, slope};
+}
+
 }  // namespace
 }  // namespace pf::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
   m.impl("representation_distance", TORCH_BOX(&pf::cpu::representation_distance));
+  m.impl("representation_distance_keeping", TORCH_BOX(&pf::cpu::representation_distance_keeping));
   m.impl("representation_distance_backward", TORCH_BOX(&pf::cpu::representation_distance_backward));
 }

@@ -26,6 +26,23 @@ PF_HD void backward_loop(const T* grad_z, const W* grad_kl, const T* mu, const T
   }
 }
 
+template <class T, class W = wide_t<T>>
+PF_HD void keeping_loop(const T* mu, const T* logvar, const float* noise, T* z, W* kl, W* deviation, int64_t rows,
+                        int64_t n) {
+  for (int64_t i = 0; i < rows * n; ++i) deviation[i] = noise[i] * exp(W(0.5) * load(logvar[i]));
+  const W* moved = deviation;
+  store_all(z, rows * n, [=](int64_t i) PF_INLINE { return load(mu[i]) + moved[i]; });
+  for (int64_t b = 0; b < rows; ++b) kl[b] = divergence(mu + b * n, logvar + b * n, n);
+}
+template <class T, class W = wide_t<T>>
+PF_HD void from_kept_loop(const T* grad_z, W grad_kl, const T* mu, const T* logvar, const W* deviation, T* out_mu,
+                          T* out_logvar, int64_t n) {
+  store_all(out_mu, n, [=](int64_t i) PF_INLINE { return latent_mu_slope<W>(load(mu[i]), load(grad_z[i]), grad_kl); });
+  store_all(out_logvar, n, [=](int64_t i) PF_INLINE {
+    return latent_logvar_slope_kept<W>(load(logvar[i]), deviation[i], load(grad_z[i]), grad_kl);
+  });
+}
+
 #define PF_LOOPS(T)                                                                                                \
   PF_CLONES void forward(const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise,  \
                          T* __restrict__ z, wide_t<T>* __restrict__ kl, int64_t rows, int64_t n) {                 \
@@ -35,6 +52,16 @@ PF_HD void backward_loop(const T* grad_z, const W* grad_kl, const T* mu, const T
                           const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise, \
                           T* __restrict__ out_mu, T* __restrict__ out_logvar, int64_t rows, int64_t n) {           \
     backward_loop(grad_z, grad_kl, mu, logvar, noise, out_mu, out_logvar, rows, n);                                \
+  }                                                                                                                \
+  PF_CLONES void keeping(const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise,  \
+                         T* __restrict__ z, wide_t<T>* __restrict__ kl, wide_t<T>* __restrict__ deviation,         \
+                         int64_t rows, int64_t n) {                                                                \
+    keeping_loop(mu, logvar, noise, z, kl, deviation, rows, n);                                                    \
+  }                                                                                                                \
+  PF_CLONES void from_kept(const T* __restrict__ grad_z, wide_t<T> grad_kl, const T* __restrict__ mu,              \
+                           const T* __restrict__ logvar, const wide_t<T>* __restrict__ deviation,                  \
+                           T* __restrict__ out_mu, T* __restrict__ out_logvar, int64_t n) {                        \
+    from_kept_loop(grad_z, grad_kl, mu, logvar, deviation, out_mu, out_logvar, n);                                 \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
@@ -94,10 +121,57 @@ std::tuple<Tensor, Tensor> sample_latent_backward(Tensor grad_z, Tensor grad_kl,
   return {out_mu, out_logvar};
 }
 
+// For a backward that draws no noise: purify_fast/ops/_kept.py.
+std::tuple<Tensor, Tensor, Tensor> sample_latent_keeping(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) {
+  const ScalarType dtype = mu.scalar_type(), wide_type = wide_dtype(dtype);
+  mu = dense(mu);
+  logvar = dense(logvar, dtype);
+  const int64_t rows = mu.size(0), n = mu.size(1);
+  Tensor z = new_like(mu), kl = new_tensor({rows}, wide_type), deviation = new_tensor({rows, n}, wide_type);
+  dispatch(dtype, "sample_latent_keeping", [&](auto tag) {
+    using T = decltype(tag);
+    const T *m = data<T>(mu), *v = data<T>(logvar);
+    T* to_z = writable<T>(z);
+    wide_t<T>*to_kl = writable<wide_t<T>>(kl), *kept = writable<wide_t<T>>(deviation);
+    with_noise(seed, sample_ids, rows, n, [&](int64_t begin, int64_t end, const float* noise) {
+      const int64_t at = begin * n;
+      keeping(m + at, v + at, noise, to_z + at, to_kl + begin, kept + at, end - begin, n);
+    });
+  });
+  return {z, kl, deviation};
+}
+
+std::tuple<Tensor, Tensor> sample_latent_from_kept(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar,
+                                                   Tensor deviation) {
+  const ScalarType dtype = mu.scalar_type();
+  mu = dense(mu);
+  logvar = dense(logvar, dtype);
+  grad_z = dense(grad_z, dtype);
+  grad_kl = dense(grad_kl, wide_dtype(dtype));
+  deviation = dense(deviation);
+  const int64_t rows = mu.size(0), n = mu.size(1);
+  Tensor out_mu = new_like(mu), out_logvar = new_like(logvar);
+  dispatch(dtype, "sample_latent_from_kept", [&](auto tag) {
+    using T = decltype(tag);
+    using W = wide_t<T>;
+    const T *gz = data<T>(grad_z), *m = data<T>(mu), *v = data<T>(logvar);
+    const W *gk = data<W>(grad_kl), *kept = data<W>(deviation);
+    T *to_mu = writable<T>(out_mu), *to_logvar = writable<T>(out_logvar);
+    parallel_rows(rows, 2 * n, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin, at = begin * n; b < end; ++b, at += n) {
+        from_kept(gz + at, gk[b], m + at, v + at, kept + at, to_mu + at, to_logvar + at, n);
+      }
+    });
+  });
+  return {out_mu, out_logvar};
+}
+
 }  // namespace
 }  // namespace pf::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
   m.impl("sample_latent", TORCH_BOX(&pf::cpu::sample_latent));
+  m.impl("sample_latent_keeping", TORCH_BOX(&pf::cpu::sample_latent_keeping));
+  m.impl("sample_latent_from_kept", TORCH_BOX(&pf::cpu::sample_latent_from_kept));
   m.impl("sample_latent_backward", TORCH_BOX(&pf::cpu::sample_latent_backward));
 }

@@ -198,6 +198,7 @@ class APGD(BallAttack):
     """
 
     kind: ClassVar[str] = "apgd"
+    follows_gradients: ClassVar[bool] = True
 
     loss: ApgdLoss = "ce"
     steps: int | None = None
@@ -266,6 +267,7 @@ class APGD(BallAttack):
             fallen=context.fallen,
             judge_draws=context.judges,
             precision=self.precision,
+            gradients_from=context.gradients_from,
             most_rows=context.batch_size,
             max_forward_batch=context.max_forward_batch,
             seed=context.seed,

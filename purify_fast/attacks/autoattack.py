@@ -75,7 +75,6 @@ class AutoAttack(BallAttack):
     """
 
     kind: ClassVar[str] = "autoattack"
-    batches_itself: ClassVar[bool] = True
 
     version: Version = "standard"
     steps: int | None = None
@@ -113,7 +112,7 @@ class AutoAttack(BallAttack):
         # an installation without metadata, such as a folder on the path, has no version
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             package += f" {importlib.metadata.version(package)}"
-        return f"1, {package}"
+        return f"2, {package}"
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
         run, replaced = parts(self.version, context.num_classes)

@@ -45,9 +45,11 @@ class AttackContext:
         sample_ids: int64 ``[B]``, the images' indices in their data set; an image's random start depends on the seed
             and its id alone. None: 0 .. B - 1.
         max_forward_batch: images in one forward pass at most; None: no limit.
-        batch_size: images that an attack takes together, where it makes its own batches (`Attack.batches_itself`).
+        batch_size: images that an attack takes together at most; it is given no more at once.
         health: counts gradients and movement, if given.
         graphs: captures the steps of attacks on a CUDA device, if given.
+        gradients_from: another model whose gradients are followed, while the attacked model judges every success. Only
+            attacks that say so look at it (`Attack.follows_gradients`); None: the attacked model's own gradients.
         warnings: an attack appends what the reader of its result must know.
         found: an attack that tries several things adds to the name of each how many images fell to it.
     """
@@ -65,6 +67,7 @@ class AttackContext:
     max_forward_batch: int | None = None
     batch_size: int = 250
     health: GradientHealth | None = None
+    gradients_from: Classifier | None = None
     graphs: StepGraphs | None = None
     warnings: list[str] = field(default_factory=list)
     found: dict[str, int] = field(default_factory=dict)
@@ -80,8 +83,9 @@ class Attack(abc.ABC):
 
     #: The attack's name in files: "pgd", "apgd", ...
     kind: ClassVar[str]
-    #: Whether `search` takes any number of images and makes its own batches; otherwise the caller gives it one batch.
-    batches_itself: ClassVar[bool] = False
+
+    #: Whether `search` can follow the gradients of another model, `AttackContext.gradients_from`.
+    follows_gradients: ClassVar[bool] = False
 
     #: Every attack has this option: draws of a random model averaged per step; None: the report's.
     eot_iter: int | None

@@ -2,8 +2,9 @@
 
 A step goes to where the model's linear approximation says that the target class takes over, drawn back a little towards
 the clean image; a point across the border is drawn back further. The attack has no radius: a point counts once it lies
-in the ball, and its image then leaves. One thing is not in the paper: at the end the nearest point across the border is
-cut off at the ball and tried as well.
+in the ball, and its image then leaves. Two things are not in the paper: a point across the border is drawn back after
+its gradient is taken and not before, which saves a forward pass per step; and at the end the nearest point across the
+border is cut off at the ball and tried as well.
 """
 
 from __future__ import annotations
@@ -125,16 +126,12 @@ def _run(objective: Objective, active: ActiveSet, rows: Rows, steps: int, health
         found = objective.gradient(point, rows.labels)
         if health is not None:
             health.see_gradient(found.image)
-        gradient = found.image / objective.eot_iter
-        point = _step(rows, point, gradient, found.loss)
-        across = has_fallen(objective.score(point, rows.labels)[0], active.judge.rule)
-        far = _distance(point, rows)
-        nearer = across & (far < nearest_at)
-        nearest, nearest_at = (
-            torch.where(per_image(nearer, point), point, nearest),
-            torch.where(nearer, far, nearest_at),
-        )
-        point = torch.where(per_image(across, point), rows.x + BACK * (point - rows.x), point)
+        across = has_fallen(found.wrong, active.judge.rule)
+        nearest, nearest_at = _nearer(rows, point, across, (nearest, nearest_at))
+        origin = torch.where(per_image(across, point), rows.x + BACK * (point - rows.x), point)
+        gradient = (found.image / objective.eot_iter).flatten(1)
+        offset = (gradient * point.flatten(1)).sum(1) - found.loss
+        point = _step(rows, origin, gradient, offset)
         if shrinks_after(i + 1):
             inside = (nearest_at <= rows.ball.eps).float()
             judged, fell = active.settle(rows.owner, nearest, inside)
@@ -145,32 +142,36 @@ def _run(objective: Objective, active: ActiveSet, rows: Rows, steps: int, health
                 rows, point, nearest, nearest_at = rows.of(kept), point[kept], nearest[kept], nearest_at[kept]
             if len(point) == 0:
                 return
-    _offer(objective, active, rows, nearest)
+    across = has_fallen(objective.score(point, rows.labels)[0], active.judge.rule)
+    _offer(objective, active, rows, _nearer(rows, point, across, (nearest, nearest_at))[0])
 
 
-def _step(rows: Rows, point: Tensor, gradient: Tensor, gap: Tensor) -> Tensor:
+def _nearer(rows: Rows, point: Tensor, across: Tensor, known: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The nearest points across the border and their distances, with new points among them."""
+    nearest, nearest_at = known
+    order = _ORDERS[rows.ball.norm]
+    far = torch.linalg.vector_norm((point - rows.x).flatten(1), ord=order, dim=1).to(nearest_at.dtype)
+    nearer = across & (far < nearest_at)
+    return torch.where(per_image(nearer, point), point, nearest), torch.where(nearer, far, nearest_at)
+
+
+def _step(rows: Rows, point: Tensor, gradient: Tensor, offset: Tensor) -> Tensor:
     """Towards the border of the linear approximation, from the point and, with a small weight, from the clean image.
 
     Args:
         rows: the rows.
-        point: where they are, ``[R, ...]``.
-        gradient: of the target's logit minus the label's, ``[R, ...]``.
-        gap: that difference, ``[R]``.
+        point: where the step begins, ``[R, ...]``.
+        gradient: of the target's logit minus the label's, ``[R, D]``.
+        offset: the border is where its product with an image is this, ``[R]``.
     """
     ball = rows.ball
-    w, flat, clean = (tensor.flatten(1).to(gap.dtype) for tensor in (gradient, point, rows.x))
-    w = torch.where(w.isfinite(), w, 0.0)
-    offset = (w * flat).sum(1) - gap
-    both = move_to_plane(torch.cat([flat, clean]), w.repeat(2, 1), offset.repeat(2), ball)
+    flat, clean = point.flatten(1), rows.x.flatten(1)
+    both = move_to_plane(torch.cat([flat, clean]), gradient.repeat(2, 1).to(flat.dtype), offset.repeat(2), ball)
     from_point, from_clean = both.chunk(2)
     length, other = torch.linalg.vector_norm(both, ord=_ORDERS[ball.norm], dim=1).clamp_min(1e-8).chunk(2)
     pull = (length / (length + other)).clamp_max(LARGEST_PULL)[:, None]
     moved = (flat + OVERSHOOT * from_point) * (1 - pull) + (clean + OVERSHOOT * from_clean) * pull
     return moved.clamp(ball.clip_min, ball.clip_max).view_as(point).to(point.dtype)
-
-
-def _distance(point: Tensor, rows: Rows) -> Tensor:
-    return torch.linalg.vector_norm((point - rows.x).flatten(1), ord=_ORDERS[rows.ball.norm], dim=1)
 
 
 def _offer(objective: Objective, active: ActiveSet, rows: Rows, nearest: Tensor) -> None:
@@ -225,9 +226,9 @@ class FABT(BallAttack):
 
     def cost(self, context: AttackContext) -> int:
         runs = self.restarts * min(self.n_target_classes or context.num_classes, context.num_classes - 1)
-        # each step asks for a gradient and for what became of it; at the end the nearest point is tried and judged
+        # at the end the last point is looked at, and the nearest one is tried and judged
         draws = self.draws(context)
-        return runs * ((self.steps or STEPS) * 2 * draws + draws + context.judges) + context.judges + 1
+        return runs * (((self.steps or STEPS) + 2) * draws + context.judges) + context.judges + 1
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
         targets = min(self.n_target_classes or context.num_classes, context.num_classes - 1)

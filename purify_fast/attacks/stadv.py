@@ -22,10 +22,11 @@ from .._tensors import per_image
 from .._validation import check_literal
 from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
+from ..speed.step_graphs import StepGraphs
 from .arguments import check_at_least_one, check_images, check_not_negative
 from .ball import Ball, sample_in_ball
 from .base import Attack, AttackContext, ThreatModel, cost_of_runs
-from .draws import Objective
+from .draws import Gradients, Objective
 from .frozen_model import frozen
 from .health import GradientHealth
 from .losses import Loss, usable_loss
@@ -98,6 +99,7 @@ def stadv(
     sample_ids: Tensor | None = None,
     max_forward_batch: int | None = None,
     health: GradientHealth | None = None,
+    graphs: StepGraphs | None = None,
 ) -> Tensor:
     """Adam on a flow field, from none at all, clamped to its bound after every step.
 
@@ -117,6 +119,7 @@ def stadv(
         sample_ids: int64 ``[B]``; an image's random start depends on the seed and its id alone. None: 0 .. B - 1.
         max_forward_batch: images in one forward pass at most; exact. None: no limit.
         health: counts the loss's gradients to the flow, and movement, if given.
+        graphs: on a CUDA device, captures what a step asks of the model, as of `pgd`.
 
     Returns:
         Adversarial images: shape, dtype and range of x.
@@ -139,15 +142,16 @@ def stadv(
     flow = bound.new_zeros((len(x), 2, *x.shape[2:]))
     if random_start:
         flow = sample_in_ball(flow, room, seed=seed, sample_ids=sample_ids)
-    objective, adam = Objective(model, loss, eot_iter, max_forward_batch), _Adam(flow, rate)
+    objective, adam = Objective(model, loss, eot_iter, max_forward_batch, graphs), _Adam(flow, rate)
     with frozen(model):
         point = warp(x, flow)
         search = Search(objective, point, y, keep_best=keep_best, health=health)
+        gradients = Gradients(objective, point, y, steps)
         for _ in range(steps):
             with torch.enable_grad():
                 leaf = flow.detach().requires_grad_()
                 moved, roughness = warp(x, leaf), flow_loss(leaf).sum()
-            found = objective.gradient(point, y)
+            found = gradients.at(point)
             (gradient,) = torch.autograd.grad(moved, leaf, (found.image / eot_iter).to(moved.dtype))
             search.see(point, found._replace(image=gradient))
             (apart,) = torch.autograd.grad(roughness, leaf)
@@ -245,6 +249,7 @@ class StAdv(Attack):
                 seed=context.seed + run,
                 sample_ids=context.sample_ids,
                 health=context.health,
+                graphs=context.graphs,
             )
 
         return worst_of_restarts(attack, target, x, y, restarts=self.restarts, eot_iter=draws)

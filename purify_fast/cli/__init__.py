@@ -1,4 +1,4 @@
-"""The command line: ``purify-fast demo | train ... | ablate | evaluate | report | zoo | info``.
+"""The command line: ``purify-fast demo | train ... | ablate | evaluate | report | zoo | tune | info``.
 
 PyTorch takes 1.8 seconds to import. What reads the options does without it, so that help and refusals come at once:
 each command imports what computes when it runs.
@@ -31,6 +31,7 @@ from .train_arrest import TrainArrest
 from .train_atop import TrainAtop, TrainGenerator
 from .train_carso import TrainCarso
 from .train_classifier import TrainClassifier
+from .tune import Tune
 from .zoo import Zoo
 
 __all__ = ["main"]
@@ -67,6 +68,7 @@ Commands = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[ShowReport, tyro.conf.subcommand("report")]
     | Annotated[Zoo, tyro.conf.subcommand("zoo")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -83,6 +85,7 @@ _KINDS: dict[str, type[Command]] = {
         Evaluate,
         ShowReport,
         Zoo,
+        Tune,
         Info,
     )
 }

@@ -14,8 +14,9 @@ import torch
 from .. import _library
 from .._version import __version__
 from ..ops import REGISTRY
-from ..ops._op import Op
-from ..ops._verdicts import Verdict, folder
+from ..ops._op import Op, Style
+from ..ops._races import Call, calls, file_of, nearest, read
+from ..ops._verdicts import Verdict, folder, machine
 from ..ops._verify import kept_verdicts, mode
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -85,24 +86,41 @@ def _device(kind: str) -> torch.device | None:
     return torch.device(kind)
 
 
+def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
+    """Who serves an op in a style on a device, and why; for which calls, where they are several. Verifies nothing."""
+    raced = device.type != "cuda" or torch.cuda.is_available()
+    known = list(calls(op.name, op.sources_digest(device.type), style, device)) if raced else []
+    asked = known or [Call(variant) for variant in dict.fromkeys((*op.replaces_many, ""))]
+    served: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
+    for call in asked:
+        found = op.wanted(style, device, call.variant, call.dtype, call.bits)
+        served.setdefault(found.backend, []).append(call.cell() or "others")
+        reasons[found.backend] = f"{found.why}, kernel {found.gain}" if found.gain else found.why
+    if len(served) == 1:
+        return next(iter(served)), next(iter(reasons.values()))
+    most, fewer = sorted(served, key=lambda backend: len(served[backend]), reverse=True)
+    if len(set(reasons.values())) == 1:
+        return f"{most}, or {fewer}", f"{reasons[most]}; {fewer} for {', '.join(served[fewer])}"
+    words = (f"{backend} for {', '.join(served[backend])} ({reasons[backend]})" for backend in (most, fewer))
+    return f"{most}, or {fewer}", "; ".join(words)
+
+
 def _state(op: Op, kind: str, verdicts: dict[str, Verdict]) -> tuple[str, str, str]:
     """Who serves eager calls of an op on devices of a kind, who serves inside graphs, and why; verifies nothing."""
     device = _device(kind) or torch.device(kind)
-    eager, graph = op.wanted("eager", device), op.wanted("graph", device)
     if op.kernel(kind) == "reference":
         missing = {"cpu": "the extension is not loaded", "cuda": "its CUDA kernel is not built"}
         known = kind == "cuda" or not _library.loaded()
-        return eager.backend, graph.backend, missing[kind] if known else "plain layers, fused by torch.compile"
-    found, why = verdicts.get(op.name), [eager.why]
+        return "reference", "reference", missing[kind] if known else "plain layers, fused by torch.compile"
+    found = verdicts.get(op.name)
     if found is not None and not found.passed:
         return "reference", "reference", f"the {found.backend} kernel is WRONG here: {found.words()}; please report it"
-    for variant in filter(None, op.replaces_many):
-        calls, inside = op.wanted("eager", device, variant), op.wanted("graph", device, variant)
-        if (calls.backend, inside.backend) != (eager.backend, graph.backend):
-            why.append(f"{variant}: {calls.backend}, in graphs {inside.backend}, {calls.why}")
-    if op.kernel(kind) in " ".join([eager.backend, graph.backend, *why[1:]]):
-        why.append(found.words() if found else "verified at first use")
-    return eager.backend, graph.backend, "; ".join(why)
+    (eager, why), (graph, inside) = _who(op, "eager", device), _who(op, "graph", device)
+    words = [why] if inside == why else [f"eager calls: {why}", f"graphs: {inside}"]
+    if op.kernel(kind) in f"{eager} {graph}":
+        words.append(found.words() if found else "verified at first use")
+    return eager, graph, "; ".join(words)
 
 
 def _ops() -> list[tuple[str, ...]]:
@@ -122,12 +140,39 @@ def _ops() -> list[tuple[str, ...]]:
     return rows
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a table whose cells stand below each other; the last column is as wide as it is.
+
+    Args:
+        rows: the head and the rows, with as many cells each.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
         for row in rows
     ]
+
+
+def _raced(kind: str) -> str:
+    """What is known of races on this machine's device of a kind, in a sentence."""
+    device = _device(kind)
+    if device is None:
+        return "GPU kernels are verified on your card at first use; they have not yet been raced on one"
+    own, path = read(device), file_of(device)
+    if own.get("ops"):
+        stale = [name for name, entry in own["ops"].items()
+                 if name not in REGISTRY or entry.get("sources") != REGISTRY[name].sources_digest(kind)]  # fmt: skip
+        told = f"{kind}: raced on this machine on {own['date']}, {len(own['ops'])} ops, {path}"
+        if stale:
+            told += f"; STALE for {', '.join(stale)}, whose sources have changed: run `purify-fast tune`"
+        return told
+    near = nearest(machine(device))
+    if near is None:
+        return f"{kind}: nothing was raced on this card, nor on one like it: run `purify-fast tune`"
+    return (
+        f"{kind}: not raced on this machine; what was found on {near['machine']['device']} on {near['date']} holds "
+        "until `purify-fast tune` is run"
+    )
 
 
 def report() -> str:
@@ -144,8 +189,7 @@ def report() -> str:
         *_extension(),
     ]
     head.append(("verdicts", f"{folder()}; PURIFY_FAST_VERIFY={mode()}"))
-    if not torch.cuda.is_available():
-        head.append(("", "GPU kernels are verified on your card at first use; they have not yet been raced on one"))
+    head += [("races" if kind == "cpu" else "", _raced(kind)) for kind in ("cpu", "cuda")]
     settings = {key: value for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")}
     head.append(("environment", " ".join(f"{key}={value}" for key, value in settings.items()) or "no PURIFY_FAST_*"))
     lines = []
@@ -158,7 +202,7 @@ def report() -> str:
             break_long_words=False,
             break_on_hyphens=False,
         )
-    return "\n".join([*lines, "", *_columns(_ops())])
+    return "\n".join([*lines, "", *columns(_ops())])
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ the same attacks as what they stand on.
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from types import ModuleType
 
 from .._files import write_text
 from ..evaluation import Report, merge, plot_tradeoff
+from ..evaluation.tables import markdown_table, percent
 from . import arrest, atop, carso
 from .second_process import SecondProcess
 from .setting import EPS, digits
@@ -26,6 +28,15 @@ METHODS = {
     "AToP": (atop, "report_atop"),
     "ARREST": (arrest, "report_arrest"),
 }
+
+#: What a reader of the demonstration may do next.
+NEXT = [
+    "Next steps:",
+    "",
+    "- `purify-fast evaluate runs/demo/carso_pipeline --eps 0.2` attacks one of these models anew.",
+    "- `purify-fast report runs/demo/report_carso` opens a method's report as a page, with pictures.",
+    "- `purify-fast train carso --help` says how to train on your own images and classifier.",
+]
 
 
 def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> dict[str, Report]:
@@ -54,9 +65,10 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
     if quick:
         notes.insert(0, "- QUICK RUN: hardly trained, hardly attacked; these numbers mean nothing.")
     print("\n".join(notes))
-    write_text(workspace.out / "report.md", "\n".join([*notes, "", *pages]))
+    head = ["# The demonstration on digits", "", *notes, "", "## Summary", "", *_summary(found), "", *NEXT, ""]
+    write_text(workspace.out / "report.md", "\n".join([*head, *pages]))
     folders = " and ".join(folder for _, folder in METHODS.values())
-    clock.say(f"written: {workspace.out}/report.md; report.json and pictures in {folders} there")
+    clock.say(f"written: {workspace.out}/report.md; report.html, report.json and pictures in {folders} there")
     return found
 
 
@@ -120,4 +132,18 @@ def _report(workspace: Workspace, title: str, method: ModuleType, folder: str) -
         points = {name: (100 * r.row("clean").accuracy, 100 * r.row("worst").accuracy) for name, r in reports.items()}
         plot_tradeoff(place / "tradeoff.png", points, title="clean accuracy and PGD")
     pictures = [f"![{title}: {path.stem}]({folder}/{path.name})" for path in sorted(place.glob("*.png"))]
-    return report, [f"# {title}", "", *findings, "", (place / "report.md").read_text(), *pictures, ""]
+    # the report's own headings stand below the method's
+    body = re.sub(r"^#+", lambda found: f"##{found[0]}", (place / "report.md").read_text(), flags=re.MULTILINE)
+    return report, [f"## {title}", "", *findings, "", body, *pictures, ""]
+
+
+def _summary(reports: dict[str, Report]) -> list[str]:
+    """Lines of a Markdown table: every model once, with the lowest number of all attacks on it."""
+    body: dict[str, list[str]] = {}
+    for report in reports.values():
+        for model, lowest in report.headlines.items():
+            clean = next(row for row in report.rows if (row.model, row.kind) == (model, "clean"))
+            verdict = "yes" if lowest.reliable else "no: the attack lacked gradients"
+            body.setdefault(model, [model, percent(clean), percent(lowest), lowest.attack, str(lowest.n), verdict])
+    head = ["model", "clean, %", "lowest under attack, %", "attack", "images", "can the number be believed?"]
+    return markdown_table(head, body.values())

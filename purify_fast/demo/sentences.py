@@ -15,5 +15,6 @@ def against(report: Report, other: Report, attack: str, what: str) -> str:
     """The paired difference between two models under one attack, and what it is worth."""
     paired = report.paired(other, attack)
     difference, error = paired.difference, 2 * paired.standard_error
-    verdict = "better than" if difference > error else "worse than" if difference < -error else "not told from"
-    return f"{paired}, {verdict} {what} by two standard errors"
+    if abs(difference) <= error:
+        return f"{paired}, no significant difference from {what} (within two standard errors)"
+    return f"{paired}, {'better' if difference > 0 else 'worse'} than {what} (by more than two standard errors)"

@@ -42,7 +42,9 @@ def collect(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tensor, Tensor
     if x.dtype != torch.float32:
         raise ValueError(f"x must be uint8 or float32, got {x.dtype}")
     if not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError("x must be in [0, 1] and free of NaN")
+        largest = float(x.nan_to_num(0).max())
+        hint = "; x is in 0..255: divide by 255, or give uint8" if 1.5 < largest <= 255 else ""
+        raise ValueError(f"x must be in [0, 1] and free of NaN{hint}")
     return x.detach(), y
 
 

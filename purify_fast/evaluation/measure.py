@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from .._fingerprint import digest
-from ..attacks import AttackContext, GradientHealth, frozen
+from ..attacks import AttackContext, AutoAttack, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
 from ..defences.aggregation import WithAggregation
 from ..protocols import Classifier, has_classifier
+from .batchwise import attack_batchwise
 from .labels import ALONE, clean_name, row_name, threat_name
+from .partial_row import PartialRow
+from .progress import Progress
 from .row_cache import RowCache
 from .rows import Examples, Row
 from .specs import CLASSIFIER, AttackSpec
 from .subject import Judgement, Subject, Variant
-from .watched import progress_bar, watched
+from .watched import watched
 
 #: Attacked images kept with each row, for the pictures.
 EXAMPLES = 8
@@ -35,10 +38,12 @@ class Measure:
         context: what the attacks are told.
         name: of the model.
         cache: where finished rows are kept, if they are.
-        progress: whether to show bars.
+        progress: is told what goes on.
     """
 
-    def __init__(self, subject: Subject, context: AttackContext, name: str, *, cache: RowCache | None, progress: bool):
+    def __init__(
+        self, subject: Subject, context: AttackContext, name: str, *, cache: RowCache | None, progress: Progress
+    ):
         self.subject, self.context, self.name = subject, context, name
         self.cache, self.progress = cache, progress
         self._clean: dict[Variant, Row] = {}
@@ -47,7 +52,7 @@ class Measure:
         """The row of the clean images."""
         if variant not in self._clean:
             what = {"clean": variant, "n_eval": self.subject.judges(variant)}
-            self._clean[variant] = self._kept(what, None, lambda: self._measure_clean(variant))
+            self._clean[variant] = self._kept(what, None, lambda _: self._measure_clean(variant))
         return self._clean[variant]
 
     def attacked(self, spec: AttackSpec, left: np.ndarray) -> Row:
@@ -60,14 +65,14 @@ class Measure:
         alive = (left if spec.survivors_only else self.clean(spec.variant).robust)[: spec.max_images]
         settings = self._settings(spec) | {"attacked": int(alive.sum())}
         what = settings | {"alive": digest(torch.from_numpy(alive))}
-        row = self._kept(what, spec, lambda: self._measure_attack(spec, alive, settings))
+        row = self._kept(what, spec, lambda kept: self._measure_attack(spec, alive, settings, kept))
         # no part of the key: the same attack by any name
         row.attack, row.threat = row_name(spec, self.context), threat_name(spec, self.context)
         return row
 
     def _settings(self, spec: AttackSpec) -> dict[str, Any]:
         """What is run, in plain values."""
-        target = spec.target
+        target = spec.target if spec.gradients_from is None else spec.gradients_from
         on = "defence" if target is None else ALONE if target == CLASSIFIER else type(target).__name__
         return spec.resolved.settings(self.context) | {
             "variant": spec.variant,
@@ -77,17 +82,20 @@ class Measure:
             "n_eval": self.subject.judges(spec.variant),
             # BPDA has an aggregation among its own options
             **({} if spec.aggregation is None else {"aggregation": spec.aggregation}),
+            **({} if spec.seed == 0 else {"seed": spec.seed}),
+            **({} if spec.gradients_from is None else {"gradients_from": on}),
         }
 
-    def _kept(self, what: dict[str, Any], spec: AttackSpec | None, make: Callable[[], Row]) -> Row:
+    def _kept(self, what: dict[str, Any], spec: AttackSpec | None, make: Callable[[PartialRow], Row]) -> Row:
         """The row of these settings, of an attack or of the clean images, from the cache if it has it."""
+        nothing = PartialRow(None)
         if self.cache is None:
-            return make()
+            return make(nothing)
         subject, context = self.subject, self.context
         if spec is not None:
             revision = spec.resolved.revision()
             if revision is None:
-                return make()
+                return make(nothing)
             what = what | {"attack": [spec.resolved.kind, revision, *spec.resolved.identity()]}
         other = None if spec is None else spec.other_model
         # which image gets which draws depends on them
@@ -132,40 +140,43 @@ class Measure:
             "nonfinite_predictions": judged.nonfinite,
         }
 
-    def _measure_attack(self, spec: AttackSpec, alive: np.ndarray, settings: dict[str, Any]) -> Row:
-        begin = time.perf_counter()
+    def _measure_attack(self, spec: AttackSpec, alive: np.ndarray, settings: dict[str, Any], kept: PartialRow) -> Row:
         subject, attack, label = self.subject, spec.resolved, row_name(spec, self.context)
         index = torch.from_numpy(alive).nonzero()[:, 0]
-        x = subject.x[: len(alive)]
-        health, adversarial = GradientHealth(), x.clone()
         subject.reseed("attack")
         target = self._target(spec)
         with subject.variant(spec.variant), frozen(target):
+            differ = self._draws_differ(spec, target)
             context = dataclasses.replace(
-                self.context, draws_differ=self._draws_differ(spec, target), health=health, warnings=[], found={}
+                self.context, draws_differ=differ, gradients_from=spec.gradients_from, seed=subject.seed + spec.seed
             )
             # of a target that predicts the same every time one draw is enough
             settings |= {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
             cost = attack.cost(context)
-            total = None if cost is None else cost * len(index)
-            with progress_bar(f"{self.name}: {label}", self.progress, total) as bar:
-                self._run(spec, watched(target, bar), index, adversarial, context)
-        if context.warnings or attack.batches_itself:
-            settings["warnings"] = context.warnings
-        judged = subject.judge(adversarial, spec.variant, "judge")
+            with self.progress.row(label, None if cost is None else cost * len(index)) as bar:
+                adversarial, done = attack_batchwise(
+                    attack, watched(target, bar), index, subject=subject, context=context, kept=kept
+                )
+        told = {"warnings": done.warnings, "fallen to": done.fallen}
+        settings |= {name: value for name, value in told.items() if value}
+        if isinstance(attack, AutoAttack):
+            settings.setdefault("warnings", [])
+        found, health = adversarial[: len(alive)], done.health
+        begin = time.perf_counter()
+        judged = subject.judge(found, spec.variant, "judge")
         # what was not attacked counts as lost
         right = judged.right & alive
-        counts = {what: health.count(what) for what in ("gradients", "nonfinite", "zero", "images", "unmoved")}
         return Row(
             attack=label,
             kind=attack.kind,
             variant=spec.variant,
             robust=right.all(0),
-            seconds=time.perf_counter() - begin,
-            health=counts if counts["gradients"] else None,
-            reliable=health.reliable,
+            seconds=done.seconds + time.perf_counter() - begin,
+            health=health if health["gradients"] else None,
+            reliable=GradientHealth(dict(health)).reliable,
             settings=settings,
-            examples=_examples(x, adversarial, subject.y, index),
+            examples=_examples(subject.x, found, subject.y, index),
+            margins=judged.margins,
             **self._common(judged, right),
         )
 
@@ -174,6 +185,8 @@ class Measure:
         model = self.subject.model
         if spec.aggregation is not None:
             return WithAggregation(model, spec.aggregation)  # type: ignore[arg-type]  # a model with sample_logits
+        if spec.gradients_from is not None:
+            return model
         if spec.target == CLASSIFIER and has_classifier(model):
             return classifier_of(model)
         return spec.resolved.target(model) if spec.other_model is None else spec.other_model
@@ -184,23 +197,6 @@ class Measure:
         # an aggregation that is infinite everywhere hides the draws behind it
         hidden = subject.is_random and spec.variant == "random" and not target(subject.some()).isfinite().all()
         return hidden or subject.draws(target)
-
-    def _run(
-        self, spec: AttackSpec, model: Classifier, index: Tensor, adversarial: Tensor, context: AttackContext
-    ) -> None:
-        """Attack the images of ``index``, and put what is found into ``adversarial``.
-
-        Batch by batch, unless the attack makes its own batches; random starts are tied to an image's index, so that the
-        batches do not matter.
-        """
-        subject = self.subject
-        size = max(1, len(index)) if spec.resolved.batches_itself else context.batch_size
-        for part in index.split(size):
-            if len(part) == 0:
-                continue
-            x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
-            found = spec.resolved.search(model, x, y, dataclasses.replace(context, sample_ids=ids))
-            adversarial[part] = found.to(adversarial.device)
 
 
 def _examples(x: Tensor, adversarial: Tensor, y: Tensor, index: Tensor) -> Examples | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .._fingerprint import text_hash
 from ..ops._op import forced_backends
 from ..speed.precision import float32_settings
 from .fingerprint import fingerprint
+from .partial_row import PartialRow
 from .rows import Examples, Row
 
 #: Raised by one whenever a row of the same settings, weights and data would come out differently than before: another
@@ -81,14 +83,37 @@ class RowCache:
             self._fingerprints[id(model)] = model, fingerprint(model)
         return self._fingerprints[id(model)][1]
 
-    def row(self, key: str | None, make: Callable[[], Row]) -> Row:
-        """The row of that name, made and kept if it is not there yet."""
+    def row(self, key: str | None, make: Callable[[PartialRow], Row]) -> Row:
+        """The row of that name, made and kept if it is not there yet.
+
+        Args:
+            key: the name; None: the row is made and not kept.
+            make: makes it; is given the batches that an interrupted run finished.
+        """
         row = None if key is None else self._read(key)
         if row is None:
-            row = make()
+            unfinished = PartialRow(None if key is None else self.folder / f"{key}.batches")
+            row = make(unfinished)
             if key is not None:
                 self._write(key, row)
+                unfinished.remove()
         return row
+
+    def value(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Plain values of that name, made and kept if they are not there yet.
+
+        Args:
+            key: the name; None: they are made and not kept.
+            make: makes them.
+        """
+        if key is None:
+            return make()
+        path = self.folder / f"{key}.values"
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(path.read_text())
+        made = make()
+        write_text(path, json.dumps(made))
+        return made
 
     def _read(self, key: str) -> Row | None:
         try:
@@ -96,12 +121,20 @@ class RowCache:
         # absent, half-written, or of another version
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        with contextlib.suppress(OSError), np.load(self.folder / f"{key}.npz", allow_pickle=False) as file:
-            row.examples = Examples(file["clean"], file["adversarial"], file["labels"])
+        with (
+            contextlib.suppress(OSError, ValueError, zipfile.BadZipFile),
+            np.load(self.folder / f"{key}.npz", allow_pickle=False) as file,
+        ):
+            if "clean" in file:
+                row.examples = Examples(file["clean"], file["adversarial"], file["labels"])
+            row.margins = file.get("margins")
         return row
 
     def _write(self, key: str, row: Row) -> None:
-        if row.examples is not None:
+        arrays = {} if row.examples is None else dict(vars(row.examples))
+        if row.margins is not None:
+            arrays["margins"] = row.margins
+        if arrays:
             with atomic(self.folder / f"{key}.npz") as temporary:
-                np.savez(temporary, **vars(row.examples))
+                np.savez(temporary, **arrays)
         write_text(self.folder / f"{key}.json", json.dumps(row.to_dict(), allow_nan=False))

@@ -50,6 +50,8 @@ class Row:
         nonfinite_predictions: how many of the predictions name no class, because of a NaN or of an infinity that
             several classes share; they count as wrong.
         examples: some attacked images, for the pictures.
+        margins: by how much the true logit leads the next on the attacked images, float32 ``[n]``, the mean over the
+            draws; negative where they are misclassified. Of a clean or ``worst`` row None.
     """
 
     model: str
@@ -69,6 +71,7 @@ class Row:
     threat: str | None = None
     nonfinite_predictions: int = 0
     examples: Examples | None = field(default=None, compare=False)
+    margins: np.ndarray | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         percent = f"{100 * self.accuracy:.1f} ± {100 * self.standard_error:.1f} %" if self.n else "no images"
@@ -96,7 +99,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; ``robust`` as a string of 0 and 1; without the examples."""
-        values = {name: value for name, value in self.__dict__.items() if name not in ("robust", "examples")}
+        values = {name: value for name, value in self.__dict__.items() if name not in ("robust", "examples", "margins")}
         values |= {"n": self.n, "accuracy": self.accuracy, "standard_error": self.standard_error}
         return values | {"robust": "".join("1" if right else "0" for right in self.robust)}
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .._compat import renamed_arguments
+from .._validation import check_literal
 from .._version import __version__
 from ..attacks import BPDA, Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
@@ -26,10 +27,15 @@ from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits,
 from ..speed.convolutions import CudnnBenchmark, raced_convolutions
 from ..speed.precision import whole_float32_by_default
 from ..speed.step_graphs import CudaGraphs, StepGraphs
+from .alarms.probes import Before
+from .believe import conclude
 from .function_attack import AttackFunction
 from .images import collect
 from .labels import ball_name, row_name, threat_name
 from .measure import Measure
+from .outputs import as_classifier
+from .progress import Progress
+from .protocols import AttackedModel, ProtocolName, protocol_attacks
 from .report import Report
 from .row_cache import RowCache
 from .rows import Row
@@ -48,6 +54,7 @@ def evaluate(
     eps: float,
     norm: NormName = "linf",
     base: Classifier | None = None,
+    protocol: ProtocolName | None = None,
     attacks: Sequence[Attack | AttackSpec | AttackFunction] | None = None,
     steps: int = 100,
     eot_iter: int = 5,
@@ -60,6 +67,7 @@ def evaluate(
     out: str | Path | None = None,
     name: str = "defence",
     dataset_name: str | None = None,
+    probes: bool | None = None,
     progress: bool = True,
 ) -> Report:
     """Attack a model in every way asked for, and report what it withstands.
@@ -73,9 +81,13 @@ def evaluate(
         eps: radius of the ball, in image units.
         norm: of the ball: ``linf``, ``l2`` or ``l1``.
         base: an undefended classifier: its adversarial images are tried on the defence.
+        protocol: which attacks are run, by name: "fast", Auto-PGD in minutes; "standard", AutoAttack's four with this
+            package's engine; "rand", AutoAttack's version for random models; "strong", what a careful attacker would
+            do, with surrogates, restarts and every target; "official", AutoAttack itself. See
+            `purify_fast.evaluation.protocols`. None: ``attacks``.
         attacks: what to run: attacks of `purify_fast.attacks`, such as ``PGD()``; functions ``(model, x, y) -> x_adv``,
-            which `as_attack` describes; or `AttackSpec` around either. None: `default_attacks`. Variants that the
-            defence lacks are left out, with a note.
+            which `as_attack` describes; or `AttackSpec` around either. None: the protocol's, or `default_attacks`.
+            Variants that the defence lacks are left out, with a note.
         steps: of PGD and APGD where an attack does not say.
         eot_iter: draws per step where an attack does not say; a deterministic model is attacked with one draw.
         n_eval: independent predictions on each adversarial image; 1 for a deterministic model.
@@ -91,6 +103,9 @@ def evaluate(
             Rows of models without weights to compare (plain callables) are made anew.
         name: of the model, in the report.
         dataset_name: of the data set, for the report's title.
+        probes: whether the model is also asked what tells whether the number can be believed: short attacks on a few
+            images over the radius, the steps and the draws, small steps in random directions, the same images again.
+            None: where a protocol is named.
         progress: whether to show a bar for each attack: forward passes of single images.
 
     Returns:
@@ -110,30 +125,54 @@ def evaluate(
     check_at_least_one(
         steps=steps, eot_iter=eot_iter, n_eval=n_eval, batch_size=batch_size, max_forward_batch=max_forward_batch
     )
-    plan = default_attacks(base) if attacks is None else as_specs(attacks)
-    if any(isinstance(spec.resolved, AutoAttack) for spec in plan):
-        # if it is missing, no work is begun
-        implementation()
-    about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}"}
-    report = Report(about=about if dataset_name is None else about | {"dataset": dataset_name})
+    given = _given(protocol, attacks, base)
+    about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}", "seed": str(seed)}
+    about |= {} if dataset_name is None else {"dataset": dataset_name}
+    report = Report(about=about | ({} if protocol is None else {"protocol": protocol}))
+    defence = as_classifier(defence)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(_cuda_devices(defence, images)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(raced_convolutions(cudnn_benchmark, device_of(defence, images)))
-        for model in {
-            id(m): m for m in (defence, base, *(spec.other_model for spec in plan)) if m is not None
-        }.values():
-            stack.enter_context(frozen(model))
+        stack.enter_context(frozen(defence))
         subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
+        before = Before(subject) if (protocol is not None if probes is None else probes) else None
+        plan = given if protocol is None else protocol_attacks(protocol, _known(subject, base))
+        others = {id(m): m for m in (base, *(spec.other_model for spec in plan)) if m is not None}
+        for model in others.values():
+            stack.enter_context(frozen(model))
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
             max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
         )  # fmt: skip
-        measure = Measure(subject, context, name, cache=None if out is None else RowCache(Path(out)), progress=progress)
+        cache = None if out is None else RowCache(Path(out))
+        measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress, []))
         _add_rows(report, _possible(plan, measure, report.notes), measure)
-    report.rows += worst(report.rows)
+        report.rows += worst(report.rows)
+        conclude(report, measure, before)
     report.notes += _nonfinite(report.rows)
     return report
+
+
+def _given(
+    protocol: str | None, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None, base: Classifier | None
+) -> list[AttackSpec]:
+    """The attacks that were listed, or the default ones; none where a protocol is named, which asks the model first."""
+    if protocol is not None:
+        check_literal("protocol", protocol, ProtocolName)
+        if attacks is not None:
+            raise ValueError("give a protocol or a list of attacks, not both")
+        given = []
+    else:
+        given = default_attacks(base) if attacks is None else as_specs(attacks)
+    if protocol == "official" or any(isinstance(spec.resolved, AutoAttack) for spec in given):
+        # if it is missing, no work is begun
+        implementation()
+    return given
+
+
+def _known(subject: Subject, base: Classifier | None) -> AttackedModel:
+    return AttackedModel(subject.model, subject.some(), subject.num_classes, subject.is_random, base)
 
 
 def _cuda_devices(defence: Classifier, x: Tensor) -> list[int]:
@@ -144,6 +183,8 @@ def _cuda_devices(defence: Classifier, x: Tensor) -> list[int]:
 def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure) -> None:
     """The rows of the clean images, one for each variant, and of the attacks, in the order of the plan."""
     variants: list[Variant] = list(dict.fromkeys(spec.variant for spec in plan)) or ["random"]
+    costs = [spec.resolved.cost(measure.context) for spec in plan]
+    measure.progress.costs = [0 if cost is None else cost * len(measure.subject.y) for cost in costs]
     for variant in variants:
         report.rows.append(measure.clean(variant))
     # an attack spares nothing that fell to another threat model
@@ -153,6 +194,7 @@ def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure) -> N
         before = left.get(where, measure.clean(spec.variant).robust)
         row = measure.attacked(spec, before)
         report.rows.append(row)
+        measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images")
         left[where] = before.copy()
         left[where][: row.n] &= row.robust
 

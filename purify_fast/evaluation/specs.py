@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from .._validation import check_literal
 from ..attacks import BPDA, PGD, Attack, AutoAttack
-from ..attacks.arguments import check_at_least_one, check_eps
+from ..attacks.arguments import check_at_least_one, check_eps, check_not_negative
 from ..attacks.bpda import check_aggregation
 from ..protocols import Classifier
 from .function_attack import AttackFunction, as_attack
@@ -38,6 +38,9 @@ class AttackSpec:
         survivors_only: attack only what the attacks before it, on this variant and in this threat model, left right.
             The row counts every image, as left after all of them. Cheap attacks first then save most of a costly one's
             work.
+        gradients_from: follow the gradients of this model, a surrogate; the defence itself judges every success. Only
+            attacks that can follow them (`purify_fast.attacks.APGD`).
+        seed: added to the evaluation's for this attack: another random start of the same attack is another row.
 
     Raises:
         ValueError: options that are not allowed or do not go together.
@@ -51,12 +54,15 @@ class AttackSpec:
     label: str | None = None
     max_images: int | None = None
     survivors_only: bool = False
+    gradients_from: Classifier | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.attack, Attack):
             object.__setattr__(self, "attack", as_attack(self.attack))
         check_literal("variant", self.variant, Variant)
         check_at_least_one(max_images=self.max_images)
+        check_not_negative(seed=self.seed)
         if isinstance(self.target, str):
             if self.target != CLASSIFIER:
                 raise ValueError(f"target must be a model or {CLASSIFIER!r}, got {self.target!r}")
@@ -66,6 +72,11 @@ class AttackSpec:
             check_aggregation(self.aggregation)
             if self.target is not None:
                 raise ValueError("an attack has a target or an aggregation, not both")
+        if self.gradients_from is not None:
+            if self.target is not None or self.aggregation is not None:
+                raise ValueError("an attack follows the gradients of another model, or has a target or an aggregation")
+            if not self.resolved.follows_gradients:
+                raise ValueError(f"the attack {self.resolved.kind} cannot follow the gradients of another model")
         if isinstance(self.attack, BPDA):
             if self.target is not None:
                 raise ValueError("BPDA attacks the defence's own purifier: it takes no target")
@@ -79,8 +90,8 @@ class AttackSpec:
 
     @property
     def other_model(self) -> Classifier | None:
-        """The model that is attacked in the defence's place, if it is no part of the defence."""
-        return None if isinstance(self.target, str) else self.target
+        """The model that is attacked in the defence's place, or whose gradients are followed, if there is one."""
+        return self.target if callable(self.target) else self.gradients_from
 
 
 def as_spec(attack: Any) -> AttackSpec:

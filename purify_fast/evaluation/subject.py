@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .._fingerprint import digest
+from ..attacks import margin
 from ..protocols import Classifier
+from .outputs import returning_logits
 
 Variant = Literal["random", "fixed", "deterministic"]
 #: Each phase of an evaluation has a seed of its own, so that no attack has seen the draws it is judged by.
@@ -33,10 +35,12 @@ class Judgement:
     Args:
         right: bool ``[draws, n]``, which predictions were right.
         nonfinite: how many of them name no class, because of a NaN or an infinity; they are not right.
+        margins: by how much the true logit leads the next, float32 ``[n]``, the mean over the predictions.
     """
 
     right: np.ndarray
     nonfinite: int
+    margins: np.ndarray
 
 
 class Subject:
@@ -55,13 +59,13 @@ class Subject:
     """
 
     def __init__(self, model: Classifier, x: Tensor, y: Tensor, *, batch_size: int, n_eval: int, seed: int):
-        self.model, self.x, self.y = model, x, y
+        self.x, self.y = x, y
         self.batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
         self.device = device_of(model, x)
         self.data = digest(x, y)
         torch.manual_seed(seed)
-        self.is_random = self.draws(model)
-        self.num_classes: int = model(x[:1].to(self.device)).shape[1]
+        self.model, self.num_classes = returning_logits(model, x[:1].to(self.device))
+        self.is_random = self.draws(self.model)
         bad = (y < 0) | (y >= self.num_classes)
         if bool(bad.any()):
             first = int(bad.int().argmax())
@@ -98,18 +102,19 @@ class Subject:
         """
         self.reseed(phase)
         y = self.y[: len(x)].cpu()
-        right, nonfinite = [], 0
+        right, nonfinite, leads = [], 0, torch.zeros(len(x))
         with self.variant(variant):
             for _ in range(self.judges(variant)):
-                decided, broken = [], []
-                for part in x.split(self.batch_size):
+                decided, broken, lead = [], [], []
+                for part, labels in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
                     logits = self.model(part.to(self.device))
+                    lead.append(-margin(logits.float(), labels.to(logits.device)).cpu())
                     decided.append(logits.argmax(1).cpu())
                     broken.append(_undecided(logits).cpu())
-                undecided = torch.cat(broken)
+                undecided, leads = torch.cat(broken), leads + torch.cat(lead)
                 nonfinite += int(undecided.sum())
                 right.append(((torch.cat(decided) == y) & ~undecided).numpy())
-        return Judgement(np.stack(right), nonfinite)
+        return Judgement(np.stack(right), nonfinite, (leads / len(right)).numpy())
 
 
 def _undecided(logits: Tensor) -> Tensor:

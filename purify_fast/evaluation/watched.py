@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -16,13 +17,13 @@ class Watched(nn.Module):
 
     Args:
         model: the callable.
-        bar: is told of every forward pass.
+        bar: its ``update`` is told of every forward pass.
     """
 
     #: What a captured step need not look at (`purify_fast.speed.dependencies`).
     not_dependencies = frozenset({"bar", "images"})
 
-    def __init__(self, model: Classifier, bar: tqdm):
+    def __init__(self, model: Classifier, bar: Any):
         super().__init__()
         self.model, self.bar = model, bar
         self.training = False
@@ -70,14 +71,14 @@ class _WatchedDraws(Watched):
         return self.model.draw_logits(x, draws)  # type: ignore[attr-defined]
 
 
-def watched(model: Classifier, bar: tqdm) -> Watched:
+def watched(model: Classifier, bar: Any) -> Watched:
     """The model, with every forward pass shown by the bar."""
     return (_WatchedDraws if supports(model, SharesDraws) else Watched)(model, bar)
 
 
 @contextlib.contextmanager
 def progress_bar(label: str, shown: bool, total: int | None) -> Iterator[tqdm]:
-    """A bar over the forward passes of single images; it disappears when the block ends."""
+    """A bar over the forward passes of single images, with their rate and the time left; it disappears at the end."""
     with tqdm(
         total=total, desc=label, unit=" images", unit_scale=True, disable=not shown, leave=False, dynamic_ncols=True
     ) as bar:

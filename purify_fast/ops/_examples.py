@@ -36,6 +36,7 @@ class Example:
         make: the kernel's arguments on the CPU, of a dtype and a seed: the same shapes and settings for every seed.
         exact: every backend has the reference's bits.
         slack: error allowed beside rounding, in float32's eps of the largest output: normals differ by a few ulp.
+        variant: the setting by which the op's server is chosen, if there is one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Example:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALVES)
     exact: bool = False
     slack: float = 0.0
+    variant: str = ""
 
 
 def tensors(value) -> tuple[Tensor, ...]:
@@ -71,11 +73,11 @@ def tile(arguments, times: int):
 
     def one(tensor: Tensor) -> Tensor:
         dimension = batch_dimension(tensor)
-        return (
-            tensor
-            if dimension is None
-            else tensor.repeat(*(times if d == dimension else 1 for d in range(tensor.dim())))
-        )
+        if dimension is None:
+            return tensor
+        tiled = tensor.repeat(*(times if d == dimension else 1 for d in range(tensor.dim())))
+        last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=NHWC) and not tensor.is_contiguous()
+        return tiled.contiguous(memory_format=NHWC) if last else tiled
 
     return tree_map_only(Tensor, one, arguments)
 
@@ -101,9 +103,9 @@ def _name(shape: tuple[int, ...], *words: object) -> str:
     return " ".join(map(str, filter(None, (*words, "x".join(map(str, shape))))))
 
 
-def philox() -> Iterator[Example]:
+def philox(sizes: tuple[int, ...] = (130, 1024)) -> Iterator[Example]:
     for index, distribution in enumerate(DISTRIBUTIONS):
-        for numel in (130, 1024):
+        for numel in sizes:
 
             def make(dtype: torch.dtype, seed: int, index=index, numel=numel) -> tuple:
                 return *_stream(seed), numel, int(Stream.LATENT), index, 3, 2**32 - 2  # draws that wrap
@@ -118,26 +120,26 @@ def philox() -> Iterator[Example]:
             )
 
 
-AGGREGATED = [(method, (ROWS, 8, 10)) for method in METHODS] + [("lse", (ROWS, 5, 101)), ("peel", (ROWS, 64, 7))]
+AGGREGATED = (*((method, (ROWS, 8, 10)) for method in METHODS), ("lse", (ROWS, 5, 101)), ("peel", (ROWS, 64, 7)))
 
 
-def aggregate() -> Iterator[Example]:
-    for method, shape in AGGREGATED:
+def aggregate(settings=AGGREGATED) -> Iterator[Example]:
+    for method, shape in settings:
 
         def make(dtype: torch.dtype, seed: int, method=method, shape=shape) -> tuple:
             return _normal(seed, *shape, scale=3.0).to(dtype), METHODS.index(method)
 
-        yield Example(_name(shape, method), make, exact=method == "vote")
+        yield Example(_name(shape, method), make, exact=method == "vote", variant=method)
 
 
-def aggregate_backward() -> Iterator[Example]:
-    for method, shape in AGGREGATED:
+def aggregate_backward(settings=AGGREGATED) -> Iterator[Example]:
+    for method, shape in settings:
 
         def make(dtype: torch.dtype, seed: int, method=method, shape=shape) -> tuple:
             grad = _normal(seed + 100, shape[0], shape[2]).to(_wide(dtype))
             return grad, _normal(seed, *shape, scale=3.0).to(dtype), METHODS.index(method)
 
-        yield Example(_name(shape, method), make)
+        yield Example(_name(shape, method), make, variant=method)
 
 
 LATENTS = ((ROWS, 64), (ROWS, 37), (ROWS, 2500))
@@ -147,13 +149,13 @@ def _latent(dtype: torch.dtype, seed: int, shape: tuple[int, ...]) -> tuple:
     return _normal(seed, *shape).to(dtype), _normal(seed + 100, *shape).to(dtype), *_stream(seed)
 
 
-def sample_latent() -> Iterator[Example]:
-    for shape in LATENTS:
+def sample_latent(shapes=LATENTS) -> Iterator[Example]:
+    for shape in shapes:
         yield Example(_name(shape), partial(_latent, shape=shape), slack=16.0)
 
 
-def sample_latent_backward() -> Iterator[Example]:
-    for shape in LATENTS:
+def sample_latent_backward(shapes=LATENTS) -> Iterator[Example]:
+    for shape in shapes:
 
         def make(dtype: torch.dtype, seed: int, shape=shape) -> tuple:
             grads = _normal(seed + 200, *shape).to(dtype), _normal(seed + 300, shape[0]).to(_wide(dtype))
@@ -169,13 +171,13 @@ def _reconstruction(dtype: torch.dtype, seed: int, shape: tuple[int, ...]) -> tu
     return _normal(seed, *shape, scale=3.0).to(dtype), _uniform(seed + 100, *shape).to(dtype)
 
 
-def reconstruction_loss() -> Iterator[Example]:
-    for shape in IMAGES:
+def reconstruction_loss(shapes=IMAGES) -> Iterator[Example]:
+    for shape in shapes:
         yield Example(_name(shape), partial(_reconstruction, shape=shape))
 
 
-def reconstruction_loss_backward() -> Iterator[Example]:
-    for shape in IMAGES:
+def reconstruction_loss_backward(shapes=IMAGES) -> Iterator[Example]:
+    for shape in shapes:
 
         def make(dtype: torch.dtype, seed: int, shape=shape) -> tuple:
             return _normal(seed + 200, shape[0]).to(_wide(dtype)), *_reconstruction(dtype, seed, shape)
@@ -183,10 +185,10 @@ def reconstruction_loss_backward() -> Iterator[Example]:
         yield Example(_name(shape), make)
 
 
-def _step(last: bool, momentum: bool) -> Iterator[Example]:
+def _step(last: bool, momentum: bool, shapes) -> Iterator[Example]:
     """A gradient with zeros, and images a little outside the ball, so that every branch is taken."""
     for norm, name in enumerate(APGD_NORMS if momentum else NORMS):
-        for shape in IMAGES:
+        for shape in shapes:
             if last and len(shape) != 4:
                 continue
 
@@ -199,17 +201,17 @@ def _step(last: bool, momentum: bool) -> Iterator[Example]:
                 radii = [torch.linspace(low, high, ROWS).to(_wide(dtype)) for low, high in ((0.01, 0.4), (0.02, 1.0))]
                 return *given, *radii, *([0.75] if momentum else []), norm, 0.1, 0.9, *([] if momentum else [0.05])
 
-            yield Example(_name(shape, name, "channels_last" if last else ""), make, exact=norm == 0)
+            yield Example(_name(shape, name, "channels_last" if last else ""), make, exact=norm == 0, variant=name)
 
 
-def pgd_step() -> Iterator[Example]:
-    yield from _step(False, False)
-    yield from _step(True, False)
+def pgd_step(shapes=IMAGES) -> Iterator[Example]:
+    yield from _step(False, False, shapes)
+    yield from _step(True, False, shapes)
 
 
-def apgd_step() -> Iterator[Example]:
-    yield from _step(False, True)
-    yield from _step(True, True)
+def apgd_step(shapes=IMAGES) -> Iterator[Example]:
+    yield from _step(False, True, shapes)
+    yield from _step(True, True, shapes)
 
 
 #: shape, block, num_passes (0: RT1 and RT2), sigma, draws; planes that are no multiple of 4 among them
@@ -221,8 +223,8 @@ TRANSFORMS = (
 )
 
 
-def random_transform() -> Iterator[Example]:
-    for shape, block, num_passes, sigma, draws in TRANSFORMS:
+def random_transform(settings=TRANSFORMS) -> Iterator[Example]:
+    for shape, block, num_passes, sigma, draws in settings:
         for last in (False, True):
 
             def make(dtype: torch.dtype, seed: int, shape=shape, block=block, num_passes=num_passes, sigma=sigma,
@@ -231,12 +233,18 @@ def random_transform() -> Iterator[Example]:
                 masked_blocks = (shape[2] // block) * (shape[3] // block) // 3
                 return x, *_stream(seed), sigma, block, masked_blocks, num_passes, draws, False, dtype, last
 
-            words = f"block {block}", f"{num_passes} passes", f"{draws} draws", "channels_last" if last else ""
+            words = (
+                f"block {block}",
+                f"{num_passes} passes",
+                f"{draws} draws",
+                f"noise {sigma:g}",
+                "channels_last" if last else "",
+            )
             yield Example(_name(shape, *words), make, exact=sigma == 0, slack=16.0 if sigma else 0.0)
 
 
-def random_transform_backward() -> Iterator[Example]:
-    for forward in random_transform():
+def random_transform_backward(settings=TRANSFORMS) -> Iterator[Example]:
+    for forward in random_transform(settings):
 
         def make(dtype: torch.dtype, seed: int, forward=forward) -> tuple:
             x, key, ids, sigma, _, _, num_passes, *_ = given = forward.make(dtype, seed)
@@ -251,8 +259,8 @@ def random_transform_backward() -> Iterator[Example]:
 STITCHED = (((ROWS, 3, 32, 32), (4, 4), 4), ((ROWS, 2, 9, 15), (3, 5), 3))
 
 
-def _stitched(backward: bool) -> Iterator[Example]:
-    for shape, grid, passes in STITCHED:
+def _stitched(backward: bool, settings) -> Iterator[Example]:
+    for shape, grid, passes in settings:
         for last in (False, True):
 
             def make(dtype: torch.dtype, seed: int, shape=shape, grid=grid, passes=passes, last=last) -> tuple:
@@ -264,12 +272,12 @@ def _stitched(backward: bool) -> Iterator[Example]:
             yield Example(_name(shape, f"{passes} passes", "channels_last" if last else ""), make, exact=True)
 
 
-def stitch() -> Iterator[Example]:
-    yield from _stitched(False)
+def stitch(settings=STITCHED) -> Iterator[Example]:
+    yield from _stitched(False, settings)
 
 
-def stitch_backward() -> Iterator[Example]:
-    yield from _stitched(True)
+def stitch_backward(settings=STITCHED) -> Iterator[Example]:
+    yield from _stitched(True, settings)
 
 
 #: features and the dimension of their halves: rows of channels_last are the last dimension
@@ -280,8 +288,8 @@ def _features(dtype: torch.dtype, seed: int, shape: tuple[int, ...]) -> Tensor:
     return _normal(seed, *shape, scale=2.0).to(dtype)
 
 
-def gated_elu() -> Iterator[Example]:
-    for shape, dim in GATED:
+def gated_elu(settings=GATED) -> Iterator[Example]:
+    for shape, dim in settings:
 
         def make(dtype: torch.dtype, seed: int, shape=shape, dim=dim) -> tuple:
             return _features(dtype, seed, shape), dim
@@ -289,8 +297,8 @@ def gated_elu() -> Iterator[Example]:
         yield Example(_name(shape, f"dim {dim}"), make)
 
 
-def gated_elu_backward() -> Iterator[Example]:
-    for shape, dim in GATED:
+def gated_elu_backward(settings=GATED) -> Iterator[Example]:
+    for shape, dim in settings:
 
         def make(dtype: torch.dtype, seed: int, shape=shape, dim=dim) -> tuple:
             half = [size // 2 if i == dim else size for i, size in enumerate(shape)]
@@ -311,8 +319,8 @@ def _attended(dtype: torch.dtype, seed: int, height: int, width: int, channels: 
     return (pixels @ pixels.mT).to(inner), norms.to(inner), keep, height, width, 1.0
 
 
-def contextual_attention() -> Iterator[Example]:
-    for size in ATTENDED:
+def contextual_attention(sizes=ATTENDED) -> Iterator[Example]:
+    for size in sizes:
 
         def make(dtype: torch.dtype, seed: int, size=size) -> tuple:
             return _attended(dtype, seed, *size)
@@ -320,8 +328,8 @@ def contextual_attention() -> Iterator[Example]:
         yield Example(_name(size), make)
 
 
-def contextual_attention_backward() -> Iterator[Example]:
-    for size in ATTENDED:
+def contextual_attention_backward(sizes=ATTENDED) -> Iterator[Example]:
+    for size in sizes:
 
         def make(dtype: torch.dtype, seed: int, size=size) -> tuple:
             given = _attended(dtype, seed, *size)
@@ -342,30 +350,30 @@ def _layers(dtype: torch.dtype, seed: int, shapes: tuple) -> tuple[list[Tensor],
     return [u.to(dtype) for u in student], [v.to(dtype) for v in teacher]
 
 
-def representation_distance() -> Iterator[Example]:
-    for kind, name in enumerate(KINDS):
-        for shapes in LAYERS:
+def representation_distance(layers=LAYERS, kinds=KINDS) -> Iterator[Example]:
+    for kind, name in ((KINDS.index(name), name) for name in kinds):
+        for shapes in layers:
 
             def make(dtype: torch.dtype, seed: int, kind=kind, shapes=shapes) -> tuple:
                 return *_layers(dtype, seed, shapes), kind
 
-            yield Example(f"{name} {len(shapes)} layers", make)
+            yield Example(f"{name} {len(shapes)} layers", make, variant="several" if len(shapes) > 1 else "")
 
 
-def representation_distance_backward() -> Iterator[Example]:
-    for kind, name in enumerate(KINDS):
-        for shapes in LAYERS:
+def representation_distance_backward(layers=LAYERS, kinds=KINDS) -> Iterator[Example]:
+    for kind, name in ((KINDS.index(name), name) for name in kinds):
+        for shapes in layers:
 
             def make(dtype: torch.dtype, seed: int, kind=kind, shapes=shapes) -> tuple:
                 student, teacher = _layers(dtype, seed, shapes)
                 distance, slopes = REGISTRY["representation_distance"].reference(student, teacher, kind)
                 return _normal(seed + 200, *distance.shape).to(distance.dtype), student, teacher, slopes
 
-            yield Example(f"{name} {len(shapes)} layers", make)
+            yield Example(f"{name} {len(shapes)} layers", make, variant="several" if len(shapes) > 1 else "")
 
 
-def noisy_replay() -> Iterator[Example]:
-    for shape in IMAGES:
+def noisy_replay(shapes=IMAGES) -> Iterator[Example]:
+    for shape in shapes:
 
         def make(dtype: torch.dtype, seed: int, shape=shape) -> tuple:
             wide = _wide(dtype)
@@ -397,8 +405,8 @@ def _decoded(seed: int, sizes: Geometry, samples: int, squash: bool) -> tuple:
     return condition, *_stream(seed), packed.bfloat16(), shifts.float(), sizes.numbers(), samples, 0.2, squash
 
 
-def decode_samples() -> Iterator[Example]:
-    for sizes, samples in DECODED:
+def decode_samples(settings=DECODED) -> Iterator[Example]:
+    for sizes, samples in settings:
         for squash, last in ((True, False), (False, True)):
 
             def make(dtype: torch.dtype, seed: int, sizes=sizes, samples=samples, squash=squash, last=last) -> tuple:
@@ -408,8 +416,8 @@ def decode_samples() -> Iterator[Example]:
             yield Example(_name(sizes.start, *words), make, (torch.float32, torch.bfloat16))
 
 
-def decode_samples_backward() -> Iterator[Example]:
-    for sizes, samples in DECODED:
+def decode_samples_backward(settings=DECODED) -> Iterator[Example]:
+    for sizes, samples in settings:
         for squash in (True, False):
 
             def make(dtype: torch.dtype, seed: int, sizes=sizes, samples=samples, squash=squash) -> tuple:
@@ -419,6 +427,37 @@ def decode_samples_backward() -> Iterator[Example]:
 
             name = _name(sizes.start, f"K {samples}", "squashed" if squash else "")
             yield Example(name, make, (torch.float32, torch.bfloat16))
+
+
+_RGB = (((ROWS, 3, 32, 32),),)
+_HIDDEN = (((ROWS, 3, 32, 32), 4, 0, 0.25, 1), ((ROWS, 3, 32, 32), 4, 4, 0.25, 1), ((ROWS, 3, 32, 32), 4, 0, 0.0, 1))
+_LOGITS = (*((method, (ROWS, 8, 10)) for method in METHODS), ("lse", (ROWS, 8, 100)), ("peel", (ROWS, 8, 100)))
+#: The decoder that CARSO has for images of 32 x 32.
+_CIFAR = Geometry.of([128, 256, 3, 3, *(256, 3, 2, 1, 5, 5), *(128, 3, 2, 1, 9, 9), *(64, 3, 2, 1, 17, 17),
+                      *(32, 3, 2, 1, 33, 33), *(3, 2, 1, 1, 32, 32)])  # fmt: skip
+#: What generators take in place of their own shapes to make what is raced: a few samples as users have them, of which
+#: `tile` makes as many as wanted.
+RACED: dict[str, tuple] = {
+    "philox": ((1024,),),
+    "aggregate": (_LOGITS,),
+    "sample_latent": (((ROWS, 128),),),
+    "reconstruction_loss": _RGB,
+    "pgd_step": _RGB,
+    "apgd_step": _RGB,
+    "noisy_replay": _RGB,
+    "random_transform": (_HIDDEN,),
+    "stitch": ((((ROWS, 3, 32, 32), (4, 4), 4),),),
+    "gated_elu": ((((ROWS, 96, 16, 16), 1), ((ROWS, 16, 16, 96), 3)),),
+    "contextual_attention": (((8, 8, 96), (32, 32, 96)),),
+    "representation_distance": ((((640, 8, 8),), ((64, 8, 8), (128, 4, 4), (256,))), ("abs_cosine", "l2")),
+    "decode_samples": (((_CIFAR, 8),),),
+}
+
+
+def raced(op: str) -> list[Example]:
+    """The examples of an op that are raced: at shapes that users have, or its own where it has no such shapes."""
+    shapes = RACED.get(op.removesuffix("_backward"))
+    return of(op) if shapes is None else list(globals()[op](*shapes))
 
 
 def of(op: str) -> list[Example]:

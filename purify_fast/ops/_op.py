@@ -5,8 +5,8 @@ eager calls, and inside compiled graphs, where a kernel is a wall to the compile
 function calls the reference directly, so that ``torch.compile`` can fuse it with its surroundings.
 
 A kernel serves where it was measured ahead: on the user's machine, or on one like it that was measured for the package
-(`_races`). Where nothing was measured, it serves on a GPU if one launch replaces a dozen or more. It serves only if it
-was found right on this machine (`_verify`).
+(`_races`), by dtype and by size. Where nothing was measured, it serves on a GPU if one launch replaces a dozen or more.
+It serves only if it was found right on this machine (`_verify`).
 
 Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU), ``triton`` and ``cuda`` (GPU).
 ``PURIFY_FAST_BACKEND`` forces one for its device, read once at import, or several, as ``triton,cuda``: each op takes
@@ -19,14 +19,14 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from .. import _library
-from ._races import Winner, winner
+from ._races import Call, Winner, winner
 from ._verdicts import sources_digest
 
 Style = Literal["eager", "graph"]
@@ -71,6 +71,16 @@ def forced_backends() -> tuple[str, ...]:
     return _forced
 
 
+def first_argument(x: torch.Tensor, *_) -> tuple[torch.dtype, int]:
+    """The dtype and the number of elements of the first of an op's arguments."""
+    return x.dtype, x.numel()
+
+
+def second_argument(_, x: torch.Tensor, *__) -> tuple[torch.dtype, int]:
+    """The dtype and the number of elements of the second of an op's arguments."""
+    return x.dtype, x.numel()
+
+
 @dataclass(frozen=True)
 class Op:
     """One registered op: its handle, its definition, and who serves it where.
@@ -82,7 +92,8 @@ class Op:
         available: device type to the backends that exist here, the kernel last.
         replaces_many: the variants for which one launch replaces a dozen or more; ``""`` is the op that has none.
         sources: device type to the files that its kernel there is made of.
-        served: the decisions that were made: by style, device and variant.
+        weigh: of the kernel's arguments, the dtype and the number of elements that its server is chosen by.
+        served: the decisions that were made: by style, device, dtype, bits of the number of elements, and variant.
     """
 
     name: str
@@ -91,11 +102,13 @@ class Op:
     available: dict[str, tuple[str, ...]]
     replaces_many: tuple[str, ...] = ()
     sources: dict[str, tuple[Path, ...]] = field(default_factory=dict)
-    served: dict[tuple[Style, torch.device, str], str] = field(default_factory=dict)
+    weigh: Callable[..., tuple[torch.dtype, int]] = first_argument
+    served: dict[tuple[Style, torch.device, torch.dtype | None, int, str], str] = field(default_factory=dict)
 
     def __call__(self, *args, variant: str = ""):
-        """Run on the arguments, the first a tensor: by the backend that serves its device. No gradient is recorded."""
-        return (self.reference if self.plain(args[0].device, variant) else self.handle)(*args)
+        """Run on the arguments, the first a tensor: by the backend that serves such a call. No gradient is recorded."""
+        dtype, size = self.weigh(*args)
+        return (self.reference if self.plain(args[0].device, dtype, size, variant) else self.handle)(*args)
 
     def kernel(self, kind: str) -> str:
         """The backend whose kernel the handle runs on devices of a type; ``reference`` where there is none."""
@@ -105,36 +118,50 @@ class Op:
         """A hash of what the kernel on devices of a type is made of: a verdict is of this, and of nothing else."""
         return sources_digest(self.sources.get(kind, ()))
 
-    def wanted(self, style: Style, device: torch.device, variant: str = "") -> Winner:
+    def wanted(
+        self, style: Style, device: torch.device, variant: str = "", dtype: torch.dtype | None = None, bits: int = 0
+    ) -> Winner:
         """The backend that serves if it is right, and why: who won a race, else by a safe rule.
 
         Args:
             style: eager calls, or calls inside a compiled graph.
             device: need not be here: then the rule decides.
             variant: a setting that decides how much one launch replaces, as the op's own module names it.
+            dtype: of the call; None asks for what serves every dtype.
+            bits: how many the number of its elements has; 0 asks for what serves every size.
         """
         kernel = self.kernel(device.type)
         if kernel == "reference":
             return Winner(kernel, "there is no kernel")
         if device.type != "cuda" or torch.cuda.is_available():
-            found = winner(self.name, self.sources_digest(device.type), style, device, variant)
+            found = winner(self.name, self.sources_digest(device.type), style, device, Call(variant, dtype, bits))
             if found is not None:
-                return found if found.backend in (kernel, "reference") else Winner("reference", found.why)
+                return found if found.backend in (kernel, "reference") else replace(found, backend="reference")
         if device.type == "cuda" and variant in self.replaces_many:
-            return Winner(kernel, "one launch replaces a dozen or more")
-        return Winner("reference", "not raced" if device.type == "cpu" else "compilers fuse the reference")
+            return Winner(kernel, "not raced: one launch replaces a dozen or more")
+        return Winner("reference", "not raced" if device.type == "cpu" else "not raced: compilers fuse the reference")
 
-    def serving(self, style: Style, device: torch.device, variant: str = "") -> str:
-        """The backend that serves unless another is forced: a kernel only once it was found right."""
-        found = self.served.get((style, device, variant))
+    def serving(
+        self, style: Style, device: torch.device, variant: str = "", dtype: torch.dtype | None = None, bits: int = 0
+    ) -> str:
+        """The backend that serves unless another is forced: a kernel only once it was found right.
+
+        Args:
+            style: as in `wanted`, and so are the others.
+            device: of the call.
+            variant: of the call.
+            dtype: of the call, or None.
+            bits: of its size, or 0.
+        """
+        found = self.served.get((style, device, dtype, bits, variant))
         if found is None:
-            found, settled = self.wanted(style, device, variant).backend, True
+            found, settled = self.wanted(style, device, variant, dtype, bits).backend, True
             if found != "reference":
                 right = _kernel_serves(self, device)
                 settled = right is not None
                 found = found if right else "reference"
             if settled:
-                self.served[style, device, variant] = found
+                self.served[style, device, dtype, bits, variant] = found
         return found
 
     def forced(self, kind: str) -> str | None:
@@ -148,35 +175,50 @@ class Op:
         there = ", ".join(self.available[kind])
         return f"{self.name}: backend {names} is forced but missing; on {kind} there are: {there}"
 
-    def choice(self, device: torch.device, variant: str = "") -> str | None:
+    def choice(
+        self, device: torch.device, variant: str = "", dtype: torch.dtype | None = None, bits: int = 0
+    ) -> str | None:
         """The backend that serves this op on ``device``; None if what is forced there is missing."""
         forced = self.forced(device.type) if _forced else None
         if forced is not None:
             return forced or None
         if torch.compiler.is_compiling():
-            return _in_graph(self.name, device.type, device.index, variant)
-        return self.serving("eager", device, variant)
+            return _in_graph(self.name, device.type, device.index, variant, dtype)
+        return self.serving("eager", device, variant, dtype, bits)
 
-    def served_by(self, device: torch.device, variant: str = "") -> str:
+    def served_by(
+        self, device: torch.device, variant: str = "", dtype: torch.dtype | None = None, bits: int = 0
+    ) -> str:
         """`choice`; raises RuntimeError if there is none."""
-        chosen = self.choice(device, variant)
+        chosen = self.choice(device, variant, dtype, bits)
         if chosen is None:
             raise RuntimeError(self.missing(device.type))
         return chosen
 
-    def plain(self, device: torch.device, variant: str = "") -> bool:
-        """Whether the public function should call the reference directly instead of the op."""
+    def plain(self, device: torch.device, dtype: torch.dtype, size: int, variant: str = "") -> bool:
+        """Whether the public function should call the reference directly instead of the op.
+
+        Args:
+            device: of the call.
+            dtype: of the tensor that `weigh` names.
+            size: the number of elements that `weigh` names.
+            variant: of the call.
+        """
         if not _forced and not torch.compiler.is_compiling():  # every eager call passes here: one look-up
+            # a size that is a symbol, in a trace, has no bits: then what serves every size is right
+            bits = size.bit_length() if type(size) is int else 0
             return (
-                self.served.get(("eager", device, variant)) or self.serving("eager", device, variant)
+                self.served.get(("eager", device, dtype, bits, variant))
+                or self.serving("eager", device, variant, dtype, bits)
             ) == "reference"
-        return self.served_by(device, variant) == "reference"
+        return self.served_by(device, variant, dtype) == "reference"
 
 
-@torch._dynamo.assume_constant_result  # decided while a graph is traced, as a call of its own that is no part of it
-def _in_graph(name: str, kind: str, index: int | None, variant: str) -> str:
+# Decided while a graph is traced, as a call of its own that is no part of it. A graph may be of every size.
+@torch._dynamo.assume_constant_result
+def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torch.dtype | None) -> str:
     device = torch.device(kind) if index is None else torch.device(kind, index)
-    return REGISTRY[name].serving("graph", device, variant)
+    return REGISTRY[name].serving("graph", device, variant, dtype)
 
 
 def _every_kernel_serves(op: Op, device: torch.device) -> bool | None:
@@ -211,6 +253,7 @@ def define_op(
     fake: Callable,
     triton: Callable | None = None,
     replaces_many: bool | tuple[str, ...] = False,
+    weigh: Callable[..., tuple[torch.dtype, int]] = first_argument,
 ) -> Op:
     """Register ``purify_fast::name``.
 
@@ -222,6 +265,7 @@ def define_op(
         triton: a launcher with the op's signature, imported on first call; never sees float64.
         replaces_many: whether one launch replaces a dozen or more of the reference, or the variants for which it does.
             There the kernel serves on a GPU, eagerly and inside graphs; elsewhere the reference, which compilers fuse.
+        weigh: of the op's arguments, the dtype and the number of elements by which a race tells calls apart.
     """
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
@@ -250,6 +294,7 @@ def define_op(
         available=available,
         replaces_many=many,
         sources=sources,
+        weigh=weigh,
     )
     REGISTRY[name] = op
     return op

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from .._compat import renamed_value
 from ._gradient import first_order, needs_gradient
-from ._op import Launcher, define_op, wide
+from ._op import Launcher, define_op, second_argument, wide
 
 #: Methods with a kernel, by index.
 METHODS = ("lse", "peel", "mean", "mean_sigmoid", "vote")
@@ -101,6 +101,7 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, logits, method: logits.new_empty(logits.shape),
     triton=Launcher("aggregate", "backward"),
+    weigh=second_argument,
 )
 
 
@@ -117,7 +118,7 @@ class _Aggregate(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return BACKWARD(grad, *ctx.saved_tensors, ctx.method), None
+        return BACKWARD(grad, *ctx.saved_tensors, ctx.method, variant=METHODS[ctx.method]), None
 
 
 def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
@@ -150,6 +151,6 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
         raise ValueError(f"method must be one of {', '.join(METHODS + UNSAFE)}, got {method!r}")
     index = METHODS.index(method)
     # the reference of vote has no autograd graph that could carry its zero gradient
-    if OP.plain(logits.device) and method != "vote":
+    if OP.plain(logits.device, logits.dtype, logits.numel(), method) and method != "vote":
         return reference(logits, index)
     return _Aggregate.apply(logits, index) if needs_gradient(logits) else OP.handle(logits, index)

@@ -119,6 +119,16 @@ def reference_backward(
     return _patches(x * inverse[:, None], height, width), to_inverse
 
 
+def _weighed(correlation: Tensor, inverse: Tensor, keep: Tensor, *_: object) -> tuple[torch.dtype, int]:
+    """What the forward is weighed by: the dtype of what is kept, and the pairs of pixels."""
+    return keep.dtype, correlation.numel()
+
+
+def _weighed_backward(grad: Tensor, correlation: Tensor, *_: object) -> tuple[torch.dtype, int]:
+    """What the backward is weighed by: the dtype of its gradient, and the pairs of pixels."""
+    return grad.dtype, correlation.numel()
+
+
 OP = define_op(
     "contextual_attention",
     "(Tensor correlation, Tensor inverse, Tensor keep, SymInt height, SymInt width, float scale) -> (Tensor, Tensor)",
@@ -129,6 +139,7 @@ OP = define_op(
     ),
     triton=Launcher("contextual_attention", "forward"),
     replaces_many=True,
+    weigh=_weighed,
 )
 BACKWARD = define_op(
     "contextual_attention_backward",
@@ -141,6 +152,7 @@ BACKWARD = define_op(
     ),
     triton=Launcher("contextual_attention", "backward"),
     replaces_many=True,
+    weigh=_weighed_backward,
 )
 
 
@@ -220,7 +232,7 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         correlation = pixels @ pixels.mT
         inverse, keep = _inverse_norms(pixels, height, width), valid.to(features.dtype)
         kernel = _Between.apply if needs_gradient(features) else OP.handle
-        call = reference if OP.plain(features.device) else kernel
+        call = reference if OP.plain(features.device, features.dtype, correlation.numel()) else kernel
         spread, _weights = call(correlation, inverse, keep, height, width, float(scale))
         if last:
             out = (spread @ phases).view(batch, 2, 2, height, width, channels)

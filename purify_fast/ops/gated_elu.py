@@ -94,7 +94,7 @@ def gated_elu(features: Tensor) -> Tensor:
         raise ValueError(f"features must be floating point [B, 2C, ...], got {features.dtype} {list(features.shape)}")
     if features.shape[1] % 2:
         raise ValueError(f"features need an even number of channels, 2C, got {features.shape[1]}")
-    if OP.plain(features.device):
+    if OP.plain(features.device, features.dtype, features.numel()):
         return reference(features, 1)
     call = _GatedElu.apply if needs_gradient(features) else OP.handle
     if last_channels(features):  # the op sees the halves of dense rows, whatever the layout

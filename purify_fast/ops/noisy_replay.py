@@ -116,7 +116,7 @@ def noisy_replay(
     _check(x, x_adv, drift, seed, sample_ids)
     if not lo <= hi:
         raise ValueError(f"lo = {lo} is above hi = {hi}")
-    call = reference if OP.plain(x.device) else OP.handle
+    call = reference if OP.plain(x.device, x.dtype, x.numel()) else OP.handle
     with torch.no_grad():
         drift = wide(drift)
         limit, radius = _threshold(tau, drift), per_sample("eps", eps, x)

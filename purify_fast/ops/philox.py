@@ -93,6 +93,13 @@ def _fake(
     return sample_ids.new_empty((sample_ids.shape[0], draws, numel), dtype=dtype)
 
 
+def _drawn(
+    seed: Tensor, sample_ids: Tensor, numel: int, stream: int, distribution: int, draws: int = 1, *_: int
+) -> tuple[torch.dtype, int]:
+    """What a call is weighed by: the numbers that it draws."""
+    return torch.float32, sample_ids.numel() * draws * numel
+
+
 OP = define_op(
     "philox",
     "(Tensor seed, Tensor sample_ids, SymInt numel, int stream, int distribution, SymInt draws=1, SymInt first_draw=0)"
@@ -101,6 +108,7 @@ OP = define_op(
     fake=_fake,
     triton=Launcher("philox", "philox"),
     replaces_many=True,
+    weigh=_drawn,
 )
 
 
@@ -149,5 +157,5 @@ def philox(
             raise ValueError(f"{name} must be at least {least}, got {value}")
         if isinstance(value, int) and value >= 2**63:
             raise ValueError(f"{name} must be below 2^63, got {value}")
-    call = reference if OP.plain(seed.device) else OP.handle
+    call = reference if OP.plain(seed.device, torch.float32, sample_ids.numel() * draws * numel) else OP.handle
     return call(seed, sample_ids, numel, int(stream), DISTRIBUTIONS.index(distribution), draws, first_draw)

@@ -298,6 +298,6 @@ def random_transform(
     # 1/49 of 49 blocks is one block, although the product is 0.999.. in floating point
     masked_blocks = min(int(mask_ratio * blocks + 1e-6), blocks - 1) if num_passes is None else 0
     kernel = _RandomTransform.apply if needs_gradient(x) else OP.handle
-    call = reference if OP.plain(x.device) else kernel
+    call = reference if OP.plain(x.device, x.dtype, x.numel()) else kernel
     passes = num_passes or 0
     return call(x, seed, sample_ids, sigma, block, masked_blocks, passes, samples, shared_mask, dtype, channels_last)

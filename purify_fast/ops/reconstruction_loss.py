@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._tensors import per_image
+from . import _kept
 from ._gradient import first_order, needs_gradient
-from ._op import Launcher, define_op, wide
+from ._op import Launcher, define_op, second_argument, wide
 
 
 def reference(logits: Tensor, target: Tensor) -> Tensor:
@@ -47,7 +48,26 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, logits, target: logits.new_empty(logits.shape),
     triton=Launcher("reconstruction_loss", "backward"),
+    weigh=second_argument,
 )
+
+
+#: The loss, and s - t in the arithmetic's dtype.
+KEEPING = _kept.kernel("reconstruction_loss_keeping", "(Tensor logits, Tensor target) -> (Tensor, Tensor)")
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        loss, slope = KEEPING(logits, target)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(slope)
+        return loss
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _kept.SCALED_ROWS(grad, *ctx.saved_tensors, ctx.dtype), None
 
 
 class _ReconstructionLoss(torch.autograd.Function):
@@ -86,8 +106,9 @@ def reconstruction_loss(logits: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"logits and target must be floating point, got {logits.dtype} and {target.dtype}")
     if logits.device != target.device:
         raise ValueError(f"logits are on {logits.device}, target on {target.device}: they must agree")
-    if OP.plain(logits.device):
+    if OP.plain(logits.device, logits.dtype, logits.numel()):
         return reference(logits, target.detach())
     if not needs_gradient(logits):
         return OP.handle(logits, target)
-    return _ReconstructionLoss.apply(logits, target.detach())
+    keeps = _kept.serves(BACKWARD, logits)
+    return (_Kept if keeps else _ReconstructionLoss).apply(logits, target.detach())

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
+from . import _kept
 from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 from .gated_elu import last_channels
@@ -94,6 +95,16 @@ def _fake(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: int) -> tu
     return student[0].new_empty((batch, layers), dtype=dtype), student[0].new_empty((batch, layers, 2), dtype=dtype)
 
 
+def _weighed(student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
+    """What the forward is weighed by: the student's first layer."""
+    return student[0].dtype, student[0].numel()
+
+
+def _weighed_backward(grad: Tensor, student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
+    """What the backward is weighed by: likewise."""
+    return _weighed(student)
+
+
 OP = define_op(
     "representation_distance",
     "(Tensor[] student, Tensor[] teacher, int kind) -> (Tensor, Tensor)",
@@ -101,6 +112,7 @@ OP = define_op(
     fake=_fake,
     triton=Launcher("representation_distance", "forward"),
     replaces_many=("several",),
+    weigh=_weighed,
 )
 BACKWARD = define_op(
     "representation_distance_backward",
@@ -109,6 +121,7 @@ BACKWARD = define_op(
     fake=lambda grad, student, teacher, slopes: [x.new_empty(x.shape) for x in student],
     triton=Launcher("representation_distance", "backward"),
     replaces_many=("several",),
+    weigh=_weighed_backward,
 )
 
 
@@ -117,12 +130,38 @@ def _variant(layers: int) -> str:
     return "several" if layers > 1 else ""
 
 
+#: The distances of one layer [B], and dd/du in the student's shape and the arithmetic's dtype.
+KEEPING = _kept.kernel(
+    "representation_distance_keeping", "(Tensor student, Tensor teacher, int kind) -> (Tensor, Tensor)"
+)
+
+
+class _Kept(torch.autograd.Function):
+    """Of one layer whose dtype is the arithmetic's: a slope wider than the layer would be more bytes than its parts."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, kind: int) -> Tensor:
+        distance, slope = KEEPING(student, teacher, kind)
+        ctx.save_for_backward(slope)
+        return distance
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return _kept.SCALED_ROWS(grad, slope, slope.dtype), None, None
+
+
 class _RepresentationDistance(torch.autograd.Function):
     """Around the reference too: the gradient that autograd finds for it is rounding at u = v, and NaN at 0."""
 
     @staticmethod
     def forward(kind: int, layers: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        call = reference if OP.plain(tensors[0].device, _variant(layers)) else OP.handle
+        call = (
+            reference
+            if OP.plain(tensors[0].device, tensors[0].dtype, tensors[0].numel(), _variant(layers))
+            else OP.handle
+        )
         return call(list(tensors[:layers]), list(tensors[layers:]), kind)
 
     @staticmethod
@@ -137,6 +176,13 @@ class _RepresentationDistance(torch.autograd.Function):
         *tensors, slopes = ctx.saved_tensors
         out = BACKWARD(grad, tensors[: ctx.layers], tensors[ctx.layers :], slopes, variant=_variant(ctx.layers))
         return None, None, *out, *[None] * ctx.layers
+
+
+def _keeps(student: Tensor) -> bool:
+    """Whether one layer's slope is kept for backward."""
+    if student.dtype not in (torch.float32, torch.float64) or OP.plain(student.device, student.dtype, student.numel()):
+        return False
+    return _kept.serves(BACKWARD, student)
 
 
 def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> None:
@@ -194,8 +240,11 @@ def representation_distance(
     for layer, (u, v) in enumerate(zip(us, vs, strict=True)):
         if last_channels(u):  # the op sees dense rows, whatever the layout
             us[layer], vs[layer] = u.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1)
+    differentiable = needs_gradient(*us)
+    if differentiable and single and _keeps(us[0]):
+        return _Kept.apply(us[0], vs[0].detach(), KINDS.index(kind))
     tensors = (*us, *(v.detach() for v in vs))
     # the compiler, too, does not take a Function of any number of tensors where none needs a gradient
-    call = _RepresentationDistance.apply if needs_gradient(*us) else _RepresentationDistance.forward
+    call = _RepresentationDistance.apply if differentiable else _RepresentationDistance.forward
     distance, _ = call(KINDS.index(kind), len(us), *tensors)
     return distance.squeeze(1) if single else distance

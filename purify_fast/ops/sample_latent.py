@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _kept
 from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 from .philox import Stream, check_stream, philox
@@ -59,6 +60,29 @@ BACKWARD = define_op(
 )
 
 
+#: z, kl, and the deviation e exp(logvar / 2) in the arithmetic's dtype; then the gradients from it.
+KEEPING = _kept.kernel(
+    "sample_latent_keeping", "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor, Tensor)"
+)
+FROM_KEPT = _kept.kernel(
+    "sample_latent_from_kept",
+    "(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor deviation) -> (Tensor, Tensor)",
+)
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
+        z, kl, deviation = KEEPING(mu, logvar, seed, sample_ids)
+        ctx.save_for_backward(mu, logvar, deviation)
+        return z, kl
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+        return (*FROM_KEPT(grad_z, grad_kl, *ctx.saved_tensors), None, None)
+
+
 class _SampleLatent(torch.autograd.Function):
     @staticmethod
     def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +125,9 @@ def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) 
         raise ValueError(f"sample_ids has {sample_ids.shape[0]} entries for a batch of {mu.shape[0]}")
     if not mu.device == logvar.device == seed.device:
         raise ValueError(f"mu is on {mu.device}, logvar on {logvar.device}, seed on {seed.device}: they must agree")
-    if OP.plain(mu.device):
+    if OP.plain(mu.device, mu.dtype, mu.numel()):
         return reference(mu, logvar, seed, sample_ids)
-    call = _SampleLatent.apply if needs_gradient(mu, logvar) else OP.handle
-    return call(mu, logvar, seed, sample_ids)
+    if not needs_gradient(mu, logvar):
+        return OP.handle(mu, logvar, seed, sample_ids)
+    keeps = _kept.serves(BACKWARD, mu)
+    return (_Kept if keeps else _SampleLatent).apply(mu, logvar, seed, sample_ids)

@@ -79,6 +79,7 @@ class CudaCapture:
         try:
             # Other threads may allocate and synchronize meanwhile: those that read data ahead, or watch collectives.
             with (
+                _own_workspaces(device),
                 self.aside(device),
                 torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
             ):
@@ -102,3 +103,21 @@ class CudaCapture:
             spare = torch.zeros(1, device=device)
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
                 spare.add_(1)
+
+
+@contextlib.contextmanager
+def _own_workspaces(device: torch.device) -> Iterator[None]:
+    """Within the block, cuBLAS takes new memory to work in, that of the pool if it is captured.
+
+    It keeps that memory from call to call, and whoever clears it, as `torch.compile` does for graphs of its own, would
+    take it from under a graph that was captured with it.
+
+    Args:
+        device: a CUDA device.
+    """
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice, enum.Enum)
+_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 #: The attributes of a bare module; of these only the mode, the tensors, the parts and the hooks count.
 _BARE = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -30,6 +31,9 @@ def dependencies(model: nn.Module) -> tuple[tuple[Any, ...], list[Any]]:
     Returns:
         The values, which can be hashed, and the objects that stand among them by their identity: who keeps the values
         keeps these too, so that no other object is taken for one of them.
+
+    Raises:
+        TypeError: a tensor of a class of its own, such as the part of a sharded weight, whose memory is elsewhere.
     """
     found: list[Any] = []
     objects: list[Any] = []
@@ -42,6 +46,8 @@ def _add(value: Any, found: list[Any], objects: list[Any], seen: set[int]) -> No
         found.append(value)
         return
     if isinstance(value, Tensor):
+        if type(value) not in _TENSORS:
+            raise TypeError(f"a tensor of type {type(value).__name__} does not say where its memory is")
         found.append((value.data_ptr(), value.shape, value.dtype, value.device))
         return
     if id(value) in seen:

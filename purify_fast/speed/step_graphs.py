@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from .._validation import check_literal
 from ..protocols import CountsImages, PreparesReplay
+from .agreement import first_replay_agrees
 from .cuda_capture import CudaCapture
 from .dependencies import dependencies
 from .surroundings import host_generators, no_trace, numerics
@@ -115,6 +117,7 @@ class _Replays(Steps):
     def __init__(self, function: StepFunction, captured: _Captured, state: State):
         super().__init__(function, captured.buffers)
         self.captured = captured
+        captured.loop = weakref.ref(self)
         self.put(**state)
 
     def take(self) -> None:
@@ -131,7 +134,7 @@ class _Replays(Steps):
         return {name: value.clone() for name, value in super().values(*names).items()}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Captured:
     """A captured step.
 
@@ -140,12 +143,18 @@ class _Captured:
         replay: launches it.
         counters: the parts of its model that count images, and how many they count in a step.
         objects: what it depends on by identity.
+        loop: the last loop over it, which has its state in the buffers until it is gone.
     """
 
     buffers: State
     replay: Callable[[], None]
     counters: list[tuple[CountsImages, int]]
     objects: list[Any]
+    loop: weakref.ref[_Replays] | None = None
+
+    def is_in_use(self) -> bool:
+        """Whether there still is a loop that may go on."""
+        return self.loop is not None and self.loop() is not None
 
 
 class StepGraphs:
@@ -200,7 +209,17 @@ class StepGraphs:
         if self.mode == "off" or device.type != self.capture.kind or torch.compiler.is_compiling():
             return Steps(function, state)
         captured = self._find(function, state, steps, device)
-        return Steps(function, state) if captured is None else _Replays(function, captured, state)
+        if captured is None or captured.is_in_use():
+            return Steps(function, state)
+        return _Replays(function, captured, state)
+
+    def may_replay(self, device: torch.device) -> bool:
+        """Whether loops on a device are captured, as far as is known.
+
+        Args:
+            device: where their state lies.
+        """
+        return self.mode != "off" and device.type == self.capture.kind and self.refusal is None
 
     def _find(self, function: StepFunction, state: State, steps: int, device: torch.device) -> _Captured | None:
         """The captured step, captured now if need be; None where the loop is to run eagerly."""
@@ -217,7 +236,10 @@ class StepGraphs:
             return None
         for part in _parts(model, PreparesReplay):
             part.prepare_replay()
-        values, objects = dependencies(model)
+        try:
+            values, objects = dependencies(model)
+        except TypeError as error:
+            return self._refuse(base, f"{_name(model)}: {error}")
         key = (base, values)
         if key in self._captured:
             self._captured.move_to_end(key)
@@ -259,19 +281,19 @@ class StepGraphs:
         before = [counter.counted() for counter in counters]
         try:
             with no_trace(device):
+                with self.capture.aside(device):
+                    # the first call compiles, verifies kernels and chooses algorithms, which waits
+                    function(buffers)
+                tried = [counter.counted() for counter in counters]
                 reason = self._trial(function, buffers, device)
-                counts = [counter.counted() - start for counter, start in zip(counters, before, strict=True)]
-                # the second call chooses nothing any more: its time is that of every later one
-                times = [] if reason else [self.capture.timed(lambda: _drop(function(buffers)), device) for _ in "12"]
-                if reason is None and self.mode == "auto" and times[-1][0] < LEAST_SHARE * times[-1][1]:
-                    reason = (
-                        f"the device computes a step for {times[-1][1] * 1e3:.3g} ms, of which launching takes "
-                        f"{times[-1][0] * 1e3:.3g} ms, so that a graph would gain nothing"
-                    )
+                counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
+                reason = reason or self._busy(lambda: _drop(function(buffers)), device)
                 if reason is not None:
                     return self._refuse(base, reason)
                 # the state is written by what is launched, and by no warm-up: it is put in before each loop
                 replay = self.capture.record(advance, device)
+                if not first_replay_agrees(lambda: function(buffers), buffers, replay, device):
+                    return self._refuse(base, "a replay does not give what the step gives")
         except RuntimeError as error:
             return self._refuse(base, f"the step cannot be captured ({str(error).strip().splitlines()[0]})")
         finally:
@@ -279,6 +301,16 @@ class StepGraphs:
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
         return _Captured(buffers, replay, list(zip(counters, counts, strict=True)), objects)
+
+    def _busy(self, run: Callable[[], None], device: torch.device) -> str | None:
+        """Say so if the device is busy for so long that launching costs nothing, and that matters."""
+        launching, whole = self.capture.timed(run, device)
+        if self.mode == "always" or launching >= LEAST_SHARE * whole:
+            return None
+        return (
+            f"the device computes a step for {whole * 1e3:.3g} ms, of which launching takes {launching * 1e3:.3g} ms, "
+            "so that a graph would gain nothing"
+        )
 
     def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
         """Run the step once, and say what keeps it from being captured, if anything does."""

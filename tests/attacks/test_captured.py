@@ -5,15 +5,21 @@ CUDA graphs are stood for by functions that are run again on the buffers they we
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from purify_fast.attacks import GradientHealth, apgd, fgsm, frozen, pgd, pgd_and_fgsm
+from purify_fast import _library
+from purify_fast.attacks import GradientHealth, apgd, fgsm, frozen, pgd, pgd_and_fgsm, stadv
 from purify_fast.attacks.draws import Objective
 from purify_fast.attacks.pgd import Ascent
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
+from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.inference_copy import LiveInferenceCopy
 from purify_fast.speed.waits import Waits
@@ -95,6 +101,11 @@ def test_captured_apgd_gives_the_bits_of_eager_apgd(model, batch, graphs, rerun,
     assert rerun.recorded >= 1 and graphs.refusal is None and (rerun.replayed >= 25 or norm == "l1")
 
 
+def test_captured_stadv_gives_the_bits_of_eager_stadv(model, batch, graphs, rerun):
+    wanted, found = (stadv(model, *batch, steps=20, keep_best=True, graphs=chosen) for chosen in (None, graphs))
+    assert torch.equal(wanted, found) and not torch.equal(found, batch[0]) and rerun.replayed == 20
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions(model, batch, graphs, rerun, dtype):
     net, x = nn.Sequential(model).to(dtype), batch[0].to(dtype)
@@ -122,6 +133,60 @@ def test_every_step_allocates_the_same_and_waits_for_nothing(model, batch):
                     assert not waits.found
                     steps.append(waits.allocated)
                 assert len(steps[0]) > 50 and all(step == steps[0] for step in steps)
+
+
+class Launched:
+    """Captures, and replays nothing: what is still counted then is what the host launches beside a graph."""
+
+    kind = "cpu"
+
+    def aside(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+        return 1.0, 1.0
+
+    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        # but for the first time, which checks it
+        once = iter([run])
+        return lambda: next(once, lambda: None)()
+
+
+def dispatched(attack: Callable[..., Tensor], model: nn.Module, graphs: StepGraphs | None, **options: Any) -> float:
+    """Operators that a step of an attack dispatches."""
+    x = torch.rand(9, 1, 8, 8)
+    y, counts = model(x).argmax(1), []
+    for steps in (20, 40):
+        # captured by the first of these attacks
+        attack(model, x, y, eps=0.1, steps=steps, graphs=graphs, **options)
+        with Waits() as waits:
+            attack(model, x, y, eps=0.1, steps=steps, graphs=graphs, **options)
+        counts.append(waits.dispatched)
+    return (counts[1] - counts[0]) / 20
+
+
+COUNTS = {
+    "constant step": (pgd, {"alpha": 0.01}, 0),
+    "l2": (pgd, {"alpha": 0.01, "norm": "l2"}, 0),
+    "best point and health": (pgd, {"alpha": 0.01, "loss": "dlr", "keep_best": True}, 0),
+    # its new length is computed, and written to where the graph reads it
+    "falling step": (pgd, {}, 2),
+    # the share of l1 falls too, so that its step is taken by the host, in one operator where a kernel serves
+    "l1": (pgd, {"norm": "l1", "alpha": 0.01}, 6),
+    # what decides on the step and on who leaves
+    "APGD": (apgd, {"leave_when_fallen": False}, 55),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_what_the_host_launches_beside_a_graph(model, name):
+    attack, options, most = COUNTS[name]
+    with use_backend("cpp" if _library.loaded() else "reference"):
+        eager = dispatched(attack, model, None, **options)
+        captured = dispatched(attack, model, StepGraphs(capture=Launched()), **options)
+    if name != "l1" or _library.loaded():
+        assert captured <= most
+    assert eager >= 50 and captured < eager - 40
 
 
 def test_new_weights_other_images_and_the_last_batch(model, batch, graphs, rerun):

@@ -25,3 +25,15 @@ def test_dense_starts_where_vectors_do():
         dense = _common.dense(view)
         assert torch.equal(dense, view) and dense.is_contiguous() and dense.data_ptr() % 16 == 0
     assert _common.dense(x[4:36]).data_ptr() == x[4:36].data_ptr()
+
+
+def test_rows_beyond_an_axis(monkeypatch):
+    """An axis of a launch holds 65535 programs; here as if it were three."""
+    from purify_fast.kernels import philox
+
+    assert [_common.grid(rows, 7) for rows in (1, 65535, 65536)] == [(7, 1, 1), (7, 65535, 1), (7, 32768, 2)]
+    seed, ids = torch.tensor([5]), torch.arange(8)
+    whole = philox.philox(seed, ids, 9, 1, 0)
+    monkeypatch.setattr(_common, "MOST_PROGRAMS", 3)
+    assert _common.grid(8, 7) == (7, 3, 3)  # one program too many
+    assert torch.equal(philox.philox(seed, ids, 9, 1, 0), whole)

@@ -8,8 +8,10 @@ import torch
 from purify_fast.kernels import contextual_attention as kernel
 
 op = import_module("purify_fast.ops.contextual_attention")
-GRIDS = ((2, 3, 3), (1, 2, 5), (1, 5, 2), (1, 1, 4), (1, 4, 1), (2, 1, 1))  # samples, height, width
-CASES = [(grid, torch.float32) for grid in GRIDS] + [(GRIDS[1], torch.bfloat16), (GRIDS[1], torch.float16)]
+#: samples, height, width; a thread has four keys where the width is a multiple of four, and there is more than one row
+GRIDS = ((2, 3, 3), (1, 2, 5), (1, 5, 2), (1, 1, 4), (1, 4, 1), (2, 1, 1), (2, 2, 4), (1, 2, 8), (1, 5, 4))
+SHORT = [(GRIDS[1], torch.bfloat16), (GRIDS[1], torch.float16), (GRIDS[7], torch.bfloat16)]
+CASES = [(grid, torch.float32) for grid in GRIDS] + SHORT
 
 
 def inputs(batch: int, height: int, width: int, dtype=torch.float32) -> tuple:

@@ -146,16 +146,28 @@ def test_offsets_are_64_bit():
     import triton.language as tl
 
     @triton.jit
-    def offsets(out_ptr, pid, planes, plane, tiles, LAST: tl.constexpr, ALIGNED: tl.constexpr):
-        image, channel, _, pixel, _ = kernel._pixels(tl.zeros((), tl.int64) + pid, planes, plane, tiles, ALIGNED, 8)
-        tl.store(out_ptr + tl.arange(0, 32), kernel._place(image, channel, pixel, planes, plane, LAST))
+    def offsets(out_ptr, block, planes, plane, LAST: tl.constexpr, ALIGNED: tl.constexpr):
+        channel, _, pixel, _ = kernel._pixels(tl.zeros((), tl.int32) + block, planes, plane, ALIGNED, 8)
+        begin, at = kernel._place(pixel, channel, planes, plane, LAST)
+        tl.store(out_ptr + tl.arange(0, 32), begin + at)
 
-    planes, plane = 5, 2**26
-    tiles = plane // 32 + 1
-    image, tile, channel = 40, 1000, 3
-    pid = (image * tiles + tile) * planes + channel
+    planes, plane, tile, channel = 40, 2**26, 1000000, 35
     pixel = torch.arange(32) + 32 * tile
     for last, wanted in ((False, channel * plane + pixel), (True, pixel * planes + channel)):
+        assert wanted.max() > 2**30 and (last or wanted.max() > 2**31)
         out = torch.empty(32, dtype=torch.int64)
-        offsets[(1,)](out, pid, planes, plane, tiles, LAST=last, ALIGNED=not last)
-        assert torch.equal(out, image * planes * plane + wanted)
+        offsets[(1,)](out, tile * planes + channel, planes, plane, LAST=last, ALIGNED=not last)
+        assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize(("side", "dtype"), [(4, torch.bfloat16), (8, torch.float16), (8, torch.float32)], ids=str)
+def test_neighbours_share_an_owner(side, dtype):
+    """Blocks of 4 and of 8 pixels, in pairs of groups and alone; more pixels than a program has."""
+    x, seed, ids = inputs((2, 2, 40, 5 * side, side), dtype)
+    arguments = (x, seed, ids, 0.0, side, 0, 5, 2, False, dtype, False)
+    (packed, owners), same = kernel.forward(*arguments), op.reference(*arguments)
+    assert torch.equal(owners, same[1])
+    torch.testing.assert_close(packed, same[0], rtol=0, atol=2**-7 if dtype == torch.bfloat16 else 0)
+    grad = torch.ones_like(packed)
+    got = kernel.backward(grad, x, owners, seed, ids, 0.0, 5)
+    torch.testing.assert_close(got, op.reference_backward(grad, x, owners, seed, ids, 0.0, 5))

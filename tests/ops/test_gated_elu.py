@@ -114,7 +114,8 @@ def test_any_layout(backend, dtype):
 
 def test_no_copy_of_the_features_in_either_layout(monkeypatch):
     """What backward saves is the features' own storage, and nothing else."""
-    monkeypatch.setitem(op.OP.served, ("eager", torch.device("cpu"), ""), "opaque")
+    bits = (2 * 6 * 5 * 7).bit_length()
+    monkeypatch.setitem(op.OP.served, ("eager", torch.device("cpu"), inputs(1, 2).dtype, bits, ""), "opaque")
     for memory_format in (torch.contiguous_format, torch.channels_last):
         leaf = inputs(2, 6, 5, 7).to(memory_format=memory_format).requires_grad_()
         saved = []

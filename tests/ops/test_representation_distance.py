@@ -170,7 +170,9 @@ def test_layers_are_as_one_by_one(backend):
             leaf = u.clone().requires_grad_()
             alone = representation_distance(leaf, v, kind)
             assert torch.equal(alone, together[:, layer])
-            assert torch.equal(torch.autograd.grad((alone * weight[:, layer]).sum(), leaf)[0], grads[layer])
+            # alone, the slope is rounded before the upstream gradient scales it
+            own = torch.autograd.grad((alone * weight[:, layer]).sum(), leaf)[0]
+            torch.testing.assert_close(own, grads[layer], rtol=4e-7, atol=1e-9)
     assert torch.equal(representation_distance(student[:1], teacher[:1])[:, 0], representation_distance(*pairs[0]))
 
 
@@ -338,8 +340,8 @@ def test_channels_last_maps_are_not_copied(backend):
     """What the op is given are views of the maps."""
     u, v = (x.to(memory_format=NHWC) for x in inputs(2, 16, 5, 3))
     leaf = u.requires_grad_()
-    out = representation_distance(leaf, v)
-    given = [x for x in out.grad_fn.next_functions[0][0].saved_tensors if x.dim() == 4]
+    out = representation_distance([leaf], [v])
+    given = [x for x in out.grad_fn.saved_tensors if x.dim() == 4]
     assert [x.data_ptr() for x in given] == [u.data_ptr(), v.data_ptr()] and all(x.is_contiguous() for x in given)
 
 

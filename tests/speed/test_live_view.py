@@ -163,7 +163,7 @@ def test_layouts_and_dtypes_stay_through_a_refresh():
 
 def test_a_compiled_view_sees_the_new_weights(monkeypatch):
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="aot_eager", **options))
     torch._dynamo.reset()
     model, x = made("unfoldable"), torch.rand(16, *SHAPE)
     view = LiveInferenceCopy(model, SHAPE, torch.float32, compile=True)

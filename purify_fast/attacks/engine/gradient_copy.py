@@ -41,7 +41,11 @@ def gradient_copy(model: Classifier, x: Tensor, precision: Precision) -> Classif
         return model
     if isinstance(model, PassesOn) and supports(model, PassesOn):
         return _inside(model, x, precision)
-    if not isinstance(model, nn.Module) or (precision == "auto" and matrix_weights(model) < FEWEST_WEIGHTS):
+    if not isinstance(model, nn.Module):
+        return model
+    # a defence that makes many samples of an image is large in another way
+    small = not supports(model, Accelerates) and matrix_weights(model) < FEWEST_WEIGHTS
+    if precision == "auto" and small:
         return model
     made = _made(model, x)
     return model if made is None or not _alike(made, model, x) else made

@@ -70,6 +70,8 @@ class Judge:
             x: images ``[B, ...]``.
             y: labels, int64 ``[B]``.
         """
+        if len(x) == 0:
+            return torch.zeros_like(y, dtype=torch.float32)
         return Objective(self.model, "margin", self.draws, self.max_forward_batch).score(x, y)[0]
 
     @torch.no_grad()

@@ -1,0 +1,239 @@
+"""Every Triton kernel compiled ahead of time, without a GPU, and what its machine code holds.
+
+A case calls a launcher, so that what is compiled is what it launches: block, warps and the types of the arguments, with
+every size and pointer a multiple of 16, as large tensors have them. tests/aot holds what the code must and must not do;
+`python -m benchmarks instructions` writes how many instructions there are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from purify_fast.kernels import (
+    _common,
+    aggregate,
+    apgd_step,
+    contextual_attention,
+    gated_elu,
+    noisy_replay,
+    pgd_step,
+    philox,
+    random_transform,
+    reconstruction_loss,
+    representation_distance,
+    sample_latent,
+    stitch,
+)
+from purify_fast.ops.aggregate import METHODS
+from purify_fast.ops.apgd_step import NORMS as APGD_NORMS
+from purify_fast.ops.pgd_step import NORMS
+from purify_fast.ops.representation_distance import KINDS
+
+MODULES = (
+    aggregate, apgd_step, contextual_attention, gated_elu, noisy_replay, pgd_step, philox, random_transform,
+    reconstruction_loss, representation_distance, sample_latent, stitch,
+)  # fmt: skip
+ARCHITECTURES = (80, 90, 100, 120)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Triton brings its own disassemblers.
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+one = torch.empty  # float32
+SEED, IDS = torch.zeros(1, dtype=torch.int64), torch.arange(4)
+
+
+def x(*shape: int, last: bool = False) -> Callable:
+    """An argument of a case: a tensor of its dtype."""
+    return lambda dtype: torch.empty(shape, dtype=dtype, memory_format=_common.memory_format(last))
+
+
+def _made(arguments: list, dtype: torch.dtype) -> list:
+    return [_made(a, dtype) if isinstance(a, list) else a(dtype) if callable(a) else a for a in arguments]
+
+
+def _cases() -> dict[str, tuple]:
+    """By name: a launcher and its arguments."""
+    image, latent, rows = x(4, 3, 64, 64), x(4, 1024), one(4)
+    cases = {
+        "sample_latent-forward": (sample_latent.forward, latent, latent, SEED, IDS),
+        "sample_latent-backward": (sample_latent.backward, latent, rows, latent, latent, SEED, IDS),
+        "reconstruction_loss-forward": (reconstruction_loss.forward, image, image),
+        "reconstruction_loss-backward": (reconstruction_loss.backward, rows, image, image),
+        "noisy_replay": (noisy_replay.forward, image, image, rows, one(1), rows, SEED, IDS, 0.0, 1.0),
+    }
+    for kind, name in enumerate(("bits", "uniform", "normal")):
+        cases[f"philox-{name}"] = (philox.philox, SEED, IDS, 4096, 2, kind)
+    for norm, name in enumerate(NORMS):
+        whole = [4096, pgd_step.WHOLE[norm]] if norm else []
+        shapes = {"": (3, 128, 128)} | {f"-whole-{size}": (size,) for size in whole}
+        for kind, shape in shapes.items():
+            cases[f"pgd_step-{name}{kind}"] = (
+                pgd_step.forward, *[x(4, *shape)] * 3, rows, rows, norm, 0.0, 1.0, 0.05
+            )  # fmt: skip
+        if name in APGD_NORMS:
+            cases[f"apgd_step-{name}"] = (apgd_step.forward, *[image] * 4, rows, rows, 0.75, norm, 0.0, 1.0)
+    for method, name in enumerate(METHODS):
+        logits = x(4, 8, 1024)
+        cases[f"aggregate-{name}-forward"] = (aggregate.forward, logits, method)
+        if name != "vote":  # has no gradient
+            cases[f"aggregate-{name}-backward"] = (aggregate.backward, one(4, 1024), logits, method)
+
+    wide, narrow = x(4, 8, 64, 64), x(4, 4, 64, 64)
+    cases["gated_elu-forward"] = (gated_elu.forward, wide, 1)
+    cases["gated_elu-backward"] = (gated_elu.backward, narrow, wide, 1)
+    wide, narrow = x(4, 64, 64, 64), x(4, 64, 64, 32)
+    cases["gated_elu-forward-channels_last"] = (gated_elu.forward, wide, 3)
+    cases["gated_elu-backward-channels_last"] = (gated_elu.backward, narrow, wide, 3)
+
+    pairs, norms, grid = one(2, 1024, 1024), one(2, 1024), (32, 32, 10.0)
+    cases["contextual_attention-forward"] = (contextual_attention.forward, pairs, norms, x(2, 1024), *grid)
+    grad = x(2, 4, 1024, 1024)
+    cases["contextual_attention-backward"] = (contextual_attention.backward, grad, pairs, norms, pairs, *grid)
+
+    owners, quarters = (torch.zeros((1, 4, n, n), dtype=torch.uint8) for n in (8, 2))
+    for last, layout in ((False, ""), (True, "-channels_last")):
+        for mask, masked_blocks, num_passes in (("masked", 16, 0), ("passes", 0, 4)):
+            mask_of, out = (8, masked_blocks, num_passes, 1, num_passes > 0), (lambda dtype: dtype, last)
+            cases[f"random_transform-forward-{mask}{layout}"] = (
+                random_transform.forward, one(4, 3, 64, 64), SEED, IDS, 0.25, *mask_of, *out
+            )  # fmt: skip
+        cases[f"random_transform-backward{layout}"] = (
+            random_transform.backward, x(4, 5, 64, 64, last=last), one(4, 3, 64, 64), owners, SEED, IDS, 0.25, 0
+        )  # fmt: skip
+        cases[f"stitch-forward{layout}"] = (stitch.forward, x(16, 3, 64, 64, last=last), quarters, 4)
+        cases[f"stitch-backward{layout}"] = (stitch.backward, x(4, 3, 64, 64, last=last), quarters, 4)
+
+    few, many = [x(4, 512), one(4, 1024)], [x(4, 512), one(4, 1024), x(4, 64, 16, 16)]  # one and several chunks
+    for kind, name in enumerate(KINDS):
+        cases[f"representation_distance-{name}"] = (representation_distance.forward, few, few, kind)
+        if name in ("abs_cosine", "l2"):  # products and squares
+            cases[f"representation_distance-{name}-chunks"] = (representation_distance.forward, many, many, kind)
+    slopes = one(4, 3, 2)
+    cases["representation_distance-backward"] = (representation_distance.backward, one(4, 3), many, many, slopes)
+    return cases
+
+
+CASES = _cases()
+
+
+class Device:
+    """What the compiler asks a driver for; the number of the device keeps the compiled kernels of each apart."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self):
+        return self.architecture
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def run(case: str, dtype: str, architecture: int, start: Callable) -> list:
+    """What ``start`` makes of every launch of the case, on such a device."""
+    results = []
+    launch, *arguments = CASES[case]
+    run = mock.patch.object(triton.JITFunction, "run", lambda *args, **kwargs: results.append(start(*args, **kwargs)))
+    major = mock.patch.object(_common, "_major", lambda device: architecture // 10)
+    with run, major, mock.patch.object(driver, "_active", Device(architecture)):
+        launch(*_made(arguments, DTYPES[dtype]))
+    return results
+
+
+@cache
+def launched(case: str, dtype: str, architecture: int) -> list:
+    """The kernels that the launcher starts, compiled and not run."""
+    compiled = triton.JITFunction.run
+    return run(case, dtype, architecture, lambda *args, **kwargs: compiled(*args, **kwargs | {"warmup": True}))
+
+
+def name_of(function: triton.JITFunction) -> str:
+    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+
+
+@dataclass(frozen=True)
+class Code:
+    """The instructions of a kernel, in their order, what a thread takes, and the loops among them.
+
+    Attributes:
+        instructions: SASS without addresses; what is behind the last branch, the padding, is left out.
+        loops: where each loop begins and ends among the instructions: a branch backwards closes it.
+        registers: of a thread.
+        threads: of a program.
+    """
+
+    instructions: tuple[str, ...]
+    loops: tuple[tuple[int, int], ...]
+    registers: int
+    threads: int
+
+    def executed(self, *trips: int) -> int:
+        """Instructions of a thread, if no branch is taken past anything.
+
+        Args:
+            trips: of the loops, of the outermost first, then of those inside of them; 1 where there are more.
+        """
+        depth = [sum(first <= at < end for first, end in self.loops) for at in range(len(self.instructions))]
+        return sum(math.prod(trips[:nested]) for nested in depth)
+
+    def programs(self) -> int:
+        """Programs that fit on a multiprocessor of sm_90 beside each other, by registers and threads."""
+        warp = -(-self.registers * 32 // 256) * 256  # registers are given to warps, 256 at a time
+        warps = self.threads // 32
+        return min(32, 65536 // warp // warps, 64 // warps)
+
+
+def _tool(name: str, *arguments: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([TOOLS / name, *arguments, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers (REG) and bytes of the stack (STACK) and of local memory (LOCAL) of a thread."""
+    text = _tool("cuobjdump", "-res-usage", cubin=cubin)
+    return {of: int(re.search(rf"\b{of}:(\d+)", text)[1]) for of in ("REG", "STACK", "LOCAL")}
+
+
+def parsed(sass: str) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
+    """Instructions and loops of what nvdisasm prints."""
+    code, labels = [], {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        if instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
+            code.append(instruction[1])
+    while code and re.match(r"NOP|BRA `\(\.L_x_\d+\)$", code[-1]):
+        code.pop()
+    branches = [(at, re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", one)) for at, one in enumerate(code)]
+    loops = [(labels[to[1]], at + 1) for at, to in branches if to and labels[to[1]] <= at]
+    return tuple(code), tuple(loops)
+
+
+@cache
+def code(case: str, dtype: str, architecture: int = 90) -> dict[str, Code]:
+    """By name of the kernel, what the case launches."""
+    found = {}
+    for kernel in launched(case, dtype, architecture):
+        cubin = kernel.asm["cubin"]
+        instructions, loops = parsed(_tool("nvdisasm", "-c", cubin=cubin))
+        threads = 32 * kernel.metadata.num_warps
+        found[name_of(kernel.src.fn)] = Code(instructions, loops, usage(cubin)["REG"], threads)
+    return found

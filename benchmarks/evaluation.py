@@ -1,0 +1,350 @@
+"""The package's own attacks against the official AutoAttack: who finds more, and in how much time.
+
+Each contest is one model, one set of images and one radius. Its contestants run one after the other in one process, and
+every round runs all of them, so that what else the machine does meets them alike. What they return is judged alike: the
+images are cut off at the ball, and the model itself decides, by fresh draws if it is random.
+
+A finished contest is kept in the results file and not run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from purify_fast import data
+from purify_fast._files import write_text
+from purify_fast.attacks import APGD, FABT, Attack, AttackContext, Square, frozen
+from purify_fast.attacks.autoattack import implementation
+from purify_fast.attacks.engine.judge import Judge, standard_error
+from purify_fast.defences.aggregation import WithAggregation
+from purify_fast.demo import Budget, Workspace, arrest, carso
+from purify_fast.demo.setting import EPS, digits
+from purify_fast.demo.workspace import BASE, CLASSIFIERS, STANDARD
+from purify_fast.evaluation.tables import markdown_table
+from purify_fast.ops.pgd_step import pgd_step
+
+from . import measure
+from .studies import carso_resnet18
+
+#: Where the trained models of `make demo` lie, and where missing ones are trained.
+MODELS = Path("runs/demo")
+#: The results, as data and as the table that a page shows.
+FILE, TABLE = "evaluation.json", "evaluation.md"
+OFFICIAL, OURS, FAST = "AutoAttack", "standard", "fast"
+OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
+#: Draws by which the images of a random model are judged, and those that the attacks average.
+JUDGES, DRAWS = 20, 20
+#: Images that are attacked together, the official implementation's own number.
+BATCH = 250
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much of everything.
+
+    Args:
+        images: at most so many images; None: as many as the contest has.
+        steps: of APGD and FAB.
+        fast_steps: of the first run of "fast".
+        queries: of Square.
+        draws: that the attacks on a random model average.
+        rounds: how often every contestant runs; the shortest time counts.
+    """
+
+    images: int | None = None
+    steps: int = 100
+    fast_steps: int = 25
+    queries: int = 5000
+    draws: int = DRAWS
+    rounds: int = 1
+
+
+QUICK = Amount(images=4, steps=2, fast_steps=2, queries=5, draws=2)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is attacked.
+
+    Args:
+        model: images to logits, as its users would hold it.
+        x: images, float32 ``[N, C, H, W]`` in [0, 1].
+        y: labels, int64 ``[N]``.
+        eps: the L-inf radius.
+        random: whether two predictions differ.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    eps: float
+    random: bool = False
+
+
+Contestant = Callable[[Subject, Amount], Tensor]
+
+
+def official(version: str) -> Contestant:
+    """The official AutoAttack, called as its own documentation calls it."""
+
+    def attack(subject: Subject, amount: Amount) -> Tensor:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.getLogger("auto-attack").setLevel(logging.ERROR)
+            adversary = implementation()(subject.model, norm="Linf", eps=subject.eps, seed=0, version=version)
+            parts = adversary.apgd, adversary.apgd_targeted
+            for part in parts:
+                part.n_iter = part.n_iter_orig = amount.steps
+                part.n_iter_2, part.n_iter_min, part.size_decr = (
+                    max(int(share * amount.steps), 1) for share in (0.22, 0.06, 0.03)
+                )
+            adversary.fab.n_iter, adversary.square.n_queries = amount.steps, amount.queries
+            if version == "rand":
+                adversary.apgd.eot_iter = amount.draws
+            found = adversary.run_standard_evaluation(subject.x, subject.y, batch_size=BATCH)
+        # the package autoattack returns the images alone
+        return found[0] if isinstance(found, tuple) else found
+
+    return attack
+
+
+def in_turn(choose: Callable[[Amount], list[Attack]]) -> Contestant:
+    """Our attacks, each on the images that those before it left."""
+
+    def attack(subject: Subject, amount: Amount) -> Tensor:
+        model, found = subject.model, subject.x.clone()
+        context = AttackContext(
+            num_classes=10, eps=subject.eps, draws_differ=subject.random, eot_iter=amount.draws, batch_size=BATCH,
+            judge_draws=JUDGES, max_forward_batch=2 * BATCH if subject.random else None,
+        )  # fmt: skip
+        judge = Judge(model, context.fallen, context.judges, context.max_forward_batch)
+        with frozen(model), torch.no_grad():
+            left = (~judge.fallen(judge.shares(subject.x, subject.y))).nonzero()[:, 0]
+            for one in choose(amount):
+                for part in left.split(BATCH):
+                    told = replace(context, sample_ids=part)
+                    found[part] = one.search(model, subject.x[part], subject.y[part], told)
+                stands = ~judge.fallen(judge.shares(found[left], subject.y[left]))
+                left = left[stands]
+        return found
+
+    return attack
+
+
+STANDARD_CONTESTANTS: dict[str, Contestant] = {
+    OFFICIAL: official("standard"),
+    OURS: in_turn(
+        lambda amount: [
+            APGD(steps=amount.steps),
+            APGD(loss="dlr_targeted", steps=amount.steps),
+            FABT(steps=amount.steps),
+            Square(n_queries=amount.queries),
+        ]
+    ),
+    FAST: in_turn(
+        lambda amount: [APGD(steps=amount.fast_steps), APGD(loss="dlr_targeted", steps=amount.steps)],
+    ),
+}
+RAND_CONTESTANTS: dict[str, Contestant] = {
+    OFFICIAL_RAND: official("rand"),
+    OURS_RAND: in_turn(lambda amount: [APGD(steps=amount.steps), APGD(loss="dlr", steps=amount.steps)]),
+}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where models and images come from.
+
+    Args:
+        models: folder of the demonstration's trained models.
+        images: folder with ``cifar10.npz``, or the official files.
+    """
+
+    models: Path
+    images: Path | None
+
+
+def _digits(load: Callable[[Workspace], nn.Module], sources: Sources, random: bool = False) -> Subject:
+    images = digits()
+    x = images.x_test.float() / 255
+    model = load(Workspace(sources.models, Budget(), 0, False)).eval()
+    return Subject(model, x, images.y_test, EPS, random)
+
+
+def _classifier(workspace: Workspace, name: str) -> nn.Module:
+    if not (workspace.out / CLASSIFIERS[name]).exists():
+        workspace.train_classifier(name)
+    return workspace.classifier(name)
+
+
+def _arrest(workspace: Workspace) -> nn.Module:
+    _classifier(workspace, STANDARD)
+    if not (workspace.out / "arrest").exists():
+        arrest.train(workspace, arrest.ARREST)
+    return arrest.model(workspace, arrest.ARREST)
+
+
+def _carso(workspace: Workspace, name: str) -> nn.Module:
+    _classifier(workspace, BASE)
+    for kind, folder in ((carso.PUBLISHED, "carso_published"), (carso.PIPELINE, "carso_pipeline")):
+        if not (workspace.out / folder).exists():
+            carso.train(workspace, kind)
+        if kind == name:
+            break
+    return carso.model(workspace, name)
+
+
+def _without_noise(workspace: Workspace, name: str) -> nn.Module:
+    # AutoAttack's standard version is for models that predict the same every time
+    return WithAggregation(_carso(workspace, name), deterministic=True)
+
+
+def _resnet18(sources: Sources) -> Subject:
+    images = data.load_dataset("cifar10", sources.images)
+    return Subject(carso_resnet18.classifier(), images.x_test[:200].float() / 255, images.y_test[:200], 1 / 255)
+
+
+#: What is attacked, by name: how it is made, and who attacks it.
+CONTESTS: dict[str, tuple[Callable[[Sources], Subject], dict[str, Contestant]]] = {
+    "digits, base": (lambda s: _digits(lambda w: _classifier(w, BASE), s), STANDARD_CONTESTANTS),
+    "digits, ARREST": (lambda s: _digits(_arrest, s), STANDARD_CONTESTANTS),
+    "digits, published CARSO (z = 0)": (
+        lambda s: _digits(lambda w: _without_noise(w, carso.PUBLISHED), s),
+        STANDARD_CONTESTANTS,
+    ),
+    "digits, pipeline CARSO (z = 0)": (
+        lambda s: _digits(lambda w: _without_noise(w, carso.PIPELINE), s),
+        STANDARD_CONTESTANTS,
+    ),
+    "digits, pipeline CARSO (K = 8, random)": (
+        lambda s: _digits(lambda w: _carso(w, carso.PIPELINE), s, random=True),
+        RAND_CONTESTANTS,
+    ),
+    "CIFAR-10 (JPEG 75), ResNet-18, eps 1/255": (_resnet18, STANDARD_CONTESTANTS),
+}
+
+
+def judged(subject: Subject, found: Tensor) -> tuple[float, float]:
+    """The share of right predictions on what an attack found, in percent, and its standard error over the draws.
+
+    Args:
+        subject: what was attacked.
+        found: what the attack returned; cut off at the ball first.
+    """
+    inside = pgd_step(found.detach(), torch.zeros_like(found), subject.x, 0.0, subject.eps)
+    draws = JUDGES if subject.random else 1
+    with frozen(subject.model):
+        wrong = torch.cat(
+            [
+                Judge(subject.model, draws=draws, max_forward_batch=2 * BATCH).shares(a, b)
+                for a, b in zip(inside.split(BATCH), subject.y.split(BATCH), strict=True)
+            ]
+        )
+    errors = [standard_error(float(share), draws) for share in wrong] if subject.random else [0.0]
+    return 100 * float(1 - wrong.mean()), 100 * sum(e**2 for e in errors) ** 0.5 / len(errors)
+
+
+def contest(name: str, sources: Sources, amount: Amount) -> list[dict]:
+    """The rows of one contest, a contestant each.
+
+    Args:
+        name: of one of `CONTESTS`.
+        sources: where its model and images come from.
+        amount: how much of everything.
+    """
+    make, contestants = CONTESTS[name]
+    subject = make(sources)
+    if amount.images is not None:
+        subject = replace(subject, x=subject.x[: amount.images], y=subject.y[: amount.images])
+    clean = judged(subject, subject.x)[0]
+    rows: dict[str, dict] = {who: {"seconds": [], "cpu_seconds": []} for who in contestants}
+    for _ in range(amount.rounds):
+        for who, attack in contestants.items():
+            torch.manual_seed(0)
+            begin, work = time.perf_counter(), time.process_time()
+            found = attack(subject, amount)
+            rows[who]["seconds"].append(time.perf_counter() - begin)
+            # what else runs on the machine lengthens this less
+            rows[who]["cpu_seconds"].append(time.process_time() - work)
+            rows[who]["robust"], rows[who]["error"] = judged(subject, found)
+            print(f"{name}: {who} leaves {rows[who]['robust']:.1f} % in {rows[who]['seconds'][-1]:.1f} s", flush=True)
+    shared = {"contest": name, "images": len(subject.x), "eps": subject.eps, "clean": clean, "amount": asdict(amount)}
+    shared |= measure.environment(torch.device("cpu"))
+    return [shared | {"contestant": who} | row for who, row in rows.items()]
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table of all contests.
+
+    Args:
+        rows: of `contest`.
+    """
+    head = [
+        "model",
+        "images",
+        "clean, %",
+        "attack",
+        "robust accuracy, %",
+        "against the official, points",
+        "seconds",
+        "times faster",
+    ]
+    body = []
+    for row in rows:
+        first = next(r for r in rows if r["contest"] == row["contest"])
+        seconds, official_seconds = min(row["seconds"]), min(first["seconds"])
+        is_official = row is first
+        error = f" ± {row['error']:.1f}" if row["error"] else ""
+        body.append(
+            [
+                row["contest"] if is_official else "",
+                str(row["images"]) if is_official else "",
+                f"{row['clean']:.1f}" if is_official else "",
+                row["contestant"] if is_official else f"**{row['contestant']}**",
+                f"{row['robust']:.1f}{error}",
+                "" if is_official else f"{row['robust'] - first['robust']:+.1f}",
+                f"{seconds:,.1f}",
+                "" if is_official else f"{official_seconds / seconds:.1f}",
+                "" if is_official else f"{min(first['cpu_seconds']) / min(row['cpu_seconds']):.1f}",
+            ]
+        )
+    machines = ", ".join(dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows))
+    return "\n".join([f"{machines}.", "", *markdown_table(head, body)]) + "\n"
+
+
+def main(names: list[str], sources: Sources, amount: Amount, out: Path, redo: bool = False) -> Path:
+    """Run contests and write their table; finished ones are read from the results file.
+
+    Args:
+        names: of `CONTESTS`; none: all of them.
+        sources: where models and images come from.
+        amount: how much of everything.
+        out: folder of the results.
+        redo: whether finished contests are run again.
+
+    Returns:
+        The table's file.
+    """
+    path = out / FILE
+    known: list[dict] = json.loads(path.read_text()) if path.exists() else []
+    for name in names or CONTESTS:
+        done = [row for row in known if row["contest"] == name and row["amount"] == asdict(amount)]
+        if done and not redo:
+            continue
+        known = [row for row in known if row["contest"] != name] + contest(name, sources, amount)
+        order = list(CONTESTS)
+        known.sort(key=lambda row: order.index(row["contest"]))
+        write_text(path, json.dumps(known, indent=1) + "\n")
+    write_text(out / TABLE, markdown(known))
+    return out / TABLE

@@ -1,0 +1,121 @@
+"""How many instructions a thread of a Triton kernel executes on sm_90, beside the memory time of what it moves.
+
+Counted in the machine code of the ahead-of-time build, without a GPU; no time is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .report import read_csv, write_csv
+
+#: An H100 at 1.7 GHz: bytes of memory for each of its 132 multiprocessors in a cycle, and instructions of threads.
+BYTES, ISSUED = 3.35e12 / 132 / 1.7e9, 128
+RESULT = "instructions.csv"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        case: of `benchmarks.ahead.CASES`.
+        dtype: of `benchmarks.ahead.DTYPES`.
+        elements: that a thread makes while it executes the instructions that are counted.
+        bytes: that must be moved for them at least.
+        trips: of the loops, while it makes them.
+        divided: how many times as many elements the trips make; the instructions are divided by it.
+        where: what the bytes are.
+    """
+
+    case: str
+    dtype: str
+    elements: int
+    bytes: int
+    where: str
+    trips: int = 1
+    divided: int = 1
+
+
+EXECUTED = (
+    Row("pgd_step-linf", "bf16", 8, 64, "three images read, one written"),
+    Row("apgd_step-linf", "bf16", 8, 80, "four images read, one written"),
+    Row("philox-bits", "fp32", 4, 16, "written"),
+    Row("philox-normal", "fp32", 4, 16, "written"),
+    Row("sample_latent-forward", "fp32", 8, 96, "mu and logvar read, z written"),
+    Row("sample_latent-backward", "bf16", 8, 80, "three read, two written"),
+    Row("random_transform-forward-masked", "bf16", 8, 48, "the float32 image read, the packed one written"),
+    Row("noisy_replay", "bf16", 8, 32, "one of two images read, one written"),
+    Row("gated_elu-forward", "bf16", 8, 48, "two halves read, one written"),
+    Row("gated_elu-backward", "bf16", 8, 80, "three read, two written"),
+    Row("stitch-forward", "bf16", 8, 32, "one pass read, one image written"),
+    Row("stitch-forward-channels_last", "bf16", 8, 32, "likewise"),
+    Row("stitch-backward", "bf16", 8, 80, "one image read, four passes written"),
+    Row("aggregate-lse-forward", "fp32", 16, 64, "logits read"),
+    Row("aggregate-mean_sigmoid-forward", "fp32", 16, 64, "logits read"),
+    Row("aggregate-mean_sigmoid-backward", "fp32", 16, 128, "logits read, their gradient written"),
+    Row("contextual_attention-forward", "bf16", 4, 64, "G read, A and four U written", trips=4, divided=4),
+    Row("contextual_attention-backward", "bf16", 4, 80, "four U, A and G read, one written", trips=4, divided=4),
+)
+#: The trips of a kernel's loops where they are not those of the row.
+TRIPS = {"contextual_attention._scaled": (8,), "contextual_attention._gather": (4, 2)}
+#: Kernels that work on the blocks of a mask, which are few, not on the elements of a row.
+APART = ("random_transform._owners",)
+
+
+def instructions(case: str, dtype: str) -> int:
+    """What a thread executes in all launches of the case, counted over the elements of its row in `EXECUTED`."""
+    from . import ahead  # needs Triton, which a report does not
+
+    row = next((row for row in EXECUTED if row.case == case), Row(case, dtype, 0, 0, ""))
+    total = 0.0
+    for name, code in ahead.code(case, dtype).items():
+        if name in APART:
+            continue
+        trips = TRIPS.get(name, (row.trips,))
+        total += code.executed(*trips) / (trips[0] if row.divided > 1 else 1)
+    return round(total)
+
+
+def write(folder: Path) -> Path:
+    """Count every row, beside what the committed table had before: its column ``before`` stays."""
+    path = folder / RESULT
+    known = {(line["case"], line["dtype"]): line for line in read_csv(path)} if path.exists() else {}
+    rows = []
+    for row in EXECUTED:
+        counted = instructions(row.case, row.dtype)
+        before = known.get((row.case, row.dtype), {}).get("before", counted)
+        rows.append({"case": row.case, "dtype": row.dtype, "before": before, "instructions": counted})
+    write_csv(path, rows)
+    return path
+
+
+def chapter(folder: Path) -> list[str]:
+    """The lines of docs/performance.md on what `write` left, if it left anything."""
+    if not (folder / RESULT).exists():
+        return []
+    counted = {(line["case"], line["dtype"]): line for line in read_csv(folder / RESULT)}
+    lines = [
+        "",
+        "## Machine code for a GPU",
+        "",
+        "Counted, not measured: `python -m benchmarks instructions` compiles the Triton kernels for sm_90 and counts "
+        "the instructions that a thread executes while it makes some elements, and tests/aot holds that they do not "
+        f"grow. A multiprocessor of an H100 issues {ISSUED} of them in a cycle, and gets {BYTES:.1f} bytes from memory "
+        "at 3.35 TB/s. What takes more cycles than its memory is bound by arithmetic. Cycles are those of one thread's "
+        "share of a multiprocessor, and a lower bound. `before` is the form of these kernels that read elements one by "
+        "one, divided for each of them, and took logarithms for what a polynomial gives.",
+        "",
+        "| kernel | elements | moved | instructions before | now | cycles before | now | of memory | bound by |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in EXECUTED:
+        before, now = (int(counted[row.case, row.dtype][of]) for of in ("before", "instructions"))
+        memory = row.bytes / BYTES
+        bound = "memory" if now / ISSUED <= memory else f"arithmetic, {now / ISSUED / memory:.1f}x"
+        lines.append(
+            f"| {row.case} {row.dtype} | {row.elements} | {row.bytes} bytes: {row.where} | {before:,} | {now:,} "
+            f"| {before / ISSUED:.1f} | {now / ISSUED:.1f} | {memory:.1f} | {bound} |"
+        )
+    return lines

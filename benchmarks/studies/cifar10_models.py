@@ -1,0 +1,311 @@
+"""The models of the study on CIFAR-10, and how each is trained.
+
+Every model is trained with crops and flips, bfloat16 inside and a moving average of the weights. What the defences are
+compared with is an adversarially trained base, a base of as many parameters, and TRADES. ARREST's lambda and phi are
+chosen on images that were held out of the training images; nothing is chosen on test images.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from purify_fast import data
+from purify_fast._fingerprint import weights_fingerprint
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator, load_atop
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load_carso
+from purify_fast.models import build_classifier
+from purify_fast.training import (
+    Batch,
+    ClassifierConfig,
+    ClassifierTask,
+    FitConfig,
+    Task,
+    fit,
+    load_classifier,
+    save_classifier,
+)
+from purify_fast.training.attack import TrainingAttack
+
+from . import RESULT, Job
+from .trades import TradesTask
+
+EPS = 8 / 255
+#: What CARSO reads of the classifier: the blocks that end its last three stages.
+LAYERS = ("stages.1.1", "stages.2.1", "stages.3.1")
+STANDARD, BASE, LARGE, AWP, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "PGD-AT, AWP", "TRADES"
+NO_EMA = "PGD-AT, no moving average"
+AFT, ARREST = "AFT", "ARREST"
+CARSO, CARSO_PIPELINE, CARSO_ARREST = "CARSO published", "CARSO pipeline", "CARSO pipeline on ARREST"
+GENERATOR, ATOP = "AToP pre-trained only", "AToP published"
+ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
+#: CARSO as published, attacked through the output that its authors attack.
+PEEL = "CARSO published, through PeeL"
+#: Bases trained at shares of eps: with the standard classifier and the base, the curve that others are compared with.
+SHARES = (0.25, 0.5, 0.75)
+CLASSIFIERS = (STANDARD, BASE, LARGE, AWP, NO_EMA, TRADES, AFT, ARREST)
+CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL)
+#: The classifier behind each defence.
+BEHIND = {
+    CARSO: BASE,
+    CARSO_PIPELINE: BASE,
+    CARSO_ARREST: ARREST,
+    GENERATOR: BASE,
+    ATOP: BASE,
+    ATOP_PIPELINE: BASE,
+    ATOP_ZERO: BASE,
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything; the defaults fit into a night on a CPU."""
+
+    width: int = 16
+    #: of the base that has as many parameters as base and purifier together
+    large_width: int = 24
+    standard_epochs: int = 20
+    base_epochs: int = 20
+    arrest_epochs: int = 10
+    search_epochs: int = 3
+    published_epochs: int = 5
+    pipeline_epochs: int = 5
+    generator_epochs: int = 3
+    train_images: int = 50000
+    steps: int = 10
+    batch_size: int = 128
+    ema_decay: float = 0.995
+    awp_gamma: float = 0.005
+    weights: tuple[float, ...] = (5.0, 50.0)
+    angles: tuple[float, ...] = (10.0, 30.0)
+    samples: int = 4
+    images: int = 1000
+    strong_images: int = 200
+    clean_images: int = 10000
+
+
+FULL = Budget(
+    width=64, large_width=80, standard_epochs=50, base_epochs=60, arrest_epochs=30, search_epochs=5,
+    published_epochs=30, pipeline_epochs=20, generator_epochs=10, samples=8,
+)  # fmt: skip
+QUICK = Budget(
+    width=2, large_width=3, standard_epochs=1, base_epochs=1, arrest_epochs=1, search_epochs=1, published_epochs=1,
+    pipeline_epochs=1, generator_epochs=1, train_images=64, steps=1, batch_size=16, weights=(5.0,), angles=(30.0,),
+    samples=2, images=6, strong_images=4, clean_images=20,
+)  # fmt: skip
+
+
+def images_of(job: Job) -> data.DataSet:
+    """The training images that the budget allows, and all test images."""
+    whole, n = data.load_dataset("cifar10", job.settings["data"]), job.settings["budget"].train_images
+    return data.DataSet(
+        whole.x_train[:n], whole.y_train[:n], whole.x_test, whole.y_test, name="cifar10", num_classes=whole.num_classes
+    )
+
+
+def fresh(job: Job, images: data.DataSet, width: int) -> nn.Module:
+    """A classifier with weights drawn by the job's seed."""
+    torch.manual_seed(job.seed)
+    mean, std = data.statistics(images.x_train)
+    return build_classifier("preact_resnet18", images.image_shape, images.num_classes, width=width, mean=mean, std=std)
+
+
+def attack_of(budget: Budget, share: float = 1.0) -> TrainingAttack:
+    """PGD as all trainings run it: ten steps of a quarter of eps, at the default budget."""
+    eps = share * EPS
+    return TrainingAttack(eps=eps, steps=budget.steps, relative_alpha=2.5)
+
+
+def adversarial(budget: Budget, share: float = 1.0, ema: bool = True, awp: bool = False) -> ArrestConfig:
+    """PGD adversarial training of a fresh classifier."""
+    return ArrestConfig(
+        attack=attack_of(budget, share), distillation_weight=0.0, replay=False, learning_rate=0.1,
+        schedule="one_cycle", ema_decay=budget.ema_decay if ema else 0.0, awp_gamma=budget.awp_gamma if awp else 0.0,
+        precision="bfloat16",
+    )  # fmt: skip
+
+
+def finetuning(budget: Budget, weight: float, angle: float | None) -> ArrestConfig:
+    """AFT (weight 0, no angle), or ARREST."""
+    return ArrestConfig(
+        attack=attack_of(budget), distillation_weight=weight, replay=angle is not None, angle=angle or 0.0,
+        ema_decay=budget.ema_decay, precision="bfloat16",
+    )  # fmt: skip
+
+
+def loop(job: Job, epochs: int, **more: object) -> FitConfig:
+    """Crops and flips for all."""
+    batch_size = job.settings["budget"].batch_size
+    return FitConfig(epochs, batch_size, job.seed, padding=4, flip=True, checkpoint_seconds=120, **more)
+
+
+def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
+    """FLOP of one training step per image, counted on a few images.
+
+    Args:
+        task: what was trained; its weights' gradients are overwritten.
+        images: where the few images are from.
+        count: how many.
+    """
+    x = data.to_float(images.x_train[:count])
+    batch = Batch(x, images.y_train[:count], torch.arange(count), seed=0, epoch=3, epochs=4)
+    with FlopCounterMode(display=False) as counter:
+        for update in task.updates(batch):
+            update.loss.backward()
+    return counter.get_total_flops() / count
+
+
+@torch.no_grad()
+def inference_flops(model: nn.Module, images: data.DataSet) -> float:
+    """FLOP of a prediction per image."""
+    with FlopCounterMode(display=False) as counter:
+        model(data.to_float(images.x_test[:2]))
+    return counter.get_total_flops() / 2
+
+
+def _costs(task: Task, model: nn.Module, images: data.DataSet) -> dict[str, float]:
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "inference_gflop": inference_flops(model.eval(), images) / 1e9,
+        "training_gflop": training_flops(task, images) / 1e9,
+    }
+
+
+def _fitted(job: Job, folder: Path, task: Task, model: nn.Module, epochs: int, images: data.DataSet) -> dict:
+    """Train; what the last epoch measured, and what it cost."""
+    last = fit(task, images.x_train, images.y_train, loop(job, epochs), folder, title=job.name)
+    return last | _costs(task, model, images)
+
+
+def train_standard(job: Job, folder: Path, root: Path) -> dict:
+    """On clean images."""
+    images, budget = images_of(job), job.settings["budget"]
+    model = fresh(job, images, budget.width)
+    task = ClassifierTask(model, ClassifierConfig(learning_rate=3e-3))
+    found = _fitted(job, folder, task, model, budget.standard_epochs, images)
+    save_classifier(model, folder)
+    return found
+
+
+def train_base(job: Job, folder: Path, root: Path) -> dict:
+    """Adversarially from fresh weights; the job's settings say which form."""
+    images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
+    width = budget.large_width if how.get("large") else budget.width
+    kind = TradesTask if how.get("trades") else ArrestTask
+    config = adversarial(budget, how.get("share", 1.0), how.get("ema", True), how.get("awp", False))
+    task = kind(fresh(job, images, width), config, images.image_shape)
+    found = _fitted(job, folder, task, task.result, budget.base_epochs, images)
+    save_classifier(task.result, folder)
+    return found
+
+
+def search_arrest(job: Job, folder: Path, root: Path) -> dict:
+    """One pair of lambda and phi, trained shortly and measured on held-out training images."""
+    images, budget = images_of(job), job.settings["budget"]
+    model = load_classifier(job.folder(root, STANDARD))
+    config = finetuning(budget, job.settings["weight"], job.settings["angle"])
+    task = ArrestTask(model, config, images.image_shape)
+    held = loop(job, budget.search_epochs, validation_share=0.1)
+    last = fit(task, images.x_train, images.y_train, held, folder, title=job.name)
+    return {key: value for key, value in last.items() if key.startswith("validation")}
+
+
+def search_name(weight: float, angle: float) -> str:
+    """The row of a pair of lambda and phi."""
+    return f"ARREST search, lambda {weight:g}, phi {angle:g}"
+
+
+def chosen(job: Job, root: Path) -> tuple[float, float]:
+    """The pair of lambda and phi with the highest accuracy under attack on the held-out training images."""
+    budget = job.settings["budget"]
+    pairs = [(weight, angle) for weight in budget.weights for angle in budget.angles]
+
+    def accuracy(pair: tuple[float, float]) -> float:
+        return json.loads((job.folder(root, search_name(*pair)) / RESULT).read_text())["validation_accuracy"]
+
+    return max(pairs, key=accuracy)
+
+
+def finetune(job: Job, folder: Path, root: Path) -> dict:
+    """AFT, or ARREST with what the search chose, from the standard classifier."""
+    images, budget = images_of(job), job.settings["budget"]
+    weight, angle = chosen(job, root) if job.name == ARREST else (0.0, None)
+    task = ArrestTask(
+        load_classifier(job.folder(root, STANDARD)), finetuning(budget, weight, angle), images.image_shape
+    )
+    found = _fitted(job, folder, task, task.result, budget.arrest_epochs, images)
+    save_classifier(task.result, folder)
+    return found | {"weight": weight, "angle": angle}
+
+
+def train_carso(job: Job, folder: Path, root: Path) -> dict:
+    """CARSO as published, or from there through the pipeline."""
+    images, budget = images_of(job), job.settings["budget"]
+    base = load_classifier(job.folder(root, BEHIND[job.name]))
+    torch.manual_seed(job.seed)
+    mean, std = data.statistics(images.x_train)
+    defence = Carso(
+        base, LAYERS, images.image_shape, cond_dim=128, latent_dim=64, samples=budget.samples, mean=mean, std=std
+    )
+    origin, epochs = "scratch", budget.published_epochs
+    config = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=4 * budget.steps), precision="bfloat16")
+    if job.name != CARSO:
+        published = load_carso(job.folder(root, CARSO), load_classifier(job.folder(root, BASE)))
+        own = {key: value for key, value in published.state_dict().items() if not key.startswith("classifier.")}
+        defence.load_state_dict(own, strict=False)
+        origin, epochs = weights_fingerprint(published), budget.pipeline_epochs
+        config = CarsoConfig(
+            attack_target="pipeline", attack=attack_of(budget), learning_rate=1e-3, precision="bfloat16"
+        )
+    found = _fitted(job, folder, CarsoTask(defence, config, origin), defence, epochs, images)
+    defence.save(folder)
+    save_classifier(base, folder / "classifier")
+    return found
+
+
+def train_atop(job: Job, folder: Path, root: Path) -> dict:
+    """A generator that corrects images: pre-trained, then as published, or through the pipeline."""
+    images, budget = images_of(job), job.settings["budget"]
+    base = load_classifier(job.folder(root, BASE))
+    torch.manual_seed(job.seed)
+    sigma = 0.0 if job.name == ATOP_ZERO else 0.25
+    defence = Atop(base, SmallGenerator(3, residual=True), images.image_shape, transform="rt2", sigma=sigma)
+    if job.name == GENERATOR:
+        config = AtopConfig.pretraining(learning_rate=1e-3, schedule="one_cycle", gan_weight=0.1)
+        task, epochs = AtopTask(defence, config), budget.generator_epochs
+    else:
+        before = load_atop(job.folder(root, GENERATOR), base)
+        defence.purifier.load_state_dict(before.purifier.state_dict())
+        config = AtopConfig.published("cifar_rt2")
+        if job.name != ATOP:
+            config = replace(
+                config, attack_method="pgd", attack_target="pipeline", attack=attack_of(budget), cls_weight=1.0,
+                reconstruction_weight=0.1, cls_delay_epochs=0, learning_rate=1e-3, schedule="one_cycle",
+                precision="bfloat16",
+            )  # fmt: skip
+        task, epochs = AtopTask(defence, config, weights_fingerprint(before.purifier)), budget.pipeline_epochs
+    found = _fitted(job, folder, task, defence, epochs, images)
+    defence.save(folder)
+    save_classifier(base, folder / "classifier")
+    return found
+
+
+def model_of(job: Job, root: Path, name: str) -> nn.Module:
+    """A trained model, by its row."""
+    folder = job.folder(root, CARSO if name == PEEL else name)
+    if name in CARSO_ROWS:
+        return load_carso(folder, load_classifier(folder / "classifier"))
+    if name in BEHIND:
+        return load_atop(folder, load_classifier(folder / "classifier"))
+    return load_classifier(folder)
+
+
+def share_name(share: float) -> str:
+    """The row of a base that was trained at a share of eps."""
+    return f"PGD-AT, {share:g} eps"

@@ -1,0 +1,98 @@
+"""``purify-fast tune``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from .command import Command
+from .device import usable_device
+
+if TYPE_CHECKING:
+    from ..ops._tune import Tuned
+
+
+@dataclass(frozen=True)
+class Tune(Command):
+    """Race the kernels on this machine's device against PyTorch, in under five minutes; the faster ones serve after it.
+
+    Every kernel is verified first. What was found is kept for this device and these versions, in the folder that `info`
+    names. Run it on a machine that does nothing else.
+    """
+
+    called: ClassVar[str] = "tune"
+
+    device: str = "auto"
+    """The device whose kernels are raced: cpu, or cuda; auto takes a GPU if there is one."""
+    full: bool = False
+    """Race them inside graphs of torch.compile too, which takes minutes more to compile; see --minutes."""
+    ops: tuple[str, ...] = ()
+    """The ops to race, by the names that `info` lists; default: all that have a kernel there."""
+    minutes: float | None = None
+    """After so long no race begins, and those left out are named; default: 4.5, and 30 with --full."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes must be above 0, got {self.minutes:g}")
+
+    def run(self) -> None:
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        import torch
+        from tqdm import tqdm
+
+        # and so does what imports it
+        from ..ops._op import forced_backends
+        from ..ops._tune import tune
+
+        device = torch.device(usable_device(self.device))
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"--device must be auto, cpu or cuda: there are kernels for no other, got {self.device!r}")
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        minutes = self.minutes if self.minutes is not None else 30.0 if self.full else 4.5
+        with tqdm(total=100, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}") as bar:
+
+            def tell(share: float, what: str) -> None:
+                bar.n = round(100 * share)
+                bar.set_description(what[:60], refresh=True)
+
+            found = tune(device, seconds=60 * minutes, full=self.full, ops=self.ops, tell=tell)
+            tell(1.0, "raced")
+        print(text(found))
+        if forced_backends():
+            print(f"PURIFY_FAST_BACKEND forces {', '.join(forced_backends())}: what was found here serves without it.")
+
+
+def text(found: Tuned) -> str:
+    """What the command prints.
+
+    Args:
+        found: what the races found.
+    """
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    from .installation import columns
+
+    races = sum(len(rows) for rows in found.rows.values())
+    lines = [f"{races} races of {len(found.rows)} ops in {found.seconds:.0f} s; kept in {found.path}"]
+    for name, why in found.wrong.items():
+        lines.append(f"{name}: its kernel is WRONG on this machine and was not raced: {why}; please report it")
+    for name, why in found.failed.items():
+        lines.append(f"not raced, because of an error: {name}: {why}")
+    if found.left_out:
+        shown = "; ".join(found.left_out[:3])
+        more = f" and {len(found.left_out) - 3} others" if len(found.left_out) > 3 else ""
+        lines.append(f"not raced for want of time, as before: {shown}{more} (--minutes gives more)")
+    if not found.changes:
+        return "\n".join([*lines, "", "Nothing changes: what served before is not behind."])
+    groups: dict[tuple[str, str, str, str], list[tuple[str, float]]] = {}
+    for one in found.changes:
+        groups.setdefault((one.op, one.style, one.before, one.after), []).append((one.calls, one.gain))
+    rows: list[tuple[str, ...]] = [("op", "in", "served before", "serves now", "kernel's speed", "calls")]
+    for (op, style, before, after), each in groups.items():
+        gains = [gain for _, gain in each]
+        speed = f"{min(gains):.2g} to {max(gains):.2g} times" if len(gains) > 1 else f"{gains[0]:.2g} times"
+        where = "eager calls" if style == "eager" else "graphs"
+        rows.append((op, where, before, after, speed, ", ".join(calls for calls, _ in each)))
+    return "\n".join([*lines, "", *columns(rows)])

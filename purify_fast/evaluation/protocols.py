@@ -1,0 +1,144 @@
+"""Which attacks are run: protocols by name, each a function from what is known of the model to a list of attacks.
+
+To add one, write its function and name it in `PROTOCOLS` and `ProtocolName`. Cheap attacks come first: what has fallen
+is attacked no more, so that the costly ones see few images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .._validation import check_literal
+from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
+from ..attacks.autoattack import implementation
+from ..defences.aggregation import WithAggregation
+from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, supports
+from .specs import AttackSpec
+from .surrogates import Surrogate, surrogates
+
+ProtocolName = Literal["fast", "standard", "rand", "strong", "official"]
+
+#: How rows begin whose gradients are another aggregation's, or a surrogate's.
+HEAD_ROW, THROUGH = "APGD-T through the samples'", "by the gradients of"
+#: Draws that "rand" averages per step, as AutoAttack's version of that name.
+RAND_DRAWS = 20
+#: Further random starts of "strong", each a row of its own, so that the gain of the last one is seen.
+RESTARTS = 2
+#: The attacker's aggregations of a defence's samples; its own is attacked in any case.
+HEADS = ("lse", "mean", "mean_sigmoid")
+
+
+@dataclass(frozen=True)
+class AttackedModel:
+    """What a protocol may know of the model.
+
+    Args:
+        model: images to logits; any callable.
+        some: a few of the images ``[B, C, H, W]``, on the model's device.
+        num_classes: of its logits.
+        is_random: whether two predictions differ.
+        base: an undefended classifier to transfer from, if one was given.
+    """
+
+    model: Classifier
+    some: Tensor
+    num_classes: int
+    is_random: bool
+    base: Classifier | None = None
+
+
+def protocol_attacks(name: str, attacked: AttackedModel) -> list[AttackSpec]:
+    """The attacks of a protocol, in their order.
+
+    Args:
+        name: of the protocol, one of `ProtocolName`.
+        attacked: what is attacked.
+
+    Raises:
+        ValueError: another name.
+        ModuleNotFoundError: "official" without the package pyautoattack or autoattack.
+    """
+    check_literal("protocol", name, ProtocolName)
+    found = PROTOCOLS[name](attacked)
+    if attacked.base is not None:
+        found.append(_left(PGD(), "transfer from the base", target=attacked.base))
+    return found
+
+
+def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpec:
+    """An attack on what the ones before it left."""
+    return AttackSpec(attack, label=label, survivors_only=True, **options)
+
+
+def _fast(attacked: AttackedModel) -> list[AttackSpec]:
+    return [_left(APGD(steps=25)), _left(APGD(loss="dlr_targeted"))]
+
+
+def _standard(attacked: AttackedModel) -> list[AttackSpec]:
+    own = [_left(APGD()), _left(APGD(loss="dlr_targeted")), _left(FABT()), _left(Square())]
+    return own + _without_noise(attacked)
+
+
+def _without_noise(attacked: AttackedModel) -> list[AttackSpec]:
+    """For a random model: what its deterministic version falls to, tried on the model itself."""
+    if not (attacked.is_random and supports(attacked.model, DeterministicMode)):
+        return []
+    quiet = [s for s in surrogates(attacked.model, attacked.some, attacked.num_classes) if "noise" in s.name]
+    return [_transferred(surrogate) for surrogate in quiet]
+
+
+def _rand(attacked: AttackedModel) -> list[AttackSpec]:
+    return [_left(APGD(eot_iter=RAND_DRAWS)), _left(APGD(loss="dlr", eot_iter=RAND_DRAWS))]
+
+
+def _strong(attacked: AttackedModel) -> list[AttackSpec]:
+    found = _standard(attacked)[:2]
+    every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
+    found.append(_left(every, "APGD-T margin, every target, float32"))
+    found.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
+    if supports(attacked.model, SampleLogits):
+        found += [_head(attacked.model, head) for head in HEADS]
+    found += [_transferred(s) for s in surrogates(attacked.model, attacked.some, attacked.num_classes)]
+    found += [_left(FABT(n_target_classes=None)), _left(Square())]
+    again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
+    for i in range(RESTARTS):
+        found.append(_left(again, f"APGD-T, every target, random start {i + 2} of {RESTARTS + 1}", seed=i + 1))
+    return found
+
+
+def _head(model: Classifier, aggregation: str) -> AttackSpec:
+    """An attacker's own aggregation of the samples; the defence judges by its own."""
+    head = WithAggregation(model, aggregation)  # type: ignore[arg-type]  # a model with sample_logits
+    return _left(APGD(loss="dlr_targeted"), f"{HEAD_ROW} {aggregation}", gradients_from=head)
+
+
+def _transferred(surrogate: Surrogate) -> AttackSpec:
+    label = f"APGD-T {THROUGH} {surrogate.name}"
+    return _left(APGD(loss="dlr_targeted", precision="float32"), label, gradients_from=surrogate.model)
+
+
+def _official(attacked: AttackedModel) -> list[AttackSpec]:
+    # if it is missing, no work is begun
+    implementation()
+    if not attacked.is_random:
+        return [AttackSpec(AutoAttack())]
+    quiet: list[AttackSpec] = []
+    if supports(attacked.model, FixedNoise):
+        quiet = [AttackSpec(AutoAttack(), "fixed")]
+    elif supports(attacked.model, DeterministicMode):
+        quiet = [AttackSpec(AutoAttack(), "deterministic")]
+    return [*quiet, AttackSpec(AutoAttack(version="rand"))]
+
+
+#: Every protocol by its name.
+PROTOCOLS: dict[str, Callable[[AttackedModel], list[AttackSpec]]] = {
+    "fast": _fast,
+    "standard": _standard,
+    "rand": _rand,
+    "strong": _strong,
+    "official": _official,
+}

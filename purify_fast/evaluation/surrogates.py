@@ -1,0 +1,237 @@
+"""What a careful attacker attacks in a model's place: its parts alone, softened copies of it, fewer samples, no noise.
+
+A sharp gate, a rounding, a detached part or a head that saturates leaves a gradient finite, not zero, and useless. What
+is found on a copy without it is then tried on the model itself. A surrogate needs no cooperation: the functions that
+harden a model are replaced while its own code runs, whatever it is written in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..attacks import frozen
+from ..protocols import Classifier, DeterministicMode, has_classifier, supports
+
+#: How much softer the softened copies are: a gate's slope is divided by these.
+TEMPERATURES = (10.0, 100.0)
+#: Parts that are attacked alone, at most; a model's modules are asked from the outside in.
+MOST_PARTS = 4
+#: How deep in a model parts are looked for.
+DEPTH = 2
+
+#: Functions whose first argument is divided by the temperature: they saturate.
+_SATURATING = {
+    "sigmoid", "sigmoid_", "expit", "special_expit", "logsigmoid", "hardsigmoid", "tanh", "tanh_", "hardtanh",
+    "softmax", "log_softmax",
+}  # fmt: skip
+#: Functions with a gradient of zero everywhere; the identity's gradient takes its place.
+_FLAT = {"round", "round_", "floor", "floor_", "ceil", "ceil_", "trunc", "trunc_", "sign", "sign_", "fake_quantize"}
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A model to attack in another's place.
+
+    Args:
+        name: what it is, for the row's name: "attacked <name>".
+        model: images ``[B, C, H, W]`` in [0, 1] to logits.
+        part: whether it is a part of the model, and not a copy of the whole.
+    """
+
+    name: str
+    model: Classifier
+    part: bool = False
+
+
+class _Softening(TorchFunctionMode):
+    """Within the block, saturating functions are softer, and what stops gradients lets them pass."""
+
+    def __init__(self, temperature: float):
+        super().__init__()
+        self.temperature = temperature
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name == "_set_grad_enabled":
+            # a block without gradients inside the model; whether there are any at all is decided outside of it
+            return None
+        first = args[0] if args else None
+        if not isinstance(first, Tensor):
+            return func(*args, **kwargs)
+        if name == "detach":
+            return first
+        if first.is_floating_point():
+            if name in _SATURATING:
+                return func(first / self.temperature, *args[1:], **kwargs)
+            if name in _FLAT:
+                made = func(first.detach().clone(), *args[1:], **kwargs)
+                return first + (made - first).detach()
+        return func(*args, **kwargs)
+
+
+class _Around(nn.Module):
+    """A module around any callable."""
+
+    def __init__(self, model: Classifier):
+        super().__init__()
+        self.model = model
+        self.eval()
+
+
+class Softened(_Around):
+    """A model whose gates and heads are softer, and whose rounding and detaching stop no gradient.
+
+    Args:
+        model: any callable.
+        temperature: what the arguments of sigmoid, softmax and the like are divided by.
+    """
+
+    def __init__(self, model: Classifier, temperature: float):
+        super().__init__(model)
+        self.temperature = temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        with _Softening(self.temperature):
+            return self.model(x)
+
+
+class WithoutNoise(_Around):
+    """A random model in its deterministic mode.
+
+    Args:
+        model: with ``deterministic()``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.model.deterministic():  # type: ignore[attr-defined]
+            return self.model(x)
+
+
+class FewerSamples(_Around):
+    """A defence that predicts from fewer samples.
+
+    Args:
+        model: with an attribute ``samples``.
+        samples: how many it takes here.
+    """
+
+    def __init__(self, model: nn.Module, samples: int):
+        super().__init__(model)
+        self.samples = samples
+
+    def forward(self, x: Tensor) -> Tensor:
+        model: Any = self.model
+        before, model.samples = model.samples, self.samples
+        try:
+            return model(x)
+        finally:
+            model.samples = before
+
+
+class Together(nn.Module):
+    """All parts at once: an image that fools each of them fools whatever chooses between them.
+
+    Args:
+        parts: models of the same classes.
+    """
+
+    def __init__(self, parts: Sequence[Classifier]):
+        super().__init__()
+        self.parts = list(parts)
+        # registered, so that their weights are found
+        self.modules_inside = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([part(x).float().log_softmax(1) for part in self.parts]).mean(0)
+
+
+def surrogates(model: Classifier, x: Tensor, num_classes: int) -> list[Surrogate]:
+    """The surrogates that a model has; what does not run, or gives no finite logits, is left out.
+
+    Args:
+        model: images to logits; any callable.
+        x: a few images ``[B, C, H, W]`` on its device.
+        num_classes: of its logits.
+    """
+    found = [Surrogate(f"{name} alone", part, part=True) for name, part in _parts(model, x, num_classes)]
+    if len(found) > 1:
+        found.append(Surrogate("all parts together", Together([s.model for s in found]), part=True))
+    found += [Surrogate(f"a copy softened {t:g} times", Softened(model, t)) for t in TEMPERATURES]
+    if supports(model, DeterministicMode):
+        found.append(Surrogate("a copy without noise", WithoutNoise(model)))
+    samples = getattr(model, "samples", None)
+    if isinstance(model, nn.Module) and isinstance(samples, int) and samples > 1:
+        found.append(Surrogate("a copy of fewer samples", FewerSamples(model, max(1, samples // 4))))
+    with frozen(model):
+        return [surrogate for surrogate in found if _usable(surrogate.model, x, num_classes)]
+
+
+def _usable(model: Classifier, x: Tensor, num_classes: int) -> bool:
+    """Whether a model gives finite logits of all classes, and a gradient to the images that is finite."""
+    # whatever code a user's model has may refuse what it was not written for
+    with contextlib.suppress(Exception), torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        logits = model(leaf)
+        if isinstance(logits, Tensor) and logits.shape == (len(x), num_classes) and bool(logits.isfinite().all()):
+            gradient = torch.autograd.grad(logits.float().sum(), leaf, allow_unused=True)[0]
+            return gradient is not None and bool(gradient.isfinite().all())
+    return False
+
+
+def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Classifier]]:
+    """The parts of a model that are classifiers themselves, with their names, from the outside in."""
+    whole = _logits(model, x)
+    found: list[tuple[str, Classifier]] = []
+    if has_classifier(model):
+        # a defence's own classifier: a part by contract, whatever else is in the defence
+        found.append(("classifier", model.classifier))
+    for name, part in _inside(model, DEPTH):
+        if len(found) == MOST_PARTS:
+            break
+        if any(part is other or _contains(other, part) for _, other in found):
+            continue
+        logits = _logits(part, x)
+        same = whole is not None and logits is not None and torch.equal(whole, logits)
+        if logits is not None and logits.shape == (len(x), num_classes) and not same:
+            found.append((name, part))
+    return found
+
+
+def _contains(whole: Classifier, part: Classifier) -> bool:
+    return isinstance(whole, nn.Module) and any(part is module for module in whole.modules())
+
+
+def _inside(model: Classifier, depth: int) -> Iterator[tuple[str, Classifier]]:
+    """Callables inside a model: submodules, attributes of an object, variables around a function."""
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            if name and name.count(".") < depth:
+                yield name, module
+        return
+    held = dict(vars(model)) if not inspect.isroutine(model) and getattr(model, "__dict__", None) else {}
+    if inspect.isfunction(model):
+        held = dict(inspect.getclosurevars(model).nonlocals)
+    for name, value in held.items():
+        if isinstance(value, nn.Module):
+            yield name, value
+
+
+def _logits(model: Classifier, x: Tensor) -> Tensor | None:
+    """What a part makes of images; None where it does not take them."""
+    # whatever code a user's model has may refuse what it was not written for
+    with contextlib.suppress(Exception), torch.no_grad(), frozen(model):
+        found = model(x)
+        if isinstance(found, Tensor) and found.dim() == 2:
+            return found
+    return None

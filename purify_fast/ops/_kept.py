@@ -1,0 +1,57 @@
+"""Kernels that keep what backward needs, where that is faster than to compute it again: on a CPU, in eager calls.
+
+An op's own backward computes everything from the op's inputs, since on a GPU arithmetic is cheaper than memory. On a
+CPU it is not: a sigmoid, a normal or a difference that forward had in a register costs one store to keep and one load
+to have again, where backward would need dozens of instructions, or a second matrix to read. ``torch.compile`` keeps
+them too. The results are those of the op and of its backward, to the last bit or two. These kernels stand in for the
+op's own wherever its own would serve both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from ._op import Op
+
+
+def kernel(name: str, schema: str) -> Callable[..., Any]:
+    """Declare a kernel of the compiled extension that is no op of its own.
+
+    Args:
+        name: without the name space.
+        schema: its signature, as ``torch.library.define`` takes it.
+
+    Returns:
+        Its handle. It can be called where `AVAILABLE` is true.
+    """
+    torch.library.define(f"purify_fast::{name}", schema)
+    handle: Callable[..., Any] = getattr(torch.ops.purify_fast, name).default
+    return handle
+
+
+#: grad [B] times rows [B, ...], one factor per row, rounded to a dtype.
+SCALED_ROWS = kernel("scaled_rows", "(Tensor grad, Tensor rows, ScalarType dtype) -> Tensor")
+#: False where the extension is missing, or was built before these kernels were written.
+AVAILABLE = _library.has_kernel("purify_fast::scaled_rows", "CPU")
+
+
+def serves(backward: Op, x: Tensor) -> bool:
+    """Whether a kept kernel stands in for an op that serves forward.
+
+    Args:
+        backward: the op's backward, which must be served by its kernel as well.
+        x: the tensor that the server is chosen by.
+
+    Returns:
+        False on a GPU, inside compiled graphs and under functorch's transforms: there the op's own backward serves.
+    """
+    if not AVAILABLE or x.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not backward.plain(x.device, x.dtype, x.numel())

@@ -1,0 +1,253 @@
+"""One race: a kernel and its reference are timed in turn, at one variant, layout, dtype and size.
+
+Eager calls are timed; on a GPU also replays of a CUDA graph, which have none of the time that the host takes to launch;
+where it is asked for also both inside a graph of ``torch.compile``, with neighbors to fuse with.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ._examples import Example, raced, tensors, tile, to
+from ._op import REGISTRY, Op, use_backend
+from ._races import size_of
+
+DTYPES = (torch.float32, torch.bfloat16)
+#: What serves keeps its place where it is not further behind than this.
+LEVEL = 0.95
+#: Elements that stand for each size, on a CPU and on a GPU, whose caches and launches make other sizes large.
+ELEMENTS = {
+    "cpu": {"small": 2**13, "medium": 2**18, "large": 2**22},
+    "cuda": {"small": 2**13, "medium": 2**18, "large": 2**25},
+}
+#: How often a race is run that would change who serves: what else the machine does may have decided the first one.
+ATTEMPTS = 3
+#: Seconds of one timed run of one contestant at least.
+RUN = 1e-3
+
+
+class Launches(TorchDispatchMode):
+    """Counts, within a block, the operators that a GPU would launch: all but those whose result is a view.
+
+    Attributes:
+        count: how many there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = (one.alias_info for one in function._schema.returns)
+        views = [alias is not None and not alias.is_write for alias in returned]
+        self.count += not (views and all(views))
+        return function(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Race:
+    """One op at one variant, layout, dtype and size.
+
+    Attributes:
+        op: its name.
+        example: a few samples of the shapes that users have.
+        dtype: of the call.
+        size: ``small``, ``medium`` or ``large``.
+        times: how many times over the samples of the example are taken.
+    """
+
+    op: str
+    example: Example
+    dtype: torch.dtype
+    size: str
+    times: int
+
+    def words(self) -> str:
+        """What it is of, as the progress bar says it."""
+        return f"{self.op} {self.example.name} {str(self.dtype).removeprefix('torch.')} {self.size}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one race found.
+
+    Attributes:
+        example: the shapes of a few of the samples, with their layout and settings.
+        variant: the setting by which the op's server is chosen.
+        dtype: without PyTorch's name.
+        size: the bucket.
+        elements: of the tensor that the op is weighed by.
+        style: ``eager`` calls, the ``replay`` of a CUDA graph, or inside a compiled ``graph``.
+        reference_us: microseconds of a call of the reference.
+        kernel_us: of the kernel.
+        launches: operators that the reference launches where the kernel is one or a few.
+        megabytes: of the arguments and results, each read or written once.
+    """
+
+    example: str
+    variant: str
+    dtype: str
+    size: str
+    elements: int
+    style: str
+    reference_us: float
+    kernel_us: float
+    launches: int = 0
+    megabytes: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """Times as fast as the reference."""
+        return self.reference_us / self.kernel_us
+
+
+def races(op: Op, device: torch.device, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Race]:
+    """What an op is raced at.
+
+    Args:
+        op: the op.
+        device: its sizes are this device's.
+        dtypes: of which those that the op has.
+    """
+    found = []
+    for example in raced(op.name):
+        for dtype in (one for one in dtypes if one in example.dtypes):
+            _, numel = op.weigh(*example.make(dtype, 0))
+            for size, wanted in ELEMENTS[device.type].items():
+                times = max(1, round(wanted / numel))
+                if size_of((times * numel).bit_length()) == size:
+                    found.append(Race(op.name, example, dtype, size, times))
+    return found
+
+
+def _clock(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Seconds of one call: by the device's own events on a GPU."""
+    if device.type == "cuda":
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        began.record()
+        for _ in range(repeats):
+            call()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3 / repeats
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
+    """Seconds of each call: the least of a few runs, in turn, so that what else the machine does counts little.
+
+    Args:
+        calls: the contestants.
+        device: where they compute.
+    """
+    repeats, runs = [], 5
+    for call in calls:
+        call()
+        once = _clock(call, 1, device)
+        repeats.append(max(1, math.ceil(RUN / once)))
+        runs = min(runs, 5 if once < 0.02 else 3 if once < 0.1 else 2)
+    times = [[_clock(call, count, device) for call, count in zip(calls, repeats, strict=True)] for _ in range(runs)]
+    return [min(each) for each in zip(*times, strict=True)]
+
+
+def _settled(calls: list[Callable[[], object]], device: torch.device, serves: bool) -> list[float]:
+    """`fastest` of reference and kernel, raced again while it would change whether the kernel ``serves``."""
+    times = fastest(calls, device)
+    for _ in range(ATTEMPTS - 1):
+        if level(times[0] / times[1], serves) == serves:
+            break
+        times = [min(pair) for pair in zip(times, fastest(calls, device), strict=True)]
+    return times
+
+
+def level(ratio: float, serves: bool) -> bool:
+    """Whether a kernel is to serve from now on.
+
+    Args:
+        ratio: how many times as fast as its reference it is.
+        serves: whether it does so far: what serves keeps its place unless it is more than five percent behind.
+    """
+    return ratio >= (LEVEL if serves else 1 / LEVEL)
+
+
+def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The replay of a CUDA graph of one call, which has been made before.
+
+    Args:
+        call: what is captured.
+        device: a GPU.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], object]:
+    """A compiled call between a product and a sum, which the compiler may fuse with what it can look into."""
+    first = next((i for i, one in enumerate(arguments) if isinstance(one, Tensor) and one.is_floating_point()), None)
+
+    def surrounded(*given: Any) -> list[Tensor]:
+        if first is not None:
+            given = (*given[:first], given[first] * 0.99, *given[first + 1 :])
+        outputs = tensors(function(*given))
+        return [out * 0.5 + 1 if out.is_floating_point() else out for out in outputs]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(surrounded, fullgraph=True, dynamic=False)
+    return lambda: compiled(*arguments)
+
+
+@torch.no_grad()
+def run_race(race: Race, device: torch.device, full: bool = False) -> list[Row]:
+    """The rows of one race.
+
+    Args:
+        race: what is raced.
+        device: where.
+        full: also inside a graph of ``torch.compile``, which takes seconds to compile.
+    """
+    op = REGISTRY[race.op]
+    arguments = to(tile(race.example.make(race.dtype, 0), race.times), device)
+    elements = op.weigh(*arguments)[1]
+    kernel = op.kernel(device.type)
+    serves = op.wanted("eager", device, race.example.variant, race.dtype, elements.bit_length()).backend == kernel
+    with use_backend("reference"), Launches() as launches:
+        results = op.reference(*arguments)
+    moved = sum(one.nbytes for one in tree_leaves((arguments, results)) if isinstance(one, Tensor))
+    del results
+    contestants: list[Callable[[], object]] = [lambda: op.reference(*arguments), lambda: op.handle(*arguments)]
+    found = {"eager": _settled(contestants, device, serves)}
+    if device.type == "cuda":
+        found["replay"] = _settled([replayed(call, device) for call in contestants], device, serves)
+    if full:
+        found["graph"] = fastest([_in_graph(function, arguments) for function in (op.reference, op.handle)], device)
+    shown = str(race.dtype).removeprefix("torch.")
+    return [
+        Row(
+            example=race.example.name,
+            variant=race.example.variant,
+            dtype=shown,
+            size=race.size,
+            elements=elements,
+            style=style,
+            reference_us=round(1e6 * reference, 3),
+            kernel_us=round(1e6 * kernels, 3),
+            launches=launches.count,
+            megabytes=round(moved / 1e6, 3),
+        )
+        for style, (reference, kernels) in found.items()
+    ]

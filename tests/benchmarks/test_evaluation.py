@@ -1,0 +1,100 @@
+"""The contest against the official AutoAttack: finished contests are kept, and the table says what the results say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+
+from benchmarks import __main__ as program  # noqa: E402
+from benchmarks import evaluation  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Noisy(nn.Sequential):
+    """Every prediction is another one."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits + 1e-3 * torch.randn_like(logits)
+
+
+@pytest.fixture
+def contests(monkeypatch):
+    """Two models that are not trained, on few images, in the place of the real ones."""
+    pytest.importorskip("pyautoattack")
+    torch.manual_seed(0)
+    layers = nn.Flatten(), nn.Linear(64, 10)
+    plain, noisy = nn.Sequential(*layers).eval(), Noisy(*layers).eval()
+    x = torch.rand(12, 1, 8, 8)
+    with torch.no_grad():
+        y = plain(x).argmax(1)
+    made = []
+
+    def subject(model, random):
+        def make(sources):
+            made.append(random)
+            return evaluation.Subject(model, x, y, 0.05, random)
+
+        return make
+
+    known = {
+        "plain": (subject(plain, False), evaluation.STANDARD_CONTESTANTS),
+        "noisy": (subject(noisy, True), evaluation.RAND_CONTESTANTS),
+    }
+    monkeypatch.setattr(evaluation, "CONTESTS", known)
+    return made
+
+
+def test_contests_are_kept_and_the_table_says_what_was_found(contests, tmp_path, capsys):
+    program.main(["evaluation", "--quick", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / evaluation.FILE).read_text())
+    assert [row["contestant"] for row in rows] == ["AutoAttack", "standard", "fast", "AutoAttack rand", "rand"]
+    assert contests == [False, True] and {row["images"] for row in rows} == {4}
+    assert all(0 <= row["robust"] <= row["clean"] <= 100 and len(row["seconds"]) == 1 for row in rows)
+    assert [row["error"] > 0 for row in rows] == [False, False, False, True, True]
+    lines = (tmp_path / evaluation.TABLE).read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+    assert len(cells) == 5 and cells[0][:4] == ["plain", "4", f"{rows[0]['clean']:.1f}", "AutoAttack"]
+    assert cells[1][3] == "**standard**" and float(cells[1][5]) == pytest.approx(
+        rows[1]["robust"] - rows[0]["robust"], abs=0.06
+    )
+    assert float(cells[1][7]) == pytest.approx(rows[0]["seconds"][0] / rows[1]["seconds"][0], abs=0.06)
+    # finished contests are not run again, unless they are another amount or it is asked for
+    program.main(["evaluation", "--quick", "--out", str(tmp_path)])
+    assert contests == [False, True]
+    program.main(["evaluation", "noisy", "--quick", "--images", "3", "--out", str(tmp_path)])
+    assert contests == [False, True, True]
+    again = json.loads((tmp_path / evaluation.FILE).read_text())
+    assert [row["images"] for row in again] == [4, 4, 4, 3, 3] and again[:3] == rows[:3]
+    program.main(["evaluation", "plain", "--quick", "--redo", "--rounds", "1", "--out", str(tmp_path)])
+    assert contests == [False, True, True, False]
+    assert "standard leaves" in capsys.readouterr().out
+
+
+def test_our_attacks_leave_no_more_than_the_official_ones(contests):
+    """With as many steps, on a model where both find something and both leave something."""
+    amount = replace(evaluation.QUICK, images=12, steps=8, queries=60)
+    rows = {row["contestant"]: row for row in evaluation.contest("plain", evaluation.Sources(Path("."), None), amount)}
+    assert rows["standard"]["robust"] <= rows["AutoAttack"]["robust"] + 100 / 12
+    assert rows["standard"]["robust"] < rows["standard"]["clean"]
+
+
+def test_mistakes(contests, capsys):
+    for arguments, message in (
+        (["digits"], "no such contest: digits; there are plain; noisy"),
+        (["--images", "0"], "--images must be at least 1, got 0"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+    ):
+        with pytest.raises(SystemExit):
+            program.main(["evaluation", *arguments])
+        assert message in capsys.readouterr().err

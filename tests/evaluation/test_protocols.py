@@ -1,0 +1,185 @@
+"""Protocols by name: what each runs, what surrogates find that gradients do not, and clear answers."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from digit_nets import EPS, Gated, digits, robust, standard
+
+from purify_fast.attacks import APGD, FGSM, PGD
+from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation.surrogates import Softened, surrogates
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUIET = {"eps": EPS, "progress": False}
+
+
+def names(model, x):
+    with torch.no_grad():
+        return [surrogate.name for surrogate in surrogates(model, x[:4], 10)]
+
+
+def test_surrogates_are_found_in_modules_objects_and_functions():
+    _, _, x, _ = digits()
+    softened = ["a copy softened 10 times", "a copy softened 100 times"]
+    assert names(Gated(), x) == ["standard alone", "robust alone", "all parts together", *softened]
+    first, second = standard(), robust()
+
+    def average(images):
+        return first(images) + second(images)
+
+    class Holder:
+        def __init__(self):
+            self.inner = first
+
+        def __call__(self, images):
+            return 2 * self.inner(images)
+
+    assert names(average, x) == ["first alone", "second alone", "all parts together", *softened]
+    assert names(Holder(), x) == ["inner alone", *softened]
+    noisy = names(NoisyEnsemble(first, 0.1, samples=4), x)
+    assert noisy == ["classifier alone", *softened, "a copy without noise", "a copy of fewer samples"]
+    # what refuses to run, or has no gradient at all, is left out
+    assert names(lambda images: torch.zeros(len(images), 10), x) == []
+
+
+def test_a_softened_copy_lets_gradients_through_what_stops_them():
+    _, _, x, y = digits()
+    net = standard()
+
+    class Stopped(nn.Module):
+        def forward(self, images):
+            with torch.no_grad():
+                images = images.detach()
+            return net((images * 4).round() / 4)
+
+    x = x[:8].clone().requires_grad_()
+    assert not Stopped()(x).requires_grad
+    soft = Softened(Stopped(), 1.0)(x)
+    assert torch.equal(soft, Stopped()(x))
+    (gradient,) = torch.autograd.grad(soft.gather(1, y[:8, None]).sum(), x)
+    assert (gradient.flatten(1).abs().amax(1) > 0).all()
+
+
+@pytest.fixture(scope="module")
+def gated():
+    _, _, x, y = digits()
+    return evaluate(Gated(), x, y, protocol="strong", steps=30, **QUIET)
+
+
+def test_strong_finds_through_surrogates_what_gradients_do_not(gated):
+    """A gate as sharp as a step: no NaN, no zero gradient, and APGD-T leaves twice what is there."""
+    rows = {row.attack: row for row in gated.rows}
+    direct = rows["APGD-T, gradients in bfloat16"]
+    assert direct.accuracy > 0.3 and all(row.reliable for row in gated.rows if row.settings.get("target") == "defence")
+    through = [row for name, row in rows.items() if "by the gradients of" in name]
+    assert len(through) == 5 and through[-1].accuracy < direct.accuracy - 0.08
+    worst = np.logical_and.reduce([row.robust for row in gated.rows if row.kind not in ("clean", "worst")])
+    assert np.array_equal(rows["worst"].robust, worst) and gated.headline.accuracy == worst.mean() < 0.27
+    assert gated.about["protocol"] == "strong" and "protocol strong" in gated.to_markdown().splitlines()[0]
+
+
+def test_every_image_that_a_surrogate_found_is_judged_by_the_model_itself(gated):
+    for row in gated.rows:
+        if row.examples is not None and row.kind == "apgd":
+            moved = np.abs(row.examples.adversarial - row.examples.clean).max()
+            assert moved <= EPS + 1e-6 and row.margins is not None
+            assert ((row.margins < 0) <= ~row.robust).all()
+
+
+def test_fast_and_standard_agree_on_an_honest_model():
+    _, _, x, y = digits()
+    fast, standard_rows = (evaluate(robust(), x, y, protocol=name, steps=20, **QUIET) for name in ("fast", "standard"))
+    assert [row.kind for row in fast.rows] == ["clean", "apgd", "apgd", "worst"]
+    assert [row.kind for row in standard_rows.rows] == ["clean", "apgd", "apgd", "fab", "square", "worst"]
+    assert 0.4 < standard_rows.headline.accuracy <= fast.headline.accuracy + 0.005
+    assert fast.headline.accuracy - standard_rows.headline.accuracy <= 0.02
+    assert fast.headline.reliable and standard_rows.headline.reliable
+
+
+def test_rand_and_official_on_a_random_model():
+    pytest.importorskip("pyautoattack")
+    _, _, x, y = digits()
+    noisy = NoisyEnsemble(robust(), 0.05, samples=2)
+    rand = evaluate(noisy, x[:20], y[:20], protocol="rand", steps=3, n_eval=2, **QUIET)
+    assert [row.settings.get("eot_iter") for row in rand.rows] == [None, 20, 20, None]
+    strong = evaluate(noisy, x[:10], y[:10], protocol="strong", steps=2, eot_iter=2, n_eval=2, **QUIET)
+    heads = [row.attack for row in strong.rows if "through the samples'" in row.attack]
+    assert [name.rpartition(" ")[2] for name in heads] == ["lse", "mean", "mean_sigmoid"]
+    assert any("without noise" in row.attack for row in strong.rows)
+
+
+def test_a_deterministic_model_gets_autoattack_standard():
+    pytest.importorskip("pyautoattack")
+    _, _, x, y = digits()
+    report = evaluate(standard(), x[:3], y[:3], protocol="official", **QUIET)
+    assert report.attacks == ["clean", "AutoAttack standard", "worst"]
+
+
+def test_another_seed_is_another_row():
+    _, _, x, y = digits()
+    attacks = [APGD(steps=3), AttackSpec(APGD(steps=3), seed=1, label="again")]
+    report = evaluate(robust(), x[:30], y[:30], attacks=attacks, **QUIET)
+    first, again = report.row("APGD-3 ce"), report.row("again")
+    assert again.settings["seed"] == 1 and not np.array_equal(first.margins, again.margins)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (
+            {"protocol": "best"},
+            ValueError,
+            "must be one of fast, standard, rand, strong, official, got 'best'",
+        ),
+        ({"protocol": "fast", "attacks": [PGD()]}, ValueError, "a protocol or a list of attacks, not both"),
+        ({"eps": 8}, ValueError, "eps is in image units, at most 1 for linf, got 8: is 8/255 meant?"),
+        ({"x": torch.rand(4, 1, 8, 8) * 255}, ValueError, r"x must be in \[0, 1\].*divide by 255"),
+    ],
+)
+def test_refusals(change, error, message):
+    arguments = {"x": torch.rand(4, 1, 8, 8), "protocol": "fast"} | QUIET | change
+    with pytest.raises(error, match=message):
+        evaluate(standard(), arguments.pop("x"), torch.zeros(4, dtype=torch.int64), **arguments)
+
+
+def test_following_gradients_needs_an_attack_that_can():
+    for options, message in (
+        ({"attack": FGSM()}, "the attack fgsm cannot follow the gradients of another model"),
+        ({"attack": APGD(), "target": standard()}, "follows the gradients of another model, or has a target"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AttackSpec(gradients_from=robust(), **options)
+
+
+def test_models_that_return_other_things_than_logits():
+    _, _, x, y = digits()
+    net = standard()
+
+    class Output:
+        def __init__(self, logits):
+            self.logits = logits
+
+    rows = [
+        evaluate(model, x[:20], y[:20], attacks=[PGD(steps=2)], **QUIET).row("worst").robust
+        for model in (net, lambda z: Output(net(z)), lambda z: {"logits": net(z), "loss": None})
+    ]
+    assert np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
+    for model, error, message in (
+        (lambda z: (net(z),), TypeError, "a tensor of logits, or an object or mapping with them as logits, got tuple"),
+        (lambda z: net(z)[:, 0], ValueError, r"a single number for each image, \[1\].*two classes at least"),
+        (lambda z: net(z)[:, :1], ValueError, "a single number for each image"),
+        (lambda z: net(z)[:, :, None], ValueError, r"must return logits \[B, classes\], got \[1, 10, 1\]"),
+        (nn.Linear, TypeError, r"the model is the class Linear: give an object of it, such as Linear\(\)"),
+        ("resnet18", TypeError, "the model must be callable, images to logits, got str"),
+    ):
+        with pytest.raises(error, match=message):
+            evaluate(model, x[:4], y[:4], attacks=[PGD(steps=1)], **QUIET)

@@ -1,0 +1,312 @@
+"""Kernels are raced on the machine they run on, and who was ahead serves: `purify-fast tune` and the file it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from purify_fast import _library, cli
+from purify_fast.cli import installation
+from purify_fast.cli import tune as command
+from purify_fast.ops import (
+    REGISTRY,
+    _examples,
+    _op,
+    _races,
+    _racing,
+    _tune,
+    _verify,
+    aggregate,
+    pgd_step,
+    philox,
+    sample_latent,
+)
+from purify_fast.ops._races import Call
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
+TINY = {"cpu": {"small": 2**10, "medium": 2**17, "large": 2**20}}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty folder, a process that has decided nothing, and races that are soon over."""
+    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_verify, "_known", {})
+    monkeypatch.setattr(_racing, "RUN", 1e-5)
+    monkeypatch.setattr(_racing, "ELEMENTS", TINY)
+    _races.forget()
+    _op.forget()
+    yield tmp_path / "cache"
+    _races.forget()
+    _op.forget()
+
+
+def row(example: str, variant: str, dtype: str, size: str, *, kernel_us: float, style: str = "eager") -> _racing.Row:
+    """A row of a race in which the reference took a microsecond."""
+    return _racing.Row(
+        example=example,
+        variant=variant,
+        dtype=dtype,
+        size=size,
+        elements=1,
+        style=style,
+        reference_us=1.0,
+        kernel_us=kernel_us,
+    )
+
+
+def timed(monkeypatch, seconds: dict[str, float]) -> None:
+    """Let each run take what is said here of its backend, in place of what the clock says."""
+
+    def fastest(calls, device):
+        for call in calls:
+            call()
+        return [seconds["reference"], seconds["kernel"]]
+
+    monkeypatch.setattr(_racing, "fastest", fastest)
+
+
+def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
+    """The kernel of the l-infinity step, which serves as it ships, is made ten times as slow, and then as fast."""
+    op, wide = REGISTRY["pgd_step"], torch.float32
+    assert op.serving("eager", CPU, "linf", wide, 10) == "cpp"
+    timed(monkeypatch, {"reference": 1e-6, "kernel": 1e-5})
+    assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0
+    said = capsys.readouterr().out
+    assert "pgd_step" in said and "eager calls  cpp" in said and "0.1 to 0.1 times" in said
+    assert "linf float32 small" in said and str(folder) in said
+    assert op.serving("eager", CPU, "linf", wide, 10) == "reference"
+    x = torch.rand(2, 3, 4, 4)
+    pgd_step(x, x, x, 0.1, 0.2)
+    assert op.served["eager", CPU, wide, (96).bit_length(), "linf"] == "reference"
+    assert op.serving("graph", CPU, "l1", wide) == "cpp"  # not raced here: as it ships
+    shown = next(line for line in installation.report().splitlines() if line.startswith("pgd_step "))
+    assert "raced on this machine" in shown and "0.1 times as fast" in shown and "raced on AMD EPYC" in shown
+    timed(monkeypatch, {"reference": 1e-5, "kernel": 1e-6})
+    assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0
+    assert "10 to 10 times" in capsys.readouterr().out
+    assert op.serving("eager", CPU, "linf", wide, 10) == "cpp"
+
+
+def test_dtype_and_size_decide(monkeypatch):
+    """A race by dtype and size is served by dtype and size; where one of them is not known, by what won everywhere."""
+    op = REGISTRY["sample_latent"]
+    lost = {("float32", "small")}
+
+    def run_race(race, device, full=False):
+        dtype = str(race.dtype).removeprefix("torch.")
+        kernel = 2.0 if (dtype, race.size) in lost else 0.5
+        return [row(race.example.name, "", dtype, race.size, kernel_us=kernel)]
+
+    monkeypatch.setattr(_tune, "run_race", run_race)
+    found = _tune.tune(CPU, ops=["sample_latent"])
+    assert [(one.calls, one.after) for one in found.changes] == [("float32 small", "reference")]
+    asked = {
+        (torch.float32, 10): "reference",
+        (torch.float32, 18): "cpp",
+        (torch.float32, 30): "cpp",
+        (torch.bfloat16, 10): "cpp",
+        (torch.float32, 0): "reference",
+        (None, 0): "reference",
+        (torch.float64, 10): "reference",  # not raced
+    }
+    for (dtype, bits), backend in asked.items():
+        assert op.serving("eager", CPU, "", dtype, bits) == backend, (dtype, bits)
+
+
+def test_what_serves_keeps_its_place_where_it_is_level():
+    op = REGISTRY["sample_latent"]
+    for served in ("cpp", "reference"):
+        _races.write(CPU, {op.name: {"sources": op.sources_digest("cpu"), "eager": served}}, {"date": "2026-01-01"})
+        for kernel_us in (0.97, 1.03):
+            made = _tune.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)
+            assert made["cells"] == {"float32 small": {"eager": served}} and made["eager"] == served
+        for kernel_us, winner in ((0.9, "cpp"), (1.1, "reference")):
+            assert _tune.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)["eager"] == winner
+
+
+def test_a_kernel_must_be_ahead_in_every_layout_and_in_the_replay(monkeypatch):
+    op = REGISTRY["pgd_step"]
+    rows = [
+        row("a", "linf", "float32", "small", style="eager", kernel_us=1 / 3.0),
+        row("a channels_last", "linf", "float32", "small", style="eager", kernel_us=1 / 3.0),
+        row("a", "l2", "float32", "small", style="eager", kernel_us=1 / 3.0),
+        row("a", "l2", "float32", "small", style="replay", kernel_us=1 / 0.5),
+        row("a", "linf", "float32", "medium", style="graph", kernel_us=1 / 3.0),
+        row("a", "l1", "float32", "medium", style="graph", kernel_us=1 / 3.0),
+    ]
+    made = _tune.decide(op, rows, CPU)
+    assert made["variants"] == {
+        "l1": {"graph": "cpp"},
+        "l2": {"eager": "reference"},
+        "linf": {"eager": "cpp", "graph": "reference"},  # compilers fuse it with neighbors, which the race has not
+    }
+    assert made["eager"] == made["graph"] == "reference"
+    rows[1] = row("a channels_last", "linf", "float32", "small", style="eager", kernel_us=1 / 0.5)
+    assert _tune.decide(op, rows, CPU)["variants"]["linf"]["eager"] == "reference"
+
+
+def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch):
+    real = _verify.verdict_of
+
+    def verdict_of(op, device):
+        found = real(op, device)
+        return found if op.name != "philox" else type(found)(**{**vars(found), "passed": False, "error": 1.0})
+
+    def run_race(race, device, full=False):
+        if race.op == "stitch":
+            raise MemoryError("no room")
+        return [row(race.example.name, race.example.variant, "float32", race.size, kernel_us=0.5)]
+
+    monkeypatch.setattr(_tune, "verdict_of", verdict_of)
+    monkeypatch.setattr(_tune, "run_race", run_race)
+    found = _tune.tune(CPU, ops=["philox", "stitch", "noisy_replay"])
+    assert set(found.rows) == {"noisy_replay"} | ({"stitch"} & set(found.rows)) and "philox" in found.wrong
+    assert all("MemoryError: no room" in why for why in found.failed.values()) and found.failed
+    said = command.text(found)
+    assert "philox: its kernel is WRONG on this machine" in said and "because of an error: stitch" in said
+
+
+def test_races_that_the_time_does_not_suffice_for_are_named_and_keep_what_they_had(monkeypatch):
+    found = _tune.tune(CPU, seconds=0.0, ops=["noisy_replay"])
+    assert len(found.left_out) == len(_tune.races(REGISTRY["noisy_replay"], CPU)) and not found.rows
+    assert "not raced for want of time, as before: noisy_replay" in command.text(found)
+    assert REGISTRY["noisy_replay"].wanted("eager", CPU).why.startswith("raced on AMD")
+
+
+def test_a_real_race_in_small(folder, monkeypatch):
+    """Also inside compiled graphs: every row has both times, and a second race takes the place of the first."""
+    monkeypatch.setattr(_racing, "ELEMENTS", {"cpu": {"small": 2**10}})
+    monkeypatch.setattr(_racing, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(_racing.races, "__defaults__", ((torch.float32,),))
+    found = _tune.tune(CPU, full=True, ops=["noisy_replay"])
+    rows = found.rows["noisy_replay"]
+    assert {row.style for row in rows} == {"eager", "graph"} and not found.failed
+    assert all(row.reference_us > 0 and row.kernel_us > 0 for row in rows)
+    (path,) = folder.glob("raced-cpu-*.json")
+    kept = json.loads(path.read_text())
+    entry = kept["ops"]["noisy_replay"]
+    assert entry["sources"] == REGISTRY["noisy_replay"].sources_digest("cpu") and entry["verified"]["error"] == 0
+    assert kept["machine"]["torch"] == torch.__version__ and kept["date"]
+    _tune.tune(CPU, ops=["noisy_replay"])
+    again = json.loads(path.read_text())["ops"]["noisy_replay"]
+    assert len(again["rows"]) == len(
+        {tuple(row[k] for k in ("example", "dtype", "size", "style")) for row in again["rows"]}
+    )
+    assert "graph" in again  # of the first time, which compiled
+
+
+def test_a_stale_file_is_said_to_be_stale_and_not_used(folder, caplog):
+    op = REGISTRY["stitch"]
+    _races.write(CPU, {op.name: {"sources": "of another build", "eager": "reference"}}, {"date": "2026-01-01"})
+    assert op.wanted("eager", CPU).backend == "cpp" and "is not used" in caplog.text
+    assert "STALE for stitch" in installation.report().replace("\n              ", " ")
+    assert _tune._known_rows(op, CPU) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_race(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "file" / "below"))  # root may write anywhere else
+    monkeypatch.setattr(_tune, "run_race", None)
+    assert cli.main(["tune", "--device", "cpu"]) == 2
+    assert "PURIFY_FAST_CACHE names another folder" in capsys.readouterr().err
+    assert REGISTRY["philox"].wanted("eager", CPU).backend == "cpp"  # as it ships
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ops", "nothing"], "op 'nothing' has no kernel for cpu; there are "),
+        (["--minutes", "0"], "minutes must be above 0, got 0"),
+        (["--device", "meta"], "--device must be auto, cpu or cuda"),
+    ],
+)
+def test_what_cannot_be_raced_is_refused(arguments, message, capsys):
+    assert cli.main(["tune", *(["--device", "cpu"] if "--device" not in arguments else []), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_cells_are_named_and_read():
+    for call in (
+        Call(),
+        Call("l2"),
+        Call("l2", torch.bfloat16, 16),
+        Call("", torch.float32, 1000 - 1),
+        Call("", torch.float16),
+    ):
+        assert _races._call(call.cell()) == call
+    assert [_races.size_of(bits) for bits in (0, 1, 16, 17, 20, 21, 64)] == [
+        "", "small", "small", "medium", "medium", "large", "large",
+    ]  # fmt: skip
+
+
+PROCESS = """
+import sys, time, torch
+from purify_fast.ops import _races
+began = _races.read
+def slow(device):
+    found = began(device)
+    time.sleep(0.3)  # both processes are between reading and writing
+    return found
+_races.read = slow
+for i in range(3):
+    _races.write(torch.device("cpu"), {f"{sys.argv[1]}{i}": {"sources": "x", "eager": "cpp"}}, {"date": "2026-01-01"})
+"""
+
+
+def test_two_processes_lose_nothing_of_each_other(folder):
+    environ = os.environ | {"PURIFY_FAST_CACHE": str(folder), "OMP_NUM_THREADS": "1"}
+    together = [subprocess.Popen([sys.executable, "-c", PROCESS, name], cwd=ROOT, env=environ) for name in "ab"]
+    assert [process.wait(120) for process in together] == [0, 0]
+    assert set(_races.read(CPU)["ops"]) == {f"{name}{i}" for name in "ab" for i in range(3)}
+
+
+def test_a_look_up_is_one_dictionary_look_up():
+    """Counted in place of timed: after the first call of its kind, nothing of this package runs but the look-up."""
+    op = REGISTRY["pgd_step"]
+    given = CPU, torch.float32, 1000, "linf"
+    op.plain(*given)
+    made: list[str] = []
+
+    def listen(frame, event, argument):
+        if event in ("call", "c_call"):
+            made.append(frame.f_code.co_name if event == "call" else argument.__name__)
+
+    sys.setprofile(listen)
+    op.plain(*given)
+    sys.setprofile(None)
+    assert made[0] == "plain" and made.count("get") == 1 and "serving" not in made
+    assert len(made) <= 10, made  # plain, is_compiling and what PyTorch does in it, bit_length, get, setprofile
+
+
+def test_a_call_is_weighed_as_its_race_was():
+    """What a public function weighs a call by is what its race was weighed by, or its verdict would not be found."""
+    for op in (op for op in REGISTRY.values() if op.kernel("cpu") != "reference"):
+        race = _tune.races(op, CPU)[0]
+        arguments = _examples.tile(race.example.make(race.dtype, 0), race.times)
+        dtype, numel = op.weigh(*arguments)
+        assert _races.size_of(numel.bit_length()) == race.size and dtype == race.dtype, op.name
+    images, seed, ids = torch.rand(4, 3, 8, 8), torch.tensor([7]), torch.arange(4)
+    logits, mu = torch.rand(4, 5, 7, requires_grad=True), torch.rand(4, 9, requires_grad=True)
+    pgd_step(images, images, images, 0.1, 0.2, "l2")
+    aggregate(logits, "peel").sum().backward()
+    philox(seed, ids, 6, stream=1, draws=3)
+    sample_latent(mu, mu, seed, ids)[0].sum().backward()
+    wanted = {
+        "pgd_step": (images.numel(), "l2"),
+        "aggregate": (4 * 5 * 7, "peel"),
+        "aggregate_backward": (4 * 5 * 7, "peel"),
+        "philox": (4 * 6 * 3, ""),
+        "sample_latent": (4 * 9, ""),
+        "sample_latent_backward": (4 * 9, ""),
+    }
+    for name, (numel, variant) in wanted.items():
+        assert ("eager", CPU, torch.float32, numel.bit_length(), variant) in REGISTRY[name].served, name

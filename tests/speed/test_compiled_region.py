@@ -1,0 +1,79 @@
+"""The graphs that are made of a region: one for all batch sizes on a CPU, one for each of the first two on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from purify_fast.speed import compiled_region
+from purify_fast.speed.compiled_region import STATIC_SIZES, CompiledRegion
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[list[object]]:
+    """The batch sizes with which each graph was made."""
+    made: list[list[object]] = []
+    compile = torch.compile
+
+    def backend(graph, inputs):
+        made.append([x.shape[0] for x in inputs if isinstance(x, Tensor)])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend, **options))
+    torch._dynamo.reset()
+    yield made
+    torch._dynamo.reset()
+
+
+def region() -> CompiledRegion:
+    def squares(x: Tensor) -> Tensor:
+        return x * x + 1
+
+    return CompiledRegion(squares)
+
+
+def test_on_a_cpu_all_sizes_share_a_graph(graphs):
+    made = region()
+    for size in (20, 5, 1, 33):
+        x = torch.rand(size, 3)
+        assert torch.equal(made(x), x * x + 1)
+    assert len(graphs) == 1 and not made.static
+
+
+def test_on_a_cpu_a_batch_below_eight_is_not_filled_up(graphs):
+    """Four images that are computed as sixteen made AToP's step slower with the compiler than without."""
+    given: list[int] = []
+
+    def squares(x: Tensor) -> Tensor:
+        given.append(len(x))
+        return x * x + 1
+
+    made = CompiledRegion(squares)
+    for size in (1, 4, 7):
+        x = torch.rand(size, 3)
+        assert torch.equal(made(x), x * x + 1)
+    assert given == [1, 4, 7] and graphs == []
+    x = torch.rand(8, 3)
+    assert torch.equal(made(x), x * x + 1)
+    assert len(graphs) == 1
+
+
+def test_on_a_gpu_the_first_sizes_have_graphs_of_their_own(graphs, monkeypatch):
+    monkeypatch.setattr(compiled_region, "keeps_sizes", lambda device: True)
+    made = region()
+    for size in (20, 5, 20, 5, 20):
+        x = torch.rand(size, 3)
+        assert torch.equal(made(x), x * x + 1)
+    assert graphs == [[20], [5]] and len(made.static) == STATIC_SIZES == 2
+    for size in (33, 34, 7, 20, 5):
+        x = torch.rand(size, 3)
+        assert torch.equal(made(x), x * x + 1)
+    # further sizes share one more, in which the size is a symbol
+    assert len(graphs) == 3
+
+
+def test_only_a_gpu_keeps_sizes():
+    assert compiled_region.keeps_sizes(torch.device("cuda", 1)) and not compiled_region.keeps_sizes(torch.device("cpu"))
