@@ -30,7 +30,7 @@ from ..models.layers import BatchNorm1d, BatchNorm2d
 from ..speed.precision import float32_products, whole_float32_by_default
 from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
-from .distributed import from_first
+from .distributed import from_first, named_when_lost, report_step
 from .divergence import Diverged, LossWatch
 from .epoch import batch_of, set_learning_rate, train_step
 from .on_device import on_device
@@ -194,9 +194,11 @@ def _train_epoch(
     for raw, labels, ids in source.epoch(epoch, run.step % run.steps):
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
+        report_step(run.step)
         batch = batch_of(raw, labels, ids, config, seed=seed, epoch=epoch)
         set_learning_rate(task, run.rate * task.learning_rate(run.step / run.total, epoch, config.epochs))
-        measured = train_step(task, batch)
+        with named_when_lost():
+            measured = train_step(task, batch)
         for key, value in measured.items():
             wide = torch.promote_types(value.dtype, torch.float32)
             run.sums[key] = run.sums[key] + value if key in run.sums else value.to(source.device, wide, copy=True)

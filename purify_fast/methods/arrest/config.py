@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from math import cos, radians
 from typing import Literal
@@ -169,6 +170,9 @@ class AblationConfig:
         for name in ("standard_epochs", "scratch_epochs", "attack_steps", "images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("standard_learning_rate", "scratch_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         if self.autoattack < 0:
             raise ValueError(f"autoattack must be at least 0, got {self.autoattack}")
         for name in ("weights", "angles", "taus", "shares"):
