@@ -33,6 +33,7 @@ from . import (
     gpu_check,
     instructions,
     launches,
+    measure,
     pages,
     performance,
     pipelines,
@@ -92,6 +93,13 @@ def main(arguments: list[str] | None = None) -> None:
             "--quick", action="store_true", help="small, three short runs at most: that it works, no numbers"
         )
         one.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
+        if kind == "ops":
+            one.add_argument("--fast", action="store_true", help="every row, timed once in place of up to three times")
+            one.add_argument(
+                "--style",
+                choices=measure.STYLES,
+                help="only calls from Python (eager) or only those inside a compiled graph; both by default",
+            )
     command.add_arguments(commands.add_parser("study", help="what makes a defence robust: trains and attacks models"))
     check = commands.add_parser("gpu_check", help="what only a GPU can tell: three commands of nine minutes, resumably")
     check.add_argument("part", nargs="?", choices=gpu_check.PARTS, help="which of the three; all in turn by default")
@@ -194,11 +202,17 @@ def main(arguments: list[str] | None = None) -> None:
         print((out / report.PIPELINES_TABLE).read_text())
         return
     retain_freed_memory()
-    run_ops(chosen.names or list(known), device, chosen.quick, out)
+    effort = measure.FAST if chosen.fast and not chosen.quick else None
+    styles = (chosen.style,) if chosen.style else measure.STYLES
+    run_ops(chosen.names or list(known), device, chosen.quick, out, effort=effort, styles=styles)
     for line in report.read_csv(out / report.VERDICTS):
         name = f"{line['op']} {line['direction']}, eager calls on {device.type}"
         worst = f"{line['behind_eager']} rows behind, worst ratio {line['worst_ratio']}: {line['worst_row']}"
         print(f"{name}: served by {line['eager_calls']} ({worst})")
+    if device.type == "cpu" and any(
+        row["style"] == "eager" and row["ratio"] for row in report.read_csv(out / report.ROWS)
+    ):
+        print(front_page.ops_sentence(out / report.ROWS))
     print(out / report.TABLE)
 
 

@@ -15,6 +15,8 @@ from .measure import AUTOTUNED
 from .ops import Case, registry
 
 #: The page in docs that is made here as a whole.
+#: What was found by hand on a device, in words; closes its chapter.
+NOTES = "notes.md"
 PAGE = "performance.md"
 #: bytes/s and FLOP/s that stand for an H200-class GPU where none was measured.
 ASSUMED = (4.3e12, 790e12)
@@ -244,6 +246,8 @@ def chapter(folder: Path) -> list[str]:
     parts += [measured_races(raced)] if raced else []
     parts += [measured_pipelines(races, rates)] if races else []
     lines = [f"## Measured: {'CPU' if kind == 'cpu' else folder.name}"] if parts else []
+    if parts and (folder / NOTES).exists():
+        parts.append((folder / NOTES).read_text(encoding="utf-8").splitlines())
     for part in parts:
         lines += ["", *(line.replace("{folder}", folder.name) for line in part)]
     return lines
