@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
-from ..speed.precision import whole_float32_by_default
+from ..speed.precision import float32_products, whole_float32_by_default
 from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
 from .distributed import from_first, named_when_lost, report_step
@@ -112,7 +112,8 @@ def fit(
     validate = None if held is None else Validation(run, held, folder)
     with checkpoints.locked(), stop_on_sigterm() as stop:
         checkpoints.resume(source.device)
-        with _served_as_begun(run, source.device):
+        rounded = float32_products(tf32=True) if task.tf32 else contextlib.nullcontext()
+        with rounded, _served_as_begun(run, source.device):
             return _run(
                 run, source, checkpoints, validate, callbacks=callbacks, title=title, progress=progress, stop=stop
             )

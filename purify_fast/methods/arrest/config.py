@@ -15,7 +15,7 @@ Distance = Literal["abs_cosine", "cosine", "angular", "l2"]
 DriftMode = Literal["eval", "train"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["published", "one_cycle", "constant"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @old_settings("arrest")
@@ -53,7 +53,9 @@ class ArrestConfig:
             ARREST).
         awp_gamma: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020; 0 for none (an extra, not part of
             ARREST).
-        precision: "float32", or "bfloat16" within matrix products (own).
+        precision: "float32", which on a GPU is that of IEEE too; "tf32" (own), which there rounds what is
+            multiplied to ten bits of mantissa, while `purify_fast.training.fit` trains; or
+            "bfloat16" within matrix products (own).
 
     Raises:
         ValueError: a setting out of range; the message names it.
