@@ -60,10 +60,10 @@ format: $(STAMPS)/lint  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-docs: $(STAMPS)/docs $(STAMPS)/package  ## the documentation in docs/_build/html, every warning an error; no network
-	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+docs: $(STAMPS)/docs $(STAMPS)/package  ## the documentation in build/docs, every warning an error; no network
+	$(BIN)/python -m sphinx -b html -W --keep-going -q -d build/doctrees docs build/docs
 	$(BIN)/python -m benchmarks report --check
-	@echo "== docs/_build/html/index.html"
+	@echo "== build/docs/index.html"
 
 bench: $(STAMPS)/package  ## every op: eager, torch.compile, ours
 	$(BIN)/python -m benchmarks ops --device cpu $(ARGS)
@@ -94,7 +94,7 @@ wheel: $(STAMPS)/base  ## a wheel with the CPU kernels in dist/, for every Pytho
 	@ls dist/*.whl
 
 clean:  ## remove what was built; .venv stays
-	rm -rf build dist docs/_build docs/api docs/generated purify_fast/_C*.so purify_fast/_build.json $(STAMPS)/package *.egg-info
+	rm -rf build dist docs/api docs/generated purify_fast/_C*.so purify_fast/_build.json $(STAMPS)/package *.egg-info
 
 $(BIN)/python:
 	@echo "== $(VENV): a virtual environment of $$($(PYTHON) --version)"

@@ -4,13 +4,15 @@ python -m benchmarks pipelines [names...] [--device cpu|cuda] [--quick] [--out D
 
 python -m benchmarks study NAME [--data DIR] [--full] [--quick]
 
-python -m benchmarks gpu_check [--dry] [--out DIR] [--only SECTION...] [--redo]
+python -m benchmarks gpu_check [tests|ops|pipelines] [--dry] [--out DIR] [--only SECTION...] [--redo]
 
 python -m benchmarks instructions
 
 python -m benchmarks soak [--minutes N] [--only COMMAND...] [--seed N] [--out FILE]
 
-python -m benchmarks report [DIR...] [--check]
+python -m benchmarks ship [--device cpu|cuda]
+
+python -m benchmarks report [DIR...] [--count] [--check]
 """
 
 from __future__ import annotations
@@ -25,7 +27,20 @@ import torch
 from purify_fast._lock import FolderInUse
 from purify_fast.speed import retain_freed_memory
 
-from . import evaluation, front_page, gpu_check, instructions, pages, performance, pipelines, report, soak
+from . import (
+    evaluation,
+    front_page,
+    gpu_check,
+    instructions,
+    launches,
+    measure,
+    pages,
+    performance,
+    pipelines,
+    report,
+    shipping,
+    soak,
+)
 from .ops import registry
 from .running import RESULTS, folder, run_ops, run_pipelines
 from .studies import command
@@ -78,8 +93,16 @@ def main(arguments: list[str] | None = None) -> None:
             "--quick", action="store_true", help="small, three short runs at most: that it works, no numbers"
         )
         one.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
+        if kind == "ops":
+            one.add_argument("--fast", action="store_true", help="every row, timed once in place of up to three times")
+            one.add_argument(
+                "--style",
+                choices=measure.STYLES,
+                help="only calls from Python (eager) or only those inside a compiled graph; both by default",
+            )
     command.add_arguments(commands.add_parser("study", help="what makes a defence robust: trains and attacks models"))
-    check = commands.add_parser("gpu_check", help="everything that only a GPU can tell, within nine minutes, resumably")
+    check = commands.add_parser("gpu_check", help="what only a GPU can tell: three commands of nine minutes, resumably")
+    check.add_argument("part", nargs="?", choices=gpu_check.PARTS, help="which of the three; all in turn by default")
     check.add_argument("--dry", action="store_true", help="rehearse every section on the CPU, small: no numbers")
     check.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
     check.add_argument("--only", nargs="+", choices=gpu_check.SECTIONS, default=[], metavar="section",
@@ -94,10 +117,13 @@ def main(arguments: list[str] | None = None) -> None:
     long.add_argument("--seed", type=int, default=0, help="of the faults' kinds and moments")
     long.add_argument("--out", type=Path, help="the report; benchmarks/results/soak.md by default")
     long.add_argument("--folder", type=Path, help="where its files are kept meanwhile; the system's own by default")
+    ship = commands.add_parser("ship", help="let what purify-fast tune found on this machine ship with the package")
+    ship.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     against = commands.add_parser("evaluation", help="our attacks against the official AutoAttack: strength and time")
     evaluation_arguments(against)
     redo = commands.add_parser("report", help="the tables and pictures again, from the CSV files")
     redo.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
+    redo.add_argument("--count", action="store_true", help="also count again what a training step launches")
     redo.add_argument("--check", action="store_true", help="write nothing: do README and docs agree with the results?")
     chosen = parser.parse_args(arguments)
     if chosen.command == "soak":
@@ -132,12 +158,25 @@ def main(arguments: list[str] | None = None) -> None:
             if (path / report.PIPELINES).exists():
                 report.report_pipelines(path)
                 print(path / report.PIPELINES_TABLE)
+        if chosen.count:
+            print(launches.write(RESULTS))
         print(performance.write(RESULTS, DOCS))
-        print(report.write_races(RESULTS))
+        print(shipping.write_races(RESULTS))
         front_page.picture(RESULTS, DOCS / "pictures" / "claim.png")
         for page in pages.every_page():
             for name in pages.fill(page, RESULTS):
                 print(f"{page} wants the table {name}, whose results are not there yet", file=sys.stderr)
+        return
+    if chosen.command == "ship":
+        device = torch.device(chosen.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            parser.error("no CUDA device is available")
+        try:
+            print(shipping.take(device, folder(device, False)))
+        except FileNotFoundError as error:
+            parser.error(str(error))
+        print(shipping.write_races(RESULTS))
+        print(performance.write(RESULTS, DOCS))
         return
     if chosen.command == "gpu_check":
         for name, value in (("--seconds", chosen.seconds), ("--total", chosen.total)):
@@ -147,7 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
         if device.type == "cuda" and not torch.cuda.is_available():
             parser.error("no CUDA device is available; --dry rehearses everything on the CPU")
         out = chosen.out or folder(device, chosen.dry)
-        sys.exit(not gpu_check.main(out, device, chosen.dry, chosen.only, chosen.redo, chosen.seconds, chosen.total))
+        only = chosen.only or list(gpu_check.PARTS.get(chosen.part, ()))
+        sys.exit(not gpu_check.main(out, device, chosen.dry, only, chosen.redo, chosen.seconds, chosen.total))
     known = registry(chosen.device) if chosen.command == "ops" else pipelines.registry()
     unknown = set(chosen.names) - set(known)
     if unknown:
@@ -162,11 +202,17 @@ def main(arguments: list[str] | None = None) -> None:
         print((out / report.PIPELINES_TABLE).read_text())
         return
     retain_freed_memory()
-    run_ops(chosen.names or list(known), device, chosen.quick, out)
+    effort = measure.FAST if chosen.fast and not chosen.quick else None
+    styles = (chosen.style,) if chosen.style else measure.STYLES
+    run_ops(chosen.names or list(known), device, chosen.quick, out, effort=effort, styles=styles)
     for line in report.read_csv(out / report.VERDICTS):
         name = f"{line['op']} {line['direction']}, eager calls on {device.type}"
         worst = f"{line['behind_eager']} rows behind, worst ratio {line['worst_ratio']}: {line['worst_row']}"
         print(f"{name}: served by {line['eager_calls']} ({worst})")
+    if device.type == "cpu" and any(
+        row["style"] == "eager" and row["ratio"] for row in report.read_csv(out / report.ROWS)
+    ):
+        print(front_page.ops_sentence(out / report.ROWS))
     print(out / report.TABLE)
 
 

@@ -107,16 +107,16 @@ def speed_table(results: Path) -> str:
         "times `torch.compile`",
         "of the matrix rate",
     ]
-    return "\n".join([*markdown_table(head, body), "", ops_sentence(results)])
+    return "\n".join([*markdown_table(head, body), "", ops_sentence(results / "cpu" / "ops.csv")])
 
 
-def ops_sentence(results: Path) -> str:
+def ops_sentence(path: Path) -> str:
     """How the C++ kernels stand against the compiler and the uncompiled reference, over all eager rows.
 
     Args:
-        results: the folder of committed results.
+        path: the rows, ops.csv of a CPU; one of them at least was called from Python.
     """
-    with (results / "cpu" / "ops.csv").open(newline="") as lines:
+    with path.open(newline="") as lines:
         rows = [row for row in csv.DictReader(lines) if row["style"] == "eager" and row["ratio"]]
     compiled, eager = (
         statistics.geometric_mean(float(row[f"{kind}_us"]) / float(row["ours_us"]) for row in rows)

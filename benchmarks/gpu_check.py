@@ -1,9 +1,16 @@
-"""Everything that only a GPU can tell, in sections, each in a process of its own and within a time limit.
+"""Everything that only a GPU can tell, in three commands of at most nine minutes each.
+
+``tests`` builds the extension and runs the tests of the device; ``ops`` races the kernels, eagerly and replayed in CUDA
+graphs; ``pipelines`` has the sanitizer and the pipelines. Each is made of sections, each in a process of its own and
+within a time limit.
 
 A section ends as passed, failed, or not available (a tool that is not here). What it found is written when it ends, to
 ``DIR/gpu_check/<section>.json``, its output to ``<section>.log``, a summary of all to ``DIR/gpu_check.md``; figures and
 tables go to DIR itself, as the other commands of the benchmarks write them. A second run does what is not done: what
 failed, was left out, or was done by another version, by other sources or on another device.
+
+Every command ends by writing what it changes: DIR's chapter of docs/performance.md, and the races that ship with the
+package. In a rehearsal both are written into DIR alone.
 """
 
 from __future__ import annotations
@@ -36,26 +43,30 @@ from purify_fast import __version__, _library
 from purify_fast._files import write_text
 from purify_fast._lock import folder_lock
 from purify_fast.cli.installation import cuda_part, facts
-from purify_fast.ops import REGISTRY
+from purify_fast.ops import REGISTRY, _racing
+from purify_fast.ops._tune import tune
 from purify_fast.speed import retain_freed_memory
 
-from . import limits, pipelines, report
+from . import limits, performance, pipelines, report, shipping
 from .measure import environment
 from .ops import registry
-from .running import Budget, run_ops, run_pipelines
+from .running import RESULTS, Budget, run_ops, run_pipelines
 
 ROOT = Path(__file__).parents[1]
 PASSED, FAILED, NOT_AVAILABLE = "passed", "failed", "not available"
 GRACE = 20.0  # seconds beyond its limit until a section is ended
 #: By section: the limit in seconds, on a GPU and in the rehearsal on a CPU.
 LIMITS = {
-    "extension": (120, 600),
+    "extension": (180, 600),
     "limits": (20, 20),
-    "tests": (150, 150),
-    "sanitizer": (60, 60),
-    "ops": (110, 60),
-    "pipelines": (240, 45),  # the last, so that it has what the others leave
+    "tests": (270, 150),
+    "races": (290, 60),
+    "ops": (200, 60),
+    "sanitizer": (150, 60),
+    "pipelines": (340, 45),
 }
+#: The commands, each with its sections.
+PARTS = {"tests": ("extension", "limits", "tests"), "ops": ("races", "ops"), "pipelines": ("sanitizer", "pipelines")}
 EVERY_OP = ("-m", "benchmarks.every_op")
 #: What the results depend on.
 SOURCES = ("purify_fast/**/*.py", "kernels/*.py", "csrc/**/*", "benchmarks/**/*.py", "tests/gpu/*.py",
@@ -100,6 +111,8 @@ def extension(context: Context) -> Outcome:
     if path is None:
         how, path = "built", _build(context)
     found = facts(path)
+    if context.device.type == "cuda" and not found.get("cuda"):
+        return Outcome(FAILED, f"{path} has no CUDA kernels: the decoder's is missing", {"path": str(path), **found})
     summary = f"{how}: {cuda_part(found)}, torch {found.get('torch', 'unknown')}"
     return Outcome(PASSED, summary, {"path": str(path), "how": how, **found})
 
@@ -242,6 +255,39 @@ def sanitizer(context: Context) -> Outcome:
     return Outcome(state if said else FAILED, "; ".join(words) or "no tool ended in time", said, left_out)
 
 
+def races(context: Context) -> Outcome:
+    """`purify-fast tune`, whose file is kept with the results; in a rehearsal, few elements and a folder of its own."""
+    retain_freed_memory()
+    if context.dry:
+        os.environ["PURIFY_FAST_CACHE"] = str(context.out / "gpu_check" / "cache")
+        _racing.ELEMENTS["cpu"] = {"small": 2**10, "medium": 2**17}
+        _racing.RUN = 1e-5
+    device = context.device
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    known = limits.read(context.out)
+    if not known:
+        limits.run(device, context.dry, context.out)
+        known = limits.read(context.out)
+    copied = known.get((environment(device)["device"], limits.COPY), 0.0)
+    missing = [name for name, op in REGISTRY.items() if device.type == "cuda" and op.kernel("cuda") == "reference"]
+    found = tune(device, seconds=0.9 * context.left, tell=context.tell)
+    shipping.take(device, context.out)
+    rows = [
+        {"op": op, **dataclasses.asdict(row), "ratio": f"{row.ratio:.3f}", "copy_GB_per_s": f"{copied / 1e9:.1f}",
+         "share_of_copy": f"{1e12 * row.megabytes / row.kernel_us / copied:.3f}" if copied else ""}
+        for op, each in found.rows.items()
+        for row in each
+    ]  # fmt: skip
+    report.write_csv(context.out / "raced.csv", rows)
+    ahead = sum(float(row["ratio"]) > 1 for row in rows)
+    summary = f"{len(rows)} races, {ahead} won by the kernel, {len(found.changes)} calls served by another than before"
+    problems = {**found.failed, **found.wrong, **dict.fromkeys(missing, "no kernel on this device")}
+    details = {"errors": problems, "changes": [dataclasses.asdict(one) for one in found.changes]}
+    state = PASSED if rows and not problems else FAILED
+    return Outcome(state, f"{summary}, {len(problems)} with a problem", details, found.left_out)
+
+
 def ops(context: Context) -> Outcome:
     """`python -m benchmarks ops`."""
     retain_freed_memory()
@@ -280,8 +326,9 @@ SECTIONS: dict[str, Callable[[Context], Outcome]] = {
     "extension": extension,
     "limits": measured_limits,
     "tests": tests,
-    "sanitizer": sanitizer,
+    "races": races,
     "ops": ops,
+    "sanitizer": sanitizer,
     "pipelines": raced,
 }
 
@@ -385,6 +432,24 @@ def page(results: dict[str, dict | None], mark: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def conclude(out: Path, dry: bool) -> list[Path]:
+    """Write what the results change: the chapter, and in the folder of all results the page and the races that ship.
+
+    Args:
+        out: the folder of the device.
+        dry: whether this was a rehearsal, which changes nothing outside of ``out``.
+
+    Returns:
+        What was written.
+    """
+    written = [out / "chapter.md", out / "races.json"]
+    write_text(written[0], "\n".join(performance.chapter(out)) + "\n")
+    write_text(written[1], json.dumps([shipping.shipped(out)], indent=1) + "\n")
+    if not dry and out.parent == RESULTS.resolve():
+        written += [performance.write(RESULTS, ROOT / "docs"), shipping.write_races(RESULTS)]
+    return written
+
+
 def main(out: Path, device: torch.device, dry: bool, only: list[str], redo: bool, seconds: float | None,
          total: float) -> bool:  # fmt: skip
     """Run what is not done of the sections; whether all that were asked for passed, or are not available.
@@ -414,7 +479,9 @@ def _run(out: Path, device: torch.device, dry: bool, *, only: list[str], redo: b
     with tqdm(total=len(wanted), unit="section", file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}") as progress:
         for index, name in enumerate(wanted):
             if results[name] is None or redo:  # rows of other sources do not stay among the new ones
-                for file in {"ops": [report.ROWS], "pipelines": [report.PIPELINES]}.get(name, []):
+                for file in {"races": [shipping.FILE], "ops": [report.ROWS], "pipelines": [report.PIPELINES]}.get(
+                    name, []
+                ):
                     (out / file).unlink(missing_ok=True)
 
             def tell(share: float, what: str, index=index, name=name) -> None:
@@ -438,5 +505,6 @@ def _run(out: Path, device: torch.device, dry: bool, *, only: list[str], redo: b
         progress.set_description("done", refresh=True)
     write_text(out / "gpu_check.md", page(results, mark))
     print(table(results))
-    print(out / "gpu_check.md")
+    for path in (out / "gpu_check.md", *conclude(out, dry)):
+        print(path)
     return all((result := results[name]) is not None and result["state"] != FAILED for name in chosen)

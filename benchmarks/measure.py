@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from purify_fast.ops import REGISTRY, use_backend
+from purify_fast.ops._racing import Launches
 
 from .ops import Case
 
@@ -45,6 +46,8 @@ class Effort:
     steady: float = 1.15  # the largest p80 / p20 that needs no other attempt
 
 
+#: Every row in a third of the time: the compiler's work is what is left of it.
+FAST = Effort(runs=9, seconds=2e-3, attempts=1)
 QUICK = Effort(runs=3, seconds=2e-4, attempts=1)
 
 
@@ -237,6 +240,9 @@ def measure(
     entries, results = prepare(op, case, direction, style, device, contestants)
     right = {k: agree(r, results["eager"], case.dtype, style) for k, r in results.items()}
     del results
+    with entries["eager"].mode(), Launches() as counted:
+        entries["eager"].run()
+    launched = counted.count  # of the reference, where ours is one or a few
     repeats = {}
     for kind, entry in entries.items():
         for _ in range(3):  # warm, compiled, and the allocator has its blocks
@@ -267,6 +273,8 @@ def measure(
     moved, computed = (case.count(what, direction) / median["ours"] for what in ("bytes", "flops"))
     row["GB_per_s"] = f"{moved / 1e9:.2f}" if right["ours"] else ""
     row["GFLOP_per_s"] = f"{computed / 1e9:.2f}" if right["ours"] else ""
+    row["copy_GB_per_s"] = f"{bandwidth / 1e9:.1f}" if bandwidth else ""
+    row["launches"] = launched
     row["share_of_copy"] = f"{moved / bandwidth:.3f}" if right["ours"] and bandwidth else ""
     return row | {"runs": effort.runs} | environment(device)
 

@@ -5,15 +5,18 @@ All of it from the committed CSV files and the formulas of the benchmarks.
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 from purify_fast._files import write_text
 
-from . import instructions, limits, pipelines, report
+from . import instructions, launches, limits, pipelines, report, shipping
 from .measure import AUTOTUNED
 from .ops import Case, registry
 
 #: The page in docs that is made here as a whole.
+#: What was found by hand on a device, in words; closes its chapter.
+NOTES = "notes.md"
 PAGE = "performance.md"
 #: bytes/s and FLOP/s that stand for an H200-class GPU where none was measured.
 ASSUMED = (4.3e12, 790e12)
@@ -141,7 +144,7 @@ def lost(rows: list[dict]) -> list[str]:
     lines = [
         "### Where we lose",
         "",
-        "Served by the reference in eager calls, because our kernel is more than 5 % behind in some row:",
+        "Our kernel is more than 5 % behind the reference or `torch.compile` of it in some row:",
         "",
         *_head("op", "direction", "rows behind", "worst ratio", "where"),
     ]
@@ -188,6 +191,68 @@ def measured_pipelines(races: list[dict], rates: dict) -> list[str]:
     return lines
 
 
+def launched(results: Path) -> list[str]:
+    """Operators of one step of each training, from the committed count; empty where there is none."""
+    if not (results / launches.FILE).exists():
+        return []
+    lines = [
+        "## What a training step launches",
+        "",
+        "Operators dispatched by one step, forward and backward, without views: on a GPU each is a launch, and small "
+        "batches wait for launches. Counted on the CPU with small networks; larger ones add their own layers to every "
+        "column alike. By rule: a GPU on which nothing was raced, where a kernel serves if it replaces a dozen "
+        "operators or more. All kernels: where each has won its race. What is left is the networks themselves, which "
+        "captured steps replay as one.",
+        "",
+        *_head("training", "references", "kernels by rule", "times fewer", "all kernels", "times fewer"),
+    ]
+    for row in report.read_csv(results / launches.FILE):
+        plain, rule, every = (int(row[name]) for name in ("references", "by rule", "all kernels"))
+        cells = (f"{plain:,}", f"{rule:,}", f"{plain / rule:.1f}", f"{every:,}", f"{plain / every:.1f}")
+        lines.append(_line(row["training"], *cells))
+    return lines
+
+
+def measured_races(raced: dict) -> list[str]:
+    """What `purify-fast tune` found on a device: gains over the reference by op, and whom it lost to."""
+    lines = [
+        "### Races of kernel and reference",
+        "",
+        f"By `purify-fast tune` on {raced['machine']['device']}, {raced['date']}: how many times as fast as its "
+        "reference in PyTorch each kernel is, geometric mean, least and most of all variants, layouts, dtypes and "
+        "sizes. Who was ahead serves.",
+        "",
+        *_head("op", "eager calls", "replayed in a CUDA graph", "inside compiled graphs", "served by the reference"),
+    ]
+    for op, entry in raced["ops"].items():
+        cells = []
+        for style in ("eager", "replay", "graph"):
+            ratios = sorted(row["reference_us"] / row["kernel_us"] for row in entry["rows"] if row["style"] == style)
+            mean = statistics.geometric_mean(ratios) if ratios else 0.0
+            cells.append(f"{mean:.1f} ({ratios[0]:.2g} to {ratios[-1]:,.2g})" if ratios else "-")
+        lost = [name for name, who in entry["cells"].items() if who.get("eager") == "reference"]
+        lines.append(_line(op, *cells, ", ".join(lost) or "-"))
+    return lines
+
+
+def chapter(folder: Path) -> list[str]:
+    """The chapter of one folder of results; empty where nothing was measured."""
+    rows, races = (
+        report.read_csv(folder / name) if (folder / name).exists() else [] for name in (report.ROWS, report.PIPELINES)
+    )
+    rates, raced = _rates(folder, rows, races), shipping.read(folder)
+    kind = "cpu" if folder.name == "cpu" else "cuda"
+    parts = [measured_ops(kind, rows, rates), lost(rows)] if rows else []
+    parts += [measured_races(raced)] if raced else []
+    parts += [measured_pipelines(races, rates)] if races else []
+    lines = [f"## Measured: {'CPU' if kind == 'cpu' else folder.name}"] if parts else []
+    if parts and (folder / NOTES).exists():
+        parts.append((folder / NOTES).read_text(encoding="utf-8").splitlines())
+    for part in parts:
+        lines += ["", *(line.replace("{folder}", folder.name) for line in part)]
+    return lines
+
+
 def page(results: Path) -> str:
     """The page's text from the folders of ``results``, each a device's."""
     found = []
@@ -222,13 +287,10 @@ def page(results: Path) -> str:
             "one launch replaces a dozen or more, once it was verified on the user's own card.",
         ]
     lines += ["", *counted(), *instructions.chapter(results)]
-    for folder, rows, races, rates in found:
-        kind = "cpu" if folder.name == "cpu" else "cuda"
-        lines += ["", f"## Measured: {'CPU' if kind == 'cpu' else folder.name}"]
-        chapters = [measured_ops(kind, rows, rates), lost(rows)] if rows else []
-        chapters += [measured_pipelines(races, rates)] if races else []
-        for chapter in chapters:
-            lines += ["", *(line.replace("{folder}", folder.name) for line in chapter)]
+    if (results / launches.FILE).exists():
+        lines += ["", *launched(results)]
+    for folder, *_ in found:
+        lines += ["", *chapter(folder)]
     return "\n".join(lines) + "\n"
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from pathlib import Path
 
 from purify_fast._files import write_text
 from purify_fast.ops import REGISTRY
-from purify_fast.ops._races import SHIPPED
+from purify_fast.ops._tune import IN_GRAPHS
 
 from . import style
 from .measure import AUTOTUNED, CONTESTANTS, LEAST, STYLES
@@ -31,11 +30,6 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     table.writeheader()
     table.writerows(rows)
     write_text(path, text.getvalue())
-
-
-#: Times as fast as torch.compile, for a kernel to serve inside graphs: the op is a wall there, whose inputs and outputs
-#: are written and read once more than if they were fused with neighbours that the benchmark does not have.
-IN_GRAPHS = 2.0
 
 
 def verdicts(rows: list[dict]) -> list[dict]:
@@ -105,13 +99,6 @@ def races(rows: list[dict]) -> dict:
     machine = {"kind": kind, "device": device, "capability": capability, "torch": first["torch"]}
     machine |= {"triton": first["triton"], "threads": first["threads"]}
     return {"machine": machine, "date": max(row["date"] for row in rows), "ops": dict(sorted(decided.items()))}
-
-
-def write_races(results: Path) -> Path:
-    """What the package ships of every folder of results."""
-    found = [races(read_csv(path)) for path in sorted(results.glob(f"*/{ROWS}"))]
-    write_text(SHIPPED, json.dumps(found, indent=1) + "\n")
-    return SHIPPED
 
 
 def _winners(rows: list[dict]) -> dict[str, str]:

@@ -116,15 +116,34 @@ def _compile_ahead(work: list[tuple], ops: dict, quick: bool, device: torch.devi
     return time.monotonic() - began
 
 
-def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget | None = None) -> None:
-    """Measure, and write after every row; rows of ops that are not named stay."""
+def run_ops(
+    names: list[str],
+    device: torch.device,
+    quick: bool,
+    out: Path,
+    budget: Budget | None = None,
+    *,
+    effort: measure.Effort | None = None,
+    styles: tuple[str, ...] = measure.STYLES,
+) -> None:
+    """Measure, and write after every row; rows of ops and styles that are not asked for stay.
+
+    Args:
+        names: of the ops.
+        device: where they run.
+        quick: whether one small case of each variant is enough.
+        out: the folder of the results.
+        budget: how long it may take; as long as it does by default.
+        effort: how often rows are timed; by default as ``quick`` has it.
+        styles: which rows, of ``eager`` and ``graph``.
+    """
     budget = budget or Budget()
-    effort = measure.QUICK if quick else measure.Effort()
+    effort = effort or (measure.QUICK if quick else measure.Effort())
     ops = _registry(device, quick)
     path = out / report.ROWS
     kept = {tuple(row[k] for k in KEY): row for row in (report.read_csv(path) if path.exists() else [])}
     if not budget.resume:
-        kept = {at: row for at, row in kept.items() if at[0] not in names}
+        kept = {at: row for at, row in kept.items() if at[0] not in names or at[5] not in styles}
     order = {key(*row[1:])[:-1]: i for i, row in enumerate(_rows(ops, list(ops), False))}
     backends = {}
     for name in names:
@@ -136,7 +155,7 @@ def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budg
             budget.failed[name] = str(error)
     names = list(backends)
     bandwidth = limits.read(out).get((measure.environment(device)["device"], limits.COPY))
-    work = [row for row in _rows(ops, names, quick) if key(*row[1:], backends[row[1]]) not in kept]
+    work = [row for row in _rows(ops, names, quick) if row[4] in styles and key(*row[1:], backends[row[1]]) not in kept]
     if budget.seconds < math.inf:  # the first case of every op, eagerly called, comes before others
         work.sort(key=lambda row: (row[0], measure.STYLES.index(row[4]), row[3] == "backward"))
 

@@ -18,7 +18,6 @@ release = version = __version__
 copyright = "the authors of purify_fast, MIT licence"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["_build"]
 # what is written between single backticks in a docstring is code
 default_role = "code"
 

@@ -109,6 +109,51 @@ PF_HD void softmax_lanes(const W* __restrict__ grad, const T* __restrict__ x, T*
   }
 }
 
+// The first of the largest of `classes` numbers, for as many rows as `rows`, at most aggregate_lanes, one after the
+// other in x. NaN counts as the largest. Rows are the lanes: a search along one row would wait for itself at every
+// number.
+template <class T>
+PF_HD void first_largest(const T* __restrict__ x, int64_t rows, int64_t classes, int32_t* __restrict__ best) {
+  using W = wide_t<T>;
+  W most[aggregate_lanes];
+  for (int64_t j = 0; j < rows; ++j) {
+    most[j] = load(x[j * classes]);
+    best[j] = 0;
+  }
+  for (int64_t i = 1; i < classes; ++i) {
+    for (int64_t j = 0; j < rows; ++j) {
+      const W value = load(x[j * classes + i]);
+      const bool better = !(value <= most[j]) & (most[j] == most[j]);
+      best[j] = better ? static_cast<int32_t>(i) : best[j];
+      most[j] = better ? value : most[j];
+    }
+  }
+}
+
+// The same of one long row: its largest number, then where that first is.
+template <class T>
+PF_HD int32_t first_largest_of(const T* __restrict__ x, int64_t classes) {
+  using W = wide_t<T>;
+  W most[aggregate_lanes];
+  for (int64_t j = 0; j < aggregate_lanes; ++j) most[j] = load(x[j < classes ? j : 0]);
+  const int64_t whole = classes / aggregate_lanes * aggregate_lanes;
+  for (int64_t i = aggregate_lanes; i < whole; i += aggregate_lanes) {
+    for (int64_t j = 0; j < aggregate_lanes; ++j) most[j] = max_nan(static_cast<W>(load(x[i + j])), most[j]);
+  }
+  for (int64_t i = whole; i < classes; ++i) most[i - whole] = max_nan(static_cast<W>(load(x[i])), most[i - whole]);
+  for (int64_t width = aggregate_lanes / 2; width > 0; width /= 2) {
+    for (int64_t j = 0; j < width; ++j) most[j] = max_nan(most[j], most[j + width]);
+  }
+  const W largest = most[0];
+  int32_t first = static_cast<int32_t>(classes);
+  for (int32_t i = 0; i < static_cast<int32_t>(classes); ++i) {
+    const W value = load(x[i]);
+    const int32_t here = (value == largest) | (value != value) ? i : static_cast<int32_t>(classes);
+    first = here < first ? here : first;
+  }
+  return first;
+}
+
 // log sigmoid(x) = yes, log sigmoid(-x) = no; its exponential e^-|x| comes along.
 template <class W>
 struct LogSigmoids {

@@ -1,5 +1,7 @@
 #include "../core/aggregate.h"
 
+#include <algorithm>
+
 #include "common.h"
 
 namespace pf::cpu {
@@ -94,6 +96,28 @@ PF_HD void mean_image(const T* logits, W* out, int64_t samples, int64_t classes)
     for (int64_t j = 0; j < width; ++j) out[at + j] = sum[j] / static_cast<W>(samples);
   });
 }
+// All images at once: their rows follow one another.
+template <class T, class W = wide_t<T>>
+PF_HD void vote_images(const T* logits, W* out, int64_t images, int64_t samples, int64_t classes) {
+  for (int64_t i = 0; i < images * classes; ++i) out[i] = 0;
+  int32_t best[aggregate_lanes];
+  for (int64_t row = 0; row < images * samples; row += aggregate_lanes) {
+    const int64_t left = images * samples - row, rows = left < aggregate_lanes ? left : aggregate_lanes;
+    if (classes < lanes) {
+      first_largest(logits + row * classes, rows, classes, best);
+    } else {
+      for (int64_t j = 0; j < rows; ++j) best[j] = first_largest_of(logits + (row + j) * classes, classes);
+    }
+    for (int64_t j = 0; j < rows; ++j) out[(row + j) / samples * classes + best[j]] += 1;
+  }
+}
+template <class T, class W = wide_t<T>>
+PF_HD void mean_image_backward(const W* grad, T* out, int64_t samples, int64_t classes, W* scratch) {
+  for (int64_t i = 0; i < classes; ++i) scratch[i] = grad[i] / static_cast<W>(samples);
+  for (int64_t k = 0; k < samples; ++k) {
+    for (int64_t i = 0; i < classes; ++i) store(out[k * classes + i], scratch[i]);
+  }
+}
 
 #define PF_LOOPS(T)                                                                                                  \
   PF_CLONES void forward(Aggregation method, const T* logits, wide_t<T>* out, int64_t images, int64_t samples,       \
@@ -102,6 +126,7 @@ PF_HD void mean_image(const T* logits, W* out, int64_t samples, int64_t classes)
   }                                                                                                                  \
   PF_CLONES void whole_forward(Aggregation method, const T* logits, wide_t<T>* out, int64_t images, int64_t samples, \
                                int64_t classes) {                                                                    \
+    if (method == Aggregation::vote) return vote_images(logits, out, images, samples, classes);                      \
     for (int64_t b = 0; b < images; ++b, logits += samples * classes, out += classes) {                              \
       if (method == Aggregation::lse) {                                                                              \
         forward_image(logits, out, samples, classes);                                                                \
@@ -110,10 +135,14 @@ PF_HD void mean_image(const T* logits, W* out, int64_t samples, int64_t classes)
       }                                                                                                              \
     }                                                                                                                \
   }                                                                                                                  \
-  PF_CLONES void whole_backward(const wide_t<T>* grad, const T* logits, T* out, int64_t images, int64_t samples,     \
-                                int64_t classes, wide_t<T>* scratch) {                                               \
+  PF_CLONES void whole_backward(Aggregation method, const wide_t<T>* grad, const T* logits, T* out, int64_t images,  \
+                                int64_t samples, int64_t classes, wide_t<T>* scratch) {                              \
     for (int64_t b = 0; b < images; ++b, grad += classes, logits += samples * classes, out += samples * classes)     \
-      backward_image(grad, logits, out, samples, classes, scratch);                                                  \
+      if (method == Aggregation::mean) {                                                                             \
+        mean_image_backward(grad, out, samples, classes, scratch);                                                   \
+      } else {                                                                                                       \
+        backward_image(grad, logits, out, samples, classes, scratch);                                                \
+      }                                                                                                              \
   }                                                                                                                  \
                                                                                                                      \
   PF_CLONES void backward(Aggregation method, const wide_t<T>* grad, const T* logits, T* out, int64_t images,        \
@@ -143,7 +172,8 @@ Tensor aggregate(Tensor logits, int64_t method) {
     const T* from = data<T>(x);
     W* to = writable<W>(out);
     const auto kind = static_cast<Aggregation>(method);
-    if (classes >= lanes && (kind == Aggregation::lse || kind == Aggregation::mean)) {
+    const bool in_lanes = classes >= lanes && (kind == Aggregation::lse || kind == Aggregation::mean);
+    if (in_lanes || kind == Aggregation::vote) {
       parallel_rows(batch, (kind == Aggregation::lse ? 2 : 1) * samples * classes, [&](int64_t begin, int64_t end) {
         whole_forward(kind, from + begin * samples * classes, to + begin * classes, end - begin, samples, classes);
       });
@@ -168,11 +198,13 @@ Tensor aggregate_backward(Tensor grad, Tensor logits, int64_t method) {
     const T* from = data<T>(x);
     const W* upstream = data<W>(g);
     T* to = writable<T>(out);
-    if (classes >= lanes && static_cast<Aggregation>(method) == Aggregation::lse) {
-      parallel_rows(batch, 2 * samples * classes, [&](int64_t begin, int64_t end) {
-        std::vector<W> scratch(samples * aggregate_lanes);
+    const auto kind = static_cast<Aggregation>(method);
+    if (classes >= lanes && (kind == Aggregation::mean || kind == Aggregation::lse)) {
+      parallel_rows(batch, (kind == Aggregation::lse ? 2 : 1) * samples * classes, [&](int64_t begin, int64_t end) {
+        std::vector<W> scratch(std::max(samples * aggregate_lanes, classes));
         const int64_t at = begin * samples * classes;
-        whole_backward(upstream + begin * classes, from + at, to + at, end - begin, samples, classes, scratch.data());
+        whole_backward(kind, upstream + begin * classes, from + at, to + at, end - begin, samples, classes,
+                       scratch.data());
       });
       return;
     }

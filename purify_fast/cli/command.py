@@ -31,8 +31,7 @@ class Command(ABC):
     called: ClassVar[str]
 
     config: Path | None = None
-    """A run.yaml, which every run writes beside its log. Its options become this command's, and options on the command
-    line win over them."""
+    """The run.yaml of an earlier run. It gives this command's defaults; options on the command line win over them."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..data import DataSet
+    from ..evaluation import AttackSpec
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Evaluate(DataCommand):
     """Radius in image units, such as 8/255; default: what FOLDER was trained at."""
     norm: Literal["linf", "l2", "l1"] | None = None
     """Norm of the ball; default: what FOLDER was trained at, or linf if eps is given."""
+    protocol: Literal["fast", "standard", "rand", "strong", "official"] | None = None
+    """Which attacks are run: fast, Auto-PGD in minutes; standard, AutoAttack's four with this package's engine; rand,
+    its version for random defences; strong, what a careful attacker would do; official, AutoAttack itself. Default: the
+    list that --also and --autoattack describe."""
     images: int = 500
     """Held-out images to attack: so many, chosen by the seed, equally many of every class up to one."""
     steps: int = 100
@@ -68,6 +73,8 @@ class Evaluate(DataCommand):
         super().__post_init__()
         if self.eps is not None:
             refuse_large_radius(self.eps, self.norm or "linf")
+        if self.protocol is not None and self.also:
+            raise ValueError(f"--also adds to the default list of attacks: not with --protocol {self.protocol}")
 
     def writes(self) -> Path:
         if self.out is not None:
@@ -136,26 +143,17 @@ class Evaluate(DataCommand):
         ]
         return found.x, found.y, notes + [str(warning.message) for warning in told]
 
-    def run(self) -> None:
+    def listed(self, base: nn.Module | None, eps: float) -> list[AttackSpec]:
+        """The attacks that the options describe where no protocol is named.
+
+        Args:
+            base: the classifier without its defence, if there is one.
+            eps: radius in image units.
+        """
         # PyTorch takes 1.8 seconds to import: --help does without it
-        import torch
-
-        # and so does what imports it
         from ..attacks import APGD, PGD, AutoAttack, StAdv
-        from ..attacks.arguments import read_norm
-        from ..defences.base import Defence
-        from ..evaluation import AttackSpec, default_attacks, evaluate, lee_kim_2023
-        from ..speed.precision import float32_products
+        from ..evaluation import AttackSpec, default_attacks, lee_kim_2023
 
-        images = self.load_data()
-        model, base = self.loaded(images)
-        eps, norm = self.ball()
-        if "lee_kim_2023" in self.also and norm != "linf":
-            raise ValueError(f"--also lee_kim_2023 is an L-inf attack at the radius --eps: not with --norm {norm}")
-        if self.precision == "bfloat16":
-            if not isinstance(model, Defence):
-                raise ValueError(f"precision bfloat16 is for defences; {self.folder} holds a classifier")
-            model.accelerate(torch.bfloat16)
         attacks = [
             replace(spec, max_images=self.autoattack) if isinstance(spec.attack, AutoAttack) else spec
             for spec in default_attacks(base)
@@ -168,7 +166,28 @@ class Evaluate(DataCommand):
             "stadv": AttackSpec(StAdv()),
             "classifier": AttackSpec(PGD(), target="classifier"),
         }
-        attacks += [more[name] for name in dict.fromkeys(self.also)]
+        return attacks + [more[name] for name in dict.fromkeys(self.also)]
+
+    def run(self) -> None:
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        import torch
+
+        # and so does what imports it
+        from ..attacks.arguments import read_norm
+        from ..defences.base import Defence
+        from ..evaluation import evaluate
+        from ..speed.precision import float32_products
+
+        images = self.load_data()
+        model, base = self.loaded(images)
+        eps, norm = self.ball()
+        if "lee_kim_2023" in self.also and norm != "linf":
+            raise ValueError(f"--also lee_kim_2023 is an L-inf attack at the radius --eps: not with --norm {norm}")
+        if self.precision == "bfloat16":
+            if not isinstance(model, Defence):
+                raise ValueError(f"precision bfloat16 is for defences; {self.folder} holds a classifier")
+            model.accelerate(torch.bfloat16)
+        attacks = None if self.protocol is not None else self.listed(base, eps)
         out = self.writes()
         x, y, notes = self.chosen(images)
         with float32_products(tf32=self.precision == "tf32"):
@@ -179,6 +198,7 @@ class Evaluate(DataCommand):
                 eps=eps,
                 norm=read_norm(norm),
                 base=base,
+                protocol=self.protocol,
                 attacks=attacks,
                 steps=self.steps,
                 eot_iter=self.eot_iter,
@@ -195,4 +215,4 @@ class Evaluate(DataCommand):
         print("\n".join([report.to_text(), *notes]))
         report.save(out, model)
         write_run_file(self, out)
-        print(f"written: {out}/report.md, report.json and pictures")
+        print(f"written: {out}/report.html, report.md, report.json and pictures")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class PartialRow:
                 states = [torch.from_numpy(file[f"generator{i}"]) for i in range(plain.pop("generators"))]
                 return Batch(found=torch.from_numpy(file["found"]), generators=states, **plain)
         # absent, cut short, or of another version
-        except (OSError, ValueError, TypeError, KeyError, EOFError):
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
     def keep(self, ids: Tensor, batch: Batch) -> None:

@@ -12,12 +12,15 @@ from typing import Any
 from .._files import write_text
 from ..protocols import Classifier
 from . import plots
+from .alarms import Finding
+from .outlook import Outlook
 from .page import write_page
 from .rows import Examples, Paired, Row, attack_names, model_names
 from .tables import (
     COLUMNS,
     LEGEND,
     RED_UNRELIABLE,
+    believable,
     color_is_welcome,
     comparison,
     headline,
@@ -40,11 +43,17 @@ class Report:
         notes: remarks, one sentence each.
         about: what all rows have in common: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``, ``seed``
             and ``version`` (of this package), as far as they are known.
+        findings: whether the numbers can be believed, alarm by alarm.
+        outlooks: what it would take to go lower, by model.
+        curves: accuracy over the radius, the steps, K and EOT, by model, for the page.
     """
 
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     about: dict[str, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    outlooks: list[Outlook] = field(default_factory=list)
+    curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         lowest = (f"{model}: {100 * row.accuracy:.1f} % under {row.attack}" for model, row in self.headlines.items())
@@ -87,11 +96,16 @@ class Report:
     @property
     def lowest(self) -> dict[tuple[str, str | None], Row]:
         """Per model and threat model, None being the report's own, the attack row of lowest accuracy."""
+
+        def order(row: Row) -> tuple[float, bool, bool]:
+            # of equal numbers the one that brings all attacks together, then one that had gradients
+            return row.accuracy, row.kind != "worst", not row.reliable
+
         best: dict[tuple[str, str | None], Row] = {}
         for row in self.rows:
             if row.kind != "clean":
                 before = best.get((row.model, row.threat))
-                if before is None or (row.accuracy, not row.reliable) < (before.accuracy, not before.reliable):
+                if before is None or order(row) < order(before):
                     best[row.model, row.threat] = row
         return best
 
@@ -134,6 +148,9 @@ class Report:
         """All rows with their masks, and each model's headline."""
         headlines = {model: {"attack": row.attack, "accuracy": row.accuracy} for model, row in self.headlines.items()}
         content: dict[str, Any] = {"format": FORMAT, "about": self.about, "headlines": headlines, "notes": self.notes}
+        content["findings"] = [finding.to_dict() for finding in self.findings]
+        content["outlooks"] = [outlook.to_dict() for outlook in self.outlooks]
+        content["curves"] = self.curves
         return json.dumps(content | {"rows": [row.to_dict() for row in self.rows]}, indent=1, allow_nan=False)
 
     @classmethod
@@ -143,7 +160,14 @@ class Report:
         if content.get("format") != FORMAT:
             raise ValueError(f"the report has format {content.get('format')!r}, this version reads {FORMAT}")
         rows = [Row.from_dict(row) for row in content["rows"]]
-        return cls(rows, content["notes"], content.get("about", {}))
+        return cls(
+            rows,
+            content["notes"],
+            content.get("about", {}),
+            [Finding(**values) for values in content.get("findings", [])],
+            [Outlook(**values | {"sentences": tuple(values["sentences"])}) for values in content.get("outlooks", [])],
+            curves=content.get("curves", {}),
+        )
 
     def to_markdown(self) -> str:
         """The headline of each model, a comparison if there are several, and the table of all rows."""
@@ -155,6 +179,7 @@ class Report:
         lines += ["", "## Every row", ""]
         lines += markdown_table(COLUMNS, [row_cells(row, RED_UNRELIABLE) for row in self.rows])
         lines += ["", *LEGEND]
+        lines += believable(self.findings, self.outlooks)
         if self.notes:
             lines += ["", "Notes:", "", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
@@ -180,6 +205,22 @@ class Report:
             return terminal_table(*comparison(self.rows), chosen)
         return terminal_table(COLUMNS, [row_cells(row) for row in self.rows], chosen)
 
+    def _set_aside(self, folder: Path) -> None:
+        """Move a report on another threat model, data set or protocol into a folder of its own."""
+        try:
+            about = json.loads((folder / "report.json").read_text(encoding="utf-8")).get("about", {})
+        except (OSError, ValueError):
+            return
+        named = ("threat", "dataset", "protocol")
+        if all(about.get(name) == self.about.get(name) for name in named):
+            return
+        words = [about[name] for name in named if name in about]
+        place = folder / ", ".join(["earlier", *words]).replace("/", "_")
+        place.mkdir(exist_ok=True)
+        for path in (*folder.glob("report.*"), *folder.glob("*.png")):
+            path.replace(place / path.name)
+        self.notes.append(f"the report that was here before, on {', '.join(words) or 'something else'}, is in {place}")
+
     def _write(self, folder: Path) -> None:
         write_text(folder / "report.json", self.to_json())
         write_text(folder / "report.md", self.to_markdown())
@@ -187,7 +228,9 @@ class Report:
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
         """Write ``report.html``, ``.json``, ``.md``, ``accuracies.png`` and, with examples, ``images_*.png``.
 
-        Each file appears whole or not at all. What needs a package that is missing is left out, and a note says so.
+        Each file appears whole or not at all. A report on another threat model, data set or protocol that is in the
+        folder already is moved into a folder "earlier, ..." in it. What needs a package that is missing is left out,
+        and a note says so.
 
         Args:
             folder: made if it is missing.
@@ -203,6 +246,7 @@ class Report:
             defence = dict.fromkeys(self.models, defence)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self._set_aside(folder)
         self._write(folder)  # before the pictures, whatever becomes of them
         try:
             write_page(self, folder, defence)
@@ -242,6 +286,9 @@ def merge(reports: Iterable[Report]) -> Report:
     together = list(reports)
     for report in together:
         merged.rows += report.rows
+        merged.findings += report.findings
+        merged.outlooks += report.outlooks
+        merged.curves |= report.curves
         merged.notes += [note for note in report.notes if note not in merged.notes]
     if together:
         shared = together[0].about.items()

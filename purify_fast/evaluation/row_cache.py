@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,32 @@ class RowCache:
                 unfinished.remove()
         return row
 
+    def value(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Plain values of that name, made and kept if they are not there yet.
+
+        Args:
+            key: the name; None: they are made and not kept.
+            make: makes them.
+        """
+        if key is None:
+            return make()
+        path = self.folder / f"{key}.values"
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(path.read_text())
+        made = make()
+        write_text(path, json.dumps(made))
+        return made
+
     def _read(self, key: str) -> Row | None:
         try:
             row = Row.from_dict(json.loads((self.folder / f"{key}.json").read_text()))
         # absent, half-written, or of another version
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        with contextlib.suppress(OSError), np.load(self.folder / f"{key}.npz", allow_pickle=False) as file:
+        with (
+            contextlib.suppress(OSError, ValueError, zipfile.BadZipFile),
+            np.load(self.folder / f"{key}.npz", allow_pickle=False) as file,
+        ):
             if "clean" in file:
                 row.examples = Examples(file["clean"], file["adversarial"], file["labels"])
             row.margins = file.get("margins")

@@ -27,6 +27,8 @@ from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits,
 from ..speed.convolutions import CudnnBenchmark, raced_convolutions
 from ..speed.precision import whole_float32_by_default
 from ..speed.step_graphs import CudaGraphs, StepGraphs
+from .alarms.probes import Before
+from .believe import conclude
 from .function_attack import AttackFunction
 from .images import collect
 from .labels import ball_name, row_name, threat_name
@@ -65,6 +67,7 @@ def evaluate(
     out: str | Path | None = None,
     name: str = "defence",
     dataset_name: str | None = None,
+    probes: bool | None = None,
     progress: bool = True,
 ) -> Report:
     """Attack a model in every way asked for, and report what it withstands.
@@ -100,6 +103,9 @@ def evaluate(
             Rows of models without weights to compare (plain callables) are made anew.
         name: of the model, in the report.
         dataset_name: of the data set, for the report's title.
+        probes: whether the model is also asked what tells whether the number can be believed: short attacks on a few
+            images over the radius, the steps and the draws, small steps in random directions, the same images again.
+            None: where a protocol is named.
         progress: whether to show a bar for each attack: forward passes of single images.
 
     Returns:
@@ -130,6 +136,7 @@ def evaluate(
         stack.enter_context(raced_convolutions(cudnn_benchmark, device_of(defence, images)))
         stack.enter_context(frozen(defence))
         subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
+        before = Before(subject) if (protocol is not None if probes is None else probes) else None
         plan = given if protocol is None else protocol_attacks(protocol, _known(subject, base))
         others = {id(m): m for m in (base, *(spec.other_model for spec in plan)) if m is not None}
         for model in others.values():
@@ -141,7 +148,8 @@ def evaluate(
         cache = None if out is None else RowCache(Path(out))
         measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress, []))
         _add_rows(report, _possible(plan, measure, report.notes), measure)
-    report.rows += worst(report.rows)
+        report.rows += worst(report.rows)
+        conclude(report, measure, before)
     report.notes += _nonfinite(report.rows)
     return report
 

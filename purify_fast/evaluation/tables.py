@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
+from .alarms import Finding
+from .outlook import Outlook
 from .rows import Row, attack_names, model_names
 
 UNRELIABLE, NOT_FINITE = "unreliable", "not finite"
@@ -122,6 +124,27 @@ def comparison(rows: Sequence[Row], unreliable: str = UNRELIABLE) -> tuple[list[
     return ["attack", *models], [[attack, *(cell(attack, m) for m in models)] for attack in attack_names(rows)]
 
 
+def believable(findings: Sequence[Finding], outlooks: Sequence[Outlook]) -> list[str]:
+    """The part of a report that says whether its numbers can be believed, and what it would take to go lower.
+
+    Args:
+        findings: of the alarms.
+        outlooks: of the models.
+    """
+    lines = []
+    if findings:
+        body = [
+            [f.model, f.alarm, RED_UNRELIABLE if f.verdict == UNRELIABLE else f.verdict, f.measured, f.row or "-"]
+            for f in findings
+        ]
+        table = markdown_table(["model", "alarm", "verdict", "measured", "row that tells"], body)
+        lines += ["", "## Can this number be believed?", "", *table]
+    if outlooks:
+        lines += ["", "## What it would take to go lower", ""]
+        lines += [f"- {o.model}: {'; '.join(o.sentences)}." for o in outlooks]
+    return lines
+
+
 def headline(model: str, threat: str | None, row: Row, over_all: Row | None = None) -> str:
     """One line of Markdown: the lowest number of a model under a threat model.
 
@@ -138,7 +161,10 @@ def headline(model: str, threat: str | None, row: Row, over_all: Row | None = No
     more = remark(row, RED_UNRELIABLE)
     if not more:
         return line
-    return f"{line}; {more}" + ("" if row.reliable or row.nothing_to_attack else ": the true number may be lower")
+    doubts = f" ({', '.join(row.settings['doubts'])})" if row.settings.get("doubts") else ""
+    return f"{line}; {more}{doubts}" + (
+        "" if row.reliable or row.nothing_to_attack else ": the true number may be lower"
+    )
 
 
 def _survivors_only(row: Row) -> bool:

@@ -1,8 +1,8 @@
 """Fused operations; each module holds one op: its formula, its reference, its contract."""
 
 from . import _op, _verify
+from ._decisions import as_begun, decisions, held
 from ._op import REGISTRY, use_backend
-from ._verify import agree, wrong_kernels
 from .aggregate import aggregate
 from .apgd_step import apgd_step
 from .contextual_attention import contextual_attention, key_validity
@@ -23,12 +23,14 @@ __all__ = [
     "REGISTRY",
     "Stream",
     "aggregate",
-    "agree",
     "apgd_step",
+    "as_begun",
     "contextual_attention",
+    "decisions",
     "decode_prior",
     "decode_samples",
     "gated_elu",
+    "held",
     "key_validity",
     "noisy_replay",
     "pgd_step",
@@ -39,5 +41,4 @@ __all__ = [
     "sample_latent",
     "stitch",
     "use_backend",
-    "wrong_kernels",
 ]

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ._examples import Example, raced, tensors, tile, to
-from ._op import REGISTRY, Op
+from ._op import REGISTRY, Op, use_backend
 from ._races import size_of
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -31,6 +33,24 @@ ELEMENTS = {
 ATTEMPTS = 3
 #: Seconds of one timed run of one contestant at least.
 RUN = 1e-3
+
+
+class Launches(TorchDispatchMode):
+    """Counts, within a block, the operators that a GPU would launch: all but those whose result is a view.
+
+    Attributes:
+        count: how many there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = (one.alias_info for one in function._schema.returns)
+        views = [alias is not None and not alias.is_write for alias in returned]
+        self.count += not (views and all(views))
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -69,6 +89,8 @@ class Row:
         style: ``eager`` calls, the ``replay`` of a CUDA graph, or inside a compiled ``graph``.
         reference_us: microseconds of a call of the reference.
         kernel_us: of the kernel.
+        launches: operators that the reference launches where the kernel is one or a few.
+        megabytes: of the arguments and results, each read or written once.
     """
 
     example: str
@@ -79,6 +101,8 @@ class Row:
     style: str
     reference_us: float
     kernel_us: float
+    launches: int = 0
+    megabytes: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -201,6 +225,10 @@ def run_race(race: Race, device: torch.device, full: bool = False) -> list[Row]:
     elements = op.weigh(*arguments)[1]
     kernel = op.kernel(device.type)
     serves = op.wanted("eager", device, race.example.variant, race.dtype, elements.bit_length()).backend == kernel
+    with use_backend("reference"), Launches() as launches:
+        results = op.reference(*arguments)
+    moved = sum(one.nbytes for one in tree_leaves((arguments, results)) if isinstance(one, Tensor))
+    del results
     contestants: list[Callable[[], object]] = [lambda: op.reference(*arguments), lambda: op.handle(*arguments)]
     found = {"eager": _settled(contestants, device, serves)}
     if device.type == "cuda":
@@ -218,6 +246,8 @@ def run_race(race: Race, device: torch.device, full: bool = False) -> list[Row]:
             style=style,
             reference_us=round(1e6 * reference, 3),
             kernel_us=round(1e6 * kernels, 3),
+            launches=launches.count,
+            megabytes=round(moved / 1e6, 3),
         )
         for style, (reference, kernels) in found.items()
     ]

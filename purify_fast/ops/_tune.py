@@ -142,7 +142,10 @@ def _known_rows(op: Op, device: torch.device) -> list[Row]:
     """The rows that the user's file has of the op's kernel as it is now."""
     entry = _races.read(device).get("ops", {}).get(op.name, {})
     mine = entry.get("sources") == op.sources_digest(device.type)
-    return [Row(**row) for row in entry.get("rows", [])] if mine else []
+    try:
+        return [Row(**row) for row in entry.get("rows", [])] if mine else []
+    except TypeError:  # written by a version whose rows say something else
+        return []
 
 
 def merged(old: list[Row], new: list[Row]) -> list[Row]:

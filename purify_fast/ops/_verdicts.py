@@ -34,6 +34,10 @@ logger = logging.getLogger("purify_fast")
 LARGEST = 1e300
 
 
+#: How the finding of a verification begins that had too little memory: it is no finding about the kernel.
+NO_MEMORY = "not verified for want of memory"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What one verification found.
@@ -57,6 +61,11 @@ class Verdict:
     case: str
     seconds: float
     date: str
+
+    @property
+    def postponed(self) -> bool:
+        """Whether there was no memory to verify the kernel with, so that nothing is known of it."""
+        return self.case.startswith(NO_MEMORY)
 
     def words(self) -> str:
         """The finding, as `purify-fast info` and a warning tell it."""

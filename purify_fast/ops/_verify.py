@@ -10,6 +10,7 @@ the last place of the largest number; none where a kernel must have the definiti
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import logging
@@ -18,15 +19,15 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import _verdicts
+from . import _races, _verdicts
 from ._examples import Example, double, of, tensors, to
-from ._op import REGISTRY, Op, Style, forget
+from ._op import REGISTRY, Op, Style
 from ._verdicts import Verdict
 
 logger = logging.getLogger("purify_fast")
@@ -36,8 +37,12 @@ MODES = ("first_use", "off")
 _verifying: set[int] = set()
 #: This process's verdicts, by file and op; they outlast a folder that cannot be written.
 _known: dict[tuple[str, str], Verdict] = {}
-#: The wrong kernels by type of device, where a group of processes has agreed on them.
-_agreed: dict[str, frozenset[str]] = {}
+#: By type of device, while a run lasts: the kernels that do not serve in it, and whether the others serve unasked.
+_agreed: dict[str, tuple[frozenset[str], bool]] = {}
+#: When a kernel is tried again that could not be verified for want of memory, by file and op.
+_postponed: dict[tuple[str, str], float] = {}
+#: Seconds until then.
+PATIENCE = 60.0
 
 
 def mode() -> str:
@@ -149,7 +154,8 @@ def _verify(op: Op, device: torch.device, backend: str) -> tuple[Verdict, bool]:
         found = _apart(lambda: compare(op, device, of(op.name)))
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
-        found, keep = Deviation(math.inf, 0.0, f"{type(error).__name__}: {first}"), False
+        lacking = f"{_verdicts.NO_MEMORY}: " if _lacks_memory(error) else ""
+        found, keep = Deviation(math.inf, 0.0, f"{lacking}{type(error).__name__}: {first}"), False
     verdict = Verdict(
         backend=backend,
         sources=op.sources_digest(device.type),
@@ -161,6 +167,14 @@ def _verify(op: Op, device: torch.device, backend: str) -> tuple[Verdict, bool]:
         date=datetime.datetime.now().isoformat(timespec="seconds"),
     )
     return verdict, keep
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether an error says that there was no memory, which says nothing about a kernel."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
 
 
 def _warn(op: Op, device: torch.device, verdict: Verdict) -> None:
@@ -210,6 +224,13 @@ def verdict_of(op: Op, device: torch.device) -> Verdict:
         if found is not None:
             return found
         found, keep = _verify(op, device, op.kernel(device.type))
+        if found.postponed:
+            _postponed[str(path), op.name] = time.monotonic() + PATIENCE
+            logger.warning(
+                "%s: its kernel is %s; the reference serves, and it is tried again after %d s",
+                op.name, found.case, PATIENCE,
+            )  # fmt: skip
+            return found
         _known[str(path), op.name] = found
         if keep and writable:
             try:
@@ -237,12 +258,27 @@ def serves(op: Op, device: torch.device) -> bool | None:
     if mode() == "off":
         return True
     if device.type in _agreed:
-        return op.name not in _agreed[device.type]
+        wrong, final = _agreed[device.type]
+        if final or op.name in wrong:
+            return op.name not in wrong
     if threading.get_ident() in _verifying:
         return None
     if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):
         return None
-    return verdict_of(op, device).passed
+    if _postponed.get((str(_verdicts.file_of(device)), op.name), 0.0) > time.monotonic():
+        return None
+    found = verdict_of(op, device)
+    return None if found.postponed else found.passed
+
+
+def _may_serve(op: Op, style: Style, device: torch.device) -> bool:
+    """Whether an op's kernel would serve some call, were it right."""
+    if op.kernel(device.type) == "reference":
+        return False
+    calls = [_races.Call(variant) for variant in ("", *op.replaces_many)]
+    if device.type != "cuda" or torch.cuda.is_available():
+        calls += _races.calls(op.name, op.sources_digest(device.type), style, device)
+    return any(op.wanted(style, device, one.variant, one.dtype, one.bits).backend != "reference" for one in calls)
 
 
 def wrong_kernels(device: torch.device) -> list[str]:
@@ -254,23 +290,29 @@ def wrong_kernels(device: torch.device) -> list[str]:
     if mode() == "off":
         return []
     styles: tuple[Style, ...] = ("eager", "graph")
-    wrong = []
-    for name, op in REGISTRY.items():
-        wanted = {op.wanted(style, device, variant).backend for style in styles for variant in ("", *op.replaces_many)}
-        if wanted != {"reference"} and not verdict_of(op, device).passed:
-            wrong.append(name)
-    return wrong
+    return [
+        name
+        for name, op in REGISTRY.items()
+        if any(_may_serve(op, style, device) for style in styles) and not verdict_of(op, device).passed
+    ]
 
 
-def agree(wrong: Iterable[str], device: torch.device) -> None:
-    """Let the verdicts of another process hold in this one, so that all of a group compute with the same kernels.
+@contextlib.contextmanager
+def agreed(wrong: Iterable[str], kind: str, *, final: bool) -> Iterator[None]:
+    """Within the block, these kernels serve in no call, so that all processes of a run compute with the same kernels.
 
     Args:
-        wrong: what `wrong_kernels` gave there.
-        device: one of the kind that they are about.
+        wrong: what `wrong_kernels` gave in the process that decides.
+        kind: of the devices that they are about.
+        final: whether the others serve without being verified here.
     """
-    _agreed[device.type] = frozenset(wrong)
-    forget()
+    before = dict(_agreed)
+    _agreed[kind] = (frozenset(wrong), final)
+    try:
+        yield
+    finally:
+        _agreed.clear()
+        _agreed.update(before)
 
 
 def verify_all(device: torch.device) -> dict[str, Verdict]:

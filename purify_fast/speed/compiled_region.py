@@ -38,7 +38,8 @@ class CompiledRegion:
     """A function of tensors ``[B, ...]``, compiled for any batch size; within another graph it is itself.
 
     Without help a compiler makes new graphs for a batch of 1, for one below 16, for views and for other strides. So
-    small batches are filled up with zeros, and all inputs are copied to one layout.
+    small batches are filled up with zeros, and all inputs are copied to one layout. On a CPU a batch below 8 is
+    computed without the compiler: filled up, it would cost twice as much or more, where compiling gains less than that.
 
     On a GPU the first sizes that occur are compiled as they are: launches and indices are constants then, and nothing
     is filled up. Further sizes share one graph, as all do on a CPU.
@@ -59,6 +60,8 @@ class CompiledRegion:
         static = self._static(batch, inputs[0].device)
         if static is not None:
             return static(*(x.clone(memory_format=torch.contiguous_format) for x in inputs))
+        if not keeps_sizes(inputs[0].device) and 2 * batch < SMALL_BATCH:
+            return self.function(*inputs)
         if batch < SMALL_BATCH:
             inputs = tuple(pad_batch(x) for x in inputs)
         inputs = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)

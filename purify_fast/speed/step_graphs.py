@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -115,6 +116,7 @@ class _Replays(Steps):
     def __init__(self, function: StepFunction, captured: _Captured, state: State):
         super().__init__(function, captured.buffers)
         self.captured = captured
+        captured.loop = weakref.ref(self)
         self.put(**state)
 
     def take(self) -> None:
@@ -131,7 +133,7 @@ class _Replays(Steps):
         return {name: value.clone() for name, value in super().values(*names).items()}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Captured:
     """A captured step.
 
@@ -140,12 +142,18 @@ class _Captured:
         replay: launches it.
         counters: the parts of its model that count images, and how many they count in a step.
         objects: what it depends on by identity.
+        loop: the last loop over it, which has its state in the buffers until it is gone.
     """
 
     buffers: State
     replay: Callable[[], None]
     counters: list[tuple[CountsImages, int]]
     objects: list[Any]
+    loop: weakref.ref[_Replays] | None = None
+
+    def is_in_use(self) -> bool:
+        """Whether there still is a loop that may go on."""
+        return self.loop is not None and self.loop() is not None
 
 
 class StepGraphs:
@@ -200,7 +208,17 @@ class StepGraphs:
         if self.mode == "off" or device.type != self.capture.kind or torch.compiler.is_compiling():
             return Steps(function, state)
         captured = self._find(function, state, steps, device)
-        return Steps(function, state) if captured is None else _Replays(function, captured, state)
+        if captured is None or captured.is_in_use():
+            return Steps(function, state)
+        return _Replays(function, captured, state)
+
+    def may_replay(self, device: torch.device) -> bool:
+        """Whether loops on a device are captured, as far as is known.
+
+        Args:
+            device: where their state lies.
+        """
+        return self.mode != "off" and device.type == self.capture.kind and self.refusal is None
 
     def _find(self, function: StepFunction, state: State, steps: int, device: torch.device) -> _Captured | None:
         """The captured step, captured now if need be; None where the loop is to run eagerly."""

@@ -10,11 +10,13 @@ point. What a step exchanges: gradients and metrics, in one mean after the backw
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,9 +24,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
-from ..ops import agree, wrong_kernels
 from ..speed.precision import whole_float32_by_default
 from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
@@ -106,13 +108,33 @@ def fit(
     if world > 1:
         task.model.train()
         _check_batchnorm(task.model)
-        # a kernel that is wrong in the first process serves in none, else they would not compute the same
-        agree(from_first(lambda: wrong_kernels(source.device)), source.device)
     checkpoints = Checkpointer(run, folder, source.reproducible)
     validate = None if held is None else Validation(run, held, folder)
     with checkpoints.locked(), stop_on_sigterm() as stop:
         checkpoints.resume(source.device)
-        return _run(run, source, checkpoints, validate, callbacks=callbacks, title=title, progress=progress, stop=stop)
+        with _served_as_begun(run, source.device):
+            return _run(
+                run, source, checkpoints, validate, callbacks=callbacks, title=title, progress=progress, stop=stop
+            )
+
+
+@contextlib.contextmanager
+def _served_as_begun(run: Run, device: torch.device) -> Iterator[None]:
+    """Within the block the same kernels serve as when the run began, in all of its processes as in the first."""
+    several = processes()[1] > 1
+    now = from_first(lambda: ops.decisions(device, verify=several))
+    run.served, kept, told = ops.as_begun(run.served, now)
+    if processes()[0] == 0:
+        if kept:
+            logger.warning(
+                "this run goes on with the kernels that it began with; today others would serve %s: begin a run in "
+                "another folder for those",
+                ", ".join(kept),
+            )
+        for sentence in told:
+            warnings.warn(f"this run does not go on to the bit: {sentence}", RuntimeWarning, stacklevel=3)
+    with ops.held(run.served, verified=several):
+        yield
 
 
 def _run(

@@ -49,6 +49,7 @@ class Run:
         sums: of the epoch's losses and metrics so far, by name.
         last: the last epoch's means.
         best: the best validation so far: its ``score`` and its ``step``; empty without one.
+        served: what decides which kernels serve, by `purify_fast.ops.decisions` when the run began; None before.
         rate: what the task's learning rate is multiplied with: 1, and less after a divergence that was backed off from.
     """
 
@@ -65,6 +66,7 @@ class Run:
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.rate = 1.0
+        self.served: dict[str, Any] | None = None
 
     @property
     def epoch(self) -> int:
@@ -76,7 +78,7 @@ class Run:
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
         weights = {"model": self.task.model.state_dict(), "optimizers": optimizers}
         progress = {"step": self.step, "last": self.last, "sums": self.sums, "best": self.best, "rate": self.rate}
-        return {**weights, "facts": self.facts, **progress}
+        return {**weights, "facts": self.facts, "served": self.served, **progress}
 
     def load(self, saved: dict[str, Any], device: torch.device) -> None:
         """Go on from a checkpoint.
@@ -91,6 +93,8 @@ class Run:
         self.step, self.last, self.best = saved["step"], saved["last"], saved["best"]
         # a checkpoint of version 0.1 has none
         self.rate = saved.get("rate", 1.0)
+        # one of version 0.2 and before has none
+        self.served = saved.get("served")
         self.sums = {key: value.to(device) for key, value in saved["sums"].items()}
 
     def healthy(self) -> bool:

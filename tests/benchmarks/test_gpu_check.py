@@ -249,3 +249,40 @@ def test_wrong_arguments_are_refused(arguments, message, capsys):
 def test_without_a_gpu_it_names_the_rehearsal(capsys):
     assert check() == 2
     assert "no CUDA device is available; --dry rehearses" in capsys.readouterr().err
+
+
+def test_the_three_commands_hold_every_section_within_nine_minutes():
+    assert [name for part in gpu_check.PARTS.values() for name in part] == list(gpu_check.SECTIONS)
+    assert list(gpu_check.LIMITS) == list(gpu_check.SECTIONS)
+    for sections in gpu_check.PARTS.values():
+        assert sum(gpu_check.LIMITS[name][0] + gpu_check.GRACE for name in sections) <= 540
+
+
+@pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
+def test_the_races_end_in_a_file_that_could_ship_and_in_a_chapter(tmp_path, monkeypatch, capsys):
+    """The second command rehearsed, with the races of one op: nothing outside of the folder is written."""
+    monkeypatch.setenv("PURIFY_FAST_CACHE", "")
+    kept = {name: op for name, op in gpu_check.REGISTRY.items() if name == "noisy_replay"}
+    monkeypatch.setattr("purify_fast.ops._tune.REGISTRY", kept)
+    monkeypatch.setattr(gpu_check._racing, "RUN", 1e-5)
+    monkeypatch.setitem(gpu_check._racing.ELEMENTS, "cpu", {})
+    out = tmp_path / "cpu"
+    context = gpu_check.Context(out, CPU, True, 60.0, lambda share, what: None)
+    outcome = gpu_check.races(context)
+    assert outcome.state == "passed" and not outcome.left_out, outcome
+    rows = report.read_csv(out / "raced.csv")
+    assert rows and all(float(row["copy_GB_per_s"]) > 0 and int(row["launches"]) >= 12 for row in rows)
+    before = {path: path.read_bytes() for path in (ROOT / "docs/performance.md", ROOT / "purify_fast/ops/races.json")}
+    assert [path.name for path in gpu_check.conclude(out, True)] == ["chapter.md", "races.json"]
+    assert "| noisy_replay |" in (out / "chapter.md").read_text()
+    (shipped,) = json.loads((out / "races.json").read_text())
+    assert set(shipped["ops"]) == {"noisy_replay"} and "rows" not in shipped["ops"]["noisy_replay"]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_an_extension_without_cuda_kernels_fails_on_a_gpu(tmp_path, monkeypatch):
+    """The decoder's kernel would be missing, and its tests are about nothing else."""
+    monkeypatch.setattr(gpu_check, "_build", lambda context: tmp_path / "_C.so")
+    context = gpu_check.Context(tmp_path, torch.device("cuda"), False, 60.0, lambda share, what: None)
+    outcome = gpu_check.extension(context)
+    assert outcome.state == "failed" and "the decoder's is missing" in outcome.summary

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from purify_fast import _library
-from purify_fast.ops import REGISTRY
+from purify_fast.ops import REGISTRY, _races, _verdicts
 from purify_fast.ops._races import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
 from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import measure, report  # noqa: E402
+from benchmarks import measure, report, shipping  # noqa: E402
 from benchmarks.ops import registry  # noqa: E402
 
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu" / report.ROWS
@@ -28,7 +28,9 @@ needs_extension = pytest.mark.skipif(not _library.loaded(), reason="the benchmar
 
 def row(op: str, ratio: float | None, **more: str) -> dict:
     """One row as the CSV holds it."""
-    made = dict.fromkeys(("variant", "shape", "dtype", "direction", "device", "threads", "torch", "triton"), "x")
+    made = dict.fromkeys(
+        ("variant", "shape", "dtype", "direction", "device", "threads", "torch", "triton", "date"), "x"
+    )
     made |= {f"{kind}_us": "1.0" for kind in measure.CONTESTANTS}
     made |= {
         "op": op,
@@ -137,16 +139,59 @@ def test_committed_results_are_complete():
 
 
 def test_what_ships_is_the_committed_verdict():
-    committed = [report.races(report.read_csv(path)) for path in sorted(COMMITTED.parents[1].glob("*/ops.csv"))]
+    folders = sorted(
+        {path.parent for name in ("ops.csv", shipping.FILE) for path in COMMITTED.parents[1].glob(f"*/{name}")}
+    )
+    committed = [shipping.shipped(folder) for folder in folders]
     assert json.loads(SHIPPED.read_text()) == committed, "run `python -m benchmarks report`"
 
 
+def test_races_ship_in_place_of_rows_and_rows_fill_what_was_not_raced(tmp_path):
+    """Without what is of one machine alone: rows, hashes, verifications."""
+    rows = [
+        row("pgd_step", 3.0, variant=v, style=s, device="D x86_64 A", direction="forward")
+        for v in ("l1", "linf")
+        for s in measure.STYLES
+    ]
+    report.write_csv(tmp_path / report.ROWS, rows)
+    base = shipping.shipped(tmp_path)
+    assert base["ops"]["pgd_step"]["variants"]["l1"] == {"eager": "cpp", "graph": "cpp"}
+    entry = {
+        "eager": "reference",
+        "variants": {"linf": {"eager": "reference"}},
+        "cells": {"linf float32": {"eager": "cpp"}},
+    }
+    raced = {"machine": {"kind": "cpu", "device": "E"}, "date": "2026-02-03", "threads": 3}
+    raced["ops"] = {"pgd_step": {**entry, "gain": {"eager": "many"}, "sources": "x", "rows": [], "verified": {}}}
+    (tmp_path / shipping.FILE).write_text(json.dumps(raced))
+    made = shipping.shipped(tmp_path)
+    assert made["machine"] == {"kind": "cpu", "device": "E", "threads": "3"} and made["date"] == "2026-02-03"
+    assert made["ops"]["pgd_step"] == {
+        "eager": "reference",
+        "graph": "reference",
+        "variants": {"l1": {"eager": "cpp", "graph": "cpp"}, "linf": {"eager": "reference", "graph": "reference"}},
+        "cells": {"linf float32": {"eager": "cpp"}},
+        "gain": {"eager": "many"},
+    }
+
+
+def test_only_races_of_this_machine_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError, match="run `purify-fast tune` first"):
+        shipping.take(CPU, tmp_path / "results")
+    _races.write(CPU, {"philox": {"sources": "x", "eager": "cpp"}}, {"date": "2026-01-01"})
+    path = shipping.take(CPU, tmp_path / "results")
+    assert json.loads(path.read_text())["ops"]["philox"]["eager"] == "cpp"
+    _races.forget()
+
+
 @needs_extension
-@pytest.mark.parametrize("op", sorted(registry()))
-def test_defaults_are_the_committed_verdict(op, tmp_path, monkeypatch):
+@pytest.mark.parametrize("op", sorted(json.loads(SHIPPED.read_text())[0]["ops"]))
+def test_defaults_are_what_ships_for_this_machine(op, tmp_path, monkeypatch):
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path))
-    for line in report.verdicts(report.read_csv(COMMITTED)):
-        if line["op"] == op:
-            name = op if line["direction"] == "forward" else f"{op}_backward"
-            for style, serves in (("eager", "eager_calls"), ("graph", "in_graphs")):
-                assert REGISTRY[name].wanted(style, torch.device("cpu")).backend == line[serves]
+    entry = _races.nearest(_verdicts.machine(CPU))["ops"][op]
+    for name, winners in {"": entry, **entry.get("variants", {}), **entry.get("cells", {})}.items():
+        call = _races._call(name)
+        for style in {"eager", "graph"} & set(winners):
+            found = REGISTRY[op].wanted(style, CPU, call.variant, call.dtype, call.bits)
+            assert found.backend == winners[style], (name, style)

@@ -13,6 +13,8 @@ from PIL import Image
 
 from purify_fast import cli
 from purify_fast.evaluation import Report, evaluate, merge
+from purify_fast.evaluation.alarms import Finding
+from purify_fast.evaluation.outlook import Outlook
 from purify_fast.evaluation.page import drawings, html_page, write_page
 from purify_fast.evaluation.rows import Examples, Row
 
@@ -32,7 +34,11 @@ def row(attack, robust, *, model="mine", kind="pgd", **more):
 def report():
     rows = [row("clean", [1, 1, 1, 1], kind="clean"), row("PGD <b>", [1, 0, 0, 1]), row("APGD", [1, 1, 0, 0])]
     rows += [row("masked", [1, 1, 1, 1], reliable=False), row("worst", [1, 0, 0, 0], kind="worst")]
-    return Report(rows, ["a note with <script>"], {"threat": "L-inf 8/255", "version": "purify_fast 0"})
+    report = Report(rows, ["a note with <script>"], {"threat": "L-inf 8/255", "version": "purify_fast 0"})
+    report.findings = [Finding("huge radius", "unreliable", "90 % at eps 1", "probe: PGD at eps 1", "mine")]
+    report.outlooks = [Outlook(0.1, ("about 10.0 of the 25.0 points left",), "mine")]
+    report.curves = {"mine": {"eps": [[0.1, 0.9], [0.2, 0.5], [1.0, 0.9]]}}
+    return report
 
 
 class Cells(HTMLParser):
@@ -46,9 +52,12 @@ class Cells(HTMLParser):
         if tag == "tr" and "data-accuracy" in dict(attributes):
             self.lines.append([])
             self.accuracies.append(float(dict(attributes)["data-accuracy"]))
-        if tag == "td":
+        if tag == "tr":
+            # the table of the alarms has no accuracies
+            self.counts = "data-accuracy" in dict(attributes)
+        if tag == "td" and self.counts:
             self.lines[-1].append("")
-        self.inside = tag == "td"
+        self.inside = tag == "td" and self.counts
 
     def handle_data(self, data):
         if self.inside:
@@ -93,6 +102,21 @@ def test_who_fell_to_what(report):
     # of the two images that fell to the first attack, one fell to the second
     assert ">50<" in drawings.overlap(attacks)
     assert "1 image fell to APGD alone" in html_page(report)
+
+
+def test_the_page_says_whether_the_number_can_be_believed(report):
+    report.row("worst").settings["doubts"] = ["huge radius"]
+    report.row("worst").reliable = False
+    page = html_page(report)
+    assert "What gives it away:\nhuge radius." in page and "90 % at eps 1" in page
+    assert "about 10.0 of the 25.0 points left." in page and "Accuracy against eps" in page
+    assert Report.from_json(report.to_json()).curves == report.curves
+
+
+def test_survivors_are_told_by_who_found_them_first(report):
+    report.rows[2].settings["survivors_only"] = True
+    page = html_page(report)
+    assert "<li>1 image: APGD.</li>" in page
 
 
 def test_a_curve_has_every_point():

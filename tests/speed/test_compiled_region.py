@@ -43,6 +43,24 @@ def test_on_a_cpu_all_sizes_share_a_graph(graphs):
     assert len(graphs) == 1 and not made.static
 
 
+def test_on_a_cpu_a_batch_below_eight_is_not_filled_up(graphs):
+    """Four images that are computed as sixteen made AToP's step slower with the compiler than without."""
+    given: list[int] = []
+
+    def squares(x: Tensor) -> Tensor:
+        given.append(len(x))
+        return x * x + 1
+
+    made = CompiledRegion(squares)
+    for size in (1, 4, 7):
+        x = torch.rand(size, 3)
+        assert torch.equal(made(x), x * x + 1)
+    assert given == [1, 4, 7] and graphs == []
+    x = torch.rand(8, 3)
+    assert torch.equal(made(x), x * x + 1)
+    assert len(graphs) == 1
+
+
 def test_on_a_gpu_the_first_sizes_have_graphs_of_their_own(graphs, monkeypatch):
     monkeypatch.setattr(compiled_region, "keeps_sizes", lambda device: True)
     made = region()

@@ -270,6 +270,19 @@ def test_counters_count_replays_and_no_warm_up(graphs, rerun):
     assert rerun.recorded == 1 and 2 * eager.images == captured.images == 6 * WORTH
 
 
+def test_two_loops_over_one_step_do_not_mix(graphs, rerun):
+    model, twice = Scale(), start() | {"x": torch.full((3,), 5.0)}
+    run(graphs, model, WORTH)
+    first, second = (begin_steps(graphs, Grow(model), state, WORTH) for state in (start(), twice))
+    for _ in range(3):
+        first.take(), second.take()
+    assert same(first.values(), run(None, model, 3)) and same(second.values(), run(None, model, 3, twice))
+    del first, second
+    before = rerun.replayed
+    run(graphs, model, WORTH)
+    assert rerun.replayed == before + WORTH and rerun.recorded == 1
+
+
 def test_a_copy_captures_for_itself(graphs, rerun):
     model = Scale()
     run(graphs, model, WORTH)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import pytest
 import torch
 
+from purify_fast import _library
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
+from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
+from purify_fast.speed.waits import Waits
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, Task, fit
 from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.epoch import train_step
@@ -29,22 +33,22 @@ def batch(seed: int, n: int = 16) -> Batch:
 
 
 def arrest(precision: str = "float32", **options) -> Task:
-    attack = TrainingAttack(eps=EPS, steps=3, norm=options.pop("norm", "linf"))
+    attack = TrainingAttack(eps=EPS, steps=options.pop("steps", 3), norm=options.pop("norm", "linf"))
     torch.manual_seed(0)
     return ArrestTask(SmallCNN(width=4), ArrestConfig(attack=attack, precision=precision, **options), SHAPE)
 
 
-def carso(target: str, precision: str = "float32") -> Task:
+def carso(target: str, precision: str = "float32", steps: int = 3) -> Task:
     torch.manual_seed(0)
     made = Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
-    attack = TrainingAttack(eps=EPS, steps=3)
+    attack = TrainingAttack(eps=EPS, steps=steps)
     return CarsoTask(made, CarsoConfig(attack_target=target, attack=attack, precision=precision))
 
 
-def atop(target: str) -> Task:
+def atop(target: str, steps: int = 3) -> Task:
     torch.manual_seed(0)
     made = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
-    method, steps = ("fgsm", 10) if target == "classifier" else ("pgd", 3)
+    method, steps = ("fgsm", 10) if target == "classifier" else ("pgd", steps)
     attack = TrainingAttack(eps=EPS, steps=steps)
     return AtopTask(made, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay_epochs=0))
 
@@ -87,6 +91,48 @@ def test_captured_attacks_train_the_same_weights(rerun, name):
     assert rerun.recorded == needed and rerun.replayed >= 2
 
 
+#: Operators that the host dispatches in a training step, eager and beside captured attacks, where kernels serve: the
+#: table of docs/speed.md. Another version of PyTorch may take a few more or less.
+COUNTS = {
+    # no image drifts so far that it is replayed
+    "ARREST": (lambda: arrest(steps=10, tau=10.0), 829, 162),
+    "CARSO": (lambda: carso("classifier", steps=10), 1042, 382),
+    "CARSO, pipeline": (lambda: carso("pipeline", steps=10), 2153, 293),
+    "AToP": (lambda: atop("classifier"), 546, 488),
+    "AToP, pipeline": (lambda: atop("pipeline", steps=10), 3862, 502),
+}
+
+
+class Launched:
+    """Captures, and replays nothing: what is still counted then is what the host launches beside a graph."""
+
+    kind = "cpu"
+
+    def aside(self, device):
+        return contextlib.nullcontext()
+
+    def timed(self, run, device):
+        return 1.0, 1.0
+
+    def record(self, run, device):
+        return lambda: None
+
+
+@pytest.mark.skipif(not _library.loaded(), reason="no compiled extension")
+@pytest.mark.parametrize("name", COUNTS)
+def test_what_the_host_launches_in_a_step(name):
+    make, eager, captured = COUNTS[name]
+    with use_backend("cpp"):
+        for graphs, count in ((None, eager), (StepGraphs(capture=Launched()), captured)):
+            task = make()
+            task.graphs = graphs
+            for seed in (1, 2):
+                train_step(task, batch(seed))
+            with Waits() as waits:
+                train_step(task, batch(3))
+            assert abs(waits.dispatched - count) <= 0.1 * count, waits.dispatched
+
+
 def test_a_packed_decoder_that_is_trained_is_read_as_it_is_now(rerun, monkeypatch):
     """In bfloat16 a GPU decodes from packed weights, which are packed again after every step of the training."""
     monkeypatch.setattr("purify_fast.methods.carso.defence.kernel_decodes", lambda device: True)
@@ -111,7 +157,8 @@ def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun):
         ]
         for seed in (1, 2, 3):
             train_step(task, batch(seed))
-        assert task.attacks_all_rows == all_rows
+        assert task.attacks_all_rows(torch.device("cpu")) == all_rows
+        assert not task.attacks_all_rows(torch.device("cuda"))
         assert (attacked[-1] is None) == all_rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any, Protocol
 
 from ..._files import write_text
 from ...protocols import Classifier
+from ..alarms import Evidence, Finding
+from ..alarms.probes import PROBED
+from ..outlook import Outlook
 from ..rows import Row
 from ..tables import COLUMNS, row_cells
 from . import drawings, pictures
@@ -25,6 +29,9 @@ class Reported(Protocol):
     rows: list[Row]
     notes: list[str]
     about: dict[str, str]
+    findings: list[Finding]
+    outlooks: list[Outlook]
+    curves: dict[str, dict[str, list[list[float]]]]
 
     @property
     def models(self) -> list[str]:
@@ -112,6 +119,8 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
     rows = [row for row in report.rows if row.model == name]
     own = [row for row in rows if row.threat is None]
     attacks = _comparable([row for row in own if row.kind not in ("clean", "worst")])
+    # what had fallen before was not given to an attack on survivors: nothing tells whether it falls to that too
+    whole = [row for row in attacks if not _of_survivors(row)]
     lowest = report.headlines.get(name)
     # the strongest attack's pictures: those of a weaker one would flatter the model
     shown = min((row for row in own if row.examples is not None), key=lambda row: row.accuracy, default=None)
@@ -127,14 +136,31 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
             for row in rows
         ],
         "bars": drawings.bars(own),
-        "overlap": drawings.overlap(attacks) if len(attacks) > 1 else "",
-        "alone": list(zip((row.attack for row in attacks), drawings.only_found_by(attacks), strict=True)),
+        "overlap": drawings.overlap(whole) if len(whole) > 1 else "",
+        "alone": list(zip((row.attack for row in whole), drawings.only_found_by(whole), strict=True)),
+        "first": [(row.attack, int(fell.sum())) for row, fell in Evidence(own).fallen() if _of_survivors(row)],
+        "findings": [finding for finding in report.findings if finding.model == name],
+        "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
+        "curves": _curves(report.curves.get(name, {})),
         "pictures": pictures.grid(examples, defence) if usable and examples is not None else [],
         "pictured": "" if shown is None else shown.attack,
         "settings": [(row.attack, json.dumps(row.settings, ensure_ascii=False, default=str)) for row in rows],
         "seconds": sum(row.seconds for row in rows if row.kind != "worst"),
         "seed": rows[0].seed,
     }
+
+
+def _of_survivors(row: Row) -> bool:
+    return bool(row.settings.get("survivors_only"))
+
+
+def _curves(found: Mapping[str, Sequence[Sequence[float]]]) -> list[tuple[str, str]]:
+    """The curves of the probes as drawings, with what each is over."""
+    return [
+        (name, drawings.curve([(x, y, math.sqrt(y * (1 - y) / PROBED)) for x, y in points], name))
+        for name, points in found.items()
+        if len(points) > 1
+    ]
 
 
 def _comparable(rows: Sequence[Row]) -> list[Row]:

@@ -184,7 +184,7 @@ class ArrestTask(Task):
             return self.attack(batch, attack), batch.x.new_zeros(())
         drift, tau = self.drift(batch.x, of_teacher), self.config.threshold
         replayed = drift > tau
-        if self.attacks_all_rows:
+        if self.attacks_all_rows(batch.x.device):
             adversarial = self.attack(batch, attack)
         else:
             # the host waits for their number, which may spare it up to all of the attack
@@ -194,14 +194,16 @@ class ArrestTask(Task):
         x = noisy_replay(batch.x, adversarial, drift, tau, attack.eps, seed=seed, sample_ids=batch.sample_ids)
         return x, replayed.float().mean()
 
-    @property
-    def attacks_all_rows(self) -> bool:
+    def attacks_all_rows(self, device: torch.device) -> bool:
         """Whether the images that are replayed are attacked too, and the result is not used.
 
         A captured step takes one number of images, and costs less than the launches for a part of them would. Where the
         last attack could not be captured, or the device was busy with it, only the others are attacked.
+
+        Args:
+            device: of the images.
         """
-        return self.graphs is not None and self.graphs.refusal is None
+        return self.graphs is not None and self.graphs.may_replay(device)
 
     def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, Metrics]:
         """The loss of inputs ``x [B, C, H, W]`` and metrics."""

@@ -1,0 +1,117 @@
+"""How many operators one step of each training dispatches: on a GPU each is a launch, which takes the host its time.
+
+Counted on the CPU as PyTorch dispatches them, without those that move no data, such as views: served by the references,
+in PyTorch; by the kernels that serve on a GPU where nothing was raced, those of which one launch replaces a dozen or
+more; and by every kernel, as where all won their races. The CPU's kernels stand for the GPU's, as both are one
+operator; the decoder, which has none on a CPU, is counted by its layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.ops import REGISTRY, _op, _races
+from purify_fast.ops._racing import Launches
+from purify_fast.training import Batch
+from purify_fast.training.attack import TrainingAttack
+
+from . import report
+
+FILE = "launches.csv"
+SHAPE, EPS = (1, 16, 16), 0.1
+Served = Literal["references", "by rule", "all kernels"]
+CPU = torch.device("cpu")
+
+
+def _batch() -> Batch:
+    x = torch.rand((16, *SHAPE), generator=torch.Generator().manual_seed(1))
+    return Batch(x, torch.arange(16) % 10, torch.arange(16), 7, 0, 10)
+
+
+def _arrest(steps: int) -> ArrestTask:
+    attack = TrainingAttack(eps=EPS, steps=steps, alpha=EPS / min(4, steps))
+    return ArrestTask(SmallCNN(width=4), ArrestConfig(attack=attack), SHAPE)
+
+
+def _carso(target: str, steps: int) -> CarsoTask:
+    made = Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
+    return CarsoTask(made, CarsoConfig(attack_target=target, attack=TrainingAttack(eps=EPS, steps=steps)))
+
+
+def _atop(target: str, steps: int) -> AtopTask:
+    made = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
+    attack = TrainingAttack(eps=EPS, steps=steps)
+    method = "fgsm" if target == "classifier" else "pgd"
+    return AtopTask(made, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay_epochs=0))
+
+
+#: By training, what makes its task, with the steps of its attack; the one step of FGSM has no such number.
+TRAININGS: dict[str, Callable[[], Any]] = {
+    "ARREST, PGD-2": lambda: _arrest(2),
+    "ARREST, PGD-10": lambda: _arrest(10),
+    "CARSO, published, PGD-2": lambda: _carso("classifier", 2),
+    "CARSO, published, PGD-10": lambda: _carso("classifier", 10),
+    "CARSO, pipeline, PGD-2": lambda: _carso("pipeline", 2),
+    "CARSO, pipeline, PGD-10": lambda: _carso("pipeline", 10),
+    "AToP, published, FGSM": lambda: _atop("classifier", 10),
+    "AToP, pipeline, PGD-2": lambda: _atop("pipeline", 2),
+    "AToP, pipeline, PGD-10": lambda: _atop("pipeline", 10),
+}
+
+
+@contextlib.contextmanager
+def served(by: Served) -> Iterator[None]:
+    """Within the block, the CPU is served by the references alone, as a GPU where nothing was raced, or by all kernels.
+
+    Args:
+        by: which of them.
+    """
+    entries = {}
+    for name, op in REGISTRY.items():
+        kernels = {"references": (), "by rule": op.replaces_many, "all kernels": ("",)}[by]
+        chosen = {variant: op.kernel("cpu") for variant in kernels}
+        variants = {variant: {"eager": backend} for variant, backend in chosen.items() if variant}
+        entries[name] = [{"eager": chosen.get("", "reference"), "variants": variants}]
+    with _races.held("cpu", entries):
+        _op.forget()
+        yield
+    _op.forget()
+
+
+def count(make: Callable[[], Any], by: Served) -> int:
+    """The operators of one step, forward and backward, once what is made only once is made.
+
+    Args:
+        make: the training's task.
+        by: as in `served`.
+    """
+    torch.manual_seed(0)
+    with served(by):
+        task, batch = make(), _batch()
+        task.model.train()
+        for _ in range(2):
+            torch.manual_seed(0)
+            with Launches() as launches:
+                task.training_step(batch)[0].backward()
+    return launches.count
+
+
+def measured() -> list[dict[str, Any]]:
+    """A row for each training."""
+    return [{"training": name, **{by: count(make, by) for by in get_args(Served)}} for name, make in TRAININGS.items()]
+
+
+def write(results: Path) -> Path:
+    """Count, and write ``launches.csv`` into the folder of results."""
+    path = results / FILE
+    report.write_csv(path, measured())
+    return path

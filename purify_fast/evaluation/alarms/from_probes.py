@@ -1,0 +1,121 @@
+"""Alarms that probes of the model raise."""
+
+from __future__ import annotations
+
+import math
+
+from .finding import Evidence, Finding, Verdict
+
+#: Cosine between the changes that gradients promise and those that are measured, below which they are wrong.
+WRONG_GRADIENTS, ODD_GRADIENTS = 0.6, 0.9
+#: By how many points five random starts may be stronger than one, on average.
+START_UNRELIABLE, START_NOTED = 0.15, 0.08
+#: The share of the correctly classified images whose class may change from draw to draw.
+NOISE_UNRELIABLE, NOISE_NOTED = 0.10, 0.03
+PROBE = "probe: "
+
+
+def huge_radius(evidence: Evidence) -> Finding | None:
+    """Whether anything is left where every image may become any other."""
+    p = evidence.probes
+    if p is None:
+        return None
+    accuracy, radius = p.eps[-1][1], p.eps[-1][0]
+    allowed = p.chance + 2 * math.sqrt(p.chance * (1 - p.chance) / p.n)
+    text = f"{100 * accuracy:.0f} % at eps {radius:.3g}, where at most chance, {100 * p.chance:.0f} %, can be left"
+    return Finding("huge radius", _verdict(accuracy > allowed), text, f"{PROBE}PGD at eps {radius:.3g}")
+
+
+def radius_sweep(evidence: Evidence) -> Finding | None:
+    """Whether a larger radius ever leaves more."""
+    p = evidence.probes
+    if p is None:
+        return None
+    rises = [(b[1] - a[1], a, b) for a, b in zip(p.eps, p.eps[1:], strict=False)]
+    rise, a, b = max(rises, key=lambda entry: entry[0])
+    text = "accuracy falls with the radius: " + ", ".join(f"{100 * acc:.0f} % at {eps:.3g}" for eps, acc in p.eps)
+    bad = rise > 2 * math.sqrt(max(rise, 0) / p.n) and rise * p.n >= 3
+    if bad:
+        text = f"from eps {a[0]:.3g} to {b[0]:.3g} accuracy rises from {100 * a[1]:.0f} % to {100 * b[1]:.0f} %"
+    return Finding("radius sweep", _verdict(bad), text, f"{PROBE}PGD at eps {b[0]:.3g}" if bad else "")
+
+
+def random_start(evidence: Evidence) -> Finding | None:
+    """Whether it matters where an attack begins."""
+    p = evidence.probes
+    if p is None:
+        return None
+    gain = p.one_start - p.all_starts
+    text = f"five random starts leave {100 * p.all_starts:.0f} %, one leaves {100 * p.one_start:.0f} % on average"
+    verdict: Verdict = "unreliable" if gain > START_UNRELIABLE else "noted" if gain > START_NOTED else "passed"
+    return Finding("random start", verdict, text, f"{PROBE}five random starts")
+
+
+def finite_differences(evidence: Evidence) -> Finding | None:
+    """Whether the model changes as its gradients say."""
+    p = evidence.probes
+    if p is None:
+        return None
+    row = f"{PROBE}small steps in random directions"
+    if p.cosine is None:
+        text = "logits or gradients are not finite, or there is no gradient"
+        return Finding("gradients against differences", "unreliable", text, row)
+    text = f"cosine {p.cosine:.2f} between the changes that gradients promise and those that are measured"
+    verdict: Verdict = "passed" if p.cosine >= ODD_GRADIENTS else "noted"
+    return Finding("gradients against differences", "unreliable" if p.cosine < WRONG_GRADIENTS else verdict, text, row)
+
+
+def batch_size(evidence: Evidence) -> Finding | None:
+    """Whether an image's class depends on the images beside it."""
+    p = evidence.probes
+    if p is None:
+        return None
+    row = f"{PROBE}the same images alone and in a batch"
+    if p.batch_changes is None:
+        return Finding("batch size", "not asked", "the model is random and has no fixed_noise()", row)
+    text = f"{100 * p.batch_changes:.0f} % of the predictions change with the batch"
+    verdict: Verdict = "unreliable" if p.batch_changes > 0.02 else "noted" if p.batch_changes > 0 else "passed"
+    return Finding("batch size", verdict, text, row)
+
+
+def noise(evidence: Evidence) -> Finding | None:
+    """Whether an image withstands because predictions are drawn anew, and gradients with them."""
+    p = evidence.probes
+    if p is None or not p.eot:
+        return None
+    first, last = p.eot[0], p.eot[-1]
+    gain = first[1] - last[1]
+    text = (
+        f"the class of {100 * p.varying:.0f} % of the correctly classified images changes from draw to draw; gradients "
+        f"over {last[0]:.0f} draws leave {100 * last[1]:.0f} %, over {first[0]:.0f} {100 * first[1]:.0f} %"
+    )
+    strong = p.varying > NOISE_UNRELIABLE or gain > START_UNRELIABLE
+    verdict: Verdict = "unreliable" if strong else "noted" if p.varying > NOISE_NOTED or gain > 0.05 else "passed"
+    return Finding("noise and seeds", verdict, text, f"{PROBE}gradients over {last[0]:.0f} draws")
+
+
+def calls(evidence: Evidence) -> Finding | None:
+    """Whether the model answers otherwise when it is asked often, or by who watches gradients."""
+    p = evidence.probes
+    if p is None:
+        return None
+    row = f"{PROBE}the clean images again, after all attacks"
+    if p.watched_changes:
+        text = f"{100 * p.watched_changes:.0f} % of the predictions change when gradients are recorded"
+        return Finding("same answer again", "unreliable", text, f"{PROBE}the clean images with gradients recorded")
+    if p.later_changes > 0:
+        text = f"{100 * p.later_changes:.0f} % of the predictions on clean images are others than before the attacks"
+        return Finding("same answer again", "unreliable", text, row)
+    if p.state_changed:
+        text = "weights, buffers or attributes are others than before the attacks, the predictions are the same"
+        return Finding("same answer again", "noted", text, row)
+    return Finding(
+        "same answer again", "passed", "the predictions on clean images are the same as before the attacks", row
+    )
+
+
+def _verdict(bad: bool) -> Verdict:
+    return "unreliable" if bad else "passed"
+
+
+PROBE_ALARMS = (huge_radius, radius_sweep, random_start, finite_differences, batch_size, noise, calls)

@@ -1,0 +1,89 @@
+"""Alarms that the rows of a report raise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from ..rows import Row
+from .finding import Evidence, Finding
+
+#: Attacks that ask for no gradient.
+GRADIENT_FREE = ("square",)
+#: The share of all images that may fall to something else than the model's own gradients.
+MOST_MISSED = 0.03
+
+
+def finite_predictions(evidence: Evidence) -> Finding | None:
+    """Whether every prediction names a class."""
+    broken = [row for row in evidence.rows if row.nonfinite_predictions]
+    if not broken:
+        return Finding("finite predictions", "passed", "every prediction names a class")
+    worst = max(broken, key=lambda row: row.nonfinite_predictions / (row.n * row.n_eval))
+    text = f"{worst.nonfinite_predictions} of {worst.n * worst.n_eval} predictions name no class; they count as wrong"
+    return Finding("finite predictions", "unreliable", text, worst.attack)
+
+
+def gradient_health(evidence: Evidence) -> Finding | None:
+    """Whether some attack through the whole model had gradients to work with."""
+    asked = [row for row in evidence.attacks() if row.health is not None and _direct(row)]
+    if not asked:
+        return Finding("gradient health", "not asked", "no attack counted the gradients of the model itself")
+    broken = [row for row in asked if not row.reliable]
+    if not broken:
+        return Finding("gradient health", "passed", f"{len(asked)} attacks had finite gradients that moved the images")
+    row = broken[0]
+    shares = f"non-finite / zero / images not moved: {row.describe_health()}"
+    if len(broken) < len(asked):
+        return Finding(
+            "gradient health", "noted", f"{len(broken)} of {len(asked)} attacks lacked them; {shares}", row.attack
+        )
+    return Finding("gradient health", "unreliable", f"every attack lacked gradients; {shares}", row.attack)
+
+
+def gradient_free_beats_gradients(evidence: Evidence) -> Finding | None:
+    """Whether an attack without gradients breaks what gradients left."""
+    return _beaten(evidence, "gradient-free against gradients", lambda row: row.kind in GRADIENT_FREE)
+
+
+def transfer_beats_gradients(evidence: Evidence) -> Finding | None:
+    """Whether what is found on another model, or by its gradients, breaks what the model's own gradients left."""
+    return _beaten(evidence, "transfer against gradients", _elsewhere)
+
+
+def _beaten(evidence: Evidence, alarm: str, other: Callable[[Row], bool]) -> Finding:
+    fallen = evidence.fallen()
+    mine = [(row, mask) for row, mask in fallen if _direct(row) and row.health is not None]
+    theirs = [(row, mask) for row, mask in fallen if other(row)]
+    if not mine or not theirs:
+        missing = "no attack by the model's own gradients" if theirs else "no such attack"
+        return Finding(alarm, "not asked", missing)
+    full = max(row.n for row, _ in fallen)
+    by_gradients = np.zeros(full, dtype=bool)
+    for row, mask in mine:
+        by_gradients[: row.n] |= mask
+    only = [(row, int((mask & ~by_gradients[: row.n]).sum())) for row, mask in theirs]
+    together = np.zeros(full, dtype=bool)
+    for row, mask in theirs:
+        together[: row.n] |= mask
+    count = int((together & ~by_gradients).sum())
+    best = max(only, key=lambda pair: pair[1])[0]
+    text = f"{count} of {full} images fell to it that withstood every attack by the model's own gradients"
+    # a few images are luck
+    surely = count - 1.5 * math.sqrt(count)
+    verdict = "unreliable" if surely > MOST_MISSED * full else "noted" if count > 0.01 * full else "passed"
+    return Finding(alarm, verdict, text, best.attack if count else "")  # type: ignore[arg-type]
+
+
+def _direct(row: Row) -> bool:
+    """Whether an attack follows the gradients of the model itself, by any aggregation."""
+    return row.kind not in GRADIENT_FREE and not _elsewhere(row)
+
+
+def _elsewhere(row: Row) -> bool:
+    return row.settings.get("target", "defence") not in ("defence", "WithAggregation")
+
+
+ROW_ALARMS = (finite_predictions, gradient_health, gradient_free_beats_gradients, transfer_beats_gradients)

@@ -1,0 +1,200 @@
+"""Broken defences: each is marked unreliable, and the row or probe that gives it away is named; honest ones are not."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from digit_nets import EPS, Gated, digits, robust, standard
+
+from purify_fast.attacks import APGD, PGD, Square
+from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.evaluation import AttackSpec, Report, evaluate
+from purify_fast.evaluation.surrogates import surrogates
+from purify_fast.ops import aggregate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIRECT = [APGD(steps=10), AttackSpec(APGD(loss="dlr_targeted", steps=10, n_target_classes=3), survivors_only=True)]
+FREE = [AttackSpec(Square(n_queries=150), survivors_only=True)]
+
+
+class Around(nn.Module):
+    """The standard network, which has no robustness at all, behind something."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.net, self.how = standard(), how
+
+    def forward(self, x):
+        return self.how(self, x)
+
+
+class Backward(torch.autograd.Function):
+    """The identity, with another gradient."""
+
+    @staticmethod
+    def forward(ctx, x, change):
+        ctx.change = change
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.change(grad), None
+
+
+def with_gradient(change):
+    return Around(lambda self, x: self.net(Backward.apply(x, change)))
+
+
+def quantised(grad):
+    # two bits: all but the largest entries are lost, and the signs of the rest are coarse
+    return (grad / grad.abs().amax() * 1.2).round()
+
+
+def rounded(self, x):
+    steps = (x * 4).round() / 4
+    return self.net(x + (steps - x).detach())
+
+
+def saturated(self, x):
+    return aggregate(30 * self.net(x)[:, None].expand(-1, 4, -1), "peel_reference")
+
+
+class Counting(nn.Module):
+    """Honest for as many calls as a user tries it, then it answers what it answered to the image before."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.called = standard(), 0
+
+    def forward(self, x):
+        self.called += 1
+        logits = self.net(x)
+        return logits if self.called < 40 else logits.roll(1, 1)
+
+
+class NoisyLogits(nn.Module):
+    """The standard network with noise on its logits, much larger than their differences."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = standard()
+
+    def forward(self, x):
+        logits = self.net(x)
+        return logits + 4 * torch.randn_like(logits)
+
+
+def judged(model, attacks=None, n=48, **more):
+    _, _, x, y = digits()
+    options = {"eps": EPS, "steps": 10, "eot_iter": 2, "n_eval": 2, "progress": False, "probes": True} | more
+    return evaluate(model, x[:n], y[:n], attacks=[*DIRECT, *FREE] if attacks is None else attacks, **options)
+
+
+def verdicts(report):
+    return {finding.alarm: (finding.verdict, finding.row) for finding in report.findings}
+
+
+@pytest.mark.parametrize(
+    "model, alarm, row",
+    [
+        (lambda: with_gradient(lambda g: g * torch.nan), "gradient health", "APGD-10 ce"),
+        (lambda: with_gradient(torch.zeros_like), "gradient health", "APGD-10 ce"),
+        (lambda: with_gradient(torch.zeros_like), "huge radius", "probe: PGD at eps 1"),
+        (lambda: Around(lambda self, x: self.net(x.detach())), "gradient health", "APGD-10 ce"),
+        (
+            lambda: Around(lambda self, x: self.net(x.detach())),
+            "gradient-free against gradients",
+            "Square, 150 queries",
+        ),
+        (lambda: with_gradient(quantised), "gradients against differences", "probe: small steps in random directions"),
+        (lambda: Around(rounded), "gradients against differences", "probe: small steps in random directions"),
+        (lambda: Around(saturated), "gradient health", "APGD-10 ce"),
+        (NoisyLogits, "noise and seeds", "probe: gradients over 16 draws"),
+        (Counting, "same answer again", "probe: the clean images again, after all attacks"),
+    ],
+    ids=[
+        "NaN",
+        "zero",
+        "zero, huge",
+        "detached",
+        "detached, Square",
+        "quantised",
+        "rounded",
+        "PeeL",
+        "noise",
+        "counts",
+    ],
+)
+def test_a_broken_defence_is_marked_and_the_row_is_named(model, alarm, row):
+    report = judged(model())
+    assert verdicts(report)[alarm] == ("unreliable", row)
+    assert not report.row("worst").reliable and alarm in report.row("worst").settings["doubts"]
+    markdown = report.to_markdown()
+    assert "## Can this number be believed?" in markdown and alarm in markdown.splitlines()[2]
+    assert [f.to_dict() for f in Report.from_json(report.to_json()).findings] == [f.to_dict() for f in report.findings]
+
+
+def test_a_sharp_gate_is_given_away_by_the_gradients_of_its_parts():
+    _, _, x, _ = digits()
+    model = Gated()
+    with torch.no_grad():
+        elsewhere = [
+            AttackSpec(DIRECT[1].attack, label=s.name, gradients_from=s.model, survivors_only=True)
+            for s in surrogates(model, x[:4], 10)
+        ]
+    report = judged(model, [*DIRECT, *elsewhere], 100, probes=False)
+    verdict, row = verdicts(report)["transfer against gradients"]
+    assert verdict == "unreliable" and row in [spec.label for spec in elsewhere]
+    assert verdicts(report)["gradient health"][0] in ("passed", "noted")
+    assert not report.headline.reliable or not report.row("worst").reliable
+
+
+@pytest.mark.parametrize("make", [robust, lambda: NoisyEnsemble(robust(), 0.03, samples=4)], ids=["net", "noisy"])
+def test_an_honest_model_passes(make):
+    report = judged(make(), n=32)
+    found = {alarm: verdict for alarm, (verdict, _) in verdicts(report).items()}
+    assert "unreliable" not in found.values(), report.findings
+    assert report.row("worst").reliable and "doubts" not in report.row("worst").settings
+    assert len(found) == (11 if report.curves["defence"].get("EOT draws") else 10)
+    assert set(report.curves["defence"]) >= {"eps", "steps"}
+
+
+def test_a_prediction_that_depends_on_the_batch_is_noticed():
+    def normalised(self, x):
+        logits = self.net(x)
+        return logits - 0.9 * logits.mean(0, keepdim=True)
+
+    assert verdicts(judged(Around(normalised)))["batch size"][0] == "unreliable"
+
+
+def test_a_model_that_answers_otherwise_while_gradients_are_recorded_is_noticed():
+    cheat = Around(lambda self, x: self.net(x).roll(1, 1) if x.requires_grad else self.net(x))
+    verdict, row = verdicts(judged(cheat))["same answer again"]
+    assert (verdict, row) == ("unreliable", "probe: the clean images with gradients recorded")
+
+
+def test_the_outlook_says_what_a_stronger_attack_would_take():
+    weak = judged(robust(), [PGD(steps=1, random_start=False)], probes=True)
+    (outlook,) = weak.outlooks
+    strong = judged(
+        robust(),
+        [*DIRECT, AttackSpec(APGD(steps=20, n_target_classes=None, loss="margin_targeted"), survivors_only=True)],
+    )
+    assert 0 <= strong.outlooks[0].points <= 0.1 and len(strong.outlooks[0].sentences) >= 3
+    assert "there was one attack only" in outlook.sentences[1]
+    assert "What it would take to go lower" in weak.to_markdown()
+    # three attacks that each find images of their own leave some unseen
+    several = judged(robust(), [AttackSpec(PGD(steps=2, loss=loss), label=loss) for loss in ("ce", "margin", "dlr")])
+    assert any("fell to one attack only" in sentence for sentence in several.outlooks[0].sentences)
+
+
+def test_probes_are_asked_once_and_kept(tmp_path):
+    first = judged(robust(), [PGD(steps=2)], 16, out=tmp_path)
+    again = judged(robust(), [PGD(steps=2)], 16, out=tmp_path)
+    assert first.to_json() == again.to_json() and len(list((tmp_path / "rows").glob("*.values"))) == 1

@@ -1,0 +1,75 @@
+"""A run is served by the kernels that it began with, whatever is raced between two parts of it."""
+
+import pytest
+import torch
+
+from purify_fast import _library
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.ops import REGISTRY, _op, _races, _verify
+from purify_fast.training import FitConfig, fit
+from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.checkpoint import read_tree
+
+CPU, SHAPE = torch.device("cpu"), (1, 16, 16)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's"),
+]
+
+
+class Killed(Exception):
+    pass
+
+
+class KilledAfter:
+    """Ends a training after so many epochs."""
+
+    def __init__(self, epochs: int):
+        self.epochs = epochs
+
+    def on_step(self, state) -> None:
+        if state.epoch == self.epochs:
+            raise Killed
+
+    def on_epoch(self, state) -> None:
+        pass
+
+    def on_end(self, state) -> None:
+        pass
+
+
+def train(folder, callbacks=()) -> dict[str, torch.Tensor]:
+    """The weights after three epochs of ARREST, whose distance differs between backends in the last bits."""
+    torch.manual_seed(0)
+    attack = TrainingAttack(eps=0.1, steps=2)
+    task = ArrestTask(SmallCNN(width=4), ArrestConfig(attack=attack, replay=False), SHAPE)
+    x = torch.randint(256, (32, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    fit(task, x, torch.arange(32) % 10, FitConfig(epochs=3, batch_size=16), folder, progress=False, callbacks=callbacks)
+    return task.model.state_dict()
+
+
+def test_a_race_between_two_parts_of_a_run_changes_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_verify, "_known", {})
+    _races.forget()
+    _op.forget()
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", [KilledAfter(1)])
+    names = ("representation_distance", "representation_distance_backward", "pgd_step")
+    lost = {name: {"sources": REGISTRY[name].sources_digest("cpu"), "eager": "reference"} for name in names}
+    _races.write(CPU, lost, {"date": "2026-01-02"})
+    _op.forget()
+    other = train(tmp_path / "other")
+    assert REGISTRY[names[0]].serving("eager", CPU) == "reference"
+    parts = train(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not all(torch.equal(whole[name], other[name]) for name in whole), "the race would have changed bits"
+    (said,) = [record.message for record in caplog.records if "kernels that it began with" in record.message]
+    assert "representation_distance" in said
+    assert REGISTRY[names[0]].serving("eager", CPU) == "reference"  # again, after the run
+    served = read_tree(tmp_path / "parts" / "checkpoint.safetensors")["served"]
+    assert served["kernels"]["philox"] == "cpp" and served["device"] == "cpu"
+    _races.forget()
+    _op.forget()
