@@ -48,6 +48,10 @@ test-interpreter: $(STAMPS)/package
 	@echo "== Triton kernels in the interpreter"
 	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
 
+EXAMPLES ?= 1000
+fuzz: $(STAMPS)/package  ## arguments of any kind, at random: EXAMPLES=1000 for each of about 60 tests
+	FUZZ_EXAMPLES=$(EXAMPLES) $(PARALLEL) -n auto --dist worksteal tests/fuzz $(ARGS)
+
 lint: $(STAMPS)/lint $(STAMPS)/package  ## ruff, clang-format, mypy, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

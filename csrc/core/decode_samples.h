@@ -85,7 +85,7 @@ PF_HD void load_image_gradient(Machine& machine, const Block<Machine>& block, in
 }
 
 // Where the sums of the last product go: they become the image, with their bias and through the sigmoid if the task has
-// one.
+// one. What is the same for all of an item's pixels is found once, in `columns`.
 template <class Machine>
 struct ToImage {
   using Sum = typename Machine::Sum;
@@ -94,31 +94,47 @@ struct ToImage {
   // of the product
   int index;
 
-  struct Place {
-    int64_t at;
-    int column;
+  struct Columns {
+    int first, inside;
+    const Sum* bias;
+    Image image;
+    int64_t sample;
+    bool squashed;
   };
 
-  PF_HD Place place(int sample, int y, int x, int column) const {
-    const auto& task = *block.task;
-    return {.at = task.image.at(task.first_sample + block.sample + sample, column, y, x), .column = column};
-  }
-  PF_HD void store(const Place& place, int offset, Sum a, Sum b) const {
+  PF_HD Columns columns(int column) const {
     const auto& task = *block.task;
     const Product& p = task.products[index];
+    return {.first = column,
+            .inside = p.out_c - column,
+            .bias = task.biases + p.bias + column,
+            .image = task.image,
+            .sample = task.first_sample + block.sample,
+            .squashed = task.squashed};
+  }
+  PF_HD int64_t place(const Columns& columns, int sample, int y, int x) const {
+    return columns.image.at(columns.sample + sample, columns.first, y, x);
+  }
+  PF_HD void store(const Columns& columns, int64_t at, int j, Sum a, Sum b) const {
     const Sum both[2] = {a, b};
     PF_UNROLL
     for (int i = 0; i < 2; ++i) {
-      if (place.column + offset + i >= p.out_c) continue;
-      const Sum value = both[i] + task.biases[p.bias + place.column + offset + i];
-      machine.write(task.image, place.at + (offset + i) * task.image.c, task.squashed ? sigmoid(value) : value);
+      const int offset = column_tile * j + i;
+      if (offset >= columns.inside) continue;
+      const Sum value = both[i] + columns.bias[offset];
+      machine.write(columns.image, at + offset * columns.image.c, columns.squashed ? sigmoid(value) : value);
     }
   }
 };
 
+// What a sum of the other products meets before it is stored, and where it goes.
+enum class Meets { pixel_bias, bias, slope };
+enum class Goes { shared, memory, condition };
+
 // Where the sums of the other products go: a map in shared memory or in memory, or the condition's gradient. Forward
-// adds the bias and applies LeakyReLU; the gradient is multiplied by the slope that LeakyReLU had in forward.
-template <class Machine>
+// adds the bias and applies LeakyReLU; the gradient is multiplied by the slope that LeakyReLU had in forward. The first
+// product's bias is the condition, pixel by pixel.
+template <class Machine, Meets meets, Goes goes>
 struct ToMap {
   using Element = typename Machine::Element;
   using Sum = typename Machine::Sum;
@@ -129,68 +145,138 @@ struct ToMap {
   // where the next map begins in shared memory
   int to;
 
-  // For one pixel, from a column on: what is added or asked, and where the result goes.
-  struct Place {
-    // forward: the biases
-    const Sum* bias = nullptr;
-    // gradient: the activation that forward kept
-    const Element* kept = nullptr;
-    // the result is written to memory, to the condition's gradient, or to shared memory at `at`
-    Element* out = nullptr;
-    Sum* condition = nullptr;
-    int at = 0;
+  // For an item's columns from `first` on: what is the same for all of its pixels.
+  struct Columns {
+    int first;
     // how many columns from here on are no padding
     int inside;
+    int width, height, padded;
+    // the layer's biases
+    Sum biases[2 * map_columns];
+    // for the condition, the draws of an image
+    const Sum* condition;
+    int64_t first_sample, draws;
+    // the activation that forward kept
+    const Element* kept;
+    Element* out;
+    Sum* gradient;
+    // of the block, in the result of the product
+    int64_t sample;
+    Rows rows;
+    Sum slope;
+  };
+  struct Place {
+    const Sum* bias = nullptr;
+    const Element* kept = nullptr;
+    Element* out = nullptr;
+    Sum* gradient = nullptr;
+    int at = 0;
   };
 
-  PF_HD Place place(int sample, int y, int x, int column) const {
+  PF_HD Columns columns(int column) const {
     const auto& task = *block.task;
     const Product& p = task.products[index];
-    const int64_t n = block.sample + sample, in_map = int64_t{y} * p.out_w + x, size = int64_t{p.out_h} * p.out_w;
-    Place place{.inside = p.out_c - column};
-    if (task.gradient) {
-      place.kept = task.kept[index] + (n * size + in_map) * p.columns + column;
-      if (index + 1 == task.count) {
-        place.condition = task.condition_gradient + ((task.first_sample + n) * size + in_map) * p.out_c + column;
-        return place;
+    Columns all{};
+    all.first = column;
+    all.inside = p.out_c - column;
+    all.width = p.out_w;
+    all.height = p.out_h;
+    all.padded = p.columns;
+    all.sample = block.sample;
+    all.slope = task.slope;
+    if constexpr (meets == Meets::bias) {
+      PF_UNROLL
+      for (int j = 0; j < map_columns; ++j) {
+        PF_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int offset = column_tile * j + i;
+          all.biases[2 * j + i] = offset < all.inside ? task.biases[p.bias + column + offset] : Sum{0};
+        }
       }
-    } else if (index == 0) {
-      place.bias = task.condition + ((task.first_sample + n) / task.draws * size + in_map) * p.out_c + column;
+    } else if constexpr (meets == Meets::pixel_bias) {
+      all.condition = task.condition + column;
+      all.first_sample = task.first_sample;
+      all.draws = task.draws;
     } else {
-      place.bias = task.biases + p.bias + column;
+      all.kept = task.kept[index] + column;
     }
-    if (index == task.segment.last) {
-      place.out = task.out + (n * size + in_map) * p.columns + column;
+    if constexpr (goes == Goes::shared) all.rows = block.rows[index + 1];
+    if constexpr (goes == Goes::memory) all.out = task.out + column;
+    if constexpr (goes == Goes::condition)
+      all.gradient = task.condition_gradient + column, all.first_sample = task.first_sample;
+    return all;
+  }
+
+  PF_HD Place place(const Columns& all, int sample, int y, int x) const {
+    const int64_t n = all.sample + sample, in_map = int64_t{y} * all.width + x, size = int64_t{all.height} * all.width;
+    Place place;
+    if constexpr (meets == Meets::pixel_bias) {
+      const int channels = all.first + all.inside;
+      place.bias = all.condition + ((all.first_sample + n) / all.draws * size + in_map) * channels;
+    }
+    if constexpr (meets == Meets::slope) place.kept = all.kept + (n * size + in_map) * all.padded;
+    if constexpr (goes == Goes::condition) {
+      place.gradient = all.gradient + ((all.first_sample + n) * size + in_map) * (all.first + all.inside);
+    } else if constexpr (goes == Goes::memory) {
+      place.out = all.out + (n * size + in_map) * all.padded;
     } else {
-      const Rows rows = block.rows[index + 1];
-      place.at = to + ((sample * rows.count() + y - rows.lo) * p.out_w + x) * (p.columns + pixel_gap) + column;
+      place.at =
+          to + ((sample * all.rows.count() + y - all.rows.lo) * all.width + x) * (all.padded + pixel_gap) + all.first;
     }
     return place;
   }
 
-  PF_HD void store(const Place& place, int offset, Sum a, Sum b) const {
-    const auto& task = *block.task;
-    if (place.kept == nullptr) {
-      a = leaky_relu(offset < place.inside ? a + place.bias[offset] : a);
-      b = leaky_relu(offset + 1 < place.inside ? b + place.bias[offset + 1] : b);
+  PF_HD void store(const Columns& all, const Place& place, int j, Sum a, Sum b) const {
+    const int offset = column_tile * j;
+    if constexpr (meets == Meets::slope) {
+      if (!(load(place.kept[offset]) > 0)) a *= all.slope;
+      if (!(load(place.kept[offset + 1]) > 0)) b *= all.slope;
+    } else if constexpr (meets == Meets::bias) {
+      a = leaky_relu(all, a + all.biases[2 * j]);
+      b = leaky_relu(all, b + all.biases[2 * j + 1]);
     } else {
-      if (!(load(place.kept[offset]) > 0)) a *= task.slope;
-      if (!(load(place.kept[offset + 1]) > 0)) b *= task.slope;
-      if (place.condition != nullptr) {
-        if (offset < place.inside) place.condition[offset] = a;
-        if (offset + 1 < place.inside) place.condition[offset + 1] = b;
-        return;
-      }
+      a = leaky_relu(all, offset < all.inside ? a + place.bias[offset] : a);
+      b = leaky_relu(all, offset + 1 < all.inside ? b + place.bias[offset + 1] : b);
     }
-    if (place.out != nullptr) {
+    if constexpr (goes == Goes::condition) {
+      if (offset < all.inside) place.gradient[offset] = a;
+      if (offset + 1 < all.inside) place.gradient[offset + 1] = b;
+    } else if constexpr (goes == Goes::memory) {
       machine.write_pair(place.out + offset, a, b);
     } else {
       machine.put_pair(place.at + offset, a, b);
     }
   }
 
-  PF_HD Sum leaky_relu(Sum value) const { return value > 0 ? value : value * block.task->slope; }
+  PF_HD static Sum leaky_relu(const Columns& all, Sum value) { return value > 0 ? value : value * all.slope; }
 };
+
+// Hands an item's sums to the sink that its product has in this launch.
+template <class Machine>
+PF_HD void hand_to_map(Machine& machine, const Block<Machine>& block, const Item<Machine>& work,
+                       const Sums<map_columns, Machine>& sums, int index, int to) {
+  const auto& task = *block.task;
+  const auto go = [&](auto meets, auto goes) PF_INLINE {
+    using Sink = ToMap<Machine, decltype(meets)::value, decltype(goes)::value>;
+    hand_to<map_columns>(machine, work, sums, Sink{machine, block, index, to});
+  };
+  const auto anywhere = [&](auto meets) PF_INLINE {
+    if (index == task.segment.last) {
+      go(meets, std::integral_constant<Goes, Goes::memory>{});
+    } else {
+      go(meets, std::integral_constant<Goes, Goes::shared>{});
+    }
+  };
+  if (!task.gradient && index == 0) {
+    anywhere(std::integral_constant<Meets, Meets::pixel_bias>{});
+  } else if (!task.gradient) {
+    anywhere(std::integral_constant<Meets, Meets::bias>{});
+  } else if (index + 1 < task.count) {
+    anywhere(std::integral_constant<Meets, Meets::slope>{});
+  } else {
+    go(std::integral_constant<Meets, Meets::slope>{}, std::integral_constant<Goes, Goes::condition>{});
+  }
+}
 
 // Everything that one block of a launch does.
 template <class Machine>
@@ -225,8 +311,8 @@ PF_HD void run(Machine& machine, const Block<Machine>& block) {
       }
       // neighbouring items read the same weights
       const int height = row_items(block.samples, c), row = (item - before) % height, column = (item - before) / height;
-      const auto go = [&](auto width, auto sink) PF_INLINE {
-        constexpr int columns = decltype(width)::value;
+      const auto go = [&](auto tiles, auto hand) PF_INLINE {
+        constexpr int columns = decltype(tiles)::value;
         const Item<Machine> work{.product = p,
                                  .outputs = c,
                                  .rows = block.samples * c.positions(),
@@ -240,12 +326,15 @@ PF_HD void run(Machine& machine, const Block<Machine>& block) {
                                  .first_column = column * columns * column_tile};
         Sums<columns, Machine> sums = {};
         sum_products<columns>(machine, work, sums);
-        hand_to<columns>(machine, work, sums, sink);
+        hand(work, sums);
       };
       if (p.image) {
-        go(std::integral_constant<int, image_columns>{}, ToImage<Machine>{machine, block, index});
+        go(std::integral_constant<int, image_columns>{}, [&](const auto& work, const auto& sums) PF_INLINE {
+          hand_to<image_columns>(machine, work, sums, ToImage<Machine>{machine, block, index});
+        });
       } else {
-        go(std::integral_constant<int, map_columns>{}, ToMap<Machine>{machine, block, index, to});
+        go(std::integral_constant<int, map_columns>{},
+           [&](const auto& work, const auto& sums) PF_INLINE { hand_to_map(machine, block, work, sums, index, to); });
       }
     });
   }

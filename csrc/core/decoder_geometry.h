@@ -221,6 +221,17 @@ PF_HD int64_t blocks_of(const Task<Machine>& task) {
   return (task.total + s.samples - 1) / s.samples * ceil_div(task.products[s.last].out_h, s.rows);
 }
 
+// Divides numbers from 0 to 2^16 - 1 by one that is not above 2^16, with a multiplication.
+struct Divisor {
+  int by;
+  uint32_t inverse;
+
+  PF_HD explicit Divisor(int n) : by(n), inverse(n > 1 ? 0xffffffffu / static_cast<uint32_t>(n) + 1 : 0) {}
+  PF_HD int of(int n) const {
+    return by > 1 ? static_cast<int>((uint64_t{inverse} * static_cast<uint32_t>(n)) >> 32) : n;
+  }
+};
+
 // One class of a product's outputs, a rectangle of positions. The items of the warps are cut from it.
 struct Class {
   Axis y, x;

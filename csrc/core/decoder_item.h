@@ -51,13 +51,15 @@ template <class Machine>
 PF_HD void find_pixels(Machine& machine, const Item<Machine>& item, Pixels<Machine>& pixels) {
   const Class& c = item.outputs;
   const int rows = item.rows;
+  const Divisor positions(c.positions()), width(c.width);
   machine.each([&](int lane, int slot) PF_INLINE {
     PF_UNROLL
     for (int i = 0; i < item_rows; ++i) {
-      const int row = item.first_row + row_tile * i + lane % row_tile, position = row % c.positions();
-      const int y = position / c.width + c.first_y, x = position % c.width + c.first_x;
+      const int row = item.first_row + row_tile * i + lane % row_tile, sample = positions.of(row);
+      const int position = row - sample * c.positions(), line = width.of(position);
+      const int y = line + c.first_y, x = position - line * c.width + c.first_x;
       pixels[slot][i] = {
-          .row = row / c.positions() * item.in.count() - item.in.lo,
+          .row = sample * item.in.count() - item.in.lo,
           .y = static_cast<int16_t>(c.y.in_step * y + c.y.in_first),
           .x = static_cast<int16_t>(row < rows ? c.x.in_step * x + c.x.in_first : outside),
       };
@@ -99,17 +101,14 @@ PF_HD void locate(Machine& machine, const Item<Machine>& item, const Pixels<Mach
   });
 }
 
-// Adds the products of 32 channels of the current tap.
+// Adds the products of 32 channels of the current tap. Rows that the item does not have read the pixel of zeros.
 template <int columns, class Machine>
 PF_HD void add_products(Machine& machine, const Item<Machine>& item, const Places<Machine>& at,
                         const Weights<columns, Machine>& now, int chunk, Sums<columns, Machine>& sums) {
-  const int rows = item.rows;
   PF_UNROLL
   for (int half = 0; half < 2; ++half) {
     PF_UNROLL
     for (int i = 0; i < item_rows; ++i) {
-      // the same for all lanes
-      if (item.first_row + row_tile * i >= rows) continue;
       typename Machine::Rows a[Machine::lanes];
       machine.load_rows(a, [&](int slot) PF_INLINE { return at[slot][i] + chunk * channel_tile + 16 * half; });
       PF_UNROLL
@@ -158,20 +157,22 @@ template <int columns, class Machine, class Sink>
 PF_HD void hand_to(Machine& machine, const Item<Machine>& item, const Sums<columns, Machine>& sums, const Sink& sink) {
   const Class& c = item.outputs;
   const int rows = item.rows;
+  const Divisor positions(c.positions()), width(c.width);
   machine.each([&](int lane, int slot) PF_INLINE {
+    const auto shared = sink.columns(item.first_column + c_column(lane, 0));
     PF_UNROLL
     for (int i = 0; i < item_rows; ++i) {
       PF_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int row = item.first_row + row_tile * i + c_row(lane, 2 * half);
         if (row >= rows) continue;
-        const int position = row % c.positions();
-        const int y = c.y.out_step * (position / c.width + c.first_y) + c.y.out_first;
-        const int x = c.x.out_step * (position % c.width + c.first_x) + c.x.out_first;
-        const auto place = sink.place(row / c.positions(), y, x, item.first_column + c_column(lane, 0));
+        const int sample = positions.of(row), position = row - sample * c.positions(), line = width.of(position);
+        const int y = c.y.out_step * (line + c.first_y) + c.y.out_first;
+        const int x = c.x.out_step * (position - line * c.width + c.first_x) + c.x.out_first;
+        const auto place = sink.place(shared, sample, y, x);
         PF_UNROLL
         for (int j = 0; j < columns; ++j) {
-          sink.store(place, column_tile * j, sums[slot][i][j][2 * half], sums[slot][i][j][2 * half + 1]);
+          sink.store(shared, place, j, sums[slot][i][j][2 * half], sums[slot][i][j][2 * half + 1]);
         }
       }
     }

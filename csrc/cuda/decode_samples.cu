@@ -54,6 +54,9 @@ struct Warp {
     for (int i = static_cast<int>(threadIdx.x / 32); i < n; i += decoder::warps) {
       // the matrix instructions need whole warps, and at the borders of an item lanes take different branches
       __syncwarp();
+      // The loads of rows are no volatile instructions, so that several are on their way at once. They depend on this
+      // address, which the compiler cannot know to be the old one: none moves from an item to another, past a barrier.
+      asm volatile("mov.u32 %0, %0;" : "+r"(address));
       f(i);
     }
   }
@@ -90,16 +93,15 @@ struct Warp {
   }
   template <class At>
   __device__ __forceinline__ void load_rows(Rows (&a)[1], At at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0].v[0]), "=r"(a[0].v[1]), "=r"(a[0].v[2]), "=r"(a[0].v[3])
-                 : "r"(address + 2u * static_cast<uint32_t>(at(0))));
+    asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(a[0].v[0]), "=r"(a[0].v[1]), "=r"(a[0].v[2]), "=r"(a[0].v[3])
+        : "r"(address + 2u * static_cast<uint32_t>(at(0))));
   }
   template <class Sums, class B>
   __device__ __forceinline__ void multiply(Sums sums, const Rows (&a)[1], B weights, int half) {
     float* c = sums(0);
     const Weights b = weights(0);
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0].v[0]), "r"(a[0].v[1]), "r"(a[0].v[2]), "r"(a[0].v[3]), "r"(half == 0 ? b.x : b.z),

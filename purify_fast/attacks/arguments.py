@@ -64,6 +64,12 @@ def check_not_negative(**sizes: float | Tensor | None) -> None:
             raise ValueError(f"{name} must be at least 0, got {value}")
 
 
+def check_seed(seed: int) -> None:
+    """ValueError for a seed that is no int64."""
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
+
+
 def check_eps(eps: float | Tensor | None, norm: str | None, largest: float = 1.0) -> None:
     """ValueError for a radius that is negative, or an L-inf radius beyond ``largest``, the range of the pixels."""
     check_not_negative(eps=eps)
