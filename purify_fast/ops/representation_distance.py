@@ -194,7 +194,9 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> N
         if not u.device == v.device == student[0].device:
             raise ValueError(f"student is on {u.device}, teacher on {v.device}: all layers must agree")
         if u.shape[0] != student[0].shape[0]:
-            raise ValueError(f"layers need one batch size, got {student[0].shape[0]} and {u.shape[0]}")
+            raise ValueError(
+                f"student, teacher: layers need one batch size, got {student[0].shape[0]} and {u.shape[0]}"
+            )
 
 
 def representation_distance(
