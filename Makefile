@@ -48,6 +48,10 @@ test-interpreter: $(STAMPS)/package
 	@echo "== Triton kernels in the interpreter"
 	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
 
+EXAMPLES ?= 1000
+fuzz: $(STAMPS)/package  ## arguments of any kind, at random: EXAMPLES=1000 for each of about 60 tests
+	FUZZ_EXAMPLES=$(EXAMPLES) $(PARALLEL) -n auto --dist worksteal tests/fuzz $(ARGS)
+
 lint: $(STAMPS)/lint $(STAMPS)/package  ## ruff, clang-format, mypy, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -117,6 +121,8 @@ $(STAMPS)/package: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
 	$(BUILD) $(PIP) --no-build-isolation -e '.[demo,test]'
 	# tests compare with robustbench's model files and run torchattacks' PGD; what else the two ask for is not needed
 	$(PIP) --no-deps robustbench torchattacks
+	# their attacks run on this package's defences, and inside its reports
+	$(PIP) foolbox adversarial-robustness-toolbox
 	@touch $@
 
 $(STAMPS)/cmake: $(STAMPS)/base

@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -107,11 +108,14 @@ def environment() -> dict[str, str]:
 
 def start(command: Command, out: Path, prefix: list[str] | None = None, more: tuple[str, ...] = ()) -> subprocess.Popen:
     words = [*(PURIFY if prefix is None else prefix), *command.words, command.out, str(out), *more]
-    # a file and no pipe, which nobody would empty
-    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=errors,
-                               start_new_session=True)  # fmt: skip
-    process.errors = errors  # type: ignore[attr-defined]
+    # no file, which a full disk would cut off too
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)  # fmt: skip
+    process.said = []  # type: ignore[attr-defined]
+    # a pipe that nobody empties would stop the process
+    reader = threading.Thread(target=lambda: process.said.extend(process.stderr), daemon=True)  # type: ignore
+    reader.start()
+    process.reader = reader  # type: ignore[attr-defined]
     return process
 
 
@@ -122,11 +126,8 @@ def ended(process: subprocess.Popen, timeout: float = 900.0) -> tuple[int, str]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    file = process.errors  # type: ignore[attr-defined]
-    file.seek(0)
-    text = file.read()
-    file.close()
-    return code, text
+    process.reader.join(30)  # type: ignore[attr-defined]
+    return code, "".join(process.said)  # type: ignore[attr-defined]
 
 
 def plain(value: object) -> object:
@@ -234,7 +235,9 @@ class Soak:
             shutil.rmtree(folder, ignore_errors=True)
         kinds = [kind for kind in self.faults if self.applies(kind, command)]
         # a kill is what happens most
-        chosen = [self.draw.choice([*kinds, "SIGKILL", "SIGKILL"]) for _ in range(self.draw.randint(1, 4))]
+        kills = ["SIGKILL"] * (1 if command.name == "demo" else self.draw.randint(1, 4))
+        chosen = [*kills, *(self.draw.choice(kinds) for _ in range(self.draw.randint(0, 2)))]
+        self.draw.shuffle(chosen)
         for kind in chosen:
             self.faults[kind](command, out)
         code, errors = ended(start(command, out))
@@ -264,7 +267,9 @@ class Soak:
         return True
 
     def moment(self, command: Command) -> float:
-        return self.draw.uniform(0.02, 1.05) * self.seconds[command.name]
+        # a process needs seconds to begin with its work: not every fault is to fall into these
+        first = 0.02 if self.draw.random() < 0.25 else min(0.6, 4.0 / self.seconds[command.name])
+        return self.draw.uniform(first, 1.05) * self.seconds[command.name]
 
     def disturb(
         self,

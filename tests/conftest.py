@@ -140,6 +140,8 @@ class Rerun:
         if self.error is not None:
             raise self.error
         self.recorded += 1
+        # the first replay of each checks it
+        self.replayed -= 1
 
         def replay() -> None:
             self.replayed += 1

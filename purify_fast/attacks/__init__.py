@@ -15,6 +15,7 @@ from .draws import input_gradient
 from .fab import FABT, fab_t
 from .fgsm import FGSM, fgsm, pgd_and_fgsm
 from .frozen_model import frozen
+from .heads import HEADS, AttackersHead
 from .health import GradientHealth
 from .losses import (
     LOSSES,
@@ -35,11 +36,13 @@ __all__ = [
     "BPDA",
     "FABT",
     "FGSM",
+    "HEADS",
     "LOSSES",
     "PGD",
     "TARGETED",
     "Attack",
     "AttackContext",
+    "AttackersHead",
     "AutoAttack",
     "Ball",
     "BpdaModel",

@@ -27,7 +27,7 @@ from .engine.auto_pgd import run, run_from_larger
 from .engine.gradient_copy import COMPARED, gradient_copy
 from .engine.judge import Judge
 from .engine.step_size import Schedule
-from .engine.waves import Waves, likeliest_wrong
+from .engine.waves import Waves, add_counts, likeliest_wrong
 from .frozen_model import frozen
 from .health import GradientHealth
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, usable_loss
@@ -59,6 +59,7 @@ def apgd(
     max_forward_batch: int | None = None,
     health: GradientHealth | None = None,
     graphs: StepGraphs | None = None,
+    found: dict[str, int] | None = None,
     clip_min: float = 0.0,
     clip_max: float = 1.0,
 ) -> Tensor:
@@ -94,6 +95,7 @@ def apgd(
         max_forward_batch: images in one forward pass at most; exact. None: no limit.
         health: counts gradients and, in every run, movement, if given.
         graphs: on a CUDA device, captures what a step asks of the model, as of `pgd`; one graph for each batch size.
+        found: to the name of each target and restart is added how many images fell to it, if given.
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
 
@@ -130,6 +132,8 @@ def apgd(
         with frozen(source):
             for rows in waves.over(active):
                 attack(objective, active, rows, Schedule(steps, rho), health=health)
+    if found is not None:
+        add_counts(found, waves.counted(active))
     return active.found
 
 
@@ -273,5 +277,6 @@ class APGD(BallAttack):
             seed=context.seed,
             sample_ids=context.sample_ids,
             health=context.health,
+            found=context.found,
             graphs=context.graphs,
         )

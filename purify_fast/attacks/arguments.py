@@ -41,6 +41,8 @@ def check_images(x: Tensor, y: Tensor) -> None:
         if not isinstance(value, Tensor):
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise TypeError(f"{name} must be a torch.Tensor, got {kind}: torch.as_tensor({name}) makes one")
+    if x.device != y.device:
+        raise ValueError(f"x is on {x.device}, y on {y.device}: they must agree")
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [B, ...], got {x.dtype} {list(x.shape)}")
     if y.shape != (x.shape[0],) or y.dtype != torch.int64:
@@ -62,6 +64,12 @@ def check_not_negative(**sizes: float | Tensor | None) -> None:
             raise TypeError(f"{name} must be a number, got {value!r}")
         if isinstance(value, (int, float)) and not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """ValueError for a seed that is no int64."""
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
 
 
 def check_eps(eps: float | Tensor | None, norm: str | None, largest: float = 1.0) -> None:

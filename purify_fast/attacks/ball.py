@@ -11,7 +11,7 @@ from torch import Tensor
 from .._tensors import per_image
 from ..ops.pgd_step import per_sample
 from ..ops.philox import Stream, philox
-from .arguments import Norm, check_eps, read_norm
+from .arguments import Norm, check_eps, check_seed, read_norm
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor |
     """
     ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
     # made on the device: a copy would wait for it
+    check_seed(seed)
     key = torch.full((1,), seed, dtype=torch.int64, device=x.device)
     size = x[0].numel()
     if ball.norm == "linf":

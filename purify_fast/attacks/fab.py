@@ -28,7 +28,7 @@ from .engine.auto_pgd import shrinks_after
 from .engine.gradient_copy import COMPARED, gradient_copy
 from .engine.hyperplane import move_to_plane
 from .engine.judge import Judge, has_fallen
-from .engine.waves import Rows, Waves, likeliest_wrong
+from .engine.waves import Rows, Waves, add_counts, likeliest_wrong
 from .frozen_model import frozen
 from .health import GradientHealth
 
@@ -57,6 +57,7 @@ def fab_t(
     sample_ids: Tensor | None = None,
     max_forward_batch: int | None = None,
     health: GradientHealth | None = None,
+    found: dict[str, int] | None = None,
     clip_min: float = 0.0,
     clip_max: float = 1.0,
 ) -> Tensor:
@@ -82,6 +83,7 @@ def fab_t(
         sample_ids: int64 ``[B]``; an image's random start depends on the seed and its id alone. None: 0 .. B - 1.
         max_forward_batch: images in one forward pass at most; exact. None: no limit.
         health: counts gradients, if given.
+        found: to the name of each target and restart is added how many images fell to it, if given.
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
 
@@ -115,6 +117,8 @@ def fab_t(
         with frozen(source):
             for rows in waves.over(active):
                 _run(objective, active, rows, steps, health)
+    if found is not None:
+        add_counts(found, waves.counted(active))
     return active.found
 
 
@@ -134,7 +138,7 @@ def _run(objective: Objective, active: ActiveSet, rows: Rows, steps: int, health
         point = _step(rows, origin, gradient, offset)
         if shrinks_after(i + 1):
             inside = (nearest_at <= rows.ball.eps).float()
-            judged, fell = active.settle(rows.owner, nearest, inside)
+            judged, fell = active.settle(rows.owner, nearest, inside, rows.run)
             # what the model refuses is as if it had not been found
             nearest_at = torch.where((inside > 0) & (judged < inside), torch.inf, nearest_at)
             kept = active.kept(rows.owner) if fell else None
@@ -179,7 +183,7 @@ def _offer(objective: Objective, active: ActiveSet, rows: Rows, nearest: Tensor)
     ball: Ball = rows.ball
     cut = pgd_step(nearest, torch.zeros_like(nearest), rows.x, 0.0, ball.eps, **ball.bounds)
     score = objective.score(cut, rows.labels)
-    share, _ = active.settle(rows.owner, cut, torch.ones_like(score[0]))
+    share, _ = active.settle(rows.owner, cut, torch.ones_like(score[0]), rows.run)
     active.offer(rows.owner, cut, torch.stack([share, score[1]]))
 
 
@@ -257,4 +261,5 @@ class FABT(BallAttack):
             sample_ids=context.sample_ids,
             max_forward_batch=context.max_forward_batch,
             health=context.health,
+            found=context.found,
         )

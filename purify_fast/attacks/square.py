@@ -19,7 +19,7 @@ from .._tensors import per_image, repeat_batch
 from .._validation import check_literal
 from ..ops.philox import Stream, philox
 from ..protocols import Classifier
-from .arguments import Fallen, Norm, NormName, Precision, check_at_least_one, check_images
+from .arguments import Fallen, Norm, NormName, Precision, check_at_least_one, check_images, check_seed
 from .ball import Ball, ball_around
 from .base import AttackContext, BallAttack
 from .draws import Objective
@@ -137,6 +137,7 @@ class _Search:
     ):
         self.objective, self.active, self.ball = objective, active, ball
         (self.x, self.y, self.owner), (seed, self.ids) = images, key
+        check_seed(seed)
         self.key = torch.full((1,), seed, dtype=torch.int64, device=self.x.device)
         self.propose = Proposals((self.x.shape[1], self.x.shape[2], self.x.shape[3]), ball.norm)
 

@@ -155,6 +155,12 @@ def _is_memory(error: RuntimeError) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
+def _say(text: str) -> None:
+    """Write to stderr, if it can be: it may be a file on a full disk, or closed."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr)
+
+
 def _bug() -> int:
     """Print the traceback of an error that nobody foresaw, and how to report it; the exit status."""
     traceback.print_exc()
@@ -185,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (Refused, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         # of several processes, another than the first speaks only of an error of its own
         rank = _rank()
-        print(f"purify-fast{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
+        _say(f"purify-fast{f', process {rank}' if rank else ''}: {error}")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _is_memory(error):

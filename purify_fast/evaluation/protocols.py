@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
 from .._validation import check_literal
 from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
 from ..attacks.autoattack import implementation
-from ..defences.aggregation import WithAggregation
+from ..attacks.heads import HEADS, AttackersHead, Head
 from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, supports
 from .specs import AttackSpec
 from .surrogates import Surrogate, surrogates
@@ -28,8 +28,6 @@ HEAD_ROW, THROUGH = "APGD-T through the samples'", "by the gradients of"
 RAND_DRAWS = 20
 #: Further random starts of "strong", each a row of its own, so that the gain of the last one is seen.
 RESTARTS = 2
-#: The attacker's aggregations of a defence's samples; its own is attacked in any case.
-HEADS = ("lse", "mean", "mean_sigmoid")
 
 
 @dataclass(frozen=True)
@@ -110,10 +108,10 @@ def _strong(attacked: AttackedModel) -> list[AttackSpec]:
     return found
 
 
-def _head(model: Classifier, aggregation: str) -> AttackSpec:
+def _head(model: Classifier, head: Head) -> AttackSpec:
     """An attacker's own aggregation of the samples; the defence judges by its own."""
-    head = WithAggregation(model, aggregation)  # type: ignore[arg-type]  # a model with sample_logits
-    return _left(APGD(loss="dlr_targeted"), f"{HEAD_ROW} {aggregation}", gradients_from=head)
+    seen = AttackersHead(cast(SampleLogits, model), head)
+    return _left(APGD(loss="dlr_targeted"), f"{HEAD_ROW} {head}", gradients_from=seen)
 
 
 def _transferred(surrogate: Surrogate) -> AttackSpec:

@@ -114,7 +114,7 @@ def noisy_replay(
     Deterministic given the seed; the same bits in every backend, whatever the batch split. NaN in x or eps propagates.
     """
     _check(x, x_adv, drift, seed, sample_ids)
-    if lo > hi:
+    if not lo <= hi:
         raise ValueError(f"lo = {lo} is above hi = {hi}")
     call = reference if OP.plain(x.device, x.dtype, x.numel()) else OP.handle
     with torch.no_grad():

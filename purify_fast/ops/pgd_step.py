@@ -152,7 +152,7 @@ def check(images: dict[str, Tensor], norm: str, lo: float, hi: float, norms: Seq
         raise ValueError(f"{joined} are on {', '.join(map(str, devices))}: they must agree")
     if norm not in norms:
         raise ValueError(f"norm must be one of {', '.join(norms)}, got {norm!r}")
-    if lo > hi:
+    if not lo <= hi:
         raise ValueError(f"lo = {lo} is above hi = {hi}")
 
 

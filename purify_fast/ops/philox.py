@@ -155,5 +155,7 @@ def philox(
     for name, value, least in (("numel", numel, 0), ("draws", draws, 1), ("first_draw", first_draw, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+        if isinstance(value, int) and value >= 2**63:
+            raise ValueError(f"{name} must be below 2^63, got {value}")
     call = reference if OP.plain(seed.device, torch.float32, sample_ids.numel() * draws * numel) else OP.handle
     return call(seed, sample_ids, numel, int(stream), DISTRIBUTIONS.index(distribution), draws, first_draw)

@@ -235,8 +235,8 @@ def _check_settings(
     most = min(blocks, MOST_PASSES)
     if num_passes is not None and (not 1 <= num_passes <= most or blocks % num_passes):
         raise ValueError(f"num_passes must be 1 to {most} and divide the {blocks} blocks of an image, got {num_passes}")
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    if samples < 1 or (isinstance(samples, int) and samples >= 2**63):
+        raise ValueError(f"samples must be at least 1 and below 2^63, got {samples}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
 

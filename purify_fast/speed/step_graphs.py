@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .._validation import check_literal
 from ..protocols import CountsImages, PreparesReplay
+from .agreement import first_replay_agrees
 from .cuda_capture import CudaCapture
 from .dependencies import dependencies
 from .surroundings import host_generators, no_trace, numerics
@@ -291,6 +292,8 @@ class StepGraphs:
                     return self._refuse(base, reason)
                 # the state is written by what is launched, and by no warm-up: it is put in before each loop
                 replay = self.capture.record(advance, device)
+                if not first_replay_agrees(lambda: function(buffers), buffers, replay, device):
+                    return self._refuse(base, "a replay does not give what the step gives")
         except RuntimeError as error:
             return self._refuse(base, f"the step cannot be captured ({str(error).strip().splitlines()[0]})")
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -26,6 +27,7 @@ from .checkpoint import flatten, restore
 
 T = TypeVar("T")
 
+NOTICE = 3.0  # seconds in which all notice that a process is lost
 BUCKET = 2**25  # numbers sent at once: bounds the memory of the copy
 PATIENCE = timedelta(seconds=10)  # of a process that fails, for word that the first one failed too
 
@@ -33,6 +35,70 @@ PATIENCE = timedelta(seconds=10)  # of a process that fails, for word that the f
 # one's evaluation, and a process that has failed is to be heard by others that are in no collective call:
 # dist.barrier would end such a wait after half an hour, and elastic's record tells torchrun alone.
 _store: Store | None = None
+
+
+class ProcessLost(ConnectionError):
+    """Another process of the training does not answer: it died, or hangs."""
+
+
+def report_step(step: int) -> None:
+    """Tell the other processes how far this one is, so that one that hangs can be named.
+
+    Args:
+        step: the step that begins.
+    """
+    rank, world = processes()
+    if world > 1:
+        # PyTorch's public names for the store are those of its group's constructor, which may not be this package's
+        dist.distributed_c10d._get_default_store().set(f"purify_fast step {rank}", str(step))
+
+
+#: What PyTorch's back ends say when another process does not answer.
+_LOST = re.compile(r"[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|gloo|NCCL|peer")
+
+
+@contextlib.contextmanager
+def named_when_lost() -> Iterator[None]:
+    """Within the block, an exchange that fails says which process is missing.
+
+    Raises:
+        ProcessLost: another process does not answer.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if processes()[1] == 1 or _LOST.search(str(error)) is None:
+            raise
+        raise ProcessLost(_missing(str(error).splitlines()[0])) from error
+
+
+def _missing(why: str) -> str:
+    """What is known of the others, in words: those that wait in vain too are not the ones that are missing."""
+    rank, world = processes()
+    steps, waiting = dict[int, int](), set[int]()
+    store = dist.distributed_c10d._get_default_store()
+    # the store goes with the first process
+    with contextlib.suppress(Exception):
+        store.set(f"purify_fast waits {rank}", "yes")
+        # until the others have noticed
+        time.sleep(NOTICE)
+        for other in range(world):
+            if store.check([f"purify_fast step {other}"]):
+                steps[other] = int(store.get(f"purify_fast step {other}"))
+            if store.check([f"purify_fast waits {other}"]):
+                waiting.add(other)
+    missing = [
+        f"process {other}, {f'in step {steps[other]}' if other in steps else 'which has not begun'}"
+        for other in range(world)
+        if other not in waiting and other != rank
+    ]
+    who = "; ".join(missing) if missing else "all others wait too: the network between them failed"
+    if not steps:
+        who = "the first process, which holds what the others tell, is gone"
+    return (
+        f"process {rank} of {world} waited in vain in step {steps.get(rank, 0)} for: {who} ({why}). Start the same "
+        "again to go on from the last checkpoint; torchrun --max-restarts does so by itself"
+    )
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -58,7 +124,8 @@ def average_(tensors: Iterable[Tensor]) -> None:
         return
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.flatten() for tensor in bucket])
-        dist.all_reduce(flat)
+        with named_when_lost():
+            dist.all_reduce(flat)
         flat /= world
         for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(mean.view(tensor.shape))
@@ -86,14 +153,16 @@ def from_first(make: Callable[[], Any]) -> Any:
             head = [(tree, [(tensor.shape, tensor.dtype) for tensor in tensors])]
         except Exception as error:
             head = [error]
-    dist.broadcast_object_list(head, src=0, device=device)
+    with named_when_lost():
+        dist.broadcast_object_list(head, src=0, device=device)
     if isinstance(head[0], Exception):
         raise head[0]
     tree, kinds = head[0]
     received = []
     for i, (shape, dtype) in enumerate(kinds):
         tensor = tensors[i].to(device) if rank == 0 else torch.empty(shape, dtype=dtype, device=device)
-        dist.broadcast(tensor, src=0)
+        with named_when_lost():
+            dist.broadcast(tensor, src=0)
         received.append(tensor.cpu())
     return restore(tree, received)
 
@@ -105,6 +174,22 @@ def gathered(value: Any) -> list[Any]:
     if world > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def patience() -> timedelta:
+    """How long an exchange waits for another process: PURIFY_FAST_TIMEOUT in seconds, 1800 if it is not set.
+
+    Raises:
+        ValueError: the variable holds no number above 0.
+    """
+    text = os.environ.get("PURIFY_FAST_TIMEOUT") or "1800"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"PURIFY_FAST_TIMEOUT must be a number of seconds above 0, got {text!r}")
+    return timedelta(seconds=seconds)
 
 
 def launched() -> int:
@@ -132,7 +217,8 @@ def torchrun_group() -> Iterator[None]:
     _store, rank, world = next(rendezvous("env://"))
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=_store, rank=rank, world_size=world)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=patience())
         with contextlib.ExitStack() as silence:
             if rank > 0:
                 nowhere = silence.enter_context(open(os.devnull, "w"))

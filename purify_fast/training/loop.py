@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from .. import ops
 from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
-from ..speed.precision import whole_float32_by_default
+from ..speed.precision import float32_products, whole_float32_by_default
 from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
-from .distributed import from_first
+from .distributed import from_first, named_when_lost, report_step
 from .divergence import Diverged, LossWatch
 from .epoch import batch_of, set_learning_rate, train_step
 from .on_device import on_device
@@ -112,7 +112,8 @@ def fit(
     validate = None if held is None else Validation(run, held, folder)
     with checkpoints.locked(), stop_on_sigterm() as stop:
         checkpoints.resume(source.device)
-        with _served_as_begun(run, source.device):
+        rounded = float32_products(tf32=True) if task.tf32 else contextlib.nullcontext()
+        with rounded, _served_as_begun(run, source.device):
             return _run(
                 run, source, checkpoints, validate, callbacks=callbacks, title=title, progress=progress, stop=stop
             )
@@ -193,9 +194,11 @@ def _train_epoch(
     for raw, labels, ids in source.epoch(epoch, run.step % run.steps):
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
+        report_step(run.step)
         batch = batch_of(raw, labels, ids, config, seed=seed, epoch=epoch)
         set_learning_rate(task, run.rate * task.learning_rate(run.step / run.total, epoch, config.epochs))
-        measured = train_step(task, batch)
+        with named_when_lost():
+            measured = train_step(task, batch)
         for key, value in measured.items():
             wide = torch.promote_types(value.dtype, torch.float32)
             run.sums[key] = run.sums[key] + value if key in run.sums else value.to(source.device, wide, copy=True)

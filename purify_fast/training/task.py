@@ -64,12 +64,15 @@ class Task:
     Attributes:
         model: what is trained; its whole state is saved in checkpoints and restored.
         optimizer: its optimizer.
+        tf32: whether a GPU may round what float32 convolutions and matrix products multiply to ten bits, while `fit`
+            trains; without it, float32 is that of IEEE.
         graphs: captures the steps of the training's attacks, for a task that hands it to them; `fit` gives one on a
             CUDA device.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    tf32: bool = False
     graphs: StepGraphs | None = None
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:

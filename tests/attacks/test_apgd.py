@@ -178,13 +178,17 @@ def test_only_images_that_withstand_are_attacked_again(monkeypatch):
     assert len(runs) == 5 and images[0] == 40  # C - 1 targets, one at a time
     assert images == sorted(images, reverse=True) and 0 < ((found @ weight).argmax(1) == y).sum() <= images[-1] < 40
     runs.clear()
-    again = module.apgd(lambda z: z @ weight, x, y, eps=0.05, steps=5, loss="dlr_targeted")
+    counts = {"target 1": 1}
+    again = module.apgd(lambda z: z @ weight, x, y, eps=0.05, steps=5, loss="dlr_targeted", found=counts)
+    assert sum(counts.values()) == 1 + ((again @ weight).argmax(1) != y).sum()
+    assert set(counts) <= {f"target {i}" for i in range(1, 6)} and counts["target 1"] == max(counts.values())
     # targets in one batch: the first alone, then as many as fit into 64 rows
     assert len(runs[0]) == 40 and len(runs) < 5 and max(map(len, runs)) <= 64
     assert ((again @ weight).argmax(1) == y).sum() == ((found @ weight).argmax(1) == y).sum()
     runs.clear()
-    module.apgd(lambda z: z @ weight, x, y, eps=0.5, steps=5, restarts=9)
-    assert len(runs) < 9  # nothing was left
+    counts = {}
+    module.apgd(lambda z: z @ weight, x, y, eps=0.5, steps=5, restarts=9, found=counts)
+    assert len(runs) < 9 and sum(counts.values()) == 40 and "restart 1" in counts  # nothing was left
 
 
 def test_fallen_images_leave_the_batch():
@@ -218,7 +222,7 @@ def test_the_sizes_are_few_and_close(kind, want):
 def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):
     """Tensors without values: whatever asks for one, on a GPU a synchronisation, raises."""
     monkeypatch.setattr(auto_pgd, "shrinks_after", lambda step: False)
-    monkeypatch.setattr(ActiveSet, "settle", lambda self, owner, points, share: (share, False))
+    monkeypatch.setattr(ActiveSet, "settle", lambda self, owner, points, share, run: (share, False))
     monkeypatch.setattr(ActiveSet, "offer", lambda self, owner, points, score: None)
     with FakeTensorMode():
         weight, x, y = torch.rand(48, 6), torch.rand(5, 48), torch.zeros(5, dtype=torch.int64)
@@ -227,7 +231,7 @@ def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):
         for norm in ("linf", "l2", "l1"):
             model = lambda z: z @ weight  # noqa: E731
             active = ActiveSet(x, y, Judge(model, draws=2))
-            rows = Rows(torch.arange(5), x, y, Ball(torch.ones(5), norm), x)
+            rows = Rows(torch.arange(5), x, y, Ball(torch.ones(5), norm), x, torch.zeros_like(y))
             left, size = auto_pgd.run(Objective(model, "ce", 2), active, rows, Schedule(30), health=GradientHealth())
             assert len(left.owner) == 5 and size.top.shape == (5, 48)
 

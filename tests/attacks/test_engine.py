@@ -14,8 +14,10 @@ from purify_fast.attacks.engine.active_set import ActiveSet
 from purify_fast.attacks.engine.hyperplane import move_to_plane
 from purify_fast.attacks.engine.judge import Judge, has_fallen, standard_error
 from purify_fast.attacks.engine.squares import Proposals, pattern, side, window
+from purify_fast.attacks.heads import HEADS, AttackersHead, class_margins, head_logits
 from purify_fast.evaluation.watched import progress_bar, watched
 from purify_fast.models.classifiers import SmallCNN
+from purify_fast.ops.aggregate import aggregate
 from purify_fast.speed.inference_copy import InferenceCopy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -370,3 +372,45 @@ def test_the_proposals_of_every_norm_move_something():
         later = propose.next(700, x, first, ball, torch.rand(5, propose.numbers))
         changed = (later != first).flatten(1).any(1)
         assert changed.float().mean() >= 0.6 and bool((first != x).flatten(1).any(1).all())
+
+
+# -- attackers' heads ------------------------------------------------------------------------------------------------
+
+
+class Samples(nn.Module):
+    """Three samples of four classes; the defence decides by a head that saturates."""
+
+    def sample_logits(self, x):
+        v = x.flatten(1)[:, :4]
+        return torch.stack([v, 2 * v, v.flip(1)], 1)
+
+    def forward(self, x):
+        return aggregate(self.sample_logits(x) * 1e4, "peel")
+
+
+def test_heads_by_hand():
+    samples = torch.tensor([[[1.0, 3.0, 2.0], [0.0, -1.0, 5.0]]])
+    assert class_margins(samples).tolist() == [[[-2.0, 1.0, -1.0], [-5.0, -6.0, 5.0]]]
+    assert head_logits(samples, "margins").tolist() == [[-3.5, -2.5, 2.0]]
+    assert head_logits(samples, "one_sample").tolist() == [[1.0, 3.0, 2.0]]
+    for head in ("lse", "mean", "mean_sigmoid", "peel"):
+        assert torch.equal(head_logits(samples, head), aggregate(samples, head))
+    with pytest.raises(ValueError, match="head must be one of lse, mean, mean_sigmoid, peel, margins, one_sample"):
+        head_logits(samples, "vote")
+    with pytest.raises(TypeError, match=r"an attacker's head needs a defence with sample_logits\(x\), got Linear"):
+        AttackersHead(nn.Linear(2, 2), "mean")
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_a_head_finds_is_tried_on_the_defence(head):
+    defence, x = Samples(), torch.rand(20, 1, 2, 3)
+    seen = AttackersHead(defence, head)
+    assert torch.equal(seen.draw_logits(x, 3), seen(x).expand(3, -1, -1))
+    leaf = x.clone().requires_grad_()
+    torch.autograd.grad(seen(leaf).sum(), leaf)
+    with torch.no_grad():
+        y = defence(x).argmax(1)
+    found = apgd(defence, x, y, eps=0.3, steps=10, loss="margin", gradients_from=seen)
+    with torch.no_grad():
+        fell = (defence(found).argmax(1) != y).float().mean()
+    assert fell > 0.3 and bool(((found - x).abs() <= 0.3 + 1e-6).all())

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from digit_nets import EPS, Gated, digits, robust, standard
 
-from purify_fast.attacks import APGD, FGSM, PGD
+from purify_fast.attacks import APGD, FGSM, HEADS, PGD
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.evaluation.surrogates import Softened, surrogates
@@ -113,7 +113,7 @@ def test_rand_and_official_on_a_random_model():
     assert [row.settings.get("eot_iter") for row in rand.rows] == [None, 20, 20, None]
     strong = evaluate(noisy, x[:10], y[:10], protocol="strong", steps=2, eot_iter=2, n_eval=2, **QUIET)
     heads = [row.attack for row in strong.rows if "through the samples'" in row.attack]
-    assert [name.rpartition(" ")[2] for name in heads] == ["lse", "mean", "mean_sigmoid"]
+    assert [name.rpartition(" ")[2] for name in heads] == list(HEADS)
     assert any("without noise" in row.attack for row in strong.rows)
 
 
@@ -149,6 +149,19 @@ def test_refusals(change, error, message):
     arguments = {"x": torch.rand(4, 1, 8, 8), "protocol": "fast"} | QUIET | change
     with pytest.raises(error, match=message):
         evaluate(standard(), arguments.pop("x"), torch.zeros(4, dtype=torch.int64), **arguments)
+
+
+def test_an_unusual_radius_is_mentioned():
+    for dataset, eps, notes in (
+        ("cifar10", 8 / 255, []),
+        ("mnist", 0.1, ["L-inf 0.1 is unusual on mnist, where most numbers are about L-inf 0.3"]),
+        ("mine", 0.1, []),
+    ):
+        report = evaluate(
+            standard(), torch.rand(2, 1, 8, 8), torch.zeros(2).long(), dataset_name=dataset, attacks=[PGD(steps=1)],
+            **QUIET | {"eps": eps},
+        )  # fmt: skip
+        assert report.notes == notes
 
 
 def test_following_gradients_needs_an_attack_that_can():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from purify_fast.speed.agreement import alike
 from purify_fast.speed.dependencies import dependencies
 from purify_fast.speed.step_graphs import REMEMBERED, WORTH, State, StepGraphs, begin_steps
 from purify_fast.speed.waits import Waits
@@ -268,6 +269,24 @@ def test_counters_count_replays_and_no_warm_up(graphs, rerun):
     eager, captured = Counting(), Counting()
     run(None, eager, WORTH), run(graphs, captured, WORTH), run(graphs, captured, WORTH)
     assert rerun.recorded == 1 and 2 * eager.images == captured.images == 6 * WORTH
+
+
+def test_a_replay_that_gives_something_else_is_not_used(graphs, rerun, monkeypatch):
+    record = rerun.record
+    monkeypatch.setattr(rerun, "record", lambda run, device: record(lambda: None, device))
+    model = Scale()
+    assert same(run(graphs, model, WORTH), run(None, model, WORTH))
+    assert graphs.refusal == "a replay does not give what the step gives" and len(graphs) == 0
+
+
+def test_what_counts_as_the_same_result():
+    wanted = torch.linspace(-1, 1, 100)
+    few, many = wanted.clone(), wanted.clone()
+    few[:4] += 0.1
+    many[:6] += 0.1
+    assert alike(wanted, wanted) and alike(wanted + 5e-4, wanted) and alike(few, wanted) and not alike(many, wanted)
+    odd = torch.tensor([torch.nan, -torch.inf])
+    assert alike(odd, odd) and not alike(torch.zeros(2), odd) and alike(torch.ones(0), torch.ones(0))
 
 
 def test_two_loops_over_one_step_do_not_mix(graphs, rerun):

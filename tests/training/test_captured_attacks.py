@@ -115,7 +115,9 @@ class Launched:
         return 1.0, 1.0
 
     def record(self, run, device):
-        return lambda: None
+        # but for the first time, which checks it
+        once = iter([run])
+        return lambda: next(once, lambda: None)()
 
 
 @pytest.mark.skipif(not _library.loaded(), reason="no compiled extension")

@@ -4,6 +4,8 @@ import dataclasses
 import os
 import signal
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitCon
 from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.distributed import average_
 
-LOOP = FitConfig(2, 32, padding=1, flip=True, checkpoint_seconds=0)
+LOOP = FitConfig(2, int(os.environ.get("TOGETHER_BATCH", "32")), padding=1, flip=True, checkpoint_seconds=0)
 
 
 def small_set():
@@ -76,6 +78,37 @@ def killed(out, kind, folder):
         return step(batch)
 
     task.training_step = last_step
+    fit(task, *small_set(), LOOP, folder)
+
+
+def hangs(out, kind, folder, rank):
+    """The same, but one process hangs in the fourth step for longer than the others wait."""
+    task, steps = small_task(kind), []
+    step = task.training_step
+
+    def slow(batch):
+        steps.append(batch)
+        if len(steps) == 4 and dist.get_rank() == rank:
+            time.sleep(60)
+        return step(batch)
+
+    task.training_step = slow
+    fit(task, *small_set(), LOOP, folder)
+
+
+def killed_while_writing(out, kind, folder):
+    """The same, but the first process is killed while it writes its third checkpoint, the file half there."""
+    task, replace, times = small_task(kind), os.replace, []
+
+    def dying(source, target):
+        if Path(target).name == "checkpoint.safetensors" and dist.get_rank() == 0:
+            times.append(target)
+            if len(times) == 3:
+                Path(source).write_bytes(Path(source).read_bytes()[:500])
+                os.kill(os.getpid(), signal.SIGKILL)
+        return replace(source, target)
+
+    os.replace = dying
     fit(task, *small_set(), LOOP, folder)
 
 
@@ -153,7 +186,8 @@ class _Diverging(ClassifierTask):
 def main():
     rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    timeout = timedelta(seconds=float(os.environ.get("TOGETHER_TIMEOUT", "120")))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     for name, call, arguments in eval(sys.argv[5]):
         globals()[call](out / f"{name}-{rank}", *arguments)
     dist.destroy_process_group()

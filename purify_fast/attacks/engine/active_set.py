@@ -28,6 +28,7 @@ class ActiveSet:
         found: the best point known of each image, ``[N, ...]``; x at first.
         score: its share of misclassified draws and its loss, ``[2, N]``; minus infinity at first.
         fallen: bool ``[N]``, which have fallen; none where they do not leave.
+        felled_by: int64 ``[N]``, the number of the run to which an image fell; -1 where it fell to none.
         correct: bool ``[N]``, which clean images have not fallen by themselves.
     """
 
@@ -35,6 +36,7 @@ class ActiveSet:
         self.y, self.judge, self.leave = y, judge, leave
         self.found = x.clone()
         self.score = torch.full((2, len(x)), -torch.inf, device=x.device)
+        self.felled_by = torch.full_like(y, -1)
         fallen = judge.fallen(judge.shares(x, y))
         self.correct = ~fallen
         # what is misclassified as it is needs no attack
@@ -47,7 +49,7 @@ class ActiveSet:
         """
         return (~self.fallen if self.leave else self.score[0] < 1).nonzero()[:, 0]
 
-    def settle(self, owner: Tensor, points: Tensor, share: Tensor) -> tuple[Tensor, bool]:
+    def settle(self, owner: Tensor, points: Tensor, share: Tensor, run: Tensor | None = None) -> tuple[Tensor, bool]:
         """Judge the rows that claim a success.
 
         Waits for the device once, and a second time where there are claims.
@@ -56,6 +58,7 @@ class ActiveSet:
             owner: the image of each row, int64 ``[R]``.
             points: the points ``[R, ...]``.
             share: of the search's own draws, how many each point fails, ``[R]``.
+            run: the number of each row's run, int64 ``[R]``; None: all are of run 0.
 
         Returns:
             The shares, with those of the claims as the judge counted them, ``[R]``; and whether an image has fallen.
@@ -73,6 +76,7 @@ class ActiveSet:
         won = won[first[owner[won]] == won]
         self.found[owner[won]] = points[won]
         self.fallen[owner[won]] = True
+        self.felled_by[owner[won]] = torch.zeros_like(won) if run is None else run[won]
         return share, True
 
     def kept(self, owner: Tensor) -> Tensor | None:

@@ -65,7 +65,7 @@ def run(
         best, score = better_of(best, score, point, found.score)
         size.see(point, gradient, found.loss)
         if claims and active.leave and shrinks_after(i + 1):
-            refused, fell = active.settle(rows.owner, best, score[0])
+            refused, fell = active.settle(rows.owner, best, score[0], rows.run)
             score = torch.stack([refused, score[1]])
             kept = active.kept(rows.owner) if fell else None
             if kept is not None:
@@ -129,6 +129,6 @@ def _finish(objective: Objective, active: ActiveSet, rows: Rows, last: Tensor, k
     if active.leave:
         # a copy's opinion is none: where it sees no success the model may
         all_of_them = objective.model is not active.judge.model
-        refused, _ = active.settle(rows.owner, best, torch.ones_like(score[0]) if all_of_them else score[0])
+        refused, _ = active.settle(rows.owner, best, torch.ones_like(score[0]) if all_of_them else score[0], rows.run)
         score = torch.stack([refused, score[1]])
     active.offer(rows.owner, best, score)

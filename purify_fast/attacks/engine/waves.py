@@ -26,6 +26,7 @@ class Rows:
         labels: int64 ``[R]``, or ``[R, 2]`` labels and targets.
         ball: around the images.
         begin: where the rows begin, ``[R, ...]``.
+        run: the number of the run that each row belongs to, int64 ``[R]``.
     """
 
     owner: Tensor
@@ -33,6 +34,7 @@ class Rows:
     labels: Tensor
     ball: Ball
     begin: Tensor
+    run: Tensor
 
     def of(self, index: Tensor) -> Rows:
         """Some of the rows.
@@ -41,7 +43,7 @@ class Rows:
             index: which, int64.
         """
         values = (self.owner[index], self.x[index], self.labels[index], self.ball.of(index))
-        return Rows(*values, begin=self.begin[index])
+        return Rows(*values, begin=self.begin[index], run=self.run[index])
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,21 @@ class Waves:
             yield self._rows(runs[:together], left)
             runs, together = runs[together:], max(1, most // max(1, len(active.left())))
 
+    def counted(self, active: ActiveSet) -> dict[str, int]:
+        """How many images fell to which target and restart.
+
+        Args:
+            active: the images, after the attack.
+        """
+        found: dict[str, int] = {}
+        for number in active.felled_by[active.felled_by >= 0].tolist():
+            restart, goal = divmod(number, len(self.goals))
+            name = f"restart {restart + 1}" if self.goals[goal] is None else f"target {goal + 1}"
+            if self.goals[goal] is not None and self.restarts > 1:
+                name += f", restart {restart + 1}"
+            found[name] = found.get(name, 0) + 1
+        return found
+
     def _rows(self, wave: list[tuple[int, Tensor | None]], left: Tensor) -> Rows:
         owner, around = left.repeat(len(wave)), self.ball.of(left)
         begins = []
@@ -97,7 +114,8 @@ class Waves:
             begins.append(self.x[left] if at_image else sample_in_ball(self.x[left], around, seed=seed, sample_ids=ids))
         labels = [self.y[left] if goal is None else torch.stack([self.y, goal], 1)[left] for _, goal in wave]
         values = (owner, self.x[owner], torch.cat(labels), self.ball.of(owner))
-        return Rows(*values, begin=torch.cat(begins))
+        numbers = torch.tensor([number for number, _ in wave], device=owner.device)
+        return Rows(*values, begin=torch.cat(begins), run=numbers.repeat_interleave(len(left)))
 
 
 def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tensor, ...]:
@@ -111,3 +129,14 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tenso
     classes = logits.shape[1]
     wrong = logits.masked_fill(F.one_hot(y, classes).bool(), -torch.inf)
     return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
+
+
+def add_counts(found: dict[str, int], more: dict[str, int]) -> None:
+    """Add counts to others of the same names, in place.
+
+    Args:
+        found: what is known.
+        more: what is added.
+    """
+    for name, count in more.items():
+        found[name] = found.get(name, 0) + count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from math import cos, radians
 from typing import Literal
@@ -14,7 +15,7 @@ Distance = Literal["abs_cosine", "cosine", "angular", "l2"]
 DriftMode = Literal["eval", "train"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["published", "one_cycle", "constant"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @old_settings("arrest")
@@ -52,7 +53,9 @@ class ArrestConfig:
             ARREST).
         awp_gamma: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020; 0 for none (an extra, not part of
             ARREST).
-        precision: "float32", or "bfloat16" within matrix products (own).
+        precision: "float32", which on a GPU is that of IEEE too; "tf32" (own), which there rounds what is
+            multiplied to ten bits of mantissa, while `purify_fast.training.fit` trains; or
+            "bfloat16" within matrix products (own).
 
     Raises:
         ValueError: a setting out of range; the message names it.
@@ -167,6 +170,9 @@ class AblationConfig:
         for name in ("standard_epochs", "scratch_epochs", "attack_steps", "images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("standard_learning_rate", "scratch_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         if self.autoattack < 0:
             raise ValueError(f"autoattack must be at least 0, got {self.autoattack}")
         for name in ("weights", "angles", "taus", "shares"):

@@ -96,6 +96,7 @@ class ArrestTask(Task):
         compile: bool = False,
     ):
         self.classifier, self.config = model, config
+        self.tf32 = config.precision == "tf32"
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         start = model if teacher is None else teacher
         self.origin = weights_fingerprint(start)

@@ -13,7 +13,7 @@ AttackMethod = Literal["fgsm", "pgd", "none"]
 AttackTarget = Literal["classifier", "pipeline"]
 ReconstructionTarget = Literal["adversarial", "clean"]
 GanFake = Literal["refined", "pasted"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 Schedule = Literal["constant", "one_cycle"]
 
 #: What the official notebooks change of `AtopConfig`'s defaults. They name the transform, which is the defence's.
@@ -54,7 +54,9 @@ class AtopConfig:
             off, so that the discriminator changes nothing: False does without it.
         gan_fake: what the discriminator sees as fake in its own step: "refined", the refined image (fine-tuning), or
             "pasted", the refined image in the hole and the transformed one elsewhere (pre-training).
-        precision: "float32" (official), or "bfloat16" to train the accelerated defence (own).
+        precision: "float32" (official), which on a GPU is that of IEEE too; "tf32" (own), which there rounds what is
+            multiplied to ten bits of mantissa, while `purify_fast.training.fit` trains; or
+            "bfloat16" to train the accelerated defence (own).
         schedule: of the learning rate: "constant" (official) or "one_cycle" (own).
         learning_rate: of Adam (official: 1e-4).
         betas: of Adam (official: 0.5, 0.999).

@@ -147,7 +147,7 @@ def training_loss(
             defence's.
     """
     config = AtopConfig() if config is None else config
-    if config.precision != computed_precision(defence):
+    if config.precision.replace("tf32", "float32") != computed_precision(defence):
         raise ValueError(
             f"precision {config.precision!r} needs a defence so accelerated; this computes in "
             f"{computed_precision(defence)}"

@@ -42,7 +42,8 @@ class AtopTask(Task):
         self.defence, self.config, self.origin = defence, config, origin
         self.classifier = weights_fingerprint(defence.classifier)
         # one that computes so already stays as it was made, compiled perhaps
-        if computed_precision(defence) != config.precision:
+        self.tf32 = config.precision == "tf32"
+        if computed_precision(defence) != config.precision.replace("tf32", "float32"):
             defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         defence.classifier.requires_grad_(False)
         self.discriminator: nn.Module | None = None

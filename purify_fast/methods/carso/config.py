@@ -16,7 +16,7 @@ EpsMode = Literal["paper", "official_code"]
 Reduction = Literal["mean", "sum"]
 Optimizer = Literal["adamw", "radam_lookahead"]
 Schedule = Literal["one_cycle", "published", "published_v1"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @old_settings("carso")
@@ -54,7 +54,9 @@ class CarsoConfig:
         lookahead_alpha: length of Lookahead's slow step (paper: 0.8).
         schedule: of the learning rate: "one_cycle" (own), "published" or "published_v1"; see
             `purify_fast.training.schedules`.
-        precision: "float32" (paper), or "bfloat16" to train the accelerated defence (own).
+        precision: "float32" (paper), which on a GPU is that of IEEE too; "tf32" (own), which there rounds what is
+            multiplied to ten bits of mantissa, while `purify_fast.training.fit` trains; or
+            "bfloat16" to train the accelerated defence (own).
         learning_rate: the highest rate of the schedule (paper: 1e-4 times the batch of one process, with the sum).
         weight_decay: decoupled weight decay.
 
@@ -102,9 +104,9 @@ class CarsoConfig:
             raise ValueError(
                 "joint training needs attack_target='pipeline': the published loss does not see the labels"
             )
-        if self.joint and self.precision != "float32":
+        if self.joint and self.precision == "bfloat16":
             raise ValueError(
-                f"joint training needs precision 'float32', got {self.precision!r}: no frozen copy serves it"
+                f"joint training needs precision 'float32' or 'tf32', got {self.precision!r}: no frozen copy serves it"
             )
         for name in ("free_bits", "beta", "reconstruction_weight", "learning_rate", "weight_decay"):
             if not getattr(self, name) >= 0:
@@ -112,6 +114,8 @@ class CarsoConfig:
         for name in ("train_samples", "lookahead_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lookahead_alpha <= 1:
+            raise ValueError(f"lookahead_alpha must be in (0, 1], got {self.lookahead_alpha}")
         for name in ("adversarial_fraction", "kl_delay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")

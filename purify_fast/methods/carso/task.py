@@ -35,6 +35,7 @@ class CarsoTask(Task):
         self.config, self.origin = config, origin
         # as it is at the start: joint training changes it
         self.classifier = weights_fingerprint(defence.classifier)
+        self.tf32 = config.precision == "tf32"
         defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         if config.joint:
             defence.release_classifier()

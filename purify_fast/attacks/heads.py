@@ -1,0 +1,92 @@
+"""An attacker's own ways to make one prediction of a defence's samples.
+
+A defence decides by its own aggregation of the samples, whose gradient may be saturated, or led by a single sample. An
+attacker is free to follow another one: what is found is tried on the defence as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._tensors import repeat_batch
+from .._validation import check_literal
+from ..ops.aggregate import aggregate
+from ..protocols import DrawsSampleLogits, SampleLogits, supports
+
+#: ``lse``, ``mean``, ``mean_sigmoid`` and ``peel`` as `purify_fast.ops.aggregate` defines them; ``margins``: per class
+#: the mean over the samples of its logit minus the largest other one; ``one_sample``: the first sample alone.
+Head = Literal["lse", "mean", "mean_sigmoid", "peel", "margins", "one_sample"]
+HEADS: tuple[Head, ...] = get_args(Head)
+
+
+def head_logits(samples: Tensor, head: Head) -> Tensor:
+    """What an attacker sees of the samples' logits, ``[B, classes]``.
+
+    Args:
+        samples: logits of the K samples, ``[B, K, classes]``.
+        head: a name of `HEADS`.
+
+    Raises:
+        ValueError: another name.
+    """
+    check_literal("head", head, Head)
+    if head == "one_sample":
+        return samples[:, 0]
+    if head == "margins":
+        return class_margins(samples).mean(1)
+    return aggregate(samples, head)
+
+
+def class_margins(logits: Tensor) -> Tensor:
+    """Of every class its logit minus the largest other one, shape of the logits.
+
+    Args:
+        logits: ``[..., classes]``, at least two.
+    """
+    two = logits.topk(2, -1)
+    best = F.one_hot(two.indices[..., 0], logits.shape[-1]).bool()
+    return logits - torch.where(best, two.values[..., 1:], two.values[..., :1])
+
+
+class AttackersHead(nn.Module):
+    """A defence as an attacker looks at it; give it to an attack as ``gradients_from``.
+
+    Args:
+        defence: has ``sample_logits(x) -> [B, K, classes]``; its ``draw_sample_logits`` is used if it has one.
+        head: how the samples are aggregated, a name of `HEADS`.
+
+    Raises:
+        TypeError: a defence without samples.
+        ValueError: an unknown head.
+    """
+
+    def __init__(self, defence: SampleLogits, head: Head):
+        super().__init__()
+        check_literal("head", head, Head)
+        if not supports(defence, SampleLogits):
+            raise TypeError(f"an attacker's head needs a defence with sample_logits(x), got {type(defence).__name__}")
+        self.defence, self.head = defence, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]``.
+
+        Args:
+            x: images ``[B, C, H, W]``.
+        """
+        return head_logits(self.defence.sample_logits(x), self.head)
+
+    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
+        """``draws`` independent calls at once, ``[draws, B, classes]``; attacks with several draws use it.
+
+        Args:
+            x: images ``[B, C, H, W]``.
+            draws: number of calls.
+        """
+        if not supports(self.defence, DrawsSampleLogits):
+            return self(repeat_batch(x, draws)).unflatten(0, (draws, -1))
+        samples = cast(DrawsSampleLogits, self.defence).draw_sample_logits(x, draws)
+        return head_logits(samples.flatten(0, 1), self.head).unflatten(0, (draws, -1))

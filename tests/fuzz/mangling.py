@@ -1,0 +1,136 @@
+"""Good arguments made bad, and what may come of it: a right result, or a refusal that names an argument."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import inspect
+import math
+import re
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+#: Numbers in the place of any number.
+NUMBERS = (0, 1, -1, 2, 0.5, -0.0, 1e-45, 1e30, 2**63, -(2**63) - 1, math.nan, math.inf, -math.inf)
+DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64)
+COUNTS = ("steps", "n_queries", "n_target_classes", "restarts")
+SPECIAL = (math.nan, math.inf, -math.inf, 1e30, -1e30, 0.0)
+#: What makes a tensor another one, by name.
+TENSORS = ("dtype", "special", "strided", "transposed", "expanded", "empty", "meta", "longer", "flat", "scalar",
+           "channels_last", "reversed", "offset", "large batch")  # fmt: skip
+
+
+def other_tensor(draw, tensor: Tensor) -> tuple[str, Tensor]:
+    """A tensor made another one, and how."""
+    how = draw(st.sampled_from(TENSORS))
+    with torch.no_grad():
+        return how, _other(draw, how, tensor.detach())
+
+
+def _other(draw, how: str, x: Tensor) -> Tensor:
+    if how == "dtype":
+        return x.to(draw(st.sampled_from(DTYPES)))
+    if how == "special" and x.is_floating_point() and x.numel():
+        made = x.clone()
+        for _ in range(draw(st.integers(1, 3))):
+            made.view(-1)[draw(st.integers(0, x.numel() - 1))] = draw(st.sampled_from(SPECIAL))
+        return made
+    if how == "strided":
+        return torch.stack([x, x], -1)[..., 0]
+    if how == "transposed" and x.dim() > 1:
+        return x.transpose(0, -1)
+    if how == "expanded" and x.dim():
+        return x[:1].expand_as(x)
+    if how == "empty" and x.dim():
+        dim = draw(st.integers(0, x.dim() - 1))
+        return x.narrow(dim, 0, 0)
+    if how == "meta":
+        return x.to("meta")
+    if how == "longer":
+        return x[None]
+    if how == "flat":
+        return x.flatten()
+    if how == "scalar" and x.numel():
+        return x.flatten()[0]
+    if how == "channels_last" and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if how == "reversed" and x.dim():
+        return x.flip(0)
+    if how == "offset":
+        return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+    if how == "large batch" and x.dim():
+        return x.repeat(7, *[1] * (x.dim() - 1))
+    return x
+
+
+def mangled(draw, arguments: dict, times: int) -> tuple[dict, list[str]]:
+    """The arguments with some of them made others, and what was done to them."""
+    made, done = dict(arguments), []
+    for _ in range(times):
+        name = draw(st.sampled_from(sorted(made)))
+        value = made[name]
+        if isinstance(value, enum.Enum):
+            continue
+        if isinstance(value, Tensor):
+            how, made[name] = other_tensor(draw, value)
+            done.append(f"{name}: {how}")
+        elif isinstance(value, list) and value and isinstance(value[0], Tensor):
+            at = draw(st.integers(0, len(value) - 1))
+            how, other = other_tensor(draw, value[at])
+            made[name] = [*value[:at], other, *value[at + 1 :]]
+            done.append(f"{name}[{at}]: {how}")
+        elif isinstance(value, str):
+            made[name] = draw(st.sampled_from(["", "LINF", "none", "l2", value.upper(), "\0", "mean"]))
+            done.append(f"{name} = {made[name]!r}")
+        elif isinstance(value, int) and name in COUNTS:
+            # a large count is a long run, and nothing else
+            made[name] = draw(st.sampled_from([0, 1, -1, 3, -(2**63) - 1]))
+            done.append(f"{name} = {made[name]!r}")
+        elif isinstance(value, (int, float)):
+            made[name] = draw(st.sampled_from(NUMBERS))
+            if isinstance(value, int) and isinstance(made[name], float):
+                # a float in the place of a whole number is another type; of whole numbers any
+                made[name] = int(made[name]) if math.isfinite(made[name]) else -3
+            done.append(f"{name} = {made[name]!r}")
+    return made, done
+
+
+CONTEXTS = {
+    "plain": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "deterministic": lambda: _deterministic(),
+}
+
+
+@contextlib.contextmanager
+def _deterministic():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def names_of(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def named(error: Exception, names: list[str]) -> bool:
+    """Whether a refusal names one of the arguments."""
+    return any(re.search(rf"(?<!\w){re.escape(name.replace('_', ' '))}(?!\w)", str(error).replace("_", " "))
+               for name in names)  # fmt: skip
+
+
+def tensors(value) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [t for part in value for t in tensors(part)]
+
+
+def ordinary(arguments: dict) -> bool:
+    """Whether all numbers in all tensors are finite and of a size that no sum overflows with."""
+    parts = [t for value in arguments.values() if isinstance(value, (Tensor, list)) for t in tensors(value)]
+    return all(not t.is_floating_point() or t.is_meta or bool((t.abs() < 1e4).all()) for t in parts)

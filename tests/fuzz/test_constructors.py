@@ -1,0 +1,176 @@
+"""Constructors and the command line with values of any kind: refused in their own words, or usable."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mangling import NUMBERS, named
+from test_ops import SETTINGS
+
+from purify_fast import attacks
+from purify_fast.cli import _KINDS
+from purify_fast.cli.config_file import _fields, run_file
+from purify_fast.cli.option_types import Refused
+from purify_fast.cli.parsing import parse
+from purify_fast.evaluation import AttackSpec
+from purify_fast.methods.arrest import AblationConfig, ArrestConfig
+from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
+from purify_fast.methods.carso import Carso, CarsoConfig
+from purify_fast.models.classifiers import FullyConnected, SmallCNN
+from purify_fast.training import ClassifierConfig, FitConfig
+from purify_fast.training.attack import TrainingAttack
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIGS = {kind.__name__: kind for kind in (
+    AblationConfig, ArrestConfig, AtopConfig, CarsoConfig, ClassifierConfig, FitConfig, TrainingAttack,
+    attacks.PGD, attacks.APGD, attacks.FGSM, attacks.BPDA, attacks.StAdv, attacks.Square, attacks.FABT,
+    attacks.AutoAttack,
+)}  # fmt: skip
+NEEDED = {"FitConfig": {"epochs": 2}, "TrainingAttack": {"eps": 0.1, "steps": 2}}
+
+
+def other_value(draw, value, kind):
+    """A value in the place of another of its type."""
+    if isinstance(value, bool):
+        return not value
+    if value is None and not re.search(r"\b(int|float)\b", kind):
+        return None
+    if isinstance(value, int) or (value is None and "int" in kind):
+        return int(draw(st.sampled_from([n for n in NUMBERS if math.isfinite(n)])))
+    if isinstance(value, float) or value is None:
+        return draw(st.sampled_from(NUMBERS))
+    if isinstance(value, str):
+        return draw(st.sampled_from(["", "none", value.upper(), "linf", "\0"]))
+    if isinstance(value, tuple) and all(isinstance(item, float) for item in value):
+        return tuple(draw(st.lists(st.sampled_from([n for n in NUMBERS if n < 1e20 or n != n]), max_size=3)))
+    return value
+
+
+VALUES = ("", "0", "-1", "1", "0.5", "8/255", "8", "1/0", "nan", "inf", "-inf", "1e30", "None", "auto", "linf", "L2",
+          "yes", "a b", "/", "../x", "x" * 300, "\u00e4", "--", "1,2", "99999999999999999999")  # fmt: skip
+
+
+def options_of(kind) -> list[str]:
+    """Every option of a command, by its name on the command line."""
+    return [name.replace("_", "-") for name, _, positional in _fields(kind) if not positional]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@SETTINGS
+@given(data=st.data())
+def test_a_configuration(name, data):
+    kind, draw = CONFIGS[name], data.draw
+    fields = [field for field in dataclasses.fields(kind) if field.init]
+    good = kind(**NEEDED.get(name, {}))
+    chosen = draw(st.lists(st.sampled_from(fields), min_size=1, max_size=3, unique_by=lambda field: field.name))
+    options = {field.name: other_value(draw, getattr(good, field.name), str(field.type)) for field in chosen}
+    try:
+        made = kind(**{**NEEDED.get(name, {}), **options})
+    except (ValueError, TypeError) as error:
+        assert named(error, [field.name for field in fields]), (options, error)
+        return
+    # what is accepted can be shown, compared and copied
+    assert repr(dataclasses.replace(made)) == repr(made)
+    for field in chosen:
+        value = options[field.name]
+        if isinstance(value, float) and math.isnan(value):
+            raise AssertionError(f"{field.name} is not a number, and accepted: {made}")
+
+
+@SETTINGS
+@given(data=st.data())
+def test_carso(data):
+    good = {"layers": ["conv2", "hidden"], "image_shape": (1, 8, 8), "cond_dim": 3, "latent_dim": 2, "samples": 2,
+            "decoder_width": 1, "encoder_depth": 1, "version": "v4"}  # fmt: skip
+    refused_or_right(data.draw, Carso, good, (SmallCNN(1, 4, (8, 8), 2),))
+
+
+@SETTINGS
+@given(data=st.data())
+def test_atop(data):
+    good = {"image_shape": (1, 8, 8), "transform": "rt2", "sigma": 0.25, "block": 2, "mask_ratio": 0.25,
+            "num_passes": 2, "samples": 1, "aggregation": "mean", "shared_mask": False}  # fmt: skip
+    parts = (SmallCNN(1, 4, (8, 8), 2), SmallGenerator(1, width=2))
+    refused_or_right(data.draw, Atop, good, parts)
+
+
+SMALL = (0, 1, -1, 2, 3, 5, 0.5, math.nan, math.inf, -(2**63) - 1, True)
+
+
+def refused_or_right(draw, kind, good, parts):
+    """A defence of mangled arguments is refused by name, or gives finite logits."""
+    options = dict(good)
+    for name in draw(st.lists(st.sampled_from(sorted(good)), max_size=2, unique=True)):
+        value = good[name]
+        if name == "image_shape":
+            options[name] = tuple(draw(st.lists(st.sampled_from([0, 1, 3, 8, 9, -1]), max_size=4)))
+        elif isinstance(value, list):
+            options[name] = draw(st.lists(st.sampled_from(["conv1", "conv2", "head", "", "x", "hidden"]), max_size=3))
+        elif isinstance(value, str):
+            options[name] = draw(st.sampled_from(["", "v1", "v4", "rt1", "rt3", "mean_softmax", "V4"]))
+        elif isinstance(value, bool):
+            options[name] = not value
+        elif isinstance(value, int):
+            options[name] = int(draw(st.sampled_from([n for n in SMALL if math.isfinite(n)])))
+        else:
+            options[name] = draw(st.sampled_from(SMALL))
+    try:
+        made = kind(*parts, **options)
+    except (ValueError, TypeError) as error:
+        assert named(error, [*good, "classifier", "purifier", "decoder"]), (options, error)
+        return
+    with torch.no_grad():
+        logits = made(torch.rand(2, *options["image_shape"]))
+    assert logits.shape == (2, 4) and bool(logits.isfinite().all()), options
+
+
+@SETTINGS
+@given(data=st.data())
+def test_classifiers(data):
+    draw = data.draw
+    kind = draw(st.sampled_from([SmallCNN, FullyConnected]))
+    size = tuple(draw(st.lists(st.sampled_from([0, 1, 4, 8, 9, -1]), min_size=2, max_size=2)))
+    options = {"in_channels": draw(st.sampled_from([1, 3, 0, -1])), "num_classes": draw(st.sampled_from([2, 10, 1, 0])),
+               "image_size": size}  # fmt: skip
+    try:
+        made = kind(**options)
+    except (ValueError, TypeError) as error:
+        assert named(error, [*options, "width", "widths"]), (options, error)
+        return
+    logits = made.eval()(torch.rand(2, options["in_channels"], *size))
+    assert logits.shape == (2, options["num_classes"]) and bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize("command", [name for name, kind in _KINDS.items() if options_of(kind)])
+@SETTINGS
+@given(data=st.data())
+def test_a_command_line(command, data):
+    """It is read, or refused; read lines name a command whose options can be written to a run's file and read again."""
+    draw, kind = data.draw, _KINDS[command]
+    words = []
+    for _ in range(draw(st.integers(1, 3))):
+        option, prefix = draw(st.sampled_from(options_of(kind))), draw(st.sampled_from(["--", "--", "--", "--no-"]))
+        words += [prefix + option, *draw(st.lists(st.sampled_from(VALUES), max_size=2))]
+    with open(os.devnull, "w") as out, contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
+        try:
+            made = parse(kind, words)
+        except (Refused, ValueError, OSError) as error:
+            assert str(error) and "Traceback" not in str(error), words
+            return
+        except SystemExit as stop:
+            assert stop.code in (0, 2), words
+            return
+    assert re.match(r"# purify-fast ", run_file(made))
+
+
+def test_specs_are_refused_by_name():
+    with pytest.raises((ValueError, TypeError), match="attack"):
+        AttackSpec(3)

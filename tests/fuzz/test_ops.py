@@ -1,0 +1,253 @@
+"""Every public op with arguments of any kind: a result that is the definition's, or a refusal that names an argument.
+
+``make fuzz`` runs many more examples; FUZZ_EXAMPLES says how many for each test.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+from mangling import CONTEXTS, mangled, named, names_of, ordinary, tensors
+from torch import Tensor
+
+from purify_fast import _library, ops
+from purify_fast.ops.decode_samples import Geometry, pack
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
+SETTINGS = settings(
+    max_examples=EXAMPLES, deadline=None, database=None, derandomize="FUZZ_EXAMPLES" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+pytestmark = pytest.mark.usefixtures("one_thread")
+NO_MEMORY = re.compile("can't allocate memory|storage size calculation overflowed|bad_alloc|invalid shape")
+FLOATS = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def normal(draw, *shape: int, dtype=torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def uniform(draw, *shape: int, dtype=torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    return torch.rand(shape, generator=generator).to(dtype)
+
+
+def stream(draw, batch: int) -> dict:
+    return {"seed": torch.tensor([draw(st.integers(-(2**63), 2**63 - 1))]), "sample_ids": torch.arange(batch) - 1}
+
+
+def image_shape(draw) -> tuple[int, ...]:
+    sizes = st.integers(1, 9)
+    return draw(st.one_of(st.tuples(sizes), st.tuples(sizes, sizes), st.tuples(sizes, sizes, sizes)))
+
+
+def aggregate(draw) -> dict:
+    shape = (draw(st.integers(0, 5)), draw(st.integers(1, 9)), draw(st.integers(2, 12)))
+    method = draw(st.sampled_from(ops.aggregate.__globals__["METHODS"]))
+    return {"logits": 3 * normal(draw, *shape, dtype=draw(st.sampled_from(FLOATS))), "method": method}
+
+
+def step(draw) -> dict:
+    dtype, batch = draw(st.sampled_from(FLOATS)), draw(st.integers(0, 4))
+    shape = (batch, *image_shape(draw))
+    clean = uniform(draw, *shape, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    radius = draw(st.sampled_from([0.1, 0.0, 2.0, torch.linspace(0.0, 0.5, max(batch, 1))[:batch].to(wide)]))
+    given = {"x": (clean + 0.05).clamp(0, 1), "grad": normal(draw, *shape, dtype=dtype), "x_nat": clean}
+    return {**given, "alpha": 0.05, "eps": radius, "norm": "linf", "lo": 0.0, "hi": 1.0}
+
+
+def pgd_step(draw) -> dict:
+    return {**step(draw), "norm": draw(st.sampled_from(["linf", "l2", "l1"])), "density": 0.3}
+
+
+def apgd_step(draw) -> dict:
+    made = step(draw)
+    return {**made, "previous": made["x_nat"].clone(), "momentum": 0.75, "norm": draw(st.sampled_from(["linf", "l2"]))}
+
+
+def noisy_replay(draw) -> dict:
+    batch, dtype = draw(st.integers(0, 4)), draw(st.sampled_from(FLOATS))
+    shape = (batch, *image_shape(draw))
+    made = {"x": uniform(draw, *shape, dtype=dtype), "x_adv": uniform(draw, *shape, dtype=dtype)}
+    wide = torch.promote_types(dtype, torch.float32)
+    return {**made, "drift": uniform(draw, batch, dtype=wide), "tau": 0.5, "eps": 0.1, **stream(draw, batch),
+            "lo": 0.0, "hi": 1.0}  # fmt: skip
+
+
+def philox(draw) -> dict:
+    return {**stream(draw, draw(st.integers(0, 4))), "numel": draw(st.integers(0, 20)), "stream": ops.Stream.LATENT,
+            "distribution": draw(st.sampled_from(["uniform", "normal"])), "draws": 2, "first_draw": 0}  # fmt: skip
+
+
+def random_transform(draw) -> dict:
+    block, rows, columns = (draw(st.integers(1, 4)) for _ in range(3))
+    batch = draw(st.integers(0, 3))
+    x = uniform(
+        draw, batch, draw(st.integers(1, 3)), block * rows, block * columns, dtype=draw(st.sampled_from(FLOATS))
+    )
+    return {"x": x, **stream(draw, batch), "sigma": 0.25, "block": block, "mask_ratio": 0.3, "samples": 2,
+            "shared_mask": False, "channels_last": draw(st.booleans())}  # fmt: skip
+
+
+def stitch(draw) -> dict:
+    passes, samples, batch = (draw(st.integers(1, 3)) for _ in range(3))
+    rows, columns, block = (draw(st.integers(1, 3)) for _ in range(3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    owners = torch.randint(0, passes + 1, (samples, batch, rows, columns), generator=generator, dtype=torch.uint8)
+    dtype = draw(st.sampled_from(FLOATS))
+    return {"images": normal(draw, samples * batch * passes, 2, rows * block, columns * block, dtype=dtype),
+            "owners": owners}  # fmt: skip
+
+
+def gated_elu(draw) -> dict:
+    shape = (draw(st.integers(0, 3)), 2 * draw(st.integers(1, 4)), *image_shape(draw)[:2])
+    return {"features": normal(draw, *shape, dtype=draw(st.sampled_from(FLOATS)))}
+
+
+def reconstruction_loss(draw) -> dict:
+    shape, dtype = (draw(st.integers(0, 4)), *image_shape(draw)), draw(st.sampled_from(FLOATS))
+    return {"logits": 3 * normal(draw, *shape, dtype=dtype), "target": uniform(draw, *shape, dtype=dtype)}
+
+
+def sample_latent(draw) -> dict:
+    batch, size = draw(st.integers(0, 4)), draw(st.integers(1, 30))
+    dtype = draw(st.sampled_from(FLOATS))
+    return {"mu": normal(draw, batch, size, dtype=dtype), "logvar": normal(draw, batch, size, dtype=dtype),
+            **stream(draw, batch)}  # fmt: skip
+
+
+def representation_distance(draw) -> dict:
+    batch, count = draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    shapes = [(batch, *image_shape(draw)) for _ in range(count)]
+    dtype = draw(st.sampled_from(FLOATS))
+    kinds = ops.representation_distance.__globals__["KINDS"]
+    student, teacher = ([normal(draw, *shape, dtype=dtype) for shape in shapes] for _ in range(2))
+    return {"student": student, "teacher": teacher, "kind": draw(st.sampled_from(kinds))}
+
+
+def contextual_attention(draw) -> dict:
+    batch, height, width = draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    features = normal(draw, batch, draw(st.integers(1, 4)), 2 * height, 2 * width, dtype=draw(st.sampled_from(FLOATS)))
+    return {"features": features, "valid": uniform(draw, batch, height * width) > 0.4, "scale": 10.0}
+
+
+def key_validity(draw) -> dict:
+    mask = uniform(draw, draw(st.integers(0, 2)), 1, draw(st.integers(1, 9)), draw(st.integers(1, 9))) > 0.7
+    return {"mask": mask.float(), "size": (draw(st.integers(1, 4)), draw(st.integers(1, 4)))}
+
+
+def decode_prior(draw) -> dict:
+    sizes, batch = Geometry.of([6, 4, 2, 2, 3, 3, 2, 1, 3, 3]), draw(st.integers(0, 3))
+    first = normal(draw, *sizes.start, sizes.latent_dim)
+    packed, biases = pack(first, [normal(draw, sizes.start[0], 3, 3, 3)], [normal(draw, 3)])
+    size = sizes.start[0] * sizes.start[1] * sizes.start[2]
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    given = {"condition": normal(draw, batch, size), **stream(draw, batch), "packed": packed.to(dtype)}
+    settings = {"geometry": sizes, "samples": 2, "slope": 0.2, "squash": draw(st.booleans())}
+    return {**given, "biases": biases.float(), **settings}
+
+
+OPS = {make.__name__: (getattr(ops, make.__name__), make) for make in (
+    aggregate, pgd_step, apgd_step, noisy_replay, philox, random_transform, stitch, gated_elu, reconstruction_loss,
+    sample_latent, representation_distance, contextual_attention, key_validity, decode_prior,
+)}  # fmt: skip
+
+
+def test_no_op_is_left_out():
+    # each op has a file of its name
+    found = {name for name in ops.__all__ if getattr(getattr(ops, name), "__module__", "").endswith(f".{name}")}
+    # takes a decoder of the caller's
+    assert found - OPS.keys() == {"decode_samples"} and len(found) >= 13
+
+
+def called(op, arguments: dict):
+    """What an op gives, or the refusal."""
+    try:
+        return op(**arguments), None
+    except (ValueError, TypeError) as error:
+        return None, error
+    except RuntimeError as error:
+        # more than any machine has is refused by PyTorch's allocator, which knows no arguments
+        if NO_MEMORY.search(str(error)) is None:
+            raise
+        reject()
+
+
+def unchanged(now: Tensor, before: Tensor) -> bool:
+    return torch.equal(now, before) or bool(((now == before) | ((now != now) & (before != before))).all())
+
+
+def same(found, wanted, rounding: bool) -> None:
+    for one, other in zip(tensors(found), tensors(wanted), strict=True):
+        assert (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+        if one.is_meta or not rounding:
+            continue
+        loose = one.dtype in (torch.bfloat16, torch.float16)
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if loose else {"rtol": 2e-4, "atol": 2e-4}
+        torch.testing.assert_close(one, other, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("name", OPS)
+@SETTINGS
+@given(data=st.data())
+def test_an_op(name, data):
+    op, make = OPS[name]
+    arguments, done = mangled(data.draw, make(data.draw), data.draw(st.sampled_from([0, 1, 1, 2])))
+    context = data.draw(st.sampled_from(sorted(CONTEXTS)))
+    parts = [t for value in arguments.values() if isinstance(value, (Tensor, list)) for t in tensors(value)]
+    if context == "autocast" and any(t.is_meta or t.dtype == torch.float16 for t in parts):
+        # PyTorch's own autocast for CPUs knows neither meta tensors nor float16
+        context = "plain"
+    with CONTEXTS[context]():
+        before = {key: value.clone() for key, value in arguments.items() if isinstance(value, Tensor)}
+        found, refused = called(op, arguments)
+        if refused is not None:
+            assert named(refused, names_of(op)), (done, context, refused)
+            assert done, (refused, arguments)
+            return
+        for key, value in before.items():
+            assert value.is_meta or unchanged(arguments[key], value), key
+        if _library.loaded():
+            with ops.use_backend("reference"):
+                wanted, refused = called(op, arguments)
+            assert refused is None, (done, context, refused)
+            same(found, wanted, ordinary(arguments) and context != "autocast")
+
+
+GRADIENTS = [name for name in OPS if name not in ("philox", "key_validity", "decode_prior", "noisy_replay")]
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+@SETTINGS
+@given(data=st.data())
+def test_a_gradient(name, data):
+    """The gradient of whatever an op accepts is the definition's."""
+    op, make = OPS[name]
+    arguments, done = mangled(data.draw, make(data.draw), data.draw(st.sampled_from([0, 1])))
+    floats = [key for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    gradients = []
+    for backend in ("cpp", "reference") if _library.loaded() else ("reference",):
+        given_ = {key: v.detach().clone().requires_grad_() if key in floats else v for key, v in arguments.items()}
+        with ops.use_backend(backend):
+            found, refused = called(op, given_)
+            if refused is not None:
+                assert named(refused, names_of(op)), (done, refused)
+                return
+            outputs = [t for t in tensors(found) if t.requires_grad]
+            if not outputs or any(t.is_meta for t in outputs):
+                return
+            total = sum((t.float() * torch.linspace(0.5, 1.5, max(t.numel(), 1))[: t.numel()].view(t.shape)).sum()
+                        for t in outputs)  # fmt: skip
+            wanted = [given_[key] for key in floats if given_[key].requires_grad]
+            gradients.append(torch.autograd.grad(total, wanted, allow_unused=True))
+    for one, other in zip(gradients[0], gradients[-1], strict=True):
+        assert (one is None) == (other is None), done
+        if one is not None:
+            same(one, other, ordinary(arguments))

@@ -1,0 +1,156 @@
+"""Processes that die or hang, and runs that go on with more of them, fewer, or on two nodes."""
+
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from purify_fast.training import distributed
+from purify_fast.training.checkpoint import read_tree
+
+SCRIPT = Path(__file__).with_name("together.py")
+# 30 is a multiple of 1, 2 and 3 processes
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2]), "TOGETHER_BATCH": "30"}
+KIND = "convolutional"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def together(folder, world, *actions, timeout="120"):
+    """Run actions of together.py in ``world`` processes; exit statuses and errors."""
+    folder.mkdir(exist_ok=True)
+    store = folder / "store"
+    store.unlink(missing_ok=True)
+    started = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, str(rank), str(world), store, folder, repr(actions)],
+            env={**ENVIRONMENT, "TOGETHER_TIMEOUT": timeout},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        for process in started[:1]:
+            process.wait(timeout=120)
+        # one that hangs is not waited for
+        end = time.monotonic() + 20
+        while any(process.poll() is None for process in started) and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:
+        for process in started:
+            process.kill()
+    return [process.wait() for process in started], [process.stderr.read() for process in started]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The undisturbed run of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    codes, errors = together(folder, 1, ("one", "weights", (KIND, str(folder / "run"))))
+    assert codes == [0], errors
+    return torch.load(folder / "one-0")
+
+
+def close(found, wanted):
+    for name, tensor in wanted["state"].items():
+        torch.testing.assert_close(found["state"][name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_a_process_that_hangs_is_named_and_the_run_resumed_by_three(one, tmp_path):
+    run = tmp_path / "run"
+    codes, errors = together(tmp_path, 2, ("x", "hangs", (KIND, str(run), 1)), timeout="4")
+    assert codes[0] == 1
+    assert "ProcessLost: process 0 of 2 waited in vain in step 3 for: process 1, in step 3" in errors[0], errors[0]
+    assert read_tree(run / "checkpoint.safetensors")["step"] == 3
+    # elastic: one more than before, and then one alone
+    shutil.copytree(run, tmp_path / "alone")
+    codes, errors = together(tmp_path, 3, ("three", "weights", (KIND, str(run))))
+    assert codes == [0, 0, 0], errors
+    close(torch.load(tmp_path / "three-0"), one)
+    codes, errors = together(tmp_path, 1, ("alone", "weights", (KIND, str(tmp_path / "alone"))))
+    assert codes == [0], errors
+    close(torch.load(tmp_path / "alone-0"), one)
+
+
+def test_the_first_process_is_killed_while_it_writes_a_checkpoint(one, tmp_path):
+    run = tmp_path / "run"
+    codes, errors = together(tmp_path, 3, ("x", "killed_while_writing", (KIND, str(run))))
+    assert codes[0] == -signal.SIGKILL and all(code not in (0, None) for code in codes[1:]), codes
+    assert any("ProcessLost" in text for text in errors[1:]), errors
+    # the two before it are whole, though half of a third one lies beside them
+    assert [read_tree(run / f"checkpoint{name}.safetensors")["step"] for name in ("", ".previous")] == [2, 2] or (
+        read_tree(run / "checkpoint.safetensors")["step"] == 2
+    )
+    codes, errors = together(tmp_path, 2, ("two", "weights", (KIND, str(run))))
+    assert codes == [0, 0], errors
+    close(torch.load(tmp_path / "two-0"), one)
+
+
+def test_the_message_names_who_is_missing(monkeypatch):
+    """Those that wait in vain too are not."""
+    told = {"purify_fast step 0": b"7", "purify_fast step 2": b"5", "purify_fast waits 2": b"yes"}
+
+    class Store:
+        def check(self, keys):
+            return keys[0] in told
+
+        def get(self, key):
+            return told[key]
+
+        def set(self, key, value):
+            told[key] = value
+
+    monkeypatch.setattr(distributed, "NOTICE", 0.0)
+    monkeypatch.setattr(distributed, "processes", lambda: (0, 4))
+    monkeypatch.setattr(distributed.dist.distributed_c10d, "_get_default_store", Store)
+    text = distributed._missing("Timed out")
+    assert text.startswith(
+        "process 0 of 4 waited in vain in step 7 for: process 1, which has not begun; process 3, which"
+    )
+    told.clear()
+    monkeypatch.setattr(Store, "set", lambda *a: 1 / 0)
+    assert "the first process, which holds what the others tell, is gone" in distributed._missing("Timed out")
+
+
+@pytest.mark.parametrize("text", ["0", "soon", "-3", "nan"])
+def test_a_patience_that_is_none(monkeypatch, text):
+    monkeypatch.setenv("PURIFY_FAST_TIMEOUT", text)
+    with pytest.raises(ValueError, match="PURIFY_FAST_TIMEOUT must be a number of seconds above 0"):
+        distributed.patience()
+
+
+@pytest.mark.slow
+def test_two_nodes_on_one_machine(tmp_path):
+    """Two torchruns of one process each, which meet at one address, as on two machines."""
+    x, y = np.random.RandomState(0).randint(0, 256, (40, 12, 8)).astype(np.uint8), np.arange(40) % 2
+    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    words = ["train", "classifier", "--width", "2", "--data", str(tmp_path / "small.npz"), "--device", "cpu"]
+    words += ["--epochs", "2", "--batch-size", "20", "--out", str(tmp_path / "run")]
+    port = 29500 + os.getpid() % 400
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
+             "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port),
+             "-m", "purify_fast.cli", *words],
+            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    printed = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert [out.count("saved to") for out, _ in printed] == [1, 0]
+    assert read_tree(tmp_path / "run" / "checkpoint.safetensors")["step"] == 4
+
+
+def test_one_run_alone_is_what_the_others_are_compared_with(one):
+    alone = runpy.run_path(str(SCRIPT))
+    start = alone["small_task"](KIND).model.state_dict()
+    assert any((one["state"][name] - start[name]).abs().max() > 1e-3 for name in start)
