@@ -121,6 +121,8 @@ $(STAMPS)/package: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
 	$(BUILD) $(PIP) --no-build-isolation -e '.[demo,test]'
 	# tests compare with robustbench's model files and run torchattacks' PGD; what else the two ask for is not needed
 	$(PIP) --no-deps robustbench torchattacks
+	# their attacks run on this package's defences, and inside its reports
+	$(PIP) foolbox adversarial-robustness-toolbox
 	@touch $@
 
 $(STAMPS)/cmake: $(STAMPS)/base

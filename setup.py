@@ -18,6 +18,7 @@ import sysconfig
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
 MODES = ("auto", "none", "cpu", "cuda")
@@ -120,6 +121,19 @@ def compiler(environ: Mapping[str, str], which: Callable[[str], str | None] = sh
     raise Impossible("no C++ compiler found (CXX, g++, c++, clang++); install one, for example `apt install g++`")
 
 
+def check_setuptools(version: str) -> None:
+    """End with one line where setuptools is too old to read pyproject.toml, for which it would take forty.
+
+    Args:
+        version: of setuptools.
+
+    Raises:
+        SystemExit: it is older than 77.
+    """
+    if int(version.split(".")[0]) < 77:
+        raise SystemExit(f"purify_fast needs setuptools >= 77, this is {version}: {HOW}")
+
+
 def say(line: str) -> None:
     print(f"purify_fast: {line}", file=sys.stderr, flush=True)
 
@@ -212,4 +226,5 @@ def torch_extension(mode: str) -> dict:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    check_setuptools(setuptools.__version__)
     setup(**extension(build_mode(os.environ)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import decoder
 from .report import read_csv, write_csv
 
 #: An H100 at 1.7 GHz: bytes of memory for each of its 132 multiprocessors in a cycle, and instructions of threads.
@@ -118,4 +119,4 @@ def chapter(folder: Path) -> list[str]:
             f"| {row.case} {row.dtype} | {row.elements} | {row.bytes} bytes: {row.where} | {before:,} | {now:,} "
             f"| {before / ISSUED:.1f} | {now / ISSUED:.1f} | {memory:.1f} | {bound} |"
         )
-    return lines
+    return lines + decoder.chapter()

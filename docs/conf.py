@@ -59,10 +59,19 @@ def link_to_generated(app, name, source):
         source[0] = source[0].replace(f"](../{file}.md)", f"](generated/{page}.md)")
 
 
+def list_every_page(app, name, source):
+    """A page that the front page does not list yet stands beside the other results."""
+    if name == "index":
+        listed = source[0].splitlines()
+        others = [page.stem for page in sorted(HERE.glob("*.md")) if page.stem not in ("index", *listed)]
+        source[0] = source[0].replace("\npapers\n", "\n".join(["", "papers", *others, ""]))
+
+
 def setup(app):
     """Called by Sphinx."""
     app.connect("builder-inited", write_generated_pages)
     app.connect("source-read", link_to_generated)
+    app.connect("source-read", list_every_page)
     # before napoleon, which comes at 500, and after it
     app.connect("autodoc-process-docstring", docstrings.keep_returns_whole, priority=400)
     app.connect("autodoc-process-docstring", docstrings.to_rst)

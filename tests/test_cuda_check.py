@@ -36,3 +36,14 @@ def test_instructions_are_looked_for(cuda_check):
 
 def test_every_source_says_what_it_rests_on(cuda_check):
     assert {path.stem for path in ROOT.glob("csrc/cuda/*.cu")} == set(cuda_check.INSTRUCTIONS)
+
+
+def test_the_inner_loop_is_measured(cuda_check):
+    """From the first load to the last product, unless a branch lies between."""
+    step = "/*0010*/ LDSM.16.M88.4 R4, [R2] ;\n" + "/*0020*/ HMMA.16816.F32.BF16 R8, R4, R6, R8 ;\n" * 64
+    sass = "/*0000*/ @P0 BRA 0x40 ;\n" + step + "/*0030*/ @P1 BRA 0x10 ;\n"
+    assert cuda_check.loops(sass) == [(65, 64)] and cuda_check.too_long(sass) == []
+    padded = sass.replace("[R2] ;", "[R2] ;\n" + "/*0018*/ MOV R1, R2 ;\n" * 46)
+    assert cuda_check.too_long(padded) == ["111 instructions for 64 products, more than 110"]
+    split = sass.replace("[R2] ;", "[R2] ;\n/*0018*/ @P2 BRA 0x30 ;\n")
+    assert cuda_check.too_long(split.replace("HMMA", "NOP", 1))[0].startswith("no stretch of 64")

@@ -112,6 +112,13 @@ def test_build_mode(setup_py):
         setup_py.build_mode({"PURIFY_FAST_BUILD": "gpu"})
 
 
+def test_an_old_setuptools_is_refused_in_one_line(setup_py):
+    """It ended in forty lines about the form of pyproject.toml."""
+    setup_py.check_setuptools("77.0.1")
+    with pytest.raises(SystemExit, match=r"^purify_fast needs setuptools >= 77, this is 65\.5\.0: in an environment"):
+        setup_py.check_setuptools("65.5.0")
+
+
 def test_importing_setup_py_imports_no_torch():
     done = run("import runpy, sys; runpy.run_path('setup.py', run_name='x'); assert 'torch' not in sys.modules")
     assert done.returncode == 0, done.stderr

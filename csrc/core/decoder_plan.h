@@ -225,19 +225,23 @@ void decode(Task<Machine> task, const std::vector<int64_t>& numbers, int64_t wor
   using Element = typename Machine::Element;
   const bool gradient = task.gradient;
   std::vector<Product> forward = chain_of(numbers, false), backward;
-  // of the maps of one sample; the gradient keeps every activation beside its own maps
-  int64_t elements = 0;
-  if (gradient) {
-    backward = chain_of(numbers, true);
-    for (const Product& p : backward) elements += 2 * int64_t{p.out_h} * p.out_w * p.columns;
-  } else {
-    for (const Product& p : forward) elements += int64_t{p.out_h} * p.out_w * p.columns;
+  if (gradient) backward = chain_of(numbers, true);
+  // As few chunks of equal size as there is room for. The maps that a plan leaves in memory decide, and the plan
+  // depends on the size: fewer and fewer samples are tried.
+  int64_t chunk = task.total;
+  std::vector<Segment> first, second;
+  std::vector<int64_t> kept, passed;
+  for (int64_t chunks = 1;;) {
+    chunk = (task.total + chunks - 1) / chunks;
+    first = plan(forward, false, chunk, gradient);
+    if (gradient) second = plan(backward, true, chunk, false);
+    kept = maps_of(forward, first);
+    passed = gradient ? maps_of(backward, second) : std::vector<int64_t>{0};
+    const int64_t bytes = (kept.back() + passed.back()) * static_cast<int64_t>(sizeof(Element));
+    if (chunk <= 1 || chunk * bytes <= workspace) break;
+    const int64_t needed = workspace < bytes ? task.total : (task.total + workspace / bytes - 1) / (workspace / bytes);
+    chunks = needed > chunks ? needed : chunks + 1;
   }
-  const int64_t fitting = workspace / (elements * static_cast<int64_t>(sizeof(Element)));
-  const int64_t chunk = fitting < 1 ? 1 : fitting < task.total ? fitting : task.total;
-  const std::vector<Segment> first = plan(forward, false, chunk, gradient);
-  const std::vector<Segment> second = gradient ? plan(backward, true, chunk, false) : std::vector<Segment>{};
-  const std::vector<int64_t> kept = maps_of(forward, first), passed = gradient ? maps_of(backward, second) : kept;
   Element* maps = allocate(chunk * (kept.back() + (gradient ? passed.back() : 0)));
   const int64_t begin = task.first_sample, end = begin + task.total;
   for (int64_t n = begin; n < end; n += chunk) {

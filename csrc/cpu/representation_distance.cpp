@@ -5,8 +5,9 @@
 namespace pf::cpu {
 namespace {
 
-template <class L, class T, class W = wide_t<L>>
-PF_HD void backward_loop(W scale, W along, const L* student, const T* teacher, L* out, int64_t n) {
+// Out is the student's dtype, or that of the arithmetic where the slope is kept.
+template <class L, class T, class Out, class W = wide_t<L>>
+PF_HD void backward_loop(W scale, W along, const L* student, const T* teacher, Out* out, int64_t n) {
   store_all(out, n, [=](int64_t i) PF_INLINE {
     return representation_slope<W>(load(student[i]), load(teacher[i]), scale, along);
   });
@@ -24,6 +25,13 @@ PF_HD void backward_loop(W scale, W along, const L* student, const T* teacher, L
     backward_loop(scale, along, student, teacher, out, n);                                                   \
   }
 PF_FOR_EACH_PAIR(PF_LOOPS)
+
+#define PF_WIDE_SLOPES(L, T)                                                                         \
+  PF_CLONES void keep_slope(wide_t<L> scale, wide_t<L> along, const L* __restrict__ student,         \
+                            const T* __restrict__ teacher, wide_t<L>* __restrict__ out, int64_t n) { \
+    backward_loop(scale, along, student, teacher, out, n);                                           \
+  }
+PF_FOR_EACH_PAIR(PF_WIDE_SLOPES)
 
 // float64 if any layer is.
 ScalarType result_dtype(const std::vector<Tensor>& layers) {
@@ -95,22 +103,21 @@ std::vector<Tensor> representation_distance_backward(Tensor grad, std::vector<Te
   return outs;
 }
 
-// One layer in the dtype of its arithmetic, and dd/du, written while the row is in the cache:
-// purify_fast/ops/_kept.py.
+// One layer, and dd/du in the dtype of its arithmetic, written while the row is in the cache: purify_fast/ops/_kept.py.
 std::tuple<Tensor, Tensor> representation_distance_keeping(Tensor student, Tensor teacher, int64_t kind) {
   const int64_t rows = student.size(0), n = row_size(student);
-  Tensor distance = new_tensor({rows}, wide_dtype(student.scalar_type())), slope = new_like(student);
+  const ScalarType dtype = wide_dtype(student.scalar_type());
+  Tensor distance = new_tensor({rows}, dtype), slope = new_tensor(student.sizes().data(), student.dim(), dtype);
   with_pair(student, teacher, "representation_distance_keeping", [&](auto* u, auto* v) {
     using L = std::remove_cvref_t<decltype(*u)>;
     using W = wide_t<L>;
-    W* to = writable<W>(distance);
-    L* to_slope = writable<L>(slope);
+    W *to = writable<W>(distance), *to_slope = writable<W>(slope);
     parallel_rows(rows, 2 * n, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t at = b * n;
         const Measured row = measured(static_cast<Distance>(kind), u + at, v + at, n);
         to[b] = static_cast<W>(row.distance);
-        backward(static_cast<W>(row.scale), static_cast<W>(row.along), u + at, v + at, to_slope + at, n);
+        keep_slope(static_cast<W>(row.scale), static_cast<W>(row.along), u + at, v + at, to_slope + at, n);
       }
     });
   });

@@ -41,6 +41,8 @@ def check_images(x: Tensor, y: Tensor) -> None:
         if not isinstance(value, Tensor):
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise TypeError(f"{name} must be a torch.Tensor, got {kind}: torch.as_tensor({name}) makes one")
+    if x.device != y.device:
+        raise ValueError(f"x is on {x.device}, y on {y.device}: they must agree")
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [B, ...], got {x.dtype} {list(x.shape)}")
     if y.shape != (x.shape[0],) or y.dtype != torch.int64:

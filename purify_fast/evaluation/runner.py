@@ -29,6 +29,7 @@ from ..speed.precision import whole_float32_by_default
 from ..speed.step_graphs import CudaGraphs, StepGraphs
 from .alarms.probes import Before
 from .believe import conclude
+from .customary import unusual_radius
 from .function_attack import AttackFunction
 from .images import collect
 from .labels import ball_name, row_name, threat_name
@@ -150,7 +151,7 @@ def evaluate(
         _add_rows(report, _possible(plan, measure, report.notes), measure)
         report.rows += worst(report.rows)
         conclude(report, measure, before)
-    report.notes += _nonfinite(report.rows)
+    report.notes += _nonfinite(report.rows) + unusual_radius(dataset_name, norm, eps)
     return report
 
 

@@ -88,6 +88,8 @@ class Representation:
 
     def __init__(self, model: nn.Module, layers: list[str] | tuple[str, ...], image_shape: tuple[int, int, int]):
         modules = dict(model.named_modules(remove_duplicate=False))
+        if isinstance(layers, str):
+            raise ValueError(f"layers must be a list of module paths, got the text {layers!r}: write [{layers!r}]")
         if not layers or len(set(layers)) != len(layers):
             raise ValueError(f"layers must name at least one module, each once, got {list(layers)}")
         for name in layers:
@@ -128,6 +130,11 @@ class Representation:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
                 f"the classifier must map [B, {', '.join(map(str, image_shape))}] to logits [B, C], got {got}"
+            )
+        if logits.shape[1] < 2:
+            raise ValueError(
+                "the classifier must have a logit for each of two classes at least, got a single one: for one logit z "
+                "of the second class give a module that returns torch.cat([-z, z], 1) / 2"
             )
         shapes = []
         for index, (name, outputs) in enumerate(zip(self.layers, seen, strict=True)):

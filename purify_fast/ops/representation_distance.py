@@ -137,19 +137,19 @@ KEEPING = _kept.kernel(
 
 
 class _Kept(torch.autograd.Function):
-    """Of one layer whose dtype is the arithmetic's: a slope wider than the layer would be more bytes than its parts."""
+    """Of one layer. The slope of a 16-bit one is as many bytes as the two layers that backward would read."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, kind: int) -> Tensor:
         distance, slope = KEEPING(student, teacher, kind)
+        ctx.dtype = student.dtype
         ctx.save_for_backward(slope)
         return distance
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return _kept.SCALED_ROWS(grad, slope, slope.dtype), None, None
+        return _kept.SCALED_ROWS(grad, *ctx.saved_tensors, ctx.dtype), None, None
 
 
 class _RepresentationDistance(torch.autograd.Function):
@@ -178,13 +178,6 @@ class _RepresentationDistance(torch.autograd.Function):
         return None, None, *out, *[None] * ctx.layers
 
 
-def _keeps(student: Tensor) -> bool:
-    """Whether one layer's slope is kept for backward."""
-    if student.dtype not in (torch.float32, torch.float64) or OP.plain(student.device, student.dtype, student.numel()):
-        return False
-    return _kept.serves(BACKWARD, student)
-
-
 def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> None:
     """ValueError unless the layers are as `representation_distance` documents them."""
     if kind not in KINDS:
@@ -201,7 +194,9 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> N
         if not u.device == v.device == student[0].device:
             raise ValueError(f"student is on {u.device}, teacher on {v.device}: all layers must agree")
         if u.shape[0] != student[0].shape[0]:
-            raise ValueError(f"layers need one batch size, got {student[0].shape[0]} and {u.shape[0]}")
+            raise ValueError(
+                f"student, teacher: layers need one batch size, got {student[0].shape[0]} and {u.shape[0]}"
+            )
 
 
 def representation_distance(
@@ -241,7 +236,8 @@ def representation_distance(
         if last_channels(u):  # the op sees dense rows, whatever the layout
             us[layer], vs[layer] = u.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1)
     differentiable = needs_gradient(*us)
-    if differentiable and single and _keeps(us[0]):
+    serves = not OP.plain(us[0].device, us[0].dtype, us[0].numel())
+    if differentiable and single and serves and _kept.serves(BACKWARD, us[0]):
         return _Kept.apply(us[0], vs[0].detach(), KINDS.index(kind))
     tensors = (*us, *(v.detach() for v in vs))
     # the compiler, too, does not take a Function of any number of tensors where none needs a gradient

@@ -64,6 +64,8 @@ def test_contests_are_kept_and_the_table_says_what_was_found(contests, tmp_path,
     assert [row["error"] > 0 for row in rows] == [False, False, False, True, True]
     lines = (tmp_path / evaluation.TABLE).read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+    heads = next(line for line in lines if line.startswith("|")).strip("|").split("|")
+    assert {len(line) for line in cells} == {len(heads)} == {9}
     assert len(cells) == 5 and cells[0][:4] == ["plain", "4", f"{rows[0]['clean']:.1f}", "AutoAttack"]
     assert cells[1][3] == "**standard**" and float(cells[1][5]) == pytest.approx(
         rows[1]["robust"] - rows[0]["robust"], abs=0.06

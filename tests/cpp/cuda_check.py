@@ -1,7 +1,8 @@
 """Compiles the device code with nvcc, without a GPU: no warnings, and no register spilled to memory.
 
 Every header of csrc/core (through device_check.cu) and every csrc/cuda/*.cu (against torch's stable headers), whose PTX
-holds no float64 arithmetic, no local memory, and the instructions named in `INSTRUCTIONS`.
+holds no float64 arithmetic, no local memory, and the instructions named in `INSTRUCTIONS`, and whose inner loop has few
+instructions beside its products.
 `--find` only prints the toolkit; exit status 1 and the reason if there is none.
 """
 
@@ -55,6 +56,47 @@ def missing_or_wrong(ptx: str, name: str) -> list[str]:
     return found + [f"{what} in the PTX" for what in (".f64", ".local") if re.search(rf"\{what}\b", ptx)]
 
 
+#: Most instructions of sm_90 for 64 matrix instructions, from the first load of their rows to the last of them: a
+#: multiprocessor then issues them faster than its matrix units take them.
+MOST = 110
+
+
+def loops(sass: str) -> list[tuple[int, int]]:
+    """Instructions and matrix instructions of each stretch without a branch that loads rows and multiplies them."""
+    found, first, last, products = [], None, 0, 0
+    code = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", sass, re.M)
+    for at, one in enumerate([*code, "EXIT"]):
+        if re.search(r"\b(BRA|BSYNC|EXIT|BAR)\b", one):
+            found += [(last - first + 1, products)] if first is not None and products else []
+            first, products = None, 0
+        elif re.search(r"\b(LDSM|HMMA)\b", one):
+            first = at if first is None else first
+            if "HMMA" in one:
+                last, products = at, products + 1
+    return found
+
+
+def too_long(sass: str) -> list[str]:
+    """What is wrong with the loop over taps and channels of decode_samples, compiled for sm_90."""
+    found = loops(sass)
+    if not found or max(products for _, products in found) != 64:
+        return [f"no stretch of 64 matrix instructions without a branch: {found}"]
+    return [
+        f"{length} instructions for 64 products, more than {MOST}" for length, n in found if n == 64 and length > MOST
+    ]
+
+
+def disassembled(toolkit: Path, binary: Path) -> str:
+    """The machine code for sm_90 in an object file; Triton brings the disassembler that a bare toolkit lacks."""
+    triton = importlib.util.find_spec("triton")
+    folders = [toolkit / "bin"]
+    if triton is not None and triton.submodule_search_locations:
+        folders.append(Path(triton.submodule_search_locations[0]) / "backends/nvidia/bin")
+    tool = next(folder / "cuobjdump" for folder in folders if (folder / "cuobjdump").exists())
+    command = [tool, "-sass", "-arch", "sm_90", binary]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--find", action="store_true", help="print the toolkit's folder and stop")
@@ -96,6 +138,7 @@ def main() -> int:
                 failures.append(f"{name} does not compile:\n{log}")
             failures += [f"{name}: {line}" for line in spills(log)]
             if source.suffix == ".cu" and source.parent.name == "cuda":
+                failures += [f"{name}: {line}" for line in too_long(disassembled(toolkit, out))]
                 subprocess.run([*nvcc, "-ptx", f"-arch=compute_{ARCHS[0]}"], check=True)
                 failures += [f"{name}: {line}" for line in missing_or_wrong(out.read_text(), source.stem)]
             print(f"{name}: {log.count('Compiling entry function')} kernels", flush=True)

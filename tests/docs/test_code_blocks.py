@@ -39,7 +39,7 @@ SHORTER = {
     r", batch_size=\d+|batch_size=\d+, ": "",
     r"FitConfig\(": "FitConfig(batch_size=8, ",
     # the default plan has the official AutoAttack; another test runs it
-    r"^report = evaluate\(defence, x, y, eps=8 / 255\)": (
+    r"^report = evaluate\(defence, x, y, eps=8 / 255, protocol=\"standard\"\)": (
         "report = evaluate(defence, x, y, eps=8 / 255, attacks=[], progress=False)"
     ),
     r"eps=8 / 255, base=classifier\)": "eps=8 / 255, base=classifier, attacks=[], progress=False)",

@@ -151,6 +151,19 @@ def test_refusals(change, error, message):
         evaluate(standard(), arguments.pop("x"), torch.zeros(4, dtype=torch.int64), **arguments)
 
 
+def test_an_unusual_radius_is_mentioned():
+    for dataset, eps, notes in (
+        ("cifar10", 8 / 255, []),
+        ("mnist", 0.1, ["L-inf 0.1 is unusual on mnist, where most numbers are about L-inf 0.3"]),
+        ("mine", 0.1, []),
+    ):
+        report = evaluate(
+            standard(), torch.rand(2, 1, 8, 8), torch.zeros(2).long(), dataset_name=dataset, attacks=[PGD(steps=1)],
+            **QUIET | {"eps": eps},
+        )  # fmt: skip
+        assert report.notes == notes
+
+
 def test_following_gradients_needs_an_attack_that_can():
     for options, message in (
         ({"attack": FGSM()}, "the attack fgsm cannot follow the gradients of another model"),

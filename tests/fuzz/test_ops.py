@@ -161,9 +161,10 @@ OPS = {make.__name__: (getattr(ops, make.__name__), make) for make in (
 
 
 def test_no_op_is_left_out():
-    functions = {name for name in ops.__all__ if callable(getattr(ops, name))}
-    # takes a decoder of the caller's; the others are no ops
-    assert functions - OPS.keys() == {"Stream", "agree", "decode_samples", "use_backend", "wrong_kernels"}
+    # each op has a file of its name
+    found = {name for name in ops.__all__ if getattr(getattr(ops, name), "__module__", "").endswith(f".{name}")}
+    # takes a decoder of the caller's
+    assert found - OPS.keys() == {"decode_samples"} and len(found) >= 13
 
 
 def called(op, arguments: dict):
@@ -200,6 +201,10 @@ def test_an_op(name, data):
     op, make = OPS[name]
     arguments, done = mangled(data.draw, make(data.draw), data.draw(st.sampled_from([0, 1, 1, 2])))
     context = data.draw(st.sampled_from(sorted(CONTEXTS)))
+    parts = [t for value in arguments.values() if isinstance(value, (Tensor, list)) for t in tensors(value)]
+    if context == "autocast" and any(t.is_meta or t.dtype == torch.float16 for t in parts):
+        # PyTorch's own autocast for CPUs knows neither meta tensors nor float16
+        context = "plain"
     with CONTEXTS[context]():
         before = {key: value.clone() for key, value in arguments.items() if isinstance(value, Tensor)}
         found, refused = called(op, arguments)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
+from purify_fast import Carso
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.models.representation import Representation
 
@@ -123,3 +124,14 @@ def test_layers_that_cannot_be_read(layers, message):
 def test_a_classifier_without_logits_is_refused():
     with pytest.raises(ValueError, match="must map"):
         Representation(nn.Sequential(nn.Conv2d(1, 2, 3)), ["0"], (1, 16, 16))
+
+
+def test_layers_as_a_text_and_a_single_logit_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(1))
+    net(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"layers must be a list of module paths, got the text 'layer1'.*\['layer1'\]"):
+        Representation(net, "layer1", (3, 8, 8))
+    with pytest.raises(ValueError, match=r"layers must be a list of module paths, got the text '0'"):
+        Carso(net, "0", (3, 8, 8))
+    with pytest.raises(ValueError, match="a logit for each of two classes at least, got a single one"):
+        Representation(net, ["0"], (3, 8, 8))

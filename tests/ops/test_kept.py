@@ -71,29 +71,29 @@ def test_sample_latent(shape, dtype):
 
 @needs_kernels
 @pytest.mark.parametrize("kind", distance_op.KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# not (1, 1): two single numbers are parallel, and all of their slope is rounding
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_representation_distance(shape, dtype, kind, within_budget):
     u, v = normal(*shape, dtype=dtype), normal(*shape, seed=1, dtype=dtype)
     leaf = u.clone().requires_grad_()
     with use_backend("cpp"):
         out = representation_distance(leaf, v, kind)
         assert served_by_kept(out) and torch.equal(out, representation_distance(u, v, kind))
-        upstream = torch.linspace(-1, 2, len(out), dtype=dtype)
+        upstream = torch.linspace(-1, 2, len(out), dtype=out.dtype)
         (grad,) = torch.autograd.grad(out, leaf, upstream)
     results = []
     for wanted in (torch.float64, dtype):
         given = [x.to(wanted) for x in (u, v)]
         slopes = distance_op.reference([given[0]], [given[1]], distance_op.KINDS.index(kind))[1]
-        results += distance_op.reference_backward(upstream.to(wanted)[:, None], [given[0]], [given[1]], slopes)
+        results += distance_op.reference_backward(upstream.to(slopes.dtype)[:, None], [given[0]], [given[1]], slopes)
     within_budget(grad, *results)
 
 
 @needs_kernels
-def test_a_half_layer_and_several_layers_compute_their_slope_in_backward():
+def test_several_layers_compute_their_slope_in_backward():
     u, v = normal(3, 8).requires_grad_(), normal(3, 8, seed=1)
     with use_backend("cpp"):
-        assert not served_by_kept(representation_distance(u.bfloat16(), v.bfloat16()))
         assert not served_by_kept(representation_distance([u, u], [v, v]))
 
 

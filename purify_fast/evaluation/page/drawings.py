@@ -12,7 +12,7 @@ from ..rows import Row
 
 #: Width of every drawing, in SVG units; the page scales it.
 WIDTH = 720
-_LINE, _BAR, _LEFT, _RIGHT = 34, 16, 230, 70
+_LINE, _BAR, _LEFT, _RIGHT = 34, 16, 300, 60
 
 
 def bars(rows: Sequence[Row]) -> str:
@@ -50,7 +50,7 @@ def overlap(rows: Sequence[Row]) -> str:
     Args:
         rows: attacks of one model on the same images.
     """
-    cell, left, top = 54, 230, 30
+    cell, left, top = 54, 300, 30
     count = len(rows)
     width, height = max(WIDTH, left + cell * count + 10), top + cell * count + 8
     parts = [_head(height, "Overlap of the attacks", width)]
@@ -138,7 +138,7 @@ def _shared(row: Row, other: Row) -> float | None:
     return float((fell & ~other.robust).sum() / fell.sum()) if fell.any() else None
 
 
-def _short(text: str, most: int = 34) -> str:
+def _short(text: str, most: int = 38) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

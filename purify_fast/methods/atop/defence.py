@@ -131,6 +131,11 @@ class Atop(Defence):
             raise ValueError(f"the classifier must map {want}: {error}") from error
         if logits.dim() != 3:
             raise ValueError(f"the classifier must map {want}, got {list(logits.flatten(0, 1).shape)}")
+        if logits.shape[2] < 2:
+            raise ValueError(
+                "the classifier must have a logit for each of two classes at least, got a single one: for one logit z "
+                "of the second class give a module that returns torch.cat([-z, z], 1) / 2"
+            )
         self.num_classes = logits.shape[2]
 
     # -- a prediction: transform -> repair -> join -> classify -> aggregate --------------------------------------------

@@ -114,6 +114,8 @@ class CarsoConfig:
         for name in ("train_samples", "lookahead_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lookahead_alpha <= 1:
+            raise ValueError(f"lookahead_alpha must be in (0, 1], got {self.lookahead_alpha}")
         for name in ("adversarial_fraction", "kl_delay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")

@@ -98,6 +98,8 @@ class Carso(Defence):
     ):
         super().__init__(classifier, image_shape)
         check_literal("version", version, Version)
+        if isinstance(layers, str):
+            raise ValueError(f"layers must be a list of module paths, got the text {layers!r}: write [{layers!r}]")
         sizes = {"cond_dim": cond_dim, "latent_dim": latent_dim, "samples": samples, "decoder_width": decoder_width}
         for name, value in {**sizes, "encoder_depth": encoder_depth}.items():
             if value < 1:
