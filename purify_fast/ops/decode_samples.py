@@ -270,7 +270,7 @@ def decode_prior(
         raise ValueError(f"condition is on {condition.device}: seed, sample_ids, packed and biases must be, too")
     if not isinstance(samples, int) or not 1 <= samples < 2**63 or not 0 <= slope < float("inf"):
         raise ValueError(
-            f"samples must be a number of at least 1 and below 2^63, slope of at least 0, got {samples} and {slope}"
+            f"samples must be a number of at least 1, slope of at least 0, got {samples} and {slope}"
         )
     if OP.plain(condition.device, condition.dtype, condition.numel()):
         with torch.autocast(condition.device.type, enabled=False):
