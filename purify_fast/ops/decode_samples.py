@@ -269,9 +269,7 @@ def decode_prior(
     if any(x.device != condition.device for x in (seed, sample_ids, packed, biases)):
         raise ValueError(f"condition is on {condition.device}: seed, sample_ids, packed and biases must be, too")
     if not isinstance(samples, int) or not 1 <= samples < 2**63 or not 0 <= slope < float("inf"):
-        raise ValueError(
-            f"samples must be a number of at least 1, slope of at least 0, got {samples} and {slope}"
-        )
+        raise ValueError(f"samples must be a number of at least 1, slope of at least 0, got {samples} and {slope}")
     if OP.plain(condition.device, condition.dtype, condition.numel()):
         with torch.autocast(condition.device.type, enabled=False):
             weights = unpack(packed, biases, geometry) if weights is None else weights
