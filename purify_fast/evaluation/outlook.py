@@ -55,13 +55,21 @@ Fallen = Sequence[tuple[Row, np.ndarray]]
 
 
 def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
-    """What the last attack found that no other had."""
+    """What the last attack found that no other had, if it repeats one before it; the first of a kind tells nothing."""
     row, mask = fallen[-1]
     before = np.logical_or.reduce([m for _, m in fallen[:-1]]) if len(fallen) > 1 else np.zeros(n, dtype=bool)
     gain = int((mask & ~before).sum()) if len(fallen) > 1 else 0
     if len(fallen) == 1:
         return 0.0, f"there was one attack only ({row.attack}): nothing tells what another would find"
-    return gain / n, f"the last attack ({row.attack}) found {gain} images that all others had left"
+    found = f"the last attack ({row.attack}) found {gain} images that all others had left"
+    if not any(_alike(row, other) for other, _ in fallen[:-1]):
+        return 0.0, f"{found}; it was the first of its kind, so this says nothing of another one"
+    return gain / n, found
+
+
+def _alike(row: Row, other: Row) -> bool:
+    """Whether two rows are of the same attack with the same loss, whatever their random starts and numbers of steps."""
+    return (row.kind, row.settings.get("loss")) == (other.kind, other.settings.get("loss"))
 
 
 def _unseen(fallen: Fallen, n: int) -> tuple[float, str] | None:

@@ -24,6 +24,8 @@ RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
 ITERATIONS = (1, 3, 10, 30, 100)
 DRAWS = (1, 4, 16)
 STARTS = 5
+#: Draws of a random model that judge a probe: the class of most of them counts, so that no image falls by one draw.
+JUDGES = 9
 #: Lengths of the small steps, in image units: a model that rounds its input needs the larger one.
 SMALL = (1e-3, 8e-3)
 DIRECTIONS = 4
@@ -105,7 +107,8 @@ def probe(before: Before, context: AttackContext) -> Probes:
         context: what the evaluation tells attacks.
     """
     subject, x, y = before.subject, before.x, before.y
-    short = _Short(subject.model, x, y, context, draws=min(4, context.eot_iter) if subject.is_random else 1)
+    draws, judges = (min(4, context.eot_iter), JUDGES) if subject.is_random else (1, 1)
+    short = _Short(subject.model, x, y, context, draws=draws, judges=judges)
     starts = [short.robust(seed=seed, random_start=True, steps=STEPS // 2) for seed in range(STARTS)]
     together = torch.stack(starts)
     found = Probes(
@@ -137,8 +140,9 @@ def probe(before: Before, context: AttackContext) -> Probes:
 class _Short:
     """Short attacks on the same few images."""
 
-    def __init__(self, model: Classifier, x: Tensor, y: Tensor, context: AttackContext, draws: int):
-        self.model, self.x, self.y, self.context, self.draws = model, x, y, context, draws
+    def __init__(self, model: Classifier, x: Tensor, y: Tensor, context: AttackContext, *, draws: int, judges: int):
+        self.model, self.x, self.y, self.context = model, x, y, context
+        self.draws, self.judges = draws, judges
 
     def robust(self, *, eps: float | None = None, seed: int = 0, random_start: bool = False, **options: Any) -> Tensor:
         """Which images are right after PGD on the margin, bool ``[n]``."""
@@ -149,7 +153,11 @@ class _Short:
             random_start=random_start, keep_best=True, seed=seed, max_forward_batch=self.context.max_forward_batch,
             **settings,
         )  # fmt: skip
-        logits = self.model(found)
+        right = torch.stack([self._right(found) for _ in range(self.judges)])
+        return right.float().mean(0) > 0.5
+
+    def _right(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
         return (logits.argmax(1) == self.y) & logits.isfinite().any(1)
 
     def accuracy(self, **options: Any) -> float:
