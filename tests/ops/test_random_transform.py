@@ -472,7 +472,7 @@ def test_what_the_op_cannot_do():
             {"block": 2, "num_passes": 256},
             "num_passes must be 1 to 255 and divide the 1536 blocks of an image, got 256",
         ),
-        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"samples": 0}, r"samples must be at least 1 and below 2\^63, got 0"),
         ({"dtype": torch.int8}, "dtype must be float16, bfloat16, float32 or float64, got torch.int8"),
     ],
 )

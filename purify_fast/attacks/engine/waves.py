@@ -114,7 +114,8 @@ class Waves:
             begins.append(self.x[left] if at_image else sample_in_ball(self.x[left], around, seed=seed, sample_ids=ids))
         labels = [self.y[left] if goal is None else torch.stack([self.y, goal], 1)[left] for _, goal in wave]
         values = (owner, self.x[owner], torch.cat(labels), self.ball.of(owner))
-        numbers = torch.tensor([number for number, _ in wave], device=owner.device)
+        # the runs of a wave have consecutive numbers; a list of them would be copied, which waits for the device
+        numbers = torch.arange(wave[0][0], wave[0][0] + len(wave), device=owner.device)
         return Rows(*values, begin=torch.cat(begins), run=numbers.repeat_interleave(len(left)))
 
 

@@ -745,7 +745,7 @@ def test_a_compiled_attack_is_the_attack(monkeypatch):
         ({"drift_mode": "x"}, "drift_mode must be one of eval, train, got 'x'"),
         ({"optimizer": "adam"}, "optimizer must be one of sgd, adamw, got 'adam'"),
         ({"schedule": "step"}, "schedule must be one of published, one_cycle, constant, got 'step'"),
-        ({"precision": "float16"}, "precision must be one of float32, bfloat16, got 'float16'"),
+        ({"precision": "float16"}, "precision must be one of float32, tf32, bfloat16, got 'float16'"),
         ({"eps": 0.0}, "eps must be above 0, got 0.0"),
         ({"eps": float("nan")}, "eps must be above 0, got nan"),
         ({"steps": 0}, "steps must be at least 1, got 0"),

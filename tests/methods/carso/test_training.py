@@ -220,7 +220,7 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
         ({"attack_target": "pipeline", "eps_mode": "official_code"}, "eps_mode 'official_code' is of attack_target"),
         ({"lookahead_steps": 0}, "lookahead_steps must be at least 1"),
         ({"eps": 0.0}, "eps must be above 0"),
-        ({"precision": "float16"}, "precision must be one of float32, bfloat16"),
+        ({"precision": "float16"}, "precision must be one of float32, tf32, bfloat16"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"alpha": -0.01}, "alpha must be above 0, got -0.01"),
         ({"train_samples": 0}, "train_samples must be at least 1"),
