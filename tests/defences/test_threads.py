@@ -151,4 +151,5 @@ def test_in_the_processes_of_a_data_loader(kind, start, monkeypatch):
     data = importlib.import_module("purified").Purified(MADE[kind]())
     loader = DataLoader(data, 3, num_workers=2, multiprocessing_context=multiprocessing.get_context(start))
     found = torch.cat(list(loader))
-    torch.testing.assert_close(found, torch.stack([data[i] for i in range(6)]))
+    # another number of threads sums in another order
+    torch.testing.assert_close(found, torch.stack([data[i] for i in range(6)]), rtol=1e-4, atol=1e-4)
