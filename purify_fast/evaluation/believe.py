@@ -21,7 +21,7 @@ def conclude(report: Report, measure: Measure, before: Before | None) -> None:
         before: the answers of the model before the attacks, to ask it again; None: it is asked nothing more.
     """
     rows = [row for row in report.rows if row.kind != "worst"]
-    evidence = Evidence(rows, None if before is None else _probed(measure, before))
+    evidence = Evidence(rows, None if before is None else _probed(measure, before, [row.attack for row in rows]))
     report.findings = [dataclasses.replace(finding, model=measure.name) for finding in findings(evidence)]
     if evidence.probes is not None:
         report.curves[measure.name] = {
@@ -37,7 +37,8 @@ def conclude(report: Report, measure: Measure, before: Before | None) -> None:
             row.settings["doubts"] = doubts
 
 
-def _probed(measure: Measure, before: Before) -> Probes:
+def _probed(measure: Measure, before: Before, attacks: list[str]) -> Probes:
+    """The probes; kept ones are used again only after the same attacks, which some of them compare answers with."""
     context, subject = measure.context, measure.subject
 
     def make() -> dict[str, Any]:
@@ -47,6 +48,7 @@ def _probed(measure: Measure, before: Before) -> Probes:
         return Probes(**make())
     what = {
         "probes": 1, "data": subject.data, "images": PROBED, "eps": context.eps, "norm": context.norm,
-        "seed": subject.seed, "eot_iter": context.eot_iter, "variant": subject.is_random,
+        "seed": subject.seed, "eot_iter": context.eot_iter, "variant": subject.is_random, "attacks": attacks,
+        "batch_size": context.batch_size, "max_forward_batch": context.max_forward_batch,
     }  # fmt: skip
     return Probes(**measure.cache.value(measure.cache.key(what, subject.model), make))

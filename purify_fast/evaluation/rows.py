@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+#: The targets of rows that follow the gradients of the model itself, by its own aggregation or by an attacker's.
+OWN_TARGETS = ("defence", "WithAggregation", "AttackersHead")
+
 
 @dataclass
 class Examples:

@@ -72,7 +72,12 @@ class _Softening(TorchFunctionMode):
             return first
         if first.is_floating_point():
             if name in _SATURATING:
-                return func(first / self.temperature, *args[1:], **kwargs)
+                # an operation in place changes its argument, which the model goes on with
+                softer = first.div_(self.temperature) if name.endswith("_") else first / self.temperature
+                return func(softer, *args[1:], **kwargs)
+            if name in _FLAT and name.endswith("_"):
+                before = first.detach().clone()
+                return first.add_(func(before.clone(), *args[1:], **kwargs) - before)
             if name in _FLAT:
                 made = func(first.detach().clone(), *args[1:], **kwargs)
                 return first + (made - first).detach()
@@ -101,8 +106,11 @@ class Softened(_Around):
         self.temperature = temperature
 
     def forward(self, x: Tensor) -> Tensor:
-        with _Softening(self.temperature):
-            return self.model(x)
+        recording = torch.is_grad_enabled()
+        # the model may take gradients itself: what it switches on or off inside is not followed, so they are on
+        with torch.enable_grad(), _Softening(self.temperature):
+            logits = self.model(x)
+        return logits if recording else logits.detach()
 
 
 class WithoutNoise(_Around):
@@ -164,7 +172,9 @@ def surrogates(model: Classifier, x: Tensor, num_classes: int) -> list[Surrogate
         x: a few images ``[B, C, H, W]`` on its device.
         num_classes: of its logits.
     """
-    found = [Surrogate(f"{name} alone", part, part=True) for name, part in _parts(model, x, num_classes)]
+    with frozen(model):
+        parts = [(name, part) for name, part in _parts(model, x, num_classes) if _usable(part, x, num_classes)]
+    found = [Surrogate(f"{name} alone", part, part=True) for name, part in parts]
     if len(found) > 1:
         found.append(Surrogate("all parts together", Together([s.model for s in found]), part=True))
     found += [Surrogate(f"a copy softened {t:g} times", Softened(model, t)) for t in TEMPERATURES]
@@ -183,6 +193,9 @@ def _usable(model: Classifier, x: Tensor, num_classes: int) -> bool:
     with contextlib.suppress(Exception), torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
         logits = model(leaf)
+        with torch.no_grad():
+            # attacks judge points without gradients
+            model(x)
         if isinstance(logits, Tensor) and logits.shape == (len(x), num_classes) and bool(logits.isfinite().all()):
             gradient = torch.autograd.grad(logits.float().sum(), leaf, allow_unused=True)[0]
             return gradient is not None and bool(gradient.isfinite().all())

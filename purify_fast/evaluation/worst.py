@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .rows import Row
+from .rows import OWN_TARGETS, Row
 
 
 def worst(rows: Sequence[Row]) -> list[Row]:
@@ -52,7 +52,7 @@ def _row(label: str, group: Sequence[Row], n: int) -> Row:
     one_variant = label.endswith(f", {first.variant}")
     attacked = [row for row in group if row.settings["attacked"]]
     # what was found elsewhere and carried over says nothing about the gradients of the model itself
-    own = [row for row in attacked if row.settings.get("target", "defence") == "defence"]
+    own = [row for row in attacked if row.settings.get("target", "defence") in OWN_TARGETS]
     return Row(
         model=first.model,
         attack=label,

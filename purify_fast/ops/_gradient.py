@@ -37,7 +37,9 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         backward: a function's ``backward(ctx, *grads)``.
 
     Returns:
-        The same, which raises when its own result is differentiated.
+        The same, which raises when its own result is differentiated and the incoming gradient requires one. Under
+        ``create_graph=True`` the gradient of a plain sum is a constant, as ``once_differentiable`` leaves it: a penalty
+        on gradients needs ``use_backend("reference")``.
     """
     guarded = once_differentiable(backward)
 

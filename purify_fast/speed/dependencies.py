@@ -37,11 +37,11 @@ def dependencies(model: nn.Module) -> tuple[tuple[Any, ...], list[Any]]:
     """
     found: list[Any] = []
     objects: list[Any] = []
-    _add(model, found, objects, set())
+    _add(model, found, objects, {})
     return tuple(found), objects
 
 
-def _add(value: Any, found: list[Any], objects: list[Any], seen: set[int]) -> None:
+def _add(value: Any, found: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
     if isinstance(value, _PLAIN):
         found.append(value)
         return
@@ -51,8 +51,10 @@ def _add(value: Any, found: list[Any], objects: list[Any], seen: set[int]) -> No
         found.append((value.data_ptr(), value.shape, value.dtype, value.device))
         return
     if id(value) in seen:
+        # which of the parts it is matters: a model may change the one that it uses
+        found.append(("seen", seen[id(value)]))
         return
-    seen.add(id(value))
+    seen[id(value)] = len(seen)
     if isinstance(value, nn.Module):
         _add_module(value, found, objects, seen)
     elif isinstance(value, dict):
@@ -71,7 +73,7 @@ def _add(value: Any, found: list[Any], objects: list[Any], seen: set[int]) -> No
         objects.append(value)
 
 
-def _add_module(module: nn.Module, found: list[Any], objects: list[Any], seen: set[int]) -> None:
+def _add_module(module: nn.Module, found: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
     found.append((type(module).__qualname__, module.training))
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         _add(tensor, found, objects, seen)
@@ -83,7 +85,7 @@ def _add_module(module: nn.Module, found: list[Any], objects: list[Any], seen: s
     _add_attributes(module, found, objects, seen)
 
 
-def _add_attributes(value: Any, found: list[Any], objects: list[Any], seen: set[int]) -> None:
+def _add_attributes(value: Any, found: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
     left_out = _BARE if isinstance(value, nn.Module) else frozenset()
     ignored: frozenset[str] = getattr(type(value), "not_dependencies", frozenset())
     for name, part in getattr(value, "__dict__", {}).items():

@@ -196,3 +196,27 @@ def test_models_that_return_other_things_than_logits():
     ):
         with pytest.raises(error, match=message):
             evaluate(model, x[:4], y[:4], attacks=[PGD(steps=1)], **QUIET)
+
+
+def test_a_defence_that_takes_gradients_itself_has_softened_copies():
+    """As a purification that descends an energy does; the attacks judge points without gradients."""
+
+    class Descends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(16, 3)
+
+        def forward(self, x):
+            with torch.enable_grad():
+                z = x if x.requires_grad else x.clone().requires_grad_()
+                (step,) = torch.autograd.grad((z * z).sum() + z.sigmoid().sum(), z, create_graph=True)
+            return self.layer((x - 0.01 * step).flatten(1))
+
+    torch.manual_seed(0)
+    model, x = Descends().eval(), torch.rand(8, 1, 4, 4)
+    found = surrogates(model, x, 3)
+    assert [s for s in found if "softened" in s.name]
+    for surrogate in found:
+        with torch.no_grad():
+            assert not surrogate.model(x).requires_grad

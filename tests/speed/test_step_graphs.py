@@ -340,3 +340,20 @@ def test_waits_and_allocations_are_counted():
         "_to_copy",
     }
     assert ("gt", (4,), torch.bool) in waits.allocated and waits.dispatched >= 6
+
+
+def test_the_part_that_a_model_uses_is_one_of_its_dependencies():
+    class Chooses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+            self.order = list(self.blocks)
+            self.active = [self.blocks[0]]
+
+    model = Chooses()
+    before, _ = dependencies(model)
+    model.active = [model.blocks[1]]
+    after, _ = dependencies(model)
+    assert before != after
+    model.order.reverse()
+    assert dependencies(model)[0] != after

@@ -12,6 +12,8 @@ WRONG_GRADIENTS, ODD_GRADIENTS = 0.6, 0.9
 START_UNRELIABLE, START_NOTED = 0.15, 0.08
 #: The share of the correctly classified images whose class may change from draw to draw.
 NOISE_UNRELIABLE, NOISE_NOTED = 0.10, 0.03
+#: The share of the predictions that rounding may change, and how many images a short attack may miss.
+ROUNDED, FEW = 0.02, 4
 PROBE = "probe: "
 
 
@@ -23,7 +25,9 @@ def huge_radius(evidence: Evidence) -> Finding | None:
     accuracy, radius = p.eps[-1][1], p.eps[-1][0]
     allowed = p.chance + 2 * math.sqrt(p.chance * (1 - p.chance) / p.n)
     text = f"{100 * accuracy:.0f} % at eps {radius:.3g}, where at most chance, {100 * p.chance:.0f} %, can be left"
-    return Finding("huge radius", _verdict(accuracy > allowed), text, f"{PROBE}PGD at eps {radius:.3g}")
+    # of many classes chance is less than one image: a few that a short attack missed prove nothing
+    bad = accuracy > allowed and (accuracy - p.chance) * p.n >= FEW
+    return Finding("huge radius", _verdict(bad), text, f"{PROBE}PGD at eps {radius:.3g}")
 
 
 def radius_sweep(evidence: Evidence) -> Finding | None:
@@ -74,7 +78,7 @@ def batch_size(evidence: Evidence) -> Finding | None:
     if p.batch_changes is None:
         return Finding("batch size", "not asked", "the model is random and has no fixed_noise()", row)
     text = f"{100 * p.batch_changes:.0f} % of the predictions change with the batch"
-    verdict: Verdict = "unreliable" if p.batch_changes > 0.02 else "noted" if p.batch_changes > 0 else "passed"
+    verdict: Verdict = "unreliable" if p.batch_changes > ROUNDED else "noted" if p.batch_changes > 0 else "passed"
     return Finding("batch size", verdict, text, row)
 
 
@@ -102,10 +106,11 @@ def calls(evidence: Evidence) -> Finding | None:
     row = f"{PROBE}the clean images again, after all attacks"
     if p.watched_changes:
         text = f"{100 * p.watched_changes:.0f} % of the predictions change when gradients are recorded"
-        return Finding("same answer again", "unreliable", text, f"{PROBE}the clean images with gradients recorded")
+        verdict: Verdict = "unreliable" if p.watched_changes > ROUNDED else "noted"
+        return Finding("same answer again", verdict, text, f"{PROBE}the clean images with gradients recorded")
     if p.later_changes > 0:
         text = f"{100 * p.later_changes:.0f} % of the predictions on clean images are others than before the attacks"
-        return Finding("same answer again", "unreliable", text, row)
+        return Finding("same answer again", "unreliable" if p.later_changes > ROUNDED else "noted", text, row)
     if p.state_changed:
         text = "weights, buffers or attributes are others than before the attacks, the predictions are the same"
         return Finding("same answer again", "noted", text, row)

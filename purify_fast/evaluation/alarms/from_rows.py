@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..rows import Row
+from ..rows import OWN_TARGETS, Row
 from .finding import Evidence, Finding
 
 #: Attacks that ask for no gradient.
@@ -83,7 +83,7 @@ def _direct(row: Row) -> bool:
 
 
 def _elsewhere(row: Row) -> bool:
-    return row.settings.get("target", "defence") not in ("defence", "WithAggregation")
+    return row.settings.get("target", "defence") not in OWN_TARGETS
 
 
 ROW_ALARMS = (finite_predictions, gradient_health, gradient_free_beats_gradients, transfer_beats_gradients)

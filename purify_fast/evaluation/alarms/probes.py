@@ -74,6 +74,16 @@ class Probes:
         return asdict(self)
 
 
+def in_parts(model: Classifier, most: int) -> Classifier:
+    """A model that is given so many images at a time: the probes are bounded as the attacks are.
+
+    Args:
+        model: images to logits.
+        most: images in one prediction.
+    """
+    return lambda x: torch.cat([model(part) for part in x.split(most)])
+
+
 class Before:
     """The answers of a model before the attacks, to be compared with those after them.
 
@@ -84,6 +94,7 @@ class Before:
     def __init__(self, subject: Subject):
         self.subject = subject
         self.x, self.y = subject.x[:PROBED].to(subject.device), subject.y[:PROBED].to(subject.device)
+        self.model = in_parts(subject.model, subject.batch_size)
         self.predicted = self.predictions()
         # not so for a random model that neither has fixed noise nor draws from the global generator
         self.repeatable = bool((self.predicted == self.predictions()).all()) or not subject.is_random
@@ -95,8 +106,8 @@ class Before:
         model = self.subject.model
         if self.subject.is_random and supports(model, FixedNoise):
             with model.fixed_noise(self.subject.seed):  # type: ignore[attr-defined]
-                return model(self.x).argmax(1)
-        return model(self.x).argmax(1)
+                return self.model(self.x).argmax(1)
+        return self.model(self.x).argmax(1)
 
 
 def probe(before: Before, context: AttackContext) -> Probes:
@@ -118,12 +129,12 @@ def probe(before: Before, context: AttackContext) -> Probes:
         steps=[(float(steps), short.accuracy(steps=steps)) for steps in ITERATIONS],
         one_start=float(together.float().mean()),
         all_starts=float(together.all(0).float().mean()),
-        cosine=_cosine(subject, x, y),
+        cosine=_cosine(subject, x[: subject.batch_size], y[: subject.batch_size]),
         batch_changes=_batch_changes(subject, x),
     )
     if subject.is_random:
         found.eot = [(float(draws), short.accuracy(eot_iter=draws)) for draws in DRAWS]
-        found.varying = _varying(subject.model, x, y)
+        found.varying = _varying(before.model, x, y)
     samples = getattr(subject.model, "samples", None)
     if isinstance(samples, int) and samples > 1:
         found.samples = _over_samples(subject.model, samples, short)
@@ -133,7 +144,7 @@ def probe(before: Before, context: AttackContext) -> Probes:
     if before.repeatable:
         found.later_changes = _changed(before.predicted, again)
     if not subject.is_random:
-        found.watched_changes = _changed(again, _watched(subject.model, x))
+        found.watched_changes = _changed(again, _watched(before.model, x))
     return found
 
 
@@ -150,14 +161,15 @@ class _Short:
         settings: dict[str, Any] = {"steps": STEPS, "eot_iter": self.draws, "loss": "margin"} | options
         found = pgd(
             self.model, self.x, self.y, eps=self.context.eps if eps is None else eps, norm=self.context.norm,
-            random_start=random_start, keep_best=True, seed=seed, max_forward_batch=self.context.max_forward_batch,
+            random_start=random_start, keep_best=True, seed=seed,
+            max_forward_batch=self.context.max_forward_batch or self.context.batch_size,
             **settings,
         )  # fmt: skip
         right = torch.stack([self._right(found) for _ in range(self.judges)])
         return right.float().mean(0) > 0.5
 
     def _right(self, x: Tensor) -> Tensor:
-        logits = self.model(x)
+        logits = in_parts(self.model, self.context.batch_size)(x)
         return (logits.argmax(1) == self.y) & logits.isfinite().any(1)
 
     def accuracy(self, **options: Any) -> float:
@@ -206,7 +218,7 @@ def _varying(model: Classifier, x: Tensor, y: Tensor) -> float:
 
 def _batch_changes(subject: Subject, x: Tensor) -> float | None:
     """The share of the predictions that differ between a batch, its reverse and single images."""
-    model = subject.model
+    model, x = subject.model, x[: subject.batch_size]
     if subject.is_random and not supports(model, FixedNoise):
         return None
     with subject.variant("fixed" if subject.is_random else "random"):
