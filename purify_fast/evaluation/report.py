@@ -20,11 +20,13 @@ from .tables import (
     COLUMNS,
     LEGEND,
     RED_UNRELIABLE,
+    TERMINAL_LEGEND,
     believable,
     color_is_welcome,
     comparison,
     headline,
     markdown_table,
+    remark,
     row_cells,
     terminal_table,
 )
@@ -203,7 +205,18 @@ class Report:
         chosen = color_is_welcome() if color is None else color
         if len(self.models) > 1:
             return terminal_table(*comparison(self.rows), chosen)
-        return terminal_table(COLUMNS, [row_cells(row) for row in self.rows], chosen)
+        table = terminal_table(COLUMNS, [row_cells(row) for row in self.rows], chosen)
+        return "\n".join([table, *self._verdicts(), TERMINAL_LEGEND])
+
+    def _verdicts(self) -> list[str]:
+        """One line for the lowest number of every model, and one for each alarm that makes it doubtful."""
+        lines = []
+        for model, row in self.headlines.items():
+            line = f"{model}: {100 * row.accuracy:.1f} % of {row.n} images withstand every attack"
+            more = remark(row)
+            lines.append(f"{line}; {more}." if more else f"{line}; no alarm says otherwise.")
+        doubts = [finding for finding in self.findings if finding.verdict == "unreliable"]
+        return ["", *lines, *(f"- {finding.alarm}: {finding.measured}" for finding in doubts)]
 
     def _set_aside(self, folder: Path) -> None:
         """Move a report on another threat model, data set or protocol into a folder of its own."""

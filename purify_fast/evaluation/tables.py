@@ -14,6 +14,10 @@ UNRELIABLE, NOT_FINITE = "unreliable", "not finite"
 #: How an unreliable number is marked in Markdown.
 RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
 COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "mean", "worst", "gradients", "", "seed", "s"]
+TERMINAL_LEGEND = (
+    "(variant random: the model as it is. EOT: draws averaged per gradient. worst: right in all of so many repeated "
+    "predictions. gradients: shares non-finite / zero / images not moved; 0 % is good. `report.save` has more.)"
+)
 LEGEND = [
     "variant: the model as it is (random), with fixed noise, or its deterministic version. EOT: draws averaged per"
     " gradient. n: images (in brackets, those attacked, where earlier attacks left only these). accuracy ± binomial"
