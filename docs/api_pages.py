@@ -17,6 +17,8 @@ import purify_fast
 
 #: Modules without ``__all__`` that people are told to use: everything that they define is public.
 MODULES = ("purify_fast.protocols", "purify_fast.speed.precision")
+#: Tables of the results that pages lead to.
+RESULTS = ("benchmarks/results/cpu/ops", "benchmarks/results/cpu/pipelines", "benchmarks/results/soak")
 #: Files at the root of the repository that are pages of the site too.
 PROJECT = ("CONTRIBUTING", "CHANGELOG", "UPGRADING")
 
@@ -157,9 +159,9 @@ def write_project(folder: Path) -> None:
     """
     root = folder.parents[1]
     texts = {}
-    for name in ("ops", "pipelines"):
-        rows = (root / "benchmarks" / "results" / "cpu" / f"{name}.md").read_text()
-        texts[name] = f"---\norphan: true\n---\n\n{rows}"
+    for name in RESULTS:
+        rows = (root / f"{name}.md").read_text()
+        texts[name.rpartition("/")[2]] = f"---\norphan: true\n---\n\n{rows}"
     for name in PROJECT:
         text = (root / f"{name}.md").read_text()
         for other in PROJECT:

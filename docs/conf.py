@@ -54,7 +54,7 @@ def write_generated_pages(app):
 
 def link_to_generated(app, name, source):
     """Links to files of the repository lead to the pages of the site that hold the same."""
-    for file in ("benchmarks/results/cpu/ops", "benchmarks/results/cpu/pipelines", *api_pages.PROJECT):
+    for file in (*api_pages.RESULTS, *api_pages.PROJECT):
         page = file.rpartition("/")[2].lower()
         source[0] = source[0].replace(f"](../{file}.md)", f"](generated/{page}.md)")
 

@@ -60,8 +60,8 @@ def test_files_of_the_repository_are_pages_with_links_of_the_site(tmp_path):
     for name in ("CONTRIBUTING", "CHANGELOG", "UPGRADING"):
         (tmp_path / f"{name}.md").write_text("[a](docs/extend.md) [b](CHANGELOG.md)\n")
     (tmp_path / "benchmarks" / "results" / "cpu").mkdir(parents=True)
-    for name in ("ops", "pipelines"):
-        (tmp_path / "benchmarks" / "results" / "cpu" / f"{name}.md").write_text("# Rows\n")
+    for name in api_pages.RESULTS:
+        (tmp_path / f"{name}.md").write_text("# Rows\n")
     api_pages.write_project(place)
     assert (place / "upgrading.md").read_text() == "[a](../extend.md) [b](changelog.md)\n"
     assert (place / "ops.md").read_text().endswith("# Rows\n")
