@@ -20,12 +20,15 @@ what lies between, G to U. All its sums are symmetric in o, so that the same one
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import _library
+from . import _kept
 from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 from .gated_elu import last_channels
@@ -187,6 +190,96 @@ def _inverse_norms(pixels: Tensor, height: int, width: int) -> Tensor:
     return squares.clamp_min(_SMALLEST_NORM**2).rsqrt()
 
 
+def _phases(shape: torch.Size, last: bool) -> tuple[int, ...]:
+    """The shape of the four phases of features, as matrices."""
+    batch, channels, height, width = shape
+    cells = height * width // 4
+    return (batch, 4, cells, channels) if last else (batch, 4, channels, cells)
+
+
+#: On a CPU, in eager calls, kernels of the whole function: the pixels' phases as matrices [B, 4, C, L], or [B, 4, L, C] of
+#: channels_last, and back, the gradient of the pixels' products added to the first; and what lies between the products
+#: with the keys' norms, forward to U, A and the inverse norms, and backward to what the pixels are multiplied by.
+SPLIT = _kept.kernel(
+    "contextual_attention_split",
+    "(Tensor features, bool channels_last) -> Tensor",
+    lambda features, last: features.new_empty(_phases(features.shape, last)),
+)
+JOIN = _kept.kernel(
+    "contextual_attention_join",
+    "(Tensor phases, Tensor? more, SymInt height, SymInt width, bool channels_last) -> Tensor",
+    lambda phases, more, height, width, last: phases.new_empty(
+        (phases.shape[0], phases.shape[3 if last else 2], 2 * height, 2 * width)
+    ).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format),
+)
+SPREAD = _kept.kernel(
+    "contextual_attention_spread",
+    "(Tensor correlation, Tensor valid, SymInt height, SymInt width, float scale, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda correlation, valid, height, width, scale, dtype: (
+        correlation.new_empty((valid.shape[0], 4, *correlation.shape[1:]), dtype=dtype),
+        correlation.new_empty(correlation.shape),
+        correlation.new_empty(valid.shape),
+    ),
+)
+SLOPES = _kept.kernel(
+    "contextual_attention_slopes",
+    "(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, SymInt height, SymInt width, float scale)"
+    " -> Tensor",
+    lambda grad, correlation, inverse, weights, height, width, scale: correlation.new_empty(correlation.shape),
+)
+#: False where the extension was built before these kernels were written.
+WHOLE = _library.has_kernel("purify_fast::contextual_attention_slopes", "CPU")
+
+
+def _attend(features: Tensor, valid: Tensor, scale: float, last: bool) -> tuple[Tensor, ...]:
+    """The whole function, and what its backward needs: F, G, the inverse norms, U and A."""
+    height, width = features.shape[2] // 2, features.shape[3] // 2
+    phases = SPLIT(features, last)
+    pixels = wide(phases[:, 0])
+    correlation = torch.bmm(pixels, pixels.mT) if last else torch.bmm(pixels.mT, pixels)
+    spread, weights, inverse = SPREAD(correlation, valid, height, width, scale, features.dtype)
+    maps, shares = phases.flatten(0, 1), spread.flatten(0, 1)
+    out = torch.bmm(shares, maps) if last else torch.bmm(maps, shares.mT)
+    return JOIN(out.view_as(phases), None, height, width, last), phases, correlation, inverse, spread, weights
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, valid: Tensor, scale: float, last: bool) -> Tensor:
+        out, *kept = _attend(features, valid, scale, last)
+        ctx.save_for_backward(*kept)
+        ctx.constants = features.shape[2] // 2, features.shape[3] // 2, scale, last
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        phases, correlation, inverse, spread, weights = ctx.saved_tensors
+        height, width, scale, last = ctx.constants
+        with _as_given(grad):
+            slopes = SPLIT(grad.contiguous(memory_format=torch.channels_last) if last else grad, last).flatten(0, 1)
+            maps, shares, pixels = phases.flatten(0, 1), spread.flatten(0, 1), wide(phases[:, 0])
+            of_shares = torch.bmm(slopes, maps.mT) if last else torch.bmm(slopes.mT, maps)
+            of_maps = torch.bmm(shares.mT, slopes) if last else torch.bmm(slopes, shares)
+            by = SLOPES(of_shares.view_as(spread), correlation, inverse, weights, height, width, scale)
+            of_pixels = torch.bmm(by, pixels) if last else torch.bmm(pixels, by)
+        return JOIN(of_maps.view_as(phases), of_pixels, height, width, last), None, None, None
+
+
+def _as_given(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Within the block no product is computed in another dtype than that of its tensors."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+def _whole_serves(features: Tensor, pairs: int, differentiable: bool) -> bool:
+    """Whether the kernels of the whole function serve: wherever the op's own would in both directions."""
+    if not WHOLE or not _kept.may_serve(features) or OP.plain(features.device, features.dtype, pairs):
+        return False
+    return not differentiable or not BACKWARD.plain(features.device, features.dtype, pairs)
+
+
 def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -> Tensor:
     """Rebuild a feature map from its valid patches, by their likeness: see the module's docstring.
 
@@ -220,7 +313,12 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
     if valid.device != features.device:
         raise ValueError(f"features are on {features.device}, valid on {valid.device}: they must agree")
 
-    last = last_channels(features)
+    last, differentiable, pairs = last_channels(features), needs_gradient(features), batch * (height * width) ** 2
+    if _whole_serves(features, pairs, differentiable):
+        with _as_given(features):
+            if differentiable:
+                return _Whole.apply(features, valid, float(scale), last)
+            return _attend(features, valid, float(scale), last)[0]
     with torch.autocast(features.device.type, enabled=False):
         grid = features.unflatten(3, (width, 2)).unflatten(2, (height, 2))  # [B, C, h, a, w, b]
         # for each memory layout the matrix products that need no transposed copy
@@ -231,8 +329,8 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         pixels = wide(phases[:, 0])
         correlation = pixels @ pixels.mT
         inverse, keep = _inverse_norms(pixels, height, width), valid.to(features.dtype)
-        kernel = _Between.apply if needs_gradient(features) else OP.handle
-        call = reference if OP.plain(features.device, features.dtype, correlation.numel()) else kernel
+        kernel = _Between.apply if differentiable else OP.handle
+        call = reference if OP.plain(features.device, features.dtype, pairs) else kernel
         spread, _weights = call(correlation, inverse, keep, height, width, float(scale))
         if last:
             out = (spread @ phases).view(batch, 2, 2, height, width, channels)
