@@ -16,27 +16,23 @@ struct Maps {
 // Planes begin .. end of contiguous maps; plane c of sample b is number b * channels + c.
 template <class T>
 PF_HD void split_planes_loop(const T* x, T* phases, Maps maps, int64_t begin, int64_t end) {
-  with_width(maps.width, [=](int64_t width) PF_INLINE {
-    for (int64_t i = begin; i < end; ++i) {
-      T* to = phases + (i / maps.channels * 4 * maps.channels + i % maps.channels) * maps.cells();
-      split_plane(x + i * 4 * maps.cells(), to, maps.height, width, maps.phase());
-    }
-  });
+  for (int64_t i = begin; i < end; ++i) {
+    T* to = phases + (i / maps.channels * 4 * maps.channels + i % maps.channels) * maps.cells();
+    split_plane(x + i * 4 * maps.cells(), to, maps.height, maps.width, maps.phase());
+  }
 }
 // `more`, if given, is added to phase 0: [batch, channels, cells]. spare: a plane.
 template <class T, class W = wide_t<T>>
 PF_HD void join_planes_loop(const T* phases, const W* more, T* x, Maps maps, int64_t begin, int64_t end, T* spare) {
   const int64_t cells = maps.cells();
-  with_width(maps.width, [=](int64_t width) PF_INLINE {
-    for (int64_t i = begin; i < end; ++i) {
-      const T* from = phases + (i / maps.channels * 4 * maps.channels + i % maps.channels) * cells;
-      if (more) {
-        const W* added = more + i * cells;
-        store_all(spare, cells, [=](int64_t k) PF_INLINE { return load(from[k]) + added[k]; });
-      }
-      join_plane(from, more ? spare : nullptr, x + i * 4 * cells, maps.height, width, maps.phase());
+  for (int64_t i = begin; i < end; ++i) {
+    const T* from = phases + (i / maps.channels * 4 * maps.channels + i % maps.channels) * cells;
+    if (more) {
+      const W* added = more + i * cells;
+      store_all(spare, cells, [=](int64_t k) PF_INLINE { return load(from[k]) + added[k]; });
     }
-  });
+    join_plane(more ? spare : from, from, x + i * 4 * cells, maps.height, maps.width, maps.phase());
+  }
 }
 // Rows begin .. end of pixels of channels_last maps; row y of sample b is number b * 2 height + y.
 template <class T>

@@ -126,9 +126,9 @@ static void check_pixels(int64_t height, int64_t width) {
     const int64_t y = i / (2 * width), j = i % (2 * width);
     CHECK(phases[(y % 2 * 2 + j % 2) * apart + y / 2 * width + j / 2] == x[i]);
   }
-  join_plane(phases.data(), static_cast<const float*>(nullptr), back.data(), height, width, apart);
+  join_plane(phases.data(), phases.data(), back.data(), height, width, apart);
   CHECK(back == x);
-  join_plane(phases.data(), first.data(), back.data(), height, width, apart);
+  join_plane(first.data(), phases.data(), back.data(), height, width, apart);
   for (int64_t i = 0; i < 4 * cells; ++i) {
     const int64_t y = i / (2 * width), j = i % (2 * width);
     CHECK(back[i] == (y % 2 == 0 && j % 2 == 0 ? first[y / 2 * width + j / 2] : x[i]));
