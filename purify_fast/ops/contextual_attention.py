@@ -238,7 +238,7 @@ def _attend(features: Tensor, valid: Tensor, scale: float, last: bool) -> tuple[
     phases = SPLIT(features, last)
     pixels = wide(phases[:, 0])
     correlation = torch.bmm(pixels, pixels.mT) if last else torch.bmm(pixels.mT, pixels)
-    spread, weights, inverse = SPREAD(correlation, valid, height, width, scale, features.dtype)
+    spread, weights, inverse = SPREAD(correlation, valid, height, width, scale=scale, dtype=features.dtype)
     maps, shares = phases.flatten(0, 1), spread.flatten(0, 1)
     out = torch.bmm(shares, maps) if last else torch.bmm(maps, shares.mT)
     return JOIN(out.view_as(phases), None, height, width, last), phases, correlation, inverse, spread, weights
@@ -262,7 +262,9 @@ class _Whole(torch.autograd.Function):
             maps, shares, pixels = phases.flatten(0, 1), spread.flatten(0, 1), wide(phases[:, 0])
             of_shares = torch.bmm(slopes, maps.mT) if last else torch.bmm(slopes.mT, maps)
             of_maps = torch.bmm(shares.mT, slopes) if last else torch.bmm(slopes, shares)
-            by = SLOPES(of_shares.view_as(spread), correlation, inverse, weights, height, width, scale)
+            by = SLOPES(
+                of_shares.view_as(spread), correlation, inverse, weights, height=height, width=width, scale=scale
+            )
             of_pixels = torch.bmm(by, pixels) if last else torch.bmm(pixels, by)
         return JOIN(of_maps.view_as(phases), of_pixels, height, width, last), None, None, None
 
