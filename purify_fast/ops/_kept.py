@@ -44,7 +44,7 @@ AVAILABLE = _library.has_kernel("purify_fast::scaled_rows", "CPU")
 
 
 def may_serve(x: Tensor) -> bool:
-    """Whether kernels that exist on a CPU only can be called: not on a GPU, in compiled graphs or functorch's transforms.
+    """Whether kernels that only a CPU has can be called: not on a GPU, in compiled graphs or functorch's transforms.
 
     Args:
         x: a tensor of the call.

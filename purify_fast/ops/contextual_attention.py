@@ -197,9 +197,10 @@ def _phases(shape: torch.Size, last: bool) -> tuple[int, ...]:
     return (batch, 4, cells, channels) if last else (batch, 4, channels, cells)
 
 
-#: On a CPU, in eager calls, kernels of the whole function: the pixels' phases as matrices [B, 4, C, L], or [B, 4, L, C] of
-#: channels_last, and back, the gradient of the pixels' products added to the first; and what lies between the products
-#: with the keys' norms, forward to U, A and the inverse norms, and backward to what the pixels are multiplied by.
+#: Four kernels of the whole function, on a CPU in eager calls. Two read and write pixels where they lie: SPLIT makes
+#: their phases [B, 4, C, L], or [B, 4, L, C] of channels_last, and JOIN makes features of phases, and adds ``more`` to
+#: the first. Two compute what lies between the products, the norms of the keys included: SPREAD gives U, A and the
+#: inverse norms, and SLOPES gives the matrix that the pixels are multiplied by for their gradient.
 SPLIT = _kept.kernel(
     "contextual_attention_split",
     "(Tensor features, bool channels_last) -> Tensor",
