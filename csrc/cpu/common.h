@@ -70,8 +70,9 @@ inline Tensor dense(const Tensor& x, ScalarType dtype) {
 }
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// Asks for pages of 2 MiB for a large new tensor. C's allocator returns blocks of 32 MiB and more to the system when they
-// are freed, so that each call's result is new memory, where every page of 4 KiB that is written first costs a fault.
+// Asks for pages of 2 MiB for a large new tensor. C's allocator returns blocks of 32 MiB and more to the system when
+// they are freed, so that each call's result is new memory, where every page of 4 KiB that is written first costs a
+// fault.
 inline void prefer_large_pages(const Tensor& x, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t page = 2 << 20, least = 32 << 20;
