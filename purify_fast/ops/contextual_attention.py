@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._tensors import without_autocast
 from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 from .gated_elu import last_channels
@@ -221,7 +222,7 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         raise ValueError(f"features are on {features.device}, valid on {valid.device}: they must agree")
 
     last = last_channels(features)
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         grid = features.unflatten(3, (width, 2)).unflatten(2, (height, 2))  # [B, C, h, a, w, b]
         # for each memory layout the matrix products that need no transposed copy
         if last:

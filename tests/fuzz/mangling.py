@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import inspect
 import math
+import os
 import re
 
 import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
+_SETTINGS = settings(
+    max_examples=EXAMPLES, deadline=None, database=None, derandomize="FUZZ_EXAMPLES" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+#: How many examples have come to their end in this process.
+DONE = [0]
+
+
+def fuzzed(test):
+    """A test of many examples, which it draws from its argument ``data``; FUZZ_EXAMPLES says how many."""
+
+    @functools.wraps(test)
+    def one(*arguments, **keywords):
+        test(*arguments, **keywords)
+        # one that is given up raises, and does not count
+        DONE[0] += 1
+
+    return _SETTINGS(given(data=st.data())(one))
+
 
 #: Numbers in the place of any number.
 NUMBERS = (0, 1, -1, 2, 0.5, -0.0, 1e-45, 1e30, 2**63, -(2**63) - 1, math.nan, math.inf, -math.inf)
