@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -53,8 +54,19 @@ def report_step(step: int) -> None:
         dist.distributed_c10d._get_default_store().set(f"purify_fast step {rank}", str(step))
 
 
-#: What PyTorch's back ends say when another process does not answer.
-_LOST = re.compile(r"[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|gloo|NCCL|peer")
+#: How gloo's errors begin, which have no class of their own: with the place in its sources where they arose.
+_GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether an error is of an exchange that failed, and not one of the model or of anything else in the step.
+
+    NCCL's and the store's errors have classes of their own. Words such as "timeout" in any other error mean nothing.
+
+    Args:
+        error: what the step raised.
+    """
+    return isinstance(error, dist.DistError) or _GLOO.search(str(error)) is not None
 
 
 @contextlib.contextmanager
@@ -67,7 +79,7 @@ def named_when_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if processes()[1] == 1 or _LOST.search(str(error)) is None:
+        if processes()[1] == 1 or not _is_lost(error):
             raise
         raise ProcessLost(_missing(str(error).splitlines()[0])) from error
 
@@ -134,6 +146,8 @@ def average_(tensors: Iterable[Tensor]) -> None:
 def from_first(make: Callable[[], Any]) -> Any:
     """What ``make`` gives in the first process, or the exception it raises there, in every process.
 
+    Ctrl-C and an exit in the first process are passed on too: otherwise the others would wait for it in vain.
+
     Args:
         make: called by the first process only; gives nested dicts and lists of tensors, numbers, strings and None.
 
@@ -151,11 +165,11 @@ def from_first(make: Callable[[], Any]) -> Any:
         try:
             tree = flatten(make(), tensors)
             head = [(tree, [(tensor.shape, tensor.dtype) for tensor in tensors])]
-        except Exception as error:
-            head = [error]
+        except BaseException as error:
+            head = [_sendable(error)]
     with named_when_lost():
         dist.broadcast_object_list(head, src=0, device=device)
-    if isinstance(head[0], Exception):
+    if isinstance(head[0], BaseException):
         raise head[0]
     tree, kinds = head[0]
     received = []
@@ -165,6 +179,19 @@ def from_first(make: Callable[[], Any]) -> Any:
             dist.broadcast(tensor, src=0)
         received.append(tensor.cpu())
     return restore(tree, received)
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """An exception as the other processes can read it: itself, or what it says where it cannot be pickled.
+
+    Args:
+        error: what the first process raised.
+    """
+    try:
+        read = pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a class of the user's raises when it is pickled or made anew
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error if type(read) is type(error) else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def gathered(value: Any) -> list[Any]:

@@ -120,6 +120,30 @@ def test_the_message_names_who_is_missing(monkeypatch):
     assert "the first process, which holds what the others tell, is gone" in distributed._missing("Timed out")
 
 
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 4000ms for recv"
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError(GLOO), True),
+        (RuntimeError(f"Gloo connectFullMesh failed with {GLOO}"), True),
+        (torch.distributed.DistBackendError("NCCL error in: a.cpp:1, remote process exited"), True),
+        (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (RuntimeError("a data loader timed out: its peer closed the connection"), False),
+        (RuntimeError("DataLoader worker (pid 3) timeout"), False),
+        (RuntimeError("NCCL and gloo are names of layers of this model"), False),
+    ],
+)
+def test_only_an_exchange_that_failed_is_a_lost_process(monkeypatch, error, lost):
+    """Any error with such a word in it was taken for one."""
+    monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "_missing", lambda why: why)
+    with pytest.raises(distributed.ProcessLost if lost else RuntimeError) as told, distributed.named_when_lost():
+        raise error
+    assert isinstance(told.value, distributed.ProcessLost) is lost
+
+
 @pytest.mark.parametrize("text", ["0", "soon", "-3", "nan"])
 def test_a_patience_that_is_none(monkeypatch, text):
     monkeypatch.setenv("PURIFY_FAST_TIMEOUT", text)
