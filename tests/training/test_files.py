@@ -12,10 +12,11 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_runs import train
 
 from purify_fast import _files
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, load_classifier, save_classifier
+from purify_fast.training import load_classifier, save_classifier
 from purify_fast.training.checkpoint import (
     CHECKPOINT,
     PREVIOUS,
@@ -27,22 +28,6 @@ from purify_fast.training.checkpoint import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def images(n=64):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(n) % 2
-
-
-def task():
-    torch.manual_seed(0)
-    return ClassifierTask(SmallCNN(1, 2, (8, 8), 2), ClassifierConfig())
-
-
-def train(folder, epochs=3, **options):
-    made = task()
-    fit(made, *images(), FitConfig(epochs, 16, **options), folder, progress=False)
-    return made.model.state_dict()
 
 
 def flipped(path, bit):
@@ -132,7 +117,7 @@ FULL = """
 import resource, sys, threading, torch
 from purify_fast import _files
 sys.path.insert(0, sys.argv[2])
-import test_files as t
+import small_runs as t
 _files.PAUSE = 0.05
 unlimited = resource.RLIM_INFINITY
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), unlimited))
@@ -200,7 +185,7 @@ def test_without_second_names_the_checkpoint_before_it_is_kept_too(tmp_path, mon
 LONG = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-import test_files as t
+import small_runs as t
 torch.set_num_threads(1)
 print("ready", flush=True)
 torch.save(t.train(sys.argv[1], epochs=int(sys.argv[3]), checkpoint_seconds=1000), sys.argv[1] + "-weights")
