@@ -526,8 +526,9 @@ def cycle(folder: Path) -> int:
 @contextlib.contextmanager
 def steady(folder: Path) -> Iterator[Callable[[], int]]:
     """Within the block, a process that does a `cycle` whenever it is asked, and tells its resident bytes."""
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.soak", "steady", str(folder)], cwd=ROOT,
-                               env=environment(folder / "cache"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    words = [sys.executable, "-m", "benchmarks.soak", "steady", str(folder)]
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(folder / "cache"), stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
 
     def ask() -> int:

@@ -87,12 +87,8 @@ def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(run
     assert run("train", "classifier", *words, "--out", folder)[0] == 0
     for name in ("model.json", "model.safetensors"):
         (folder / name).unlink()
-    for command in (
-        ["train", "carso", "--classifier"],
-        ["evaluate", "--eps", "0.1"],
-        ["train", "arrest", "--classifier"],
-    ):
-        code, printed = run(*command, folder, *data)
+    for command in ("train carso --classifier", "evaluate --eps 0.1", "train arrest --classifier"):
+        code, printed = run(*command.split(), folder, *data)
         assert code == 2 and f"{folder} holds a training that has not ended, at step 4; `purify-fast " in printed
     assert run(*printed.split("`")[1].split()[1:])[0] == 0
     assert load_classifier(folder).arguments["width"] == 2
