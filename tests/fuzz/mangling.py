@@ -16,16 +16,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
-_SETTINGS = settings(
-    max_examples=EXAMPLES, deadline=None, database=None, derandomize="FUZZ_EXAMPLES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
 #: How many examples have come to their end in this process.
 DONE = [0]
 
 
-def fuzzed(test):
-    """A test of many examples, which it draws from its argument ``data``; FUZZ_EXAMPLES says how many."""
+def fuzzed(test, share=1.0):
+    """A test of many examples, which it draws from its argument ``data``; FUZZ_EXAMPLES says how many.
+
+    Args:
+        test: the test.
+        share: of those; less where an example takes long.
+    """
+    chosen = settings(
+        max_examples=max(2, int(share * EXAMPLES)), deadline=None, database=None,
+        derandomize="FUZZ_EXAMPLES" not in os.environ, suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
 
     @functools.wraps(test)
     def one(*arguments, **keywords):
@@ -33,7 +38,7 @@ def fuzzed(test):
         # one that is given up raises, and does not count
         DONE[0] += 1
 
-    return _SETTINGS(given(data=st.data())(one))
+    return chosen(given(data=st.data())(one))
 
 
 #: Numbers in the place of any number.
@@ -119,6 +124,13 @@ def mangled(draw, arguments: dict, times: int) -> tuple[dict, list[str]]:
                 made[name] = int(made[name]) if math.isfinite(made[name]) else -3
             done.append(f"{name} = {made[name]!r}")
     return made, done
+
+
+def on_meta(value):
+    """An argument with its tensors as shapes without numbers."""
+    if isinstance(value, list):
+        return [on_meta(part) for part in value]
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 CONTEXTS = {

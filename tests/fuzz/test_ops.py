@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
 import torch
 from hypothesis import reject
 from hypothesis import strategies as st
-from mangling import CONTEXTS, fuzzed, mangled, named, names_of, ordinary, tensors
+from mangling import CONTEXTS, fuzzed, mangled, named, names_of, on_meta, ordinary, tensors
 from torch import Tensor
 
 from purify_fast import _library, ops
@@ -193,6 +194,9 @@ def same(found, wanted, rounding: bool) -> None:
 def test_an_op(name, data):
     op, make = OPS[name]
     arguments, done = mangled(data.draw, make(data.draw), data.draw(st.sampled_from([0, 1, 1, 2])))
+    if data.draw(st.integers(0, 11)) == 11:
+        arguments = {key: on_meta(value) for key, value in arguments.items()}
+        done.append("all: meta")
     context = data.draw(st.sampled_from(sorted(CONTEXTS)))
     with CONTEXTS[context]():
         before = {key: value.clone() for key, value in arguments.items() if isinstance(value, Tensor)}
@@ -208,6 +212,17 @@ def test_an_op(name, data):
                 wanted, refused = called(op, arguments)
             assert refused is None, (done, context, refused)
             same(found, wanted, ordinary(arguments) and context != "autocast")
+
+
+@pytest.mark.parametrize("name", OPS)
+@functools.partial(fuzzed, share=0.1)
+def test_an_op_in_a_compiled_graph(name, data):
+    """Traced as a whole, an op gives what an eager call gives; its arguments are of every shape and dtype."""
+    op, make = OPS[name]
+    arguments = make(data.draw)
+    torch.compiler.reset()
+    found = torch.compile(lambda **given: op(**given), backend="aot_eager", fullgraph=True)(**arguments)
+    same(found, op(**arguments), rounding=True)
 
 
 GRADIENTS = [name for name in OPS if name not in ("philox", "key_validity", "decode_prior", "noisy_replay")]

@@ -51,9 +51,17 @@ def refused(read, path, count):
     return found
 
 
-def test_every_changed_bit_of_a_checkpoint_is_seen(tmp_path):
-    train(tmp_path, epochs=1)
-    assert refused(lambda: read_tree(tmp_path / CHECKPOINT), tmp_path / CHECKPOINT, 120) == 120
+def test_of_200_changed_bits_of_a_checkpoint_all_are_seen_and_the_one_before_it_is_taken(tmp_path, caplog):
+    train(tmp_path, epochs=2)
+    assert refused(lambda: read_tree(tmp_path / CHECKPOINT), tmp_path / CHECKPOINT, 200) == 200
+    whole, draw, taken = (tmp_path / CHECKPOINT).read_bytes(), random.Random(1), 0
+    with caplog.at_level(logging.WARNING, "purify_fast"):
+        for _ in range(200):
+            flipped(tmp_path / CHECKPOINT, draw.randrange(8 * len(whole)))
+            taken += last_checkpoint(tmp_path)["step"] == 4
+            (tmp_path / CHECKPOINT).write_bytes(whole)
+    assert taken == caplog.text.count("the checkpoint before it is taken, of step 4") == 200
+    assert last_checkpoint(tmp_path)["step"] == 8
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
@@ -168,6 +176,25 @@ def test_the_checkpoint_before_a_full_disk_is_kept(tmp_path, monkeypatch):
         save_checkpoint(tmp_path, {"step": 1})
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     assert not list(tmp_path.glob(".checkpoint*"))
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(tmp_path, monkeypatch):
+    """After a power failure a file is whole or absent only in this order."""
+    done, sync, replace = [], os.fsync, os.replace
+
+    def record_sync(handle):
+        done.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file")
+        sync(handle)
+
+    def record_replace(source, target):
+        done.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    save_checkpoint(tmp_path, {"step": 1})
+    assert done == (["file", "name", "folder"] if os.path.isdir("/proc/self/fd") else done)
+    assert done.index("name") == 1 and len(done) == 3
 
 
 def test_without_second_names_the_checkpoint_before_it_is_kept_too(tmp_path, monkeypatch):

@@ -163,11 +163,17 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.safetensors", "log.jsonl"}
 
 
-def test_a_broken_checkpoint_is_named(tmp_path):
-    x, y = images()
-    (tmp_path / "checkpoint.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        fit(task(), x, y, FitConfig(1, 16), tmp_path)
+@pytest.mark.parametrize("kept", [0, 4, 300, -8])
+def test_a_broken_checkpoint_is_named(tmp_path, kept):
+    """Empty, with a part of the header, with a part of the tensors, without its end; or something else altogether."""
+    fit(task(), *images(), FitConfig(1, 16), tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    (tmp_path / "checkpoint.previous.safetensors").unlink(missing_ok=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"checkpoint\.safetensors is not a checkpoint of this package"):
+            fit(task(), *images(), FitConfig(1, 16), tmp_path)
+        path.write_bytes(b"something else, of another program" * 9)
 
 
 def test_too_few_images_and_bad_settings():

@@ -1,5 +1,6 @@
 """Processes that die or hang, and runs that go on with more of them, fewer, or on two nodes."""
 
+import json
 import os
 import runpy
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from purify_fast import cli
 from purify_fast.training import distributed
 from purify_fast.training.checkpoint import read_tree
 
@@ -172,6 +174,39 @@ def test_two_nodes_on_one_machine(tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], printed
     assert [out.count("saved to") for out, _ in printed] == [1, 0]
     assert read_tree(tmp_path / "run" / "checkpoint.safetensors")["step"] == 4
+
+
+def workers(launcher):
+    """The processes that torchrun has started, of this machine's kernel."""
+    return [int(one) for one in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not tell a process's children")
+def test_torchrun_starts_a_run_again_one_of_whose_processes_was_killed(tmp_path):
+    x, y = np.random.RandomState(0).randint(0, 256, (40, 12, 8)).astype(np.uint8), np.arange(40) % 2
+    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    words = ["train", "classifier", "--width", "2", "--data", str(tmp_path / "small.npz"), "--device", "cpu"]
+    words += ["--epochs", "60", "--batch-size", "20", "--checkpoint-seconds", "0", "--out"]
+    launched = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+         "-m", "purify_fast.cli", *words, str(tmp_path / "run")],
+        env={**ENVIRONMENT, "PURIFY_FAST_TIMEOUT": "20"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "run" / "checkpoint.safetensors").is_file():
+        assert launched.poll() is None
+        time.sleep(0.01)
+    os.kill(workers(launched.pid)[1], signal.SIGKILL)
+    done = read_tree(tmp_path / "run" / "checkpoint.safetensors")["step"]
+    out, errors = launched.communicate(timeout=120)
+    assert launched.returncode == 0 and done < 120 and out.count("saved to") == 1, errors
+    rows = [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert rows == list(range(60))
+    assert cli.main([*words, str(tmp_path / "alone")]) == 0
+    found, wanted = (read_tree(tmp_path / name / "checkpoint.safetensors") for name in ("run", "alone"))
+    assert found["step"] == wanted["step"] == 120
+    for name, tensor in wanted["model"].items():
+        torch.testing.assert_close(found["model"][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_one_run_alone_is_what_the_others_are_compared_with(one):
