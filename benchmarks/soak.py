@@ -45,7 +45,7 @@ FAST = ["--checkpoint-seconds", "0.2", "--device", "cpu"]
 BITS = 240
 UNLIMITED = resource.RLIM_INFINITY
 #: The ops that `tune` races here: a few seconds of races.
-RACED = ("sample_latent", "reconstruction_loss")
+RACED = ("sample_latent", "reconstruction_loss", "noisy_replay")
 
 
 @dataclass(frozen=True)
@@ -558,7 +558,9 @@ def small_demo(words: list[str]) -> int:
 
     few = {"images": 12, "peel_images": 6, "autoattack_images": 2, "atop_images": 6}
     least = {"steps": 2, "peel_steps": 2, "autoattack_steps": 2, "autoattack_queries": 2, "atop_steps": 2, "eot": 1}
-    epochs = {name: 1 for name in vars(demo.QUICK) if name.endswith("_epochs")}
+    # the classifiers learn something, so that there is something to attack
+    learned = ("standard_epochs", "base_epochs")
+    epochs = {name: 1 for name in vars(demo.QUICK) if name.endswith("_epochs") and name not in learned}
     demo.QUICK = replace(demo.QUICK, **few, **least, **epochs)
     return cli.main(words)
 
@@ -630,8 +632,8 @@ def page(soak: Soak, minutes: float) -> str:
         f"- {bits['changed']} single bits were changed, anywhere in checkpoints and saved models: {bits['refused']} "
         f"changed files were refused; for {bits['had one before']} there was a checkpoint before it, which was taken "
         f"{bits['the one before taken']} times.",
-        "- `demo` is its quick form with one epoch and a few images of everything. `tune` races "
-        + " and ".join(f"`{name}`" for name in RACED)
+        "- `demo` is its quick form with less of everything. `tune` races "
+        + ", ".join(f"`{name}`" for name in RACED)
         + "; it measures times, so that not its figures must be the same but its races, and after each fault its file "
         "must be whole or absent, and what serves by it be right.", "",
     ]  # fmt: skip
@@ -666,12 +668,15 @@ def main(minutes: float, out: Path | None, seed: int, only: list[str], folder: P
         soak.flip()
         until = time.monotonic() + 60 * minutes
         with steady(Path(place)) as ask:
+            # each command has the same share of the time, so that one that takes long has its turn less often
+            spent = {command.name: 0.0 for command in soak.commands}
             while time.monotonic() < until:
-                for command in soak.draw.sample(soak.commands, len(soak.commands)):
-                    # what takes long has its turn less often
-                    rarely = soak.seconds[command.name] > 3 * statistics.median(soak.seconds.values())
-                    if time.monotonic() < until and (not rarely or soak.draw.random() < 0.25):
+                for _ in soak.commands:
+                    command = min(soak.draw.sample(soak.commands, len(soak.commands)), key=lambda one: spent[one.name])
+                    began = time.monotonic()
+                    if began < until:
                         soak.round(command)
+                    spent[command.name] += time.monotonic() - began
                 soak.tally.memory.append(ask())
                 write_text(out or RESULTS, page(soak, minutes))
         if growth(soak.tally.memory) > 0.03:

@@ -22,13 +22,17 @@ def counted(request):
 
 def pytest_terminal_summary(terminalreporter):
     """Tells how many examples there were."""
-    reports = [report for kind in ("passed", "failed", "error") for report in terminalreporter.stats.get(kind, [])]
-    # the examples stand in the report of a test's end, which is listed only if something went wrong in it
-    counts = {
-        report.nodeid: number
-        for report in [*reports, *terminalreporter.stats.get("", [])]
-        for name, number in report.user_properties
-        if name == EXAMPLES and number
-    }
-    failed = len(terminalreporter.stats.get("failed", []))
-    terminalreporter.write_line(f"fuzzing: {sum(counts.values())} examples in {len(counts)} tests, {failed} findings")
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    counts, failed = dict[str, int](), set[str]()
+    for report in reports:
+        for name, number in getattr(report, "user_properties", ()):
+            # it stands in the report of a test's end
+            if name == EXAMPLES and number:
+                counts[report.nodeid] = number
+                failed |= {report.nodeid} if report.failed else set()
+    failed |= {report.nodeid for report in terminalreporter.stats.get("failed", []) if report.nodeid in counts}
+    if counts:
+        text = (
+            f"fuzzing: {sum(counts.values())} examples in {len(counts)} tests, {len(failed)} of which found something"
+        )
+        terminalreporter.write_line(text)
