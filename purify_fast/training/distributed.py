@@ -241,11 +241,10 @@ def torchrun_group() -> Iterator[None]:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"WORLD_SIZE is {launched()}, but {', '.join(missing)} not set: start this by torchrun")
-    _store, rank, world = next(rendezvous("env://"))
-    cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    found, rank, world = next(rendezvous("env://"))
+    _store = _of_this_start(found, rank, world)
     try:
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=patience())
+        _join(_store, rank, world)
         with contextlib.ExitStack() as silence:
             if rank > 0:
                 nowhere = silence.enter_context(open(os.devnull, "w"))
@@ -261,6 +260,63 @@ def torchrun_group() -> Iterator[None]:
         raise  # with the group as it is: to take it down, all would have to be here
     dist.destroy_process_group()
     _store = None
+
+
+def _of_this_start(store: Store, rank: int, world: int) -> Store:
+    """The part of a store that belongs to the processes that started together.
+
+    torchrun keeps one store over all of its restarts. What processes wrote that are gone, such as their addresses,
+    would be read by those that come after them, which then wait for the dead. Nothing that torchrun tells is the same
+    in all processes of one start and in no other. So the first process names the start, the others answer with a word
+    of their own, and the name holds once the first has told each its word.
+
+    Args:
+        store: torchrun's.
+        rank: this process's number.
+        world: how many there are.
+
+    Raises:
+        ProcessLost: another process did not start.
+    """
+    own, key, until = os.urandom(8).hex(), "purify_fast start", time.monotonic() + patience().total_seconds()
+    try:
+        if rank == 0:
+            store.set(key, own)
+            words = [own, *(store.get(f"{key} {own} {other}").decode() for other in range(1, world))]
+            store.set(f"{key} {own}", " ".join(words))
+            return dist.PrefixStore(own, store)
+        while time.monotonic() < until:
+            name = store.get(key).decode()
+            store.set(f"{key} {name} {rank}", own)
+            if store.check([f"{key} {name}"]):
+                words = store.get(f"{key} {name}").decode().split()
+                # one of an earlier start holds another word
+                if len(words) == world and words[rank] == own:
+                    return dist.PrefixStore(name, store)
+            time.sleep(0.01)
+    except dist.DistError as error:
+        raise _apart(rank, world, str(error)) from error
+    raise _apart(rank, world, "the first process did not answer")
+
+
+def _join(store: Store, rank: int, world: int) -> None:
+    """Make the process group; ProcessLost if another process cannot be reached."""
+    cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience())
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        raise _apart(rank, world, str(error)) from error
+
+
+def _apart(rank: int, world: int, why: str) -> ProcessLost:
+    """What is said where the processes do not find each other."""
+    return ProcessLost(
+        f"process {rank} of {world} did not find the others ({why.splitlines()[0] if why else 'no reason given'}): "
+        "see what they say, and start the same again to go on from the last checkpoint"
+    )
 
 
 def _after_first(event: str, rank: int) -> None:

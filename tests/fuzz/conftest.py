@@ -32,7 +32,5 @@ def pytest_terminal_summary(terminalreporter):
                 failed |= {report.nodeid} if report.failed else set()
     failed |= {report.nodeid for report in terminalreporter.stats.get("failed", []) if report.nodeid in counts}
     if counts:
-        text = (
-            f"fuzzing: {sum(counts.values())} examples in {len(counts)} tests, {len(failed)} of which found something"
-        )
+        text = f"fuzzing: {sum(counts.values())} examples, {len(counts)} tests, {len(failed)} findings"
         terminalreporter.write_line(text)

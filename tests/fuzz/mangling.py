@@ -62,7 +62,7 @@ def _other(draw, how: str, x: Tensor) -> Tensor:
     if how == "dtype":
         return x.to(draw(st.sampled_from(DTYPES)))
     if how == "special" and x.is_floating_point() and x.numel():
-        made = x.clone()
+        made = x.clone(memory_format=torch.contiguous_format)
         for _ in range(draw(st.integers(1, 3))):
             made.view(-1)[draw(st.integers(0, x.numel() - 1))] = draw(st.sampled_from(SPECIAL))
         return made

@@ -10,7 +10,7 @@ from purify_fast import _library, attacks, ops
 from purify_fast.methods.arrest import AblationConfig
 from purify_fast.methods.carso import CarsoConfig
 from purify_fast.ops.decode_samples import Geometry, pack
-from purify_fast.training import ClassifierConfig, FitConfig
+from purify_fast.training import ClassifierConfig, FitConfig, TrainingAttack
 
 STREAM = {"seed": torch.tensor([1]), "sample_ids": torch.arange(2)}
 
@@ -92,6 +92,8 @@ def test_numbers_that_are_none_in_configurations():
         lambda: FitConfig(1, checkpoint_seconds=math.nan),
         lambda: ClassifierConfig(weight_decay=math.nan),
         lambda: ClassifierConfig(learning_rate=math.inf),
+        # of an attack on clean images it was accepted
+        lambda: TrainingAttack(eps=0.0, steps=2, alpha=math.nan),
         lambda: CarsoConfig(lookahead_alpha=math.nan),
     ):
         with pytest.raises(ValueError, match=r"(seconds|decay|rate|alpha) must be"):

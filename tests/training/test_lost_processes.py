@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +146,38 @@ def test_only_an_exchange_that_failed_is_a_lost_process(monkeypatch, error, lost
     with pytest.raises(distributed.ProcessLost if lost else RuntimeError) as told, distributed.named_when_lost():
         raise error
     assert isinstance(told.value, distributed.ProcessLost) is lost
+
+
+def test_a_start_does_not_read_what_an_earlier_one_wrote():
+    """torchrun keeps its store when it starts processes again, with the addresses and words of those that are gone."""
+    store, found = torch.distributed.HashStore(), {}
+
+    def start(number, rank, world):
+        found[number, rank] = distributed._of_this_start(store, rank, world)
+
+    for number, world in enumerate((2, 3, 2, 2)):
+        # the others may come before the first one, and then find what the start before left
+        threads = [threading.Thread(target=start, args=(number, rank, world)) for rank in reversed(range(world))]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join(30)
+        for rank in range(world):
+            found[number, rank].set(f"said by {rank}", str(number))
+        assert all(found[number, 0].get(f"said by {rank}") == str(number).encode() for rank in range(world))
+    assert not found[3, 0].check(["said by 2"]) and found[1, 0].get("said by 2") == b"1"
+
+
+def test_a_process_that_never_starts(monkeypatch):
+    monkeypatch.setenv("PURIFY_FAST_TIMEOUT", "0.3")
+    store = torch.distributed.HashStore()
+    store.set("purify_fast start", "of one that is gone")
+    with pytest.raises(distributed.ProcessLost, match="process 1 of 2 did not find the others"):
+        distributed._of_this_start(store, 1, 2)
+    store.set_timeout(timedelta(seconds=0.3))
+    with pytest.raises(distributed.ProcessLost, match="process 0 of 2 did not find the others"):
+        distributed._of_this_start(store, 0, 2)
 
 
 @pytest.mark.parametrize("text", ["0", "soon", "-3", "nan"])
