@@ -111,6 +111,7 @@ class Evaluate(DataCommand):
         if self.eps is not None:
             return self.eps, self.norm or "linf"
         name = zoo_name(self.folder)
+        found: tuple[float, str] | None
         if self.preset is not None:
             found = self.ball_of_preset(self.preset)
         else:

@@ -218,9 +218,10 @@ def summary() -> str:
         built = facts(_library.path).get("version")
         extension = f"loaded, {cuda_part(facts(_library.path))}"
         extension += f"; WARNING: it is of version {built}, {_library.BUILD_HINT}" if built != __version__ else ""
+    threads = torch.get_num_threads()
     head = [
         ("purify_fast", f"{__version__}, with PyTorch {torch.__version__} and Python {platform.python_version()}"),
-        ("CPU", f"{_cpu()}; {torch.get_num_threads()} threads"),
+        ("CPU", f"{_cpu()}; {threads} thread{'s' if threads != 1 else ''}"),
         ("GPU", _gpu()),
         ("extension", extension),
         *_served(),
@@ -231,7 +232,7 @@ def summary() -> str:
 
 def _served() -> list[tuple[str, str]]:
     """For each kind of device that is here, how many ops kernels serve in eager calls, and which kernels are wrong."""
-    found = []
+    found: list[tuple[str, str]] = []
     for kind, words in (("cpu", "on the CPU"), ("cuda", "on the GPU")):
         device = _device(kind)
         if device is None:

@@ -38,13 +38,12 @@ def conclude(report: Report, measure: Measure, before: Before | None) -> None:
     if expected is not None:
         report.outlooks = [dataclasses.replace(expected, model=measure.name)]
     doubts = [finding.alarm for finding in report.findings if finding.verdict == "unreliable"]
+    broken = not set(doubts).isdisjoint(INCONSISTENT)
     for row in report.rows:
-        if row.kind == "worst" and row.threat is None:
-            # what has fallen has fallen: where nothing is left, attacks that were stopped say nothing against the number
-            against = doubts if row.accuracy > 0 else [alarm for alarm in doubts if alarm in INCONSISTENT]
-            if against:
-                row.reliable = False
-                row.settings["doubts"] = against
+        # what has fallen has fallen: where nothing is left, no attack was stopped by anything
+        if row.kind == "worst" and row.threat is None and doubts and (row.accuracy > 0 or broken):
+            row.reliable = False
+            row.settings["doubts"] = doubts
 
 
 def _probed(measure: Measure, before: Before, evidence: Evidence) -> Probes:

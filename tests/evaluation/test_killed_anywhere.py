@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from purify_fast import ops
-from purify_fast.attacks import PGD
+from purify_fast.attacks import APGD, PGD
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
-from purify_fast.evaluation import evaluate
+from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.evaluation.alarms import probes
+from purify_fast.evaluation.surrogates import Softened
 from purify_fast.ops import _races
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,9 +30,9 @@ MOMENTS = (
     # the arrays of a row are written, the row is not
     ("purify_fast.evaluation.row_cache.write_values", 3),
     # a row is written, its batches are not gone
-    ("purify_fast.evaluation.partial_row.PartialRow.remove", 5),
+    ("purify_fast.evaluation.partial_row.PartialRow.remove", 3),
     # the softened copies are attacked
-    ("purify_fast.evaluation.surrogates.Softened.forward", 20),
+    ("purify_fast.evaluation.surrogates.Softened.forward", 3),
     # the probes: the sweeps, then the softened copies again, then the answers, then their file
     ("purify_fast.evaluation.alarms.probes._Short.robust", 3),
     ("purify_fast.evaluation.alarms.probes._Short.fallen", 2),
@@ -72,18 +73,21 @@ for i, (name, number) in enumerate(MOMENTS):
 
 
 def evaluated(out):
-    """A random defence by the strong protocol, with probes of a few steps."""
+    """A random defence under attacks by its own gradients and by a softened copy's, with probes of a few steps."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
         x = torch.rand(12, 3, 4, 4)
     with torch.no_grad():
         y = net(x).argmax(1)
+    model = NoisyEnsemble(net, 0.2, samples=2)
+    soft = AttackSpec(APGD(steps=3), gradients_from=Softened(model, 10.0), label="softened", survivors_only=True)
+    attacks = [PGD(steps=2), PGD(steps=2, loss="dlr"), soft]
     short = {"STEPS": 2, "ITERATIONS": (1, 3), "DRAWS": (1, 2), "STARTS": 2, "JUDGES": 3}
-    with mock.patch.multiple(probes, **short), mock.patch("purify_fast.evaluation.protocols.Square", lambda: PGD()):
+    with mock.patch.multiple(probes, **short):
         return evaluate(
-            NoisyEnsemble(net, 0.2, samples=2), x, y, eps=0.03, protocol="strong", steps=2, eot_iter=2, n_eval=2,
-            batch_size=6, seed=3, out=out, progress=False,
+            model, x, y, eps=0.03, attacks=attacks, probes=True, eot_iter=2, n_eval=2, batch_size=6, seed=3, out=out,
+            progress=False,
         )  # fmt: skip
 
 

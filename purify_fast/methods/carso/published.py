@@ -48,8 +48,8 @@ def load_published(name: str, directory: str | Path, classifier_weights: str | P
 
 def _classifier_file(made: Preset, folder: Path) -> Path:
     """The file of weights that is none of the purifier's."""
-    ours = tuple(f"_{part}.safetensors" for part in PARTS)
-    found = sorted(path for path in folder.iterdir() if path.suffix in _ENDINGS and not path.name.endswith(ours))
+    purifier = tuple(f"_{part}.safetensors" for part in PARTS)
+    found = sorted(path for path in folder.iterdir() if path.suffix in _ENDINGS and not path.name.endswith(purifier))
     named = [path for path in found if path.stem == made.weights]
     if len(named or found) == 1:
         return (named or found)[0]
