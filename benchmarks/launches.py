@@ -1,7 +1,7 @@
 """How many operators one step of each training dispatches: on a GPU each is a launch, which takes the host its time.
 
 Counted on the CPU as PyTorch dispatches them, without those that move no data, such as views: served by the references,
-in PyTorch; by the kernels that serve on a GPU where nothing was raced, those of which one launch replaces a dozen or
+in PyTorch; by the kernels that serve a GPU's eager calls where nothing was raced, those that replace a dozen launches or
 more; and by every kernel, as where all won their races. The CPU's kernels stand for the GPU's, as both are one
 operator; the decoder, which has none on a CPU, is counted by its layers.
 """
@@ -77,7 +77,7 @@ def served(by: Served) -> Iterator[None]:
     """
     entries = {}
     for name, op in REGISTRY.items():
-        kernels = {"references": (), "by rule": op.replaces_many, "all kernels": ("",)}[by]
+        kernels = {"references": (), "by rule": op.serves_unraced("eager"), "all kernels": ("",)}[by]
         chosen = {variant: op.kernel("cpu") for variant in kernels}
         variants = {variant: {"eager": backend} for variant, backend in chosen.items() if variant}
         entries[name] = [{"eager": chosen.get("", "reference"), "variants": variants}]

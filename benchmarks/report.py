@@ -68,9 +68,9 @@ def verdicts(rows: list[dict]) -> list[dict]:
 def _ahead(rows: list[dict]) -> bool:
     """Whether a kernel is far enough ahead in all of these rows to be a wall inside a graph.
 
-    Only where it replaces a dozen operators or more: others a compiler fuses with neighbours that the rows do not have.
+    Only where compilers do not fuse the reference as well, with neighbours that the rows do not have.
     """
-    many = REGISTRY[rows[0]["op"]].replaces_many if rows and rows[0]["op"] in REGISTRY else ()
+    many = REGISTRY[rows[0]["op"]].serves_unraced("graph") if rows and rows[0]["op"] in REGISTRY else ()
     return bool(many) and all(
         float(row["ratio"] or 0) >= IN_GRAPHS and ("" in many or row["variant"] in many) for row in rows
     )
