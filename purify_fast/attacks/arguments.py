@@ -87,7 +87,9 @@ def check_labels(y: Tensor, classes: int) -> None:
     """
     bad = ((y < 0) | (y >= classes)).nonzero()[:, 0]
     if len(bad):
-        raise ValueError(f"y must be in 0 .. {classes - 1}, the model's classes, got y[{int(bad[0])}] = {int(y[bad[0]])}")
+        raise ValueError(
+            f"y must be in 0 .. {classes - 1}, the model's classes, got y[{int(bad[0])}] = {int(y[bad[0]])}"
+        )
 
 
 def check_at_least_one(**counts: int | None) -> None:

@@ -119,14 +119,14 @@ class Objective:
     def _losses(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """The loss of every draw, and 1 where it is misclassified, else 0; ``[draws, B]`` both."""
         logits = self._logits(x, draws)
-        labels = y.view(len(y), -1)
-        labels = (labels.repeat(draws, 1) if draws > 1 else labels).unbind(1)
+        columns = y.view(len(y), -1)
+        labels = (columns.repeat(draws, 1) if draws > 1 else columns).unbind(1)
         try:
             losses = (LOSSES | TARGETED)[self.loss](logits, *labels)
         except (IndexError, RuntimeError):
             if y.device.type == "cpu":
                 # the usual reason, which costs no look at the labels as long as nothing fails
-                check_labels(y.view(len(y), -1)[:, 0], logits.shape[1])
+                check_labels(columns[:, 0], logits.shape[1])
             raise
         wrong = (logits.detach().argmax(1) != labels[0]).float()
         return losses.view(draws, -1), wrong.view(draws, -1)

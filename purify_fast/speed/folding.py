@@ -77,8 +77,8 @@ def fold_sequential(model: nn.Module) -> int:
             foldable = isinstance(layer, _FOLDABLE) or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1)
             if not (foldable and isinstance(norm, _Norm) and norm.running_mean is not None):
                 continue
-            alone = places[id(layer)] == places[id(norm)] == owners[id(layer.weight)] == 1  # type: ignore[union-attr]
-            if alone and not _hooked(layer) and not _hooked(norm):  # type: ignore[arg-type]
+            alone = places[id(layer)] == places[id(norm)] == owners[id(layer.weight)] == 1
+            if alone and not _hooked(layer) and not _hooked(norm):
                 _fold(parent, name, following)
                 done += 1
     return done

@@ -159,7 +159,7 @@ def test_which_models_are_copied(monkeypatch):
 
 
 def test_a_copy_serves_until_its_model_changes(monkeypatch):
-    """It is made once for all attacks of an evaluation, and again after whatever the model computes with has changed."""
+    """It is made once for all attacks of an evaluation, and again once what the model computes with has changed."""
     made, original = [], copies._made
     monkeypatch.setattr(copies, "_made", lambda *a: made.append(1) or original(*a))
     net, x, kept = convolutional(), torch.rand(4, 3, 16, 16), copies.GradientCopies()

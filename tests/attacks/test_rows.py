@@ -222,9 +222,9 @@ def test_a_strangers_mistakes(model, batch, attack):
         (
             {"x": 255 * x},
             ValueError,
-            r"x must be in \[clip_min, clip_max\] = \[0, 1\], got values from .*: divide x by 255, or give clip_max=255",
+            r"x must be in \[clip_min, clip_max\] = \[0, 1\], got .*: divide x by 255, or give clip_max=255",
         ),
-        ({"x": x - 0.5}, ValueError, r"x must be in \[clip_min, clip_max\] = \[0, 1\], got values from -0.4\d* to 0.4\d*$"),
+        ({"x": x - 0.5}, ValueError, r"x must be in \[clip_min, .* = \[0, 1\], got values from -0.4\d* to 0.4\d*$"),
         ({"x": x / 0}, ValueError, r"x must be in \[clip_min, clip_max\] = \[0, 1\]"),
         ({"y": y + 6}, ValueError, r"y must be in 0 .. 5, the model's classes, got y\[0\] = \d+"),
         ({"y": y - 100}, ValueError, r"y must be class numbers from 0, got -\d+"),

@@ -95,8 +95,7 @@ def gradient_copy(
     module = model
     # a model may draw while it is copied or compared
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        make = lambda: _made(module, x)  # noqa: E731
-        made = make() if copies is None else copies.of(module, x.shape[1:], make)
+        made = _made(module, x) if copies is None else copies.of(module, x.shape[1:], lambda: _made(module, x))
         # a copy that was kept is compared too: not everything that a user's model computes with can be seen
         return model if made is None or not _alike(made, model, x) else made
 
