@@ -23,6 +23,7 @@ from .._version import __version__
 from ..attacks import BPDA, Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
 from ..attacks.autoattack import implementation
+from ..attacks.engine.gradient_copy import GradientCopies
 from ..ops import decisions, held
 from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
 from ..speed.convolutions import CudnnBenchmark, raced_convolutions
@@ -147,6 +148,7 @@ def evaluate(
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
             max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
+            copies=GradientCopies(),
         )  # fmt: skip
         cache = None if out is None else _kept_in(Path(out), subject.device, stack)
         measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress, []))

@@ -25,6 +25,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
+sys.path.insert(0, str(ROOT / "tests"))
+
+from small_models import Halved, Linear  # noqa: E402
+
 import benchmarks.__main__ as benchmarks  # noqa: E402
 
 BLOCKS = {
@@ -52,18 +56,6 @@ SHORTER = {
 TEXT = ("text", "bibtex", "yaml", "json", "diff", "cpp")
 
 
-class Linear(nn.Module):
-    """A classifier of one layer."""
-
-    def __init__(self, features, classes=10):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(features, classes)
-
-    def forward(self, x):
-        return self.layer(x.flatten(1))
-
-
 class Layers(nn.Module):
     """A classifier whose layers are called as torchvision calls a ResNet's, and as the package's small network does."""
 
@@ -77,17 +69,6 @@ class Layers(nn.Module):
     def forward(self, x):
         x = self.layer3(self.layer1(2 * x - 1).relu()).relu()
         return self.head(self.layer4(x).relu().mean((2, 3)))
-
-
-class Halved(nn.Module):
-    """A purifier of no parameters but one."""
-
-    def __init__(self):
-        super().__init__()
-        self.share = nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, transformed, mask):
-        return self.share * transformed
 
 
 @pytest.fixture
