@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from .._tensors import without_autocast
 from ._op import define_op, wide
 from .decoder_weights import Geometry, Layer, Weights, pack, unpack
-from .philox import Stream, philox
+from .philox import Stream, check_tensors, philox
 
 __all__ = ["Geometry", "Layer", "Weights", "decode_prior", "decode_samples", "latents", "pack", "unpack"]
 
@@ -239,6 +239,7 @@ def decode_prior(
         Images ``[B, K, C, H, W]``; sample k of an image is draw index k, whatever K and the batch.
 
     Raises:
+        TypeError: seed or sample_ids is no tensor.
         ValueError: shapes, dtypes or devices other than these.
 
     Deterministic. First-order gradients only; ``vmap`` is not supported.
@@ -261,6 +262,7 @@ def decode_prior(
             raise ValueError(f"{name} must be contiguous, [{size}] for {geometry}, got {list(value.shape)}")
     if dtype not in ((torch.float64,) if real == torch.float64 else (torch.float32, torch.bfloat16)):
         raise ValueError(f"dtype must be float32 or bfloat16 (float64 for float64 weights), got {dtype}")
+    check_tensors(seed, sample_ids)
     streams = (seed.shape, sample_ids.shape, seed.dtype, sample_ids.dtype)
     if streams != ((1,), (len(condition),), torch.int64, torch.int64):
         raise ValueError(

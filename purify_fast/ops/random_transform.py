@@ -284,6 +284,7 @@ def random_transform(
         for RT3 the pass that hides the block (see `stitch`).
 
     Raises:
+        TypeError: seed or sample_ids is no tensor.
         ValueError: a wrong shape, dtype, device or setting.
 
     NaN stays where it is seen; what is hidden is 0 whatever x holds. The gradient reaches x only, first order; at both

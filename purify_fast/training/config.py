@@ -17,6 +17,7 @@ OnNan = Literal["stop", "back_off"]
 CudaGraphs = Literal["auto", "always", "off"]
 CudnnBenchmark = Literal["auto", "on", "off"]
 FusedOptimizers = Literal["auto", "off"]
+ClassifierPrecision = Literal["float32", "tf32"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class ClassifierConfig:
         attack: PGD that makes the training examples; eps 0 trains on clean images.
         learning_rate: the highest rate of a one-cycle schedule.
         weight_decay: of AdamW.
+        precision: "float32", which on a GPU is that of IEEE too, or "tf32", which there rounds what is multiplied to
+            ten bits of mantissa, while `purify_fast.training.fit` trains.
 
     Raises:
         ValueError: a setting out of range; the message names it.
@@ -102,8 +105,10 @@ class ClassifierConfig:
     attack: TrainingAttack = TrainingAttack(eps=0.0, steps=7, relative_alpha=2.0, eps_warmup=0.2)
     learning_rate: float = 3e-3
     weight_decay: float = 5e-4
+    precision: ClassifierPrecision = "float32"
 
     def __post_init__(self) -> None:
+        check_literal("precision", self.precision, ClassifierPrecision)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
         if not 0 <= self.weight_decay < math.inf:

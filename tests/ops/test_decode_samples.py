@@ -196,3 +196,10 @@ def test_refusals_of_decode_prior(change, message):
     arguments |= {"geometry": GEOMETRY, "samples": 3}
     with pytest.raises(ValueError, match=message):
         decode_prior(**(arguments | change))
+
+
+def test_decode_prior_refuses_a_seed_that_is_no_tensor():
+    names = "condition", "seed", "sample_ids", "packed", "biases"
+    arguments = dict(zip(names, packed_arguments(2, torch.float32), strict=True))
+    with pytest.raises(TypeError, match=r"seed must .*, got the number 7: write torch\.tensor\(\[7\]\)"):
+        decode_prior(**(arguments | {"geometry": GEOMETRY, "samples": 3, "seed": 7}))
