@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from .._process import processes
@@ -284,7 +284,7 @@ def _of_this_start(store: Store, rank: int, world: int) -> Store:
             store.set(key, own)
             words = [own, *(store.get(f"{key} {own} {other}").decode() for other in range(1, world))]
             store.set(f"{key} {own}", " ".join(words))
-            return dist.PrefixStore(own, store)
+            return PrefixStore(own, store)
         while time.monotonic() < until:
             name = store.get(key).decode()
             store.set(f"{key} {name} {rank}", own)
@@ -292,7 +292,7 @@ def _of_this_start(store: Store, rank: int, world: int) -> Store:
                 words = store.get(f"{key} {name}").decode().split()
                 # one of an earlier start holds another word
                 if len(words) == world and words[rank] == own:
-                    return dist.PrefixStore(name, store)
+                    return PrefixStore(name, store)
             time.sleep(0.01)
     except dist.DistError as error:
         raise _apart(rank, world, str(error)) from error
