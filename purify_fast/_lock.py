@@ -254,7 +254,7 @@ def _lives(path: Path, holder: dict[str, Any], locked: bool) -> dict[str, Any] |
 
     Args:
         path: the file.
-        holder: what it said before.
+        holder: what it told before.
         locked: whether the system locked it for this process.
     """
     boot = _text(Path("/proc/sys/kernel/random/boot_id"))

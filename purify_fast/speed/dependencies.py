@@ -86,7 +86,9 @@ def _looked_into(value: Any) -> bool:
     if isinstance(value, type):
         return False
     # of one with slots the attributes are not to be found here, and its identity is what remains
-    settings = isinstance(value, _SETTINGS) or (dataclasses.is_dataclass(value) and hasattr(value, "__dict__"))
+    settings = isinstance(value, _SETTINGS) or (
+        dataclasses.is_dataclass(value) and getattr(value, "__dict__", None) is not None
+    )
     return settings or (type(value).__module__.startswith("purify_fast.") and not callable(value))
 
 

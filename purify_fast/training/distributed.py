@@ -312,7 +312,7 @@ def _join(store: Store, rank: int, world: int) -> None:
 
 
 def _apart(rank: int, world: int, why: str) -> ProcessLost:
-    """What is said where the processes do not find each other."""
+    """The message where the processes do not find each other."""
     return ProcessLost(
         f"process {rank} of {world} did not find the others ({why.splitlines()[0] if why else 'no reason given'}): "
         "see what they say, and start the same again to go on from the last checkpoint"
