@@ -20,7 +20,6 @@ what lies between, G to U. All its sums are symmetric in o, so that the same one
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _library
+from .._tensors import without_autocast
 from . import _kept
 from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
@@ -258,7 +258,7 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         phases, correlation, inverse, spread, weights = ctx.saved_tensors
         height, width, scale, last = ctx.constants
-        with _as_given(grad):
+        with without_autocast(grad.device):
             slopes = SPLIT(grad.contiguous(memory_format=torch.channels_last) if last else grad, last).flatten(0, 1)
             maps, shares, pixels = phases.flatten(0, 1), spread.flatten(0, 1), wide(phases[:, 0])
             of_shares = torch.bmm(slopes, maps.mT) if last else torch.bmm(slopes.mT, maps)
@@ -268,12 +268,6 @@ class _Whole(torch.autograd.Function):
             )
             of_pixels = torch.bmm(by, pixels) if last else torch.bmm(pixels, by)
         return JOIN(of_maps.view_as(phases), of_pixels, height, width, last), None, None, None
-
-
-def _as_given(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Within the block no product is computed in another dtype than that of its tensors."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _whole_serves(features: Tensor, pairs: int, differentiable: bool) -> bool:
@@ -318,11 +312,11 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
 
     last, differentiable, pairs = last_channels(features), needs_gradient(features), batch * (height * width) ** 2
     if _whole_serves(features, pairs, differentiable):
-        with _as_given(features):
+        with without_autocast(features.device):
             if differentiable:
                 return _Whole.apply(features, valid, float(scale), last)
             return _attend(features, valid, float(scale), last)[0]
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         grid = features.unflatten(3, (width, 2)).unflatten(2, (height, 2))  # [B, C, h, a, w, b]
         # for each memory layout the matrix products that need no transposed copy
         if last:
