@@ -98,7 +98,9 @@ def evaluate(
         batch_size: images attacked together.
         max_forward_batch: images in one forward pass of an attack at most (exact); None: no limit.
         cuda_graphs: on a CUDA device, "auto" captures a step of an attack once and replays it where launching takes
-            longer than computing; "always" wherever that is possible, "off" never.
+            longer than computing; "always" wherever that is possible, "off" never. Choose "off" for a model that keeps
+            settings in an object of a class of its own, no module, dataclass or namespace, and changes them there while
+            it is attacked: a captured step does not see it.
         cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN race its algorithms once for each shape of a batch,
             "auto" not where the process asks for deterministic ones. Which one wins may differ from run to run, and
             with it the last bits of a gradient.
