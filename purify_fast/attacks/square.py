@@ -24,7 +24,6 @@ from .ball import Ball, ball_around
 from .base import AttackContext, EngineAttack
 from .draws import Objective
 from .engine.active_set import ActiveSet
-from .engine.buckets import bucket
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
 from .engine.judge import Judge
 from .engine.squares import Proposals
@@ -179,7 +178,7 @@ class _Search:
             ball = Ball(ball.eps.repeat(count), ball.norm, ball.clip_min, ball.clip_max)
         # proposal by proposal, each for every image
         points = self.propose.next(query, x, known, ball, numbers.transpose(0, 1).flatten(0, 1))
-        score = self._scores(points, known, y)
+        score = self.objective.score(points, y)
         if count > 1:
             score = score.unflatten(1, (count, -1))
             best = score[1].argmax(0)
@@ -188,21 +187,6 @@ class _Search:
         better = score[1] > self.score[1]
         self.point = torch.where(per_image(better, points), points, self.point)
         self.score = torch.where(better, score, self.score)
-
-    def _scores(self, points: Tensor, known: Tensor, y: Tensor) -> Tensor:
-        """The scores of proposals; minus infinity for some that change nothing, of which the model need not be asked.
-
-        In a grey image a late square often lies where all pixels are at that border of the ball already.
-        """
-        if points.device.type != "cpu" or self.objective.eot_iter > 1:
-            return self.objective.score(points, y)
-        changes = (points != known).flatten(1).any(1)
-        asked = bucket(max(1, int(changes.sum())), points.device)
-        if asked >= len(points):
-            return self.objective.score(points, y)
-        rows = changes.to(torch.int8).argsort(descending=True, stable=True)[:asked]
-        judged = self.objective.score(points[rows], y[rows])
-        return judged.new_full((2, len(points)), -torch.inf).index_copy(1, rows, judged)
 
     def _shrunk(self, numbers: Tensor) -> Tensor:
         """Judge what seems to have fallen and let it leave; the numbers of the rows that stay."""
