@@ -77,7 +77,7 @@ def test_a_classifier_without_the_setting_is_resumed_with_float32(tmp_path):
     del saved["facts"]["precision"]
     save_checkpoint(tmp_path, saved, "stop")
     fit(classifier("float32"), x, y, settings, tmp_path, progress=False)
-    with pytest.raises(ValueError, match="precision: '?float32'? there, '?tf32'? now"):
+    with pytest.raises(ValueError, match=r"precision: '?float32'? there, '?tf32'? now"):
         fit(classifier("tf32"), x, y, settings, tmp_path, progress=False)
 
 
