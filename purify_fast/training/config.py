@@ -41,7 +41,8 @@ class FitConfig:
             returns to that checkpoint and goes on with half of the learning rate, at most 5 times.
         cuda_graphs: "auto" captures a step of the training's attack once and replays it, on a CUDA device where
             launching takes longer than computing; "always" wherever that is possible, "off" never. A graph needs the
-            memory of one attack step for itself.
+            memory of one attack step for itself. Choose "off" for a model that keeps settings in an object of a class
+            of its own, no module, dataclass or namespace, and changes them there: a captured step does not see it.
         cudnn_benchmark: "auto" lets cuDNN race its algorithms once for each shape, unless the process asks for
             deterministic ones; "on" in any case, "off" leaves cuDNN as it is. A CUDA device only.
         fused_optimizers: "auto" lets torch's optimizers step in one kernel on a CUDA device; "off" leaves them as they

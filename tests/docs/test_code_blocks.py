@@ -48,11 +48,9 @@ SHORTER = {
     ),
     r"eps=8 / 255, base=classifier\)": "eps=8 / 255, base=classifier, attacks=[], progress=False)",
     # the list of attacks of every kind runs on a model of one layer; a function is a row whatever it calls
-    r"^evaluate\(defence, x, y, eps=8 / 255, attacks=attacks\)$": (
-        "evaluate(tiny, x[:2, :, :8, :8], y[:2], eps=8 / 255, attacks=attacks, progress=False)"
+    r"^evaluate\(defence, x, y, eps=0.2, attacks=attacks\)$": (
+        "evaluate(tiny, tiny_x, y[:2], eps=0.2, attacks=attacks, progress=False)"
     ),
-    r"torchattacks\.PGD\(model, eps=8 / 255\)\(x, y\)": "x",
-    r"^evaluate\(defence, loader, eps=8 / 255\)": "evaluate(defence, loader, eps=8 / 255, attacks=[], progress=False)",
 }
 #: Languages whose blocks are not run: what programs print, and drawings.
 TEXT = ("text", "bibtex", "yaml", "json", "diff", "cpp")
@@ -95,6 +93,7 @@ def scope(tmp_path, monkeypatch):
         "tiny": purify_fast.Atop(Linear(3 * 8 * 8), Halved(), (3, 8, 8)),
         "x": x,
         "y": y,
+        "tiny_x": x[:2, :, :8, :8],
         "x_uint8": (255 * x).byte(),
         "loader": [(x[:8], y[:8]), (x[8:], y[8:])],
         # what the front page's readers bring
