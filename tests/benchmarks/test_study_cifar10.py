@@ -58,7 +58,7 @@ def test_trades_is_its_formula():
     model = build_classifier("small_cnn", (3, 8, 8), 10, width=2)
     with torch.no_grad():
         # logits that an attack moves by more than rounding
-        model.head.weight.mul_(100)
+        model.head.weight.mul_(10)
         model.hidden.weight.mul_(10)
     config = cifar10_models.adversarial(BUDGET, ema=False)
     task = trades.TradesTask(model, cifar10_models.replace(config, precision="float32"), (3, 8, 8))
@@ -79,21 +79,30 @@ def test_candidates_minimize_what_they_say(loss):
     torch.manual_seed(0)
     base = build_classifier("small_cnn", (3, 16, 16), 10, width=4)
     with torch.no_grad():
-        base.head.weight.mul_(3000)
+        base.head.weight.mul_(30)
     defence = Carso(base, ["conv2"], (3, 16, 16), 8, 4, 2, decoder_width=2)
+    with torch.no_grad():
+        # a fresh purifier hardly looks at its image
+        for weight in (
+            p for name, p in defence.named_parameters() if not name.startswith("classifier.") and p.dim() > 1
+        ):
+            weight.mul_(10)
     config = CarsoConfig(attack_target="pipeline", attack=cifar10_models.attack_of(BUDGET))
     task = cifar10_ahead.CandidateTask(defence, config, "scratch", loss)
     batch = Batch(torch.rand(4, 3, 16, 16), torch.arange(4), torch.arange(4), seed=0, epoch=0, epochs=1)
+    # latents are drawn by seeds from torch's generator
+    torch.manual_seed(1)
     found, metrics = task.training_step(batch)
+    torch.manual_seed(1)
     with as_trained(defence, batch, config):
-        moved = defence.sample_logits(attack_pipeline(defence, batch, config))[:, 0].softmax(1)
-        wanted = (defence.sample_logits(batch.x)[:, 0] if loss == "trades" else base(batch.x)).softmax(1)
-    divergence = (wanted * (wanted.log() - moved.log())).sum(1).mean()
+        moved = defence.sample_logits(attack_pipeline(defence, batch, config))[:, 0].log_softmax(1)
+        wanted = (defence.sample_logits(batch.x)[:, 0] if loss == "trades" else base(batch.x)).log_softmax(1)
+    divergence = (wanted.exp() * (wanted - moved)).sum(1).mean()
     expected = divergence
     if loss == "trades":
-        expected = F.nll_loss(wanted.log(), batch.y) + trades.BETA * divergence
+        expected = F.nll_loss(wanted, batch.y) + trades.BETA * divergence
     assert divergence > 1e-6 and found.item() == pytest.approx(expected.item(), rel=5e-3)
-    assert metrics["divergence"].item() == pytest.approx(divergence.item(), rel=1e-3)
+    assert metrics["divergence"].item() == pytest.approx(divergence.item(), rel=5e-3)
     found.backward()
     trained = [p for p in defence.parameters() if p.requires_grad]
     assert trained and all(torch.isfinite(p.grad).all() for p in trained if p.grad is not None)
