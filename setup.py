@@ -134,6 +134,14 @@ def check_setuptools(version: str) -> None:
         raise SystemExit(f"purify_fast needs setuptools >= 77, this is {version}: {HOW}")
 
 
+def sources_digest() -> str:
+    """The hash of the C++ sources, by the package's own function; importing the package takes torch."""
+    spec = importlib.util.spec_from_file_location("_sources", ROOT / "purify_fast" / "_sources.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.digest(ROOT / "csrc")
+
+
 def say(line: str) -> None:
     print(f"purify_fast: {line}", file=sys.stderr, flush=True)
 
@@ -212,7 +220,7 @@ def torch_extension(mode: str) -> dict:
             super().run()
             built = Path(self.get_ext_fullpath("purify_fast._C"))
             if built.exists():
-                record = {"version": self.distribution.get_version(), **facts}
+                record = {"version": self.distribution.get_version(), **facts, "sources": sources_digest()}
                 part = built.with_name(f"_build.json.{os.getpid()}")
                 part.write_text(json.dumps(record, indent=1) + "\n")
                 part.replace(built.with_name("_build.json"))

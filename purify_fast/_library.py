@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from pathlib import Path
 
 import torch
+
+from ._sources import is_stale
 
 logger = logging.getLogger("purify_fast")
 
@@ -21,6 +24,10 @@ BUILD_HINT = (
 )
 
 
+#: Of a checkout, the C++ sources.
+SOURCES = Path(__file__).parents[1] / "csrc"
+
+
 def _find() -> str | None:
     """PURIFY_FAST_EXTENSION, a shared object built elsewhere, or the installed one."""
     spec = importlib.util.find_spec("purify_fast._C")
@@ -33,6 +40,9 @@ def _load() -> None:
     if path is None:
         load_error = ImportError(f"purify_fast._C is not installed: {BUILD_HINT}")
         logger.info("compiled CPU kernels are off, the PyTorch references serve: %s", load_error)
+    elif "PURIFY_FAST_EXTENSION" not in os.environ and is_stale(Path(path), SOURCES):
+        load_error = ImportError(f"{path} was built from other C++ sources than those in {SOURCES}: {BUILD_HINT}")
+        logger.warning("the PyTorch references serve: %s", load_error)
     else:
         try:
             torch.ops.load_library(path)

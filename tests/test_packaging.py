@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from purify_fast import _library
+from purify_fast import _library, _sources
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -204,3 +206,34 @@ def test_cuda_that_is_impossible_is_an_error(setup_py, monkeypatch):
     monkeypatch.setattr(setup_py, "check_cuda", impossible)
     with pytest.raises(SystemExit, match="PURIFY_FAST_BUILD=cuda is impossible: no toolkit"):
         setup_py.extension("cuda")
+
+
+def test_an_extension_of_other_sources_is_not_loaded(tmp_path, monkeypatch):
+    """Its ops might take other arguments: the references serve, and the message says how to build it again."""
+    csrc = tmp_path / "csrc"
+    (csrc / "core").mkdir(parents=True)
+    (csrc / "core" / "one.h").write_text("1")
+    extension = tmp_path / "_C.abi3.so"
+    assert not _sources.is_stale(extension, tmp_path / "nowhere")
+    assert _sources.is_stale(extension, csrc)
+    extension.with_name(_sources.RECORD).write_text(json.dumps({"sources": _sources.digest(csrc)}))
+    assert not _sources.is_stale(extension, csrc)
+    (csrc / "core" / "one.h").write_text("2")
+    assert _sources.is_stale(extension, csrc)
+
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.delenv("PURIFY_FAST_EXTENSION", raising=False)
+    for name, value in (("SOURCES", csrc), ("_find", lambda: str(extension)), ("load_error", None), ("path", None)):
+        monkeypatch.setattr(_library, name, value)
+    _library._load()
+    assert not loaded and "was built from other C++ sources" in str(_library.load_error)
+    monkeypatch.setattr(_library, "load_error", None)
+    (csrc / "core" / "one.h").write_text("1")
+    _library._load()
+    assert loaded == [str(extension)] and _library.load_error is None
+
+
+@pytest.mark.skipif(not _library.loaded(), reason="the extension is not built")
+def test_the_build_records_its_sources():
+    assert not _sources.is_stale(Path(_library.path), _library.SOURCES)
