@@ -1,6 +1,6 @@
 """python -m benchmarks ops [names...] [--device cpu|cuda] [--quick] [--out DIR]
 
-python -m benchmarks pipelines [names...] [--device cpu|cuda] [--quick] [--out DIR]
+python -m benchmarks pipelines [names...] [--device cpu|cuda] [--quick] [--out DIR] [--before FILE]
 
 python -m benchmarks study NAME [--data DIR] [--full] [--quick]
 
@@ -38,6 +38,7 @@ from . import (
     performance,
     pipelines,
     report,
+    served,
     shipping,
     soak,
 )
@@ -93,6 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
             "--quick", action="store_true", help="small, three short runs at most: that it works, no numbers"
         )
         one.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
+        if kind == "pipelines":
+            earlier = "in place of the contest: ours served as this earlier races.json says, and as today, in turn"
+            one.add_argument("--before", type=Path, metavar="FILE", help=earlier)
         if kind == "ops":
             one.add_argument("--fast", action="store_true", help="every row, timed once in place of up to three times")
             one.add_argument(
@@ -197,6 +201,12 @@ def main(arguments: list[str] | None = None) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is available")
     out = chosen.out or folder(device, chosen.quick)
+    if chosen.command == "pipelines" and chosen.before:
+        try:
+            print(served.compare(chosen.before, chosen.names or list(known), chosen.quick, out).read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"--before: {error}")
+        return
     if chosen.command == "pipelines":
         run_pipelines(chosen.names or list(known), device, chosen.quick, out)
         print((out / report.PIPELINES_TABLE).read_text())

@@ -4,7 +4,8 @@ Each contest is one model, one set of images and one radius. Its contestants run
 every round runs all of them, so that what else the machine does meets them alike. What they return is judged alike: the
 images are cut off at the ball, and the model itself decides, by fresh draws if it is random.
 
-A finished contest is kept in the results file and not run again.
+Every finished run of a contestant is kept in the results file and not made again: the command can be interrupted, and
+the contests can be run one by one, by their names.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from purify_fast import data
 from purify_fast._files import write_text
 from purify_fast.attacks import APGD, FABT, Attack, AttackContext, Square, frozen
 from purify_fast.attacks.autoattack import implementation
+from purify_fast.attacks.engine.gradient_copy import GradientCopies
 from purify_fast.attacks.engine.judge import Judge, standard_error
 from purify_fast.defences.aggregation import WithAggregation
 from purify_fast.demo import Budget, Workspace, arrest, carso
@@ -127,6 +129,7 @@ def in_turn(choose: Callable[[Amount], list[Attack]]) -> Contestant:
         context = AttackContext(
             num_classes=10, eps=subject.eps, draws_differ=subject.random, eot_iter=amount.draws, batch_size=BATCH,
             judge_draws=JUDGES, max_forward_batch=2 * BATCH if subject.random else None,
+            copies=GradientCopies(),
         )  # fmt: skip
         judge = Judge(model, context.fallen, context.judges, context.max_forward_batch)
         with frozen(model), torch.no_grad():
@@ -258,33 +261,37 @@ def judged(subject: Subject, found: Tensor) -> tuple[float, float]:
     return 100 * float(1 - wrong.mean()), 100 * sum(e**2 for e in errors) ** 0.5 / len(errors)
 
 
-def contest(name: str, sources: Sources, amount: Amount) -> list[dict]:
-    """The rows of one contest, a contestant each.
+def contest(name: str, sources: Sources, amount: Amount, known: Sequence[dict] = ()) -> Iterator[list[dict]]:
+    """The rows of one contest, a contestant each, again after every run of a contestant.
 
     Args:
         name: of one of `CONTESTS`.
         sources: where its model and images come from.
         amount: how much of everything.
+        known: the rows of a contest that was interrupted; its runs are not made again.
     """
     make, contestants = CONTESTS[name]
     subject = make(sources)
     if amount.images is not None:
         subject = replace(subject, x=subject.x[: amount.images], y=subject.y[: amount.images])
-    clean = judged(subject, subject.x)[0]
-    rows: dict[str, dict] = {who: {"seconds": [], "cpu_seconds": []} for who in contestants}
-    for _ in range(amount.rounds):
+    shared = {"contest": name, "images": len(subject.x), "eps": subject.eps, "clean": judged(subject, subject.x)[0]}
+    shared |= {"amount": asdict(amount)} | measure.environment(torch.device("cpu"))
+    rows: dict[str, dict] = {row["contestant"]: row for row in known}
+    for turn in range(amount.rounds):
         for who, attack in contestants.items():
+            row = rows.setdefault(who, {"contestant": who, "seconds": [], "cpu_seconds": []})
+            if len(row["seconds"]) > turn:
+                continue
             torch.manual_seed(0)
             begin, work = time.perf_counter(), time.process_time()
             found = attack(subject, amount)
-            rows[who]["seconds"].append(time.perf_counter() - begin)
+            row["seconds"].append(time.perf_counter() - begin)
             # what else runs on the machine lengthens this less
-            rows[who]["cpu_seconds"].append(time.process_time() - work)
-            rows[who]["robust"], rows[who]["error"] = judged(subject, found)
-            print(f"{name}: {who} leaves {rows[who]['robust']:.1f} % in {rows[who]['seconds'][-1]:.1f} s", flush=True)
-    shared = {"contest": name, "images": len(subject.x), "eps": subject.eps, "clean": clean, "amount": asdict(amount)}
-    shared |= measure.environment(torch.device("cpu"))
-    return [shared | {"contestant": who} | row for who, row in rows.items()]
+            row["cpu_seconds"].append(time.process_time() - work)
+            row["robust"], row["error"] = judged(subject, found)
+            row |= shared
+            print(f"{name}: {who} leaves {row['robust']:.1f} % in {row['seconds'][-1]:.1f} s", flush=True)
+            yield [rows[one] for one in contestants if one in rows]
 
 
 def markdown(rows: list[dict]) -> str:
@@ -319,27 +326,39 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main(names: list[str], sources: Sources, amount: Amount, out: Path, redo: bool = False) -> Path:
-    """Run contests and write their table; finished ones are read from the results file.
+    """Run contests and write their table; every finished run of a contestant is kept and not made again.
 
     Args:
         names: of `CONTESTS`; none: all of them.
         sources: where models and images come from.
         amount: how much of everything.
         out: folder of the results.
-        redo: whether finished contests are run again.
+        redo: whether finished runs are made again.
 
     Returns:
         The table's file.
     """
-    path = out / FILE
-    known: list[dict] = json.loads(path.read_text()) if path.exists() else []
     for name in names or CONTESTS:
-        done = [row for row in known if row["contest"] == name and row["amount"] == asdict(amount)]
-        if done and not redo:
+        same = [row for row in read(out) if row["contest"] == name and row["amount"] == asdict(amount)]
+        known = [] if redo else same
+        runs = [len(row["seconds"]) for row in known]
+        if len(runs) == len(CONTESTS[name][1]) and min(runs) >= amount.rounds:
             continue
-        known = [row for row in known if row["contest"] != name] + contest(name, sources, amount)
-        order = list(CONTESTS)
-        known.sort(key=lambda row: order.index(row["contest"]))
-        write_text(path, json.dumps(known, indent=1) + "\n")
-    write_text(out / TABLE, markdown(known))
+        for rows in contest(name, sources, amount, known):
+            # read again: another process may have run another contest meanwhile
+            every = [row for row in read(out) if row["contest"] != name] + rows
+            order = list(CONTESTS)
+            every.sort(key=lambda row: order.index(row["contest"]))
+            write_text(out / FILE, json.dumps(every, indent=1) + "\n")
+    write_text(out / TABLE, markdown(read(out)))
     return out / TABLE
+
+
+def read(out: Path) -> list[dict]:
+    """The rows of a results folder; none where there is no results file.
+
+    Args:
+        out: the folder.
+    """
+    path = out / FILE
+    return json.loads(path.read_text()) if path.exists() else []

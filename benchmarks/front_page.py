@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import math
 import statistics
 from pathlib import Path
-from typing import Any
 
-from purify_fast.evaluation.tables import markdown_table
+from purify_fast.evaluation import Report, Row
+from purify_fast.evaluation.tables import markdown_table, percent
 
 from . import style
+from .report import PIPELINES, ROWS, read_csv
 
 #: The row of a report that takes the worst over its attacks, image by image.
 WORST = "worst"
@@ -42,18 +40,10 @@ CASES = [
 _PLAIN = "#6e7781"
 
 
-def _rows(results: Path, study: str) -> list[dict[str, Any]]:
-    return json.loads((results / "studies" / study / "report.json").read_text())["rows"]
-
-
-def _row(results: Path, study: str, model: str, attack: str) -> dict[str, Any]:
-    (found,) = [row for row in _rows(results, study) if (row["model"], row["attack"]) == (model, attack)]
+def _row(results: Path, study: str, model: str, attack: str) -> Row:
+    report = Report.from_json((results / "studies" / study / "report.json").read_text())
+    (found,) = [row for row in report.rows if (row.model, row.attack) == (model, attack)]
     return found
-
-
-def _percent(row: dict[str, Any]) -> str:
-    share, n = row["accuracy"], row["n"]
-    return f"{100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / n):.1f}"
 
 
 def results_table(results: Path) -> str:
@@ -65,8 +55,8 @@ def results_table(results: Path) -> str:
     body = []
     for title, study, model, attack in MODELS:
         clean, attacked = (_row(results, study, model, name) for name in ("clean", attack))
-        verdict = "yes" if attacked["reliable"] else "**no**: the attack had no usable gradients"
-        body.append([title, _percent(clean), _percent(attacked), f"{attacked['n']:,}", verdict])
+        verdict = "yes" if attacked.reliable else "**no**: the attack had no usable gradients"
+        body.append([title, percent(clean), percent(attacked), f"{attacked.n:,}", verdict])
     head = ["model", "clean, %", "under attack, %", "attacked images", "can the number be believed?"]
     return "\n".join(markdown_table(head, body))
 
@@ -77,8 +67,7 @@ def speed_table(results: Path) -> str:
     Args:
         results: the folder of committed results.
     """
-    with (results / "cpu" / "pipelines.csv").open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
+    rows = read_csv(results / "cpu" / PIPELINES)
     body = []
     for title, pipeline, case in CASES:
         own = [row for row in rows if (row["pipeline"], row["case"]) == (pipeline, case) and row["ms"]]
@@ -107,7 +96,7 @@ def speed_table(results: Path) -> str:
         "times `torch.compile`",
         "of the matrix rate",
     ]
-    return "\n".join([*markdown_table(head, body), "", ops_sentence(results / "cpu" / "ops.csv")])
+    return "\n".join([*markdown_table(head, body), "", ops_sentence(results / "cpu" / ROWS)])
 
 
 def ops_sentence(path: Path) -> str:
@@ -116,8 +105,7 @@ def ops_sentence(path: Path) -> str:
     Args:
         path: the rows, ops.csv of a CPU; one of them at least was called from Python.
     """
-    with path.open(newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["style"] == "eager" and row["ratio"]]
+    rows = [row for row in read_csv(path) if row["style"] == "eager" and row["ratio"]]
     compiled, eager = (
         statistics.geometric_mean(float(row[f"{kind}_us"]) / float(row["ours_us"]) for row in rows)
         for kind in ("compile", "eager")
@@ -147,8 +135,8 @@ def picture(results: Path, path: Path) -> bool:
     axis = figure.add_subplot()
     for line, (title, model, color) in enumerate(bars):
         row = _row(results, "carso_mnist", model, WORST)
-        value = 100 * row["accuracy"]
-        masked = not row["reliable"]
+        value = 100 * row.accuracy
+        masked = not row.reliable
         axis.barh(
             line,
             value,

@@ -1,8 +1,9 @@
 """How many operators one step of each training dispatches: on a GPU each is a launch, which takes the host its time.
 
 Counted on the CPU as PyTorch dispatches them, without those that move no data, such as views: served by the references,
-in PyTorch; by the kernels that serve on a GPU where nothing was raced, those of which one launch replaces a dozen or
-more; and by every kernel, as where all won their races. The CPU's kernels stand for the GPU's, as both are one
+in PyTorch; by the kernels that serve a GPU's eager calls where nothing was raced, which are those that replace a dozen
+launches or more, with the attack's step launched each time or replayed as one graph; and by every kernel, as where all
+won their races. The CPU's kernels stand for the GPU's, as both are one
 operator; the decoder, which has none on a CPU, is counted by its layers.
 """
 
@@ -10,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
@@ -21,6 +24,7 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import REGISTRY, _op, _races
 from purify_fast.ops._racing import Launches
+from purify_fast.speed.step_graphs import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
 
@@ -28,8 +32,10 @@ from . import report
 
 FILE = "launches.csv"
 SHAPE, EPS = (1, 16, 16), 0.1
-Served = Literal["references", "by rule", "all kernels"]
+Served = Literal["references", "by rule", "by rule, captured", "all kernels"]
 CPU = torch.device("cpu")
+#: The module, which the package's function of that name hides.
+attention = import_module("purify_fast.ops.contextual_attention")
 
 
 def _batch() -> Batch:
@@ -77,14 +83,48 @@ def served(by: Served) -> Iterator[None]:
     """
     entries = {}
     for name, op in REGISTRY.items():
-        kernels = {"references": (), "by rule": op.replaces_many, "all kernels": ("",)}[by]
+        rule = op.serves_unraced("eager")
+        kernels = {"references": (), "by rule": rule, "by rule, captured": rule, "all kernels": ("",)}[by]
         chosen = {variant: op.kernel("cpu") for variant in kernels}
         variants = {variant: {"eager": backend} for variant, backend in chosen.items() if variant}
         entries[name] = [{"eager": chosen.get("", "reference"), "variants": variants}]
-    with _races.held("cpu", entries):
+    # kernels of a whole function, that only a CPU has, would count less than a GPU launches
+    whole, attention.WHOLE = attention.WHOLE, False
+    try:
+        with _races.held("cpu", entries):
+            _op.forget()
+            yield
+    finally:
+        attention.WHOLE = whole
         _op.forget()
-        yield
-    _op.forget()
+
+
+class Replays:
+    """Stands for CUDA graphs on a CPU, for `StepGraphs`: a replay runs the captured step again, as one launch."""
+
+    kind = "cpu"
+
+    def __init__(self) -> None:
+        self.replayed = 0
+
+    def aside(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """Nothing that runs here disturbs the step."""
+        return contextlib.nullcontext()
+
+    def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+        """As if all of a step's time went into launching it."""
+        run()
+        return 1.0, 1.0
+
+    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        """What replays a step: its operators are not counted."""
+
+        def replay() -> None:
+            self.replayed += 1
+            with _disable_current_modes():
+                run()
+
+        return replay
 
 
 def count(make: Callable[[], Any], by: Served) -> int:
@@ -96,13 +136,16 @@ def count(make: Callable[[], Any], by: Served) -> int:
     """
     torch.manual_seed(0)
     with served(by):
-        task, batch = make(), _batch()
+        task, batch, replays = make(), _batch(), Replays()
+        task.graphs = StepGraphs("always", capture=replays) if by == "by rule, captured" else None
         task.model.train()
-        for _ in range(2):
+        # a short attack is captured when it comes a second time, and its first replay is checked by an eager step
+        for _ in range(4):
             torch.manual_seed(0)
+            replays.replayed = 0
             with Launches() as launches:
                 task.training_step(batch)[0].backward()
-    return launches.count
+    return launches.count + replays.replayed
 
 
 def measured() -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from purify_fast._files import write_text
 from purify_fast.evaluation.tables import markdown_table
 
-from . import front_page, performance, report
+from . import evaluation, front_page, performance, report
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,7 +76,23 @@ def pipelines(results: Path, *wanted: str) -> str:
     return "\n".join([f"{machines}; milliseconds (times the plain form).", "", *markdown_table(["", *heads], body)])
 
 
+def contests(results: Path) -> str:
+    """Our attacks against the official AutoAttack.
+
+    Args:
+        results: the folder ``benchmarks/results``.
+
+    Raises:
+        FileNotFoundError: no contest has been run.
+    """
+    rows = evaluation.read(results / "studies")
+    if not rows:
+        raise FileNotFoundError(results / "studies" / evaluation.FILE)
+    return evaluation.markdown(rows).strip()
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
+    "evaluation": contests,
     "ops_served": ops_served,
     "pipelines_carso": lambda results: pipelines(results, "carso_inference", "carso_training"),
     "pipelines_atop": lambda results: pipelines(results, "atop_finetune"),

@@ -16,6 +16,7 @@ from .measure import AUTOTUNED, CONTESTANTS, LEAST, STYLES
 
 ROWS, VERDICTS, TABLE, PLOT = "ops.csv", "verdicts.csv", "ops.md", "ops.png"
 PIPELINES, PIPELINES_TABLE, PIPELINES_PLOT = "pipelines.csv", "pipelines.md", "pipelines.png"
+SERVED, SERVED_TABLE = "served.csv", "served.md"
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -68,9 +69,9 @@ def verdicts(rows: list[dict]) -> list[dict]:
 def _ahead(rows: list[dict]) -> bool:
     """Whether a kernel is far enough ahead in all of these rows to be a wall inside a graph.
 
-    Only where it replaces a dozen operators or more: others a compiler fuses with neighbours that the rows do not have.
+    Only where compilers do not fuse the reference as well, with neighbours that the rows do not have.
     """
-    many = REGISTRY[rows[0]["op"]].replaces_many if rows and rows[0]["op"] in REGISTRY else ()
+    many = REGISTRY[rows[0]["op"]].serves_unraced("graph") if rows and rows[0]["op"] in REGISTRY else ()
     return bool(many) and all(
         float(row["ratio"] or 0) >= IN_GRAPHS and ("" in many or row["variant"] in many) for row in rows
     )
@@ -253,6 +254,30 @@ def pipelines_markdown(rows: list[dict]) -> str:
                 shares = ", ".join(f"{100 * share:.0f} % {part}" for part, share in parts(row))
                 lines += ["", f"Of {row['contestant']}, each timed on its own: {shares}."]
     return "\n".join(lines) + "\n"
+
+
+def write_served(folder: Path) -> Path:
+    """The table of ``served.csv``, written beside it.
+
+    Args:
+        folder: of the results.
+    """
+    rows = read_csv(folder / SERVED)
+    lines = [
+        "# Pipelines, with the ops served as before and as now",
+        "",
+        f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}, {rows[0]['date']}. Each "
+        "pipeline ran in turn in one process with the ops served as an earlier file of races says and as today's say. "
+        "Medians, and the median ratio of the pairs. By `python -m benchmarks pipelines --before FILE`.",
+        "",
+        "| pipeline | ms before | ms now | times as fast | pairs |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = (f"{row['pipeline']}: {row['case']}", row["before"], row["now"], row["times as fast"], row["pairs"])
+        lines.append(f"| {' | '.join(cells)} |")
+    write_text(folder / SERVED_TABLE, "\n".join(lines) + "\n")
+    return folder / SERVED_TABLE
 
 
 def parts(row: dict) -> list[tuple[str, float]]:

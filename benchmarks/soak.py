@@ -2,8 +2,11 @@
 
 Each command is run once undisturbed. Then it is run again and again, and disturbed: killed, asked to end, its disk
 full, its memory limited, its clock set, a bit of its checkpoint changed, a second run started beside it. It is started
-again until it ends, and what it wrote must be what the undisturbed run wrote, to the bit. Beside that one process
-trains and attacks in turn all the time; its memory must not grow.
+again until it ends, and what it wrote must be what the undisturbed run wrote, to the bit. Of ``tune``, which measures
+times, the races must be the same, and what serves after them must be what its file says and be right.
+
+First single bits of the undisturbed runs' files are changed, one at a time: each change must be refused. Between the
+rounds one process trains and attacks everything in turn; its memory must not grow.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import os
 import platform
 import random
@@ -25,7 +29,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from purify_fast import __version__
@@ -37,7 +41,11 @@ PURIFY = [sys.executable, "-m", "purify_fast.cli"]
 #: Facts that differ from run to run without being a result.
 NO_RESULTS = ("seconds", "images_per_second", "date")
 FAST = ["--checkpoint-seconds", "0.2", "--device", "cpu"]
+#: Single bits that are changed, of all files together.
+BITS = 240
 UNLIMITED = resource.RLIM_INFINITY
+#: The ops that `tune` races here: a few seconds of races.
+RACED = ("sample_latent", "reconstruction_loss", "noisy_replay")
 
 
 @dataclass(frozen=True)
@@ -47,14 +55,18 @@ class Command:
     Args:
         name: in the report.
         words: of the command line, but for where it writes.
-        out: the option behind which that stands.
-        trains: whether it writes checkpoints.
+        out: the option behind which that stands; empty for a command that writes where PURIFY_FAST_CACHE says.
+        program: what takes the words.
     """
 
     name: str
     words: tuple[str, ...]
     out: str = "--out"
-    trains: bool = True
+    program: tuple[str, ...] = tuple(PURIFY)
+
+    def folder(self, out: Path) -> Path:
+        """Where it writes if it is told to write to ``out``."""
+        return out.with_name(out.name + "-quick") if self.name == "demo" else out
 
 
 def commands(data: Path, inputs: Path) -> list[Command]:
@@ -76,9 +88,10 @@ def commands(data: Path, inputs: Path) -> list[Command]:
         ),
         Command("train atop", (*atop, "--cls-delay-epochs", "1", "--epochs", "3", "--batch-size", "32", *FAST)),
         Command("train arrest", ("train", "arrest", *base, *images, "--epochs", "10", *attack, *FAST)),
-        Command("evaluate", ("evaluate", str(inputs / "train carso"), *images, "--device", "cpu", *few), trains=False),
+        Command("evaluate", ("evaluate", str(inputs / "train carso"), *images, "--device", "cpu", *few)),
         Command("ablate", ablate),
-        Command("demo", ("demo", "--quick")),
+        Command("demo", ("demo", "--quick"), program=(sys.executable, "-m", "benchmarks.soak", "small")),
+        Command("tune", ("tune", "--device", "cpu", "--ops", *RACED, "--minutes", "10"), out=""),
     ]
 
 
@@ -102,15 +115,18 @@ def make_data(path: Path) -> None:
 # -- one run and its results -------------------------------------------------------------------------------------------
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+def environment(cache: Path) -> dict[str, str]:
+    """One thread, and verdicts on kernels that are this soak's own: another race beside it changes nothing."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT),
+            "PURIFY_FAST_CACHE": str(cache)}  # fmt: skip
 
 
-def start(command: Command, out: Path, prefix: list[str] | None = None, more: tuple[str, ...] = ()) -> subprocess.Popen:
-    words = [*(PURIFY if prefix is None else prefix), *command.words, command.out, str(out), *more]
+def start(command: Command, out: Path, cache: Path, more: tuple[str, ...] = ()) -> subprocess.Popen:
+    words = [*command.program, *command.words, *((command.out, str(out)) if command.out else ()), *more]
     # no file, which a full disk would cut off too
-    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(cache if command.out else out),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
     process.said = []  # type: ignore[attr-defined]
     # a pipe that nobody empties would stop the process
     reader = threading.Thread(target=lambda: process.said.extend(process.stderr), daemon=True)  # type: ignore
@@ -137,10 +153,15 @@ def plain(value: object) -> object:
     return [plain(item) for item in value] if isinstance(value, list) else value
 
 
-def results(command: Command, folder: Path) -> dict[str, object]:
-    """What a run came to, by file: models to the bit, logs, tables and reports without times."""
-    folder = folder.with_name(folder.name + "-quick") if command.name == "demo" else folder
+def results(command: Command, out: Path) -> dict[str, object]:
+    """What a run came to, by file: models to the bit, logs, tables and reports without times; of `tune` the races."""
+    folder = command.folder(out)
     found: dict[str, object] = {}
+    if not command.out:
+        (path,) = folder.glob("raced-*.json")
+        raced = json.loads(path.read_text())["ops"]
+        names = ("example", "variant", "dtype", "size", "style", "elements")
+        return {op: sorted([str(row[name]) for name in names] for row in raced[op]["rows"]) for op in sorted(raced)}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         # rows are named by what they depend on, and the files that lead to a result are none
@@ -169,6 +190,8 @@ class Tally:
         ended: how the disturbed processes ended, by fault and exit status.
         rounds: disturbed runs that came to their end, by command.
         losses: what was wrong, in words.
+        bits: of single bits that were changed in files, how many there were, how many were refused, for how many there
+            was a file before the changed one, and how often that was taken.
         memory: resident bytes of the process that trains all the time, after each round.
     """
 
@@ -176,6 +199,7 @@ class Tally:
     ended: Counter[tuple[str, int]] = field(default_factory=Counter)
     rounds: Counter[str] = field(default_factory=Counter)
     losses: list[str] = field(default_factory=list)
+    bits: Counter[str] = field(default_factory=Counter)
     memory: list[int] = field(default_factory=list)
 
 
@@ -190,7 +214,7 @@ class Soak:
 
     def __init__(self, folder: Path, seed: int, only: list[str]):
         self.folder, self.draw, self.tally = folder, random.Random(seed), Tally()
-        self.inputs = folder / "undisturbed"
+        self.inputs, self.cache = folder / "undisturbed", folder / "cache"
         make_data(folder / "data.npz")
         every = commands(folder / "data.npz", self.inputs)
         unknown = set(only) - {command.name for command in every}
@@ -212,6 +236,9 @@ class Soak:
             "second run": self.second,
         }
 
+    def start(self, command: Command, out: Path, more: tuple[str, ...] = ()) -> subprocess.Popen:
+        return start(command, out, self.cache, more)
+
     def say(self, text: str) -> None:
         print(f"[{datetime.datetime.now():%H:%M:%S}] {text}", flush=True)
 
@@ -220,30 +247,65 @@ class Soak:
         for command in self.needed:
             began = time.monotonic()
             out = self.inputs / command.name
-            code, errors = ended(start(command, out))
+            code, errors = ended(self.start(command, out))
             if code:
                 raise RuntimeError(f"{command.name} undisturbed: exit status {code}\n{errors[-3000:]}")
             self.seconds[command.name] = time.monotonic() - began
             self.wanted[command.name] = results(command, out)
             self.say(f"{command.name} undisturbed: {self.seconds[command.name]:.1f} s")
 
+    def flip(self) -> None:
+        """Change single bits anywhere in checkpoints and saved models, one at a time, and count what is refused."""
+        # PyTorch takes seconds to import, and the processes that are started from here do it themselves
+        from purify_fast.training.checkpoint import CHECKPOINT, PREVIOUS, last_checkpoint, read_model, read_tree
+
+        # it tells of each changed file
+        logging.getLogger("purify_fast").setLevel(logging.ERROR)
+        folders = [self.inputs / command.name for command in self.needed if command.name.startswith("train ")]
+        for number in range(BITS):
+            folder = folders[number % len(folders)]
+            path = folder / (CHECKPOINT, "model.safetensors", "model.json")[number // len(folders) % 3]
+            whole = path.read_bytes()
+            at = self.draw.randrange(8 * len(whole))
+            data = bytearray(whole)
+            data[at // 8] ^= 1 << at % 8
+            path.write_bytes(data)
+            self.tally.bits["changed"] += 1
+            try:
+                if path.name == CHECKPOINT:
+                    read_tree(path)
+                else:
+                    read_model(folder)
+                self.lost(f"bit {at} of {path.relative_to(self.inputs)} changed, and the file was read")
+            except ValueError:
+                self.tally.bits["refused"] += 1
+            if path.name == CHECKPOINT and (folder / PREVIOUS).is_file():
+                self.tally.bits["had one before"] += 1
+                taken = last_checkpoint(folder)["step"] == read_tree(folder / PREVIOUS)["step"]
+                self.tally.bits["the one before taken"] += taken
+            path.write_bytes(whole)
+        self.say(", ".join(f"{number} {what}" for what, number in self.tally.bits.items()))
+
     def round(self, command: Command) -> None:
         """Disturb a command until it has had some faults, let it end, and compare."""
         out = self.folder / "disturbed"
-        quick = out.with_name(out.name + "-quick")
-        for folder in (out, quick):
+        for folder in {out, command.folder(out)}:
             shutil.rmtree(folder, ignore_errors=True)
         kinds = [kind for kind in self.faults if self.applies(kind, command)]
         # a kill is what happens most
-        kills = ["SIGKILL"] * (1 if command.name == "demo" else self.draw.randint(1, 4))
+        kills = ["SIGKILL"] * self.draw.randint(2, 5)
         chosen = [*kills, *(self.draw.choice(kinds) for _ in range(self.draw.randint(0, 2)))]
         self.draw.shuffle(chosen)
         for kind in chosen:
             self.faults[kind](command, out)
-        code, errors = ended(start(command, out))
+            if not command.out:
+                self.served(out, kind)
+        code, errors = ended(self.start(command, out))
         if code:
             self.lost(f"{command.name} after {', '.join(chosen)}: exit status {code}: {errors[-400:]}")
             return
+        if not command.out:
+            self.served(out, "its end")
         found = results(command, out)
         wanted = self.wanted[command.name]
         odd = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
@@ -251,6 +313,13 @@ class Soak:
             self.lost(f"{command.name} after {', '.join(chosen)}: {', '.join(odd)} differ")
         self.tally.rounds[command.name] += 1
         self.say(f"{command.name}: {', '.join(chosen)}: {'DIFFERENT' if odd else 'the same'}")
+
+    def served(self, cache: Path, after: str) -> None:
+        """What `tune` left is whole or absent, and a process that reads it is served what it says, rightly."""
+        words = [sys.executable, "-m", "benchmarks.soak", "served", str(cache)]
+        done = subprocess.run(words, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=600)
+        if done.returncode:
+            self.lost(f"tune after {after}: {done.stdout[-300:]} {done.stderr[-600:]}")
 
     def lost(self, text: str) -> None:
         self.tally.losses.append(text)
@@ -263,7 +332,7 @@ class Soak:
         if kind == "small tmpfs":
             return command.name == "train classifier" and namespaces()
         if kind == "clock set":
-            return command.name != "demo"
+            return command.program == tuple(PURIFY)
         return True
 
     def moment(self, command: Command) -> float:
@@ -299,19 +368,19 @@ class Soak:
             self.lost(f"{command.name} under {kind} ended in a traceback: {errors[-600:]}")
 
     def killed(self, command: Command, out: Path) -> None:
-        process = start(command, out)
+        process = self.start(command, out)
         # with all processes that it started, as when a machine fails
         found = self.disturb("SIGKILL", command, process, lambda: os.killpg(process.pid, signal.SIGKILL))
         self.expect("SIGKILL", command, found, (-9, 0))
 
     def terminated(self, command: Command, out: Path) -> None:
-        process = start(command, out)
+        process = self.start(command, out)
         found = self.disturb("SIGTERM", command, process, process.terminate)
         self.expect("SIGTERM", command, found, (-15, 143, 0))
 
     def full_stop(self, command: Command, out: Path) -> None:
         """From a random moment on, no file can be written that is larger than a few bytes."""
-        process = start(command, out)
+        process = self.start(command, out)
         kind = "full disk, stopped"
         limit = lambda: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100, UNLIMITED))  # noqa: E731
         found = self.disturb(kind, command, process, limit)
@@ -320,7 +389,7 @@ class Soak:
             self.lost(f"{command.name} on a full disk names no file: {found[1][-400:]}")
 
     def full_wait(self, command: Command, out: Path) -> None:
-        process = start(command, out, more=("--on-full", "wait"))
+        process = self.start(command, out, more=("--on-full", "wait"))
         kind = "full disk, waited for"
 
         def full_for_a_while() -> None:
@@ -337,13 +406,13 @@ class Soak:
     def small_disk(self, command: Command, out: Path) -> None:
         """On a disk of 60 KiB, which has no room for two checkpoints; then the disk grows."""
         out.mkdir(parents=True, exist_ok=True)
-        words = " ".join(f"'{word}'" for word in [*PURIFY, *command.words, command.out])
+        words = " ".join(f"'{word}'" for word in [*command.program, *command.words, command.out])
         script = (
             f"mkdir -p /tmp/soak-$$ && mount -t tmpfs -o size=60k none /tmp/soak-$$ || exit 77; "
             f"{words} /tmp/soak-$$/run; code=$?; cp -r /tmp/soak-$$/run/. '{out}'; umount /tmp/soak-$$; "
             f"rmdir /tmp/soak-$$; exit $code"
         )
-        errors = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, env=environment(),
+        errors = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, env=environment(self.cache),
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
         for path in out.rglob(".purify_fast.lock"):
             path.unlink()
@@ -354,7 +423,7 @@ class Soak:
 
     def little_memory(self, command: Command, out: Path) -> None:
         """From a random moment on, hardly any memory can be had; how a process ends then is not its choice."""
-        process = start(command, out)
+        process = self.start(command, out)
 
         def limit() -> None:
             with contextlib.suppress(OSError, IndexError):
@@ -367,7 +436,8 @@ class Soak:
 
     def clock(self, command: Command, out: Path) -> None:
         """A run whose clock jumps by days at every look, killed at a random moment; its files get times of any year."""
-        process = start(command, out, prefix=[sys.executable, "-m", "benchmarks.soak", "clock"])
+        jumping = replace(command, program=(sys.executable, "-m", "benchmarks.soak", "clock"))
+        process = self.start(jumping, out)
         found = self.disturb("clock set", command, process, lambda: os.killpg(process.pid, signal.SIGKILL))
         self.expect("clock set", command, found, (-9, 0))
         for path in out.rglob("*"):
@@ -387,7 +457,7 @@ class Soak:
         data[at // 8] ^= 1 << at % 8
         path.write_bytes(data)
         before = (out / "checkpoint.previous.safetensors").is_file()
-        code, errors = ended(start(command, out))
+        code, errors = ended(self.start(command, out))
         self.tally.faults[command.name, "changed bit"] += 1
         self.tally.ended["changed bit", code] += 1
         if before and (code or "is set aside as" not in errors):
@@ -399,13 +469,13 @@ class Soak:
 
     def second(self, command: Command, out: Path) -> None:
         """Another run of the same folder, at a random moment: refused while the first is at work."""
-        process = start(command, out)
+        process = self.start(command, out)
         seen: list[tuple[int, str]] = []
-        lock = (out.with_name(out.name + "-quick") if command.name == "demo" else out) / ".purify_fast.lock"
+        folder = command.folder(out)
 
         def another() -> None:
-            if lock.exists():
-                seen.append(ended(start(command, out)))
+            if any(folder.rglob(".purify_fast.lock")):
+                seen.append(ended(self.start(command, out)))
 
         found = self.disturb("second run", command, process, another)
         self.expect("second run", command, found, (0, 2))
@@ -435,7 +505,7 @@ def cycle(folder: Path) -> int:
     torch.set_num_threads(1)
     inputs = folder / "steady inputs"
     for command in commands(folder / "data.npz", inputs):
-        if command.name in ("demo", "ablate"):
+        if command.name in ("demo", "ablate", "tune"):
             continue
         out = inputs / command.name
         if command.name != "evaluate":
@@ -456,8 +526,9 @@ def cycle(folder: Path) -> int:
 @contextlib.contextmanager
 def steady(folder: Path) -> Iterator[Callable[[], int]]:
     """Within the block, a process that does a `cycle` whenever it is asked, and tells its resident bytes."""
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.soak", "steady", str(folder)], cwd=ROOT,
-                               env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    words = [sys.executable, "-m", "benchmarks.soak", "steady", str(folder)]
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(folder / "cache"), stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
 
     def ask() -> int:
@@ -481,6 +552,54 @@ def with_jumping_clock(words: list[str]) -> int:
     return cli.main(words)
 
 
+def small_demo(words: list[str]) -> int:
+    """The demonstration's quick form with still less of everything: the same path in seconds."""
+    from purify_fast import cli, demo
+
+    few = {"images": 12, "peel_images": 6, "autoattack_images": 2, "atop_images": 6}
+    least = {"steps": 2, "peel_steps": 2, "autoattack_steps": 2, "autoattack_queries": 2, "atop_steps": 2, "eot": 1}
+    # the classifiers learn something, so that there is something to attack
+    learned = ("standard_epochs", "base_epochs")
+    epochs = {name: 1 for name in vars(demo.QUICK) if name.endswith("_epochs") and name not in learned}
+    demo.QUICK = replace(demo.QUICK, **few, **least, **epochs)
+    return cli.main(words)
+
+
+def wrongly_served(cache: Path) -> list[str]:
+    """What is wrong with the files that `tune` left in a folder, or with who serves by them, in words."""
+    import torch
+
+    from purify_fast.ops import REGISTRY, _examples, _races, _verify
+
+    cpu, found = torch.device("cpu"), []
+    for path in cache.glob("*.json"):
+        try:
+            json.loads(path.read_text())
+        except ValueError as error:
+            found.append(f"{path.name} is not whole: {error}")
+    for name, entry in _races.read(cpu).get("ops", {}).items():
+        op = REGISTRY[name]
+        for cell, winners in entry["cells"].items():
+            call = _races._call(cell)
+            serves = op.serving("eager", cpu, call.variant, call.dtype, call.bits)
+            if call.bits and serves != winners["eager"]:
+                found.append(f"{name} {cell} is served by {serves}, and its file says {winners['eager']}")
+    for name in RACED:
+        op = REGISTRY[name]
+        for example in _examples.of(name):
+            for dtype in example.dtypes:
+                arguments = example.make(dtype, 0)
+                served = _examples.tensors(op(*arguments, variant=example.variant))
+                same, golden = (
+                    _examples.tensors(op.reference(*given)) for given in (arguments, _examples.double(arguments))
+                )
+                for got, exact, rounded in zip(served, golden, same, strict=True):
+                    error = _verify.deviation(got, exact, rounded, example, f"{name} {example.name} {dtype}")
+                    if not error.passed:
+                        found.append(f"{error.case} errs by {error.error:.2g}, {error.budget:.2g} is allowed")
+    return found
+
+
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
@@ -497,6 +616,8 @@ def page(soak: Soak, minutes: float) -> str:
     tally = soak.tally
     kinds = list(soak.faults)
     total = sum(tally.faults.values())
+    kills = {command: n for (command, kind), n in tally.faults.items() if kind == "SIGKILL"}
+    bits = tally.bits
     head = [
         "# Soak", "",
         f"purify_fast {__version__}, {platform.machine()}, Python {platform.python_version()}, one thread, "
@@ -506,6 +627,15 @@ def page(soak: Soak, minutes: float) -> str:
         f"**{total} faults, {sum(tally.rounds.values())} disturbed runs that came to their end, "
         f"{len(tally.losses)} losses.** A loss is a result that differs from that of the undisturbed run, a run that "
         "cannot be resumed, or an end that is not meant.", "",
+        f"- {sum(kills.values())} of the faults are SIGKILLs: "
+        + ", ".join(f"{n} of `{name}`" for name, n in sorted(kills.items(), key=lambda one: -one[1])) + ".",
+        f"- {bits['changed']} single bits were changed, anywhere in checkpoints and saved models: {bits['refused']} "
+        f"changed files were refused; for {bits['had one before']} there was a checkpoint before it, which was taken "
+        f"{bits['the one before taken']} times.",
+        "- `demo` is its quick form with less of everything. `tune` races "
+        + ", ".join(f"`{name}`" for name in RACED)
+        + "; it measures times, so that not its figures must be the same but its races, and after each fault its file "
+        "must be whole or absent, and what serves by it be right.", "",
     ]  # fmt: skip
     lines = ["| command | undisturbed, s | ended alike | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 3) + "|"]
     for command in soak.commands:
@@ -535,14 +665,18 @@ def main(minutes: float, out: Path | None, seed: int, only: list[str], folder: P
     with tempfile.TemporaryDirectory(prefix="soak-", dir=folder) as place:
         soak = Soak(Path(place), seed, only)
         soak.undisturbed()
+        soak.flip()
         until = time.monotonic() + 60 * minutes
         with steady(Path(place)) as ask:
+            # each command has the same share of the time, so that one that takes long has its turn less often
+            spent = {command.name: 0.0 for command in soak.commands}
             while time.monotonic() < until:
-                for command in soak.draw.sample(soak.commands, len(soak.commands)):
-                    # what takes long has its turn less often
-                    rarely = soak.seconds[command.name] > 3 * statistics.median(soak.seconds.values())
-                    if time.monotonic() < until and (not rarely or soak.draw.random() < 0.25):
+                for _ in soak.commands:
+                    command = min(soak.draw.sample(soak.commands, len(soak.commands)), key=lambda one: spent[one.name])
+                    began = time.monotonic()
+                    if began < until:
                         soak.round(command)
+                    spent[command.name] += time.monotonic() - began
                 soak.tally.memory.append(ask())
                 write_text(out or RESULTS, page(soak, minutes))
         if growth(soak.tally.memory) > 0.03:
@@ -555,6 +689,12 @@ def main(minutes: float, out: Path | None, seed: int, only: list[str], folder: P
 if __name__ == "__main__":
     if sys.argv[1] == "clock":
         sys.exit(with_jumping_clock(sys.argv[2:]))
+    if sys.argv[1] == "small":
+        sys.exit(small_demo(sys.argv[2:]))
+    if sys.argv[1] == "served":
+        wrong = wrongly_served(Path(sys.argv[2]))
+        print("; ".join(wrong))
+        sys.exit(bool(wrong))
     if sys.argv[1] == "steady":
         for _ in sys.stdin:
             print(cycle(Path(sys.argv[2])), flush=True)

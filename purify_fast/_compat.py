@@ -300,10 +300,13 @@ def checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
     Args:
         saved: a checkpoint of this release or of version 0.1, which had one optimizer without a name.
     """
+    kind = saved["facts"]["task"]
+    if kind == "classifier":
+        # classifiers had no such setting at first
+        saved = {**saved, "facts": {"precision": "float32", **saved["facts"]}}
     if "optimizers" in saved:
         return saved
     saved = dict(saved)
-    kind = saved["facts"]["task"]
     own = {"relative_alpha": 2.0} if kind == "classifier" else {}
     facts = _NEW_SETTINGS | own | renamed(saved["facts"], _RENAMED_SETTINGS.get(kind, {}))
     if kind == "carso":

@@ -53,6 +53,9 @@ class _Held:
 
 
 _held: dict[Path, _Held] = {}
+#: The locks that threads are about to take, with the process that does: watching another machine's takes seconds.
+_taking: dict[Path, int] = {}
+#: Held for moments only, so that no lock of another folder waits.
 _guard = threading.Lock()
 
 
@@ -79,13 +82,15 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         if mine is not None and mine.process != os.getpid():
             # a process that was forked: the lock is its parent's
             mine = None
-        if mine is not None and mine.thread != threading.get_ident():
+        beside = mine.thread != threading.get_ident() if mine is not None else _taking.get(path) == os.getpid()
+        if beside:
             raise FolderInUse(f"{folder} is written by another thread of this process: wait for it, or give another")
         if mine is None:
-            mine = _held[path] = _take(path, folder)
-            mine.made = made
+            _taking[path] = os.getpid()
         else:
             mine.times += 1
+    if mine is None:
+        mine = _taken(path, folder, made)
     try:
         yield
     finally:
@@ -94,6 +99,19 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
             if mine.times == 0:
                 del _held[path]
                 _release(path, mine)
+
+
+def _taken(path: Path, folder: Path, made: list[Path]) -> _Held:
+    """The lock, taken by this thread; ``made`` are the folders that were made for it."""
+    try:
+        held = _take(path, folder)
+        held.made = made
+        with _guard:
+            _held[path] = held
+        return held
+    finally:
+        with _guard:
+            del _taking[path]
 
 
 def _take(path: Path, folder: Path) -> _Held:
@@ -105,11 +123,17 @@ def _take(path: Path, folder: Path) -> _Held:
             break
         # closed while its holder is watched: what reads the file anew would give up the lock
         os.close(handle)
-        if _lives(path, holder, locked):
-            raise FolderInUse(_words(folder, holder))
+        if (found := _lives(path, holder, locked)) is not None:
+            raise FolderInUse(_words(folder, found))
         gone.add(holder["token"])
     own = _own()
-    _write(handle, own)
+    try:
+        _write(handle, own)
+    except OSError as error:
+        # on a full disk, say: where the system locked the file, what it says is for messages alone
+        if not locked:
+            os.close(handle)
+            raise OSError(error.errno, error.strerror, str(path)) from error
     if not locked:
         # Two processes may have found the file free. The one that wrote last has it.
         time.sleep(0.5)
@@ -225,24 +249,32 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and all(name in found for name in wanted) else None
 
 
-def _lives(path: Path, holder: dict[str, Any], locked: bool) -> bool:
-    """Whether the process that a file names is at work, though the system does not say so."""
+def _lives(path: Path, holder: dict[str, Any], locked: bool) -> dict[str, Any] | None:
+    """What a file says of its holder that is at work, though the system does not say so; None if that is gone.
+
+    Args:
+        path: the file.
+        holder: what it told before.
+        locked: whether the system locked it for this process.
+    """
     boot = _text(Path("/proc/sys/kernel/random/boot_id"))
     if boot and holder["boot"] == boot:
         # of this machine: where the system has locks, it has released this one
-        return not locked and bool(holder["started"]) and _started(holder["process"]) == holder["started"]
+        lives = not locked and bool(holder["started"]) and _started(holder["process"]) == holder["started"]
+        return holder if lives else None
     if locked and not boot and holder["host"] == socket.gethostname():
-        return False
+        return None
     until = time.monotonic() + WATCH
     while time.monotonic() < until:
         time.sleep(BEAT / 4)
         try:
             found = _parsed(path.read_bytes())
         except OSError:
-            return False
+            return None
         if found is not None and (found["token"], found["beat"]) != (holder["token"], holder["beat"]):
-            return True
-    return False
+            # it may be another one that took the lock meanwhile: that is the one to name
+            return found
+    return None
 
 
 def _words(folder: Path, holder: dict[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import torch
@@ -32,6 +33,18 @@ def repeat_batch(x: Tensor, times: int) -> Tensor:
         A new tensor ``[times * B, ...]``; ``unflatten(0, (times, -1))`` parts it again.
     """
     return x.repeat(times, *[1] * (x.dim() - 1))
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A block in which operators keep the dtypes of their inputs, also where the caller is under ``torch.autocast``.
+
+    Args:
+        device: of the tensors. A meta tensor has no autocast, and PyTorch refuses to switch one off for it.
+
+    Returns:
+        The context to enter; it does nothing for meta tensors.
+    """
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def first_tensor(module: nn.Module) -> Tensor:

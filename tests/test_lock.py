@@ -1,5 +1,6 @@
 """One run per folder: who holds the lock, when it ends, and what is refused meanwhile."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -140,6 +141,60 @@ def test_without_locks_of_the_system_the_process_is_looked_for(tmp_path, monkeyp
             pass
 
 
+def test_another_folder_does_not_wait_while_a_lock_is_watched(tmp_path, monkeypatch):
+    """The lock of another machine is watched for seconds; all locks of this process once waited for that."""
+    monkeypatch.setattr(_lock, "BEAT", 0.2)
+    monkeypatch.setattr(_lock, "WATCH", 1.5)
+    left(tmp_path / "watched")
+    thread = threading.Thread(target=lambda: folder_lock(tmp_path / "watched").__enter__())
+    thread.start()
+    while not _lock._taking:
+        time.sleep(0.01)
+    began = time.monotonic()
+    with folder_lock(tmp_path / "other"):
+        assert time.monotonic() - began < 0.5
+    with pytest.raises(FolderInUse, match="another thread of this process"), folder_lock(tmp_path / "watched"):
+        pass
+    assert time.monotonic() - began < 1.0
+    thread.join()
+
+
+WATCHED = HOLD.replace("from purify_fast._lock", "from purify_fast import _lock\nfrom purify_fast._lock").replace(
+    "with", "_lock.BEAT, _lock.WATCH = 0.2, 2.0\nwith"
+)
+
+
+def test_of_two_processes_that_watch_one_takes_the_lock_and_is_named_by_the_other(tmp_path, monkeypatch):
+    """The other one named the process that had left the lock, which was gone."""
+    monkeypatch.setattr(_lock, "BEAT", 0.2)
+    monkeypatch.setattr(_lock, "WATCH", 8.0)
+    left(tmp_path)
+    words = [sys.executable, "-c", WATCHED, str(tmp_path)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        with pytest.raises(FolderInUse, match=f"process {process.pid} on "), folder_lock(tmp_path):
+            pass
+        assert process.stdout.readline() == "held\n"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_lock_on_a_full_disk(tmp_path, monkeypatch):
+    """What the file says is for messages alone where the system locks it; elsewhere the file is named."""
+
+    def full(handle, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(_lock, "_write", full)
+    if sys.platform != "win32":
+        with folder_lock(tmp_path):
+            pass
+    monkeypatch.setattr(_lock, "_lock", lambda handle: None)
+    with pytest.raises(OSError, match=r"No space left on device.*purify_fast\.lock"), folder_lock(tmp_path):
+        pass
+
+
 def test_a_file_of_garbage_is_no_lock(tmp_path):
     (tmp_path / NAME).write_bytes(b"\xff{")
     with folder_lock(tmp_path):
@@ -174,3 +229,33 @@ def test_two_runs_of_the_command_line(tmp_path, holder, capsys):
     (tmp_path / "model").mkdir()
     assert cli.main(["evaluate", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--eps", "0.1"]) == 2
     assert f"process {holder.pid} on" in capsys.readouterr().err
+
+
+def test_a_second_race_of_the_same_kernels(tmp_path, monkeypatch, capsys):
+    """Two at once would slow each other, and both write one file."""
+    import torch
+
+    from purify_fast import _library, cli
+    from purify_fast.ops import _races
+
+    if not _library.loaded():
+        pytest.skip("the CPU's kernels are the extension's")
+    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
+    place = _races.file_of(torch.device("cpu")).with_suffix("")
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 2
+        assert f"process {process.pid} on" in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.wait()
+    assert not list((tmp_path / "cache").glob("*.json"))
+
+
+@pytest.mark.parametrize("words", [["study", "carso_digits", "--quick"], ["gpu_check", "tests", "--dry"]])
+def test_the_studies_and_the_check_of_a_gpu_lock_their_folders(tmp_path, holder, words):
+    from benchmarks.__main__ import main
+
+    with pytest.raises(FolderInUse, match=f"process {holder.pid} on"):
+        main([*words, "--out", str(tmp_path / "run")])

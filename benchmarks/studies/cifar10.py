@@ -144,7 +144,7 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     for protocol, count in zip(PROTOCOLS, (budget.images, budget.strong_images), strict=True):
         if name == PEEL and protocol == "strong":
             continue
-        how = {"attacks": through, "steps": 4 * budget.steps} if name == PEEL else {"protocol": protocol}
+        how = {"attacks": through, "steps": 2 * budget.carso_steps} if name == PEEL else {"protocol": protocol}
         report = evaluate(
             model, images.x_test[:count], images.y_test[:count], eps=EPS, seed=job.seed, out=folder / protocol,
             name=name, dataset_name=images.name, progress=False, **how,

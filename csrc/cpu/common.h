@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <array>
 #include <vector>
 
@@ -66,13 +70,31 @@ inline Tensor dense(const Tensor& x, ScalarType dtype) {
 }
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+// Asks for pages of 2 MiB for a large new tensor. C's allocator returns blocks of 32 MiB and more to the system when
+// they are freed, so that each call's result is new memory, where every page of 4 KiB that is written first costs a
+// fault.
+inline void prefer_large_pages(const Tensor& x, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t page = 2 << 20, least = 32 << 20;
+  if (bytes < least) return;
+  const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  const uintptr_t first = (begin + page - 1) / page * page, stop = (begin + bytes) / page * page;
+  // a wish: where it is not granted, nothing but time is lost
+  madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
+#endif
+}
+
 // A new CPU tensor, uninitialised.
 inline Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor made(handle);
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(made.get(), &bytes));
+  prefer_large_pages(made, bytes);
+  return made;
 }
 // A contiguous one.
 inline Tensor new_tensor(const int64_t* sizes, int64_t dim, ScalarType dtype) {

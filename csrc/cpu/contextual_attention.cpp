@@ -1,218 +1,349 @@
 #include "../core/contextual_attention.h"
 
+#include <memory>
+
 #include "common.h"
+#include "moved_rows.h"
+#include "patch_norms.h"
 
 namespace pf::cpu {
 namespace {
 
-// Rows of every loop: query n of sample b is row b * cells + n. `inner` and `spare` are of the caller.
+// What every pass over the queries of a call needs. Matrices in scratch memory have rows of `size` numbers.
+template <class W>
+struct Call {
+  Grid grid;
+  W scale;
+  Masks<W> masks;
 
-// Sums of neighbours, the keys scaled if `inverse` is given.
+  Call(int64_t height, int64_t width, double scale) : grid{height, width}, scale(static_cast<W>(scale)), masks(grid) {}
+  int64_t cells() const { return grid.cells(); }
+  int64_t size() const { return masks.size(); }
+  Padded<W> matrix(const W* scratch) const { return {scratch, size()}; }
+};
+
+// -- passes over the queries begin .. end of a sample, whose first row in `Dense` matrices is `first` -----------------
+
+// Sums of neighbours of the products of pixels, the keys scaled.
 template <class W>
-PF_HD void patches_loop(const W* x, const W* inverse, W* out, Grid grid, const W* inner, int64_t begin, int64_t end) {
-  const int64_t cells = grid.cells();
-  for (int64_t r = begin; r < end; ++r) {
-    const int64_t b = r / cells;
-    W* row = out + r * cells;
-    for (int64_t i = 0; i < cells; ++i) row[i] = 0;
-    add_window(row, x + b * cells * cells, grid, r % cells, all_neighbours, inner);
-    for (int64_t i = 0; inverse && i < cells; ++i) row[i] *= inverse[b * cells + i];
-  }
-}
-template <class W>
-PF_HD void rows_loop(const W* x, W* out, Grid grid, int64_t begin, int64_t end) {
-  const int64_t cells = grid.cells();
-  for (int64_t r = begin; r < end; ++r) fuse_rows(out + r * cells, x + r / cells * cells * cells, grid, r % cells);
-}
-template <class W>
-PF_HD void columns_loop(const W* x, W* out, Grid grid, int64_t begin, int64_t end) {
-  const int64_t cells = grid.cells();
-  for (int64_t r = begin; r < end; ++r) fuse_columns(out + r * cells, x + r / cells * cells * cells, grid, r % cells);
-}
-template <class W>
-PF_HD void attend_loop(const W* x, const W* keep, W scale, W* out, Grid grid, int64_t begin, int64_t end) {
-  const int64_t cells = grid.cells();
-  columns_loop(x, out, grid, begin, end);
-  for (int64_t r = begin; r < end; ++r) attention_row(out + r * cells, keep + r / cells * cells, scale, cells);
-}
-template <class T, class W = wide_t<T>>
-PF_HD void spread_loop(const W* weights, T* out, Grid grid, const W* inner, int64_t begin, int64_t end, W* spare) {
-  const int64_t cells = grid.cells();
-  for (int64_t r = begin; r < end; ++r) {
-    const int64_t b = r / cells, n = r % cells;
-    for (int phase = 0; phase < 4; ++phase) {
-      for (int64_t i = 0; i < cells; ++i) spare[i] = 0;
-      add_window(spare, weights + b * cells * cells, grid, n, spread_window(phase / 2, phase % 2), inner);
-      const W* sum = spare;
-      store_all(out + ((b * 4 + phase) * cells + n) * cells, cells,
-                [=](int64_t i) PF_INLINE { return W(0.25) * sum[i]; });
-    }
-  }
-}
-template <class T, class W = wide_t<T>>
-PF_HD void gather_loop(const T* grad, const W* weights, W scale, W* out, Grid grid, const W* inner, int64_t begin,
+PF_HD void scores_loop(const Dense<W>& x, int64_t first, const W* inverse, W* out, const Call<W>& call, int64_t begin,
                        int64_t end) {
-  const int64_t cells = grid.cells();
-  for (int64_t r = begin; r < end; ++r) {
-    const int64_t b = r / cells, n = r % cells;
-    W* row = out + r * cells;
-    for (int64_t i = 0; i < cells; ++i) row[i] = 0;
-    for (int phase = 0; phase < 4; ++phase) {
-      add_window(row, grad + (b * 4 + phase) * cells * cells, grid, n, gather_window(phase / 2, phase % 2), inner);
-    }
-    for (int64_t i = 0; i < cells; ++i) row[i] *= W(0.25);
-    attention_row_backward(row, weights + r * cells, scale, cells);
+  Term<W> terms[9];
+  for (int64_t n = begin; n < end; ++n) {
+    W* row = out + n * call.size();
+    neighbour_terms(x, first, call.grid, n, call.masks, terms);
+    sum_terms<9>(terms, row, call.size());
+    for (int64_t i = 0; i < call.cells(); ++i) row[i] *= inverse[i];
   }
 }
-// Queries begin .. end of one sample: `x` fused by rows and scaled into `out`, and the gradient of the inverse norms,
-// summed over these queries. spare: 2 * cells numbers.
 template <class W>
-PF_HD void inverse_loop(const W* x, const W* correlation, const W* inverse, W* out, W* to_inverse, Grid grid,
-                        const W* inner, int64_t begin, int64_t end, W* spare) {
-  const int64_t cells = grid.cells();
-  W* patches = spare + cells;
+PF_HD void rows_loop(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end) {
+  Term<W> terms[3];
+  for (int64_t n = begin; n < end; ++n) {
+    row_terms(call.matrix(x), call.cells(), n, call.masks, terms);
+    sum_terms<3>(terms, out + n * call.size(), call.size());
+  }
+}
+template <class W>
+PF_HD void columns_loop(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end) {
+  Term<W> terms[5];
+  for (int64_t n = begin; n < end; ++n) {
+    column_terms(call.matrix(x), call.grid, n, call.masks, terms);
+    sum_terms<5>(terms, out + n * call.size(), call.size());
+  }
+}
+// The weights, in scratch memory and as the op returns them.
+template <class W>
+PF_HD void attend_loop(const W* x, const W* keep, W* out, W* weights, const Call<W>& call, int64_t begin, int64_t end) {
+  const int64_t cells = call.cells();
+  columns_loop(x, out, call, begin, end);
+  for (int64_t n = begin; n < end; ++n) {
+    const W* row = out + n * call.size();
+    attention_row(out + n * call.size(), keep, call.scale, cells);
+    for (int64_t i = 0; i < cells; ++i) weights[n * cells + i] = row[i];
+  }
+}
+// The weights' sums of the four phases; spare: as many rows.
+template <class T, class W = wide_t<T>>
+PF_HD void spread_loop(const W* weights, T* out, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
+  const int64_t cells = call.cells();
+  Term<W> terms[9];
+  for (int64_t n = begin; n < end; ++n) {
+    neighbour_terms(call.matrix(weights), 0, call.grid, n, call.masks, terms);
+    quarter_terms(terms, spare, call.size());
+    for (int64_t phase = 0; phase < 4; ++phase) {
+      const W* row = spare + phase * call.size();
+      store_all(out + (phase * cells + n) * cells, cells, [=](int64_t i) PF_INLINE { return row[i]; });
+    }
+  }
+}
+// The gradient of the scores, from that of the weights' sums.
+template <class T, class W = wide_t<T>>
+PF_HD void gather_loop(const Dense<T>& grad, int64_t first, const W* weights, W* out, const Call<W>& call,
+                       int64_t begin, int64_t end) {
+  Term<T> terms[16];
+  for (int64_t n = begin; n < end; ++n) {
+    W* row = out + n * call.size();
+    phase_terms(grad, first, call.grid, n, call.masks, terms);
+    sum_terms<16>(terms, row, call.size());
+    for (int64_t i = 0; i < call.size(); ++i) row[i] *= W(0.25);
+    attention_row_backward(row, weights + n * call.cells(), call.scale, call.cells());
+  }
+}
+// `x` fused by rows and scaled into `out`, and the gradient of the inverse norms, summed over these queries. spare: two
+// rows.
+template <class W>
+PF_HD void inverse_loop(const W* x, const Dense<W>& correlation, int64_t first, const W* inverse, W* out, W* to_inverse,
+                        const Call<W>& call, int64_t begin, int64_t end, W* spare) {
+  const int64_t cells = call.cells(), size = call.size();
+  const W *fused = spare, *patches = spare + size;
+  Term<W> near[3], around[9];
   for (int64_t i = 0; i < cells; ++i) to_inverse[i] = 0;
   for (int64_t n = begin; n < end; ++n) {
-    fuse_rows(spare, x, grid, n);
-    for (int64_t i = 0; i < cells; ++i) patches[i] = 0;
-    add_window(patches, correlation, grid, n, all_neighbours, inner);
-    for (int64_t i = 0; i < cells; ++i) to_inverse[i] += spare[i] * patches[i];
-    for (int64_t i = 0; i < cells; ++i) out[n * cells + i] = spare[i] * inverse[i];
+    row_terms(call.matrix(x), cells, n, call.masks, near);
+    sum_terms<3>(near, spare, size);
+    neighbour_terms(correlation, first, call.grid, n, call.masks, around);
+    sum_terms<9>(around, spare + size, size);
+    for (int64_t i = 0; i < cells; ++i) {
+      to_inverse[i] += fused[i] * patches[i];
+      out[n * size + i] = fused[i] * inverse[i];
+    }
+  }
+}
+// spare: a row.
+template <class W>
+PF_HD void patches_loop(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
+  const int64_t cells = call.cells();
+  const W* row = spare;
+  Term<W> terms[9];
+  for (int64_t n = begin; n < end; ++n) {
+    neighbour_terms(call.matrix(x), 0, call.grid, n, call.masks, terms);
+    sum_terms<9>(terms, spare, call.size());
+    for (int64_t i = 0; i < cells; ++i) out[n * cells + i] = row[i];
   }
 }
 
-#define PF_LOOPS(W)                                                                                                \
-  PF_CLONES void patches(const W* x, const W* inverse, W* out, Grid grid, const W* inner, int64_t begin,           \
-                         int64_t end) {                                                                            \
-    patches_loop(x, inverse, out, grid, inner, begin, end);                                                        \
-  }                                                                                                                \
-  PF_CLONES void rows(const W* x, W* out, Grid grid, int64_t begin, int64_t end) {                                 \
-    rows_loop(x, out, grid, begin, end);                                                                           \
-  }                                                                                                                \
-  PF_CLONES void columns(const W* x, W* out, Grid grid, int64_t begin, int64_t end) {                              \
-    columns_loop(x, out, grid, begin, end);                                                                        \
-  }                                                                                                                \
-  PF_CLONES void attend(const W* x, const W* keep, W scale, W* out, Grid grid, int64_t begin, int64_t end) {       \
-    attend_loop(x, keep, scale, out, grid, begin, end);                                                            \
-  }                                                                                                                \
-  PF_CLONES void to_inverses(const W* x, const W* correlation, const W* inverse, W* out, W* to_inverse, Grid grid, \
-                             const W* inner, int64_t begin, int64_t end, W* spare) {                               \
-    inverse_loop(x, correlation, inverse, out, to_inverse, grid, inner, begin, end, spare);                        \
+#define PF_LOOPS(W)                                                                                            \
+  PF_CLONES void scores(const Dense<W>& x, int64_t first, const W* inverse, W* out, const Call<W>& call,       \
+                        int64_t begin, int64_t end) {                                                          \
+    scores_loop(x, first, inverse, out, call, begin, end);                                                     \
+  }                                                                                                            \
+  PF_CLONES void rows(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end) {                   \
+    rows_loop(x, out, call, begin, end);                                                                       \
+  }                                                                                                            \
+  PF_CLONES void columns(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end) {                \
+    columns_loop(x, out, call, begin, end);                                                                    \
+  }                                                                                                            \
+  PF_CLONES void attend(const W* x, const W* keep, W* out, W* weights, const Call<W>& call, int64_t begin,     \
+                        int64_t end) {                                                                         \
+    attend_loop(x, keep, out, weights, call, begin, end);                                                      \
+  }                                                                                                            \
+  PF_CLONES void to_inverses(const W* x, const Dense<W>& correlation, int64_t first, const W* inverse, W* out, \
+                             W* to_inverse, const Call<W>& call, int64_t begin, int64_t end, W* spare) {       \
+    inverse_loop(x, correlation, first, inverse, out, to_inverse, call, begin, end, spare);                    \
+  }                                                                                                            \
+  PF_CLONES void patches(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end, W* spare) {      \
+    patches_loop(x, out, call, begin, end, spare);                                                             \
   }
 PF_LOOPS(float)
 PF_LOOPS(double)
 
-#define PF_STORED_LOOPS(T)                                                                                   \
-  PF_CLONES void spread(const wide_t<T>* weights, T* out, Grid grid, const wide_t<T>* inner, int64_t begin,  \
-                        int64_t end, wide_t<T>* spare) {                                                     \
-    spread_loop(weights, out, grid, inner, begin, end, spare);                                               \
-  }                                                                                                          \
-  PF_CLONES void gather(const T* grad, const wide_t<T>* weights, wide_t<T> scale, wide_t<T>* out, Grid grid, \
-                        const wide_t<T>* inner, int64_t begin, int64_t end) {                                \
-    gather_loop(grad, weights, scale, out, grid, inner, begin, end);                                         \
+#define PF_STORED_LOOPS(T)                                                                                         \
+  PF_CLONES void spread(const wide_t<T>* weights, T* out, const Call<wide_t<T>>& call, int64_t begin, int64_t end, \
+                        wide_t<T>* spare) {                                                                        \
+    spread_loop(weights, out, call, begin, end, spare);                                                            \
+  }                                                                                                                \
+  PF_CLONES void gather(const Dense<T>& grad, int64_t first, const wide_t<T>* weights, wide_t<T>* out,             \
+                        const Call<wide_t<T>>& call, int64_t begin, int64_t end) {                                 \
+    gather_loop(grad, first, weights, out, call, begin, end);                                                      \
   }
 PF_FOR_EACH_DTYPE(PF_STORED_LOOPS)
 
-// f(first sample, samples), as many samples at a time as keep a pass's result in the cache for the next.
-template <class F>
-void for_each_group(int64_t batch, int64_t cells, F f) {
-  constexpr int64_t numbers = 1 << 20;
-  const int64_t step = cells * cells < numbers ? numbers / (cells * cells) : 1;
-  for (int64_t b = 0; b < batch; b += step) f(b, batch - b < step ? batch - b : step);
-}
-
+// Two matrices in scratch memory that samples take in turn, with room beside them.
 template <class W>
-std::vector<W> inner_of(Grid grid) {
-  std::vector<W> inner(2 * grid.cells());
-  inner_columns(grid, inner.data());
-  return inner;
+class Scratch {
+ public:
+  explicit Scratch(const Call<W>& call)
+      : room_(reach(call.grid)), matrix_(call.cells() * call.size()), memory_(new W[3 * room_ + 2 * matrix_]) {}
+  W* one() const { return memory_.get() + room_; }
+  W* two() const { return one() + matrix_ + room_; }
+
+ private:
+  int64_t room_, matrix_;
+  std::unique_ptr<W[]> memory_;  // not set to anything: all that counts is written first
+};
+
+// f(sample, begin, end, scratch) over `units` of a sample, each of `cost` numbers.
+template <class F>
+struct Pass {
+  int64_t units, cost;
+  F f;
+};
+template <class F>
+Pass(int64_t, int64_t, F) -> Pass<F>;
+
+// One pass after the other over every sample: threads take whole samples if these are many and small, else rows of one.
+template <class W, class... Passes>
+void run_passes(int64_t batch, const Call<W>& call, const Passes&... passes) {
+  constexpr int64_t small = 256, many = 8;
+  if (call.cells() <= small && batch >= many) {
+    parallel_rows(batch, ((passes.units * passes.cost) + ...), [&](int64_t begin, int64_t end) {
+      const Scratch<W> scratch(call);
+      for (int64_t b = begin; b < end; ++b) (passes.f(b, int64_t{0}, passes.units, scratch), ...);
+    });
+    return;
+  }
+  const Scratch<W> scratch(call);
+  for (int64_t b = 0; b < batch; ++b) {
+    (parallel_rows(passes.units, passes.cost, [&](int64_t begin, int64_t end) { passes.f(b, begin, end, scratch); }),
+     ...);
+  }
 }
 
-// One matrix for every sample of a group.
-inline Tensor scratch_for(int64_t batch, int64_t cells, ScalarType dtype) {
-  int64_t most = 0;
-  for_each_group(batch, cells, [&](int64_t, int64_t samples) { most = samples > most ? samples : most; });
-  return new_tensor({most, cells, cells}, dtype);
+// -- the op ---------------------------------------------------------------------------------------------------------
+
+// correlation [batch, cells, cells]; inverse and keep [batch, cells]; all wide.
+template <class T, class W = wide_t<T>>
+void forward(const Tensor& correlation, const W* inverse, const W* keep, const Call<W>& call, T* out, W* weights) {
+  const int64_t batch = correlation.size(0), cells = call.cells(), square = cells * cells;
+  if (batch == 0) return;
+  const Dense<W> x(data<W>(correlation), batch, call.grid);
+  run_passes(batch, call,
+             Pass{cells, 9 * cells,
+                  [&](int64_t b, int64_t begin, int64_t end, const Scratch<W>& scratch) {
+                    scores(x, b * cells, inverse + b * cells, scratch.one(), call, begin, end);
+                  }},
+             Pass{cells, 3 * cells,
+                  [&](int64_t, int64_t begin, int64_t end, const Scratch<W>& scratch) {
+                    rows(scratch.one(), scratch.two(), call, begin, end);
+                  }},
+             Pass{cells, 9 * cells,
+                  [&](int64_t b, int64_t begin, int64_t end, const Scratch<W>& scratch) {
+                    attend(scratch.two(), keep + b * cells, scratch.one(), weights + b * square, call, begin, end);
+                  }},
+             Pass{cells, 13 * cells, [&](int64_t b, int64_t begin, int64_t end, const Scratch<W>& scratch) {
+                    std::vector<W> spare(4 * call.size());
+                    spread(scratch.one(), out + 4 * b * square, call, begin, end, spare.data());
+                  }});
 }
 
 std::tuple<Tensor, Tensor> contextual_attention(Tensor correlation, Tensor inverse, Tensor keep, int64_t height,
                                                 int64_t width, double scale) {
   const ScalarType dtype = keep.scalar_type(), wide_type = wide_dtype(dtype);
-  const Grid grid{height, width};
-  const int64_t batch = correlation.size(0), cells = grid.cells();
+  const int64_t batch = correlation.size(0), cells = height * width;
   const Tensor x = dense(correlation, wide_type), norms = dense(inverse, wide_type), mask = dense(keep, wide_type);
   Tensor out = new_tensor({batch, 4, cells, cells}, dtype), weights = new_tensor({batch, cells, cells}, wide_type);
-  Tensor first = scratch_for(batch, cells, wide_type), second = scratch_for(batch, cells, wide_type);
   dispatch(dtype, "contextual_attention", [&](auto tag) {
     using T = decltype(tag);
     using W = wide_t<T>;
-    const std::vector<W> columns_inside = inner_of<W>(grid);
-    const W *inner = columns_inside.data(), *from = data<W>(x), *scales = data<W>(norms), *v = data<W>(mask);
-    W *one = writable<W>(first), *two = writable<W>(second), *attention = writable<W>(weights);
-    T* to = writable<T>(out);
-    for_each_group(batch, cells, [&](int64_t b, int64_t samples) {
-      const int64_t count = samples * cells, at = b * cells * cells;
-      parallel_rows(count, 9 * cells, [&](int64_t begin, int64_t end) {
-        patches(from + at, scales + b * cells, one, grid, inner, begin, end);
-      });
-      parallel_rows(count, 3 * cells, [&](int64_t begin, int64_t end) { rows(one, two, grid, begin, end); });
-      parallel_rows(count, 9 * cells, [&](int64_t begin, int64_t end) {
-        attend(two, v + b * cells, static_cast<W>(scale), attention + at, grid, begin, end);
-      });
-      parallel_rows(count, 16 * cells, [&](int64_t begin, int64_t end) {
-        std::vector<W> spare(cells);
-        spread(attention + at, to + 4 * at, grid, inner, begin, end, spare.data());
-      });
-    });
+    const Call<W> call(height, width, scale);
+    forward<T>(x, data<W>(norms), data<W>(mask), call, writable<T>(out), writable<W>(weights));
   });
   return {out, weights};
 }
 
+template <class T, class W = wide_t<T>>
+void backward(const T* grad, const Tensor& correlation, const W* inverse, const W* weights, const Call<W>& call, W* out,
+              W* to_inverse) {
+  constexpr int64_t block = 32;  // queries whose part of a sum over all is made together, whatever the threads
+  const int64_t batch = correlation.size(0), cells = call.cells(), square = cells * cells;
+  const int64_t blocks = (cells + block - 1) / block;
+  if (batch == 0) return;
+  const Dense<T> upstream(grad, 4 * batch, call.grid);
+  const Dense<W> x(data<W>(correlation), batch, call.grid);
+  std::vector<W> parts(batch * blocks * cells);
+  run_passes(batch, call,
+             Pass{cells, 20 * cells,
+                  [&](int64_t b, int64_t begin, int64_t end, const Scratch<W>& scratch) {
+                    gather(upstream, 4 * b * cells, weights + b * square, scratch.one(), call, begin, end);
+                  }},
+             Pass{cells, 5 * cells,
+                  [&](int64_t, int64_t begin, int64_t end, const Scratch<W>& scratch) {
+                    columns(scratch.one(), scratch.two(), call, begin, end);
+                  }},
+             Pass{blocks, 15 * block * cells,
+                  [&](int64_t b, int64_t begin, int64_t end, const Scratch<W>& scratch) {
+                    std::vector<W> spare(2 * call.size());
+                    for (int64_t k = begin; k < end; ++k) {
+                      const int64_t stop = k * block + block < cells ? k * block + block : cells;
+                      to_inverses(scratch.two(), x, b * cells, inverse + b * cells, scratch.one(),
+                                  parts.data() + (b * blocks + k) * cells, call, k * block, stop, spare.data());
+                    }
+                  }},
+             Pass{cells, 9 * cells, [&](int64_t b, int64_t begin, int64_t end, const Scratch<W>& scratch) {
+                    std::vector<W> spare(call.size());
+                    patches(scratch.one(), out + b * square, call, begin, end, spare.data());
+                  }});
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < cells; ++i) to_inverse[b * cells + i] = 0;
+    for (int64_t k = 0; k < blocks; ++k) {
+      for (int64_t i = 0; i < cells; ++i) to_inverse[b * cells + i] += parts[(b * blocks + k) * cells + i];
+    }
+  }
+}
+
 std::tuple<Tensor, Tensor> contextual_attention_backward(Tensor grad, Tensor correlation, Tensor inverse,
                                                          Tensor weights, int64_t height, int64_t width, double scale) {
-  constexpr int64_t block = 32;  // queries whose part of a sum over all is made together, whatever the threads
   const ScalarType dtype = grad.scalar_type(), wide_type = wide_dtype(dtype);
-  const Grid grid{height, width};
-  const int64_t batch = correlation.size(0), cells = grid.cells(), blocks = (cells + block - 1) / block;
+  const int64_t batch = correlation.size(0), cells = height * width;
   const Tensor g = dense(grad), x = dense(correlation, wide_type), norms = dense(inverse, wide_type),
                a = dense(weights, wide_type);
   Tensor out = new_tensor({batch, cells, cells}, wide_type), to_inverse = new_tensor({batch, cells}, wide_type);
-  Tensor first = scratch_for(batch, cells, wide_type), second = scratch_for(batch, cells, wide_type);
-  Tensor parts = new_tensor({batch, blocks, cells}, wide_type);
   dispatch(dtype, "contextual_attention_backward", [&](auto tag) {
     using T = decltype(tag);
     using W = wide_t<T>;
-    const std::vector<W> columns_inside = inner_of<W>(grid);
-    const W *inner = columns_inside.data(), *from = data<W>(x), *scales = data<W>(norms), *attention = data<W>(a);
-    const T* upstream = data<T>(g);
-    W *one = writable<W>(first), *two = writable<W>(second), *to = writable<W>(out), *part = writable<W>(parts);
-    W* sums = writable<W>(to_inverse);
-    for_each_group(batch, cells, [&](int64_t b, int64_t samples) {
-      const int64_t count = samples * cells, square = cells * cells, at = b * square;
-      parallel_rows(count, 20 * cells, [&](int64_t begin, int64_t end) {
-        gather(upstream + 4 * at, attention + at, static_cast<W>(scale), one, grid, inner, begin, end);
-      });
-      parallel_rows(count, 3 * cells, [&](int64_t begin, int64_t end) { columns(one, two, grid, begin, end); });
-      parallel_rows(samples * blocks, 15 * block * cells, [&](int64_t begin, int64_t end) {
-        std::vector<W> spare(2 * cells);
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t s = i / blocks, n = i % blocks * block, stop = n + block < cells ? n + block : cells;
-          to_inverses(two + s * square, from + at + s * square, scales + (b + s) * cells, one + s * square,
-                      part + (b * blocks + i) * cells, grid, inner, n, stop, spare.data());
-        }
-      });
-      parallel_rows(count, 9 * cells, [&](int64_t begin, int64_t end) {
-        patches(one, static_cast<const W*>(nullptr), to + at, grid, inner, begin, end);
-      });
-    });
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t i = 0; i < cells; ++i) sums[b * cells + i] = 0;
-      for (int64_t k = 0; k < blocks; ++k) {
-        for (int64_t i = 0; i < cells; ++i) sums[b * cells + i] += part[(b * blocks + k) * cells + i];
-      }
-    }
+    const Call<W> call(height, width, scale);
+    backward<T>(data<T>(g), x, data<W>(norms), data<W>(a), call, writable<W>(out), writable<W>(to_inverse));
   });
   return {out, to_inverse};
+}
+
+// -- the whole function's parts between its products, in eager calls --------------------------------------------------
+
+// The weights' sums, the weights and the inverse norms, which are those of the products' diagonal.
+std::tuple<Tensor, Tensor, Tensor> contextual_attention_spread(Tensor correlation, Tensor valid, int64_t height,
+                                                               int64_t width, double scale, ScalarType dtype) {
+  const ScalarType wide_type = wide_dtype(dtype);
+  const int64_t batch = correlation.size(0), cells = height * width;
+  const Tensor x = dense(correlation, wide_type), mask = dense(valid, wide_type);
+  Tensor out = new_tensor({batch, 4, cells, cells}, dtype), weights = new_tensor({batch, cells, cells}, wide_type);
+  Tensor inverse = new_tensor({batch, cells}, wide_type);
+  dispatch(dtype, "contextual_attention", [&](auto tag) {
+    using T = decltype(tag);
+    using W = wide_t<T>;
+    const Call<W> call(height, width, scale);
+    W* norms = writable<W>(inverse);
+    parallel_rows(batch, 9 * cells, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        inverse_norms(data<W>(x) + b * cells * cells, call.grid, norms + b * cells);
+      }
+    });
+    forward<T>(x, norms, data<W>(mask), call, writable<T>(out), writable<W>(weights));
+  });
+  return {out, weights, inverse};
+}
+
+// What the pixels are multiplied by for their gradient: that of their products and its transpose, and on the diagonal
+// what comes through the norms.
+Tensor contextual_attention_slopes(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, int64_t height,
+                                   int64_t width, double scale) {
+  const std::tuple<Tensor, Tensor> slopes =
+      contextual_attention_backward(grad, correlation, inverse, weights, height, width, scale);
+  Tensor out = std::get<0>(slopes), to_inverse = std::get<1>(slopes);
+  const Tensor norms = dense(inverse, out.scalar_type());
+  const Grid grid{height, width};
+  const int64_t cells = grid.cells();
+  dispatch(out.scalar_type(), "contextual_attention", [&](auto tag) {
+    using W = wide_t<decltype(tag)>;
+    W *to = writable<W>(out), *through = writable<W>(to_inverse);
+    parallel_rows(out.size(0), cells * (cells + 9), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        add_transpose(to + b * cells * cells, cells);
+        add_norm_slopes(through + b * cells, data<W>(norms) + b * cells, grid, to + b * cells * cells);
+      }
+    });
+  });
+  return out;
 }
 
 }  // namespace
@@ -221,4 +352,6 @@ std::tuple<Tensor, Tensor> contextual_attention_backward(Tensor grad, Tensor cor
 STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
   m.impl("contextual_attention", TORCH_BOX(&pf::cpu::contextual_attention));
   m.impl("contextual_attention_backward", TORCH_BOX(&pf::cpu::contextual_attention_backward));
+  m.impl("contextual_attention_spread", TORCH_BOX(&pf::cpu::contextual_attention_spread));
+  m.impl("contextual_attention_slopes", TORCH_BOX(&pf::cpu::contextual_attention_slopes));
 }

@@ -18,13 +18,13 @@ from .._compat import renamed_arguments
 from .._validation import check_literal
 from ..protocols import Classifier
 from ..speed.step_graphs import StepGraphs
-from .arguments import Fallen, Norm, NormName, Precision, check_at_least_one, check_images
+from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images
 from .ball import ball_around
-from .base import AttackContext, BallAttack
+from .base import AttackContext, TargetedAttack
 from .draws import Objective
 from .engine.active_set import ActiveSet
 from .engine.auto_pgd import run, run_from_larger
-from .engine.gradient_copy import COMPARED, gradient_copy
+from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
 from .engine.judge import Judge
 from .engine.step_size import Schedule
 from .engine.waves import Waves, add_counts, likeliest_wrong
@@ -52,6 +52,7 @@ def apgd(
     fallen: Fallen = "all",
     judge_draws: int | None = None,
     precision: Precision = "float32",
+    copies: GradientCopies | None = None,
     gradients_from: Classifier | None = None,
     most_rows: int | None = None,
     seed: int = 0,
@@ -87,6 +88,7 @@ def apgd(
         judge_draws: fresh draws for that; None: as many as ``eot_iter``.
         precision: what gradients are computed in; "bfloat16" and "auto" take them from a copy, while every success is
             judged by the model itself (see `purify_fast.attacks.engine.gradient_copy`).
+        copies: keeps such a copy for the next attack, if given.
         gradients_from: another model, whose gradients are followed; None: the model's own, or its copy's.
         most_rows: searches at once, where several targets or restarts of an image are tried together; None: 64, or as
             many as there are images, if those are more.
@@ -107,7 +109,7 @@ def apgd(
         TypeError: x or y is no tensor.
         ValueError: a wrong shape, dtype, name, count or range, or too few classes for the loss.
     """
-    check_images(x, y)
+    check_images(x, y, clip_min, clip_max)
     ball = ball_around(x, eps, norm, clip_min, clip_max)
     _check_modes(loss, fallen, precision)
     check_at_least_one(
@@ -125,7 +127,9 @@ def apgd(
     with frozen(model):
         goals = _goals(judge, x, y, loss, target=target, count=n_target_classes)
         active = ActiveSet(x, y, judge, leave=leave_when_fallen)
-        source = gradient_copy(model, x[:COMPARED], precision) if gradients_from is None else gradients_from
+        source = gradients_from
+        if source is None:
+            source = gradient_copy(model, x[:COMPARED], precision, copies)
         objective = Objective(source, loss, eot_iter, max_forward_batch, graphs)
         attack = run_from_larger if ball.norm == "l1" else run
         waves = Waves(x, y, ball, goals, restarts, seed=seed, ids=ids, most=most_rows)  # fmt: skip
@@ -181,21 +185,14 @@ def _goals(
 
 
 @dataclass(frozen=True, kw_only=True)
-class APGD(BallAttack):
+class APGD(TargetedAttack):
     """Auto-PGD, as a row of an evaluation; images leave the attack as soon as they have fallen.
 
     Args:
         loss: a name of `purify_fast.attacks.LOSSES` or `TARGETED`; "margin" replaces "dlr" below 3 classes and
-            "dlr_targeted" below 4.
+            "dlr_targeted" below 4. Only a targeted loss looks at ``n_target_classes``.
         steps: gradient steps of a run; None: the report's.
-        n_target_classes: wrong classes that a targeted loss tries, a run for each; None, or more than there are: all.
-        restarts: runs (for each target), each for the images that have not fallen yet.
         rho: the share of the steps between two checkpoints that must raise the loss for the step to stay.
-        eot_iter: draws of a random model averaged per step; None: the report's.
-        precision: what gradients are computed in: "float32", "bfloat16" (a copy of the model) or "auto" (such a copy
-            where it pays). Successes are judged by the model itself.
-        eps: radius of another ball than the report's, in image units; None: the report's.
-        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -205,38 +202,24 @@ class APGD(BallAttack):
     follows_gradients: ClassVar[bool] = True
 
     loss: ApgdLoss = "ce"
-    steps: int | None = None
-    n_target_classes: int | None = 9
-    restarts: int = 1
     rho: float = 0.75
-    eot_iter: int | None = None
-    precision: Precision = "auto"
-    eps: float | None = None
-    norm: Norm | None = None
 
     def __post_init__(self) -> None:
         check_literal("loss", self.loss, ApgdLoss)
-        check_literal("precision", self.precision, Precision)
-        check_at_least_one(
-            steps=self.steps, restarts=self.restarts, n_target_classes=self.n_target_classes, eot_iter=self.eot_iter
-        )
         _check_rho(self.rho)
-        self.check_ball()
+        super().__post_init__()
 
     def name(self, context: AttackContext) -> str:
         loss, steps = usable_loss(self.loss, context.num_classes), self.steps or context.steps
         name = f"APGD-{steps} {loss}"
         if loss in TARGETED:
-            count = "all" if self.n_target_classes is None else self.n_target_classes
-            name = f"APGD-T {steps}" + ("" if loss == "dlr_targeted" else " margin")
-            name += f", {count} targets" if count != 9 else ""
-        return name + (f" x{self.restarts}" if self.restarts > 1 else "")
+            name = self.with_targets(f"APGD-T {steps}" + ("" if loss == "dlr_targeted" else " margin"))
+        return self.with_restarts(name)
 
     def target_classes(self, context: AttackContext) -> int | None:
         """How many wrong classes are tried; None for a loss without a target."""
-        if usable_loss(self.loss, context.num_classes) not in TARGETED:
-            return None
-        return min(self.n_target_classes or context.num_classes, context.num_classes - 1)
+        targeted = usable_loss(self.loss, context.num_classes) in TARGETED
+        return self.targets(context.num_classes) if targeted else None
 
     def cost(self, context: AttackContext) -> int:
         draws = self.draws(context)
@@ -252,31 +235,9 @@ class APGD(BallAttack):
         return super().settings(context) | own
 
     def revision(self) -> str:
-        return "2"
+        return "3"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        norm, eps = self.ball(context)
-        return apgd(
-            target,
-            x,
-            y,
-            eps=eps,
-            norm=norm,
-            steps=self.steps or context.steps,
-            loss=usable_loss(self.loss, context.num_classes),
-            n_target_classes=self.n_target_classes,
-            restarts=self.restarts,
-            rho=self.rho,
-            eot_iter=self.draws(context),
-            fallen=context.fallen,
-            judge_draws=context.judges,
-            precision=self.precision,
-            gradients_from=context.gradients_from,
-            most_rows=context.batch_size,
-            max_forward_batch=context.max_forward_batch,
-            seed=context.seed,
-            sample_ids=context.sample_ids,
-            health=context.health,
-            found=context.found,
-            graphs=context.graphs,
-        )
+        options = self.options(context) | {"gradients_from": context.gradients_from, "graphs": context.graphs}
+        loss, steps = usable_loss(self.loss, context.num_classes), self.steps or context.steps
+        return apgd(target, x, y, loss=loss, steps=steps, rho=self.rho, **options)

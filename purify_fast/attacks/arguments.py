@@ -14,6 +14,8 @@ Norm = Literal["linf", "l2", "l1"]
 Fallen = Literal["any", "majority", "all"]
 #: What gradients are computed in: `purify_fast.attacks.engine.gradient_copy`.
 Precision = Literal["auto", "float32", "bfloat16"]
+#: How far a pixel may be out of its range, as a share of that: as far as rounding takes it.
+ROUNDING = 1e-4
 #: What the public functions take; AutoAttack and RobustBench write the second half.
 NormName = Literal["linf", "l2", "l1", "Linf", "L2", "L1"]
 
@@ -35,8 +37,17 @@ def read_norm(norm: str, allowed: Any = Norm) -> Norm:
     return cast(Norm, known)
 
 
-def check_images(x: Tensor, y: Tensor) -> None:
-    """TypeError or ValueError unless x is floating point ``[B, ...]`` and y int64 ``[B]``."""
+def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: float = 1.0) -> None:
+    """TypeError or ValueError unless x is floating point ``[B, ...]`` within its range, and y int64 ``[B]`` from 0.
+
+    Values are looked at on a CPU only: elsewhere that would wait for the device, and `evaluate` looks at them.
+
+    Args:
+        x: the images.
+        y: the labels.
+        clip_min: the smallest value of a pixel; None: any value will do.
+        clip_max: the largest value of a pixel.
+    """
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -48,6 +59,37 @@ def check_images(x: Tensor, y: Tensor) -> None:
     if y.shape != (x.shape[0],) or y.dtype != torch.int64:
         hint = ": y.long() makes it int64" if y.shape == (x.shape[0],) and not y.is_floating_point() else ""
         raise ValueError(f"y must be int64 [B] = [{x.shape[0]}], got {y.dtype} {list(y.shape)}{hint}")
+    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if int(y.min()) < 0:
+        raise ValueError(f"y must be class numbers from 0, got {int(y.min())}")
+    if clip_min is not None:
+        _check_range(x, clip_min, clip_max)
+
+
+def _check_range(x: Tensor, clip_min: float, clip_max: float) -> None:
+    least, most = (float(value) for value in x.detach().aminmax())
+    slack = ROUNDING * (clip_max - clip_min)
+    # not, so that NaN is refused too
+    if not (least >= clip_min - slack and most <= clip_max + slack):
+        bytes_given = 1.5 < most <= 255 and clip_max == 1
+        hint = ": divide x by 255, or give clip_max=255 and an eps in the same unit" if bytes_given else ""
+        allowed = f"[clip_min, clip_max] = [{clip_min:g}, {clip_max:g}]"
+        raise ValueError(f"x must be in {allowed}, got values from {least:g} to {most:g}{hint}")
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """ValueError for a label that the model has no class for; waits for the device.
+
+    Args:
+        y: labels, int64 ``[B]``.
+        classes: how many classes the model has.
+    """
+    bad = ((y < 0) | (y >= classes)).nonzero()[:, 0]
+    if len(bad):
+        raise ValueError(
+            f"y must be in 0 .. {classes - 1}, the model's classes, got y[{int(bad[0])}] = {int(y[bad[0]])}"
+        )
 
 
 def check_at_least_one(**counts: int | None) -> None:

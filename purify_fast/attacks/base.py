@@ -12,9 +12,11 @@ from typing import Any, ClassVar, NamedTuple, get_args
 
 from torch import Tensor
 
+from .._validation import check_literal
 from ..protocols import Classifier
 from ..speed.step_graphs import StepGraphs
-from .arguments import Fallen, Norm, check_eps, read_norm
+from .arguments import Fallen, Norm, Precision, check_at_least_one, check_eps, read_norm
+from .engine.gradient_copy import GradientCopies
 from .health import GradientHealth
 
 
@@ -48,6 +50,7 @@ class AttackContext:
         batch_size: images that an attack takes together at most; it is given no more at once.
         health: counts gradients and movement, if given.
         graphs: captures the steps of attacks on a CUDA device, if given.
+        copies: keeps the copies from which attacks take their gradients for the next attack, if given.
         gradients_from: another model whose gradients are followed, while the attacked model judges every success. Only
             attacks that say so look at it (`Attack.follows_gradients`); None: the attacked model's own gradients.
         warnings: an attack appends what the reader of its result must know.
@@ -69,6 +72,7 @@ class AttackContext:
     health: GradientHealth | None = None
     gradients_from: Classifier | None = None
     graphs: StepGraphs | None = None
+    copies: GradientCopies | None = None
     warnings: list[str] = field(default_factory=list)
     found: dict[str, int] = field(default_factory=dict)
 
@@ -203,6 +207,107 @@ class BallAttack(Attack):
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
         return ThreatModel(*self.ball(context))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineAttack(BallAttack):
+    """The options of the attacks that judge every success by the model itself: `apgd`, `fab_t` and `square`.
+
+    Args:
+        restarts: runs (for each target), each for the images that have not fallen yet.
+        eot_iter: draws of a random model averaged per step; None: the report's.
+        precision: what the search computes in: "float32", "bfloat16" (a copy of the model) or "auto" (such a copy where
+            it pays). A success is judged by the model itself.
+        eps: radius of another ball than the report's, in image units; None: the report's.
+        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    restarts: int = 1
+    eot_iter: int | None = None
+    precision: Precision = "auto"
+    eps: float | None = None
+    norm: Norm | None = None
+
+    def __post_init__(self) -> None:
+        check_literal("precision", self.precision, Precision)
+        check_at_least_one(restarts=self.restarts, eot_iter=self.eot_iter)
+        self.check_ball()
+
+    def with_restarts(self, name: str) -> str:
+        """The name of the attack with the number of its restarts.
+
+        Args:
+            name: of one run.
+        """
+        return name + (f" x{self.restarts}" if self.restarts > 1 else "")
+
+    def options(self, context: AttackContext) -> dict[str, Any]:
+        """What the functions of these attacks are all told, as keyword arguments.
+
+        Args:
+            context: what the evaluation tells.
+        """
+        norm, eps = self.ball(context)
+        return {
+            "eps": eps,
+            "norm": norm,
+            "eot_iter": self.draws(context),
+            "restarts": self.restarts,
+            "fallen": context.fallen,
+            "judge_draws": context.judges,
+            "precision": self.precision,
+            "copies": context.copies,
+            "seed": context.seed,
+            "sample_ids": context.sample_ids,
+            "max_forward_batch": context.max_forward_batch,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedAttack(EngineAttack):
+    """The options of those that try one wrong class after the other.
+
+    Args:
+        steps: gradient steps of a run; None: as the subclass says.
+        n_target_classes: wrong classes that are tried, a run for each; None, or more than there are: all.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    #: The usual number of wrong classes that are tried, AutoAttack's.
+    usual_targets: ClassVar[int] = 9
+
+    steps: int | None = None
+    n_target_classes: int | None = usual_targets
+
+    def __post_init__(self) -> None:
+        check_at_least_one(steps=self.steps, n_target_classes=self.n_target_classes)
+        super().__post_init__()
+
+    def with_targets(self, name: str) -> str:
+        """The name of the attack with the number of target classes, where that is not the usual one.
+
+        Args:
+            name: of the attack.
+        """
+        count = self.n_target_classes
+        return name if count == self.usual_targets else f"{name}, {'all' if count is None else count} targets"
+
+    def targets(self, num_classes: int) -> int:
+        """How many wrong classes are tried.
+
+        Args:
+            num_classes: classes of the model.
+        """
+        return min(self.n_target_classes or num_classes, num_classes - 1)
+
+    def options(self, context: AttackContext) -> dict[str, Any]:
+        more = {"n_target_classes": self.n_target_classes, "most_rows": context.batch_size}
+        return super().options(context) | more | {"health": context.health, "found": context.found}
 
 
 def cost_of_runs(steps: int, draws: int, restarts: int) -> int:

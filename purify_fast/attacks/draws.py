@@ -17,6 +17,7 @@ from .._compat import renamed_arguments
 from .._tensors import repeat_batch
 from ..protocols import Classifier, SharesDraws, supports
 from ..speed.step_graphs import State, StepGraphs
+from .arguments import check_labels
 from .losses import LOSSES, TARGETED, Loss
 
 
@@ -77,15 +78,28 @@ class Objective:
 
     def _over_passes(self, one_pass: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor) -> list[Tensor]:
         """Over all draws, of what ``one_pass(x, y, draws)`` gives: the means of the last two, the sum of any other."""
-        most = self.max_forward_batch
-        images = len(x) if most is None else min(len(x), most)
-        draws = self.eot_iter if most is None else min(self.eot_iter, max(1, most // images))
+        images, draws = self._at_once(len(x))
+        if images == len(x) and draws == self.eot_iter == 1:
+            # the most frequent case, in which a small model takes hardly longer than the sums and copies below
+            return list(one_pass(x, y, 1))
         parts = []
         for a, b in zip(x.split(images), y.split(images), strict=True):
             passes = [one_pass(a, b, min(draws, self.eot_iter - first)) for first in range(0, self.eot_iter, draws)]
             *gradient, loss, wrong = (sum(column[1:], column[0]) for column in zip(*passes, strict=True))
             parts.append((*gradient, loss / self.eot_iter, wrong / self.eot_iter))
         return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def _at_once(self, images: int) -> tuple[int, int]:
+        """How many images are given to the model in one pass, and how many draws of each."""
+        most = self.max_forward_batch
+        if most is None:
+            return images, self.eot_iter
+        if supports(self.model, SharesDraws):
+            # the more draws of an image stand in one pass, the less is computed twice
+            draws = min(self.eot_iter, most)
+            return min(images, max(1, most // draws)), draws
+        images = min(images, most)
+        return images, min(self.eot_iter, max(1, most // images))
 
     def _differentiate(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over ``draws`` draws: the gradient, the losses, and how many are misclassified."""
@@ -105,8 +119,15 @@ class Objective:
     def _losses(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """The loss of every draw, and 1 where it is misclassified, else 0; ``[draws, B]`` both."""
         logits = self._logits(x, draws)
-        labels = y.view(len(y), -1).repeat(draws, 1).unbind(1)
-        losses = (LOSSES | TARGETED)[self.loss](logits, *labels)
+        columns = y.view(len(y), -1)
+        labels = (columns.repeat(draws, 1) if draws > 1 else columns).unbind(1)
+        try:
+            losses = (LOSSES | TARGETED)[self.loss](logits, *labels)
+        except (IndexError, RuntimeError):
+            if y.device.type == "cpu":
+                # the usual reason, which costs no look at the labels as long as nothing fails
+                check_labels(columns[:, 0], logits.shape[1])
+            raise
         wrong = (logits.detach().argmax(1) != labels[0]).float()
         return losses.view(draws, -1), wrong.view(draws, -1)
 
@@ -114,7 +135,7 @@ class Objective:
         """Logits ``[draws * B, classes]``; a model that shares work between its draws is asked for them at once."""
         if draws > 1 and supports(self.model, SharesDraws):
             return cast(SharesDraws, self.model).draw_logits(x, draws).flatten(0, 1)
-        return self.model(repeat_batch(x, draws))
+        return self.model(repeat_batch(x, draws) if draws > 1 else x)
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from .._tensors import per_image
 from .._validation import check_literal
 from ..ops.pgd_step import pgd_step
 from ..protocols import Classifier
-from .arguments import Fallen, Norm, NormName, Precision, check_at_least_one, check_images
+from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images
 from .ball import Ball, ball_around
-from .base import AttackContext, BallAttack
+from .base import AttackContext, TargetedAttack
 from .draws import Objective
 from .engine.active_set import ActiveSet
 from .engine.auto_pgd import shrinks_after
-from .engine.gradient_copy import COMPARED, gradient_copy
+from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
 from .engine.hyperplane import move_to_plane
 from .engine.judge import Judge, has_fallen
 from .engine.waves import Rows, Waves, add_counts, likeliest_wrong
@@ -52,6 +52,7 @@ def fab_t(
     fallen: Fallen = "all",
     judge_draws: int | None = None,
     precision: Precision = "float32",
+    copies: GradientCopies | None = None,
     most_rows: int | None = None,
     seed: int = 0,
     sample_ids: Tensor | None = None,
@@ -77,6 +78,7 @@ def fab_t(
         judge_draws: fresh draws for that; None: as many as ``eot_iter``.
         precision: what gradients are computed in: "float32", "bfloat16" or "auto"; a success is always judged by the
             model itself.
+        copies: keeps a copy in bfloat16 for the next attack, if given.
         most_rows: searches at once, where several targets of an image are tried together; None: 64, or as many as there
             are images, if those are more.
         seed: of the random starts.
@@ -95,7 +97,7 @@ def fab_t(
         TypeError: x or y is no tensor.
         ValueError: a wrong shape, dtype, name, count or range.
     """
-    check_images(x, y)
+    check_images(x, y, clip_min, clip_max)
     ball = ball_around(x, eps, norm, clip_min, clip_max)
     check_literal("fallen", fallen, Fallen)
     check_literal("precision", precision, Precision)
@@ -111,7 +113,7 @@ def fab_t(
     with frozen(model):
         active = ActiveSet(x, y, judge)
         goals = likeliest_wrong(judge.logits(x), y, n_target_classes)
-        source = gradient_copy(model, x[:COMPARED], precision)
+        source = gradient_copy(model, x[:COMPARED], precision, copies)
         objective = Objective(source, "margin_targeted", eot_iter, max_forward_batch)
         waves = Waves(x, y, ball, goals, restarts, seed=seed, ids=ids, most=most_rows, at_image=True)
         with frozen(source):
@@ -188,18 +190,11 @@ def _offer(objective: Objective, active: ActiveSet, rows: Rows, nearest: Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FABT(BallAttack):
+class FABT(TargetedAttack):
     """FAB-T, as a row of an evaluation.
 
     Args:
         steps: of a run; None: 100, its authors' own, whatever the report's steps.
-        n_target_classes: wrong classes that are tried, a run for each; None, or more than there are: all.
-        restarts: runs for each target.
-        eot_iter: draws of a random model averaged per step; None: the report's.
-        precision: what gradients are computed in: "float32", "bfloat16" (a copy of the model) or "auto" (such a copy
-            where it pays). A success is judged by the model itself.
-        eps: radius of another ball than the report's, in image units; None: the report's.
-        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -207,59 +202,20 @@ class FABT(BallAttack):
 
     kind: ClassVar[str] = "fab"
 
-    steps: int | None = None
-    n_target_classes: int | None = 9
-    restarts: int = 1
-    eot_iter: int | None = None
-    precision: Precision = "auto"
-    eps: float | None = None
-    norm: Norm | None = None
-
-    def __post_init__(self) -> None:
-        check_literal("precision", self.precision, Precision)
-        check_at_least_one(
-            steps=self.steps, n_target_classes=self.n_target_classes, restarts=self.restarts, eot_iter=self.eot_iter
-        )
-        self.check_ball()
-
     def name(self, context: AttackContext) -> str:
-        name = f"FAB-T {self.steps or STEPS}"
-        if self.n_target_classes != 9:
-            name += f", {'all' if self.n_target_classes is None else self.n_target_classes} targets"
-        return name + (f" x{self.restarts}" if self.restarts > 1 else "")
+        return self.with_restarts(self.with_targets(f"FAB-T {self.steps or STEPS}"))
 
     def cost(self, context: AttackContext) -> int:
-        runs = self.restarts * min(self.n_target_classes or context.num_classes, context.num_classes - 1)
         # at the end the last point is looked at, and the nearest one is tried and judged
-        draws = self.draws(context)
+        draws, runs = self.draws(context), self.restarts * self.targets(context.num_classes)
         return runs * (((self.steps or STEPS) + 2) * draws + context.judges) + context.judges + 1
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
-        targets = min(self.n_target_classes or context.num_classes, context.num_classes - 1)
-        return super().settings(context) | {"steps": self.steps or STEPS, "n_target_classes": targets}
+        own = {"steps": self.steps or STEPS, "n_target_classes": self.targets(context.num_classes)}
+        return super().settings(context) | own
 
     def revision(self) -> str:
-        return "1"
+        return "2"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        norm, eps = self.ball(context)
-        return fab_t(
-            target,
-            x,
-            y,
-            eps=eps,
-            norm=norm,
-            steps=self.steps or STEPS,
-            n_target_classes=self.n_target_classes,
-            eot_iter=self.draws(context),
-            restarts=self.restarts,
-            fallen=context.fallen,
-            judge_draws=context.judges,
-            precision=self.precision,
-            most_rows=context.batch_size,
-            seed=context.seed,
-            sample_ids=context.sample_ids,
-            max_forward_batch=context.max_forward_batch,
-            health=context.health,
-            found=context.found,
-        )
+        return fab_t(target, x, y, steps=self.steps or STEPS, **self.options(context))

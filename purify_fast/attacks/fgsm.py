@@ -125,7 +125,7 @@ def pgd_and_fgsm(
         TypeError: x or y is no tensor.
         ValueError: an odd number of images, or as `pgd`.
     """
-    check_images(x, y)
+    check_images(x, y, clip_min, clip_max)
     ball = ball_around(x, eps, norm, clip_min, clip_max)
     check_literal("loss", loss, Loss)
     check_at_least_one(steps=steps)

@@ -185,7 +185,7 @@ def pgd(
         TypeError: x or y is no tensor.
         ValueError: a wrong shape, dtype, name or count, or a negative eps or alpha.
     """
-    check_images(x, y)
+    check_images(x, y, clip_min, clip_max)
     ball = ball_around(x, eps, norm, clip_min, clip_max)
     check_literal("loss", loss, Loss)
     check_at_least_one(steps=steps, eot_iter=eot_iter, max_forward_batch=max_forward_batch)

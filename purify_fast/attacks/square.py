@@ -19,12 +19,12 @@ from .._tensors import per_image, repeat_batch
 from .._validation import check_literal
 from ..ops.philox import Stream, philox
 from ..protocols import Classifier
-from .arguments import Fallen, Norm, NormName, Precision, check_at_least_one, check_images, check_seed
+from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images, check_seed
 from .ball import Ball, ball_around
-from .base import AttackContext, BallAttack
+from .base import AttackContext, EngineAttack
 from .draws import Objective
 from .engine.active_set import ActiveSet
-from .engine.gradient_copy import COMPARED, gradient_copy
+from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
 from .engine.judge import Judge
 from .engine.squares import Proposals
 from .frozen_model import frozen
@@ -52,6 +52,7 @@ def square(
     fallen: Fallen = "all",
     judge_draws: int | None = None,
     precision: Precision = "float32",
+    copies: GradientCopies | None = None,
     seed: int = 0,
     sample_ids: Tensor | None = None,
     max_forward_batch: int | None = None,
@@ -73,6 +74,7 @@ def square(
         judge_draws: fresh draws for that; None: as many as ``eot_iter``.
         precision: what proposals are judged in, "float32", "bfloat16" or "auto"; a success is always judged by the
             model itself.
+        copies: keeps a copy in bfloat16 for the next attack, if given.
         seed: of everything random.
         sample_ids: int64 ``[B]``; an image's proposals depend on the seed and its id alone. None: 0 .. B - 1.
         max_forward_batch: images in one forward pass at most; None: no limit.
@@ -86,7 +88,7 @@ def square(
         TypeError: x or y is no tensor.
         ValueError: a wrong shape, dtype, name, count or range.
     """
-    check_images(x, y)
+    check_images(x, y, clip_min, clip_max)
     if x.dim() != 4:
         raise ValueError(f"x must be images [B, C, H, W] for Square, got {list(x.shape)}")
     ball = ball_around(x, eps, norm, clip_min, clip_max)
@@ -102,7 +104,7 @@ def square(
     ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
     with frozen(model), torch.no_grad():
         active = ActiveSet(x, y, Judge(model, fallen, judge_draws or eot_iter, max_forward_batch))
-        source = gradient_copy(model, x[:COMPARED], precision)
+        source = gradient_copy(model, x[:COMPARED], precision, copies)
         objective = Objective(source, "margin", eot_iter, max_forward_batch)
         with frozen(source):
             for restart in range(restarts):
@@ -202,17 +204,11 @@ class _Search:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Square(BallAttack):
+class Square(EngineAttack):
     """Square, as a row of an evaluation; it needs no gradients.
 
     Args:
         n_queries: proposals for each image and restart.
-        restarts: runs, each for the images that have not fallen.
-        eot_iter: draws of a random model averaged for each proposal; None: the report's.
-        precision: what proposals are judged in: "float32", "bfloat16" (a copy of the model) or "auto" (such a copy
-            where it pays). A success is judged by the model itself.
-        eps: radius of another ball than the report's, in image units; None: the report's.
-        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -221,43 +217,20 @@ class Square(BallAttack):
     kind: ClassVar[str] = "square"
 
     n_queries: int = QUERIES
-    restarts: int = 1
-    eot_iter: int | None = None
-    precision: Precision = "auto"
-    eps: float | None = None
-    norm: Norm | None = None
 
     def __post_init__(self) -> None:
-        check_literal("precision", self.precision, Precision)
-        check_at_least_one(n_queries=self.n_queries, restarts=self.restarts, eot_iter=self.eot_iter)
-        self.check_ball()
+        check_at_least_one(n_queries=self.n_queries)
+        super().__post_init__()
 
     def name(self, context: AttackContext) -> str:
-        name = "Square" + (f", {self.n_queries} queries" if self.n_queries != QUERIES else "")
-        return name + (f" x{self.restarts}" if self.restarts > 1 else "")
+        return self.with_restarts("Square" + (f", {self.n_queries} queries" if self.n_queries != QUERIES else ""))
 
     def cost(self, context: AttackContext) -> None:
         """None: it stops early where it has won."""
         return None
 
     def revision(self) -> str:
-        return "1"
+        return "2"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        norm, eps = self.ball(context)
-        return square(
-            target,
-            x,
-            y,
-            eps=eps,
-            norm=norm,
-            n_queries=self.n_queries,
-            eot_iter=self.draws(context),
-            restarts=self.restarts,
-            fallen=context.fallen,
-            judge_draws=context.judges,
-            precision=self.precision,
-            seed=context.seed,
-            sample_ids=context.sample_ids,
-            max_forward_batch=context.max_forward_batch,
-        )
+        return square(target, x, y, n_queries=self.n_queries, **self.options(context))

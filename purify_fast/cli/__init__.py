@@ -135,7 +135,7 @@ def _run(arguments: list[str]) -> None:
 def _writable(command: Command | Train) -> Path | None:
     """The folder that a command writes, if what it is for is there: a mistyped name makes no folder."""
     folder = command.writes()
-    if isinstance(command, Evaluate) and not command.folder.is_dir():
+    if isinstance(command, Evaluate) and not command.attacked.is_dir():
         return None
     return folder
 
@@ -166,7 +166,7 @@ def _bug() -> int:
     traceback.print_exc()
     print(
         f"purify-fast: this is an error in purify_fast {__version__}, and not of your making. Please report it with "
-        "the lines above, the command line and what `purify-fast info` prints.",
+        "the lines above, the command line and what `purify-fast info --all` prints.",
         file=sys.stderr,
     )
     return 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import tyro
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ..evaluation import AttackSpec
 
 
+Published = Literal["cifar10", "cifar100", "tiny_imagenet"]
+
+
 @dataclass(frozen=True)
 class Evaluate(DataCommand):
     """Attack a saved classifier or defence on held-out images; writes a report with pictures beside it. Resumes."""
@@ -29,6 +32,14 @@ class Evaluate(DataCommand):
 
     folder: tyro.conf.Positional[Path] = Path("runs/carso")
     """What to attack: a folder that one of the `train` commands wrote, or zoo:NAME, which comes with the package."""
+    official: Path | None = None
+    """A folder with the weights that CARSO's authors published, in FOLDER's place: the three .safetensors files of the
+    purifier, and the file of its classifier. It needs --preset."""
+    preset: Published | None = None
+    """Which published system --official holds. It brings the data set, K and the radius."""
+    classifier_weights: Path | None = None
+    """The classifier's file, if it is not in the folder --official; .safetensors, or a .pt of which only tensors are
+    read."""
     eps: float | None = None
     """Radius in image units, such as 8/255; default: what FOLDER was trained at."""
     norm: Literal["linf", "l2", "l1"] | None = None
@@ -73,12 +84,24 @@ class Evaluate(DataCommand):
         super().__post_init__()
         if self.eps is not None:
             refuse_large_radius(self.eps, self.norm or "linf")
+        if (self.official is None) != (self.preset is None):
+            names = ", ".join(get_args(Published))
+            raise ValueError(f"--official FOLDER and --preset go together; preset is one of {names}")
+        if self.classifier_weights is not None and self.official is None:
+            raise ValueError("--classifier-weights is the classifier of a published system: it needs --official")
         if self.protocol is not None and self.also:
             raise ValueError(f"--also adds to the default list of attacks: not with --protocol {self.protocol}")
+
+    @property
+    def attacked(self) -> Path:
+        """The folder of what is attacked."""
+        return self.folder if self.official is None else self.official
 
     def writes(self) -> Path:
         if self.out is not None:
             return self.out
+        if self.official is not None:
+            return self.official / "evaluation"
         name = zoo_name(self.folder)
         # the folder of a model of the zoo belongs to the installed package
         return (self.folder if name is None else Path("runs/zoo") / name) / "evaluation"
@@ -88,14 +111,20 @@ class Evaluate(DataCommand):
         if self.eps is not None:
             return self.eps, self.norm or "linf"
         name = zoo_name(self.folder)
-        found = ball_of_run(self.folder) if name is None else self.ball_of_card(name)
+        found: tuple[float, str] | None
+        if self.preset is not None:
+            found = self.ball_of_preset(self.preset)
+        else:
+            found = ball_of_run(self.folder) if name is None else self.ball_of_card(name)
         if found is None:
             raise ValueError(
                 f"--eps must be given, such as --eps 8/255: {self.folder} does not say what it was trained at, or was "
                 "trained on clean images"
             )
         if self.norm not in (None, found[1]):
-            raise ValueError(f"--norm {self.norm} needs an --eps: {self.folder} was trained at {found[1]} {found[0]:g}")
+            raise ValueError(
+                f"--norm {self.norm} needs an --eps: {self.attacked} was trained at {found[1]} {found[0]:g}"
+            )
         return found
 
     @staticmethod
@@ -107,13 +136,32 @@ class Evaluate(DataCommand):
         card = zoo.card(name)
         return card.eps, card.norm
 
+    @staticmethod
+    def ball_of_preset(name: str) -> tuple[float, str]:
+        """The radius and the norm that a published system was trained at."""
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        from ..methods.carso.presets import preset
+
+        return preset(name).eps, "linf"
+
+    def title(self) -> str:
+        """How the model is called in the report."""
+        if self.preset is not None:
+            return f"CARSO as published, {self.preset}"
+        return zoo_name(self.folder) or self.folder.name
+
     def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
         """What is attacked, and the classifier without its defence, if it is one."""
         # PyTorch takes 1.8 seconds to import: --help does without it
+        from ..methods.carso import load_published
         from ..methods.loading import load_defence
         from ..training import is_classifier, load_classifier
 
         device = images.y_test.device
+        if self.official is not None and self.preset is not None:
+            published = load_published(self.preset, self.official, self.classifier_weights).to(device)
+            refuse_other_images(published, images, f"the system in {self.official}")
+            return published, published.classifier
         folder = saved_folder(self.folder)
         if is_classifier(folder):
             model, base = load_classifier(folder).to(device), None
@@ -208,7 +256,7 @@ class Evaluate(DataCommand):
                 cudnn_benchmark=self.cudnn_benchmark,
                 seed=self.seed,
                 out=out,
-                name=zoo_name(self.folder) or self.folder.name,
+                name=self.title(),
                 dataset_name=images.name,
             )
         report.notes += notes

@@ -10,12 +10,15 @@ from .command import Command
 
 @dataclass(frozen=True)
 class Info(Command):
-    """Print versions, the build, and which backend serves which op."""
+    """Print versions, what was built, and how many ops kernels serve; with --all which one serves which op, and why."""
 
     called: ClassVar[str] = "info"
 
+    all: bool = False
+    """Whether to print everything: the build, the environment, and for each op who serves it and why."""
+
     def run(self) -> None:
         # PyTorch takes 1.8 seconds to import: --help does without it
-        from .installation import report
+        from .installation import report, summary
 
-        print(report())
+        print(report() if self.all else summary())

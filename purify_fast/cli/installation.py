@@ -192,6 +192,11 @@ def report() -> str:
     head += [("races" if kind == "cpu" else "", _raced(kind)) for kind in ("cpu", "cuda")]
     settings = {key: value for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")}
     head.append(("environment", " ".join(f"{key}={value}" for key, value in settings.items()) or "no PURIFY_FAST_*"))
+    return "\n".join([*_wrapped(head), "", *columns(_ops())])
+
+
+def _wrapped(head: list[tuple[str, str]]) -> list[str]:
+    """Lines of names and values below each other; long values go on in the next line."""
     lines = []
     for name, value in head:
         lines += textwrap.wrap(
@@ -202,7 +207,44 @@ def report() -> str:
             break_long_words=False,
             break_on_hyphens=False,
         )
-    return "\n".join([*lines, "", *columns(_ops())])
+    return lines
+
+
+def summary() -> str:
+    """The same in a few lines: versions, the devices, how many ops kernels serve there, and what is wrong."""
+    if not _library.loaded():
+        extension = f"not loaded: {_library.load_error}"
+    else:
+        built = facts(_library.path).get("version")
+        extension = f"loaded, {cuda_part(facts(_library.path))}"
+        extension += f"; WARNING: it is of version {built}, {_library.BUILD_HINT}" if built != __version__ else ""
+    threads = torch.get_num_threads()
+    head = [
+        ("purify_fast", f"{__version__}, with PyTorch {torch.__version__} and Python {platform.python_version()}"),
+        ("CPU", f"{_cpu()}; {threads} thread{'s' if threads != 1 else ''}"),
+        ("GPU", _gpu()),
+        ("extension", extension),
+        *_served(),
+        ("more", "`purify-fast info --all` says who serves which op and why; `purify-fast tune` finds who is fastest"),
+    ]
+    return "\n".join(_wrapped(head))
+
+
+def _served() -> list[tuple[str, str]]:
+    """For each kind of device that is here, how many ops kernels serve in eager calls, and which kernels are wrong."""
+    found: list[tuple[str, str]] = []
+    for kind, words in (("cpu", "on the CPU"), ("cuda", "on the GPU")):
+        device = _device(kind)
+        if device is None:
+            continue
+        verdicts = kept_verdicts(device)
+        states = [_state(op, kind, verdicts)[0] for op in REGISTRY.values()]
+        kernels = sum(state != "reference" for state in states)
+        text = f"{words}, kernels serve {kernels} of {len(states)} ops, the reference serves the others"
+        wrong = [name for name, verdict in verdicts.items() if not verdict.passed and name in REGISTRY]
+        text += f"; WRONG here, and therefore not used: {', '.join(wrong)}; please report it" if wrong else ""
+        found.append(("" if found else "ops", text))
+    return found
 
 
 if __name__ == "__main__":

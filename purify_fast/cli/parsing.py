@@ -12,6 +12,7 @@ from .. import _compat
 from .._version import __version__
 from . import config_file
 from .command import Command
+from .evaluate import Evaluate
 from .option_types import option_types
 from .train_carso import TrainCarso
 
@@ -76,10 +77,13 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
     path = read.parse_known_args(arguments)[0].config
     in_file = {} if path is None else config_file.options_of(path, kind)
     file_words = config_file.words(in_file, kind)
-    if kind is TrainCarso:
-        chosen = read.parse_known_args(file_words + arguments)[0]
-        if chosen.preset not in (None, "None"):
-            options = {"default": TrainCarso.of_preset(chosen.preset, chosen.official_code)}
+    chosen = read.parse_known_args(file_words + arguments)[0].preset
+    if kind is TrainCarso and chosen not in (None, "None"):
+        official_code = read.parse_known_args(file_words + arguments)[0].official_code
+        options = {"default": TrainCarso.of_preset(chosen, official_code)}
+    if kind is Evaluate and chosen not in (None, "None") and "data" not in {*in_file, *_names(arguments)}:
+        # a published system brings its data set
+        arguments = ["--data", chosen, *arguments]
     if file_words:
         default = cli(kind, file_words, prog=f"{prog} --config {path}", **options)
         refuse_superseded(default, set(in_file))

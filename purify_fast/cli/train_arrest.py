@@ -12,7 +12,7 @@ from .classifiers import fresh_classifier, trained_classifier
 from .command import Superseded
 from .config_file import RunFile
 from .data_args import DataCommand
-from .training import images_in_turn
+from .training import finish_classifier, images_in_turn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,9 +62,8 @@ class TrainArrest(DataCommand):
     def run(self) -> None:
         # PyTorch takes 1.8 seconds to import: --help does without it
         from .._process import processes
-        from ..evaluation import evaluate
         from ..methods.arrest import ArrestTask
-        from ..training import fit, save_classifier, summary
+        from ..training import fit, summary
 
         if self.keep_teacher and (self.loop.padding or self.loop.flip):
             raise ValueError("--keep-teacher is for images that are not augmented: leave out --padding and --flip")
@@ -85,11 +84,7 @@ class TrainArrest(DataCommand):
         if processes()[0] > 0:
             return
         print(summary(last))
-        save_classifier(task.result, self.out)
-        report = evaluate(
-            task.result, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="arrest"
-        )
-        print(report.to_text())
+        finish_classifier(task.result, images, self.out, self.method.attack.eps, "arrest")
         print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
 
     def fitting(self, model: nn.Module, images: DataSet) -> nn.Module:

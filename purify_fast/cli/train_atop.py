@@ -11,7 +11,7 @@ from ..training import FitConfig
 from .classifiers import trained_classifier
 from .command import Superseded
 from .data_args import DataCommand
-from .training import images_in_turn, train_defence
+from .training import images_in_turn, say_other_ball, train_defence
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,6 +121,8 @@ class TrainAtop(TrainGenerator):
         return [Superseded(_NETWORK + _TRANSFORM, message)]
 
     def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:
+        if self.method.attack_method != "none":
+            say_other_ball(self.classifier, self.method.attack)
         if self.init is None:
             return super().made(images, classifier)
         # PyTorch takes 1.8 seconds to import: --help does without it

@@ -11,7 +11,7 @@ from ..training import FitConfig
 from .classifiers import trained_classifier
 from .command import Superseded
 from .data_args import DataCommand
-from .training import images_in_turn, train_defence
+from .training import images_in_turn, say_other_ball, train_defence
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,6 +92,7 @@ class TrainCarso(DataCommand):
 
         images = images_in_turn(self)
         classifier = trained_classifier(self.classifier, self.classifier_weights, images)
+        say_other_ball(self.classifier, self.method.attack)
         torch.manual_seed(self.loop.seed)
         defence, origin = self.made(images, classifier)
         task = CarsoTask(defence, self.method, origin)

@@ -10,7 +10,7 @@ from ..training import ClassifierConfig, FitConfig
 from .classifiers import fresh_classifier
 from .config_file import RunFile
 from .data_args import DataCommand
-from .training import images_in_turn
+from .training import finish_classifier, images_in_turn
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class TrainClassifier(DataCommand):
 
         # and so does what imports it
         from .._process import processes
-        from ..evaluation import evaluate
-        from ..training import ClassifierTask, fit, save_classifier, summary
+        from ..training import ClassifierTask, fit, summary
 
         images = images_in_turn(self)
         torch.manual_seed(self.loop.seed)
@@ -56,9 +55,5 @@ class TrainClassifier(DataCommand):
         if processes()[0] > 0:
             return
         print(summary(last))
-        save_classifier(model, self.out)
-        report = evaluate(
-            model, images.x_test[:], images.y_test, eps=self.method.attack.eps, attacks=[], name="classifier"
-        )
-        print(report.to_text())
+        finish_classifier(model, images, self.out, self.method.attack.eps, "classifier")
         print(f"saved to {self.out}")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config_file import RunFile
+from .classifiers import is_named, saved_folder
+from .config_file import RunFile, ball_of_run
 from .data_args import DataCommand
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..data import DataSet
     from ..defences.base import Defence
-    from ..training import FitConfig, Task
+    from ..training import FitConfig, Task, TrainingAttack
 
 
 def images_in_turn(command: DataCommand) -> DataSet:
@@ -20,6 +25,51 @@ def images_in_turn(command: DataCommand) -> DataSet:
     from ..training.distributed import in_turn
 
     return in_turn(command.load_data)
+
+
+def say_other_ball(classifier: str, attack: TrainingAttack) -> None:
+    """Tell that a defence is trained at another radius or norm than its classifier was.
+
+    Nothing is told of a classifier by name, of one that was trained on clean images, or where no file says it.
+
+    Args:
+        classifier: as ``--classifier`` takes it.
+        attack: the attack that the defence is trained on.
+    """
+    if is_named(classifier):
+        return
+    try:
+        found = ball_of_run(saved_folder(classifier))
+    except ValueError:
+        # damaged options of the classifier's run keep nobody from training on it
+        return
+    if found is None or (math.isclose(found[0], attack.eps, rel_tol=1e-4) and found[1] == attack.norm):
+        return
+    eps, norm = found
+    same = f"--eps {eps:.6g}" + (f" --norm {norm}" if norm != attack.norm else "")
+    print(
+        f"note: {classifier} was trained at {norm} {eps:.6g}, and this trains at {attack.norm} {attack.eps:.6g}; "
+        f"{same} gives both the same",
+        file=sys.stderr,
+    )
+
+
+def finish_classifier(model: nn.Module, images: DataSet, out: Path, eps: float, name: str) -> None:
+    """Save a trained classifier, and print how it does on the held-out images.
+
+    Args:
+        model: the classifier.
+        images: whose held-out images it is measured on.
+        out: where the run is kept.
+        eps: the radius that it was trained at, in image units.
+        name: what it is called in the table.
+    """
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    from ..evaluation import evaluate
+    from ..training import save_classifier
+
+    save_classifier(model, out)
+    print(evaluate(model, images.x_test[:], images.y_test, eps=eps, attacks=[], name=name).to_text())
 
 
 def train_defence(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from .._lock import folder_lock
 from .command import Command
 from .device import usable_device
 
 if TYPE_CHECKING:
+    import torch
+
     from ..ops._tune import Tuned
 
 
@@ -58,11 +63,32 @@ class Tune(Command):
                 bar.n = round(100 * share)
                 bar.set_description(what[:60], refresh=True)
 
-            found = tune(device, seconds=60 * minutes, full=self.full, ops=self.ops, tell=tell)
+            with alone(device):
+                found = tune(device, seconds=60 * minutes, full=self.full, ops=self.ops, tell=tell)
             tell(1.0, "raced")
         print(text(found))
         if forced_backends():
             print(f"PURIFY_FAST_BACKEND forces {', '.join(forced_backends())}: what was found here serves without it.")
+
+
+@contextlib.contextmanager
+def alone(device: torch.device) -> Iterator[None]:
+    """Within the block no other process races this device's kernels for the same folder: each would slow the other.
+
+    Args:
+        device: whose kernels are raced.
+
+    Raises:
+        FolderInUse: another process races them; the message names it.
+    """
+    # PyTorch, which this imports, takes 1.8 seconds: --help does without it
+    from ..ops._races import file_of
+
+    with contextlib.ExitStack() as stack:
+        # a folder that cannot be written is refused by the race, which says how to name another
+        with contextlib.suppress(OSError):
+            stack.enter_context(folder_lock(file_of(device).with_suffix("")))
+        yield
 
 
 def text(found: Tuned) -> str:

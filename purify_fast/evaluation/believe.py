@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .alarms import Evidence, Probes, findings, probe
-from .alarms.probes import PROBED, Before, curves
+import torch
+from torch import Tensor
+
+from .._fingerprint import digest
+from .alarms import INCONSISTENT, Evidence, Probes, findings, probe
+from .alarms.answers import PROBED, Before
+from .alarms.probes import cost, curves
 from .measure import Measure
 from .outlook import outlook
 from .report import Report
@@ -21,7 +26,9 @@ def conclude(report: Report, measure: Measure, before: Before | None) -> None:
         before: the answers of the model before the attacks, to ask it again; None: it is asked nothing more.
     """
     rows = [row for row in report.rows if row.kind != "worst"]
-    evidence = Evidence(rows, None if before is None else _probed(measure, before, [row.attack for row in rows]))
+    evidence = Evidence(rows, classes=measure.subject.num_classes)
+    if before is not None:
+        evidence = dataclasses.replace(evidence, probes=_probed(measure, before, evidence))
     report.findings = [dataclasses.replace(finding, model=measure.name) for finding in findings(evidence)]
     if evidence.probes is not None:
         report.curves[measure.name] = {
@@ -31,24 +38,37 @@ def conclude(report: Report, measure: Measure, before: Before | None) -> None:
     if expected is not None:
         report.outlooks = [dataclasses.replace(expected, model=measure.name)]
     doubts = [finding.alarm for finding in report.findings if finding.verdict == "unreliable"]
+    broken = not set(doubts).isdisjoint(INCONSISTENT)
     for row in report.rows:
-        if row.kind == "worst" and row.threat is None and doubts and row.settings["attacked"]:
+        # what has fallen has fallen: where nothing is left, no attack was stopped by anything
+        if row.kind == "worst" and row.threat is None and doubts and (row.accuracy > 0 or broken):
             row.reliable = False
             row.settings["doubts"] = doubts
 
 
-def _probed(measure: Measure, before: Before, attacks: list[str]) -> Probes:
+def _probed(measure: Measure, before: Before, evidence: Evidence) -> Probes:
     """The probes; kept ones are used again only after the same attacks, which some of them compare answers with."""
     context, subject = measure.context, measure.subject
+    left = _left(evidence)
 
     def make() -> dict[str, Any]:
-        return probe(before, context).to_dict()
+        with measure.progress.row("probes", cost(subject, context)) as counter:
+            return probe(before, context, left, counter).to_dict()
 
     if measure.cache is None:
         return Probes(**make())
     what = {
-        "probes": 1, "data": subject.data, "images": PROBED, "eps": context.eps, "norm": context.norm,
-        "seed": subject.seed, "eot_iter": context.eot_iter, "variant": subject.is_random, "attacks": attacks,
+        "probes": 2, "data": subject.data, "images": PROBED, "eps": context.eps, "norm": context.norm,
+        "seed": subject.seed, "eot_iter": context.eot_iter, "variant": subject.is_random,
+        "attacks": [row.attack for row in evidence.rows], "left": digest(left),
         "batch_size": context.batch_size, "max_forward_batch": context.max_forward_batch,
     }  # fmt: skip
     return Probes(**measure.cache.value(measure.cache.key(what, subject.model), make))
+
+
+def _left(evidence: Evidence) -> Tensor:
+    """Which of the first images withstood every attack on the model as it is, bool ``[n]``; none without an attack."""
+    full = max(row.n for row in evidence.rows)
+    n = min(PROBED, full)
+    masks = [torch.from_numpy(row.robust[:n]) for row in evidence.attacks() if row.n >= n and row.variant == "random"]
+    return torch.stack(masks).all(0) if masks else torch.zeros(n, dtype=torch.bool)

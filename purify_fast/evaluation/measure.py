@@ -65,7 +65,9 @@ class Measure:
         alive = (left if spec.survivors_only else self.clean(spec.variant).robust)[: spec.max_images]
         settings = self._settings(spec) | {"attacked": int(alive.sum())}
         what = settings | {"alive": digest(torch.from_numpy(alive))}
+        at = self.progress.at
         row = self._kept(what, spec, lambda kept: self._measure_attack(spec, alive, settings, kept))
+        self.progress.kept(at)
         # no part of the key: the same attack by any name
         row.attack, row.threat = row_name(spec, self.context), threat_name(spec, self.context)
         return row

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import atomic
 from .._fingerprint import digest
+from .kept_file import read_arrays, write_arrays
 
 
 @dataclass
@@ -50,21 +48,17 @@ class PartialRow:
         self.folder = folder
 
     def read(self, ids: Tensor) -> Batch | None:
-        """The batch of these images, if it was finished.
+        """The batch of these images, if it was finished and its file is not damaged.
 
         Args:
             ids: the images' indices, int64.
         """
-        if self.folder is None:
+        found = None if self.folder is None else read_arrays(self._path(ids))
+        if found is None:
             return None
-        try:
-            with np.load(self._path(ids), allow_pickle=False) as file:
-                plain = json.loads(str(file["plain"]))
-                states = [torch.from_numpy(file[f"generator{i}"]) for i in range(plain.pop("generators"))]
-                return Batch(found=torch.from_numpy(file["found"]), generators=states, **plain)
-        # absent, cut short, or of another version
-        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
-            return None
+        plain = json.loads(str(found["plain"]))
+        states = [torch.from_numpy(found[f"generator{i}"]) for i in range(plain.pop("generators"))]
+        return Batch(found=torch.from_numpy(found["found"]), generators=states, **plain)
 
     def keep(self, ids: Tensor, batch: Batch) -> None:
         """Keep a finished batch; its file is whole or absent.
@@ -83,10 +77,8 @@ class PartialRow:
             "fallen": batch.fallen,
         }
         arrays = {f"generator{i}": state.numpy() for i, state in enumerate(batch.generators)}
-        content = io.BytesIO()
-        np.savez(content, found=batch.found.cpu().numpy(), plain=np.array(json.dumps(plain)), **arrays)  # type: ignore[arg-type]
-        with atomic(self._path(ids)) as temporary:
-            temporary.write_bytes(content.getvalue())
+        arrays |= {"found": batch.found.cpu().numpy(), "plain": np.array(json.dumps(plain))}
+        write_arrays(self._path(ids), arrays)
 
     def remove(self) -> None:
         """Forget the batches: the row is finished."""

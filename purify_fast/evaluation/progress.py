@@ -27,10 +27,11 @@ class Progress:
     Args:
         name: of the model.
         shown: whether to show anything.
-        costs: forward passes of single images that each row takes at most, in order; 0 where it is not known.
+        costs: forward passes of single images that each row takes at most, in order, and the probes as one more row;
+            None where it is not known.
     """
 
-    def __init__(self, name: str, shown: bool, costs: Sequence[int]):
+    def __init__(self, name: str, shown: bool, costs: Sequence[int | None]):
         self.name, self.shown = name, shown
         self.lines = shown and not sys.stderr.isatty()
         self.costs = list(costs)
@@ -54,6 +55,14 @@ class Progress:
         with progress_bar(f"{self.name}: {label} ({place})", self.shown and not self.lines, total) as bar:
             yield _Both(self, bar, f"{place}, {label}")
         self.at += 1
+
+    def kept(self, at: int) -> None:
+        """A row is there; nothing is left to do for it if an earlier run made it.
+
+        Args:
+            at: how many rows were there before it.
+        """
+        self.at = at + 1
 
     def count(self, images: int, label: str) -> None:
         """Images went through the model; a log gets a line now and then.
@@ -84,10 +93,14 @@ class Progress:
 
     def left(self) -> str:
         """The time that the rows still to be made take at most, in words."""
-        remaining = sum(self.costs[self.at :])
-        if not remaining:
+        rest = self.costs[self.at :]
+        if not rest:
             return "the last row"
-        return f"{duration(remaining / self.rate())} left at most" if self.done else "time left not known yet"
+        known = sum(cost for cost in rest if cost is not None)
+        if not self.done or not known:
+            return "time left not known" + ("" if self.done else " yet")
+        text = f"{duration(known / self.rate())} left at most"
+        return text if None not in rest else f"{text}, without the rows whose length is not known"
 
 
 class _Both:

@@ -22,6 +22,7 @@ from .tables import (
     RED_UNRELIABLE,
     TERMINAL_LEGEND,
     believable,
+    beside_headline,
     color_is_welcome,
     comparison,
     headline,
@@ -29,6 +30,7 @@ from .tables import (
     remark,
     row_cells,
     terminal_table,
+    told,
 )
 
 __all__ = ["FORMAT", "Examples", "Paired", "Report", "Row", "merge"]
@@ -175,7 +177,8 @@ class Report:
         """The headline of each model, a comparison if there are several, and the table of all rows."""
         lines = [", ".join(["# Robustness", *self._title()]), ""]
         for (model, threat), row in sorted(self.lowest.items(), key=lambda item: item[0][1] is not None):
-            lines.append(headline(model, threat, row, self._over_all(model, threat)))
+            found = [finding for finding in self.findings if finding.model == model]
+            lines.append(headline(model, threat, row, self._over_all(model, threat), found))
         if len(self.models) > 1:
             lines += ["", "## Comparison", "", "Accuracy ± standard error, %.", "", *self.comparison()]
         lines += ["", "## Every row", ""]
@@ -209,14 +212,13 @@ class Report:
         return "\n".join([table, *self._verdicts(), TERMINAL_LEGEND])
 
     def _verdicts(self) -> list[str]:
-        """One line for the lowest number of every model, and one for each alarm that makes it doubtful."""
+        """One line for the lowest number of every model, and one for each alarm that a reader of it must know."""
         lines = []
         for model, row in self.headlines.items():
             line = f"{model}: {100 * row.accuracy:.1f} % of {row.n} images withstand every attack"
             more = remark(row)
             lines.append(f"{line}; {more}." if more else f"{line}; no alarm says otherwise.")
-        doubts = [finding for finding in self.findings if finding.verdict == "unreliable"]
-        return ["", *lines, *(f"- {finding.alarm}: {finding.measured}" for finding in doubts)]
+        return ["", *lines, *(f"- {told(finding)}" for finding in self.findings if beside_headline(finding))]
 
     def _set_aside(self, folder: Path) -> None:
         """Move a report on another threat model, data set or protocol into a folder of its own."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,12 @@ import numpy as np
 import torch
 
 from .. import _library
-from .._files import atomic, write_text
 from .._fingerprint import text_hash
+from ..ops import changing_bits
 from ..ops._op import forced_backends
 from ..speed.precision import float32_settings
 from .fingerprint import fingerprint
+from .kept_file import read_arrays, read_values, write_arrays, write_values
 from .partial_row import PartialRow
 from .rows import Examples, Row
 
@@ -30,7 +29,7 @@ PROTOCOL_VERSION = 1
 
 
 def environment() -> list[Any]:
-    """What a row depends on besides the evaluation itself.
+    """What a row depends on besides the evaluation itself, and who serves the ops.
 
     Another release of PyTorch, or kernels in place of the reference, change the last bits of a model's arithmetic, and
     with them which of two equally good points an attack returns. A kernel extension that is built again from the same
@@ -52,10 +51,13 @@ class RowCache:
 
     Args:
         folder: of the whole evaluation.
+        served: who serves the ops, by `purify_fast.ops.decisions`: kernels and references differ in the last bits, so
+            that rows that others would serve are no part of the same evaluation.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, served: dict[str, Any]):
         self.folder = folder / "rows"
+        self.served = changing_bits(served)
         self.folder.mkdir(parents=True, exist_ok=True)
         # the weights of a model are read once, not once for each row; with the model, so that its id stays its own
         self._fingerprints: dict[int, tuple[object, str | None]] = {}
@@ -73,7 +75,7 @@ class RowCache:
         marks = [self._fingerprint(model) for model in models]
         if None in marks:
             return None
-        text = json.dumps([PROTOCOL_VERSION, environment(), what, marks], sort_keys=True)
+        text = json.dumps([PROTOCOL_VERSION, environment(), self.served, what, marks], sort_keys=True)
         return text_hash(text).hexdigest()
 
     def _fingerprint(self, model: object) -> str | None:
@@ -90,13 +92,15 @@ class RowCache:
             key: the name; None: the row is made and not kept.
             make: makes it; is given the batches that an interrupted run finished.
         """
-        row = None if key is None else self._read(key)
+        if key is None:
+            return make(PartialRow(None))
+        unfinished = PartialRow(self.folder / f"{key}.batches")
+        row = self._read(key)
         if row is None:
-            unfinished = PartialRow(None if key is None else self.folder / f"{key}.batches")
             row = make(unfinished)
-            if key is not None:
-                self._write(key, row)
-                unfinished.remove()
+            self._write(key, row)
+        # a run that ended between the two left the batches of a finished row
+        unfinished.remove()
         return row
 
     def value(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -109,25 +113,29 @@ class RowCache:
         if key is None:
             return make()
         path = self.folder / f"{key}.values"
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads(path.read_text())
-        made = make()
-        write_text(path, json.dumps(made))
+        made = read_values(path)
+        if made is None:
+            made = make()
+            write_values(path, made)
         return made
 
     def _read(self, key: str) -> Row | None:
-        try:
-            row = Row.from_dict(json.loads((self.folder / f"{key}.json").read_text()))
-        # absent, half-written, or of another version
-        except (OSError, ValueError, TypeError, KeyError):
+        values = read_values(self.folder / f"{key}.json")
+        if values is None:
             return None
-        with (
-            contextlib.suppress(OSError, ValueError, zipfile.BadZipFile),
-            np.load(self.folder / f"{key}.npz", allow_pickle=False) as file,
-        ):
-            if "clean" in file:
-                row.examples = Examples(file["clean"], file["adversarial"], file["labels"])
-            row.margins = file.get("margins")
+        found: dict[str, np.ndarray] | None = {}
+        if values.pop("arrays"):
+            found = read_arrays(self.folder / f"{key}.npz")
+        if found is None:
+            return None
+        try:
+            row = Row.from_dict(values)
+        except (TypeError, KeyError):
+            # a row of another version has other fields
+            return None
+        if "clean" in found:
+            row.examples = Examples(found["clean"], found["adversarial"], found["labels"])
+        row.margins = found.get("margins")
         return row
 
     def _write(self, key: str, row: Row) -> None:
@@ -135,6 +143,6 @@ class RowCache:
         if row.margins is not None:
             arrays["margins"] = row.margins
         if arrays:
-            with atomic(self.folder / f"{key}.npz") as temporary:
-                np.savez(temporary, **arrays)
-        write_text(self.folder / f"{key}.json", json.dumps(row.to_dict(), allow_nan=False))
+            write_arrays(self.folder / f"{key}.npz", arrays)
+        # last: the row is finished when this file is there
+        write_values(self.folder / f"{key}.json", row.to_dict() | {"arrays": sorted(arrays)})

@@ -23,11 +23,14 @@ from .._version import __version__
 from ..attacks import BPDA, Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
 from ..attacks.autoattack import implementation
+from ..attacks.engine.gradient_copy import GradientCopies
+from ..ops import decisions, held
 from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
 from ..speed.convolutions import CudnnBenchmark, raced_convolutions
 from ..speed.precision import whole_float32_by_default
 from ..speed.step_graphs import CudaGraphs, StepGraphs
-from .alarms.probes import Before
+from .alarms.answers import Before
+from .alarms.probes import cost as cost_of_probes
 from .believe import conclude
 from .customary import unusual_radius
 from .function_attack import AttackFunction
@@ -95,7 +98,9 @@ def evaluate(
         batch_size: images attacked together.
         max_forward_batch: images in one forward pass of an attack at most (exact); None: no limit.
         cuda_graphs: on a CUDA device, "auto" captures a step of an attack once and replays it where launching takes
-            longer than computing; "always" wherever that is possible, "off" never.
+            longer than computing; "always" wherever that is possible, "off" never. Choose "off" for a model that keeps
+            settings in an object of a class of its own, no module, dataclass or namespace, and changes them there while
+            it is attacked: a captured step does not see it.
         cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN race its algorithms once for each shape of a batch,
             "auto" not where the process asks for deterministic ones. Which one wins may differ from run to run, and
             with it the last bits of a gradient.
@@ -145,14 +150,23 @@ def evaluate(
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
             max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
+            copies=GradientCopies(),
         )  # fmt: skip
-        cache = None if out is None else RowCache(Path(out))
+        cache = None if out is None else _kept_in(Path(out), subject.device, stack)
         measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress, []))
-        _add_rows(report, _possible(plan, measure, report.notes), measure)
+        more = 0 if before is None else cost_of_probes(subject, context)
+        _add_rows(report, _possible(plan, measure, report.notes), measure, more)
         report.rows += worst(report.rows)
         conclude(report, measure, before)
     report.notes += _nonfinite(report.rows) + unusual_radius(dataset_name, norm, eps)
     return report
+
+
+def _kept_in(out: Path, device: torch.device, stack: contextlib.ExitStack) -> RowCache:
+    """The rows kept in a folder; until the stack ends the same kernels serve, whatever is found out about them."""
+    served = decisions(device, verify=False)
+    stack.enter_context(held(served, verified=False))
+    return RowCache(out, served)
 
 
 def _given(
@@ -181,11 +195,19 @@ def _cuda_devices(defence: Classifier, x: Tensor) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
 
 
-def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure) -> None:
-    """The rows of the clean images, one for each variant, and of the attacks, in the order of the plan."""
+def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure, probes: int) -> None:
+    """The rows of the clean images, one for each variant, and of the attacks, in the order of the plan.
+
+    Args:
+        report: gets the rows.
+        plan: the attacks.
+        measure: makes the rows.
+        probes: images that the probes after the attacks give to the model; 0 for none.
+    """
     variants: list[Variant] = list(dict.fromkeys(spec.variant for spec in plan)) or ["random"]
     costs = [spec.resolved.cost(measure.context) for spec in plan]
-    measure.progress.costs = [0 if cost is None else cost * len(measure.subject.y) for cost in costs]
+    measure.progress.costs = [None if cost is None else cost * len(measure.subject.y) for cost in costs]
+    measure.progress.costs += [probes] if probes else []
     for variant in variants:
         report.rows.append(measure.clean(variant))
     # an attack spares nothing that fell to another threat model

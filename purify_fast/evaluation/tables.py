@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
-from .alarms import Finding
+from .alarms import GUESSING, Finding
 from .outlook import Outlook
 from .rows import Row, attack_names, model_names
 
@@ -93,7 +93,7 @@ def remark(row: Row, unreliable: str = UNRELIABLE) -> str:
     remarks = [f"{row.nonfinite_predictions} predictions {NOT_FINITE}"] if row.nonfinite_predictions else []
     if row.nothing_to_attack:
         remarks.append("nothing to attack")
-    elif not row.reliable:
+    if not row.reliable:
         remarks.append(unreliable)
     return ", ".join(remarks)
 
@@ -128,6 +128,24 @@ def comparison(rows: Sequence[Row], unreliable: str = UNRELIABLE) -> tuple[list[
     return ["attack", *models], [[attack, *(cell(attack, m) for m in models)] for attack in attack_names(rows)]
 
 
+def beside_headline(finding: Finding) -> bool:
+    """Whether a reader of the lowest number must know what an alarm found.
+
+    Args:
+        finding: of an alarm.
+    """
+    return finding.verdict == UNRELIABLE or (finding.verdict == "noted" and finding.alarm == GUESSING)
+
+
+def told(finding: Finding) -> str:
+    """What an alarm found, and the row that gives it away, in one line.
+
+    Args:
+        finding: of an alarm.
+    """
+    return f"{finding.alarm}: {finding.measured}" + (f" ({finding.row})" if finding.row else "")
+
+
 def believable(findings: Sequence[Finding], outlooks: Sequence[Outlook]) -> list[str]:
     """The part of a report that says whether its numbers can be believed, and what it would take to go lower.
 
@@ -149,7 +167,9 @@ def believable(findings: Sequence[Finding], outlooks: Sequence[Outlook]) -> list
     return lines
 
 
-def headline(model: str, threat: str | None, row: Row, over_all: Row | None = None) -> str:
+def headline(
+    model: str, threat: str | None, row: Row, over_all: Row | None = None, findings: Sequence[Finding] = ()
+) -> str:
     """One line of Markdown: the lowest number of a model under a threat model.
 
     Args:
@@ -157,18 +177,28 @@ def headline(model: str, threat: str | None, row: Row, over_all: Row | None = No
         threat: the threat model, None for the report's own.
         row: the lowest row.
         over_all: the worst over all images, told beside a lowest row on fewer of them.
+        findings: of the alarms, about this model.
     """
     what = f"**{model}: {percent(row)} %**" if threat is None else f"{model}, {threat}: {percent(row)} %"
     line = f"- {what} robust, the lowest of all attacks ({row.attack}, n = {row.n})"
     if over_all is not None and over_all.n > row.n:
         line += f"; on all {over_all.n} images, without what attacked fewer, {percent(over_all)} %"
+    guesses = any(finding.alarm == GUESSING and finding.verdict == "noted" for finding in findings)
+    line += "; **clean images are classified no better than by guessing**" if guesses else ""
     more = remark(row, RED_UNRELIABLE)
     if not more:
         return line
     doubts = f" ({', '.join(row.settings['doubts'])})" if row.settings.get("doubts") else ""
-    return f"{line}; {more}{doubts}" + (
-        "" if row.reliable or row.nothing_to_attack else ": the true number may be lower"
-    )
+    return f"{line}; {more}{doubts}" + ("" if row.reliable else f": {means(row)}")
+
+
+def means(row: Row) -> str:
+    """What it means that a number is unreliable.
+
+    Args:
+        row: an unreliable one.
+    """
+    return "the true number may be lower" if row.accuracy > 0 else "the number says nothing about the model"
 
 
 def _survivors_only(row: Row) -> bool:

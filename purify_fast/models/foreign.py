@@ -131,8 +131,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a file, of which only tensors are read.
 
     Args:
-        path: a ``.safetensors`` file, or one that ``torch.save`` wrote. A table ``state_dict`` or ``model`` in it is
-            taken for the whole, and the prefix ``module.`` of DataParallel is dropped.
+        path: a ``.safetensors`` file, or one that ``torch.save`` wrote. A table ``state_dict``, ``model_state_dict`` or
+            ``model`` in it is taken for the whole, and the prefix ``module.`` of DataParallel is dropped.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -148,7 +148,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds Python objects, and only tensors are read: save its state dict") from error
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} holds no weights: {str(error).splitlines()[0]}") from error
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):

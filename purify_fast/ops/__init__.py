@@ -1,7 +1,7 @@
 """Fused operations; each module holds one op: its formula, its reference, its contract."""
 
 from . import _op, _verify
-from ._decisions import as_begun, decisions, held
+from ._decisions import as_begun, changing_bits, decisions, held
 from ._op import REGISTRY, use_backend
 from .aggregate import aggregate
 from .apgd_step import apgd_step
@@ -25,6 +25,7 @@ __all__ = [
     "aggregate",
     "apgd_step",
     "as_begun",
+    "changing_bits",
     "contextual_attention",
     "decisions",
     "decode_prior",

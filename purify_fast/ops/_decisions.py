@@ -44,6 +44,20 @@ def _changes_bits(op: Op) -> bool:
     return not all(example.exact for example in of(op.name))
 
 
+def changing_bits(decided: dict[str, Any]) -> dict[str, Any]:
+    """What of `decisions` changes bits of what is computed: that of ops whose kernels may differ from the reference.
+
+    Args:
+        decided: as `decisions` gives it.
+    """
+    bits = {name for name in decided["kernels"] if name in REGISTRY and _changes_bits(REGISTRY[name])}
+    return decided | {
+        "kernels": {name: kernel for name, kernel in decided["kernels"].items() if name in bits},
+        "wrong": [name for name in decided["wrong"] if name in bits],
+        "races": {name: race for name, race in decided["races"].items() if name in bits},
+    }
+
+
 def as_begun(begun: dict[str, Any] | None, now: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
     """What decides in a run that goes on.
 

@@ -19,17 +19,20 @@ from .. import _library
 from ._op import Op
 
 
-def kernel(name: str, schema: str) -> Callable[..., Any]:
+def kernel(name: str, schema: str, fake: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Declare a kernel of the compiled extension that is no op of its own.
 
     Args:
         name: without the name space.
         schema: its signature, as ``torch.library.define`` takes it.
+        fake: shapes and dtypes of the outputs, for tensors without data.
 
     Returns:
         Its handle. It can be called where `AVAILABLE` is true.
     """
     torch.library.define(f"purify_fast::{name}", schema)
+    if fake is not None:
+        torch.library.register_fake(f"purify_fast::{name}", fake)
     handle: Callable[..., Any] = getattr(torch.ops.purify_fast, name).default
     return handle
 
@@ -38,6 +41,17 @@ def kernel(name: str, schema: str) -> Callable[..., Any]:
 SCALED_ROWS = kernel("scaled_rows", "(Tensor grad, Tensor rows, ScalarType dtype) -> Tensor")
 #: False where the extension is missing, or was built before these kernels were written.
 AVAILABLE = _library.has_kernel("purify_fast::scaled_rows", "CPU")
+
+
+def may_serve(x: Tensor) -> bool:
+    """Whether kernels that only a CPU has can be called: not on a GPU, in compiled graphs or functorch's transforms.
+
+    Args:
+        x: a tensor of the call.
+    """
+    if not AVAILABLE or x.device.type != "cpu":
+        return False
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def serves(backward: Op, x: Tensor) -> bool:
@@ -50,8 +64,4 @@ def serves(backward: Op, x: Tensor) -> bool:
     Returns:
         False on a GPU, inside compiled graphs and under functorch's transforms: there the op's own backward serves.
     """
-    if not AVAILABLE or x.device.type != "cpu":
-        return False
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return not backward.plain(x.device, x.dtype, x.numel())
+    return may_serve(x) and not backward.plain(x.device, x.dtype, x.numel())

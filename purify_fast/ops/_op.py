@@ -5,8 +5,9 @@ eager calls, and inside compiled graphs, where a kernel is a wall to the compile
 function calls the reference directly, so that ``torch.compile`` can fuse it with its surroundings.
 
 A kernel serves where it was measured ahead: on the user's machine, or on one like it that was measured for the package
-(`_races`), by dtype and by size. Where nothing was measured, it serves on a GPU if one launch replaces a dozen or more.
-It serves only if it was found right on this machine (`_verify`).
+(`_races`), by dtype and by size. Where nothing was measured, it serves a GPU's eager calls if forward and backward
+replace a dozen launches or more, and inside compiled graphs only if compilers do not fuse the reference as well. It
+serves only if it was found right on this machine (`_verify`).
 
 Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU), ``triton`` and ``cuda`` (GPU).
 ``PURIFY_FAST_BACKEND`` forces one for its device, read once at import, or several, as ``triton,cuda``: each op takes
@@ -90,7 +91,9 @@ class Op:
         handle: the op as PyTorch dispatches it.
         reference: the definition.
         available: device type to the backends that exist here, the kernel last.
-        replaces_many: the variants for which one launch replaces a dozen or more; ``""`` is the op that has none.
+        replaces_many: the variants whose forward and backward replace a dozen launches or more; ``""`` is the op that
+            has none.
+        compiler_fuses: those of them whose reference compilers fuse as well.
         sources: device type to the files that its kernel there is made of.
         weigh: of the kernel's arguments, the dtype and the number of elements that its server is chosen by.
         served: the decisions that were made: by style, device, dtype, bits of the number of elements, and variant.
@@ -101,6 +104,7 @@ class Op:
     reference: Callable
     available: dict[str, tuple[str, ...]]
     replaces_many: tuple[str, ...] = ()
+    compiler_fuses: tuple[str, ...] = ()
     sources: dict[str, tuple[Path, ...]] = field(default_factory=dict)
     weigh: Callable[..., tuple[torch.dtype, int]] = first_argument
     served: dict[tuple[Style, torch.device, torch.dtype | None, int, str], str] = field(default_factory=dict)
@@ -117,6 +121,14 @@ class Op:
     def sources_digest(self, kind: str) -> str:
         """A hash of what the kernel on devices of a type is made of: a verdict is of this, and of nothing else."""
         return sources_digest(self.sources.get(kind, ()))
+
+    def serves_unraced(self, style: Style) -> tuple[str, ...]:
+        """The variants whose kernel serves on a GPU where nothing was raced.
+
+        Args:
+            style: eager calls, or calls inside a compiled graph.
+        """
+        return tuple(name for name in self.replaces_many if style == "eager" or name not in self.compiler_fuses)
 
     def wanted(
         self, style: Style, device: torch.device, variant: str = "", dtype: torch.dtype | None = None, bits: int = 0
@@ -137,9 +149,10 @@ class Op:
             found = winner(self.name, self.sources_digest(device.type), style, device, Call(variant, dtype, bits))
             if found is not None:
                 return found if found.backend in (kernel, "reference") else replace(found, backend="reference")
-        if device.type == "cuda" and variant in self.replaces_many:
-            return Winner(kernel, "not raced: one launch replaces a dozen or more")
-        return Winner("reference", "not raced" if device.type == "cpu" else "not raced: compilers fuse the reference")
+        if device.type == "cuda" and variant in self.serves_unraced(style):
+            return Winner(kernel, "not raced: it replaces a dozen launches or more")
+        why = "it is a few launches" if style == "eager" else "compilers fuse it"
+        return Winner("reference", "not raced" if device.type == "cpu" else f"not raced: {why}")
 
     def serving(
         self, style: Style, device: torch.device, variant: str = "", dtype: torch.dtype | None = None, bits: int = 0
@@ -253,6 +266,7 @@ def define_op(
     fake: Callable,
     triton: Callable | None = None,
     replaces_many: bool | tuple[str, ...] = False,
+    compiler_fuses: tuple[str, ...] = (),
     weigh: Callable[..., tuple[torch.dtype, int]] = first_argument,
 ) -> Op:
     """Register ``purify_fast::name``.
@@ -263,8 +277,10 @@ def define_op(
         reference: the definition, in PyTorch; runs under ``no_grad`` behind the op.
         fake: shapes and dtypes of the outputs.
         triton: a launcher with the op's signature, imported on first call; never sees float64.
-        replaces_many: whether one launch replaces a dozen or more of the reference, or the variants for which it does.
-            There the kernel serves on a GPU, eagerly and inside graphs; elsewhere the reference, which compilers fuse.
+        replaces_many: whether forward and backward together replace a dozen launches or more of the reference, or the
+            variants for which they do. There the kernel serves on a GPU where nothing was raced.
+        compiler_fuses: those of these variants whose reference compilers fuse as well. Inside compiled graphs the
+            reference serves them.
         weigh: of the op's arguments, the dtype and the number of elements by which a race tells calls apart.
     """
     qualified = f"purify_fast::{name}"
@@ -293,6 +309,7 @@ def define_op(
         reference=reference,
         available=available,
         replaces_many=many,
+        compiler_fuses=compiler_fuses,
         sources=sources,
         weigh=weigh,
     )

@@ -17,7 +17,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,14 @@ def forget() -> None:
     _say_stale.cache_clear()
 
 
-def nearest(facts: dict[str, str]) -> dict[str, Any] | None:
-    """The machine that ships and is most like this one; None if none is like it."""
-    same = [one for one in shipped() if one["machine"]["kind"] == facts["kind"]]
+def nearest(facts: dict[str, str], among: Sequence[dict[str, Any]] | None = None) -> dict[str, Any] | None:
+    """The measured machine that is most like this one; None if none is like it.
+
+    Args:
+        facts: what this machine is.
+        among: the measured machines; those that ship by default.
+    """
+    same = [one for one in (shipped() if among is None else among) if one["machine"]["kind"] == facts["kind"]]
     for what in ("device", "capability"):
         for one in same:
             if one["machine"].get(what) == facts[what]:

@@ -7,7 +7,7 @@ asked for, both are put into a compiled graph with neighbours to fuse with.
 A kernel serves eager calls of a variant, dtype and size where it is ahead in every layout and, on a GPU, in the replay
 too. What serves already keeps its place unless it is more than five percent behind: two races of the same machine then
 end alike. Inside a compiled graph, where a kernel keeps its neighbours from being fused, it must be twice as fast, and
-replace a dozen operators or more.
+the reference must be one that compilers do not fuse as well.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> dict[str, Any]:
         cells.setdefault(name, {})["eager"] = kernel if _ahead(own, before == kernel) else "reference"
     for variant, dtype in dict.fromkeys((row.variant, row.dtype) for row in graph):
         own = [row for row in graph if (row.variant, row.dtype) == (variant, dtype)]
-        won = variant in op.replaces_many and all(row.ratio >= IN_GRAPHS for row in own)
+        won = variant in op.serves_unraced("graph") and all(row.ratio >= IN_GRAPHS for row in own)
         cells.setdefault(cell(variant, getattr(torch, dtype), ""), {})["graph"] = kernel if won else "reference"
 
     def together(style: str, variant: str | None) -> dict[str, str]:

@@ -94,6 +94,8 @@ OP = define_op(
     reference=reference,
     fake=lambda logits, method: wide(logits).new_empty((logits.shape[0], logits.shape[2])),
     triton=Launcher("aggregate", "forward"),
+    replaces_many=("peel", "mean_sigmoid", "vote"),
+    compiler_fuses=("peel", "mean_sigmoid", "vote"),
 )
 BACKWARD = define_op(
     "aggregate_backward",
@@ -101,6 +103,8 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, logits, method: logits.new_empty(logits.shape),
     triton=Launcher("aggregate", "backward"),
+    replaces_many=("peel", "mean_sigmoid", "vote"),
+    compiler_fuses=("peel", "mean_sigmoid", "vote"),
     weigh=second_argument,
 )
 

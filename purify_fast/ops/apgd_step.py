@@ -51,7 +51,8 @@ OP = define_op(
     reference=reference,
     fake=lambda x, grad, x_nat, previous, alpha, eps, momentum, norm, lo, hi: x.new_empty(x.shape),
     triton=Launcher("apgd_step", "forward"),
-    replaces_many=("l2",),
+    replaces_many=("linf", "l2"),
+    compiler_fuses=("linf",),
 )
 
 

@@ -26,6 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import _library
+from .._tensors import without_autocast
+from . import _kept
 from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 from .gated_elu import last_channels
@@ -187,6 +190,93 @@ def _inverse_norms(pixels: Tensor, height: int, width: int) -> Tensor:
     return squares.clamp_min(_SMALLEST_NORM**2).rsqrt()
 
 
+def _phases(shape: torch.Size, last: bool) -> tuple[int, ...]:
+    """The shape of the four phases of features, as matrices."""
+    batch, channels, height, width = shape
+    cells = height * width // 4
+    return (batch, 4, cells, channels) if last else (batch, 4, channels, cells)
+
+
+#: Four kernels of the whole function, on a CPU in eager calls. Two read and write pixels where they lie: SPLIT makes
+#: their phases [B, 4, C, L], or [B, 4, L, C] of channels_last, and JOIN makes features of phases, and adds ``more`` to
+#: the first. Two compute what lies between the products, the norms of the keys included: SPREAD gives U, A and the
+#: inverse norms, and SLOPES gives the matrix that the pixels are multiplied by for their gradient.
+SPLIT = _kept.kernel(
+    "contextual_attention_split",
+    "(Tensor features, bool channels_last) -> Tensor",
+    lambda features, last: features.new_empty(_phases(features.shape, last)),
+)
+JOIN = _kept.kernel(
+    "contextual_attention_join",
+    "(Tensor phases, Tensor? more, SymInt height, SymInt width, bool channels_last) -> Tensor",
+    lambda phases, more, height, width, last: phases.new_empty(
+        (phases.shape[0], phases.shape[3 if last else 2], 2 * height, 2 * width)
+    ).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format),
+)
+SPREAD = _kept.kernel(
+    "contextual_attention_spread",
+    "(Tensor correlation, Tensor valid, SymInt height, SymInt width, float scale, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda correlation, valid, height, width, scale, dtype: (
+        correlation.new_empty((valid.shape[0], 4, *correlation.shape[1:]), dtype=dtype),
+        correlation.new_empty(correlation.shape),
+        correlation.new_empty(valid.shape),
+    ),
+)
+SLOPES = _kept.kernel(
+    "contextual_attention_slopes",
+    "(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, SymInt height, SymInt width, float scale)"
+    " -> Tensor",
+    lambda grad, correlation, inverse, weights, height, width, scale: correlation.new_empty(correlation.shape),
+)
+#: False where the extension was built before these kernels were written.
+WHOLE = _library.has_kernel("purify_fast::contextual_attention_slopes", "CPU")
+
+
+def _attend(features: Tensor, valid: Tensor, scale: float, last: bool) -> tuple[Tensor, ...]:
+    """The whole function, and what its backward needs: F, G, the inverse norms, U and A."""
+    height, width = features.shape[2] // 2, features.shape[3] // 2
+    phases = SPLIT(features, last)
+    pixels = wide(phases[:, 0])
+    correlation = torch.bmm(pixels, pixels.mT) if last else torch.bmm(pixels.mT, pixels)
+    spread, weights, inverse = SPREAD(correlation, valid, height, width, scale=scale, dtype=features.dtype)
+    maps, shares = phases.flatten(0, 1), spread.flatten(0, 1)
+    out = torch.bmm(shares, maps) if last else torch.bmm(maps, shares.mT)
+    return JOIN(out.view_as(phases), None, height, width, last), phases, correlation, inverse, spread, weights
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, valid: Tensor, scale: float, last: bool) -> Tensor:
+        out, *kept = _attend(features, valid, scale, last)
+        ctx.save_for_backward(*kept)
+        ctx.constants = features.shape[2] // 2, features.shape[3] // 2, scale, last
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        phases, correlation, inverse, spread, weights = ctx.saved_tensors
+        height, width, scale, last = ctx.constants
+        with without_autocast(grad.device):
+            slopes = SPLIT(grad.contiguous(memory_format=torch.channels_last) if last else grad, last).flatten(0, 1)
+            maps, shares, pixels = phases.flatten(0, 1), spread.flatten(0, 1), wide(phases[:, 0])
+            of_shares = torch.bmm(slopes, maps.mT) if last else torch.bmm(slopes.mT, maps)
+            of_maps = torch.bmm(shares.mT, slopes) if last else torch.bmm(slopes, shares)
+            by = SLOPES(
+                of_shares.view_as(spread), correlation, inverse, weights, height=height, width=width, scale=scale
+            )
+            of_pixels = torch.bmm(by, pixels) if last else torch.bmm(pixels, by)
+        return JOIN(of_maps.view_as(phases), of_pixels, height, width, last), None, None, None
+
+
+def _whole_serves(features: Tensor, pairs: int, differentiable: bool) -> bool:
+    """Whether the kernels of the whole function serve: wherever the op's own would in both directions."""
+    if not WHOLE or not _kept.may_serve(features) or OP.plain(features.device, features.dtype, pairs):
+        return False
+    return not differentiable or not BACKWARD.plain(features.device, features.dtype, pairs)
+
+
 def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -> Tensor:
     """Rebuild a feature map from its valid patches, by their likeness: see the module's docstring.
 
@@ -220,8 +310,13 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
     if valid.device != features.device:
         raise ValueError(f"features are on {features.device}, valid on {valid.device}: they must agree")
 
-    last = last_channels(features)
-    with torch.autocast(features.device.type, enabled=False):
+    last, differentiable, pairs = last_channels(features), needs_gradient(features), batch * (height * width) ** 2
+    if _whole_serves(features, pairs, differentiable):
+        with without_autocast(features.device):
+            if differentiable:
+                return _Whole.apply(features, valid, float(scale), last)
+            return _attend(features, valid, float(scale), last)[0]
+    with without_autocast(features.device):
         grid = features.unflatten(3, (width, 2)).unflatten(2, (height, 2))  # [B, C, h, a, w, b]
         # for each memory layout the matrix products that need no transposed copy
         if last:
@@ -231,8 +326,8 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         pixels = wide(phases[:, 0])
         correlation = pixels @ pixels.mT
         inverse, keep = _inverse_norms(pixels, height, width), valid.to(features.dtype)
-        kernel = _Between.apply if needs_gradient(features) else OP.handle
-        call = reference if OP.plain(features.device, features.dtype, correlation.numel()) else kernel
+        kernel = _Between.apply if differentiable else OP.handle
+        call = reference if OP.plain(features.device, features.dtype, pairs) else kernel
         spread, _weights = call(correlation, inverse, keep, height, width, float(scale))
         if last:
             out = (spread @ phases).view(batch, 2, 2, height, width, channels)

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._tensors import without_autocast
 from ._op import Launcher, define_op, wide
 from .decoder_weights import Geometry, Layer, Weights, pack, unpack
-from .philox import Stream, philox
+from .philox import Stream, check_tensors, philox
 
 __all__ = ["Geometry", "Layer", "Weights", "decode_prior", "decode_samples", "latents", "pack", "unpack"]
 
@@ -240,6 +241,7 @@ def decode_prior(
         Images ``[B, K, C, H, W]``; sample k of an image is draw index k, whatever K and the batch.
 
     Raises:
+        TypeError: seed or sample_ids is no tensor.
         ValueError: shapes, dtypes or devices other than these.
 
     Deterministic. First-order gradients only; ``vmap`` is not supported.
@@ -262,6 +264,7 @@ def decode_prior(
             raise ValueError(f"{name} must be contiguous, [{size}] for {geometry}, got {list(value.shape)}")
     if dtype not in ((torch.float64,) if real == torch.float64 else (torch.float32, torch.bfloat16)):
         raise ValueError(f"dtype must be float32 or bfloat16 (float64 for float64 weights), got {dtype}")
+    check_tensors(seed, sample_ids)
     streams = (seed.shape, sample_ids.shape, seed.dtype, sample_ids.dtype)
     if streams != ((1,), (len(condition),), torch.int64, torch.int64):
         raise ValueError(
@@ -271,9 +274,11 @@ def decode_prior(
     if any(x.device != condition.device for x in (seed, sample_ids, packed, biases)):
         raise ValueError(f"condition is on {condition.device}: seed, sample_ids, packed and biases must be, too")
     if not isinstance(samples, int) or not 1 <= samples < 2**63 or not 0 <= slope < float("inf"):
-        raise ValueError(f"samples must be a number of at least 1, slope of at least 0, got {samples} and {slope}")
+        raise ValueError(
+            f"samples must be at least 1 and below 2^63, slope at least 0 and finite, got {samples} and {slope}"
+        )
     if OP.plain(condition.device, condition.dtype, condition.numel()):
-        with torch.autocast(condition.device.type, enabled=False):
+        with without_autocast(condition.device):
             weights = unpack(packed, biases, geometry) if weights is None else weights
             logits = maps(condition, seed, sample_ids, weights, geometry, samples=samples, slope=float(slope))[-1]
         out = images(logits, squash, channels_last, dtype)

@@ -49,6 +49,8 @@ OP = define_op(
     reference=lambda features, dim: reference(features, dim).contiguous(),
     fake=lambda features, dim: features.new_empty(_half(features, dim)),
     triton=Launcher("gated_elu", "forward"),
+    replaces_many=True,
+    compiler_fuses=("",),
 )
 BACKWARD = define_op(
     "gated_elu_backward",
@@ -56,6 +58,8 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, features, dim: features.new_empty(features.shape),
     triton=Launcher("gated_elu", "backward"),
+    replaces_many=True,
+    compiler_fuses=("",),
 )
 
 

@@ -109,6 +109,7 @@ def noisy_replay(
         Same shape and dtype as x, contiguous. No gradient.
 
     Raises:
+        TypeError: seed or sample_ids is no tensor.
         ValueError: shapes, dtypes or devices disagree, or lo > hi.
 
     Deterministic given the seed; the same bits in every backend, whatever the batch split. NaN in x or eps propagates.

@@ -125,7 +125,8 @@ OP = define_op(
     reference=reference,
     fake=lambda x, grad, x_nat, alpha, eps, norm, lo, hi, density: x.new_empty(x.shape),
     triton=Launcher("pgd_step", "forward"),
-    replaces_many=("l2", "l1"),
+    replaces_many=("linf", "l2", "l1"),
+    compiler_fuses=("linf",),
 )
 
 

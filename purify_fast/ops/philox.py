@@ -112,8 +112,33 @@ OP = define_op(
 )
 
 
+def check_tensors(seed: object, sample_ids: object) -> None:
+    """Raise TypeError unless seed and sample_ids are tensors.
+
+    Args:
+        seed: of the stream, as a caller gave it.
+        sample_ids: of the stream, as a caller gave them.
+    """
+    for name, value, shape in (("seed", seed, "[1]"), ("sample_ids", sample_ids, "[B]")):
+        if isinstance(value, Tensor):
+            continue
+        got = f"the number {value}" if isinstance(value, int) else type(value).__name__
+        hint = f": write torch.tensor([{value}])" if isinstance(value, int) and name == "seed" else ""
+        raise TypeError(f"{name} must be an int64 tensor of shape {shape}, got {got}{hint}")
+
+
 def check_stream(seed: Tensor, sample_ids: Tensor) -> None:
-    """Raise ValueError unless seed is int64 [1] and sample_ids int64 [B] on one device."""
+    """Raise an error unless seed is int64 [1] and sample_ids int64 [B] on one device.
+
+    Args:
+        seed: of the stream.
+        sample_ids: of the stream.
+
+    Raises:
+        TypeError: no tensors.
+        ValueError: a wrong dtype, shape or device.
+    """
+    check_tensors(seed, sample_ids)
     if seed.dtype != torch.int64 or seed.shape != (1,):
         raise ValueError(f"seed must be an int64 tensor of shape [1], got {seed.dtype} {list(seed.shape)}")
     if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:
@@ -147,6 +172,7 @@ def philox(
         ``[B, draws, numel]`` on the seed's device. No gradient.
 
     Raises:
+        TypeError: seed or sample_ids is no tensor.
         ValueError: a wrong dtype, shape, device, distribution, or a negative count.
     """
     check_stream(seed, sample_ids)

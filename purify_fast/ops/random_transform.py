@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .._compat import renamed_arguments
+from .._tensors import without_autocast
 from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
 from .philox import Stream, check_stream, philox
@@ -113,7 +114,9 @@ def reference(
     # At 0 and at 1 the gradient passes. torch.clamp is not used, since versions of torch differ in its gradient there.
     clipped = torch.where((noisy >= 0) & (noisy <= 1), noisy, noisy.detach().clamp(0, 1))
     t = torch.where(hidden, 0, (2 * clipped - 1)[:, :, None]).to(dtype)
-    packed = torch.cat([t, torch.ones_like(t[:, :, :, :1]), hidden.to(dtype)], dim=3)
+    # autocast for CPUs refuses to join tensors of float16
+    with without_autocast(x.device):
+        packed = torch.cat([t, torch.ones_like(t[:, :, :, :1]), hidden.to(dtype)], dim=3)
     return packed.flatten(0, 2).contiguous(memory_format=_format(channels_last)), owners
 
 
@@ -281,6 +284,7 @@ def random_transform(
         for RT3 the pass that hides the block (see `stitch`).
 
     Raises:
+        TypeError: seed or sample_ids is no tensor.
         ValueError: a wrong shape, dtype, device or setting.
 
     NaN stays where it is seen; what is hidden is 0 whatever x holds. The gradient reaches x only, first order; at both

@@ -41,6 +41,8 @@ OP = define_op(
     reference=reference,
     fake=lambda logits, target: wide(logits).new_empty(logits.shape[0]),
     triton=Launcher("reconstruction_loss", "forward"),
+    replaces_many=True,
+    compiler_fuses=("",),
 )
 BACKWARD = define_op(
     "reconstruction_loss_backward",
@@ -48,6 +50,8 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, logits, target: logits.new_empty(logits.shape),
     triton=Launcher("reconstruction_loss", "backward"),
+    replaces_many=True,
+    compiler_fuses=("",),
     weigh=second_argument,
 )
 

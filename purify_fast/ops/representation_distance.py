@@ -111,7 +111,8 @@ OP = define_op(
     reference=reference,
     fake=_fake,
     triton=Launcher("representation_distance", "forward"),
-    replaces_many=("several",),
+    replaces_many=("", "several"),
+    compiler_fuses=("",),
     weigh=_weighed,
 )
 BACKWARD = define_op(
@@ -120,13 +121,14 @@ BACKWARD = define_op(
     reference=reference_backward,
     fake=lambda grad, student, teacher, slopes: [x.new_empty(x.shape) for x in student],
     triton=Launcher("representation_distance", "backward"),
-    replaces_many=("several",),
+    replaces_many=("", "several"),
+    compiler_fuses=("",),
     weigh=_weighed_backward,
 )
 
 
 def _variant(layers: int) -> str:
-    """Of one layer the reference is a few launches, of several as many times more."""
+    """One layer and several layers are raced apart: the reference launches its operators for each layer."""
     return "several" if layers > 1 else ""
 
 

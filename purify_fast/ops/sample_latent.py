@@ -111,6 +111,7 @@ def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) 
         ``z [B, D]`` in mu's dtype and ``kl [B]`` in nats, float32 (float64 for float64 inputs), also under autocast.
 
     Raises:
+        TypeError: seed or sample_ids is no tensor.
         ValueError: shapes, dtypes or devices disagree.
 
     First-order gradients only; deterministic given the seed; ``vmap`` is not supported by the kernels.

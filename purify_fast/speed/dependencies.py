@@ -3,18 +3,24 @@
 A captured step reads the memory that its model had when it was captured. What is written there in place, it sees:
 an optimizer's step, a refreshed inference copy, new running statistics. What makes it wrong is anything else: a weight
 that is another tensor now, another mode, another number of samples. `dependencies` lists all that it can see of a
-model: its tensors by their addresses, its settings by their values, and any other object by its identity.
+model: its tensors by their addresses, its settings by their values, and any other object by its identity. So what a
+class of the user's own, which is no module, changes inside itself is not seen.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import enum
+import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice, enum.Enum)
+#: Standard objects that hold settings.
+_SETTINGS = (types.SimpleNamespace, argparse.Namespace)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 #: The attributes of a bare module; of these only the mode, the tensors, the parts and the hooks count.
 _BARE = frozenset(vars(nn.Module()))
@@ -25,8 +31,10 @@ def dependencies(model: nn.Module) -> tuple[tuple[Any, ...], list[Any]]:
     """What ``model`` computes with now.
 
     Args:
-        model: a module; objects of this package that it holds are looked into, others count by their identity. A class
-            names in ``not_dependencies`` the attributes that its computation does not depend on.
+        model: a module. The objects of this package that it holds are looked into, and so are dataclasses,
+            ``types.SimpleNamespace`` and ``argparse.Namespace``. Any other object counts by its identity: what changes
+            inside it is not seen. A class names in ``not_dependencies`` the attributes that its computation does not
+            depend on.
 
     Returns:
         The values, which can be hashed, and the objects that stand among them by their identity: who keeps the values
@@ -65,12 +73,23 @@ def _add(value: Any, found: list[Any], objects: list[Any], seen: dict[int, int])
         found.append(len(value))
         for part in value:
             _add(part, found, objects, seen)
-    elif type(value).__module__.startswith("purify_fast.") and not callable(value):
+    elif _looked_into(value):
         found.append(type(value).__qualname__)
         _add_attributes(value, found, objects, seen)
     else:
         found.append(id(value))
         objects.append(value)
+
+
+def _looked_into(value: Any) -> bool:
+    """Whether an object counts by its attributes: this package's own, and those that are made to hold settings."""
+    if isinstance(value, type):
+        return False
+    # of one with slots the attributes are not to be found here, and its identity is what remains
+    settings = isinstance(value, _SETTINGS) or (
+        dataclasses.is_dataclass(value) and getattr(value, "__dict__", None) is not None
+    )
+    return settings or (type(value).__module__.startswith("purify_fast.") and not callable(value))
 
 
 def _add_module(module: nn.Module, found: list[Any], objects: list[Any], seen: dict[int, int]) -> None:

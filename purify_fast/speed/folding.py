@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,6 +46,42 @@ def fold_pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     for layer, norm in pairs:
         _fold(model, layer, norm)
     return pairs
+
+
+def fold_sequential(model: nn.Module) -> int:
+    """Fold every BatchNorm that follows a layer in an ``nn.Sequential``, in place; transposed convolutions too.
+
+    The order of a Sequential says what follows what, so no example is needed. It is for a part that takes more than one
+    tensor, such as a decoder. A layer that stands in several places, or that hooks look at, is left as it is.
+
+    Args:
+        model: any module, in evaluation mode.
+
+    Returns:
+        How many were folded.
+
+    Raises:
+        ValueError: a module in training mode.
+    """
+    if any(module.training for module in model.modules()):
+        raise ValueError("model must be in evaluation mode: a BatchNorm that still learns its statistics stays")
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    done = 0
+    for parent in list(model.modules()):
+        # a subclass may call its children in another order
+        if type(parent) is not nn.Sequential:
+            continue
+        for name, following in pairwise(list(parent._modules)):
+            layer, norm = parent._modules[name], parent._modules[following]
+            foldable = isinstance(layer, _FOLDABLE) or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1)
+            if not (foldable and isinstance(norm, _Norm) and norm.running_mean is not None):
+                continue
+            alone = places[id(layer)] == places[id(norm)] == owners[id(layer.weight)] == 1
+            if alone and not _hooked(layer) and not _hooked(norm):
+                _fold(parent, name, following)
+                done += 1
+    return done
 
 
 def _foldable(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:

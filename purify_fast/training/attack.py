@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -49,7 +50,7 @@ class TrainingAttack:
             raise ValueError(f"eps is in image units, at most 1 for linf, got {self.eps}: is {self.eps:g}/255 meant?")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.eps > 0 and self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and (math.isnan(self.alpha) or (self.eps > 0 and not self.alpha > 0)):
             raise ValueError(f"alpha must be above 0, got {self.alpha}: the images would not move")
         if not self.relative_alpha > 0:
             raise ValueError(f"relative_alpha must be above 0, got {self.relative_alpha}: the images would not move")

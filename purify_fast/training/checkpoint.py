@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ _ZEROS = b"0" * 64
 #: What stands before the digits, in the header of a safetensors file and in a model.json.
 _IN_HEADER, _IN_JSON = b'"checksum":"', b'"checksum": "'
 _PART = 2**24
+#: The command in the file of options that the command line leaves beside a run.
+_COMMAND = re.compile(r"^command: ([a-z ]+)$", re.MULTILINE)
 
 
 def flatten(value: Any, tensors: list[Tensor]) -> Any:
@@ -270,6 +273,33 @@ def _read_sealed_json(path: Path) -> Any:
     return facts
 
 
+def _unfinished(folder: Path) -> str:
+    """What a folder without a saved model holds, in words: a training that has not ended, or nothing of the kind."""
+    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    for place in (folder, *inside):
+        try:
+            found = last_checkpoint(place)
+        except ValueError:
+            # what is damaged says nothing here
+            continue
+        if found is None:
+            continue
+        part = "" if place == folder else f" (its part {place.name})"
+        begun = _COMMAND.search(_text(folder / "run.yaml"))
+        text = f"holds a training that has not ended{part}, at step {found['step']}; "
+        if begun is None:
+            return text + "run the command that began it again to go on"
+        return text + f"`purify-fast {begun[1]} --config {folder / 'run.yaml'} --out {folder}` goes on with it"
+    return "is not a saved model"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """What `save_model` wrote beside the weights: the ``kind``, its ``arguments`` and extra facts.
 
@@ -277,13 +307,14 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
         folder: where the model was saved.
 
     Raises:
-        FileNotFoundError: a file is missing; the message names it.
+        FileNotFoundError: a file is missing; the message names it, and what the folder holds instead, such as a
+            training that has not ended.
         ValueError: the facts are damaged.
     """
     folder = Path(folder)
     for name in ("model.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: {folder} is not a saved model")
+            raise FileNotFoundError(f"{folder / name} is missing: {folder} {_unfinished(folder)}")
     try:
         facts = _read_sealed_json(folder / "model.json")
     except ValueError as error:

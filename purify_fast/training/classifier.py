@@ -30,6 +30,7 @@ class ClassifierTask(Task):
 
     def __init__(self, model: nn.Module, config: ClassifierConfig):
         self.model, self.config = model, config
+        self.tf32 = config.precision == "tf32"
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
         )

@@ -17,6 +17,7 @@ OnNan = Literal["stop", "back_off"]
 CudaGraphs = Literal["auto", "always", "off"]
 CudnnBenchmark = Literal["auto", "on", "off"]
 FusedOptimizers = Literal["auto", "off"]
+ClassifierPrecision = Literal["float32", "tf32"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class FitConfig:
             returns to that checkpoint and goes on with half of the learning rate, at most 5 times.
         cuda_graphs: "auto" captures a step of the training's attack once and replays it, on a CUDA device where
             launching takes longer than computing; "always" wherever that is possible, "off" never. A graph needs the
-            memory of one attack step for itself.
+            memory of one attack step for itself. Choose "off" for a model that keeps settings in an object of a class
+            of its own, no module, dataclass or namespace, and changes them there: a captured step does not see it.
         cudnn_benchmark: "auto" lets cuDNN race its algorithms once for each shape, unless the process asks for
             deterministic ones; "on" in any case, "off" leaves cuDNN as it is. A CUDA device only.
         fused_optimizers: "auto" lets torch's optimizers step in one kernel on a CUDA device; "off" leaves them as they
@@ -93,6 +95,8 @@ class ClassifierConfig:
         attack: PGD that makes the training examples; eps 0 trains on clean images.
         learning_rate: the highest rate of a one-cycle schedule.
         weight_decay: of AdamW.
+        precision: "float32", which on a GPU is that of IEEE too, or "tf32", which there rounds what is multiplied to
+            ten bits of mantissa, while `purify_fast.training.fit` trains.
 
     Raises:
         ValueError: a setting out of range; the message names it.
@@ -101,8 +105,10 @@ class ClassifierConfig:
     attack: TrainingAttack = TrainingAttack(eps=0.0, steps=7, relative_alpha=2.0, eps_warmup=0.2)
     learning_rate: float = 3e-3
     weight_decay: float = 5e-4
+    precision: ClassifierPrecision = "float32"
 
     def __post_init__(self) -> None:
+        check_literal("precision", self.precision, ClassifierPrecision)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
         if not 0 <= self.weight_decay < math.inf:

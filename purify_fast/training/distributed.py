@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from .._process import processes
@@ -53,8 +54,19 @@ def report_step(step: int) -> None:
         dist.distributed_c10d._get_default_store().set(f"purify_fast step {rank}", str(step))
 
 
-#: What PyTorch's back ends say when another process does not answer.
-_LOST = re.compile(r"[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|gloo|NCCL|peer")
+#: How gloo's errors begin, which have no class of their own: with the place in its sources where they arose.
+_GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether an error is of an exchange that failed, and not one of the model or of anything else in the step.
+
+    NCCL's and the store's errors have classes of their own. Words such as "timeout" in any other error mean nothing.
+
+    Args:
+        error: what the step raised.
+    """
+    return isinstance(error, dist.DistError) or _GLOO.search(str(error)) is not None
 
 
 @contextlib.contextmanager
@@ -67,7 +79,7 @@ def named_when_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if processes()[1] == 1 or _LOST.search(str(error)) is None:
+        if processes()[1] == 1 or not _is_lost(error):
             raise
         raise ProcessLost(_missing(str(error).splitlines()[0])) from error
 
@@ -134,6 +146,8 @@ def average_(tensors: Iterable[Tensor]) -> None:
 def from_first(make: Callable[[], Any]) -> Any:
     """What ``make`` gives in the first process, or the exception it raises there, in every process.
 
+    Ctrl-C and an exit in the first process are passed on too: otherwise the others would wait for it in vain.
+
     Args:
         make: called by the first process only; gives nested dicts and lists of tensors, numbers, strings and None.
 
@@ -151,11 +165,11 @@ def from_first(make: Callable[[], Any]) -> Any:
         try:
             tree = flatten(make(), tensors)
             head = [(tree, [(tensor.shape, tensor.dtype) for tensor in tensors])]
-        except Exception as error:
-            head = [error]
+        except BaseException as error:
+            head = [_sendable(error)]
     with named_when_lost():
         dist.broadcast_object_list(head, src=0, device=device)
-    if isinstance(head[0], Exception):
+    if isinstance(head[0], BaseException):
         raise head[0]
     tree, kinds = head[0]
     received = []
@@ -165,6 +179,19 @@ def from_first(make: Callable[[], Any]) -> Any:
             dist.broadcast(tensor, src=0)
         received.append(tensor.cpu())
     return restore(tree, received)
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """An exception as the other processes can read it: itself, or what it says where it cannot be pickled.
+
+    Args:
+        error: what the first process raised.
+    """
+    try:
+        read = pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a class of the user's raises when it is pickled or made anew
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error if type(read) is type(error) else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def gathered(value: Any) -> list[Any]:
@@ -214,11 +241,10 @@ def torchrun_group() -> Iterator[None]:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"WORLD_SIZE is {launched()}, but {', '.join(missing)} not set: start this by torchrun")
-    _store, rank, world = next(rendezvous("env://"))
-    cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    found, rank, world = next(rendezvous("env://"))
+    _store = _of_this_start(found, rank, world)
     try:
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=patience())
+        _join(_store, rank, world)
         with contextlib.ExitStack() as silence:
             if rank > 0:
                 nowhere = silence.enter_context(open(os.devnull, "w"))
@@ -234,6 +260,63 @@ def torchrun_group() -> Iterator[None]:
         raise  # with the group as it is: to take it down, all would have to be here
     dist.destroy_process_group()
     _store = None
+
+
+def _of_this_start(store: Store, rank: int, world: int) -> Store:
+    """The part of a store that belongs to the processes that started together.
+
+    torchrun keeps one store over all of its restarts. What processes wrote that are gone, such as their addresses,
+    would be read by those that come after them, which then wait for the dead. Nothing that torchrun tells is the same
+    in all processes of one start and in no other. So the first process names the start, the others answer with a word
+    of their own, and the name holds once the first has told each its word.
+
+    Args:
+        store: torchrun's.
+        rank: this process's number.
+        world: how many there are.
+
+    Raises:
+        ProcessLost: another process did not start.
+    """
+    own, key, until = os.urandom(8).hex(), "purify_fast start", time.monotonic() + patience().total_seconds()
+    try:
+        if rank == 0:
+            store.set(key, own)
+            words = [own, *(store.get(f"{key} {own} {other}").decode() for other in range(1, world))]
+            store.set(f"{key} {own}", " ".join(words))
+            return PrefixStore(own, store)
+        while time.monotonic() < until:
+            name = store.get(key).decode()
+            store.set(f"{key} {name} {rank}", own)
+            if store.check([f"{key} {name}"]):
+                words = store.get(f"{key} {name}").decode().split()
+                # one of an earlier start holds another word
+                if len(words) == world and words[rank] == own:
+                    return PrefixStore(name, store)
+            time.sleep(0.01)
+    except dist.DistError as error:
+        raise _apart(rank, world, str(error)) from error
+    raise _apart(rank, world, "the first process did not answer")
+
+
+def _join(store: Store, rank: int, world: int) -> None:
+    """Make the process group; ProcessLost if another process cannot be reached."""
+    cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience())
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        raise _apart(rank, world, str(error)) from error
+
+
+def _apart(rank: int, world: int, why: str) -> ProcessLost:
+    """The message where the processes do not find each other."""
+    return ProcessLost(
+        f"process {rank} of {world} did not find the others ({why.splitlines()[0] if why else 'no reason given'}): "
+        "see what they say, and start the same again to go on from the last checkpoint"
+    )
 
 
 def _after_first(event: str, rank: int) -> None:

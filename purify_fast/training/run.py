@@ -29,6 +29,8 @@ logger = logging.getLogger("purify_fast")
 
 #: Settings of the loop that say how a run is carried out, not what comes of it.
 NO_FACTS = ("checkpoint_seconds", "on_full", "on_nan", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
+#: The files that a run writes, without what follows the dot: half-written ones have a dot and a hyphen around it.
+WRITTEN = (Path(CHECKPOINT).stem, "best", "diverged", "log", "model", "run")
 #: How often a run backs off, and what its learning rate is multiplied with each time.
 BACK_OFFS, BACK_OFF = 5, 0.5
 
@@ -191,9 +193,10 @@ class Checkpointer:
     def _read(self) -> dict[str, Any] | None:
         saved = None
         if self.folder is not None:
-            # of a run that was killed while it wrote
-            for stale in self.folder.glob(f".{Path(CHECKPOINT).stem}-*"):
-                stale.unlink()
+            # of a run that was killed while it wrote; nobody else writes here, since the folder is locked
+            for stem in WRITTEN:
+                for stale in self.folder.glob(f".{stem}-*"):
+                    stale.unlink()
             saved = last_checkpoint(self.folder, set_aside=True)
         if self.folder is None or saved is None:
             return None if processes()[1] == 1 else self.run.state()

@@ -20,6 +20,17 @@ REPORT = (
 )
 
 
+#: What a protocol of a card runs, in a few words.
+PROTOCOLS = {
+    "default": "PGD with two losses, BPDA of a purifier, and AutoAttack",
+    "fast": "Auto-PGD, untargeted and targeted",
+    "standard": "AutoAttack's four attacks by this package's engine",
+    "rand": "AutoAttack's version for random models by this package's engine",
+    "strong": "every target, restarts, surrogates, and other aggregations of the samples",
+    "official": "AutoAttack itself",
+}
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """One accuracy of a model.
@@ -62,7 +73,8 @@ class Card:
         version: the version of this package that made the numbers.
         licence: of the weights.
         clean: accuracy on images that are not attacked.
-        attacked: accuracy by the name of the protocol, see `purify_fast.evaluation.evaluate`.
+        attacked: accuracy by the name of the protocol, see `purify_fast.evaluation.evaluate`; "default" is what it runs
+            without one.
     """
 
     name: str
@@ -93,13 +105,19 @@ class Card:
         lines += [
             f"Images: {self.data}, {size}. Attacks: {self.norm}, eps {self.eps:.4g} in image units.",
             f"Clean: {self.clean}.",
-            *(f"Protocol {name!r}: {accuracy}." for name, accuracy in self.attacked.items()),
+            *(f"Attacked by {_protocol(name)}: {accuracy}." for name, accuracy in self.attacked.items()),
             f"Trained by: {self.training}",
             f"Judged by: {self.judged} (purify_fast {self.version})",
             f"Licence of the weights: {self.licence}.",
             REPORT,
         ]
         return "\n".join(lines)
+
+
+def _protocol(name: str) -> str:
+    """A protocol in words."""
+    called = "what `evaluate` runs without a protocol" if name == "default" else f"the protocol {name!r}"
+    return f"{called} ({PROTOCOLS[name]})" if name in PROTOCOLS else called
 
 
 def read_card(folder: Path) -> Card:

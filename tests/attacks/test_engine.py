@@ -1,6 +1,7 @@
 """What the strong attacks share: judging, leaving, copies for gradients; and FAB-T and Square, built on it."""
 
 import warnings
+from collections import UserDict
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from purify_fast.attacks.engine import gradient_copy as copies
 from purify_fast.attacks.engine.active_set import ActiveSet
 from purify_fast.attacks.engine.hyperplane import move_to_plane
 from purify_fast.attacks.engine.judge import Judge, has_fallen, standard_error
-from purify_fast.attacks.engine.squares import Proposals, pattern, side, window
+from purify_fast.attacks.engine.squares import Proposals, pattern, side, window, window_index
 from purify_fast.attacks.heads import HEADS, AttackersHead, class_margins, head_logits
 from purify_fast.evaluation.watched import progress_bar, watched
 from purify_fast.models.classifiers import SmallCNN
@@ -157,6 +158,71 @@ def test_which_models_are_copied(monkeypatch):
         assert copies.gradient_copy(counted, x, "float32") is counted
 
 
+def test_a_copy_serves_until_its_model_changes(monkeypatch):
+    """It is made once for all attacks of an evaluation, and again once what the model computes with has changed."""
+    made, original = [], copies._made
+    monkeypatch.setattr(copies, "_made", lambda *a: made.append(1) or original(*a))
+    net, x, kept = convolutional(), torch.rand(4, 3, 16, 16), copies.GradientCopies()
+
+    def of(model):
+        return copies.gradient_copy(model, x, "bfloat16", kept)
+
+    first = of(net)
+    with progress_bar("attack", False, None) as bar:
+        assert of(net) is first is of(watched(net, bar)).model and len(made) == 1
+    with torch.no_grad():
+        net[0].weight.mul_(1.001)
+    second = of(net)
+    assert second is not first and of(net) is second and len(made) == 2
+    net[1].running_mean.add_(0.01)
+    net[5] = nn.Tanh()
+    third = of(net)
+    assert third is not second and of(net) is third and len(made) == 3
+    # what cannot be seen to have changed is found by comparing
+    hidden = Hidden(net)
+    assert isinstance(of(hidden), InferenceCopy)
+    hidden.scale["value"] = -1.0
+    assert of(hidden) is hidden
+    # without a place to keep them they are made anew, and of weights that count no writes too
+    assert copies.gradient_copy(net, x, "bfloat16") is not third
+    with torch.inference_mode():
+        uncounted = convolutional()
+    number = len(made)
+    assert of(uncounted) is not of(uncounted) and len(made) == number + 2
+
+
+class Hidden(nn.Module):
+    """Its copies share a setting that lies in an object of another package."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.scale = net, SharedDict(value=1.0)
+
+    def forward(self, z):
+        return self.net(z) * self.scale["value"]
+
+
+class SharedDict(UserDict):
+    def __deepcopy__(self, memo):
+        return SharedDict(self.data)
+
+
+def test_a_copy_moves_no_generator_on():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = convolutional()
+
+        def forward(self, z):
+            return self.net(z) + 1e-6 * torch.randn(len(z), 10)
+
+    net, x = Draws().eval(), torch.rand(4, 3, 16, 16)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert isinstance(copies.gradient_copy(net, x, "bfloat16"), InferenceCopy)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("attack", [apgd, fab_t, square])
 def test_every_success_is_the_models_own(attack):
     """A model that is right where its copy is wrong loses nothing, and what is found does fool it."""
@@ -212,6 +278,38 @@ def test_chunked_gradients_are_exact(loss):
         part = Objective(model, loss, 5, most).gradient(x, y)
         assert (part.image - whole.image).abs().max() <= 1e-10 * whole.image.abs().max()
         assert torch.allclose(part.loss, whole.loss, rtol=1e-10)
+
+
+class Shares(nn.Module):
+    """Random in its second half alone, whose draws of an image share the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
+        self.seen = []
+
+    def forward(self, z):
+        return self.draw_logits(z, 1)[0]
+
+    def draw_logits(self, z, draws):
+        self.seen.append((len(z), draws))
+        found = self.first(z).mean((2, 3)).expand(draws, -1, -1)
+        return self.second(found + 0.01 * torch.randn(found.shape))
+
+
+def test_what_draws_share_is_computed_once():
+    """Bounded passes hold all draws of some images, not some draws of all."""
+    net, x, y = Shares(), torch.rand(7, 3, 8, 8), torch.zeros(7, dtype=torch.int64)
+    for most, want in ((None, [(7, 5)]), (100, [(7, 5)]), (12, [(2, 5)] * 3 + [(1, 5)]), (3, [(1, 3), (1, 2)] * 7)):
+        net.seen.clear()
+        found = Objective(net, "ce", 5, most).gradient(x, y)
+        assert net.seen == want and found.image.shape == x.shape and found.wrong.shape == (7,)
+        assert all(images * draws <= (most or 100) for images, draws in net.seen)
+    # the same gradient in parts, where the draws do not differ
+    net.double()
+    net.draw_logits = lambda z, draws: net.second(net.first(z).mean((2, 3)).expand(draws, -1, -1))
+    whole, part = (Objective(net, "ce", 5, most).gradient(x.double(), y) for most in (None, 12))
+    assert (part.image - whole.image).abs().max() <= 1e-10 * whole.image.abs().max()
 
 
 def test_memory_is_flat_in_the_draws():
@@ -296,7 +394,7 @@ def test_the_squares_are_those_of_the_paper():
     assert [side(q, 32, 32) for q in (0, 10, 11, 51, 201, 501, 1001, 2001, 4001)] == [29, 29, 20, 14, 10, 7, 5, 4, 3]
     assert side(9000, 8, 8) == 1 and side(9000, 8, 8, least=3) == 3 and side(0, 32, 8) == 8
     place = torch.tensor([[0.0, 0.0], [0.999, 0.999], [0.5, 0.2]])
-    inside, index = window(place, 3, 8, 6)
+    inside, index = window(place, 3, 8, 6), window_index(place, 3, 8, 6)
     assert inside.sum((1, 2, 3)).tolist() == [9, 9, 9] and inside[1, 0, 5:, 3:].all() and inside[0, 0, :3, :3].all()
     assert index[2][inside[2]].tolist() == list(range(9))
     for power, decay in ((2, 2), (1, 4)):

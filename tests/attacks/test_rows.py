@@ -19,9 +19,11 @@ from purify_fast.attacks import (
     GradientHealth,
     StAdv,
     apgd,
+    fab_t,
     fgsm,
     margin,
     pgd,
+    square,
     stadv,
 )
 from purify_fast.models.classifiers import SmallCNN
@@ -205,7 +207,7 @@ def test_wrong_options(attack, options, message):
         attack(**options)
 
 
-@pytest.mark.parametrize("attack", [pgd, fgsm, apgd])
+@pytest.mark.parametrize("attack", [pgd, fgsm, apgd, fab_t, square])
 def test_a_strangers_mistakes(model, batch, attack):
     x, y = batch
     for change, kind, message in (
@@ -217,6 +219,15 @@ def test_a_strangers_mistakes(model, batch, attack):
             ValueError,
             r"y must be int64 \[B\] = \[9\], got torch.int32 \[9\]: y.long\(\) makes it int64",
         ),
+        (
+            {"x": 255 * x},
+            ValueError,
+            r"x must be in \[clip_min, clip_max\] = \[0, 1\], got .*: divide x by 255, or give clip_max=255",
+        ),
+        ({"x": x - 0.5}, ValueError, r"x must be in \[clip_min, .* = \[0, 1\], got values from -0.4\d* to 0.4\d*$"),
+        ({"x": x / 0}, ValueError, r"x must be in \[clip_min, clip_max\] = \[0, 1\]"),
+        ({"y": y + 6}, ValueError, r"y must be in 0 .. 5, the model's classes, got y\[0\] = \d+"),
+        ({"y": y - 100}, ValueError, r"y must be class numbers from 0, got -\d+"),
         ({"norm": "Linfinity"}, ValueError, "norm must be one of linf, l2.*, got 'Linfinity'"),
     ):
         arguments = {"x": x, "y": y, "eps": EPS} | change
@@ -232,7 +243,7 @@ def test_norms_by_their_other_names(model, batch):
 
 
 def test_old_names_still_work(model, batch):
-    x, y = batch
+    x, y = batch[0].clamp(0.1, 0.9), batch[1]
     for attack, old, new in (
         (pgd, {"start": False, "eot": 2, "chunk": 4, "lo": 0.1, "hi": 0.9},
          {"random_start": False, "eot_iter": 2, "max_forward_batch": 4, "clip_min": 0.1, "clip_max": 0.9}),

@@ -83,10 +83,39 @@ def test_contests_are_kept_and_the_table_says_what_was_found(contests, tmp_path,
     assert "standard leaves" in capsys.readouterr().out
 
 
+def test_an_interrupted_contest_goes_on_where_it_was(contests, tmp_path, monkeypatch):
+    """Runs that are finished are kept, also of a contest that is not, and are made no second time."""
+    arguments = ["evaluation", "plain", "--quick", "--rounds", "2", "--out", str(tmp_path)]
+    made, (make, contestants) = [], evaluation.CONTESTS["plain"]
+
+    def counted(who, attack):
+        def run(*given):
+            if len(made) == 4:
+                raise KeyboardInterrupt
+            made.append(who)
+            return attack(*given)
+
+        return run
+
+    watched = {who: counted(who, attack) for who, attack in contestants.items()}
+    monkeypatch.setitem(evaluation.CONTESTS, "plain", (make, watched))
+    with pytest.raises(KeyboardInterrupt):
+        program.main(arguments)
+    kept = {row["contestant"]: row["seconds"] for row in evaluation.read(tmp_path)}
+    assert made == ["AutoAttack", "standard", "fast", "AutoAttack"]
+    assert {who: len(seconds) for who, seconds in kept.items()} == {"AutoAttack": 2, "standard": 1, "fast": 1}
+    monkeypatch.setitem(evaluation.CONTESTS, "plain", (make, contestants))
+    program.main(arguments)
+    now = {row["contestant"]: row["seconds"] for row in evaluation.read(tmp_path)}
+    assert {len(seconds) for seconds in now.values()} == {2}
+    assert all(now[who][: len(seconds)] == seconds for who, seconds in kept.items())
+
+
 def test_our_attacks_leave_no_more_than_the_official_ones(contests):
     """With as many steps, on a model where both find something and both leave something."""
     amount = replace(evaluation.QUICK, images=12, steps=8, queries=60)
-    rows = {row["contestant"]: row for row in evaluation.contest("plain", evaluation.Sources(Path("."), None), amount)}
+    *_, last = evaluation.contest("plain", evaluation.Sources(Path("."), None), amount)
+    rows = {row["contestant"]: row for row in last}
     assert rows["standard"]["robust"] <= rows["AutoAttack"]["robust"] + 100 / 12
     assert rows["standard"]["robust"] < rows["standard"]["clean"]
 

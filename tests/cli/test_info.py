@@ -89,3 +89,18 @@ def test_an_extension_built_elsewhere_is_loaded(tmp_path):
             command, capture_output=True, text=True, env=environ | {"PURIFY_FAST_EXTENSION": str(copy)}
         ).stdout
         assert "loaded, " in said and str(copy) in said
+
+
+def test_the_command_answers_in_a_few_lines(run):
+    code, short = run("info")
+    assert code == 0 and __version__ in short and torch.__version__ in short
+    assert "kernels serve" in short and "purify-fast info --all" in short
+    assert len(installation.summary().splitlines()) <= 12 < 20 < len(installation.report().splitlines())
+    assert all(f"{name} " in run("info", "--all")[1] for name in ("philox", "stitch"))
+
+
+def test_the_short_answer_names_wrong_kernels(monkeypatch):
+    found = {name: _verify.verdict_of(REGISTRY[name], CPU) for name in ("philox", "stitch")}
+    found["stitch"] = dataclasses.replace(found["stitch"], passed=False)
+    monkeypatch.setattr(installation, "kept_verdicts", lambda device: found)
+    assert "WRONG here, and therefore not used: stitch; please report it" in " ".join(installation.summary().split())

@@ -80,6 +80,55 @@ def test_a_classifier_is_no_defence(saved):
         purify_fast.load_defence(saved)
 
 
+def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(run, bars, tmp_path):
+    """It was said that model.json is missing, and nothing else."""
+    folder, data = tmp_path / "half", ["--data", bars, "--device", "cpu"]
+    words = [*data, "--epochs", "1", "--batch-size", "8", "--width", "2"]
+    assert run("train", "classifier", *words, "--out", folder)[0] == 0
+    for name in ("model.json", "model.safetensors"):
+        (folder / name).unlink()
+    for command in ("train carso --classifier", "evaluate --eps 0.1", "train arrest --classifier"):
+        code, printed = run(*command.split(), folder, *data)
+        assert code == 2 and f"{folder} holds a training that has not ended, at step 4; `purify-fast " in printed
+    assert run(*printed.split("`")[1].split()[1:])[0] == 0
+    assert load_classifier(folder).arguments["width"] == 2
+    # a part of a run, which has no file of options of its own
+    (folder / "run.yaml").rename(tmp_path / "run.yaml")
+    folder.rename(tmp_path / "standard")
+    (tmp_path / "standard" / "model.json").unlink()
+    code, printed = run("evaluate", tmp_path, *data, "--eps", "0.1")
+    assert code == 2 and "has not ended (its part standard), at step 4; `purify-fast train classifier" in printed
+    (tmp_path / "run.yaml").unlink()
+    code, printed = run("evaluate", tmp_path, *data, "--eps", "0.1")
+    assert code == 2 and "at step 4; run the command that began it again to go on" in printed
+    code, printed = run("evaluate", tmp_path / "nothing", *data, "--eps", "0.1")
+    assert code == 2 and f"{tmp_path / 'nothing'} is not a saved model" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--eps", "0.2"], "trained at linf 0.1, and this trains at linf 0.2; --eps 0.1 gives both the same"),
+        (["--eps", "0.1", "--norm", "l2"], "this trains at l2 0.1; --eps 0.1 --norm linf gives both the same"),
+        ([], "trained at linf 0.1, and this trains at linf 0.0313725; --eps 0.1 gives both the same"),
+        (["--eps", "0.1"], None),
+    ],
+)
+@pytest.mark.parametrize("what", ["carso", "atop"])
+def test_another_radius_than_the_classifiers_is_told(run, bars, saved, tmp_path, what, options, told):
+    (saved / "run.yaml").write_text("command: train classifier\neps: 0.1\nnorm: linf\n")
+    # both are refused behind it: the classifier is for images of another size
+    more = ["--init", "None"] if what == "atop" else []
+    code, printed = run("train", what, "--classifier", saved, "--data", bars, "--device", "cpu", *options, *more)
+    assert code == 2 and ("note:" in printed) == (told is not None) and (told or "") in printed, printed
+
+
+def test_of_a_classifier_on_clean_images_no_radius_is_told(run, bars, saved):
+    for text in ("eps: 0.0\n", "{", "eps: [1]\n"):
+        (saved / "run.yaml").write_text(text)
+        assert "note:" not in run("train", "carso", "--classifier", saved, "--data", bars, "--device", "cpu")[1]
+
+
 def test_a_class_without_images(run, tmp_path):
     x, y = np.zeros((8, 16, 16), np.uint8), np.array([0, 2] * 4)
     np.savez(tmp_path / "gap.npz", x_train=x, y_train=y, x_test=x, y_test=y)

@@ -6,6 +6,7 @@ Today's page and the documentation are run by tests/docs/test_code_blocks.py.
 import dataclasses
 import re
 import shlex
+import sys
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from purify_fast import cli
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.carso import PRESETS, Carso
 from purify_fast.models.wide_resnet import representation_layers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from small_models import Halved, Linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,29 +40,6 @@ SHORTER = {
     r"epochs=20\b": "epochs=1",
     r"eps=8 / 255, base=classifier\)": "eps=8 / 255, base=classifier, attacks=[])",
 }
-
-
-class Linear(nn.Module):
-    """A classifier of one layer."""
-
-    def __init__(self, features, classes=10):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(features, classes)
-
-    def forward(self, x):
-        return self.layer(x.flatten(1))
-
-
-class Halved(nn.Module):
-    """A purifier of no parameters but one."""
-
-    def __init__(self):
-        super().__init__()
-        self.share = nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, transformed, mask):
-        return self.share * transformed
 
 
 def run(snippet, **names):

@@ -25,6 +25,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
+sys.path.insert(0, str(ROOT / "tests"))
+
+from small_models import Halved, Linear  # noqa: E402
+
 import benchmarks.__main__ as benchmarks  # noqa: E402
 
 BLOCKS = {
@@ -44,26 +48,12 @@ SHORTER = {
     ),
     r"eps=8 / 255, base=classifier\)": "eps=8 / 255, base=classifier, attacks=[], progress=False)",
     # the list of attacks of every kind runs on a model of one layer; a function is a row whatever it calls
-    r"^evaluate\(defence, x, y, eps=8 / 255, attacks=attacks\)$": (
-        "evaluate(tiny, x[:2, :, :8, :8], y[:2], eps=8 / 255, attacks=attacks, progress=False)"
+    r"^evaluate\(defence, x, y, eps=0.2, attacks=attacks\)$": (
+        "evaluate(tiny, tiny_x, y[:2], eps=0.2, attacks=attacks, progress=False)"
     ),
-    r"torchattacks\.PGD\(model, eps=8 / 255\)\(x, y\)": "x",
-    r"^evaluate\(defence, loader, eps=8 / 255\)": "evaluate(defence, loader, eps=8 / 255, attacks=[], progress=False)",
 }
 #: Languages whose blocks are not run: what programs print, and drawings.
 TEXT = ("text", "bibtex", "yaml", "json", "diff", "cpp")
-
-
-class Linear(nn.Module):
-    """A classifier of one layer."""
-
-    def __init__(self, features, classes=10):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(features, classes)
-
-    def forward(self, x):
-        return self.layer(x.flatten(1))
 
 
 class Layers(nn.Module):
@@ -79,17 +69,6 @@ class Layers(nn.Module):
     def forward(self, x):
         x = self.layer3(self.layer1(2 * x - 1).relu()).relu()
         return self.head(self.layer4(x).relu().mean((2, 3)))
-
-
-class Halved(nn.Module):
-    """A purifier of no parameters but one."""
-
-    def __init__(self):
-        super().__init__()
-        self.share = nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, transformed, mask):
-        return self.share * transformed
 
 
 @pytest.fixture
@@ -114,6 +93,7 @@ def scope(tmp_path, monkeypatch):
         "tiny": purify_fast.Atop(Linear(3 * 8 * 8), Halved(), (3, 8, 8)),
         "x": x,
         "y": y,
+        "tiny_x": x[:2, :, :8, :8],
         "x_uint8": (255 * x).byte(),
         "loader": [(x[:8], y[:8]), (x[8:], y[8:])],
         # what the front page's readers bring

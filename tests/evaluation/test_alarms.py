@@ -1,5 +1,8 @@
 """Broken defences: each is marked unreliable, and the row or probe that gives it away is named; honest ones are not."""
 
+import html
+import json
+import math
 import sys
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from digit_nets import EPS, Gated, digits, robust, standard
 from purify_fast.attacks import APGD, PGD, Square
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report, evaluate
+from purify_fast.evaluation.page import html_page
 from purify_fast.evaluation.surrogates import surrogates
 from purify_fast.ops import aggregate
 
@@ -57,7 +61,7 @@ def quantised(grad):
 
 
 def rounded(self, x):
-    steps = (x * 4).round() / 4
+    steps = (x * 8).round() / 8
     return self.net(x + (steps - x).detach())
 
 
@@ -100,6 +104,18 @@ def verdicts(report):
     return {finding.alarm: (finding.verdict, finding.row) for finding in report.findings}
 
 
+def assert_marked(report, alarm, row):
+    """The number is not to be believed, and every form of the report names what gives it away."""
+    assert verdicts(report)[alarm] == ("unreliable", row)
+    assert not report.headline.reliable and alarm in report.headline.settings["doubts"]
+    text = report.to_text(color=False)
+    assert "unreliable" in text and any(alarm in line and f"({row})" in line for line in text.splitlines())
+    card = html.unescape(html_page(report).split("</section>")[0])
+    assert "Do not believe this number" in card and f"({row})" in card
+    found = json.loads(report.to_json())["findings"]
+    assert [f["row"] for f in found if (f["alarm"], f["verdict"]) == (alarm, "unreliable")] == [row]
+
+
 @pytest.mark.parametrize(
     "model, alarm, row",
     [
@@ -133,8 +149,7 @@ def verdicts(report):
 )
 def test_a_broken_defence_is_marked_and_the_row_is_named(model, alarm, row):
     report = judged(model())
-    assert verdicts(report)[alarm] == ("unreliable", row)
-    assert not report.row("worst").reliable and alarm in report.row("worst").settings["doubts"]
+    assert_marked(report, alarm, row)
     markdown = report.to_markdown()
     assert "## Can this number be believed?" in markdown and alarm in markdown.splitlines()[2]
     assert [f.to_dict() for f in Report.from_json(report.to_json()).findings] == [f.to_dict() for f in report.findings]
@@ -161,7 +176,7 @@ def test_an_honest_model_passes(make):
     found = {alarm: verdict for alarm, (verdict, _) in verdicts(report).items()}
     assert "unreliable" not in found.values(), report.findings
     assert report.row("worst").reliable and "doubts" not in report.row("worst").settings
-    assert len(found) == (11 if report.curves["defence"].get("EOT draws") else 10)
+    assert len(found) == (14 if report.curves["defence"].get("EOT draws") else 13)
     assert set(report.curves["defence"]) >= {"eps", "steps"}
 
 
@@ -176,7 +191,7 @@ def test_a_prediction_that_depends_on_the_batch_is_noticed():
 def test_a_model_that_answers_otherwise_while_gradients_are_recorded_is_noticed():
     cheat = Around(lambda self, x: self.net(x).roll(1, 1) if x.requires_grad else self.net(x))
     verdict, row = verdicts(judged(cheat))["same answer again"]
-    assert (verdict, row) == ("unreliable", "probe: the clean images with gradients recorded")
+    assert (verdict, row) == ("unreliable", "probe: the images with gradients recorded")
 
 
 def test_the_outlook_says_what_a_stronger_attack_would_take():
@@ -198,3 +213,116 @@ def test_probes_are_asked_once_and_kept(tmp_path):
     first = judged(robust(), [PGD(steps=2)], 16, out=tmp_path)
     again = judged(robust(), [PGD(steps=2)], 16, out=tmp_path)
     assert first.to_json() == again.to_json() and len(list((tmp_path / "rows").glob("*.values"))) == 1
+
+
+def rounds_to(levels):
+    """Rounding with the identity's gradient: a step of a few levels, which gradients do not see."""
+    return Around(lambda self, x: self.net(x + ((x * levels).round() / levels - x).detach()))
+
+
+def as_jpeg(quality):
+    """Each image's cosine transform, rounded; rounding has no gradient."""
+    basis = torch.tensor([[math.cos(math.pi * (2 * j + 1) * i / 16) for j in range(8)] for i in range(8)]) / 2
+    basis[0] /= math.sqrt(2)
+
+    def how(self, x):
+        waves = (basis @ (x - 0.5) @ basis.T / quality).round() * quality
+        return self.net((basis.T @ waves @ basis + 0.5).clamp(0, 1))
+
+    return Around(how)
+
+
+def noise_by_content(self, x):
+    """Noise that any change of the image makes another, without a random generator that is seen outside."""
+    seeds = [int(1e6 * image.double().sum().item()) % 2**31 for image in x.detach()]
+    noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return self.net(x + 0.03 * torch.stack(noise))
+
+
+def reseeds(self, x):
+    torch.manual_seed(0)
+    return self.net((x + 0.3 * torch.randn_like(x[:1])).clamp(0, 1))
+
+
+def other_while_recorded(self, x):
+    """The same classes of clean images, and gradients that lead nowhere."""
+    logits = self.net(x)
+    return logits.detach() + 1e-3 * self.net(x.flip(-1)) if torch.is_grad_enabled() else logits
+
+
+def wrong_off_the_grid(self, x):
+    """Right gradients of images as they come from a file, wrong ones of all others."""
+    clean = ((x * 16 - (x * 16).round()).abs() < 1e-3).flatten(1).all(1)[:, None, None, None]
+    return self.net(Backward.apply(x, lambda g: torch.where(clean, g, g.roll(1, 0).flip(-1))))
+
+
+DIFFERENCES = ("gradients against differences", "probe: small steps in random directions")
+PARTS = "parts and softened copies"
+
+
+@pytest.mark.parametrize(
+    "model, alarm, row",
+    [
+        (lambda: Gated(slope=100.0), PARTS, "probe: APGD by the gradients of standard alone"),
+        (lambda: Gated(slope=1e5), PARTS, "probe: APGD by the gradients of standard alone"),
+        (lambda: rounds_to(2), *DIFFERENCES),
+        (lambda: rounds_to(8), *DIFFERENCES),
+        (lambda: Around(lambda self, x: self.net((x * 255).round() / 255)), "gradient health", "APGD-25 ce"),
+        (lambda: Around(lambda self, x: (10 * self.net(x)).round() / 10), "gradient health", "APGD-25 ce"),
+        (lambda: as_jpeg(0.2), "gradient health", "APGD-25 ce"),
+        (lambda: Around(lambda self, x: torch.tanh(10 * self.net(x))), "huge radius", "probe: PGD at eps 1"),
+        (
+            lambda: Around(lambda self, x: self.net(x) if len(x) > 9 else self.net((x * 4).round() / 4).roll(1, 1)),
+            "batch size",
+            "probe: the same images alone and in a batch",
+        ),
+        (lambda: Around(reseeds), "noise and seeds", "probe: the generator's state after two seeds"),
+        (lambda: Around(noise_by_content), *DIFFERENCES),
+        (lambda: Around(other_while_recorded), *DIFFERENCES),
+        (lambda: Around(wrong_off_the_grid), *DIFFERENCES),
+        (lambda: with_gradient(lambda g: g + 3 * g.std() * torch.randn_like(g)), *DIFFERENCES),
+    ],
+    ids=[
+        "gate 100", "gate 1e5", "2 levels", "8 levels", "255 levels", "rounded logits", "JPEG", "tanh", "batch", "seed",
+        "content", "gradient mode", "off the grid", "noisy gradients",
+    ],
+)  # fmt: skip
+def test_the_fast_protocol_notices_it_too(model, alarm, row):
+    _, _, x, y = digits()
+    n = 100 if alarm == PARTS else 48
+    assert_marked(evaluate(model(), x[:n], y[:n], eps=EPS, protocol="fast", steps=30, progress=False), alarm, row)
+
+
+def test_a_large_scale_of_the_logits_hides_nothing():
+    """The cross-entropy of float32 has no gradient then; the attacks whose loss has no scale find the same."""
+    _, _, x, y = digits()
+    plain, large = (
+        evaluate(model, x[:48], y[:48], eps=EPS, protocol="fast", steps=30, probes=False, progress=False)
+        for model in (standard(), Around(lambda self, x: 1e4 * self.net(x)))
+    )
+    assert large.headline.accuracy <= plain.headline.accuracy + 0.03 and large.headline.reliable
+    assert verdicts(large)["gradient health"] == ("noted", "APGD-25 ce")
+
+
+def test_a_model_that_guesses_is_told_beside_the_number():
+    torch.manual_seed(0)
+    report = judged(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), [PGD(steps=2)], probes=False)
+    assert verdicts(report)["better than guessing"] == ("noted", "clean")
+    for text in (report.to_text(color=False), html_page(report).split("</section>")[0]):
+        assert "a guess among 10 classes is right for 10.0 %: is the model trained" in text
+    assert "**clean images are classified no better than by guessing**" in report.to_markdown().splitlines()[2]
+    assert verdicts(judged(standard(), [PGD(steps=2)], probes=False))["better than guessing"][0] == "passed"
+
+
+def test_a_model_that_gives_nan_for_everything_is_unreliable():
+    report = judged(Around(lambda self, x: self.net(x) * torch.nan), probes=False)
+    assert report.headline.accuracy == 0 and report.headline.nothing_to_attack
+    assert_marked(report, "finite predictions", "clean")
+    line = report.to_markdown().splitlines()[2]
+    assert "unreliable" in line and line.endswith("(finite predictions): the number says nothing about the model")
+
+
+def test_where_nothing_is_left_no_attack_was_stopped():
+    report = judged(rounds_to(4), DIRECT)
+    assert verdicts(report)[DIFFERENCES[0]][0] == "unreliable"
+    assert report.headline.accuracy > 0 or report.headline.reliable

@@ -108,7 +108,8 @@ def test_the_page_says_whether_the_number_can_be_believed(report):
     report.row("worst").settings["doubts"] = ["huge radius"]
     report.row("worst").reliable = False
     page = html_page(report)
-    assert "What gives it away:\nhuge radius." in page and "90 % at eps 1" in page
+    card = page.split("</section>")[0]
+    assert "What gives it away:" in card and "huge radius: 90 % at eps 1 (probe: PGD at eps 1)" in card
     assert "about 10.0 of the 25.0 points left." in page and "Accuracy against eps" in page
     assert Report.from_json(report.to_json()).curves == report.curves
 

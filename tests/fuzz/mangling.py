@@ -4,13 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import inspect
 import math
+import os
 import re
 
 import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
+#: How many examples have come to their end in this process.
+DONE = [0]
+
+
+def fuzzed(test, share=1.0):
+    """A test of many examples, which it draws from its argument ``data``; FUZZ_EXAMPLES says how many.
+
+    Args:
+        test: the test.
+        share: of those; less where an example takes long.
+    """
+    chosen = settings(
+        max_examples=max(2, int(share * EXAMPLES)), deadline=None, database=None,
+        derandomize="FUZZ_EXAMPLES" not in os.environ, suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
+    @functools.wraps(test)
+    def one(*arguments, **keywords):
+        test(*arguments, **keywords)
+        # one that is given up raises, and does not count
+        DONE[0] += 1
+
+    return chosen(given(data=st.data())(one))
+
 
 #: Numbers in the place of any number.
 NUMBERS = (0, 1, -1, 2, 0.5, -0.0, 1e-45, 1e30, 2**63, -(2**63) - 1, math.nan, math.inf, -math.inf)
@@ -33,7 +62,7 @@ def _other(draw, how: str, x: Tensor) -> Tensor:
     if how == "dtype":
         return x.to(draw(st.sampled_from(DTYPES)))
     if how == "special" and x.is_floating_point() and x.numel():
-        made = x.clone()
+        made = x.clone(memory_format=torch.contiguous_format)
         for _ in range(draw(st.integers(1, 3))):
             made.view(-1)[draw(st.integers(0, x.numel() - 1))] = draw(st.sampled_from(SPECIAL))
         return made
@@ -95,6 +124,13 @@ def mangled(draw, arguments: dict, times: int) -> tuple[dict, list[str]]:
                 made[name] = int(made[name]) if math.isfinite(made[name]) else -3
             done.append(f"{name} = {made[name]!r}")
     return made, done
+
+
+def on_meta(value):
+    """An argument with its tensors as shapes without numbers."""
+    if isinstance(value, list):
+        return [on_meta(part) for part in value]
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 CONTEXTS = {

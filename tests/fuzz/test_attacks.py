@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
-from mangling import mangled, named, names_of
-from test_ops import SETTINGS, uniform
+from mangling import fuzzed, mangled, named, names_of
+from test_ops import uniform
 from torch import nn
 
 from purify_fast import attacks
@@ -36,8 +35,7 @@ def own(name):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-@SETTINGS
-@given(data=st.data())
+@fuzzed
 def test_an_attack(name, data):
     attack, draw = getattr(attacks, name), data.draw
     norm = draw(st.sampled_from(["linf", "l2", "l1"]))

@@ -10,10 +10,8 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
-from mangling import NUMBERS, named
-from test_ops import SETTINGS
+from mangling import NUMBERS, fuzzed, named
 
 from purify_fast import attacks
 from purify_fast.cli import _KINDS
@@ -64,8 +62,7 @@ def options_of(kind) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@SETTINGS
-@given(data=st.data())
+@fuzzed
 def test_a_configuration(name, data):
     kind, draw = CONFIGS[name], data.draw
     fields = [field for field in dataclasses.fields(kind) if field.init]
@@ -85,16 +82,14 @@ def test_a_configuration(name, data):
             raise AssertionError(f"{field.name} is not a number, and accepted: {made}")
 
 
-@SETTINGS
-@given(data=st.data())
+@fuzzed
 def test_carso(data):
     good = {"layers": ["conv2", "hidden"], "image_shape": (1, 8, 8), "cond_dim": 3, "latent_dim": 2, "samples": 2,
             "decoder_width": 1, "encoder_depth": 1, "version": "v4"}  # fmt: skip
     refused_or_right(data.draw, Carso, good, (SmallCNN(1, 4, (8, 8), 2),))
 
 
-@SETTINGS
-@given(data=st.data())
+@fuzzed
 def test_atop(data):
     good = {"image_shape": (1, 8, 8), "transform": "rt2", "sigma": 0.25, "block": 2, "mask_ratio": 0.25,
             "num_passes": 2, "samples": 1, "aggregation": "mean", "shared_mask": False}  # fmt: skip
@@ -132,8 +127,7 @@ def refused_or_right(draw, kind, good, parts):
     assert logits.shape == (2, 4) and bool(logits.isfinite().all()), options
 
 
-@SETTINGS
-@given(data=st.data())
+@fuzzed
 def test_classifiers(data):
     draw = data.draw
     kind = draw(st.sampled_from([SmallCNN, FullyConnected]))
@@ -150,8 +144,7 @@ def test_classifiers(data):
 
 
 @pytest.mark.parametrize("command", [name for name, kind in _KINDS.items() if options_of(kind)])
-@SETTINGS
-@given(data=st.data())
+@fuzzed
 def test_a_command_line(command, data):
     """It is read, or refused; read lines name a command whose options can be written to a run's file and read again."""
     draw, kind = data.draw, _KINDS[command]

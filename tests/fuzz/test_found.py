@@ -1,14 +1,16 @@
 """What fuzzing found, pinned."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 
-from purify_fast import attacks, ops
+from purify_fast import _library, attacks, ops
 from purify_fast.methods.arrest import AblationConfig
 from purify_fast.methods.carso import CarsoConfig
-from purify_fast.training import ClassifierConfig, FitConfig
+from purify_fast.ops.decode_samples import Geometry, pack
+from purify_fast.training import ClassifierConfig, FitConfig, TrainingAttack
 
 STREAM = {"seed": torch.tensor([1]), "sample_ids": torch.arange(2)}
 
@@ -21,6 +23,47 @@ def test_counts_beyond_int64(count):
             ops.philox(**{**STREAM, "numel": 1, "stream": ops.Stream.LATENT, name: count})
     with pytest.raises(ValueError, match=r"samples must be at least 1 and below 2\^63"):
         ops.random_transform(torch.rand(2, 1, 4, 4), **STREAM, block=2, samples=count)
+
+
+def decoder():
+    """The arguments of `decode_prior` for a small decoder."""
+    geometry = Geometry.of([6, 4, 2, 2, 3, 3, 2, 1, 3, 3])
+    first = torch.rand(*geometry.start, geometry.latent_dim)
+    packed, biases = pack(first, [torch.rand(geometry.start[0], 3, 3, 3)], [torch.rand(3)])
+    sizes = {"packed": packed.float(), "biases": biases.float(), "geometry": geometry}
+    return {"condition": torch.rand(2, math.prod(geometry.start)), **STREAM, **sizes}
+
+
+@pytest.mark.parametrize("count", [10**30, 2**63, 0, -1, 1.5])
+def test_a_count_of_draws_that_no_decoder_can_make(count):
+    """A count beyond int64 ended in an error of PyTorch's dispatcher, which spoke of C++ types."""
+    with pytest.raises(ValueError, match=rf"samples must be at least 1 and below 2\^63.*, got {count} and"):
+        ops.decode_prior(**decoder(), samples=count)
+    assert ops.decode_prior(**decoder(), samples=3).shape == (2, 3, 3, 3, 3)
+
+
+@pytest.mark.parametrize("context", [contextlib.nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_meta_tensors(context):
+    """Autocast was switched off for their device, which has none: they ended in an error of PyTorch's."""
+    features, valid = torch.empty(2, 3, 4, 6, device="meta"), torch.empty(2, 6, dtype=torch.bool, device="meta")
+    made = {key: one.to("meta") if isinstance(one, torch.Tensor) else one for key, one in decoder().items()}
+    with context():
+        assert ops.contextual_attention(features, valid).shape == features.shape
+        assert ops.decode_prior(**made, samples=2).is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_random_transform_under_autocast(dtype, backend):
+    """It keeps its dtypes there. Of float16 PyTorch's autocast for CPUs refused to join tensors."""
+    if backend == "cpp" and not _library.loaded():
+        pytest.skip("there is no extension")
+    x = torch.rand(2, 1, 4, 4).to(dtype)
+    with ops.use_backend(backend):
+        wanted = ops.random_transform(x, **STREAM, block=2)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ops.random_transform(x, **STREAM, block=2)
+    assert found[0].dtype == dtype and all(map(torch.equal, found, wanted))
 
 
 @pytest.mark.parametrize("bounds", [(math.nan, 1.0), (0.0, math.nan), (1.0, 0.0)])
@@ -49,6 +92,8 @@ def test_numbers_that_are_none_in_configurations():
         lambda: FitConfig(1, checkpoint_seconds=math.nan),
         lambda: ClassifierConfig(weight_decay=math.nan),
         lambda: ClassifierConfig(learning_rate=math.inf),
+        # of an attack on clean images it was accepted
+        lambda: TrainingAttack(eps=0.0, steps=2, alpha=math.nan),
         lambda: CarsoConfig(lookahead_alpha=math.nan),
     ):
         with pytest.raises(ValueError, match=r"(seconds|decay|rate|alpha) must be"):

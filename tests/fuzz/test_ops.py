@@ -5,24 +5,19 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import re
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import reject
 from hypothesis import strategies as st
-from mangling import CONTEXTS, mangled, named, names_of, ordinary, tensors
+from mangling import CONTEXTS, fuzzed, mangled, named, names_of, on_meta, ordinary, tensors
 from torch import Tensor
 
 from purify_fast import _library, ops
 from purify_fast.ops.decode_samples import Geometry, pack
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
-SETTINGS = settings(
-    max_examples=EXAMPLES, deadline=None, database=None, derandomize="FUZZ_EXAMPLES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
 pytestmark = pytest.mark.usefixtures("one_thread")
 NO_MEMORY = re.compile("can't allocate memory|storage size calculation overflowed|bad_alloc|invalid shape")
 FLOATS = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -195,16 +190,14 @@ def same(found, wanted, rounding: bool) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
-@SETTINGS
-@given(data=st.data())
+@fuzzed
 def test_an_op(name, data):
     op, make = OPS[name]
     arguments, done = mangled(data.draw, make(data.draw), data.draw(st.sampled_from([0, 1, 1, 2])))
+    if data.draw(st.integers(0, 11)) == 11:
+        arguments = {key: on_meta(value) for key, value in arguments.items()}
+        done.append("all: meta")
     context = data.draw(st.sampled_from(sorted(CONTEXTS)))
-    parts = [t for value in arguments.values() if isinstance(value, (Tensor, list)) for t in tensors(value)]
-    if context == "autocast" and any(t.is_meta or t.dtype == torch.float16 for t in parts):
-        # PyTorch's own autocast for CPUs knows neither meta tensors nor float16
-        context = "plain"
     with CONTEXTS[context]():
         before = {key: value.clone() for key, value in arguments.items() if isinstance(value, Tensor)}
         found, refused = called(op, arguments)
@@ -221,12 +214,22 @@ def test_an_op(name, data):
             same(found, wanted, ordinary(arguments) and context != "autocast")
 
 
+@pytest.mark.parametrize("name", OPS)
+@functools.partial(fuzzed, share=0.1)
+def test_an_op_in_a_compiled_graph(name, data):
+    """Traced as a whole, an op gives what an eager call gives; its arguments are of every shape and dtype."""
+    op, make = OPS[name]
+    arguments = make(data.draw)
+    torch.compiler.reset()
+    found = torch.compile(lambda **given: op(**given), backend="aot_eager", fullgraph=True)(**arguments)
+    same(found, op(**arguments), rounding=True)
+
+
 GRADIENTS = [name for name in OPS if name not in ("philox", "key_validity", "decode_prior", "noisy_replay")]
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-@SETTINGS
-@given(data=st.data())
+@fuzzed
 def test_a_gradient(name, data):
     """The gradient of whatever an op accepts is the definition's."""
     op, make = OPS[name]

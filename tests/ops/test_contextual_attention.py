@@ -4,9 +4,10 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from purify_fast.ops import contextual_attention, key_validity
+from purify_fast.ops import contextual_attention, key_validity, use_backend
 
 op = import_module("purify_fast.ops.contextual_attention")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -195,6 +196,85 @@ def test_threads_change_nothing():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def whole(features: torch.Tensor, valid: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    leaf = features.detach().requires_grad_()
+    out = contextual_attention(leaf, valid)
+    return out, *torch.autograd.grad(out, leaf, grad)
+
+
+needs_whole = pytest.mark.skipif(not op.WHOLE, reason="the kernels of the whole function are the extension's")
+
+
+@needs_whole
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_threads_change_nothing_in_the_whole_function(last):
+    """Many small samples, which threads share; and few large ones, whose rows they do."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for shape in ((24, 16, 8, 8), (2, 16, 36, 28)):
+                for dtype in (torch.float32, torch.bfloat16):
+                    features, valid = inputs(*shape, dtype=dtype)
+                    grad = inputs(*shape, dtype=dtype, seed=1)[0]
+                    if last:
+                        features = features.to(memory_format=torch.channels_last)
+                    with use_backend("cpp"):
+                        results.append(whole(features, valid, grad))
+    finally:
+        torch.set_num_threads(before)
+    for one, two, three in zip(results[:4], results[4:8], results[8:], strict=True):
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three, strict=True))
+
+
+@needs_whole
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(9, 5, 8, 8), (2, 7, 12, 10), (1, 3, 2, 6)], ids=str)
+def test_the_whole_function_and_its_op_alone(monkeypatch, within_budget, shape, dtype):
+    """In every layout and dtype as near to float64 as the products of PyTorch around the reference are."""
+    for last in (False, True):
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        features, valid = inputs(*shape, dtype=dtype)
+        features, grad = features.to(memory_format=memory_format), inputs(*shape, dtype=dtype, seed=1)[0]
+        with use_backend("reference"):
+            golden, same = whole(features.double(), valid, grad.double()), whole(features, valid, grad)
+        with use_backend("cpp"):
+            served = whole(features, valid, grad)
+            assert type(served[0].grad_fn).__name__ == "_WholeBackward"
+            assert torch.equal(served[0], contextual_attention(features, valid))
+        for triple in zip(served, golden, same, strict=True):
+            within_budget(*triple)
+        monkeypatch.setattr(op, "WHOLE", False)  # as with an extension that has only the op
+        with use_backend("cpp"):
+            alone = whole(features, valid, grad)
+        monkeypatch.undo()
+        for triple in zip(alone, golden, same, strict=True):
+            within_budget(*triple)
+
+
+@needs_whole
+def test_shapes_without_data():
+    """Of every kernel of the whole function, forward and backward, in both layouts."""
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        features, valid = inputs(2, 6, 8, 12)
+        features = features.to(memory_format=memory_format)
+        with use_backend("cpp"):
+            wanted = whole(features, valid, features)
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                made = whole(*(mode.from_tensor(x) for x in (features, valid, features)))
+        assert all(a.shape == b.shape and a.stride() == b.stride() for a, b in zip(made, wanted, strict=True))
+
+
+@needs_whole
+def test_backward_under_autocast_computes_in_the_features_dtype():
+    features, valid = inputs(2, 6, 8, 12)
+    with use_backend("cpp"):
+        expected = whole(features, valid, features)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = whole(features, valid, features)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_contract(backend, contract):

@@ -183,7 +183,7 @@ def test_decode_prior_compiles(contract):
         ({"dtype": torch.float16}, "dtype must be float32 or bfloat16"),
         ({"sample_ids": torch.arange(3)}, r"sample_ids must be \[B\] = \[2\] and int64"),
         ({"seed": torch.tensor([1.0])}, r"seed \[1\] and int64"),
-        ({"samples": 0}, "samples must be a number of at least 1, slope of at least 0, got 0"),
+        ({"samples": 0}, r"samples must be at least 1 and below 2\^63, slope at least 0 and finite, got 0"),
         ({"slope": -0.1}, "got 3 and -0.1"),
         ({"slope": float("nan")}, "got 3 and nan"),
         ({"samples": 2.5}, "got 2.5 and"),
@@ -196,3 +196,10 @@ def test_refusals_of_decode_prior(change, message):
     arguments |= {"geometry": GEOMETRY, "samples": 3}
     with pytest.raises(ValueError, match=message):
         decode_prior(**(arguments | change))
+
+
+def test_decode_prior_refuses_a_seed_that_is_no_tensor():
+    names = "condition", "seed", "sample_ids", "packed", "biases"
+    arguments = dict(zip(names, packed_arguments(2, torch.float32), strict=True))
+    with pytest.raises(TypeError, match=r"seed must .*, got the number 7: write torch\.tensor\(\[7\]\)"):
+        decode_prior(**(arguments | {"geometry": GEOMETRY, "samples": 3, "seed": 7}))

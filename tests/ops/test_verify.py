@@ -338,16 +338,43 @@ class Counter(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", [name for name, op in REGISTRY.items() if op.replaces_many])
-def test_one_launch_replaces_a_dozen(name):
-    """What serves on a GPU without a race: some example dispatches a dozen operators or more in PyTorch."""
+def most_launches(name: str, variant: str) -> int:
+    """The most operators that PyTorch dispatches for an example of an op's variant; 0 if there is no such op."""
     most = 0
-    for example in _examples.of(name):
-        arguments = example.make(torch.float32, 0)
-        with use_backend("reference"), torch.no_grad(), Counter() as counter:
-            REGISTRY[name].reference(*arguments)
-        most = max(most, counter.calls)
-    assert most >= 12
+    for example in _examples.of(name) if name in REGISTRY else ():
+        if example.variant == variant:
+            for dtype in {torch.float32, torch.bfloat16} & {*example.dtypes}:
+                arguments = example.make(dtype, 0)
+                with use_backend("reference"), torch.no_grad(), Counter() as counter:
+                    REGISTRY[name].reference(*arguments)
+                most = max(most, counter.calls)
+    return most
+
+
+VARIANTS = {
+    (name.removesuffix("_backward"), example.variant): op
+    for name, op in REGISTRY.items()
+    for example in _examples.of(name)
+}
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_what_serves_unraced_replaces_a_dozen_launches(name, variant):
+    """On a GPU without races kernels serve eagerly where forward and backward dispatch a dozen operators in PyTorch."""
+    both = [name, f"{name}_backward"]
+    launches = sum(most_launches(one, variant) for one in both)
+    for one in both:
+        if one in REGISTRY:
+            assert (variant in REGISTRY[one].serves_unraced("eager")) == (launches >= 12), (one, launches)
+
+
+def test_inside_graphs_fewer_kernels_serve_unraced():
+    """What compilers fuse as well is left to them."""
+    for op in REGISTRY.values():
+        assert set(op.compiler_fuses) <= set(op.replaces_many)
+        assert set(op.serves_unraced("graph")) == set(op.replaces_many) - set(op.compiler_fuses)
+    assert "linf" in REGISTRY["pgd_step"].serves_unraced("eager")
+    assert "linf" not in REGISTRY["pgd_step"].serves_unraced("graph")
 
 
 def test_philox_is_served_in_a_fake_world_too():

@@ -11,7 +11,7 @@ from torchvision.models import resnet18
 
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.models.representation import Representation
-from purify_fast.speed.folding import fold_batchnorm
+from purify_fast.speed.folding import fold_batchnorm, fold_sequential
 from purify_fast.speed.inference_copy import InferenceCopy
 
 
@@ -192,3 +192,32 @@ def test_the_frozen_view_is_the_classifier():
     assert fast.classifier.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, torch\.bfloat16"):
         InferenceCopy(SmallCNN(), (1, 16, 16), torch.float16)
+
+
+class TwoInputs(nn.Module):
+    """What a decoder is like: two tensors, and transposed convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Linear(6, 6)
+        self.head = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.LeakyReLU())
+        self.stack = nn.Sequential(
+            nn.ConvTranspose2d(8, 6, 3, 2, bias=False), nn.BatchNorm2d(6), nn.SiLU(),
+            nn.ConvTranspose2d(6, 4, 3, groups=2), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3),
+        )  # fmt: skip
+        self.twice = nn.Sequential(self.shared, nn.BatchNorm1d(6), self.shared)
+
+    def forward(self, a, b):
+        return self.stack(self.head(self.twice(a) + b)[:, :, None, None])
+
+
+def test_what_stands_in_a_sequential_folds_without_an_example():
+    torch.manual_seed(0)
+    model, (a, b) = trained(TwoInputs()).double(), torch.rand(2, 5, 6, dtype=torch.float64)
+    want = model(a, b)
+    assert fold_sequential(model) == 3
+    assert torch.allclose(model(a, b), want, rtol=1e-10, atol=1e-12)
+    # a convolution of groups, and a layer that stands in two places, stay as they were
+    assert sum(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()) == 2
+    with pytest.raises(ValueError, match="model must be in evaluation mode"):
+        fold_sequential(TwoInputs())

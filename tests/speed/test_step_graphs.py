@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import logging
 import random
 import re
+import types
 from dataclasses import dataclass
 
 import numpy as np
@@ -319,6 +321,46 @@ def test_dependencies_of_the_same_model_are_equal_and_name_every_setting():
     assert dependencies(model)[0] == values
     model[0].function = len
     assert len in dependencies(model)[1] and len not in objects
+
+
+@dataclass
+class Settings:
+    factor: float = 1.0
+    weight: torch.Tensor | None = None
+
+
+class Opaque:
+    factor = 1.0
+
+
+@pytest.mark.parametrize(
+    ("made", "seen"),
+    [(Settings(), True), (types.SimpleNamespace(), True), (argparse.Namespace(), True), (Opaque(), False)],
+)
+def test_settings_inside_of_objects(made, seen):
+    """What a class of a user's own changes inside itself is not seen, as the switch of the graphs says."""
+    model = nn.Linear(2, 2)
+    model.settings = made
+    made.factor = 1.0
+    before, _ = dependencies(model)
+    made.factor = 2.0
+    assert (dependencies(model)[0] != before) is seen
+    made.factor = 1.0
+    assert dependencies(model)[0] == before
+    model.settings = copy.copy(made)
+    assert (dependencies(model)[0] == before) is seen
+
+
+def test_a_dataclass_counts_as_its_class_and_a_tensor_in_it_by_its_memory():
+    model = nn.Linear(2, 2)
+    model.kind = Settings
+    assert Settings in dependencies(model)[1]
+    model.kind = Settings(weight=torch.zeros(2))
+    before, _ = dependencies(model)
+    model.kind.weight.fill_(1)
+    assert dependencies(model)[0] == before
+    model.kind.weight = torch.zeros(2)
+    assert dependencies(model)[0] != before
 
 
 def test_settings_are_checked():

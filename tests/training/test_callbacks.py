@@ -8,12 +8,10 @@ import types
 
 import pytest
 import torch
+from small_runs import images, task
 
-from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import (
     Callback,
-    ClassifierConfig,
-    ClassifierTask,
     FitConfig,
     TensorBoardLog,
     TrainingState,
@@ -22,16 +20,6 @@ from purify_fast.training import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def images(n=64):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(n) % 2
-
-
-def task():
-    torch.manual_seed(0)
-    return ClassifierTask(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig())
 
 
 class PlainLogger(Callback):

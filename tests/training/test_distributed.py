@@ -64,6 +64,7 @@ def two(tmp_path_factory):
         *((f"norm-{name}", "batchnorm", arguments) for name, arguments in NORMS.items()),
         *((f"gradients-{free}", "gradients", (free,)) for free in (0.0, 1.001)),
         ("refusals", "refusals", ()),
+        ("first fails", "first_fails", ()),
     )
     assert codes == [0, 0], errors
     return folder
@@ -143,6 +144,12 @@ def test_what_cannot_be_trained_together_is_refused_in_every_process(two):
     assert first["batchnorm"].startswith("ValueError: 1 is a BatchNorm of one process's images")
     assert first["data"].startswith("ValueError: process 1 trains on other data or settings than the first (data: ")
     assert first["diverged"].startswith("Diverged: epoch 0: training diverged")
+
+
+def test_what_ends_the_first_process_ends_the_others(two):
+    """Of Ctrl-C and an exit, which are no `Exception`, the others heard nothing: they waited for half an hour."""
+    first, second = results(two, "first fails")
+    assert first == second == ["KeyboardInterrupt: ", "SystemExit: 143", "RuntimeError: Unpicklable: a and b"]
 
 
 def test_positions_draw_the_noise_of_those_images():

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_runs import images
 
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
@@ -15,11 +16,6 @@ from purify_fast.training.epoch import finite
 from purify_fast.training.sources import InMemory, step_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def images(n=64):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(n) % 2
 
 
 class Fragile(ClassifierTask):

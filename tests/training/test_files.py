@@ -12,10 +12,11 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_runs import train
 
 from purify_fast import _files
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, load_classifier, save_classifier
+from purify_fast.training import load_classifier, save_classifier
 from purify_fast.training.checkpoint import (
     CHECKPOINT,
     PREVIOUS,
@@ -27,22 +28,6 @@ from purify_fast.training.checkpoint import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def images(n=64):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(n) % 2
-
-
-def task():
-    torch.manual_seed(0)
-    return ClassifierTask(SmallCNN(1, 2, (8, 8), 2), ClassifierConfig())
-
-
-def train(folder, epochs=3, **options):
-    made = task()
-    fit(made, *images(), FitConfig(epochs, 16, **options), folder, progress=False)
-    return made.model.state_dict()
 
 
 def flipped(path, bit):
@@ -66,9 +51,17 @@ def refused(read, path, count):
     return found
 
 
-def test_every_changed_bit_of_a_checkpoint_is_seen(tmp_path):
-    train(tmp_path, epochs=1)
-    assert refused(lambda: read_tree(tmp_path / CHECKPOINT), tmp_path / CHECKPOINT, 120) == 120
+def test_of_200_changed_bits_of_a_checkpoint_all_are_seen_and_the_one_before_it_is_taken(tmp_path, caplog):
+    train(tmp_path, epochs=2)
+    assert refused(lambda: read_tree(tmp_path / CHECKPOINT), tmp_path / CHECKPOINT, 200) == 200
+    whole, draw, taken = (tmp_path / CHECKPOINT).read_bytes(), random.Random(1), 0
+    with caplog.at_level(logging.WARNING, "purify_fast"):
+        for _ in range(200):
+            flipped(tmp_path / CHECKPOINT, draw.randrange(8 * len(whole)))
+            taken += last_checkpoint(tmp_path)["step"] == 4
+            (tmp_path / CHECKPOINT).write_bytes(whole)
+    assert taken == caplog.text.count("the checkpoint before it is taken, of step 4") == 200
+    assert last_checkpoint(tmp_path)["step"] == 8
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
@@ -132,7 +125,7 @@ FULL = """
 import resource, sys, threading, torch
 from purify_fast import _files
 sys.path.insert(0, sys.argv[2])
-import test_files as t
+import small_runs as t
 _files.PAUSE = 0.05
 unlimited = resource.RLIM_INFINITY
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), unlimited))
@@ -185,6 +178,25 @@ def test_the_checkpoint_before_a_full_disk_is_kept(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".checkpoint*"))
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(tmp_path, monkeypatch):
+    """After a power failure a file is whole or absent only in this order."""
+    done, sync, replace = [], os.fsync, os.replace
+
+    def record_sync(handle):
+        done.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file")
+        sync(handle)
+
+    def record_replace(source, target):
+        done.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    save_checkpoint(tmp_path, {"step": 1})
+    assert done == (["file", "name", "folder"] if os.path.isdir("/proc/self/fd") else done)
+    assert done.index("name") == 1 and len(done) == 3
+
+
 def test_without_second_names_the_checkpoint_before_it_is_kept_too(tmp_path, monkeypatch):
     def unsupported(*names):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -200,7 +212,7 @@ def test_without_second_names_the_checkpoint_before_it_is_kept_too(tmp_path, mon
 LONG = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-import test_files as t
+import small_runs as t
 torch.set_num_threads(1)
 print("ready", flush=True)
 torch.save(t.train(sys.argv[1], epochs=int(sys.argv[3]), checkpoint_seconds=1000), sys.argv[1] + "-weights")

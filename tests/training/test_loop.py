@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from small_runs import images
 from torch import nn
 
 from purify_fast import data
@@ -95,12 +96,6 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_weights_to_the_bit(
     assert logs[0] == logs[1] and [row["epoch"] for row in logs[0]] == [0, 1, 2, 3]
 
 
-def small_set(n=64):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, (n, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    return x, torch.arange(n) % 2
-
-
 def configured(**options):
     """A config from its own settings and its attack's."""
     names = {field.name for field in dataclasses.fields(TrainingAttack)}
@@ -114,7 +109,7 @@ def task(**options):
 
 
 def test_a_finished_run_is_not_trained_again_and_a_shorter_log_is_kept(tmp_path):
-    x, y = small_set()
+    x, y = images()
     first = fit(task(), x, y, FitConfig(2, 16), tmp_path)
     again = task()
     assert fit(again, x, y, FitConfig(2, 16), tmp_path) == first
@@ -126,7 +121,7 @@ def test_a_finished_run_is_not_trained_again_and_a_shorter_log_is_kept(tmp_path)
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
-    x, y = small_set()
+    x, y = images()
     fit(task(), x, y, FitConfig(1, 16), tmp_path)
     with pytest.raises(ValueError, match="batch_size: 16 there, 32 now"):
         fit(task(), x, y, FitConfig(1, 32), tmp_path)
@@ -135,7 +130,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
 
 
 def test_other_data_models_classifiers_or_origins_are_refused(tmp_path):
-    x, y = small_set()
+    x, y = images()
     fit(task(), x, y, FitConfig(1, 16), tmp_path / "a")
     with pytest.raises(ValueError, match="data: "):
         fit(task(), 255 - x, y, FitConfig(1, 16), tmp_path / "a")
@@ -161,21 +156,28 @@ def test_step_seeds_differ_in_their_low_words():
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):
-    x, y = small_set()
-    (tmp_path / ".checkpoint-abc.safetensors").write_bytes(b"half")
+    x, y = images()
+    for name in (".checkpoint-abc.safetensors", ".model-a1_.json", ".best-x.safetensors", ".log-1.jsonl"):
+        (tmp_path / name).write_bytes(b"half")
     fit(task(), x, y, FitConfig(1, 16), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.safetensors", "log.jsonl"}
 
 
-def test_a_broken_checkpoint_is_named(tmp_path):
-    x, y = small_set()
-    (tmp_path / "checkpoint.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        fit(task(), x, y, FitConfig(1, 16), tmp_path)
+@pytest.mark.parametrize("kept", [0, 4, 300, -8])
+def test_a_broken_checkpoint_is_named(tmp_path, kept):
+    """Empty, with a part of the header, with a part of the tensors, without its end; or something else altogether."""
+    fit(task(), *images(), FitConfig(1, 16), tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    (tmp_path / "checkpoint.previous.safetensors").unlink(missing_ok=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"checkpoint\.safetensors is not a checkpoint of this package"):
+            fit(task(), *images(), FitConfig(1, 16), tmp_path)
+        path.write_bytes(b"something else, of another program" * 9)
 
 
 def test_too_few_images_and_bad_settings():
-    x, y = small_set()
+    x, y = images()
     with pytest.raises(ValueError, match="batch_size 65 is larger than the 64"):
         fit(task(), x, y, FitConfig(1, 65))
     for wrong in (
@@ -192,7 +194,7 @@ def test_too_few_images_and_bad_settings():
 
 
 def test_divergence_is_an_error_that_keeps_the_last_checkpoint(tmp_path):
-    x, y = small_set()
+    x, y = images()
 
     class Diverging(ClassifierTask):
         def training_step(self, batch: Batch):
@@ -208,7 +210,7 @@ def test_divergence_is_an_error_that_keeps_the_last_checkpoint(tmp_path):
 
 
 def test_the_global_generator_is_left_as_it_was():
-    x, y = small_set()
+    x, y = images()
     torch.manual_seed(3)
     want = torch.rand(3)
     torch.manual_seed(3)
@@ -231,7 +233,7 @@ def test_eps_warms_up_and_reaches_its_value(monkeypatch):
     seen = []
     original = module.pgd
     monkeypatch.setattr(module, "pgd", lambda *a, **k: seen.append(k["eps"]) or original(*a, **k))
-    x, y = small_set(16)
+    x, y = images(16)
     fit(task(eps=0.2, steps=1, eps_warmup=0.5), x, y, FitConfig(4, 16))
     assert seen == pytest.approx([0.1, 0.2, 0.2, 0.2])
 

@@ -1,18 +1,22 @@
 """Processes that die or hang, and runs that go on with more of them, fewer, or on two nodes."""
 
+import json
 import os
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from purify_fast import cli
 from purify_fast.training import distributed
 from purify_fast.training.checkpoint import read_tree
 
@@ -120,6 +124,62 @@ def test_the_message_names_who_is_missing(monkeypatch):
     assert "the first process, which holds what the others tell, is gone" in distributed._missing("Timed out")
 
 
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 4000ms for recv"
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError(GLOO), True),
+        (RuntimeError(f"Gloo connectFullMesh failed with {GLOO}"), True),
+        (torch.distributed.DistBackendError("NCCL error in: a.cpp:1, remote process exited"), True),
+        (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (RuntimeError("a data loader timed out: its peer closed the connection"), False),
+        (RuntimeError("DataLoader worker (pid 3) timeout"), False),
+        (RuntimeError("NCCL and gloo are names of layers of this model"), False),
+    ],
+)
+def test_only_an_exchange_that_failed_is_a_lost_process(monkeypatch, error, lost):
+    """Any error with such a word in it was taken for one."""
+    monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "_missing", lambda why: why)
+    with pytest.raises(distributed.ProcessLost if lost else RuntimeError) as told, distributed.named_when_lost():
+        raise error
+    assert isinstance(told.value, distributed.ProcessLost) is lost
+
+
+def test_a_start_does_not_read_what_an_earlier_one_wrote():
+    """torchrun keeps its store when it starts processes again, with the addresses and words of those that are gone."""
+    store, found = torch.distributed.HashStore(), {}
+
+    def start(number, rank, world):
+        found[number, rank] = distributed._of_this_start(store, rank, world)
+
+    for number, world in enumerate((2, 3, 2, 2)):
+        # the others may come before the first one, and then find what the start before left
+        threads = [threading.Thread(target=start, args=(number, rank, world)) for rank in reversed(range(world))]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join(30)
+        for rank in range(world):
+            found[number, rank].set(f"said by {rank}", str(number))
+        assert all(found[number, 0].get(f"said by {rank}") == str(number).encode() for rank in range(world))
+    assert not found[3, 0].check(["said by 2"]) and found[1, 0].get("said by 2") == b"1"
+
+
+def test_a_process_that_never_starts(monkeypatch):
+    monkeypatch.setenv("PURIFY_FAST_TIMEOUT", "0.3")
+    store = torch.distributed.HashStore()
+    store.set("purify_fast start", "of one that is gone")
+    with pytest.raises(distributed.ProcessLost, match="process 1 of 2 did not find the others"):
+        distributed._of_this_start(store, 1, 2)
+    store.set_timeout(timedelta(seconds=0.3))
+    with pytest.raises(distributed.ProcessLost, match="process 0 of 2 did not find the others"):
+        distributed._of_this_start(store, 0, 2)
+
+
 @pytest.mark.parametrize("text", ["0", "soon", "-3", "nan"])
 def test_a_patience_that_is_none(monkeypatch, text):
     monkeypatch.setenv("PURIFY_FAST_TIMEOUT", text)
@@ -148,6 +208,39 @@ def test_two_nodes_on_one_machine(tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], printed
     assert [out.count("saved to") for out, _ in printed] == [1, 0]
     assert read_tree(tmp_path / "run" / "checkpoint.safetensors")["step"] == 4
+
+
+def workers(launcher):
+    """The processes that torchrun has started, of this machine's kernel."""
+    return [int(one) for one in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not tell a process's children")
+def test_torchrun_starts_a_run_again_one_of_whose_processes_was_killed(tmp_path):
+    x, y = np.random.RandomState(0).randint(0, 256, (40, 12, 8)).astype(np.uint8), np.arange(40) % 2
+    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    words = ["train", "classifier", "--width", "2", "--data", str(tmp_path / "small.npz"), "--device", "cpu"]
+    words += ["--epochs", "60", "--batch-size", "20", "--checkpoint-seconds", "0", "--out"]
+    launched = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+         "-m", "purify_fast.cli", *words, str(tmp_path / "run")],
+        env={**ENVIRONMENT, "PURIFY_FAST_TIMEOUT": "20"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "run" / "checkpoint.safetensors").is_file():
+        assert launched.poll() is None
+        time.sleep(0.01)
+    os.kill(workers(launched.pid)[1], signal.SIGKILL)
+    done = read_tree(tmp_path / "run" / "checkpoint.safetensors")["step"]
+    out, errors = launched.communicate(timeout=120)
+    assert launched.returncode == 0 and done < 120 and out.count("saved to") == 1, errors
+    rows = [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert rows == list(range(60))
+    assert cli.main([*words, str(tmp_path / "alone")]) == 0
+    found, wanted = (read_tree(tmp_path / name / "checkpoint.safetensors") for name in ("run", "alone"))
+    assert found["step"] == wanted["step"] == 120
+    for name, tensor in wanted["model"].items():
+        torch.testing.assert_close(found["model"][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_one_run_alone_is_what_the_others_are_compared_with(one):

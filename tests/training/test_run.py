@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from small_runs import images
 
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
@@ -12,11 +13,6 @@ from purify_fast.training.checkpoint import read_tree
 from purify_fast.training.epoch import finite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def images(n=64):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(n) % 2
 
 
 class Diverging(ClassifierTask):

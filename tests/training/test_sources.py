@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_runs import images
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
@@ -11,11 +12,6 @@ from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Tr
 from purify_fast.training.sources import InMemory, held_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def images(n=64):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(n) % 2
 
 
 def task(**options):

@@ -7,8 +7,9 @@ from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import FitConfig, fit
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.checkpoint import last_checkpoint, save_checkpoint
 
 SHAPE = (1, 16, 16)
 ATTACK = TrainingAttack(eps=0.1, steps=2)
@@ -45,7 +46,11 @@ class Settings:
         pass
 
 
-@pytest.mark.parametrize("make", [arrest, carso, atop])
+def classifier(precision: str) -> ClassifierTask:
+    return ClassifierTask(SmallCNN(width=4), ClassifierConfig(precision=precision))
+
+
+@pytest.mark.parametrize("make", [arrest, carso, atop, classifier])
 def test_products_are_rounded_while_it_is_trained_if_asked(make):
     x = torch.randint(256, (16, *SHAPE), dtype=torch.uint8)
     before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
@@ -61,6 +66,24 @@ def test_products_are_rounded_while_it_is_trained_if_asked(make):
         )
         assert heard.found == {expected}
         assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before
+
+
+def test_a_classifier_without_the_setting_is_resumed_with_float32(tmp_path):
+    """Checkpoints of classifiers had no such setting at first."""
+    x, y = torch.randint(256, (16, *SHAPE), dtype=torch.uint8), torch.arange(16) % 10
+    settings = FitConfig(epochs=2, batch_size=8)
+    fit(classifier("float32"), x, y, settings, tmp_path, progress=False)
+    saved = last_checkpoint(tmp_path)
+    del saved["facts"]["precision"]
+    save_checkpoint(tmp_path, saved, "stop")
+    fit(classifier("float32"), x, y, settings, tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"precision: '?float32'? there, '?tf32'? now"):
+        fit(classifier("tf32"), x, y, settings, tmp_path, progress=False)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match=r"precision.*'half'"):
+        ClassifierConfig(precision="half")
 
 
 def test_joint_training_takes_it():

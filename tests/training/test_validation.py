@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from small_runs import images
 from torch.utils.data import DataLoader, TensorDataset
 
 from purify_fast import data
@@ -15,11 +16,6 @@ from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Tr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ATTACK = TrainingAttack(eps=0.05, steps=1, eps_warmup=1.0)
-
-
-def images(n=100):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(n) % 2
 
 
 def task(**options):
@@ -59,7 +55,7 @@ def watched(made):
 
 
 def test_validation_is_off_by_default_and_changes_no_weight_by_itself():
-    x, y = images()
+    x, y = images(100)
     kept = FitConfig(2, 16, validation_share=0.2)
     one, two = task(), task()
     fit(one, x, y, kept, progress=False)
@@ -70,7 +66,7 @@ def test_validation_is_off_by_default_and_changes_no_weight_by_itself():
 
 
 def test_held_out_images_are_validated_with_and_not_trained_on(tmp_path):
-    x, y = images()
+    x, y = images(100)
     made, trained, validated = watched(task())
     config = FitConfig(3, 16, flip=True, validation_share=0.3, validation_every=2)
     last = fit(made, x, y, config, tmp_path, progress=False)
@@ -103,7 +99,7 @@ def test_the_best_weights_are_what_remains(tmp_path, kept):
     torch.manual_seed(0)
     made = Worse(SmallCNN(1, 2, (8, 8), 4))
     config = FitConfig(4, 16, validation_share=0.2, keep_best="loss")
-    fit(made, *images(), config, tmp_path if kept else None, progress=False)
+    fit(made, *images(100), config, tmp_path if kept else None, progress=False)
     assert same(weights(made), made.seen[1]) and not same(made.seen[1], made.seen[3])
     assert (tmp_path / "best.safetensors").exists() == kept
 
@@ -123,21 +119,21 @@ def test_the_best_weights_survive_an_interruption(tmp_path):
     torch.manual_seed(0)
     first = Stopping(SmallCNN(1, 2, (8, 8), 4))
     with pytest.raises(Stop):
-        fit(first, *images(), config, tmp_path, progress=False)
+        fit(first, *images(100), config, tmp_path, progress=False)
     torch.manual_seed(0)
     second = Worse(SmallCNN(1, 2, (8, 8), 4))
     second.scores = [2.5]
-    fit(second, *images(), config, tmp_path, progress=False)
+    fit(second, *images(100), config, tmp_path, progress=False)
     assert same(weights(second), first.seen[1])
     # a finished run gives the same again
     torch.manual_seed(0)
     third = Worse(SmallCNN(1, 2, (8, 8), 4))
-    fit(third, *images(), config, tmp_path, progress=False)
+    fit(third, *images(100), config, tmp_path, progress=False)
     assert same(weights(third), first.seen[1]) and not third.seen
 
 
 def test_held_out_data_of_ones_own():
-    x, y = images()
+    x, y = images(100)
     held = x[:30], y[:30]
     one, two, three = ({} for _ in range(3))
     config = FitConfig(1, 16)
@@ -189,7 +185,7 @@ def test_every_training_can_be_validated_and_goes_on_as_if_it_had_not_been(name)
 )
 def test_settings_that_cannot_be_used(options, given, message):
     with pytest.raises(ValueError, match=message):
-        fit(task(), *images(), FitConfig(1, 16, **options), progress=False, **given)
+        fit(task(), *images(100), FitConfig(1, 16, **options), progress=False, **given)
 
 
 def test_a_best_by_what_is_not_measured_is_refused():
@@ -202,7 +198,7 @@ def test_a_best_by_what_is_not_measured_is_refused():
 
     config = FitConfig(1, 16, validation_share=0.2, keep_best="accuracy")
     with pytest.raises(ValueError, match="keep_best 'accuracy': this training measures loss"):
-        fit(Silent(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig()), *images(), config, progress=False)
+        fit(Silent(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig()), *images(100), config, progress=False)
 
 
 def test_a_best_that_carsos_published_loss_does_not_measure_is_refused():
@@ -233,7 +229,7 @@ def test_a_score_that_is_no_number_is_never_the_best(tmp_path, scores, best, kep
     made = Worse(SmallCNN(1, 2, (8, 8), 4))
     made.scores = scores
     config = FitConfig(4, 16, validation_share=0.2, keep_best="loss")
-    fit(made, *images(), config, tmp_path if kept else None, progress=False)
+    fit(made, *images(100), config, tmp_path if kept else None, progress=False)
     assert same(weights(made), made.seen[best])
 
 

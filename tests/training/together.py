@@ -20,7 +20,7 @@ from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.distributed import average_
+from purify_fast.training.distributed import average_, from_first
 
 LOOP = FitConfig(2, int(os.environ.get("TOGETHER_BATCH", "32")), padding=1, flip=True, checkpoint_seconds=0)
 
@@ -175,6 +175,28 @@ def refusals(out):
         },
         out,
     )
+
+
+class Unpicklable(Exception):
+    """One that cannot be made anew from what it was pickled to."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+def first_fails(out):
+    """What `from_first` raises in each process when the first one is interrupted, ends or fails."""
+
+    def said(error):
+        def make():
+            raise error
+
+        try:
+            from_first(make)
+        except BaseException as raised:
+            return f"{type(raised).__name__}: {raised}"
+
+    torch.save([said(error) for error in (KeyboardInterrupt(), SystemExit(143), Unpicklable("a", "b"))], out)
 
 
 class _Diverging(ClassifierTask):

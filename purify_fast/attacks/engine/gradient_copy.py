@@ -1,18 +1,23 @@
 """The copy of a model that gradients are taken from: BatchNorm folded, bfloat16 where the machine is fast at it.
 
 Nothing is decided by a measurement of time: the same model on the same kind of machine is always attacked alike.
+Nothing that is done here moves the random generators on either: an evaluation that goes on after an interruption finds
+what it would have found, although it makes its copies at other moments.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from typing import cast
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...protocols import Accelerates, Classifier, PassesOn, SampleLogits, is_purifier, supports
+from ...speed.dependencies import dependencies
 from ...speed.inference_copy import InferenceCopy
 from ..arguments import Precision
 
@@ -22,9 +27,48 @@ FEWEST_WEIGHTS = 1_000_000
 COMPARED = 8
 #: How far the copy's logits may be from the model's, relative to the largest, before the copy is given up.
 TOLERANCE = 0.1
+#: How many copies are kept: an evaluation attacks one model, in one variant after the other.
+KEPT = 2
 
 
-def gradient_copy(model: Classifier, x: Tensor, precision: Precision) -> Classifier:
+class GradientCopies:
+    """The copies that were made already, such as those of an evaluation; each serves as long as its model is the same.
+
+    A model is the same while all that `purify_fast.speed.dependencies` sees of it is, and no weight was written to.
+    """
+
+    def __init__(self) -> None:
+        # with the model and the objects whose ids are in the key, so that no other object gets one of these ids
+        self._kept: OrderedDict[Hashable, tuple[Any, Classifier | None]] = OrderedDict()
+
+    def of(self, model: nn.Module, shape: torch.Size, make: Callable[[], Classifier | None]) -> Classifier | None:
+        """The copy of a model; None where there is none.
+
+        Args:
+            model: what is copied.
+            shape: of an image.
+            make: makes a copy.
+        """
+        tensors = [*model.parameters(), *model.buffers()]
+        if any(tensor.is_inference() for tensor in tensors):
+            # these do not count how often they are written to
+            return make()
+        try:
+            values, objects = dependencies(model)
+        except TypeError:
+            return make()
+        key = (id(model), shape, values, tuple(tensor._version for tensor in tensors))
+        if key not in self._kept:
+            self._kept[key] = ((model, objects), make())
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key][1]
+
+
+def gradient_copy(
+    model: Classifier, x: Tensor, precision: Precision, copies: GradientCopies | None = None
+) -> Classifier:
     """What an attack on a model takes its gradients from.
 
     Args:
@@ -32,6 +76,7 @@ def gradient_copy(model: Classifier, x: Tensor, precision: Precision) -> Classif
         x: a few of the images ``[B, C, H, W]``, on which the copy is compared with the model.
         precision: "float32": the model itself. "bfloat16": a copy that multiplies in bfloat16, if one can be made.
             "auto": such a copy where the device multiplies bfloat16 fast and the model is large enough to gain.
+        copies: where copies are kept for the next attack, if given.
 
     Returns:
         The copy, or the model itself where there is none: for a plain function, for a model that cannot be copied or
@@ -40,15 +85,19 @@ def gradient_copy(model: Classifier, x: Tensor, precision: Precision) -> Classif
     if precision == "float32" or (precision == "auto" and not fast_bfloat16(x.device)):
         return model
     if isinstance(model, PassesOn) and supports(model, PassesOn):
-        return _inside(model, x, precision)
+        return _inside(model, x, precision, copies)
     if not isinstance(model, nn.Module):
         return model
     # a defence that makes many samples of an image is large in another way
     small = not supports(model, Accelerates) and matrix_weights(model) < FEWEST_WEIGHTS
     if precision == "auto" and small:
         return model
-    made = _made(model, x)
-    return model if made is None or not _alike(made, model, x) else made
+    module = model
+    # a model may draw while it is copied or compared
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        made = _made(module, x) if copies is None else copies.of(module, x.shape[1:], lambda: _made(module, x))
+        # a copy that was kept is compared too: not everything that a user's model computes with can be seen
+        return model if made is None or not _alike(made, model, x) else made
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -72,13 +121,13 @@ def matrix_weights(model: nn.Module) -> int:
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, layers))
 
 
-def _inside(wrapper: PassesOn, x: Tensor, precision: Precision) -> Classifier:
+def _inside(wrapper: PassesOn, x: Tensor, precision: Precision, copies: GradientCopies | None) -> Classifier:
     """The same for what a wrapper holds; the wrapper itself where there is no copy of that."""
     copied = False
 
     def replace(inner: Classifier) -> Classifier:
         nonlocal copied
-        made = gradient_copy(inner, x, precision)
+        made = gradient_copy(inner, x, precision, copies)
         copied = made is not inner
         return made
 

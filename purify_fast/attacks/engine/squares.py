@@ -50,24 +50,37 @@ def signs(numbers: Tensor) -> Tensor:
     return torch.where(numbers < 0.5, -1.0, 1.0)
 
 
-def window(place: Tensor, edge: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which pixels lie in a random window, and where in it.
+def window(place: Tensor, edge: int, height: int, width: int) -> Tensor:
+    """Which pixels lie in a random window, bool ``[R, 1, height, width]``.
 
     Args:
         place: uniform in [0, 1), ``[R, 2]``.
         edge: of the window, in pixels.
         height: of the images.
         width: of the images.
-
-    Returns:
-        Bool ``[R, 1, height, width]``; and each pixel's index in the window read row by row, int64, 0 outside of it.
     """
-    top, left = ((place[:, i] * (size - edge + 1)).long() for i, size in enumerate((height, width)))
-    rows = torch.arange(height, device=place.device) - top[:, None]
-    columns = torch.arange(width, device=place.device) - left[:, None]
-    inside = ((rows >= 0) & (rows < edge))[:, :, None] & ((columns >= 0) & (columns < edge))[:, None, :]
-    index = torch.where(inside, rows[:, :, None] * edge + columns[:, None, :], 0)
-    return inside[:, None], index[:, None]
+    rows, columns = (_from_border(place[:, i], edge, size) for i, size in enumerate((height, width)))
+    return ((rows >= 0) & (rows < edge))[:, None, :, None] & ((columns >= 0) & (columns < edge))[:, None, None, :]
+
+
+def window_index(place: Tensor, edge: int, height: int, width: int) -> Tensor:
+    """Where in a random window each pixel lies: its index read row by row, int64, 0 outside; as `window`.
+
+    Args:
+        place: uniform in [0, 1), ``[R, 2]``.
+        edge: of the window, in pixels.
+        height: of the images.
+        width: of the images.
+    """
+    rows, columns = (_from_border(place[:, i], edge, size) for i, size in enumerate((height, width)))
+    index = rows[:, None, :, None] * edge + columns[:, None, None, :]
+    return torch.where(window(place, edge, height, width), index, 0)
+
+
+def _from_border(place: Tensor, edge: int, size: int) -> Tensor:
+    """How far every place along an axis is from the first border of a window, int64 ``[R, size]``."""
+    first = (place * (size - edge + 1)).long()
+    return torch.arange(size, device=place.device) - first[:, None]
 
 
 @cache
@@ -141,28 +154,26 @@ class Proposals:
             numbers: uniform in [0, 1), ``[R, numbers]``.
         """
         if self.norm == "linf":
-            edge = side(query, self.height, self.width)
-            inside, _ = window(numbers[:, :2], edge, self.height, self.width)
-            move = 2 * per_image(ball.eps, x) * signs(numbers[:, PLACES:])[:, :, None, None]
-            # twice the radius reaches the other side of the ball from anywhere in it
-            moved = torch.where(inside, point + move.to(x.dtype), point)
-            radius = per_image(ball.eps, x).to(x.dtype)
-            return moved.maximum(x - radius).minimum(x + radius).clamp(ball.clip_min, ball.clip_max)
+            inside = window(numbers[:, :2], side(query, self.height, self.width), self.height, self.width)
+            # twice the radius reaches a border of the ball from anywhere in it
+            moved = x + per_image(ball.eps, x).to(x.dtype) * signs(numbers[:, PLACES:])[:, :, None, None].to(x.dtype)
+            return torch.where(inside, moved.clamp(ball.clip_min, ball.clip_max), point)
         return self._into_ball(x, self._moved_mass(query, point - x, ball, numbers), ball)
 
     def _moved_mass(self, query: int, delta: Tensor, ball: Ball, numbers: Tensor) -> Tensor:
         """The change with the second window's mass moved into the first; l2 and l1."""
         power, dims = (2, (2, 3)) if self.norm == "l2" else (1, (2, 3))
         edge = side(query, self.height, self.width, least=3)
-        one, index = window(numbers[:, :2], edge, self.height, self.width)
-        two, _ = window(numbers[:, 2:4], edge, self.height, self.width)
+        sizes = edge, self.height, self.width
+        one, two = window(numbers[:, :2], *sizes), window(numbers[:, 2:4], *sizes)
 
         def mass(part: Tensor) -> Tensor:
             return part.abs().pow(power).sum(dims, keepdim=True)
 
         old = torch.where(one, delta, 0.0)
         length = mass(old).pow(1 / power)
-        shape = self._pattern(edge, numbers[:, 4]).gather(1, index.flatten(1)).view_as(one) * one
+        index = window_index(numbers[:, :2], *sizes).flatten(1)
+        shape = self._pattern(edge, numbers[:, 4]).gather(1, index).view_as(one) * one
         new = shape * signs(numbers[:, PLACES:])[:, :, None, None] + old / (1e-12 + length)
         new = new / (1e-12 + mass(new).pow(1 / power))
         unused = (per_image(ball.eps, delta).pow(power) - mass(delta).sum(1, keepdim=True)).clamp_min(0)

@@ -6,12 +6,15 @@ to be asked, measure what it needs in ``probes.py`` and judge it in ``from_probe
 
 from .finding import Evidence, Finding, Verdict
 from .from_probes import PROBE_ALARMS
-from .from_rows import ROW_ALARMS
+from .from_rows import GUESSING, ROW_ALARMS
 from .probes import Probes, probe
 
 ALARMS = (*ROW_ALARMS, *PROBE_ALARMS)
 
-__all__ = ["ALARMS", "Evidence", "Finding", "Probes", "Verdict", "findings", "probe"]
+#: The alarms about a model that gives no answer, or not always the same: its successes and failures are both doubtful.
+INCONSISTENT = ("finite predictions", "batch size", "noise and seeds", "same answer again")
+
+__all__ = ["ALARMS", "GUESSING", "INCONSISTENT", "Evidence", "Finding", "Probes", "Verdict", "findings", "probe"]
 
 
 def findings(evidence: Evidence) -> list[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from .finding import Evidence, Finding, Verdict
+from .probes import ITSELF, STEPS
 
 #: Cosine between the changes that gradients promise and those that are measured, below which they are wrong.
 WRONG_GRADIENTS, ODD_GRADIENTS = 0.6, 0.9
@@ -14,6 +15,8 @@ START_UNRELIABLE, START_NOTED = 0.15, 0.08
 NOISE_UNRELIABLE, NOISE_NOTED = 0.10, 0.03
 #: The share of the predictions that rounding may change, and how many images a short attack may miss.
 ROUNDED, FEW = 0.02, 4
+#: The share of the images that a short attack may find beyond the report.
+MOST_MISSED = 0.03
 PROBE = "probe: "
 
 
@@ -85,6 +88,9 @@ def batch_size(evidence: Evidence) -> Finding | None:
 def noise(evidence: Evidence) -> Finding | None:
     """Whether an image withstands because predictions are drawn anew, and gradients with them."""
     p = evidence.probes
+    if p is not None and p.sets_seed:
+        text = "the model sets the seed of torch's generator itself: its noise, if it has any, is always the same"
+        return Finding("noise and seeds", "unreliable", text, f"{PROBE}the generator's state after two seeds")
     if p is None or not p.eot:
         return None
     first, last = p.eot[0], p.eot[-1]
@@ -105,9 +111,9 @@ def calls(evidence: Evidence) -> Finding | None:
         return None
     row = f"{PROBE}the clean images again, after all attacks"
     if p.watched_changes:
-        text = f"{100 * p.watched_changes:.0f} % of the predictions change when gradients are recorded"
+        text = f"the logits of {100 * p.watched_changes:.0f} % of the images are others while gradients are recorded"
         verdict: Verdict = "unreliable" if p.watched_changes > ROUNDED else "noted"
-        return Finding("same answer again", verdict, text, f"{PROBE}the clean images with gradients recorded")
+        return Finding("same answer again", verdict, text, f"{PROBE}the images with gradients recorded")
     if p.later_changes > 0:
         text = f"{100 * p.later_changes:.0f} % of the predictions on clean images are others than before the attacks"
         return Finding("same answer again", "unreliable" if p.later_changes > ROUNDED else "noted", text, row)
@@ -119,8 +125,47 @@ def calls(evidence: Evidence) -> Finding | None:
     )
 
 
+def further_attack(evidence: Evidence) -> Finding | None:
+    """Whether a short attack finds what the attacks of the report left."""
+    return _missed(evidence, "a further attack", itself=True)
+
+
+def softened_copies(evidence: Evidence) -> Finding | None:
+    """Whether the gradients of the model's parts and of softened copies find what its own gradients left."""
+    return _missed(evidence, "parts and softened copies", itself=False)
+
+
+def _missed(evidence: Evidence, alarm: str, itself: bool) -> Finding | None:
+    p = evidence.probes
+    if p is None:
+        return None
+    found = {name: count for name, count in p.missed.items() if (name == ITSELF) == itself}
+    if not found:
+        return Finding(alarm, "not asked", "no image was left" if not p.missed else "the model has none")
+    count, best = sum(found.values()), max(found, key=lambda name: found[name])
+    text = (
+        f"{count} of {p.n} images withstood all attacks, but fell to {STEPS} steps of APGD by the gradients of {best}"
+    )
+    if len(found) > 1:
+        text += " and others"
+    # a few images are luck
+    surely = count - 1.5 * math.sqrt(count)
+    verdict: Verdict = "unreliable" if surely > MOST_MISSED * p.n else "noted" if count > 1 else "passed"
+    return Finding(alarm, verdict, text, f"{PROBE}APGD by the gradients of {best}" if count else "")
+
+
 def _verdict(bad: bool) -> Verdict:
     return "unreliable" if bad else "passed"
 
 
-PROBE_ALARMS = (huge_radius, radius_sweep, random_start, finite_differences, batch_size, noise, calls)
+PROBE_ALARMS = (
+    further_attack,
+    softened_copies,
+    huge_radius,
+    radius_sweep,
+    random_start,
+    finite_differences,
+    batch_size,
+    noise,
+    calls,
+)

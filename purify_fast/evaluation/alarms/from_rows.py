@@ -16,7 +16,27 @@ GRADIENT_FREE = ("square",)
 MOST_MISSED = 0.03
 
 
-def finite_predictions(evidence: Evidence) -> Finding | None:
+#: The alarm about a model that guesses; a report also tells it beside its headline.
+GUESSING = "better than guessing"
+
+
+def better_than_guessing(evidence: Evidence) -> Finding | None:
+    """Whether the model classifies clean images better than a guess would."""
+    clean = next((row for row in evidence.rows if row.kind == "clean"), None)
+    if clean is None or evidence.classes is None:
+        return None
+    chance = 1 / evidence.classes
+    text = (
+        f"{100 * clean.mean:.1f} % of the clean images are classified correctly; a guess among {evidence.classes} "
+        f"classes is right for {100 * chance:.1f} %"
+    )
+    if clean.mean > chance + 2 * math.sqrt(chance * (1 - chance) / clean.n):
+        return Finding(GUESSING, "passed", text)
+    ask = "is the model trained, do the labels count as its classes do, and does it take images in [0, 1]?"
+    return Finding(GUESSING, "noted", f"{text}: {ask}", clean.attack)
+
+
+def finite_predictions(evidence: Evidence) -> Finding:
     """Whether every prediction names a class."""
     broken = [row for row in evidence.rows if row.nonfinite_predictions]
     if not broken:
@@ -86,4 +106,10 @@ def _elsewhere(row: Row) -> bool:
     return row.settings.get("target", "defence") not in OWN_TARGETS
 
 
-ROW_ALARMS = (finite_predictions, gradient_health, gradient_free_beats_gradients, transfer_beats_gradients)
+ROW_ALARMS = (
+    better_than_guessing,
+    finite_predictions,
+    gradient_health,
+    gradient_free_beats_gradients,
+    transfer_beats_gradients,
+)

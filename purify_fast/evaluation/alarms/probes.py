@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attacks import AttackContext, margin, pgd
-from ...protocols import Classifier, FixedNoise, supports
-from ..fingerprint import fingerprint
+from ...attacks import AttackContext, apgd, pgd
+from ...attacks.losses import usable_loss
+from ...protocols import Classifier
+from ..progress import Counter
 from ..subject import Subject
+from ..surrogates import surrogates
+from ..watched import watched
+from . import answers
+from .answers import Before, in_parts
+from .differences import cosine
 
-#: Images that are asked, at most.
-PROBED = 64
 #: Steps of every short attack.
 STEPS = 20
 #: Shares of the report's radius that the sweep tries, before the radius at which every image is within reach.
@@ -26,9 +30,12 @@ DRAWS = (1, 4, 16)
 STARTS = 5
 #: Draws of a random model that judge a probe: the class of most of them counts, so that no image falls by one draw.
 JUDGES = 9
-#: Lengths of the small steps, in image units: a model that rounds its input needs the larger one.
-SMALL = (1e-3, 8e-3)
-DIRECTIONS = 4
+#: Surrogates that most models have at least; the time of a probe is estimated by it.
+USUAL_SURROGATES = 3
+#: Wrong classes that are tried by the gradients of each.
+TARGETS = 3
+#: The name of the model itself among those whose gradients are followed.
+ITSELF = "the model itself"
 
 Curve = list[tuple[float, float]]
 
@@ -49,9 +56,12 @@ class Probes:
         cosine: between promised and measured changes; None where something was not finite, or there was no gradient.
         batch_changes: share of the predictions that depend on the batch; None: cannot be told.
         varying: share of the correctly classified images whose class changes from draw to draw.
-        watched_changes: share of the predictions that change when gradients are recorded.
+        watched_changes: share of the images whose logits change when gradients are recorded; None: cannot be told.
         later_changes: share of the predictions on clean images that differ from those before the attacks.
         state_changed: whether weights, buffers or attributes differ from those before the attacks.
+        sets_seed: whether the model sets the seed of torch's generator itself.
+        missed: by whose gradients, how many images that withstood every attack of the report fell to a short one; in
+            the order in which they were tried, each on what the ones before it left. Empty where nothing was left.
     """
 
     n: int
@@ -65,63 +75,54 @@ class Probes:
     eot: Curve = field(default_factory=list)
     samples: Curve = field(default_factory=list)
     varying: float = 0.0
-    watched_changes: float = 0.0
+    watched_changes: float | None = 0.0
     later_changes: float = 0.0
     state_changed: bool = False
+    sets_seed: bool = False
+    missed: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
 
 
-def in_parts(model: Classifier, most: int) -> Classifier:
-    """A model that is given so many images at a time: the probes are bounded as the attacks are.
-
-    Args:
-        model: images to logits.
-        most: images in one prediction.
-    """
-    return lambda x: torch.cat([model(part) for part in x.split(most)])
-
-
-class Before:
-    """The answers of a model before the attacks, to be compared with those after them.
+def cost(subject: Subject, context: AttackContext) -> int:
+    """About how many images the probes give to the model, each pass of an image counted.
 
     Args:
         subject: the model with its images.
+        context: what the evaluation tells attacks.
     """
-
-    def __init__(self, subject: Subject):
-        self.subject = subject
-        self.x, self.y = subject.x[:PROBED].to(subject.device), subject.y[:PROBED].to(subject.device)
-        self.model = in_parts(subject.model, subject.batch_size)
-        self.predicted = self.predictions()
-        # not so for a random model that neither has fixed noise nor draws from the global generator
-        self.repeatable = bool((self.predicted == self.predictions()).all()) or not subject.is_random
-        self.mark = fingerprint(subject.model)
-
-    def predictions(self) -> Tensor:
-        """Classes of the clean images, under the same draws every time where the model allows that."""
-        torch.manual_seed(self.subject.seed)
-        model = self.subject.model
-        if self.subject.is_random and supports(model, FixedNoise):
-            with model.fixed_noise(self.subject.seed):  # type: ignore[attr-defined]
-                return self.model(self.x).argmax(1)
-        return self.model(self.x).argmax(1)
+    draws, judges = _draws(subject, context)
+    attacks = [*[STEPS // 2] * STARTS, *[STEPS] * len(_radii(context, subject.x)), *ITERATIONS]
+    passes = sum(attacks) * draws + len(attacks) * judges
+    passes += (1 + USUAL_SURROGATES) * (TARGETS * STEPS * draws + judges)
+    if subject.is_random:
+        passes += STEPS * sum(DRAWS) + len(DRAWS) * judges
+    return passes * min(answers.PROBED, len(subject.x))
 
 
-def probe(before: Before, context: AttackContext) -> Probes:
+def _draws(subject: Subject, context: AttackContext) -> tuple[int, int]:
+    """Draws of each step of a short attack, and draws that judge it."""
+    return (min(4, context.eot_iter), JUDGES) if subject.is_random else (1, 1)
+
+
+def probe(before: Before, context: AttackContext, left: Tensor, counter: Counter) -> Probes:
     """Ask the model; to be called after the attacks.
 
     Args:
         before: its answers before them.
         context: what the evaluation tells attacks.
+        left: which of the first images withstood every attack of the report, bool ``[n]``.
+        counter: is told of the images that the model was given.
     """
     subject, x, y = before.subject, before.x, before.y
-    draws, judges = (min(4, context.eot_iter), JUDGES) if subject.is_random else (1, 1)
-    short = _Short(subject.model, x, y, context, draws=draws, judges=judges)
+    draws, judges = _draws(subject, context)
+    short = _Short(watched(subject.model, counter), x, y, context, draws=draws, judges=judges)
     starts = [short.robust(seed=seed, random_start=True, steps=STEPS // 2) for seed in range(STARTS)]
     together = torch.stack(starts)
+    some = slice(subject.batch_size)
+    near = _near(context, x)
     found = Probes(
         n=len(x),
         chance=1 / subject.num_classes,
@@ -129,23 +130,38 @@ def probe(before: Before, context: AttackContext) -> Probes:
         steps=[(float(steps), short.accuracy(steps=steps)) for steps in ITERATIONS],
         one_start=float(together.float().mean()),
         all_starts=float(together.all(0).float().mean()),
-        cosine=_cosine(subject, x[: subject.batch_size], y[: subject.batch_size]),
-        batch_changes=_batch_changes(subject, x),
+        cosine=cosine(subject, y[some], x[some], near[some]),
+        batch_changes=answers.batch_changes(subject, x),
+        missed=_missed(short, subject, left.to(x.device)),
     )
     if subject.is_random:
         found.eot = [(float(draws), short.accuracy(eot_iter=draws)) for draws in DRAWS]
-        found.varying = _varying(before.model, x, y)
+        found.varying = answers.varying(before.model, x, y)
     samples = getattr(subject.model, "samples", None)
     if isinstance(samples, int) and samples > 1:
         found.samples = _over_samples(subject.model, samples, short)
     # last: a model that counts has counted the short attacks too
-    again = before.predictions()
-    found.state_changed = before.mark != fingerprint(subject.model)
-    if before.repeatable:
-        found.later_changes = _changed(before.predicted, again)
-    if not subject.is_random:
-        found.watched_changes = _changed(again, _watched(before.model, x))
+    found.later_changes = before.later_changes()
+    found.state_changed = before.state_changed()
+    found.watched_changes = answers.watched_changes(subject, before.model, x, near)
+    found.sets_seed = answers.sets_seed(subject.model, subject.some())
     return found
+
+
+def _missed(short: _Short, subject: Subject, left: Tensor) -> dict[str, int]:
+    """How many images fall by the gradients of the model itself, of its parts and of its softened copies."""
+    found: dict[str, int] = {}
+    if not bool(left.any()):
+        return found
+    for name, gradients_from in [(ITSELF, None), *_followed(subject)]:
+        fell = short.fallen(left, gradients_from)
+        found[name] = int(fell.sum())
+        left = left & ~fell
+    return found
+
+
+def _followed(subject: Subject) -> list[tuple[str, Classifier]]:
+    return [(s.name, s.model) for s in surrogates(subject.model, subject.some(), subject.num_classes)]
 
 
 class _Short:
@@ -165,12 +181,36 @@ class _Short:
             max_forward_batch=self.context.max_forward_batch or self.context.batch_size,
             **settings,
         )  # fmt: skip
-        right = torch.stack([self._right(found) for _ in range(self.judges)])
+        right = torch.stack([self._right(found, self.y) for _ in range(self.judges)])
         return right.float().mean(0) > 0.5
 
-    def _right(self, x: Tensor) -> Tensor:
+    def _right(self, x: Tensor, y: Tensor) -> Tensor:
         logits = in_parts(self.model, self.context.batch_size)(x)
-        return (logits.argmax(1) == self.y) & logits.isfinite().any(1)
+        return (logits.argmax(1) == y) & logits.isfinite().any(1)
+
+    def fallen(self, left: Tensor, gradients_from: Classifier | None) -> Tensor:
+        """Which images fall to APGD towards the likeliest wrong classes, bool ``[n]``.
+
+        Args:
+            left: the images that are attacked, bool ``[n]``.
+            gradients_from: whose gradients are followed; None: the model's own.
+        """
+        torch.manual_seed(self.context.seed)
+        at = left.nonzero()[:, 0]
+        fell = torch.zeros_like(left)
+        if len(at) == 0:
+            return fell
+        context = self.context
+        loss = usable_loss("dlr_targeted", context.num_classes)
+        found = apgd(
+            self.model, self.x[at], self.y[at], eps=context.eps, norm=context.norm, steps=STEPS,
+            loss=loss, n_target_classes=TARGETS, eot_iter=self.draws, judge_draws=self.judges,
+            gradients_from=gradients_from, seed=context.seed + 1, sample_ids=at,
+            max_forward_batch=context.max_forward_batch or context.batch_size,
+        )  # fmt: skip
+        wrong = torch.stack([~self._right(found, self.y[at]) for _ in range(self.judges)])
+        fell[at] = wrong.float().mean(0) > 0.5
+        return fell
 
     def accuracy(self, **options: Any) -> float:
         """The share of them."""
@@ -182,6 +222,18 @@ def _radii(context: AttackContext, x: Tensor) -> list[float]:
     size = x[0].numel()
     whole = {"linf": 1.0, "l2": math.sqrt(size), "l1": float(size)}[context.norm]
     return [*(share * context.eps for share in RADII if share * context.eps < whole), whole]
+
+
+def _near(context: AttackContext, x: Tensor) -> Tensor:
+    """The images with noise of half the radius at most: what a model does there need not be what it does to clean ones.
+
+    Clean images have few values: a defence can tell them from attacked ones.
+    """
+    size = x[0].numel()
+    each = {"linf": 1.0, "l2": 1 / math.sqrt(size), "l1": 1 / size}[context.norm] * context.eps
+    generator = torch.Generator().manual_seed(context.seed)
+    noise = torch.rand(x.shape, generator=generator).to(x) - 0.5
+    return (x + each * noise).clamp(0, 1)
 
 
 def _over_samples(model: Any, samples: int, short: _Short) -> Curve:
@@ -198,69 +250,6 @@ def _over_samples(model: Any, samples: int, short: _Short) -> Curve:
     finally:
         model.samples = samples
     return curve
-
-
-def _changed(a: Tensor, b: Tensor) -> float:
-    return float((a != b).float().mean())
-
-
-def _watched(model: Classifier, x: Tensor) -> Tensor:
-    with torch.enable_grad():
-        return model(x.clone().requires_grad_()).detach().argmax(1)
-
-
-def _varying(model: Classifier, x: Tensor, y: Tensor) -> float:
-    """The share of the images, right in most of 8 draws, that are not right in all of them."""
-    right = torch.stack([model(x).argmax(1) == y for _ in range(8)]).float().mean(0)
-    mostly = right > 0.5
-    return float(((right < 1) & mostly).sum() / mostly.sum().clamp(min=1))
-
-
-def _batch_changes(subject: Subject, x: Tensor) -> float | None:
-    """The share of the predictions that differ between a batch, its reverse and single images."""
-    model, x = subject.model, x[: subject.batch_size]
-    if subject.is_random and not supports(model, FixedNoise):
-        return None
-    with subject.variant("fixed" if subject.is_random else "random"):
-        together = model(x).argmax(1)
-        reverse = model(x.flip(0)).argmax(1).flip(0)
-        alone = torch.cat([model(image[None]).argmax(1) for image in x[:16]])
-    return max(_changed(together, reverse), _changed(together[:16], alone))
-
-
-def _cosine(subject: Subject, x: Tensor, y: Tensor) -> float | None:
-    """Cosine between the changes of the margin that gradients promise and those that are measured."""
-    found: list[float] = []
-    for length in SMALL:
-        promised, measured = zip(*(_changes(subject, x, y, length, seed) for seed in range(DIRECTIONS)), strict=True)
-        a, b = torch.cat(promised).double(), torch.cat(measured).double()
-        if not bool(a.isfinite().all() and b.isfinite().all()) or float(a.norm()) == 0:
-            return None
-        found.append(float(a @ b / (a.norm() * b.norm()).clamp(min=1e-30)))
-    return max(found)
-
-
-def _changes(subject: Subject, x: Tensor, y: Tensor, length: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Promised and measured changes of every image's margin along one random direction of signs."""
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
-    direction = length * signs
-    with subject.variant("fixed" if supports(subject.model, FixedNoise) else "random"):
-        with torch.enable_grad():
-            leaf = x.clone().requires_grad_()
-            value = _margin(subject, leaf, y)
-            gradient = None
-            if value.requires_grad:
-                gradient = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0]
-        ahead, behind = _margin(subject, x + direction, y), _margin(subject, x - direction, y)
-    promised = torch.zeros_like(ahead) if gradient is None else (gradient * direction).flatten(1).sum(1)
-    return promised, (ahead - behind) / 2
-
-
-def _margin(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
-    # a random model without fixed noise draws from the global generator
-    torch.manual_seed(subject.seed)
-    return margin(subject.model(x).float(), y)
 
 
 def curves(probes: Probes) -> dict[str, Sequence[tuple[float, float]]]:

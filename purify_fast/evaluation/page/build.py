@@ -12,10 +12,10 @@ from typing import Any, Protocol
 from ..._files import write_text
 from ...protocols import Classifier
 from ..alarms import Evidence, Finding
-from ..alarms.probes import PROBED
+from ..alarms.answers import PROBED
 from ..outlook import Outlook
 from ..rows import Row
-from ..tables import COLUMNS, row_cells
+from ..tables import COLUMNS, beside_headline, means, row_cells, told
 from . import drawings, pictures
 
 #: The page's file, in the folder of the report.
@@ -125,6 +125,7 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
     # the strongest attack's pictures: those of a weaker one would flatter the model
     shown = min((row for row in own if row.examples is not None), key=lambda row: row.accuracy, default=None)
     examples = None if shown is None else shown.examples
+    found = [finding for finding in report.findings if finding.model == name]
     usable = examples is not None and examples.clean.shape[1] in (1, 3)
     return {
         "name": name,
@@ -139,7 +140,9 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
         "overlap": drawings.overlap(whole) if len(whole) > 1 else "",
         "alone": list(zip((row.attack for row in whole), drawings.only_found_by(whole), strict=True)),
         "first": [(row.attack, int(fell.sum())) for row, fell in Evidence(own).fallen() if _of_survivors(row)],
-        "findings": [finding for finding in report.findings if finding.model == name],
+        "findings": found,
+        "verdict": "" if lowest is None else _verdict(lowest, found),
+        "beside": [told(finding) for finding in found if beside_headline(finding)],
         "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
         "curves": _curves(report.curves.get(name, {})),
         "pictures": pictures.grid(examples, defence) if usable and examples is not None else [],
@@ -148,6 +151,23 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
         "seconds": sum(row.seconds for row in rows if row.kind != "worst"),
         "seed": rows[0].seed,
     }
+
+
+def _verdict(lowest: Row, found: Sequence[Finding]) -> str:
+    """What a reader of the lowest number must know before all."""
+    beside = any(beside_headline(finding) for finding in found)
+    if not lowest.reliable and beside:
+        return f"Do not believe this number: {means(lowest)}. What gives it away:"
+    if not lowest.reliable:
+        return (
+            "Do not believe this number. The attack had no usable gradients, so that it measures the gradients and not "
+            "the model: the true number may be far lower."
+        )
+    if lowest.nothing_to_attack:
+        return "No clean image was classified correctly, so that there was nothing to attack."
+    if beside:
+        return "This number says little:"
+    return "The attacks had usable gradients. The number is an upper bound: a stronger attack may leave less."
 
 
 def _of_survivors(row: Row) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._tensors import without_autocast
+
 WIDTHS = (1, 2, 4, 4, 4, 4)
 
 
@@ -50,7 +52,7 @@ class SpectralConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         # the eight bits of a bfloat16 are too few for sigma
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device):
             # a copy for the graph: the buffer may change before its backward
             u = self.weight_u.clone()
             if self.training:

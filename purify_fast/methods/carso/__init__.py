@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .packed_decoder import PackedDecoder as PackedDecoder
     from .presets import PRESETS as PRESETS
     from .presets import Preset as Preset
+    from .published import load_published as load_published
     from .task import CarsoTask as CarsoTask
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "WithAggregation",
     "decoder_plan",
     "load_carso",
+    "load_published",
     "published_decoder",
     "rank_layers",
     "training_loss",
@@ -54,6 +56,7 @@ __getattr__, __dir__ = lazy_exports(
     Preset=".presets",
     decoder_plan=".networks",
     load_carso=".files",
+    load_published=".published",
     published_decoder=".networks",
     rank_layers=".layer_ranking",
     training_loss=".losses",

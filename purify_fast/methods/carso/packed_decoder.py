@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._tensors import without_autocast
 from ...models.layers import BatchNorm2d
 from ...ops import REGISTRY
 from ...ops.decode_samples import Geometry, Layer, Weights, decode_prior, pack, unpack
@@ -151,7 +152,7 @@ class PackedDecoder(nn.Module):
                 f"condition must be floating point [B, {self.weight.shape[1]}], got {condition.dtype} "
                 f"{list(condition.shape)}"
             )
-        with torch.autocast(condition.device.type, enabled=False):
+        with without_autocast(condition.device):
             first = F.linear(condition.to(self.weight.dtype), self.weight, self.bias)
         if (self._layers.first.device, self._layers.first.dtype) != (self.packed.device, self.packed.dtype):
             # The module was moved or converted since they were unpacked.

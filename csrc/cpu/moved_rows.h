@@ -1,0 +1,252 @@
+// Rows of [cells][cells] matrices as sums of other rows, moved: a query's row of keys, where both positions are cells
+// of one grid, in row-major order, and move together.
+//
+// 64 bytes are added at a time. What is moved beyond a row, or beyond the grid, is masked bit by bit, so that NaN there
+// is not seen; rows have room for a whole number of 64 bytes, and what lies beside them may be read.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "../core/contextual_attention.h"
+
+namespace pf::cpu {
+
+// 64 bytes of W, and the integers of its size.
+template <class W>
+struct Lanes {
+  using Word = int32_t;
+  typedef W Numbers __attribute__((vector_size(64)));
+  typedef Word Words __attribute__((vector_size(64)));
+};
+template <>
+struct Lanes<double> {
+  using Word = int64_t;
+  typedef double Numbers __attribute__((vector_size(64)));
+  typedef Word Words __attribute__((vector_size(64)));
+};
+template <class W>
+using word_of_t = typename Lanes<W>::Word;
+// Rows are padded to so many numbers.
+constexpr int64_t whole_lanes = 16;
+PF_HD int64_t padded(int64_t cells) { return (cells + whole_lanes - 1) / whole_lanes * whole_lanes; }
+// How far beside a matrix its moved rows are read.
+PF_HD int64_t reach(Grid grid) { return grid.width + 1 + whole_lanes; }
+
+// The bits of 64 bytes of numbers at `from`, whatever it holds; vectors are results by reference, since without
+// instructions for them they cannot be returned.
+template <class Words>
+PF_HD void load_lanes(const float* from, Words& out) {
+  std::memcpy(&out, from, sizeof out);
+}
+template <class Words>
+PF_HD void load_lanes(const double* from, Words& out) {
+  std::memcpy(&out, from, sizeof out);
+}
+template <class Words>
+PF_HD void load_lanes(const bfloat16* from, Words& out) {
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint32_t Wide __attribute__((vector_size(64)));
+  Halves bits;
+  std::memcpy(&bits, from, sizeof bits);
+  const Wide shifted = __builtin_convertvector(bits, Wide) << 16;
+  std::memcpy(&out, &shifted, sizeof out);
+}
+template <class Words>
+PF_HD void load_lanes(const half* from, Words& out) {
+  float numbers[sizeof(Words) / sizeof(float)];
+  for (size_t j = 0; j < sizeof(Words) / sizeof(float); ++j) numbers[j] = load(from[j]);
+  std::memcpy(&out, numbers, sizeof out);
+}
+
+// One row of a sum: the numbers from `from` on, where the mask has its bits.
+template <class T, class W = wide_t<T>>
+struct Term {
+  const T* from;
+  const word_of_t<W>* mask;
+};
+
+// out[i] = the sum of the terms, i < size, a whole number of lanes.
+template <int count, class T, class W = wide_t<T>>
+PF_HD void sum_terms(const Term<T>* terms, W* out, int64_t size) {
+  using Numbers = typename Lanes<W>::Numbers;
+  using Words = typename Lanes<W>::Words;
+  constexpr int64_t step = 64 / sizeof(W);
+  for (int64_t i = 0; i < size; i += step) {
+    Numbers total = {};
+#pragma GCC unroll 16
+    for (int k = 0; k < count; ++k) {
+      Words value, mask;
+      load_lanes(terms[k].from + i, value);
+      std::memcpy(&mask, terms[k].mask + i, sizeof mask);
+      total += reinterpret_cast<Numbers>(value & mask);
+    }
+    std::memcpy(out + i, &total, sizeof total);
+  }
+}
+
+// A quarter of the sums of the nine neighbours' terms that reach each of the four phases: four rows of `size` numbers.
+template <class W>
+PF_HD void quarter_terms(const Term<W>* terms, W* out, int64_t size) {
+  using Numbers = typename Lanes<W>::Numbers;
+  using Words = typename Lanes<W>::Words;
+  constexpr int64_t step = 64 / sizeof(W);
+  for (int64_t i = 0; i < size; i += step) {
+    Numbers left[3], right[3];
+#pragma GCC unroll 3
+    for (int down = 0; down < 3; ++down) {
+      Numbers x[3];
+#pragma GCC unroll 3
+      for (int k = 0; k < 3; ++k) {
+        Words value, mask;
+        load_lanes(terms[3 * down + k].from + i, value);
+        std::memcpy(&mask, terms[3 * down + k].mask + i, sizeof mask);
+        x[k] = reinterpret_cast<Numbers>(value & mask) * W(0.25);
+      }
+      left[down] = x[1] + x[0];
+      right[down] = x[1] + x[2];
+    }
+    const Numbers phases[4] = {left[1] + left[0], right[1] + right[0], left[1] + left[2], right[1] + right[2]};
+#pragma GCC unroll 4
+    for (int phase = 0; phase < 4; ++phase) std::memcpy(out + phase * size + i, &phases[phase], sizeof phases[phase]);
+  }
+}
+
+// Which keys may be moved where, for every move that the op knows.
+template <class W>
+class Masks {
+ public:
+  using Word = word_of_t<W>;
+
+  explicit Masks(Grid grid) : size_(padded(grid.cells())), words_(count * size_) {
+    const int64_t cells = grid.cells(), width = grid.width;
+    for (int64_t i = 0; i < cells; ++i) {
+      const int64_t y = i / width, column = i % width;
+      for (int k = 0; k < 9; ++k) {
+        const int64_t down = y + k / 3 - 1, right = column + k % 3 - 1;
+        set(k, i, down >= 0 && down < grid.height && right >= 0 && right < width);
+      }
+      set(before_, i, i > 0);
+      set(after_, i, i < cells - 1);
+      set(below_, i, i < cells - width);
+      set(next_top_, i, i >= cells - width && i < cells - 1);
+      set(above_, i, i >= width);
+      set(last_bottom_, i, i > 0 && i < width);
+    }
+  }
+
+  PF_HD int64_t size() const { return size_; }
+  // of the keys that have a neighbour `down` and `right` of them, each within -1 .. 1
+  PF_HD const Word* neighbour(int down, int right) const { return mask(3 * (down + 1) + right + 1); }
+  PF_HD const Word* every() const { return neighbour(0, 0); }
+  PF_HD const Word* none() const { return mask(none_); }
+  // in row-major order, of the keys that are not the first, and not the last
+  PF_HD const Word* before() const { return mask(before_); }
+  PF_HD const Word* after() const { return mask(after_); }
+  // in column-major order: whose next key is below, or the top of the next column; and the other way
+  PF_HD const Word* below() const { return mask(below_); }
+  PF_HD const Word* next_top() const { return mask(next_top_); }
+  PF_HD const Word* above() const { return mask(above_); }
+  PF_HD const Word* last_bottom() const { return mask(last_bottom_); }
+
+ private:
+  enum { none_ = 9, before_, after_, below_, next_top_, above_, last_bottom_, count };
+  PF_HD const Word* mask(int k) const { return words_.data() + k * size_; }
+  void set(int k, int64_t i, bool on) { words_[k * size_ + i] = on ? Word(-1) : Word(0); }
+
+  int64_t size_;
+  std::vector<Word> words_;
+};
+
+// A matrix in scratch memory, its rows `stride` apart, with room beside it.
+template <class T>
+struct Padded {
+  const T* begin;
+  int64_t stride;
+  PF_HD const T* at(int64_t row, int64_t column) const { return begin + row * stride + column; }
+};
+
+// Dense matrices one after the other, beside which nothing may be read: the ends are copied.
+template <class T>
+class Dense {
+ public:
+  Dense(const T* begin, int64_t matrices, Grid grid)
+      : begin_(begin), cells_(grid.cells()), numbers_(matrices * cells_ * cells_), size_(padded(cells_)) {
+    const int64_t room = reach(grid), kept = numbers_ < size_ ? numbers_ : size_;
+    ends_.resize(2 * (2 * room + size_));
+    head_ = ends_.data() + room;
+    T* tail = ends_.data() + 2 * room + size_ + room;
+    for (int64_t i = 0; i < kept; ++i) head_[i] = begin[i];
+    for (int64_t i = 0; i < kept; ++i) tail[i] = begin[numbers_ - kept + i];
+    tail_ = tail - (numbers_ - kept);
+  }
+
+  // `row` counts through all matrices
+  PF_HD const T* at(int64_t row, int64_t column) const {
+    const int64_t offset = row * cells_ + column;
+    if (offset < 0) return head_ + offset;
+    return (offset + size_ > numbers_ ? tail_ : begin_) + offset;
+  }
+
+ private:
+  const T* begin_;
+  int64_t cells_, numbers_, size_;
+  std::vector<T> ends_;
+  T* head_;
+  const T* tail_;
+};
+
+// The nine neighbours of query n, and of every key the neighbour on the same side; the matrix's first row is `first`.
+template <class T, class Matrix>
+PF_HD void neighbour_terms(const Matrix& x, int64_t first, Grid grid, int64_t n, const Masks<wide_t<T>>& masks,
+                           Term<T>* terms) {
+  const int64_t y = n / grid.width, column = n % grid.width;
+  for (int down = -1; down <= 1; ++down) {
+    const bool row_inside = y + down >= 0 && y + down < grid.height;
+    for (int right = -1; right <= 1; ++right, ++terms) {
+      const bool inside = row_inside && column + right >= 0 && column + right < grid.width;
+      const int64_t shift = inside ? down * grid.width + right : 0;
+      *terms = {x.at(first + n + shift, shift), inside ? masks.neighbour(down, right) : masks.none()};
+    }
+  }
+}
+// The rows of the four phases' gradients whose sum, quartered, is that of row n of the weights; the first phase's first
+// row is `first`.
+template <class T>
+PF_HD void phase_terms(const Dense<T>& grad, int64_t first, Grid grid, int64_t n, const Masks<wide_t<T>>& masks,
+                       Term<T>* terms) {
+  const int64_t y = n / grid.width, column = n % grid.width;
+  for (int phase = 0; phase < 4; ++phase, first += grid.cells()) {
+    for (int down = -(phase / 2); down <= 1 - phase / 2; ++down) {
+      const bool row_inside = y + down >= 0 && y + down < grid.height;
+      for (int right = -(phase % 2); right <= 1 - phase % 2; ++right, ++terms) {
+        const bool inside = row_inside && column + right >= 0 && column + right < grid.width;
+        const int64_t shift = inside ? down * grid.width + right : 0;
+        *terms = {grad.at(first + n + shift, shift), inside ? masks.neighbour(down, right) : masks.none()};
+      }
+    }
+  }
+}
+// Row n and what lies before and behind it on the diagonal, in row-major order.
+template <class T>
+PF_HD void row_terms(Padded<T> x, int64_t cells, int64_t n, const Masks<wide_t<T>>& masks, Term<T>* terms) {
+  const bool last = n == cells - 1;
+  terms[0] = {x.at(n, 0), masks.every()};
+  terms[1] = n > 0 ? Term<T>{x.at(n - 1, -1), masks.before()} : Term<T>{x.at(n, 0), masks.none()};
+  terms[2] = last ? Term<T>{x.at(n, 0), masks.none()} : Term<T>{x.at(n + 1, 1), masks.after()};
+}
+// The same in column-major order: below the last cell of a column comes the first of the next.
+template <class T>
+PF_HD void column_terms(Padded<T> x, Grid grid, int64_t n, const Masks<wide_t<T>>& masks, Term<T>* terms) {
+  const int64_t cells = grid.cells(), width = grid.width, wrap = cells - 1 - width;
+  const bool first = n == 0, last = n == cells - 1;
+  const int64_t next = last ? n : n < cells - width ? n + width : n - wrap;
+  const int64_t previous = first ? n : n < width ? n + wrap : n - width;
+  terms[0] = {x.at(n, 0), masks.every()};
+  terms[1] = {x.at(next, width), last ? masks.none() : masks.below()};
+  terms[2] = {x.at(next, -wrap), last ? masks.none() : masks.next_top()};
+  terms[3] = {x.at(previous, -width), first ? masks.none() : masks.above()};
+  terms[4] = {x.at(previous, wrap), first ? masks.none() : masks.last_bottom()};
+}
+
+}  // namespace pf::cpu

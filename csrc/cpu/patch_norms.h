@@ -1,0 +1,70 @@
+// One over the norms of the 3x3 patches around every cell of a grid, and their gradient, beside the pixels' products.
+#pragma once
+
+#include "../core/contextual_attention.h"
+
+namespace pf::cpu {
+
+constexpr double smallest_norm = 1e-4;
+
+// f(j) for the cell i and its neighbours.
+template <class F>
+PF_HD void for_neighbours(Grid grid, int64_t i, F f) {
+  const int64_t y = i / grid.width, x = i % grid.width;
+  for (int64_t row = y > 0 ? y - 1 : 0; row <= y + 1 && row < grid.height; ++row) {
+    for (int64_t column = x > 0 ? x - 1 : 0; column <= x + 1 && column < grid.width; ++column) {
+      f(row * grid.width + column);
+    }
+  }
+}
+
+// 1 / max(norm, 1e-4) of a patch, of the sum of its squares; the squares are clamped, not their root.
+template <class W>
+W inverse_norm(W squares) {
+  return 1 / pf::sqrt(max_nan(squares, static_cast<W>(smallest_norm * smallest_norm)));
+}
+
+// From the products of the pixels [cells][cells], whose diagonal has the squares.
+template <class W>
+void inverse_norms(const W* products, Grid grid, W* out) {
+  for (int64_t i = 0; i < grid.cells(); ++i) {
+    W squares = 0;
+    for_neighbours(grid, i, [&](int64_t j) { squares += products[j * (grid.cells() + 1)]; });
+    out[i] = inverse_norm(squares);
+  }
+}
+
+// Adds to the diagonal of `slopes` [cells][cells] what a pixel is multiplied by for its gradient through the norms.
+// to_inverse, the gradient of the inverse norms, is overwritten.
+template <class W>
+void add_norm_slopes(W* to_inverse, const W* inverse, Grid grid, W* slopes) {
+  const W clamped = inverse_norm(W(0));
+  for (int64_t i = 0; i < grid.cells(); ++i) {
+    // minus the third power is twice the slope of 1 / sqrt(squares), and that of the squares is twice the pixel
+    const W slope = -to_inverse[i] * inverse[i] * inverse[i] * inverse[i];
+    to_inverse[i] = inverse[i] == clamped ? W(0) : slope;
+  }
+  for (int64_t i = 0; i < grid.cells(); ++i) {
+    for_neighbours(grid, i, [&](int64_t j) { slopes[i * (grid.cells() + 1)] += to_inverse[j]; });
+  }
+}
+
+// x [n][n] into x + its transpose, tile by tile.
+template <class W>
+void add_transpose(W* x, int64_t n) {
+  constexpr int64_t tile = 16;
+  for (int64_t top = 0; top < n; top += tile) {
+    for (int64_t left = top; left < n; left += tile) {
+      const int64_t bottom = top + tile < n ? top + tile : n, right = left + tile < n ? left + tile : n;
+      for (int64_t i = top; i < bottom; ++i) {
+        for (int64_t j = top == left ? i : left; j < right; ++j) {
+          const W sum = x[i * n + j] + x[j * n + i];
+          x[i * n + j] = sum;
+          x[j * n + i] = sum;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace pf::cpu

@@ -1,0 +1,159 @@
+"""An evaluation that is killed at any moment goes on with the identical report: in rows, surrogates, files, probes."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from purify_fast import ops
+from purify_fast.attacks import APGD, PGD
+from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation.alarms import probes
+from purify_fast.evaluation.surrogates import Softened
+from purify_fast.ops import _races
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+#: What is called when the process is killed, and the number of the call.
+MOMENTS = (
+    # a batch of the second attack is kept
+    ("purify_fast.evaluation.partial_row.PartialRow.keep", 4),
+    # the arrays of a row are written, the row is not
+    ("purify_fast.evaluation.row_cache.write_values", 3),
+    # a row is written, its batches are not gone
+    ("purify_fast.evaluation.partial_row.PartialRow.remove", 3),
+    # the softened copies are attacked
+    ("purify_fast.evaluation.surrogates.Softened.forward", 3),
+    # the probes: the sweeps, then the softened copies again, then the answers, then their file
+    ("purify_fast.evaluation.alarms.probes._Short.robust", 3),
+    ("purify_fast.evaluation.alarms.probes._Short.fallen", 2),
+    ("purify_fast.evaluation.alarms.answers.sets_seed", 1),
+)
+#: Forks for every moment, since PyTorch takes seconds to import.
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import torch
+torch.set_num_threads(1)
+from test_killed_anywhere import MOMENTS, evaluated
+
+def killing(name, number):
+    parts = name.split(".")
+    depth = max(i for i in range(len(parts)) if ".".join(parts[:i]) in sys.modules)
+    place = sys.modules[".".join(parts[:depth])]
+    for part in parts[depth:-1]:
+        place = getattr(place, part)
+    original, calls = getattr(place, parts[-1]), []
+
+    def call(*args, **more):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **more)
+
+    setattr(place, parts[-1], call)
+
+for i, (name, number) in enumerate(MOMENTS):
+    child = os.fork()
+    if child == 0:
+        killing(name, number)
+        evaluated(os.path.join({out!r}, str(i)))
+        os._exit(0)
+    print(os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def evaluated(out):
+    """A random defence under attacks by its own gradients and by a softened copy's, with probes of a few steps."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+        x = torch.rand(12, 3, 4, 4)
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    model = NoisyEnsemble(net, 0.2, samples=2)
+    soft = AttackSpec(APGD(steps=3), gradients_from=Softened(model, 10.0), label="softened", survivors_only=True)
+    attacks = [PGD(steps=2), PGD(steps=2, loss="dlr"), soft]
+    short = {"STEPS": 2, "ITERATIONS": (1, 3), "DRAWS": (1, 2), "STARTS": 2, "JUDGES": 3}
+    with mock.patch.multiple(probes, **short):
+        return evaluate(
+            model, x, y, eps=0.03, attacks=attacks, probes=True, eot_iter=2, n_eval=2, batch_size=6, seed=3, out=out,
+            progress=False,
+        )  # fmt: skip
+
+
+def plain(report):
+    content = json.loads(report.to_json())
+    for row in content["rows"]:
+        del row["seconds"]
+    return content
+
+
+def test_killed_anywhere_the_report_is_the_same(tmp_path):
+    code = CHILD.format(here=str(Path(__file__).parent), out=str(tmp_path))
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == [str(int(signal.SIGKILL))] * len(MOMENTS), (done.stdout, done.stderr)
+    whole = plain(evaluated(tmp_path / "whole"))
+    assert len(whole["findings"]) > 12 and any("gradients_from" in row["settings"] for row in whole["rows"])
+    for i, moment in enumerate(MOMENTS):
+        out = tmp_path / str(i)
+        assert list((out / "rows").glob("*")), moment
+        assert plain(evaluated(out)) == whole, moment
+        assert not list((out / "rows").glob("*.batches")), moment
+
+
+def few(out):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        net, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.rand(6, 1, 4, 4)
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    short = {"STEPS": 2, "ITERATIONS": (1, 2), "STARTS": 2}
+    with mock.patch.multiple(probes, **short):
+        return evaluate(net, x, y, eps=0.1, attacks=[PGD(steps=2)], out=out, probes=True, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["json", "npz", "values"])
+def test_one_damaged_bit_of_a_kept_file_is_told_and_made_again(tmp_path, caplog, kind):
+    first = few(tmp_path)
+    path = sorted((tmp_path / "rows").glob(f"*.{kind}"))[-1]
+    kept = path.read_bytes()
+    damaged = bytearray(kept)
+    # within the numbers: a file that can still be read
+    at = kept.rindex(b"0.") + 2 if kind != "npz" else len(kept) // 2
+    damaged[at] ^= 1
+    path.write_bytes(damaged)
+    with caplog.at_level(logging.WARNING, "purify_fast"):
+        assert plain(few(tmp_path)) == plain(first)
+    assert f"{path} is damaged: its checksum is not that of its content; what it held is computed again" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "purify_fast"):
+        few(tmp_path)
+    assert not caplog.text
+    if kind != "json":
+        # all but the time that a row took
+        assert path.read_bytes() == kept
+
+
+def test_rows_that_others_would_serve_are_made_again(tmp_path):
+    few(tmp_path)
+    count = len(list((tmp_path / "rows").glob("*.json")))
+    device = torch.device("cpu")
+    served = ops.decisions(device, verify=False)
+    exact, inexact = "stitch", "aggregate"
+    for op, more in ((exact, 0), (inexact, count)):
+        other = served["races"] | {op: [{"eager": "reference", "graph": "reference", "variants": {}}]}
+        assert ops.changing_bits(served | {"races": other}) != ops.changing_bits(served) or op == exact
+        with _races.held("cpu", other):
+            few(tmp_path)
+        assert len(list((tmp_path / "rows").glob("*.json"))) == count + more
