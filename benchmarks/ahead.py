@@ -243,6 +243,11 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {of: int(re.search(rf"\b{of}:(\d+)", text)[1]) for of in ("REG", "STACK", "LOCAL")}
 
 
+def sass(cubin: bytes) -> str:
+    """What nvdisasm prints."""
+    return _tool("nvdisasm", "-c", cubin=cubin)
+
+
 def parsed(sass: str) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
     """Instructions and loops of what nvdisasm prints."""
     code, labels = [], {}
@@ -264,7 +269,7 @@ def code(case: str, dtype: str, architecture: int = 90) -> dict[str, Code]:
     found = {}
     for kernel in launched(case, dtype, architecture):
         cubin = kernel.asm["cubin"]
-        instructions, loops = parsed(_tool("nvdisasm", "-c", cubin=cubin))
+        instructions, loops = parsed(sass(cubin))
         threads = 32 * kernel.metadata.num_warps
         found[name_of(kernel.src.fn)] = Code(instructions, loops, usage(cubin)["REG"], threads)
     return found

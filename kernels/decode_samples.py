@@ -71,18 +71,21 @@ def _first_output(residue, PADDING: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def _products(
-    in_ptr, weight_ptr, y, x, sample, inside, column, residue_y, residue_x,
+    in_ptr, weight_ptr, y, x, sample, inside, busy, column, residue_y, residue_x,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     STEP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the taps of a residue and the channels: of tap j a row reads the input's pixel at y + STEP * j."""
+    """Sums over the taps of a residue and the channels: of tap j a row reads the input's pixel at y + STEP * j.
+
+    A program that is not ``busy`` has no rows: there are as many for every residue as that of most rows needs.
+    """
     lane = tl.arange(0, CHUNK)
     place = in_ptr + ((sample * HEIGHT + y) * WIDTH + x)[:, None] * CHANNELS + lane[None, :]
     weight = weight_ptr + (residue_y * KERNEL_W + residue_x) * (CHANNELS * COLUMNS)
     weight = weight + lane[:, None] * COLUMNS + column[None, :]
     taps_x = (KERNEL_W - residue_x + STRIDE_W - 1) // STRIDE_W
-    taps = (KERNEL_H - residue_y + STRIDE_H - 1) // STRIDE_H * taps_x
+    taps = tl.where(busy, (KERNEL_H - residue_y + STRIDE_H - 1) // STRIDE_H * taps_x, 0)
     total = tl.zeros((ROWS, TILE), tl.float32)
     down, right, channel = 0, 0, 0
     for _ in range(taps * (CHANNELS // CHUNK)):
@@ -122,7 +125,7 @@ def _layer(
         y, x = out_y * STRIDE_H - PADDING, out_x * STRIDE_W - PADDING
         inside = sample < samples
         total = _products(
-            in_ptr, weight_ptr, y, x, sample, inside=inside, column=column, residue_y=0, residue_x=0, HEIGHT=HEIGHT,
+            in_ptr, weight_ptr, y, x, sample, inside=inside, busy=True, column=column, residue_y=0, residue_x=0, HEIGHT=HEIGHT,
             WIDTH=WIDTH, CHANNELS=CHANNELS, COLUMNS=COLUMNS, KERNEL_H=KERNEL_H, KERNEL_W=KERNEL_W, STRIDE_H=1,
             STRIDE_W=1, STEP=1, ROWS=ROWS, TILE=TILE, CHUNK=CHUNK,
         )  # fmt: skip
@@ -141,8 +144,8 @@ def _layer(
         y = own_y + (first_y + PADDING - residue_y) // STRIDE_H
         x = own_x + (first_x + PADDING - residue_x) // STRIDE_W
         total = _products(
-            in_ptr, weight_ptr, y, x, sample, inside=inside, column=column, residue_y=residue_y,
-            residue_x=residue_x, HEIGHT=HEIGHT, WIDTH=WIDTH, CHANNELS=CHANNELS, COLUMNS=COLUMNS, KERNEL_H=KERNEL_H,
+            in_ptr, weight_ptr, y, x, sample, inside=inside, busy=block * ROWS < samples * size, column=column,
+            residue_y=residue_y, residue_x=residue_x, HEIGHT=HEIGHT, WIDTH=WIDTH, CHANNELS=CHANNELS, COLUMNS=COLUMNS, KERNEL_H=KERNEL_H,
             KERNEL_W=KERNEL_W, STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, STEP=-1, ROWS=ROWS, TILE=TILE, CHUNK=CHUNK,
         )  # fmt: skip
     pixel = (sample * OUT_HEIGHT + out_y) * OUT_WIDTH + out_x
@@ -299,7 +302,7 @@ def _reach(kernel: int, stride: int, padding: int, lead: int = 0) -> tuple[int, 
     return -((kernel - 1 + lead - padding) // stride), (stride - 1 + padding) // stride
 
 
-class _Decoder:
+class Decoder:
     """A packed decoder's weights and maps, product by product."""
 
     def __init__(self, packed: Tensor, biases: Tensor, numbers: list[int], slope: float, squash: bool):
@@ -418,7 +421,7 @@ class _Decoder:
         )  # fmt: skip
 
 
-def _draw(decoder: _Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: int, draws: int) -> Tensor:
+def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: int, draws: int) -> Tensor:
     """The latents of ``count`` samples from sample ``first`` on, padded."""
     size = decoder.geometry.latent_dim
     width = _up(size, CHANNEL_TILE)
@@ -431,16 +434,16 @@ def _draw(decoder: _Decoder, seed: Tensor, sample_ids: Tensor, first: int, count
     return z
 
 
-def _parts(total: int, elements: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+def parts(total: int, elements: int, dtype: torch.dtype) -> list[tuple[int, int]]:
     """Where parts of the samples begin and how many are in each, for maps of so many numbers for a sample."""
     most = max(1, MEMORY // (elements * dtype.itemsize))
     return [(first, min(most, total - first)) for first in range(0, total, most)]
 
 
-def _maps(decoder: _Decoder, inputs: tuple[Tensor, Tensor, Tensor], first: int, count: int, draws: int, kept: bool):
+def _maps(decoder: Decoder, inputs: tuple[Tensor, Tensor, Tensor], first: int, count: int, draws: int, kept: bool):
     """What enters the layers, one map after the other; all of them if ``kept``, else each replaces the last but one."""
     condition, seed, sample_ids = inputs
-    z = _draw(decoder, seed, sample_ids, first=first, count=count, draws=draws)
+    z = draw(decoder, seed, sample_ids, first=first, count=count, draws=draws)
     last = len(decoder.geometry.layers) - (0 if kept or not decoder.together else 1)
     new = [decoder.elements(index) for index in range(last)]
     buffers = [max(new[i::2], default=0) for i in (0, 1)]
@@ -457,7 +460,7 @@ def forward(
     samples: int, slope: float, squash: bool, channels_last: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`purify_fast.ops.decode_samples.reference`'s contract: images [B * K, C, H, W]."""
-    decoder = _Decoder(packed, biases, numbers, slope=slope, squash=squash)
+    decoder = Decoder(packed, biases, numbers, slope=slope, squash=squash)
     total = len(condition) * samples
     last = decoder.geometry.layers[-1]
     shape = (total, last.channels, last.height, last.width)
@@ -467,7 +470,7 @@ def forward(
     kept = [decoder.elements(index) for index in range(len(decoder.geometry.layers))]
     kept = kept[:-1] if decoder.together else kept
     with on(condition):
-        for first, count in _parts(total, max(kept[0::2]) + max(kept[1::2], default=0), decoder.dtype):
+        for first, count in parts(total, max(kept[0::2]) + max(kept[1::2], default=0), decoder.dtype):
             maps = _maps(decoder, inputs, first=first, count=count, draws=samples, kept=False)
             images = out[first : first + count]
             if decoder.together:
@@ -482,14 +485,14 @@ def backward(
     numbers: list[int], samples: int, slope: float, squash: bool,
 ) -> Tensor:  # fmt: skip
     """`purify_fast.ops.decode_samples.reference_backward`'s contract: [B, H * W * C]; the maps are made again."""
-    decoder = _Decoder(packed, biases, numbers, slope=slope, squash=squash)
+    decoder = Decoder(packed, biases, numbers, slope=slope, squash=squash)
     layers, (channels, h, w) = decoder.geometry.layers, decoder.geometry.start
     total = len(condition) * samples
     by_pixel = torch.empty((total, h * w, decoder.columns[0]), dtype=decoder.dtype, device=condition.device)
     inputs = condition.contiguous(), seed, sample_ids.contiguous()
     each = sum(decoder.elements(index) for index in range(len(layers)))
     with on(condition):
-        for first, count in _parts(total, 2 * each, decoder.dtype):
+        for first, count in parts(total, 2 * each, decoder.dtype):
             part = slice(first, first + count)
             maps = _maps(decoder, inputs, first=first, count=count, draws=samples, kept=True)
             g = grad[part].float()

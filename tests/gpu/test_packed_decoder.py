@@ -67,7 +67,7 @@ def kernel():
     """On a GPU the layers alone would be no test: the extension has to be built for it."""
     if DEVICE.type == "cuda" and BACKEND == "reference":
         pytest.fail(
-            "decode_samples has no kernel on cuda: build the extension with PURIFY_FAST_BUILD=cuda", pytrace=False
+            "decode_samples has no kernel on cuda: Triton is missing", pytrace=False
         )
 
 
