@@ -1,7 +1,7 @@
 """Builds purify_fast._C, the optional compiled extension; the pure-Python package never needs it.
 
-PURIFY_FAST_BUILD = auto (default) | none | cpu decides. It has the kernels of the CPU; those of GPUs are Triton's. torch
-must be importable (`pip install --no-build-isolation`); without it, `auto` installs the pure-Python package.
+PURIFY_FAST_BUILD = auto (default) | none | cpu decides. It has the kernels of the CPU; those of GPUs are Triton's.
+torch must be importable (`pip install --no-build-isolation`); without it, `auto` installs the pure-Python package.
 """
 
 from __future__ import annotations

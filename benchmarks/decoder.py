@@ -117,7 +117,8 @@ def layers() -> list[Layer]:
     flops, size = 2.0 * SAMPLES * 128 * channels * h * w, 2.0 * SAMPLES * channels * h * w
     latents = 2.0 * SAMPLES * 128
     name = f"linear, 128 to {channels} x {h} x {w}"
-    found = [_launch(name, flops, (latents, size), 128, channels, [(1, 1)] * (h * w))]  # positional: sizes
+    # positional because these are sizes in the order of the function
+    found = [_launch(name, flops, (latents, size), 128, channels, [(1, 1)] * (h * w))]
     for one in plan[:-2]:
         out_h, out_w = one.size(h, w)
         useful = _pairs(h, out_h, one.kernel, one.stride, one.padding)
@@ -141,9 +142,9 @@ def chapter() -> list[str]:
         "**An estimate, not a measurement**, by `benchmarks/decoder.py`. Ours takes the longest of four: the products "
         f"that are made, at {DOT:.0%} of 989 TFLOP/s by wgmma; the instructions of the machine code for sm_90, "
         f"{ISSUED} a cycle; the bytes of memory at 3.35 TB/s; and what the programs read from the L2 cache, {CACHE} "
-        "bytes a cycle for each multiprocessor. Latencies, launches and the last wave of programs are left out, so that "
-        "it is a lower bound; what is left out of the one before it, in CUDA C++ by mma.sync, was the same. The latents "
-        "are drawn by a launch of their own, in about a microsecond: drawn where they are multiplied, they would be "
+        "bytes a cycle for each multiprocessor. Latencies, launches and the last wave of programs are left out, so that it "
+        "is a lower bound. `before` is the form in CUDA C++ by mma.sync, of which also the epilogue and the L2 cache were "
+        "left out. The latents are drawn by a launch of their own, in about a microsecond: drawn where they are multiplied, they would be "
         f"drawn 18 times. cuDNN: the FLOP that reach a pixel at {CUDNN:.0%} of 989 TFLOP/s, its maps at 3.35 TB/s, one "
         "more pass for bias and LeakyReLU.",
         "",

@@ -15,6 +15,7 @@ in registers. The last layer multiplies them in place, once for every neighbouri
 the image adds up what its neighbours give. Programs overlap by the cells that are needed from beside.
 """
 
+# long because the kernels and the plan of their launches describe the same sizes
 from __future__ import annotations
 
 import torch
@@ -125,8 +126,8 @@ def _layer(
         y, x = out_y * STRIDE_H - PADDING, out_x * STRIDE_W - PADDING
         inside = sample < samples
         total = _products(
-            in_ptr, weight_ptr, y, x, sample, inside=inside, busy=True, column=column, residue_y=0, residue_x=0, HEIGHT=HEIGHT,
-            WIDTH=WIDTH, CHANNELS=CHANNELS, COLUMNS=COLUMNS, KERNEL_H=KERNEL_H, KERNEL_W=KERNEL_W, STRIDE_H=1,
+            in_ptr, weight_ptr, y, x, sample, inside=inside, busy=True, column=column, residue_y=0, residue_x=0,
+            HEIGHT=HEIGHT, WIDTH=WIDTH, CHANNELS=CHANNELS, COLUMNS=COLUMNS, KERNEL_H=KERNEL_H, KERNEL_W=KERNEL_W, STRIDE_H=1,
             STRIDE_W=1, STEP=1, ROWS=ROWS, TILE=TILE, CHUNK=CHUNK,
         )  # fmt: skip
     else:
@@ -145,8 +146,9 @@ def _layer(
         x = own_x + (first_x + PADDING - residue_x) // STRIDE_W
         total = _products(
             in_ptr, weight_ptr, y, x, sample, inside=inside, busy=block * ROWS < samples * size, column=column,
-            residue_y=residue_y, residue_x=residue_x, HEIGHT=HEIGHT, WIDTH=WIDTH, CHANNELS=CHANNELS, COLUMNS=COLUMNS, KERNEL_H=KERNEL_H,
-            KERNEL_W=KERNEL_W, STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, STEP=-1, ROWS=ROWS, TILE=TILE, CHUNK=CHUNK,
+            residue_y=residue_y, residue_x=residue_x, HEIGHT=HEIGHT, WIDTH=WIDTH, CHANNELS=CHANNELS, COLUMNS=COLUMNS,
+            KERNEL_H=KERNEL_H, KERNEL_W=KERNEL_W, STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, STEP=-1, ROWS=ROWS, TILE=TILE,
+            CHUNK=CHUNK,
         )  # fmt: skip
     pixel = (sample * OUT_HEIGHT + out_y) * OUT_WIDTH + out_x
     slope = tl.cast(slope, tl.float32)

@@ -208,7 +208,7 @@ def summary() -> str:
         extension = f"not loaded: {_library.load_error}"
     else:
         built = facts(_library.path).get("version")
-        extension = f"loaded, {cuda_part(facts(_library.path))}"
+        extension = "loaded"
         extension += f"; WARNING: it is of version {built}, {_library.BUILD_HINT}" if built != __version__ else ""
     threads = torch.get_num_threads()
     head = [

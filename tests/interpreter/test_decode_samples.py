@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 from purify_fast.kernels import decode_samples as kernel
 from purify_fast.methods.carso.networks import Deconvolution, decoder_plan, published_decoder
@@ -40,8 +43,10 @@ GEOMETRIES = {
     "no_stride": geometry(7, ((12, 4, 3), [Deconvolution(20, 3, 1, 1), Deconvolution(9, 3, 1, 1)])),
     "alone": geometry(7, ((12, 4, 3), [Deconvolution(17, 3, 2, 1)])),
 }
+#: Of which one sample takes the interpreter seconds.
+LARGE = ("cifar10", "tiny_imagenet", "mnist_v1", "digits")
 #: Where the last two layers can be one launch.
-TOGETHER = ("cifar10", "tiny_imagenet", "oblong", "no_stride")
+TOGETHER = ("cifar10", "tiny_imagenet", "digits", "oblong", "no_stride")
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +56,26 @@ def tiles(monkeypatch):
     monkeypatch.setattr(kernel, "tiles", lambda columns, channels, dtype: own(columns, channels, torch.bfloat16))
 
 
+@pytest.fixture(autouse=True)
+def products_of_bfloat16(monkeypatch):
+    """The interpreter keeps bfloat16 as integers of 16 bits, and its tl.dot multiplies those as they are."""
+    own = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return own(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
 def arguments(name: str, dtype: torch.dtype, images: int = 2, samples: int = 2, slope: float = 0.2) -> tuple:
     """What the op takes but for the last three, with random weights."""
     sizes = GEOMETRIES[name]
-    images = 1 if name == "tiny_imagenet" else images
+    images = 1 if name in LARGE else images
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -90,13 +111,13 @@ def error(got: torch.Tensor, golden: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_every_form_with_exact_products(poisoned, monkeypatch, name):
     """Float32: the sums are of thousands of numbers, and nothing else rounds."""
-    given = arguments(name, torch.float32)
+    given = arguments(name, torch.float32, samples=1 if name in LARGE else 2)
     assert not together(name, given)
     golden = op.reference(*doubled(given), True, False, torch.float64)
     assert error(kernel.forward(*given, True, False, torch.float32), golden) < 3e-7
     logits = op.reference(*doubled(given), False, False, torch.float64)
     grad = torch.randn(golden.shape, generator=torch.Generator().manual_seed(1))
-    for image, squash in ((golden, True), (logits, False)):
+    for image, squash in ((golden, True), (logits, False))[: 1 if name in LARGE else 2]:
         slopes = op.reference_backward(*doubled((grad, image, *given)), squash)
         assert error(kernel.backward(grad, image.float(), *given, squash), slopes) < 2e-6
     monkeypatch.setattr(kernel, "TOGETHER", (torch.float32,))
@@ -129,7 +150,7 @@ def test_one_sample_has_the_same_bits_in_every_batch_and_part(monkeypatch):
     slopes = kernel.backward(grad, whole, *given, False)
     one = [x[1:2] if i in (0, 2) else x for i, x in enumerate(given)]
     assert torch.equal(kernel.forward(*one, *sizes), whole[2:4])
-    monkeypatch.setattr(kernel, "MEMORY", 50_000)  # parts of two samples or so: images are cut
+    monkeypatch.setattr(kernel, "MEMORY", 20_000)  # parts of two samples or so: images are cut
     decoder = kernel.Decoder(*given[3:6], slope=0.2, squash=False)
     assert len(kernel.parts(6, decoder.elements(1), decoder.dtype)) > 1
     assert torch.equal(kernel.forward(*given, *sizes), whole)
@@ -158,8 +179,8 @@ def test_a_flat_slope_and_no_images():
 
 
 def test_the_latents_are_the_stream_s(ulps):
-    given = arguments("mnist_v1", torch.float32)
+    given = arguments("kernel_below_stride", torch.float32)
     decoder = kernel.Decoder(*given[3:6], slope=0.2, squash=True)
     drawn = kernel.draw(decoder, SEED, given[2], first=1, count=3, draws=2)
-    latents = op.latents(SEED, given[2], 2, 64).flatten(0, 1)
-    assert ulps(drawn[:, :64], latents[1:4]) <= 6 and not drawn[:, 64:].any()
+    latents = op.latents(SEED, given[2], 2, 33).flatten(0, 1)
+    assert ulps(drawn[:, :33].contiguous(), latents[1:4].contiguous()) <= 6 and not drawn[:, 33:].any()
