@@ -18,6 +18,8 @@ the image adds up what its neighbours give. Programs overlap by the cells that a
 # long because the kernels and the plan of their launches describe the same sizes
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -106,6 +108,7 @@ def _products(
     return total
 
 
+# long because the kinds share the place of their rows, and Triton compiles only one of them
 @triton.jit
 def _layer(
     in_ptr, weight_ptr, bias_ptr, map_ptr, out_ptr, samples, tiles, first, draws, slope,
@@ -127,8 +130,8 @@ def _layer(
         inside = sample < samples
         total = _products(
             in_ptr, weight_ptr, y, x, sample, inside=inside, busy=True, column=column, residue_y=0, residue_x=0,
-            HEIGHT=HEIGHT, WIDTH=WIDTH, CHANNELS=CHANNELS, COLUMNS=COLUMNS, KERNEL_H=KERNEL_H, KERNEL_W=KERNEL_W, STRIDE_H=1,
-            STRIDE_W=1, STEP=1, ROWS=ROWS, TILE=TILE, CHUNK=CHUNK,
+            HEIGHT=HEIGHT, WIDTH=WIDTH, CHANNELS=CHANNELS, COLUMNS=COLUMNS, KERNEL_H=KERNEL_H, KERNEL_W=KERNEL_W,
+            STRIDE_H=1, STRIDE_W=1, STEP=1, ROWS=ROWS, TILE=TILE, CHUNK=CHUNK,
         )  # fmt: skip
     else:
         first_y = _first_output(residue_y, PADDING, STRIDE_H)
@@ -180,6 +183,7 @@ def _layer(
         tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
+# long because it is two layers, of which the first stays in registers for the second
 @triton.jit
 def _last_two(
     in_ptr, weight_ptr, bias_ptr, last_ptr, shift_ptr, out_ptr, samples, tiles, slope,
@@ -357,8 +361,10 @@ class Decoder:
     def first(self, condition: Tensor, z: Tensor, out: Tensor, first: int, draws: int) -> None:
         """The first map, after the LeakyReLU: of a map of one pixel, whose channels are the latent."""
         channels, h, w = self.geometry.start
+        # positional because tensors come in the order of the launch
         self._run(
-            z, self.weights[0], condition, out, (1, 1, z.shape[1]), Layer(channels, 0, 0, 0, h, w), self.columns[0],
+            z, self.weights[0], condition, out, (1, 1, z.shape[1]),
+            Layer(channels, kernel=0, stride=0, padding=0, height=h, width=w), self.columns[0],
             kind=FIRST, kernel=(h, w), stride=(h, w), first=first, draws=draws,
         )  # fmt: skip
 
@@ -366,6 +372,7 @@ class Decoder:
         """A layer's map, after the LeakyReLU, or the image."""
         layer = self.geometry.layers[index]
         image = index == len(self.geometry.layers) - 1
+        # positional because tensors come in the order of the launch
         self._run(
             x, self.weights[index + 1], self.biases[index], out, self.inputs(index), layer, self.columns[index + 1],
             kind=IMAGE if image else BETWEEN, kernel=(layer.kernel,) * 2, stride=(layer.stride,) * 2,
@@ -376,10 +383,11 @@ class Decoder:
         """The gradient of what entered the LeakyReLU before a layer, of that of its output."""
         layer = self.geometry.layers[index]
         h, w, columns = self.inputs(index)
+        # positional because tensors come in the order of the launch
         self._run(
             grad, self.transposed[index], self.biases[index], out,
             (layer.height, layer.width, _up(layer.channels, CHANNEL_TILE)),
-            Layer(columns, layer.kernel, layer.stride, layer.padding, h, w), columns,
+            replace(layer, channels=columns, height=h, width=w), columns,
             kind=GRADIENT, kernel=(layer.kernel,) * 2, stride=(layer.stride,) * 2, entered=entered,
         )  # fmt: skip
 

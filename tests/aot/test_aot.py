@@ -70,7 +70,12 @@ def test_every_kernel_has_a_case():
         if isinstance(function, triton.JITFunction) and function.__module__ == module.__name__
         if not re.search(rf"(?<!def )\b{name}\(", source)
     }
-    assert entries == {name for case in CASES for name in run(case, "fp32", 90, lambda fn, *_, **__: name_of(fn))}
+    assert entries == {
+        name
+        for case in CASES
+        for dtype in ("fp32", "bf16")
+        for name in run(case, dtype, 90, lambda fn, *_, **__: name_of(fn))
+    }
 
 
 @pytest.mark.parametrize(
@@ -111,6 +116,7 @@ NARROW = (
     ("contextual_attention._spread", "st", {8}, "four keys for a thread"),
     ("contextual_attention._patches", "st", {4}, "the wings of a row, aligned otherwise than the row"),
     ("contextual_attention._gather", "st", {4}, "likewise"),
+    ("decode_samples._latents", "st", {8}, "a latent of 128 numbers: four for a thread"),
     ("decode_samples._layer", "ld", {8}, "biases and the condition: four columns for a thread"),
     ("decode_samples._last_two", "ld", {2, 4, 8}, "biases, and the last layer's weights, a few thousand numbers"),
     ("decode_samples._last_two", "st", {2, 4}, "an image of three channels"),
