@@ -49,7 +49,7 @@ test-interpreter: $(STAMPS)/package
 	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
 
 EXAMPLES ?= 1000
-fuzz: $(STAMPS)/package  ## arguments of any kind, at random: EXAMPLES=1000 for each of about 60 tests
+fuzz: $(STAMPS)/package  ## arguments of any kind, at random: EXAMPLES=1000 for each of about 70 tests
 	FUZZ_EXAMPLES=$(EXAMPLES) $(PARALLEL) -n auto --dist worksteal tests/fuzz $(ARGS)
 
 lint: $(STAMPS)/lint $(STAMPS)/package  ## ruff, clang-format, mypy, import-linter

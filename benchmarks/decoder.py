@@ -143,8 +143,8 @@ def chapter() -> list[str]:
         f"that are made, at {DOT:.0%} of 989 TFLOP/s by wgmma; the instructions of the machine code for sm_90, "
         f"{ISSUED} a cycle; the bytes of memory at 3.35 TB/s; and what the programs read from the L2 cache, {CACHE} "
         "bytes a cycle for each multiprocessor. Latencies, launches and the last wave of programs are left out. It is "
-        "a lower bound. `before` is the form in CUDA C++ by mma.sync; of it the epilogue and the L2 cache were left out, "
-        "too. The latents are drawn by a launch of their own, in about a microsecond: drawn where they are "
+        "a lower bound. `before` is the form in CUDA C++ by mma.sync; of it the epilogue and the L2 cache were left "
+        "out, too. The latents are drawn by a launch of their own, in about a microsecond: drawn where they are "
         "multiplied, they would be drawn 18 times. cuDNN: the FLOP that reach a pixel at "
         f"{CUDNN:.0%} of 989 TFLOP/s, its maps at 3.35 TB/s, one more pass for bias and LeakyReLU.",
         "",

@@ -41,6 +41,8 @@ PURIFY = [sys.executable, "-m", "purify_fast.cli"]
 #: Facts that differ from run to run without being a result.
 NO_RESULTS = ("seconds", "images_per_second", "date")
 FAST = ["--checkpoint-seconds", "0.2", "--device", "cpu"]
+#: Seconds after which a process has begun with its work.
+BEGIN = 3.0
 #: Single bits that are changed, of all files together.
 BITS = 240
 UNLIMITED = resource.RLIM_INFINITY
@@ -223,6 +225,7 @@ class Soak:
         self.commands = [c for c in every if not only or c.name in only]
         self.needed = [c for c in every if not only or c.name in only or c.name.startswith("train ")]
         self.seconds: dict[str, float] = {}
+        self.worked = 0.0
         self.wanted: dict[str, dict[str, object]] = {}
         self.faults: dict[str, Callable[[Command, Path], None]] = {
             "SIGKILL": self.killed,
@@ -296,6 +299,7 @@ class Soak:
         kills = ["SIGKILL"] * self.draw.randint(2, 5)
         chosen = [*kills, *(self.draw.choice(kinds) for _ in range(self.draw.randint(0, 2)))]
         self.draw.shuffle(chosen)
+        self.worked = 0.0
         for kind in chosen:
             self.faults[kind](command, out)
             if not command.out:
@@ -336,9 +340,11 @@ class Soak:
         return True
 
     def moment(self, command: Command) -> float:
-        # a process needs seconds to begin with its work: not every fault is to fall into these
-        first = 0.02 if self.draw.random() < 0.25 else min(0.6, 4.0 / self.seconds[command.name])
-        return self.draw.uniform(first, 1.05) * self.seconds[command.name]
+        """Seconds after which a fault comes: a quarter of them before the work begins, the others into what is left."""
+        begin = min(BEGIN, 0.5 * self.seconds[command.name])
+        if self.draw.random() < 0.25:
+            return self.draw.uniform(0.05, begin)
+        return begin + self.draw.uniform(0.02, 1.0) * max(self.seconds[command.name] - begin - self.worked, 0.5)
 
     def disturb(
         self,
@@ -349,8 +355,11 @@ class Soak:
         after: float | None = None,
     ) -> tuple[int, str]:
         """Wait for a random moment, act if the run has not ended by itself, and wait for its end."""
+        began = time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(self.moment(command))
+        # what it has done by now is not done again
+        self.worked += max(time.monotonic() - began - BEGIN, 0.0)
         if process.poll() is None:
             act()
             self.tally.faults[command.name, kind] += 1

@@ -19,6 +19,7 @@ from purify_fast.evaluation import AttackSpec, Report, Tradeoff, evaluate, merge
 from purify_fast.evaluation.tables import markdown_table, percent
 
 from . import RESULT, Job
+from .cifar10_ahead import CANDIDATES, MIXED
 from .cifar10_models import (
     AFT,
     ARREST,
@@ -45,12 +46,14 @@ from .cifar10_models import (
     Budget,
     finetune,
     images_of,
+    mix,
     model_of,
     search_arrest,
     search_name,
     share_name,
     train_atop,
     train_base,
+    train_candidate,
     train_carso,
     train_standard,
 )
@@ -74,6 +77,8 @@ PAIRS = (
     (TRADES, BASE),
     (AWP, BASE),
     (NO_EMA, BASE),
+    (MIXED, BASE),
+    *((name, BASE) for name in CANDIDATES),
 )
 
 
@@ -103,13 +108,15 @@ def jobs(path: str, seed: int = 0, budget: Budget = DEFAULT) -> list[Job]:
         job(AWP, train_base, how={"awp": True}),
         job(NO_EMA, train_base, how={"ema": False}),
         *(job(share_name(share), train_base, how={"share": share}) for share in SHARES),
+        *(job(name, train_candidate, (BASE, CARSO)) for name in CANDIDATES),
+        job(MIXED, mix, (STANDARD, BASE)),
     ]
     return made + [job(judged_name(name), judge, (CARSO if name == PEEL else name,), model=name) for name in rows()]
 
 
 def rows() -> list[str]:
     """The models of the table, in its order."""
-    return [*CLASSIFIERS, *(share_name(share) for share in SHARES), PEEL, *BEHIND]
+    return [*CLASSIFIERS, MIXED, *(share_name(share) for share in SHARES), PEEL, *BEHIND]
 
 
 def judged_name(name: str) -> str:

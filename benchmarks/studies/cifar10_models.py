@@ -8,12 +8,15 @@ chosen on images that were held out of the training images; nothing is chosen on
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from purify_fast import data
 from purify_fast._fingerprint import weights_fingerprint
@@ -34,6 +37,7 @@ from purify_fast.training import (
 from purify_fast.training.attack import TrainingAttack
 
 from . import RESULT, Job
+from .cifar10_ahead import CANDIDATES, MIXED, CandidateTask, Mixed
 from .trades import TradesTask
 
 EPS = 8 / 255
@@ -50,7 +54,7 @@ PEEL = "CARSO published, through PeeL"
 #: Bases trained at shares of eps: with the standard classifier and the base, the curve that others are compared with.
 SHARES = (0.25, 0.5, 0.75)
 CLASSIFIERS = (STANDARD, BASE, LARGE, AWP, NO_EMA, TRADES, AFT, ARREST)
-CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL)
+CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
 #: The classifier behind each defence.
 BEHIND = {
     CARSO: BASE,
@@ -60,6 +64,7 @@ BEHIND = {
     ATOP: BASE,
     ATOP_PIPELINE: BASE,
     ATOP_ZERO: BASE,
+    **dict.fromkeys(CANDIDATES, BASE),
 }
 
 
@@ -146,6 +151,26 @@ def loop(job: Job, epochs: int, **more: object) -> FitConfig:
     return FitConfig(epochs, batch_size, job.seed, padding=4, flip=True, checkpoint_seconds=120, **more)
 
 
+class Flops(TorchDispatchMode):
+    """Counts FLOP as `torch.utils.flop_counter.FlopCounterMode` does, but without its hooks at the modules' inputs.
+
+    Those hooks refuse an attack's leaf that a module with trainable weights reads.
+
+    Attributes:
+        total: how many there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(function.overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
     """FLOP of one training step per image, counted on a few images.
 
@@ -156,18 +181,18 @@ def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
     """
     x = data.to_float(images.x_train[:count])
     batch = Batch(x, images.y_train[:count], torch.arange(count), seed=0, epoch=3, epochs=4)
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         for update in task.updates(batch):
             update.loss.backward()
-    return counter.get_total_flops() / count
+    return counter.total / count
 
 
 @torch.no_grad()
 def inference_flops(model: nn.Module, images: data.DataSet) -> float:
     """FLOP of a prediction per image."""
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         model(data.to_float(images.x_test[:2]))
-    return counter.get_total_flops() / 2
+    return counter.total / 2
 
 
 def _costs(task: Task, model: nn.Module, images: data.DataSet) -> dict[str, float]:
@@ -245,29 +270,76 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
     return found | {"weight": weight, "angle": angle}
 
 
-def train_carso(job: Job, folder: Path, root: Path) -> dict:
-    """CARSO as published, or from there through the pipeline."""
-    images, budget = images_of(job), job.settings["budget"]
+def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[str]) -> Carso:
+    """A defence whose purifier has weights drawn by the job's seed."""
     base = load_classifier(job.folder(root, BEHIND[job.name]))
     torch.manual_seed(job.seed)
     mean, std = data.statistics(images.x_train)
-    defence = Carso(
-        base, LAYERS, images.image_shape, cond_dim=128, latent_dim=64, samples=budget.samples, mean=mean, std=std
-    )
+    samples = job.settings["budget"].samples
+    return Carso(base, layers, images.image_shape, cond_dim=128, latent_dim=64, samples=samples, mean=mean, std=std)
+
+
+def _from_published(job: Job, root: Path, defence: Carso) -> str:
+    """Start from what the published training left, as far as the weights have the same shapes; their fingerprint."""
+    published = load_carso(job.folder(root, CARSO), load_classifier(job.folder(root, BASE)))
+    there = defence.state_dict()
+    own = {
+        key: value
+        for key, value in published.state_dict().items()
+        if not key.startswith("classifier.") and key in there and there[key].shape == value.shape
+    }
+    defence.load_state_dict(own, strict=False)
+    return weights_fingerprint(published)
+
+
+def _saved(defence: Carso | Atop, folder: Path) -> None:
+    """Write a defence and its classifier."""
+    defence.save(folder)
+    save_classifier(defence.classifier, folder / "classifier")
+
+
+def train_carso(job: Job, folder: Path, root: Path) -> dict:
+    """CARSO as published, or from there through the pipeline."""
+    images, budget = images_of(job), job.settings["budget"]
+    defence = _fresh_carso(job, root, images, LAYERS)
     origin, epochs = "scratch", budget.published_epochs
     config = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=budget.carso_steps), precision="bfloat16")
     if job.name != CARSO:
-        published = load_carso(job.folder(root, CARSO), load_classifier(job.folder(root, BASE)))
-        own = {key: value for key, value in published.state_dict().items() if not key.startswith("classifier.")}
-        defence.load_state_dict(own, strict=False)
-        origin, epochs = weights_fingerprint(published), budget.pipeline_epochs
+        origin, epochs = _from_published(job, root, defence), budget.pipeline_epochs
         config = CarsoConfig(
             attack_target="pipeline", attack=attack_of(budget), learning_rate=1e-3, precision="bfloat16"
         )
     found = _fitted(job, folder, CarsoTask(defence, config, origin), defence, epochs, images)
-    defence.save(folder)
-    save_classifier(base, folder / "classifier")
+    _saved(defence, folder)
     return found
+
+
+def train_candidate(job: Job, folder: Path, root: Path) -> dict:
+    """One of `CANDIDATES`, from what the published training left."""
+    images, budget, how = images_of(job), job.settings["budget"], CANDIDATES[job.name]
+    defence = _fresh_carso(job, root, images, LAYERS[-1:] if how.late else LAYERS)
+    origin = _from_published(job, root, defence)
+    # a classifier that is trained has no frozen copy, which bfloat16 needs
+    precision = "float32" if how.joint else "bfloat16"
+    rate = 1e-4 if how.joint else 1e-3
+    config = CarsoConfig(
+        attack_target="pipeline", attack=attack_of(budget), learning_rate=rate, joint=how.joint, precision=precision
+    )
+    task = CandidateTask(defence, config, origin, how.loss)
+    found = _fitted(job, folder, task, defence, budget.pipeline_epochs, images)
+    _saved(defence, folder)
+    return found
+
+
+def mix(job: Job, folder: Path, root: Path) -> dict:
+    """The costs of the mixture, which is not trained: of both of its parts."""
+    model = model_of(job, root, MIXED)
+    parts = [json.loads((job.folder(root, name) / RESULT).read_text()) for name in (STANDARD, BASE)]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "inference_gflop": inference_flops(model.eval(), images_of(job)) / 1e9,
+        "training_gflop": sum(part["training_gflop"] for part in parts),
+    }
 
 
 def train_atop(job: Job, folder: Path, root: Path) -> dict:
@@ -292,13 +364,14 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
             )  # fmt: skip
         task, epochs = AtopTask(defence, config, weights_fingerprint(before.purifier)), budget.pipeline_epochs
     found = _fitted(job, folder, task, defence, epochs, images)
-    defence.save(folder)
-    save_classifier(base, folder / "classifier")
+    _saved(defence, folder)
     return found
 
 
 def model_of(job: Job, root: Path, name: str) -> nn.Module:
     """A trained model, by its row."""
+    if name == MIXED:
+        return Mixed(*(load_classifier(job.folder(root, part)) for part in (STANDARD, BASE))).eval()
     folder = job.folder(root, CARSO if name == PEEL else name)
     if name in CARSO_ROWS:
         return load_carso(folder, load_classifier(folder / "classifier"))

@@ -68,6 +68,11 @@ template <class F>
 PF_HD void for_lanes(int64_t classes, F f) {
   const int64_t groups = (classes + lanes - 1) / lanes, most = aggregate_lanes / lanes,
                 parts = (groups + most - 1) / most;
+  if (parts == 1 && classes % lanes != 0) {  // one call would be wider than a row
+    f(int64_t{0}, classes / lanes * lanes);
+    f(classes - lanes, lanes);
+    return;
+  }
   for (int64_t part = 0, group = 0; part < parts; ++part) {
     const int64_t width = (groups - group + parts - part - 1) / (parts - part) * lanes, at = group * lanes;
     f(at + width <= classes ? at : classes - width, width);
@@ -119,6 +124,51 @@ PF_HD void mean_image_backward(const W* grad, T* out, int64_t samples, int64_t c
   }
 }
 
+// Beside the op's result, three rows of every image that its backward would compute again: the largest logits, what
+// their exponentials are multiplied by, and for "peel" the probabilities of the classes. scratch: a row.
+template <class T, class W = wide_t<T>>
+PF_HD void keep_image(Aggregation method, const T* logits, W* out, W* kept, int64_t samples, int64_t classes,
+                      W* scratch) {
+  constexpr W nan = std::numeric_limits<W>::quiet_NaN();
+  W *most = kept, *factor = kept + classes, *share = kept + 2 * classes;
+  for_lanes(classes, [=](int64_t at, int64_t width) PF_INLINE {
+    exponentials(logits + at, samples, width / lanes * lanes, classes, most + at, share + at);
+  });
+  for (int64_t i = 0; i < classes; ++i) {
+    const W whole = most[i] + log(share[i]);
+    out[i] = finite(most[i]) ? whole : most[i];
+    factor[i] = (finite(most[i]) ? W(1) : nan) / share[i];  // as torch.softmax has it
+  }
+  if (method == Aggregation::lse) return;
+  for (int64_t i = 0; i < classes; ++i) {
+    W slope;
+    out[i] = tangent_exp(out[i], slope);
+    factor[i] *= slope;
+  }
+  softmax_parts(out, 1, classes, classes, scratch);
+  for (int64_t i = 0; i < classes; ++i) {
+    share[i] = exp_unit(out[i]) / scratch[i];
+    out[i] -= log(scratch[i]);
+  }
+}
+template <class T, class W = wide_t<T>>
+PF_HD void kept_image_backward(Aggregation method, const W* grad, const T* logits, const W* kept, T* out,
+                               int64_t samples, int64_t classes, W* scratch) {
+  const W *most = kept, *factor = kept + classes, *share = kept + 2 * classes, *slope = scratch;
+  // of a probability near 1 the difference below is of the size of this sum's rounding
+  const W total =
+      method == Aggregation::peel ? ordered_sum<W>(classes, [=](int64_t i) PF_INLINE { return grad[i]; }) : W(0);
+  for (int64_t i = 0; i < classes; ++i) {
+    const W beside = method == Aggregation::peel ? share[i] * total : W(0);
+    scratch[i] = (grad[i] - beside) * factor[i];
+  }
+  for (int64_t k = 0; k < samples; ++k) {
+    const T* x = logits + k * classes;
+    store_all(out + k * classes, classes,
+              [=](int64_t i) PF_INLINE { return exp_unit(static_cast<W>(load(x[i])) - most[i]) * slope[i]; });
+  }
+}
+
 #define PF_LOOPS(T)                                                                                                  \
   PF_CLONES void forward(Aggregation method, const T* logits, wide_t<T>* out, int64_t images, int64_t samples,       \
                          int64_t classes, int64_t width, wide_t<T>* scratch) {                                       \
@@ -148,6 +198,19 @@ PF_HD void mean_image_backward(const W* grad, T* out, int64_t samples, int64_t c
   PF_CLONES void backward(Aggregation method, const wide_t<T>* grad, const T* logits, T* out, int64_t images,        \
                           int64_t samples, int64_t classes, int64_t width, wide_t<T>* scratch) {                     \
     backward_tile(method, grad, logits, out, images, samples, classes, width, scratch);                              \
+  }                                                                                                                  \
+  PF_CLONES void keep(Aggregation method, const T* logits, wide_t<T>* out, wide_t<T>* kept, int64_t images,          \
+                      int64_t samples, int64_t classes, wide_t<T>* scratch) {                                        \
+    for (int64_t b = 0; b < images; ++b, logits += samples * classes, out += classes, kept += 3 * classes) {         \
+      keep_image(method, logits, out, kept, samples, classes, scratch);                                              \
+    }                                                                                                                \
+  }                                                                                                                  \
+  PF_CLONES void kept_backward(Aggregation method, const wide_t<T>* grad, const T* logits, const wide_t<T>* kept,    \
+                               T* out, int64_t images, int64_t samples, int64_t classes, wide_t<T>* scratch) {       \
+    for (int64_t b = 0; b < images; ++b, grad += classes, kept += 3 * classes) {                                     \
+      const int64_t at = b * samples * classes;                                                                      \
+      kept_image_backward(method, grad, logits + at, kept, out + at, samples, classes, scratch);                     \
+    }                                                                                                                \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
@@ -217,10 +280,50 @@ Tensor aggregate_backward(Tensor grad, Tensor logits, int64_t method) {
   return out;
 }
 
+// "lse" and "peel" of at least as many classes as lanes.
+std::tuple<Tensor, Tensor> aggregate_keeping(Tensor logits, int64_t method) {
+  const Tensor x = dense(logits);
+  const int64_t batch = x.size(0), samples = x.size(1), classes = x.size(2);
+  STD_TORCH_CHECK(classes >= lanes && method <= static_cast<int64_t>(Aggregation::peel), "lse or peel of 16 classes");
+  const ScalarType wide_type = wide_dtype(x.scalar_type());
+  Tensor out = new_tensor({batch, classes}, wide_type), kept = new_tensor({batch, 3, classes}, wide_type);
+  dispatch(x.scalar_type(), "aggregate", [&](auto tag) {
+    using T = decltype(tag);
+    using W = wide_t<T>;
+    W *to = writable<W>(out), *rows = writable<W>(kept);
+    parallel_rows(batch, 2 * samples * classes, [&](int64_t begin, int64_t end) {
+      std::vector<W> scratch(classes);
+      keep(static_cast<Aggregation>(method), data<T>(x) + begin * samples * classes, to + begin * classes,
+           rows + 3 * begin * classes, end - begin, samples, classes, scratch.data());
+    });
+  });
+  return {out, kept};
+}
+
+Tensor aggregate_from_kept(Tensor grad, Tensor logits, Tensor kept, int64_t method) {
+  const Tensor x = dense(logits), g = dense(grad, kept.scalar_type());
+  const int64_t batch = x.size(0), samples = x.size(1), classes = x.size(2);
+  Tensor out = new_like(x);
+  dispatch(x.scalar_type(), "aggregate_backward", [&](auto tag) {
+    using T = decltype(tag);
+    using W = wide_t<T>;
+    T* to = writable<T>(out);
+    parallel_rows(batch, 2 * samples * classes, [&](int64_t begin, int64_t end) {
+      std::vector<W> scratch(classes);
+      const int64_t at = begin * samples * classes;
+      kept_backward(static_cast<Aggregation>(method), data<W>(g) + begin * classes, data<T>(x) + at,
+                    data<W>(kept) + 3 * begin * classes, to + at, end - begin, samples, classes, scratch.data());
+    });
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace pf::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
   m.impl("aggregate", TORCH_BOX(&pf::cpu::aggregate));
   m.impl("aggregate_backward", TORCH_BOX(&pf::cpu::aggregate_backward));
+  m.impl("aggregate_keeping", TORCH_BOX(&pf::cpu::aggregate_keeping));
+  m.impl("aggregate_from_kept", TORCH_BOX(&pf::cpu::aggregate_from_kept));
 }

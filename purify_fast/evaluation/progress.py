@@ -35,7 +35,7 @@ class Progress:
         self.name, self.shown = name, shown
         self.lines = shown and not sys.stderr.isatty()
         self.costs = list(costs)
-        self.at, self.done = 0, 0
+        self.at, self.done, self.in_row = 0, 0, 0
         self.began = self.last_line = time.monotonic()
 
     @property
@@ -51,10 +51,11 @@ class Progress:
             label: of the row.
             total: forward passes of single images at most; None: not known.
         """
+        self.in_row = 0
         place = f"{self.at + 1} of {max(len(self.costs), self.at + 1)}"
         with progress_bar(f"{self.name}: {label} ({place})", self.shown and not self.lines, total) as bar:
             yield _Both(self, bar, f"{place}, {label}")
-        self.at += 1
+        self.kept(self.at)
 
     def kept(self, at: int) -> None:
         """A row is there; nothing is left to do for it if an earlier run made it.
@@ -62,7 +63,7 @@ class Progress:
         Args:
             at: how many rows were there before it.
         """
-        self.at = at + 1
+        self.at, self.in_row = at + 1, 0
 
     def count(self, images: int, label: str) -> None:
         """Images went through the model; a log gets a line now and then.
@@ -72,6 +73,7 @@ class Progress:
             label: of the row.
         """
         self.done += images
+        self.in_row += images
         now = time.monotonic()
         if self.lines and now - self.last_line >= LINE_EVERY:
             self.last_line = now
@@ -97,8 +99,12 @@ class Progress:
         if not rest:
             return "the last row"
         known = sum(cost for cost in rest if cost is not None)
-        if not self.done or not known:
-            return "time left not known" + ("" if self.done else " yet")
+        if rest[0] is not None:
+            known -= min(rest[0], self.in_row)
+        if not self.done:
+            return "time left not known yet"
+        if not known and None in rest:
+            return "time left not known"
         text = f"{duration(known / self.rate())} left at most"
         return text if None not in rest else f"{text}, without the rows whose length is not known"
 

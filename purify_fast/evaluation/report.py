@@ -30,7 +30,6 @@ from .tables import (
     remark,
     row_cells,
     terminal_table,
-    told,
 )
 
 __all__ = ["FORMAT", "Examples", "Paired", "Report", "Row", "merge"]
@@ -218,7 +217,7 @@ class Report:
             line = f"{model}: {100 * row.accuracy:.1f} % of {row.n} images withstand every attack"
             more = remark(row)
             lines.append(f"{line}; {more}." if more else f"{line}; no alarm says otherwise.")
-        return ["", *lines, *(f"- {told(finding)}" for finding in self.findings if beside_headline(finding))]
+        return ["", *lines, *(f"- {text}" for text in beside_headline(self.findings))]
 
     def _set_aside(self, folder: Path) -> None:
         """Move a report on another threat model, data set or protocol into a folder of its own."""

@@ -128,22 +128,18 @@ def comparison(rows: Sequence[Row], unreliable: str = UNRELIABLE) -> tuple[list[
     return ["attack", *models], [[attack, *(cell(attack, m) for m in models)] for attack in attack_names(rows)]
 
 
-def beside_headline(finding: Finding) -> bool:
-    """Whether a reader of the lowest number must know what an alarm found.
+def beside_headline(findings: Sequence[Finding]) -> list[str]:
+    """What a reader of the lowest number must know of what the alarms found, each with the row that tells.
 
     Args:
-        finding: of an alarm.
+        findings: of the alarms.
     """
-    return finding.verdict == UNRELIABLE or (finding.verdict == "noted" and finding.alarm == GUESSING)
-
-
-def told(finding: Finding) -> str:
-    """What an alarm found, and the row that gives it away, in one line.
-
-    Args:
-        finding: of an alarm.
-    """
-    return f"{finding.alarm}: {finding.measured}" + (f" ({finding.row})" if finding.row else "")
+    unreliable = [finding for finding in findings if finding.verdict == UNRELIABLE]
+    guesses = [finding for finding in findings if finding.verdict == "noted" and finding.alarm == GUESSING]
+    return [
+        f"{finding.alarm}: {finding.measured}" + (f" ({finding.row})" if finding.row else "")
+        for finding in unreliable + guesses
+    ]
 
 
 def believable(findings: Sequence[Finding], outlooks: Sequence[Outlook]) -> list[str]:

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import _library
 from .._compat import renamed_value
+from . import _kept
 from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, second_argument, wide
 
@@ -109,6 +111,35 @@ BACKWARD = define_op(
 )
 
 
+#: Of ``lse`` and ``peel`` with at least KEPT_FROM classes: forward keeps [B, 3, C], from which backward takes one pass.
+KEEPING = _kept.kernel("aggregate_keeping", "(Tensor logits, int method) -> (Tensor, Tensor)")
+FROM_KEPT = _kept.kernel("aggregate_from_kept", "(Tensor grad, Tensor logits, Tensor kept, int method) -> Tensor")
+KEPT_FROM = 16
+#: False where the extension was built before these kernels were written.
+KEEPS = _library.has_kernel("purify_fast::aggregate_from_kept", "CPU")
+
+
+def _keeps(logits: Tensor, method: str) -> bool:
+    """Whether the kernels that keep something stand in for the op's own."""
+    if not KEEPS or method not in ("lse", "peel") or logits.shape[2] < KEPT_FROM or not _kept.may_serve(logits):
+        return False
+    return not BACKWARD.plain(logits.device, logits.dtype, logits.numel(), method)
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, method: int) -> Tensor:
+        out, kept = KEEPING(logits, method)
+        ctx.method = method
+        ctx.save_for_backward(logits, kept)
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return FROM_KEPT(grad, *ctx.saved_tensors, ctx.method), None
+
+
 class _Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, method: int) -> Tensor:
@@ -157,4 +188,6 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
     # the reference of vote has no autograd graph that could carry its zero gradient
     if OP.plain(logits.device, logits.dtype, logits.numel(), method) and method != "vote":
         return reference(logits, index)
-    return _Aggregate.apply(logits, index) if needs_gradient(logits) else OP.handle(logits, index)
+    if not needs_gradient(logits):
+        return OP.handle(logits, index)
+    return (_Kept if _keeps(logits, method) else _Aggregate).apply(logits, index)

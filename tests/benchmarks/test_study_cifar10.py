@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from purify_fast.evaluation import Report
 from purify_fast.evaluation.rows import Row
+from purify_fast.methods.carso import Carso, CarsoConfig
+from purify_fast.methods.carso.losses import as_trained, attack_pipeline
 from purify_fast.models import build_classifier
 from purify_fast.training import Batch
 
@@ -20,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
 from benchmarks import studies  # noqa: E402
-from benchmarks.studies import RESULT, Job, cifar10, cifar10_models, trades  # noqa: E402
+from benchmarks.studies import RESULT, Job, cifar10, cifar10_ahead, cifar10_models, trades  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BUDGET = cifar10_models.QUICK
@@ -55,7 +58,7 @@ def test_trades_is_its_formula():
     model = build_classifier("small_cnn", (3, 8, 8), 10, width=2)
     with torch.no_grad():
         # logits that an attack moves by more than rounding
-        model.head.weight.mul_(100)
+        model.head.weight.mul_(10)
         model.hidden.weight.mul_(10)
     config = cifar10_models.adversarial(BUDGET, ema=False)
     task = trades.TradesTask(model, cifar10_models.replace(config, precision="float32"), (3, 8, 8))
@@ -68,6 +71,69 @@ def test_trades_is_its_formula():
     expected = F.cross_entropy(model(x), y) + trades.BETA * divergence
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert divergence > 0 and metrics["divergence"].item() == pytest.approx(divergence.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["trades", "distilled"])
+def test_candidates_minimize_what_they_say(loss):
+    """The loss again, from the defence's predictions of the batch and of its attacked form."""
+    torch.manual_seed(0)
+    base = build_classifier("small_cnn", (3, 16, 16), 10, width=4)
+    with torch.no_grad():
+        base.head.weight.mul_(30)
+    defence = Carso(base, ["conv2"], (3, 16, 16), 8, 4, 2, decoder_width=2)
+    with torch.no_grad():
+        # a fresh purifier hardly looks at its image
+        for weight in (
+            p for name, p in defence.named_parameters() if not name.startswith("classifier.") and p.dim() > 1
+        ):
+            weight.mul_(10)
+    config = CarsoConfig(attack_target="pipeline", attack=cifar10_models.attack_of(BUDGET))
+    task = cifar10_ahead.CandidateTask(defence, config, "scratch", loss)
+    batch = Batch(torch.rand(4, 3, 16, 16), torch.arange(4), torch.arange(4), seed=0, epoch=0, epochs=1)
+    # latents are drawn by seeds from torch's generator
+    torch.manual_seed(1)
+    found, metrics = task.training_step(batch)
+    torch.manual_seed(1)
+    with as_trained(defence, batch, config):
+        moved = defence.sample_logits(attack_pipeline(defence, batch, config))[:, 0].log_softmax(1)
+        wanted = (defence.sample_logits(batch.x)[:, 0] if loss == "trades" else base(batch.x)).log_softmax(1)
+    divergence = (wanted.exp() * (wanted - moved)).sum(1).mean()
+    expected = divergence
+    if loss == "trades":
+        expected = F.nll_loss(wanted, batch.y) + trades.BETA * divergence
+    assert divergence > 1e-6 and found.item() == pytest.approx(expected.item(), rel=5e-3)
+    assert metrics["divergence"].item() == pytest.approx(divergence.item(), rel=5e-3)
+    found.backward()
+    trained = [p for p in defence.parameters() if p.requires_grad]
+    assert trained and all(torch.isfinite(p.grad).all() for p in trained if p.grad is not None)
+
+
+def test_the_mixture_is_decided_by_the_accurate_model_where_the_robust_one_is_unsure():
+    fixed = lambda *logits: lambda x: torch.tensor([logits])  # noqa: E731
+    unsure, sure = (1.0, 1.0, 0.0), (0.0, 9.0, 0.0)
+    accurate = (5.0, 0.0, 0.0)
+    for robust, winner in ((unsure, 0), (sure, 1)):
+        mixed = cifar10_ahead.Mixed(torch.nn.Identity(), torch.nn.Identity())
+        mixed.accurate, mixed.robust = torch.nn.Module(), torch.nn.Module()
+        mixed.accurate.forward, mixed.robust.forward = fixed(*accurate), fixed(*robust)
+        logits = mixed(torch.zeros(1, 3, 2, 2))
+        assert logits.exp().sum().item() == pytest.approx(1.0, rel=1e-5)
+        assert logits.argmax().item() == winner
+
+
+def test_flops_are_counted_through_an_attack_on_trained_weights():
+    """As torch's own counter has it where that one works."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 10))
+    x = torch.rand(4, 3, 8, 8)
+    with cifar10_models.Flops() as ours:
+        model(x).sum().backward()
+    with FlopCounterMode(display=False) as theirs:
+        model(x).sum().backward()
+    assert ours.total == theirs.get_total_flops() > 0
+    with cifar10_models.Flops() as ours:
+        leaf = x.clone().requires_grad_()
+        torch.autograd.grad(model(leaf).sum(), leaf)
+    assert ours.total > 0
 
 
 def row(model, attack, robust, kind):

@@ -207,7 +207,7 @@ def test_the_shell_is_completed(tmp_path, capsys):
 
 
 def test_info(capsys):
-    assert cli.main(["info"]) == 0
+    assert cli.main(["info", "--all"]) == 0
     out = capsys.readouterr().out
     assert "aggregate" in out and torch.__version__ in out
 

@@ -169,3 +169,30 @@ def test_a_browser_shows_the_table(report, tmp_path):
     subprocess.run([*command, f"--screenshot={picture}", path.as_uri()], capture_output=True, timeout=120, check=True)
     image = np.asarray(Image.open(picture).convert("L"))
     assert image.std() > 5
+
+
+def test_long_names_stand_in_two_lines_and_stay_apart():
+    names = [f"APGD-T by the gradients of a copy softened {t} times" for t in (10, 100)]
+    drawn = drawings.bars([row(name, [1, 0]) for name in (*names, "x" * 200)])
+    lines = re.findall(r"<tspan[^>]*>([^<]*)</tspan>", drawn)
+    assert " ".join(lines[:2]) == names[0] and " ".join(lines[2:4]) == names[1]
+    assert all(len(line) <= 40 for line in lines) and any("…" in line for line in lines)
+
+
+def test_one_image_and_one_attack_read_as_such():
+    rows = [row("clean", [1], kind="clean"), row("PGD", [0]), row("worst", [0], kind="worst")]
+    page = " ".join(html_page(Report(rows)).split())
+    assert "of 1 image is still classified correctly after the attack; without an attack, 100.0 %." in page
+
+
+def test_pictures_are_of_the_attack_that_felled_most():
+    """Of an attack on survivors they would show images that fell to nothing."""
+
+    def picture(value):
+        images = np.full((2, 1, 4, 4), value, dtype=np.float32)
+        return Examples(images, images, np.array([0, 1]))
+
+    first = row("first", [0, 0, 1, 1], examples=picture(0.2))
+    last = row("last", [0, 0, 0, 1], examples=picture(0.6))
+    last.settings["survivors_only"] = True
+    assert "Attacked images: first" in html_page(Report([row("clean", [1, 1, 1, 1], kind="clean"), first, last]))

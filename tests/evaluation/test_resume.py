@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from purify_fast.attacks import APGD, PGD
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, evaluate, partial_row
+from purify_fast.evaluation.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,3 +135,32 @@ def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypa
     ends = [line for line in lines if "% of 6 images (" in line]
     assert len(ends) == 2 and "left at most" in ends[0] and "the last row" in ends[1]
     assert not any("\r" in line or "\033" in line for line in lines)
+
+
+def test_the_probes_have_lines_and_a_share_of_the_time_left(capsys, monkeypatch):
+    monkeypatch.setattr("purify_fast.evaluation.progress.LINE_EVERY", 0.0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    x = torch.rand(6, 1, 4, 4)
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    evaluate(net, x, y, eps=0.01, attacks=[PGD(steps=2)], name="mine", probes=True)
+    lines = capsys.readouterr().err.splitlines()
+    (end,) = [line for line in lines if "% of 6 images (" in line]
+    assert "left at most" in end and "last row" not in end
+    assert sum(line.startswith("mine: row 2 of 2, probes:") and "images/s" in line for line in lines) > 20
+
+
+def test_the_time_left_is_of_what_is_left():
+    progress = Progress("mine", False, [100, None, 50])
+    assert progress.left() == "time left not known yet"
+    with mock.patch.object(Progress, "rate", lambda self: 10.0):
+        with progress.row("first", 100) as counter:
+            counter.update(60)
+            assert progress.left() == "9 s left at most, without the rows whose length is not known"
+        # kept by an earlier run
+        progress.kept(1)
+        assert progress.left() == "5 s left at most"
+        with progress.row("last", 50) as counter:
+            counter.update(200)
+            assert progress.left() == "0 s left at most"
+        assert progress.left() == "the last row"

@@ -9,6 +9,7 @@ import torch
 
 from purify_fast.ops import (
     _kept,
+    aggregate,
     gated_elu,
     reconstruction_loss,
     representation_distance,
@@ -17,9 +18,9 @@ from purify_fast.ops import (
 )
 from purify_fast.ops._gradient import needs_gradient
 
-loss_op, latent_op, distance_op = (
+loss_op, latent_op, distance_op, aggregate_op = (
     import_module(f"purify_fast.ops.{name}")
-    for name in ("reconstruction_loss", "sample_latent", "representation_distance")
+    for name in ("reconstruction_loss", "sample_latent", "representation_distance", "aggregate")
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((1, 1), (3, 1, 16, 16), (2, 3, 33, 31), (4, 5001), (0, 3, 4, 4))
@@ -88,6 +89,43 @@ def test_representation_distance(shape, dtype, kind, within_budget):
         slopes = distance_op.reference([given[0]], [given[1]], distance_op.KINDS.index(kind))[1]
         results += distance_op.reference_backward(upstream.to(slopes.dtype)[:, None], [given[0]], [given[1]], slopes)
     within_budget(grad, *results)
+
+
+@pytest.mark.skipif(not aggregate_op.KEEPS, reason="the kernels are the extension's")
+@pytest.mark.parametrize("method", ["lse", "peel"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# whole groups of lanes; one that overlaps another; several calls of lanes; no image
+@pytest.mark.parametrize("shape", [(3, 5, 16), (2, 8, 37), (2, 3, 200), (0, 4, 20)], ids=str)
+def test_aggregate(shape, dtype, method, within_budget):
+    logits = (3 * normal(*shape)).to(dtype)
+    if shape[0]:  # both are as large as exp's tangent bears; and one that is all of its class
+        logits[0, :2, 3], logits[0, 1, 5] = 1e4, 60
+    leaf, index = logits.clone().requires_grad_(), aggregate_op.METHODS.index(method)
+    with use_backend("cpp"):
+        out = aggregate(leaf, method)
+        assert served_by_kept(out)
+        torch.testing.assert_close(out, aggregate(logits, method), rtol=1e-6, atol=1e-6)
+        upstream = normal(shape[0], shape[2], seed=1, dtype=out.dtype)
+        (grad,) = torch.autograd.grad(out, leaf, upstream)
+    within_budget(out, aggregate_op.reference(logits.double(), index), aggregate_op.reference(logits, index))
+    exact = aggregate_op.reference_backward(upstream.double(), logits.double(), index)
+    within_budget(grad, exact, aggregate_op.reference_backward(upstream, logits, index))
+
+
+@pytest.mark.skipif(not aggregate_op.KEEPS, reason="the kernels are the extension's")
+def test_few_classes_and_infinite_logits():
+    """Few classes have the op's own backward; of infinite logits both make NaN where torch.softmax does."""
+    with use_backend("cpp"):
+        assert not served_by_kept(aggregate(normal(3, 4, 10).requires_grad_()))
+        logits = normal(2, 4, 20)
+        logits[0, 1, 3], logits[1, :, 7] = torch.inf, -torch.inf
+        leaf, upstream = logits.clone().requires_grad_(), normal(2, 20, seed=1)
+        out = aggregate(leaf)
+        (grad,) = torch.autograd.grad(out, leaf, upstream)
+    wanted = aggregate_op.reference_backward(upstream, logits, 0)
+    assert torch.equal(out.isinf(), aggregate_op.reference(logits, 0).isinf()) and torch.equal(
+        grad.isnan(), wanted.isnan()
+    )
 
 
 @needs_kernels

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ...protocols import Accelerates, Classifier, PassesOn, SampleLogits, is_purifier, supports
+from ...speed.accelerated import Accelerated
 from ...speed.dependencies import dependencies
+from ...speed.folding import fold_sequential
+from ...speed.halving import replace_resizing
 from ...speed.inference_copy import InferenceCopy
 from ..arguments import Precision
 
@@ -140,7 +143,7 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
         return None
     try:
         if supports(model, Accelerates):
-            return copy.deepcopy(model).accelerate(torch.bfloat16)  # type: ignore[operator]
+            return _for_gradients(copy.deepcopy(model).accelerate(torch.bfloat16), x.device)  # type: ignore[operator]
         if supports(model, SampleLogits) or is_purifier(model):
             return None
         with warnings.catch_warnings():
@@ -151,12 +154,25 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
         return None
 
 
+def _for_gradients(made: nn.Module, device: torch.device) -> Classifier:
+    """An accelerated copy that will never be trained: the purifier's BatchNorms are folded too."""
+    fold_sequential(made)
+    if device.type == "cpu":
+        fast = getattr(made, "fast", None)
+        parts = [made]
+        if isinstance(fast, Accelerated):
+            parts += [fast.classifier, *([] if fast.reader is None else [fast.reader.model])]
+        for part in parts:
+            replace_resizing(part, torch.bfloat16)
+    return cast(Classifier, made)
+
+
 @torch.no_grad()
 def _alike(made: Classifier, model: nn.Module, x: Tensor) -> bool:
     """Whether a copy says what the model says; of a random model only that it says something."""
     try:
         want, got = model(x), made(x)
-    except RuntimeError:
+    except (RuntimeError, TypeError, AttributeError):
         return False
     if want.shape != got.shape or not bool(got.isfinite().all()):
         return False

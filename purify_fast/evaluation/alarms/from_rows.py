@@ -53,7 +53,8 @@ def gradient_health(evidence: Evidence) -> Finding | None:
         return Finding("gradient health", "not asked", "no attack counted the gradients of the model itself")
     broken = [row for row in asked if not row.reliable]
     if not broken:
-        return Finding("gradient health", "passed", f"{len(asked)} attacks had finite gradients that moved the images")
+        all_of = "the attack" if len(asked) == 1 else f"all {len(asked)} attacks"
+        return Finding("gradient health", "passed", f"{all_of} had finite gradients that moved the images")
     row = broken[0]
     shares = f"non-finite / zero / images not moved: {row.describe_health()}"
     if len(broken) < len(asked):

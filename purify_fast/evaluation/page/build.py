@@ -15,7 +15,7 @@ from ..alarms import Evidence, Finding
 from ..alarms.answers import PROBED
 from ..outlook import Outlook
 from ..rows import Row
-from ..tables import COLUMNS, beside_headline, means, row_cells, told
+from ..tables import COLUMNS, beside_headline, means, row_cells
 from . import drawings, pictures
 
 #: The page's file, in the folder of the report.
@@ -122,8 +122,10 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
     # what had fallen before was not given to an attack on survivors: nothing tells whether it falls to that too
     whole = [row for row in attacks if not _of_survivors(row)]
     lowest = report.headlines.get(name)
-    # the strongest attack's pictures: those of a weaker one would flatter the model
-    shown = min((row for row in own if row.examples is not None), key=lambda row: row.accuracy, default=None)
+    fallen = [(row, int(fell.sum())) for row, fell in Evidence(own).fallen()]
+    # the strongest attack's pictures: those of a weaker one, or of what was left to it, would flatter the model
+    pictured = [(row, count) for row, count in fallen if row.examples is not None]
+    shown = max(pictured, key=lambda pair: pair[1], default=(None, 0))[0]
     examples = None if shown is None else shown.examples
     found = [finding for finding in report.findings if finding.model == name]
     usable = examples is not None and examples.clean.shape[1] in (1, 3)
@@ -139,10 +141,11 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
         "bars": drawings.bars(own),
         "overlap": drawings.overlap(whole) if len(whole) > 1 else "",
         "alone": list(zip((row.attack for row in whole), drawings.only_found_by(whole), strict=True)),
-        "first": [(row.attack, int(fell.sum())) for row, fell in Evidence(own).fallen() if _of_survivors(row)],
+        "first": [(row.attack, count) for row, count in fallen if _of_survivors(row)],
         "findings": found,
         "verdict": "" if lowest is None else _verdict(lowest, found),
-        "beside": [told(finding) for finding in found if beside_headline(finding)],
+        "signs": _signs(found),
+        "beside": beside_headline(found),
         "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
         "curves": _curves(report.curves.get(name, {})),
         "pictures": pictures.grid(examples, defence) if usable and examples is not None else [],
@@ -155,7 +158,7 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
 
 def _verdict(lowest: Row, found: Sequence[Finding]) -> str:
     """What a reader of the lowest number must know before all."""
-    beside = any(beside_headline(finding) for finding in found)
+    beside = beside_headline(found)
     if not lowest.reliable and beside:
         return f"Do not believe this number: {means(lowest)}. What gives it away:"
     if not lowest.reliable:
@@ -168,6 +171,14 @@ def _verdict(lowest: Row, found: Sequence[Finding]) -> str:
     if beside:
         return "This number says little:"
     return "The attacks had usable gradients. The number is an upper bound: a stronger attack may leave less."
+
+
+def _signs(found: Sequence[Finding]) -> str:
+    """How many signs speak against the number, in a sentence."""
+    asked = [finding for finding in found if finding.verdict != "not asked"]
+    counts = [(word, sum(finding.verdict == word for finding in asked)) for word in ("unreliable", "noted")]
+    against = ", ".join(f"{count} {word}" for word, count in counts if count)
+    return f"{len(asked)} of {len(found)} signs could be looked at: {against or 'none speaks against the number'}."
 
 
 def _of_survivors(row: Row) -> bool:

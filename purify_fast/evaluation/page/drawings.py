@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from html import escape
 
@@ -34,9 +35,9 @@ def bars(rows: Sequence[Row]) -> str:
         kind = "clean" if row.kind == "clean" else "attacked" if row.reliable else "masked"
         end = _LEFT + span * min(1.0, row.accuracy + row.standard_error)
         begin = _LEFT + span * max(0.0, row.accuracy - row.standard_error)
-        middle, label = y + _BAR / 2, escape(_short(row.attack))
+        middle = y + _BAR / 2
         parts += [
-            f'<text class="label" x="{_LEFT - 10}" y="{middle + 4}" text-anchor="end">{label}</text>',
+            _label(row.attack, _LEFT - 10, middle + 4),
             f'<rect class="{kind}" x="{_LEFT}" y="{y}" width="{max(wide, 1):.1f}" height="{_BAR}" rx="2"/>',
             f'<line class="error" x1="{begin:.1f}" y1="{middle}" x2="{end:.1f}" y2="{middle}"/>',
             f'<text class="value" x="{end + 6:.1f}" y="{middle + 4}">{100 * row.accuracy:.1f}</text>',
@@ -60,8 +61,7 @@ def overlap(rows: Sequence[Row]) -> str:
         )
     for i, row in enumerate(rows):
         y = top + cell * i
-        label = escape(_short(f"{i + 1}. {row.attack}"))
-        parts.append(f'<text class="label" x="{left - 10}" y="{y + cell / 2 + 4}" text-anchor="end">{label}</text>')
+        parts.append(_label(f"{i + 1}. {row.attack}", left - 10, y + cell / 2 + 4))
         for j, other in enumerate(rows):
             share = _shared(row, other)
             x = left + cell * j
@@ -138,8 +138,15 @@ def _shared(row: Row, other: Row) -> float | None:
     return float((fell & ~other.robust).sum() / fell.sum()) if fell.any() else None
 
 
-def _short(text: str, most: int = 38) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _label(text: str, x: float, y: float, most: int = 40) -> str:
+    """A name that ends at x, in two lines if it is long; of a very long one the middle is left out."""
+    if len(text) > 2 * most - 10:
+        text = f"{text[: most - 6]} … {text[-(most - 10) :]}"
+    # two lines of about the same length
+    lines = textwrap.wrap(text, most if len(text) <= most else min(most, len(text) // 2 + 6))
+    top = y - 7 * (len(lines) - 1)
+    spans = "".join(f'<tspan x="{x}" y="{top + 14 * i}">{escape(line)}</tspan>' for i, line in enumerate(lines))
+    return f'<text class="label" text-anchor="end">{spans}</text>'
 
 
 def _head(height: float, title: str, width: float = WIDTH) -> str:

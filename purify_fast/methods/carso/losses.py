@@ -14,7 +14,8 @@ the classifier frozen, or trained together with the purifier.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
 
@@ -140,12 +141,59 @@ def published_step(
     return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
 
+@contextlib.contextmanager
+def as_trained(defence: Carso, batch: Batch, config: CarsoConfig) -> Iterator[None]:
+    """Within the block, the defence is as it is trained through the pipeline, and its noise is that of the batch.
+
+    Args:
+        defence: takes K samples of each image, and its BatchNorm keeps the statistics it has, so that the attacked and
+            the trained function are one.
+        batch: the images.
+        config: says K.
+    """
+    samples, training = defence.samples, defence.training
+    defence.samples = config.train_samples
+    defence.eval()
+    rank, world = processes()
+    # where the images stand in the batch of all processes
+    global_positions = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)
+    try:
+        with defence.noise_ids(global_positions):
+            yield
+    finally:
+        defence.samples = samples
+        defence.train(training)
+
+
+def attack_pipeline(defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None) -> Tensor:
+    """The batch after PGD through the whole defence, within `as_trained`.
+
+    Args:
+        defence: the attacked function.
+        batch: the images.
+        config: the settings of the training.
+        graphs: captures the attack's step, if given.
+    """
+    attack = config.attack.at_epoch(batch.epoch, batch.epochs)
+    return pgd(
+        defence,
+        batch.x,
+        batch.y,
+        eps=attack.eps,
+        steps=attack.steps,
+        alpha=attack.step_size(attack.eps),
+        norm=attack.norm,
+        random_start=attack.random_start,
+        seed=batch.seed,
+        sample_ids=batch.sample_ids,
+        graphs=graphs,
+    )
+
+
 def pipeline_step(
     defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> tuple[Tensor, Metrics]:
     """This package's own loss: PGD through the whole defence, cross-entropy of the K predictions, and a reconstruction.
-
-    BatchNorm keeps the statistics it has: the attacked and the trained function are one.
 
     Args:
         defence: whose purifier is trained, and with ``joint`` its classifier.
@@ -161,33 +209,9 @@ def pipeline_step(
     """
     if config.joint and (defence.fast is not None or not any(p.requires_grad for p in defence.classifier.parameters())):
         raise ValueError("joint training needs a defence that is not accelerated, after release_classifier()")
-    attack = config.attack.at_epoch(batch.epoch, batch.epochs)
-    samples, training = defence.samples, defence.training
-    defence.samples = config.train_samples
-    defence.eval()
-    rank, world = processes()
-    # where the images stand in the batch of all processes
-    global_positions = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)
-    try:
-        with defence.noise_ids(global_positions):
-            x = pgd(
-                defence,
-                batch.x,
-                batch.y,
-                eps=attack.eps,
-                steps=attack.steps,
-                alpha=attack.step_size(attack.eps),
-                norm=attack.norm,
-                random_start=attack.random_start,
-                seed=batch.seed,
-                sample_ids=batch.sample_ids,
-                graphs=graphs,
-            )
-            logits = defence.reconstruction_logits(x)
-            predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
-    finally:
-        defence.samples = samples
-        defence.train(training)
+    with as_trained(defence, batch, config):
+        logits = defence.reconstruction_logits(attack_pipeline(defence, batch, config, graphs))
+        predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
     labels = batch.y.repeat_interleave(config.train_samples)
     targets = batch.x.repeat_interleave(config.train_samples, 0)
     cross_entropy = F.cross_entropy(predictions, labels)

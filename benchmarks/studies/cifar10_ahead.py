@@ -1,0 +1,122 @@
+"""Ways to get ahead of the base on CIFAR-10 that the literature gives reason to hope for, each a row of the study.
+
+The defences start from the published purifier and are trained through the pipeline; the mixture is not trained. No
+number is chosen on test images: whatever was tried is a row, whether it helps or not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.methods.carso.losses import as_trained, attack_pipeline
+from purify_fast.training import Batch
+from purify_fast.training.task import Metrics
+
+from .trades import BETA
+
+Loss = Literal["cross_entropy", "trades", "distilled"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train a defence through the pipeline.
+
+    Attributes:
+        source: who proposed it, and where.
+        loss: what is minimized.
+        joint: whether the classifier is trained too.
+        late: whether the condition reads the last stage of the classifier alone.
+    """
+
+    source: str
+    loss: Loss = "cross_entropy"
+    joint: bool = False
+    late: bool = False
+
+
+#: By row.
+CANDIDATES = {
+    "CARSO pipeline, joint": Candidate("purifier and classifier trained together (own)", joint=True),
+    "CARSO pipeline, late layers": Candidate("the condition of the last stage alone (own)", late=True),
+    "CARSO pipeline, TRADES": Candidate("the loss of Zhang et al., ICML 2019, arXiv 1901.08573", loss="trades"),
+    "CARSO pipeline, distilled": Candidate(
+        "the base's probabilities as targets, as in ARD by Goldblum et al., AAAI 2020, arXiv 1905.09747",
+        loss="distilled",
+    ),
+}
+#: The accurate and the robust classifier in one, after Bai et al., "MixedNUTS", TMLR 2024, arXiv 2402.02263.
+MIXED = "standard and PGD-AT, mixed"
+
+
+class CandidateTask(CarsoTask):
+    """CARSO's training through the pipeline with another loss.
+
+    Args:
+        defence: what is trained.
+        config: how, through the pipeline.
+        origin: what the purifier starts from.
+        loss: "trades": cross-entropy of clean images and the divergence from there to the attacked ones. "distilled":
+            the divergence from the classifier's own probabilities of clean images to those of attacked ones.
+    """
+
+    def __init__(self, defence: Carso, config: CarsoConfig, origin: str, loss: Loss):
+        super().__init__(defence, config, origin)
+        self.loss: Loss = loss
+
+    def _predictions(self, x: Tensor) -> Tensor:
+        """Log-probabilities of each sample, [B K, classes]."""
+        reconstructions = torch.sigmoid(self.model.reconstruction_logits(x))
+        return self.model.classify(reconstructions).flatten(0, 1).float().log_softmax(1)
+
+    def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        if self.loss == "cross_entropy":
+            return super().training_step(batch)
+        count = self.config.train_samples
+        labels = batch.y.repeat_interleave(count)
+        with as_trained(self.model, batch, self.config):
+            moved = self._predictions(attack_pipeline(self.model, batch, self.config, self.graphs))
+            if self.loss == "trades":
+                wanted = self._predictions(batch.x)
+                cross_entropy, weight = F.nll_loss(wanted, labels), BETA
+            else:
+                with torch.no_grad():
+                    taught = self.model.frozen_classifier(batch.x).float().log_softmax(1)
+                wanted = taught.repeat_interleave(count, 0)
+                cross_entropy, weight = moved.new_zeros(()), 1.0
+        divergence = F.kl_div(moved, wanted, reduction="batchmean", log_target=True)
+        accuracy = (moved.detach().argmax(1) == labels).float().mean()
+        return cross_entropy + weight * divergence, {"divergence": divergence.detach(), "accuracy": accuracy}
+
+    def describe(self) -> dict[str, object]:
+        return super().describe() | {"task": "candidate", "loss": self.loss}
+
+
+class Mixed(nn.Module):
+    """The logarithm of a weighted mean of two models' probabilities.
+
+    A robust model is surer where it is right than where it is wrong. A power of its normalized logits widens that gap,
+    so that the accurate model decides mostly where the robust one is unsure. The numbers are this study's own.
+
+    Args:
+        accurate: the model of higher clean accuracy.
+        robust: the other one, whose probabilities count most.
+    """
+
+    SHARE, SCALE, SHIFT, POWER = 0.9, 5.0, 0.5, 3.0
+
+    def __init__(self, accurate: nn.Module, robust: nn.Module):
+        super().__init__()
+        self.accurate, self.robust = accurate, robust
+
+    def forward(self, x: Tensor) -> Tensor:
+        robust = self.robust(x).float()
+        sure = self.SCALE * (F.layer_norm(robust, robust.shape[1:]) + self.SHIFT).relu() ** self.POWER
+        accurate = self.accurate(x).float().log_softmax(1) + math.log(1 - self.SHARE)
+        return torch.logaddexp(accurate, sure.log_softmax(1) + math.log(self.SHARE))

@@ -1,0 +1,79 @@
+"""Convolutions that halve or double an image: the same sums and gradients as the library's, in another order."""
+
+import pytest
+import torch
+from torch import nn
+
+from purify_fast import Carso
+from purify_fast.attacks.engine import gradient_copy as copies
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed.halving import Resizing, can_stand_for, replace_resizing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYERS = [
+    nn.Conv2d(3, 5, 3, stride=2, padding=1),
+    nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False),
+    nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1),
+    nn.ConvTranspose2d(16, 1, 3, stride=2, padding=1, output_padding=1, bias=False),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_the_same_result_and_gradient(layer):
+    layer = layer.double().requires_grad_(False)
+    fast = Resizing(layer, torch.float64)
+    x = torch.randn(3, layer.in_channels, 6, 10, dtype=torch.float64, requires_grad=True)
+    want, got = layer(x), fast(x)
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(want)
+    (one,), (other,) = (torch.autograd.grad((out * weight).sum(), x) for out in (want, got))
+    assert (
+        torch.allclose(other, one, rtol=1e-12, atol=1e-12) and fast.weight is layer.weight and fast.bias is layer.bias
+    )
+
+
+def test_images_that_cannot_be_halved_go_through_the_layer():
+    layer = nn.Conv2d(2, 3, 3, stride=2, padding=1)
+    x = torch.randn(2, 2, 7, 6)
+    assert torch.equal(Resizing(layer, torch.float32)(x), layer(x))
+
+
+def test_which_layers_it_stands_for():
+    assert all(can_stand_for(layer) for layer in LAYERS)
+    for layer in (
+        nn.Conv2d(3, 5, 3, padding=1),
+        nn.Conv2d(3, 5, 3, stride=2),
+        nn.Conv2d(3, 5, 5, stride=2, padding=1),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2),
+        nn.Conv2d(3, 5, 3, stride=2, padding=1, padding_mode="reflect"),
+        nn.Conv2d(64, 64, 3, stride=2, padding=1),
+        nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1),
+        nn.Linear(3, 3),
+    ):
+        assert not can_stand_for(layer)
+    hooked = nn.Conv2d(3, 5, 3, stride=2, padding=1)
+    hooked.register_forward_hook(lambda *_: None)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Sequential(hooked, nn.Conv2d(4, 4, 3)))
+    assert not can_stand_for(hooked) and replace_resizing(model, torch.float32) == 1
+    assert replace_resizing(model, torch.float32) == 0 and isinstance(model[0], Resizing)
+
+
+def test_a_defence_is_attacked_through_folded_and_resizing_layers(monkeypatch):
+    torch.manual_seed(0)
+    net = SmallCNN(1, 10, (16, 16), 8).eval()
+    defence = Carso(net, ["conv2", "conv4"], (1, 16, 16), cond_dim=16, latent_dim=4, samples=3, decoder_width=8).eval()
+    x = torch.rand(5, 1, 16, 16)
+    made = copies.gradient_copy(defence, x, "bfloat16")
+    kinds = [type(module) for module in made.modules()]
+    assert not any(issubclass(kind, nn.modules.batchnorm._BatchNorm) for kind in kinds)
+    assert kinds.count(Resizing) >= 2 and any(isinstance(m, Resizing) for m in made.fast.classifier.modules())
+    gradients = []
+    for model in (defence, made):
+        with model.fixed_noise(3):
+            leaf = x.clone().requires_grad_()
+            logits = model(leaf)
+            gradients.append(torch.autograd.grad(logits[:, 0].sum(), leaf)[0])
+    a, b = (g.flatten() for g in gradients)
+    assert torch.dot(a, b) > 0.97 * a.norm() * b.norm()
+    assert not any(isinstance(module, Resizing) for module in defence.modules())
