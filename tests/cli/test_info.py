@@ -88,7 +88,7 @@ def test_an_extension_built_elsewhere_is_loaded(tmp_path):
         said = subprocess.run(
             command, capture_output=True, text=True, env=environ | {"PURIFY_FAST_EXTENSION": str(copy)}
         ).stdout
-        assert "loaded" in said and str(copy) in said
+        assert "not loaded" not in said and "loaded" in said and str(copy) in said
 
 
 def test_the_command_answers_in_a_few_lines(run):

@@ -19,6 +19,7 @@
 #include "core/representation_distance.h"
 #include "core/sample_latent.h"
 #include "core/stitch.h"
+#include "cpu/moved_rows.h"
 
 namespace py = pybind11;
 
@@ -26,6 +27,23 @@ namespace {
 
 template <class W>
 using Array = py::array_t<W, py::array::c_style | py::array::forcecast>;
+
+// A matrix whose row n is the sum of nine terms, which f(matrix, grid, n, masks, terms) finds in x [cells, cells].
+template <class W, class F>
+Array<W> sums_of_rows(const Array<W>& x, pf::Grid grid, F f) {
+  const pf::cpu::Masks<W> masks(grid);
+  const int64_t cells = grid.cells(), size = masks.size(), room = pf::cpu::reach(grid);
+  std::vector<W> memory(cells * size + 2 * room), row(size);
+  for (int64_t n = 0; n < cells; ++n) std::copy_n(x.data() + n * cells, cells, memory.data() + room + n * size);
+  Array<W> out({cells, cells});
+  for (int64_t n = 0; n < cells; ++n) {
+    pf::cpu::Term<W> terms[9];
+    f(pf::cpu::Padded<W>{memory.data() + room, size}, grid, n, masks, terms);
+    pf::cpu::sum_terms<9>(terms, row.data(), size);
+    std::copy_n(row.data(), cells, out.mutable_data() + n * cells);
+  }
+  return out;
+}
 
 std::vector<uint32_t> draw_group(int kind, int64_t seed, uint32_t group, uint32_t draw, uint32_t sample,
                                  uint32_t stream) {
@@ -112,29 +130,28 @@ void bind(py::module_& m, const char* suffix) {
   });
   // rows of a [cells, cells] matrix
   m.def(name("window").c_str(), [](Array<W> x, int64_t height, int64_t width, std::array<int, 4> moves) {
-    const pf::Grid grid{height, width};
-    std::vector<W> inner(2 * grid.cells());
-    pf::inner_columns(grid, inner.data());
-    Array<W> out({grid.cells(), grid.cells()});
-    std::fill_n(out.mutable_data(), out.size(), W(0));
-    for (int64_t n = 0; n < grid.cells(); ++n) {
-      pf::add_window(out.mutable_data() + n * grid.cells(), x.data(), grid, n,
-                     pf::Window{moves[0], moves[1], moves[2], moves[3]}, inner.data());
-    }
-    return out;
+    return sums_of_rows<W>(
+        x, {height, width},
+        [&](const auto& matrix, pf::Grid grid, int64_t n, const auto& masks, pf::cpu::Term<W>* terms) {
+          neighbour_terms(matrix, 0, grid, n, masks, terms);
+          for (int k = 0; k < 9; ++k) {
+            const int down = k / 3 - 1, right = k % 3 - 1;
+            if (down < moves[0] || down > moves[1] || right < moves[2] || right > moves[3])
+              terms[k].mask = masks.none();
+          }
+        });
   });
   m.def(name("fuse").c_str(), [](Array<W> x, int64_t height, int64_t width, bool by_columns) {
-    const pf::Grid grid{height, width};
-    Array<W> out({grid.cells(), grid.cells()});
-    for (int64_t n = 0; n < grid.cells(); ++n) {
-      W* row = out.mutable_data() + n * grid.cells();
-      if (by_columns) {
-        pf::fuse_columns(row, x.data(), grid, n);
-      } else {
-        pf::fuse_rows(row, x.data(), grid, n);
-      }
-    }
-    return out;
+    return sums_of_rows<W>(
+        x, {height, width},
+        [&](const auto& matrix, pf::Grid grid, int64_t n, const auto& masks, pf::cpu::Term<W>* terms) {
+          for (int k = 0; k < 9; ++k) terms[k] = {matrix.at(n, 0), masks.none()};
+          if (by_columns) {
+            column_terms(matrix, grid, n, masks, terms);
+          } else {
+            row_terms(matrix, grid.cells(), n, masks, terms);
+          }
+        });
   });
   m.def(name("attention").c_str(), [](Array<W> scores, Array<W> keep, W scale) {
     Array<W> out(scores.size());
