@@ -18,7 +18,7 @@ the image adds up what its neighbours give. Programs overlap by the cells that a
 # long because the kernels and the plan of their launches describe the same sizes
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -26,12 +26,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.decoder_weights import CHANNEL_TILE, Geometry, Layer
-from ..ops.philox import Stream
 from . import _common
 from ._common import grid, on, program
 from .philox import noise
 
+#: The stream of latents and what channels and columns of packed weights are padded to: purify_fast/ops/philox.py and
+#: decoder_weights.py.
+LATENT, CHANNEL_TILE, COLUMN_TILE = 1, 32, 16
 #: Bytes of the maps that are kept at once, at most: more samples are decoded one part after the other.
 MEMORY = 1 << 29
 #: What a launch of `_layer` computes: the first map; one between; an image; the gradient of a map.
@@ -308,6 +309,42 @@ def _reach(kernel: int, stride: int, padding: int, lead: int = 0) -> tuple[int, 
     return -((kernel - 1 + lead - padding) // stride), (stride - 1 + padding) // stride
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A transposed convolution: channels and size of its output, and its kernel."""
+
+    channels: int
+    kernel: int
+    stride: int
+    padding: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A decoder's sizes, of the numbers that the op takes."""
+
+    latent_dim: int
+    start: tuple[int, int, int]
+    layers: tuple[Layer, ...]
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> Geometry:
+        latent_dim, c, h, w, *rest = numbers
+        return cls(latent_dim, (c, h, w), tuple(Layer(*six) for six in zip(*[iter(rest)] * 6, strict=True)))
+
+    def products(self) -> list[tuple[int, int, int]]:
+        """(taps, channels in, columns) of every product, padded, the linear layer's first."""
+        channels, h, w = self.start
+        out = [(h * w, _up(self.latent_dim, CHANNEL_TILE), _up(channels, CHANNEL_TILE))]
+        for layer in self.layers:
+            tile = COLUMN_TILE if layer is self.layers[-1] else CHANNEL_TILE
+            out.append((layer.kernel**2, _up(channels, CHANNEL_TILE), _up(layer.channels, tile)))
+            channels = layer.channels
+        return out
+
+
 class Decoder:
     """A packed decoder's weights and maps, product by product."""
 
@@ -438,7 +475,7 @@ def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: 
     z = torch.empty((count, width), dtype=decoder.dtype, device=seed.device)
     groups = min(32, triton.next_power_of_2(width // 4))
     _latents[grid(count, triton.cdiv(width, 4 * groups))](
-        seed, sample_ids, z, count, first, draws, int(Stream.LATENT), SIZE=size, WIDTH=width, GROUPS=groups,
+        seed, sample_ids, z, count, first, draws, LATENT, SIZE=size, WIDTH=width, GROUPS=groups,
         num_warps=1,
     )  # fmt: skip
     return z
