@@ -27,6 +27,7 @@ from purify_fast.kernels import (
     aggregate,
     apgd_step,
     contextual_attention,
+    decode_samples,
     gated_elu,
     noisy_replay,
     pgd_step,
@@ -37,14 +38,16 @@ from purify_fast.kernels import (
     sample_latent,
     stitch,
 )
+from purify_fast.methods.carso.networks import published_decoder
 from purify_fast.ops.aggregate import METHODS
 from purify_fast.ops.apgd_step import NORMS as APGD_NORMS
+from purify_fast.ops.decoder_weights import Geometry
 from purify_fast.ops.pgd_step import NORMS
 from purify_fast.ops.representation_distance import KINDS
 
 MODULES = (
-    aggregate, apgd_step, contextual_attention, gated_elu, noisy_replay, pgd_step, philox, random_transform,
-    reconstruction_loss, representation_distance, sample_latent, stitch,
+    aggregate, apgd_step, contextual_attention, decode_samples, gated_elu, noisy_replay, pgd_step, philox,
+    random_transform, reconstruction_loss, representation_distance, sample_latent, stitch,
 )  # fmt: skip
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,7 +125,35 @@ def _cases() -> dict[str, tuple]:
         if name in ("abs_cosine", "l2"):  # products and squares
             cases[f"representation_distance-{name}-chunks"] = (representation_distance.forward, many, many, kind)
     slopes = one(4, 3, 2)
+    cases |= _decoders()
     cases["representation_distance-backward"] = (representation_distance.backward, one(4, 3), many, many, slopes)
+    return cases
+
+
+def _no_half(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def no_half(*shape: int) -> Callable:
+    """An argument of an op that takes no float16: bfloat16 in its place."""
+    return lambda dtype: torch.empty(shape, dtype=_no_half(dtype))
+
+
+def _decoders() -> dict[str, tuple]:
+    """The decoders that CARSO has for images of 32 x 32 and of 64 x 64."""
+    cases = {}
+    for name, latent, side in (("cifar10", 128, 32), ("tiny_imagenet", 192, 64)):
+        start, plan = published_decoder((3, side, side))
+        numbers, (_, h, w) = [latent, *start], start
+        for layer in plan:
+            h, w = layer.size(h, w)
+            numbers += [layer.channels, layer.kernel, layer.stride, layer.padding, h, w]
+        weights, shifts = Geometry.of(numbers).sizes()
+        drawn = (one(4, math.prod(start)), SEED, IDS, no_half(weights), one(shifts), numbers, 16, 0.2, True)
+        cases[f"decode_samples-{name}-forward"] = (decode_samples.forward, *drawn, False, lambda dtype: _no_half(dtype))
+        if side == 32:
+            pictures = no_half(64, 3, side, side)
+            cases[f"decode_samples-{name}-backward"] = (decode_samples.backward, pictures, pictures, *drawn)
     return cases
 
 
@@ -212,6 +243,11 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {of: int(re.search(rf"\b{of}:(\d+)", text)[1]) for of in ("REG", "STACK", "LOCAL")}
 
 
+def sass(cubin: bytes) -> str:
+    """What nvdisasm prints."""
+    return _tool("nvdisasm", "-c", cubin=cubin)
+
+
 def parsed(sass: str) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
     """Instructions and loops of what nvdisasm prints."""
     code, labels = [], {}
@@ -233,7 +269,7 @@ def code(case: str, dtype: str, architecture: int = 90) -> dict[str, Code]:
     found = {}
     for kernel in launched(case, dtype, architecture):
         cubin = kernel.asm["cubin"]
-        instructions, loops = parsed(_tool("nvdisasm", "-c", cubin=cubin))
+        instructions, loops = parsed(sass(cubin))
         threads = 32 * kernel.metadata.num_warps
         found[name_of(kernel.src.fn)] = Code(instructions, loops, usage(cubin)["REG"], threads)
     return found

@@ -1,7 +1,7 @@
 """An estimate, layer by layer, of decode_samples on an H100, and of what cuDNN must do for it: nothing is measured.
 
-Ours is counted as csrc/core/decoder_geometry.h cuts it: channels and columns are padded, and taps outside of a map are
-multiplied as zeros. Its time is that of the loop over taps and channels, or of the maps that it leaves in memory.
+Ours is counted as kernels/decode_samples.py launches it: from its programs, the trips of their loops, the machine code
+of sm_90, and what they read and write. tests/aot holds that the code has the instructions that are named here.
 """
 
 from __future__ import annotations
@@ -12,34 +12,44 @@ from purify_fast.methods.carso.networks import published_decoder
 
 #: Samples; multiprocessors and cycles per second of an H100; FLOP of bfloat16 and bytes of memory per second.
 SAMPLES, PROCESSORS, CLOCK, FLOPS, MEMORY = 4096, 132, 1.7e9, 989e12, 3.35e12
-#: What mma.sync reaches of the matrix units' rate on Hopper, and what a good convolution of cuDNN does.
-SYNC, CUDNN = 0.62, 0.6
-#: What tl.dot would reach of it by wgmma.
-DOT = 0.8
-#: Products (m16n8k16, 4,096 FLOP) of one trip of the inner loop, and its instructions in the machine code for sm_90,
-#: with the search for the next tap's pixels, which is not needed in every trip: of maps, and of the image.
-MAP_STEP, IMAGE_STEP = (64, 325), (16, 226)
+#: The share of the matrix units' rate that good products by wgmma reach, and a good convolution of cuDNN.
+DOT, CUDNN = 0.8, 0.6
+#: Bytes that a multiprocessor takes from the L2 cache in a cycle, at most, and instructions of warps that it issues.
+CACHE, ISSUED = 64, 4
+#: By columns of the input and of the tile: instructions of a warp in one trip of the loop, and in all the rest.
+COUNTED = {(128, 128): (93, 916), (256, 128): (113, 1264), (128, 64): (162, 1173)}
+#: The last two layers in one launch: all instructions of a warp, whose loop is unrolled.
+COUNTED_TOGETHER = 3369
+#: What the estimate was for the form before, in CUDA C++ by mma.sync, in microseconds: for the same layers.
+BEFORE = (6, 46, 80, 74, 130 + 93)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One transposed convolution.
+    """One launch.
 
     Attributes:
         name: for the table.
-        flops: multiplications and additions of one sample that reach a pixel of the map.
-        padded: those that our kernel makes.
-        bytes_in: of the map that is read, bfloat16, of one sample; 0 for the latents, which are drawn.
-        bytes_out: of the map that is written.
-        image: whether it is the last.
+        flops: multiplications and additions of all samples that reach a pixel of the map.
+        multiplied: those that the launch makes: rows and columns that fill no tile, and taps that meet no pixel, too.
+        moved: bytes of memory, read and written.
+        cached: bytes that its programs read from the L2 cache.
+        issued: instructions of warps.
+        theirs: the seconds of cuDNN.
     """
 
     name: str
-    flops: int
-    padded: int
-    bytes_in: int
-    bytes_out: int
-    image: bool
+    flops: float
+    multiplied: float
+    moved: float
+    cached: float
+    issued: float
+    theirs: float
+
+    def seconds(self) -> float:
+        """What takes longest: products, instructions, bytes of memory, or bytes of the L2 cache."""
+        cycles = max(self.cached / CACHE, self.issued / ISSUED) / PROCESSORS
+        return max(self.multiplied / DOT / FLOPS, self.moved / MEMORY, cycles / CLOCK)
 
 
 def _pairs(size: int, out: int, kernel: int, stride: int, padding: int) -> int:
@@ -47,53 +57,80 @@ def _pairs(size: int, out: int, kernel: int, stride: int, padding: int) -> int:
     return sum(0 <= stride * i + k - padding < out for i in range(size) for k in range(kernel))
 
 
-def _taps(out: int, kernel: int, stride: int, padding: int) -> int:
-    """Outputs and taps along an axis that our kernel multiplies: all taps of each output's residue."""
-    return sum(len(range((y + padding) % stride, kernel, stride)) for y in range(out))
+def _residues(out: int, kernel: int, stride: int, padding: int) -> list[tuple[int, int]]:
+    """Outputs of each residue along an axis, and their taps."""
+    return [
+        (sum((y + padding) % stride == residue for y in range(out)), len(range(residue, kernel, stride)))
+        for residue in range(stride)
+    ]
+
+
+def _theirs(flops: float, moved: float, written: float) -> float:
+    """cuDNN's seconds: a pass of its own for bias and LeakyReLU, unless nothing is written again."""
+    return max(flops / CUDNN / FLOPS, moved / MEMORY) + 2 * written / MEMORY
+
+
+def _launch(name: str, flops: float, moved: tuple[float, float], channels: int, columns: int, classes: list) -> Layer:
+    """A launch of `_layer`: 128 rows and up to 128 columns for a program, 64 channels for a trip of its loop."""
+    tile, trips, programs = min(128, columns), 0, 0
+    for pixels, taps in classes:
+        of_class = -(-SAMPLES * pixels // 128) * (columns // tile)
+        programs, trips = programs + of_class, trips + of_class * taps * (channels // 64)
+    loop, rest = COUNTED[channels, tile]
+    return Layer(
+        name,
+        flops,
+        trips * 2 * 128 * tile * 64,
+        sum(moved),
+        trips * 2 * 64 * (128 + tile) + programs * 2 * 128 * tile,
+        (trips * loop + programs * rest) * (8 if tile == 128 else 4),
+        _theirs(flops, sum(moved), moved[1]),
+    )
+
+
+def _last_two(wide, image, before: tuple[int, int, int]) -> Layer:
+    """The launch of the last two layers: 256 cells of 2 x 2 pixels for a program, of which it gives 220."""
+    channels, h, w = before
+    (mid, _), (out, _) = wide.size(h, w), image.size(*wide.size(h, w))
+    cells = -(-max(mid, out) // wide.stride)
+    rows, reach = 256, (wide.stride - 1 + image.padding) // wide.stride
+    programs = -(-SAMPLES * cells * cells // (rows - reach * (cells + 1)))
+    columns, offsets = wide.stride**2 * wide.channels, (1 + reach) ** 2
+    flops = 2 * SAMPLES * channels * wide.channels * _pairs(h, mid, wide.kernel, wide.stride, wide.padding) ** 2
+    last = 2 * SAMPLES * wide.channels * image.channels * _pairs(mid, out, image.kernel, 1, image.padding) ** 2
+    read, kept = 2 * SAMPLES * channels * h * w, 2 * SAMPLES * wide.channels * mid * mid
+    written = 2 * SAMPLES * image.channels * out * out
+    return Layer(
+        f"{channels} to {wide.channels} x {mid} x {mid}, to {image.channels} x {out} x {out}",
+        flops + last,
+        programs * 2 * rows * columns * (offsets * channels + offsets * 16),
+        read + written,
+        programs * 2 * offsets * (channels * (rows + columns) + 16 * columns),
+        programs * COUNTED_TOGETHER * 8,
+        _theirs(flops, read + kept, kept) + _theirs(last, kept + written, 0),
+    )
 
 
 def layers() -> list[Layer]:
-    """Those of the published decoder for CIFAR-10, the linear layer first."""
+    """The launches for the published decoder for CIFAR-10, the linear layer first."""
     (channels, h, w), plan = published_decoder((3, 32, 32))
-    flops, size = 2 * 128 * channels * h * w, 2 * channels * h * w
-    found = [Layer(f"linear, 128 to {channels} x {h} x {w}", flops, flops, 0, size, False)]
-    for index, one in enumerate(plan):
-        (out_h, out_w), image = one.size(h, w), index + 1 == len(plan)
-        columns = -(-one.channels // (8 if image else 32)) * (8 if image else 32)
-        axes = [(h, out_h), (w, out_w)]
-        useful = [_pairs(a, b, one.kernel, one.stride, one.padding) for a, b in axes]
-        padded = [_taps(b, one.kernel, one.stride, one.padding) for _, b in axes]
-        found.append(
-            Layer(
-                f"{channels} to {one.channels} x {out_h} x {out_w}",
-                2 * channels * one.channels * useful[0] * useful[1],
-                2 * -(-channels // 32) * 32 * columns * padded[0] * padded[1],
-                2 * channels * h * w,
-                2 * one.channels * out_h * out_w,
-                image,
-            )
-        )
+    flops, size = 2.0 * SAMPLES * 128 * channels * h * w, 2.0 * SAMPLES * channels * h * w
+    latents = 2.0 * SAMPLES * 128
+    name = f"linear, 128 to {channels} x {h} x {w}"
+    # positional because these are sizes in the order of the function
+    found = [_launch(name, flops, (latents, size), 128, channels, [(1, 1)] * (h * w))]
+    for one in plan[:-2]:
+        out_h, out_w = one.size(h, w)
+        useful = _pairs(h, out_h, one.kernel, one.stride, one.padding)
+        useful *= _pairs(w, out_w, one.kernel, one.stride, one.padding)
+        rows, columns = (_residues(out, one.kernel, one.stride, one.padding) for out in (out_h, out_w))
+        moved = 2.0 * SAMPLES * channels * h * w, 2.0 * SAMPLES * one.channels * out_h * out_w
+        classes = [(a * b, c * d) for a, c in rows for b, d in columns]
+        name, flops = f"{channels} to {one.channels} x {out_h} x {out_w}", 2.0 * SAMPLES * channels * one.channels
+        # positional because these are sizes in the order of the function
+        found.append(_launch(name, flops * useful, moved, channels, one.channels, classes))
         channels, h, w = one.channels, out_h, out_w
-    return found
-
-
-def seconds(layer: Layer) -> tuple[float, float]:
-    """Ours and cuDNN's for `SAMPLES`: what takes longer, products and their instructions or bytes."""
-    products, issued = IMAGE_STEP if layer.image else MAP_STEP
-    cycles = max(products / SYNC, issued / 4) / products  # of a multiprocessor, for one product
-    bytes_moved = SAMPLES * (layer.bytes_in + layer.bytes_out)
-    ours = SAMPLES * layer.padded / 4096 * cycles / PROCESSORS / CLOCK
-    again = 0 if layer.image else 2 * SAMPLES * layer.bytes_out  # bias and LeakyReLU in a pass of their own
-    theirs = max(SAMPLES * layer.flops / CUDNN / FLOPS, bytes_moved / MEMORY) + again / MEMORY
-    return max(ours, bytes_moved / MEMORY), theirs
-
-
-def by_dot() -> float:
-    """The seconds of a form of our kernel in Triton, by tl.dot, whose last two layers are one launch."""
-    *first, wide, image = layers()
-    moved = [layer.bytes_in + layer.bytes_out for layer in first] + [wide.bytes_in + image.bytes_out]
-    flops = [layer.flops for layer in first] + [wide.flops + image.padded]
-    return sum(max(SAMPLES * f / DOT / FLOPS, SAMPLES * b / MEMORY) for f, b in zip(flops, moved, strict=True))
+    return [*found, _last_two(plan[-2], plan[-1], (channels, h, w))]
 
 
 def chapter() -> list[str]:
@@ -102,28 +139,27 @@ def chapter() -> list[str]:
         "",
         f"### decode_samples, layer by layer: an estimate for {SAMPLES:,} samples of CIFAR-10",
         "",
-        "**An estimate, not a measurement**, by `benchmarks/decoder.py`. Ours: the inner loop's machine code for sm_90 "
-        f"({MAP_STEP[1]} instructions for {MAP_STEP[0]} products at most, {IMAGE_STEP[1]} for {IMAGE_STEP[0]} in the "
-        f"last layer), mma.sync at {SYNC:.0%} of the matrix units' rate, every map to memory and back; items that are "
-        "not full and the epilogue are left out, so that it is a lower bound. cuDNN: the FLOP that reach a pixel at "
+        "**An estimate, not a measurement**, by `benchmarks/decoder.py`. Ours takes the longest of four: the products "
+        f"that are made, at {DOT:.0%} of 989 TFLOP/s by wgmma; the instructions of the machine code for sm_90, "
+        f"{ISSUED} a cycle; the bytes of memory at 3.35 TB/s; and what the programs read from the L2 cache, {CACHE} "
+        "bytes a cycle for each multiprocessor. Latencies, launches and the last wave of programs are left out. It is "
+        "a lower bound. `before` is the form in CUDA C++ by mma.sync; of it the epilogue and the L2 cache were left "
+        "out, too. The latents are drawn by a launch of their own, in about a microsecond: drawn where they are "
+        "multiplied, they would be drawn 18 times. cuDNN: the FLOP that reach a pixel at "
         f"{CUDNN:.0%} of 989 TFLOP/s, its maps at 3.35 TB/s, one more pass for bias and LeakyReLU.",
         "",
-        "| layer | GFLOP that reach a pixel | GFLOP ours computes | MB read and written | ours, us | cuDNN, us |",
-        "|---|---|---|---|---|---|",
+        "| layer | GFLOP that reach a pixel | GFLOP ours computes | MB read and written | MB from L2 "
+        "| million instructions of warps | before, us | ours, us | cuDNN, us |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     total = [0.0, 0.0]
-    for layer in layers():
-        times = seconds(layer)
+    for layer, before in zip(layers(), BEFORE, strict=True):
+        times = layer.seconds(), layer.theirs
         total = [a + b for a, b in zip(total, times, strict=True)]
-        moved = SAMPLES * (layer.bytes_in + layer.bytes_out)
         lines.append(
-            f"| {layer.name} | {SAMPLES * layer.flops / 1e9:,.1f} | {SAMPLES * layer.padded / 1e9:,.1f} "
-            f"| {moved / 1e6:,.1f} | {times[0] * 1e6:,.0f} | {times[1] * 1e6:,.0f} |"
+            f"| {layer.name} | {layer.flops / 1e9:,.1f} | {layer.multiplied / 1e9:,.1f} | {layer.moved / 1e6:,.1f} "
+            f"| {layer.cached / 1e6:,.1f} | {layer.issued / 1e6:,.1f} | {before} | {times[0] * 1e6:,.0f} "
+            f"| {times[1] * 1e6:,.0f} |"
         )
-    lines.append(f"| together | | | | {total[0] * 1e6:,.0f} | {total[1] * 1e6:,.0f} |")
-    lines += [
-        "",
-        f"By the same count a form in Triton, by tl.dot at {DOT:.0%} of the rate and with the last two layers in one "
-        f"launch, would take {by_dot() * 1e6:,.0f} us: less. It is not built, and the CUDA kernel serves.",
-    ]
+    lines.append(f"| together | | | | | | {sum(BEFORE)} | {total[0] * 1e6:,.0f} | {total[1] * 1e6:,.0f} |")
     return lines

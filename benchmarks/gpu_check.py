@@ -42,7 +42,7 @@ from tqdm import tqdm
 from purify_fast import __version__, _library
 from purify_fast._files import write_text
 from purify_fast._lock import folder_lock
-from purify_fast.cli.installation import cuda_part, facts
+from purify_fast.cli.installation import facts
 from purify_fast.ops import REGISTRY, _racing
 from purify_fast.ops._tune import tune
 from purify_fast.speed import retain_freed_memory
@@ -103,29 +103,21 @@ def tail(text: str, lines: int = 30) -> str:
 
 
 def extension(context: Context) -> Outcome:
-    """The one that is loaded if it has what the device needs, else one built aside."""
-    kernels = REGISTRY["decode_samples"].available["cuda"]  # the op that has one in CUDA C++
-    have = "cuda" in kernels if context.device.type == "cuda" else _library.loaded()
-    path = Path(_library.path) if have and _library.path else None
+    """The one that is loaded, else one built aside; it has the kernels of the CPU."""
+    path = Path(_library.path) if _library.loaded() and _library.path else None
     how = "loaded"
     if path is None:
         how, path = "built", _build(context)
     found = facts(path)
-    if context.device.type == "cuda" and not found.get("cuda"):
-        return Outcome(FAILED, f"{path} has no CUDA kernels: the decoder's is missing", {"path": str(path), **found})
-    summary = f"{how}: {cuda_part(found)}, torch {found.get('torch', 'unknown')}"
+    summary = f"{how}: torch {found.get('torch', 'unknown')}"
     return Outcome(PASSED, summary, {"path": str(path), "how": how, **found})
 
 
 def _build(context: Context) -> Path:
-    mode = "cuda" if context.device.type == "cuda" else "cpu"
-    place = ROOT / "build" / "gpu_check" / f"{mode}-{platform.python_version()}-{torch.__version__}"
-    environ = {**os.environ, "PURIFY_FAST_BUILD": mode}
-    if mode == "cuda":
-        major, minor = torch.cuda.get_device_capability(context.device)
-        environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
+    place = ROOT / "build" / "gpu_check" / f"cpu-{platform.python_version()}-{torch.__version__}"
+    environ = {**os.environ, "PURIFY_FAST_BUILD": "cpu"}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(place), "--build-temp", str(place / "tmp")]
-    context.tell(0.1, f"building for {mode}")
+    context.tell(0.1, "building")
     run = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=context.left)
     print(run.stdout, run.stderr, sep="\n")
     built = sorted(place.glob("purify_fast/_C*.so"))

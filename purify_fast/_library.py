@@ -20,7 +20,7 @@ path: str | None = None
 
 BUILD_HINT = (
     "build it with `PURIFY_FAST_BUILD=cpu pip install --no-build-isolation -e .` "
-    "(needs a C++20 compiler, and torch and setuptools >= 77 in the environment; `cuda` also needs a CUDA toolkit)"
+    "(needs a C++20 compiler, and torch and setuptools >= 77 in the environment)"
 )
 
 

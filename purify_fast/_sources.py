@@ -9,7 +9,7 @@ from pathlib import Path
 #: The record that building the extension leaves beside it.
 RECORD = "_build.json"
 #: The folders of the sources that the extension is made of.
-PARTS = ("core", "cpu", "cuda")
+PARTS = ("core", "cpu")
 
 
 def digest(folder: Path) -> str:

@@ -1,7 +1,6 @@
 """Says which versions `make compat` runs with; fails unless they are those asked for and the extension is loaded.
 
-The arguments are requirements such as ``torch==2.11.0``. Where the extension was built for CUDA, it must have the
-decoder's kernel.
+The arguments are requirements such as ``torch==2.11.0``.
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-from purify_fast import _library, info
+from purify_fast import _library
+from purify_fast.cli import installation
 
 
 def main(requirements: list[str]) -> int:
@@ -22,10 +22,8 @@ def main(requirements: list[str]) -> int:
             wrong.append(f"{name} is {found}, not {wanted}")
     if not _library.loaded():
         wrong.append(f"the extension does not load: {_library.load_error}")
-    built = info.facts(_library.path)
-    print(f"{_library.path}: {info.cuda_part(built)}, built with torch {built.get('torch')}")
-    if built.get("cuda") and not _library.has_kernel("purify_fast::decode_samples", "CUDA"):
-        wrong.append("the extension was built for CUDA and has no kernel of decode_samples")
+    built = installation.facts(_library.path)
+    print(f"{_library.path}: built with torch {built.get('torch')}")
     print("\n".join(wrong))
     return 1 if wrong else 0
 

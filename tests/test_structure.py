@@ -47,7 +47,7 @@ def room(path: Path) -> str:
 
 
 PYTHON = tracked("purify_fast/**/*.py", "kernels/*.py")
-CPP = tracked("csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu")
+CPP = tracked("csrc/**/*.h", "csrc/**/*.cpp")
 
 
 def excused(lines: list[str], line: int, why: str) -> bool:

@@ -1,4 +1,4 @@
-"""K samples of each of B images, by the paper's two decoders: CUDA C++ only, the layers serve elsewhere.
+"""K samples of each of B images, by the paper's two decoders: a kernel on a GPU only, the layers serve elsewhere.
 
 The others run the same folded layers in bfloat16 and channels_last, their weights unpacked once.
 """

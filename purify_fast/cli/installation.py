@@ -60,22 +60,15 @@ def facts(extension: str | Path | None) -> dict[str, str | None]:
         return {}
 
 
-def cuda_part(found: dict[str, str | None]) -> str:
-    """What an extension with these `facts` has for GPUs."""
-    return f"CUDA {found['cuda']} for {found['archs']}" if found.get("cuda") else "no CUDA kernels"
-
-
 def _extension() -> list[tuple[str, str]]:
     if not _library.loaded():
         return [("extension", f"not loaded: {_library.load_error}"), ("file", _library.path or "none")]
     found = facts(_library.path)
-    rows = [("extension", f"loaded, {cuda_part(found)}"), ("file", _library.path or "")]
+    rows = [("extension", "loaded"), ("file", _library.path or "")]
     if found:
         rows.append(("built", f"version {found['version']} with torch {found['torch']}, {found['flags']}"))
         if found["version"] != __version__:
             rows.append(("", f"WARNING: the extension is of version {found['version']}; {_library.BUILD_HINT}"))
-    if not found.get("cuda"):
-        rows.append(("CUDA kernels", "build with `PURIFY_FAST_BUILD=cuda`; needs a CUDA toolkit (CUDA_HOME), no GPU"))
     return rows
 
 
@@ -110,9 +103,8 @@ def _state(op: Op, kind: str, verdicts: dict[str, Verdict]) -> tuple[str, str, s
     """Who serves eager calls of an op on devices of a kind, who serves inside graphs, and why; verifies nothing."""
     device = _device(kind) or torch.device(kind)
     if op.kernel(kind) == "reference":
-        missing = {"cpu": "the extension is not loaded", "cuda": "its CUDA kernel is not built"}
-        known = kind == "cuda" or not _library.loaded()
-        return "reference", "reference", missing[kind] if known else "plain layers, fused by torch.compile"
+        missing = "plain layers, fused by torch.compile" if _library.loaded() else "the extension is not loaded"
+        return "reference", "reference", missing
     found = verdicts.get(op.name)
     if found is not None and not found.passed:
         return "reference", "reference", f"the {found.backend} kernel is WRONG here: {found.words()}; please report it"
@@ -216,7 +208,7 @@ def summary() -> str:
         extension = f"not loaded: {_library.load_error}"
     else:
         built = facts(_library.path).get("version")
-        extension = f"loaded, {cuda_part(facts(_library.path))}"
+        extension = "loaded"
         extension += f"; WARNING: it is of version {built}, {_library.BUILD_HINT}" if built != __version__ else ""
     threads = torch.get_num_threads()
     head = [

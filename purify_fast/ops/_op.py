@@ -9,8 +9,8 @@ A kernel serves where it was measured ahead: on the user's machine, or on one li
 replace a dozen launches or more, and inside compiled graphs only if compilers do not fuse the reference as well. It
 serves only if it was found right on this machine (`_verify`).
 
-Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU), ``triton`` and ``cuda`` (GPU).
-``PURIFY_FAST_BACKEND`` forces one for its device, read once at import, or several, as ``triton,cuda``: each op takes
+Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU).
+``PURIFY_FAST_BACKEND`` forces one for its device, read once at import, or several, as ``cpp,triton``: each op takes
 the first that it has. `use_backend` does so for a block.
 """
 
@@ -33,7 +33,7 @@ from ._verdicts import sources_digest
 Style = Literal["eager", "graph"]
 KERNELS = Path(__file__).parents[1] / "kernels"
 
-BACKENDS = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+BACKENDS = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",)}
 
 
 def _checked(names: str | None) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Within the block, ops are served by the backends of this name on their devices.
 
     Args:
-        name: ``reference``, ``cpp``, ``triton`` or ``cuda``, or several with commas between: of those of its device, an
+        name: ``reference``, ``cpp`` or ``triton``, or several with commas between: of those of its device, an
             op takes the first that it has. None restores the measured default.
 
     Raises:
@@ -295,13 +295,10 @@ def define_op(
         available["cpu"] += ("cpp",)
     else:
         torch.library.impl(qualified, "CPU", plain)
-    if _library.has_kernel(qualified, "CUDA"):  # a built CUDA C++ kernel owns the key, Triton stands in without it
-        available["cuda"] += ("cuda",)
-    else:
-        torch.library.impl(qualified, "CUDA", _narrow(triton, plain) if triton is not None else plain)
-        available["cuda"] += ("triton",) if triton is not None else ()
-        if isinstance(triton, Launcher):
-            sources["cuda"] = (definition, KERNELS / f"{triton.module}.py", KERNELS / "_common.py")
+    torch.library.impl(qualified, "CUDA", _narrow(triton, plain) if triton is not None else plain)
+    available["cuda"] += ("triton",) if triton is not None else ()
+    if isinstance(triton, Launcher):
+        sources["cuda"] = (definition, KERNELS / f"{triton.module}.py", KERNELS / "_common.py")
     many = replaces_many if isinstance(replaces_many, tuple) else ("",) if replaces_many else ()
     op = Op(
         name=name,

@@ -4,13 +4,13 @@
 
 CARSO's inference (arXiv 2306.06081, section 4.4). K is folded into the batch, and the decoder sees the condition once
 per image. `decode_samples` takes any decoder and runs its layers. `decode_prior` takes one whose weights are folded and
-packed, a linear layer and transposed convolutions, and is one op with a CUDA kernel:
+packed, a linear layer and transposed convolutions, and is one op with Triton kernels:
 
     a_bk = z_bk W_z + c_b          c: the condition's half of the first layer and its bias, once per image
     a <- conv_transpose2d(leaky_relu(a)) + bias, layer by layer;   image = sigmoid(a), or a
 
-The kernel (csrc/cuda/decode_samples.cu) multiplies bfloat16 and adds float32; activations between the layers are
-bfloat16, in shared memory where they fit.
+The kernels (kernels/decode_samples.py) multiply bfloat16 and add float32; activations between the layers are bfloat16,
+those between the last two in registers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._tensors import without_autocast
-from ._op import define_op, wide
+from ._op import Launcher, define_op, wide
 from .decoder_weights import Geometry, Layer, Weights, pack, unpack
 from .philox import Stream, check_tensors, philox
 
@@ -174,6 +174,7 @@ OP = define_op(
     f"(Tensor condition, Tensor seed, Tensor sample_ids, {_SIZES}, bool channels_last, ScalarType dtype) -> Tensor",
     reference=reference,
     fake=_fake,
+    triton=Launcher("decode_samples", "forward"),
     replaces_many=True,
 )
 BACKWARD = define_op(
@@ -181,6 +182,7 @@ BACKWARD = define_op(
     f"(Tensor grad, Tensor image, Tensor condition, Tensor seed, Tensor sample_ids, {_SIZES}) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, image, condition, *rest: condition.new_empty(condition.shape),
+    triton=Launcher("decode_samples", "backward"),
     replaces_many=True,
 )
 
@@ -224,8 +226,8 @@ def decode_prior(
             bias, pixel by pixel, float32 (float64 beside float64 weights). The gradient flows here, and only here.
         seed: int64 ``[1]``, on the condition's device.
         sample_ids: int64 ``[B]``, the global index of each image (see `philox`).
-        packed: the weights, from `pack`. Their dtype, bfloat16, float32 or float64, is the precision of the products;
-            the CUDA kernel takes bfloat16.
+        packed: the weights, from `pack`. Their dtype, bfloat16, float32 or float64, is the precision of the products.
+            On a GPU the matrix units multiply bfloat16 only, so that float32 is many times slower.
         biases: from `pack`, in the condition's dtype.
         geometry: the decoder's sizes.
         samples: K >= 1.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Channels of a packed product's input, columns of an image: as csrc/core/decoder_geometry.h has them.
-CHANNEL_TILE, COLUMN_TILE = 32, 8
+#: Channels of maps, and columns of an image, are padded to a multiple of these: what one matrix product takes.
+CHANNEL_TILE, COLUMN_TILE = 32, 16
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,9 @@ def _up(value: int, step: int) -> int:
 
 
 def _pack(weight: Tensor, columns: int) -> Tensor:
-    """[taps, channels, columns], padded, in the order of the kernel's fragments: `weight_index` of the core."""
-    taps, inputs, outputs = weight.shape
-    padded = F.pad(weight, (0, columns - outputs, 0, _up(inputs, CHANNEL_TILE) - inputs))
-    # channel = 32 chunk + 16 step + 8 half + 2 pair + low, column = 8 tile + n; a lane holds (n, pair)
-    split = padded.reshape(taps, -1, 2, 2, 4, 2, columns // COLUMN_TILE, COLUMN_TILE)
-    return split.permute(0, 1, 6, 7, 4, 2, 3, 5).flatten()
-
-
-def _unpack(packed: Tensor, taps: int, channels: int, columns: int) -> Tensor:
-    split = packed.reshape(taps, channels // CHANNEL_TILE, columns // COLUMN_TILE, COLUMN_TILE, 4, 2, 2, 2)
-    return split.permute(0, 1, 5, 6, 4, 7, 2, 3).reshape(taps, channels, columns)
+    """[taps, channels, columns], padded, in that order."""
+    inputs, outputs = weight.shape[1:]
+    return F.pad(weight, (0, columns - outputs, 0, _up(inputs, CHANNEL_TILE) - inputs)).flatten()
 
 
 def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -153,7 +145,7 @@ def unpack(packed: Tensor, biases: Tensor, geometry: Geometry) -> Weights:
     products = geometry.products()
     sizes = [taps * inputs * columns for taps, inputs, columns in products]
     parts = packed[: sum(sizes)].split(sizes)
-    first, *tiles = (_unpack(part, *product) for part, product in zip(parts, products, strict=True))
+    first, *tiles = (part.view(product) for part, product in zip(parts, products, strict=True))
     shifts = biases.to(packed.dtype).split([columns for _, _, columns in products[1:]])
     inputs, weights = geometry.start[0], []
     for layer, tile in zip(geometry.layers, tiles, strict=True):

@@ -113,7 +113,7 @@ def test_wrong_arguments_are_refused(arguments):
 def test_every_op_with_a_kernel_is_measured():
     everything = {name for name in REGISTRY if not name.endswith("_backward")}
     assert set(registry("cuda")) == everything
-    assert set(registry("cpu")) == everything - {"decode_samples"}  # CUDA C++ alone
+    assert set(registry("cpu")) == everything - {"decode_samples"}  # a kernel on a GPU alone
     for cases in (*registry("cpu").values(), *registry("cuda").values()):
         for case in cases():
             assert set(case.directions) <= set(case.bytes) and set(case.bytes) == set(case.flops)

@@ -32,9 +32,9 @@ def test_report_names_versions_build_and_every_op():
 def test_report_shows_a_forced_backend_and_a_missing_one():
     with use_backend("reference"):
         assert "forced" in installation.report()
-    with use_backend("cuda"):
+    with use_backend("cpp"):
         text = installation.report()
-    assert "forced" in text and "nothing" in text  # no op but philox ever has CUDA C++
+    assert "forced" in text and "nothing" in text  # decode_samples has no kernel of the CPU
 
 
 @pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
@@ -88,7 +88,7 @@ def test_an_extension_built_elsewhere_is_loaded(tmp_path):
         said = subprocess.run(
             command, capture_output=True, text=True, env=environ | {"PURIFY_FAST_EXTENSION": str(copy)}
         ).stdout
-        assert "loaded, " in said and str(copy) in said
+        assert "not loaded" not in said and "loaded" in said and str(copy) in said
 
 
 def test_the_command_answers_in_a_few_lines(run):

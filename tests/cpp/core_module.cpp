@@ -20,7 +20,6 @@
 #include "core/sample_latent.h"
 #include "core/stitch.h"
 #include "cpu/moved_rows.h"
-#include "decoder_host.h"
 
 namespace py = pybind11;
 
@@ -169,139 +168,6 @@ void bind(py::module_& m, const char* suffix) {
   m.def(name("latent").c_str(), py::vectorize([](W mu, W logvar, W noise) { return pf::latent(mu, logvar, noise); }));
 }
 
-// A decoder by the GPU kernel's own program, on the host. E: of maps and weights, S: of sums.
-template <class E, class S>
-struct DecoderOnHost {
-  using Machine = pf::decoder::HostMachine<E, S>;
-  std::vector<int64_t> numbers, ids;
-  std::vector<E> weights;
-  std::vector<S> biases, condition;
-  int64_t seed, draws;
-  S slope;
-  bool squash;
-  int processors;
-  bool alone;         // every product a launch of its own
-  int64_t workspace;  // bytes
-  std::vector<E> maps;
-  std::vector<std::pair<std::vector<pf::decoder::Product>, std::vector<pf::decoder::Segment>>> plans;
-
-  DecoderOnHost(std::vector<int64_t> numbers, Array<double> packed, Array<double> biases, Array<double> condition,
-                int64_t seed, std::vector<int64_t> ids, int64_t draws, double slope, bool squash, int processors,
-                bool alone, int64_t workspace)
-      : numbers(std::move(numbers)),
-        ids(std::move(ids)),
-        weights(packed.size()),
-        biases(biases.data(), biases.data() + biases.size()),
-        condition(condition.data(), condition.data() + condition.size()),
-        seed(seed),
-        draws(draws),
-        slope(static_cast<S>(slope)),
-        squash(squash),
-        processors(processors),
-        alone(alone),
-        workspace(workspace) {
-    for (py::ssize_t i = 0; i < packed.size(); ++i) pf::store(weights[i], static_cast<S>(packed.data()[i]));
-  }
-
-  pf::decoder::Image image(double* data) const {
-    const int64_t c = numbers.end()[-6], h = numbers.end()[-2], w = numbers.end()[-1];
-    return {.data = data, .format = pf::decoder::Format::f64, .n = c * h * w, .c = h * w, .h = w, .w = 1};
-  }
-
-  void run(pf::decoder::Task<Machine> task) {
-    task.squashed = squash;
-    task.slope = slope;
-    task.total = static_cast<int64_t>(ids.size()) * draws;
-    task.draws = draws;
-    task.weights = weights.data();
-    task.biases = biases.data();
-    task.condition = condition.data();
-    task.seed = &seed;
-    task.sample_ids = ids.data();
-    plans.clear();
-    pf::decoder::decode(
-        task, numbers, workspace,
-        [&](const std::vector<pf::decoder::Product>& chain, bool gradient, int64_t total, bool each) {
-          plans.emplace_back(chain, pf::decoder::plan_of(chain, gradient, total, processors, alone || each));
-          return plans.back().second;
-        },
-        [&](int64_t elements) {
-          maps.assign(elements, E{});
-          for (E& x : maps) pf::store(x, std::numeric_limits<S>::quiet_NaN());
-          return maps.data();
-        },
-        &pf::decoder::launch_on_host<E, S>);
-  }
-
-  py::array_t<double> forward() {
-    const auto shape = image(nullptr);
-    py::array_t<double> out({static_cast<int64_t>(ids.size()) * draws, shape.n});
-    std::fill_n(out.mutable_data(), out.size(), std::numeric_limits<double>::quiet_NaN());
-    pf::decoder::Task<Machine> task{};
-    task.image = image(out.mutable_data());
-    run(task);
-    return out;
-  }
-
-  py::array_t<double> backward(py::array_t<double> grad, py::array_t<double> result) {
-    const int64_t features = numbers[1] * numbers[2] * numbers[3], total = static_cast<int64_t>(ids.size()) * draws;
-    std::vector<S> out(total * features, std::numeric_limits<S>::quiet_NaN());
-    pf::decoder::Task<Machine> task{};
-    task.gradient = true;
-    task.image = image(grad.mutable_data());
-    task.result = image(result.mutable_data());
-    task.condition_gradient = out.data();
-    run(task);
-    py::array_t<double> wide({total, features});
-    std::copy(out.begin(), out.end(), wide.mutable_data());
-    return wide;
-  }
-
-  // What the last run left in memory, plan after plan: (gradient's, product, [samples, h, w, channels]).
-  std::vector<std::tuple<bool, int, py::array_t<double>>> left() const {
-    std::vector<std::tuple<bool, int, py::array_t<double>>> out;
-    const int64_t total = static_cast<int64_t>(ids.size()) * draws;
-    const E* from = maps.data();
-    for (size_t which = 0; which < plans.size(); ++which) {
-      const auto& [chain, plan] = plans[which];
-      for (const auto& segment : plan) {
-        if (segment.last + 1 == static_cast<int>(chain.size())) continue;
-        const auto& p = chain[segment.last];
-        py::array_t<double> map({total, int64_t{p.out_h}, int64_t{p.out_w}, int64_t{p.columns}});
-        for (py::ssize_t i = 0; i < map.size(); ++i) map.mutable_data()[i] = pf::load(*from++);
-        out.emplace_back(which == 1, segment.last, map);
-      }
-    }
-    return out;
-  }
-
-  // (gradient's, first product, last, samples, rows, bytes of shared memory) of the last run.
-  std::vector<std::tuple<bool, int, int, int, int, int>> segments() const {
-    std::vector<std::tuple<bool, int, int, int, int, int>> out;
-    for (size_t which = 0; which < plans.size(); ++which) {
-      for (const auto& s : plans[which].second) {
-        out.emplace_back(which == 1, s.first, s.last, s.samples, s.rows, 2 * s.elements());
-      }
-    }
-    return out;
-  }
-};
-
-template <class E, class S>
-void bind_decoder(py::module_& m, const char* name) {
-  using D = DecoderOnHost<E, S>;
-  py::class_<D>(m, name)
-      .def(py::init<std::vector<int64_t>, Array<double>, Array<double>, Array<double>, int64_t, std::vector<int64_t>,
-                    int64_t, double, bool, int, bool, int64_t>(),
-           py::arg("numbers"), py::arg("packed"), py::arg("biases"), py::arg("condition"), py::arg("seed"),
-           py::arg("ids"), py::arg("draws"), py::arg("slope") = 0.2, py::arg("squash") = true,
-           py::arg("processors") = 132, py::arg("alone") = false, py::arg("workspace") = int64_t{1} << 30)
-      .def("forward", &D::forward)
-      .def("backward", &D::backward)
-      .def("left", &D::left)
-      .def("segments", &D::segments);
-}
-
 template <class T>
 float round_to(float x) {
   T stored;
@@ -323,12 +189,6 @@ PYBIND11_MODULE(purify_fast_core, m) {
   m.def("log1p_unit", py::vectorize([](float x) { return pf::log1p_unit(x); }));
   m.def("round_half", py::vectorize(&round_to<pf::half>));
   m.def("round_bfloat16", py::vectorize(&round_to<pf::bfloat16>));
-  m.def("weight_index", [](std::vector<int64_t> numbers, bool gradient, int product, int tap, int channel, int column) {
-    const auto p = pf::decoder::chain_of(numbers, gradient).at(product);
-    return p.weights + pf::decoder::weight_index(p, tap, channel, column);
-  });
-  bind_decoder<double, double>(m, "Decoder");
-  bind_decoder<pf::bfloat16, float>(m, "DecoderInBfloat16");
   bind<float>(m, "");
   bind<double>(m, "_double");
 }

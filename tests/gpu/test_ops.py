@@ -61,7 +61,7 @@ def need_kernel(op: str, device: str, served_by: str) -> None:
         served_by: the op's backend there.
     """
     if op in CUDA_ONLY and device != "cuda":
-        pytest.skip(f"{op} has a kernel in CUDA C++ only")
+        pytest.skip(f"{op} has a kernel on a GPU only")
     if served_by == "reference":
         pytest.fail(f"{op}: no kernel on {device}; the extension: {_library.load_error or 'loaded'}", pytrace=False)
 

@@ -29,12 +29,11 @@ class PackedDecoder(nn.Module):
     """Draws latents and decodes them: ``forward(condition, seed, sample_ids, samples) -> images [B, K, C, H, W]``.
 
     A copy of a decoder's weights as they are now, in evaluation mode: the gradient reaches the condition only. Behind
-    it is one op; with the CUDA kernel, K latents per image are drawn and decoded without leaving the chip's memory
-    between most layers.
+    it is one op; on a GPU, K latents per image are drawn and decoded by a launch for each layer, the last two in one.
 
     Args:
         decoder: a `Decoder` or `DecoderV1` in evaluation mode.
-        dtype: of the products, bfloat16 (all the CUDA kernel takes), float32 or float64; float32 sums (float64).
+        dtype: of the products, bfloat16 (all that a GPU multiplies fast), float32 or float64; float32 sums (float64).
 
     Raises:
         ValueError: another kind of decoder or dtype, or one in training mode.

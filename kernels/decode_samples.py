@@ -1,0 +1,555 @@
+"""`decode_samples` in Triton: every layer of the decoder is one launch of matrix products, the last two are one.
+
+A transposed convolution of stride s is s * s products, one for each residue of (y, x) mod s: the outputs of such a
+class meet the same taps, so that no inserted zero is multiplied. The rows of a product are pixels of all samples, its
+columns are channels, and its sum runs over taps and channels of the input. The linear layer is such a convolution of a
+map of one pixel, whose stride is its kernel. The gradient of a convolution is one product of the same kind.
+
+Maps lie in memory as [samples, height, width, channels], with channels padded by zeros to a multiple of 32, in the
+weights' dtype, after the LeakyReLU: its sign is that of what entered. Which products are added in which order depends
+on the layer alone, so that a sample has the same bits in every batch.
+
+The last two layers are one launch where the image's has stride 1. A row is then a cell: the s * s neighbouring pixels
+of the second-last map. Its products give all of them at once, with zeros for taps that a pixel does not meet. They stay
+in registers. The last layer multiplies them in place, once for every neighbouring cell that they reach, and a cell of
+the image adds up what its neighbours give. Programs overlap by the cells that are needed from beside.
+"""
+
+# long because the kernels and the plan of their launches describe the same sizes
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _common
+from ._common import grid, on, program
+from .philox import noise
+
+#: The stream of latents and what channels and columns of packed weights are padded to: purify_fast/ops/philox.py and
+#: decoder_weights.py.
+LATENT, CHANNEL_TILE, COLUMN_TILE = 1, 32, 16
+#: Bytes of the maps that are kept at once, at most: more samples are decoded one part after the other.
+MEMORY = 1 << 29
+#: What a launch of `_layer` computes: the first map; one between; an image; the gradient of a map.
+FIRST, BETWEEN, IMAGE, GRADIENT = 0, 1, 2, 3
+#: Columns of one cell's part of the image, at most.
+CELL = 16
+#: The dtypes in which the last two layers are one launch: in float32 they do not fit registers.
+TOGETHER = (torch.bfloat16,)
+#: Rows of `_last_two` by the major compute capability, where 256 would not fit registers.
+FEWER_ROWS = {8: 128, 12: 128}
+
+
+@triton.jit
+def _latents(
+    seed_ptr, ids_ptr, out_ptr, rows, first, draws, stream,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The latents of some rows, each of ``WIDTH`` numbers, of which those after the first ``SIZE`` are zero."""
+    row, block = program(rows)
+    at = first + row
+    sample, draw = tl.load(ids_ptr + at // draws), at % draws
+    z = noise(
+        tl.load(seed_ptr), block * GROUPS, draw, sample=sample, stream=stream, GROUPS=GROUPS, PAIRS=True
+    )  # fmt: skip
+    element = block * (GROUPS * 4) + tl.arange(0, GROUPS * 4)
+    z = tl.where(element < SIZE, z, 0.0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * WIDTH + element, z, mask=element < WIDTH)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _first_output(residue, PADDING: tl.constexpr, STRIDE: tl.constexpr):
+    """The first y >= 0 with (y + PADDING) mod STRIDE = residue."""
+    return (residue + PADDING * (STRIDE - 1)) % STRIDE
+
+
+@triton.jit
+def _products(
+    in_ptr, weight_ptr, y, x, sample, inside, busy, column, residue_y, residue_x,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Sums over the taps of a residue and the channels: of tap j a row reads the input's pixel at y + STEP * j.
+
+    A program that is not ``busy`` has no rows: there are as many for every residue as that of most rows needs.
+    """
+    lane = tl.arange(0, CHUNK)
+    place = in_ptr + ((sample * HEIGHT + y) * WIDTH + x)[:, None] * CHANNELS + lane[None, :]
+    weight = weight_ptr + (residue_y * KERNEL_W + residue_x) * (CHANNELS * COLUMNS)
+    weight = weight + lane[:, None] * COLUMNS + column[None, :]
+    taps_x = (KERNEL_W - residue_x + STRIDE_W - 1) // STRIDE_W
+    taps = tl.where(busy, (KERNEL_H - residue_y + STRIDE_H - 1) // STRIDE_H * taps_x, 0)
+    total = tl.zeros((ROWS, TILE), tl.float32)
+    down, right, channel = 0, 0, 0
+    for _ in range(taps * (CHANNELS // CHUNK)):
+        at_y, at_x = y + STEP * down, x + STEP * right
+        there = inside & (at_y >= 0) & (at_y < HEIGHT) & (at_x >= 0) & (at_x < WIDTH)
+        a = tl.load(place + (STEP * (down * WIDTH + right) * CHANNELS + channel), mask=there[:, None], other=0.0)
+        tap = down * (STRIDE_H * KERNEL_W) + right * STRIDE_W
+        b = tl.load(weight + (tap * CHANNELS + channel) * COLUMNS)
+        total = tl.dot(a, b, total, input_precision="ieee")
+        channel += CHUNK
+        wrapped = channel == CHANNELS
+        channel = tl.where(wrapped, 0, channel)
+        right += wrapped.to(tl.int32)
+        wrapped = right == taps_x
+        right = tl.where(wrapped, 0, right)
+        down += wrapped.to(tl.int32)
+    return total
+
+
+# long because the kinds share the place of their rows, and Triton compiles only one of them
+@triton.jit
+def _layer(
+    in_ptr, weight_ptr, bias_ptr, map_ptr, out_ptr, samples, tiles, first, draws, slope,
+    KIND: tl.constexpr, SQUASH: tl.constexpr, BY_PIXEL: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, OUT_CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    block, part = program(tiles)
+    column = part % (COLUMNS // TILE) * TILE + tl.arange(0, TILE)
+    residue = part // (COLUMNS // TILE)
+    residue_y, residue_x = residue // STRIDE_W, residue % STRIDE_W
+    row = block * ROWS + tl.arange(0, ROWS)
+    if KIND == 3:
+        sample, cell = row // (OUT_HEIGHT * OUT_WIDTH), row % (OUT_HEIGHT * OUT_WIDTH)
+        out_y, out_x = cell // OUT_WIDTH, cell % OUT_WIDTH
+        y, x = out_y * STRIDE_H - PADDING, out_x * STRIDE_W - PADDING
+        inside = sample < samples
+        total = _products(
+            in_ptr, weight_ptr, y, x, sample, inside=inside, busy=True, column=column, residue_y=0, residue_x=0,
+            HEIGHT=HEIGHT, WIDTH=WIDTH, CHANNELS=CHANNELS, COLUMNS=COLUMNS, KERNEL_H=KERNEL_H, KERNEL_W=KERNEL_W,
+            STRIDE_H=1, STRIDE_W=1, STEP=1, ROWS=ROWS, TILE=TILE, CHUNK=CHUNK,
+        )  # fmt: skip
+    else:
+        first_y = _first_output(residue_y, PADDING, STRIDE_H)
+        first_x = _first_output(residue_x, PADDING, STRIDE_W)
+        height = (OUT_HEIGHT - first_y + STRIDE_H - 1) // STRIDE_H
+        width = tl.maximum((OUT_WIDTH - first_x + STRIDE_W - 1) // STRIDE_W, 1)
+        size = tl.maximum(height, 1) * width
+        sample = row // size
+        cell = row - sample * size
+        own_y = cell // width
+        own_x = cell - own_y * width
+        out_y, out_x = first_y + own_y * STRIDE_H, first_x + own_x * STRIDE_W
+        inside = (sample < samples) & (out_y < OUT_HEIGHT) & (out_x < OUT_WIDTH)
+        y = own_y + (first_y + PADDING - residue_y) // STRIDE_H
+        x = own_x + (first_x + PADDING - residue_x) // STRIDE_W
+        total = _products(
+            in_ptr, weight_ptr, y, x, sample, inside=inside, busy=block * ROWS < samples * size, column=column,
+            residue_y=residue_y, residue_x=residue_x, HEIGHT=HEIGHT, WIDTH=WIDTH, CHANNELS=CHANNELS, COLUMNS=COLUMNS,
+            KERNEL_H=KERNEL_H, KERNEL_W=KERNEL_W, STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, STEP=-1, ROWS=ROWS, TILE=TILE,
+            CHUNK=CHUNK,
+        )  # fmt: skip
+    pixel = (sample * OUT_HEIGHT + out_y) * OUT_WIDTH + out_x
+    slope = tl.cast(slope, tl.float32)
+    if KIND == 2:
+        total += tl.load(bias_ptr + column)[None, :]
+        if SQUASH:
+            total = _sigmoid(total)
+        if BY_PIXEL:
+            at = pixel[:, None] * OUT_CHANNELS + column[None, :]
+        else:
+            at = (sample * (OUT_CHANNELS * OUT_HEIGHT) + out_y)[:, None] + column[None, :] * OUT_HEIGHT
+            at = at * OUT_WIDTH + out_x[:, None]
+        mask = inside[:, None] & (column < OUT_CHANNELS)[None, :]
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        at = pixel[:, None] * COLUMNS + column[None, :]
+        if KIND == 3:
+            entered = tl.load(map_ptr + at, mask=inside[:, None], other=1.0).to(tl.float32)
+            total = tl.where(entered > 0, total, slope * total)
+        else:
+            if KIND == 0:
+                image = (first + sample) // draws
+                own = (image * (OUT_HEIGHT * OUT_WIDTH) + (out_y * OUT_WIDTH + out_x)) * OUT_CHANNELS
+                mask = inside[:, None] & (column < OUT_CHANNELS)[None, :]
+                total += tl.load(bias_ptr + (own[:, None] + column[None, :]), mask=mask, other=0.0)
+            else:
+                total += tl.load(bias_ptr + column)[None, :]
+            total = tl.where(total > 0, total, slope * total)
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+# long because it is two layers, of which the first stays in registers for the second
+@triton.jit
+def _last_two(
+    in_ptr, weight_ptr, bias_ptr, last_ptr, shift_ptr, out_ptr, samples, tiles, slope,
+    SQUASH: tl.constexpr, BY_PIXEL: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    MID_HEIGHT: tl.constexpr, MID_WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, OUT_CHANNELS: tl.constexpr, LAST_COLUMNS: tl.constexpr,
+    LAST_KERNEL: tl.constexpr, LAST_PADDING: tl.constexpr, CELLS_Y: tl.constexpr, CELLS_X: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Of input cells at offsets ``LOW`` to ``HIGH`` the pixels of a cell; the image's from cells ``FROM`` to ``TO``."""
+    block, _ = program(tiles)
+    BEFORE: tl.constexpr = -FROM * (CELLS_X + 1)
+    OWN: tl.constexpr = ROWS - (TO - FROM) * (CELLS_X + 1)
+    local = tl.arange(0, ROWS)
+    row = block * OWN - BEFORE + local
+    sample = tl.maximum(row, 0) // (CELLS_Y * CELLS_X)
+    cell = tl.maximum(row, 0) - sample * (CELLS_Y * CELLS_X)
+    cell_y, cell_x = cell // CELLS_X, cell % CELLS_X
+    inside = (row >= 0) & (sample < samples)
+
+    lane, column = tl.arange(0, CHUNK), tl.arange(0, TILE)
+    channel = column % COLUMNS
+    in_cell_y, in_cell_x = column // COLUMNS // STRIDE, column // COLUMNS % STRIDE
+    place = in_ptr + ((sample * HEIGHT + cell_y) * WIDTH + cell_x)[:, None] * CHANNELS + lane[None, :]
+    total = tl.zeros((ROWS, TILE), tl.float32)
+    down, right, at = LOW, LOW, 0
+    for _ in range((HIGH - LOW + 1) * (HIGH - LOW + 1) * (CHANNELS // CHUNK)):
+        y, x = cell_y + down, cell_x + right
+        there = inside & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
+        a = tl.load(place + ((down * WIDTH + right) * CHANNELS + at), mask=there[:, None], other=0.0)
+        tap_y, tap_x = in_cell_y + PADDING - STRIDE * down, in_cell_x + PADDING - STRIDE * right
+        met = (tap_y >= 0) & (tap_y < KERNEL) & (tap_x >= 0) & (tap_x < KERNEL) & (in_cell_y < STRIDE)
+        tap = tap_y * KERNEL + tap_x
+        b = tl.load(
+            weight_ptr + (tap * (CHANNELS * COLUMNS) + at * COLUMNS + channel)[None, :] + lane[:, None] * COLUMNS,
+            mask=met[None, :],
+            other=0.0,
+        )
+        total = tl.dot(a, b, total, input_precision="ieee")
+        at += CHUNK
+        wrapped = at == CHANNELS
+        at = tl.where(wrapped, 0, at)
+        right += wrapped.to(tl.int32)
+        wrapped = right == HIGH + 1
+        right = tl.where(wrapped, LOW, right)
+        down += wrapped.to(tl.int32)
+
+    total += tl.load(bias_ptr + channel)[None, :]
+    total = tl.where(total > 0, total, tl.cast(slope, tl.float32) * total)
+    mid_y = cell_y[:, None] * STRIDE + in_cell_y[None, :]
+    mid_x = cell_x[:, None] * STRIDE + in_cell_x[None, :]
+    there = inside[:, None] & (in_cell_y < STRIDE)[None, :] & (mid_y < MID_HEIGHT) & (mid_x < MID_WIDTH)
+    middle = tl.where(there, total, 0.0).to(in_ptr.dtype.element_ty)
+
+    place = tl.arange(0, 16)
+    out_y, out_x = place // OUT_CHANNELS // STRIDE, place // OUT_CHANNELS % STRIDE
+    color = place % OUT_CHANNELS
+    image = tl.zeros((ROWS, 16), tl.float32) + tl.load(shift_ptr + color)[None, :]
+    for down in tl.static_range(FROM, TO + 1):
+        for right in tl.static_range(FROM, TO + 1):
+            tap_y = (out_y + LAST_PADDING - STRIDE * down)[None, :] - in_cell_y[:, None]
+            tap_x = (out_x + LAST_PADDING - STRIDE * right)[None, :] - in_cell_x[:, None]
+            met = (tap_y >= 0) & (tap_y < LAST_KERNEL) & (tap_x >= 0) & (tap_x < LAST_KERNEL)
+            met = met & (out_y < STRIDE)[None, :] & (in_cell_y < STRIDE)[:, None]
+            weight = ((tap_y * LAST_KERNEL + tap_x) * COLUMNS + channel[:, None]) * LAST_COLUMNS + color[None, :]
+            weights = tl.load(last_ptr + weight, mask=met, other=0.0)
+            given = tl.dot(middle, weights, input_precision="ieee")
+            if down != 0 or right != 0:
+                beside = tl.minimum(tl.maximum(local + (down * CELLS_X + right), 0), ROWS - 1)
+                index = beside[:, None] + tl.zeros((ROWS, 16), tl.int32)
+                given = tl.gather(given, index, 0)
+                y, x = cell_y + down, cell_x + right
+                met = (y >= 0) & (y < CELLS_Y) & (x >= 0) & (x < CELLS_X)
+                given = tl.where(met[:, None], given, 0.0)
+            image += given
+    if SQUASH:
+        image = _sigmoid(image)
+    y, x = cell_y[:, None] * STRIDE + out_y[None, :], cell_x[:, None] * STRIDE + out_x[None, :]
+    own = inside & (local >= BEFORE) & (local < BEFORE + OWN)
+    mask = own[:, None] & (out_y < STRIDE)[None, :] & (y < OUT_HEIGHT) & (x < OUT_WIDTH)
+    if BY_PIXEL:
+        to = ((sample[:, None] * OUT_HEIGHT + y) * OUT_WIDTH + x) * OUT_CHANNELS + color[None, :]
+    else:
+        to = ((sample[:, None] * OUT_CHANNELS + color[None, :]) * OUT_HEIGHT + y) * OUT_WIDTH + x
+    tl.store(out_ptr + to, image.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _power(columns: int, most: int) -> int:
+    """The largest power of two that divides ``columns``, at most ``most``."""
+    return min(columns & -columns, most)
+
+
+def tiles(columns: int, channels: int, dtype: torch.dtype) -> dict[str, int]:
+    """Rows, columns and channels that a program of `_layer` multiplies at once, its warps, and loads under way."""
+    if dtype == torch.bfloat16:
+        tile = _power(columns, 128)
+        warps = 8 if tile == 128 else 4
+        return {"ROWS": 128, "TILE": tile, "CHUNK": _power(channels, 64), "num_warps": warps, "num_stages": 3}
+    # float32 is multiplied without the matrix units: what a thread keeps in registers bounds the tile
+    return {"ROWS": 32, "TILE": _power(columns, 32), "CHUNK": 32, "num_warps": 4, "num_stages": 2}
+
+
+def tiles_of_two(channels: int, columns: int, stride: int, device: torch.device) -> dict[str, int]:
+    """The same of `_last_two`. Where sums are kept by threads and not by warp groups, fewer rows fit registers."""
+    rows = FEWER_ROWS.get(_common._major(device), 256)
+    tile = {"ROWS": rows, "TILE": max(16, stride**2 * columns), "CHUNK": _power(channels, 64)}
+    return tile | {"num_warps": 8, "num_stages": 2}
+
+
+def _reach(kernel: int, stride: int, padding: int, lead: int = 0) -> tuple[int, int]:
+    """The offsets of the first and the last cell of the input that pixels of a cell of the output meet.
+
+    ``lead`` is the position in a cell of the input's last pixel: 0 where its cells are pixels.
+    """
+    return -((kernel - 1 + lead - padding) // stride), (stride - 1 + padding) // stride
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A transposed convolution: channels and size of its output, and its kernel."""
+
+    channels: int
+    kernel: int
+    stride: int
+    padding: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A decoder's sizes, of the numbers that the op takes."""
+
+    latent_dim: int
+    start: tuple[int, int, int]
+    layers: tuple[Layer, ...]
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> Geometry:
+        latent_dim, c, h, w, *rest = numbers
+        return cls(latent_dim, (c, h, w), tuple(Layer(*six) for six in zip(*[iter(rest)] * 6, strict=True)))
+
+    def products(self) -> list[tuple[int, int, int]]:
+        """(taps, channels in, columns) of every product, padded, the linear layer's first."""
+        channels, h, w = self.start
+        out = [(h * w, _up(self.latent_dim, CHANNEL_TILE), _up(channels, CHANNEL_TILE))]
+        for layer in self.layers:
+            tile = COLUMN_TILE if layer is self.layers[-1] else CHANNEL_TILE
+            out.append((layer.kernel**2, _up(channels, CHANNEL_TILE), _up(layer.channels, tile)))
+            channels = layer.channels
+        return out
+
+
+class Decoder:
+    """A packed decoder's weights and maps, product by product."""
+
+    def __init__(self, packed: Tensor, biases: Tensor, numbers: list[int], slope: float, squash: bool):
+        self.geometry = Geometry.of(numbers)
+        self.slope, self.squash, self.dtype, self.device = slope, squash, packed.dtype, packed.device
+        products = self.geometry.products()
+        self.columns = [columns for _, _, columns in products]
+        sizes = [taps * inputs * columns for taps, inputs, columns in products]
+        channels = [self.geometry.start[0], *(layer.channels for layer in self.geometry.layers)]
+        transposed = [
+            taps * _up(outputs, CHANNEL_TILE) * _up(inputs, CHANNEL_TILE)
+            for (taps, _, _), inputs, outputs in zip(products[1:], channels, channels[1:], strict=False)
+        ]
+        parts = packed.split([*sizes, *reversed(transposed)])
+        self.weights, self.transposed = parts[: len(sizes)], parts[len(sizes) :][::-1]
+        self.biases = biases.split(self.columns[1:])
+
+    def inputs(self, index: int) -> tuple[int, int, int]:
+        """Height, width and padded channels of what enters a layer of the geometry."""
+        _, h, w = self.geometry.start
+        if index:
+            before = self.geometry.layers[index - 1]
+            h, w = before.height, before.width
+        return h, w, self.columns[index]
+
+    def elements(self, index: int) -> int:
+        """Numbers of one sample in the map that enters a layer."""
+        h, w, channels = self.inputs(index)
+        return h * w * channels
+
+    @property
+    def together(self) -> bool:
+        """Whether the last two layers are one launch."""
+        layers = self.geometry.layers
+        if self.dtype not in TOGETHER or len(layers) < 2 or layers[-1].stride != 1 or layers[-2].stride > 2:
+            return False
+        (before, last), columns = layers[-2:], self.columns[-2]
+        low, high = _reach(last.kernel, before.stride, last.padding, before.stride - 1)
+        tile, cells = before.stride**2 * columns, -(-max(before.width, last.width) // before.stride)
+        rows = tiles_of_two(self.columns[-3], columns, before.stride, self.device)["ROWS"]
+        return (
+            tile <= 128
+            and tile & (tile - 1) == 0
+            and before.stride**2 * last.channels <= CELL
+            and low <= 0 <= high
+            and (high - low) <= 2
+            and 2 * (high - low) * (cells + 1) <= rows
+        )
+
+    def first(self, condition: Tensor, z: Tensor, out: Tensor, first: int, draws: int) -> None:
+        """The first map, after the LeakyReLU: of a map of one pixel, whose channels are the latent."""
+        channels, h, w = self.geometry.start
+        # positional because tensors come in the order of the launch
+        self._run(
+            z, self.weights[0], condition, out, (1, 1, z.shape[1]),
+            Layer(channels, kernel=0, stride=0, padding=0, height=h, width=w), self.columns[0],
+            kind=FIRST, kernel=(h, w), stride=(h, w), first=first, draws=draws,
+        )  # fmt: skip
+
+    def forward(self, index: int, x: Tensor, out: Tensor, by_pixel: bool = False) -> None:
+        """A layer's map, after the LeakyReLU, or the image."""
+        layer = self.geometry.layers[index]
+        image = index == len(self.geometry.layers) - 1
+        # positional because tensors come in the order of the launch
+        self._run(
+            x, self.weights[index + 1], self.biases[index], out, self.inputs(index), layer, self.columns[index + 1],
+            kind=IMAGE if image else BETWEEN, kernel=(layer.kernel,) * 2, stride=(layer.stride,) * 2,
+            by_pixel=by_pixel,
+        )  # fmt: skip
+
+    def backward(self, index: int, grad: Tensor, entered: Tensor, out: Tensor) -> None:
+        """The gradient of what entered the LeakyReLU before a layer, of that of its output."""
+        layer = self.geometry.layers[index]
+        h, w, columns = self.inputs(index)
+        # positional because tensors come in the order of the launch
+        self._run(
+            grad, self.transposed[index], self.biases[index], out,
+            (layer.height, layer.width, _up(layer.channels, CHANNEL_TILE)),
+            replace(layer, channels=columns, height=h, width=w), columns,
+            kind=GRADIENT, kernel=(layer.kernel,) * 2, stride=(layer.stride,) * 2, entered=entered,
+        )  # fmt: skip
+
+    def _run(
+        self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, size: tuple[int, int, int], layer: Layer,
+        columns: int, *, kind: int, kernel: tuple[int, int], stride: tuple[int, int], by_pixel: bool = False,
+        entered: Tensor | None = None, first: int = 0, draws: int = 1,
+    ) -> None:  # fmt: skip
+        h, w, channels = size
+        tile = tiles(columns, channels, self.dtype)
+        steps = (1, 1) if kind == GRADIENT else stride
+        most = len(x) * -(-layer.height // steps[0]) * -(-layer.width // steps[1])
+        blocks = triton.cdiv(most, tile["ROWS"])
+        parts = steps[0] * steps[1] * (columns // tile["TILE"])
+        _layer[grid(blocks, parts)](
+            x, weight, bias, out if entered is None else entered, out, len(x), blocks, first, draws, self.slope,
+            KIND=kind, SQUASH=self.squash, BY_PIXEL=by_pixel, HEIGHT=h, WIDTH=w, CHANNELS=channels,
+            OUT_HEIGHT=layer.height, OUT_WIDTH=layer.width, OUT_CHANNELS=layer.channels, COLUMNS=columns,
+            KERNEL_H=kernel[0], KERNEL_W=kernel[1], STRIDE_H=stride[0], STRIDE_W=stride[1], PADDING=layer.padding,
+            **tile,
+        )  # fmt: skip
+
+    def last_two(self, x: Tensor, out: Tensor, by_pixel: bool) -> None:
+        """The image of the map that enters the last layer but one."""
+        before, last = self.geometry.layers[-2:]
+        h, w, channels = self.inputs(len(self.geometry.layers) - 2)
+        tile = tiles_of_two(channels, self.columns[-2], before.stride, self.device)
+        cells_y = -(-max(before.height, last.height) // before.stride)
+        cells_x = -(-max(before.width, last.width) // before.stride)
+        low, high = _reach(before.kernel, before.stride, before.padding)
+        start, end = _reach(last.kernel, before.stride, last.padding, before.stride - 1)
+        own = tile["ROWS"] - (end - start) * (cells_x + 1)
+        blocks = triton.cdiv(len(x) * cells_y * cells_x, own)
+        _last_two[grid(blocks, 1)](
+            x, self.weights[-2], self.biases[-2], self.weights[-1], self.biases[-1], out, len(x), blocks, self.slope,
+            SQUASH=self.squash, BY_PIXEL=by_pixel, HEIGHT=h, WIDTH=w, CHANNELS=channels, MID_HEIGHT=before.height,
+            MID_WIDTH=before.width, COLUMNS=self.columns[-2], KERNEL=before.kernel, STRIDE=before.stride,
+            PADDING=before.padding, OUT_HEIGHT=last.height, OUT_WIDTH=last.width, OUT_CHANNELS=last.channels,
+            LAST_COLUMNS=self.columns[-1], LAST_KERNEL=last.kernel, LAST_PADDING=last.padding, CELLS_Y=cells_y,
+            CELLS_X=cells_x, LOW=low, HIGH=high, FROM=start, TO=end, **tile,
+        )  # fmt: skip
+
+
+def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: int, draws: int) -> Tensor:
+    """The latents of ``count`` samples from sample ``first`` on, padded."""
+    size = decoder.geometry.latent_dim
+    width = _up(size, CHANNEL_TILE)
+    z = torch.empty((count, width), dtype=decoder.dtype, device=seed.device)
+    groups = min(32, triton.next_power_of_2(width // 4))
+    _latents[grid(count, triton.cdiv(width, 4 * groups))](
+        seed, sample_ids, z, count, first, draws, LATENT, SIZE=size, WIDTH=width, GROUPS=groups,
+        num_warps=1,
+    )  # fmt: skip
+    return z
+
+
+def parts(total: int, elements: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """Where parts of the samples begin and how many are in each, for maps of so many numbers for a sample."""
+    most = max(1, MEMORY // (elements * dtype.itemsize))
+    return [(first, min(most, total - first)) for first in range(0, total, most)]
+
+
+def _maps(decoder: Decoder, inputs: tuple[Tensor, Tensor, Tensor], first: int, count: int, draws: int, kept: bool):
+    """What enters the layers, one map after the other; all of them if ``kept``, else each replaces the last but one."""
+    condition, seed, sample_ids = inputs
+    z = draw(decoder, seed, sample_ids, first=first, count=count, draws=draws)
+    last = len(decoder.geometry.layers) - (0 if kept or not decoder.together else 1)
+    new = [decoder.elements(index) for index in range(last)]
+    buffers = [max(new[i::2], default=0) for i in (0, 1)]
+    made = [torch.empty(size * count, dtype=decoder.dtype, device=z.device) for size in (new if kept else buffers)]
+    out = [made[i if kept else i % 2][: size * count].view(count, size) for i, size in enumerate(new)]
+    decoder.first(condition, z, out[0], first=first, draws=draws)
+    for index in range(last - 1):
+        decoder.forward(index, out[index], out[index + 1])
+    return out
+
+
+def forward(
+    condition: Tensor, seed: Tensor, sample_ids: Tensor, packed: Tensor, biases: Tensor, numbers: list[int],
+    samples: int, slope: float, squash: bool, channels_last: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`purify_fast.ops.decode_samples.reference`'s contract: images [B * K, C, H, W]."""
+    decoder = Decoder(packed, biases, numbers, slope=slope, squash=squash)
+    total = len(condition) * samples
+    last = decoder.geometry.layers[-1]
+    shape = (total, last.channels, last.height, last.width)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(shape, dtype=dtype, device=condition.device, memory_format=layout)
+    inputs = condition.contiguous(), seed, sample_ids.contiguous()
+    kept = [decoder.elements(index) for index in range(len(decoder.geometry.layers))]
+    kept = kept[:-1] if decoder.together else kept
+    with on(condition):
+        for first, count in parts(total, max(kept[0::2]) + max(kept[1::2], default=0), decoder.dtype):
+            maps = _maps(decoder, inputs, first=first, count=count, draws=samples, kept=False)
+            images = out[first : first + count]
+            if decoder.together:
+                decoder.last_two(maps[-1], images, by_pixel=channels_last)
+            else:
+                decoder.forward(len(kept) - 1, maps[-1], images, by_pixel=channels_last)
+    return out
+
+
+def backward(
+    grad: Tensor, image: Tensor, condition: Tensor, seed: Tensor, sample_ids: Tensor, packed: Tensor, biases: Tensor,
+    numbers: list[int], samples: int, slope: float, squash: bool,
+) -> Tensor:  # fmt: skip
+    """`purify_fast.ops.decode_samples.reference_backward`'s contract: [B, H * W * C]; the maps are made again."""
+    decoder = Decoder(packed, biases, numbers, slope=slope, squash=squash)
+    layers, (channels, h, w) = decoder.geometry.layers, decoder.geometry.start
+    total = len(condition) * samples
+    by_pixel = torch.empty((total, h * w, decoder.columns[0]), dtype=decoder.dtype, device=condition.device)
+    inputs = condition.contiguous(), seed, sample_ids.contiguous()
+    each = sum(decoder.elements(index) for index in range(len(layers)))
+    with on(condition):
+        for first, count in parts(total, 2 * each, decoder.dtype):
+            part = slice(first, first + count)
+            maps = _maps(decoder, inputs, first=first, count=count, draws=samples, kept=True)
+            g = grad[part].float()
+            g = g * image[part].float() * (1 - image[part].float()) if squash else g
+            g = g.to(decoder.dtype).permute(0, 2, 3, 1)
+            g = F.pad(g, (0, -g.shape[-1] % CHANNEL_TILE)).contiguous()
+            for index in reversed(range(len(layers))):
+                entered = maps.pop()
+                out = torch.empty_like(entered) if index else by_pixel[part]
+                decoder.backward(index, g, entered, out)
+                g = out
+    summed = by_pixel.unflatten(0, (-1, samples)).sum(1, dtype=torch.float32)
+    return summed[..., :channels].flatten(1)

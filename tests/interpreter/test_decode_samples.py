@@ -1,0 +1,186 @@
+"""Every form of decoder in the interpreter, against the definition in float64: with exact products, and in bfloat16."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from purify_fast.kernels import decode_samples as kernel
+from purify_fast.methods.carso.networks import Deconvolution, decoder_plan, published_decoder
+from purify_fast.methods.carso.networks_v1 import decoder_plan_v1
+
+op = import_module("purify_fast.ops.decode_samples")
+SEED = torch.tensor([2**40 + 5])
+
+
+def geometry(latent_dim: int, plan: tuple) -> op.Geometry:
+    (channels, h, w), layers = plan
+    start, sizes = (channels, h, w), []
+    for layer in layers:
+        h, w = layer.size(h, w)
+        sizes.append(op.Layer(layer.channels, layer.kernel, layer.stride, layer.padding, h, w))
+    return op.Geometry(latent_dim, start, tuple(sizes))
+
+
+def v1(channels: int, inputs: int, latent_dim: int) -> op.Geometry:
+    """Its first convolution sees one pixel: it is the linear layer."""
+    start, (first, *rest) = decoder_plan_v1(channels, inputs)
+    return geometry(latent_dim, ((first.channels, *first.size(*start[1:])), rest))
+
+
+GEOMETRIES = {
+    "cifar10": geometry(128, published_decoder((3, 32, 32))),
+    "tiny_imagenet": geometry(192, published_decoder((3, 64, 64))),
+    "mnist_v1": v1(1, 194, 64),
+    "digits": geometry(10, decoder_plan((1, 16, 16), 8)),
+    "oblong": geometry(5, decoder_plan((2, 13, 22), 24)),
+    "kernel_below_stride": geometry(33, ((40, 2, 3), [Deconvolution(96, 2, 3, 0), Deconvolution(5, 5, 1, 2)])),
+    "no_stride": geometry(7, ((12, 4, 3), [Deconvolution(20, 3, 1, 1), Deconvolution(9, 3, 1, 1)])),
+    "alone": geometry(7, ((12, 4, 3), [Deconvolution(17, 3, 2, 1)])),
+}
+#: Of which one sample takes the interpreter seconds.
+LARGE = ("cifar10", "tiny_imagenet", "mnist_v1", "digits")
+#: Where the last two layers can be one launch.
+TOGETHER = ("cifar10", "tiny_imagenet", "digits", "oblong", "no_stride")
+
+
+@pytest.fixture(autouse=True)
+def tiles(monkeypatch):
+    """Those of bfloat16 for float32 too: there the interpreter runs fewer programs, and the same ones."""
+    own = kernel.tiles
+    monkeypatch.setattr(kernel, "tiles", lambda columns, channels, dtype: own(columns, channels, torch.bfloat16))
+
+
+@pytest.fixture(autouse=True)
+def products_of_bfloat16(monkeypatch):
+    """The interpreter keeps bfloat16 as integers of 16 bits, and its tl.dot multiplies those as they are."""
+    own = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return own(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def arguments(name: str, dtype: torch.dtype, images: int = 2, samples: int = 2, slope: float = 0.2) -> tuple:
+    """What the op takes but for the last three, with random weights."""
+    sizes = GEOMETRIES[name]
+    images = 1 if name in LARGE else images
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    channels, h, w = sizes.start
+    first = normal(channels, h, w, sizes.latent_dim) / sizes.latent_dim**0.5
+    weights, biases = [], []
+    for layer in sizes.layers:
+        taps = layer.kernel**2 / layer.stride**2
+        weights.append(normal(channels, layer.channels, layer.kernel, layer.kernel) / (taps * channels) ** 0.5)
+        biases.append(normal(layer.channels) / 2)
+        channels = layer.channels
+    packed, shifts = op.pack(first, weights, biases)
+    condition = normal(images, h * w * sizes.start[0]).float()
+    ids = torch.arange(images) * 5 + 2**33
+    return condition, SEED, ids, packed.to(dtype), shifts.float(), sizes.numbers(), samples, slope
+
+
+def doubled(given: tuple) -> list:
+    return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given]
+
+
+def together(name: str, given: tuple) -> bool:
+    return kernel.Decoder(*given[3:6], slope=0.2, squash=True).together
+
+
+def error(got: torch.Tensor, golden: torch.Tensor) -> float:
+    assert got.shape == golden.shape
+    return float((got.double() - golden).norm() / golden.norm())
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_every_form_with_exact_products(poisoned, monkeypatch, name):
+    """Float32: the sums are of thousands of numbers, and nothing else rounds."""
+    given = arguments(name, torch.float32, samples=1 if name in LARGE else 2)
+    assert not together(name, given)
+    golden = op.reference(*doubled(given), True, False, torch.float64)
+    assert error(kernel.forward(*given, True, False, torch.float32), golden) < 3e-7
+    logits = op.reference(*doubled(given), False, False, torch.float64)
+    grad = torch.randn(golden.shape, generator=torch.Generator().manual_seed(1))
+    for image, squash in ((golden, True), (logits, False))[: 1 if name in LARGE else 2]:
+        slopes = op.reference_backward(*doubled((grad, image, *given)), squash)
+        assert error(kernel.backward(grad, image.float(), *given, squash), slopes) < 2e-6
+    monkeypatch.setattr(kernel, "TOGETHER", (torch.float32,))
+    assert together(name, given) == (name in TOGETHER)
+    for last in (False, True):
+        got = kernel.forward(*given, False, last, torch.float32)
+        layout = torch.channels_last if last else torch.contiguous_format
+        assert got.is_contiguous(memory_format=layout) and error(got, logits) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["cifar10", "oblong", "mnist_v1", "kernel_below_stride"])
+def test_bfloat16(poisoned, name):
+    """The interpreter truncates to bfloat16, which errs twice as far as to round, and all to one side."""
+    given = arguments(name, torch.bfloat16)
+    golden = op.reference(*doubled(given), True, False, torch.float64)
+    same = op.reference(*given, True, False, torch.bfloat16)
+    got = kernel.forward(*given, True, False, torch.bfloat16)
+    assert got.dtype == torch.bfloat16 and error(got, golden) < 4 * error(same, golden)
+    grad = torch.randn(golden.shape, generator=torch.Generator().manual_seed(1))
+    given = grad, golden.float(), *given, True
+    golden, same = op.reference_backward(*doubled(given)), op.reference_backward(*given)
+    assert error(kernel.backward(*given), golden) < 4 * error(same, golden)
+
+
+def test_one_sample_has_the_same_bits_in_every_batch_and_part(monkeypatch):
+    given = arguments("oblong", torch.bfloat16, images=3)
+    sizes = False, False, torch.float32
+    whole = kernel.forward(*given, *sizes)
+    grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1))
+    slopes = kernel.backward(grad, whole, *given, False)
+    one = [x[1:2] if i in (0, 2) else x for i, x in enumerate(given)]
+    assert torch.equal(kernel.forward(*one, *sizes), whole[2:4])
+    monkeypatch.setattr(kernel, "MEMORY", 20_000)  # parts of two samples or so: images are cut
+    decoder = kernel.Decoder(*given[3:6], slope=0.2, squash=False)
+    assert len(kernel.parts(6, decoder.elements(1), decoder.dtype)) > 1
+    assert torch.equal(kernel.forward(*given, *sizes), whole)
+    assert torch.equal(kernel.backward(grad, whole, *given, False), slopes)
+
+
+def test_fewer_rows_where_registers_are_fewer(monkeypatch):
+    given = arguments("cifar10", torch.bfloat16, images=1, samples=2)
+    whole = kernel.forward(*given, False, True, torch.float32)
+    monkeypatch.setattr(kernel, "FEWER_ROWS", {0: 128})
+    assert together("cifar10", given) and not together("tiny_imagenet", arguments("tiny_imagenet", torch.bfloat16))
+    assert torch.equal(kernel.forward(*given, False, True, torch.float32), whole)
+
+
+def test_a_flat_slope_and_no_images():
+    given = arguments("digits", torch.float32, slope=0.0)
+    golden = op.reference(*doubled(given), False, False, torch.float64)
+    assert error(kernel.forward(*given, False, False, torch.float32), golden) < 1e-6
+    grad = torch.ones(golden.shape)
+    slopes = op.reference_backward(*doubled((grad, golden, *given)), False)
+    assert error(kernel.backward(grad, golden.float(), *given, False), slopes) < 2e-6
+    nothing = [x[:0] if i in (0, 2) else x for i, x in enumerate(given)]
+    images = kernel.forward(*nothing, False, False, torch.float32)
+    assert images.shape == (0, 1, 16, 16)
+    assert kernel.backward(images, images, *nothing, False).shape == (0, given[0].shape[1])
+
+
+def test_the_latents_are_the_stream_s(ulps):
+    given = arguments("kernel_below_stride", torch.float32)
+    decoder = kernel.Decoder(*given[3:6], slope=0.2, squash=True)
+    drawn = kernel.draw(decoder, SEED, given[2], first=1, count=3, draws=2)
+    latents = op.latents(SEED, given[2], 2, 33).flatten(0, 1)
+    assert ulps(drawn[:, :33].contiguous(), latents[1:4].contiguous()) <= 6 and not drawn[:, 33:].any()
