@@ -284,11 +284,12 @@ def _power(columns: int, most: int) -> int:
     return min(columns & -columns, most)
 
 
-def tiles(columns: int, channels: int, dtype: torch.dtype) -> dict[str, int]:
+def tiles(columns: int, channels: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """Rows, columns and channels that a program of `_layer` multiplies at once, its warps, and loads under way."""
     if dtype == torch.bfloat16:
         tile = _power(columns, 128)
-        warps = 8 if tile == 128 else 4
+        # On sm_120 four warps have too few registers for 64 columns.
+        warps = 8 if tile == 128 or (tile == 64 and _common._major(device) == 12) else 4
         return {"ROWS": 128, "TILE": tile, "CHUNK": _power(channels, 64), "num_warps": warps, "num_stages": 3}
     # float32 is multiplied without the matrix units: what a thread keeps in registers bounds the tile
     return {"ROWS": 32, "TILE": _power(columns, 32), "CHUNK": 32, "num_warps": 4, "num_stages": 2}
@@ -434,7 +435,7 @@ class Decoder:
         entered: Tensor | None = None, first: int = 0, draws: int = 1,
     ) -> None:  # fmt: skip
         h, w, channels = size
-        tile = tiles(columns, channels, self.dtype)
+        tile = tiles(columns, channels, self.dtype, self.device)
         steps = (1, 1) if kind == GRADIENT else stride
         most = len(x) * -(-layer.height // steps[0]) * -(-layer.width // steps[1])
         blocks = triton.cdiv(most, tile["ROWS"])

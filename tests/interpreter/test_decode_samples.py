@@ -53,7 +53,9 @@ TOGETHER = ("cifar10", "tiny_imagenet", "digits", "oblong", "no_stride")
 def tiles(monkeypatch):
     """Those of bfloat16 for float32 too: there the interpreter runs fewer programs, and the same ones."""
     own = kernel.tiles
-    monkeypatch.setattr(kernel, "tiles", lambda columns, channels, dtype: own(columns, channels, torch.bfloat16))
+    monkeypatch.setattr(
+        kernel, "tiles", lambda columns, channels, _, device: own(columns, channels, torch.bfloat16, device)
+    )
 
 
 @pytest.fixture(autouse=True)
