@@ -14,7 +14,7 @@ constexpr double tangent_from = 70.0;  // fp32 stays finite up to logits of abou
 
 // exp(q), continued by its tangent above `tangent_from`.
 template <class W>
-PF_HD W tangent_exp(W q, W& slope) {
+PF_INLINE W tangent_exp(W q, W& slope) {
   constexpr W from = static_cast<W>(tangent_from);
   slope = exp(q > from ? from : q);
   return slope * (1 + max_nan(W(q - from), W(0)));
@@ -22,15 +22,15 @@ PF_HD W tangent_exp(W q, W& slope) {
 
 // A number to subtract inside logsumexp: the maximum, unless it is infinite.
 template <class W>
-PF_HD W shift_of(W maximum) {
+PF_INLINE W shift_of(W maximum) {
   constexpr W infinity = std::numeric_limits<W>::infinity();
   return abs(maximum) == infinity ? W(0) : maximum;
 }
 
 // Largest and smallest number of each lane over the samples.
 template <class W>
-PF_HD void lane_range(const W* __restrict__ tile, int64_t samples, int64_t width, W* __restrict__ most,
-                      W* __restrict__ least) {
+PF_INLINE void lane_range(const W* __restrict__ tile, int64_t samples, int64_t width, W* __restrict__ most,
+                          W* __restrict__ least) {
   for (int64_t i = 0; i < width; ++i) most[i] = least[i] = tile[i];
   for (int64_t k = 1; k < samples; ++k) {
     const W* row = tile + k * width;
@@ -48,8 +48,8 @@ constexpr int64_t aggregate_lanes = 64;
 // Over the samples of some lanes, `stride` numbers from one sample to the next: the largest, which logsumexp subtracts,
 // and the sum of the exponentials of the rest. Infinite logits make sums that mean nothing: the maximum tells.
 template <class T, class W>
-PF_HD void exponentials(const T* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride, W* __restrict__ most,
-                        W* __restrict__ sum) {
+PF_INLINE void exponentials(const T* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride,
+                            W* __restrict__ most, W* __restrict__ sum) {
   for (int64_t j = 0; j < lanes; ++j) most[j] = load(x[j]);
   for (int64_t k = 1; k < samples; ++k) {
     for (int64_t j = 0; j < lanes; ++j) most[j] = max_nan(static_cast<W>(load(x[k * stride + j])), most[j]);
@@ -62,8 +62,8 @@ PF_HD void exponentials(const T* __restrict__ x, int64_t samples, int64_t lanes,
 
 // The same, the exponentials written over the numbers.
 template <class W>
-PF_HD void tile_exponentials(W* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride, W* __restrict__ most,
-                             W* __restrict__ sum) {
+PF_INLINE void tile_exponentials(W* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride,
+                                 W* __restrict__ most, W* __restrict__ sum) {
   for (int64_t j = 0; j < lanes; ++j) most[j] = x[j];
   for (int64_t k = 1; k < samples; ++k) {
     for (int64_t j = 0; j < lanes; ++j) most[j] = max_nan(x[k * stride + j], most[j]);
@@ -80,8 +80,8 @@ PF_HD void tile_exponentials(W* __restrict__ x, int64_t samples, int64_t lanes, 
 
 // logsumexp over the samples of some lanes.
 template <class T, class W>
-PF_HD void logsumexp_lanes(const T* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride,
-                           W* __restrict__ out) {
+PF_INLINE void logsumexp_lanes(const T* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride,
+                               W* __restrict__ out) {
   W most[aggregate_lanes], sum[aggregate_lanes];
   exponentials(x, samples, lanes, stride, most, sum);
   for (int64_t j = 0; j < lanes; ++j) {
@@ -92,8 +92,8 @@ PF_HD void logsumexp_lanes(const T* __restrict__ x, int64_t samples, int64_t lan
 
 // grad * softmax over the samples of some lanes. scratch: samples * lanes numbers.
 template <class T, class W>
-PF_HD void softmax_lanes(const W* __restrict__ grad, const T* __restrict__ x, T* __restrict__ out, int64_t samples,
-                         int64_t lanes, int64_t stride, W* __restrict__ scratch) {
+PF_INLINE void softmax_lanes(const W* __restrict__ grad, const T* __restrict__ x, T* __restrict__ out, int64_t samples,
+                             int64_t lanes, int64_t stride, W* __restrict__ scratch) {
   constexpr W nan = std::numeric_limits<W>::quiet_NaN();
   for (int64_t k = 0; k < samples; ++k) {
     for (int64_t j = 0; j < lanes; ++j) scratch[k * lanes + j] = load(x[k * stride + j]);
@@ -113,7 +113,7 @@ PF_HD void softmax_lanes(const W* __restrict__ grad, const T* __restrict__ x, T*
 // other in x. NaN counts as the largest. Rows are the lanes: a search along one row would wait for itself at every
 // number.
 template <class T>
-PF_HD void first_largest(const T* __restrict__ x, int64_t rows, int64_t classes, int32_t* __restrict__ best) {
+PF_INLINE void first_largest(const T* __restrict__ x, int64_t rows, int64_t classes, int32_t* __restrict__ best) {
   using W = wide_t<T>;
   W most[aggregate_lanes];
   for (int64_t j = 0; j < rows; ++j) {
@@ -132,7 +132,7 @@ PF_HD void first_largest(const T* __restrict__ x, int64_t rows, int64_t classes,
 
 // The same of one long row: its largest number, then where that first is.
 template <class T>
-PF_HD int32_t first_largest_of(const T* __restrict__ x, int64_t classes) {
+PF_INLINE int32_t first_largest_of(const T* __restrict__ x, int64_t classes) {
   using W = wide_t<T>;
   W most[aggregate_lanes];
   for (int64_t j = 0; j < aggregate_lanes; ++j) most[j] = load(x[j < classes ? j : 0]);
@@ -160,15 +160,15 @@ struct LogSigmoids {
   W yes, no, e;
 };
 template <class W>
-PF_HD LogSigmoids<W> log_sigmoids(W x) {
+PF_INLINE LogSigmoids<W> log_sigmoids(W x) {
   const W e = exp_unit(-abs(x)), tail = log1p_unit(e);
   return {min_nan(x, W(0)) - tail, min_nan(-x, W(0)) - tail, e};
 }
 
 // For both signs: a number to subtract, and the sum over the samples of exp(log sigmoid(+-x) - that number).
 template <class W>
-PF_HD void log_sigmoid_sums(const W* __restrict__ tile, int64_t samples, int64_t width, W* __restrict__ yes_shift,
-                            W* __restrict__ no_shift, W* __restrict__ yes_sum, W* __restrict__ no_sum) {
+PF_INLINE void log_sigmoid_sums(const W* __restrict__ tile, int64_t samples, int64_t width, W* __restrict__ yes_shift,
+                                W* __restrict__ no_shift, W* __restrict__ yes_sum, W* __restrict__ no_sum) {
   lane_range(tile, samples, width, yes_shift, no_shift);
   for (int64_t i = 0; i < width; ++i) {
     // log sigmoid is monotone: its largest values are those of the largest and of the smallest logit
@@ -187,7 +187,7 @@ PF_HD void log_sigmoid_sums(const W* __restrict__ tile, int64_t samples, int64_t
 
 // Every class gets the sum over its image's classes.
 template <class W>
-PF_HD void sum_over_classes(W* __restrict__ row, int64_t images, int64_t classes) {
+PF_INLINE void sum_over_classes(W* __restrict__ row, int64_t images, int64_t classes) {
   for (int64_t image = 0; image < images; ++image, row += classes) {
     W total = 0;
     for (int64_t i = 0; i < classes; ++i) total += row[i];
@@ -197,7 +197,7 @@ PF_HD void sum_over_classes(W* __restrict__ row, int64_t images, int64_t classes
 
 // The parts of a softmax over the classes: s becomes s - max, sum becomes the sum of its exponentials.
 template <class W>
-PF_HD void softmax_parts(W* __restrict__ s, int64_t images, int64_t classes, int64_t width, W* __restrict__ sum) {
+PF_INLINE void softmax_parts(W* __restrict__ s, int64_t images, int64_t classes, int64_t width, W* __restrict__ sum) {
   for (int64_t image = 0; image < images; ++image) {
     W* row = s + image * classes;
     W most = row[0];
@@ -213,8 +213,8 @@ constexpr int aggregate_scratch_rows = 4;
 
 // tile [samples][width] -> out [width]; the tile is overwritten.
 template <class W>
-PF_HD void aggregate_tile(Aggregation method, W* __restrict__ tile, int64_t samples, int64_t images, int64_t classes,
-                          int64_t width, W* __restrict__ out, W* scratch) {
+PF_INLINE void aggregate_tile(Aggregation method, W* __restrict__ tile, int64_t samples, int64_t images,
+                              int64_t classes, int64_t width, W* __restrict__ out, W* scratch) {
   W* const __restrict__ a = scratch;
   W* const __restrict__ b = scratch + width;
   W* const __restrict__ c = scratch + 2 * width;
@@ -263,8 +263,8 @@ PF_HD void aggregate_tile(Aggregation method, W* __restrict__ tile, int64_t samp
 
 // grad [width] times the Jacobian, written over the logits in the tile; grad is overwritten.
 template <class W>
-PF_HD void aggregate_tile_backward(Aggregation method, W* __restrict__ tile, W* __restrict__ grad, int64_t samples,
-                                   int64_t images, int64_t classes, int64_t width, W* scratch) {
+PF_INLINE void aggregate_tile_backward(Aggregation method, W* __restrict__ tile, W* __restrict__ grad, int64_t samples,
+                                       int64_t images, int64_t classes, int64_t width, W* scratch) {
   constexpr W nan = std::numeric_limits<W>::quiet_NaN();
   W* const __restrict__ a = scratch;
   W* const __restrict__ b = scratch + width;

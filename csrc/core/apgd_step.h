@@ -12,34 +12,36 @@ struct ApgdStep : PgdStep<W> {
 
 // From x to z, the step without momentum, and on by a part of the last move.
 template <class W>
-PF_HD W with_momentum(W x, W z, W previous, ApgdStep<W> step) {
+PF_INLINE W with_momentum(W x, W z, W previous, ApgdStep<W> step) {
   return x + step.momentum * (z - x) + step.rest * (x - previous);
 }
 
 // One element.
 template <class W>
-PF_HD W apgd_step_linf(W x, W grad, W x_nat, W previous, ApgdStep<W> step) {
+PF_INLINE W apgd_step_linf(W x, W grad, W x_nat, W previous, ApgdStep<W> step) {
   const W moved = with_momentum(x, pgd_step_linf<W>(x, grad, x_nat, step), previous, step);
   return clamp_nan(min_nan(max_nan(moved, x_nat - step.eps), x_nat + step.eps), step.lo, step.hi);
 }
 
 // One sample of n elements; scratch holds n.
 template <class T, class W = wide_t<T>>
-PF_HD void apgd_step_l2(const T* x, const T* grad, const T* x_nat, const T* previous, T* out, int64_t n,
-                        ApgdStep<W> step, W* scratch) {
+PF_INLINE void apgd_step_l2(const T* x, const T* grad, const T* x_nat, const T* previous, T* out, int64_t n,
+                            ApgdStep<W> step, W* scratch) {
   const Direction<W> direction = l2_direction(grad, n);
   const W alpha = step.alpha;
-  const auto offset = [=](int64_t i)
-                          PF_INLINE { return (load(x[i]) + alpha * direction(load(grad[i]))) - load(x_nat[i]); };
+  const auto offset = [=](int64_t i) PF_INLINED_LAMBDA {
+    return (load(x[i]) + alpha * direction(load(grad[i]))) - load(x_nat[i]);
+  };
   const W inner = l2_shrink(n, step.eps, offset);
-  store_all(scratch, n, [=](int64_t i) PF_INLINE {
+  store_all(scratch, n, [=](int64_t i) PF_INLINED_LAMBDA {
     const W from = load(x[i]), center = load(x_nat[i]);
     const W z = clamp_nan(center + offset(i) * inner, step.lo, step.hi);
     return with_momentum(from, z, load(previous[i]), step) - center;
   });
-  const W outer = l2_shrink(n, step.eps, [=](int64_t i) PF_INLINE { return scratch[i]; });
-  store_all(out, n,
-            [=](int64_t i) PF_INLINE { return clamp_nan(load(x_nat[i]) + scratch[i] * outer, step.lo, step.hi); });
+  const W outer = l2_shrink(n, step.eps, [=](int64_t i) PF_INLINED_LAMBDA { return scratch[i]; });
+  store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA {
+    return clamp_nan(load(x_nat[i]) + scratch[i] * outer, step.lo, step.hi);
+  });
 }
 
 }  // namespace pf

@@ -10,12 +10,12 @@ namespace pf {
 struct Grid {
   int64_t height, width;
 
-  PF_HD int64_t cells() const { return height * width; }
+  PF_INLINE int64_t cells() const { return height * width; }
 };
 
 // A row of scores into keep * softmax(scale * keep * scores).
 template <class W>
-PF_HD void attention_row(W* __restrict__ row, const W* __restrict__ keep, W scale, int64_t n) {
+PF_INLINE void attention_row(W* __restrict__ row, const W* __restrict__ keep, W scale, int64_t n) {
   constexpr int lanes = 16;
   for (int64_t i = 0; i < n; ++i) row[i] *= scale * keep[i];
   W peaks[lanes];
@@ -29,15 +29,15 @@ PF_HD void attention_row(W* __restrict__ row, const W* __restrict__ keep, W scal
   const W peak = peaks[0];
   for (int64_t i = 0; i < n; ++i) row[i] = exp_unit(row[i] - peak);
   const W* e = row;
-  const W inverse = 1 / ordered_sum<W>(n, [=](int64_t i) PF_INLINE { return e[i]; });
+  const W inverse = 1 / ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA { return e[i]; });
   for (int64_t i = 0; i < n; ++i) row[i] *= inverse * keep[i];
 }
 
 // The gradient of the weights into that of the scores; keep is 1 wherever a weight is not 0.
 template <class W>
-PF_HD void attention_row_backward(W* __restrict__ row, const W* __restrict__ weights, W scale, int64_t n) {
+PF_INLINE void attention_row_backward(W* __restrict__ row, const W* __restrict__ weights, W scale, int64_t n) {
   const W* grad = row;
-  const W along = ordered_sum<W>(n, [=](int64_t i) PF_INLINE { return grad[i] * weights[i]; });
+  const W along = ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA { return grad[i] * weights[i]; });
   for (int64_t i = 0; i < n; ++i) row[i] = scale * weights[i] * (row[i] - along);
 }
 

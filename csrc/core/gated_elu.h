@@ -6,13 +6,13 @@
 namespace pf {
 
 template <class W>
-PF_HD W elu(W x) {
+PF_INLINE W elu(W x) {
   const W below = exp_units(x).minus_one;
   return x > 0 ? x : below;
 }
 
 template <class W>
-PF_HD W gated_elu(W a, W b) {
+PF_INLINE W gated_elu(W a, W b) {
   return elu(a) * sigmoid(b);
 }
 
@@ -23,7 +23,7 @@ struct GatedEluSlope {
 
 // By a and by b; s(b) s(-b) from one exponential, where 1 - s(b) would lose its digits.
 template <class W>
-PF_HD GatedEluSlope<W> gated_elu_slope(W a, W b) {
+PF_INLINE GatedEluSlope<W> gated_elu_slope(W a, W b) {
   const W tail = exp_unit(-abs(b)), inverse = 1 / (1 + tail);
   const W gate = (b < 0 ? tail : W(1)) * inverse;
   const ExpUnit<W> below = exp_units(a);

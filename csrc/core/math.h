@@ -1,39 +1,26 @@
 // What every kernel shares: storage types, fp32 functions a compiler can vectorise, sums in a fixed order.
 //
 // The fp32 functions are branch-free polynomials (minimax fits of our own), within 2 ulp of the truth, and keep NaN and
-// infinities. Built without fused multiply-adds they give the same bits on every CPU and GPU. float64 uses libm.
+// infinities. Built without fused multiply-adds they give the same bits on every CPU. float64 uses libm.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <limits>
 
-#if defined(__CUDACC__)
-#define PF_HD __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
-#define PF_HD __attribute__((always_inline)) inline  // inlined, so that it is compiled for its caller's instruction set
+// Inlined always, so that a function is compiled for its caller's instruction set. Lambdas take PF_INLINED_LAMBDA.
+#if defined(__GNUC__)
+#define PF_INLINE __attribute__((always_inline)) inline
+#define PF_INLINED_LAMBDA __attribute__((always_inline))
 #else
-#define PF_HD inline
-#endif
-// For lambdas, which do not inherit it.
-#if defined(__GNUC__) && !defined(__CUDACC__)
-#define PF_INLINE __attribute__((always_inline))
-#else
-#define PF_INLINE
-#endif
-// Loops over registers must be unrolled: a GPU's registers have no index.
-#if defined(__CUDACC__)
-#define PF_UNROLL _Pragma("unroll")
-#define PF_NO_UNROLL _Pragma("unroll 1")
-#else
-#define PF_UNROLL
-#define PF_NO_UNROLL
+#define PF_INLINE inline
+#define PF_INLINED_LAMBDA
 #endif
 
 namespace pf {
 
 template <class To, class From>
-PF_HD To bit_cast(From x) {
+PF_INLINE To bit_cast(From x) {
   static_assert(sizeof(To) == sizeof(From));
   return __builtin_bit_cast(To, x);
 }
@@ -58,10 +45,10 @@ struct wide<double> {
 template <class T>
 using wide_t = typename wide<T>::type;
 
-PF_HD float load(float x) { return x; }
-PF_HD double load(double x) { return x; }
-PF_HD float load(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
-PF_HD float load(half x) {
+PF_INLINE float load(float x) { return x; }
+PF_INLINE double load(double x) { return x; }
+PF_INLINE float load(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+PF_INLINE float load(half x) {
   const uint32_t magnitude = x.bits & 0x7fffu;
   // shifting the exponent by a multiplication is exact, for subnormal numbers too
   const float finite = bit_cast<float>(magnitude << 13) * 0x1p112f;
@@ -71,14 +58,14 @@ PF_HD float load(half x) {
 }
 
 // Round to nearest, ties to even, as PyTorch does.
-PF_HD void store(float& to, float x) { to = x; }
-PF_HD void store(double& to, double x) { to = x; }
-PF_HD void store(bfloat16& to, float x) {
+PF_INLINE void store(float& to, float x) { to = x; }
+PF_INLINE void store(double& to, double x) { to = x; }
+PF_INLINE void store(bfloat16& to, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   to.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
-PF_HD void store(half& to, float x) {
+PF_INLINE void store(half& to, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
@@ -91,26 +78,26 @@ PF_HD void store(half& to, float x) {
 // max, min and clamp that keep NaN, as torch.maximum, torch.minimum and torch.clamp do. One select for NaN in a, one
 // for NaN in b: compilers vectorise this form, not `a > b || a != a`.
 template <class W>
-PF_HD W max_nan(W a, W b) {
+PF_INLINE W max_nan(W a, W b) {
   const W most = a > b ? a : b;
   return a != a ? a : most;
 }
 template <class W>
-PF_HD W min_nan(W a, W b) {
+PF_INLINE W min_nan(W a, W b) {
   const W least = a < b ? a : b;
   return a != a ? a : least;
 }
 template <class W>
-PF_HD W clamp_nan(W x, W lo, W hi) {
+PF_INLINE W clamp_nan(W x, W lo, W hi) {
   x = x < lo ? lo : x;
   return x > hi ? hi : x;
 }
 template <class W>
-PF_HD W abs(W x) {
+PF_INLINE W abs(W x) {
   return x < 0 ? -x : x;
 }
 template <class W>
-PF_HD bool finite(W x) {
+PF_INLINE bool finite(W x) {
   constexpr W largest = std::numeric_limits<W>::max();
   return abs(x) <= largest;
 }
@@ -121,7 +108,7 @@ constexpr float ln2_hi = 0.693115234375f, ln2_lo = 3.1946183e-05f;  // hi has 12
 constexpr float magic = 12582912.0f;                                // 1.5 * 2^23: adding it rounds to an integer
 
 // exp(r) - 1 for |r| <= ln(2) / 2.
-PF_HD float exp_minus_one(float r) {
+PF_INLINE float exp_minus_one(float r) {
   float p = 1.98458769e-4f;
   p = p * r + 1.39406252e-3f;
   p = p * r + 8.33338937e-3f;
@@ -132,17 +119,17 @@ PF_HD float exp_minus_one(float r) {
 }
 
 // x = n ln 2 + r, |r| <= ln(2) / 2; returns exp(r) - 1. Any bits for n when x is NaN, but then r is NaN.
-PF_HD float reduce_exp(float x, int32_t& n) {
+PF_INLINE float reduce_exp(float x, int32_t& n) {
   const float shifted = x * 1.44269504f + magic;
   n = static_cast<int32_t>(bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(magic));
   const float whole = shifted - magic;
   return exp_minus_one((x - whole * ln2_hi) - whole * ln2_lo);
 }
 
-PF_HD float power_of_two(int32_t n) { return bit_cast<float>((static_cast<uint32_t>(n) + 127u) << 23); }
+PF_INLINE float power_of_two(int32_t n) { return bit_cast<float>((static_cast<uint32_t>(n) + 127u) << 23); }
 
 // log(1 + f) for sqrt(1/2) <= 1 + f <= sqrt(2), and a small term added where it costs no precision.
-PF_HD float log_near_one(float f, float small) {
+PF_INLINE float log_near_one(float f, float small) {
   float p = 0.067476823f;
   p = p * f - 0.116775028f;
   p = p * f + 0.11888712f;
@@ -158,7 +145,7 @@ PF_HD float log_near_one(float f, float small) {
 
 }  // namespace detail
 
-PF_HD float exp(float x) {
+PF_INLINE float exp(float x) {
   x = x > 90.0f ? 90.0f : x;  // infinity, after rounding
   x = x < -105.0f ? -105.0f : x;
   int32_t n;
@@ -173,7 +160,7 @@ template <class W>
 struct ExpUnit {
   W exp, minus_one;
 };
-PF_HD ExpUnit<float> exp_units(float x) {
+PF_INLINE ExpUnit<float> exp_units(float x) {
   constexpr float least = -87.33654f, shift = detail::magic + 127.0f;  // then the low bits are the exponent's
   const float bounded = x < least ? least : x;
   const float shifted = bounded * 1.44269504f + shift;
@@ -182,9 +169,9 @@ PF_HD ExpUnit<float> exp_units(float x) {
   const float scale = bit_cast<float>(bit_cast<uint32_t>(shifted) << 23);
   return {(x < least ? 0.0f : 1.0f + q) * scale, scale * q + (scale - 1.0f)};
 }
-PF_HD float exp_unit(float x) { return exp_units(x).exp; }
+PF_INLINE float exp_unit(float x) { return exp_units(x).exp; }
 
-PF_HD float expm1(float x) {
+PF_INLINE float expm1(float x) {
   x = x > 88.8f ? 88.8f : x;
   x = x < -40.0f ? -40.0f : x;
   int32_t n;
@@ -194,7 +181,7 @@ PF_HD float expm1(float x) {
   return n == 0 ? q : out;  // halving a subnormal number would round it
 }
 
-PF_HD float log(float x) {
+PF_INLINE float log(float x) {
   const bool tiny = x < 1.17549435e-38f;
   const uint32_t bits = bit_cast<uint32_t>(tiny ? x * 8388608.0f : x);
   const int32_t n =
@@ -209,14 +196,14 @@ PF_HD float log(float x) {
 }
 
 // log(1 + x) for 0 <= x <= 1, the only range the losses need.
-PF_HD float log1p_unit(float x) {
+PF_INLINE float log1p_unit(float x) {
   const bool upper = x > 0.41421354f;
   const float f = upper ? 0.5f * (x - 1.0f) : x;
   return (upper ? detail::ln2_hi : 0.0f) + detail::log_near_one(f, upper ? detail::ln2_lo : 0.0f);
 }
 
 // sine and cosine for 0 <= x <= 2 pi.
-PF_HD void sincos_turn(float x, float& sine, float& cosine) {
+PF_INLINE void sincos_turn(float x, float& sine, float& cosine) {
   const float shifted = x * 0.636619772f + detail::magic;
   const uint32_t quadrant = bit_cast<uint32_t>(shifted);  // its low bits
   const float n = shifted - detail::magic;
@@ -229,33 +216,32 @@ PF_HD void sincos_turn(float x, float& sine, float& cosine) {
   cosine = (quadrant + 1u) & 2u ? -cosine_size : cosine_size;
 }
 
-PF_HD double exp(double x) { return ::exp(x); }
-PF_HD double exp_unit(double x) { return ::exp(x); }
-PF_HD ExpUnit<double> exp_units(double x) { return {::exp(x), ::expm1(x)}; }
-PF_HD double expm1(double x) { return ::expm1(x); }
-PF_HD double log(double x) { return ::log(x); }
-PF_HD double log1p_unit(double x) { return ::log1p(x); }
-PF_HD float sqrt(float x) { return ::sqrtf(x); }
-PF_HD double sqrt(double x) { return ::sqrt(x); }
+PF_INLINE double exp(double x) { return ::exp(x); }
+PF_INLINE double exp_unit(double x) { return ::exp(x); }
+PF_INLINE ExpUnit<double> exp_units(double x) { return {::exp(x), ::expm1(x)}; }
+PF_INLINE double expm1(double x) { return ::expm1(x); }
+PF_INLINE double log(double x) { return ::log(x); }
+PF_INLINE double log1p_unit(double x) { return ::log1p(x); }
+PF_INLINE float sqrt(float x) { return ::sqrtf(x); }
+PF_INLINE double sqrt(double x) { return ::sqrt(x); }
 
 // 0 where it would be subnormal.
 template <class W>
-PF_HD W sigmoid(W x) {
+PF_INLINE W sigmoid(W x) {
   const W e = exp_unit(-abs(x));
   return (x < 0 ? e : W(1)) / (1 + e);
 }
 
 // log(sigmoid(x)); never above 0.
 template <class W>
-PF_HD W log_sigmoid(W x) {
+PF_INLINE W log_sigmoid(W x) {
   return min_nan(x, W(0)) - log1p_unit(exp_unit(-abs(x)));
 }
 
 // out[i] = value(i), i < n. Rounding to 16 bits is a loop of its own: together with clamps compilers do not vectorise
 // it.
 template <class T, class F>
-PF_HD void store_all(T* __restrict__ out, int64_t n, F value) {
-#if !defined(__CUDA_ARCH__)
+PF_INLINE void store_all(T* __restrict__ out, int64_t n, F value) {
   if constexpr (sizeof(T) == 2) {
     constexpr int64_t block = 128;
     float rounded[block];
@@ -266,13 +252,12 @@ PF_HD void store_all(T* __restrict__ out, int64_t n, F value) {
     }
     return;
   }
-#endif
   for (int64_t i = 0; i < n; ++i) store(out[i], value(i));
 }
 
 // Sum of term(i), i < n, in an order that depends on n alone: 16 running sums over blocks, the blocks added in double.
 template <class W, class F>
-PF_HD W ordered_sum(int64_t n, F term) {
+PF_INLINE W ordered_sum(int64_t n, F term) {
   constexpr int lanes = 16, block = 64 * lanes;
   const int64_t whole = n / lanes * lanes;
   double total = 0;

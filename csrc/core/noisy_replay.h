@@ -7,13 +7,13 @@ namespace pf {
 
 // NaN is not above the threshold.
 template <class W>
-PF_HD bool is_replayed(W drift, W tau) {
+PF_INLINE bool is_replayed(W drift, W tau) {
   return drift > tau;
 }
 
 // From a number of the stream in [0, 1); NaN in x or eps stays. 2 uniform - 1 is exact.
 template <class W>
-PF_HD W replayed(W x, float uniform, W eps, W lo, W hi) {
+PF_INLINE W replayed(W x, float uniform, W eps, W lo, W hi) {
   return clamp_nan(x + eps * static_cast<W>(2 * uniform - 1), lo, hi);
 }
 

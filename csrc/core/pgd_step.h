@@ -16,7 +16,7 @@ struct PgdStep {
 
 // One element. A non-finite or zero gradient moves nothing; NaN in x, x_nat, alpha or eps stays.
 template <class W>
-PF_HD W pgd_step_linf(W x, W grad, W x_nat, PgdStep<W> step) {
+PF_INLINE W pgd_step_linf(W x, W grad, W x_nat, PgdStep<W> step) {
   constexpr W largest = std::numeric_limits<W>::max();
   W sign = grad > 0 ? W(1) : W(0);
   sign = grad < 0 ? W(-1) : sign;
@@ -32,7 +32,7 @@ struct Direction {
   W scale, inverse;
   bool usable;
 
-  PF_HD W operator()(W grad) const {
+  PF_INLINE W operator()(W grad) const {
     const W unit = grad * scale * inverse;
     return usable ? unit : W(0);
   }
@@ -40,7 +40,7 @@ struct Direction {
 
 // max |x_i|; NaN if one is.
 template <class T, class W = wide_t<T>>
-PF_HD W largest_size(const T* x, int64_t n) {
+PF_INLINE W largest_size(const T* x, int64_t n) {
   constexpr int lanes = 16;
   W peaks[lanes] = {};
   const int64_t whole = n / lanes * lanes;
@@ -53,7 +53,7 @@ PF_HD W largest_size(const T* x, int64_t n) {
 }
 
 template <class T, class W = wide_t<T>>
-PF_HD Direction<W> l2_direction(const T* grad, int64_t n) {
+PF_INLINE Direction<W> l2_direction(const T* grad, int64_t n) {
   const W highest = largest_size(grad, n);
   const bool usable = finite(highest) & (highest > 0);
   const W peak = usable ? highest : W(1);
@@ -63,7 +63,7 @@ PF_HD Direction<W> l2_direction(const T* grad, int64_t n) {
   const W inverse = 1 / (peak * scale);
   // scaled by max |g|, so that the squares of tiny gradients do not vanish
   const W length = usable ? sqrt(ordered_sum<W>(n,
-                                                [=](int64_t i) PF_INLINE {
+                                                [=](int64_t i) PF_INLINED_LAMBDA {
                                                   const W g = load(grad[i]) * scale * inverse;
                                                   return g * g;
                                                 }))
@@ -73,8 +73,8 @@ PF_HD Direction<W> l2_direction(const T* grad, int64_t n) {
 
 // What offset(i), i < n, is multiplied by to lie in the ball.
 template <class W, class F>
-PF_HD W l2_shrink(int64_t n, W eps, F offset) {
-  const W radius = sqrt(ordered_sum<W>(n, [=](int64_t i) PF_INLINE {
+PF_INLINE W l2_shrink(int64_t n, W eps, F offset) {
+  const W radius = sqrt(ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA {
     const W d = offset(i);
     return d * d;
   }));
@@ -83,14 +83,16 @@ PF_HD W l2_shrink(int64_t n, W eps, F offset) {
 
 // One sample of n elements.
 template <class T, class W = wide_t<T>>
-PF_HD void pgd_step_l2(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step) {
+PF_INLINE void pgd_step_l2(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step) {
   const Direction<W> direction = l2_direction(grad, n);
   const W alpha = step.alpha;
-  const auto offset = [=](int64_t i)
-                          PF_INLINE { return (load(x[i]) + alpha * direction(load(grad[i]))) - load(x_nat[i]); };
+  const auto offset = [=](int64_t i) PF_INLINED_LAMBDA {
+    return (load(x[i]) + alpha * direction(load(grad[i]))) - load(x_nat[i]);
+  };
   const W shrink = l2_shrink(n, step.eps, offset);
-  store_all(out, n,
-            [=](int64_t i) PF_INLINE { return clamp_nan(load(x_nat[i]) + offset(i) * shrink, step.lo, step.hi); });
+  store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA {
+    return clamp_nan(load(x_nat[i]) + offset(i) * shrink, step.lo, step.hi);
+  });
 }
 
 template <class W>
@@ -99,7 +101,7 @@ using bits_t = std::conditional_t<sizeof(W) == 8, int64_t, int32_t>;
 // A threshold that the k largest of x_i, i < n, reach; of the others only those do that equal the k-th. It is never 0.
 // All x_i must lie in [0, most]: it bisects their bit patterns, which are ordered as such numbers are.
 template <class W>
-PF_HD W reached_by(int64_t k, const W* x, int64_t n, W most) {
+PF_INLINE W reached_by(int64_t k, const W* x, int64_t n, W most) {
   bits_t<W> low = 0, high = bit_cast<bits_t<W>>(most) + 1;  // at least k reach low, fewer reach high
   while (high - low > 1) {
     const bits_t<W> middle = low + (high - low) / 2;
@@ -114,13 +116,13 @@ PF_HD W reached_by(int64_t k, const W* x, int64_t n, W most) {
 
 // One sample of n elements, of which k move; scratch holds 3 n.
 template <class T, class W = wide_t<T>>
-PF_HD void pgd_step_l1(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step, int64_t k,
-                       W* scratch) {
+PF_INLINE void pgd_step_l1(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step, int64_t k,
+                           W* scratch) {
   W *moved = scratch, *size = scratch + n, *room = scratch + 2 * n;
   const W lo = step.lo, hi = step.hi, most = largest_size(grad, n);
   W least = std::numeric_limits<W>::infinity(), length = 0;
   if (finite(most)) {
-    store_all(size, n, [=](int64_t i) PF_INLINE {
+    store_all(size, n, [=](int64_t i) PF_INLINED_LAMBDA {
       const W at = load(x[i]), g = load(grad[i]);
       const bool stopped = ((at >= hi) & (g > 0)) | ((at <= lo) & (g < 0));
       return stopped ? W(0) : abs(g);
@@ -130,22 +132,23 @@ PF_HD void pgd_step_l1(const T* x, const T* grad, const T* x_nat, T* out, int64_
     for (int64_t i = 0; i < n; ++i) count += (size[i] >= least) & (size[i] > 0) ? 1 : 0;
     length = step.alpha * (1 / static_cast<W>(count > 0 ? count : 1));
   } else {
-    store_all(size, n, [](int64_t) PF_INLINE { return W(0); });
+    store_all(size, n, [](int64_t) PF_INLINED_LAMBDA { return W(0); });
   }
-  store_all(moved, n, [=](int64_t i) PF_INLINE {
+  store_all(moved, n, [=](int64_t i) PF_INLINED_LAMBDA {
     const W ahead = load(grad[i]) > 0 ? length : -length;
     // the least number of all is 0 to a processor that flushes denormals
     return load(x[i]) + ((size[i] >= least) & (size[i] > 0) ? ahead : W(0));
   });
 
-  const auto offset = [=](int64_t i) PF_INLINE { return moved[i] - load(x_nat[i]); };
-  store_all(size, n, [=](int64_t i) PF_INLINE { return abs(offset(i)); });
-  store_all(room, n, [=](int64_t i) PF_INLINE {
+  const auto offset = [=](int64_t i) PF_INLINED_LAMBDA { return moved[i] - load(x_nat[i]); };
+  store_all(size, n, [=](int64_t i) PF_INLINED_LAMBDA { return abs(offset(i)); });
+  store_all(room, n, [=](int64_t i) PF_INLINED_LAMBDA {
     const W center = load(x_nat[i]), free = offset(i) > 0 ? hi - center : center - lo;
     return free > 0 ? free : W(0);
   });
-  const auto outside = [=](W shift) PF_INLINE {  // NaN is not
-    return ordered_sum<W>(n, [=](int64_t i) PF_INLINE { return clamp_nan(size[i] - shift, W(0), room[i]); }) > step.eps;
+  const auto outside = [=](W shift) PF_INLINED_LAMBDA {  // NaN is not
+    return ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA { return clamp_nan(size[i] - shift, W(0), room[i]); }) >
+           step.eps;
   };
   const bool moves = outside(0);
   W outer = 0;
@@ -157,7 +160,7 @@ PF_HD void pgd_step_l1(const T* x, const T* grad, const T* x_nat, T* out, int64_
       (outside(middle) ? inner : outer) = middle;
     }
   }
-  store_all(out, n, [=](int64_t i) PF_INLINE {
+  store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA {
     const W center = load(x_nat[i]), d = offset(i), left = clamp_nan(abs(d) - outer, W(0), abs(d));
     const W z = center + (d < 0 ? -left : left);
     return clamp_nan(moves | (d != d) ? z : moved[i], lo, hi);

@@ -23,15 +23,14 @@ struct Key {
   uint32_t low, high;
 };
 
-PF_HD Key key_of(int64_t seed) {
+PF_INLINE Key key_of(int64_t seed) {
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)};
 }
 
 // Replaces the counter by its four random words. U holds 32-bit words: uint32_t, or uint64_t with the upper half zero,
 // which vectorises twice as well with AVX-512.
 template <class U>
-PF_HD void philox(Key key, U& c0, U& c1, U& c2, U& c3) {
-  PF_UNROLL
+PF_INLINE void philox(Key key, U& c0, U& c1, U& c2, U& c3) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u, p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
     c0 = static_cast<U>(p1 >> 32) ^ c1 ^ key.low;
@@ -44,10 +43,10 @@ PF_HD void philox(Key key, U& c0, U& c1, U& c2, U& c3) {
 }
 
 // [0, 1), a multiple of 2^-24. The detour over int32 is exact, and one instruction on every CPU.
-PF_HD float uniform(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f; }
+PF_INLINE float uniform(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f; }
 
 // Two independent normals from two words, by Box-Muller.
-PF_HD void normal_pair(uint32_t a, uint32_t b, float& first, float& second) {
+PF_INLINE void normal_pair(uint32_t a, uint32_t b, float& first, float& second) {
   const float u = static_cast<float>(static_cast<int32_t>((a >> 8) + 1u)) * 0x1p-24f;  // (0, 1]
   const float radius = sqrt(-2.0f * log(u));
   float sine, cosine;
@@ -58,8 +57,8 @@ PF_HD void normal_pair(uint32_t a, uint32_t b, float& first, float& second) {
 }
 
 // Elements 4 group .. 4 group + 3 of one sample and draw; floats travel as their bits.
-PF_HD void draw_group(Distribution kind, Key key, uint32_t group, uint32_t draw, uint32_t sample, uint32_t stream,
-                      uint32_t out[4]) {
+PF_INLINE void draw_group(Distribution kind, Key key, uint32_t group, uint32_t draw, uint32_t sample, uint32_t stream,
+                          uint32_t out[4]) {
   uint32_t w[4] = {group, draw, sample, stream};
   philox(key, w[0], w[1], w[2], w[3]);
   for (int i = 0; i < 4; ++i) out[i] = kind == Distribution::bits ? w[i] : bit_cast<uint32_t>(uniform(w[i]));

@@ -7,25 +7,25 @@ namespace pf {
 
 // max(l, 0) - l t + log(1 + exp(-|l|)); in this order the loss of a right and certain pixel keeps all its digits.
 template <class W>
-PF_HD W reconstruction_loss_term(W logit, W target) {
+PF_INLINE W reconstruction_loss_term(W logit, W target) {
   return ((1 - target) * logit - min_nan(logit, W(0))) + log1p_unit(exp_unit(-abs(logit)));
 }
 
 template <class L, class T, class W = wide_t<L>>
-PF_HD W reconstruction_loss(const L* logits, const T* target, int64_t n) {
+PF_INLINE W reconstruction_loss(const L* logits, const T* target, int64_t n) {
   return ordered_sum<W>(
-      n, [=](int64_t i) PF_INLINE { return reconstruction_loss_term<W>(load(logits[i]), load(target[i])); });
+      n, [=](int64_t i) PF_INLINED_LAMBDA { return reconstruction_loss_term<W>(load(logits[i]), load(target[i])); });
 }
 
 template <class W>
-PF_HD W reconstruction_loss_slope(W logit, W target) {
+PF_INLINE W reconstruction_loss_slope(W logit, W target) {
   return sigmoid(logit) - target;
 }
 
 // The loss, in the same order, and on the way its slope at every pixel.
 template <class L, class T, class W = wide_t<L>>
-PF_HD W reconstruction_loss_and_slope(const L* logits, const T* target, W* __restrict__ slope, int64_t n) {
-  return ordered_sum<W>(n, [=](int64_t i) PF_INLINE {
+PF_INLINE W reconstruction_loss_and_slope(const L* logits, const T* target, W* __restrict__ slope, int64_t n) {
+  return ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA {
     const W logit = load(logits[i]), t = load(target[i]), e = exp_unit(-abs(logit));
     slope[i] = (logit < 0 ? e : W(1)) / (1 + e) - t;
     return ((1 - t) * logit - min_nan(logit, W(0))) + log1p_unit(e);

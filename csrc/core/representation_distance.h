@@ -22,12 +22,12 @@ struct Measured {
 
 // Running sums in float, folded into half as many in double before they are long.
 template <int lanes, class W>
-PF_HD void fold(const W* x, double* total) {
+PF_INLINE void fold(const W* x, double* total) {
   constexpr int half = lanes / 2;
   for (int j = 0; j < half; ++j) total[j] += static_cast<double>(x[j]) + static_cast<double>(x[j + half]);
 }
 template <int lanes>
-PF_HD double sum_of(double* x) {
+PF_INLINE double sum_of(double* x) {
   for (int width = lanes / 2; width > 0; width /= 2) {
     for (int j = 0; j < width; ++j) x[j] += x[j + width];
   }
@@ -37,12 +37,8 @@ PF_HD double sum_of(double* x) {
 // One pass, in an order that depends on n alone. The three sums are made alike, so that they are equal to the last bit
 // where u = v.
 template <class L, class T, class W = wide_t<L>>
-PF_HD Products products(const L* u, const T* v, int64_t n) {
-#if defined(__CUDA_ARCH__)
-  constexpr int lanes = 4;  // a thread's registers are few
-#else
+PF_INLINE Products products(const L* u, const T* v, int64_t n) {
   constexpr int lanes = 32;
-#endif
   constexpr int block = 32 * lanes;
   double dot[lanes / 2] = {}, uu[lanes / 2] = {}, vv[lanes / 2] = {};
   const int64_t whole = n / lanes * lanes;
@@ -70,7 +66,7 @@ PF_HD Products products(const L* u, const T* v, int64_t n) {
   return {sum_of<lanes / 2>(dot), sum_of<lanes / 2>(uu), sum_of<lanes / 2>(vv)};
 }
 
-PF_HD Measured angle(Distance kind, Products p) {
+PF_INLINE Measured angle(Distance kind, Products p) {
   const double norms = sqrt(p.uu * p.vv);
   if (norms < least_norms) return {kind == Distance::angular ? 0.5 : 1.0, 0, 0};
   constexpr double infinity = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
@@ -87,14 +83,14 @@ PF_HD Measured angle(Distance kind, Products p) {
 }
 
 // From |u - v|^2.
-PF_HD Measured euclidean(double square) {
+PF_INLINE Measured euclidean(double square) {
   const double distance = sqrt(square);
   return {distance, distance > 0 ? -1 / distance : 0 * distance, 1};
 }
 
 template <class L, class T, class W = wide_t<L>>
-PF_HD W square_distance(const L* u, const T* v, int64_t n) {
-  return ordered_sum<W>(n, [=](int64_t i) PF_INLINE {
+PF_INLINE W square_distance(const L* u, const T* v, int64_t n) {
+  return ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA {
     const W d = static_cast<W>(load(u[i])) - static_cast<W>(load(v[i]));
     return d * d;
   });
@@ -102,12 +98,12 @@ PF_HD W square_distance(const L* u, const T* v, int64_t n) {
 
 // One sample of n elements.
 template <class L, class T>
-PF_HD Measured representation_distance(Distance kind, const L* u, const T* v, int64_t n) {
+PF_INLINE Measured representation_distance(Distance kind, const L* u, const T* v, int64_t n) {
   return kind == Distance::l2 ? euclidean(square_distance(u, v, n)) : angle(kind, products(u, v, n));
 }
 
 template <class W>
-PF_HD W representation_slope(W u, W v, W scale, W along) {
+PF_INLINE W representation_slope(W u, W v, W scale, W along) {
   return scale * (v - along * u);
 }
 

@@ -10,7 +10,7 @@ struct Blocks {
   int64_t tall, wide, columns;
 
   // The block of a pixel, counted row by row.
-  PF_HD int64_t of(int64_t row, int64_t column) const { return row / tall * columns + column / wide; }
+  PF_INLINE int64_t of(int64_t row, int64_t column) const { return row / tall * columns + column / wide; }
 };
 
 }  // namespace pf

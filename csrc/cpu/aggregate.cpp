@@ -12,8 +12,8 @@ constexpr int64_t lanes = 16, tile_width = 128;
 // Logits [images][samples][classes] <-> a tile [samples][width], width >= images * classes; the rest is 0. 16-bit
 // numbers of several images are gathered first, so that they are converted in one long loop.
 template <class T, class W>
-PF_HD void to_tile(const T* __restrict__ logits, W* __restrict__ tile, int64_t images, int64_t samples, int64_t classes,
-                   int64_t width) {
+PF_INLINE void to_tile(const T* __restrict__ logits, W* __restrict__ tile, int64_t images, int64_t samples,
+                       int64_t classes, int64_t width) {
   const bool gather = sizeof(T) == 2 && images > 1;
   T gathered[tile_width] = {};
   for (int64_t k = 0; k < samples; ++k, tile += width) {
@@ -27,8 +27,8 @@ PF_HD void to_tile(const T* __restrict__ logits, W* __restrict__ tile, int64_t i
   }
 }
 template <class T, class W>
-PF_HD void from_tile(const W* __restrict__ tile, T* __restrict__ out, int64_t images, int64_t samples, int64_t classes,
-                     int64_t width) {
+PF_INLINE void from_tile(const W* __restrict__ tile, T* __restrict__ out, int64_t images, int64_t samples,
+                         int64_t classes, int64_t width) {
   const bool gather = sizeof(T) == 2 && images > 1;
   T gathered[tile_width];
   for (int64_t k = 0; k < samples; ++k, tile += width) {
@@ -43,8 +43,8 @@ PF_HD void from_tile(const W* __restrict__ tile, T* __restrict__ out, int64_t im
 
 // scratch: samples + aggregate_scratch_rows + 1 rows of `width`
 template <class T, class W = wide_t<T>>
-PF_HD void forward_tile(Aggregation method, const T* logits, W* out, int64_t images, int64_t samples, int64_t classes,
-                        int64_t width, W* scratch) {
+PF_INLINE void forward_tile(Aggregation method, const T* logits, W* out, int64_t images, int64_t samples,
+                            int64_t classes, int64_t width, W* scratch) {
   width = width / lanes * lanes;  // as it is: the compiler should know, too
   W *tile = scratch, *row = tile + samples * width;
   to_tile(logits, tile, images, samples, classes, width);
@@ -52,8 +52,8 @@ PF_HD void forward_tile(Aggregation method, const T* logits, W* out, int64_t ima
   for (int64_t i = 0; i < images * classes; ++i) out[i] = row[i];
 }
 template <class T, class W = wide_t<T>>
-PF_HD void backward_tile(Aggregation method, const W* grad, const T* logits, T* out, int64_t images, int64_t samples,
-                         int64_t classes, int64_t width, W* scratch) {
+PF_INLINE void backward_tile(Aggregation method, const W* grad, const T* logits, T* out, int64_t images,
+                             int64_t samples, int64_t classes, int64_t width, W* scratch) {
   width = width / lanes * lanes;
   W *tile = scratch, *row = tile + samples * width;
   if (method != Aggregation::mean) to_tile(logits, tile, images, samples, classes, width);
@@ -65,7 +65,7 @@ PF_HD void backward_tile(Aggregation method, const W* grad, const T* logits, T* 
 // f(first lane, lanes) for the classes of one image, which are as many as `lanes` at least and read where they lie: a
 // tile would be a copy. Calls get whole groups of lanes; the last overlaps another, and its lanes are computed twice.
 template <class F>
-PF_HD void for_lanes(int64_t classes, F f) {
+PF_INLINE void for_lanes(int64_t classes, F f) {
   const int64_t groups = (classes + lanes - 1) / lanes, most = aggregate_lanes / lanes,
                 parts = (groups + most - 1) / most;
   if (parts == 1 && classes % lanes != 0) {  // one call would be wider than a row
@@ -80,20 +80,20 @@ PF_HD void for_lanes(int64_t classes, F f) {
   }
 }
 template <class T, class W = wide_t<T>>
-PF_HD void forward_image(const T* logits, W* out, int64_t samples, int64_t classes) {
-  for_lanes(classes, [=](int64_t at, int64_t width) PF_INLINE {
+PF_INLINE void forward_image(const T* logits, W* out, int64_t samples, int64_t classes) {
+  for_lanes(classes, [=](int64_t at, int64_t width) PF_INLINED_LAMBDA {
     logsumexp_lanes(logits + at, samples, width / lanes * lanes, classes, out + at);
   });
 }
 template <class T, class W = wide_t<T>>
-PF_HD void backward_image(const W* grad, const T* logits, T* out, int64_t samples, int64_t classes, W* scratch) {
-  for_lanes(classes, [=](int64_t at, int64_t width) PF_INLINE {
+PF_INLINE void backward_image(const W* grad, const T* logits, T* out, int64_t samples, int64_t classes, W* scratch) {
+  for_lanes(classes, [=](int64_t at, int64_t width) PF_INLINED_LAMBDA {
     softmax_lanes(grad + at, logits + at, out + at, samples, width / lanes * lanes, classes, scratch);
   });
 }
 template <class T, class W = wide_t<T>>
-PF_HD void mean_image(const T* logits, W* out, int64_t samples, int64_t classes) {
-  for_lanes(classes, [=](int64_t at, int64_t width) PF_INLINE {
+PF_INLINE void mean_image(const T* logits, W* out, int64_t samples, int64_t classes) {
+  for_lanes(classes, [=](int64_t at, int64_t width) PF_INLINED_LAMBDA {
     W sum[aggregate_lanes] = {};
     for (int64_t k = 0; k < samples; ++k) {
       for (int64_t j = 0; j < width / lanes * lanes; ++j) sum[j] += load(logits[k * classes + at + j]);
@@ -103,7 +103,7 @@ PF_HD void mean_image(const T* logits, W* out, int64_t samples, int64_t classes)
 }
 // All images at once: their rows follow one another.
 template <class T, class W = wide_t<T>>
-PF_HD void vote_images(const T* logits, W* out, int64_t images, int64_t samples, int64_t classes) {
+PF_INLINE void vote_images(const T* logits, W* out, int64_t images, int64_t samples, int64_t classes) {
   for (int64_t i = 0; i < images * classes; ++i) out[i] = 0;
   int32_t best[aggregate_lanes];
   for (int64_t row = 0; row < images * samples; row += aggregate_lanes) {
@@ -117,7 +117,7 @@ PF_HD void vote_images(const T* logits, W* out, int64_t images, int64_t samples,
   }
 }
 template <class T, class W = wide_t<T>>
-PF_HD void mean_image_backward(const W* grad, T* out, int64_t samples, int64_t classes, W* scratch) {
+PF_INLINE void mean_image_backward(const W* grad, T* out, int64_t samples, int64_t classes, W* scratch) {
   for (int64_t i = 0; i < classes; ++i) scratch[i] = grad[i] / static_cast<W>(samples);
   for (int64_t k = 0; k < samples; ++k) {
     for (int64_t i = 0; i < classes; ++i) store(out[k * classes + i], scratch[i]);
@@ -127,11 +127,11 @@ PF_HD void mean_image_backward(const W* grad, T* out, int64_t samples, int64_t c
 // Beside the op's result, three rows of every image that its backward would compute again: the largest logits, what
 // their exponentials are multiplied by, and for "peel" the probabilities of the classes. scratch: a row.
 template <class T, class W = wide_t<T>>
-PF_HD void keep_image(Aggregation method, const T* logits, W* out, W* kept, int64_t samples, int64_t classes,
-                      W* scratch) {
+PF_INLINE void keep_image(Aggregation method, const T* logits, W* out, W* kept, int64_t samples, int64_t classes,
+                          W* scratch) {
   constexpr W nan = std::numeric_limits<W>::quiet_NaN();
   W *most = kept, *factor = kept + classes, *share = kept + 2 * classes;
-  for_lanes(classes, [=](int64_t at, int64_t width) PF_INLINE {
+  for_lanes(classes, [=](int64_t at, int64_t width) PF_INLINED_LAMBDA {
     exponentials(logits + at, samples, width / lanes * lanes, classes, most + at, share + at);
   });
   for (int64_t i = 0; i < classes; ++i) {
@@ -152,12 +152,13 @@ PF_HD void keep_image(Aggregation method, const T* logits, W* out, W* kept, int6
   }
 }
 template <class T, class W = wide_t<T>>
-PF_HD void kept_image_backward(Aggregation method, const W* grad, const T* logits, const W* kept, T* out,
-                               int64_t samples, int64_t classes, W* scratch) {
+PF_INLINE void kept_image_backward(Aggregation method, const W* grad, const T* logits, const W* kept, T* out,
+                                   int64_t samples, int64_t classes, W* scratch) {
   const W *most = kept, *factor = kept + classes, *share = kept + 2 * classes, *slope = scratch;
   // of a probability near 1 the difference below is of the size of this sum's rounding
-  const W total =
-      method == Aggregation::peel ? ordered_sum<W>(classes, [=](int64_t i) PF_INLINE { return grad[i]; }) : W(0);
+  const W total = method == Aggregation::peel
+                      ? ordered_sum<W>(classes, [=](int64_t i) PF_INLINED_LAMBDA { return grad[i]; })
+                      : W(0);
   for (int64_t i = 0; i < classes; ++i) {
     const W beside = method == Aggregation::peel ? share[i] * total : W(0);
     scratch[i] = (grad[i] - beside) * factor[i];
@@ -165,7 +166,7 @@ PF_HD void kept_image_backward(Aggregation method, const W* grad, const T* logit
   for (int64_t k = 0; k < samples; ++k) {
     const T* x = logits + k * classes;
     store_all(out + k * classes, classes,
-              [=](int64_t i) PF_INLINE { return exp_unit(static_cast<W>(load(x[i])) - most[i]) * slope[i]; });
+              [=](int64_t i) PF_INLINED_LAMBDA { return exp_unit(static_cast<W>(load(x[i])) - most[i]) * slope[i]; });
   }
 }
 

@@ -13,9 +13,9 @@ namespace pf::cpu {
 namespace {
 
 template <class T>
-PF_HD void linf_loop(const T* x, const T* grad, const T* x_nat, const T* previous, T* out, int64_t n,
-                     ApgdStep<wide_t<T>> step) {
-  store_all(out, n, [=](int64_t i) PF_INLINE {
+PF_INLINE void linf_loop(const T* x, const T* grad, const T* x_nat, const T* previous, T* out, int64_t n,
+                         ApgdStep<wide_t<T>> step) {
+  store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA {
     return apgd_step_linf(load(x[i]), load(grad[i]), load(x_nat[i]), load(previous[i]), step);
   });
 }

@@ -26,8 +26,8 @@ struct Call {
 
 // Sums of neighbours of the products of pixels, the keys scaled.
 template <class W>
-PF_HD void scores_loop(const Dense<W>& x, int64_t first, const W* inverse, W* out, const Call<W>& call, int64_t begin,
-                       int64_t end) {
+PF_INLINE void scores_loop(const Dense<W>& x, int64_t first, const W* inverse, W* out, const Call<W>& call,
+                           int64_t begin, int64_t end) {
   Term<W> terms[9];
   for (int64_t n = begin; n < end; ++n) {
     W* row = out + n * call.size();
@@ -37,7 +37,7 @@ PF_HD void scores_loop(const Dense<W>& x, int64_t first, const W* inverse, W* ou
   }
 }
 template <class W>
-PF_HD void rows_loop(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end) {
+PF_INLINE void rows_loop(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end) {
   Term<W> terms[3];
   for (int64_t n = begin; n < end; ++n) {
     row_terms(call.matrix(x), call.cells(), n, call.masks, terms);
@@ -45,7 +45,7 @@ PF_HD void rows_loop(const W* x, W* out, const Call<W>& call, int64_t begin, int
   }
 }
 template <class W>
-PF_HD void columns_loop(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end) {
+PF_INLINE void columns_loop(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end) {
   Term<W> terms[5];
   for (int64_t n = begin; n < end; ++n) {
     column_terms(call.matrix(x), call.grid, n, call.masks, terms);
@@ -54,7 +54,8 @@ PF_HD void columns_loop(const W* x, W* out, const Call<W>& call, int64_t begin, 
 }
 // The weights, in scratch memory and as the op returns them.
 template <class W>
-PF_HD void attend_loop(const W* x, const W* keep, W* out, W* weights, const Call<W>& call, int64_t begin, int64_t end) {
+PF_INLINE void attend_loop(const W* x, const W* keep, W* out, W* weights, const Call<W>& call, int64_t begin,
+                           int64_t end) {
   const int64_t cells = call.cells();
   columns_loop(x, out, call, begin, end);
   for (int64_t n = begin; n < end; ++n) {
@@ -65,7 +66,7 @@ PF_HD void attend_loop(const W* x, const W* keep, W* out, W* weights, const Call
 }
 // The weights' sums of the four phases; spare: as many rows.
 template <class T, class W = wide_t<T>>
-PF_HD void spread_loop(const W* weights, T* out, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
+PF_INLINE void spread_loop(const W* weights, T* out, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
   const int64_t cells = call.cells();
   Term<W> terms[9];
   for (int64_t n = begin; n < end; ++n) {
@@ -73,14 +74,14 @@ PF_HD void spread_loop(const W* weights, T* out, const Call<W>& call, int64_t be
     quarter_terms(terms, spare, call.size());
     for (int64_t phase = 0; phase < 4; ++phase) {
       const W* row = spare + phase * call.size();
-      store_all(out + (phase * cells + n) * cells, cells, [=](int64_t i) PF_INLINE { return row[i]; });
+      store_all(out + (phase * cells + n) * cells, cells, [=](int64_t i) PF_INLINED_LAMBDA { return row[i]; });
     }
   }
 }
 // The gradient of the scores, from that of the weights' sums.
 template <class T, class W = wide_t<T>>
-PF_HD void gather_loop(const Dense<T>& grad, int64_t first, const W* weights, W* out, const Call<W>& call,
-                       int64_t begin, int64_t end) {
+PF_INLINE void gather_loop(const Dense<T>& grad, int64_t first, const W* weights, W* out, const Call<W>& call,
+                           int64_t begin, int64_t end) {
   Term<T> terms[16];
   for (int64_t n = begin; n < end; ++n) {
     W* row = out + n * call.size();
@@ -93,8 +94,8 @@ PF_HD void gather_loop(const Dense<T>& grad, int64_t first, const W* weights, W*
 // `x` fused by rows and scaled into `out`, and the gradient of the inverse norms, summed over these queries. spare: two
 // rows.
 template <class W>
-PF_HD void inverse_loop(const W* x, const Dense<W>& correlation, int64_t first, const W* inverse, W* out, W* to_inverse,
-                        const Call<W>& call, int64_t begin, int64_t end, W* spare) {
+PF_INLINE void inverse_loop(const W* x, const Dense<W>& correlation, int64_t first, const W* inverse, W* out,
+                            W* to_inverse, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
   const int64_t cells = call.cells(), size = call.size();
   const W *fused = spare, *patches = spare + size;
   Term<W> near[3], around[9];
@@ -112,7 +113,7 @@ PF_HD void inverse_loop(const W* x, const Dense<W>& correlation, int64_t first, 
 }
 // spare: a row.
 template <class W>
-PF_HD void patches_loop(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
+PF_INLINE void patches_loop(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
   const int64_t cells = call.cells();
   const W* row = spare;
   Term<W> terms[9];

@@ -15,7 +15,7 @@ struct Maps {
 
 // Planes begin .. end of contiguous maps; plane c of sample b is number b * channels + c.
 template <class T>
-PF_HD void split_planes_loop(const T* x, T* phases, Maps maps, int64_t begin, int64_t end) {
+PF_INLINE void split_planes_loop(const T* x, T* phases, Maps maps, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     T* to = phases + (i / maps.channels * 4 * maps.channels + i % maps.channels) * maps.cells();
     split_plane(x + i * 4 * maps.cells(), to, maps.height, maps.width, maps.phase());
@@ -23,20 +23,20 @@ PF_HD void split_planes_loop(const T* x, T* phases, Maps maps, int64_t begin, in
 }
 // `more`, if given, is added to phase 0: [batch, channels, cells]. spare: a plane.
 template <class T, class W = wide_t<T>>
-PF_HD void join_planes_loop(const T* phases, const W* more, T* x, Maps maps, int64_t begin, int64_t end, T* spare) {
+PF_INLINE void join_planes_loop(const T* phases, const W* more, T* x, Maps maps, int64_t begin, int64_t end, T* spare) {
   const int64_t cells = maps.cells();
   for (int64_t i = begin; i < end; ++i) {
     const T* from = phases + (i / maps.channels * 4 * maps.channels + i % maps.channels) * cells;
     if (more) {
       const W* added = more + i * cells;
-      store_all(spare, cells, [=](int64_t k) PF_INLINE { return load(from[k]) + added[k]; });
+      store_all(spare, cells, [=](int64_t k) PF_INLINED_LAMBDA { return load(from[k]) + added[k]; });
     }
     join_plane(more ? spare : from, from, x + i * 4 * cells, maps.height, maps.width, maps.phase());
   }
 }
 // Rows begin .. end of pixels of channels_last maps; row y of sample b is number b * 2 height + y.
 template <class T>
-PF_HD void split_rows_loop(const T* x, T* phases, Maps maps, int64_t begin, int64_t end) {
+PF_INLINE void split_rows_loop(const T* x, T* phases, Maps maps, int64_t begin, int64_t end) {
   const int64_t channels = maps.channels;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t b = i / (2 * maps.height), y = i % (2 * maps.height);
@@ -50,7 +50,7 @@ PF_HD void split_rows_loop(const T* x, T* phases, Maps maps, int64_t begin, int6
 }
 // `more`: [batch, cells, channels].
 template <class T, class W = wide_t<T>>
-PF_HD void join_rows_loop(const T* phases, const W* more, T* x, Maps maps, int64_t begin, int64_t end) {
+PF_INLINE void join_rows_loop(const T* phases, const W* more, T* x, Maps maps, int64_t begin, int64_t end) {
   const int64_t channels = maps.channels;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t b = i / (2 * maps.height), y = i % (2 * maps.height), at = y / 2 * maps.width * channels;
@@ -60,7 +60,8 @@ PF_HD void join_rows_loop(const T* phases, const W* more, T* x, Maps maps, int64
       const T* even = from + j * channels;
       if (more && y % 2 == 0) {
         const W* added = more + b * maps.phase() + at + j * channels;
-        store_all(to + 2 * j * channels, channels, [=](int64_t k) PF_INLINE { return load(even[k]) + added[k]; });
+        store_all(to + 2 * j * channels, channels,
+                  [=](int64_t k) PF_INLINED_LAMBDA { return load(even[k]) + added[k]; });
       } else {
         copy_numbers(even, to + 2 * j * channels, channels);
       }

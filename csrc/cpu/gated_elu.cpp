@@ -11,7 +11,7 @@ constexpr int64_t tile = 1024;
 
 // f(offset in the tile, place of a in the rows, length) for every stretch of elements [first, first + count).
 template <class F>
-PF_HD void for_each_stretch(int64_t first, int64_t count, int64_t n, F f) {
+PF_INLINE void for_each_stretch(int64_t first, int64_t count, int64_t n, F f) {
   int64_t row = first / n, at = first % n;
   for (int64_t done = 0; done < count; ++row, at = 0) {
     const int64_t length = n - at < count - done ? n - at : count - done;
@@ -20,32 +20,32 @@ PF_HD void for_each_stretch(int64_t first, int64_t count, int64_t n, F f) {
   }
 }
 template <class T>
-PF_HD void gather(const T* rows, int64_t first, int64_t count, int64_t n, T* a, T* b) {
-  for_each_stretch(first, count, n, [=](int64_t to, int64_t from, int64_t length) PF_INLINE {
+PF_INLINE void gather(const T* rows, int64_t first, int64_t count, int64_t n, T* a, T* b) {
+  for_each_stretch(first, count, n, [=](int64_t to, int64_t from, int64_t length) PF_INLINED_LAMBDA {
     for (int64_t i = 0; i < length; ++i) a[to + i] = rows[from + i];
     for (int64_t i = 0; i < length; ++i) b[to + i] = rows[from + n + i];
   });
 }
 template <class T>
-PF_HD void scatter(const T* a, const T* b, int64_t first, int64_t count, int64_t n, T* rows) {
-  for_each_stretch(first, count, n, [=](int64_t from, int64_t to, int64_t length) PF_INLINE {
+PF_INLINE void scatter(const T* a, const T* b, int64_t first, int64_t count, int64_t n, T* rows) {
+  for_each_stretch(first, count, n, [=](int64_t from, int64_t to, int64_t length) PF_INLINED_LAMBDA {
     for (int64_t i = 0; i < length; ++i) rows[to + i] = a[from + i];
     for (int64_t i = 0; i < length; ++i) rows[to + n + i] = b[from + i];
   });
 }
 
 template <class T>
-PF_HD void forward_loop(const T* features, T* out, int64_t n, int64_t begin, int64_t end) {
+PF_INLINE void forward_loop(const T* features, T* out, int64_t n, int64_t begin, int64_t end) {
   T a[tile], b[tile];
   for (int64_t first = begin; first < end; first += tile) {
     const int64_t count = end - first < tile ? end - first : tile;
     gather(features, first, count, n, a, b);
     const T *pa = a, *pb = b;
-    store_all(out + first, count, [=](int64_t i) PF_INLINE { return pf::gated_elu(load(pa[i]), load(pb[i])); });
+    store_all(out + first, count, [=](int64_t i) PF_INLINED_LAMBDA { return pf::gated_elu(load(pa[i]), load(pb[i])); });
   }
 }
 template <class T, class W = wide_t<T>>
-PF_HD void backward_loop(const T* grad, const T* features, T* out, int64_t n, int64_t begin, int64_t end) {
+PF_INLINE void backward_loop(const T* grad, const T* features, T* out, int64_t n, int64_t begin, int64_t end) {
   T a[tile], b[tile];
   W slope_a[tile], slope_b[tile];
   for (int64_t first = begin; first < end; first += tile) {

@@ -29,22 +29,22 @@ template <class W>
 using word_of_t = typename Lanes<W>::Word;
 // Rows are padded to so many numbers.
 constexpr int64_t whole_lanes = 16;
-PF_HD int64_t padded(int64_t cells) { return (cells + whole_lanes - 1) / whole_lanes * whole_lanes; }
+PF_INLINE int64_t padded(int64_t cells) { return (cells + whole_lanes - 1) / whole_lanes * whole_lanes; }
 // How far beside a matrix its moved rows are read.
-PF_HD int64_t reach(Grid grid) { return grid.width + 1 + whole_lanes; }
+PF_INLINE int64_t reach(Grid grid) { return grid.width + 1 + whole_lanes; }
 
 // The bits of 64 bytes of numbers at `from`, whatever it holds; vectors are results by reference, since without
 // instructions for them they cannot be returned.
 template <class Words>
-PF_HD void load_lanes(const float* from, Words& out) {
+PF_INLINE void load_lanes(const float* from, Words& out) {
   std::memcpy(&out, from, sizeof out);
 }
 template <class Words>
-PF_HD void load_lanes(const double* from, Words& out) {
+PF_INLINE void load_lanes(const double* from, Words& out) {
   std::memcpy(&out, from, sizeof out);
 }
 template <class Words>
-PF_HD void load_lanes(const bfloat16* from, Words& out) {
+PF_INLINE void load_lanes(const bfloat16* from, Words& out) {
   typedef uint16_t Halves __attribute__((vector_size(32)));
   typedef uint32_t Wide __attribute__((vector_size(64)));
   Halves bits;
@@ -53,7 +53,7 @@ PF_HD void load_lanes(const bfloat16* from, Words& out) {
   std::memcpy(&out, &shifted, sizeof out);
 }
 template <class Words>
-PF_HD void load_lanes(const half* from, Words& out) {
+PF_INLINE void load_lanes(const half* from, Words& out) {
   float numbers[sizeof(Words) / sizeof(float)];
   for (size_t j = 0; j < sizeof(Words) / sizeof(float); ++j) numbers[j] = load(from[j]);
   std::memcpy(&out, numbers, sizeof out);
@@ -68,7 +68,7 @@ struct Term {
 
 // out[i] = the sum of the terms, i < size, a whole number of lanes.
 template <int count, class T, class W = wide_t<T>>
-PF_HD void sum_terms(const Term<T>* terms, W* out, int64_t size) {
+PF_INLINE void sum_terms(const Term<T>* terms, W* out, int64_t size) {
   using Numbers = typename Lanes<W>::Numbers;
   using Words = typename Lanes<W>::Words;
   constexpr int64_t step = 64 / sizeof(W);
@@ -87,7 +87,7 @@ PF_HD void sum_terms(const Term<T>* terms, W* out, int64_t size) {
 
 // A quarter of the sums of the nine neighbours' terms that reach each of the four phases: four rows of `size` numbers.
 template <class W>
-PF_HD void quarter_terms(const Term<W>* terms, W* out, int64_t size) {
+PF_INLINE void quarter_terms(const Term<W>* terms, W* out, int64_t size) {
   using Numbers = typename Lanes<W>::Numbers;
   using Words = typename Lanes<W>::Words;
   constexpr int64_t step = 64 / sizeof(W);
@@ -135,23 +135,23 @@ class Masks {
     }
   }
 
-  PF_HD int64_t size() const { return size_; }
+  PF_INLINE int64_t size() const { return size_; }
   // of the keys that have a neighbour `down` and `right` of them, each within -1 .. 1
-  PF_HD const Word* neighbour(int down, int right) const { return mask(3 * (down + 1) + right + 1); }
-  PF_HD const Word* every() const { return neighbour(0, 0); }
-  PF_HD const Word* none() const { return mask(none_); }
+  PF_INLINE const Word* neighbour(int down, int right) const { return mask(3 * (down + 1) + right + 1); }
+  PF_INLINE const Word* every() const { return neighbour(0, 0); }
+  PF_INLINE const Word* none() const { return mask(none_); }
   // in row-major order, of the keys that are not the first, and not the last
-  PF_HD const Word* before() const { return mask(before_); }
-  PF_HD const Word* after() const { return mask(after_); }
+  PF_INLINE const Word* before() const { return mask(before_); }
+  PF_INLINE const Word* after() const { return mask(after_); }
   // in column-major order: whose next key is below, or the top of the next column; and the other way
-  PF_HD const Word* below() const { return mask(below_); }
-  PF_HD const Word* next_top() const { return mask(next_top_); }
-  PF_HD const Word* above() const { return mask(above_); }
-  PF_HD const Word* last_bottom() const { return mask(last_bottom_); }
+  PF_INLINE const Word* below() const { return mask(below_); }
+  PF_INLINE const Word* next_top() const { return mask(next_top_); }
+  PF_INLINE const Word* above() const { return mask(above_); }
+  PF_INLINE const Word* last_bottom() const { return mask(last_bottom_); }
 
  private:
   enum { none_ = 9, before_, after_, below_, next_top_, above_, last_bottom_, count };
-  PF_HD const Word* mask(int k) const { return words_.data() + k * size_; }
+  PF_INLINE const Word* mask(int k) const { return words_.data() + k * size_; }
   void set(int k, int64_t i, bool on) { words_[k * size_ + i] = on ? Word(-1) : Word(0); }
 
   int64_t size_;
@@ -163,7 +163,7 @@ template <class T>
 struct Padded {
   const T* begin;
   int64_t stride;
-  PF_HD const T* at(int64_t row, int64_t column) const { return begin + row * stride + column; }
+  PF_INLINE const T* at(int64_t row, int64_t column) const { return begin + row * stride + column; }
 };
 
 // Dense matrices one after the other, beside which nothing may be read: the ends are copied.
@@ -182,7 +182,7 @@ class Dense {
   }
 
   // `row` counts through all matrices
-  PF_HD const T* at(int64_t row, int64_t column) const {
+  PF_INLINE const T* at(int64_t row, int64_t column) const {
     const int64_t offset = row * cells_ + column;
     if (offset < 0) return head_ + offset;
     return (offset + size_ > numbers_ ? tail_ : begin_) + offset;
@@ -198,8 +198,8 @@ class Dense {
 
 // The nine neighbours of query n, and of every key the neighbour on the same side; the matrix's first row is `first`.
 template <class T, class Matrix>
-PF_HD void neighbour_terms(const Matrix& x, int64_t first, Grid grid, int64_t n, const Masks<wide_t<T>>& masks,
-                           Term<T>* terms) {
+PF_INLINE void neighbour_terms(const Matrix& x, int64_t first, Grid grid, int64_t n, const Masks<wide_t<T>>& masks,
+                               Term<T>* terms) {
   const int64_t y = n / grid.width, column = n % grid.width;
   for (int down = -1; down <= 1; ++down) {
     const bool row_inside = y + down >= 0 && y + down < grid.height;
@@ -213,8 +213,8 @@ PF_HD void neighbour_terms(const Matrix& x, int64_t first, Grid grid, int64_t n,
 // The rows of the four phases' gradients whose sum, quartered, is that of row n of the weights; the first phase's first
 // row is `first`.
 template <class T>
-PF_HD void phase_terms(const Dense<T>& grad, int64_t first, Grid grid, int64_t n, const Masks<wide_t<T>>& masks,
-                       Term<T>* terms) {
+PF_INLINE void phase_terms(const Dense<T>& grad, int64_t first, Grid grid, int64_t n, const Masks<wide_t<T>>& masks,
+                           Term<T>* terms) {
   const int64_t y = n / grid.width, column = n % grid.width;
   for (int phase = 0; phase < 4; ++phase, first += grid.cells()) {
     for (int down = -(phase / 2); down <= 1 - phase / 2; ++down) {
@@ -229,7 +229,7 @@ PF_HD void phase_terms(const Dense<T>& grad, int64_t first, Grid grid, int64_t n
 }
 // Row n and what lies before and behind it on the diagonal, in row-major order.
 template <class T>
-PF_HD void row_terms(Padded<T> x, int64_t cells, int64_t n, const Masks<wide_t<T>>& masks, Term<T>* terms) {
+PF_INLINE void row_terms(Padded<T> x, int64_t cells, int64_t n, const Masks<wide_t<T>>& masks, Term<T>* terms) {
   const bool last = n == cells - 1;
   terms[0] = {x.at(n, 0), masks.every()};
   terms[1] = n > 0 ? Term<T>{x.at(n - 1, -1), masks.before()} : Term<T>{x.at(n, 0), masks.none()};
@@ -237,7 +237,7 @@ PF_HD void row_terms(Padded<T> x, int64_t cells, int64_t n, const Masks<wide_t<T
 }
 // The same in column-major order: below the last cell of a column comes the first of the next.
 template <class T>
-PF_HD void column_terms(Padded<T> x, Grid grid, int64_t n, const Masks<wide_t<T>>& masks, Term<T>* terms) {
+PF_INLINE void column_terms(Padded<T> x, Grid grid, int64_t n, const Masks<wide_t<T>>& masks, Term<T>* terms) {
   const int64_t cells = grid.cells(), width = grid.width, wrap = cells - 1 - width;
   const bool first = n == 0, last = n == cells - 1;
   const int64_t next = last ? n : n < cells - width ? n + width : n - wrap;

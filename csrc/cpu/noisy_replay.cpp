@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t chunk = 2048;  // numbers drawn at once; they stay in the cache
 
 template <class T, class W = wide_t<T>>
-PF_HD void replay_loop(const T* x, const float* uniform, T* out, int64_t n, W eps, W lo, W hi) {
-  store_all(out, n, [=](int64_t i) PF_INLINE { return replayed<W>(load(x[i]), uniform[i], eps, lo, hi); });
+PF_INLINE void replay_loop(const T* x, const float* uniform, T* out, int64_t n, W eps, W lo, W hi) {
+  store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA { return replayed<W>(load(x[i]), uniform[i], eps, lo, hi); });
 }
 
 #define PF_LOOPS(T)                                                                                                 \

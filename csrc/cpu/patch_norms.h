@@ -9,7 +9,7 @@ constexpr double smallest_norm = 1e-4;
 
 // f(j) for the cell i and its neighbours.
 template <class F>
-PF_HD void for_neighbours(Grid grid, int64_t i, F f) {
+PF_INLINE void for_neighbours(Grid grid, int64_t i, F f) {
   const int64_t y = i / grid.width, x = i % grid.width;
   for (int64_t row = y > 0 ? y - 1 : 0; row <= y + 1 && row < grid.height; ++row) {
     for (int64_t column = x > 0 ? x - 1 : 0; column <= x + 1 && column < grid.width; ++column) {

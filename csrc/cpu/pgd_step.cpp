@@ -6,15 +6,16 @@ namespace pf::cpu {
 namespace {
 
 template <class T>
-PF_HD void linf_loop(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<wide_t<T>> step) {
-  store_all(out, n,
-            [=](int64_t i) PF_INLINE { return pgd_step_linf(load(x[i]), load(grad[i]), load(x_nat[i]), step); });
+PF_INLINE void linf_loop(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<wide_t<T>> step) {
+  store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA {
+    return pgd_step_linf(load(x[i]), load(grad[i]), load(x_nat[i]), step);
+  });
 }
 
 // step(x, grad, x_nat, out, scratch) for one sample. float16 is widened once, not in each of its passes (the conversion
 // is long): that takes 4 n numbers of scratch.
 template <class T, class W, class F>
-PF_HD void widened(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, W* scratch, F step) {
+PF_INLINE void widened(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, W* scratch, F step) {
   if constexpr (std::is_same_v<T, half>) {
     W *wide_x = scratch, *wide_grad = scratch + n, *wide_nat = scratch + 2 * n, *wide_out = scratch + 3 * n;
     for (int64_t i = 0; i < n; ++i) wide_x[i] = load(x[i]);
@@ -28,18 +29,18 @@ PF_HD void widened(const T* x, const T* grad, const T* x_nat, T* out, int64_t n,
 }
 
 template <class T, class W = wide_t<T>>
-PF_HD void l2_sample(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step, W* scratch) {
-  widened(x, grad, x_nat, out, n, scratch, [=](const auto* a, const auto* g, const auto* b, auto* to, W*) PF_INLINE {
-    pgd_step_l2(a, g, b, to, n, step);
-  });
+PF_INLINE void l2_sample(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step, W* scratch) {
+  widened(x, grad, x_nat, out, n, scratch,
+          [=](const auto* a, const auto* g, const auto* b, auto* to, W*)
+              PF_INLINED_LAMBDA { pgd_step_l2(a, g, b, to, n, step); });
 }
 
 template <class T, class W = wide_t<T>>
-PF_HD void l1_sample(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step, int64_t k,
-                     W* scratch) {
+PF_INLINE void l1_sample(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step, int64_t k,
+                         W* scratch) {
   widened(x, grad, x_nat, out, n, scratch,
           [=](const auto* a, const auto* g, const auto* b, auto* to, W* rest)
-              PF_INLINE { pgd_step_l1(a, g, b, to, n, step, k, rest); });
+              PF_INLINED_LAMBDA { pgd_step_l1(a, g, b, to, n, step, k, rest); });
 }
 
 #define PF_LOOPS(T)                                                                                           \

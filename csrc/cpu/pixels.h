@@ -33,7 +33,7 @@ struct Shuffled<8> {
 
 // x[0 .. 2 n - 1] into its even and its odd numbers, eight at a time: rows of maps are too short for longer vectors.
 template <class T>
-PF_HD void split_row(const T* __restrict__ x, T* __restrict__ even, T* __restrict__ odd, int64_t n) {
+PF_INLINE void split_row(const T* __restrict__ x, T* __restrict__ even, T* __restrict__ odd, int64_t n) {
   int64_t j = 0;
 #if defined(PF_SHUFFLE)
   for (; j + 4 <= n; j += 4) {
@@ -52,7 +52,7 @@ PF_HD void split_row(const T* __restrict__ x, T* __restrict__ even, T* __restric
 }
 // The inverse.
 template <class T>
-PF_HD void join_row(const T* __restrict__ even, const T* __restrict__ odd, T* __restrict__ x, int64_t n) {
+PF_INLINE void join_row(const T* __restrict__ even, const T* __restrict__ odd, T* __restrict__ x, int64_t n) {
   int64_t j = 0;
 #if defined(PF_SHUFFLE)
   for (; j + 4 <= n; j += 4) {
@@ -71,7 +71,7 @@ PF_HD void join_row(const T* __restrict__ even, const T* __restrict__ odd, T* __
 
 // x [2 height][2 width] into its phases [height][width], which lie `apart` elements apart.
 template <class T>
-PF_HD void split_plane(const T* x, T* phases, int64_t height, int64_t width, int64_t apart) {
+PF_INLINE void split_plane(const T* x, T* phases, int64_t height, int64_t width, int64_t apart) {
   for (int64_t i = 0; i < height; ++i, x += 4 * width, phases += width) {
     split_row(x, phases, phases + apart, width);
     split_row(x + 2 * width, phases + 2 * apart, phases + 3 * apart, width);
@@ -80,7 +80,7 @@ PF_HD void split_plane(const T* x, T* phases, int64_t height, int64_t width, int
 
 // The inverse; phase 0 is where `first` is.
 template <class T>
-PF_HD void join_plane(const T* first, const T* phases, T* x, int64_t height, int64_t width, int64_t apart) {
+PF_INLINE void join_plane(const T* first, const T* phases, T* x, int64_t height, int64_t width, int64_t apart) {
   for (int64_t i = 0; i < height; ++i, x += 4 * width, phases += width, first += width) {
     join_row(first, phases + apart, x, width);
     join_row(phases + 2 * apart, phases + 3 * apart, x + 2 * width, width);
@@ -89,7 +89,7 @@ PF_HD void join_plane(const T* first, const T* phases, T* x, int64_t height, int
 
 // n numbers from one place to another.
 template <class T>
-PF_HD void copy_numbers(const T* __restrict__ from, T* __restrict__ to, int64_t n) {
+PF_INLINE void copy_numbers(const T* __restrict__ from, T* __restrict__ to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 

@@ -42,8 +42,8 @@ struct Strip {
 // The transformed pixels of a strip, 0 where hidden. `noise` holds numbers for the seen runs only, one run after the
 // other; it is null if there is no noise.
 template <class T, class W = wide_t<T>>
-PF_HD void transform_loop(const T* __restrict__ x, const float* __restrict__ noise, W sigma, Strip strip,
-                          W* __restrict__ out) {
+PF_INLINE void transform_loop(const T* __restrict__ x, const float* __restrict__ noise, W sigma, Strip strip,
+                              W* __restrict__ out) {
   for (int64_t row = 0; row < strip.rows; ++row) {
     for (int64_t r = 0; r < strip.count; ++r) {
       const Run run = strip.runs[r];
@@ -63,8 +63,8 @@ PF_HD void transform_loop(const T* __restrict__ x, const float* __restrict__ noi
 // The gradient that reaches the pixels of a strip: assigned to out if `first`, else added. Of grad only the seen runs
 // are read.
 template <bool first, class T, class W = wide_t<T>>
-PF_HD void slope_loop(const T* __restrict__ x, const float* __restrict__ noise, W sigma, const W* __restrict__ grad,
-                      Strip strip, W* __restrict__ out) {
+PF_INLINE void slope_loop(const T* __restrict__ x, const float* __restrict__ noise, W sigma, const W* __restrict__ grad,
+                          Strip strip, W* __restrict__ out) {
   for (int64_t row = 0; row < strip.rows; ++row) {
     for (int64_t r = 0; r < strip.count; ++r) {
       const Run run = strip.runs[r];
@@ -91,7 +91,7 @@ PF_HD void slope_loop(const T* __restrict__ x, const float* __restrict__ noise, 
 }
 // Writes one value wherever the strip is seen, and another wherever it is hidden.
 template <class U>
-PF_HD void mark_loop(U seen, U hidden, Strip strip, U* out) {
+PF_INLINE void mark_loop(U seen, U hidden, Strip strip, U* out) {
   for (int64_t row = 0; row < strip.rows; ++row) {
     for (int64_t r = 0; r < strip.count; ++r) {
       const Run run = strip.runs[r];
@@ -103,7 +103,7 @@ PF_HD void mark_loop(U seen, U hidden, Strip strip, U* out) {
 
 // Rounds n numbers to the storage type T.
 template <class T, class W>
-PF_HD void round_loop(const W* from, word_t<T>* to, int64_t n) {
+PF_INLINE void round_loop(const W* from, word_t<T>* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     T rounded;
     store(rounded, static_cast<wide_t<T>>(from[i]));
@@ -113,9 +113,9 @@ PF_HD void round_loop(const W* from, word_t<T>* to, int64_t n) {
 // Adds to sum[i] the gradients of pixel i in the passes first .. first + passes - 1, but not in the one that hides the
 // pixel, its owner. In grad, passes lie `apart` elements apart, and pixels `stride`.
 template <int passes, class T, class W>
-PF_HD void add_loop(const T* __restrict__ grad, int64_t apart, int64_t stride, const uint32_t* __restrict__ owner,
-                    uint32_t first, W* __restrict__ sum, int64_t n) {
-  const auto added = [=](int64_t i, int64_t at) PF_INLINE {
+PF_INLINE void add_loop(const T* __restrict__ grad, int64_t apart, int64_t stride, const uint32_t* __restrict__ owner,
+                        uint32_t first, W* __restrict__ sum, int64_t n) {
+  const auto added = [=](int64_t i, int64_t at) PF_INLINED_LAMBDA {
     W total = sum[i];
     for (int j = 0; j < passes; ++j) {
       // read in any case: a loop without a branch vectorises
@@ -132,8 +132,8 @@ PF_HD void add_loop(const T* __restrict__ grad, int64_t apart, int64_t stride, c
 }
 // The same for any number of passes, four at a time.
 template <class T, class W>
-PF_HD void add_passes(const T* grad, int64_t apart, int64_t stride, const uint32_t* owner, uint32_t first,
-                      int64_t passes, W* sum, int64_t n) {
+PF_INLINE void add_passes(const T* grad, int64_t apart, int64_t stride, const uint32_t* owner, uint32_t first,
+                          int64_t passes, W* sum, int64_t n) {
   for (; passes >= 4; passes -= 4, first += 4, grad += 4 * apart) {
     add_loop<4>(grad, apart, stride, owner, first, sum, n);
   }
@@ -149,8 +149,8 @@ struct Blocks {
 // on as a whole, so that the pass that hides it is not read. The other passes are added in their order, three at a
 // time.
 template <class T, class W>
-PF_HD void add_blocks_loop(const T* grad, int64_t apart, int64_t passes, Blocks blocks, int64_t first, int64_t rows,
-                           W* sum) {
+PF_INLINE void add_blocks_loop(const T* grad, int64_t apart, int64_t passes, Blocks blocks, int64_t first, int64_t rows,
+                               W* sum) {
   const int64_t width = blocks.columns * blocks.wide;
   for (int64_t row = 0; row < rows; ++row) {
     const uint8_t* owners = blocks.owners + (first + row) / blocks.tall * blocks.columns;
@@ -216,8 +216,8 @@ PF_FOR_EACH_DTYPE(PF_LOOPS)
 
 // Writes for pixel i `hidden` where its owner is this pass, else seen(i). In out, pixels lie `stride` elements apart.
 template <class U, class Seen>
-PF_HD void choose_loop(Seen seen, U hidden, const U* owner, U pass, U* out, int64_t stride, int64_t n) {
-  const auto chosen = [=](int64_t i) PF_INLINE {
+PF_INLINE void choose_loop(Seen seen, U hidden, const U* owner, U pass, U* out, int64_t stride, int64_t n) {
+  const auto chosen = [=](int64_t i) PF_INLINED_LAMBDA {
     const U s = seen(i);
     return owner[i] == pass ? hidden : s;
   };
@@ -231,11 +231,11 @@ PF_HD void choose_loop(Seen seen, U hidden, const U* owner, U pass, U* out, int6
 #define PF_CHOICES(U)                                                                                             \
   PF_CLONES void hide(const U* __restrict__ t, const U* __restrict__ owner, U pass, U* __restrict__ out,          \
                       int64_t stride, int64_t n) {                                                                \
-    choose_loop([=](int64_t i) PF_INLINE { return t[i]; }, U(0), owner, pass, out, stride, n);                    \
+    choose_loop([=](int64_t i) PF_INLINED_LAMBDA { return t[i]; }, U(0), owner, pass, out, stride, n);            \
   }                                                                                                               \
   PF_CLONES void mark(U seen, U hidden, const U* __restrict__ owner, U pass, U* __restrict__ out, int64_t stride, \
                       int64_t n) {                                                                                \
-    choose_loop([=](int64_t) PF_INLINE { return seen; }, hidden, owner, pass, out, stride, n);                    \
+    choose_loop([=](int64_t) PF_INLINED_LAMBDA { return seen; }, hidden, owner, pass, out, stride, n);            \
   }                                                                                                               \
   PF_CLONES void mark_runs(U seen, U hidden, Strip strip, U* out) { mark_loop(seen, hidden, strip, out); }
 PF_CHOICES(uint16_t)

@@ -6,13 +6,14 @@ namespace pf::cpu {
 namespace {
 
 template <class L, class T, class W = wide_t<L>>
-PF_HD void forward_loop(const L* logits, const T* target, W* loss, int64_t rows, int64_t n) {
+PF_INLINE void forward_loop(const L* logits, const T* target, W* loss, int64_t rows, int64_t n) {
   for (int64_t b = 0; b < rows; ++b) loss[b] = pf::reconstruction_loss(logits + b * n, target + b * n, n);
 }
 template <class L, class T, class W = wide_t<L>>
-PF_HD void backward_loop(W grad, const L* logits, const T* target, L* out, int64_t n) {
-  store_all(out, n,
-            [=](int64_t i) PF_INLINE { return grad * reconstruction_loss_slope<W>(load(logits[i]), load(target[i])); });
+PF_INLINE void backward_loop(W grad, const L* logits, const T* target, L* out, int64_t n) {
+  store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA {
+    return grad * reconstruction_loss_slope<W>(load(logits[i]), load(target[i]));
+  });
 }
 
 #define PF_LOOPS(L, T)                                                                                             \
@@ -32,7 +33,7 @@ PF_FOR_EACH_PAIR(PF_LOOPS)
 
 #define PF_SCALES(T)                                                                                           \
   PF_CLONES void scale(wide_t<T> factor, const wide_t<T>* __restrict__ from, T* __restrict__ out, int64_t n) { \
-    store_all(out, n, [=](int64_t i) PF_INLINE { return factor * from[i]; });                                  \
+    store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA { return factor * from[i]; });                          \
   }
 PF_FOR_EACH_DTYPE(PF_SCALES)
 

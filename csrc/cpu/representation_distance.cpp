@@ -7,8 +7,8 @@ namespace {
 
 // Out is the student's dtype, or that of the arithmetic where the slope is kept.
 template <class L, class T, class Out, class W = wide_t<L>>
-PF_HD void backward_loop(W scale, W along, const L* student, const T* teacher, Out* out, int64_t n) {
-  store_all(out, n, [=](int64_t i) PF_INLINE {
+PF_INLINE void backward_loop(W scale, W along, const L* student, const T* teacher, Out* out, int64_t n) {
+  store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA {
     return representation_slope<W>(load(student[i]), load(teacher[i]), scale, along);
   });
 }

@@ -8,37 +8,40 @@ namespace {
 constexpr int64_t chunk = 2048;  // numbers drawn at once; they stay in the cache
 
 template <class T, class W = wide_t<T>>
-PF_HD void forward_loop(const T* mu, const T* logvar, const float* noise, T* z, W* kl, int64_t rows, int64_t n) {
-  store_all(z, rows * n, [=](int64_t i) PF_INLINE { return latent<W>(load(mu[i]), load(logvar[i]), noise[i]); });
+PF_INLINE void forward_loop(const T* mu, const T* logvar, const float* noise, T* z, W* kl, int64_t rows, int64_t n) {
+  store_all(z, rows * n,
+            [=](int64_t i) PF_INLINED_LAMBDA { return latent<W>(load(mu[i]), load(logvar[i]), noise[i]); });
   for (int64_t b = 0; b < rows; ++b) kl[b] = divergence(mu + b * n, logvar + b * n, n);
 }
 template <class T, class W = wide_t<T>>
-PF_HD void backward_loop(const T* grad_z, const W* grad_kl, const T* mu, const T* logvar, const float* noise, T* out_mu,
-                         T* out_logvar, int64_t rows, int64_t n) {
+PF_INLINE void backward_loop(const T* grad_z, const W* grad_kl, const T* mu, const T* logvar, const float* noise,
+                             T* out_mu, T* out_logvar, int64_t rows, int64_t n) {
   for (int64_t b = 0; b < rows; ++b) {
     const W gk = grad_kl[b];
     const int64_t at = b * n;
-    store_all(out_mu + at, n,
-              [=](int64_t i) PF_INLINE { return latent_mu_slope<W>(load(mu[at + i]), load(grad_z[at + i]), gk); });
-    store_all(out_logvar + at, n, [=](int64_t i) PF_INLINE {
+    store_all(out_mu + at, n, [=](int64_t i) PF_INLINED_LAMBDA {
+      return latent_mu_slope<W>(load(mu[at + i]), load(grad_z[at + i]), gk);
+    });
+    store_all(out_logvar + at, n, [=](int64_t i) PF_INLINED_LAMBDA {
       return latent_logvar_slope<W>(load(logvar[at + i]), noise[at + i], load(grad_z[at + i]), gk);
     });
   }
 }
 
 template <class T, class W = wide_t<T>>
-PF_HD void keeping_loop(const T* mu, const T* logvar, const float* noise, T* z, W* kl, W* deviation, int64_t rows,
-                        int64_t n) {
+PF_INLINE void keeping_loop(const T* mu, const T* logvar, const float* noise, T* z, W* kl, W* deviation, int64_t rows,
+                            int64_t n) {
   for (int64_t i = 0; i < rows * n; ++i) deviation[i] = noise[i] * exp(W(0.5) * load(logvar[i]));
   const W* moved = deviation;
-  store_all(z, rows * n, [=](int64_t i) PF_INLINE { return load(mu[i]) + moved[i]; });
+  store_all(z, rows * n, [=](int64_t i) PF_INLINED_LAMBDA { return load(mu[i]) + moved[i]; });
   for (int64_t b = 0; b < rows; ++b) kl[b] = divergence(mu + b * n, logvar + b * n, n);
 }
 template <class T, class W = wide_t<T>>
-PF_HD void from_kept_loop(const T* grad_z, W grad_kl, const T* mu, const T* logvar, const W* deviation, T* out_mu,
-                          T* out_logvar, int64_t n) {
-  store_all(out_mu, n, [=](int64_t i) PF_INLINE { return latent_mu_slope<W>(load(mu[i]), load(grad_z[i]), grad_kl); });
-  store_all(out_logvar, n, [=](int64_t i) PF_INLINE {
+PF_INLINE void from_kept_loop(const T* grad_z, W grad_kl, const T* mu, const T* logvar, const W* deviation, T* out_mu,
+                              T* out_logvar, int64_t n) {
+  store_all(out_mu, n,
+            [=](int64_t i) PF_INLINED_LAMBDA { return latent_mu_slope<W>(load(mu[i]), load(grad_z[i]), grad_kl); });
+  store_all(out_logvar, n, [=](int64_t i) PF_INLINED_LAMBDA {
     return latent_logvar_slope_kept<W>(load(logvar[i]), deviation[i], load(grad_z[i]), grad_kl);
   });
 }
