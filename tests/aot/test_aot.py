@@ -20,6 +20,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
+from benchmarks import decoder  # noqa: E402
 from benchmarks.ahead import (  # noqa: E402
     ARCHITECTURES,
     CASES,
@@ -316,6 +317,23 @@ def test_the_decoder_multiplies_by_the_matrix_units(case, architecture):
         for begin, end in loops if architecture == 90 else ():
             if any("HGMMA" in one for one in found[begin:end]):
                 assert end - begin <= LOOPS[tile], (tile, end - begin)
+
+
+def test_the_decoders_estimate_counts_this_machine_code():
+    """The instructions that `benchmarks.decoder` names are those of the programs, within three percent."""
+    compared = set()
+    for kernel in launched("decode_samples-cifar10-forward", "bf16", 90):
+        found, loops = parsed(sass(kernel.asm["cubin"]))
+        constants = {kernel.src.fn.arg_names[at]: value for (at,), value in kernel.src.constants.items()}
+        if name_of(kernel.src.fn) == "decode_samples._last_two":
+            assert len(found) == pytest.approx(decoder.COUNTED_TOGETHER, rel=0.03)
+        if name_of(kernel.src.fn) == "decode_samples._layer":
+            sizes = constants["CHANNELS"], constants["TILE"]
+            loop, rest = decoder.COUNTED[sizes]
+            (trip,) = (end - begin for begin, end in loops if any("HGMMA" in one for one in found[begin:end]))
+            assert trip == pytest.approx(loop, rel=0.03) and len(found) - trip == pytest.approx(rest, rel=0.03)
+            compared.add(sizes)
+    assert compared == set(decoder.COUNTED)
 
 
 def test_the_decoder_in_float32_spills_nothing():
