@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from types import CodeType
+import sys
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from .._fingerprint import digest, text_hash
 
 
 def fingerprint(model: object) -> str | None:
-    """A hash of a module's weights, structure and attributes; None for everything that is no module.
+    """A hash of a module's weights, structure, attributes and code; None for everything that is no module.
 
-    What a class computes is not part of it: a module whose ``forward`` was rewritten has the same fingerprint. A
-    function that is kept as an attribute, such as an activation, is part of it with its code, its defaults and the
-    variables around it, since nothing else tells two of them apart; its docstring and its place in the file do not
-    count. Whether a defence's noise is fresh, fixed or off is part of it too.
+    The code is that of a user's own classes, of the functions that they call, and of the constants that they read:
+    whoever edits a defence and evaluates it again must not be given the rows of the defence before. Comments,
+    docstrings and the place in the file do not count. The code of PyTorch and of this package is not part of it. A
+    function that is kept as an attribute, such as an activation, counts with its code, its defaults and the variables
+    around it. Whether a defence's noise is fresh, fixed or off is part of it too.
     """
     if not isinstance(model, nn.Module):
         return None
@@ -29,7 +31,8 @@ def fingerprint(model: object) -> str | None:
     ]
     # with the buffers that state_dict leaves out
     state = dict((*model.named_parameters(), *model.named_buffers()))
-    text = f"{plain}{list(state)}{model!r}"
+    code = [_class(kind) for kind in dict.fromkeys(type(module) for module in model.modules())]
+    text = f"{plain}{list(state)}{model!r}{code}"
     return text_hash(text).hexdigest() + digest(*state.values())
 
 
@@ -38,10 +41,37 @@ def _counts(name: str) -> bool:
     return name == "_noise" or (name != "training" and not name.startswith("_"))
 
 
+#: Packages whose code is told by their version, or by this package's own.
+_KNOWN = {"torch", "torchvision", "numpy", "purify_fast", *sys.stdlib_module_names} - {"__main__"}
+
+
+def _is_own(value: Any) -> bool:
+    """Whether a class or function is of a user, and not of a library whose version tells its code."""
+    return (getattr(value, "__module__", None) or "builtins").partition(".")[0] not in _KNOWN
+
+
+def _class(kind: type, inside: frozenset[int] = frozenset()) -> str:
+    """What a class of a user computes: the code of its methods and its plain attributes, and of its bases."""
+    found = []
+    for base in kind.__mro__:
+        if not _is_own(base) or id(base) in inside:
+            continue
+        within = inside | {id(base)}
+        for name, value in sorted(vars(base).items()):
+            if isinstance(value, (staticmethod, classmethod)):
+                value = value.__func__
+            if isinstance(value, property):
+                value = [value.fget, value.fset]
+            if not name.startswith("__") or isinstance(value, FunctionType):
+                found.append(f"{name} {_plain(value, within)}")
+    return f"{kind.__qualname__} {found}"
+
+
 def _plain(value: Any, inside: frozenset[int] = frozenset()) -> str:
     """What stands for an attribute in a fingerprint.
 
-    Functions count with their code and the values they hold, other objects by their type.
+    Functions count with their code and the values they hold, a user's own objects with their class and attributes, and
+    other objects by their type.
 
     Args:
         value: of the attribute.
@@ -56,7 +86,9 @@ def _plain(value: Any, inside: frozenset[int] = frozenset()) -> str:
         return f"partial {_plain(held, inside | {id(value)})}"
     code = getattr(value, "__code__", None)
     if isinstance(code, CodeType):
-        return f"{value.__qualname__} {_code(code, value.__doc__)} {_plain(_held(value), inside | {id(value)})}"
+        within = inside | {id(value)}
+        used = _used(value, code) if _is_own(value) else []
+        return f"{value.__qualname__} {_code(code, value.__doc__)} {_plain(_held(value), within)} {_plain(used, within)}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_plain(item, inside) for item in value)}]"
     if isinstance(value, dict):
@@ -67,7 +99,24 @@ def _plain(value: Any, inside: frozenset[int] = frozenset()) -> str:
         return digest(value)
     if inside and isinstance(value, nn.Module):
         return f"{value!r} {digest(*value.parameters(), *value.buffers())}"
+    if isinstance(value, type):
+        return _class(value, inside) if _is_own(value) else value.__qualname__
+    if isinstance(value, ModuleType):
+        return value.__name__
+    if _is_own(type(value)) and not isinstance(value, (torch.Tensor, nn.Module)):
+        held = sorted(getattr(value, "__dict__", {}).items())
+        return f"{_class(type(value), inside)} {_plain(held, inside | {id(value)})}"
     return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _used(function: Any, code: CodeType) -> list[Any]:
+    """The module's variables that a function names, by name: constants, and functions and classes of the user."""
+    names = {*code.co_names}
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= {*constant.co_names}
+    around = getattr(function, "__globals__", {})
+    return [[name, around[name]] for name in sorted(names & around.keys())]
 
 
 def _held(function: Any) -> list[Any]:
