@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._validation import check_literal
 
@@ -40,7 +41,8 @@ def read_norm(norm: str, allowed: Any = Norm) -> Norm:
 def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: float = 1.0) -> None:
     """TypeError or ValueError unless x is floating point ``[B, ...]`` within its range, and y int64 ``[B]`` from 0.
 
-    Values are looked at on a CPU only: elsewhere that would wait for the device, and `evaluate` looks at them.
+    Values are looked at on a CPU only: elsewhere that would wait for the device, and `evaluate` looks at them. They are
+    not looked at while a compiler or a dispatch mode watches: fake tensors have no values.
 
     Args:
         x: the images.
@@ -59,7 +61,7 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
     if y.shape != (x.shape[0],) or y.dtype != torch.int64:
         hint = ": y.long() makes it int64" if y.shape == (x.shape[0],) and not y.is_floating_point() else ""
         raise ValueError(f"y must be int64 [B] = [{x.shape[0]}], got {y.dtype} {list(y.shape)}{hint}")
-    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return
     if int(y.min()) < 0:
         raise ValueError(f"y must be class numbers from 0, got {int(y.min())}")

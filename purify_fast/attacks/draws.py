@@ -6,7 +6,7 @@ changes no result but by the rounding of sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
@@ -121,15 +121,23 @@ class Objective:
         logits = self._logits(x, draws)
         columns = y.view(len(y), -1)
         labels = (columns.repeat(draws, 1) if draws > 1 else columns).unbind(1)
-        try:
-            losses = (LOSSES | TARGETED)[self.loss](logits, *labels)
-        except (IndexError, RuntimeError):
-            if y.device.type == "cpu":
-                # the usual reason, which costs no look at the labels as long as nothing fails
-                check_labels(columns[:, 0], logits.shape[1])
-            raise
+        losses = self._loss_of(logits, labels)
         wrong = (logits.detach().argmax(1) != labels[0]).float()
         return losses.view(draws, -1), wrong.view(draws, -1)
+
+    def _loss_of(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
+        """The loss of every row of logits; a label too large is refused by name."""
+        formula = (LOSSES | TARGETED)[self.loss]
+        # a compiler cannot trace the block below
+        if torch.compiler.is_compiling():
+            return formula(logits, *labels)
+        try:
+            return formula(logits, *labels)
+        except (IndexError, RuntimeError):
+            if logits.device.type == "cpu":
+                # the usual reason, which costs no look at the labels as long as nothing fails
+                check_labels(labels[0], logits.shape[1])
+            raise
 
     def _logits(self, x: Tensor, draws: int) -> Tensor:
         """Logits ``[draws * B, classes]``; a model that shares work between its draws is asked for them at once."""

@@ -95,11 +95,11 @@ def test_captured_attacks_train_the_same_weights(rerun, name):
 #: table of docs/speed.md. Another version of PyTorch may take a few more or less.
 COUNTS = {
     # no image drifts so far that it is replayed
-    "ARREST": (lambda: arrest(steps=10, tau=10.0), 829, 162),
-    "CARSO": (lambda: carso("classifier", steps=10), 1042, 382),
-    "CARSO, pipeline": (lambda: carso("pipeline", steps=10), 2153, 293),
-    "AToP": (lambda: atop("classifier"), 546, 488),
-    "AToP, pipeline": (lambda: atop("pipeline", steps=10), 3862, 502),
+    "ARREST": (lambda: arrest(steps=10, tau=10.0), 743, 166),
+    "CARSO": (lambda: carso("classifier", steps=10), 956, 386),
+    "CARSO, pipeline": (lambda: carso("pipeline", steps=10), 2067, 297),
+    "AToP": (lambda: atop("classifier"), 487, 438),
+    "AToP, pipeline": (lambda: atop("pipeline", steps=10), 3182, 452),
 }
 
 

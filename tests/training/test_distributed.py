@@ -203,7 +203,7 @@ def test_the_command_by_torchrun(tmp_path):
     classifier = ["train", "classifier", "--width", "2", "--out", str(tmp_path / "classifier"), *common]
     done = torchrun(*classifier, "--batch-size", "20")
     assert done.returncode == 0, done.stderr
-    printed = [len(re.findall(text, done.stdout)) for text in ("last epoch: loss", "clean", "saved to")]
+    printed = [len(re.findall(text, done.stdout)) for text in ("last epoch: loss", "classifier  clean", "saved to")]
     assert printed == [1, 1, 1], done.stdout
     carso = ["train", "carso", "--classifier", str(tmp_path / "classifier"), "--layers", "conv2", *common]
     carso += ["--out", str(tmp_path / "carso"), "--steps", "1"]

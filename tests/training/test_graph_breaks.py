@@ -54,7 +54,7 @@ slow = pytest.mark.slow
 STEPS = [
     pytest.param(arrest, 14, id="ARREST"),
     pytest.param(lambda: arrest(replay=False), 8, id="ARREST, no replay"),
-    pytest.param(lambda: carso("classifier"), 12, id="CARSO"),
+    pytest.param(lambda: carso("classifier"), 13, id="CARSO"),
     pytest.param(lambda: carso("pipeline"), 8, id="CARSO, pipeline", marks=slow),
     pytest.param(lambda: atop("classifier"), 5, id="AToP"),
     pytest.param(lambda: atop("pipeline"), 8, id="AToP, pipeline", marks=slow),
