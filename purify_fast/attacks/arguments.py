@@ -42,7 +42,8 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
     """TypeError or ValueError unless x is floating point ``[B, ...]`` within its range, and y int64 ``[B]`` from 0.
 
     Values are looked at on a CPU only: elsewhere that would wait for the device, and `evaluate` looks at them. They are
-    not looked at while a compiler or a dispatch mode watches: fake tensors have no values.
+    not looked at while a compiler or a dispatch mode watches, nor where there are none: of fake tensors, and inside of
+    ``torch.func.vmap``.
 
     Args:
         x: the images.
@@ -63,14 +64,19 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
         raise ValueError(f"y must be int64 [B] = [{x.shape[0]}], got {y.dtype} {list(y.shape)}{hint}")
     if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return
-    if int(y.min()) < 0:
-        raise ValueError(f"y must be class numbers from 0, got {int(y.min())}")
+    try:
+        label = int(y.min())
+        least, most = (0.0, 0.0) if clip_min is None else (float(value) for value in x.detach().aminmax())
+    except RuntimeError:
+        # tensors inside of torch.func.vmap, and fake ones outside of their mode, have no values to look at
+        return
+    if label < 0:
+        raise ValueError(f"y must be class numbers from 0, got {label}")
     if clip_min is not None:
-        _check_range(x, clip_min, clip_max)
+        _check_range(least, most, clip_min, clip_max)
 
 
-def _check_range(x: Tensor, clip_min: float, clip_max: float) -> None:
-    least, most = (float(value) for value in x.detach().aminmax())
+def _check_range(least: float, most: float, clip_min: float, clip_max: float) -> None:
     slack = ROUNDING * (clip_max - clip_min)
     # not, so that NaN is refused too
     if not (least >= clip_min - slack and most <= clip_max + slack):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice, enum.Enum)
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
 #: Standard objects that hold settings.
 _SETTINGS = (types.SimpleNamespace, argparse.Namespace)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
@@ -46,10 +46,25 @@ def dependencies(model: nn.Module) -> tuple[tuple[Any, ...], list[Any]]:
     found: list[Any] = []
     objects: list[Any] = []
     _add(model, found, objects, {})
-    return tuple(found), objects
+    return tuple(found), [part for part in objects if not isinstance(part, Tensor)]
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """The tensors that stand among the `dependencies` of a model by their addresses, each once, in the same order.
+
+    Args:
+        model: as `dependencies` takes it.
+
+    Raises:
+        TypeError: as `dependencies`.
+    """
+    objects: list[Any] = []
+    _add(model, [], objects, {})
+    return list({id(part): part for part in objects if isinstance(part, Tensor)}.values())
 
 
 def _add(value: Any, found: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
+    """Add a value to what was found; tensors, and what counts by its identity, to the objects too."""
     if isinstance(value, _PLAIN):
         found.append(value)
         return
@@ -57,6 +72,13 @@ def _add(value: Any, found: list[Any], objects: list[Any], seen: dict[int, int])
         if type(value) not in _TENSORS:
             raise TypeError(f"a tensor of type {type(value).__name__} does not say where its memory is")
         found.append((value.data_ptr(), value.shape, value.dtype, value.device))
+        objects.append(value)
+        return
+    if isinstance(value, slice):
+        # before Python 3.12 a slice cannot be hashed
+        found.append("slice")
+        for part in (value.start, value.stop, value.step):
+            _add(part, found, objects, seen)
         return
     if id(value) in seen:
         # which of the parts it is matters: a model may change the one that it uses
@@ -67,7 +89,11 @@ def _add(value: Any, found: list[Any], objects: list[Any], seen: dict[int, int])
         _add_module(value, found, objects, seen)
     elif isinstance(value, dict):
         for name, part in value.items():
-            found.append(name if isinstance(name, _PLAIN) else id(name))
+            if isinstance(name, _PLAIN):
+                found.append(name)
+            else:
+                found.append(id(name))
+                objects.append(name)
             _add(part, found, objects, seen)
     elif isinstance(value, (list, tuple, set, frozenset)):
         found.append(len(value))

@@ -52,7 +52,10 @@ def fold_sequential(model: nn.Module) -> int:
     """Fold every BatchNorm that follows a layer in an ``nn.Sequential``, in place; transposed convolutions too.
 
     The order of a Sequential says what follows what, so no example is needed. It is for a part that takes more than one
-    tensor, such as a decoder. A layer that stands in several places, or that hooks look at, is left as it is.
+    tensor, such as a decoder. But a module may also call the layers of its Sequential one by one, in another way. So
+    only those Sequentials are looked at whose module says that it calls them as a whole: its class has the attribute
+    ``runs_in_order = True``, which no subclass inherits. A layer that stands in several places, or that hooks look at,
+    is left as it is.
 
     Args:
         model: any module, in evaluation mode.
@@ -68,10 +71,7 @@ def fold_sequential(model: nn.Module) -> int:
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     done = 0
-    for parent in list(model.modules()):
-        # a subclass may call its children in another order
-        if type(parent) is not nn.Sequential:
-            continue
+    for parent in _in_order(model):
         for name, following in pairwise(list(parent._modules)):
             layer, norm = parent._modules[name], parent._modules[following]
             foldable = isinstance(layer, _FOLDABLE) or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1)
@@ -82,6 +82,24 @@ def fold_sequential(model: nn.Module) -> int:
                 _fold(parent, name, following)
                 done += 1
     return done
+
+
+def _in_order(model: nn.Module) -> list[nn.Sequential]:
+    """The Sequentials whose layers are called one after the other, as the class that they belong to says."""
+    found: dict[int, nn.Sequential] = {}
+
+    def look(parts: nn.Module) -> None:
+        for part in parts.children():
+            # a subclass may call its children in another order
+            if type(part) is nn.Sequential:
+                found[id(part)] = part
+            if type(part) in (nn.Sequential, nn.ModuleList):
+                look(part)
+
+    for owner in model.modules():
+        if vars(type(owner)).get("runs_in_order") is True:
+            look(owner)
+    return list(found.values())
 
 
 def _foldable(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:

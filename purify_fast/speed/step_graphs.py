@@ -238,9 +238,9 @@ class StepGraphs:
             part.prepare_replay()
         try:
             values, objects = dependencies(model)
+            key = hash_checked((base, values))
         except TypeError as error:
             return self._refuse(base, f"{_name(model)}: {error}")
-        key = (base, values)
         if key in self._captured:
             self._captured.move_to_end(key)
             return self._captured[key]

@@ -1,11 +1,13 @@
 """The attacks as rows of an evaluation: their names, costs and settings, and what they run."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from purify_fast import attacks
 from purify_fast.attacks import (
@@ -26,6 +28,7 @@ from purify_fast.attacks import (
     square,
     stadv,
 )
+from purify_fast.attacks.arguments import check_images
 from purify_fast.models.classifiers import SmallCNN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -256,3 +259,29 @@ def test_old_names_still_work(model, batch):
         assert attacks.Bpda is BpdaModel
     with pytest.warns(DeprecationWarning, match="'method'"):
         BpdaModel.of(model, method="mean")
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_images_without_values_are_not_looked_at(watched):
+    """Those of fake tensors, in their mode or outside of it."""
+    with FakeTensorMode() as mode:
+        net = nn.Sequential(nn.Flatten(), nn.Linear(48, 6))
+        x, y = torch.rand(5, 3, 4, 4), torch.zeros(5, dtype=torch.int64)
+    with mode if watched else contextlib.nullcontext():
+        check_images(x, y, 0.0, 1.0)
+        if watched:
+            assert pgd(net, x, y, eps=EPS, steps=2).shape == x.shape
+
+
+def test_images_inside_of_functorch():
+    """Under vmap an image has no value that could be looked at; under grad it has one."""
+
+    def checked(image, label):
+        check_images(image, label, 0.0, 1.0)
+        return image.sum()
+
+    x, y = torch.rand(2, 5, 48), torch.zeros(2, 5, dtype=torch.int64)
+    assert torch.func.vmap(checked)(x, y).shape == (2,)
+    assert torch.func.grad(checked)(x[0], y[0]).shape == (5, 48)
+    with pytest.raises(ValueError, match=r"x must be in \[clip_min, clip_max\]"):
+        torch.func.grad(checked)(x[0] + 1, y[0])

@@ -197,6 +197,8 @@ def test_the_frozen_view_is_the_classifier():
 class TwoInputs(nn.Module):
     """What a decoder is like: two tensors, and transposed convolutions."""
 
+    runs_in_order = True
+
     def __init__(self):
         super().__init__()
         self.shared = nn.Linear(6, 6)
@@ -206,18 +208,35 @@ class TwoInputs(nn.Module):
             nn.ConvTranspose2d(6, 4, 3, groups=2), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3),
         )  # fmt: skip
         self.twice = nn.Sequential(self.shared, nn.BatchNorm1d(6), self.shared)
+        self.more = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))])
 
     def forward(self, a, b):
-        return self.stack(self.head(self.twice(a) + b)[:, :, None, None])
+        return self.stack(self.head(self.more[0](self.twice(a)) + b)[:, :, None, None])
 
 
 def test_what_stands_in_a_sequential_folds_without_an_example():
     torch.manual_seed(0)
     model, (a, b) = trained(TwoInputs()).double(), torch.rand(2, 5, 6, dtype=torch.float64)
     want = model(a, b)
-    assert fold_sequential(model) == 3
+    assert fold_sequential(model) == 4
     assert torch.allclose(model(a, b), want, rtol=1e-10, atol=1e-12)
     # a convolution of groups, and a layer that stands in two places, stay as they were
     assert sum(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()) == 2
     with pytest.raises(ValueError, match="model must be in evaluation mode"):
         fold_sequential(TwoInputs())
+
+
+def test_only_a_class_that_says_so_runs_its_sequentials_in_order():
+    class Inherits(TwoInputs):
+        """What it calls in its own forward is not known."""
+
+        def forward(self, a, b):
+            h = self.more[0][0](a)
+            return self.stack(self.head(torch.relu(self.more[0][1](h)) + h + b)[:, :, None, None])
+
+    torch.manual_seed(0)
+    model, (a, b) = trained(Inherits()), torch.rand(2, 5, 6)
+    want = model(a, b)
+    assert fold_sequential(model) == 0 and torch.equal(model(a, b), want)
+    # a Sequential that belongs to no such class is left alone too
+    assert fold_sequential(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()) == 0

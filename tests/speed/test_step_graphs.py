@@ -399,3 +399,35 @@ def test_the_part_that_a_model_uses_is_one_of_its_dependencies():
     assert before != after
     model.order.reverse()
     assert dependencies(model)[0] != after
+
+
+def test_a_slice_counts_by_its_bounds(graphs, rerun):
+    """It cannot be hashed before Python 3.12."""
+
+    class Crops(Scale):
+        def __init__(self):
+            super().__init__()
+            self.crop = slice(0, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[self.crop])
+
+    model = Crops()
+    before, _ = dependencies(model)
+    assert not any(isinstance(value, slice) for value in before) and hash(before) is not None
+    run(graphs, model, WORTH), run(graphs, model, WORTH)
+    assert rerun.recorded == 1
+    model.crop = slice(0, 3, 1)
+    assert dependencies(model)[0] != before
+    model.crop = slice(0, 3)
+    assert dependencies(model)[0] == before
+
+
+def test_a_setting_that_cannot_be_hashed_is_a_reason_to_run_eagerly(graphs, rerun):
+    class Odd(str):
+        __hash__ = None
+
+    model = Scale()
+    model.kind = Odd("a")
+    assert same(run(graphs, model, WORTH), run(None, model, WORTH))
+    assert rerun.recorded == 0 and "unhashable type" in graphs.refusal

@@ -7,18 +7,30 @@ what it would have found, although it makes its copies at other moments.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ...protocols import Accelerates, Classifier, PassesOn, SampleLogits, is_purifier, supports
+from ...defences.stochastic import StochasticDefence
+from ...protocols import (
+    Accelerates,
+    Classifier,
+    DeterministicMode,
+    FixedNoise,
+    PassesOn,
+    Purifies,
+    SampleLogits,
+    is_purifier,
+    supports,
+)
 from ...speed.accelerated import Accelerated
-from ...speed.dependencies import dependencies
+from ...speed.dependencies import dependencies, tensors_of
 from ...speed.folding import fold_sequential
 from ...speed.halving import replace_resizing
 from ...speed.inference_copy import InferenceCopy
@@ -30,19 +42,39 @@ FEWEST_WEIGHTS = 1_000_000
 COMPARED = 8
 #: How far the copy's logits may be from the model's, relative to the largest, before the copy is given up.
 TOLERANCE = 0.1
+#: The same of the purified images, on average over the pixels, in image units.
+PURIFIED_TOLERANCE = 0.03
+#: The least cosine between the input gradients of an accelerated copy and of its defence.
+LEAST_COSINE = 0.9
 #: How many copies are kept: an evaluation attacks one model, in one variant after the other.
 KEPT = 2
+
+
+class _Kept(NamedTuple):
+    """A copy, and what its model was when it was made.
+
+    Args:
+        copy: the copy; None where there is none.
+        held: the model, its tensors, and the objects whose ids are in the key: no other object gets an id or a memory
+            address of theirs while they are held.
+        values: what the tensors held.
+    """
+
+    copy: Classifier | None
+    held: tuple[Any, ...]
+    values: list[Tensor]
 
 
 class GradientCopies:
     """The copies that were made already, such as those of an evaluation; each serves as long as its model is the same.
 
-    A model is the same while all that `purify_fast.speed.dependencies` sees of it is, and no weight was written to.
+    A model is the same while all that `purify_fast.speed.dependencies` sees of it is, and every tensor among that holds
+    the same values. The values themselves are kept for this, as much memory again as the model takes: a tensor that was
+    written to through ``.data`` does not count that, and one that was written back, as by ``fixed_noise``, is the same.
     """
 
     def __init__(self) -> None:
-        # with the model and the objects whose ids are in the key, so that no other object gets one of these ids
-        self._kept: OrderedDict[Hashable, tuple[Any, Classifier | None]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
 
     def of(self, model: nn.Module, shape: torch.Size, make: Callable[[], Classifier | None]) -> Classifier | None:
         """The copy of a model; None where there is none.
@@ -52,21 +84,22 @@ class GradientCopies:
             shape: of an image.
             make: makes a copy.
         """
-        tensors = [*model.parameters(), *model.buffers()]
-        if any(tensor.is_inference() for tensor in tensors):
-            # these do not count how often they are written to
-            return make()
         try:
-            values, objects = dependencies(model)
-        except TypeError:
+            settings, objects = dependencies(model)
+            tensors = tensors_of(model)
+            key = (id(model), shape, settings)
+            kept = self._kept.get(key)
+            same = kept is not None and all(map(torch.equal, tensors, kept.values))
+            values = [] if same else [tensor.detach().clone() for tensor in tensors]
+        except (TypeError, RuntimeError):
+            # a tensor without a memory of its own, or a setting that cannot be hashed
             return make()
-        key = (id(model), shape, values, tuple(tensor._version for tensor in tensors))
-        if key not in self._kept:
-            self._kept[key] = ((model, objects), make())
+        if kept is None or not same:
+            kept = self._kept[key] = _Kept(make(), (model, objects, tensors), values)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return self._kept[key][1]
+        return kept.copy
 
 
 def gradient_copy(
@@ -83,7 +116,8 @@ def gradient_copy(
 
     Returns:
         The copy, or the model itself where there is none: for a plain function, for a model that cannot be copied or
-        folded, and where the copy's logits are not the model's.
+        folded, and where the copy's logits are not the model's, or not its purified images or input gradients. Both
+        draw the same noise while they are compared.
     """
     if precision == "float32" or (precision == "auto" and not fast_bfloat16(x.device)):
         return model
@@ -96,9 +130,16 @@ def gradient_copy(
     if precision == "auto" and small:
         return model
     module = model
+
+    def make() -> Classifier | None:
+        made = _made(module, x)
+        # an `InferenceCopy` has compared the gradients of what it folded itself
+        follows = made is None or not supports(module, Accelerates) or _follows(made, module, x)
+        return made if follows else None
+
     # a model may draw while it is copied or compared
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        made = _made(module, x) if copies is None else copies.of(module, x.shape[1:], lambda: _made(module, x))
+    with _same_draws(x.device):
+        made = make() if copies is None else copies.of(module, x.shape[1:], make)
         # a copy that was kept is compared too: not everything that a user's model computes with can be seen
         return model if made is None or not _alike(made, model, x) else made
 
@@ -167,15 +208,66 @@ def _for_gradients(made: nn.Module, device: torch.device) -> Classifier:
     return cast(Classifier, made)
 
 
+def _same_draws(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Puts the generators back where they were: what is run twice, each time within one, draws the same."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def _without_noise(model: object) -> contextlib.AbstractContextManager[Any]:
+    """A mode of a model in which it repeats itself, whatever it draws from."""
+    if isinstance(model, StochasticDefence):
+        # its seeds are from PyTorch's generators, and other threads may be calling it, which a mode would refuse
+        return contextlib.nullcontext()
+    if supports(model, FixedNoise):
+        return cast(FixedNoise, model).fixed_noise(0)
+    return (
+        cast(DeterministicMode, model).deterministic()
+        if supports(model, DeterministicMode)
+        else contextlib.nullcontext()
+    )
+
+
 @torch.no_grad()
 def _alike(made: Classifier, model: nn.Module, x: Tensor) -> bool:
-    """Whether a copy says what the model says; of a random model only that it says something."""
+    """Whether a copy says what the model says; both draw the same noise."""
     try:
-        want, got = model(x), made(x)
+        want, got = (_run(each, x, each) for each in (model, made))
     except (RuntimeError, TypeError, AttributeError):
         return False
     if want.shape != got.shape or not bool(got.isfinite().all()):
         return False
-    if supports(model, SampleLogits):
-        return True
     return bool((got - want).abs().max() <= TOLERANCE * want.abs().max())
+
+
+def _follows(made: Classifier, model: nn.Module, x: Tensor) -> bool:
+    """Whether a copy's purified images and gradients to the input are the model's; both draw the same noise."""
+    try:
+        if isinstance(model, Purifies) and isinstance(made, Purifies):
+            with torch.no_grad():
+                before, after = (_run(each, x, each.purify) for each in (model, made))
+            if not bool((before - after).abs().mean() <= PURIFIED_TOLERANCE):
+                return False
+        # outside of inference mode, in which nothing is differentiated
+        with torch.inference_mode(False), torch.enable_grad():
+            want, got = (_input_gradient(each, x.detach().clone()) for each in (model, made))
+    except (RuntimeError, TypeError, AttributeError):
+        return False
+    size = want.norm()
+    if not bool(size.isfinite()) or not bool(size > 0):
+        # the model has no gradient to compare with
+        return True
+    return bool(torch.dot(want, got) >= LEAST_COSINE * size * got.norm())
+
+
+def _run(model: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    with _same_draws(x.device), _without_noise(model):
+        return function(x).float()
+
+
+def _input_gradient(model: Classifier, leaf: Tensor) -> Tensor:
+    """Of the largest logit's lead over the second, summed over the images; flat, and 0 where there is none."""
+    leaf.requires_grad_()
+    first, second = _run(model, leaf, model).topk(2, 1).values.unbind(1)
+    lead = (first - second).sum()
+    gradient = torch.autograd.grad(lead, leaf, allow_unused=True)[0] if lead.requires_grad else None
+    return torch.zeros_like(leaf).flatten() if gradient is None else gradient.flatten()

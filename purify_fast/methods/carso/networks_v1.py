@@ -37,6 +37,9 @@ class ConditionEncoderV1(nn.Module):
     The hidden size is ``2 cond_dim`` (published: 290 -> 260 -> 130).
     """
 
+    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.fold_sequential`).
+    runs_in_order = True
+
     def __init__(self, shapes: Sequence[tuple[int, ...]], cond_dim: int):
         super().__init__()
         size = sum(prod(shape) for shape in shapes)
@@ -52,6 +55,9 @@ class PosteriorEncoderV1(nn.Module):
     A 4 x 4 convolution with just enough channels to lose no numbers, flattened beside c, two linear blocks and a tanh
     down to ``1.5 latent_dim`` (published: 96 for 64), two linear heads.
     """
+
+    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.fold_sequential`).
+    runs_in_order = True
 
     def __init__(self, image_shape: tuple[int, int, int], cond_dim: int, latent_dim: int):
         super().__init__()
@@ -92,6 +98,8 @@ class DecoderV1(nn.Module):
             image_shape.
     """
 
+    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.fold_sequential`).
+    runs_in_order = True
     slope = 0.01  # of its LeakyReLU
 
     def __init__(

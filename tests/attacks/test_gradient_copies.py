@@ -1,0 +1,221 @@
+"""Copies for gradients: they follow their model, and only those that do what it does are attacked."""
+
+import gc
+from collections import UserDict
+
+import pytest
+import torch
+from torch import nn
+
+from purify_fast import Atop, Carso
+from purify_fast.attacks import apgd
+from purify_fast.attacks.engine import gradient_copy as copies
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed.inference_copy import InferenceCopy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = (3, 16, 16)
+
+
+class SkipsInside(nn.Module):
+    """A purifier that calls the layers of its Sequential one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh())
+
+    def forward(self, x, mask):
+        h = self.net[0](torch.cat([x, mask], 1))
+        return torch.tanh(self.net[1:](h) + h)
+
+
+@pytest.fixture(scope="module")
+def defence():
+    """One whose purifier a folded BatchNorm would change much."""
+    torch.manual_seed(0)
+    purifier, classifier = SkipsInside(), SmallCNN(3, 10, SHAPE[1:], 8)
+    with torch.no_grad():
+        purifier(2 * torch.rand(32, *SHAPE) - 1, torch.zeros(32, 1, *SHAPE[1:]))
+        nn.init.uniform_(purifier.net[1].weight, 1, 3), nn.init.normal_(purifier.net[1].bias)
+    return Atop(classifier.eval(), purifier.eval(), SHAPE, block=4).eval()
+
+
+def images_and_gradient(model, x):
+    with model.fixed_noise(1):
+        leaf = x.clone().requires_grad_()
+        first, second = model(leaf).topk(2, 1).values.unbind(1)
+        return model.purify(x).detach(), torch.autograd.grad((first - second).sum(), leaf)[0].flatten()
+
+
+def test_a_purifier_of_a_users_own_is_not_folded(defence):
+    x = torch.rand(8, *SHAPE)
+    made = copies.gradient_copy(defence, x, "bfloat16")
+    assert made is not defence and isinstance(made.purifier.module.net[1], nn.BatchNorm2d)
+    (image, gradient), (other, found) = (images_and_gradient(model, x) for model in (defence, made))
+    assert (other - image).abs().max() < 0.02 and torch.cosine_similarity(found, gradient, 0) > 0.99
+
+
+@pytest.mark.parametrize("what", ["images", "gradients"])
+def test_a_random_copy_that_does_something_else_is_refused(defence, what, monkeypatch):
+    """The same noise in both tells them apart: one draw does not."""
+    x, original = torch.rand(8, *SHAPE), copies._made
+
+    def wrong(model, example):
+        made = original(model, example)
+        if what == "images":
+            made.purifier.module.net[1] = nn.Identity()
+        else:
+            refine = made.purifier.module.forward
+            # the same values, of which every other column has no gradient
+            seen = torch.arange(16) % 2 == 0
+            made.purifier.module.forward = lambda z, mask: torch.where(seen, refine(z, mask), refine(z, mask).detach())
+        return made
+
+    monkeypatch.setattr(copies, "_made", wrong)
+    assert copies.gradient_copy(defence, x, "bfloat16") is defence
+    assert copies.gradient_copy(defence, x, "bfloat16", copies.GradientCopies()) is defence
+
+
+def test_the_draws_of_a_comparison_are_the_same_and_move_nothing(defence):
+    """Noise as large as rt2's would let no copy pass otherwise, and the generator stands where it stood."""
+    x = torch.rand(8, *SHAPE)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert copies.gradient_copy(defence, x, "bfloat16") is not defence
+    assert torch.equal(torch.get_rng_state(), before) and defence.noise_is_fresh
+
+
+class OwnNoise(nn.Module):
+    """Draws from a generator of its own, in which only its modes make it repeat itself."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10))
+        self.on, self.drawn = True, UserDict(calls=0)
+        self.__class__ = type("OwnNoise", (OwnNoise,), {mode: OwnNoise.quiet} if mode else {})
+
+    def quiet(self, *seed):
+        return Quiet(self)
+
+    def forward(self, x):
+        self.drawn["calls"] += 1
+        return self.net(x) + (5.0 * (-1) ** self.drawn["calls"] * torch.arange(10) if self.on else 0)
+
+
+class Quiet:
+    def __init__(self, model):
+        self.model = model
+
+    def __enter__(self):
+        self.model.on = False
+
+    def __exit__(self, *error):
+        self.model.on = True
+
+
+@pytest.mark.parametrize("mode", ["fixed_noise", "deterministic", None])
+def test_a_mode_without_noise_is_compared_where_there_is_one(mode):
+    torch.manual_seed(0)
+    model, x = OwnNoise(mode).eval(), torch.rand(4, *SHAPE)
+    model.drawn["calls"] = 1
+    made = copies.InferenceCopy(model, SHAPE, fold=False)
+    made.classifier.drawn["calls"] = 2
+    for kind in ("fixed_noise", "deterministic"):
+        if kind == mode:
+            made.__class__ = type("Made", (InferenceCopy,), {kind: lambda self, *seed: Quiet(self.classifier)})
+    assert copies._alike(made, model, x) is (mode is not None)
+
+
+def written_through_data(net):
+    net[1].weight.data.mul_(-1)
+
+
+def swapped(net):
+    # no sum over the weights sees this
+    net[1].weight.data.copy_(net[1].weight.data.flip(0))
+
+
+def replaced(net):
+    net[1].weight = nn.Parameter(torch.randn(10, 3 * 256))
+
+
+def attribute(net):
+    net[0].gate.mul_(1.05)
+
+
+class Gate(nn.Module):
+    """Multiplies by a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.ones(1)
+
+    def forward(self, x):
+        return x.flatten(1) * self.gate
+
+
+@pytest.mark.parametrize("change", [written_through_data, swapped, replaced, attribute])
+def test_a_copy_never_outlives_what_its_model_was(change):
+    torch.manual_seed(0)
+    net, x, kept = nn.Sequential(Gate(), nn.Linear(3 * 256, 10)).eval(), torch.rand(4, *SHAPE), copies.GradientCopies()
+    before = copies.gradient_copy(net, x, "bfloat16", kept)
+    for _ in range(5):
+        change(net)
+        # the memory that a replaced weight leaves is what the next one gets
+        gc.collect()
+        made = copies.gradient_copy(net, x, "bfloat16", kept)
+        assert isinstance(made, InferenceCopy) and made is not before
+        inside = made.classifier
+        assert torch.equal(inside[1].weight, net[1].weight.to(torch.bfloat16))
+        assert torch.equal(inside[0].gate, net[0].gate)
+        assert copies.gradient_copy(net, x, "bfloat16", kept) is made
+        before = made
+
+
+def test_weights_made_in_inference_mode_are_compared_too():
+    with torch.inference_mode():
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10)).eval()
+    x, kept = torch.rand(4, *SHAPE), copies.GradientCopies()
+    first = copies.gradient_copy(net, x, "bfloat16", kept)
+    assert isinstance(first, InferenceCopy) and copies.gradient_copy(net, x, "bfloat16", kept) is first
+    with torch.inference_mode():
+        net[1].weight.mul_(2)
+    assert copies.gradient_copy(net, x, "bfloat16", kept) is not first
+
+
+def test_fixed_noise_has_one_copy_for_each_seed():
+    torch.manual_seed(0)
+    net = SmallCNN(1, 10, (16, 16), 8).eval()
+    model = Carso(net, ["conv2", "conv4"], (1, 16, 16), cond_dim=16, latent_dim=4, samples=2, decoder_width=8).eval()
+    x, kept = torch.rand(4, 1, 16, 16), copies.GradientCopies()
+
+    def of(seed):
+        with model.fixed_noise(seed):
+            made = copies.gradient_copy(model, x, "bfloat16", kept)
+            assert made is not model and torch.allclose(made(x), model(x), atol=0.1)
+            return made
+
+    first = of(1)
+    assert of(1) is first and of(2) is not first
+    fresh = copies.gradient_copy(model, x, "bfloat16", kept)
+    assert fresh.noise_is_fresh and copies.gradient_copy(model, x, "bfloat16", kept) is fresh
+
+
+def test_a_model_with_a_slice_is_attacked():
+    """A slice cannot be hashed before Python 3.12."""
+
+    class Crops(nn.Sequential):
+        crop = None
+
+        def forward(self, x):
+            return super().forward(x[..., self.crop])
+
+    net, x = Crops(nn.Flatten(), nn.Linear(3 * 16 * 8, 10)).eval(), torch.rand(4, *SHAPE)
+    net.crop = slice(0, 8)
+    kept = copies.GradientCopies()
+    found = apgd(net, x, net(x).argmax(1), eps=0.01, steps=2, precision="bfloat16", copies=kept)
+    assert found.shape == x.shape and copies.gradient_copy(net, x, "bfloat16", kept) is not net
+    first = copies.gradient_copy(net, x, "bfloat16", kept)
+    net.crop = slice(8, 16)
+    assert copies.gradient_copy(net, x, "bfloat16", kept) is not first
