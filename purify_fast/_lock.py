@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ._validation import check_folder
+
 NAME = ".purify_fast.lock"
 #: Seconds from one sign of life to the next, and how long another machine's process is watched for one.
 BEAT, WATCH = 3.0, 10.0
@@ -68,11 +70,13 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
 
     Raises:
         FolderInUse: another run has the lock; the message names its machine, process, start and command.
+        ValueError: there is a file in the folder's place.
         OSError: the folder cannot be written to.
     """
     if folder is None:
         yield
         return
+    check_folder("the run's folder", folder)
     folder = Path(folder)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)

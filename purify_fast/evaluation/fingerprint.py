@@ -61,8 +61,9 @@ def _class(kind: type, inside: frozenset[int] = frozenset()) -> str:
             if isinstance(value, (staticmethod, classmethod)):
                 value = value.__func__
             if isinstance(value, property):
-                value = [value.fget, value.fset]
-            if not name.startswith("__") or isinstance(value, FunctionType):
+                value = value.fget
+            # as of instances: what begins with an underscore is no setting
+            if not name.startswith("_") or isinstance(value, FunctionType):
                 found.append(f"{name} {_plain(value, within)}")
     return f"{kind.__qualname__} {found}"
 
@@ -88,7 +89,9 @@ def _plain(value: Any, inside: frozenset[int] = frozenset()) -> str:
     if isinstance(code, CodeType):
         within = inside | {id(value)}
         used = _used(value, code) if _is_own(value) else []
-        return f"{value.__qualname__} {_code(code, value.__doc__)} {_plain(_held(value), within)} {_plain(used, within)}"
+        return (
+            f"{value.__qualname__} {_code(code, value.__doc__)} {_plain(_held(value), within)} {_plain(used, within)}"
+        )
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_plain(item, inside) for item in value)}]"
     if isinstance(value, dict):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_text
+from .._validation import check_folder
 from ..protocols import Classifier
 from . import plots
 from .alarms import Finding
@@ -259,6 +260,7 @@ class Report:
                 raise ValueError(f"the report has several models, {self.models}: give a mapping from their names")
             defence = dict.fromkeys(self.models, defence)
         folder = Path(folder)
+        check_folder("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._set_aside(folder)
         self._write(folder)  # before the pictures, whatever becomes of them

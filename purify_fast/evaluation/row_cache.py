@@ -53,7 +53,12 @@ class RowCache:
         folder: of the whole evaluation.
         served: who serves the ops, by `purify_fast.ops.decisions`: kernels and references differ in the last bits, so
             that rows that others would serve are no part of the same evaluation.
+
+    Attributes:
+        was_kept: whether the last row was found, and not made.
     """
+
+    was_kept = False
 
     def __init__(self, folder: Path, served: dict[str, Any]):
         self.folder = folder / "rows"
@@ -93,9 +98,11 @@ class RowCache:
             make: makes it; is given the batches that an interrupted run finished.
         """
         if key is None:
+            self.was_kept = False
             return make(PartialRow(None))
         unfinished = PartialRow(self.folder / f"{key}.batches")
         row = self._read(key)
+        self.was_kept = row is not None
         if row is None:
             row = make(unfinished)
             self._write(key, row)

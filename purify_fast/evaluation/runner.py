@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._compat import renamed_arguments
-from .._validation import check_literal
+from .._validation import check_folder, check_literal
 from .._version import __version__
 from ..attacks import BPDA, Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
@@ -33,6 +34,7 @@ from .alarms.answers import Before
 from .alarms.probes import cost as cost_of_probes
 from .believe import conclude
 from .customary import unusual_radius
+from .fingerprint import fingerprint
 from .function_attack import AttackFunction
 from .images import collect
 from .labels import ball_name, row_name, threat_name
@@ -46,6 +48,8 @@ from .rows import Row
 from .specs import CLASSIFIER, AttackSpec, as_specs, default_attacks
 from .subject import Subject, Variant, device_of
 from .worst import worst
+
+logger = logging.getLogger("purify_fast")
 
 
 @renamed_arguments(eot="eot_iter", chunk="max_forward_batch")
@@ -105,8 +109,9 @@ def evaluate(
             "auto" not where the process asks for deterministic ones. Which one wins may differ from run to run, and
             with it the last bits of a gradient.
         seed: of everything random.
-        out: a folder; each finished row is kept in ``out/rows`` and used again where settings, weights and data agree.
-            Rows of models without weights to compare (plain callables) are made anew.
+        out: a folder; each finished row is kept in ``out/rows`` and used again where settings, weights, data and the
+            code of the model's classes agree. Rows of models without weights to compare (plain callables) are made
+            anew.
         name: of the model, in the report.
         dataset_name: of the data set, for the report's title.
         probes: whether the model is also asked what tells whether the number can be believed: short attacks on a few
@@ -121,10 +126,11 @@ def evaluate(
         others found on these. Of any other threat model with several attacks, a ``worst`` of its own.
 
     Raises:
-        ValueError: a wrong shape, dtype, range or setting.
+        ValueError: a wrong shape, dtype, range or setting, or ``out`` is a file.
         TypeError: images or labels that are no tensors, or an attack that is none.
         ModuleNotFoundError: AutoAttack is asked for and missing.
     """
+    check_folder("out", out)
     images, labels = collect(x, y)
     norm = read_norm(norm)
     check_eps(eps, norm)
@@ -152,7 +158,7 @@ def evaluate(
             max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
             copies=GradientCopies(),
         )  # fmt: skip
-        cache = None if out is None else _kept_in(Path(out), subject.device, stack)
+        cache = None if out is None else _kept_in(Path(out), subject, name, stack)
         measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress, []))
         more = 0 if before is None else cost_of_probes(subject, context)
         _add_rows(report, _possible(plan, measure, report.notes), measure, more)
@@ -162,13 +168,15 @@ def evaluate(
     return report
 
 
-def _kept_in(out: Path, device: torch.device, stack: contextlib.ExitStack) -> RowCache:
+def _kept_in(out: Path, subject: Subject, name: str, stack: contextlib.ExitStack) -> RowCache:
     """The rows kept in a folder; until the stack ends the same kernels serve, whatever is found out about them.
 
     The kernels are verified now, which takes a moment once on a machine: were one found wrong at its first use, the
     rows of this run would have the name of rows that it had served, and the next run would make them anew.
     """
-    served = decisions(device, verify=True)
+    if fingerprint(subject.model) is None:
+        logger.warning("out: %s is a function, of which no weights can be compared: its rows are not kept", name)
+    served = decisions(subject.device, verify=True)
     stack.enter_context(held(served, verified=False))
     return RowCache(out, served)
 
@@ -221,7 +229,8 @@ def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure, prob
         before = left.get(where, measure.clean(spec.variant).robust)
         row = measure.attacked(spec, before)
         report.rows.append(row)
-        measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images")
+        kept = ", kept by an earlier run" if measure.cache is not None and measure.cache.was_kept else ""
+        measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{kept}")
         left[where] = before.copy()
         left[where][: row.n] &= row.robust
 

@@ -2,11 +2,14 @@
 
 import functools
 import importlib
+import importlib.util
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from purify_fast._lock import folder_lock
 from purify_fast.attacks import PGD
 from purify_fast.defences.stochastic import StochasticDefence
 from purify_fast.evaluation import evaluate, measure, row_cache
@@ -183,3 +186,88 @@ def test_what_a_function_holds_is_part_of_a_fingerprint():
     assert mark(functools.partial(torch.add, 1)) != mark(functools.partial(torch.sub, 1))
     with torch.random.fork_rng():
         assert mark(around(nn.Linear(2, 2))) != mark(around(nn.Linear(2, 2)))
+
+
+DEFENCE = """
+import torch
+from torch import nn
+
+{constant}
+
+
+class Settings:
+    def __init__(self, sigma):
+        self.sigma = sigma
+
+
+def helper(x):
+    {doc}
+    return x + {added}
+
+
+class Defence(nn.Module):
+    SHARE = {share}
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.settings = nn.Linear(3, 2), Settings({sigma})
+        nn.init.ones_(self.layer.weight), nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x):
+        return self.layer(helper(x.flatten(1)) * {literal} * SIGMA){comment}
+"""
+PLAIN = {
+    "constant": "SIGMA = 0.1", "doc": "'a'", "added": 1, "share": 1, "sigma": 0.1, "literal": 2, "comment": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"literal": 3}, False),
+        ({"constant": "SIGMA = 0.6"}, False),
+        ({"added": 2}, False),
+        ({"sigma": 0.6}, False),
+        ({"share": 2}, False),
+        ({}, True),
+        ({"comment": "  # another comment"}, True),
+        ({"doc": "'another docstring'"}, True),
+        ({"constant": "SIGMA = 0.1\nUNUSED = 1"}, True),
+    ],
+)
+def test_an_edited_defence_is_another_one(change, same, tmp_path, monkeypatch):
+    """Who edits a defence and evaluates it again into the same folder must not be given the old numbers."""
+
+    def marked(settings):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.py"
+        path.write_text(DEFENCE.format(**settings))
+        spec = importlib.util.spec_from_file_location("my_defence", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "my_defence", module)
+        spec.loader.exec_module(module)
+        return fingerprint(module.Defence())
+
+    assert (marked(PLAIN) == marked(PLAIN | change)) is same
+
+
+def test_rows_of_a_function_are_not_kept_and_it_is_said(tmp_path, caplog):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    x, y = torch.rand(4, 3, 2, 2), torch.arange(4) % 2
+    evaluate(lambda x: net(x), x, y, eps=0.1, attacks=[], out=tmp_path, progress=False)
+    assert "is a function, of which no weights can be compared: its rows are not kept" in caplog.text
+    assert not list((tmp_path / "rows").iterdir())
+
+
+def test_a_file_in_place_of_the_folder_is_refused_by_name(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    x, y = torch.rand(4, 3, 2, 2), torch.arange(4) % 2
+    path = tmp_path / "file.txt"
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=r"out must be a folder, got .*file\.txt.*: .*file\.txt is a file"):
+        evaluate(net, x, y, eps=0.1, attacks=[], out=path / "deeper", progress=False)
+    report = evaluate(net, x, y, eps=0.1, attacks=[], progress=False)
+    with pytest.raises(ValueError, match="folder must be a folder"):
+        report.save(path)
+    with pytest.raises(ValueError, match="the run's folder must be a folder"), folder_lock(path):
+        pass
+    assert path.read_text() == "mine"

@@ -393,10 +393,10 @@ def test_merge(toy):
 
 
 class Counting(Linear):
-    calls = 0
+    _calls = 0
 
     def sample_logits(self, x):
-        Counting.calls += 1
+        Counting._calls += 1
         return super().sample_logits(x)
 
 
@@ -406,10 +406,10 @@ def test_resume(tmp_path):
     attacks = [PGD(), PGD(loss="dlr")]
 
     def run(**change):
-        before = Counting.calls
+        before = Counting._calls
         settings = {"steps": 3, "attacks": attacks, "out": tmp_path, "n_eval": 2} | QUIET | change
         report = evaluate(settings.pop("model", model), x, y, **settings)
-        return report, Counting.calls - before
+        return report, Counting._calls - before
 
     first, made = run()
     again, few = run()
@@ -775,7 +775,7 @@ def test_apgd_says_how_much_there_is_to_do(toy, monkeypatch, attack, exact):
 class Shattered(nn.Module):
     """A randomised defence with one purified image per prediction, rounded: no gradient gets through."""
 
-    purified = 0
+    _purified = 0
 
     def __init__(self):
         super().__init__()
@@ -785,7 +785,7 @@ class Shattered(nn.Module):
             self.classifier[1].weight *= 10
 
     def purify(self, x):
-        Shattered.purified += len(x)
+        Shattered._purified += len(x)
         noise = 0.02 * torch.randn_like(x)
         return ((x + noise) * 16).round() / 16
 
@@ -1011,9 +1011,9 @@ def test_new_attacks_are_kept_and_found_again(tmp_path, shattered):
     x, y = x[:16], y[:16]
 
     def run(*attacks, **change):
-        before = Shattered.purified
+        before = Shattered._purified
         settings = {"steps": 2, "out": tmp_path, "n_eval": 1, "progress": False, "eps": FAINT} | change
-        return evaluate(model, x, y, attacks=attacks, **settings), Shattered.purified - before
+        return evaluate(model, x, y, attacks=attacks, **settings), Shattered._purified - before
 
     # plans that differ in one thing each: no row of one is taken for another's
     plans = [
