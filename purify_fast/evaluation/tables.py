@@ -86,8 +86,8 @@ def about_zero_errors(rows: Iterable[Row]) -> list[str]:
     if all(row.n == 0 or row.standard_error > 0 for row in rows):
         return []
     return [
-        "± 0.0 is no certainty: the standard error is estimated from the images of the row, and is 0 where all of them, "
-        "or the only one, had the same outcome."
+        "± 0.0 is no certainty: the standard error is estimated from the images of the row, and is 0 where all of "
+        "them, or the only one, had the same outcome."
     ]
 
 

@@ -117,7 +117,7 @@ def test_the_page_says_whether_the_number_can_be_believed(report):
 @pytest.mark.parametrize(("robust", "told"), [([1], True), ([0, 0, 0], True), ([], False), ([1, 0], False)])
 def test_a_standard_error_of_0_is_explained(robust, told):
     """That of one image, or of images that all had the same outcome; in all three forms of a report."""
-    rows = [row("clean", [1, 0], kind="clean")] + ([row("PGD", robust)] if robust else [])
+    rows = [row("clean", [1, 0, 1], kind="clean")] + ([row("PGD", robust)] if robust else [])
     report = Report(rows, [], {"threat": "L-inf 8/255"})
     for text in (report.to_text(color=False), report.to_markdown(), html_page(report)):
         assert ("± 0.0 is no certainty: the standard error is estimated from the images" in text) is told
