@@ -118,9 +118,14 @@ def torch_extension(mode: str) -> dict:
     class Build(cpp_extension.BuildExtension):
         """Adds the record `purify-fast info` reads; in `auto`, a failing compiler costs only what it compiles."""
 
+        compiled = False  # by this run
+
         def build_extension(self, ext) -> None:
             try:
+                # one of an earlier build would be taken for this one's, or for one that need not be built again
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
                 super().build_extension(ext)
+                self.compiled = True
             except Exception as error:
                 if not ext.optional:
                     raise
@@ -128,9 +133,11 @@ def torch_extension(mode: str) -> dict:
                 raise CompileError(str(error)) from error  # which setuptools makes a warning
 
         def run(self) -> None:
-            super().run()
             built = Path(self.get_ext_fullpath("purify_fast._C"))
-            if built.exists():
+            # if compiling fails, an older extension stays: without a record it is not loaded in a checkout
+            built.with_name("_build.json").unlink(missing_ok=True)
+            super().run()
+            if self.compiled:
                 record = {"version": self.distribution.get_version(), **facts, "sources": sources_digest()}
                 part = built.with_name(f"_build.json.{os.getpid()}")
                 part.write_text(json.dumps(record, indent=1) + "\n")

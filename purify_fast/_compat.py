@@ -93,7 +93,7 @@ def warn(old: str, new: str) -> None:
 def _warn(text: str) -> None:
     """A DeprecationWarning that points to the first caller outside of this package: others are hidden by default."""
     level, frame = 2, sys._getframe(1)
-    inside = (__package__ or "purify_fast", "dataclasses", "importlib")
+    inside = (__package__ or "purify_fast", "contextlib", "dataclasses", "importlib")
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, DeprecationWarning, stacklevel=level)
@@ -165,6 +165,8 @@ def renamed(
     return made
 
 
+#: Backends of version 0.1: the decoder had a kernel in CUDA C++, and has Triton's now.
+OLD_BACKENDS = {"cuda": "triton"}
 #: What the saved defences of version 0.1 call the arguments of their classes, and words in them.
 OLD_CARSO_ARGUMENTS = {"form": "version"}
 OLD_ATOP_ARGUMENTS = {"missing": "mask_ratio", "parts": "num_passes"}

@@ -40,7 +40,7 @@ def _load() -> None:
     if path is None:
         load_error = ImportError(f"purify_fast._C is not installed: {BUILD_HINT}")
         logger.info("compiled CPU kernels are off, the PyTorch references serve: %s", load_error)
-    elif "PURIFY_FAST_EXTENSION" not in os.environ and is_stale(Path(path), SOURCES):
+    elif not os.environ.get("PURIFY_FAST_EXTENSION") and is_stale(Path(path), SOURCES):
         load_error = ImportError(f"{path} was built from other C++ sources than those in {SOURCES}: {BUILD_HINT}")
         logger.warning("the PyTorch references serve: %s", load_error)
     else:

@@ -10,6 +10,8 @@ from pathlib import Path
 RECORD = "_build.json"
 #: The folders of the sources that the extension is made of.
 PARTS = ("core", "cpu")
+#: Files by which these folders are known: others have a folder ``csrc`` too, which may lie in ``site-packages``.
+MARKS = ("core/philox.h", "cpu/philox.cpp")
 
 
 def digest(folder: Path) -> str:
@@ -34,10 +36,10 @@ def is_stale(extension: Path, folder: Path) -> bool:
         extension: the shared object, whose record lies beside it.
         folder: ``csrc`` of the checkout; where there is none, as in an installed wheel, nothing is stale.
     """
-    if not folder.is_dir():
+    if not all((folder / name).is_file() for name in MARKS):
         return False
     try:
-        built = json.loads(extension.with_name(RECORD).read_text(encoding="utf-8")).get("sources")
+        record = json.loads(extension.with_name(RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        built = None
-    return built != digest(folder)
+        record = None
+    return not isinstance(record, dict) or record.get("sources") != digest(folder)

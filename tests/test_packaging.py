@@ -143,11 +143,15 @@ def test_modes_when_the_build_is_impossible(setup_py, monkeypatch, capsys):
 def test_an_extension_of_other_sources_is_not_loaded(tmp_path, monkeypatch):
     """Its ops might take other arguments: the references serve, and the message says how to build it again."""
     csrc = tmp_path / "csrc"
-    (csrc / "core").mkdir(parents=True)
-    (csrc / "core" / "one.h").write_text("1")
+    for name in (*_sources.MARKS, "core/one.h"):
+        (csrc / name).parent.mkdir(parents=True, exist_ok=True)
+        (csrc / name).write_text("1")
     extension = tmp_path / "_C.abi3.so"
     assert not _sources.is_stale(extension, tmp_path / "nowhere")
     assert _sources.is_stale(extension, csrc)
+    for damaged in ("[]", "null", '"sources"', "{"):
+        extension.with_name(_sources.RECORD).write_text(damaged)
+        assert _sources.is_stale(extension, csrc)
     extension.with_name(_sources.RECORD).write_text(json.dumps({"sources": _sources.digest(csrc)}))
     assert not _sources.is_stale(extension, csrc)
     (csrc / "core" / "one.h").write_text("2")
@@ -155,7 +159,8 @@ def test_an_extension_of_other_sources_is_not_loaded(tmp_path, monkeypatch):
 
     loaded = []
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
-    monkeypatch.delenv("PURIFY_FAST_EXTENSION", raising=False)
+    # as good as unset
+    monkeypatch.setenv("PURIFY_FAST_EXTENSION", "")
     for name, value in (("SOURCES", csrc), ("_find", lambda: str(extension)), ("load_error", None), ("path", None)):
         monkeypatch.setattr(_library, name, value)
     _library._load()
@@ -169,3 +174,42 @@ def test_an_extension_of_other_sources_is_not_loaded(tmp_path, monkeypatch):
 @pytest.mark.skipif(not _library.loaded(), reason="the extension is not built")
 def test_the_build_records_its_sources():
     assert not _sources.is_stale(Path(_library.path), _library.SOURCES)
+
+
+def test_a_folder_of_the_same_name_that_is_not_ours_switches_nothing_off(tmp_path):
+    """Another package may have installed one beside this package."""
+    assert all((ROOT / "csrc" / name).is_file() for name in _sources.MARKS)
+    (tmp_path / "csrc" / "core").mkdir(parents=True)
+    (tmp_path / "csrc" / "core" / "theirs.h").write_text("1")
+    assert not _sources.is_stale(tmp_path / "_C.abi3.so", tmp_path / "csrc")
+
+
+def test_a_build_that_fails_leaves_no_record(setup_py, tmp_path, monkeypatch, capsys):
+    """With one, the extension of older sources that stays would be taken for that of the new ones."""
+    cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
+    made = setup_py.torch_extension("auto")
+    folder = tmp_path / "purify_fast"
+    folder.mkdir()
+    record = folder / _sources.RECORD
+    failing = [False]
+
+    def compiles(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
+        assert not target.exists()
+        if failing[0]:
+            raise RuntimeError("no such header")
+        target.write_text("built")
+
+    monkeypatch.setattr(cpp_extension.BuildExtension, "build_extension", compiles, raising=False)
+    monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", lambda self: self._build_extensions_serial())
+    for fails in (False, True):
+        failing[0] = fails
+        facts = {"name": "x", "version": "1", "ext_modules": made["ext_modules"]}
+        build = made["cmdclass"]["build_ext"](setup_py.setuptools.Distribution(facts))
+        build.build_lib = str(tmp_path)
+        build.ensure_finalized()
+        build.run()
+        assert record.exists() is not fails
+        if not fails:
+            assert json.loads(record.read_text())["sources"] == _sources.digest(ROOT / "csrc")
+    assert "compiling the kernels failed: no such header" in capsys.readouterr().err

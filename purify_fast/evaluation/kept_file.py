@@ -42,12 +42,18 @@ def read_values(path: Path) -> dict[str, Any] | None:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not {"values", "checksum"} <= content.keys():
+            logger.warning(
+                "%s has no checksum: it is damaged, or another version of the package wrote it; what it held is "
+                "computed again", path
+            )  # fmt: skip
+            return None
         values = content["values"]
         if text_hash(json.dumps(values, allow_nan=False)).hexdigest() == content["checksum"]:
             return values
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError):
         # told below
         pass
     _tell(path)

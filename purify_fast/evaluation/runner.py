@@ -163,8 +163,12 @@ def evaluate(
 
 
 def _kept_in(out: Path, device: torch.device, stack: contextlib.ExitStack) -> RowCache:
-    """The rows kept in a folder; until the stack ends the same kernels serve, whatever is found out about them."""
-    served = decisions(device, verify=False)
+    """The rows kept in a folder; until the stack ends the same kernels serve, whatever is found out about them.
+
+    The kernels are verified now, which takes a moment once on a machine: were one found wrong at its first use, the
+    rows of this run would have the name of rows that it had served, and the next run would make them anew.
+    """
+    served = decisions(device, verify=True)
     stack.enter_context(held(served, verified=False))
     return RowCache(out, served)
 

@@ -19,7 +19,7 @@ from .. import _library
 from ._op import Op
 
 
-def kernel(name: str, schema: str, fake: Callable[..., Any] | None = None) -> Callable[..., Any]:
+def kernel(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Declare a kernel of the compiled extension that is no op of its own.
 
     Args:
@@ -31,14 +31,17 @@ def kernel(name: str, schema: str, fake: Callable[..., Any] | None = None) -> Ca
         Its handle. It can be called where `AVAILABLE` is true.
     """
     torch.library.define(f"purify_fast::{name}", schema)
-    if fake is not None:
-        torch.library.register_fake(f"purify_fast::{name}", fake)
+    torch.library.register_fake(f"purify_fast::{name}", fake)
     handle: Callable[..., Any] = getattr(torch.ops.purify_fast, name).default
     return handle
 
 
 #: grad [B] times rows [B, ...], one factor per row, rounded to a dtype.
-SCALED_ROWS = kernel("scaled_rows", "(Tensor grad, Tensor rows, ScalarType dtype) -> Tensor")
+SCALED_ROWS = kernel(
+    "scaled_rows",
+    "(Tensor grad, Tensor rows, ScalarType dtype) -> Tensor",
+    lambda grad, rows, dtype: rows.new_empty(rows.shape, dtype=dtype),
+)
 #: False where the extension is missing, or was built before these kernels were written.
 AVAILABLE = _library.has_kernel("purify_fast::scaled_rows", "CPU")
 

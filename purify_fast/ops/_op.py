@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 
 from .. import _library
+from .._compat import OLD_BACKENDS, renamed_value
 from ._races import Call, Winner, winner
 from ._verdicts import sources_digest
 
@@ -37,7 +38,9 @@ BACKENDS = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",)}
 
 
 def _checked(names: str | None) -> tuple[str, ...]:
-    chosen = tuple(name.strip() for name in names.split(",")) if names is not None else ()
+    given = [name.strip() for name in names.split(",")] if names is not None else []
+    # once each, since two names may mean the same backend
+    chosen = tuple(dict.fromkeys(renamed_value("backend", name, OLD_BACKENDS) for name in given))
     for name in chosen:
         if name not in BACKENDS:
             known = ", ".join(BACKENDS)

@@ -112,8 +112,19 @@ BACKWARD = define_op(
 
 
 #: Of ``lse`` and ``peel`` with at least KEPT_FROM classes: forward keeps [B, 3, C], from which backward takes one pass.
-KEEPING = _kept.kernel("aggregate_keeping", "(Tensor logits, int method) -> (Tensor, Tensor)")
-FROM_KEPT = _kept.kernel("aggregate_from_kept", "(Tensor grad, Tensor logits, Tensor kept, int method) -> Tensor")
+KEEPING = _kept.kernel(
+    "aggregate_keeping",
+    "(Tensor logits, int method) -> (Tensor, Tensor)",
+    lambda logits, method: (
+        wide(logits).new_empty((logits.shape[0], logits.shape[2])),
+        wide(logits).new_empty((logits.shape[0], 3, logits.shape[2])),
+    ),
+)
+FROM_KEPT = _kept.kernel(
+    "aggregate_from_kept",
+    "(Tensor grad, Tensor logits, Tensor kept, int method) -> Tensor",
+    lambda grad, logits, kept, method: logits.new_empty(logits.shape),
+)
 KEPT_FROM = 16
 #: False where the extension was built before these kernels were written.
 KEEPS = _library.has_kernel("purify_fast::aggregate_from_kept", "CPU")

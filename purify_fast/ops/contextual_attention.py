@@ -294,8 +294,9 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         ValueError: features not floating point or not four-dimensional, H or W odd or 0, valid not bool, of another
             shape or on another device.
 
-    Memory: five [H*W/4, H*W/4] matrices per sample, 20 MiB in float32 at 64x64. First-order gradients only;
-    deterministic; a sample's result does not depend on the others, but for the rounding of the matrix products.
+    Memory: six [H*W/4, H*W/4] matrices per sample, 24 MiB in float32 at 64x64, which are held until the backward pass
+    where a gradient is recorded. First-order gradients only; deterministic; a sample's result does not depend on the
+    others, but for the rounding of the matrix products.
     """
     if features.dim() != 4 or not features.is_floating_point():
         raise ValueError(f"features must be floating point [B, C, H, W], got {features.dtype} {list(features.shape)}")

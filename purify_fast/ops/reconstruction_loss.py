@@ -57,7 +57,11 @@ BACKWARD = define_op(
 
 
 #: The loss, and s - t in the arithmetic's dtype.
-KEEPING = _kept.kernel("reconstruction_loss_keeping", "(Tensor logits, Tensor target) -> (Tensor, Tensor)")
+KEEPING = _kept.kernel(
+    "reconstruction_loss_keeping",
+    "(Tensor logits, Tensor target) -> (Tensor, Tensor)",
+    lambda logits, target: (wide(logits).new_empty(logits.shape[0]), wide(logits).new_empty(logits.shape)),
+)
 
 
 class _Kept(torch.autograd.Function):

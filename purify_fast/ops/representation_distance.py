@@ -134,7 +134,9 @@ def _variant(layers: int) -> str:
 
 #: The distances of one layer [B], and dd/du in the student's shape and the arithmetic's dtype.
 KEEPING = _kept.kernel(
-    "representation_distance_keeping", "(Tensor student, Tensor teacher, int kind) -> (Tensor, Tensor)"
+    "representation_distance_keeping",
+    "(Tensor student, Tensor teacher, int kind) -> (Tensor, Tensor)",
+    lambda student, teacher, kind: (wide(student).new_empty(student.shape[0]), wide(student).new_empty(student.shape)),
 )
 
 

@@ -62,11 +62,18 @@ BACKWARD = define_op(
 
 #: z, kl, and the deviation e exp(logvar / 2) in the arithmetic's dtype; then the gradients from it.
 KEEPING = _kept.kernel(
-    "sample_latent_keeping", "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor, Tensor)"
+    "sample_latent_keeping",
+    "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor, Tensor)",
+    lambda mu, logvar, seed, sample_ids: (
+        mu.new_empty(mu.shape),
+        wide(mu).new_empty(mu.shape[0]),
+        wide(mu).new_empty(mu.shape),
+    ),
 )
 FROM_KEPT = _kept.kernel(
     "sample_latent_from_kept",
     "(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor deviation) -> (Tensor, Tensor)",
+    lambda grad_z, grad_kl, mu, logvar, deviation: (mu.new_empty(mu.shape), logvar.new_empty(mu.shape)),
 )
 
 

@@ -146,7 +146,8 @@ def average_(tensors: Iterable[Tensor]) -> None:
 def from_first(make: Callable[[], Any]) -> Any:
     """What ``make`` gives in the first process, or the exception it raises there, in every process.
 
-    Ctrl-C and an exit in the first process are passed on too: otherwise the others would wait for it in vain.
+    Ctrl-C and an exit in the first process are passed on too: otherwise the others would wait for it in vain. The
+    first process raises the exception itself; the others raise RuntimeError with its words where it cannot be pickled.
 
     Args:
         make: called by the first process only; gives nested dicts and lists of tensors, numbers, strings and None.
@@ -161,12 +162,18 @@ def from_first(make: Callable[[], Any]) -> Any:
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     tensors: list[Tensor] = []
     head: list[Any] = [None]
+    failure: BaseException | None = None
     if rank == 0:
         try:
             tree = flatten(make(), tensors)
             head = [(tree, [(tensor.shape, tensor.dtype) for tensor in tensors])]
         except BaseException as error:
-            head = [_sendable(error)]
+            failure, head = error, [_sendable(error)]
+    if failure is not None:
+        # what ended the first process is what its user is to read, even where the others are gone and cannot be told
+        with contextlib.suppress(BaseException):
+            dist.broadcast_object_list(head, src=0, device=device)
+        raise failure
     with named_when_lost():
         dist.broadcast_object_list(head, src=0, device=device)
     if isinstance(head[0], BaseException):
@@ -282,11 +289,11 @@ def _of_this_start(store: Store, rank: int, world: int) -> Store:
     try:
         if rank == 0:
             store.set(key, own)
-            words = [own, *(store.get(f"{key} {own} {other}").decode() for other in range(1, world))]
+            words = [own, *(_told(store, f"{key} {own} {other}", until) for other in range(1, world))]
             store.set(f"{key} {own}", " ".join(words))
             return PrefixStore(own, store)
         while time.monotonic() < until:
-            name = store.get(key).decode()
+            name = _told(store, key, until)
             store.set(f"{key} {name} {rank}", own)
             if store.check([f"{key} {name}"]):
                 words = store.get(f"{key} {name}").decode().split()
@@ -297,6 +304,22 @@ def _of_this_start(store: Store, rank: int, world: int) -> Store:
     except dist.DistError as error:
         raise _apart(rank, world, str(error)) from error
     raise _apart(rank, world, "the first process did not answer")
+
+
+def _told(store: Store, key: str, until: float) -> str:
+    """What a store holds under a name.
+
+    Args:
+        store: torchrun's.
+        key: the name.
+        until: how long to wait for it, on the clock of ``time.monotonic``; not the store's own patience.
+
+    Raises:
+        torch.distributed.DistError: it was not there in time.
+    """
+    # of a wait of 0 seconds some stores make one without an end
+    store.wait([key], timedelta(seconds=max(until - time.monotonic(), 0.001)))
+    return store.get(key).decode()
 
 
 def _join(store: Store, rank: int, world: int) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -18,8 +19,9 @@ from purify_fast.attacks import APGD, PGD
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.evaluation.alarms import probes
+from purify_fast.evaluation.kept_file import read_values
 from purify_fast.evaluation.surrogates import Softened
-from purify_fast.ops import _races
+from purify_fast.ops import _races, _verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,6 +145,37 @@ def test_one_damaged_bit_of_a_kept_file_is_told_and_made_again(tmp_path, caplog,
     if kind != "json":
         # all but the time that a row took
         assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"rows": []}', '{"checksum": "0"}'])
+def test_a_file_without_a_checksum_may_be_of_another_version(tmp_path, caplog, content):
+    path = tmp_path / "kept.json"
+    path.write_text(content)
+    with caplog.at_level(logging.WARNING, "purify_fast"):
+        assert read_values(path) is None
+    assert f"{path} has no checksum: it is damaged, or another version of the package wrote it" in caplog.text
+
+
+def test_rows_are_kept_though_a_kernel_is_found_wrong_on_the_way(tmp_path, monkeypatch):
+    """The reference serves in the run in which it is found out, and in the next one."""
+    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PURIFY_FAST_VERIFY", raising=False)
+    monkeypatch.setattr(_verify, "_known", {})
+    compare, wrong, device = _verify.compare, ops.REGISTRY["aggregate"], torch.device("cpu")
+    if wrong.kernel("cpu") == "reference":
+        pytest.skip("the extension is not built")
+    found = _verify.Deviation(1.0, 0.0, "made wrong")
+    monkeypatch.setattr(_verify, "compare", lambda op, *rest: found if op is wrong else compare(op, *rest))
+    ops._op.forget()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "purify_fast: the cpp kernel of aggregate is wrong", RuntimeWarning)
+        few(tmp_path)
+        count = len(list((tmp_path / "rows").glob("*.json")))
+        # its first use
+        assert not _verify.verdict_of(wrong, device).passed
+        few(tmp_path)
+    ops._op.forget()
+    assert len(list((tmp_path / "rows").glob("*.json"))) == count
 
 
 def test_rows_that_others_would_serve_are_made_again(tmp_path):

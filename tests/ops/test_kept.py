@@ -6,6 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from purify_fast.ops import (
     _kept,
@@ -110,6 +111,33 @@ def test_aggregate(shape, dtype, method, within_budget):
     within_budget(out, aggregate_op.reference(logits.double(), index), aggregate_op.reference(logits, index))
     exact = aggregate_op.reference_backward(upstream.double(), logits.double(), index)
     within_budget(grad, exact, aggregate_op.reference_backward(upstream, logits, index))
+
+
+@pytest.mark.skipif(not aggregate_op.KEEPS, reason="the kernels are the extension's")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_shapes_without_data(dtype):
+    """Every function that keeps something, forward and backward, in tensors without data as in real ones."""
+    stream = torch.tensor([5]), torch.arange(3)
+    calls = [
+        ((3, 5, 20), lambda x: aggregate(x, "peel")),
+        ((3, 7), lambda x: reconstruction_loss(x, x.detach().sigmoid())),
+        ((3, 7), lambda x: sample_latent(x, x.detach(), *stream)[0]),
+        ((3, 7), lambda x: representation_distance(x, 2 * x.detach() + 1)),
+    ]
+
+    def results(call, x):
+        out = call(x.requires_grad_())
+        assert served_by_kept(out)
+        return out.detach(), *torch.autograd.grad(out.sum(), x)
+
+    for shape, call in calls:
+        x = normal(*shape).to(dtype)
+        with use_backend("cpp"):
+            wanted = results(call, x.clone())
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                made = results(call, mode.from_tensor(x))
+        found, real = ([(t.shape, t.stride(), t.dtype) for t in those] for those in (made, wanted))
+        assert found == real
 
 
 @pytest.mark.skipif(not aggregate_op.KEEPS, reason="the kernels are the extension's")

@@ -149,7 +149,29 @@ def test_what_cannot_be_trained_together_is_refused_in_every_process(two):
 def test_what_ends_the_first_process_ends_the_others(two):
     """Of Ctrl-C and an exit, which are no `Exception`, the others heard nothing: they waited for half an hour."""
     first, second = results(two, "first fails")
-    assert first == second == ["KeyboardInterrupt: ", "SystemExit: 143", "RuntimeError: Unpicklable: a and b"]
+    assert first == ["KeyboardInterrupt: ", "SystemExit: 143", "Unpicklable: a and b"]
+    assert second == ["KeyboardInterrupt: ", "SystemExit: 143", "RuntimeError: Unpicklable: a and b"]
+
+
+@pytest.mark.parametrize("told", [distributed.dist.DistBackendError("gone"), KeyboardInterrupt("again"), None])
+def test_the_first_process_raises_what_ended_it_whatever_the_others_do(monkeypatch, told):
+    """They may be gone, since Ctrl-C reaches all processes of a terminal."""
+
+    def broadcast(head, src, device):
+        if told is not None:
+            raise told
+
+    def make():
+        raise ended
+
+    monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", broadcast)
+    # a lambda cannot be pickled
+    for ended in (KeyboardInterrupt("first"), ValueError(lambda: 0)):
+        with pytest.raises(type(ended)) as raised:
+            distributed.from_first(make)
+        assert raised.value is ended
 
 
 def test_positions_draw_the_noise_of_those_images():
