@@ -22,6 +22,7 @@ from .tables import (
     LEGEND,
     RED_UNRELIABLE,
     TERMINAL_LEGEND,
+    about_zero_errors,
     believable,
     beside_headline,
     color_is_welcome,
@@ -183,7 +184,7 @@ class Report:
             lines += ["", "## Comparison", "", "Accuracy ± standard error, %.", "", *self.comparison()]
         lines += ["", "## Every row", ""]
         lines += markdown_table(COLUMNS, [row_cells(row, RED_UNRELIABLE) for row in self.rows])
-        lines += ["", *LEGEND]
+        lines += ["", *LEGEND, *("\n" + text for text in about_zero_errors(self.rows))]
         lines += believable(self.findings, self.outlooks)
         if self.notes:
             lines += ["", "Notes:", "", *(f"- {note}" for note in self.notes)]
@@ -209,7 +210,7 @@ class Report:
         if len(self.models) > 1:
             return terminal_table(*comparison(self.rows), chosen)
         table = terminal_table(COLUMNS, [row_cells(row) for row in self.rows], chosen)
-        return "\n".join([table, *self._verdicts(), TERMINAL_LEGEND])
+        return "\n".join([table, *self._verdicts(), TERMINAL_LEGEND, *about_zero_errors(self.rows)])
 
     def _verdicts(self) -> list[str]:
         """One line for the lowest number of every model, and one for each alarm that a reader of it must know."""

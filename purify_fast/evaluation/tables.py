@@ -77,6 +77,20 @@ def percent(row: Row) -> str:
     return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
 
 
+def about_zero_errors(rows: Iterable[Row]) -> list[str]:
+    """What a reader must know of standard errors of 0, in one sentence; nothing where there are none.
+
+    Args:
+        rows: of a table.
+    """
+    if all(row.n == 0 or row.standard_error > 0 for row in rows):
+        return []
+    return [
+        "± 0.0 is no certainty: the standard error is estimated from the images of the row, and is 0 where all of "
+        "them, or the only one, had the same outcome."
+    ]
+
+
 def draws(row: Row) -> str:
     """How many draws the attack averaged per step."""
     # reports that the release before wrote have the old name of the setting

@@ -72,9 +72,12 @@ def test_a_random_copy_that_does_something_else_is_refused(defence, what, monkey
             made.purifier.module.forward = lambda z, mask: torch.where(seen, refine(z, mask), refine(z, mask).detach())
         return made
 
+    kept = copies.GradientCopies()
     monkeypatch.setattr(copies, "_made", wrong)
     assert copies.gradient_copy(defence, x, "bfloat16") is defence
-    assert copies.gradient_copy(defence, x, "bfloat16", copies.GradientCopies()) is defence
+    # what was found out about a copy with some images decides over these images only
+    for _ in range(2):
+        assert copies.gradient_copy(defence, x, "bfloat16", kept) is defence
 
 
 def test_the_draws_of_a_comparison_are_the_same_and_move_nothing(defence):
@@ -84,6 +87,17 @@ def test_the_draws_of_a_comparison_are_the_same_and_move_nothing(defence):
     before = torch.get_rng_state()
     assert copies.gradient_copy(defence, x, "bfloat16") is not defence
     assert torch.equal(torch.get_rng_state(), before) and defence.noise_is_fresh
+
+
+def test_what_is_compared_does_not_depend_on_when_the_copy_was_made(defence, monkeypatch):
+    """An evaluation that goes on after an interruption makes its copies at other moments."""
+    x, kept, drawn, original = torch.rand(8, *SHAPE), copies.GradientCopies(), [], copies._run
+    makes = copies._made
+    monkeypatch.setattr(copies, "_made", lambda *given: torch.rand(3) is None or makes(*given))
+    monkeypatch.setattr(copies, "_run", lambda *given: drawn.append(torch.get_rng_state()) or original(*given))
+    for _ in range(2):
+        copies.gradient_copy(defence, x, "bfloat16", kept)
+    assert len(drawn) == 12 and all(torch.equal(state, drawn[0]) for state in drawn)
 
 
 class OwnNoise(nn.Module):

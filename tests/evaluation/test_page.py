@@ -114,6 +114,15 @@ def test_the_page_says_whether_the_number_can_be_believed(report):
     assert Report.from_json(report.to_json()).curves == report.curves
 
 
+@pytest.mark.parametrize(("robust", "told"), [([1], True), ([0, 0, 0], True), ([], False), ([1, 0], False)])
+def test_a_standard_error_of_0_is_explained(robust, told):
+    """That of one image, or of images that all had the same outcome; in all three forms of a report."""
+    rows = [row("clean", [1, 0, 1], kind="clean")] + ([row("PGD", robust)] if robust else [])
+    report = Report(rows, [], {"threat": "L-inf 8/255"})
+    for text in (report.to_text(color=False), report.to_markdown(), html_page(report)):
+        assert ("± 0.0 is no certainty: the standard error is estimated from the images" in text) is told
+
+
 def test_survivors_are_told_by_who_found_them_first(report):
     report.rows[2].settings["survivors_only"] = True
     page = html_page(report)

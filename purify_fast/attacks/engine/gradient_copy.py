@@ -45,7 +45,7 @@ TOLERANCE = 0.1
 #: The same of the purified images, on average over the pixels, in image units.
 PURIFIED_TOLERANCE = 0.03
 #: The least cosine between the input gradients of an accelerated copy and of its defence.
-LEAST_COSINE = 0.9
+LEAST_COSINE = 0.8
 #: How many copies are kept: an evaluation attacks one model, in one variant after the other.
 KEPT = 2
 
@@ -130,18 +130,15 @@ def gradient_copy(
     if precision == "auto" and small:
         return model
     module = model
-
-    def make() -> Classifier | None:
-        made = _made(module, x)
-        # an `InferenceCopy` has compared the gradients of what it folded itself
-        follows = made is None or not supports(module, Accelerates) or _follows(made, module, x)
-        return made if follows else None
-
-    # a model may draw while it is copied or compared
+    # a model may draw while it is copied
     with _same_draws(x.device):
-        made = make() if copies is None else copies.of(module, x.shape[1:], make)
-        # a copy that was kept is compared too: not everything that a user's model computes with can be seen
-        return model if made is None or not _alike(made, model, x) else made
+        made = _made(module, x) if copies is None else copies.of(module, x.shape[1:], lambda: _made(module, x))
+    # A copy that was kept is compared too: not everything that a user's model computes with can be seen. And what is
+    # decided for these images must not depend on when the copy was made, or with which images.
+    if made is None or not _alike(made, module, x):
+        return model
+    # an `InferenceCopy` has compared the gradients of what it folded itself
+    return made if not supports(module, Accelerates) or _follows(made, module, x) else model
 
 
 def fast_bfloat16(device: torch.device) -> bool:

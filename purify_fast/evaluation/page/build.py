@@ -15,7 +15,7 @@ from ..alarms import Evidence, Finding
 from ..alarms.answers import PROBED
 from ..outlook import Outlook
 from ..rows import Row
-from ..tables import COLUMNS, beside_headline, means, row_cells
+from ..tables import COLUMNS, about_zero_errors, beside_headline, means, row_cells
 from . import drawings, pictures
 
 #: The page's file, in the folder of the report.
@@ -139,6 +139,7 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
             for row in rows
         ],
         "bars": drawings.bars(own),
+        "zero_errors": about_zero_errors(rows),
         "overlap": drawings.overlap(whole) if len(whole) > 1 else "",
         "alone": list(zip((row.attack for row in whole), drawings.only_found_by(whole), strict=True)),
         "first": [(row.attack, count) for row, count in fallen if _of_survivors(row)],
