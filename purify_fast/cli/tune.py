@@ -86,7 +86,7 @@ def alone(device: torch.device) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         # a folder that cannot be written is refused by the race, which says how to name another
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             stack.enter_context(folder_lock(file_of(device).with_suffix("")))
         yield
 
