@@ -1,4 +1,4 @@
-"""The radii that others use on a data set: an unusual one is mentioned, since numbers at it compare with nothing."""
+"""The radius: 0 is refused; one that others do not use on the data set is mentioned, as it compares with nothing."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ CUSTOMARY: dict[str, dict[str, tuple[float, ...]]] = {
     "tiny_imagenet": {"linf": (4 / 255, 8 / 255)},
     "imagenette": {"linf": (4 / 255, 8 / 255), "l2": (3.0,)},
 }
+
+
+def refuse_no_radius(eps: float, name: str = "eps") -> None:
+    """ValueError for a radius of 0, within which no attack can move an image.
+
+    Args:
+        eps: radius in image units.
+        name: of the argument.
+    """
+    if eps == 0:
+        raise ValueError(
+            f"{name} must be above 0, got 0: no image could be moved, and every attack would find nothing. Give the "
+            "radius to attack at, such as 8/255; for the accuracy on clean images alone, give any radius and no attacks "
+            "(attacks=[])"
+        )
 
 
 def unusual_radius(dataset: str | None, norm: str, eps: float) -> list[str]:

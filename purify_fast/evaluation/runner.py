@@ -32,14 +32,16 @@ from ..speed.precision import whole_float32_by_default
 from ..speed.step_graphs import CudaGraphs, StepGraphs
 from .alarms.answers import Before
 from .alarms.probes import cost as cost_of_probes
+from .around import note_of_training_modes
 from .believe import conclude
-from .customary import unusual_radius
+from .customary import refuse_no_radius, unusual_radius
 from .fingerprint import fingerprint
 from .function_attack import AttackFunction
 from .images import collect
+from .interrupted import short_interrupts
 from .labels import ball_name, row_name, threat_name
 from .measure import Measure
-from .outputs import as_classifier
+from .outputs import INSTEAD_OF_PROBABILITIES, as_classifier
 from .progress import Progress
 from .protocols import AttackedModel, ProtocolName, protocol_attacks
 from .report import Report
@@ -52,6 +54,7 @@ from .worst import worst
 logger = logging.getLogger("purify_fast")
 
 
+@short_interrupts
 @renamed_arguments(eot="eot_iter", chunk="max_forward_batch")
 @whole_float32_by_default()
 def evaluate(
@@ -82,11 +85,13 @@ def evaluate(
 
     Args:
         defence: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable. A module's mode,
-            ``requires_grad`` flags and weights, and the random generators, are afterwards as they were.
+            ``requires_grad`` flags and weights, and the random generators, are afterwards as they were. A function is
+            called as it is: put the modules that it uses into evaluation mode yourself. Those in training mode that it
+            can be seen to use are told in a warning and in the report's notes.
         x: images ``[N, C, H, W]``, uint8 or float32 in [0, 1]; or, without ``y``, a DataLoader or any other iterable of
             batches (images, labels) or (images, labels, indices), which is read once and kept in memory.
         y: labels, int64 ``[N]``.
-        eps: radius of the ball, in image units.
+        eps: radius of the ball, in image units; above 0.
         norm: of the ball: ``linf``, ``l2`` or ``l1``.
         base: an undefended classifier: its adversarial images are tried on the defence.
         protocol: which attacks are run, by name: "fast", Auto-PGD in minutes; "standard", AutoAttack's four with this
@@ -127,6 +132,7 @@ def evaluate(
 
     Raises:
         ValueError: a wrong shape, dtype, range or setting, or ``out`` is a file.
+        KeyboardInterrupt: Ctrl-C, with a message that says how to go on and without the frames of the attack.
         TypeError: images or labels that are no tensors, or an attack that is none.
         ModuleNotFoundError: AutoAttack is asked for and missing.
     """
@@ -134,6 +140,7 @@ def evaluate(
     images, labels = collect(x, y)
     norm = read_norm(norm)
     check_eps(eps, norm)
+    refuse_no_radius(eps)
     check_at_least_one(
         steps=steps, eot_iter=eot_iter, n_eval=n_eval, batch_size=batch_size, max_forward_batch=max_forward_batch
     )
@@ -142,12 +149,14 @@ def evaluate(
     about |= {} if dataset_name is None else {"dataset": dataset_name}
     report = Report(about=about | ({} if protocol is None else {"protocol": protocol}))
     defence = as_classifier(defence)
+    report.notes += note_of_training_modes(defence, name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(_cuda_devices(defence, images)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(raced_convolutions(cudnn_benchmark, device_of(defence, images)))
         stack.enter_context(frozen(defence))
         subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
+        _warn(subject, name, report.notes)
         before = Before(subject) if (protocol is not None if probes is None else probes) else None
         plan = given if protocol is None else protocol_attacks(protocol, _known(subject, base))
         others = {id(m): m for m in (base, *(spec.other_model for spec in plan)) if m is not None}
@@ -166,6 +175,15 @@ def evaluate(
         conclude(report, measure, before)
     report.notes += _nonfinite(report.rows) + unusual_radius(dataset_name, norm, eps)
     return report
+
+
+def _warn(subject: Subject, name: str, notes: Sequence[str]) -> None:
+    """Tell at once what a reader of the report finds in it later: an evaluation may take hours."""
+    for note in notes:
+        logger.warning(note)
+    if subject.has_probabilities:
+        logger.warning("%s returns probabilities, not logits, and its number will be marked: %s", name,
+                       INSTEAD_OF_PROBABILITIES)  # fmt: skip
 
 
 def _kept_in(out: Path, subject: Subject, name: str, stack: contextlib.ExitStack) -> RowCache:

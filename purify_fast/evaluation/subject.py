@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._fingerprint import digest
 from ..attacks import margin
 from ..protocols import Classifier
-from .outputs import returning_logits
+from .outputs import are_probabilities, returning_logits
 
 Variant = Literal["random", "fixed", "deterministic"]
 #: Each phase of an evaluation has a seed of its own, so that no attack has seen the draws it is judged by.
@@ -54,6 +54,10 @@ class Subject:
         n_eval: how often a random model judges each image.
         seed: of everything random.
 
+    Attributes:
+        is_random: whether two predictions of the model on the same images differ.
+        has_probabilities: whether the model returns probabilities where logits are wanted.
+
     Raises:
         ValueError: a label that the model has no class for.
     """
@@ -65,7 +69,9 @@ class Subject:
         self.data = digest(x, y)
         torch.manual_seed(seed)
         self.model, self.num_classes = returning_logits(model, x[:1].to(self.device))
-        self.is_random = self.draws(self.model)
+        first, second = self.model(self.some()), self.model(self.some())
+        self.is_random = _differ(first, second)
+        self.has_probabilities = are_probabilities(first) and are_probabilities(second)
         bad = (y < 0) | (y >= self.num_classes)
         if bool(bad.any()):
             first = int(bad.int().argmax())
@@ -78,7 +84,7 @@ class Subject:
     def draws(self, model: Classifier) -> bool:
         """Whether two predictions of a model differ."""
         some = self.some()
-        return not torch.allclose(model(some), model(some), rtol=1e-5, atol=1e-6, equal_nan=True)
+        return _differ(model(some), model(some))
 
     def variant(self, name: Variant) -> contextlib.AbstractContextManager[Any]:
         """The model as the variant has it, within a block."""
@@ -115,6 +121,11 @@ class Subject:
                 nonfinite += int(undecided.sum())
                 right.append(((torch.cat(decided) == y) & ~undecided).numpy())
         return Judgement(np.stack(right), nonfinite, (leads / len(right)).numpy())
+
+
+def _differ(first: Tensor, second: Tensor) -> bool:
+    """Whether two answers are more than rounding apart."""
+    return not torch.allclose(first, second, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def _undecided(logits: Tensor) -> Tensor:
