@@ -79,7 +79,8 @@ def _held(value: Any) -> Iterator[tuple[str, Any]]:
                 # a variable that has no value yet
                 continue
         yield from ((name, value.__globals__[name]) for name in code.co_names if name in value.__globals__)
-        yield from (("a default", held) for held in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()))
+        yield from (("a default", held) for held in value.__defaults__ or ())
+        yield from (value.__kwdefaults__ or {}).items()
     else:
         # an object with a method of its own that is called
         yield from getattr(value, "__dict__", {}).items()

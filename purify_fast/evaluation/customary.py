@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..attacks.arguments import check_eps
 from .labels import ball_name
 
 #: By data set and norm, what most published numbers are about.
@@ -18,18 +19,19 @@ CUSTOMARY: dict[str, dict[str, tuple[float, ...]]] = {
 }
 
 
-def refuse_no_radius(eps: float, name: str = "eps") -> None:
-    """ValueError for a radius of 0, within which no attack can move an image.
+def check_radius(eps: float, norm: str, attacked: bool) -> None:
+    """ValueError for a radius of 0, within which no attack can move an image, and for one that is out of range.
 
     Args:
         eps: radius in image units.
-        name: of the argument.
+        norm: of the ball.
+        attacked: whether there is any attack; the accuracy on clean images needs no radius.
     """
-    if eps == 0:
+    check_eps(eps, norm)
+    if eps == 0 and attacked:
         raise ValueError(
-            f"{name} must be above 0, got 0: no image could be moved, and every attack would find nothing. Give the "
-            "radius to attack at, such as 8/255; for the accuracy on clean images alone, give any radius and no attacks "
-            "(attacks=[])"
+            "eps must be above 0, got 0: no image could be moved, and every attack would find nothing. Give the "
+            "radius to attack at, such as 8/255; for the accuracy on clean images alone, give attacks=[]"
         )
 
 

@@ -41,7 +41,7 @@ def collect(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tensor, Tensor
     if x.dtype == torch.uint8:
         return x.float() / 255, y
     if x.dtype != torch.float32:
-        hint = "x.float() makes them float32" if x.is_floating_point() else "x.to(torch.uint8), if its values are 0..255"
+        hint = "x.float() makes them float32" if x.is_floating_point() else "x.byte() makes them uint8, if in 0..255"
         raise ValueError(f"x must be uint8 or float32, got {x.dtype}: {hint}")
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise ValueError(f"x must be in [0, 1] and free of NaN, got {_range(x)}")

@@ -13,7 +13,7 @@ from .images import looks_channels_last
 
 #: What is to be done about a model that returns probabilities.
 INSTEAD_OF_PROBABILITIES = (
-    "return the logits before the softmax, or give lambda x: model(x).clamp_min(1e-30).log(), which has the same classes"
+    "return the logits before the softmax, or give lambda x: model(x).clamp_min(1e-30).log(), which decides the same"
 )
 
 

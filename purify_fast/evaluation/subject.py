@@ -36,11 +36,14 @@ class Judgement:
         right: bool ``[draws, n]``, which predictions were right.
         nonfinite: how many of them name no class, because of a NaN or an infinity; they are not right.
         margins: by how much the true logit leads the next, float32 ``[n]``, the mean over the predictions.
+        classes: what was predicted, int64 ``[n]``: by the first prediction that is wrong, or the first of all where
+            none is; -1 where it names no class.
     """
 
     right: np.ndarray
     nonfinite: int
     margins: np.ndarray
+    classes: np.ndarray
 
 
 class Subject:
@@ -69,9 +72,9 @@ class Subject:
         self.data = digest(x, y)
         torch.manual_seed(seed)
         self.model, self.num_classes = returning_logits(model, x[:1].to(self.device))
-        first, second = self.model(self.some()), self.model(self.some())
-        self.is_random = _differ(first, second)
-        self.has_probabilities = are_probabilities(first) and are_probabilities(second)
+        one, other = self.model(self.some()), self.model(self.some())
+        self.is_random = _differ(one, other)
+        self.has_probabilities = are_probabilities(one) and are_probabilities(other)
         bad = (y < 0) | (y >= self.num_classes)
         if bool(bad.any()):
             first = int(bad.int().argmax())
@@ -108,7 +111,7 @@ class Subject:
         """
         self.reseed(phase)
         y = self.y[: len(x)].cpu()
-        right, nonfinite, leads = [], 0, torch.zeros(len(x))
+        right, named, leads, nonfinite = [], [], torch.zeros(len(x)), 0
         with self.variant(variant):
             for _ in range(self.judges(variant)):
                 decided, broken, lead = [], [], []
@@ -120,7 +123,10 @@ class Subject:
                 undecided, leads = torch.cat(broken), leads + torch.cat(lead)
                 nonfinite += int(undecided.sum())
                 right.append(((torch.cat(decided) == y) & ~undecided).numpy())
-        return Judgement(np.stack(right), nonfinite, (leads / len(right)).numpy())
+                named.append(torch.cat(decided).masked_fill(undecided, -1).numpy())
+        all_right = np.stack(right)
+        told = np.stack(named)[all_right.argmin(0), np.arange(len(x))]
+        return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), told)
 
 
 def _differ(first: Tensor, second: Tensor) -> bool:

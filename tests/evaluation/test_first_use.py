@@ -34,20 +34,20 @@ def trio():
     [
         (lambda x, y: (x.double(), y), ValueError, r"x must be .* got torch.float64: x.float\(\) makes them float32"),
         (lambda x, y: (x.half(), y), ValueError, r"x must be .* got torch.float16: x.float\(\) makes them float32"),
-        (lambda x, y: ((255 * x).long(), y), ValueError, r"got torch.int64: x.to\(torch.uint8\), if its values are 0"),
-        (lambda x, y: (x, y.tolist()), TypeError, r"y must be a torch.Tensor, got list: torch.as_tensor\(y\) makes one"),
+        (lambda x, y: ((255 * x).long(), y), ValueError, r"got torch.int64: x.byte\(\) makes them uint8, if in 0..255"),
+        (lambda x, y: (x, y.tolist()), TypeError, r"y must be a torch.Tensor, got list: torch.as_tensor\(y\) makes"),
         (lambda x, y: (list(x), y), TypeError, r"x must be a torch.Tensor, got list: torch.stack\(x\) makes one of th"),
-        (lambda x, y: ([(x, y.tolist())], None), TypeError, r"got Tensor and list: torch.as_tensor\(labels\) makes one"),
+        (lambda x, y: ([(x, y.tolist())], None), TypeError, r"got Tensor and list: torch.as_tensor\(labels\) makes"),
         (lambda x, y: (x, nn.functional.one_hot(y, 4)), ValueError, r"got torch.int64 \[10, 4\]; y.argmax\(1\) makes"),
         (lambda x, y: (x, y[:, None]), ValueError, r"y must .* got torch.int64 \[10, 1\]; y\[:, 0\].long\(\) takes"),
         (lambda x, y: (2 * x - 1, y), ValueError, r"x must be in \[0, 1\] .* got values from -.* x is in \[-1, 1\]: giv"
          r"e \(x \+ 1\) / 2 as the images, and lambda x: model\(2 \* x - 1\) as the model"),
         (lambda x, y: (5 * x - 2, y), ValueError, r"values from -2 to 3; normalized images .* give x \* std \+ mean"),
         (lambda x, y: (255 * x, y), ValueError, r"got values from .* to 25\d; x is in 0..255: divide by 255"),
-        (lambda x, y: (x / 0 * 0, y), ValueError, r"x must be in \[0, 1\] and free of NaN, got 1260 values that are NaN"),
+        (lambda x, y: (x / 0 * 0, y), ValueError, r"x must be in \[0, 1\] and free of NaN, got 1260 values that are"),
         (lambda x, y: (x.permute(0, 2, 3, 1), y), ValueError,
-         r"x must be \[N, C, H, W\], got \[N, 6, 7, 3\], and the model fails on it \(.*channels.*\): the channels seem t"
-         r"o come last; x.permute\(0, 3, 1, 2\) puts them first"),
+         r"x must be \[N, C, H, W\], got \[N, 6, 7, 3\], and the model fails on it \(.*channels.*\): the channels seem"
+         r" to come last; x.permute\(0, 3, 1, 2\) puts them first"),
         (lambda x, y: (x[:, 0], y), ValueError, r"got \[10, 6, 7\]: x\[:, None\] makes grey images \[N, 1, H, W\]"),
         (lambda x, y: (x[0], y), ValueError, r"got \[3, 6, 7\]: x\[None\] makes one image \[1, C, H, W\]"),
     ],
@@ -67,6 +67,9 @@ def test_images_whose_channels_come_last_are_taken_where_the_model_takes_them():
 def test_a_radius_of_0_is_refused(trio):
     with pytest.raises(ValueError, match=r"eps must be above 0, got 0: no image could be moved.* such as 8/255"):
         evaluate(*trio, **QUIET | {"eps": 0})
+    with pytest.raises(ValueError, match="eps must be above 0"):
+        evaluate(*trio, eps=0, protocol="fast")
+    assert evaluate(*trio, eps=0, attacks=[], progress=False).attacks == ["clean"]
 
 
 # -- probabilities ------------------------------------------------------------------------------------------------
@@ -79,7 +82,7 @@ def digits():
 
 
 def test_a_model_that_returns_probabilities_is_told_what_to_do(digits, caplog):
-    """Steps along a softmax's gradients find less than there is where it is sure: here the logits are 4 times larger."""
+    """Steps along a softmax's gradients find less than there is where it is sure: here logits are 4 times larger."""
     classifier, x, y = digits
     settings = {"eps": 0.2, "attacks": [PGD(steps=20)], "progress": False}
 
