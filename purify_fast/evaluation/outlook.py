@@ -62,7 +62,7 @@ def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
     gain = int((mask & ~before).sum()) if len(fallen) > 1 else 0
     if len(fallen) == 1:
         return 0.0, f"there was one attack only ({row.attack}): nothing tells what another would find"
-    found = f"the last attack ({row.attack}) found {gain} images that all others had left"
+    found = f"the last attack ({row.attack}) found {gain} image{'' if gain == 1 else 's'} that all others had left"
     if not any(_alike(row, other) for other, _ in fallen[:-1]):
         return 0.0, f"{found}; it was the first of its kind, so this says nothing of another one"
     return gain / n, found
@@ -107,7 +107,8 @@ def _margins(fallen: Fallen, robust: np.ndarray) -> tuple[float, str] | None:
     points = float(chance.sum() / len(robust))
     return points, (
         "on the images that are left, the logit of the true class leads the next one by "
-        f"{float(np.median(nearest)):.2g} in the median; the last attack by gradients lowered this lead by {float(np.median(gained)):.2g}"
+        f"{float(np.median(nearest)):.2g} in the median; the last attack by gradients lowered this lead by "
+        f"{float(np.median(gained)):.2g}"
     )
 
 
