@@ -37,14 +37,17 @@ from .cifar10_models import (
     FULL,
     GENERATOR,
     LARGE,
+    LONG,
     NO_EMA,
     PEEL,
     QUICK,
-    SHARES,
     STANDARD,
     TRADES,
+    TRAINED_AS,
     Budget,
+    Judging,
     finetune,
+    held_out,
     images_of,
     mix,
     model_of,
@@ -67,61 +70,119 @@ WORST, PROTOCOLS = "worst", ("standard", "strong")
 PAIRS = (
     (CARSO, BASE),
     (CARSO_PIPELINE, BASE),
+    (CARSO_PIPELINE, LARGE),
     (CARSO_ARREST, ARREST),
     (ATOP, BASE),
     (ATOP_PIPELINE, BASE),
-    (ATOP_ZERO, BASE),
+    (ATOP_ZERO, ATOP_PIPELINE),
+    (ARREST, AFT),
     (ARREST, BASE),
-    (AFT, BASE),
-    (LARGE, BASE),
-    (TRADES, BASE),
-    (AWP, BASE),
-    (NO_EMA, BASE),
-    (MIXED, BASE),
-    *((name, BASE) for name in CANDIDATES),
+    *((name, BASE) for name in (NO_EMA, LONG, LARGE, AWP, TRADES)),
 )
+#: What is trained with a second seed.
+COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_PIPELINE, AFT, ARREST)
+#: What the official AutoAttack attacks as well.
+OFFICIAL = (BASE, CARSO_PIPELINE, TRADES, ARREST)
+#: The job that judges the best candidate on test images.
+BEST = "best candidate"
 
 
-def jobs(path: str, seed: int = 0, budget: Budget = DEFAULT) -> list[Job]:
-    """The trainings in the order in which they are needed, then the judging; each job uses every thread."""
-    common = {"data": path, "budget": budget}
+def trainings(path: str, seed: int, budget: Budget) -> list[Job]:
+    """The trainings of a seed, each behind what it starts from; the first seed has all, the others what is compared."""
+    amount = budget.training
 
-    def job(name: str, work: object, needs: tuple[str, ...] = (), **more: object) -> Job:
-        return Job(name, seed, work, needs, {**common, **more}, threads=0)  # type: ignore[arg-type]
+    def job(name: str, work: object, *needs: str, **more: object) -> Job:
+        return Job(name, seed, work, needs, {"data": path, "budget": amount, **more}, threads=0)  # type: ignore[arg-type]
 
-    pairs = [(weight, angle) for weight in budget.weights for angle in budget.angles]
+    pairs = [(weight, angle) for weight in amount.weights for angle in amount.angles] if seed == 0 else []
     made = [
         job(BASE, train_base, how={}),
+        job(CARSO, train_carso, BASE),
+        job(CARSO_PIPELINE, train_carso, BASE, CARSO),
+        job(GENERATOR, train_atop, BASE),
+        job(ATOP, train_atop, BASE, GENERATOR),
+        job(ATOP_PIPELINE, train_atop, BASE, GENERATOR),
         job(STANDARD, train_standard),
-        *(job(search_name(*pair), search_arrest, (STANDARD,), weight=pair[0], angle=pair[1]) for pair in pairs),
-        job(ARREST, finetune, (STANDARD, *(search_name(*pair) for pair in pairs))),
-        job(AFT, finetune, (STANDARD,)),
-        job(CARSO, train_carso, (BASE,)),
-        job(CARSO_PIPELINE, train_carso, (BASE, CARSO)),
-        job(CARSO_ARREST, train_carso, (BASE, ARREST, CARSO)),
-        job(GENERATOR, train_atop, (BASE,)),
-        job(ATOP, train_atop, (BASE, GENERATOR)),
-        job(ATOP_PIPELINE, train_atop, (BASE, GENERATOR)),
-        job(ATOP_ZERO, train_atop, (BASE, GENERATOR)),
-        job(LARGE, train_base, how={"large": True}),
-        job(TRADES, train_base, how={"trades": True}),
-        job(AWP, train_base, how={"awp": True}),
-        job(NO_EMA, train_base, how={"ema": False}),
-        *(job(share_name(share), train_base, how={"share": share}) for share in SHARES),
-        *(job(name, train_candidate, (BASE, CARSO)) for name in CANDIDATES),
-        job(MIXED, mix, (STANDARD, BASE)),
+        job(AFT, finetune, STANDARD),
+        *(job(search_name(*pair), search_arrest, STANDARD, weight=pair[0], angle=pair[1]) for pair in pairs),
+        job(ARREST, finetune, STANDARD, *(search_name(*pair) for pair in pairs)),
     ]
-    return made + [job(judged_name(name), judge, (CARSO if name == PEEL else name,), model=name) for name in rows()]
+    if seed > 0:
+        return made
+    return made + [
+        job(TRADES, train_base, how={"trades": True}),
+        job(LARGE, train_base, how={"large": True}),
+        job(CARSO_ARREST, train_carso, BASE, ARREST, CARSO),
+        job(ATOP_ZERO, train_atop, BASE, GENERATOR),
+        job(MIXED, mix, STANDARD, BASE),
+        *(job(name, train_candidate, BASE, CARSO) for name in CANDIDATES),
+        job(AWP, train_base, how={"awp": True}),
+        *(job(share_name(share), train_base, how={"share": share}) for share in budget.shares),
+        job(LONG, train_base, how={"long": True}),
+    ]
 
 
-def rows() -> list[str]:
+def judgings(path: str, seed: int, budget: Budget) -> list[Job]:
+    """The judging of a seed's models."""
+    settings = {"data": path, "budget": budget.training, "judging": budget.judging}
+
+    def job(name: str, work: object, *needs: str, **more: object) -> Job:
+        return Job(name, seed, work, needs, settings | more, threads=0)  # type: ignore[arg-type]
+
+    def judged(name: str) -> Job:
+        return job(judged_name(name), judge, TRAINED_AS.get(name, name), model=name)
+
+    if seed > 0:
+        return [judged(name) for name in COMPARED]
+    candidates = [CARSO_PIPELINE, MIXED, *CANDIDATES]
+    tried = [job(tried_name(name), judge_candidate, name, model=name) for name in candidates]
+    return [
+        *(judged(name) for name in rows(budget)),
+        *(job(official_name(name), judge_official, judged_name(name), model=name) for name in OFFICIAL),
+        *tried,
+        job(judged_name(BEST), judge, *(one.name for one in tried), model=BEST),
+    ]
+
+
+def jobs(path: str, budget: Budget = DEFAULT) -> list[Job]:
+    """All jobs, each as early as it can be: a model is judged when it is trained, so that the table grows row by row.
+
+    Args:
+        path: the folder of CIFAR-10.
+        budget: how much of everything.
+    """
+    made: list[Job] = []
+    for seed in range(budget.seeds):
+        waiting = judgings(path, seed, budget)
+        for training in trainings(path, seed, budget):
+            made.append(training)
+            there = {job.name for job in made if job.seed == seed}
+            for job in [job for job in waiting if there.issuperset(job.needs)]:
+                waiting.remove(job)
+                made.append(job)
+        made += waiting
+    return made
+
+
+def rows(budget: Budget = DEFAULT) -> list[str]:
     """The models of the table, in its order."""
-    return [*CLASSIFIERS, MIXED, *(share_name(share) for share in SHARES), PEEL, *BEHIND]
+    defences = [name for name in BEHIND if name not in CANDIDATES]
+    return [*CLASSIFIERS, *(share_name(share) for share in budget.shares), PEEL, *defences]
 
 
 def judged_name(name: str) -> str:
     """The job that judges a model."""
     return f"{name} judged"
+
+
+def tried_name(name: str) -> str:
+    """The job that judges a candidate on held-out training images."""
+    return f"{name} tried"
+
+
+def official_name(name: str) -> str:
+    """The job in which the official AutoAttack judges a model."""
+    return f"{name} officially judged"
 
 
 @torch.no_grad()
@@ -131,35 +192,77 @@ def clean_accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     Args:
         model: images to logits.
         x: uint8 ``[N, C, H, W]``.
-        y: labels, int64 ``[N]``.
+        y: labels, int64 ``[N]`` or more.
     """
-    right = sum(
-        int((model(data.to_float(a)).argmax(1) == b).sum()) for a, b in zip(x.split(250), y.split(250), strict=True)
-    )
-    return right / len(y)
+    pairs = zip(x.split(250), y[: len(x)].split(250), strict=True)
+    return sum(int((model(data.to_float(a)).argmax(1) == b).sum()) for a, b in pairs) / len(x)
 
 
 def judge(job: Job, folder: Path, root: Path) -> dict:
     """Clean accuracy on many images, then the protocols; CARSO's published output only through itself."""
-    budget: Budget = job.settings["budget"]
+    counts: Judging = job.settings["judging"]
     name, images = job.settings["model"], images_of(job)
+    if name == BEST:
+        name = best(job, root)
     model = model_of(job, root, name)
     torch.manual_seed(job.seed)
-    clean = budget.clean_images
-    found: dict = {"clean": clean_accuracy(model, images.x_test[:clean], images.y_test[:clean])}
+    found: dict = {"model": name, "clean": clean_accuracy(model, images.x_test[: counts.clean], images.y_test)}
     through = [AttackSpec(PGD(loss=loss), aggregation="peel_reference") for loss in ("ce", "dlr")]
-    for protocol, count in zip(PROTOCOLS, (budget.images, budget.strong_images), strict=True):
-        if name == PEEL and protocol == "strong":
+    for protocol, count in zip(PROTOCOLS, (counts.standard, counts.strong), strict=True):
+        if protocol == "strong" and (name == PEEL or job.seed > 0):
             continue
-        how = {"attacks": through, "steps": 2 * budget.carso_steps} if name == PEEL else {"protocol": protocol}
-        report = evaluate(
-            model, images.x_test[:count], images.y_test[:count], eps=EPS, seed=job.seed, out=folder / protocol,
-            name=name, dataset_name=images.name, progress=False, **how,
-        )  # fmt: skip
-        report.save(folder / protocol, model)
-        lowest = report.headlines[name]
-        found[protocol] = {"share": lowest.accuracy, "images": lowest.n, "reliable": lowest.reliable}
+        steps = 2 * job.settings["budget"].carso_steps
+        how = {"attacks": through, "steps": steps} if name == PEEL else {"protocol": protocol}
+        found[protocol] = _lowest(job, folder / protocol, model, name, (images.x_test, images.y_test), count, how)
     return found
+
+
+def judge_candidate(job: Job, folder: Path, root: Path) -> dict:
+    """A way to get ahead of the base, on training images that were held out."""
+    counts, name = job.settings["judging"], job.settings["model"]
+    model, held = model_of(job, root, name), held_out(job, counts.held_out)
+    torch.manual_seed(job.seed)
+    return {
+        "clean": clean_accuracy(model, *held),
+        "strong": _lowest(job, folder / "strong", model, name, held, counts.strong, {"protocol": "strong"}),
+    }
+
+
+def judge_official(job: Job, folder: Path, root: Path) -> dict:
+    """The official AutoAttack on some of the images that `standard` attacked."""
+    counts, name, images = job.settings["judging"], job.settings["model"], images_of(job)
+    model = model_of(job, root, name)
+    protocol = {"protocol": "official"}
+    held = images.x_test, images.y_test
+    return {"official": _lowest(job, folder / "official", model, name, held, counts.official, protocol)}
+
+
+def _lowest(
+    job: Job, folder: Path, model: nn.Module, name: str, held: tuple[torch.Tensor, torch.Tensor], count: int, how: dict
+) -> dict:
+    """Evaluate a model on the first images, keep the report, and return its lowest accuracy."""
+    report = evaluate(
+        model, held[0][:count], held[1][:count], eps=EPS, seed=job.seed, out=folder, name=name,
+        dataset_name="cifar10", progress=False, **how,
+    )  # fmt: skip
+    report.save(folder, model)
+    lowest = report.headlines[name]
+    return {"share": lowest.accuracy, "images": lowest.n, "reliable": lowest.reliable}
+
+
+def best(job: Job, root: Path) -> str:
+    """The candidate of the highest accuracy under `strong`, then of the highest clean accuracy, on held-out images.
+
+    Args:
+        job: its needs are the candidates that were judged.
+        root: of the study.
+    """
+
+    def found(name: str) -> tuple[float, float]:
+        result = json.loads((job.folder(root, tried_name(name)) / RESULT).read_text())
+        return result["strong"]["share"], result["clean"]
+
+    return max((CARSO_PIPELINE, MIXED, *CANDIDATES), key=found)
 
 
 def kept(job: Job, root: Path, name: str, protocol: str) -> Report:

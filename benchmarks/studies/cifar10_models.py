@@ -44,17 +44,19 @@ EPS = 8 / 255
 #: What CARSO reads of the classifier: the blocks that end its last three stages.
 LAYERS = ("stages.1.1", "stages.2.1", "stages.3.1")
 STANDARD, BASE, LARGE, AWP, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "PGD-AT, AWP", "TRADES"
-NO_EMA = "PGD-AT, no moving average"
+NO_EMA, LONG = "PGD-AT, no moving average", "PGD-AT, longer"
 AFT, ARREST = "AFT", "ARREST"
 CARSO, CARSO_PIPELINE, CARSO_ARREST = "CARSO published", "CARSO pipeline", "CARSO pipeline on ARREST"
 GENERATOR, ATOP = "AToP pre-trained only", "AToP published"
 ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
 #: CARSO as published, attacked through the output that its authors attack.
 PEEL = "CARSO published, through PeeL"
-#: Bases trained at shares of eps: with the standard classifier and the base, the curve that others are compared with.
-SHARES = (0.25, 0.5, 0.75)
-CLASSIFIERS = (STANDARD, BASE, LARGE, AWP, NO_EMA, TRADES, AFT, ARREST)
+CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST)
 CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
+#: Rows whose weights another row's training leaves.
+TRAINED_AS = {PEEL: CARSO, NO_EMA: BASE}
+#: Where a training keeps the weights that its moving average is of.
+LIVE = "without_average"
 #: The classifier behind each defence.
 BEHIND = {
     CARSO: BASE,
@@ -69,20 +71,25 @@ BEHIND = {
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How much of everything. The defaults fit into a night on a CPU: attacks take half as many steps as in `FULL`."""
+class Training:
+    """How much each training gets. The defaults are for a CPU: attacks take half as many steps as in `FULL`."""
 
     width: int = 16
-    #: of the base that has as many parameters as base and purifier together
-    large_width: int = 24
-    standard_epochs: int = 20
-    base_epochs: int = 20
-    arrest_epochs: int = 10
-    search_epochs: int = 3
+    #: of the base that has at least as many parameters as base and purifier together
+    large_width: int = 28
+    #: of that base: as much training compute as base and purifier together
+    large_epochs: int = 9
+    #: of a base that is trained for as long as base and purifier together
+    long_epochs: int = 26
+    standard_epochs: int = 15
+    base_epochs: int = 15
+    arrest_epochs: int = 8
+    search_epochs: int = 2
     published_epochs: int = 5
-    pipeline_epochs: int = 5
+    pipeline_epochs: int = 3
     generator_epochs: int = 3
-    train_images: int = 50000
+    #: the first of the training images; those behind them decide which candidate is best
+    train_images: int = 49000
     steps: int = 5
     carso_steps: int = 20
     batch_size: int = 128
@@ -91,19 +98,56 @@ class Budget:
     weights: tuple[float, ...] = (5.0, 50.0)
     angles: tuple[float, ...] = (10.0, 30.0)
     samples: int = 4
-    images: int = 1000
-    strong_images: int = 200
-    clean_images: int = 10000
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How many images each protocol attacks.
+
+    Attributes:
+        clean: test images of clean accuracy. standard: test images. strong: test images, and held-out training images
+            of the candidates. official: test images of the rows that the official AutoAttack attacks too.
+        held_out: training images of the candidates' clean accuracy, behind those that were trained on.
+    """
+
+    clean: int = 10000
+    standard: int = 1000
+    strong: int = 200
+    official: int = 500
+    held_out: int = 1000
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything.
+
+    Attributes:
+        training: of each model. judging: of each model.
+        shares: bases trained at shares of eps; with the standard classifier and the base they are the curve that
+            others are compared with.
+        seeds: trainings of what is compared, each with a seed of its own.
+    """
+
+    training: Training = Training()
+    judging: Judging = Judging()
+    shares: tuple[float, ...] = (0.5,)
+    seeds: int = 2
 
 
 FULL = Budget(
-    width=64, large_width=80, standard_epochs=50, base_epochs=60, arrest_epochs=30, search_epochs=5,
-    published_epochs=30, pipeline_epochs=20, generator_epochs=10, steps=10, carso_steps=40, samples=8,
+    Training(
+        width=64, large_width=80, large_epochs=60, long_epochs=90, standard_epochs=50, base_epochs=60, arrest_epochs=30, search_epochs=5,
+        published_epochs=30, pipeline_epochs=20, generator_epochs=10, steps=10, carso_steps=40, samples=8,
+    ),
+    shares=(0.25, 0.5, 0.75),
 )  # fmt: skip
 QUICK = Budget(
-    width=2, large_width=3, standard_epochs=1, base_epochs=1, arrest_epochs=1, search_epochs=1, published_epochs=1,
-    pipeline_epochs=1, generator_epochs=1, train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,),
-    angles=(30.0,), samples=2, images=6, strong_images=4, clean_images=20,
+    Training(
+        width=2, large_width=3, large_epochs=1, long_epochs=1, standard_epochs=1, base_epochs=1, arrest_epochs=1, search_epochs=1, published_epochs=1,
+        pipeline_epochs=1, generator_epochs=1, train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,),
+        angles=(30.0,), samples=2,
+    ),
+    Judging(clean=20, standard=6, strong=4, official=4, held_out=10),
 )  # fmt: skip
 
 
@@ -115,6 +159,17 @@ def images_of(job: Job) -> data.DataSet:
     )
 
 
+def held_out(job: Job, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training images that no model was trained on, and their labels.
+
+    Args:
+        job: its settings hold the budget of training.
+        count: how many.
+    """
+    whole, first = data.load_dataset("cifar10", job.settings["data"]), job.settings["budget"].train_images
+    return whole.x_train[first : first + count], whole.y_train[first : first + count]
+
+
 def fresh(job: Job, images: data.DataSet, width: int) -> nn.Module:
     """A classifier with weights drawn by the job's seed."""
     torch.manual_seed(job.seed)
@@ -122,22 +177,22 @@ def fresh(job: Job, images: data.DataSet, width: int) -> nn.Module:
     return build_classifier("preact_resnet18", images.image_shape, images.num_classes, width=width, mean=mean, std=std)
 
 
-def attack_of(budget: Budget, share: float = 1.0) -> TrainingAttack:
+def attack_of(budget: Training, share: float = 1.0) -> TrainingAttack:
     """PGD as all trainings run it, with steps of 2.5 times eps over their number."""
     eps = share * EPS
     return TrainingAttack(eps=eps, steps=budget.steps, relative_alpha=2.5)
 
 
-def adversarial(budget: Budget, share: float = 1.0, ema: bool = True, awp: bool = False) -> ArrestConfig:
+def adversarial(budget: Training, share: float = 1.0, awp: bool = False) -> ArrestConfig:
     """PGD adversarial training of a fresh classifier."""
     return ArrestConfig(
         attack=attack_of(budget, share), distillation_weight=0.0, replay=False, learning_rate=0.1,
-        schedule="one_cycle", ema_decay=budget.ema_decay if ema else 0.0, awp_gamma=budget.awp_gamma if awp else 0.0,
+        schedule="one_cycle", ema_decay=budget.ema_decay, awp_gamma=budget.awp_gamma if awp else 0.0,
         precision="bfloat16",
     )  # fmt: skip
 
 
-def finetuning(budget: Budget, weight: float, angle: float | None) -> ArrestConfig:
+def finetuning(budget: Training, weight: float, angle: float | None) -> ArrestConfig:
     """AFT (weight 0, no angle), or ARREST."""
     return ArrestConfig(
         attack=attack_of(budget), distillation_weight=weight, replay=angle is not None, angle=angle or 0.0,
@@ -224,10 +279,14 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
     width = budget.large_width if how.get("large") else budget.width
     kind = TradesTask if how.get("trades") else ArrestTask
-    config = adversarial(budget, how.get("share", 1.0), how.get("ema", True), how.get("awp", False))
+    epochs = budget.large_epochs if how.get("large") else budget.long_epochs if how.get("long") else budget.base_epochs
+    config = adversarial(budget, how.get("share", 1.0), how.get("awp", False))
     task = kind(fresh(job, images, width), config, images.image_shape)
-    found = _fitted(job, folder, task, task.result, budget.base_epochs, images)
+    found = _fitted(job, folder, task, task.result, epochs, images)
     save_classifier(task.result, folder)
+    if task.result is not task.model:
+        # what the same training is without the average costs nothing more
+        save_classifier(task.model, folder / LIVE)
     return found
 
 
@@ -248,12 +307,13 @@ def search_name(weight: float, angle: float) -> str:
 
 
 def chosen(job: Job, root: Path) -> tuple[float, float]:
-    """The pair of lambda and phi with the highest accuracy under attack on the held-out training images."""
+    """The pair of lambda and phi with the highest accuracy under attack on held-out training images, for the first seed."""
     budget = job.settings["budget"]
     pairs = [(weight, angle) for weight in budget.weights for angle in budget.angles]
+    first = replace(job, seed=0)
 
     def accuracy(pair: tuple[float, float]) -> float:
-        return json.loads((job.folder(root, search_name(*pair)) / RESULT).read_text())["validation_accuracy"]
+        return json.loads((first.folder(root, search_name(*pair)) / RESULT).read_text())["validation_accuracy"]
 
     return max(pairs, key=accuracy)
 
@@ -372,7 +432,9 @@ def model_of(job: Job, root: Path, name: str) -> nn.Module:
     """A trained model, by its row."""
     if name == MIXED:
         return Mixed(*(load_classifier(job.folder(root, part)) for part in (STANDARD, BASE))).eval()
-    folder = job.folder(root, CARSO if name == PEEL else name)
+    folder = job.folder(root, TRAINED_AS.get(name, name))
+    if name == NO_EMA:
+        return load_classifier(folder / LIVE)
     if name in CARSO_ROWS:
         return load_carso(folder, load_classifier(folder / "classifier"))
     if name in BEHIND:
