@@ -6,21 +6,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from purify_fast import data
-from purify_fast._files import write_text
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import AttackSpec, Report, Tradeoff, evaluate, merge, plot_tradeoff
-from purify_fast.evaluation.tables import markdown_table, percent
+from purify_fast.evaluation import AttackSpec, evaluate
 
 from . import RESULT, Job
 from .cifar10_ahead import CANDIDATES, MIXED
-from .cifar10_models import (
+from .cifar10_budget import (
     AFT,
     ARREST,
     ATOP,
@@ -28,63 +25,50 @@ from .cifar10_models import (
     ATOP_ZERO,
     AWP,
     BASE,
-    BEHIND,
+    BEST,
     CARSO,
     CARSO_ARREST,
     CARSO_PIPELINE,
-    CLASSIFIERS,
+    COMPARED,
     EPS,
     FULL,
     GENERATOR,
     LARGE,
     LONG,
-    NO_EMA,
+    OFFICIAL,
     PEEL,
+    PROTOCOLS,
     QUICK,
     STANDARD,
     TRADES,
     TRAINED_AS,
     Budget,
     Judging,
+    judged_name,
+    official_name,
+    rows,
+    search_name,
+    share_name,
+    tried_name,
+)
+from .cifar10_models import (
     finetune,
     held_out,
     images_of,
     mix,
     model_of,
     search_arrest,
-    search_name,
-    share_name,
     train_atop,
     train_base,
     train_candidate,
     train_carso,
     train_standard,
 )
+from .cifar10_table import write
 
 __all__ = ["FULL", "QUICK", "Budget", "jobs", "write"]
 
 DEFAULT = Budget()
-#: The row that counts, and where a job keeps its reports.
-WORST, PROTOCOLS = "worst", ("standard", "strong")
-#: Models whose differences to another one are shown.
-PAIRS = (
-    (CARSO, BASE),
-    (CARSO_PIPELINE, BASE),
-    (CARSO_PIPELINE, LARGE),
-    (CARSO_ARREST, ARREST),
-    (ATOP, BASE),
-    (ATOP_PIPELINE, BASE),
-    (ATOP_ZERO, ATOP_PIPELINE),
-    (ARREST, AFT),
-    (ARREST, BASE),
-    *((name, BASE) for name in (NO_EMA, LONG, LARGE, AWP, TRADES)),
-)
-#: What is trained with a second seed.
-COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_PIPELINE, AFT, ARREST)
-#: What the official AutoAttack attacks as well.
-OFFICIAL = (BASE, CARSO_PIPELINE, TRADES, ARREST)
-#: The job that judges the best candidate on test images.
-BEST = "best candidate"
 
 
 def trainings(path: str, seed: int, budget: Budget) -> list[Job]:
@@ -109,7 +93,8 @@ def trainings(path: str, seed: int, budget: Budget) -> list[Job]:
     ]
     if seed > 0:
         return made
-    return made + [
+    return [
+        *made,
         job(TRADES, train_base, how={"trades": True}),
         job(LARGE, train_base, how={"large": True}),
         job(CARSO_ARREST, train_carso, BASE, ARREST, CARSO),
@@ -162,27 +147,6 @@ def jobs(path: str, budget: Budget = DEFAULT) -> list[Job]:
                 made.append(job)
         made += waiting
     return made
-
-
-def rows(budget: Budget = DEFAULT) -> list[str]:
-    """The models of the table, in its order."""
-    defences = [name for name in BEHIND if name not in CANDIDATES]
-    return [*CLASSIFIERS, *(share_name(share) for share in budget.shares), PEEL, *defences]
-
-
-def judged_name(name: str) -> str:
-    """The job that judges a model."""
-    return f"{name} judged"
-
-
-def tried_name(name: str) -> str:
-    """The job that judges a candidate on held-out training images."""
-    return f"{name} tried"
-
-
-def official_name(name: str) -> str:
-    """The job in which the official AutoAttack judges a model."""
-    return f"{name} officially judged"
 
 
 @torch.no_grad()
@@ -263,73 +227,3 @@ def best(job: Job, root: Path) -> str:
         return result["strong"]["share"], result["clean"]
 
     return max((CARSO_PIPELINE, MIXED, *CANDIDATES), key=found)
-
-
-def kept(job: Job, root: Path, name: str, protocol: str) -> Report:
-    """The report that judging a model left."""
-    path = job.folder(root, judged_name(name)) / protocol / "report.json"
-    return Report.from_json(path.read_text())
-
-
-def table(root: Path, names: Sequence[str], seed: int) -> list[str]:
-    """One line for each model: accuracies, trade-offs, costs."""
-    job, body = Job("report", seed, judge), []
-    for name in names:
-        facts = json.loads((job.folder(root, CARSO if name == PEEL else name) / RESULT).read_text())
-        judged = json.loads((job.folder(root, judged_name(name)) / RESULT).read_text())
-        robust = judged["standard"]
-        both = Tradeoff(100 * judged["clean"], 100 * robust["share"])
-        lowest = kept(job, root, name, "standard").headlines[name]
-        strong = judged.get("strong")
-        body.append(
-            [
-                name,
-                f"{100 * judged['clean']:.1f}",
-                percent(lowest) + ("" if robust["reliable"] else " **unreliable**"),
-                "-" if strong is None else f"{100 * strong['share']:.1f} ({strong['images']})",
-                f"{both.sum:.1f}",
-                f"{both.nrr:.1f}",
-                f"{facts['parameters'] / 1e6:.2f}",
-                f"{facts['inference_gflop']:.3f}",
-                f"{facts['training_gflop']:.2f}",
-                f"{facts['minutes'] / 60:.2f}",
-            ]
-        )
-    head = ["model", "clean", "`standard`", "`strong`", "SUM", "NRR", "million parameters"]
-    return markdown_table([*head, "GFLOP a prediction", "GFLOP a training image", "hours of training"], body)
-
-
-def write(root: Path, folder: Path, seed: int = 0, budget: Budget = DEFAULT) -> Path:
-    """``cifar10.md`` and its reports and pictures in ``folder``."""
-    job, names = Job("report", seed, judge), rows()
-    found = {name: kept(job, root, name, "standard") for name in names}
-    points = {}
-    for name in names:
-        clean = json.loads((job.folder(root, judged_name(name)) / RESULT).read_text())["clean"]
-        robust = found[name].headlines[name]
-        error = 100 * (clean * (1 - clean) / budget.clean_images) ** 0.5
-        points[name] = (100 * clean, 100 * robust.accuracy, error, 100 * robust.standard_error)
-    facts = json.loads((job.folder(root, ARREST) / RESULT).read_text())
-    lines = [
-        f"CIFAR-10, L-inf 8/255, seed {seed}. A PreActResNet-18 of width {budget.width}. Clean accuracy is on "
-        f"{budget.clean_images:,} test images, `standard` on the first {budget.images:,}, `strong` on the first "
-        f"{budget.strong_images:,}; all in percent, with binomial standard errors. Epochs: {budget.standard_epochs} on "
-        f"clean images, {budget.base_epochs} of PGD-{budget.steps} for each base, {budget.arrest_epochs} of ARREST and "
-        f"AFT, {budget.published_epochs} of CARSO and AToP as published, {budget.pipeline_epochs} through the "
-        f"pipeline. On held-out training images lambda {facts['weight']:g} and phi {facts['angle']:g} were chosen for "
-        "ARREST.",
-        "",
-        *table(root, names, seed),
-        "",
-        *(f"- {name} minus {other}, `standard`: {found[name].paired(found[other])}." for name, other in PAIRS),
-    ]
-    whole = merge(found.values())
-    whole.save(folder / "cifar10")
-    curve = [points[name][:2] for name in (STANDARD, *(share_name(share) for share in SHARES), BASE)]
-    shown = {name: value for name, value in points.items() if name not in (PEEL, GENERATOR)}
-    plot_tradeoff(
-        folder / "cifar10" / "tradeoff.png", shown, sorted(curve), reference_name="trained at shares of eps",
-        title="CIFAR-10, L-inf 8/255",
-    )  # fmt: skip
-    write_text(folder / "cifar10.md", "\n".join(lines) + "\n")
-    return folder / "cifar10.md"

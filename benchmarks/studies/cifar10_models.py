@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,117 +38,25 @@ from purify_fast.training.attack import TrainingAttack
 
 from . import RESULT, Job
 from .cifar10_ahead import CANDIDATES, MIXED, CandidateTask, Mixed
+from .cifar10_budget import (
+    ARREST,
+    ATOP,
+    ATOP_ZERO,
+    BASE,
+    BEHIND,
+    CARSO,
+    CARSO_ROWS,
+    EPS,
+    GENERATOR,
+    LAYERS,
+    LIVE,
+    NO_EMA,
+    STANDARD,
+    TRAINED_AS,
+    Training,
+    search_name,
+)
 from .trades import TradesTask
-
-EPS = 8 / 255
-#: What CARSO reads of the classifier: the blocks that end its last three stages.
-LAYERS = ("stages.1.1", "stages.2.1", "stages.3.1")
-STANDARD, BASE, LARGE, AWP, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "PGD-AT, AWP", "TRADES"
-NO_EMA, LONG = "PGD-AT, no moving average", "PGD-AT, longer"
-AFT, ARREST = "AFT", "ARREST"
-CARSO, CARSO_PIPELINE, CARSO_ARREST = "CARSO published", "CARSO pipeline", "CARSO pipeline on ARREST"
-GENERATOR, ATOP = "AToP pre-trained only", "AToP published"
-ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
-#: CARSO as published, attacked through the output that its authors attack.
-PEEL = "CARSO published, through PeeL"
-CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST)
-CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
-#: Rows whose weights another row's training leaves.
-TRAINED_AS = {PEEL: CARSO, NO_EMA: BASE}
-#: Where a training keeps the weights that its moving average is of.
-LIVE = "without_average"
-#: The classifier behind each defence.
-BEHIND = {
-    CARSO: BASE,
-    CARSO_PIPELINE: BASE,
-    CARSO_ARREST: ARREST,
-    GENERATOR: BASE,
-    ATOP: BASE,
-    ATOP_PIPELINE: BASE,
-    ATOP_ZERO: BASE,
-    **dict.fromkeys(CANDIDATES, BASE),
-}
-
-
-@dataclass(frozen=True)
-class Training:
-    """How much each training gets. The defaults are for a CPU: attacks take half as many steps as in `FULL`."""
-
-    width: int = 16
-    #: of the base that has at least as many parameters as base and purifier together
-    large_width: int = 28
-    #: of that base: as much training compute as base and purifier together
-    large_epochs: int = 9
-    #: of a base that is trained for as long as base and purifier together
-    long_epochs: int = 26
-    standard_epochs: int = 15
-    base_epochs: int = 15
-    arrest_epochs: int = 8
-    search_epochs: int = 2
-    published_epochs: int = 5
-    pipeline_epochs: int = 3
-    generator_epochs: int = 3
-    #: the first of the training images; those behind them decide which candidate is best
-    train_images: int = 49000
-    steps: int = 5
-    carso_steps: int = 20
-    batch_size: int = 128
-    ema_decay: float = 0.995
-    awp_gamma: float = 0.005
-    weights: tuple[float, ...] = (5.0, 50.0)
-    angles: tuple[float, ...] = (10.0, 30.0)
-    samples: int = 4
-
-
-@dataclass(frozen=True)
-class Judging:
-    """How many images each protocol attacks.
-
-    Attributes:
-        clean: test images of clean accuracy. standard: test images. strong: test images, and held-out training images
-            of the candidates. official: test images of the rows that the official AutoAttack attacks too.
-        held_out: training images of the candidates' clean accuracy, behind those that were trained on.
-    """
-
-    clean: int = 10000
-    standard: int = 1000
-    strong: int = 200
-    official: int = 500
-    held_out: int = 1000
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much of everything.
-
-    Attributes:
-        training: of each model. judging: of each model.
-        shares: bases trained at shares of eps; with the standard classifier and the base they are the curve that
-            others are compared with.
-        seeds: trainings of what is compared, each with a seed of its own.
-    """
-
-    training: Training = Training()
-    judging: Judging = Judging()
-    shares: tuple[float, ...] = (0.5,)
-    seeds: int = 2
-
-
-FULL = Budget(
-    Training(
-        width=64, large_width=80, large_epochs=60, long_epochs=90, standard_epochs=50, base_epochs=60, arrest_epochs=30, search_epochs=5,
-        published_epochs=30, pipeline_epochs=20, generator_epochs=10, steps=10, carso_steps=40, samples=8,
-    ),
-    shares=(0.25, 0.5, 0.75),
-)  # fmt: skip
-QUICK = Budget(
-    Training(
-        width=2, large_width=3, large_epochs=1, long_epochs=1, standard_epochs=1, base_epochs=1, arrest_epochs=1, search_epochs=1, published_epochs=1,
-        pipeline_epochs=1, generator_epochs=1, train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,),
-        angles=(30.0,), samples=2,
-    ),
-    Judging(clean=20, standard=6, strong=4, official=4, held_out=10),
-)  # fmt: skip
 
 
 def images_of(job: Job) -> data.DataSet:
@@ -284,9 +192,9 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     task = kind(fresh(job, images, width), config, images.image_shape)
     found = _fitted(job, folder, task, task.result, epochs, images)
     save_classifier(task.result, folder)
-    if task.result is not task.model:
+    if task.result is not task.classifier:
         # what the same training is without the average costs nothing more
-        save_classifier(task.model, folder / LIVE)
+        save_classifier(task.classifier, folder / LIVE)
     return found
 
 
@@ -301,13 +209,8 @@ def search_arrest(job: Job, folder: Path, root: Path) -> dict:
     return {key: value for key, value in last.items() if key.startswith("validation")}
 
 
-def search_name(weight: float, angle: float) -> str:
-    """The row of a pair of lambda and phi."""
-    return f"ARREST search, lambda {weight:g}, phi {angle:g}"
-
-
 def chosen(job: Job, root: Path) -> tuple[float, float]:
-    """The pair of lambda and phi with the highest accuracy under attack on held-out training images, for the first seed."""
+    """Lambda and phi of the highest accuracy under attack on held-out training images; the first seed's for all."""
     budget = job.settings["budget"]
     pairs = [(weight, angle) for weight in budget.weights for angle in budget.angles]
     first = replace(job, seed=0)
@@ -440,8 +343,3 @@ def model_of(job: Job, root: Path, name: str) -> nn.Module:
     if name in BEHIND:
         return load_atop(folder, load_classifier(folder / "classifier"))
     return load_classifier(folder)
-
-
-def share_name(share: float) -> str:
-    """The row of a base that was trained at a share of eps."""
-    return f"PGD-AT, {share:g} eps"
