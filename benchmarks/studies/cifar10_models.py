@@ -11,12 +11,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from purify_fast import data
 from purify_fast._fingerprint import weights_fingerprint
@@ -36,6 +33,7 @@ from purify_fast.training import (
 )
 from purify_fast.training.attack import TrainingAttack
 
+from ..flops import Flops
 from . import RESULT, Job
 from .cifar10_ahead import CANDIDATES, MIXED, CandidateTask, Mixed
 from .cifar10_budget import (
@@ -112,26 +110,6 @@ def loop(job: Job, epochs: int, **more: object) -> FitConfig:
     """Crops and flips for all."""
     batch_size = job.settings["budget"].batch_size
     return FitConfig(epochs, batch_size, job.seed, padding=4, flip=True, checkpoint_seconds=120, **more)
-
-
-class Flops(TorchDispatchMode):
-    """Counts FLOP as `torch.utils.flop_counter.FlopCounterMode` does, but without its hooks at the modules' inputs.
-
-    Those hooks refuse an attack's leaf that a module with trainable weights reads.
-
-    Attributes:
-        total: how many there were.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(function.overloadpacket)) is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
