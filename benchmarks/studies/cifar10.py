@@ -13,6 +13,7 @@ from torch import nn
 
 from purify_fast import data
 from purify_fast.attacks import PGD
+from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, evaluate
 
 from . import RESULT, Job
@@ -37,7 +38,6 @@ from .cifar10_budget import (
     LONG,
     OFFICIAL,
     PEEL,
-    PROTOCOLS,
     QUICK,
     STANDARD,
     TRADES,
@@ -119,11 +119,12 @@ def judgings(path: str, seed: int, budget: Budget) -> list[Job]:
 
     if seed > 0:
         return [judged(name) for name in COMPARED]
+    official = OFFICIAL if budget.judging.official > 0 else ()
     candidates = [CARSO_PIPELINE, MIXED, *CANDIDATES]
     tried = [job(tried_name(name), judge_candidate, name, model=name) for name in candidates]
     return [
         *(judged(name) for name in rows(budget)),
-        *(job(official_name(name), judge_official, judged_name(name), model=name) for name in OFFICIAL),
+        *(job(official_name(name), judge_official, judged_name(name), model=name) for name in official),
         *tried,
         job(judged_name(BEST), judge, *(one.name for one in tried), model=BEST),
     ]
@@ -162,18 +163,30 @@ def clean_accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     return sum(int((model(data.to_float(a)).argmax(1) == b).sum()) for a, b in pairs) / len(x)
 
 
+def attacked(job: Job, root: Path, name: str) -> nn.Module:
+    """A model as it is judged: a random defence predicts without noise, so that attacks need no average over draws.
+
+    CARSO decodes the most likely latent, and AToP adds no noise.
+    """
+    model = model_of(job, root, name)
+    if isinstance(model, StochasticDefence) and name != PEEL:
+        # all samples are equal then: any aggregation gives their prediction
+        return WithAggregation(model, deterministic=True).eval()
+    return model
+
+
 def judge(job: Job, folder: Path, root: Path) -> dict:
     """Clean accuracy on many images, then the protocols; CARSO's published output only through itself."""
     counts: Judging = job.settings["judging"]
     name, images = job.settings["model"], images_of(job)
     if name == BEST:
         name = best(job, root)
-    model = model_of(job, root, name)
+    model = attacked(job, root, name)
     torch.manual_seed(job.seed)
     found: dict = {"model": name, "clean": clean_accuracy(model, images.x_test[: counts.clean], images.y_test)}
     through = [AttackSpec(PGD(loss=loss), aggregation="peel_reference") for loss in ("ce", "dlr")]
-    for protocol, count in zip(PROTOCOLS, (counts.standard, counts.strong), strict=True):
-        if protocol == "strong" and (name == PEEL or job.seed > 0):
+    for protocol, count in counts.protocols().items():
+        if protocol != counts.main and (name == PEEL or job.seed > 0):
             continue
         steps = 2 * job.settings["budget"].carso_steps
         how = {"attacks": through, "steps": steps} if name == PEEL else {"protocol": protocol}
@@ -184,21 +197,20 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
 def judge_candidate(job: Job, folder: Path, root: Path) -> dict:
     """A way to get ahead of the base, on training images that were held out."""
     counts, name = job.settings["judging"], job.settings["model"]
-    model, held = model_of(job, root, name), held_out(job, counts.held_out)
+    model, held = attacked(job, root, name), held_out(job, counts.held_out)
     torch.manual_seed(job.seed)
     return {
         "clean": clean_accuracy(model, *held),
-        "strong": _lowest(job, folder / "strong", model, name, held, counts.strong, {"protocol": "strong"}),
+        "tried": _lowest(job, folder / "tried", model, name, held, counts.candidates, {"protocol": counts.tried}),
     }
 
 
 def judge_official(job: Job, folder: Path, root: Path) -> dict:
-    """The official AutoAttack on some of the images that `standard` attacked."""
+    """The official AutoAttack, on images that `judge` attacked too."""
     counts, name, images = job.settings["judging"], job.settings["model"], images_of(job)
-    model = model_of(job, root, name)
-    protocol = {"protocol": "official"}
-    held = images.x_test, images.y_test
-    return {"official": _lowest(job, folder / "official", model, name, held, counts.official, protocol)}
+    model, held = attacked(job, root, name), (images.x_test, images.y_test)
+    how = {"protocol": "official"}
+    return {"official": _lowest(job, folder / "official", model, name, held, counts.official, how)}
 
 
 def _lowest(
@@ -215,7 +227,7 @@ def _lowest(
 
 
 def best(job: Job, root: Path) -> str:
-    """The candidate of the highest accuracy under `strong`, then of the highest clean accuracy, on held-out images.
+    """The candidate of the highest accuracy under attack, then of the highest clean accuracy, on held-out images.
 
     Args:
         job: its needs are the candidates that were judged.
@@ -224,6 +236,6 @@ def best(job: Job, root: Path) -> str:
 
     def found(name: str) -> tuple[float, float]:
         result = json.loads((job.folder(root, tried_name(name)) / RESULT).read_text())
-        return result["strong"]["share"], result["clean"]
+        return result["tried"]["share"], result["clean"]
 
     return max((CARSO_PIPELINE, MIXED, *CANDIDATES), key=found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .cifar10_ahead import CANDIDATES, MIXED
 
@@ -68,19 +69,38 @@ class Training:
 
 @dataclass(frozen=True)
 class Judging:
-    """How many images each protocol attacks.
+    """How many images each protocol attacks; 0 leaves it out. The defaults are for a CPU.
 
     Attributes:
-        clean: test images of clean accuracy. standard: test images. strong: test images, and held-out training images
-            of the candidates. official: test images of the rows that the official AutoAttack attacks too.
-        held_out: training images of the candidates' clean accuracy, behind those that were trained on.
+        clean: test images of clean accuracy. fast: test images. standard: test images. strong: test images, and
+            held-out training images of the candidates. official: test images of the rows that the official AutoAttack
+            attacks too. held_out: training images of the candidates' clean accuracy.
+        tried: the protocol that judges candidates.
     """
 
     clean: int = 10000
-    standard: int = 1000
-    strong: int = 200
-    official: int = 500
+    fast: int = 1000
+    standard: int = 200
+    strong: int = 50
+    official: int = 200
     held_out: int = 1000
+    tried: Literal["fast", "strong"] = "strong"
+
+    def protocols(self) -> dict[str, int]:
+        """The protocols that every model is attacked by, each with its number of images."""
+        counts = {"fast": self.fast, "standard": self.standard, "strong": self.strong}
+        return {name: count for name, count in counts.items() if count > 0}
+
+    @property
+    def candidates(self) -> int:
+        """The number of held-out training images on which candidates are attacked."""
+        return {"fast": self.fast, "strong": self.strong}[self.tried]
+
+    @property
+    def main(self) -> str:
+        """The protocol of the most images, and the strongest one of these: models are compared by it."""
+        counts = self.protocols()
+        return max(counts, key=lambda name: (counts[name], list(counts).index(name)))
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,7 @@ FULL = Budget(
         arrest_epochs=30, search_epochs=5,
         published_epochs=30, pipeline_epochs=20, generator_epochs=10, steps=10, carso_steps=40, samples=8,
     ),
+    Judging(fast=0, standard=1000, strong=200, official=1000),
     shares=(0.25, 0.5, 0.75),
 )  # fmt: skip
 QUICK = Budget(
@@ -115,12 +136,13 @@ QUICK = Budget(
         pipeline_epochs=1, generator_epochs=1, train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,),
         angles=(30.0,), samples=2,
     ),
-    Judging(clean=20, standard=6, strong=4, official=4, held_out=10),
+    Judging(clean=20, fast=4, standard=0, strong=0, official=0, held_out=10, tried="fast"),
+    seeds=1,
 )  # fmt: skip
 
 
-#: The row that counts, and where a job keeps its reports.
-WORST, PROTOCOLS = "worst", ("standard", "strong")
+#: The row that counts.
+WORST = "worst"
 #: Models whose differences to another one are shown.
 PAIRS = (
     (CARSO, BASE),

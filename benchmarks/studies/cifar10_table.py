@@ -29,6 +29,7 @@ from .cifar10_budget import (
     TRAINED_AS,
     WORST,
     Budget,
+    Judging,
     judged_name,
     official_name,
     rows,
@@ -53,9 +54,9 @@ class Found:
         path = folder_of(self.root, name, self.seed) / RESULT
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def report(self, name: str) -> Report:
-        """What `standard` left of a model that is judged."""
-        path = folder_of(self.root, judged_name(name), self.seed) / "standard" / "report.json"
+    def report(self, name: str, protocol: str) -> Report:
+        """What a protocol left of a model that is judged."""
+        path = folder_of(self.root, judged_name(name), self.seed) / protocol / "report.json"
         return Report.from_json(path.read_text())
 
     def judged(self, names: Sequence[str]) -> list[str]:
@@ -63,27 +64,26 @@ class Found:
         return [name for name in names if self.result(judged_name(name)) is not None]
 
 
-def table(found: Found, names: Sequence[str]) -> list[str]:
+def table(found: Found, names: Sequence[str], counts: Judging) -> list[str]:
     """One line for each model: accuracies, trade-offs, costs.
 
     Args:
         found: what the jobs left.
         names: of rows whose models are judged.
+        counts: how many images were attacked.
     """
+    protocols = [name for name in counts.protocols() if found.seed == 0 or name == counts.main]
     body = []
     for name in names:
         judged = found.result(judged_name(name)) or {}
         model = judged["model"]
         facts = found.result(TRAINED_AS.get(model, model)) or {}
-        robust, strong = judged["standard"], judged.get("strong")
-        both = Tradeoff(100 * judged["clean"], 100 * robust["share"])
-        shown = percent(found.report(name).headlines[model])
+        both = Tradeoff(100 * judged["clean"], 100 * judged[counts.main]["share"])
         body.append(
             [
                 name if name == model else f"{name}: {model}",
                 f"{100 * judged['clean']:.1f}",
-                shown + ("" if robust["reliable"] else " **unreliable**"),
-                "-" if strong is None else f"{100 * strong['share']:.1f} ({strong['images']})",
+                *(_attacked(found, name, model, protocol) for protocol in protocols),
                 f"{both.sum:.1f}",
                 f"{both.nrr:.1f}",
                 f"{facts['parameters'] / 1e6:.2f}",
@@ -92,32 +92,45 @@ def table(found: Found, names: Sequence[str]) -> list[str]:
                 f"{facts['minutes'] / 60:.2f}",
             ]
         )
-    head = ["model", "clean", "`standard`", "`strong`", "SUM", "NRR", "million parameters"]
-    return markdown_table([*head, "GFLOP a prediction", "GFLOP a training image", "hours of training"], body)
+    head = ["model", "clean", *(f"`{name}` ({counts.protocols()[name]:,})" for name in protocols), "SUM", "NRR"]
+    costs = ["million parameters", "GFLOP a prediction", "GFLOP a training image", "hours of training"]
+    return markdown_table([*head, *costs], body)
 
 
-def candidates_table(found: Found) -> list[str]:
+def _attacked(found: Found, name: str, model: str, protocol: str) -> str:
+    """The cell of a protocol."""
+    if protocol not in (found.result(judged_name(name)) or {}):
+        return "-"
+    lowest = found.report(name, protocol).headlines[model]
+    return percent(lowest) + ("" if lowest.reliable else " **unreliable**")
+
+
+def candidates_table(found: Found, counts: Judging) -> list[str]:
     """The candidates on held-out training images."""
     body = []
     for name in (CARSO_PIPELINE, MIXED, *CANDIDATES):
         if (tried := found.result(tried_name(name))) is None:
             continue
-        strong = f"{100 * tried['strong']['share']:.1f}" + ("" if tried["strong"]["reliable"] else " **unreliable**")
+        attacked = f"{100 * tried['tried']['share']:.1f}" + ("" if tried["tried"]["reliable"] else " **unreliable**")
         source = CANDIDATES[name].source if name in CANDIDATES else SOURCES[name]
-        body.append([name, source, f"{100 * tried['clean']:.1f}", strong])
-    return markdown_table(["candidate", "what it is", "clean", "`strong`"], body) if body else []
+        body.append([name, source, f"{100 * tried['clean']:.1f}", attacked])
+    return markdown_table(["candidate", "what it is", "clean", f"`{counts.tried}`"], body) if body else []
 
 
-def official_table(found: Found) -> list[str]:
-    """The official AutoAttack beside `standard`, on the same images."""
+def official_table(found: Found, counts: Judging) -> list[str]:
+    """The official AutoAttack beside this package's protocols, on the same images."""
+    protocols = [name for name, count in counts.protocols().items() if count >= counts.official]
     body = []
     for name in OFFICIAL:
         if (official := found.result(official_name(name))) is None:
             continue
-        share, count = official["official"]["share"], official["official"]["images"]
-        worst = next(row for row in found.report(name).rows if row.kind == WORST)
-        body.append([name, str(count), f"{100 * worst.robust[:count].mean():.1f}", f"{100 * share:.1f}"])
-    return markdown_table(["model", "images", "`standard`", "the official AutoAttack"], body) if body else []
+        shares = []
+        for protocol in protocols:
+            worst = next(row for row in found.report(name, protocol).rows if row.kind == WORST)
+            shares.append(f"{100 * worst.robust[: counts.official].mean():.1f}")
+        body.append([name, str(counts.official), *shares, f"{100 * official['official']['share']:.1f}"])
+    head = ["model", "images", *(f"`{name}`" for name in protocols), "the official AutoAttack"]
+    return markdown_table(head, body) if body else []
 
 
 def settings(found: Found, budget: Budget) -> str:
@@ -125,8 +138,9 @@ def settings(found: Found, budget: Budget) -> str:
     amount, counts = budget.training, budget.judging
     text = (
         f"CIFAR-10, L-inf 8/255. A PreActResNet-18 of width {amount.width}. Clean accuracy is on {counts.clean:,} test "
-        f"images, `standard` on the first {counts.standard:,}, `strong` on the first {counts.strong:,}; all in "
-        "percent, with binomial standard errors. Models are trained on the first "
+        "images; each protocol attacks as many of the first ones as its column says; all in percent, with binomial "
+        "standard errors. CARSO and AToP predict without noise (CARSO from the most likely latent), except where "
+        "gradients pass through PeeL. Models are trained on the first "
         f"{amount.train_images:,} training images, for {amount.standard_epochs} epochs on clean images, "
         f"{amount.base_epochs} of PGD-{amount.steps} for each base ({amount.large_epochs} for the larger one, "
         f"{amount.long_epochs} for the longer one), {amount.arrest_epochs} of ARREST and AFT, "
@@ -151,27 +165,25 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
         ValueError: no model is judged yet.
     """
     budget, found = budget or Budget(), Found(root)
+    counts, main = budget.judging, budget.judging.main
     names = found.judged([*rows(budget), BEST])
     if not names:
         raise ValueError(f"{root} holds no model that is judged: the study writes its table when the first one is")
-    reports = {name: found.report(name) for name in names if name != BEST}
-    lines = [settings(found, budget), "", *table(found, names), ""]
+    reports = {name: found.report(name, main) for name in names if name != BEST}
+    lines = [settings(found, budget), "", *table(found, names, counts), ""]
     lines += [
-        f"- {name} minus {other}, `standard`: {reports[name].paired(reports[other])}."
+        f"- {name} minus {other}, `{main}`: {reports[name].paired(reports[other])}."
         for name, other in PAIRS
         if name in reports and other in reports
     ]
     for seed in range(1, budget.seeds):
         again = Found(root, seed)
         if judged := again.judged(COMPARED):
-            lines += ["", f"Trained with seed {seed}:", "", *table(again, judged)]
-    if tried := candidates_table(found):
-        counts = budget.judging
-        where = (
-            f"{counts.strong:,} training images that no model was trained on (clean accuracy on {counts.held_out:,})"
-        )
-        lines += ["", f"Candidates, judged on {where}:", "", *tried]
-    if official := official_table(found):
+            lines += ["", f"Trained with seed {seed}:", "", *table(again, judged, counts)]
+    if tried := candidates_table(found, counts):
+        where = f"{counts.candidates:,} training images that no model was trained on"
+        lines += ["", f"Candidates, judged on {where} (clean accuracy on {counts.held_out:,}):", "", *tried]
+    if official := official_table(found, counts):
         lines += ["", "The official AutoAttack on the same images:", "", *official]
     merge(reports.values()).save(folder / "cifar10")
     plot(found, reports, budget, folder / "cifar10" / "tradeoff.png")

@@ -27,7 +27,11 @@ from benchmarks.studies import RESULT, Job, cifar10, cifar10_ahead, cifar10_mode
 from benchmarks.studies import cifar10_budget as names  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BUDGET = names.QUICK
+BUDGET = replace(
+    names.QUICK,
+    judging=names.Judging(clean=20, fast=4, standard=2, strong=1, official=2, held_out=10),
+    seeds=2,
+)
 
 
 def fact(root, name, seed=0, **facts):
@@ -77,7 +81,7 @@ def test_the_best_candidate_is_chosen_on_images_that_no_model_was_trained_on(tmp
     candidates = (names.CARSO_PIPELINE, cifar10_ahead.MIXED, *cifar10_ahead.CANDIDATES)
     for number, name in enumerate(candidates):
         # two are equally robust: the more accurate one is taken
-        fact(tmp_path, names.tried_name(name), clean=number / 10, strong={"share": 0.5 if number in (1, 3) else 0.4})
+        fact(tmp_path, names.tried_name(name), clean=number / 10, tried={"share": 0.5 if number in (1, 3) else 0.4})
     assert cifar10.best(job, tmp_path) == candidates[3]
 
 
@@ -161,14 +165,17 @@ def judged(root, name, number, seed=0, **more):
     """What judging a model leaves."""
     robust = [1, 1, number % 2, 0]
     found = {"share": sum(robust) / 4, "images": 4, "reliable": name != names.PEEL}
-    if name != names.PEEL and seed == 0:
-        more |= {"strong": {**found, "share": 0.25}}
+    protocols = ["fast"] if name == names.PEEL or seed > 0 else list(BUDGET.judging.protocols())
+    more |= dict.fromkeys(protocols, found)
     clean = 0.9 - number / 100
-    folder = fact(root, names.judged_name(name), seed, model=name, clean=clean, standard=found, **more)
+    folder = fact(root, names.judged_name(name), seed, model=name, clean=clean, **more)
     rows = [row(name, "clean", [1, 1, 1, 1], "clean"), row(name, "APGD", robust, "apgd")]
-    report = Report([*rows, row(name, "worst", robust, "worst")], [], {"threat": "L-inf 8/255"})
-    (folder / "standard").mkdir()
-    (folder / "standard" / "report.json").write_text(report.to_json())
+    for protocol in protocols:
+        last = robust if protocol == "fast" else [1, 0, 0, 0]
+        lowest = replace(row(name, "worst", last, "worst"), reliable=name != names.PEEL)
+        report = Report([*rows, lowest], [], {"threat": "L-inf 8/255"})
+        (folder / protocol).mkdir()
+        (folder / protocol / "report.json").write_text(report.to_json())
 
 
 COSTS = {"parameters": 7e5, "inference_gflop": 0.07, "training_gflop": 1.5, "minutes": 90.0}
@@ -183,15 +190,18 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
         fact(root, name, 1, **COSTS)
         judged(root, name, 1, seed=1)
     fact(root, names.official_name(names.BASE), official={"share": 0.25, "images": 4, "reliable": True})
-    fact(root, names.tried_name(cifar10_ahead.MIXED), clean=0.7, strong={"share": 0.3, "reliable": False})
+    fact(root, names.tried_name(cifar10_ahead.MIXED), clean=0.7, tried={"share": 0.3, "reliable": False})
     page = cifar10.write(root, results, BUDGET).read_text()
     lines = {line.split(" | ")[0].strip("| "): line for line in reversed(page.splitlines()) if line.startswith("| ")}
-    assert "| 90.0 | 50.0 ± 25.0 | 25.0 (4) | 140.0 | 64.3 | 0.70 | 0.070 | 1.50 | 1.50 |" in lines["standard"]
-    assert "**unreliable**" in lines[names.PEEL] and "| - |" in lines[names.PEEL]
+    assert (
+        "| 90.0 | 50.0 ± 25.0 | 25.0 ± 21.7 | 25.0 ± 21.7 | 140.0 | 64.3 | 0.70 | 0.070 | 1.50 | 1.50 |"
+        in lines["standard"]
+    )
+    assert "**unreliable**" in lines[names.PEEL] and "| - | - |" in lines[names.PEEL]
     assert "lambda 5 and phi 10" in page
-    assert "- CARSO pipeline minus PGD-AT, `standard`: " in page
+    assert "- CARSO pipeline minus PGD-AT, `fast`: " in page
     assert "Trained with seed 1:" in page and page.count("| CARSO pipeline |") == 2
-    assert "| PGD-AT | 4 | 75.0 | 25.0 |" in page
+    assert "| PGD-AT | 2 | 100.0 | 50.0 | 25.0 |" in page
     assert "arXiv 2402.02263 | 70.0 | 30.0 **unreliable** |" in page
     assert "Not judged yet: best candidate." in page
     assert (results / "cifar10" / "tradeoff.png").is_file()
