@@ -206,7 +206,7 @@ class Evaluate(DataCommand):
         count = len(images.y_test)
         if self.images >= count:
             fewer = f": --images {self.images} asks for more than there are" if self.images > count else ""
-            return images.x_test[:], images.y_test, [f"all {count} held-out images of {images.name}{fewer}"]
+            return images.x_test[:], images.y_test, [f"all {count} held-out images{fewer}"]
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             found = balanced_subset(

@@ -75,7 +75,7 @@ def test_a_file_of_the_users_own_is_evaluated(run, bars, mine, monkeypatch):
     report = json.loads((out / "report.json").read_text())
     assert report["rows"][0]["model"] == "my_defence.make" and report["rows"][0]["accuracy"] == 1.0
     # there are fewer images than were asked for: told at once, and in the report
-    said = "all 8 held-out images of bars: --images 100000 asks for more than there are"
+    said = "all 8 held-out images: --images 100000 asks for more than there are"
     assert printed.startswith(f"purify-fast: {said}") and said in report["notes"]
     # the same command by its file, in which finished rows are used again
     code, printed = run("evaluate", "--config", out / "run.yaml")
@@ -143,8 +143,8 @@ def test_a_radius_of_0_is_refused(run, words, message):
 @pytest.mark.parametrize(
     ("count", "said"),
     [
-        (100000, "all 8 held-out images of bars: --images 100000 asks for more than there are"),
-        (8, "all 8 held-out images of bars"),
+        (100000, "all 8 held-out images: --images 100000 asks for more than there are"),
+        (8, "all 8 held-out images"),
         (4, "4 of the 8 held-out images, chosen by the seed 0, equally many of every class up to one"),
     ],
 )
