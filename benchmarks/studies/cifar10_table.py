@@ -172,7 +172,7 @@ def settings(found: Found, budget: Budget) -> str:
 
 
 def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
-    """``cifar10.md``, its numbers in ``cifar10.json``, and its reports and pictures in ``folder``, of every model that is judged.
+    """``cifar10.md`` and its numbers, reports and pictures in ``folder``, of every model that is judged.
 
     Args:
         root: of the study.
