@@ -16,10 +16,10 @@ import traceback
 from dataclasses import dataclass, replace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from purify_fast.speed import retain_freed_memory
 
+from .flops import Flops
 from .limits import operands
 from .measure import environment, quantile
 from .pipelines import Case, Job, registry
@@ -68,9 +68,9 @@ def _matrix_rate(device: torch.device, size: int) -> float:
 
 
 def _flops(job: Job) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         job.run()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, quick: bool, threads: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from purify_fast.methods.arrest import ArrestTask
 from purify_fast.methods.arrest import task as arrest_training
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed pac
 
 from benchmarks import __main__ as program  # noqa: E402
 from benchmarks import race, report, served  # noqa: E402
+from benchmarks.flops import Flops  # noqa: E402
 from benchmarks.pipelines import (  # noqa: E402
     Case,
     Contestant,
@@ -216,6 +218,34 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys):
     (tmp_path / report.PIPELINES_TABLE).unlink()
     program.main(["report", str(tmp_path)])
     assert (tmp_path / report.PIPELINES_TABLE).read_text() == table
+
+
+def test_flops_are_counted_through_an_attack_on_trained_weights():
+    """As torch's own counter has it where that one works, in inference mode too."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 10))
+    x = torch.rand(4, 3, 8, 8)
+
+    def infer():
+        with torch.inference_mode():
+            model(x)
+
+    for call in (lambda: model(x).sum().backward(), infer):
+        with Flops() as ours:
+            call()
+        with FlopCounterMode(display=False) as theirs:
+            call()
+        assert ours.total == theirs.get_total_flops() > 0
+    with Flops() as ours:
+        leaf = x.clone().requires_grad_()
+        torch.autograd.grad(model(leaf).sum(), leaf)
+    assert ours.total > 0
+
+
+@pytest.mark.parametrize(("pipeline", "case"), [(name, next(iter(cases(True)))) for name, cases in registry().items()])
+def test_the_work_of_ours_is_counted(pipeline, case):
+    """Three of them attack a model: what counts must not refuse that."""
+    job = registry()[pipeline](True)[case].contestants["ours"].make(CPU, True)
+    assert race._flops(job) > 0
 
 
 def _other(device, quick):
