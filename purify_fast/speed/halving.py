@@ -284,16 +284,17 @@ class SameLayout(nn.Module):
         return _SameLayout.apply(out) if last and out.requires_grad else out
 
 
-def _plain(layer: nn.Module, stride: int) -> bool:
-    """Whether a layer is a 3 x 3 convolution of padding 1, with no hook, and of a type whose formula is known."""
+def _channels(layer: nn.Module, stride: int) -> tuple[int, int] | None:
+    """Inputs and outputs of a 3 x 3 convolution of padding 1, without hooks, whose formula is known; None of others."""
     # a subclass may compute something of its own
     if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) or type(layer) not in (nn.Conv2d, nn.ConvTranspose2d):
-        return False
+        return None
     shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
     more = stride - 1
     doubling = not isinstance(layer, nn.ConvTranspose2d) or layer.output_padding == (more, more)
     hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
-    return shape == ((3, 3), (stride, stride), (1, 1), (1, 1), 1, "zeros") and doubling and not hooked
+    known = shape == ((3, 3), (stride, stride), (1, 1), (1, 1), 1, "zeros") and doubling and not hooked
+    return (layer.in_channels, layer.out_channels) if known else None
 
 
 def can_stand_for(layer: nn.Module) -> bool:
@@ -302,7 +303,8 @@ def can_stand_for(layer: nn.Module) -> bool:
     Args:
         layer: any module.
     """
-    return _plain(layer, 2) and max(layer.in_channels, layer.out_channels) <= MOST_CHANNELS  # type: ignore[operator]
+    channels = _channels(layer, 2)
+    return channels is not None and max(channels) <= MOST_CHANNELS
 
 
 def makes_rows(layer: nn.Module) -> bool:
@@ -311,10 +313,8 @@ def makes_rows(layer: nn.Module) -> bool:
     Args:
         layer: any module.
     """
-    if not _plain(layer, 1):
-        return False
-    few, many = sorted((layer.in_channels, layer.out_channels))  # type: ignore[type-var]
-    return few == 1 and many <= MOST_CHANNELS  # type: ignore[operator]
+    channels = _channels(layer, 1)
+    return channels is not None and min(channels) == 1 and max(channels) <= MOST_CHANNELS
 
 
 def replace_resizing(model: nn.Module, dtype: torch.dtype) -> int:
