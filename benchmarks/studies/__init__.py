@@ -26,6 +26,11 @@ from purify_fast.speed import retain_freed_memory
 RESULT, ASKED = "result.json", "job.json"
 
 
+def folder_of(root: Path, name: str, seed: int) -> Path:
+    """Where a row of a study keeps what it trained and found."""
+    return root / f"{name.replace(' ', '-').replace('/', '-')}-{seed}"
+
+
 @dataclass(frozen=True)
 class Job:
     """One model of a study.
@@ -46,7 +51,7 @@ class Job:
 
     def folder(self, root: Path, name: str | None = None) -> Path:
         """This job's folder, or that of another row of the same seed."""
-        return root / f"{(name or self.name).replace(' ', '-').replace('/', '-')}-{self.seed}"
+        return folder_of(root, name or self.name, self.seed)
 
     def done(self, root: Path) -> bool:
         return (self.folder(root) / RESULT).is_file()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,73 +36,25 @@ from purify_fast.training.attack import TrainingAttack
 from ..flops import Flops
 from . import RESULT, Job
 from .cifar10_ahead import CANDIDATES, MIXED, CandidateTask, Mixed
+from .cifar10_budget import (
+    ARREST,
+    ATOP,
+    ATOP_ZERO,
+    BASE,
+    BEHIND,
+    CARSO,
+    CARSO_ROWS,
+    EPS,
+    GENERATOR,
+    LAYERS,
+    LIVE,
+    NO_EMA,
+    STANDARD,
+    TRAINED_AS,
+    Training,
+    search_name,
+)
 from .trades import TradesTask
-
-EPS = 8 / 255
-#: What CARSO reads of the classifier: the blocks that end its last three stages.
-LAYERS = ("stages.1.1", "stages.2.1", "stages.3.1")
-STANDARD, BASE, LARGE, AWP, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "PGD-AT, AWP", "TRADES"
-NO_EMA = "PGD-AT, no moving average"
-AFT, ARREST = "AFT", "ARREST"
-CARSO, CARSO_PIPELINE, CARSO_ARREST = "CARSO published", "CARSO pipeline", "CARSO pipeline on ARREST"
-GENERATOR, ATOP = "AToP pre-trained only", "AToP published"
-ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
-#: CARSO as published, attacked through the output that its authors attack.
-PEEL = "CARSO published, through PeeL"
-#: Bases trained at shares of eps: with the standard classifier and the base, the curve that others are compared with.
-SHARES = (0.25, 0.5, 0.75)
-CLASSIFIERS = (STANDARD, BASE, LARGE, AWP, NO_EMA, TRADES, AFT, ARREST)
-CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
-#: The classifier behind each defence.
-BEHIND = {
-    CARSO: BASE,
-    CARSO_PIPELINE: BASE,
-    CARSO_ARREST: ARREST,
-    GENERATOR: BASE,
-    ATOP: BASE,
-    ATOP_PIPELINE: BASE,
-    ATOP_ZERO: BASE,
-    **dict.fromkeys(CANDIDATES, BASE),
-}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much of everything. The defaults fit into a night on a CPU: attacks take half as many steps as in `FULL`."""
-
-    width: int = 16
-    #: of the base that has as many parameters as base and purifier together
-    large_width: int = 24
-    standard_epochs: int = 20
-    base_epochs: int = 20
-    arrest_epochs: int = 10
-    search_epochs: int = 3
-    published_epochs: int = 5
-    pipeline_epochs: int = 5
-    generator_epochs: int = 3
-    train_images: int = 50000
-    steps: int = 5
-    carso_steps: int = 20
-    batch_size: int = 128
-    ema_decay: float = 0.995
-    awp_gamma: float = 0.005
-    weights: tuple[float, ...] = (5.0, 50.0)
-    angles: tuple[float, ...] = (10.0, 30.0)
-    samples: int = 4
-    images: int = 1000
-    strong_images: int = 200
-    clean_images: int = 10000
-
-
-FULL = Budget(
-    width=64, large_width=80, standard_epochs=50, base_epochs=60, arrest_epochs=30, search_epochs=5,
-    published_epochs=30, pipeline_epochs=20, generator_epochs=10, steps=10, carso_steps=40, samples=8,
-)  # fmt: skip
-QUICK = Budget(
-    width=2, large_width=3, standard_epochs=1, base_epochs=1, arrest_epochs=1, search_epochs=1, published_epochs=1,
-    pipeline_epochs=1, generator_epochs=1, train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,),
-    angles=(30.0,), samples=2, images=6, strong_images=4, clean_images=20,
-)  # fmt: skip
 
 
 def images_of(job: Job) -> data.DataSet:
@@ -113,6 +65,17 @@ def images_of(job: Job) -> data.DataSet:
     )
 
 
+def held_out(job: Job, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training images that no model was trained on, and their labels.
+
+    Args:
+        job: its settings hold the budget of training.
+        count: how many.
+    """
+    whole, first = data.load_dataset("cifar10", job.settings["data"]), job.settings["budget"].train_images
+    return whole.x_train[first : first + count], whole.y_train[first : first + count]
+
+
 def fresh(job: Job, images: data.DataSet, width: int) -> nn.Module:
     """A classifier with weights drawn by the job's seed."""
     torch.manual_seed(job.seed)
@@ -120,22 +83,22 @@ def fresh(job: Job, images: data.DataSet, width: int) -> nn.Module:
     return build_classifier("preact_resnet18", images.image_shape, images.num_classes, width=width, mean=mean, std=std)
 
 
-def attack_of(budget: Budget, share: float = 1.0) -> TrainingAttack:
+def attack_of(budget: Training, share: float = 1.0) -> TrainingAttack:
     """PGD as all trainings run it, with steps of 2.5 times eps over their number."""
     eps = share * EPS
     return TrainingAttack(eps=eps, steps=budget.steps, relative_alpha=2.5)
 
 
-def adversarial(budget: Budget, share: float = 1.0, ema: bool = True, awp: bool = False) -> ArrestConfig:
+def adversarial(budget: Training, share: float = 1.0, awp: bool = False) -> ArrestConfig:
     """PGD adversarial training of a fresh classifier."""
     return ArrestConfig(
         attack=attack_of(budget, share), distillation_weight=0.0, replay=False, learning_rate=0.1,
-        schedule="one_cycle", ema_decay=budget.ema_decay if ema else 0.0, awp_gamma=budget.awp_gamma if awp else 0.0,
+        schedule="one_cycle", ema_decay=budget.ema_decay, awp_gamma=budget.awp_gamma if awp else 0.0,
         precision="bfloat16",
     )  # fmt: skip
 
 
-def finetuning(budget: Budget, weight: float, angle: float | None) -> ArrestConfig:
+def finetuning(budget: Training, weight: float, angle: float | None) -> ArrestConfig:
     """AFT (weight 0, no angle), or ARREST."""
     return ArrestConfig(
         attack=attack_of(budget), distillation_weight=weight, replay=angle is not None, angle=angle or 0.0,
@@ -202,10 +165,14 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
     width = budget.large_width if how.get("large") else budget.width
     kind = TradesTask if how.get("trades") else ArrestTask
-    config = adversarial(budget, how.get("share", 1.0), how.get("ema", True), how.get("awp", False))
+    epochs = budget.large_epochs if how.get("large") else budget.long_epochs if how.get("long") else budget.base_epochs
+    config = adversarial(budget, how.get("share", 1.0), how.get("awp", False))
     task = kind(fresh(job, images, width), config, images.image_shape)
-    found = _fitted(job, folder, task, task.result, budget.base_epochs, images)
+    found = _fitted(job, folder, task, task.result, epochs, images)
     save_classifier(task.result, folder)
+    if task.result is not task.classifier:
+        # what the same training is without the average costs nothing more
+        save_classifier(task.classifier, folder / LIVE)
     return found
 
 
@@ -220,18 +187,14 @@ def search_arrest(job: Job, folder: Path, root: Path) -> dict:
     return {key: value for key, value in last.items() if key.startswith("validation")}
 
 
-def search_name(weight: float, angle: float) -> str:
-    """The row of a pair of lambda and phi."""
-    return f"ARREST search, lambda {weight:g}, phi {angle:g}"
-
-
 def chosen(job: Job, root: Path) -> tuple[float, float]:
-    """The pair of lambda and phi with the highest accuracy under attack on the held-out training images."""
+    """Lambda and phi of the highest accuracy under attack on held-out training images; the first seed's for all."""
     budget = job.settings["budget"]
     pairs = [(weight, angle) for weight in budget.weights for angle in budget.angles]
+    first = replace(job, seed=0)
 
     def accuracy(pair: tuple[float, float]) -> float:
-        return json.loads((job.folder(root, search_name(*pair)) / RESULT).read_text())["validation_accuracy"]
+        return json.loads((first.folder(root, search_name(*pair)) / RESULT).read_text())["validation_accuracy"]
 
     return max(pairs, key=accuracy)
 
@@ -350,14 +313,11 @@ def model_of(job: Job, root: Path, name: str) -> nn.Module:
     """A trained model, by its row."""
     if name == MIXED:
         return Mixed(*(load_classifier(job.folder(root, part)) for part in (STANDARD, BASE))).eval()
-    folder = job.folder(root, CARSO if name == PEEL else name)
+    folder = job.folder(root, TRAINED_AS.get(name, name))
+    if name == NO_EMA:
+        return load_classifier(folder / LIVE)
     if name in CARSO_ROWS:
         return load_carso(folder, load_classifier(folder / "classifier"))
     if name in BEHIND:
         return load_atop(folder, load_classifier(folder / "classifier"))
     return load_classifier(folder)
-
-
-def share_name(share: float) -> str:
-    """The row of a base that was trained at a share of eps."""
-    return f"PGD-AT, {share:g} eps"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from purify_fast import data
 from purify_fast._lock import folder_lock
@@ -38,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, help=f"jobs side by side, one thread each, not of the ResNet study; {WORKERS} by default"
     )
+    parser.add_argument(
+        "--so-far", action="store_true", help="of cifar10: train nothing, write the table of what is done"
+    )
     parser.add_argument("--out", type=Path, help="where the runs are kept; runs/studies/NAME by default")
 
 
@@ -54,6 +58,8 @@ def check(chosen: argparse.Namespace) -> None:
     for option in (*foreign, *(("workers",) if study in ALL_CORES else ())):
         if getattr(chosen, option) not in (None, False):
             raise ValueError(f"--{option} does not go with {chosen.name}")
+    if chosen.so_far and study is not cifar10:
+        raise ValueError(f"--so-far does not go with {chosen.name}")
     for option in ("seeds", "workers"):
         value = getattr(chosen, option)
         if value is not None and value < 1:
@@ -72,8 +78,16 @@ def main(chosen: argparse.Namespace) -> Path:
     root = chosen.out or Path("runs/studies") / f"{chosen.name}{kind}"
     seeds = chosen.seeds or SEEDS
     results = root if kind or chosen.rows is not None or seeds < SEEDS else RESULTS
+    if chosen.so_far:
+        # the study may be running: its folder is only read
+        return cifar10.write(root, results, _budget(chosen))
     with folder_lock(root):
         return _run(chosen, root, results)
+
+
+def _budget(chosen: argparse.Namespace) -> Any:
+    study, _ = STUDIES[chosen.name]
+    return study.QUICK if chosen.quick else study.FULL if chosen.full else study.Budget()
 
 
 def _run(chosen: argparse.Namespace, root: Path, results: Path) -> Path:
@@ -82,6 +96,6 @@ def _run(chosen: argparse.Namespace, root: Path, results: Path) -> Path:
     if images == "digits":
         done = run(study.jobs(seeds, chosen.quick, chosen.rows), root, workers)
         return tables.write(done, results, chosen.name, study.notes(chosen.quick), study.LAYOUT)
-    budget = study.QUICK if chosen.quick else study.FULL if chosen.full else study.Budget()
+    budget = _budget(chosen)
     run(study.jobs(place, budget=budget), root, 1 if study in ALL_CORES else workers)
     return study.write(root, results, budget=budget)

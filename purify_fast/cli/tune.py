@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .._lock import folder_lock
+from .._lock import FolderInUse, folder_lock
 from .command import Command
 from .device import usable_device
 
@@ -85,9 +85,13 @@ def alone(device: torch.device) -> Iterator[None]:
     from ..ops._races import file_of
 
     with contextlib.ExitStack() as stack:
-        # a folder that cannot be written is refused by the race, which says how to name another
-        with contextlib.suppress(OSError, ValueError):
+        try:
             stack.enter_context(folder_lock(file_of(device).with_suffix("")))
+        except FolderInUse:
+            raise
+        except (OSError, ValueError):
+            # a folder that cannot be written is refused by the race, which says how to name another
+            pass
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,33 +24,65 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed pac
 
 from benchmarks import studies  # noqa: E402
 from benchmarks.studies import RESULT, Job, cifar10, cifar10_ahead, cifar10_models, trades  # noqa: E402
+from benchmarks.studies import cifar10_budget as names  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BUDGET = cifar10_models.QUICK
+BUDGET = replace(
+    names.QUICK,
+    judging=names.Judging(clean=20, fast=4, standard=2, strong=1, official=2, held_out=10),
+    seeds=2,
+)
 
 
-def fact(root, name, **facts):
-    folder = Job(name, 0, cifar10.judge).folder(root)
+def fact(root, name, seed=0, **facts):
+    folder = studies.folder_of(root, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).write_text(json.dumps(facts))
     return folder
 
 
-def test_every_need_has_its_job_and_every_row_is_judged(tmp_path):
-    jobs = cifar10.jobs("nowhere", budget=BUDGET)
+def test_every_need_comes_before_what_needs_it_and_every_row_is_judged(tmp_path):
+    jobs = cifar10.jobs("nowhere", BUDGET)
     studies._check(jobs, tmp_path)
-    names = [job.name for job in jobs]
-    assert all(cifar10.judged_name(row) in names for row in cifar10.rows())
-    # the base comes first: everything stands on it
-    assert names[0] == cifar10_models.BASE
+    order = {(job.name, job.seed): place for place, job in enumerate(jobs)}
+    assert all(order[need, job.seed] < order[job.name, job.seed] for job in jobs for need in job.needs)
+    assert all((names.judged_name(row), 0) in order for row in [*names.rows(BUDGET), names.BEST])
+    assert all((names.judged_name(row), 1) in order for row in names.COMPARED)
+    # everything stands on the base, and a model is judged before the next is trained
+    assert [job.name for job in jobs[:2]] == [names.BASE, names.judged_name(names.BASE)]
 
 
-def test_lambda_and_phi_are_chosen_on_held_out_images(tmp_path):
-    budget = cifar10_models.Budget(weights=(1.0, 5.0), angles=(10.0, 30.0))
-    job = Job(cifar10_models.ARREST, 0, cifar10.judge, settings={"budget": budget})
+def test_a_training_stays_the_same_job_when_more_images_are_judged():
+    more = replace(BUDGET, judging=names.Judging(standard=7))
+    for one, other in zip(cifar10.trainings("x", 0, BUDGET), cifar10.trainings("x", 0, more), strict=True):
+        assert one.asked() == other.asked()
+
+
+def test_lambda_and_phi_are_chosen_on_held_out_images_with_the_first_seed(tmp_path):
+    budget = names.Training(weights=(1.0, 5.0), angles=(10.0, 30.0))
     for pair, accuracy in {(1, 10): 0.3, (1, 30): 0.4, (5, 10): 0.5, (5, 30): 0.2}.items():
-        fact(tmp_path, cifar10_models.search_name(*pair), validation_accuracy=accuracy)
-    assert cifar10_models.chosen(job, tmp_path) == (5.0, 10.0)
+        fact(tmp_path, names.search_name(*pair), validation_accuracy=accuracy)
+    for seed in (0, 1):
+        job = Job(names.ARREST, seed, cifar10.judge, settings={"budget": budget})
+        assert cifar10_models.chosen(job, tmp_path) == (5.0, 10.0)
+
+
+def test_the_best_candidate_is_chosen_on_images_that_no_model_was_trained_on(tmp_path, monkeypatch):
+    whole = cifar10_models.data.DataSet(
+        torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1), torch.arange(100), torch.zeros(2, 1, 1, 1),
+        torch.zeros(2, dtype=torch.long), name="cifar10", num_classes=10,
+    )  # fmt: skip
+    monkeypatch.setattr(cifar10_models.data, "load_dataset", lambda *_: whole)
+    job = Job(names.judged_name(names.BEST), 0, cifar10.judge, settings={"data": "x", "budget": BUDGET.training})
+    trained, held = cifar10_models.images_of(job).x_train, cifar10_models.held_out(job, 10)
+    assert held[1].tolist() == list(range(64, 74)) and not set(held[0].flatten().tolist()) & set(
+        trained.flatten().tolist()
+    )
+    candidates = (names.CARSO_PIPELINE, cifar10_ahead.MIXED, *cifar10_ahead.CANDIDATES)
+    for number, name in enumerate(candidates):
+        # two are equally robust: the more accurate one is taken
+        fact(tmp_path, names.tried_name(name), clean=number / 10, tried={"share": 0.5 if number in (1, 3) else 0.4})
+    assert cifar10.best(job, tmp_path) == candidates[3]
 
 
 def test_trades_is_its_formula():
@@ -59,8 +92,8 @@ def test_trades_is_its_formula():
         # logits that an attack moves by more than rounding
         model.head.weight.mul_(10)
         model.hidden.weight.mul_(10)
-    config = cifar10_models.adversarial(BUDGET, ema=False)
-    task = trades.TradesTask(model, cifar10_models.replace(config, precision="float32"), (3, 8, 8))
+    config = replace(cifar10_models.adversarial(BUDGET.training), ema_decay=0.0)
+    task = trades.TradesTask(model, replace(config, precision="float32"), (3, 8, 8))
     x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
     batch = Batch(x, y, torch.arange(4), seed=0)
     loss, metrics = task.training_step(batch)
@@ -86,7 +119,7 @@ def test_candidates_minimize_what_they_say(loss):
             p for name, p in defence.named_parameters() if not name.startswith("classifier.") and p.dim() > 1
         ):
             weight.mul_(10)
-    config = CarsoConfig(attack_target="pipeline", attack=cifar10_models.attack_of(BUDGET))
+    config = CarsoConfig(attack_target="pipeline", attack=cifar10_models.attack_of(BUDGET.training))
     task = cifar10_ahead.CandidateTask(defence, config, "scratch", loss)
     batch = Batch(torch.rand(4, 3, 16, 16), torch.arange(4), torch.arange(4), seed=0, epoch=0, epochs=1)
     # latents are drawn by seeds from torch's generator
@@ -128,23 +161,59 @@ def row(model, attack, robust, kind):
                n_eval=1, seed=0, seconds=1.0, data="x", settings=settings)  # fmt: skip
 
 
+def judged(root, name, number, seed=0, **more):
+    """What judging a model leaves."""
+    robust = [1, 1, number % 2, 0]
+    found = {"share": sum(robust) / 4, "images": 4, "reliable": name != names.PEEL}
+    protocols = ["fast"] if name == names.PEEL or seed > 0 else list(BUDGET.judging.protocols())
+    more |= dict.fromkeys(protocols, found)
+    clean = 0.9 - number / 100
+    folder = fact(root, names.judged_name(name), seed, model=name, clean=clean, **more)
+    rows = [row(name, "clean", [1, 1, 1, 1], "clean"), row(name, "APGD", robust, "apgd")]
+    for protocol in protocols:
+        last = robust if protocol == "fast" else [1, 0, 0, 0]
+        lowest = replace(row(name, "worst", last, "worst"), reliable=name != names.PEEL)
+        report = Report([*rows, lowest], [], {"threat": "L-inf 8/255"})
+        (folder / protocol).mkdir()
+        (folder / protocol / "report.json").write_text(report.to_json())
+
+
+COSTS = {"parameters": 7e5, "inference_gflop": 0.07, "training_gflop": 1.5, "minutes": 90.0}
+
+
 def test_the_table_is_what_the_jobs_found(tmp_path):
     root, results = tmp_path / "runs", tmp_path / "results"
-    for number, name in enumerate(cifar10.rows()):
-        costs = {"parameters": 7e5, "inference_gflop": 0.07, "training_gflop": 1.5, "minutes": 90.0}
-        fact(root, name, **costs, weight=5.0, angle=10.0)
-        robust = [1, 1, number % 2, 0]
-        judged = {"share": sum(robust) / 4, "images": 4, "reliable": name != cifar10_models.PEEL}
-        more = {} if name == cifar10_models.PEEL else {"strong": {**judged, "share": 0.25}}
-        folder = fact(root, cifar10.judged_name(name), clean=0.9 - number / 100, standard=judged, **more)
-        rows = [row(name, "clean", [1, 1, 1, 1], "clean"), row(name, "APGD", robust, "apgd")]
-        report = Report([*rows, row(name, "worst", robust, "worst")], [], {"threat": "L-inf 8/255"})
-        (folder / "standard").mkdir()
-        (folder / "standard" / "report.json").write_text(report.to_json())
-    page = cifar10.write(root, results, budget=BUDGET).read_text()
-    lines = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
-    assert "| 90.0 | 50.0 ± 25.0 | 25.0 (4) | 140.0 | 64.3 | 0.70 | 0.070 | 1.50 | 1.50 |" in lines["standard"]
-    assert "**unreliable**" in lines[cifar10_models.PEEL] and "| - |" in lines[cifar10_models.PEEL]
+    for number, name in enumerate(names.rows(BUDGET)):
+        fact(root, name, **COSTS, weight=5.0, angle=10.0)
+        judged(root, name, number)
+    for name in names.COMPARED:
+        fact(root, name, 1, **COSTS)
+        judged(root, name, 1, seed=1)
+    fact(root, names.official_name(names.BASE), official={"share": 0.25, "images": 4, "reliable": True})
+    fact(root, names.tried_name(cifar10_ahead.MIXED), clean=0.7, tried={"share": 0.3, "reliable": False})
+    page = cifar10.write(root, results, BUDGET).read_text()
+    lines = {line.split(" | ")[0].strip("| "): line for line in reversed(page.splitlines()) if line.startswith("| ")}
+    assert (
+        "| 90.0 | 50.0 ± 25.0 | 25.0 ± 21.7 | 25.0 ± 21.7 | 140.0 | 64.3 | 0.70 | 0.070 | 1.50 | 1.50 |"
+        in lines["standard"]
+    )
+    assert "**unreliable**" in lines[names.PEEL] and "| - | - |" in lines[names.PEEL]
     assert "lambda 5 and phi 10" in page
-    assert "- CARSO pipeline minus PGD-AT, `standard`: " in page
+    assert "- CARSO pipeline minus PGD-AT, `fast`: " in page
+    assert "Trained with seed 1:" in page and page.count("| CARSO pipeline |") == 2
+    assert "| PGD-AT | 2 | 100.0 | 50.0 | 25.0 |" in page
+    assert "arXiv 2402.02263 | 70.0 | 30.0 **unreliable** |" in page
+    assert "Not judged yet: best candidate." in page
     assert (results / "cifar10" / "tradeoff.png").is_file()
+
+
+def test_the_table_of_an_unfinished_study_has_the_rows_that_are_there(tmp_path):
+    with pytest.raises(ValueError, match="holds no model that is judged"):
+        cifar10.write(tmp_path, tmp_path / "results", BUDGET)
+    fact(tmp_path, names.BASE, **COSTS)
+    judged(tmp_path, names.BASE, 1)
+    judged(tmp_path, names.NO_EMA, 2)
+    page = cifar10.write(tmp_path, tmp_path / "results", BUDGET).read_text()
+    # the same training left both
+    assert page.count("| 1.50 | 1.50 |") == 2
+    assert "Not judged yet: standard; PGD-AT, longer; " in page

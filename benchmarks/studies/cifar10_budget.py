@@ -1,0 +1,197 @@
+"""The rows of the study on CIFAR-10, and how much of everything each budget has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .cifar10_ahead import CANDIDATES, MIXED
+
+EPS = 8 / 255
+#: What CARSO reads of the classifier: the blocks that end its last three stages.
+LAYERS = ("stages.1.1", "stages.2.1", "stages.3.1")
+STANDARD, BASE, LARGE, AWP, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "PGD-AT, AWP", "TRADES"
+NO_EMA, LONG = "PGD-AT, no moving average", "PGD-AT, longer"
+AFT, ARREST = "AFT", "ARREST"
+CARSO, CARSO_PIPELINE, CARSO_ARREST = "CARSO published", "CARSO pipeline", "CARSO pipeline on ARREST"
+GENERATOR, ATOP = "AToP pre-trained only", "AToP published"
+ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
+#: CARSO as published, attacked through the output that its authors attack.
+PEEL = "CARSO published, through PeeL"
+CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST)
+CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
+#: Rows whose weights another row's training leaves.
+TRAINED_AS = {PEEL: CARSO, NO_EMA: BASE}
+#: Where a training keeps the weights that its moving average is of.
+LIVE = "without_average"
+#: The classifier behind each defence.
+BEHIND = {
+    CARSO: BASE,
+    CARSO_PIPELINE: BASE,
+    CARSO_ARREST: ARREST,
+    GENERATOR: BASE,
+    ATOP: BASE,
+    ATOP_PIPELINE: BASE,
+    ATOP_ZERO: BASE,
+    **dict.fromkeys(CANDIDATES, BASE),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How much each training gets. The defaults are for a CPU: attacks take half as many steps as in `FULL`."""
+
+    width: int = 16
+    #: of the base that has at least as many parameters as base and purifier together
+    large_width: int = 28
+    #: of that base: as much training compute as base and purifier together
+    large_epochs: int = 9
+    #: of a base that is trained for as long as base and purifier together
+    long_epochs: int = 26
+    standard_epochs: int = 15
+    base_epochs: int = 15
+    arrest_epochs: int = 8
+    search_epochs: int = 2
+    published_epochs: int = 5
+    pipeline_epochs: int = 3
+    generator_epochs: int = 3
+    #: the first of the training images; those behind them decide which candidate is best
+    train_images: int = 49000
+    steps: int = 5
+    carso_steps: int = 20
+    batch_size: int = 128
+    ema_decay: float = 0.995
+    awp_gamma: float = 0.005
+    weights: tuple[float, ...] = (5.0, 50.0)
+    angles: tuple[float, ...] = (10.0, 30.0)
+    samples: int = 4
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How many images each protocol attacks; 0 leaves it out. The defaults are for a CPU.
+
+    Attributes:
+        clean: test images of clean accuracy. fast: test images. standard: test images. strong: test images, and
+            held-out training images of the candidates. official: test images of the rows that the official AutoAttack
+            attacks too. held_out: training images of the candidates' clean accuracy.
+        tried: the protocol that judges candidates.
+    """
+
+    clean: int = 10000
+    fast: int = 1000
+    standard: int = 200
+    strong: int = 50
+    official: int = 200
+    held_out: int = 1000
+    tried: Literal["fast", "strong"] = "strong"
+
+    def protocols(self) -> dict[str, int]:
+        """The protocols that every model is attacked by, each with its number of images."""
+        counts = {"fast": self.fast, "standard": self.standard, "strong": self.strong}
+        return {name: count for name, count in counts.items() if count > 0}
+
+    @property
+    def candidates(self) -> int:
+        """The number of held-out training images on which candidates are attacked."""
+        return {"fast": self.fast, "strong": self.strong}[self.tried]
+
+    @property
+    def main(self) -> str:
+        """The protocol of the most images, and the strongest one of these: models are compared by it."""
+        counts = self.protocols()
+        return max(counts, key=lambda name: (counts[name], list(counts).index(name)))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything.
+
+    Attributes:
+        training: of each model. judging: of each model.
+        shares: bases trained at shares of eps; with the standard classifier and the base they are the curve that
+            others are compared with.
+        seeds: trainings of what is compared, each with a seed of its own.
+    """
+
+    training: Training = Training()
+    judging: Judging = Judging()
+    shares: tuple[float, ...] = (0.5,)
+    seeds: int = 2
+
+
+FULL = Budget(
+    Training(
+        width=64, large_width=80, large_epochs=60, long_epochs=90, standard_epochs=50, base_epochs=60,
+        arrest_epochs=30, search_epochs=5,
+        published_epochs=30, pipeline_epochs=20, generator_epochs=10, steps=10, carso_steps=40, samples=8,
+    ),
+    Judging(fast=0, standard=1000, strong=200, official=1000),
+    shares=(0.25, 0.5, 0.75),
+)  # fmt: skip
+QUICK = Budget(
+    Training(
+        width=2, large_width=3, large_epochs=1, long_epochs=1, standard_epochs=1, base_epochs=1, arrest_epochs=1,
+        search_epochs=1, published_epochs=1,
+        pipeline_epochs=1, generator_epochs=1, train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,),
+        angles=(30.0,), samples=2,
+    ),
+    Judging(clean=20, fast=4, standard=0, strong=0, official=0, held_out=10, tried="fast"),
+    seeds=1,
+)  # fmt: skip
+
+
+#: The row that counts.
+WORST = "worst"
+#: Models whose differences to another one are shown.
+PAIRS = (
+    (CARSO, BASE),
+    (CARSO_PIPELINE, BASE),
+    (CARSO_PIPELINE, LARGE),
+    (CARSO_ARREST, ARREST),
+    (ATOP, BASE),
+    (ATOP_PIPELINE, BASE),
+    (ATOP_ZERO, ATOP_PIPELINE),
+    (ARREST, AFT),
+    (ARREST, BASE),
+    *((name, BASE) for name in (NO_EMA, LONG, LARGE, AWP, TRADES)),
+)
+#: What is trained with a second seed.
+COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_PIPELINE, AFT, ARREST)
+#: What the official AutoAttack attacks as well.
+OFFICIAL = (BASE, CARSO_PIPELINE, TRADES, ARREST)
+#: What the candidates are that were not trained for it.
+SOURCES = {CARSO_PIPELINE: "what the others are compared with", MIXED: "Bai et al., TMLR 2024, arXiv 2402.02263"}
+#: The job that judges the best candidate on test images.
+BEST = "best candidate"
+
+
+def search_name(weight: float, angle: float) -> str:
+    """The row of a pair of lambda and phi."""
+    return f"ARREST search, lambda {weight:g}, phi {angle:g}"
+
+
+def share_name(share: float) -> str:
+    """The row of a base that was trained at a share of eps."""
+    return f"PGD-AT, {share:g} eps"
+
+
+def rows(budget: Budget) -> list[str]:
+    """The models of the table, in its order."""
+    defences = [name for name in BEHIND if name not in CANDIDATES]
+    return [*CLASSIFIERS, *(share_name(share) for share in budget.shares), PEEL, *defences]
+
+
+def judged_name(name: str) -> str:
+    """The job that judges a model."""
+    return f"{name} judged"
+
+
+def tried_name(name: str) -> str:
+    """The job that judges a candidate on held-out training images."""
+    return f"{name} tried"
+
+
+def official_name(name: str) -> str:
+    """The job in which the official AutoAttack judges a model."""
+    return f"{name} officially judged"

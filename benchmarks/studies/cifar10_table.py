@@ -1,0 +1,212 @@
+"""The tables and the picture of the study on CIFAR-10, of all that is judged so far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from purify_fast._files import write_text
+from purify_fast.evaluation import Report, Tradeoff, merge, plot_tradeoff
+from purify_fast.evaluation.tables import markdown_table, percent
+
+from . import RESULT, folder_of
+from .cifar10_ahead import CANDIDATES, MIXED
+from .cifar10_budget import (
+    ARREST,
+    BASE,
+    BEST,
+    CARSO_PIPELINE,
+    COMPARED,
+    GENERATOR,
+    OFFICIAL,
+    PAIRS,
+    PEEL,
+    SOURCES,
+    STANDARD,
+    TRAINED_AS,
+    WORST,
+    Budget,
+    Judging,
+    judged_name,
+    official_name,
+    rows,
+    share_name,
+    tried_name,
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the jobs of one seed left, as far as they are done.
+
+    Attributes:
+        root: of the study. seed: of the trainings.
+    """
+
+    root: Path
+    seed: int = 0
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What a job found; None if it is not done."""
+        path = folder_of(self.root, name, self.seed) / RESULT
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def report(self, name: str, protocol: str) -> Report:
+        """What a protocol left of a model that is judged."""
+        path = folder_of(self.root, judged_name(name), self.seed) / protocol / "report.json"
+        return Report.from_json(path.read_text())
+
+    def judged(self, names: Sequence[str]) -> list[str]:
+        """Those of the rows whose models are judged."""
+        return [name for name in names if self.result(judged_name(name)) is not None]
+
+
+def table(found: Found, names: Sequence[str], counts: Judging) -> list[str]:
+    """One line for each model: accuracies, trade-offs, costs.
+
+    Args:
+        found: what the jobs left.
+        names: of rows whose models are judged.
+        counts: how many images were attacked.
+    """
+    protocols = [name for name in counts.protocols() if found.seed == 0 or name == counts.main]
+    body = []
+    for name in names:
+        judged = found.result(judged_name(name)) or {}
+        model = judged["model"]
+        facts = found.result(TRAINED_AS.get(model, model)) or {}
+        both = Tradeoff(100 * judged["clean"], 100 * judged[counts.main]["share"])
+        body.append(
+            [
+                name if name == model else f"{name}: {model}",
+                f"{100 * judged['clean']:.1f}",
+                *(_attacked(found, name, model, protocol) for protocol in protocols),
+                f"{both.sum:.1f}",
+                f"{both.nrr:.1f}",
+                f"{facts['parameters'] / 1e6:.2f}",
+                f"{facts['inference_gflop']:.3f}",
+                f"{facts['training_gflop']:.2f}",
+                f"{facts['minutes'] / 60:.2f}",
+            ]
+        )
+    head = ["model", "clean", *(f"`{name}` ({counts.protocols()[name]:,})" for name in protocols), "SUM", "NRR"]
+    costs = ["million parameters", "GFLOP a prediction", "GFLOP a training image", "hours of training"]
+    return markdown_table([*head, *costs], body)
+
+
+def _attacked(found: Found, name: str, model: str, protocol: str) -> str:
+    """The cell of a protocol."""
+    if protocol not in (found.result(judged_name(name)) or {}):
+        return "-"
+    lowest = found.report(name, protocol).headlines[model]
+    return percent(lowest) + ("" if lowest.reliable else " **unreliable**")
+
+
+def candidates_table(found: Found, counts: Judging) -> list[str]:
+    """The candidates on held-out training images."""
+    body = []
+    for name in (CARSO_PIPELINE, MIXED, *CANDIDATES):
+        if (tried := found.result(tried_name(name))) is None:
+            continue
+        attacked = f"{100 * tried['tried']['share']:.1f}" + ("" if tried["tried"]["reliable"] else " **unreliable**")
+        source = CANDIDATES[name].source if name in CANDIDATES else SOURCES[name]
+        body.append([name, source, f"{100 * tried['clean']:.1f}", attacked])
+    return markdown_table(["candidate", "what it is", "clean", f"`{counts.tried}`"], body) if body else []
+
+
+def official_table(found: Found, counts: Judging) -> list[str]:
+    """The official AutoAttack beside this package's protocols, on the same images."""
+    protocols = [name for name, count in counts.protocols().items() if count >= counts.official]
+    body = []
+    for name in OFFICIAL:
+        if (official := found.result(official_name(name))) is None:
+            continue
+        shares = []
+        for protocol in protocols:
+            worst = next(row for row in found.report(name, protocol).rows if row.kind == WORST)
+            shares.append(f"{100 * worst.robust[: counts.official].mean():.1f}")
+        body.append([name, str(counts.official), *shares, f"{100 * official['official']['share']:.1f}"])
+    head = ["model", "images", *(f"`{name}`" for name in protocols), "the official AutoAttack"]
+    return markdown_table(head, body) if body else []
+
+
+def settings(found: Found, budget: Budget) -> str:
+    """What was trained and judged, and how much of it."""
+    amount, counts = budget.training, budget.judging
+    text = (
+        f"CIFAR-10, L-inf 8/255. A PreActResNet-18 of width {amount.width}. Clean accuracy is on {counts.clean:,} test "
+        "images; each protocol attacks as many of the first ones as its column says; all in percent, with binomial "
+        "standard errors. CARSO and AToP predict without noise (CARSO from the most likely latent), except where "
+        "gradients pass through PeeL. Models are trained on the first "
+        f"{amount.train_images:,} training images, for {amount.standard_epochs} epochs on clean images, "
+        f"{amount.base_epochs} of PGD-{amount.steps} for each base ({amount.large_epochs} for the larger one, "
+        f"{amount.long_epochs} for the longer one), {amount.arrest_epochs} of ARREST and AFT, "
+        f"{amount.published_epochs} of CARSO and AToP as published, and {amount.pipeline_epochs} through the pipeline."
+    )
+    if (facts := found.result(ARREST)) is not None:
+        pair = f"lambda {facts['weight']:g} and phi {facts['angle']:g}"
+        text += f" On held-out training images {pair} were chosen for ARREST."
+    missing = [name for name in (*rows(budget), BEST) if found.result(judged_name(name)) is None]
+    return text + (f"\n\nNot judged yet: {'; '.join(missing)}." if missing else "")
+
+
+def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
+    """``cifar10.md`` and its reports and pictures in ``folder``, of every model that is judged.
+
+    Args:
+        root: of the study.
+        folder: of the results.
+        budget: how much of everything there is; the default one by default.
+
+    Raises:
+        ValueError: no model is judged yet.
+    """
+    budget, found = budget or Budget(), Found(root)
+    counts, main = budget.judging, budget.judging.main
+    names = found.judged([*rows(budget), BEST])
+    if not names:
+        raise ValueError(f"{root} holds no model that is judged: the study writes its table when the first one is")
+    reports = {name: found.report(name, main) for name in names if name != BEST}
+    lines = [settings(found, budget), "", *table(found, names, counts), ""]
+    lines += [
+        f"- {name} minus {other}, `{main}`: {reports[name].paired(reports[other])}."
+        for name, other in PAIRS
+        if name in reports and other in reports
+    ]
+    for seed in range(1, budget.seeds):
+        again = Found(root, seed)
+        if judged := again.judged(COMPARED):
+            lines += ["", f"Trained with seed {seed}:", "", *table(again, judged, counts)]
+    if tried := candidates_table(found, counts):
+        where = f"{counts.candidates:,} training images that no model was trained on"
+        lines += ["", f"Candidates, judged on {where} (clean accuracy on {counts.held_out:,}):", "", *tried]
+    if official := official_table(found, counts):
+        lines += ["", "The official AutoAttack on the same images:", "", *official]
+    merge(reports.values()).save(folder / "cifar10")
+    plot(found, reports, budget, folder / "cifar10" / "tradeoff.png")
+    write_text(folder / "cifar10.md", "\n".join(lines) + "\n")
+    return folder / "cifar10.md"
+
+
+def plot(found: Found, reports: dict[str, Report], budget: Budget, path: Path) -> None:
+    """Clean against robust accuracy, with the curve of bases that were trained at shares of eps.
+
+    Args:
+        found: what the jobs left.
+        reports: of the models, by row.
+        budget: how much of everything there is.
+        path: of the picture.
+    """
+    points = {}
+    for name, report in reports.items():
+        clean, robust = (found.result(judged_name(name)) or {})["clean"], report.headlines[name]
+        error = 100 * (clean * (1 - clean) / budget.judging.clean) ** 0.5
+        points[name] = (100 * clean, 100 * robust.accuracy, error, 100 * robust.standard_error)
+    names = [STANDARD, *(share_name(share) for share in budget.shares), BASE]
+    curve = [points[name][:2] for name in names if name in points]
+    line = sorted(curve) if len(curve) > 1 else None
+    shown = {name: value for name, value in points.items() if name not in (PEEL, GENERATOR)}
+    plot_tradeoff(path, shown, line, reference_name="trained at shares of eps", title="CIFAR-10, L-inf 8/255")
