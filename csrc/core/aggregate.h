@@ -236,6 +236,32 @@ PF_INLINE void sigmoid_slopes(W* __restrict__ tile, int64_t samples, int64_t wid
   }
 }
 
+// grad times the Jacobian of log(sum of the sigmoids) - log(sum of those of the opposite), written over the logits.
+// scratch: four rows.
+template <class W>
+PF_INLINE void sigmoids_backward(W* __restrict__ tile, const W* __restrict__ grad, int64_t samples, int64_t width,
+                                 W* scratch) {
+  W* const __restrict__ yes_shift = scratch;
+  W* const __restrict__ no_shift = scratch + width;
+  W* const __restrict__ of_yes = scratch + 2 * width;
+  W* const __restrict__ of_no = scratch + 3 * width;
+  const bool shifted = sigmoid_shifts(tile, samples, width, yes_shift, no_shift);
+  if (shifted) {
+    sigmoid_sums<true, true>(tile, samples, width, yes_shift, no_shift, of_yes, of_no);
+  } else {
+    sigmoid_sums<false, true>(tile, samples, width, yes_shift, no_shift, of_yes, of_no);
+  }
+  for (int64_t i = 0; i < width; ++i) {
+    of_yes[i] = grad[i] / of_yes[i];
+    of_no[i] = grad[i] / of_no[i];
+  }
+  if (shifted) {
+    sigmoid_slopes<true>(tile, samples, width, yes_shift, no_shift, of_yes, of_no);
+  } else {
+    sigmoid_slopes<false>(tile, samples, width, yes_shift, no_shift, of_yes, of_no);
+  }
+}
+
 // Every class gets the sum over its image's classes.
 template <class W>
 PF_INLINE void sum_over_classes(W* __restrict__ row, int64_t images, int64_t classes) {
@@ -355,24 +381,9 @@ PF_INLINE void aggregate_tile_backward(Aggregation method, W* __restrict__ tile,
         for (int64_t i = 0; i < width; ++i) tile[k * width + i] = grad[i];
       }
       return;
-    case Aggregation::probability: {
-      const bool shifted = sigmoid_shifts(tile, samples, width, a, b);
-      if (shifted) {
-        sigmoid_sums<true, true>(tile, samples, width, a, b, c, d);
-      } else {
-        sigmoid_sums<false, true>(tile, samples, width, a, b, c, d);
-      }
-      for (int64_t i = 0; i < width; ++i) {
-        c[i] = grad[i] / c[i];
-        d[i] = grad[i] / d[i];
-      }
-      if (shifted) {
-        sigmoid_slopes<true>(tile, samples, width, a, b, c, d);
-      } else {
-        sigmoid_slopes<false>(tile, samples, width, a, b, c, d);
-      }
+    case Aggregation::probability:
+      sigmoids_backward(tile, grad, samples, width, scratch);
       return;
-    }
     case Aggregation::vote:
       for (int64_t i = 0; i < samples * width; ++i) tile[i] = 0;
       return;
