@@ -21,7 +21,7 @@ def keep(report: Report, folder: Path) -> dict[str, float]:
     for row in report.rows:
         if row.examples is not None:
             with atomic(folder / _EXAMPLES) as temporary:
-                np.savez(temporary, attack=row.attack, **vars(row.examples))
+                np.savez(temporary, attack=row.attack, **row.examples.to_arrays())
             break
     return {row.attack: row.accuracy for row in report.rows}
 
@@ -30,7 +30,7 @@ def _kept(folder: Path) -> Report:
     report = Report.from_json((folder / _NAME).read_text())
     if (folder / _EXAMPLES).is_file():
         with np.load(folder / _EXAMPLES) as file:
-            found = Examples(file["clean"], file["adversarial"], file["labels"])
+            found = Examples.from_arrays(file)
             report.row(str(file["attack"])).examples = found
     return report
 

@@ -12,7 +12,7 @@ import tyro
 from .classifiers import refuse_other_images, saved_folder, zoo_name
 from .config_file import ball_of_run, write_run_file
 from .data_args import DataCommand
-from .option_types import refuse_large_radius
+from .option_types import check_radius
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,7 +83,10 @@ class Evaluate(DataCommand):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eps is not None:
-            refuse_large_radius(self.eps, self.norm or "linf")
+            check_radius(self.eps, self.norm or "linf")
+        for norm, radius in (("l2", self.l2_eps), ("l1", self.l1_eps)):
+            if norm in self.also:
+                check_radius(radius, norm, f"--{norm}-eps")
         if (self.official is None) != (self.preset is None):
             names = ", ".join(get_args(Published))
             raise ValueError(f"--official FOLDER and --preset go together; preset is one of {names}")
@@ -260,7 +263,7 @@ class Evaluate(DataCommand):
                 dataset_name=images.name,
             )
         report.notes += notes
-        print("\n".join([report.to_text(), *notes]))
+        print(report.to_text())
         report.save(out, model)
         write_run_file(self, out)
         print(f"written: {out}/report.html, report.md, report.json and pictures")

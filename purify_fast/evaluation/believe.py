@@ -26,7 +26,8 @@ def conclude(report: Report, measure: Measure, before: Before | None) -> None:
         before: the answers of the model before the attacks, to ask it again; None: it is asked nothing more.
     """
     rows = [row for row in report.rows if row.kind != "worst"]
-    evidence = Evidence(rows, classes=measure.subject.num_classes)
+    subject = measure.subject
+    evidence = Evidence(rows, classes=subject.num_classes, probabilities=subject.has_probabilities)
     if before is not None:
         evidence = dataclasses.replace(evidence, probes=_probed(measure, before, evidence))
     report.findings = [dataclasses.replace(finding, model=measure.name) for finding in findings(evidence)]

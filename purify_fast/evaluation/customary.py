@@ -1,9 +1,10 @@
-"""The radii that others use on a data set: an unusual one is mentioned, since numbers at it compare with nothing."""
+"""The radius: 0 is refused; one that others do not use on the data set is mentioned, as it compares with nothing."""
 
 from __future__ import annotations
 
 import math
 
+from ..attacks.arguments import check_eps
 from .labels import ball_name
 
 #: By data set and norm, what most published numbers are about.
@@ -16,6 +17,22 @@ CUSTOMARY: dict[str, dict[str, tuple[float, ...]]] = {
     "tiny_imagenet": {"linf": (4 / 255, 8 / 255)},
     "imagenette": {"linf": (4 / 255, 8 / 255), "l2": (3.0,)},
 }
+
+
+def check_radius(eps: float, norm: str, attacked: bool) -> None:
+    """ValueError for a radius of 0, within which no attack can move an image, and for one that is out of range.
+
+    Args:
+        eps: radius in image units.
+        norm: of the ball.
+        attacked: whether there is any attack; the accuracy on clean images needs no radius.
+    """
+    check_eps(eps, norm)
+    if eps == 0 and attacked:
+        raise ValueError(
+            "eps must be above 0, got 0: no image could be moved, and every attack would find nothing. Give the "
+            "radius to attack at, such as 8/255; for the accuracy on clean images alone, give attacks=[]"
+        )
 
 
 def unusual_radius(dataset: str | None, norm: str, eps: float) -> list[str]:

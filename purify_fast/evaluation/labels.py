@@ -39,20 +39,22 @@ def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
     return ball_name(norm, eps)
 
 
-def row_name(spec: AttackSpec, context: AttackContext) -> str:
+def row_name(spec: AttackSpec, context: AttackContext, images: int | None = None) -> str:
     """The row's name, the same for a random model and a deterministic one, so that they stand side by side.
 
     Args:
         spec: the attack.
         context: what the evaluation tells it.
+        images: how many there are: an attack on as many at least is one on all of them, and its name says nothing of a
+            number. None: not known.
     """
-    name = _own_name(spec, context) if spec.label is None else spec.label
+    name = _own_name(spec, context, images) if spec.label is None else spec.label
     alone = f" {ALONE}" if spec.target == CLASSIFIER and ALONE not in name else ""
     threat = threat_name(spec, context)
     return name + alone + (f", {threat}" if threat is not None and threat not in name else "")
 
 
-def _own_name(spec: AttackSpec, context: AttackContext) -> str:
+def _own_name(spec: AttackSpec, context: AttackContext, images: int | None) -> str:
     name = spec.resolved.name(context)
     if spec.aggregation is not None:
         name += f" through {spec.aggregation}"
@@ -62,7 +64,8 @@ def _own_name(spec: AttackSpec, context: AttackContext) -> str:
     standard = isinstance(spec.resolved, AutoAttack) and spec.resolved.version == "standard"
     if not (standard and spec.variant == "fixed"):
         name += _VARIANTS[spec.variant]
-    return name + ("" if spec.max_images is None else f", first {spec.max_images}")
+    every = spec.max_images is None or (images is not None and spec.max_images >= images)
+    return name + ("" if every else f", first {spec.max_images}")
 
 
 def short(eps: float) -> str:

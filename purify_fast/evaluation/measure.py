@@ -52,7 +52,8 @@ class Measure:
         """The row of the clean images."""
         if variant not in self._clean:
             what = {"clean": variant, "n_eval": self.subject.judges(variant)}
-            self._clean[variant] = self._kept(what, None, lambda _: self._measure_clean(variant))
+            row = self._kept(what, None, lambda _: self._measure_clean(variant))
+            self._clean[variant] = self._said(row)
         return self._clean[variant]
 
     def attacked(self, spec: AttackSpec, left: np.ndarray) -> Row:
@@ -69,7 +70,16 @@ class Measure:
         row = self._kept(what, spec, lambda kept: self._measure_attack(spec, alive, settings, kept))
         self.progress.kept(at)
         # no part of the key: the same attack by any name
-        row.attack, row.threat = row_name(spec, self.context), threat_name(spec, self.context)
+        row.attack, row.threat = self.name_of(spec), threat_name(spec, self.context)
+        return self._said(row)
+
+    def name_of(self, spec: AttackSpec) -> str:
+        """What an attack's row is called."""
+        return row_name(spec, self.context, len(self.subject.y))
+
+    def _said(self, row: Row) -> Row:
+        """The row, which says whether the model is random; no part of the key, and not in rows kept earlier."""
+        row.settings["deterministic"] = not self.subject.is_random
         return row
 
     def _settings(self, spec: AttackSpec) -> dict[str, Any]:
@@ -143,7 +153,7 @@ class Measure:
         }
 
     def _measure_attack(self, spec: AttackSpec, alive: np.ndarray, settings: dict[str, Any], kept: PartialRow) -> Row:
-        subject, attack, label = self.subject, spec.resolved, row_name(spec, self.context)
+        subject, attack, label = self.subject, spec.resolved, self.name_of(spec)
         index = torch.from_numpy(alive).nonzero()[:, 0]
         subject.reseed("attack")
         target = self._target(spec)
@@ -177,7 +187,7 @@ class Measure:
             health=health if health["gradients"] else None,
             reliable=GradientHealth(dict(health)).reliable,
             settings=settings,
-            examples=_examples(subject.x, found, subject.y, index),
+            examples=_examples(subject, found, index, judged),
             margins=judged.margins,
             **self._common(judged, right),
         )
@@ -201,8 +211,23 @@ class Measure:
         return hidden or subject.draws(target)
 
 
-def _examples(x: Tensor, adversarial: Tensor, y: Tensor, index: Tensor) -> Examples | None:
-    index = index[:EXAMPLES]
+def _examples(subject: Subject, adversarial: Tensor, index: Tensor, judged: Judgement) -> Examples | None:
+    """Images for the pictures: some that fell to the attack; where none did, some that withstood it.
+
+    Args:
+        subject: the model with its images.
+        adversarial: what became of them, ``[n, C, H, W]``.
+        index: which of them were attacked, int64.
+        judged: the predictions after the attack.
+    """
     if len(index) == 0:
         return None
-    return Examples(x[index].cpu().numpy(), adversarial[index].cpu().numpy(), y[index.to(y.device)].cpu().numpy())
+    fallen = index[torch.from_numpy(~judged.right.all(0))[index]]
+    shown = (fallen if len(fallen) else index)[:EXAMPLES]
+    return Examples(
+        clean=subject.x[shown].cpu().numpy(),
+        adversarial=adversarial[shown].cpu().numpy(),
+        labels=subject.y[shown.to(subject.y.device)].cpu().numpy(),
+        fell=np.full(len(shown), len(fallen) > 0),
+        predicted=judged.classes[shown.numpy()],
+    )

@@ -46,7 +46,8 @@ def outlook(evidence: Evidence) -> Outlook | None:
     known = [sign for sign in signs if sign is not None]
     points = min(max(points for points, _ in known), float(robust.mean()))
     text = (
-        f"one more effort of this kind would take about {100 * points:.1f} of the {100 * robust.mean():.1f} points left"
+        f"by this estimate one more effort of this kind would take about {100 * points:.1f} of the "
+        f"{100 * robust.mean():.1f} percentage points that are left"
     )
     return Outlook(points, (text, *(sentence for _, sentence in known)))
 
@@ -61,7 +62,7 @@ def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
     gain = int((mask & ~before).sum()) if len(fallen) > 1 else 0
     if len(fallen) == 1:
         return 0.0, f"there was one attack only ({row.attack}): nothing tells what another would find"
-    found = f"the last attack ({row.attack}) found {gain} images that all others had left"
+    found = f"the last attack ({row.attack}) found {gain} image{'' if gain == 1 else 's'} that all others had left"
     if not any(_alike(row, other) for other, _ in fallen[:-1]):
         return 0.0, f"{found}; it was the first of its kind, so this says nothing of another one"
     return gain / n, found
@@ -84,7 +85,10 @@ def _unseen(fallen: Fallen, n: int) -> tuple[float, str] | None:
     times = np.sum([mask for _, mask in whole], 0)
     once, twice = int((times == 1).sum()), int((times == 2).sum())
     unseen = once * (once - 1) / (2 * (twice + 1))
-    return unseen / n, f"{once} images fell to one attack only and {twice} to two: about {unseen:.0f} more are unseen"
+    return unseen / n, (
+        f"{once} images fell to one attack only and {twice} to two, from which about {unseen:.0f} more are expected "
+        "to fall to further attacks of these kinds"
+    )
 
 
 def _margins(fallen: Fallen, robust: np.ndarray) -> tuple[float, str] | None:
@@ -102,8 +106,9 @@ def _margins(fallen: Fallen, robust: np.ndarray) -> tuple[float, str] | None:
     chance = (gained[None, :] >= np.maximum(nearest, 1e-12)[:, None]).mean(1)
     points = float(chance.sum() / len(robust))
     return points, (
-        f"the images left keep a margin of {float(np.median(nearest)):.2g} in the median; the last gradient attack "
-        f"lowered it by {float(np.median(gained)):.2g}"
+        "on the images that are left, the logit of the true class leads the next one by "
+        f"{float(np.median(nearest)):.2g} in the median; the last attack by gradients lowered this lead by "
+        f"{float(np.median(gained)):.2g}"
     )
 
 

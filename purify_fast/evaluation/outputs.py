@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..protocols import Classifier
+from .images import looks_channels_last
+
+#: What is to be done about a model that returns probabilities.
+INSTEAD_OF_PROBABILITIES = (
+    "return the logits before the softmax, or give lambda x: model(x).clamp_min(1e-30).log(), which decides the same"
+)
 
 
 class LogitsOf(nn.Module):
@@ -53,9 +59,10 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
 
     Raises:
         TypeError: no tensor is returned, and nothing that has one as ``logits``.
-        ValueError: another shape than ``[B, classes]`` with two classes at least.
+        ValueError: another shape than ``[B, classes]`` with two classes at least, or the model fails on images whose
+            channels come last.
     """
-    found: Any = model(some)
+    found = _first_answer(model, some)
     if not isinstance(found, Tensor):
         model, found = LogitsOf(model), _logits_in(found)
     if found.dim() == 1 or (found.dim() == 2 and found.shape[1] == 1):
@@ -67,6 +74,33 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
     if found.dim() != 2 or len(found) != len(some):
         raise ValueError(f"the model must return logits [B, classes], got {list(found.shape)} for {len(some)} images")
     return model, found.shape[1]
+
+
+def _first_answer(model: Classifier, some: Tensor) -> Any:
+    """What the model returns for a few images."""
+    try:
+        return model(some)
+    except Exception as error:
+        if not looks_channels_last(some):
+            raise
+        raise ValueError(
+            f"x must be [N, C, H, W], got [N, {', '.join(map(str, some.shape[1:]))}], and the model fails on it "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): the channels seem to come last; "
+            "x.permute(0, 3, 1, 2) puts them first"
+        ) from error
+
+
+def are_probabilities(logits: Tensor) -> bool:
+    """Whether every line is one of probabilities: numbers in [0, 1] whose sum is 1.
+
+    Args:
+        logits: what a model returned, ``[B, classes]``.
+    """
+    # a sum of many rounded numbers; half precision rounds to three or four digits
+    room = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
+    values = logits.double()
+    inside = (values >= 0) & (values <= 1 + room)
+    return bool(inside.all() and ((values.sum(1) - 1).abs() <= room).all())
 
 
 def _logits_in(found: Any) -> Tensor:

@@ -21,7 +21,6 @@ from .tables import (
     COLUMNS,
     LEGEND,
     RED_UNRELIABLE,
-    TERMINAL_LEGEND,
     about_zero_errors,
     believable,
     beside_headline,
@@ -29,9 +28,10 @@ from .tables import (
     comparison,
     headline,
     markdown_table,
-    remark,
     row_cells,
+    terminal_legend,
     terminal_table,
+    verdict,
 )
 
 __all__ = ["FORMAT", "Examples", "Paired", "Report", "Row", "merge"]
@@ -210,16 +210,17 @@ class Report:
         if len(self.models) > 1:
             return terminal_table(*comparison(self.rows), chosen)
         table = terminal_table(COLUMNS, [row_cells(row) for row in self.rows], chosen)
-        return "\n".join([table, *self._verdicts(), TERMINAL_LEGEND, *about_zero_errors(self.rows)])
+        title = [", ".join(["Robustness", *self._title()]), ""] if self.about else []
+        return "\n".join([*title, table, *self._verdicts(), "", *terminal_legend(self.rows), *self._noted()])
 
     def _verdicts(self) -> list[str]:
-        """One line for the lowest number of every model, and one for each alarm that a reader of it must know."""
-        lines = []
-        for model, row in self.headlines.items():
-            line = f"{model}: {100 * row.accuracy:.1f} % of {row.n} images withstand every attack"
-            more = remark(row)
-            lines.append(f"{line}; {more}." if more else f"{line}; no alarm says otherwise.")
+        """One line for the lowest number of the model, and one for each alarm that a reader of it must know."""
+        lines = [verdict(model, row, self.findings) for model, row in self.headlines.items()]
         return ["", *lines, *(f"- {text}" for text in beside_headline(self.findings))]
+
+    def _noted(self) -> list[str]:
+        """The notes, for a terminal."""
+        return ["", "Notes:", *(f"- {note}" for note in self.notes)] if self.notes else []
 
     def _set_aside(self, folder: Path) -> None:
         """Move a report on another threat model, data set or protocol into a folder of its own."""
@@ -286,7 +287,8 @@ class Report:
             row = min(kept, key=lambda r: r.accuracy, default=None)
             if row is not None and row.examples is not None and row.examples.clean.shape[1] in (1, 3):
                 e, path = row.examples, folder / f"images_{_slug(model)}.png"
-                title = f"{model}: {row.attack}"
+                fell = e.fell is not None and bool(e.fell.any())
+                title = f"{model}: {row.attack}" + (", images that fell" if fell else "")
                 plots.grid(e.clean, e.adversarial, e.labels, path, defences.get(model), title=title)
 
 

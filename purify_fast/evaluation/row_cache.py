@@ -141,12 +141,12 @@ class RowCache:
             # a row of another version has other fields
             return None
         if "clean" in found:
-            row.examples = Examples(found["clean"], found["adversarial"], found["labels"])
+            row.examples = Examples.from_arrays(found)
         row.margins = found.get("margins")
         return row
 
     def _write(self, key: str, row: Row) -> None:
-        arrays = {} if row.examples is None else dict(vars(row.examples))
+        arrays = {} if row.examples is None else row.examples.to_arrays()
         if row.margins is not None:
             arrays["margins"] = row.margins
         if arrays:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,29 @@ class Examples:
         clean: the images before the attack, ``[M, C, H, W]`` float32 in [0, 1].
         adversarial: the same images after it, of the same shape.
         labels: the true classes, int64 ``[M]``.
+        fell: which of them fell to the attack, bool ``[M]``; None in rows that earlier versions kept.
+        predicted: the classes predicted after the attack, int64 ``[M]``, of an image that fell by a prediction that was
+            wrong; -1 where it names no class. None in rows that earlier versions kept.
     """
 
     clean: np.ndarray
     adversarial: np.ndarray
     labels: np.ndarray
+    fell: np.ndarray | None = None
+    predicted: np.ndarray | None = None
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """What is known, by name, for a file."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def from_arrays(cls, found: Mapping[str, np.ndarray]) -> Examples:
+        """The inverse of `to_arrays`, also of files of earlier versions, which have less.
+
+        Args:
+            found: the arrays by name, and others.
+        """
+        return cls(**{field.name: found[field.name] for field in fields(cls) if field.name in found})
 
 
 @dataclass(repr=False)
@@ -36,7 +54,9 @@ class Row:
         model: the model's name.
         attack: the attack's name; with the model's name it identifies the row.
         kind: ``clean``, an attack's kind, or ``worst``.
-        variant: which mode of the model was attacked and judged: ``random``, ``fixed`` (noise) or ``deterministic``.
+        variant: which mode of the model was attacked and judged: ``random``, the model as it is, whether it draws
+            random numbers or not; of a random model also ``fixed`` (noise) or ``deterministic``. `describe_variant`
+            says it in words.
         robust: bool ``[n]``, image by image. Of a clean row: the first prediction was right. Of an attack: the image
             was classified correctly, and all ``n_eval`` predictions on the adversarial image were right.
         mean: mean accuracy of one prediction, over ``n_eval`` of them.
@@ -47,7 +67,7 @@ class Row:
         data: a hash of the images and labels.
         health: counts of the gradients (``gradients nonfinite zero images unmoved``), or None where none were counted.
         reliable: whether the attack had gradients to work with; if not, the true number may be lower.
-        settings: what was run, in plain values.
+        settings: what was run, in plain values, and whether the model is ``deterministic``.
         threat: the threat model, such as ``L2 0.5``, where it is another than the report's. Such a row is in no
             headline and in no ``worst`` but its own.
         nonfinite_predictions: how many of the predictions name no class, because of a NaN or of an infinity that
@@ -112,6 +132,14 @@ class Row:
         derived = ("n", "accuracy", "standard_error")
         values = {name: value for name, value in values.items() if name not in derived}
         return cls(**values | {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)})
+
+    def describe_variant(self) -> str:
+        """What was attacked, in a word: the model as it is, and whether that is random, or a mode of a random one."""
+        if self.variant != "random":
+            return {"fixed": "fixed noise", "deterministic": "noise off"}.get(self.variant, self.variant)
+        # reports of earlier versions say nothing of the model, but only a random one is asked several times
+        known = self.settings.get("deterministic", False if self.n_eval > 1 else None)
+        return "as it is" if known is None else "deterministic" if known else "random"
 
     def describe_health(self) -> str:
         """The shares of non-finite and zero gradients and of unmoved images, as one short text."""

@@ -22,7 +22,7 @@ from .._compat import renamed_arguments
 from .._validation import check_folder, check_literal
 from .._version import __version__
 from ..attacks import BPDA, Attack, AttackContext, AutoAttack, frozen
-from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
+from ..attacks.arguments import NormName, check_at_least_one, read_norm
 from ..attacks.autoattack import implementation
 from ..attacks.engine.gradient_copy import GradientCopies
 from ..ops import decisions, held
@@ -32,14 +32,16 @@ from ..speed.precision import whole_float32_by_default
 from ..speed.step_graphs import CudaGraphs, StepGraphs
 from .alarms.answers import Before
 from .alarms.probes import cost as cost_of_probes
+from .around import note_of_training_modes
 from .believe import conclude
-from .customary import unusual_radius
+from .customary import check_radius, unusual_radius
 from .fingerprint import fingerprint
 from .function_attack import AttackFunction
 from .images import collect
-from .labels import ball_name, row_name, threat_name
+from .interrupted import short_interrupts
+from .labels import ball_name, threat_name
 from .measure import Measure
-from .outputs import as_classifier
+from .outputs import INSTEAD_OF_PROBABILITIES, as_classifier
 from .progress import Progress
 from .protocols import AttackedModel, ProtocolName, protocol_attacks
 from .report import Report
@@ -52,6 +54,7 @@ from .worst import worst
 logger = logging.getLogger("purify_fast")
 
 
+@short_interrupts
 @renamed_arguments(eot="eot_iter", chunk="max_forward_batch")
 @whole_float32_by_default()
 def evaluate(
@@ -82,11 +85,13 @@ def evaluate(
 
     Args:
         defence: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable. A module's mode,
-            ``requires_grad`` flags and weights, and the random generators, are afterwards as they were.
+            ``requires_grad`` flags and weights, and the random generators, are afterwards as they were. A function is
+            called as it is: put the modules that it uses into evaluation mode yourself. Those in training mode that it
+            can be seen to use are told in a warning and in the report's notes.
         x: images ``[N, C, H, W]``, uint8 or float32 in [0, 1]; or, without ``y``, a DataLoader or any other iterable of
             batches (images, labels) or (images, labels, indices), which is read once and kept in memory.
         y: labels, int64 ``[N]``.
-        eps: radius of the ball, in image units.
+        eps: radius of the ball, in image units; above 0 where anything is attacked.
         norm: of the ball: ``linf``, ``l2`` or ``l1``.
         base: an undefended classifier: its adversarial images are tried on the defence.
         protocol: which attacks are run, by name: "fast", Auto-PGD in minutes; "standard", AutoAttack's four with this
@@ -127,20 +132,20 @@ def evaluate(
 
     Raises:
         ValueError: a wrong shape, dtype, range or setting, or ``out`` is a file.
+        KeyboardInterrupt: Ctrl-C, with a message that says how to go on and without the frames of the attack.
         TypeError: images or labels that are no tensors, or an attack that is none.
         ModuleNotFoundError: AutoAttack is asked for and missing.
     """
     check_folder("out", out)
     images, labels = collect(x, y)
     norm = read_norm(norm)
-    check_eps(eps, norm)
-    check_at_least_one(
-        steps=steps, eot_iter=eot_iter, n_eval=n_eval, batch_size=batch_size, max_forward_batch=max_forward_batch
-    )
+    counts = {"steps": steps, "eot_iter": eot_iter, "n_eval": n_eval, "batch_size": batch_size}
+    check_at_least_one(**counts, max_forward_batch=max_forward_batch)
     given = _given(protocol, attacks, base)
+    check_radius(eps, norm, attacked=bool(given or protocol or probes))
     about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}", "seed": str(seed)}
-    about |= {} if dataset_name is None else {"dataset": dataset_name}
-    report = Report(about=about | ({} if protocol is None else {"protocol": protocol}))
+    named = {"dataset": dataset_name, "protocol": protocol}
+    report = Report(about=about | {what: value for what, value in named.items() if value is not None})
     defence = as_classifier(defence)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(_cuda_devices(defence, images)))
@@ -148,6 +153,7 @@ def evaluate(
         stack.enter_context(raced_convolutions(cudnn_benchmark, device_of(defence, images)))
         stack.enter_context(frozen(defence))
         subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
+        report.notes += _told_at_once(defence, subject, name)
         before = Before(subject) if (protocol is not None if probes is None else probes) else None
         plan = given if protocol is None else protocol_attacks(protocol, _known(subject, base))
         others = {id(m): m for m in (base, *(spec.other_model for spec in plan)) if m is not None}
@@ -166,6 +172,17 @@ def evaluate(
         conclude(report, measure, before)
     report.notes += _nonfinite(report.rows) + unusual_radius(dataset_name, norm, eps)
     return report
+
+
+def _told_at_once(defence: Classifier, subject: Subject, name: str) -> list[str]:
+    """Notes for the report, which are logged now, as are probabilities: an evaluation may take hours."""
+    notes = note_of_training_modes(defence, name)
+    for note in notes:
+        logger.warning(note)
+    if subject.has_probabilities:
+        logger.warning("%s returns probabilities, not logits, and its number will be marked: %s", name,
+                       INSTEAD_OF_PROBABILITIES)  # fmt: skip
+    return notes
 
 
 def _kept_in(out: Path, subject: Subject, name: str, stack: contextlib.ExitStack) -> RowCache:
@@ -237,27 +254,34 @@ def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure, prob
 
 def _possible(plan: Sequence[AttackSpec], measure: Measure, notes: list[str]) -> list[AttackSpec]:
     """The attacks this model allows; for a deterministic one, ``random`` and ``fixed`` are the model as it is."""
-    subject, context = measure.subject, measure.context
+    subject = measure.subject
     kept: dict[str, AttackSpec] = {}
     double = []
     for spec in plan:
-        label = row_name(spec, context)
+        label = measure.name_of(spec)
         why = _impossible(spec, subject)
         if why is not None:
             notes.append(f"{measure.name}: {label} was left out: {why}")
             continue
         if not subject.is_random:
             spec = dataclasses.replace(spec, variant="random")
-            label = row_name(spec, context)
-            if kept.get(label) == spec:
-                # the same model under the same attack again
-                continue
+            label = measure.name_of(spec)
+        same = label in kept and _on_all(kept[label], subject) == _on_all(spec, subject)
+        if same and (not subject.is_random or kept[label].max_images != spec.max_images):
+            # the same model under the same attack again
+            continue
         if label in kept:
             double.append(label)
         kept[label] = spec
     if double:
         raise ValueError(f"attacks need labels of their own, these share one: {', '.join(dict.fromkeys(double))}")
     return list(kept.values())
+
+
+def _on_all(spec: AttackSpec, subject: Subject) -> AttackSpec:
+    """The attack without a number of images that there are not more of."""
+    every = spec.max_images is not None and spec.max_images >= len(subject.y)
+    return dataclasses.replace(spec, max_images=None) if every else spec
 
 
 def _impossible(spec: AttackSpec, subject: Subject) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._fingerprint import digest
 from ..attacks import margin
 from ..protocols import Classifier
-from .outputs import returning_logits
+from .outputs import are_probabilities, returning_logits
 
 Variant = Literal["random", "fixed", "deterministic"]
 #: Each phase of an evaluation has a seed of its own, so that no attack has seen the draws it is judged by.
@@ -36,11 +36,14 @@ class Judgement:
         right: bool ``[draws, n]``, which predictions were right.
         nonfinite: how many of them name no class, because of a NaN or an infinity; they are not right.
         margins: by how much the true logit leads the next, float32 ``[n]``, the mean over the predictions.
+        classes: what was predicted, int64 ``[n]``: by the first prediction that is wrong, or the first of all where
+            none is; -1 where it names no class.
     """
 
     right: np.ndarray
     nonfinite: int
     margins: np.ndarray
+    classes: np.ndarray
 
 
 class Subject:
@@ -54,6 +57,10 @@ class Subject:
         n_eval: how often a random model judges each image.
         seed: of everything random.
 
+    Attributes:
+        is_random: whether two predictions of the model on the same images differ.
+        has_probabilities: whether the model returns probabilities where logits are wanted.
+
     Raises:
         ValueError: a label that the model has no class for.
     """
@@ -65,7 +72,9 @@ class Subject:
         self.data = digest(x, y)
         torch.manual_seed(seed)
         self.model, self.num_classes = returning_logits(model, x[:1].to(self.device))
-        self.is_random = self.draws(self.model)
+        one, other = self.model(self.some()), self.model(self.some())
+        self.is_random = _differ(one, other)
+        self.has_probabilities = are_probabilities(one) and are_probabilities(other)
         bad = (y < 0) | (y >= self.num_classes)
         if bool(bad.any()):
             first = int(bad.int().argmax())
@@ -78,7 +87,7 @@ class Subject:
     def draws(self, model: Classifier) -> bool:
         """Whether two predictions of a model differ."""
         some = self.some()
-        return not torch.allclose(model(some), model(some), rtol=1e-5, atol=1e-6, equal_nan=True)
+        return _differ(model(some), model(some))
 
     def variant(self, name: Variant) -> contextlib.AbstractContextManager[Any]:
         """The model as the variant has it, within a block."""
@@ -102,7 +111,7 @@ class Subject:
         """
         self.reseed(phase)
         y = self.y[: len(x)].cpu()
-        right, nonfinite, leads = [], 0, torch.zeros(len(x))
+        right, named, leads, nonfinite = [], [], torch.zeros(len(x)), 0
         with self.variant(variant):
             for _ in range(self.judges(variant)):
                 decided, broken, lead = [], [], []
@@ -114,7 +123,15 @@ class Subject:
                 undecided, leads = torch.cat(broken), leads + torch.cat(lead)
                 nonfinite += int(undecided.sum())
                 right.append(((torch.cat(decided) == y) & ~undecided).numpy())
-        return Judgement(np.stack(right), nonfinite, (leads / len(right)).numpy())
+                named.append(torch.cat(decided).masked_fill(undecided, -1).numpy())
+        all_right = np.stack(right)
+        told = np.stack(named)[all_right.argmin(0), np.arange(len(x))]
+        return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), told)
+
+
+def _differ(first: Tensor, second: Tensor) -> bool:
+    """Whether two answers are more than rounding apart."""
+    return not torch.allclose(first, second, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def _undecided(logits: Tensor) -> Tensor:

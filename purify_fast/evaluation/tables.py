@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from .alarms import GUESSING, Finding
 from .outlook import Outlook
 from .rows import Row, attack_names, model_names
 
+#: Characters in a line of a terminal's legend.
+LINE = 120
 UNRELIABLE, NOT_FINITE = "unreliable", "not finite"
 #: How an unreliable number is marked in Markdown.
 RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
 COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "mean", "worst", "gradients", "", "seed", "s"]
-TERMINAL_LEGEND = (
-    "(variant random: the model as it is. EOT: draws averaged per gradient. worst: right in all of so many repeated "
-    "predictions. gradients: shares non-finite / zero / images not moved; 0 % is good. `report.save` has more.)"
+#: What the columns mean, for every form of a report.
+COLUMN_LEGEND = (
+    "n: images; in brackets those attacked, where earlier attacks had left only these. accuracy: % of the images that "
+    "are classified correctly, ± standard error; after an attack, in every one of the repeated predictions. mean: % of "
+    "all single predictions that are right. worst: % of the images that are right in every prediction; in brackets, "
+    "how many predictions each had. Of a deterministic model, which is asked once, the three are the same.",
+    "variant: the model as it is, which is deterministic (the same answer every time) or random (drawn anew every "
+    "time); or a random one with fixed noise, or with its noise off. EOT: draws averaged for each gradient. gradients: "
+    "% not finite / zero / images not moved, which must be near 0. s: seconds.",
+    "The row worst counts an image only if it withstood every attack of the rows above it.",
+)
+UNRELIABLE_LEGEND = (
+    "unreliable: the attack lacked gradients, or a sign says that it was stopped by something else than robustness. "
+    "The true number may be far lower."
 )
 LEGEND = [
-    "variant: the model as it is (random), with fixed noise, or its deterministic version. EOT: draws averaged per"
-    " gradient. n: images (in brackets, those attacked, where earlier attacks left only these). accuracy ± binomial"
-    " standard error, %: clean, one prediction; under attack, images classified correctly and right in every repeated"
-    " prediction. mean: accuracy of one prediction, %. worst: right"
-    " in all of the repeated predictions (their number in brackets), %. gradients: share non-finite / zero / images"
-    " not moved. s: seconds.",
+    "\n\n".join(COLUMN_LEGEND),
     "",
     "An attack of another norm or radius than the report's has it at the end of its name: L1, L2, L-inf, or the flow"
     " that moves pixels (StAdv; half the image is 1). It counts for no headline and no worst but its own. worst: image"
@@ -117,7 +126,7 @@ def row_cells(row: Row, unreliable: str = UNRELIABLE) -> list[str]:
     return [
         row.model,
         row.attack,
-        row.variant,
+        row.describe_variant(),
         draws(row),
         f"{row.n} ({row.settings['attacked']})" if _survivors_only(row) else str(row.n),
         percent(row),
@@ -140,6 +149,42 @@ def comparison(rows: Sequence[Row], unreliable: str = UNRELIABLE) -> tuple[list[
         return "-" if row is None else f"{percent(row)} {remark(row, unreliable)}".strip()
 
     return ["attack", *models], [[attack, *(cell(attack, m) for m in models)] for attack in attack_names(rows)]
+
+
+def terminal_legend(rows: Sequence[Row]) -> list[str]:
+    """What the columns of the table for a terminal mean, in lines of its usual width.
+
+    Args:
+        rows: of the table.
+    """
+    known = [*COLUMN_LEGEND, *([] if all(row.reliable for row in rows) else [UNRELIABLE_LEGEND])]
+    return [textwrap.fill(text, LINE, break_on_hyphens=False) for text in (*known, *about_zero_errors(rows))]
+
+
+def verdict(model: str, row: Row, findings: Sequence[Finding]) -> str:
+    """One sentence on the lowest number of a model, which says what the signs say.
+
+    Args:
+        model: its name.
+        row: the lowest row.
+        findings: of the alarms, about this model.
+    """
+    line = f"{model}: {100 * row.accuracy:.1f} % of {row.n} images withstand every attack"
+    more = remark(row)
+    if not row.reliable:
+        return f"{line}; {more}: {means(row)}."
+    if more:
+        return f"{line}; {more}."
+    if beside_headline(findings):
+        return f"{line}; this says little:"
+    asked = [finding for finding in findings if finding.verdict != "not asked"]
+    if not asked:
+        return f"{line}."
+    noted = [finding.alarm for finding in asked if finding.verdict == "noted"]
+    looked = f"of the signs that were looked at ({len(asked)} of {len(findings)})"
+    if noted:
+        return f"{line}; none {looked} makes it unreliable, but see the report on: {', '.join(noted)}."
+    return f"{line}; none {looked} speaks against this number."
 
 
 def beside_headline(findings: Sequence[Finding]) -> list[str]:

@@ -176,7 +176,7 @@ def test_an_honest_model_passes(make):
     found = {alarm: verdict for alarm, (verdict, _) in verdicts(report).items()}
     assert "unreliable" not in found.values(), report.findings
     assert report.row("worst").reliable and "doubts" not in report.row("worst").settings
-    assert len(found) == (14 if report.curves["defence"].get("EOT draws") else 13)
+    assert len(found) == (15 if report.curves["defence"].get("EOT draws") else 14)
     assert set(report.curves["defence"]) >= {"eps", "steps"}
 
 

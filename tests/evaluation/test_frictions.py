@@ -54,7 +54,7 @@ def test_nothing_to_attack_is_not_unreliable():
         wrong = (model(x).argmax(1) + 1) % 3
     report = evaluate(model, x, wrong, **QUIET)
     assert report.row("worst").accuracy == 0 and report.row("worst").settings["attacked"] == 0
-    for text in (report.to_text(), report.to_markdown().split("\nvariant:")[0]):
+    for text in (report.to_text(), report.to_markdown().split("\nn: images")[0]):
         assert "nothing to attack" in text and "unreliable" not in text and "may be lower" not in text
     right = evaluate(model, x, (wrong - 1) % 3, **QUIET)
     assert "nothing to attack" not in right.to_text()
@@ -95,7 +95,7 @@ def test_a_report_of_the_release_before_is_read():
         "standard_error": 0.35,
     }  # fmt: skip
     report = Report.from_json(json.dumps({"format": 1, "headlines": {}, "notes": [], "rows": [old]}))
-    assert "| m | PGD-5 ce | random | 5 | 2 (1) |" in report.to_markdown() and report.about == {}
+    assert "| m | PGD-5 ce | as it is | 5 | 2 (1) |" in report.to_markdown() and report.about == {}
     assert report.to_markdown().startswith("# Robustness\n")
 
 

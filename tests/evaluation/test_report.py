@@ -60,7 +60,7 @@ def test_numbers_in_the_tables():
     report = merge([Report([row("a", robust=[1, 0, 0, 0])], ["note"]), Report([row("b", reliable=False)], ["note"])])
     text = report.to_markdown()
     assert '| PGD | 25.0 ± 21.7 | 75.0 ± 21.7 **<span style="color:red">unreliable</span>** |' in text
-    assert "| a | PGD | random | - | 4 | 25.0 ± 21.7 | 25.0 | 25.0 (1) | 0 % / 0 % / 0 % |  | 3 | 1.5 |" in text
+    assert "| a | PGD | as it is | - | 4 | 25.0 ± 21.7 | 25.0 | 25.0 (1) | 0 % / 0 % / 0 % |  | 3 | 1.5 |" in text
     assert "40 % / 0 % / 0 %" in text and text.count("- note") == 1
     assert "**b: 75.0 ± 21.7 %** robust" in text and "the true number may be lower" in text
     plain, colored = report.to_text(color=False), report.to_text(color=True)
@@ -81,7 +81,7 @@ def test_figures_published_for_atop(right, n, percent, error, printed):
     made = row(robust=[1] * right + [0] * (n - right))
     assert (f"{100 * made.accuracy:.2f}", f"{100 * made.standard_error:.2f}") == (percent, error)
     assert Row.from_dict(made.to_dict()).accuracy == made.accuracy == right / n
-    assert f"| m | PGD | random | - | {n} | {printed} |" in Report([made]).to_markdown()
+    assert f"| m | PGD | as it is | - | {n} | {printed} |" in Report([made]).to_markdown()
 
 
 def test_a_published_gain_and_its_error():

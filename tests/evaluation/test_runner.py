@@ -767,7 +767,7 @@ def test_apgd_says_how_much_there_is_to_do(toy, monkeypatch, attack, exact):
 
     monkeypatch.setattr(watched, "tqdm", Bar)
     model, x, y = toy
-    evaluate(Plain(model), x, y, steps=3, attacks=[attack], eps=0 if exact else FAINT)
+    evaluate(Plain(model), x, y, steps=3, attacks=[attack], eps=1e-9 if exact else FAINT)
     (bar,) = bars
     assert bar.n == bar.total if exact else bar.total / 9 < bar.n < bar.total
 
@@ -887,7 +887,7 @@ def test_autoattack_in_a_ball_of_its_own(toy, order, eps):
     attacks = [AutoAttack(steps=5, n_queries=5, norm=f"l{order}", eps=eps)]
     report = evaluate(Plain(model), x[:16], y[:16], attacks=attacks, **QUIET)
     row = report.row(f"AutoAttack standard, 5 steps, 5 queries, L{order} {eps}")
-    moved = (row.examples.adversarial - row.examples.clean).reshape(8, -1)
+    moved = (row.examples.adversarial - row.examples.clean).reshape(len(row.examples.clean), -1)
     assert row.threat == f"L{order} {eps}" and row.settings["norm"] == f"l{order}" and row.accuracy < 1
     assert 0.9 * eps < np.linalg.norm(moved, order, axis=1).max() <= eps + 1e-5 and report.headlines == {}
 

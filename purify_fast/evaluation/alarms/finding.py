@@ -46,11 +46,13 @@ class Evidence:
         rows: the clean rows and the attacks, in the order in which they were made; no ``worst``.
         probes: what the model was asked besides; None if it was not.
         classes: how many classes the model has; None if that is not known.
+        probabilities: whether the model returns probabilities where logits are wanted; None if that is not known.
     """
 
     rows: Sequence[Row]
     probes: Probes | None = None
     classes: int | None = None
+    probabilities: bool | None = None
 
     def attacks(self) -> list[Row]:
         """The attacks within the report's own threat model."""

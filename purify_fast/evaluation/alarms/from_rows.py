@@ -1,4 +1,4 @@
-"""Alarms that the rows of a report raise."""
+"""Alarms that the rows of a report raise, and what is known of the model without asking it again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..outputs import INSTEAD_OF_PROBABILITIES
 from ..rows import OWN_TARGETS, Row
 from .finding import Evidence, Finding
 
@@ -44,6 +45,19 @@ def finite_predictions(evidence: Evidence) -> Finding:
     worst = max(broken, key=lambda row: row.nonfinite_predictions / (row.n * row.n_eval))
     text = f"{worst.nonfinite_predictions} of {worst.n * worst.n_eval} predictions name no class; they count as wrong"
     return Finding("finite predictions", "unreliable", text, worst.attack)
+
+
+def logits(evidence: Evidence) -> Finding | None:
+    """Whether the model returns logits, and not the probabilities that a softmax makes of them."""
+    if evidence.probabilities is None:
+        return None
+    if not evidence.probabilities:
+        return Finding("logits", "passed", "what the model returns is not a list of probabilities")
+    text = (
+        "the model returns probabilities (from 0 to 1, with the sum 1), of which gradients vanish where it is sure: "
+        f"{INSTEAD_OF_PROBABILITIES}"
+    )
+    return Finding("logits", "unreliable", text)
 
 
 def gradient_health(evidence: Evidence) -> Finding | None:
@@ -110,6 +124,7 @@ def _elsewhere(row: Row) -> bool:
 ROW_ALARMS = (
     better_than_guessing,
     finite_predictions,
+    logits,
     gradient_health,
     gradient_free_beats_gradients,
     transfer_beats_gradients,

@@ -15,7 +15,7 @@ from ..alarms import Evidence, Finding
 from ..alarms.answers import PROBED
 from ..outlook import Outlook
 from ..rows import Row
-from ..tables import COLUMNS, about_zero_errors, beside_headline, means, row_cells
+from ..tables import COLUMN_LEGEND, COLUMNS, about_zero_errors, beside_headline, means, row_cells
 from . import drawings, pictures
 
 #: The page's file, in the folder of the report.
@@ -77,6 +77,7 @@ def html_page(report: Reported, defence: Classifier | Mapping[str, Classifier] |
         titled=[f"{name} {value}" if name in ("protocol", "seed") else value for name, value in report.about.items()],
         models=models,
         columns=COLUMNS[1:],
+        legend=COLUMN_LEGEND,
         notes=report.notes,
         several=len(models) > 1,
         widest=max((len(line) for model in models for line in model["pictures"]), default=3),
@@ -125,7 +126,7 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
     fallen = [(row, int(fell.sum())) for row, fell in Evidence(own).fallen()]
     # the strongest attack's pictures: those of a weaker one, or of what was left to it, would flatter the model
     pictured = [(row, count) for row, count in fallen if row.examples is not None]
-    shown = max(pictured, key=lambda pair: pair[1], default=(None, 0))[0]
+    shown, count = max(pictured, key=lambda pair: pair[1], default=(None, 0))
     examples = None if shown is None else shown.examples
     found = [finding for finding in report.findings if finding.model == name]
     usable = examples is not None and examples.clean.shape[1] in (1, 3)
@@ -151,6 +152,7 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
         "curves": _curves(report.curves.get(name, {})),
         "pictures": pictures.grid(examples, defence) if usable and examples is not None else [],
         "pictured": "" if shown is None else shown.attack,
+        "chosen": "" if examples is None else pictures.chosen(examples, count),
         "settings": [(row.attack, json.dumps(row.settings, ensure_ascii=False, default=str)) for row in rows],
         "seconds": sum(row.seconds for row in rows if row.kind != "worst"),
         "seed": rows[0].seed,

@@ -52,18 +52,21 @@ def grid(examples: Examples, defence: Classifier | None) -> list[list[Picture]]:
     """One line per image: clean, adversarial, the difference, and what the defence makes of it.
 
     Args:
-        examples: attacked images with C = 1 or 3.
+        examples: attacked images with C = 1 or 3. Where they have the classes predicted after the attack, these are
+            shown: a random defence that is asked again may say something else.
         defence: gives the predicted classes, and the purified images if it has ``purify``.
     """
     clean, attacked = (torch.from_numpy(part[:MOST]).float() for part in (examples.clean, examples.adversarial))
     labels = torch.from_numpy(examples.labels[:MOST])
     (before, after), columns = plots.look(defence, clean, attacked, SAMPLES, 0)
+    if examples.predicted is not None:
+        after = torch.from_numpy(examples.predicted[:MOST])
     difference = attacked - clean
     largest = float(difference.abs().max()) or 1.0
     lines = []
     for i, label in enumerate(labels):
         line = [
-            _classified("clean", clean[i], before, i, label),
+            _classified(f"clean, true class {int(label)}", clean[i], before, i, label),
             _classified("attacked", attacked[i], after, i, label),
             Picture(data_uri(0.5 + difference[i] / (2 * largest)), "difference"),
         ]
@@ -75,4 +78,22 @@ def grid(examples: Examples, defence: Classifier | None) -> list[list[Picture]]:
 def _classified(what: str, image: Tensor, classes: Tensor | None, i: int, label: Tensor) -> Picture:
     if classes is None:
         return Picture(data_uri(image), what)
-    return Picture(data_uri(image), f"{what}: {int(classes[i])}", bool(classes[i] == label))
+    named = f"predicted {int(classes[i])}" if classes[i] >= 0 else "no class predicted"
+    return Picture(data_uri(image), f"{what}, {named}", bool(classes[i] == label))
+
+
+def chosen(examples: Examples, fell: int) -> str:
+    """Which images are shown, in a sentence; empty where that is not known, of rows that an earlier version kept.
+
+    Args:
+        examples: the images.
+        fell: how many fell to the attack.
+    """
+    if examples.fell is None:
+        return ""
+    shown = min(MOST, len(examples.labels))
+    if not examples.fell.any():
+        return f"No image fell to this attack. The {shown} shown withstood it."
+    if fell > shown:
+        return f"{shown} of the {fell} images that fell to this attack."
+    return "The only image that fell to this attack." if shown == 1 else f"All {shown} images that fell to this attack."

@@ -1,0 +1,235 @@
+"""What a new user stumbles over: inputs of the wrong form, a radius of 0, probabilities, training mode, Ctrl-C."""
+
+import functools
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import purify_fast
+from purify_fast.attacks import PGD
+from purify_fast.evaluation import evaluate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUIET = {"eps": 0.1, "progress": False, "attacks": [PGD(steps=2)]}
+
+
+@pytest.fixture
+def trio():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.LazyLinear(4))
+    x = torch.rand(10, 3, 6, 7)
+    model(x)
+    return model.eval(), x, torch.randint(0, 4, (10,))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, y: (x.double(), y), ValueError, r"x must be .* got torch.float64: x.float\(\) makes them float32"),
+        (lambda x, y: (x.half(), y), ValueError, r"x must be .* got torch.float16: x.float\(\) makes them float32"),
+        (lambda x, y: ((255 * x).long(), y), ValueError, r"got torch.int64: x.byte\(\) makes them uint8, if in 0..255"),
+        (lambda x, y: (x, y.tolist()), TypeError, r"y must be a torch.Tensor, got list: torch.as_tensor\(y\) makes"),
+        (lambda x, y: (list(x), y), TypeError, r"x must be a torch.Tensor, got list: torch.stack\(x\) makes one of th"),
+        (lambda x, y: ([(x, y.tolist())], None), TypeError, r"got Tensor and list: torch.as_tensor\(labels\) makes"),
+        (lambda x, y: (x, nn.functional.one_hot(y, 4)), ValueError, r"got torch.int64 \[10, 4\]; y.argmax\(1\) makes"),
+        (lambda x, y: (x, y[:, None]), ValueError, r"y must .* got torch.int64 \[10, 1\]; y\[:, 0\].long\(\) takes"),
+        (lambda x, y: (2 * x - 1, y), ValueError, r"x must be in \[0, 1\] .* got values from -.* x is in \[-1, 1\]: giv"
+         r"e \(x \+ 1\) / 2 as the images, and lambda x: model\(2 \* x - 1\) as the model"),
+        (lambda x, y: (5 * x - 2, y), ValueError, r"values from -2 to 3; normalized images .* give x \* std \+ mean"),
+        (lambda x, y: (255 * x, y), ValueError, r"got values from .* to 25\d; x is in 0..255: divide by 255"),
+        (lambda x, y: (x / 0 * 0, y), ValueError, r"x must be in \[0, 1\] and free of NaN, got 1260 values that are"),
+        (lambda x, y: (x.permute(0, 2, 3, 1), y), ValueError,
+         r"x must be \[N, C, H, W\], got \[N, 6, 7, 3\], and the model fails on it \(.*channels.*\): the channels seem"
+         r" to come last; x.permute\(0, 3, 1, 2\) puts them first"),
+        (lambda x, y: (x[:, 0], y), ValueError, r"got \[10, 6, 7\]: x\[:, None\] makes grey images \[N, 1, H, W\]"),
+        (lambda x, y: (x[0], y), ValueError, r"got \[3, 6, 7\]: x\[None\] makes one image \[1, C, H, W\]"),
+    ],
+)  # fmt: skip
+def test_an_input_of_another_form_is_named_with_the_line_that_mends_it(trio, change, error, message):
+    model, x, y = trio
+    x, y = change(x, y)
+    with pytest.raises(error, match=message):
+        evaluate(model, x, y, **QUIET)
+
+
+def test_images_whose_channels_come_last_are_taken_where_the_model_takes_them():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(75, 4))
+    assert evaluate(model, torch.rand(4, 5, 5, 3), torch.arange(4), **QUIET).row("clean").n == 4
+
+
+def test_a_radius_of_0_is_refused(trio):
+    with pytest.raises(ValueError, match=r"eps must be above 0, got 0: no image could be moved.* such as 8/255"):
+        evaluate(*trio, **QUIET | {"eps": 0})
+    with pytest.raises(ValueError, match="eps must be above 0"):
+        evaluate(*trio, eps=0, protocol="fast")
+    assert evaluate(*trio, eps=0, attacks=[], progress=False).attacks == ["clean"]
+
+
+# -- probabilities ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images = purify_fast.load_dataset("digits")
+    return purify_fast.zoo.load("digits-pgd-at"), images.x_test[:40], images.y_test[:40]
+
+
+def test_a_model_that_returns_probabilities_is_told_what_to_do(digits, caplog):
+    """Steps along a softmax's gradients find less than there is where it is sure: here logits are 4 times larger."""
+    classifier, x, y = digits
+    settings = {"eps": 0.2, "attacks": [PGD(steps=20)], "progress": False}
+
+    def sure(x):
+        return 4 * classifier(x)
+
+    def softmax(x):
+        return sure(x).softmax(1)
+
+    masked = evaluate(softmax, x, y, **settings)
+    finding = next(finding for finding in masked.findings if finding.alarm == "logits")
+    assert finding.verdict == "unreliable" and not masked.headline.reliable
+    assert "return the logits before the softmax, or give lambda x: model(x).clamp_min(1e-30).log()" in finding.measured
+    assert "returns probabilities, not logits" in caplog.text
+    assert "logits: the model returns probabilities" in masked.to_text()
+    logits = evaluate(sure, x, y, **settings)
+    assert next(f for f in logits.findings if f.alarm == "logits").verdict == "passed" and logits.headline.reliable
+    assert logits.row("clean").accuracy == masked.row("clean").accuracy
+    mended = evaluate(lambda x: classifier(x).softmax(1).clamp_min(1e-30).log(), x, y, **settings)
+    assert next(f for f in mended.findings if f.alarm == "logits").verdict == "passed"
+    assert mended.headline.accuracy < masked.headline.accuracy
+
+
+@pytest.mark.parametrize(
+    "lines", [[[0.2, 0.9]], [[-0.1, 1.1]], [[0.5, 0.5], [0.6, 0.6]], [[1.2, -0.2]], [[float("nan"), 1.0]]]
+)
+def test_logits_that_are_no_probabilities_pass(lines):
+    logits = torch.tensor(lines)
+
+    def model(x):
+        return logits.repeat(len(x), 1)[: len(x)] + 0 * x.mean()
+
+    report = evaluate(model, torch.rand(4, 1, 3, 3), torch.zeros(4).long(), **QUIET)
+    assert next(finding for finding in report.findings if finding.alarm == "logits").verdict == "passed"
+
+
+# -- training mode ------------------------------------------------------------------------------------------------
+
+GLOBAL = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3))
+
+
+def by_a_global(x):
+    return GLOBAL(x)
+
+
+class Own(nn.Module):
+    """A module of a user's own that asks for its mode."""
+
+    def forward(self, x):
+        return x.flatten(1)[:, :3] * (2 if self.training else 1)
+
+
+class Called:
+    """An object that is called, and is no module."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, x):
+        return self.network(x)
+
+
+def closure(network):
+    return lambda x: network(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: by_a_global, "GLOBAL (Dropout)"),
+        (lambda: closure(GLOBAL), "network (Dropout)"),
+        (lambda: functools.partial(lambda network, x: network(x), GLOBAL), "argument 0 (Dropout)"),
+        (lambda: GLOBAL.forward, "self (Dropout)"),
+        (lambda: Called(GLOBAL), "network (Dropout)"),
+        (lambda: Called(GLOBAL).__call__, "network (Dropout)"),
+        (lambda: closure(Own()), "network (Own)"),
+        (lambda: closure(closure(nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()))), "network (BatchNorm2d)"),
+    ],
+)
+def test_a_function_around_modules_in_training_mode_is_told(make, told, caplog):
+    report = evaluate(make(), torch.rand(4, 1, 4, 4), torch.arange(4) % 3, **QUIET | {"attacks": []}, name="mine")
+    notes = [note for note in report.notes if "training mode" in note]
+    assert len(notes) == 1 and f"mine is a function, and what it uses is in training mode: {told}" in notes[0]
+    assert ".eval()" in notes[0] and told in caplog.text
+
+
+def test_other_functions_are_not(trio, caplog):
+    model, x, y = trio
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(126, 4)).train()  # the same in both modes
+    trained = nn.Sequential(nn.Dropout(), model).train()  # a module is put into evaluation mode for its user
+    for harmless in (model, closure(model), closure(plain), trained, functools.partial(model)):
+        report = evaluate(harmless, x, y, **QUIET | {"attacks": []})
+        assert not any("training mode" in note for note in report.notes) and not caplog.text
+
+
+# -- Ctrl-C -------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, torch
+from purify_fast.attacks import PGD
+from purify_fast.evaluation import evaluate
+
+class Model(torch.nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        Model.calls += 1
+        if Model.calls > 6:
+            raise KeyboardInterrupt
+        return x.flatten(1)[:, :3]
+
+model = Model()
+settings = {"eps": 0.1, "attacks": [PGD(steps=9)], "progress": False}
+x, y = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
+try:
+    evaluate(model.forward, x, y, **settings)
+except KeyboardInterrupt as error:
+    print(error)
+evaluate(model, x, y, out=sys.argv[1], **settings)
+"""
+
+
+def test_an_interrupted_evaluation_says_how_to_go_on(tmp_path):
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
+    run = subprocess.run(
+        [sys.executable, tmp_path / "script.py", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(purify_fast.__file__).parents[1])},
+    )
+    assert "nothing is kept: with out=FOLDER, calling it again would go on from there" in run.stdout
+    lines = run.stderr.strip().splitlines()
+    assert lines[-1] == (
+        f"KeyboardInterrupt: evaluate was interrupted; what it has finished is kept in {tmp_path / 'out'}: "
+        "call it again to go on from there"
+    )
+    # the script's own line, and the one that raises again
+    assert run.returncode != 0 and run.stderr.count("  File ") == 2, run.stderr
+
+
+def test_an_interrupt_of_somebodys_own_making_passes_as_it_is(trio):
+    class Deadline(KeyboardInterrupt):
+        pass
+
+    def late(x):
+        raise Deadline
+
+    with pytest.raises(Deadline):
+        evaluate(late, *trio[1:], **QUIET)

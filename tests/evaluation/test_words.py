@@ -1,0 +1,213 @@
+"""A report is understood from itself: its words, the meaning of its columns, its verdict and its pictures."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import purify_fast
+from purify_fast.attacks import PGD, AutoAttack
+from purify_fast.evaluation import AttackSpec, Examples, Report, Row, evaluate
+from purify_fast.evaluation.alarms import Finding
+from purify_fast.evaluation.page import html_page
+from purify_fast.evaluation.page.pictures import grid
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUIET = {"eps": 0.2, "progress": False, "attacks": [PGD(steps=5)]}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images = purify_fast.load_dataset("digits")
+    return purify_fast.zoo.load("digits-pgd-at"), images.x_test[:24].float() / 255, images.y_test[:24]
+
+
+def row(attack="PGD", robust=(1, 0, 1, 1), kind="pgd", **more):
+    robust = np.array(robust, dtype=bool)
+    values = {"mean": robust.mean(), "worst": robust.mean(), "n_eval": 1, "seed": 0, "seconds": 1.0, "data": "d"}
+    return Row("m", attack, kind, "random", robust, **values | more)
+
+
+def forms(report):
+    return report.to_text(color=False), report.to_markdown(), html_page(report)
+
+
+# -- words --------------------------------------------------------------------------------------------------------
+
+
+def test_a_deterministic_model_is_not_called_random(digits, tmp_path):
+    model, x, y = digits
+    report = evaluate(model, x, y, **QUIET, out=tmp_path)
+    # kept rows too, by a version that did not yet say so
+    kept = evaluate(model, x, y, **QUIET, out=tmp_path)
+    for found in (report, kept, Report.from_json(report.to_json())):
+        assert [row.describe_variant() for row in found.rows] == ["deterministic", "deterministic", "all"]
+    for text in forms(report):
+        assert "deterministic" in text and "| random |" not in text and "<td>random</td>" not in text
+        assert "  random  " not in text
+
+
+def test_a_random_model_is_called_so_and_its_modes_are_named():
+    model = purify_fast.zoo.load("digits-carso-published").eval()
+    images = purify_fast.load_dataset("digits")
+    attacks = [AttackSpec(PGD(steps=1), variant=variant) for variant in ("random", "fixed", "deterministic")]
+    settings = QUIET | {"attacks": attacks, "eot_iter": 1, "n_eval": 2}
+    report = evaluate(model, images.x_test[:4], images.y_test[:4], **settings)
+    words = {row.variant: row.describe_variant() for row in report.rows}
+    assert words == {"random": "random", "fixed": "fixed noise", "deterministic": "noise off", "all": "all"}
+
+
+def test_reports_of_earlier_versions_say_what_is_known():
+    """They do not tell whether the model is random, but only a random one was asked several times."""
+    assert row().describe_variant() == "as it is" and row(n_eval=5).describe_variant() == "random"
+
+
+def test_a_number_of_images_that_there_are_not_is_in_no_name(digits):
+    pytest.importorskip("pyautoattack")
+    model, x, y = digits
+    few = AutoAttack(steps=2, n_queries=2)
+    attacks = [AttackSpec(few, max_images=100), AttackSpec(PGD(steps=2), max_images=4)]
+    report = evaluate(model, x[:8], y[:8], **QUIET | {"attacks": attacks})
+    assert "AutoAttack standard, 2 steps, 2 queries" in report.attacks and "PGD-2 ce, first 4" in report.attacks
+    # twice the same attack on all images is one
+    twice = [AttackSpec(PGD(steps=2), max_images=most) for most in (8, 100)]
+    assert evaluate(model, x[:8], y[:8], **QUIET | {"attacks": twice}).attacks == ["clean", "PGD-2 ce", "worst"]
+
+
+# -- columns ------------------------------------------------------------------------------------------------------
+
+
+def test_every_column_is_explained_on_the_page():
+    survivors = row(attack="second", settings={"survivors_only": True, "attacked": 3})
+    for text in forms(Report([row("clean", kind="clean"), row(), survivors])):
+        assert "4 (3)" in text
+        text = " ".join(text.split())
+        for meaning in (
+            "n: images; in brackets those attacked, where earlier attacks had left only these.",
+            "accuracy: % of the images that are classified correctly, ± standard error; after an attack, in every one",
+            "mean: % of all single predictions that are right.",
+            "worst: % of the images that are right in every prediction; in brackets, how many predictions each had.",
+            "Of a deterministic model, which is asked once, the three are the same.",
+            "EOT: draws averaged for each gradient.",
+            "The row worst counts an image only if it withstood every attack",
+        ):
+            assert meaning in text
+    lines = Report([row()]).to_text(color=False).splitlines()
+    assert max(map(len, lines)) <= 120
+
+
+def test_the_columns_are_what_is_said_of_them():
+    """Three predictions each: mean counts single ones, worst the images that are right in all."""
+
+    class Flips(nn.Module):
+        def forward(self, x):
+            sure = x.flatten(1)[:, :2]
+            return torch.where(x.mean((1, 2, 3))[:, None] > 0.5, torch.randn(len(x), 2), sure)
+
+    x, y = torch.full((60, 1, 2, 2), 0.25), torch.zeros(60).long()
+    x[:, :, 0, 0] += 0.2  # class 0
+    x[:30] = 0.75  # guessed anew each time
+    clean = evaluate(Flips(), x, y, eps=0.01, attacks=[], n_eval=3).row("clean")
+    assert clean.n_eval == 3 and 0.5 <= clean.worst < clean.mean < 1 and 0.5 < clean.accuracy < 1
+    assert abs(clean.mean - 0.75) < 0.12 and abs(clean.worst - (0.5 + 0.5 / 8)) < 0.12
+
+
+# -- the verdict --------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_follows_from_the_number_and_from_the_signs(digits):
+    model, x, y = digits
+    honest = evaluate(model, x, y, **QUIET, name="good").to_text(color=False)
+    assert (
+        "withstand every attack; none of the signs that were looked at (4 of 6) speaks against this number." in honest
+    )
+    torch.manual_seed(0)
+    untrained = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    guessing = evaluate(untrained, x, y, **QUIET | {"eps": 1e-4}, name="raw").to_text(color=False)
+    assert "withstand every attack; this says little:\n- better than guessing: " in guessing
+    assert "is the model trained" in guessing and "speaks against" not in guessing and "no alarm" not in guessing
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "reliable", "said"),
+    [
+        ((), True, "of 4 images withstand every attack."),
+        (("not asked",), True, "of 4 images withstand every attack."),
+        (("passed", "not asked"), True, "none of the signs that were looked at (1 of 2) speaks against this number."),
+        (
+            ("passed", "noted"),
+            True,
+            "looked at (2 of 2) makes it unreliable, but see the report on: a1",
+        ),
+        (("unreliable",), False, "unreliable: the true number may be lower.\n- a0: found (row)"),
+    ],
+)
+def test_verdicts(verdicts, reliable, said):
+    findings = [Finding(f"a{i}", verdict, "found", "row", "m") for i, verdict in enumerate(verdicts)]
+    text = Report([row(reliable=reliable)], findings=findings).to_text(color=False)
+    assert said in text
+
+
+def test_the_text_says_what_it_is_about_and_has_the_notes(digits):
+    model, x, y = digits
+    report = evaluate(model, x, y, **QUIET, dataset_name="digits")
+    report.notes.append("one sentence")
+    text = report.to_text(color=False)
+    assert text.startswith("Robustness, L-inf 0.2, digits, purify_fast ") and text.endswith("Notes:\n- one sentence")
+
+
+# -- pictures -----------------------------------------------------------------------------------------------------
+
+
+def test_the_pictures_are_of_images_that_fell(digits, tmp_path):
+    model, x, y = digits
+    report = evaluate(model, x, y, **QUIET, out=tmp_path)
+    attacked = report.row("PGD-5 ce")
+    right = report.row("clean").robust
+    fell = right & ~attacked.robust
+    assert 0 < fell.sum() < right.sum() and not fell[:8].all()
+    for one in (attacked.examples, evaluate(model, x, y, **QUIET, out=tmp_path).row("PGD-5 ce").examples):
+        assert np.array_equal(one.labels, y.numpy()[fell][:8]) and one.fell.all()
+        said = model(torch.from_numpy(one.adversarial)).argmax(1).numpy()
+        assert np.array_equal(one.predicted, said) and (one.predicted != one.labels).all()
+    lines = grid(attacked.examples, model)
+    assert lines[0][0].caption == f"clean, true class {one.labels[0]}, predicted {one.labels[0]}"
+    assert lines[0][1].caption == f"attacked, predicted {one.predicted[0]}" and lines[0][1].right is False
+    # without the model the class after the attack is known all the same
+    assert grid(attacked.examples, None)[0][1].caption == lines[0][1].caption
+
+
+@pytest.mark.parametrize(
+    ("fallen", "said"),
+    [
+        (9, "8 of the 9 images that fell to this attack."),
+        (8, "All 8 images that fell to this attack."),
+        (1, "The only image that fell to this attack."),
+        (0, "No image fell to this attack. The 8 shown withstood it."),
+    ],
+)
+def test_the_page_says_which_images_it_shows(fallen, said):
+    x, y = torch.full((12, 1, 3, 3), 0.5), torch.zeros(12).long()
+    x[:fallen] = 0.05
+
+    def away(model, x, y):
+        # changes the class of dark images
+        return torch.where(x < 0.1, x + 0.1, x)
+
+    def classify(x):
+        return torch.cat([torch.ones(len(x), 1), (((x - 0.15).abs() < 0.01).float().mean((1, 2, 3)) * 2)[:, None]], 1)
+
+    report = evaluate(classify, x, y, eps=0.1, attacks=[away], progress=False)
+    assert report.row("away").robust.sum() == 12 - fallen
+    page = " ".join(html_page(report, classify).split())
+    assert said in page
+    assert page.count(", true class 0, predicted 0<") == (min(fallen, 8) or 8)
+
+
+def test_pictures_that_an_earlier_version_kept_are_shown(tmp_path):
+    images = np.zeros((2, 1, 4, 4), dtype=np.float32)
+    old = Examples.from_arrays({"clean": images, "adversarial": images, "labels": np.array([0, 1]), "margins": images})
+    assert old.fell is None and set(old.to_arrays()) == {"clean", "adversarial", "labels"}
+    page = html_page(Report([row("clean", kind="clean"), row(examples=old)]))
+    assert page.count("data:image/png") == 6 and "fell to this attack" not in page
