@@ -128,7 +128,7 @@ def in_turn(choose: Callable[[Amount], list[Attack]]) -> Contestant:
         model, found = subject.model, subject.x.clone()
         context = AttackContext(
             num_classes=10, eps=subject.eps, draws_differ=subject.random, eot_iter=amount.draws, batch_size=BATCH,
-            judge_draws=JUDGES, max_forward_batch=BATCH if subject.random else None,
+            judge_draws=JUDGES, max_forward_batch=2 * BATCH if subject.random else None,
             copies=GradientCopies(),
         )  # fmt: skip
         judge = Judge(model, context.fallen, context.judges, context.max_forward_batch)

@@ -97,8 +97,8 @@ class Objective:
         if supports(self.model, SharesDraws):
             # the more draws of an image stand in one pass, the less is computed twice
             draws = min(self.eot_iter, most)
-            return min(images, max(1, most // draws)), draws
-        images = min(images, most)
+            return _even(images, max(1, most // draws)), draws
+        images = _even(images, most)
         return images, min(self.eot_iter, max(1, most // images))
 
     def _differentiate(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,6 +144,12 @@ class Objective:
         if draws > 1 and supports(self.model, SharesDraws):
             return cast(SharesDraws, self.model).draw_logits(x, draws).flatten(0, 1)
         return self.model(repeat_batch(x, draws) if draws > 1 else x)
+
+
+def _even(images: int, most: int) -> int:
+    """How many images a pass takes, at most so many: passes of equal sizes, because a short last one costs no less."""
+    passes = -(-images // most)
+    return -(-images // passes) if passes else most
 
 
 @dataclass(frozen=True)

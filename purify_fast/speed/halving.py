@@ -1,9 +1,13 @@
-"""Convolutions of few channels that halve or double an image, as fast forwards as backwards on a CPU.
+"""Convolutions of few channels on small images, as fast forwards as backwards on a CPU.
 
 A 3 x 3 convolution of stride 2 has a slow direction: from the small image to the large one, which is its backward pass,
 or the forward pass of its transpose. CPU libraries compute it pixel by pixel of the large image, and with few channels
 most of that is overhead. Here it is one 2 x 2 convolution on the small image, which makes the four pixels of every
 2 x 2 block as channels of their own; the blocks are then laid out. The sums are the same ones in another order.
+
+A convolution that makes an image of one channel is slower still, because libraries fill their registers with channels.
+Here a whole row of such an image is one pixel with as many channels as the row is wide, and the convolution goes over
+rows alone. Most of its weights are zeros; a matrix product with them is faster than loops over single channels.
 
 It is for frozen copies of models: weights get no gradient, and there are no second derivatives.
 """
@@ -18,8 +22,31 @@ from torch.nn import functional as F
 
 #: Input and output channels up to which this is faster: beyond it the libraries' own kernels are.
 MOST_CHANNELS = 32
+#: Numbers of a row, width times channels, up to which it is computed as one pixel.
+WIDEST_ROW = 32
 #: Which taps of the kernel a pixel of a block sees, by its place in the block: (tap, offset on the small image).
 _TAPS = {0: ((1, 0),), 1: ((2, 0), (0, 1))}
+#: Activations whose backward pass is slow where the gradient lies otherwise in memory than what was activated.
+_ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.ELU)
+
+
+def _last(weight: Tensor) -> Tensor:
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """``[B, H, W, C]``, in the memory of x where that is channels_last."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _as_row(x: Tensor) -> Tensor:
+    """``[B, W C, H, 1]``: every row is one pixel."""
+    return _pixels(x).flatten(2)[:, :, None].permute(0, 3, 1, 2)
+
+
+def _from_row(rows: Tensor, channels: int, width: int) -> Tensor:
+    """``[B, C, H, W]``, channels_last, of ``[B, k W C, H / k, 1]``, in which k rows may stand in one pixel."""
+    return _pixels(rows).reshape(len(rows), -1, width, channels).permute(0, 3, 1, 2)
 
 
 def spread_weight(weight: Tensor) -> Tensor:
@@ -29,49 +56,114 @@ def spread_weight(weight: Tensor) -> Tensor:
         weight: of the transposed convolution, ``[inputs, outputs, 3, 3]``.
     """
     inputs, outputs = weight.shape[:2]
-    whole = weight.new_zeros(outputs, 2, 2, inputs, 2, 2)
+    whole = weight.new_zeros(2, 2, outputs, inputs, 2, 2)
     for row, rows in _TAPS.items():
         for column, columns in _TAPS.items():
             for i, down in rows:
                 for j, right in columns:
-                    whole[:, row, column, :, down, right] = weight[:, :, i, j].T
-    return whole.reshape(4 * outputs, inputs, 2, 2).contiguous(memory_format=torch.channels_last)
+                    whole[row, column, :, :, down, right] = weight[:, :, i, j].T
+    return _last(whole.reshape(4 * outputs, inputs, 2, 2))
 
 
-def spread(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``conv_transpose2d(x, ..., bias, stride=2, padding=1, output_padding=1)``, ``[B, outputs, 2 H, 2 W]``.
+def spread_row_weight(weight: Tensor, width: int) -> Tensor:
+    """The weight of the convolution from a row to two rows, ``[2 * 2 width outputs, width inputs, 2, 1]``.
 
     Args:
-        x: ``[B, inputs, H, W]``.
-        weight: what `spread_weight` made.
-        bias: ``[outputs]``, or None.
+        weight: of the transposed convolution, ``[inputs, outputs, 3, 3]``.
+        width: of the small image.
     """
-    shift = None if bias is None else bias.repeat_interleave(4)
-    return F.pixel_shuffle(F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, shift), 2)
+    inputs, outputs = weight.shape[:2]
+    whole = weight.new_zeros(2, 2 * width, outputs, width, inputs, 2)
+    for row, rows in _TAPS.items():
+        for i, down in rows:
+            for j in range(3):
+                for small in range(width):
+                    large = 2 * small - 1 + j
+                    if 0 <= large < 2 * width:
+                        whole[row, large, :, small, :, down] = weight[:, :, i, j].T
+    return _last(whole.reshape(4 * width * outputs, width * inputs, 2, 1))
+
+
+def row_weight(weight: Tensor, width: int) -> Tensor:
+    """The weight of a 3 x 3 convolution of stride 1 and padding 1, as one over rows.
+
+    Args:
+        weight: ``[outputs, inputs, 3, 3]``.
+        width: of the image.
+
+    Returns:
+        ``[width outputs, width inputs, 3, 1]``.
+    """
+    outputs, inputs = weight.shape[:2]
+    whole = weight.new_zeros(width, outputs, width, inputs, 3)
+    for j in range(3):
+        for column in range(max(0, 1 - j), min(width, width + 1 - j)):
+            whole[column, :, column + j - 1] = weight[:, :, :, j]
+    return _last(whole.reshape(width * outputs, width * inputs, 3, 1))
+
+
+class Spread:
+    """``conv_transpose2d(x, weight, bias, stride=2, padding=1, output_padding=1)``, ``[B, outputs, 2 H, 2 W]``.
+
+    Args:
+        weight: ``[inputs, outputs, 3, 3]``.
+        dtype: of the arithmetic.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        self.weight, self.dtype = weight, dtype
+        self.outputs = weight.shape[1]
+        self.whole = spread_weight(weight).to(dtype)
+        self.rows: dict[int, Tensor] = {}
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        width = 2 * x.shape[3]
+        if width * self.outputs <= WIDEST_ROW:
+            if x.shape[3] not in self.rows:
+                self.rows[x.shape[3]] = spread_row_weight(self.weight, x.shape[3]).to(self.dtype)
+            shift = None if bias is None else bias.repeat(2 * width)
+            rows = F.conv2d(F.pad(_as_row(x), (0, 0, 0, 1)), self.rows[x.shape[3]], shift)
+            return _from_row(rows, self.outputs, width)
+        shift = None if bias is None else bias.repeat(4)
+        blocks = _pixels(F.conv2d(F.pad(x, (0, 1, 0, 1)), self.whole, shift))
+        # row by row of the large image: block rows, rows of a block, then what lies side by side
+        large = blocks.unflatten(3, (2, -1)).transpose(2, 3).reshape(len(x), 2 * x.shape[2], width, self.outputs)
+        return large.permute(0, 3, 1, 2)
+
+
+def _halve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``conv2d(x, weight, bias, stride=2, padding=1)``, channels_last."""
+    if x.shape[1] == 1:
+        # one channel lies alike in both layouts, and the library is faster where it is called the usual one
+        x, weight = (each.flatten(1).view(each.shape) for each in (x, weight))
+    return _last(F.conv2d(x, weight, bias, 2, 1))
 
 
 class _Double(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, whole: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spread: Spread) -> Tensor:
         ctx.save_for_backward(weight)
-        return spread(x, whole, bias)
+        return spread(x, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return F.conv2d(grad, ctx.saved_tensors[0], None, 2, 1), None, None, None
+        return _halve(grad, ctx.saved_tensors[0], None), None, None, None
 
 
 class _Halve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, whole: Tensor) -> Tensor:
-        ctx.save_for_backward(whole)
-        return F.conv2d(x, weight, bias, 2, 1)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spread: Spread) -> Tensor:
+        ctx.spread = spread
+        if x.shape[1] == 1:
+            # one channel lies alike in both layouts, and the library is faster where it is called the usual one
+            x, weight = (each.flatten(1).view(each.shape) for each in (x, weight))
+        return _last(F.conv2d(x, weight, bias, 2, 1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return spread(grad, ctx.saved_tensors[0]), None, None, None
+        return ctx.spread(grad), None, None, None
 
 
 class Resizing(nn.Module):
@@ -87,8 +179,8 @@ class Resizing(nn.Module):
         self.layer, self.dtype = layer, dtype
         self.function = _Double if isinstance(layer, nn.ConvTranspose2d) else _Halve
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach().to(dtype)
-        own = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-        for name, value in (("_weight", own), ("_bias", bias), ("_whole", spread_weight(weight).to(dtype))):
+        self.spread = Spread(weight, dtype)
+        for name, value in (("_weight", _last(weight.to(dtype))), ("_bias", bias)):
             self.register_buffer(name, value, persistent=False)
 
     @property
@@ -105,7 +197,104 @@ class Resizing(nn.Module):
         if self.function is _Halve and (x.shape[2] % 2 or x.shape[3] % 2):
             return self.layer(x)
         with torch.autocast(x.device.type, enabled=False):
-            return self.function.apply(x.to(self.dtype), self._weight, self._bias, self._whole)
+            return self.function.apply(x.to(self.dtype), self._weight, self._bias, self.spread)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.channels, width = x.shape[1], x.shape[3]
+        shift = None if bias is None else bias.repeat(width)
+        return _from_row(F.conv2d(_as_row(x), weight, shift, 1, (1, 0)), len(weight) // width, width)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows = F.conv2d(_as_row(grad), ctx.saved_tensors[0], None, 1, (1, 0))
+        return _from_row(rows, ctx.channels, grad.shape[3]), None, None, None
+
+
+class RowByRow(nn.Module):
+    """In the place of a frozen 3 x 3 convolution of stride 1, transposed or not, to or from narrow rows.
+
+    Args:
+        layer: the convolution; `makes_rows` says which.
+        dtype: of the arithmetic; results are in it.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d, dtype: torch.dtype):
+        super().__init__()
+        self.layer, self.dtype = layer, dtype
+        weight = layer.weight.detach()
+        other = weight.flip(2, 3).transpose(0, 1)
+        # a transposed convolution of stride 1 is a convolution with the kernel turned
+        self._both = (other, weight) if isinstance(layer, nn.ConvTranspose2d) else (weight, other)
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        self.register_buffer("_bias", bias, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own."""
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own."""
+        return self.layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[3]
+        if width * min(self.layer.in_channels, self.layer.out_channels) > WIDEST_ROW:
+            return self.layer(x)
+        if width not in self._rows:
+            first, second = (row_weight(each, width).to(self.dtype) for each in self._both)
+            self._rows[width] = first, second
+        weight, back = self._rows[width]
+        with torch.autocast(x.device.type, enabled=False):
+            return _Rows.apply(x.to(self.dtype), weight, self._bias, back)
+
+
+class _SameLayout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _last(grad)
+
+
+class SameLayout(nn.Module):
+    """An activation whose gradient is laid out as its result: elsewhere a library walks through both in steps.
+
+    Args:
+        layer: the activation.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        last = out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)
+        return _SameLayout.apply(out) if last and out.requires_grad else out
+
+
+def _channels(layer: nn.Module, stride: int) -> tuple[int, int] | None:
+    """Inputs and outputs of a 3 x 3 convolution of padding 1, without hooks, whose formula is known; None of others."""
+    # a subclass may compute something of its own
+    if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) or type(layer) not in (nn.Conv2d, nn.ConvTranspose2d):
+        return None
+    shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
+    more = stride - 1
+    doubling = not isinstance(layer, nn.ConvTranspose2d) or layer.output_padding == (more, more)
+    hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
+    known = shape == ((3, 3), (stride, stride), (1, 1), (1, 1), 1, "zeros") and doubling and not hooked
+    return (layer.in_channels, layer.out_channels) if known else None
 
 
 def can_stand_for(layer: nn.Module) -> bool:
@@ -114,30 +303,39 @@ def can_stand_for(layer: nn.Module) -> bool:
     Args:
         layer: any module.
     """
-    # a subclass may compute something of its own
-    if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) or type(layer) not in (nn.Conv2d, nn.ConvTranspose2d):
-        return False
-    shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
-    doubling = not isinstance(layer, nn.ConvTranspose2d) or layer.output_padding == (1, 1)
-    hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
-    small = max(layer.in_channels, layer.out_channels) <= MOST_CHANNELS
-    return shape == ((3, 3), (2, 2), (1, 1), (1, 1), 1, "zeros") and doubling and small and not hooked
+    channels = _channels(layer, 2)
+    return channels is not None and max(channels) <= MOST_CHANNELS
+
+
+def makes_rows(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution that `RowByRow` computes faster on a CPU, where images are narrow.
+
+    Args:
+        layer: any module.
+    """
+    channels = _channels(layer, 1)
+    return channels is not None and min(channels) == 1 and max(channels) <= MOST_CHANNELS
 
 
 def replace_resizing(model: nn.Module, dtype: torch.dtype) -> int:
-    """Put `Resizing` in the place of every layer that it can stand for, in place.
+    """Put `Resizing`, `RowByRow` and `SameLayout` in the place of every layer that they can stand for, in place.
 
     Args:
         model: a frozen copy of a model, on a CPU.
         dtype: of the arithmetic.
 
     Returns:
-        How many layers were replaced.
+        How many convolutions were replaced.
     """
     done = 0
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if not isinstance(parent, Resizing) and can_stand_for(layer):
-                setattr(parent, name, Resizing(layer, dtype))  # type: ignore[arg-type]
+            if isinstance(parent, (Resizing, RowByRow, SameLayout)):
+                continue
+            if can_stand_for(layer) or makes_rows(layer):
+                made = Resizing if can_stand_for(layer) else RowByRow
+                setattr(parent, name, made(layer, dtype))  # type: ignore[arg-type]
                 done += 1
+            elif type(layer) in _ACTIVATIONS and not (layer._forward_hooks or layer._forward_pre_hooks):
+                setattr(parent, name, SameLayout(layer))
     return done

@@ -212,11 +212,33 @@ def test_fallen_images_leave_the_batch():
     assert judged >= 64 + (64 - stood)
 
 
+def test_under_many_draws_nothing_that_has_fallen_is_attacked_further():
+    """Each step looks at the images that stand, 20 times each, and at no other; passes are of even sizes."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 6), torch.rand(64, 48)
+    y, images = (x @ weight).argmax(1), []
+
+    def model(z):
+        if z.requires_grad:
+            images.append(len(z))
+        return z @ weight
+
+    found = apgd(model, x, y, eps=0.06, steps=20, eot_iter=20, max_forward_batch=24)
+    stood = int(((found @ weight).argmax(1) == y).sum())
+    # one draw of 24 images at most: 64 are three passes of 22, 22 and 20 for each of 20 draws
+    assert images[:60] == [22] * 20 + [22] * 20 + [20] * 20
+    passes = -(-stood // 24)
+    assert sum(images[-20 * passes :]) == 20 * stood and 24 < stood < 40
+
+
 @pytest.mark.parametrize("kind, want", [("cpu", 4), ("cuda", 2)])
 def test_the_sizes_are_few_and_close(kind, want):
     sizes = [bucket(n, torch.device(kind)) for n in range(1, 1025)]
     assert sizes == sorted(sizes) and all(n <= size <= n * (1 + 1 / want) for n, size in enumerate(sizes, 1))
     assert len({size for size in sizes if 512 <= size < 1024}) == want
+    # an image more under many draws costs a CPU more than a new size
+    many = [bucket(n, torch.device(kind), 20) for n in range(1, 1025)]
+    assert many == (list(range(1, 1025)) if kind == "cpu" else sizes)
 
 
 def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):

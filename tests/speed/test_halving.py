@@ -1,4 +1,4 @@
-"""Convolutions that halve or double an image: the same sums and gradients as the library's, in another order."""
+"""Convolutions of few channels: the same sums and gradients as the library's, in another order."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from torch import nn
 from purify_fast import Carso
 from purify_fast.attacks.engine import gradient_copy as copies
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.speed.halving import Resizing, can_stand_for, replace_resizing
+from purify_fast.speed import halving
+from purify_fast.speed.halving import Resizing, RowByRow, SameLayout, can_stand_for, makes_rows, replace_resizing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -17,13 +18,20 @@ LAYERS = [
     nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1),
     nn.ConvTranspose2d(16, 1, 3, stride=2, padding=1, output_padding=1, bias=False),
 ]
+ROWS = [
+    nn.Conv2d(1, 5, 3, padding=1),
+    nn.Conv2d(6, 1, 3, padding=1, bias=False),
+    nn.ConvTranspose2d(6, 1, 3, padding=1),
+    nn.ConvTranspose2d(1, 4, 3, padding=1, bias=False),
+]
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_the_same_result_and_gradient(layer):
+@pytest.mark.parametrize("width", [10, 2 * halving.WIDEST_ROW])
+@pytest.mark.parametrize("layer", LAYERS + ROWS, ids=str)
+def test_the_same_result_and_gradient(layer, width):
     layer = layer.double().requires_grad_(False)
-    fast = Resizing(layer, torch.float64)
-    x = torch.randn(3, layer.in_channels, 6, 10, dtype=torch.float64, requires_grad=True)
+    fast = (RowByRow if layer in ROWS else Resizing)(layer, torch.float64)
+    x = torch.randn(3, layer.in_channels, 6, width, dtype=torch.float64, requires_grad=True)
     want, got = layer(x), fast(x)
     assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(want)
@@ -31,6 +39,31 @@ def test_the_same_result_and_gradient(layer):
     assert (
         torch.allclose(other, one, rtol=1e-12, atol=1e-12) and fast.weight is layer.weight and fast.bias is layer.bias
     )
+
+
+@pytest.mark.parametrize("layer", LAYERS + ROWS, ids=str)
+def test_results_and_gradients_are_laid_out_alike(layer):
+    """Channels last both ways, whatever the layout of what comes in; the next layer would copy anything else."""
+    fast = (RowByRow if layer in ROWS else Resizing)(layer.requires_grad_(False), torch.float32)
+    x = torch.randn(3, layer.in_channels, 6, 10, requires_grad=True)
+    seen = []
+    x.register_hook(lambda gradient: seen.append(gradient.is_contiguous(memory_format=torch.channels_last)))
+    out = fast(x)
+    out.sum().backward()
+    assert out.is_contiguous(memory_format=torch.channels_last) and seen == [True]
+
+
+def test_an_activation_keeps_its_layout_and_gradient():
+    fast, activation = SameLayout(nn.SiLU()), nn.SiLU()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(2, 60, dtype=torch.float64)
+    gradients = [torch.autograd.grad((f(x).flatten(1) * weight).sum(), x)[0] for f in (activation, fast)]
+    assert torch.allclose(*gradients, rtol=1e-14) and torch.equal(fast(x), activation(x))
+    # flattened maps hand back a gradient in the other layout
+    layouts = [gradient.is_contiguous(memory_format=torch.channels_last) for gradient in gradients]
+    assert layouts[1]
+    flat = torch.randn(3, 4, requires_grad=True)
+    assert torch.equal(fast(flat), activation(flat)) and fast(flat).grad_fn.name() == "SiluBackward0"
 
 
 def test_images_that_cannot_be_halved_go_through_the_layer():
@@ -52,11 +85,19 @@ def test_which_layers_it_stands_for():
         nn.Linear(3, 3),
     ):
         assert not can_stand_for(layer)
+    assert all(makes_rows(layer) for layer in ROWS)
+    for layer in (*LAYERS, nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(1, 64, 3, padding=1), nn.Conv2d(1, 4, 3)):
+        assert not makes_rows(layer)
     hooked = nn.Conv2d(3, 5, 3, stride=2, padding=1)
     hooked.register_forward_hook(lambda *_: None)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Sequential(hooked, nn.Conv2d(4, 4, 3)))
     assert not can_stand_for(hooked) and replace_resizing(model, torch.float32) == 1
     assert replace_resizing(model, torch.float32) == 0 and isinstance(model[0], Resizing)
+    watched = nn.SiLU()
+    watched.register_forward_hook(lambda *_: None)
+    model = nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), nn.SiLU(), watched)
+    assert replace_resizing(model, torch.float32) == 1
+    assert [type(layer) for layer in model] == [RowByRow, SameLayout, nn.SiLU]
 
 
 def test_a_defence_is_attacked_through_folded_and_resizing_layers(monkeypatch):
@@ -67,7 +108,11 @@ def test_a_defence_is_attacked_through_folded_and_resizing_layers(monkeypatch):
     made = copies.gradient_copy(defence, x, "bfloat16")
     kinds = [type(module) for module in made.modules()]
     assert not any(issubclass(kind, nn.modules.batchnorm._BatchNorm) for kind in kinds)
-    assert kinds.count(Resizing) >= 2 and any(isinstance(m, Resizing) for m in made.fast.classifier.modules())
+    assert (
+        kinds.count(Resizing) >= 2
+        and kinds.count(RowByRow) == 1
+        and any(isinstance(m, Resizing) for m in made.fast.classifier.modules())
+    )
     gradients = []
     for model in (defence, made):
         with model.fixed_noise(3):

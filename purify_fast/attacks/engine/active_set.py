@@ -91,7 +91,7 @@ class ActiveSet:
         """
         gone = self.fallen[owner]
         left = len(owner) - int(gone.sum())
-        size = bucket(left, owner.device) if left else 0
+        size = bucket(left, owner.device, self.judge.draws) if left else 0
         if size >= len(owner):
             return None
         return gone.to(torch.int8).argsort(stable=True)[:size]
