@@ -136,12 +136,12 @@ def value(study: str, model: str, key: str, results: Path) -> str:
                 return row["speed_up"]
         raise KeyError(f"{study}: no {key} of {model}")
     folder = results / "studies"
-    if (folder / study / "report.json").is_file():
-        rows = json.loads((folder / study / "report.json").read_text())["rows"]
-        found = [row["accuracy"] for row in rows if (row["model"], row["attack"]) == (model, key)]
-    else:
+    if (folder / f"{study}.json").is_file():
         rows = json.loads((folder / f"{study}.json").read_text())
         found = [row[key] for row in rows if row["name"] == model and key in row]
+    else:
+        rows = json.loads((folder / study / "report.json").read_text())["rows"]
+        found = [row["accuracy"] for row in rows if (row["model"], row["attack"]) == (model, key)]
     if not found:
         raise KeyError(f"{study}: no {key} of {model}")
     return f"{100 * statistics.fmean(found):.1f}"

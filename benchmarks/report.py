@@ -268,13 +268,16 @@ def write_served(folder: Path) -> Path:
         "",
         f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}, {rows[0]['date']}. Each "
         "pipeline ran in turn in one process with the ops served as an earlier file of races says and as today's say. "
-        "Medians, and the median ratio of the pairs. By `python -m benchmarks pipelines --before FILE`.",
+        "Medians, and the median ratio of the pairs with its quartiles. Quartiles on both sides of 1: no difference. "
+        "By `python -m benchmarks pipelines --before FILE`.",
         "",
-        "| pipeline | ms before | ms now | times as fast | pairs |",
-        "|---|---|---|---|---|",
+        "| pipeline | ms before | ms now | times as fast | quartiles | pairs |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = (f"{row['pipeline']}: {row['case']}", row["before"], row["now"], row["times as fast"], row["pairs"])
+        quartiles = f"{row['lower quartile']} to {row['upper quartile']}"
+        name = f"{row['pipeline']}: {row['case']}"
+        cells = (name, row["before"], row["now"], row["times as fast"], quartiles, row["pairs"])
         lines.append(f"| {' | '.join(cells)} |")
     write_text(folder / SERVED_TABLE, "\n".join(lines) + "\n")
     return folder / SERVED_TABLE

@@ -105,6 +105,24 @@ def _attacked(found: Found, name: str, model: str, protocol: str) -> str:
     return percent(lowest) + ("" if lowest.reliable else " **unreliable**")
 
 
+def summary(found: Found, names: Sequence[str], counts: Judging) -> list[dict[str, Any]]:
+    """The accuracies and costs of every model that is judged, for pages that quote them.
+
+    Args:
+        found: what the jobs left.
+        names: of rows.
+        counts: how many images were attacked.
+    """
+    lines = []
+    for name in found.judged(names):
+        judged = found.result(judged_name(name)) or {}
+        facts = found.result(TRAINED_AS.get(judged["model"], judged["model"])) or {}
+        shares = {protocol: judged[protocol]["share"] for protocol in counts.protocols() if protocol in judged}
+        costs = {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop", "minutes")}
+        lines.append({"name": name, "seed": found.seed, "clean": judged["clean"], **shares, **costs})
+    return lines
+
+
 def candidates_table(found: Found, counts: Judging) -> list[str]:
     """The candidates on held-out training images."""
     body = []
@@ -154,7 +172,7 @@ def settings(found: Found, budget: Budget) -> str:
 
 
 def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
-    """``cifar10.md`` and its reports and pictures in ``folder``, of every model that is judged.
+    """``cifar10.md`` and its numbers, reports and pictures in ``folder``, of every model that is judged.
 
     Args:
         root: of the study.
@@ -166,7 +184,8 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     """
     budget, found = budget or Budget(), Found(root)
     counts, main = budget.judging, budget.judging.main
-    names = found.judged([*rows(budget), BEST])
+    wanted = [*rows(budget), BEST]
+    names = found.judged(wanted)
     if not names:
         raise ValueError(f"{root} holds no model that is judged: the study writes its table when the first one is")
     reports = {name: found.report(name, main) for name in names if name != BEST}
@@ -185,6 +204,8 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
         lines += ["", f"Candidates, judged on {where} (clean accuracy on {counts.held_out:,}):", "", *tried]
     if official := official_table(found, counts):
         lines += ["", "The official AutoAttack on the same images:", "", *official]
+    numbers = [line for seed in range(budget.seeds) for line in summary(Found(root, seed), wanted, counts)]
+    write_text(folder / "cifar10.json", json.dumps(numbers, indent=1) + "\n")
     merge(reports.values()).save(folder / "cifar10")
     plot(found, reports, budget, folder / "cifar10" / "tradeoff.png")
     write_text(folder / "cifar10.md", "\n".join(lines) + "\n")

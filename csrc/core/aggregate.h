@@ -154,34 +154,111 @@ PF_INLINE int32_t first_largest_of(const T* __restrict__ x, int64_t classes) {
   return first;
 }
 
-// log sigmoid(x) = yes, log sigmoid(-x) = no; its exponential e^-|x| comes along.
+// sigmoid(x) = yes and sigmoid(-x) = no, and both divided by exp(yes_shift) and exp(no_shift).
 template <class W>
-struct LogSigmoids {
-  W yes, no, e;
+struct Sigmoids {
+  W yes, no, scaled_yes, scaled_no;
 };
+// Products that a compiler joins with a sum are not rounded. A bound keeps them apart, which changes nothing else: both
+// forms of the function below then round alike.
 template <class W>
-PF_INLINE LogSigmoids<W> log_sigmoids(W x) {
-  const W e = exp_unit(-abs(x)), tail = log1p_unit(e);
-  return {min_nan(x, W(0)) - tail, min_nan(-x, W(0)) - tail, e};
+PF_INLINE W at_most_one(W x) {
+  return x > 1 ? W(1) : x;
+}
+// Where `shifted` is false both shifts are 0. Where a shift is 0 either form gives the same bits.
+template <bool shifted, class W>
+PF_INLINE Sigmoids<W> sigmoids(W x, W yes_shift, W no_shift) {
+  const bool low = x < 0;
+  const W e = at_most_one(exp_unit(-abs(x))), share = 1 / (1 + e);
+  Sigmoids<W> s;
+  s.yes = s.scaled_yes = (low ? e : W(1)) * share;
+  s.no = s.scaled_no = (low ? W(1) : e) * share;
+  if constexpr (shifted) {
+    const W yes = exp_unit(low ? x - yes_shift : W(0)), no = exp_unit(low ? W(0) : -x - no_shift);
+    s.scaled_yes = yes * share;
+    s.scaled_no = no * share;
+  }
+  return s;
 }
 
-// For both signs: a number to subtract, and the sum over the samples of exp(log sigmoid(+-x) - that number).
+// Beyond it a sigmoid is its exponential to the last bit, and the least of its sums would be lost.
+constexpr double sigmoid_shift_from = 40.0;
+
+// For both signs: what the sums below are the exponential of the shift too small by. It is 0 unless the sigmoids of a
+// lane are all tiny. Returns whether there is another.
 template <class W>
-PF_INLINE void log_sigmoid_sums(const W* __restrict__ tile, int64_t samples, int64_t width, W* __restrict__ yes_shift,
-                                W* __restrict__ no_shift, W* __restrict__ yes_sum, W* __restrict__ no_sum) {
+PF_INLINE bool sigmoid_shifts(const W* __restrict__ tile, int64_t samples, int64_t width, W* __restrict__ yes_shift,
+                              W* __restrict__ no_shift) {
+  constexpr W from = static_cast<W>(sigmoid_shift_from);
   lane_range(tile, samples, width, yes_shift, no_shift);
+  int32_t shifted = 0;
   for (int64_t i = 0; i < width; ++i) {
-    // log sigmoid is monotone: its largest values are those of the largest and of the smallest logit
-    yes_shift[i] = shift_of(log_sigmoids(yes_shift[i]).yes);
-    no_shift[i] = shift_of(log_sigmoids(no_shift[i]).no);
-    yes_sum[i] = no_sum[i] = 0;
+    const W most = yes_shift[i], least = no_shift[i];
+    yes_shift[i] = most < -from ? shift_of(most) : W(0);
+    no_shift[i] = least > from ? shift_of(-least) : W(0);
+    shifted |= static_cast<int32_t>((most < -from) | (least > from));
   }
+  return shifted != 0;
+}
+
+// For both signs: the sum over the samples of the sigmoid, divided by the exponential of the shift. Where `keep` is
+// true and nothing is shifted, the slope of the sigmoid is written over the numbers.
+template <bool shifted, bool keep, class W>
+PF_INLINE void sigmoid_sums(W* __restrict__ tile, int64_t samples, int64_t width, const W* __restrict__ yes_shift,
+                            const W* __restrict__ no_shift, W* __restrict__ yes_sum, W* __restrict__ no_sum) {
+  for (int64_t i = 0; i < width; ++i) yes_sum[i] = no_sum[i] = 0;
   for (int64_t k = 0; k < samples; ++k) {
+    W* __restrict__ row = tile + k * width;
     for (int64_t i = 0; i < width; ++i) {
-      const LogSigmoids<W> l = log_sigmoids(tile[k * width + i]);
-      yes_sum[i] += exp_unit(l.yes - yes_shift[i]);
-      no_sum[i] += exp_unit(l.no - no_shift[i]);
+      const Sigmoids<W> s = sigmoids<shifted>(row[i], yes_shift[i], no_shift[i]);
+      yes_sum[i] += at_most_one(s.scaled_yes);
+      no_sum[i] += at_most_one(s.scaled_no);
+      if (keep && !shifted) row[i] = s.yes * s.no;
     }
+  }
+}
+// Backward of both sums, written over the numbers, or over the slopes that were kept.
+template <bool shifted, class W>
+PF_INLINE void sigmoid_slopes(W* __restrict__ tile, int64_t samples, int64_t width, const W* __restrict__ yes_shift,
+                              const W* __restrict__ no_shift, const W* __restrict__ of_yes,
+                              const W* __restrict__ of_no) {
+  for (int64_t k = 0; k < samples; ++k) {
+    W* __restrict__ row = tile + k * width;
+    for (int64_t i = 0; i < width; ++i) {
+      W yes = row[i], no = row[i];
+      if constexpr (shifted) {
+        const Sigmoids<W> s = sigmoids<true>(row[i], yes_shift[i], no_shift[i]);
+        yes = s.scaled_yes * s.no;
+        no = s.scaled_no * s.yes;
+      }
+      row[i] = yes * of_yes[i] + no * of_no[i];
+    }
+  }
+}
+
+// grad times the Jacobian of log(sum of the sigmoids) - log(sum of those of the opposite), written over the logits.
+// scratch: four rows.
+template <class W>
+PF_INLINE void sigmoids_backward(W* __restrict__ tile, const W* __restrict__ grad, int64_t samples, int64_t width,
+                                 W* scratch) {
+  W* const __restrict__ yes_shift = scratch;
+  W* const __restrict__ no_shift = scratch + width;
+  W* const __restrict__ of_yes = scratch + 2 * width;
+  W* const __restrict__ of_no = scratch + 3 * width;
+  const bool shifted = sigmoid_shifts(tile, samples, width, yes_shift, no_shift);
+  if (shifted) {
+    sigmoid_sums<true, true>(tile, samples, width, yes_shift, no_shift, of_yes, of_no);
+  } else {
+    sigmoid_sums<false, true>(tile, samples, width, yes_shift, no_shift, of_yes, of_no);
+  }
+  for (int64_t i = 0; i < width; ++i) {
+    of_yes[i] = grad[i] / of_yes[i];
+    of_no[i] = grad[i] / of_no[i];
+  }
+  if (shifted) {
+    sigmoid_slopes<true>(tile, samples, width, yes_shift, no_shift, of_yes, of_no);
+  } else {
+    sigmoid_slopes<false>(tile, samples, width, yes_shift, no_shift, of_yes, of_no);
   }
 }
 
@@ -239,7 +316,11 @@ PF_INLINE void aggregate_tile(Aggregation method, W* __restrict__ tile, int64_t 
       for (int64_t i = 0; i < width; ++i) out[i] /= static_cast<W>(samples);
       return;
     case Aggregation::probability:
-      log_sigmoid_sums(tile, samples, width, a, b, out, c);
+      if (sigmoid_shifts(tile, samples, width, a, b)) {
+        sigmoid_sums<true, false>(tile, samples, width, a, b, out, c);
+      } else {
+        sigmoid_sums<false, false>(tile, samples, width, a, b, out, c);
+      }
       for (int64_t i = 0; i < width; ++i) out[i] = (a[i] + log(out[i])) - (b[i] + log(c[i]));
       return;
     case Aggregation::vote:
@@ -301,19 +382,7 @@ PF_INLINE void aggregate_tile_backward(Aggregation method, W* __restrict__ tile,
       }
       return;
     case Aggregation::probability:
-      log_sigmoid_sums(tile, samples, width, a, b, c, d);
-      for (int64_t i = 0; i < width; ++i) {
-        c[i] = grad[i] / c[i];
-        d[i] = grad[i] / d[i];
-      }
-      for (int64_t k = 0; k < samples; ++k) {
-        for (int64_t i = 0; i < width; ++i) {
-          const W x = tile[k * width + i];
-          const LogSigmoids<W> l = log_sigmoids(x);
-          const W yes = (x < 0 ? l.e : W(1)) / (1 + l.e), no = (x < 0 ? W(1) : l.e) / (1 + l.e);  // sigmoid(x), (-x)
-          tile[k * width + i] = exp_unit(l.yes - a[i]) * c[i] * no + exp_unit(l.no - b[i]) * d[i] * yes;
-        }
-      }
+      sigmoids_backward(tile, grad, samples, width, scratch);
       return;
     case Aggregation::vote:
       for (int64_t i = 0; i < samples * width; ++i) tile[i] = 0;

@@ -1,6 +1,7 @@
 #include "../core/aggregate.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common.h"
 
@@ -9,18 +10,42 @@ namespace {
 
 constexpr int64_t lanes = 16, tile_width = 128;
 
+// Copies a row of `classes` numbers. A loop of unknown length costs more than a few copies: where `more` is true, 16
+// numbers are copied at once, of which there are at least as many in both places.
+template <class T>
+PF_INLINE void copy_row(const T* from, T* to, int64_t classes, bool more) {
+  if (more) {
+    T row[lanes];
+    for (int64_t c = 0; c < lanes; ++c) row[c] = from[c];
+    for (int64_t c = 0; c < lanes; ++c) to[c] = row[c];
+  } else {
+    for (int64_t c = 0; c < classes; ++c) to[c] = from[c];
+  }
+}
+// Whether rows of sample k may be copied with what follows them in their image, which is copied later.
+PF_INLINE bool room_behind(int64_t k, int64_t samples, int64_t classes) {
+  return classes < lanes && (samples - k) * classes >= lanes;
+}
+
 // Logits [images][samples][classes] <-> a tile [samples][width], width >= images * classes; the rest is 0. 16-bit
-// numbers of several images are gathered first, so that they are converted in one long loop.
+// numbers of several images are gathered first, so that they are converted in one long loop. Behind the tile there is
+// another row of scratch memory.
 template <class T, class W>
 PF_INLINE void to_tile(const T* __restrict__ logits, W* __restrict__ tile, int64_t images, int64_t samples,
                        int64_t classes, int64_t width) {
   const bool gather = sizeof(T) == 2 && images > 1;
-  T gathered[tile_width] = {};
+  T gathered[tile_width + lanes] = {};
   for (int64_t k = 0; k < samples; ++k, tile += width) {
+    const bool more = room_behind(k, samples, classes);
     for (int64_t b = 0; b < images; ++b) {
       const T* from = logits + (b * samples + k) * classes;
-      for (int64_t c = 0; gather && c < classes; ++c) gathered[b * classes + c] = from[c];
-      for (int64_t c = 0; !gather && c < classes; ++c) tile[b * classes + c] = load(from[c]);
+      if constexpr (std::is_same_v<T, W>) {
+        copy_row(from, tile + b * classes, classes, more);
+      } else if (gather) {
+        copy_row(from, gathered + b * classes, classes, more);
+      } else {
+        for (int64_t c = 0; c < classes; ++c) tile[b * classes + c] = load(from[c]);
+      }
     }
     for (int64_t i = 0; gather && i < width; ++i) tile[i] = load(gathered[i]);
     for (int64_t i = images * classes; i < width; ++i) tile[i] = 0;
@@ -30,13 +55,19 @@ template <class T, class W>
 PF_INLINE void from_tile(const W* __restrict__ tile, T* __restrict__ out, int64_t images, int64_t samples,
                          int64_t classes, int64_t width) {
   const bool gather = sizeof(T) == 2 && images > 1;
-  T gathered[tile_width];
+  T gathered[tile_width + lanes];
   for (int64_t k = 0; k < samples; ++k, tile += width) {
+    const bool more = room_behind(k, samples, classes);
     for (int64_t i = 0; gather && i < width; ++i) store(gathered[i], tile[i]);
     for (int64_t b = 0; b < images; ++b) {
       T* to = out + (b * samples + k) * classes;
-      for (int64_t c = 0; gather && c < classes; ++c) to[c] = gathered[b * classes + c];
-      for (int64_t c = 0; !gather && c < classes; ++c) store(to[c], tile[b * classes + c]);
+      if constexpr (std::is_same_v<T, W>) {
+        copy_row(tile + b * classes, to, classes, more);
+      } else if (gather) {
+        copy_row(gathered + b * classes, to, classes, more);
+      } else {
+        for (int64_t c = 0; c < classes; ++c) store(to[c], tile[b * classes + c]);
+      }
     }
   }
 }

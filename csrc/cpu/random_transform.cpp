@@ -74,16 +74,29 @@ struct Forward {
   const Job& job;
   const In* images;
   Out* packed;
+  bool streams;  // the result, which is contiguous, is too large for the caches
 
   // What one thread needs beside it.
   struct Scratch {
     explicit Scratch(const Job& job)
-        : noise(job), exact(job.most_pixels()), rounded(job.most_pixels()), owner(job.most_pixels()) {}
+        : noise(job),
+          exact(job.most_pixels()),
+          rounded(job.most_pixels()),
+          owner(job.most_pixels()),
+          staged(job.most_pixels()) {}
     Noise noise;
     std::vector<W> exact;
-    std::vector<U> rounded, owner;
+    std::vector<U> rounded, owner, staged;
     std::vector<Run> runs;
   };
+
+  // Calls write(to) for n pixels of a pass, or has them written to the cache and copied past it.
+  template <class Write>
+  void put(U* to, int64_t n, Scratch& scratch, Write write) const {
+    if (!streams) return write(to);
+    write(scratch.staged.data());
+    stream(to, scratch.staged.data(), n * static_cast<int64_t>(sizeof(U)));
+  }
 
   U* bits(int64_t at) const { return reinterpret_cast<U*>(packed) + at; }
 
@@ -114,15 +127,16 @@ struct Forward {
                 static_cast<W>(job.sigma), strip, scratch.exact.data());
       round_to(Out{}, scratch.exact.data(), scratch.rounded.data(), n);
       for (int64_t i = 0; i < job.passes; ++i) {
-        hide(scratch.rounded.data(), owner, static_cast<U>(job.first_pass + i),
-             bits(corner + i * job.pass_stride() + c * channel_stride), stride, n);
+        put(bits(corner + i * job.pass_stride() + c * channel_stride), n, scratch,
+            [&](U* to) { hide(scratch.rounded.data(), owner, static_cast<U>(job.first_pass + i), to, stride, n); });
       }
     }
     const U one = bits_of_one<Out>();
     for (int64_t i = 0; i < job.passes; ++i) {
       U* ones = bits(corner + i * job.pass_stride() + job.images.channels * channel_stride);
-      mark(one, one, owner, U(0), ones, stride, n);
-      mark(U(0), one, owner, static_cast<U>(job.first_pass + i), ones + channel_stride, stride, n);
+      put(ones, n, scratch, [&](U* to) { mark(one, one, owner, U(0), to, stride, n); });
+      put(ones + channel_stride, n, scratch,
+          [&](U* to) { mark(U(0), one, owner, static_cast<U>(job.first_pass + i), to, stride, n); });
     }
   }
 
@@ -137,6 +151,7 @@ struct Forward {
         }
       }
     });
+    if (streams) streamed();
   }
 };
 
@@ -170,7 +185,9 @@ std::tuple<Tensor, Tensor> random_transform(Tensor x, Tensor seed, Tensor sample
   const int64_t cost = samples * images.width * (8 * images.channels + job.passes * job.planes());
   dispatch(x.scalar_type(), "random_transform", [&](auto in) {
     dispatch(dtype, "random_transform", [&](auto out) {
-      const Forward<decltype(in), decltype(out)> forward{job, data<decltype(in)>(x), writable<decltype(out)>(packed)};
+      using Out = decltype(out);
+      const bool streams = !channels_last && packed.numel() * static_cast<int64_t>(sizeof(Out)) >= streamed_bytes;
+      const Forward<decltype(in), Out> forward{job, data<decltype(in)>(x), writable<Out>(packed), streams};
       parallel_rows(images.batch * images.height, cost, [&](int64_t begin, int64_t end) { forward.rows(begin, end); });
     });
   });

@@ -49,6 +49,50 @@ def is_named(classifier: str) -> bool:
     return ":" in classifier and zoo_name(classifier) is None and not Path(classifier).exists()
 
 
+def own_model(spec: str, images: DataSet) -> nn.Module:
+    """What a function of the user's own returns, on the images' device, if it maps them to logits.
+
+    Args:
+        spec: ``package.module:function`` or ``path/to/file.py:function``.
+        images: what it is to be attacked on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ModuleNotFoundError: the module is not installed.
+        ValueError: no function that returns a module, or one that does not run on the images.
+    """
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    from ..attacks import frozen
+    from ..data import to_float
+    from ..evaluation.outputs import returning_logits
+    from ..models.foreign import LIBRARIES
+    from ..models.own import made_by
+
+    if spec.partition(":")[0] in LIBRARIES:
+        raise ValueError(
+            f"{spec} has fresh weights, which are not worth an attack: train it by `train classifier --model {spec}` "
+            "and evaluate that folder, or name a function of yours that loads its weights, as module:function"
+        )
+    model = made_by(spec).to(images.y_test.device)
+    some = to_float(images.x_test[:2])
+    try:
+        with frozen(model):
+            returning_logits(model, some)
+    except Exception as error:
+        raise ValueError(f"{spec} does not run on images {list(some.shape[1:])} of {images.name}: {error}") from error
+    return model
+
+
+def own_name(spec: str) -> str:
+    """How a model of the user's own is called in a report and in a folder's name, such as ``defences.make``.
+
+    Args:
+        spec: ``package.module:function`` or ``path/to/file.py:function``.
+    """
+    place, _, name = spec.rpartition(":")
+    return f"{Path(place).stem if place.endswith('.py') else place}.{name}"
+
+
 def fresh_classifier(model: str, images: DataSet, *, width: int | None = None, depth: int | None = None) -> nn.Module:
     """A classifier with fresh weights for the images, on their device.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import tyro
 
-from .classifiers import refuse_other_images, saved_folder, zoo_name
+from .classifiers import is_named, own_model, own_name, refuse_other_images, saved_folder, zoo_name
 from .config_file import ball_of_run, write_run_file
 from .data_args import DataCommand
 from .option_types import check_radius
@@ -26,12 +27,17 @@ Published = Literal["cifar10", "cifar100", "tiny_imagenet"]
 
 @dataclass(frozen=True)
 class Evaluate(DataCommand):
-    """Attack a saved classifier or defence on held-out images; writes a report with pictures beside it. Resumes."""
+    """Attack a saved classifier or defence, or a model of your own; writes a report with pictures. Resumes.
+
+    It is attacked on held-out images. Of your own is a module that a function of yours returns.
+    """
 
     called: ClassVar[str] = "evaluate"
 
     folder: tyro.conf.Positional[Path] = Path("runs/carso")
-    """What to attack: a folder that one of the `train` commands wrote, or zoo:NAME, which comes with the package."""
+    """What to attack: a folder that one of the `train` commands wrote; zoo:NAME, which comes with the package; or
+    package.module:function or path/to/file.py:function, a function of yours without arguments that returns a module
+    from images in [0, 1] to logits. That code is imported and run."""
     official: Path | None = None
     """A folder with the weights that CARSO's authors published, in FOLDER's place: the three .safetensors files of the
     purifier, and the file of its classifier. It needs --preset."""
@@ -41,7 +47,7 @@ class Evaluate(DataCommand):
     """The classifier's file, if it is not in the folder --official; .safetensors, or a .pt of which only tensors are
     read."""
     eps: float | None = None
-    """Radius in image units, such as 8/255; default: what FOLDER was trained at."""
+    """Radius in image units, such as 8/255; default: what FOLDER was trained at. Of your own model it must be given."""
     norm: Literal["linf", "l2", "l1"] | None = None
     """Norm of the ball; default: what FOLDER was trained at, or linf if eps is given."""
     protocol: Literal["fast", "standard", "rand", "strong", "official"] | None = None
@@ -49,7 +55,8 @@ class Evaluate(DataCommand):
     its version for random defences; strong, what a careful attacker would do; official, AutoAttack itself. Default: the
     list that --also and --autoattack describe."""
     images: int = 500
-    """Held-out images to attack: so many, chosen by the seed, equally many of every class up to one."""
+    """Held-out images to attack: so many, chosen by the seed, equally many of every class up to one; all of them where
+    there are fewer."""
     steps: int = 100
     """Steps of PGD and APGD."""
     eot_iter: int = 5
@@ -78,7 +85,8 @@ class Evaluate(DataCommand):
     """tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a slightly
     different function: images are rounded to 8 bits."""
     out: Path | None = None
-    """Where the report goes; default: FOLDER/evaluation, of a model of the zoo runs/zoo/NAME/evaluation."""
+    """Where the report goes; default: FOLDER/evaluation, of a model of the zoo runs/zoo/NAME/evaluation, of your own
+    model runs/own/MODULE.FUNCTION/evaluation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,11 +108,19 @@ class Evaluate(DataCommand):
         """The folder of what is attacked."""
         return self.folder if self.official is None else self.official
 
+    @property
+    def own(self) -> str | None:
+        """The place of the user's function that makes the model; None for everything else."""
+        given = str(self.folder)
+        return given if self.official is None and is_named(given) else None
+
     def writes(self) -> Path:
         if self.out is not None:
             return self.out
         if self.official is not None:
             return self.official / "evaluation"
+        if self.own is not None:
+            return Path("runs/own") / own_name(self.own) / "evaluation"
         name = zoo_name(self.folder)
         # the folder of a model of the zoo belongs to the installed package
         return (self.folder if name is None else Path("runs/zoo") / name) / "evaluation"
@@ -113,6 +129,8 @@ class Evaluate(DataCommand):
         """The radius and the norm to attack with."""
         if self.eps is not None:
             return self.eps, self.norm or "linf"
+        if self.own is not None:
+            raise ValueError(f"--eps must be given, such as --eps 8/255: {self.own} does not say what it is for")
         name = zoo_name(self.folder)
         found: tuple[float, str] | None
         if self.preset is not None:
@@ -151,7 +169,7 @@ class Evaluate(DataCommand):
         """How the model is called in the report."""
         if self.preset is not None:
             return f"CARSO as published, {self.preset}"
-        return zoo_name(self.folder) or self.folder.name
+        return zoo_name(self.folder) or (self.folder.name if self.own is None else own_name(self.own))
 
     def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
         """What is attacked, and the classifier without its defence, if it is one."""
@@ -165,6 +183,10 @@ class Evaluate(DataCommand):
             published = load_published(self.preset, self.official, self.classifier_weights).to(device)
             refuse_other_images(published, images, f"the system in {self.official}")
             return published, published.classifier
+        if self.own is not None:
+            return own_model(self.own, images), None
+        if self.folder.suffix == ".py":
+            raise ValueError(f"{self.folder}: name the function that returns the model too, as {self.folder}:function")
         folder = saved_folder(self.folder)
         if is_classifier(folder):
             model, base = load_classifier(folder).to(device), None
@@ -181,16 +203,18 @@ class Evaluate(DataCommand):
 
         if self.images < 1:
             raise ValueError(f"images must be at least 1, got {self.images}")
-        if self.images >= len(images.y_test):
-            return images.x_test[:], images.y_test, []
+        count = len(images.y_test)
+        if self.images >= count:
+            fewer = f": --images {self.images} asks for more than there are" if self.images > count else ""
+            return images.x_test[:], images.y_test, [f"all {count} held-out images{fewer}"]
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             found = balanced_subset(
                 images.x_test, images.y_test, self.images, self.seed, num_classes=images.num_classes
             )
         notes = [
-            f"{len(found.y)} of the {len(images.y_test)} held-out images, chosen by the seed {self.seed}, equally many "
-            "of every class up to one"
+            f"{len(found.y)} of the {count} held-out images, chosen by the seed {self.seed}, equally many of every "
+            "class up to one"
         ]
         return found.x, found.y, notes + [str(warning.message) for warning in told]
 
@@ -236,11 +260,14 @@ class Evaluate(DataCommand):
             raise ValueError(f"--also lee_kim_2023 is an L-inf attack at the radius --eps: not with --norm {norm}")
         if self.precision == "bfloat16":
             if not isinstance(model, Defence):
-                raise ValueError(f"precision bfloat16 is for defences; {self.folder} holds a classifier")
+                raise ValueError(f"precision bfloat16 is for defences of this package; {self.folder} is none")
             model.accelerate(torch.bfloat16)
         attacks = None if self.protocol is not None else self.listed(base, eps)
         out = self.writes()
         x, y, notes = self.chosen(images)
+        if self.images > len(y):
+            # at once, and in the report: an evaluation may take hours
+            print(f"purify-fast: {notes[0]}", file=sys.stderr)
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(
                 model,

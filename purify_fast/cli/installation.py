@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.metadata
 import json
 import os
 import platform
+import sys
 import textwrap
 from pathlib import Path
 
@@ -167,11 +169,38 @@ def _raced(kind: str) -> str:
     )
 
 
+def other_copies() -> list[Path]:
+    """The folders of other copies of the package that Python would find if it were not for this one."""
+    this = Path(__file__).resolve().parents[1]
+    # an editable installation has a finder of its own
+    finders = [finder for finder in sys.meta_path if finder is not importlib.machinery.PathFinder]
+    specs = [finder.find_spec("purify_fast", None) for finder in finders]
+    specs += [importlib.machinery.PathFinder.find_spec("purify_fast", [entry or os.getcwd()]) for entry in sys.path]
+    folders = [Path(spec.origin).resolve().parent for spec in specs if spec is not None and spec.origin is not None]
+    return [folder for folder in dict.fromkeys(folders) if folder != this]
+
+
+def copy() -> str:
+    """Where the copy is that this describes, and which others it hides."""
+    this = Path(__file__).resolve().parents[1]
+    hidden = other_copies()
+    if not hidden:
+        return str(this)
+    others = ", ".join(map(str, hidden))
+    if this.parent == Path.cwd():
+        return (
+            f"{this}, because it is in the current folder, where `python -m` looks first. It hides the copy in "
+            f"{others}: run `purify-fast info`, or start in another folder, to hear of that one"
+        )
+    return f"{this}. It comes first on Python's path (sys.path), and hides the copy in {others}"
+
+
 def report() -> str:
     """Versions, machine, build, environment, and the table op x backend, as text."""
     threads = torch.get_num_threads()
     head = [
-        ("purify_fast", f"{__version__}, {Path(__file__).parents[1]}"),
+        ("purify_fast", __version__),
+        ("this copy", copy()),
         ("python", platform.python_version()),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"),
         ("triton", _version("triton")),
@@ -213,6 +242,7 @@ def summary() -> str:
     threads = torch.get_num_threads()
     head = [
         ("purify_fast", f"{__version__}, with PyTorch {torch.__version__} and Python {platform.python_version()}"),
+        ("this copy", copy()),
         ("CPU", f"{_cpu()}; {threads} thread{'s' if threads != 1 else ''}"),
         ("GPU", _gpu()),
         ("extension", extension),

@@ -7,12 +7,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
 import pickle
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 
 from .._files import check_shapes
 from .layers import Normalize
+from .own import made_by
 
 LIBRARIES = ("torchvision", "timm")
 FORMS = "torchvision:NAME, timm:NAME or package.module:function"
@@ -208,28 +206,8 @@ def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...]
     return Path(found), config.num_classes, tuple(config.mean), tuple(config.std)
 
 
-@contextlib.contextmanager
-def _working_folder_first() -> Iterator[None]:
-    """Modules beside the user are found too, as by ``python -m``."""
-    sys.path.insert(0, os.getcwd())
-    try:
-        yield
-    finally:
-        sys.path.pop(0)
-
-
 def _called(spec: str) -> nn.Module:
-    module, _, name = spec.partition(":")
+    module, _, name = spec.rpartition(":")
     if not module or not name:
         raise ValueError(f"a classifier by name is {FORMS}, got {spec!r}")
-    try:
-        with _working_folder_first():
-            found = importlib.import_module(module)
-    except ImportError as error:
-        raise ModuleNotFoundError(f"{spec}: {error}") from error
-    if not callable(vars(found).get(name)):
-        raise ValueError(f"{spec}: {module} ({found.__file__}) has no function or class {name!r}")
-    made = vars(found)[name]()
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"{spec} must return a torch.nn.Module, it returned a {type(made).__name__}")
-    return made
+    return made_by(spec)

@@ -22,7 +22,7 @@ from purify_fast.training import Batch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import studies  # noqa: E402
+from benchmarks import pages, studies  # noqa: E402
 from benchmarks.studies import RESULT, Job, cifar10, cifar10_ahead, cifar10_models, trades  # noqa: E402
 from benchmarks.studies import cifar10_budget as names  # noqa: E402
 
@@ -182,7 +182,7 @@ COSTS = {"parameters": 7e5, "inference_gflop": 0.07, "training_gflop": 1.5, "min
 
 
 def test_the_table_is_what_the_jobs_found(tmp_path):
-    root, results = tmp_path / "runs", tmp_path / "results"
+    root, results = tmp_path / "runs", tmp_path / "results" / "studies"
     for number, name in enumerate(names.rows(BUDGET)):
         fact(root, name, **COSTS, weight=5.0, angle=10.0)
         judged(root, name, number)
@@ -204,6 +204,9 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     assert "| PGD-AT | 2 | 100.0 | 50.0 | 25.0 |" in page
     assert "arXiv 2402.02263 | 70.0 | 30.0 **unreliable** |" in page
     assert "Not judged yet: best candidate." in page
+    # pages quote single numbers; of two seeds the mean
+    assert pages.value("cifar10", names.LARGE, "fast", tmp_path / "results") == "50.0"
+    assert pages.value("cifar10", names.BASE, "clean", tmp_path / "results") == "89.0"
     assert (results / "cifar10" / "tradeoff.png").is_file()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import purify_fast
 from purify_fast import __version__, _library
 from purify_fast.cli import installation
 from purify_fast.ops import REGISTRY, _verdicts, _verify, use_backend
@@ -104,3 +106,39 @@ def test_the_short_answer_names_wrong_kernels(monkeypatch):
     found["stitch"] = dataclasses.replace(found["stitch"], passed=False)
     monkeypatch.setattr(installation, "kept_verdicts", lambda device: found)
     assert "WRONG here, and therefore not used: stitch; please report it" in " ".join(installation.summary().split())
+
+
+def test_the_copy_that_is_described_is_named(tmp_path, monkeypatch):
+    """`python -m` looks in the current folder first: in a clone it describes the clone, and not what is installed."""
+    this, installed = Path(purify_fast.__file__).resolve().parent, tmp_path.resolve() / "purify_fast"
+    installed.mkdir()
+    (installed / "__init__.py").write_text("")
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path)])
+    monkeypatch.chdir(this.parent)
+    text = " ".join(installation.summary().split())
+    assert f"this copy {this}, because it is in the current folder, where `python -m` looks first. It hides the" in text
+    assert str(installed) in text and "start in another folder, to hear of that one" in text
+    monkeypatch.setattr(sys, "path", [str(this.parent), str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    text = " ".join(installation.report().split())
+    assert f"this copy {this}. It comes first on Python's path (sys.path), and hides the copy in" in text
+    assert str(installed) in text
+
+
+def test_an_editable_installation_is_found(tmp_path, monkeypatch):
+    """It has a finder of its own, and no place on Python's path."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            return importlib.machinery.ModuleSpec(name, None, origin=str(tmp_path / "purify_fast" / "__init__.py"))
+
+    monkeypatch.setattr(sys, "meta_path", [Finder])
+    assert installation.other_copies() == [tmp_path.resolve() / "purify_fast"]
+
+
+def test_one_copy_is_named_alone(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(Path(purify_fast.__file__).parents[1])])
+    monkeypatch.setattr(sys, "meta_path", [])
+    assert installation.copy() == str(Path(purify_fast.__file__).resolve().parent)
+    assert installation.copy() in installation.report()

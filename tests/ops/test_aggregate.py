@@ -199,6 +199,32 @@ def test_batch_split_changes_nothing(backend, method):
     assert torch.equal(torch.cat([aggregate(part, method) for part in logits.split(2)]), whole)
 
 
+def test_sigmoids_of_any_size_keep_their_digits_and_leave_their_neighbours_alone(backend):
+    """A batch whose images need another number subtracted each; what is beside an image must not change its bits."""
+    logits = random(7, 8, 10, dtype=torch.float32)
+    logits[1] += 300
+    logits[2] -= 300
+    logits[3] -= 60
+    logits[4, :, 3] += 45
+    logits[5, 2] -= 500
+
+    def both(x):
+        x = x.clone().requires_grad_()
+        out = aggregate(x, "mean_sigmoid")
+        weights = torch.linspace(0.5, 1.5, out.shape[1], dtype=out.dtype)
+        return out.detach(), torch.autograd.grad((out * weights).sum(), x)[0]
+
+    value, gradient = both(logits)
+    wanted = op.reference(logits.double(), op.METHODS.index("mean_sigmoid"))
+    torch.testing.assert_close(value.double(), wanted, rtol=2e-6, atol=2e-6)
+    with use_backend("reference"):
+        slopes = both(logits.double())[1]
+    torch.testing.assert_close(gradient.double(), slopes, rtol=2e-5, atol=1e-9)
+    for i in range(len(logits)):
+        alone = both(logits[i : i + 1])
+        assert torch.equal(alone[0], value[i : i + 1]) and torch.equal(alone[1], gradient[i : i + 1])
+
+
 @pytest.mark.parametrize("method", op.METHODS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_logits_are_not_hidden(backend, method, value):

@@ -303,6 +303,21 @@ def test_batch_split_order_and_draws_change_nothing(backend, num_passes, shared)
     assert (whole[1] == whole[1][:, :1]).all() == shared
 
 
+def test_a_result_too_large_for_the_caches_is_that_of_its_images():
+    """The CPU kernel writes more than 32 MiB past the caches; here no plane begins at a multiple of 16 bytes."""
+    x = torch.rand(6, 3, 255, 255, generator=torch.Generator().manual_seed(0))
+    seed, ids = torch.tensor([7]), torch.arange(6)
+
+    def made(rows):
+        return random_transform(x[rows], seed, ids[rows], sigma=0.25, block=51, num_passes=5)
+
+    whole, owners = made(slice(None))
+    assert whole.numel() * whole.element_size() > 32 << 20
+    for i in range(len(x)):
+        packed, owner = made(slice(i, i + 1))
+        assert torch.equal(whole[5 * i : 5 * i + 5], packed) and torch.equal(owners[:, i : i + 1], owner)
+
+
 @pytest.mark.parametrize("block", [4, 32])
 def test_without_noise(backend, block):
     side = 2 * block

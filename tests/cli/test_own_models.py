@@ -1,0 +1,154 @@
+"""`purify-fast evaluate` of a function of the user's own, how many images it takes, and a radius of 0."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from purify_fast.cli.evaluate import Evaluate
+from purify_fast.models.own import made_by
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MINE = """
+import beside
+import torch
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = torch.nn.Parameter(torch.tensor(beside.SIZE))
+
+    def forward(self, x):
+        halves = torch.stack([x[:, 0, :8].mean((1, 2)), x[:, 0, 8:].mean((1, 2))], 1)
+        return self.rows * halves
+
+
+def make():
+    return Net()
+
+
+def broken():
+    return Net(3)
+
+
+def of_colors():
+    return torch.nn.Conv2d(3, 2, 3)
+
+
+def nothing():
+    return 3
+
+
+ready = Net()
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with a file of the user's own, and a module beside it."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "my_defence.py").write_text(MINE)
+    (folder / "beside.py").write_text("SIZE = 9.0\n")
+    (folder / "odd.py").write_text("def make(:\n")
+    (folder / "needs.py").write_text("import no_such_package\n")
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    yield folder
+    assert sys.path == path
+    for name in ("my_defence", "own_my_defence", "beside", "code.my_defence"):
+        sys.modules.pop(name, None)
+
+
+def test_a_file_of_the_users_own_is_evaluated(run, bars, mine, monkeypatch):
+    # drawing takes seconds
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    few = ["--data", bars, "--device", "cpu", "--steps", "2", "--autoattack", "0", "--images", "100000"]
+    code, printed = run("evaluate", "code/my_defence.py:make", *few, "--eps", "0.1")
+    out = mine.parent / "runs/own/my_defence.make/evaluation"
+    assert code == 0 and (out / "report.html").is_file() and (out / "run.yaml").is_file(), printed
+    report = json.loads((out / "report.json").read_text())
+    assert report["rows"][0]["model"] == "my_defence.make" and report["rows"][0]["accuracy"] == 1.0
+    # there are fewer images than were asked for: told at once, and in the report
+    said = "all 8 held-out images: --images 100000 asks for more than there are"
+    assert printed.startswith(f"purify-fast: {said}") and said in report["notes"]
+    # the same command by its file, in which finished rows are used again
+    code, printed = run("evaluate", "--config", out / "run.yaml")
+    assert code == 0 and "kept by an earlier run" in printed
+
+
+@pytest.mark.parametrize("spec", ["my_defence:make", "my_defence:Net", "my_defence:ready", "../code/my_defence.py:Net"])
+def test_every_form_is_found(bars, mine, monkeypatch, spec):
+    monkeypatch.chdir(mine)
+    command = Evaluate(data=bars, device="cpu", folder=Path(spec))
+    images = command.load_data()
+    model, base = command.loaded(images)
+    assert (model(images.x_test[:].float() / 255).argmax(1) == images.y_test).all() and base is None
+    assert command.title() == f"my_defence.{spec.rpartition(':')[2]}"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("code/missing.py:make", "code/missing.py:make: there is no file code/missing.py"),
+        ("no_such_module:make", "no_such_module:make: No module named 'no_such_module'"),
+        ("code/needs.py:make", "code/needs.py:make: No module named 'no_such_package'"),
+        ("code/odd.py:make", "code/odd.py cannot be imported: SyntaxError: invalid syntax"),
+        ("code/my_defence.py:mak", "has no function or class 'mak'; near: make"),
+        ("code/my_defence.py:number", "must be a function or class, it is a int, which cannot be called"),
+        ("code/my_defence.py:nothing", "code/my_defence.py:nothing must return a torch.nn.Module, it returned a int"),
+        ("code/my_defence.py:broken", "must work without arguments, but it failed: TypeError: Net.__init__() takes 1"),
+        ("code/my_defence.py:of_colors", "of_colors does not run on images [1, 16, 16] of bars: "),
+        ("code/my_defence.py", "name the function that returns the model too, as code/my_defence.py:function"),
+        ("code/my_defence.py:", "a model of your own is package.module:function or path/to/file.py:function"),
+        ("torchvision:resnet18", "torchvision:resnet18 has fresh weights, which are not worth an attack"),
+    ],
+)
+def test_what_cannot_be_evaluated(run, bars, mine, spec, message):
+    code, printed = run("evaluate", spec, "--data", bars, "--device", "cpu", "--eps", "0.1")
+    assert code == 2 and message in printed and "Traceback" not in printed, printed
+    assert not (mine.parent / "runs").exists()
+
+
+def test_a_radius_must_be_given(run, bars, mine):
+    code, printed = run("evaluate", "code/my_defence.py:make", "--data", bars, "--device", "cpu")
+    assert code == 2 and "--eps must be given, such as --eps 8/255: code/my_defence.py:make does not say" in printed
+
+
+def test_a_file_hides_no_other_module(mine):
+    (mine / "json.py").write_text("import torch\n\n\ndef make():\n    return torch.nn.Identity()\n")
+    before = sys.modules["json"]
+    assert isinstance(made_by("code/json.py:make"), torch.nn.Identity) and sys.modules["json"] is before
+    sys.modules.pop("own_json")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--eps", "0"], "--eps must be above 0, got 0: no image could be moved. Give a radius, such as 8/255"),
+        (["--eps", "0/255"], "--eps must be above 0"),
+        (["--also", "l2", "--l2-eps", "0"], "--l2-eps must be above 0, got 0"),
+    ],
+)
+def test_a_radius_of_0_is_refused(run, words, message):
+    code, printed = run("evaluate", "zoo:digits-pgd-at", *words)
+    assert code == 2 and message in printed
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (100000, "all 8 held-out images: --images 100000 asks for more than there are"),
+        (8, "all 8 held-out images"),
+        (4, "4 of the 8 held-out images, chosen by the seed 0, equally many of every class up to one"),
+    ],
+)
+def test_it_is_told_how_many_images_there_are(bars, count, said):
+    command = Evaluate(data=bars, device="cpu", images=count)
+    x, y, notes = command.chosen(command.load_data())
+    assert notes == [said] and len(x) == len(y) == min(count, 8)
