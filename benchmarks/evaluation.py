@@ -45,6 +45,9 @@ MODELS = Path("runs/demo")
 FILE, TABLE = "evaluation.json", "evaluation.md"
 OFFICIAL, OURS, FAST = "AutoAttack", "standard", "fast"
 OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
+#: Steps of a shorter run against a random model, of as many draws each.
+SHORT_STEPS = 60
+SHORT_RAND = f"rand, {SHORT_STEPS} steps"
 #: Draws by which the images of a random model are judged, and those that the attacks average.
 JUDGES, DRAWS = 20, 20
 #: Images that are attacked together, the official implementation's own number.
@@ -162,9 +165,16 @@ STANDARD_CONTESTANTS: dict[str, Contestant] = {
         lambda amount: [APGD(steps=amount.fast_steps), APGD(loss="dlr_targeted", steps=amount.steps)],
     ),
 }
+
+
+def _rand(steps: int) -> list[Attack]:
+    return [APGD(steps=steps), APGD(loss="dlr", steps=steps)]
+
+
 RAND_CONTESTANTS: dict[str, Contestant] = {
     OFFICIAL_RAND: official("rand"),
-    OURS_RAND: in_turn(lambda amount: [APGD(steps=amount.steps), APGD(loss="dlr", steps=amount.steps)]),
+    OURS_RAND: in_turn(lambda amount: _rand(amount.steps)),
+    SHORT_RAND: in_turn(lambda amount: _rand(min(amount.steps, SHORT_STEPS))),
 }
 
 

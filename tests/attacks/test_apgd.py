@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from purify_fast.attacks import Ball, GradientHealth, apgd, cross_entropy, dlr, dlr_targeted, pgd
 from purify_fast.attacks.draws import Objective
 from purify_fast.attacks.engine import auto_pgd
-from purify_fast.attacks.engine.active_set import ActiveSet
+from purify_fast.attacks.engine.active_set import ActiveSet, is_costly
 from purify_fast.attacks.engine.buckets import bucket
 from purify_fast.attacks.engine.judge import Judge
 from purify_fast.attacks.engine.step_size import Schedule, checkpoints
@@ -231,13 +231,19 @@ def test_under_many_draws_nothing_that_has_fallen_is_attacked_further():
     assert sum(images[-20 * passes :]) == 20 * stood and 24 < stood < 40
 
 
+def test_which_images_are_costly():
+    small, large = nn.Linear(10, 10), nn.Linear(1000, 1000)
+    assert [is_costly(Judge(model)) for model in (small, large, small.forward)] == [False, True, False]
+    assert is_costly(Judge(small, draws=4)) and not is_costly(Judge(small, draws=3))
+
+
 @pytest.mark.parametrize("kind, want", [("cpu", 4), ("cuda", 2)])
 def test_the_sizes_are_few_and_close(kind, want):
     sizes = [bucket(n, torch.device(kind)) for n in range(1, 1025)]
     assert sizes == sorted(sizes) and all(n <= size <= n * (1 + 1 / want) for n, size in enumerate(sizes, 1))
     assert len({size for size in sizes if 512 <= size < 1024}) == want
-    # an image more under many draws costs a CPU more than a new size
-    many = [bucket(n, torch.device(kind), 20) for n in range(1, 1025)]
+    # a costly image more costs a CPU more than a new size
+    many = [bucket(n, torch.device(kind), costly=True) for n in range(1, 1025)]
     assert many == (list(range(1, 1025)) if kind == "cpu" else sizes)
 
 

@@ -58,15 +58,16 @@ def contests(monkeypatch):
 def test_contests_are_kept_and_the_table_says_what_was_found(contests, tmp_path, capsys):
     program.main(["evaluation", "--quick", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / evaluation.FILE).read_text())
-    assert [row["contestant"] for row in rows] == ["AutoAttack", "standard", "fast", "AutoAttack rand", "rand"]
+    quiet, random = ["AutoAttack", "standard", "fast"], ["AutoAttack rand", "rand", "rand, 60 steps"]
+    assert [row["contestant"] for row in rows] == quiet + random
     assert contests == [False, True] and {row["images"] for row in rows} == {4}
     assert all(0 <= row["robust"] <= row["clean"] <= 100 and len(row["seconds"]) == 1 for row in rows)
-    assert [row["error"] > 0 for row in rows] == [False, False, False, True, True]
+    assert [row["error"] > 0 for row in rows] == [False, False, False, True, True, True]
     lines = (tmp_path / evaluation.TABLE).read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
     heads = next(line for line in lines if line.startswith("|")).strip("|").split("|")
     assert {len(line) for line in cells} == {len(heads)} == {9}
-    assert len(cells) == 5 and cells[0][:4] == ["plain", "4", f"{rows[0]['clean']:.1f}", "AutoAttack"]
+    assert len(cells) == 6 and cells[0][:4] == ["plain", "4", f"{rows[0]['clean']:.1f}", "AutoAttack"]
     assert cells[1][3] == "**standard**" and float(cells[1][5]) == pytest.approx(
         rows[1]["robust"] - rows[0]["robust"], abs=0.06
     )
@@ -77,7 +78,7 @@ def test_contests_are_kept_and_the_table_says_what_was_found(contests, tmp_path,
     program.main(["evaluation", "noisy", "--quick", "--images", "3", "--out", str(tmp_path)])
     assert contests == [False, True, True]
     again = json.loads((tmp_path / evaluation.FILE).read_text())
-    assert [row["images"] for row in again] == [4, 4, 4, 3, 3] and again[:3] == rows[:3]
+    assert [row["images"] for row in again] == [4, 4, 4, 3, 3, 3] and again[:3] == rows[:3]
     program.main(["evaluation", "plain", "--quick", "--redo", "--rounds", "1", "--out", str(tmp_path)])
     assert contests == [False, True, True, False]
     assert "standard leaves" in capsys.readouterr().out

@@ -7,11 +7,25 @@ restarts are tried at once. When a row's point makes its image fall, every row o
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..search import better_of
 from .buckets import bucket
+from .gradient_copy import FEWEST_WEIGHTS, matrix_weights
 from .judge import Judge
+
+#: Draws per image from which an image is costly, whatever the model.
+MANY_DRAWS = 4
+
+
+def is_costly(judge: Judge) -> bool:
+    """Whether a step of one image takes a CPU longer than to prepare for another batch size.
+
+    Args:
+        judge: of the model that is attacked.
+    """
+    large = isinstance(judge.model, nn.Module) and matrix_weights(judge.model) >= FEWEST_WEIGHTS
+    return large or judge.draws >= MANY_DRAWS
 
 
 class ActiveSet:
@@ -30,10 +44,12 @@ class ActiveSet:
         fallen: bool ``[N]``, which have fallen; none where they do not leave.
         felled_by: int64 ``[N]``, the number of the run to which an image fell; -1 where it fell to none.
         correct: bool ``[N]``, which clean images have not fallen by themselves.
+        costly: whether a batch shrinks to every size on a CPU, and not to a few sizes.
     """
 
     def __init__(self, x: Tensor, y: Tensor, judge: Judge, *, leave: bool = True):
         self.y, self.judge, self.leave = y, judge, leave
+        self.costly = is_costly(judge)
         self.found = x.clone()
         self.score = torch.full((2, len(x)), -torch.inf, device=x.device)
         self.felled_by = torch.full_like(y, -1)
@@ -91,7 +107,7 @@ class ActiveSet:
         """
         gone = self.fallen[owner]
         left = len(owner) - int(gone.sum())
-        size = bucket(left, owner.device, self.judge.draws) if left else 0
+        size = bucket(left, owner.device, self.costly) if left else 0
         if size >= len(owner):
             return None
         return gone.to(torch.int8).argsort(stable=True)[:size]
