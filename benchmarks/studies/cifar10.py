@@ -36,6 +36,7 @@ from .cifar10_budget import (
     GENERATOR,
     LARGE,
     LONG,
+    NO_EMA,
     OFFICIAL,
     PEEL,
     QUICK,
@@ -115,7 +116,9 @@ def judgings(path: str, seed: int, budget: Budget) -> list[Job]:
         return Job(name, seed, work, needs, settings | more, threads=0)  # type: ignore[arg-type]
 
     def judged(name: str) -> Job:
-        return job(judged_name(name), judge, TRAINED_AS.get(name, name), model=name)
+        # what the average brings is no question that others wait for
+        later = (LONG,) if name == NO_EMA else ()
+        return job(judged_name(name), judge, TRAINED_AS.get(name, name), *later, model=name)
 
     if seed > 0:
         return [judged(name) for name in COMPARED]
@@ -176,7 +179,7 @@ def attacked(job: Job, root: Path, name: str) -> nn.Module:
 
 
 def judge(job: Job, folder: Path, root: Path) -> dict:
-    """Clean accuracy on many images, then the protocols; CARSO's published output only through itself."""
+    """Clean accuracy on many images, then the protocols; CARSO's published output is attacked through itself alone."""
     counts: Judging = job.settings["judging"]
     name, images = job.settings["model"], images_of(job)
     if name == BEST:
@@ -187,6 +190,9 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     through = [AttackSpec(PGD(loss=loss), aggregation="peel_reference") for loss in ("ce", "dlr")]
     for protocol, count in counts.protocols().items():
         if protocol != counts.main and (name == PEEL or job.seed > 0):
+            continue
+        if protocol == "standard" != counts.main and name not in OFFICIAL:
+            # `strong` has its attacks and more; `standard` is there to be compared with the official AutoAttack
             continue
         steps = 2 * job.settings["budget"].carso_steps
         how = {"attacks": through, "steps": steps} if name == PEEL else {"protocol": protocol}

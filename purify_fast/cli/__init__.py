@@ -161,9 +161,14 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _bug() -> int:
+def _bug(error: Exception) -> int:
     """Print the traceback of an error that nobody foresaw, and how to report it; the exit status."""
     traceback.print_exc()
+    # loaded where a model of the user's own was
+    own = sys.modules.get("purify_fast.models.own")
+    if own is not None and own.is_of_own_code(error):
+        print("purify-fast: this error was raised in the code of your own model, in the lines above", file=sys.stderr)
+        return 1
     print(
         f"purify-fast: this is an error in purify_fast {__version__}, and not of your making. Please report it with "
         "the lines above, the command line and what `purify-fast info --all` prints.",
@@ -195,12 +200,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _is_memory(error):
-            return _bug()
+            return _bug(error)
         print(f"purify-fast: not enough memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}; "
               "give a smaller --batch-size, or --max-forward-batch where there is one", file=sys.stderr)  # fmt: skip
         return 2
-    except Exception:
-        return _bug()
+    except Exception as error:
+        return _bug(error)
     except KeyboardInterrupt:
         print("purify-fast: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

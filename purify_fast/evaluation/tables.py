@@ -26,7 +26,7 @@ COLUMN_LEGEND = (
     "variant: the model as it is, which is deterministic (the same answer every time) or random (drawn anew every "
     "time); or a random one with fixed noise, or with its noise off. EOT: draws averaged for each gradient. gradients: "
     "% not finite / zero / images not moved, which must be near 0. s: seconds.",
-    "The row worst counts an image only if it withstood every attack of the rows above it.",
+    "The row worst counts an image only if it withstood every attack of the rows above it, on every variant.",
 )
 UNRELIABLE_LEGEND = (
     "unreliable: the attack lacked gradients, or a sign says that it was stopped by something else than robustness. "

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+#: The modules of the user's own that were imported here, by name.
+_imported_names: set[str] = set()
 FORMS = "package.module:function or path/to/file.py:function"
 
 
@@ -36,6 +38,7 @@ def made_by(spec: str) -> nn.Module:
         raise ValueError(f"a model of your own is {FORMS}, got {spec!r}")
     with _found_beside(str(Path(place).resolve().parent) if _is_file(place) else os.getcwd()):
         module = _imported(spec, place)
+        _imported_names.add(module.__name__)
         found = _named(spec, module, name)
         if isinstance(found, nn.Module):
             return found
@@ -46,6 +49,16 @@ def made_by(spec: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise ValueError(f"{spec} must return a torch.nn.Module, it returned a {type(made).__name__}")
     return made
+
+
+def is_of_own_code(error: BaseException) -> bool:
+    """Whether an error went through code that `made_by` imported.
+
+    Args:
+        error: that was raised.
+    """
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") in _imported_names for frame, _ in frames)
 
 
 def _is_file(place: str) -> bool:

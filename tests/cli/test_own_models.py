@@ -43,6 +43,16 @@ def nothing():
     return 3
 
 
+class Tires(Net):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 5:
+            raise RuntimeError("tired")
+        return super().forward(x)
+
+
 ready = Net()
 number = 3
 """
@@ -113,6 +123,13 @@ def test_what_cannot_be_evaluated(run, bars, mine, spec, message):
     code, printed = run("evaluate", spec, "--data", bars, "--device", "cpu", "--eps", "0.1")
     assert code == 2 and message in printed and "Traceback" not in printed, printed
     assert not (mine.parent / "runs").exists()
+
+
+def test_an_error_of_the_users_own_code_is_no_error_of_the_package(run, bars, mine):
+    few = ["--data", bars, "--device", "cpu", "--steps", "9", "--autoattack", "0", "--eps", "0.1"]
+    code, printed = run("evaluate", "code/my_defence.py:Tires", *few)
+    assert code == 1 and "RuntimeError: tired" in printed and "Please report" not in printed
+    assert "this error was raised in the code of your own model" in printed
 
 
 def test_a_radius_must_be_given(run, bars, mine):

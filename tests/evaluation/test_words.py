@@ -172,7 +172,7 @@ def test_the_pictures_are_of_images_that_fell(digits, tmp_path):
         said = model(torch.from_numpy(one.adversarial)).argmax(1).numpy()
         assert np.array_equal(one.predicted, said) and (one.predicted != one.labels).all()
     lines = grid(attacked.examples, model)
-    assert lines[0][0].caption == f"clean, true class {one.labels[0]}, predicted {one.labels[0]}"
+    assert lines[0][0].caption == f"true class {one.labels[0]}, predicted {one.labels[0]}"
     assert lines[0][1].caption == f"attacked, predicted {one.predicted[0]}" and lines[0][1].right is False
     # without the model the class after the attack is known all the same
     assert grid(attacked.examples, None)[0][1].caption == lines[0][1].caption
@@ -202,7 +202,7 @@ def test_the_page_says_which_images_it_shows(fallen, said):
     assert report.row("away").robust.sum() == 12 - fallen
     page = " ".join(html_page(report, classify).split())
     assert said in page
-    assert page.count(", true class 0, predicted 0<") == (min(fallen, 8) or 8)
+    assert page.count(">true class 0, predicted 0<") == (min(fallen, 8) or 8)
 
 
 def test_pictures_that_an_earlier_version_kept_are_shown(tmp_path):

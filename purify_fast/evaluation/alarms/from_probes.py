@@ -144,7 +144,8 @@ def _missed(evidence: Evidence, alarm: str, itself: bool) -> Finding | None:
         return Finding(alarm, "not asked", "no image was left" if not p.missed else "the model has none")
     count, best = sum(found.values()), max(found, key=lambda name: found[name])
     text = (
-        f"{count} of {p.n} images withstood all attacks, but fell to {STEPS} steps of APGD by the gradients of {best}"
+        f"of {p.n} images, {count} withstood all attacks of the report, but fell to {STEPS} steps of APGD along the "
+        f"gradients of {best}"
     )
     if len(found) > 1:
         text += " and others"

@@ -105,7 +105,7 @@ def _beaten(evidence: Evidence, alarm: str, other: Callable[[Row], bool]) -> Fin
         together[: row.n] |= mask
     count = int((together & ~by_gradients).sum())
     best = max(only, key=lambda pair: pair[1])[0]
-    text = f"{count} of {full} images fell to it that withstood every attack by the model's own gradients"
+    text = f"of {full} images, {count} withstood every attack by the model's own gradients, but fell to such an attack"
     # a few images are luck
     surely = count - 1.5 * math.sqrt(count)
     verdict = "unreliable" if surely > MOST_MISSED * full else "noted" if count > 0.01 * full else "passed"

@@ -66,7 +66,7 @@ def grid(examples: Examples, defence: Classifier | None) -> list[list[Picture]]:
     lines = []
     for i, label in enumerate(labels):
         line = [
-            _classified(f"clean, true class {int(label)}", clean[i], before, i, label),
+            _classified(f"true class {int(label)}", clean[i], before, i, label),
             _classified("attacked", attacked[i], after, i, label),
             Picture(data_uri(0.5 + difference[i] / (2 * largest)), "difference"),
         ]
