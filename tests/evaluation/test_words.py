@@ -90,7 +90,7 @@ def test_every_column_is_explained_on_the_page():
             "worst: % of the images that are right in every prediction; in brackets, how many predictions each had.",
             "Of a deterministic model, which is asked once, the three are the same.",
             "EOT: draws averaged for each gradient.",
-            "The row worst counts an image only if it withstood every attack of the same threat model in the rows above it",
+            "The row worst counts an image only if it withstood every attack of the same threat model",
         ):
             assert meaning in text
     for text in forms(Report([row("clean", kind="clean")])):
