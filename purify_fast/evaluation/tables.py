@@ -156,7 +156,7 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
     """What the columns of a table of all rows mean, a paragraph each.
 
     Args:
-        rows: of the table. Without attacks it has no row worst, and nothing is said of one.
+        rows: of the table. Without attacks it has no row named worst, which is then not explained.
     """
     return [*COLUMN_LEGEND, *([WORST_LEGEND] if any(row.kind == "worst" for row in rows) else [])]
 
