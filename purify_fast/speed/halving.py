@@ -46,7 +46,9 @@ def _as_row(x: Tensor) -> Tensor:
 
 def _from_row(rows: Tensor, channels: int, width: int) -> Tensor:
     """``[B, C, H, W]``, channels_last, of ``[B, k W C, H / k, 1]``, in which k rows may stand in one pixel."""
-    return _pixels(rows).reshape(len(rows), -1, width, channels).permute(0, 3, 1, 2)
+    # told rather than inferred, because of no images nothing can be inferred
+    height = rows.shape[1] * rows.shape[2] // (width * channels)
+    return _pixels(rows).reshape(len(rows), height, width, channels).permute(0, 3, 1, 2)
 
 
 def spread_weight(weight: Tensor) -> Tensor:
@@ -194,7 +196,8 @@ class Resizing(nn.Module):
         return self.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.function is _Halve and (x.shape[2] % 2 or x.shape[3] % 2):
+        # an image without a batch goes through the layer too
+        if x.dim() != 4 or (self.function is _Halve and (x.shape[2] % 2 or x.shape[3] % 2)):
             return self.layer(x)
         with torch.autocast(x.device.type, enabled=False):
             return self.function.apply(x.to(self.dtype), self._weight, self._bias, self.spread)
@@ -245,6 +248,9 @@ class RowByRow(nn.Module):
         return self.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            # an image without a batch
+            return self.layer(x)
         width = x.shape[3]
         if width * min(self.layer.in_channels, self.layer.out_channels) > WIDEST_ROW:
             return self.layer(x)

@@ -72,6 +72,18 @@ def test_images_that_cannot_be_halved_go_through_the_layer():
     assert torch.equal(Resizing(layer, torch.float32)(x), layer(x))
 
 
+@pytest.mark.parametrize("layer", LAYERS + ROWS, ids=str)
+def test_an_image_without_a_batch_and_a_batch_without_images(layer):
+    layer = layer.float().requires_grad_(False)
+    fast = (RowByRow if layer in ROWS else Resizing)(layer, torch.float32)
+    x = torch.randn(2, layer.in_channels, 6, 10)
+    assert torch.equal(fast(x[0]), layer(x[0]))
+    none = x[:0].requires_grad_()
+    out = fast(none)
+    assert out.shape == layer(x)[:0].shape
+    assert torch.autograd.grad(out.sum(), none)[0].shape == none.shape
+
+
 def test_which_layers_it_stands_for():
     assert all(can_stand_for(layer) for layer in LAYERS)
     for layer in (
