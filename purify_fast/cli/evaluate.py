@@ -27,17 +27,14 @@ Published = Literal["cifar10", "cifar100", "tiny_imagenet"]
 
 @dataclass(frozen=True)
 class Evaluate(DataCommand):
-    """Attack a saved classifier or defence, or a model of your own; writes a report with pictures. Resumes.
-
-    It is attacked on held-out images. Of your own is a module that a function of yours returns.
-    """
+    """Attack a saved classifier or defence, or a model of your own, on held-out images; writes a report. Resumes."""
 
     called: ClassVar[str] = "evaluate"
 
     folder: tyro.conf.Positional[Path] = Path("runs/carso")
-    """What to attack: a folder that one of the `train` commands wrote; zoo:NAME, which comes with the package; or
-    package.module:function or path/to/file.py:function, a function of yours without arguments that returns a module
-    from images in [0, 1] to logits. That code is imported and run."""
+    """What to attack: a folder that one of the `train` commands wrote, or zoo:NAME, which comes with the package.
+    Or a function of yours without arguments that returns a module from images in [0, 1] to logits.
+    It is named as path/to/file.py:function or package.module:function, which is imported and run."""
     official: Path | None = None
     """A folder with the weights that CARSO's authors published, in FOLDER's place: the three .safetensors files of the
     purifier, and the file of its classifier. It needs --preset."""
@@ -55,8 +52,8 @@ class Evaluate(DataCommand):
     its version for random defences; strong, what a careful attacker would do; official, AutoAttack itself. Default: the
     list that --also and --autoattack describe."""
     images: int = 500
-    """Held-out images to attack: so many, chosen by the seed, equally many of every class up to one; all of them where
-    there are fewer."""
+    """Held-out images to attack: so many, chosen by the seed, equally many of every class up to one.
+    Where there are fewer, all of them are attacked, and the report says so."""
     steps: int = 100
     """Steps of PGD and APGD."""
     eot_iter: int = 5
@@ -85,8 +82,8 @@ class Evaluate(DataCommand):
     """tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a slightly
     different function: images are rounded to 8 bits."""
     out: Path | None = None
-    """Where the report goes; default: FOLDER/evaluation, of a model of the zoo runs/zoo/NAME/evaluation, of your own
-    model runs/own/MODULE.FUNCTION/evaluation."""
+    """Where the report goes; default: FOLDER/evaluation, of a model of the zoo runs/zoo/NAME/evaluation.
+    Of a model of your own it is runs/own/MODULE.FUNCTION/evaluation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -104,9 +104,14 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-@functools.cache  # once per process and op
-def _say_stale(path: Path, op: str) -> None:
-    logger.warning("%s is of other sources of %s, or of another machine, and is not used", path, op)
+# once per process: after an upgrade it is so of most ops
+@functools.cache
+def _say_stale(path: Path) -> None:
+    logger.warning(
+        "%s is of other sources of some ops, or of another machine, and is not used for them: run `purify-fast tune` "
+        "again; `purify-fast info --all` names them",
+        path,
+    )
 
 
 def forget() -> None:
@@ -181,7 +186,7 @@ def _mine(op: str, sources: str, device: torch.device) -> dict[str, Any] | None:
         return None
     if own.get("machine") == _verdicts.machine(device) and own["ops"][op].get("sources") == sources:
         return own["ops"][op]
-    _say_stale(path, op)
+    _say_stale(path)
     return None
 
 
