@@ -23,7 +23,7 @@ def note_of_training_modes(model: Classifier, name: str) -> list[str]:
         return []
     found = {
         f"{where} ({type(part).__name__})": None
-        for where, module in _modules(model, frozenset())
+        for where, module in _modules(model, set())
         for part in module.modules()
         if part.training and _asks_for_mode(part)
     }
@@ -49,16 +49,22 @@ def _asks_for_mode(module: nn.Module) -> bool:
     return False
 
 
-def _modules(value: Any, inside: frozenset[int]) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that a callable uses, each with the name by which it uses it."""
-    if id(value) in inside:
+def _modules(value: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that a callable uses, each with the name by which it uses it.
+
+    Args:
+        value: the callable.
+        seen: the ids of what was looked through, once each: the ways through functions that call each other are too
+            many to walk. It grows.
+    """
+    if id(value) in seen:
         return
-    inside |= {id(value)}
+    seen.add(id(value))
     for name, held in _held(value):
         if isinstance(held, nn.Module):
             yield name, held
         elif isinstance(held, (FunctionType, MethodType, functools.partial)) or name == "self":
-            yield from _modules(held, inside)
+            yield from _modules(held, seen)
 
 
 def _held(value: Any) -> Iterator[tuple[str, Any]]:

@@ -25,6 +25,7 @@ from .tables import (
     believable,
     beside_headline,
     color_is_welcome,
+    column_legend,
     comparison,
     headline,
     markdown_table,
@@ -184,7 +185,8 @@ class Report:
             lines += ["", "## Comparison", "", "Accuracy ± standard error, %.", "", *self.comparison()]
         lines += ["", "## Every row", ""]
         lines += markdown_table(COLUMNS, [row_cells(row, RED_UNRELIABLE) for row in self.rows])
-        lines += ["", *LEGEND, *("\n" + text for text in about_zero_errors(self.rows))]
+        lines += ["", "\n\n".join(column_legend(self.rows)), "", *LEGEND]
+        lines += ["\n" + text for text in about_zero_errors(self.rows)]
         lines += believable(self.findings, self.outlooks)
         if self.notes:
             lines += ["", "Notes:", "", *(f"- {note}" for note in self.notes)]
@@ -215,7 +217,8 @@ class Report:
 
     def _verdicts(self) -> list[str]:
         """One line for the lowest number of the model, and one for each alarm that a reader of it must know."""
-        lines = [verdict(model, row, self.findings) for model, row in self.headlines.items()]
+        threat = self.about.get("threat")
+        lines = [verdict(model, row, self.findings, threat) for model, row in self.headlines.items()]
         return ["", *lines, *(f"- {text}" for text in beside_headline(self.findings))]
 
     def _noted(self) -> list[str]:

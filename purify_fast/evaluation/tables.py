@@ -26,15 +26,16 @@ COLUMN_LEGEND = (
     "variant: the model as it is, which is deterministic (the same answer every time) or random (drawn anew every "
     "time); or a random one with fixed noise, or with its noise off. EOT: draws averaged for each gradient. gradients: "
     "% not finite / zero / images not moved, which must be near 0. s: seconds.",
-    "The row worst counts an image only if it withstood every attack of the rows above it, on every variant.",
+)
+WORST_LEGEND = (
+    "The row worst counts an image only if it withstood every attack of the same threat model in the rows above it, on "
+    "every variant."
 )
 UNRELIABLE_LEGEND = (
     "unreliable: the attack lacked gradients, or a sign says that it was stopped by something else than robustness. "
     "The true number may be far lower."
 )
 LEGEND = [
-    "\n\n".join(COLUMN_LEGEND),
-    "",
     "An attack of another norm or radius than the report's has it at the end of its name: L1, L2, L-inf, or the flow"
     " that moves pixels (StAdv; half the image is 1). It counts for no headline and no worst but its own. worst: image"
     " by image over every row of one threat model on the same images, transferred ones included. BPDA: through"
@@ -151,25 +152,37 @@ def comparison(rows: Sequence[Row], unreliable: str = UNRELIABLE) -> tuple[list[
     return ["attack", *models], [[attack, *(cell(attack, m) for m in models)] for attack in attack_names(rows)]
 
 
+def column_legend(rows: Sequence[Row]) -> list[str]:
+    """What the columns of a table of all rows mean, a paragraph each.
+
+    Args:
+        rows: of the table. Without attacks it has no row named worst, which is then not explained.
+    """
+    return [*COLUMN_LEGEND, *([WORST_LEGEND] if any(row.kind == "worst" for row in rows) else [])]
+
+
 def terminal_legend(rows: Sequence[Row]) -> list[str]:
     """What the columns of the table for a terminal mean, in lines of its usual width.
 
     Args:
         rows: of the table.
     """
-    known = [*COLUMN_LEGEND, *([] if all(row.reliable for row in rows) else [UNRELIABLE_LEGEND])]
+    known = [*column_legend(rows), *([] if all(row.reliable for row in rows) else [UNRELIABLE_LEGEND])]
     return [textwrap.fill(text, LINE, break_on_hyphens=False) for text in (*known, *about_zero_errors(rows))]
 
 
-def verdict(model: str, row: Row, findings: Sequence[Finding]) -> str:
+def verdict(model: str, row: Row, findings: Sequence[Finding], threat: str | None = None) -> str:
     """One sentence on the lowest number of a model, which says what the signs say.
 
     Args:
         model: its name.
         row: the lowest row.
         findings: of the alarms, about this model.
+        threat: the report's threat model, such as ``L-inf 8/255``: a row of attacks within another one may be lower.
+            None: not known.
     """
     line = f"{model}: {100 * row.accuracy:.1f} % of {row.n} images withstand every attack"
+    line += "" if threat is None else f" within {threat}"
     more = remark(row)
     if not row.reliable:
         return f"{line}; {more}: {means(row)}."

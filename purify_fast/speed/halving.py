@@ -46,7 +46,20 @@ def _as_row(x: Tensor) -> Tensor:
 
 def _from_row(rows: Tensor, channels: int, width: int) -> Tensor:
     """``[B, C, H, W]``, channels_last, of ``[B, k W C, H / k, 1]``, in which k rows may stand in one pixel."""
-    return _pixels(rows).reshape(len(rows), -1, width, channels).permute(0, 3, 1, 2)
+    # told rather than inferred, because of no images nothing can be inferred
+    height = rows.shape[1] * rows.shape[2] // (width * channels)
+    return _pixels(rows).reshape(len(rows), height, width, channels).permute(0, 3, 1, 2)
+
+
+def _own(made: Tensor) -> Tensor:
+    """What a function made, no longer as a view: PyTorch refuses to change a view from a custom function in place.
+
+    Only for a view of a tensor that nobody else holds. Changes of any other would no longer be noticed.
+
+    Args:
+        made: a view, of any shape.
+    """
+    return made.data
 
 
 def spread_weight(weight: Tensor) -> Tensor:
@@ -143,7 +156,7 @@ class _Double(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spread: Spread) -> Tensor:
         ctx.save_for_backward(weight)
-        return spread(x, bias)
+        return _own(spread(x, bias))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -194,7 +207,8 @@ class Resizing(nn.Module):
         return self.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.function is _Halve and (x.shape[2] % 2 or x.shape[3] % 2):
+        # an image without a batch goes through the layer too
+        if x.dim() != 4 or (self.function is _Halve and (x.shape[2] % 2 or x.shape[3] % 2)):
             return self.layer(x)
         with torch.autocast(x.device.type, enabled=False):
             return self.function.apply(x.to(self.dtype), self._weight, self._bias, self.spread)
@@ -206,7 +220,7 @@ class _Rows(torch.autograd.Function):
         ctx.save_for_backward(back)
         ctx.channels, width = x.shape[1], x.shape[3]
         shift = None if bias is None else bias.repeat(width)
-        return _from_row(F.conv2d(_as_row(x), weight, shift, 1, (1, 0)), len(weight) // width, width)
+        return _own(_from_row(F.conv2d(_as_row(x), weight, shift, 1, (1, 0)), len(weight) // width, width))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -245,6 +259,9 @@ class RowByRow(nn.Module):
         return self.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            # an image without a batch
+            return self.layer(x)
         width = x.shape[3]
         if width * min(self.layer.in_channels, self.layer.out_channels) > WIDEST_ROW:
             return self.layer(x)
@@ -254,17 +271,6 @@ class RowByRow(nn.Module):
         weight, back = self._rows[width]
         with torch.autocast(x.device.type, enabled=False):
             return _Rows.apply(x.to(self.dtype), weight, self._bias, back)
-
-
-class _SameLayout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _last(grad)
 
 
 class SameLayout(nn.Module):
@@ -281,7 +287,10 @@ class SameLayout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer(x)
         last = out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)
-        return _SameLayout.apply(out) if last and out.requires_grad else out
+        if last and out.requires_grad:
+            # a function of its own would return a view, which the next layer could not change in place
+            out.register_hook(_last)
+        return out
 
 
 def _channels(layer: nn.Module, stride: int) -> tuple[int, int] | None:

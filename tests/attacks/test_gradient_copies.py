@@ -10,6 +10,7 @@ from torch import nn
 from purify_fast import Atop, Carso
 from purify_fast.attacks import apgd
 from purify_fast.attacks.engine import gradient_copy as copies
+from purify_fast.methods.atop import SmallGenerator
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.inference_copy import InferenceCopy
 
@@ -233,3 +234,39 @@ def test_a_model_with_a_slice_is_attacked():
     first = copies.gradient_copy(net, x, "bfloat16", kept)
     net.crop = slice(8, 16)
     assert copies.gradient_copy(net, x, "bfloat16", kept) is not first
+
+
+class OneByOne(nn.Module):
+    """A classifier that gives its convolution images without a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4 * 256, 10)
+
+    def forward(self, x):
+        return self.linear(torch.stack([self.conv(image).relu() for image in x]).flatten(1))
+
+
+def test_a_classifier_that_takes_images_one_by_one_is_attacked():
+    torch.manual_seed(0)
+    defence = Atop(OneByOne(), SmallGenerator(1, residual=True), (1, 16, 16), transform="rt2", sigma=0.0).eval()
+    x = torch.rand(4, 1, 16, 16)
+    assert copies.gradient_copy(defence, x, "bfloat16") is not defence
+    assert apgd(defence, x, defence(x).argmax(1), eps=0.01, steps=2, precision="bfloat16").shape == x.shape
+
+
+@pytest.mark.parametrize("only_with_gradients", [False, True])
+def test_a_copy_that_raises_anything_is_refused(defence, only_with_gradients, monkeypatch):
+    original = copies._made
+
+    def fails(*_):
+        if torch.is_grad_enabled() or not only_with_gradients:
+            raise IndexError("tuple index out of range")
+
+    def wrong(model, example):
+        made = original(model, example)
+        made.register_forward_pre_hook(fails)
+        return made
+
+    monkeypatch.setattr(copies, "_made", wrong)
+    assert copies.gradient_copy(defence, torch.rand(4, *SHAPE), "bfloat16") is defence

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import evaluate
+from purify_fast.evaluation.around import note_of_training_modes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -176,6 +178,17 @@ def test_other_functions_are_not(trio, caplog):
     for harmless in (model, closure(model), closure(plain), trained, functools.partial(model)):
         report = evaluate(harmless, x, y, **QUIET | {"attacks": []})
         assert not any("training mode" in note for note in report.notes) and not caplog.text
+
+
+def test_functions_that_call_each_other_are_each_looked_through_once():
+    """The ways through twelve of them are millions."""
+    names = [f"f{i}" for i in range(12)]
+    code = "\n".join(f"def {name}(x):\n    return network(x), {', '.join(names)}" for name in names)
+    held = {"network": GLOBAL}
+    exec(code, held)
+    start = time.monotonic()
+    (note,) = note_of_training_modes(held["f0"], "mine")
+    assert time.monotonic() - start < 1 and "network (Dropout). The numbers" in note
 
 
 # -- Ctrl-C -------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_a_number_of_images_that_there_are_not_is_in_no_name(digits):
 
 def test_every_column_is_explained_on_the_page():
     survivors = row(attack="second", settings={"survivors_only": True, "attacked": 3})
-    for text in forms(Report([row("clean", kind="clean"), row(), survivors])):
+    for text in forms(Report([row("clean", kind="clean"), row(), survivors, row("worst", kind="worst")])):
         assert "4 (3)" in text
         text = " ".join(text.split())
         for meaning in (
@@ -90,9 +90,11 @@ def test_every_column_is_explained_on_the_page():
             "worst: % of the images that are right in every prediction; in brackets, how many predictions each had.",
             "Of a deterministic model, which is asked once, the three are the same.",
             "EOT: draws averaged for each gradient.",
-            "The row worst counts an image only if it withstood every attack",
+            "The row worst counts an image only if it withstood every attack of the same threat model",
         ):
             assert meaning in text
+    for text in forms(Report([row("clean", kind="clean")])):
+        assert "The row worst" not in text
     lines = Report([row()]).to_text(color=False).splitlines()
     assert max(map(len, lines)) <= 120
 
@@ -119,13 +121,12 @@ def test_the_columns_are_what_is_said_of_them():
 def test_the_verdict_follows_from_the_number_and_from_the_signs(digits):
     model, x, y = digits
     honest = evaluate(model, x, y, **QUIET, name="good").to_text(color=False)
-    assert (
-        "withstand every attack; none of the signs that were looked at (4 of 6) speaks against this number." in honest
-    )
+    unsuspicious = "none of the signs that were looked at (4 of 6) speaks against this number."
+    assert f"withstand every attack within L-inf 0.2; {unsuspicious}" in honest
     torch.manual_seed(0)
     untrained = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
     guessing = evaluate(untrained, x, y, **QUIET | {"eps": 1e-4}, name="raw").to_text(color=False)
-    assert "withstand every attack; this says little:\n- better than guessing: " in guessing
+    assert "withstand every attack within L-inf 0.0001; this says little:\n- better than guessing: " in guessing
     assert "is the model trained" in guessing and "speaks against" not in guessing and "no alarm" not in guessing
 
 
@@ -147,6 +148,18 @@ def test_verdicts(verdicts, reliable, said):
     findings = [Finding(f"a{i}", verdict, "found", "row", "m") for i, verdict in enumerate(verdicts)]
     text = Report([row(reliable=reliable)], findings=findings).to_text(color=False)
     assert said in text
+
+
+def test_the_verdict_is_of_one_threat_model(digits):
+    model, x, y = digits
+    wide = PGD(steps=5, norm="l2", eps=9)
+    report = evaluate(model, x, y, **QUIET | {"eps": 0.01, "attacks": [PGD(steps=5), wide]}, name="good")
+    lower = next(row for row in report.rows if row.threat is not None)
+    assert lower.accuracy < report.headline.accuracy and lower.threat == "L2 9"
+    text = report.to_text(color=False)
+    assert (
+        f"good: {100 * report.headline.accuracy:.1f} % of 24 images withstand every attack within L-inf 0.01;" in text
+    )
 
 
 def test_the_text_says_what_it_is_about_and_has_the_notes(digits):

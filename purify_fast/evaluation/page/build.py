@@ -15,7 +15,7 @@ from ..alarms import Evidence, Finding
 from ..alarms.answers import PROBED
 from ..outlook import Outlook
 from ..rows import Row
-from ..tables import COLUMN_LEGEND, COLUMNS, about_zero_errors, beside_headline, means, row_cells
+from ..tables import COLUMNS, about_zero_errors, beside_headline, column_legend, means, row_cells
 from . import drawings, pictures
 
 #: The page's file, in the folder of the report.
@@ -77,7 +77,6 @@ def html_page(report: Reported, defence: Classifier | Mapping[str, Classifier] |
         titled=[f"{name} {value}" if name in ("protocol", "seed") else value for name, value in report.about.items()],
         models=models,
         columns=COLUMNS[1:],
-        legend=COLUMN_LEGEND,
         notes=report.notes,
         several=len(models) > 1,
         widest=max((len(line) for model in models for line in model["pictures"]), default=3),
@@ -139,6 +138,7 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
             {"cells": row_cells(row)[1:], "kind": row.kind, "reliable": row.reliable, "json": json.dumps(row.accuracy)}
             for row in rows
         ],
+        "legend": column_legend(rows),
         "bars": drawings.bars(own),
         "zero_errors": about_zero_errors(rows),
         "overlap": drawings.overlap(whole) if len(whole) > 1 else "",
