@@ -42,7 +42,8 @@ class ForeignClassifier(nn.Module):
         std: likewise, the standard deviations.
 
     Raises:
-        ValueError: no such model, or what is found there is none.
+        ValueError: no such model, or what is found there is none; a function by its file; or, in place of a function,
+            a module that exists already.
         ModuleNotFoundError: the library or the module is not installed.
     """
 
@@ -210,4 +211,10 @@ def _called(spec: str) -> nn.Module:
     module, _, name = spec.rpartition(":")
     if not module or not name:
         raise ValueError(f"a classifier by name is {FORMS}, got {spec!r}")
-    return made_by(spec)
+    # a saved classifier names its function, and a file of any place is not to be run by loading it
+    if module.endswith(".py"):
+        raise ValueError(
+            f"spec must be {FORMS}, got {spec!r}: only `purify-fast evaluate` takes a function by its file. Name it by "
+            f"its module, such as {Path(module).stem}:{name}, and start in its folder or put that on PYTHONPATH"
+        )
+    return made_by(spec, fresh=True)

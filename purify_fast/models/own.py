@@ -21,17 +21,19 @@ _imported_names: set[str] = set()
 FORMS = "package.module:function or path/to/file.py:function"
 
 
-def made_by(spec: str) -> nn.Module:
+def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
     """What a function or class returns that is called without arguments; nothing else is imported than it says.
 
     Args:
         spec: ``package.module:name``, where modules beside the user are found too, or ``path/to/file.py:name``, where
             those beside the file are. A module that exists already, as a variable of that name, is taken as it is.
+        fresh: refuse a module that exists already, since every model of that name would have the same weights.
 
     Raises:
         FileNotFoundError: there is no such file.
         ModuleNotFoundError: the module, or one that it imports, is not installed.
-        ValueError: there is no such name, it is not callable, it fails, or it returns no module.
+        ValueError: there is no such name, it is not callable, it fails, or it returns no module; or `fresh` asks for a
+            new module where one exists already.
     """
     place, _, name = spec.rpartition(":")
     if not place or not name:
@@ -41,6 +43,11 @@ def made_by(spec: str) -> nn.Module:
         _imported_names.add(module.__name__)
         found = _named(spec, module, name)
         if isinstance(found, nn.Module):
+            if fresh:
+                raise ValueError(
+                    f"spec {spec!r} must name a function or class that makes a new module at each call; {name} is a "
+                    "module that exists already, and all classifiers of this name would share its weights"
+                )
             return found
         try:
             made = found()

@@ -1,6 +1,7 @@
 """Classifiers by name: of torchvision, of timm, by import path; trained, saved, loaded, built upon."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def mine(tmp_path, monkeypatch):
     """A module of the user's own in the working folder."""
     (tmp_path / "my_networks.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("my_networks", None)
 
 
 def test_a_network_by_import_path_is_defended_and_loaded_again(run, bars, mine):
@@ -87,6 +89,24 @@ def test_what_an_import_path_may_not_name(run, bars, mine):
     ):
         code, printed = run("train", "carso", "--data", bars, "--device", "cpu", "--classifier", spec)
         assert code == 2 and message in printed and "Traceback" not in printed
+
+
+def test_classifiers_of_one_name_share_no_weights(run, bars, mine):
+    with (mine / "my_networks.py").open("a") as file:
+        file.write("\n\nready = trained()\n")
+    with pytest.raises(ValueError, match=r"spec 'my_networks:ready' must name a function .* exists already"):
+        ForeignClassifier("my_networks:ready", 1, 2)
+    code, printed = run("train", "classifier", "--data", bars, "--device", "cpu", "--model", "my_networks:ready")
+    assert code == 2 and "would share its weights" in printed
+
+
+def test_a_saved_classifier_runs_no_file_by_its_path(mine):
+    (mine / "hidden.py").write_text("raise SystemError('this file was run')\n")
+    made = ForeignClassifier("my_networks:trained", 1, 2)
+    made.arguments["spec"] = f"{mine}/hidden.py:make"
+    save_classifier(made, mine / "saved")
+    with pytest.raises(ValueError, match=r"got '.*hidden.py:make': only `purify-fast evaluate` takes .* hidden:make"):
+        load_classifier(mine / "saved")
 
 
 def test_a_network_of_torchvision_is_trained_and_used(run, bars, tmp_path):
