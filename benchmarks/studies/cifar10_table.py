@@ -63,15 +63,32 @@ class Found:
         """Those of the rows whose models are judged."""
         return [name for name in names if self.result(judged_name(name)) is not None]
 
+    def hours(self, model: str, batch_size: int) -> float:
+        """How long a model was trained, from its log: a training that was interrupted ran in several processes.
 
-def table(found: Found, names: Sequence[str], counts: Judging) -> list[str]:
+        Args:
+            model: its row; the mixture was not trained, but its parts were.
+            batch_size: images of a step.
+        """
+        seconds = 0.0
+        for name in (STANDARD, BASE) if model == MIXED else (TRAINED_AS.get(model, model),):
+            log = (folder_of(self.root, name, self.seed) / "log.jsonl").read_text().splitlines()
+            before = 0
+            for epoch in map(json.loads, log):
+                seconds += (epoch["step"] - before) * batch_size / epoch["images_per_second"]
+                before = epoch["step"]
+        return seconds / 3600
+
+
+def table(found: Found, names: Sequence[str], budget: Budget) -> list[str]:
     """One line for each model: accuracies, trade-offs, costs.
 
     Args:
         found: what the jobs left.
         names: of rows whose models are judged.
-        counts: how many images were attacked.
+        budget: how much of everything there is.
     """
+    counts = budget.judging
     protocols = [name for name in counts.protocols() if found.seed == 0 or name == counts.main]
     body = []
     for name in names:
@@ -89,7 +106,7 @@ def table(found: Found, names: Sequence[str], counts: Judging) -> list[str]:
                 f"{facts['parameters'] / 1e6:.2f}",
                 f"{facts['inference_gflop']:.3f}",
                 f"{facts['training_gflop']:.2f}",
-                f"{facts['minutes'] / 60:.2f}",
+                f"{found.hours(model, budget.training.batch_size):.2f}",
             ]
         )
     head = ["model", "clean", *(f"`{name}` ({counts.protocols()[name]:,})" for name in protocols), "SUM", "NRR"]
@@ -105,20 +122,21 @@ def _attacked(found: Found, name: str, model: str, protocol: str) -> str:
     return percent(lowest) + ("" if lowest.reliable else " **unreliable**")
 
 
-def summary(found: Found, names: Sequence[str], counts: Judging) -> list[dict[str, Any]]:
+def summary(found: Found, names: Sequence[str], budget: Budget) -> list[dict[str, Any]]:
     """The accuracies and costs of every model that is judged, for pages that quote them.
 
     Args:
         found: what the jobs left.
         names: of rows.
-        counts: how many images were attacked.
+        budget: how much of everything there is.
     """
     lines = []
     for name in found.judged(names):
         judged = found.result(judged_name(name)) or {}
         facts = found.result(TRAINED_AS.get(judged["model"], judged["model"])) or {}
-        shares = {protocol: judged[protocol]["share"] for protocol in counts.protocols() if protocol in judged}
-        costs = {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop", "minutes")}
+        shares = {protocol: judged[protocol]["share"] for protocol in budget.judging.protocols() if protocol in judged}
+        costs = {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop")}
+        costs["hours"] = round(found.hours(judged["model"], budget.training.batch_size), 3)
         lines.append({"name": name, "seed": found.seed, "clean": judged["clean"], **shares, **costs})
     return lines
 
@@ -189,7 +207,7 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     if not names:
         raise ValueError(f"{root} holds no model that is judged: the study writes its table when the first one is")
     reports = {name: found.report(name, main) for name in names if name != BEST}
-    lines = [settings(found, budget), "", *table(found, names, counts), ""]
+    lines = [settings(found, budget), "", *table(found, names, budget), ""]
     lines += [
         f"- {name} minus {other}, `{main}`: {reports[name].paired(reports[other])}."
         for name, other in PAIRS
@@ -198,13 +216,13 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     for seed in range(1, budget.seeds):
         again = Found(root, seed)
         if judged := again.judged(COMPARED):
-            lines += ["", f"Trained with seed {seed}:", "", *table(again, judged, counts)]
+            lines += ["", f"Trained with seed {seed}:", "", *table(again, judged, budget)]
     if tried := candidates_table(found, counts):
         where = f"{counts.candidates:,} training images that no model was trained on"
         lines += ["", f"Candidates, judged on {where} (clean accuracy on {counts.held_out:,}):", "", *tried]
     if official := official_table(found, counts):
         lines += ["", "The official AutoAttack on the same images:", "", *official]
-    numbers = [line for seed in range(budget.seeds) for line in summary(Found(root, seed), wanted, counts)]
+    numbers = [line for seed in range(budget.seeds) for line in summary(Found(root, seed), wanted, budget)]
     write_text(folder / "cifar10.json", json.dumps(numbers, indent=1) + "\n")
     merge(reports.values()).save(folder / "cifar10")
     plot(found, reports, budget, folder / "cifar10" / "tradeoff.png")

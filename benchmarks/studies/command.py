@@ -66,6 +66,8 @@ def check(chosen: argparse.Namespace) -> None:
             raise ValueError(f"--{option} must be at least 1, got {value}")
     if digits:
         study.jobs(chosen.seeds or SEEDS, chosen.quick, chosen.rows)
+    if chosen.so_far:
+        return
     if chosen.name not in NO_AUTOATTACK:
         implementation()
     data.load_dataset(images, chosen.data or "data")
@@ -79,7 +81,7 @@ def main(chosen: argparse.Namespace) -> Path:
     seeds = chosen.seeds or SEEDS
     results = root if kind or chosen.rows is not None or seeds < SEEDS else RESULTS
     if chosen.so_far:
-        # the study may be running: its folder is only read
+        # the study may be running: what its jobs left is only read
         return cifar10.write(root, results, _budget(chosen))
     with folder_lock(root):
         return _run(chosen, root, results)

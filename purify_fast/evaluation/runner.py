@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from .fingerprint import fingerprint
 from .function_attack import AttackFunction
 from .images import collect
 from .interrupted import short_interrupts
-from .labels import ball_name, threat_name
+from .labels import ball_name, row_name, threat_name
 from .measure import Measure
 from .outputs import INSTEAD_OF_PROBABILITIES, as_classifier
 from .progress import Progress
@@ -255,27 +256,43 @@ def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure, prob
 def _possible(plan: Sequence[AttackSpec], measure: Measure, notes: list[str]) -> list[AttackSpec]:
     """The attacks this model allows; for a deterministic one, ``random`` and ``fixed`` are the model as it is."""
     subject = measure.subject
-    kept: dict[str, AttackSpec] = {}
-    double = []
+    kept: list[AttackSpec] = []
     for spec in plan:
-        label = measure.name_of(spec)
         why = _impossible(spec, subject)
         if why is not None:
-            notes.append(f"{measure.name}: {label} was left out: {why}")
+            notes.append(f"{measure.name}: {measure.name_of(spec)} was left out: {why}")
             continue
         if not subject.is_random:
             spec = dataclasses.replace(spec, variant="random")
-            label = measure.name_of(spec)
-        same = label in kept and _on_all(kept[label], subject) == _on_all(spec, subject)
-        if same and (not subject.is_random or kept[label].max_images != spec.max_images):
-            # the same model under the same attack again
-            continue
-        if label in kept:
-            double.append(label)
-        kept[label] = spec
+        if not any(_again(spec, before, measure) for before in kept):
+            kept.append(spec)
+    return _named_apart(kept, measure)
+
+
+def _again(spec: AttackSpec, before: AttackSpec, measure: Measure) -> bool:
+    """Whether the same model would be attacked on the same images by the same attack again."""
+    subject = measure.subject
+    if measure.name_of(spec) != measure.name_of(before) or _on_all(spec, subject) != _on_all(before, subject):
+        return False
+    # of a random model a repeated entry is a mistake, but not one that only these few images make a repetition
+    return not subject.is_random or spec.max_images != before.max_images
+
+
+def _named_apart(specs: Sequence[AttackSpec], measure: Measure) -> list[AttackSpec]:
+    """The attacks, with names that differ; ValueError where they do not.
+
+    A number of images that there are not more of is in no name, unless it alone tells two attacks apart: a list of
+    attacks that many images allow is allowed by a few.
+    """
+    count = Counter(map(measure.name_of, specs))
+    named = [
+        dataclasses.replace(spec, label=row_name(spec, measure.context)) if count[measure.name_of(spec)] > 1 else spec
+        for spec in specs
+    ]
+    double = [label for label, times in Counter(map(measure.name_of, named)).items() if times > 1]
     if double:
-        raise ValueError(f"attacks need labels of their own, these share one: {', '.join(dict.fromkeys(double))}")
-    return list(kept.values())
+        raise ValueError(f"attacks need labels of their own, these share one: {', '.join(double)}")
+    return named
 
 
 def _on_all(spec: AttackSpec, subject: Subject) -> AttackSpec:

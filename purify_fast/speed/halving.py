@@ -51,6 +51,17 @@ def _from_row(rows: Tensor, channels: int, width: int) -> Tensor:
     return _pixels(rows).reshape(len(rows), height, width, channels).permute(0, 3, 1, 2)
 
 
+def _own(made: Tensor) -> Tensor:
+    """What a function made, no longer as a view: PyTorch refuses to change a view from a custom function in place.
+
+    Only for a view of a tensor that nobody else holds. Changes of any other would no longer be noticed.
+
+    Args:
+        made: a view, of any shape.
+    """
+    return made.data
+
+
 def spread_weight(weight: Tensor) -> Tensor:
     """The weight of the 2 x 2 convolution, ``[4 outputs, inputs, 2, 2]``.
 
@@ -145,7 +156,7 @@ class _Double(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spread: Spread) -> Tensor:
         ctx.save_for_backward(weight)
-        return spread(x, bias)
+        return _own(spread(x, bias))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -209,7 +220,7 @@ class _Rows(torch.autograd.Function):
         ctx.save_for_backward(back)
         ctx.channels, width = x.shape[1], x.shape[3]
         shift = None if bias is None else bias.repeat(width)
-        return _from_row(F.conv2d(_as_row(x), weight, shift, 1, (1, 0)), len(weight) // width, width)
+        return _own(_from_row(F.conv2d(_as_row(x), weight, shift, 1, (1, 0)), len(weight) // width, width))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -262,17 +273,6 @@ class RowByRow(nn.Module):
             return _Rows.apply(x.to(self.dtype), weight, self._bias, back)
 
 
-class _SameLayout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _last(grad)
-
-
 class SameLayout(nn.Module):
     """An activation whose gradient is laid out as its result: elsewhere a library walks through both in steps.
 
@@ -287,7 +287,10 @@ class SameLayout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer(x)
         last = out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)
-        return _SameLayout.apply(out) if last and out.requires_grad else out
+        if last and out.requires_grad:
+            # a function of its own would return a view, which the next layer could not change in place
+            out.register_hook(_last)
+        return out
 
 
 def _channels(layer: nn.Module, stride: int) -> tuple[int, int] | None:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
 from benchmarks import pages, studies  # noqa: E402
-from benchmarks.studies import RESULT, Job, cifar10, cifar10_ahead, cifar10_models, trades  # noqa: E402
+from benchmarks.studies import RESULT, Job, cifar10, cifar10_ahead, cifar10_models, cifar10_table, trades  # noqa: E402
 from benchmarks.studies import cifar10_budget as names  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,16 +178,24 @@ def judged(root, name, number, seed=0, **more):
         (folder / protocol / "report.json").write_text(report.to_json())
 
 
-COSTS = {"parameters": 7e5, "inference_gflop": 0.07, "training_gflop": 1.5, "minutes": 90.0}
+COSTS = {"parameters": 7e5, "inference_gflop": 0.07, "training_gflop": 1.5}
+
+
+def trained(root, name, seed=0, **more):
+    """What a training of 90 minutes leaves: its first epoch was twice as fast as its second."""
+    folder = fact(root, name, seed, **COSTS, **more)
+    batch = BUDGET.training.batch_size
+    epochs = [{"step": 1800, "images_per_second": batch}, {"step": 3600, "images_per_second": batch / 2}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
 
 
 def test_the_table_is_what_the_jobs_found(tmp_path):
     root, results = tmp_path / "runs", tmp_path / "results" / "studies"
     for number, name in enumerate(names.rows(BUDGET)):
-        fact(root, name, **COSTS, weight=5.0, angle=10.0)
+        trained(root, name, weight=5.0, angle=10.0)
         judged(root, name, number)
     for name in names.COMPARED:
-        fact(root, name, 1, **COSTS)
+        trained(root, name, 1)
         judged(root, name, 1, seed=1)
     fact(root, names.official_name(names.BASE), official={"share": 0.25, "images": 4, "reliable": True})
     fact(root, names.tried_name(cifar10_ahead.MIXED), clean=0.7, tried={"share": 0.3, "reliable": False})
@@ -213,10 +221,11 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
 def test_the_table_of_an_unfinished_study_has_the_rows_that_are_there(tmp_path):
     with pytest.raises(ValueError, match="holds no model that is judged"):
         cifar10.write(tmp_path, tmp_path / "results", BUDGET)
-    fact(tmp_path, names.BASE, **COSTS)
+    trained(tmp_path, names.BASE)
     judged(tmp_path, names.BASE, 1)
     judged(tmp_path, names.NO_EMA, 2)
     page = cifar10.write(tmp_path, tmp_path / "results", BUDGET).read_text()
+    assert names.BASE in page and cifar10_table.Found(tmp_path).hours(names.NO_EMA, BUDGET.training.batch_size) == 1.5
     # the same training left both
     assert page.count("| 1.50 | 1.50 |") == 2
     assert "Not judged yet: standard; PGD-AT, longer; " in page

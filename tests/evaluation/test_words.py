@@ -75,6 +75,30 @@ def test_a_number_of_images_that_there_are_not_is_in_no_name(digits):
     assert evaluate(model, x[:8], y[:8], **QUIET | {"attacks": twice}).attacks == ["clean", "PGD-2 ce", "worst"]
 
 
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_number_of_images_stays_in_a_name_where_it_alone_tells_attacks_apart(draws):
+    def model(x):
+        logits = x.flatten(1)[:, :3]
+        return logits + 0.1 * torch.randn_like(logits) if draws else logits
+
+    torch.manual_seed(0)
+    x, y = torch.rand(12, 1, 2, 2), torch.arange(12) % 3
+    one, other = (PGD(steps=2, alpha=alpha) for alpha in (0.1, 0.2))
+    settings = QUIET | {"n_eval": 1, "eot_iter": 1}
+    for attacks in ([one, AttackSpec(other, max_images=5)], [AttackSpec(other, max_images=5), one]):
+        many = evaluate(model, x, y, **settings | {"attacks": attacks})
+        few = evaluate(model, x[:4], y[:4], **settings | {"attacks": attacks})
+        assert set(few.attacks) == {"clean", "PGD-2 ce", "PGD-2 ce, first 5", "worst"} < {*many.attacks, "worst"}
+        assert few.row("PGD-2 ce, first 5").settings["alpha"] == other.alpha and few.row("worst").n == 4
+    apart = [AttackSpec(one, max_images=5), AttackSpec(other, max_images=7)]
+    few = evaluate(model, x[:4], y[:4], **settings | {"attacks": apart})
+    assert few.attacks == ["clean", "PGD-2 ce, first 5", "PGD-2 ce, first 7", "worst"]
+    alike = [AttackSpec(attack, max_images=5) for attack in (one, other)]
+    for n in (4, 12):
+        with pytest.raises(ValueError, match=r"labels of their own, these share one: PGD-2 ce, first 5$"):
+            evaluate(model, x[:n], y[:n], **settings | {"attacks": alike})
+
+
 # -- columns ------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import timeit
 import warnings
 from collections.abc import Callable
@@ -269,11 +270,11 @@ def test_every_kernel_of_this_machine_is_right_and_soon_verified():
 
 @needs_extension
 def test_a_look_up_takes_less_than_two_microseconds():
-    op, calls = REGISTRY["philox"], 20_000
+    op, calls = REGISTRY["philox"], 2_000
     op.plain(CPU, torch.float32, 1000)
-    assert (
-        min(timeit.repeat(lambda: op.plain(CPU, torch.float32, 1000), number=calls, repeat=20)) / calls < 2e-6
-    )  # 0.4 on an idle machine
+    # other processes interrupt long runs, and their time is not this thread's
+    seconds = timeit.repeat(lambda: op.plain(CPU, torch.float32, 1000), time.thread_time, number=calls, repeat=100)
+    assert min(seconds) / calls < 2e-6  # 0.4 on an idle machine
 
 
 PROCESS = """

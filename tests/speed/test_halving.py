@@ -1,11 +1,14 @@
 """Convolutions of few channels: the same sums and gradients as the library's, in another order."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from purify_fast import Carso
+from purify_fast import Atop, Carso
 from purify_fast.attacks.engine import gradient_copy as copies
+from purify_fast.methods.atop import SmallGenerator
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import halving
 from purify_fast.speed.halving import Resizing, RowByRow, SameLayout, can_stand_for, makes_rows, replace_resizing
@@ -64,6 +67,56 @@ def test_an_activation_keeps_its_layout_and_gradient():
     assert layouts[1]
     flat = torch.randn(3, 4, requires_grad=True)
     assert torch.equal(fast(flat), activation(flat)) and fast(flat).grad_fn.name() == "SiluBackward0"
+
+
+class Added(nn.Module):
+    """Adds a layer's input to its result in place."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        out = self.layer(x)
+        out += x
+        return out
+
+
+DOWN = nn.Conv2d(2, 3, 3, stride=2, padding=1)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        *([layer, nn.ReLU(inplace=True)] for layer in LAYERS + ROWS),
+        [DOWN, Added(nn.SiLU())],
+        [DOWN, Added(nn.GELU()), nn.ReLU(inplace=True), nn.ConvTranspose2d(3, 1, 3, 2, 1, 1), Added(nn.SiLU())],
+        [DOWN, nn.SiLU(), nn.LeakyReLU(inplace=True), nn.Conv2d(3, 1, 3, padding=1), nn.ELU(inplace=True)],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("width", [10, 2 * halving.WIDEST_ROW])
+def test_results_may_be_changed_in_place(layers, width):
+    model = copy.deepcopy(nn.Sequential(*layers)).double().requires_grad_(False)
+    fast = copy.deepcopy(model)
+    assert replace_resizing(fast, torch.float64) >= 1
+    x = torch.randn(3, layers[0].in_channels, 6, width, dtype=torch.float64, requires_grad=True)
+    want, got = model(x), fast(x)
+    weight = torch.randn_like(want)
+    (one,), (other,) = (torch.autograd.grad((out * weight).sum(), x) for out in (want, got))
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-12) and torch.allclose(other, one, rtol=1e-12, atol=1e-12)
+    assert one.abs().max() > 0
+
+
+def test_a_change_that_spoils_a_gradient_is_noticed():
+    """The gradient of ReLU is computed from its result: changed in place, it must be refused rather than wrong."""
+    model = nn.Sequential(DOWN, Added(nn.ReLU())).requires_grad_(False)
+    fast = copy.deepcopy(model)
+    assert replace_resizing(fast, torch.float32) == 1 and isinstance(fast[1].layer, SameLayout)
+    for each in (model, fast):
+        x = torch.randn(3, 2, 6, 10, requires_grad=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            each(x).sum().backward()
 
 
 def test_images_that_cannot_be_halved_go_through_the_layer():
@@ -134,3 +187,22 @@ def test_a_defence_is_attacked_through_folded_and_resizing_layers(monkeypatch):
     a, b = (g.flatten() for g in gradients)
     assert torch.dot(a, b) > 0.97 * a.norm() * b.norm()
     assert not any(isinstance(module, Resizing) for module in defence.modules())
+
+
+def test_a_classifier_that_works_in_place_has_its_copy():
+    torch.manual_seed(0)
+    relu = nn.ReLU(inplace=True)
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), relu, nn.Conv2d(16, 16, 3, 2, 1), relu]
+    net = nn.Sequential(*layers, Added(nn.SiLU()), nn.Flatten(), nn.Linear(16 * 8 * 8, 10)).eval()
+    defence = Atop(net, SmallGenerator(1, residual=True), (1, 16, 16), transform="rt2", sigma=0.0).eval()
+    x = torch.rand(4, 1, 16, 16)
+    made = copies.gradient_copy(defence, x, "bfloat16")
+    assert made is not defence
+    kinds = [type(module) for module in made.fast.classifier.modules()]
+    assert RowByRow in kinds and Resizing in kinds and SameLayout in kinds
+    gradients = []
+    for model in (defence, made):
+        with model.fixed_noise(3):
+            leaf = x.clone().requires_grad_()
+            gradients.append(torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)[0].flatten())
+    assert torch.cosine_similarity(*gradients, 0) > 0.97
