@@ -188,7 +188,7 @@ class FGSM(BallAttack):
         return super().settings(context) | {"loss": usable_loss(self.loss, context.num_classes)}
 
     def revision(self) -> str:
-        return "1"
+        return "2"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         norm, eps = self.ball(context)

@@ -276,7 +276,7 @@ class PGD(BallAttack):
         return super().settings(context) | own
 
     def revision(self) -> str:
-        return "1"
+        return "2"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         norm, eps = self.ball(context)

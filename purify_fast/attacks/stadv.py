@@ -227,7 +227,7 @@ class StAdv(Attack):
         return super().settings(context) | own
 
     def revision(self) -> str:
-        return "1"
+        return "2"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         draws = self.draws(context)

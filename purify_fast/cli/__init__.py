@@ -166,14 +166,18 @@ def _bug(error: Exception) -> int:
     traceback.print_exc()
     # loaded where a model of the user's own was
     own = sys.modules.get("purify_fast.models.own")
-    if own is not None and own.is_of_own_code(error):
-        print("purify-fast: this error was raised in the code of your own model, in the lines above", file=sys.stderr)
-        return 1
-    print(
-        f"purify-fast: this is an error in purify_fast {__version__}, and not of your making. Please report it with "
-        "the lines above, the command line and what `purify-fast info --all` prints.",
-        file=sys.stderr,
-    )
+    whose = "package" if own is None else own.raised_in(error)
+    please = "Please report it with the lines above, the command line and what `purify-fast info --all` prints."
+    if whose == "own":
+        text = "this error was raised in the code of your own model, in the lines above"
+    elif whose == "called by own":
+        text = (
+            f"this error was raised in purify_fast {__version__}, which the code of your own model called, in the "
+            f"lines above. Look at that call first. If it is right, this is an error in purify_fast. {please}"
+        )
+    else:
+        text = f"this is an error in purify_fast {__version__}, and not of your making. {please}"
+    print(f"purify-fast: {text}", file=sys.stderr)
     return 1
 
 
@@ -185,10 +189,20 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 2, with one line on stderr, for input that cannot be used; 130 after Ctrl-C; 1, with a
-        traceback, for an error of this package.
+        traceback, for an error of this package or of the code of a model of the user's own.
     """
+    # a model of the user's own adds its folder for as long as the command runs
+    path = list(sys.path)
     try:
-        _run(list(sys.argv[1:] if arguments is None else arguments))
+        return _status(list(sys.argv[1:] if arguments is None else arguments))
+    finally:
+        sys.path[:] = path
+
+
+def _status(arguments: list[str]) -> int:
+    """Run a command; the exit status, with what there is to say on stderr."""
+    try:
+        _run(arguments)
     except BrokenPipeError:
         # Whoever read the output has closed it, such as `head`: there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,13 +86,31 @@ def own_model(spec: str, images: DataSet) -> nn.Module:
 
 
 def own_name(spec: str) -> str:
-    """How a model of the user's own is called in a report and in a folder's name, such as ``defences.make``.
+    """How a model of the user's own is called in a report, such as ``defences.make``.
 
     Args:
         spec: ``package.module:function`` or ``path/to/file.py:function``.
     """
     place, _, name = spec.rpartition(":")
     return f"{Path(place).stem if place.endswith('.py') else place}.{name}"
+
+
+def own_folder(spec: str) -> str:
+    """How a model's folder in ``runs/own`` is called: `own_name`, and for a file elsewhere a sign of its place.
+
+    Files of one name in two folders have two reports, such as ``model.make-1f0c2a9b``. The place is taken from the
+    working folder, so that both may be moved together.
+
+    Args:
+        spec: ``package.module:function`` or ``path/to/file.py:function``.
+    """
+    place = spec.rpartition(":")[0]
+    if not place.endswith(".py"):
+        return own_name(spec)
+    file = os.path.relpath(Path(place).resolve(), Path.cwd().resolve())
+    # a file in the working folder is the module of its name
+    sign = "" if file == Path(file).name else f"-{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"
+    return own_name(spec) + sign
 
 
 def fresh_classifier(model: str, images: DataSet, *, width: int | None = None, depth: int | None = None) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import tyro
 
-from .classifiers import is_named, own_model, own_name, refuse_other_images, saved_folder, zoo_name
+from .classifiers import is_named, own_folder, own_model, own_name, refuse_other_images, saved_folder, zoo_name
 from .config_file import ball_of_run, write_run_file
 from .data_args import DataCommand
 from .option_types import check_radius
@@ -83,7 +83,8 @@ class Evaluate(DataCommand):
     different function: images are rounded to 8 bits."""
     out: Path | None = None
     """Where the report goes; default: FOLDER/evaluation, of a model of the zoo runs/zoo/NAME/evaluation.
-    Of a model of your own it is runs/own/MODULE.FUNCTION/evaluation."""
+    Of a model of your own it is runs/own/MODULE.FUNCTION/evaluation; a file in another folder has a sign of its place
+    behind the name."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,7 +118,7 @@ class Evaluate(DataCommand):
         if self.official is not None:
             return self.official / "evaluation"
         if self.own is not None:
-            return Path("runs/own") / own_name(self.own) / "evaluation"
+            return Path("runs/own") / own_folder(self.own) / "evaluation"
         name = zoo_name(self.folder)
         # the folder of a model of the zoo belongs to the installed package
         return (self.folder if name is None else Path("runs/zoo") / name) / "evaluation"

@@ -172,9 +172,9 @@ def _raced(kind: str) -> str:
 def other_copies() -> list[Path]:
     """The folders of other copies of the package that Python would find if it were not for this one."""
     this = Path(__file__).resolve().parents[1]
-    # an editable installation has a finder of its own
-    finders = [finder for finder in sys.meta_path if finder is not importlib.machinery.PathFinder]
-    specs = [finder.find_spec("purify_fast", None) for finder in finders]
+    # an editable installation has a finder of its own; old ones know find_module alone, which Python itself passes over
+    finders = [getattr(it, "find_spec", None) for it in sys.meta_path if it is not importlib.machinery.PathFinder]
+    specs = [find("purify_fast", None) for find in finders if find is not None]
     specs += [importlib.machinery.PathFinder.find_spec("purify_fast", [entry or os.getcwd()]) for entry in sys.path]
     folders = [Path(spec.origin).resolve().parent for spec in specs if spec is not None and spec.origin is not None]
     return [folder for folder in dict.fromkeys(folders) if folder != this]

@@ -35,7 +35,8 @@ class ForeignClassifier(nn.Module):
 
     Args:
         spec: ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``. The last imports and calls code that
-            the name says: a saved classifier of this kind is to be loaded from trusted folders only.
+            the name says: a saved classifier of this kind is to be loaded from trusted folders only. Modules in the
+            working folder are found too, and it stays on ``sys.path`` for what the model imports when it runs.
         in_channels: channels of the images. A torchvision network takes three: one channel is given to it three times.
         num_classes: classes of the data; a function of a user's own decides this itself.
         mean: what normalizes the images, one number per channel; a function of a user's own normalizes them itself.

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import importlib.util
 import os
 import sys
+import sysconfig
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import FrameType, ModuleType
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 #: The modules of the user's own that were imported here, by name.
 _imported_names: set[str] = set()
+#: Where this package is, and where PyTorch and Python's library are.
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_LIBRARY = tuple(sysconfig.get_path(kind) + os.sep for kind in ("stdlib", "platstdlib"))
+#: Folders of these names hold installed packages, inside Python's library or elsewhere.
+_INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 FORMS = "package.module:function or path/to/file.py:function"
 
 
@@ -25,8 +31,9 @@ def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
     """What a function or class returns that is called without arguments; nothing else is imported than it says.
 
     Args:
-        spec: ``package.module:name``, where modules beside the user are found too, or ``path/to/file.py:name``, where
-            those beside the file are. A module that exists already, as a variable of that name, is taken as it is.
+        spec: ``package.module:name``, where modules in the working folder are found too, or ``path/to/file.py:name``,
+            where those beside the file are. That folder stays on ``sys.path``, since a model may import more when it
+            runs. A module that exists already, as a variable of that name, is taken as it is.
         fresh: refuse a module that exists already, since every model of that name would have the same weights.
 
     Raises:
@@ -38,48 +45,72 @@ def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise ValueError(f"a model of your own is {FORMS}, got {spec!r}")
-    with _found_beside(str(Path(place).resolve().parent) if _is_file(place) else os.getcwd()):
-        module = _imported(spec, place)
-        _imported_names.add(module.__name__)
-        found = _named(spec, module, name)
-        if isinstance(found, nn.Module):
-            if fresh:
-                raise ValueError(
-                    f"spec {spec!r} must name a function or class that makes a new module at each call; {name} is a "
-                    "module that exists already, and all classifiers of this name would share its weights"
-                )
-            return found
-        try:
-            made = found()
-        except Exception as error:
-            raise ValueError(f"{spec} must work without arguments, but it failed: {_told(error)}") from error
+    _find_beside(str(Path(place).resolve().parent) if _is_file(place) else os.getcwd())
+    module = _imported(spec, place)
+    _imported_names.add(module.__name__)
+    found = _named(spec, module, name)
+    if isinstance(found, nn.Module):
+        if fresh:
+            raise ValueError(
+                f"spec {spec!r} must name a function or class that makes a new module at each call; {name} is a "
+                "module that exists already, and all classifiers of this name would share its weights"
+            )
+        return found
+    try:
+        made = found()
+    except SystemExit as error:
+        raise ValueError(f"{spec} must return a torch.nn.Module, but it ended the program: {_told(error)}") from error
+    except Exception as error:
+        raise ValueError(f"{spec} must work without arguments, but it failed: {_told(error)}") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"{spec} must return a torch.nn.Module, it returned a {type(made).__name__}")
     return made
 
 
-def is_of_own_code(error: BaseException) -> bool:
-    """Whether an error went through code that `made_by` imported.
+def raised_in(error: BaseException) -> Literal["own", "called by own", "package"]:
+    """Whose code raised an error: the user's own, this package, or this package when the user's code called it.
+
+    Frames of Python's library and of installed packages are passed over: what they raise, their caller asked for.
+    The innermost frame that is left decides.
 
     Args:
         error: that was raised.
+
+    Returns:
+        "own" if that frame is of the user's code, in whichever file; "called by own" if it is of this package, and the
+        user's code stands above it; "package" for everything else, and where `made_by` imported nothing.
     """
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_globals.get("__name__") in _imported_names for frame, _ in frames)
+    if not _imported_names:
+        return "package"
+    whose = [_whose(frame) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    left = [found for found in whose if found is not None]
+    if not left or "own" not in left:
+        return "package"
+    return "own" if left[-1] == "own" else "called by own"
+
+
+def _whose(frame: FrameType) -> Literal["own", "package"] | None:
+    """Whose code a frame runs; None for Python's library, for installed packages, and for code without a file."""
+    file, name = frame.f_code.co_filename, str(frame.f_globals.get("__name__"))
+    if file.startswith(_PACKAGE):
+        return "package"
+    if file.startswith(_TORCH):
+        return None
+    # before the installed packages, since the user's may be one of them
+    if name.partition(".")[0] in {imported.partition(".")[0] for imported in _imported_names}:
+        return "own"
+    passed_over = file.startswith(_LIBRARY) or any(folder in file for folder in _INSTALLED)
+    return "own" if os.path.isabs(file) and not passed_over else None
 
 
 def _is_file(place: str) -> bool:
     return place.endswith(".py")
 
 
-@contextlib.contextmanager
-def _found_beside(folder: str) -> Iterator[None]:
-    """Modules in a folder are found too, as by ``python -m`` and ``python file.py``."""
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
+def _find_beside(folder: str) -> None:
+    """Modules in a folder are found first, as by ``python -m`` and ``python file.py``; later too, inside forward."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def _imported(spec: str, place: str) -> ModuleType:
@@ -89,6 +120,11 @@ def _imported(spec: str, place: str) -> ModuleType:
         return _from_file(Path(place)) if _is_file(place) else importlib.import_module(place)
     except ImportError as error:
         raise ModuleNotFoundError(f"{spec}: {error}") from error
+    except SystemExit as error:
+        raise ValueError(
+            f"{spec}: {place} cannot be imported, since it ends the program: {_told(error)}. Put what reads the "
+            'command line, or only belongs to running the file, below `if __name__ == "__main__":`'
+        ) from error
     except Exception as error:
         raise ValueError(f"{spec}: {place} cannot be imported: {_told(error)}") from error
 
@@ -120,8 +156,9 @@ def _named(spec: str, module: ModuleType, name: str) -> Any:
     return found
 
 
-def _told(error: Exception) -> str:
-    """An error of the user's code in one line, with the place where it was raised."""
+def _told(error: BaseException) -> str:
+    """An error of the user's code in one line, with the place where it was raised, if that is not here."""
     frames = traceback.extract_tb(error.__traceback__)
-    at = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    places = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen ")]
+    at = f" ({places[-1].filename}, line {places[-1].lineno})" if places else ""
     return f"{type(error).__name__}: {error}{at}"

@@ -175,6 +175,15 @@ def test_settings_are_plain_and_say_what_was_decided():
         assert attack().draws(context()) == 1
 
 
+@pytest.mark.parametrize("attack", [PGD, FGSM, BPDA, StAdv])
+def test_a_revision_stands_for_which_images_share_a_pass(attack, model, batch):
+    """A random model draws once for each pass. Where other images share one, the revision has to rise as well."""
+    sizes = set()
+    with model.classifier.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0]))):
+        attack().run(model, *batch, context(max_forward_batch=4, eot_iter=1, steps=1, draws_differ=True))
+    assert (attack().revision(), sizes) == ("2", {3})
+
+
 @pytest.mark.parametrize("attack", EVERY)
 def test_an_attack_is_frozen_and_has_its_own_options_alone(attack):
     options = {field.name for field in dataclasses.fields(attack)}

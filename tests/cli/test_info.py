@@ -133,7 +133,11 @@ def test_an_editable_installation_is_found(tmp_path, monkeypatch):
         def find_spec(name, path=None, target=None):
             return importlib.machinery.ModuleSpec(name, None, origin=str(tmp_path / "purify_fast" / "__init__.py"))
 
-    monkeypatch.setattr(sys, "meta_path", [Finder])
+    class Old:
+        def find_module(self, name, path=None):
+            return None
+
+    monkeypatch.setattr(sys, "meta_path", [Old(), Finder])
     assert installation.other_copies() == [tmp_path.resolve() / "purify_fast"]
 
 

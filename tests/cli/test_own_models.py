@@ -1,5 +1,6 @@
 """`purify-fast evaluate` of a function of the user's own, how many images it takes, and a radius of 0."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from purify_fast.cli.evaluate import Evaluate
-from purify_fast.models.own import made_by
+from purify_fast.models import own
+from purify_fast.models.own import made_by, raised_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,11 +70,12 @@ def mine(tmp_path, monkeypatch):
     (folder / "odd.py").write_text("def make(:\n")
     (folder / "needs.py").write_text("import no_such_package\n")
     monkeypatch.chdir(tmp_path)
-    path = list(sys.path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
     yield folder
-    assert sys.path == path
-    for name in ("my_defence", "own_my_defence", "beside", "code.my_defence"):
-        sys.modules.pop(name, None)
+    for name, module in list(sys.modules.items()):
+        if name not in before and str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def test_a_file_of_the_users_own_is_evaluated(run, bars, mine, monkeypatch):
@@ -80,7 +83,8 @@ def test_a_file_of_the_users_own_is_evaluated(run, bars, mine, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     few = ["--data", bars, "--device", "cpu", "--steps", "2", "--autoattack", "0", "--images", "100000"]
     code, printed = run("evaluate", "code/my_defence.py:make", *few, "--eps", "0.1")
-    out = mine.parent / "runs/own/my_defence.make/evaluation"
+    sign = hashlib.sha256(b"code/my_defence.py").hexdigest()[:8]
+    out = mine.parent / f"runs/own/my_defence.make-{sign}/evaluation"
     assert code == 0 and (out / "report.html").is_file() and (out / "run.yaml").is_file(), printed
     report = json.loads((out / "report.json").read_text())
     assert report["rows"][0]["model"] == "my_defence.make" and report["rows"][0]["accuracy"] == 1.0
@@ -132,6 +136,110 @@ def test_an_error_of_the_users_own_code_is_no_error_of_the_package(run, bars, mi
     assert "this error was raised in the code of your own model" in printed
 
 
+AROUND = """
+import torch
+from {helper} import around
+
+
+class Calls(torch.nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return around(x, self.calls > 5)
+
+
+make = Calls
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        ('{}["of a file beside"]', "this error was raised in the code of your own model"),
+        ("torch.linalg.inv_ex(x, 3, 4, 5)", "this error was raised in the code of your own model"),
+        ('aggregate(x, {}["x"])', "this error was raised in the code of your own model"),
+        ("aggregate(None, 'mean')", "which the code of your own model called, in the lines above"),
+    ],
+)
+def test_it_is_told_whose_code_raised_an_error(run, bars, mine, fails, said):
+    (mine / "around_it.py").write_text(AROUND.format(helper="helps"))
+    (mine / "helps.py").write_text(
+        "import torch\nfrom purify_fast.ops import aggregate\n\n\n"
+        f"def around(x, fail):\n    if fail:\n        {fails}\n    return x.flatten(1)[:, :2]\n"
+    )
+    few = ["--data", bars, "--device", "cpu", "--steps", "9", "--autoattack", "0", "--eps", "0.1"]
+    code, printed = run("evaluate", "code/around_it.py:make", *few)
+    assert code == 1 and said in printed and "not of your making" not in printed, printed
+
+
+def test_a_class_from_a_file_beside_is_of_the_users_own_code(mine):
+    (mine / "uses.py").write_text("from beside import Net\n\n\ndef make():\n    return Net()\n")
+    (mine / "beside.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        return {}['mine']\n"
+    )
+    model = made_by("code/uses.py:make")
+    with pytest.raises(KeyError, match="mine") as raised:
+        model(torch.zeros(1))
+    # the frame of this test is of neither
+    assert raised_in(raised.value.with_traceback(raised.tb.tb_next)) == "own"
+
+
+def test_an_error_of_the_package_stays_one_beside_a_model_of_the_users_own(mine, monkeypatch):
+    assert isinstance(made_by("code/my_defence.py:make"), torch.nn.Module)
+    with pytest.raises(ValueError, match="a model of your own is") as raised:
+        made_by("nothing")
+    assert raised_in(raised.value.with_traceback(raised.tb.tb_next)) == "package"
+    monkeypatch.setattr(own, "_imported_names", set())
+    assert raised_in(raised.value) == "package"
+
+
+def test_files_of_one_name_have_reports_of_their_own(mine):
+    written = {
+        spec: Evaluate(folder=Path(spec)).writes()
+        for spec in ("a/model.py:make", "b/model.py:make", "model.py:make", "model:make", "../model.py:make")
+    }
+    assert len(set(written.values())) == 4 and written["model.py:make"] == Path("runs/own/model.make/evaluation")
+    # one file has one report, however it is named
+    assert Evaluate(folder=mine.parent / "a/../b/model.py:make").writes() == written["b/model.py:make"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import argparse\nargparse.ArgumentParser().parse_args(['--width'])", '`if __name__ == "__main__":`'),
+        ("def make():\n    raise SystemExit(3)", "but it ended the program: SystemExit: 3"),
+        ("import sys\nsys.path.pop(0)\ndef make():\n    {}['real']", "it failed: KeyError: 'real'"),
+    ],
+)
+def test_what_a_file_does_to_the_program_is_told(run, bars, mine, text, message):
+    (mine / "ends.py").write_text(text + "\n")
+    path = list(sys.path)
+    code, printed = run("evaluate", "code/ends.py:make", "--data", bars, "--device", "cpu", "--eps", "0.1")
+    assert code == 2 and "purify-fast: code/ends.py:make" in printed and message in printed, printed
+    assert sys.path == path
+
+
+def test_an_error_is_placed_in_the_users_own_code(mine):
+    (mine / "takes.py").write_text("def make(width):\n    return width\n\n\ndef fails():\n    return {}['key']\n")
+    with pytest.raises(ValueError, match=r"missing 1 required positional argument: 'width'$"):
+        made_by("code/takes.py:make")
+    with pytest.raises(ValueError, match=r"KeyError: 'key' \(.*takes.py, line 6\)$"):
+        made_by("code/takes.py:fails")
+
+
+def test_a_file_beside_is_found_when_the_model_runs(run, bars, mine):
+    (mine / "lazy.py").write_text(AROUND.format(helper="helps"))
+    (mine / "helps.py").write_text(
+        "def around(x, fail):\n    import seldom\n\n    return seldom.logits(x) if fail else x.flatten(1)[:, :2]\n"
+    )
+    (mine / "seldom.py").write_text("def logits(x):\n    return x.flatten(1)[:, :2]\n")
+    path = list(sys.path)
+    few = ["--data", bars, "--device", "cpu", "--steps", "2", "--autoattack", "0", "--images", "2", "--eps", "0.1"]
+    code, printed = run("evaluate", "code/lazy.py:make", *few)
+    assert code == 0 and sys.path == path, printed
+
+
 def test_a_radius_must_be_given(run, bars, mine):
     code, printed = run("evaluate", "code/my_defence.py:make", "--data", bars, "--device", "cpu")
     assert code == 2 and "--eps must be given, such as --eps 8/255: code/my_defence.py:make does not say" in printed
@@ -141,7 +249,6 @@ def test_a_file_hides_no_other_module(mine):
     (mine / "json.py").write_text("import torch\n\n\ndef make():\n    return torch.nn.Identity()\n")
     before = sys.modules["json"]
     assert isinstance(made_by("code/json.py:make"), torch.nn.Identity) and sys.modules["json"] is before
-    sys.modules.pop("own_json")
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_versions_and_backends(tmp_path, monkeypatch, counted):
     model = model_of(tmp_path, monkeypatch)
     assert counted(model) == 2
     with monkeypatch.context() as of_one_attack:
-        of_one_attack.setattr(PGD, "revision", lambda self: "2")
+        of_one_attack.setattr(PGD, "revision", lambda self: "another")
         assert counted(model) == 1
     with monkeypatch.context() as of_the_backend:
         of_the_backend.setenv("PURIFY_FAST_BACKEND", "reference")
