@@ -87,7 +87,9 @@ def _modules(value: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_object(value: Any) -> bool:
     """Whether a value is an object with variables of its own that may be modules."""
-    return hasattr(value, "__dict__") and not isinstance(value, (*_CALLS, *_GROUPS, nn.Module, ModuleType, type))
+    return getattr(value, "__dict__", None) is not None and not isinstance(
+        value, (*_CALLS, *_GROUPS, nn.Module, ModuleType, type)
+    )
 
 
 def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
