@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,26 @@ def closure(network):
     return lambda x: network(x)
 
 
+def summed(networks):
+    return lambda x: sum(network(x) for network in networks)
+
+
+def summed_by_name(networks):
+    return lambda x: sum(networks[name](x) for name in networks)
+
+
+def by_a_global_inside(x):
+    return sum(GLOBAL(part) for part in (x, x))
+
+
+def by_an_inner_lambda(x):
+    return (lambda y: next(GLOBAL(part) for part in (y,)))(x)
+
+
+def by_an_attribute(holder):
+    return lambda x: holder.GLOBAL(x)
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [
@@ -161,6 +182,14 @@ def closure(network):
         (lambda: Called(GLOBAL), "network (Dropout)"),
         (lambda: Called(GLOBAL).__call__, "network (Dropout)"),
         (lambda: closure(Own()), "network (Own)"),
+        (lambda: summed([nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), GLOBAL]), "networks[1] (Dropout)"),
+        (lambda: summed((closure(GLOBAL),)), "network (Dropout)"),
+        (lambda: summed_by_name({"a": GLOBAL}), "networks['a'] (Dropout)"),
+        (lambda: by_a_global_inside, "GLOBAL (Dropout)"),
+        (lambda: by_an_inner_lambda, "GLOBAL (Dropout)"),
+        (lambda: Called(Called(GLOBAL)), "network (Dropout)"),
+        (lambda: closure(Called(GLOBAL)), "network (Dropout)"),
+        (lambda: by_an_attribute(SimpleNamespace(GLOBAL=GLOBAL)), "holder.GLOBAL (Dropout)"),
         (lambda: closure(closure(nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()))), "network (BatchNorm2d)"),
     ],
 )
@@ -175,7 +204,9 @@ def test_other_functions_are_not(trio, caplog):
     model, x, y = trio
     plain = nn.Sequential(nn.Flatten(), nn.Linear(126, 4)).train()  # the same in both modes
     trained = nn.Sequential(nn.Dropout(), model).train()  # a module is put into evaluation mode for its user
-    for harmless in (model, closure(model), closure(plain), trained, functools.partial(model)):
+    # an attribute that has the name of a global variable, beside one that is not used
+    other = by_an_attribute(SimpleNamespace(GLOBAL=model, teacher=GLOBAL))
+    for harmless in (model, closure(model), closure(plain), trained, functools.partial(model), other):
         report = evaluate(harmless, x, y, **QUIET | {"attacks": []})
         assert not any("training mode" in note for note in report.notes) and not caplog.text
 
