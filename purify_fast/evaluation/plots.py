@@ -134,6 +134,7 @@ def grid(
     path: str | Path,
     defence: Classifier | None = None,
     *,
+    predicted: np.ndarray | Tensor | None = None,
     samples: int = 4,
     seed: int = 0,
     names: Sequence[str] | None = None,
@@ -149,6 +150,8 @@ def grid(
         defence: gives the predictions; with ``purify(x)`` or ``reconstruct(x)``, ``[B, K, C, H, W]`` or of one draw
             ``[B, C, H, W]``, also the reconstructions, with ``sample_logits(x) -> [B, K, classes]`` the class of each,
             and with ``transformed(x)``, alike, what it repairs. With ``fixed_noise`` they share their noise.
+        predicted: the classes ``[M]`` predicted after the attack, -1 for none, where they are known: a random defence
+            that is asked again may answer otherwise. None: the defence is asked.
         samples: how many reconstructions, and how many transformed images, are shown at most.
         seed: of the noise.
         names: of the classes.
@@ -165,7 +168,10 @@ def grid(
             f"clean and adversarial must be [M, C, H, W] with C = 1 or 3 and labels [M], "
             f"got {list(x.shape)}, {list(adv.shape)} and {list(y.shape)}"
         )
-    predicted, more = look(defence, x, adv, samples, seed)
+    if predicted is not None and tuple(predicted.shape) != (len(x),):
+        raise ValueError(f"predicted must be [M] = [{len(x)}], got {list(predicted.shape)}")
+    (before, after), more = look(defence, x, adv, samples, seed)
+    after = after if predicted is None else torch.as_tensor(predicted).cpu()
     columns = 3 + len(more)
     figure = _new_figure(figsize=(1.25 * columns, 1.45 * len(x) + 0.5))
     figure.suptitle(title or "Attacked images", fontsize=10)
@@ -173,7 +179,7 @@ def grid(
     largest = float((adv - x).abs().max()) or 1.0
     amplified = 0.5 + (adv - x) / (2 * largest)
     for i in range(len(x)):
-        shown = [(x[i], predicted[0], "clean"), (adv[i], predicted[1], "adversarial"), (amplified[i], None, "")]
+        shown = [(x[i], before, "clean"), (adv[i], after, "adversarial"), (amplified[i], None, "")]
         shown += [(images[i], classes, "") for images, classes, _ in more]
         for axis, (image, guess, what) in zip(axes[i], shown, strict=True):
             _show_image(axis, image)
@@ -245,6 +251,8 @@ def look(
 
 
 def _class_name(label: Any, names: Sequence[str] | None) -> str:
+    if int(label) < 0:
+        return "no class"
     return str(int(label)) if names is None else names[int(label)]
 
 

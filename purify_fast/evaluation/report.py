@@ -292,7 +292,9 @@ class Report:
                 e, path = row.examples, folder / f"images_{_slug(model)}.png"
                 fell = e.fell is not None and bool(e.fell.any())
                 title = f"{model}: {row.attack}" + (", images that fell" if fell else "")
-                plots.grid(e.clean, e.adversarial, e.labels, path, defences.get(model), title=title)
+                plots.grid(
+                    e.clean, e.adversarial, e.labels, path, defences.get(model), predicted=e.predicted, title=title
+                )
 
 
 def merge(reports: Iterable[Report]) -> Report:

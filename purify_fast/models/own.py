@@ -157,8 +157,14 @@ def _named(spec: str, module: ModuleType, name: str) -> Any:
 
 
 def _told(error: BaseException) -> str:
-    """An error of the user's code in one line, with the place where it was raised, if that is not here."""
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen ")]
-    at = f" ({places[-1].filename}, line {places[-1].lineno})" if places else ""
+    """An error of the user's code in one line, with the innermost line of that code, or else where it was raised."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    beyond = [it for it in frames if it[0].f_code.co_filename != __file__ and not _is_frozen(it[0])]
+    places = [it for it in beyond if _whose(it[0]) == "own"] or beyond
+    at = f" ({places[-1][0].f_code.co_filename}, line {places[-1][1]})" if places else ""
     return f"{type(error).__name__}: {error}{at}"
+
+
+def _is_frozen(frame: FrameType) -> bool:
+    """Whether a frame is of the import system."""
+    return frame.f_code.co_filename.startswith("<frozen ")

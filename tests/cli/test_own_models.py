@@ -207,7 +207,7 @@ def test_files_of_one_name_have_reports_of_their_own(mine):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("import argparse\nargparse.ArgumentParser().parse_args(['--width'])", '`if __name__ == "__main__":`'),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['--width'])", "ends.py, line 2). Put what reads the"),
         ("def make():\n    raise SystemExit(3)", "but it ended the program: SystemExit: 3"),
         ("import sys\nsys.path.pop(0)\ndef make():\n    {}['real']", "it failed: KeyError: 'real'"),
     ],

@@ -7,7 +7,7 @@ from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD, AutoAttack
-from purify_fast.evaluation import AttackSpec, Examples, Report, Row, evaluate
+from purify_fast.evaluation import AttackSpec, Examples, Report, Row, evaluate, plots
 from purify_fast.evaluation.alarms import Finding
 from purify_fast.evaluation.page import html_page
 from purify_fast.evaluation.page.pictures import grid
@@ -240,6 +240,30 @@ def test_the_page_says_which_images_it_shows(fallen, said):
     page = " ".join(html_page(report, classify).split())
     assert said in page
     assert page.count(">true class 0, predicted 0<") == (min(fallen, 8) or 8)
+
+
+def test_the_picture_shows_what_the_attack_was_judged_by(tmp_path, monkeypatch):
+    """A random model that is asked again may classify an image that fell correctly."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("adjustText")
+    images = np.full((3, 1, 4, 4), 0.5, dtype=np.float32)
+    truth, found = np.array([0, 1, 2]), np.array([1, 0, -1])
+    examples = Examples(images, images, truth, fell=np.ones(3, dtype=bool), predicted=found)
+    report = Report([row("clean", kind="clean"), row(examples=examples)])
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+
+    def always_right(x):
+        return torch.eye(3)[: len(x)]
+
+    report.save(tmp_path, always_right)
+    titles = [axes.get_title() for axes in drawn[-1].axes]
+    assert titles[0::3] == ["clean 0", "clean 1", "clean 2"]
+    assert titles[1::3] == ["adversarial 1", "adversarial 0", "adversarial no class"]
+    plots.grid(images, images, truth, tmp_path / "x.png", always_right)
+    assert drawn[-1].axes[1].get_title() == "adversarial 0"
+    with pytest.raises(ValueError, match=r"predicted must be \[M\] = \[3\], got \[2\]"):
+        plots.grid(images, images, truth, tmp_path / "x.png", predicted=found[:2])
 
 
 def test_pictures_that_an_earlier_version_kept_are_shown(tmp_path):
