@@ -193,6 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     # a model of the user's own adds its folder for as long as the command runs
     path = list(sys.path)
+    if (own := sys.modules.get("purify_fast.models.own")) is not None:
+        # models of an earlier command in this process have no part in this one's errors
+        own.forget_imported()
     try:
         return _status(list(sys.argv[1:] if arguments is None else arguments))
     finally:

@@ -67,6 +67,11 @@ def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
     return made
 
 
+def forget_imported() -> None:
+    """What `made_by` imported so far is no part of what comes: `raised_in` speaks of one command."""
+    _imported_names.clear()
+
+
 def raised_in(error: BaseException) -> Literal["own", "called by own", "package"]:
     """Whose code raised an error: the user's own, this package, or this package when the user's code called it.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from purify_fast import cli
 from purify_fast.cli.evaluate import Evaluate
 from purify_fast.models import own
 from purify_fast.models.own import made_by, raised_in
@@ -276,3 +277,16 @@ def test_it_is_told_how_many_images_there_are(bars, count, said):
     command = Evaluate(data=bars, device="cpu", images=count)
     x, y, notes = command.chosen(command.load_data())
     assert notes == [said] and len(x) == len(y) == min(count, 8)
+
+
+def test_an_error_after_a_command_with_an_own_model_is_the_packages_again(monkeypatch, capsys):
+    """In one process, such as a notebook, an earlier command's model has no part in it."""
+    from purify_fast.cli.info import Info
+
+    def broken(self):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(own, "_imported_names", {"a_model_of_mine"})
+    monkeypatch.setattr(Info, "run", broken)
+    assert cli.main(["info"]) == 1
+    assert "this is an error in purify_fast" in capsys.readouterr().err
