@@ -179,22 +179,19 @@ class _Halve(torch.autograd.Function):
         return ctx.spread(grad), None, None, None
 
 
-class Resizing(nn.Module):
-    """In the place of a frozen convolution that halves an image, or of its transpose, which doubles one.
+class _Replacement(nn.Module):
+    """In the place of a frozen convolution: it has the layer's weight and bias, and the bias in another dtype.
 
     Args:
-        layer: the convolution; `can_stand_for` says which.
+        layer: the convolution.
         dtype: of the arithmetic; results are in it.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d, dtype: torch.dtype):
         super().__init__()
         self.layer, self.dtype = layer, dtype
-        self.function = _Double if isinstance(layer, nn.ConvTranspose2d) else _Halve
-        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach().to(dtype)
-        self.spread = Spread(weight, dtype)
-        for name, value in (("_weight", _last(weight.to(dtype))), ("_bias", bias)):
-            self.register_buffer(name, value, persistent=False)
+        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        self.register_buffer("_bias", bias, persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -205,6 +202,22 @@ class Resizing(nn.Module):
     def bias(self) -> Tensor | None:
         """The layer's own."""
         return self.layer.bias
+
+
+class Resizing(_Replacement):
+    """In the place of a frozen convolution that halves an image, or of its transpose, which doubles one.
+
+    Args:
+        layer: the convolution; `can_stand_for` says which.
+        dtype: of the arithmetic; results are in it.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d, dtype: torch.dtype):
+        super().__init__(layer, dtype)
+        self.function = _Double if isinstance(layer, nn.ConvTranspose2d) else _Halve
+        weight = layer.weight.detach()
+        self.spread = Spread(weight, dtype)
+        self.register_buffer("_weight", _last(weight.to(dtype)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         # an image without a batch goes through the layer too
@@ -229,7 +242,7 @@ class _Rows(torch.autograd.Function):
         return _from_row(rows, ctx.channels, grad.shape[3]), None, None, None
 
 
-class RowByRow(nn.Module):
+class RowByRow(_Replacement):
     """In the place of a frozen 3 x 3 convolution of stride 1, transposed or not, to or from narrow rows.
 
     Args:
@@ -238,25 +251,12 @@ class RowByRow(nn.Module):
     """
 
     def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d, dtype: torch.dtype):
-        super().__init__()
-        self.layer, self.dtype = layer, dtype
+        super().__init__(layer, dtype)
         weight = layer.weight.detach()
         other = weight.flip(2, 3).transpose(0, 1)
         # a transposed convolution of stride 1 is a convolution with the kernel turned
         self._both = (other, weight) if isinstance(layer, nn.ConvTranspose2d) else (weight, other)
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
-        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-        self.register_buffer("_bias", bias, persistent=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """The layer's own."""
-        return self.layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The layer's own."""
-        return self.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
