@@ -56,6 +56,10 @@ class Job:
     def done(self, root: Path) -> bool:
         return (self.folder(root) / RESULT).is_file()
 
+    def result(self, root: Path, name: str | None = None) -> dict:
+        """What this job found, or that of another row of the same seed; FileNotFoundError if it is not done."""
+        return json.loads((self.folder(root, name) / RESULT).read_text())
+
     def asked(self) -> dict:
         """What must be equal for its folder to be used again, as JSON has it; where the data lie is no part of it."""
         settings = {name: value for name, value in self.settings.items() if name != "data"}
@@ -134,7 +138,7 @@ def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
                 left = len(waiting) + len(running)
                 minutes = (time.monotonic() - began) / 60
                 print(f"[{minutes:5.1f} min] {total - left}/{total} {job.name}, seed {job.seed}", file=sys.stderr)
-    return [json.loads((job.folder(root) / RESULT).read_text()) for job in jobs]
+    return [job.result(root) for job in jobs]
 
 
 def over_seeds(values: Sequence[float]) -> str:

@@ -17,7 +17,7 @@ from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.training import FitConfig, fit, load_classifier, save_classifier
 from purify_fast.training.attack import TrainingAttack
 
-from . import RESULT, Job, mnist
+from . import Job, mnist
 from .attacked import counts, joined
 
 STANDARD, SCRATCH, FINETUNED, ARREST = "standard", "AT from scratch", "AFT", "ARREST"
@@ -138,7 +138,7 @@ def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) ->
     """``arrest_mnist.md`` and its JSON and pictures in ``folder``."""
     b, job = budget, Job("report", seed, attack)
     found = {name: joined([job.folder(root, f"{name} attacked")]) for name in MODELS}
-    facts = {name: json.loads((job.folder(root, name) / RESULT).read_text()) for name in MODELS}
+    facts = {name: job.result(root, name) for name in MODELS}
     whole, auto = merge(found.values()), AUTOATTACK.format(b.autoattack)
     points, sums = {}, []
     for name, report in found.items():

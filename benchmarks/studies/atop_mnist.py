@@ -7,7 +7,6 @@ with full gradients and, for comparison, as the published ablation was: through 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from purify_fast.evaluation import AttackSpec, merge
 from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator, load_atop
 from purify_fast.training import load_classifier
 
-from . import RESULT, Job, atop, mnist
+from . import Job, atop, mnist
 from .attacked import counts, joined
 
 STANDARD, ROBUST = "standard classifier", "PGD-AT classifier"
@@ -223,7 +222,7 @@ def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) ->
     job = Job("report", seed, attack)
     found = {name: joined([job.folder(root, f"{name} attacked")]) for name in BASES}
     whole = merge(found.values())
-    minutes = {name: json.loads((job.folder(root, name) / RESULT).read_text())["minutes"] for name in BASES}
+    minutes = {name: job.result(root, name)["minutes"] for name in BASES}
     pairs = ((PUBLISHED, PRETRAINED), (PIPELINE, PUBLISHED), (ROBUST_PIPELINE, ROBUST))
     lines = [
         caption(budget, seed),

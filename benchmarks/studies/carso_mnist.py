@@ -6,7 +6,6 @@ attack (PeeL) and through exact gradients, and CARSO fine-tuned through the whol
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load_carso
 from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.attack import TrainingAttack
 
-from . import RESULT, Job, mnist
+from . import Job, mnist
 from .attacked import joined
 
 SIZES = {
@@ -185,7 +184,7 @@ def report(root: Path, seed: int = 0) -> Report:
 def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) -> Path:
     """``carso_mnist.md`` and its JSON and pictures in ``folder``."""
     whole = report(root, seed)
-    facts = json.loads((Job(CLASSIFIER, seed, attack).folder(root) / RESULT).read_text())
+    facts = Job(CLASSIFIER, seed, attack).result(root)
     lines = [
         f"MNIST, the first {budget.images} test images, L-inf eps {mnist.EPS}, seed {seed}; accuracy ± standard error, "
         f"%. Classifier: {facts['mflop']:.2f} MFLOP an image, {budget.base_epochs} epochs of PGD-7 with eps rising "

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from purify_fast.attacks import PGD
 from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, evaluate
 
-from . import RESULT, Job
+from . import Job
 from .cifar10_ahead import CANDIDATES, MIXED
 from .cifar10_budget import (
     AFT,
@@ -241,7 +240,7 @@ def best(job: Job, root: Path) -> str:
     """
 
     def found(name: str) -> tuple[float, float]:
-        result = json.loads((job.folder(root, tried_name(name)) / RESULT).read_text())
+        result = job.result(root, tried_name(name))
         return result["tried"]["share"], result["clean"]
 
     return max((CARSO_PIPELINE, MIXED, *CANDIDATES), key=found)

@@ -7,7 +7,6 @@ chosen on images that were held out of the training images; nothing is chosen on
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from purify_fast.training import (
 from purify_fast.training.attack import TrainingAttack
 
 from ..flops import Flops
-from . import RESULT, Job
+from . import Job
 from .cifar10_ahead import CANDIDATES, MIXED, CandidateTask, Mixed
 from .cifar10_budget import (
     ARREST,
@@ -194,7 +193,7 @@ def chosen(job: Job, root: Path) -> tuple[float, float]:
     first = replace(job, seed=0)
 
     def accuracy(pair: tuple[float, float]) -> float:
-        return json.loads((first.folder(root, search_name(*pair)) / RESULT).read_text())["validation_accuracy"]
+        return first.result(root, search_name(*pair))["validation_accuracy"]
 
     return max(pairs, key=accuracy)
 
@@ -275,7 +274,7 @@ def train_candidate(job: Job, folder: Path, root: Path) -> dict:
 def mix(job: Job, folder: Path, root: Path) -> dict:
     """The costs of the mixture, which is not trained: of both of its parts."""
     model = model_of(job, root, MIXED)
-    parts = [json.loads((job.folder(root, name) / RESULT).read_text()) for name in (STANDARD, BASE)]
+    parts = [job.result(root, name) for name in (STANDARD, BASE)]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "inference_gflop": inference_flops(model.eval(), images_of(job)) / 1e9,
