@@ -43,24 +43,27 @@ def dependencies(model: nn.Module) -> tuple[tuple[Any, ...], list[Any]]:
     Raises:
         TypeError: a tensor of a class of its own, such as the part of a sharded weight, whose memory is elsewhere.
     """
-    found: list[Any] = []
-    objects: list[Any] = []
-    _add(model, found, objects, {})
-    return tuple(found), [part for part in objects if not isinstance(part, Tensor)]
+    values, objects, _ = dependencies_and_tensors(model)
+    return values, objects
 
 
-def tensors_of(model: nn.Module) -> list[Tensor]:
-    """The tensors that stand among the `dependencies` of a model by their addresses, each once, in the same order.
+def dependencies_and_tensors(model: nn.Module) -> tuple[tuple[Any, ...], list[Any], list[Tensor]]:
+    """The `dependencies` of a model, and the tensors that stand among the values by their addresses.
 
     Args:
         model: as `dependencies` takes it.
 
+    Returns:
+        The values and the objects of `dependencies`, and the tensors, each once, in the order of the values.
+
     Raises:
         TypeError: as `dependencies`.
     """
+    found: list[Any] = []
     objects: list[Any] = []
-    _add(model, [], objects, {})
-    return list({id(part): part for part in objects if isinstance(part, Tensor)}.values())
+    _add(model, found, objects, {})
+    tensors = list({id(part): part for part in objects if isinstance(part, Tensor)}.values())
+    return tuple(found), [part for part in objects if not isinstance(part, Tensor)], tensors
 
 
 def _add(value: Any, found: list[Any], objects: list[Any], seen: dict[int, int]) -> None:

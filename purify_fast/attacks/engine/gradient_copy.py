@@ -30,7 +30,7 @@ from ...protocols import (
     supports,
 )
 from ...speed.accelerated import Accelerated
-from ...speed.dependencies import dependencies, tensors_of
+from ...speed.dependencies import dependencies_and_tensors
 from ...speed.folding import fold_sequential
 from ...speed.halving import replace_resizing
 from ...speed.inference_copy import InferenceCopy
@@ -85,8 +85,7 @@ class GradientCopies:
             make: makes a copy.
         """
         try:
-            settings, objects = dependencies(model)
-            tensors = tensors_of(model)
+            settings, objects, tensors = dependencies_and_tensors(model)
             key = (id(model), shape, settings)
             kept = self._kept.get(key)
             same = kept is not None and all(map(torch.equal, tensors, kept.values))
