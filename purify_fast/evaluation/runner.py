@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._compat import renamed_arguments
 from .._validation import check_folder, check_literal
@@ -36,7 +36,6 @@ from .alarms.probes import cost as cost_of_probes
 from .around import note_of_training_modes
 from .believe import conclude
 from .customary import check_radius, unusual_radius
-from .fingerprint import fingerprint
 from .function_attack import AttackFunction
 from .images import collect
 from .interrupted import short_interrupts
@@ -192,7 +191,8 @@ def _kept_in(out: Path, subject: Subject, name: str, stack: contextlib.ExitStack
     The kernels are verified now, which takes a moment once on a machine: were one found wrong at its first use, the
     rows of this run would have the name of rows that it had served, and the next run would make them anew.
     """
-    if fingerprint(subject.model) is None:
+    # as `fingerprint` decides, which reads every weight
+    if not isinstance(subject.model, nn.Module):
         logger.warning("out: %s is a function, of which no weights can be compared: its rows are not kept", name)
     served = decisions(subject.device, verify=True)
     stack.enter_context(held(served, verified=False))
