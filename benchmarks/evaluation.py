@@ -158,7 +158,7 @@ STANDARD_CONTESTANTS: dict[str, Contestant] = {
             APGD(steps=amount.steps),
             APGD(loss="dlr_targeted", steps=amount.steps),
             FABT(steps=amount.steps),
-            Square(n_queries=amount.queries),
+            Square(n_queries=amount.queries, give_up=True),
         ]
     ),
     FAST: in_turn(

@@ -1,10 +1,10 @@
 """Square (Andriushchenko et al., ECCV 2020): a random search with squares that asks for no gradient.
 
 Each proposal changes one square of an image and is kept if it raises the margin. Every image has random numbers of its
-own, made from the seed and its id, so that batches do not matter. Three things are not in the paper: of late proposals,
+own, made from the seed and its id, so that batches do not matter. Four things are not in the paper: of late proposals,
 of which few are kept, several are judged in one batch and the best is kept; a random model's margin is the mean over
-several draws, and that of the point to beat is drawn afresh now and then, so that no lucky draw stands forever; and an
-image has fallen by the share of fresh draws that it fails.
+several draws, and that of the point to beat is drawn afresh now and then, so that no lucky draw stands forever; an
+image has fallen by the share of fresh draws that it fails; and images whose border is out of reach can be given up.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ TOGETHER = {0: 1, 100: 2, 500: 4, 1000: 8}
 BLOCK = 64
 #: After so many rounds the batch may shrink, and the point to beat is judged by fresh draws.
 ROUNDS = 10
+#: After how many queries images are given up whose border is out of reach: if in the queries that are left they would
+#: not get there, although they moved `REACH` times as fast as in the last half of those asked. The pace only falls.
+GIVEN_UP_AFTER = (1500, 2000, 2500, 3000, 3500, 4000)
+REACH = 4.0
 
 
 def square(
@@ -46,6 +50,7 @@ def square(
     *,
     eps: float | Tensor,
     n_queries: int = QUERIES,
+    give_up: bool = False,
     norm: NormName = "linf",
     eot_iter: int = 1,
     restarts: int = 1,
@@ -67,6 +72,9 @@ def square(
         y: true labels, int64 ``[B]``.
         eps: radius in image units, a number or ``[B]``.
         n_queries: proposals for each image and restart.
+        give_up: whether an image is given up after 1,500 queries or more, once it would not fall in those that are left
+            if its margin rose four times as fast as in the last half of those asked. An image of a random model, whose
+            margin is noisy, never is.
         norm: "linf", "l2" or "l1".
         eot_iter: draws of a random model averaged for each proposal.
         restarts: runs, each for the images that have not fallen.
@@ -114,7 +122,7 @@ def square(
                 search = _Search(
                     objective, active, (x[left], y[left], left), ball.of(left), (seed + restart, ids[left])
                 )
-                search.run(n_queries)
+                search.run(n_queries, give_up and eot_iter == 1)
     return active.found
 
 
@@ -141,10 +149,17 @@ class _Search:
         (self.x, self.y, self.owner), (seed, self.ids) = images, key
         check_seed(seed)
         self.key = torch.full((1,), seed, dtype=torch.int64, device=self.x.device)
+        #: The margins at earlier queries, by their number.
+        self.earlier: dict[int, Tensor] = {}
         self.propose = Proposals((self.x.shape[1], self.x.shape[2], self.x.shape[3]), ball.norm)
 
-    def run(self, n_queries: int) -> None:
-        """Ask so many queries of every image that is left."""
+    def run(self, n_queries: int, give_up: bool = False) -> None:
+        """Ask so many queries of every image that is left.
+
+        Args:
+            n_queries: how many.
+            give_up: whether images whose border is out of reach leave earlier.
+        """
         first = self._numbers(self.propose.first_numbers, 0, 1)[:, 0]
         self.point = self.propose.begin(self.x, self.ball, first)
         self.score = self.objective.score(self.point, self.y)
@@ -160,11 +175,17 @@ class _Search:
             query, rounds = query + together, rounds + 1
             if rounds % ROUNDS == 0:
                 numbers = self._shrunk(numbers)
-                if len(self.owner) == 0:
-                    return
-        everything = torch.ones_like(self.score[0])
-        share, _ = self.active.settle(self.owner, self.point, everything)
-        self.active.offer(self.owner, self.point, torch.stack([share, self.score[1]]))
+            if give_up:
+                numbers = self._within_reach(query, query - together, n_queries, numbers)
+            if len(self.owner) == 0:
+                return
+        self._offer(slice(None))
+
+    def _offer(self, rows: slice | Tensor) -> None:
+        """Judge the points of some rows by the model itself, and keep the best."""
+        owner, points, margin = self.owner[rows], self.point[rows], self.score[1, rows]
+        share, _ = self.active.settle(owner, points, torch.ones_like(margin))
+        self.active.offer(owner, points, torch.stack([share, margin]))
 
     def _numbers(self, count: int, first: int, draws: int) -> Tensor:
         return philox(self.key, self.ids, count, stream=Stream.SQUARES, draws=draws, first_draw=first)
@@ -194,12 +215,40 @@ class _Search:
         self.score = torch.stack([share, self.score[1]])
         kept = self.active.kept(self.owner) if fell else None
         if kept is not None:
-            self.x, self.y, self.owner, self.ids = self.x[kept], self.y[kept], self.owner[kept], self.ids[kept]
-            self.point, self.score, self.ball = self.point[kept], self.score[:, kept], self.ball.of(kept)
-            numbers = numbers[kept]
+            numbers = self._keep(kept, numbers)
         if self.objective.eot_iter > 1 and len(self.owner):
             # the highest of many noisy margins is high by luck
             self.score = self.objective.score(self.point, self.y)
+        return numbers
+
+    def _keep(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """Go on with some of the rows; their numbers."""
+        self.x, self.y, self.owner, self.ids = self.x[rows], self.y[rows], self.owner[rows], self.ids[rows]
+        self.point, self.score, self.ball = self.point[rows], self.score[:, rows], self.ball.of(rows)
+        self.earlier = {query: margin[rows] for query, margin in self.earlier.items()}
+        return numbers[rows]
+
+    def _within_reach(self, query: int, before: int, n_queries: int, numbers: Tensor) -> Tensor:
+        """Let images go whose border is out of reach; the numbers of the rows that stay.
+
+        Args:
+            query: how many were asked.
+            before: how many were asked before the last round.
+            n_queries: how many will be.
+            numbers: of the rows.
+        """
+        for check in GIVEN_UP_AFTER:
+            if before < check // 2 <= query:
+                self.earlier[check // 2] = self.score[1]
+            if not before < check <= query or query >= n_queries:
+                continue
+            margin = self.score[1]
+            pace = (margin - self.earlier.pop(check // 2)) / (check - check // 2)
+            # of one that has fallen the margin is above 0, and one that is not a number is compared with none
+            out_of_reach = -margin > REACH * pace * (n_queries - query)
+            if bool(out_of_reach.any()):
+                self._offer(out_of_reach.nonzero()[:, 0])
+                numbers = self._keep((~out_of_reach).nonzero()[:, 0], numbers)
         return numbers
 
 
@@ -209,6 +258,7 @@ class Square(EngineAttack):
 
     Args:
         n_queries: proposals for each image and restart.
+        give_up: whether images whose border is out of reach leave after 1,500 queries or more; see `square`.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -217,13 +267,17 @@ class Square(EngineAttack):
     kind: ClassVar[str] = "square"
 
     n_queries: int = QUERIES
+    give_up: bool = False
 
     def __post_init__(self) -> None:
         check_at_least_one(n_queries=self.n_queries)
         super().__post_init__()
 
     def name(self, context: AttackContext) -> str:
-        return self.with_restarts("Square" + (f", {self.n_queries} queries" if self.n_queries != QUERIES else ""))
+        queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
+        # few queries are asked to the end
+        given_up = ", within reach" if self.give_up and self.n_queries > GIVEN_UP_AFTER[0] else ""
+        return self.with_restarts(f"Square{queries}{given_up}")
 
     def cost(self, context: AttackContext) -> None:
         """None: it stops early where it has won."""
@@ -233,4 +287,4 @@ class Square(EngineAttack):
         return "3"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        return square(target, x, y, n_queries=self.n_queries, **self.options(context))
+        return square(target, x, y, n_queries=self.n_queries, give_up=self.give_up, **self.options(context))

@@ -77,7 +77,7 @@ def _fast(attacked: AttackedModel) -> list[AttackSpec]:
 
 
 def _standard(attacked: AttackedModel) -> list[AttackSpec]:
-    own = [_left(APGD()), _left(APGD(loss="dlr_targeted")), _left(FABT()), _left(Square())]
+    own = [_left(APGD()), _left(APGD(loss="dlr_targeted")), _left(FABT()), _left(Square(give_up=True))]
     return own + _without_noise(attacked)
 
 

@@ -428,6 +428,51 @@ def test_square_beside_the_authors(digits, norm, eps):
     assert 10 < left < 95 and ours <= left + 2, (norm, ours, left)
 
 
+class Counted(nn.Module):
+    """Counts the images that a model is asked about."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.images = model, 0
+
+    def forward(self, x):
+        self.images += len(x)
+        return self.model(x)
+
+
+def test_square_gives_up_what_is_out_of_reach_and_nothing_else(digits):
+    net, x, y = digits[0], digits[1][:60], digits[2][:60]
+    asked, found = [], []
+    for give_up in (False, True):
+        counted = Counted(net)
+        found.append(square(counted, x, y, eps=0.12, n_queries=2500, give_up=give_up))
+        asked.append(counted.images)
+    assert 10 < accuracy(net, found[0], y) == accuracy(net, found[1], y) < 95
+    assert asked[1] < 0.8 * asked[0]
+    right = net(found[1]).argmax(1) == y
+    # what is given up keeps its best point, and what falls is as without
+    assert torch.equal(found[0][~right], found[1][~right]) and bool((found[1] != x)[right].flatten(1).any(1).all())
+
+
+@pytest.mark.parametrize(
+    "logits, eot_iter, given_up",
+    [((1.0, 0.0), 1, True), ((1.0, 0.0), 2, False), ((float("nan"), 0.0), 1, False), ((0.0, 1.0), 1, False)],
+)
+def test_square_gives_up_where_the_margin_stands_still(logits, eot_iter, given_up):
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.tensor([logits]).expand(len(x), 2)
+
+    model = Counted(Constant())
+    x, y = torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
+    square(model, x, y, eps=0.1, n_queries=1600, eot_iter=eot_iter, give_up=True)
+    if logits[0] == 1:
+        # the beginning, 1,500 or 1,600 proposals, some of them judged together, and the last judgement
+        assert (model.images < 2 * 1540) is given_up and model.images >= 2 * 1500
+    assert Square(give_up=True).name(AttackContext(num_classes=2, eps=0.1)) == "Square, within reach"
+    assert Square(give_up=True, n_queries=100).name(AttackContext(num_classes=2, eps=0.1)) == "Square, 100 queries"
+
+
 def test_square_averages_a_random_model_and_leaves_with_its_images():
     model, x, y = Noisy(0.5), torch.full((30, 1, 6, 6), 0.5), torch.zeros(30, dtype=torch.int64)
     torch.manual_seed(0)
