@@ -26,6 +26,7 @@ from .draws import Objective
 from .engine.active_set import ActiveSet
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
 from .engine.judge import Judge
+from .engine.reach import Reach, some_of
 from .engine.squares import Proposals
 from .frozen_model import frozen
 
@@ -37,10 +38,8 @@ TOGETHER = {0: 1, 100: 2, 500: 4, 1000: 8}
 BLOCK = 64
 #: After so many rounds the batch may shrink, and the point to beat is judged by fresh draws.
 ROUNDS = 10
-#: After how many queries images are given up whose border is out of reach: if in the queries that are left they would
-#: not get there, although they moved `REACH` times as fast as in the last half of those asked. The pace only falls.
-GIVEN_UP_AFTER = (1500, 2000, 2500, 3000, 3500, 4000)
-REACH = 4.0
+#: After how many queries images are given up that are out of reach, and by how much their pace may still rise.
+GIVEN_UP_AFTER, TIMES = (1500, 2000, 2500, 3000, 3500, 4000), 4.0
 
 
 def square(
@@ -149,8 +148,6 @@ class _Search:
         (self.x, self.y, self.owner), (seed, self.ids) = images, key
         check_seed(seed)
         self.key = torch.full((1,), seed, dtype=torch.int64, device=self.x.device)
-        #: The margins at earlier queries, by their number.
-        self.earlier: dict[int, Tensor] = {}
         self.propose = Proposals((self.x.shape[1], self.x.shape[2], self.x.shape[3]), ball.norm)
 
     def run(self, n_queries: int, give_up: bool = False) -> None:
@@ -163,6 +160,7 @@ class _Search:
         first = self._numbers(self.propose.first_numbers, 0, 1)[:, 0]
         self.point = self.propose.begin(self.x, self.ball, first)
         self.score = self.objective.score(self.point, self.y)
+        reach = Reach(GIVEN_UP_AFTER, n_queries, TIMES) if give_up else None
         query = rounds = 0
         while query < n_queries:
             if query % BLOCK == 0:
@@ -174,9 +172,11 @@ class _Search:
             self._round(query, numbers[:, query % BLOCK : query % BLOCK + together])
             query, rounds = query + together, rounds + 1
             if rounds % ROUNDS == 0:
-                numbers = self._shrunk(numbers)
-            if give_up:
-                numbers = self._within_reach(query, query - together, n_queries, numbers)
+                numbers = self._shrunk(numbers, reach)
+            lost = None if reach is None else some_of(reach.lost(query, -self.score[1]))
+            if lost is not None:
+                self._offer(lost.nonzero()[:, 0])
+                numbers = self._keep(self.active.kept(self.owner, lost), numbers, reach)
             if len(self.owner) == 0:
                 return
         self._offer(slice(None))
@@ -209,47 +209,25 @@ class _Search:
         self.point = torch.where(per_image(better, points), points, self.point)
         self.score = torch.where(better, score, self.score)
 
-    def _shrunk(self, numbers: Tensor) -> Tensor:
+    def _shrunk(self, numbers: Tensor, reach: Reach | None) -> Tensor:
         """Judge what seems to have fallen and let it leave; the numbers of the rows that stay."""
         share, fell = self.active.settle(self.owner, self.point, self.score[0])
         self.score = torch.stack([share, self.score[1]])
-        kept = self.active.kept(self.owner) if fell else None
-        if kept is not None:
-            numbers = self._keep(kept, numbers)
+        numbers = self._keep(self.active.kept(self.owner) if fell else None, numbers, reach)
         if self.objective.eot_iter > 1 and len(self.owner):
             # the highest of many noisy margins is high by luck
             self.score = self.objective.score(self.point, self.y)
         return numbers
 
-    def _keep(self, rows: Tensor, numbers: Tensor) -> Tensor:
-        """Go on with some of the rows; their numbers."""
+    def _keep(self, rows: Tensor | None, numbers: Tensor, reach: Reach | None) -> Tensor:
+        """Go on with some of the rows, or with all; their numbers."""
+        if rows is None:
+            return numbers
         self.x, self.y, self.owner, self.ids = self.x[rows], self.y[rows], self.owner[rows], self.ids[rows]
         self.point, self.score, self.ball = self.point[rows], self.score[:, rows], self.ball.of(rows)
-        self.earlier = {query: margin[rows] for query, margin in self.earlier.items()}
+        if reach is not None:
+            reach.take(rows)
         return numbers[rows]
-
-    def _within_reach(self, query: int, before: int, n_queries: int, numbers: Tensor) -> Tensor:
-        """Let images go whose border is out of reach; the numbers of the rows that stay.
-
-        Args:
-            query: how many were asked.
-            before: how many were asked before the last round.
-            n_queries: how many will be.
-            numbers: of the rows.
-        """
-        for check in GIVEN_UP_AFTER:
-            if before < check // 2 <= query:
-                self.earlier[check // 2] = self.score[1]
-            if not before < check <= query or query >= n_queries:
-                continue
-            margin = self.score[1]
-            pace = (margin - self.earlier.pop(check // 2)) / (check - check // 2)
-            # of one that has fallen the margin is above 0, and one that is not a number is compared with none
-            out_of_reach = -margin > REACH * pace * (n_queries - query)
-            if bool(out_of_reach.any()):
-                self._offer(out_of_reach.nonzero()[:, 0])
-                numbers = self._keep((~out_of_reach).nonzero()[:, 0], numbers)
-        return numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +236,6 @@ class Square(EngineAttack):
 
     Args:
         n_queries: proposals for each image and restart.
-        give_up: whether images whose border is out of reach leave after 1,500 queries or more; see `square`.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -267,17 +244,13 @@ class Square(EngineAttack):
     kind: ClassVar[str] = "square"
 
     n_queries: int = QUERIES
-    give_up: bool = False
 
     def __post_init__(self) -> None:
         check_at_least_one(n_queries=self.n_queries)
         super().__post_init__()
 
     def name(self, context: AttackContext) -> str:
-        queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
-        # few queries are asked to the end
-        given_up = ", within reach" if self.give_up and self.n_queries > GIVEN_UP_AFTER[0] else ""
-        return self.with_restarts(f"Square{queries}{given_up}")
+        return self.with_restarts("Square" + (f", {self.n_queries} queries" if self.n_queries != QUERIES else ""))
 
     def cost(self, context: AttackContext) -> None:
         """None: it stops early where it has won."""
@@ -287,4 +260,4 @@ class Square(EngineAttack):
         return "3"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        return square(target, x, y, n_queries=self.n_queries, give_up=self.give_up, **self.options(context))
+        return square(target, x, y, n_queries=self.n_queries, **self.options(context))

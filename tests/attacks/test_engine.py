@@ -469,8 +469,6 @@ def test_square_gives_up_where_the_margin_stands_still(logits, eot_iter, given_u
     if logits[0] == 1:
         # the beginning, 1,500 or 1,600 proposals, some of them judged together, and the last judgement
         assert (model.images < 2 * 1540) is given_up and model.images >= 2 * 1500
-    assert Square(give_up=True).name(AttackContext(num_classes=2, eps=0.1)) == "Square, within reach"
-    assert Square(give_up=True, n_queries=100).name(AttackContext(num_classes=2, eps=0.1)) == "Square, 100 queries"
 
 
 def test_square_averages_a_random_model_and_leaves_with_its_images():
