@@ -87,9 +87,9 @@ def apgd(
             point, by the share of draws that ``fallen`` asks for; that point is then returned. If not, every image is
             attacked to the end, and as long as some draw is right.
         give_up: whether a run ends for an image whose loss would not reach its value at the border even at eight times
-            its recent pace; decided after 40, 60 and 80 % of the steps, in runs of 50 steps or more. For the cross-entropy
-            that value is log 2, below which no image is misclassified. Not in the l1 ball, where images that have
-            fallen stay, or where an image falls by fewer than all draws.
+            its recent pace; decided after 40, 60 and 80 % of the steps, in runs of 50 steps or more. With "ce" that
+            value is log 2, below which no image is misclassified. Not in the l1 ball, where images that have fallen
+            stay, or where an image falls by fewer than all draws.
         fallen: of a random model, by which share of fresh draws an image falls: "any", "majority" or "all".
         judge_draws: fresh draws for that; None: as many as ``eot_iter``.
         precision: what gradients are computed in; "bfloat16" and "auto" take them from a copy, while every success is
