@@ -133,13 +133,11 @@ def apgd(
     with frozen(model):
         goals = _goals(judge, x, y, loss, target=target, count=n_target_classes)
         active = ActiveSet(x, y, judge, leave=leave_when_fallen)
-        source = gradients_from
-        if source is None:
-            source = gradient_copy(model, x[:COMPARED], precision, copies)
+        source = gradient_copy(model, x[:COMPARED], precision, copies) if gradients_from is None else gradients_from
         objective = Objective(source, loss, eot_iter, max_forward_batch, graphs)
         by_pace = give_up and leave_when_fallen and (fallen == "all" or judge.draws == 1)
         attack = run_from_larger if ball.norm == "l1" else partial(run, give_up=by_pace)
-        waves = Waves(x, y, ball, goals, restarts, seed=seed, ids=ids, most=most_rows)  # fmt: skip
+        waves = Waves(x, y, ball, goals, restarts, seed=seed, ids=ids, most=most_rows)
         with frozen(source):
             for rows in waves.over(active):
                 attack(objective, active, rows, Schedule(steps, rho), health=health)
