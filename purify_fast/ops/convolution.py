@@ -1,0 +1,227 @@
+"""Convolutions of images in bfloat16 on a CPU, faster than PyTorch's, forwards and both ways back.
+
+    out[b, y, x, o] = bias[o] + sum over i, j, c of input[b, y s + i d - p, x s + j d - p, c] weight[o, i, j, c]
+
+with stride s, padding p by zeros and dilation d. It is what ``torch.nn.functional.conv2d`` computes, which is the
+reference, in any floating dtype and on any device. The kernels are for one case of it: bfloat16, channels_last, one
+group, on a processor that multiplies pairs of bfloat16 numbers (AVX512-BF16) and has no matrix tiles (AMX). PyTorch's
+own convolutions there reach half to nine tenths of what the processor can do; docs/performance.md has a table. There is
+no kernel for a GPU: cuDNN's convolutions are not to be beaten there.
+
+Sums are in float32. The gradients of weight and bias are returned as summed, where PyTorch rounds them to bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._gradient import first_order, needs_gradient
+from ._op import define_op, wide
+
+_SETTINGS = "int[] stride, int[] padding, int[] dilation"
+
+
+def _first(x: Tensor) -> Tensor:
+    """Channels first: what PyTorch's convolutions take, a view of channels_last."""
+    return x.permute(0, 3, 1, 2)
+
+
+def _last(x: Tensor) -> Tensor:
+    """Channels last: what the ops take, contiguous if the argument is channels_last."""
+    return x.permute(0, 2, 3, 1)
+
+
+def reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The definition. input [B, H, W, C], weight [O, K, L, C] in input's dtype, bias [O] or None -> [B, H', W', O]."""
+    shift = None if bias is None else bias.to(input.dtype)
+    return _last(F.conv2d(_first(input), _first(weight), shift, stride, padding, dilation)).contiguous()
+
+
+def reference_input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    height: int,
+    width: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """grad [B, H', W', O] times d out / d input: [B, H, W, C] of these height and width."""
+    like = grad.new_empty(1).expand(len(grad), weight.shape[3], height, width)
+    made = _backward(grad, like, _first(weight), stride, padding, dilation, (True, False, False))[0]
+    return _last(made).contiguous()
+
+
+def reference_weight_gradient(
+    grad: Tensor,
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """grad times d out / d weight and d out / d bias, [O, K, L, C] and [O], in float32 (float64 for float64)."""
+    like = input.new_empty(1).expand(grad.shape[3], input.shape[3], *kernel)
+    made = _backward(grad, _first(input), like, stride, padding, dilation, (False, True, True))
+    return wide(_last(made[1])).contiguous(), wide(made[2])
+
+
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's gradients of input, weight and bias, those that are wanted; grad with channels last."""
+    settings = (list(stride), list(padding), list(dilation), False, [0, 0], 1, list(wanted))
+    bias_sizes = [grad.shape[3]]
+    made: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward.default(
+        _first(grad), input, weight, bias_sizes, *settings
+    )
+    return made
+
+
+def _out(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    size = [_out(input.shape[1 + i], weight.shape[1 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    return input.new_empty(len(input), *size, len(weight))
+
+
+def _fake_weight_gradient(grad: Tensor, input: Tensor, kernel: list[int], *settings: Any) -> tuple[Tensor, Tensor]:
+    dtype, outputs = torch.promote_types(grad.dtype, torch.float32), grad.shape[3]
+    return grad.new_empty(outputs, *kernel, input.shape[3], dtype=dtype), grad.new_empty(outputs, dtype=dtype)
+
+
+OP = define_op(
+    "convolution",
+    f"(Tensor input, Tensor weight, Tensor? bias, {_SETTINGS}) -> Tensor",
+    reference=reference,
+    fake=_fake,
+)
+INPUT_GRADIENT = define_op(
+    "convolution_input_gradient",
+    f"(Tensor grad, Tensor weight, SymInt height, SymInt width, {_SETTINGS}) -> Tensor",
+    reference=reference_input_gradient,
+    fake=lambda grad, weight, height, width, *_: grad.new_empty(len(grad), height, width, weight.shape[3]),
+)
+WEIGHT_GRADIENT = define_op(
+    "convolution_weight_gradient",
+    f"(Tensor grad, Tensor input, int[] kernel, {_SETTINGS}) -> (Tensor, Tensor)",
+    reference=reference_weight_gradient,
+    fake=_fake_weight_gradient,
+)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        input: Tensor, weight: Tensor, bias: Tensor | None, rounded: Tensor, settings: tuple[list[int], ...]
+    ) -> Tensor:
+        return OP(input, rounded, bias, *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        input, weight, bias, rounded, ctx.settings = inputs
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.size, ctx.kernel = input.shape[1:3], list(weight.shape[1:3])
+        # of frozen weights the input is not needed
+        ctx.save_for_backward(rounded, input if any(ctx.needs_input_grad[1:3]) else None)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rounded, input = ctx.saved_tensors
+        made, of_weight, of_bias = None, None, None
+        if ctx.needs_input_grad[0]:
+            made = INPUT_GRADIENT(grad, rounded, *ctx.size, *ctx.settings)
+        if input is not None:
+            of_weight, of_bias = WEIGHT_GRADIENT(grad, input, ctx.kernel, *ctx.settings)
+            of_weight = of_weight.to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+            of_bias = of_bias.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        return made, of_weight, of_bias, None, None
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _plain(input: Tensor, made: int) -> bool:
+    """Whether PyTorch's convolution serves, of an input on a CPU whose result has so many numbers."""
+    if OP.kernel("cpu") == "reference":
+        return True
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+    if dtype != torch.bfloat16 or not input.is_floating_point():
+        return True
+    backwards = (op.plain(input.device, dtype, made) for op in (INPUT_GRADIENT, WEIGHT_GRADIENT))
+    return OP.plain(input.device, dtype, input.numel()) and all(backwards)
+
+
+def _elements(input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
+    """How many numbers the result has; 0 if the arguments do not fit, or are none that there are."""
+    if input.dim() != 4 or weight.dim() != 4 or weight.shape[1] != input.shape[1]:
+        return 0
+    if min(*stride, *dilation, *(p + 1 for p in padding)) < 1:
+        return 0
+    sides = [_out(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    return len(input) * weight.shape[0] * sides[0] * sides[1] if min(sides) > 0 else 0
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv2d`` of one group, by a kernel of the package where there is a faster one.
+
+    Args:
+        input: ``[B, C, H, W]``, floating point. A kernel takes it in bfloat16, or under autocast to bfloat16.
+        weight: ``[O, C, K, L]``; its gradient is in its own dtype.
+        bias: ``[O]``, or None.
+        stride: of rows and columns, or one number for both.
+        padding: zeros on each side, in the same way.
+        dilation: pixels from tap to tap, in the same way.
+
+    Returns:
+        ``[B, O, H', W']`` in the dtype that PyTorch's has. By a kernel it is channels_last, whatever the input is.
+
+    Raises:
+        RuntimeError: PyTorch's, where shapes do not fit.
+
+    By a kernel there are first-order gradients only, and no ``vmap``. The result does not depend on the number of
+    threads. Infinities and NaN pass through as in any product. Numbers below float32's normal range count as zero.
+    """
+    settings = (_pair(stride), _pair(padding), _pair(dilation))
+    if input.device.type != "cpu":
+        return F.conv2d(input, weight, bias, *settings)
+    made = _elements(input, weight, *settings)
+    # where there are none PyTorch tells what is wrong
+    if not made or _plain(input, made):
+        return F.conv2d(input, weight, bias, *settings)
+    images, kernels = _last(input.to(torch.bfloat16)), _last(weight)
+    rounded = kernels.detach().to(torch.bfloat16)
+    if needs_gradient(input, weight, *([] if bias is None else [bias])):
+        return _first(_Convolution.apply(images, kernels, bias, rounded, settings))
+    return _first(OP(images, rounded, bias, *settings))
