@@ -1,6 +1,5 @@
 #include "common.h"
-#include "convolution_images.h"
-#include "convolution_weights.h"
+#include "convolution_tiles.h"
 
 #if PF_HAS_PAIRS
 
@@ -49,11 +48,20 @@ Sizes sizes_of(int64_t images, int64_t height, int64_t width, int64_t inputs, co
   return s;
 }
 
-Tensor convolve(const Plan& plan, const Tensor& input, const Tensor& weight, bool turned, const float* bias) {
+// Tiles of one image from which on the algorithm by tiles is faster: its weights are transformed, and in the gradient
+// of the weights its sums as well.
+constexpr int64_t fewest_tiles = 16, fewest_tiles_of_gradient = 64;
+
+// turned: the input is the gradient of the output, and the result that of the input.
+Tensor convolve(const Sizes& s, const Tensor& input, const Tensor& weight, bool turned, const float* bias) {
+  const Plan plan = turned ? convolution::input_gradient_plan(s) : convolution::forward_plan(s);
   Tensor out = new_tensor({plan.images, plan.out_height, plan.out_width, plan.outputs}, ScalarType::BFloat16);
-  if (out.numel() > 0) {
-    Images(plan).run(words(input), words(weight), turned, bias, static_cast<uint16_t*>(out.mutable_data_ptr()),
-                     Parallel{});
+  if (out.numel() == 0) return out;
+  auto* to = static_cast<uint16_t*>(out.mutable_data_ptr());
+  if (convolution::by_tiles(s, fewest_tiles)) {
+    convolution::TiledImages(s, turned).run(words(input), words(weight), bias, to, Parallel{});
+  } else {
+    Images(plan).run(words(input), words(weight), turned, bias, to, Parallel{});
   }
   return out;
 }
@@ -67,7 +75,7 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, Two stri
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == s.outputs, "convolution: bias must be one number per output");
     wide = dense(*bias, ScalarType::Float);
   }
-  return convolve(convolution::forward_plan(s), x, w, false, wide.has_value() ? data<float>(*wide) : nullptr);
+  return convolve(s, x, w, false, wide.has_value() ? data<float>(*wide) : nullptr);
 }
 
 Tensor input_gradient(Tensor grad, Tensor weight, int64_t height, int64_t width, Two stride, Two padding,
@@ -76,7 +84,7 @@ Tensor input_gradient(Tensor grad, Tensor weight, int64_t height, int64_t width,
   const Sizes s = sizes_of(g.size(0), height, width, w.size(3), w, stride, padding, dilation);
   STD_TORCH_CHECK(g.size(1) == s.out_height && g.size(2) == s.out_width && g.size(3) == s.outputs,
                   "convolution: grad has another shape than the output");
-  return convolve(convolution::input_gradient_plan(s), g, w, true, nullptr);
+  return convolve(s, g, w, true, nullptr);
 }
 
 std::tuple<Tensor, Tensor> weight_gradient(Tensor grad, Tensor input, Two kernel, Two stride, Two padding,
@@ -88,7 +96,17 @@ std::tuple<Tensor, Tensor> weight_gradient(Tensor grad, Tensor input, Two kernel
   const Sizes s = sizes_of(x.size(0), x.size(1), x.size(2), x.size(3), weight, stride, padding, dilation);
   STD_TORCH_CHECK(g.size(0) == s.images && g.size(1) == s.out_height && g.size(2) == s.out_width,
                   "convolution: grad has another shape than the output");
-  WeightGradient(s).run(words(x), words(g), writable<float>(weight), writable<float>(bias), Parallel{});
+  if (convolution::by_tiles(s, fewest_tiles_of_gradient)) {
+    convolution::TiledWeightGradient(s).run(words(x), words(g), writable<float>(weight), Parallel{});
+  } else {
+    WeightGradient(s).run(words(x), words(g), writable<float>(weight), Parallel{});
+  }
+  const int64_t pixels = s.images * s.out_height * s.out_width;
+  Parallel{}((s.outputs + 15) / 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      convolution::sum_pixels(words(g), pixels, s.outputs, 16 * i, writable<float>(bias));
+    }
+  });
   return {weight, bias};
 }
 

@@ -21,16 +21,19 @@ struct Factor {
   const uint32_t* weights;
   int64_t pairs;
 };
-// Where a tile's results go: the first pixel, and the numbers from one pixel to the next.
+// Where a tile's results go: the first pixel, and the numbers from one pixel to the next. So many channels are written,
+// rounded to bfloat16, or all in float32.
+template <class Number>
 struct Target {
-  uint16_t* at;
+  Number* at;
   int64_t step;
   int64_t channels;
 };
 
-// P neighboring pixels, at 16 V + 8 H channels: the sums over all factors, rounded to bfloat16.
-template <int V, int H, int P>
-PF_PAIRS void image_tile(const Factor* factors, int64_t count, int64_t step, const float* bias, const Target& to) {
+// P neighboring pixels, at 16 V + 8 H channels: the sums over all factors.
+template <class Number, int V, int H, int P>
+PF_PAIRS void image_tile(const Factor* factors, int64_t count, int64_t step, const float* bias,
+                         const Target<Number>& to) {
   constexpr int most = 32;
   constexpr int pitch = V > 0 ? (16 * V + 8 * H + 15) / 16 * 16 : 8;
   __m512 wide[P][V + 1];
@@ -68,49 +71,57 @@ PF_PAIRS void image_tile(const Factor* factors, int64_t count, int64_t step, con
     }
   }
   PF_UNROLL for (int p = 0; p < P; ++p) {
-    uint16_t* at = to.at + p * to.step;
-    PF_UNROLL for (int v = 0; v < V; ++v) {
-      const int64_t there = to.channels - 16 * v;
-      const __mmask16 mask = there >= 16 ? 0xffff : static_cast<__mmask16>((1u << there) - 1);
-      _mm256_mask_storeu_epi16(at + 16 * v, mask, (__m256i)_mm512_cvtneps_pbh(wide[p][v]));
-    }
-    if constexpr (H > 0) {
-      const __mmask8 mask = static_cast<__mmask8>((1u << (to.channels - 16 * V)) - 1);
-      _mm_mask_storeu_epi16(at + 16 * V, mask, (__m128i)_mm256_cvtneps_pbh(narrow[p][0]));
+    Number* at = to.at + p * to.step;
+    if constexpr (std::is_same_v<Number, float>) {
+      PF_UNROLL for (int v = 0; v < V; ++v) _mm512_storeu_ps(at + 16 * v, wide[p][v]);
+      if constexpr (H > 0) _mm256_storeu_ps(at + 16 * V, narrow[p][0]);
+    } else {
+      PF_UNROLL for (int v = 0; v < V; ++v) {
+        const int64_t there = to.channels - 16 * v;
+        const __mmask16 mask = there >= 16 ? 0xffff : static_cast<__mmask16>((1u << there) - 1);
+        _mm256_mask_storeu_epi16(at + 16 * v, mask, (__m256i)_mm512_cvtneps_pbh(wide[p][v]));
+      }
+      if constexpr (H > 0) {
+        const __mmask8 mask = static_cast<__mmask8>((1u << (to.channels - 16 * V)) - 1);
+        _mm_mask_storeu_epi16(at + 16 * V, mask, (__m128i)_mm256_cvtneps_pbh(narrow[p][0]));
+      }
     }
   }
 }
 
-using ImageTile = void (*)(const Factor*, int64_t, int64_t, const float*, const Target&);
+template <class Number>
+using ImageTile = void (*)(const Factor*, int64_t, int64_t, const float*, const Target<Number>&);
 
-template <int V, int H, int... P>
-constexpr std::array<ImageTile, sizeof...(P)> image_tiles(std::integer_sequence<int, P...>) {
-  return {image_tile<V, H, P + 1>...};
+template <class Number, int V, int H, int... P>
+constexpr std::array<ImageTile<Number>, sizeof...(P)> image_tiles(std::integer_sequence<int, P...>) {
+  return {image_tile<Number, V, H, P + 1>...};
 }
 // Tiles of 1, 2, ... pixels, at most as many as registers have room for.
+template <class Number>
 struct Tiles {
-  const ImageTile* of;
+  const ImageTile<Number>* of;
   int64_t most;
 };
-template <int V, int H, int P>
-Tiles tiles() {
-  static constexpr auto made = image_tiles<V, H>(std::make_integer_sequence<int, P>{});
+template <class Number, int V, int H, int P>
+Tiles<Number> tiles() {
+  static constexpr auto made = image_tiles<Number, V, H>(std::make_integer_sequence<int, P>{});
   return {made.data(), P};
 }
-inline Tiles tiles_of(int64_t channels) {
+template <class Number>
+Tiles<Number> tiles_of(int64_t channels) {
   switch ((channels + 7) / 8) {
     case 1:
-      return tiles<0, 1, 16>();
+      return tiles<Number, 0, 1, 16>();
     case 2:
-      return tiles<1, 0, 16>();
+      return tiles<Number, 1, 0, 16>();
     case 3:
-      return tiles<1, 1, 12>();
+      return tiles<Number, 1, 1, 12>();
     case 4:
-      return tiles<2, 0, 12>();
+      return tiles<Number, 2, 0, 12>();
     case 5:
-      return tiles<2, 1, 8>();
+      return tiles<Number, 2, 1, 8>();
     default:
-      return tiles<3, 0, 8>();
+      return tiles<Number, 3, 0, 8>();
   }
 }
 
@@ -289,7 +300,6 @@ class Images {
       row += left * even;
       if (even == p.inputs) {
         std::memcpy(row, from, p.width * even * 2);
-        continue;
       }
       for (int64_t x = 0; x < p.width; ++x, row += even, from += p.inputs) {
         for (int64_t c = 0; c < p.inputs; ++c) row[c] = from[c];
@@ -302,7 +312,7 @@ class Images {
   void multiply(const Phase& phase, const Block& block, const uint16_t* copy, int64_t top, int64_t y,
                 const uint32_t* weights, const float* bias, uint16_t* out) const {
     const int64_t even = 2 * pairs, step = p.in_step[1] * even;
-    const Tiles kinds = tiles_of(block.count);
+    const auto kinds = tiles_of<uint16_t>(block.count);
     std::vector<Factor>& factors = scratch();
     uint16_t* line = out + ((phase.row + y * p.out_step[0]) * p.out_width + phase.column) * p.outputs + block.first;
     const int64_t parts = (phase.columns + kinds.most - 1) / kinds.most;
@@ -318,7 +328,7 @@ class Images {
         const uint16_t* pixels = copy + ((row - top) * columns + left + column) * even;
         factors.push_back({pixels, weights + t * pairs * block.pitch, pairs * tap.together});
       }
-      const Target to{line + x * p.out_step[1] * p.outputs, p.out_step[1] * p.outputs, block.count};
+      const Target<uint16_t> to{line + x * p.out_step[1] * p.outputs, p.out_step[1] * p.outputs, block.count};
       kinds.of[count - 1](factors.data(), static_cast<int64_t>(factors.size()), step, bias, to);
     }
   }

@@ -60,19 +60,6 @@ PF_PAIRS void weight_tile(const Side& many, const Side& single, const Segment* s
   }
 }
 
-// sums[pitch] += both numbers of every pair.
-PF_PAIRS inline void add_pairs(const uint32_t* pairs, int64_t count, int64_t pitch, float* sums) {
-  const __m256i ones = _mm256_set1_epi32(0x3f803f80);
-  for (int64_t c = 0; c < pitch; c += 8) {
-    __m256 sum = _mm256_loadu_ps(sums + c);
-    const uint32_t* at = pairs + c;
-    for (int64_t i = 0; i < count; ++i, at += pitch) {
-      sum = _mm256_dpbf16_ps(sum, (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)), (__m256bh)ones);
-    }
-    _mm256_storeu_ps(sums + c, sum);
-  }
-}
-
 using WeightTile = void (*)(const Side&, const Side&, const Segment*, int64_t, bool, float*);
 
 template <int V, int H>
@@ -86,6 +73,23 @@ inline WeightTile weight_tile_of(int64_t many, int64_t singles) {
   constexpr WeightTile (*made[])(int64_t) = {weight_tile_of<0, 1>, weight_tile_of<1, 0>, weight_tile_of<1, 1>,
                                              weight_tile_of<2, 0>, weight_tile_of<2, 1>, weight_tile_of<3, 0>};
   return made[(many + 7) / 8 - 1](singles);
+}
+
+// The gradient of the bias: the sum over all pixels, of 16 channels from `first` on.
+PF_PAIRS inline void sum_pixels(const uint16_t* gradient, int64_t pixels, int64_t channels, int64_t first, float* to) {
+  const int64_t there = channels - first;
+  const __mmask16 mask = there >= 16 ? 0xffff : static_cast<__mmask16>((1u << there) - 1);
+  __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  const uint16_t* at = gradient + first;
+  for (int64_t i = 0; i < pixels; i += 4) {
+    PF_UNROLL for (int k = 0; k < 4; ++k, at += channels) {
+      const __mmask16 seen = i + k < pixels ? mask : __mmask16(0);
+      const __m512i numbers = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(seen, seen ? at : gradient));
+      sums[k] = _mm512_add_ps(sums[k], _mm512_castsi512_ps(_mm512_slli_epi32(numbers, 16)));
+    }
+  }
+  _mm512_mask_storeu_ps(to + first, mask,
+                        _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
 }
 
 // Some rows of the output of one image.
@@ -117,10 +121,10 @@ class WeightGradient {
   // Into `result` [outputs, kernel, kernel, inputs] and `bias` [outputs]; parallel(count, f) calls f(begin, end) for
   // all parts of a range. Every sum runs over the pixels in one order, whoever makes it.
   template <class Parallel>
-  void run(const uint16_t* input, const uint16_t* gradient, float* result, float* bias, const Parallel& parallel) {
-    const auto products = static_cast<int64_t>(tiles.size()), parts = products + of_gradient.size();
-    Lines<float> sums(total + of_gradient.pitch);
-    std::memset(sums.get(), 0, (total + of_gradient.pitch) * sizeof(float));
+  void run(const uint16_t* input, const uint16_t* gradient, float* result, const Parallel& parallel) {
+    const auto parts = static_cast<int64_t>(tiles.size());
+    Lines<float> sums(total);
+    std::memset(sums.get(), 0, total * sizeof(float));
     const std::vector<std::vector<Band>> groups = grouped();
     int64_t out_rows = 0, in_rows = 0;
     for (const auto& group : groups) {
@@ -135,23 +139,12 @@ class WeightGradient {
       const auto segments = segments_of(group);
       const Packed packed{left.get(), right.get(), lefts, rights};
       parallel(parts, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          if (i < products) {
-            add(tiles[i], packed, segments, sums.get());
-          } else {
-            const Block& block = of_gradient.list[i - products];
-            add_pairs(packed.gradient + block.before * packed.gradients, packed.gradients, block.pitch,
-                      sums.get() + total + block.before);
-          }
-        }
+        for (int64_t i = begin; i < end; ++i) add(tiles[i], packed, segments, sums.get());
       });
     }
-    parallel(products, [&](int64_t begin, int64_t end) {
+    parallel(parts, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) write(tiles[i], sums.get(), result);
     });
-    for (const Block& block : of_gradient.list) {
-      std::copy_n(sums.get() + total + block.before, block.count, bias + block.first);
-    }
   }
 
  private:

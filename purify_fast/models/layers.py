@@ -29,7 +29,8 @@ class Conv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.groups != 1 or self.padding_mode != "zeros" or isinstance(self.padding, str) or input.dim() != 4:
             return super()._conv_forward(input, weight, bias)
-        return conv2d(input, weight, bias, self.stride, self.padding, self.dilation)
+        settings = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return conv2d(input, weight, bias, **settings)
 
 
 class LeakyReLU(nn.Module):

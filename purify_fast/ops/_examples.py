@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from ._op import REGISTRY
 from .aggregate import METHODS
 from .apgd_step import NORMS as APGD_NORMS
+from .convolution import kind as convolution_kind
 from .decode_samples import Geometry, pack
 from .pgd_step import NORMS
 from .philox import DISTRIBUTIONS, Stream
@@ -441,6 +442,11 @@ def decode_samples_backward(settings=DECODED) -> Iterator[Example]:
             yield Example(name, make, (torch.float32, torch.bfloat16))
 
 
+#: Of the next list those that are computed by tiles.
+_TILED = (
+    ((ROWS, 17, 16, 40), 48, (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((ROWS, 18, 23, 32), 40, (3, 3), (1, 1), (2, 0), (2, 1)),
+)
 #: images with channels last, outputs, kernel, stride, padding, dilation: of rows, and where two differ of columns
 CONVOLVED = (
     ((ROWS, 9, 8, 24), 24, (3, 3), (1, 1), (1, 1), (1, 1)),
@@ -448,8 +454,12 @@ CONVOLVED = (
     ((ROWS, 12, 11, 17), 6, (3, 2), (2, 1), (1, 0), (1, 2)),
     ((ROWS, 18, 16, 10), 96, (3, 3), (1, 1), (8, 8), (8, 8)),
     ((ROWS, 6, 5, 1), 1, (1, 1), (2, 2), (0, 0), (1, 1)),
+    *_TILED,
 )
 _BFLOAT16 = (torch.bfloat16,)
+#: What is allowed, in float32's eps of the largest number: 2 ** -7 of it. Sums by tiles are of numbers that are rounded
+#: to bfloat16, as the definition's are in this dtype, but not the gradient of the weights, which it is in float32.
+_ROUNDED = 2.0**16
 
 
 def _convolved(dtype: torch.dtype, seed: int, setting: tuple) -> tuple:
@@ -474,7 +484,9 @@ def _convolution(settings, arguments: Callable[..., tuple], summed: bool = False
             f"to {setting[1]}",
             *(f"{name} {one[0]}" for name, one in zip("ksd", setting[2:4] + setting[5:], strict=True)),
         )
-        yield Example(_name(setting[0], *words), make, _BFLOAT16, summed=summed)
+        slack = _ROUNDED if setting in _TILED else 0.0
+        variant = convolution_kind(setting[0][-1], setting[1], setting[3])
+        yield Example(_name(setting[0], *words), make, _BFLOAT16, slack=slack, variant=variant, summed=summed)
 
 
 def convolution(settings=CONVOLVED) -> Iterator[Example]:
@@ -493,8 +505,8 @@ def convolution_weight_gradient(settings=CONVOLVED) -> Iterator[Example]:
 _LAYERS = tuple(
     ((ROWS, side, side, inputs), outputs, (kernel,) * 2, (stride,) * 2, (d * (kernel // 2),) * 2, (d, d))
     for inputs, side, outputs, kernel, stride, d in (
-        (24, 8, 48, 3, 1, 1), (24, 32, 24, 3, 1, 1), (24, 64, 48, 3, 2, 1), (96, 32, 192, 3, 1, 1),
-        (96, 32, 192, 3, 1, 8),
+        (24, 8, 48, 3, 1, 1), (24, 32, 24, 3, 1, 1), (96, 32, 192, 3, 1, 1), (96, 32, 192, 3, 1, 8),
+        (24, 64, 48, 3, 2, 1), (48, 32, 192, 3, 2, 1), (3, 32, 48, 5, 1, 1),
     )
 )  # fmt: skip
 _RGB = (((ROWS, 3, 32, 32),),)
