@@ -61,7 +61,6 @@ def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:
         aggregate,
         apgd_step,
         contextual_attention,
-        convolution,
         decode_samples,
         gated_elu,
         noisy_replay,
@@ -76,7 +75,7 @@ def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:
 
     modules = (
         philox, aggregate, sample_latent, reconstruction_loss, pgd_step, apgd_step, random_transform, stitch, gated_elu,
-        contextual_attention, representation_distance, noisy_replay, decode_samples, convolution,
+        contextual_attention, representation_distance, noisy_replay, decode_samples,
     )  # fmt: skip
     return {
         module.__name__.rpartition(".")[2]: partial(module.cases, module.LARGE)

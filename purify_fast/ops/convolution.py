@@ -52,7 +52,9 @@ def reference(
 ) -> Tensor:
     """The definition. input [B, H, W, C], weight [O, K, L, C] in input's dtype, bias [O] or None -> [B, H', W', O]."""
     shift = None if bias is None else bias.to(input.dtype)
-    return _last(F.conv2d(_first(input), _first(weight), shift, *settings)).contiguous()
+    stride, padding, dilation = settings
+    out = F.conv2d(_first(input), _first(weight), shift, stride, padding=padding, dilation=dilation)
+    return _last(out).contiguous()
 
 
 def reference_input_gradient(
@@ -175,8 +177,31 @@ class _Convolution(torch.autograd.Function):
         return made, of_weight, of_bias, None, None
 
 
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
+    """``value`` for rows and columns; ValueError unless it is one or two whole numbers that are not too small."""
+    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
+    if len(pair) != 2 or any(type(one) is not int or one < least for one in pair):
+        raise ValueError(f"{name} must be one or two whole numbers of at least {least}, got {value!r}")
+    return pair
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """TypeError or ValueError unless the tensors of `conv2d` are as it documents them."""
+    named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(f"input is on {input.device}, {name} on {tensor.device}: they must agree")
+        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise ValueError(f"input is {input.dtype}, {name} {tensor.dtype}: without autocast they must agree")
+    if input.dim() != 4 or weight.dim() != 4 or input.shape[1] != weight.shape[1] or 0 in weight.shape:
+        shapes = f"got {list(input.shape)} and {list(weight.shape)}"
+        raise ValueError(f"input must be [B, C, H, W] and weight [O, C, K, L], none of its sizes 0, {shapes}")
+    if bias is not None and tuple(bias.shape) != tuple(weight.shape[:1]):
+        raise ValueError(f"bias must be [O] = [{weight.shape[0]}], got {list(bias.shape)}")
 
 
 def _plain(input: Tensor, made: int, variant: str) -> bool:
@@ -191,13 +216,15 @@ def _plain(input: Tensor, made: int, variant: str) -> bool:
 
 
 def _elements(input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
-    """How many numbers the result has; 0 if the arguments do not fit, or are none that there are."""
-    if input.dim() != 4 or weight.dim() != 4 or weight.shape[1] != input.shape[1]:
-        return 0
-    if min(*stride, *dilation, *(p + 1 for p in padding)) < 1:
-        return 0
-    sides = [_out(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
-    return len(input) * weight.shape[0] * sides[0] * sides[1] if min(sides) > 0 else 0
+    """How many numbers the result has; ValueError if an image is smaller than the kernel."""
+    size, kernel = input.shape[2:], weight.shape[2:]
+    sides = [_out(size[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    if min(sides) < 1:
+        raise ValueError(
+            f"input with its padding is smaller than the kernel: {list(size)}, padding {padding}, kernel "
+            f"{list(kernel)}, dilation {dilation}"
+        )
+    return len(input) * weight.shape[0] * sides[0] * sides[1]
 
 
 def conv2d(
@@ -211,9 +238,10 @@ def conv2d(
     """``torch.nn.functional.conv2d`` of one group, by a kernel of the package where there is a faster one.
 
     Args:
-        input: ``[B, C, H, W]``, floating point. A kernel takes it in bfloat16, or under autocast to bfloat16.
-        weight: ``[O, C, K, L]``; its gradient is in its own dtype.
-        bias: ``[O]``, or None.
+        input: ``[B, C, H, W]``, floating point, H and W at least 1. A kernel takes it in bfloat16, or under autocast to
+            bfloat16.
+        weight: ``[O, C, K, L]`` in input's dtype, or any under autocast; its gradient is in its own.
+        bias: ``[O]``, as weight, or None.
         stride: of rows and columns, or one number for both.
         padding: zeros on each side, in the same way.
         dilation: pixels from tap to tap, in the same way.
@@ -222,17 +250,20 @@ def conv2d(
         ``[B, O, H', W']`` in the dtype that PyTorch's has. By a kernel it is channels_last, whatever the input is.
 
     Raises:
-        RuntimeError: PyTorch's, where shapes do not fit.
+        TypeError: input, weight or bias is no tensor.
+        ValueError: shapes, dtypes, devices or settings do not fit.
 
     By a kernel there are first-order gradients only, and no ``vmap``. The result does not depend on the number of
     threads, and that of an image not on the others. Numbers below float32's normal range count as zero.
     """
-    settings = (_pair(stride), _pair(padding), _pair(dilation))
-    if input.device.type != "cpu":
-        return F.conv2d(input, weight, bias, *settings)
+    _check(input, weight, bias)
+    settings = (_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1))
     made = _elements(input, weight, *settings)
-    # where there are none PyTorch tells what is wrong
-    if not made or _plain(input, made, kind(*weight.shape[1::-1], settings[0])):
+    if (
+        made == 0
+        or input.device.type != "cpu"
+        or _plain(input, made, kind(weight.shape[1], weight.shape[0], settings[0]))
+    ):
         return F.conv2d(input, weight, bias, *settings)
     images, kernels = _last(input.to(torch.bfloat16)), _last(weight)
     rounded = kernels.detach().to(torch.bfloat16)

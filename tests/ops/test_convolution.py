@@ -309,11 +309,28 @@ def test_func_grad(kernels):
     torch.testing.assert_close(got, gradients(x, weight, bias, settings, torch.ones(2, 10, 9, 8))[1 + 1])
 
 
-def test_errors_are_torchs(kernels):
-    x, weight, bias, _ = operands((2, 6, 9, 8, 10, 3, 1, 1, 1))
-    for arguments in ((x[:, :4], weight), (x[0, 0], weight), (x, weight, bias, 0), (x, weight, bias, 1, 0, 9)):
-        with pytest.raises(RuntimeError):
-            conv2d(*arguments)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"input": torch.zeros(2, 4, 9, 8)},
+            r"input must be \[B, C, H, W\] and weight \[O, C, K, L\], .*\[2, 4, 9, 8\]",
+        ),
+        ({"input": torch.zeros(9, 8)}, r"got \[9, 8\] and \[10, 6, 3, 3\]"),
+        ({"input": torch.zeros(2, 6, 9, 8, dtype=torch.int64)}, "input must be floating point, got torch.int64"),
+        ({"weight": None}, "weight must be a tensor, got NoneType"),
+        ({"bias": torch.zeros(9)}, r"bias must be \[O\] = \[10\], got \[9\]"),
+        ({"bias": torch.zeros(10, dtype=torch.float64)}, "bias torch.float64: without autocast they must agree"),
+        ({"stride": 0}, "stride must be one or two whole numbers of at least 1, got 0"),
+        ({"padding": (1, -1)}, r"padding must be one or two whole numbers of at least 0, got \(1, -1\)"),
+        ({"dilation": 1.5}, "dilation must be one or two whole numbers of at least 1, got 1.5"),
+        ({"dilation": 9}, "input with its padding is smaller than the kernel"),
+    ],
+)
+def test_errors(change, message):
+    given = {"input": torch.zeros(2, 6, 9, 8), "weight": torch.zeros(10, 6, 3, 3), "bias": torch.zeros(10)}
+    with pytest.raises((ValueError, TypeError), match=message):
+        conv2d(**{**given, **change})
 
 
 def test_there_is_a_kernel_where_there_are_instructions():
