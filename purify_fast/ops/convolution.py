@@ -152,7 +152,8 @@ class _Convolution(torch.autograd.Function):
     def forward(
         input: Tensor, weight: Tensor, bias: Tensor | None, rounded: Tensor, settings: tuple[list[int], ...]
     ) -> Tensor:
-        return OP(input, rounded, bias, *settings, variant=_kind_of(rounded, settings))
+        # no longer as a view, which the next layer could not change in place: nobody else holds what it is a view of
+        return _first(OP(input, rounded, bias, *settings, variant=_kind_of(rounded, settings))).data
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -166,6 +167,7 @@ class _Convolution(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rounded, input = ctx.saved_tensors
+        grad = _last(grad)
         made, of_weight, of_bias = None, None, None
         variant = _kind_of(rounded, ctx.settings)
         if ctx.needs_input_grad[0]:
@@ -268,5 +270,5 @@ def conv2d(
     images, kernels = _last(input.to(torch.bfloat16)), _last(weight)
     rounded = kernels.detach().to(torch.bfloat16)
     if needs_gradient(input, weight, *([] if bias is None else [bias])):
-        return _first(_Convolution.apply(images, kernels, bias, rounded, settings))
+        return _Convolution.apply(images, kernels, bias, rounded, settings)
     return _first(OP(images, rounded, bias, *settings, variant=_kind_of(rounded, settings)))

@@ -303,6 +303,17 @@ def test_compiles(kernels, contract):
         contract.compiles(function, make)
 
 
+def test_the_next_layer_may_change_the_result_in_place(kernels):
+    x, weight, bias, settings = operands((2, 6, 9, 8, 10, 3, 1, 1, 1))
+    for needed in (0, 1):
+        leaves = [each.detach().requires_grad_(i == needed) for i, each in enumerate((x, weight))]
+        made = [
+            torch.autograd.grad(activation(conv2d(*leaves, bias, *settings)).float().square().sum(), leaves[needed])[0]
+            for activation in (torch.relu, torch.relu_)
+        ]
+        assert torch.equal(*made)
+
+
 def test_func_grad(kernels):
     x, weight, bias, settings = operands((2, 6, 9, 8, 10, 3, 1, 1, 1))
     got = torch.func.grad(lambda w: conv2d(x, w, bias, *settings).float().sum())(weight)
