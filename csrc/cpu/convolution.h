@@ -36,19 +36,60 @@ struct Sizes {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
+// Memory that a thread no longer needs and will need again: new memory costs a fault for each page.
+class Kept {
+ public:
+  static constexpr size_t most = 16 << 20;  // bytes of a thread
+  struct Piece {
+    void* at;
+    size_t bytes;
+  };
+  // A piece of at least so many bytes, and not of many times as many; null if there is none.
+  Piece take(size_t bytes) {
+    for (Piece& piece : pieces) {
+      if (piece.bytes < bytes || piece.bytes > 4 * bytes) continue;
+      const Piece found = piece;
+      total -= found.bytes;
+      piece = pieces.back();
+      pieces.pop_back();
+      return found;
+    }
+    return {nullptr, 0};
+  }
+  void put(Piece piece) {
+    if (total + piece.bytes > most || pieces.size() > 16) return std::free(piece.at);
+    pieces.push_back(piece);
+    total += piece.bytes;
+  }
+  ~Kept() {
+    for (const Piece& piece : pieces) std::free(piece.at);
+  }
+  static Kept& mine() {
+    static thread_local Kept kept;
+    return kept;
+  }
+
+ private:
+  std::vector<Piece> pieces;
+  size_t total = 0;
+};
+
 // Memory on cache lines, uninitialised.
 template <class T>
 struct Lines {
-  explicit Lines(int64_t count) : held(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {
-    if (!held) throw std::bad_alloc();
+  explicit Lines(int64_t count) {
+    const size_t bytes = (count * sizeof(T) + 127) / 64 * 64;
+    held = Kept::mine().take(bytes);
+    if (!held.at) held = {std::aligned_alloc(64, bytes), bytes};
+    if (!held.at) throw std::bad_alloc();
   }
-  ~Lines() { std::free(held); }
+  ~Lines() { Kept::mine().put(held); }
   Lines(const Lines&) = delete;
   Lines& operator=(const Lines&) = delete;
-  T* get() const { return held; }
+  T* get() const { return static_cast<T*>(held.at); }
 
  private:
-  T* held;
+  Kept::Piece held{nullptr, 0};
 };
 
 // Channels that are worked on together: `count` of them from `first`; a position has room for `pitch`, and before them
@@ -96,6 +137,13 @@ PF_PAIRS_INLINE void store_pairs(__m128i x, __m128i y, uint32_t* to) {
 PF_PAIRS_INLINE void store_pairs(__m256i x, __m256i y, uint32_t* to) {
   const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16);
   _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(x), high));
+}
+
+// Single channels in blocks that begin at multiples of 8.
+inline Blocks eights(int64_t channels) {
+  Blocks made;
+  for (int64_t first = 0; first < channels; first += 8) made.add(first, channels - first < 8 ? channels - first : 8, 8);
+  return made;
 }
 
 // Of one row of pixels, pairs (pixel j, pixel j + distance) for j = from, from + step, ...: a zero stands for what is

@@ -54,8 +54,8 @@ class TiledImages {
         Spot spots[together];
         for (int64_t t = 0; t < count; ++t) {
           spots[t] = grid.at(first + t);
-          take_input(input, height, width, inputs, spots[t], padding, dilation, pitch, together * pitch,
-                     taken.get() + t * pitch);
+          const Pixels pixels(input, height, width, inputs, spots[t], padding, dilation, 4);
+          take_input(pixels, inputs, pitch, together * pitch, taken.get() + t * pitch);
         }
         for (const Block& block : blocks.list) {
           const auto kinds = tiles_of<float>(block.count);
@@ -93,8 +93,8 @@ class TiledWeightGradient {
       : s(sizes),
         grid(s.out_height, s.out_width, s.dilation),
         many_is_gradient(s.outputs >= s.inputs),
-        of_gradient(many_is_gradient ? vectors(s.outputs, 3) : singles(s.outputs)),
-        of_input(many_is_gradient ? singles(s.inputs) : vectors(s.inputs, 3)) {
+        of_gradient(many_is_gradient ? vectors(s.outputs, 3) : eights(s.outputs)),
+        of_input(many_is_gradient ? eights(s.inputs) : vectors(s.inputs, 3)) {
     for (const Block& m : many().list) {
       for (const Block& one : single().list) {
         parts.push_back({m, one, total});
@@ -109,7 +109,7 @@ class TiledWeightGradient {
     Lines<float> sums(products * total);
     std::memset(sums.get(), 0, products * total * sizeof(float));
     const int64_t tiles = s.images * grid.each, bytes = products * 2 * (of_gradient.pitch + of_input.pitch);
-    const int64_t fitting = std::clamp<int64_t>((5 << 19) / bytes / few * few, few, (tiles + few - 1) / few * few);
+    const int64_t fitting = std::clamp<int64_t>((5 << 18) / bytes / few * few, few, (tiles + few - 1) / few * few);
     Lines<uint32_t> left(products * of_gradient.pitch * fitting / 2), right(products * of_input.pitch * fitting / 2);
     for (int64_t first = 0; first < tiles; first += fitting) {
       const int64_t count = std::min(fitting, tiles - first), pairs = (count + 1) / 2;
@@ -132,7 +132,7 @@ class TiledWeightGradient {
   }
 
  private:
-  static constexpr int64_t few = 16;  // tiles that are transformed before they are laid out in pairs
+  static constexpr int64_t few = 16;  // tiles of one part of the work, an even number
   struct Part {
     Block many, single;
     int64_t sums;
@@ -143,25 +143,18 @@ class TiledWeightGradient {
 
   void take(const uint16_t* input, const uint16_t* gradient, int64_t first, int64_t count, int64_t position,
             int64_t positions, uint32_t* left, uint32_t* right) const {
-    const int64_t in_pitch = (s.inputs + 15) / 16 * 16, out_pitch = (s.outputs + 15) / 16 * 16;
-    Lines<uint16_t> inputs(products * few * in_pitch), gradients(products * few * out_pitch);
-    for (int64_t t = 0; t < count; ++t) {
-      const Spot spot = grid.at(first + t);
-      take_input(input, s.height, s.width, s.inputs, spot, s.padding, s.dilation, in_pitch, few * in_pitch,
-                 inputs.get() + t * in_pitch);
-      take_gradient(gradient, s.out_height, s.out_width, s.outputs, spot, s.dilation, out_pitch, few * out_pitch,
-                    gradients.get() + t * out_pitch);
-    }
-    const int64_t pairs = (count + 1) / 2;
-    for (int64_t i = 0; i < products; ++i) {
-      for (const Block& block : of_gradient.list) {
-        uint32_t* to = left + i * of_gradient.pitch * positions + block.before * positions + position * block.pitch;
-        pack_pairs(gradients.get() + i * few * out_pitch, count, out_pitch, block, 0, 2, 1, pairs, to);
-      }
-      for (const Block& block : of_input.list) {
-        uint32_t* to = right + i * of_input.pitch * positions + block.before * positions + position * block.pitch;
-        pack_pairs(inputs.get() + i * few * in_pitch, count, in_pitch, block, 0, 2, 1, pairs, to);
-      }
+    constexpr int64_t none[2] = {0, 0};
+    const auto of_spot = [&](int64_t tile, bool of_gradient_) {
+      const Spot spot = grid.at(tile);
+      return of_gradient_ ? Pixels(gradient, s.out_height, s.out_width, s.outputs, spot, none, s.dilation, 2)
+                          : Pixels(input, s.height, s.width, s.inputs, spot, s.padding, s.dilation, 4);
+    };
+    for (int64_t t = 0; t < count; t += 2, ++position) {
+      const bool two = t + 1 < count;
+      take_pairs<true>(of_spot(first + t, true), two ? of_spot(first + t + 1, true) : Pixels(gradient), s.outputs,
+                       of_gradient, position, positions, left);
+      take_pairs<false>(of_spot(first + t, false), two ? of_spot(first + t + 1, false) : Pixels(input), s.inputs,
+                        of_input, position, positions, right);
     }
   }
 
@@ -177,27 +170,19 @@ class TiledWeightGradient {
                                                        sums + product * total + part.sums);
   }
 
-  // G' m G.
   void give(const Part& part, const float* sums, float* result) const {
     const int64_t row = rounded(part.many.count);
+    float made[9 * 16];
     for (int64_t b = 0; b < part.single.count; ++b) {
-      for (int64_t m = 0; m < part.many.count; ++m) {
-        const float* from = sums + part.sums + b * row + m;
-        float half[3][4], made[9];
-        for (int l = 0; l < 4; ++l) {
-          const float x = from[l * total], y = from[(4 + l) * total], z = from[(8 + l) * total];
-          half[0][l] = x + 0.5f * (y + z);
-          half[1][l] = 0.5f * (y - z);
-          half[2][l] = 0.5f * (y + z) + from[(12 + l) * total];
+      for (int64_t m = 0; m < part.many.count; m += 16) {
+        const int64_t count = std::min<int64_t>(16, part.many.count - m);
+        give_kernel(sums + part.sums + b * row + m, total, first_of(count), made);
+        for (int64_t k = 0; k < count; ++k) {
+          const int64_t output = many_is_gradient ? part.many.first + m + k : part.single.first + b;
+          const int64_t input = many_is_gradient ? part.single.first + b : part.many.first + m + k;
+          float* to = result + output * 9 * s.inputs + input;
+          for (int64_t tap = 0; tap < 9; ++tap) to[tap * s.inputs] = made[16 * tap + k];
         }
-        for (int k = 0; k < 3; ++k) {
-          made[3 * k] = half[k][0] + 0.5f * (half[k][1] + half[k][2]);
-          made[3 * k + 1] = 0.5f * (half[k][1] - half[k][2]);
-          made[3 * k + 2] = 0.5f * (half[k][1] + half[k][2]) + half[k][3];
-        }
-        const int64_t output = many_is_gradient ? part.many.first + m : part.single.first + b;
-        const int64_t input = many_is_gradient ? part.single.first + b : part.many.first + m;
-        for (int64_t tap = 0; tap < 9; ++tap) result[(output * 9 + tap) * s.inputs + input] = made[tap];
       }
     }
   }

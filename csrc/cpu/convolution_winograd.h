@@ -72,7 +72,7 @@ PF_PAIRS_INLINE __m512 load_numbers(const uint16_t* from, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
 PF_PAIRS_INLINE __m256i rounded_numbers(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-PF_PAIRS_INLINE __mmask16 first_of(int64_t count) {
+inline __mmask16 first_of(int64_t count) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
@@ -94,72 +94,121 @@ PF_PAIRS_INLINE void spread_input(Floats& d) {
   }
 }
 
-// Of one tile B' d B at all channels, to[16][plane], `pitch` numbers each, a multiple of 16, zeros behind the channels.
-PF_PAIRS inline void take_input(const uint16_t* images, int64_t height, int64_t width, int64_t channels,
-                                const Spot& spot, const int64_t* padding, const int64_t* dilation, int64_t pitch,
-                                int64_t plane, uint16_t* to) {
+// The pixels that a tile of the output is made of, 4 x 4 of the input or 2 x 2 of the gradient: those that there are.
+struct Pixels {
   const uint16_t* from[16];
   __mmask16 seen[16];
-  for (int64_t k = 0; k < 4; ++k) {
-    for (int64_t l = 0; l < 4; ++l) {
-      const int64_t row = spot.row - padding[0] + k * dilation[0], column = spot.column - padding[1] + l * dilation[1];
+
+  Pixels(const uint16_t* images, int64_t height, int64_t width, int64_t channels, const Spot& spot,
+         const int64_t* padding, const int64_t* dilation, int64_t side) {
+    for (int64_t i = 0; i < side * side; ++i) {
+      const int64_t row = spot.row - padding[0] + i / side * dilation[0];
+      const int64_t column = spot.column - padding[1] + i % side * dilation[1];
       const bool inside = row >= 0 && row < height && column >= 0 && column < width;
-      from[4 * k + l] = inside ? images + ((spot.image * height + row) * width + column) * channels : images;
-      seen[4 * k + l] = inside ? 0xffff : 0;
+      from[i] = inside ? images + ((spot.image * height + row) * width + column) * channels : images;
+      seen[i] = inside ? 0xffff : 0;
     }
   }
+  // Pixels of no tile.
+  explicit Pixels(const uint16_t* images) {
+    std::fill_n(from, 16, images);
+    std::fill_n(seen, 16, __mmask16(0));
+  }
+};
+
+// 16 channels from `c` on of B' d B.
+PF_PAIRS_INLINE void spread_input(const Pixels& pixels, int64_t c, __mmask16 mask, Floats& d) {
+  PF_UNROLL for (int i = 0; i < 16; ++i) {
+    d[i / 4][i % 4] = load_numbers(pixels.from[i] + c, static_cast<__mmask16>(mask & pixels.seen[i]));
+  }
+  spread_input(d);
+}
+
+// The same of A Y A'.
+PF_PAIRS_INLINE void spread_gradient(const Pixels& pixels, int64_t c, __mmask16 mask, Floats& d) {
+  const __m512 zero = _mm512_setzero_ps();
+  __m512 y[4], half[4][2];
+  PF_UNROLL for (int i = 0; i < 4; ++i) {
+    y[i] = load_numbers(pixels.from[i] + c, static_cast<__mmask16>(mask & pixels.seen[i]));
+  }
+  PF_UNROLL for (int l = 0; l < 2; ++l) {
+    half[0][l] = y[l];
+    half[1][l] = _mm512_add_ps(y[l], y[2 + l]);
+    half[2][l] = _mm512_sub_ps(y[l], y[2 + l]);
+    half[3][l] = _mm512_sub_ps(zero, y[2 + l]);
+  }
+  PF_UNROLL for (int k = 0; k < 4; ++k) {
+    d[k][0] = half[k][0];
+    d[k][1] = _mm512_add_ps(half[k][0], half[k][1]);
+    d[k][2] = _mm512_sub_ps(half[k][0], half[k][1]);
+    d[k][3] = _mm512_sub_ps(zero, half[k][1]);
+  }
+}
+
+// Of one tile B' d B at all channels, to[16][plane], `pitch` numbers each, a multiple of 16, zeros behind the channels.
+PF_PAIRS inline void take_input(const Pixels& pixels, int64_t channels, int64_t pitch, int64_t plane, uint16_t* to) {
   for (int64_t c = 0; c < pitch; c += 16) {
-    const __mmask16 mask = first_of(channels - c);
     Floats d;
-    PF_UNROLL for (int k = 0; k < 4; ++k) {
-      PF_UNROLL for (int l = 0; l < 4; ++l) {
-        const int i = 4 * k + l;
-        d[k][l] = load_numbers(from[i] + c, static_cast<__mmask16>(mask & seen[i]));
-      }
-    }
-    spread_input(d);
-    PF_UNROLL for (int k = 0; k < 4; ++k) {
-      PF_UNROLL for (int l = 0; l < 4; ++l) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (4 * k + l) * plane + c), rounded_numbers(d[k][l]));
-      }
+    spread_input(pixels, c, first_of(channels - c), d);
+    PF_UNROLL for (int i = 0; i < 16; ++i) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * plane + c), rounded_numbers(d[i / 4][i % 4]));
     }
   }
 }
 
-// Of one tile A Y A', in the same form; pixels beyond the output are zeros.
-PF_PAIRS inline void take_gradient(const uint16_t* gradient, int64_t height, int64_t width, int64_t channels,
-                                   const Spot& spot, const int64_t* dilation, int64_t pitch, int64_t plane,
-                                   uint16_t* to) {
-  const uint16_t* from[4];
-  __mmask16 seen[4];
-  for (int64_t k = 0; k < 2; ++k) {
-    for (int64_t l = 0; l < 2; ++l) {
-      const int64_t row = spot.row + k * dilation[0], column = spot.column + l * dilation[1];
-      const bool inside = row < height && column < width;
-      from[2 * k + l] = inside ? gradient + ((spot.image * height + row) * width + column) * channels : gradient;
-      seen[2 * k + l] = inside ? 0xffff : 0;
+// Pairs (one tile, the next), to[16][plane]: of the gradient's tiles or the input's, at all channels. Blocks begin at
+// multiples of 8, and each has room for `positions` pairs.
+template <bool gradient>
+PF_PAIRS void take_pairs(const Pixels& first, const Pixels& second, int64_t channels, const Blocks& blocks,
+                         int64_t position, int64_t positions, uint32_t* to) {
+  const int64_t plane = blocks.pitch * positions;
+  size_t which = 0;
+  const auto place = [&](int64_t channel) {
+    while (channel >= blocks.list[which].first + blocks.list[which].count) ++which;
+    const Block& block = blocks.list[which];
+    return to + block.before * positions + position * block.pitch + channel - block.first;
+  };
+  for (int64_t c = 0; c < channels; c += 16) {
+    const __mmask16 mask = first_of(channels - c);
+    Floats d;
+    __m256i x[16];
+    if constexpr (gradient) {
+      spread_gradient(first, c, mask, d);
+    } else {
+      spread_input(first, c, mask, d);
+    }
+    PF_UNROLL for (int i = 0; i < 16; ++i) x[i] = rounded_numbers(d[i / 4][i % 4]);
+    if constexpr (gradient) {
+      spread_gradient(second, c, mask, d);
+    } else {
+      spread_input(second, c, mask, d);
+    }
+    uint32_t *low = place(c), *high = channels > c + 8 ? place(c + 8) : nullptr;
+    PF_UNROLL for (int i = 0; i < 16; ++i) {
+      const __m256i y = rounded_numbers(d[i / 4][i % 4]);
+      store_pairs(_mm256_castsi256_si128(x[i]), _mm256_castsi256_si128(y), low + i * plane);
+      if (high) store_pairs(_mm256_extracti128_si256(x[i], 1), _mm256_extracti128_si256(y, 1), high + i * plane);
     }
   }
-  const __m512 zero = _mm512_setzero_ps();
-  for (int64_t c = 0; c < pitch; c += 16) {
-    const __mmask16 mask = first_of(channels - c);
-    __m512 y[2][2], half[4][2];
-    PF_UNROLL for (int i = 0; i < 4; ++i) {
-      y[i / 2][i % 2] = load_numbers(from[i] + c, static_cast<__mmask16>(mask & seen[i]));
-    }
-    PF_UNROLL for (int l = 0; l < 2; ++l) {
-      half[0][l] = y[0][l];
-      half[1][l] = _mm512_add_ps(y[0][l], y[1][l]);
-      half[2][l] = _mm512_sub_ps(y[0][l], y[1][l]);
-      half[3][l] = _mm512_sub_ps(zero, y[1][l]);
-    }
-    PF_UNROLL for (int k = 0; k < 4; ++k) {
-      const __m512 a = half[k][0], b = half[k][1];
-      const __m512 made[4] = {a, _mm512_add_ps(a, b), _mm512_sub_ps(a, b), _mm512_sub_ps(zero, b)};
-      PF_UNROLL for (int l = 0; l < 4; ++l) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (4 * k + l) * plane + c), rounded_numbers(made[l]));
-      }
-    }
+}
+
+// G' m G of 16 sums side by side, of each of the products `step` numbers apart, to[9][16].
+PF_PAIRS inline void give_kernel(const float* sums, int64_t step, __mmask16 mask, float* to) {
+  const __m512 half = _mm512_set1_ps(0.5f);
+  __m512 rows[3][4];
+  PF_UNROLL for (int l = 0; l < 4; ++l) {
+    __m512 m[4];
+    PF_UNROLL for (int k = 0; k < 4; ++k) m[k] = _mm512_maskz_loadu_ps(mask, sums + (4 * k + l) * step);
+    const __m512 both = _mm512_mul_ps(half, _mm512_add_ps(m[1], m[2]));
+    rows[0][l] = _mm512_add_ps(m[0], both);
+    rows[1][l] = _mm512_mul_ps(half, _mm512_sub_ps(m[1], m[2]));
+    rows[2][l] = _mm512_add_ps(both, m[3]);
+  }
+  PF_UNROLL for (int k = 0; k < 3; ++k) {
+    const __m512 both = _mm512_mul_ps(half, _mm512_add_ps(rows[k][1], rows[k][2]));
+    _mm512_storeu_ps(to + 48 * k, _mm512_add_ps(rows[k][0], both));
+    _mm512_storeu_ps(to + 48 * k + 16, _mm512_mul_ps(half, _mm512_sub_ps(rows[k][1], rows[k][2])));
+    _mm512_storeu_ps(to + 48 * k + 32, _mm512_add_ps(both, rows[k][3]));
   }
 }
 
