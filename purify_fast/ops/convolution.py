@@ -6,7 +6,7 @@ with stride s, padding p by zeros and dilation d. It is what ``torch.nn.function
 reference, in any floating dtype and on any device. The kernels are for one case of it: bfloat16, channels_last, one
 group, on a processor that multiplies pairs of bfloat16 numbers (AVX512-BF16) and has no matrix tiles (AMX). PyTorch's
 own convolutions there reach half to nine tenths of what the processor can do; docs/performance.md has a table. There is
-no kernel for a GPU: cuDNN's convolutions are not to be beaten there.
+no kernel for a GPU, where cuDNN serves.
 
 Sums are in float32. The gradients of weight and bias are returned as summed, where PyTorch rounds them to bfloat16.
 
