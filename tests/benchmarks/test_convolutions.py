@@ -13,7 +13,7 @@ from purify_fast.ops import REGISTRY
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
-from benchmarks import convolutions  # noqa: E402
+from benchmarks import convolutions
 
 
 def test_the_layers_are_the_generators():
