@@ -20,6 +20,7 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, DeepFillGenerat
 from purify_fast.methods.atop.discriminator import patch_depth
 from purify_fast.methods.atop.generators.deepfill import GatedConv
 from purify_fast.methods.atop.losses import hinge, passes
+from purify_fast.models.layers import Conv2d
 from purify_fast.ops import use_backend
 from purify_fast.ops.contextual_attention import key_validity
 from purify_fast.speed import StepGraphs
@@ -147,6 +148,10 @@ class PlainStep:
             for name, layer in list(block.named_children()):
                 if isinstance(layer, GatedConv):
                     setattr(block, name, PlainGate(layer))
+        for layer in self.generator.modules():
+            if isinstance(layer, Conv2d):
+                # torch's own, of the same weights
+                layer.__class__ = nn.Conv2d
         self.classifier = copy.deepcopy(made.classifier).to(memory_format=torch.contiguous_format)  # frozen
         self.optimizer = self.adam(self.generator)
         self.g: Callable = self.generator

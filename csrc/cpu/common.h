@@ -92,7 +92,7 @@ inline void prefer_large_pages(const Tensor& x, int64_t bytes) {
 constexpr int64_t streamed_bytes = 32 << 20;
 
 // Copies past the caches: memory that is written without them need not be read first, which halves what is moved. Both
-// places are aligned to 4 bytes at least. Follow the last copy of a thread by `streamed`.
+// places may be aligned in any way. Follow the last copy of a thread by `streamed`.
 inline void stream(void* to, const void* from, int64_t bytes) {
 #if defined(__SSE2__)
   auto* target = static_cast<char*>(to);

@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._process import processes
+from ..ops.convolution import conv2d
 from .synced_batch_norm import NormalizeEverywhere, moments_everywhere
+
+
+class Conv2d(nn.Conv2d):
+    """torch's Conv2d, with its arguments and names. In bfloat16 on a CPU `purify_fast.ops.conv2d` computes it."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.groups != 1 or self.padding_mode != "zeros" or isinstance(self.padding, str) or input.dim() != 4:
+            return super()._conv_forward(input, weight, bias)
+        settings = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return conv2d(input, weight, bias, **settings)
 
 
 class LeakyReLU(nn.Module):

@@ -6,6 +6,7 @@ from ._op import REGISTRY, use_backend
 from .aggregate import aggregate
 from .apgd_step import apgd_step
 from .contextual_attention import contextual_attention, key_validity
+from .convolution import conv2d
 from .decode_samples import decode_prior, decode_samples
 from .gated_elu import gated_elu
 from .noisy_replay import noisy_replay
@@ -27,6 +28,7 @@ __all__ = [
     "as_begun",
     "changing_bits",
     "contextual_attention",
+    "conv2d",
     "decisions",
     "decode_prior",
     "decode_samples",

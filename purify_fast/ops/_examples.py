@@ -13,11 +13,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from ._op import REGISTRY
 from .aggregate import METHODS
 from .apgd_step import NORMS as APGD_NORMS
+from .convolution import kind as convolution_kind
 from .decode_samples import Geometry, pack
 from .pgd_step import NORMS
 from .philox import DISTRIBUTIONS, Stream
@@ -37,6 +39,7 @@ class Example:
         exact: every backend has the reference's bits.
         slack: error allowed beside rounding, in float32's eps of the largest output: normals differ by a few ulp.
         variant: the setting by which the op's server is chosen, if there is one.
+        summed: results are sums over the samples.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Example:
     exact: bool = False
     slack: float = 0.0
     variant: str = ""
+    summed: bool = False
 
 
 def tensors(value) -> tuple[Tensor, ...]:
@@ -52,7 +56,11 @@ def tensors(value) -> tuple[Tensor, ...]:
 
 
 def to(arguments: tuple, device: torch.device) -> tuple:
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
+    def one(tensor: Tensor) -> Tensor:
+        moved = tensor.to(device)
+        return Parameter(moved, False) if isinstance(tensor, Parameter) else moved
+
+    return tree_map_only(Tensor, one, arguments)
 
 
 def double(arguments: tuple) -> tuple:
@@ -62,8 +70,8 @@ def double(arguments: tuple) -> tuple:
 
 
 def batch_dimension(tensor: Tensor) -> int | None:
-    """Which dimension holds the samples, or their passes; None for seeds and settings."""
-    if tensor.numel() <= 1:
+    """Which dimension holds the samples, or their passes; None for seeds and settings, and for weights: parameters."""
+    if tensor.numel() <= 1 or isinstance(tensor, Parameter):
         return None
     return 0 if tensor.shape[0] % ROWS == 0 else 1  # owners: [draws, samples, ...]
 
@@ -434,6 +442,73 @@ def decode_samples_backward(settings=DECODED) -> Iterator[Example]:
             yield Example(name, make, (torch.float32, torch.bfloat16))
 
 
+#: Of the next list those that are computed by tiles.
+_TILED = (
+    ((ROWS, 17, 16, 40), 48, (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((ROWS, 18, 23, 32), 40, (3, 3), (1, 1), (2, 0), (2, 1)),
+)
+#: images with channels last, outputs, kernel, stride, padding, dilation: of rows, and where two differ of columns
+CONVOLVED = (
+    ((ROWS, 9, 8, 24), 24, (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((ROWS, 7, 10, 3), 40, (5, 5), (1, 1), (2, 2), (1, 1)),
+    ((ROWS, 12, 11, 17), 6, (3, 2), (2, 1), (1, 0), (1, 2)),
+    ((ROWS, 18, 16, 10), 96, (3, 3), (1, 1), (8, 8), (8, 8)),
+    ((ROWS, 6, 5, 1), 1, (1, 1), (2, 2), (0, 0), (1, 1)),
+    *_TILED,
+)
+_BFLOAT16 = (torch.bfloat16,)
+#: What is allowed, in float32's eps of the largest number: 2 ** -7 of it. Sums by tiles are of numbers that are rounded
+#: to bfloat16, as the definition's are in this dtype, but not the gradient of the weights, which it is in float32.
+_ROUNDED = 2.0**16
+
+
+def _convolved(dtype: torch.dtype, seed: int, setting: tuple) -> tuple:
+    """Images, weights, bias, and what the convolution makes of them has the shape of the last one."""
+    shape, outputs, kernel, stride, padding, dilation = setting
+    # scaled so that results are of the size of the images, as in a network
+    scale = (math.prod(kernel) * shape[-1]) ** -0.5
+    x, weight = _normal(seed, *shape).to(dtype), _normal(seed + 100, outputs, *kernel, shape[-1], scale=scale).to(dtype)
+    sides = zip(shape[1:3], kernel, stride, padding, dilation, strict=True)
+    size = [(side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in sides]
+    bias = _normal(seed + 200, outputs).to(_wide(dtype))
+    return x, Parameter(weight, False), Parameter(bias, False), _normal(seed + 300, ROWS, *size, outputs).to(dtype)
+
+
+def _convolution(settings, arguments: Callable[..., tuple], summed: bool = False) -> Iterator[Example]:
+    for setting in settings:
+
+        def make(dtype: torch.dtype, seed: int, setting=setting) -> tuple:
+            return *arguments(setting, *_convolved(dtype, seed, setting)), *map(list, setting[3:])
+
+        words = (
+            f"to {setting[1]}",
+            *(f"{name} {one[0]}" for name, one in zip("ksd", setting[2:4] + setting[5:], strict=True)),
+        )
+        slack = _ROUNDED if setting in _TILED else 0.0
+        variant = convolution_kind(setting[0][-1], setting[1], setting[3])
+        yield Example(_name(setting[0], *words), make, _BFLOAT16, slack=slack, variant=variant, summed=summed)
+
+
+def convolution(settings=CONVOLVED) -> Iterator[Example]:
+    yield from _convolution(settings, lambda setting, x, weight, bias, grad: (x, weight, bias))
+
+
+def convolution_input_gradient(settings=CONVOLVED) -> Iterator[Example]:
+    yield from _convolution(settings, lambda setting, x, weight, bias, grad: (grad, weight, *x.shape[1:3]))
+
+
+def convolution_weight_gradient(settings=CONVOLVED) -> Iterator[Example]:
+    yield from _convolution(settings, lambda setting, x, weight, bias, grad: (grad, x, list(setting[2])), True)
+
+
+#: Layers of DeepFillv2's generator: channels, side of the images, outputs, kernel, stride, dilation.
+_LAYERS = tuple(
+    ((ROWS, side, side, inputs), outputs, (kernel,) * 2, (stride,) * 2, (d * (kernel // 2),) * 2, (d, d))
+    for inputs, side, outputs, kernel, stride, d in (
+        (24, 8, 48, 3, 1, 1), (24, 32, 24, 3, 1, 1), (96, 32, 192, 3, 1, 1), (96, 32, 192, 3, 1, 8),
+        (24, 64, 48, 3, 2, 1), (48, 32, 192, 3, 2, 1), (3, 32, 48, 5, 1, 1),
+    )
+)  # fmt: skip
 _RGB = (((ROWS, 3, 32, 32),),)
 _HIDDEN = (((ROWS, 3, 32, 32), 4, 0, 0.25, 1), ((ROWS, 3, 32, 32), 4, 4, 0.25, 1), ((ROWS, 3, 32, 32), 4, 0, 0.0, 1))
 _LOGITS = (*((method, (ROWS, 8, 10)) for method in METHODS), ("lse", (ROWS, 8, 100)), ("peel", (ROWS, 8, 100)))
@@ -456,6 +531,7 @@ RACED: dict[str, tuple] = {
     "contextual_attention": (((8, 8, 96), (32, 32, 96)),),
     "representation_distance": ((((640, 8, 8),), ((64, 8, 8), (128, 4, 4), (256,))), ("abs_cosine", "l2")),
     "decode_samples": (((_CIFAR, 8),),),
+    **dict.fromkeys(("convolution", "convolution_input_gradient", "convolution_weight_gradient"), (_LAYERS,)),
 }
 
 

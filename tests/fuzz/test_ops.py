@@ -101,6 +101,18 @@ def stitch(draw) -> dict:
             "owners": owners}  # fmt: skip
 
 
+def conv2d(draw) -> dict:
+    inputs, outputs = (draw(st.integers(1, 20)) for _ in range(2))
+    kernel, dilation = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    padding, dtype = draw(st.integers(0, 4)), draw(st.sampled_from(FLOATS))
+    least = max(1, dilation * (kernel - 1) + 1 - 2 * padding)
+    sides = [least + draw(st.integers(0, 12)) for _ in range(2)]
+    return {"input": normal(draw, draw(st.integers(0, 3)), inputs, *sides, dtype=dtype),
+            "weight": normal(draw, outputs, inputs, kernel, kernel, dtype=dtype),
+            "bias": draw(st.none()) or normal(draw, outputs, dtype=dtype), "stride": draw(st.integers(1, 3)),
+            "padding": padding, "dilation": dilation}  # fmt: skip
+
+
 def gated_elu(draw) -> dict:
     shape = (draw(st.integers(0, 3)), 2 * draw(st.integers(1, 4)), *image_shape(draw)[:2])
     return {"features": normal(draw, *shape, dtype=draw(st.sampled_from(FLOATS)))}
@@ -151,7 +163,7 @@ def decode_prior(draw) -> dict:
 
 OPS = {make.__name__: (getattr(ops, make.__name__), make) for make in (
     aggregate, pgd_step, apgd_step, noisy_replay, philox, random_transform, stitch, gated_elu, reconstruction_loss,
-    sample_latent, representation_distance, contextual_attention, key_validity, decode_prior,
+    sample_latent, representation_distance, contextual_attention, key_validity, decode_prior, conv2d,
 )}  # fmt: skip
 
 

@@ -225,6 +225,8 @@ def test_offsets_beyond_32_bits(op, poisoned):
     dtype = torch.bfloat16 if torch.bfloat16 in example.dtypes else example.dtypes[0]
     small = examples.to(example.make(dtype, 0), DEVICE)
     expected = run(op, small)
+    if example.summed:
+        pytest.skip("its results are sums over the samples")
     leaves = [t for t in (*tree_leaves(small), *expected) if isinstance(t, Tensor)]
     batched = [t for t in leaves if examples.batch_dimension(t) is not None]
     times = MANY // max(t.numel() for t in batched) + 2

@@ -30,7 +30,7 @@ def test_forced_backend_of_another_device_leaves_this_one_alone():
     for op in REGISTRY.values():
         with use_backend("triton"):
             assert op.served_by(CPU) == op.wanted("eager", CPU).backend
-            assert op.choice(CUDA) == "triton"
+            assert op.choice(CUDA) == ("triton" if "triton" in op.available["cuda"] else None)
         assert op.served_by(torch.device("meta")) == "reference"
 
 

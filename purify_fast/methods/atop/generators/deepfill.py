@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...._files import check_shapes
+from ....models.layers import Conv2d
 from ....ops.contextual_attention import contextual_attention, key_validity
 from ....ops.gated_elu import gated_elu
 from .deepfill_files import FIRST, read_generator, write_generator
@@ -41,7 +42,7 @@ class GatedConv(nn.Module):
     ):
         super().__init__()
         padding = dilation * (kernel - 1) // 2
-        self.conv = nn.Conv2d(inputs, 2 * outputs, kernel, stride, padding=padding, dilation=dilation)
+        self.conv = Conv2d(inputs, 2 * outputs, kernel, stride, padding=padding, dilation=dilation)
         self.relu = relu
         nn.init.kaiming_uniform_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         assert self.conv.bias is not None
@@ -81,7 +82,7 @@ class ToImage(nn.Module):
 
     def __init__(self, inputs: int, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(inputs, channels, 3, 1, 1)
+        self.conv = Conv2d(inputs, channels, 3, 1, 1)
         assert self.conv.bias is not None
         nn.init.zeros_(self.conv.bias)
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import purify_fast.methods.atop.generators.deepfill as module
 from purify_fast.methods.atop.generators.deepfill import DeepFillGenerator, GatedConv
+from purify_fast.models.layers import Conv2d
 from purify_fast.ops.contextual_attention import contextual_attention, key_validity
 
 
@@ -281,4 +282,4 @@ def test_sizes_that_do_not_fit_are_refused(arguments):
 
 def test_no_layer_normalises_or_drops(full):
     leaves = {type(layer) for layer in full.modules() if not list(layer.children())}
-    assert leaves == {nn.Conv2d, module._Attention}
+    assert leaves == {Conv2d, module._Attention}

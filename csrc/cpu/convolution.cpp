@@ -1,0 +1,125 @@
+#include "common.h"
+#include "convolution_tiles.h"
+
+#if PF_HAS_PAIRS
+
+namespace pf::cpu {
+namespace {
+
+using convolution::Images;
+using convolution::Plan;
+using convolution::Sizes;
+using convolution::WeightGradient;
+
+// Parts of any size: each is thousands of products.
+struct Parallel {
+  template <class F>
+  void operator()(int64_t count, const F& f) const {
+    if (count > 0) torch::stable::parallel_for(0, count, 1, f);
+  }
+};
+
+const uint16_t* words(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
+
+Tensor images_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::BFloat16, "convolution: ", name,
+                  " must be bfloat16 with four dimensions");
+  return dense(x);
+}
+using Two = std::vector<int64_t>;
+
+// Checked: what is read lies within the tensors.
+Sizes sizes_of(int64_t images, int64_t height, int64_t width, int64_t inputs, const Tensor& weight, const Two& stride,
+               const Two& padding, const Two& dilation) {
+  Sizes s{images, height, width, inputs, 0, 0, weight.size(0), {weight.size(1), weight.size(2)}, {}, {}, {}};
+  const int64_t size[2] = {height, width};
+  int64_t out[2];
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "convolution: stride, padding and dilation must be two numbers each");
+  for (int i = 0; i < 2; ++i) {
+    STD_TORCH_CHECK(s.kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0,
+                    "convolution: kernel, stride and dilation must be positive, padding not negative");
+    s.stride[i] = stride[i], s.padding[i] = padding[i], s.dilation[i] = dilation[i];
+    const int64_t room = size[i] + 2 * padding[i] - dilation[i] * (s.kernel[i] - 1) - 1;
+    STD_TORCH_CHECK(room >= 0, "convolution: the kernel is larger than the padded image");
+    out[i] = room / stride[i] + 1;
+  }
+  s.out_height = out[0], s.out_width = out[1];
+  return s;
+}
+
+// Tiles of one image from which on the algorithm by tiles is faster: its weights are transformed, and in the gradient
+// of the weights its sums as well.
+constexpr int64_t fewest_tiles = 16, fewest_tiles_of_gradient = 64;
+
+// turned: the input is the gradient of the output, and the result that of the input.
+Tensor convolve(const Sizes& s, const Tensor& input, const Tensor& weight, bool turned, const float* bias) {
+  const Plan plan = turned ? convolution::input_gradient_plan(s) : convolution::forward_plan(s);
+  Tensor out = new_tensor({plan.images, plan.out_height, plan.out_width, plan.outputs}, ScalarType::BFloat16);
+  if (out.numel() == 0) return out;
+  auto* to = static_cast<uint16_t*>(out.mutable_data_ptr());
+  if (convolution::by_tiles(s, fewest_tiles)) {
+    convolution::TiledImages(s, turned).run(words(input), words(weight), bias, to, Parallel{});
+  } else {
+    Images(plan).run(words(input), words(weight), turned, bias, to, Parallel{});
+  }
+  return out;
+}
+
+Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, Two stride, Two padding, Two dilation) {
+  const Tensor x = images_of(input, "input"), w = images_of(weight, "weight");
+  STD_TORCH_CHECK(w.size(3) == x.size(3), "convolution: input and weight must have the same input channels");
+  const Sizes s = sizes_of(x.size(0), x.size(1), x.size(2), x.size(3), w, stride, padding, dilation);
+  std::optional<Tensor> wide;
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == s.outputs, "convolution: bias must be one number per output");
+    wide = dense(*bias, ScalarType::Float);
+  }
+  return convolve(s, x, w, false, wide.has_value() ? data<float>(*wide) : nullptr);
+}
+
+Tensor input_gradient(Tensor grad, Tensor weight, int64_t height, int64_t width, Two stride, Two padding,
+                      Two dilation) {
+  const Tensor g = images_of(grad, "grad"), w = images_of(weight, "weight");
+  const Sizes s = sizes_of(g.size(0), height, width, w.size(3), w, stride, padding, dilation);
+  STD_TORCH_CHECK(g.size(1) == s.out_height && g.size(2) == s.out_width && g.size(3) == s.outputs,
+                  "convolution: grad has another shape than the output");
+  return convolve(s, g, w, true, nullptr);
+}
+
+std::tuple<Tensor, Tensor> weight_gradient(Tensor grad, Tensor input, Two kernel, Two stride, Two padding,
+                                           Two dilation) {
+  const Tensor g = images_of(grad, "grad"), x = images_of(input, "input");
+  STD_TORCH_CHECK(kernel.size() == 2, "convolution: kernel must be two numbers");
+  Tensor weight = new_tensor({g.size(3), kernel[0], kernel[1], x.size(3)}, ScalarType::Float);
+  Tensor bias = new_tensor({g.size(3)}, ScalarType::Float);
+  const Sizes s = sizes_of(x.size(0), x.size(1), x.size(2), x.size(3), weight, stride, padding, dilation);
+  STD_TORCH_CHECK(g.size(0) == s.images && g.size(1) == s.out_height && g.size(2) == s.out_width,
+                  "convolution: grad has another shape than the output");
+  if (convolution::by_tiles(s, fewest_tiles_of_gradient)) {
+    convolution::TiledWeightGradient(s).run(words(x), words(g), writable<float>(weight), Parallel{});
+  } else {
+    WeightGradient(s).run(words(x), words(g), writable<float>(weight), Parallel{});
+  }
+  const int64_t pixels = s.images * s.out_height * s.out_width;
+  Parallel{}((s.outputs + 15) / 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      convolution::sum_pixels(words(g), pixels, s.outputs, 16 * i, writable<float>(bias));
+    }
+  });
+  return {weight, bias};
+}
+
+}  // namespace
+}  // namespace pf::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
+  // elsewhere there is no kernel, and the reference serves
+  if (pf::cpu::convolution::supported()) {
+    m.impl("convolution", TORCH_BOX(&pf::cpu::forward));
+    m.impl("convolution_input_gradient", TORCH_BOX(&pf::cpu::input_gradient));
+    m.impl("convolution_weight_gradient", TORCH_BOX(&pf::cpu::weight_gradient));
+  }
+}
+
+#endif

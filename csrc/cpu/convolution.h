@@ -1,0 +1,191 @@
+// Convolutions of bfloat16 images in channels_last by the processor's own products of pairs (vdpbf16ps): one
+// instruction adds two products to each of 16 sums in float32. What is multiplied is first laid out in such pairs.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 10)
+#define PF_HAS_PAIRS 1
+#include <cpuid.h>
+#include <immintrin.h>
+#else
+#define PF_HAS_PAIRS 0
+#endif
+
+#if PF_HAS_PAIRS
+
+#define PF_PAIRS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define PF_PAIRS_INLINE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"), always_inline)) inline
+#define PF_UNROLL _Pragma("GCC unroll 16")
+
+namespace pf::cpu::convolution {
+
+// Whether the processor has these instructions, and no tiles (AMX): oneDNN's convolutions by tiles are faster.
+inline bool supported() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+  return !tiles && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+struct Sizes {
+  int64_t images, height, width, inputs, out_height, out_width, outputs;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
+// Memory that a thread no longer needs and will need again: new memory costs a fault for each page.
+class Kept {
+ public:
+  static constexpr size_t most = 16 << 20;  // bytes of a thread
+  struct Piece {
+    void* at;
+    size_t bytes;
+  };
+  // A piece of at least so many bytes, and not of many times as many; null if there is none.
+  Piece take(size_t bytes) {
+    for (Piece& piece : pieces) {
+      if (piece.bytes < bytes || piece.bytes > 4 * bytes) continue;
+      const Piece found = piece;
+      total -= found.bytes;
+      piece = pieces.back();
+      pieces.pop_back();
+      return found;
+    }
+    return {nullptr, 0};
+  }
+  void put(Piece piece) {
+    if (total + piece.bytes > most || pieces.size() > 16) return std::free(piece.at);
+    pieces.push_back(piece);
+    total += piece.bytes;
+  }
+  ~Kept() {
+    for (const Piece& piece : pieces) std::free(piece.at);
+  }
+  static Kept& mine() {
+    static thread_local Kept kept;
+    return kept;
+  }
+
+ private:
+  std::vector<Piece> pieces;
+  size_t total = 0;
+};
+
+// Memory on cache lines, uninitialised.
+template <class T>
+struct Lines {
+  explicit Lines(int64_t count) {
+    const size_t bytes = (count * sizeof(T) + 127) / 64 * 64;
+    held = Kept::mine().take(bytes);
+    if (!held.at) held = {std::aligned_alloc(64, bytes), bytes};
+    if (!held.at) throw std::bad_alloc();
+  }
+  ~Lines() { Kept::mine().put(held); }
+  Lines(const Lines&) = delete;
+  Lines& operator=(const Lines&) = delete;
+  T* get() const { return static_cast<T*>(held.at); }
+
+ private:
+  Kept::Piece held{nullptr, 0};
+};
+
+// Channels that are worked on together: `count` of them from `first`; a position has room for `pitch`, and before them
+// lie `before` for each position.
+struct Block {
+  int64_t first, count, pitch, before;
+};
+struct Blocks {
+  std::vector<Block> list;
+  int64_t pitch = 0;  // of all of them
+  void add(int64_t first, int64_t count, int64_t room) {
+    list.push_back({first, count, room, pitch});
+    pitch += room;
+  }
+  int64_t size() const { return static_cast<int64_t>(list.size()); }
+};
+
+// At most `most` vectors of 16 channels, and the last of a block may be one of 8.
+inline Blocks vectors(int64_t channels, int64_t most) {
+  Blocks made;
+  const int64_t halves = (channels + 7) / 8, blocks = (halves + 2 * most - 1) / (2 * most);
+  const int64_t whole = blocks ? ((halves + blocks - 1) / blocks + 1) / 2 * 16 : 0;
+  for (int64_t first = 0; first < channels; first += whole) {
+    const int64_t count = channels - first < whole ? channels - first : whole;
+    made.add(first, count, count <= 8 ? 8 : (count + 15) / 16 * 16);
+  }
+  return made;
+}
+// At most 8 single channels.
+inline Blocks singles(int64_t channels) {
+  Blocks made;
+  const int64_t blocks = (channels + 7) / 8;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t first = channels * i / blocks;
+    made.add(first, channels * (i + 1) / blocks - first, 8);
+  }
+  return made;
+}
+
+// (x, y) of 8 or 16 channels as numbers of 32 bits.
+PF_PAIRS_INLINE void store_pairs(__m128i x, __m128i y, uint32_t* to) {
+  const __m256i high = _mm256_slli_epi32(_mm256_cvtepu16_epi32(y), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_or_si256(_mm256_cvtepu16_epi32(x), high));
+}
+PF_PAIRS_INLINE void store_pairs(__m256i x, __m256i y, uint32_t* to) {
+  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16);
+  _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(x), high));
+}
+
+// Single channels in blocks that begin at multiples of 8.
+inline Blocks eights(int64_t channels) {
+  Blocks made;
+  for (int64_t first = 0; first < channels; first += 8) made.add(first, channels - first < 8 ? channels - first : 8, 8);
+  return made;
+}
+
+// Of one row of pixels, pairs (pixel j, pixel j + distance) for j = from, from + step, ...: a zero stands for what is
+// beyond the row. Each pair is one number of 32 bits for each channel of the block.
+PF_PAIRS inline void pack_pairs(const uint16_t* row, int64_t width, int64_t channels, const Block& block, int64_t from,
+                                int64_t step, int64_t distance, int64_t count, uint32_t* to) {
+  for (int64_t c = 0; c < block.pitch; c += 16) {
+    const bool half = block.pitch == 8;
+    const int64_t there = block.count - c;
+    const __mmask16 mask = there >= 16 ? 0xffff : static_cast<__mmask16>((1u << (there > 0 ? there : 0)) - 1);
+    const uint16_t* pixels = row + block.first + c;
+    uint32_t* at = to + c;
+    for (int64_t k = 0, j = from; k < count;) {
+      if (j >= 0 && j + distance < width) {
+        const int64_t inside = (width - 1 - distance - j) / step + 1, run = inside < count - k ? inside : count - k;
+        const uint16_t *x = pixels + j * channels, *y = x + distance * channels;
+        if (half) {
+          for (int64_t i = 0; i < run; ++i, x += step * channels, y += step * channels, at += 8) {
+            store_pairs(_mm_maskz_loadu_epi16(mask, x), _mm_maskz_loadu_epi16(mask, y), at);
+          }
+        } else {
+          for (int64_t i = 0; i < run; ++i, x += step * channels, y += step * channels, at += block.pitch) {
+            store_pairs(_mm256_maskz_loadu_epi16(mask, x), _mm256_maskz_loadu_epi16(mask, y), at);
+          }
+        }
+        k += run;
+        j += run * step;
+        continue;
+      }
+      const __mmask16 low = j >= 0 && j < width ? mask : 0;
+      const __mmask16 high = j + distance >= 0 && j + distance < width ? mask : 0;
+      const uint16_t *x = low ? pixels + j * channels : pixels, *y = high ? pixels + (j + distance) * channels : pixels;
+      if (half) {
+        store_pairs(_mm_maskz_loadu_epi16(low, x), _mm_maskz_loadu_epi16(high, y), at);
+      } else {
+        store_pairs(_mm256_maskz_loadu_epi16(low, x), _mm256_maskz_loadu_epi16(high, y), at);
+      }
+      ++k, j += step, at += block.pitch;
+    }
+  }
+}
+
+}  // namespace pf::cpu::convolution
+
+#endif

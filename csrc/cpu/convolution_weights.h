@@ -1,0 +1,317 @@
+// The gradient of a convolution's weights: for each tap of the kernel a product of two matrices, channels of the input
+// times pixels, and pixels times channels of the output. Pairs are those of neighboring pixels of the output.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "convolution.h"
+
+#if PF_HAS_PAIRS
+
+namespace pf::cpu::convolution {
+
+// Neighboring pairs of one row: where they begin among the positions of both sides.
+struct Segment {
+  int64_t gradient, input, pairs;
+};
+// One side of the products: where its pairs lie, and how far it is from one to the next.
+struct Side {
+  const uint32_t* pairs;
+  int64_t pitch, step;
+};
+
+// sums[B][16 V + 8 H] += over all pairs of all segments. V vectors of 16 channels and H of 8 are multiplied with each
+// of B single channels, all of whose sums stay in registers.
+template <int V, int H, int B>
+PF_PAIRS void weight_tile(const Side& many, const Side& single, const Segment* segments, int64_t count,
+                          bool many_is_gradient, float* sums) {
+  constexpr int pitch = 16 * V + 8 * H;
+  __m512 wide[B][V + 1];
+  __m256 narrow[B][H + 1];
+  PF_UNROLL for (int b = 0; b < B; ++b) {
+    PF_UNROLL for (int v = 0; v < V; ++v) wide[b][v] = _mm512_loadu_ps(sums + b * pitch + 16 * v);
+    if constexpr (H > 0) narrow[b][0] = _mm256_loadu_ps(sums + b * pitch + 16 * V);
+  }
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t at_many = many_is_gradient ? segments[s].gradient : segments[s].input;
+    const int64_t at_single = many_is_gradient ? segments[s].input : segments[s].gradient;
+    const uint32_t *x = many.pairs + at_many * many.pitch, *y = single.pairs + at_single * single.pitch;
+    const int64_t x_step = many.step * many.pitch, y_step = single.step * single.pitch;
+    for (int64_t p = segments[s].pairs; p > 0; --p, x += x_step, y += y_step) {
+      __m512i of_wide[V + 1];
+      __m256i of_narrow;
+      PF_UNROLL for (int v = 0; v < V; ++v) of_wide[v] = _mm512_loadu_si512(x + 16 * v);
+      if constexpr (H > 0) of_narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 16 * V));
+      PF_UNROLL for (int b = 0; b < B; ++b) {
+        const __m512i one = _mm512_set1_epi32(static_cast<int>(y[b]));
+        PF_UNROLL for (int v = 0; v < V; ++v) {
+          wide[b][v] = _mm512_dpbf16_ps(wide[b][v], (__m512bh)of_wide[v], (__m512bh)one);
+        }
+        if constexpr (H > 0) {
+          narrow[b][0] = _mm256_dpbf16_ps(narrow[b][0], (__m256bh)of_narrow, (__m256bh)_mm512_castsi512_si256(one));
+        }
+      }
+    }
+  }
+  PF_UNROLL for (int b = 0; b < B; ++b) {
+    PF_UNROLL for (int v = 0; v < V; ++v) _mm512_storeu_ps(sums + b * pitch + 16 * v, wide[b][v]);
+    if constexpr (H > 0) _mm256_storeu_ps(sums + b * pitch + 16 * V, narrow[b][0]);
+  }
+}
+
+using WeightTile = void (*)(const Side&, const Side&, const Segment*, int64_t, bool, float*);
+
+template <int V, int H>
+WeightTile weight_tile_of(int64_t singles) {
+  constexpr WeightTile made[] = {weight_tile<V, H, 1>, weight_tile<V, H, 2>, weight_tile<V, H, 3>,
+                                 weight_tile<V, H, 4>, weight_tile<V, H, 5>, weight_tile<V, H, 6>,
+                                 weight_tile<V, H, 7>, weight_tile<V, H, 8>};
+  return made[singles - 1];
+}
+inline WeightTile weight_tile_of(int64_t many, int64_t singles) {
+  constexpr WeightTile (*made[])(int64_t) = {weight_tile_of<0, 1>, weight_tile_of<1, 0>, weight_tile_of<1, 1>,
+                                             weight_tile_of<2, 0>, weight_tile_of<2, 1>, weight_tile_of<3, 0>};
+  return made[(many + 7) / 8 - 1](singles);
+}
+
+// The gradient of the bias: the sum over all pixels, of 16 channels from `first` on.
+PF_PAIRS inline void sum_pixels(const uint16_t* gradient, int64_t pixels, int64_t channels, int64_t first, float* to) {
+  const int64_t there = channels - first;
+  const __mmask16 mask = there >= 16 ? 0xffff : static_cast<__mmask16>((1u << there) - 1);
+  __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  const uint16_t* at = gradient + first;
+  for (int64_t i = 0; i < pixels; i += 4) {
+    PF_UNROLL for (int k = 0; k < 4; ++k, at += channels) {
+      const __mmask16 seen = i + k < pixels ? mask : __mmask16(0);
+      const __m512i numbers = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(seen, seen ? at : gradient));
+      sums[k] = _mm512_add_ps(sums[k], _mm512_castsi512_ps(_mm512_slli_epi32(numbers, 16)));
+    }
+  }
+  _mm512_mask_storeu_ps(to + first, mask,
+                        _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+}
+
+// Some rows of the output of one image.
+struct Band {
+  int64_t image, first, stop;
+};
+
+class WeightGradient {
+ public:
+  explicit WeightGradient(const Sizes& sizes)
+      : s(sizes),
+        many_is_gradient(sizes.outputs >= sizes.inputs),
+        of_gradient(many_is_gradient ? vectors(s.outputs, 3) : singles(s.outputs)),
+        of_input(many_is_gradient ? singles(s.inputs) : vectors(s.inputs, 3)),
+        pairs((s.out_width + 1) / 2),
+        // a column before the row, and one for each tap where the output's last pixel has no neighbor
+        columns(s.width + s.stride[1] + (s.out_width % 2 ? s.kernel[1] : 0)),
+        taps(s.kernel[0] * s.kernel[1]) {
+    const Blocks& many = many_is_gradient ? of_gradient : of_input;
+    const Blocks& single = many_is_gradient ? of_input : of_gradient;
+    for (const Block& m : many.list) {
+      for (const Block& one : single.list) {
+        tiles.push_back({m, one, total});
+        total += taps * one.count * rounded(m.count);
+      }
+    }
+  }
+
+  // Into `result` [outputs, kernel, kernel, inputs] and `bias` [outputs]; parallel(count, f) calls f(begin, end) for
+  // all parts of a range. Every sum runs over the pixels in one order, whoever makes it.
+  template <class Parallel>
+  void run(const uint16_t* input, const uint16_t* gradient, float* result, const Parallel& parallel) {
+    const auto parts = static_cast<int64_t>(tiles.size());
+    Lines<float> sums(total);
+    std::memset(sums.get(), 0, total * sizeof(float));
+    const std::vector<std::vector<Band>> groups = grouped();
+    int64_t out_rows = 0, in_rows = 0;
+    for (const auto& group : groups) {
+      int64_t outs = 0, ins = 0;
+      for (const Band& band : group) outs += band.stop - band.first, ins += rows_of(band).second;
+      out_rows = std::max(out_rows, outs);
+      in_rows = std::max(in_rows, ins);
+    }
+    Lines<uint32_t> left(out_rows * pairs * of_gradient.pitch), right(in_rows * columns * of_input.pitch);
+    for (const auto& group : groups) {
+      const auto [lefts, rights] = pack(group, input, gradient, left.get(), right.get(), parallel);
+      const auto segments = segments_of(group);
+      const Packed packed{left.get(), right.get(), lefts, rights};
+      parallel(parts, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) add(tiles[i], packed, segments, sums.get());
+      });
+    }
+    parallel(parts, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) write(tiles[i], sums.get(), result);
+    });
+  }
+
+ private:
+  struct Tile {
+    Block many, single;
+    int64_t sums;
+  };
+  // Both sides of a group, and of how many positions.
+  struct Packed {
+    const uint32_t *gradient, *input;
+    int64_t gradients, inputs;
+  };
+  static int64_t rounded(int64_t count) { return (count + 7) / 8 * 8; }
+
+  // The first row of the input that a band reads, and how many there are.
+  std::pair<int64_t, int64_t> rows_of(const Band& band) const {
+    const int64_t low = band.first * s.stride[0] - s.padding[0];
+    const int64_t high = (band.stop - 1) * s.stride[0] - s.padding[0] + (s.kernel[0] - 1) * s.dilation[0];
+    const int64_t first = std::clamp<int64_t>(low, 0, s.height), stop = std::clamp<int64_t>(high + 1, 0, s.height);
+    return {first, std::max<int64_t>(0, stop - first)};
+  }
+
+  // All bands, so many together as the cache near a core has room for, on both sides.
+  std::vector<std::vector<Band>> grouped() const {
+    constexpr int64_t room = 2048 << 10;
+    const int64_t out_row = pairs * of_gradient.pitch * 4, in_row = columns * of_input.pitch * 4;
+    const int64_t halo = (s.kernel[0] - 1) * s.dilation[0] * in_row;
+    const int64_t whole = std::max<int64_t>(4, (room - halo) / std::max<int64_t>(1, out_row + s.stride[0] * in_row));
+    std::vector<std::vector<Band>> groups;
+    if (whole >= s.out_height) {
+      const int64_t image = s.out_height * out_row + s.height * in_row;
+      const int64_t together = std::max<int64_t>(1, room / std::max<int64_t>(1, image));
+      for (int64_t n = 0; n < s.images; ++n) {
+        if (n % together == 0) groups.emplace_back();
+        groups.back().push_back({n, 0, s.out_height});
+      }
+      return groups;
+    }
+    const int64_t parts = (s.out_height + whole - 1) / whole;
+    for (int64_t n = 0; n < s.images; ++n) {
+      for (int64_t i = 0; i < parts; ++i) {
+        groups.push_back({{n, s.out_height * i / parts, s.out_height * (i + 1) / parts}});
+      }
+    }
+    return groups;
+  }
+
+  // Returns the positions of both sides.
+  template <class Parallel>
+  std::pair<int64_t, int64_t> pack(const std::vector<Band>& group, const uint16_t* input, const uint16_t* gradient,
+                                   uint32_t* left, uint32_t* right, const Parallel& parallel) const {
+    struct Row {
+      const uint16_t* from;
+      int64_t position;
+      bool of_gradient;
+    };
+    std::vector<Row> rows;
+    int64_t out_rows = 0, in_rows = 0;
+    for (const Band& band : group) {
+      for (int64_t y = band.first; y < band.stop; ++y) {
+        const int64_t row = band.image * s.out_height + y;
+        rows.push_back({gradient + row * s.out_width * s.outputs, pairs * out_rows++, true});
+      }
+      const auto [first, count] = rows_of(band);
+      for (int64_t y = first; y < first + count; ++y) {
+        const int64_t row = band.image * s.height + y;
+        rows.push_back({input + row * s.width * s.inputs, columns * in_rows++, false});
+      }
+    }
+    parallel(static_cast<int64_t>(rows.size()), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (rows[i].of_gradient) {
+          pack_gradient(rows[i].from, left, rows[i].position, out_rows * pairs);
+        } else {
+          pack_input(rows[i].from, right, rows[i].position, in_rows * columns);
+        }
+      }
+    });
+    return {out_rows * pairs, in_rows * columns};
+  }
+  void pack_gradient(const uint16_t* row, uint32_t* to, int64_t position, int64_t positions) const {
+    for (const Block& block : of_gradient.list) {
+      uint32_t* place = to + block.before * positions + position * block.pitch;
+      pack_pairs(row, s.out_width, s.outputs, block, 0, 2, 1, pairs, place);
+    }
+  }
+  void pack_input(const uint16_t* row, uint32_t* to, int64_t position, int64_t positions) const {
+    const int64_t stride = s.stride[1];
+    for (const Block& block : of_input.list) {
+      uint32_t* place = to + block.before * positions + position * block.pitch;
+      pack_pairs(row, s.width, s.inputs, block, -stride, 1, stride, s.width + stride, place);
+      if (s.out_width % 2) {
+        // alone, so that what the output does not reach is not multiplied, not even with a zero
+        place += (s.width + stride) * block.pitch;
+        const int64_t last = (s.out_width - 1) * stride - s.padding[1];
+        pack_pairs(row, s.width, s.inputs, block, last, s.dilation[1], int64_t{1} << 40, s.kernel[1], place);
+      }
+    }
+  }
+
+  // By tap, all rows of a group. Rows and pixels at which the tap sees nothing of the input are left out.
+  std::vector<std::vector<Segment>> segments_of(const std::vector<Band>& group) const {
+    std::vector<std::vector<Segment>> made(taps);
+    const int64_t stride = s.stride[1];
+    for (int64_t a = 0; a < s.kernel[0]; ++a) {
+      for (int64_t b = 0; b < s.kernel[1]; ++b) {
+        const int64_t shift = b * s.dilation[1] - s.padding[1];
+        const int64_t low = std::max<int64_t>(0, shift < 0 ? (-shift + stride - 1) / stride : 0);
+        const int64_t high = shift < s.width ? std::min(s.out_width, (s.width - 1 - shift) / stride + 1) : 0;
+        if (low >= high) continue;
+        const bool alone = s.out_width % 2 && high == s.out_width;
+        const int64_t first = low / 2, stop = alone ? high / 2 : (high + 1) / 2;
+        int64_t out_row = 0, in_row = 0;
+        for (const Band& band : group) {
+          const auto [begin, count] = rows_of(band);
+          for (int64_t y = band.first; y < band.stop; ++y, ++out_row) {
+            const int64_t from = y * s.stride[0] + a * s.dilation[0] - s.padding[0];
+            if (from < 0 || from >= s.height) continue;
+            const int64_t row = (in_row + from - begin) * columns, g = out_row * pairs;
+            if (first < stop) {
+              made[a * s.kernel[1] + b].push_back({g + first, row + stride + 2 * first * stride + shift, stop - first});
+            }
+            if (alone) made[a * s.kernel[1] + b].push_back({g + pairs - 1, row + s.width + stride + b, 1});
+          }
+          in_row += count;
+        }
+      }
+    }
+    return made;
+  }
+
+  void add(const Tile& tile, const Packed& packed, const std::vector<std::vector<Segment>>& segments,
+           float* sums) const {
+    const Block& of_g = many_is_gradient ? tile.many : tile.single;
+    const Block& of_x = many_is_gradient ? tile.single : tile.many;
+    const Side gradient{packed.gradient + of_g.before * packed.gradients, of_g.pitch, 1};
+    const Side input{packed.input + of_x.before * packed.inputs, of_x.pitch, 2 * s.stride[1]};
+    const WeightTile multiply = weight_tile_of(tile.many.count, tile.single.count);
+    const int64_t size = tile.single.count * rounded(tile.many.count);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const std::vector<Segment>& list = segments[tap];
+      multiply(many_is_gradient ? gradient : input, many_is_gradient ? input : gradient, list.data(),
+               static_cast<int64_t>(list.size()), many_is_gradient, sums + tile.sums + tap * size);
+    }
+  }
+  void write(const Tile& tile, const float* sums, float* result) const {
+    const int64_t row = rounded(tile.many.count), size = tile.single.count * row;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const float* from = sums + tile.sums + tap * size;
+      for (int64_t m = 0; m < tile.many.count; ++m) {
+        for (int64_t b = 0; b < tile.single.count; ++b) {
+          const int64_t output = many_is_gradient ? tile.many.first + m : tile.single.first + b;
+          const int64_t input = many_is_gradient ? tile.single.first + b : tile.many.first + m;
+          result[(output * taps + tap) * s.inputs + input] = from[b * row + m];
+        }
+      }
+    }
+  }
+
+  const Sizes s;
+  const bool many_is_gradient;
+  const Blocks of_gradient, of_input;
+  const int64_t pairs, columns, taps;
+  std::vector<Tile> tiles;
+  int64_t total = 0;
+};
+
+}  // namespace pf::cpu::convolution
+
+#endif

@@ -1,0 +1,274 @@
+"""Convolutions of images in bfloat16 on a CPU, faster than PyTorch's, forwards and both ways back.
+
+    out[b, y, x, o] = bias[o] + sum over i, j, c of input[b, y s + i d - p, x s + j d - p, c] weight[o, i, j, c]
+
+with stride s, padding p by zeros and dilation d. It is what ``torch.nn.functional.conv2d`` computes, which is the
+reference, in any floating dtype and on any device. The kernels are for one case of it: bfloat16, channels_last, one
+group, on a processor that multiplies pairs of bfloat16 numbers (AVX512-BF16) and has no matrix tiles (AMX). PyTorch's
+own convolutions there reach half to nine tenths of what the processor can do; docs/performance.md has a table. There is
+no kernel for a GPU, where cuDNN serves.
+
+Sums are in float32. The gradients of weight and bias are returned as summed, where PyTorch rounds them to bfloat16.
+
+Convolutions of 3 x 3 taps and stride 1 with enough channels and pixels take half the products, by Winograd's algorithm
+F(2 x 2, 3 x 3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016). What it multiplies are
+sums of four pixels, and of nine weights, rounded to bfloat16 once more. Of normal numbers the result then errs by 0.4 %
+of its size, where rounding it to bfloat16 errs by 0.17 %. An infinity or a NaN reaches the pixels beside those that it
+touches, and infinities come out as NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._gradient import first_order, needs_gradient
+from ._op import define_op, wide
+
+#: Channels of which 16 are not full: numbers are multiplied by 16 at once.
+FEW = 16
+_SETTINGS = "int[] stride, int[] padding, int[] dilation"
+
+
+def _first(x: Tensor) -> Tensor:
+    """Channels first: what PyTorch's convolutions take, a view of channels_last."""
+    return x.permute(0, 3, 1, 2)
+
+
+def _last(x: Tensor) -> Tensor:
+    """Channels last: what the ops take, contiguous if the argument is channels_last."""
+    return x.permute(0, 2, 3, 1)
+
+
+def reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *settings: Sequence[int],
+) -> Tensor:
+    """The definition. input [B, H, W, C], weight [O, K, L, C] in input's dtype, bias [O] or None -> [B, H', W', O]."""
+    shift = None if bias is None else bias.to(input.dtype)
+    stride, padding, dilation = settings
+    out = F.conv2d(_first(input), _first(weight), shift, stride, padding=padding, dilation=dilation)
+    return _last(out).contiguous()
+
+
+def reference_input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    height: int,
+    width: int,
+    *settings: Sequence[int],
+) -> Tensor:
+    """grad [B, H', W', O] times d out / d input: [B, H, W, C] of these height and width."""
+    like = grad.new_empty(1).expand(len(grad), weight.shape[3], height, width)
+    made = _backward((True, False, False), grad, like, _first(weight), *settings)[0]
+    return _last(made).contiguous()
+
+
+def reference_weight_gradient(
+    grad: Tensor,
+    input: Tensor,
+    kernel: Sequence[int],
+    *settings: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """grad times d out / d weight and d out / d bias, [O, K, L, C] and [O], in float32 (float64 for float64)."""
+    like = input.new_empty(1).expand(grad.shape[3], input.shape[3], *kernel)
+    made = _backward((False, True, True), grad, _first(input), like, *settings)
+    return wide(_last(made[1])).contiguous(), wide(made[2])
+
+
+def _backward(
+    wanted: tuple[bool, bool, bool], grad: Tensor, input: Tensor, weight: Tensor, *settings: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's gradients of input, weight and bias, those that are wanted; grad with channels last."""
+    lists = [list(one) for one in settings]
+    made: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward.default(
+        *(_first(grad), input, weight, [grad.shape[3]], *lists, False, [0, 0], 1, list(wanted))
+    )
+    return made
+
+
+def kind(inputs: int, outputs: int, stride: Sequence[int]) -> str:
+    """The variant by which who serves is chosen: these were ahead or behind together.
+
+    Args:
+        inputs: channels that come in.
+        outputs: channels that are made.
+        stride: of rows and columns.
+    """
+    if min(inputs, outputs) < FEW:
+        return "few channels"
+    return "strided" if max(stride) > 1 else "stride 1"
+
+
+def _out(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    size = [_out(input.shape[1 + i], weight.shape[1 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    return input.new_empty(len(input), *size, len(weight))
+
+
+def _fake_weight_gradient(grad: Tensor, input: Tensor, kernel: list[int], *settings: Any) -> tuple[Tensor, Tensor]:
+    dtype, outputs = torch.promote_types(grad.dtype, torch.float32), grad.shape[3]
+    return grad.new_empty(outputs, *kernel, input.shape[3], dtype=dtype), grad.new_empty(outputs, dtype=dtype)
+
+
+OP = define_op(
+    "convolution",
+    f"(Tensor input, Tensor weight, Tensor? bias, {_SETTINGS}) -> Tensor",
+    reference=reference,
+    fake=_fake,
+)
+INPUT_GRADIENT = define_op(
+    "convolution_input_gradient",
+    f"(Tensor grad, Tensor weight, SymInt height, SymInt width, {_SETTINGS}) -> Tensor",
+    reference=reference_input_gradient,
+    fake=lambda grad, weight, height, width, *_: grad.new_empty(len(grad), height, width, weight.shape[3]),
+)
+WEIGHT_GRADIENT = define_op(
+    "convolution_weight_gradient",
+    f"(Tensor grad, Tensor input, int[] kernel, {_SETTINGS}) -> (Tensor, Tensor)",
+    reference=reference_weight_gradient,
+    fake=_fake_weight_gradient,
+)
+
+
+def _kind_of(weight: Tensor, settings: tuple[list[int], ...]) -> str:
+    """`kind` of a weight ``[O, K, L, C]``, and stride, padding and dilation."""
+    return kind(weight.shape[3], weight.shape[0], settings[0])
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        input: Tensor, weight: Tensor, bias: Tensor | None, rounded: Tensor, settings: tuple[list[int], ...]
+    ) -> Tensor:
+        # no longer as a view, which the next layer could not change in place: nobody else holds what it is a view of
+        return _first(OP(input, rounded, bias, *settings, variant=_kind_of(rounded, settings))).data
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        input, weight, bias, rounded, ctx.settings = inputs
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.size, ctx.kernel = input.shape[1:3], list(weight.shape[1:3])
+        # of frozen weights the input is not needed
+        ctx.save_for_backward(rounded, input if any(ctx.needs_input_grad[1:3]) else None)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rounded, input = ctx.saved_tensors
+        grad = _last(grad)
+        made, of_weight, of_bias = None, None, None
+        variant = _kind_of(rounded, ctx.settings)
+        if ctx.needs_input_grad[0]:
+            made = INPUT_GRADIENT(grad, rounded, *ctx.size, *ctx.settings, variant=variant)
+        if input is not None:
+            of_weight, of_bias = WEIGHT_GRADIENT(grad, input, ctx.kernel, *ctx.settings, variant=variant)
+            of_weight = of_weight.to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+            of_bias = of_bias.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        return made, of_weight, of_bias, None, None
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
+    """``value`` for rows and columns; ValueError unless it is one or two whole numbers that are not too small."""
+    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
+    if len(pair) != 2 or any(type(one) is not int or one < least for one in pair):
+        raise ValueError(f"{name} must be one or two whole numbers of at least {least}, got {value!r}")
+    return pair
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """TypeError or ValueError unless the tensors of `conv2d` are as it documents them."""
+    named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(f"input is on {input.device}, {name} on {tensor.device}: they must agree")
+        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise ValueError(f"input is {input.dtype}, {name} {tensor.dtype}: without autocast they must agree")
+    if input.dim() != 4 or weight.dim() != 4 or input.shape[1] != weight.shape[1] or 0 in weight.shape:
+        shapes = f"got {list(input.shape)} and {list(weight.shape)}"
+        raise ValueError(f"input must be [B, C, H, W] and weight [O, C, K, L], none of its sizes 0, {shapes}")
+    if bias is not None and tuple(bias.shape) != tuple(weight.shape[:1]):
+        raise ValueError(f"bias must be [O] = [{weight.shape[0]}], got {list(bias.shape)}")
+
+
+def _plain(input: Tensor, made: int, variant: str) -> bool:
+    """Whether PyTorch's convolution serves, of an input on a CPU whose result has so many numbers."""
+    if OP.kernel("cpu") == "reference":
+        return True
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+    if dtype != torch.bfloat16 or not input.is_floating_point():
+        return True
+    backwards = (op.plain(input.device, dtype, made, variant) for op in (INPUT_GRADIENT, WEIGHT_GRADIENT))
+    return OP.plain(input.device, dtype, input.numel(), variant) and all(backwards)
+
+
+def _elements(input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
+    """How many numbers the result has; ValueError if an image is smaller than the kernel."""
+    size, kernel = input.shape[2:], weight.shape[2:]
+    sides = [_out(size[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    if min(sides) < 1:
+        raise ValueError(
+            f"input with its padding is smaller than the kernel: {list(size)}, padding {padding}, kernel "
+            f"{list(kernel)}, dilation {dilation}"
+        )
+    return len(input) * weight.shape[0] * sides[0] * sides[1]
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv2d`` of one group, by a kernel of the package where there is a faster one.
+
+    Args:
+        input: ``[B, C, H, W]``, floating point, H and W at least 1. A kernel takes it in bfloat16, or under autocast to
+            bfloat16.
+        weight: ``[O, C, K, L]`` in input's dtype, or any under autocast; its gradient is in its own.
+        bias: ``[O]``, as weight, or None.
+        stride: of rows and columns, or one number for both.
+        padding: zeros on each side, in the same way.
+        dilation: pixels from tap to tap, in the same way.
+
+    Returns:
+        ``[B, O, H', W']`` in the dtype that PyTorch's has. By a kernel it is channels_last, whatever the input is.
+
+    Raises:
+        TypeError: input, weight or bias is no tensor.
+        ValueError: shapes, dtypes, devices or settings do not fit.
+
+    By a kernel there are first-order gradients only, and no ``vmap``. The result does not depend on the number of
+    threads, and that of an image not on the others. Numbers below float32's normal range count as zero.
+    """
+    _check(input, weight, bias)
+    settings = (_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1))
+    made = _elements(input, weight, *settings)
+    if (
+        made == 0
+        or input.device.type != "cpu"
+        or _plain(input, made, kind(weight.shape[1], weight.shape[0], settings[0]))
+    ):
+        return F.conv2d(input, weight, bias, *settings)
+    images, kernels = _last(input.to(torch.bfloat16)), _last(weight)
+    rounded = kernels.detach().to(torch.bfloat16)
+    if needs_gradient(input, weight, *([] if bias is None else [bias])):
+        return _Convolution.apply(images, kernels, bias, rounded, settings)
+    return _first(OP(images, rounded, bias, *settings, variant=_kind_of(rounded, settings)))
