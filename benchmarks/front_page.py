@@ -8,7 +8,7 @@ from pathlib import Path
 from purify_fast.evaluation import Report, Row
 from purify_fast.evaluation.tables import markdown_table, percent
 
-from . import style
+from . import evaluation, style
 from .report import PIPELINES, ROWS, read_csv
 
 #: The row of a report that takes the worst over its attacks, image by image.
@@ -97,6 +97,25 @@ def speed_table(results: Path) -> str:
         "of the matrix rate",
     ]
     return "\n".join([*markdown_table(head, body), "", ops_sentence(results / "cpu" / ROWS)])
+
+
+def attacks_table(results: Path) -> str:
+    """This package's attacks beside the official AutoAttack, on the same images and models.
+
+    Args:
+        results: the folder of committed results.
+    """
+    body = []
+    contests: dict[str, list[dict]] = {}
+    for row in evaluation.read(results / "studies"):
+        contests.setdefault(row["contest"], []).append(row)
+    for name, (official, ours, fast) in contests.items():
+        cells = [name, f"{official['images']:,}", f"{official['robust']:.1f}"]
+        for row in (ours, fast):
+            times = min(official["cpu_seconds"]) / min(row["cpu_seconds"])
+            cells.append(f"{row['robust']:.1f}, {times:.1f} times faster")
+        body.append(cells)
+    return "\n".join(markdown_table(["model", "images", "AutoAttack", "`standard`, or `rand`", "`fast`, or a shorter `rand`"], body))
 
 
 def ops_sentence(path: Path) -> str:

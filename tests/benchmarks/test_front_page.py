@@ -36,6 +36,16 @@ def test_ratios_are_those_of_the_times():
         assert float(times_compiled) == pytest.approx(compiled / own, abs=0.06)
 
 
+def test_our_attacks_are_as_strong_as_the_official_ones_and_faster():
+    lines = front_page.attacks_table(RESULTS).splitlines()[2:]
+    assert len(lines) == 6
+    for line in lines:
+        _, images, official, ours, fast = line.strip("| ").split(" | ")
+        assert int(images) >= 100
+        (left, times), (_, fast_times) = (map(float, re.findall(r"[0-9.]+", cell)) for cell in (ours, fast))
+        assert left <= float(official) + 0.5 and 1 < times < fast_times
+
+
 def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     assert front_page.picture(RESULTS, tmp_path / "claim.png")
