@@ -155,20 +155,20 @@ STANDARD_CONTESTANTS: dict[str, Contestant] = {
     OFFICIAL: official("standard"),
     OURS: in_turn(
         lambda amount: [
-            APGD(steps=amount.steps),
-            APGD(loss="dlr_targeted", steps=amount.steps),
-            FABT(steps=amount.steps),
-            Square(n_queries=amount.queries),
+            APGD(steps=amount.steps, give_up=True),
+            APGD(loss="dlr_targeted", steps=amount.steps, give_up=True),
+            FABT(steps=amount.steps, give_up=True),
+            Square(n_queries=amount.queries, give_up=True),
         ]
     ),
     FAST: in_turn(
-        lambda amount: [APGD(steps=amount.fast_steps), APGD(loss="dlr_targeted", steps=amount.steps)],
+        lambda amount: [APGD(steps=amount.fast_steps), APGD(loss="dlr_targeted", steps=amount.steps, give_up=True)],
     ),
 }
 
 
 def _rand(steps: int) -> list[Attack]:
-    return [APGD(steps=steps), APGD(loss="dlr", steps=steps)]
+    return [APGD(steps=steps, give_up=True), APGD(loss="dlr", steps=steps, give_up=True)]
 
 
 RAND_CONTESTANTS: dict[str, Contestant] = {

@@ -220,6 +220,8 @@ class EngineAttack(BallAttack):
             it pays). A success is judged by the model itself.
         eps: radius of another ball than the report's, in image units; None: the report's.
         norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
+        give_up: whether searches end that would not succeed even at several times their recent pace. That is decided
+            after 40, 60 and 80 % of the steps, or from the 1,500th query on.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -230,6 +232,7 @@ class EngineAttack(BallAttack):
     precision: Precision = "auto"
     eps: float | None = None
     norm: Norm | None = None
+    give_up: bool = False
 
     def __post_init__(self) -> None:
         check_literal("precision", self.precision, Precision)
@@ -256,6 +259,7 @@ class EngineAttack(BallAttack):
             "norm": norm,
             "eot_iter": self.draws(context),
             "restarts": self.restarts,
+            "give_up": self.give_up,
             "fallen": context.fallen,
             "judge_draws": context.judges,
             "precision": self.precision,

@@ -1,10 +1,10 @@
 """Square (Andriushchenko et al., ECCV 2020): a random search with squares that asks for no gradient.
 
 Each proposal changes one square of an image and is kept if it raises the margin. Every image has random numbers of its
-own, made from the seed and its id, so that batches do not matter. Three things are not in the paper: of late proposals,
+own, made from the seed and its id, so that batches do not matter. Four things are not in the paper: of late proposals,
 of which few are kept, several are judged in one batch and the best is kept; a random model's margin is the mean over
-several draws, and that of the point to beat is drawn afresh now and then, so that no lucky draw stands forever; and an
-image has fallen by the share of fresh draws that it fails.
+several draws, and that of the point to beat is drawn afresh now and then, so that no lucky draw stands forever; an
+image has fallen by the share of fresh draws that it fails; and images whose border is out of reach can be given up.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .draws import Objective
 from .engine.active_set import ActiveSet
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
 from .engine.judge import Judge
+from .engine.reach import Reach, some_of
 from .engine.squares import Proposals
 from .frozen_model import frozen
 
@@ -37,6 +38,8 @@ TOGETHER = {0: 1, 100: 2, 500: 4, 1000: 8}
 BLOCK = 64
 #: After so many rounds the batch may shrink, and the point to beat is judged by fresh draws.
 ROUNDS = 10
+#: After how many queries images are given up that are out of reach, and by how much their pace may still rise.
+GIVEN_UP_AFTER, TIMES = (1500, 2000, 2500, 3000, 3500, 4000), 4.0
 
 
 def square(
@@ -46,6 +49,7 @@ def square(
     *,
     eps: float | Tensor,
     n_queries: int = QUERIES,
+    give_up: bool = False,
     norm: NormName = "linf",
     eot_iter: int = 1,
     restarts: int = 1,
@@ -67,6 +71,9 @@ def square(
         y: true labels, int64 ``[B]``.
         eps: radius in image units, a number or ``[B]``.
         n_queries: proposals for each image and restart.
+        give_up: whether an image is given up after 1,500 queries or more, once it would not fall in those that are left
+            if its margin rose four times as fast as in the last half of those asked. An image of a random model, whose
+            margin is noisy, never is.
         norm: "linf", "l2" or "l1".
         eot_iter: draws of a random model averaged for each proposal.
         restarts: runs, each for the images that have not fallen.
@@ -114,7 +121,7 @@ def square(
                 search = _Search(
                     objective, active, (x[left], y[left], left), ball.of(left), (seed + restart, ids[left])
                 )
-                search.run(n_queries)
+                search.run(n_queries, give_up and eot_iter == 1)
     return active.found
 
 
@@ -143,11 +150,17 @@ class _Search:
         self.key = torch.full((1,), seed, dtype=torch.int64, device=self.x.device)
         self.propose = Proposals((self.x.shape[1], self.x.shape[2], self.x.shape[3]), ball.norm)
 
-    def run(self, n_queries: int) -> None:
-        """Ask so many queries of every image that is left."""
+    def run(self, n_queries: int, give_up: bool = False) -> None:
+        """Ask so many queries of every image that is left.
+
+        Args:
+            n_queries: how many.
+            give_up: whether images whose border is out of reach leave earlier.
+        """
         first = self._numbers(self.propose.first_numbers, 0, 1)[:, 0]
         self.point = self.propose.begin(self.x, self.ball, first)
         self.score = self.objective.score(self.point, self.y)
+        reach = Reach(GIVEN_UP_AFTER, n_queries, TIMES) if give_up else None
         query = rounds = 0
         while query < n_queries:
             if query % BLOCK == 0:
@@ -159,12 +172,20 @@ class _Search:
             self._round(query, numbers[:, query % BLOCK : query % BLOCK + together])
             query, rounds = query + together, rounds + 1
             if rounds % ROUNDS == 0:
-                numbers = self._shrunk(numbers)
-                if len(self.owner) == 0:
-                    return
-        everything = torch.ones_like(self.score[0])
-        share, _ = self.active.settle(self.owner, self.point, everything)
-        self.active.offer(self.owner, self.point, torch.stack([share, self.score[1]]))
+                numbers = self._shrunk(numbers, reach)
+            lost = None if reach is None else some_of(reach.lost(query, -self.score[1]))
+            if lost is not None:
+                self._offer(lost.nonzero()[:, 0])
+                numbers = self._keep(self.active.kept(self.owner, lost), numbers, reach)
+            if len(self.owner) == 0:
+                return
+        self._offer(slice(None))
+
+    def _offer(self, rows: slice | Tensor) -> None:
+        """Judge the points of some rows by the model itself, and keep the best."""
+        owner, points, margin = self.owner[rows], self.point[rows], self.score[1, rows]
+        share, _ = self.active.settle(owner, points, torch.ones_like(margin))
+        self.active.offer(owner, points, torch.stack([share, margin]))
 
     def _numbers(self, count: int, first: int, draws: int) -> Tensor:
         return philox(self.key, self.ids, count, stream=Stream.SQUARES, draws=draws, first_draw=first)
@@ -188,19 +209,25 @@ class _Search:
         self.point = torch.where(per_image(better, points), points, self.point)
         self.score = torch.where(better, score, self.score)
 
-    def _shrunk(self, numbers: Tensor) -> Tensor:
+    def _shrunk(self, numbers: Tensor, reach: Reach | None) -> Tensor:
         """Judge what seems to have fallen and let it leave; the numbers of the rows that stay."""
         share, fell = self.active.settle(self.owner, self.point, self.score[0])
         self.score = torch.stack([share, self.score[1]])
-        kept = self.active.kept(self.owner) if fell else None
-        if kept is not None:
-            self.x, self.y, self.owner, self.ids = self.x[kept], self.y[kept], self.owner[kept], self.ids[kept]
-            self.point, self.score, self.ball = self.point[kept], self.score[:, kept], self.ball.of(kept)
-            numbers = numbers[kept]
+        numbers = self._keep(self.active.kept(self.owner) if fell else None, numbers, reach)
         if self.objective.eot_iter > 1 and len(self.owner):
             # the highest of many noisy margins is high by luck
             self.score = self.objective.score(self.point, self.y)
         return numbers
+
+    def _keep(self, rows: Tensor | None, numbers: Tensor, reach: Reach | None) -> Tensor:
+        """Go on with some of the rows, or with all; their numbers."""
+        if rows is None:
+            return numbers
+        self.x, self.y, self.owner, self.ids = self.x[rows], self.y[rows], self.owner[rows], self.ids[rows]
+        self.point, self.score, self.ball = self.point[rows], self.score[:, rows], self.ball.of(rows)
+        if reach is not None:
+            reach.take(rows)
+        return numbers[rows]
 
 
 @dataclass(frozen=True, kw_only=True)

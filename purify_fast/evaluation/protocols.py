@@ -16,6 +16,7 @@ from .._validation import check_literal
 from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
 from ..attacks.autoattack import implementation
 from ..attacks.heads import HEADS, AttackersHead, Head
+from ..attacks.losses import ApgdLoss
 from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, supports
 from .specs import AttackSpec
 from .surrogates import Surrogate, surrogates
@@ -73,12 +74,12 @@ def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpe
 
 
 def _fast(attacked: AttackedModel) -> list[AttackSpec]:
-    return [_left(APGD(steps=25)), _left(APGD(loss="dlr_targeted"))]
+    return [_left(APGD(steps=25)), _left(APGD(loss="dlr_targeted", give_up=True))]
 
 
 def _standard(attacked: AttackedModel) -> list[AttackSpec]:
-    own = [_left(APGD()), _left(APGD(loss="dlr_targeted")), _left(FABT()), _left(Square())]
-    return own + _without_noise(attacked)
+    four = APGD(give_up=True), APGD(loss="dlr_targeted", give_up=True), FABT(give_up=True), Square(give_up=True)
+    return [_left(attack) for attack in four] + _without_noise(attacked)
 
 
 def _without_noise(attacked: AttackedModel) -> list[AttackSpec]:
@@ -90,11 +91,13 @@ def _without_noise(attacked: AttackedModel) -> list[AttackSpec]:
 
 
 def _rand(attacked: AttackedModel) -> list[AttackSpec]:
-    return [_left(APGD(eot_iter=RAND_DRAWS)), _left(APGD(loss="dlr", eot_iter=RAND_DRAWS))]
+    losses: tuple[ApgdLoss, ...] = ("ce", "dlr")
+    return [_left(APGD(loss=loss, eot_iter=RAND_DRAWS, give_up=True)) for loss in losses]
 
 
 def _strong(attacked: AttackedModel) -> list[AttackSpec]:
-    found = _standard(attacked)[:2]
+    # every search to its end: what the other protocols give up is looked at here
+    found = [_left(APGD()), _left(APGD(loss="dlr_targeted"))]
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
     found.append(_left(every, "APGD-T margin, every target, float32"))
     found.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from .._tensors import first_tensor
+from .._tensors import first_tensor, without_autocast
 from ..models.representation import evaluation_mode, without_recorders
 from .compiled_region import CompiledRegion
 from .folding import fold_pairs, folded
@@ -54,8 +56,55 @@ def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> 
     return True
 
 
+class _ConvolvesImages(nn.Conv2d):
+    """A convolution that computes in float32 under an autocast, and whose results have the autocast's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _in_float32(super().forward, input)
+
+
+class _MapsImages(nn.Linear):
+    """A linear layer that computes in float32 under an autocast, and whose results have the autocast's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _in_float32(super().forward, input)
+
+
+def _in_float32(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    kind = x.device.type
+    wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    with without_autocast(x.device):
+        return layer(x.float()).to(wanted)
+
+
+def see_images_in_float32(model: nn.Module, image_shape: tuple[int, ...]) -> list[nn.Module]:
+    """Let a model's layers for images compute in float32 under an autocast to bfloat16, in place.
+
+    Between 0.5 and 1 the numbers of bfloat16 are 1/256 apart. A layer that rounds images to them hardly sees a
+    perturbation of 1/255. The layers behind it see differences between pixels, which are larger.
+
+    Args:
+        model: from images ``[B, *image_shape]`` to logits.
+        image_shape: (C, H, W).
+
+    Returns:
+        The layers, whose weights must stay in float32: the convolutions of C channels, and the linear layers of C H W
+        numbers. Layers of other classes that compute something of their own are none of them.
+    """
+    found: list[nn.Module] = []
+    for module in model.modules():
+        if type(module) is nn.Conv2d and module.in_channels == image_shape[0] and module.groups == 1:
+            module.__class__ = _ConvolvesImages
+        elif type(module) is nn.Linear and module.in_features == math.prod(image_shape):
+            module.__class__ = _MapsImages
+        else:
+            continue
+        found.append(module)
+    return found
+
+
 def prepare_for_inference(
-    model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, fold: bool = True
+    model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, fold: bool = True, fine: bool = False
 ) -> tuple[list[tuple[str, str]], bool]:
     """Prepare a frozen model for `autocast_to`, in place.
 
@@ -68,6 +117,7 @@ def prepare_for_inference(
         image_shape: (C, H, W).
         dtype: float32 or bfloat16.
         fold: whether BatchNorms are folded into the layers before them.
+        fine: whether the layers for images compute in float32; see `see_images_in_float32`.
 
     Returns:
         The names of the pairs (layer, BatchNorm) that were folded, and what `convert_to_channels_last` returned.
@@ -83,8 +133,9 @@ def prepare_for_inference(
         example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0))
         pairs = fold_pairs(model, example.to(first_tensor(model).device))
     uses_channels_last = convert_to_channels_last(model, image_shape)
+    in_float32 = see_images_in_float32(model, image_shape) if fine else []
     for module in model.modules():
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in in_float32:
             module.to(dtype)
     return pairs, uses_channels_last
 
@@ -101,6 +152,7 @@ class InferenceCopy(nn.Module):
         dtype: of the matrix products, float32 or bfloat16.
         fold: whether BatchNorms are folded into the layers before them.
         compile: whether the copy is a `CompiledRegion`.
+        fine: whether the layers for images compute in float32, so that an attack of a small radius is seen.
 
     Attributes:
         folded: how many BatchNorms were folded.
@@ -117,11 +169,12 @@ class InferenceCopy(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         fold: bool = True,
         compile: bool = False,
+        fine: bool = False,
     ):
         super().__init__()
         self.dtype = dtype
         self.classifier = without_recorders(copy.deepcopy(classifier)).requires_grad_(False)
-        self._pairs, self.uses_channels_last = prepare_for_inference(self.classifier, image_shape, dtype, fold)
+        self._pairs, self.uses_channels_last = prepare_for_inference(self.classifier, image_shape, dtype, fold, fine)
         self.folded = len(self._pairs)
         self.region = CompiledRegion(self._logits) if compile else None
 

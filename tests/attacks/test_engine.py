@@ -14,8 +14,10 @@ from purify_fast.attacks.engine import gradient_copy as copies
 from purify_fast.attacks.engine.active_set import ActiveSet
 from purify_fast.attacks.engine.hyperplane import move_to_plane
 from purify_fast.attacks.engine.judge import Judge, has_fallen, standard_error
+from purify_fast.attacks.engine.reach import Reach, border, reach_of_steps
 from purify_fast.attacks.engine.squares import Proposals, pattern, side, window, window_index
 from purify_fast.attacks.heads import HEADS, AttackersHead, class_margins, head_logits
+from purify_fast.attacks.losses import LOSSES, TARGETED
 from purify_fast.evaluation.watched import progress_bar, watched
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops.aggregate import aggregate
@@ -426,6 +428,115 @@ def test_square_beside_the_authors(digits, norm, eps):
     with torch.random.fork_rng([]), warnings.catch_warnings(), torch.no_grad():
         left = accuracy(net, other.perturb(x, y), y)
     assert 10 < left < 95 and ours <= left + 2, (norm, ours, left)
+
+
+def test_what_is_out_of_reach():
+    reach = Reach([8, 12], 20, 2.0)
+    # the second row is given up at 8, the third at 12; the others are too near, too fast or not to be measured
+    paths = {
+        2: [5.0, 5.0, 9.0, 9.0, torch.inf],
+        4: [4.0, 5.0, 7.0, 9.0, torch.inf],
+        6: [3.0, 5.0, 6.0, 8.0, torch.inf],
+        8: [2.0, 4.9, 5.5, 6.0, torch.inf],
+        12: [1.0, 4.9, 5.4, 3.0, torch.inf],
+    }
+    lost = {step: reach.lost(step, torch.tensor(missing)) for step, missing in paths.items()}
+    assert [lost[step] is None for step in (2, 4, 6)] == [True] * 3
+    assert lost[8].tolist() == [False, True, False, False, False]
+    assert lost[12].tolist() == [False, True, True, False, False]
+    assert reach.lost(20, torch.zeros(5)) is None
+    assert reach_of_steps(49) is None and reach_of_steps(100).checks == [40, 60, 80]
+
+
+def test_distances_are_kept_with_their_rows():
+    reach = Reach([4], 8, 1.0)
+    reach.lost(2, torch.tensor([9.0, 5.0]))
+    reach.take(torch.tensor([1, 1]))
+    assert reach.lost(4, torch.tensor([1.0, 4.9])).tolist() == [False, True]
+
+
+def test_a_border_is_where_an_image_may_be_misclassified():
+    torch.manual_seed(0)
+    logits, y = 3 * torch.randn(2000, 5), torch.zeros(2000, dtype=torch.int64)
+    wrong = logits.argmax(1) != y
+    for loss in ("ce", "margin", "scaled_margin", "dlr"):
+        assert float(LOSSES[loss](logits, y)[wrong].min()) >= border(loss)
+    target = logits[:, 1:].argmax(1) + 1
+    for loss in ("margin_targeted", "dlr_targeted"):
+        assert float(TARGETED[loss](logits, y, target)[wrong].min()) >= border(loss)
+
+
+@pytest.mark.parametrize("attack", [apgd, fab_t])
+def test_what_is_given_up_would_not_have_fallen(digits, attack):
+    net, x, y = digits[0], digits[1][:80], digits[2][:80]
+    options = {"loss": "dlr_targeted"} if attack is apgd else {}
+    asked, left = [], []
+    for give_up in (False, True):
+        counted = Counted(net)
+        found = attack(counted, x, y, eps=0.12, give_up=give_up, **options)
+        asked.append(counted.images)
+        left.append((net(found).argmax(1) == y).tolist())
+    assert left[0] == left[1] and 5 < sum(left[0]) < 75
+    assert asked[1] < (0.75 if attack is apgd else 0.95) * asked[0]
+
+
+def test_a_row_that_is_given_up_fills_no_batch(batch):
+    net, x, y = batch
+    active = ActiveSet(x, y, Judge(net))
+    active.costly = False
+    owner = torch.arange(9).repeat(2)
+    lost = torch.zeros(18, dtype=torch.bool)
+    lost[3:7] = True
+    kept = active.kept(owner, lost)
+    # 14 rows stay, which is a size of the list
+    assert kept.tolist() == [i for i in range(18) if not lost[i]]
+    lost[7] = True
+    # 13 do not: one of them is searched twice, and none that was given up
+    assert len(active.kept(owner, lost)) == 14 and not bool(lost[active.kept(owner, lost)].any())
+    assert len(active.kept(owner, torch.ones(18, dtype=torch.bool))) == 0
+
+
+class Counted(nn.Module):
+    """Counts the images that a model is asked about."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.images = model, 0
+
+    def forward(self, x):
+        self.images += len(x)
+        return self.model(x)
+
+
+def test_square_gives_up_what_is_out_of_reach_and_nothing_else(digits):
+    net, x, y = digits[0], digits[1][:60], digits[2][:60]
+    asked, found = [], []
+    for give_up in (False, True):
+        counted = Counted(net)
+        found.append(square(counted, x, y, eps=0.12, n_queries=2500, give_up=give_up))
+        asked.append(counted.images)
+    assert 10 < accuracy(net, found[0], y) == accuracy(net, found[1], y) < 95
+    assert asked[1] < 0.8 * asked[0]
+    right = net(found[1]).argmax(1) == y
+    # what is given up keeps its best point, and what falls is as without
+    assert torch.equal(found[0][~right], found[1][~right]) and bool((found[1] != x)[right].flatten(1).any(1).all())
+
+
+@pytest.mark.parametrize(
+    "logits, eot_iter, given_up",
+    [((1.0, 0.0), 1, True), ((1.0, 0.0), 2, False), ((float("nan"), 0.0), 1, False), ((0.0, 1.0), 1, False)],
+)
+def test_square_gives_up_where_the_margin_stands_still(logits, eot_iter, given_up):
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.tensor([logits]).expand(len(x), 2)
+
+    model = Counted(Constant())
+    x, y = torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
+    square(model, x, y, eps=0.1, n_queries=1600, eot_iter=eot_iter, give_up=True)
+    if logits[0] == 1:
+        # the beginning, 1,500 or 1,600 proposals, some of them judged together, and the last judgement
+        assert (model.images < 2 * 1540) is given_up and model.images >= 2 * 1500
 
 
 def test_square_averages_a_random_model_and_leaves_with_its_images():

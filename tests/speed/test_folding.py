@@ -240,3 +240,24 @@ def test_only_a_class_that_says_so_runs_its_sequentials_in_order():
     assert fold_sequential(model) == 0 and torch.equal(model(a, b), want)
     # a Sequential that belongs to no such class is left alone too
     assert fold_sequential(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()) == 0
+
+
+@pytest.mark.parametrize("kind", ["convolution", "linear"])
+def test_a_fine_copy_sees_a_perturbation_that_bfloat16_rounds_away(kind):
+    # differences of neighboring pixels, which is what the first layer of a network sees
+    difference = torch.eye(8)[:7] - torch.eye(8)[1:]
+    if kind == "convolution":
+        first = nn.Conv2d(1, 1, (1, 2), bias=False)
+        first.weight.data = torch.tensor([[[[1.0, -1.0]]]])
+        model = nn.Sequential(first, nn.Flatten())
+    else:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(8, 7, bias=False))
+        model[1].weight.data = difference
+    # at 0.7 the numbers of bfloat16 are 1/256 apart
+    x = 0.7 + torch.tensor([0.0, 1, 0, 0, 1, 1, 0, 1]).view(1, 1, 1, 8) / 1024
+    wanted = model.eval().requires_grad_(False)(x)
+    fine, coarse = (InferenceCopy(model, (1, 1, 8), fine=fine) for fine in (True, False))
+    assert float((fine(x) - wanted).norm() / wanted.norm()) < 0.01
+    assert not coarse(x).any()
+    # the copy keeps its class to itself
+    assert type(model[0]) in (nn.Conv2d, nn.Flatten)

@@ -95,16 +95,22 @@ class ActiveSet:
         self.felled_by[owner[won]] = torch.zeros_like(won) if run is None else run[won]
         return share, True
 
-    def kept(self, owner: Tensor) -> Tensor | None:
+    def kept(self, owner: Tensor, lost: Tensor | None = None) -> Tensor | None:
         """Which rows stay; waits for the device once.
 
         Args:
             owner: the image of each row, int64 ``[R]``.
+            lost: rows that are given up, bool ``[R]``; None: none.
 
         Returns:
-            Indices int64 of the rows that stay, as many as `bucket` says, the unfallen ones first; None where the batch
-            keeps its size.
+            Indices int64 of the rows that stay, as many as `bucket` says. Rows of fallen images fill them up; where
+            rows are given up, rows that stay are repeated instead, because one that is given up must not be searched
+            on for the sake of others. None where the batch keeps its size.
         """
+        if lost is not None:
+            stays = (~(self.fallen[owner] | lost)).nonzero()[:, 0]
+            size = bucket(len(stays), owner.device, self.costly) if len(stays) else 0
+            return torch.cat([stays, stays[: size - len(stays)]])
         gone = self.fallen[owner]
         left = len(owner) - int(gone.sum())
         size = bucket(left, owner.device, self.costly) if left else 0

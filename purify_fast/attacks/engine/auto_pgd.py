@@ -13,6 +13,7 @@ from ..draws import Gradients, Objective
 from ..health import GradientHealth
 from ..search import better_of
 from .active_set import ActiveSet
+from .reach import border, reach_of_steps, some_of
 from .step_size import SPARSER, Schedule, StepSize, StepSizeL1, changed_share
 from .waves import Rows
 
@@ -37,6 +38,7 @@ def run(
     health: GradientHealth | None = None,
     claims: bool = True,
     share: Tensor | None = None,
+    give_up: bool = False,
 ) -> tuple[Rows, StepSize]:
     """One run: what falls is noted in ``active``, and the best points of the others are offered to it.
 
@@ -48,6 +50,7 @@ def run(
         health: counts gradients and movement, if given.
         claims: whether a misclassified point is a success; it is none in a ball that is too large.
         share: of the l1 ball: the share of the coordinates that the first steps move, ``[R]``.
+        give_up: whether rows leave that are out of reach.
 
     Returns:
         The rows that are left, and their step sizes with the points of highest loss.
@@ -56,6 +59,7 @@ def run(
     size = _step_size(rows, schedule, share)
     score = torch.full((2, len(point)), -torch.inf, device=point.device)
     gradients = Gradients(objective, point, rows.labels, schedule.steps)
+    reach = reach_of_steps(schedule.steps) if give_up else None
     for i in range(schedule.steps):
         found = gradients.at(point)
         gradient = found.image.to(point.dtype)
@@ -67,10 +71,16 @@ def run(
         if claims and active.leave and shrinks_after(i + 1):
             refused, fell = active.settle(rows.owner, best, score[0], rows.run)
             score = torch.stack([refused, score[1]])
-            kept = active.kept(rows.owner) if fell else None
+            lost = None if reach is None else some_of(reach.lost(i + 1, border(objective.loss) - size.top_loss))
+            if lost is not None:
+                out = (lost & ~active.fallen[rows.owner]).nonzero()[:, 0]
+                _finish(objective, active, rows.of(out), point[out], (best[out], score[:, out]))
+            kept = active.kept(rows.owner, lost) if fell or lost is not None else None
             if kept is not None:
                 if health is not None:
                     health.see_fallen(len(point) - len(kept))
+                if reach is not None:
+                    reach.take(kept)
                 rows, score = rows.of(kept), score[:, kept]
                 point, previous, best, gradient = point[kept], previous[kept], best[kept], gradient[kept]
                 size.take(kept)

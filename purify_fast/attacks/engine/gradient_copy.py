@@ -185,7 +185,7 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
             return None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return InferenceCopy(model, tuple(x.shape[1:]), torch.bfloat16).eval()
+            return InferenceCopy(model, tuple(x.shape[1:]), torch.bfloat16, fine=True).eval()
     except Exception:
         # a user's module may refuse to be copied, folded or run in bfloat16
         return None
