@@ -98,7 +98,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "pipelines_atop": lambda results: pipelines(results, "atop_finetune"),
     "front_results": front_page.results_table,
     "front_speed": front_page.speed_table,
-    "front_attacks": front_page.attacks_table,
+    "front_attacks": front_page.attacks_sentence,
     "pipelines_arrest": lambda results: pipelines(results, "arrest_step"),
 }
 

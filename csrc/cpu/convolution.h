@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 10)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
 #define PF_HAS_PAIRS 1
 #include <cpuid.h>
 #include <immintrin.h>

