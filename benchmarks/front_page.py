@@ -108,10 +108,10 @@ def attacks_sentence(results: Path) -> str:
     contests: dict[str, list[dict]] = {}
     for row in evaluation.read(results / "studies"):
         contests.setdefault(row["contest"], []).append(row)
-    leads = [round(rows[1]["robust"] - rows[0]["robust"], 1) for rows in contests.values()]
+    leads = [rows[0]["robust"] - rows[1]["robust"] for rows in contests.values()]
     times = [min(rows[0]["cpu_seconds"]) / min(rows[1]["cpu_seconds"]) for rows in contests.values()]
     return (
-        f"This package's own attacks leave {-max(leads):.1f} to {-min(leads):.1f} points less than the official "
+        f"This package's own attacks leave {min(leads):.1f} to {max(leads):.1f} points less than the official "
         f"AutoAttack on {len(contests)} models, and are {min(times):.1f} to {max(times):.1f} times faster: "
         "[all contests](docs/evaluation.md)."
     )
