@@ -31,6 +31,10 @@ WORST_LEGEND = (
     "The row worst counts an image only if it withstood every attack of the same threat model in the rows above it, on "
     "every variant."
 )
+GIVEN_UP_LEGEND = (
+    "Searches of these attacks ended early where they would not have succeeded even at several times their recent pace; "
+    "the protocol strong searches to the end."
+)
 UNRELIABLE_LEGEND = (
     "unreliable: the attack lacked gradients, or a sign says that it was stopped by something else than robustness. "
     "The true number may be far lower."
@@ -156,9 +160,13 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
     """What the columns of a table of all rows mean, a paragraph each.
 
     Args:
-        rows: of the table. Without attacks it has no row named worst, which is then not explained.
+        rows: of the table. What none of them has is not explained: a row named worst, searches that end early.
     """
-    return [*COLUMN_LEGEND, *([WORST_LEGEND] if any(row.kind == "worst" for row in rows) else [])]
+    return [
+        *COLUMN_LEGEND,
+        *([WORST_LEGEND] if any(row.kind == "worst" for row in rows) else []),
+        *([GIVEN_UP_LEGEND] if any(row.settings.get("give_up") for row in rows) else []),
+    ]
 
 
 def terminal_legend(rows: Sequence[Row]) -> list[str]:

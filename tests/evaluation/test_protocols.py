@@ -84,6 +84,7 @@ def test_strong_finds_through_surrogates_what_gradients_do_not(gated):
     assert len(through) == 5 and through[-1].accuracy < direct.accuracy - 0.08
     worst = np.logical_and.reduce([row.robust for row in gated.rows if row.kind not in ("clean", "worst")])
     assert np.array_equal(rows["worst"].robust, worst) and gated.headline.accuracy == worst.mean() < 0.27
+    assert not any(row.settings.get("give_up") for row in gated.rows) and "ended early" not in gated.to_text()
     assert gated.about["protocol"] == "strong" and "protocol strong" in gated.to_markdown().splitlines()[0]
 
 
@@ -103,6 +104,8 @@ def test_fast_and_standard_agree_on_an_honest_model():
     assert 0.4 < standard_rows.headline.accuracy <= fast.headline.accuracy + 0.005
     assert fast.headline.accuracy - standard_rows.headline.accuracy <= 0.02
     assert fast.headline.reliable and standard_rows.headline.reliable
+    assert [row.settings["give_up"] for row in standard_rows.rows[1:-1]] == [True] * 4
+    assert all("Searches of these attacks ended early" in text for text in (fast.to_text(), fast.to_markdown()))
 
 
 def test_rand_and_official_on_a_random_model():
