@@ -32,8 +32,8 @@ WORST_LEGEND = (
     "every variant."
 )
 GIVEN_UP_LEGEND = (
-    "Searches of these attacks ended early where they would not have succeeded even at several times their recent pace; "
-    "the protocol strong searches to the end."
+    "Searches of these attacks ended early where they would not have succeeded even at several times their recent "
+    "pace; the protocol strong searches to the end."
 )
 UNRELIABLE_LEGEND = (
     "unreliable: the attack lacked gradients, or a sign says that it was stopped by something else than robustness. "
