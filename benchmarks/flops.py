@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+import purify_fast.ops.convolution  # noqa: F401  (registers the ops that are counted below)
 
 
 class _NoModules(SimpleNamespace):
@@ -17,6 +23,29 @@ class _NoModules(SimpleNamespace):
         pass
 
 
+def _forward(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    # [O, K, L, C], and a result [B, H, W, O]: two for each weight and pixel, whatever algorithm computes it
+    return 2 * math.prod(weight) * math.prod(out_shape[:3])
+
+
+def _input_gradient(grad: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(weight) * math.prod(grad[:3])
+
+
+def _weight_gradient(grad: Any, input: Any, kernel: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(grad) * math.prod(kernel) * input[3]
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """How this package's convolutions count, whose shapes have channels last."""
+    ops = torch.ops.purify_fast
+    return {
+        ops.convolution: _forward,
+        ops.convolution_input_gradient: _input_gradient,
+        ops.convolution_weight_gradient: _weight_gradient,
+    }
+
+
 class Flops(FlopCounterMode):
     """PyTorch's counter without its hooks at the modules' inputs.
 
@@ -25,7 +54,7 @@ class Flops(FlopCounterMode):
     """
 
     def __init__(self) -> None:
-        super().__init__(display=False)
+        super().__init__(display=False, custom_mapping=_formulas())
         self.mod_tracker = _NoModules(parents={"Global"})  # type: ignore[assignment]
 
     @property

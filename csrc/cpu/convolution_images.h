@@ -300,6 +300,7 @@ class Images {
       row += left * even;
       if (even == p.inputs) {
         std::memcpy(row, from, p.width * even * 2);
+        continue;
       }
       for (int64_t x = 0; x < p.width; ++x, row += even, from += p.inputs) {
         for (int64_t c = 0; c < p.inputs; ++c) row[c] = from[c];

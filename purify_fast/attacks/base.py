@@ -221,7 +221,8 @@ class EngineAttack(BallAttack):
         eps: radius of another ball than the report's, in image units; None: the report's.
         norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
         give_up: whether searches end that would not succeed even at several times their recent pace. That is decided
-            after 40, 60 and 80 % of the steps, or from the 1,500th query on.
+            after 40, 60 and 80 % of the steps, if there are 50 or more, or from the 1,500th query on. Auto-PGD never
+            does so in the l1 ball or where an image falls by fewer than all draws, and Square with several draws.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -237,6 +238,8 @@ class EngineAttack(BallAttack):
     def __post_init__(self) -> None:
         check_literal("precision", self.precision, Precision)
         check_at_least_one(restarts=self.restarts, eot_iter=self.eot_iter)
+        if not isinstance(self.give_up, bool):
+            raise ValueError(f"give_up must be True or False, got {self.give_up!r}")
         self.check_ball()
 
     def with_restarts(self, name: str) -> str:

@@ -156,9 +156,10 @@ def _run(
             judged, fell = active.settle(rows.owner, nearest, inside, rows.run)
             # what the model refuses is as if it had not been found
             nearest_at = torch.where((inside > 0) & (judged < inside), torch.inf, nearest_at)
-            lost = None if reach is None else some_of(reach.lost(i + 1, nearest_at - rows.ball.eps))
+            lost = None if reach is None else reach.lost(i + 1, nearest_at - rows.ball.eps)
+            lost = None if lost is None else some_of(lost & ~active.fallen[rows.owner])
             if lost is not None:
-                out = (lost & ~active.fallen[rows.owner]).nonzero()[:, 0]
+                out = lost.nonzero()[:, 0]
                 _offer(objective, active, rows.of(out), nearest[out])
             kept = active.kept(rows.owner, lost) if fell or lost is not None else None
             if kept is not None:

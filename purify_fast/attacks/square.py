@@ -72,8 +72,8 @@ def square(
         eps: radius in image units, a number or ``[B]``.
         n_queries: proposals for each image and restart.
         give_up: whether an image is given up after 1,500 queries or more, once it would not fall in those that are left
-            if its margin rose four times as fast as in the last half of those asked. An image of a random model, whose
-            margin is noisy, never is.
+            if its margin rose four times as fast as in the last half of those asked. With ``eot_iter`` above 1, when
+            margins are noisy, none is.
         norm: "linf", "l2" or "l1".
         eot_iter: draws of a random model averaged for each proposal.
         restarts: runs, each for the images that have not fallen.

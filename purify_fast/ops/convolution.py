@@ -5,8 +5,8 @@
 with stride s, padding p by zeros and dilation d. It is what ``torch.nn.functional.conv2d`` computes, which is the
 reference, in any floating dtype and on any device. The kernels are for one case of it: bfloat16, channels_last, one
 group, on a processor that multiplies pairs of bfloat16 numbers (AVX512-BF16) and has no matrix tiles (AMX). PyTorch's
-own convolutions there reach half to nine tenths of what the processor can do; docs/performance.md has a table. There is
-no kernel for a GPU, where cuDNN serves.
+own convolutions leave much of such a processor unused, above all in gradients of weights and where channels are few;
+docs/performance.md has a table. There is no kernel for a GPU, where cuDNN serves.
 
 Sums are in float32. The gradients of weight and bias are returned as summed, where PyTorch rounds them to bfloat16.
 
@@ -14,7 +14,8 @@ Convolutions of 3 x 3 taps and stride 1 with enough channels and pixels take hal
 F(2 x 2, 3 x 3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016). What it multiplies are
 sums of four pixels, and of nine weights, rounded to bfloat16 once more. Of normal numbers the result then errs by 0.4 %
 of its size, where rounding it to bfloat16 errs by 0.17 %. An infinity or a NaN reaches the pixels beside those that it
-touches, and infinities come out as NaN.
+touches, and infinities come out as NaN; sums of numbers near the largest one can overflow. Without Winograd's algorithm
+too, a weight or gradient that is not finite may reach pixels at the border that PyTorch's leave out.
 """
 
 from __future__ import annotations
@@ -210,7 +211,10 @@ def _plain(input: Tensor, made: int, variant: str) -> bool:
     """Whether PyTorch's convolution serves, of an input on a CPU whose result has so many numbers."""
     if OP.kernel("cpu") == "reference":
         return True
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+    dtype = input.dtype
+    # an autocast leaves float64 as it is
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
     if dtype != torch.bfloat16 or not input.is_floating_point():
         return True
     backwards = (op.plain(input.device, dtype, made, variant) for op in (INPUT_GRADIENT, WEIGHT_GRADIENT))
@@ -256,7 +260,8 @@ def conv2d(
         ValueError: shapes, dtypes, devices or settings do not fit.
 
     By a kernel there are first-order gradients only, and no ``vmap``. The result does not depend on the number of
-    threads, and that of an image not on the others. Numbers below float32's normal range count as zero.
+    threads, and that of an image not on the others. Which of both serves depends on the size of the batch. Numbers
+    below float32's normal range count as zero.
     """
     _check(input, weight, bias)
     settings = (_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1))
@@ -271,4 +276,5 @@ def conv2d(
     rounded = kernels.detach().to(torch.bfloat16)
     if needs_gradient(input, weight, *([] if bias is None else [bias])):
         return _Convolution.apply(images, kernels, bias, rounded, settings)
-    return _first(OP(images, rounded, bias, *settings, variant=_kind_of(rounded, settings)))
+    # no longer as a view, as in `_Convolution.forward`
+    return _first(OP(images, rounded, bias, *settings, variant=_kind_of(rounded, settings))).data

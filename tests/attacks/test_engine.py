@@ -10,12 +10,14 @@ from torch.nn import functional as F
 
 from purify_fast.attacks import APGD, FABT, AttackContext, Ball, GradientHealth, Square, apgd, fab_t, square
 from purify_fast.attacks.draws import Objective
+from purify_fast.attacks.engine import auto_pgd
 from purify_fast.attacks.engine import gradient_copy as copies
 from purify_fast.attacks.engine.active_set import ActiveSet
 from purify_fast.attacks.engine.hyperplane import move_to_plane
 from purify_fast.attacks.engine.judge import Judge, has_fallen, standard_error
 from purify_fast.attacks.engine.reach import Reach, border, reach_of_steps
 from purify_fast.attacks.engine.squares import Proposals, pattern, side, window, window_index
+from purify_fast.attacks.engine.waves import Waves
 from purify_fast.attacks.heads import HEADS, AttackersHead, class_margins, head_logits
 from purify_fast.attacks.losses import LOSSES, TARGETED
 from purify_fast.evaluation.watched import progress_bar, watched
@@ -480,20 +482,60 @@ def test_what_is_given_up_would_not_have_fallen(digits, attack):
     assert asked[1] < (0.75 if attack is apgd else 0.95) * asked[0]
 
 
-def test_a_row_that_is_given_up_fills_no_batch(batch):
+def test_a_row_that_is_given_up_is_searched_no_more(batch):
     net, x, y = batch
     active = ActiveSet(x, y, Judge(net))
     active.costly = False
     owner = torch.arange(9).repeat(2)
     lost = torch.zeros(18, dtype=torch.bool)
-    lost[3:7] = True
-    kept = active.kept(owner, lost)
-    # 14 rows stay, which is a size of the list
-    assert kept.tolist() == [i for i in range(18) if not lost[i]]
-    lost[7] = True
-    # 13 do not: one of them is searched twice, and none that was given up
-    assert len(active.kept(owner, lost)) == 14 and not bool(lost[active.kept(owner, lost)].any())
+    lost[3:8] = True
+    active.fallen[0] = True
+    # 11 rows stay, and none of another image fills them up
+    assert active.kept(owner, lost).tolist() == [i for i in range(18) if not lost[i] and owner[i] != 0]
     assert len(active.kept(owner, torch.ones(18, dtype=torch.bool))) == 0
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr_targeted"])
+@pytest.mark.parametrize("count", [10, 100])
+def test_dead_gradients_are_seen_where_searches_are_given_up(loss, count):
+    class Dead(nn.Module):
+        """A linear model, constant where the first pixel is dark."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.randn(16, 5) * 0.01
+
+        def forward(self, x):
+            alive = (x[:, 0, 0, :1] > 0.2).float()
+            return (x.flatten(1) * alive) @ self.weight + torch.tensor([1.0, 0, 0, 0, 0])
+
+    torch.manual_seed(0)
+    x, y = torch.rand(count, 1, 4, 4) * 0.5 + 0.3, torch.zeros(count, dtype=torch.int64)
+    x[: max(1, count * 3 // 100), 0, 0, 0] = 0
+    seen = []
+    for give_up in (False, True):
+        health = GradientHealth()
+        apgd(Dead(), x, y, eps=1e-3, loss=loss, give_up=give_up, health=health, n_target_classes=4)
+        seen.append([health.count(name) for name in ("gradients", "nonfinite", "zero", "images", "unmoved")])
+    assert seen[0] == seen[1] and seen[0][2] > 0
+
+
+def test_only_rows_of_images_that_stand_are_given_up(batch):
+    net, x, y = batch
+    active = ActiveSet(x, y, Judge(net))
+    rows = next(Waves(x, y, Ball(torch.full((9,), 0.1)), (None,), 1, seed=0, ids=torch.arange(9)).over(active))
+    lost, moved = torch.ones(9, dtype=torch.bool), rows.begin + 0.01
+    active.fallen[:] = True
+    assert auto_pgd._out_of_reach(lost, active, rows, moved, moved) is None
+    active.fallen[:] = False
+    assert auto_pgd._out_of_reach(lost, active, rows, moved, moved).all()
+    assert auto_pgd._out_of_reach(lost, active, rows, rows.begin, moved) is None
+    assert auto_pgd._out_of_reach(lost, active, rows, moved, torch.zeros_like(moved)) is None
+
+
+def test_give_up_is_a_truth_value():
+    with pytest.raises(ValueError, match="give_up must be True or False, got 'no'"):
+        APGD(give_up="no")
 
 
 class Counted(nn.Module):

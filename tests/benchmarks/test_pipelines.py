@@ -33,6 +33,7 @@ from benchmarks.pipelines import (  # noqa: E402
     registry,
     resnet18,
 )
+from purify_fast.ops import conv2d, use_backend  # noqa: E402
 
 CPU = torch.device("cpu")
 CASES = [(name, case) for name, cases in registry().items() for case in cases(True)]
@@ -239,6 +240,17 @@ def test_flops_are_counted_through_an_attack_on_trained_weights():
         leaf = x.clone().requires_grad_()
         torch.autograd.grad(model(leaf).sum(), leaf)
     assert ours.total > 0
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_package_s_own_convolutions_count_as_torch_s(stride):
+    tensors = [torch.rand(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((2, 5, 9, 8), (7, 5, 3, 3))]
+    counts = []
+    for function in (torch.nn.functional.conv2d, conv2d):
+        with use_backend("cpp"), Flops() as counter:
+            function(*tensors, stride=stride, padding=1).sum().backward()
+        counts.append(counter.total)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize(("pipeline", "case"), [(name, next(iter(cases(True)))) for name, cases in registry().items()])

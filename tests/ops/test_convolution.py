@@ -348,3 +348,17 @@ def test_there_is_a_kernel_where_there_are_instructions():
     flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     expected = _library.loaded() and "avx512_bf16" in flags and "amx_tile" not in flags
     assert (op.OP.kernel("cpu") == "cpp") == expected
+
+
+def test_an_autocast_leaves_float64_alone():
+    x, weight = torch.rand(2, 16, 8, 8, dtype=torch.float64), torch.rand(16, 16, 3, 3, dtype=torch.float64)
+    with use_backend("cpp"), torch.autocast("cpu", torch.bfloat16):
+        assert conv2d(x, weight, padding=1).dtype == F.conv2d(x, weight, padding=1).dtype == torch.float64
+
+
+def test_a_result_without_gradient_may_be_changed_in_place():
+    x, weight = (torch.rand(shape, dtype=torch.bfloat16) for shape in ((2, 16, 8, 8), (16, 16, 3, 3)))
+    with use_backend("cpp"), torch.no_grad():
+        made = conv2d(x, weight)
+    made.mul_(torch.ones((), requires_grad=True))
+    assert made.requires_grad

@@ -103,13 +103,15 @@ class ActiveSet:
             lost: rows that are given up, bool ``[R]``; None: none.
 
         Returns:
-            Indices int64 of the rows that stay, as many as `bucket` says. Rows of fallen images fill them up; where
-            rows are given up, rows that stay are repeated instead, because one that is given up must not be searched
-            on for the sake of others. None where the batch keeps its size.
+            Indices int64 of the rows that stay, as many as `bucket` says. Rows of fallen images fill them up. Where
+            rows are given up, none of which may be searched on for the sake of others, rows that stay are repeated
+            instead, or on a CPU none. None where the batch keeps its size.
         """
         if lost is not None:
             stays = (~(self.fallen[owner] | lost)).nonzero()[:, 0]
-            size = bucket(len(stays), owner.device, self.costly) if len(stays) else 0
+            if owner.device.type == "cpu" or len(stays) == 0:
+                return stays
+            size = min(bucket(len(stays), owner.device), len(owner))
             return torch.cat([stays, stays[: size - len(stays)]])
         gone = self.fallen[owner]
         left = len(owner) - int(gone.sum())

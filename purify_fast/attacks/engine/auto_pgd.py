@@ -71,16 +71,21 @@ def run(
         if claims and active.leave and shrinks_after(i + 1):
             refused, fell = active.settle(rows.owner, best, score[0], rows.run)
             score = torch.stack([refused, score[1]])
-            lost = None if reach is None else some_of(reach.lost(i + 1, border(objective.loss) - size.top_loss))
-            if lost is not None:
-                out = (lost & ~active.fallen[rows.owner]).nonzero()[:, 0]
-                _finish(objective, active, rows.of(out), point[out], (best[out], score[:, out]))
+            lost = None
+            if reach is not None:
+                missing = border(objective.loss) - size.top_loss
+                lost = _out_of_reach(reach.lost(i + 1, missing), active, rows, point, gradient)
             kept = active.kept(rows.owner, lost) if fell or lost is not None else None
+            if kept is not None and reach is not None:
+                reach.take(kept)
+            if lost is not None:
+                out = lost.nonzero()[:, 0]
+                _finish(objective, active, rows.of(out), point[out], (best[out], score[:, out]))
+                if health is not None:
+                    _note_given_up(health, rows.of(out), point[out], active, schedule.steps - i - 1)
             if kept is not None:
                 if health is not None:
-                    health.see_fallen(len(point) - len(kept))
-                if reach is not None:
-                    reach.take(kept)
+                    health.see_fallen(max(0, len(point) - len(kept) - (0 if lost is None else len(out))))
                 rows, score = rows.of(kept), score[:, kept]
                 point, previous, best, gradient = point[kept], previous[kept], best[kept], gradient[kept]
                 size.take(kept)
@@ -94,6 +99,24 @@ def run(
     if claims:
         _finish(objective, active, rows, point, (best, score))
     return rows, size
+
+
+def _out_of_reach(lost: Tensor | None, active: ActiveSet, rows: Rows, point: Tensor, gradient: Tensor) -> Tensor | None:
+    """Those rows that are given up, bool ``[R]``; None if there are none.
+
+    A row without a gradient, or one that never moved, is searched to the end: it shows that gradients are masked.
+    """
+    if lost is None:
+        return None
+    alive = gradient.flatten(1).any(1) & (point != rows.begin).flatten(1).any(1)
+    return some_of(lost & alive & ~active.fallen[rows.owner])
+
+
+def _note_given_up(health: GradientHealth, rows: Rows, point: Tensor, active: ActiveSet, steps: int) -> None:
+    """Count rows that are given up as if they had gone on as they were, for so many steps."""
+    none = torch.zeros((), dtype=torch.int64, device=point.device)
+    health.add(len(point) * steps, none, none)
+    health.see_move(rows.begin, point, active.correct[rows.owner])
 
 
 def run_from_larger(

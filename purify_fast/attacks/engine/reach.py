@@ -1,8 +1,9 @@
 """Which rows of a search are given up, because they would not fall even at several times their recent pace.
 
 Most of the time of a strong attack goes into images that it never moves near a border: towards the ninth target class,
-or by the last of 5,000 squares. What a search gains per step only falls, so that its recent pace says how far it can
-still come at most.
+or by the last of 5,000 squares. What a search gains per step hardly ever rises again, so that several times its recent
+pace says how far it can still come. That is experience and no law: a search that stands still is given up too, although
+it might go on.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def some_of(lost: Tensor | None) -> Tensor | None:
 
 
 def border(loss: str) -> float:
-    """The value that a loss has at least where an image is misclassified.
+    """The value that a loss has at least where an image is misclassified, of a targeted loss as the target.
 
     Args:
         loss: a name of `purify_fast.attacks.LOSSES` or `TARGETED`.
