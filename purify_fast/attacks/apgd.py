@@ -19,7 +19,7 @@ from .._compat import renamed_arguments
 from .._validation import check_literal
 from ..protocols import Classifier
 from ..speed.step_graphs import StepGraphs
-from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images
+from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images, check_switch
 from .ball import ball_around
 from .base import AttackContext, TargetedAttack
 from .draws import Objective
@@ -117,7 +117,7 @@ def apgd(
     """
     check_images(x, y, clip_min, clip_max)
     ball = ball_around(x, eps, norm, clip_min, clip_max)
-    _check_modes(loss, fallen, precision)
+    _check_modes(loss, fallen, precision, give_up)
     check_at_least_one(
         steps=steps, eot_iter=eot_iter, max_forward_batch=max_forward_batch, n_target_classes=n_target_classes,
         restarts=restarts, judge_draws=judge_draws, most_rows=most_rows,
@@ -146,7 +146,8 @@ def apgd(
     return active.found
 
 
-def _check_modes(loss: str, fallen: str, precision: str) -> None:
+def _check_modes(loss: str, fallen: str, precision: str, give_up: bool) -> None:
+    check_switch("give_up", give_up)
     check_literal("loss", loss, ApgdLoss)
     check_literal("fallen", fallen, Fallen)
     check_literal("precision", precision, Precision)

@@ -100,6 +100,17 @@ def check_labels(y: Tensor, classes: int) -> None:
         )
 
 
+def check_switch(name: str, value: object) -> None:
+    """ValueError unless a switch is True or False.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def check_at_least_one(**counts: int | None) -> None:
     """ValueError for a count below 1; None is no count."""
     for name, value in counts.items():

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._validation import check_literal
 from ..protocols import Classifier
 from ..speed.step_graphs import StepGraphs
-from .arguments import Fallen, Norm, Precision, check_at_least_one, check_eps, read_norm
+from .arguments import Fallen, Norm, Precision, check_at_least_one, check_eps, check_switch, read_norm
 from .engine.gradient_copy import GradientCopies
 from .health import GradientHealth
 
@@ -238,8 +238,7 @@ class EngineAttack(BallAttack):
     def __post_init__(self) -> None:
         check_literal("precision", self.precision, Precision)
         check_at_least_one(restarts=self.restarts, eot_iter=self.eot_iter)
-        if not isinstance(self.give_up, bool):
-            raise ValueError(f"give_up must be True or False, got {self.give_up!r}")
+        check_switch("give_up", self.give_up)
         self.check_ball()
 
     def with_restarts(self, name: str) -> str:

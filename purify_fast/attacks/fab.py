@@ -19,7 +19,7 @@ from .._tensors import per_image
 from .._validation import check_literal
 from ..ops.pgd_step import pgd_step
 from ..protocols import Classifier
-from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images
+from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images, check_switch
 from .ball import Ball, ball_around
 from .base import AttackContext, TargetedAttack
 from .draws import Objective
@@ -105,6 +105,7 @@ def fab_t(
     ball = ball_around(x, eps, norm, clip_min, clip_max)
     check_literal("fallen", fallen, Fallen)
     check_literal("precision", precision, Precision)
+    check_switch("give_up", give_up)
     check_at_least_one(
         steps=steps, n_target_classes=n_target_classes, eot_iter=eot_iter, restarts=restarts, judge_draws=judge_draws,
         most_rows=most_rows, max_forward_batch=max_forward_batch,

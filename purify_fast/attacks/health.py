@@ -11,6 +11,21 @@ from torch import Tensor
 MAX_NONFINITE, MAX_ZERO, MAX_UNMOVED = 0.0, 0.05, 0.01
 
 
+def faulty_rows(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Which of a batch's gradients are of no use; waits for nothing.
+
+    Args:
+        grad: ``[B, ...]``.
+        fooled: bool ``[B]``, where the attack needs none, so that zero is no fault.
+
+    Returns:
+        Which have a non-finite element, and which are zero, bool ``[B]`` both.
+    """
+    flat = grad.detach().flatten(1)
+    zero = (flat == 0).all(1)
+    return (~torch.isfinite(flat)).any(1), zero if fooled is None else zero & ~fooled
+
+
 def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """How many of a batch's gradients are of no use; waits for nothing.
 
@@ -21,10 +36,8 @@ def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
     Returns:
         How many have a non-finite element, and how many are zero, int64 both.
     """
-    flat = grad.detach().flatten(1)
-    nonfinite = (~torch.isfinite(flat)).any(1).sum()
-    zero = (flat == 0).all(1)
-    return nonfinite, (zero if fooled is None else zero & ~fooled).sum()
+    nonfinite, zero = faulty_rows(grad, fooled)
+    return nonfinite.sum(), zero.sum()
 
 
 @dataclass

@@ -19,7 +19,7 @@ from .._tensors import per_image, repeat_batch
 from .._validation import check_literal
 from ..ops.philox import Stream, philox
 from ..protocols import Classifier
-from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images, check_seed
+from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images, check_seed, check_switch
 from .ball import Ball, ball_around
 from .base import AttackContext, EngineAttack
 from .draws import Objective
@@ -101,6 +101,7 @@ def square(
     ball = ball_around(x, eps, norm, clip_min, clip_max)
     check_literal("fallen", fallen, Fallen)
     check_literal("precision", precision, Precision)
+    check_switch("give_up", give_up)
     check_at_least_one(
         n_queries=n_queries, eot_iter=eot_iter, restarts=restarts, judge_draws=judge_draws,
         max_forward_batch=max_forward_batch,

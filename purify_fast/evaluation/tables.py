@@ -7,6 +7,8 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from ..attacks.engine.reach import FEWEST_STEPS
+from ..attacks.square import GIVEN_UP_AFTER
 from .alarms import GUESSING, Finding
 from .outlook import Outlook
 from .rows import Row, attack_names, model_names
@@ -30,10 +32,6 @@ COLUMN_LEGEND = (
 WORST_LEGEND = (
     "The row worst counts an image only if it withstood every attack of the same threat model in the rows above it, on "
     "every variant."
-)
-GIVEN_UP_LEGEND = (
-    "Searches of these attacks ended early where they would not have succeeded even at several times their recent "
-    "pace; the protocol strong searches to the end."
 )
 UNRELIABLE_LEGEND = (
     "unreliable: the attack lacked gradients, or a sign says that it was stopped by something else than robustness. "
@@ -165,8 +163,29 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
     return [
         *COLUMN_LEGEND,
         *([WORST_LEGEND] if any(row.kind == "worst" for row in rows) else []),
-        *([GIVEN_UP_LEGEND] if any(row.settings.get("give_up") for row in rows) else []),
+        *_given_up_legend(rows),
     ]
+
+
+def _given_up_legend(rows: Sequence[Row]) -> list[str]:
+    """Which attacks may have ended searches early; nothing where none could."""
+    names = list(dict.fromkeys(row.attack for row in rows if _may_end_early(row)))
+    if not names:
+        return []
+    return [
+        f"Searches that were judged not to succeed even at several times their recent pace ended early in: "
+        f"{'; '.join(names)}. The protocol strong searches to the end."
+    ]
+
+
+def _may_end_early(row: Row) -> bool:
+    """Whether a search of a row may have ended early, by the row's settings."""
+    told = row.settings
+    if not told.get("give_up"):
+        return False
+    if row.kind == "square":
+        return told["n_queries"] > GIVEN_UP_AFTER[0] and told["eot_iter"] == 1
+    return told["steps"] >= FEWEST_STEPS and (row.kind, told["norm"]) != ("apgd", "l1")
 
 
 def terminal_legend(rows: Sequence[Row]) -> list[str]:

@@ -259,8 +259,9 @@ def conv2d(
         TypeError: input, weight or bias is no tensor.
         ValueError: shapes, dtypes, devices or settings do not fit.
 
-    By a kernel there are first-order gradients only, and no ``vmap``. The result does not depend on the number of
-    threads, and that of an image not on the others. Which of both serves depends on the size of the batch. Numbers
+    By a kernel there are first-order gradients only, and no ``vmap``: a gradient made with ``create_graph=True`` has no
+    gradient itself. ``use_backend("reference")`` gives up the kernel for them. The result does not depend on the number
+    of threads, and that of an image not on the others. Which of both serves depends on the size of the batch. Numbers
     below float32's normal range count as zero.
     """
     _check(input, weight, bias)

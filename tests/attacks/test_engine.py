@@ -533,9 +533,34 @@ def test_only_rows_of_images_that_stand_are_given_up(batch):
     assert auto_pgd._out_of_reach(lost, active, rows, moved, torch.zeros_like(moved)) is None
 
 
-def test_give_up_is_a_truth_value():
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_the_share_of_zero_gradients_is_that_of_searches_to_the_end(digits, share):
+    net, x, y = digits[0], digits[1][:100], digits[2][:100]
+
+    class Gaps(nn.Module):
+        """Has no gradient for some images, other ones at every call."""
+
+        def forward(self, images):
+            kept = (torch.rand(len(images), 1, 1, 1) >= share).float()
+            return net(kept * images + (1 - kept) * images.detach())
+
+    found = []
+    for give_up in (False, True):
+        torch.manual_seed(0)
+        health = GradientHealth()
+        apgd(Gaps(), x, y, eps=0.12, loss="dlr_targeted", give_up=give_up, health=health)
+        found.append(health.zero)
+    assert found[0] == pytest.approx(share, rel=0.1) and found[1] == pytest.approx(found[0], rel=0.15)
+
+
+@pytest.mark.parametrize("attack", [APGD, FABT, Square])
+def test_give_up_is_true_or_false(attack):
     with pytest.raises(ValueError, match="give_up must be True or False, got 'no'"):
-        APGD(give_up="no")
+        attack(give_up="no")
+    x, y = torch.rand(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
+    for function in (apgd, fab_t, square):
+        with pytest.raises(ValueError, match="give_up must be True or False, got 'False'"):
+            function(nn.Flatten(), x, y, eps=0.1, give_up="False")
 
 
 class Counted(nn.Module):

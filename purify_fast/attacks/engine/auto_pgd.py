@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...ops.pgd_step import pgd_step
 from ..draws import Gradients, Objective
-from ..health import GradientHealth
+from ..health import GradientHealth, faulty_rows
 from ..search import better_of
 from .active_set import ActiveSet
 from .reach import border, reach_of_steps, some_of
@@ -60,12 +60,15 @@ def run(
     score = torch.full((2, len(point)), -torch.inf, device=point.device)
     gradients = Gradients(objective, point, rows.labels, schedule.steps)
     reach = reach_of_steps(schedule.steps) if give_up else None
+    faults = torch.zeros((2, len(point)), device=point.device)
     for i in range(schedule.steps):
         found = gradients.at(point)
         gradient = found.image.to(point.dtype)
         if health is not None:
             # once an image is fooled, dlr is flat: 1, where the true class is third
-            health.see_gradient(gradient, None if objective.loss == "ce" else found.wrong == 1)
+            fooled = None if objective.loss == "ce" else found.wrong == 1
+            health.see_gradient(gradient, fooled)
+            faults = faults + torch.stack(faulty_rows(gradient, fooled))
         best, score = better_of(best, score, point, found.score)
         size.see(point, gradient, found.loss)
         if claims and active.leave and shrinks_after(i + 1):
@@ -82,11 +85,12 @@ def run(
                 out = lost.nonzero()[:, 0]
                 _finish(objective, active, rows.of(out), point[out], (best[out], score[:, out]))
                 if health is not None:
-                    _note_given_up(health, rows.of(out), point[out], active, schedule.steps - i - 1)
+                    health.see_move(rows.begin[out], point[out], active.correct[rows.owner[out]])
+                    _extrapolate(health, faults[:, out], i + 1, schedule.steps)
             if kept is not None:
                 if health is not None:
                     health.see_fallen(max(0, len(point) - len(kept) - (0 if lost is None else len(out))))
-                rows, score = rows.of(kept), score[:, kept]
+                rows, score, faults = rows.of(kept), score[:, kept], faults[:, kept]
                 point, previous, best, gradient = point[kept], previous[kept], best[kept], gradient[kept]
                 size.take(kept)
                 gradients = Gradients(objective, point, rows.labels, schedule.steps - i - 1)
@@ -112,11 +116,19 @@ def _out_of_reach(lost: Tensor | None, active: ActiveSet, rows: Rows, point: Ten
     return some_of(lost & alive & ~active.fallen[rows.owner])
 
 
-def _note_given_up(health: GradientHealth, rows: Rows, point: Tensor, active: ActiveSet, steps: int) -> None:
-    """Count rows that are given up as if they had gone on as they were, for so many steps."""
-    none = torch.zeros((), dtype=torch.int64, device=point.device)
-    health.add(len(point) * steps, none, none)
-    health.see_move(rows.begin, point, active.correct[rows.owner])
+def _extrapolate(health: GradientHealth, faults: Tensor, taken: int, steps: int) -> None:
+    """Count the gradients that given up rows did not take, each row's as faulty as those it took.
+
+    Without them a row that is searched to the end would count more than others.
+
+    Args:
+        health: where they are counted.
+        faults: how many gradients of each row were not finite, and how many zero, ``[2, R]``.
+        taken: steps that were taken.
+        steps: of the whole run.
+    """
+    more = (faults.sum(1) * (steps - taken) / taken).round().long()
+    health.add(faults.shape[1] * (steps - taken), more[0], more[1])
 
 
 def run_from_larger(
