@@ -108,7 +108,7 @@ def test_fast_and_standard_agree_on_an_honest_model():
     # of 20 steps none is left out
     assert not any("ended early" in text for text in (fast.to_text(), fast.to_markdown()))
     for text in (standard_rows.to_text(), standard_rows.to_markdown()):
-        assert "ended early in: Square. The" in " ".join(text.split())
+        assert "ended early in: FAB-T 100; Square. The" in " ".join(text.split())
 
 
 def test_rand_and_official_on_a_random_model():
