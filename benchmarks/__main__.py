@@ -2,6 +2,10 @@
 
 python -m benchmarks pipelines [names...] [--device cpu|cuda] [--quick] [--out DIR] [--before FILE]
 
+python -m benchmarks convolutions [--runs N]
+
+python -m benchmarks evaluation [names...] [--models DIR] [--data DIR] [--images N] [--rounds N] [--quick] [--out DIR]
+
 python -m benchmarks study NAME [--data DIR] [--full] [--quick]
 
 python -m benchmarks gpu_check [tests|ops|pipelines] [--dry] [--out DIR] [--only SECTION...] [--redo]
@@ -30,6 +34,7 @@ from purify_fast._lock import FolderInUse
 from purify_fast.speed import retain_freed_memory
 
 from . import (
+    convolutions,
     evaluation,
     front_page,
     gpu_check,
@@ -107,6 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
                 choices=measure.STYLES,
                 help="only calls from Python (eager) or only those inside a compiled graph; both by default",
             )
+    layers = commands.add_parser("convolutions", help="the layers of AToP's generator, ours against PyTorch's")
+    layers.add_argument("--runs", type=int, default=15, help="how often every contestant runs; 15 by default")
     command.add_arguments(commands.add_parser("study", help="what makes a defence robust: trains and attacks models"))
     check = commands.add_parser("gpu_check", help="what only a GPU can tell: three commands of nine minutes, resumably")
     check.add_argument("part", nargs="?", choices=gpu_check.PARTS, help="which of the three; all in turn by default")
@@ -140,6 +147,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(not soak.main(chosen.minutes, chosen.out, chosen.seed, chosen.only, chosen.folder))
     if chosen.command == "evaluation":
         run_evaluation(parser, chosen)
+        return
+    if chosen.command == "convolutions":
+        try:
+            convolutions.check(chosen.runs)
+        except ValueError as error:
+            parser.error(str(error))
+        print(convolutions.main(chosen.runs))
         return
     if chosen.command == "study":
         try:
