@@ -21,6 +21,7 @@ from .cifar10_ahead import CANDIDATES, MIXED
 from .cifar10_budget import (
     AFT,
     ARREST,
+    AS_AUTHORS,
     ATOP,
     ATOP_PIPELINE,
     ATOP_ZERO,
@@ -144,8 +145,7 @@ def further_judgings(path: str, budget: Budget) -> list[Job]:
 
     # `strong` has the attacks of `standard` and more; `standard` is there to be compared with the official AutoAttack
     compared = [name for name in ("standard", "official") if getattr(counts, name) > 0 and name != counts.main]
-    # the published output of CARSO is attacked through itself alone
-    others = [name for name in (*rows(budget), BEST) if name != PEEL] if counts.strong > 0 else []
+    others = [name for name in (*rows(budget), BEST) if name not in AS_AUTHORS] if counts.strong > 0 else []
     return [*(judged(name, how) for name in OFFICIAL for how in compared), *(judged(name, "strong") for name in others)]
 
 
@@ -190,17 +190,14 @@ def attacked(job: Job, root: Path, name: str) -> nn.Module:
     CARSO decodes the most likely latent, and AToP adds no noise.
     """
     model = model_of(job, root, name)
-    if isinstance(model, StochasticDefence) and name != PEEL:
+    if isinstance(model, StochasticDefence) and name not in AS_AUTHORS:
         # all samples are equal then: any aggregation gives their prediction
         return WithAggregation(model, deterministic=True).eval()
     return model
 
 
 def judge(job: Job, folder: Path, root: Path) -> dict:
-    """One protocol; beside the one that compares models, clean accuracy on many images.
-
-    CARSO's published output is attacked through itself alone.
-    """
+    """One protocol; beside the one that compares models, clean accuracy on many images."""
     counts: Judging = job.settings["judging"]
     name, protocol, images = job.settings["model"], job.settings["protocol"], images_of(job)
     if name == BEST:
@@ -210,9 +207,11 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     found: dict = {"model": name}
     if protocol == counts.main:
         found["clean"] = clean_accuracy(model, images.x_test[: counts.clean], images.y_test)
-    through = [AttackSpec(PGD(loss=loss), aggregation="peel_reference") for loss in ("ce", "dlr")]
-    steps = 2 * job.settings["budget"].carso_steps
-    how = {"attacks": through, "steps": steps} if name == PEEL else {"protocol": protocol}
+    how: dict = {"protocol": protocol}
+    if name in AS_AUTHORS:
+        seen: dict = {"aggregation": "peel_reference"} if name == PEEL else {"target": "classifier"}
+        attacks = [AttackSpec(PGD(loss=loss), **seen) for loss in ("ce", "dlr")]
+        how = {"attacks": attacks, "steps": 2 * job.settings["budget"].carso_steps}
     return found | {protocol: _lowest(job, folder, model, name, held, getattr(counts, protocol), how)}
 
 

@@ -18,10 +18,14 @@ GENERATOR, ATOP = "AToP pre-trained only", "AToP published"
 ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
 #: CARSO as published, attacked through the output that its authors attack.
 PEEL = "CARSO published, through PeeL"
+#: AToP as published, attacked as its released code does: the attack sees the classifier alone.
+ALONE = "AToP published, classifier attacked alone"
+#: Rows that are attacked as the method's authors do, and no otherwise.
+AS_AUTHORS = (PEEL, ALONE)
 CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST)
 CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
 #: Rows whose weights another row's training leaves.
-TRAINED_AS = {PEEL: CARSO, NO_EMA: BASE}
+TRAINED_AS = {PEEL: CARSO, ALONE: ATOP, NO_EMA: BASE}
 #: Where a training keeps the weights that its moving average is of.
 LIVE = "without_average"
 #: The classifier behind each defence.
@@ -179,7 +183,7 @@ def share_name(share: float) -> str:
 def rows(budget: Budget) -> list[str]:
     """The models of the table, in its order."""
     defences = [name for name in BEHIND if name not in CANDIDATES]
-    return [*CLASSIFIERS, *(share_name(share) for share in budget.shares), PEEL, *defences]
+    return [*CLASSIFIERS, *(share_name(share) for share in budget.shares), *AS_AUTHORS, *defences]
 
 
 def judged_name(name: str, protocol: str) -> str:

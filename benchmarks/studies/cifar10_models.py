@@ -314,11 +314,12 @@ def model_of(job: Job, root: Path, name: str) -> nn.Module:
     """A trained model, by its row."""
     if name == MIXED:
         return Mixed(*(load_classifier(job.folder(root, part)) for part in (STANDARD, BASE))).eval()
-    folder = job.folder(root, TRAINED_AS.get(name, name))
+    trained = TRAINED_AS.get(name, name)
+    folder = job.folder(root, trained)
     if name == NO_EMA:
         return load_classifier(folder / LIVE)
     if name in CARSO_ROWS:
         return load_carso(folder, load_classifier(folder / "classifier"))
-    if name in BEHIND:
+    if trained in BEHIND:
         return load_atop(folder, load_classifier(folder / "classifier"))
     return load_classifier(folder)

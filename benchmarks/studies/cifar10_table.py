@@ -16,6 +16,7 @@ from . import RESULT, folder_of
 from .cifar10_ahead import CANDIDATES, MIXED
 from .cifar10_budget import (
     ARREST,
+    AS_AUTHORS,
     BASE,
     BEST,
     CARSO_PIPELINE,
@@ -23,7 +24,6 @@ from .cifar10_budget import (
     GENERATOR,
     OFFICIAL,
     PAIRS,
-    PEEL,
     SOURCES,
     STANDARD,
     TRAINED_AS,
@@ -177,8 +177,9 @@ def settings(found: Found, budget: Budget) -> str:
     text = (
         f"CIFAR-10, L-inf 8/255. A PreActResNet-18 of width {amount.width}. Clean accuracy is on {counts.clean:,} test "
         "images; each protocol attacks as many of the first ones as its column says; all in percent, with binomial "
-        "standard errors. CARSO and AToP predict without noise (CARSO from the most likely latent), except where "
-        "gradients pass through PeeL. Models are trained on the first "
+        "standard errors. CARSO and AToP predict without noise (CARSO from the most likely latent), except where they "
+        "are attacked as their authors do: through PeeL, or through the classifier alone, by PGD-"
+        f"{2 * amount.carso_steps} with two losses. Models are trained on the first "
         f"{amount.train_images:,} training images, for {amount.standard_epochs} epochs on clean images, "
         f"{amount.base_epochs} of PGD-{amount.steps} for each base ({amount.large_epochs} for the larger one, "
         f"{amount.long_epochs} for the longer one), {amount.arrest_epochs} of ARREST and AFT, "
@@ -252,5 +253,5 @@ def plot(found: Found, reports: dict[str, Report], budget: Budget, path: Path) -
     names = [STANDARD, *(share_name(share) for share in budget.shares), BASE]
     curve = [points[name][:2] for name in names if name in points]
     line = sorted(curve) if len(curve) > 1 else None
-    shown = {name: value for name, value in points.items() if name not in (PEEL, GENERATOR)}
+    shown = {name: value for name, value in points.items() if name not in (*AS_AUTHORS, GENERATOR)}
     plot_tradeoff(path, shown, line, reference_name="trained at shares of eps", title="CIFAR-10, L-inf 8/255")

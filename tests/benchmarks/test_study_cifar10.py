@@ -49,7 +49,7 @@ def test_every_need_comes_before_what_needs_it_and_every_row_is_judged(tmp_path)
     wanted = [*names.rows(BUDGET), names.BEST]
     assert all((names.judged_name(row, "fast"), 0) in order for row in wanted)
     assert all((names.judged_name(row, "fast"), 1) in order for row in names.COMPARED)
-    assert all((names.judged_name(row, "strong"), 0) in order for row in wanted if row != names.PEEL)
+    assert all((names.judged_name(row, "strong"), 0) in order for row in wanted if row not in names.AS_AUTHORS)
     assert all((names.judged_name(row, how), 0) in order for row in names.OFFICIAL for how in ("standard", "official"))
     # everything stands on the base, and a model is judged before the next is trained
     assert [job.name for job in jobs[:2]] == [names.BASE, names.judged_name(names.BASE, "fast")]
@@ -170,7 +170,7 @@ def judged(root, name, number, seed=0):
     """What judging a model leaves."""
     robust = [1, 1, number % 2, 0]
     found = {"share": sum(robust) / 4, "images": 4, "reliable": name != names.PEEL}
-    protocols = ["fast"] if name == names.PEEL or seed > 0 else list(BUDGET.judging.protocols())
+    protocols = ["fast"] if name in names.AS_AUTHORS or seed > 0 else list(BUDGET.judging.protocols())
     clean = 0.9 - number / 100
     rows = [row(name, "clean", [1, 1, 1, 1], "clean"), row(name, "APGD", robust, "apgd")]
     for protocol in protocols:
