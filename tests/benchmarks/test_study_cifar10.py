@@ -220,7 +220,7 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     assert pages.value("cifar10", names.LARGE, "fast", tmp_path / "results") == "50.0"
     assert pages.value("cifar10", names.BASE, "clean", tmp_path / "results") == "89.0"
     assert pages.value("cifar10", names.BASE, "official", tmp_path / "results") == "25.0"
-    assert (results / "cifar10" / "tradeoff.png").is_file()
+    assert all((results / "cifar10" / name).is_file() for name in ("tradeoff.png", "photos.png"))
 
 
 def test_the_table_of_an_unfinished_study_has_the_rows_that_are_there(tmp_path):
