@@ -79,6 +79,7 @@ class Judging:
         clean: test images of clean accuracy. fast: test images. standard: test images. strong: test images, and
             held-out training images of the candidates. official: test images of the rows that the official AutoAttack
             attacks too. held_out: training images of the candidates' clean accuracy.
+        authors: test images of `AS_AUTHORS`, whose predictions are random, so that every step averages gradients.
         tried: the protocol that judges candidates.
     """
 
@@ -88,6 +89,7 @@ class Judging:
     strong: int = 50
     official: int = 200
     held_out: int = 1000
+    authors: int = 200
     tried: Literal["fast", "strong"] = "strong"
 
     def protocols(self) -> dict[str, int]:
@@ -130,7 +132,7 @@ FULL = Budget(
         arrest_epochs=30, search_epochs=5,
         published_epochs=30, pipeline_epochs=20, generator_epochs=10, steps=10, carso_steps=40, samples=8,
     ),
-    Judging(fast=0, standard=1000, strong=200, official=1000),
+    Judging(fast=0, standard=1000, strong=200, official=1000, authors=1000),
     shares=(0.25, 0.5, 0.75),
 )  # fmt: skip
 QUICK = Budget(
@@ -140,7 +142,7 @@ QUICK = Budget(
         pipeline_epochs=1, generator_epochs=1, train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,),
         angles=(30.0,), samples=2,
     ),
-    Judging(clean=20, fast=4, standard=0, strong=0, official=0, held_out=10, tried="fast"),
+    Judging(clean=20, fast=4, standard=0, strong=0, official=0, held_out=10, authors=4, tried="fast"),
     seeds=1,
 )  # fmt: skip
 

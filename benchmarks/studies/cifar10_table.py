@@ -185,7 +185,7 @@ def settings(found: Found, budget: Budget) -> str:
         "images; each protocol attacks as many of the first ones as its column says; all in percent, with binomial "
         "standard errors. CARSO and AToP predict without noise (CARSO from the most likely latent), except where they "
         "are attacked as their authors do: through PeeL, or through the classifier alone, by PGD-"
-        f"{2 * amount.carso_steps} with two losses. Models are trained on the first "
+        f"{amount.carso_steps} with two losses on {counts.authors:,} images. Models are trained on the first "
         f"{amount.train_images:,} training images, for {amount.standard_epochs} epochs on clean images, "
         f"{amount.base_epochs} of PGD-{amount.steps} for each base ({amount.large_epochs} for the larger one, "
         f"{amount.long_epochs} for the longer one), {amount.arrest_epochs} of ARREST and AFT, "

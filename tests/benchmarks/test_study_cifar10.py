@@ -29,7 +29,7 @@ from benchmarks.studies import cifar10_budget as names  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 BUDGET = replace(
     names.QUICK,
-    judging=names.Judging(clean=20, fast=4, standard=2, strong=1, official=2, held_out=10),
+    judging=names.Judging(clean=20, fast=4, standard=2, strong=1, official=2, held_out=10, authors=4),
     seeds=2,
 )
 
