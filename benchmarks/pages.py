@@ -14,10 +14,11 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from purify_fast import zoo as packed
 from purify_fast._files import write_text
 from purify_fast.evaluation.tables import markdown_table
 
-from . import evaluation, front_page, performance, report
+from . import evaluation, front_page, performance, report, zoo
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,6 +100,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "front_results": front_page.results_table,
     "front_speed": front_page.speed_table,
     "front_attacks": front_page.attacks_sentence,
+    "zoo": lambda _: zoo.markdown([packed.card(name) for name in packed.list()]),
     "pipelines_arrest": lambda results: pipelines(results, "arrest_step"),
 }
 

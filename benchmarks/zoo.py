@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from purify_fast import __version__
 from purify_fast.attacks.arguments import read_norm
 from purify_fast.data import DataSet, balanced_subset, load_dataset, to_float
 from purify_fast.evaluation import evaluate
+from purify_fast.evaluation.tables import markdown_table
 from purify_fast.methods.loading import load_defence
 from purify_fast.training import is_classifier, load_classifier
 from purify_fast.zoo.cards import MODELS, Accuracy, Card, write_card
@@ -165,6 +167,30 @@ def judge(name: str, folder: Path, images: int, data: DataSet, out: Path) -> Car
     )
     write_card(card, folder)
     return card
+
+
+def markdown(models: Sequence[Card]) -> str:
+    """The models of the zoo as a table for a page.
+
+    Args:
+        models: their cards.
+    """
+    body = []
+    for card in models:
+        eps = f"{round(255 * card.eps)}/255" if card.data == "cifar10" else f"{card.eps:g}"
+        cells = [_cell(card.clean), *(_cell(card.attacked.get(name)) for name in PROTOCOLS)]
+        form = " (published form)" if card.published else ""
+        body.append([f"`{card.name}`", card.title + form, eps, *cells])
+    return "\n".join(
+        markdown_table(["model", "what it is", "eps", "clean", *(f"`{name}`" for name in PROTOCOLS)], body)
+    )
+
+
+def _cell(accuracy: Accuracy | None) -> str:
+    if accuracy is None:
+        return "-"
+    text = f"{100 * accuracy.share:.1f} ({accuracy.images:,})"
+    return text if accuracy.reliable else f"{text} **unreliable**"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,10 +27,13 @@ class Zoo(Command):
         if self.name is not None:
             print(zoo.card(self.name))
             return
+        cards = [zoo.card(name) for name in zoo.list()]
+        protocols = list(dict.fromkeys(protocol for card in cards for protocol in card.attacked))
         body = []
-        for name in zoo.list():
-            card = zoo.card(name)
-            ball = f"{card.norm} {card.eps:.3g}"
-            body.append([name, card.data, ball, f"{100 * card.clean.share:.1f}", f"{100 * card.lowest.share:.1f}"])
-        print(terminal_table(["name", "data", "attacks", "clean, %", "attacked, %"], body, color_is_welcome()))
+        for card in cards:
+            figures = [card.clean, *(card.attacked.get(protocol) for protocol in protocols)]
+            shares = ["-" if figure is None else f"{100 * figure.share:.1f}" for figure in figures]
+            body.append([card.name, card.data, f"{card.norm} {card.eps:.3g}", *shares])
+        head = ["name", "data", "attacks", "clean, %", *(f"{protocol}, %" for protocol in protocols)]
+        print(terminal_table(head, body, color_is_welcome()))
         print("`purify-fast zoo NAME` prints a model's card; `purify-fast evaluate zoo:NAME` attacks it.")

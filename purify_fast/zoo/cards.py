@@ -15,7 +15,7 @@ MODELS = Path(__file__).parent / "models"
 FILE = "card.json"
 #: What a card asks of a reader who found a stronger attack.
 REPORT = (
-    "Lower? Open an issue with the template 'A model of the zoo is weaker than its card says', with the attack and the "
+    "Lower? Open an issue with the template 'I got a zoo model or another defence lower', with the attack and the "
     "seed. The card will carry your number and your name."
 )
 

@@ -35,6 +35,10 @@ def test_a_model_loads_and_its_card_says_how_it_was_made(name):
     logits = model(torch.rand(2, *card.image_shape))
     assert logits.shape[0] == 2 and logits.isfinite().all()
     text = str(card)
+    # the template that it names is there
+    template = text.split("the template '")[1].split("'")[0]
+    templates = Path(__file__).parents[2] / ".github" / "ISSUE_TEMPLATE"
+    assert any(f"name: {template}\n" in path.read_text() for path in templates.glob("*.yml"))
     assert card.training in text and "Lower?" in text and ("published form" in text) == card.published
     assert card.attacked and all(0 <= accuracy.share <= 1 for accuracy in card.attacked.values())
 
