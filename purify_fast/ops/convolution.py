@@ -66,7 +66,7 @@ def reference_input_gradient(
     *settings: Sequence[int],
 ) -> Tensor:
     """grad [B, H', W', O] times d out / d input: [B, H, W, C] of these height and width."""
-    like = grad.new_empty(1).expand(len(grad), weight.shape[3], height, width)
+    like = grad.new_empty(1).expand(grad.shape[0], weight.shape[3], height, width)
     made = _backward((True, False, False), grad, like, _first(weight), *settings)[0]
     return _last(made).contiguous()
 
@@ -115,7 +115,7 @@ def _fake(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     size = [_out(input.shape[1 + i], weight.shape[1 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
-    return input.new_empty(len(input), *size, len(weight))
+    return input.new_empty(input.shape[0], *size, weight.shape[0])
 
 
 def _fake_weight_gradient(grad: Tensor, input: Tensor, kernel: list[int], *settings: Any) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ INPUT_GRADIENT = define_op(
     "convolution_input_gradient",
     f"(Tensor grad, Tensor weight, SymInt height, SymInt width, {_SETTINGS}) -> Tensor",
     reference=reference_input_gradient,
-    fake=lambda grad, weight, height, width, *_: grad.new_empty(len(grad), height, width, weight.shape[3]),
+    fake=lambda grad, weight, height, width, *_: grad.new_empty(grad.shape[0], height, width, weight.shape[3]),
 )
 WEIGHT_GRADIENT = define_op(
     "convolution_weight_gradient",
@@ -230,7 +230,7 @@ def _elements(input: Tensor, weight: Tensor, stride: list[int], padding: list[in
             f"input with its padding is smaller than the kernel: {list(size)}, padding {padding}, kernel "
             f"{list(kernel)}, dilation {dilation}"
         )
-    return len(input) * weight.shape[0] * sides[0] * sides[1]
+    return input.shape[0] * weight.shape[0] * sides[0] * sides[1]
 
 
 def conv2d(

@@ -299,8 +299,7 @@ def test_compiles(kernels, contract):
         with torch.autocast("cpu", HALF):
             return layer(2 * x).float()
 
-    if kernels == "reference":
-        contract.compiles(function, make)
+    contract.compiles(function, make)
 
 
 def test_the_next_layer_may_change_the_result_in_place(kernels):
