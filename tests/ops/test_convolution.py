@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from purify_fast import _library
+from purify_fast.models import layers
 from purify_fast.models.layers import Conv2d
 from purify_fast.ops import conv2d, use_backend
 
@@ -248,6 +249,12 @@ def test_layer(kernels):
     assert torch.equal(ours(x), plain(x))
     with torch.autocast("cpu", HALF):
         torch.testing.assert_close(ours(x), plain(x), rtol=2e-2, atol=2e-2)
+
+
+def test_layers_on_other_devices_are_torchs_at_once(monkeypatch):
+    monkeypatch.setattr(layers, "conv2d", lambda *_, **__: pytest.fail("its checks take time"))
+    x = torch.empty(2, 6, 8, 8, dtype=HALF, device="meta")
+    assert Conv2d(6, 4, 3, dtype=HALF, device="meta")(x).shape == (2, 4, 6, 6)
 
 
 def test_contract(contract):
