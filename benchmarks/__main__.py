@@ -16,6 +16,8 @@ python -m benchmarks soak [--minutes N] [--only COMMAND...] [--seed N] [--out FI
 
 python -m benchmarks ship [--device cpu|cuda]
 
+python -m benchmarks zoo NAME[=FOLDER]... [--images N] [--data DIR]
+
 python -m benchmarks report [DIR...] [--count] [--check]
 """
 
@@ -46,6 +48,7 @@ from . import (
     served,
     shipping,
     soak,
+    zoo,
 )
 from .ops import registry
 from .running import RESULTS, folder, run_ops, run_pipelines
@@ -132,6 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     ship.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     against = commands.add_parser("evaluation", help="our attacks against the official AutoAttack: strength and time")
     evaluation_arguments(against)
+    zoo.add_arguments(commands.add_parser("zoo", help="pack trained models into the zoo, and write their cards"))
     redo = commands.add_parser("report", help="the tables and pictures again, from the CSV files")
     redo.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
     redo.add_argument("--count", action="store_true", help="also count again what a training step launches")
@@ -157,6 +161,12 @@ def main(arguments: list[str] | None = None) -> None:
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
             parser.error(str(error))
         print(command.main(chosen).read_text())
+        return
+    if chosen.command == "zoo":
+        try:
+            zoo.main(chosen)
+        except (ValueError, FileNotFoundError) as error:
+            parser.error(str(error))
         return
     if chosen.command == "instructions":
         print(instructions.write(RESULTS))
