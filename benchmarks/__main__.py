@@ -2,6 +2,10 @@
 
 python -m benchmarks pipelines [names...] [--device cpu|cuda] [--quick] [--out DIR] [--before FILE]
 
+python -m benchmarks convolutions [--runs N]
+
+python -m benchmarks evaluation [names...] [--models DIR] [--data DIR] [--images N] [--rounds N] [--quick] [--out DIR]
+
 python -m benchmarks study NAME [--data DIR] [--full] [--quick]
 
 python -m benchmarks gpu_check [tests|ops|pipelines] [--dry] [--out DIR] [--only SECTION...] [--redo]
@@ -11,6 +15,8 @@ python -m benchmarks instructions
 python -m benchmarks soak [--minutes N] [--only COMMAND...] [--seed N] [--out FILE]
 
 python -m benchmarks ship [--device cpu|cuda]
+
+python -m benchmarks zoo NAME[=FOLDER]... [--images N] [--data DIR]
 
 python -m benchmarks report [DIR...] [--count] [--check]
 """
@@ -28,6 +34,7 @@ from purify_fast._lock import FolderInUse
 from purify_fast.speed import retain_freed_memory
 
 from . import (
+    convolutions,
     evaluation,
     front_page,
     gpu_check,
@@ -41,6 +48,7 @@ from . import (
     served,
     shipping,
     soak,
+    zoo,
 )
 from .ops import registry
 from .running import RESULTS, folder, run_ops, run_pipelines
@@ -104,6 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
                 choices=measure.STYLES,
                 help="only calls from Python (eager) or only those inside a compiled graph; both by default",
             )
+    layers = commands.add_parser("convolutions", help="the layers of AToP's generator, ours against PyTorch's")
+    layers.add_argument("--runs", type=int, default=15, help="how often every contestant runs; 15 by default")
     command.add_arguments(commands.add_parser("study", help="what makes a defence robust: trains and attacks models"))
     check = commands.add_parser("gpu_check", help="what only a GPU can tell: three commands of nine minutes, resumably")
     check.add_argument("part", nargs="?", choices=gpu_check.PARTS, help="which of the three; all in turn by default")
@@ -125,6 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     ship.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     against = commands.add_parser("evaluation", help="our attacks against the official AutoAttack: strength and time")
     evaluation_arguments(against)
+    zoo.add_arguments(commands.add_parser("zoo", help="pack trained models into the zoo, and write their cards"))
     redo = commands.add_parser("report", help="the tables and pictures again, from the CSV files")
     redo.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
     redo.add_argument("--count", action="store_true", help="also count again what a training step launches")
@@ -137,12 +148,25 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.command == "evaluation":
         run_evaluation(parser, chosen)
         return
+    if chosen.command == "convolutions":
+        try:
+            convolutions.check(chosen.runs)
+        except ValueError as error:
+            parser.error(str(error))
+        print(convolutions.main(chosen.runs))
+        return
     if chosen.command == "study":
         try:
             command.check(chosen)
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
             parser.error(str(error))
         print(command.main(chosen).read_text())
+        return
+    if chosen.command == "zoo":
+        try:
+            zoo.main(chosen)
+        except (ValueError, FileNotFoundError) as error:
+            parser.error(str(error))
         return
     if chosen.command == "instructions":
         print(instructions.write(RESULTS))

@@ -1,15 +1,15 @@
-"""Every convolution of AToP's generator at 128 px, ours against PyTorch's: ``python -m benchmarks.convolutions``.
+"""Every convolution of AToP's generator at 128 px, ours against PyTorch's: ``python -m benchmarks convolutions``.
 
 Both are in bfloat16 and channels_last, on 4 images, in turn, by CPU time on one thread. Each direction is on its own.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -110,9 +110,7 @@ def table(layers: tuple[Layer, ...], runs: int) -> list[str]:
         cells = []
         for name, arguments in layer.arguments().items():
             op = REGISTRY[name]
-            both = seconds(
-                [lambda op=op, a=arguments: op.reference(*a), lambda op=op, a=arguments: op.handle(*a)], runs
-            )
+            both = seconds([partial(op.reference, *arguments), partial(op.handle, *arguments)], runs)
             total[name] = [before + layer.count * one for before, one in zip(total[name], both, strict=True)]
             cells.append(f"{1e3 * both[0]:.2f} to {1e3 * both[1]:.2f} ms, {layer.flop / both[1] / 1e9:.0f}")
         lines.append(f"| {layer.name} | {layer.count} | {' | '.join(cells)} |")
@@ -121,16 +119,27 @@ def table(layers: tuple[Layer, ...], runs: int) -> list[str]:
     return [*lines, f"| all {count} | | {' | '.join(sums)} |"]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=15, help="of each contestant")
-    runs = parser.parse_args(arguments).runs
+def check(runs: int) -> None:
+    """ValueError if there is nothing to measure: no runs, or no kernel.
+
+    Args:
+        runs: of each contestant.
+    """
+    if runs < 1:
+        raise ValueError(f"--runs must be at least 1, got {runs}")
     if REGISTRY[DIRECTIONS[0]].kernel("cpu") == "reference":
-        parser.exit(1, "this processor has no kernel of ours: it needs AVX512-BF16, and no AMX\n")
+        raise ValueError(
+            "this package's convolutions have no kernel here: they need the compiled extension, and a processor with "
+            "AVX512-BF16 and without AMX"
+        )
+
+
+def main(runs: int) -> str:
+    """The table of all layers, in Markdown. The process has one thread from then on.
+
+    Args:
+        runs: of each contestant.
+    """
     torch.set_num_threads(1)
     with torch.no_grad():
-        print("\n".join(table(LAYERS, runs)))
-
-
-if __name__ == "__main__":
-    main()
+        return "\n".join(table(LAYERS, runs))

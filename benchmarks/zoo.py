@@ -1,19 +1,23 @@
 """Packs trained models into `purify_fast.zoo`, each with a card of what this package's evaluation left of it.
 
-    python -m benchmarks zoo NAME=FOLDER ... [--images N]
+    python -m benchmarks zoo NAME[=FOLDER] ... [--images N] [--data DIR] [--out DIR]
 
-FOLDER is what a training wrote: a saved classifier, or a defence with its classifier inside.
+FOLDER is what a training wrote: a saved classifier, or a defence with its classifier inside. Without it the model is in
+the zoo already, and only its card is written again. An evaluation that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from purify_fast import __version__
 from purify_fast.attacks.arguments import read_norm
-from purify_fast.data import balanced_subset, load_dataset, to_float
+from purify_fast.data import DataSet, balanced_subset, load_dataset, to_float
 from purify_fast.evaluation import evaluate
 from purify_fast.methods.loading import load_defence
 from purify_fast.training import is_classifier, load_classifier
@@ -22,7 +26,9 @@ from purify_fast.zoo.cards import MODELS, Accuracy, Card, write_card
 #: The largest model, and all of them together, in bytes.
 LARGEST, ALL = 3_000_000, 20_000_000
 #: The protocols that a card has a number of, and the share of the images that each one attacks.
-PROTOCOLS = {"default": 1.0}
+PROTOCOLS = {"standard": 1.0, "strong": 0.25}
+#: Images that the first of these attacks, if the command does not say another number.
+IMAGES = 200
 LICENCE = "MIT, as the package; the images that it was trained on have licences of their own"
 
 
@@ -39,6 +45,18 @@ class Entry:
     training: str = "make demo (seed 0)"
 
 
+def _mnist(title: str, method: str, row: str, published: bool = False) -> Entry:
+    """A model of a study on MNIST."""
+    return Entry(title, method, "mnist", published, eps=0.3, training=f"python -m benchmarks study {row}, seed 0")
+
+
+def _cifar10(how: str, row: str, method: str = "classifier") -> Entry:
+    """A classifier of the study on CIFAR-10."""
+    title = f"A PreActResNet-18 of width 16 on CIFAR-10 (JPEG 75), {how}."
+    training = f"python -m benchmarks study cifar10 ({row}, seed 0)"
+    return Entry(title, method, "cifar10", eps=8 / 255, training=training)
+
+
 ENTRIES = {
     "digits-standard": Entry("A small convolutional network, trained on clean digits.", "classifier"),
     "digits-pgd-at": Entry("The same network, trained adversarially with PGD-7: the base of the others.", "classifier"),
@@ -47,13 +65,17 @@ ENTRIES = {
     "digits-carso-pipeline": Entry("CARSO on digits-pgd-at, then trained through the whole pipeline.", "CARSO"),
     "digits-atop-published": Entry("AToP on digits-standard, trained as published.", "AToP", published=True),
     "digits-atop-pipeline": Entry("AToP on digits-standard, then trained through the whole pipeline.", "AToP"),
-    "cifar10-pgd-at-w16": Entry(
-        "A PreActResNet-18 of width 16, trained adversarially with PGD-10 on CIFAR-10 (JPEG 75).",
-        "classifier",
-        data="cifar10",
-        eps=8 / 255,
-        training="python -m benchmarks study cifar10 (base, seed 0)",
+    "mnist-pgd-at": _mnist("A small convolutional network, finetuned with PGD-7.", "classifier", "arrest_mnist (AFT)"),
+    "mnist-arrest": _mnist("A small convolutional network, finetuned by ARREST.", "ARREST", "arrest_mnist (ARREST)"),
+    "mnist-carso-published": _mnist(
+        "CARSO on a network trained with PGD-7, as published.", "CARSO", "carso_mnist (CARSO published)", published=True
     ),
+    "mnist-carso-pipeline": _mnist(
+        "The same CARSO, then trained through the whole pipeline.", "CARSO", "carso_mnist (CARSO pipeline)"
+    ),
+    "cifar10-pgd-at-w16": _cifar10("trained adversarially with PGD-5", "PGD-AT"),
+    "cifar10-trades-w16": _cifar10("trained by TRADES", "TRADES"),
+    "cifar10-arrest-w16": _cifar10("finetuned by ARREST", "ARREST", method="ARREST"),
 }
 
 
@@ -69,10 +91,8 @@ def pack(name: str, source: Path, models: Path = MODELS) -> Path:
         The model's folder in the zoo.
 
     Raises:
-        ValueError: an unknown name, or a model that is too large.
+        ValueError: a model that is too large.
     """
-    if name not in ENTRIES:
-        raise ValueError(f"name must be one of {', '.join(ENTRIES)}, got {name!r}")
     parts = [Path(), Path("classifier")] if (source / "classifier").is_dir() else [Path()]
     files = [part / file for part in parts for file in ("model.json", "model.safetensors")]
     size = sum((source / file).stat().st_size for file in files)
@@ -84,38 +104,49 @@ def pack(name: str, source: Path, models: Path = MODELS) -> Path:
     return models / name
 
 
-def judge(name: str, folder: Path, images: int, data_root: Path | None = None) -> Card:
+@torch.no_grad()
+def clean_accuracy(model: torch.nn.Module, data: DataSet, most: int = 10_000) -> Accuracy:
+    """Accuracy on the first test images.
+
+    Args:
+        model: images to logits.
+        data: whose test images are classified.
+        most: how many at most.
+    """
+    x, y = data.x_test[:most], data.y_test[:most]
+    torch.manual_seed(0)
+    right = sum(
+        int((model(to_float(images)).argmax(1) == labels).sum())
+        for images, labels in zip(x.split(250), y.split(250), strict=True)
+    )
+    return Accuracy(right / len(x), len(x))
+
+
+def judge(name: str, folder: Path, images: int, data: DataSet, out: Path) -> Card:
     """Evaluate a model of the zoo, and write its card.
 
     Args:
         name: one of `ENTRIES`.
         folder: its folder.
         images: how many held-out images are attacked; `PROTOCOLS` has the share of each protocol.
-        data_root: where its data set is looked for.
+        data: the data set that it was trained on.
+        out: where the reports are kept, so that an interrupted evaluation goes on.
     """
     entry = ENTRIES[name]
     model = load_classifier(folder) if is_classifier(folder) else load_defence(folder)
-    data = load_dataset(entry.data, data_root)
-    clean, attacked = None, {}
+    model.eval()
+    attacked = {}
     for protocol, share in PROTOCOLS.items():
-        chosen = balanced_subset(data.x_test, data.y_test, round(share * images), 0, num_classes=data.num_classes)
+        count = max(1, round(share * images))
+        chosen = balanced_subset(data.x_test, data.y_test, count, 0, num_classes=data.num_classes)
         report = evaluate(
-            model,
-            to_float(chosen.x),
-            chosen.y,
-            eps=entry.eps,
-            norm=read_norm(entry.norm),
-            name=name,
-            dataset_name=entry.data,
-            **({} if protocol == "default" else {"protocol": protocol}),
-        )
-        print(report.to_text())
-        if clean is None:
-            row = next(row for row in report.rows if row.kind == "clean")
-            clean = Accuracy(row.accuracy, row.n, row.reliable)
+            model, to_float(chosen.x), chosen.y, eps=entry.eps, norm=read_norm(entry.norm), protocol=protocol,
+            name=name, dataset_name=entry.data, out=out / name / protocol,
+        )  # fmt: skip
+        report.save(out / name / protocol, model)
         lowest = report.headlines[name]
+        print(f"{name}, {protocol}: {lowest}")
         attacked[protocol] = Accuracy(lowest.accuracy, lowest.n, lowest.reliable)
-    assert clean is not None
     card = Card(
         name=name,
         title=entry.title,
@@ -126,11 +157,54 @@ def judge(name: str, folder: Path, images: int, data_root: Path | None = None) -
         norm=entry.norm,
         eps=entry.eps,
         training=entry.training,
-        judged=f"python -m benchmarks zoo {name}=FOLDER --images {images}",
+        judged=f"python -m benchmarks zoo {name} --images {images}",
         version=__version__,
         licence=LICENCE,
-        clean=clean,
+        clean=clean_accuracy(model, data),
         attacked=attacked,
     )
     write_card(card, folder)
     return card
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks zoo``."""
+    models = f"a model of the zoo, with the folder of a training that is packed; names: {', '.join(ENTRIES)}"
+    parser.add_argument("models", nargs="+", metavar="NAME[=FOLDER]", help=models)
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in PROTOCOLS.items()).replace("%", "%%")
+    parser.add_argument("--images", type=int, default=IMAGES, help=f"of these {shares}; {IMAGES} by default")
+    parser.add_argument("--data", help="of MNIST and CIFAR-10: the folder that holds them; data by default")
+    parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="folder for reports; runs/zoo by default")
+
+
+def main(chosen: argparse.Namespace, models: Path = MODELS) -> list[Card]:
+    """Pack and judge models.
+
+    Args:
+        chosen: what `add_arguments` read.
+        models: the zoo's folder.
+
+    Raises:
+        ValueError: an unknown name, no images, a model that is too large. FileNotFoundError: no such model or data.
+    """
+    if chosen.images < 1:
+        raise ValueError(f"--images must be at least 1, got {chosen.images}")
+    named = [
+        (name, Path(source) if equals else None) for name, equals, source in (m.partition("=") for m in chosen.models)
+    ]
+    for name, source in named:
+        if name not in ENTRIES:
+            raise ValueError(f"there is no model {name!r}: there are {', '.join(ENTRIES)}")
+        if not ((source or models / name) / "model.json").is_file():
+            raise FileNotFoundError(f"{source or models / name} holds no model: give NAME=FOLDER")
+    sets = {ENTRIES[name].data for name, _ in named}
+    found = {kind: load_dataset(kind, chosen.data or "data") for kind in sorted(sets)}
+    cards = []
+    for name, source in named:
+        folder = pack(name, source, models) if source else models / name
+        cards.append(judge(name, folder, chosen.images, found[ENTRIES[name].data], chosen.out))
+        print(cards[-1])
+    total = sum(path.stat().st_size for path in models.rglob("*") if path.is_file())
+    if total > ALL:
+        raise ValueError(f"the zoo has {total:,} bytes now: at most {ALL:,} are allowed")
+    return cards

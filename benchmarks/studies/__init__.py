@@ -1,8 +1,8 @@
 """Studies: what makes a defence robust, over seeds, with controls. ``python -m benchmarks study NAME``.
 
-A study is a list of jobs that train and attack one model each. Jobs run side by side, one thread each; a finished one
-leaves ``result.json`` and is not run again, so a study that was stopped goes on where it was. What a job was asked to
-do stands in ``job.json`` beside it: a folder that was begun with other settings is refused.
+A study is a list of jobs that train and attack one model each. Jobs run side by side; a finished one leaves
+``result.json`` and is not run again, so a study that was stopped goes on where it was. What a job was asked to do
+stands in ``job.json`` beside it: a folder that was begun with other settings is refused.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Job:
         name: the row of the table. seed: of its training and of the attacks.
         work: ``work(job, folder, root)`` -> numbers for the table; importable, since it runs in another process.
         needs: rows, of the same seed, whose folders it reads. settings: for ``work``.
-        threads: 1, since for small models a second thread only spins; 0 for torch's own number.
+        threads: 1, since for small models a second thread only spins; 0 for an equal share of torch's own number.
     """
 
     name: str
@@ -67,9 +67,8 @@ class Job:
         return json.loads(plain)
 
 
-def _run(job: Job, root: Path) -> None:
-    if job.threads:
-        torch.set_num_threads(job.threads)
+def _run(job: Job, root: Path, share: int) -> None:
+    torch.set_num_threads(job.threads or share)
     retain_freed_memory()
     began = time.monotonic()
     write_text(job.folder(root) / ASKED, json.dumps(job.asked(), indent=1) + "\n")
@@ -118,13 +117,13 @@ def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
     began = time.monotonic()
     waiting = [job for job in jobs if not job.done(root)]
     running: dict[Future, Job] = {}
-    total = len(waiting)
+    total, share = len(waiting), max(1, torch.get_num_threads() // workers)
     with worker_pool(workers) as pool:
         while waiting or running:
             for job in list(waiting):
                 if len(running) < workers and all((job.folder(root, need) / RESULT).is_file() for need in job.needs):
                     waiting.remove(job)
-                    running[pool.submit(_run, job, root)] = job
+                    running[pool.submit(_run, job, root, share)] = job
             try:
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
             except KeyboardInterrupt:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,7 +36,6 @@ from .cifar10_budget import (
     GENERATOR,
     LARGE,
     LONG,
-    NO_EMA,
     OFFICIAL,
     PEEL,
     QUICK,
@@ -45,7 +45,6 @@ from .cifar10_budget import (
     Budget,
     Judging,
     judged_name,
-    official_name,
     rows,
     search_name,
     share_name,
@@ -82,11 +81,11 @@ def trainings(path: str, seed: int, budget: Budget) -> list[Job]:
     made = [
         job(BASE, train_base, how={}),
         job(CARSO, train_carso, BASE),
+        job(STANDARD, train_standard),
         job(CARSO_PIPELINE, train_carso, BASE, CARSO),
         job(GENERATOR, train_atop, BASE),
         job(ATOP, train_atop, BASE, GENERATOR),
         job(ATOP_PIPELINE, train_atop, BASE, GENERATOR),
-        job(STANDARD, train_standard),
         job(AFT, finetune, STANDARD),
         *(job(search_name(*pair), search_arrest, STANDARD, weight=pair[0], angle=pair[1]) for pair in pairs),
         job(ARREST, finetune, STANDARD, *(search_name(*pair) for pair in pairs)),
@@ -96,40 +95,58 @@ def trainings(path: str, seed: int, budget: Budget) -> list[Job]:
     return [
         *made,
         job(TRADES, train_base, how={"trades": True}),
-        job(LARGE, train_base, how={"large": True}),
         job(CARSO_ARREST, train_carso, BASE, ARREST, CARSO),
         job(ATOP_ZERO, train_atop, BASE, GENERATOR),
         job(MIXED, mix, STANDARD, BASE),
         *(job(name, train_candidate, BASE, CARSO) for name in CANDIDATES),
+        job(LARGE, train_base, how={"large": True}),
         job(AWP, train_base, how={"awp": True}),
         *(job(share_name(share), train_base, how={"share": share}) for share in budget.shares),
         job(LONG, train_base, how={"long": True}),
     ]
 
 
-def judgings(path: str, seed: int, budget: Budget) -> list[Job]:
-    """The judging of a seed's models."""
+def _judging(path: str, seed: int, budget: Budget) -> Callable[..., Job]:
+    """``job(name, work, *needs, model=...)`` for what is judged with a seed."""
     settings = {"data": path, "budget": budget.training, "judging": budget.judging}
 
     def job(name: str, work: object, *needs: str, **more: object) -> Job:
         return Job(name, seed, work, needs, settings | more, threads=0)  # type: ignore[arg-type]
 
-    def judged(name: str) -> Job:
-        # what the average brings is no question that others wait for
-        later = (LONG,) if name == NO_EMA else ()
-        return job(judged_name(name), judge, TRAINED_AS.get(name, name), *later, model=name)
+    return job
+
+
+def judgings(path: str, seed: int, budget: Budget) -> list[Job]:
+    """The jobs that judge a seed's models by the protocol that compares them, and the first seed's candidates."""
+    job, main = _judging(path, seed, budget), budget.judging.main
+
+    def judged(name: str, *needs: str) -> Job:
+        return job(judged_name(name, main), judge, *needs, model=name, protocol=main)
 
     if seed > 0:
-        return [judged(name) for name in COMPARED]
-    official = OFFICIAL if budget.judging.official > 0 else ()
+        return [judged(name, name) for name in COMPARED]
     candidates = [CARSO_PIPELINE, MIXED, *CANDIDATES]
     tried = [job(tried_name(name), judge_candidate, name, model=name) for name in candidates]
     return [
-        *(judged(name) for name in rows(budget)),
-        *(job(official_name(name), judge_official, judged_name(name), model=name) for name in official),
+        *(judged(name, TRAINED_AS.get(name, name)) for name in rows(budget)),
         *tried,
-        job(judged_name(BEST), judge, *(one.name for one in tried), model=BEST),
+        judged(BEST, *(one.name for one in tried)),
     ]
+
+
+def further_judgings(path: str, budget: Budget) -> list[Job]:
+    """The jobs that judge the first seed's models by further protocols, on fewer images."""
+    job, counts = _judging(path, 0, budget), budget.judging
+
+    def judged(name: str, protocol: str) -> Job:
+        needs = judged_name(name, counts.main)
+        return job(judged_name(name, protocol), judge, needs, model=name, protocol=protocol)
+
+    # `strong` has the attacks of `standard` and more; `standard` is there to be compared with the official AutoAttack
+    compared = [name for name in ("standard", "official") if getattr(counts, name) > 0 and name != counts.main]
+    # the published output of CARSO is attacked through itself alone
+    others = [name for name in (*rows(budget), BEST) if name != PEEL] if counts.strong > 0 else []
+    return [*(judged(name, how) for name in OFFICIAL for how in compared), *(judged(name, "strong") for name in others)]
 
 
 def jobs(path: str, budget: Budget = DEFAULT) -> list[Job]:
@@ -149,6 +166,8 @@ def jobs(path: str, budget: Budget = DEFAULT) -> list[Job]:
                 waiting.remove(job)
                 made.append(job)
         made += waiting
+        if seed == 0:
+            made += further_judgings(path, budget)
     return made
 
 
@@ -178,25 +197,23 @@ def attacked(job: Job, root: Path, name: str) -> nn.Module:
 
 
 def judge(job: Job, folder: Path, root: Path) -> dict:
-    """Clean accuracy on many images, then the protocols; CARSO's published output is attacked through itself alone."""
+    """One protocol; beside the one that compares models, clean accuracy on many images.
+
+    CARSO's published output is attacked through itself alone.
+    """
     counts: Judging = job.settings["judging"]
-    name, images = job.settings["model"], images_of(job)
+    name, protocol, images = job.settings["model"], job.settings["protocol"], images_of(job)
     if name == BEST:
         name = best(job, root)
-    model = attacked(job, root, name)
+    model, held = attacked(job, root, name), (images.x_test, images.y_test)
     torch.manual_seed(job.seed)
-    found: dict = {"model": name, "clean": clean_accuracy(model, images.x_test[: counts.clean], images.y_test)}
+    found: dict = {"model": name}
+    if protocol == counts.main:
+        found["clean"] = clean_accuracy(model, images.x_test[: counts.clean], images.y_test)
     through = [AttackSpec(PGD(loss=loss), aggregation="peel_reference") for loss in ("ce", "dlr")]
-    for protocol, count in counts.protocols().items():
-        if protocol != counts.main and (name == PEEL or job.seed > 0):
-            continue
-        if protocol == "standard" != counts.main and name not in OFFICIAL:
-            # `strong` has its attacks and more; `standard` is there to be compared with the official AutoAttack
-            continue
-        steps = 2 * job.settings["budget"].carso_steps
-        how = {"attacks": through, "steps": steps} if name == PEEL else {"protocol": protocol}
-        found[protocol] = _lowest(job, folder / protocol, model, name, (images.x_test, images.y_test), count, how)
-    return found
+    steps = 2 * job.settings["budget"].carso_steps
+    how = {"attacks": through, "steps": steps} if name == PEEL else {"protocol": protocol}
+    return found | {protocol: _lowest(job, folder, model, name, held, getattr(counts, protocol), how)}
 
 
 def judge_candidate(job: Job, folder: Path, root: Path) -> dict:
@@ -206,16 +223,8 @@ def judge_candidate(job: Job, folder: Path, root: Path) -> dict:
     torch.manual_seed(job.seed)
     return {
         "clean": clean_accuracy(model, *held),
-        "tried": _lowest(job, folder / "tried", model, name, held, counts.candidates, {"protocol": counts.tried}),
+        "tried": _lowest(job, folder, model, name, held, counts.candidates, {"protocol": counts.tried}),
     }
-
-
-def judge_official(job: Job, folder: Path, root: Path) -> dict:
-    """The official AutoAttack, on images that `judge` attacked too."""
-    counts, name, images = job.settings["judging"], job.settings["model"], images_of(job)
-    model, held = attacked(job, root, name), (images.x_test, images.y_test)
-    how = {"protocol": "official"}
-    return {"official": _lowest(job, folder / "official", model, name, held, counts.official, how)}
 
 
 def _lowest(

@@ -45,16 +45,16 @@ class Training:
     #: of the base that has at least as many parameters as base and purifier together
     large_width: int = 28
     #: of that base: as much training compute as base and purifier together
-    large_epochs: int = 9
+    large_epochs: int = 8
     #: of a base that is trained for as long as base and purifier together
-    long_epochs: int = 26
+    long_epochs: int = 24
     standard_epochs: int = 15
     base_epochs: int = 15
-    arrest_epochs: int = 8
-    search_epochs: int = 2
+    arrest_epochs: int = 6
+    search_epochs: int = 1
     published_epochs: int = 5
-    pipeline_epochs: int = 3
-    generator_epochs: int = 3
+    pipeline_epochs: int = 2
+    generator_epochs: int = 2
     #: the first of the training images; those behind them decide which candidate is best
     train_images: int = 49000
     steps: int = 5
@@ -182,16 +182,11 @@ def rows(budget: Budget) -> list[str]:
     return [*CLASSIFIERS, *(share_name(share) for share in budget.shares), PEEL, *defences]
 
 
-def judged_name(name: str) -> str:
-    """The job that judges a model."""
-    return f"{name} judged"
+def judged_name(name: str, protocol: str) -> str:
+    """The job in which a protocol judges a model."""
+    return f"{name} by {protocol}"
 
 
 def tried_name(name: str) -> str:
     """The job that judges a candidate on held-out training images."""
     return f"{name} tried"
-
-
-def official_name(name: str) -> str:
-    """The job in which the official AutoAttack judges a model."""
-    return f"{name} officially judged"

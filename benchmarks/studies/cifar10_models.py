@@ -20,6 +20,7 @@ from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator, load_atop
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load_carso
 from purify_fast.models import build_classifier
+from purify_fast.speed.inference_copy import convert_to_channels_last
 from purify_fast.training import (
     Batch,
     ClassifierConfig,
@@ -153,7 +154,8 @@ def train_standard(job: Job, folder: Path, root: Path) -> dict:
     """On clean images."""
     images, budget = images_of(job), job.settings["budget"]
     model = fresh(job, images, budget.width)
-    task = ClassifierTask(model, ClassifierConfig(learning_rate=3e-3))
+    convert_to_channels_last(model, images.image_shape)
+    task = ClassifierTask(model, ClassifierConfig(learning_rate=3e-3, precision="bfloat16"))
     found = _fitted(job, folder, task, model, budget.standard_epochs, images)
     save_classifier(model, folder)
     return found

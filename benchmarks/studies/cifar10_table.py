@@ -31,7 +31,6 @@ from .cifar10_budget import (
     Budget,
     Judging,
     judged_name,
-    official_name,
     rows,
     share_name,
     tried_name,
@@ -55,13 +54,13 @@ class Found:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def report(self, name: str, protocol: str) -> Report:
-        """What a protocol left of a model that is judged."""
-        path = folder_of(self.root, judged_name(name), self.seed) / protocol / "report.json"
+        """What a protocol left of a model that it has judged."""
+        path = folder_of(self.root, judged_name(name, protocol), self.seed) / "report.json"
         return Report.from_json(path.read_text())
 
-    def judged(self, names: Sequence[str]) -> list[str]:
-        """Those of the rows whose models are judged."""
-        return [name for name in names if self.result(judged_name(name)) is not None]
+    def judged(self, names: Sequence[str], protocol: str) -> list[str]:
+        """Those of the rows whose models a protocol has judged."""
+        return [name for name in names if self.result(judged_name(name, protocol)) is not None]
 
     def hours(self, model: str, batch_size: int) -> float:
         """How long a model was trained, from its log: a training that was interrupted ran in several processes.
@@ -92,7 +91,7 @@ def table(found: Found, names: Sequence[str], budget: Budget) -> list[str]:
     protocols = [name for name in counts.protocols() if found.seed == 0 or name == counts.main]
     body = []
     for name in names:
-        judged = found.result(judged_name(name)) or {}
+        judged = found.result(judged_name(name, counts.main)) or {}
         model = judged["model"]
         facts = found.result(TRAINED_AS.get(model, model)) or {}
         both = Tradeoff(100 * judged["clean"], 100 * judged[counts.main]["share"])
@@ -116,7 +115,7 @@ def table(found: Found, names: Sequence[str], budget: Budget) -> list[str]:
 
 def _attacked(found: Found, name: str, model: str, protocol: str) -> str:
     """The cell of a protocol."""
-    if protocol not in (found.result(judged_name(name)) or {}):
+    if found.result(judged_name(name, protocol)) is None:
         return "-"
     lowest = found.report(name, protocol).headlines[model]
     return percent(lowest) + ("" if lowest.reliable else " **unreliable**")
@@ -130,11 +129,14 @@ def summary(found: Found, names: Sequence[str], budget: Budget) -> list[dict[str
         names: of rows.
         budget: how much of everything there is.
     """
-    lines = []
-    for name in found.judged(names):
-        judged = found.result(judged_name(name)) or {}
+    lines, counts = [], budget.judging
+    for name in found.judged(names, counts.main):
+        judged = found.result(judged_name(name, counts.main)) or {}
         facts = found.result(TRAINED_AS.get(judged["model"], judged["model"])) or {}
-        shares = {protocol: judged[protocol]["share"] for protocol in budget.judging.protocols() if protocol in judged}
+        results = {
+            protocol: found.result(judged_name(name, protocol)) for protocol in (*counts.protocols(), "official")
+        }
+        shares = {protocol: result[protocol]["share"] for protocol, result in results.items() if result is not None}
         costs = {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop")}
         costs["hours"] = round(found.hours(judged["model"], budget.training.batch_size), 3)
         lines.append({"name": name, "seed": found.seed, "clean": judged["clean"], **shares, **costs})
@@ -157,8 +159,8 @@ def official_table(found: Found, counts: Judging) -> list[str]:
     """The official AutoAttack beside this package's protocols, on the same images."""
     protocols = [name for name, count in counts.protocols().items() if count >= counts.official]
     body = []
-    for name in OFFICIAL:
-        if (official := found.result(official_name(name))) is None:
+    for name in (name for name in OFFICIAL if all(found.judged([name], protocol) for protocol in protocols)):
+        if (official := found.result(judged_name(name, "official"))) is None:
             continue
         shares = []
         for protocol in protocols:
@@ -185,7 +187,9 @@ def settings(found: Found, budget: Budget) -> str:
     if (facts := found.result(ARREST)) is not None:
         pair = f"lambda {facts['weight']:g} and phi {facts['angle']:g}"
         text += f" On held-out training images {pair} were chosen for ARREST."
-    missing = [name for name in (*rows(budget), BEST) if found.result(judged_name(name)) is None]
+    wanted = [*rows(budget), BEST]
+    there = found.judged(wanted, counts.main)
+    missing = [name for name in wanted if name not in there]
     return text + (f"\n\nNot judged yet: {'; '.join(missing)}." if missing else "")
 
 
@@ -203,7 +207,7 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     budget, found = budget or Budget(), Found(root)
     counts, main = budget.judging, budget.judging.main
     wanted = [*rows(budget), BEST]
-    names = found.judged(wanted)
+    names = found.judged(wanted, main)
     if not names:
         raise ValueError(f"{root} holds no model that is judged: the study writes its table when the first one is")
     reports = {name: found.report(name, main) for name in names if name != BEST}
@@ -215,7 +219,7 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     ]
     for seed in range(1, budget.seeds):
         again = Found(root, seed)
-        if judged := again.judged(COMPARED):
+        if judged := again.judged(COMPARED, main):
             lines += ["", f"Trained with seed {seed}:", "", *table(again, judged, budget)]
     if tried := candidates_table(found, counts):
         where = f"{counts.candidates:,} training images that no model was trained on"
@@ -241,7 +245,8 @@ def plot(found: Found, reports: dict[str, Report], budget: Budget, path: Path) -
     """
     points = {}
     for name, report in reports.items():
-        clean, robust = (found.result(judged_name(name)) or {})["clean"], report.headlines[name]
+        judged = found.result(judged_name(name, budget.judging.main)) or {}
+        clean, robust = judged["clean"], report.headlines[name]
         error = 100 * (clean * (1 - clean) / budget.judging.clean) ** 0.5
         points[name] = (100 * clean, 100 * robust.accuracy, error, 100 * robust.standard_error)
     names = [STANDARD, *(share_name(share) for share in budget.shares), BASE]

@@ -22,7 +22,7 @@ STUDIES = {
     "arrest_mnist": (arrest_mnist, "mnist"),
 }  # and their data sets
 NO_AUTOATTACK = ("atop_mnist", "cifar10")
-#: Studies of networks that use every core by themselves.
+#: Studies of networks that are large enough to use every core, so that their jobs run one after the other by default.
 ALL_CORES = (carso_resnet18, cifar10)
 RESULTS = Path(__file__).parents[1] / "results" / "studies"
 SEEDS, WORKERS = 3, 2
@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, help=f"of the digits study; {SEEDS} by default")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows of the digits study, and their needs")
     parser.add_argument(
-        "--workers", type=int, help=f"jobs side by side, one thread each, not of the ResNet study; {WORKERS} by default"
+        "--workers",
+        type=int,
+        help=f"jobs side by side; {WORKERS} by default, of one thread each; 1 of the studies on CIFAR-10, whose jobs "
+        "share the threads between them",
     )
     parser.add_argument(
         "--so-far", action="store_true", help="of cifar10: train nothing, write the table of what is done"
@@ -54,8 +57,7 @@ def check(chosen: argparse.Namespace) -> None:
     """
     study, images = STUDIES[chosen.name]
     digits = images == "digits"
-    foreign = ("data", "full") if digits else ("seeds", "rows")
-    for option in (*foreign, *(("workers",) if study in ALL_CORES else ())):
+    for option in ("data", "full") if digits else ("seeds", "rows"):
         if getattr(chosen, option) not in (None, False):
             raise ValueError(f"--{option} does not go with {chosen.name}")
     if chosen.so_far and study is not cifar10:
@@ -93,11 +95,12 @@ def _budget(chosen: argparse.Namespace) -> Any:
 
 
 def _run(chosen: argparse.Namespace, root: Path, results: Path) -> Path:
-    seeds, workers, place = chosen.seeds or SEEDS, chosen.workers or WORKERS, chosen.data or "data"
+    seeds, place = chosen.seeds or SEEDS, chosen.data or "data"
     study, images = STUDIES[chosen.name]
+    workers = chosen.workers or (1 if study in ALL_CORES else WORKERS)
     if images == "digits":
         done = run(study.jobs(seeds, chosen.quick, chosen.rows), root, workers)
         return tables.write(done, results, chosen.name, study.notes(chosen.quick), study.LAYOUT)
     budget = _budget(chosen)
-    run(study.jobs(place, budget=budget), root, 1 if study in ALL_CORES else workers)
+    run(study.jobs(place, budget=budget), root, workers)
     return study.write(root, results, budget=budget)

@@ -13,6 +13,7 @@ from .._fingerprint import structure_fingerprint
 from ..attacks import pgd
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
+from ..speed.inference_copy import autocast_to
 from .attack import settings
 from .checkpoint import read_facts, read_model, save_model
 from .config import ClassifierConfig
@@ -36,6 +37,12 @@ class ClassifierTask(Task):
         )
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.config.precision != "bfloat16":
+            return self._training_step(batch)
+        with autocast_to(batch.x.device, torch.bfloat16):
+            return self._training_step(batch)
+
+    def _training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         x = batch.x
         if self.config.attack.eps > 0:
             attack = self.config.attack.at_epoch(batch.epoch, batch.epochs)
@@ -54,6 +61,9 @@ class ClassifierTask(Task):
             )
         logits = self.model(x)
         accuracy = (logits.detach().argmax(1) == batch.y).float().mean()
+        if logits.dtype == torch.bfloat16:
+            # a mean over many images needs more bits
+            logits = logits.float()
         return F.cross_entropy(logits, batch.y), {"accuracy": accuracy}
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:

@@ -17,7 +17,7 @@ OnNan = Literal["stop", "back_off"]
 CudaGraphs = Literal["auto", "always", "off"]
 CudnnBenchmark = Literal["auto", "on", "off"]
 FusedOptimizers = Literal["auto", "off"]
-ClassifierPrecision = Literal["float32", "tf32"]
+ClassifierPrecision = Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ class ClassifierConfig:
         attack: PGD that makes the training examples; eps 0 trains on clean images.
         learning_rate: the highest rate of a one-cycle schedule.
         weight_decay: of AdamW.
-        precision: "float32", which on a GPU is that of IEEE too, or "tf32", which there rounds what is multiplied to
-            ten bits of mantissa, while `purify_fast.training.fit` trains.
+        precision: "float32", which on a GPU is that of IEEE too; "tf32", which there rounds what is multiplied to ten
+            bits of mantissa, while `purify_fast.training.fit` trains; or "bfloat16" within matrix products. Weights
+            and their updates stay in float32.
 
     Raises:
         ValueError: a setting out of range; the message names it.

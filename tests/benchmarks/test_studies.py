@@ -294,7 +294,7 @@ def test_a_model_without_randomness_is_attacked_anew_without_it(monkeypatch):
         ("carso_mnist --seeds 2", "--seeds does not go with carso_mnist"),
         ("atop_mnist --rows base", "--rows does not go with atop_mnist"),
         ("carso_mnist --workers 0", "--workers must be at least 1, got 0"),
-        ("carso_resnet18 --workers 2", "--workers does not go with carso_resnet18"),
+        ("cifar10 --workers 0", "--workers must be at least 1, got 0"),
         ("carso_mnist --data nowhere", "no data set 'mnist'"),
         ("carso_resnet18 --data nowhere", "no data set 'cifar10'"),
     ],

@@ -46,10 +46,13 @@ def test_every_need_comes_before_what_needs_it_and_every_row_is_judged(tmp_path)
     studies._check(jobs, tmp_path)
     order = {(job.name, job.seed): place for place, job in enumerate(jobs)}
     assert all(order[need, job.seed] < order[job.name, job.seed] for job in jobs for need in job.needs)
-    assert all((names.judged_name(row), 0) in order for row in [*names.rows(BUDGET), names.BEST])
-    assert all((names.judged_name(row), 1) in order for row in names.COMPARED)
+    wanted = [*names.rows(BUDGET), names.BEST]
+    assert all((names.judged_name(row, "fast"), 0) in order for row in wanted)
+    assert all((names.judged_name(row, "fast"), 1) in order for row in names.COMPARED)
+    assert all((names.judged_name(row, "strong"), 0) in order for row in wanted if row != names.PEEL)
+    assert all((names.judged_name(row, how), 0) in order for row in names.OFFICIAL for how in ("standard", "official"))
     # everything stands on the base, and a model is judged before the next is trained
-    assert [job.name for job in jobs[:2]] == [names.BASE, names.judged_name(names.BASE)]
+    assert [job.name for job in jobs[:2]] == [names.BASE, names.judged_name(names.BASE, "fast")]
 
 
 def test_a_training_stays_the_same_job_when_more_images_are_judged():
@@ -73,7 +76,9 @@ def test_the_best_candidate_is_chosen_on_images_that_no_model_was_trained_on(tmp
         torch.zeros(2, dtype=torch.long), name="cifar10", num_classes=10,
     )  # fmt: skip
     monkeypatch.setattr(cifar10_models.data, "load_dataset", lambda *_: whole)
-    job = Job(names.judged_name(names.BEST), 0, cifar10.judge, settings={"data": "x", "budget": BUDGET.training})
+    job = Job(
+        names.judged_name(names.BEST, "fast"), 0, cifar10.judge, settings={"data": "x", "budget": BUDGET.training}
+    )
     trained, held = cifar10_models.images_of(job).x_train, cifar10_models.held_out(job, 10)
     assert held[1].tolist() == list(range(64, 74)) and not set(held[0].flatten().tolist()) & set(
         trained.flatten().tolist()
@@ -161,21 +166,19 @@ def row(model, attack, robust, kind):
                n_eval=1, seed=0, seconds=1.0, data="x", settings=settings)  # fmt: skip
 
 
-def judged(root, name, number, seed=0, **more):
+def judged(root, name, number, seed=0):
     """What judging a model leaves."""
     robust = [1, 1, number % 2, 0]
     found = {"share": sum(robust) / 4, "images": 4, "reliable": name != names.PEEL}
     protocols = ["fast"] if name == names.PEEL or seed > 0 else list(BUDGET.judging.protocols())
-    more |= dict.fromkeys(protocols, found)
     clean = 0.9 - number / 100
-    folder = fact(root, names.judged_name(name), seed, model=name, clean=clean, **more)
     rows = [row(name, "clean", [1, 1, 1, 1], "clean"), row(name, "APGD", robust, "apgd")]
     for protocol in protocols:
         last = robust if protocol == "fast" else [1, 0, 0, 0]
         lowest = replace(row(name, "worst", last, "worst"), reliable=name != names.PEEL)
         report = Report([*rows, lowest], [], {"threat": "L-inf 8/255"})
-        (folder / protocol).mkdir()
-        (folder / protocol / "report.json").write_text(report.to_json())
+        folder = fact(root, names.judged_name(name, protocol), seed, model=name, clean=clean, **{protocol: found})
+        (folder / "report.json").write_text(report.to_json())
 
 
 COSTS = {"parameters": 7e5, "inference_gflop": 0.07, "training_gflop": 1.5}
@@ -197,7 +200,8 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     for name in names.COMPARED:
         trained(root, name, 1)
         judged(root, name, 1, seed=1)
-    fact(root, names.official_name(names.BASE), official={"share": 0.25, "images": 4, "reliable": True})
+    official = {"share": 0.25, "images": 4, "reliable": True}
+    fact(root, names.judged_name(names.BASE, "official"), official=official)
     fact(root, names.tried_name(cifar10_ahead.MIXED), clean=0.7, tried={"share": 0.3, "reliable": False})
     page = cifar10.write(root, results, BUDGET).read_text()
     lines = {line.split(" | ")[0].strip("| "): line for line in reversed(page.splitlines()) if line.startswith("| ")}
@@ -215,6 +219,7 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     # pages quote single numbers; of two seeds the mean
     assert pages.value("cifar10", names.LARGE, "fast", tmp_path / "results") == "50.0"
     assert pages.value("cifar10", names.BASE, "clean", tmp_path / "results") == "89.0"
+    assert pages.value("cifar10", names.BASE, "official", tmp_path / "results") == "25.0"
     assert (results / "cifar10" / "tradeoff.png").is_file()
 
 
