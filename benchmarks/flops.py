@@ -24,7 +24,7 @@ class _NoModules(SimpleNamespace):
 
 
 def _forward(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    # [O, K, L, C], and a result [B, H, W, O]: two for each weight and pixel, whatever algorithm computes it
+    # weight [O, K, L, C], result [B, H, W, O]: a product and a sum for each weight and pixel, as the definition has it
     return 2 * math.prod(weight) * math.prod(out_shape[:3])
 
 

@@ -150,7 +150,7 @@ class PlainStep:
                     setattr(block, name, PlainGate(layer))
         for layer in self.generator.modules():
             if isinstance(layer, Conv2d):
-                # torch's own, of the same weights
+                # PyTorch's layer, which the plain form is made of, with the weights that are there
                 layer.__class__ = nn.Conv2d
         self.classifier = copy.deepcopy(made.classifier).to(memory_format=torch.contiguous_format)  # frozen
         self.optimizer = self.adam(self.generator)

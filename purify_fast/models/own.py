@@ -68,7 +68,7 @@ def made_by(spec: str, *, fresh: bool = False) -> nn.Module:
 
 
 def forget_imported() -> None:
-    """What `made_by` imported so far is no part of what comes: `raised_in` speaks of one command."""
+    """Forget the modules that `made_by` imported, so that `raised_in` judges a later error without them."""
     _imported_names.clear()
 
 
@@ -163,13 +163,12 @@ def _named(spec: str, module: ModuleType, name: str) -> Any:
 
 def _told(error: BaseException) -> str:
     """An error of the user's code in one line, with the innermost line of that code, or else where it was raised."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    beyond = [it for it in frames if it[0].f_code.co_filename != __file__ and not _is_frozen(it[0])]
-    places = [it for it in beyond if _whose(it[0]) == "own"] or beyond
-    at = f" ({places[-1][0].f_code.co_filename}, line {places[-1][1]})" if places else ""
+    # this file and Python's import system, whose files are named <frozen ...>, are no news to the user
+    places = [
+        (frame, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not frame.f_code.co_filename.startswith((__file__, "<frozen "))
+    ]
+    own = [(frame, line) for frame, line in places if _whose(frame) == "own"]
+    at = "".join(f" ({frame.f_code.co_filename}, line {line})" for frame, line in (own or places)[-1:])
     return f"{type(error).__name__}: {error}{at}"
-
-
-def _is_frozen(frame: FrameType) -> bool:
-    """Whether a frame is of the import system."""
-    return frame.f_code.co_filename.startswith("<frozen ")

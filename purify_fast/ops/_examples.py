@@ -20,6 +20,7 @@ from ._op import REGISTRY
 from .aggregate import METHODS
 from .apgd_step import NORMS as APGD_NORMS
 from .convolution import kind as convolution_kind
+from .convolution import output_side
 from .decode_samples import Geometry, pack
 from .pgd_step import NORMS
 from .philox import DISTRIBUTIONS, Stream
@@ -442,12 +443,13 @@ def decode_samples_backward(settings=DECODED) -> Iterator[Example]:
             yield Example(name, make, (torch.float32, torch.bfloat16))
 
 
-#: Of the next list those that are computed by tiles.
+#: The settings of the next list whose kernel works by tiles, with Winograd's algorithm.
 _TILED = (
     ((ROWS, 17, 16, 40), 48, (3, 3), (1, 1), (1, 1), (1, 1)),
     ((ROWS, 18, 23, 32), 40, (3, 3), (1, 1), (2, 0), (2, 1)),
 )
-#: images with channels last, outputs, kernel, stride, padding, dilation: of rows, and where two differ of columns
+#: The shape of the images with channels last, output channels, then kernel, stride, padding and dilation, each of rows
+#: and of columns.
 CONVOLVED = (
     ((ROWS, 9, 8, 24), 24, (3, 3), (1, 1), (1, 1), (1, 1)),
     ((ROWS, 7, 10, 3), 40, (5, 5), (1, 1), (2, 2), (1, 1)),
@@ -457,19 +459,20 @@ CONVOLVED = (
     *_TILED,
 )
 _BFLOAT16 = (torch.bfloat16,)
-#: What is allowed, in float32's eps of the largest number: 2 ** -7 of it. Sums by tiles are of numbers that are rounded
-#: to bfloat16, as the definition's are in this dtype, but not the gradient of the weights, which it is in float32.
+#: The error that tiles are allowed beside rounding, in float32's eps: 2 ** -7 of the largest number. They round what
+#: they multiply to bfloat16 once more. Results in bfloat16 would need no such allowance, since their own rounding is of
+#: that size; the gradient of the weights needs it, which is in float32.
 _ROUNDED = 2.0**16
 
 
 def _convolved(dtype: torch.dtype, seed: int, setting: tuple) -> tuple:
-    """Images, weights, bias, and what the convolution makes of them has the shape of the last one."""
+    """Images, weights, bias, and random numbers in the shape of the result, which stand for its gradient."""
     shape, outputs, kernel, stride, padding, dilation = setting
     # scaled so that results are of the size of the images, as in a network
     scale = (math.prod(kernel) * shape[-1]) ** -0.5
     x, weight = _normal(seed, *shape).to(dtype), _normal(seed + 100, outputs, *kernel, shape[-1], scale=scale).to(dtype)
     sides = zip(shape[1:3], kernel, stride, padding, dilation, strict=True)
-    size = [(side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in sides]
+    size = [output_side(*one) for one in sides]
     bias = _normal(seed + 200, outputs).to(_wide(dtype))
     return x, Parameter(weight, False), Parameter(bias, False), _normal(seed + 300, ROWS, *size, outputs).to(dtype)
 

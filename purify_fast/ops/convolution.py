@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ._gradient import first_order, needs_gradient
 from ._op import define_op, wide
 
-#: Channels of which 16 are not full: numbers are multiplied by 16 at once.
+#: The processor multiplies 16 channels at once. Of fewer, part of each instruction is wasted.
 FEW = 16
 _SETTINGS = "int[] stride, int[] padding, int[] dilation"
 
@@ -66,7 +66,7 @@ def reference_input_gradient(
     *settings: Sequence[int],
 ) -> Tensor:
     """grad [B, H', W', O] times d out / d input: [B, H, W, C] of these height and width."""
-    like = grad.new_empty(1).expand(len(grad), weight.shape[3], height, width)
+    like = grad.new_empty(1).expand(grad.shape[0], weight.shape[3], height, width)
     made = _backward((True, False, False), grad, like, _first(weight), *settings)[0]
     return _last(made).contiguous()
 
@@ -95,7 +95,7 @@ def _backward(
 
 
 def kind(inputs: int, outputs: int, stride: Sequence[int]) -> str:
-    """The variant by which who serves is chosen: these were ahead or behind together.
+    """The name of the layer's group. Who serves is chosen by group: layers of one were ahead or behind together.
 
     Args:
         inputs: channels that come in.
@@ -107,15 +107,24 @@ def kind(inputs: int, outputs: int, stride: Sequence[int]) -> str:
     return "strided" if max(stride) > 1 else "stride 1"
 
 
-def _out(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+def output_side(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """How many rows the result has, or columns.
+
+    Args:
+        size: rows of the input, or columns; the others are of the same direction.
+        kernel: taps.
+        stride: pixels of the input from one of the result to the next.
+        padding: zeros on each side.
+        dilation: pixels from tap to tap.
+    """
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _fake(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    size = [_out(input.shape[1 + i], weight.shape[1 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
-    return input.new_empty(len(input), *size, len(weight))
+    size = [output_side(input.shape[1 + i], weight.shape[1 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    return input.new_empty(input.shape[0], *size, weight.shape[0])
 
 
 def _fake_weight_gradient(grad: Tensor, input: Tensor, kernel: list[int], *settings: Any) -> tuple[Tensor, Tensor]:
@@ -133,7 +142,7 @@ INPUT_GRADIENT = define_op(
     "convolution_input_gradient",
     f"(Tensor grad, Tensor weight, SymInt height, SymInt width, {_SETTINGS}) -> Tensor",
     reference=reference_input_gradient,
-    fake=lambda grad, weight, height, width, *_: grad.new_empty(len(grad), height, width, weight.shape[3]),
+    fake=lambda grad, weight, height, width, *_: grad.new_empty(grad.shape[0], height, width, weight.shape[3]),
 )
 WEIGHT_GRADIENT = define_op(
     "convolution_weight_gradient",
@@ -143,9 +152,11 @@ WEIGHT_GRADIENT = define_op(
 )
 
 
-def _kind_of(weight: Tensor, settings: tuple[list[int], ...]) -> str:
-    """`kind` of a weight ``[O, K, L, C]``, and stride, padding and dilation."""
-    return kind(weight.shape[3], weight.shape[0], settings[0])
+def _by_kernel(images: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[list[int], ...]) -> Tensor:
+    """The kernel's result, with channels first."""
+    # A view that a function of autograd returns cannot be changed in place, as the next layer may want to. `.data` is
+    # the same memory and no view. Nobody else holds it.
+    return _first(OP.handle(images, weight, bias, *settings)).data
 
 
 class _Convolution(torch.autograd.Function):
@@ -153,8 +164,7 @@ class _Convolution(torch.autograd.Function):
     def forward(
         input: Tensor, weight: Tensor, bias: Tensor | None, rounded: Tensor, settings: tuple[list[int], ...]
     ) -> Tensor:
-        # no longer as a view, which the next layer could not change in place: nobody else holds what it is a view of
-        return _first(OP(input, rounded, bias, *settings, variant=_kind_of(rounded, settings))).data
+        return _by_kernel(input, rounded, bias, settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -170,7 +180,7 @@ class _Convolution(torch.autograd.Function):
         rounded, input = ctx.saved_tensors
         grad = _last(grad)
         made, of_weight, of_bias = None, None, None
-        variant = _kind_of(rounded, ctx.settings)
+        variant = kind(rounded.shape[3], rounded.shape[0], ctx.settings[0])
         if ctx.needs_input_grad[0]:
             made = INPUT_GRADIENT(grad, rounded, *ctx.size, *ctx.settings, variant=variant)
         if input is not None:
@@ -209,13 +219,14 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _plain(input: Tensor, made: int, variant: str) -> bool:
     """Whether PyTorch's convolution serves, of an input on a CPU whose result has so many numbers."""
+    # also where a kernel is forced: most processors have none of this op, and a forced kernel is meant for the others
     if OP.kernel("cpu") == "reference":
         return True
     dtype = input.dtype
     # an autocast leaves float64 as it is
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
-    if dtype != torch.bfloat16 or not input.is_floating_point():
+    if dtype != torch.bfloat16:
         return True
     backwards = (op.plain(input.device, dtype, made, variant) for op in (INPUT_GRADIENT, WEIGHT_GRADIENT))
     return OP.plain(input.device, dtype, input.numel(), variant) and all(backwards)
@@ -224,13 +235,13 @@ def _plain(input: Tensor, made: int, variant: str) -> bool:
 def _elements(input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
     """How many numbers the result has; ValueError if an image is smaller than the kernel."""
     size, kernel = input.shape[2:], weight.shape[2:]
-    sides = [_out(size[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    sides = [output_side(size[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
     if min(sides) < 1:
         raise ValueError(
             f"input with its padding is smaller than the kernel: {list(size)}, padding {padding}, kernel "
             f"{list(kernel)}, dilation {dilation}"
         )
-    return len(input) * weight.shape[0] * sides[0] * sides[1]
+    return input.shape[0] * weight.shape[0] * sides[0] * sides[1]
 
 
 def conv2d(
@@ -277,5 +288,4 @@ def conv2d(
     rounded = kernels.detach().to(torch.bfloat16)
     if needs_gradient(input, weight, *([] if bias is None else [bias])):
         return _Convolution.apply(images, kernels, bias, rounded, settings)
-    # no longer as a view, as in `_Convolution.forward`
-    return _first(OP(images, rounded, bias, *settings, variant=_kind_of(rounded, settings))).data
+    return _by_kernel(images, rounded, bias, settings)
