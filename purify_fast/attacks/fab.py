@@ -31,7 +31,7 @@ from .engine.judge import Judge, has_fallen
 from .engine.reach import reach_of_steps, some_of
 from .engine.waves import Rows, Waves, add_counts, likeliest_wrong
 from .frozen_model import frozen
-from .health import GradientHealth
+from .health import GradientHealth, HealthOfRows
 
 #: The authors' own numbers: steps, the largest weight of the clean image, the overshoot, and how far a point across the
 #: border is drawn back.
@@ -142,10 +142,11 @@ def _run(
     point = nearest = rows.begin
     nearest_at = torch.full_like(rows.ball.eps, torch.inf)
     reach = reach_of_steps(steps) if give_up else None
+    seen = None if health is None else HealthOfRows(health, point)
     for i in range(steps):
         found = objective.gradient(point, rows.labels)
-        if health is not None:
-            health.see_gradient(found.image)
+        if seen is not None:
+            seen.see_gradient(found.image)
         across = has_fallen(found.wrong, active.judge.rule)
         nearest, nearest_at = _nearer(rows, point, across, (nearest, nearest_at))
         origin = torch.where(per_image(across, point), rows.x + BACK * (point - rows.x), point)
@@ -162,10 +163,14 @@ def _run(
             if lost is not None:
                 out = lost.nonzero()[:, 0]
                 _offer(objective, active, rows.of(out), nearest[out])
+                if seen is not None:
+                    seen.give_up(out, steps)
             kept = active.kept(rows.owner, lost) if fell or lost is not None else None
             if kept is not None:
                 if reach is not None:
                     reach.take(kept)
+                if seen is not None:
+                    seen.take(kept)
                 rows, point, nearest, nearest_at = rows.of(kept), point[kept], nearest[kept], nearest_at[kept]
             if len(point) == 0:
                 return

@@ -110,3 +110,50 @@ class GradientHealth:
     def reliable(self) -> bool:
         """Whether the attack's number may be believed."""
         return self.nonfinite <= MAX_NONFINITE and self.zero <= MAX_ZERO and self.unmoved <= MAX_UNMOVED
+
+
+class HealthOfRows:
+    """Counts the gradients of a run whose rows may be given up before its end; waits for nothing.
+
+    A row that is given up counts as if it had taken every step, with as large a share of faulty gradients as before.
+    Otherwise the rows that are searched to the end, as those without gradients are, would count more than others.
+
+    Args:
+        health: where gradients are counted.
+        begin: where the rows begin, ``[R, ...]``.
+    """
+
+    def __init__(self, health: GradientHealth, begin: Tensor):
+        self.health, self._steps = health, 0
+        #: How many gradients of each row were not finite, and how many zero.
+        self._faults = torch.zeros((2, len(begin)), device=begin.device)
+
+    def see_gradient(self, grad: Tensor, fooled: Tensor | None = None) -> None:
+        """Count the gradients of one step.
+
+        Args:
+            grad: ``[R, ...]``.
+            fooled: bool ``[R]``, where the attack needs none, so that zero is no fault.
+        """
+        found = torch.stack(faulty_rows(grad, fooled))
+        self._faults, self._steps = self._faults + found, self._steps + 1
+        self.health.add(len(grad), *found.sum(1))
+
+    def give_up(self, rows: Tensor, steps: int) -> None:
+        """Count the gradients that some rows will not take.
+
+        Args:
+            rows: which are given up, int64.
+            steps: of the whole run.
+        """
+        left = steps - self._steps
+        nonfinite, zero = (self._faults[:, rows].sum(1) * left / self._steps).round().long()
+        self.health.add(len(rows) * left, nonfinite, zero)
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with some of the rows.
+
+        Args:
+            rows: which stay, int64.
+        """
+        self._faults = self._faults[:, rows]

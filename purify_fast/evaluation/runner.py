@@ -191,7 +191,7 @@ def _kept_in(out: Path, subject: Subject, name: str, stack: contextlib.ExitStack
     The kernels are verified now, which takes a moment once on a machine: were one found wrong at its first use, the
     rows of this run would have the name of rows that it had served, and the next run would make them anew.
     """
-    # as `fingerprint` decides, which reads every weight
+    # `fingerprint` returns None for these models, but to ask it would read every weight of the others
     if not isinstance(subject.model, nn.Module):
         logger.warning("out: %s is a function, of which no weights can be compared: its rows are not kept", name)
     served = decisions(subject.device, verify=True)

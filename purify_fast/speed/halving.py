@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._tensors import without_autocast
+
 #: Input and output channels up to which this is faster: beyond it the libraries' own kernels are.
 MOST_CHANNELS = 32
 #: Numbers of a row, width times channels, up to which it is computed as one pixel.
@@ -168,10 +170,7 @@ class _Halve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spread: Spread) -> Tensor:
         ctx.spread = spread
-        if x.shape[1] == 1:
-            # one channel lies alike in both layouts, and the library is faster where it is called the usual one
-            x, weight = (each.flatten(1).view(each.shape) for each in (x, weight))
-        return _last(F.conv2d(x, weight, bias, 2, 1))
+        return _halve(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -181,6 +180,8 @@ class _Halve(torch.autograd.Function):
 
 class _Replacement(nn.Module):
     """In the place of a frozen convolution: it has the layer's weight and bias, and the bias in another dtype.
+
+    A subclass computes batches of images in `_computed`. Whatever it does not serve, the layer itself computes.
 
     Args:
         layer: the convolution.
@@ -203,6 +204,21 @@ class _Replacement(nn.Module):
         """The layer's own."""
         return self.layer.bias
 
+    def forward(self, x: Tensor) -> Tensor:
+        # an image without a batch goes through the layer too
+        if x.dim() != 4 or not self._serves(x):
+            return self.layer(x)
+        with without_autocast(x.device):
+            return self._computed(x.to(self.dtype))
+
+    def _serves(self, x: Tensor) -> bool:
+        """Whether `_computed` is right and fast for images of this size, ``[B, C, H, W]``."""
+        raise NotImplementedError
+
+    def _computed(self, x: Tensor) -> Tensor:
+        """What the layer would return, of images ``[B, C, H, W]`` in the dtype of the arithmetic."""
+        raise NotImplementedError
+
 
 class Resizing(_Replacement):
     """In the place of a frozen convolution that halves an image, or of its transpose, which doubles one.
@@ -219,12 +235,11 @@ class Resizing(_Replacement):
         self.spread = Spread(weight, dtype)
         self.register_buffer("_weight", _last(weight.to(dtype)), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # an image without a batch goes through the layer too
-        if x.dim() != 4 or (self.function is _Halve and (x.shape[2] % 2 or x.shape[3] % 2)):
-            return self.layer(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.function.apply(x.to(self.dtype), self._weight, self._bias, self.spread)
+    def _serves(self, x: Tensor) -> bool:
+        return self.function is _Double or not (x.shape[2] % 2 or x.shape[3] % 2)
+
+    def _computed(self, x: Tensor) -> Tensor:
+        return self.function.apply(x, self._weight, self._bias, self.spread)
 
 
 class _Rows(torch.autograd.Function):
@@ -258,19 +273,16 @@ class RowByRow(_Replacement):
         self._both = (other, weight) if isinstance(layer, nn.ConvTranspose2d) else (weight, other)
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4:
-            # an image without a batch
-            return self.layer(x)
+    def _serves(self, x: Tensor) -> bool:
+        return x.shape[3] * min(self.layer.in_channels, self.layer.out_channels) <= WIDEST_ROW
+
+    def _computed(self, x: Tensor) -> Tensor:
         width = x.shape[3]
-        if width * min(self.layer.in_channels, self.layer.out_channels) > WIDEST_ROW:
-            return self.layer(x)
         if width not in self._rows:
             first, second = (row_weight(each, width).to(self.dtype) for each in self._both)
             self._rows[width] = first, second
         weight, back = self._rows[width]
-        with torch.autocast(x.device.type, enabled=False):
-            return _Rows.apply(x.to(self.dtype), weight, self._bias, back)
+        return _Rows.apply(x, weight, self._bias, back)
 
 
 class SameLayout(nn.Module):

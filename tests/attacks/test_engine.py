@@ -553,6 +553,28 @@ def test_the_share_of_zero_gradients_is_that_of_searches_to_the_end(digits, shar
     assert found[0] == pytest.approx(share, rel=0.1) and found[1] == pytest.approx(found[0], rel=0.15)
 
 
+@pytest.mark.parametrize("attack", [apgd, fab_t])
+def test_few_images_without_gradients_count_no_more_where_others_are_given_up(digits, attack):
+    net, x, y = digits[0], digits[1][:60].clone(), digits[2][:60]
+    x[:, 0, 0, 0] = 0
+    x[:3, 0, 0, 0] = 1
+
+    class Part(nn.Module):
+        """Has no gradient where the first pixel is bright."""
+
+        def forward(self, images):
+            logits = net(images)
+            return torch.where(images[:, 0, 0, :1] > 0.5, logits.detach(), logits)
+
+    options = {"loss": "dlr_targeted"} if attack is apgd else {}
+    found = []
+    for give_up in (False, True):
+        health = GradientHealth()
+        attack(Part(), x, y, eps=0.05, n_target_classes=4, give_up=give_up, health=health, **options)
+        found.append(health.zero)
+    assert 0.03 < found[0] < 0.08 and found[1] == pytest.approx(found[0], rel=0.1)
+
+
 @pytest.mark.parametrize("attack", [APGD, FABT, Square])
 def test_give_up_is_true_or_false(attack):
     with pytest.raises(ValueError, match="give_up must be True or False, got 'no'"):

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from digit_nets import EPS, Gated, digits, robust, standard
+from digit_nets import EPS, Gated, digits, net, robust, standard
 
-from purify_fast.attacks import APGD, PGD, Square
+from purify_fast.attacks import APGD, PGD, Square, pgd
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report, evaluate
+from purify_fast.evaluation.alarms import Evidence, Probes, findings
+from purify_fast.evaluation.alarms.from_probes import START_UNRELIABLE
 from purify_fast.evaluation.page import html_page
 from purify_fast.evaluation.surrogates import surrogates
 from purify_fast.ops import aggregate
@@ -94,10 +97,11 @@ class NoisyLogits(nn.Module):
         return logits + 4 * torch.randn_like(logits)
 
 
-def judged(model, attacks=None, n=48, **more):
+def judged(model, attacks=None, n=48, images=None, **more):
     _, _, x, y = digits()
     options = {"eps": EPS, "steps": 10, "eot_iter": 2, "n_eval": 2, "progress": False, "probes": True} | more
-    return evaluate(model, x[:n], y[:n], attacks=[*DIRECT, *FREE] if attacks is None else attacks, **options)
+    images = slice(n) if images is None else images
+    return evaluate(model, x[images], y[images], attacks=[*DIRECT, *FREE] if attacks is None else attacks, **options)
 
 
 def verdicts(report):
@@ -178,6 +182,57 @@ def test_an_honest_model_passes(make):
     assert report.row("worst").reliable and "doubts" not in report.row("worst").settings
     assert len(found) == (15 if report.curves["defence"].get("EOT draws") else 14)
     assert set(report.curves["defence"]) >= {"eps", "steps"}
+
+
+def probed(n, **measured):
+    """The verdicts on what probes of n images have measured."""
+    nothing = {"eps": [(0.1, 0.5), (1.0, 0.0)], "steps": [], "one_start": 0.5, "all_starts": 0.5}
+    found = Probes(n=n, chance=0.1, cosine=1.0, batch_changes=0.0, **nothing | measured)
+    return {finding.alarm: finding.verdict for finding in findings(Evidence([], found))}
+
+
+@pytest.mark.parametrize(
+    "n, images, verdict",
+    [(8, 1.2, "noted"), (8, 2.4, "noted"), (8, 3.2, "unreliable"), (24, 4.0, "unreliable"), (64, 9.0, "noted"),
+     (64, 9.8, "unreliable"), (64, 4.0, "passed")],
+)  # fmt: skip
+def test_how_many_images_a_random_start_must_win(n, images, verdict):
+    assert probed(n, one_start=0.25 + images / n, all_starts=0.25)["random start"] == verdict
+    draws = [(1.0, 0.25 + images / n), (4.0, 0.25), (16.0, 0.25)]
+    # here a smaller difference is noted than of random starts
+    assert probed(n, eot=draws)["noise and seeds"] == ("noted" if verdict == "passed" else verdict)
+
+
+@pytest.mark.parametrize("n, images, verdict", [(8, 1, "noted"), (8, 3, "unreliable"), (64, 7, "unreliable")])
+def test_of_how_many_images_the_class_must_vary(n, images, verdict):
+    draws = [(1.0, 0.5), (16.0, 0.5)]
+    assert probed(n, eot=draws, varying=images / n)["noise and seeds"] == verdict
+
+
+def test_two_images_near_the_border_make_no_honest_model_unreliable():
+    """The 8 images are chosen: two of which random starts differ much, and six of which they hardly do."""
+    _, _, x, y = digits()
+    # an image's random start depends on its place among the 8, so every image keeps its own
+    x, y, places = x[:96], y[:96], torch.arange(96) % 8
+    model = net(EPS / 2, 15)
+    starts = [
+        pgd(model, x, y, eps=EPS, steps=10, loss="margin", keep_best=True, seed=seed, sample_ids=places)
+        for seed in range(5)
+    ]
+    right = torch.stack([model(points).argmax(1) == y for points in starts])
+    gain = (right.float().mean(0) - right.all(0).float()).view(12, 8)
+    chosen, two = gain.argmin(0), gain.amax(0).topk(2).indices
+    chosen[two] = gain.argmax(0)[two]
+    few = 8 * chosen + torch.arange(8)
+    report = judged(model, [PGD(steps=5)], images=few)
+    finding = next(finding for finding in report.findings if finding.alarm == "random start")
+    left, one = (float(word) / 100 for word in re.findall(r"(\d+) %", finding.measured))
+    assert one - left > START_UNRELIABLE and finding.verdict == "noted" and report.headline.reliable
+
+
+def test_a_sharp_gate_is_given_away_by_random_starts():
+    report = judged(Gated(slope=100.0), [PGD(steps=5)], images=slice(48, 96))
+    assert_marked(report, "random start", "probe: five random starts")
 
 
 def test_a_prediction_that_depends_on_the_batch_is_noticed():

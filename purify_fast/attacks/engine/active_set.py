@@ -103,9 +103,10 @@ class ActiveSet:
             lost: rows that are given up, bool ``[R]``; None: none.
 
         Returns:
-            Indices int64 of the rows that stay, as many as `bucket` says. Rows of fallen images fill them up. Where
-            rows are given up, none of which may be searched on for the sake of others, rows that stay are repeated
-            instead, or on a CPU none. None where the batch keeps its size.
+            Indices int64 of the rows that stay; None where the batch keeps its size. Where no row is given up, they are
+            as many as `bucket` says: all rows of unfallen images first, then some of fallen ones. Where rows are given
+            up, nothing else than the rows that stay is searched on: on a CPU each stands once, and on a GPU the first
+            ones are repeated up to the size that `bucket` says.
         """
         if lost is not None:
             stays = (~(self.fallen[owner] | lost)).nonzero()[:, 0]

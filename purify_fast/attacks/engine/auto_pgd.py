@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...ops.pgd_step import pgd_step
 from ..draws import Gradients, Objective
-from ..health import GradientHealth, faulty_rows
-from ..search import better_of
+from ..health import GradientHealth, HealthOfRows
+from ..search import better_of, forgiven
 from .active_set import ActiveSet
 from .reach import border, reach_of_steps, some_of
 from .step_size import SPARSER, Schedule, StepSize, StepSizeL1, changed_share
@@ -60,15 +60,12 @@ def run(
     score = torch.full((2, len(point)), -torch.inf, device=point.device)
     gradients = Gradients(objective, point, rows.labels, schedule.steps)
     reach = reach_of_steps(schedule.steps) if give_up else None
-    faults = torch.zeros((2, len(point)), device=point.device)
+    seen = None if health is None else HealthOfRows(health, point)
     for i in range(schedule.steps):
         found = gradients.at(point)
         gradient = found.image.to(point.dtype)
-        if health is not None:
-            # once an image is fooled, dlr is flat: 1, where the true class is third
-            fooled = None if objective.loss == "ce" else found.wrong == 1
-            health.see_gradient(gradient, fooled)
-            faults = faults + torch.stack(faulty_rows(gradient, fooled))
+        if seen is not None:
+            seen.see_gradient(gradient, forgiven(objective, found))
         best, score = better_of(best, score, point, found.score)
         size.see(point, gradient, found.loss)
         if claims and active.leave and shrinks_after(i + 1):
@@ -84,13 +81,14 @@ def run(
             if lost is not None:
                 out = lost.nonzero()[:, 0]
                 _finish(objective, active, rows.of(out), point[out], (best[out], score[:, out]))
-                if health is not None:
-                    health.see_move(rows.begin[out], point[out], active.correct[rows.owner[out]])
-                    _extrapolate(health, faults[:, out], i + 1, schedule.steps)
+                if seen is not None:
+                    seen.health.see_move(rows.begin[out], point[out], active.correct[rows.owner[out]])
+                    seen.give_up(out, schedule.steps)
             if kept is not None:
-                if health is not None:
-                    health.see_fallen(max(0, len(point) - len(kept) - (0 if lost is None else len(out))))
-                rows, score, faults = rows.of(kept), score[:, kept], faults[:, kept]
+                if seen is not None:
+                    seen.health.see_fallen(max(0, len(point) - len(kept) - (0 if lost is None else len(out))))
+                    seen.take(kept)
+                rows, score = rows.of(kept), score[:, kept]
                 point, previous, best, gradient = point[kept], previous[kept], best[kept], gradient[kept]
                 size.take(kept)
                 gradients = Gradients(objective, point, rows.labels, schedule.steps - i - 1)
@@ -114,21 +112,6 @@ def _out_of_reach(lost: Tensor | None, active: ActiveSet, rows: Rows, point: Ten
         return None
     alive = gradient.flatten(1).any(1) & (point != rows.begin).flatten(1).any(1)
     return some_of(lost & alive & ~active.fallen[rows.owner])
-
-
-def _extrapolate(health: GradientHealth, faults: Tensor, taken: int, steps: int) -> None:
-    """Count the gradients that given up rows did not take, each row's as faulty as those it took.
-
-    Without them a row that is searched to the end would count more than others.
-
-    Args:
-        health: where they are counted.
-        faults: how many gradients of each row were not finite, and how many zero, ``[2, R]``.
-        taken: steps that were taken.
-        steps: of the whole run.
-    """
-    more = (faults.sum(1) * (steps - taken) / taken).round().long()
-    health.add(faults.shape[1] * (steps - taken), more[0], more[1])
 
 
 def run_from_larger(

@@ -8,9 +8,9 @@ it might go on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 #: Of the attacks by gradients: after which shares of the steps rows are given up, and by how much the pace may still
@@ -95,4 +95,4 @@ def border(loss: str) -> float:
         loss: a name of `purify_fast.attacks.LOSSES` or `TARGETED`.
     """
     # the true class has less than half of the probability there; all other losses are margins, up to a factor
-    return float(torch.log(torch.tensor(2.0))) if loss == "ce" else 0.0
+    return math.log(2) if loss == "ce" else 0.0

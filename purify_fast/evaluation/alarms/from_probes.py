@@ -17,6 +17,8 @@ NOISE_UNRELIABLE, NOISE_NOTED = 0.10, 0.03
 ROUNDED, FEW = 0.02, 4
 #: The share of the images that a short attack may find beyond the report.
 MOST_MISSED = 0.03
+#: So many images at least must make a difference: one or two of a few images are a large share by luck.
+MORE_THAN_LUCK = 3
 PROBE = "probe: "
 
 
@@ -41,7 +43,7 @@ def radius_sweep(evidence: Evidence) -> Finding | None:
     rises = [(b[1] - a[1], a, b) for a, b in zip(p.eps, p.eps[1:], strict=False)]
     rise, a, b = max(rises, key=lambda entry: entry[0])
     text = "accuracy falls with the radius: " + ", ".join(f"{100 * acc:.0f} % at {eps:.3g}" for eps, acc in p.eps)
-    bad = rise > 2 * math.sqrt(max(rise, 0) / p.n) and rise * p.n >= 3
+    bad = rise > 2 * math.sqrt(max(rise, 0) / p.n) and rise * p.n >= MORE_THAN_LUCK
     if bad:
         text = f"from eps {a[0]:.3g} to {b[0]:.3g} accuracy rises from {100 * a[1]:.0f} % to {100 * b[1]:.0f} %"
     return Finding("radius sweep", _verdict(bad), text, f"{PROBE}PGD at eps {b[0]:.3g}" if bad else "")
@@ -54,7 +56,8 @@ def random_start(evidence: Evidence) -> Finding | None:
         return None
     gain = p.one_start - p.all_starts
     text = f"five random starts leave {100 * p.all_starts:.0f} %, one leaves {100 * p.one_start:.0f} % on average"
-    verdict: Verdict = "unreliable" if gain > START_UNRELIABLE else "noted" if gain > START_NOTED else "passed"
+    strong = _surely_above(START_UNRELIABLE, gain, p.n)
+    verdict: Verdict = "unreliable" if strong else "noted" if gain > START_NOTED else "passed"
     return Finding("random start", verdict, text, f"{PROBE}five random starts")
 
 
@@ -99,7 +102,7 @@ def noise(evidence: Evidence) -> Finding | None:
         f"the class of {100 * p.varying:.0f} % of the correctly classified images changes from draw to draw; gradients "
         f"over {last[0]:.0f} draws leave {100 * last[1]:.0f} %, over {first[0]:.0f} {100 * first[1]:.0f} %"
     )
-    strong = p.varying > NOISE_UNRELIABLE or gain > START_UNRELIABLE
+    strong = _surely_above(NOISE_UNRELIABLE, p.varying, p.n) or _surely_above(START_UNRELIABLE, gain, p.n)
     verdict: Verdict = "unreliable" if strong else "noted" if p.varying > NOISE_NOTED or gain > 0.05 else "passed"
     return Finding("noise and seeds", verdict, text, f"{PROBE}gradients over {last[0]:.0f} draws")
 
@@ -153,6 +156,11 @@ def _missed(evidence: Evidence, alarm: str, itself: bool) -> Finding | None:
     surely = count - 1.5 * math.sqrt(count)
     verdict: Verdict = "unreliable" if surely > MOST_MISSED * p.n else "noted" if count > 1 else "passed"
     return Finding(alarm, verdict, text, f"{PROBE}APGD by the gradients of {best}" if count else "")
+
+
+def _surely_above(limit: float, share: float, n: int) -> bool:
+    """Whether a share of n images is above its limit, and of more images than luck explains."""
+    return share > limit and share * n >= MORE_THAN_LUCK
 
 
 def _verdict(bad: bool) -> Verdict:
