@@ -7,7 +7,6 @@ namespace pf::cpu {
 namespace {
 
 using convolution::Images;
-using convolution::Plan;
 using convolution::Sizes;
 using convolution::WeightGradient;
 
@@ -48,20 +47,21 @@ Sizes sizes_of(int64_t images, int64_t height, int64_t width, int64_t inputs, co
   return s;
 }
 
-// Tiles of one image from which on the algorithm by tiles is faster: its weights are transformed, and in the gradient
-// of the weights its sums as well.
+// Of an image with fewer tiles than this the sums as they are written are faster. Tiles need transformed weights, which
+// take the same time however many tiles there are. The gradient of the weights needs transformed sums, which take more.
 constexpr int64_t fewest_tiles = 16, fewest_tiles_of_gradient = 64;
 
 // turned: the input is the gradient of the output, and the result that of the input.
 Tensor convolve(const Sizes& s, const Tensor& input, const Tensor& weight, bool turned, const float* bias) {
-  const Plan plan = turned ? convolution::input_gradient_plan(s) : convolution::forward_plan(s);
-  Tensor out = new_tensor({plan.images, plan.out_height, plan.out_width, plan.outputs}, ScalarType::BFloat16);
+  Tensor out = turned ? new_tensor({s.images, s.height, s.width, s.inputs}, ScalarType::BFloat16)
+                      : new_tensor({s.images, s.out_height, s.out_width, s.outputs}, ScalarType::BFloat16);
   if (out.numel() == 0) return out;
   auto* to = static_cast<uint16_t*>(out.mutable_data_ptr());
   if (convolution::by_tiles(s, fewest_tiles)) {
     convolution::TiledImages(s, turned).run(words(input), words(weight), bias, to, Parallel{});
   } else {
-    Images(plan).run(words(input), words(weight), turned, bias, to, Parallel{});
+    Images(turned ? convolution::input_gradient_plan(s) : convolution::forward_plan(s))
+        .run(words(input), words(weight), turned, bias, to, Parallel{});
   }
   return out;
 }

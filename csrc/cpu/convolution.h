@@ -44,7 +44,7 @@ class Kept {
     void* at;
     size_t bytes;
   };
-  // A piece of at least so many bytes, and not of many times as many; null if there is none.
+  // A piece of at least so many bytes and of at most four times as many; null if there is none.
   Piece take(size_t bytes) {
     for (Piece& piece : pieces) {
       if (piece.bytes < bytes || piece.bytes > 4 * bytes) continue;
@@ -92,8 +92,9 @@ struct Lines {
   Kept::Piece held{nullptr, 0};
 };
 
-// Channels that are worked on together: `count` of them from `first`; a position has room for `pitch`, and before them
-// lie `before` for each position.
+// Channels that are worked on together: `count` of them, from channel `first` on. Their data are laid out position by
+// position, with room for `pitch` channels at each. Blocks lie one behind the other, and those before this one have
+// together room for `before` channels at each position.
 struct Block {
   int64_t first, count, pitch, before;
 };
@@ -104,7 +105,6 @@ struct Blocks {
     list.push_back({first, count, room, pitch});
     pitch += room;
   }
-  int64_t size() const { return static_cast<int64_t>(list.size()); }
 };
 
 // At most `most` vectors of 16 channels, and the last of a block may be one of 8.
@@ -118,7 +118,7 @@ inline Blocks vectors(int64_t channels, int64_t most) {
   }
   return made;
 }
-// At most 8 single channels.
+// Single channels, in as few blocks of at most 8 as possible, of about the same size.
 inline Blocks singles(int64_t channels) {
   Blocks made;
   const int64_t blocks = (channels + 7) / 8;
@@ -129,7 +129,25 @@ inline Blocks singles(int64_t channels) {
   return made;
 }
 
-// (x, y) of 8 or 16 channels as numbers of 32 bits.
+// Single channels in blocks that begin at multiples of 8, as a vector that is cut into halves needs them.
+inline Blocks eights(int64_t channels) {
+  Blocks made;
+  for (int64_t first = 0; first < channels; first += 8) made.add(first, channels - first < 8 ? channels - first : 8, 8);
+  return made;
+}
+
+inline int64_t rounded_to_eights(int64_t count) { return (count + 7) / 8 * 8; }
+
+// The mask of the first `count` of 16 numbers: of all of them if `count` is larger, of none if it is negative.
+inline __mmask16 first_of(int64_t count) {
+  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+}
+// 16 numbers in float32, zeros where the mask has none.
+PF_PAIRS_INLINE __m512 load_numbers(const uint16_t* from, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
+// (x, y) of 8 or 16 channels as numbers of 32 bits, x in the lower half.
 PF_PAIRS_INLINE void store_pairs(__m128i x, __m128i y, uint32_t* to) {
   const __m256i high = _mm256_slli_epi32(_mm256_cvtepu16_epi32(y), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_or_si256(_mm256_cvtepu16_epi32(x), high));
@@ -139,21 +157,13 @@ PF_PAIRS_INLINE void store_pairs(__m256i x, __m256i y, uint32_t* to) {
   _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(x), high));
 }
 
-// Single channels in blocks that begin at multiples of 8.
-inline Blocks eights(int64_t channels) {
-  Blocks made;
-  for (int64_t first = 0; first < channels; first += 8) made.add(first, channels - first < 8 ? channels - first : 8, 8);
-  return made;
-}
-
 // Of one row of pixels, pairs (pixel j, pixel j + distance) for j = from, from + step, ...: a zero stands for what is
 // beyond the row. Each pair is one number of 32 bits for each channel of the block.
 PF_PAIRS inline void pack_pairs(const uint16_t* row, int64_t width, int64_t channels, const Block& block, int64_t from,
                                 int64_t step, int64_t distance, int64_t count, uint32_t* to) {
   for (int64_t c = 0; c < block.pitch; c += 16) {
     const bool half = block.pitch == 8;
-    const int64_t there = block.count - c;
-    const __mmask16 mask = there >= 16 ? 0xffff : static_cast<__mmask16>((1u << (there > 0 ? there : 0)) - 1);
+    const __mmask16 mask = first_of(block.count - c);
     const uint16_t* pixels = row + block.first + c;
     uint32_t* at = to + c;
     for (int64_t k = 0, j = from; k < count;) {

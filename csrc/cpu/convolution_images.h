@@ -34,7 +34,6 @@ struct Target {
 template <class Number, int V, int H, int P>
 PF_PAIRS void image_tile(const Factor* factors, int64_t count, int64_t step, const float* bias,
                          const Target<Number>& to) {
-  constexpr int most = 32;
   constexpr int pitch = V > 0 ? (16 * V + 8 * H + 15) / 16 * 16 : 8;
   __m512 wide[P][V + 1];
   __m256 narrow[P][H + 1];
@@ -46,7 +45,7 @@ PF_PAIRS void image_tile(const Factor* factors, int64_t count, int64_t step, con
   for (const Factor* f = factors; f < factors + count; ++f) {
     const uint32_t* w = f->weights;
     // three pixels to a register, because there are fewer registers for addresses than pixels
-    const uint16_t* x[(most + 2) / 3];
+    const uint16_t* x[(P + 2) / 3];
     x[0] = f->pixels;
     PF_UNROLL for (int i = 1; i < (P + 2) / 3; ++i) x[i] = x[i - 1] + step3;
     for (int64_t c = 0; c < f->pairs; ++c, w += pitch) {
@@ -70,6 +69,8 @@ PF_PAIRS void image_tile(const Factor* factors, int64_t count, int64_t step, con
       }
     }
   }
+  __mmask16 masks[V + 1];  // the channels that are written, of each vector
+  PF_UNROLL for (int v = 0; v <= V; ++v) masks[v] = first_of(to.channels - 16 * v);
   PF_UNROLL for (int p = 0; p < P; ++p) {
     Number* at = to.at + p * to.step;
     if constexpr (std::is_same_v<Number, float>) {
@@ -77,13 +78,11 @@ PF_PAIRS void image_tile(const Factor* factors, int64_t count, int64_t step, con
       if constexpr (H > 0) _mm256_storeu_ps(at + 16 * V, narrow[p][0]);
     } else {
       PF_UNROLL for (int v = 0; v < V; ++v) {
-        const int64_t there = to.channels - 16 * v;
-        const __mmask16 mask = there >= 16 ? 0xffff : static_cast<__mmask16>((1u << there) - 1);
-        _mm256_mask_storeu_epi16(at + 16 * v, mask, (__m256i)_mm512_cvtneps_pbh(wide[p][v]));
+        _mm256_mask_storeu_epi16(at + 16 * v, masks[v], (__m256i)_mm512_cvtneps_pbh(wide[p][v]));
       }
       if constexpr (H > 0) {
-        const __mmask8 mask = static_cast<__mmask8>((1u << (to.channels - 16 * V)) - 1);
-        _mm_mask_storeu_epi16(at + 16 * V, mask, (__m128i)_mm256_cvtneps_pbh(narrow[p][0]));
+        const auto half = static_cast<__mmask8>(masks[V]);
+        _mm_mask_storeu_epi16(at + 16 * V, half, (__m128i)_mm256_cvtneps_pbh(narrow[p][0]));
       }
     }
   }

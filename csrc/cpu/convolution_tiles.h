@@ -30,6 +30,7 @@ class TiledImages {
   template <class Parallel>
   void run(const uint16_t* input, const uint16_t* weight, const float* bias, uint16_t* out,
            const Parallel& parallel) const {
+    // tiles of one part of the work: a multiple of the 8, 12 or 16 that `tiles_of` multiplies at once
     constexpr int64_t together = 48;
     const int64_t pairs = (inputs + 1) / 2, pitch = (inputs + 15) / 16 * 16, of_weights = blocks.pitch * pairs;
     Lines<uint32_t> packed(products * of_weights);
@@ -60,13 +61,12 @@ class TiledImages {
         for (const Block& block : blocks.list) {
           const auto kinds = tiles_of<float>(block.count);
           for (int64_t i = 0; i < products; ++i) {
-            const Factor factor{taken.get() + i * together * pitch,
-                                packed.get() + i * of_weights + block.before * pairs, pairs};
+            const uint32_t* weights = packed.get() + i * of_weights + block.before * pairs;
             for (int64_t t = 0; t < count; t += kinds.most) {
               const int64_t some = std::min(kinds.most, count - t);
-              const Factor moved{factor.pixels + t * pitch, factor.weights, pairs};
+              const Factor factor{taken.get() + (i * together + t) * pitch, weights, pairs};
               float* to = sums.get() + (i * together + t) * block.pitch;
-              kinds.of[some - 1](&moved, 1, pitch, zeros.data(), {to, block.pitch, block.pitch});
+              kinds.of[some - 1](&factor, 1, pitch, zeros.data(), {to, block.pitch, block.pitch});
             }
           }
           for (int64_t t = 0; t < count; ++t) {
@@ -98,7 +98,7 @@ class TiledWeightGradient {
     for (const Block& m : many().list) {
       for (const Block& one : single().list) {
         parts.push_back({m, one, total});
-        total += one.count * rounded(m.count);
+        total += one.count * rounded_to_eights(m.count);
       }
     }
   }
@@ -109,7 +109,9 @@ class TiledWeightGradient {
     Lines<float> sums(products * total);
     std::memset(sums.get(), 0, products * total * sizeof(float));
     const int64_t tiles = s.images * grid.each, bytes = products * 2 * (of_gradient.pitch + of_input.pitch);
-    const int64_t fitting = std::clamp<int64_t>((5 << 18) / bytes / few * few, few, (tiles + few - 1) / few * few);
+    // so many tiles at a time that what is made of them stays in the cache near a core
+    constexpr int64_t room = 1280 << 10;
+    const int64_t fitting = std::clamp<int64_t>(room / bytes / few * few, few, (tiles + few - 1) / few * few);
     Lines<uint32_t> left(products * of_gradient.pitch * fitting / 2), right(products * of_input.pitch * fitting / 2);
     for (int64_t first = 0; first < tiles; first += fitting) {
       const int64_t count = std::min(fitting, tiles - first), pairs = (count + 1) / 2;
@@ -137,7 +139,6 @@ class TiledWeightGradient {
     Block many, single;
     int64_t sums;
   };
-  static int64_t rounded(int64_t count) { return (count + 7) / 8 * 8; }
   const Blocks& many() const { return many_is_gradient ? of_gradient : of_input; }
   const Blocks& single() const { return many_is_gradient ? of_input : of_gradient; }
 
@@ -171,7 +172,7 @@ class TiledWeightGradient {
   }
 
   void give(const Part& part, const float* sums, float* result) const {
-    const int64_t row = rounded(part.many.count);
+    const int64_t row = rounded_to_eights(part.many.count);
     float made[9 * 16];
     for (int64_t b = 0; b < part.single.count; ++b) {
       for (int64_t m = 0; m < part.many.count; m += 16) {

@@ -77,15 +77,13 @@ inline WeightTile weight_tile_of(int64_t many, int64_t singles) {
 
 // The gradient of the bias: the sum over all pixels, of 16 channels from `first` on.
 PF_PAIRS inline void sum_pixels(const uint16_t* gradient, int64_t pixels, int64_t channels, int64_t first, float* to) {
-  const int64_t there = channels - first;
-  const __mmask16 mask = there >= 16 ? 0xffff : static_cast<__mmask16>((1u << there) - 1);
+  const __mmask16 mask = first_of(channels - first);
   __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   const uint16_t* at = gradient + first;
   for (int64_t i = 0; i < pixels; i += 4) {
     PF_UNROLL for (int k = 0; k < 4; ++k, at += channels) {
       const __mmask16 seen = i + k < pixels ? mask : __mmask16(0);
-      const __m512i numbers = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(seen, seen ? at : gradient));
-      sums[k] = _mm512_add_ps(sums[k], _mm512_castsi512_ps(_mm512_slli_epi32(numbers, 16)));
+      sums[k] = _mm512_add_ps(sums[k], load_numbers(seen ? at : gradient, seen));
     }
   }
   _mm512_mask_storeu_ps(to + first, mask,
@@ -113,15 +111,15 @@ class WeightGradient {
     for (const Block& m : many.list) {
       for (const Block& one : single.list) {
         tiles.push_back({m, one, total});
-        total += taps * one.count * rounded(m.count);
+        total += taps * one.count * rounded_to_eights(m.count);
       }
     }
   }
 
-  // Into `result` [outputs, kernel, kernel, inputs] and `bias` [outputs]; parallel(count, f) calls f(begin, end) for
-  // all parts of a range. Every sum runs over the pixels in one order, whoever makes it.
+  // Into `result` [outputs, kernel, kernel, inputs]; parallel(count, f) calls f(begin, end) for all parts of a range.
+  // Every sum runs over the pixels in one order, whoever makes it.
   template <class Parallel>
-  void run(const uint16_t* input, const uint16_t* gradient, float* result, const Parallel& parallel) {
+  void run(const uint16_t* input, const uint16_t* gradient, float* result, const Parallel& parallel) const {
     const auto parts = static_cast<int64_t>(tiles.size());
     Lines<float> sums(total);
     std::memset(sums.get(), 0, total * sizeof(float));
@@ -157,7 +155,6 @@ class WeightGradient {
     const uint32_t *gradient, *input;
     int64_t gradients, inputs;
   };
-  static int64_t rounded(int64_t count) { return (count + 7) / 8 * 8; }
 
   // The first row of the input that a band reads, and how many there are.
   std::pair<int64_t, int64_t> rows_of(const Band& band) const {
@@ -237,7 +234,8 @@ class WeightGradient {
       uint32_t* place = to + block.before * positions + position * block.pitch;
       pack_pairs(row, s.width, s.inputs, block, -stride, 1, stride, s.width + stride, place);
       if (s.out_width % 2) {
-        // alone, so that what the output does not reach is not multiplied, not even with a zero
+        // Alone, so that what the output does not reach is not multiplied, not even with a zero. Its neighbor is so far
+        // away that it lies beyond every row.
         place += (s.width + stride) * block.pitch;
         const int64_t last = (s.out_width - 1) * stride - s.padding[1];
         pack_pairs(row, s.width, s.inputs, block, last, s.dilation[1], int64_t{1} << 40, s.kernel[1], place);
@@ -283,7 +281,7 @@ class WeightGradient {
     const Side gradient{packed.gradient + of_g.before * packed.gradients, of_g.pitch, 1};
     const Side input{packed.input + of_x.before * packed.inputs, of_x.pitch, 2 * s.stride[1]};
     const WeightTile multiply = weight_tile_of(tile.many.count, tile.single.count);
-    const int64_t size = tile.single.count * rounded(tile.many.count);
+    const int64_t size = tile.single.count * rounded_to_eights(tile.many.count);
     for (int64_t tap = 0; tap < taps; ++tap) {
       const std::vector<Segment>& list = segments[tap];
       multiply(many_is_gradient ? gradient : input, many_is_gradient ? input : gradient, list.data(),
@@ -291,7 +289,7 @@ class WeightGradient {
     }
   }
   void write(const Tile& tile, const float* sums, float* result) const {
-    const int64_t row = rounded(tile.many.count), size = tile.single.count * row;
+    const int64_t row = rounded_to_eights(tile.many.count), size = tile.single.count * row;
     for (int64_t tap = 0; tap < taps; ++tap) {
       const float* from = sums + tile.sums + tap * size;
       for (int64_t m = 0; m < tile.many.count; ++m) {
