@@ -145,7 +145,7 @@ class Accelerates(Protocol):
 
 @runtime_checkable
 class PassesOn(Protocol):
-    """A wrapper that changes nothing, such as one that counts: an attack may put another model into its place."""
+    """A wrapper, such as one that counts: an attack may put another model, of the same methods, into it."""
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> Classifier:
         """The same wrapper around what ``replace`` makes of the model inside."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from .._tensors import repeat_batch
 from ..ops.aggregate import aggregate
-from ..protocols import DrawsSampleLogits
+from ..protocols import Classifier, DrawsSampleLogits
 
 
 class WithAggregation(nn.Module):
@@ -47,6 +48,15 @@ class WithAggregation(nn.Module):
         with self._mode():
             logits = self.defence.draw_sample_logits(x, draws)
             return aggregate(logits.flatten(0, 1), self.aggregation).unflatten(0, (draws, -1))
+
+    def around(self, replace: Callable[[Classifier], Classifier]) -> WithAggregation:
+        """The same view of another defence.
+
+        Args:
+            replace: makes that defence of the one inside.
+        """
+        made = replace(self.defence)
+        return WithAggregation(cast(nn.Module, made), self.aggregation, self.without_noise).train(self.training)
 
     def _mode(self) -> contextlib.AbstractContextManager[Any]:
         return self.defence.deterministic() if self.without_noise else contextlib.nullcontext()  # type: ignore[operator]

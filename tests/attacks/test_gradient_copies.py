@@ -10,7 +10,9 @@ from torch import nn
 from purify_fast import Atop, Carso
 from purify_fast.attacks import apgd
 from purify_fast.attacks.engine import gradient_copy as copies
+from purify_fast.defences import WithAggregation
 from purify_fast.methods.atop import SmallGenerator
+from purify_fast.models import build_classifier
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.inference_copy import InferenceCopy
 
@@ -55,6 +57,27 @@ def test_a_purifier_of_a_users_own_is_not_folded(defence):
     assert made is not defence and isinstance(made.purifier.module.net[1], nn.BatchNorm2d)
     (image, gradient), (other, found) = (images_and_gradient(model, x) for model in (defence, made))
     assert (other - image).abs().max() < 0.02 and torch.cosine_similarity(found, gradient, 0) > 0.99
+
+
+def test_a_defence_is_copied_inside_another_view_of_it(defence):
+    """A defence without its noise is attacked by its own fast copy, not in float32."""
+    x = torch.rand(8, *SHAPE)
+    quiet = WithAggregation(defence, deterministic=True).eval()
+    made = copies.gradient_copy(quiet, x, "bfloat16")
+    assert type(made) is WithAggregation and made.without_noise and not made.training
+    assert type(made.defence) is type(defence) and made.defence is not defence
+    with torch.no_grad():
+        want, found = quiet(x), made(x)
+        assert torch.equal(made(x), found) and (found - want).abs().max() <= 0.1 * want.abs().max()
+
+
+def test_a_network_that_gains_is_copied_and_one_that_does_not_is_not(monkeypatch):
+    """The first is a fifth of the usual width, and takes half the time in bfloat16; the second takes longer."""
+    monkeypatch.setattr(copies, "fast_bfloat16", lambda device: True)
+    gains = build_classifier("preact_resnet18", (3, 16, 16), 10, width=12).eval()
+    loses = build_classifier("fully_connected", (1, 28, 28), 10).eval()
+    assert isinstance(copies.gradient_copy(gains, torch.rand(8, 3, 16, 16), "auto"), InferenceCopy)
+    assert copies.gradient_copy(loses, torch.rand(8, 1, 28, 28), "auto") is loses
 
 
 @pytest.mark.parametrize("what", ["images", "gradients"])

@@ -37,7 +37,7 @@ from ...speed.inference_copy import InferenceCopy
 from ..arguments import Precision
 
 #: Weights of convolutions and linear layers below which "auto" stays in float32: conversions cost more than they save.
-FEWEST_WEIGHTS = 1_000_000
+FEWEST_WEIGHTS = 250_000
 #: Images of a batch on which the copy is compared with the model.
 COMPARED = 8
 #: How far the copy's logits may be from the model's, relative to the largest, before the copy is given up.
