@@ -53,8 +53,9 @@ class Job:
         """This job's folder, or that of another row of the same seed."""
         return folder_of(root, name or self.name, self.seed)
 
-    def done(self, root: Path) -> bool:
-        return (self.folder(root) / RESULT).is_file()
+    def done(self, root: Path, name: str | None = None) -> bool:
+        """Whether this job has ended, or that of another row of the same seed."""
+        return (self.folder(root, name) / RESULT).is_file()
 
     def result(self, root: Path, name: str | None = None) -> dict:
         """What this job found, or that of another row of the same seed; FileNotFoundError if it is not done."""
@@ -121,7 +122,7 @@ def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
     with worker_pool(workers) as pool:
         while waiting or running:
             for job in list(waiting):
-                if len(running) < workers and all((job.folder(root, need) / RESULT).is_file() for need in job.needs):
+                if len(running) < workers and all(job.done(root, need) for need in job.needs):
                     waiting.remove(job)
                     running[pool.submit(_run, job, root, share)] = job
             try:
