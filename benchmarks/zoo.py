@@ -67,13 +67,15 @@ ENTRIES = {
     "digits-carso-pipeline": Entry("CARSO on digits-pgd-at, then trained through the whole pipeline.", "CARSO"),
     "digits-atop-published": Entry("AToP on digits-standard, trained as published.", "AToP", published=True),
     "digits-atop-pipeline": Entry("AToP on digits-standard, then trained through the whole pipeline.", "AToP"),
-    "mnist-pgd-at": _mnist("A small convolutional network, finetuned with PGD-7.", "classifier", "arrest_mnist (AFT)"),
+    "mnist-pgd-at": _mnist(
+        "A small convolutional network, trained adversarially with PGD-7.", "classifier", "carso_mnist (classifier)"
+    ),
     "mnist-arrest": _mnist("A small convolutional network, finetuned by ARREST.", "ARREST", "arrest_mnist (ARREST)"),
     "mnist-carso-published": _mnist(
-        "CARSO on a network trained with PGD-7, as published.", "CARSO", "carso_mnist (CARSO published)", published=True
+        "CARSO on mnist-pgd-at, trained as published.", "CARSO", "carso_mnist (CARSO published)", published=True
     ),
     "mnist-carso-pipeline": _mnist(
-        "The same CARSO, then trained through the whole pipeline.", "CARSO", "carso_mnist (CARSO pipeline)"
+        "CARSO on mnist-pgd-at, then trained through the whole pipeline.", "CARSO", "carso_mnist (CARSO pipeline)"
     ),
     "cifar10-pgd-at-w16": _cifar10("trained adversarially with PGD-5", "PGD-AT"),
     "cifar10-trades-w16": _cifar10("trained by TRADES", "TRADES"),

@@ -24,6 +24,7 @@ from purify_fast.training.attack import TrainingAttack
 
 from . import Job, mnist
 from .attacked import joined
+from .saving import save_whole
 
 SIZES = {
     "cond_dim": 64,
@@ -90,7 +91,7 @@ def train_published(job: Job, folder: Path, root: Path) -> dict:
     config = CarsoConfig(attack=TrainingAttack(eps=mnist.EPS, steps=40))
     fitting = FitConfig(budget.published_epochs, 128, job.seed)
     last = fit(CarsoTask(defence, config), images.x_train, images.y_train, fitting, folder)
-    defence.save(folder)
+    save_whole(defence, folder)
     return {"kl": last["kl"]}
 
 
@@ -101,7 +102,7 @@ def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=mnist.EPS, steps=7))
     task = CarsoTask(defence, config, weights_fingerprint(defence))
     fit(task, images.x_train, images.y_train, FitConfig(budget.pipeline_epochs, 128, job.seed), folder)
-    defence.save(folder)
+    save_whole(defence, folder)
     return {}
 
 

@@ -54,6 +54,7 @@ from .cifar10_budget import (
     Training,
     search_name,
 )
+from .saving import save_whole
 from .trades import TradesTask
 
 
@@ -234,12 +235,6 @@ def _from_published(job: Job, root: Path, defence: Carso) -> str:
     return weights_fingerprint(published)
 
 
-def _saved(defence: Carso | Atop, folder: Path) -> None:
-    """Write a defence and its classifier."""
-    defence.save(folder)
-    save_classifier(defence.classifier, folder / "classifier")
-
-
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
     """CARSO as published, or from there through the pipeline."""
     images, budget = images_of(job), job.settings["budget"]
@@ -252,7 +247,7 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
             attack_target="pipeline", attack=attack_of(budget), learning_rate=1e-3, precision="bfloat16"
         )
     found = _fitted(job, folder, CarsoTask(defence, config, origin), defence, epochs, images)
-    _saved(defence, folder)
+    save_whole(defence, folder)
     return found
 
 
@@ -269,7 +264,7 @@ def train_candidate(job: Job, folder: Path, root: Path) -> dict:
     )
     task = CandidateTask(defence, config, origin, how.loss)
     found = _fitted(job, folder, task, defence, budget.pipeline_epochs, images)
-    _saved(defence, folder)
+    save_whole(defence, folder)
     return found
 
 
@@ -306,7 +301,7 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
             )  # fmt: skip
         task, epochs = AtopTask(defence, config, weights_fingerprint(before.purifier)), budget.pipeline_epochs
     found = _fitted(job, folder, task, defence, epochs, images)
-    _saved(defence, folder)
+    save_whole(defence, folder)
     return found
 
 
