@@ -177,15 +177,14 @@ def markdown(models: Sequence[Card]) -> str:
     Args:
         models: their cards.
     """
+    protocols = list(dict.fromkeys(protocol for card in models for protocol in card.attacked))
     body = []
     for card in models:
         eps = f"{round(255 * card.eps)}/255" if card.data == "cifar10" else f"{card.eps:g}"
-        cells = [_cell(card.clean), *(_cell(card.attacked.get(name)) for name in PROTOCOLS)]
-        form = " (published form)" if card.published else ""
-        body.append([f"`{card.name}`", card.title + form, eps, *cells])
-    return "\n".join(
-        markdown_table(["model", "what it is", "eps", "clean", *(f"`{name}`" for name in PROTOCOLS)], body)
-    )
+        cells = [_cell(card.clean), *(_cell(card.attacked.get(name)) for name in protocols)]
+        body.append([f"`{card.name}`", card.title, eps, *cells])
+    head = ["model", "what it is", "eps", "clean", *(f"`{name}`" for name in protocols)]
+    return "\n".join(markdown_table(head, body))
 
 
 def _cell(accuracy: Accuracy | None) -> str:
