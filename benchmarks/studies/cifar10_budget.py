@@ -16,16 +16,18 @@ AFT, ARREST = "AFT", "ARREST"
 CARSO, CARSO_PIPELINE, CARSO_ARREST = "CARSO published", "CARSO pipeline", "CARSO pipeline on ARREST"
 GENERATOR, ATOP = "AToP pre-trained only", "AToP published"
 ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
+#: The setting of the paper, whose classifiers are not robust by themselves.
+ATOP_STANDARD = "AToP published on standard"
 #: CARSO as published, attacked through the output that its authors attack.
 PEEL = "CARSO published, through PeeL"
-#: AToP as published, attacked as its released code does: the attack sees the classifier alone.
-ALONE = "AToP published, classifier attacked alone"
+#: The same, attacked as its released code does: the attack sees the classifier alone.
+ALONE = "AToP published on standard, classifier attacked alone"
 #: Rows that are attacked as the method's authors do, and no otherwise.
 AS_AUTHORS = (PEEL, ALONE)
 CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST)
 CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
 #: Rows whose weights another row's training leaves.
-TRAINED_AS = {PEEL: CARSO, ALONE: ATOP, NO_EMA: BASE}
+TRAINED_AS = {PEEL: CARSO, ALONE: ATOP_STANDARD, NO_EMA: BASE}
 #: Where a training keeps the weights that its moving average is of.
 LIVE = "without_average"
 #: The classifier behind each defence.
@@ -37,6 +39,7 @@ BEHIND = {
     ATOP: BASE,
     ATOP_PIPELINE: BASE,
     ATOP_ZERO: BASE,
+    ATOP_STANDARD: STANDARD,
     **dict.fromkeys(CANDIDATES, BASE),
 }
 
@@ -158,6 +161,7 @@ PAIRS = (
     (ATOP, BASE),
     (ATOP_PIPELINE, BASE),
     (ATOP_ZERO, ATOP_PIPELINE),
+    (ATOP_STANDARD, STANDARD),
     (ARREST, AFT),
     (ARREST, BASE),
     *((name, BASE) for name in (NO_EMA, LONG, LARGE, AWP, TRADES)),

@@ -39,6 +39,7 @@ from .cifar10_ahead import CANDIDATES, MIXED, CandidateTask, Mixed
 from .cifar10_budget import (
     ARREST,
     ATOP,
+    ATOP_STANDARD,
     ATOP_ZERO,
     BASE,
     BEHIND,
@@ -282,7 +283,7 @@ def mix(job: Job, folder: Path, root: Path) -> dict:
 def train_atop(job: Job, folder: Path, root: Path) -> dict:
     """A generator that corrects images: pre-trained, then as published, or through the pipeline."""
     images, budget = images_of(job), job.settings["budget"]
-    base = load_classifier(job.folder(root, BASE))
+    base = load_classifier(job.folder(root, BEHIND[job.name]))
     torch.manual_seed(job.seed)
     sigma = 0.0 if job.name == ATOP_ZERO else 0.25
     defence = Atop(base, SmallGenerator(3, residual=True), images.image_shape, transform="rt2", sigma=sigma)
@@ -290,10 +291,10 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
         config = AtopConfig.pretraining(learning_rate=1e-3, schedule="one_cycle", gan_weight=0.1)
         task, epochs = AtopTask(defence, config), budget.generator_epochs
     else:
-        before = load_atop(job.folder(root, GENERATOR), base)
+        before = load_atop(job.folder(root, GENERATOR), load_classifier(job.folder(root, BEHIND[GENERATOR])))
         defence.purifier.load_state_dict(before.purifier.state_dict())
         config = AtopConfig.published("cifar_rt2")
-        if job.name != ATOP:
+        if job.name not in (ATOP, ATOP_STANDARD):
             config = replace(
                 config, attack_method="pgd", attack_target="pipeline", attack=attack_of(budget), cls_weight=1.0,
                 reconstruction_weight=0.1, cls_delay_epochs=0, learning_rate=1e-3, schedule="one_cycle",

@@ -21,6 +21,7 @@ from .cifar10_budget import (
     AS_AUTHORS,
     ATOP,
     ATOP_PIPELINE,
+    ATOP_STANDARD,
     BASE,
     BEST,
     CARSO,
@@ -273,8 +274,9 @@ BARS = (
     ("... as its authors attack it", PEEL),
     ("... trained by purify_fast through the pipeline", CARSO_PIPELINE),
     ("AToP in front of it, as published", ATOP),
-    ("... as its released code attacks it", ALONE),
     ("... trained by purify_fast through the pipeline", ATOP_PIPELINE),
+    ("AToP in front of the first network, as published", ATOP_STANDARD),
+    ("... as its released code attacks it", ALONE),
 )
 
 
