@@ -105,7 +105,7 @@ def table(found: Found, names: Sequence[str], budget: Budget) -> list[str]:
         body.append(
             [
                 name if name == model else f"{name}: {model}",
-                f"{100 * judged['clean']:.1f}",
+                f"{100 * judged['clean']:.1f} ± {_error(judged['clean'], counts.clean):.1f}",
                 *(_attacked(found, name, model, protocol) for protocol in protocols),
                 f"{both.sum:.1f}",
                 f"{both.nrr:.1f}",
@@ -118,6 +118,11 @@ def table(found: Found, names: Sequence[str], budget: Budget) -> list[str]:
     head = ["model", "clean", *(f"`{name}` ({counts.protocols()[name]:,})" for name in protocols), "SUM", "NRR"]
     costs = ["million parameters", "GFLOP a prediction", "GFLOP a training image", "hours of training"]
     return markdown_table([*head, *costs], body)
+
+
+def _error(share: float, images: int) -> float:
+    """The binomial standard error of a share, in percent points."""
+    return 100 * (share * (1 - share) / images) ** 0.5
 
 
 def _attacked(found: Found, name: str, model: str, protocol: str) -> str:
@@ -190,7 +195,9 @@ def settings(found: Found, budget: Budget) -> str:
         f"{amount.train_images:,} training images, for {amount.standard_epochs} epochs on clean images, "
         f"{amount.base_epochs} of PGD-{amount.steps} for each base ({amount.large_epochs} for the larger one, "
         f"{amount.long_epochs} for the longer one), {amount.arrest_epochs} of ARREST and AFT, "
-        f"{amount.published_epochs} of CARSO and AToP as published, and {amount.pipeline_epochs} through the pipeline."
+        f"{amount.published_epochs} of CARSO as published, and {amount.pipeline_epochs} of AToP as published and of all "
+        "that is trained through the pipeline; with seed 0 where nothing else is said. Hours of training are as they "
+        "passed, with other jobs beside, on one to four threads: GFLOP compare costs."
     )
     if (facts := found.result(ARREST)) is not None:
         pair = f"lambda {facts['weight']:g} and phi {facts['angle']:g}"
@@ -256,7 +263,7 @@ def plot(found: Found, reports: dict[str, Report], budget: Budget, path: Path) -
     for name, report in reports.items():
         judged = found.result(judged_name(name, budget.judging.main)) or {}
         clean, robust = judged["clean"], report.headlines[name]
-        error = 100 * (clean * (1 - clean) / budget.judging.clean) ** 0.5
+        error = _error(clean, budget.judging.clean)
         points[name] = (100 * clean, 100 * robust.accuracy, error, 100 * robust.standard_error)
     names = [STANDARD, *(share_name(share) for share in budget.shares), BASE]
     curve = [points[name][:2] for name in names if name in points]

@@ -206,7 +206,7 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     page = cifar10.write(root, results, BUDGET).read_text()
     lines = {line.split(" | ")[0].strip("| "): line for line in reversed(page.splitlines()) if line.startswith("| ")}
     assert (
-        "| 90.0 | 50.0 ± 25.0 | 25.0 ± 21.7 | 25.0 ± 21.7 | 140.0 | 64.3 | 0.70 | 0.070 | 1.50 | 1.50 |"
+        "| 90.0 ± 6.7 | 50.0 ± 25.0 | 25.0 ± 21.7 | 25.0 ± 21.7 | 140.0 | 64.3 | 0.70 | 0.070 | 1.50 | 1.50 |"
         in lines["standard"]
     )
     assert "**unreliable**" in lines[names.PEEL] and "| - | - |" in lines[names.PEEL]
