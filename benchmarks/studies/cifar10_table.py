@@ -196,8 +196,8 @@ def settings(found: Found, budget: Budget) -> str:
         f"{amount.base_epochs} of PGD-{amount.steps} for each base ({amount.large_epochs} for the larger one, "
         f"{amount.long_epochs} for the longer one), {amount.arrest_epochs} of ARREST and AFT, "
         f"{amount.published_epochs} of CARSO as published, and {amount.pipeline_epochs} of AToP as published and of "
-        "all that is trained through the pipeline; with seed 0 where nothing else is said. Hours of training are as they "
-        "passed, with other jobs beside, on one to four threads: GFLOP compare costs."
+        "all that is trained through the pipeline; with seed 0 where nothing else is said. Hours of training are as "
+        "they passed, with other jobs beside, on one to four threads: GFLOP compare costs."
     )
     if (facts := found.result(ARREST)) is not None:
         pair = f"lambda {facts['weight']:g} and phi {facts['angle']:g}"
