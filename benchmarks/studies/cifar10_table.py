@@ -274,16 +274,16 @@ def plot(found: Found, reports: dict[str, Report], budget: Budget, path: Path) -
 
 #: Bars of the picture for those who do not read tables: what each is, and its row.
 BARS = (
-    ("A network trained on clean photos", STANDARD),
-    ("The same network, trained on attacked photos", BASE),
-    ("ARREST", ARREST),
-    ("CARSO in front of it, as published", CARSO),
-    ("... as its authors attack it", PEEL),
-    ("... trained by purify_fast through the pipeline", CARSO_PIPELINE),
-    ("AToP in front of it, as published", ATOP),
-    ("... trained by purify_fast through the pipeline", ATOP_PIPELINE),
-    ("AToP in front of the first network, as published", ATOP_STANDARD),
-    ("... as its released code attacks it", ALONE),
+    ("A: a network trained on clean photos", STANDARD),
+    ("B: the same, trained on attacked photos", BASE),
+    ("ARREST, from A", ARREST),
+    ("CARSO before B, as published", CARSO),
+    ("the same, as its authors attack it", PEEL),
+    ("CARSO before B, trained through the pipeline", CARSO_PIPELINE),
+    ("AToP before B, as published", ATOP),
+    ("AToP before B, trained through the pipeline", ATOP_PIPELINE),
+    ("AToP before A, as published", ATOP_STANDARD),
+    ("AToP before A, as its released code attacks it", ALONE),
 )
 
 
