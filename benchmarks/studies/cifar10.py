@@ -26,6 +26,7 @@ from .cifar10_budget import (
     ATOP_PIPELINE,
     ATOP_STANDARD,
     ATOP_ZERO,
+    AUTHORS,
     AWP,
     BASE,
     BEST,
@@ -47,6 +48,7 @@ from .cifar10_budget import (
     Budget,
     Judging,
     judged_name,
+    main_protocol,
     rows,
     search_name,
     share_name,
@@ -121,17 +123,18 @@ def _judging(path: str, seed: int, budget: Budget) -> Callable[..., Job]:
 
 def judgings(path: str, seed: int, budget: Budget) -> list[Job]:
     """The jobs that judge a seed's models by the protocol that compares them, and the first seed's candidates."""
-    job, main = _judging(path, seed, budget), budget.judging.main
+    job = _judging(path, seed, budget)
 
     def judged(name: str, *needs: str) -> Job:
-        return job(judged_name(name, main), judge, *needs, model=name, protocol=main)
+        protocol = main_protocol(name, budget.judging)
+        return job(judged_name(name, protocol), judge, *needs, model=name, protocol=protocol)
 
     if seed > 0:
         return [judged(name, name) for name in COMPARED]
     candidates = [CARSO_PIPELINE, MIXED, *CANDIDATES]
     tried = [job(tried_name(name), judge_candidate, name, model=name) for name in candidates]
     return [
-        *(judged(name, TRAINED_AS.get(name, name)) for name in rows(budget)),
+        *(judged(name, TRAINED_AS.get(name, name)) for name in (*rows(budget), *AS_AUTHORS)),
         *tried,
         judged(BEST, *(one.name for one in tried)),
     ]
@@ -147,7 +150,7 @@ def further_judgings(path: str, budget: Budget) -> list[Job]:
 
     # `strong` has the attacks of `standard` and more; `standard` is there to be compared with the official AutoAttack
     compared = [name for name in ("standard", "official") if getattr(counts, name) > 0 and name != counts.main]
-    others = [name for name in (*rows(budget), BEST) if name not in AS_AUTHORS] if counts.strong > 0 else []
+    others = [*rows(budget), BEST] if counts.strong > 0 else []
     return [*(judged(name, how) for name in OFFICIAL for how in compared), *(judged(name, "strong") for name in others)]
 
 
@@ -208,16 +211,15 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     torch.manual_seed(job.seed)
     found: dict = {"model": name}
     how: dict
-    if protocol == counts.main:
+    if protocol == main_protocol(name, counts):
         found["clean"] = clean_accuracy(model, images.x_test[: counts.clean], images.y_test)
-    count, how = getattr(counts, protocol), {"protocol": protocol}
-    if name in AS_AUTHORS:
+    how = {"protocol": protocol}
+    if protocol == AUTHORS:
         seen: dict = {"aggregation": "peel_reference"} if name == PEEL else {"target": "classifier"}
         attacks = [AttackSpec(PGD(loss=loss), **seen) for loss in ("ce", "dlr")]
         # each image stands for several samples and draws: fewer at once need less memory
         how = {"attacks": attacks, "steps": job.settings["budget"].carso_steps, "max_forward_batch": 250}
-        count = counts.authors
-    return found | {protocol: _lowest(job, folder, model, name, held, count, how)}
+    return found | {protocol: _lowest(job, folder, model, name, held, getattr(counts, protocol), how)}
 
 
 def judge_candidate(job: Job, folder: Path, root: Path) -> dict:

@@ -22,8 +22,8 @@ ATOP_STANDARD = "AToP published on standard"
 PEEL = "CARSO published, through PeeL"
 #: The same, attacked as its released code does: the attack sees the classifier alone.
 ALONE = "AToP published on standard, classifier attacked alone"
-#: Rows that are attacked as the method's authors do, and no otherwise.
-AS_AUTHORS = (PEEL, ALONE)
+#: Rows that are attacked as the method's authors do, and no otherwise; their place among the protocols.
+AS_AUTHORS, AUTHORS = (PEEL, ALONE), "authors"
 CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST)
 CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
 #: Rows whose weights another row's training leaves.
@@ -189,7 +189,12 @@ def share_name(share: float) -> str:
 def rows(budget: Budget) -> list[str]:
     """The models of the table, in its order."""
     defences = [name for name in BEHIND if name not in CANDIDATES]
-    return [*CLASSIFIERS, *(share_name(share) for share in budget.shares), *AS_AUTHORS, *defences]
+    return [*CLASSIFIERS, *(share_name(share) for share in budget.shares), *defences]
+
+
+def main_protocol(name: str, counts: Judging) -> str:
+    """By what a model is judged first: what compares models, or the attack of its authors."""
+    return AUTHORS if name in AS_AUTHORS else counts.main
 
 
 def judged_name(name: str, protocol: str) -> str:

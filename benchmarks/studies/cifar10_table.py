@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from purify_fast._files import write_text
 from purify_fast.evaluation import Report, Tradeoff, merge, plot_tradeoff
 from purify_fast.evaluation.tables import markdown_table, percent
@@ -16,13 +18,14 @@ from .. import style
 from . import RESULT, folder_of
 from .cifar10_ahead import CANDIDATES, MIXED
 from .cifar10_budget import (
-    ALONE,
     ARREST,
     AS_AUTHORS,
     ATOP,
     ATOP_PIPELINE,
     ATOP_STANDARD,
+    AUTHORS,
     BASE,
+    BEHIND,
     BEST,
     CARSO,
     CARSO_PIPELINE,
@@ -30,7 +33,6 @@ from .cifar10_budget import (
     GENERATOR,
     OFFICIAL,
     PAIRS,
-    PEEL,
     SOURCES,
     STANDARD,
     TRAINED_AS,
@@ -167,6 +169,50 @@ def candidates_table(found: Found, counts: Judging) -> list[str]:
     return markdown_table(["candidate", "what it is", "clean", f"`{counts.tried}`"], body) if body else []
 
 
+def authors_table(found: Found, counts: Judging) -> list[str]:
+    """Models under the attacks of their authors, beside what compares models, on the same images.
+
+    Args:
+        found: what the jobs left.
+        counts: how many images each protocol has.
+    """
+    body = []
+    for line in authors_lines(found, counts):
+        name, left = line["name"], {key: f"{100 * line[key]:.1f}" for key in ("authors", "whole", "classifier")}
+        mark = "" if line["reliable"] else " **unreliable**"
+        pairs = _first(found.report(TRAINED_AS[name], counts.main), counts.authors).astype(float)
+        pairs -= _first(found.report(name, AUTHORS), counts.authors)
+        difference = f"{100 * pairs.mean():+.1f} ± {100 * pairs.std() / len(pairs) ** 0.5:.1f}"
+        body.append([name, left["authors"] + mark, left["whole"], left["classifier"], difference])
+    head = ["model", "the attack of its authors", f"`{counts.main}`", f"its classifier alone, `{counts.main}`"]
+    return markdown_table([*head, "second minus first"], body) if body else []
+
+
+def authors_lines(found: Found, counts: Judging) -> list[dict[str, Any]]:
+    """The shares behind `authors_table`, for pages that quote them; of the first images alone, ``counts.authors``."""
+    lines: list[dict[str, Any]] = []
+    for name in AS_AUTHORS:
+        trained = TRAINED_AS[name]
+        there = found.judged([name], AUTHORS), found.judged([trained, BEHIND[trained]], counts.main)
+        if (len(there[0]), len(there[1])) == (1, 2):
+            judged = found.result(judged_name(name, AUTHORS)) or {}
+            models = trained, BEHIND[trained]
+            shares = [float(_first(found.report(it, counts.main), counts.authors).mean()) for it in models]
+            lines.append(
+                {
+                    "name": name, "seed": found.seed, "clean": judged["clean"], "authors": judged[AUTHORS]["share"],
+                    "whole": shares[0], "classifier": shares[1], "reliable": judged[AUTHORS]["reliable"],
+                }
+            )  # fmt: skip
+    return lines
+
+
+def _first(report: Report, count: int) -> np.ndarray:
+    """Which of the first images withstood all attacks."""
+    worst = next(row for row in report.rows if row.kind == WORST)
+    return worst.robust[:count]
+
+
 def official_table(found: Found, counts: Judging) -> list[str]:
     """The official AutoAttack beside this package's protocols, on the same images."""
     protocols = [name for name, count in counts.protocols().items() if count >= counts.official]
@@ -174,10 +220,8 @@ def official_table(found: Found, counts: Judging) -> list[str]:
     for name in (name for name in OFFICIAL if all(found.judged([name], protocol) for protocol in protocols)):
         if (official := found.result(judged_name(name, "official"))) is None:
             continue
-        shares = []
-        for protocol in protocols:
-            worst = next(row for row in found.report(name, protocol).rows if row.kind == WORST)
-            shares.append(f"{100 * worst.robust[: counts.official].mean():.1f}")
+        reports = [found.report(name, protocol) for protocol in protocols]
+        shares = [f"{100 * _first(report, counts.official).mean():.1f}" for report in reports]
         body.append([name, str(counts.official), *shares, f"{100 * official['official']['share']:.1f}"])
     head = ["model", "images", *(f"`{name}`" for name in protocols), "the official AutoAttack"]
     return markdown_table(head, body) if body else []
@@ -189,10 +233,8 @@ def settings(found: Found, budget: Budget) -> str:
     text = (
         f"CIFAR-10, L-inf 8/255. A PreActResNet-18 of width {amount.width}. Clean accuracy is on {counts.clean:,} test "
         "images; each protocol attacks as many of the first ones as its column says; all in percent, with binomial "
-        "standard errors. CARSO and AToP predict without noise (CARSO from the most likely latent), except where they "
-        "are attacked as their authors do: through PeeL, or through the classifier alone, by PGD-"
-        f"{amount.carso_steps} with two losses on {counts.authors:,} images. Models are trained on the first "
-        f"{amount.train_images:,} training images, for {amount.standard_epochs} epochs on clean images, "
+        "standard errors. CARSO and AToP predict without noise (CARSO from the most likely latent). Models are trained "
+        f"on the first {amount.train_images:,} training images, for {amount.standard_epochs} epochs on clean images, "
         f"{amount.base_epochs} of PGD-{amount.steps} for each base ({amount.large_epochs} for the larger one, "
         f"{amount.long_epochs} for the longer one), {amount.arrest_epochs} of ARREST and AFT, "
         f"{amount.published_epochs} of CARSO as published, and {amount.pipeline_epochs} of AToP as published and of "
@@ -239,9 +281,18 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     if tried := candidates_table(found, counts):
         where = f"{counts.candidates:,} training images that no model was trained on"
         lines += ["", f"Candidates, judged on {where} (clean accuracy on {counts.held_out:,}):", "", *tried]
+    if authors := authors_table(found, counts):
+        how = (
+            f"With noise, and attacked as their authors do, through PeeL or the classifier alone: PGD-"
+            f"{budget.training.carso_steps} with two losses, five draws a step, on the first {counts.authors:,} test "
+            "images. An image counts if each of five predictions is right. The other columns are without noise, on the "
+            "same images:"
+        )
+        lines += ["", how, "", *authors]
     if official := official_table(found, counts):
         lines += ["", "The official AutoAttack on the same images:", "", *official]
     numbers = [line for seed in range(budget.seeds) for line in summary(Found(root, seed), wanted, budget)]
+    numbers += authors_lines(found, counts)
     write_text(folder / "cifar10.json", json.dumps(numbers, indent=1) + "\n")
     merge(reports.values()).save(folder / "cifar10")
     plot(found, reports, budget, folder / "cifar10" / "tradeoff.png")
@@ -268,7 +319,7 @@ def plot(found: Found, reports: dict[str, Report], budget: Budget, path: Path) -
     names = [STANDARD, *(share_name(share) for share in budget.shares), BASE]
     curve = [points[name][:2] for name in names if name in points]
     line = sorted(curve) if len(curve) > 1 else None
-    shown = {name: value for name, value in points.items() if name not in (*AS_AUTHORS, GENERATOR)}
+    shown = {name: value for name, value in points.items() if name != GENERATOR}
     plot_tradeoff(path, shown, line, reference_name="trained at shares of eps", title="CIFAR-10, L-inf 8/255")
 
 
@@ -278,12 +329,10 @@ BARS = (
     ("B: the same, trained on attacked photos", BASE),
     ("ARREST, from A", ARREST),
     ("CARSO before B, as published", CARSO),
-    ("the same, as its authors attack it", PEEL),
     ("CARSO before B, trained through the pipeline", CARSO_PIPELINE),
     ("AToP before B, as published", ATOP),
     ("AToP before B, trained through the pipeline", ATOP_PIPELINE),
     ("AToP before A, as published", ATOP_STANDARD),
-    ("AToP before A, as its released code attacks it", ALONE),
 )
 
 
@@ -304,13 +353,8 @@ def picture(found: Found, reports: dict[str, Report], budget: Budget, path: Path
     for line, (title, name) in enumerate(bars):
         judged = found.result(judged_name(name, budget.judging.main)) or {}
         robust = reports[name].headlines[name]
-        masked = name in AS_AUTHORS
-        color = style.ALARM if masked else style.OURS
         axis.barh(line, 100 * judged["clean"], height=0.62, color="#e3e6ea")
-        axis.barh(
-            line, 100 * robust.accuracy, height=0.62, color="white" if masked else color, edgecolor=color,
-            hatch="////" if masked else None,
-        )  # fmt: skip
+        axis.barh(line, 100 * robust.accuracy, height=0.62, color=style.OURS)
         axis.text(
             101, line, f"{100 * robust.accuracy:.0f} of {100 * judged['clean']:.0f}", va="center", color=style.INK
         )
@@ -320,8 +364,8 @@ def picture(found: Found, reports: dict[str, Report], budget: Budget, path: Path
         axis.axvline(100 * reports[BASE].headlines[BASE].accuracy, color=style.INK, linewidth=0.8, linestyle=":")
     axis.invert_yaxis()
     axis.set(xlim=(0, 100), yticks=[], xticks=range(0, 101, 20))
-    text = "of 100 photos (CIFAR-10, L-inf 8/255): gray, recognized; colored, still recognized when attacked\n"
-    axis.set_xlabel(text + "hatched: an attack that does not see the whole defence", fontsize=9.5)
+    text = "of 100 photos (CIFAR-10, L-inf 8/255): gray, recognized; green, still recognized when attacked"
+    axis.set_xlabel(text, fontsize=9.5)
     axis.spines[["top", "right", "left"]].set_visible(False)
     style.save(figure, path)
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -55,8 +56,10 @@ class WithAggregation(nn.Module):
         Args:
             replace: makes that defence of the one inside.
         """
-        made = replace(self.defence)
-        return WithAggregation(cast(nn.Module, made), self.aggregation, self.without_noise).train(self.training)
+        # a copy of this object, which may be of a subclass and have hooks
+        made = copy.copy(self)
+        made._modules = {**self._modules, "defence": cast(nn.Module, replace(self.defence))}
+        return made
 
     def _mode(self) -> contextlib.AbstractContextManager[Any]:
         return self.defence.deterministic() if self.without_noise else contextlib.nullcontext()  # type: ignore[operator]

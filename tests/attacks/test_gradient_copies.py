@@ -71,8 +71,29 @@ def test_a_defence_is_copied_inside_another_view_of_it(defence):
         assert torch.equal(made(x), found) and (found - want).abs().max() <= 0.1 * want.abs().max()
 
 
+def test_a_view_that_does_something_else_keeps_it_around_a_copy(defence):
+    """A subclass stays one; and a view whose copy would say something else is attacked itself."""
+    x = torch.rand(8, *SHAPE)
+
+    class Negative(WithAggregation):
+        def forward(self, x):
+            return -super().forward(x)
+
+    class Forgets(Negative):
+        def around(self, replace):
+            return WithAggregation(replace(self.defence), self.aggregation, self.without_noise)
+
+    view = Negative(defence, deterministic=True).eval()
+    made = copies.gradient_copy(view, x, "bfloat16")
+    assert type(made) is Negative and made.defence is not defence and view.defence is defence
+    with torch.no_grad():
+        assert (made(x) - view(x)).abs().max() <= 0.1 * view(x).abs().max()
+    forgets = Forgets(defence, deterministic=True).eval()
+    assert copies.gradient_copy(forgets, x, "bfloat16") is forgets
+
+
 def test_a_network_that_gains_is_copied_and_one_that_does_not_is_not(monkeypatch):
-    """The first is a fifth of the usual width, and takes half the time in bfloat16; the second takes longer."""
+    """The first has more weights than FEWEST_WEIGHTS, the second fewer."""
     monkeypatch.setattr(copies, "fast_bfloat16", lambda device: True)
     gains = build_classifier("preact_resnet18", (3, 16, 16), 10, width=12).eval()
     loses = build_classifier("fully_connected", (1, 28, 28), 10).eval()

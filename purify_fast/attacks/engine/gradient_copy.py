@@ -21,6 +21,7 @@ from ...defences.stochastic import StochasticDefence
 from ...protocols import (
     Accelerates,
     Classifier,
+    CountsImages,
     DeterministicMode,
     FixedNoise,
     PassesOn,
@@ -172,7 +173,15 @@ def _inside(wrapper: PassesOn, x: Tensor, precision: Precision, copies: Gradient
         return made
 
     around = wrapper.around(replace)
-    return around if copied else cast(Classifier, wrapper)
+    if not copied or not isinstance(wrapper, nn.Module):
+        return around if copied else cast(Classifier, wrapper)
+    if supports(wrapper, CountsImages):
+        # a counter changes nothing, and would count what is compared
+        return around
+    # the model inside was compared as it predicts by itself; what is attacked is this view of it
+    with _same_draws(x.device):
+        same = _alike(around, wrapper, x) and _follows(around, wrapper, x)
+    return around if same else wrapper
 
 
 def _made(model: nn.Module, x: Tensor) -> Classifier | None:
