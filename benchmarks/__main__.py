@@ -53,6 +53,7 @@ from . import (
 from .ops import registry
 from .running import RESULTS, folder, run_ops, run_pipelines
 from .studies import command
+from .studies.cifar10_table import NothingJudged
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -160,7 +161,11 @@ def main(arguments: list[str] | None = None) -> None:
             command.check(chosen)
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
             parser.error(str(error))
-        print(command.main(chosen).read_text())
+        try:
+            page = command.main(chosen)
+        except NothingJudged as error:
+            parser.error(str(error))
+        print(page.read_text())
         return
     if chosen.command == "zoo":
         try:

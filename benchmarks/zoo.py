@@ -199,7 +199,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = f"a model of the zoo, with the folder of a training that is packed; names: {', '.join(ENTRIES)}"
     parser.add_argument("models", nargs="+", metavar="NAME[=FOLDER]", help=models)
     shares = ", ".join(f"{name} {share:.0%}" for name, share in PROTOCOLS.items()).replace("%", "%%")
-    parser.add_argument("--images", type=int, default=IMAGES, help=f"of these {shares}; {IMAGES} by default")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=IMAGES,
+        help=f"how many held-out images are attacked: {shares}; {IMAGES} by default",
+    )
     parser.add_argument("--data", help="of MNIST and CIFAR-10: the folder that holds them; data by default")
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="folder for reports; runs/zoo by default")
 

@@ -2,7 +2,7 @@
 
 Every model is trained with crops and flips, bfloat16 inside and a moving average of the weights. What the defences are
 compared with is an adversarially trained base, a base of as many parameters, and TRADES. ARREST's lambda and phi are
-chosen on images that were held out of the training images; nothing is chosen on test images.
+chosen on training images that the search leaves out; nothing is chosen on test images.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
 
 
 def search_arrest(job: Job, folder: Path, root: Path) -> dict:
-    """One pair of lambda and phi, trained shortly and measured on held-out training images."""
+    """One pair of lambda and phi, trained shortly and measured on training images that it leaves out."""
     images, budget = images_of(job), job.settings["budget"]
     model = load_classifier(job.folder(root, STANDARD))
     config = finetuning(budget, job.settings["weight"], job.settings["angle"])
@@ -191,7 +191,7 @@ def search_arrest(job: Job, folder: Path, root: Path) -> dict:
 
 
 def chosen(job: Job, root: Path) -> tuple[float, float]:
-    """Lambda and phi of the highest accuracy under attack on held-out training images; the first seed's for all."""
+    """Lambda and phi of the highest accuracy under attack on the images that the search left out; of the first seed."""
     budget = job.settings["budget"]
     pairs = [(weight, angle) for weight in budget.weights for angle in budget.angles]
     first = replace(job, seed=0)

@@ -46,6 +46,10 @@ from .cifar10_budget import (
 )
 
 
+class NothingJudged(ValueError):
+    """A table was asked for, and there is no row for it yet."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What the jobs of one seed left, as far as they are done.
@@ -239,11 +243,12 @@ def settings(found: Found, budget: Budget) -> str:
         f"{amount.long_epochs} for the longer one), {amount.arrest_epochs} of ARREST and AFT, "
         f"{amount.published_epochs} of CARSO as published, and {amount.pipeline_epochs} of AToP as published and of "
         "all that is trained through the pipeline; with seed 0 where nothing else is said. Hours of training are as "
-        "they passed, with other jobs beside, on one to four threads: GFLOP compare costs."
+        "they passed, with other jobs beside, on one to four threads: GFLOP compare costs. Both are of a row's last "
+        "stage."
     )
     if (facts := found.result(ARREST)) is not None:
         pair = f"lambda {facts['weight']:g} and phi {facts['angle']:g}"
-        text += f" On held-out training images {pair} were chosen for ARREST."
+        text += f" On training images that the search left out {pair} were chosen for ARREST."
     wanted = [*rows(budget), BEST]
     there = found.judged(wanted, counts.main)
     missing = [name for name in wanted if name not in there]
@@ -259,14 +264,14 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
         budget: how much of everything there is; the default one by default.
 
     Raises:
-        ValueError: no model is judged yet.
+        NothingJudged: no model is judged yet.
     """
     budget, found = budget or Budget(), Found(root)
     counts, main = budget.judging, budget.judging.main
     wanted = [*rows(budget), BEST]
     names = found.judged(wanted, main)
     if not names:
-        raise ValueError(f"{root} holds no model that is judged: the study writes its table when the first one is")
+        raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
     reports = {name: found.report(name, main) for name in names if name != BEST}
     lines = [settings(found, budget), "", *table(found, names, budget), ""]
     lines += [

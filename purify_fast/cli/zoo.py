@@ -32,8 +32,9 @@ class Zoo(Command):
         body = []
         for card in cards:
             figures = [card.clean, *(card.attacked.get(protocol) for protocol in protocols)]
-            shares = ["-" if figure is None else f"{100 * figure.share:.1f}" for figure in figures]
+            shares = ["-" if it is None else f"{100 * it.share:.1f}{'' if it.reliable else ' ?'}" for it in figures]
             body.append([card.name, card.data, f"{card.norm} {card.eps:.3g}", *shares])
         head = ["name", "data", "attacks", "clean, %", *(f"{protocol}, %" for protocol in protocols)]
         print(terminal_table(head, body, color_is_welcome()))
+        print("A number with ? is unreliable: the checks of its evaluation found a reason to doubt it.")
         print("`purify-fast zoo NAME` prints a model's card; `purify-fast evaluate zoo:NAME` attacks it.")

@@ -22,6 +22,7 @@ from purify_fast.training import Batch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
+from benchmarks import __main__ as program  # noqa: E402
 from benchmarks import pages, studies  # noqa: E402
 from benchmarks.studies import RESULT, Job, cifar10, cifar10_ahead, cifar10_models, cifar10_table, trades  # noqa: E402
 from benchmarks.studies import cifar10_budget as names  # noqa: E402
@@ -235,6 +236,8 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
 def test_the_table_of_an_unfinished_study_has_the_rows_that_are_there(tmp_path):
     with pytest.raises(ValueError, match="holds no model that is judged"):
         cifar10.write(tmp_path, tmp_path / "results", BUDGET)
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["study", "cifar10", "--so-far", "--out", str(tmp_path)])
     trained(tmp_path, names.BASE)
     judged(tmp_path, names.BASE, 1)
     judged(tmp_path, names.NO_EMA, 2)

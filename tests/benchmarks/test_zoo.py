@@ -46,7 +46,7 @@ def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
         (["digits-best"], "there is no model 'digits-best': there are digits-standard"),
         (["digits-standard=nowhere"], "nowhere holds no model: give NAME=FOLDER"),
         (["digits-standard", "--images", "0"], "--images must be at least 1, got 0"),
-        (["mnist-arrest=.", "--data", "nowhere"], ". holds no model"),
+        (["mnist-arrest", "--data", "nowhere"], "no data set 'mnist'"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(options, message, monkeypatch, capsys):

@@ -77,6 +77,9 @@ def test_the_command_line_lists_and_evaluates(tmp_path, monkeypatch, capsys):
     assert cli.main(["zoo"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in zoo.list())
+    # a number that cannot be believed is marked in the list as well
+    unreliable = [card for card in map(zoo.card, zoo.list()) if any(not it.reliable for it in card.attacked.values())]
+    assert unreliable and all(" ?" in line for card in unreliable for line in out.splitlines() if card.name in line)
     assert cli.main(["zoo", "digits-pgd-at"]) == 0
     assert "Lower?" in capsys.readouterr().out
     small = ["--images", "10", "--steps", "2", "--autoattack", "0", "--device", "cpu"]
