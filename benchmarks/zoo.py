@@ -25,12 +25,16 @@ from purify_fast.methods.loading import load_defence
 from purify_fast.training import is_classifier, load_classifier
 from purify_fast.zoo.cards import MODELS, Accuracy, Card, write_card
 
+from .studies.cifar10 import clean_accuracy as share_correct
+
 #: The largest model, and all of them together, in bytes.
 LARGEST, ALL = 3_000_000, 20_000_000
 #: The protocols that a card has a number of, and the share of the images that each one attacks.
 PROTOCOLS = {"standard": 1.0, "strong": 0.25}
 #: Images that the first of these attacks, if the command does not say another number.
 IMAGES = 200
+#: Test images of clean accuracy, at most.
+CLEAN = 10_000
 LICENCE = "MIT, as the package; the images that it was trained on have licences of their own"
 
 
@@ -108,22 +112,16 @@ def pack(name: str, source: Path, models: Path = MODELS) -> Path:
     return models / name
 
 
-@torch.no_grad()
-def clean_accuracy(model: torch.nn.Module, data: DataSet, most: int = 10_000) -> Accuracy:
+def clean_accuracy(model: torch.nn.Module, data: DataSet) -> Accuracy:
     """Accuracy on the first test images.
 
     Args:
         model: images to logits.
         data: whose test images are classified.
-        most: how many at most.
     """
-    x, y = data.x_test[:most], data.y_test[:most]
+    x = data.x_test[:CLEAN]
     torch.manual_seed(0)
-    right = sum(
-        int((model(to_float(images)).argmax(1) == labels).sum())
-        for images, labels in zip(x.split(250), y.split(250), strict=True)
-    )
-    return Accuracy(right / len(x), len(x))
+    return Accuracy(share_correct(model, x, data.y_test), len(x))
 
 
 def judge(name: str, folder: Path, images: int, data: DataSet, out: Path) -> Card:

@@ -74,13 +74,19 @@ __all__ = ["FULL", "QUICK", "Budget", "jobs", "write"]
 DEFAULT = Budget()
 
 
+def _factory(seed: int, **shared: object) -> Callable[..., Job]:
+    """``job(name, work, *needs, **settings)`` for jobs of one seed, which have some settings in common."""
+
+    def job(name: str, work: Callable[[Job, Path, Path], dict], *needs: str, **more: object) -> Job:
+        return Job(name, seed, work, needs, shared | more, threads=0)
+
+    return job
+
+
 def trainings(path: str, seed: int, budget: Budget) -> list[Job]:
     """The trainings of a seed, each behind what it starts from; the first seed has all, the others what is compared."""
     amount = budget.training
-
-    def job(name: str, work: object, *needs: str, **more: object) -> Job:
-        return Job(name, seed, work, needs, {"data": path, "budget": amount, **more}, threads=0)  # type: ignore[arg-type]
-
+    job = _factory(seed, data=path, budget=amount)
     pairs = [(weight, angle) for weight in amount.weights for angle in amount.angles] if seed == 0 else []
     made = [
         job(BASE, train_base, how={}),
@@ -111,19 +117,9 @@ def trainings(path: str, seed: int, budget: Budget) -> list[Job]:
     ]
 
 
-def _judging(path: str, seed: int, budget: Budget) -> Callable[..., Job]:
-    """``job(name, work, *needs, model=...)`` for what is judged with a seed."""
-    settings = {"data": path, "budget": budget.training, "judging": budget.judging}
-
-    def job(name: str, work: object, *needs: str, **more: object) -> Job:
-        return Job(name, seed, work, needs, settings | more, threads=0)  # type: ignore[arg-type]
-
-    return job
-
-
 def judgings(path: str, seed: int, budget: Budget) -> list[Job]:
     """The jobs that judge a seed's models by the protocol that compares them, and the first seed's candidates."""
-    job = _judging(path, seed, budget)
+    job = _factory(seed, data=path, budget=budget.training, judging=budget.judging)
 
     def judged(name: str, *needs: str) -> Job:
         protocol = main_protocol(name, budget.judging)
@@ -142,7 +138,8 @@ def judgings(path: str, seed: int, budget: Budget) -> list[Job]:
 
 def further_judgings(path: str, budget: Budget) -> list[Job]:
     """The jobs that judge the first seed's models by further protocols, on fewer images."""
-    job, counts = _judging(path, 0, budget), budget.judging
+    counts = budget.judging
+    job = _factory(0, data=path, budget=budget.training, judging=counts)
 
     def judged(name: str, protocol: str) -> Job:
         needs = judged_name(name, counts.main)

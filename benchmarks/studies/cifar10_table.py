@@ -66,6 +66,10 @@ class Found:
         path = folder_of(self.root, name, self.seed) / RESULT
         return json.loads(path.read_text()) if path.is_file() else None
 
+    def needed(self, name: str) -> dict[str, Any]:
+        """What a job found that must be done; FileNotFoundError if it is not."""
+        return json.loads((folder_of(self.root, name, self.seed) / RESULT).read_text())
+
     def report(self, name: str, protocol: str) -> Report:
         """What a protocol left of a model that it has judged."""
         path = folder_of(self.root, judged_name(name, protocol), self.seed) / "report.json"
@@ -104,9 +108,9 @@ def table(found: Found, names: Sequence[str], budget: Budget) -> list[str]:
     protocols = [name for name in counts.protocols() if found.seed == 0 or name == counts.main]
     body = []
     for name in names:
-        judged = found.result(judged_name(name, counts.main)) or {}
+        judged = found.needed(judged_name(name, counts.main))
         model = judged["model"]
-        facts = found.result(TRAINED_AS.get(model, model)) or {}
+        facts = found.needed(TRAINED_AS.get(model, model))
         both = Tradeoff(100 * judged["clean"], 100 * judged[counts.main]["share"])
         body.append(
             [
@@ -136,7 +140,12 @@ def _attacked(found: Found, name: str, model: str, protocol: str) -> str:
     if found.result(judged_name(name, protocol)) is None:
         return "-"
     lowest = found.report(name, protocol).headlines[model]
-    return percent(lowest) + ("" if lowest.reliable else " **unreliable**")
+    return _marked(percent(lowest), lowest.reliable)
+
+
+def _marked(text: str, reliable: bool) -> str:
+    """A number, and whether it can be believed."""
+    return text if reliable else f"{text} **unreliable**"
 
 
 def summary(found: Found, names: Sequence[str], budget: Budget) -> list[dict[str, Any]]:
@@ -149,8 +158,8 @@ def summary(found: Found, names: Sequence[str], budget: Budget) -> list[dict[str
     """
     lines, counts = [], budget.judging
     for name in found.judged(names, counts.main):
-        judged = found.result(judged_name(name, counts.main)) or {}
-        facts = found.result(TRAINED_AS.get(judged["model"], judged["model"])) or {}
+        judged = found.needed(judged_name(name, counts.main))
+        facts = found.needed(TRAINED_AS.get(judged["model"], judged["model"]))
         results = {
             protocol: found.result(judged_name(name, protocol)) for protocol in (*counts.protocols(), "official")
         }
@@ -167,48 +176,60 @@ def candidates_table(found: Found, counts: Judging) -> list[str]:
     for name in (CARSO_PIPELINE, MIXED, *CANDIDATES):
         if (tried := found.result(tried_name(name))) is None:
             continue
-        attacked = f"{100 * tried['tried']['share']:.1f}" + ("" if tried["tried"]["reliable"] else " **unreliable**")
+        attacked = _marked(f"{100 * tried['tried']['share']:.1f}", tried["tried"]["reliable"])
         source = CANDIDATES[name].source if name in CANDIDATES else SOURCES[name]
         body.append([name, source, f"{100 * tried['clean']:.1f}", attacked])
     return markdown_table(["candidate", "what it is", "clean", f"`{counts.tried}`"], body) if body else []
 
 
-def authors_table(found: Found, counts: Judging) -> list[str]:
+def authors_lines(found: Found, counts: Judging) -> list[dict[str, Any]]:
     """Models under the attacks of their authors, beside what compares models, on the same images.
 
     Args:
         found: what the jobs left.
         counts: how many images each protocol has.
+
+    Returns:
+        One line for each row of `AS_AUTHORS` that is judged: shares, and in how many more images the second is right
+        than the first, with the standard error.
     """
-    body = []
-    for line in authors_lines(found, counts):
-        name, left = line["name"], {key: f"{100 * line[key]:.1f}" for key in ("authors", "whole", "classifier")}
-        mark = "" if line["reliable"] else " **unreliable**"
-        pairs = _first(found.report(TRAINED_AS[name], counts.main), counts.authors).astype(float)
-        pairs -= _first(found.report(name, AUTHORS), counts.authors)
-        difference = f"{100 * pairs.mean():+.1f} ± {100 * pairs.std() / len(pairs) ** 0.5:.1f}"
-        body.append([name, left["authors"] + mark, left["whole"], left["classifier"], difference])
-    head = ["model", "the attack of its authors", f"`{counts.main}`", f"its classifier alone, `{counts.main}`"]
-    return markdown_table([*head, "second minus first"], body) if body else []
-
-
-def authors_lines(found: Found, counts: Judging) -> list[dict[str, Any]]:
-    """The shares behind `authors_table`, for pages that quote them; of the first images alone, ``counts.authors``."""
     lines: list[dict[str, Any]] = []
     for name in AS_AUTHORS:
-        trained = TRAINED_AS[name]
-        there = found.judged([name], AUTHORS), found.judged([trained, BEHIND[trained]], counts.main)
-        if (len(there[0]), len(there[1])) == (1, 2):
-            judged = found.result(judged_name(name, AUTHORS)) or {}
-            models = trained, BEHIND[trained]
-            shares = [float(_first(found.report(it, counts.main), counts.authors).mean()) for it in models]
-            lines.append(
-                {
-                    "name": name, "seed": found.seed, "clean": judged["clean"], "authors": judged[AUTHORS]["share"],
-                    "whole": shares[0], "classifier": shares[1], "reliable": judged[AUTHORS]["reliable"],
-                }
-            )  # fmt: skip
+        models = TRAINED_AS[name], BEHIND[TRAINED_AS[name]]
+        if not found.judged([name], AUTHORS) or len(found.judged(models, counts.main)) < len(models):
+            continue
+        judged = found.needed(judged_name(name, AUTHORS))
+        whole, classifier = (_first(found.report(it, counts.main), counts.authors).astype(float) for it in models)
+        gained = whole - _first(found.report(name, AUTHORS), counts.authors)
+        lines.append(
+            {
+                "name": name, "seed": found.seed, "clean": judged["clean"], "authors": judged[AUTHORS]["share"],
+                "whole": whole.mean(), "classifier": classifier.mean(), "reliable": judged[AUTHORS]["reliable"],
+                "gained": gained.mean(), "gained_error": gained.std() / len(gained) ** 0.5,
+            }
+        )  # fmt: skip
     return lines
+
+
+def authors_table(lines: Sequence[dict[str, Any]], counts: Judging) -> list[str]:
+    """The same as a table.
+
+    Args:
+        lines: of `authors_lines`.
+        counts: how many images each protocol has.
+    """
+    body = [
+        [
+            line["name"],
+            _marked(f"{100 * line['authors']:.1f}", line["reliable"]),
+            f"{100 * line['whole']:.1f}",
+            f"{100 * line['classifier']:.1f}",
+            f"{100 * line['gained']:+.1f} ± {100 * line['gained_error']:.1f}",
+        ]
+        for line in lines
+    ]
+    head = ["model", "the attack of its authors", f"`{counts.main}`", f"its classifier alone, `{counts.main}`"]
+    return markdown_table([*head, "second minus first"], body) if body else []
 
 
 def _first(report: Report, count: int) -> np.ndarray:
@@ -286,41 +307,52 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     if tried := candidates_table(found, counts):
         where = f"{counts.candidates:,} training images that no model was trained on"
         lines += ["", f"Candidates, judged on {where} (clean accuracy on {counts.held_out:,}):", "", *tried]
-    if authors := authors_table(found, counts):
+    if authors := authors_lines(found, counts):
         how = (
             f"With noise, and attacked as their authors do, through PeeL or the classifier alone: PGD-"
             f"{budget.training.carso_steps} with two losses, five draws a step, on the first {counts.authors:,} test "
             "images. An image counts if each of five predictions is right. The other columns are without noise, on the "
             "same images:"
         )
-        lines += ["", how, "", *authors]
+        lines += ["", how, "", *authors_table(authors, counts)]
     if official := official_table(found, counts):
         lines += ["", "The official AutoAttack on the same images:", "", *official]
     numbers = [line for seed in range(budget.seeds) for line in summary(Found(root, seed), wanted, budget)]
-    numbers += authors_lines(found, counts)
+    numbers += authors
     write_text(folder / "cifar10.json", json.dumps(numbers, indent=1) + "\n")
     merge(reports.values()).save(folder / "cifar10")
-    plot(found, reports, budget, folder / "cifar10" / "tradeoff.png")
-    picture(found, reports, budget, folder / "cifar10" / "photos.png")
+    reached = {name: reached_by(found, name, report, counts) for name, report in reports.items()}
+    plot(reached, budget, folder / "cifar10" / "tradeoff.png")
+    picture(reached, folder / "cifar10" / "photos.png")
     write_text(folder / "cifar10.md", "\n".join(lines) + "\n")
     return folder / "cifar10.md"
 
 
-def plot(found: Found, reports: dict[str, Report], budget: Budget, path: Path) -> None:
-    """Clean against robust accuracy, with the curve of bases that were trained at shares of eps.
+#: Clean and robust accuracy in percent, and the standard error of each.
+Point = tuple[float, float, float, float]
+
+
+def reached_by(found: Found, name: str, report: Report, counts: Judging) -> Point:
+    """Where a model stands in the pictures.
 
     Args:
         found: what the jobs left.
-        reports: of the models, by row.
+        name: the model's row.
+        report: of the protocol that compares models.
+        counts: how many images each protocol has.
+    """
+    clean, robust = found.needed(judged_name(name, counts.main))["clean"], report.headlines[name]
+    return 100 * clean, 100 * robust.accuracy, _error(clean, counts.clean), 100 * robust.standard_error
+
+
+def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
+    """Clean against robust accuracy, with the curve of bases that were trained at shares of eps.
+
+    Args:
+        points: of the models, by row.
         budget: how much of everything there is.
         path: of the picture.
     """
-    points = {}
-    for name, report in reports.items():
-        judged = found.result(judged_name(name, budget.judging.main)) or {}
-        clean, robust = judged["clean"], report.headlines[name]
-        error = _error(clean, budget.judging.clean)
-        points[name] = (100 * clean, 100 * robust.accuracy, error, 100 * robust.standard_error)
     names = [STANDARD, *(share_name(share) for share in budget.shares), BASE]
     curve = [points[name][:2] for name in names if name in points]
     line = sorted(curve) if len(curve) > 1 else None
@@ -341,32 +373,27 @@ BARS = (
 )
 
 
-def picture(found: Found, reports: dict[str, Report], budget: Budget, path: Path) -> bool:
+def picture(points: dict[str, Point], path: Path) -> bool:
     """How many of a hundred photos each model still recognizes; False without matplotlib.
 
     Args:
-        found: what the jobs left.
-        reports: of the models, by row.
-        budget: how much of everything there is.
+        points: of the models, by row.
         path: of the picture.
     """
-    bars = [(title, name) for title, name in BARS if name in reports]
+    bars = [(title, name) for title, name in BARS if name in points]
     figure = style.new_figure(figsize=(9, 1 + 0.52 * len(bars)))
     if figure is None:
         return False
     axis = figure.add_subplot()
     for line, (title, name) in enumerate(bars):
-        judged = found.result(judged_name(name, budget.judging.main)) or {}
-        robust = reports[name].headlines[name]
-        axis.barh(line, 100 * judged["clean"], height=0.62, color="#e3e6ea")
-        axis.barh(line, 100 * robust.accuracy, height=0.62, color=style.OURS)
-        axis.text(
-            101, line, f"{100 * robust.accuracy:.0f} of {100 * judged['clean']:.0f}", va="center", color=style.INK
-        )
+        clean, robust = points[name][:2]
+        axis.barh(line, clean, height=0.62, color="#e3e6ea")
+        axis.barh(line, robust, height=0.62, color=style.OURS)
+        axis.text(101, line, f"{robust:.0f} of {clean:.0f}", va="center", color=style.INK)
         axis.text(-1, line, title, va="center", ha="right", color=style.INK, fontsize=9.5)
-    if BASE in reports:
+    if BASE in points:
         # what every defence has to beat
-        axis.axvline(100 * reports[BASE].headlines[BASE].accuracy, color=style.INK, linewidth=0.8, linestyle=":")
+        axis.axvline(points[BASE][1], color=style.INK, linewidth=0.8, linestyle=":")
     axis.invert_yaxis()
     axis.set(xlim=(0, 100), yticks=[], xticks=range(0, 101, 20))
     text = "of 100 photos (CIFAR-10, L-inf 8/255): gray, recognized; green, still recognized when attacked"
