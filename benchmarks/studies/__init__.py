@@ -38,14 +38,15 @@ class Job:
     Attributes:
         name: the row of the table. seed: of its training and of the attacks.
         work: ``work(job, folder, root)`` -> numbers for the table; importable, since it runs in another process.
-        needs: rows, of the same seed, whose folders it reads. settings: for ``work``.
+        needs: rows whose folders it reads: of the same seed by their names, of another one as ``(name, seed)``.
+        settings: for ``work``.
         threads: 1, since for small models a second thread only spins; 0 for an equal share of torch's own number.
     """
 
     name: str
     seed: int
     work: Callable[[Job, Path, Path], dict]
-    needs: tuple[str, ...] = ()
+    needs: tuple[str | tuple[str, int], ...] = ()
     settings: dict = field(default_factory=dict)
     threads: int = 1
 
@@ -53,9 +54,17 @@ class Job:
         """This job's folder, or that of another row of the same seed."""
         return folder_of(root, name or self.name, self.seed)
 
-    def done(self, root: Path, name: str | None = None) -> bool:
-        """Whether this job has ended, or that of another row of the same seed."""
-        return (self.folder(root, name) / RESULT).is_file()
+    def needed(self) -> list[tuple[str, int]]:
+        """Names and seeds of what it needs."""
+        return [(need, self.seed) if isinstance(need, str) else need for need in self.needs]
+
+    def ready(self, root: Path) -> bool:
+        """Whether all that it needs has ended."""
+        return all((folder_of(root, *need) / RESULT).is_file() for need in self.needed())
+
+    def done(self, root: Path) -> bool:
+        """Whether this job has ended."""
+        return (self.folder(root) / RESULT).is_file()
 
     def result(self, root: Path, name: str | None = None) -> dict:
         """What this job found, or that of another row of the same seed; FileNotFoundError if it is not done."""
@@ -86,11 +95,11 @@ def _check(jobs: Sequence[Job], root: Path) -> None:
         raise ValueError("jobs need names of their own")
     names = {(job.name, job.seed) for job in jobs}
     for job in jobs:
-        for need in job.needs:
-            if (need, job.seed) not in names:
-                raise ValueError(f"{job.name} needs {need!r}, which the study has not")
+        for need, seed in job.needed():
+            if (need, seed) not in names:
+                raise ValueError(f"{job.name} needs {need!r} of seed {seed}, which the study has not")
     try:
-        TopologicalSorter({(j.name, j.seed): [(need, j.seed) for need in j.needs] for j in jobs}).prepare()
+        TopologicalSorter({(job.name, job.seed): job.needed() for job in jobs}).prepare()
     except CycleError as error:
         raise ValueError(f"these jobs need each other: {', '.join(name for name, _ in error.args[1])}") from error
     for job in jobs:
@@ -122,7 +131,7 @@ def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
     with worker_pool(workers) as pool:
         while waiting or running:
             for job in list(waiting):
-                if len(running) < workers and all(job.done(root, need) for need in job.needs):
+                if len(running) < workers and job.ready(root):
                     waiting.remove(job)
                     running[pool.submit(_run, job, root, share)] = job
             try:

@@ -45,6 +45,7 @@ from .cifar10_budget import (
     STANDARD,
     TRADES,
     TRAINED_AS,
+    TRIED,
     Budget,
     Judging,
     judged_name,
@@ -77,7 +78,7 @@ DEFAULT = Budget()
 def _factory(seed: int, **shared: object) -> Callable[..., Job]:
     """``job(name, work, *needs, **settings)`` for jobs of one seed, which have some settings in common."""
 
-    def job(name: str, work: Callable[[Job, Path, Path], dict], *needs: str, **more: object) -> Job:
+    def job(name: str, work: Callable[[Job, Path, Path], dict], *needs: str | tuple[str, int], **more: object) -> Job:
         return Job(name, seed, work, needs, shared | more, threads=0)
 
     return job
@@ -87,7 +88,8 @@ def trainings(path: str, seed: int, budget: Budget) -> list[Job]:
     """The trainings of a seed, each behind what it starts from; the first seed has all, the others what is compared."""
     amount = budget.training
     job = _factory(seed, data=path, budget=amount)
-    pairs = [(weight, angle) for weight in amount.weights for angle in amount.angles] if seed == 0 else []
+    pairs = [(weight, angle) for weight in amount.weights for angle in amount.angles]
+    searches = [search_name(*pair) for pair in pairs]
     made = [
         job(BASE, train_base, how={}),
         job(CARSO, train_carso, BASE),
@@ -98,13 +100,17 @@ def trainings(path: str, seed: int, budget: Budget) -> list[Job]:
         job(ATOP_PIPELINE, train_atop, BASE, GENERATOR),
         *([job(ATOP_STANDARD, train_atop, STANDARD, BASE, GENERATOR)] if seed == 0 else []),
         job(AFT, finetune, STANDARD),
-        *(job(search_name(*pair), search_arrest, STANDARD, weight=pair[0], angle=pair[1]) for pair in pairs),
-        job(ARREST, finetune, STANDARD, *(search_name(*pair) for pair in pairs)),
     ]
     if seed > 0:
-        return made
+        # lambda and phi are chosen once
+        return [*made, job(ARREST, finetune, STANDARD, *((search, 0) for search in searches))]
     return [
         *made,
+        *(
+            job(name, search_arrest, STANDARD, weight=weight, angle=angle)
+            for name, (weight, angle) in zip(searches, pairs, strict=True)
+        ),
+        job(ARREST, finetune, STANDARD, *searches),
         job(TRADES, train_base, how={"trades": True}),
         job(CARSO_ARREST, train_carso, BASE, ARREST, CARSO),
         job(ATOP_ZERO, train_atop, BASE, GENERATOR),
@@ -127,12 +133,10 @@ def judgings(path: str, seed: int, budget: Budget) -> list[Job]:
 
     if seed > 0:
         return [judged(name, name) for name in COMPARED]
-    candidates = [CARSO_PIPELINE, MIXED, *CANDIDATES]
-    tried = [job(tried_name(name), judge_candidate, name, model=name) for name in candidates]
     return [
         *(judged(name, TRAINED_AS.get(name, name)) for name in (*rows(budget), *AS_AUTHORS)),
-        *tried,
-        judged(BEST, *(one.name for one in tried)),
+        *(job(tried_name(name), judge_candidate, name, model=name) for name in TRIED),
+        judged(BEST, *(tried_name(name) for name in (MIXED, *CANDIDATES))),
     ]
 
 
@@ -160,16 +164,16 @@ def jobs(path: str, budget: Budget = DEFAULT) -> list[Job]:
     """
     made: list[Job] = []
     for seed in range(budget.seeds):
-        waiting = judgings(path, seed, budget)
+        waiting = judgings(path, seed, budget) + (further_judgings(path, budget) if seed == 0 else [])
         for training in trainings(path, seed, budget):
             made.append(training)
             there = {job.name for job in made if job.seed == seed}
-            for job in [job for job in waiting if there.issuperset(job.needs)]:
-                waiting.remove(job)
-                made.append(job)
+            for job in list(waiting):
+                if there.issuperset(job.needs):
+                    waiting.remove(job)
+                    made.append(job)
+                    there.add(job.name)
         made += waiting
-        if seed == 0:
-            made += further_judgings(path, budget)
     return made
 
 
@@ -255,4 +259,4 @@ def best(job: Job, root: Path) -> str:
         result = job.result(root, tried_name(name))
         return result["tried"]["share"], result["clean"]
 
-    return max((CARSO_PIPELINE, MIXED, *CANDIDATES), key=found)
+    return max((MIXED, *CANDIDATES), key=found)

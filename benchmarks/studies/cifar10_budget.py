@@ -152,8 +152,12 @@ QUICK = Budget(
 
 #: The row that counts.
 WORST = "worst"
+#: The row of the best candidate, judged on test images.
+BEST = "best candidate"
 #: Models whose differences to another one are shown.
 PAIRS = (
+    (BEST, BASE),
+    (BEST, CARSO_PIPELINE),
     (CARSO, BASE),
     (CARSO_PIPELINE, BASE),
     (CARSO_PIPELINE, LARGE),
@@ -170,10 +174,13 @@ PAIRS = (
 COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_PIPELINE, AFT, ARREST)
 #: What the official AutoAttack attacks as well.
 OFFICIAL = (BASE, CARSO_PIPELINE, TRADES, ARREST)
-#: What the candidates are that were not trained for it.
-SOURCES = {CARSO_PIPELINE: "what the others are compared with", MIXED: "Bai et al., TMLR 2024, arXiv 2402.02263"}
-#: The job that judges the best candidate on test images.
-BEST = "best candidate"
+#: What is tried on held-out images, and its source: two references, then the candidates.
+TRIED = {
+    BASE: "reference: no purifier",
+    CARSO_PIPELINE: "reference: trained through the pipeline with cross-entropy",
+    MIXED: "Bai et al., TMLR 2024, arXiv 2402.02263",
+    **{name: how.source for name, how in CANDIDATES.items()},
+}
 
 
 def search_name(weight: float, angle: float) -> str:

@@ -16,7 +16,7 @@ from purify_fast.evaluation.tables import markdown_table, percent
 
 from .. import style
 from . import RESULT, folder_of
-from .cifar10_ahead import CANDIDATES, MIXED
+from .cifar10_ahead import MIXED
 from .cifar10_budget import (
     ARREST,
     AS_AUTHORS,
@@ -33,9 +33,9 @@ from .cifar10_budget import (
     GENERATOR,
     OFFICIAL,
     PAIRS,
-    SOURCES,
     STANDARD,
     TRAINED_AS,
+    TRIED,
     WORST,
     Budget,
     Judging,
@@ -115,7 +115,7 @@ def table(found: Found, names: Sequence[str], budget: Budget) -> list[str]:
         body.append(
             [
                 name if name == model else f"{name}: {model}",
-                f"{100 * judged['clean']:.1f} ± {_error(judged['clean'], counts.clean):.1f}",
+                _percent(judged["clean"], counts.clean),
                 *(_attacked(found, name, model, protocol) for protocol in protocols),
                 f"{both.sum:.1f}",
                 f"{both.nrr:.1f}",
@@ -133,6 +133,11 @@ def table(found: Found, names: Sequence[str], budget: Budget) -> list[str]:
 def _error(share: float, images: int) -> float:
     """The binomial standard error of a share, in percent points."""
     return 100 * (share * (1 - share) / images) ** 0.5
+
+
+def _percent(share: float, images: int) -> str:
+    """A share in percent, with its standard error."""
+    return f"{100 * share:.1f} ± {_error(share, images):.1f}"
 
 
 def _attacked(found: Found, name: str, model: str, protocol: str) -> str:
@@ -173,12 +178,12 @@ def summary(found: Found, names: Sequence[str], budget: Budget) -> list[dict[str
 def candidates_table(found: Found, counts: Judging) -> list[str]:
     """The candidates on held-out training images."""
     body = []
-    for name in (CARSO_PIPELINE, MIXED, *CANDIDATES):
+    for name, source in TRIED.items():
         if (tried := found.result(tried_name(name))) is None:
             continue
-        attacked = _marked(f"{100 * tried['tried']['share']:.1f}", tried["tried"]["reliable"])
-        source = CANDIDATES[name].source if name in CANDIDATES else SOURCES[name]
-        body.append([name, source, f"{100 * tried['clean']:.1f}", attacked])
+        lowest = tried["tried"]
+        attacked = _marked(_percent(lowest["share"], counts.candidates), lowest["reliable"])
+        body.append([name, source, _percent(tried["clean"], counts.held_out), attacked])
     return markdown_table(["candidate", "what it is", "clean", f"`{counts.tried}`"], body) if body else []
 
 
@@ -293,7 +298,7 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     names = found.judged(wanted, main)
     if not names:
         raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
-    reports = {name: found.report(name, main) for name in names if name != BEST}
+    reports = {name: found.report(name, main) for name in names}
     lines = [settings(found, budget), "", *table(found, names, budget), ""]
     lines += [
         f"- {name} minus {other}, `{main}`: {reports[name].paired(reports[other])}."
@@ -341,7 +346,8 @@ def reached_by(found: Found, name: str, report: Report, counts: Judging) -> Poin
         report: of the protocol that compares models.
         counts: how many images each protocol has.
     """
-    clean, robust = found.needed(judged_name(name, counts.main))["clean"], report.headlines[name]
+    judged = found.needed(judged_name(name, counts.main))
+    clean, robust = judged["clean"], report.headlines[judged["model"]]
     return 100 * clean, 100 * robust.accuracy, _error(clean, counts.clean), 100 * robust.standard_error
 
 

@@ -46,7 +46,10 @@ def test_every_need_comes_before_what_needs_it_and_every_row_is_judged(tmp_path)
     jobs = cifar10.jobs("nowhere", BUDGET)
     studies._check(jobs, tmp_path)
     order = {(job.name, job.seed): place for place, job in enumerate(jobs)}
-    assert all(order[need, job.seed] < order[job.name, job.seed] for job in jobs for need in job.needs)
+    assert all(order[need] < order[job.name, job.seed] for job in jobs for need in job.needed())
+    # the second seed takes what the first one's search chose
+    again = next(job for job in jobs if (job.name, job.seed) == (names.ARREST, 1))
+    assert (names.search_name(5.0, 30.0), 0) in again.needed()
     wanted = [*names.rows(BUDGET), names.BEST]
     assert all((names.judged_name(row, "fast"), 0) in order for row in wanted)
     assert all((names.judged_name(row, "fast"), 1) in order for row in names.COMPARED)
@@ -85,7 +88,10 @@ def test_the_best_candidate_is_chosen_on_images_that_no_model_was_trained_on(tmp
     assert held[1].tolist() == list(range(64, 74)) and not set(held[0].flatten().tolist()) & set(
         trained.flatten().tolist()
     )
-    candidates = (names.CARSO_PIPELINE, cifar10_ahead.MIXED, *cifar10_ahead.CANDIDATES)
+    candidates = (cifar10_ahead.MIXED, *cifar10_ahead.CANDIDATES)
+    # references are tried as well, and are no candidates
+    for name in (names.BASE, names.CARSO_PIPELINE):
+        fact(tmp_path, names.tried_name(name), clean=0.9, tried={"share": 0.9})
     for number, name in enumerate(candidates):
         # two are equally robust: the more accurate one is taken
         fact(tmp_path, names.tried_name(name), clean=number / 10, tried={"share": 0.5 if number in (1, 3) else 0.4})
@@ -168,8 +174,8 @@ def row(model, attack, robust, kind):
                n_eval=1, seed=0, seconds=1.0, data="x", settings=settings)  # fmt: skip
 
 
-def judged(root, name, number, seed=0):
-    """What judging a model leaves."""
+def judged(root, name, number, seed=0, row_name=None):
+    """What judging a model leaves, whose row may have another name."""
     robust = [1, 1, number % 2, 0]
     found = {"share": sum(robust) / 4, "images": 4, "reliable": name != names.PEEL}
     protocols = ["fast"] if seed > 0 else list(BUDGET.judging.protocols())
@@ -181,7 +187,8 @@ def judged(root, name, number, seed=0):
         last = robust if protocol in ("fast", names.AUTHORS) else [1, 0, 0, 0]
         lowest = replace(row(name, "worst", last, "worst"), reliable=name != names.PEEL)
         report = Report([*rows, lowest], [], {"threat": "L-inf 8/255"})
-        folder = fact(root, names.judged_name(name, protocol), seed, model=name, clean=clean, **{protocol: found})
+        job = names.judged_name(row_name or name, protocol)
+        folder = fact(root, job, seed, model=name, clean=clean, **{protocol: found})
         (folder / "report.json").write_text(report.to_json())
 
 
@@ -207,6 +214,9 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     official = {"share": 0.25, "images": 4, "reliable": True}
     fact(root, names.judged_name(names.BASE, "official"), official=official)
     fact(root, names.tried_name(cifar10_ahead.MIXED), clean=0.7, tried={"share": 0.3, "reliable": False})
+    trained(root, cifar10_ahead.MIXED)
+    trained(root, names.STANDARD)
+    judged(root, cifar10_ahead.MIXED, 0, row_name=names.BEST)
     page = cifar10.write(root, results, BUDGET).read_text()
     lines = {line.split(" | ")[0].strip("| "): line for line in reversed(page.splitlines()) if line.startswith("| ")}
     assert (
@@ -224,8 +234,10 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     assert "- CARSO pipeline minus PGD-AT, `fast`: " in page
     assert "Trained with seed 1:" in page and page.count("| CARSO pipeline |") == 2
     assert "| PGD-AT | 2 | 100.0 | 50.0 | 25.0 |" in page
-    assert "arXiv 2402.02263 | 70.0 | 30.0 **unreliable** |" in page
-    assert "Not judged yet: best candidate." in page
+    assert "arXiv 2402.02263 | 70.0 ± 14.5 | 30.0 ± 45.8 **unreliable** |" in page
+    assert "best candidate: standard and PGD-AT, mixed | 90.0 ± 6.7 | 50.0 ± 25.0 |" in page
+    assert "- best candidate minus PGD-AT, `fast`: " in page
+    assert "Not judged yet" not in page
     # pages quote single numbers; of two seeds the mean
     assert pages.value("cifar10", names.LARGE, "fast", tmp_path / "results") == "50.0"
     assert pages.value("cifar10", names.BASE, "clean", tmp_path / "results") == "89.0"
