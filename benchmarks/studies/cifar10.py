@@ -250,13 +250,15 @@ def _lowest(
 def best(job: Job, root: Path) -> str:
     """The candidate of the highest accuracy under attack, then of the highest clean accuracy, on held-out images.
 
+    A candidate whose accuracy under attack cannot be believed comes after all others.
+
     Args:
         job: its needs are the candidates that were judged.
         root: of the study.
     """
 
-    def found(name: str) -> tuple[float, float]:
+    def found(name: str) -> tuple[bool, float, float]:
         result = job.result(root, tried_name(name))
-        return result["tried"]["share"], result["clean"]
+        return result["tried"]["reliable"], result["tried"]["share"], result["clean"]
 
     return max((MIXED, *CANDIDATES), key=found)
