@@ -87,29 +87,48 @@ ENTRIES = {
 }
 
 
-def pack(name: str, source: Path, models: Path = MODELS) -> Path:
-    """Copy a model's files into the zoo.
+def files_of(source: Path) -> list[Path]:
+    """The files of a saved model that the zoo keeps, relative to its folder."""
+    parts = [Path(), Path("classifier")] if (source / "classifier").is_dir() else [Path()]
+    return [part / file for part in parts for file in ("model.json", "model.safetensors")]
+
+
+def size_of(source: Path) -> int:
+    """The size of these files, in bytes."""
+    return sum((source / file).stat().st_size for file in files_of(source))
+
+
+def check_sizes(sources: dict[str, Path], models: Path) -> None:
+    """That the zoo stays small; ValueError otherwise.
+
+    Args:
+        sources: the folders of the models that are to be packed, by name.
+        models: the zoo's folder.
+    """
+    total = sum(size_of(path.parent) for path in models.glob("*/model.json") if path.parent.name not in sources)
+    for source in sources.values():
+        size = size_of(source)
+        if size > LARGEST:
+            raise ValueError(f"{source} has {size:,} bytes: a model of the zoo has at most {LARGEST:,}")
+        total += size
+    if total > ALL:
+        raise ValueError(f"the zoo would have {total:,} bytes: at most {ALL:,} are allowed")
+
+
+def pack(name: str, source: Path, card: Card, models: Path) -> None:
+    """Put a model and its card into the zoo.
 
     Args:
         name: one of `ENTRIES`.
-        source: the folder that a training wrote.
+        source: the folder that a training wrote, or the one in the zoo.
+        card: what is known of the model.
         models: the zoo's folder.
-
-    Returns:
-        The model's folder in the zoo.
-
-    Raises:
-        ValueError: a model that is too large.
     """
-    parts = [Path(), Path("classifier")] if (source / "classifier").is_dir() else [Path()]
-    files = [part / file for part in parts for file in ("model.json", "model.safetensors")]
-    size = sum((source / file).stat().st_size for file in files)
-    if size > LARGEST:
-        raise ValueError(f"{source} has {size:,} bytes: a model of the zoo has at most {LARGEST:,}")
-    for file in files:
-        (models / name / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / file, models / name / file)
-    return models / name
+    folder = models / name
+    for file in files_of(source) if source != folder else []:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / file, folder / file)
+    write_card(card, folder)
 
 
 def clean_accuracy(model: torch.nn.Module, data: DataSet) -> Accuracy:
@@ -125,11 +144,11 @@ def clean_accuracy(model: torch.nn.Module, data: DataSet) -> Accuracy:
 
 
 def judge(name: str, folder: Path, images: int, data: DataSet, out: Path) -> Card:
-    """Evaluate a model of the zoo, and write its card.
+    """Evaluate a model, and return its card.
 
     Args:
         name: one of `ENTRIES`.
-        folder: its folder.
+        folder: where the model is.
         images: how many held-out images are attacked; `PROTOCOLS` has the share of each protocol.
         data: the data set that it was trained on.
         out: where the reports are kept, so that an interrupted evaluation goes on.
@@ -149,7 +168,7 @@ def judge(name: str, folder: Path, images: int, data: DataSet, out: Path) -> Car
         lowest = report.headlines[name]
         print(f"{name}, {protocol}: {lowest}")
         attacked[protocol] = Accuracy(lowest.accuracy, lowest.n, lowest.reliable)
-    card = Card(
+    return Card(
         name=name,
         title=entry.title,
         method=entry.method,
@@ -165,8 +184,6 @@ def judge(name: str, folder: Path, images: int, data: DataSet, out: Path) -> Car
         clean=clean_accuracy(model, data),
         attacked=attacked,
     )
-    write_card(card, folder)
-    return card
 
 
 def markdown(models: Sequence[Card]) -> str:
@@ -219,22 +236,20 @@ def main(chosen: argparse.Namespace, models: Path = MODELS) -> list[Card]:
     """
     if chosen.images < 1:
         raise ValueError(f"--images must be at least 1, got {chosen.images}")
-    named = [
-        (name, Path(source) if equals else None) for name, equals, source in (m.partition("=") for m in chosen.models)
-    ]
-    for name, source in named:
+    split = (model.partition("=") for model in chosen.models)
+    sources = {name: Path(source) if equals else models / name for name, equals, source in split}
+    for name, source in sources.items():
         if name not in ENTRIES:
             raise ValueError(f"there is no model {name!r}: there are {', '.join(ENTRIES)}")
-        if not ((source or models / name) / "model.json").is_file():
-            raise FileNotFoundError(f"{source or models / name} holds no model: give NAME=FOLDER")
-    sets = {ENTRIES[name].data for name, _ in named}
+        if not (source / "model.json").is_file():
+            raise FileNotFoundError(f"{source} holds no model: give NAME=FOLDER")
+    check_sizes(sources, models)
+    sets = {ENTRIES[name].data for name in sources}
     found = {kind: load_dataset(kind, chosen.data or "data") for kind in sorted(sets)}
     cards = []
-    for name, source in named:
-        folder = pack(name, source, models) if source else models / name
-        cards.append(judge(name, folder, chosen.images, found[ENTRIES[name].data], chosen.out))
-        print(cards[-1])
-    total = sum(path.stat().st_size for path in models.rglob("*") if path.is_file())
-    if total > ALL:
-        raise ValueError(f"the zoo has {total:,} bytes now: at most {ALL:,} are allowed")
+    for name, source in sources.items():
+        card = judge(name, source, chosen.images, found[ENTRIES[name].data], chosen.out)
+        pack(name, source, card, models)
+        print(card)
+        cards.append(card)
     return cards

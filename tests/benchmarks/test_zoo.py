@@ -56,6 +56,19 @@ def test_what_does_not_fit_is_refused_before_any_work(options, message, monkeypa
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "limit, message", [("LARGEST", "a model of the zoo has at most 1,000"), ("ALL", "the zoo would have")]
+)
+def test_what_is_too_large_is_refused_before_any_work(limit, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, limit, 1000)
+    monkeypatch.setattr(zoo, "judge", lambda *_: pytest.fail("it was judged"))
+    parser = program.argparse.ArgumentParser()
+    zoo.add_arguments(parser)
+    with pytest.raises(ValueError, match=message):
+        zoo.main(parser.parse_args([f"digits-standard={packed.folder('digits-standard')}"]), tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+
+
 def test_every_model_of_the_zoo_has_an_entry_that_its_card_repeats():
     for name in packed.list():
         card, entry = packed.card(name), zoo.ENTRIES[name]
