@@ -1,4 +1,4 @@
-"""The tables and the picture of the study on CIFAR-10, of all that is judged so far."""
+"""The tables of the study on CIFAR-10, of all that is judged so far."""
 
 from __future__ import annotations
 
@@ -11,26 +11,19 @@ from typing import Any
 import numpy as np
 
 from purify_fast._files import write_text
-from purify_fast.evaluation import Report, Tradeoff, merge, plot_tradeoff
+from purify_fast.evaluation import Report, Tradeoff, merge
 from purify_fast.evaluation.tables import markdown_table, percent
 
-from .. import style
 from . import RESULT, folder_of
 from .cifar10_ahead import MIXED
 from .cifar10_budget import (
     ARREST,
     AS_AUTHORS,
-    ATOP,
-    ATOP_PIPELINE,
-    ATOP_STANDARD,
     AUTHORS,
     BASE,
     BEHIND,
     BEST,
-    CARSO,
-    CARSO_PIPELINE,
     COMPARED,
-    GENERATOR,
     OFFICIAL,
     PAIRS,
     STANDARD,
@@ -41,9 +34,9 @@ from .cifar10_budget import (
     Judging,
     judged_name,
     rows,
-    share_name,
     tried_name,
 )
+from .cifar10_pictures import Point, picture, plot
 
 
 class NothingJudged(ValueError):
@@ -243,6 +236,28 @@ def _first(report: Report, count: int) -> np.ndarray:
     return worst.robust[:count]
 
 
+def taken_by_strong(found: Found, names: Sequence[str], counts: Judging) -> str:
+    """By how much ``strong`` is lower than what compares models, on the images that both attacked; "" without any.
+
+    Args:
+        found: what the jobs left.
+        names: of rows whose models are judged.
+        counts: how many images each protocol has.
+    """
+    rows = found.judged(names, "strong") if counts.main != "strong" else []
+    taken: dict[int, list[str]] = {}
+    for name in rows:
+        kept = (_first(found.report(name, protocol), counts.strong).sum() for protocol in (counts.main, "strong"))
+        taken.setdefault(int(np.subtract(*kept)), []).append(name)
+    if not rows:
+        return ""
+    parts = [
+        f"{fewer} fewer of {'; '.join(names)}" if fewer else f"as many of {'; '.join(names)}"
+        for fewer, names in sorted(taken.items())
+    ]
+    return f"On the same {counts.strong:,} images `strong` leaves, next to `{counts.main}`: {'. '.join(parts)}."
+
+
 def official_table(found: Found, counts: Judging) -> list[str]:
     """The official AutoAttack beside this package's protocols, on the same images."""
     protocols = [name for name, count in counts.protocols().items() if count >= counts.official]
@@ -281,6 +296,20 @@ def settings(found: Found, budget: Budget) -> str:
     return text + (f"\n\nNot judged yet: {'; '.join(missing)}." if missing else "")
 
 
+def reached_by(found: Found, name: str, report: Report, counts: Judging) -> Point:
+    """Where a model stands in the pictures.
+
+    Args:
+        found: what the jobs left.
+        name: the model's row.
+        report: of the protocol that compares models.
+        counts: how many images each protocol has.
+    """
+    judged = found.needed(judged_name(name, counts.main))
+    clean, robust = judged["clean"], report.headlines[judged["model"]]
+    return 100 * clean, 100 * robust.accuracy, _error(clean, counts.clean), 100 * robust.standard_error
+
+
 def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     """``cifar10.md`` and its numbers, reports and pictures in ``folder``, of every model that is judged.
 
@@ -305,6 +334,8 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
         for name, other in PAIRS
         if name in reports and other in reports
     ]
+    if taken := taken_by_strong(found, names, counts):
+        lines += ["", taken]
     for seed in range(1, budget.seeds):
         again = Found(root, seed)
         if judged := again.judged(COMPARED, main):
@@ -331,79 +362,3 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     picture(reached, folder / "cifar10" / "photos.png")
     write_text(folder / "cifar10.md", "\n".join(lines) + "\n")
     return folder / "cifar10.md"
-
-
-#: Clean and robust accuracy in percent, and the standard error of each.
-Point = tuple[float, float, float, float]
-
-
-def reached_by(found: Found, name: str, report: Report, counts: Judging) -> Point:
-    """Where a model stands in the pictures.
-
-    Args:
-        found: what the jobs left.
-        name: the model's row.
-        report: of the protocol that compares models.
-        counts: how many images each protocol has.
-    """
-    judged = found.needed(judged_name(name, counts.main))
-    clean, robust = judged["clean"], report.headlines[judged["model"]]
-    return 100 * clean, 100 * robust.accuracy, _error(clean, counts.clean), 100 * robust.standard_error
-
-
-def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
-    """Clean against robust accuracy, with the curve of bases that were trained at shares of eps.
-
-    Args:
-        points: of the models, by row.
-        budget: how much of everything there is.
-        path: of the picture.
-    """
-    names = [STANDARD, *(share_name(share) for share in budget.shares), BASE]
-    curve = [points[name][:2] for name in names if name in points]
-    line = sorted(curve) if len(curve) > 1 else None
-    shown = {name: value for name, value in points.items() if name != GENERATOR}
-    plot_tradeoff(path, shown, line, reference_name="trained at shares of eps", title="CIFAR-10, L-inf 8/255")
-
-
-#: Bars of the picture for those who do not read tables: what each is, and its row.
-BARS = (
-    ("A: a network trained on clean photos", STANDARD),
-    ("B: the same, trained on attacked photos", BASE),
-    ("ARREST, from A", ARREST),
-    ("CARSO before B, as published", CARSO),
-    ("CARSO before B, trained through the pipeline", CARSO_PIPELINE),
-    ("AToP before B, as published", ATOP),
-    ("AToP before B, trained through the pipeline", ATOP_PIPELINE),
-    ("AToP before A, as published", ATOP_STANDARD),
-)
-
-
-def picture(points: dict[str, Point], path: Path) -> bool:
-    """How many of a hundred photos each model still recognizes; False without matplotlib.
-
-    Args:
-        points: of the models, by row.
-        path: of the picture.
-    """
-    bars = [(title, name) for title, name in BARS if name in points]
-    figure = style.new_figure(figsize=(9, 1 + 0.52 * len(bars)))
-    if figure is None:
-        return False
-    axis = figure.add_subplot()
-    for line, (title, name) in enumerate(bars):
-        clean, robust = points[name][:2]
-        axis.barh(line, clean, height=0.62, color="#e3e6ea")
-        axis.barh(line, robust, height=0.62, color=style.OURS)
-        axis.text(101, line, f"{robust:.0f} of {clean:.0f}", va="center", color=style.INK)
-        axis.text(-1, line, title, va="center", ha="right", color=style.INK, fontsize=9.5)
-    if BASE in points:
-        # what every defence has to beat
-        axis.axvline(points[BASE][1], color=style.INK, linewidth=0.8, linestyle=":")
-    axis.invert_yaxis()
-    axis.set(xlim=(0, 100), yticks=[], xticks=range(0, 101, 20))
-    text = "of 100 photos (CIFAR-10, L-inf 8/255): gray, recognized; green, still recognized when attacked"
-    axis.set_xlabel(text, fontsize=9.5)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    style.save(figure, path)
-    return True

@@ -30,7 +30,7 @@ from benchmarks.studies import cifar10_budget as names  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 BUDGET = replace(
     names.QUICK,
-    judging=names.Judging(clean=20, fast=4, standard=2, strong=1, official=2, held_out=10, authors=4),
+    judging=names.Judging(clean=20, fast=4, standard=2, strong=3, official=2, held_out=10, authors=4),
     seeds=2,
 )
 
@@ -235,10 +235,13 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     assert "lambda 5 and phi 10" in page
     assert "- CARSO pipeline minus PGD-AT, `fast`: " in page
     assert "Trained with seed 1:" in page and page.count("| CARSO pipeline |") == 2
-    assert "| PGD-AT | 2 | 100.0 | 50.0 | 25.0 |" in page
-    assert "arXiv 2402.02263 | 70.0 ± 14.5 | 30.0 ± 45.8 **unreliable** |" in page
+    assert "| PGD-AT | 2 | 100.0 | 50.0 | 50.0 | 25.0 |" in page
+    assert "arXiv 2402.02263 | 70.0 ± 14.5 | 30.0 ± 26.5 **unreliable** |" in page
     assert "best candidate: standard and PGD-AT, mixed | 90.0 ± 6.7 | 50.0 ± 25.0 |" in page
     assert "- best candidate minus PGD-AT, `fast`: " in page
+    # the second image of all, and the third of every other one, withstood the first protocol alone
+    assert "On the same 3 images `strong` leaves, next to `fast`: 1 fewer of standard; " in page
+    assert ". 2 fewer of PGD-AT; " in page
     assert "Not judged yet" not in page
     # pages quote single numbers; of two seeds the mean
     assert pages.value("cifar10", names.LARGE, "fast", tmp_path / "results") == "50.0"
