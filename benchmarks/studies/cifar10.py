@@ -116,9 +116,9 @@ def trainings(path: str, seed: int, budget: Budget) -> list[Job]:
         job(ATOP_ZERO, train_atop, BASE, GENERATOR),
         job(MIXED, mix, STANDARD, BASE),
         *(job(name, train_candidate, BASE, CARSO) for name in CANDIDATES),
+        *(job(share_name(share), train_base, how={"share": share}) for share in budget.shares),
         job(LARGE, train_base, how={"large": True}),
         job(AWP, train_base, how={"awp": True}),
-        *(job(share_name(share), train_base, how={"share": share}) for share in budget.shares),
         job(LONG, train_base, how={"long": True}),
     ]
 
