@@ -290,7 +290,9 @@ def plot_tradeoff(
     if not shown and not len(x):
         raise ValueError(f"points must name at least one model where there is no reference, got {points!r}")
     try:
-        figure = _new_figure(figsize=(7.2, 5.0))
+        # more names need more room
+        side = max(1.0, len(shown) / 8) ** 0.5
+        figure = _new_figure(figsize=(7.2 * side, 5.0 * side))
     except ModuleNotFoundError:
         return False
     axes = figure.add_subplot()
@@ -317,7 +319,7 @@ def plot_tradeoff(
     axes.tick_params(color="#888888", labelsize=9)
     if title:
         axes.set_title(title, fontsize=11, pad=18)
-    _name_points(axes, list(shown), at, traced)
+    _name_points(axes, list(shown), at, errors, traced)
     _save(figure, path)
     return True
 
@@ -359,8 +361,8 @@ def _lines_of_equal_sum(axes: Any, low: np.ndarray, high: np.ndarray) -> None:
             axes.annotate(f"SUM {total:g}", (top, high[1]), (0, 3), ha="center", **style)
 
 
-def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, traced: np.ndarray) -> None:
-    """Write each name beside its point, away from the other points, the curve and the other names."""
+def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.ndarray, traced: np.ndarray) -> None:
+    """Write each name beside its point, away from all points, their error bars, the curve and the other names."""
     # optional: the extra demo has it
     from adjustText import adjust_text
 
@@ -374,11 +376,15 @@ def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, traced: np.nda
     ]
     for text in texts:
         text.set_in_layout(False)
-    # a twentieth of the curve's points stands for it; a number of rounds in place of a time keeps the picture the same
-    x, y = np.concatenate([at, traced[::20]]).T
+    # nine points of an error bar and a twentieth of the curve's points stand for them; a number of rounds in place of a
+    # time keeps the picture the same
+    along = np.linspace(-1, 1, 9)[:, None, None] * errors
+    bars = [(at + along * axis).reshape(-1, 2) for axis in (np.array([1, 0]), np.array([0, 1]))]
+    x, y = np.concatenate([*bars, traced[::20]]).T
     legend = axes.get_legend()
     adjust_text(
         texts, x=x, y=y, ax=axes, objects=None if legend is None else [legend], iter_lim=2000,
+        expand=(1.15, 1.35),
         arrowprops={"arrowstyle": "-", "color": _GRAY, "lw": 0.6, "zorder": 2.8},
     )  # fmt: skip
 
