@@ -119,7 +119,7 @@ def trainings(path: str, seed: int, budget: Budget) -> list[Job]:
         *(job(share_name(share), train_base, how={"share": share}) for share in budget.shares),
         job(LARGE, train_base, how={"large": True}),
         job(AWP, train_base, how={"awp": True}),
-        job(LONG, train_base, how={"long": True}),
+        job(LONG, train_base, BASE, how={"long": True}),
     ]
 
 

@@ -53,7 +53,7 @@ class Training:
     large_width: int = 28
     #: of that base: as much training compute as base and purifier together
     large_epochs: int = 8
-    #: of a base that is trained for as long as base and purifier together
+    #: of the base when it is trained further, so that it has as much training compute as base and purifier together
     long_epochs: int = 24
     standard_epochs: int = 15
     base_epochs: int = 15
@@ -140,7 +140,7 @@ FULL = Budget(
 )  # fmt: skip
 QUICK = Budget(
     Training(
-        width=2, large_width=3, large_epochs=1, long_epochs=1, standard_epochs=1, base_epochs=1, arrest_epochs=1,
+        width=2, large_width=3, large_epochs=1, long_epochs=2, standard_epochs=1, base_epochs=1, arrest_epochs=1,
         search_epochs=1, published_epochs=1,
         pipeline_epochs=1, generator_epochs=1, train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,),
         angles=(30.0,), samples=2,

@@ -164,13 +164,18 @@ def train_standard(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train_base(job: Job, folder: Path, root: Path) -> dict:
-    """Adversarially from fresh weights; the job's settings say which form."""
+    """Adversarially from fresh weights, or the base once more; the job's settings say which form."""
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
-    width = budget.large_width if how.get("large") else budget.width
+    if how.get("long"):
+        # a second cycle of learning rates, after the one that left the base
+        model, epochs = load_classifier(job.folder(root, BASE)), budget.long_epochs - budget.base_epochs
+    elif how.get("large"):
+        model, epochs = fresh(job, images, budget.large_width), budget.large_epochs
+    else:
+        model, epochs = fresh(job, images, budget.width), budget.base_epochs
     kind = TradesTask if how.get("trades") else ArrestTask
-    epochs = budget.large_epochs if how.get("large") else budget.long_epochs if how.get("long") else budget.base_epochs
     config = adversarial(budget, how.get("share", 1.0), how.get("awp", False))
-    task = kind(fresh(job, images, width), config, images.image_shape)
+    task = kind(model, config, images.image_shape)
     found = _fitted(job, folder, task, task.result, epochs, images)
     save_classifier(task.result, folder)
     if task.result is not task.classifier:
