@@ -236,8 +236,8 @@ def _first(report: Report, count: int) -> np.ndarray:
     return worst.robust[:count]
 
 
-def taken_by_strong(found: Found, names: Sequence[str], counts: Judging) -> str:
-    """By how much ``strong`` is lower than what compares models, on the images that both attacked; "" without any.
+def strong_beside_main(found: Found, names: Sequence[str], counts: Judging) -> str:
+    """In which rows ``strong`` leaves another number of the images that what compares models attacked too; "" if none.
 
     Args:
         found: what the jobs left.
@@ -245,17 +245,16 @@ def taken_by_strong(found: Found, names: Sequence[str], counts: Judging) -> str:
         counts: how many images each protocol has.
     """
     rows = found.judged(names, "strong") if counts.main != "strong" else []
-    taken: dict[int, list[str]] = {}
-    for name in rows:
-        kept = (_first(found.report(name, protocol), counts.strong).sum() for protocol in (counts.main, "strong"))
-        taken.setdefault(int(np.subtract(*kept)), []).append(name)
     if not rows:
         return ""
-    parts = [
-        f"{fewer} fewer of {'; '.join(names)}" if fewer else f"as many of {'; '.join(names)}"
-        for fewer, names in sorted(taken.items())
-    ]
-    return f"On the same {counts.strong:,} images `strong` leaves, next to `{counts.main}`: {'. '.join(parts)}."
+    more = {}
+    for name in rows:
+        kept = (_first(found.report(name, protocol), counts.strong).sum() for protocol in ("strong", counts.main))
+        more[name] = int(np.subtract(*kept))
+    others = [f"{name} {change:+d}" for name, change in more.items() if change]
+    text = f"On the same {counts.strong:,} images `strong` leaves as many right as `{counts.main}` in "
+    text += f"{len(rows) - len(others)} of {len(rows)} rows"
+    return text + (f"; the others: {'; '.join(others)}." if others else ".")
 
 
 def official_table(found: Found, counts: Judging) -> list[str]:
@@ -335,8 +334,8 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
         for name, other in PAIRS
         if name in reports and other in reports
     ]
-    if taken := taken_by_strong(found, names, counts):
-        lines += ["", taken]
+    if beside := strong_beside_main(found, names, counts):
+        lines += ["", beside]
     for seed in range(1, budget.seeds):
         again = Found(root, seed)
         if judged := again.judged(COMPARED, main):
