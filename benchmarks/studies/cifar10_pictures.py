@@ -35,8 +35,11 @@ def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
         path: of the picture.
     """
     names = [STANDARD, *(share_name(share) for share in budget.shares), BASE]
-    curve = [points[name][:2] for name in names if name in points]
-    line = sorted(curve) if len(curve) > 1 else None
+    curve: dict[float, float] = {}
+    for clean, robust in (points[name][:2] for name in names if name in points):
+        # a curve has one value at each place: the higher one counts
+        curve[clean] = max(robust, curve.get(clean, 0.0))
+    line = sorted(curve.items()) if len(curve) > 1 else None
     # the first is a stage of others, the second stands where the base does
     shown = {name: value for name, value in points.items() if name not in (GENERATOR, NO_EMA)}
     plot_tradeoff(path, shown, line, reference_name="trained at shares of eps", title="CIFAR-10, L-inf 8/255")

@@ -24,7 +24,16 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed pac
 
 from benchmarks import __main__ as program  # noqa: E402
 from benchmarks import pages, studies  # noqa: E402
-from benchmarks.studies import RESULT, Job, cifar10, cifar10_ahead, cifar10_models, cifar10_table, trades  # noqa: E402
+from benchmarks.studies import (  # noqa: E402
+    RESULT,
+    Job,
+    cifar10,
+    cifar10_ahead,
+    cifar10_models,
+    cifar10_pictures,
+    cifar10_table,
+    trades,
+)
 from benchmarks.studies import cifar10_budget as names  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -248,6 +257,15 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     assert pages.value("cifar10", names.BASE, "clean", tmp_path / "results") == "89.0"
     assert pages.value("cifar10", names.BASE, "official", tmp_path / "results") == "25.0"
     assert all((results / "cifar10" / name).is_file() for name in ("tradeoff.png", "photos.png"))
+
+
+def test_models_of_equal_accuracy_can_be_drawn(tmp_path):
+    reached = (10.0, 5.0, 1.0, 1.0)
+    points = {names.STANDARD: reached, names.BASE: reached, names.share_name(0.5): (20.0, 5.0, 1.0, 1.0)}
+    for count in (1, 2, 3):
+        path = tmp_path / f"{count}.png"
+        cifar10_pictures.plot(dict(list(points.items())[:count]), BUDGET, path)
+        assert path.is_file()
 
 
 def test_the_table_of_an_unfinished_study_has_the_rows_that_are_there(tmp_path):
