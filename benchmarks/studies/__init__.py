@@ -71,8 +71,8 @@ class Job:
         return json.loads((self.folder(root, name) / RESULT).read_text())
 
     def asked(self) -> dict:
-        """What must be equal for its folder to be used again, as JSON has it; where the data lie is no part of it."""
-        settings = {name: value for name, value in self.settings.items() if name != "data"}
+        """What must be equal for its folder to be used again, as JSON has it; where it runs is no part of it."""
+        settings = {name: value for name, value in self.settings.items() if name not in ("data", "device")}
         plain = json.dumps({"work": self.work.__name__, "needs": self.needs, **settings}, default=asdict)
         return json.loads(plain)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -75,19 +76,26 @@ __all__ = ["FULL", "QUICK", "Budget", "jobs", "write"]
 DEFAULT = Budget()
 
 
-def _factory(seed: int, **shared: object) -> Callable[..., Job]:
+class Where(NamedTuple):
+    """The folder of the data, and the device."""
+
+    data: str
+    device: str
+
+
+def _factory(where: Where, seed: int, **shared: object) -> Callable[..., Job]:
     """``job(name, work, *needs, **settings)`` for jobs of one seed, which have some settings in common."""
 
     def job(name: str, work: Callable[[Job, Path, Path], dict], *needs: str | tuple[str, int], **more: object) -> Job:
-        return Job(name, seed, work, needs, shared | more, threads=0)
+        return Job(name, seed, work, needs, where._asdict() | shared | more, threads=0)
 
     return job
 
 
-def trainings(path: str, seed: int, budget: Budget) -> list[Job]:
+def trainings(where: Where, seed: int, budget: Budget) -> list[Job]:
     """The trainings of a seed, each behind what it starts from; the first seed has all, the others what is compared."""
     amount = budget.training
-    job = _factory(seed, data=path, budget=amount)
+    job = _factory(where, seed, budget=amount)
     pairs = [(weight, angle) for weight in amount.weights for angle in amount.angles]
     searches = [search_name(*pair) for pair in pairs]
     made = [
@@ -123,9 +131,9 @@ def trainings(path: str, seed: int, budget: Budget) -> list[Job]:
     ]
 
 
-def judgings(path: str, seed: int, budget: Budget) -> list[Job]:
+def judgings(where: Where, seed: int, budget: Budget) -> list[Job]:
     """The jobs that judge a seed's models by the protocol that compares them, and the first seed's candidates."""
-    job = _factory(seed, data=path, budget=budget.training, judging=budget.judging)
+    job = _factory(where, seed, budget=budget.training, judging=budget.judging)
 
     def judged(name: str, *needs: str) -> Job:
         protocol = main_protocol(name, budget.judging)
@@ -140,10 +148,10 @@ def judgings(path: str, seed: int, budget: Budget) -> list[Job]:
     ]
 
 
-def further_judgings(path: str, budget: Budget) -> list[Job]:
+def further_judgings(where: Where, budget: Budget) -> list[Job]:
     """The jobs that judge the first seed's models by further protocols, on fewer images."""
     counts = budget.judging
-    job = _factory(0, data=path, budget=budget.training, judging=counts)
+    job = _factory(where, 0, budget=budget.training, judging=counts)
 
     def judged(name: str, protocol: str) -> Job:
         needs = judged_name(name, counts.main)
@@ -155,17 +163,19 @@ def further_judgings(path: str, budget: Budget) -> list[Job]:
     return [*(judged(name, how) for name in OFFICIAL for how in compared), *(judged(name, "strong") for name in others)]
 
 
-def jobs(path: str, budget: Budget = DEFAULT) -> list[Job]:
+def jobs(path: str, budget: Budget = DEFAULT, device: str = "cpu") -> list[Job]:
     """All jobs, each as early as it can be: a model is judged when it is trained, so that the table grows row by row.
 
     Args:
         path: the folder of CIFAR-10.
         budget: how much of everything.
+        device: where models are trained and judged, as torch names it.
     """
+    where = Where(path, device)
     made: list[Job] = []
     for seed in range(budget.seeds):
-        waiting = judgings(path, seed, budget) + (further_judgings(path, budget) if seed == 0 else [])
-        for training in trainings(path, seed, budget):
+        waiting = judgings(where, seed, budget) + (further_judgings(where, budget) if seed == 0 else [])
+        for training in trainings(where, seed, budget):
             made.append(training)
             there = {job.name for job in made if job.seed == seed}
             for job in list(waiting):

@@ -60,29 +60,37 @@ from .trades import TradesTask
 
 
 def images_of(job: Job) -> data.DataSet:
-    """The training images that the budget allows, and all test images."""
+    """The training images that the budget allows, and all test images, on the job's device."""
     whole, n = data.load_dataset("cifar10", job.settings["data"]), job.settings["budget"].train_images
-    return data.DataSet(
+    images = data.DataSet(
         whole.x_train[:n], whole.y_train[:n], whole.x_test, whole.y_test, name="cifar10", num_classes=whole.num_classes
     )
+    return images.to(job.settings["device"])
 
 
 def held_out(job: Job, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training images that no model was trained on, and their labels.
+    """Training images that no model was trained on, and their labels, on the job's device.
 
     Args:
         job: its settings hold the budget of training.
         count: how many.
     """
     whole, first = data.load_dataset("cifar10", job.settings["data"]), job.settings["budget"].train_images
-    return whole.x_train[first : first + count], whole.y_train[first : first + count]
+    chosen, device = slice(first, first + count), job.settings["device"]
+    return whole.x_train[chosen].to(device), whole.y_train[chosen].to(device)
 
 
 def fresh(job: Job, images: data.DataSet, width: int) -> nn.Module:
-    """A classifier with weights drawn by the job's seed."""
+    """A classifier with weights drawn by the job's seed, on the job's device."""
     torch.manual_seed(job.seed)
     mean, std = data.statistics(images.x_train)
-    return build_classifier("preact_resnet18", images.image_shape, images.num_classes, width=width, mean=mean, std=std)
+    model = build_classifier("preact_resnet18", images.image_shape, images.num_classes, width=width, mean=mean, std=std)
+    return model.to(job.settings["device"])
+
+
+def trained_classifier(job: Job, root: Path, name: str) -> nn.Module:
+    """A classifier that another row of the job's seed left, on the job's device."""
+    return load_classifier(job.folder(root, name)).to(job.settings["device"])
 
 
 def attack_of(budget: Training, share: float = 1.0) -> TrainingAttack:
@@ -168,7 +176,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
     if how.get("long"):
         # a second cycle of learning rates, after the one that left the base
-        model, epochs = load_classifier(job.folder(root, BASE)), budget.long_epochs - budget.base_epochs
+        model, epochs = trained_classifier(job, root, BASE), budget.long_epochs - budget.base_epochs
     elif how.get("large"):
         model, epochs = fresh(job, images, budget.large_width), budget.large_epochs
     else:
@@ -187,7 +195,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
 def search_arrest(job: Job, folder: Path, root: Path) -> dict:
     """One pair of lambda and phi, trained shortly and measured on training images that it leaves out."""
     images, budget = images_of(job), job.settings["budget"]
-    model = load_classifier(job.folder(root, STANDARD))
+    model = trained_classifier(job, root, STANDARD)
     config = finetuning(budget, job.settings["weight"], job.settings["angle"])
     task = ArrestTask(model, config, images.image_shape)
     held = loop(job, budget.search_epochs, validation_share=0.1)
@@ -211,21 +219,21 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
     """AFT, or ARREST with what the search chose, from the standard classifier."""
     images, budget = images_of(job), job.settings["budget"]
     weight, angle = chosen(job, root) if job.name == ARREST else (0.0, None)
-    task = ArrestTask(
-        load_classifier(job.folder(root, STANDARD)), finetuning(budget, weight, angle), images.image_shape
-    )
+    model = trained_classifier(job, root, STANDARD)
+    task = ArrestTask(model, finetuning(budget, weight, angle), images.image_shape)
     found = _fitted(job, folder, task, task.result, budget.arrest_epochs, images)
     save_classifier(task.result, folder)
     return found | {"weight": weight, "angle": angle}
 
 
 def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[str]) -> Carso:
-    """A defence whose purifier has weights drawn by the job's seed."""
+    """A defence whose purifier has weights drawn by the job's seed, on the job's device."""
     base = load_classifier(job.folder(root, BEHIND[job.name]))
     torch.manual_seed(job.seed)
     mean, std = data.statistics(images.x_train)
     samples = job.settings["budget"].samples
-    return Carso(base, layers, images.image_shape, cond_dim=128, latent_dim=64, samples=samples, mean=mean, std=std)
+    defence = Carso(base, layers, images.image_shape, cond_dim=128, latent_dim=64, samples=samples, mean=mean, std=std)
+    return defence.to(job.settings["device"])
 
 
 def _from_published(job: Job, root: Path, defence: Carso) -> str:
@@ -292,6 +300,7 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
     torch.manual_seed(job.seed)
     sigma = 0.0 if job.name == ATOP_ZERO else 0.25
     defence = Atop(base, SmallGenerator(3, residual=True), images.image_shape, transform="rt2", sigma=sigma)
+    defence.to(job.settings["device"])
     if job.name == GENERATOR:
         config = AtopConfig.pretraining(learning_rate=1e-3, schedule="one_cycle", gan_weight=0.1)
         task, epochs = AtopTask(defence, config), budget.generator_epochs
@@ -312,7 +321,11 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
 
 
 def model_of(job: Job, root: Path, name: str) -> nn.Module:
-    """A trained model, by its row."""
+    """A trained model, by its row, on the job's device."""
+    return _read_model(job, root, name).to(job.settings["device"])
+
+
+def _read_model(job: Job, root: Path, name: str) -> nn.Module:
     if name == MIXED:
         return Mixed(*(load_classifier(job.folder(root, part)) for part in (STANDARD, BASE))).eval()
     trained = TRAINED_AS.get(name, name)

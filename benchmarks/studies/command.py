@@ -9,6 +9,7 @@ from typing import Any
 from purify_fast import data
 from purify_fast._lock import folder_lock
 from purify_fast.attacks.autoattack import implementation
+from purify_fast.cli.device import usable_device
 
 from . import arrest_mnist, atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, cifar10, run, tables
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"jobs side by side; {WORKERS} by default, of one thread each; 1 of the studies on CIFAR-10, whose jobs "
         "share the threads between them",
     )
+    parser.add_argument("--device", default="auto", help="of cifar10: auto, cpu, cuda or cuda:N; auto by default")
     parser.add_argument(
         "--so-far", action="store_true", help="of cifar10: train nothing, write the table of what is done"
     )
@@ -62,6 +64,9 @@ def check(chosen: argparse.Namespace) -> None:
             raise ValueError(f"--{option} does not go with {chosen.name}")
     if chosen.so_far and study is not cifar10:
         raise ValueError(f"--so-far does not go with {chosen.name}")
+    if chosen.device != "auto" and study is not cifar10:
+        raise ValueError(f"--device does not go with {chosen.name}")
+    usable_device(chosen.device)
     for option in ("seeds", "workers"):
         value = getattr(chosen, option)
         if value is not None and value < 1:
@@ -102,5 +107,6 @@ def _run(chosen: argparse.Namespace, root: Path, results: Path) -> Path:
         done = run(study.jobs(seeds, chosen.quick, chosen.rows), root, workers)
         return tables.write(done, results, chosen.name, study.notes(chosen.quick), study.LAYOUT)
     budget = _budget(chosen)
-    run(study.jobs(place, budget=budget), root, workers)
+    device = {"device": usable_device(chosen.device)} if study is cifar10 else {}
+    run(study.jobs(place, budget=budget, **device), root, workers)
     return study.write(root, results, budget=budget)

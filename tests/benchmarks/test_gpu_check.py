@@ -147,7 +147,7 @@ def device_tests(device: str, **environ: str) -> str:
     """What pytest says of some of the tests of a device."""
     environ = {**os.environ, "PURIFY_FAST_TEST_DEVICE": device, "OMP_NUM_THREADS": "1", **environ}
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-v", "-rs"]
-    command += ["-k", "reconstruction_loss or arrest"]
+    command += ["-k", "reconstruction_loss or arrest or study"]
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True).stdout
 
 

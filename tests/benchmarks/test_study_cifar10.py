@@ -71,7 +71,8 @@ def test_every_need_comes_before_what_needs_it_and_every_row_is_judged(tmp_path)
 
 def test_a_training_stays_the_same_job_when_more_images_are_judged():
     more = replace(BUDGET, judging=names.Judging(standard=7))
-    for one, other in zip(cifar10.trainings("x", 0, BUDGET), cifar10.trainings("x", 0, more), strict=True):
+    here, there = cifar10.Where("x", "cpu"), cifar10.Where("y", "cuda")
+    for one, other in zip(cifar10.trainings(here, 0, BUDGET), cifar10.trainings(there, 0, more), strict=True):
         assert one.asked() == other.asked()
 
 
@@ -91,7 +92,10 @@ def test_the_best_candidate_is_chosen_on_images_that_no_model_was_trained_on(tmp
     )  # fmt: skip
     monkeypatch.setattr(cifar10_models.data, "load_dataset", lambda *_: whole)
     job = Job(
-        names.judged_name(names.BEST, "fast"), 0, cifar10.judge, settings={"data": "x", "budget": BUDGET.training}
+        names.judged_name(names.BEST, "fast"),
+        0,
+        cifar10.judge,
+        settings={"data": "x", "device": "cpu", "budget": BUDGET.training},
     )
     trained, held = cifar10_models.images_of(job).x_train, cifar10_models.held_out(job, 10)
     assert held[1].tolist() == list(range(64, 74)) and not set(held[0].flatten().tolist()) & set(

@@ -1,0 +1,51 @@
+"""Jobs of the study on CIFAR-10 on a device: models are trained where the images are, saved, read and judged there."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+
+from benchmarks.studies import RESULT, cifar10, cifar10_models  # noqa: E402
+from benchmarks.studies import cifar10_budget as names  # noqa: E402
+
+DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
+if DEVICE.type == "cuda" and not torch.cuda.is_available():
+    pytest.skip("no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+WANTED = (
+    names.BASE, names.STANDARD, names.CARSO, names.GENERATOR, names.search_name(5.0, 30.0), names.ARREST,
+    names.judged_name(names.BASE, "fast"),
+)  # fmt: skip
+
+
+def test_jobs_run_on_the_device(tmp_path):
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (80, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(80) % 10
+    np.savez(tmp_path / "cifar10.npz", x_train=images, y_train=labels, x_test=images[:20], y_test=labels[:20])
+    budget = replace(names.QUICK, training=replace(names.QUICK.training, train_images=32))
+    root, seen = tmp_path / "runs", []
+    for job in cifar10.jobs(str(tmp_path), budget, str(DEVICE)):
+        if job.name not in WANTED:
+            continue
+        assert job.ready(root), f"{job.name} needs {job.needs}"
+        folder = job.folder(root)
+        folder.mkdir(parents=True)
+        (folder / RESULT).write_text(json.dumps(job.work(job, folder, root)))
+        seen.append(job.name)
+    assert sorted(seen) == sorted(WANTED)
+    job = cifar10.jobs(str(tmp_path), budget, str(DEVICE))[0]
+    for name in (names.BASE, names.CARSO, names.GENERATOR):
+        model = cifar10_models.model_of(job, root, name)
+        assert {value.device.type for value in model.state_dict().values()} == {DEVICE.type}
