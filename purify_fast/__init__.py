@@ -2,7 +2,7 @@
 
 - `purify_fast.Carso`, `purify_fast.Atop`: defences, ``defence(images in [0, 1]) -> logits``.
 - `purify_fast.load_defence`, `purify_fast.load_classifier`: what was saved, read back.
-- `purify_fast.carso`, `purify_fast.atop`, `purify_fast.arrest`: each method's networks, settings and training.
+- `purify_fast.methods.carso`, `.atop`, `.arrest`: each method's networks, settings and training.
 - `purify_fast.training`: the loop that the methods share. `purify_fast.data`: data sets.
 - `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks themselves.
 - `purify_fast.ops`: the fused operations. `purify_fast.speed`: what makes a frozen model fast.

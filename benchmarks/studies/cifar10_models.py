@@ -1,8 +1,10 @@
 """The models of the study on CIFAR-10, and how each is trained.
 
-Every model is trained with crops and flips, bfloat16 inside and a moving average of the weights. What the defences are
-compared with is an adversarially trained base, a base of as many parameters, and TRADES. ARREST's lambda and phi are
-chosen on training images that the search leaves out; nothing is chosen on test images.
+Every model is trained with crops and flips. Adversarially trained classifiers, AFT and ARREST among them, keep a moving
+average of their weights. AToP's generator, AToP as published and the candidate whose classifier is trained too are
+trained in float32, all others in bfloat16. The defences are compared with single networks that were trained
+adversarially: the base, a larger and a longer one, one with AWP, one at half of eps, and TRADES. ARREST's lambda and
+phi are chosen on training images that the search leaves out; nothing is chosen on test images.
 """
 
 from __future__ import annotations

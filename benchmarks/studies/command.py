@@ -22,7 +22,7 @@ STUDIES = {
     "atop_mnist": (atop_mnist, "mnist"),
     "arrest_mnist": (arrest_mnist, "mnist"),
 }  # and their data sets
-NO_AUTOATTACK = ("atop_mnist", "cifar10")
+NO_AUTOATTACK = ("atop_mnist",)
 #: Studies of networks that are large enough to use every core, so that their jobs run one after the other by default.
 ALL_CORES = (carso_resnet18, cifar10)
 RESULTS = Path(__file__).parents[1] / "results" / "studies"

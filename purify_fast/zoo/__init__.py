@@ -6,7 +6,8 @@
     model = zoo.load("digits-carso-pipeline")   # images in [0, 1] to logits, in evaluation mode
     print(zoo.card("digits-carso-pipeline"))    # how it was trained, and what it withstands
 
-A model's card says what this package's strongest evaluation left of it. Whoever gets it lower is asked to report how.
+A model's card names the protocols that attacked it, on how many images, and what each left. Whoever gets
+it lower is asked to report how.
 """
 
 from .cards import Accuracy, Card, card
