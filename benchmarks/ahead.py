@@ -11,7 +11,8 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -178,13 +179,20 @@ class Device:
 
 def run(case: str, dtype: str, architecture: int, start: Callable) -> list:
     """What ``start`` makes of every launch of the case, on such a device."""
-    results = []
+    results: list = []
     launch, *arguments = CASES[case]
-    run = mock.patch.object(triton.JITFunction, "run", lambda *args, **kwargs: results.append(start(*args, **kwargs)))
-    major = mock.patch.object(_common, "_major", lambda device: architecture // 10)
-    with run, major, mock.patch.object(driver, "_active", Device(architecture)):
+    with recorded(architecture, lambda *args, **kwargs: results.append(start(*args, **kwargs))):
         launch(*_made(arguments, DTYPES[dtype]))
     return results
+
+
+@contextmanager
+def recorded(architecture: int, start: Callable) -> Iterator[None]:
+    """Within the block, launchers find such a device, and ``start`` is called in place of every launch."""
+    run = mock.patch.object(triton.JITFunction, "run", lambda *args, **kwargs: start(*args, **kwargs))
+    major = mock.patch.object(_common, "_major", lambda device: architecture // 10)
+    with run, major, mock.patch.object(driver, "_active", Device(architecture)):
+        yield
 
 
 @cache

@@ -262,7 +262,8 @@ def races(context: Context) -> Outcome:
         limits.run(device, context.dry, context.out)
         known = limits.read(context.out)
     copied = known.get((environment(device)["device"], limits.COPY), 0.0)
-    missing = [name for name, op in REGISTRY.items() if device.type == "cuda" and op.kernel("cuda") == "reference"]
+    gpu_ops = {name: op for name, op in REGISTRY.items() if device.type == "cuda" and op.launch is not None}
+    missing = [name for name, op in gpu_ops.items() if op.kernel("cuda") == "reference"]
     found = tune(device, seconds=0.9 * context.left, tell=context.tell)
     shipping.take(device, context.out)
     rows = [

@@ -210,7 +210,8 @@ def forward(logits: Tensor, method: int) -> Tensor:
     x = logits.contiguous()
     with on(logits):
         if method == PEEL.value:
-            _peel[(batch,)](x, out, samples, classes, **shape)
+            # s is a product: fused with it, `s - top` would leave its rounding where s is the largest, and not 0
+            _peel[(batch,)](x, out, samples, classes, **shape, enable_fp_fusion=False)
         elif method == VOTE.value:
             _vote[(batch,)](x, out, samples, classes, **shape)
         else:
@@ -231,7 +232,7 @@ def backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
     g, x = grad.contiguous(), logits.contiguous()
     with on(logits):
         if method == PEEL.value:
-            _peel_backward[(batch,)](g, x, out, samples, classes, **shape)
+            _peel_backward[(batch,)](g, x, out, samples, classes, **shape, enable_fp_fusion=False)
         else:
             _columns_backward[(batch * tiles,)](g, x, out, samples, classes, tiles, METHOD=method, **shape)
     return out

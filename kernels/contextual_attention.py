@@ -300,7 +300,8 @@ def backward(
     parts = torch.empty((batch, blocks, size), dtype=torch.float32, device=grad.device)
     row, together = _layout(size, height, width), _together(width)
     programs, sizes = grid(batch, size // together), (batch, size, height, width)
-    first, second = torch.empty((batch, size, size + 2 * width), device=out.device), torch.empty_like(out)
+    first = torch.empty((batch, size, size + 2 * width), dtype=torch.float32, device=out.device)
+    second = torch.empty_like(out)
     inverse = inverse.contiguous()
     with on(grad):
         _gather[programs](

@@ -43,6 +43,8 @@ CELL = 16
 TOGETHER = (torch.bfloat16,)
 #: Rows of `_last_two` by the major compute capability, where 256 would not fit registers.
 FEWER_ROWS = {8: 128, 12: 128}
+#: The oldest major compute capability whose shared memory holds the tiles of `_last_two`.
+OLDEST = 8
 
 
 @triton.jit
@@ -174,7 +176,8 @@ def _layer(
             total = tl.where(entered > 0, total, slope * total)
         else:
             if KIND == 0:
-                image = (first + sample) // draws
+                # as many conditions as a call has images may hold more numbers than 32 bits count
+                image = ((first + sample) // draws).to(tl.int64)
                 own = (image * (OUT_HEIGHT * OUT_WIDTH) + (out_y * OUT_WIDTH + out_x)) * OUT_CHANNELS
                 mask = inside[:, None] & (column < OUT_CHANNELS)[None, :]
                 total += tl.load(bias_ptr + (own[:, None] + column[None, :]), mask=mask, other=0.0)
@@ -382,6 +385,8 @@ class Decoder:
         """Whether the last two layers are one launch."""
         layers = self.geometry.layers
         if self.dtype not in TOGETHER or len(layers) < 2 or layers[-1].stride != 1 or layers[-2].stride > 2:
+            return False
+        if self.device.type == "cuda" and _common._major(self.device) < OLDEST:
             return False
         (before, last), columns = layers[-2:], self.columns[-2]
         low, high = _reach(last.kernel, before.stride, last.padding, before.stride - 1)

@@ -129,31 +129,42 @@ def philox(sizes: tuple[int, ...] = (130, 1024)) -> Iterator[Example]:
             )
 
 
-#: few classes; and more than a vector holds, in numbers that fill no whole one
+#: Few classes; more than a vector holds, in numbers that fill no whole one; and logits for which peel is continued by a
+#: tangent. The last number is the logits' standard deviation.
 AGGREGATED = (
-    *((method, (ROWS, 8, 10)) for method in METHODS),
-    *((method, (ROWS, 5, classes)) for method in ("lse", "mean") for classes in (37, 101)),
-    ("peel", (ROWS, 64, 7)),
+    *((method, (ROWS, 8, 10), 3.0) for method in METHODS),
+    *((method, (ROWS, 5, classes), 3.0) for method in ("lse", "mean") for classes in (37, 101)),
+    ("peel", (ROWS, 64, 7), 3.0),
+    ("peel", (ROWS, 2, 12), 60.0),
 )
+#: Where the tangent's slope, exp(70), is a number.
+_WIDE_RANGE = (torch.float32, torch.bfloat16)
+
+
+def _aggregated(method: str, shape: tuple[int, ...], scale: float, make: Callable) -> Example:
+    """An example of `aggregate` or of its gradient; a GPU's exponentials and divisions differ by a few ulp."""
+    words, dtypes = (f"scale {scale:g}", _WIDE_RANGE) if scale > 3 else ("", Example.dtypes)
+    voted = method == "vote"
+    return Example(_name(shape, method, words), make, dtypes, exact=voted, slack=0.0 if voted else 16.0, variant=method)
 
 
 def aggregate(settings=AGGREGATED) -> Iterator[Example]:
-    for method, shape in settings:
+    for method, shape, scale in settings:
 
-        def make(dtype: torch.dtype, seed: int, method=method, shape=shape) -> tuple:
-            return _normal(seed, *shape, scale=3.0).to(dtype), METHODS.index(method)
+        def make(dtype: torch.dtype, seed: int, method=method, shape=shape, scale=scale) -> tuple:
+            return _normal(seed, *shape, scale=scale).to(dtype), METHODS.index(method)
 
-        yield Example(_name(shape, method), make, exact=method == "vote", variant=method)
+        yield _aggregated(method, shape, scale, make)
 
 
 def aggregate_backward(settings=AGGREGATED) -> Iterator[Example]:
-    for method, shape in settings:
+    for method, shape, scale in settings:
 
-        def make(dtype: torch.dtype, seed: int, method=method, shape=shape) -> tuple:
+        def make(dtype: torch.dtype, seed: int, method=method, shape=shape, scale=scale) -> tuple:
             grad = _normal(seed + 100, shape[0], shape[2]).to(_wide(dtype))
-            return grad, _normal(seed, *shape, scale=3.0).to(dtype), METHODS.index(method)
+            return grad, _normal(seed, *shape, scale=scale).to(dtype), METHODS.index(method)
 
-        yield Example(_name(shape, method), make, variant=method)
+        yield _aggregated(method, shape, scale, make)
 
 
 LATENTS = ((ROWS, 64), (ROWS, 37), (ROWS, 2500))
@@ -178,7 +189,8 @@ def sample_latent_backward(shapes=LATENTS) -> Iterator[Example]:
         yield Example(_name(shape), make, slack=16.0)
 
 
-IMAGES = ((ROWS, 1, 16, 16), (ROWS, 3, 33, 31), (ROWS, 5001))
+#: The last ones have more numbers than one program of the norms' steps and of the losses takes.
+IMAGES = ((ROWS, 1, 16, 16), (ROWS, 3, 33, 31), (ROWS, 5001), (ROWS, 16400))
 
 
 def _reconstruction(dtype: torch.dtype, seed: int, shape: tuple[int, ...]) -> tuple:
@@ -234,6 +246,7 @@ TRANSFORMS = (
     ((ROWS, 2, 9, 15), 3, 5, 0.25, 1),
     ((ROWS, 3, 12, 20), 4, 5, 0.25, 2),
     ((ROWS, 1, 16, 16), 4, 0, 0.0, 2),
+    ((ROWS, 1, 16, 24), 8, 3, 0.25, 1),
 )
 
 
@@ -308,7 +321,7 @@ def gated_elu(settings=GATED) -> Iterator[Example]:
         def make(dtype: torch.dtype, seed: int, shape=shape, dim=dim) -> tuple:
             return _features(dtype, seed, shape), dim
 
-        yield Example(_name(shape, f"dim {dim}"), make)
+        yield Example(_name(shape, f"dim {dim}"), make, slack=16.0)
 
 
 def gated_elu_backward(settings=GATED) -> Iterator[Example]:
@@ -318,7 +331,7 @@ def gated_elu_backward(settings=GATED) -> Iterator[Example]:
             half = [size // 2 if i == dim else size for i, size in enumerate(shape)]
             return _normal(seed + 100, *half).to(dtype), _features(dtype, seed, shape), dim
 
-        yield Example(_name(shape, f"dim {dim}"), make)
+        yield Example(_name(shape, f"dim {dim}"), make, slack=16.0)
 
 
 #: height and width of the grid of keys; channels
@@ -354,8 +367,8 @@ def contextual_attention_backward(sizes=ATTENDED) -> Iterator[Example]:
         yield Example(_name(size), make, slack=32.0)  # sums of numbers of the largest output's size
 
 
-#: layers of one call
-LAYERS = (((2, 5, 7),), ((64, 8, 8), (130,), (4, 1025)))
+#: layers of one call; the last has more numbers than one program takes
+LAYERS = (((2, 5, 7),), ((64, 8, 8), (130,), (4, 1025)), ((9001,), (3,)))
 
 
 def _layers(dtype: torch.dtype, seed: int, shapes: tuple) -> tuple[list[Tensor], list[Tensor]]:
@@ -399,14 +412,17 @@ def noisy_replay(shapes=IMAGES) -> Iterator[Example]:
         yield Example(_name(shape), make, exact=True)
 
 
-#: first map, the convolutions (channels, kernel, stride, padding, height, width), samples: every product is tiled
+#: First map, the convolutions (channels, kernel, stride, padding, height, width), samples, and the weights' dtype. In
+#: the first two every product is tiled; the last two layers of the third are one launch.
 DECODED = (
-    (Geometry.of([12, 40, 3, 3, *(70, 3, 2, 1, 5, 6), *(3, 2, 1, 1, 4, 5)]), 3),
-    (Geometry.of([33, 96, 1, 2, *(5, 4, 2, 1, 2, 4)]), 5),
+    (Geometry.of([12, 40, 3, 3, *(70, 3, 2, 1, 5, 6), *(3, 2, 1, 1, 4, 5)]), 3, torch.bfloat16),
+    (Geometry.of([33, 96, 1, 2, *(5, 4, 2, 1, 2, 4)]), 5, torch.bfloat16),
+    (Geometry.of([12, 40, 3, 3, *(24, 4, 2, 1, 6, 6), *(3, 3, 1, 1, 6, 6)]), 2, torch.bfloat16),
+    (Geometry.of([12, 40, 3, 3, *(3, 4, 2, 1, 6, 6)]), 2, torch.float32),
 )
 
 
-def _decoded(seed: int, sizes: Geometry, samples: int, squash: bool) -> tuple:
+def _decoded(seed: int, sizes: Geometry, samples: int, weight_dtype: torch.dtype, squash: bool) -> tuple:
     weights, biases, channels = [], [], sizes.start[0]
     for i, layer in enumerate(sizes.layers):
         shape = channels, layer.channels, layer.kernel, layer.kernel
@@ -416,30 +432,41 @@ def _decoded(seed: int, sizes: Geometry, samples: int, squash: bool) -> tuple:
     first = _normal(seed + 20, *sizes.start, sizes.latent_dim, scale=sizes.latent_dim**-0.5)
     packed, shifts = pack(first, weights, biases)
     condition = _normal(seed + 30, ROWS, math.prod(sizes.start)).float()
-    return condition, *_stream(seed), packed.bfloat16(), shifts.float(), sizes.numbers(), samples, 0.2, squash
+    # parameters, since `tile` repeats what is none of them
+    kept = Parameter(packed.to(weight_dtype), False), Parameter(shifts.float(), False)
+    return condition, *_stream(seed), *kept, sizes.numbers(), samples, 0.2, squash
 
 
 def decode_samples(settings=DECODED) -> Iterator[Example]:
-    for sizes, samples in settings:
+    for sizes, samples, weight_dtype in settings:
         for squash, last in ((True, False), (False, True)):
+            given = partial(_decoded, sizes=sizes, samples=samples, weight_dtype=weight_dtype, squash=squash)
 
-            def make(dtype: torch.dtype, seed: int, sizes=sizes, samples=samples, squash=squash, last=last) -> tuple:
-                return *_decoded(seed, sizes, samples, squash), last, dtype
+            def make(dtype: torch.dtype, seed: int, given=given, last=last) -> tuple:
+                return *given(seed), last, dtype
 
-            words = f"K {samples}", "squashed" if squash else "", "channels_last" if last else ""
-            yield Example(_name(sizes.start, *words), make, (torch.float32, torch.bfloat16))
+            words = *_decoded_words(sizes, samples, weight_dtype), "squashed" if squash else ""
+            name = _name(sizes.start, *words, "channels_last" if last else "")
+            yield Example(name, make, (torch.float32, torch.bfloat16))
+
+
+def _decoded_words(sizes: Geometry, samples: int, weight_dtype: torch.dtype) -> tuple[str, ...]:
+    """What names an example of the decoder, beside its first map."""
+    return f"K {samples}", f"{len(sizes.layers)} layers", "float32" if weight_dtype == torch.float32 else ""
 
 
 def decode_samples_backward(settings=DECODED) -> Iterator[Example]:
-    for sizes, samples in settings:
+    for sizes, samples, weight_dtype in settings:
         for squash in (True, False):
+            given = partial(_decoded, sizes=sizes, samples=samples, weight_dtype=weight_dtype, squash=squash)
 
-            def make(dtype: torch.dtype, seed: int, sizes=sizes, samples=samples, squash=squash) -> tuple:
-                given = _decoded(seed, sizes, samples, squash)
-                image = REGISTRY["decode_samples"].reference(*given, False, dtype)
-                return _normal(seed + 40, *image.shape).to(dtype), image, *given
+            def make(dtype: torch.dtype, seed: int, given=given) -> tuple:
+                arguments = given(seed)
+                image = REGISTRY["decode_samples"].reference(*arguments, False, dtype)
+                return _normal(seed + 40, *image.shape).to(dtype), image, *arguments
 
-            name = _name(sizes.start, f"K {samples}", "squashed" if squash else "")
+            words = *_decoded_words(sizes, samples, weight_dtype), "squashed" if squash else ""
+            name = _name(sizes.start, *words)
             yield Example(name, make, (torch.float32, torch.bfloat16))
 
 
@@ -514,7 +541,10 @@ _LAYERS = tuple(
 )  # fmt: skip
 _RGB = (((ROWS, 3, 32, 32),),)
 _HIDDEN = (((ROWS, 3, 32, 32), 4, 0, 0.25, 1), ((ROWS, 3, 32, 32), 4, 4, 0.25, 1), ((ROWS, 3, 32, 32), 4, 0, 0.0, 1))
-_LOGITS = (*((method, (ROWS, 8, 10)) for method in METHODS), ("lse", (ROWS, 8, 100)), ("peel", (ROWS, 8, 100)))
+_LOGITS = (
+    *((method, (ROWS, 8, 10), 3.0) for method in METHODS),
+    *((method, (ROWS, 8, 100), 3.0) for method in ("lse", "peel")),
+)
 #: The decoder that CARSO has for images of 32 x 32.
 _CIFAR = Geometry.of([128, 256, 3, 3, *(256, 3, 2, 1, 5, 5), *(128, 3, 2, 1, 9, 9), *(64, 3, 2, 1, 17, 17),
                       *(32, 3, 2, 1, 33, 33), *(3, 2, 1, 1, 32, 32)])  # fmt: skip
@@ -533,7 +563,7 @@ RACED: dict[str, tuple] = {
     "gated_elu": ((((ROWS, 96, 16, 16), 1), ((ROWS, 16, 16, 96), 3)),),
     "contextual_attention": (((8, 8, 96), (32, 32, 96)),),
     "representation_distance": ((((640, 8, 8),), ((64, 8, 8), (128, 4, 4), (256,))), ("abs_cosine", "l2")),
-    "decode_samples": (((_CIFAR, 8),),),
+    "decode_samples": (((_CIFAR, 8, torch.bfloat16),),),
     **dict.fromkeys(("convolution", "convolution_input_gradient", "convolution_weight_gradient"), (_LAYERS,)),
 }
 

@@ -98,6 +98,7 @@ class Op:
             has none.
         compiler_fuses: those of them whose reference compilers fuse as well.
         sources: device type to the files that its kernel there is made of.
+        launch: starts its Triton kernel; None where it has none, as an op for CPUs alone.
         weigh: of the kernel's arguments, the dtype and the number of elements that its server is chosen by.
         served: the decisions that were made: by style, device, dtype, bits of the number of elements, and variant.
     """
@@ -109,6 +110,7 @@ class Op:
     replaces_many: tuple[str, ...] = ()
     compiler_fuses: tuple[str, ...] = ()
     sources: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    launch: Callable | None = None
     weigh: Callable[..., tuple[torch.dtype, int]] = first_argument
     served: dict[tuple[Style, torch.device, torch.dtype | None, int, str], str] = field(default_factory=dict)
 
@@ -301,7 +303,8 @@ def define_op(
     torch.library.impl(qualified, "CUDA", _narrow(triton, plain) if triton is not None else plain)
     available["cuda"] += ("triton",) if triton is not None else ()
     if isinstance(triton, Launcher):
-        sources["cuda"] = (definition, KERNELS / f"{triton.module}.py", KERNELS / "_common.py")
+        # kernels call functions of each other's modules, and definitions of each other
+        sources["cuda"] = (*sorted(definition.parent.glob("[!_]*.py")), *sorted(KERNELS.glob("*.py")))
     many = replaces_many if isinstance(replaces_many, tuple) else ("",) if replaces_many else ()
     op = Op(
         name=name,
@@ -311,6 +314,7 @@ def define_op(
         replaces_many=many,
         compiler_fuses=compiler_fuses,
         sources=sources,
+        launch=triton,
         weigh=weigh,
     )
     REGISTRY[name] = op

@@ -177,10 +177,10 @@ def _lacks_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
 
 
-def _warn(op: Op, device: torch.device, verdict: Verdict) -> None:
-    where = _verdicts.machine(device)["device"]
+def _warn(op: Op, device: torch.device, verdict: Verdict, ran: bool) -> None:
+    where, what = _verdicts.machine(device)["device"], "is wrong" if ran else "cannot be run"
     warnings.warn(
-        f"purify_fast: the {verdict.backend} kernel of {op.name} is wrong on {where}: {verdict.words()}. "
+        f"purify_fast: the {verdict.backend} kernel of {op.name} {what} on {where}: {verdict.words()}. "
         "It does not serve on this machine, its reference in PyTorch does. Please report it with the output of "
         "`purify-fast info`",
         RuntimeWarning,
@@ -242,7 +242,8 @@ def verdict_of(op: Op, device: torch.device) -> Verdict:
             _say_unwritable(str(path))
     logger.info("%s: %s verified in %.2f s, %s", op.name, found.backend, found.seconds, found)
     if not found.passed:
-        _warn(op, device, found)
+        # a verdict that is not kept is of an error: no Triton, no compiler, no memory
+        _warn(op, device, found, ran=keep)
     return found
 
 

@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.fail("ahead-of-time compilation needs a process without TRITON_INTERPRET=1", pytrace=False)
 
+import torch  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
@@ -31,6 +32,7 @@ from benchmarks.ahead import (  # noqa: E402
     launched,
     name_of,
     parsed,
+    recorded,
     run,
     sass,
     usage,
@@ -38,6 +40,8 @@ from benchmarks.ahead import (  # noqa: E402
 from benchmarks.instructions import EXECUTED, RESULT, instructions  # noqa: E402
 from benchmarks.report import read_csv  # noqa: E402
 from benchmarks.running import RESULTS  # noqa: E402
+from purify_fast.ops import REGISTRY  # noqa: E402
+from purify_fast.ops import _examples as examples  # noqa: E402
 
 #: The cases that launch the same for every dtype.
 FLOAT32 = ("philox-*",)
@@ -79,6 +83,27 @@ def test_every_kernel_has_a_case():
     }
 
 
+def test_every_kernel_is_verified():
+    """What a machine verifies before a kernel serves, an op's examples, launches every kernel that calls launch."""
+    calls, verified = ({name for name in names if name} for names in (started_by_cases(), started_by_examples()))
+    assert calls == verified
+
+
+def started_by_cases() -> Iterable[str]:
+    for case in CASES:
+        yield from run(case, "bf16" if matches(case, BFLOAT16) else "fp32", 90, lambda fn, *_, **__: name_of(fn))
+
+
+def started_by_examples() -> Iterable[str]:
+    names: list[str] = []
+    with recorded(90, lambda fn, *_, **__: names.append(name_of(fn))), torch.no_grad():
+        for name, op in REGISTRY.items():
+            for example in examples.of(name) if op.launch is not None else ():
+                for dtype in example.dtypes:
+                    op.launch(*example.make(dtype, 0))
+    return names
+
+
 @pytest.mark.parametrize(
     ("case", "launches"),
     [("abs_cosine", ["_forward"]), ("abs_cosine-chunks", ["_forward", "_add"]), ("backward", ["_backward"])],
@@ -114,6 +139,12 @@ def test_compiles_without_spills_or_doubles(case, dtype, architecture):
         allowed = 8 if triton.__version__.startswith("3.6.") and (name, architecture) in ONE_SPILL else 0
         assert used["STACK"] <= allowed and used["LOCAL"] == 0, (name, used)  # spills
         assert not re.search(r"\.f64|\.local\b|__local_depot", ptx), name
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("aggregate-") and "peel" in case])
+def test_a_difference_from_the_maximum_is_not_fused(case):
+    """S - max S must be 0 where S is the largest; fused with the product that S is, it is what rounding left of it."""
+    assert [kernel.metadata.enable_fp_fusion for kernel in launched(case, "fp32", 90)] == [False]
 
 
 #: Where a thread cannot read or write 16 bytes at once: kernel or case, instruction, the bytes that it may, and why.

@@ -40,6 +40,17 @@ def test_tiled_samples_have_tiled_results(op):
         torch.testing.assert_close(out, 2 * wanted if example.summed else examples.tile(wanted, 2))
 
 
+@pytest.mark.parametrize("op", ["decode_samples", "decode_samples_backward"])
+def test_weights_are_not_tiled(op):
+    for example in (*examples.of(op), *examples.raced(op)):
+        given = example.make(torch.float32, 0)
+        weights, tiled = (
+            [leaf.shape for leaf in leaves(arguments) if isinstance(leaf, torch.nn.Parameter)]
+            for arguments in (given, examples.tile(given, 3))
+        )
+        assert len(weights) == 2 and weights == tiled
+
+
 def test_an_op_without_examples_is_told_where_they_belong(monkeypatch):
     monkeypatch.setitem(REGISTRY, "new_op", REGISTRY["philox"])
     with pytest.raises(
