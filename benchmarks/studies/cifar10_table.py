@@ -290,10 +290,26 @@ def settings(found: Found, budget: Budget) -> str:
     if (facts := found.result(ARREST)) is not None:
         pair = f"lambda {facts['weight']:g} and phi {facts['angle']:g}"
         text += f" On training images that the search left out {pair} were chosen for ARREST."
-    wanted = [*rows(budget), BEST]
-    there = found.judged(wanted, counts.main)
-    missing = [name for name in wanted if name not in there]
-    return text + (f"\n\nNot judged yet: {'; '.join(missing)}." if missing else "")
+    return "\n\n".join([text, *not_judged(found, budget)])
+
+
+def not_judged(found: Found, budget: Budget) -> list[str]:
+    """A sentence for each part of the study that has not ended; none when all is done."""
+    counts = budget.judging
+    official = OFFICIAL if counts.official > 0 else ()
+    parts = {
+        "Not judged yet": [(name, judged_name(name, counts.main), 0) for name in (*rows(budget), BEST)],
+        "Candidates that are not judged yet": [(name, tried_name(name), 0) for name in TRIED],
+        "Not attacked by the official AutoAttack yet": [(name, judged_name(name, "official"), 0) for name in official],
+    }
+    for seed in range(1, budget.seeds):
+        jobs = [(name, judged_name(name, counts.main), seed) for name in COMPARED]
+        parts[f"With seed {seed} not judged yet"] = jobs
+    missing = {
+        what: [name for name, job, seed in jobs if Found(found.root, seed).result(job) is None]
+        for what, jobs in parts.items()
+    }
+    return [f"{what}: {'; '.join(names)}." for what, names in missing.items() if names]
 
 
 def reached_by(found: Found, name: str, report: Report, counts: Judging) -> Point:
