@@ -306,6 +306,9 @@ def checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
     if kind == "classifier":
         # classifiers had no such setting at first
         saved = {**saved, "facts": {"precision": "float32", **saved["facts"]}}
+    if kind == "carso":
+        # the pipeline's predictions were compared with labels alone at first
+        saved = {**saved, "facts": {"targets": "labels", **saved["facts"]}}
     if "optimizers" in saved:
         return saved
     saved = dict(saved)

@@ -62,8 +62,8 @@ class CandidateTask(CarsoTask):
         defence: what is trained.
         config: how, through the pipeline.
         origin: what the purifier starts from.
-        loss: "trades": cross-entropy of clean images and the divergence from there to the attacked ones. "distilled":
-            the divergence from the classifier's own probabilities of clean images to those of attacked ones.
+        loss: "trades": cross-entropy of clean images and the divergence from there to the attacked ones. Otherwise the
+            loss is that of the config, whose targets are the classifier's probabilities for "distilled".
     """
 
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str, loss: Loss):
@@ -76,23 +76,16 @@ class CandidateTask(CarsoTask):
         return self.model.classify(reconstructions).flatten(0, 1).float().log_softmax(1)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        if self.loss == "cross_entropy":
+        if self.loss != "trades":
             return super().training_step(batch)
-        count = self.config.train_samples
-        labels = batch.y.repeat_interleave(count)
+        labels = batch.y.repeat_interleave(self.config.train_samples)
         with as_trained(self.model, batch, self.config):
             moved = self._predictions(attack_pipeline(self.model, batch, self.config, self.graphs))
-            if self.loss == "trades":
-                wanted = self._predictions(batch.x)
-                cross_entropy, weight = F.nll_loss(wanted, labels), BETA
-            else:
-                with torch.no_grad():
-                    taught = self.model.frozen_classifier(batch.x).float().log_softmax(1)
-                wanted = taught.repeat_interleave(count, 0)
-                cross_entropy, weight = moved.new_zeros(()), 1.0
+            wanted = self._predictions(batch.x)
         divergence = F.kl_div(moved, wanted, reduction="batchmean", log_target=True)
         accuracy = (moved.detach().argmax(1) == labels).float().mean()
-        return cross_entropy + weight * divergence, {"divergence": divergence.detach(), "accuracy": accuracy}
+        loss = F.nll_loss(wanted, labels) + BETA * divergence
+        return loss, {"divergence": divergence.detach(), "accuracy": accuracy}
 
     def describe(self) -> dict[str, object]:
         return super().describe() | {"task": "candidate", "loss": self.loss}

@@ -278,6 +278,8 @@ def train_candidate(job: Job, folder: Path, root: Path) -> dict:
     config = CarsoConfig(
         attack_target="pipeline", attack=attack_of(budget), learning_rate=rate, joint=how.joint, precision=precision
     )
+    if how.loss == "distilled":
+        config = replace(config, targets="classifier", reconstruction_weight=0.0)
     task = CandidateTask(defence, config, origin, how.loss)
     found = _fitted(job, folder, task, defence, budget.pipeline_epochs, images)
     save_whole(defence, folder)

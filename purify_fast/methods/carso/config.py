@@ -17,6 +17,7 @@ Reduction = Literal["mean", "sum"]
 Optimizer = Literal["adamw", "radam_lookahead"]
 Schedule = Literal["one_cycle", "published", "published_v1"]
 Precision = Literal["float32", "tf32", "bfloat16"]
+Targets = Literal["labels", "classifier"]
 
 
 @old_settings("carso")
@@ -26,7 +27,7 @@ class CarsoConfig:
 
     Two trainings share these settings. kl_delay, beta, free_bits, reduction, eps_mode and adversarial_fraction belong
     to the published one: through the pipeline kl_delay, beta and adversarial_fraction have no effect, and the other
-    three must stay as they are. train_samples and reconstruction_weight belong to the pipeline's alone.
+    three must stay as they are. train_samples, targets and reconstruction_weight belong to the pipeline's alone.
 
     Args:
         attack_target: what the training examples are made against: "classifier" (paper), or "pipeline", the whole
@@ -45,6 +46,9 @@ class CarsoConfig:
         free_bits: nats of the batch's mean KL that cost nothing, against posterior collapse (paper: 0; Kingma et al.,
             NeurIPS 2016, with the whole latent as one group).
         train_samples: reconstructions per image, K, while training through the pipeline.
+        targets: what the K predictions of an attacked image are to be while training through the pipeline: "labels", by
+            cross-entropy (own), or "classifier", the probabilities that the frozen classifier gives the clean image, by
+            their divergence (adversarially robust distillation, Goldblum et al., AAAI 2020, arXiv 1905.09747).
         reconstruction_weight: weight of the reconstruction term while training through the pipeline (own: 0.02).
         joint: whether the classifier's copy is trained too, through the pipeline only (own; the paper's is frozen).
         reduction: of the loss over the batch, "mean" (own) or "sum" (paper).
@@ -73,6 +77,7 @@ class CarsoConfig:
     beta: float = 1.0
     free_bits: float = 0.0
     train_samples: int = 1
+    targets: Targets = "labels"
     reconstruction_weight: float = 0.02
     joint: bool = False
     reduction: Reduction = "mean"
@@ -91,6 +96,15 @@ class CarsoConfig:
         check_literal("optimizer", self.optimizer, Optimizer)
         check_literal("schedule", self.schedule, Schedule)
         check_literal("precision", self.precision, Precision)
+        check_literal("targets", self.targets, Targets)
+        if self.targets == "classifier" and self.attack_target != "pipeline":
+            raise ValueError(
+                "targets 'classifier' needs attack_target='pipeline': the published loss has no predictions"
+            )
+        if self.targets == "classifier" and self.joint:
+            raise ValueError(
+                "targets 'classifier' needs a frozen classifier: leave out joint, or take targets 'labels'"
+            )
         for name, default in (("reduction", "mean"), ("eps_mode", "paper"), ("free_bits", 0.0)):
             if self.attack_target == "pipeline" and getattr(self, name) != default:
                 raise ValueError(f"{name} {getattr(self, name)!r} is of attack_target 'classifier', not of 'pipeline'")

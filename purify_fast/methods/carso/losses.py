@@ -193,7 +193,8 @@ def attack_pipeline(defence: Carso, batch: Batch, config: CarsoConfig, graphs: S
 def pipeline_step(
     defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> tuple[Tensor, Metrics]:
-    """This package's own loss: PGD through the whole defence, cross-entropy of the K predictions, and a reconstruction.
+    """This package's own loss: PGD through the whole defence, how far the K predictions are from their targets, and a
+    reconstruction.
 
     Args:
         defence: whose purifier is trained, and with ``joint`` its classifier.
@@ -214,15 +215,28 @@ def pipeline_step(
         predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
     labels = batch.y.repeat_interleave(config.train_samples)
     targets = batch.x.repeat_interleave(config.train_samples, 0)
-    cross_entropy = F.cross_entropy(predictions, labels)
+    if config.targets == "labels":
+        name, distance = "cross_entropy", F.cross_entropy(predictions, labels)
+    else:
+        name, distance = "divergence", _divergence_from_classifier(defence, batch.x, predictions)
     reconstruction = reconstruction_loss(logits.flatten(0, 1), targets).mean()
     accuracy = (predictions.detach().argmax(1) == labels).float().mean()
-    metrics = {
-        "cross_entropy": cross_entropy.detach(),
-        "reconstruction": reconstruction.detach(),
-        "accuracy": accuracy,
-    }
-    return cross_entropy + config.reconstruction_weight * reconstruction, metrics
+    metrics = {name: distance.detach(), "reconstruction": reconstruction.detach(), "accuracy": accuracy}
+    return distance + config.reconstruction_weight * reconstruction, metrics
+
+
+def _divergence_from_classifier(defence: Carso, x: Tensor, predictions: Tensor) -> Tensor:
+    """The mean Kullback-Leibler divergence from the frozen classifier's probabilities to those of the predictions.
+
+    Args:
+        defence: whose classifier is asked.
+        x: the clean images, [B, C, H, W].
+        predictions: the logits of K samples of each, [B K, classes].
+    """
+    with torch.no_grad():
+        wanted = defence.frozen_classifier(x).float().log_softmax(1)
+    wanted = wanted.repeat_interleave(len(predictions) // len(x), 0)
+    return F.kl_div(predictions.float().log_softmax(1), wanted, reduction="batchmean", log_target=True)
 
 
 def training_loss(

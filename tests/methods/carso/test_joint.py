@@ -161,5 +161,11 @@ def test_refusals():
         CarsoConfig(attack_target="pipeline", free_bits=2.0)
     with pytest.raises(ValueError, match="joint training needs attack_target='pipeline'"):
         CarsoConfig(joint=True)
+    with pytest.raises(ValueError, match="targets 'classifier' needs attack_target='pipeline'"):
+        CarsoConfig(targets="classifier")
+    with pytest.raises(ValueError, match="targets 'classifier' needs a frozen classifier"):
+        CarsoConfig(attack_target="pipeline", targets="classifier", joint=True)
+    with pytest.raises(ValueError, match="targets must be"):
+        CarsoConfig(attack_target="pipeline", targets="teacher")
     with pytest.raises(ValueError, match="free_bits must be at least 0, got -1"):
         CarsoConfig(free_bits=-1)
