@@ -445,14 +445,15 @@ def decode_samples(settings=DECODED) -> Iterator[Example]:
             def make(dtype: torch.dtype, seed: int, given=given, last=last) -> tuple:
                 return *given(seed), last, dtype
 
-            words = *_decoded_words(sizes, samples, weight_dtype), "squashed" if squash else ""
+            words = _decoded_words(sizes, samples, weight_dtype, squash)
             name = _name(sizes.start, *words, "channels_last" if last else "")
             yield Example(name, make, (torch.float32, torch.bfloat16))
 
 
-def _decoded_words(sizes: Geometry, samples: int, weight_dtype: torch.dtype) -> tuple[str, ...]:
+def _decoded_words(sizes: Geometry, samples: int, weight_dtype: torch.dtype, squash: bool) -> tuple[str, ...]:
     """What names an example of the decoder, beside its first map."""
-    return f"K {samples}", f"{len(sizes.layers)} layers", "float32" if weight_dtype == torch.float32 else ""
+    words = f"K {samples}", f"{len(sizes.layers)} layers", "float32" if weight_dtype == torch.float32 else ""
+    return *words, "squashed" if squash else ""
 
 
 def decode_samples_backward(settings=DECODED) -> Iterator[Example]:
@@ -465,8 +466,7 @@ def decode_samples_backward(settings=DECODED) -> Iterator[Example]:
                 image = REGISTRY["decode_samples"].reference(*arguments, False, dtype)
                 return _normal(seed + 40, *image.shape).to(dtype), image, *arguments
 
-            words = *_decoded_words(sizes, samples, weight_dtype), "squashed" if squash else ""
-            name = _name(sizes.start, *words)
+            name = _name(sizes.start, *_decoded_words(sizes, samples, weight_dtype, squash))
             yield Example(name, make, (torch.float32, torch.bfloat16))
 
 
