@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from purify_fast import _library
+from purify_fast.ops import REGISTRY
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
@@ -262,7 +263,7 @@ def test_the_three_commands_hold_every_section_within_nine_minutes():
 def test_the_races_end_in_a_file_that_could_ship_and_in_a_chapter(tmp_path, monkeypatch, capsys):
     """The second command rehearsed, with the races of one op: nothing outside of the folder is written."""
     monkeypatch.setenv("PURIFY_FAST_CACHE", "")
-    kept = {name: op for name, op in gpu_check.REGISTRY.items() if name == "noisy_replay"}
+    kept = {name: op for name, op in REGISTRY.items() if name == "noisy_replay"}
     monkeypatch.setattr("purify_fast.ops._tune.REGISTRY", kept)
     monkeypatch.setattr(gpu_check._racing, "RUN", 1e-5)
     monkeypatch.setitem(gpu_check._racing.ELEMENTS, "cpu", {})
