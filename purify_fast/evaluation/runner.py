@@ -39,7 +39,7 @@ from .customary import check_radius, unusual_radius
 from .function_attack import AttackFunction
 from .images import collect
 from .interrupted import short_interrupts
-from .labels import ball_name, row_name, threat_name
+from .labels import ball_name, precision_name, row_name, threat_name
 from .measure import Measure
 from .outputs import INSTEAD_OF_PROBABILITIES, as_classifier
 from .progress import Progress
@@ -144,7 +144,8 @@ def evaluate(
     given = _given(protocol, attacks, base)
     check_radius(eps, norm, attacked=bool(given or protocol or probes))
     about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}", "seed": str(seed)}
-    named = {"dataset": dataset_name, "protocol": protocol}
+    precision = precision_name(defence, device_of(defence, images))
+    named = {"dataset": dataset_name, "protocol": protocol, "precision": precision}
     report = Report(about=about | {what: value for what, value in named.items() if value is not None})
     defence = as_classifier(defence)
     with contextlib.ExitStack() as stack:
