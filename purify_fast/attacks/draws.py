@@ -18,6 +18,7 @@ from .._tensors import repeat_batch
 from ..protocols import Classifier, SharesDraws, supports
 from ..speed.step_graphs import State, StepGraphs
 from .arguments import check_labels
+from .asked import ask
 from .losses import LOSSES, TARGETED, Loss
 
 
@@ -142,8 +143,9 @@ class Objective:
     def _logits(self, x: Tensor, draws: int) -> Tensor:
         """Logits ``[draws * B, classes]``; a model that shares work between its draws is asked for them at once."""
         if draws > 1 and supports(self.model, SharesDraws):
-            return cast(SharesDraws, self.model).draw_logits(x, draws).flatten(0, 1)
-        return self.model(repeat_batch(x, draws) if draws > 1 else x)
+            shares = cast(SharesDraws, self.model)
+            return ask(lambda images: shares.draw_logits(images, draws), x).flatten(0, 1)
+        return ask(self.model, repeat_batch(x, draws) if draws > 1 else x)
 
 
 def _even(images: int, most: int) -> int:
@@ -229,5 +231,5 @@ def input_gradient(
     Returns:
         The gradient, shape of x (zero where the logits do not depend on x), and the mean loss over the draws, ``[B]``.
     """
-    found = Objective(model, loss, eot_iter, max_forward_batch).gradient(x, y)
+    found = Objective(model, loss, eot_iter, max_forward_batch).gradient(x.detach().clone(), y)
     return found.image, found.loss

@@ -24,6 +24,7 @@ from .._validation import check_folder, check_literal
 from .._version import __version__
 from ..attacks import BPDA, Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import NormName, check_at_least_one, read_norm
+from ..attacks.asked import check_leaves_images
 from ..attacks.autoattack import implementation
 from ..attacks.engine.gradient_copy import GradientCopies
 from ..ops import decisions, held
@@ -131,7 +132,7 @@ def evaluate(
         others found on these. Of any other threat model with several attacks, a ``worst`` of its own.
 
     Raises:
-        ValueError: a wrong shape, dtype, range or setting, or ``out`` is a file.
+        ValueError: a wrong shape, dtype, range or setting, a model that writes to its input, or ``out`` is a file.
         KeyboardInterrupt: Ctrl-C, with a message that says how to go on and without the frames of the attack.
         TypeError: images or labels that are no tensors, or an attack that is none.
         ModuleNotFoundError: AutoAttack is asked for and missing.
@@ -159,6 +160,7 @@ def evaluate(
         others = {id(m): m for m in (base, *(spec.other_model for spec in plan)) if m is not None}
         for model in others.values():
             stack.enter_context(frozen(model))
+            check_leaves_images(model, subject.some()[:1])
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
             max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._fingerprint import digest
 from ..attacks import margin
+from ..attacks.asked import ask, check_leaves_images
 from ..protocols import Classifier
 from .outputs import are_probabilities, returning_logits
 
@@ -62,7 +63,7 @@ class Subject:
         has_probabilities: whether the model returns probabilities where logits are wanted.
 
     Raises:
-        ValueError: a label that the model has no class for.
+        ValueError: a label that the model has no class for, or a model that writes to its input.
     """
 
     def __init__(self, model: Classifier, x: Tensor, y: Tensor, *, batch_size: int, n_eval: int, seed: int):
@@ -71,7 +72,8 @@ class Subject:
         self.device = device_of(model, x)
         self.data = digest(x, y)
         torch.manual_seed(seed)
-        self.model, self.num_classes = returning_logits(model, x[:1].to(self.device))
+        self.model, self.num_classes = returning_logits(model, self.some()[:1])
+        check_leaves_images(self.model, self.some()[:1])
         one, other = self.model(self.some()), self.model(self.some())
         self.is_random = _differ(one, other)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
@@ -81,8 +83,8 @@ class Subject:
             raise ValueError(f"y[{first}] is {int(y[first])}, but the model has {self.num_classes} classes")
 
     def some(self) -> Tensor:
-        """A few images, to try models on."""
-        return self.x[:8].to(self.device)
+        """A copy of a few images, to try models on."""
+        return self.x[:8].to(self.device, copy=True)
 
     def draws(self, model: Classifier) -> bool:
         """Whether two predictions of a model differ."""
@@ -116,7 +118,7 @@ class Subject:
             for _ in range(self.judges(variant)):
                 decided, broken, lead = [], [], []
                 for part, labels in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
-                    logits = self.model(part.to(self.device))
+                    logits = ask(self.model, part.to(self.device, copy=True))
                     lead.append(-margin(logits.float(), labels.to(logits.device)).cpu())
                     decided.append(logits.argmax(1).cpu())
                     broken.append(_undecided(logits).cpu())
