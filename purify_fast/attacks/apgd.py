@@ -113,6 +113,7 @@ def apgd(
 
     Raises:
         TypeError: x or y is no tensor.
+        RuntimeError: it is called within ``torch.inference_mode()``.
         ValueError: a wrong shape, dtype, name, count or range, or too few classes for the loss; or a model
             that writes to its input.
     """

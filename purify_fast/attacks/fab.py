@@ -99,6 +99,7 @@ def fab_t(
 
     Raises:
         TypeError: x or y is no tensor.
+        RuntimeError: it is called within ``torch.inference_mode()``.
         ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
     """
     check_images(x, y, clip_min, clip_max)

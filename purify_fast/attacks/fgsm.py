@@ -60,6 +60,7 @@ def fgsm(
 
     Raises:
         TypeError: x or y is no tensor.
+        RuntimeError: it is called within ``torch.inference_mode()``.
         ValueError: as `pgd`.
     """
     return pgd(

@@ -183,6 +183,7 @@ def pgd(
 
     Raises:
         TypeError: x or y is no tensor.
+        RuntimeError: it is called within ``torch.inference_mode()``.
         ValueError: a wrong shape, dtype, name or count, or a negative eps or alpha; or a model
             that writes to its input.
     """

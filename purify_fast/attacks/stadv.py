@@ -126,6 +126,7 @@ def stadv(
 
     Raises:
         TypeError: x or y is no tensor.
+        RuntimeError: it is called within ``torch.inference_mode()``.
         ValueError: a wrong shape, dtype, name or count, or a negative eps, rate or smoothness; or a model
             that writes to its input.
     """

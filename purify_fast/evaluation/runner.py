@@ -58,6 +58,7 @@ logger = logging.getLogger("purify_fast")
 @short_interrupts
 @renamed_arguments(eot="eot_iter", chunk="max_forward_batch")
 @whole_float32_by_default()
+@torch.inference_mode(False)
 def evaluate(
     defence: Classifier,
     x: Tensor | Iterable[Any],
