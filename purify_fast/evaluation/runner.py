@@ -86,10 +86,10 @@ def evaluate(
     """Attack a model in every way asked for, and report what it withstands.
 
     Args:
-        defence: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable. A module's mode,
-            ``requires_grad`` flags and weights, and the random generators, are afterwards as they were. A function is
-            called as it is: put the modules that it uses into evaluation mode yourself. Those in training mode that it
-            can be seen to use are told in a warning and in the report's notes.
+        defence: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable that does not write
+            to the images. A module's mode, ``requires_grad`` flags and weights, and the random generators, are
+            afterwards as they were. A function is called as it is: put the modules that it uses into evaluation mode
+            yourself. Those in training mode that it can be seen to use are told in a warning and in the report's notes.
         x: images ``[N, C, H, W]``, uint8 or float32 in [0, 1]; or, without ``y``, a DataLoader or any other iterable of
             batches (images, labels) or (images, labels, indices), which is read once and kept in memory.
         y: labels, int64 ``[N]``.
