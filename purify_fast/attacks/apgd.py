@@ -243,7 +243,7 @@ class APGD(TargetedAttack):
         return super().settings(context) | own
 
     def revision(self) -> str:
-        return "4"
+        return "5"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         options = self.options(context) | {"gradients_from": context.gradients_from, "graphs": context.graphs}

@@ -242,7 +242,7 @@ class FABT(TargetedAttack):
         return super().settings(context) | own
 
     def revision(self) -> str:
-        return "3"
+        return "4"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         return fab_t(target, x, y, steps=self.steps or STEPS, **self.options(context))

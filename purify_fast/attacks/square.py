@@ -258,7 +258,7 @@ class Square(EngineAttack):
         return None
 
     def revision(self) -> str:
-        return "3"
+        return "4"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         return square(target, x, y, n_queries=self.n_queries, **self.options(context))
