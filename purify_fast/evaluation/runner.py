@@ -158,10 +158,7 @@ def evaluate(
         report.notes += _told_at_once(defence, subject, name)
         before = Before(subject) if (protocol is not None if probes is None else probes) else None
         plan = given if protocol is None else protocol_attacks(protocol, _known(subject, base))
-        others = {id(m): m for m in (base, *(spec.other_model for spec in plan)) if m is not None}
-        for model in others.values():
-            stack.enter_context(frozen(model))
-            check_leaves_images(model, subject.some()[:1])
+        _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
             max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
@@ -186,6 +183,13 @@ def _told_at_once(defence: Classifier, subject: Subject, name: str) -> list[str]
         logger.warning("%s returns probabilities, not logits, and its number will be marked: %s", name,
                        INSTEAD_OF_PROBABILITIES)  # fmt: skip
     return notes
+
+
+def _freeze_others(models: Sequence[Classifier | None], subject: Subject, stack: contextlib.ExitStack) -> None:
+    """Freeze the other models that are attacked until the stack ends, and refuse those that write to their input."""
+    for model in {id(model): model for model in models if model is not None}.values():
+        stack.enter_context(frozen(model))
+        check_leaves_images(model, subject.some()[:1])
 
 
 def _kept_in(out: Path, subject: Subject, name: str, stack: contextlib.ExitStack) -> RowCache:
