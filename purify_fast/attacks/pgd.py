@@ -183,7 +183,9 @@ def pgd(
 
     Raises:
         TypeError: x or y is no tensor.
-        ValueError: a wrong shape, dtype, name or count, or a negative eps or alpha.
+        RuntimeError: it is called within ``torch.inference_mode()``.
+        ValueError: a wrong shape, dtype, name or count, or a negative eps or alpha; or a model
+            that writes to its input.
     """
     check_images(x, y, clip_min, clip_max)
     ball = ball_around(x, eps, norm, clip_min, clip_max)
@@ -192,7 +194,7 @@ def pgd(
     check_not_negative(alpha=alpha)
     if x.shape[0] == 0:
         return x.clone()
-    x = x.detach()
+    x = x.detach().clone()
     constant = None if alpha is None else per_sample("alpha", alpha, x)
     objective = Objective(model, loss, eot_iter, max_forward_batch, graphs)
     with frozen(model):

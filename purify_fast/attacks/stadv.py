@@ -126,7 +126,9 @@ def stadv(
 
     Raises:
         TypeError: x or y is no tensor.
-        ValueError: a wrong shape, dtype, name or count, or a negative eps, rate or smoothness.
+        RuntimeError: it is called within ``torch.inference_mode()``.
+        ValueError: a wrong shape, dtype, name or count, or a negative eps, rate or smoothness; or a model
+            that writes to its input.
     """
     check_images(x, y)
     check_literal("loss", loss, Loss)
@@ -136,7 +138,7 @@ def stadv(
     check_not_negative(eps=eps, rate=rate, smoothness=smoothness)
     if x.shape[0] == 0:
         return x.clone()
-    x = x.detach()
+    x = x.detach().clone()
     room = Ball(per_sample("eps", eps, x), "linf", -torch.inf, torch.inf)
     bound = per_image(room.eps, x)
     flow = bound.new_zeros((len(x), 2, *x.shape[2:]))
