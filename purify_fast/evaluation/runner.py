@@ -33,7 +33,7 @@ from ..speed.precision import whole_float32_by_default
 from ..speed.step_graphs import CudaGraphs, StepGraphs
 from .alarms.answers import Before
 from .alarms.probes import cost as cost_of_probes
-from .around import note_of_training_modes
+from .around import notes_of_modules
 from .believe import conclude
 from .customary import check_radius, unusual_radius
 from .function_attack import AttackFunction
@@ -176,7 +176,7 @@ def evaluate(
 
 def _told_at_once(defence: Classifier, subject: Subject, name: str) -> list[str]:
     """Notes for the report, which are logged now, as are probabilities: an evaluation may take hours."""
-    notes = note_of_training_modes(defence, name)
+    notes = notes_of_modules(defence, name)
     for note in notes:
         logger.warning(note)
     if subject.has_probabilities:
