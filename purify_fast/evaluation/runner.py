@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._compat import renamed_arguments
 from .._validation import check_folder, check_literal
@@ -36,6 +36,7 @@ from .alarms.probes import cost as cost_of_probes
 from .around import notes_of_modules
 from .believe import conclude
 from .customary import check_radius, unusual_radius
+from .fingerprint import fingerprint, fingerprint_or_reason
 from .function_attack import AttackFunction
 from .images import collect
 from .interrupted import short_interrupts
@@ -85,7 +86,8 @@ def evaluate(
 
     Args:
         defence: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable. A module's mode,
-            ``requires_grad`` flags and weights, and the random generators, are afterwards as they were. A function is
+            ``requires_grad`` flags and weights, and the random generators, are afterwards as they were; so are those of
+            modules that it holds in plain lists, objects or hooks. A function is
             called as it is: put the modules that it uses into evaluation mode yourself. Those in training mode that it
             can be seen to use are told in a warning and in the report's notes.
         x: images ``[N, C, H, W]``, uint8 or float32 in [0, 1]; or, without ``y``, a DataLoader or any other iterable of
@@ -115,8 +117,8 @@ def evaluate(
             with it the last bits of a gradient.
         seed: of everything random.
         out: a folder; each finished row is kept in ``out/rows`` and used again where settings, weights, data and the
-            code of the model's classes agree. Rows of models without weights to compare (plain callables) are made
-            anew.
+            code of the model's classes agree. Rows of models without weights to compare (plain callables), and of those
+            that hold something that cannot be compared by its value, are made anew; a warning says so.
         name: of the model, in the report.
         dataset_name: of the data set, for the report's title.
         probes: whether the model is also asked what tells whether the number can be believed: short attacks on a few
@@ -153,6 +155,8 @@ def evaluate(
         stack.enter_context(raced_convolutions(cudnn_benchmark, device_of(defence, images)))
         stack.enter_context(frozen(defence))
         subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
+        # taken here, where a model that keeps what it saw last has always seen the same
+        mark = (None, "") if out is None else fingerprint_or_reason(subject.model)
         report.notes += _told_at_once(defence, subject, name)
         before = Before(subject) if (protocol is not None if probes is None else probes) else None
         plan = given if protocol is None else protocol_attacks(protocol, _known(subject, base))
@@ -164,7 +168,9 @@ def evaluate(
             max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
             copies=GradientCopies(),
         )  # fmt: skip
-        cache = None if out is None else _kept_in(Path(out), subject, name, stack)
+        cache = None if out is None else _kept_in(Path(out), subject, name, stack, mark)
+        if cache is not None and mark[0] is not None:
+            _know(cache, others.values(), subject)
         measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress, []))
         more = 0 if before is None else cost_of_probes(subject, context)
         _add_rows(report, _possible(plan, measure, report.notes), measure, more)
@@ -185,18 +191,37 @@ def _told_at_once(defence: Classifier, subject: Subject, name: str) -> list[str]
     return notes
 
 
-def _kept_in(out: Path, subject: Subject, name: str, stack: contextlib.ExitStack) -> RowCache:
+def _kept_in(
+    out: Path, subject: Subject, name: str, stack: contextlib.ExitStack, mark: tuple[str | None, str]
+) -> RowCache:
     """The rows kept in a folder; until the stack ends the same kernels serve, whatever is found out about them.
 
     The kernels are verified now, which takes a moment once on a machine: were one found wrong at its first use, the
     rows of this run would have the name of rows that it had served, and the next run would make them anew.
+
+    Args:
+        out: the folder.
+        subject: the model with its images.
+        name: of the model.
+        stack: ends with the evaluation.
+        mark: the model's fingerprint, or None and why it has none.
     """
-    # `fingerprint` returns None for these models, but to ask it would read every weight of the others
-    if not isinstance(subject.model, nn.Module):
-        logger.warning("out: %s is a function, of which no weights can be compared: its rows are not kept", name)
+    found, reason = mark
+    if found is None:
+        logger.warning("out: %s %s: its rows are not kept", name, reason)
     served = decisions(subject.device, verify=True)
     stack.enter_context(held(served, verified=False))
-    return RowCache(out, served)
+    cache = RowCache(out, served)
+    cache.know(subject.model, found)
+    return cache
+
+
+def _know(cache: RowCache, others: Iterable[Classifier], subject: Subject) -> None:
+    """Take the fingerprints of the other models now, after the same prediction each time: attacks may change them."""
+    for model in others:
+        torch.manual_seed(subject.seed)
+        model(subject.some())
+        cache.know(model, fingerprint(model))
 
 
 def _given(
