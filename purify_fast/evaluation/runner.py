@@ -35,6 +35,7 @@ from .alarms.answers import Before
 from .alarms.probes import cost as cost_of_probes
 from .around import notes_of_modules
 from .believe import conclude
+from .copies import refresh_stale_copies
 from .customary import check_radius, unusual_radius
 from .fingerprint import fingerprint, fingerprint_or_reason
 from .function_attack import AttackFunction
@@ -154,6 +155,7 @@ def evaluate(
         stack.enter_context(torch.no_grad())
         stack.enter_context(raced_convolutions(cudnn_benchmark, device_of(defence, images)))
         stack.enter_context(frozen(defence))
+        refresh_stale_copies(defence, base, *(spec.other_model for spec in given))
         subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
         # taken here, where a model that keeps what it saw last has always seen the same
         mark = (None, "") if out is None else fingerprint_or_reason(subject.model)
