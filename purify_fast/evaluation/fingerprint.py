@@ -46,10 +46,12 @@ _NOT_CODE = frozenset({
     "__orig_bases__", "__parameters__", "__slots__", "__dataclass_fields__", "__dataclass_params__", "__match_args__",
     "__protocol_attrs__", "__signature__", "__non_callable_proto_members__", "not_dependencies",
 })  # fmt: skip
-#: What a module that PyTorch made has besides its weights and its code.
-_MADE_BY_TORCH = frozenset({"_compiled_call_impl", "_graph", "_tracer_cls", "_erased_node_names", "meta"})
+#: What PyTorch adds to a module that it compiles, and to one that it traced, whose code is an attribute too.
+_COMPILED, _TRACED = frozenset({"_compiled_call_impl"}), frozenset({"_graph", "_tracer_cls", "meta"})
 #: Packages whose code is told by their version, or by this package's own.
 _KNOWN = {"torch", "torchvision", "numpy", "purify_fast", *sys.stdlib_module_names} - {"__main__"}
+#: Elements of a constant of a library; what has more is a table of something else.
+_FEW = 1000
 #: Variables of PyTorch with hooks of all modules.
 _HOOKS_OF_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
@@ -185,7 +187,8 @@ class _Marks:
         if isinstance(value, types.FunctionType):
             return "function", self._function(value, path)
         if isinstance(value, (set, frozenset)):
-            return "set", [self.of(type(value), path), *sorted(self.of(part, path) for part in value)]
+            attributes = self._variables(getattr(value, "__dict__", {}), frozenset(), path)
+            return "set", [self.of(type(value), path), *sorted(self.of(part, path) for part in value), *attributes]
         if type(value) in (list, tuple):
             return type(value).__name__, [self.of(part, (*path, f"[{i}]")) for i, part in enumerate(value)]
         if type(value) in (dict, types.MappingProxyType):
@@ -198,7 +201,7 @@ class _Marks:
     def _items(self, value: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[str]:
         for key, part in value.items():
             yield self.of(key, (*path, "a key"))
-            yield self.of(part, (*path, f"[{key!r}]"))
+            yield self.of(part, (*path, f"[{key!r}]" if type(key) in (str, int) else "[...]"))
 
     def _variables(self, held: Mapping[str, Any], left_out: frozenset[str], path: tuple[str, ...]) -> Iterator[str]:
         """Attributes by name; their order is that in which the object got them, which is no part of what it is."""
@@ -212,20 +215,27 @@ class _Marks:
         # not imported for this: nothing is compiled then
         dynamo = sys.modules.get("torch._dynamo")
         if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
-            return ["compiled", self.of(module._orig_mod, path)]
+            return ["compiled", self.of(module._orig_mod, path), *self._hooks(module, path)]
         if isinstance(module, torch.jit.ScriptModule):
             return self._script(module, path)
         parts = [self.of(type(module), path), str(module.training)]
         for group in ("_parameters", "_buffers", "_modules"):
             parts += [group, *(text for n, v in vars(module)[group].items() for text in (n, self.of(v, (*path, n))))]
+        parts += self._hooks(module, path)
+        left_out = BARE | _left_out(type(module)) | _computed_once(type(module)) | _COMPILED
+        if isinstance(module, torch.fx.GraphModule):
+            left_out |= _TRACED
+            # its class is made by PyTorch, and calls what was called when it was traced
+            parts += self._globals(cast(types.FunctionType, type(module).forward), "own", path)
+        return [*parts, "attributes", *self._variables(vars(module), left_out, path)]
+
+    def _hooks(self, module: nn.Module, path: tuple[str, ...]) -> Iterator[str]:
         flags = [getattr(module, name, {}) for name in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")]
         flags.append(getattr(module, "_forward_hooks_always_called", {}))
         for group in HOOKS:
             # a hook's number counts those of the whole process
             for number, hook in getattr(module, group).items():
-                parts += [group, self.of(hook, (*path, "a hook")), str([number in flag for flag in flags])]
-        left_out = BARE | _left_out(type(module)) | _computed_once(type(module)) | _MADE_BY_TORCH
-        return [*parts, "attributes", *self._variables(vars(module), left_out, path)]
+                yield from (group, self.of(hook, (*path, "a hook")), str([number in flag for flag in flags]))
 
     def _script(self, module: torch.jit.ScriptModule, path: tuple[str, ...]) -> list[str]:
         """A module of TorchScript, whose code and attributes only its file has."""
@@ -233,7 +243,7 @@ class _Marks:
             saved = bytearray(module.save_to_buffer())
         except RuntimeError as error:
             raise _cannot(module, path) from error
-        return ["script", digest(torch.frombuffer(saved, dtype=torch.uint8))]
+        return ["script", digest(torch.frombuffer(saved, dtype=torch.uint8)), *self._hooks(module, path)]
 
     def _tensor(self, tensor: Tensor, path: tuple[str, ...]) -> list[str]:
         if is_traceable_wrapper_subclass(tensor):
@@ -250,12 +260,12 @@ class _Marks:
 
     def _class(self, kind: type, path: tuple[str, ...]) -> list[str]:
         """A class of a user by what it computes: its methods and attributes, and those of its bases."""
-        parts, left_out = [_name(kind)], _NOT_CODE | _left_out(kind)
+        parts, left_out = [], _NOT_CODE | _left_out(kind)
         for base in kind.__mro__:
             origin = _origin(base)
+            parts.append(_name(base))
             if origin == "known":
                 continue
-            parts.append(_name(base))
             for name, value in sorted(vars(base).items()):
                 if name not in left_out and not _is_library_state(origin, value):
                     parts += [name, self.of(value, (*path, f"class {base.__qualname__}", name))]
@@ -430,4 +440,12 @@ def _is_found_by_name(function: types.FunctionType) -> bool:
 def _is_library_state(origin: str, value: Any) -> bool:
     """Whether it is a variable of an installed library, told by its version, and neither code nor a constant."""
     code = (types.FunctionType, types.BuiltinFunctionType, type, property, staticmethod, classmethod, types.ModuleType)
-    return origin == "installed" and not isinstance(value, code) and type(value) not in _PLAIN
+    return origin == "installed" and not isinstance(value, code) and not _is_constant(value, 3)
+
+
+def _is_constant(value: Any, depth: int) -> bool:
+    """Whether a value is plain, or a tensor or an array, or a collection of a few such, in so many of one another."""
+    if type(value) in (list, tuple, set, frozenset, dict):
+        parts = [*value, *value.values()] if isinstance(value, dict) else list(value)
+        return depth > 0 and len(parts) < _FEW and all(_is_constant(part, depth - 1) for part in parts)
+    return type(value) in (*_PLAIN, Tensor, np.ndarray)

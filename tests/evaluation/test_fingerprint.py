@@ -226,6 +226,62 @@ def test_compiled_it_is_the_same_model():
     assert fingerprint(one) != fingerprint(other)
 
 
+def test_the_base_of_a_class_counts():
+    one, other = (type("Activation", (base,), {"__module__": __name__}) for base in (nn.Tanh, nn.Sigmoid))
+    assert fingerprint(one()) != fingerprint(other())
+
+
+def test_a_traced_model_is_told_by_what_it_calls():
+    class Traced(nn.Module):
+        def __init__(self, call, scale):
+            super().__init__()
+            self.call, self.scale = call, scale
+
+        def forward(self, x):
+            return self.call(x) * self.scale
+
+    def traced(*held):
+        return fingerprint(torch.fx.symbolic_trace(Traced(*held)))
+
+    assert traced(torch.tanh, 2) == traced(torch.tanh, 2)
+    assert len({traced(torch.tanh, 2), traced(torch.tanh, 3), traced(torch.relu, 2)}) == 3
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_of_torchscript_is_told_by_its_file():
+    x = torch.ones(1, 1, 3, 3)
+    model = torch.jit.trace(Scaled().eval(), x)
+    marks = [fingerprint(model)]
+    model(x), model(x)
+    assert fingerprint(model) == marks[0] is not None
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    marks.append(fingerprint(model))
+    model.register_forward_hook(lambda module, inputs, output: 0 * output)
+    marks.append(fingerprint(model))
+    assert len(set(marks)) == 3
+
+
+def test_variables_of_an_installed_library_count_where_they_are_constants(tmp_path, monkeypatch):
+    """Other objects of a library, of which some cannot be compared, are told by the library's version."""
+
+    def marked(constant, version="1"):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}" / "site-packages"
+        folder.mkdir(parents=True)
+        (folder / "library_of_the_test.py").write_text(
+            f"import threading, torch\n__version__ = '{version}'\nSTATE, TABLE = threading.local(), {constant}\n"
+            "class Model(torch.nn.Module):\n"
+            "    def forward(self, x): return STATE, x * TABLE\n"
+        )
+        monkeypatch.syspath_prepend(str(folder))
+        sys.modules.pop("library_of_the_test", None)
+        return fingerprint(importlib.import_module("library_of_the_test").Model())
+
+    first = marked("{'a': [1, 2]}")
+    assert first == marked("{'a': [1, 2]}") is not None
+    assert len({first, marked("{'a': [1, 3]}"), marked("{'a': [1, 2]}", version="2")}) == 3
+
+
 def test_code_in_another_file_of_the_user_counts_where_it_is_used(tmp_path, monkeypatch):
     def marked(factor, unused):
         for name in ("helpers_of_mine", "model_of_mine"):
