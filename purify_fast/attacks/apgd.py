@@ -113,7 +113,9 @@ def apgd(
 
     Raises:
         TypeError: x or y is no tensor.
-        ValueError: a wrong shape, dtype, name, count or range, or too few classes for the loss.
+        RuntimeError: it is called within ``torch.inference_mode()``.
+        ValueError: a wrong shape, dtype, name, count or range, or too few classes for the loss; or a model
+            that writes to its input.
     """
     check_images(x, y, clip_min, clip_max)
     ball = ball_around(x, eps, norm, clip_min, clip_max)
@@ -127,7 +129,7 @@ def apgd(
         _check_target(target, y, loss)
     if x.shape[0] == 0:
         return x.clone()
-    x = x.detach()
+    x = x.detach().clone()
     ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
     judge = Judge(model, fallen, judge_draws or eot_iter, max_forward_batch)
     with frozen(model):
@@ -241,7 +243,7 @@ class APGD(TargetedAttack):
         return super().settings(context) | own
 
     def revision(self) -> str:
-        return "4"
+        return "5"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         options = self.options(context) | {"gradients_from": context.gradients_from, "graphs": context.graphs}

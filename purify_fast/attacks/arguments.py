@@ -86,6 +86,16 @@ def _check_range(least: float, most: float, clip_min: float, clip_max: float) ->
         raise ValueError(f"x must be in {allowed}, got values from {least:g} to {most:g}{hint}")
 
 
+def check_gradients_can_be_recorded() -> None:
+    """RuntimeError within ``torch.inference_mode()``, in which every gradient would be zero without a word."""
+    # a compiler decides by itself what it records
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "attacks need gradients, and torch.inference_mode() records none, whatever is switched on inside of it: "
+            "call the attack outside of that block. torch.no_grad() around it does no harm"
+        )
+
+
 def check_labels(y: Tensor, classes: int) -> None:
     """ValueError for a label that the model has no class for; waits for the device.
 

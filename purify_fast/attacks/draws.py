@@ -17,7 +17,8 @@ from .._compat import renamed_arguments
 from .._tensors import repeat_batch
 from ..protocols import Classifier, SharesDraws, supports
 from ..speed.step_graphs import State, StepGraphs
-from .arguments import check_labels
+from .arguments import check_gradients_can_be_recorded, check_labels
+from .asked import ask
 from .losses import LOSSES, TARGETED, Loss
 
 
@@ -62,6 +63,9 @@ class Objective:
         Args:
             x: images ``[B, ...]``.
             y: labels, int64 ``[B]``; for a targeted loss labels and targets, ``[B, 2]``.
+
+        Raises:
+            RuntimeError: within ``torch.inference_mode()``.
         """
         return Gradient(*self._over_passes(self._differentiate, x, y))
 
@@ -103,6 +107,7 @@ class Objective:
 
     def _differentiate(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over ``draws`` draws: the gradient, the losses, and how many are misclassified."""
+        check_gradients_can_be_recorded()
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             losses, wrong = self._losses(leaf, y, draws)
@@ -122,8 +127,18 @@ class Objective:
         columns = y.view(len(y), -1)
         labels = (columns.repeat(draws, 1) if draws > 1 else columns).unbind(1)
         losses = self._loss_of(logits, labels)
-        wrong = (logits.detach().argmax(1) != labels[0]).float()
+        wrong = self._wrong(logits.detach(), labels[0], losses.detach())
         return losses.view(draws, -1), wrong.view(draws, -1)
+
+    def _wrong(self, logits: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
+        """1 where a row of logits decides for another class than the label's, or names no class, else 0.
+
+        A row with a NaN names no class, whatever the index of its largest logit. Nor does one whose largest logit is
+        infinite and shared, which the margin alone tells: it is NaN in both cases, and in no other.
+        """
+        top, decided = logits.max(1)
+        nameless = losses if self.loss == "margin" else top
+        return ((decided != labels) | nameless.isnan()).float()
 
     def _loss_of(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
         """The loss of every row of logits; a label too large is refused by name."""
@@ -142,8 +157,9 @@ class Objective:
     def _logits(self, x: Tensor, draws: int) -> Tensor:
         """Logits ``[draws * B, classes]``; a model that shares work between its draws is asked for them at once."""
         if draws > 1 and supports(self.model, SharesDraws):
-            return cast(SharesDraws, self.model).draw_logits(x, draws).flatten(0, 1)
-        return self.model(repeat_batch(x, draws) if draws > 1 else x)
+            shares = cast(SharesDraws, self.model)
+            return ask(lambda images: shares.draw_logits(images, draws), x).flatten(0, 1)
+        return ask(self.model, repeat_batch(x, draws) if draws > 1 else x)
 
 
 def _even(images: int, most: int) -> int:
@@ -228,6 +244,10 @@ def input_gradient(
 
     Returns:
         The gradient, shape of x (zero where the logits do not depend on x), and the mean loss over the draws, ``[B]``.
+
+    Raises:
+        RuntimeError: it is called within ``torch.inference_mode()``.
+        ValueError: the model writes to its input.
     """
-    found = Objective(model, loss, eot_iter, max_forward_batch).gradient(x, y)
+    found = Objective(model, loss, eot_iter, max_forward_batch).gradient(x.detach().clone(), y)
     return found.image, found.loss

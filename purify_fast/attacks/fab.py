@@ -99,7 +99,8 @@ def fab_t(
 
     Raises:
         TypeError: x or y is no tensor.
-        ValueError: a wrong shape, dtype, name, count or range.
+        RuntimeError: it is called within ``torch.inference_mode()``.
+        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
     """
     check_images(x, y, clip_min, clip_max)
     ball = ball_around(x, eps, norm, clip_min, clip_max)
@@ -112,7 +113,7 @@ def fab_t(
     )  # fmt: skip
     if len(x) == 0:
         return x.clone()
-    x = x.detach()
+    x = x.detach().clone()
     ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
     judge = Judge(model, fallen, judge_draws or eot_iter, max_forward_batch)
     with frozen(model):
@@ -241,7 +242,7 @@ class FABT(TargetedAttack):
         return super().settings(context) | own
 
     def revision(self) -> str:
-        return "3"
+        return "4"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         return fab_t(target, x, y, steps=self.steps or STEPS, **self.options(context))

@@ -60,6 +60,7 @@ def fgsm(
 
     Raises:
         TypeError: x or y is no tensor.
+        RuntimeError: it is called within ``torch.inference_mode()``.
         ValueError: as `pgd`.
     """
     return pgd(
@@ -135,7 +136,7 @@ def pgd_and_fgsm(
         raise ValueError(f"x must hold an even number of images, PGD's and FGSM's, got {len(x)}")
     if half == 0:
         return x.clone()
-    x = x.detach()
+    x = x.detach().clone()
     first = slice(half)
     clean, labels, ids, inner = x[first], y[first], None if sample_ids is None else sample_ids[first], ball.of(first)
     step = per_sample("alpha", alpha, clean)

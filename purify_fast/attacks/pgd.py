@@ -183,7 +183,9 @@ def pgd(
 
     Raises:
         TypeError: x or y is no tensor.
-        ValueError: a wrong shape, dtype, name or count, or a negative eps or alpha.
+        RuntimeError: it is called within ``torch.inference_mode()``.
+        ValueError: a wrong shape, dtype, name or count, or a negative eps or alpha; or a model
+            that writes to its input.
     """
     check_images(x, y, clip_min, clip_max)
     ball = ball_around(x, eps, norm, clip_min, clip_max)
@@ -192,7 +194,7 @@ def pgd(
     check_not_negative(alpha=alpha)
     if x.shape[0] == 0:
         return x.clone()
-    x = x.detach()
+    x = x.detach().clone()
     constant = None if alpha is None else per_sample("alpha", alpha, x)
     objective = Objective(model, loss, eot_iter, max_forward_batch, graphs)
     with frozen(model):
@@ -276,7 +278,7 @@ class PGD(BallAttack):
         return super().settings(context) | own
 
     def revision(self) -> str:
-        return "2"
+        return "3"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         norm, eps = self.ball(context)
@@ -302,4 +304,4 @@ class PGD(BallAttack):
                 graphs=context.graphs,
             )
 
-        return worst_of_restarts(attack, target, x, y, restarts=self.restarts, eot_iter=draws)
+        return worst_of_restarts(attack, target, y, restarts=self.restarts, eot_iter=draws)

@@ -93,7 +93,7 @@ def square(
 
     Raises:
         TypeError: x or y is no tensor.
-        ValueError: a wrong shape, dtype, name, count or range.
+        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
     """
     check_images(x, y, clip_min, clip_max)
     if x.dim() != 4:
@@ -108,7 +108,7 @@ def square(
     )  # fmt: skip
     if len(x) == 0:
         return x.clone()
-    x = x.detach()
+    x = x.detach().clone()
     ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
     with frozen(model), torch.no_grad():
         active = ActiveSet(x, y, Judge(model, fallen, judge_draws or eot_iter, max_forward_batch))
@@ -258,7 +258,7 @@ class Square(EngineAttack):
         return None
 
     def revision(self) -> str:
-        return "3"
+        return "4"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         return square(target, x, y, n_queries=self.n_queries, **self.options(context))

@@ -126,7 +126,9 @@ def stadv(
 
     Raises:
         TypeError: x or y is no tensor.
-        ValueError: a wrong shape, dtype, name or count, or a negative eps, rate or smoothness.
+        RuntimeError: it is called within ``torch.inference_mode()``.
+        ValueError: a wrong shape, dtype, name or count, or a negative eps, rate or smoothness; or a model
+            that writes to its input.
     """
     check_images(x, y)
     check_literal("loss", loss, Loss)
@@ -136,7 +138,7 @@ def stadv(
     check_not_negative(eps=eps, rate=rate, smoothness=smoothness)
     if x.shape[0] == 0:
         return x.clone()
-    x = x.detach()
+    x = x.detach().clone()
     room = Ball(per_sample("eps", eps, x), "linf", -torch.inf, torch.inf)
     bound = per_image(room.eps, x)
     flow = bound.new_zeros((len(x), 2, *x.shape[2:]))
@@ -227,7 +229,7 @@ class StAdv(Attack):
         return super().settings(context) | own
 
     def revision(self) -> str:
-        return "2"
+        return "3"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         draws = self.draws(context)
@@ -252,4 +254,4 @@ class StAdv(Attack):
                 graphs=context.graphs,
             )
 
-        return worst_of_restarts(attack, target, x, y, restarts=self.restarts, eot_iter=draws)
+        return worst_of_restarts(attack, target, y, restarts=self.restarts, eot_iter=draws)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..attacks import Attack, AttackContext, GradientHealth
 from ..protocols import Classifier
+from .function_attack import check_adversarial
 from .partial_row import Batch, PartialRow
 from .subject import Subject
 
@@ -35,6 +36,10 @@ def attack_batchwise(
 
     Returns:
         All the images with what was found in the places of ``index``, and the sums over the batches.
+
+    Raises:
+        TypeError: the attack returned no tensor.
+        ValueError: the attack returned what it was not allowed to return (`check_adversarial`).
     """
     adversarial = subject.x.clone()
     whole = Batch(adversarial[:0], dict.fromkeys(COUNTS, 0), [], 0.0)
@@ -62,7 +67,9 @@ def _attack(attack: Attack, target: Classifier, part: Tensor, subject: Subject, 
     health = GradientHealth()
     x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
     told = dataclasses.replace(context, sample_ids=ids, health=health, warnings=[], found={})
-    found = attack.search(target, x, y, told)
+    # the attack gets a copy, so that what it does to the images cannot hide how far it went
+    found = attack.search(target, x.clone(), y, told)
+    check_adversarial(attack.name(context), found, x, attack.threat_model(context))
     counts = {name: health.count(name) for name in COUNTS}
     seconds = time.perf_counter() - begin
     states = _states(subject.device)

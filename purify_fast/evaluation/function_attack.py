@@ -146,7 +146,7 @@ def check_adversarial(name: str, found: object, x: Tensor, threat: ThreatModel) 
         name: of the attack, for the message.
         found: what it returned.
         x: the clean images, float32 ``[B, C, H, W]`` in [0, 1].
-        threat: norm and radius.
+        threat: norm and radius. Of a norm that measures no change of pixels, such as "flow", no radius is checked.
 
     Raises:
         TypeError: no tensor.
@@ -169,7 +169,9 @@ def check_adversarial(name: str, found: object, x: Tensor, threat: ThreatModel) 
             f"the attack {name!r} returned values from {float(found.amin()):.6g} to {float(found.amax()):.6g}: "
             f"{beyond:.3g} outside the allowed range [0, 1]"
         )
-    order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}[threat.norm]
+    order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}.get(threat.norm)
+    if order is None:
+        return
     lengths = torch.linalg.vector_norm((found - x).flatten(1).double(), ord=order, dim=1)
     # of a whole image's rounding errors the norm of the allowed ones
     count = {"linf": 1.0, "l2": x[0].numel() ** 0.5, "l1": float(x[0].numel())}[threat.norm]

@@ -38,6 +38,8 @@ def collect(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tensor, Tensor
         raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}{hint}")
     if y.shape != (len(x),) or y.dtype != torch.int64:
         raise ValueError(f"y must be int64 [N] = [{len(x)}], got {y.dtype} {list(y.shape)}{_as_labels(x, y)}")
+    # tensors made in inference mode take part in no gradient
+    y = y.clone() if y.is_inference() else y
     if x.dtype == torch.uint8:
         return x.float() / 255, y
     if x.dtype != torch.float32:
@@ -45,7 +47,7 @@ def collect(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tensor, Tensor
         raise ValueError(f"x must be uint8 or float32, got {x.dtype}: {hint}")
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise ValueError(f"x must be in [0, 1] and free of NaN, got {_range(x)}")
-    return x.detach(), y
+    return x.clone() if x.is_inference() else x.detach(), y
 
 
 def _as_tensor(name: str, value: Any) -> str:

@@ -24,6 +24,7 @@ from .._validation import check_folder, check_literal
 from .._version import __version__
 from ..attacks import BPDA, Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import NormName, check_at_least_one, read_norm
+from ..attacks.asked import check_leaves_images
 from ..attacks.autoattack import implementation
 from ..attacks.engine.gradient_copy import GradientCopies
 from ..ops import decisions, held
@@ -41,7 +42,7 @@ from .fingerprint import fingerprint, fingerprint_or_reason
 from .function_attack import AttackFunction
 from .images import collect
 from .interrupted import short_interrupts
-from .labels import ball_name, row_name, threat_name
+from .labels import ball_name, precision_name, row_name, threat_name
 from .measure import Measure
 from .outputs import INSTEAD_OF_PROBABILITIES, as_classifier
 from .progress import Progress
@@ -59,6 +60,7 @@ logger = logging.getLogger("purify_fast")
 @short_interrupts
 @renamed_arguments(eot="eot_iter", chunk="max_forward_batch")
 @whole_float32_by_default()
+@torch.inference_mode(False)
 def evaluate(
     defence: Classifier,
     x: Tensor | Iterable[Any],
@@ -86,11 +88,11 @@ def evaluate(
     """Attack a model in every way asked for, and report what it withstands.
 
     Args:
-        defence: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable. A module's mode,
-            ``requires_grad`` flags and weights, and the random generators, are afterwards as they were; so are those of
-            modules that it holds in plain lists, objects or hooks. A function is
-            called as it is: put the modules that it uses into evaluation mode yourself. Those in training mode that it
-            can be seen to use are told in a warning and in the report's notes.
+        defence: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable that does not write
+            to the images. A module's mode, ``requires_grad`` flags and weights, and the random generators, are
+            afterwards as they were; so are those of modules that it holds in plain lists, objects or hooks. A function
+            is called as it is: put the modules that it uses into evaluation mode yourself. Those in training mode that
+            it can be seen to use are told in a warning and in the report's notes.
         x: images ``[N, C, H, W]``, uint8 or float32 in [0, 1]; or, without ``y``, a DataLoader or any other iterable of
             batches (images, labels) or (images, labels, indices), which is read once and kept in memory.
         y: labels, int64 ``[N]``.
@@ -134,7 +136,7 @@ def evaluate(
         others found on these. Of any other threat model with several attacks, a ``worst`` of its own.
 
     Raises:
-        ValueError: a wrong shape, dtype, range or setting, or ``out`` is a file.
+        ValueError: a wrong shape, dtype, range or setting, a model that writes to its input, or ``out`` is a file.
         KeyboardInterrupt: Ctrl-C, with a message that says how to go on and without the frames of the attack.
         TypeError: images or labels that are no tensors, or an attack that is none.
         ModuleNotFoundError: AutoAttack is asked for and missing.
@@ -147,7 +149,7 @@ def evaluate(
     given = _given(protocol, attacks, base)
     check_radius(eps, norm, attacked=bool(given or protocol or probes))
     about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}", "seed": str(seed)}
-    named = {"dataset": dataset_name, "protocol": protocol}
+    named = {"dataset": dataset_name, "protocol": protocol, "precision": _precision(defence, images)}
     report = Report(about=about | {what: value for what, value in named.items() if value is not None})
     defence = as_classifier(defence)
     with contextlib.ExitStack() as stack:
@@ -162,9 +164,7 @@ def evaluate(
         report.notes += _told_at_once(defence, subject, name)
         before = Before(subject) if (protocol is not None if probes is None else probes) else None
         plan = given if protocol is None else protocol_attacks(protocol, _known(subject, base))
-        others = {id(m): m for m in (base, *(spec.other_model for spec in plan)) if m is not None}
-        for model in others.values():
-            stack.enter_context(frozen(model))
+        others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
             max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
@@ -172,7 +172,7 @@ def evaluate(
         )  # fmt: skip
         cache = None if out is None else _kept_in(Path(out), subject, name, stack, mark)
         if cache is not None and mark[0] is not None:
-            _know(cache, others.values(), subject)
+            _know(cache, others, subject)
         measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress, []))
         more = 0 if before is None else cost_of_probes(subject, context)
         _add_rows(report, _possible(plan, measure, report.notes), measure, more)
@@ -191,6 +191,26 @@ def _told_at_once(defence: Classifier, subject: Subject, name: str) -> list[str]
         logger.warning("%s returns probabilities, not logits, and its number will be marked: %s", name,
                        INSTEAD_OF_PROBABILITIES)  # fmt: skip
     return notes
+
+
+def _freeze_others(
+    models: Sequence[Classifier | None], subject: Subject, stack: contextlib.ExitStack
+) -> list[Classifier]:
+    """Freeze the other models that are attacked until the stack ends, and refuse those that write to their input.
+
+    Args:
+        models: the other models; None and repetitions are left out.
+        subject: the model with its images.
+        stack: ends with the evaluation.
+
+    Returns:
+        The models, each once.
+    """
+    others = list({id(model): model for model in models if model is not None}.values())
+    for model in others:
+        stack.enter_context(frozen(model))
+        check_leaves_images(model, subject.some()[:1])
+    return others
 
 
 def _kept_in(
@@ -245,6 +265,10 @@ def _given(
 
 def _known(subject: Subject, base: Classifier | None) -> AttackedModel:
     return AttackedModel(subject.model, subject.some(), subject.num_classes, subject.is_random, base)
+
+
+def _precision(defence: Classifier, x: Tensor) -> str | None:
+    return precision_name(defence, device_of(defence, x))
 
 
 def _cuda_devices(defence: Classifier, x: Tensor) -> list[int]:

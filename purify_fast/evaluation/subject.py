@@ -12,12 +12,18 @@ from torch import Tensor, nn
 
 from .._fingerprint import digest
 from ..attacks import margin
+from ..attacks.asked import ask, check_leaves_images
 from ..protocols import Classifier
 from .outputs import are_probabilities, returning_logits
 
 Variant = Literal["random", "fixed", "deterministic"]
 #: Each phase of an evaluation has a seed of its own, so that no attack has seen the draws it is judged by.
 PHASES = {"clean": 0, "attack": 1, "judge": 2}
+
+#: By how much two answers may differ through rounding: of how far the logits of an image lie apart,
+SAME_SPREAD = 1e-5
+#: and of the largest logit, about 16 times the rounding of float32.
+SAME_SIZE = 2e-6
 
 
 def device_of(model: Classifier, x: Tensor) -> torch.device:
@@ -62,7 +68,7 @@ class Subject:
         has_probabilities: whether the model returns probabilities where logits are wanted.
 
     Raises:
-        ValueError: a label that the model has no class for.
+        ValueError: a label that the model has no class for, or a model that writes to its input.
     """
 
     def __init__(self, model: Classifier, x: Tensor, y: Tensor, *, batch_size: int, n_eval: int, seed: int):
@@ -71,7 +77,8 @@ class Subject:
         self.device = device_of(model, x)
         self.data = digest(x, y)
         torch.manual_seed(seed)
-        self.model, self.num_classes = returning_logits(model, x[:1].to(self.device))
+        self.model, self.num_classes = returning_logits(model, self.some()[:1])
+        check_leaves_images(self.model, self.some()[:1])
         one, other = self.model(self.some()), self.model(self.some())
         self.is_random = _differ(one, other)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
@@ -81,8 +88,8 @@ class Subject:
             raise ValueError(f"y[{first}] is {int(y[first])}, but the model has {self.num_classes} classes")
 
     def some(self) -> Tensor:
-        """A few images, to try models on."""
-        return self.x[:8].to(self.device)
+        """A copy of a few images, to try models on."""
+        return self.x[:8].to(self.device, copy=True)
 
     def draws(self, model: Classifier) -> bool:
         """Whether two predictions of a model differ."""
@@ -116,7 +123,7 @@ class Subject:
             for _ in range(self.judges(variant)):
                 decided, broken, lead = [], [], []
                 for part, labels in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
-                    logits = self.model(part.to(self.device))
+                    logits = ask(self.model, part.to(self.device, copy=True))
                     lead.append(-margin(logits.float(), labels.to(logits.device)).cpu())
                     decided.append(logits.argmax(1).cpu())
                     broken.append(_undecided(logits).cpu())
@@ -130,8 +137,21 @@ class Subject:
 
 
 def _differ(first: Tensor, second: Tensor) -> bool:
-    """Whether two answers are more than rounding apart."""
-    return not torch.allclose(first, second, rtol=1e-5, atol=1e-6, equal_nan=True)
+    """Whether two answers are more than rounding apart.
+
+    What rounding may do grows with the numbers themselves, what matters with how far the logits of an image lie apart:
+    neither is an absolute number, since logits times 1e-8 decide the same.
+    """
+    if first.shape != second.shape:
+        return True
+    a, b = first.double(), second.double()
+    finite = a.isfinite() & b.isfinite()
+    if not bool(((a == b) | (a.isnan() & b.isnan()) | finite).all()):
+        return True
+    apart = (a - b).where(finite, 0.0).abs().max()
+    spread = (a.where(finite, -torch.inf).amax(1) - a.where(finite, torch.inf).amin(1)).max().clamp(min=0)
+    size = a.where(finite, 0.0).abs().max()
+    return bool(apart > SAME_SPREAD * spread + SAME_SIZE * size)
 
 
 def _undecided(logits: Tensor) -> Tensor:

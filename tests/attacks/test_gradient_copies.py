@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast import Atop, Carso
+from purify_fast import Atop, Carso, zoo
 from purify_fast.attacks import apgd
 from purify_fast.attacks.engine import gradient_copy as copies
+from purify_fast.data import load_dataset
 from purify_fast.defences import WithAggregation
+from purify_fast.defences.base import Defence
 from purify_fast.methods.atop import SmallGenerator
 from purify_fast.models import build_classifier
 from purify_fast.models.classifiers import SmallCNN
@@ -314,3 +316,57 @@ def test_a_copy_that_raises_anything_is_refused(defence, only_with_gradients, mo
 
     monkeypatch.setattr(copies, "_made", wrong)
     assert copies.gradient_copy(defence, torch.rand(4, *SHAPE), "bfloat16") is defence
+
+
+def shifted(bias):
+    """A classifier that decides as one of usual logits does, with a bias added to them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    with torch.no_grad():
+        net[3].weight.mul_(20)
+        net[3].bias.add_(bias)
+    return net
+
+
+def one_hopeless():
+    """Nine log-likelihoods, and a tenth class whose is lower than all by far."""
+    bias = torch.full((10,), -1000.0)
+    bias[9] = -1e5
+    return bias
+
+
+@pytest.mark.parametrize("bias", [-3000.0, -1e5, one_hopeless()], ids=["-3000", "-100000", "one hopeless class"])
+def test_a_copy_that_rounds_the_differences_between_logits_away_is_refused(bias):
+    """Large logits that are almost the same, as of a generative classifier: bfloat16 makes them the same."""
+    net, plain, x = shifted(bias), shifted(0.0), torch.rand(16, *SHAPE)
+    with torch.no_grad():
+        made = copies._made(net, x)
+        assert len(made(x)[:, :9].unique()) < 16 < len(net(x)[:, :9].unique())
+    assert copies.gradient_copy(net, x, "bfloat16") is net
+    assert isinstance(copies.gradient_copy(plain, x, "bfloat16"), InferenceCopy)
+    y = net(x).argmax(1)
+    found, same = (apgd(net, x, y, eps=0.01, steps=10, precision=kind) for kind in ("bfloat16", "float32"))
+    assert torch.equal(found, same)
+
+
+def test_a_plain_copy_that_leads_elsewhere_is_refused(monkeypatch):
+    """The same logits, of which half of the pixels have no gradient."""
+    net, x, original = shifted(0.0), torch.rand(8, *SHAPE), copies._made
+    monkeypatch.setattr(copies, "_made", lambda *given: HalfBlind(original(*given)))
+    assert copies.gradient_copy(net, x, "bfloat16") is net
+
+
+class HalfBlind(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(torch.where(torch.arange(16) % 2 == 0, x, x.detach()))
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.list() if name.startswith("digits")])
+def test_the_copies_of_the_digits_models_serve(name):
+    model, x = zoo.load(name), load_dataset("digits").x_test[:8].float() / 255
+    made = copies.gradient_copy(model, x, "bfloat16")
+    assert made is not model and isinstance(made, (InferenceCopy, Defence))

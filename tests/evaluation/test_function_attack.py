@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
-from purify_fast.attacks import APGD, BPDA, FGSM, PGD, StAdv
+from purify_fast.attacks import APGD, BPDA, FGSM, PGD, Attack, StAdv
 from purify_fast.attacks.base import BallAttack, ThreatModel
 from purify_fast.evaluation import AttackSpec, as_attack, evaluate, lee_kim_2023
 from purify_fast.evaluation.function_attack import check_adversarial
@@ -274,3 +276,56 @@ def test_a_radius_that_cannot_be_is_named():
             lee_kim_2023(eps)
     with pytest.raises(TypeError, match="eps must be a number, got '8/255'"):
         PGD(eps="8/255")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moves(Attack):
+    """An attack as the documentation has one derived, which returns whatever a test wants."""
+
+    kind: ClassVar[str] = "moves"
+
+    move: Callable
+    norm: str = "linf"
+    eot_iter: int | None = None
+
+    def name(self, context):
+        return "moves"
+
+    def threat_model(self, context):
+        return ThreatModel(self.norm, context.eps)
+
+    def cost(self, context):
+        return None
+
+    def search(self, target, x, y, context):
+        return self.move(x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1", "flow"])
+@pytest.mark.parametrize(
+    ("move", "error", "message"),
+    [
+        (lambda x: (x + 2 * torch.rand_like(x) - 1) * 3, ValueError, "the attack .moves. returned values from"),
+        (lambda x: torch.where(x > 0.5, torch.nan, x), ValueError, "the attack 'moves' returned .* not finite"),
+        (lambda x: x[:2], ValueError, r"the attack 'moves' must return torch.float32 images \[40, 3, 8, 8\]"),
+        (lambda x: x.numpy(), TypeError, "the attack 'moves' must return a torch.Tensor, got ndarray"),
+        # in place: the images that it was given are no witness of how far it went
+        (lambda x: x.mul_(-3), ValueError, "the attack 'moves' returned values from"),
+    ],
+)  # fmt: skip
+def test_what_a_class_of_attacks_returns_is_checked_too(attacked, norm, move, error, message):
+    model, x, y = attacked
+    with pytest.raises(error, match=message):
+        evaluate(model, x, y, attacks=[Moves(move=move, norm=norm)], **QUIET)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_a_class_of_attacks_stays_in_its_ball(attacked, norm):
+    model, x, y = attacked
+    with pytest.raises(ValueError, match="the attack 'moves' left the ball"):
+        evaluate(model, x, y, attacks=[Moves(move=lambda x: 1 - x, norm=norm)], **QUIET)
+    with pytest.raises(ValueError, match="the attack 'moves' left the ball"):
+        evaluate(model, x, y, attacks=[Moves(move=lambda x: x.neg_().add_(1), norm=norm)], **QUIET)
+    # a flow moves pixels: how far the values change is not bounded
+    row = evaluate(model, x, y, attacks=[Moves(move=lambda x: 1 - x, norm="flow")], **QUIET).rows[1]
+    assert row.accuracy < 1

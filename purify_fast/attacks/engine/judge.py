@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...protocols import Classifier
 from ..arguments import Fallen
+from ..asked import ask
 from ..draws import Objective
 
 
@@ -81,7 +82,7 @@ class Judge:
         Args:
             x: images ``[B, ...]``.
         """
-        return torch.cat([self.model(part) for part in x.split(self.max_forward_batch or max(1, len(x)))])
+        return torch.cat([ask(self.model, part) for part in x.split(self.max_forward_batch or max(1, len(x)))])
 
     def fallen(self, share: Tensor) -> Tensor:
         """Which images have fallen, bool ``[B]``.

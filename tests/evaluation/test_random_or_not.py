@@ -1,0 +1,75 @@
+"""Whether a model draws random numbers is seen from two predictions of it, whatever the size of its logits."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from digit_nets import digits, standard
+
+from purify_fast.attacks import PGD
+from purify_fast.evaluation import evaluate
+from purify_fast.evaluation.subject import _differ
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Scaled(nn.Module):
+    """The network behind noise of a standard deviation ``sigma``, its logits scaled and moved."""
+
+    def __init__(self, scale, offset, sigma):
+        super().__init__()
+        self.inner, self.scale, self.offset, self.sigma = standard(), scale, offset, sigma
+
+    def forward(self, x):
+        return self.scale * (self.inner(x + self.sigma * torch.randn_like(x)) + self.offset)
+
+
+class LastBits(nn.Module):
+    """A deterministic network whose sums are added up in another order every time, as kernels on a GPU may do it."""
+
+    def __init__(self, scale, offset):
+        super().__init__()
+        self.inner, self.scale, self.offset = standard(), scale, offset
+
+    def forward(self, x):
+        logits = self.scale * (self.inner(x) + self.offset)
+        bits = logits.abs().amax() * torch.finfo(logits.dtype).eps
+        return logits + bits * torch.randint(-2, 3, logits.shape)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-8, 1.0, 1e6])
+@pytest.mark.parametrize("offset", [0.0, -1e5])
+def test_the_scale_of_the_logits_does_not_matter(scale, offset):
+    x, y = (part[:16] for part in digits()[2:])
+    options = {"eps": 0.1, "steps": 2, "eot_iter": 3, "n_eval": 4, "attacks": [PGD()], "progress": False}
+    noisy = evaluate(Scaled(scale, offset, 0.3), x, y, **options)
+    assert [row.n_eval for row in noisy.rows] == [4, 4, 4] and noisy.rows[1].settings["eot_iter"] == 3
+    assert not noisy.rows[0].settings["deterministic"]
+    for still in (Scaled(scale, offset, 0.0), LastBits(scale, offset)):
+        found = evaluate(still, x, y, **options)
+        assert [row.n_eval for row in found.rows] == [1, 1, 1] and found.rows[1].settings["eot_iter"] == 1
+        assert found.rows[0].settings["deterministic"]
+
+
+def test_what_is_not_finite_is_compared_too():
+    logits = torch.tensor([[torch.inf, 1.0, -2.0], [torch.nan, 0.0, 3.0], [-torch.inf, -torch.inf, -torch.inf]])
+    assert not _differ(logits, logits.clone())
+    assert not _differ(logits, logits * (1 + 1e-7))
+    for row, column, value in (
+        (0, 0, 5.0),
+        (0, 0, torch.nan),
+        (1, 0, 0.0),
+        (1, 2, 3.1),
+        (2, 2, torch.inf),
+        (0, 1, 1.1),
+    ):
+        other = logits.clone()
+        other[row, column] = value
+        assert _differ(logits, other) and _differ(other, logits)
+    empty = torch.full((2, 3), torch.nan)
+    assert not _differ(empty, empty) and _differ(empty, torch.zeros(2, 3))

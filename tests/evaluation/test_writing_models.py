@@ -1,0 +1,141 @@
+"""Models that write to the images that they are given are refused, and the caller's images stay as they are."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from digit_nets import digits, standard
+
+from purify_fast.attacks import PGD, Square, apgd, fab_t, fgsm, input_gradient, pgd, square, stadv
+from purify_fast.evaluation import AttackSpec, evaluate
+
+pytestmark = pytest.mark.usefixtures("one_thread", "trained")
+
+QUIET = {"eps": 0.1, "progress": False}
+WRITES = "the model writes to the images that it is given"
+
+
+@pytest.fixture(scope="module")
+def trained(one_thread):
+    """The network is trained before a model asks for it, which may record no gradients."""
+    return standard()
+
+
+def at_once(x):
+    x.sub_(0.02)
+    return standard()(x)
+
+
+def without_gradients_only(x):
+    if x.requires_grad:
+        x = x.clone()
+    x.sub_(0.02)
+    return standard()(x)
+
+
+def with_gradients_only(x):
+    if x.requires_grad:
+        with torch.no_grad():
+            x.mul_(0.95)
+    return standard()(x)
+
+
+def unrecorded(x):
+    """Scaling by hand as a quantiser does it, so that the gradient goes straight through."""
+    x = x.contiguous()
+    with torch.no_grad():
+        x.mul_(7).round_().div_(7)
+    return standard()(x)
+
+
+def uncounted(x):
+    """PyTorch does not count this write."""
+    x.data.mul_(0.95)
+    return standard()(x)
+
+
+def through_numpy(x):
+    x.detach().numpy()[:, :, :4] = 0
+    return standard()(x)
+
+
+class Module(torch.nn.Module):
+    def forward(self, x):
+        return {"logits": unrecorded(x)}
+
+
+ALL = [at_once, without_gradients_only, with_gradients_only, unrecorded, uncounted, through_numpy, Module()]
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_an_evaluation_refuses_them_before_any_attack(model):
+    x, y = (part[:8].clone() for part in digits()[2:])
+    before = x.clone()
+
+    def never(model, x, y):
+        raise AssertionError("an attack was begun")
+
+    with pytest.raises(ValueError, match=WRITES):
+        evaluate(model, x, y, attacks=[never], **QUIET)
+    assert torch.equal(x, before)
+
+
+def test_the_model_of_a_surrogate_is_refused_too():
+    x, y = (part[:8].clone() for part in digits()[2:])
+    before = x.clone()
+    for given in ({"base": unrecorded}, {"attacks": [AttackSpec(PGD(steps=1), target=unrecorded)]}):
+        with pytest.raises(ValueError, match=WRITES):
+            evaluate(standard(), x, y, **QUIET, **given)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("model", [at_once, without_gradients_only, with_gradients_only, unrecorded])
+@pytest.mark.parametrize("attack", [pgd, apgd, fab_t, square, fgsm, stadv])
+def test_attacks_refuse_them(model, attack):
+    x, y = (part[:8].clone() for part in digits()[2:])
+    before, options = x.clone(), {} if attack is stadv else {"eps": 0.1}
+    more = {"n_queries": 3} if attack is square else {} if attack is fgsm else {"steps": 3}
+    # what a model never sees it does not write to: Square records no gradients, these three record them always
+    harmless = with_gradients_only if attack is square else without_gradients_only
+    if model is harmless and attack in (square, pgd, fgsm, stadv):
+        assert attack(model, x, y, **options, **more).shape == x.shape
+    else:
+        with pytest.raises(ValueError, match=WRITES):
+            attack(model, x, y, **options, **more)
+    assert torch.equal(x, before)
+
+
+def test_so_does_the_gradient():
+    x, y = (part[:8].clone() for part in digits()[2:])
+    before = x.clone()
+    for draws in (1, 3):
+        with pytest.raises(ValueError, match=WRITES):
+            input_gradient(unrecorded, x, y, eot_iter=draws)
+    assert torch.equal(x, before)
+
+
+def test_models_that_cannot_be_differentiated_are_evaluated():
+    x, y = (part[:8] for part in digits()[2:])
+
+    def black_box(x):
+        if x.requires_grad:
+            raise RuntimeError("no gradients here")
+        return standard()(x)
+
+    found, open_box = (evaluate(m, x, y, attacks=[Square(n_queries=5)], **QUIET) for m in (black_box, standard()))
+    assert [row.accuracy for row in found.rows] == [row.accuracy for row in open_box.rows]
+
+
+def test_errors_of_a_model_stay_its_own():
+    x, y = (part[:8] for part in digits()[2:])
+
+    def broken(x):
+        raise RuntimeError("out of cheese")
+
+    for call in (lambda: evaluate(broken, x, y, **QUIET), lambda: pgd(broken, x, y, eps=0.1, steps=1)):
+        with pytest.raises(RuntimeError, match="out of cheese"):
+            call()
