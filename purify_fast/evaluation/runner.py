@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,6 @@ def evaluate(
         stack.enter_context(frozen(defence))
         refresh_stale_copies(defence, base, *(spec.other_model for spec in given))
         subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
-        # taken here, where a model that keeps what it saw last has always seen the same
         mark = (None, "") if out is None else fingerprint_or_reason(subject.model)
         report.notes += _told_at_once(defence, subject, name)
         before = Before(subject) if (protocol is not None if probes is None else probes) else None
@@ -170,9 +169,7 @@ def evaluate(
             max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
             copies=GradientCopies(),
         )  # fmt: skip
-        cache = None if out is None else _kept_in(Path(out), subject, name, stack, mark)
-        if cache is not None and mark[0] is not None:
-            _know(cache, others, subject)
+        cache = None if out is None else stack.enter_context(_kept_in(Path(out), subject, name, mark, others))
         measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress, []))
         more = 0 if before is None else cost_of_probes(subject, context)
         _add_rows(report, _possible(plan, measure, report.notes), measure, more)
@@ -213,10 +210,11 @@ def _freeze_others(
     return others
 
 
+@contextlib.contextmanager
 def _kept_in(
-    out: Path, subject: Subject, name: str, stack: contextlib.ExitStack, mark: tuple[str | None, str]
-) -> RowCache:
-    """The rows kept in a folder; until the stack ends the same kernels serve, whatever is found out about them.
+    out: Path, subject: Subject, name: str, mark: tuple[str | None, str], others: Sequence[Classifier]
+) -> Iterator[RowCache]:
+    """The rows kept in a folder; within the block the same kernels serve, whatever is found out about them.
 
     The kernels are verified now, which takes a moment once on a machine: were one found wrong at its first use, the
     rows of this run would have the name of rows that it had served, and the next run would make them anew.
@@ -225,25 +223,22 @@ def _kept_in(
         out: the folder.
         subject: the model with its images.
         name: of the model.
-        stack: ends with the evaluation.
-        mark: the model's fingerprint, or None and why it has none.
+        mark: the model's fingerprint, or None and why it has none; taken after the predictions of the subject, so that
+            a model that keeps what it saw last has always seen the same.
+        others: the other models that rows depend on. Their fingerprints are taken now, after a prediction too.
     """
     found, reason = mark
     if found is None:
         logger.warning("out: %s %s: its rows are not kept", name, reason)
     served = decisions(subject.device, verify=True)
-    stack.enter_context(held(served, verified=False))
-    cache = RowCache(out, served)
-    cache.know(subject.model, found)
-    return cache
-
-
-def _know(cache: RowCache, others: Iterable[Classifier], subject: Subject) -> None:
-    """Take the fingerprints of the other models now, after the same prediction each time: attacks may change them."""
-    for model in others:
-        torch.manual_seed(subject.seed)
-        model(subject.some())
-        cache.know(model, fingerprint(model))
+    with held(served, verified=False):
+        cache = RowCache(out, served)
+        cache.know(subject.model, found)
+        for model in others:
+            torch.manual_seed(subject.seed)
+            model(subject.some())
+            cache.know(model, fingerprint(model))
+        yield cache
 
 
 def _given(
