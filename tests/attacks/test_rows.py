@@ -330,7 +330,7 @@ def test_a_further_restart_takes_no_success_away(attack, value):
     assert bool(one.any()) and not bool((one & ~two).any()) and not bool((two & ~four).any())
 
 
-@pytest.mark.parametrize("run", [pgd, apgd])
+@pytest.mark.parametrize("run", [pgd, apgd, square])
 def test_a_nameless_point_is_the_best_of_a_run(run):
     """Whatever the label: the largest of a row of NaN is the first, which may be the image's class."""
     model = NameslessWhereUnsure(torch.nan).eval()
@@ -340,8 +340,8 @@ def test_a_nameless_point_is_the_best_of_a_run(run):
     y = logits.argmax(1)
     first = logits.isfinite().all(1) & (y == 0)
     x, y = x[first], y[first]
-    steps = {} if run is apgd else {"keep_best": True}
-    found = [run(model, x, y, eps=0.2, steps=8, seed=seed, **steps) for seed in (0, 1)]
+    amount = {pgd: {"steps": 8, "keep_best": True}, apgd: {"steps": 8}, square: {"n_queries": 200}}[run]
+    found = [run(model, x, y, eps=0.2, seed=seed, **amount) for seed in (0, 1)]
     assert all(bool(failed(model, each, y).all()) for each in found)
 
 
