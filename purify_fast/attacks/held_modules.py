@@ -61,14 +61,26 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def class_functions(model: nn.Module) -> list[FunctionType]:
-    """The methods of a module and of its parts that are no library's.
+    """The methods that a prediction of a module and of its parts may call, but for those of PyTorch.
 
     Args:
         model: any module.
     """
     kinds = dict.fromkeys(kind for part in model.modules() for kind in type(part).__mro__)
-    own = (kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "purify_fast", "builtins"))
-    return [value for kind in own for value in vars(kind).values() if isinstance(value, FunctionType)]
+    methods: dict[str, list[FunctionType]] = {}
+    for kind in kinds:
+        if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
+            for name, value in vars(kind).items():
+                if isinstance(value, FunctionType):
+                    methods.setdefault(name, []).append(value)
+    found: list[FunctionType] = []
+    # a method calls another by its name; a training step, which a prediction does not call, uses other things
+    waiting = ["forward", "__call__"]
+    while waiting:
+        for method in methods.pop(waiting.pop(), ()):
+            found.append(method)
+            waiting += [name for code in code_and_inner(method.__code__) for name in code.co_names]
+    return found
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

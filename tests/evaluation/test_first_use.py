@@ -206,13 +206,27 @@ def test_other_functions_are_not(trio, caplog):
     trained = nn.Sequential(nn.Dropout(), model).train()  # a module is put into evaluation mode for its user
     # an attribute that has the name of a global variable, beside one that is not used
     other = by_an_attribute(SimpleNamespace(GLOBAL=model, teacher=GLOBAL))
-    for harmless in (model, closure(model), closure(plain), trained, functools.partial(model), other):
+    training = nn.Sequential(TrainsWithGlobal(), nn.Linear(126, 4))
+    for harmless in (model, closure(model), closure(plain), trained, functools.partial(model), other, training):
         report = evaluate(harmless, x, y, **QUIET | {"attacks": []})
         assert not any("training mode" in note for note in report.notes) and not caplog.text
 
 
 class UsesGlobal(nn.Module):
     def forward(self, x):
+        return self.through(x)
+
+    def through(self, x):
+        return GLOBAL(x)
+
+
+class TrainsWithGlobal(nn.Module):
+    """Uses a module in training mode, but not for a prediction."""
+
+    def forward(self, x):
+        return x.flatten(1)
+
+    def training_step(self, x):
         return GLOBAL(x)
 
 
