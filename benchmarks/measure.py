@@ -151,10 +151,12 @@ def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        began.record()
+        # the device need not be the current one, whose stream an event stands on by default
+        stream = torch.cuda.current_stream(device)
+        began.record(stream)
         for call in calls:
             call()
-        ended.record()
+        ended.record(stream)
         ended.synchronize()
         return began.elapsed_time(ended) / 1e3
     start = time.perf_counter()

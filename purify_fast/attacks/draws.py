@@ -138,8 +138,18 @@ class Objective:
         columns = y.view(len(y), -1)
         labels = (columns.repeat(draws, 1) if draws > 1 else columns).unbind(1)
         losses = self._loss_of(logits, labels)
-        wrong = (logits.detach().argmax(1) != labels[0]).float()
+        wrong = self._wrong(logits.detach(), labels[0], losses.detach())
         return losses.view(draws, -1), wrong.view(draws, -1)
+
+    def _wrong(self, logits: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
+        """1 where a row of logits decides for another class than the label's, or names no class, else 0.
+
+        A row with a NaN names no class, whatever the index of its largest logit. Nor does one whose largest logit is
+        infinite and shared, which the margin alone tells: it is NaN in both cases, and in no other.
+        """
+        top, decided = logits.max(1)
+        nameless = losses if self.loss == "margin" else top
+        return ((decided != labels) | nameless.isnan()).float()
 
     def _loss_of(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
         """The loss of every row of logits; a label too large is refused by name."""

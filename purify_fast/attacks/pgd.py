@@ -280,7 +280,7 @@ class PGD(BallAttack):
         return super().settings(context) | own
 
     def revision(self) -> str:
-        return "2"
+        return "3"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         norm, eps = self.ball(context)
@@ -306,4 +306,4 @@ class PGD(BallAttack):
                 graphs=context.graphs,
             )
 
-        return worst_of_restarts(attack, target, x, y, restarts=self.restarts, eot_iter=draws)
+        return worst_of_restarts(attack, target, y, restarts=self.restarts, eot_iter=draws)

@@ -13,7 +13,6 @@ from ..speed.step_graphs import State
 from .draws import Gradient, Objective
 from .frozen_model import frozen
 from .health import GradientHealth, faults
-from .losses import margin
 
 
 def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,26 +161,33 @@ class Search:
 
 
 def worst_of_restarts(
-    attack: Callable[[int], Tensor], model: Classifier, x: Tensor, y: Tensor, *, restarts: int, eot_iter: int
+    attack: Callable[[int], Tensor], model: Classifier, y: Tensor, *, restarts: int, eot_iter: int
 ) -> Tensor:
-    """The run of an attack after which an image's mean margin is largest.
+    """The run of an attack after which an image is misclassified in most draws, and of these the one of largest margin.
+
+    A prediction that names no class is misclassified, and its margin is larger than any other: a further run never
+    takes a success away.
 
     Args:
         attack: a run, of its number from 0, to adversarial images ``[B, ...]``.
         model: images to logits, which judges the runs.
-        x: the clean images ``[B, ...]``.
         y: labels, int64 ``[B]``.
         restarts: how many runs; the only run is not judged.
         eot_iter: draws of a random model that judge a run.
     """
+    best = attack(0)
     if restarts == 1:
-        return attack(0)
-    best, highest = x, torch.full((len(x),), -torch.inf, device=x.device)
+        return best
+    # one draw of every image in a pass
+    judge = Objective(model, "margin", eot_iter, max_forward_batch=max(1, len(y)))
+
+    def score(found: Tensor) -> Tensor:
+        wrong, margins = judge.score(found, y)
+        return torch.stack([wrong, margins.masked_fill(margins.isnan(), torch.inf)])
+
     with frozen(model), torch.no_grad():
-        for restart in range(restarts):
+        best_score = score(best)
+        for restart in range(1, restarts):
             found = attack(restart)
-            value = sum((margin(model(found), y) for _ in range(eot_iter)), start=torch.zeros_like(highest)) / eot_iter
-            higher = value > highest
-            best = torch.where(per_image(higher, x), found, best)
-            highest = torch.where(higher, value, highest)
+            best, best_score = better_of(best, best_score, found, score(found))
     return best

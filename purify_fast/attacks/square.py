@@ -162,7 +162,7 @@ class _Search:
         """
         first = self._numbers(self.propose.first_numbers, 0, 1)[:, 0]
         self.point = self.propose.begin(self.x, self.ball, first)
-        self.score = self.objective.score(self.point, self.y)
+        self.score = self._scored(self.point, self.y)
         reach = Reach(GIVEN_UP_AFTER, n_queries, TIMES) if give_up else None
         query = rounds = 0
         while query < n_queries:
@@ -202,7 +202,7 @@ class _Search:
             ball = Ball(ball.eps.repeat(count), ball.norm, ball.clip_min, ball.clip_max)
         # proposal by proposal, each for every image
         points = self.propose.next(query, x, known, ball, numbers.transpose(0, 1).flatten(0, 1))
-        score = self.objective.score(points, y)
+        score = self._scored(points, y)
         if count > 1:
             score = score.unflatten(1, (count, -1))
             best = score[1].argmax(0)
@@ -212,6 +212,13 @@ class _Search:
         self.point = torch.where(per_image(better, points), points, self.point)
         self.score = torch.where(better, score, self.score)
 
+    def _scored(self, points: Tensor, y: Tensor) -> Tensor:
+        """The score of points, `Gradient.score`; a margin that is NaN is the largest where every draw is wrong."""
+        wrong, margins = self.objective.score(points, y)
+        return torch.stack(
+            [wrong, torch.where(margins.isnan(), torch.where(wrong == 1, torch.inf, -torch.inf), margins)]
+        )
+
     def _shrunk(self, numbers: Tensor, reach: Reach | None) -> Tensor:
         """Judge what seems to have fallen and let it leave; the numbers of the rows that stay."""
         share, fell = self.active.settle(self.owner, self.point, self.score[0])
@@ -219,7 +226,7 @@ class _Search:
         numbers = self._keep(self.active.kept(self.owner) if fell else None, numbers, reach)
         if self.objective.eot_iter > 1 and len(self.owner):
             # the highest of many noisy margins is high by luck
-            self.score = self.objective.score(self.point, self.y)
+            self.score = self._scored(self.point, self.y)
         return numbers
 
     def _keep(self, rows: Tensor | None, numbers: Tensor, reach: Reach | None) -> Tensor:

@@ -232,7 +232,7 @@ class StAdv(Attack):
         return super().settings(context) | own
 
     def revision(self) -> str:
-        return "2"
+        return "3"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         draws = self.draws(context)
@@ -257,4 +257,4 @@ class StAdv(Attack):
                 graphs=context.graphs,
             )
 
-        return worst_of_restarts(attack, target, x, y, restarts=self.restarts, eot_iter=draws)
+        return worst_of_restarts(attack, target, y, restarts=self.restarts, eot_iter=draws)

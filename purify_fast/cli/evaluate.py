@@ -80,7 +80,7 @@ class Evaluate(DataCommand):
     """Seed of everything random."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a slightly
-    different function: images are rounded to 8 bits."""
+    different function: images are rounded to 8 bits. The report says which it was."""
     out: Path | None = None
     """Where the report goes; default: FOLDER/evaluation, of a model of the zoo runs/zoo/NAME/evaluation.
     Of a model of your own it is runs/own/MODULE.FUNCTION/evaluation; a file in another folder has a sign of its place

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import nn
+
 from ..attacks import AttackContext, AutoAttack
+from ..defences.base import Defence
+from ..protocols import Classifier
+from ..speed.precision import float32_settings
 from .specs import CLASSIFIER, AttackSpec
 from .subject import Variant
 
@@ -21,6 +27,23 @@ def clean_name(variant: Variant) -> str:
 def ball_name(norm: str, eps: float) -> str:
     """A threat model in words, such as ``L-inf 8/255``."""
     return f"{_NORMS[norm]} {short(eps)}"
+
+
+def precision_name(model: Classifier, device: torch.device) -> str | None:
+    """What a model's products are rounded to, None where it is float32: another precision is another function.
+
+    Args:
+        model: what is evaluated; of accelerated defences in it the dtype is known, of other models nothing.
+        device: where it computes.
+    """
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    settings = [part.acceleration for part in parts if isinstance(part, Defence)]
+    if any(each is not None and each["dtype"] == torch.bfloat16 for each in settings):
+        return "bfloat16"
+    older, values = float32_settings()
+    rounds = "tf32" in values if older is None else older != (False, "highest")
+    # a CPU rounds nothing, whatever is asked for
+    return "tf32" if rounds and device.type == "cuda" else None
 
 
 def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,11 @@ class Report:
         rows: the rows, in the order in which they were made.
         notes: remarks, one sentence each.
         about: what all rows have in common: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``, ``seed``
-            and ``version`` (of this package), as far as they are known.
+            and ``version`` (of this package), as far as they are known; and ``precision`` where it is not float32.
         findings: whether the numbers can be believed, alarm by alarm.
         outlooks: what it would take to go lower, by model.
         curves: accuracy over the radius, the steps, K and EOT, by model, for the page.
+        threats: the threat model that each model was evaluated in, where they are not the same (`merge`).
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -60,6 +61,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     outlooks: list[Outlook] = field(default_factory=list)
     curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+    threats: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         lowest = (f"{model}: {100 * row.accuracy:.1f} % under {row.attack}" for model, row in self.headlines.items())
@@ -132,7 +134,7 @@ class Report:
         """Accuracy of this report's model minus the other's on the images both have.
 
         Args:
-            other: a report on the same data.
+            other: a report on the same data, in the same threat model.
             row: the attack's label.
             other_row: its label in the other report, if it is another one.
 
@@ -141,14 +143,26 @@ class Report:
 
         Raises:
             KeyError: no such row, or several.
-            ValueError: the rows are not about the same data.
+            ValueError: the rows are not about the same data, or are attacks within different threat models. Rows on
+                clean images have no threat model.
         """
         mine, theirs = self.row(row), other.row(row if other_row is None else other_row)
         if mine.data != theirs.data:
             raise ValueError(f"{mine.model} and {theirs.model} were evaluated on different images: no pairs")
+        within = self._threat_of(mine), other._threat_of(theirs)
+        # a report that does not say its threat model is taken at the caller's word
+        if "clean" not in (mine.kind, theirs.kind) and None not in within and within[0] != within[1]:
+            raise ValueError(
+                f"{mine.model} was attacked within {within[0]}, {theirs.model} within {within[1]}: only rows of the "
+                "same threat model are paired"
+            )
         n = min(mine.n, theirs.n)
         d = mine.robust[:n].astype(float) - theirs.robust[:n].astype(float)
         return Paired(float(d.mean()), float(d.std() / math.sqrt(n)), n)
+
+    def _threat_of(self, row: Row) -> str | None:
+        """The threat model of one of the rows; None where it is not known."""
+        return row.threat or self.threats.get(row.model, self.about.get("threat"))
 
     def to_json(self) -> str:
         """All rows with their masks, and each model's headline."""
@@ -156,7 +170,7 @@ class Report:
         content: dict[str, Any] = {"format": FORMAT, "about": self.about, "headlines": headlines, "notes": self.notes}
         content["findings"] = [finding.to_dict() for finding in self.findings]
         content["outlooks"] = [outlook.to_dict() for outlook in self.outlooks]
-        content["curves"] = self.curves
+        content |= {"curves": self.curves, "threats": self.threats}
         return json.dumps(content | {"rows": [row.to_dict() for row in self.rows]}, indent=1, allow_nan=False)
 
     @classmethod
@@ -173,6 +187,7 @@ class Report:
             [Finding(**values) for values in content.get("findings", [])],
             [Outlook(**values | {"sentences": tuple(values["sentences"])}) for values in content.get("outlooks", [])],
             curves=content.get("curves", {}),
+            threats=content.get("threats", {}),
         )
 
     def to_markdown(self) -> str:
@@ -193,26 +208,26 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def _title(self) -> list[str]:
-        """What the numbers are about: the threat model, the data set and the version, where they are known."""
-        protocol = [f"protocol {self.about['protocol']}"] if "protocol" in self.about else []
+        """What the numbers are about: threat model, data set, protocol, precision, version, where they are known."""
         named = [self.about[what] for what in ("threat", "dataset") if what in self.about]
-        return [*named, *protocol, *([self.about["version"]] if "version" in self.about else [])]
+        named += [f"{what} {self.about[what]}" for what in ("protocol", "precision") if what in self.about]
+        return [*named, *([self.about["version"]] if "version" in self.about else [])]
 
     def comparison(self) -> list[str]:
         """Lines of a Markdown table: attacks down, models across."""
         return markdown_table(*comparison(self.rows, RED_UNRELIABLE))
 
     def to_text(self, color: bool | None = None) -> str:
-        """The table for a terminal; the comparison only, when there are several models.
+        """The table for a terminal; the comparison only, when there are several models. Above it what it is about.
 
         Args:
             color: whether unreliable numbers are red. None: if standard output is a terminal and NO_COLOR is not set.
         """
         chosen = color_is_welcome() if color is None else color
-        if len(self.models) > 1:
-            return terminal_table(*comparison(self.rows), chosen)
-        table = terminal_table(COLUMNS, [row_cells(row) for row in self.rows], chosen)
         title = [", ".join(["Robustness", *self._title()]), ""] if self.about else []
+        if len(self.models) > 1:
+            return "\n".join([*title, terminal_table(*comparison(self.rows), chosen)])
+        table = terminal_table(COLUMNS, [row_cells(row) for row in self.rows], chosen)
         return "\n".join([*title, table, *self._verdicts(), "", *terminal_legend(self.rows), *self._noted()])
 
     def _verdicts(self) -> list[str]:
@@ -226,12 +241,13 @@ class Report:
         return ["", "Notes:", *(f"- {note}" for note in self.notes)] if self.notes else []
 
     def _set_aside(self, folder: Path) -> None:
-        """Move a report on another threat model, data set or protocol into a folder of its own."""
+        """Move a report on another threat model, data set, protocol or precision into a folder of its own."""
         try:
             about = json.loads((folder / "report.json").read_text(encoding="utf-8")).get("about", {})
         except (OSError, ValueError):
             return
-        named = ("threat", "dataset", "protocol")
+        # reports from before the precision was told have none, as those of float32
+        named = ("threat", "dataset", "protocol", "precision")
         if all(about.get(name) == self.about.get(name) for name in named):
             return
         words = [about[name] for name in named if name in about]
@@ -248,9 +264,9 @@ class Report:
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
         """Write ``report.html``, ``.json``, ``.md``, ``accuracies.png`` and, with examples, ``images_*.png``.
 
-        Each file appears whole or not at all. A report on another threat model, data set or protocol that is in the
-        folder already is moved into a folder "earlier, ..." in it. What needs a package that is missing is left out,
-        and a note says so.
+        Each file appears whole or not at all. A report on another threat model, data set, protocol or precision that is
+        in the folder already is moved into a folder "earlier, ..." in it. What needs a package that is missing is left
+        out, and a note says so.
 
         Args:
             folder: made if it is missing.
@@ -300,6 +316,9 @@ class Report:
 def merge(reports: Iterable[Report]) -> Report:
     """One report on several models.
 
+    Where the reports are not about the same threat model or precision, each model's name says its own in brackets, such
+    as ``base (L-inf 8/255)``.
+
     Args:
         reports: of the models, on the same images or not.
 
@@ -308,20 +327,47 @@ def merge(reports: Iterable[Report]) -> Report:
     """
     merged = Report()
     together = list(reports)
+    # a report that does not say its threat model may be about the same one; one without a precision is of float32
+    told = ["threat"] if len({report.about.get("threat") for report in together} - {None}) > 1 else []
+    told += ["precision"] if len({report.about.get("precision") for report in together}) > 1 else []
+    together = [_named(report, [report.about[what] for what in told if what in report.about]) for report in together]
     for report in together:
         merged.rows += report.rows
         merged.findings += report.findings
         merged.outlooks += report.outlooks
         merged.curves |= report.curves
         merged.notes += [note for note in report.notes if note not in merged.notes]
+        merged.threats |= report.threats
+        if "threat" in report.about:
+            merged.threats |= dict.fromkeys(report.models, report.about["threat"])
     if together:
         shared = together[0].about.items()
         merged.about = {key: value for key, value in shared if all(r.about.get(key) == value for r in together)}
+    if "threat" in merged.about:
+        merged.threats = {}
     names = [(row.model, row.attack) for row in merged.rows]
     double = [f"{model}: {attack}" for model, attack in dict.fromkeys(names) if names.count((model, attack)) > 1]
     if double:
         raise ValueError(f"rows must differ in model or attack, these do not: {', '.join(double)}")
     return merged
+
+
+def _named(report: Report, words: list[str]) -> Report:
+    """The report with these words in brackets behind the name of each model; the same where there are none."""
+    if not words:
+        return report
+
+    def name(model: str) -> str:
+        return f"{model} ({', '.join(words)})"
+
+    return replace(
+        report,
+        rows=[replace(row, model=name(row.model)) for row in report.rows],
+        findings=[replace(finding, model=name(finding.model)) for finding in report.findings],
+        outlooks=[replace(outlook, model=name(outlook.model)) for outlook in report.outlooks],
+        curves={name(model): curves for model, curves in report.curves.items()},
+        threats={name(model): threat for model, threat in report.threats.items()},
+    )
 
 
 def _slug(name: str) -> str:

@@ -40,7 +40,7 @@ from .customary import check_radius, unusual_radius
 from .function_attack import AttackFunction
 from .images import collect
 from .interrupted import short_interrupts
-from .labels import ball_name, row_name, threat_name
+from .labels import ball_name, precision_name, row_name, threat_name
 from .measure import Measure
 from .outputs import INSTEAD_OF_PROBABILITIES, as_classifier
 from .progress import Progress
@@ -146,7 +146,7 @@ def evaluate(
     given = _given(protocol, attacks, base)
     check_radius(eps, norm, attacked=bool(given or protocol or probes))
     about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}", "seed": str(seed)}
-    named = {"dataset": dataset_name, "protocol": protocol}
+    named = {"dataset": dataset_name, "protocol": protocol, "precision": _precision(defence, images)}
     report = Report(about=about | {what: value for what, value in named.items() if value is not None})
     defence = as_classifier(defence)
     with contextlib.ExitStack() as stack:
@@ -230,6 +230,10 @@ def _given(
 
 def _known(subject: Subject, base: Classifier | None) -> AttackedModel:
     return AttackedModel(subject.model, subject.some(), subject.num_classes, subject.is_random, base)
+
+
+def _precision(defence: Classifier, x: Tensor) -> str | None:
+    return precision_name(defence, device_of(defence, x))
 
 
 def _cuda_devices(defence: Classifier, x: Tensor) -> list[int]:

@@ -134,10 +134,12 @@ def _clock(call: Callable[[], object], repeats: int, device: torch.device) -> fl
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        began.record()
+        # the device that is raced need not be the current one, whose stream an event stands on by default
+        stream = torch.cuda.current_stream(device)
+        began.record(stream)
         for _ in range(repeats):
             call()
-        ended.record()
+        ended.record(stream)
         ended.synchronize()
         return began.elapsed_time(ended) / 1e3 / repeats
     start = time.perf_counter()
@@ -191,7 +193,8 @@ def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], o
         device: a GPU.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    # a capture that fails leaves its stream as the current one; the block around it puts the caller's back
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
         call()
     return graph.replay
 

@@ -5,7 +5,8 @@ verdict on disk (`_verdicts`). A kernel that fails does not serve on this machin
 kernel serve unverified.
 
 The error that is allowed is that of the tests: twice the error of the definition in the same dtype, and two units in
-the last place of the largest number; none where a kernel must have the definition's bits.
+the last place of the largest number; none where a kernel must have the definition's bits. Where an example says so,
+another error is allowed (`Example.slack`, `Example.jumps`).
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ _agreed: dict[str, tuple[frozenset[str], bool]] = {}
 _postponed: dict[tuple[str, str], float] = {}
 #: Seconds until then.
 PATIENCE = 60.0
+#: The error that is allowed of a result that jumps, relative to the result, both as root mean squares.
+JUMPS = 0.1
 
 
 def mode() -> str:
@@ -58,7 +61,8 @@ class Deviation:
     """How far a result is from the definition.
 
     Attributes:
-        error: the largest absolute error; infinite where a result is not finite and should be.
+        error: the largest absolute error, or the root mean square of a result that jumps; infinite where a result is
+            not finite and should be.
         budget: the error that is allowed.
         case: the example and its dtype.
     """
@@ -101,6 +105,9 @@ def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, ca
         return Deviation(0.0, 0.0, case)
     if exact:
         return Deviation(float((actual - same).abs().max()), 0.0, case)
+    if example.jumps:
+        error, allowed, size = (float(one.square().mean().sqrt()) for one in (actual - golden, same - golden, golden))
+        return Deviation(error, 2 * allowed + JUMPS * size, case)
     size = float(golden.abs().max())
     rounding = 2 * eps * size
     error, allowed = float((actual - golden).abs().max()), 2 * float((same - golden).abs().max())

@@ -154,7 +154,8 @@ class _Kept(torch.autograd.Function):
 class _Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, method: int) -> Tensor:
-        return OP.handle(logits, method)
+        # the reference may serve here too: that of vote has no graph that could carry its gradient, which is zero
+        return OP(logits, method, variant=METHODS[method])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -196,9 +197,9 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS + UNSAFE)}, got {method!r}")
     index = METHODS.index(method)
-    # the reference of vote has no autograd graph that could carry its zero gradient
-    if OP.plain(logits.device, logits.dtype, logits.numel(), method) and method != "vote":
+    differentiated = needs_gradient(logits)
+    if OP.plain(logits.device, logits.dtype, logits.numel(), method) and not (method == "vote" and differentiated):
         return reference(logits, index)
-    if not needs_gradient(logits):
+    if not differentiated:
         return OP.handle(logits, index)
     return (_Kept if _keeps(logits, method) else _Aggregate).apply(logits, index)

@@ -169,6 +169,13 @@ def _fake(
 
 
 _SIZES = "Tensor packed, Tensor biases, int[] numbers, int samples, float slope, bool squash"
+
+
+def _weighed(condition: Tensor, *others: Any) -> tuple[torch.dtype, int]:
+    """The dtype of the images, which is the last argument, and the numbers of the condition."""
+    return others[-1], condition.numel()
+
+
 OP = define_op(
     "decode_samples",
     f"(Tensor condition, Tensor seed, Tensor sample_ids, {_SIZES}, bool channels_last, ScalarType dtype) -> Tensor",
@@ -176,6 +183,7 @@ OP = define_op(
     fake=_fake,
     triton=Launcher("decode_samples", "forward"),
     replaces_many=True,
+    weigh=_weighed,
 )
 BACKWARD = define_op(
     "decode_samples_backward",
@@ -277,14 +285,14 @@ def decode_prior(
         raise ValueError(
             f"samples must be at least 1 and below 2^63, slope at least 0 and finite, got {samples} and {slope}"
         )
-    if OP.plain(condition.device, condition.dtype, condition.numel()):
+    # the gradient is taken from the image: in bfloat16 all above 0.998 is 1, and would have none
+    wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
+    if OP.plain(condition.device, wanted, condition.numel()):
         with without_autocast(condition.device):
             weights = unpack(packed, biases, geometry) if weights is None else weights
             logits = maps(condition, seed, sample_ids, weights, geometry, samples=samples, slope=float(slope))[-1]
         out = images(logits, squash, channels_last, dtype)
     else:
         sizes = geometry.numbers(), samples, float(slope), squash
-        # the gradient is taken from the image: in bfloat16 all above 0.998 is 1, and would have none
-        wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
         out = _DecodeSamples.apply(condition, seed, sample_ids, packed, biases, *sizes, channels_last, wanted).to(dtype)
     return out.unflatten(0, (-1, samples))

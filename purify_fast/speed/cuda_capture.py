@@ -92,13 +92,17 @@ class CudaCapture:
         return graph.replay
 
     def _recover(self, device: torch.device) -> None:
-        """After a failed capture, capture something that works.
+        """After a failed capture, end what it left open, and capture something that works.
 
         A capture that fails leaves torch's generator of the device as if it were still captured, and the next draw
         would be refused. A capture that ends well puts it right.
         """
         # the pool of the failed capture is not used again
-        stream, _ = self._places.pop(device)
+        stream, pool = self._places.pop(device)
+        # Before torch 2.13 the allocator goes on as if this capture were under way: it would never again give freed
+        # memory back to the device. Newer versions have ended it, and say so by an error.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device.index, pool)
         with contextlib.suppress(RuntimeError), torch.cuda.stream(stream):
             spare = torch.zeros(1, device=device)
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):

@@ -241,6 +241,8 @@ class StepGraphs:
             key = hash_checked((base, values))
         except TypeError as error:
             return self._refuse(base, f"{_name(model)}: {error}")
+        if any(isinstance(one, torch.Generator) for one in objects):
+            return self._refuse(base, f"{_name(model)} has a generator of its own, which graphs need not follow")
         if key in self._captured:
             self._captured.move_to_end(key)
             return self._captured[key]

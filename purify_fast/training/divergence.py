@@ -98,7 +98,7 @@ class LossWatch:
         copy = torch.empty(len(self._losses), pin_memory=True)
         copy.copy_(self._losses, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self._losses.device))
         return copy, event
 
     def _look(self, losses: Tensor, last: int) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
+from ..ops._verdicts import machine
 from ..speed.precision import float32_products, whole_float32_by_default
 from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
@@ -123,7 +124,8 @@ def fit(
 def _served_as_begun(run: Run, device: torch.device) -> Iterator[None]:
     """Within the block the same kernels serve as when the run began, in all of its processes as in the first."""
     several = processes()[1] > 1
-    now = from_first(lambda: ops.decisions(device, verify=several))
+    here = machine(device) if several else {}
+    now, first = from_first(lambda: [ops.decisions(device, verify=several), here])
     run.served, kept, told = ops.as_begun(run.served, now)
     if processes()[0] == 0:
         if kept:
@@ -134,7 +136,8 @@ def _served_as_begun(run: Run, device: torch.device) -> Iterator[None]:
             )
         for sentence in told:
             warnings.warn(f"this run does not go on to the bit: {sentence}", RuntimeWarning, stacklevel=3)
-    with ops.held(run.served, verified=several):
+    # on a processor or a GPU of another kind kernels that were right in the first process are verified once more
+    with ops.held(run.served, verified=several and here == first):
         yield
 
 

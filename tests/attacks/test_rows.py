@@ -184,13 +184,13 @@ def test_settings_are_plain_and_say_what_was_decided():
         assert attack().draws(context()) == 1
 
 
-@pytest.mark.parametrize("attack", [PGD, FGSM, BPDA, StAdv])
-def test_a_revision_stands_for_which_images_share_a_pass(attack, model, batch):
+@pytest.mark.parametrize(("attack", "revision"), [(PGD, "3"), (FGSM, "2"), (BPDA, "3"), (StAdv, "3")])
+def test_a_revision_stands_for_which_images_share_a_pass(attack, revision, model, batch):
     """A random model draws once for each pass. Where other images share one, the revision has to rise as well."""
     sizes = set()
     with model.classifier.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0]))):
         attack().run(model, *batch, context(max_forward_batch=4, eot_iter=1, steps=1, draws_differ=True))
-    assert (attack().revision(), sizes) == ("2", {3})
+    assert (attack().revision(), sizes) == (revision, {3})
 
 
 @pytest.mark.parametrize("attack", EVERY)
@@ -303,3 +303,71 @@ def test_images_inside_of_functorch():
     assert torch.func.grad(checked)(x[0], y[0]).shape == (5, 48)
     with pytest.raises(ValueError, match=r"x must be in \[clip_min, clip_max\]"):
         torch.func.grad(checked)(x[0] + 1, y[0])
+
+
+class NameslessWhereUnsure(nn.Module):
+    """A classifier whose output is NaN, or an infinity for every class, where the largest logit hardly leads."""
+
+    def __init__(self, value):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.value = nn.Sequential(nn.Flatten(), nn.Linear(64, 3, bias=False)), value
+
+    def forward(self, x):
+        logits = 8 * self.net(x - 0.5)
+        first, second = logits.topk(2, 1).values.unbind(1)
+        return torch.where(((first - second) < 0.8)[:, None], self.value, logits)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["NaN", "infinity"])
+@pytest.mark.parametrize("attack", [PGD, StAdv, BPDA])
+def test_a_further_restart_takes_no_success_away(attack, value):
+    """Where a prediction names no class the attack has won, although its margin is not a number."""
+    model = NameslessWhereUnsure(value).eval()
+    x = torch.rand(48, 1, 8, 8)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+        sure = model(x).isfinite().all(1)
+    x, y = x[sure], y[sure]
+    assert len(x) > 20 and bool((y == 0).any()), "argmax of a row of NaN is class 0"
+    target = Unpurified(model) if attack is BPDA else model
+    judged = []
+    for restarts in (1, 2, 4):
+        found = attack(loss="margin", steps=4, restarts=restarts).run(target, x, y, context(eps=0.01, num_classes=3))
+        judged.append(failed(model, found, y))
+    one, two, four = judged
+    assert bool(one.any()) and not bool((one & ~two).any()) and not bool((two & ~four).any())
+
+
+@pytest.mark.parametrize("run", [pgd, apgd, square])
+def test_a_nameless_point_is_the_best_of_a_run(run):
+    """Whatever the label: the largest of a row of NaN is the first, which may be the image's class."""
+    model = NameslessWhereUnsure(torch.nan).eval()
+    x = torch.rand(200, 1, 8, 8)
+    with torch.no_grad():
+        logits = model(x)
+    y = logits.argmax(1)
+    first = logits.isfinite().all(1) & (y == 0)
+    x, y = x[first], y[first]
+    amount = {pgd: {"steps": 8, "keep_best": True}, apgd: {"steps": 8}, square: {"n_queries": 200}}[run]
+    found = [run(model, x, y, eps=0.2, seed=seed, **amount) for seed in (0, 1)]
+    assert all(bool(failed(model, each, y).all()) for each in found)
+
+
+def failed(model, x, y):
+    """As an evaluation judges: another class, or none."""
+    with torch.no_grad():
+        logits = model(x)
+    return (logits.argmax(1) != y) | ~logits.isfinite().all(1)
+
+
+class Unpurified(nn.Module):
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def purify(self, x):
+        return x.clone()
+
+    def forward(self, x):
+        return self.classifier(x)

@@ -55,7 +55,12 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     assert "transfer from the base" in capsys.readouterr().out
     rounded = ["--precision", "bfloat16", "--autoattack", "0"]
     assert cli.main(["evaluate", carso, *evaluate, *rounded]) == 0
-    capsys.readouterr()
+    assert "precision bfloat16" in capsys.readouterr().out
+    about = [
+        json.loads((Path(folder) / "evaluation/report.json").read_text())["about"]
+        for folder in (carso, carso + "-fine")
+    ]
+    assert [each.get("precision") for each in about] == ["bfloat16", None]
     assert cli.main(["evaluate", classifier, *evaluate, *rounded]) == 2
     assert "precision bfloat16 is for defences" in capsys.readouterr().err
     written = tmp_path / "carso-fine" / "evaluation"

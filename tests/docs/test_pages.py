@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -59,3 +60,10 @@ def test_a_broken_link_is_found(tmp_path):
         "page.md: #three names no heading of page.md",
         "page.md: gone.md does not exist",
     ]
+
+
+def test_the_page_of_the_installation_lists_every_environment_variable():
+    sources = [ROOT / "setup.py", *(ROOT / "purify_fast").rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r"\bPURIFY_FAST_[A-Z_]*[A-Z]\b", path.read_text())}
+    listed = re.findall(r"^\| `(PURIFY_FAST_[A-Z_]+)", (ROOT / "docs" / "installation.md").read_text(), re.MULTILINE)
+    assert read == set(listed) and listed == sorted(listed)

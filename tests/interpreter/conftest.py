@@ -25,6 +25,37 @@ def interpreter():
         )
 
 
+@pytest.fixture
+def bfloat16_of_a_gpu(monkeypatch):
+    """Rounds to bfloat16 as a GPU does, and multiplies its numbers.
+
+    The interpreter keeps bfloat16 as integers of 16 bits. Its tl.dot multiplies those as they are.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    own, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+
+    def rounded(x, given, wanted, *mode):
+        if (given, wanted) != (tl.float32, tl.bfloat16):
+            return convert(x, given, wanted, *mode)
+        bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to even where two are as near
+        return np.where(np.isnan(x), 0x7FC0, nearest).astype(np.uint16)
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return own(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
 @pytest.fixture(autouse=True)
 def quiet():
     """NumPy warns of what the masked lanes compute."""

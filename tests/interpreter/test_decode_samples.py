@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 from purify_fast.kernels import decode_samples as kernel
 from purify_fast.methods.carso.networks import Deconvolution, decoder_plan, published_decoder
@@ -49,6 +46,9 @@ LARGE = ("cifar10", "tiny_imagenet", "mnist_v1", "digits")
 TOGETHER = ("cifar10", "tiny_imagenet", "digits", "oblong", "no_stride")
 
 
+pytestmark = pytest.mark.usefixtures("bfloat16_of_a_gpu")
+
+
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch):
     """Those of bfloat16 for float32 too: there the interpreter runs fewer programs, and the same ones."""
@@ -56,22 +56,6 @@ def tiles(monkeypatch):
     monkeypatch.setattr(
         kernel, "tiles", lambda columns, channels, _, device: own(columns, channels, torch.bfloat16, device)
     )
-
-
-@pytest.fixture(autouse=True)
-def products_of_bfloat16(monkeypatch):
-    """The interpreter keeps bfloat16 as integers of 16 bits, and its tl.dot multiplies those as they are."""
-    own = interpreter.InterpreterBuilder.create_dot
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        return own(self, widened(a), widened(b), *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def arguments(name: str, dtype: torch.dtype, images: int = 2, samples: int = 2, slope: float = 0.2) -> tuple:

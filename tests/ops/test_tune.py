@@ -30,6 +30,10 @@ from purify_fast.ops import (
 from purify_fast.ops._races import Call
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+
+from benchmarks import measure  # noqa: E402
+
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
 TINY = {"cpu": {"small": 2**10, "medium": 2**17, "large": 2**20}}
@@ -290,6 +294,31 @@ def test_a_look_up_is_one_dictionary_look_up():
     assert len(made) <= 10, made  # plain, is_compiling and what PyTorch does in it, bit_length, get, setprofile
 
 
+@pytest.mark.parametrize("clock", [_racing._clock, lambda call, _, device: measure.seconds([call], device)])
+def test_the_events_of_a_race_are_on_the_device_that_is_raced(clock, monkeypatch):
+    """Another GPU may be the current one, on whose stream nothing runs."""
+    stood = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream=None):
+            stood.append(stream)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    assert clock(lambda: None, 1, torch.device("cuda:1")) == 3e-3
+    assert stood == ["stream of cuda:1"] * 2
+
+
 def test_a_call_is_weighed_as_its_race_was():
     """What a public function weighs a call by is what its race was weighed by, or its verdict would not be found."""
     for op in (op for op in REGISTRY.values() if op.kernel("cpu") != "reference"):
@@ -297,6 +326,10 @@ def test_a_call_is_weighed_as_its_race_was():
         arguments = _examples.tile(race.example.make(race.dtype, 0), race.times)
         dtype, numel = op.weigh(*arguments)
         assert _races.size_of(numel.bit_length()) == race.size and dtype == race.dtype, op.name
+    for op in (op for op in REGISTRY.values() if op.launch is not None):
+        for example in _examples.raced(op.name):
+            for dtype in (one for one in _racing.DTYPES if one in example.dtypes):
+                assert op.weigh(*example.make(dtype, 0))[0] == dtype, (op.name, example.name)
     images, seed, ids = torch.rand(4, 3, 8, 8), torch.tensor([7]), torch.arange(4)
     logits, mu = torch.rand(4, 5, 7, requires_grad=True), torch.rand(4, 9, requires_grad=True)
     pgd_step(images, images, images, 0.1, 0.2, "l2")

@@ -140,6 +140,18 @@ def test_bits_must_agree_where_the_example_says_so(make):
         assert make(nearly, exact=True).served_by(CPU) == "reference"
 
 
+def test_a_result_that_jumps_is_judged_as_a_whole():
+    """One number on the other side of a jump says nothing, a tenth of everything does."""
+    jumping = _examples.Example("jumps", lambda dtype, seed: (), jumps=True)
+    golden = torch.randn(40, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    same = golden.float()
+    flipped, scaled = same.clone(), same * 1.11
+    flipped[3, 7] += 2.0
+    assert _verify.deviation(flipped, golden, same, jumping, "").passed
+    assert not _verify.deviation(scaled, golden, same, jumping, "").passed
+    assert not _verify.deviation(flipped, golden, same, _examples.Example("smooth", jumping.make), "").passed
+
+
 def test_a_kernel_that_raises_does_not_serve_and_is_tried_again_by_the_next_process(make, folder):
     def failing(x: Tensor) -> Tensor:
         raise RuntimeError("no such instruction")

@@ -1,5 +1,8 @@
 """A run is served by the kernels that it began with, whatever is raced between two parts of it."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from purify_fast import _library
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import REGISTRY, _op, _races, _verify
-from purify_fast.training import FitConfig, fit
+from purify_fast.training import FitConfig, fit, loop
 from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree
 
@@ -73,3 +76,26 @@ def test_a_race_between_two_parts_of_a_run_changes_nothing(tmp_path, monkeypatch
     assert served["kernels"]["philox"] == "cpp" and served["device"] == "cpu"
     _races.forget()
     _op.forget()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_another_kind_of_machine_verifies_for_itself(alike, monkeypatch):
+    """What the first process of a distributed run found right says nothing about another processor or GPU."""
+    held = []
+
+    @contextlib.contextmanager
+    def hold(decided, *, verified):
+        held.append(verified)
+        yield
+
+    def from_first(make):
+        decided, first = make()
+        return [decided, first if alike else first | {"device": "another"}]
+
+    monkeypatch.setattr(loop, "processes", lambda: (1, 2))
+    monkeypatch.setattr(loop, "from_first", from_first)
+    monkeypatch.setattr(loop.ops, "held", hold)
+    monkeypatch.setattr(loop.ops, "decisions", lambda device, verify: {"device": device.type})
+    with loop._served_as_begun(SimpleNamespace(served=None), CPU):
+        pass
+    assert held == [alike]

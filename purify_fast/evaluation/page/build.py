@@ -74,7 +74,10 @@ def html_page(report: Reported, defence: Classifier | Mapping[str, Classifier] |
     known = dict.fromkeys(report.models, defence) if callable(defence) else dict(defence or {})
     models = [_model(report, name, known.get(name)) for name in report.models]
     return environment.from_string(source).render(
-        titled=[f"{name} {value}" if name in ("protocol", "seed") else value for name, value in report.about.items()],
+        titled=[
+            f"{name} {value}" if name in ("protocol", "precision", "seed") else value
+            for name, value in report.about.items()
+        ],
         models=models,
         columns=COLUMNS[1:],
         notes=report.notes,

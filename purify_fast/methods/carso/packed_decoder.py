@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..._tensors import without_autocast
 from ...models.layers import BatchNorm2d
 from ...ops import REGISTRY
+from ...ops._races import SIZES
 from ...ops.decode_samples import Geometry, Layer, Weights, decode_prior, pack, unpack
 from ...speed.folding import folded
 from .networks import Decoder, Deconvolution
@@ -175,11 +176,16 @@ class PackedDecoder(nn.Module):
 def kernel_decodes(device: torch.device) -> bool:
     """Whether a kernel decodes on ``device``; in a compiled graph the layers do, fused with the rest.
 
+    It need not serve images of every dtype and number: `decode_prior` runs the layers where it does not.
+
     Args:
         device: of the latents.
     """
-    chosen = REGISTRY["decode_samples"].choice(device)
-    return chosen not in (None, "reference") and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return False
+    op, dtypes = REGISTRY["decode_samples"], (torch.float32, torch.bfloat16)
+    chosen = {op.choice(device, dtype=dtype, bits=end - 1) for dtype in dtypes for end in SIZES.values()}
+    return not chosen <= {None, "reference"}
 
 
 def times_written(tensor: Tensor) -> int:
