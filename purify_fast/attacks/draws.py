@@ -188,7 +188,7 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
     """Whether a random model draws once for all images of a call, as one that picks a network every time.
 
     It does if several draws of an image, taken as an attack takes them, are all the same, and those of another call
-    are not. The random generators are afterwards as they were.
+    are not. The random generators are afterwards as they were. To compare answers waits for the device.
 
     Args:
         model: images to logits; within `purify_fast.attacks.frozen`.
