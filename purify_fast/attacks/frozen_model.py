@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..protocols import Classifier
+from .held_modules import hidden_modules
 
 
 @contextlib.contextmanager
@@ -15,7 +16,8 @@ def frozen(model: Classifier) -> Iterator[None]:
     """Within the block, ``model`` is in evaluation mode and no parameter asks for a gradient.
 
     A compiled backward computes weight gradients for every parameter that asks for one, needed or not: about a third of
-    an attack's work.
+    an attack's work. Modules that the model holds in a plain list, in an object or in a hook are treated as its
+    registered ones (`purify_fast.attacks.held_modules`).
 
     Args:
         model: an ``nn.Module``; any other callable is left as it is. Who attacks a module's method freezes the module.
@@ -23,10 +25,12 @@ def frozen(model: Classifier) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    modes = [(module, module.training) for module in model.modules()]
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    wholes = [model, *(held for _, held in hidden_modules(model))]
+    modes = [(module, module.training) for whole in wholes for module in whole.modules()]
+    trainable = [p for whole in wholes for p in whole.parameters() if p.requires_grad]
     try:
-        model.eval()
+        for whole in wholes:
+            whole.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield

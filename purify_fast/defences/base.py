@@ -140,7 +140,8 @@ class Defence(StochasticDefence):
 
         Returns:
             The defence. It saves, moves and copies as before. The copies follow its own ``to``, ``cuda``, ``cpu`` and
-            ``load_state_dict``; after another change of the classifier's weights call `refresh`.
+            ``load_state_dict``; after another change of the classifier's weights call `refresh`, as
+            `purify_fast.evaluation.evaluate` does where it finds one.
 
         Raises:
             ValueError: another dtype, or a classifier that cannot be folded (`purify_fast.speed.fold_batchnorm`).
@@ -155,6 +156,16 @@ class Defence(StochasticDefence):
         """Make the copies of an accelerated defence again, from the weights as they are now."""
         if self.acceleration is not None:
             self.fast = self._make_copies(self.acceleration)
+
+    def uncompiled_copies(self) -> Accelerated:
+        """What `refresh` would make, without compiling it, to be compared with what there is.
+
+        Raises:
+            ValueError: the defence is not accelerated.
+        """
+        if self.acceleration is None:
+            raise ValueError("the defence is not accelerated: it has no copies")
+        return self._make_copies({**self.acceleration, "compile": False})
 
     def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
         return Accelerated.make(self.classifier, self.image_shape, settings, self._reader(), self._compiled_parts())

@@ -26,8 +26,9 @@ class StochasticDefence(nn.Module):
 
     _noise_seed: Tensor
     samples: int
-    #: What a captured step need not look at (`purify_fast.speed.dependencies`): memory for ids, not the ids in use.
-    not_dependencies = frozenset({"_kept_ids"})
+    #: What predictions do not depend on (`purify_fast.speed.dependencies`): memory for ids, not the ids in use; and
+    #: which thread decides over the noise.
+    not_dependencies = frozenset({"_kept_ids", "_noise_owner"})
 
     def __init__(self) -> None:
         super().__init__()

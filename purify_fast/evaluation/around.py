@@ -1,51 +1,77 @@
-"""What a function that is judged as a model has around it: modules in training mode, which nobody switches for it."""
+"""What a model has around it that nobody switches for it, and modules inside it that PyTorch does not know of."""
 
 from __future__ import annotations
 
-import dis
-import functools
-from collections import deque
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from collections.abc import Iterable
+from types import CodeType
 
 from torch import nn
 
+from ..attacks.held_modules import class_functions, hidden_modules, used_modules
 from ..protocols import Classifier
 
-_CALLS = (FunctionType, MethodType, functools.partial)
-_GROUPS = (list, tuple, set, frozenset, dict)
-#: Members of a list that are looked at; one with more is no ensemble but data.
-_MEMBERS = 1000
-#: Objects, each inside the one before, that are looked through.
-_OBJECTS = 2
+#: Modules that a note names.
+_NAMED = 3
 
 
-def note_of_training_modes(model: Classifier, name: str) -> list[str]:
-    """A note where a function uses modules that behave as in training; none for a module, whose mode is switched.
+def notes_of_modules(model: Classifier, name: str) -> list[str]:
+    """Notes about modules in training mode that a model uses and nobody switches, and about those that it hides.
+
+    The mode of a module is switched, and that of its parts; that of a function is not, nor that of a global variable.
 
     Args:
-        model: what is judged.
+        model: what is judged, within `purify_fast.attacks.frozen`.
         name: how it is called in the report.
     """
-    if isinstance(model, nn.Module):
-        return []
+    if not isinstance(model, nn.Module):
+        found = _in_training_mode(used_modules(model))
+        inside = "give a module in place of the function"
+        return [_note_of_modes(f"{name} is a function, and what it uses", found, inside)] if found else []
+    hidden = hidden_modules(model)
+    switched = {id(part) for whole in (model, *(held for _, held in hidden)) for part in whole.modules()}
+    around = (used for used in used_modules(class_functions(model)) if id(used[1]) not in switched)
+    found, notes = _in_training_mode(around), []
+    if found:
+        inside = "make them attributes of the module that uses them"
+        notes.append(_note_of_modes(f"what {name} uses besides its own modules", found, inside))
+    if hidden:
+        notes.append(
+            f"{name} holds modules that PyTorch does not know of: "
+            f"{_named([f'{where} ({type(held).__name__})' for where, held in hidden])}. Here they were in evaluation "
+            "mode, as the rest of the model. But to(), parameters() and state_dict() leave them out: hold them as "
+            "attributes, or in nn.ModuleList or nn.ModuleDict"
+        )
+    return notes
+
+
+def _note_of_modes(what: str, found: list[str], inside: str) -> str:
+    """The note about modules in training mode.
+
+    Args:
+        what: what is in training mode.
+        found: its modules.
+        inside: what else can be done about it.
+    """
+    return (
+        f"{what} is in training mode: {_named(found)}. The numbers are of the model as it is in training. If that is "
+        f"not meant, call .eval() on these modules before, or {inside}"
+    )
+
+
+def _named(found: list[str]) -> str:
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return ", ".join(found[:_NAMED]) + more
+
+
+def _in_training_mode(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """Those that behave as in training, each once."""
     found = {
         f"{where} ({type(part).__name__})": None
-        for where, module in _modules(model)
+        for where, module in modules
         for part in module.modules()
         if part.training and _asks_for_mode(part)
     }
-    if not found:
-        return []
-    some = list(found)[:3]
-    more = f" and {len(found) - len(some)} more" if len(found) > len(some) else ""
-    return [
-        f"{name} is a function, and what it uses is in training mode: {', '.join(some)}{more}. The numbers are of the "
-        "model as it is in training. If that is not meant, call .eval() on these modules before, or give a module in "
-        "place of the function"
-    ]
+    return list(found)
 
 
 def _asks_for_mode(module: nn.Module) -> bool:
@@ -57,106 +83,3 @@ def _asks_for_mode(module: nn.Module) -> bool:
         if any(isinstance(code, CodeType) and "training" in code.co_names for code in codes):
             return True
     return False
-
-
-def _modules(value: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that a callable uses, once each, with the name by which it uses it.
-
-    Everything is looked through once: the ways through functions that call each other are too many to walk.
-    """
-    seen = {id(value)}
-    # each with its name, and how many objects the way to it leads through, itself included
-    waiting = deque([("", value, int(_is_object(value)))])
-    while waiting:
-        name, value, objects = waiting.popleft()
-        for inner, held in _held(name, value):
-            if id(held) in seen:
-                continue
-            if isinstance(held, nn.Module):
-                yield inner, held
-            elif _is_object(held):
-                # what a method belongs to is used; of other objects, one inside another is as far as a model reaches
-                deep = 1 if isinstance(value, MethodType) else objects + 1
-                if deep > _OBJECTS:
-                    continue
-                waiting.append((inner, held, deep))
-            elif isinstance(held, _CALLS) or (isinstance(held, _GROUPS) and not isinstance(value, _GROUPS)):
-                waiting.append((inner, held, objects))
-            seen.add(id(held))
-
-
-def _is_object(value: Any) -> bool:
-    """Whether a value is an object with variables of its own that may be modules."""
-    return getattr(value, "__dict__", None) is not None and not isinstance(
-        value, (*_CALLS, *_GROUPS, nn.Module, ModuleType, type)
-    )
-
-
-def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """What a callable, a list or an object has around it, each with its name.
-
-    Args:
-        name: what the value is called.
-        value: a function, a method, a partial function, a list, tuple, set or dict, or an object.
-    """
-    if isinstance(value, functools.partial):
-        yield "func", value.func
-        yield from ((f"argument {i}", held) for i, held in enumerate(value.args))
-        yield from value.keywords.items()
-    elif isinstance(value, MethodType):
-        yield "self", value.__self__
-        yield "the method", value.__func__
-    elif isinstance(value, FunctionType):
-        yield from _used(value)
-    elif isinstance(value, dict):
-        yield from ((f"{name}[{key!r}]", held) for key, held in islice(value.items(), _MEMBERS))
-    elif isinstance(value, _GROUPS):
-        yield from ((f"{name}[{i}]", held) for i, held in enumerate(islice(value, _MEMBERS)))
-    else:
-        # an object with a method of its own that is called
-        yield from list(vars(value).items())
-
-
-def _used(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """The variables and defaults of a function; of an object that it does not call, the attributes that it names."""
-    codes = list(_codes(function.__code__))
-    names = {name for code in codes for name in code.co_names}
-    for name, held in _variables(function, codes):
-        if not _is_object(held) or callable(held):
-            yield name, held
-        elif any(isinstance(getattr(type(held), attribute, None), FunctionType) for attribute in names):
-            # one of its methods is called, which may use any of its variables
-            yield name, held
-        else:
-            yield from ((f"{name}.{a}", part) for a, part in list(vars(held).items()) if a in names)
-
-
-def _variables(function: FunctionType, codes: Sequence[CodeType]) -> Iterator[tuple[str, Any]]:
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:
-            # a variable that has no value yet
-            continue
-    known = function.__globals__
-    # PyTorch's own functions use no module of a user but what they are given
-    if str(known.get("__name__")).partition(".")[0] != "torch":
-        yield from ((name, known[name]) for name in dict.fromkeys(_global_names(codes)) if name in known)
-    yield from (("a default", held) for held in function.__defaults__ or ())
-    yield from (function.__kwdefaults__ or {}).items()
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """The code of a function and of the functions, lambdas and comprehensions inside it."""
-    yield code
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _codes(inner)
-
-
-def _global_names(codes: Sequence[CodeType]) -> Iterator[str]:
-    """The names of global variables that code reads; ``co_names`` has those of attributes too."""
-    for code in codes:
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                yield instruction.argval

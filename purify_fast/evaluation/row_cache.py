@@ -83,11 +83,20 @@ class RowCache:
         text = json.dumps([PROTOCOL_VERSION, environment(), self.served, what, marks], sort_keys=True)
         return text_hash(text).hexdigest()
 
+    def know(self, model: object, mark: str | None) -> None:
+        """Take what stands for a model in the names of its rows.
+
+        Args:
+            model: the model.
+            mark: its `fingerprint`; None: rows with it are not kept.
+        """
+        self._fingerprints[id(model)] = model, mark
+
     def _fingerprint(self, model: object) -> str | None:
         if model is None:
             return ""
         if id(model) not in self._fingerprints:
-            self._fingerprints[id(model)] = model, fingerprint(model)
+            self.know(model, fingerprint(model))
         return self._fingerprints[id(model)][1]
 
     def row(self, key: str | None, make: Callable[[PartialRow], Row]) -> Row:

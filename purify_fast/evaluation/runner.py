@@ -11,13 +11,13 @@ import contextlib
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._compat import renamed_arguments
 from .._validation import check_folder, check_literal
@@ -34,9 +34,11 @@ from ..speed.precision import whole_float32_by_default
 from ..speed.step_graphs import CudaGraphs, StepGraphs
 from .alarms.answers import Before
 from .alarms.probes import cost as cost_of_probes
-from .around import note_of_training_modes
+from .around import notes_of_modules
 from .believe import conclude
+from .copies import refresh_stale_copies
 from .customary import check_radius, unusual_radius
+from .fingerprint import fingerprint, fingerprint_or_reason
 from .function_attack import AttackFunction
 from .images import collect
 from .interrupted import short_interrupts
@@ -88,8 +90,9 @@ def evaluate(
     Args:
         defence: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable that does not write
             to the images. A module's mode, ``requires_grad`` flags and weights, and the random generators, are
-            afterwards as they were. A function is called as it is: put the modules that it uses into evaluation mode
-            yourself. Those in training mode that it can be seen to use are told in a warning and in the report's notes.
+            afterwards as they were; so are those of modules that it holds in plain lists, objects or hooks. A function
+            is called as it is: put the modules that it uses into evaluation mode yourself. Those in training mode that
+            it can be seen to use are told in a warning and in the report's notes.
         x: images ``[N, C, H, W]``, uint8 or float32 in [0, 1]; or, without ``y``, a DataLoader or any other iterable of
             batches (images, labels) or (images, labels, indices), which is read once and kept in memory.
         y: labels, int64 ``[N]``.
@@ -117,8 +120,8 @@ def evaluate(
             with it the last bits of a gradient.
         seed: of everything random.
         out: a folder; each finished row is kept in ``out/rows`` and used again where settings, weights, data and the
-            code of the model's classes agree. Rows of models without weights to compare (plain callables) are made
-            anew.
+            code of the model's classes agree. Rows of models without weights to compare (plain callables), and of those
+            that hold something that cannot be compared by its value, are made anew; a warning says so.
         name: of the model, in the report.
         dataset_name: of the data set, for the report's title.
         probes: whether the model is also asked what tells whether the number can be believed: short attacks on a few
@@ -154,17 +157,19 @@ def evaluate(
         stack.enter_context(torch.no_grad())
         stack.enter_context(raced_convolutions(cudnn_benchmark, device_of(defence, images)))
         stack.enter_context(frozen(defence))
+        refresh_stale_copies(defence, base, *(spec.other_model for spec in given))
         subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
+        mark = (None, "") if out is None else fingerprint_or_reason(subject.model)
         report.notes += _told_at_once(defence, subject, name)
         before = Before(subject) if (protocol is not None if probes is None else probes) else None
         plan = given if protocol is None else protocol_attacks(protocol, _known(subject, base))
-        _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
+        others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
             max_forward_batch=max_forward_batch, batch_size=batch_size, graphs=StepGraphs(cuda_graphs),
             copies=GradientCopies(),
         )  # fmt: skip
-        cache = None if out is None else _kept_in(Path(out), subject, name, stack)
+        cache = None if out is None else stack.enter_context(_kept_in(Path(out), subject, name, mark, others))
         measure = Measure(subject, context, name, cache=cache, progress=Progress(name, progress, []))
         more = 0 if before is None else cost_of_probes(subject, context)
         _add_rows(report, _possible(plan, measure, report.notes), measure, more)
@@ -176,7 +181,7 @@ def evaluate(
 
 def _told_at_once(defence: Classifier, subject: Subject, name: str) -> list[str]:
     """Notes for the report, which are logged now, as are probabilities: an evaluation may take hours."""
-    notes = note_of_training_modes(defence, name)
+    notes = notes_of_modules(defence, name)
     for note in notes:
         logger.warning(note)
     if subject.has_probabilities:
@@ -190,25 +195,55 @@ def _told_at_once(defence: Classifier, subject: Subject, name: str) -> list[str]
     return notes
 
 
-def _freeze_others(models: Sequence[Classifier | None], subject: Subject, stack: contextlib.ExitStack) -> None:
-    """Freeze the other models that are attacked until the stack ends, and refuse those that write to their input."""
-    for model in {id(model): model for model in models if model is not None}.values():
+def _freeze_others(
+    models: Sequence[Classifier | None], subject: Subject, stack: contextlib.ExitStack
+) -> list[Classifier]:
+    """Freeze the other models that are attacked until the stack ends, and refuse those that write to their input.
+
+    Args:
+        models: the other models; None and repetitions are left out.
+        subject: the model with its images.
+        stack: ends with the evaluation.
+
+    Returns:
+        The models, each once.
+    """
+    others = list({id(model): model for model in models if model is not None}.values())
+    for model in others:
         stack.enter_context(frozen(model))
         check_leaves_images(model, subject.some()[:1])
+    return others
 
 
-def _kept_in(out: Path, subject: Subject, name: str, stack: contextlib.ExitStack) -> RowCache:
-    """The rows kept in a folder; until the stack ends the same kernels serve, whatever is found out about them.
+@contextlib.contextmanager
+def _kept_in(
+    out: Path, subject: Subject, name: str, mark: tuple[str | None, str], others: Sequence[Classifier]
+) -> Iterator[RowCache]:
+    """The rows kept in a folder; within the block the same kernels serve, whatever is found out about them.
 
     The kernels are verified now, which takes a moment once on a machine: were one found wrong at its first use, the
     rows of this run would have the name of rows that it had served, and the next run would make them anew.
+
+    Args:
+        out: the folder.
+        subject: the model with its images.
+        name: of the model.
+        mark: the model's fingerprint, or None and why it has none; taken after the predictions of the subject, so that
+            a model that keeps what it saw last has always seen the same.
+        others: the other models that rows depend on. Their fingerprints are taken now, after a prediction too.
     """
-    # `fingerprint` returns None for these models, but to ask it would read every weight of the others
-    if not isinstance(subject.model, nn.Module):
-        logger.warning("out: %s is a function, of which no weights can be compared: its rows are not kept", name)
+    found, reason = mark
+    if found is None:
+        logger.warning("out: %s %s: its rows are not kept", name, reason)
     served = decisions(subject.device, verify=True)
-    stack.enter_context(held(served, verified=False))
-    return RowCache(out, served)
+    with held(served, verified=False):
+        cache = RowCache(out, served)
+        cache.know(subject.model, found)
+        for model in others:
+            torch.manual_seed(subject.seed)
+            model(subject.some())
+            cache.know(model, fingerprint(model))
+        yield cache
 
 
 def _given(

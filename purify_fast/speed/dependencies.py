@@ -23,8 +23,9 @@ _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, t
 _SETTINGS = (types.SimpleNamespace, argparse.Namespace)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 #: The attributes of a bare module; of these only the mode, the tensors, the parts and the hooks count.
-_BARE = frozenset(vars(nn.Module()))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+BARE = frozenset(vars(nn.Module()))
+#: Those of them that hold what is called with a forward or a backward pass.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def dependencies(model: nn.Module) -> tuple[tuple[Any, ...], list[Any]]:
@@ -125,7 +126,7 @@ def _add_module(module: nn.Module, found: list[Any], objects: list[Any], seen: d
     found.append((type(module).__qualname__, module.training))
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         _add(tensor, found, objects, seen)
-    for name in _HOOKS:
+    for name in HOOKS:
         if hooks := getattr(module, name):
             _add(list(hooks.values()), found, objects, seen)
     for part in module._modules.values():
@@ -134,7 +135,7 @@ def _add_module(module: nn.Module, found: list[Any], objects: list[Any], seen: d
 
 
 def _add_attributes(value: Any, found: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
-    left_out = _BARE if isinstance(value, nn.Module) else frozenset()
+    left_out = BARE if isinstance(value, nn.Module) else frozenset()
     ignored: frozenset[str] = getattr(type(value), "not_dependencies", frozenset())
     for name, part in getattr(value, "__dict__", {}).items():
         if name not in left_out and name not in ignored:

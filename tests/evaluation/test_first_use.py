@@ -16,7 +16,7 @@ from torch import nn
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import evaluate
-from purify_fast.evaluation.around import note_of_training_modes
+from purify_fast.evaluation.around import notes_of_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -206,9 +206,75 @@ def test_other_functions_are_not(trio, caplog):
     trained = nn.Sequential(nn.Dropout(), model).train()  # a module is put into evaluation mode for its user
     # an attribute that has the name of a global variable, beside one that is not used
     other = by_an_attribute(SimpleNamespace(GLOBAL=model, teacher=GLOBAL))
-    for harmless in (model, closure(model), closure(plain), trained, functools.partial(model), other):
+    training = nn.Sequential(TrainsWithGlobal(), nn.Linear(126, 4))
+    for harmless in (model, closure(model), closure(plain), trained, functools.partial(model), other, training):
         report = evaluate(harmless, x, y, **QUIET | {"attacks": []})
         assert not any("training mode" in note for note in report.notes) and not caplog.text
+
+
+class UsesGlobal(nn.Module):
+    def forward(self, x):
+        return self.through(x)
+
+    def through(self, x):
+        return GLOBAL(x)
+
+
+class TrainsWithGlobal(nn.Module):
+    """Uses a module in training mode, but not for a prediction."""
+
+    def forward(self, x):
+        return x.flatten(1)
+
+    def training_step(self, x):
+        return GLOBAL(x)
+
+
+class Hides(nn.Module):
+    """Holds its networks where PyTorch does not look."""
+
+    def __init__(self, *networks):
+        super().__init__()
+        self.nets = [*networks]
+
+    def forward(self, x):
+        return sum(network(x) for network in self.nets)
+
+
+def test_a_module_around_a_global_variable_in_training_mode_is_told():
+    report = evaluate(UsesGlobal(), torch.rand(4, 1, 4, 4), torch.arange(4) % 3, **QUIET | {"attacks": []}, name="mine")
+    (note,) = (note for note in report.notes if "training mode" in note)
+    assert note.startswith("what mine uses besides its own modules is in training mode: GLOBAL (Dropout). The numbers")
+    assert note.endswith("call .eval() on these modules before, or make them attributes of the module that uses them")
+
+
+@pytest.mark.parametrize("depth", [3, 8])
+def test_a_module_inside_objects_is_told(depth):
+    made = GLOBAL
+    for _ in range(depth):
+        made = Called(made)
+    (note,) = notes_of_modules(made, "mine")
+    assert "network (Dropout)" in note
+
+
+def test_modules_in_a_plain_list_are_judged_in_evaluation_mode_and_told():
+    """A number by the statistics of batches would be another, and the statistics would change with each attack."""
+    torch.manual_seed(0)
+    networks = [nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 3)).train() for _ in range(5)]
+    x, y = torch.rand(8, 1, 4, 4), torch.arange(8) % 3
+    networks[0](x)
+    before = [buffer.clone() for network in networks for buffer in network.buffers()]
+    report = evaluate(Hides(*networks), x, y, **QUIET, name="mine")
+    (note,) = report.notes
+    assert "mine holds modules that PyTorch does not know of: nets[0] (Sequential), nets[1] (Sequential)," in note
+    assert "nets[2] (Sequential) and 2 more. " in note and "hold them as attributes, or in nn.ModuleList" in note
+    assert all(map(torch.equal, before, (buffer for network in networks for buffer in network.buffers())))
+    assert all(network.training for network in networks)
+    listed = nn.Module()
+    listed.nets = nn.ModuleList(networks)
+    listed.forward = lambda x: sum(network(x) for network in networks)
+    other = evaluate(listed, x, y, **QUIET)
+    assert [row.accuracy for row in other.rows] == [row.accuracy for row in report.rows] and not other.notes
 
 
 def test_functions_that_call_each_other_are_each_looked_through_once():
@@ -218,7 +284,7 @@ def test_functions_that_call_each_other_are_each_looked_through_once():
     held = {"network": GLOBAL}
     exec(code, held)
     start = time.monotonic()
-    (note,) = note_of_training_modes(held["f0"], "mine")
+    (note,) = notes_of_modules(held["f0"], "mine")
     assert time.monotonic() - start < 1 and "network (Dropout). The numbers" in note
 
 

@@ -34,7 +34,7 @@ MOMENTS = (
     # a row is written, its batches are not gone
     ("purify_fast.evaluation.partial_row.PartialRow.remove", 3),
     # the softened copies are attacked
-    ("purify_fast.evaluation.surrogates.Softened.forward", 3),
+    ("purify_fast.evaluation.surrogates.Softened.forward", 6),
     # the probes: the sweeps, then the softened copies again, then the answers, then their file
     ("purify_fast.evaluation.alarms.probes._Short.robust", 3),
     ("purify_fast.evaluation.alarms.probes._Short.fallen", 2),

@@ -393,7 +393,7 @@ def test_merge(toy):
 
 
 class Counting(Linear):
-    _calls = 0
+    _calls, not_dependencies = 0, frozenset({"_calls"})
 
     def sample_logits(self, x):
         Counting._calls += 1
@@ -775,7 +775,7 @@ def test_apgd_says_how_much_there_is_to_do(toy, monkeypatch, attack, exact):
 class Shattered(nn.Module):
     """A randomised defence with one purified image per prediction, rounded: no gradient gets through."""
 
-    _purified = 0
+    _purified, not_dependencies = 0, frozenset({"_purified"})
 
     def __init__(self):
         super().__init__()

@@ -57,6 +57,8 @@ class Before:
 
     def state_changed(self) -> bool:
         """Whether weights, buffers or attributes differ from those before."""
+        # a model may keep what it saw last, which was the same before
+        self.predictions()
         return self.mark != fingerprint(self.subject.model)
 
 

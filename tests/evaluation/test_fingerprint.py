@@ -1,0 +1,301 @@
+"""A fingerprint differs wherever models differ, and nowhere else: not between processes, nor between evaluations."""
+
+import functools
+import importlib
+import logging
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import held_values
+from held_values import WAYS, Scaled, defences, scaled
+
+import purify_fast
+from purify_fast.attacks import PGD
+from purify_fast.defences.stochastic import StochasticDefence
+from purify_fast.evaluation import evaluate, measure
+from purify_fast.evaluation.fingerprint import fingerprint, fingerprint_or_reason
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUIET = {"eps": 0.02, "attacks": [PGD(steps=2)], "progress": False}
+
+
+@pytest.fixture
+def images():
+    """Nine bright pixels of 10 where the class is 0, and elsewhere where it is 1: a scale of 0 loses half of them."""
+    x = torch.full((8, 1, 3, 3), 0.1)
+    x[:4].flatten(1)[:, :4], x[4:].flatten(1)[:, 4:] = 0.9, 0.9
+    return x, torch.arange(8) // 4
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The rows that evaluations made, and did not find."""
+    found = []
+    for name in ("_measure_clean", "_measure_attack"):
+        original = getattr(measure.Measure, name)
+        monkeypatch.setattr(
+            measure.Measure, name, lambda *args, original=original: found.append(args) or original(*args)
+        )
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_models_that_differ_in_anything_have_other_fingerprints(way):
+    make = WAYS[way]
+    assert fingerprint(make(1.0)) == fingerprint(make(1.0)) != fingerprint(make(0.0))
+    assert None not in (fingerprint(make(1.0)), fingerprint(make(0.0)))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("module in a list", "remembered")])
+def test_rows_of_a_model_are_not_given_to_another(way, images, tmp_path):
+    """The first model is right about all images, the second about those of its constant answer."""
+    one, other = (evaluate(WAYS[way](value), *images, **QUIET, out=tmp_path) for value in (1.0, 0.0))
+    assert [row.accuracy for row in one.rows] == [1, 1, 1]
+    assert [row.accuracy for row in other.rows] == [0.5, 0.5, 0.5]
+
+
+def test_an_ensemble_in_a_plain_list_is_told_by_its_weights(images, tmp_path):
+    right, wrong = Scaled(), Scaled()
+    wrong.base[1].weight.data[:2] = wrong.base[1].weight.data[:2].flip(0).clone()
+    ensembles = [held_values.scaled(nets=lambda nets: nets, get=lambda self: 1.0)([net]) for net in (right, wrong)]
+    for ensemble in ensembles:
+        ensemble.forward = lambda x, ensemble=ensemble: sum(net(x) for net in ensemble.nets)
+    one, other = (evaluate(ensemble, *images, **QUIET, out=tmp_path) for ensemble in ensembles)
+    assert one.row("clean").accuracy == 1 and other.row("clean").accuracy == 0
+
+
+def test_fingerprints_are_the_same_in_another_process():
+    """Also where sets, and strings with them, are in another order there."""
+    found = subprocess.run(
+        [sys.executable, held_values.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(Path(purify_fast.__file__).parents[1]), "PYTHONHASHSEED": "7"},
+    )
+    here = [f"{name} {fingerprint(make(1.0))}" for name, make in WAYS.items()]
+    here += [f"{name} {mark}" for name, mark in defences()]
+    assert found.stdout.splitlines() == here and not any("None" in line for line in here)
+    assert len(set(here)) == len(here)
+
+
+# -- what cannot be compared --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("held", "where"),
+    [
+        (lambda: open(os.devnull), "held (TextIOWrapper)"),  # noqa: SIM115
+        (lambda: [{"a": threading.local()}], "held[0]['a'] (_local)"),
+        (lambda: (i for i in range(3)), "held (generator)"),
+        (lambda: random.Random(0), "held (Random)"),
+        (lambda: np.random.RandomState(0), "held (RandomState)"),
+        (lambda: torch.eye(3).to_sparse(), "held (Tensor)"),
+        (lambda: torch.empty(2, device="meta"), "held (Tensor)"),
+    ],
+)
+def test_what_cannot_be_compared_has_no_fingerprint_and_it_is_said(held, where, images, tmp_path, caplog, made):
+    model = scaled(held=lambda _: held(), get=lambda self: 1.0)(1.0)
+    assert fingerprint_or_reason(model) == (None, f"holds {where}, which cannot be compared by its value")
+    for _ in "12":
+        evaluate(model, *images, **QUIET, out=tmp_path, name="mine")
+    assert len(made) == 4 and not list((tmp_path / "rows").iterdir())
+    assert f"out: mine holds {where}, which cannot be compared by its value: its rows are not kept" in caplog.text
+
+
+def test_a_function_that_returns_an_object_is_a_function(images, tmp_path):
+    inner = WAYS["private"](1.0)
+    settings = {**QUIET, "out": tmp_path}
+    assert evaluate(lambda x: {"logits": inner(x)}, *images, **settings).row("clean").accuracy == 1
+    inner._scale = 0.0
+    assert evaluate(lambda x: {"logits": inner(x)}, *images, **settings).row("clean").accuracy == 0.5
+
+
+def test_objects_inside_each_other_without_end_are_no_trouble():
+    def chain(length):
+        found = None
+        for _ in range(length):
+            found = [found]
+        return found
+
+    model = nn.Identity()
+    model.held = chain(10)
+    model.itself = [model]
+    assert fingerprint(model) is not None
+    model.held = chain(100_000)
+    assert fingerprint_or_reason(model) == (None, "holds objects in one another, too deep to be compared")
+
+
+# -- what is no difference ----------------------------------------------------------------------------------------
+
+
+class Remembers(nn.Module):
+    """Keeps what it saw last, a table that it makes at first use, locks and a log, as many models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = Scaled()
+        self._lock, self._log, self._drawn = threading.Lock(), logging.getLogger("mine"), torch.Generator()
+        self._features, self._table = None, {}
+
+    @functools.cached_property
+    def zeros(self):
+        return torch.zeros(3)
+
+    def forward(self, x):
+        self._features = self.base(x) + self.zeros
+        self._table.setdefault("ones", torch.ones(3))
+        noise = torch.rand(len(x), 3, generator=self._drawn)
+        return self._features + self._table["ones"] + 1e-9 * noise
+
+
+class Counts(nn.Module):
+    """Counts its calls, which its predictions do not depend on."""
+
+    not_dependencies = frozenset({"calls"})
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.calls = Scaled(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.base(x)
+
+
+@pytest.mark.parametrize("kind", [Remembers, Counts])
+def test_what_predictions_leave_behind_makes_no_row_anew(kind, images, tmp_path, made):
+    model = kind()
+    for rows in (2, 2, 2):
+        evaluate(model, *images, **QUIET, out=tmp_path)
+        assert len(made) == rows
+    evaluate(kind(), *images, **QUIET, out=tmp_path)
+    assert len(made) == 2
+
+
+def test_what_is_kept_of_the_last_prediction_is_no_changed_state(images):
+    report = evaluate(Remembers(), *images, eps=0.02, attacks=[PGD(steps=2)], probes=True, progress=False)
+    (finding,) = (finding for finding in report.findings if finding.alarm == "same answer again")
+    assert finding.verdict == "passed"
+
+
+def test_rows_of_accelerated_and_random_defences_are_found_again(tmp_path, made):
+    x, y = torch.rand(2, 1, 16, 16), torch.arange(2)
+    for _ in "12":
+        carso = purify_fast.zoo.load("digits-carso-pipeline").accelerate(torch.float32)
+        evaluate(carso, x, y, eps=0.1, attacks=[PGD(steps=1)], eot_iter=1, n_eval=1, out=tmp_path, progress=False)
+        evaluate(carso, x, y, eps=0.1, attacks=[PGD(steps=1)], eot_iter=1, n_eval=1, out=tmp_path, progress=False)
+    assert len(made) == 2
+
+
+def test_the_thread_that_decides_over_the_noise_is_no_part_of_it():
+    class Noisy(StochasticDefence):
+        samples = 1
+
+    defence, found = Noisy(), []
+
+    def mark():
+        with defence.fixed_noise(1):
+            found.append(fingerprint(defence))
+
+    for _ in "12":
+        thread = threading.Thread(target=mark)
+        thread.start()
+        thread.join()
+    mark()
+    assert len(set(found)) == 1 and None not in found
+
+
+def test_compiled_it_is_the_same_model():
+    model = Scaled()
+    before = fingerprint(model)
+    model.compile()
+    assert fingerprint(model) == before
+    one, other = (torch.compile(WAYS["private"](value)) for value in (1.0, 0.0))
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_the_base_of_a_class_counts():
+    one, other = (type("Activation", (base,), {"__module__": __name__}) for base in (nn.Tanh, nn.Sigmoid))
+    assert fingerprint(one()) != fingerprint(other())
+
+
+def test_a_traced_model_is_told_by_what_it_calls():
+    class Traced(nn.Module):
+        def __init__(self, call, scale):
+            super().__init__()
+            self.call, self.scale = call, scale
+
+        def forward(self, x):
+            return self.call(x) * self.scale
+
+    def traced(*held):
+        return fingerprint(torch.fx.symbolic_trace(Traced(*held)))
+
+    assert traced(torch.tanh, 2) == traced(torch.tanh, 2)
+    assert len({traced(torch.tanh, 2), traced(torch.tanh, 3), traced(torch.relu, 2)}) == 3
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_of_torchscript_is_told_by_its_file():
+    x = torch.ones(1, 1, 3, 3)
+    model = torch.jit.trace(Scaled().eval(), x)
+    marks = [fingerprint(model)]
+    model(x), model(x)
+    assert fingerprint(model) == marks[0] is not None
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    marks.append(fingerprint(model))
+    model.register_forward_hook(lambda module, inputs, output: 0 * output)
+    marks.append(fingerprint(model))
+    assert len(set(marks)) == 3
+
+
+def test_variables_of_an_installed_library_count_where_they_are_constants(tmp_path, monkeypatch):
+    """Other objects of a library, of which some cannot be compared, are told by the library's version."""
+
+    def marked(constant, version="1"):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}" / "site-packages"
+        folder.mkdir(parents=True)
+        (folder / "library_of_the_test.py").write_text(
+            f"import threading, torch\n__version__ = '{version}'\nSTATE, TABLE = threading.local(), {constant}\n"
+            "class Model(torch.nn.Module):\n"
+            "    def forward(self, x): return STATE, x * TABLE\n"
+        )
+        monkeypatch.syspath_prepend(str(folder))
+        sys.modules.pop("library_of_the_test", None)
+        return fingerprint(importlib.import_module("library_of_the_test").Model())
+
+    first = marked("{'a': [1, 2]}")
+    assert first == marked("{'a': [1, 2]}") is not None
+    assert len({first, marked("{'a': [1, 3]}"), marked("{'a': [1, 2]}", version="2")}) == 3
+
+
+def test_code_in_another_file_of_the_user_counts_where_it_is_used(tmp_path, monkeypatch):
+    def marked(factor, unused):
+        for name in ("helpers_of_mine", "model_of_mine"):
+            sys.modules.pop(name, None)
+        (tmp_path / "helpers_of_mine.py").write_text(
+            f"def scale(x): return x * {factor}\ndef other(x): return {unused}\n"
+        )
+        (tmp_path / "model_of_mine.py").write_text(
+            "import torch, helpers_of_mine\n"
+            "class Model(torch.nn.Module):\n"
+            "    def forward(self, x): return helpers_of_mine.scale(x)\n"
+        )
+        return fingerprint(importlib.import_module("model_of_mine").Model())
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert marked(1, 1) == marked(1, 2) != marked(2, 1)
