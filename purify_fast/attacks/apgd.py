@@ -121,13 +121,10 @@ def apgd(
     check_images(x, y, clip_min, clip_max)
     ball = ball_around(x, eps, norm, clip_min, clip_max)
     _check_modes(loss, fallen, precision, give_up)
-    check_at_least_one(
-        steps=steps, eot_iter=eot_iter, max_forward_batch=max_forward_batch, n_target_classes=n_target_classes,
-        restarts=restarts, judge_draws=judge_draws, most_rows=most_rows,
-    )  # fmt: skip
+    check_at_least_one(steps=steps, eot_iter=eot_iter, max_forward_batch=max_forward_batch, restarts=restarts)
+    check_at_least_one(n_target_classes=n_target_classes, judge_draws=judge_draws, most_rows=most_rows)
     _check_rho(rho)
-    if target is not None:
-        _check_target(target, y, loss)
+    _check_target(target, y, loss)
     if x.shape[0] == 0:
         return x.clone()
     x = x.detach().clone()
@@ -143,8 +140,7 @@ def apgd(
         attack = run_from_larger if ball.norm == "l1" else partial(run, give_up=by_pace)
         waves = Waves(x, y, ball, goals, restarts, seed=seed, ids=ids, most=most_rows)
         with frozen(source):
-            if gradients_from is not None:
-                apart = drawn_once_per_call(source, x, eot_iter, max_forward_batch)
+            apart = apart if gradients_from is None else drawn_once_per_call(source, x, eot_iter, max_forward_batch)
             objective = Objective(source, loss, eot_iter, max_forward_batch, graphs, apart=apart)
             for rows in waves.over(active):
                 attack(objective, active, rows, Schedule(steps, rho), health=health)
@@ -165,7 +161,9 @@ def _check_rho(rho: float) -> None:
         raise ValueError(f"rho must be in [0, 1], got {rho}")
 
 
-def _check_target(target: Tensor, y: Tensor, loss: str) -> None:
+def _check_target(target: Tensor | None, y: Tensor, loss: str) -> None:
+    if target is None:
+        return
     if loss not in TARGETED:
         raise ValueError(f"a target needs the loss {', '.join(TARGETED)}, got {loss!r}")
     if target.shape != y.shape or target.dtype != torch.int64:
