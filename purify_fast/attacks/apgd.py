@@ -22,7 +22,7 @@ from ..speed.step_graphs import StepGraphs
 from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images, check_switch
 from .ball import ball_around
 from .base import AttackContext, TargetedAttack
-from .draws import Objective
+from .draws import Objective, drawn_once_per_call
 from .engine.active_set import ActiveSet
 from .engine.auto_pgd import run, run_from_larger
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
@@ -79,7 +79,8 @@ def apgd(
         target: int64 ``[B]``, the class that a targeted loss raises. None: the ``n_target_classes`` wrong classes of
             highest logit on x, one run each.
         n_target_classes: wrong classes that a targeted loss tries; None, or more than there are: all of them.
-        eot_iter: draws of a random model averaged per step, folded into the batch.
+        eot_iter: draws of a random model averaged per step: in one batch, or each in a call of its own where the model
+            draws once per call.
         restarts: runs (for each target), each from a start of its own. Only images that have not fallen get another
             run.
         rho: the share of the steps that must raise the loss for the step to stay.
@@ -120,27 +121,27 @@ def apgd(
     check_images(x, y, clip_min, clip_max)
     ball = ball_around(x, eps, norm, clip_min, clip_max)
     _check_modes(loss, fallen, precision, give_up)
-    check_at_least_one(
-        steps=steps, eot_iter=eot_iter, max_forward_batch=max_forward_batch, n_target_classes=n_target_classes,
-        restarts=restarts, judge_draws=judge_draws, most_rows=most_rows,
-    )  # fmt: skip
+    check_at_least_one(steps=steps, eot_iter=eot_iter, max_forward_batch=max_forward_batch, restarts=restarts)
+    check_at_least_one(n_target_classes=n_target_classes, judge_draws=judge_draws, most_rows=most_rows)
     _check_rho(rho)
-    if target is not None:
-        _check_target(target, y, loss)
+    _check_target(target, y, loss)
     if x.shape[0] == 0:
         return x.clone()
     x = x.detach().clone()
     ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
-    judge = Judge(model, fallen, judge_draws or eot_iter, max_forward_batch)
+    judges = judge_draws or eot_iter
     with frozen(model):
+        apart = drawn_once_per_call(model, x, max(judges, eot_iter), max_forward_batch)
+        judge = Judge(model, fallen, judges, max_forward_batch, apart)
         goals = _goals(judge, x, y, loss, target=target, count=n_target_classes)
         active = ActiveSet(x, y, judge, leave=leave_when_fallen)
         source = gradient_copy(model, x[:COMPARED], precision, copies) if gradients_from is None else gradients_from
-        objective = Objective(source, loss, eot_iter, max_forward_batch, graphs)
         by_pace = give_up and leave_when_fallen and (fallen == "all" or judge.draws == 1)
         attack = run_from_larger if ball.norm == "l1" else partial(run, give_up=by_pace)
         waves = Waves(x, y, ball, goals, restarts, seed=seed, ids=ids, most=most_rows)
         with frozen(source):
+            apart = apart if gradients_from is None else drawn_once_per_call(source, x, eot_iter, max_forward_batch)
+            objective = Objective(source, loss, eot_iter, max_forward_batch, graphs, apart=apart)
             for rows in waves.over(active):
                 attack(objective, active, rows, Schedule(steps, rho), health=health)
     if found is not None:
@@ -160,7 +161,9 @@ def _check_rho(rho: float) -> None:
         raise ValueError(f"rho must be in [0, 1], got {rho}")
 
 
-def _check_target(target: Tensor, y: Tensor, loss: str) -> None:
+def _check_target(target: Tensor | None, y: Tensor, loss: str) -> None:
+    if target is None:
+        return
     if loss not in TARGETED:
         raise ValueError(f"a target needs the loss {', '.join(TARGETED)}, got {loss!r}")
     if target.shape != y.shape or target.dtype != torch.int64:

@@ -10,6 +10,11 @@ from torch import Tensor
 
 Answer = TypeVar("Answer")
 
+#: By how much two answers may differ through rounding: of how far the logits of an image lie apart,
+SAME_SPREAD = 1e-5
+#: and of the largest logit, about 16 times the rounding of float32.
+SAME_SIZE = 2e-6
+
 
 class WritesToItsInput(ValueError):
     """A model changed the images that it was given."""
@@ -75,3 +80,25 @@ def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
                     raise
         if not torch.equal(images.detach(), x.detach()):
             raise WritesToItsInput
+
+
+def differ(first: Tensor, second: Tensor) -> bool:
+    """Whether two answers are more than rounding apart.
+
+    What rounding may do grows with the numbers themselves, what matters with how far the logits of an image lie apart:
+    neither is an absolute number, since logits times 1e-8 decide the same.
+
+    Args:
+        first: logits ``[B, classes]``.
+        second: those of another call.
+    """
+    if first.shape != second.shape:
+        return True
+    a, b = first.double(), second.double()
+    finite = a.isfinite() & b.isfinite()
+    if not bool(((a == b) | (a.isnan() & b.isnan()) | finite).all()):
+        return True
+    apart = (a - b).where(finite, 0.0).abs().max()
+    spread = (a.where(finite, -torch.inf).amax(1) - a.where(finite, torch.inf).amin(1)).max().clamp(min=0)
+    size = a.where(finite, 0.0).abs().max()
+    return bool(apart > SAME_SPREAD * spread + SAME_SIZE * size)

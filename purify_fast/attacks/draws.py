@@ -1,7 +1,8 @@
 """What an attack raises, and its gradient: a loss over several draws of a random model, in bounded forward passes.
 
 The draws of an image stand in one batch (expectation over transformation, Athalye et al., ICML 2018). Parting a batch
-changes no result but by the rounding of sums.
+changes no result but by the rounding of sums. Of a model that draws once for a whole batch each draw is a pass of its
+own: in one batch they would all be the same draw.
 """
 
 from __future__ import annotations
@@ -15,11 +16,17 @@ from torch import Tensor
 
 from .._compat import renamed_arguments
 from .._tensors import repeat_batch
-from ..protocols import Classifier, SharesDraws, supports
+from ..protocols import Classifier, CountsImages, SharesDraws, supports
 from ..speed.step_graphs import State, StepGraphs
 from .arguments import check_gradients_can_be_recorded, check_labels
-from .asked import ask
+from .asked import ask, differ
 from .losses import LOSSES, TARGETED, Loss
+
+#: What is tried to see how a model draws: images, all draws of them in one batch, and calls with the images alone. Of a
+#: model that picks one of two networks so many calls agree once in 128 times.
+TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS = 2, 8, 8
+#: Draws of one call are the same if they differ by less than this share of what calls differ by.
+ALIKE = 0.01
 
 
 class Gradient(NamedTuple):
@@ -47,6 +54,7 @@ class Objective:
         loss: a name of `purify_fast.attacks.LOSSES` or `TARGETED`.
         eot_iter: draws of a random model that are averaged.
         max_forward_batch: images in one forward pass at most; None: all draws of all images at once.
+        apart: whether each draw is a forward pass of its own, as of a model that draws once per call.
         graphs: captures what attacks do with it on a CUDA device, if given.
     """
 
@@ -56,6 +64,7 @@ class Objective:
     max_forward_batch: int | None = None
     #: No part of what is computed.
     graphs: StepGraphs | None = field(default=None, compare=False)
+    apart: bool = False
 
     def gradient(self, x: Tensor, y: Tensor) -> Gradient:
         """The gradient to images, and their score.
@@ -96,6 +105,8 @@ class Objective:
     def _at_once(self, images: int) -> tuple[int, int]:
         """How many images are given to the model in one pass, and how many draws of each."""
         most = self.max_forward_batch
+        if self.apart:
+            return (images if most is None else _even(images, most)), 1
         if most is None:
             return images, self.eot_iter
         if supports(self.model, SharesDraws):
@@ -123,7 +134,7 @@ class Objective:
 
     def _losses(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """The loss of every draw, and 1 where it is misclassified, else 0; ``[draws, B]`` both."""
-        logits = self._logits(x, draws)
+        logits = logits_of_draws(self.model, x, draws)
         columns = y.view(len(y), -1)
         labels = (columns.repeat(draws, 1) if draws > 1 else columns).unbind(1)
         losses = self._loss_of(logits, labels)
@@ -154,12 +165,57 @@ class Objective:
                 check_labels(labels[0], logits.shape[1])
             raise
 
-    def _logits(self, x: Tensor, draws: int) -> Tensor:
-        """Logits ``[draws * B, classes]``; a model that shares work between its draws is asked for them at once."""
-        if draws > 1 and supports(self.model, SharesDraws):
-            shares = cast(SharesDraws, self.model)
-            return ask(lambda images: shares.draw_logits(images, draws), x).flatten(0, 1)
-        return ask(self.model, repeat_batch(x, draws) if draws > 1 else x)
+
+def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
+    """Logits of several draws of each image; a model that shares work between its draws is asked for them at once.
+
+    Args:
+        model: images to logits.
+        x: images ``[B, ...]``.
+        draws: how many.
+
+    Returns:
+        Logits ``[draws * B, classes]``, those of the first draw first.
+    """
+    if draws > 1 and supports(model, SharesDraws):
+        shares = cast(SharesDraws, model)
+        return ask(lambda images: shares.draw_logits(images, draws), x).flatten(0, 1)
+    return ask(model, repeat_batch(x, draws) if draws > 1 else x)
+
+
+@torch.no_grad()
+def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | None = None) -> bool:
+    """Whether a random model draws once for all images of a call, as one that picks a network every time.
+
+    It does if several draws of an image, taken as an attack takes them, are all the same, and those of another call
+    are not. The random generators are afterwards as they were. To compare answers waits for the device.
+
+    Args:
+        model: images to logits; within `purify_fast.attacks.frozen`.
+        x: images ``[B, ...]``; the first few are tried.
+        draws: how many an attack will ask for. If that is one, the model is not asked.
+        most: images in one forward pass at most; None: no limit.
+    """
+    rows = min(TRIED_ROWS, len(x) * draws, TRIED_ROWS if most is None else most)
+    if draws == 1 or rows < 2:
+        return False
+    some = x[: min(TRIED_IMAGES, rows // 2)].detach().clone()
+    times = rows // len(some)
+    counted = cast(CountsImages, model).counted() if supports(model, CountsImages) else 0
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        together = logits_of_draws(model, some, times)
+        first = ask(model, some)
+        others = (ask(model, some) for _ in range(TRIED_CALLS - 1))
+        other = next((other for other in others if differ(first, other)), first)
+    if supports(model, CountsImages):
+        # a counter shows what an attack computes
+        cast(CountsImages, model).count(counted - cast(CountsImages, model).counted())
+    # a row's place in a batch may change its last bits, in bfloat16 its second digit
+    return _apart(together, repeat_batch(together[: len(some)], times)) < ALIKE * _apart(first, other)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).double().nan_to_num(nan=0.0).abs().max())
 
 
 def _even(images: int, most: int) -> int:
@@ -239,7 +295,8 @@ def input_gradient(
         x: images, floating point ``[B, ...]``.
         y: labels, int64 ``[B]``.
         loss: "ce", "margin" or "dlr".
-        eot_iter: draws of a random model, folded into the batch.
+        eot_iter: draws of a random model: in one batch, or each in a call of its own where the model draws once per
+            call.
         max_forward_batch: images in one forward pass at most; None: all draws of all images at once.
 
     Returns:
@@ -249,5 +306,6 @@ def input_gradient(
         RuntimeError: it is called within ``torch.inference_mode()``.
         ValueError: the model writes to its input.
     """
-    found = Objective(model, loss, eot_iter, max_forward_batch).gradient(x.detach().clone(), y)
+    apart = drawn_once_per_call(model, x, eot_iter, max_forward_batch)
+    found = Objective(model, loss, eot_iter, max_forward_batch, apart=apart).gradient(x.detach().clone(), y)
     return found.image, found.loss

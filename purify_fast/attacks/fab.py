@@ -22,7 +22,7 @@ from ..protocols import Classifier
 from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images, check_switch
 from .ball import Ball, ball_around
 from .base import AttackContext, TargetedAttack
-from .draws import Objective
+from .draws import Objective, drawn_once_per_call
 from .engine.active_set import ActiveSet
 from .engine.auto_pgd import shrinks_after
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
@@ -115,12 +115,14 @@ def fab_t(
         return x.clone()
     x = x.detach().clone()
     ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
-    judge = Judge(model, fallen, judge_draws or eot_iter, max_forward_batch)
+    judges = judge_draws or eot_iter
     with frozen(model):
+        apart = drawn_once_per_call(model, x, max(judges, eot_iter), max_forward_batch)
+        judge = Judge(model, fallen, judges, max_forward_batch, apart)
         active = ActiveSet(x, y, judge)
         goals = likeliest_wrong(judge.logits(x), y, n_target_classes)
         source = gradient_copy(model, x[:COMPARED], precision, copies)
-        objective = Objective(source, "margin_targeted", eot_iter, max_forward_batch)
+        objective = Objective(source, "margin_targeted", eot_iter, max_forward_batch, apart=apart)
         waves = Waves(x, y, ball, goals, restarts, seed=seed, ids=ids, most=most_rows, at_image=True)
         with frozen(source):
             for rows in waves.over(active):

@@ -48,7 +48,8 @@ def fgsm(
         eps: radius and step in image units, a number or ``[B]``.
         norm: "linf", "l2" or "l1".
         loss: "ce", "margin" or "dlr".
-        eot_iter: draws of a random model averaged, folded into the batch.
+        eot_iter: draws of a random model averaged: in one batch, or each in a call of its own where the model draws
+            once per call.
         max_forward_batch: images in one forward pass at most; None: no limit.
         health: counts gradients and movement, if given.
         graphs: captures the step, as of `pgd`.

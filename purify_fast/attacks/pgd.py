@@ -24,7 +24,7 @@ from ..speed.step_graphs import State, StepGraphs, begin_steps
 from .arguments import Norm, NormName, check_at_least_one, check_images, check_not_negative
 from .ball import Ball, ball_around, sample_in_ball
 from .base import AttackContext, BallAttack, cost_of_runs
-from .draws import Objective
+from .draws import Objective, drawn_once_per_call
 from .frozen_model import frozen
 from .health import GradientHealth
 from .losses import Loss, usable_loss
@@ -161,7 +161,8 @@ def pgd(
             ``eps / 100``, which is stronger than a constant one (`make demo` has both on its base).
         norm: "linf", "l2" or "l1".
         loss: "ce", "margin" or "dlr".
-        eot_iter: draws of a random model averaged per step, folded into the batch.
+        eot_iter: draws of a random model averaged per step: in one batch, or each in a call of its own where the model
+            draws once per call.
         random_start: whether to begin at a random point of the ball and not at the image itself.
         keep_best: whether to return, per image, the best iterate seen and not the last: misclassified in most draws,
             then of highest mean loss (one more forward pass, or two with several draws).
@@ -196,8 +197,9 @@ def pgd(
         return x.clone()
     x = x.detach().clone()
     constant = None if alpha is None else per_sample("alpha", alpha, x)
-    objective = Objective(model, loss, eot_iter, max_forward_batch, graphs)
     with frozen(model):
+        apart = drawn_once_per_call(model, x, eot_iter, max_forward_batch)
+        objective = Objective(model, loss, eot_iter, max_forward_batch, graphs, apart=apart)
         point = sample_in_ball(x, ball, seed=seed, sample_ids=sample_ids) if random_start else x
         search = Search(objective, point, y, keep_best=keep_best, health=health)
         begin: State = {"point": point, "x": x, "y": y, **search.memory()}

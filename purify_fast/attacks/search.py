@@ -10,7 +10,7 @@ from torch import Tensor
 from .._tensors import per_image
 from ..protocols import Classifier
 from ..speed.step_graphs import State
-from .draws import Gradient, Objective
+from .draws import Gradient, Objective, drawn_once_per_call
 from .frozen_model import frozen
 from .health import GradientHealth, faults
 
@@ -178,14 +178,16 @@ def worst_of_restarts(
     best = attack(0)
     if restarts == 1:
         return best
-    # one draw of every image in a pass
-    judge = Objective(model, "margin", eot_iter, max_forward_batch=max(1, len(y)))
+    most = max(1, len(y))
 
     def score(found: Tensor) -> Tensor:
         wrong, margins = judge.score(found, y)
         return torch.stack([wrong, margins.masked_fill(margins.isnan(), torch.inf)])
 
     with frozen(model), torch.no_grad():
+        apart = drawn_once_per_call(model, best, eot_iter, most)
+        # one draw of every image in a pass
+        judge = Objective(model, "margin", eot_iter, most, apart=apart)
         best_score = score(best)
         for restart in range(1, restarts):
             found = attack(restart)

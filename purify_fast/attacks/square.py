@@ -22,7 +22,7 @@ from ..protocols import Classifier
 from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images, check_seed, check_switch
 from .ball import Ball, ball_around
 from .base import AttackContext, EngineAttack
-from .draws import Objective
+from .draws import Objective, drawn_once_per_call
 from .engine.active_set import ActiveSet
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
 from .engine.judge import Judge
@@ -110,10 +110,12 @@ def square(
         return x.clone()
     x = x.detach().clone()
     ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
+    judges = judge_draws or eot_iter
     with frozen(model), torch.no_grad():
-        active = ActiveSet(x, y, Judge(model, fallen, judge_draws or eot_iter, max_forward_batch))
+        apart = drawn_once_per_call(model, x, max(judges, eot_iter), max_forward_batch)
+        active = ActiveSet(x, y, Judge(model, fallen, judges, max_forward_batch, apart))
         source = gradient_copy(model, x[:COMPARED], precision, copies)
-        objective = Objective(source, "margin", eot_iter, max_forward_batch)
+        objective = Objective(source, "margin", eot_iter, max_forward_batch, apart=apart)
         with frozen(source):
             for restart in range(restarts):
                 left = active.left()

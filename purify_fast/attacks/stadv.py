@@ -26,7 +26,7 @@ from ..speed.step_graphs import StepGraphs
 from .arguments import check_at_least_one, check_images, check_not_negative
 from .ball import Ball, sample_in_ball
 from .base import Attack, AttackContext, ThreatModel, cost_of_runs
-from .draws import Gradients, Objective
+from .draws import Gradients, Objective, drawn_once_per_call
 from .frozen_model import frozen
 from .health import GradientHealth
 from .losses import Loss, usable_loss
@@ -112,7 +112,8 @@ def stadv(
         rate: Adam's learning rate, in the unit of eps.
         smoothness: the paper's tau; 0 attacks hardest, and leaves ragged edges.
         loss: "margin", the paper's, "ce" or "dlr"; "ce" fades where the model is sure, and tau outweighs it.
-        eot_iter: draws of a random model averaged per step, folded into the batch.
+        eot_iter: draws of a random model averaged per step: in one batch, or each in a call of its own where the model
+            draws once per call.
         random_start: whether to begin with a random flow within the bound instead of none.
         keep_best: whether to return, per image, the best iterate seen and not the last, as of `pgd`.
         seed: of the random start.
@@ -144,8 +145,10 @@ def stadv(
     flow = bound.new_zeros((len(x), 2, *x.shape[2:]))
     if random_start:
         flow = sample_in_ball(flow, room, seed=seed, sample_ids=sample_ids)
-    objective, adam = Objective(model, loss, eot_iter, max_forward_batch, graphs), _Adam(flow, rate)
+    adam = _Adam(flow, rate)
     with frozen(model):
+        once = drawn_once_per_call(model, x, eot_iter, max_forward_batch)
+        objective = Objective(model, loss, eot_iter, max_forward_batch, graphs, apart=once)
         point = warp(x, flow)
         search = Search(objective, point, y, keep_best=keep_best, health=health)
         gradients = Gradients(objective, point, y, steps)

@@ -111,7 +111,9 @@ class Measure:
             what = what | {"attack": [spec.resolved.kind, revision, *spec.resolved.identity()]}
         other = None if spec is None else spec.other_model
         # which image gets which draws depends on them
-        batches = [context.batch_size, context.max_forward_batch] if subject.is_random else []
+        batches: list[Any] = [context.batch_size, context.max_forward_batch] if subject.is_random else []
+        # such rows were made with one draw for all before
+        batches += ["draws apart"] if subject.draws_once_per_call else []
         key = self.cache.key(
             {
                 "data": subject.data,

@@ -187,6 +187,11 @@ def _told_at_once(defence: Classifier, subject: Subject, name: str) -> list[str]
     if subject.has_probabilities:
         logger.warning("%s returns probabilities, not logits, and its number will be marked: %s", name,
                        INSTEAD_OF_PROBABILITIES)  # fmt: skip
+    if subject.draws_once_per_call:
+        notes.append(
+            f"{name} draws its randomness once per call, for all images of a batch, so each draw is a call of its own: "
+            "a step or a judgement by 20 draws takes 20 calls; of other random models they stand in one batch"
+        )
     return notes
 
 

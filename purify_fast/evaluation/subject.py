@@ -12,18 +12,14 @@ from torch import Tensor, nn
 
 from .._fingerprint import digest
 from ..attacks import margin
-from ..attacks.asked import ask, check_leaves_images
+from ..attacks.asked import ask, check_leaves_images, differ
+from ..attacks.draws import TRIED_CALLS, TRIED_ROWS, drawn_once_per_call
 from ..protocols import Classifier
 from .outputs import are_probabilities, returning_logits
 
 Variant = Literal["random", "fixed", "deterministic"]
 #: Each phase of an evaluation has a seed of its own, so that no attack has seen the draws it is judged by.
 PHASES = {"clean": 0, "attack": 1, "judge": 2}
-
-#: By how much two answers may differ through rounding: of how far the logits of an image lie apart,
-SAME_SPREAD = 1e-5
-#: and of the largest logit, about 16 times the rounding of float32.
-SAME_SIZE = 2e-6
 
 
 def device_of(model: Classifier, x: Tensor) -> torch.device:
@@ -65,6 +61,7 @@ class Subject:
 
     Attributes:
         is_random: whether two predictions of the model on the same images differ.
+        draws_once_per_call: whether it draws once for all images of a call, and not for each.
         has_probabilities: whether the model returns probabilities where logits are wanted.
 
     Raises:
@@ -80,7 +77,8 @@ class Subject:
         self.model, self.num_classes = returning_logits(model, self.some()[:1])
         check_leaves_images(self.model, self.some()[:1])
         one, other = self.model(self.some()), self.model(self.some())
-        self.is_random = _differ(one, other)
+        self.is_random = differ(one, other) or self.draws(self.model)
+        self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.some(), TRIED_ROWS)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
         bad = (y < 0) | (y >= self.num_classes)
         if bool(bad.any()):
@@ -92,9 +90,13 @@ class Subject:
         return self.x[:8].to(self.device, copy=True)
 
     def draws(self, model: Classifier) -> bool:
-        """Whether two predictions of a model differ."""
-        some = self.some()
-        return _differ(model(some), model(some))
+        """Whether predictions of a model differ; by chance two may not, where it has few to choose from."""
+        one = model(self.some())
+        if differ(one, model(self.some())):
+            return True
+        # what is tried beyond two predictions takes no draws from what comes after it
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            return any(differ(one, model(self.some())) for _ in range(TRIED_CALLS - 2))
 
     def variant(self, name: Variant) -> contextlib.AbstractContextManager[Any]:
         """The model as the variant has it, within a block."""
@@ -134,24 +136,6 @@ class Subject:
         all_right = np.stack(right)
         told = np.stack(named)[all_right.argmin(0), np.arange(len(x))]
         return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), told)
-
-
-def _differ(first: Tensor, second: Tensor) -> bool:
-    """Whether two answers are more than rounding apart.
-
-    What rounding may do grows with the numbers themselves, what matters with how far the logits of an image lie apart:
-    neither is an absolute number, since logits times 1e-8 decide the same.
-    """
-    if first.shape != second.shape:
-        return True
-    a, b = first.double(), second.double()
-    finite = a.isfinite() & b.isfinite()
-    if not bool(((a == b) | (a.isnan() & b.isnan()) | finite).all()):
-        return True
-    apart = (a - b).where(finite, 0.0).abs().max()
-    spread = (a.where(finite, -torch.inf).amax(1) - a.where(finite, torch.inf).amin(1)).max().clamp(min=0)
-    size = a.where(finite, 0.0).abs().max()
-    return bool(apart > SAME_SPREAD * spread + SAME_SIZE * size)
 
 
 def _undecided(logits: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from digit_nets import digits, standard
 
 from purify_fast.attacks import PGD
+from purify_fast.attacks.asked import differ
 from purify_fast.evaluation import evaluate
-from purify_fast.evaluation.subject import _differ
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,8 +58,8 @@ def test_the_scale_of_the_logits_does_not_matter(scale, offset):
 
 def test_what_is_not_finite_is_compared_too():
     logits = torch.tensor([[torch.inf, 1.0, -2.0], [torch.nan, 0.0, 3.0], [-torch.inf, -torch.inf, -torch.inf]])
-    assert not _differ(logits, logits.clone())
-    assert not _differ(logits, logits * (1 + 1e-7))
+    assert not differ(logits, logits.clone())
+    assert not differ(logits, logits * (1 + 1e-7))
     for row, column, value in (
         (0, 0, 5.0),
         (0, 0, torch.nan),
@@ -70,6 +70,6 @@ def test_what_is_not_finite_is_compared_too():
     ):
         other = logits.clone()
         other[row, column] = value
-        assert _differ(logits, other) and _differ(other, logits)
+        assert differ(logits, other) and differ(other, logits)
     empty = torch.full((2, 3), torch.nan)
-    assert not _differ(empty, empty) and _differ(empty, torch.zeros(2, 3))
+    assert not differ(empty, empty) and differ(empty, torch.zeros(2, 3))

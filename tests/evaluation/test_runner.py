@@ -1026,7 +1026,7 @@ def test_new_attacks_are_kept_and_found_again(tmp_path, shattered):
     for number, plan in enumerate(plans, 1):
         first.append(run(plan)[0])
         assert len(list(tmp_path.glob("rows/*.json"))) == 1 + number  # the clean row, and one for each
-    few = 3 * 8 + 1  # the probes
+    few = 4 * 8 + 1  # what asks what kind of model it is
     for plan, before in zip(plans, first, strict=True):
         again, made = run(plan)
         assert made < few + 1 and again.to_json() == before.to_json()

@@ -56,12 +56,14 @@ class Judge:
         rule: by which share of the draws an image falls.
         draws: fresh draws of a random model; 1 for one that predicts the same every time.
         max_forward_batch: images in one forward pass at most; None: no limit.
+        apart: whether each draw is a forward pass of its own, as of a model that draws once per call.
     """
 
     model: Classifier
     rule: Fallen = "all"
     draws: int = 1
     max_forward_batch: int | None = None
+    apart: bool = False
 
     @torch.no_grad()
     def shares(self, x: Tensor, y: Tensor) -> Tensor:
@@ -73,7 +75,8 @@ class Judge:
         """
         if len(x) == 0:
             return torch.zeros_like(y, dtype=torch.float32)
-        return Objective(self.model, "margin", self.draws, self.max_forward_batch).score(x, y)[0]
+        objective = Objective(self.model, "margin", self.draws, self.max_forward_batch, apart=self.apart)
+        return objective.score(x, y)[0]
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:

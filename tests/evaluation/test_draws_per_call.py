@@ -1,0 +1,286 @@
+"""Models that draw once per call: each draw of a step, and of a judgement, has to be a call of its own."""
+
+import functools
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from digit_nets import digits
+
+from purify_fast.attacks import (
+    APGD,
+    PGD,
+    AttackersHead,
+    apgd,
+    fab_t,
+    input_gradient,
+    pgd,
+    square,
+    stadv,
+)  # fmt: skip
+from purify_fast.attacks.draws import drawn_once_per_call
+from purify_fast.attacks.engine.judge import Judge
+from purify_fast.defences import NoisyEnsemble
+from purify_fast.evaluation import evaluate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Switch(nn.Module):
+    """Every call draws which network answers."""
+
+    def __init__(self, *nets):
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, x):
+        return self.nets[int(torch.randint(len(self.nets), ()))](x)
+
+
+class SwitchEach(Switch):
+    """Every image draws which network answers it."""
+
+    def forward(self, x):
+        drawn = torch.randint(len(self.nets), (len(x),))
+        return torch.stack([one(x) for one in self.nets])[drawn, torch.arange(len(x))]
+
+
+class SwitchLooped(Switch):
+    """As `Switch`, but draws come by a method that takes each in a call of its own."""
+
+    def draw_logits(self, x, draws):
+        return torch.stack([self(x) for _ in range(draws)])
+
+
+class SharedNoise(nn.Module):
+    """One draw of noise for all images of a call, which differ all the same."""
+
+    def __init__(self, each=0.0):
+        super().__init__()
+        self.inner, self.each = standard(), each
+
+    def forward(self, x):
+        return self.inner(x + 0.2 * torch.randn_like(x[:1]) + self.each * torch.randn_like(x))
+
+
+class Samples(Switch):
+    """A defence of several samples, without a method for several draws of them."""
+
+    def sample_logits(self, x):
+        return torch.stack([super(Samples, self).forward(x) for _ in range(2)], 1)
+
+    def forward(self, x):
+        return self.sample_logits(x).mean(1)
+
+
+class OwnForward(NoisyEnsemble):
+    """A subclass that draws in its own way; the class it comes from brings a method for several draws."""
+
+    def __init__(self):
+        super().__init__(standard(), sigma=0.1, samples=2)
+
+    def forward(self, x):
+        return self.classifier(x + 0.2 * torch.randn_like(x[:1]))
+
+
+class Sees(nn.Module):
+    """A small network that sees a part of the pixels."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.register_buffer("seen", seen)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+    def forward(self, x):
+        return self.net(x * self.seen)
+
+
+@functools.cache
+def nets():
+    """Four networks that see a quarter of the pixels each: what fools one need not fool another."""
+    x, y, _, _ = digits()
+    made = []
+    with torch.random.fork_rng([]), torch.enable_grad():
+        torch.manual_seed(0)
+        for i in range(4):
+            seen = torch.zeros(8, 8)
+            seen[i // 2 :: 2, i % 2 :: 2] = 1
+            model = Sees(seen)
+            optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+            for _ in range(4):
+                for index in torch.randperm(len(x)).split(128):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x[index]), y[index]).backward()
+                    optimizer.step()
+            made.append(model.eval().requires_grad_(False))
+    return made
+
+
+def standard():
+    return nets()[0]
+
+
+@pytest.fixture(scope="module")
+def batch(one_thread):
+    nets()
+    x, y = digits()[2:]
+    return x[:24], y[:24]
+
+
+def test_which_models_draw_once_per_call(batch):
+    x, _ = batch
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    head = AttackersHead(Samples(*nets()), "mean")
+    once = [
+        Switch(*nets()),
+        SharedNoise(),
+        SharedNoise(each=1e-6),
+        lambda x: SharedNoise()(x),
+        Samples(*nets()),
+        head,
+        OwnForward(),
+    ]
+    each = [SwitchEach(*nets()), SwitchLooped(*nets()), SharedNoise(each=0.2), NoisyEnsemble(standard(), sigma=0.1)]
+    for models, expected in ((once, True), (each, False), ([standard()], False)):
+        for model in models:
+            assert drawn_once_per_call(model, x, 5) is expected
+            # an image alone, and a blank one in front, which some noise does not change
+            assert drawn_once_per_call(model, x[:1], 5) is expected
+    # of one draw, or of no images, nothing is asked, and the generators are as they were
+    assert not drawn_once_per_call(once[0], x[:0], 5) and not drawn_once_per_call(once[0], x[:0], 5, 7)
+    assert not drawn_once_per_call(once[0], x, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_draw_is_a_call_of_its_own(batch):
+    x, y = batch
+    model = Switch(*nets())
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    for most in (None, 8, 12):
+        torch.set_rng_state(state)
+        found, loss = input_gradient(model, x, y, eot_iter=20, max_forward_batch=most)
+        torch.set_rng_state(state)
+        parts = (tensor.split(most or len(x)) for tensor in (x, y))
+        sums = []
+        for images, labels in zip(*parts, strict=True):
+            single = [input_gradient(model, images, labels) for _ in range(20)]
+            sums.append([sum(column) for column in zip(*single, strict=True)])
+        torch.testing.assert_close(found, torch.cat([gradient for gradient, _ in sums]))
+        torch.testing.assert_close(loss, torch.cat([losses for _, losses in sums]) / 20)
+
+
+def test_images_fall_by_as_many_different_draws(batch):
+    x, y = batch
+    moved = pgd(standard(), x, y, eps=0.15, steps=5)
+    shares = [Judge(Switch(*nets()), "all", 20, apart=apart).shares(moved, y).unique() for apart in (False, True)]
+    assert set(shares[0].tolist()) <= {0.0, 1.0} and len(shares[1]) > 2
+
+
+TARGETED = {"loss": "dlr_targeted", "n_target_classes": 2}
+ATTACKS = {
+    "pgd": lambda model, x, y, **o: pgd(model, x, y, eps=0.12, steps=5, eot_iter=8, **o),
+    "apgd": lambda model, x, y, **o: apgd(model, x, y, eps=0.12, steps=5, eot_iter=8, **o),
+    "targeted": lambda model, x, y, **o: apgd(
+        model, x, y, eps=0.12, steps=5, eot_iter=8, loss="dlr_targeted", n_target_classes=2, **o
+    ),
+    "fab_t": lambda model, x, y, **o: fab_t(model, x, y, eps=0.12, steps=5, eot_iter=8, n_target_classes=2, **o),
+    "square": lambda model, x, y, **o: square(model, x, y, eps=0.12, n_queries=20, eot_iter=8, **o),
+    "judged by draws": lambda model, x, y, **o: square(model, x, y, eps=0.12, n_queries=20, judge_draws=8, **o),
+    "stadv": lambda model, x, y, **o: stadv(model, x, y, steps=5, eot_iter=8, **o),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attacks_see_it_by_themselves(batch, attack):
+    """A call of several draws of one image finds the images of the looped model; the same numbers are drawn."""
+    x, y = batch
+    found = []
+    for kind in (Switch, SwitchLooped):
+        torch.manual_seed(0)
+        found.append(ATTACKS[attack](kind(*nets()), x, y))
+    same = (found[0] - found[1]).flatten(1).abs().amax(1) < 1e-3
+    # sums over draws are rounded otherwise, which now and then turns the sign of a step
+    assert same.float().mean() > 0.8 and not torch.equal(found[0], x)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_models_that_draw_for_each_image_are_attacked_as_before(batch, attack, monkeypatch):
+    x, y = batch
+    for model in (SwitchEach(*nets()), NoisyEnsemble(standard(), sigma=0.2)):
+        found = []
+        for asked in (True, False):
+            with monkeypatch.context() as patch:
+                if not asked:
+                    for name in ("pgd", "apgd", "fab", "square", "stadv"):
+                        module = importlib.import_module(f"purify_fast.attacks.{name}")
+                        patch.setattr(module, "drawn_once_per_call", lambda *_: False)
+                torch.manual_seed(0)
+                found.append(ATTACKS[attack](model, x, y, max_forward_batch=64))
+        assert torch.equal(*found)
+
+
+def test_a_lucky_draw_is_no_success_of_all_draws(batch):
+    """What one draw for all images left behind was called robust before."""
+    x, y = batch
+    rows, notes = {}, {}
+    for kind in (Switch, SwitchLooped, SwitchEach):
+        attacks = [PGD(eot_iter=8), APGD(loss="dlr_targeted", eot_iter=8, n_target_classes=2)]
+        report = evaluate(kind(*nets()), x, y, eps=0.15, attacks=attacks, steps=10, n_eval=20, progress=False)
+        rows[kind], notes[kind] = report.rows, report.notes
+    for one, looped in zip(rows[Switch], rows[SwitchLooped], strict=True):
+        assert abs(one.mean - looped.mean) < 0.05
+    assert len(notes[Switch]) == 1 and not notes[SwitchLooped] and not notes[SwitchEach]
+    assert "draws its randomness once per call" in notes[Switch][0]
+
+
+def test_a_pair_of_networks_is_seen_to_be_random(batch):
+    """Two calls of such a model agree half of the time."""
+    x, y = batch
+    for seed in range(6):
+        report = evaluate(Switch(*nets()[:2]), x, y, eps=0.1, attacks=[PGD(steps=1)], seed=seed, progress=False)
+        assert not report.rows[0].settings["deterministic"] and report.rows[0].n_eval == 5
+
+
+def test_kept_rows_of_before_are_made_anew(batch, tmp_path, monkeypatch):
+    x, y = batch
+    model = Switch(*nets())
+    options = {"eps": 0.1, "attacks": [PGD(steps=2)], "out": tmp_path, "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr("purify_fast.evaluation.subject.drawn_once_per_call", lambda *_: False)
+        evaluate(model, x, y, **options)
+    before = set(tmp_path.glob("rows/*.json"))
+    evaluate(model, x, y, **options)
+    after = set(tmp_path.glob("rows/*.json"))
+    assert len(before) == 2 and len(after) == 4
+    evaluate(model, x, y, **options)
+    assert set(tmp_path.glob("rows/*.json")) == after
+
+
+def test_what_is_tried_is_not_counted(batch):
+    x, _ = batch
+
+    class Counter(Switch):
+        images = 0
+
+        def counted(self):
+            return self.images
+
+        def count(self, images):
+            self.images += images
+
+        def forward(self, x):
+            self.count(len(x))
+            return super().forward(x)
+
+    model = Counter(*nets())
+    model(x)
+    assert drawn_once_per_call(model, x, 5) and model.images == len(x)
