@@ -193,11 +193,12 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
     Args:
         model: images to logits; within `purify_fast.attacks.frozen`.
         x: images ``[B, ...]``; the first few are tried.
-        draws: how many an attack will ask for. If that is one, the model is not asked.
+        draws: how many an attack will ask for. If that is one, the model is not asked; nor are CARSO and AToP.
         most: images in one forward pass at most; None: no limit.
     """
     rows = min(TRIED_ROWS, len(x) * draws, TRIED_ROWS if most is None else most)
-    if draws == 1 or rows < 2:
+    # the methods of this package draw for every image, and a training would ask in every step
+    if draws == 1 or rows < 2 or type(model).__module__.startswith("purify_fast.methods."):
         return False
     some = x[: min(TRIED_IMAGES, rows // 2)].detach().clone()
     times = rows // len(some)
