@@ -31,7 +31,7 @@ from benchmarks.studies import (  # noqa: E402
     cifar10_ahead,
     cifar10_models,
     cifar10_pictures,
-    cifar10_table,
+    cifar10_results,
     trades,
 )
 from benchmarks.studies import cifar10_budget as names  # noqa: E402
@@ -201,7 +201,8 @@ def judged(root, name, number, seed=0, row_name=None):
     clean = 0.9 - number / 100
     rows = [row(name, "clean", [1, 1, 1, 1], "clean"), row(name, "APGD", robust, "apgd")]
     for protocol in protocols:
-        last = robust if protocol in ("fast", names.AUTHORS) else [1, 0, 0, 0]
+        count = BUDGET.judging.protocols().get(protocol, 4)
+        last = robust if protocol in ("fast", names.AUTHORS) else [1, 0, 0, 0][:count]
         lowest = replace(row(name, "worst", last, "worst"), reliable=name != names.PEEL)
         report = Report([*rows, lowest], [], {"threat": "L-inf 8/255"})
         job = names.judged_name(row_name or name, protocol)
@@ -226,7 +227,7 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
         trained(root, name, weight=5.0, angle=10.0)
         judged(root, name, number)
     for name in names.COMPARED:
-        trained(root, name, 1)
+        trained(root, name, 1, weight=5.0, angle=10.0)
         judged(root, name, 1, seed=1)
     official = {"share": 0.25, "images": 4, "reliable": True}
     fact(root, names.judged_name(names.BASE, "official"), official=official)
@@ -237,7 +238,7 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     page = cifar10.write(root, results, BUDGET).read_text()
     lines = {line.split(" | ")[0].strip("| "): line for line in reversed(page.splitlines()) if line.startswith("| ")}
     assert (
-        "| 90.0 ± 6.7 | 50.0 ± 25.0 | 25.0 ± 21.7 | 25.0 ± 21.7 | 140.0 | 64.3 | 0.70 | 0.070 | 1.50 | 1.50 |"
+        "| 90.0 ± 6.7 | 50.0 ± 25.0 | 50.0 ± 35.4 | 33.3 ± 27.2 | 140.0 | 64.3 | 0.70 | 0.070 | 1.50 | 1.50 |"
         in lines["standard"]
     )
     # on the same images: the attack of the authors, ours, its classifier's, and the difference
@@ -286,7 +287,35 @@ def test_the_table_of_an_unfinished_study_has_the_rows_that_are_there(tmp_path):
     judged(tmp_path, names.BASE, 1)
     judged(tmp_path, names.NO_EMA, 2)
     page = cifar10.write(tmp_path, tmp_path / "results", BUDGET).read_text()
-    assert names.BASE in page and cifar10_table.Found(tmp_path).hours(names.NO_EMA, BUDGET.training.batch_size) == 1.5
+    assert names.BASE in page and cifar10_results.Found(tmp_path).hours(names.NO_EMA, BUDGET.training.batch_size) == 1.5
     # the same training left both
     assert page.count("| 1.50 | 1.50 |") == 2
     assert "Not judged yet: standard; PGD-AT, longer; " in page
+
+
+def test_a_study_done_in_parts_has_one_table(tmp_path):
+    """What a folder of runs lacks is taken from the results; what it has replaces them; other budgets never mix."""
+    one, other, results = tmp_path / "one", tmp_path / "other", tmp_path / "results"
+    for name, number in ((names.BASE, 1), (names.STANDARD, 2)):
+        trained(one, name)
+        judged(one, name, number)
+    fact(one, names.tried_name(names.BASE), clean=0.7, tried={"share": 0.3, "reliable": True})
+    cifar10.write(one, results, BUDGET)
+    trained(other, names.AWP)
+    judged(other, names.AWP, 2)
+    trained(other, names.STANDARD)
+    judged(other, names.STANDARD, 5)
+    page = cifar10.write(other, results, BUDGET).read_text()
+    assert "- PGD-AT, AWP minus PGD-AT, `fast`: -25.0 ± " in page
+    lines = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
+    assert "| 89.0 ± 7.0 | 75.0 ± 21.7 |" in page and "| 85.0 ± 8.0 | 75.0 ± 21.7 |" in lines[names.STANDARD]
+    assert "reference: no purifier | 70.0 ± 14.5 | 30.0 ± 26.5 |" in page
+    # the same once more: nothing changes
+    assert cifar10.write(other, results, BUDGET).read_text() == page
+    longer = replace(BUDGET, training=replace(BUDGET.training, base_epochs=2))
+    page = cifar10.write(other, results, longer).read_text()
+    assert "| PGD-AT, AWP | 88.0" in page and "| PGD-AT | " not in page
+    # a folder without any result leaves what is there
+    with pytest.raises(ValueError, match="holds no model that is judged"):
+        cifar10.write(tmp_path / "empty", results, longer)
+    assert (results / "cifar10.md").read_text() == page

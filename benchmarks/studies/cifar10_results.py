@@ -1,0 +1,260 @@
+"""What the study on CIFAR-10 has found, as plain numbers: read from the folders of its jobs, and kept with the results.
+
+The folders hold models and are large; they may be gone, or lie on another machine. So what they say is kept beside the
+table, and a table is written from both: what a folder has replaces what was kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from purify_fast._files import write_text
+from purify_fast.evaluation import Report, merge
+
+from . import RESULT, folder_of
+from .cifar10_ahead import MIXED
+from .cifar10_budget import (
+    ARREST,
+    AS_AUTHORS,
+    AUTHORS,
+    BASE,
+    BEHIND,
+    BEST,
+    STANDARD,
+    TRAINED_AS,
+    TRIED,
+    WORST,
+    Budget,
+    Judging,
+    judged_name,
+    rows,
+    tried_name,
+)
+
+#: The numbers, and the folder of the reports and pictures.
+NUMBERS, REPORTS = "cifar10.json", "cifar10"
+#: Beside the reports: how much of everything was trained and judged.
+BUDGET = "budget.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the jobs of one seed left, as far as they are done.
+
+    Attributes:
+        root: of the study. seed: of the trainings.
+    """
+
+    root: Path
+    seed: int = 0
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What a job found; None if it is not done."""
+        path = folder_of(self.root, name, self.seed) / RESULT
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def needed(self, name: str) -> dict[str, Any]:
+        """What a job found that must be done; FileNotFoundError if it is not."""
+        return json.loads((folder_of(self.root, name, self.seed) / RESULT).read_text())
+
+    def report(self, name: str, protocol: str) -> Report:
+        """What a protocol left of a model that it has judged."""
+        path = folder_of(self.root, judged_name(name, protocol), self.seed) / "report.json"
+        return Report.from_json(path.read_text())
+
+    def judged(self, names: Sequence[str], protocol: str) -> list[str]:
+        """Those of the rows whose models a protocol has judged."""
+        return [name for name in names if self.result(judged_name(name, protocol)) is not None]
+
+    def hours(self, model: str, batch_size: int) -> float:
+        """How long a model was trained, from its log: a training that was interrupted ran in several processes.
+
+        Args:
+            model: its row; the mixture was not trained, but its parts were.
+            batch_size: images of a step.
+        """
+        seconds = 0.0
+        for name in (STANDARD, BASE) if model == MIXED else (TRAINED_AS.get(model, model),):
+            log = (folder_of(self.root, name, self.seed) / "log.jsonl").read_text().splitlines()
+            before = 0
+            for epoch in map(json.loads, log):
+                seconds += (epoch["step"] - before) * batch_size / epoch["images_per_second"]
+                before = epoch["step"]
+        return seconds / 3600
+
+
+@dataclass(frozen=True)
+class Results:
+    """The numbers of the study so far.
+
+    Attributes:
+        lines: one for each row of each seed, each candidate and each row of `AS_AUTHORS`, by name and seed. Lines are
+            what pages quote single numbers from.
+        reports: by what models are compared; of the first seed, by row.
+    """
+
+    lines: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    reports: dict[str, Report] = field(default_factory=dict)
+
+    def line(self, name: str, seed: int = 0) -> dict[str, Any] | None:
+        """A line; None if nothing of it is judged."""
+        return self.lines.get((name, seed))
+
+    def judged(self, names: Sequence[str], seed: int = 0) -> list[str]:
+        """Those of the rows that have a line."""
+        return [name for name in names if (name, seed) in self.lines]
+
+    def over(self, earlier: Results) -> Results:
+        """These results, and the earlier ones of what these lack. A line that both have is never mixed of the two."""
+        return Results(earlier.lines | self.lines, earlier.reports | self.reports)
+
+    def save(self, folder: Path, budget: Budget) -> None:
+        """Write the numbers and the report on all models.
+
+        Args:
+            folder: of the results.
+            budget: how much of everything there was.
+        """
+        order = [*rows(budget), BEST, *map(tried_name, TRIED), *AS_AUTHORS]
+        lines = sorted(self.lines.values(), key=lambda line: (line["seed"], order.index(line["name"])))
+        merge(self.reports[name] for name in order if name in self.reports).save(folder / REPORTS)
+        write_text(folder / NUMBERS, json.dumps(lines, indent=1) + "\n")
+        write_text(folder / REPORTS / BUDGET, json.dumps(_amounts(budget), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path, budget: Budget) -> Results:
+        """What `save` wrote; nothing where there is nothing, or where it is of another budget.
+
+        Args:
+            folder: of the results.
+            budget: how much of everything there is now.
+        """
+        amounts = folder / REPORTS / BUDGET
+        if not amounts.is_file() or json.loads(amounts.read_text()) != _amounts(budget):
+            return cls()
+        lines = {(line["name"], line["seed"]): line for line in json.loads((folder / NUMBERS).read_text())}
+        merged = Report.from_json((folder / REPORTS / "report.json").read_text())
+        models = {name: line["model"] for (name, seed), line in lines.items() if seed == 0 and "model" in line}
+        return cls(lines, {name: _only(merged, model) for name, model in models.items()})
+
+
+def _amounts(budget: Budget) -> dict[str, Any]:
+    """What results must share to stand in one table: not the number of seeds, nor that of the bases."""
+    plain = {"training": asdict(budget.training), "judging": asdict(budget.judging)}
+    return json.loads(json.dumps(plain))
+
+
+def _only(merged: Report, model: str) -> Report:
+    """The part of a report on several models that is about one of them."""
+    return Report(
+        [row for row in merged.rows if row.model == model],
+        about=merged.about,
+        findings=[finding for finding in merged.findings if finding.model == model],
+        outlooks=[outlook for outlook in merged.outlooks if outlook.model == model],
+        curves={name: curves for name, curves in merged.curves.items() if name == model},
+    )
+
+
+def collect(root: Path, budget: Budget) -> Results:
+    """What the folders of the jobs say.
+
+    Args:
+        root: of the study.
+        budget: how much of everything there is.
+    """
+    results, main = Results(), budget.judging.main
+    for seed in range(budget.seeds):
+        found = Found(root, seed)
+        for name in found.judged([*rows(budget), BEST], main):
+            results.lines[name, seed] = _row_line(found, name, budget)
+            if seed == 0:
+                results.reports[name] = found.report(name, main)
+    for line in [*_candidate_lines(Found(root)), *_authors_lines(Found(root), budget.judging)]:
+        results.lines[line["name"], 0] = line
+    return results
+
+
+def _row_line(found: Found, name: str, budget: Budget) -> dict[str, Any]:
+    """The accuracies and costs of a model that is judged."""
+    counts = budget.judging
+    judged = found.needed(judged_name(name, counts.main))
+    trained = TRAINED_AS.get(judged["model"], judged["model"])
+    facts = found.needed(trained)
+    protocols = [protocol for protocol in counts.protocols() if found.judged([name], protocol)]
+    rows = {protocol: found.report(name, protocol).headlines[judged["model"]] for protocol in protocols}
+    line = {"name": name, "seed": found.seed, "model": judged["model"], "clean": judged["clean"]}
+    line |= {protocol: row.accuracy for protocol, row in rows.items()}
+    if unreliable := [protocol for protocol, row in rows.items() if not row.reliable]:
+        line["unreliable"] = unreliable
+    if "strong" in protocols and counts.main != "strong":
+        kept = (first(found.report(name, protocol), counts.strong).sum() for protocol in ("strong", counts.main))
+        line["strong_more"] = int(np.subtract(*kept))
+    if (official := found.result(judged_name(name, "official"))) is not None:
+        line["official"] = official["official"]["share"]
+        line["beside_official"] = {
+            protocol: float(first(found.report(name, protocol), counts.official).mean())
+            for protocol in protocols
+            if counts.protocols()[protocol] >= counts.official
+        }
+    line |= {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop")}
+    line["hours"] = round(found.hours(judged["model"], budget.training.batch_size), 3)
+    if name == ARREST:
+        line |= {key: facts[key] for key in ("weight", "angle")}
+    return line
+
+
+def _candidate_lines(found: Found) -> list[dict[str, Any]]:
+    """The candidates that are judged on held-out training images."""
+    tried = {name: found.result(tried_name(name)) for name in TRIED}
+    return [
+        {"name": tried_name(name), "seed": 0, "clean": result["clean"], "tried": result["tried"]["share"]}
+        | ({} if result["tried"]["reliable"] else {"unreliable": ["tried"]})
+        for name, result in tried.items()
+        if result is not None
+    ]
+
+
+def _authors_lines(found: Found, counts: Judging) -> list[dict[str, Any]]:
+    """Models under the attacks of their authors, beside what compares models, on the same images.
+
+    Args:
+        found: what the jobs left.
+        counts: how many images each protocol has.
+
+    Returns:
+        One line for each row of `AS_AUTHORS` that is judged: shares, and in how many more images the second is right
+        than the first, with the standard error.
+    """
+    lines: list[dict[str, Any]] = []
+    for name in AS_AUTHORS:
+        models = TRAINED_AS[name], BEHIND[TRAINED_AS[name]]
+        if not found.judged([name], AUTHORS) or len(found.judged(models, counts.main)) < len(models):
+            continue
+        judged = found.needed(judged_name(name, AUTHORS))
+        whole, classifier = (first(found.report(it, counts.main), counts.authors).astype(float) for it in models)
+        gained = whole - first(found.report(name, AUTHORS), counts.authors)
+        lines.append(
+            {
+                "name": name, "seed": found.seed, "clean": judged["clean"], "authors": judged[AUTHORS]["share"],
+                "whole": whole.mean(), "classifier": classifier.mean(), "reliable": judged[AUTHORS]["reliable"],
+                "gained": gained.mean(), "gained_error": gained.std() / len(gained) ** 0.5,
+            }
+        )  # fmt: skip
+    return lines
+
+
+def first(report: Report, count: int) -> np.ndarray:
+    """Which of the first images withstood all attacks, bool.
+
+    Args:
+        report: of one model.
+        count: how many images.
+    """
+    worst = next(row for row in report.rows if row.kind == WORST)
+    return worst.robust[:count]
