@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -76,7 +77,17 @@ class Objective:
         Raises:
             RuntimeError: within ``torch.inference_mode()``.
         """
-        return Gradient(*self._over_passes(self._differentiate, x, y))
+        image, loss, wrong = self._over_passes(self._differentiate, x, y)
+        return Gradient(image, self._mean(loss), self._mean(wrong))
+
+    def direction(self, x: Tensor, y: Tensor) -> Tensor:
+        """The gradient to images alone, `Gradient.image`: a step that compares no points does not pay for a score.
+
+        Args:
+            x: images ``[B, ...]``.
+            y: as of `gradient`.
+        """
+        return self._over_passes(partial(self._differentiate, scored=False), x, y)[0]
 
     @torch.no_grad()
     def score(self, x: Tensor, y: Tensor) -> Tensor:
@@ -87,20 +98,23 @@ class Objective:
             y: as of `gradient`.
         """
         loss, wrong = self._over_passes(self._judge, x, y)
-        return torch.stack([wrong, loss])
+        return torch.stack([self._mean(wrong), self._mean(loss)])
 
-    def _over_passes(self, one_pass: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor) -> list[Tensor]:
-        """Over all draws, of what ``one_pass(x, y, draws)`` gives: the means of the last two, the sum of any other."""
+    def _mean(self, total: Tensor) -> Tensor:
+        """The mean over the draws, of their sum."""
+        return total / self.eot_iter if self.eot_iter > 1 else total
+
+    def _over_passes(self, one_pass: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """Sums over all draws, of what ``one_pass(x, y, draws)`` gives for some of the images and draws."""
         images, draws = self._at_once(len(x))
         if images == len(x) and draws == self.eot_iter == 1:
             # the most frequent case, in which a small model takes hardly longer than the sums and copies below
-            return list(one_pass(x, y, 1))
+            return one_pass(x, y, 1)
         parts = []
         for a, b in zip(x.split(images), y.split(images), strict=True):
             passes = [one_pass(a, b, min(draws, self.eot_iter - first)) for first in range(0, self.eot_iter, draws)]
-            *gradient, loss, wrong = (sum(column[1:], column[0]) for column in zip(*passes, strict=True))
-            parts.append((*gradient, loss / self.eot_iter, wrong / self.eot_iter))
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+            parts.append([sum(column[1:], column[0]) for column in zip(*passes, strict=True)])
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _at_once(self, images: int) -> tuple[int, int]:
         """How many images are given to the model in one pass, and how many draws of each."""
@@ -116,30 +130,35 @@ class Objective:
         images = _even(images, most)
         return images, min(self.eot_iter, max(1, most // images))
 
-    def _differentiate(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over ``draws`` draws: the gradient, the losses, and how many are misclassified."""
+    def _differentiate(self, x: Tensor, y: Tensor, draws: int, scored: bool = True) -> tuple[Tensor, ...]:
+        """Sums over ``draws`` draws: the gradient, and if it is scored the losses and how many are misclassified."""
         check_gradients_can_be_recorded()
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            losses, wrong = self._losses(leaf, y, draws)
+            losses, logits, labels = self._losses(leaf, y, draws)
             gradient = None
             if losses.requires_grad:
                 gradient = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)[0]
-        return torch.zeros_like(x) if gradient is None else gradient, losses.detach().sum(0), wrong.sum(0)
+        if gradient is None:
+            gradient = torch.zeros_like(x)
+        return (gradient, *self._scored(logits.detach(), labels, losses.detach(), draws)) if scored else (gradient,)
 
-    def _judge(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    def _judge(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, ...]:
         """Sums over ``draws`` draws: the losses, and how many are misclassified."""
-        losses, wrong = self._losses(x, y, draws)
-        return losses.sum(0), wrong.sum(0)
+        losses, logits, labels = self._losses(x, y, draws)
+        return self._scored(logits, labels, losses, draws)
 
-    def _losses(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-        """The loss of every draw, and 1 where it is misclassified, else 0; ``[draws, B]`` both."""
+    def _losses(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of every draw, ``[draws * B]``, its logits and its label."""
         logits = logits_of_draws(self.model, x, draws)
         columns = y.view(len(y), -1)
         labels = (columns.repeat(draws, 1) if draws > 1 else columns).unbind(1)
-        losses = self._loss_of(logits, labels)
-        wrong = self._wrong(logits.detach(), labels[0], losses.detach())
-        return losses.view(draws, -1), wrong.view(draws, -1)
+        return self._loss_of(logits, labels), logits, labels[0]
+
+    def _scored(self, logits: Tensor, labels: Tensor, losses: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+        """Sums over the draws: the losses, and how many are misclassified; ``[B]`` both."""
+        wrong = self._wrong(logits, labels, losses)
+        return losses.view(draws, -1).sum(0), wrong.view(draws, -1).sum(0)
 
     def _wrong(self, logits: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
         """1 where a row of logits decides for another class than the label's, or names no class, else 0.

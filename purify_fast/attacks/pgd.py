@@ -28,7 +28,7 @@ from .draws import Objective, drawn_once_per_call
 from .frozen_model import frozen
 from .health import GradientHealth
 from .losses import Loss, usable_loss
-from .search import Search, noted, worst_of_restarts
+from .search import Search, noted, remembers, worst_of_restarts
 
 #: The share of the coordinates that the first step in the l1 ball moves.
 DENSITY = 0.1
@@ -62,9 +62,13 @@ class Ascent:
         return self.objective.model
 
     def __call__(self, state: State) -> State:
-        found = self.objective.gradient(state["point"], state["y"])
-        new = noted(self.objective, state, state["point"], found)
-        gradient = found.image.to(state["x"].dtype)
+        if remembers(state):
+            found = self.objective.gradient(state["point"], state["y"])
+            new, image = noted(self.objective, state, state["point"], found), found.image
+        else:
+            # as in training: nobody asks how good the points on the way are
+            new, image = {}, self.objective.direction(state["point"], state["y"])
+        gradient = image.to(state["x"].dtype)
         if self.density is None:
             return {**new, "gradient": gradient}
         return {**new, "point": self.move(state, gradient, self.density)}

@@ -63,6 +63,15 @@ def noted(objective: Objective, memory: State, point: Tensor, found: Gradient) -
     return new
 
 
+def remembers(memory: State) -> bool:
+    """Whether a search remembers anything of the points it meets, so that `noted` needs their scores.
+
+    Args:
+        memory: `Search.memory`, and other tensors, which are not looked at.
+    """
+    return "nonfinite" in memory or "best" in memory
+
+
 class Search:
     """The points that one run of an attack meets: the best of them, and the health of their gradients.
 

@@ -24,6 +24,7 @@ from purify_fast.evaluation.watched import progress_bar, watched
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops.aggregate import aggregate
 from purify_fast.speed.inference_copy import InferenceCopy
+from purify_fast.speed.waits import Waits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -280,6 +281,22 @@ def test_chunked_gradients_are_exact(loss):
         part = Objective(model, loss, 5, most).gradient(x, y)
         assert (part.image - whole.image).abs().max() <= 1e-10 * whole.image.abs().max()
         assert torch.allclose(part.loss, whole.loss, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("draws", "most"), [(1, None), (1, 4), (5, None), (5, 12)])
+def test_the_direction_is_the_gradient_without_its_score(draws, most):
+    net, x, y = convolutional(), torch.rand(6, 3, 16, 16), torch.randint(0, 10, (6,))
+    objective = Objective(lambda z: net(z + 0.1 * torch.randn_like(z)), "ce", draws, most)
+
+    def counted(found):
+        torch.manual_seed(1)
+        with Waits() as waits:
+            image = found()
+        return image, waits.dispatched
+
+    whole, dear = counted(lambda: objective.gradient(x, y).image)
+    alone, cheap = counted(lambda: objective.direction(x, y))
+    assert torch.equal(alone, whole) and cheap < dear
 
 
 class Shares(nn.Module):
