@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .cifar10_ahead import CANDIDATES, MIXED
@@ -127,6 +127,16 @@ class Budget:
     judging: Judging = Judging()
     shares: tuple[float, ...] = (0.5,)
     seeds: int = 2
+
+    def of_width(self, width: int) -> Budget:
+        """The same with networks of another width; the larger base is wider in the same proportion.
+
+        Args:
+            width: channels of the first stage.
+        """
+        amount = self.training
+        large = -(-amount.large_width * width // amount.width)
+        return replace(self, training=replace(amount, width=width, large_width=large))
 
 
 FULL = Budget(

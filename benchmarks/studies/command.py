@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"jobs side by side; {WORKERS} by default, of one thread each; 1 of the studies on CIFAR-10, whose jobs "
         "share the threads between them",
     )
+    parser.add_argument("--width", type=int, help="of cifar10: channels of the networks' first stage; 16, --full 64")
     parser.add_argument("--device", default="auto", help="of cifar10: auto, cpu, cuda or cuda:N; auto by default")
     parser.add_argument(
         "--so-far", action="store_true", help="of cifar10: train nothing, write the table of what is done"
@@ -67,7 +68,9 @@ def check(chosen: argparse.Namespace) -> None:
     if chosen.device != "auto" and study is not cifar10:
         raise ValueError(f"--device does not go with {chosen.name}")
     usable_device(chosen.device)
-    for option in ("seeds", "workers"):
+    if chosen.width is not None and study is not cifar10:
+        raise ValueError(f"--width does not go with {chosen.name}")
+    for option in ("seeds", "workers", "width"):
         value = getattr(chosen, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
@@ -81,9 +84,11 @@ def check(chosen: argparse.Namespace) -> None:
 
 
 def main(chosen: argparse.Namespace) -> Path:
-    """Run what is not done yet. The tables go to benchmarks/results/studies; those of other budgets, of some rows or of
-    fewer seeds to the runs' folder."""
+    """Run what is not done yet. The tables go to benchmarks/results/studies; those of other budgets or widths, of some
+    rows or of fewer seeds to the runs' folder."""
     kind = "-quick" if chosen.quick else "-full" if chosen.full else ""
+    if _budget(chosen) != _usual_budget(chosen):
+        kind += f"-width-{chosen.width}"
     root = chosen.out or Path("runs/studies") / f"{chosen.name}{kind}"
     seeds = chosen.seeds or SEEDS
     results = root if kind or chosen.rows is not None or seeds < SEEDS else RESULTS
@@ -94,9 +99,17 @@ def main(chosen: argparse.Namespace) -> Path:
         return _run(chosen, root, results)
 
 
-def _budget(chosen: argparse.Namespace) -> Any:
-    study, _ = STUDIES[chosen.name]
+def _usual_budget(chosen: argparse.Namespace) -> Any:
+    """How much of everything, with networks of the usual width; the studies on digits have no budget."""
+    study, images = STUDIES[chosen.name]
+    if images == "digits":
+        return None
     return study.QUICK if chosen.quick else study.FULL if chosen.full else study.Budget()
+
+
+def _budget(chosen: argparse.Namespace) -> Any:
+    usual = _usual_budget(chosen)
+    return usual if chosen.width is None else usual.of_width(chosen.width)
 
 
 def _run(chosen: argparse.Namespace, root: Path, results: Path) -> Path:

@@ -293,6 +293,27 @@ def test_the_table_of_an_unfinished_study_has_the_rows_that_are_there(tmp_path):
     assert "Not judged yet: standard; PGD-AT, longer; " in page
 
 
+def test_networks_of_another_width_keep_their_proportions_and_their_results_apart(tmp_path, monkeypatch, capsys):
+    wider = names.Budget().of_width(32).training
+    assert (wider.width, wider.large_width) == (32, 56) and names.Budget().of_width(16) == names.Budget()
+    written = []
+    monkeypatch.setattr(cifar10, "write", lambda root, folder, budget: written.append((root, folder, budget)) or root)
+    monkeypatch.setattr(Path, "read_text", lambda _: "")
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--width", "16"], ["--width", "32"], ["--full", "--width", "16"], ["--full", "--width", "64"]):
+        program.main(["study", "cifar10", "--so-far", *more])
+    runs = Path("runs/studies")
+    assert [root for root, _, _ in written] == [
+        runs / "cifar10", runs / "cifar10", runs / "cifar10-width-32", runs / "cifar10-full-width-16",
+        runs / "cifar10-full",
+    ]  # fmt: skip
+    assert [folder == root for root, folder, _ in written] == [False, False, True, True, True]
+    for wrong in (["cifar10", "--width", "0"], ["carso_mnist", "--width", "32"]):
+        with pytest.raises(SystemExit, match="2"):
+            program.main(["study", *wrong])
+    assert "--width must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_a_study_done_in_parts_has_one_table(tmp_path):
     """What a folder of runs lacks is taken from the results; what it has replaces them; other budgets never mix."""
     one, other, results = tmp_path / "one", tmp_path / "other", tmp_path / "results"
