@@ -96,11 +96,11 @@ class Results:
     Attributes:
         lines: one for each row of each seed, each candidate and each row of `AS_AUTHORS`, by name and seed. Lines are
             what pages quote single numbers from.
-        reports: by what models are compared; of the first seed, by row.
+        reports: by what models are compared, by row and seed.
     """
 
     lines: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
-    reports: dict[str, Report] = field(default_factory=dict)
+    reports: dict[tuple[str, int], Report] = field(default_factory=dict)
 
     def line(self, name: str, seed: int = 0) -> dict[str, Any] | None:
         """A line; None if nothing of it is judged."""
@@ -123,7 +123,13 @@ class Results:
         """
         order = [*rows(budget), BEST, *map(tried_name, TRIED), *AS_AUTHORS]
         lines = sorted(self.lines.values(), key=lambda line: (line["seed"], order.index(line["name"])))
-        merge(self.reports[name] for name in order if name in self.reports).save(folder / REPORTS)
+        for seed in sorted({seed for _, seed in self.reports}):
+            merged = merge(self.reports[name, seed] for name in order if (name, seed) in self.reports)
+            if seed == 0:
+                merged.save(folder / REPORTS)
+            else:
+                # pages show the first seed; of another one only differences are wanted
+                write_text(folder / REPORTS / _report_file(seed), merged.to_json())
         write_text(folder / NUMBERS, json.dumps(lines, indent=1) + "\n")
         write_text(folder / REPORTS / BUDGET, json.dumps(_amounts(budget), indent=1) + "\n")
 
@@ -139,9 +145,20 @@ class Results:
         if not amounts.is_file() or json.loads(amounts.read_text()) != _amounts(budget):
             return cls()
         lines = {(line["name"], line["seed"]): line for line in json.loads((folder / NUMBERS).read_text())}
-        merged = Report.from_json((folder / REPORTS / "report.json").read_text())
-        models = {name: line["model"] for (name, seed), line in lines.items() if seed == 0 and "model" in line}
-        return cls(lines, {name: _only(merged, model) for name, model in models.items()})
+        reports = {}
+        for seed in {seed for _, seed in lines}:
+            path = folder / REPORTS / _report_file(seed)
+            if not path.is_file():
+                continue
+            merged = Report.from_json(path.read_text())
+            rows = {name: line["model"] for (name, of), line in lines.items() if of == seed and "model" in line}
+            reports |= {(name, seed): _only(merged, model) for name, model in rows.items() if model in merged.models}
+        return cls(lines, reports)
+
+
+def _report_file(seed: int) -> str:
+    """The report on all models of a seed."""
+    return f"report-{seed}.json" if seed > 0 else "report.json"
 
 
 def _amounts(budget: Budget) -> dict[str, Any]:
@@ -173,8 +190,7 @@ def collect(root: Path, budget: Budget) -> Results:
         found = Found(root, seed)
         for name in found.judged([*rows(budget), BEST], main):
             results.lines[name, seed] = _row_line(found, name, budget)
-            if seed == 0:
-                results.reports[name] = found.report(name, main)
+            results.reports[name, seed] = found.report(name, main)
     for line in [*_candidate_lines(Found(root)), *_authors_lines(Found(root), budget.judging)]:
         results.lines[line["name"], 0] = line
     return results

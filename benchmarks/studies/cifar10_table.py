@@ -118,6 +118,22 @@ def authors_table(results: Results, counts: Judging) -> list[str]:
     return markdown_table([*head, "second minus first"], body) if body else []
 
 
+def differences(results: Results, counts: Judging, seed: int = 0) -> list[str]:
+    """A line for each of `PAIRS` of which both models are judged: the difference, image by image.
+
+    Args:
+        results: of the study.
+        counts: how many images each protocol has.
+        seed: of the trainings.
+    """
+    reports = {name: report for (name, of), report in results.reports.items() if of == seed}
+    return [
+        f"- {name} minus {other}, `{counts.main}`: {reports[name].paired(reports[other])}."
+        for name, other in PAIRS
+        if name in reports and other in reports
+    ]
+
+
 def strong_beside_main(results: Results, names: Sequence[str], counts: Judging) -> str:
     """In which rows ``strong`` leaves another number of the images that what compares models attacked too; "" if none.
 
@@ -225,16 +241,14 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     results.save(folder, budget)
     names = results.judged(wanted)
     lines = [settings(results, budget), "", *table(results, names, budget), ""]
-    lines += [
-        f"- {name} minus {other}, `{counts.main}`: {results.reports[name].paired(results.reports[other])}."
-        for name, other in PAIRS
-        if name in results.reports and other in results.reports
-    ]
+    lines += differences(results, counts)
     if beside := strong_beside_main(results, names, counts):
         lines += ["", beside]
     for seed in range(1, budget.seeds):
         if judged := results.judged(COMPARED, seed):
             lines += ["", f"Trained with seed {seed}:", "", *table(results, judged, budget, seed)]
+            if between := differences(results, counts, seed):
+                lines += ["", *between]
     if tried := candidates_table(results, counts):
         where = f"{counts.candidates:,} training images that no model was trained on"
         lines += ["", f"Candidates, judged on {where} (clean accuracy on {counts.held_out:,}):", "", *tried]

@@ -249,7 +249,7 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     assert pages.value("cifar10", names.PEEL, "authors", tmp_path / "results") == f"{shares[0]:.1f}"
     assert pages.value("cifar10", names.PEEL, "whole", tmp_path / "results") == f"{shares[1]:.1f}"
     assert "lambda 5 and phi 10" in page
-    assert "- CARSO pipeline minus PGD-AT, `fast`: " in page
+    assert page.count("- CARSO pipeline minus PGD-AT, `fast`: ") == 2
     assert "Trained with seed 1:" in page and page.count("| CARSO pipeline |") == 2
     assert "| PGD-AT | 2 | 100.0 | 50.0 | 50.0 | 25.0 |" in page
     assert "arXiv 2402.02263 | 70.0 ± 14.5 | 30.0 ± 26.5 **unreliable** |" in page
@@ -320,14 +320,19 @@ def test_a_study_done_in_parts_has_one_table(tmp_path):
     for name, number in ((names.BASE, 1), (names.STANDARD, 2)):
         trained(one, name)
         judged(one, name, number)
+    trained(one, names.ARREST, 1, weight=5.0, angle=10.0)
+    judged(one, names.ARREST, 2, seed=1)
     fact(one, names.tried_name(names.BASE), clean=0.7, tried={"share": 0.3, "reliable": True})
     cifar10.write(one, results, BUDGET)
     trained(other, names.AWP)
     judged(other, names.AWP, 2)
     trained(other, names.STANDARD)
     judged(other, names.STANDARD, 5)
+    trained(other, names.BASE, 1)
+    judged(other, names.BASE, 1, seed=1)
     page = cifar10.write(other, results, BUDGET).read_text()
     assert "- PGD-AT, AWP minus PGD-AT, `fast`: -25.0 ± " in page
+    assert "- ARREST minus PGD-AT, `fast`: -25.0 ± " in page.split("Trained with seed 1:")[1]
     lines = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
     assert "| 89.0 ± 7.0 | 75.0 ± 21.7 |" in page and "| 85.0 ± 8.0 | 75.0 ± 21.7 |" in lines[names.STANDARD]
     assert "reference: no purifier | 70.0 ± 14.5 | 30.0 ± 26.5 |" in page
@@ -335,7 +340,7 @@ def test_a_study_done_in_parts_has_one_table(tmp_path):
     assert cifar10.write(other, results, BUDGET).read_text() == page
     longer = replace(BUDGET, training=replace(BUDGET.training, base_epochs=2))
     page = cifar10.write(other, results, longer).read_text()
-    assert "| PGD-AT, AWP | 88.0" in page and "| PGD-AT | " not in page
+    assert "| PGD-AT, AWP | 88.0" in page and "| ARREST | " not in page and "no purifier" not in page
     # a folder without any result leaves what is there
     with pytest.raises(ValueError, match="holds no model that is judged"):
         cifar10.write(tmp_path / "empty", results, longer)
