@@ -53,6 +53,7 @@ from . import (
 from .ops import registry
 from .running import RESULTS, folder, run_ops, run_pipelines
 from .studies import command
+from .studies.cifar10_results import OtherBudget
 from .studies.cifar10_table import NothingJudged
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -163,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(str(error))
         try:
             page = command.main(chosen)
-        except NothingJudged as error:
+        except (NothingJudged, OtherBudget) as error:
             parser.error(str(error))
         print(page.read_text())
         return

@@ -131,6 +131,9 @@ class Budget:
     def of_width(self, width: int) -> Budget:
         """The same with networks of another width; the larger base is wider in the same proportion.
 
+        At another width the larger and the longer base have no longer as many parameters, or as much training compute,
+        as base and purifier together: a purifier does not grow with its classifier's width.
+
         Args:
             width: channels of the first stage.
         """
@@ -191,6 +194,10 @@ TRIED = {
     MIXED: "Bai et al., TMLR 2024, arXiv 2402.02263",
     **{name: how.source for name, how in CANDIDATES.items()},
 }
+
+
+#: What a row's training began with, where that was another row's.
+BEGAN_WITH = {**BEHIND, **TRAINED_AS, LONG: BASE, AFT: STANDARD, ARREST: STANDARD, BEST: BASE, MIXED: BASE}
 
 
 def search_name(weight: float, angle: float) -> str:

@@ -7,7 +7,8 @@ table, and a table is written from both: what a folder has replaces what was kep
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ import numpy as np
 from purify_fast._files import write_text
 from purify_fast.evaluation import Report, merge
 
-from . import RESULT, folder_of
+from . import ASKED, RESULT, folder_of
 from .cifar10_ahead import MIXED
 from .cifar10_budget import (
     ARREST,
     AS_AUTHORS,
     AUTHORS,
     BASE,
+    BEGAN_WITH,
     BEHIND,
     BEST,
     STANDARD,
@@ -41,6 +43,10 @@ from .cifar10_budget import (
 NUMBERS, REPORTS = "cifar10.json", "cifar10"
 #: Beside the reports: how much of everything was trained and judged.
 BUDGET = "budget.json"
+
+
+class OtherBudget(ValueError):
+    """Runs or results of another budget than the one asked for; they do not go into one table."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,31 @@ class Results:
         return [name for name in names if (name, seed) in self.lines]
 
     def over(self, earlier: Results) -> Results:
-        """These results, and the earlier ones of what these lack. A line that both have is never mixed of the two."""
-        return Results(earlier.lines | self.lines, earlier.reports | self.reports)
+        """These results, and the earlier ones of what these lack. A line that both have is never mixed of the two.
+
+        Earlier lines of models that began with another model are left out where that one was trained anew. Standard
+        error says what is left out.
+
+        Args:
+            earlier: of the same budget.
+        """
+        both = self.lines.keys() & earlier.lines.keys()
+        # the same training takes the same time, to the second
+        anew = {key for key in both if self.lines[key].get("hours") != earlier.lines[key].get("hours")}
+        gone = {
+            (name, seed)
+            for name, seed in earlier.lines.keys() - self.lines.keys()
+            if any((first, seed) in anew for first in _began_with(name))
+        }
+        for name, seed in sorted(gone):
+            print(f"{name}, seed {seed}: left out, for what it began with was trained anew", file=sys.stderr)
+        for name, seed in sorted(both):
+            if lost := sorted(earlier.lines[name, seed].keys() - self.lines[name, seed].keys()):
+                print(f"{name}, seed {seed}: replaced, and has no {', '.join(lost)} yet", file=sys.stderr)
+        return Results(
+            {key: line for key, line in (earlier.lines | self.lines).items() if key not in gone},
+            {key: report for key, report in (earlier.reports | self.reports).items() if key not in gone},
+        )
 
     def save(self, folder: Path, budget: Budget) -> None:
         """Write the numbers and the report on all models.
@@ -122,6 +151,8 @@ class Results:
             budget: how much of everything there was.
         """
         order = [*rows(budget), BEST, *map(tried_name, TRIED), *AS_AUTHORS]
+        # rows that this version does not know, or bases at other shares of eps, come last
+        order += sorted({name for name, _ in self.lines} - set(order))
         lines = sorted(self.lines.values(), key=lambda line: (line["seed"], order.index(line["name"])))
         for seed in sorted({seed for _, seed in self.reports}):
             merged = merge(self.reports[name, seed] for name in order if (name, seed) in self.reports)
@@ -135,15 +166,20 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path, budget: Budget) -> Results:
-        """What `save` wrote; nothing where there is nothing, or where it is of another budget.
+        """What `save` wrote; nothing where there is nothing.
 
         Args:
             folder: of the results.
             budget: how much of everything there is now.
+
+        Raises:
+            OtherBudget: it is of another one.
         """
+        if not (folder / NUMBERS).is_file():
+            return cls()
         amounts = folder / REPORTS / BUDGET
         if not amounts.is_file() or json.loads(amounts.read_text()) != _amounts(budget):
-            return cls()
+            raise OtherBudget(f"{folder} holds results of another budget, which would be lost: move them away first")
         lines = {(line["name"], line["seed"]): line for line in json.loads((folder / NUMBERS).read_text())}
         reports = {}
         for seed in {seed for _, seed in lines}:
@@ -154,6 +190,15 @@ class Results:
             rows = {name: line["model"] for (name, of), line in lines.items() if of == seed and "model" in line}
             reports |= {(name, seed): _only(merged, model) for name, model in rows.items() if model in merged.models}
         return cls(lines, reports)
+
+
+def _began_with(name: str) -> Iterator[str]:
+    """The rows that a row's training began with, the nearest first."""
+    name = {tried_name(row): row for row in TRIED}.get(name, name)
+    yield name
+    while name in BEGAN_WITH:
+        name = BEGAN_WITH[name]
+        yield name
 
 
 def _report_file(seed: int) -> str:
@@ -184,7 +229,15 @@ def collect(root: Path, budget: Budget) -> Results:
     Args:
         root: of the study.
         budget: how much of everything there is.
+
+    Raises:
+        OtherBudget: a job was asked to do more or less.
     """
+    wanted = {"budget": _amounts(budget)["training"], "judging": _amounts(budget)["judging"]}
+    for path in sorted(root.glob(f"*/{ASKED}")):
+        asked = json.loads(path.read_text())
+        if any(asked.get(key, amount) != amount for key, amount in wanted.items()):
+            raise OtherBudget(f"{path.parent} is of another budget: give the study's own --full, --quick and --width")
     results, main = Results(), budget.judging.main
     for seed in range(budget.seeds):
         found = Found(root, seed)

@@ -230,16 +230,17 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
         budget: how much of everything there is; the default one by default.
 
     Raises:
-        NothingJudged: ``root`` holds no model that is judged.
+        NothingJudged: ``root`` holds nothing that is judged, or there is no row of the first seed.
+        OtherBudget: ``root`` or ``folder`` is of another budget.
     """
     budget = budget or Budget()
     counts, wanted = budget.judging, [*rows(budget), BEST]
     new = collect(root, budget)
-    if not new.lines:
-        raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
     results = new.over(Results.read(folder, budget))
-    results.save(folder, budget)
     names = results.judged(wanted)
+    if not new.lines or not names:
+        raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
+    results.save(folder, budget)
     lines = [settings(results, budget), "", *table(results, names, budget), ""]
     lines += differences(results, counts)
     if beside := strong_beside_main(results, names, counts):

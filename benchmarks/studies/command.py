@@ -12,6 +12,7 @@ from purify_fast.attacks.autoattack import implementation
 from purify_fast.cli.device import usable_device
 
 from . import arrest_mnist, atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, cifar10, run, tables
+from .cifar10_results import Results
 
 STUDIES = {
     "carso_digits": (carso_digits, "digits"),
@@ -43,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"jobs side by side; {WORKERS} by default, of one thread each; 1 of the studies on CIFAR-10, whose jobs "
         "share the threads between them",
     )
-    parser.add_argument("--width", type=int, help="of cifar10: channels of the networks' first stage; 16, --full 64")
+    parser.add_argument(
+        "--width",
+        type=int,
+        help="of cifar10: channels of the networks' first stage; 16, --full 64, "
+        "where the larger base has the size of base and purifier",
+    )
     parser.add_argument("--device", default="auto", help="of cifar10: auto, cpu, cuda or cuda:N; auto by default")
     parser.add_argument(
         "--so-far", action="store_true", help="of cifar10: train nothing, write the table of what is done"
@@ -68,6 +74,9 @@ def check(chosen: argparse.Namespace) -> None:
     if chosen.device != "auto" and study is not cifar10:
         raise ValueError(f"--device does not go with {chosen.name}")
     usable_device(chosen.device)
+    if study is cifar10 and (chosen.width is None or chosen.width > 0):
+        # results of another budget would stand in the way of the table, hours later
+        Results.read(_places(chosen)[1], _budget(chosen))
     if chosen.width is not None and study is not cifar10:
         raise ValueError(f"--width does not go with {chosen.name}")
     for option in ("seeds", "workers", "width"):
@@ -86,17 +95,22 @@ def check(chosen: argparse.Namespace) -> None:
 def main(chosen: argparse.Namespace) -> Path:
     """Run what is not done yet. The tables go to benchmarks/results/studies; those of other budgets or widths, of some
     rows or of fewer seeds to the runs' folder."""
-    kind = "-quick" if chosen.quick else "-full" if chosen.full else ""
-    if _budget(chosen) != _usual_budget(chosen):
-        kind += f"-width-{chosen.width}"
-    root = chosen.out or Path("runs/studies") / f"{chosen.name}{kind}"
-    seeds = chosen.seeds or SEEDS
-    results = root if kind or chosen.rows is not None or seeds < SEEDS else RESULTS
+    root, results = _places(chosen)
     if chosen.so_far:
         # the study may be running: what its jobs left is only read
         return cifar10.write(root, results, _budget(chosen))
     with folder_lock(root):
         return _run(chosen, root, results)
+
+
+def _places(chosen: argparse.Namespace) -> tuple[Path, Path]:
+    """The folder of the runs, and that of the tables."""
+    kind = "-quick" if chosen.quick else "-full" if chosen.full else ""
+    if _budget(chosen) != _usual_budget(chosen):
+        kind += f"-width-{chosen.width}"
+    root = chosen.out or Path("runs/studies") / f"{chosen.name}{kind}"
+    parts = kind or chosen.rows is not None or (chosen.seeds or SEEDS) < SEEDS
+    return root, root if parts else RESULTS
 
 
 def _usual_budget(chosen: argparse.Namespace) -> Any:

@@ -296,9 +296,9 @@ def test_the_table_of_an_unfinished_study_has_the_rows_that_are_there(tmp_path):
 def test_networks_of_another_width_keep_their_proportions_and_their_results_apart(tmp_path, monkeypatch, capsys):
     wider = names.Budget().of_width(32).training
     assert (wider.width, wider.large_width) == (32, 56) and names.Budget().of_width(16) == names.Budget()
-    written = []
-    monkeypatch.setattr(cifar10, "write", lambda root, folder, budget: written.append((root, folder, budget)) or root)
-    monkeypatch.setattr(Path, "read_text", lambda _: "")
+    written, page = [], tmp_path / "page.md"
+    page.write_text("")
+    monkeypatch.setattr(cifar10, "write", lambda root, folder, budget: written.append((root, folder, budget)) or page)
     monkeypatch.chdir(tmp_path)
     for more in ([], ["--width", "16"], ["--width", "32"], ["--full", "--width", "16"], ["--full", "--width", "64"]):
         program.main(["study", "cifar10", "--so-far", *more])
@@ -308,6 +308,8 @@ def test_networks_of_another_width_keep_their_proportions_and_their_results_apar
         runs / "cifar10-full",
     ]  # fmt: skip
     assert [folder == root for root, folder, _ in written] == [False, False, True, True, True]
+    assert [budget.training.width for _, _, budget in written] == [16, 16, 32, 16, 64]
+    assert [budget.training.base_epochs for _, _, budget in written] == [15, 15, 15, 60, 60]
     for wrong in (["cifar10", "--width", "0"], ["carso_mnist", "--width", "32"]):
         with pytest.raises(SystemExit, match="2"):
             program.main(["study", *wrong])
@@ -338,10 +340,58 @@ def test_a_study_done_in_parts_has_one_table(tmp_path):
     assert "reference: no purifier | 70.0 ± 14.5 | 30.0 ± 26.5 |" in page
     # the same once more: nothing changes
     assert cifar10.write(other, results, BUDGET).read_text() == page
-    longer = replace(BUDGET, training=replace(BUDGET.training, base_epochs=2))
-    page = cifar10.write(other, results, longer).read_text()
-    assert "| PGD-AT, AWP | 88.0" in page and "| ARREST | " not in page and "no purifier" not in page
-    # a folder without any result leaves what is there
+    # neither a folder without any result nor another budget changes what is there
     with pytest.raises(ValueError, match="holds no model that is judged"):
-        cifar10.write(tmp_path / "empty", results, longer)
-    assert (results / "cifar10.md").read_text() == page
+        cifar10.write(tmp_path / "empty", results, BUDGET)
+    longer = replace(BUDGET, training=replace(BUDGET.training, base_epochs=2))
+    with pytest.raises(cifar10_results.OtherBudget, match="results of another budget"):
+        cifar10.write(other, results, longer)
+    job = next(job for job in cifar10.jobs("nowhere", longer) if job.name == names.BASE)
+    (studies.folder_of(other, names.BASE, 1) / studies.ASKED).write_text(json.dumps(job.asked()))
+    for place in (results, tmp_path / "nothing there yet"):
+        with pytest.raises(cifar10_results.OtherBudget, match="PGD-AT-1 is of another budget"):
+            cifar10.write(other, place, BUDGET)
+    assert (results / "cifar10.md").read_text() == page and not (tmp_path / "nothing there yet").exists()
+
+
+def test_a_model_that_was_trained_anew_takes_away_what_began_with_the_old_one(tmp_path, capsys):
+    one, other, results = tmp_path / "one", tmp_path / "other", tmp_path / "results"
+    for number, name in enumerate((names.BASE, names.NO_EMA, names.CARSO, names.LARGE, names.PEEL)):
+        trained(one, name)
+        judged(one, name, number)
+    assert "CARSO published" in cifar10.write(one, results, BUDGET).read_text()
+    trained(other, names.BASE)
+    judged(other, names.BASE, 1)
+    log = studies.folder_of(other, names.BASE, 0) / "log.jsonl"
+    # the same training, judged again by one protocol: only its own line changes
+    strong = studies.folder_of(other, names.judged_name(names.BASE, "strong"), 0) / RESULT
+    kept = strong.read_text()
+    strong.unlink()
+    page = cifar10.write(other, results, BUDGET).read_text()
+    assert "| CARSO published |" in page and "Not attacked by `strong` yet: PGD-AT." in page
+    assert "PGD-AT, seed 0: replaced, and has no strong, strong_more yet" in capsys.readouterr().err
+    # another training
+    strong.write_text(kept)
+    log.write_text(log.read_text().splitlines()[0] + "\n")
+    page = cifar10.write(other, results, BUDGET).read_text()
+    rows = [line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")]
+    assert rows == ["model", "---", names.BASE, names.LARGE]
+    assert "CARSO published, seed 0: left out, for what it began with was trained anew" in capsys.readouterr().err
+
+
+def test_rows_that_a_version_does_not_know_are_kept(tmp_path):
+    two = replace(BUDGET, shares=(0.25, 0.5))
+    for name in (names.BASE, names.share_name(0.25)):
+        trained(tmp_path, name)
+        judged(tmp_path, name, 1)
+    cifar10.write(tmp_path, tmp_path / "results", two)
+    page = cifar10.write(tmp_path, tmp_path / "results", replace(BUDGET, shares=(0.5,))).read_text()
+    kept = json.loads((tmp_path / "results" / "cifar10.json").read_text())
+    assert [line["name"] for line in kept] == [names.BASE, "PGD-AT, 0.25 eps"] and "0.25 eps" not in page
+
+
+def test_candidates_alone_make_no_table(tmp_path):
+    fact(tmp_path, names.tried_name(names.BASE), clean=0.7, tried={"share": 0.3, "reliable": True})
+    with pytest.raises(ValueError, match="holds no model that is judged"):
+        cifar10.write(tmp_path, tmp_path / "results", BUDGET)
+    assert not (tmp_path / "results").exists()
