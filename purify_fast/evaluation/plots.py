@@ -377,14 +377,14 @@ def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.nda
     for text in texts:
         text.set_in_layout(False)
     # nine points of an error bar and a twentieth of the curve's points stand for them; a number of rounds in place of a
-    # time keeps the picture the same. The forces are the first that keep all names of a study of twenty models apart.
+    # time keeps the picture the same. The forces are the first that keep the names of a study of twenty models free.
     along = np.linspace(-1, 1, 9)[:, None, None] * errors
     bars = [(at + along * axis).reshape(-1, 2) for axis in (np.array([1, 0]), np.array([0, 1]))]
     x, y = np.concatenate([*bars, traced[::20]]).T
     legend = axes.get_legend()
     adjust_text(
         texts, x=x, y=y, ax=axes, objects=None if legend is None else [legend], iter_lim=2000,
-        expand=(1.15, 1.35), force_text=(0.5, 0.8), force_explode=(0.2, 0.8),
+        expand=(1.15, 1.35), force_text=(0.8, 1.0), force_explode=(0.2, 0.8),
         arrowprops={"arrowstyle": "-", "color": _GRAY, "lw": 0.6, "zorder": 2.8},
     )  # fmt: skip
 
