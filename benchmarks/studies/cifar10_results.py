@@ -62,8 +62,7 @@ class Found:
 
     def result(self, name: str) -> dict[str, Any] | None:
         """What a job found; None if it is not done."""
-        path = folder_of(self.root, name, self.seed) / RESULT
-        return json.loads(path.read_text()) if path.is_file() else None
+        return self.needed(name) if (folder_of(self.root, name, self.seed) / RESULT).is_file() else None
 
     def needed(self, name: str) -> dict[str, Any]:
         """What a job found that must be done; FileNotFoundError if it is not."""
@@ -126,7 +125,7 @@ class Results:
             earlier: of the same budget.
         """
         both = self.lines.keys() & earlier.lines.keys()
-        # the same training takes the same time, to the second
+        # hours are from a training's log: those of another training are others
         anew = {key for key in both if self.lines[key].get("hours") != earlier.lines[key].get("hours")}
         gone = {
             (name, seed)
@@ -175,11 +174,9 @@ class Results:
         Raises:
             OtherBudget: it is of another one.
         """
+        check_budget(folder, budget)
         if not (folder / NUMBERS).is_file():
             return cls()
-        amounts = folder / REPORTS / BUDGET
-        if not amounts.is_file() or json.loads(amounts.read_text()) != _amounts(budget):
-            raise OtherBudget(f"{folder} holds results of another budget, which would be lost: move them away first")
         lines = {(line["name"], line["seed"]): line for line in json.loads((folder / NUMBERS).read_text())}
         reports = {}
         for seed in {seed for _, seed in lines}:
@@ -187,9 +184,25 @@ class Results:
             if not path.is_file():
                 continue
             merged = Report.from_json(path.read_text())
-            rows = {name: line["model"] for (name, of), line in lines.items() if of == seed and "model" in line}
-            reports |= {(name, seed): _only(merged, model) for name, model in rows.items() if model in merged.models}
+            models = {name: line["model"] for (name, of), line in lines.items() if of == seed and "model" in line}
+            reports |= {(name, seed): _only(merged, model) for name, model in models.items() if model in merged.models}
         return cls(lines, reports)
+
+
+def check_budget(folder: Path, budget: Budget) -> None:
+    """That results of a budget can go into a folder.
+
+    Args:
+        folder: of the results.
+        budget: how much of everything there is.
+
+    Raises:
+        OtherBudget: it holds results of another one.
+    """
+    amounts = folder / REPORTS / BUDGET
+    there = json.loads(amounts.read_text()) if amounts.is_file() else None
+    if (folder / NUMBERS).is_file() and there != _amounts(budget):
+        raise OtherBudget(f"{folder} holds results of another budget, which would be lost: move them away first")
 
 
 def _began_with(name: str) -> Iterator[str]:
@@ -233,7 +246,8 @@ def collect(root: Path, budget: Budget) -> Results:
     Raises:
         OtherBudget: a job was asked to do more or less.
     """
-    wanted = {"budget": _amounts(budget)["training"], "judging": _amounts(budget)["judging"]}
+    amounts = _amounts(budget)
+    wanted = {"budget": amounts["training"], "judging": amounts["judging"]}
     for path in sorted(root.glob(f"*/{ASKED}")):
         asked = json.loads(path.read_text())
         if any(asked.get(key, amount) != amount for key, amount in wanted.items()):

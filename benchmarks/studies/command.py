@@ -12,7 +12,7 @@ from purify_fast.attacks.autoattack import implementation
 from purify_fast.cli.device import usable_device
 
 from . import arrest_mnist, atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, cifar10, run, tables
-from .cifar10_results import Results
+from .cifar10_results import check_budget
 
 STUDIES = {
     "carso_digits": (carso_digits, "digits"),
@@ -69,20 +69,17 @@ def check(chosen: argparse.Namespace) -> None:
     for option in ("data", "full") if digits else ("seeds", "rows"):
         if getattr(chosen, option) not in (None, False):
             raise ValueError(f"--{option} does not go with {chosen.name}")
-    if chosen.so_far and study is not cifar10:
-        raise ValueError(f"--so-far does not go with {chosen.name}")
-    if chosen.device != "auto" and study is not cifar10:
-        raise ValueError(f"--device does not go with {chosen.name}")
+    for option, unset in (("so_far", False), ("device", "auto"), ("width", None)):
+        if getattr(chosen, option) != unset and study is not cifar10:
+            raise ValueError(f"--{option.replace('_', '-')} does not go with {chosen.name}")
     usable_device(chosen.device)
-    if study is cifar10 and (chosen.width is None or chosen.width > 0):
-        # results of another budget would stand in the way of the table, hours later
-        Results.read(_places(chosen)[1], _budget(chosen))
-    if chosen.width is not None and study is not cifar10:
-        raise ValueError(f"--width does not go with {chosen.name}")
     for option in ("seeds", "workers", "width"):
         value = getattr(chosen, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
+    if study is cifar10:
+        # results of another budget would stand in the way of the table, hours later
+        check_budget(_places(chosen)[1], _budget(chosen))
     if digits:
         study.jobs(chosen.seeds or SEEDS, chosen.quick, chosen.rows)
     if chosen.so_far:

@@ -165,28 +165,33 @@ def dispatched(attack: Callable[..., Tensor], model: nn.Module, graphs: StepGrap
     return (counts[1] - counts[0]) / 20
 
 
+#: Attacks, what a step of theirs launches where kernels serve, and how much of it beside a graph at most: the table of
+#: docs/speed.md.
 COUNTS = {
-    "constant step": (pgd, {"alpha": 0.01}, 0),
-    "l2": (pgd, {"alpha": 0.01, "norm": "l2"}, 0),
-    "best point and health": (pgd, {"alpha": 0.01, "loss": "dlr", "keep_best": True}, 0),
+    "constant step": (pgd, {"alpha": 0.01}, 48, 0),
+    "l2": (pgd, {"alpha": 0.01, "norm": "l2"}, 48, 0),
+    "best point and health": (pgd, {"alpha": 0.01, "loss": "dlr", "keep_best": True}, 107, 0),
     # its new length is computed, and written to where the graph reads it
-    "falling step": (pgd, {}, 2),
+    "falling step": (pgd, {}, 49, 2),
     # the share of l1 falls too, so that its step is taken by the host, in one operator where a kernel serves
-    "l1": (pgd, {"norm": "l1", "alpha": 0.01}, 6),
+    "l1": (pgd, {"norm": "l1", "alpha": 0.01}, 48, 6),
     # what decides on the step and on who leaves
-    "APGD": (apgd, {"leave_when_fallen": False}, 55),
+    "APGD": (apgd, {"leave_when_fallen": False}, 79, 55),
 }
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_what_the_host_launches_beside_a_graph(model, name):
-    attack, options, most = COUNTS[name]
+    attack, options, launched, most = COUNTS[name]
     with use_backend("cpp" if _library.loaded() else "reference"):
         eager = dispatched(attack, model, None, **options)
         captured = dispatched(attack, model, StepGraphs(capture=Launched()), **options)
     if name != "l1" or _library.loaded():
         assert captured <= most
-    assert eager >= 40 and captured < eager - 35
+    if _library.loaded():
+        # another version of PyTorch may take a few more or less
+        assert eager == pytest.approx(launched, rel=0.05)
+    assert captured < eager - 40
 
 
 def test_new_weights_other_images_and_the_last_batch(model, batch, graphs, rerun):
