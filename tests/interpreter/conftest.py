@@ -30,6 +30,10 @@ def bfloat16_of_a_gpu(monkeypatch):
     """Rounds to bfloat16 as a GPU does, and multiplies its numbers.
 
     The interpreter keeps bfloat16 as integers of 16 bits. Its tl.dot multiplies those as they are.
+
+    A GPU sums every element of a product in the same order, wherever the element lies in its tile. NumPy's BLAS does
+    not on every CPU. The products are therefore summed in float64, in which the sums of a tile are exact but for rare
+    cases: each is then rounded once, and the order no longer matters.
     """
     import numpy as np
     import triton.language as tl
@@ -45,12 +49,13 @@ def bfloat16_of_a_gpu(monkeypatch):
         return np.where(np.isnan(x), 0x7FC0, nearest).astype(np.uint16)
 
     def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return (x.data.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
-    def create_dot(self, a, b, *rest):
-        return own(self, widened(a), widened(b), *rest)
+    def create_dot(self, a, b, total, *rest):
+        if a.dtype.scalar != tl.bfloat16:
+            return own(self, a, b, total, *rest)
+        product = (widened(a) @ widened(b)).astype(total.data.dtype)
+        return interpreter.TensorHandle(product + total.data, total.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
