@@ -57,6 +57,7 @@ from .cifar10_budget import (
     tried_name,
 )
 from .cifar10_models import (
+    best,
     finetune,
     held_out,
     images_of,
@@ -110,8 +111,13 @@ def trainings(where: Where, seed: int, budget: Budget) -> list[Job]:
         job(AFT, finetune, STANDARD),
     ]
     if seed > 0:
-        # lambda and phi are chosen once
-        return [*made, job(ARREST, finetune, STANDARD, *((search, 0) for search in searches))]
+        # lambda and phi are chosen once, and so is the best candidate
+        tried = [(tried_name(name), 0) for name in (MIXED, *CANDIDATES)]
+        return [
+            *made,
+            job(ARREST, finetune, STANDARD, *((search, 0) for search in searches)),
+            job(BEST, train_candidate, STANDARD, BASE, CARSO, *tried),
+        ]
     return [
         *made,
         *(
@@ -217,7 +223,8 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     counts: Judging = job.settings["judging"]
     name, protocol, images = job.settings["model"], job.settings["protocol"], images_of(job)
     if name == BEST:
-        name = best(job, root)
+        # with further seeds it is what its training took
+        name = best(job, root) if job.seed == 0 else job.result(root, BEST)["model"]
     model, held = attacked(job, root, name), (images.x_test, images.y_test)
     torch.manual_seed(job.seed)
     found: dict = {"model": name}
@@ -255,20 +262,3 @@ def _lowest(
     report.save(folder, model)
     lowest = report.headlines[name]
     return {"share": lowest.accuracy, "images": lowest.n, "reliable": lowest.reliable}
-
-
-def best(job: Job, root: Path) -> str:
-    """The candidate of the highest accuracy under attack, then of the highest clean accuracy, on held-out images.
-
-    A candidate whose accuracy under attack cannot be believed comes after all others.
-
-    Args:
-        job: its needs are the candidates that were judged.
-        root: of the study.
-    """
-
-    def found(name: str) -> tuple[bool, float, float]:
-        result = job.result(root, tried_name(name))
-        return result["tried"]["reliable"], result["tried"]["share"], result["clean"]
-
-    return max((MIXED, *CANDIDATES), key=found)

@@ -184,7 +184,7 @@ PAIRS = (
     *((name, BASE) for name in (NO_EMA, LONG, LARGE, AWP, TRADES)),
 )
 #: What is trained with a second seed.
-COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_PIPELINE, AFT, ARREST)
+COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_PIPELINE, AFT, ARREST, BEST)
 #: What the official AutoAttack attacks as well.
 OFFICIAL = (BASE, CARSO_PIPELINE, TRADES, ARREST)
 #: What is tried on held-out images, and its source: two references, then the candidates.
@@ -196,8 +196,33 @@ TRIED = {
 }
 
 
-#: What a row's training began with, where that was another row's.
-BEGAN_WITH = {**BEHIND, **TRAINED_AS, LONG: BASE, AFT: STANDARD, ARREST: STANDARD, BEST: BASE, MIXED: BASE}
+#: The rows that a row's training began with.
+BEGAN_WITH = {
+    **{name: (trained,) for name, trained in TRAINED_AS.items()},
+    LONG: (BASE,),
+    AFT: (STANDARD,),
+    ARREST: (STANDARD,),
+    MIXED: (STANDARD, BASE),
+    GENERATOR: (BASE,),
+    CARSO: (BASE,),
+    CARSO_ARREST: (CARSO, ARREST),
+    ATOP_STANDARD: (GENERATOR, STANDARD),
+    **dict.fromkeys((ATOP, ATOP_PIPELINE, ATOP_ZERO), (GENERATOR,)),
+    **dict.fromkeys((CARSO_PIPELINE, *CANDIDATES), (CARSO,)),
+}
+
+
+def trained_as(name: str, seed: int) -> str:
+    """The row whose training leaves a row's weights.
+
+    Args:
+        name: the row.
+        seed: of the training. Of the candidates, only the best one is trained with further seeds; its weights lie in
+            the folder of `BEST`.
+    """
+    if seed > 0 and name in (MIXED, *CANDIDATES):
+        return BEST
+    return TRAINED_AS.get(name, name)
 
 
 def search_name(weight: float, angle: float) -> str:

@@ -36,6 +36,7 @@ from .cifar10_budget import (
     Judging,
     judged_name,
     rows,
+    trained_as,
     tried_name,
 )
 
@@ -85,7 +86,7 @@ class Found:
             batch_size: images of a step.
         """
         seconds = 0.0
-        for name in (STANDARD, BASE) if model == MIXED else (TRAINED_AS.get(model, model),):
+        for name in (STANDARD, BASE) if model == MIXED else (trained_as(model, self.seed),):
             log = (folder_of(self.root, name, self.seed) / "log.jsonl").read_text().splitlines()
             before = 0
             for epoch in map(json.loads, log):
@@ -118,8 +119,9 @@ class Results:
     def over(self, earlier: Results) -> Results:
         """These results, and the earlier ones of what these lack. A line that both have is never mixed of the two.
 
-        Earlier lines of models that began with another model are left out where that one was trained anew. Standard
-        error says what is left out.
+        Earlier lines of models that began with another model are left out where that one was trained anew. So is the
+        best candidate with a further seed where it is another one than with the first seed. Standard error says what is
+        left out.
 
         Args:
             earlier: of the same budget.
@@ -130,15 +132,22 @@ class Results:
         gone = {
             (name, seed)
             for name, seed in earlier.lines.keys() - self.lines.keys()
-            if any((first, seed) in anew for first in _began_with(name))
+            # the row of the best candidate is named otherwise than its model
+            if any((first, seed) in anew for first in _began_with(earlier.lines[name, seed].get("model", name)))
         }
         for name, seed in sorted(gone):
             print(f"{name}, seed {seed}: left out, for what it began with was trained anew", file=sys.stderr)
+        lines = {key: line for key, line in (earlier.lines | self.lines).items() if key not in gone}
+        chosen = lines.get((BEST, 0), {}).get("model")
+        others = {key for key, line in lines.items() if key[0] == BEST and line["model"] != (chosen or line["model"])}
+        for _, seed in sorted(others):
+            print(f"{BEST}, seed {seed}: left out, for the best one is {chosen} now", file=sys.stderr)
+        gone |= others
         for name, seed in sorted(both):
             if lost := sorted(earlier.lines[name, seed].keys() - self.lines[name, seed].keys()):
                 print(f"{name}, seed {seed}: replaced, and has no {', '.join(lost)} yet", file=sys.stderr)
         return Results(
-            {key: line for key, line in (earlier.lines | self.lines).items() if key not in gone},
+            {key: line for key, line in lines.items() if key not in gone},
             {key: report for key, report in (earlier.reports | self.reports).items() if key not in gone},
         )
 
@@ -206,12 +215,11 @@ def check_budget(folder: Path, budget: Budget) -> None:
 
 
 def _began_with(name: str) -> Iterator[str]:
-    """The rows that a row's training began with, the nearest first."""
+    """A row, and all rows that its training began with."""
     name = {tried_name(row): row for row in TRIED}.get(name, name)
     yield name
-    while name in BEGAN_WITH:
-        name = BEGAN_WITH[name]
-        yield name
+    for earlier in BEGAN_WITH.get(name, ()):
+        yield from _began_with(earlier)
 
 
 def _report_file(seed: int) -> str:
@@ -267,8 +275,7 @@ def _row_line(found: Found, name: str, budget: Budget) -> dict[str, Any]:
     """The accuracies and costs of a model that is judged."""
     counts = budget.judging
     judged = found.needed(judged_name(name, counts.main))
-    trained = TRAINED_AS.get(judged["model"], judged["model"])
-    facts = found.needed(trained)
+    facts = found.needed(trained_as(judged["model"], found.seed))
     protocols = [protocol for protocol in counts.protocols() if found.judged([name], protocol)]
     rows = {protocol: found.report(name, protocol).headlines[judged["model"]] for protocol in protocols}
     line = {"name": name, "seed": found.seed, "model": judged["model"], "clean": judged["clean"]}

@@ -1,4 +1,4 @@
-"""How studies keep a defence: with its classifier inside, as `python -m benchmarks zoo` packs it."""
+"""How studies keep a defence: with its classifier inside."""
 
 from __future__ import annotations
 
