@@ -1,6 +1,7 @@
 """The Triton kernels on CPU tensors, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/interpreter`.
 
-The interpreter rounds float32 to bfloat16 by truncation; the budgets here allow it (two eps).
+The interpreter rounds float32 to bfloat16 by truncation; the budgets here allow it (two eps). Tests that need more use
+the fixture `bfloat16_of_a_gpu`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def bfloat16_of_a_gpu(monkeypatch):
     The interpreter keeps bfloat16 as integers of 16 bits. Its tl.dot multiplies those as they are.
 
     A GPU sums every element of a product in the same order, wherever the element lies in its tile. NumPy's BLAS does
-    not on every CPU. The products are therefore summed in float64, in which the sums of a tile are exact but for rare
-    cases: each is then rounded once, and the order no longer matters.
+    not on every CPU. The products are therefore summed in float64, where another order changes a sum so little that it
+    rounds to the same float32, but for very rare cases.
     """
     import numpy as np
     import triton.language as tl
