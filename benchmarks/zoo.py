@@ -2,8 +2,9 @@
 
     python -m benchmarks zoo NAME[=FOLDER] ... [--images N] [--data DIR] [--out DIR]
 
-FOLDER is what a training wrote: a saved classifier, or a defence with its classifier inside. Without it the model is in
-the zoo already, and only its card is written again. An evaluation that was interrupted goes on where it was.
+FOLDER is what a training wrote: a saved classifier or defence. Without it the model is in the zoo already, and only its
+card is written again. The classifier behind a defence is a model of the zoo as well, which defences share. An
+evaluation that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from purify_fast.data import DataSet, balanced_subset, load_dataset, to_float
 from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.tables import markdown_table
 from purify_fast.methods.loading import load_defence
-from purify_fast.training import is_classifier, load_classifier
+from purify_fast.training import load_classifier
+from purify_fast.training.checkpoint import read_model, save_model
 from purify_fast.zoo.cards import MODELS, Accuracy, Card, write_card
 
 from .studies.cifar10 import clean_accuracy as share_correct
@@ -40,10 +42,17 @@ LICENCE = "MIT, as the package; the images that it was trained on have licences 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a card says before anything is measured; see `purify_fast.zoo.Card`."""
+    """What a card says before anything is measured; see `purify_fast.zoo.Card`.
+
+    Attributes:
+        bfloat16: whether the weights are stored in bfloat16, because in float32 they would be too large. They are
+            judged as they are stored.
+    """
 
     title: str
     method: str
+    classifier: str | None = None
+    bfloat16: bool = False
     data: str = "digits"
     published: bool = False
     norm: str = "linf"
@@ -51,58 +60,110 @@ class Entry:
     training: str = "make demo (seed 0)"
 
 
-def _mnist(title: str, method: str, row: str, published: bool = False) -> Entry:
+def _mnist(title: str, method: str, row: str, classifier: str | None = None, published: bool = False) -> Entry:
     """A model of a study on MNIST."""
-    return Entry(title, method, "mnist", published, eps=0.3, training=f"python -m benchmarks study {row}, seed 0")
+    training = f"python -m benchmarks study {row}, seed 0"
+    return Entry(title, method, classifier, data="mnist", published=published, eps=0.3, training=training)
 
 
-def _cifar10(how: str, row: str, method: str = "classifier") -> Entry:
-    """A classifier of the study on CIFAR-10."""
-    title = f"A PreActResNet-18 of width 16 on CIFAR-10 (JPEG 75), {how}."
-    training = f"python -m benchmarks study cifar10 ({row}, seed 0)"
-    return Entry(title, method, "cifar10", eps=8 / 255, training=training)
+def _cifar10(title: str, method: str, row: str, seed: int) -> Entry:
+    """A model of the study on CIFAR-10."""
+    training = f"python -m benchmarks study cifar10 ({row}, seed {seed})"
+    return Entry(title, method, data="cifar10", eps=8 / 255, training=training)
 
 
+def _cifar10_defence(title: str, method: str, row: str, bfloat16: bool = False) -> Entry:
+    """A defence of the study on CIFAR-10."""
+    return replace(_cifar10(title, method, row, 1), classifier=ROBUST_CIFAR10, bfloat16=bfloat16)
+
+
+#: The classifiers behind the defences.
+STANDARD_DIGITS, ROBUST_DIGITS = "digits-standard", "digits-pgd-at"
+ROBUST_MNIST, ROBUST_CIFAR10 = "mnist-pgd-at", "cifar10-pgd-at-w16"
 ENTRIES = {
-    "digits-standard": Entry("A small convolutional network, trained on clean digits.", "classifier"),
-    "digits-pgd-at": Entry("The same network, trained adversarially with PGD-7: the base of the others.", "classifier"),
+    STANDARD_DIGITS: Entry("A small convolutional network, trained on clean digits.", "classifier"),
+    ROBUST_DIGITS: Entry("The same network, trained adversarially with PGD-7: the base of the others.", "classifier"),
     "digits-arrest": Entry("The standard network, finetuned by ARREST.", "ARREST"),
-    "digits-carso-published": Entry("CARSO on digits-pgd-at, trained as published.", "CARSO", published=True),
-    "digits-carso-pipeline": Entry("CARSO on digits-pgd-at, then trained through the whole pipeline.", "CARSO"),
-    "digits-atop-published": Entry("AToP on digits-standard, trained as published.", "AToP", published=True),
-    "digits-atop-pipeline": Entry("AToP on digits-standard, then trained through the whole pipeline.", "AToP"),
-    "mnist-pgd-at": _mnist(
+    "digits-carso-published": Entry(
+        "CARSO on digits-pgd-at, trained as published.", "CARSO", ROBUST_DIGITS, published=True
+    ),
+    "digits-carso-pipeline": Entry(
+        "CARSO on digits-pgd-at, then trained through the whole pipeline.", "CARSO", ROBUST_DIGITS
+    ),
+    "digits-atop-published": Entry(
+        "AToP on digits-standard, trained as published.", "AToP", STANDARD_DIGITS, published=True
+    ),
+    "digits-atop-pipeline": Entry(
+        "AToP on digits-standard, then trained through the whole pipeline.", "AToP", STANDARD_DIGITS
+    ),
+    ROBUST_MNIST: _mnist(
         "A small convolutional network, trained adversarially with PGD-7.", "classifier", "carso_mnist (classifier)"
     ),
     "mnist-arrest": _mnist("A small convolutional network, finetuned by ARREST.", "ARREST", "arrest_mnist (ARREST)"),
     "mnist-carso-published": _mnist(
-        "CARSO on mnist-pgd-at, trained as published.", "CARSO", "carso_mnist (CARSO published)", published=True
+        "CARSO on mnist-pgd-at, trained as published.",
+        "CARSO",
+        "carso_mnist (CARSO published)",
+        ROBUST_MNIST,
+        published=True,
     ),
-    "mnist-carso-pipeline": _mnist(
-        "CARSO on mnist-pgd-at, then trained through the whole pipeline.", "CARSO", "carso_mnist (CARSO pipeline)"
+    ROBUST_CIFAR10: _cifar10(
+        "A PreActResNet-18 of width 16 on CIFAR-10 (JPEG 75), trained adversarially with PGD-5.",
+        "classifier",
+        "PGD-AT",
+        1,
     ),
-    "cifar10-pgd-at-w16": _cifar10("trained adversarially with PGD-5", "PGD-AT"),
-    "cifar10-trades-w16": _cifar10("trained by TRADES", "TRADES"),
-    "cifar10-arrest-w16": _cifar10("finetuned by ARREST", "ARREST", method="ARREST"),
+    "cifar10-arrest-w16": _cifar10(
+        "A PreActResNet-18 of width 16 on CIFAR-10 (JPEG 75), finetuned by ARREST.", "ARREST", "ARREST", 0
+    ),
+    "cifar10-carso-pipeline-w16": _cifar10_defence(
+        "CARSO on cifar10-pgd-at-w16, then trained through the whole pipeline; stored in bfloat16.",
+        "CARSO",
+        "CARSO pipeline",
+        bfloat16=True,
+    ),
+    "cifar10-atop-pipeline-w16": _cifar10_defence(
+        "AToP on cifar10-pgd-at-w16, trained through the whole pipeline.",
+        "AToP",
+        "AToP pipeline",
+    ),
 }
+#: What a saved model consists of.
+FILES = ("model.json", "model.safetensors")
 
 
-def files_of(source: Path) -> list[Path]:
-    """The files of a saved model that the zoo keeps, relative to its folder."""
-    parts = [Path(), Path("classifier")] if (source / "classifier").is_dir() else [Path()]
-    return [part / file for part in parts for file in ("model.json", "model.safetensors")]
+def size_of(folder: Path) -> int:
+    """The size of a saved model, in bytes."""
+    return sum((folder / file).stat().st_size for file in FILES)
 
 
-def size_of(source: Path) -> int:
-    """The size of these files, in bytes."""
-    return sum((source / file).stat().st_size for file in files_of(source))
+def prepare(name: str, source: Path, out: Path) -> Path:
+    """Write a model as the zoo keeps it, and return the folder; it stays beside the reports that are on it.
+
+    Args:
+        name: one of `ENTRIES`.
+        source: the folder that a training wrote.
+        out: where to.
+    """
+    if source.resolve() == out.resolve():
+        raise ValueError(f"{source} is where the model is put before it is packed: give the folder of a training")
+    out.mkdir(parents=True, exist_ok=True)
+    if not ENTRIES[name].bfloat16:
+        for file in FILES:
+            shutil.copyfile(source / file, out / file)
+        return out
+    facts, state = read_model(source)
+    extra = {key: value for key, value in facts.items() if key not in ("kind", "arguments", "version")}
+    stored = {key: value.bfloat16() if value.is_floating_point() else value for key, value in state.items()}
+    save_model(out, facts["kind"], facts["arguments"], stored, **extra)
+    return out
 
 
 def check_sizes(sources: dict[str, Path], models: Path) -> None:
     """That the zoo stays small; ValueError otherwise.
 
     Args:
-        sources: the folders of the models that are to be packed, by name.
+        sources: the folders of the models as they are to be packed, by name.
         models: the zoo's folder.
     """
     total = sum(size_of(path.parent) for path in models.glob("*/model.json") if path.parent.name not in sources)
@@ -120,13 +181,13 @@ def pack(name: str, source: Path, card: Card, models: Path) -> None:
 
     Args:
         name: one of `ENTRIES`.
-        source: the folder that a training wrote, or the one in the zoo.
+        source: the folder that `prepare` wrote, or the one in the zoo.
         card: what is known of the model.
         models: the zoo's folder.
     """
     folder = models / name
-    for file in files_of(source) if source != folder else []:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in FILES if source != folder else ():
         shutil.copyfile(source / file, folder / file)
     write_card(card, folder)
 
@@ -143,19 +204,37 @@ def clean_accuracy(model: torch.nn.Module, data: DataSet) -> Accuracy:
     return Accuracy(share_correct(model, x, data.y_test), len(x))
 
 
-def judge(name: str, folder: Path, images: int, data: DataSet, out: Path) -> Card:
+def loaded(name: str, folders: dict[str, Path], models: Path) -> torch.nn.Module:
+    """A model in evaluation mode; a defence with its classifier.
+
+    Args:
+        name: one of `ENTRIES`.
+        folders: of the models that are being packed, by name.
+        models: the zoo's folder.
+
+    Raises:
+        ValueError: a defence was trained for another classifier than the one in the zoo, or has one of its own.
+    """
+    folder, behind = folders.get(name, models / name), ENTRIES[name].classifier
+    if behind is None:
+        return load_classifier(folder)
+    model = load_defence(folder, loaded(behind, folders, models))
+    if model.own_classifier:
+        raise ValueError(f"{folder} has a classifier that was trained with its purifier: the zoo cannot share it")
+    return model
+
+
+def judge(name: str, model: torch.nn.Module, images: int, data: DataSet, out: Path) -> Card:
     """Evaluate a model, and return its card.
 
     Args:
         name: one of `ENTRIES`.
-        folder: where the model is.
+        model: in evaluation mode.
         images: how many held-out images are attacked; `PROTOCOLS` has the share of each protocol.
         data: the data set that it was trained on.
         out: where the reports are kept, so that an interrupted evaluation goes on.
     """
     entry = ENTRIES[name]
-    model = load_classifier(folder) if is_classifier(folder) else load_defence(folder)
-    model.eval()
     attacked = {}
     for protocol, share in PROTOCOLS.items():
         count = max(1, round(share * images))
@@ -183,6 +262,7 @@ def judge(name: str, folder: Path, images: int, data: DataSet, out: Path) -> Car
         licence=LICENCE,
         clean=clean_accuracy(model, data),
         attacked=attacked,
+        classifier=entry.classifier,
     )
 
 
@@ -232,7 +312,8 @@ def main(chosen: argparse.Namespace, models: Path = MODELS) -> list[Card]:
         models: the zoo's folder.
 
     Raises:
-        ValueError: an unknown name, no images, a model that is too large. FileNotFoundError: no such model or data.
+        ValueError: an unknown name, no images, a model that is too large, another classifier than that of the zoo.
+        FileNotFoundError: no such model or data.
     """
     if chosen.images < 1:
         raise ValueError(f"--images must be at least 1, got {chosen.images}")
@@ -243,13 +324,23 @@ def main(chosen: argparse.Namespace, models: Path = MODELS) -> list[Card]:
             raise ValueError(f"there is no model {name!r}: there are {', '.join(ENTRIES)}")
         if not (source / "model.json").is_file():
             raise FileNotFoundError(f"{source} holds no model: give NAME=FOLDER")
-    check_sizes(sources, models)
     sets = {ENTRIES[name].data for name in sources}
     found = {kind: load_dataset(kind, chosen.data or "data") for kind in sorted(sets)}
-    cards = []
-    for name, source in sources.items():
-        card = judge(name, source, chosen.images, found[ENTRIES[name].data], chosen.out)
-        pack(name, source, card, models)
+    folders = {
+        name: source if source == models / name else prepare(name, source, chosen.out / name / "model")
+        for name, source in sources.items()
+    }
+    check_sizes(folders, models)
+    ready = {name: loaded(name, folders, models) for name in sources}
+    for name, entry in ENTRIES.items():
+        # what stays in the zoo must fit a classifier that is packed anew
+        if name not in sources and entry.classifier in sources and (models / name).is_dir():
+            loaded(name, folders, models)
+    cards = {
+        name: judge(name, model, chosen.images, found[ENTRIES[name].data], chosen.out) for name, model in ready.items()
+    }
+    # all at once, so that a defence and its classifier never differ for long
+    for name, card in cards.items():
+        pack(name, folders[name], card, models)
         print(card)
-        cards.append(card)
-    return cards
+    return list(cards.values())

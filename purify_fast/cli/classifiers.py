@@ -46,6 +46,24 @@ def saved_folder(folder: str | Path) -> Path:
     return zoo.folder(name)
 
 
+def saved_classifier(folder: str | Path) -> Path:
+    """Where the classifier of a saved defence is: inside its folder, or in the zoo.
+
+    Args:
+        folder: of a defence, or ``zoo:NAME``.
+
+    Raises:
+        ValueError: the zoo has no such defence.
+    """
+    name = zoo_name(folder)
+    if name is None:
+        return Path(folder) / "classifier"
+    # PyTorch takes 1.8 seconds to import: --help does without it
+    from .. import zoo
+
+    return zoo.classifier_folder(name)
+
+
 def is_named(classifier: str) -> bool:
     """Whether this is ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``, and no saved model."""
     return ":" in classifier and zoo_name(classifier) is None and not Path(classifier).exists()

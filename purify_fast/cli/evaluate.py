@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import tyro
 
-from .classifiers import is_named, own_folder, own_model, own_name, refuse_other_images, saved_folder, zoo_name
+from .classifiers import (
+    is_named,
+    own_folder,
+    own_model,
+    own_name,
+    refuse_other_images,
+    saved_classifier,
+    saved_folder,
+    zoo_name,
+)
 from .config_file import ball_of_run, write_run_file
 from .data_args import DataCommand
 from .option_types import check_radius
@@ -189,7 +198,7 @@ class Evaluate(DataCommand):
         if is_classifier(folder):
             model, base = load_classifier(folder).to(device), None
         else:
-            base = load_classifier(folder / "classifier").to(device)
+            base = load_classifier(saved_classifier(self.folder)).to(device)
             model = load_defence(folder, base)
         refuse_other_images(model, images, f"the model in {self.folder}")
         return model, base

@@ -11,6 +11,6 @@ it lower is asked to report how.
 """
 
 from .cards import Accuracy, Card, card
-from .loading import folder, list, load
+from .loading import classifier_folder, folder, list, load
 
-__all__ = ["Accuracy", "Card", "card", "folder", "list", "load"]
+__all__ = ["Accuracy", "Card", "card", "classifier_folder", "folder", "list", "load"]

@@ -22,7 +22,6 @@ REPORT = (
 
 #: What a protocol of a card runs, in a few words.
 PROTOCOLS = {
-    "default": "PGD with two losses, BPDA of a purifier, and AutoAttack",
     "fast": "Auto-PGD, untargeted and targeted",
     "standard": "AutoAttack's four attacks by this package's engine",
     "rand": "AutoAttack's version for random models by this package's engine",
@@ -73,8 +72,8 @@ class Card:
         version: the version of this package that made the numbers.
         licence: of the weights.
         clean: accuracy on images that are not attacked.
-        attacked: accuracy by the name of the protocol, see `purify_fast.evaluation.evaluate`; "default" is what it runs
-            without one.
+        attacked: accuracy by the name of the protocol, see `purify_fast.evaluation.evaluate`.
+        classifier: the model of the zoo that stands behind the defence; None where the model is a classifier itself.
     """
 
     name: str
@@ -91,6 +90,7 @@ class Card:
     licence: str
     clean: Accuracy
     attacked: dict[str, Accuracy]
+    classifier: str | None = None
 
     @property
     def lowest(self) -> Accuracy:
@@ -102,6 +102,8 @@ class Card:
         lines = [f"{self.name}: {self.title}"]
         if self.published:
             lines.append("This is the published form of the method. It is here to be studied, not to be relied on.")
+        if self.classifier is not None:
+            lines.append(f"Its classifier is {self.classifier}, a model of the zoo as well.")
         lines += [
             f"Images: {self.data}, {size}. Attacks: {self.norm}, eps {self.eps:.4g} in image units.",
             f"Clean: {self.clean}.",
@@ -116,7 +118,7 @@ class Card:
 
 def _protocol(name: str) -> str:
     """A protocol in words."""
-    called = "what `evaluate` runs without a protocol" if name == "default" else f"the protocol {name!r}"
+    called = f"the protocol {name!r}"
     return f"{called} ({PROTOCOLS[name]})" if name in PROTOCOLS else called
 
 

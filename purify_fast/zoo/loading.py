@@ -11,9 +11,6 @@ from ..methods.loading import load_defence
 from ..training import is_classifier, load_classifier
 from . import cards
 
-#: What stands before a model's name where a folder may stand as well, as in ``purify-fast evaluate zoo:NAME``.
-PREFIX = "zoo:"
-
 
 def list() -> builtins.list[str]:
     """The names of all models, sorted."""
@@ -23,6 +20,8 @@ def list() -> builtins.list[str]:
 def folder(name: str) -> Path:
     """The folder that a model was saved in; do not write there, it belongs to the installed package.
 
+    The classifier of a defence is not inside: `classifier_folder` says where it is, and `load` reads both.
+
     Args:
         name: one of `list`.
 
@@ -30,6 +29,21 @@ def folder(name: str) -> Path:
         ValueError: there is no such model; the message names those that there are.
     """
     return cards.known_folder(name)
+
+
+def classifier_folder(name: str) -> Path:
+    """The folder of the classifier that stands behind a defence of the zoo.
+
+    Args:
+        name: one of `list`, a defence.
+
+    Raises:
+        ValueError: there is no such model, or it is a classifier itself.
+    """
+    behind = cards.card(name).classifier
+    if behind is None:
+        raise ValueError(f"name must be a defence of the zoo, got {name!r}, whose card names no classifier")
+    return folder(behind)
 
 
 def load(name: str) -> nn.Module:
@@ -45,4 +59,6 @@ def load(name: str) -> nn.Module:
         ValueError: there is no such model; the message names those that there are.
     """
     path = folder(name)
-    return load_classifier(path) if is_classifier(path) else load_defence(path)
+    if is_classifier(path):
+        return load_classifier(path)
+    return load_defence(path, load_classifier(classifier_folder(name)))

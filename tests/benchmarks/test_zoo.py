@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from purify_fast import zoo as packed
-from purify_fast.zoo.cards import read_card
+from purify_fast.training.checkpoint import read_model
+from purify_fast.zoo.cards import Accuracy, read_card
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
@@ -20,15 +23,20 @@ from benchmarks import zoo  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def asked(*options):
+    """What the command line reads."""
+    parser = program.argparse.ArgumentParser()
+    zoo.add_arguments(parser)
+    return parser.parse_args(list(options))
+
+
 def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
     models, source = tmp_path / "models", tmp_path / "trained"
     shutil.copytree(packed.folder("digits-standard"), source)
     (source / "card.json").unlink()
     # the longer protocol takes a minute even on few images
     monkeypatch.setattr(zoo, "PROTOCOLS", {"standard": 1.0, "fast": 0.5})
-    parser = program.argparse.ArgumentParser()
-    zoo.add_arguments(parser)
-    chosen = parser.parse_args([f"digits-standard={source}", "--images", "10", "--out", str(tmp_path / "out")])
+    chosen = asked(f"digits-standard={source}", "--images", "10", "--out", str(tmp_path / "out"))
     (card,) = zoo.main(chosen, models)
     folder = models / "digits-standard"
     assert read_card(folder) == card and (folder / "model.safetensors").is_file()
@@ -36,7 +44,7 @@ def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
     assert card.clean.images > 300 and card.clean.share > 0.9
     assert (tmp_path / "out" / "digits-standard" / "standard" / "report.html").is_file()
     # a card that is written again needs no training's folder, and takes the attacks that were done
-    again = parser.parse_args(["digits-standard", "--images", "10", "--out", str(tmp_path / "out")])
+    again = asked("digits-standard", "--images", "10", "--out", str(tmp_path / "out"))
     assert zoo.main(again, models) == [card]
 
 
@@ -60,18 +68,96 @@ def test_what_does_not_fit_is_refused_before_any_work(options, message, monkeypa
     "limit, message", [("LARGEST", "a model of the zoo has at most 1,000"), ("ALL", "the zoo would have")]
 )
 def test_what_is_too_large_is_refused_before_any_work(limit, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(zoo, limit, 1000)
     monkeypatch.setattr(zoo, "judge", lambda *_: pytest.fail("it was judged"))
-    parser = program.argparse.ArgumentParser()
-    zoo.add_arguments(parser)
     with pytest.raises(ValueError, match=message):
-        zoo.main(parser.parse_args([f"digits-standard={packed.folder('digits-standard')}"]), tmp_path / "models")
+        zoo.main(asked(f"digits-standard={packed.folder('digits-standard')}"), tmp_path / "models")
     assert not (tmp_path / "models").exists()
+
+
+@pytest.fixture
+def small_zoo(tmp_path, monkeypatch):
+    """A zoo of one classifier, and protocols that take a second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo, "PROTOCOLS", {"fast": 1.0})
+    shutil.copytree(packed.folder("digits-pgd-at"), tmp_path / "models" / "digits-pgd-at")
+    return tmp_path / "models"
+
+
+def test_a_defence_shares_its_classifier_and_is_judged_as_it_is_stored(small_zoo, monkeypatch):
+    name = "digits-carso-pipeline"
+    monkeypatch.setitem(zoo.ENTRIES, name, replace(zoo.ENTRIES[name], bfloat16=True))
+    judged = []
+    monkeypatch.setattr(zoo, "clean_accuracy", lambda model, _: judged.append(model) or Accuracy(0.5, 2))
+    source = packed.folder(name)
+    (card,) = zoo.main(asked(f"{name}={source}", "--images", "2"), small_zoo)
+    assert card.classifier == "digits-pgd-at" and not (small_zoo / name / "classifier").exists()
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (small_zoo / name, source)]
+    assert sizes[0] < 0.6 * sizes[1]
+    weights = {key: value for key, value in judged[0].state_dict().items() if not key.startswith("classifier.")}
+    exact = packed.load(name).state_dict()
+    assert all(
+        torch.equal(value, exact[key].bfloat16().float()) for key, value in weights.items() if value.is_floating_point()
+    )
+    # the classifier is the one of the zoo
+    assert torch.equal(judged[0].classifier.head.weight, packed.load("digits-pgd-at").head.weight)
+
+
+def test_a_defence_of_another_classifier_is_refused_before_any_work(small_zoo, monkeypatch):
+    monkeypatch.setattr(zoo, "judge", lambda *_: pytest.fail("it was judged"))
+    name = "digits-carso-pipeline"
+    monkeypatch.setitem(zoo.ENTRIES, name, replace(zoo.ENTRIES[name], classifier="digits-standard"))
+    shutil.copytree(packed.folder("digits-standard"), small_zoo / "digits-standard")
+    with pytest.raises(ValueError, match=r"its weights .* are not those"):
+        zoo.main(asked(f"{name}={packed.folder(name)}"), small_zoo)
+    assert not (small_zoo / name).exists()
+
+
+def test_a_classifier_that_others_stand_on_is_not_replaced_by_another(small_zoo, monkeypatch):
+    name = "digits-carso-pipeline"
+    shutil.copytree(packed.folder(name), small_zoo / name)
+    monkeypatch.setattr(zoo, "judge", lambda *_: pytest.fail("it was judged"))
+    with pytest.raises(ValueError, match=r"digits-carso-pipeline was trained for"):
+        zoo.main(asked(f"digits-pgd-at={packed.folder('digits-standard')}"), small_zoo)
+
+
+def test_a_classifier_and_its_defence_are_packed_together(small_zoo, monkeypatch):
+    """The zoo holds another classifier of that name until both are judged."""
+    name, weights = "digits-carso-pipeline", "digits-pgd-at/model.safetensors"
+    for file in zoo.FILES:
+        shutil.copyfile(packed.folder("digits-standard") / file, small_zoo / "digits-pgd-at" / file)
+    there = []
+    monkeypatch.setattr(
+        zoo, "clean_accuracy", lambda *_: there.append((small_zoo / weights).read_bytes()) or Accuracy(0.5, 2)
+    )
+    models = [f"digits-pgd-at={packed.folder('digits-pgd-at')}", f"{name}={packed.folder(name)}"]
+    cards = zoo.main(asked(*models, "--images", "2"), small_zoo)
+    assert [card.name for card in cards] == ["digits-pgd-at", name]
+    assert set(there) == {(packed.folder("digits-standard") / "model.safetensors").read_bytes()}
+    assert (small_zoo / weights).read_bytes() == (packed.folder("digits-pgd-at") / "model.safetensors").read_bytes()
+    # a card that is written again needs neither folder
+    assert zoo.main(asked(name, "--images", "2"), small_zoo) == cards[1:]
+
+
+def test_the_folder_of_what_is_to_be_packed_is_no_source(small_zoo):
+    target = Path("runs/zoo/digits-carso-pipeline/model")
+    shutil.copytree(packed.folder("digits-carso-pipeline"), target)
+    with pytest.raises(ValueError, match="give the folder of a training"):
+        zoo.main(asked(f"digits-carso-pipeline={target}"), small_zoo)
+
+
+def test_weights_are_stored_as_the_entry_says():
+    for name in packed.list():
+        _, state = read_model(packed.folder(name))
+        kinds = {value.dtype for value in state.values() if value.is_floating_point()}
+        assert kinds == {torch.bfloat16 if zoo.ENTRIES[name].bfloat16 else torch.float32}, name
 
 
 def test_every_model_of_the_zoo_has_an_entry_that_its_card_repeats():
     for name in packed.list():
         card, entry = packed.card(name), zoo.ENTRIES[name]
-        assert (card.title, card.training, card.data, card.published) == (
-            entry.title, entry.training, entry.data, entry.published,
+        assert (card.title, card.training, card.data, card.published, card.classifier) == (
+            entry.title, entry.training, entry.data, entry.published, entry.classifier,
         )  # fmt: skip
+    assert set(zoo.ENTRIES) == set(packed.list())

@@ -40,6 +40,7 @@ def test_a_model_loads_and_its_card_says_how_it_was_made(name):
     templates = Path(__file__).parents[2] / ".github" / "ISSUE_TEMPLATE"
     assert any(f"name: {template}\n" in path.read_text() for path in templates.glob("*.yml"))
     assert card.training in text and "Lower?" in text and ("published form" in text) == card.published
+    assert (f"classifier is {card.classifier}," in text) == (card.classifier is not None)
     assert card.attacked and all(0 <= accuracy.share <= 1 for accuracy in card.attacked.values())
 
 
@@ -67,6 +68,12 @@ def test_an_attack_of_a_few_steps_leaves_no_less_than_the_card_says(name, digits
     assert attacked < card.clean.share
 
 
+def test_a_defence_and_its_classifier_are_models_of_their_own():
+    assert zoo.classifier_folder("digits-carso-pipeline") == zoo.folder("digits-pgd-at")
+    with pytest.raises(ValueError, match="name must be a defence of the zoo, got 'digits-pgd-at'"):
+        zoo.classifier_folder("digits-pgd-at")
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"name must be a model of the zoo, got 'nothing': there are .*digits"):
         zoo.load("nothing")
@@ -87,6 +94,8 @@ def test_the_command_line_lists_and_evaluates(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "zoo" / "digits-pgd-at" / "evaluation" / "report.md").is_file()
     assert cli.main(["evaluate", "zoo:nothing", *small]) == 2
     assert "there are" in capsys.readouterr().err
+    # a defence stands beside its classifier
+    assert cli.main(["evaluate", "zoo:digits-atop-pipeline", *small]) == 0
 
 
 def test_a_card_is_read_as_it_was_written(tmp_path):
