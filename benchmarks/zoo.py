@@ -144,6 +144,9 @@ def prepare(name: str, source: Path, out: Path) -> Path:
         name: one of `ENTRIES`.
         source: the folder that a training wrote.
         out: where to.
+
+    Raises:
+        ValueError: both are one folder.
     """
     if source.resolve() == out.resolve():
         raise ValueError(f"{source} is where the model is put before it is packed: give the folder of a training")
