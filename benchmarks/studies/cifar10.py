@@ -18,7 +18,7 @@ from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, evaluate
 
 from . import Job
-from .cifar10_ahead import CANDIDATES, MIXED
+from .cifar10_ahead import CANDIDATES, ELIGIBLE, MIXED
 from .cifar10_budget import (
     AFT,
     ARREST,
@@ -112,7 +112,7 @@ def trainings(where: Where, seed: int, budget: Budget) -> list[Job]:
     ]
     if seed > 0:
         # lambda and phi are chosen once, and so is the best candidate
-        tried = [(tried_name(name), 0) for name in (MIXED, *CANDIDATES)]
+        tried = [(tried_name(name), 0) for name in ELIGIBLE]
         return [
             *made,
             job(ARREST, finetune, STANDARD, *((search, 0) for search in searches)),
@@ -150,7 +150,7 @@ def judgings(where: Where, seed: int, budget: Budget) -> list[Job]:
     return [
         *(judged(name, TRAINED_AS.get(name, name)) for name in (*rows(budget), *AS_AUTHORS)),
         *(job(tried_name(name), judge_candidate, name, model=name) for name in TRIED),
-        judged(BEST, *(tried_name(name) for name in (MIXED, *CANDIDATES))),
+        judged(BEST, *(tried_name(name) for name in ELIGIBLE)),
     ]
 
 

@@ -53,6 +53,8 @@ CANDIDATES = {
 }
 #: The accurate and the robust classifier in one, after Bai et al., "MixedNUTS", TMLR 2024, arXiv 2402.02263.
 MIXED = "standard and PGD-AT, mixed"
+#: The best candidate is one of these.
+ELIGIBLE = (MIXED, *CANDIDATES)
 
 
 class CandidateTask(CarsoTask):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .cifar10_ahead import CANDIDATES, MIXED
+from .cifar10_ahead import CANDIDATES, ELIGIBLE, MIXED
 
 EPS = 8 / 255
 #: What CARSO reads of the classifier: the blocks that end its last three stages.
@@ -220,7 +220,7 @@ def trained_as(name: str, seed: int) -> str:
         seed: of the training. Of the candidates, only the best one is trained with further seeds; its weights lie in
             the folder of `BEST`.
     """
-    if seed > 0 and name in (MIXED, *CANDIDATES):
+    if seed > 0 and name in ELIGIBLE:
         return BEST
     return TRAINED_AS.get(name, name)
 

@@ -37,7 +37,7 @@ from purify_fast.training.attack import TrainingAttack
 
 from ..flops import Flops
 from . import Job
-from .cifar10_ahead import CANDIDATES, MIXED, CandidateTask, Mixed
+from .cifar10_ahead import CANDIDATES, ELIGIBLE, MIXED, CandidateTask, Mixed
 from .cifar10_budget import (
     ARREST,
     ATOP,
@@ -246,7 +246,7 @@ def best(job: Job, root: Path) -> str:
         result = first.result(root, tried_name(name))
         return result["tried"]["reliable"], result["tried"]["share"], result["clean"]
 
-    return max((MIXED, *CANDIDATES), key=found)
+    return max(ELIGIBLE, key=found)
 
 
 def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[str]) -> Carso:

@@ -139,7 +139,7 @@ class Results:
             print(f"{name}, seed {seed}: left out, for what it began with was trained anew", file=sys.stderr)
         lines = {key: line for key, line in (earlier.lines | self.lines).items() if key not in gone}
         chosen = lines.get((BEST, 0), {}).get("model")
-        others = {key for key, line in lines.items() if key[0] == BEST and line["model"] != (chosen or line["model"])}
+        others = {key for key, line in lines.items() if key[0] == BEST and chosen not in (None, line["model"])}
         for _, seed in sorted(others):
             print(f"{BEST}, seed {seed}: left out, for the best one is {chosen} now", file=sys.stderr)
         gone |= others

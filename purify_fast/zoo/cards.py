@@ -118,8 +118,7 @@ class Card:
 
 def _protocol(name: str) -> str:
     """A protocol in words."""
-    called = f"the protocol {name!r}"
-    return f"{called} ({PROTOCOLS[name]})" if name in PROTOCOLS else called
+    return f"the protocol {name!r}" + (f" ({PROTOCOLS[name]})" if name in PROTOCOLS else "")
 
 
 def read_card(folder: Path) -> Card:
