@@ -46,8 +46,8 @@ class Evaluate(DataCommand):
     It is named as path/to/file.py:function or package.module:function, which is imported and run."""
     official: Path | None = None
     """A folder with the weights that CARSO's authors published, in FOLDER's place: the three .safetensors files of the
-    purifier, and the file of its classifier. It needs --preset."""
-    preset: Published | None = None
+    purifier, and the file of its classifier. It needs --recipe."""
+    recipe: Published | None = None
     """Which published system --official holds. It brings the data set, K and the radius."""
     classifier_weights: Path | None = None
     """The classifier's file, if it is not in the folder --official; .safetensors, or a .pt of which only tensors are
@@ -102,9 +102,9 @@ class Evaluate(DataCommand):
         for norm, radius in (("l2", self.l2_eps), ("l1", self.l1_eps)):
             if norm in self.also:
                 check_radius(radius, norm, f"--{norm}-eps")
-        if (self.official is None) != (self.preset is None):
+        if (self.official is None) != (self.recipe is None):
             names = ", ".join(get_args(Published))
-            raise ValueError(f"--official FOLDER and --preset go together; preset is one of {names}")
+            raise ValueError(f"--official FOLDER and --recipe go together; recipe is one of {names}")
         if self.classifier_weights is not None and self.official is None:
             raise ValueError("--classifier-weights is the classifier of a published system: it needs --official")
         if self.protocol is not None and self.also:
@@ -140,8 +140,8 @@ class Evaluate(DataCommand):
             raise ValueError(f"--eps must be given, such as --eps 8/255: {self.own} does not say what it is for")
         name = zoo_name(self.folder)
         found: tuple[float, str] | None
-        if self.preset is not None:
-            found = self.ball_of_preset(self.preset)
+        if self.recipe is not None:
+            found = self.ball_of_recipe(self.recipe)
         else:
             found = ball_of_run(self.folder) if name is None else self.ball_of_card(name)
         if found is None:
@@ -165,17 +165,17 @@ class Evaluate(DataCommand):
         return card.eps, card.norm
 
     @staticmethod
-    def ball_of_preset(name: str) -> tuple[float, str]:
+    def ball_of_recipe(name: str) -> tuple[float, str]:
         """The radius and the norm that a published system was trained at."""
         # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..methods.carso.presets import preset
+        from ..methods.carso.recipes import system
 
-        return preset(name).eps, "linf"
+        return system(name)["attack.eps"], "linf"
 
     def title(self) -> str:
         """How the model is called in the report."""
-        if self.preset is not None:
-            return f"CARSO as published, {self.preset}"
+        if self.recipe is not None:
+            return f"CARSO as published, {self.recipe}"
         return zoo_name(self.folder) or (self.folder.name if self.own is None else own_name(self.own))
 
     def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
@@ -186,8 +186,8 @@ class Evaluate(DataCommand):
         from ..training import is_classifier, load_classifier
 
         device = images.y_test.device
-        if self.official is not None and self.preset is not None:
-            published = load_published(self.preset, self.official, self.classifier_weights).to(device)
+        if self.official is not None and self.recipe is not None:
+            published = load_published(self.recipe, self.official, self.classifier_weights).to(device)
             refuse_other_images(published, images, f"the system in {self.official}")
             return published, published.classifier
         if self.own is not None:

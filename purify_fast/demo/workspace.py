@@ -38,7 +38,8 @@ class Budget:
         autoattack_steps: of AutoAttack's APGD and FAB.
         autoattack_queries: of AutoAttack's Square.
         generator_epochs: of AToP's pre-training.
-        atop_published_epochs: of AToP as published.
+        atop_published_epochs: of AToP with the paper's objective.
+        atop_cls_delay: of these, without the cross-entropy.
         atop_pipeline_epochs: of AToP's fine-tuning through the pipeline.
         atop_steps: of PGD on AToP.
         atop_images: images for the attacks on AToP, the first so many.
@@ -62,6 +63,7 @@ class Budget:
     # AToP
     generator_epochs: int = 30
     atop_published_epochs: int = 30
+    atop_cls_delay: int = 2
     atop_pipeline_epochs: int = 20
     atop_steps: int = 40
     atop_images: int = 200
@@ -85,6 +87,7 @@ QUICK = Budget(
     autoattack_queries=20,
     generator_epochs=2,
     atop_published_epochs=2,
+    atop_cls_delay=1,
     atop_pipeline_epochs=1,
     atop_steps=4,
     atop_images=20,

@@ -35,7 +35,6 @@ from .networks import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder
 from .networks_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
 from .official import official_arguments, official_tensors, write_official
 from .packed_decoder import PackedDecoder, kernel_decodes, times_written
-from .presets import preset
 
 if TYPE_CHECKING:
     from ...training.task import Batch
@@ -65,7 +64,7 @@ class Carso(Defence):
             them from image_shape and decoder_width. `published_decoder` has the paper's.
         version: ``v4``, the paper's versions 4 to 6, or ``v1``, its first, made for 28 x 28 images.
 
-    `Carso.from_preset` builds the published systems, `Carso.from_official` reads the published files.
+    `purify_fast.methods.recipes` builds the published systems, `Carso.from_official` reads the published files.
 
     Raises:
         ValueError: sizes below 1, a std that is not above 0, unknown layers, or a classifier that does not fit
@@ -342,26 +341,6 @@ class Carso(Defence):
         return fast.packed
 
     # -- the published systems, training and files --------------------------------------------------------------------
-
-    @classmethod
-    def from_preset(cls, name: str, classifier: nn.Module, **changes: Any) -> Carso:
-        """A published system with a fresh purifier.
-
-        Args:
-            name: of `purify_fast.methods.carso.PRESETS`: cifar10, cifar100, tiny_imagenet or mnist_v1.
-            classifier: as the preset's ``build_classifier`` makes it, with weights of yours.
-            changes: arguments of this class that take the place of the preset's.
-
-        Raises:
-            ValueError: an unknown name, or a classifier with other layers or another number of classes.
-        """
-        made = preset(name)
-        defence = cls(classifier, **{**made.arguments(), **changes})
-        if defence.num_classes != made.num_classes:
-            raise ValueError(
-                f"classifier: it has {defence.num_classes} classes, {name} ({made.data}) has {made.num_classes}"
-            )
-        return defence
 
     @classmethod
     def from_official(
