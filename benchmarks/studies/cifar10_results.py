@@ -21,7 +21,7 @@ from purify_fast.evaluation import Report, merge
 from . import ASKED, RESULT, folder_of
 from .cifar10_ahead import MIXED
 from .cifar10_budget import (
-    ARREST,
+    ARREST_EMA,
     AS_AUTHORS,
     AUTHORS,
     BASE,
@@ -294,7 +294,7 @@ def _row_line(found: Found, name: str, budget: Budget) -> dict[str, Any]:
         }
     line |= {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop")}
     line["hours"] = round(found.hours(judged["model"], budget.training.batch_size), 3)
-    if name == ARREST:
+    if name == ARREST_EMA:
         line |= {key: facts[key] for key in ("weight", "angle")}
     return line
 
