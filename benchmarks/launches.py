@@ -57,7 +57,7 @@ def _atop(target: str, steps: int) -> AtopTask:
     made = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
     attack = TrainingAttack(eps=EPS, steps=steps)
     method = "fgsm" if target == "classifier" else "pgd"
-    return AtopTask(made, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay_epochs=0))
+    return AtopTask(made, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0))
 
 
 #: By training, what makes its task, with the steps of its attack; the one step of FGSM has no such number.

@@ -76,7 +76,7 @@ class PlainTraining:
         z, kl = sample_latent(mean, log_variance, seed, ids)
         logits = self.model.reconstruct(z, condition)
         reconstruction = F.binary_cross_entropy_with_logits(logits, clean, reduction="none").flatten(1).sum(1)
-        return reconstruction.mean() + kl_weight(self.batch.epoch, self.batch.epochs) * kl.mean()
+        return reconstruction.mean() + kl_weight(self.batch.epoch, self.batch.epochs / 8) * kl.mean()
 
     def published(self) -> Tensor:
         b, a = self.batch, self.config.attack

@@ -37,7 +37,7 @@ PUBLISHED = {
 }  # fmt: skip
 PIPELINE = {
     "epochs": 20, "batch_size": 128, "learning_rate": 4e-3, "schedule": "one_cycle", "cls_weight": 1.0,
-    "reconstruction_weight": 0.1, "cls_delay_epochs": 0, "steps": 7, **atop.PIPELINE,
+    "reconstruction_weight": 0.1, "cls_delay": 0, "steps": 7, **atop.PIPELINE,
 }  # fmt: skip
 MAIN = {
     "generator": {"residual": True}, "defence": {"sigma": 0.1, "missing": 0.0}, "stage": PIPELINE, "base": BASE,

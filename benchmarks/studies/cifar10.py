@@ -1,4 +1,4 @@
-"""CIFAR-10 at L-inf 8/255: the three methods, by the papers' objectives and through the pipeline, beside single networks.
+"""CIFAR-10 at L-inf 8/255: the three methods, by the papers' objectives and through the pipeline, beside networks.
 
 `cifar10_models` trains; here the models are judged by this package's own engine and put into one table.
 """

@@ -158,9 +158,8 @@ FULL = Budget(
 QUICK = Budget(
     Training(
         width=2, large_width=3, large_epochs=1, long_epochs=2, standard_epochs=1, base_epochs=1, arrest_epochs=1,
-        search_epochs=1, published_epochs=3,
-        pipeline_epochs=1, generator_epochs=1, atop_delay_images=16, train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,),
-        angles=(30.0,), samples=2,
+        search_epochs=1, published_epochs=3, pipeline_epochs=1, generator_epochs=1, atop_delay_images=16,
+        train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,), angles=(30.0,), samples=2,
     ),
     Judging(clean=20, fast=4, standard=0, strong=0, official=0, held_out=10, authors=4, tried="fast"),
     seeds=1,

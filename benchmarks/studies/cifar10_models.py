@@ -3,10 +3,10 @@
 Every model is trained with crops and flips. Adversarially trained classifiers, AFT and ARREST among them, keep a moving
 average of their weights; of the base and of ARREST the weights without it are judged too. The rows of the paper's
 objective have the target and the loss of the paper, and this study's networks, optimizers and budgets: none follows a
-recipe of `purify_fast.methods.recipes`. AToP's generator, AToP with the paper's objective and the candidate whose classifier is trained too are
-trained in float32, all others in bfloat16. The defences are compared with single networks that were trained
-adversarially: the base, a larger and a longer one, one with AWP, one at half of eps, and TRADES. ARREST's lambda and
-phi are chosen on training images that the search leaves out; nothing is chosen on test images.
+recipe of `purify_fast.methods.recipes`. AToP's generator, AToP with the paper's objective and the candidate whose
+classifier is trained too are trained in float32, all others in bfloat16. The defences are compared with single networks
+that were trained adversarially: the base, a larger and a longer one, one with AWP, one at half of eps, and TRADES.
+ARREST's lambda and phi are chosen on training images that the search leaves out; nothing is chosen on test images.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from purify_fast.cli.parsing import parse
 
 COMMANDS = [
     ["train classifier", "--eps", "8/255", "--norm", "L2", "--flip"],
-    ["train carso", "--eps", "0.3", "--layers", "conv2", "--no-flip", "--image-size", "12", "8"],
-    ["train carso", "--preset", "mnist_v1", "--samples", "3"],
+    ["train carso", "--eps", "0.3", "--layers", "conv2", "--no-flip", "--size", "12", "8"],
+    ["train carso", "--recipe", "mnist_v1", "--samples", "3"],
     ["train carso", "--init", "runs/carso", "--attack-target", "pipeline"],
     ["train generator", "--residual", "--betas", "0.4", "0.9", "--weight-decay=-1"][:5],
     ["train atop", "--init", "None", "--transform", "rt3", "--shared-mask"],
@@ -46,9 +46,9 @@ def test_options_on_the_command_line_win(tmp_path):
     assert read.method.attack.eps == 8 / 255
 
 
-def test_a_preset_in_a_file_gives_the_numbers_that_the_file_does_not(tmp_path):
+def test_a_recipe_in_a_file_gives_the_numbers_that_the_file_does_not(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("preset: mnist_v1\nsamples: 2\n")
+    path.write_text("recipe: mnist_v1\nsamples: 2\n")
     read = parsed(["train carso", "--config", str(path), "--epochs", "3"])
     assert (read.samples, read.cond_dim, read.loop.epochs, read.loop.batch_size) == (2, 130, 3, 1536)
 
