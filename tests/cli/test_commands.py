@@ -203,6 +203,34 @@ def test_a_recipe_is_trained_on_the_users_data(tmp_path, capsys):
     assert "its images are (1, 16, 16), the purifier's (1, 28, 28)" in capsys.readouterr().err
 
 
+def test_atop_is_trained_by_a_recipe_at_its_size(tmp_path, capsys):
+    """The command's own images, resized to 256 x 256, and a shortened schedule; a delay of all of it is refused."""
+    x, y = np.random.RandomState(0).randint(0, 256, (12, 8, 8, 3)).astype(np.uint8), np.arange(12) % 10
+    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    common = ["--data", str(tmp_path / "small.npz"), "--num-classes", "10", "--device", "cpu"]
+    base = str(tmp_path / "classifier")
+    network = ["--model", "preact_resnet18", "--width", "2", "--size", "256", "--epochs", "1", "--batch-size", "4"]
+    assert cli.main(["train", "classifier", "--out", base, *network, *common]) == 0
+    short = ["--width", "4", "--steps-per-epoch", "1", "--batch-size", "2", "--out", str(tmp_path / "atop")]
+    atop = ["train", "atop", "--recipe", "cifar_rt2", "--classifier", base, *short, *common]
+    assert cli.main([*atop, "--epochs", "2"]) == 2
+    assert "cls_delay is 2 epochs, and the training has 2 epochs" in capsys.readouterr().err
+    assert cli.main([*atop, "--epochs", "3"]) == 0
+    defence = purify_fast.load_defence(tmp_path / "atop")
+    assert defence.image_shape == (3, 256, 256) and defence.acts_from_step == {"reconstruction": 0, "cross_entropy": 2}
+    assert (defence.block, defence.sigma, defence.transform) == (32, 0.25, "rt2")
+
+
+def test_recipes_are_listed_and_printed(capsys):
+    assert cli.main(["recipe"]) == 0
+    listed = capsys.readouterr().out
+    assert "atop/cifar_rt2" in listed and "arrest/wrn_34_10" in listed
+    assert cli.main(["recipe", "carso/cifar10"]) == 0
+    assert "src/train_a.py:107" in capsys.readouterr().out
+    assert cli.main(["recipe", "carso/cifar"]) == 2 and "recipe must be one of" in capsys.readouterr().err
+    assert cli.main(["train", "arrest", "--recipe", "resnet"]) == 2
+
+
 def test_the_shell_is_completed(tmp_path, capsys):
     for shell in ("bash", "zsh"):
         with pytest.raises(SystemExit) as end:
