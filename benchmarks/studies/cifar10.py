@@ -74,9 +74,9 @@ from .cifar10_models import (
     train_carso,
     train_standard,
 )
-from .cifar10_table import write
+from .cifar10_table import write, write_given
 
-__all__ = ["FULL", "QUICK", "Budget", "jobs", "write"]
+__all__ = ["FULL", "QUICK", "Budget", "jobs", "write", "write_given"]
 
 DEFAULT = Budget()
 

@@ -202,6 +202,15 @@ TRIED = {
 
 #: What is trained on a base that is given, with each seed: the rows whose training was wrong, and what they need.
 ON_GIVEN = (STANDARD, BASE, GENERATOR, ATOP, ATOP_STANDARD, ARREST_EMA, ARREST)
+#: Models of these whose differences are shown.
+GIVEN_PAIRS = (
+    (GENERATOR, BASE),
+    (ATOP, BASE),
+    (ATOP_STANDARD, STANDARD),
+    (ATOP, GENERATOR),
+    (ARREST, ARREST_EMA),
+    (ARREST, BASE),
+)
 #: Lambda and phi of ARREST there: those that the study chose on held-out training images with the first seed.
 CHOSEN = (50.0, 30.0)
 
