@@ -175,7 +175,7 @@ class Evaluate(DataCommand):
     def title(self) -> str:
         """How the model is called in the report."""
         if self.preset is not None:
-            return f"CARSO as published, {self.preset}"
+            return f"CARSO, its authors' weights, {self.preset}"
         return zoo_name(self.folder) or (self.folder.name if self.own is None else own_name(self.own))
 
     def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:

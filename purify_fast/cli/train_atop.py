@@ -98,7 +98,7 @@ class TrainGenerator(DataCommand):
 
 @dataclass(frozen=True)
 class TrainAtop(TrainGenerator):
-    """Fine-tune a purifier through the frozen classifier, as published or through the pipeline. Resumes."""
+    """Fine-tune a purifier for the frozen classifier: with the paper's objective or through the pipeline. Resumes."""
 
     called: ClassVar[str] = "train atop"
 
