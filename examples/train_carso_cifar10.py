@@ -1,4 +1,4 @@
-"""CARSO on CIFAR-10: an adversarially trained classifier, the purifier with the paper's objective, then through the pipeline.
+"""CARSO on CIFAR-10: an adversarially trained classifier, its purifier by the paper's objective, then the pipeline's.
 
 python examples/train_carso_cifar10.py --data cifar10 --root DIR    # hours on a CPU
 python examples/train_carso_cifar10.py --tiny                        # seconds, random images
