@@ -64,11 +64,11 @@ def _atop(target: str, steps: int) -> AtopTask:
 TRAININGS: dict[str, Callable[[], Any]] = {
     "ARREST, PGD-2": lambda: _arrest(2),
     "ARREST, PGD-10": lambda: _arrest(10),
-    "CARSO, published, PGD-2": lambda: _carso("classifier", 2),
-    "CARSO, published, PGD-10": lambda: _carso("classifier", 10),
+    "CARSO, paper's objective, PGD-2": lambda: _carso("classifier", 2),
+    "CARSO, paper's objective, PGD-10": lambda: _carso("classifier", 10),
     "CARSO, pipeline, PGD-2": lambda: _carso("pipeline", 2),
     "CARSO, pipeline, PGD-10": lambda: _carso("pipeline", 10),
-    "AToP, published, FGSM": lambda: _atop("classifier", 10),
+    "AToP, paper's objective, FGSM": lambda: _atop("classifier", 10),
     "AToP, pipeline, PGD-2": lambda: _atop("pipeline", 2),
     "AToP, pipeline, PGD-10": lambda: _atop("pipeline", 10),
 }

@@ -1,4 +1,4 @@
-"""CARSO's published weight files: read, and judged under exact gradients.
+"""The weight files of CARSO's authors: read, and judged under exact gradients.
 
 The official code publishes three safetensors files for a system, and RobustBench the classifier's weights. Nothing is
 downloaded here: bring the files, or rehearse with files that this script writes itself.
@@ -45,7 +45,7 @@ def main(
     images: int = 100,
     tiny: bool = False,
 ) -> None:
-    """Read a published system, and attack it through its published output and through exact gradients.
+    """Read a published system, and attack it through PeeL, its authors' output, and through exact gradients.
 
     Args:
         folder: with the three files; needed without --tiny.
@@ -74,7 +74,7 @@ def main(
     steps = 2 if tiny else 50
     attacks = [
         # as its authors attack it: through an output whose gradients are not finite
-        AttackSpec(PGD(steps=steps), aggregation="peel_reference", label="through PeeL, as published"),
+        AttackSpec(PGD(steps=steps), aggregation="peel_reference", label="through PeeL"),
         # the same decisions through a logsumexp, which has gradients
         PGD(steps=steps),
     ]

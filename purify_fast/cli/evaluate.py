@@ -175,7 +175,7 @@ class Evaluate(DataCommand):
     def title(self) -> str:
         """How the model is called in the report."""
         if self.recipe is not None:
-            return f"CARSO as published, {self.recipe}"
+            return f"CARSO, its authors' weights, {self.recipe}"
         return zoo_name(self.folder) or (self.folder.name if self.own is None else own_name(self.own))
 
     def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:

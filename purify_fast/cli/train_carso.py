@@ -24,7 +24,7 @@ _SIZES = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")
 
 @dataclass(frozen=True)
 class TrainCarso(DataCommand):
-    """Train CARSO's purifier on a saved classifier, with the paper's objective or through the pipeline. Resumes."""
+    """Train CARSO's purifier on a saved classifier: with the paper's objective or through the pipeline. Resumes."""
 
     called: ClassVar[str] = "train carso"
 

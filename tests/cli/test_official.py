@@ -47,7 +47,7 @@ def test_the_published_files_are_judged_in_one_command(published, run):
     code, said = evaluated(run, published)
     assert code == 0, said
     report = Report.from_json((published / "evaluation" / "report.json").read_text())
-    assert report.models == ["CARSO as published, cifar10"]
+    assert report.models == ["CARSO, its authors' weights, cifar10"]
     assert report.about["dataset"] == "cifar10" and report.about["threat"] == "L-inf 8/255"
     assert {row.kind for row in report.rows} >= {"clean", "pgd", "bpda", "worst"}
     assert "transfer from the base" in report.attacks and (published / "evaluation" / "report.html").is_file()

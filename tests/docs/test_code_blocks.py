@@ -51,8 +51,8 @@ SHORTER = {
         "evaluate(tiny, tiny_x, y[:2], eps=0.2, attacks=attacks, progress=False)"
     ),
 }
-#: Languages whose blocks are not run: what programs print, and drawings.
-TEXT = ("text", "bibtex", "yaml", "json", "diff", "cpp")
+#: Languages whose blocks are not run: what programs print, drawings, and files (py), which test_extend.py writes.
+TEXT = ("text", "bibtex", "yaml", "json", "diff", "cpp", "py")
 
 
 class Layers(nn.Module):

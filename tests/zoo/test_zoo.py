@@ -39,7 +39,7 @@ def test_a_model_loads_and_its_card_says_how_it_was_made(name):
     template = text.split("the template '")[1].split("'")[0]
     templates = Path(__file__).parents[2] / ".github" / "ISSUE_TEMPLATE"
     assert any(f"name: {template}\n" in path.read_text() for path in templates.glob("*.yml"))
-    assert card.training in text and "Lower?" in text and ("published form" in text) == card.published
+    assert card.training in text and "Lower?" in text and ("objective alone" in text) == card.study_only
     assert (f"classifier is {card.classifier}," in text) == (card.classifier is not None)
     assert card.attacked and all(0 <= accuracy.share <= 1 for accuracy in card.attacked.values())
 
