@@ -59,7 +59,7 @@ FULL = Budget(base_epochs=40, objective_epochs=20, pipeline_epochs=20, images=10
 QUICK = Budget(
     width=8,
     base_epochs=1,
-    objective_epochs=1,
+    objective_epochs=3,
     pipeline_epochs=1,
     images=20,
     steps=2,
