@@ -14,16 +14,16 @@ STANDARD, BASE, LARGE, AWP, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "PG
 NO_EMA, LONG = "PGD-AT, no moving average", "PGD-AT, longer"
 AFT, ARREST, ARREST_EMA = "AFT", "ARREST", "ARREST, moving average"
 #: "The paper's objective": target and loss are the paper's; network, optimizer, schedule and budget are this study's.
-CARSO, CARSO_PIPELINE = "CARSO, the paper's objective", "CARSO pipeline"
+CARSO, CARSO_PIPELINE = "CARSO, paper's objective", "CARSO pipeline"
 CARSO_ARREST = "CARSO pipeline on ARREST"
-GENERATOR, ATOP = "AToP pre-trained only", "AToP, the paper's objective"
+GENERATOR, ATOP = "AToP pre-trained only", "AToP, paper's objective"
 ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
 #: The setting of the paper, whose classifiers are not robust by themselves.
-ATOP_STANDARD = "AToP, the paper's objective, on standard"
+ATOP_STANDARD = "AToP, paper's objective, on standard"
 #: CARSO attacked through the output that its authors attack.
-PEEL = "CARSO, the paper's objective, through PeeL"
+PEEL = "CARSO, paper's objective, through PeeL"
 #: AToP attacked as its notebooks do while they train: the attack sees the classifier alone.
-ALONE = "AToP, the paper's objective, on standard, classifier attacked alone"
+ALONE = "AToP, paper's objective, on standard, classifier attacked alone"
 #: Rows that are attacked as the method's authors do, and no otherwise; their place among the protocols.
 AS_AUTHORS, AUTHORS = (PEEL, ALONE), "authors"
 CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST_EMA, ARREST)
@@ -61,7 +61,7 @@ class Training:
     base_epochs: int = 15
     arrest_epochs: int = 6
     search_epochs: int = 1
-    published_epochs: int = 5
+    objective_epochs: int = 5
     pipeline_epochs: int = 2
     generator_epochs: int = 2
     #: of AToP with the paper's objective: images before its cross-entropy acts, as many as in the authors' two epochs
@@ -150,7 +150,7 @@ FULL = Budget(
     Training(
         width=64, large_width=80, large_epochs=60, long_epochs=90, standard_epochs=50, base_epochs=60,
         arrest_epochs=30, search_epochs=5,
-        published_epochs=30, pipeline_epochs=20, generator_epochs=10, steps=10, carso_steps=40, samples=8,
+        objective_epochs=30, pipeline_epochs=20, generator_epochs=10, steps=10, carso_steps=40, samples=8,
     ),
     Judging(fast=0, standard=1000, strong=200, official=1000, authors=1000),
     shares=(0.25, 0.5, 0.75),
@@ -158,7 +158,7 @@ FULL = Budget(
 QUICK = Budget(
     Training(
         width=2, large_width=3, large_epochs=1, long_epochs=2, standard_epochs=1, base_epochs=1, arrest_epochs=1,
-        search_epochs=1, published_epochs=3, pipeline_epochs=1, generator_epochs=1, atop_delay_images=16,
+        search_epochs=1, objective_epochs=3, pipeline_epochs=1, generator_epochs=1, atop_delay_images=16,
         train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,), angles=(30.0,), samples=2,
     ),
     Judging(clean=20, fast=4, standard=0, strong=0, official=0, held_out=10, authors=4, tried="fast"),

@@ -283,27 +283,27 @@ def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[st
     return defence.to(job.settings["device"])
 
 
-def _from_published(job: Job, root: Path, defence: Carso) -> str:
-    """Start from what the published training left, as far as the weights have the same shapes; their fingerprint."""
-    published = load_carso(job.folder(root, CARSO), load_classifier(job.folder(root, BASE)))
+def _from_objective(job: Job, root: Path, defence: Carso) -> str:
+    """Start from what the training with the paper's objective left, as far as the weights have the same shapes; their fingerprint."""
+    before = load_carso(job.folder(root, CARSO), load_classifier(job.folder(root, BASE)))
     there = defence.state_dict()
     own = {
         key: value
-        for key, value in published.state_dict().items()
+        for key, value in before.state_dict().items()
         if not key.startswith("classifier.") and key in there and there[key].shape == value.shape
     }
     defence.load_state_dict(own, strict=False)
-    return weights_fingerprint(published)
+    return weights_fingerprint(before)
 
 
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
     """CARSO with the paper's objective, or from there through the pipeline."""
     images, budget = images_of(job), job.settings["budget"]
     defence = _fresh_carso(job, root, images, LAYERS)
-    origin, epochs = "scratch", budget.published_epochs
+    origin, epochs = "scratch", budget.objective_epochs
     config = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=budget.carso_steps), precision="bfloat16")
     if job.name != CARSO:
-        origin, epochs = _from_published(job, root, defence), budget.pipeline_epochs
+        origin, epochs = _from_objective(job, root, defence), budget.pipeline_epochs
         config = CarsoConfig(
             attack_target="pipeline", attack=attack_of(budget), learning_rate=1e-3, precision="bfloat16"
         )
@@ -313,13 +313,13 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train_candidate(job: Job, folder: Path, root: Path) -> dict:
-    """One of `CANDIDATES`, or the best one, from what the published training left. The mixture is not trained."""
+    """One of `CANDIDATES`, or the best one, from what the training with the paper's objective left. The mixture is not trained."""
     name = best(job, root) if job.name == BEST else job.name
     if name == MIXED:
         return mix(job, folder, root) | {"model": name}
     images, budget, how = images_of(job), job.settings["budget"], CANDIDATES[name]
     defence = _fresh_carso(job, root, images, LAYERS[-1:] if how.late else LAYERS)
-    origin = _from_published(job, root, defence)
+    origin = _from_objective(job, root, defence)
     # a classifier that is trained has no frozen copy, which bfloat16 needs
     precision = "float32" if how.joint else "bfloat16"
     rate = 1e-4 if how.joint else 1e-3

@@ -182,8 +182,14 @@ def official_table(results: Results, counts: Judging) -> list[str]:
     return markdown_table(head, body) if body else []
 
 
-def settings(results: Results, budget: Budget) -> str:
-    """What was trained and judged, and how much of it."""
+def settings(results: Results, budget: Budget, elsewhere: Sequence[str] = ()) -> str:
+    """What was trained and judged, and how much of it.
+
+    Args:
+        results: of the study.
+        budget: how much of everything there is.
+        elsewhere: rows that stand in the table of a base that was given.
+    """
     amount, counts = budget.training, budget.judging
     text = (
         f"CIFAR-10, L-inf 8/255. A PreActResNet-18 of width {amount.width}. Clean accuracy is on {counts.clean:,} test "
@@ -192,7 +198,7 @@ def settings(results: Results, budget: Budget) -> str:
         f"on the first {amount.train_images:,} training images, for {amount.standard_epochs} epochs on clean images, "
         f"{amount.base_epochs} of PGD-{amount.steps} for each base ({amount.large_epochs} for the larger one; the "
         f"longer one is the base after {amount.long_epochs - amount.base_epochs} more), "
-        f"{amount.arrest_epochs} of ARREST and AFT, {amount.published_epochs} of CARSO with the paper's objective, "
+        f"{amount.arrest_epochs} of ARREST and AFT, {amount.objective_epochs} of CARSO with the paper's objective, "
         f"and {amount.pipeline_epochs} of AToP with the paper's objective and of all that is trained through the "
         "pipeline; ARREST, AFT and the bases keep a moving average of their weights; with seed 0 where nothing else is "
         "said. Hours of training are as they passed, with other jobs beside, on one to four threads: GFLOP compare "
@@ -201,13 +207,19 @@ def settings(results: Results, budget: Budget) -> str:
     if (line := results.line(ARREST_EMA)) is not None:
         pair = f"lambda {line['weight']:g} and phi {line['angle']:g}"
         text += f" On training images that the search left out {pair} were chosen for ARREST."
-    return "\n\n".join([text, *not_judged(results, budget)])
+    return "\n\n".join([text, *not_judged(results, budget, elsewhere)])
 
 
-def not_judged(results: Results, budget: Budget) -> list[str]:
-    """A sentence for each part of the study that has not ended; none when all is done."""
+def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> list[str]:
+    """A sentence for each part of the study that has not ended; none when all is done.
+
+    Args:
+        results: of the study.
+        budget: how much of everything there is.
+        elsewhere: rows that stand in the table of a base that was given, and are not missed here.
+    """
     counts = budget.judging
-    wanted = [*rows(budget), BEST]
+    wanted = [name for name in (*rows(budget), BEST) if name not in elsewhere]
     official = [name for name in OFFICIAL if counts.official > 0 and "official" not in (results.line(name) or {})]
     judged = results.judged(wanted)
     strong = [name for name in judged if counts.strong > 0 and "strong" not in results.lines[name, 0]]
@@ -219,7 +231,9 @@ def not_judged(results: Results, budget: Budget) -> list[str]:
     }
     for seed in range(1, budget.seeds):
         there = results.judged(COMPARED, seed)
-        missing[f"With seed {seed} not judged yet"] = [name for name in COMPARED if name not in there]
+        missing[f"With seed {seed} not judged yet"] = [
+            name for name in COMPARED if name not in there and name not in elsewhere
+        ]
     return [f"{what}: {'; '.join(names)}." for what, names in missing.items() if names]
 
 
@@ -303,7 +317,8 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     if not new.lines or not names:
         raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
     results.save(folder, budget)
-    lines = [settings(results, budget), "", *table(results, names, budget), ""]
+    given = {name for name, _ in Results.read(folder, budget, GIVEN).lines}
+    lines = [settings(results, budget, sorted(given)), "", *table(results, names, budget), ""]
     lines += differences(results, counts)
     if beside := strong_beside_main(results, names, counts):
         lines += ["", beside]

@@ -24,7 +24,7 @@ class ShowRecipe(Command):
         from ..methods.recipes import RECIPES, recipe
 
         if self.name is not None:
-            print(recipe(self.name).card())
+            print(recipe(self.name))
             return
         width = max(map(len, RECIPES))
         for name, made in RECIPES.items():

@@ -78,7 +78,7 @@ class Recipe:
         """
         return FitConfig(**self.part("loop", official_code))
 
-    def card(self) -> str:
+    def __str__(self) -> str:
         """All facts with grades and sources, and what is not reproduced, as text."""
         rows: list[tuple[str, ...]] = [
             (key, _text(fact.value), "" if fact.official is None else _text(fact.official), fact.grade, fact.source)
