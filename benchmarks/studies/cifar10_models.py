@@ -284,7 +284,7 @@ def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[st
 
 
 def _from_objective(job: Job, root: Path, defence: Carso) -> str:
-    """Start from what the training with the paper's objective left, as far as the weights have the same shapes; their fingerprint."""
+    """Start from the purifier with the paper's objective, as far as shapes are the same; its weights' fingerprint."""
     before = load_carso(job.folder(root, CARSO), load_classifier(job.folder(root, BASE)))
     there = defence.state_dict()
     own = {
@@ -313,7 +313,7 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train_candidate(job: Job, folder: Path, root: Path) -> dict:
-    """One of `CANDIDATES`, or the best one, from what the training with the paper's objective left. The mixture is not trained."""
+    """One of `CANDIDATES`, or the best one, from the purifier with the paper's objective; the mixture is not trained."""
     name = best(job, root) if job.name == BEST else job.name
     if name == MIXED:
         return mix(job, folder, root) | {"model": name}
