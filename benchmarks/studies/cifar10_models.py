@@ -313,7 +313,7 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train_candidate(job: Job, folder: Path, root: Path) -> dict:
-    """One of `CANDIDATES`, or the best one, from the purifier with the paper's objective; the mixture is not trained."""
+    """One of `CANDIDATES`, or the best one, from the purifier with the paper's objective; a mixture is not trained."""
     name = best(job, root) if job.name == BEST else job.name
     if name == MIXED:
         return mix(job, folder, root) | {"model": name}
