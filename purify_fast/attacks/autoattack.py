@@ -41,7 +41,8 @@ def implementation() -> type:
         with contextlib.suppress(ModuleNotFoundError):
             return importlib.import_module(package).AutoAttack
     raise ModuleNotFoundError(
-        "AutoAttack is not installed: pip install 'purify-fast[eval]' (pyautoattack), or leave its rows out"
+        "AutoAttack is not installed: pip install 'purify-fast[eval]' brings pyautoattack. The protocol standard runs "
+        "its four attacks without it"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is run: one attack for each row of a report, the default plan, and a published protocol."""
+"""What is run: one attack for each row of a report, and a published attack."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from .._validation import check_literal
-from ..attacks import BPDA, PGD, Attack, AutoAttack
+from ..attacks import BPDA, PGD, Attack
 from ..attacks.arguments import check_at_least_one, check_eps, check_not_negative
 from ..attacks.bpda import check_aggregation
 from ..protocols import Classifier
@@ -114,22 +114,6 @@ def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
         except TypeError as error:
             raise TypeError(f"attacks[{i}]: {error}") from None
     return specs
-
-
-def default_attacks(base: Classifier | None = None) -> list[AttackSpec]:
-    """What `evaluate` runs if it is not told.
-
-    Args:
-        base: an undefended classifier, on which a transfer attack is made.
-
-    Returns:
-        PGD with CE and DLR on the random and the deterministic model, BPDA, AutoAttack, and transfer from ``base``.
-    """
-    variants: tuple[Variant, ...] = ("random", "deterministic")
-    own = [AttackSpec(pgd, variant) for variant in variants for pgd in (PGD(), PGD(loss="dlr"))]
-    auto = [AttackSpec(AutoAttack(), "fixed"), AttackSpec(AutoAttack(version="rand"))]
-    transfer = [] if base is None else [AttackSpec(PGD(), target=base, label="transfer from the base")]
-    return [*own, AttackSpec(BPDA()), *auto, *transfer]
 
 
 def lee_kim_2023(eps: float = 8 / 255) -> AttackSpec:
