@@ -66,6 +66,8 @@ class Evaluate(DataCommand):
     """Steps of the attacks that follow gradients, where the protocol does not say."""
     eot_iter: int = 5
     """Draws of the defence that each step averages over."""
+    n_eval: int = 5
+    """Independent predictions of a random defence on each attacked image; it is robust if all of them are right."""
     batch_size: int = 250
     """Images that are attacked together."""
     max_forward_batch: int | None = None
@@ -244,6 +246,7 @@ class Evaluate(DataCommand):
                 protocol=self.protocol,
                 steps=self.steps,
                 eot_iter=self.eot_iter,
+                n_eval=self.n_eval,
                 batch_size=self.batch_size,
                 max_forward_batch=self.max_forward_batch,
                 cuda_graphs=self.cuda_graphs,

@@ -59,7 +59,9 @@ class Row:
             says it in words.
         robust: bool ``[n]``, image by image. Of a clean row: the first prediction was right. Of an attack: the image
             was classified correctly, and all ``n_eval`` predictions on the adversarial image were right.
-        mean: mean accuracy of one prediction, over ``n_eval`` of them.
+        mean: mean accuracy of one prediction, over ``n_eval`` of them; of an image that was not attacked, because it
+            was misclassified or had fallen before, they count as wrong. A row of kind ``worst`` has no predictions of
+            its own: there this and the next are its accuracy, and tables leave them out.
         worst: share of the images for which all ``n_eval`` predictions are right.
         n_eval: how many predictions judged each image.
         seed: of everything random.

@@ -120,8 +120,9 @@ def lee_kim_2023(eps: float = 8 / 255) -> AttackSpec:
     """PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
 
     Full gradient, 200 steps of 0.007 at eps = 8/255, of the same share of any other eps, 20 draws averaged before the
-    sign is taken, L-inf, no random start. One thing is not in the paper: of the iterates the best is kept, not the
-    last.
+    sign is taken, L-inf, no random start. Two things are not in the paper: of the iterates the best is kept, not the
+    last; and as in every row, an image counts as robust only if all ``n_eval`` predictions after the attack are right
+    (5 of 5 by default). The row's mean counts single predictions.
 
     Args:
         eps: radius in image units.

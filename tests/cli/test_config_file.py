@@ -83,10 +83,10 @@ def test_every_run_writes_its_file(run, bars, tmp_path):
     assert run("train", "classifier", "--config", out / "run.yaml")[0] == 0
     assert (out / "log.jsonl").read_text() == log
 
-    few = ["--data", bars, "--device", "cpu", "--images", "4", "--steps", "1", "--protocol", "fast"]
+    few = ["--data", bars, "--device", "cpu", "--images", "4", "--steps", "1", "--protocol", "fast", "--n-eval", "3"]
     assert run("evaluate", out, *few)[0] == 0
     held = yaml.safe_load((out / "evaluation" / "run.yaml").read_text())
-    assert (held["command"], held["folder"], held["images"]) == ("evaluate", str(out), 4)
+    assert (held["command"], held["folder"], held["images"], held["n_eval"]) == ("evaluate", str(out), 4, 3)
     (out / "run.yaml").unlink()
     # a run of version 0.1 has no such file; its checkpoint says the same
     assert config_file.ball_of_run(out) == (0.1, "linf")
