@@ -101,7 +101,7 @@ class AutoAttack(BallAttack):
         return name
 
     def draws(self, context: AttackContext) -> int:
-        return (self.eot_iter or DRAWS) if context.draws_differ else 1
+        return (self.eot_iter or DRAWS) if context.draws_differ and self.version == "rand" else 1
 
     def cost(self, context: AttackContext) -> None:
         """None: it stops early where it has won."""

@@ -55,10 +55,11 @@ class Evaluate(DataCommand):
     """Radius in image units, such as 8/255; default: what FOLDER was trained at. Of your own model it must be given."""
     norm: Literal["linf", "l2", "l1"] | None = None
     """Norm of the ball; default: what FOLDER was trained at, or linf if eps is given."""
-    protocol: Literal["fast", "standard", "rand", "strong", "official"] = "standard"
+    protocol: Literal["fast", "standard", "rand", "strong", "official", "authors"] = "standard"
     """Which attacks are run: fast, Auto-PGD in minutes; standard, AutoAttack's four with this package's engine; rand,
-    its version for random defences; strong, what a careful attacker would do; official, AutoAttack itself, which needs
-    the package pyautoattack. A list of attacks of your own is given in Python."""
+    its version for random defences; strong, what a careful attacker would do; official, AutoAttack itself; authors,
+    what those who published the defence ran, to compare with their numbers. The last two need the package pyautoattack.
+    A list of attacks of your own is given in Python."""
     images: int = 500
     """Held-out images to attack: so many, chosen by the seed, equally many of every class up to one.
     Where there are fewer, all of them are attacked, and the report says so."""

@@ -11,6 +11,8 @@ import numpy as np
 
 #: The targets of rows that follow the gradients of the model itself, by its own aggregation or by an attacker's.
 OWN_TARGETS = ("defence", "WithAggregation", "AttackersHead")
+#: The kind of a row that repeats an evaluation of others.
+AUTHORS = "authors"
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Row:
     Args:
         model: the model's name.
         attack: the attack's name; with the model's name it identifies the row.
-        kind: ``clean``, an attack's kind, or ``worst``.
+        kind: ``clean``, an attack's kind, ``worst``, or ``authors``: an evaluation of others, on a model of theirs.
         variant: which mode of the model was attacked and judged: ``random``, the model as it is, whether it draws
             random numbers or not; of a random model also ``fixed`` (noise) or ``deterministic``. `describe_variant`
             says it in words.
@@ -116,6 +118,11 @@ class Row:
     def standard_error(self) -> float:
         """Binomial: sqrt(p (1 - p) / n)."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
+
+    @property
+    def is_attack(self) -> bool:
+        """Whether this is an attack on the model itself: no ``clean``, no ``worst``, no evaluation of others."""
+        return self.kind not in ("clean", "worst", AUTHORS)
 
     @property
     def nothing_to_attack(self) -> bool:

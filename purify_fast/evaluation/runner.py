@@ -101,8 +101,9 @@ def evaluate(
         base: an undefended classifier: its adversarial images are tried on the defence.
         protocol: which attacks are run, by name: "fast", Auto-PGD in minutes; "standard", AutoAttack's four with this
             package's engine; "rand", AutoAttack's version for random models; "strong", what a careful attacker would
-            do, with surrogates, restarts and every target; "official", AutoAttack itself, which needs pyautoattack. See
-            `purify_fast.evaluation.protocols`. None: "standard", unless ``attacks`` are given.
+            do, with surrogates, restarts and every target; "official", AutoAttack itself; "authors", what those
+            who published the defence ran, to compare with their numbers, in no headline. The last two need the package
+            pyautoattack. See `purify_fast.evaluation.protocols`. None: "standard", unless ``attacks`` are given.
         attacks: what to run in place of a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``; functions
             ``(model, x, y) -> x_adv``, which `as_attack` describes; or `AttackSpec` around either. An empty list: the
             accuracy on clean images alone. Variants that the defence lacks are left out, with a note.
@@ -126,7 +127,7 @@ def evaluate(
         dataset_name: of the data set, for the report's title.
         probes: whether the model is also asked what tells whether the number can be believed: short attacks on a few
             images over the radius, the steps and the draws, small steps in random directions, the same images again.
-            None: with a protocol, and not with a list of attacks.
+            None: with every protocol but "authors", and not with a list of attacks.
         progress: whether to show a bar for each attack: forward passes of single images.
 
     Returns:
@@ -161,8 +162,8 @@ def evaluate(
         subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
         mark = (None, "") if out is None else fingerprint_or_reason(subject.model)
         report.notes += _told_at_once(defence, subject, name)
-        before = Before(subject) if (protocol is not None if probes is None else probes) else None
-        plan = given if protocol is None else protocol_attacks(protocol, _known(subject, base))
+        before = Before(subject) if (protocol not in (None, "authors") if probes is None else probes) else None
+        plan = given if protocol is None else protocol_attacks(protocol, _known(subject, eps, base))
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
@@ -255,14 +256,14 @@ def _asked_for(
         if attacks is not None:
             raise ValueError("give a protocol or a list of attacks, not both")
     given = [] if attacks is None else as_specs(attacks)
-    if protocol == "official" or any(isinstance(spec.resolved, AutoAttack) for spec in given):
+    if protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
         # if it is missing, no work is begun
         implementation()
     return ("standard" if protocol is None and attacks is None else protocol), given
 
 
-def _known(subject: Subject, base: Classifier | None) -> AttackedModel:
-    return AttackedModel(subject.model, subject.some(), subject.num_classes, subject.is_random, base)
+def _known(subject: Subject, eps: float, base: Classifier | None) -> AttackedModel:
+    return AttackedModel(subject.model, subject.some(), subject.num_classes, subject.is_random, float(eps), base=base)
 
 
 def _precision(defence: Classifier, x: Tensor) -> str | None:
@@ -299,7 +300,7 @@ def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure, prob
         kept = ", kept by an earlier run" if measure.cache is not None and measure.cache.was_kept else ""
         measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{kept}")
         left[where] = before.copy()
-        left[where][: row.n] &= row.robust
+        left[where][: row.n] &= row.robust | (not row.is_attack)
 
 
 def _possible(plan: Sequence[AttackSpec], measure: Measure, notes: list[str]) -> list[AttackSpec]:

@@ -11,7 +11,7 @@ from ..attacks.engine.reach import FEWEST_STEPS
 from ..attacks.square import GIVEN_UP_AFTER
 from .alarms import GUESSING, Finding
 from .outlook import Outlook
-from .rows import Row, attack_names, model_names
+from .rows import AUTHORS, Row, attack_names, model_names
 from .specs import LEE_KIM
 
 #: Characters in a line of a terminal's legend.
@@ -34,6 +34,11 @@ COLUMN_LEGEND = (
 WORST_LEGEND = (
     "The row worst counts an image only if it withstood every attack of the same threat model in the rows above it, on "
     "every variant. It has no predictions of its own: its mean and worst are -."
+)
+AUTHORS_LEGEND = (
+    'Rows that are named "as ..." repeat an evaluation of others. The attack and the model that is attacked are '
+    "theirs, every image is attacked, misclassified ones included, and one prediction decides. They are in no headline "
+    "and in no worst: they say what such an evaluation finds, not what the defence withstands."
 )
 UNRELIABLE_LEGEND = (
     "unreliable: the attack lacked gradients, or a sign says that it was stopped by something else than robustness. "
@@ -170,6 +175,7 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
     return [
         *COLUMN_LEGEND,
         *([WORST_LEGEND] if any(row.kind == "worst" for row in rows) else []),
+        *([AUTHORS_LEGEND] if any(row.kind == AUTHORS for row in rows) else []),
         *_given_up_legend(rows),
         *_lee_kim_legend(rows),
     ]
