@@ -21,7 +21,7 @@ from .labels import ALONE, clean_name, row_name, threat_name
 from .partial_row import PartialRow
 from .progress import Progress
 from .row_cache import RowCache
-from .rows import Examples, Row
+from .rows import AUTHORS, Examples, Row
 from .specs import CLASSIFIER, AttackSpec
 from .subject import Judgement, Subject, Variant
 from .watched import watched
@@ -64,6 +64,9 @@ class Measure:
             left: bool ``[n]``, which images earlier attacks on the variant left right.
         """
         alive = (left if spec.survivors_only else self.clean(spec.variant).robust)[: spec.max_images]
+        if spec.judge is not None:
+            # what the defence gets wrong, its authors' model may get right
+            alive = np.ones_like(alive)
         settings = self._settings(spec) | {"attacked": int(alive.sum())}
         what = settings | {"alive": digest(torch.from_numpy(alive))}
         at = self.progress.at
@@ -84,18 +87,19 @@ class Measure:
 
     def _settings(self, spec: AttackSpec) -> dict[str, Any]:
         """What is run, in plain values."""
-        target = spec.target if spec.gradients_from is None else spec.gradients_from
+        target = spec.other_model if spec.target is None else spec.target
         on = "defence" if target is None else ALONE if target == CLASSIFIER else type(target).__name__
         return spec.resolved.settings(self.context) | {
             "variant": spec.variant,
             "target": on,
             "max_images": spec.max_images,
             "survivors_only": spec.survivors_only,
-            "n_eval": self.subject.judges(spec.variant),
+            "n_eval": self.subject.judges(spec.variant) if spec.judge is None else 1,
             # BPDA has an aggregation among its own options
             **({} if spec.aggregation is None else {"aggregation": spec.aggregation}),
             **({} if spec.seed == 0 else {"seed": spec.seed}),
             **({} if spec.gradients_from is None else {"gradients_from": on}),
+            **({} if spec.judge is None else {"judge": type(spec.judge).__name__}),
         }
 
     def _kept(self, what: dict[str, Any], spec: AttackSpec | None, make: Callable[[PartialRow], Row]) -> Row:
@@ -177,12 +181,12 @@ class Measure:
             settings.setdefault("warnings", [])
         found, health = adversarial[: len(alive)], done.health
         begin = time.perf_counter()
-        judged = subject.judge(found, spec.variant, "judge")
+        judged = subject.judge(found, spec.variant, "judge", spec.judge)
         # what was not attacked counts as lost
         right = judged.right & alive
         return Row(
             attack=label,
-            kind=attack.kind,
+            kind=attack.kind if spec.judge is None else AUTHORS,
             variant=spec.variant,
             robust=right.all(0),
             seconds=done.seconds + time.perf_counter() - begin,

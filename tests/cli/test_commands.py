@@ -51,9 +51,9 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     fine += ["--precision", "bfloat16"]
     assert cli.main(["train", "carso", *fine, "--epochs", "1", *train]) == 0
     evaluate = ["--data", npz, "--device", "cpu", "--eps", "0.1", "--images", "12", "--steps", "3", "--eot-iter", "2"]
-    assert cli.main(["evaluate", carso + "-fine", *evaluate, "--autoattack", "0"]) == 0
+    assert cli.main(["evaluate", carso + "-fine", *evaluate, "--protocol", "fast"]) == 0
     assert "transfer from the base" in capsys.readouterr().out
-    rounded = ["--precision", "bfloat16", "--autoattack", "0"]
+    rounded = ["--precision", "bfloat16", "--protocol", "fast"]
     assert cli.main(["evaluate", carso, *evaluate, *rounded]) == 0
     assert "precision bfloat16" in capsys.readouterr().out
     about = [
@@ -107,7 +107,7 @@ def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monk
     out = str(tmp_path / "out")
     assert cli.main(["train", "classifier", "--out", out, *train]) == 0
     assert (tmp_path / "c" / "set" / "12x8" / "set.json").is_file()
-    few = ["--images", "8", "--steps", "2", "--eot-iter", "1", "--autoattack", "0", "--eps", "0.01"]
+    few = ["--images", "8", "--steps", "2", "--eot-iter", "1", "--protocol", "fast", "--eps", "0.01"]
     assert cli.main(["evaluate", out, *common, *few]) == 0
     assert Report.from_json((tmp_path / "out" / "evaluation" / "report.json").read_text()).row("clean").robust.all()
     capsys.readouterr()
@@ -162,8 +162,8 @@ def test_every_classifier_is_trained_and_evaluated(npz, tmp_path, sizes):
         "4",
         "--steps",
         "1",
-        "--autoattack",
-        "0",
+        "--protocol",
+        "fast",
         "--eps",
         "0.2",
     ]

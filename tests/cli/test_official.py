@@ -39,7 +39,7 @@ def published(tmp_path, monkeypatch):
 
 def evaluated(run, folder, *words):
     common = ["evaluate", "--official", folder, "--recipe", "cifar10", "--data-root", folder.parent, "--device", "cpu"]
-    attacks = ["--steps", "1", "--eot-iter", "1", "--autoattack", "0", "--images", "4"]
+    attacks = ["--steps", "1", "--eot-iter", "1", "--protocol", "fast", "--images", "4"]
     return run(*common, *attacks, *words)
 
 
@@ -49,7 +49,7 @@ def test_the_published_files_are_judged_in_one_command(published, run):
     report = Report.from_json((published / "evaluation" / "report.json").read_text())
     assert report.models == ["CARSO, its authors' weights, cifar10"]
     assert report.about["dataset"] == "cifar10" and report.about["threat"] == "L-inf 8/255"
-    assert {row.kind for row in report.rows} >= {"clean", "pgd", "bpda", "worst"}
+    assert {row.kind for row in report.rows} >= {"clean", "apgd", "pgd", "worst"}
     assert "transfer from the base" in report.attacks and (published / "evaluation" / "report.html").is_file()
 
 

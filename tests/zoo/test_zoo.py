@@ -89,7 +89,7 @@ def test_the_command_line_lists_and_evaluates(tmp_path, monkeypatch, capsys):
     assert unreliable and all(" ?" in line for card in unreliable for line in out.splitlines() if card.name in line)
     assert cli.main(["zoo", "digits-pgd-at"]) == 0
     assert "Lower?" in capsys.readouterr().out
-    small = ["--images", "10", "--steps", "2", "--autoattack", "0", "--device", "cpu"]
+    small = ["--images", "10", "--steps", "2", "--protocol", "fast", "--device", "cpu"]
     assert cli.main(["evaluate", "zoo:digits-pgd-at", *small]) == 0
     assert (tmp_path / "runs" / "zoo" / "digits-pgd-at" / "evaluation" / "report.md").is_file()
     assert cli.main(["evaluate", "zoo:nothing", *small]) == 2

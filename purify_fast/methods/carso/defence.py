@@ -37,6 +37,7 @@ from .official import official_arguments, official_tensors, write_official
 from .packed_decoder import PackedDecoder, kernel_decodes, times_written
 
 if TYPE_CHECKING:
+    from ...evaluation import AttackSpec
     from ...training.task import Batch
     from .config import CarsoConfig
 
@@ -288,6 +289,27 @@ class Carso(Defence):
         with self._autocast(x.device):
             mean, log_variance = self.posterior_encoder(normalized, condition)
         return mean.to(self.purifier_dtype), log_variance.to(self.purifier_dtype)
+
+    # -- what its authors run -----------------------------------------------------------------------------------------
+
+    def authors_attacks(self, eps: float) -> list[AttackSpec]:
+        """How CARSO's authors evaluate it (`purify_fast.protocols.AuthorsEvaluation`): AutoAttack, version rand.
+
+        It attacks the output of PeeL, which has no usable gradients where samples are sure. One further prediction of
+        that output judges what was found.
+
+        Args:
+            eps: radius in image units; AutoAttack takes the report's.
+
+        Source: src/eval_a.py of emaballarin/CARSO at 307b873, lines 88, 202, 225, 255 and 268.
+        """
+        # a prediction does without the package that judges it
+        from ...attacks import AutoAttack
+        from ...defences.aggregation import WithAggregation
+        from ...evaluation import AttackSpec
+
+        label = f"as src/eval_a.py (emaballarin/CARSO): AutoAttack rand through PeeL, K = {self.samples}"
+        return [AttackSpec(AutoAttack(version="rand"), label=label, judge=WithAggregation(self, "peel_reference"))]
 
     # -- speed --------------------------------------------------------------------------------------------------------
 
