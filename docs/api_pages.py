@@ -20,7 +20,7 @@ MODULES = ("purify_fast.protocols", "purify_fast.speed.precision")
 #: Tables of the results that pages lead to.
 RESULTS = ("benchmarks/results/cpu/ops", "benchmarks/results/cpu/pipelines", "benchmarks/results/soak")
 #: Files at the root of the repository that are pages of the site too.
-PROJECT = ("CONTRIBUTING", "CHANGELOG", "UPGRADING")
+PROJECT = ("CONTRIBUTING", "CHANGELOG")
 
 
 def packages() -> dict[str, ModuleType]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import _compat
 from ._lazy import lazy_exports
 from ._version import __version__ as __version__
 
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from .training import fit as fit
     from .training import load_classifier as load_classifier
     from .training import save_classifier as save_classifier
-
-_compat.install()
 
 __all__ = [
     "Atop",

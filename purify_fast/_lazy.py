@@ -11,13 +11,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from . import _compat
-
 
 def lazy_exports(package: str, **homes: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """The ``__getattr__`` and ``__dir__`` of a package that imports its public names when they are first asked for.
-
-    Names that the package had in an earlier release are looked for in `purify_fast._compat`.
 
     Args:
         package: the package's ``__name__``.
@@ -30,7 +26,7 @@ def lazy_exports(package: str, **homes: str) -> tuple[Callable[[str], Any], Call
 
     def find(name: str) -> Any:
         if name not in homes:
-            return _compat.old_name(package, name)
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
         path, is_module, _ = homes[name].partition(":")
         module = importlib.import_module(path, package)
         value = module if is_module else getattr(module, name)

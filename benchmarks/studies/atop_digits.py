@@ -40,18 +40,18 @@ PIPELINE = {
     "reconstruction_weight": 0.1, "cls_delay": 0, "steps": 7, **atop.PIPELINE,
 }  # fmt: skip
 MAIN = {
-    "generator": {"residual": True}, "defence": {"sigma": 0.1, "missing": 0.0}, "stage": PIPELINE, "base": BASE,
+    "generator": {"residual": True}, "defence": {"sigma": 0.1, "mask_ratio": 0.0}, "stage": PIPELINE, "base": BASE,
     "start": None,
 }  # fmt: skip
 #: The paper's transform, and a generator that paints a whole image, pre-trained for it.
-PAINTING = {**MAIN, "generator": {"residual": False}, "defence": {"sigma": 0.25, "missing": 0.25}, "start": PAINTER}
+PAINTING = {**MAIN, "generator": {"residual": False}, "defence": {"sigma": 0.25, "mask_ratio": 0.25}, "start": PAINTER}
 STANDARD_PIPELINE = {**PIPELINE, "epochs": 30, "batch_size": 64, "learning_rate": 3e-3}
 #: Rows with all seeds.
 ROWS: dict[str, dict] = {
     PAINTER: {**PAINTING, "stage": PRETRAINING, "start": None},
     OBJECTIVE: {**PAINTING, "stage": FINETUNING},
     "pipeline": MAIN,
-    "pipeline, sigma 0.0": {**MAIN, "defence": {"sigma": 0.0, "missing": 0.0}},
+    "pipeline, sigma 0.0": {**MAIN, "defence": {"sigma": 0.0, "mask_ratio": 0.0}},
 }
 #: Rows with the seeds of ablations.
 MORE: dict[str, dict] = {
@@ -62,7 +62,7 @@ MORE: dict[str, dict] = {
 #: Changes of MAIN, part by part.
 ABLATIONS: dict[str, dict] = {
     "sigma 0.25": {"defence": {"sigma": 0.25}},
-    "missing 0.25": {"defence": {"missing": 0.25}},
+    "missing 0.25": {"defence": {"mask_ratio": 0.25}},
     "PGD-2 in training": {"stage": {"steps": 2}},
     "twice the epochs": {"stage": {"epochs": 2 * PIPELINE["epochs"]}},
     "no L1": {"stage": {"reconstruction_weight": 0.0}},

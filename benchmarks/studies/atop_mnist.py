@@ -52,7 +52,7 @@ class Budget:
     defence_width: int = 8
     defence_residual: bool = True  # one that paints learns to paint black
     defence_sigma: float = 0.25
-    defence_missing: float = 0.25
+    defence_mask_ratio: float = 0.25
     defence_block: int = 4
     defence_samples: int = 1
     pretraining_images: int = 30000
@@ -200,7 +200,7 @@ def caption(budget: Budget, seed: int) -> str:
     return (
         f"MNIST, the first {b.data_images} test images, L-inf eps {mnist.EPS}, seed {seed}; accuracy ± standard error, "
         f"%. Classifiers: {b.classifier_standard_epochs} epochs on clean images, {b.classifier_robust_epochs} of "
-        f"PGD-7. AToP: RT2 with sigma {b.defence_sigma}, {b.defence_missing:.1%} of the blocks of {b.defence_block} "
+        f"PGD-7. AToP: RT2 with sigma {b.defence_sigma}, {b.defence_mask_ratio:.1%} of the blocks of {b.defence_block} "
         f"pixels hidden, S = {b.defence_samples}; a small generator (ours, "
         f"{'correcting the image' if b.defence_residual else 'painting the image'}), pre-trained on "
         f"{b.pretraining_images:,} images (epochs {b.pretraining_epochs}; weight of the GAN term "

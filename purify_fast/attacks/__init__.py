@@ -3,9 +3,6 @@
 The functions, such as `pgd`, attack a batch; the dataclasses, such as `PGD`, are rows of `purify_fast.evaluation`.
 """
 
-from typing import Any
-
-from .. import _compat
 from .apgd import APGD, apgd
 from .autoattack import AutoAttack
 from .ball import Ball, sample_in_ball
@@ -67,7 +64,3 @@ __all__ = [
     "square",
     "stadv",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    return _compat.old_name(__name__, name)

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._compat import renamed_arguments
 from .._validation import check_literal
 from ..protocols import Classifier
 from ..speed.step_graphs import StepGraphs
@@ -34,7 +33,6 @@ from .health import GradientHealth
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, usable_loss
 
 
-@renamed_arguments(targets="n_target_classes", eot="eot_iter", chunk="max_forward_batch", lo="clip_min", hi="clip_max")
 def apgd(
     model: Classifier,
     x: Tensor,

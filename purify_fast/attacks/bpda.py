@@ -15,7 +15,6 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from .._compat import renamed_arguments
 from ..ops.aggregate import METHODS, UNSAFE, aggregate
 from ..protocols import Aggregates, Classifier, FrozenClassifier, HasClassifier, Purifier, is_purifier, supports
 from .base import AttackContext
@@ -54,7 +53,6 @@ class BpdaModel(nn.Module):
         ValueError: an unknown aggregation; in the forward pass, a substitute of another shape.
     """
 
-    @renamed_arguments(method="aggregation")
     def __init__(
         self,
         purify: Callable[[Tensor], Tensor],
@@ -70,7 +68,6 @@ class BpdaModel(nn.Module):
         self.owners = nn.ModuleList(modules)
 
     @classmethod
-    @renamed_arguments(method="aggregation")
     def of(cls, defence: Purifier, aggregation: str | Callable[[Tensor], Tensor] | None = None) -> BpdaModel:
         """Of a defence that purifies images before it classifies them, as `purify_fast.Carso` does.
 

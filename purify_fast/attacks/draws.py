@@ -15,7 +15,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .._compat import renamed_arguments
 from .._tensors import repeat_batch
 from ..protocols import Classifier, CountsImages, SharesDraws, supports
 from ..speed.step_graphs import State, StepGraphs
@@ -298,7 +297,6 @@ class Gradients:
         return Gradient(**found)
 
 
-@renamed_arguments(eot="eot_iter", chunk="max_forward_batch")
 def input_gradient(
     model: Classifier,
     x: Tensor,

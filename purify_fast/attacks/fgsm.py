@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._compat import renamed_arguments
 from .._validation import check_literal
 from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
@@ -23,7 +22,6 @@ from .losses import Loss, usable_loss
 from .pgd import DENSITY, ascend, pgd
 
 
-@renamed_arguments(eot="eot_iter", chunk="max_forward_batch", lo="clip_min", hi="clip_max")
 def fgsm(
     model: Classifier,
     x: Tensor,
@@ -83,7 +81,6 @@ def fgsm(
     )
 
 
-@renamed_arguments(lo="clip_min", hi="clip_max")
 def pgd_and_fgsm(
     model: Classifier,
     x: Tensor,

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._compat import renamed_arguments
 from .._validation import check_literal
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
@@ -129,7 +128,6 @@ def ascend(
     return loop.values()
 
 
-@renamed_arguments(start="random_start", eot="eot_iter", chunk="max_forward_batch", lo="clip_min", hi="clip_max")
 def pgd(
     model: Classifier,
     x: Tensor,

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._compat import renamed_arguments
 from .._tensors import per_image
 from .._validation import check_literal
 from ..ops.pgd_step import per_sample
@@ -81,7 +80,6 @@ def flow_loss(flow: Tensor) -> Tensor:
     return 2 * (across + down)
 
 
-@renamed_arguments(start="random_start", eot="eot_iter", chunk="max_forward_batch")
 def stadv(
     model: Classifier,
     x: Tensor,

@@ -8,7 +8,6 @@ from typing import Any
 
 import tyro
 
-from .. import _compat
 from .._version import __version__
 from . import config_file
 from .command import Command
@@ -75,7 +74,6 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
     prog = f"purify-fast {kind.called}"
     options: dict[str, Any] = {}
     read = overlays()
-    arguments = _compat.new_options(kind.called, arguments)
     path = read.parse_known_args(arguments)[0].config
     in_file = {} if path is None else config_file.options_of(path, kind)
     file_words = config_file.words(in_file, kind)

@@ -160,7 +160,6 @@ class TrainArrest(DataCommand):
     def refuse_another_run(self) -> None:
         """ValueError if OUT holds another run, before the standard classifier is trained into it for minutes."""
         # PyTorch takes 1.8 seconds to import: --help does without it
-        from .. import _compat
         from ..training.attack import settings
         from ..training.checkpoint import last_checkpoint
         from ..training.run import NO_FACTS, refuse_another
@@ -168,7 +167,7 @@ class TrainArrest(DataCommand):
         found = last_checkpoint(self.out)
         if found is None:
             return
-        saved = _compat.checkpoint(found)["facts"]
+        saved = found["facts"]
         attack = self.method.attack
         wanted = {"task": "arrest", **settings(self.method), **asdict(self.loop)}
         wanted["alpha"] = attack.step_size(attack.eps)

@@ -1,8 +1,5 @@
 """Data sets as uint8 tensors, and what a loop needs of them: floats, shuffled batches, augmentation on the device."""
 
-from typing import Any
-
-from .. import _compat
 from .augment import crop_flip
 from .batches import batches
 from .datasets import DataSet, load_dataset, to_float
@@ -21,7 +18,3 @@ __all__ = [
     "statistics",
     "to_float",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    return _compat.old_name(__name__, name)

@@ -1,6 +1,5 @@
 """Honest evaluation of any model from images in [0, 1] to logits: attacks, gradient health, tables and pictures."""
 
-from .._compat import old_attack as Attack
 from .function_attack import as_attack
 from .metrics import Tradeoff, ar_bd, ar_point_dist
 from .plots import plot_tradeoff
@@ -9,7 +8,6 @@ from .runner import evaluate
 from .specs import AttackSpec, lee_kim_2023
 
 __all__ = [
-    "Attack",
     "AttackSpec",
     "Examples",
     "Paired",

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._compat import renamed_arguments
 from .._validation import check_folder, check_literal
 from .._version import __version__
 from ..attacks import BPDA, Attack, AttackContext, AutoAttack, frozen
@@ -58,7 +57,6 @@ logger = logging.getLogger("purify_fast")
 
 
 @short_interrupts
-@renamed_arguments(eot="eot_iter", chunk="max_forward_batch")
 @whole_float32_by_default()
 @torch.inference_mode(False)
 def evaluate(

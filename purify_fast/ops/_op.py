@@ -27,7 +27,6 @@ from typing import Literal
 import torch
 
 from .. import _library
-from .._compat import OLD_BACKENDS, renamed_value
 from ._races import Call, Winner, winner
 from ._verdicts import sources_digest
 
@@ -39,8 +38,7 @@ BACKENDS = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",)}
 
 def _checked(names: str | None) -> tuple[str, ...]:
     given = [name.strip() for name in names.split(",")] if names is not None else []
-    # once each, since two names may mean the same backend
-    chosen = tuple(dict.fromkeys(renamed_value("backend", name, OLD_BACKENDS) for name in given))
+    chosen = tuple(dict.fromkeys(given))
     for name in chosen:
         if name not in BACKENDS:
             known = ", ".join(BACKENDS)

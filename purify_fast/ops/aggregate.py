@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _library
-from .._compat import renamed_value
 from . import _kept
 from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, second_argument, wide
@@ -189,7 +188,6 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
         raise ValueError(f"logits must be floating point [B, K, C], got {logits.dtype} {list(logits.shape)}")
     if logits.shape[1] < 1 or logits.shape[2] < 2:
         raise ValueError(f"logits need K >= 1 samples and C >= 2 classes, got [B, K, C] = {list(logits.shape)}")
-    method = renamed_value("method", method, {"probability": "mean_sigmoid"})
     if method == "peel_reference":
         return peel_reference(logits)
     if method == "vote_reference":

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compat import renamed_arguments
 from .._tensors import without_autocast
 from ._gradient import first_order, needs_gradient
 from ._op import Launcher, define_op, wide
@@ -244,7 +243,6 @@ def _check_settings(
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
-@renamed_arguments(missing="mask_ratio", parts="num_passes")
 def random_transform(
     x: Tensor,
     seed: Tensor,

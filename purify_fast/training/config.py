@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .._compat import old_settings
 from .._files import OnFull
 from .._validation import check_literal
 from .attack import TrainingAttack
@@ -93,7 +92,6 @@ class FitConfig:
             raise ValueError(f"validation_share must be in [0, 1), got {self.validation_share}")
 
 
-@old_settings("classifier")
 @dataclass(frozen=True)
 class ClassifierConfig:
     """How a classifier is trained; every number is this package's own choice.

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _compat
 from .._lock import folder_lock
 from .._process import processes
 from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
@@ -101,10 +100,7 @@ class Run:
         for name, optimizer in self.task.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
         self.step, self.last, self.best = saved["step"], saved["last"], saved["best"]
-        # a checkpoint of version 0.1 has none
-        self.rate = saved.get("rate", 1.0)
-        # one of version 0.2 and before has none
-        self.served = saved.get("served")
+        self.rate, self.served = saved["rate"], saved["served"]
         self.sums = {key: value.to(device) for key, value in saved["sums"].items()}
         self.counts = saved["counts"]
 
@@ -225,7 +221,6 @@ class Checkpointer:
             saved = last_checkpoint(self.folder, set_aside=True)
         if self.folder is None or saved is None:
             return None if processes()[1] == 1 else self.run.state()
-        saved = _compat.checkpoint(saved)
         refuse_another(self.folder, saved["facts"], self.run.facts)
         return saved
 

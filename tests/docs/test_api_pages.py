@@ -55,7 +55,7 @@ def test_pages_of_names_that_are_gone_are_removed(tmp_path):
 def test_files_of_the_repository_are_pages_with_links_of_the_site(tmp_path):
     place = tmp_path / "docs" / "generated"
     place.parent.mkdir()
-    for name in ("CONTRIBUTING", "CHANGELOG", "UPGRADING"):
+    for name in ("CONTRIBUTING", "CHANGELOG"):
         (tmp_path / f"{name}.md").write_text("[a](docs/extend.md) [b](CHANGELOG.md)\n")
     (tmp_path / "benchmarks" / "results" / "cpu").mkdir(parents=True)
     for name in api_pages.RESULTS:

@@ -495,13 +495,3 @@ def test_errors(change, message):
     arguments = {"x": torch.zeros(3, 3, 64, 96), "seed": SEED, "sample_ids": torch.arange(3)} | change
     with pytest.raises(ValueError, match=message):
         random_transform(arguments.pop("x"), arguments.pop("seed"), arguments.pop("sample_ids"), **arguments)
-
-
-def test_old_names_of_arguments_warn():
-    x, ids = torch.rand(2, 3, 16, 16), names(2)
-    with pytest.warns(DeprecationWarning, match="'missing' of random_transform.* use 'mask_ratio'"):
-        old = random_transform(x, SEED, ids, block=4, missing=0.5)
-    assert torch.equal(old[0], random_transform(x, SEED, ids, block=4, mask_ratio=0.5)[0])
-    with pytest.warns(DeprecationWarning, match="'parts' of random_transform.* use 'num_passes'"):
-        old = random_transform(x, SEED, ids, block=4, parts=4)
-    assert torch.equal(old[0], random_transform(x, SEED, ids, block=4, num_passes=4)[0])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import cos, radians
 from typing import Literal
 
-from ..._compat import old_settings
 from ..._validation import check_literal
 from ...training.attack import TrainingAttack
 
@@ -18,7 +17,6 @@ Schedule = Literal["published", "one_cycle", "constant"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
-@old_settings("arrest")
 @dataclass(frozen=True)
 class ArrestConfig:
     """How ARREST finetunes a classifier.

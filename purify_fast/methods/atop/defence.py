@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ... import _compat
 from ..._tensors import dtype_of
 from ..._validation import check_literal
 from ...defences.base import Defence, refuse_wrapped
@@ -33,8 +32,6 @@ from .purifier import PURIFIERS, PurifierAdapter
 
 if TYPE_CHECKING:
     from ...evaluation import AttackSpec
-    from ...training.task import Batch
-    from .config import AtopConfig
 
 Transform = Literal["rt1", "rt2", "rt3"]
 Aggregation = Literal["mean", "mean_softmax"]
@@ -70,8 +67,6 @@ class Atop(Defence):
     hides the same blocks in every image, those of seed 0.
     """
 
-    @_compat.renamed_arguments(missing="mask_ratio", parts="num_passes")
-    @_compat.renamed_values(aggregation={"probability": "mean_softmax"})
     def __init__(
         self,
         classifier: nn.Module,
@@ -302,15 +297,6 @@ class Atop(Defence):
             folder: where to.
         """
         save_defence(self, folder)
-
-    def training_step(self, batch: Batch, config: AtopConfig | None = None) -> Tensor:
-        """Deprecated: `purify_fast.methods.atop.training_loss` gives the loss of a batch, and its metrics.
-
-        Args:
-            batch: as there.
-            config: as there; None for the defaults.
-        """
-        return _compat.training_step("purify_fast.methods.atop", "AtopConfig", self, batch, config)
 
 
 def _block(image_shape: tuple[int, int, int]) -> int:

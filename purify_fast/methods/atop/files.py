@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from ..._compat import OLD_ATOP_ARGUMENTS, OLD_ATOP_VALUES, renamed
 from ..saved_defence import read_defence
 from .defence import Atop, description
 from .purifier import PURIFIERS
@@ -39,8 +38,7 @@ def load_atop(
             made = PURIFIERS[facts["kind"]](**facts["arguments"])
         elif _text(description(made)) != _text(facts):
             raise ValueError(f"purifier: {folder} holds {_named(facts)}, got {_named(description(made))}")
-        settings = renamed(arguments, OLD_ATOP_ARGUMENTS, OLD_ATOP_VALUES)
-        return Atop(given, made, **{name: value for name, value in settings.items() if name != "purifier"})
+        return Atop(given, made, **{name: value for name, value in arguments.items() if name != "purifier"})
 
     return read_defence(make, "Atop", folder, classifier, check)
 

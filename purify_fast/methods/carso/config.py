@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Literal
 
-from ..._compat import old_settings
 from ..._validation import check_literal
 from ...training.attack import TrainingAttack
 from ...training.length import DelayUnit
@@ -22,7 +21,6 @@ Targets = Literal["labels", "classifier"]
 KlDelayUnit = Literal["share", "epochs", "steps", "images"]
 
 
-@old_settings("carso")
 @dataclass(frozen=True)
 class CarsoConfig:
     """How CARSO's purifier is trained. "Paper" is arXiv 2306.06081; "own" is this package's own choice.

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ... import _compat
 from ..._validation import check_literal
 from ...defences.base import Defence
 from ...defences.stochastic import StochasticDefence
@@ -38,8 +37,6 @@ from .packed_decoder import PackedDecoder, kernel_decodes, times_written
 
 if TYPE_CHECKING:
     from ...evaluation import AttackSpec
-    from ...training.task import Batch
-    from .config import CarsoConfig
 
 Version = Literal["v4", "v1"]
 DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping[str, Any]]]
@@ -79,7 +76,6 @@ class Carso(Defence):
     mean: Tensor
     std: Tensor
 
-    @_compat.renamed_arguments(form="version")
     def __init__(
         self,
         classifier: nn.Module,
@@ -415,15 +411,6 @@ class Carso(Defence):
             folder: where to.
         """
         save_defence(self, folder)
-
-    def training_step(self, batch: Batch, config: CarsoConfig | None = None) -> Tensor:
-        """Deprecated: `purify_fast.methods.carso.training_loss` gives the loss of a batch, and its metrics.
-
-        Args:
-            batch: as there.
-            config: as there; None for the defaults.
-        """
-        return _compat.training_step("purify_fast.methods.carso", "CarsoConfig", self, batch, config)
 
 
 def _decoder_plan(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import nn
 
-from ..._compat import OLD_CARSO_ARGUMENTS, renamed
 from ..saved_defence import read_defence
 from .defence import Carso
 
@@ -19,10 +18,4 @@ def load_carso(folder: str | Path, classifier: nn.Module | None = None, check: b
         classifier: the one the purifier was trained for; None takes the one in ``folder/classifier``.
         check: whether another classifier is refused.
     """
-    return read_defence(
-        lambda given, arguments: Carso(given, **renamed(arguments, OLD_CARSO_ARGUMENTS)),
-        "Carso",
-        folder,
-        classifier,
-        check,
-    )
+    return read_defence(lambda given, arguments: Carso(given, **arguments), "Carso", folder, classifier, check)
