@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from purify_fast import attacks
 from purify_fast.attacks import (
     APGD,
     BPDA,
@@ -261,22 +260,6 @@ def test_a_strangers_mistakes(model, batch, attack):
 def test_norms_by_their_other_names(model, batch):
     for norm in ("Linf", "L2", "L1"):
         assert torch.equal(pgd(model, *batch, eps=EPS, norm=norm), pgd(model, *batch, eps=EPS, norm=norm.lower()))
-
-
-def test_old_names_still_work(model, batch):
-    x, y = batch[0].clamp(0.1, 0.9), batch[1]
-    for attack, old, new in (
-        (pgd, {"start": False, "eot": 2, "chunk": 4, "lo": 0.1, "hi": 0.9},
-         {"random_start": False, "eot_iter": 2, "max_forward_batch": 4, "clip_min": 0.1, "clip_max": 0.9}),
-        (apgd, {"targets": 2, "loss": "dlr_targeted"}, {"n_target_classes": 2, "loss": "dlr_targeted"}),
-    ):  # fmt: skip
-        with pytest.warns(DeprecationWarning, match="is deprecated and goes in the next release"):
-            got = attack(model, x, y, eps=EPS, steps=2, **old)
-        assert torch.equal(got, attack(model, x, y, eps=EPS, steps=2, **new))
-    with pytest.warns(DeprecationWarning, match="use purify_fast.attacks.BpdaModel"):
-        assert attacks.Bpda is BpdaModel
-    with pytest.warns(DeprecationWarning, match="'method'"):
-        BpdaModel.of(model, method="mean")
 
 
 @pytest.mark.parametrize("watched", [True, False])

@@ -173,13 +173,6 @@ def test_its_repr_is_one_line_without_arrays(tmp_path):
     assert repr(d) == "DataSet('set', 12 training and 6 held-out images of 1 x 8 x 9, 3 classes, on cpu)"
 
 
-def test_the_old_name_works_and_tells_the_new_one(tmp_path):
-    path = saved(tmp_path, **arrays())
-    with pytest.warns(DeprecationWarning, match=r"purify_fast\.data\.load is deprecated .* use .*load_dataset"):
-        load = data.load
-    assert torch.equal(load(path).x_test, data.load_dataset(path).x_test)
-
-
 def test_to_float():
     levels = data.to_float(torch.arange(256, dtype=torch.uint8))
     assert levels.dtype == torch.float32 and float(levels[255]) == 1 and float(levels[51]) == pytest.approx(0.2)

@@ -350,10 +350,3 @@ def test_reference_backend_is_the_reference():
     with use_backend("reference"):
         for index, method in enumerate(op.METHODS):
             assert torch.equal(aggregate(logits, method), op.reference(logits, index))
-
-
-def test_the_old_name_of_a_method_warns(backend):
-    logits = torch.randn(2, 3, 4)
-    with pytest.warns(DeprecationWarning, match="method='probability' .* use 'mean_sigmoid'"):
-        old = aggregate(logits, "probability")
-    assert torch.equal(old, aggregate(logits, "mean_sigmoid"))

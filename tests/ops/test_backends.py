@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from purify_fast.ops import REGISTRY, _op, aggregate, philox, use_backend
-from purify_fast.ops._op import forced_backends
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -144,15 +143,3 @@ def test_fakes_on_a_device_that_is_not_here():
         ids = torch.empty(3, dtype=torch.int64, device="cuda")
         with use_backend("triton"):
             assert philox(seed, ids, 7, stream=1).shape == (3, 1, 7)
-
-
-def test_the_backend_cuda_of_0_1_is_tritons():
-    """With one warning, which points to the caller."""
-    for names, wanted in (("cuda", ("triton",)), ("triton,cuda", ("triton",)), ("cpp, cuda", ("cpp", "triton"))):
-        warned = pytest.warns(DeprecationWarning, match="backend='cuda' is deprecated.* use 'triton'")
-        with warned as told, use_backend(names):
-            assert forced_backends() == wanted
-        assert [one.filename for one in told] == [__file__]
-    code = "from purify_fast.ops._op import forced_backends; print(forced_backends())"
-    done = run(f"import warnings; warnings.simplefilter('always'); {code}", PURIFY_FAST_BACKEND="cuda")
-    assert done.stdout.strip() == "('triton',)" and "use 'triton'" in done.stderr, done.stderr
