@@ -105,7 +105,8 @@ def evaluate(
             `purify_fast.evaluation.protocols`. None: ``attacks``.
         attacks: what to run: attacks of `purify_fast.attacks`, such as ``PGD()``; functions ``(model, x, y) -> x_adv``,
             which `as_attack` describes; or `AttackSpec` around either. None: the protocol's, or `default_attacks`.
-            Variants that the defence lacks are left out, with a note.
+            Variants that the defence lacks, or that are not what they promise (noise that `fixed_noise` does not fix),
+            are left out, with a note.
         steps: of PGD and APGD where an attack does not say.
         eot_iter: draws per step where an attack does not say; a deterministic model is attacked with one draw.
         n_eval: independent predictions on each adversarial image; 1 for a deterministic model.
@@ -312,6 +313,11 @@ def _possible(plan: Sequence[AttackSpec], measure: Measure, notes: list[str]) ->
         why = _impossible(spec, subject)
         if why is not None:
             notes.append(f"{measure.name}: {measure.name_of(spec)} was left out: {why}")
+            continue
+        fault = subject.fault(spec.variant)
+        if fault is not None:
+            notes.append(f"{measure.name}: {measure.name_of(spec)} was left out: {fault.reason}")
+            logger.warning(notes[-1])
             continue
         if not subject.is_random:
             spec = dataclasses.replace(spec, variant="random")
