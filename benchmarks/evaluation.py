@@ -217,7 +217,7 @@ def _arrest(workspace: Workspace) -> nn.Module:
 
 def _carso(workspace: Workspace, name: str) -> nn.Module:
     _classifier(workspace, BASE)
-    for kind, folder in ((carso.PUBLISHED, "carso_published"), (carso.PIPELINE, "carso_pipeline")):
+    for kind, folder in ((carso.OBJECTIVE, "carso_objective"), (carso.PIPELINE, "carso_pipeline")):
         if not (workspace.out / folder).exists():
             carso.train(workspace, kind)
         if kind == name:
@@ -239,8 +239,8 @@ def _resnet18(sources: Sources) -> Subject:
 CONTESTS: dict[str, tuple[Callable[[Sources], Subject], dict[str, Contestant]]] = {
     "digits, base": (lambda s: _digits(lambda w: _classifier(w, BASE), s), STANDARD_CONTESTANTS),
     "digits, ARREST": (lambda s: _digits(_arrest, s), STANDARD_CONTESTANTS),
-    "digits, published CARSO (z = 0)": (
-        lambda s: _digits(lambda w: _without_noise(w, carso.PUBLISHED), s),
+    "digits, CARSO, paper's objective (z = 0)": (
+        lambda s: _digits(lambda w: _without_noise(w, carso.OBJECTIVE), s),
         STANDARD_CONTESTANTS,
     ),
     "digits, pipeline CARSO (z = 0)": (

@@ -57,18 +57,18 @@ def _atop(target: str, steps: int) -> AtopTask:
     made = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
     attack = TrainingAttack(eps=EPS, steps=steps)
     method = "fgsm" if target == "classifier" else "pgd"
-    return AtopTask(made, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay_epochs=0))
+    return AtopTask(made, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0))
 
 
 #: By training, what makes its task, with the steps of its attack; the one step of FGSM has no such number.
 TRAININGS: dict[str, Callable[[], Any]] = {
     "ARREST, PGD-2": lambda: _arrest(2),
     "ARREST, PGD-10": lambda: _arrest(10),
-    "CARSO, published, PGD-2": lambda: _carso("classifier", 2),
-    "CARSO, published, PGD-10": lambda: _carso("classifier", 10),
+    "CARSO, paper's objective, PGD-2": lambda: _carso("classifier", 2),
+    "CARSO, paper's objective, PGD-10": lambda: _carso("classifier", 10),
     "CARSO, pipeline, PGD-2": lambda: _carso("pipeline", 2),
     "CARSO, pipeline, PGD-10": lambda: _carso("pipeline", 10),
-    "AToP, published, FGSM": lambda: _atop("classifier", 10),
+    "AToP, paper's objective, FGSM": lambda: _atop("classifier", 10),
     "AToP, pipeline, PGD-2": lambda: _atop("pipeline", 2),
     "AToP, pipeline, PGD-10": lambda: _atop("pipeline", 10),
 }

@@ -18,7 +18,7 @@ from purify_fast import zoo as packed
 from purify_fast._files import write_text
 from purify_fast.evaluation.tables import markdown_table
 
-from . import evaluation, front_page, performance, report, zoo
+from . import evaluation, front_page, performance, report, sentences, zoo
 
 ROOT = Path(__file__).parents[1]
 
@@ -268,7 +268,10 @@ def _measured(name: str, results: Path) -> frozenset[str]:
 
 
 def check(results: Path) -> list[str]:
-    """What is wrong with README and docs: tables and values that are not those of the results, links, typed numbers.
+    """What is wrong with README and docs.
+
+    Tables and values that are not those of the results, links, typed numbers, and trainings that are called as
+    published without a recipe.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -284,4 +287,4 @@ def check(results: Path) -> list[str]:
             found += typed_numbers(page, results)
     if (ROOT / "docs" / performance.PAGE).read_text() != performance.page(results):
         found.append(f"{performance.PAGE}: not what the results say; run `python -m benchmarks report`")
-    return found
+    return found + sentences.check()

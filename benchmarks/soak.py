@@ -76,7 +76,7 @@ def commands(data: Path, inputs: Path) -> list[Command]:
     images = ("--data", str(data))
     base = ("--classifier", str(inputs / "train classifier"))
     attack = ("--eps", "0.1", "--steps", "2")
-    few = ("--autoattack", "0", "--images", "12", "--steps", "4", "--eot-iter", "2")
+    few = ("--protocol", "fast", "--images", "12", "--steps", "4", "--eot-iter", "2")
     carso = ("--layers", "conv2", "--cond-dim", "8", "--latent-dim", "4", "--samples", "2", "--decoder-width", "2")
     rows = ("--standard-epochs", "3", "--scratch-epochs", "2", "--attack-steps", "3", "--images", "16")
     atop = ("train", "atop", *base, *images, "--init", str(inputs / "train generator"), "--eps", "0.1")

@@ -68,7 +68,7 @@ def main(data: Path | None = None, size: int = 32, epochs: int = 10, tiny: bool 
         defence = Atop(classifier.eval(), SmallGenerator(3), images.image_shape, transform="rt2")
         fit(AtopTask(defence, AtopConfig.pretraining()), x, y, loop, title="repairing")
         # not in the paper: attacked by PGD through transform, purifier and classifier
-        pipeline = AtopConfig(attack_method="pgd", attack_target="pipeline", cls_weight=1.0, cls_delay_epochs=0)
+        pipeline = AtopConfig(attack_method="pgd", attack_target="pipeline", cls_weight=1.0, cls_delay=0)
         fit(AtopTask(defence, pipeline), x, y, loop, title="through the pipeline")
 
         x_test, y_test = to_float(images.x_test[:100]), images.y_test[:100]

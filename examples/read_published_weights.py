@@ -1,4 +1,4 @@
-"""CARSO's published weight files: read, and judged under exact gradients.
+"""The weight files of CARSO's authors: read, and judged under exact gradients.
 
 The official code publishes three safetensors files for a system, and RobustBench the classifier's weights. Nothing is
 downloaded here: bring the files, or rehearse with files that this script writes itself.
@@ -18,7 +18,8 @@ import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.data import to_float
 from purify_fast.evaluation import AttackSpec, evaluate
-from purify_fast.methods.carso import PRESETS, Carso, published_decoder
+from purify_fast.methods.carso import Carso, published_decoder
+from purify_fast.methods.recipes import recipe as recipe_named
 from purify_fast.models import WideResNet
 
 
@@ -40,18 +41,18 @@ def main(
     classifier: str | None = None,
     data: str = "cifar10",
     root: str = "data",
-    preset: str = "cifar10",
+    recipe: str = "carso/cifar10",
     images: int = 100,
     tiny: bool = False,
 ) -> None:
-    """Read a published system, and attack it through its published output and through exact gradients.
+    """Read a published system, and attack it through PeeL, its authors' output, and through exact gradients.
 
     Args:
         folder: with the three files; needed without --tiny.
         classifier: state dict of the classifier; needed without --tiny.
         data: a data set's name, or the path of an .npz file.
         root: the folder that holds it.
-        preset: the published system whose classifier is built.
+        recipe: of the published system whose classifier is built.
         images: held-out images to attack.
         tiny: files with fresh weights and random images: that it runs.
     """
@@ -64,7 +65,7 @@ def main(
         elif folder is None or classifier is None:
             raise SystemExit("name the files with --folder and --classifier, or rehearse with --tiny")
         else:
-            network = PRESETS[preset].build_classifier()
+            network = recipe_named(recipe).build_classifier()
             # weights_only: a file of tensors is read, nothing in it is run
             network.load_state_dict(torch.load(classifier, weights_only=True))
             held_out = purify_fast.load_dataset(data, root)
@@ -73,7 +74,7 @@ def main(
     steps = 2 if tiny else 50
     attacks = [
         # as its authors attack it: through an output whose gradients are not finite
-        AttackSpec(PGD(steps=steps), aggregation="peel_reference", label="through PeeL, as published"),
+        AttackSpec(PGD(steps=steps), aggregation="peel_reference", label="through PeeL"),
         # the same decisions through a logsumexp, which has gradients
         PGD(steps=steps),
     ]

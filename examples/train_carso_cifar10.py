@@ -1,4 +1,4 @@
-"""CARSO on CIFAR-10: an adversarially trained classifier, the purifier as published, then through the pipeline.
+"""CARSO on CIFAR-10: an adversarially trained classifier, its purifier by the paper's objective, then the pipeline's.
 
 python examples/train_carso_cifar10.py --data cifar10 --root DIR    # hours on a CPU
 python examples/train_carso_cifar10.py --tiny                        # seconds, random images
@@ -52,9 +52,9 @@ def main(data: str = "cifar10", root: str = "data", out: Path = Path("runs/carso
     layers = ["conv3", "conv4"] if tiny else ["layer2", "layer4"]
     sizes = {"cond_dim": 32, "latent_dim": 8, "samples": 2} if tiny else {"cond_dim": 512, "latent_dim": 128}
     defence = Carso(classifier.eval(), layers, images.image_shape, **sizes)
-    published = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=steps))
+    objective = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=steps))
     epochs = FitConfig(epochs=1 if tiny else 100, batch_size=batch)
-    fit(CarsoTask(defence, published), x, y, epochs, out / "published", "as published")
+    fit(CarsoTask(defence, objective), x, y, epochs, out / "objective", "the paper's objective")
     # not in the paper, and what makes the difference: attacked through the whole defence
     pipeline = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=steps))
     epochs = FitConfig(epochs=1 if tiny else 20, batch_size=batch)

@@ -136,6 +136,14 @@ class DeterministicMode(Protocol):
 
 
 @runtime_checkable
+class AuthorsEvaluation(Protocol):
+    """Knows how the people who published it evaluate it."""
+
+    def authors_attacks(self, eps: float) -> Sequence[Any]:
+        """Their attacks at the radius ``eps``: `purify_fast.evaluation.AttackSpec`, each with a ``judge``."""
+
+
+@runtime_checkable
 class Accelerates(Protocol):
     """Computes through fast copies of its parts from then on."""
 

@@ -1,7 +1,26 @@
 """Models of a few weights that the code blocks of README and of the documentation are run with."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
+
+from purify_fast.models.wide_resnet import representation_layers
+
+#: Sizes of a recipe of CARSO with a WideResNet of 10 layers.
+SMALL = {
+    "classifier.depth": 10,
+    "classifier.width": 1,
+    "defence.layers": tuple(representation_layers(10)),
+    "defence.cond_dim": 8,
+    "defence.latent_dim": 2,
+}
+
+
+def smaller(recipe, values=SMALL):
+    """A recipe with other values, such as those of a small network."""
+    changed = {key: replace(recipe.facts[key], value=value) for key, value in values.items()}
+    return replace(recipe, facts={**recipe.facts, **changed})
 
 
 class Linear(nn.Module):

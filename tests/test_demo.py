@@ -41,31 +41,31 @@ def test_carsos_sentences_follow_the_numbers():
 
     reports = {
         BASE: made(BASE, 3, 2),
-        carso.PUBLISHED: made(carso.PUBLISHED, 1, 0, **{carso.PEEL: ones(7)}),
+        carso.OBJECTIVE: made(carso.OBJECTIVE, 1, 0, **{carso.PEEL: ones(7)}),
         carso.PIPELINE: made(carso.PIPELINE, 7, 1),
     }
-    reports[carso.PUBLISHED].row(carso.PEEL).reliable = False
+    reports[carso.OBJECTIVE].row(carso.PEEL).reliable = False
     text = "\n".join(carso.conclusion(reports, Budget()))
     assert "seems to withstand 87.5 ± 11.7 %" in text and "unreliable" in text
     assert "+50.0 ± 17.7 points (n = 8, paired), better than its base" in text
     assert "-12.5 ± 11.7 points (n = 8, paired), no significant difference from its base" in text
-    reports[carso.PUBLISHED].row(carso.PEEL).reliable = True
+    reports[carso.OBJECTIVE].row(carso.PEEL).reliable = True
     reports |= {carso.PIPELINE: made(carso.PIPELINE, 0, 0), BASE: made(BASE, 8, 8)}
     text = "\n".join(carso.conclusion(reports, Budget()))
     assert "worse than its base" in text and "believable" in text
 
 
 def test_atops_sentences_follow_the_numbers():
-    numbers = {atop.BEFORE: (2, 1), atop.PUBLISHED: (8, 1), atop.PIPELINE: (5, 7)}
+    numbers = {atop.BEFORE: (2, 1), atop.OBJECTIVE: (8, 1), atop.PIPELINE: (5, 7)}
     reports = {
         name: report(name, **{atop.ALONE: ones(alone), atop.ADAPTIVE: ones(adaptive)})
         for name, (alone, adaptive) in numbers.items()
     }
-    before, published, pipeline, _ = atop.conclusion(reports, Budget())
+    before, objective, pipeline, _ = atop.conclusion(reports, Budget())
     assert "25.0 ± 15.3 % when only its classifier is attacked, 12.5 ± 11.7 % when all of it is" in before
-    assert "100.0 ± 0.0 % when only" in published
-    assert "+75.0 ± 15.3 points (n = 8, paired), better than before" in published
-    assert "+0.0 ± 0.0 points (n = 8, paired), no significant difference from before" in published
+    assert "100.0 ± 0.0 % when only" in objective
+    assert "+75.0 ± 15.3 points (n = 8, paired), better than before" in objective
+    assert "+0.0 ± 0.0 points (n = 8, paired), no significant difference from before" in objective
     assert "+75.0 ± 15.3 points (n = 8, paired), better than before" in pipeline
     assert percent(reports[atop.PIPELINE], atop.ALONE) == "62.5 ± 17.1 %"
 

@@ -1,4 +1,4 @@
-"""One optimiser step of CARSO's purifier with its attacks: as published, and through the pipeline."""
+"""One optimiser step of CARSO's purifier with its attacks: with the paper's objective, and through the pipeline."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from purify_fast.training.attack import TrainingAttack
 from . import Case, Job, columns, uncompiled
 from .carso_inference import Plain, defence, images
 
-BATCH, PUBLISHED_STEPS, PIPELINE_STEPS = 64, 40, 10
+BATCH, OBJECTIVE_STEPS, PIPELINE_STEPS = 64, 40, 10
 
 
 def setting(target: str, quick: bool, precision: str = "float32") -> CarsoConfig:
-    steps = 2 if quick else PUBLISHED_STEPS if target == "classifier" else PIPELINE_STEPS
+    steps = 2 if quick else OBJECTIVE_STEPS if target == "classifier" else PIPELINE_STEPS
     return CarsoConfig(attack_target=target, attack=TrainingAttack(eps=8 / 255, steps=steps), precision=precision)
 
 
@@ -57,7 +57,7 @@ class PlainTraining:
         self.config, self.model, self.batch = setting(target, quick), Plain(made), batch_of(made, device, quick)
         parameters = [p for n, p in self.model.made.named_parameters() if not n.startswith("classifier.")]
         self.optimizer = torch.optim.AdamW(parameters, lr=self.config.learning_rate)
-        self.step = self.published if target == "classifier" else self.pipeline
+        self.step = self.objective if target == "classifier" else self.pipeline
         self.classifier, self.read, self.purify, self.whole = (
             self.model.made.classifier,
             self.model.made.representation,
@@ -76,9 +76,9 @@ class PlainTraining:
         z, kl = sample_latent(mean, log_variance, seed, ids)
         logits = self.model.reconstruct(z, condition)
         reconstruction = F.binary_cross_entropy_with_logits(logits, clean, reduction="none").flatten(1).sum(1)
-        return reconstruction.mean() + kl_weight(self.batch.epoch, self.batch.epochs) * kl.mean()
+        return reconstruction.mean() + kl_weight(self.batch.epoch, self.batch.epochs / 8) * kl.mean()
 
-    def published(self) -> Tensor:
+    def objective(self) -> Tensor:
         b, a = self.batch, self.config.attack
         atom = int(len(b.x) * self.config.adversarial_fraction // 4)
         clean = len(b.x) - 4 * atom
@@ -154,7 +154,7 @@ def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False
 def cases(quick: bool) -> dict[str, Case]:
     size = 16 if quick else BATCH
     made = {}
-    for name, target in (("published step", "classifier"), ("pipeline step", "pipeline")):
+    for name, target in (("paper's objective", "classifier"), ("pipeline step", "pipeline")):
         shape = f"{size} images, PGD-{setting(target, quick).steps}"
         shape += ", half of them adversarial" if target == "classifier" else ", K = 1"
         makes = [partial(form, target=target, compiled=c) for form in (_plain, _ours) for c in (False, True)]

@@ -19,7 +19,7 @@ from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator, load_atop
 from purify_fast.training import load_classifier
 
 from . import Job, atop
-from .digits import BASE_EPOCHS, EPS, attacked, count, effort, select, train_base, zero_attacks
+from .digits import BASE_EPOCHS, EPS, OBJECTIVE, attacked, count, effort, select, train_base, zero_attacks
 from .tables import Layout
 
 BASE, STANDARD, PAINTER = "base", "standard", "pre-trained"
@@ -31,13 +31,13 @@ EOT, FIRST_STEPS = 4, 20  # draws per step; steps of a PGD with one draw before 
 PRETRAINING = {
     "epochs": 30, "batch_size": 64, "learning_rate": 2e-3, "schedule": "one_cycle", "discriminator_width": 16,
 }  # fmt: skip
-PUBLISHED = {
+FINETUNING = {
     "epochs": 40, "batch_size": 64, "learning_rate": 3e-3, "schedule": "one_cycle", "cls_weight": 0.1,
-    "reconstruction_target": "clean",
+    "reconstruction_target": "clean", "cls_delay": 2, "cls_delay_unit": "epochs",
 }  # fmt: skip
 PIPELINE = {
     "epochs": 20, "batch_size": 128, "learning_rate": 4e-3, "schedule": "one_cycle", "cls_weight": 1.0,
-    "reconstruction_weight": 0.1, "cls_delay_epochs": 0, "steps": 7, **atop.PIPELINE,
+    "reconstruction_weight": 0.1, "cls_delay": 0, "steps": 7, **atop.PIPELINE,
 }  # fmt: skip
 MAIN = {
     "generator": {"residual": True}, "defence": {"sigma": 0.1, "missing": 0.0}, "stage": PIPELINE, "base": BASE,
@@ -49,13 +49,13 @@ STANDARD_PIPELINE = {**PIPELINE, "epochs": 30, "batch_size": 64, "learning_rate"
 #: Rows with all seeds.
 ROWS: dict[str, dict] = {
     PAINTER: {**PAINTING, "stage": PRETRAINING, "start": None},
-    "published": {**PAINTING, "stage": PUBLISHED},
+    OBJECTIVE: {**PAINTING, "stage": FINETUNING},
     "pipeline": MAIN,
     "pipeline, sigma 0.0": {**MAIN, "defence": {"sigma": 0.0, "missing": 0.0}},
 }
 #: Rows with the seeds of ablations.
 MORE: dict[str, dict] = {
-    "published, on standard": {**PAINTING, "stage": PUBLISHED, "base": STANDARD},
+    f"{OBJECTIVE}, on standard": {**PAINTING, "stage": FINETUNING, "base": STANDARD},
     "pipeline, on standard": {**PAINTING, "stage": STANDARD_PIPELINE, "base": STANDARD},
     "pipeline, painting": PAINTING,
 }

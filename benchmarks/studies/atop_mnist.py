@@ -1,8 +1,8 @@
 """AToP on MNIST, L-inf eps 0.3: what attacks through the whole defence leave of it, and which training helps.
 
-On a classifier trained on clean images the purifier only pre-trained, fine-tuned as published (FGSM on the classifier)
-and fine-tuned through the whole pipeline; on an adversarially trained classifier the last of these. Each is attacked
-with full gradients and, for comparison, as the published ablation was: through the classifier alone.
+On a classifier trained on clean images the purifier only pre-trained, fine-tuned with the paper's objective (FGSM on
+the classifier) and fine-tuned through the whole pipeline; on an adversarially trained classifier the last of these.
+Each is attacked with full gradients and, for comparison, as in the paper's ablation: on the classifier alone.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from . import Job, atop, mnist
 from .attacked import counts, joined
 
 STANDARD, ROBUST = "standard classifier", "PGD-AT classifier"
-PRETRAINED, PUBLISHED, PIPELINE = "AToP pre-trained only", "AToP published", "AToP pipeline"
+PRETRAINED, OBJECTIVE, PIPELINE = "AToP pre-trained only", "AToP, paper's objective", "AToP pipeline"
 ROBUST_PIPELINE = "AToP pipeline on PGD-AT"
 BASES = {
     STANDARD: STANDARD,
     PRETRAINED: STANDARD,
-    PUBLISHED: STANDARD,
+    OBJECTIVE: STANDARD,
     PIPELINE: STANDARD,
     ROBUST: ROBUST,
     ROBUST_PIPELINE: ROBUST,
@@ -40,8 +40,8 @@ class Budget:
     """Everything that can be chosen. What follows the name of a stage is `AtopConfig`'s, but for what is named here.
 
     ``*_images``: the first so many; ``*_epochs`` over these. ``pipeline_start``: where both fine-tunings through the
-    pipeline begin: ``AToP pre-trained only`` or ``AToP published``. ``attack_first_steps``: of a PGD with one draw that
-    comes before the costly ones, which then attack what it left.
+    pipeline begin: ``AToP pre-trained only`` or ``AToP, paper's objective``. ``attack_first_steps``: of a PGD with one
+    draw that comes before the costly ones, which then attack what it left.
     """
 
     data_train_images: int = 60000
@@ -64,16 +64,16 @@ class Budget:
     pretraining_discriminator_width: int = 16
     pretraining_schedule: str = "one_cycle"
     pretraining_precision: str = "float32"
-    published_images: int = 60000
-    published_epochs: int = 1
-    published_batch_size: int = 64
-    published_learning_rate: float = 2e-3
-    published_cls_weight: float = 0.1
-    published_reconstruction_weight: float = 1.0
-    published_reconstruction_target: str = "clean"
-    published_cls_delay_epochs: int = 0
-    published_schedule: str = "one_cycle"
-    published_precision: str = "float32"
+    objective_images: int = 60000
+    objective_epochs: int = 1
+    objective_batch_size: int = 64
+    objective_learning_rate: float = 2e-3
+    objective_cls_weight: float = 0.1
+    objective_reconstruction_weight: float = 1.0
+    objective_reconstruction_target: str = "clean"
+    objective_cls_delay: int = 0
+    objective_schedule: str = "one_cycle"
+    objective_precision: str = "float32"
     pipeline_start: str = PRETRAINED
     pipeline_images: int = 60000
     pipeline_epochs: int = 1
@@ -83,7 +83,7 @@ class Budget:
     pipeline_cls_weight: float = 1.0
     pipeline_reconstruction_weight: float = 0.1
     pipeline_reconstruction_target: str = "adversarial"
-    pipeline_cls_delay_epochs: int = 0
+    pipeline_cls_delay: int = 0
     pipeline_schedule: str = "one_cycle"
     pipeline_precision: str = "float32"
     attack_first_steps: int = 20
@@ -93,12 +93,12 @@ class Budget:
 
 FULL = Budget(
     data_images=10000, classifier_robust_epochs=40, pretraining_images=60000, pretraining_epochs=10,
-    published_images=60000, published_epochs=10, pipeline_images=60000, pipeline_epochs=10, pipeline_steps=7,
+    objective_images=60000, objective_epochs=10, pipeline_images=60000, pipeline_epochs=10, pipeline_steps=7,
     attack_steps=200, attack_eot=20,
 )  # fmt: skip
 QUICK = Budget(
     data_train_images=1280, data_images=20, classifier_width=4, classifier_robust_epochs=1,
-    defence_width=2, pretraining_images=64, pretraining_discriminator_width=2, published_images=64, pipeline_images=64,
+    defence_width=2, pretraining_images=64, pretraining_discriminator_width=2, objective_images=64, pipeline_images=64,
     pipeline_steps=1, attack_first_steps=1, attack_steps=2, attack_eot=2,
 )  # fmt: skip
 
@@ -129,7 +129,7 @@ def pretrain(job: Job, folder: Path, root: Path) -> dict:
 
 
 def finetune(job: Job, folder: Path, root: Path) -> dict:
-    """As published, or through the pipeline, from another row's purifier."""
+    """With the paper's objective, or through the pipeline, from another row's purifier."""
     s = job.settings
     stage, how = _part(s, s["stage"]), atop.PIPELINE if s["stage"] == "pipeline" else {}
     config = atop.attacked({**stage, **how}, mnist.EPS)
@@ -171,12 +171,12 @@ def jobs(path: str, seed: int = 0, budget: Budget = Budget()) -> list[Job]:
     def parts(*stages: str) -> dict:
         return {name: value for name, value in whole.items() if name.startswith(tuple(f"{s}_" for s in stages))}
 
-    if budget.pipeline_start not in (PRETRAINED, PUBLISHED):
-        raise ValueError(f"pipeline_start must be {PRETRAINED!r} or {PUBLISHED!r}, got {budget.pipeline_start!r}")
+    if budget.pipeline_start not in (PRETRAINED, OBJECTIVE):
+        raise ValueError(f"pipeline_start must be {PRETRAINED!r} or {OBJECTIVE!r}, got {budget.pipeline_start!r}")
     classifier = {"data": path, **parts("data", "classifier")}
     pretrained = classifier | parts("defence", "pretraining")
-    published = pretrained | parts("published") | {"stage": "published", "start": PRETRAINED, "base": STANDARD}
-    before = published if budget.pipeline_start == PUBLISHED else pretrained
+    objective = pretrained | parts("objective") | {"stage": "objective", "start": PRETRAINED, "base": STANDARD}
+    before = objective if budget.pipeline_start == OBJECTIVE else pretrained
     pipeline = before | parts("pipeline") | {"stage": "pipeline", "start": budget.pipeline_start}
     made = [
         Job(STANDARD, seed, train_classifier, (), {**classifier, "eps": 0.0}),
@@ -184,7 +184,7 @@ def jobs(path: str, seed: int = 0, budget: Budget = Budget()) -> list[Job]:
         Job(PRETRAINED, seed, pretrain, (STANDARD,), pretrained),
         Job(PIPELINE, seed, finetune, (STANDARD, budget.pipeline_start), {**pipeline, "base": STANDARD}),
         Job(ROBUST_PIPELINE, seed, finetune, (ROBUST, budget.pipeline_start), {**pipeline, "base": ROBUST}),
-        Job(PUBLISHED, seed, finetune, (STANDARD, PRETRAINED), published),
+        Job(OBJECTIVE, seed, finetune, (STANDARD, PRETRAINED), objective),
     ]
     attacks = [
         Job(f"{j.name} attacked", seed, attack, (j.name,), {**j.settings, **parts("attack"), "model": j.name})
@@ -204,16 +204,16 @@ def caption(budget: Budget, seed: int) -> str:
         f"pixels hidden, S = {b.defence_samples}; a small generator (ours, "
         f"{'correcting the image' if b.defence_residual else 'painting the image'}), pre-trained on "
         f"{b.pretraining_images:,} images (epochs {b.pretraining_epochs}; weight of the GAN term "
-        f"{b.pretraining_gan_weight}); from there, with the published attack and loss (FGSM on the classifier, lambda "
-        f"{b.published_cls_weight}, L1 to {b.published_reconstruction_target} images; warm-up, rate and schedule ours: "
-        f"{b.published_cls_delay_epochs}, {b.published_learning_rate}, {b.published_schedule}) on "
-        f"{b.published_images:,} (epochs {b.published_epochs}); through the pipeline "
+        f"{b.pretraining_gan_weight}); from there, with the paper's attack and loss (FGSM on the classifier, lambda "
+        f"{b.objective_cls_weight}, L1 to {b.objective_reconstruction_target} images; delay, rate and schedule own: "
+        f"{b.objective_cls_delay}, {b.objective_learning_rate}, {b.objective_schedule}) on "
+        f"{b.objective_images:,} (epochs {b.objective_epochs}); through the pipeline "
         f"(PGD-{b.pipeline_steps} through the whole defence, lambda {b.pipeline_cls_weight}, L1 "
         f"{b.pipeline_reconstruction_weight}), from `{b.pipeline_start}`, on {b.pipeline_images:,} (epochs "
         f"{b.pipeline_epochs}). "
         "Attacks: full gradients through the whole defence; each that begins with `then` attacks what those before it "
         "left, and counts every image; under attack an image counts if each of five predictions is right. The weak "
-        "protocol attacks the classifier alone, as the published ablation did, and is in no `worst`."
+        "protocol attacks the classifier alone, as the paper's ablation does (tables 7 and 8), and is in no `worst`."
     )
 
 
@@ -223,7 +223,7 @@ def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) ->
     found = {name: joined([job.folder(root, f"{name} attacked")]) for name in BASES}
     whole = merge(found.values())
     minutes = {name: job.result(root, name)["minutes"] for name in BASES}
-    pairs = ((PUBLISHED, PRETRAINED), (PIPELINE, PUBLISHED), (ROBUST_PIPELINE, ROBUST))
+    pairs = ((OBJECTIVE, PRETRAINED), (PIPELINE, OBJECTIVE), (ROBUST_PIPELINE, ROBUST))
     lines = [
         caption(budget, seed),
         "",

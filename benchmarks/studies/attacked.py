@@ -9,7 +9,7 @@ import numpy as np
 
 from purify_fast._files import atomic, write_text
 from purify_fast.evaluation import Examples, Report
-from purify_fast.evaluation.tables import draws, markdown_table, percent
+from purify_fast.evaluation.tables import draws, markdown_table, percent, single_predictions
 from purify_fast.evaluation.worst import worst
 
 _NAME, _EXAMPLES = "attacked.json", "examples.npz"
@@ -54,5 +54,5 @@ def counts(report: Report) -> list[str]:
     for row in report.rows:
         health = row.describe_health() + ("" if row.reliable else ", unreliable")
         cells = [row.model, row.attack, draws(row), f"{int(row.robust.sum())}/{row.n}"]
-        body.append([*cells, percent(row), f"{100 * row.mean:.1f}", health])
+        body.append([*cells, percent(row), single_predictions(row), health])
     return markdown_table([*head, "gradients non-finite / zero / unmoved"], body)

@@ -1,4 +1,4 @@
-"""CIFAR-10 at L-inf 8/255: the three methods, as published and through the pipeline, beside fair single networks.
+"""CIFAR-10 at L-inf 8/255: the three methods, by the papers' objectives and through the pipeline, beside networks.
 
 `cifar10_models` trains; here the models are judged by this package's own engine and put into one table.
 """
@@ -21,7 +21,8 @@ from . import Job
 from .cifar10_ahead import CANDIDATES, ELIGIBLE, MIXED
 from .cifar10_budget import (
     AFT,
-    ARREST,
+    ALONE,
+    ARREST_EMA,
     AS_AUTHORS,
     ATOP,
     ATOP_PIPELINE,
@@ -41,6 +42,7 @@ from .cifar10_budget import (
     LARGE,
     LONG,
     OFFICIAL,
+    ON_GIVEN,
     PEEL,
     QUICK,
     STANDARD,
@@ -64,15 +66,17 @@ from .cifar10_models import (
     mix,
     model_of,
     search_arrest,
+    take_base,
+    take_standard,
     train_atop,
     train_base,
     train_candidate,
     train_carso,
     train_standard,
 )
-from .cifar10_table import write
+from .cifar10_table import write, write_given
 
-__all__ = ["FULL", "QUICK", "Budget", "jobs", "write"]
+__all__ = ["FULL", "QUICK", "Budget", "jobs", "write", "write_given"]
 
 DEFAULT = Budget()
 
@@ -107,7 +111,7 @@ def trainings(where: Where, seed: int, budget: Budget) -> list[Job]:
         job(GENERATOR, train_atop, BASE),
         job(ATOP, train_atop, BASE, GENERATOR),
         job(ATOP_PIPELINE, train_atop, BASE, GENERATOR),
-        *([job(ATOP_STANDARD, train_atop, STANDARD, BASE, GENERATOR)] if seed == 0 else []),
+        job(ATOP_STANDARD, train_atop, STANDARD, BASE, GENERATOR),
         job(AFT, finetune, STANDARD),
     ]
     if seed > 0:
@@ -115,7 +119,7 @@ def trainings(where: Where, seed: int, budget: Budget) -> list[Job]:
         tried = [(tried_name(name), 0) for name in ELIGIBLE]
         return [
             *made,
-            job(ARREST, finetune, STANDARD, *((search, 0) for search in searches)),
+            job(ARREST_EMA, finetune, STANDARD, *((search, 0) for search in searches)),
             job(BEST, train_candidate, STANDARD, BASE, CARSO, *tried),
         ]
     return [
@@ -124,9 +128,9 @@ def trainings(where: Where, seed: int, budget: Budget) -> list[Job]:
             job(name, search_arrest, STANDARD, weight=weight, angle=angle)
             for name, (weight, angle) in zip(searches, pairs, strict=True)
         ),
-        job(ARREST, finetune, STANDARD, *searches),
+        job(ARREST_EMA, finetune, STANDARD, *searches),
         job(TRADES, train_base, how={"trades": True}),
-        job(CARSO_ARREST, train_carso, BASE, ARREST, CARSO),
+        job(CARSO_ARREST, train_carso, BASE, ARREST_EMA, CARSO),
         job(ATOP_ZERO, train_atop, BASE, GENERATOR),
         job(MIXED, mix, STANDARD, BASE),
         *(job(name, train_candidate, BASE, CARSO) for name in CANDIDATES),
@@ -134,6 +138,49 @@ def trainings(where: Where, seed: int, budget: Budget) -> list[Job]:
         job(LARGE, train_base, how={"large": True}),
         job(AWP, train_base, how={"awp": True}),
         job(LONG, train_base, BASE, how={"long": True}),
+    ]
+
+
+def trainings_on(base: str, where: Where, seed: int, budget: Budget) -> list[Job]:
+    """The trainings of `ON_GIVEN`, on a base of the zoo and one standard classifier for all seeds.
+
+    Args:
+        base: its name in the zoo.
+        where: the data and the device.
+        seed: of the trainings.
+        budget: how much of everything.
+    """
+    job = _factory(where, seed, budget=budget.training, base=base)
+    standard = job(STANDARD, train_standard) if seed == 0 else job(STANDARD, take_standard, (STANDARD, 0))
+    return [
+        job(BASE, take_base),
+        standard,
+        job(GENERATOR, train_atop, BASE),
+        job(ATOP, train_atop, BASE, GENERATOR),
+        job(ATOP_STANDARD, train_atop, STANDARD, BASE, GENERATOR),
+        job(ARREST_EMA, finetune, STANDARD),
+    ]
+
+
+def judgings_on(base: str, where: Where, seed: int, budget: Budget) -> list[Job]:
+    """The jobs that judge the models of `ON_GIVEN` by the protocol that compares models; of the first seed also by the
+    attack of AToP's notebooks, and by ``strong``.
+
+    Args:
+        base: its name in the zoo.
+        where: the data and the device.
+        seed: of the trainings.
+        budget: how much of everything.
+    """
+    counts = budget.judging
+    job = _factory(where, seed, budget=budget.training, judging=counts, base=base)
+    names = [(name, counts.main) for name in ON_GIVEN]
+    if seed == 0:
+        names.append((ALONE, AUTHORS))
+        names += [(name, "strong") for name in ON_GIVEN if counts.strong > 0]
+    return [
+        job(judged_name(name, protocol), judge, TRAINED_AS.get(name, name), model=name, protocol=protocol)
+        for name, protocol in names
     ]
 
 
@@ -146,7 +193,7 @@ def judgings(where: Where, seed: int, budget: Budget) -> list[Job]:
         return job(judged_name(name, protocol), judge, *needs, model=name, protocol=protocol)
 
     if seed > 0:
-        return [judged(name, name) for name in COMPARED]
+        return [judged(name, TRAINED_AS.get(name, name)) for name in COMPARED]
     return [
         *(judged(name, TRAINED_AS.get(name, name)) for name in (*rows(budget), *AS_AUTHORS)),
         *(job(tried_name(name), judge_candidate, name, model=name) for name in TRIED),
@@ -169,19 +216,24 @@ def further_judgings(where: Where, budget: Budget) -> list[Job]:
     return [*(judged(name, how) for name in OFFICIAL for how in compared), *(judged(name, "strong") for name in others)]
 
 
-def jobs(path: str, budget: Budget = DEFAULT, device: str = "cpu") -> list[Job]:
+def jobs(path: str, budget: Budget = DEFAULT, device: str = "cpu", base: str | None = None) -> list[Job]:
     """All jobs, each as early as it can be: a model is judged when it is trained, so that the table grows row by row.
 
     Args:
         path: the folder of CIFAR-10.
         budget: how much of everything.
         device: where models are trained and judged, as torch names it.
+        base: the name in the zoo of a base to stand on, for `ON_GIVEN` alone; None trains and judges everything.
     """
     where = Where(path, device)
     made: list[Job] = []
     for seed in range(budget.seeds):
-        waiting = judgings(where, seed, budget) + (further_judgings(where, budget) if seed == 0 else [])
-        for training in trainings(where, seed, budget):
+        if base is None:
+            waiting = judgings(where, seed, budget) + (further_judgings(where, budget) if seed == 0 else [])
+            begun = trainings(where, seed, budget)
+        else:
+            waiting, begun = judgings_on(base, where, seed, budget), trainings_on(base, where, seed, budget)
+        for training in begun:
             made.append(training)
             there = {job.name for job in made if job.seed == seed}
             for job in list(waiting):

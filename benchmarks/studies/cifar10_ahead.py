@@ -1,7 +1,7 @@
 """Ways to get ahead of the base on CIFAR-10 that the literature gives reason to hope for, each a row of the study.
 
-The defences start from the published purifier and are trained through the pipeline; the mixture is not trained. No
-number is chosen on test images: whatever was tried is a row, whether it helps or not.
+The defences start from the purifier with the paper's objective and are trained through the pipeline; the mixture is not
+trained. No number is chosen on test images: whatever was tried is a row, whether it helps or not.
 """
 
 from __future__ import annotations

@@ -12,29 +12,31 @@ EPS = 8 / 255
 LAYERS = ("stages.1.1", "stages.2.1", "stages.3.1")
 STANDARD, BASE, LARGE, AWP, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "PGD-AT, AWP", "TRADES"
 NO_EMA, LONG = "PGD-AT, no moving average", "PGD-AT, longer"
-AFT, ARREST = "AFT", "ARREST"
-CARSO, CARSO_PIPELINE, CARSO_ARREST = "CARSO published", "CARSO pipeline", "CARSO pipeline on ARREST"
-GENERATOR, ATOP = "AToP pre-trained only", "AToP published"
+AFT, ARREST, ARREST_EMA = "AFT", "ARREST", "ARREST, moving average"
+#: "The paper's objective": target and loss are the paper's; network, optimizer, schedule and budget are this study's.
+CARSO, CARSO_PIPELINE = "CARSO, paper's objective", "CARSO pipeline"
+CARSO_ARREST = "CARSO pipeline on ARREST"
+GENERATOR, ATOP = "AToP pre-trained only", "AToP, paper's objective"
 ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
 #: The setting of the paper, whose classifiers are not robust by themselves.
-ATOP_STANDARD = "AToP published on standard"
-#: CARSO as published, attacked through the output that its authors attack.
-PEEL = "CARSO published, through PeeL"
-#: The same, attacked as its released code does: the attack sees the classifier alone.
-ALONE = "AToP published on standard, classifier attacked alone"
+ATOP_STANDARD = "AToP, paper's objective, on standard"
+#: CARSO attacked through the output that its authors attack.
+PEEL = "CARSO, paper's objective, through PeeL"
+#: AToP attacked as its notebooks do while they train: the attack sees the classifier alone.
+ALONE = "AToP, paper's objective, on standard, classifier attacked alone"
 #: Rows that are attacked as the method's authors do, and no otherwise; their place among the protocols.
 AS_AUTHORS, AUTHORS = (PEEL, ALONE), "authors"
-CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST)
+CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST_EMA, ARREST)
 CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
 #: Rows whose weights another row's training leaves.
-TRAINED_AS = {PEEL: CARSO, ALONE: ATOP_STANDARD, NO_EMA: BASE}
+TRAINED_AS = {PEEL: CARSO, ALONE: ATOP_STANDARD, NO_EMA: BASE, ARREST: ARREST_EMA}
 #: Where a training keeps the weights that its moving average is of.
 LIVE = "without_average"
 #: The classifier behind each defence.
 BEHIND = {
     CARSO: BASE,
     CARSO_PIPELINE: BASE,
-    CARSO_ARREST: ARREST,
+    CARSO_ARREST: ARREST_EMA,
     GENERATOR: BASE,
     ATOP: BASE,
     ATOP_PIPELINE: BASE,
@@ -59,9 +61,11 @@ class Training:
     base_epochs: int = 15
     arrest_epochs: int = 6
     search_epochs: int = 1
-    published_epochs: int = 5
+    objective_epochs: int = 5
     pipeline_epochs: int = 2
     generator_epochs: int = 2
+    #: of AToP with the paper's objective: images before its cross-entropy acts, as many as in the authors' two epochs
+    atop_delay_images: int = 10_000
     #: the first of the training images; those behind them decide which candidate is best
     train_images: int = 49000
     steps: int = 5
@@ -146,7 +150,7 @@ FULL = Budget(
     Training(
         width=64, large_width=80, large_epochs=60, long_epochs=90, standard_epochs=50, base_epochs=60,
         arrest_epochs=30, search_epochs=5,
-        published_epochs=30, pipeline_epochs=20, generator_epochs=10, steps=10, carso_steps=40, samples=8,
+        objective_epochs=30, pipeline_epochs=20, generator_epochs=10, steps=10, carso_steps=40, samples=8,
     ),
     Judging(fast=0, standard=1000, strong=200, official=1000, authors=1000),
     shares=(0.25, 0.5, 0.75),
@@ -154,9 +158,8 @@ FULL = Budget(
 QUICK = Budget(
     Training(
         width=2, large_width=3, large_epochs=1, long_epochs=2, standard_epochs=1, base_epochs=1, arrest_epochs=1,
-        search_epochs=1, published_epochs=1,
-        pipeline_epochs=1, generator_epochs=1, train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,),
-        angles=(30.0,), samples=2,
+        search_epochs=1, objective_epochs=3, pipeline_epochs=1, generator_epochs=1, atop_delay_images=16,
+        train_images=64, steps=1, carso_steps=2, batch_size=16, weights=(5.0,), angles=(30.0,), samples=2,
     ),
     Judging(clean=20, fast=4, standard=0, strong=0, official=0, held_out=10, authors=4, tried="fast"),
     seeds=1,
@@ -174,19 +177,20 @@ PAIRS = (
     (CARSO, BASE),
     (CARSO_PIPELINE, BASE),
     (CARSO_PIPELINE, LARGE),
-    (CARSO_ARREST, ARREST),
+    (CARSO_ARREST, ARREST_EMA),
     (ATOP, BASE),
     (ATOP_PIPELINE, BASE),
     (ATOP_ZERO, ATOP_PIPELINE),
     (ATOP_STANDARD, STANDARD),
-    (ARREST, AFT),
-    (ARREST, BASE),
+    (ARREST_EMA, AFT),
+    (ARREST_EMA, BASE),
+    (ARREST, ARREST_EMA),
     *((name, BASE) for name in (NO_EMA, LONG, LARGE, AWP, TRADES)),
 )
 #: What is trained with a second seed.
-COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_PIPELINE, AFT, ARREST, BEST)
+COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_STANDARD, ATOP_PIPELINE, AFT, ARREST_EMA, ARREST, BEST)
 #: What the official AutoAttack attacks as well.
-OFFICIAL = (BASE, CARSO_PIPELINE, TRADES, ARREST)
+OFFICIAL = (BASE, CARSO_PIPELINE, TRADES, ARREST_EMA)
 #: What is tried on held-out images, and its source: two references, then the candidates.
 TRIED = {
     BASE: "reference: no purifier",
@@ -196,16 +200,30 @@ TRIED = {
 }
 
 
+#: What is trained on a base that is given, with each seed: the rows whose training was wrong, and what they need.
+ON_GIVEN = (STANDARD, BASE, GENERATOR, ATOP, ATOP_STANDARD, ARREST_EMA, ARREST)
+#: Models of these whose differences are shown.
+GIVEN_PAIRS = (
+    (GENERATOR, BASE),
+    (ATOP, BASE),
+    (ATOP_STANDARD, STANDARD),
+    (ATOP, GENERATOR),
+    (ARREST, ARREST_EMA),
+    (ARREST, BASE),
+)
+#: Lambda and phi of ARREST there: those that the study chose on held-out training images with the first seed.
+CHOSEN = (50.0, 30.0)
+
 #: The rows that a row's training began with.
 BEGAN_WITH = {
     **{name: (trained,) for name, trained in TRAINED_AS.items()},
     LONG: (BASE,),
     AFT: (STANDARD,),
-    ARREST: (STANDARD,),
+    ARREST_EMA: (STANDARD,),
     MIXED: (STANDARD, BASE),
     GENERATOR: (BASE,),
     CARSO: (BASE,),
-    CARSO_ARREST: (CARSO, ARREST),
+    CARSO_ARREST: (CARSO, ARREST_EMA),
     ATOP_STANDARD: (GENERATOR, STANDARD),
     **dict.fromkeys((ATOP, ATOP_PIPELINE, ATOP_ZERO), (GENERATOR,)),
     **dict.fromkeys((CARSO_PIPELINE, *CANDIDATES), (CARSO,)),

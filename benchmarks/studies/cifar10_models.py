@@ -1,14 +1,17 @@
 """The models of the study on CIFAR-10, and how each is trained.
 
 Every model is trained with crops and flips. Adversarially trained classifiers, AFT and ARREST among them, keep a moving
-average of their weights. AToP's generator, AToP as published and the candidate whose classifier is trained too are
-trained in float32, all others in bfloat16. The defences are compared with single networks that were trained
-adversarially: the base, a larger and a longer one, one with AWP, one at half of eps, and TRADES. ARREST's lambda and
-phi are chosen on training images that the search leaves out; nothing is chosen on test images.
+average of their weights; of the base and of ARREST the weights without it are judged too. The rows of the paper's
+objective have the target and the loss of the paper, and this study's networks, optimizers and budgets: none follows a
+recipe of `purify_fast.methods.recipes`. AToP's generator, AToP with the paper's objective and the candidate whose
+classifier is trained too are trained in float32, all others in bfloat16. The defences are compared with single networks
+that were trained adversarially: the base, a larger and a longer one, one with AWP, one at half of eps, and TRADES.
+ARREST's lambda and phi are chosen on training images that the search leaves out; nothing is chosen on test images.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from purify_fast import data
+from purify_fast import data, zoo
 from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator, load_atop
@@ -40,6 +43,7 @@ from . import Job
 from .cifar10_ahead import CANDIDATES, ELIGIBLE, MIXED, CandidateTask, Mixed
 from .cifar10_budget import (
     ARREST,
+    ARREST_EMA,
     ATOP,
     ATOP_STANDARD,
     ATOP_ZERO,
@@ -48,6 +52,7 @@ from .cifar10_budget import (
     BEST,
     CARSO,
     CARSO_ROWS,
+    CHOSEN,
     EPS,
     GENERATOR,
     LAYERS,
@@ -196,6 +201,22 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     return found
 
 
+def take_base(job: Job, folder: Path, root: Path) -> dict:
+    """A base that is given, by its name in the zoo, in place of one that the study trains."""
+    model = zoo.load(job.settings["base"]).to(job.settings["device"])
+    images, budget = images_of(job), job.settings["budget"]
+    costs = _costs(ArrestTask(copy.deepcopy(model), adversarial(budget), images.image_shape), model, images)
+    save_classifier(model, folder)
+    return costs
+
+
+def take_standard(job: Job, folder: Path, root: Path) -> dict:
+    """The standard classifier of the first seed, which purifiers of all seeds stand on."""
+    first = replace(job, seed=0)
+    save_classifier(trained_classifier(first, root, STANDARD), folder)
+    return first.result(root, STANDARD)
+
+
 def search_arrest(job: Job, folder: Path, root: Path) -> dict:
     """One pair of lambda and phi, trained shortly and measured on training images that it leaves out."""
     images, budget = images_of(job), job.settings["budget"]
@@ -210,6 +231,8 @@ def search_arrest(job: Job, folder: Path, root: Path) -> dict:
 def chosen(job: Job, root: Path) -> tuple[float, float]:
     """Lambda and phi of the highest accuracy under attack on the images that the search left out; of the first seed."""
     budget = job.settings["budget"]
+    if "base" in job.settings:
+        return CHOSEN
     pairs = [(weight, angle) for weight in budget.weights for angle in budget.angles]
     first = replace(job, seed=0)
 
@@ -222,11 +245,12 @@ def chosen(job: Job, root: Path) -> tuple[float, float]:
 def finetune(job: Job, folder: Path, root: Path) -> dict:
     """AFT, or ARREST with what the search chose, from the standard classifier."""
     images, budget = images_of(job), job.settings["budget"]
-    weight, angle = chosen(job, root) if job.name == ARREST else (0.0, None)
+    weight, angle = chosen(job, root) if job.name == ARREST_EMA else (0.0, None)
     model = trained_classifier(job, root, STANDARD)
     task = ArrestTask(model, finetuning(budget, weight, angle), images.image_shape)
     found = _fitted(job, folder, task, task.result, budget.arrest_epochs, images)
     save_classifier(task.result, folder)
+    save_classifier(task.classifier, folder / LIVE)
     return found | {"weight": weight, "angle": angle}
 
 
@@ -259,27 +283,27 @@ def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[st
     return defence.to(job.settings["device"])
 
 
-def _from_published(job: Job, root: Path, defence: Carso) -> str:
-    """Start from what the published training left, as far as the weights have the same shapes; their fingerprint."""
-    published = load_carso(job.folder(root, CARSO), load_classifier(job.folder(root, BASE)))
+def _from_objective(job: Job, root: Path, defence: Carso) -> str:
+    """Start from the purifier with the paper's objective, as far as shapes are the same; its weights' fingerprint."""
+    before = load_carso(job.folder(root, CARSO), load_classifier(job.folder(root, BASE)))
     there = defence.state_dict()
     own = {
         key: value
-        for key, value in published.state_dict().items()
+        for key, value in before.state_dict().items()
         if not key.startswith("classifier.") and key in there and there[key].shape == value.shape
     }
     defence.load_state_dict(own, strict=False)
-    return weights_fingerprint(published)
+    return weights_fingerprint(before)
 
 
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
-    """CARSO as published, or from there through the pipeline."""
+    """CARSO with the paper's objective, or from there through the pipeline."""
     images, budget = images_of(job), job.settings["budget"]
     defence = _fresh_carso(job, root, images, LAYERS)
-    origin, epochs = "scratch", budget.published_epochs
+    origin, epochs = "scratch", budget.objective_epochs
     config = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=budget.carso_steps), precision="bfloat16")
     if job.name != CARSO:
-        origin, epochs = _from_published(job, root, defence), budget.pipeline_epochs
+        origin, epochs = _from_objective(job, root, defence), budget.pipeline_epochs
         config = CarsoConfig(
             attack_target="pipeline", attack=attack_of(budget), learning_rate=1e-3, precision="bfloat16"
         )
@@ -289,13 +313,13 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train_candidate(job: Job, folder: Path, root: Path) -> dict:
-    """One of `CANDIDATES`, or the best one, from what the published training left. The mixture is not trained."""
+    """One of `CANDIDATES`, or the best one, from the purifier with the paper's objective; a mixture is not trained."""
     name = best(job, root) if job.name == BEST else job.name
     if name == MIXED:
         return mix(job, folder, root) | {"model": name}
     images, budget, how = images_of(job), job.settings["budget"], CANDIDATES[name]
     defence = _fresh_carso(job, root, images, LAYERS[-1:] if how.late else LAYERS)
-    origin = _from_published(job, root, defence)
+    origin = _from_objective(job, root, defence)
     # a classifier that is trained has no frozen copy, which bfloat16 needs
     precision = "float32" if how.joint else "bfloat16"
     rate = 1e-4 if how.joint else 1e-3
@@ -322,7 +346,7 @@ def mix(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train_atop(job: Job, folder: Path, root: Path) -> dict:
-    """A generator that corrects images: pre-trained, then as published, or through the pipeline."""
+    """A generator that corrects images: pre-trained, then with the paper's objective, or through the pipeline."""
     images, budget = images_of(job), job.settings["budget"]
     base = load_classifier(job.folder(root, BEHIND[job.name]))
     torch.manual_seed(job.seed)
@@ -335,11 +359,11 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
     else:
         before = load_atop(job.folder(root, GENERATOR), load_classifier(job.folder(root, BEHIND[GENERATOR])))
         defence.purifier.load_state_dict(before.purifier.state_dict())
-        config = AtopConfig.published("cifar_rt2")
+        config = AtopConfig(cls_delay=budget.atop_delay_images)
         if job.name not in (ATOP, ATOP_STANDARD):
             config = replace(
                 config, attack_method="pgd", attack_target="pipeline", attack=attack_of(budget), cls_weight=1.0,
-                reconstruction_weight=0.1, cls_delay_epochs=0, learning_rate=1e-3, schedule="one_cycle",
+                reconstruction_weight=0.1, cls_delay=0, learning_rate=1e-3, schedule="one_cycle",
                 precision="bfloat16",
             )  # fmt: skip
         task, epochs = AtopTask(defence, config, weights_fingerprint(before.purifier)), budget.pipeline_epochs
@@ -358,7 +382,7 @@ def _read_model(job: Job, root: Path, name: str) -> nn.Module:
         return Mixed(*(load_classifier(job.folder(root, part)) for part in (STANDARD, BASE))).eval()
     trained = trained_as(name, job.seed)
     folder = job.folder(root, trained)
-    if name == NO_EMA:
+    if name in (NO_EMA, ARREST):
         return load_classifier(folder / LIVE)
     if name in CARSO_ROWS:
         return load_carso(folder, load_classifier(folder / "classifier"))

@@ -8,10 +8,8 @@ from purify_fast.evaluation import plot_tradeoff
 
 from .. import style
 from .cifar10_budget import (
-    ARREST,
-    ATOP,
+    ARREST_EMA,
     ATOP_PIPELINE,
-    ATOP_STANDARD,
     BASE,
     CARSO,
     CARSO_PIPELINE,
@@ -49,12 +47,10 @@ def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
 BARS = (
     ("A: a network trained on clean photos", STANDARD),
     ("B: the same, trained on attacked photos", BASE),
-    ("ARREST, from A", ARREST),
-    ("CARSO before B, as published", CARSO),
+    ("ARREST, from A", ARREST_EMA),
+    ("CARSO before B, paper's objective", CARSO),
     ("CARSO before B, trained through the pipeline", CARSO_PIPELINE),
-    ("AToP before B, as published", ATOP),
     ("AToP before B, trained through the pipeline", ATOP_PIPELINE),
-    ("AToP before A, as published", ATOP_STANDARD),
 )
 
 

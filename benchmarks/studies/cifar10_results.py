@@ -21,7 +21,7 @@ from purify_fast.evaluation import Report, merge
 from . import ASKED, RESULT, folder_of
 from .cifar10_ahead import MIXED
 from .cifar10_budget import (
-    ARREST,
+    ARREST_EMA,
     AS_AUTHORS,
     AUTHORS,
     BASE,
@@ -40,8 +40,9 @@ from .cifar10_budget import (
     tried_name,
 )
 
-#: The numbers, and the folder of the reports and pictures.
-NUMBERS, REPORTS = "cifar10.json", "cifar10"
+#: What the results are called: STEM.json holds the numbers, the folder STEM the reports and pictures. Results of rows
+#: on a base that was given stand beside those of the whole study.
+STEM, GIVEN = "cifar10", "cifar10_given"
 #: Beside the reports: how much of everything was trained and judged.
 BUDGET = "budget.json"
 
@@ -87,12 +88,23 @@ class Found:
         """
         seconds = 0.0
         for name in (STANDARD, BASE) if model == MIXED else (trained_as(model, self.seed),):
-            log = (folder_of(self.root, name, self.seed) / "log.jsonl").read_text().splitlines()
+            log = folder_of(self.root, name, self.seed) / "log.jsonl"
             before = 0
-            for epoch in map(json.loads, log):
+            # a classifier that was taken from elsewhere has no log
+            for epoch in map(json.loads, log.read_text().splitlines() if log.is_file() else ()):
                 seconds += (epoch["step"] - before) * batch_size / epoch["images_per_second"]
                 before = epoch["step"]
         return seconds / 3600
+
+    def acts_from_step(self, model: str) -> dict[str, int]:
+        """From which step on each term of a model's loss acted, by its training's log; empty where no log says it.
+
+        Args:
+            model: its row.
+        """
+        log = folder_of(self.root, trained_as(model, self.seed), self.seed) / "log.jsonl"
+        rows = log.read_text().splitlines() if log.is_file() else []
+        return json.loads(rows[-1]).get("acts_from_step", {}) if rows else {}
 
 
 @dataclass(frozen=True)
@@ -151,12 +163,13 @@ class Results:
             {key: report for key, report in (earlier.reports | self.reports).items() if key not in gone},
         )
 
-    def save(self, folder: Path, budget: Budget) -> None:
+    def save(self, folder: Path, budget: Budget, stem: str = STEM) -> None:
         """Write the numbers and the report on all models.
 
         Args:
             folder: of the results.
             budget: how much of everything there was.
+            stem: what the results are called.
         """
         order = [*rows(budget), BEST, *map(tried_name, TRIED), *AS_AUTHORS]
         # rows that this version does not know, or bases at other shares of eps, come last
@@ -165,31 +178,33 @@ class Results:
         for seed in sorted({seed for _, seed in self.reports}):
             merged = merge(self.reports[name, seed] for name in order if (name, seed) in self.reports)
             if seed == 0:
-                merged.save(folder / REPORTS)
+                merged.save(folder / stem)
             else:
                 # pages show the first seed; of another one only differences are wanted
-                write_text(folder / REPORTS / _report_file(seed), merged.to_json())
-        write_text(folder / NUMBERS, json.dumps(lines, indent=1) + "\n")
-        write_text(folder / REPORTS / BUDGET, json.dumps(_amounts(budget), indent=1) + "\n")
+                write_text(folder / stem / _report_file(seed), merged.to_json())
+        write_text(folder / f"{stem}.json", json.dumps(lines, indent=1) + "\n")
+        write_text(folder / stem / BUDGET, json.dumps(_amounts(budget), indent=1) + "\n")
 
     @classmethod
-    def read(cls, folder: Path, budget: Budget) -> Results:
+    def read(cls, folder: Path, budget: Budget, stem: str = STEM) -> Results:
         """What `save` wrote; nothing where there is nothing.
 
         Args:
             folder: of the results.
             budget: how much of everything there is now.
+            stem: what the results are called.
 
         Raises:
             OtherBudget: it is of another one.
         """
-        check_budget(folder, budget)
-        if not (folder / NUMBERS).is_file():
+        check_budget(folder, budget, stem)
+        numbers = folder / f"{stem}.json"
+        if not numbers.is_file():
             return cls()
-        lines = {(line["name"], line["seed"]): line for line in json.loads((folder / NUMBERS).read_text())}
+        lines = {(line["name"], line["seed"]): line for line in json.loads(numbers.read_text())}
         reports = {}
         for seed in {seed for _, seed in lines}:
-            path = folder / REPORTS / _report_file(seed)
+            path = folder / stem / _report_file(seed)
             if not path.is_file():
                 continue
             merged = Report.from_json(path.read_text())
@@ -198,19 +213,20 @@ class Results:
         return cls(lines, reports)
 
 
-def check_budget(folder: Path, budget: Budget) -> None:
+def check_budget(folder: Path, budget: Budget, stem: str = STEM) -> None:
     """That results of a budget can go into a folder.
 
     Args:
         folder: of the results.
         budget: how much of everything there is.
+        stem: what the results are called.
 
     Raises:
         OtherBudget: it holds results of another one.
     """
-    amounts = folder / REPORTS / BUDGET
+    amounts = folder / stem / BUDGET
     there = json.loads(amounts.read_text()) if amounts.is_file() else None
-    if (folder / NUMBERS).is_file() and there != _amounts(budget):
+    if (folder / f"{stem}.json").is_file() and there != _amounts(budget):
         raise OtherBudget(f"{folder} holds results of another budget, which would be lost: move them away first")
 
 
@@ -244,12 +260,13 @@ def _only(merged: Report, model: str) -> Report:
     )
 
 
-def collect(root: Path, budget: Budget) -> Results:
+def collect(root: Path, budget: Budget, names: Sequence[str] | None = None) -> Results:
     """What the folders of the jobs say.
 
     Args:
         root: of the study.
         budget: how much of everything there is.
+        names: of the rows; None for all of the study.
 
     Raises:
         OtherBudget: a job was asked to do more or less.
@@ -263,7 +280,7 @@ def collect(root: Path, budget: Budget) -> Results:
     results, main = Results(), budget.judging.main
     for seed in range(budget.seeds):
         found = Found(root, seed)
-        for name in found.judged([*rows(budget), BEST], main):
+        for name in found.judged([*rows(budget), BEST] if names is None else names, main):
             results.lines[name, seed] = _row_line(found, name, budget)
             results.reports[name, seed] = found.report(name, main)
     for line in [*_candidate_lines(Found(root)), *_authors_lines(Found(root), budget.judging)]:
@@ -294,7 +311,9 @@ def _row_line(found: Found, name: str, budget: Budget) -> dict[str, Any]:
         }
     line |= {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop")}
     line["hours"] = round(found.hours(judged["model"], budget.training.batch_size), 3)
-    if name == ARREST:
+    if acts := found.acts_from_step(judged["model"]):
+        line["acts_from_step"] = acts
+    if name == ARREST_EMA:
         line |= {key: facts[key] for key in ("weight", "angle")}
     return line
 

@@ -11,11 +11,14 @@ from purify_fast.evaluation import Tradeoff
 from purify_fast.evaluation.tables import markdown_table
 
 from .cifar10_budget import (
-    ARREST,
+    ARREST_EMA,
     AS_AUTHORS,
     BEST,
+    CHOSEN,
     COMPARED,
+    GIVEN_PAIRS,
     OFFICIAL,
+    ON_GIVEN,
     PAIRS,
     TRIED,
     Budget,
@@ -24,7 +27,7 @@ from .cifar10_budget import (
     tried_name,
 )
 from .cifar10_pictures import Point, picture, plot
-from .cifar10_results import REPORTS, Results, collect
+from .cifar10_results import GIVEN, STEM, Results, collect
 
 
 class NothingJudged(ValueError):
@@ -56,7 +59,7 @@ def table(results: Results, names: Sequence[str], budget: Budget, seed: int = 0)
                 f"{line['parameters'] / 1e6:.2f}",
                 f"{line['inference_gflop']:.3f}",
                 f"{line['training_gflop']:.2f}",
-                f"{line['hours']:.2f}",
+                f"{line['hours']:.2f}" if line["hours"] else "-",
             ]
         )
     head = ["model", "clean", *(f"`{name}` ({count:,})" for name, count in protocols.items()), "SUM", "NRR"]
@@ -118,18 +121,31 @@ def authors_table(results: Results, counts: Judging) -> list[str]:
     return markdown_table([*head, "second minus first"], body) if body else []
 
 
-def differences(results: Results, counts: Judging, seed: int = 0) -> list[str]:
-    """A line for each of `PAIRS` of which both models are judged: the difference, image by image.
+def authors_caption(budget: Budget) -> str:
+    """What stands above `authors_table`."""
+    return (
+        "With noise, through PeeL, or on the classifier alone as AToP's notebooks do while they train (code: "
+        f"cifar-miss-gau-adv.ipynb:130-133): PGD-{budget.training.carso_steps} with two losses, five draws a step, "
+        f"on the first {budget.judging.authors:,} test images. An image counts if each of five predictions is right. "
+        "The other columns are without noise, on the same images:"
+    )
+
+
+def differences(
+    results: Results, counts: Judging, seed: int = 0, pairs: Sequence[tuple[str, str]] = PAIRS
+) -> list[str]:
+    """A line for each pair of which both models are judged: the difference, image by image.
 
     Args:
         results: of the study.
         counts: how many images each protocol has.
         seed: of the trainings.
+        pairs: names of rows.
     """
     reports = {name: report for (name, of), report in results.reports.items() if of == seed}
     return [
         f"- {name} minus {other}, `{counts.main}`: {reports[name].paired(reports[other])}."
-        for name, other in PAIRS
+        for name, other in pairs
         if name in reports and other in reports
     ]
 
@@ -166,8 +182,14 @@ def official_table(results: Results, counts: Judging) -> list[str]:
     return markdown_table(head, body) if body else []
 
 
-def settings(results: Results, budget: Budget) -> str:
-    """What was trained and judged, and how much of it."""
+def settings(results: Results, budget: Budget, elsewhere: Sequence[str] = ()) -> str:
+    """What was trained and judged, and how much of it.
+
+    Args:
+        results: of the study.
+        budget: how much of everything there is.
+        elsewhere: rows that stand in the table of a base that was given.
+    """
     amount, counts = budget.training, budget.judging
     text = (
         f"CIFAR-10, L-inf 8/255. A PreActResNet-18 of width {amount.width}. Clean accuracy is on {counts.clean:,} test "
@@ -176,22 +198,28 @@ def settings(results: Results, budget: Budget) -> str:
         f"on the first {amount.train_images:,} training images, for {amount.standard_epochs} epochs on clean images, "
         f"{amount.base_epochs} of PGD-{amount.steps} for each base ({amount.large_epochs} for the larger one; the "
         f"longer one is the base after {amount.long_epochs - amount.base_epochs} more), "
-        f"{amount.arrest_epochs} of ARREST and AFT, {amount.published_epochs} of CARSO as published, "
-        f"and {amount.pipeline_epochs} of AToP as published and of all that is trained through the "
-        "pipeline; with seed 0 where nothing else is said. Hours of training are as "
-        "they passed, with other jobs beside, on one to four threads: GFLOP compare costs. Both are of a row's last "
-        "stage."
+        f"{amount.arrest_epochs} of ARREST and AFT, {amount.objective_epochs} of CARSO with the paper's objective, "
+        f"and {amount.pipeline_epochs} of AToP with the paper's objective and of all that is trained through the "
+        "pipeline; ARREST, AFT and the bases keep a moving average of their weights; with seed 0 where nothing else is "
+        "said. Hours of training are as they passed, with other jobs beside, on one to four threads: GFLOP compare "
+        "costs. Both are of a row's last stage."
     )
-    if (line := results.line(ARREST)) is not None:
+    if (line := results.line(ARREST_EMA)) is not None:
         pair = f"lambda {line['weight']:g} and phi {line['angle']:g}"
         text += f" On training images that the search left out {pair} were chosen for ARREST."
-    return "\n\n".join([text, *not_judged(results, budget)])
+    return "\n\n".join([text, *not_judged(results, budget, elsewhere)])
 
 
-def not_judged(results: Results, budget: Budget) -> list[str]:
-    """A sentence for each part of the study that has not ended; none when all is done."""
+def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> list[str]:
+    """A sentence for each part of the study that has not ended; none when all is done.
+
+    Args:
+        results: of the study.
+        budget: how much of everything there is.
+        elsewhere: rows that stand in the table of a base that was given, and are not missed here.
+    """
     counts = budget.judging
-    wanted = [*rows(budget), BEST]
+    wanted = [name for name in (*rows(budget), BEST) if name not in elsewhere]
     official = [name for name in OFFICIAL if counts.official > 0 and "official" not in (results.line(name) or {})]
     judged = results.judged(wanted)
     strong = [name for name in judged if counts.strong > 0 and "strong" not in results.lines[name, 0]]
@@ -203,7 +231,9 @@ def not_judged(results: Results, budget: Budget) -> list[str]:
     }
     for seed in range(1, budget.seeds):
         there = results.judged(COMPARED, seed)
-        missing[f"With seed {seed} not judged yet"] = [name for name in COMPARED if name not in there]
+        missing[f"With seed {seed} not judged yet"] = [
+            name for name in COMPARED if name not in there and name not in elsewhere
+        ]
     return [f"{what}: {'; '.join(names)}." for what, names in missing.items() if names]
 
 
@@ -216,6 +246,52 @@ def reached_by(line: dict[str, Any], counts: Judging) -> Point:
     """
     clean, robust = line["clean"], line[counts.main]
     return 100 * clean, 100 * robust, _error(clean, counts.clean), _error(robust, counts.protocols()[counts.main])
+
+
+def write_given(root: Path, folder: Path, base: str, budget: Budget | None = None) -> Path:
+    """``cifar10_given.md`` and its numbers and reports in ``folder``, of every row of `ON_GIVEN` that is judged.
+
+    Args:
+        root: of the study on the base that was given.
+        folder: of the results.
+        base: its name in the zoo.
+        budget: how much of everything there is; the default one by default.
+
+    Raises:
+        NothingJudged: ``root`` holds nothing that is judged.
+        OtherBudget: ``root`` or ``folder`` is of another budget.
+    """
+    budget = budget or Budget()
+    counts, amount = budget.judging, budget.training
+    results = collect(root, budget, ON_GIVEN).over(Results.read(folder, budget, GIVEN))
+    if not results.lines:
+        raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
+    results.save(folder, budget, GIVEN)
+    lines = [
+        f"CIFAR-10, L-inf 8/255. PGD-AT is `{base}` of the zoo, trained with seed 1; the standard classifier was "
+        f"trained anew with seed 0, for {amount.standard_epochs} epochs. All purifiers stand on these two, whatever "
+        f"their own seed. AToP has the paper's objective for {amount.pipeline_epochs} epochs in batches of "
+        f"{amount.batch_size}, and its cross-entropy acts after {amount.atop_delay_images:,} images. ARREST has "
+        f"{amount.arrest_epochs} epochs of PGD-{amount.steps}, lambda {CHOSEN[0]:g} and phi {CHOSEN[1]:g}; both of its "
+        "rows are one training, with the moving average of the weights and without it. The rest is as in the first "
+        "table."
+    ]
+    for seed in range(budget.seeds):
+        if judged := results.judged(ON_GIVEN, seed):
+            lines += ["", f"Seed {seed}:", "", *table(results, judged, budget, seed)]
+            if between := differences(results, counts, seed, GIVEN_PAIRS):
+                lines += ["", *between]
+    acts = [
+        f"{name}, seed {seed}: {', '.join(f'{term} from step {step}' for term, step in line['acts_from_step'].items())}"
+        for (name, seed), line in sorted(results.lines.items(), key=lambda item: item[0][1])
+        if "acts_from_step" in line
+    ]
+    if acts:
+        lines += ["", f"The terms of the loss that acted, by the logs of the trainings. {'; '.join(acts)}."]
+    if authors := authors_table(results, counts):
+        lines += ["", authors_caption(budget), "", *authors]
+    write_text(folder / f"{GIVEN}.md", "\n".join(lines) + "\n")
+    return folder / f"{GIVEN}.md"
 
 
 def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
@@ -241,7 +317,8 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     if not new.lines or not names:
         raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
     results.save(folder, budget)
-    lines = [settings(results, budget), "", *table(results, names, budget), ""]
+    given = {name for name, _ in Results.read(folder, budget, GIVEN).lines}
+    lines = [settings(results, budget, sorted(given)), "", *table(results, names, budget), ""]
     lines += differences(results, counts)
     if beside := strong_beside_main(results, names, counts):
         lines += ["", beside]
@@ -254,17 +331,11 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
         where = f"{counts.candidates:,} training images that no model was trained on"
         lines += ["", f"Candidates, judged on {where} (clean accuracy on {counts.held_out:,}):", "", *tried]
     if authors := authors_table(results, counts):
-        how = (
-            f"With noise, and attacked as their authors do, through PeeL or the classifier alone: PGD-"
-            f"{budget.training.carso_steps} with two losses, five draws a step, on the first {counts.authors:,} test "
-            "images. An image counts if each of five predictions is right. The other columns are without noise, on the "
-            "same images:"
-        )
-        lines += ["", how, "", *authors]
+        lines += ["", authors_caption(budget), "", *authors]
     if official := official_table(results, counts):
         lines += ["", "The official AutoAttack on the same images:", "", *official]
     reached = {name: reached_by(results.lines[name, 0], counts) for name in names}
-    plot(reached, budget, folder / REPORTS / "tradeoff.png")
-    picture(reached, folder / REPORTS / "photos.png")
+    plot(reached, budget, folder / STEM / "tradeoff.png")
+    picture(reached, folder / STEM / "photos.png")
     write_text(folder / "cifar10.md", "\n".join(lines) + "\n")
     return folder / "cifar10.md"

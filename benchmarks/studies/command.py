@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from purify_fast import data
+from purify_fast import data, zoo
 from purify_fast._lock import folder_lock
 from purify_fast.attacks.autoattack import implementation
 from purify_fast.cli.device import usable_device
 
 from . import arrest_mnist, atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, cifar10, run, tables
-from .cifar10_results import check_budget
+from .cifar10_results import GIVEN, STEM, check_budget
 
 STUDIES = {
     "carso_digits": (carso_digits, "digits"),
@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of cifar10: channels of the networks' first stage; 16, --full 64, "
         "where the larger base has the size of base and purifier",
     )
+    parser.add_argument(
+        "--base",
+        metavar="NAME",
+        help="of cifar10: stand on this classifier of the zoo; only AToP, ARREST and a new standard classifier are "
+        "trained, and have a table of their own",
+    )
     parser.add_argument("--device", default="auto", help="of cifar10: auto, cpu, cuda or cuda:N; auto by default")
     parser.add_argument(
         "--so-far", action="store_true", help="of cifar10: train nothing, write the table of what is done"
@@ -69,7 +75,7 @@ def check(chosen: argparse.Namespace) -> None:
     for option in ("data", "full") if digits else ("seeds", "rows"):
         if getattr(chosen, option) not in (None, False):
             raise ValueError(f"--{option} does not go with {chosen.name}")
-    for option, unset in (("so_far", False), ("device", "auto"), ("width", None)):
+    for option, unset in (("so_far", False), ("device", "auto"), ("width", None), ("base", None)):
         if getattr(chosen, option) != unset and study is not cifar10:
             raise ValueError(f"--{option.replace('_', '-')} does not go with {chosen.name}")
     usable_device(chosen.device)
@@ -79,7 +85,9 @@ def check(chosen: argparse.Namespace) -> None:
             raise ValueError(f"--{option} must be at least 1, got {value}")
     if study is cifar10:
         # results of another budget would stand in the way of the table, hours later
-        check_budget(_places(chosen)[1], _budget(chosen))
+        check_budget(_places(chosen)[1], _budget(chosen), STEM if chosen.base is None else GIVEN)
+        if chosen.base is not None:
+            zoo.card(chosen.base)
     if digits:
         study.jobs(chosen.seeds or SEEDS, chosen.quick, chosen.rows)
     if chosen.so_far:
@@ -95,7 +103,7 @@ def main(chosen: argparse.Namespace) -> Path:
     root, results = _places(chosen)
     if chosen.so_far:
         # the study may be running: what its jobs left is only read
-        return cifar10.write(root, results, _budget(chosen))
+        return _write(chosen, root, results)
     with folder_lock(root):
         return _run(chosen, root, results)
 
@@ -105,7 +113,8 @@ def _places(chosen: argparse.Namespace) -> tuple[Path, Path]:
     kind = "-quick" if chosen.quick else "-full" if chosen.full else ""
     if _budget(chosen) != _usual_budget(chosen):
         kind += f"-width-{chosen.width}"
-    root = chosen.out or Path("runs/studies") / f"{chosen.name}{kind}"
+    on = "" if chosen.base is None else f"-on-{chosen.base}"
+    root = chosen.out or Path("runs/studies") / f"{chosen.name}{kind}{on}"
     parts = kind or chosen.rows is not None or (chosen.seeds or SEEDS) < SEEDS
     return root, root if parts else RESULTS
 
@@ -131,6 +140,15 @@ def _run(chosen: argparse.Namespace, root: Path, results: Path) -> Path:
         done = run(study.jobs(seeds, chosen.quick, chosen.rows), root, workers)
         return tables.write(done, results, chosen.name, study.notes(chosen.quick), study.LAYOUT)
     budget = _budget(chosen)
-    device = {"device": usable_device(chosen.device)} if study is cifar10 else {}
-    run(study.jobs(place, budget=budget, **device), root, workers)
-    return study.write(root, results, budget=budget)
+    if study is not cifar10:
+        run(study.jobs(place, budget=budget), root, workers)
+        return study.write(root, results, budget=budget)
+    run(cifar10.jobs(place, budget, usable_device(chosen.device), chosen.base), root, workers)
+    return _write(chosen, root, results)
+
+
+def _write(chosen: argparse.Namespace, root: Path, results: Path) -> Path:
+    """The table of the study on CIFAR-10, or of its rows on a base that is given."""
+    if chosen.base is None:
+        return cifar10.write(root, results, _budget(chosen))
+    return cifar10.write_given(root, results, chosen.base, _budget(chosen))

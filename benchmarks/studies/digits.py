@@ -23,6 +23,8 @@ EPS, EPS_L2 = setting.EPS, 1.0
 BASE_EPOCHS = setting.BASE_EPOCHS
 ALL_LAYERS = ("conv1", "conv2", "conv3", "conv4", "hidden")
 AUTO = "AutoAttack"
+#: The row of a purifier whose targets and loss are the paper's; its networks, rates and epochs are this package's.
+OBJECTIVE = "paper's objective"
 
 
 def effort(quick: bool) -> tuple[int, int, int, int, int]:

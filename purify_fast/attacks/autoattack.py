@@ -41,7 +41,8 @@ def implementation() -> type:
         with contextlib.suppress(ModuleNotFoundError):
             return importlib.import_module(package).AutoAttack
     raise ModuleNotFoundError(
-        "AutoAttack is not installed: pip install 'purify-fast[eval]' (pyautoattack), or leave its rows out"
+        "AutoAttack is not installed: pip install 'purify-fast[eval]' brings pyautoattack. The protocol standard runs "
+        "its four attacks without it"
     )
 
 
@@ -100,7 +101,7 @@ class AutoAttack(BallAttack):
         return name
 
     def draws(self, context: AttackContext) -> int:
-        return (self.eot_iter or DRAWS) if context.draws_differ else 1
+        return (self.eot_iter or DRAWS) if context.draws_differ and self.version == "rand" else 1
 
     def cost(self, context: AttackContext) -> None:
         """None: it stops early where it has won."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from ..ops.pgd_step import per_sample
+from ..ops.pgd_step import per_sample, pgd_step
 from ..ops.philox import Stream, philox
 from .arguments import Norm, check_eps, check_seed, read_norm
 
@@ -65,6 +65,28 @@ def ball_around(
     known = read_norm(norm)
     check_eps(eps, known, max(1.0, clip_max - clip_min))
     return Ball(per_sample("eps", eps, x), known, clip_min, clip_max)
+
+
+def normal_in_ball(x: Tensor, ball: Ball, std: float, *, seed: int = 0, sample_ids: Tensor | None = None) -> Tensor:
+    """A point drawn from a normal distribution around each image, projected onto its ball and the box.
+
+    Args:
+        x: images ``[B, ...]``.
+        ball: the ball around each.
+        std: standard deviation in image units.
+        seed: of the draw, by Philox stream ATTACK_START.
+        sample_ids: int64 ``[B]``; an image's point depends on the seed and its id alone. None: 0 .. B - 1.
+
+    Returns:
+        The points, shape and dtype of x.
+    """
+    ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
+    check_seed(seed)
+    key = torch.full((1,), seed, dtype=torch.int64, device=x.device)
+    noise = philox(key, ids, x[0].numel(), stream=Stream.ATTACK_START, distribution="normal")[:, 0]
+    point = (x + std * noise.view_as(x)).to(x.dtype)
+    # a step of length 0 is the projection alone
+    return pgd_step(point, torch.zeros_like(x), x, torch.zeros_like(ball.eps), ball.eps, **ball.bounds)
 
 
 def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor | None = None) -> Tensor:

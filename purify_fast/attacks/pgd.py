@@ -22,7 +22,7 @@ from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
 from ..speed.step_graphs import State, StepGraphs, begin_steps
 from .arguments import Norm, NormName, check_at_least_one, check_images, check_not_negative
-from .ball import Ball, ball_around, sample_in_ball
+from .ball import Ball, ball_around, normal_in_ball, sample_in_ball
 from .base import AttackContext, BallAttack, cost_of_runs
 from .draws import Objective, drawn_once_per_call
 from .frozen_model import frozen
@@ -142,6 +142,7 @@ def pgd(
     loss: Loss = "ce",
     eot_iter: int = 1,
     random_start: bool = True,
+    start_std: float | None = None,
     keep_best: bool = False,
     density: float | None = None,
     seed: int = 0,
@@ -168,6 +169,8 @@ def pgd(
         eot_iter: draws of a random model averaged per step: in one batch, or each in a call of its own where the model
             draws once per call.
         random_start: whether to begin at a random point of the ball and not at the image itself.
+        start_std: standard deviation of a normal random start in image units, projected onto the ball; None for a start
+            that is uniform in the ball.
         keep_best: whether to return, per image, the best iterate seen and not the last: misclassified in most draws,
             then of highest mean loss (one more forward pass, or two with several draws).
         density: of "l1" only: the share of the coordinates that a step moves, in (0, 1], at least one. None: the share
@@ -196,7 +199,7 @@ def pgd(
     ball = ball_around(x, eps, norm, clip_min, clip_max)
     check_literal("loss", loss, Loss)
     check_at_least_one(steps=steps, eot_iter=eot_iter, max_forward_batch=max_forward_batch)
-    check_not_negative(alpha=alpha)
+    check_not_negative(alpha=alpha, start_std=start_std)
     if x.shape[0] == 0:
         return x.clone()
     x = x.detach().clone()
@@ -204,7 +207,11 @@ def pgd(
     with frozen(model):
         apart = drawn_once_per_call(model, x, eot_iter, max_forward_batch)
         objective = Objective(model, loss, eot_iter, max_forward_batch, graphs, apart=apart)
-        point = sample_in_ball(x, ball, seed=seed, sample_ids=sample_ids) if random_start else x
+        point = x
+        if random_start and start_std is not None:
+            point = normal_in_ball(x, ball, start_std, seed=seed, sample_ids=sample_ids)
+        elif random_start:
+            point = sample_in_ball(x, ball, seed=seed, sample_ids=sample_ids)
         search = Search(objective, point, y, keep_best=keep_best, health=health)
         begin: State = {"point": point, "x": x, "y": y, **search.memory()}
         if constant is not None:

@@ -1,4 +1,4 @@
-"""The command line: ``purify-fast demo | train ... | ablate | evaluate | report | zoo | tune | info``.
+"""The command line: ``purify-fast demo | train ... | recipe | ablate | evaluate | report | zoo | tune | info``.
 
 PyTorch takes 1.8 seconds to import. What reads the options does without it, so that help and refusals come at once:
 each command imports what computes when it runs.
@@ -26,6 +26,7 @@ from .evaluate import Evaluate
 from .info import Info
 from .option_types import Refused
 from .parsing import cli, overlays, parse
+from .recipe import ShowRecipe
 from .report import ShowReport
 from .train_arrest import TrainArrest
 from .train_atop import TrainAtop, TrainGenerator
@@ -64,6 +65,7 @@ class Train:
 Commands = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[ShowRecipe, tyro.conf.subcommand("recipe")]
     | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[ShowReport, tyro.conf.subcommand("report")]
@@ -81,6 +83,7 @@ _KINDS: dict[str, type[Command]] = {
         TrainGenerator,
         TrainAtop,
         TrainArrest,
+        ShowRecipe,
         Ablate,
         Evaluate,
         ShowReport,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,7 +131,14 @@ def own_folder(spec: str) -> str:
     return own_name(spec) + sign
 
 
-def fresh_classifier(model: str, images: DataSet, *, width: int | None = None, depth: int | None = None) -> nn.Module:
+def fresh_classifier(
+    model: str,
+    images: DataSet,
+    *,
+    width: int | None = None,
+    depth: int | None = None,
+    activation: Literal["silu", "relu"] | None = None,
+) -> nn.Module:
     """A classifier with fresh weights for the images, on their device.
 
     Args:
@@ -139,6 +146,7 @@ def fresh_classifier(model: str, images: DataSet, *, width: int | None = None, d
         images: the data set; its statistics normalize the images.
         width: channels of the first stage, or wide_resnet's factor; None for the network's own.
         depth: of wide_resnet; None for 28.
+        activation: of wide_resnet; None for "silu".
 
     Raises:
         ValueError: no such classifier, or a size that it does not have.
@@ -150,12 +158,21 @@ def fresh_classifier(model: str, images: DataSet, *, width: int | None = None, d
 
     mean, std = statistics(images.x_train)
     if is_named(model):
-        for name, value in (("width", width), ("depth", depth)):
+        for name, value in (("width", width), ("depth", depth), ("activation", activation)):
             if value is not None:
                 raise ValueError(f"--{name} {value}: the size of {model} is in its name")
         named = build_foreign(model, images.image_shape[0], images.num_classes, mean=mean, std=std)
         return _running(named.to(images.y_train.device), images)
-    made = build_classifier(model, images.image_shape, images.num_classes, width=width, depth=depth, mean=mean, std=std)
+    made = build_classifier(
+        model,
+        images.image_shape,
+        images.num_classes,
+        width=width,
+        depth=depth,
+        activation=activation,
+        mean=mean,
+        std=std,
+    )
     return made.to(images.y_train.device)
 
 

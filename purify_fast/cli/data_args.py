@@ -30,8 +30,8 @@ class DataCommand(Command):
     """Where data sets are looked for and downloaded to; default: PURIFY_FAST_DATA, else the current folder."""
     download: bool = False
     """Let torchvision download the official files if they are missing."""
-    image_size: tuple[int, int] | None = None
-    """Height and width an image folder's images are resized and cropped to."""
+    size: tuple[int, ...] | None = None
+    """Height and width that images are resized and cropped to, before anything attacks them; one number for both."""
     num_classes: int | None = None
     """Number of classes, for a data set whose images lack some of them; default: as many as the labels say."""
     stream: bool = False
@@ -44,6 +44,16 @@ class DataCommand(Command):
     """Let an image folder's symbolic links lead out of it."""
     device: str = "auto"
     """Where to compute: cpu, cuda, or another of PyTorch's devices; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is not None and (len(self.size) not in (1, 2) or min(self.size) < 1):
+            raise ValueError(f"--size must be one or two numbers of at least 1, got {' '.join(map(str, self.size))}")
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """The height and the width that images are resized to; None leaves them as they are."""
+        return None if self.size is None else (self.size[0], self.size[-1])
 
     def load_data(self) -> DataSet:
         """The images, on the device."""
@@ -69,8 +79,8 @@ class DataCommand(Command):
         words = ["purify-fast", "evaluate", str(folder), "--data", self.data]
         if self.data_root is not None:
             words += ["--data-root", str(self.data_root)]
-        if self.image_size is not None:
-            words += ["--image-size", *map(str, self.image_size)]
+        if self.size is not None:
+            words += ["--size", *map(str, self.size)]
         if self.num_classes is not None:
             words += ["--num-classes", str(self.num_classes)]
         words += ["--eps", f"{eps:.6g}"] + (["--norm", norm] if norm != "linf" else [])

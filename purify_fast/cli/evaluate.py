@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..data import DataSet
-    from ..evaluation import AttackSpec
 
 
 Published = Literal["cifar10", "cifar100", "tiny_imagenet"]
@@ -46,8 +45,8 @@ class Evaluate(DataCommand):
     It is named as path/to/file.py:function or package.module:function, which is imported and run."""
     official: Path | None = None
     """A folder with the weights that CARSO's authors published, in FOLDER's place: the three .safetensors files of the
-    purifier, and the file of its classifier. It needs --preset."""
-    preset: Published | None = None
+    purifier, and the file of its classifier. It needs --recipe."""
+    recipe: Published | None = None
     """Which published system --official holds. It brings the data set, K and the radius."""
     classifier_weights: Path | None = None
     """The classifier's file, if it is not in the folder --official; .safetensors, or a .pt of which only tensors are
@@ -56,25 +55,20 @@ class Evaluate(DataCommand):
     """Radius in image units, such as 8/255; default: what FOLDER was trained at. Of your own model it must be given."""
     norm: Literal["linf", "l2", "l1"] | None = None
     """Norm of the ball; default: what FOLDER was trained at, or linf if eps is given."""
-    protocol: Literal["fast", "standard", "rand", "strong", "official"] | None = None
+    protocol: Literal["fast", "standard", "rand", "strong", "official", "authors"] = "standard"
     """Which attacks are run: fast, Auto-PGD in minutes; standard, AutoAttack's four with this package's engine; rand,
-    its version for random defences; strong, what a careful attacker would do; official, AutoAttack itself. Default: the
-    list that --also and --autoattack describe."""
+    its version for random defences; strong, what a careful attacker would do; official, AutoAttack itself; authors,
+    what those who published the defence ran, to compare with their numbers. The last two need the package pyautoattack.
+    A list of attacks of your own is given in Python."""
     images: int = 500
     """Held-out images to attack: so many, chosen by the seed, equally many of every class up to one.
     Where there are fewer, all of them are attacked, and the report says so."""
     steps: int = 100
-    """Steps of PGD and APGD."""
+    """Steps of the attacks that follow gradients, where the protocol does not say."""
     eot_iter: int = 5
     """Draws of the defence that each step averages over."""
-    autoattack: int = 100
-    """Images for AutoAttack; 0 leaves it out."""
-    also: tuple[Literal["lee_kim_2023", "l2", "l1", "stadv", "classifier"], ...] = ()
-    """More attacks: PGD-200 with EOT 20; APGD in the L2 and PGD in the L1 ball; StAdv; the classifier alone (weak)."""
-    l2_eps: float = 0.5
-    """Radius of the L2 ball of --also l2, in image units."""
-    l1_eps: float = 12.0
-    """Radius of the L1 ball of --also l1, in image units; 12 is customary on CIFAR-10."""
+    n_eval: int = 5
+    """Independent predictions of a random defence on each attacked image; it is robust if all of them are right."""
     batch_size: int = 250
     """Images that are attacked together."""
     max_forward_batch: int | None = None
@@ -99,16 +93,11 @@ class Evaluate(DataCommand):
         super().__post_init__()
         if self.eps is not None:
             check_radius(self.eps, self.norm or "linf")
-        for norm, radius in (("l2", self.l2_eps), ("l1", self.l1_eps)):
-            if norm in self.also:
-                check_radius(radius, norm, f"--{norm}-eps")
-        if (self.official is None) != (self.preset is None):
+        if (self.official is None) != (self.recipe is None):
             names = ", ".join(get_args(Published))
-            raise ValueError(f"--official FOLDER and --preset go together; preset is one of {names}")
+            raise ValueError(f"--official FOLDER and --recipe go together; recipe is one of {names}")
         if self.classifier_weights is not None and self.official is None:
             raise ValueError("--classifier-weights is the classifier of a published system: it needs --official")
-        if self.protocol is not None and self.also:
-            raise ValueError(f"--also adds to the default list of attacks: not with --protocol {self.protocol}")
 
     @property
     def attacked(self) -> Path:
@@ -140,8 +129,8 @@ class Evaluate(DataCommand):
             raise ValueError(f"--eps must be given, such as --eps 8/255: {self.own} does not say what it is for")
         name = zoo_name(self.folder)
         found: tuple[float, str] | None
-        if self.preset is not None:
-            found = self.ball_of_preset(self.preset)
+        if self.recipe is not None:
+            found = self.ball_of_recipe(self.recipe)
         else:
             found = ball_of_run(self.folder) if name is None else self.ball_of_card(name)
         if found is None:
@@ -165,17 +154,17 @@ class Evaluate(DataCommand):
         return card.eps, card.norm
 
     @staticmethod
-    def ball_of_preset(name: str) -> tuple[float, str]:
+    def ball_of_recipe(name: str) -> tuple[float, str]:
         """The radius and the norm that a published system was trained at."""
         # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..methods.carso.presets import preset
+        from ..methods.carso.recipes import system
 
-        return preset(name).eps, "linf"
+        return system(name)["attack.eps"], "linf"
 
     def title(self) -> str:
         """How the model is called in the report."""
-        if self.preset is not None:
-            return f"CARSO as published, {self.preset}"
+        if self.recipe is not None:
+            return f"CARSO, its authors' weights, {self.recipe}"
         return zoo_name(self.folder) or (self.folder.name if self.own is None else own_name(self.own))
 
     def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
@@ -186,8 +175,8 @@ class Evaluate(DataCommand):
         from ..training import is_classifier, load_classifier
 
         device = images.y_test.device
-        if self.official is not None and self.preset is not None:
-            published = load_published(self.preset, self.official, self.classifier_weights).to(device)
+        if self.official is not None and self.recipe is not None:
+            published = load_published(self.recipe, self.official, self.classifier_weights).to(device)
             refuse_other_images(published, images, f"the system in {self.official}")
             return published, published.classifier
         if self.own is not None:
@@ -225,31 +214,6 @@ class Evaluate(DataCommand):
         ]
         return found.x, found.y, notes + [str(warning.message) for warning in told]
 
-    def listed(self, base: nn.Module | None, eps: float) -> list[AttackSpec]:
-        """The attacks that the options describe where no protocol is named.
-
-        Args:
-            base: the classifier without its defence, if there is one.
-            eps: radius in image units.
-        """
-        # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..attacks import APGD, PGD, AutoAttack, StAdv
-        from ..evaluation import AttackSpec, default_attacks, lee_kim_2023
-
-        attacks = [
-            replace(spec, max_images=self.autoattack) if isinstance(spec.attack, AutoAttack) else spec
-            for spec in default_attacks(base)
-            if self.autoattack > 0 or not isinstance(spec.attack, AutoAttack)
-        ]
-        more = {
-            "lee_kim_2023": lee_kim_2023(eps),
-            "l2": AttackSpec(APGD(norm="l2", eps=self.l2_eps)),
-            "l1": AttackSpec(PGD(norm="l1", eps=self.l1_eps)),
-            "stadv": AttackSpec(StAdv()),
-            "classifier": AttackSpec(PGD(), target="classifier"),
-        }
-        return attacks + [more[name] for name in dict.fromkeys(self.also)]
-
     def run(self) -> None:
         # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
@@ -263,13 +227,10 @@ class Evaluate(DataCommand):
         images = self.load_data()
         model, base = self.loaded(images)
         eps, norm = self.ball()
-        if "lee_kim_2023" in self.also and norm != "linf":
-            raise ValueError(f"--also lee_kim_2023 is an L-inf attack at the radius --eps: not with --norm {norm}")
         if self.precision == "bfloat16":
             if not isinstance(model, Defence):
                 raise ValueError(f"precision bfloat16 is for defences of this package; {self.folder} is none")
             model.accelerate(torch.bfloat16)
-        attacks = None if self.protocol is not None else self.listed(base, eps)
         out = self.writes()
         x, y, notes = self.chosen(images)
         if self.images > len(y):
@@ -284,9 +245,9 @@ class Evaluate(DataCommand):
                 norm=read_norm(norm),
                 base=base,
                 protocol=self.protocol,
-                attacks=attacks,
                 steps=self.steps,
                 eot_iter=self.eot_iter,
+                n_eval=self.n_eval,
                 batch_size=self.batch_size,
                 max_forward_batch=self.max_forward_batch,
                 cuda_graphs=self.cuda_graphs,

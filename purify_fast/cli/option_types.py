@@ -42,16 +42,15 @@ def number(text: str) -> float:
         raise ValueError(f"must be a number or a fraction such as 8/255, got {text!r}") from error
 
 
-def check_radius(eps: float, norm: str, option: str = "--eps") -> None:
+def check_radius(eps: float, norm: str) -> None:
     """ValueError for a radius that is 0, or no share of the range of image values.
 
     Args:
         eps: the radius in image units.
         norm: its norm; only the values of "linf" are bounded.
-        option: that gives it.
     """
     if eps == 0:
-        raise ValueError(f"{option} must be above 0, got 0: no image could be moved. Give a radius, such as 8/255")
+        raise ValueError("--eps must be above 0, got 0: no image could be moved. Give a radius, such as 8/255")
     if norm == "linf" and eps > 1:
         raise ValueError(f"eps is in image units, at most 1 for linf, got {eps:g}: is {eps:g}/255 meant?")
 

@@ -1,4 +1,4 @@
-"""From the words of a command line to a command: presets and ``--config`` give the defaults, options given here win."""
+"""From the words of a command line to a command: recipes and ``--config`` give the defaults, options given here win."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from . import config_file
 from .command import Command
 from .evaluate import Evaluate
 from .option_types import option_types
+from .train_arrest import TrainArrest
+from .train_atop import TrainAtop
 from .train_carso import TrainCarso
 
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
@@ -23,7 +25,7 @@ def overlays() -> argparse.ArgumentParser:
     """Reads --version and the options that decide the defaults of the others, and leaves everything else."""
     parser = argparse.ArgumentParser(prog="purify-fast", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--preset")
+    parser.add_argument("--recipe")
     parser.add_argument("--official-code", "--official_code", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--version", action="version", version=f"purify-fast {__version__}")
     return parser
@@ -66,7 +68,7 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
         arguments: the words behind its name.
 
     Raises:
-        ValueError: a preset or a file that cannot be used, or options that do not go together.
+        ValueError: a recipe or a file that cannot be used, or options that do not go together.
         OSError: the file cannot be read.
         SystemExit: words that are no options or values of this command, or ``--help``.
     """
@@ -77,10 +79,10 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
     path = read.parse_known_args(arguments)[0].config
     in_file = {} if path is None else config_file.options_of(path, kind)
     file_words = config_file.words(in_file, kind)
-    chosen = read.parse_known_args(file_words + arguments)[0].preset
-    if kind is TrainCarso and chosen not in (None, "None"):
+    chosen = read.parse_known_args(file_words + arguments)[0].recipe
+    if kind in (TrainCarso, TrainAtop, TrainArrest) and chosen not in (None, "None"):
         official_code = read.parse_known_args(file_words + arguments)[0].official_code
-        options = {"default": TrainCarso.of_preset(chosen, official_code)}
+        options = {"default": kind.of_recipe(chosen, official_code)}
     if kind is Evaluate and chosen not in (None, "None") and "data" not in {*in_file, *_names(arguments)}:
         # a published system brings its data set
         arguments = ["--data", chosen, *arguments]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..methods.arrest import ArrestConfig
 from ..training import ClassifierConfig, FitConfig
@@ -37,6 +37,12 @@ class TrainArrest(DataCommand):
     classifier_weights: str | None = None
     """Weights of a classifier by name: a .safetensors or .pth file, of which only tensors are read; or what the library
     calls weights that it has downloaded before, such as IMAGENET1K_V1, or pretrained of timm."""
+    recipe: str | None = None
+    """A published training: resnet18 or wrn_34_10; its numbers become this command's defaults.
+    `purify-fast recipe` prints them with their sources."""
+    official_code: bool = False
+    """With --recipe: as the re-implementation runs it, with PGD that starts near the image, a drift test in training
+    mode, and a pooled representation."""
     model: str = "small_cnn"
     """The classifier to train first: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
     timm:NAME or package.module:function."""
@@ -44,6 +50,8 @@ class TrainArrest(DataCommand):
     """Channels of that classifier's first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10)."""
     depth: int | None = None
     """Layers of that classifier, if it is a wide_resnet (28)."""
+    activation: Literal["silu", "relu"] | None = None
+    """Activation of that classifier, if it is a wide_resnet (silu)."""
     standard_epochs: int = 100
     """Epochs of that classifier's training; 100 are what a re-implementation of the paper says."""
     layers: tuple[str, ...] = ()
@@ -53,11 +61,32 @@ class TrainArrest(DataCommand):
     method: ArrestConfig = field(default_factory=ArrestConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
 
+    @staticmethod
+    def of_recipe(name: str, official_code: bool) -> TrainArrest:
+        """This command with the numbers of a recipe.
+
+        Args:
+            name: of the recipe, with or without the method.
+            official_code: take the training's numbers as the re-implementation runs them.
+        """
+        # PyTorch takes 1.8 seconds to import: --help does without it, unless a recipe is asked for
+        from ..methods.arrest.recipes import finetuning
+
+        made = finetuning(name)
+        network = made.part("classifier")
+        return TrainArrest(
+            recipe=made.name, official_code=official_code, data=made["data.name"], model=network.pop("name"),
+            method=made.config(official_code), loop=made.loop(official_code), **network,
+        )  # fmt: skip
+
     def superseded(self) -> list[Superseded]:
-        if self.classifier is None:
-            return []
-        message = f"--classifier {self.classifier} is trained already: leave out {{given}}"
-        return [Superseded(("model", "width", "depth", "standard_epochs"), message)]
+        found = []
+        if self.recipe is None:
+            found.append(Superseded(("official_code",), "--official-code is of a --recipe: name one"))
+        if self.classifier is not None:
+            message = f"--classifier {self.classifier} is trained already: leave out {{given}}"
+            found.append(Superseded(("model", "width", "depth", "activation", "standard_epochs"), message))
+        return found
 
     def run(self) -> None:
         # PyTorch takes 1.8 seconds to import: --help does without it
@@ -112,7 +141,8 @@ class TrainArrest(DataCommand):
             return self.fitting(trained_classifier(self.classifier, self.classifier_weights, images), images)
         self.refuse_another_run()
         torch.manual_seed(self.loop.seed)
-        model = self.fitting(fresh_classifier(self.model, images, width=self.width, depth=self.depth), images)
+        sizes: dict[str, Any] = {"width": self.width, "depth": self.depth, "activation": self.activation}
+        model = self.fitting(fresh_classifier(self.model, images, **sizes), images)
         loop = replace(self.loop, epochs=self.standard_epochs)
         folder = self.out / "standard"
         fit(

@@ -98,7 +98,7 @@ class TrainGenerator(DataCommand):
 
 @dataclass(frozen=True)
 class TrainAtop(TrainGenerator):
-    """Fine-tune a purifier through the frozen classifier, as published or through the pipeline. Resumes."""
+    """Fine-tune a purifier on a frozen classifier, with the paper's objective or through the pipeline. Resumes."""
 
     called: ClassVar[str] = "train atop"
 
@@ -107,18 +107,45 @@ class TrainAtop(TrainGenerator):
     torchvision:resnet18, timm:resnet18, or package.module:function of yours."""
     out: Path = Path("runs/atop")
     """Where the run is kept: checkpoint, log, options and the defence."""
+    recipe: str | None = None
+    """A published training: cifar_rt1, cifar_rt2, logged, imagenette or imagenette_rt1; its numbers become this
+    command's defaults. It starts from --weights, which the authors take from Places2, or from --init.
+    `purify-fast recipe` prints the numbers with their sources."""
+    official_code: bool = False
+    """With --recipe: as its code runs it, with one mask for a batch and a doubled range in the cross-entropy."""
     init: Path | None = Path("runs/generator")
     """A folder that `train generator` or `train atop` wrote; it brings network and transform. None: from scratch."""
     method: AtopConfig = field(default_factory=AtopConfig)
 
+    @staticmethod
+    def of_recipe(name: str, official_code: bool) -> TrainAtop:
+        """This command with the numbers of a recipe.
+
+        Args:
+            name: of the recipe, with or without the method.
+            official_code: take the training's numbers as the official code runs them.
+        """
+        # PyTorch takes 1.8 seconds to import: --help does without it, unless a recipe is asked for
+        from ..methods.atop.recipes import training
+
+        made = training(name)
+        return TrainAtop(
+            recipe=made.name, official_code=official_code, data=made["data.name"], size=made.image_shape[1:],
+            purifier="deepfill", init=None, method=made.config(official_code), loop=made.loop(official_code),
+            **made.part("defence", official_code),
+        )  # fmt: skip
+
     def superseded(self) -> list[Superseded]:
+        found = []
+        if self.recipe is None:
+            found.append(Superseded(("official_code",), "--official-code is of a --recipe: name one"))
         if self.init is None:
-            return []
+            return found
         message = (
             f"--init {self.init} brings its own network and transform; leave out {{given}}, or start from scratch with "
             "--init None"
         )
-        return [Superseded(_NETWORK + _TRANSFORM, message)]
+        return [*found, Superseded(_NETWORK + _TRANSFORM, message)]
 
     def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:
         if self.method.attack_method != "none":
@@ -127,8 +154,12 @@ class TrainAtop(TrainGenerator):
             return super().made(images, classifier)
         # PyTorch takes 1.8 seconds to import: --help does without it
         from .._fingerprint import weights_fingerprint
-        from ..methods.atop import load_atop
+        from ..methods.atop import Atop, load_atop
 
         # pre-training saw no classifier, so that another than the saved one is as good
         defence = load_atop(self.init, classifier, check=False)
+        if self.recipe is not None:
+            # the recipe says how images are transformed, the folder brings the purifier alone
+            chosen = {name: getattr(self, name) for name in _TRANSFORM}
+            defence = Atop(classifier, defence.purifier.module, images.image_shape, **chosen)
         return defence, weights_fingerprint(defence.purifier)

@@ -24,7 +24,7 @@ _SIZES = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")
 
 @dataclass(frozen=True)
 class TrainCarso(DataCommand):
-    """Train CARSO's purifier on a saved classifier, as published or through the pipeline. Resumes an unfinished run."""
+    """Train CARSO's purifier on a saved classifier: with the paper's objective or through the pipeline. Resumes."""
 
     called: ClassVar[str] = "train carso"
 
@@ -36,10 +36,11 @@ class TrainCarso(DataCommand):
     calls weights that it has downloaded before, such as IMAGENET1K_V1, or pretrained of timm."""
     out: Path = Path("runs/carso")
     """Where the run is kept: checkpoint, log, options and the defence."""
-    preset: str | None = None
-    """A published system: cifar10, cifar100, tiny_imagenet or mnist_v1; its numbers become this command's defaults."""
+    recipe: str | None = None
+    """A published training: cifar10, cifar100, tiny_imagenet or mnist_v1; its numbers become this command's defaults.
+    `purify-fast recipe` prints them with their sources."""
     official_code: bool = False
-    """With --preset: as its code runs it, which attacks with a larger eps, and never on TinyImageNet."""
+    """With --recipe: as its code runs it, which attacks with a larger eps, and never on TinyImageNet."""
     init: Path | None = None
     """A saved CARSO to start from, as when fine-tuning through the pipeline; it brings its sizes."""
     layers: tuple[str, ...] = ("conv2", "conv4", "hidden")
@@ -56,31 +57,32 @@ class TrainCarso(DataCommand):
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=64))
 
     @staticmethod
-    def of_preset(name: str, official_code: bool) -> TrainCarso:
-        """This command with the numbers of a preset.
+    def of_recipe(name: str, official_code: bool) -> TrainCarso:
+        """This command with the numbers of a recipe.
 
         Args:
-            name: the preset.
+            name: of the recipe, with or without the method.
             official_code: take the training's numbers as the official code runs them.
         """
-        # PyTorch takes 1.8 seconds to import: --help does without it, unless a preset is asked for
-        from ..methods.carso.presets import preset
+        # PyTorch takes 1.8 seconds to import: --help does without it, unless a recipe is asked for
+        from ..methods.carso.recipes import system
 
-        made = preset(name)
-        sizes = {key: getattr(made, key) for key in ("layers", "cond_dim", "latent_dim", "samples")}
+        made = system(name)
+        sizes = {key: made[f"defence.{key}"] for key in ("layers", "cond_dim", "latent_dim", "samples")}
         return TrainCarso(
-            preset=name, official_code=official_code, method=made.method(official_code), loop=made.loop(), **sizes
-        )
+            recipe=made.name, official_code=official_code, data=made["data.name"], method=made.config(official_code),
+            loop=made.loop(official_code), **sizes,
+        )  # fmt: skip
 
     def superseded(self) -> list[Superseded]:
         found = []
-        if self.preset is not None:
-            own = "--preset brings its own purifier: leave out --init and --decoder-width"
+        if self.recipe is not None:
+            own = "--recipe brings its own purifier: leave out --init and --decoder-width"
             found.append(Superseded(("init", "decoder_width"), own))
         elif self.init is not None:
             found.append(Superseded(_SIZES, f"--init {self.init} brings its own sizes; leave out {{given}}"))
-        if self.preset is None:
-            found.append(Superseded(("official_code",), "--official-code is of a --preset: name one"))
+        if self.recipe is None:
+            found.append(Superseded(("official_code",), "--official-code is of a --recipe: name one"))
         return found
 
     def run(self) -> None:
@@ -104,12 +106,13 @@ class TrainCarso(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         from .._fingerprint import weights_fingerprint
         from ..methods.carso import Carso, load_carso
+        from ..methods.carso.recipes import system
 
         if self.init is not None:
             defence = load_carso(self.init, classifier)
             return defence, weights_fingerprint(defence)
         sizes = {name: getattr(self, name) for name in _SIZES}
-        if self.preset is not None:
+        if self.recipe is not None:
             del sizes["decoder_width"]
-            return Carso.from_preset(self.preset, classifier, **sizes), "scratch"
+            return system(self.recipe).defence(classifier, **sizes), "scratch"
         return Carso(classifier, image_shape=images.image_shape, **sizes), "scratch"

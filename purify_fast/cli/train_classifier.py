@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ..training import ClassifierConfig, FitConfig
 from .classifiers import fresh_classifier
@@ -28,6 +28,8 @@ class TrainClassifier(DataCommand):
     """Channels of the first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10)."""
     depth: int | None = None
     """Layers of a wide_resnet (28)."""
+    activation: Literal["silu", "relu"] | None = None
+    """Activation of a wide_resnet (silu)."""
     method: ClassifierConfig = field(default_factory=ClassifierConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=30))
 
@@ -41,7 +43,7 @@ class TrainClassifier(DataCommand):
 
         images = images_in_turn(self)
         torch.manual_seed(self.loop.seed)
-        model = fresh_classifier(self.model, images, width=self.width, depth=self.depth)
+        model = fresh_classifier(self.model, images, width=self.width, depth=self.depth, activation=self.activation)
         task = ClassifierTask(model, self.method)
         last = fit(
             task,

@@ -112,8 +112,9 @@ def load_dataset(
             For the names above None is the current folder.
         num_classes: overrides the number of classes, for sets that lack some.
         download: whether torchvision may download the official files to root if they are missing.
-        image_size: (H, W) an image folder's images are resized (shorter side) and cropped (centre) to; None leaves
-            them as they are, and all must have one size. ``imagenette`` needs it.
+        image_size: (H, W) that images are resized (shorter side) and cropped (center) to; None leaves them as they are,
+            and those of an image folder must all have one size. ``imagenette`` needs it. Images that are no folder's
+            are resized whenever they are read (`purify_fast.data.resized`).
         memory: bytes an image folder's decoded images may take; above it they are streamed from the cache. Default:
             half of what is available.
         stream: streams them in any case.
@@ -170,12 +171,14 @@ def load_dataset(
         tensors, classes = check_arrays(read_npz(found) if isinstance(found, Path) else found, num_classes)
         title = found.stem if isinstance(found, Path) else name
         loaded = DataSet(**tensors, name=title, num_classes=classes)
-    if image_size is not None and tuple(image_size) != loaded.image_shape[1:]:
-        raise ValueError(
-            f"{name} has images of (H, W) = {loaded.image_shape[1:]}, and image_size is {image_size}: only "
-            f"image folders are resized"
-        )
-    return loaded
+    if image_size is None or tuple(image_size) == loaded.image_shape[1:]:
+        return loaded
+    # likewise
+    from .resized import ResizedImages
+
+    height, width = image_size
+    train, test = (ResizedImages(images[:], (height, width)) for images in (loaded.x_train, loaded.x_test))
+    return dataclasses.replace(loaded, x_train=train, x_test=test)
 
 
 def _check_options(

@@ -57,6 +57,8 @@ class Defence(StochasticDefence):
             raise ValueError(f"image_shape must be (C, H, W), each at least 1, got {image_shape}")
         self.image_shape = image_shape
         self.own_classifier = False
+        #: The terms of the loss that trained it, and the step from which on each acted; empty without a training.
+        self.acts_from_step: dict[str, int] = {}
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.classifier_uses_channels_last = False
 

@@ -1,8 +1,8 @@
 """The demonstration: from digits to defended and honestly attacked classifiers, in minutes on a CPU.
 
-CARSO on an adversarially trained classifier and AToP on a standard one, each as published and fine-tuned through the
-whole pipeline, which is not in the papers; the standard classifier finetuned by ARREST, and CARSO on that; all under
-the same attacks as what they stand on.
+CARSO on an adversarially trained classifier and AToP on a standard one, each with its paper's objective and fine-tuned
+through the whole pipeline, which is not in the papers; the standard classifier finetuned by ARREST, and CARSO on that;
+all under the same attacks as what they stand on.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ def _train_and_attack(workspace: Workspace, clock: _Clock) -> None:
         second(carso.attack, STANDARD, after=trained)
         workspace.train_classifier(BASE)
         second(carso.attack, BASE)
-        clock.say("2/4 CARSO's purifier on the base, as published: trained on attacks that see the classifier alone")
-        carso.train(workspace, carso.PUBLISHED)
-        second(carso.attack, carso.PUBLISHED)
+        clock.say("2/4 CARSO's purifier with the paper's objective: trained on attacks that see the classifier alone")
+        carso.train(workspace, carso.OBJECTIVE)
+        second(carso.attack, carso.OBJECTIVE)
         clock.say("3/4 the same purifier fine-tuned through the whole pipeline, which is not in the paper")
         carso.train(workspace, carso.PIPELINE)
         clock.say("4/4 attacks, each with full knowledge of the model it attacks")

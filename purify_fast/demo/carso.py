@@ -1,4 +1,4 @@
-"""CARSO's part: on an adversarially trained base, as published, and fine-tuned through the whole pipeline."""
+"""CARSO's part: on an adversarially trained base, with the paper's objective, and fine-tuned through the pipeline."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from .sentences import against, percent
 from .setting import EPS, LAYERS, SIZES, ce_then_dlr, digits
 from .workspace import AUTOATTACK, BASE, CLASSIFIERS, STANDARD, Budget, Workspace, autoattack
 
-PUBLISHED, PIPELINE = "CARSO published", "CARSO pipeline"
-MODELS = (STANDARD, BASE, PUBLISHED, PIPELINE)
-_FOLDERS = {**CLASSIFIERS, PUBLISHED: "carso_published", PIPELINE: "carso_pipeline"}
+OBJECTIVE, PIPELINE = "CARSO, paper's objective", "CARSO pipeline"
+MODELS = (STANDARD, BASE, OBJECTIVE, PIPELINE)
+_FOLDERS = {**CLASSIFIERS, OBJECTIVE: "carso_objective", PIPELINE: "carso_pipeline"}
 LOSSES: tuple[Loss, ...] = ("ce", "dlr")
-PEEL = "through PeeL, as published"
+PEEL = "through PeeL, as its authors attack it"
 TRANSFER = "transfer from the base"
 
 
 def train(workspace: Workspace, name: str) -> None:
-    """Train `PUBLISHED`, or `PIPELINE` from it."""
+    """Train `OBJECTIVE`, or `PIPELINE` from it."""
     base, budget = workspace.classifier(BASE), workspace.budget
     torch.manual_seed(workspace.seed)
     defence = Carso(base, LAYERS, digits().image_shape, **SIZES)
-    if name == PUBLISHED:
+    if name == OBJECTIVE:
         workspace.train(
             CarsoTask(defence, CarsoConfig(attack=TrainingAttack(eps=EPS, steps=20))),
-            budget.published_epochs,
+            budget.objective_epochs,
             64,
             _FOLDERS[name],
         )
     else:
-        published = load_carso(workspace.out / _FOLDERS[PUBLISHED], base)
-        defence.load_state_dict(published.state_dict())
+        start = load_carso(workspace.out / _FOLDERS[OBJECTIVE], base)
+        defence.load_state_dict(start.state_dict())
         fine = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
-        task = CarsoTask(defence, fine, weights_fingerprint(published))
+        task = CarsoTask(defence, fine, weights_fingerprint(start))
         workspace.train(task, budget.pipeline_epochs, 128, _FOLDERS[name])
     defence.save(workspace.out / _FOLDERS[name])
     save_classifier(base, workspace.out / _FOLDERS[name] / "classifier")
@@ -74,7 +74,7 @@ def attack(workspace: Workspace, name: str) -> Report:
             auto,
             AttackSpec(PGD(), target=workspace.classifier(BASE), label=TRANSFER),
         ]
-        if name == PUBLISHED:
+        if name == OBJECTIVE:
             steps, limit = budget.peel_steps, budget.peel_images
             through = AttackSpec(PGD(steps=steps), aggregation="peel_reference", max_images=limit, label=PEEL)
             attacks.append(through)
@@ -85,15 +85,15 @@ def attack(workspace: Workspace, name: str) -> Report:
 
 def conclusion(reports: dict[str, Report], budget: Budget) -> list[str]:
     """What the numbers say, in sentences made from them."""
-    base, published, pipeline = reports[BASE], reports[PUBLISHED], reports[PIPELINE]
-    peel = published.row(PEEL)
+    base, objective, pipeline = reports[BASE], reports[OBJECTIVE], reports[PIPELINE]
+    peel = objective.row(PEEL)
     trust = "believable" if peel.reliable else "unreliable: the output has no usable gradients"
     return [
         f"The base classifies {percent(base, 'clean')} of the clean images and withstands {percent(base, 'worst')} "
         f"under PGD, {percent(base, AUTOATTACK)} under AutoAttack.",
-        f"CARSO as published seems to withstand {percent(published, PEEL)} when it is attacked through its own PeeL "
-        f"output ({peel.n} images); that number is {trust}. Through exact gradients it withstands "
-        f"{percent(published, 'worst')} under PGD, {percent(published, AUTOATTACK)} under AutoAttack.",
+        f"CARSO with the paper's objective seems to withstand {percent(objective, PEEL)} when it is attacked through "
+        f"its own PeeL output ({peel.n} images); that number is {trust}. Through exact gradients it withstands "
+        f"{percent(objective, 'worst')} under PGD, {percent(objective, AUTOATTACK)} under AutoAttack.",
         f"CARSO fine-tuned through the pipeline classifies {percent(pipeline, 'clean')} of the clean images. It "
         f"withstands {percent(pipeline, 'worst')} under PGD ({against(pipeline, base, 'worst', 'its base')}) and "
         f"{percent(pipeline, AUTOATTACK)} under AutoAttack ({against(pipeline, base, AUTOATTACK, 'its base')}).",

@@ -28,7 +28,7 @@ class Budget:
         images: held-out images that are attacked.
         standard_epochs: of the standard classifier.
         base_epochs: of the adversarially trained base.
-        published_epochs: of CARSO as published.
+        objective_epochs: of CARSO with the paper's objective.
         pipeline_epochs: of CARSO's fine-tuning through the pipeline.
         steps: of PGD on CARSO, ARREST and their bases.
         eot: draws of a random defence averaged per step.
@@ -38,7 +38,8 @@ class Budget:
         autoattack_steps: of AutoAttack's APGD and FAB.
         autoattack_queries: of AutoAttack's Square.
         generator_epochs: of AToP's pre-training.
-        atop_published_epochs: of AToP as published.
+        atop_objective_epochs: of AToP with the paper's objective.
+        atop_cls_delay: of these, without the cross-entropy.
         atop_pipeline_epochs: of AToP's fine-tuning through the pipeline.
         atop_steps: of PGD on AToP.
         atop_images: images for the attacks on AToP, the first so many.
@@ -50,7 +51,7 @@ class Budget:
     standard_epochs: int = 20
     base_epochs: int = BASE_EPOCHS
     # CARSO
-    published_epochs: int = 30
+    objective_epochs: int = 30
     pipeline_epochs: int = 50
     steps: int = 50
     eot: int = 3
@@ -61,7 +62,8 @@ class Budget:
     autoattack_queries: int = 1000
     # AToP
     generator_epochs: int = 30
-    atop_published_epochs: int = 30
+    atop_objective_epochs: int = 30
+    atop_cls_delay: int = 2
     atop_pipeline_epochs: int = 20
     atop_steps: int = 40
     atop_images: int = 200
@@ -74,7 +76,7 @@ QUICK = Budget(
     images=60,
     standard_epochs=3,
     base_epochs=6,
-    published_epochs=3,
+    objective_epochs=3,
     pipeline_epochs=3,
     steps=8,
     eot=2,
@@ -84,7 +86,8 @@ QUICK = Budget(
     autoattack_steps=4,
     autoattack_queries=20,
     generator_epochs=2,
-    atop_published_epochs=2,
+    atop_objective_epochs=2,
+    atop_cls_delay=1,
     atop_pipeline_epochs=1,
     atop_steps=4,
     atop_images=20,

@@ -6,7 +6,7 @@ from .metrics import Tradeoff, ar_bd, ar_point_dist
 from .plots import plot_tradeoff
 from .report import Examples, Paired, Report, Row, merge
 from .runner import evaluate
-from .specs import AttackSpec, default_attacks, lee_kim_2023
+from .specs import AttackSpec, lee_kim_2023
 
 __all__ = [
     "Attack",
@@ -19,7 +19,6 @@ __all__ = [
     "ar_bd",
     "ar_point_dist",
     "as_attack",
-    "default_attacks",
     "evaluate",
     "lee_kim_2023",
     "merge",

@@ -25,7 +25,7 @@ def conclude(report: Report, measure: Measure, before: Before | None) -> None:
         measure: what made them.
         before: the answers of the model before the attacks, to ask it again; None: it is asked nothing more.
     """
-    rows = [row for row in report.rows if row.kind != "worst"]
+    rows = [row for row in report.rows if row.kind == "clean" or row.is_attack]
     subject = measure.subject
     evidence = Evidence(rows, classes=subject.num_classes, probabilities=subject.has_probabilities)
     if before is not None:

@@ -21,7 +21,7 @@ from .labels import ALONE, clean_name, row_name, threat_name, tried_name
 from .partial_row import Batch, PartialRow
 from .progress import Progress
 from .row_cache import RowCache
-from .rows import VARIANTS_APART, Examples, Row
+from .rows import AUTHORS, VARIANTS_APART, Examples, Row
 from .specs import CLASSIFIER, AttackSpec
 from .subject import Judgement, Subject, Variant
 from .watched import watched
@@ -85,6 +85,9 @@ class Measure:
             left: bool ``[n]``, which images earlier attacks on the variant left right.
         """
         alive = self._alive(spec, spec.variant, left)
+        if spec.judge is not None:
+            # what the defence gets wrong, its authors' model may get right
+            alive = np.ones_like(alive)
         settings = self._settings(spec) | {"attacked": int(alive.sum())}
         what = settings | {"alive": digest(torch.from_numpy(alive))}
         at = self.progress.at
@@ -137,18 +140,19 @@ class Measure:
 
     def _settings(self, spec: AttackSpec) -> dict[str, Any]:
         """What is run, in plain values."""
-        target = spec.target if spec.gradients_from is None else spec.gradients_from
+        target = spec.other_model if spec.target is None else spec.target
         on = "defence" if target is None else ALONE if target == CLASSIFIER else type(target).__name__
         return spec.resolved.settings(self.context) | {
             "variant": spec.variant,
             "target": on,
             "max_images": spec.max_images,
             "survivors_only": spec.survivors_only,
-            "n_eval": self.subject.judges(spec.variant),
+            "n_eval": self.subject.judges(spec.variant) if spec.judge is None else 1,
             # BPDA has an aggregation among its own options
             **({} if spec.aggregation is None else {"aggregation": spec.aggregation}),
             **({} if spec.seed == 0 else {"seed": spec.seed}),
             **({} if spec.gradients_from is None else {"gradients_from": on}),
+            **({} if spec.judge is None else {"judge": type(spec.judge).__name__}),
         }
 
     def _kept(self, what: dict[str, Any], spec: AttackSpec | None, make: Callable[[PartialRow], Row]) -> Row:
@@ -235,7 +239,7 @@ class Measure:
         search = self._attack(spec, alive, kept)
         self._search = None if spec.variant == "random" else search
         begin = time.perf_counter()
-        judged = self.subject.judge(search.images, spec.variant, "judge")
+        judged = self.subject.judge(search.images, spec.variant, "judge", spec.judge)
         # what was not attacked counts as lost
         row = self._judged(search, settings, judged, judged.right & alive)
         health = search.sums.health
@@ -261,7 +265,7 @@ class Measure:
         """A row of what an attack made of the images, from the predictions that count."""
         return Row(
             attack=self.name_of(search.spec),
-            kind=search.spec.resolved.kind,
+            kind=search.spec.resolved.kind if search.spec.judge is None else AUTHORS,
             variant=settings["variant"],
             robust=np.asarray(right.all(0)),
             seconds=0.0,

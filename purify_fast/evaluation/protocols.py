@@ -17,14 +17,16 @@ from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
 from ..attacks.autoattack import implementation
 from ..attacks.heads import HEADS, AttackersHead, Head
 from ..attacks.losses import ApgdLoss
-from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, supports
+from ..protocols import AuthorsEvaluation, Classifier, DeterministicMode, FixedNoise, SampleLogits, supports
 from .specs import AttackSpec
 from .surrogates import Surrogate, surrogates
 
-ProtocolName = Literal["fast", "standard", "rand", "strong", "official"]
+ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
 
 #: How rows begin whose gradients are another aggregation's, or a surrogate's.
 HEAD_ROW, THROUGH = "APGD-T through the samples'", "by the gradients of"
+#: How "authors" calls the one row of a model that does not say how its authors evaluate it.
+AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"
 #: Draws that "rand" averages per step, as AutoAttack's version of that name.
 RAND_DRAWS = 20
 #: Further random starts of "strong", each a row of its own, so that the gain of the last one is seen.
@@ -40,6 +42,7 @@ class AttackedModel:
         some: a few of the images ``[B, C, H, W]``, on the model's device.
         num_classes: of its logits.
         is_random: whether two predictions differ.
+        eps: radius of the report's ball, in image units.
         base: an undefended classifier to transfer from, if one was given.
     """
 
@@ -47,6 +50,7 @@ class AttackedModel:
     some: Tensor
     num_classes: int
     is_random: bool
+    eps: float
     base: Classifier | None = None
 
 
@@ -59,11 +63,12 @@ def protocol_attacks(name: str, attacked: AttackedModel) -> list[AttackSpec]:
 
     Raises:
         ValueError: another name.
-        ModuleNotFoundError: "official" without the package pyautoattack or autoattack.
+        ModuleNotFoundError: "official" or "authors" without the package pyautoattack or autoattack.
     """
     check_literal("protocol", name, ProtocolName)
     found = PROTOCOLS[name](attacked)
-    if attacked.base is not None:
+    # an evaluation of others has no such row
+    if attacked.base is not None and name != "authors":
         found.append(_left(PGD(), "transfer from the base", target=attacked.base))
     return found
 
@@ -135,6 +140,14 @@ def _official(attacked: AttackedModel) -> list[AttackSpec]:
     return [*quiet, AttackSpec(AutoAttack(version="rand"))]
 
 
+def _authors(attacked: AttackedModel) -> list[AttackSpec]:
+    # if it is missing, no work is begun
+    implementation()
+    if supports(attacked.model, AuthorsEvaluation):
+        return list(cast(AuthorsEvaluation, attacked.model).authors_attacks(attacked.eps))
+    return [AttackSpec(AutoAttack(), label=AS_A_CLASSIFIER, judge=attacked.model)]
+
+
 #: Every protocol by its name.
 PROTOCOLS: dict[str, Callable[[AttackedModel], list[AttackSpec]]] = {
     "fast": _fast,
@@ -142,4 +155,5 @@ PROTOCOLS: dict[str, Callable[[AttackedModel], list[AttackSpec]]] = {
     "rand": _rand,
     "strong": _strong,
     "official": _official,
+    "authors": _authors,
 }

@@ -115,7 +115,7 @@ class Report:
 
         best: dict[tuple[str, str | None], Row] = {}
         for row in self.rows:
-            if row.kind != "clean" and row.deployed:
+            if row.deployed and (row.is_attack or row.kind == "worst"):
                 before = best.get((row.model, row.threat))
                 if before is None or order(row) < order(before):
                     best[row.model, row.threat] = row
@@ -308,8 +308,8 @@ class Report:
     def _draw(self, folder: Path, defences: Mapping[str, Classifier]) -> None:
         plots.bars(self.rows, folder / "accuracies.png")
         for model in self.models:
-            kept = [r for r in self.rows if r.model == model and r.examples is not None and r.threat is None]
-            kept = [r for r in kept if r.deployed]
+            mine = [row for row in self.rows if row.model == model and row.threat is None and row.deployed]
+            kept = [row for row in mine if row.examples is not None and row.is_attack]
             # the strongest attack's pictures: those of a weaker one would flatter the model
             row = min(kept, key=lambda r: r.accuracy, default=None)
             if row is not None and row.examples is not None and row.examples.clean.shape[1] in (1, 3):

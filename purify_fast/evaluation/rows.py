@@ -17,6 +17,8 @@ OWN_TARGETS = ("defence", "WithAggregation", "AttackersHead")
 GRADIENT_FREE = ("square",)
 #: The modes of a random model that are not the model as it is deployed, in words.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
+#: The kind of a row that repeats an evaluation of others.
+AUTHORS = "authors"
 
 
 @dataclass
@@ -59,13 +61,15 @@ class Row:
     Args:
         model: the model's name.
         attack: the attack's name; with the model's name it identifies the row.
-        kind: ``clean``, an attack's kind, or ``worst``.
+        kind: ``clean``, an attack's kind, ``worst``, or ``authors``: an evaluation of others, on a model of theirs.
         variant: which mode of the model was judged: ``random``, the model as it is deployed, whether it draws random
             numbers or not; of a random model also ``fixed`` (noise) or ``deterministic``. `describe_variant` says it in
             words.
         robust: bool ``[n]``, image by image. Of a clean row: the first prediction was right. Of an attack: the image
             was classified correctly, and all ``n_eval`` predictions on the adversarial image were right.
-        mean: mean accuracy of one prediction, over ``n_eval`` of them.
+        mean: mean accuracy of one prediction, over ``n_eval`` of them; of an image that was not attacked, because it
+            was misclassified or had fallen before, they count as wrong. A row of kind ``worst`` has no predictions of
+            its own: there this and the next are its accuracy, and tables leave them out.
         worst: share of the images for which all ``n_eval`` predictions are right.
         n_eval: how many predictions judged each image.
         seed: of everything random.
@@ -136,6 +140,11 @@ class Row:
     def lacked_gradients(self) -> bool:
         """Whether the gradients of the attack were counted and were not usable."""
         return self.health is not None and not GradientHealth(dict(self.health)).reliable
+
+    @property
+    def is_attack(self) -> bool:
+        """Whether this is an attack on the model itself: no ``clean``, no ``worst``, no evaluation of others."""
+        return self.kind not in ("clean", "worst", AUTHORS)
 
     @property
     def nothing_to_attack(self) -> bool:

@@ -51,7 +51,7 @@ from .protocols import AttackedModel, ProtocolName, protocol_attacks
 from .report import Report
 from .row_cache import RowCache
 from .rows import Row
-from .specs import CLASSIFIER, AttackSpec, as_specs, default_attacks
+from .specs import CLASSIFIER, AttackSpec, as_specs
 from .subject import Subject, Variant, device_of
 from .worst import worst
 
@@ -102,12 +102,13 @@ def evaluate(
         base: an undefended classifier: its adversarial images are tried on the defence.
         protocol: which attacks are run, by name: "fast", Auto-PGD in minutes; "standard", AutoAttack's four with this
             package's engine; "rand", AutoAttack's version for random models; "strong", what a careful attacker would
-            do, with surrogates, restarts and every target; "official", AutoAttack itself. See
-            `purify_fast.evaluation.protocols`. None: ``attacks``.
-        attacks: what to run: attacks of `purify_fast.attacks`, such as ``PGD()``; functions ``(model, x, y) -> x_adv``,
-            which `as_attack` describes; or `AttackSpec` around either. None: the protocol's, or `default_attacks`.
-            Variants that the defence lacks, or that are not what they promise (noise that `fixed_noise` does not fix),
-            are left out, with a note.
+            do, with surrogates, restarts and every target; "official", AutoAttack itself; "authors", what those
+            who published the defence ran, to compare with their numbers, in no headline. The last two need the package
+            pyautoattack. See `purify_fast.evaluation.protocols`. None: "standard", unless ``attacks`` are given.
+        attacks: what to run in place of a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``; functions
+            ``(model, x, y) -> x_adv``, which `as_attack` describes; or `AttackSpec` around either. An empty list: the
+            accuracy on clean images alone. Variants that the defence lacks, or that are not what they promise (noise
+            that `fixed_noise` does not fix), are left out, with a note.
         steps: of PGD and APGD where an attack does not say.
         eot_iter: draws per step where an attack does not say; a deterministic model is attacked with one draw.
         n_eval: independent predictions on each adversarial image; 1 for a deterministic model.
@@ -128,7 +129,7 @@ def evaluate(
         dataset_name: of the data set, for the report's title.
         probes: whether the model is also asked what tells whether the number can be believed: short attacks on a few
             images over the radius, the steps and the draws, small steps in random directions, the same images again.
-            None: where a protocol is named.
+            None: with every protocol but "authors", and not with a list of attacks.
         progress: whether to show a bar for each attack: forward passes of single images.
 
     Returns:
@@ -150,7 +151,7 @@ def evaluate(
     norm = read_norm(norm)
     counts = {"steps": steps, "eot_iter": eot_iter, "n_eval": n_eval, "batch_size": batch_size}
     check_at_least_one(**counts, max_forward_batch=max_forward_batch)
-    given = _given(protocol, attacks, base)
+    protocol, given = _asked_for(protocol, attacks)
     check_radius(eps, norm, attacked=bool(given or protocol or probes))
     about = {"threat": ball_name(norm, eps), "version": f"purify_fast {__version__}", "seed": str(seed)}
     named = {"dataset": dataset_name, "protocol": protocol, "precision": _precision(defence, images)}
@@ -165,8 +166,8 @@ def evaluate(
         subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
         mark = (None, "") if out is None else fingerprint_or_reason(subject.model)
         report.notes += _told_at_once(defence, subject, name)
-        before = Before(subject) if (protocol is not None if probes is None else probes) else None
-        plan = given if protocol is None else protocol_attacks(protocol, _known(subject, base))
+        before = Before(subject) if (protocol not in (None, "authors") if probes is None else probes) else None
+        plan = given if protocol is None else protocol_attacks(protocol, _known(subject, eps, base))
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
         context = AttackContext(
             num_classes=subject.num_classes, eps=float(eps), norm=norm, steps=steps, eot_iter=eot_iter, seed=seed,
@@ -250,25 +251,23 @@ def _kept_in(
         yield cache
 
 
-def _given(
-    protocol: str | None, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None, base: Classifier | None
-) -> list[AttackSpec]:
-    """The attacks that were listed, or the default ones; none where a protocol is named, which asks the model first."""
+def _asked_for(
+    protocol: ProtocolName | None, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None
+) -> tuple[ProtocolName | None, list[AttackSpec]]:
+    """The protocol, which asks the model what to run, or None and the attacks that were listed."""
     if protocol is not None:
         check_literal("protocol", protocol, ProtocolName)
         if attacks is not None:
             raise ValueError("give a protocol or a list of attacks, not both")
-        given = []
-    else:
-        given = default_attacks(base) if attacks is None else as_specs(attacks)
-    if protocol == "official" or any(isinstance(spec.resolved, AutoAttack) for spec in given):
+    given = [] if attacks is None else as_specs(attacks)
+    if protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
         # if it is missing, no work is begun
         implementation()
-    return given
+    return ("standard" if protocol is None and attacks is None else protocol), given
 
 
-def _known(subject: Subject, base: Classifier | None) -> AttackedModel:
-    return AttackedModel(subject.model, subject.some(), subject.num_classes, subject.is_random, base)
+def _known(subject: Subject, eps: float, base: Classifier | None) -> AttackedModel:
+    return AttackedModel(subject.model, subject.some(), subject.num_classes, subject.is_random, float(eps), base=base)
 
 
 def _precision(defence: Classifier, x: Tensor) -> str | None:
@@ -304,13 +303,13 @@ def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure, prob
         before = {name: left.get((name, threat), measure.clean(name).robust) for name in ("random", spec.variant)}
         rows = [measure.attacked(spec, before[spec.variant])]
         kept = ", kept by an earlier run" if measure.cache is not None and measure.cache.was_kept else ""
-        if spec.variant != "random":
+        if spec.variant != "random" and rows[0].is_attack:
             rows.append(measure.tried(spec, before[spec.variant], before["random"]))
-        for row, name in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=True):
+        for row, name in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
             report.rows.append(row)
             measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{kept}")
             left[name, threat] = before[name].copy()
-            left[name, threat][: row.n] &= row.robust
+            left[name, threat][: row.n] &= row.robust | (not row.is_attack)
 
 
 def _possible(plan: Sequence[AttackSpec], measure: Measure, notes: list[str]) -> list[AttackSpec]:

@@ -1,4 +1,4 @@
-"""What is run: one attack for each row of a report, the default plan, and a published protocol."""
+"""What is run: one attack for each row of a report, and a published attack."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from .._validation import check_literal
-from ..attacks import BPDA, PGD, Attack, AutoAttack
+from ..attacks import BPDA, PGD, Attack
 from ..attacks.arguments import check_at_least_one, check_eps, check_not_negative
 from ..attacks.bpda import check_aggregation
 from ..protocols import Classifier
@@ -41,6 +41,9 @@ class AttackSpec:
         gradients_from: follow the gradients of this model, a surrogate; the defence itself judges every success. Only
             attacks that can follow them (`purify_fast.attacks.APGD`).
         seed: added to the evaluation's for this attack: another random start of the same attack is another row.
+        judge: repeat an evaluation of others, who judge this model by one prediction: it is attacked where there is no
+            target, on every image, and it judges. Such a row is about that model and not about the defence: it is in no
+            headline and in no ``worst``, and its label, "as ...", names the source.
 
     Raises:
         ValueError: options that are not allowed or do not go together.
@@ -56,6 +59,7 @@ class AttackSpec:
     survivors_only: bool = False
     gradients_from: Classifier | None = None
     seed: int = 0
+    judge: Classifier | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.attack, Attack):
@@ -77,6 +81,16 @@ class AttackSpec:
                 raise ValueError("an attack follows the gradients of another model, or has a target or an aggregation")
             if not self.resolved.follows_gradients:
                 raise ValueError(f"the attack {self.resolved.kind} cannot follow the gradients of another model")
+        if self.judge is not None:
+            if not callable(self.judge):
+                raise TypeError(f"judge must be a model, got {self.judge!r}")
+            if callable(self.target) or self.aggregation or self.gradients_from is not None or self.survivors_only:
+                raise ValueError(
+                    f"a judge is attacked itself, or judges attacks on the target {CLASSIFIER!r}: it goes with no "
+                    "other target, no aggregation, no gradients_from and no survivors_only"
+                )
+            if not (self.label or "").startswith("as "):
+                raise ValueError(f"with a judge the label says whose evaluation it is: 'as ...', got {self.label!r}")
         if isinstance(self.attack, BPDA):
             if self.target is not None:
                 raise ValueError("BPDA attacks the defence's own purifier: it takes no target")
@@ -90,8 +104,10 @@ class AttackSpec:
 
     @property
     def other_model(self) -> Classifier | None:
-        """The model that is attacked in the defence's place, or whose gradients are followed, if there is one."""
-        return self.target if callable(self.target) else self.gradients_from
+        """The model that is attacked in the defence's place, whose gradients are followed, or that judges, if any."""
+        if callable(self.target):
+            return self.target
+        return self.judge if self.gradients_from is None else self.gradients_from
 
 
 def as_spec(attack: Any) -> AttackSpec:
@@ -116,28 +132,13 @@ def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
     return specs
 
 
-def default_attacks(base: Classifier | None = None) -> list[AttackSpec]:
-    """What `evaluate` runs if it is not told.
-
-    Args:
-        base: an undefended classifier, on which a transfer attack is made.
-
-    Returns:
-        PGD with CE and DLR on the random and the deterministic model, BPDA, AutoAttack, and transfer from ``base``.
-    """
-    variants: tuple[Variant, ...] = ("random", "deterministic")
-    own = [AttackSpec(pgd, variant) for variant in variants for pgd in (PGD(), PGD(loss="dlr"))]
-    auto = [AttackSpec(AutoAttack(), "fixed"), AttackSpec(AutoAttack(version="rand"))]
-    transfer = [] if base is None else [AttackSpec(PGD(), target=base, label="transfer from the base")]
-    return [*own, AttackSpec(BPDA()), *auto, *transfer]
-
-
 def lee_kim_2023(eps: float = 8 / 255) -> AttackSpec:
     """PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
 
     Full gradient, 200 steps of 0.007 at eps = 8/255, of the same share of any other eps, 20 draws averaged before the
-    sign is taken, L-inf, no random start. One thing is not in the paper: of the iterates the best is kept, not the
-    last.
+    sign is taken, L-inf, no random start. Two things are not in the paper: of the iterates the best is kept, not the
+    last; and as in every row, an image counts as robust only if all ``n_eval`` predictions after the attack are right
+    (5 of 5 by default). The row's mean counts single predictions.
 
     Args:
         eps: radius in image units.

@@ -128,20 +128,29 @@ class Subject:
         """Put the random generators where the phase begins."""
         torch.manual_seed(3 * self.seed + PHASES[phase])
 
-    def judge(self, x: Tensor, variant: Variant, phase: Literal["clean", "judge"]) -> Judgement:
+    def judge(
+        self, x: Tensor, variant: Variant, phase: Literal["clean", "judge"], by: Classifier | None = None
+    ) -> Judgement:
         """Predictions on the first ``len(x)`` images, or on what became of them.
 
         A prediction that names no class, because of a NaN or of an infinity that several classes share, is wrong,
         whatever ``argmax`` would say.
+
+        Args:
+            x: the images.
+            variant: of the model.
+            phase: which draws are taken.
+            by: another model, which judges each image once.
         """
+        model, draws = (self.model, self.judges(variant)) if by is None else (by, 1)
         self.reseed(phase)
         y = self.y[: len(x)].cpu()
         right, named, leads, nonfinite = [], [], torch.zeros(len(x)), 0
         with self.variant(variant):
-            for _ in range(self.judges(variant)):
+            for _ in range(draws):
                 decided, broken, lead = [], [], []
                 for part, labels in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
-                    logits = ask(self.model, part.to(self.device, copy=True))
+                    logits = ask(model, part.to(self.device, copy=True))
                     lead.append(-margin(logits.float(), labels.to(logits.device)).cpu())
                     decided.append(logits.argmax(1).cpu())
                     broken.append(_undecided(logits).cpu())

@@ -11,7 +11,8 @@ from ..attacks.engine.reach import FEWEST_STEPS
 from ..attacks.square import GIVEN_UP_AFTER
 from .alarms import GUESSING, STATES, Evidence, Finding
 from .outlook import Outlook
-from .rows import Row, attack_names, model_names
+from .rows import AUTHORS, Row, attack_names, model_names
+from .specs import LEE_KIM
 
 #: Characters in a line of a terminal's legend.
 LINE = 120
@@ -24,19 +25,26 @@ COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "mean", "worst"
 COLUMN_LEGEND = (
     "n: images; in brackets those attacked, where earlier attacks had left only these. accuracy: % of the images that "
     "are classified correctly, ± standard error; after an attack, in every one of the repeated predictions. mean: % of "
-    "all single predictions that are right. worst: % of the images that are right in every prediction; in brackets, "
-    "how many predictions each had. Of a deterministic model, which is asked once, the three are the same.",
+    "all single predictions that are right; those of an image that was not attacked, because it was misclassified or "
+    "had fallen before, count as wrong. worst: % of the images that are right in every prediction; in brackets, how "
+    "many predictions each had. Of a deterministic model, which is asked once, the three are the same.",
     "variant: the model as it is, which is deterministic (the same answer every time) or random (drawn anew every "
     "time); or a random one with fixed noise, or with its noise off. EOT: draws averaged for each gradient. gradients: "
     "% not finite / zero / images not moved, which must be near 0. s: seconds.",
 )
 WORST_LEGEND = (
-    "The row worst counts an image only if it withstood every attack of the same threat model in the rows above it."
+    "The row worst counts an image only if it withstood every attack of the same threat model in the rows above it. "
+    "It has no predictions of its own: its mean and worst are -."
 )
 VARIANT_LEGEND = (
     "A row with fixed noise, or with the noise off, is about a mode of the model that nobody deploys, and enters no "
     'worst of the model as it is. What its attack found is tried on the model as it is, by fresh draws: the row "tried '
     'on the deployed defence" enters worst.'
+)
+AUTHORS_LEGEND = (
+    'Rows that are named "as ..." repeat an evaluation of others. The attack and the model that is attacked are '
+    "theirs, every image is attacked, misclassified ones included, and one prediction decides. They are in no headline "
+    "and in no worst: they say what such an evaluation finds, not what the defence withstands."
 )
 UNRELIABLE_LEGEND = (
     "unreliable: the attack lacked usable gradients and left some images, or a sign gives a reason to doubt the number."
@@ -139,13 +147,18 @@ def row_cells(row: Row, unreliable: str = UNRELIABLE) -> list[str]:
         draws(row),
         f"{row.n} ({row.settings['attacked']})" if _survivors_only(row) else str(row.n),
         percent(row),
-        f"{100 * row.mean:.1f}",
-        f"{100 * row.worst:.1f} ({row.n_eval})",
+        single_predictions(row),
+        "-" if row.kind == "worst" else f"{100 * row.worst:.1f} ({row.n_eval})",
         row.describe_health(),
         remark(row, unreliable),
         str(row.seed),
         f"{row.seconds:.1f}",
     ]
+
+
+def single_predictions(row: Row) -> str:
+    """The share of single predictions that are right, in percent; of a row named worst, which has none, -."""
+    return "-" if row.kind == "worst" else f"{100 * row.mean:.1f}"
 
 
 def comparison(rows: Sequence[Row], unreliable: str = UNRELIABLE) -> tuple[list[str], list[list[str]]]:
@@ -170,7 +183,9 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
         *COLUMN_LEGEND,
         *([WORST_LEGEND] if any(row.kind == "worst" for row in rows) else []),
         *([] if all(row.deployed for row in rows) else [VARIANT_LEGEND]),
+        *([AUTHORS_LEGEND] if any(row.kind == AUTHORS for row in rows) else []),
         *_given_up_legend(rows),
+        *_lee_kim_legend(rows),
     ]
 
 
@@ -182,6 +197,16 @@ def _given_up_legend(rows: Sequence[Row]) -> list[str]:
     return [
         f"These attacks ended a search early where success was out of reach even at several times its recent pace: "
         f"{'; '.join(names)}. The protocol strong ends no search early."
+    ]
+
+
+def _lee_kim_legend(rows: Sequence[Row]) -> list[str]:
+    """How often the rows of Lee and Kim's attack were judged; nothing where there are none."""
+    counts = sorted({row.n_eval for row in rows if row.attack.startswith(LEE_KIM)})
+    return [
+        f"{LEE_KIM}: an image counts only if all of its predictions after the attack are right, here {n} of {n}. The "
+        "column mean counts single predictions."
+        for n in counts
     ]
 
 
@@ -269,7 +294,7 @@ def about_variants(rows: Sequence[Row]) -> list[str]:
     Args:
         rows: of the model.
     """
-    apart = [row for row in rows if row.kind != "clean" and row.threat is None and not row.deployed]
+    apart = [row for row in rows if (row.is_attack or row.kind == "worst") and not (row.threat or row.deployed)]
     lowest = [
         min((row for row in apart if row.variant == variant), key=lambda row: (row.accuracy, row.kind != "worst"))
         for variant in dict.fromkeys(row.variant for row in apart)

@@ -27,7 +27,7 @@ def worst(rows: Sequence[Row]) -> list[Row]:
         it has several attacks.
     """
     full = max(row.n for row in rows)
-    attacks = [row for row in rows if row.kind not in ("clean", "worst")]
+    attacks = [row for row in rows if row.is_attack]
     made = []
     for threat in dict.fromkeys([None, *(row.threat for row in attacks)]):
         mine = [row for row in attacks if row.threat == threat]

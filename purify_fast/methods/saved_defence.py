@@ -28,6 +28,7 @@ def save_defence(defence: Defence, folder: str | Path) -> None:
         folder: where to; ``model.safetensors`` and ``model.json`` are written there.
     """
     facts = {"classifier": weights_fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
+    facts |= {"acts_from_step": defence.acts_from_step}
     save_model(folder, type(defence).__name__, defence.arguments, _saved(defence), **facts)
 
 
@@ -75,6 +76,7 @@ def read_defence(
         )
     defence = make(classifier, facts["arguments"])
     defence.own_classifier = own
+    defence.acts_from_step = facts.get("acts_from_step", {})
     wanted = _saved(defence)
     odd = wanted.keys() ^ state.keys() or {name for name in state if wanted[name].shape != state[name].shape}
     if odd:

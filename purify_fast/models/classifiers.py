@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .._process import processes
 from .layers import BatchNorm1d, Normalize
 from .preact_resnet import PreActResNet18
-from .wide_resnet import WideResNet
+from .wide_resnet import Activation, WideResNet
 
 
 class SmallCNN(nn.Module):
@@ -168,6 +168,7 @@ def build_classifier(
     *,
     width: int | None = None,
     depth: int | None = None,
+    activation: Activation | None = None,
     mean: float | Sequence[float] = 0.5,
     std: float | Sequence[float] = 0.5,
 ) -> nn.Module:
@@ -179,11 +180,12 @@ def build_classifier(
         num_classes: classes of the data, at least 2.
         width: None for the network's own: 16 for ``small_cnn``, 64 for ``preact_resnet18``, 10 for ``wide_resnet``.
         depth: of ``wide_resnet`` alone; None for 28.
+        activation: of ``wide_resnet`` alone: "silu" or "relu"; None for "silu".
         mean: what the images are normalized by, a number or one per channel; ``small_cnn`` has its own, 0.5.
         std: likewise, the standard deviations; ``small_cnn`` has its own, 0.5.
 
     Raises:
-        ValueError: an unknown name, or a width or depth the network does not have.
+        ValueError: an unknown name, or a width, depth or activation that the network does not have.
     """
     if name not in CLASSIFIERS:
         raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, got {name!r}")
@@ -196,6 +198,7 @@ def build_classifier(
     for option, value, without in (
         ("width", width, ("fully_connected",)),
         ("depth", depth, ("small_cnn", "preact_resnet18", "fully_connected")),
+        ("activation", activation, ("small_cnn", "preact_resnet18", "fully_connected")),
     ):
         if value is not None:
             if name in without:

@@ -7,19 +7,23 @@ inside. Parameter names are those of RobustBench's ``DMWideResNet``, whose state
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._validation import check_literal
 from .layers import BatchNorm2d, Normalize
+
+Activation = Literal["silu", "relu"]
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
 class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int):
+    def __init__(self, inputs: int, outputs: int, stride: int, activation: nn.Module):
         super().__init__()
+        self.activation = activation
         self.strided = stride == 2
         self.batchnorm_0 = BatchNorm2d(inputs)
         self.conv_0 = nn.Conv2d(inputs, outputs, 3, stride, 0 if self.strided else 1, bias=False)
@@ -28,21 +32,21 @@ class _Block(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.silu(self.batchnorm_0(x))
+        activated = self.activation(self.batchnorm_0(x))
         out = activated
         if self.strided:
             # "SAME" padding: at an even size the one missing row and column come last
             h, w = x.shape[2:]
             out = F.pad(out, (1 if w % 2 else 0, 1, 1 if h % 2 else 0, 1))
-        out = self.conv_1(F.silu(self.batchnorm_1(self.conv_0(out))))
+        out = self.conv_1(self.activation(self.batchnorm_1(self.conv_0(out))))
         return out + (x if self.shortcut is None else self.shortcut(activated))
 
 
 class _Group(nn.Module):
-    def __init__(self, blocks: int, inputs: int, outputs: int, stride: int):
+    def __init__(self, blocks: int, inputs: int, outputs: int, stride: int, activation: nn.Module):
         super().__init__()
         self.block = nn.Sequential(
-            *(_Block(outputs if i else inputs, outputs, 1 if i else stride) for i in range(blocks))
+            *(_Block(outputs if i else inputs, outputs, 1 if i else stride, activation) for i in range(blocks))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ def representation_layers(depth: int = 28) -> list[str]:
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width with SiLU: WRN-28-10 is CARSO's classifier on CIFAR-10, CIFAR-100 and TinyImageNet.
+    """WRN-depth-width. With SiLU, WRN-28-10 is CARSO's classifier on CIFAR-10, CIFAR-100 and TinyImageNet.
 
     Args:
         depth: 6 n + 4 with n blocks in each of the three groups.
@@ -79,6 +83,7 @@ class WideResNet(nn.Module):
         mean: what the images are normalized by, a number or one per channel (default: CIFAR-10's).
         std: likewise, the standard deviations (default: CIFAR-10's).
         in_channels: channels of the images.
+        activation: "silu", as RobustBench's ``DMWideResNet``, or "relu", as in the paper of Zagoruyko and Komodakis.
 
     ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1], any size -> logits ``[B, num_classes]``. The output of
     ``relu`` is the map before pooling.
@@ -98,8 +103,10 @@ class WideResNet(nn.Module):
         mean: float | Sequence[float] = CIFAR10_MEAN,
         std: float | Sequence[float] = CIFAR10_STD,
         in_channels: int = 3,
+        activation: Activation = "silu",
     ):
         super().__init__()
+        check_literal("activation", activation, Activation)
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth must be 6 n + 4, at least 10, got {depth}")
         if min(in_channels, width) < 1 or num_classes < 2:
@@ -113,14 +120,16 @@ class WideResNet(nn.Module):
             "num_classes": num_classes,
             "in_channels": in_channels,
             **self.normalize.arguments,
+            "activation": activation,
         }
+        made = {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
         channels = [16, 16 * width, 32 * width, 64 * width]
         self.init_conv = nn.Conv2d(in_channels, channels[0], 3, 1, 1, bias=False)
         self.layer = nn.Sequential(
-            *(_Group((depth - 4) // 6, channels[g], channels[g + 1], 2 if g else 1) for g in range(3))
+            *(_Group((depth - 4) // 6, channels[g], channels[g + 1], 2 if g else 1, made()) for g in range(3))
         )
         self.batchnorm = BatchNorm2d(channels[3])
-        self.relu = nn.SiLU()
+        self.relu = made()
         self.logits = nn.Linear(channels[3], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

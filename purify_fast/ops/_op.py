@@ -100,6 +100,7 @@ class Op:
         sources: device type to the files that its kernel there is made of.
         launch: starts its Triton kernel; None where it has none, as an op for CPUs alone.
         weigh: of the kernel's arguments, the dtype and the number of elements that its server is chosen by.
+        differentiable: whether gradients pass through the public function; those of backwards have none.
         served: the decisions that were made: by style, device, dtype, bits of the number of elements, and variant.
     """
 
@@ -112,6 +113,7 @@ class Op:
     sources: dict[str, tuple[Path, ...]] = field(default_factory=dict)
     launch: Callable | None = None
     weigh: Callable[..., tuple[torch.dtype, int]] = first_argument
+    differentiable: bool = True
     served: dict[tuple[Style, torch.device, torch.dtype | None, int, str], str] = field(default_factory=dict)
 
     def __call__(self, *args, variant: str = ""):
@@ -273,6 +275,7 @@ def define_op(
     replaces_many: bool | tuple[str, ...] = False,
     compiler_fuses: tuple[str, ...] = (),
     weigh: Callable[..., tuple[torch.dtype, int]] = first_argument,
+    differentiable: bool = True,
 ) -> Op:
     """Register ``purify_fast::name``.
 
@@ -287,6 +290,8 @@ def define_op(
         compiler_fuses: those of these variants whose reference compilers fuse as well. Inside compiled graphs the
             reference serves them.
         weigh: of the op's arguments, the dtype and the number of elements by which a race tells calls apart.
+        differentiable: whether gradients pass through the public function, by a ``torch.autograd.Function`` around the
+            op. The op itself records none: False says that the public function does not either, and documents it.
     """
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
@@ -316,6 +321,7 @@ def define_op(
         sources=sources,
         launch=triton,
         weigh=weigh,
+        differentiable=differentiable,
     )
     REGISTRY[name] = op
     return op

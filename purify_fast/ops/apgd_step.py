@@ -53,6 +53,7 @@ OP = define_op(
     triton=Launcher("apgd_step", "forward"),
     replaces_many=("linf", "l2"),
     compiler_fuses=("linf",),
+    differentiable=False,
 )
 
 

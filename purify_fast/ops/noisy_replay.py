@@ -47,6 +47,7 @@ OP = define_op(
     fake=lambda x, x_adv, drift, tau, eps, seed, sample_ids, lo, hi: x.new_empty(x.shape),
     triton=Launcher("noisy_replay", "forward"),
     replaces_many=True,
+    differentiable=False,
 )
 
 

@@ -127,6 +127,7 @@ OP = define_op(
     triton=Launcher("pgd_step", "forward"),
     replaces_many=("linf", "l2", "l1"),
     compiler_fuses=("linf",),
+    differentiable=False,
 )
 
 

@@ -109,6 +109,7 @@ OP = define_op(
     triton=Launcher("philox", "philox"),
     replaces_many=True,
     weigh=_drawn,
+    differentiable=False,
 )
 
 

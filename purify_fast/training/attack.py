@@ -12,6 +12,10 @@ from .schedules import rising
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..protocols import Classifier
+    from ..speed.step_graphs import StepGraphs
+    from .task import Batch
+
 Norm = Literal["linf", "l2", "l1"]
 Radius = TypeVar("Radius", float, "Tensor")
 
@@ -27,6 +31,8 @@ class TrainingAttack:
         alpha: length of a step in image units when eps has its full size; None takes relative_alpha * eps / steps.
         relative_alpha: length of all steps together, as a multiple of eps, where alpha is None.
         random_start: whether PGD begins at a random point of the ball and not at the image itself.
+        start_std: standard deviation of a normal random start in image units, which is projected onto the ball; None
+            for a start that is uniform in the ball.
         eps_warmup: share of the epochs in which eps rises linearly from 0; alpha rises with it. Adversarial training
             from fresh weights can collapse without it.
 
@@ -40,6 +46,7 @@ class TrainingAttack:
     alpha: float | None = None
     relative_alpha: float = 2.5
     random_start: bool = True
+    start_std: float | None = None
     eps_warmup: float = 0.0
 
     def __post_init__(self) -> None:
@@ -54,6 +61,8 @@ class TrainingAttack:
             raise ValueError(f"alpha must be above 0, got {self.alpha}: the images would not move")
         if not self.relative_alpha > 0:
             raise ValueError(f"relative_alpha must be above 0, got {self.relative_alpha}: the images would not move")
+        if self.start_std is not None and not (self.random_start and self.start_std > 0):
+            raise ValueError(f"start_std must be above 0, and goes with random_start, got {self.start_std}")
         if not 0 <= self.eps_warmup <= 1:
             raise ValueError(f"eps_warmup must be in [0, 1], got {self.eps_warmup}")
 
@@ -70,6 +79,35 @@ class TrainingAttack:
         eps = rising(self.eps, epoch, epochs, self.eps_warmup)
         alpha = self.alpha if self.alpha is None or eps == self.eps else self.alpha * eps / self.eps
         return replace(self, eps=eps, alpha=alpha, eps_warmup=0.0)
+
+    def run(
+        self,
+        model: Classifier,
+        batch: Batch,
+        *,
+        graphs: StepGraphs | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """PGD on a model, as the training runs it in the batch's epoch.
+
+        Args:
+            model: what is attacked, images to logits.
+            batch: the images, and the seed and sample ids of their random starts.
+            graphs: captures the attack's step, if given.
+            rows: of the images to attack, int64 ``[A]``; None for all.
+
+        Returns:
+            The adversarial images ``[A, C, H, W]``.
+        """
+        # PyTorch takes 1.8 seconds to import: the command line's --help reads this class without it
+        from ..attacks import pgd
+
+        now = self.at_epoch(batch.epoch, batch.epochs)
+        x, y, ids = (part if rows is None else part[rows] for part in (batch.x, batch.y, batch.sample_ids))
+        return pgd(
+            model, x, y, eps=now.eps, alpha=now.step_size(now.eps), steps=now.steps, norm=now.norm,
+            random_start=now.random_start, start_std=now.start_std, seed=batch.seed, sample_ids=ids, graphs=graphs,
+        )  # fmt: skip
 
     def step_size(self, eps: Radius) -> Radius | float:
         """The length of a step.

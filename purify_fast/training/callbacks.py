@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,6 +34,7 @@ class TrainingState:
             an epoch and at the end the means over the epoch as numbers, with those of a validation.
         learning_rate: of the last step.
         images_per_second: of the epoch, since the start or since it was resumed; 0 after a step.
+        terms: the terms of the loss whose weight is above 0, and the step from which on each acts.
     """
 
     task: Task
@@ -45,6 +46,7 @@ class TrainingState:
     metrics: Mapping[str, Any]
     learning_rate: float
     images_per_second: float = 0.0
+    terms: Mapping[str, int] = field(default_factory=dict)
 
 
 class Callback(Protocol):
@@ -96,11 +98,12 @@ class JsonlLog(Callback):
         with_room(lambda: write_text(self.path, text), self.path, self.on_full)
 
     def on_epoch(self, state: TrainingState) -> None:
-        place = {"epoch": state.epoch, "step": state.step}
+        place: dict[str, Any] = {"epoch": state.epoch, "step": state.step}
         speed = {"learning_rate": state.learning_rate, "images_per_second": round(state.images_per_second, 1)}
         # a run that went back comes to an epoch twice
         self.rows = [row for row in self.rows if row["step"] < state.step]
-        self.rows.append({**place, **state.metrics, **speed})
+        acts = {"acts_from_step": dict(state.terms)} if state.terms else {}
+        self.rows.append({**place, **state.metrics, **speed, **acts})
         self._write()
 
 

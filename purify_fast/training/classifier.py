@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._fingerprint import structure_fingerprint
-from ..attacks import pgd
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..speed.inference_copy import autocast_to
@@ -45,20 +44,7 @@ class ClassifierTask(Task):
     def _training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         x = batch.x
         if self.config.attack.eps > 0:
-            attack = self.config.attack.at_epoch(batch.epoch, batch.epochs)
-            x = pgd(
-                self.model,
-                x,
-                batch.y,
-                eps=attack.eps,
-                alpha=attack.step_size(attack.eps),
-                steps=attack.steps,
-                norm=attack.norm,
-                random_start=attack.random_start,
-                seed=batch.seed,
-                sample_ids=batch.sample_ids,
-                graphs=self.graphs,
-            )
+            x = self.config.attack.run(self.model, batch, graphs=self.graphs)
         logits = self.model(x)
         accuracy = (logits.detach().argmax(1) == batch.y).float().mean()
         return F.cross_entropy(logits, batch.y), {"accuracy": accuracy}
@@ -89,7 +75,8 @@ def save_classifier(model: nn.Module, folder: str | Path) -> None:
     kind = type(model).__name__
     if type(model) is not _KINDS.get(kind):
         raise ValueError(f"model must be one of {', '.join(_KINDS)}, got {kind}: save its state dict yourself")
-    save_model(folder, kind, model.arguments, model.state_dict())  # type: ignore[arg-type]
+    facts = {"acts_from_step": acts} if (acts := getattr(model, "acts_from_step", None)) else {}
+    save_model(folder, kind, model.arguments, model.state_dict(), **facts)  # type: ignore[arg-type]
 
 
 def is_classifier(folder: str | Path) -> bool:

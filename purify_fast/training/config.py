@@ -26,10 +26,13 @@ class FitConfig:
 
     Args:
         epochs: passes over the data.
-        batch_size: images per step, of all processes together. An epoch's last, smaller batch is dropped.
+        batch_size: images per step, of all processes together.
         seed: of everything random.
         padding: pixels of black around an image before it is cropped at random; 0 for none.
         flip: whether half of the images, drawn at random, are mirrored from left to right.
+        drop_last: whether an epoch's last batch is left out where it is smaller than the others.
+        steps_per_epoch: steps after which an epoch ends, although not all images have been trained on; the next epoch
+            draws from all of them again. None: every epoch is a pass over the data.
         checkpoint_seconds: seconds between checkpoints within an epoch; one is always written at an epoch's end.
         validation_share: share of the images, drawn by the seed, that is not trained on but validated with; 0 for none.
         validation_every: epochs from one validation to the next; the last epoch's end has one in any case.
@@ -57,6 +60,8 @@ class FitConfig:
     seed: int = 0
     padding: int = 0
     flip: bool = False
+    drop_last: bool = True
+    steps_per_epoch: int | None = None
     checkpoint_seconds: float = 30.0
     validation_share: float = 0.0
     validation_every: int = 1
@@ -77,6 +82,8 @@ class FitConfig:
         for name in ("epochs", "batch_size", "validation_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch must be at least 1, got {self.steps_per_epoch}")
         for name in ("padding", "checkpoint_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

@@ -14,8 +14,9 @@ from .task import Batch, Metrics, Task, Update
 
 
 def batch_of(
-    images: Tensor, labels: Tensor, ids: Tensor, config: FitConfig, *, seed: int, epoch: int, augment: bool = True
-) -> Batch:
+    images: Tensor, labels: Tensor, ids: Tensor, config: FitConfig, *, seed: int, epoch: int, augment: bool = True,
+    step: int = 0, images_before: int = 0,
+) -> Batch:  # fmt: skip
     """A step's input.
 
     Args:
@@ -26,11 +27,13 @@ def batch_of(
         seed: of the step.
         epoch: the epoch, from 0.
         augment: whether they are cropped and mirrored.
+        step: of the whole run, from 0.
+        images_before: images that the steps before have trained on.
     """
     x = to_float(images) if images.dtype == torch.uint8 else images
     if augment and (config.padding or config.flip):
         x = crop_flip(x, config.seed, ids, config.padding, config.flip, epoch=epoch)
-    return Batch(x, labels, ids, seed, epoch=epoch, epochs=config.epochs)
+    return Batch(x, labels, ids, seed, epoch=epoch, epochs=config.epochs, step=step, images_before=images_before)
 
 
 def train_step(task: Task, batch: Batch) -> Metrics:

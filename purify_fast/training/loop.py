@@ -198,13 +198,12 @@ def _train_epoch(
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
         report_step(run.step)
-        batch = batch_of(raw, labels, ids, config, seed=seed, epoch=epoch)
+        before = run.length.images_before(run.step)
+        batch = batch_of(raw, labels, ids, config, seed=seed, epoch=epoch, step=run.step, images_before=before)
         set_learning_rate(task, run.rate * task.learning_rate(run.step / run.total, epoch, config.epochs))
         with named_when_lost():
             measured = train_step(task, batch)
-        for key, value in measured.items():
-            wide = torch.promote_types(value.dtype, torch.float32)
-            run.sums[key] = run.sums[key] + value if key in run.sums else value.to(source.device, wide, copy=True)
+        run.add(measured, source.device)
         watch.add(run.step, measured["loss"], raw, labels, ids)
         run.step += 1
         images += len(raw) * world
@@ -216,10 +215,10 @@ def _train_epoch(
             if stop.asked:
                 _end(run, checkpoints)
     # the epoch's one wait for the device
-    run.last = {key: float(value) / run.steps for key, value in run.sums.items()}
+    run.last = run.means()
     if not all(map(math.isfinite, run.last.values())) or not run.healthy():
         raise Diverged("a loss or a weight is not finite", None)
-    run.sums = {}
+    run.sums, run.counts = {}, {}
     speed = images / max(time.monotonic() - began, 1e-9)
     return _state(run, images, run.last, epoch, speed)
 
@@ -245,6 +244,7 @@ def _state(
         metrics=metrics,
         learning_rate=next(iter(run.task.optimizers.values())).param_groups[0]["lr"],
         images_per_second=images_per_second,
+        terms=run.terms,
     )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .config import FitConfig
 from .distributed import from_first, gathered
 from .divergence import Diverged, LossWatch
 from .epoch import finite
+from .length import RunLength
 from .sources import Source
 from .task import Task
 
@@ -46,9 +47,12 @@ class Run:
 
     Attributes:
         facts: what must be equal for a checkpoint to be resumed.
+        length: of the whole run.
+        terms: the terms of the loss, and the step from which on each acts.
         total: steps of the whole run.
         step: steps taken.
         sums: of the epoch's losses and metrics so far, by name.
+        counts: the steps of the epoch that measured each of them.
         last: the last epoch's means.
         best: the best validation so far: its ``score`` and its ``step``; empty without one.
         served: what decides which kernels serve, by `purify_fast.ops.decisions` when the run began; None before.
@@ -63,8 +67,11 @@ class Run:
         self.facts = {"data": source.description, **settings, **task.describe()}
         if validation is not None:
             self.facts["validation"] = validation
-        self.total, self.step = source.steps * config.epochs, 0
+        self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
+        self.terms = task.acts_from_step = task.terms(self.length)
+        self.total, self.step = self.length.steps, 0
         self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.rate = 1.0
@@ -79,7 +86,8 @@ class Run:
         """What a checkpoint holds."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
         weights = {"model": self.task.model.state_dict(), "optimizers": optimizers}
-        progress = {"step": self.step, "last": self.last, "sums": self.sums, "best": self.best, "rate": self.rate}
+        progress = {"step": self.step, "last": self.last, "sums": self.sums, "counts": self.counts}
+        progress |= {"best": self.best, "rate": self.rate}
         return {**weights, "facts": self.facts, "served": self.served, **progress}
 
     def load(self, saved: dict[str, Any], device: torch.device) -> None:
@@ -98,6 +106,23 @@ class Run:
         # one of version 0.2 and before has none
         self.served = saved.get("served")
         self.sums = {key: value.to(device) for key, value in saved["sums"].items()}
+        self.counts = saved["counts"]
+
+    def add(self, measured: Mapping[str, Tensor], device: torch.device) -> None:
+        """Add a step's losses and metrics to those of its epoch.
+
+        Args:
+            measured: by name; a term that does not act yet measures nothing.
+            device: of the images.
+        """
+        for key, value in measured.items():
+            wide = torch.promote_types(value.dtype, torch.float32)
+            self.sums[key] = self.sums[key] + value if key in self.sums else value.to(device, wide, copy=True)
+            self.counts[key] = self.counts.get(key, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """The means of the epoch's losses and metrics over the steps that measured them; waits for the device."""
+        return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
 
     def healthy(self) -> bool:
         """Whether this epoch's losses and the weights are finite so far; waits for the device."""
@@ -256,8 +281,7 @@ class Checkpointer:
     def _explained(self, step: int | None, watch: LossWatch) -> str:
         run, config = self.run, self.run.config
         epoch = (run.step - 1 if step is None else step) // run.steps
-        taken = max(1, run.step - (run.step - 1) // run.steps * run.steps)
-        shown = ", ".join(f"{name} {float(value) / taken:.4g}" for name, value in run.sums.items())
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in run.means().items())
         where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
         text = f"epoch {epoch}: training diverged, {where} (means of the epoch: {shown}); the last checkpoint is kept"
         if step is not None and self.folder is not None and processes()[0] == 0:

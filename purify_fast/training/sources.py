@@ -46,6 +46,7 @@ class Source(Protocol):
         device: where the images are put.
         steps: batches of an epoch.
         batch_size: images in a batch of all processes together; None if that is known only when they arrive.
+        images: images of an epoch, likewise.
         reproducible: whether an epoch's batches are a function of the epoch, so that one can begin in its middle.
     """
 
@@ -53,6 +54,7 @@ class Source(Protocol):
     device: torch.device
     steps: int
     batch_size: int | None
+    images: int | None
     reproducible: bool
 
     def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -65,14 +67,14 @@ class InMemory:
     Args:
         x: uint8 ``[N, C, H, W]``.
         y: int64 ``[N]``, on the same device.
-        config: batch size and seed.
+        config: batch size, seed, and which batches an epoch has.
         rank: this process.
         world: the number of processes.
         ids: the images to take, int64; None for all.
-        drop_last: whether an epoch's last, incomplete batch is left out.
 
     Raises:
-        ValueError: images or labels of another type or number, or fewer images than a batch.
+        ValueError: images or labels of another type or number, fewer images than a batch, more steps in an epoch than a
+            pass over the images has, or a last batch that the processes cannot share evenly.
     """
 
     reproducible: bool = True
@@ -85,7 +87,6 @@ class InMemory:
         rank: int,
         world: int,
         ids: Tensor | None = None,
-        drop_last: bool = True,
     ):
         check_images(x, y)
         if config.batch_size % world:
@@ -93,12 +94,22 @@ class InMemory:
         self.x, self.y, self.seed, self.rank, self.world = x, y, config.seed, rank, world
         self.ids = None if ids is None else ids.to(x.device)
         self.n = len(x) if ids is None else len(ids)
-        self.device, self.drop_last = x.device, drop_last
+        self.device, self.drop_last = x.device, config.drop_last
         self.batch_size: int | None = config.batch_size
         self._rows = config.batch_size
-        self.steps = self.n // config.batch_size if drop_last else -(-self.n // config.batch_size)
+        rest = self.n % config.batch_size
+        self.steps = self.n // config.batch_size + (rest > 0 and not self.drop_last)
         if self.steps == 0:
             raise ValueError(f"batch_size {config.batch_size} is larger than the {self.n} training images")
+        if not self.drop_last and rest % world:
+            raise ValueError(
+                f"drop_last False leaves a last batch of {rest} images, which {world} processes cannot share evenly: "
+                "leave it out (drop_last), or take another batch_size"
+            )
+        self.images: int | None = self.n - (rest if self.drop_last else 0)
+        if config.steps_per_epoch is not None:
+            self.steps = _shortened(self.steps, config.steps_per_epoch)
+            self.images = min(self.images, self.steps * self._rows)
         self.description = f"{len(x)} images, {digest(x, y)}"
 
     def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -114,8 +125,15 @@ class InMemory:
         )
         if self.ids is not None:
             order = [self.ids[rows] for rows in order]
-        for ids, images in read_ahead(self.x, order[first:]):
+        for ids, images in read_ahead(self.x, order[first : self.steps]):
             yield images, self.y[ids], ids
+
+
+def _shortened(steps: int, wanted: int) -> int:
+    """The steps of an epoch that is cut off; ValueError where a pass over the data has fewer."""
+    if wanted > steps:
+        raise ValueError(f"steps_per_epoch must be at most {steps}, the steps of a pass over the images, got {wanted}")
+    return wanted
 
 
 class Loader:
@@ -136,6 +154,7 @@ class Loader:
     """
 
     batch_size: int | None = None
+    images: int | None = None
 
     def __init__(self, x: Batches | Callable[[int], Batches], config: FitConfig, device: torch.device, keeps: bool):
         self.reproducible = callable(x)
@@ -161,6 +180,8 @@ class Loader:
             ) from error
         if self.steps == 0:
             raise ValueError("x gives no batch")
+        if config.steps_per_epoch is not None:
+            self.steps = _shortened(self.steps, config.steps_per_epoch)
         self.description = f"batches, {self.steps} an epoch"
 
     def _of(self, epoch: int) -> Any:
@@ -235,14 +256,14 @@ def held_out_source(
         return None
     if validation is not None and config.validation_share > 0:
         raise ValueError("validation_share goes without validation: give one of them")
-    config = replace(config, batch_size=VALIDATION_BATCH)
+    config = replace(config, batch_size=VALIDATION_BATCH, drop_last=False, steps_per_epoch=None)
     if validation is None:
         assert isinstance(x, (Tensor, StreamedImages)) and y is not None
         ids = held_out(len(x), config.validation_share, config.seed)[1]
-        return InMemory(x, y, config, 0, 1, ids=ids, drop_last=False)
+        return InMemory(x, y, config, 0, 1, ids=ids)
     if isinstance(validation, tuple):
         images, labels = validation
-        return InMemory(images, labels, config, 0, 1, drop_last=False)
+        return InMemory(images, labels, config, 0, 1)
     if isinstance(validation, (Tensor, StreamedImages)):
         raise ValueError("validation must bring labels: give (images, labels)")
     return Loader(validation, config, next(task.model.parameters()).device, keeps=False)

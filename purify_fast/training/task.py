@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from .._tensors import first_tensor
 from ..models.representation import evaluation_mode
 from ..speed.step_graphs import StepGraphs
+from .length import DelayUnit, RunLength
 from .lookahead import Lookahead
 
 Metrics = dict[str, Tensor]
@@ -28,6 +30,8 @@ class Batch:
         seed: of this step's randomness, the same for all processes.
         epoch: the epoch, from 0.
         epochs: epochs of the whole run.
+        step: the step, from 0, of the whole run.
+        images_before: images that the steps before have trained on, of all processes together.
     """
 
     x: Tensor
@@ -36,6 +40,16 @@ class Batch:
     seed: int
     epoch: int = 0
     epochs: int = 1
+    step: int = 0
+    images_before: int = 0
+
+    def behind(self, unit: DelayUnit) -> int:
+        """How much of the run is behind this batch.
+
+        Args:
+            unit: of what is returned.
+        """
+        return {"epochs": self.epoch, "steps": self.step, "images": self.images_before}[unit]
 
 
 @dataclass(frozen=True)
@@ -68,12 +82,19 @@ class Task:
             trains; without it, float32 is that of IEEE.
         graphs: captures the steps of the training's attacks, for a task that hands it to them; `fit` gives one on a
             CUDA device.
+        acts_from_step: what `terms` said of the run; `fit` sets it.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     tf32: bool = False
     graphs: StepGraphs | None = None
+    acts_from_step: Mapping[str, int] = MappingProxyType({})
+
+    @property
+    def result(self) -> nn.Module:
+        """What the training results in, and what is saved."""
+        return self.model
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The loss to minimize, and detached scalars to log.
@@ -94,6 +115,20 @@ class Task:
             epochs: epochs of the whole run.
         """
         raise NotImplementedError
+
+    def terms(self, length: RunLength) -> dict[str, int]:
+        """The terms of the loss whose weight is above 0, and the step from which on each acts.
+
+        `fit` asks before the first step, and writes the answer into the run's log; a method writes it into the saved
+        model. A term is called as its metric.
+
+        Args:
+            length: of the run.
+
+        Raises:
+            ValueError: a term is delayed for the whole run, or a batch of the run is too small for the method.
+        """
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be resumed, as JSON values; ``task`` names the kind of training."""
@@ -126,6 +161,9 @@ class Task:
         for optimizer in self.optimizers.values():
             if isinstance(optimizer, Lookahead):
                 optimizer.load_slow()
+        if self.acts_from_step:
+            # saved with the model
+            self.result.acts_from_step = dict(self.acts_from_step)  # type: ignore[assignment]
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         """Refuse images or labels that the model does not take, before any step.

@@ -101,9 +101,13 @@ class Validation:
     def _measure_batch(self, images: Tensor, labels: Tensor, ids: Tensor) -> Metrics:
         config = self.run.config
         # the same draws every time, and the last epoch's attack, so that the numbers can be compared
-        seed, epoch = step_seed(config.seed, 2**31), config.epochs - 1
+        seed, last = step_seed(config.seed, 2**31), self.run.total - 1
         torch.manual_seed(seed)
-        return self.run.task.validate(batch_of(images, labels, ids, config, seed=seed, epoch=epoch, augment=False))
+        batch = batch_of(
+            images, labels, ids, config, seed=seed, epoch=config.epochs - 1, augment=False, step=last,
+            images_before=self.run.length.images_before(last),
+        )  # fmt: skip
+        return self.run.task.validate(batch)
 
     def _keep(self, score: float) -> None:
         # A score that is not a number is never the best, and one that is takes the place of one that is not.

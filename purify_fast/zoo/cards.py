@@ -62,7 +62,8 @@ class Card:
         name: the model's name in the zoo.
         title: what it is, in one sentence.
         method: the defence: "classifier", "CARSO", "AToP" or "ARREST".
-        published: whether the method is as its paper has it. It is then here to be studied, not to be relied on.
+        study_only: whether it is here to be studied, not to be relied on: a purifier that was trained with its paper's
+            objective alone.
         data: the data set that it was trained on, as `purify_fast.data.load_dataset` calls it.
         image_shape: (C, H, W) of its images.
         norm: the norm of the ball that it was trained and judged in.
@@ -79,7 +80,7 @@ class Card:
     name: str
     title: str
     method: str
-    published: bool
+    study_only: bool
     data: str
     image_shape: tuple[int, int, int]
     norm: str
@@ -100,8 +101,10 @@ class Card:
     def __str__(self) -> str:
         size = "x".join(map(str, self.image_shape))
         lines = [f"{self.name}: {self.title}"]
-        if self.published:
-            lines.append("This is the published form of the method. It is here to be studied, not to be relied on.")
+        if self.study_only:
+            lines.append(
+                "It was trained with the paper's objective alone. It is here to be studied, not to be relied on."
+            )
         if self.classifier is not None:
             lines.append(f"Its classifier is {self.classifier}, a model of the zoo as well.")
         lines += [

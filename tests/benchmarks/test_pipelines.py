@@ -83,7 +83,7 @@ def test_served_as_before_runs_the_references(tmp_path, monkeypatch):
 
 def test_plain_in_bfloat16_is_another_contestant_and_is_bfloat16():
     """Ours computes in bfloat16: what that alone brings to the plain form is to be seen beside it."""
-    chosen = registry()["carso_training"](True)["published step"].contestants
+    chosen = registry()["carso_training"](True)["paper's objective"].contestants
     assert {"plain, bfloat16", "torch.compile of plain, bfloat16"} < set(chosen)
     single, half = (chosen[label].make(CPU, True).result() for label in ("plain", "plain, bfloat16"))
     assert 0 < abs(half - single) < 1e-2 * single and half.dtype == torch.float32
@@ -96,8 +96,10 @@ def test_the_published_steps_attack_the_same_images_alike():
     plain.purify = lambda representation, perturbed, *rest: (
         seen.append(perturbed) or original(representation, perturbed, *rest)
     )
-    plain.published()
-    ours = registry()["carso_training"](True)["published step"].contestants["ours"].make(CPU, True).parts["attacks"]()
+    plain.objective()
+    ours = (
+        registry()["carso_training"](True)["paper's objective"].contestants["ours"].make(CPU, True).parts["attacks"]()
+    )
     moved = (ours - plain.batch.x).abs() > 1e-4
     assert 0.3 < moved.float().mean() <= 0.5  # half of the images
     assert ((ours - seen[0]).abs() > 1e-4).float().mean() < 0.02  # bfloat16 turns a sign now and then

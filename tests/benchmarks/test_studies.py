@@ -191,7 +191,7 @@ def test_tables_by_hand(tmp_path):
 
 @pytest.mark.parametrize(
     "study, row, cell",  # and one that only some rows have
-    [("carso_digits", "published", 6), ("atop_digits", "pipeline, S = 4 when it predicts", 5)],
+    [("carso_digits", "paper's objective", 6), ("atop_digits", "pipeline, S = 4 when it predicts", 5)],
 )
 def test_digits_end_to_end(study, row, cell, tmp_path, capsys, monkeypatch):
     pytest.importorskip("sklearn")
@@ -210,7 +210,7 @@ def test_digits_end_to_end(study, row, cell, tmp_path, capsys, monkeypatch):
         program.main([*arguments[:2], *options])
 
 
-def test_some_rows_or_fewer_seeds_leave_the_published_table_alone(tmp_path, monkeypatch):
+def test_some_rows_or_fewer_seeds_leave_the_committed_table_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(command, "run", lambda jobs, *rest: [result(job.name, job.seed, 0.9, 0.4) for job in jobs])
     monkeypatch.setattr(tables, "picture", lambda *a: True)
@@ -229,7 +229,7 @@ def test_some_rows_or_fewer_seeds_leave_the_published_table_alone(tmp_path, monk
 
 def test_rows_bring_their_needs():
     made = carso_digits.jobs(2, True, ["pipeline, hidden alone"])
-    names = ["base", "published, hidden alone", "pipeline, hidden alone"]
+    names = ["base", "paper's objective, hidden alone", "pipeline, hidden alone"]
     assert sorted((job.seed, job.name) for job in made) == sorted((seed, name) for seed in range(2) for name in names)
     assert {job.settings["quick"] for job in made} == {True}
 
@@ -450,10 +450,12 @@ def test_settings_of_a_stage_count_for_what_follows_it_alone():
     attacked = {f"{name} attacked" for name in atop_mnist.BASES}
     assert changed(pipeline_steps=2) == fine | {f"{name} attacked" for name in fine}
     assert changed(attack_steps=9) == attacked
-    assert changed(published_epochs=2) == {atop_mnist.PUBLISHED, f"{atop_mnist.PUBLISHED} attacked"}
+    assert changed(objective_epochs=2) == {atop_mnist.OBJECTIVE, f"{atop_mnist.OBJECTIVE} attacked"}
     assert changed(data_images=9) == before.keys()
-    assert changed(pipeline_start=atop_mnist.PUBLISHED) == changed(pipeline_steps=2)
-    with pytest.raises(ValueError, match="pipeline_start must be 'AToP pre-trained only' or 'AToP published', got 'x'"):
+    assert changed(pipeline_start=atop_mnist.OBJECTIVE) == changed(pipeline_steps=2)
+    with pytest.raises(
+        ValueError, match="pipeline_start must be 'AToP pre-trained only' or \"AToP, paper's objective\", got 'x'"
+    ):
         asked(pipeline_start="x")
 
 

@@ -157,7 +157,7 @@ def test_weights_are_stored_as_the_entry_says():
 def test_every_model_of_the_zoo_has_an_entry_that_its_card_repeats():
     for name in packed.list():
         card, entry = packed.card(name), zoo.ENTRIES[name]
-        assert (card.title, card.training, card.data, card.published, card.classifier) == (
-            entry.title, entry.training, entry.data, entry.published, entry.classifier,
+        assert (card.title, card.training, card.data, card.study_only, card.classifier) == (
+            entry.title, entry.training, entry.data, entry.study_only, entry.classifier,
         )  # fmt: skip
     assert set(zoo.ENTRIES) == set(packed.list())

@@ -72,7 +72,7 @@ def test_a_network_by_import_path_is_defended_and_loaded_again(run, bars, mine):
     assert weights_fingerprint(defence.classifier) == weights_fingerprint(
         ForeignClassifier("my_networks:trained", 1, 2)
     )
-    assert run("evaluate", mine / "carso", *few[:4], "--images", "2", "--steps", "1", "--autoattack", "0")[0] == 0
+    assert run("evaluate", mine / "carso", *few[:4], "--images", "2", "--steps", "1", "--protocol", "fast")[0] == 0
     # finetuned, it is a classifier with other weights
     arrest = ["--layers", "model.first", "--eps", "0.1", "--steps", "1", "--out", mine / "arrest"]
     assert run("train", "arrest", "--classifier", "my_networks:trained", *arrest, *few)[0] == 0
@@ -116,7 +116,7 @@ def test_a_network_of_torchvision_is_trained_and_used(run, bars, tmp_path):
     model = load_classifier(out)
     assert model.spec == "torchvision:shufflenet_v2_x0_5" and model(torch.rand(2, 1, 16, 16)).shape == (2, 2)
     assert model.arguments["num_classes"] == 2 and model.arguments["mean"] != [0.5]
-    assert run("evaluate", out, *few[:4], "--eps", "0.1", "--images", "2", "--steps", "1", "--autoattack", "0")[0] == 0
+    assert run("evaluate", out, *few[:4], "--eps", "0.1", "--images", "2", "--steps", "1", "--protocol", "fast")[0] == 0
     code, printed = run("train", "classifier", "--model", "torchvision:shufflenet_v2_x0_5", "--width", "3", *few)
     assert code == 2 and "the size of torchvision:shufflenet_v2_x0_5 is in its name" in printed
     for model, message in (

@@ -15,7 +15,7 @@ from PIL import Image
 import purify_fast
 from purify_fast import cli
 from purify_fast.evaluation import Report
-from purify_fast.methods.carso import PRESETS
+from purify_fast.methods.recipes import recipe
 from purify_fast.training import load_classifier
 
 
@@ -51,9 +51,9 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
     fine += ["--precision", "bfloat16"]
     assert cli.main(["train", "carso", *fine, "--epochs", "1", *train]) == 0
     evaluate = ["--data", npz, "--device", "cpu", "--eps", "0.1", "--images", "12", "--steps", "3", "--eot-iter", "2"]
-    assert cli.main(["evaluate", carso + "-fine", *evaluate, "--autoattack", "0"]) == 0
+    assert cli.main(["evaluate", carso + "-fine", *evaluate, "--protocol", "fast"]) == 0
     assert "transfer from the base" in capsys.readouterr().out
-    rounded = ["--precision", "bfloat16", "--autoattack", "0"]
+    rounded = ["--precision", "bfloat16", "--protocol", "fast"]
     assert cli.main(["evaluate", carso, *evaluate, *rounded]) == 0
     assert "precision bfloat16" in capsys.readouterr().out
     about = [
@@ -73,9 +73,9 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch):
 
 
 def test_the_command_that_attacks_names_what_was_trained_on(tmp_path):
-    where = {"data": "my set", "data_root": tmp_path, "image_size": (12, 8)}
+    where = {"data": "my set", "data_root": tmp_path, "size": (12, 8)}
     text = cli.TrainCarso(**where).attacked_by(Path("o"), 8 / 255, "l2")
-    options = f"--data 'my set' --data-root {tmp_path} --image-size 12 8 --eps 0.0313725 --norm l2"
+    options = f"--data 'my set' --data-root {tmp_path} --size 12 8 --eps 0.0313725 --norm l2"
     assert text == f"saved to o; attack it with: purify-fast evaluate o {options}"
     command = tyro.cli(cli.Evaluate, args=shlex.split(text)[-12:])
     assert (command.data, command.data_root, command.image_size, command.norm) == ("my set", tmp_path, (12, 8), "l2")
@@ -102,12 +102,12 @@ def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monk
                 levels = state.randint(0, 100, (20, 30, 3)) + 150 * label
                 Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "set" / part / name / f"{i}.png")
     monkeypatch.setenv("PURIFY_FAST_DATA", str(tmp_path))
-    common = ["--data", "set", "--image-size", "12", "8", "--stream", "--cache", str(tmp_path / "c"), "--device", "cpu"]
+    common = ["--data", "set", "--size", "12", "8", "--stream", "--cache", str(tmp_path / "c"), "--device", "cpu"]
     train = [*common, "--width", "4", "--epochs", "8", "--batch-size", "8"]
     out = str(tmp_path / "out")
     assert cli.main(["train", "classifier", "--out", out, *train]) == 0
     assert (tmp_path / "c" / "set" / "12x8" / "set.json").is_file()
-    few = ["--images", "8", "--steps", "2", "--eot-iter", "1", "--autoattack", "0", "--eps", "0.01"]
+    few = ["--images", "8", "--steps", "2", "--eot-iter", "1", "--protocol", "fast", "--eps", "0.01"]
     assert cli.main(["evaluate", out, *common, *few]) == 0
     assert Report.from_json((tmp_path / "out" / "evaluation" / "report.json").read_text()).row("clean").robust.all()
     capsys.readouterr()
@@ -123,9 +123,9 @@ def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monk
         (["train", "carso", "--classifier", "nowhere"], "nowhere"),
         (["train", "classifier", "--epochs", "0"], "epochs"),
         (["evaluate", "nowhere"], "model.json is missing"),
-        (["train", "carso", "--preset", "cifar"], "preset must be one of cifar10, cifar100, tiny_imagenet, mnist_v1"),
-        (["train", "carso", "--preset", "cifar10", "--init", "x"], "--preset brings its own purifier"),
-        (["train", "carso", "--official-code"], "--official-code is of a --preset"),
+        (["train", "carso", "--recipe", "cifar"], "recipe must be one of cifar10, cifar100, tiny_imagenet, mnist_v1"),
+        (["train", "carso", "--recipe", "cifar10", "--init", "x"], "--recipe brings its own purifier"),
+        (["train", "carso", "--official-code"], "--official-code is of a --recipe"),
         (["train", "classifier", "--model", "resnet"], "classifier must be one of small_cnn, preact_resnet18"),
         (["train", "classifier", "--model", "fully_connected", "--width", "3"], "has no width to choose"),
     ],
@@ -162,31 +162,32 @@ def test_every_classifier_is_trained_and_evaluated(npz, tmp_path, sizes):
         "4",
         "--steps",
         "1",
-        "--autoattack",
-        "0",
+        "--protocol",
+        "fast",
         "--eps",
         "0.2",
     ]
     assert cli.main(evaluate) == 0
 
 
-def test_a_preset_gives_the_defaults_and_explicit_options_win(monkeypatch):
+def test_a_recipe_gives_the_defaults_and_explicit_options_win(monkeypatch):
     seen = []
     monkeypatch.setattr(cli.TrainCarso, "run", lambda self: seen.append(self))
-    assert cli.main(["train", "carso", "--preset", "cifar10"]) == 0
-    assert cli.main(["train", "carso", "--preset=tiny_imagenet", "--official-code", "--optimizer", "adamw"]) == 0
-    assert cli.main(["train", "carso", "--alpha", "None", "--samples", "3", "--preset", "mnist_v1"]) == 0
-    assert cli.main(["train", "carso", "--preset", "mnist_v1", "--official_code", "--preset", "cifar10"]) == 0
+    assert cli.main(["train", "carso", "--recipe", "cifar10"]) == 0
+    assert cli.main(["train", "carso", "--recipe=tiny_imagenet", "--official-code", "--optimizer", "adamw"]) == 0
+    assert cli.main(["train", "carso", "--alpha", "None", "--samples", "3", "--recipe", "mnist_v1"]) == 0
+    assert cli.main(["train", "carso", "--recipe", "mnist_v1", "--official_code", "--recipe", "cifar10"]) == 0
     plain, official, changed, underscored = seen
-    made = PRESETS["cifar10"]
-    assert underscored.preset == "cifar10" and underscored.method == made.method(official_code=True)
-    assert plain.method == made.method() and plain.loop == made.loop() and plain.layers == made.layers
+    made = recipe("carso/cifar10")
+    assert underscored.recipe == "cifar10" and underscored.method == made.config(official_code=True)
+    assert plain.method == made.config() and plain.loop == made.loop() and plain.layers == made["defence.layers"]
+    assert plain.data == "cifar10"
     assert (plain.cond_dim, plain.latent_dim, plain.samples) == (512, 128, 8)
-    assert official.method == dataclasses.replace(PRESETS["tiny_imagenet"].method(True), optimizer="adamw")
+    assert official.method == dataclasses.replace(recipe("carso/tiny_imagenet").config(True), optimizer="adamw")
     assert changed.method.attack.alpha is None and changed.samples == 3 and changed.method.attack.eps == 0.3
 
 
-def test_a_preset_is_trained_on_the_users_data(tmp_path, capsys):
+def test_a_recipe_is_trained_on_the_users_data(tmp_path, capsys):
     state = np.random.RandomState(0)
     x, y = state.randint(0, 256, (40, 28, 28)).astype(np.uint8), np.arange(40) % 10
     np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
@@ -194,12 +195,40 @@ def test_a_preset_is_trained_on_the_users_data(tmp_path, capsys):
     folder = ["--classifier", str(tmp_path / "classifier"), "--out", str(tmp_path / "carso")]
     train = ["train", "classifier", "--out", str(tmp_path / "classifier"), "--model", "fully_connected"]
     assert cli.main([*train, "--epochs", "1", "--batch-size", "20", *common]) == 0
-    preset = ["train", "carso", "--preset", "mnist_v1", *folder, "--steps", "1", "--epochs", "1", "--batch-size", "20"]
+    preset = ["train", "carso", "--recipe", "mnist_v1", *folder, "--steps", "1", "--epochs", "1", "--batch-size", "20"]
     assert cli.main([*preset, *common]) == 0
     defence = purify_fast.load_defence(tmp_path / "carso")
     assert defence.arguments["version"] == "v1" and defence.samples == 4
     assert cli.main([*preset, "--data", "digits", "--device", "cpu"]) == 2
     assert "its images are (1, 16, 16), the purifier's (1, 28, 28)" in capsys.readouterr().err
+
+
+def test_atop_is_trained_by_a_recipe_at_its_size(tmp_path, capsys):
+    """The command's own images, resized to 256 x 256, and a shortened schedule; a delay of all of it is refused."""
+    x, y = np.random.RandomState(0).randint(0, 256, (12, 8, 8, 3)).astype(np.uint8), np.arange(12) % 10
+    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    common = ["--data", str(tmp_path / "small.npz"), "--num-classes", "10", "--device", "cpu"]
+    base = str(tmp_path / "classifier")
+    network = ["--model", "preact_resnet18", "--width", "2", "--size", "256", "--epochs", "1", "--batch-size", "4"]
+    assert cli.main(["train", "classifier", "--out", base, *network, *common]) == 0
+    short = ["--width", "4", "--steps-per-epoch", "1", "--batch-size", "2", "--out", str(tmp_path / "atop")]
+    atop = ["train", "atop", "--recipe", "cifar_rt2", "--classifier", base, *short, *common]
+    assert cli.main([*atop, "--epochs", "2"]) == 2
+    assert "cls_delay is 2 epochs, and the training has 2 epochs" in capsys.readouterr().err
+    assert cli.main([*atop, "--epochs", "3"]) == 0
+    defence = purify_fast.load_defence(tmp_path / "atop")
+    assert defence.image_shape == (3, 256, 256) and defence.acts_from_step == {"reconstruction": 0, "cross_entropy": 2}
+    assert (defence.block, defence.sigma, defence.transform) == (32, 0.25, "rt2")
+
+
+def test_recipes_are_listed_and_printed(capsys):
+    assert cli.main(["recipe"]) == 0
+    listed = capsys.readouterr().out
+    assert "atop/cifar_rt2" in listed and "arrest/wrn_34_10" in listed
+    assert cli.main(["recipe", "carso/cifar10"]) == 0
+    assert "src/train_a.py:107" in capsys.readouterr().out
+    assert cli.main(["recipe", "carso/cifar"]) == 2 and "recipe must be one of" in capsys.readouterr().err
+    assert cli.main(["train", "arrest", "--recipe", "resnet"]) == 2
 
 
 def test_the_shell_is_completed(tmp_path, capsys):

@@ -11,14 +11,14 @@ from purify_fast.cli.parsing import parse
 
 COMMANDS = [
     ["train classifier", "--eps", "8/255", "--norm", "L2", "--flip"],
-    ["train carso", "--eps", "0.3", "--layers", "conv2", "--no-flip", "--image-size", "12", "8"],
-    ["train carso", "--preset", "mnist_v1", "--samples", "3"],
+    ["train carso", "--eps", "0.3", "--layers", "conv2", "--no-flip", "--size", "12", "8"],
+    ["train carso", "--recipe", "mnist_v1", "--samples", "3"],
     ["train carso", "--init", "runs/carso", "--attack-target", "pipeline"],
     ["train generator", "--residual", "--betas", "0.4", "0.9", "--weight-decay=-1"][:5],
     ["train atop", "--init", "None", "--transform", "rt3", "--shared-mask"],
     ["train arrest", "--eps", "0.3", "--tau", "0.01", "--no-replay"],
     ["ablate", "arrest", "--weights", "1", "5", "--angles"],
-    ["evaluate", "runs/a folder", "--also", "l2", "l1", "--eps", "0.1"],
+    ["evaluate", "runs/a folder", "--protocol", "rand", "--eps", "0.1"],
     ["demo", "--quick", "--seed", "3"],
 ]
 
@@ -46,9 +46,9 @@ def test_options_on_the_command_line_win(tmp_path):
     assert read.method.attack.eps == 8 / 255
 
 
-def test_a_preset_in_a_file_gives_the_numbers_that_the_file_does_not(tmp_path):
+def test_a_recipe_in_a_file_gives_the_numbers_that_the_file_does_not(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("preset: mnist_v1\nsamples: 2\n")
+    path.write_text("recipe: mnist_v1\nsamples: 2\n")
     read = parsed(["train carso", "--config", str(path), "--epochs", "3"])
     assert (read.samples, read.cond_dim, read.loop.epochs, read.loop.batch_size) == (2, 130, 3, 1536)
 
@@ -83,10 +83,10 @@ def test_every_run_writes_its_file(run, bars, tmp_path):
     assert run("train", "classifier", "--config", out / "run.yaml")[0] == 0
     assert (out / "log.jsonl").read_text() == log
 
-    few = ["--data", bars, "--device", "cpu", "--images", "4", "--steps", "1", "--autoattack", "0"]
+    few = ["--data", bars, "--device", "cpu", "--images", "4", "--steps", "1", "--protocol", "fast", "--n-eval", "3"]
     assert run("evaluate", out, *few)[0] == 0
     held = yaml.safe_load((out / "evaluation" / "run.yaml").read_text())
-    assert (held["command"], held["folder"], held["images"]) == ("evaluate", str(out), 4)
+    assert (held["command"], held["folder"], held["images"], held["n_eval"]) == ("evaluate", str(out), 4, 3)
     (out / "run.yaml").unlink()
     # a run of version 0.1 has no such file; its checkpoint says the same
     assert config_file.ball_of_run(out) == (0.1, "linf")
@@ -104,5 +104,3 @@ def test_the_norm_of_a_run_goes_with_its_radius(run, bars, tmp_path):
     assert config_file.ball_of_run(out) == (0.5, "l2")
     code, printed = run("evaluate", out, "--data", bars, "--norm", "linf")
     assert code == 2 and f"--norm linf needs an --eps: {out} was trained at l2 0.5" in printed
-    code, printed = run("evaluate", out, "--data", bars, "--also", "lee_kim_2023")
-    assert code == 2 and "not with --norm l2" in printed

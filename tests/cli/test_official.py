@@ -1,6 +1,7 @@
 """`purify-fast evaluate --official`: the published CARSO weights in one command, here with files of small shapes."""
 
-import dataclasses
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,25 +9,28 @@ import torch
 from safetensors.torch import save_file
 
 from purify_fast.evaluation import Report
-from purify_fast.methods.carso import PRESETS, Carso, load_published
-from purify_fast.models.wide_resnet import representation_layers
+from purify_fast.methods.carso import Carso, load_published
+from purify_fast.methods.carso.recipes import RECIPES
 
-STEM = "wrn_28_10_cifar_10_cui_2023"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from small_models import smaller
+
+STEM, WEIGHTS = "wrn_28_10_cifar_10_cui_2023", "cifar10_a3_b10_t4_20m_w"
 
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
     """The four files of a system, and images; a network of 10 layers stands for the one of 28."""
-    small = {"depth": 10, "width": 1, "cond_dim": 8, "latent_dim": 2, "layers": representation_layers(10)}
-    made = dataclasses.replace(PRESETS["cifar10"], **small)
-    monkeypatch.setitem(PRESETS, "cifar10", made)
+    made = smaller(RECIPES["cifar10"])
+    monkeypatch.setitem(RECIPES, "cifar10", made)
     torch.manual_seed(0)
     classifier = made.build_classifier()
     folder = tmp_path / "models"
-    Carso.from_preset("cifar10", classifier).save_official(folder, STEM)
+    made.defence(classifier).save_official(folder, STEM)
     # as the authors' code saves it: around the network stand DataParallel and a Sequential
     wrapped = {f"module.0.{name}": tensor for name, tensor in classifier.state_dict().items()}
-    torch.save({"model_state_dict": wrapped}, folder / f"{made.weights}.pt")
+    torch.save({"model_state_dict": wrapped}, folder / f"{WEIGHTS}.pt")
     x = np.random.RandomState(0).randint(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     y = np.arange(12) % 10
     np.savez(tmp_path / "cifar10.npz", x_train=x, y_train=y, x_test=x, y_test=y)
@@ -34,8 +38,8 @@ def published(tmp_path, monkeypatch):
 
 
 def evaluated(run, folder, *words):
-    common = ["evaluate", "--official", folder, "--preset", "cifar10", "--data-root", folder.parent, "--device", "cpu"]
-    attacks = ["--steps", "1", "--eot-iter", "1", "--autoattack", "0", "--images", "4"]
+    common = ["evaluate", "--official", folder, "--recipe", "cifar10", "--data-root", folder.parent, "--device", "cpu"]
+    attacks = ["--steps", "1", "--eot-iter", "1", "--protocol", "fast", "--images", "4"]
     return run(*common, *attacks, *words)
 
 
@@ -43,9 +47,9 @@ def test_the_published_files_are_judged_in_one_command(published, run):
     code, said = evaluated(run, published)
     assert code == 0, said
     report = Report.from_json((published / "evaluation" / "report.json").read_text())
-    assert report.models == ["CARSO as published, cifar10"]
+    assert report.models == ["CARSO, its authors' weights, cifar10"]
     assert report.about["dataset"] == "cifar10" and report.about["threat"] == "L-inf 8/255"
-    assert {row.kind for row in report.rows} >= {"clean", "pgd", "bpda", "worst"}
+    assert {row.kind for row in report.rows} >= {"clean", "apgd", "pgd", "worst"}
     assert "transfer from the base" in report.attacks and (published / "evaluation" / "report.html").is_file()
 
 
@@ -56,7 +60,7 @@ def test_the_defence_is_the_files(published):
     with torch.no_grad(), defence.fixed_noise(0), again.fixed_noise(0):
         assert torch.equal(defence(x), again(x))
     assert defence.samples == 8 and not defence.training
-    weights = torch.load(published / f"{PRESETS['cifar10'].weights}.pt", weights_only=True)["model_state_dict"]
+    weights = torch.load(published / f"{WEIGHTS}.pt", weights_only=True)["model_state_dict"]
     assert torch.equal(defence.classifier.logits.weight, weights["module.0.logits.weight"])
 
 
@@ -72,11 +76,11 @@ def test_the_classifier_may_lie_elsewhere(published, run, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--preset", "cifar10"], "--official FOLDER and --preset go together"),
-        (["--official", "models"], "preset is one of cifar10, cifar100, tiny_imagenet"),
+        (["--recipe", "cifar10"], "--official FOLDER and --recipe go together"),
+        (["--official", "models"], "recipe is one of cifar10, cifar100, tiny_imagenet"),
         (["--classifier-weights", "a.pt"], "it needs --official"),
-        (["--official", "models", "--preset", "mnist_v1"], "preset must be one of cifar10, cifar100, tiny_imagenet"),
-        (["--official", "nowhere", "--preset", "cifar10"], "nowhere"),
+        (["--official", "models", "--recipe", "mnist_v1"], "recipe must be one of cifar10, cifar100, tiny_imagenet"),
+        (["--official", "nowhere", "--recipe", "cifar10"], "nowhere"),
     ],
 )
 def test_refusals(words, message, run, tmp_path, monkeypatch, published):
@@ -93,6 +97,6 @@ def test_files_that_do_not_fit_are_named(published):
     load_published("cifar10", published)
     with pytest.raises(ValueError, match=r"other\.safetensors does not hold the classifier of this system: .*missing"):
         load_published("cifar10", published, published / "other.safetensors")
-    (published / f"{PRESETS['cifar10'].weights}.pt").rename(published / "a.pt")
+    (published / f"{WEIGHTS}.pt").rename(published / "a.pt")
     with pytest.raises(ValueError, match=r"several files that may be the classifier's, a\.pt, other\.safetensors"):
         load_published("cifar10", published)

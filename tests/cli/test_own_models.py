@@ -82,7 +82,7 @@ def mine(tmp_path, monkeypatch):
 def test_a_file_of_the_users_own_is_evaluated(run, bars, mine, monkeypatch):
     # drawing takes seconds
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    few = ["--data", bars, "--device", "cpu", "--steps", "2", "--autoattack", "0", "--images", "100000"]
+    few = ["--data", bars, "--device", "cpu", "--steps", "2", "--protocol", "fast", "--images", "100000"]
     code, printed = run("evaluate", "code/my_defence.py:make", *few, "--eps", "0.1")
     sign = hashlib.sha256(b"code/my_defence.py").hexdigest()[:8]
     out = mine.parent / f"runs/own/my_defence.make-{sign}/evaluation"
@@ -131,7 +131,7 @@ def test_what_cannot_be_evaluated(run, bars, mine, spec, message):
 
 
 def test_an_error_of_the_users_own_code_is_no_error_of_the_package(run, bars, mine):
-    few = ["--data", bars, "--device", "cpu", "--steps", "9", "--autoattack", "0", "--eps", "0.1"]
+    few = ["--data", bars, "--device", "cpu", "--steps", "9", "--protocol", "fast", "--eps", "0.1"]
     code, printed = run("evaluate", "code/my_defence.py:Tires", *few)
     assert code == 1 and "RuntimeError: tired" in printed and "Please report" not in printed
     assert "this error was raised in the code of your own model" in printed
@@ -169,7 +169,7 @@ def test_it_is_told_whose_code_raised_an_error(run, bars, mine, fails, said):
         "import torch\nfrom purify_fast.ops import aggregate\n\n\n"
         f"def around(x, fail):\n    if fail:\n        {fails}\n    return x.flatten(1)[:, :2]\n"
     )
-    few = ["--data", bars, "--device", "cpu", "--steps", "9", "--autoattack", "0", "--eps", "0.1"]
+    few = ["--data", bars, "--device", "cpu", "--steps", "9", "--protocol", "fast", "--eps", "0.1"]
     code, printed = run("evaluate", "code/around_it.py:make", *few)
     assert code == 1 and said in printed and "not of your making" not in printed, printed
 
@@ -236,7 +236,7 @@ def test_a_file_beside_is_found_when_the_model_runs(run, bars, mine):
     )
     (mine / "seldom.py").write_text("def logits(x):\n    return x.flatten(1)[:, :2]\n")
     path = list(sys.path)
-    few = ["--data", bars, "--device", "cpu", "--steps", "2", "--autoattack", "0", "--images", "2", "--eps", "0.1"]
+    few = ["--data", bars, "--device", "cpu", "--steps", "2", "--protocol", "fast", "--images", "2", "--eps", "0.1"]
     code, printed = run("evaluate", "code/lazy.py:make", *few)
     assert code == 0 and sys.path == path, printed
 
@@ -257,7 +257,6 @@ def test_a_file_hides_no_other_module(mine):
     [
         (["--eps", "0"], "--eps must be above 0, got 0: no image could be moved. Give a radius, such as 8/255"),
         (["--eps", "0/255"], "--eps must be above 0"),
-        (["--also", "l2", "--l2-eps", "0"], "--l2-eps must be above 0, got 0"),
     ],
 )
 def test_a_radius_of_0_is_refused(run, words, message):

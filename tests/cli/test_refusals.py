@@ -68,7 +68,7 @@ def test_images_of_more_channels_or_classes(run, bars, tmp_path):
         ({"in_channels": 1, "num_classes": 3}, None),
     ):
         save_classifier(SmallCNN(**sizes, width=2), tmp_path / "m")
-        few = ["--images", "2", "--steps", "1", "--autoattack", "0", "--device", "cpu", "--eps", "0.1"]
+        few = ["--images", "2", "--steps", "1", "--protocol", "fast", "--device", "cpu", "--eps", "0.1"]
         code, printed = run("evaluate", tmp_path / "m", "--data", bars, *few)
         assert (code, message is None or message.format(tmp_path / "m") in printed) == (2 if message else 0, True)
     code, printed = run("evaluate", tmp_path / "m", "--data", "digits", "--device", "cpu", "--eps", "0.1")

@@ -90,7 +90,7 @@ def network():
 
 
 def test_all_snippets_are_held():
-    assert len(PYTHON) == 6 and len(COMMANDS) == 13
+    assert len(PYTHON) == 6 and len(COMMANDS) == 12
 
 
 def test_a_defence_is_made_attacked_and_evaluated(network, tmp_path, monkeypatch):

@@ -345,7 +345,6 @@ def test_a_full_disk_is_seen_before_the_work(tmp_path, monkeypatch):
         ({"memory": -1}, "memory must be at least 0"),
         ({"workers": -1}, "workers must be at least 0"),
         ({"stream": True}, "not an image folder"),
-        ({"image_size": (8, 8)}, r"\(16, 16\), and image_size is \(8, 8\)"),
     ],
 )
 def test_arguments_that_do_not_fit(options, message):

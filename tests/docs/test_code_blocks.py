@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import shlex
 import sys
@@ -17,8 +16,8 @@ from torch import nn
 import purify_fast
 from purify_fast import cli
 from purify_fast.methods.atop import DeepFillGenerator
-from purify_fast.methods.carso import PRESETS, Carso
-from purify_fast.models.wide_resnet import representation_layers
+from purify_fast.methods.carso.recipes import RECIPES
+from purify_fast.training.length import RunLength
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +26,7 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed pac
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from small_models import Halved, Linear  # noqa: E402
+from small_models import Halved, Linear, smaller  # noqa: E402
 
 import benchmarks.__main__ as benchmarks  # noqa: E402
 
@@ -42,8 +41,8 @@ SHORTER = {
     r"epochs=\d+": "epochs=1",
     r", batch_size=\d+|batch_size=\d+, ": "",
     r"FitConfig\(": "FitConfig(batch_size=8, ",
-    # the default plan has the official AutoAttack; another test runs it
-    r"^report = evaluate\(defence, x, y, eps=8 / 255, protocol=\"standard\"\)": (
+    # the protocol "standard" takes minutes on such images; another test runs it
+    r"^report = evaluate\(defence, x, y, eps=8 / 255\)": (
         "report = evaluate(defence, x, y, eps=8 / 255, attacks=[], progress=False)"
     ),
     r"eps=8 / 255, base=classifier\)": "eps=8 / 255, base=classifier, attacks=[], progress=False)",
@@ -52,8 +51,8 @@ SHORTER = {
         "evaluate(tiny, tiny_x, y[:2], eps=0.2, attacks=attacks, progress=False)"
     ),
 }
-#: Languages whose blocks are not run: what programs print, and drawings.
-TEXT = ("text", "bibtex", "yaml", "json", "diff", "cpp")
+#: Languages whose blocks are not run: what programs print, drawings, and files (py), which test_extend.py writes.
+TEXT = ("text", "bibtex", "yaml", "json", "diff", "cpp", "py")
 
 
 class Layers(nn.Module):
@@ -81,12 +80,11 @@ def scope(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # compiling takes a minute, and is tested elsewhere
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
-    sizes = {"depth": 10, "width": 1, "cond_dim": 8, "latent_dim": 2, "layers": representation_layers(10)}
-    monkeypatch.setitem(PRESETS, "cifar10", dataclasses.replace(PRESETS["cifar10"], **sizes))
+    # a training that is made short may end within a delay
+    monkeypatch.setattr(RunLength, "check_acts", lambda self, step, **_: step)
+    monkeypatch.setitem(RECIPES, "cifar10", made := smaller(RECIPES["cifar10"]))
     torch.manual_seed(0)
-    Carso.from_preset("cifar10", PRESETS["cifar10"].build_classifier()).save_official(
-        "models", "wrn_28_10_cifar_10_cui_2023"
-    )
+    made.defence(made.build_classifier()).save_official("models", "wrn_28_10_cifar_10_cui_2023")
     DeepFillGenerator(5, 4).save_official("states_pt_places2.pth")
     x, y = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
     return {

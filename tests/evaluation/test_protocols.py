@@ -144,7 +144,7 @@ def test_another_seed_is_another_row():
         (
             {"protocol": "best"},
             ValueError,
-            "must be one of fast, standard, rand, strong, official, got 'best'",
+            "must be one of fast, standard, rand, strong, official, authors, got 'best'",
         ),
         ({"protocol": "fast", "attacks": [PGD()]}, ValueError, "a protocol or a list of attacks, not both"),
         ({"eps": 8}, ValueError, "eps is in image units, at most 1 for linf, got 8: is 8/255 meant?"),

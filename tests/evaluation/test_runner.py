@@ -1,5 +1,4 @@
 import contextlib
-import dataclasses
 import io
 import json
 import logging
@@ -21,7 +20,6 @@ from purify_fast.evaluation import (
     Attack,
     AttackSpec,
     Report,
-    default_attacks,
     evaluate,
     labels,
     lee_kim_2023,
@@ -146,12 +144,18 @@ def test_fact_14_through_the_published_head(scale, saturated):
     assert head.headline.accuracy <= 0.01 and head.headline.reliable and head.row("worst").reliable
 
 
+#: Two losses on the model as it is, and without its noise.
+PGD_ROWS = [
+    AttackSpec(attack, variant) for variant in ("random", "deterministic") for attack in (PGD(), PGD(loss="dlr"))
+]
+
+
 @pytest.fixture(scope="module")
 def full(toy):
-    """Every default row, cheaply."""
+    """Rows of every variant, cheaply."""
     model, x, y = toy
     attacks = [
-        *default_attacks()[:4],
+        *PGD_ROWS,
         AttackSpec(AutoAttack(steps=5, n_queries=20), variant="fixed"),
         AttackSpec(AutoAttack(version="rand", steps=5, eot_iter=2), max_images=40),
         AttackSpec(PGD(), target=Plain(model), label="transfer from the base"),
@@ -250,11 +254,6 @@ def test_transfer_attacks_the_base_and_judges_the_defence(toy):
     assert row.settings["target"] == "Base" and [r.kind for r in report.rows] == ["clean", "pgd", "worst"]
     # what was carried over is a success where it succeeds, and says nothing about the model's own gradients
     assert np.array_equal(report.row("worst").robust, row.robust) and not report.row("worst").reliable
-
-
-def test_base_argument(toy):
-    assert [a.label for a in default_attacks(Plain(toy[0]))][-1] == "transfer from the base"
-    assert [a.attack.kind for a in default_attacks()] == ["pgd"] * 4 + ["bpda"] + ["autoattack"] * 2
 
 
 def test_deterministic_model(toy):
@@ -895,16 +894,12 @@ def test_autoattack_in_a_ball_of_its_own(toy, order, eps):
     assert 0.9 * eps < np.linalg.norm(moved, order, axis=1).max() <= eps + 1e-5 and report.headlines == {}
 
 
-def test_every_row_of_the_default_plan_in_the_l1_ball(toy):
+def test_rows_in_the_l1_ball(toy):
     pytest.importorskip("pyautoattack")
     model, x, y = toy
     eps = 8.0  # AutoAttack returns only what fools the model
-    quick = {"fixed": AutoAttack(steps=4, n_queries=4), "random": AutoAttack(version="rand", steps=4)}
-    attacks = [
-        dataclasses.replace(spec, attack=quick[spec.variant]) if isinstance(spec.attack, AutoAttack) else spec
-        for spec in default_attacks(model)
-    ]
-    attacks = [FGSM(), *attacks]
+    auto = [AttackSpec(AutoAttack(steps=4, n_queries=4), "fixed"), AutoAttack(version="rand", steps=4)]
+    attacks = [FGSM(), *PGD_ROWS, *auto, AttackSpec(PGD(), target=model, label="transfer")]
     report = evaluate(model, x[:12], y[:12], attacks=attacks, eps=eps, norm="l1", steps=4, progress=False)
     moved = [row for row in report.rows if row.examples is not None and row.kind != "clean"]
     assert {"fgsm", "pgd", "autoattack"} <= {row.kind for row in moved}

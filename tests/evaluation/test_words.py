@@ -1,5 +1,8 @@
 """A report is understood from itself: its words, the meaning of its columns, its verdict and its pictures."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +10,12 @@ from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD, AutoAttack
-from purify_fast.evaluation import AttackSpec, Examples, Report, Row, evaluate, plots
+from purify_fast.evaluation import AttackSpec, Examples, Report, Row, evaluate, lee_kim_2023, plots
 from purify_fast.evaluation.alarms import Finding
 from purify_fast.evaluation.page import html_page
 from purify_fast.evaluation.page.pictures import grid
+from purify_fast.evaluation.specs import LEE_KIM
+from purify_fast.evaluation.worst import worst
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,7 +115,8 @@ def test_every_column_is_explained_on_the_page():
         for meaning in (
             "n: images; in brackets those attacked, where earlier attacks had left only these.",
             "accuracy: % of the images that are classified correctly, ± standard error; after an attack, in every one",
-            "mean: % of all single predictions that are right.",
+            "mean: % of all single predictions that are right; those of an image that was not attacked, because it was "
+            "misclassified or had fallen before, count as wrong.",
             "worst: % of the images that are right in every prediction; in brackets, how many predictions each had.",
             "Of a deterministic model, which is asked once, the three are the same.",
             "EOT: draws averaged for each gradient.",
@@ -137,6 +143,37 @@ def test_the_columns_are_what_is_said_of_them():
     clean = evaluate(Flips(), x, y, eps=0.01, attacks=[], n_eval=3).row("clean")
     assert clean.n_eval == 3 and 0.5 <= clean.worst < clean.mean < 1 and 0.5 < clean.accuracy < 1
     assert abs(clean.mean - 0.75) < 0.12 and abs(clean.worst - (0.5 + 0.5 / 8)) < 0.12
+
+
+def test_the_row_worst_has_no_predictions_of_its_own():
+    """Two attacks, each withstood nearly always, leave next to nothing image by image: no mean can be told of that."""
+    first, second = (np.arange(12) % 2 == one for one in (0, 1))
+    weak = {"mean": 0.95, "worst": 0.5, "n_eval": 5, "settings": {"attacked": 12}}
+    rows = [row("clean", np.ones(12), "clean"), row("a", first, **weak), row("b", second, **weak)]
+    rows += worst(rows[1:])
+    assert rows[-1].accuracy == 0
+    for text in forms(Report(rows)):
+        cells = next(line for line in text.splitlines() if re.search(r"\bworst\b.*\b0\.0 ± 0\.0\b", line))
+        shown = re.sub(r"</?t[dr][^>]*>|\|", "  ", cells)
+        assert re.search(r"0\.0 ± 0\.0\s+-\s+-\s", shown), cells
+        assert "95.0" in text and "50.0 (5)" in text
+        assert "It has no predictions of its own: its mean and worst are -." in " ".join(text.split())
+
+
+def test_the_attack_of_lee_and_kim_says_how_often_it_is_judged():
+    x, y = torch.rand(2, 1, 2, 2), torch.zeros(2).long()
+
+    def noisy(x):
+        return torch.randn(len(x), 2) / 10 + torch.tensor([1.0, 0.0])
+
+    attacks = [AttackSpec(replace(lee_kim_2023(0.01).attack, steps=1, eot_iter=1), label=LEE_KIM)]
+    for n in (2, 5):
+        for text in forms(evaluate(noisy, x, y, eps=0.01, attacks=attacks, n_eval=n, progress=False)):
+            assert f"an image counts only if all of its predictions after the attack are right, here {n} of {n}" in (
+                " ".join(text.split())
+            )
+    plain = evaluate(noisy, x, y, eps=0.01, attacks=[PGD(steps=1)], progress=False)
+    assert "Lee & Kim" not in plain.to_text()
 
 
 # -- the verdict --------------------------------------------------------------------------------------------------

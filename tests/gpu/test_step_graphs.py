@@ -174,9 +174,9 @@ def atop(target: str) -> Task:
     torch.manual_seed(0)
     made = Atop(classifier(), SmallGenerator(1, width=4), SHAPE, block=4, sigma=0.1)
     if target == "classifier":
-        return AtopTask(made, AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), cls_delay_epochs=0))
+        return AtopTask(made, AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), cls_delay=0))
     attack = TrainingAttack(eps=0.1, steps=4)
-    return AtopTask(made, AtopConfig(attack_method="pgd", attack_target=target, attack=attack, cls_delay_epochs=0))
+    return AtopTask(made, AtopConfig(attack_method="pgd", attack_target=target, attack=attack, cls_delay=0))
 
 
 TASKS = {

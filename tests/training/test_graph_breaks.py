@@ -45,7 +45,7 @@ def atop(target):
     made = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
     method, steps = ("fgsm", 10) if target == "classifier" else ("pgd", 2)
     attack = TrainingAttack(eps=EPS, steps=steps)
-    config = AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay_epochs=0)
+    config = AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0)
     return AtopTask(made, config)
 
 

@@ -153,7 +153,7 @@ def tasks():
     return {
         "carso": lambda: CarsoTask(carso, looking),
         "pipeline": lambda: CarsoTask(carso, CarsoConfig(attack_target="pipeline", attack=attack)),
-        "atop": lambda: AtopTask(atop, AtopConfig(gan_grad=True, discriminator_width=1, cls_delay_epochs=0)),
+        "atop": lambda: AtopTask(atop, AtopConfig(gan_grad=True, discriminator_width=1, cls_delay=0)),
         "arrest": lambda: ArrestTask(classifier, ArrestConfig(attack=attack, ema_decay=0.5, awp_gamma=0.01), shape),
     }
 

@@ -44,7 +44,7 @@ def small_task(kind):
         return ClassifierTask(SmallCNN(width=2), ClassifierConfig(standard))
     if kind.startswith("atop"):
         defence = Atop(SmallCNN(width=2), SmallGenerator(1, width=2), (1, 16, 16), block=4, sigma=0.1)
-        options = {"cls_delay_epochs": 0, "learning_rate": 1e-3, "attack": attack, "attack_method": "pgd"}
+        options = {"cls_delay": 0, "learning_rate": 1e-3, "attack": attack, "attack_method": "pgd"}
         if kind == "atop pipeline":
             return AtopTask(defence, AtopConfig(attack_target="pipeline", **options))
         return AtopTask(defence, AtopConfig(gan_grad=True, discriminator_width=2, **options))

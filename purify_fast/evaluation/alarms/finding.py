@@ -64,8 +64,7 @@ class Evidence:
 
     def attacks(self) -> list[Row]:
         """The attacks within the report's own threat model, judged by the model as it is deployed."""
-        rows = [row for row in self.rows if row.kind not in ("clean", "worst")]
-        return [row for row in rows if row.threat is None and row.deployed]
+        return [row for row in self.rows if row.is_attack and row.threat is None and row.deployed]
 
     def left(self, n: int | None = None) -> float | None:
         """The share of the first images that withstood every attack.

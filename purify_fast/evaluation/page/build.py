@@ -14,7 +14,7 @@ from ...protocols import Classifier
 from ..alarms import Evidence, Finding
 from ..alarms.answers import PROBED
 from ..outlook import Outlook
-from ..rows import Row
+from ..rows import AUTHORS, Row
 from ..tables import (
     COLUMNS,
     SIGNS_LEGEND,
@@ -132,11 +132,12 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
     """What the page says of one model."""
     rows = [row for row in report.rows if row.model == name]
     own = [row for row in rows if row.threat is None]
-    attacks = _comparable([row for row in own if row.kind not in ("clean", "worst")])
+    attacks = _comparable([row for row in own if row.is_attack])
     # what had fallen before was not given to an attack on survivors: nothing tells whether it falls to that too
     whole = [row for row in attacks if not _of_survivors(row)]
     lowest = report.headlines.get(name)
-    fallen = [(row, int(fell.sum())) for row, fell in Evidence(own).fallen()]
+    evidence = Evidence([row for row in own if row.kind == "clean" or row.is_attack])
+    fallen = [(row, int(fell.sum())) for row, fell in evidence.fallen()]
     # the strongest attack's pictures: those of a weaker one, or of what was left to it, would flatter the model
     pictured = [(row, count) for row, count in fallen if row.examples is not None]
     shown, count = max(pictured, key=lambda pair: pair[1], default=(None, 0))
@@ -148,6 +149,7 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
         "lowest": lowest,
         "clean": next((row for row in own if row.kind == "clean" and row.deployed), None),
         "count": sum(row.deployed for row in attacks),
+        "of_authors": any(row.kind == AUTHORS for row in rows),
         "rows": [
             {"cells": row_cells(row)[1:], "kind": row.kind, "reliable": row.reliable, "json": json.dumps(row.accuracy)}
             for row in rows

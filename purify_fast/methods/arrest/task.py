@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from ..._fingerprint import structure_fingerprint, weights_fingerprint
-from ...attacks import frozen, pgd
+from ...attacks import frozen
 from ...models.classifiers import representation_before_pooling
 from ...models.representation import Representation, without_recorders
 from ...ops.noisy_replay import noisy_replay
@@ -30,6 +30,7 @@ from ...ops.representation_distance import representation_distance
 from ...speed.inference_copy import LiveInferenceCopy, autocast_to, convert_to_channels_last
 from ...training.attack import TrainingAttack, settings
 from ...training.distributed import average_
+from ...training.length import RunLength
 from ...training.schedules import arrest_published, one_cycle
 from ...training.task import Batch, Metrics, Task, check_classifier
 from .config import ArrestConfig
@@ -168,14 +169,9 @@ class ArrestTask(Task):
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
         """PGD on the cross-entropy for the images of ``rows``, indices, or all; the others as they are."""
-        x, y, ids = (v if rows is None else v[rows] for v in (batch.x, batch.y, batch.sample_ids))
         if self._view is not None:
             self._view.refresh(self.classifier)
-        found = pgd(
-            self.attacked, x, y, eps=attack.eps, alpha=attack.step_size(attack.eps), steps=attack.steps,
-            norm=attack.norm, random_start=attack.random_start, seed=batch.seed, sample_ids=ids,
-            graphs=self.graphs if rows is None else None,
-        )  # fmt: skip
+        found = attack.run(self.attacked, batch, graphs=self.graphs if rows is None else None, rows=rows)
         return found if rows is None else batch.x.index_copy(0, rows, found)
 
     def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -260,6 +256,9 @@ class ArrestTask(Task):
         if self._average is not None:
             self._average.update_parameters(self.classifier)
 
+    def terms(self, length: RunLength) -> dict[str, int]:
+        return {"cross_entropy": 0} | ({"distance": 0} if self.config.distillation_weight > 0 else {})
+
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         peak = self.config.learning_rate
         if self.config.schedule == "constant":
@@ -284,12 +283,7 @@ class ArrestTask(Task):
         Args:
             batch: held-out images.
         """
-        attack = self.config.attack
-        x = pgd(
-            self.result, batch.x, batch.y, eps=attack.eps, alpha=attack.step_size(attack.eps), steps=attack.steps,
-            norm=attack.norm, random_start=attack.random_start, seed=batch.seed, sample_ids=batch.sample_ids,
-            graphs=self.graphs,
-        )  # fmt: skip
+        x = self.config.attack.run(self.result, batch, graphs=self.graphs)
         with torch.no_grad():
             logits = self.result(x).float()
         accuracy = (logits.argmax(1) == batch.y).float().mean()

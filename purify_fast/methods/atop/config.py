@@ -5,34 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..._compat import old_settings
 from ..._validation import check_literal
 from ...training.attack import TrainingAttack
+from ...training.length import DelayUnit
 
 AttackMethod = Literal["fgsm", "pgd", "none"]
 AttackTarget = Literal["classifier", "pipeline"]
 ReconstructionTarget = Literal["adversarial", "clean"]
 GanFake = Literal["refined", "pasted"]
+ClassifierRange = Literal["unit", "doubled"]
+Masks = Literal["blocks", "free_form"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 Schedule = Literal["constant", "one_cycle"]
 
-#: What the official notebooks change of `AtopConfig`'s defaults. They name the transform, which is the defence's.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "cifar_rt1": {"cls_delay_epochs": 0},
-    "cifar_rt2": {},
-    "imagenette_rt1": {"cls_delay_epochs": 0},
-    "imagenette_rt2": {"cls_weight": 0.1},
-    # the notebook whose output is kept: CIFAR-10, rt2
-    "logged": {"reconstruction_target": "clean"},
-    # the paper's formula, which no notebook computes
-    "formula": {"gan_grad": True},
-}
 
-
-@old_settings("atop")
 @dataclass(frozen=True)
 class AtopConfig:
-    """How AToP's purifier is trained; the defaults are the released CIFAR-10 notebooks'.
+    """How AToP's purifier is trained; `purify_fast.methods.atop.recipes` has what the authors' notebooks set.
 
     "Official" is the official code of arXiv 2401.16352, "own" a choice of this package.
 
@@ -46,7 +35,12 @@ class AtopConfig:
             "clean", a clean image from its own transform, in a second pass with the same noise and mask (the logged
             run).
         cls_weight: weight of the classifier's cross-entropy, lambda (official: 0.05; 0.1 on ImageNette).
-        cls_delay_epochs: first epochs without the cross-entropy (official: 2).
+        cls_delay: how much of the training is over before the cross-entropy acts (official: 2 epochs, each of which the
+            notebooks cut off after 625 steps of 8 images).
+        cls_delay_unit: what cls_delay counts: "epochs", "steps" or "images".
+        classifier_range: what the classifier gets of a purified image in the cross-entropy: "unit", values in [0, 1] as
+            everywhere else, or "doubled", values in [-1, 1], which the released notebooks hand to a classifier that was
+            trained on [0, 1].
         reconstruction_weight: weight of the L1 terms, or of the purifier's own ``original_loss`` (official: 1).
         gan_weight: weight of the purifier's GAN term, L_G (official: 1).
         discriminator_width: channels of the discriminator's first layer (official: 64).
@@ -54,6 +48,9 @@ class AtopConfig:
             off, so that the discriminator changes nothing: False does without it.
         gan_fake: what the discriminator sees as fake in its own step: "refined", the refined image (fine-tuning), or
             "pasted", the refined image in the hole and the transformed one elsewhere (pre-training).
+        masks: what is hidden from the purifier while it is trained: "blocks", as the defence hides them, or
+            "free_form", a box and brush strokes and no noise, as in DeepFillv2's own training, see
+            `purify_fast.methods.atop.masks`; that goes without an attack.
         precision: "float32" (official), which on a GPU is that of IEEE too; "tf32" (own), which there rounds what is
             multiplied to ten bits of mantissa, while `purify_fast.training.fit` trains; or
             "bfloat16" to train the accelerated defence (own).
@@ -70,12 +67,15 @@ class AtopConfig:
     attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=10)
     reconstruction_target: ReconstructionTarget = "adversarial"
     cls_weight: float = 0.05
-    cls_delay_epochs: int = 2
+    cls_delay: int = 10_000
+    cls_delay_unit: DelayUnit = "images"
+    classifier_range: ClassifierRange = "unit"
     reconstruction_weight: float = 1.0
     gan_weight: float = 1.0
     discriminator_width: int = 64
     gan_grad: bool = False
     gan_fake: GanFake = "refined"
+    masks: Masks = "blocks"
     precision: Precision = "float32"
     schedule: Schedule = "constant"
     learning_rate: float = 1e-4
@@ -88,8 +88,11 @@ class AtopConfig:
         check_literal("gan_fake", self.gan_fake, GanFake)
         check_literal("precision", self.precision, Precision)
         check_literal("schedule", self.schedule, Schedule)
+        check_literal("cls_delay_unit", self.cls_delay_unit, DelayUnit)
+        check_literal("classifier_range", self.classifier_range, ClassifierRange)
+        check_literal("masks", self.masks, Masks)
         self._check_attack()
-        names = ("cls_weight", "reconstruction_weight", "gan_weight", "learning_rate", "cls_delay_epochs")
+        names = ("cls_weight", "reconstruction_weight", "gan_weight", "learning_rate", "cls_delay")
         for name in names:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -107,34 +110,28 @@ class AtopConfig:
         attack, default = self.attack, type(self).attack
         if self.attack_method != "none" and not attack.eps > 0:
             raise ValueError(f"eps must be above 0, got {attack.eps}; attack_method='none' trains without attacks")
+        if self.masks == "free_form" and (self.attack_method != "none" or self.cls_weight > 0):
+            raise ValueError(
+                "masks 'free_form' is for pre-training: it goes with attack_method 'none' and cls_weight 0, got "
+                f"{self.attack_method!r} and {self.cls_weight}"
+            )
         if self.attack_method == "none" and self.attack_target == "pipeline":
             raise ValueError("attack_target 'pipeline' needs an attack: fgsm or pgd")
         if self.attack_method == "pgd":
             return
         if (attack.steps, attack.alpha) != (default.steps, default.alpha):
             raise ValueError(f"steps and alpha go with attack_method='pgd', got {attack.steps} and {attack.alpha}")
-        for name in ("relative_alpha", "random_start"):
+        for name in ("relative_alpha", "random_start", "start_std"):
             if getattr(attack, name) != getattr(default, name):
                 raise ValueError(f"{name} goes with attack_method='pgd', got {getattr(attack, name)}")
 
     @classmethod
-    def published(cls, name: str = "cifar_rt2", **changes: Any) -> AtopConfig:
-        """The numbers of one of the official notebooks.
-
-        Args:
-            name: the notebook, one of `PUBLISHED`.
-            changes: fields to set otherwise.
-
-        Raises:
-            ValueError: another name.
-        """
-        if name not in PUBLISHED:
-            raise ValueError(f"name must be one of {', '.join(PUBLISHED)}, got {name!r}")
-        return cls(**{**PUBLISHED[name], **changes})
-
-    @classmethod
     def pretraining(cls, **changes: Any) -> AtopConfig:
-        """Generator pre-training: hinge GAN and L1 on clean images, no classifier (DeepFillv2's, w_adv = w_l1 = 1).
+        """Generator pre-training: hinge GAN and L1 on clean images, no classifier, both with weight 1.
+
+        Losses and weights are those of DeepFillv2's training as AToP's repository has it (code: `train see in
+        Finetuning-AToP.py`, `configs/train.yaml`). The images are transformed as the defence transforms them; with
+        ``masks="free_form"`` a box and brush strokes are hidden and no noise is added, as there.
 
         Args:
             changes: fields to set otherwise.

@@ -32,6 +32,7 @@ from ..saved_defence import save_defence
 from .purifier import PURIFIERS, PurifierAdapter
 
 if TYPE_CHECKING:
+    from ...evaluation import AttackSpec
     from ...training.task import Batch
     from .config import AtopConfig
 
@@ -270,6 +271,19 @@ class Atop(Defence):
         packed, owners = self.draw(x)
         passes = packed.unflatten(0, (*owners.shape[:2], -1))  # [S, B, N, C + 2, H, W]
         return (passes[:, :, 0, : x.shape[1]].transpose(0, 1).float() + 1) / 2
+
+    def authors_attacks(self, eps: float) -> list[AttackSpec]:
+        """How AToP's authors evaluate it (`purify_fast.protocols.AuthorsEvaluation`), with and without their faults.
+
+        Args:
+            eps: radius in image units.
+
+        Source: `purify_fast.methods.atop.released_evaluation`.
+        """
+        # a prediction does without the package that judges it
+        from .released_evaluation import authors_attacks
+
+        return authors_attacks(self, eps)
 
     # -- speed, training and files ------------------------------------------------------------------------------------
 

@@ -12,18 +12,19 @@ L_D = mean relu(1 - D(s, m)) / 2 + mean relu(1 + D(x2, m)) / 2; in the official 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._process import processes
-from ...attacks import fgsm, pgd
+from ...attacks import fgsm
+from ...protocols import Classifier
 from ...speed.step_graphs import StepGraphs
 from ...training.task import Batch, Metrics
 from .config import AtopConfig, GanFake, Precision
 from .defence import Atop
+from .masks import hide_free_form
 
 
 def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Tensor:
@@ -40,19 +41,21 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
     """
     if config.attack_method == "none":
         return batch.x
-    attack = config.attack.at_epoch(batch.epoch, batch.epochs)
-    options: dict[str, Any] = {"eps": attack.eps, "norm": attack.norm, "graphs": graphs}
-    if config.attack_method == "pgd":
-        options |= {"steps": attack.steps, "alpha": attack.step_size(attack.eps), "random_start": attack.random_start}
-        options |= {"seed": batch.seed, "sample_ids": batch.sample_ids}
-    method = pgd if config.attack_method == "pgd" else fgsm
     if config.attack_target == "classifier":
-        return method(defence.frozen_classifier, batch.x, batch.y, **options)
+        return _run(config, defence.frozen_classifier, batch, graphs)
     rank, world = processes()
     # where the images stand in the batch of all processes
     global_positions = torch.arange(rank, world * len(batch.x), world, device=batch.x.device)
     with defence.noise_ids(global_positions):
-        return method(defence, batch.x, batch.y, **options)
+        return _run(config, defence, batch, graphs)
+
+
+def _run(config: AtopConfig, model: Classifier, batch: Batch, graphs: StepGraphs | None) -> Tensor:
+    """The config's attack on a model."""
+    if config.attack_method == "pgd":
+        return config.attack.run(model, batch, graphs=graphs)
+    now = config.attack.at_epoch(batch.epoch, batch.epochs)
+    return fgsm(model, batch.x, batch.y, eps=now.eps, norm=now.norm, graphs=graphs)
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,20 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
         config: the settings of the training.
         graphs: captures the attack's step, if given.
     """
-    weight = config.cls_weight if batch.epoch >= config.cls_delay_epochs else 0.0
+    weight = config.cls_weight if batch.behind(config.cls_delay_unit) >= config.cls_delay else 0.0
     rebuild = batch.x
     both = weight > 0 and config.attack_method != "none" and config.reconstruction_target == "clean"
     if both or config.reconstruction_target == "adversarial":
         adversarial = attacked(defence, batch, config, graphs)
         rebuild = rebuild if both else adversarial
     seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
-    packed, owners = defence.draw(rebuild, seed=seed, ids=batch.sample_ids)
+    num_passes = 1 if defence.num_passes is None else defence.num_passes
+    if config.masks == "free_form":
+        num_passes = 1
+        seen = rebuild.to(defence.purifier_dtype)
+        packed, owners = hide_free_form(seen, seed, batch.sample_ids, shared=defence.shared_mask)
+    else:
+        packed, owners = defence.draw(rebuild, seed=seed, ids=batch.sample_ids)
     rows, classified = len(packed), owners
     if both:  # the same noise and mask
         packed = torch.cat([packed, defence.draw(adversarial, seed=seed, ids=batch.sample_ids)[0]])
@@ -103,7 +112,6 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
     channels = rebuild.shape[1]
     target = (2 * rebuild - 1).to(images[-1].dtype)
     passes_per_image = rows // len(rebuild)
-    num_passes = 1 if defence.num_passes is None else defence.num_passes
     # sample by sample, N passes for each image of it
     target = target.repeat_interleave(num_passes, 0).repeat(passes_per_image // num_passes, 1, 1, 1)
     reconstruction = defence.purifier.original_loss([image[:rows] for image in images], target).mean()
@@ -111,6 +119,8 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
     metrics = {"reconstruction": reconstruction.detach()}
     if weight > 0:
         purified = defence.join(images[-1][-rows:], classified)  # [S, B, C, H, W]
+        if config.classifier_range == "doubled":
+            purified = 2 * purified - 1
         logits = defence.classify(purified).flatten(0, 1)
         labels = batch.y.repeat(len(purified))
         cross_entropy = F.cross_entropy(logits, labels)

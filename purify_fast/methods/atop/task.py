@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..._fingerprint import weights_fingerprint
 from ...training.attack import settings
+from ...training.length import RunLength
 from ...training.schedules import one_cycle
 from ...training.task import Batch, Metrics, Task, Update, check_labels, check_shape
 from .config import AtopConfig
@@ -93,6 +94,24 @@ class AtopTask(Task):
             return made.loss, made.metrics
         deceived = generator_loss(self.discriminator, made)
         return made.loss + self.config.gan_weight * deceived, {**made.metrics, "deceived": deceived.detach()}
+
+    @property
+    def result(self) -> Atop:
+        return self.defence
+
+    def terms(self, length: RunLength) -> dict[str, int]:
+        config = self.config
+        acts = {"reconstruction": 0} if config.reconstruction_weight > 0 else {}
+        if config.cls_weight > 0:
+            acts["cross_entropy"] = length.check_acts(
+                length.first_step(config.cls_delay, config.cls_delay_unit),
+                argument="cls_delay",
+                value=f"{config.cls_delay} {config.cls_delay_unit}",
+                weight=f"cls_weight {config.cls_weight:g}",
+            )
+        if self.discriminator is not None and config.gan_weight > 0:
+            acts["deceived"] = 0
+        return acts
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         rate = self.config.learning_rate

@@ -19,13 +19,10 @@ if TYPE_CHECKING:
     from .networks import decoder_plan as decoder_plan
     from .networks import published_decoder as published_decoder
     from .packed_decoder import PackedDecoder as PackedDecoder
-    from .presets import PRESETS as PRESETS
-    from .presets import Preset as Preset
     from .published import load_published as load_published
     from .task import CarsoTask as CarsoTask
 
 __all__ = [
-    "PRESETS",
     "Carso",
     "CarsoConfig",
     "CarsoTask",
@@ -33,7 +30,6 @@ __all__ = [
     "Deconvolution",
     "LayerScore",
     "PackedDecoder",
-    "Preset",
     "WithAggregation",
     "decoder_plan",
     "load_carso",
@@ -44,7 +40,6 @@ __all__ = [
 ]
 __getattr__, __dir__ = lazy_exports(
     __name__,
-    PRESETS=".presets",
     Carso=".defence",
     CarsoConfig=".config",
     CarsoTask=".task",
@@ -53,7 +48,6 @@ __getattr__, __dir__ = lazy_exports(
     WithAggregation="...defences.aggregation",
     LayerScore=".layer_ranking",
     PackedDecoder=".packed_decoder",
-    Preset=".presets",
     decoder_plan=".networks",
     load_carso=".files",
     load_published=".published",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 from typing import Literal
 
 from ..._compat import old_settings
 from ..._validation import check_literal
 from ...training.attack import TrainingAttack
+from ...training.length import DelayUnit
 
 AttackTarget = Literal["classifier", "pipeline"]
 EpsMode = Literal["paper", "official_code"]
@@ -18,6 +19,7 @@ Optimizer = Literal["adamw", "radam_lookahead"]
 Schedule = Literal["one_cycle", "published", "published_v1"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 Targets = Literal["labels", "classifier"]
+KlDelayUnit = Literal["share", "epochs", "steps", "images"]
 
 
 @old_settings("carso")
@@ -41,7 +43,9 @@ class CarsoConfig:
             CIFAR-10).
         allow_no_adversarial: whether to train even if that leaves no image for the attacks, as the official
             TinyImageNet run did.
-        kl_delay: share of the epochs without the KL term, which then rises over a third as many (paper: 0.125).
+        kl_delay: how long the KL term is left out; then its weight rises over a third as long (paper: 0.125 of the
+            epochs).
+        kl_delay_unit: what kl_delay counts: "share" of the epochs (paper), "epochs", "steps" or "images".
         beta: weight of the KL term at the end (paper: 1).
         free_bits: nats of the batch's mean KL that cost nothing, against posterior collapse (paper: 0; Kingma et al.,
             NeurIPS 2016, with the whole latent as one group).
@@ -58,7 +62,8 @@ class CarsoConfig:
         lookahead_alpha: length of Lookahead's slow step (paper: 0.8).
         schedule: of the learning rate: "one_cycle" (own), "published" or "published_v1"; see
             `purify_fast.training.schedules`.
-        precision: "float32" (paper), which on a GPU is that of IEEE too; "tf32" (own), which there rounds what is
+        precision: "float32", which on a GPU is that of IEEE too (the official code leaves PyTorch's default, by which
+            cuDNN's convolutions round to TF32); "tf32" (own), which there rounds what is
             multiplied to ten bits of mantissa, while `purify_fast.training.fit` trains; or
             "bfloat16" to train the accelerated defence (own).
         learning_rate: the highest rate of the schedule (paper: 1e-4 times the batch of one process, with the sum).
@@ -74,6 +79,7 @@ class CarsoConfig:
     adversarial_fraction: float = 0.5
     allow_no_adversarial: bool = False
     kl_delay: float = 0.125
+    kl_delay_unit: KlDelayUnit = "share"
     beta: float = 1.0
     free_bits: float = 0.0
     train_samples: int = 1
@@ -97,6 +103,7 @@ class CarsoConfig:
         check_literal("schedule", self.schedule, Schedule)
         check_literal("precision", self.precision, Precision)
         check_literal("targets", self.targets, Targets)
+        check_literal("kl_delay_unit", self.kl_delay_unit, KlDelayUnit)
         if self.targets == "classifier" and self.attack_target != "pipeline":
             raise ValueError(
                 "targets 'classifier' needs attack_target='pipeline': the published loss has no predictions"
@@ -112,8 +119,11 @@ class CarsoConfig:
             raise ValueError(
                 f"eps must be above 0, got {self.attack.eps}: the purifier is never trained without attacks"
             )
-        if self.attack_target == "classifier" and not self.attack.random_start:
-            raise ValueError("random_start must be on with attack_target 'classifier', whose PGD always has it")
+        if self.attack_target == "classifier" and not (self.attack.random_start and self.attack.start_std is None):
+            raise ValueError(
+                "random_start must be on and start_std None with attack_target 'classifier', whose PGD always starts "
+                "uniformly in the ball"
+            )
         if self.joint and self.attack_target != "pipeline":
             raise ValueError(
                 "joint training needs attack_target='pipeline': the published loss does not see the labels"
@@ -130,9 +140,21 @@ class CarsoConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.lookahead_alpha <= 1:
             raise ValueError(f"lookahead_alpha must be in (0, 1], got {self.lookahead_alpha}")
-        for name in ("adversarial_fraction", "kl_delay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.adversarial_fraction <= 1:
+            raise ValueError(f"adversarial_fraction must be in [0, 1], got {self.adversarial_fraction}")
+        if not 0 <= self.kl_delay <= (1 if self.kl_delay_unit == "share" else inf):
+            least = "in [0, 1] as a share of the epochs" if self.kl_delay_unit == "share" else "at least 0"
+            raise ValueError(f"kl_delay must be {least}, got {self.kl_delay}")
+
+    def kl_delay_of(self, epochs: int) -> tuple[float, DelayUnit]:
+        """How long the KL term is left out of a run, and the unit of that.
+
+        Args:
+            epochs: of the whole run.
+        """
+        if self.kl_delay_unit == "share":
+            return self.kl_delay * epochs, "epochs"
+        return self.kl_delay, self.kl_delay_unit
 
     def for_statistics(self, std: Sequence[float]) -> CarsoConfig:
         """This config with eps in pixel units.

@@ -35,9 +35,9 @@ from .networks import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder
 from .networks_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
 from .official import official_arguments, official_tensors, write_official
 from .packed_decoder import PackedDecoder, kernel_decodes, times_written
-from .presets import preset
 
 if TYPE_CHECKING:
+    from ...evaluation import AttackSpec
     from ...training.task import Batch
     from .config import CarsoConfig
 
@@ -65,7 +65,7 @@ class Carso(Defence):
             them from image_shape and decoder_width. `published_decoder` has the paper's.
         version: ``v4``, the paper's versions 4 to 6, or ``v1``, its first, made for 28 x 28 images.
 
-    `Carso.from_preset` builds the published systems, `Carso.from_official` reads the published files.
+    `purify_fast.methods.recipes` builds the published systems, `Carso.from_official` reads the published files.
 
     Raises:
         ValueError: sizes below 1, a std that is not above 0, unknown layers, or a classifier that does not fit
@@ -290,6 +290,27 @@ class Carso(Defence):
             mean, log_variance = self.posterior_encoder(normalized, condition)
         return mean.to(self.purifier_dtype), log_variance.to(self.purifier_dtype)
 
+    # -- what its authors run -----------------------------------------------------------------------------------------
+
+    def authors_attacks(self, eps: float) -> list[AttackSpec]:
+        """How CARSO's authors evaluate it (`purify_fast.protocols.AuthorsEvaluation`): AutoAttack, version rand.
+
+        It attacks the output of PeeL, which has no usable gradients where samples are sure. One further prediction of
+        that output judges what was found.
+
+        Args:
+            eps: radius in image units; AutoAttack takes the report's.
+
+        Source: src/eval_a.py of emaballarin/CARSO at 307b873, lines 88, 202, 225, 255 and 268.
+        """
+        # a prediction does without the package that judges it
+        from ...attacks import AutoAttack
+        from ...defences.aggregation import WithAggregation
+        from ...evaluation import AttackSpec
+
+        label = f"as src/eval_a.py (emaballarin/CARSO): AutoAttack rand through PeeL, K = {self.samples}"
+        return [AttackSpec(AutoAttack(version="rand"), label=label, judge=WithAggregation(self, "peel_reference"))]
+
     # -- speed --------------------------------------------------------------------------------------------------------
 
     @property
@@ -342,26 +363,6 @@ class Carso(Defence):
         return fast.packed
 
     # -- the published systems, training and files --------------------------------------------------------------------
-
-    @classmethod
-    def from_preset(cls, name: str, classifier: nn.Module, **changes: Any) -> Carso:
-        """A published system with a fresh purifier.
-
-        Args:
-            name: of `purify_fast.methods.carso.PRESETS`: cifar10, cifar100, tiny_imagenet or mnist_v1.
-            classifier: as the preset's ``build_classifier`` makes it, with weights of yours.
-            changes: arguments of this class that take the place of the preset's.
-
-        Raises:
-            ValueError: an unknown name, or a classifier with other layers or another number of classes.
-        """
-        made = preset(name)
-        defence = cls(classifier, **{**made.arguments(), **changes})
-        if defence.num_classes != made.num_classes:
-            raise ValueError(
-                f"classifier: it has {defence.num_classes} classes, {name} ({made.data}) has {made.num_classes}"
-            )
-        return defence
 
     @classmethod
     def from_official(

@@ -24,28 +24,39 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._process import processes
-from ...attacks import pgd, pgd_and_fgsm
+from ...attacks import pgd_and_fgsm
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
 from ...speed.step_graphs import StepGraphs
 from ...training.distributed import average_
+from ...training.length import DelayUnit
 from ...training.task import Batch, Metrics
 from .config import CarsoConfig, atom_size
 from .defence import Carso
 
 
-def kl_weight(epoch: int, epochs: int, kl_delay: float = 0.125) -> float:
-    """The paper's weight of the KL term, for a final weight of 1.
+def kl_weight(position: float, delay: float) -> float:
+    """The weight of the KL term, for a final weight of 1.
 
-    It is 0 for ceil(kl_delay E) of the E epochs, then rises linearly over ceil(kl_delay E / 3).
+    It is 0 for the delay, rounded up, and rises linearly over a third of the delay, rounded up.
 
     Args:
-        epoch: the epoch, from 0.
-        epochs: epochs of the whole run, E.
-        kl_delay: share of them without the KL term.
+        position: how much of the run is over, in the delay's unit. The paper counts epochs.
+        delay: D. The paper's is an eighth of the epochs.
     """
-    start, rise = ceil(kl_delay * epochs), ceil(epochs * kl_delay / 3)
-    return 1.0 if epoch >= start + rise else max(0.0, (epoch - start) / rise)
+    start, rise = ceil(delay), ceil(delay / 3)
+    return 1.0 if position >= start + rise else max(0.0, (position - start) / rise)
+
+
+def first_kl(delay: float, unit: DelayUnit) -> tuple[float, DelayUnit]:
+    """How much of a run is over when the KL term's weight is first above 0, and the unit.
+
+    Args:
+        delay: as for `kl_weight`.
+        unit: of the delay.
+    """
+    # at the end of the delay the weight is still 0, and rises from there
+    return (ceil(delay) + 1 if delay > 0 else 0), unit
 
 
 def balanced_batch(
@@ -134,7 +145,8 @@ def published_step(
     everywhere = kl.detach().clone()
     average_([everywhere])  # whether the batch has its free bits is decided for all of it
     paid = torch.where(everywhere < config.free_bits, config.free_bits, kl)
-    beta = config.beta * kl_weight(batch.epoch, batch.epochs, config.kl_delay)
+    delay, unit = config.kl_delay_of(batch.epochs)
+    beta = config.beta * kl_weight(batch.behind(unit), delay)
     # the mean of the processes' gradients is to be that of the sum over all images
     images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
     loss = (reconstruction + beta * paid) * images
@@ -174,20 +186,7 @@ def attack_pipeline(defence: Carso, batch: Batch, config: CarsoConfig, graphs: S
         config: the settings of the training.
         graphs: captures the attack's step, if given.
     """
-    attack = config.attack.at_epoch(batch.epoch, batch.epochs)
-    return pgd(
-        defence,
-        batch.x,
-        batch.y,
-        eps=attack.eps,
-        steps=attack.steps,
-        alpha=attack.step_size(attack.eps),
-        norm=attack.norm,
-        random_start=attack.random_start,
-        seed=batch.seed,
-        sample_ids=batch.sample_ids,
-        graphs=graphs,
-    )
+    return config.attack.run(defence, batch, graphs=graphs)
 
 
 def pipeline_step(

@@ -10,7 +10,7 @@ from ..._files import check_shapes
 from ...models.foreign import read_weights
 from .defence import Carso
 from .official import PARTS
-from .presets import PRESETS, Preset, preset
+from .recipes import RECIPES, CarsoRecipe, system
 
 _ENDINGS = (".pt", ".pth", ".safetensors")
 
@@ -19,7 +19,7 @@ def load_published(name: str, directory: str | Path, classifier_weights: str | P
     """A published system, in evaluation mode.
 
     Args:
-        name: of `PRESETS`: cifar10, cifar100 or tiny_imagenet.
+        name: cifar10, cifar100 or tiny_imagenet.
         directory: where the three safetensors files of the purifier are, and the classifier's file unless it is named.
         classifier_weights: the file of the classifier's weights; None: the one file of weights in ``directory`` that is
             not the purifier's, or of several the one that is called as the authors call it.
@@ -28,17 +28,17 @@ def load_published(name: str, directory: str | Path, classifier_weights: str | P
         FileNotFoundError: a file is missing.
         ValueError: another name, or files of another system; the message says what differs.
     """
-    made = preset(name)
-    if made.version != "v4":
-        known = ", ".join(one for one, system in PRESETS.items() if system.version == "v4")
-        raise ValueError(f"preset must be a system whose weights were published, {known}, got {name!r}")
+    made = system(name)
+    if made["defence.version"] != "v4":
+        known = ", ".join(one for one, other in RECIPES.items() if other["defence.version"] == "v4")
+        raise ValueError(f"recipe must be a system whose weights were published, {known}, got {name!r}")
     folder = Path(directory)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: it must hold the published files of CARSO")
     path = _classifier_file(made, folder) if classifier_weights is None else Path(classifier_weights)
     classifier = made.build_classifier()
     _fill(classifier, path)
-    defence = Carso.from_official(classifier, folder, samples=made.samples)
+    defence = Carso.from_official(classifier, folder, samples=made["defence.samples"])
     if defence.image_shape != made.image_shape:
         raise ValueError(
             f"{folder} holds a system for images {list(defence.image_shape)}, {name} has {list(made.image_shape)}"
@@ -46,17 +46,18 @@ def load_published(name: str, directory: str | Path, classifier_weights: str | P
     return defence
 
 
-def _classifier_file(made: Preset, folder: Path) -> Path:
+def _classifier_file(made: CarsoRecipe, folder: Path) -> Path:
     """The file of weights that is none of the purifier's."""
     purifier = tuple(f"_{part}.safetensors" for part in PARTS)
     found = sorted(path for path in folder.iterdir() if path.suffix in _ENDINGS and not path.name.endswith(purifier))
-    named = [path for path in found if path.stem == made.weights]
+    weights = made["start.classifier"].partition(":")[0]
+    named = [path for path in found if path.stem == weights]
     if len(named or found) == 1:
         return (named or found)[0]
     if not found:
         raise FileNotFoundError(
             f"{folder} lacks the classifier that this system purifies for: put its weights there, which its authors "
-            f"call {made.weights} ({', '.join(_ENDINGS)}), or name the file (--classifier-weights)"
+            f"call {weights} ({', '.join(_ENDINGS)}), or name the file (--classifier-weights)"
         )
     names = ", ".join(path.name for path in found)
     raise ValueError(

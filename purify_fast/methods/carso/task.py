@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from ..._fingerprint import weights_fingerprint
+from ..._process import processes
 from ...training.attack import settings
+from ...training.length import RunLength
 from ...training.lookahead import Lookahead
 from ...training.schedules import carso_published, carso_v1_published, one_cycle
 from ...training.task import Batch, Metrics, Task, check_labels, check_shape
-from .config import CarsoConfig
+from .config import CarsoConfig, atom_size
 from .defence import Carso
-from .losses import training_loss
+from .losses import first_kl, training_loss
 
 
 class CarsoTask(Task):
@@ -52,6 +54,32 @@ class CarsoTask(Task):
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return training_loss(self.model, batch, self.config, self.graphs)
+
+    def terms(self, length: RunLength) -> dict[str, int]:
+        config = self.config
+        self._check_last_batch(length)
+        if config.attack_target == "pipeline":
+            acts = {"cross_entropy" if config.targets == "labels" else "divergence": 0}
+            return acts | ({"reconstruction": 0} if config.reconstruction_weight > 0 else {})
+        if config.beta == 0:
+            return {"reconstruction": 0}
+        delay, unit = config.kl_delay_of(length.epochs)
+        kl = length.check_acts(
+            length.first_step(*first_kl(delay, unit)),
+            argument="kl_delay",
+            value=f"{config.kl_delay:g} ({'share of the epochs' if config.kl_delay_unit == 'share' else unit})",
+            weight=f"beta {config.beta:g}",
+        )
+        return {"reconstruction": 0, "kl": kl}
+
+    def _check_last_batch(self, length: RunLength) -> None:
+        """ValueError where an epoch's last batch is kept, and is too small to be attacked."""
+        config, images = self.config, length.last_batch
+        if config.attack_target == "classifier" and images is not None and images != length.batch_size:
+            try:
+                atom_size(images // processes()[1], config.adversarial_fraction, config.allow_no_adversarial)
+            except ValueError as error:
+                raise ValueError(f"drop_last False keeps a last batch of {images} images: {error}") from error
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         peak = self.config.learning_rate

@@ -72,7 +72,7 @@ def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
     assert run(tmp_path / "carso", *carso, "--samples", "2", "--decoder-width", "2", what="carso") == 0
     defence = purify_fast.load_defence(tmp_path / "carso")
     assert weights_fingerprint(defence.classifier) == weights_fingerprint(trained)
-    few = ["--images", "4", "--steps", "2", "--autoattack", "0", "--device", "cpu"]
+    few = ["--images", "4", "--steps", "2", "--protocol", "fast", "--device", "cpu"]
     assert cli.main(["evaluate", str(out), *few]) == 0
     assert (out / "evaluation" / "report.md").is_file()
 

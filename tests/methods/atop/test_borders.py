@@ -98,19 +98,6 @@ def test_settings_that_would_be_ignored(options, message):
         configured(**options)
 
 
-def test_numbers_of_the_official_notebooks():
-    assert AtopConfig.published() == AtopConfig()
-    assert (
-        AtopConfig.published("imagenette_rt2").cls_weight == 0.1
-        and AtopConfig.published("cifar_rt1").cls_delay_epochs == 0
-    )
-    assert AtopConfig.published("logged", attack=TrainingAttack(eps=0.1, steps=10)) == AtopConfig(
-        reconstruction_target="clean", attack=TrainingAttack(eps=0.1, steps=10)
-    )
-    with pytest.raises(ValueError, match=r"name must be one of cifar_rt1, cifar_rt2, .*, got 'cifar'"):
-        AtopConfig.published("cifar")
-
-
 def test_a_seed_without_ids_is_refused():
     with pytest.raises(ValueError, match="give both or neither"):
         defence().draw(images(), seed=torch.zeros(1, dtype=torch.int64))
@@ -131,6 +118,6 @@ def test_transformed_is_what_the_purifier_sees(transform):
 def test_fit_without_a_bar(capsys):
     made = defence()
     x, y = (images(8) * 255).to(torch.uint8), torch.arange(8) % 2
-    task = AtopTask(made, AtopConfig(cls_delay_epochs=0))
+    task = AtopTask(made, AtopConfig(cls_delay=0))
     fit(task, x, y, purify_fast.training.FitConfig(1, 4), progress=False)
     assert capsys.readouterr().err == ""

@@ -219,7 +219,7 @@ def test_gradients_are_exact(transform, aggregation):
 def test_bfloat16_trains_with_a_discriminator(transform):
     made = defence(transform=transform, sigma=0.1)
     attack = TrainingAttack(eps=0.1, steps=2)
-    options = {"attack_method": "pgd", "attack_target": "pipeline", "attack": attack, "cls_delay_epochs": 0}
+    options = {"attack_method": "pgd", "attack_target": "pipeline", "attack": attack, "cls_delay": 0}
     config = AtopConfig(precision="bfloat16", gan_grad=True, discriminator_width=2, learning_rate=1e-3, **options)
     task, x = AtopTask(made, config), images(8)
     task.model.train()

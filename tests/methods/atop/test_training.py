@@ -177,9 +177,7 @@ def test_fact_14_no_gan_gradient_equals_no_discriminator(tmp_path):
     def trained(gan_weight, **options):
         made = defence()
         gan = {"gan_weight": gan_weight, "discriminator_width": 2} if options["gan_grad"] else {}
-        config = AtopConfig(
-            attack=TrainingAttack(eps=0.1, steps=10), cls_delay_epochs=0, learning_rate=1e-3, **gan, **options
-        )
+        config = AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), cls_delay=0, learning_rate=1e-3, **gan, **options)
         task = AtopTask(made, config)
         fit(task, x, y, FitConfig(2, 8, 3))
         return made.purifier.state_dict()
@@ -197,7 +195,7 @@ def test_each_player_trains_alone():
         made,
         AtopConfig(
             attack=TrainingAttack(eps=0.1, steps=10),
-            cls_delay_epochs=0,
+            cls_delay=0,
             gan_grad=True,
             discriminator_width=2,
             learning_rate=1e-2,
@@ -233,7 +231,7 @@ def test_killed_and_resumed_training_is_the_same(options, tmp_path):
         torch.manual_seed(1)
         return AtopTask(
             made,
-            AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), cls_delay_epochs=1, learning_rate=1e-3, **options),
+            AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), cls_delay=1, learning_rate=1e-3, **options),
         )
 
     class Killed(Exception):
@@ -342,7 +340,7 @@ def test_a_step_of_every_training_moves_the_purifier_alone(attack, target):
         attack_method=attack,
         attack_target=target,
         attack=TrainingAttack(eps=0.1, steps=2 if attack == "pgd" else 10),
-        cls_delay_epochs=0,
+        cls_delay=0,
     )
     loss, _ = training_loss(made, batch(), config)
     loss.backward()
@@ -356,7 +354,7 @@ def test_the_pipeline_is_what_is_attacked():
     losses = {}
     for target in ("classifier", "pipeline"):
         config = AtopConfig(
-            attack_method="pgd", attack_target=target, attack=TrainingAttack(eps=0.2, steps=10), cls_delay_epochs=0
+            attack_method="pgd", attack_target=target, attack=TrainingAttack(eps=0.2, steps=10), cls_delay=0
         )
         losses[target] = float(passes(made, step, config).metrics["cross_entropy"])
     assert losses["pipeline"] > losses["classifier"]

@@ -1,4 +1,4 @@
-"""The published systems: their numbers and sources, their sizes layer by layer, and that they run."""
+"""The published systems: their sizes layer by layer, and that they run."""
 
 import dataclasses
 import gc
@@ -7,10 +7,10 @@ import hashlib
 import pytest
 import torch
 
-from purify_fast.methods.carso import PRESETS, Carso, CarsoTask
+from purify_fast.methods.carso import CarsoTask
 from purify_fast.methods.carso.config import atom_size
 from purify_fast.methods.carso.official import official_tensors
-from purify_fast.methods.carso.presets import GRADES, preset
+from purify_fast.methods.carso.recipes import RECIPES, system
 from purify_fast.models.classifiers import FullyConnected, SmallCNN, WideResNet
 from purify_fast.training import Batch
 
@@ -22,32 +22,12 @@ def parameters(*modules):
 def on_meta(name):
     """The whole system, without its memory."""
     with torch.device("meta"):
-        return Carso.from_preset(name, PRESETS[name].build_classifier())
+        return RECIPES[name].defence(RECIPES[name].build_classifier())
 
 
 @pytest.fixture(scope="module")
 def systems():
-    return {name: on_meta(name) for name in PRESETS}
-
-
-def numbers():
-    for name, made in PRESETS.items():
-        for field in dataclasses.fields(made):
-            value = getattr(made, field.name)
-            first = value[0] if isinstance(value, tuple) and value else value
-            if isinstance(first, (int, float)):
-                yield name, field.name
-
-
-@pytest.mark.parametrize(("name", "field"), list(numbers()))
-def test_every_number_has_a_source_and_none_is_unverified(name, field):
-    grade = PRESETS[name].sources[field].split()[0]
-    assert grade in GRADES and grade != "M"
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_source_is_of_a_number(name):
-    assert set(PRESETS[name].sources) == {field for made, field in numbers() if made == name}
+    return {name: on_meta(name) for name in RECIPES}
 
 
 @pytest.mark.parametrize(
@@ -163,77 +143,65 @@ def test_full_size_tensors_have_the_official_names_and_shapes(systems, part, cou
     ],
 )
 def test_fact_11_eps_in_pixels_as_the_official_code_scales_it(name, weak, strong):
-    made = PRESETS[name]
-    scaled = made.method(official_code=True).for_statistics(made.std)
+    made = RECIPES[name]
+    scaled = made.config(official_code=True).for_statistics(made["data.std"])
     assert scaled.attack.eps == pytest.approx(strong, abs=1e-7) and scaled.attack.eps / 2 == pytest.approx(
         weak, abs=1e-7
     )
-    assert made.method().for_statistics(made.std).attack.eps == 8 / 255
+    assert made.config().for_statistics(made["data.std"]).attack.eps == 8 / 255
 
 
 @pytest.mark.parametrize(
     ("name", "clean", "atom"), [("cifar10", 320, 80), ("cifar100", 544, 24), ("tiny_imagenet", 128, 0)]
 )
 def test_fact_12_what_one_official_process_sees(name, clean, atom):
-    made = PRESETS[name]
-    local = made.batch_size // made.processes
-    config = made.method(official_code=True)
+    made = RECIPES[name]
+    local = made["loop.batch_size"] // made["run.processes"]
+    config = made.config(official_code=True)
     assert atom_size(local, config.adversarial_fraction, config.allow_no_adversarial) == atom
     assert local - 4 * atom == clean
     assert config.allow_no_adversarial == (atom == 0)
-    assert made.method().adversarial_fraction == {"cifar10": 0.5, "cifar100": 0.15, "tiny_imagenet": 0.01}[name]
+    assert made.config().adversarial_fraction == {"cifar10": 0.5, "cifar100": 0.15, "tiny_imagenet": 0.01}[name]
 
 
-def test_peak_rates_are_those_of_one_official_process():
-    for name in ("cifar10", "cifar100", "tiny_imagenet"):
-        made = PRESETS[name]
-        assert made.learning_rate == pytest.approx(1e-4 * made.batch_size / made.processes)
-    assert PRESETS["mnist_v1"].learning_rate == pytest.approx(3e-5 * PRESETS["mnist_v1"].batch_size)
-
-
-def test_methods_and_loops_are_the_papers():
-    for name, made in PRESETS.items():
-        config, loop = made.method(), made.loop()
-        assert (config.attack.steps, config.attack.alpha, config.beta, config.reduction) == (40, 0.01, 1.0, "sum")
-        assert config.kl_delay == (0 if name == "mnist_v1" else 0.125)
-        assert (loop.epochs, loop.batch_size) == (made.epochs, made.batch_size)
-        assert not loop.padding and not loop.flip
-    task = CarsoTask(Carso.from_preset("mnist_v1", FullyConnected()), PRESETS["mnist_v1"].method())
+def test_the_optimizer_is_radam_within_lookahead():
+    task = RECIPES["mnist_v1"].task(RECIPES["mnist_v1"].defence(FullyConnected()))
     assert task.optimizer.k == 5 and task.optimizer.alpha == 0.8
     assert isinstance(task.optimizer.inner, torch.optim.RAdam)
 
 
 def test_unknown_names_and_other_classifiers_are_refused():
     with pytest.raises(ValueError, match="one of cifar10, cifar100, tiny_imagenet, mnist_v1, got 'imagenet'"):
-        preset("imagenet")
+        system("imagenet")
     with pytest.raises(ValueError, match="no module 'layer"):
-        Carso.from_preset("cifar10", SmallCNN(3, 10, (32, 32)))
+        system("cifar10").defence(SmallCNN(3, 10, (32, 32)))
     with (
         torch.device("meta"),
-        pytest.raises(ValueError, match=r"it has 7 classes, cifar10 \(CIFAR-10\) has 10"),
+        pytest.raises(ValueError, match=r"it has 7 classes, carso/cifar10 \(cifar10\) has 10"),
     ):
-        Carso.from_preset("cifar10", WideResNet(28, 1, 7))
+        system("cifar10").defence(WideResNet(28, 1, 7))
 
 
-def test_changes_take_the_place_of_the_presets():
-    made = Carso.from_preset("cifar10", WideResNet(28, 1), samples=2, cond_dim=6, latent_dim=4)
+def test_changes_take_the_place_of_the_recipes():
+    made = system("cifar10").defence(WideResNet(28, 1), samples=2, cond_dim=6, latent_dim=4)
     assert made.samples == 2 and made.latent_dim == 4
     assert made.arguments["decoder"][0] == [256, 3, 3] and made.arguments["mean"] == [0.4914, 0.4822, 0.4465]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_builds_trains_a_step_and_predicts(name):
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_system_builds_trains_a_step_and_predicts(name):
     """At full size. Four images, one of each attack; one step of PGD."""
-    made = PRESETS[name]
+    made = RECIPES[name]
     torch.manual_seed(0)
-    task = CarsoTask(
-        Carso.from_preset(name, made.build_classifier()),
-        dataclasses.replace(made.method(), adversarial_fraction=1.0, steps=1),
-    )
+    config = made.config()
+    quick = dataclasses.replace(config, adversarial_fraction=1.0, attack=dataclasses.replace(config.attack, steps=1))
+    task = CarsoTask(made.defence(made.build_classifier()), quick)
     defence = task.model.train()
     x = torch.rand(4, *made.image_shape)
-    batch = Batch(x, torch.arange(4), torch.arange(4), seed=0, epoch=made.epochs - 1, epochs=made.epochs)
+    batch = Batch(
+        x, torch.arange(4), torch.arange(4), seed=0, epoch=made["loop.epochs"] - 1, epochs=made["loop.epochs"]
+    )
     before = defence.decoder.stack[0].weight.detach().clone()
     loss, terms = task.training_step(batch)
     loss.backward()
@@ -246,4 +214,4 @@ def test_every_preset_builds_trains_a_step_and_predicts(name):
     defence.samples = 2  # of K: each is a whole pass of the classifier
     with torch.no_grad():
         logits = defence.eval()(x[:1])
-    assert logits.shape == (1, made.num_classes) and logits.isfinite().all()
+    assert logits.shape == (1, made["data.num_classes"]) and logits.isfinite().all()

@@ -1,0 +1,59 @@
+"""A training is called as published only beside the recipe that it followed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+
+from benchmarks import pages, sentences  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "One, two. Here CARSO was trained as published, on digits. It follows `carso/cifar10`.",
+        "As\npublished, it keeps 42.1 %.",
+        "> trained as\n> published.",
+        "| CARSO as published | 48.4 |\n| carso/cifar10 | 1.0 |",
+        "- It is AToP As Published\n- `atop/cifar_rt2` is a recipe",
+        "trained as published by benchmarks/results/carso/cifar10.py",
+    ],
+)
+def test_a_claim_without_a_recipe_is_found(text):
+    assert len(sentences.claims(text)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "This one was trained as published (`carso/cifar10`).",
+        "Trained as\npublished,\nwhich is `atop/cifar_rt2` in everything, it keeps 1.5 %.",
+        "It was published in 2024, as everyone knows.",
+        "| as published | a training that followed arrest/resnet18 |",
+    ],
+)
+def test_a_claim_with_its_recipe_and_other_words_are_not(text):
+    assert sentences.claims(text) == []
+
+
+def test_the_check_names_file_line_and_sentence(tmp_path, monkeypatch):
+    card = tmp_path / "purify_fast" / "zoo" / "models" / "one" / "card.json"
+    for path in (card, tmp_path / "docs" / "deep" / "page.md", tmp_path / "docs" / "api" / "made.md"):
+        path.parent.mkdir(parents=True)
+    card.write_text(json.dumps({"name": "one", "title": "CARSO, trained as published."}, indent=1))
+    (tmp_path / "docs" / "deep" / "page.md").write_text("# A page\n\nAll is well. AToP as\npublished loses.\n")
+    (tmp_path / "docs" / "api" / "made.md").write_text("As published.")
+    (tmp_path / "README.md").write_text("CARSO as published (`carso/cifar10`).")
+    what = "says as published, and names no recipe such as carso/cifar10"
+    assert sentences.check(tmp_path) == [
+        f"docs/deep/page.md:3: {what}: AToP as published loses.",
+        f"purify_fast/zoo/models/one/card.json:3: {what}: CARSO, trained as published.",
+    ]
+    monkeypatch.setattr(sentences, "check", lambda: ["README.md:1: found"])
+    assert "README.md:1: found" in pages.check(ROOT / "benchmarks" / "results")

@@ -1,0 +1,73 @@
+"""docs/extend.md leads to an op with gradients: its files, as they stand there, run in a copy of the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "extend.md").read_text()
+#: What a reader tries first. With a kernel the op is opaque: then its function alone knows the gradient.
+TRIED = """
+import torch
+from purify_fast.ops import REGISTRY, _examples, _op, swish
+
+for plain in (True, False):
+    _op.Op.plain = lambda *_: plain
+    x = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
+    y = swish(x)
+    y.sum().backward()
+    assert torch.equal(y.detach(), x.detach() * x.detach().sigmoid())
+    assert torch.autograd.gradcheck(swish, x)
+    assert x.grad.abs().min() > 0.01, x.grad
+for name in ("swish", "swish_backward"):
+    for example in _examples.of(name):
+        torch.library.opcheck(REGISTRY[name].handle, example.make(torch.float32, 0))
+"""
+
+
+def files() -> dict[str, str]:
+    """By their paths, the files and additions of the page."""
+    blocks = re.findall(r"^```py\n# (\S+)\n(.*?)^```", PAGE, re.S | re.M)
+    assert len(blocks) == len(dict(blocks)) == 4
+    return dict(blocks)
+
+
+def followed(copy: Path) -> None:
+    """Do what the page says, in a copy of what an op consists of."""
+    unneeded = shutil.ignore_patterns("__pycache__", "models", "results", "studies", "pipelines")
+    for folder in ("purify_fast/ops", "benchmarks/ops", "kernels", "tests/ops"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=unneeded)
+    (copy / "purify_fast" / "kernels").symlink_to("../kernels")
+    for path in [
+        *(ROOT / "purify_fast").glob("*.*"),
+        *(ROOT / "benchmarks").glob("*.py"),
+        ROOT / "tests" / "conftest.py",
+    ]:
+        shutil.copy(path, copy / path.relative_to(ROOT))
+    for path, text in files().items():
+        with (copy / path).open("a") as file:
+            file.write(f"\n\n{text}")
+    registry = copy / "benchmarks" / "ops" / "__init__.py"
+    text = registry.read_text()
+    assert text.count(" stitch,") == 2
+    registry.write_text(text.replace(" stitch,", " stitch, swish,"))
+
+
+def run(copy: Path, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=copy, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(copy), "PURIFY_FAST_CACHE": str(copy / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_op_of_the_page_has_gradients(tmp_path):
+    followed(tmp_path)
+    run(tmp_path, "-c", TRIED)
+    options = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "swish")
+    run(tmp_path, "-m", "pytest", "tests/ops/test_gradients.py", *options)

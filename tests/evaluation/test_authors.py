@@ -1,0 +1,98 @@
+"""The protocol "authors" repeats how others evaluate: a model of theirs is attacked and judges, in no headline."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from small_models import Linear
+
+from purify_fast.attacks import PGD, AutoAttack
+from purify_fast.evaluation import AttackSpec, Report, evaluate
+from purify_fast.evaluation.page import html_page
+from purify_fast.evaluation.protocols import AS_A_CLASSIFIER
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUIET = {"eps": 0.05, "progress": False}
+
+
+class Opposite(nn.Module):
+    """Another model, which is right where the defence is wrong."""
+
+    def __init__(self, defence):
+        super().__init__()
+        self.defence = defence
+
+    def forward(self, x):
+        return -self.defence(x)
+
+
+@pytest.fixture
+def trio():
+    torch.manual_seed(0)
+    model, x = Linear(3 * 4 * 4, classes=5).eval(), torch.rand(6, 3, 4, 4)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    return model, x, y
+
+
+def test_a_judge_is_attacked_and_judges_whatever_the_defence_says(trio):
+    model, x, _ = trio
+    y = model(x).argmin(1)
+    row = AttackSpec(PGD(steps=2), label="as somebody", judge=Opposite(model))
+    report = evaluate(model, x, y, **QUIET | {"eps": 1e-6}, attacks=[row, PGD(steps=3)])
+    assert report.row("clean").accuracy == report.headline.accuracy == 0
+    judged = report.row("as somebody")
+    assert judged.accuracy == 1 and judged.kind == "authors" and judged.settings["attacked"] == 6
+    assert judged.health["gradients"] == 12 and judged.settings["judge"] == "Opposite"
+    strong = evaluate(model, x, y, **QUIET | {"eps": 1.0}, attacks=[row])
+    assert strong.row("as somebody").accuracy == 0
+
+
+def test_its_rows_are_in_no_headline_and_no_worst(trio, tmp_path):
+    model, x, y = trio
+    theirs = AttackSpec(PGD(steps=20), label="as somebody", judge=Opposite(model))
+    report = evaluate(model, x, y, **QUIET | {"eps": 1e-6}, attacks=[theirs, PGD(steps=2)], out=tmp_path)
+    assert report.row("as somebody").accuracy == 0 and report.row("worst").settings["over"] == ["PGD-2 ce"]
+    assert report.headline.accuracy == 1 and report.row("PGD-2 ce").settings["attacked"] == 6
+    kept = evaluate(model, x, y, **QUIET | {"eps": 1e-6}, attacks=[theirs], out=tmp_path)
+    assert kept.row("as somebody").seconds == report.row("as somebody").seconds
+    for found in (kept, Report.from_json(kept.to_json())):
+        assert found.headlines == {} and "worst" not in found.attacks
+        for text in (found.to_text(), found.to_markdown(), html_page(found, model)):
+            assert "repeat an evaluation of others" in " ".join(text.split()) and "withstand every" not in text
+    assert "Nothing attacked this model" not in html_page(kept)
+
+
+@pytest.mark.parametrize("more", [{"target": nn.Flatten()}, {"aggregation": "lse"}, {"survivors_only": True}])
+def test_what_does_not_go_with_a_judge(more):
+    with pytest.raises(ValueError, match="a judge is attacked itself, or judges attacks on the target 'classifier'"):
+        AttackSpec(PGD(), label="as somebody", judge=nn.Flatten(), **more)
+    with pytest.raises(ValueError, match=r"the label says whose evaluation it is: 'as \.\.\.', got None"):
+        AttackSpec(PGD(), judge=nn.Flatten())
+    with pytest.raises(TypeError, match="judge must be a model, got 'me'"):
+        AttackSpec(PGD(), judge="me")
+
+
+def test_a_plain_classifier_is_judged_by_autoattack_alone(trio):
+    pytest.importorskip("pyautoattack")
+    model, x, y = trio
+    report = evaluate(model, x, y, **QUIET, protocol="authors", base=Linear(48, classes=5))
+    assert report.attacks == ["clean", AS_A_CLASSIFIER] and report.headlines == {}
+    own = evaluate(model, x, y, **QUIET, attacks=[AutoAttack()]).row("AutoAttack standard")
+    row = report.row(AS_A_CLASSIFIER)
+    assert 0 < own.accuracy < 1 and row.robust.tolist() == own.robust.tolist()
+    assert report.about["protocol"] == "authors" and "defence" not in report.curves
+
+
+def test_it_says_early_what_is_missing(monkeypatch):
+    for package in ("pyautoattack", "autoattack"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match="AutoAttack is not installed"):
+        evaluate(lambda x: pytest.fail("it was asked"), torch.rand(2, 3, 4, 4), torch.zeros(2).long(), **QUIET,
+                 protocol="authors")  # fmt: skip

@@ -1,0 +1,176 @@
+"""Delayed terms of a loss: refused where they never act, told in log and file, and epochs of other lengths."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from purify_fast import load_defence
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.models import build_classifier
+from purify_fast.training import FitConfig, TrainingAttack, fit
+from purify_fast.training.length import NeverActs, RunLength
+from purify_fast.training.sources import InMemory
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ATTACK = TrainingAttack(eps=0.1, steps=1)
+
+
+def images(count=12):
+    torch.manual_seed(0)
+    return (255 * torch.rand(count, 3, 8, 8)).to(torch.uint8), torch.arange(count) % 10
+
+
+def atop(**settings):
+    torch.manual_seed(0)
+    defence = Atop(build_classifier("small_cnn", (3, 8, 8), 10, width=2), SmallGenerator(3, width=4), (3, 8, 8))
+    return AtopTask(defence, AtopConfig(**settings))
+
+
+def carso(**settings):
+    torch.manual_seed(0)
+    classifier = build_classifier("small_cnn", (3, 16, 16), 10, width=2)
+    return CarsoTask(
+        Carso(classifier, ["conv2"], (3, 16, 16), 8, 4, 2, decoder_width=2), CarsoConfig(attack=ATTACK, **settings)
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs", "message"),
+    [
+        # 3 steps an epoch of 4 images
+        ({"cls_delay": 2, "cls_delay_unit": "epochs"}, 2, r"cls_delay is 2 epochs, .* 2 epochs of 3 steps of 4 images"),
+        ({"cls_delay": 6, "cls_delay_unit": "steps"}, 2, "at step 6 of 6, that is, never"),
+        ({"cls_delay": 21, "cls_delay_unit": "images"}, 2, "at step 6 of 6"),
+        ({}, 1, r"cls_delay is 10000 images, .* set cls_weight to 0 to train without the term"),
+    ],
+)
+def test_a_term_that_never_acts_is_refused_before_the_run(settings, epochs, message, tmp_path):
+    x, y = images()
+    with pytest.raises(NeverActs, match=message):
+        fit(atop(**settings), x, y, FitConfig(epochs, 4), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    # a delay that is one shorter leaves the last step
+    shorter = {"cls_delay": 5, "cls_delay_unit": "steps"}
+    assert "cross_entropy" in fit(atop(**shorter), x, y, FitConfig(2, 4), progress=False)
+    assert "cross_entropy" not in fit(atop(cls_weight=0.0), x, y, FitConfig(1, 4), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs", "acts"),
+    [
+        # an eighth of 4 epochs, rounded up; the weight is 0 in the epoch in which it begins to rise
+        ({}, 4, 4), ({"kl_delay": 1, "kl_delay_unit": "epochs"}, 3, 4), ({"kl_delay": 0.0}, 1, 0),
+        ({"kl_delay": 3, "kl_delay_unit": "steps"}, 4, 4), ({"kl_delay": 16, "kl_delay_unit": "images"}, 3, 3),
+        ({}, 2, None), ({"kl_delay": 1.0}, 8, None), ({"kl_delay": 8, "kl_delay_unit": "steps"}, 4, None),
+    ],
+)  # fmt: skip
+def test_the_kl_term_acts_from_the_step_that_is_told(settings, epochs, acts):
+    task, length = carso(**settings), RunLength(epochs, 2, 8, 16)
+    if acts is None:
+        with pytest.raises(NeverActs, match=r"kl_delay is .* the term that beta 1 weights"):
+            task.terms(length)
+        return
+    assert task.terms(length) == {"reconstruction": 0, "kl": acts}
+
+
+def test_log_and_file_say_from_which_step_on_a_term_acts(tmp_path):
+    x, y = images()
+    task = atop(cls_delay=9, cls_delay_unit="images")
+    fit(task, x, y, FitConfig(2, 4), tmp_path, progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    # 8 images are behind step 2, 12 behind step 3: the term acts in the second epoch alone
+    assert all(row["acts_from_step"] == {"reconstruction": 0, "cross_entropy": 3} for row in rows)
+    assert ["cross_entropy" in row for row in rows] == [False, True]
+    task.defence.save(tmp_path / "saved")
+    again = load_defence(tmp_path / "saved", task.defence.classifier)
+    assert again.acts_from_step == {"reconstruction": 0, "cross_entropy": 3}
+
+
+def test_a_metric_is_the_mean_over_the_steps_that_measure_it_also_after_a_resume(tmp_path):
+    """The term acts from the second of three steps on: its mean is over two."""
+    x, y = images()
+    seen = []
+
+    class Watch:
+        def on_step(self, state):
+            if "cross_entropy" in state.metrics:
+                seen.append(float(state.metrics["cross_entropy"]))
+
+        def on_epoch(self, state):
+            pass
+
+        def on_end(self, state):
+            pass
+
+    settings = {"cls_delay": 1, "cls_delay_unit": "steps"}
+    last = fit(atop(**settings), x, y, FitConfig(1, 4), progress=False, callbacks=[Watch()])
+    assert len(seen) == 2 and last["cross_entropy"] == pytest.approx(sum(seen) / 2)
+
+    class Stop(Watch):
+        def on_step(self, state):
+            if state.step == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(atop(**settings), x, y, FitConfig(1, 4, checkpoint_seconds=0), tmp_path, progress=False, callbacks=[Stop()])
+    assert fit(atop(**settings), x, y, FitConfig(1, 4, checkpoint_seconds=0), tmp_path, progress=False) == last
+
+
+def test_the_last_batch_is_kept_if_asked_and_epochs_are_cut_off():
+    x, y = images(10)
+    whole = InMemory(x, y, FitConfig(1, 4, drop_last=False), 0, 1)
+    assert (whole.steps, whole.images) == (3, 10)
+    sizes = [len(ids) for _, _, ids in whole.epoch(0, 0)]
+    assert sizes == [4, 4, 2]
+    cut = InMemory(x, y, FitConfig(3, 4, steps_per_epoch=1), 0, 1)
+    epochs = [torch.cat([ids for _, _, ids in cut.epoch(k, 0)]) for k in range(3)]
+    assert all(len(ids) == 4 for ids in epochs) and (cut.steps, cut.images) == (1, 4)
+    # every epoch draws from all images again
+    assert len(set(torch.cat(epochs).tolist())) > 4
+    with pytest.raises(
+        ValueError, match="steps_per_epoch must be at most 2, the steps of a pass over the images, got 3"
+    ):
+        InMemory(x, y, FitConfig(1, 4, steps_per_epoch=3), 0, 1)
+    with pytest.raises(ValueError, match="a last batch of 2 images, which 4 processes cannot share evenly"):
+        InMemory(x, y, FitConfig(1, 4, drop_last=False), 0, 4)
+    assert RunLength(2, 3, 4, 10).images_before(4) == 14 and RunLength(2, 3, 4, 10).last_batch == 2
+
+
+def test_a_last_batch_that_carso_cannot_attack_is_refused_before_the_run():
+    x, y = (255 * torch.rand(10, 3, 16, 16)).to(torch.uint8), torch.arange(10) % 10
+    with pytest.raises(ValueError, match=r"drop_last False keeps a last batch of 2 images: adversarial_fraction 0.5"):
+        fit(carso(kl_delay=0.0), x, y, FitConfig(1, 8, drop_last=False), progress=False)
+
+
+def test_a_delay_in_images_needs_to_know_the_batch():
+    x, y = images()
+    batches = [(x[:4], y[:4]), (x[4:8], y[4:8])]
+    with pytest.raises(ValueError, match="give the delay in steps"):
+        fit(atop(cls_delay=4), batches, None, FitConfig(2), progress=False)
+    assert isinstance(fit(atop(cls_delay=1, cls_delay_unit="steps"), batches, None, FitConfig(1), progress=False), dict)
+
+
+def test_the_doubled_range_of_the_released_code_reaches_the_classifier():
+    """What the classifier is given in the cross-entropy is 2x - 1 of what it is given everywhere else."""
+    seen = {}
+
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(192, 10)
+
+        def forward(self, x):
+            seen["least"] = min(seen.get("least", 1.0), float(x.detach().min()))
+            return self.layer(x.flatten(1))
+
+    x, y = images()
+    for kind, negative in (("unit", False), ("doubled", True)):
+        seen.clear()
+        defence = Atop(Spy(), SmallGenerator(3, width=4), (3, 8, 8))
+        fit(AtopTask(defence, AtopConfig(cls_delay=0, classifier_range=kind)), x, y, FitConfig(1, 4), progress=False)
+        assert (seen["least"] < 0) is negative
