@@ -124,7 +124,7 @@ class FixedNoise(Protocol):
     """Can make its randomness a function of a seed."""
 
     def fixed_noise(self, seed: int) -> contextlib.AbstractContextManager[Any]:
-        """Within the block, every image gets the same draws, made from ``seed``."""
+        """Within the block, every image gets the same draws in every call, made from ``seed`` alone."""
 
 
 @runtime_checkable

@@ -62,7 +62,7 @@ def attacked(
     report = setting.attacked(
         model, n, list(attacks), eps=eps, norm=norm, steps=steps, n_eval=3, seed=seed, progress=False
     )
-    healthy = all(r.reliable for r in report.rows if r.kind != "autoattack")
+    healthy = all(r.reliable for r in report.rows if r.kind not in ("autoattack", "worst"))
     return {key: report.row(row).accuracy for key, row in rows.items()} | {"gradients": "healthy" if healthy else "BAD"}
 
 

@@ -42,7 +42,8 @@ def conclude(report: Report, measure: Measure, before: Before | None) -> None:
     broken = not set(doubts).isdisjoint(INCONSISTENT)
     for row in report.rows:
         # what has fallen has fallen: where nothing is left, no attack was stopped by anything
-        if row.kind == "worst" and row.threat is None and doubts and (row.accuracy > 0 or broken):
+        headline = row.kind == "worst" and row.threat is None and row.deployed
+        if headline and doubts and (row.accuracy > 0 or broken):
             row.reliable = False
             row.settings["doubts"] = doubts
 
@@ -71,5 +72,5 @@ def _left(evidence: Evidence) -> Tensor:
     """Which of the first images withstood every attack on the model as it is, bool ``[n]``; none without an attack."""
     full = max(row.n for row in evidence.rows)
     n = min(PROBED, full)
-    masks = [torch.from_numpy(row.robust[:n]) for row in evidence.attacks() if row.n >= n and row.variant == "random"]
+    masks = [torch.from_numpy(row.robust[:n]) for row in evidence.attacks() if row.n >= n]
     return torch.stack(masks).all(0) if masks else torch.zeros(n, dtype=torch.bool)

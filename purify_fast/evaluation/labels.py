@@ -24,6 +24,15 @@ def clean_name(variant: Variant) -> str:
     return f"clean{_VARIANTS[variant]}"
 
 
+def tried_name(attack: str) -> str:
+    """The name of the row of what an attack on a variant found, tried on the model as it is deployed.
+
+    Args:
+        attack: the name of the attack's own row.
+    """
+    return f"{attack}, tried on the deployed defence"
+
+
 def ball_name(norm: str, eps: float) -> str:
     """A threat model in words, such as ``L-inf 8/255``."""
     return f"{_NORMS[norm]} {short(eps)}"

@@ -17,17 +17,36 @@ from ..attacks.bpda import classifier_of
 from ..defences.aggregation import WithAggregation
 from ..protocols import Classifier, has_classifier
 from .batchwise import attack_batchwise
-from .labels import ALONE, clean_name, row_name, threat_name
-from .partial_row import PartialRow
+from .labels import ALONE, clean_name, row_name, threat_name, tried_name
+from .partial_row import Batch, PartialRow
 from .progress import Progress
 from .row_cache import RowCache
-from .rows import AUTHORS, Examples, Row
+from .rows import AUTHORS, VARIANTS_APART, Examples, Row
 from .specs import CLASSIFIER, AttackSpec
 from .subject import Judgement, Subject, Variant
 from .watched import watched
 
 #: Attacked images kept with each row, for the pictures.
 EXAMPLES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """What an attack made of the images.
+
+    Args:
+        spec: the attack.
+        images: all images, attacked or not, ``[n, C, H, W]``.
+        index: which of them were attacked, int64.
+        sums: health and time, over the batches.
+        settings: what is known of the attack's settings only after it.
+    """
+
+    spec: AttackSpec
+    images: Tensor
+    index: Tensor
+    sums: Batch
+    settings: dict[str, Any]
 
 
 class Measure:
@@ -47,6 +66,8 @@ class Measure:
         self.subject, self.context, self.name = subject, context, name
         self.cache, self.progress = cache, progress
         self._clean: dict[Variant, Row] = {}
+        # the last one, whose images may be tried on another variant
+        self._search: _Search | None = None
 
     def clean(self, variant: Variant) -> Row:
         """The row of the clean images."""
@@ -63,7 +84,7 @@ class Measure:
             spec: the attack.
             left: bool ``[n]``, which images earlier attacks on the variant left right.
         """
-        alive = (left if spec.survivors_only else self.clean(spec.variant).robust)[: spec.max_images]
+        alive = self._alive(spec, spec.variant, left)
         if spec.judge is not None:
             # what the defence gets wrong, its authors' model may get right
             alive = np.ones_like(alive)
@@ -76,13 +97,45 @@ class Measure:
         row.attack, row.threat = self.name_of(spec), threat_name(spec, self.context)
         return self._said(row)
 
+    def tried(self, spec: AttackSpec, left: np.ndarray, left_deployed: np.ndarray) -> Row:
+        """The row of what an attack on a variant found, judged by the deployed model in fresh draws.
+
+        Args:
+            spec: the attack.
+            left: bool ``[n]``, which images earlier attacks on the variant left right.
+            left_deployed: bool ``[n]``, which images earlier rows left right of the deployed model.
+        """
+        alive, standing = self._alive(spec, spec.variant, left), self._alive(spec, "random", left_deployed)
+        attacked = self._settings(spec)
+        settings = attacked | {
+            "variant": "random",
+            "attacked": int((alive & standing).sum()),
+            "n_eval": self.subject.judges("random"),
+            # it follows the gradients of another model than the deployed one
+            "target": f"{attacked['target']}, {VARIANTS_APART[spec.variant]}",
+        }
+        images = {"alive": digest(torch.from_numpy(alive)), "standing": digest(torch.from_numpy(standing))}
+        at = self.progress.at
+        row = self._kept(
+            settings | images, spec, lambda kept: self._measure_tried(spec, alive, standing, settings, kept)
+        )
+        self.progress.at = at
+        row.attack, row.threat = tried_name(self.name_of(spec)), threat_name(spec, self.context)
+        return self._said(row)
+
+    def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
+        """Which of its images an attack is given, of those that a variant classifies correctly."""
+        return (left if spec.survivors_only else self.clean(variant).robust)[: spec.max_images]
+
     def name_of(self, spec: AttackSpec) -> str:
         """What an attack's row is called."""
         return row_name(spec, self.context, len(self.subject.y))
 
     def _said(self, row: Row) -> Row:
-        """The row, which says whether the model is random; no part of the key, and not in rows kept earlier."""
+        """The row, with what is no part of the key and not in rows kept earlier."""
         row.settings["deterministic"] = not self.subject.is_random
+        # an attack that left nothing lacked nothing
+        row.reliable = row.reliable or not row.robust.any()
         return row
 
     def _settings(self, spec: AttackSpec) -> dict[str, Any]:
@@ -158,7 +211,8 @@ class Measure:
             "nonfinite_predictions": judged.nonfinite,
         }
 
-    def _measure_attack(self, spec: AttackSpec, alive: np.ndarray, settings: dict[str, Any], kept: PartialRow) -> Row:
+    def _attack(self, spec: AttackSpec, alive: np.ndarray, kept: PartialRow) -> _Search:
+        """Run an attack on the images that it is given."""
         subject, attack, label = self.subject, spec.resolved, self.name_of(spec)
         index = torch.from_numpy(alive).nonzero()[:, 0]
         subject.reseed("attack")
@@ -169,7 +223,7 @@ class Measure:
                 self.context, draws_differ=differ, gradients_from=spec.gradients_from, seed=subject.seed + spec.seed
             )
             # of a target that predicts the same every time one draw is enough
-            settings |= {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
+            settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
             cost = attack.cost(context)
             with self.progress.row(label, None if cost is None else cost * len(index)) as bar:
                 adversarial, done = attack_batchwise(
@@ -179,21 +233,45 @@ class Measure:
         settings |= {name: value for name, value in told.items() if value}
         if isinstance(attack, AutoAttack):
             settings.setdefault("warnings", [])
-        found, health = adversarial[: len(alive)], done.health
+        return _Search(spec, adversarial[: len(alive)], index, done, settings)
+
+    def _measure_attack(self, spec: AttackSpec, alive: np.ndarray, settings: dict[str, Any], kept: PartialRow) -> Row:
+        search = self._attack(spec, alive, kept)
+        self._search = None if spec.variant == "random" else search
         begin = time.perf_counter()
-        judged = subject.judge(found, spec.variant, "judge", spec.judge)
+        judged = self.subject.judge(search.images, spec.variant, "judge", spec.judge)
         # what was not attacked counts as lost
-        right = judged.right & alive
+        row = self._judged(search, settings, judged, judged.right & alive)
+        health = search.sums.health
+        row.health = health if health["gradients"] else None
+        row.seconds = search.sums.seconds + time.perf_counter() - begin
+        return row
+
+    def _measure_tried(
+        self, spec: AttackSpec, alive: np.ndarray, standing: np.ndarray, settings: dict[str, Any], kept: PartialRow
+    ) -> Row:
+        # its images are gone where the attack's own row was kept by an earlier run
+        search, self._search = self._search, None
+        if search is None or search.spec is not spec:
+            search = self._attack(spec, alive, kept)
+        begin = time.perf_counter()
+        judged = self.subject.judge(search.images, "random", "judge")
+        # an image falls only by what the attack made of it
+        row = self._judged(search, settings, judged, (judged.right | ~alive) & standing)
+        row.seconds = time.perf_counter() - begin
+        return row
+
+    def _judged(self, search: _Search, settings: dict[str, Any], judged: Judgement, right: np.ndarray) -> Row:
+        """A row of what an attack made of the images, from the predictions that count."""
         return Row(
-            attack=label,
-            kind=attack.kind if spec.judge is None else AUTHORS,
-            variant=spec.variant,
-            robust=right.all(0),
-            seconds=done.seconds + time.perf_counter() - begin,
-            health=health if health["gradients"] else None,
-            reliable=GradientHealth(dict(health)).reliable,
-            settings=settings,
-            examples=_examples(subject, found, index, judged),
+            attack=self.name_of(search.spec),
+            kind=search.spec.resolved.kind if search.spec.judge is None else AUTHORS,
+            variant=settings["variant"],
+            robust=np.asarray(right.all(0)),
+            seconds=0.0,
+            reliable=GradientHealth(dict(search.sums.health)).reliable,
+            settings=settings | search.settings,
+            examples=_examples(self.subject, search.images, search.index, judged),
             margins=judged.margins,
             **self._common(judged, right),
         )

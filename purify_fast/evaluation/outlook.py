@@ -32,7 +32,7 @@ class Outlook:
 
 
 def outlook(evidence: Evidence) -> Outlook | None:
-    """The estimate for one model, from its attacks on all images; None without any.
+    """The estimate for one model, from its attacks on all images; None without any, and where no image is left.
 
     Args:
         evidence: rows and probes of the model.
@@ -42,6 +42,8 @@ def outlook(evidence: Evidence) -> Outlook | None:
     if not fallen:
         return None
     robust = np.logical_and.reduce([row.robust for row, _ in fallen])
+    if not robust.any():
+        return None
     signs = [_last_gain(fallen, full), _unseen(fallen, full), _margins(fallen, robust), _steps(evidence, robust)]
     known = [sign for sign in signs if sign is not None]
     points = min(max(points for points, _ in known), float(robust.mean()))
@@ -94,7 +96,7 @@ def _unseen(fallen: Fallen, n: int) -> tuple[float, str] | None:
 def _margins(fallen: Fallen, robust: np.ndarray) -> tuple[float, str] | None:
     """How near the images that are left came to falling, against what the last gradient attack gained on them."""
     measured = [row.margins for row, _ in fallen if row.margins is not None and row.health is not None]
-    if len(measured) < 2 or not robust.any():
+    if len(measured) < 2:
         return None
     before = np.minimum.reduce(measured[:-1])[robust]
     last = measured[-1][robust]
@@ -118,8 +120,10 @@ def _steps(evidence: Evidence, robust: np.ndarray) -> tuple[float, str] | None:
         return None
     (a, before), (b, after) = evidence.probes.steps[-2:]
     gain = max(0.0, before - after)
-    flat = "the curve is flat" if gain * evidence.probes.n < 1.5 else "the curve is not flat"
+    # one image more or less is luck
+    gains = gain * evidence.probes.n >= 1.5
+    means = "further steps still find more" if gains else "further steps find hardly more"
     return (
-        0.0 if flat.endswith("is flat") else gain * float(robust.mean()),
-        (f"PGD leaves {100 * before:.0f} % after {a:.0f} steps and {100 * after:.0f} % after {b:.0f}: {flat}"),
+        gain * float(robust.mean()) if gains else 0.0,
+        f"a short PGD leaves {100 * before:.0f} % after {a:.0f} steps and {100 * after:.0f} % after {b:.0f}: {means}",
     )

@@ -120,7 +120,7 @@ def _legend_of_models(figure: Any, models: Sequence[str], unreliable: bool) -> N
 
     handles = [Patch(color=_color(m), label=model) for m, model in enumerate(models)]
     if unreliable:
-        handles.append(Patch(facecolor="white", edgecolor=_RED, hatch="////", label="unreliable: no usable gradients"))
+        handles.append(Patch(facecolor="white", edgecolor=_RED, hatch="////", label="unreliable"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8)
 
 

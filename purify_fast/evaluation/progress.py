@@ -106,7 +106,7 @@ class Progress:
         if not known and None in rest:
             return "time left not known"
         text = f"{duration(known / self.rate())} left at most"
-        return text if None not in rest else f"{text}, without the rows whose length is not known"
+        return text if None not in rest else f"{text}, and rows whose length is not known"
 
 
 class _Both:

@@ -21,6 +21,7 @@ from .tables import (
     COLUMNS,
     LEGEND,
     RED_UNRELIABLE,
+    about_variants,
     about_zero_errors,
     believable,
     beside_headline,
@@ -95,7 +96,7 @@ class Report:
 
     @property
     def headlines(self) -> dict[str, Row]:
-        """Per model, the attack row of lowest accuracy, in the report's own threat model.
+        """Per model, the attack row of lowest accuracy, in the report's own threat model, of the deployed model.
 
         An unreliable row counts, and so does one that is not adaptive: an attack's success is a success.
         """
@@ -103,7 +104,10 @@ class Report:
 
     @property
     def lowest(self) -> dict[tuple[str, str | None], Row]:
-        """Per model and threat model, None being the report's own, the attack row of lowest accuracy."""
+        """Per model and threat model, None being the report's own, the attack row of lowest accuracy.
+
+        Rows that a variant judged, such as fixed noise, are about a model that nobody deploys and stand beside these.
+        """
 
         def order(row: Row) -> tuple[float, bool, bool]:
             # of equal numbers the one that brings all attacks together, then one that had gradients
@@ -111,7 +115,7 @@ class Report:
 
         best: dict[tuple[str, str | None], Row] = {}
         for row in self.rows:
-            if row.is_attack or row.kind == "worst":
+            if row.deployed and (row.is_attack or row.kind == "worst"):
                 before = best.get((row.model, row.threat))
                 if before is None or order(row) < order(before):
                     best[row.model, row.threat] = row
@@ -119,8 +123,8 @@ class Report:
 
     def _over_all(self, model: str, threat: str | None) -> Row | None:
         """The worst over all images, if there is one."""
-        name = "worst" if threat is None else f"worst, {threat}"
-        return next((row for row in self.rows if (row.model, row.attack) == (model, name)), None)
+        mine = [row for row in self.rows if (row.model, row.threat, row.kind) == (model, threat, "worst")]
+        return max((row for row in mine if row.deployed), key=lambda row: row.n, default=None)
 
     @property
     def headline(self) -> Row:
@@ -196,6 +200,8 @@ class Report:
         for (model, threat), row in sorted(self.lowest.items(), key=lambda item: item[0][1] is not None):
             found = [finding for finding in self.findings if finding.model == model]
             lines.append(headline(model, threat, row, self._over_all(model, threat), found))
+        for model in self.models:
+            lines += [f"- {model}: {text}" for text in about_variants([r for r in self.rows if r.model == model])]
         if len(self.models) > 1:
             lines += ["", "## Comparison", "", "Accuracy ± standard error, %.", "", *self.comparison()]
         lines += ["", "## Every row", ""]
@@ -228,13 +234,14 @@ class Report:
         if len(self.models) > 1:
             return "\n".join([*title, terminal_table(*comparison(self.rows), chosen)])
         table = terminal_table(COLUMNS, [row_cells(row) for row in self.rows], chosen)
-        return "\n".join([*title, table, *self._verdicts(), "", *terminal_legend(self.rows), *self._noted()])
+        legend = terminal_legend(self.rows, self.findings)
+        return "\n".join([*title, table, *self._verdicts(), "", *legend, *self._noted()])
 
     def _verdicts(self) -> list[str]:
         """One line for the lowest number of the model, and one for each alarm that a reader of it must know."""
         threat = self.about.get("threat")
         lines = [verdict(model, row, self.findings, threat) for model, row in self.headlines.items()]
-        return ["", *lines, *(f"- {text}" for text in beside_headline(self.findings))]
+        return ["", *lines, *(f"- {text}" for text in beside_headline(self.findings)), *about_variants(self.rows)]
 
     def _noted(self) -> list[str]:
         """The notes, for a terminal."""
@@ -301,7 +308,7 @@ class Report:
     def _draw(self, folder: Path, defences: Mapping[str, Classifier]) -> None:
         plots.bars(self.rows, folder / "accuracies.png")
         for model in self.models:
-            mine = [row for row in self.rows if row.model == model and row.threat is None]
+            mine = [row for row in self.rows if row.model == model and row.threat is None and row.deployed]
             kept = [row for row in mine if row.examples is not None and row.is_attack]
             # the strongest attack's pictures: those of a weaker one would flatter the model
             row = min(kept, key=lambda r: r.accuracy, default=None)

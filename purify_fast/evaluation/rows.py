@@ -9,8 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from ..attacks import GradientHealth
+
 #: The targets of rows that follow the gradients of the model itself, by its own aggregation or by an attacker's.
 OWN_TARGETS = ("defence", "WithAggregation", "AttackersHead")
+#: Attacks that ask for no gradient.
+GRADIENT_FREE = ("square",)
+#: The modes of a random model that are not the model as it is deployed, in words.
+VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
 #: The kind of a row that repeats an evaluation of others.
 AUTHORS = "authors"
 
@@ -56,9 +62,9 @@ class Row:
         model: the model's name.
         attack: the attack's name; with the model's name it identifies the row.
         kind: ``clean``, an attack's kind, ``worst``, or ``authors``: an evaluation of others, on a model of theirs.
-        variant: which mode of the model was attacked and judged: ``random``, the model as it is, whether it draws
-            random numbers or not; of a random model also ``fixed`` (noise) or ``deterministic``. `describe_variant`
-            says it in words.
+        variant: which mode of the model was judged: ``random``, the model as it is deployed, whether it draws random
+            numbers or not; of a random model also ``fixed`` (noise) or ``deterministic``. `describe_variant` says it in
+            words.
         robust: bool ``[n]``, image by image. Of a clean row: the first prediction was right. Of an attack: the image
             was classified correctly, and all ``n_eval`` predictions on the adversarial image were right.
         mean: mean accuracy of one prediction, over ``n_eval`` of them; of an image that was not attacked, because it
@@ -70,7 +76,8 @@ class Row:
         seconds: wall clock time.
         data: a hash of the images and labels.
         health: counts of the gradients (``gradients nonfinite zero images unmoved``), or None where none were counted.
-        reliable: whether the attack had gradients to work with; if not, the true number may be lower.
+        reliable: whether the attack had gradients to work with, or left nothing anyway; if not, the true number may be
+            lower. Of a ``worst`` row also whether no sign makes it doubtful.
         settings: what was run, in plain values, and whether the model is ``deterministic``.
         threat: the threat model, such as ``L2 0.5``, where it is another than the report's. Such a row is in no
             headline and in no ``worst`` but its own.
@@ -120,6 +127,21 @@ class Row:
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
 
     @property
+    def deployed(self) -> bool:
+        """Whether the model was judged as it is deployed, and not in a mode of its own."""
+        return self.variant not in VARIANTS_APART
+
+    @property
+    def follows_own_gradients(self) -> bool:
+        """Whether the attack followed the gradients of the model that judged it, by any aggregation."""
+        return self.kind not in GRADIENT_FREE and self.settings.get("target", "defence") in OWN_TARGETS
+
+    @property
+    def lacked_gradients(self) -> bool:
+        """Whether the gradients of the attack were counted and were not usable."""
+        return self.health is not None and not GradientHealth(dict(self.health)).reliable
+
+    @property
     def is_attack(self) -> bool:
         """Whether this is an attack on the model itself: no ``clean``, no ``worst``, no evaluation of others."""
         return self.kind not in ("clean", "worst", AUTHORS)
@@ -143,9 +165,9 @@ class Row:
         return cls(**values | {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)})
 
     def describe_variant(self) -> str:
-        """What was attacked, in a word: the model as it is, and whether that is random, or a mode of a random one."""
-        if self.variant != "random":
-            return {"fixed": "fixed noise", "deterministic": "noise off"}.get(self.variant, self.variant)
+        """What was judged, in a word: the model as it is, and whether that is random, or a mode of a random one."""
+        if not self.deployed:
+            return VARIANTS_APART[self.variant]
         # reports of earlier versions say nothing of the model, but only a random one is asked several times
         known = self.settings.get("deterministic", False if self.n_eval > 1 else None)
         return "as it is" if known is None else "deterministic" if known else "random"

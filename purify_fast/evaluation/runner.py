@@ -2,7 +2,8 @@
 
 A row is one attack. The model is attacked and judged in one of three variants: ``random``, as it is; ``fixed``, under
 ``model.fixed_noise(seed)``; ``deterministic``, under ``model.deterministic()``. Any callable can be evaluated; those
-context managers, and ``sample_logits``, are used where the model has them.
+context managers, and ``sample_logits``, are used where the model has them, and checked before. What an attack on a
+variant found is tried on the model as it is, which alone has the headline.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def evaluate(
             pyautoattack. See `purify_fast.evaluation.protocols`. None: "standard", unless ``attacks`` are given.
         attacks: what to run in place of a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``; functions
             ``(model, x, y) -> x_adv``, which `as_attack` describes; or `AttackSpec` around either. An empty list: the
-            accuracy on clean images alone. Variants that the defence lacks are left out, with a note.
+            accuracy on clean images alone. Variants that the defence lacks, or that are not what they promise (noise
+            that `fixed_noise` does not fix), are left out, with a note.
         steps: of PGD and APGD where an attack does not say.
         eot_iter: draws per step where an attack does not say; a deterministic model is attacked with one draw.
         n_eval: independent predictions on each adversarial image; 1 for a deterministic model.
@@ -129,10 +131,12 @@ def evaluate(
         progress: whether to show a bar for each attack: forward passes of single images.
 
     Returns:
-        A `Report`: a clean row per variant, a row per attack, and rows named ``worst``: per image over every row,
-        AutoAttack and transferred images included, of the variant ("worst, ...") and over all; a row of survivors
-        brings in what fell before it. Attacks on the first 200 images enter "worst, first 200" instead, with what all
-        others found on these. Of any other threat model with several attacks, a ``worst`` of its own.
+        A `Report`: a clean row per variant, a row per attack, and rows named ``worst``: per image over every row of the
+        deployed model, AutoAttack and transferred images included; a row of survivors brings in what fell before it.
+        What an attack on a variant found is tried on the deployed model, in a second row, which enters ``worst``; the
+        first enters "worst, fixed" or "worst, deterministic" alone. Attacks on the first 200 images enter "worst, first
+        200" instead, with what all others found on these. Of any other threat model with several attacks, a ``worst``
+        of its own.
 
     Raises:
         ValueError: a wrong shape, dtype, range or setting, a model that writes to its input, or ``out`` is a file.
@@ -276,13 +280,15 @@ def _cuda_devices(defence: Classifier, x: Tensor) -> list[int]:
 def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure, probes: int) -> None:
     """The rows of the clean images, one for each variant, and of the attacks, in the order of the plan.
 
+    What an attack on a variant found is tried on the deployed model, in a row of its own.
+
     Args:
         report: gets the rows.
         plan: the attacks.
         measure: makes the rows.
         probes: images that the probes after the attacks give to the model; 0 for none.
     """
-    variants: list[Variant] = list(dict.fromkeys(spec.variant for spec in plan)) or ["random"]
+    variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in plan)]))
     costs = [spec.resolved.cost(measure.context) for spec in plan]
     measure.progress.costs = [None if cost is None else cost * len(measure.subject.y) for cost in costs]
     measure.progress.costs += [probes] if probes else []
@@ -291,24 +297,35 @@ def _add_rows(report: Report, plan: Sequence[AttackSpec], measure: Measure, prob
     # an attack spares nothing that fell to another threat model
     left: dict[tuple[str, str | None], np.ndarray] = {}
     for spec in plan:
-        where = spec.variant, threat_name(spec, measure.context)
-        before = left.get(where, measure.clean(spec.variant).robust)
-        row = measure.attacked(spec, before)
-        report.rows.append(row)
+        threat = threat_name(spec, measure.context)
+        before = {name: left.get((name, threat), measure.clean(name).robust) for name in ("random", spec.variant)}
+        rows = [measure.attacked(spec, before[spec.variant])]
         kept = ", kept by an earlier run" if measure.cache is not None and measure.cache.was_kept else ""
-        measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{kept}")
-        left[where] = before.copy()
-        left[where][: row.n] &= row.robust | (not row.is_attack)
+        if spec.variant != "random" and rows[0].is_attack:
+            rows.append(measure.tried(spec, before[spec.variant], before["random"]))
+        for row, name in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
+            report.rows.append(row)
+            measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{kept}")
+            left[name, threat] = before[name].copy()
+            left[name, threat][: row.n] &= row.robust | (not row.is_attack)
 
 
 def _possible(plan: Sequence[AttackSpec], measure: Measure, notes: list[str]) -> list[AttackSpec]:
-    """The attacks this model allows; for a deterministic one, ``random`` and ``fixed`` are the model as it is."""
+    """The attacks this model allows; for a deterministic one, every variant is the model as it is.
+
+    A variant that is not what its name promises is attacked by nothing: no number of it would mean anything.
+    """
     subject = measure.subject
     kept: list[AttackSpec] = []
     for spec in plan:
         why = _impossible(spec, subject)
         if why is not None:
             notes.append(f"{measure.name}: {measure.name_of(spec)} was left out: {why}")
+            continue
+        fault = subject.fault(spec.variant)
+        if fault is not None:
+            notes.append(f"{measure.name}: {measure.name_of(spec)} was left out: {fault.reason}")
+            logger.warning(notes[-1])
             continue
         if not subject.is_random:
             spec = dataclasses.replace(spec, variant="random")

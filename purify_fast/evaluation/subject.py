@@ -16,6 +16,7 @@ from ..attacks.asked import ask, check_leaves_images, differ
 from ..attacks.draws import TRIED_CALLS, TRIED_ROWS, drawn_once_per_call
 from ..protocols import Classifier
 from .outputs import are_probabilities, returning_logits
+from .variant_check import DETERMINISTIC, FIXED_NOISE, Fault, find_fault
 
 Variant = Literal["random", "fixed", "deterministic"]
 #: Each phase of an evaluation has a seed of its own, so that no attack has seen the draws it is judged by.
@@ -80,6 +81,7 @@ class Subject:
         self.is_random = differ(one, other) or self.draws(self.model)
         self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.some(), TRIED_ROWS)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
+        self._faults: dict[Variant, Fault | None] = {}
         bad = (y < 0) | (y >= self.num_classes)
         if bool(bad.any()):
             first = int(bad.int().argmax())
@@ -95,14 +97,28 @@ class Subject:
         if differ(one, model(self.some())):
             return True
         # what is tried beyond two predictions takes no draws from what comes after it
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        with self._forked_generators():
             return any(differ(one, model(self.some())) for _ in range(TRIED_CALLS - 2))
+
+    def _forked_generators(self) -> contextlib.AbstractContextManager[None]:
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     def variant(self, name: Variant) -> contextlib.AbstractContextManager[Any]:
         """The model as the variant has it, within a block."""
         if name == "random" or not self.is_random:
             return contextlib.nullcontext()
         return self.model.fixed_noise(self.seed) if name == "fixed" else self.model.deterministic()  # type: ignore[attr-defined]
+
+    def fault(self, name: Variant) -> Fault | None:
+        """What is wrong with a variant that the model has; None where nothing is, and for the model as it is."""
+        if name == "random" or not self.is_random:
+            return None
+        if name not in self._faults:
+            advice = FIXED_NOISE if name == "fixed" else DETERMINISTIC
+            # what is tried takes no draws from what comes after it
+            with self._forked_generators():
+                self._faults[name] = find_fault(self.model, self.some(), lambda: self.variant(name), advice)
+        return self._faults[name]
 
     def judges(self, variant: Variant) -> int:
         """How many predictions judge an image."""

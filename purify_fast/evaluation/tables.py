@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from ..attacks.engine.reach import FEWEST_STEPS
 from ..attacks.square import GIVEN_UP_AFTER
-from .alarms import GUESSING, Finding
+from .alarms import GUESSING, STATES, Evidence, Finding
 from .outlook import Outlook
 from .rows import AUTHORS, Row, attack_names, model_names
 from .specs import LEE_KIM
@@ -19,6 +19,7 @@ LINE = 120
 UNRELIABLE, NOT_FINITE = "unreliable", "not finite"
 #: How an unreliable number is marked in Markdown.
 RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
+_WITH = {"fixed": "fixed noise", "deterministic": "its noise off"}
 COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "mean", "worst", "gradients", "", "seed", "s"]
 #: What the columns mean, for every form of a report.
 COLUMN_LEGEND = (
@@ -32,8 +33,13 @@ COLUMN_LEGEND = (
     "% not finite / zero / images not moved, which must be near 0. s: seconds.",
 )
 WORST_LEGEND = (
-    "The row worst counts an image only if it withstood every attack of the same threat model in the rows above it, on "
-    "every variant. It has no predictions of its own: its mean and worst are -."
+    "The row worst counts an image only if it withstood every attack of the same threat model in the rows above it. "
+    "It has no predictions of its own: its mean and worst are -."
+)
+VARIANT_LEGEND = (
+    "A row with fixed noise, or with the noise off, is about a mode of the model that nobody deploys, and enters no "
+    'worst of the model as it is. What its attack found is tried on the model as it is, by fresh draws: the row "tried '
+    'on the deployed defence" enters worst.'
 )
 AUTHORS_LEGEND = (
     'Rows that are named "as ..." repeat an evaluation of others. The attack and the model that is attacked are '
@@ -41,9 +47,9 @@ AUTHORS_LEGEND = (
     "and in no worst: they say what such an evaluation finds, not what the defence withstands."
 )
 UNRELIABLE_LEGEND = (
-    "unreliable: the attack lacked gradients, or a sign says that it was stopped by something else than robustness. "
-    "The true number may be far lower."
+    "unreliable: the attack lacked usable gradients and left some images, or a sign gives a reason to doubt the number."
 )
+SIGNS_LEGEND = "What a sign says: " + "; ".join(f"{state}: {meaning}" for state, meaning in STATES.items()) + "."
 LEGEND = [
     "An attack of another norm or radius than the report's has it at the end of its name: L1, L2, L-inf, or the flow"
     " that moves pixels (StAdv; half the image is 1). It counts for no headline and no worst but its own. worst: image"
@@ -51,9 +57,10 @@ LEGEND = [
     " the purifier as if it changed nothing. On the classifier alone: made without the defence, then tried on it, which"
     " says little about an attacker who knows the defence.",
     "",
-    f"{RED_UNRELIABLE}: the attack lacked gradients (any non-finite one, more than 5 % zero ones, or more than 1 % of"
-    " the correctly classified images not moved), so its number measures the gradients, not the model. A worst over"
-    " attacks whose gradients nobody measured, such as functions of your own, is marked too.",
+    f"{RED_UNRELIABLE}: the attack lacked usable gradients (any non-finite one, more than 5 % zero ones, or more than 1"
+    " % of the correctly classified images not moved) and left some images, so its number measures the gradients, not"
+    " the model. A worst is marked where a sign gives a reason to doubt it, and where no attack is known to have had"
+    " usable gradients of the deployed model, as of functions of your own.",
 ]
 
 
@@ -175,6 +182,7 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
     return [
         *COLUMN_LEGEND,
         *([WORST_LEGEND] if any(row.kind == "worst" for row in rows) else []),
+        *([] if all(row.deployed for row in rows) else [VARIANT_LEGEND]),
         *([AUTHORS_LEGEND] if any(row.kind == AUTHORS for row in rows) else []),
         *_given_up_legend(rows),
         *_lee_kim_legend(rows),
@@ -187,8 +195,8 @@ def _given_up_legend(rows: Sequence[Row]) -> list[str]:
     if not names:
         return []
     return [
-        f"Searches that were judged not to succeed even at several times their recent pace ended early in: "
-        f"{'; '.join(names)}. The protocol strong searches to the end."
+        f"These attacks ended a search early where success was out of reach even at several times its recent pace: "
+        f"{'; '.join(names)}. The protocol strong ends no search early."
     ]
 
 
@@ -212,13 +220,15 @@ def _may_end_early(row: Row) -> bool:
     return told["steps"] >= FEWEST_STEPS and (row.kind, told["norm"]) != ("apgd", "l1")
 
 
-def terminal_legend(rows: Sequence[Row]) -> list[str]:
+def terminal_legend(rows: Sequence[Row], findings: Sequence[Finding] = ()) -> list[str]:
     """What the columns of the table for a terminal mean, in lines of its usual width.
 
     Args:
         rows: of the table.
+        findings: of the alarms, where there are some.
     """
     known = [*column_legend(rows), *([] if all(row.reliable for row in rows) else [UNRELIABLE_LEGEND])]
+    known += [f"noted: {STATES['noted']}."] if any(finding.verdict == "noted" for finding in findings) else []
     return [textwrap.fill(text, LINE, break_on_hyphens=False) for text in (*known, *about_zero_errors(rows))]
 
 
@@ -241,14 +251,58 @@ def verdict(model: str, row: Row, findings: Sequence[Finding], threat: str | Non
         return f"{line}; {more}."
     if beside_headline(findings):
         return f"{line}; this says little:"
+    asked = any(finding.verdict != "not asked" for finding in findings)
+    return f"{line}. {signs(findings)}" if asked else f"{line}."
+
+
+def signs(findings: Sequence[Finding]) -> str:
+    """What the signs say of a number, in a sentence.
+
+    Args:
+        findings: of the alarms, about one model.
+    """
     asked = [finding for finding in findings if finding.verdict != "not asked"]
-    if not asked:
-        return f"{line}."
-    noted = [finding.alarm for finding in asked if finding.verdict == "noted"]
-    looked = f"of the signs that were looked at ({len(asked)} of {len(findings)})"
-    if noted:
-        return f"{line}; none {looked} makes it unreliable, but see the report on: {', '.join(noted)}."
-    return f"{line}; none {looked} speaks against this number."
+    named = {
+        state: [finding.alarm for finding in asked if finding.verdict == state] for state in ("unreliable", "noted")
+    }
+    against = [f"{state}: {', '.join(alarms)}" for state, alarms in named.items() if alarms]
+    if not named["unreliable"]:
+        against.insert(0, "none gives a reason to doubt the number")
+    return f"{len(asked)} of {len(findings)} signs could be looked at; {'; '.join(against)}."
+
+
+def about_gradients(rows: Sequence[Row]) -> str:
+    """Whether the attacks on a model had usable gradients, in a sentence that agrees with the sign on them.
+
+    Args:
+        rows: of the model.
+    """
+    counted = [row for row in Evidence(rows).attacks() if row.health is not None and row.follows_own_gradients]
+    lacked = sum(row.lacked_gradients for row in counted)
+    if not counted:
+        return "No attack counted the gradients of the model itself."
+    if not lacked:
+        return "The attack had usable gradients." if len(counted) == 1 else "The attacks had usable gradients."
+    if lacked == len(counted):
+        return "The attack lacked usable gradients." if lacked == 1 else "The attacks lacked usable gradients."
+    return f"{lacked} of {len(counted)} attacks lacked usable gradients; the others had them."
+
+
+def about_variants(rows: Sequence[Row]) -> list[str]:
+    """The lowest number of each variant of a model, in sentences: they stand beside the number of the deployed one.
+
+    Args:
+        rows: of the model.
+    """
+    apart = [row for row in rows if (row.is_attack or row.kind == "worst") and not (row.threat or row.deployed)]
+    lowest = [
+        min((row for row in apart if row.variant == variant), key=lambda row: (row.accuracy, row.kind != "worst"))
+        for variant in dict.fromkeys(row.variant for row in apart)
+    ]
+    return [
+        f"With {_WITH[row.variant]}, which is not the model as it is deployed: {percent(row)} % ({row.attack})."
+        for row in lowest
+    ]
 
 
 def beside_headline(findings: Sequence[Finding]) -> list[str]:
@@ -279,7 +333,7 @@ def believable(findings: Sequence[Finding], outlooks: Sequence[Outlook]) -> list
             for f in findings
         ]
         table = markdown_table(["model", "alarm", "verdict", "measured", "row that tells"], body)
-        lines += ["", "## Can this number be believed?", "", *table]
+        lines += ["", "## Can this number be believed?", "", *table, "", SIGNS_LEGEND]
     if outlooks:
         lines += ["", "## What it would take to go lower", ""]
         lines += [f"- {o.model}: {'; '.join(o.sentences)}." for o in outlooks]

@@ -84,7 +84,7 @@ def test_strong_finds_through_surrogates_what_gradients_do_not(gated):
     assert len(through) == 5 and through[-1].accuracy < direct.accuracy - 0.08
     worst = np.logical_and.reduce([row.robust for row in gated.rows if row.kind not in ("clean", "worst")])
     assert np.array_equal(rows["worst"].robust, worst) and gated.headline.accuracy == worst.mean() < 0.27
-    assert not any(row.settings.get("give_up") for row in gated.rows) and "ended early" not in gated.to_text()
+    assert not any(row.settings.get("give_up") for row in gated.rows) and "ended a search early" not in gated.to_text()
     assert gated.about["protocol"] == "strong" and "protocol strong" in gated.to_markdown().splitlines()[0]
 
 
@@ -106,9 +106,9 @@ def test_fast_and_standard_agree_on_an_honest_model():
     assert fast.headline.reliable and standard_rows.headline.reliable
     assert [row.settings["give_up"] for row in standard_rows.rows[1:-1]] == [True] * 4
     # of 20 steps none is left out
-    assert not any("ended early" in text for text in (fast.to_text(), fast.to_markdown()))
+    assert not any("ended a search early" in text for text in (fast.to_text(), fast.to_markdown()))
     for text in (standard_rows.to_text(), standard_rows.to_markdown()):
-        assert "ended early in: FAB-T 100; Square. The" in " ".join(text.split())
+        assert "even at several times its recent pace: FAB-T 100; Square. The" in " ".join(text.split())
 
 
 def test_rand_and_official_on_a_random_model():

@@ -156,7 +156,7 @@ def test_the_time_left_is_of_what_is_left():
     with mock.patch.object(Progress, "rate", lambda self: 10.0):
         with progress.row("first", 100) as counter:
             counter.update(60)
-            assert progress.left() == "9 s left at most, without the rows whose length is not known"
+            assert progress.left() == "9 s left at most, and rows whose length is not known"
         # kept by an earlier run
         progress.kept(1)
         assert progress.left() == "5 s left at most"

@@ -47,7 +47,7 @@ def test_a_deterministic_model_is_not_called_random(digits, tmp_path):
     # kept rows too, by a version that did not yet say so
     kept = evaluate(model, x, y, **QUIET, out=tmp_path)
     for found in (report, kept, Report.from_json(report.to_json())):
-        assert [row.describe_variant() for row in found.rows] == ["deterministic", "deterministic", "all"]
+        assert [row.describe_variant() for row in found.rows] == ["deterministic"] * 3
     for text in forms(report):
         assert "deterministic" in text and "| random |" not in text and "<td>random</td>" not in text
         assert "  random  " not in text
@@ -60,7 +60,7 @@ def test_a_random_model_is_called_so_and_its_modes_are_named():
     settings = QUIET | {"attacks": attacks, "eot_iter": 1, "n_eval": 2}
     report = evaluate(model, images.x_test[:4], images.y_test[:4], **settings)
     words = {row.variant: row.describe_variant() for row in report.rows}
-    assert words == {"random": "random", "fixed": "fixed noise", "deterministic": "noise off", "all": "all"}
+    assert words == {"random": "random", "fixed": "fixed noise", "deterministic": "noise off"}
 
 
 def test_reports_of_earlier_versions_say_what_is_known():
@@ -182,8 +182,8 @@ def test_the_attack_of_lee_and_kim_says_how_often_it_is_judged():
 def test_the_verdict_follows_from_the_number_and_from_the_signs(digits):
     model, x, y = digits
     honest = evaluate(model, x, y, **QUIET, name="good").to_text(color=False)
-    unsuspicious = "none of the signs that were looked at (4 of 6) speaks against this number."
-    assert f"withstand every attack within L-inf 0.2; {unsuspicious}" in honest
+    unsuspicious = "4 of 6 signs could be looked at; none gives a reason to doubt the number."
+    assert f"withstand every attack within L-inf 0.2. {unsuspicious}" in honest
     torch.manual_seed(0)
     untrained = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
     guessing = evaluate(untrained, x, y, **QUIET | {"eps": 1e-4}, name="raw").to_text(color=False)
@@ -196,12 +196,12 @@ def test_the_verdict_follows_from_the_number_and_from_the_signs(digits):
     [
         ((), True, "of 4 images withstand every attack."),
         (("not asked",), True, "of 4 images withstand every attack."),
-        (("passed", "not asked"), True, "none of the signs that were looked at (1 of 2) speaks against this number."),
         (
-            ("passed", "noted"),
+            ("passed", "not asked"),
             True,
-            "looked at (2 of 2) makes it unreliable, but see the report on: a1",
+            "every attack. 1 of 2 signs could be looked at; none gives a reason to doubt the number.",
         ),
+        (("passed", "noted"), True, "none gives a reason to doubt the number; noted: a1."),
         (("unreliable",), False, "unreliable: the true number may be lower.\n- a0: found (row)"),
     ],
 )
@@ -219,7 +219,7 @@ def test_the_verdict_is_of_one_threat_model(digits):
     assert lower.accuracy < report.headline.accuracy and lower.threat == "L2 9"
     text = report.to_text(color=False)
     assert (
-        f"good: {100 * report.headline.accuracy:.1f} % of 24 images withstand every attack within L-inf 0.01;" in text
+        f"good: {100 * report.headline.accuracy:.1f} % of 24 images withstand every attack within L-inf 0.01." in text
     )
 
 

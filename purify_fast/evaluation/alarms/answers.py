@@ -68,7 +68,19 @@ def quiet(subject: Subject) -> Variant:
     Args:
         subject: the model with its images.
     """
-    return "fixed" if subject.is_random and supports(subject.model, FixedNoise) else "random"
+    if not (subject.is_random and supports(subject.model, FixedNoise)):
+        return "random"
+    fault = subject.fault("fixed")
+    return "fixed" if fault is None or fault.repeats else "random"
+
+
+def is_repeatable(subject: Subject) -> bool:
+    """Whether a model gives the same answer every time, by itself or in a variant of it.
+
+    Args:
+        subject: the model with its images.
+    """
+    return not subject.is_random or quiet(subject) == "fixed"
 
 
 def share(a: Tensor, b: Tensor) -> float:
@@ -89,10 +101,10 @@ def batch_changes(subject: Subject, x: Tensor) -> float | None:
         x: the images that are asked, the first of the subject's.
 
     Returns:
-        The largest of the shares; None for a random model without fixed noise, of which it cannot be told.
+        The largest of the shares; None for a random model whose noise cannot be fixed, of which it cannot be told.
     """
     model, x = subject.model, x[: subject.batch_size]
-    if subject.is_random and not supports(model, FixedNoise):
+    if not is_repeatable(subject):
         return None
     with subject.variant(quiet(subject)):
         together = model(x).argmax(1)
@@ -112,9 +124,10 @@ def watched_changes(subject: Subject, model: Classifier, *points: Tensor) -> flo
         points: images ``[B, C, H, W]``.
 
     Returns:
-        The largest share over the points; None for a random model without fixed noise, of which it cannot be told.
+        The largest share over the points; None for a random model whose noise cannot be fixed, of which it cannot be
+        told.
     """
-    if subject.is_random and not supports(subject.model, FixedNoise):
+    if not is_repeatable(subject):
         return None
     with subject.variant(quiet(subject)):
         return max(_watched(model, point, subject.seed) for point in points)

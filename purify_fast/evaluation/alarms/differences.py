@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...attacks import margin
-from ...protocols import FixedNoise, supports
 from ..subject import Subject
+from .answers import quiet
 
 #: Lengths of the small steps, in image units: a model that rounds its input needs the larger one.
 SMALL = (1e-3, 8e-3)
@@ -46,7 +46,7 @@ def _changes(subject: Subject, x: Tensor, y: Tensor, length: float, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
     direction = length * signs
-    with subject.variant("fixed" if supports(subject.model, FixedNoise) else "random"):
+    with subject.variant(quiet(subject)):
         with torch.enable_grad():
             leaf = x.clone().requires_grad_()
             value = _margin(subject, leaf, y)

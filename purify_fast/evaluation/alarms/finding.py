@@ -13,6 +13,14 @@ from .probes import Probes
 
 Verdict = Literal["passed", "noted", "unreliable", "not asked"]
 
+#: What a sign may say of the number, in words for the reader of a report.
+STATES = {
+    "passed": "nothing speaks against the number",
+    "noted": "worth knowing, and no reason to doubt the number",
+    "unreliable": "a reason to doubt the number",
+    "not asked": "nothing was measured that could tell",
+}
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -20,8 +28,8 @@ class Finding:
 
     Args:
         alarm: what was looked at.
-        verdict: "unreliable": the model's true accuracy may well be lower; "noted": worth a look; "passed"; "not
-            asked": nothing was measured that could tell.
+        verdict: "passed": nothing speaks against the number; "noted": worth knowing, and no reason to doubt the number;
+            "unreliable": a reason to doubt it; "not asked": nothing was measured that could tell.
         measured: the numbers, in words.
         row: the row that gives it away, or the probe.
         model: the model's name.
@@ -55,8 +63,23 @@ class Evidence:
     probabilities: bool | None = None
 
     def attacks(self) -> list[Row]:
-        """The attacks within the report's own threat model."""
-        return [row for row in self.rows if row.kind not in ("clean", "worst") and row.threat is None]
+        """The attacks within the report's own threat model, judged by the model as it is deployed."""
+        return [row for row in self.rows if row.is_attack and row.threat is None and row.deployed]
+
+    def left(self, n: int | None = None) -> float | None:
+        """The share of the first images that withstood every attack.
+
+        Args:
+            n: how many images; None: all of them.
+
+        Returns:
+            None without an attack on so many images.
+        """
+        n = max((row.n for row in self.rows), default=0) if n is None else n
+        if n == 0:
+            return None
+        masks = [row.robust[:n] for row in self.attacks() if row.n >= n]
+        return float(np.logical_and.reduce(masks).mean()) if masks else None
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
         """Every attack with the images that fell to it, bool ``[n]``: of survivors, those that it was given."""

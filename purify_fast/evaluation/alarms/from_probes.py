@@ -57,8 +57,20 @@ def random_start(evidence: Evidence) -> Finding | None:
     gain = p.one_start - p.all_starts
     text = f"five random starts leave {100 * p.all_starts:.0f} %, one leaves {100 * p.one_start:.0f} % on average"
     strong = _surely_above(START_UNRELIABLE, gain, p.n)
-    verdict: Verdict = "unreliable" if strong else "noted" if gain > START_NOTED else "passed"
-    return Finding("random start", verdict, text, f"{PROBE}five random starts")
+    weaker = _weaker(evidence, p.all_starts, p.n) if strong else ""
+    verdict: Verdict = "unreliable" if strong and not weaker else "noted" if gain > START_NOTED else "passed"
+    return Finding("random start", verdict, text + weaker, f"{PROBE}five random starts")
+
+
+def _weaker(evidence: Evidence, accuracy: float, n: int) -> str:
+    """That the attacks of the report left less than a short attack; empty where they did not.
+
+    The troubles of an attack that is weaker than those of the report do not show that these had any.
+    """
+    left = evidence.left(n)
+    if left is None or left >= accuracy:
+        return ""
+    return f"; the attacks of the report leave {100 * left:.0f} % of the same images, which is less"
 
 
 def finite_differences(evidence: Evidence) -> Finding | None:
@@ -82,7 +94,7 @@ def batch_size(evidence: Evidence) -> Finding | None:
         return None
     row = f"{PROBE}the same images alone and in a batch"
     if p.batch_changes is None:
-        return Finding("batch size", "not asked", "the model is random and has no fixed_noise()", row)
+        return Finding("batch size", "not asked", "the model is random, with no fixed_noise() that fixes it", row)
     text = f"{100 * p.batch_changes:.0f} % of the predictions change with the batch"
     verdict: Verdict = "unreliable" if p.batch_changes > ROUNDED else "noted" if p.batch_changes > 0 else "passed"
     return Finding("batch size", verdict, text, row)
@@ -102,9 +114,11 @@ def noise(evidence: Evidence) -> Finding | None:
         f"the class of {100 * p.varying:.0f} % of the correctly classified images changes from draw to draw; gradients "
         f"over {last[0]:.0f} draws leave {100 * last[1]:.0f} %, over {first[0]:.0f} {100 * first[1]:.0f} %"
     )
-    strong = _surely_above(NOISE_UNRELIABLE, p.varying, p.n) or _surely_above(START_UNRELIABLE, gain, p.n)
+    varies, gains = _surely_above(NOISE_UNRELIABLE, p.varying, p.n), _surely_above(START_UNRELIABLE, gain, p.n)
+    weaker = _weaker(evidence, last[1], p.n) if gains and not varies else ""
+    strong = varies or (gains and not weaker)
     verdict: Verdict = "unreliable" if strong else "noted" if p.varying > NOISE_NOTED or gain > 0.05 else "passed"
-    return Finding("noise and seeds", verdict, text, f"{PROBE}gradients over {last[0]:.0f} draws")
+    return Finding("noise and seeds", verdict, text + weaker, f"{PROBE}gradients over {last[0]:.0f} draws")
 
 
 def calls(evidence: Evidence) -> Finding | None:
@@ -146,12 +160,10 @@ def _missed(evidence: Evidence, alarm: str, itself: bool) -> Finding | None:
     if not found:
         return Finding(alarm, "not asked", "no image was left" if not p.missed else "the model has none")
     count, best = sum(found.values()), max(found, key=lambda name: found[name])
-    text = (
-        f"of {p.n} images, {count} withstood all attacks of the report, but fell to {STEPS} steps of APGD along the "
-        f"gradients of {best}"
-    )
-    if len(found) > 1:
-        text += " and others"
+    gradients = f"{STEPS} steps of APGD along the gradients of {best}" + (" and others" if len(found) > 1 else "")
+    text = f"{count} of {p.n} images withstood every attack of the report, but fell to {gradients}"
+    if not count:
+        text = f"of {p.n} images, {gradients} broke none that the report's attacks had left"
     # a few images are luck
     surely = count - 1.5 * math.sqrt(count)
     verdict: Verdict = "unreliable" if surely > MOST_MISSED * p.n else "noted" if count > 1 else "passed"

@@ -8,11 +8,9 @@ from collections.abc import Callable
 import numpy as np
 
 from ..outputs import INSTEAD_OF_PROBABILITIES
-from ..rows import OWN_TARGETS, Row
+from ..rows import GRADIENT_FREE, OWN_TARGETS, Row
 from .finding import Evidence, Finding
 
-#: Attacks that ask for no gradient.
-GRADIENT_FREE = ("square",)
 #: The share of all images that may fall to something else than the model's own gradients.
 MOST_MISSED = 0.03
 
@@ -62,10 +60,10 @@ def logits(evidence: Evidence) -> Finding | None:
 
 def gradient_health(evidence: Evidence) -> Finding | None:
     """Whether some attack through the whole model had gradients to work with."""
-    asked = [row for row in evidence.attacks() if row.health is not None and _direct(row)]
+    asked = [row for row in evidence.attacks() if row.health is not None and row.follows_own_gradients]
     if not asked:
         return Finding("gradient health", "not asked", "no attack counted the gradients of the model itself")
-    broken = [row for row in asked if not row.reliable]
+    broken = [row for row in asked if row.lacked_gradients]
     if not broken:
         all_of = "the attack" if len(asked) == 1 else f"all {len(asked)} attacks"
         return Finding("gradient health", "passed", f"{all_of} had finite gradients that moved the images")
@@ -73,7 +71,10 @@ def gradient_health(evidence: Evidence) -> Finding | None:
     shares = f"non-finite / zero / images not moved: {row.describe_health()}"
     if len(broken) < len(asked):
         return Finding(
-            "gradient health", "noted", f"{len(broken)} of {len(asked)} attacks lacked them; {shares}", row.attack
+            "gradient health",
+            "noted",
+            f"{len(broken)} of {len(asked)} attacks lacked usable gradients; {shares}",
+            row.attack,
         )
     return Finding("gradient health", "unreliable", f"every attack lacked gradients; {shares}", row.attack)
 
@@ -90,7 +91,7 @@ def transfer_beats_gradients(evidence: Evidence) -> Finding | None:
 
 def _beaten(evidence: Evidence, alarm: str, other: Callable[[Row], bool]) -> Finding:
     fallen = evidence.fallen()
-    mine = [(row, mask) for row, mask in fallen if _direct(row) and row.health is not None]
+    mine = [(row, mask) for row, mask in fallen if row.follows_own_gradients and row.health is not None]
     theirs = [(row, mask) for row, mask in fallen if other(row)]
     if not mine or not theirs:
         missing = "no attack by the model's own gradients" if theirs else "no such attack"
@@ -105,16 +106,11 @@ def _beaten(evidence: Evidence, alarm: str, other: Callable[[Row], bool]) -> Fin
         together[: row.n] |= mask
     count = int((together & ~by_gradients).sum())
     best = max(only, key=lambda pair: pair[1])[0]
-    text = f"of {full} images, {count} withstood every attack by the model's own gradients, but fell to such an attack"
+    text = f"{count} of {full} images fell to such an attack and withstood every one by the model's own gradients"
     # a few images are luck
     surely = count - 1.5 * math.sqrt(count)
     verdict = "unreliable" if surely > MOST_MISSED * full else "noted" if count > 0.01 * full else "passed"
     return Finding(alarm, verdict, text, best.attack if count else "")  # type: ignore[arg-type]
-
-
-def _direct(row: Row) -> bool:
-    """Whether an attack follows the gradients of the model itself, by any aggregation."""
-    return row.kind not in GRADIENT_FREE and not _elsewhere(row)
 
 
 def _elsewhere(row: Row) -> bool:

@@ -15,7 +15,18 @@ from ..alarms import Evidence, Finding
 from ..alarms.answers import PROBED
 from ..outlook import Outlook
 from ..rows import AUTHORS, Row
-from ..tables import COLUMNS, about_zero_errors, beside_headline, column_legend, means, row_cells
+from ..tables import (
+    COLUMNS,
+    SIGNS_LEGEND,
+    about_gradients,
+    about_variants,
+    about_zero_errors,
+    beside_headline,
+    column_legend,
+    means,
+    row_cells,
+    signs,
+)
 from . import drawings, pictures
 
 #: The page's file, in the folder of the report.
@@ -136,8 +147,8 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
     return {
         "name": name,
         "lowest": lowest,
-        "clean": next((row for row in own if row.kind == "clean"), None),
-        "count": len(attacks),
+        "clean": next((row for row in own if row.kind == "clean" and row.deployed), None),
+        "count": sum(row.deployed for row in attacks),
         "of_authors": any(row.kind == AUTHORS for row in rows),
         "rows": [
             {"cells": row_cells(row)[1:], "kind": row.kind, "reliable": row.reliable, "json": json.dumps(row.accuracy)}
@@ -150,8 +161,10 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
         "alone": list(zip((row.attack for row in whole), drawings.only_found_by(whole), strict=True)),
         "first": [(row.attack, count) for row, count in fallen if _of_survivors(row)],
         "findings": found,
-        "verdict": "" if lowest is None else _verdict(lowest, found),
-        "signs": _signs(found),
+        "verdict": "" if lowest is None else _verdict(lowest, found, own),
+        "variants": about_variants(rows),
+        "signs": signs(found),
+        "states": SIGNS_LEGEND,
         "beside": beside_headline(found),
         "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
         "curves": _curves(report.curves.get(name, {})),
@@ -164,29 +177,19 @@ def _model(report: Reported, name: str, defence: Classifier | None) -> dict[str,
     }
 
 
-def _verdict(lowest: Row, found: Sequence[Finding]) -> str:
+def _verdict(lowest: Row, found: Sequence[Finding], own: Sequence[Row]) -> str:
     """What a reader of the lowest number must know before all."""
     beside = beside_headline(found)
-    if not lowest.reliable and beside:
-        return f"Do not believe this number: {means(lowest)}. What gives it away:"
     if not lowest.reliable:
-        return (
-            "Do not believe this number. The attack had no usable gradients, so that it measures the gradients and not "
-            "the model: the true number may be far lower."
-        )
+        doubt = f"Do not believe this number: {means(lowest)}."
+        return f"{doubt} What gives it away:" if beside else f"{doubt} {about_gradients(own)}"
     if lowest.nothing_to_attack:
         return "No clean image was classified correctly, so that there was nothing to attack."
     if beside:
         return "This number says little:"
-    return "The attacks had usable gradients. The number is an upper bound: a stronger attack may leave less."
-
-
-def _signs(found: Sequence[Finding]) -> str:
-    """How many signs speak against the number, in a sentence."""
-    asked = [finding for finding in found if finding.verdict != "not asked"]
-    counts = [(word, sum(finding.verdict == word for finding in asked)) for word in ("unreliable", "noted")]
-    against = ", ".join(f"{count} {word}" for word, count in counts if count)
-    return f"{len(asked)} of {len(found)} signs could be looked at: {against or 'none speaks against the number'}."
+    if lowest.accuracy == 0:
+        return "Every image fell: no attack can leave less."
+    return f"{about_gradients(own)} The number is an upper bound: a stronger attack may leave less."
 
 
 def _of_survivors(row: Row) -> bool:

@@ -1,0 +1,233 @@
+"""A report misleads nobody: about a variant that is none, a number of a mode that nobody deploys, a doubt, a sign."""
+
+import contextlib
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from purify_fast import load_dataset, zoo
+from purify_fast.attacks import APGD, PGD
+from purify_fast.defences.noisy_ensemble import NoisyEnsemble
+from purify_fast.evaluation import AttackSpec, Report, evaluate
+from purify_fast.evaluation.alarms import Evidence, Finding, Probes, findings
+from purify_fast.evaluation.page import html_page
+from purify_fast.evaluation.rows import Row
+from purify_fast.evaluation.subject import Subject
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+HEALTHY = {"gradients": 100, "nonfinite": 0, "zero": 0, "images": 4, "unmoved": 0}
+MASKED = HEALTHY | {"zero": 99}
+
+
+class Noisy(nn.Module):
+    """A purifier that adds noise; ``fixed_noise`` seeds in every call, once per block, or draws for every place."""
+
+    def __init__(self, seeds="call", sigma=0.2, quiet=True):
+        super().__init__()
+        self.classifier, self.seeds, self.sigma, self.quiet = zoo.load("digits-pgd-at"), seeds, sigma, quiet
+        self.seed = self.generator = None
+        self.off = False
+
+    def purify(self, x):
+        if self.off:
+            return x
+        if self.seed is None:
+            return x + self.sigma * torch.randn(x.shape)
+        one_for_all = self.seeds == "call"
+        generator = self.generator if self.seeds == "block" else torch.Generator().manual_seed(self.seed)
+        return x + self.sigma * torch.randn(x.shape[1:] if one_for_all else x.shape, generator=generator)
+
+    def forward(self, x):
+        return self.classifier(self.purify(x))
+
+    @contextlib.contextmanager
+    def fixed_noise(self, seed):
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
+        try:
+            yield self
+        finally:
+            self.seed = self.generator = None
+
+    @contextlib.contextmanager
+    def deterministic(self):
+        self.off = self.quiet
+        try:
+            yield self
+        finally:
+            self.off = False
+
+
+def digits(n):
+    images = load_dataset("digits")
+    return images.x_test[:n].float() / 255, images.y_test[:n]
+
+
+def judged(model, attacks, n=12, **more):
+    x, y = digits(n)
+    options = {"eps": 0.1, "steps": 5, "eot_iter": 2, "n_eval": 3, "progress": False, "name": "m"}
+    return evaluate(model, x, y, attacks=attacks, **options | more)
+
+
+def forms(report):
+    return report.to_text(color=False), report.to_markdown(), html_page(report)
+
+
+def row(attack, robust, *, variant="random", health=HEALTHY, **more):
+    robust = np.array(robust, dtype=bool)
+    settings = {"attacked": len(robust), "target": "defence", "deterministic": False} | more.pop("settings", {})
+    measured = {"mean": robust.mean(), "worst": robust.mean(), "n_eval": 1, "seed": 0, "seconds": 1.0, "data": "d"}
+    values = {"kind": "pgd", "health": health, "reliable": health is not MASKED} | measured
+    return Row("m", attack, variant=variant, robust=robust, settings=settings, **values | more)
+
+
+# -- a variant is checked before it is attacked -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seeds", "wrong", "advice"),
+    [
+        ("block", "two calls give different logits", "start the generator from the seed in every call"),
+        ("place", "the logits of an image depend on its place in the batch", "give every image the same noise"),
+    ],
+)
+@pytest.mark.parametrize("n", [1, 12])
+def test_noise_that_is_not_fixed_is_not_attacked_as_fixed(seeds, wrong, advice, n, caplog):
+    with caplog.at_level(logging.WARNING, "purify_fast"):
+        report = judged(Noisy(seeds), [PGD(), AttackSpec(PGD(), "fixed")], n)
+    assert report.attacks == ["clean", "PGD-5 ce", "worst"]
+    (note,) = report.notes
+    assert note.startswith("m: PGD-5 ce, fixed noise was left out: within a block of fixed_noise(seed), ")
+    assert wrong in note and advice in note and note in caplog.messages
+
+
+def test_a_mode_without_noise_that_draws_is_not_attacked():
+    report = judged(Noisy(quiet=False), [AttackSpec(PGD(), "deterministic")])
+    assert report.attacks == ["clean"] and "within a block of deterministic(), two calls" in report.notes[0]
+
+
+@pytest.mark.parametrize("name", ["digits-carso-published", "digits-atop-pipeline", "noisy", "mine"])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_no_defence_that_keeps_its_promise_is_refused(name, bfloat16):
+    model = NoisyEnsemble(zoo.load("digits-pgd-at"), 0.1, samples=2) if name == "noisy" else Noisy()
+    model = zoo.load(name) if name.startswith("digits") else model
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        subject = Subject(model.eval(), *digits(8), batch_size=8, n_eval=2, seed=3)
+        assert subject.is_random and subject.fault("fixed") is None and subject.fault("deterministic") is None
+
+
+# -- the headline is the deployed defence's -----------------------------------------------------------------------
+
+
+def test_the_headline_is_the_deployed_defences():
+    plan = [AttackSpec(PGD(), "fixed"), AttackSpec(PGD(loss="dlr"), "fixed"), PGD(steps=1)]
+    report = judged(Noisy(sigma=0.5), plan, 48)
+    of = {row.attack: row for row in report.rows}
+    fixed, tried = of["PGD-5 ce, fixed noise"], of["PGD-5 ce, fixed noise, tried on the deployed defence"]
+    assert fixed.variant == "fixed" and fixed.n_eval == 1 and tried.variant == "random" and tried.n_eval == 3
+    assert fixed.robust[of["clean"].robust].mean() < tried.robust[of["clean"].robust].mean() < 1
+    deployed = [row for row in report.rows if row.kind == "pgd" and row.variant == "random"]
+    assert len(deployed) == 3 and np.array_equal(of["worst"].robust, np.all([r.robust for r in deployed], 0))
+    assert of["worst, fixed"].settings["over"] == ["PGD-5 ce, fixed noise", "PGD-5 dlr, fixed noise"]
+    # no row of the variant, whatever it left
+    assert report.headline is of["worst"] and of["worst"].variant == "random"
+    lowest = of["worst, fixed"].accuracy
+    for text in forms(report):
+        assert f"With fixed noise, which is not the model as it is deployed: {100 * lowest:.1f} ± " in text
+
+
+def test_a_variant_vouches_for_no_gradients_of_the_deployed_defence():
+    """Of two rows the one on fixed noise had gradients; the other, on the deployed defence, had none."""
+
+    class Masked(Noisy):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits if self.seed is not None else logits.detach() + 0 * x.sum()
+
+    report = judged(Masked(), [AttackSpec(PGD(), "fixed"), PGD()], 24)
+    assert report.row("PGD-5 ce, fixed noise").reliable and not report.headline.reliable
+    assert {f.alarm: f.verdict for f in report.findings}["gradient health"] == "unreliable"
+
+
+def test_both_rows_of_a_variant_are_kept(tmp_path, monkeypatch):
+    plan = [AttackSpec(PGD(), "deterministic"), AttackSpec(PGD(loss="dlr"), "deterministic", survivors_only=True)]
+    model = NoisyEnsemble(zoo.load("digits-pgd-at"), 0.3, samples=1)
+    first = judged(model, plan, 24, out=tmp_path)
+    searched = []
+    monkeypatch.setattr(PGD, "search", lambda self, *a, original=PGD.search: searched.append(1) or original(self, *a))
+    assert judged(model, plan, 24, out=tmp_path).to_json() == first.to_json() and not searched
+    # as an end between the two rows leaves them
+    files = [path for path in Path(tmp_path, "rows").glob("*.json") if "noise off" in path.read_text()]
+    assert len(files) == 2
+    files[0].unlink()
+    again = judged(model, plan, 24, out=tmp_path)
+    assert len(searched) == 1
+    assert [r.robust.tolist() for r in again.rows] == [r.robust.tolist() for r in first.rows]
+
+
+# -- a doubt is no weaker than the number -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("left", "verdict"), [(13, "noted"), (40, "unreliable")])
+def test_random_starts_that_leave_more_than_the_report_are_no_doubt(left, verdict):
+    """Of 64 images five random starts leave 45 %, one 64 %; the report leaves 20 or 62 %."""
+    curves = {"eps": [(0.1, 0.5), (1.0, 0.0)], "steps": [], "eot": [(1.0, 0.64), (16.0, 0.45)]}
+    probes = Probes(n=64, chance=0.1, cosine=1.0, batch_changes=0.0, one_start=0.64, all_starts=0.45, **curves)
+    rows = [row("clean", np.ones(64), kind="clean"), row("APGD", np.arange(64) < left, kind="apgd")]
+    said = {finding.alarm: finding for finding in findings(Evidence(rows, probes))}
+    for alarm in ("random start", "noise and seeds"):
+        assert said[alarm].verdict == verdict
+        weaker = "the attacks of the report leave 20 % of the same images, which is less"
+        assert (weaker in said[alarm].measured) is (left == 13)
+
+
+def test_nothing_says_of_0_that_it_may_be_lower():
+    """The model has no gradient at all; what needs none breaks every image."""
+
+    def breaks(model, x, y):
+        return (x + 0.1).clamp(0, 1)
+
+    def model(x):
+        return torch.stack([0.02 - (x.mean((1, 2, 3)) - 0.5), torch.zeros(len(x))], 1).detach()
+
+    x, y = torch.full((8, 1, 4, 4), 0.5), torch.zeros(8).long()
+    report = evaluate(model, x, y, eps=0.1, attacks=[APGD(steps=3), breaks], progress=False, probes=True)
+    assert report.row("APGD-3 ce").accuracy == 1 and report.headline.accuracy == 0 and report.headline.reliable
+    assert not {"unreliable"} & {finding.verdict for finding in report.findings}
+    for text in forms(report):
+        text = " ".join(text.split())
+        for doubt in ("be lower", "Do not believe", "this number says little", "this says little", "may leave less"):
+            assert doubt not in text
+    assert "Every image fell: no attack can leave less." in html_page(report)
+
+
+def test_the_zoo_does_not_doubt_a_number_of_0():
+    figures = [figure for name in zoo.list() for figure in zoo.card(name).attacked.values()]
+    assert {figure.reliable for figure in figures if figure.share == 0} == {True}
+
+
+# -- the page says one thing --------------------------------------------------------------------------------------
+
+
+def test_the_page_and_its_signs_agree():
+    rows = [row("clean", [1, 1, 1, 1], kind="clean", health=None), row("A", [1, 0, 1, 1]), row("B", [1, 1, 0, 1])]
+    rows.append(row("C", [1, 1, 1, 1], health=MASKED))
+    said = findings(Evidence(rows))
+    sign = next(finding for finding in said if finding.alarm == "gradient health")
+    assert sign.verdict == "noted" and sign.measured.startswith("1 of 3 attacks lacked usable gradients; ")
+    over = {"over": ["A", "B", "C"], "attacked": 4}
+    rows.append(row("worst", [1, 0, 0, 1], kind="worst", health=None, settings=over))
+    report = Report(rows, findings=[Finding(f.alarm, f.verdict, f.measured, f.row, "m") for f in said])
+    page = " ".join(html_page(report).split())
+    card = page.split("</section>")[0]
+    assert "1 of 3 attacks lacked usable gradients; the others had them." in card
+    assert "The attacks had usable gradients" not in page and 'class="card"' in card
+    assert "none gives a reason to doubt the number; noted: gradient health." in page
+    assert "noted: worth knowing, and no reason to doubt the number;" in page and page.count('class="masked"') == 1
+    assert "A hatched bar is unreliable: its attack lacked usable gradients, or" in page
+    text = " ".join(report.to_text(color=False).split())
+    assert "none gives a reason to doubt the number; noted: gradient health." in text
+    assert "noted: worth knowing, and no reason to doubt the number." in text
