@@ -88,7 +88,7 @@ def commands(data: Path, inputs: Path) -> list[Command]:
             "train generator",
             ("train", "generator", *base, *images, "--width", "2", "--epochs", "2", "--batch-size", "32", *FAST),
         ),
-        Command("train atop", (*atop, "--cls-delay-epochs", "1", "--epochs", "3", "--batch-size", "32", *FAST)),
+        Command("train atop", (*atop, "--cls-delay", "1", "--epochs", "3", "--batch-size", "32", *FAST)),
         Command("train arrest", ("train", "arrest", *base, *images, "--epochs", "10", *attack, *FAST)),
         Command("evaluate", ("evaluate", str(inputs / "train carso"), *images, "--device", "cpu", *few)),
         Command("ablate", ablate),

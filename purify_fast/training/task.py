@@ -82,7 +82,7 @@ class Task:
             trains; without it, float32 is that of IEEE.
         graphs: captures the steps of the training's attacks, for a task that hands it to them; `fit` gives one on a
             CUDA device.
-        acts_from_step: what `terms` said of the run; `fit` sets it.
+        acts_from_step: the answer of `terms` for the run; `fit` sets it.
     """
 
     model: nn.Module

@@ -206,7 +206,7 @@ def test_the_command_by_torchrun(tmp_path):
     printed = [len(re.findall(text, done.stdout)) for text in ("last epoch: loss", "classifier  clean", "saved to")]
     assert printed == [1, 1, 1], done.stdout
     carso = ["train", "carso", "--classifier", str(tmp_path / "classifier"), "--layers", "conv2", *common]
-    carso += ["--out", str(tmp_path / "carso"), "--steps", "1"]
+    carso += ["--out", str(tmp_path / "carso"), "--steps", "1", "--kl-delay", "0"]
     refused = torchrun(*carso, "--batch-size", "21")
     assert refused.returncode != 0 and "exitcode  : 2" in refused.stderr, refused.stderr
     said = [line for line in refused.stderr.splitlines() if line.startswith("purify-fast")]

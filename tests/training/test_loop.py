@@ -141,7 +141,7 @@ def test_other_data_models_classifiers_or_origins_are_refused(tmp_path):
     def carso(seed, origin="scratch"):
         torch.manual_seed(seed)
         made = Carso(SmallCNN(1, 2, (8, 8), 4), ["conv2"], (1, 8, 8), 4, 2, 1, decoder_width=2)
-        return CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.1, steps=1)), origin)
+        return CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.1, steps=1), kl_delay=0.0), origin)
 
     fit(carso(0), x, y, FitConfig(1, 16), tmp_path / "b")
     with pytest.raises(ValueError, match="classifier: "):
@@ -228,7 +228,7 @@ def test_the_global_generator_is_left_as_it_was():
 
 
 def test_eps_warms_up_and_reaches_its_value(monkeypatch):
-    import purify_fast.training.classifier as module
+    import purify_fast.attacks as module
 
     seen = []
     original = module.pgd

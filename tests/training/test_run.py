@@ -52,7 +52,7 @@ def test_what_is_not_finite_never_enters_a_checkpoint(tmp_path, how, at):
 
 def test_another_kind_of_run_is_named(tmp_path):
     classifier = SmallCNN(1, 2, (8, 8), 4)
-    carso = CarsoTask(Carso(classifier, ["hidden"], (1, 8, 8), 4, 3, 2, decoder_width=2), CarsoConfig())
+    carso = CarsoTask(Carso(classifier, ["hidden"], (1, 8, 8), 4, 3, 2, decoder_width=2), CarsoConfig(kl_delay=0.0))
     fit(carso, *images(), FitConfig(1, 16), tmp_path, progress=False)
     with pytest.raises(ValueError, match="holds a CARSO run, and this is a classifier's run: give another folder, or"):
         fit(ClassifierTask(classifier, ClassifierConfig()), *images(), FitConfig(1, 16), tmp_path, progress=False)

@@ -9,7 +9,6 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.checkpoint import last_checkpoint, save_checkpoint
 
 SHAPE = (1, 16, 16)
 ATTACK = TrainingAttack(eps=0.1, steps=2)
@@ -22,12 +21,12 @@ def arrest(precision: str) -> ArrestTask:
 
 def carso(precision: str) -> CarsoTask:
     made = Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
-    return CarsoTask(made, CarsoConfig(attack=ATTACK, precision=precision))
+    return CarsoTask(made, CarsoConfig(attack=ATTACK, kl_delay=0.0, precision=precision))
 
 
 def atop(precision: str) -> AtopTask:
     made = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
-    return AtopTask(made, AtopConfig(precision=precision))
+    return AtopTask(made, AtopConfig(cls_delay=0, precision=precision))
 
 
 class Settings:
@@ -66,19 +65,6 @@ def test_products_are_rounded_while_it_is_trained_if_asked(make):
         )
         assert heard.found == {expected}
         assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before
-
-
-def test_a_classifier_without_the_setting_is_resumed_with_float32(tmp_path):
-    """Checkpoints of classifiers had no such setting at first."""
-    x, y = torch.randint(256, (16, *SHAPE), dtype=torch.uint8), torch.arange(16) % 10
-    settings = FitConfig(epochs=2, batch_size=8)
-    fit(classifier("float32"), x, y, settings, tmp_path, progress=False)
-    saved = last_checkpoint(tmp_path)
-    del saved["facts"]["precision"]
-    save_checkpoint(tmp_path, saved, "stop")
-    fit(classifier("float32"), x, y, settings, tmp_path, progress=False)
-    with pytest.raises(ValueError, match=r"precision: '?float32'? there, '?tf32'? now"):
-        fit(classifier("tf32"), x, y, settings, tmp_path, progress=False)
 
 
 def test_an_unknown_precision_is_refused():

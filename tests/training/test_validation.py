@@ -149,7 +149,7 @@ def tasks():
     attack = TrainingAttack(eps=0.1, steps=1)
     carso = Carso(classifier, ["hidden"], shape, 4, 3, 2, decoder_width=2)
     atop = Atop(classifier, SmallGenerator(1, width=2), shape, block=4)
-    looking = CarsoConfig(attack=attack, optimizer="radam_lookahead")
+    looking = CarsoConfig(attack=attack, optimizer="radam_lookahead", kl_delay=0.0)
     return {
         "carso": lambda: CarsoTask(carso, looking),
         "pipeline": lambda: CarsoTask(carso, CarsoConfig(attack_target="pipeline", attack=attack)),
@@ -242,7 +242,7 @@ def test_carso_is_validated_with_a_last_batch_too_small_to_attack(monkeypatch, t
         torch.manual_seed(0)
         defence = Carso(SmallCNN(width=2), ["hidden"], (1, 16, 16), 4, 3, 2, decoder_width=2)
         attack = TrainingAttack(eps=0.1, steps=1)
-        made = CarsoTask(defence, CarsoConfig(attack=attack, reduction=reduction, learning_rate=0.0))
+        made = CarsoTask(defence, CarsoConfig(attack=attack, reduction=reduction, learning_rate=0.0, kl_delay=0.0))
         held = x[32:], y[32:]  # 16 and 5 images
         found.append(fit(made, x[:32], y[:32], FitConfig(1, 16), tmp_path / reduction, progress=False, validation=held))
         assert (tmp_path / reduction / "checkpoint.safetensors").is_file()

@@ -1,6 +1,6 @@
 """The published trainings of CARSO, number by number, each with its source.
 
-Where nothing else is said a source is a file of the official repository (emaballarin/CARSO, commit 307b873) with its
+A source without a name before it is a file of the official repository (emaballarin/CARSO, commit 307b873) with its
 line. "ebtorch" is that repository's library (emaballarin/ebtorch, commit e9f8d99). The first version of the method,
 mnist_v1, is in earlier commits of the repository (8dadfc8, 5f65f97).
 """

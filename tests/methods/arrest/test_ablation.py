@@ -1,7 +1,6 @@
 """The ablation: which rows there are, that each is trained and attacked once, and the table they make."""
 
 import csv
-import importlib
 import math
 import time
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 import purify_fast.methods.arrest.ablation as module
-from purify_fast import data
+from purify_fast import attacks, data
 from purify_fast.evaluation import Tradeoff
 from purify_fast.methods.arrest import AblationConfig, ArrestConfig, ArrestTask, ablate, ablation_table
 from purify_fast.methods.arrest.ablation import rows
@@ -190,8 +189,7 @@ def test_from_scratch_and_finetuned_train_on_one_attack(images, tmp_path, monkey
 
     monkeypatch.setattr(module._Study, "attacked", lambda *a: Result(Tradeoff(0, 0), (0, 0)))
     monkeypatch.setattr(ablation_table, "plot_tradeoff", lambda *a, **k: False)
-    for task in (ArrestTask, ClassifierTask):
-        monkeypatch.setattr(importlib.import_module(task.__module__), "pgd", attack)
+    monkeypatch.setattr(attacks, "pgd", attack)
     config = ArrestConfig(attack=TrainingAttack(eps=0.2, steps=2, alpha=alpha, eps_warmup=0.5))
     what = AblationConfig(**{**FEW, "scratch_epochs": 4}, weights=(), angles=(), shares=())
     ablate(lambda: SmallCNN(width=4), images, config, what, FitConfig(4, 32), out=tmp_path, progress=False)

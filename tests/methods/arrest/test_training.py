@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import purify_fast.methods.arrest.task as module
-from purify_fast import data
+from purify_fast import attacks, data
 from purify_fast.attacks import pgd
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask, Teacher
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN
@@ -280,7 +279,7 @@ def test_eps_warms_up_with_its_step_and_its_noise(monkeypatch):
         seen.append((options["eps"], options["alpha"]))
         return x
 
-    monkeypatch.setattr(module, "pgd", attack)
+    monkeypatch.setattr(attacks, "pgd", attack)
     frozen_to(monkeypatch, task, [1.0, 0.0])
     grey = dataclasses.replace(batch(2), x=torch.full((2, *SHAPE), 0.5), epochs=4)
     steps = [dataclasses.replace(grey, epoch=epoch) for epoch in range(4)]

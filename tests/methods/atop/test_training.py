@@ -37,7 +37,9 @@ def defence(purifier=None, classifier=None, shape=(1, 16, 16), **options):
 
 def batch(n=8, epoch=5, epochs=10):
     digits = data.load_dataset("digits")
-    return Batch(data.to_float(digits.x_train[:n]), digits.y_train[:n], torch.arange(n), 7, epoch, epochs)
+    # of the authors' epochs, which have 625 steps of 8 images
+    place = {"epoch": epoch, "epochs": epochs, "step": 625 * epoch, "images_before": 5000 * epoch}
+    return Batch(data.to_float(digits.x_train[:n]), digits.y_train[:n], torch.arange(n), 7, **place)
 
 
 def gradients(model, loss):
@@ -111,7 +113,7 @@ def test_fact_11_total(epoch, gan, want):
     if gan:
         task.discriminator = Judge([[-0.875]])
     x = torch.full((4, 1, 8, 8), 0.75)  # S = 0.5
-    step = Batch(x, torch.zeros(4, dtype=torch.int64), torch.arange(4), 0, epoch, 10)
+    step = Batch(x, torch.zeros(4, dtype=torch.int64), torch.arange(4), 0, epoch, 10, 625 * epoch, 5000 * epoch)
     assert task.training_step(step)[0].item() == pytest.approx(want, abs=1e-6)
 
 
@@ -299,7 +301,7 @@ def test_every_pass_has_the_target_and_the_label_of_its_own_image(transform, tar
     brightness = torch.tensor([0.2, 0.6, 1.0]).view(3, 1, 1, 1)
     x = brightness * torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     y, eps = torch.tensor([2, 0, 3]), 0.1
-    step = Batch(x, y, torch.arange(3), 7, 5, 10)
+    step = Batch(x, y, torch.arange(3), 7, 5, 10, 3125, 25000)
     metrics = passes(
         made, step, AtopConfig(attack=TrainingAttack(eps=eps, steps=10), reconstruction_target=target)
     ).metrics
@@ -324,7 +326,7 @@ def test_rt3_stitches_each_image_from_its_own_passes():
     """Of constant images whose holes are filled as they were nothing is lost, whatever the order of the passes."""
     made = defence(Fill(), Level(), transform="rt3", sigma=0.0, samples=2)
     levels, y = torch.tensor([0.1, 0.45, 0.9]), torch.tensor([0, 2, 0])
-    step = Batch(levels.view(3, 1, 1, 1).expand(3, 1, 16, 16).clone(), y, torch.arange(3), 7, 5, 10)
+    step = Batch(levels.view(3, 1, 1, 1).expand(3, 1, 16, 16).clone(), y, torch.arange(3), 7, 5, 10, 3125, 25000)
     metrics = passes(made, step, AtopConfig(attack_method="none")).metrics
     logits = torch.stack([levels, torch.zeros(3), 1 - levels], 1)
     want = (logits.exp().sum(1).log() - logits[torch.arange(3), y]).mean()

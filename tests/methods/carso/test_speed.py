@@ -346,7 +346,7 @@ def test_statistics_stay_float32_and_training_lowers_the_loss(tmp_path):
     for epochs in (1, 4):
         torch.manual_seed(0)
         made = Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
-        task = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), precision="bfloat16"))
+        task = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), kl_delay=0.0, precision="bfloat16"))
         losses[epochs] = fit(
             task, digits.x_train, digits.y_train, FitConfig(epochs, 64), tmp_path / f"{epochs}"
         )["reconstruction"]  # fmt: skip

@@ -197,10 +197,11 @@ def test_the_pipeline_loss_reaches_what_inference_uses_and_keeps_mode_samples_an
 
 
 def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
-    import purify_fast.methods.carso.losses as module
+    import purify_fast.methods.carso.losses as losses
+    from purify_fast import attacks
 
     seen = []
-    for name in ("pgd", "pgd_and_fgsm"):
+    for module, name in ((attacks, "pgd"), (losses, "pgd_and_fgsm")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda model, *a, f=original, **k: seen.append(model) or f(model, *a, **k))
     made = defence()
@@ -236,7 +237,7 @@ def test_config_errors(wrong, message):
 def test_training_lowers_the_loss_and_leaves_the_classifier(tmp_path):
     digits, made = data.load_dataset("digits"), defence()
     before = copy.deepcopy(made.classifier.state_dict())
-    task = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2)))
+    task = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), kl_delay=0.0))
     one = fit(task, digits.x_train, digits.y_train, FitConfig(1, 64), tmp_path / "one")
     made2 = defence()
     six = fit(CarsoTask(made2, task.config), digits.x_train, digits.y_train, FitConfig(6, 64), tmp_path / "six")
