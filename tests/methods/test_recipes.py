@@ -72,6 +72,8 @@ def built(name, official_code=False, **settings):
     elif isinstance(made, AtopRecipe):
         # width 1, and a stride before it: the attack on 256 x 256 pixels is no part of what is tested
         classifier = torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(768, 10))
+        # the code's form has no discriminator, whose width is then its default
+        made = made if official_code else smaller(made, {"method.discriminator_width": 2})
         task = made.task(made.defence(classifier, DeepFillGenerator(5, 4), official_code), official_code)
     else:
         network = build_classifier("preact_resnet18", made.image_shape, 10, width=2)
@@ -187,7 +189,7 @@ def trained(name, folder=None, **settings):
 #: The setting that weights each delayable or additional term.
 WEIGHTS = {
     "kl": "beta", "cross_entropy": "cls_weight", "distance": "distillation_weight",
-    "reconstruction": "reconstruction_weight",
+    "reconstruction": "reconstruction_weight", "deceived": "gan_weight",
 }  # fmt: skip
 
 
@@ -223,6 +225,7 @@ def test_a_card_has_every_fact_and_what_is_not_reproduced():
 def test_official_code_reproduces_the_quirks():
     atop = recipe("atop/cifar_rt2")
     assert atop.config(True).classifier_range == "doubled" and atop.config().classifier_range == "unit"
+    assert atop.config().gan_grad and not atop.config(True).gan_grad
     assert atop.part("defence", True)["shared_mask"] and not atop.part("defence")["shared_mask"]
     assert recipe("carso/tiny_imagenet").config(True).allow_no_adversarial
     assert not recipe("carso/cifar10").loop().drop_last

@@ -33,7 +33,8 @@ class AtopRecipe(Recipe):
         """The settings of the training.
 
         Args:
-            official_code: hand the classifier purified images in [-1, 1] in the cross-entropy, as the notebooks do.
+            official_code: as the notebooks: the classifier is given purified images in [-1, 1] in the cross-entropy,
+                and the gradient of the GAN term is cut off.
         """
         attack = AtopConfig.attack if self["method.attack_method"] == "none" else self._attack()
         return AtopConfig(attack=attack, **self.part("method", official_code))
@@ -72,8 +73,8 @@ _NOT_REPRODUCED = (
     "The weights that the authors begin with are not part of this package: a DeepFillv2 generator trained on Places2, "
     "and classifiers trained on clean images.",
     "The authors' classifier has a 3 x 3 stem and no pooling after it, and maps its input by 2x - 1 itself.",
-    "The discriminator of the notebooks is trained too, but no gradient of it reaches the generator (lines 172 and "
-    "203): it is left out, as nothing else depends on it.",
+    "With official_code=True there is no discriminator: the notebooks train one, and no gradient of it reaches the "
+    "generator (lines 172 and 203).",
     "The order of the images, the noise and the masks are drawn otherwise.",
 )
 _IMAGENETTE = (
@@ -115,7 +116,12 @@ def _notebook(name: str, notebook: str, title: str, changes: dict[str, Fact], mo
         "method.cls_delay": Fact(2, "code", f"{at}214"),
         "method.cls_delay_unit": Fact("epochs", "code", f"{at}214"),
         "method.classifier_range": Fact("unit", "inferred", f"{at}81; models/resnet.py maps by 2x - 1", "doubled"),
-        "method.gan_grad": Fact(False, "code", f"{at}203 (detached at 172)"),
+        "method.gan_grad": Fact(
+            True, "second-hand", f"the authors' formula; {at}203 cuts it off (172)", official=False
+        ),
+        "method.gan_weight": Fact(1.0, "code", "train.yaml: gan_loss_alpha"),
+        "method.gan_fake": Fact("refined", "code", f"{at}173"),
+        "method.discriminator_width": Fact(64, "code", f"{at}61"),
         "method.precision": Fact("float32", "code", f"{at}96 (no autocast)"),
         "method.schedule": Fact("constant", "code", f"{at}96 (no scheduler)"),
         "method.learning_rate": Fact(1e-4, "code", "train.yaml: g_lr"),
