@@ -32,7 +32,7 @@ def main(tiny: bool = False) -> None:
     x, y = digits.x_train[:count], digits.y_train[:count]
 
     def loop(epochs: int) -> FitConfig:
-        return FitConfig(epochs=1 if tiny else epochs, batch_size=32 if tiny else 64)
+        return FitConfig(epochs=3 if tiny else epochs, batch_size=32 if tiny else 64)
 
     classifier = purify_fast.models.build_classifier("small_cnn", digits.image_shape, digits.num_classes)
     standard = ClassifierConfig(attack=TrainingAttack(eps=0, steps=1))

@@ -12,9 +12,9 @@ OUT=${OUT:-runs/multi_gpu}
 
 if [[ ${1:-} == --tiny ]]; then
   processes=2
-  options=(--data digits --eps 0.2 --device cpu --epochs 1 --batch-size 64)
-  classifier=(--steps 2)
-  carso=(--steps 2)
+  options=(--data digits --eps 0.2 --device cpu --batch-size 64)
+  classifier=(--steps 2 --epochs 1)
+  carso=(--steps 2 --epochs 3)
   export OMP_NUM_THREADS=1
 else
   processes=$("$PYTHON" -c "import torch; print(max(1, torch.cuda.device_count()))")

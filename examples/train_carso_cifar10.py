@@ -53,7 +53,7 @@ def main(data: str = "cifar10", root: str = "data", out: Path = Path("runs/carso
     sizes = {"cond_dim": 32, "latent_dim": 8, "samples": 2} if tiny else {"cond_dim": 512, "latent_dim": 128}
     defence = Carso(classifier.eval(), layers, images.image_shape, **sizes)
     objective = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=steps))
-    epochs = FitConfig(epochs=1 if tiny else 100, batch_size=batch)
+    epochs = FitConfig(epochs=3 if tiny else 100, batch_size=batch)
     fit(CarsoTask(defence, objective), x, y, epochs, out / "objective", "the paper's objective")
     # not in the paper, and what makes the difference: attacked through the whole defence
     pipeline = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=steps))

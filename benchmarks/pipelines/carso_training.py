@@ -155,7 +155,7 @@ def cases(quick: bool) -> dict[str, Case]:
     size = 16 if quick else BATCH
     made = {}
     for name, target in (("paper's objective", "classifier"), ("pipeline step", "pipeline")):
-        shape = f"{size} images, PGD-{setting(target, quick).steps}"
+        shape = f"{size} images, PGD-{setting(target, quick).attack.steps}"
         shape += ", half of them adversarial" if target == "classifier" else ", K = 1"
         makes = [partial(form, target=target, compiled=c) for form in (_plain, _ours) for c in (False, True)]
         work = {

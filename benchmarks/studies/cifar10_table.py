@@ -306,15 +306,14 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
         budget: how much of everything there is; the default one by default.
 
     Raises:
-        NothingJudged: ``root`` holds nothing that is judged, or there is no row of the first seed.
+        NothingJudged: there is no row of the first seed.
         OtherBudget: ``root`` or ``folder`` is of another budget.
     """
     budget = budget or Budget()
     counts, wanted = budget.judging, [*rows(budget), BEST]
-    new = collect(root, budget)
-    results = new.over(Results.read(folder, budget))
+    results = collect(root, budget).over(Results.read(folder, budget))
     names = results.judged(wanted)
-    if not new.lines or not names:
+    if not names:
         raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
     results.save(folder, budget)
     given = {name for name, _ in Results.read(folder, budget, GIVEN).lines}

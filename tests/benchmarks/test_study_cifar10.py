@@ -57,7 +57,7 @@ def test_every_need_comes_before_what_needs_it_and_every_row_is_judged(tmp_path)
     order = {(job.name, job.seed): place for place, job in enumerate(jobs)}
     assert all(order[need] < order[job.name, job.seed] for job in jobs for need in job.needed())
     # the second seed takes what the first one's search chose
-    again = next(job for job in jobs if (job.name, job.seed) == (names.ARREST, 1))
+    again = next(job for job in jobs if (job.name, job.seed) == (names.ARREST_EMA, 1))
     assert (names.search_name(5.0, 30.0), 0) in again.needed()
     again = next(job for job in jobs if (job.name, job.seed) == (names.BEST, 1))
     assert {(names.tried_name(name), 0) for name in cifar10_ahead.CANDIDATES} < set(again.needed())
@@ -83,7 +83,7 @@ def test_lambda_and_phi_are_chosen_on_held_out_images_with_the_first_seed(tmp_pa
     for pair, accuracy in {(1, 10): 0.3, (1, 30): 0.4, (5, 10): 0.5, (5, 30): 0.2}.items():
         fact(tmp_path, names.search_name(*pair), validation_accuracy=accuracy)
     for seed in (0, 1):
-        job = Job(names.ARREST, seed, cifar10.judge, settings={"budget": budget})
+        job = Job(names.ARREST_EMA, seed, cifar10.judge, settings={"budget": budget})
         assert cifar10_models.chosen(job, tmp_path) == (5.0, 10.0)
 
 
@@ -266,7 +266,7 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     assert f"`strong` leaves as many right as `fast` in 0 of {count} rows; the others: standard -1; PGD-AT -2;" in page
     others = [name for name in names.TRIED if name != cifar10_ahead.MIXED]
     assert f"Candidates that are not judged yet: {'; '.join(others)}.\n" in page
-    assert "Not attacked by the official AutoAttack yet: CARSO pipeline; TRADES; ARREST.\n" in page
+    assert "Not attacked by the official AutoAttack yet: CARSO pipeline; TRADES; ARREST, moving average.\n" in page
     assert "not judged yet: PGD-AT" not in page.lower() and "With seed 1 not" not in page
     # pages quote single numbers; of two seeds the mean
     assert pages.value("cifar10", names.LARGE, "fast", tmp_path / "results") == "50.0"
@@ -328,8 +328,8 @@ def test_a_study_done_in_parts_has_one_table(tmp_path):
     for name, number in ((names.BASE, 1), (names.STANDARD, 2)):
         trained(one, name)
         judged(one, name, number)
-    trained(one, names.ARREST, 1, weight=5.0, angle=10.0)
-    judged(one, names.ARREST, 2, seed=1)
+    trained(one, names.ARREST_EMA, 1, weight=5.0, angle=10.0)
+    judged(one, names.ARREST_EMA, 2, seed=1)
     fact(one, names.tried_name(names.BASE), clean=0.7, tried={"share": 0.3, "reliable": True})
     cifar10.write(one, results, BUDGET)
     trained(other, names.AWP)
@@ -340,7 +340,7 @@ def test_a_study_done_in_parts_has_one_table(tmp_path):
     judged(other, names.BASE, 1, seed=1)
     page = cifar10.write(other, results, BUDGET).read_text()
     assert "- PGD-AT, AWP minus PGD-AT, `fast`: -25.0 ± " in page
-    assert "- ARREST minus PGD-AT, `fast`: -25.0 ± " in page.split("Trained with seed 1:")[1]
+    assert "- ARREST, moving average minus PGD-AT, `fast`: -25.0 ± " in page.split("Trained with seed 1:")[1]
     lines = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
     assert "| 89.0 ± 7.0 | 75.0 ± 21.7 |" in page and "| 85.0 ± 8.0 | 75.0 ± 21.7 |" in lines[names.STANDARD]
     assert "reference: no purifier | 70.0 ± 14.5 | 30.0 ± 26.5 |" in page
@@ -365,7 +365,7 @@ def test_a_model_that_was_trained_anew_takes_away_what_began_with_the_old_one(tm
     for number, name in enumerate((names.BASE, names.NO_EMA, names.CARSO, names.LARGE, names.PEEL)):
         trained(one, name)
         judged(one, name, number)
-    assert "CARSO published" in cifar10.write(one, results, BUDGET).read_text()
+    assert "CARSO, paper's objective" in cifar10.write(one, results, BUDGET).read_text()
     trained(other, names.BASE)
     judged(other, names.BASE, 1)
     log = studies.folder_of(other, names.BASE, 0) / "log.jsonl"
@@ -374,7 +374,7 @@ def test_a_model_that_was_trained_anew_takes_away_what_began_with_the_old_one(tm
     kept = strong.read_text()
     strong.unlink()
     page = cifar10.write(other, results, BUDGET).read_text()
-    assert "| CARSO published |" in page and "Not attacked by `strong` yet: PGD-AT." in page
+    assert "| CARSO, paper's objective |" in page and "Not attacked by `strong` yet: PGD-AT." in page
     assert "PGD-AT, seed 0: replaced, and has no strong, strong_more yet" in capsys.readouterr().err
     # another training
     strong.write_text(kept)
@@ -382,7 +382,8 @@ def test_a_model_that_was_trained_anew_takes_away_what_began_with_the_old_one(tm
     page = cifar10.write(other, results, BUDGET).read_text()
     rows = [line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")]
     assert rows == ["model", "---", names.BASE, names.LARGE]
-    assert "CARSO published, seed 0: left out, for what it began with was trained anew" in capsys.readouterr().err
+    told = "CARSO, paper's objective, seed 0: left out, for what it began with was trained anew"
+    assert told in capsys.readouterr().err
 
 
 def test_rows_that_a_version_does_not_know_are_kept(tmp_path):

@@ -61,7 +61,7 @@ def test_files_of_the_repository_are_pages_with_links_of_the_site(tmp_path):
     for name in api_pages.RESULTS:
         (tmp_path / f"{name}.md").write_text("# Rows\n")
     api_pages.write_project(place)
-    assert (place / "upgrading.md").read_text() == "[a](../extend.md) [b](changelog.md)\n"
+    assert (place / "contributing.md").read_text() == "[a](../extend.md) [b](changelog.md)\n"
     assert (place / "ops.md").read_text().endswith("# Rows\n")
 
 

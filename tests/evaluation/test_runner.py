@@ -17,7 +17,6 @@ from purify_fast.attacks import APGD, BPDA, FGSM, PGD, AutoAttack, StAdv
 from purify_fast.attacks.autoattack import parts
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import (
-    Attack,
     AttackSpec,
     Report,
     evaluate,
@@ -562,46 +561,6 @@ def test_errors(change, message):
     arguments |= change
     with pytest.raises(ValueError, match=message):
         evaluate(Linear(), arguments.pop("x"), arguments.pop("y"), **arguments)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"kind": "fab"}, "kind must be"),
-        ({"loss": "mse"}, "loss must be"),
-        ({"loss": "dlr_targeted"}, "loss must be one of ce, margin, scaled_margin, dlr, got"),
-        ({"kind": "apgd", "targets": 0}, "n_target_classes must be at least 1"),
-        ({"variant": "zero"}, "variant must be"),
-        ({"kind": "autoattack", "version": "plus"}, "version must be"),
-        ({"head": "max"}, "aggregation must be"),
-        ({"head": "lse", "target": Linear()}, "not both"),
-        ({"steps": 0}, "steps must be"),
-        ({"limit": 0}, "max_images must be"),
-        ({"alpha": -0.1}, "alpha must be at least 0, got -0.1"),
-        ({"kind": "apgd", "alpha": 0.1}, "alpha goes with pgd, bpda, stadv, not with apgd"),
-        ({"kind": "fgsm", "steps": 2}, "steps goes with pgd, apgd, bpda, stadv, autoattack, not with fgsm"),
-        ({"kind": "autoattack", "restarts": 2}, "restarts goes with pgd, apgd, bpda, stadv, not with autoattack"),
-        ({"kind": "apgd", "start": False}, "start goes with pgd, bpda, not with apgd"),
-        ({"smoothness": 0.1}, "smoothness goes with stadv, not with pgd"),
-        ({"kind": "stadv", "smoothness": -0.1}, "smoothness must be at least 0, got -0.1"),
-        (
-            {"kind": "stadv", "norm": "l2", "eps": 0.1},
-            "norm goes with pgd, apgd, fgsm, bpda, autoattack, not with stadv",
-        ),
-        ({"kind": "stadv", "loss": "dlr_targeted"}, "loss must be one of ce, margin, scaled_margin, dlr, got"),
-        ({"norm": "l3", "eps": 0.1}, "norm must be one of linf, l2, l1, got 'l3'"),
-        ({"kind": "apgd", "norm": "l0", "eps": 12}, "norm must be one of linf, l2, l1, got 'l0'"),
-        ({"norm": "l2"}, "the norm l2 needs an eps of its own"),
-        ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
-        ({"target": "base"}, "target must be a model or 'classifier', got 'base'"),
-        ({"kind": "bpda", "target": Linear()}, "it takes no target"),
-        ({"head": "lse", "target": "classifier"}, "not both"),
-        ({"queries": 9}, "queries goes with autoattack, not with pgd"),
-    ],
-)
-def test_attack_errors(change, message):
-    with pytest.raises(ValueError, match=message):
-        Attack(**change)
 
 
 def test_without_autoattack_no_attack_is_begun(monkeypatch):

@@ -24,7 +24,7 @@ if DEVICE.type == "cuda" and not torch.cuda.is_available():
 
 pytestmark = pytest.mark.gpu
 WANTED = (
-    names.BASE, names.STANDARD, names.CARSO, names.GENERATOR, names.search_name(5.0, 30.0), names.ARREST,
+    names.BASE, names.STANDARD, names.CARSO, names.GENERATOR, names.search_name(5.0, 30.0), names.ARREST_EMA,
     names.judged_name(names.BASE, "fast"),
 )  # fmt: skip
 
