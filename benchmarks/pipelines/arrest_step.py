@@ -172,7 +172,8 @@ def cases(quick: bool) -> dict[str, Case]:
     made = {}
     for name, replay in (("all attacked", False), ("half replayed", True)):
         makes = [partial(form, replay=replay, compiled=c) for form in (_plain, _ours) for c in (False, True)]
-        shape = f"{16 if quick else BATCH} images, PGD-{setting(False, quick).attack.steps}, the map before pooling; {name}"
+        steps = setting(False, quick).attack.steps
+        shape = f"{16 if quick else BATCH} images, PGD-{steps}, the map before pooling; {name}"
         work = "B (F + S F + 4 F)" if replay else "B (2 S F + 4 F)"
         made[name] = Case(shape, 0.05, columns(*makes, partial(_ours, replay=replay, captured=True)), work)
     return made

@@ -71,7 +71,7 @@ def batch_of(device: torch.device, quick: bool) -> Batch:
 
 
 def setting(precision: str) -> AtopConfig:
-    return AtopConfig(attack=TrainingAttack(eps=EPS, steps=10), cls_weight=WEIGHT, precision=precision)
+    return AtopConfig(attack=TrainingAttack(eps=EPS, steps=10), cls_weight=WEIGHT, cls_delay=0, precision=precision)
 
 
 def compared(reconstruction: Tensor, cross_entropy: Tensor, refined: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from purify_fast.evaluation import Tradeoff
 from purify_fast.evaluation.tables import markdown_table
 
 from .cifar10_budget import (
+    ARREST,
     ARREST_EMA,
     AS_AUTHORS,
+    BASE,
     BEST,
     CHOSEN,
     COMPARED,
@@ -20,6 +22,7 @@ from .cifar10_budget import (
     OFFICIAL,
     ON_GIVEN,
     PAIRS,
+    STANDARD,
     TRIED,
     Budget,
     Judging,
@@ -44,7 +47,11 @@ def table(results: Results, names: Sequence[str], budget: Budget, seed: int = 0)
         seed: of the trainings.
     """
     counts = budget.judging
-    protocols = {name: count for name, count in counts.protocols().items() if seed == 0 or name == counts.main}
+    protocols = {
+        protocol: count
+        for protocol, count in counts.protocols().items()
+        if any(protocol in results.lines[name, seed] for name in names)
+    }
     body = []
     for name in names:
         line = results.lines[name, seed]
@@ -132,7 +139,11 @@ def authors_caption(budget: Budget) -> str:
 
 
 def differences(
-    results: Results, counts: Judging, seed: int = 0, pairs: Sequence[tuple[str, str]] = PAIRS
+    results: Results,
+    counts: Judging,
+    seed: int = 0,
+    pairs: Sequence[tuple[str, str]] = PAIRS,
+    shared: Sequence[str] = (),
 ) -> list[str]:
     """A line for each pair of which both models are judged: the difference, image by image.
 
@@ -141,8 +152,11 @@ def differences(
         counts: how many images each protocol has.
         seed: of the trainings.
         pairs: names of rows.
+        shared: rows of the first seed that models of all seeds stand on.
     """
-    reports = {name: report for (name, of), report in results.reports.items() if of == seed}
+    reports = {
+        name: report for (name, of), report in results.reports.items() if of == seed or (of == 0 and name in shared)
+    }
     return [
         f"- {name} minus {other}, `{counts.main}`: {reports[name].paired(reports[other])}."
         for name, other in pairs
@@ -271,15 +285,18 @@ def write_given(root: Path, folder: Path, base: str, budget: Budget | None = Non
         f"CIFAR-10, L-inf 8/255. PGD-AT is `{base}` of the zoo, trained with seed 1; the standard classifier was "
         f"trained anew with seed 0, for {amount.standard_epochs} epochs. All purifiers stand on these two, whatever "
         f"their own seed. AToP has the paper's objective for {amount.pipeline_epochs} epochs in batches of "
-        f"{amount.batch_size}, and its cross-entropy acts after {amount.atop_delay_images:,} images. ARREST has "
-        f"{amount.arrest_epochs} epochs of PGD-{amount.steps}, lambda {CHOSEN[0]:g} and phi {CHOSEN[1]:g}; both of its "
-        "rows are one training, with the moving average of the weights and without it. The rest is as in the first "
-        "table."
+        f"{amount.batch_size}, and its cross-entropy acts after {amount.atop_delay_images:,} images. The rest is as in "
+        "the first table."
     ]
+    if results.judged([ARREST, ARREST_EMA]):
+        lines[0] += (
+            f" ARREST has {amount.arrest_epochs} epochs of PGD-{amount.steps}, lambda {CHOSEN[0]:g} and phi "
+            f"{CHOSEN[1]:g}; both of its rows are one training, with the moving average of the weights and without it."
+        )
     for seed in range(budget.seeds):
         if judged := results.judged(ON_GIVEN, seed):
             lines += ["", f"Seed {seed}:", "", *table(results, judged, budget, seed)]
-            if between := differences(results, counts, seed, GIVEN_PAIRS):
+            if between := differences(results, counts, seed, GIVEN_PAIRS, shared=(BASE, STANDARD)):
                 lines += ["", *between]
     acts = [
         f"{name}, seed {seed}: {', '.join(f'{term} from step {step}' for term, step in line['acts_from_step'].items())}"
@@ -306,14 +323,15 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
         budget: how much of everything there is; the default one by default.
 
     Raises:
-        NothingJudged: there is no row of the first seed.
+        NothingJudged: ``root`` holds nothing that is judged, or there is no row of the first seed.
         OtherBudget: ``root`` or ``folder`` is of another budget.
     """
     budget = budget or Budget()
     counts, wanted = budget.judging, [*rows(budget), BEST]
-    results = collect(root, budget).over(Results.read(folder, budget))
+    new = collect(root, budget)
+    results = new.over(Results.read(folder, budget))
     names = results.judged(wanted)
-    if not names:
+    if not new.lines or not names:
         raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
     results.save(folder, budget)
     given = {name for name, _ in Results.read(folder, budget, GIVEN).lines}
