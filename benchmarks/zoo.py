@@ -84,13 +84,13 @@ ENTRIES = {
     STANDARD_DIGITS: Entry("A small convolutional network, trained on clean digits.", "classifier"),
     ROBUST_DIGITS: Entry("The same network, trained adversarially with PGD-7: the base of the others.", "classifier"),
     "digits-arrest": Entry("The standard network, finetuned by ARREST.", "ARREST"),
-    "digits-carso-published": Entry(
+    "digits-carso-objective": Entry(
         "CARSO on digits-pgd-at, trained with the paper's objective.", "CARSO", ROBUST_DIGITS, study_only=True
     ),
     "digits-carso-pipeline": Entry(
         "CARSO on digits-pgd-at, then trained through the whole pipeline.", "CARSO", ROBUST_DIGITS
     ),
-    "digits-atop-published": Entry(
+    "digits-atop-objective": Entry(
         "AToP on digits-standard, trained with the paper's objective.", "AToP", STANDARD_DIGITS, study_only=True
     ),
     "digits-atop-pipeline": Entry(
@@ -100,7 +100,7 @@ ENTRIES = {
         "A small convolutional network, trained adversarially with PGD-7.", "classifier", "carso_mnist (classifier)"
     ),
     "mnist-arrest": _mnist("A small convolutional network, finetuned by ARREST.", "ARREST", "arrest_mnist (ARREST)"),
-    "mnist-carso-published": _mnist(
+    "mnist-carso-objective": _mnist(
         "CARSO on mnist-pgd-at, trained with the paper's objective.",
         "CARSO",
         "carso_mnist (CARSO, paper's objective)",

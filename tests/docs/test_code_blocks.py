@@ -17,6 +17,7 @@ import purify_fast
 from purify_fast import cli
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.carso.recipes import RECIPES
+from purify_fast.methods.recipes import RECIPES as EVERY_RECIPE
 from purify_fast.training.length import RunLength
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,7 +83,9 @@ def scope(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     # a training that is made short may end within a delay
     monkeypatch.setattr(RunLength, "check_acts", lambda self, step, **_: step)
-    monkeypatch.setitem(RECIPES, "cifar10", made := smaller(RECIPES["cifar10"]))
+    made = smaller(RECIPES["cifar10"])
+    monkeypatch.setitem(RECIPES, "cifar10", made)
+    monkeypatch.setitem(EVERY_RECIPE, made.name, made)
     torch.manual_seed(0)
     made.defence(made.build_classifier()).save_official("models", "wrn_28_10_cifar_10_cui_2023")
     DeepFillGenerator(5, 4).save_official("states_pt_places2.pth")

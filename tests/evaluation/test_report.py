@@ -263,7 +263,7 @@ def test_a_report_of_another_precision_is_not_overwritten(tmp_path):
 
 def test_the_precision_of_a_model_is_told():
     """Of an accelerated defence wherever it is evaluated; of rounded float32 only where a device rounds it."""
-    cpu, gpu, model = torch.device("cpu"), torch.device("cuda"), zoo.load("digits-carso-published")
+    cpu, gpu, model = torch.device("cpu"), torch.device("cuda"), zoo.load("digits-carso-objective")
     with float32_products():
         assert precision_name(model, gpu) is precision_name(model.accelerate(torch.float32), gpu) is None
     with float32_products(tf32=True):

@@ -109,7 +109,7 @@ def test_a_mode_without_noise_that_draws_is_not_attacked():
     assert report.attacks == ["clean"] and "within a block of deterministic(), two calls" in report.notes[0]
 
 
-@pytest.mark.parametrize("name", ["digits-carso-published", "digits-atop-pipeline", "noisy", "mine"])
+@pytest.mark.parametrize("name", ["digits-carso-objective", "digits-atop-pipeline", "noisy", "mine"])
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_no_defence_that_keeps_its_promise_is_refused(name, bfloat16):
     model = NoisyEnsemble(zoo.load("digits-pgd-at"), 0.1, samples=2) if name == "noisy" else Noisy()

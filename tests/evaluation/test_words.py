@@ -54,7 +54,7 @@ def test_a_deterministic_model_is_not_called_random(digits, tmp_path):
 
 
 def test_a_random_model_is_called_so_and_its_modes_are_named():
-    model = purify_fast.zoo.load("digits-carso-published").eval()
+    model = purify_fast.zoo.load("digits-carso-objective").eval()
     images = purify_fast.load_dataset("digits")
     attacks = [AttackSpec(PGD(steps=1), variant=variant) for variant in ("random", "fixed", "deterministic")]
     settings = QUIET | {"attacks": attacks, "eot_iter": 1, "n_eval": 2}

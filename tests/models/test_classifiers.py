@@ -203,6 +203,7 @@ def test_build_classifier():
         "in_channels": 1,
         "mean": [0.2],
         "std": [0.4],
+        "activation": "silu",
     }
     assert build_classifier("small_cnn", (3, 16, 24), 3).arguments["image_size"] == [16, 24]
     assert build_classifier("preact_resnet18", (3, 16, 24), 3, width=8).arguments["width"] == 8
