@@ -67,6 +67,14 @@ def ball_around(
     return Ball(per_sample("eps", eps, x), known, clip_min, clip_max)
 
 
+def _names(x: Tensor, seed: int, sample_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What names the random numbers of a start: the seed as int64 ``[1]`` and the sample ids, on x's device."""
+    ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
+    check_seed(seed)
+    # made on the device: a copy would wait for it
+    return torch.full((1,), seed, dtype=torch.int64, device=x.device), ids
+
+
 def normal_in_ball(x: Tensor, ball: Ball, std: float, *, seed: int = 0, sample_ids: Tensor | None = None) -> Tensor:
     """A point drawn from a normal distribution around each image, projected onto its ball and the box.
 
@@ -80,9 +88,7 @@ def normal_in_ball(x: Tensor, ball: Ball, std: float, *, seed: int = 0, sample_i
     Returns:
         The points, shape and dtype of x.
     """
-    ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
-    check_seed(seed)
-    key = torch.full((1,), seed, dtype=torch.int64, device=x.device)
+    key, ids = _names(x, seed, sample_ids)
     noise = philox(key, ids, x[0].numel(), stream=Stream.ATTACK_START, distribution="normal")[:, 0]
     point = (x + std * noise.view_as(x)).to(x.dtype)
     # a step of length 0 is the projection alone
@@ -101,10 +107,7 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor |
     Returns:
         The points, shape and dtype of x.
     """
-    ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
-    # made on the device: a copy would wait for it
-    check_seed(seed)
-    key = torch.full((1,), seed, dtype=torch.int64, device=x.device)
+    key, ids = _names(x, seed, sample_ids)
     size = x[0].numel()
     if ball.norm == "linf":
         noise = 2 * philox(key, ids, size, stream=Stream.ATTACK_START)[:, 0] - 1
