@@ -6,7 +6,7 @@ ARREST has no official code. "FAT" is a re-implementation by readers of the pape
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -33,13 +33,12 @@ class ArrestRecipe(Recipe):
         Args:
             width: as `purify_fast.models.build_classifier` has it, in place of the recipe's.
         """
-        options: dict[str, Any] = self.part("classifier")
-        name, width = options.pop("name"), width or options.pop("width")
-        options.pop("width", None)
+        options: dict[str, Any] = self.part("classifier") | ({} if width is None else {"width": width})
+        name = options.pop("name")
         shape, classes = self.image_shape, self["data.num_classes"]
         # the sources do not say how images are normalized: the data set's statistics
         mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-        return build_classifier(name, shape, classes, width=width, mean=mean, std=std, **options)
+        return build_classifier(name, shape, classes, mean=mean, std=std, **options)
 
     def config(self, official_code: bool = False) -> ArrestConfig:
         """The settings of the finetuning.
@@ -48,9 +47,7 @@ class ArrestRecipe(Recipe):
             official_code: as the re-implementation: PGD starts from 0.001 times a normal draw, the drift is looked at
                 in training mode, and the representation is pooled.
         """
-        attack = TrainingAttack(**self.part("attack"))
-        if official_code:
-            attack = replace(attack, start_std=self.facts["attack.start_std"].official)
+        attack = TrainingAttack(**self.part("attack", official_code))
         return ArrestConfig(attack=attack, **self.part("method", official_code))
 
     def task(self, classifier: nn.Module, official_code: bool = False) -> ArrestTask:
