@@ -75,7 +75,7 @@ def test_the_rows_are_named_after_their_sources(samples):
     with torch.no_grad():
         y = defence(x).argmax(1)
     report = evaluate(defence, x, y, eps=0.3, protocol="authors", progress=False, n_eval=2)
-    assert report.attacks == ["clean, fixed noise", "clean", *ROWS] and report.headlines == {}
+    assert report.attacks == ["clean", "clean, fixed noise", *ROWS] and report.headlines == {}
     for row in report.rows[2:]:
         assert row.kind == "authors" and row.n_eval == 1 and row.settings["attacked"] == 3
     settings = [report.row(name).settings for name in ROWS]

@@ -58,8 +58,10 @@ CASES = {
         2,
         version="v1",
     ),
+    # sixteen channels, of which the condition keeps two: a 1x1 convolution of one channel before a normalization has a
+    # gradient of zero, as its only weight is a scale
     "decoder": lambda: Carso(
-        SmallCNN(3, 4, (8, 12), 4),
+        SmallCNN(3, 4, (8, 12), 16),
         ["conv2"],
         (3, 8, 12),
         8,
