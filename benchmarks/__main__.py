@@ -12,6 +12,8 @@ python -m benchmarks gpu_check [tests|ops|pipelines] [--dry] [--out DIR] [--only
 
 python -m benchmarks instructions
 
+python -m benchmarks captures [--images N] [--data DIR] [--redo] [--out DIR]
+
 python -m benchmarks soak [--minutes N] [--only COMMAND...] [--seed N] [--out FILE]
 
 python -m benchmarks ship [--device cpu|cuda]
@@ -34,6 +36,7 @@ from purify_fast._lock import FolderInUse
 from purify_fast.speed import retain_freed_memory
 
 from . import (
+    captures,
     convolutions,
     evaluation,
     front_page,
@@ -127,6 +130,11 @@ def main(arguments: list[str] | None = None) -> None:
     check.add_argument("--seconds", type=float, help="the limit of each section in place of its own")
     check.add_argument("--total", type=float, default=520.0, help="seconds for all of them; 520 by default")
     commands.add_parser("instructions", help="the GPU kernels' machine code, counted without a GPU")
+    captured = commands.add_parser("captures", help="what an evaluation captures on a GPU, counted without one")
+    captured.add_argument("--images", type=int, default=captures.IMAGES, help="of each evaluation; 1000 by default")
+    captured.add_argument("--data", default="data", help="folder with cifar10.npz or the official files")
+    captured.add_argument("--redo", action="store_true", help="also what is counted already")
+    captured.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     long = commands.add_parser("soak", help="every command under faults: kills, full disks, changed bits and others")
     long.add_argument("--minutes", type=float, default=30.0, help="how long; 30 by default")
     long.add_argument("--only", nargs="+", default=[], metavar="COMMAND", help="such as 'train carso'; all by default")
@@ -173,6 +181,11 @@ def main(arguments: list[str] | None = None) -> None:
             zoo.main(chosen)
         except (ValueError, FileNotFoundError) as error:
             parser.error(str(error))
+        return
+    if chosen.command == "captures":
+        if chosen.images < 1:
+            parser.error(f"--images must be at least 1, got {chosen.images}")
+        print(captures.write(chosen.out, chosen.images, chosen.data, chosen.redo))
         return
     if chosen.command == "instructions":
         print(instructions.write(RESULTS))
