@@ -27,6 +27,7 @@ NORMS = {  # layer, shape, images of the first process, mean, dtype
     "2d": ("2d", (7, 3, 4, 5), 3, 0.0, torch.float64),
     "1d": ("1d", (6, 3), 2, 0.5, torch.float64),
     "far": ("2d", (8, 3, 4, 5), 4, 3e3, torch.float32),
+    "bfloat16": ("2d", (8, 3, 4, 5), 3, 0.5, torch.bfloat16),
 }
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,6 +63,7 @@ def two(tmp_path_factory):
         folder,
         *((kind, "weights", (kind, str(folder / f"run-{kind}"))) for kind in KINDS),
         *((f"norm-{name}", "batchnorm", arguments) for name, arguments in NORMS.items()),
+        *((f"norm-{name}-as_on_cuda", "batchnorm", (*arguments, True)) for name, arguments in NORMS.items()),
         *((f"gradients-{free}", "gradients", (free,)) for free in (0.0, 1.001)),
         ("refusals", "refusals", ()),
         ("first fails", "first_fails", ()),
@@ -93,16 +95,19 @@ def test_two_processes_end_with_the_weights_and_metrics_of_one(two, alone, tmp_p
     assert len((two / f"run-{kind}" / "log.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("form", ["", "-as_on_cuda"])
 @pytest.mark.parametrize("name", NORMS)
-def test_batchnorm_over_two_processes_is_torchs_over_all_images(two, alone, tmp_path, name):
+def test_batchnorm_over_two_processes_is_torchs_over_all_images(two, alone, tmp_path, name, form):
     layer, shape, first, mean, dtype = NORMS[name]
     alone["batchnorm"](tmp_path / "one", f"torch {layer}", shape, first, mean, torch.float64)
     y, dx, dweight, dbias, *running = torch.load(tmp_path / "one")
-    a, b = results(two, f"norm-{name}")
+    a, b = results(two, f"norm-{name}{form}")
     found = [torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]), a[2] + b[2], a[3] + b[3], *a[4:]]
     assert all(torch.equal(*pair) for pair in zip(a[4:], b[4:], strict=True))
     # float32 at a mean of 3,000 holds 4 digits of the deviations; their squares' sum would hold none
-    tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 2e-3, "atol": 2e-3}
+    digits = {torch.float64: 1e-10, torch.float32: 2e-3, torch.bfloat16: 3e-2}[dtype]
+    tolerance = {"rtol": digits, "atol": digits}
+    assert {a[0].dtype, a[1].dtype} == {dtype}
     for got, want in zip(found, [y, dx, dweight, dbias, *running], strict=True):
         torch.testing.assert_close(got.double(), want, **tolerance)
 

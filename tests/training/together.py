@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch_functions import register
 
 from purify_fast.data import to_float
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.carso.losses import published_step
+from purify_fast.models import synced_batch_norm
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, fit
@@ -112,8 +114,16 @@ def killed_while_writing(out, kind, folder):
     fit(task, *small_set(), LOOP, folder)
 
 
-def batchnorm(out, layer, shape, first, mean, dtype):
+def batchnorm(out, layer, shape, first, mean, dtype, as_on_cuda=False):
     """One forward and backward pass, the first process with ``first`` of the images, the second with the rest."""
+    if as_on_cuda:
+        # with stand-ins for PyTorch's functions, which it has on CUDA alone
+        synced_batch_norm.BY_TORCH = ("cpu",)
+        with torch.library._scoped_library("aten", "IMPL") as library:
+            register(library, "CPU")
+            batchnorm(out, layer, shape, first, mean, dtype)
+        synced_batch_norm.BY_TORCH = ("cuda",)
+        return
     x, outer, made = batchnorm_inputs(layer, shape, mean, dtype)
     part = slice(None)
     if dist.is_initialized():
@@ -129,7 +139,8 @@ def batchnorm_inputs(layer, shape, mean, dtype):
     x, outer = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
     made = {"1d": BatchNorm1d, "2d": BatchNorm2d, "torch 1d": nn.BatchNorm1d, "torch 2d": nn.BatchNorm2d}[layer](3)
     made.weight.data, made.bias.data = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([0.0, 1.0, 3.0])
-    return (x + mean).to(dtype), outer.to(dtype), made.to(dtype)
+    # the bfloat16 of an autocast, in which layers keep their float32
+    return (x + mean).to(dtype), outer.to(dtype), made.to(torch.float32 if dtype == torch.bfloat16 else dtype)
 
 
 def gradients(out, free):
