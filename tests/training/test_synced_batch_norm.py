@@ -1,31 +1,20 @@
 """What BatchNorm over several processes launches on CUDA, counted on fake tensors; its values: test_distributed.py."""
 
-from collections import Counter
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch_functions import register
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cuda_launches import CudaLaunches
+
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that compute something: no views, no memory that is only reserved, no questions."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        views = [r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns]
-        name = function._schema.name.partition("::")[2]
-        if not any(views) and name not in ("empty", "new_empty", "device"):
-            self.count[name] += 1
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -50,17 +39,17 @@ def test_a_layer_on_cuda_is_five_operators_forward_and_four_backward(two_fake_pr
     with FakeTensorMode(), torch.device("cuda"):
         made = layer(8).train()
         x = torch.empty(shape, dtype=dtype).to(memory_format=layout).requires_grad_()
-        with Operators() as forward:
+        with CudaLaunches() as forward:
             y = made(x)
         grad = torch.empty_like(y)
-        with Operators() as backward:
+        with CudaLaunches() as backward:
             results = y.grad_fn.apply(grad)[:3]
     assert (y.device.type, y.dtype, y.stride()) == ("cuda", dtype, x.stride())
     assert [r.dtype for r in results] == [dtype, torch.float32, torch.float32] and results[0].stride() == x.stride()
-    exchanges = forward.count.pop("_allgather_base_"), backward.count.pop("allreduce_")
+    exchanges = forward.by_name.pop("_allgather_base_"), backward.by_name.pop("allreduce_")
     # every BatchNorm counts its batches, in one process too
-    assert exchanges == (1, 1) and forward.count.pop("add_") == 1
+    assert exchanges == (1, 1) and forward.by_name.pop("add_") == 1
     computed = "batch_norm_stats", "new_full", "cat", "batch_norm_gather_stats_with_counts", "batch_norm_elemt"
-    assert forward.count == dict.fromkeys(computed, 1)
+    assert forward.by_name == dict.fromkeys(computed, 1)
     computed = "batch_norm_backward_reduce", "cat", "_to_copy", "batch_norm_backward_elemt"
-    assert backward.count == dict.fromkeys(computed, 1)
+    assert backward.by_name == dict.fromkeys(computed, 1)
