@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from .._process import processes
+from .._tensors import in_memory_order, laid_out_like
 from .checkpoint import flatten, restore
 
 T = TypeVar("T")
@@ -129,18 +130,19 @@ def average_(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its mean over the processes, in place; nothing changes with one process.
 
     Args:
-        tensors: floating point, one device, the same shapes in the same order in every process.
+        tensors: floating point, one device, the same shapes, strides and order in every process.
     """
     world = processes()[1]
     if world == 1:
         return
     for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        # in the order of their memory, in which a tensor is a view that one copy can read and write among many
+        flat = torch.cat([in_memory_order(tensor).flatten() for tensor in bucket])
         with named_when_lost():
             dist.all_reduce(flat)
         flat /= world
-        for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(mean.view(tensor.shape))
+        means = flat.split([tensor.numel() for tensor in bucket])
+        torch._foreach_copy_(bucket, [laid_out_like(mean, one) for mean, one in zip(means, bucket, strict=True)])
 
 
 def from_first(make: Callable[[], Any]) -> Any:

@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cuda_launches import CudaLaunches
+
 import purify_fast
 from purify_fast import cli
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
@@ -260,3 +264,22 @@ def test_averages_come_in_buckets_of_one_dtype(monkeypatch):
     distributed.average_(tensors)
     assert seen == [(torch.float32, 4), (torch.float32, 8), (torch.float32, 5), (torch.float64, 1)]
     assert torch.equal(maps, torch.arange(8.0).view(1, 2, 2, 2) / 2) and all((t == 0.5).all() for t in tensors[2:])
+
+
+def test_an_average_on_cuda_is_three_launches_and_an_exchange(monkeypatch):
+    """For any number of tensors, also of channels_last; before, it was one more for each, and two of channels_last."""
+    monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda flat: None)
+    shapes = [(8, 3, 3, 3), (16, 8, 1, 1), (16, 1, 3, 3), (16,), (5, 16), (), (2, 3, 4, 5)] * 3
+    tensors = [torch.rand(shape) for shape in shapes]
+    tensors[:7] = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors[:7]]
+    tensors[4] = torch.rand(16, 5).t()
+    before = [t.clone() for t in tensors]
+    with CudaLaunches() as counted:
+        distributed.average_(tensors)
+    assert counted.by_name == {"cat": 1, "div_": 1, "_foreach_copy_": 1}
+    assert all(torch.equal(2 * mean, each) for mean, each in zip(tensors, before, strict=True))
+    # one whose numbers do not lie side by side
+    apart = torch.arange(12.0).view(3, 4)[:, ::2]
+    distributed.average_([apart])
+    assert apart.tolist() == [[0, 1], [2, 3], [4, 5]]
