@@ -20,7 +20,7 @@ from purify_fast.methods.carso.losses import published_step
 from purify_fast.models import synced_batch_norm
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
-from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, fit
+from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, fit, lost_processes
 from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.distributed import average_, from_first
 
@@ -96,6 +96,46 @@ def hangs(out, kind, folder, rank):
 
     task.training_step = slow
     fit(task, *small_set(), LOOP, folder)
+
+
+def gone(out, kind, folder, victim, number, deaf):
+    """The same, but one process gets a signal in the fourth step; the others know only what signs of life tell.
+
+    If they are deaf, the end of a connection is not heard by an exchange, as it is not by one that NCCL has begun.
+    """
+    lost_processes.BEAT, lost_processes.SILENCE, lost_processes.GRACE = 0.2, 3.0, 1.0
+    task, steps = small_task(kind), []
+    step = task.training_step
+
+    def until_the_fourth(batch):
+        steps.append(batch)
+        if len(steps) == 4:
+            # for the others to have seen a sign of this step
+            time.sleep(2)
+            if dist.get_rank() == victim:
+                os.kill(os.getpid(), number)
+            if deaf:
+                dist.all_reduce = lambda *_, **__: dist.HashStore().wait(["never"], timedelta(minutes=30))
+        return step(batch)
+
+    task.training_step = until_the_fourth
+    fit(task, *small_set(), LOOP, folder)
+
+
+def slow(out, kind, folder):
+    """The same, but one process takes long for its fourth step, much longer than others may be silent."""
+    lost_processes.BEAT, lost_processes.SILENCE, lost_processes.GRACE = 0.2, 3.0, 1.0
+    task, steps = small_task(kind), []
+    step = task.training_step
+
+    def sometimes_slow(batch):
+        steps.append(batch)
+        time.sleep(6 if len(steps) == 4 and dist.get_rank() == 1 else 0)
+        return step(batch)
+
+    task.training_step = sometimes_slow
+    fit(task, *small_set(), LOOP, folder)
+    torch.save(len(steps), out)
 
 
 def killed_while_writing(out, kind, folder):
@@ -220,7 +260,8 @@ def main():
     rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     torch.set_num_threads(1)
     timeout = timedelta(seconds=float(os.environ.get("TOGETHER_TIMEOUT", "120")))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+    method = store if store.startswith("tcp://") else f"file://{store}"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world, timeout=timeout)
     for name, call, arguments in eval(sys.argv[5]):
         globals()[call](out / f"{name}-{rank}", *arguments)
     dist.destroy_process_group()
