@@ -69,14 +69,14 @@ def named_when_lost() -> Iterator[None]:
     Raises:
         ProcessLost: another process does not answer.
     """
-    _raise_if_silent()
+    _raise_if_lost()
     try:
         yield
     except RuntimeError as error:
         if processes()[1] == 1 or not is_lost(error):
             raise
         raise ProcessLost(_missing(str(error).splitlines()[0])) from error
-    _raise_if_silent()
+    _raise_if_lost()
 
 
 def _missing(why: str) -> str:
@@ -121,7 +121,7 @@ class _Watch:
         self.store, self.name = store, name
         self.rank, self.world = processes()
         #: of each process that gave a sign of life: the beats since its last one
-        self.silent: dict[int, int] = {}
+        self.missed: dict[int, int] = {}
         self.last: dict[int, str] = {}
         self.step, self.lost = 0, ""
         # whether this process has done its part, and whether any other has: then none waits for the rest any more
@@ -145,27 +145,27 @@ class _Watch:
 
     def hear(self, other: int, sign: str) -> None:
         if sign != self.last.get(other):
-            self.last[other], self.silent[other] = sign, 0
+            self.last[other], self.missed[other] = sign, 0
             self.others_done |= sign.startswith("done")
 
     def judge(self) -> None:
-        """Find a process that is silent; end this one if it does not end by itself then."""
+        """Find a process that gives no signs any more; end this one if it does not end by itself then."""
         while not self.lost:
             if self.over.wait(BEAT):
                 return
-            for other in list(self.silent):
-                self.silent[other] += 1
-            silent = [other for other, beats in self.silent.items() if beats * BEAT >= SILENCE]
-            if silent and not self.others_done:
-                self.lost = self.message(sorted(silent))
+            for other in list(self.missed):
+                self.missed[other] += 1
+            lost = [other for other, beats in self.missed.items() if beats * BEAT >= SILENCE]
+            if lost and not self.others_done:
+                self.lost = self.message(sorted(lost))
         if not self.over.wait(GRACE):
             # the main thread waits in a driver or a library, where no exception reaches it
             print(f"purify-fast: {self.lost}", file=sys.__stderr__, flush=True)
             os._exit(1)
 
-    def message(self, silent: list[int]) -> str:
-        who = "; ".join(f"process {other}, last in step {self.last[other].split()[1]}" for other in silent)
-        several = " (or of the store alone, through which the signs go)" if len(silent) > 1 else ""
+    def message(self, lost: list[int]) -> str:
+        who = "; ".join(f"process {other}, last in step {self.last[other].split()[1]}" for other in lost)
+        several = " (or of the store alone, through which the signs go)" if len(lost) > 1 else ""
         return (
             f"process {self.rank} of {self.world} had no sign of life for {SILENCE:g} seconds of: {who}{several}. "
             f"It died, was stopped, or cannot be reached. {_AGAIN}"
@@ -176,7 +176,7 @@ _watch: _Watch | None = None
 _watches = 0
 
 
-def _raise_if_silent() -> None:
+def _raise_if_lost() -> None:
     if _watch is not None and _watch.lost:
         raise ProcessLost(_watch.lost)
 
