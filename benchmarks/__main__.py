@@ -14,6 +14,8 @@ python -m benchmarks instructions
 
 python -m benchmarks captures [--images N] [--data DIR] [--redo] [--out DIR]
 
+python -m benchmarks roofline [--out DIR]
+
 python -m benchmarks soak [--minutes N] [--only COMMAND...] [--seed N] [--out FILE]
 
 python -m benchmarks ship [--device cpu|cuda]
@@ -48,6 +50,7 @@ from . import (
     performance,
     pipelines,
     report,
+    roofline,
     served,
     shipping,
     soak,
@@ -135,6 +138,8 @@ def main(arguments: list[str] | None = None) -> None:
     captured.add_argument("--data", default="data", help="folder with cifar10.npz or the official files")
     captured.add_argument("--redo", action="store_true", help="also what is counted already")
     captured.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    model = commands.add_parser("roofline", help="how long steps should take on an H100: a model, counted")
+    model.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     long = commands.add_parser("soak", help="every command under faults: kills, full disks, changed bits and others")
     long.add_argument("--minutes", type=float, default=30.0, help="how long; 30 by default")
     long.add_argument("--only", nargs="+", default=[], metavar="COMMAND", help="such as 'train carso'; all by default")
@@ -186,6 +191,9 @@ def main(arguments: list[str] | None = None) -> None:
         if chosen.images < 1:
             parser.error(f"--images must be at least 1, got {chosen.images}")
         print(captures.write(chosen.out, chosen.images, chosen.data, chosen.redo))
+        return
+    if chosen.command == "roofline":
+        print(roofline.write(chosen.out))
         return
     if chosen.command == "instructions":
         print(instructions.write(RESULTS))

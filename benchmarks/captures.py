@@ -2,8 +2,8 @@
 
     python -m benchmarks captures [--images N] [--data DIR] [--redo] [--out DIR]
 
-An evaluation with the protocol "standard" runs on the CPU as it would run on a GPU: its batches shrink to a GPU's sizes,
-and a function that is run again stands for each graph. Each attack's captures and replays are counted. A second count
+An evaluation with the protocol "standard" runs on the CPU as it would on a GPU: its batches have a GPU's sizes, and a
+function that is run again stands for each graph. Each attack's captures and replays are counted. A second count
 is of the operators that one step of each attack dispatches, as PyTorch dispatches them on a GPU where no kernel was
 raced: launched one by one, and beside the replay of a graph.
 """
@@ -35,7 +35,7 @@ from purify_fast.speed.waits import Waits
 from . import report
 from .launches import Replays, served
 
-FILE = "captures.csv"
+FILE, BEFORE = "captures.csv", "captures_before.csv"
 #: Images of an evaluation, and of a batch, as many users have them.
 IMAGES, BATCH = 1000, 250
 #: Images and steps with which the operators of a step are counted.
@@ -297,3 +297,36 @@ def write(results: Path, count: int = IMAGES, folder: str = "data", redo: bool =
         rows += rows_of(run, count, folder)
         report.write_csv(path, rows)
     return path
+
+
+def chapter(results: Path) -> list[str]:
+    """The lines of docs/performance.md on what `write` left, if it left anything.
+
+    Args:
+        results: the folder.
+    """
+    if not (results / FILE).exists():
+        return []
+    lines = [
+        "## What an evaluation captures",
+        "",
+        "Counted, not measured: `python -m benchmarks captures` runs `evaluate` with the protocol `standard` on a CPU, "
+        f"{IMAGES:,} images in batches of {BATCH}, with a GPU's batch sizes and functions that stand for CUDA graphs. "
+        f"A step is captured once {WORTH} of it were launched, the estimated cost of a capture on a ResNet-18; on a "
+        "GPU every capture measures that cost anew. Operators are those of one step on a GPU where no kernel was "
+        "raced, the model's own included. Before: at the commit before captures were made to pay, for those models "
+        "and attacks that were counted there.",
+        "",
+        "| model | eps | attack | captures | replays | per capture | least used | before: captures | replays "
+        "| batch sizes | operators of a step: of the model | launched | beside a graph | waits in 100 steps |",
+        "|" + 14 * "---|",
+    ]
+    before = {(row["model"], row["eps"], row["attack"]): row for row in report.read_csv(results / BEFORE)}
+    for row in report.read_csv(results / FILE):
+        was = before.get((row["model"], row["eps"], row["attack"]), {})
+        cells = [row[name] for name in ("model", "eps", "attack", "captures", "replays")]
+        cells += [row["replays_per_capture"] or "-", row["least_replays"] or "-"]
+        cells += [was.get("captures", "-"), was.get("replays", "-"), row["batch_sizes"] or "-", row["model_launches"]]
+        cells += [row["launches_eager"], row["launches_captured"], row["waits_per_100_steps"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
