@@ -46,7 +46,8 @@ def test_a_query_is_at_most_twelve_launches(norm, eps, give_up, monkeypatch):
         rounds = [count for count, images in model.calls if images == 16 * together][5:46]
         assert len(rounds) == 41, "an image has fallen"
         counts[together] = (rounds[-1] - rounds[0]) / 40
-    assert counts[1] <= 12 and counts[8] <= 13, counts
+    # one of the operators, `promote_types`, launches nothing
+    assert counts[1] - 1 <= 11 and counts[8] - 1 <= 12, counts
 
 
 def test_a_point_on_the_border_is_judged_once():

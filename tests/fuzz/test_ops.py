@@ -174,7 +174,8 @@ def decode_prior(draw) -> dict:
 
 OPS = {make.__name__: (getattr(ops, make.__name__), make) for make in (
     aggregate, pgd_step, apgd_step, square_proposal, noisy_replay, philox, random_transform, stitch, gated_elu,
-    reconstruction_loss, sample_latent, representation_distance, contextual_attention, key_validity, decode_prior, conv2d,
+    reconstruction_loss, sample_latent, representation_distance, contextual_attention, key_validity, decode_prior,
+    conv2d,
 )}  # fmt: skip
 
 
