@@ -31,6 +31,7 @@ SYMBOLS = {
     "D": "latents",
     "P": "pixels of a channel",
     "N": "parts or passes",
+    "T": "proposals of each image",
     "L": "keys",
 }
 #: Microseconds of these are shown.

@@ -70,12 +70,13 @@ def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:
         reconstruction_loss,
         representation_distance,
         sample_latent,
+        square_proposal,
         stitch,
     )
 
     modules = (
         philox, aggregate, sample_latent, reconstruction_loss, pgd_step, apgd_step, random_transform, stitch, gated_elu,
-        contextual_attention, representation_distance, noisy_replay, decode_samples,
+        contextual_attention, representation_distance, noisy_replay, decode_samples, square_proposal,
     )  # fmt: skip
     return {
         module.__name__.rpartition(".")[2]: partial(module.cases, module.LARGE)

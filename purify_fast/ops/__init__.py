@@ -16,6 +16,7 @@ from .random_transform import random_transform
 from .reconstruction_loss import reconstruction_loss
 from .representation_distance import representation_distance
 from .sample_latent import sample_latent
+from .square_proposal import square_proposal
 from .stitch import stitch
 
 _op.set_verifier(_verify.serves)
@@ -42,6 +43,7 @@ __all__ = [
     "reconstruction_loss",
     "representation_distance",
     "sample_latent",
+    "square_proposal",
     "stitch",
     "use_backend",
 ]

@@ -28,7 +28,7 @@ if DEVICE.type == "cuda" and not torch.cuda.is_available():
 
 pytestmark = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason=f"{DEVICE.type} has neither streams nor CUDA graphs")
-CUDA_ONLY = ("decode_samples", "decode_samples_backward")
+CUDA_ONLY = ("decode_samples", "decode_samples_backward", "square_proposal")
 #: Elements of a large tensor: beyond what 32 bits count; in the rehearsal, beyond one example.
 MANY = 2**31 if DEVICE.type == "cuda" else 2**17
 REPEATS = 100 if DEVICE.type == "cuda" else 10
