@@ -63,6 +63,7 @@ def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:
         contextual_attention,
         decode_samples,
         gated_elu,
+        hyperplane_projection,
         noisy_replay,
         pgd_step,
         philox,
@@ -75,7 +76,7 @@ def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:
 
     modules = (
         philox, aggregate, sample_latent, reconstruction_loss, pgd_step, apgd_step, random_transform, stitch, gated_elu,
-        contextual_attention, representation_distance, noisy_replay, decode_samples,
+        contextual_attention, representation_distance, noisy_replay, decode_samples, hyperplane_projection,
     )  # fmt: skip
     return {
         module.__name__.rpartition(".")[2]: partial(module.cases, module.LARGE)
