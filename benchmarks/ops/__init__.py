@@ -20,6 +20,7 @@ class Case:
 
     Attributes:
         inputs: tensors on torch's default device; the first is what a surrounding graph feeds.
+        slack: how many times the usual error contestants may differ by.
         bytes, flops: by direction; formulas of ``symbols``, or numbers.
     """
 
@@ -32,6 +33,7 @@ class Case:
     variant: str = ""
     differentiable: tuple[int, ...] = field(default=())  # positions of the inputs that get a gradient
     symbols: Mapping[str, int] = field(default_factory=dict)
+    slack: float = 1.0
 
     @property
     def directions(self) -> tuple[str, ...]:

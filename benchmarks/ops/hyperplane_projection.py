@@ -1,4 +1,4 @@
-"""Images, the gradients of a margin there, and the offsets of planes that are nearby, far away and out of reach."""
+"""Images, the gradients of a margin there, and the offsets of planes on either side, as far away as borders are."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
     def inputs() -> tuple[torch.Tensor, ...]:
         x, w = uniform(*shape, dtype=dtype), normal(*shape, dtype=dtype, scale=1e-3)
         flat, size = x.flatten(1).float(), w.flatten(1).float()
-        # of the way that the box leaves, which is half of the sum of |w|
-        share = torch.linspace(-0.6, 0.6, shape[0])
-        return x, w, (flat * size).sum(1) + share * size.abs().sum(1)
+        # in linf the distances are a little more than this
+        distance = torch.linspace(-0.05, 0.05, shape[0])
+        return x, w, (flat * size).sum(1) + distance * size.abs().sum(1)
 
     return Case(
         shape,
@@ -31,6 +31,8 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
         {"forward": "3*n*s"},
         {"forward": {"linf": "12*n", "l2": "13*n", "l1": "12*n"}[norm]},  # were the number t of a row known
         norm,
+        # in l1 one coordinate takes the rounding of the sum over all
+        slack=300.0 if norm == "l1" and dtype == torch.float32 else 1.0,
         symbols={"n": math.prod(shape), "s": dtype.itemsize},
     )
 
