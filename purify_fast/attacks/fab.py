@@ -147,7 +147,8 @@ def _run(
     """One run: what falls is noted in ``active``, and the nearest points of the others are offered to it."""
     point = nearest = rows.begin
     nearest_at = torch.full_like(rows.ball.eps, torch.inf)
-    gradients = Gradients(objective, point, rows.labels, steps)
+    # the batch may shrink after any of the first steps
+    gradients = Gradients(objective, point, rows.labels)
     reach = reach_of_steps(steps) if give_up else None
     seen = None if health is None else HealthOfRows(health, point)
     for i in range(steps):
@@ -179,10 +180,9 @@ def _run(
                 if seen is not None:
                     seen.take(kept)
                 rows, point, nearest, nearest_at = rows.of(kept), point[kept], nearest[kept], nearest_at[kept]
-            if len(point) == 0:
-                return
-            if kept is not None:
-                gradients = Gradients(objective, point, rows.labels, steps - i - 1)
+                if len(point) == 0:
+                    return
+                gradients.now_of(point, rows.labels)
     across = has_fallen(objective.score(point, rows.labels)[0], active.judge.rule)
     _offer(objective, active, rows, _nearer(rows, (point, point - rows.x), across, (nearest, nearest_at))[0])
 
