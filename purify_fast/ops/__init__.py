@@ -9,6 +9,7 @@ from .contextual_attention import contextual_attention, key_validity
 from .convolution import conv2d
 from .decode_samples import decode_prior, decode_samples
 from .gated_elu import gated_elu
+from .hyperplane_projection import hyperplane_projection
 from .noisy_replay import noisy_replay
 from .pgd_step import pgd_step
 from .philox import Stream, philox
@@ -35,6 +36,7 @@ __all__ = [
     "decode_samples",
     "gated_elu",
     "held",
+    "hyperplane_projection",
     "key_validity",
     "noisy_replay",
     "pgd_step",

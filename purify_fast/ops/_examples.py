@@ -267,6 +267,25 @@ def square_proposal(settings=PROPOSED) -> Iterator[Example]:
             yield Example(_name(shape, name, f"{draws} proposals", f"edge {edge}"), make, exact=norm == 0, variant=name)
 
 
+def hyperplane_projection(shapes=IMAGES) -> Iterator[Example]:
+    """Planes nearby, further away and out of reach; a normal with zeros and what is no number."""
+    for norm, name in enumerate(NORMS):
+        for shape in shapes:
+
+            def make(dtype: torch.dtype, seed: int, shape=shape, norm=norm) -> tuple:
+                x, w = _uniform(seed, *shape).to(dtype), _normal(seed + 100, *shape)
+                w[_uniform(seed + 200, *shape) < 0.1] = 0
+                w[1].view(-1)[:2] = torch.tensor([math.nan, math.inf])
+                w, wide = w.to(dtype), w.nan_to_num(posinf=0.0).to(dtype).double()
+                size = wide.abs().flatten(1).sum(1)
+                offset = (wide * x.double()).flatten(1).sum(1) + torch.tensor([0.02, -0.3, 2.0]) * size
+                return x, w, offset.to(_wide(dtype)), norm, 0.0, 1.0
+
+            # The sum over a row that is the distance to its plane is rounded, in another order otherwise. In l1 one
+            # coordinate takes all of it.
+            yield Example(_name(shape, name), make, slack=2.0**14 if name == "l1" else 256.0, variant=name)
+
+
 #: shape, block, num_passes (0: RT1 and RT2), sigma, draws; planes that are no multiple of 4 among them
 TRANSFORMS = (
     ((ROWS, 3, 32, 32), 4, 0, 0.25, 1),
@@ -590,6 +609,7 @@ RACED: dict[str, tuple] = {
     "apgd_step": _RGB,
     "square_proposal": ((((ROWS, 3, 32, 32), 1, 7), ((ROWS, 3, 32, 32), 8, 7)),),
     "noisy_replay": _RGB,
+    "hyperplane_projection": _RGB,
     "random_transform": (_HIDDEN,),
     "stitch": ((((ROWS, 3, 32, 32), (4, 4), 4),),),
     "gated_elu": ((((ROWS, 96, 16, 16), 1), ((ROWS, 16, 16, 96), 3)),),

@@ -13,7 +13,6 @@ from purify_fast.attacks.draws import Objective
 from purify_fast.attacks.engine import auto_pgd
 from purify_fast.attacks.engine import gradient_copy as copies
 from purify_fast.attacks.engine.active_set import ActiveSet
-from purify_fast.attacks.engine.hyperplane import move_to_plane
 from purify_fast.attacks.engine.judge import Judge, has_fallen, standard_error
 from purify_fast.attacks.engine.reach import Reach, border, reach_of_steps
 from purify_fast.attacks.engine.squares import Proposals, pattern, side
@@ -366,29 +365,6 @@ def test_memory_is_flat_in_the_draws():
 
 
 # -- FAB-T ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_the_move_to_a_plane(norm):
-    """As short as the authors' projection, and it reaches the plane wherever that meets the box."""
-    theirs = pytest.importorskip("pyautoattack.fab_projections")
-    torch.manual_seed(0)
-    x, w = torch.rand(200, 50), torch.randn(200, 50)
-    w[:, ::7] = 0
-    b = (w * x).sum(1) + torch.randn(200) * torch.tensor([0.1, 1.0, 10.0, 40.0]).repeat(50)
-    move = move_to_plane(x, w, b, Ball(torch.ones(200), norm))
-    project = {"linf": theirs.projection_linf, "l2": theirs.projection_l2, "l1": theirs.projection_l1}[norm]
-    want = project(x.clone(), w.clone(), b.clone())
-    least, most = (w.clamp(max=0)).sum(1), w.clamp(min=0).sum(1)
-    meets = (b > least + 1e-3) & (b < most - 1e-3)
-    assert 60 < meets.sum() < 200
-    reached = (w * (x + move)).sum(1)
-    assert (reached - b)[meets].abs().max() < 1e-4
-    ours, other = (torch.linalg.vector_norm(m, ord=ORDERS[norm], dim=1) for m in (move, want))
-    assert bool((ours <= other * (1 + 1e-4) + 1e-5)[meets].all())
-    corner = torch.where(b < least, least, most)
-    assert torch.allclose(reached[~meets], corner[~meets], atol=2e-2)
-    assert bool(((x + move) >= -1e-6).all()) and bool(((x + move) <= 1 + 1e-6).all())
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.12), ("l2", 0.5), ("l1", 1.0)])

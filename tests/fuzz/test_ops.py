@@ -78,6 +78,15 @@ def square_proposal(draw) -> dict:
             "pattern": pattern}  # fmt: skip
 
 
+def hyperplane_projection(draw) -> dict:
+    dtype, batch = draw(st.sampled_from(FLOATS)), draw(st.integers(0, 4))
+    shape = (batch, *image_shape(draw))
+    wide = torch.promote_types(dtype, torch.float32)
+    return {"x": uniform(draw, *shape, dtype=dtype), "w": normal(draw, *shape, dtype=dtype),
+            "b": draw(st.sampled_from([0.3, -50.0, torch.linspace(-1.0, 1.0, max(batch, 1))[:batch].to(wide)])),
+            "norm": draw(st.sampled_from(["linf", "l2", "l1"])), "lo": 0.0, "hi": 1.0}  # fmt: skip
+
+
 def noisy_replay(draw) -> dict:
     batch, dtype = draw(st.integers(0, 4)), draw(st.sampled_from(FLOATS))
     shape = (batch, *image_shape(draw))
@@ -175,7 +184,7 @@ def decode_prior(draw) -> dict:
 OPS = {make.__name__: (getattr(ops, make.__name__), make) for make in (
     aggregate, pgd_step, apgd_step, square_proposal, noisy_replay, philox, random_transform, stitch, gated_elu,
     reconstruction_loss, sample_latent, representation_distance, contextual_attention, key_validity, decode_prior,
-    conv2d,
+    conv2d, hyperplane_projection,
 )}  # fmt: skip
 
 

@@ -139,7 +139,8 @@ def test_functions_and_gradients(name: str, case: Case, poisoned):
         # the decoder's gradient jumps where rounding decides on which side of zero an input of its LeakyReLU is
         rms = name == "decode_samples" and index > 0
         error, budget = ((e.square().mean().sqrt() if rms else e.abs().max()).item() for e in errors)
-        assert error <= 2 * budget + (2 * torch.finfo(ours.dtype).eps + 16 * 2**-23) * size, (error, budget, size)
+        rounding = 2 * torch.finfo(ours.dtype).eps + 16 * case.slack * 2**-23
+        assert error <= 2 * budget + rounding * size, (error, budget, size)
 
 
 @pytest.mark.parametrize("op", OPS)
