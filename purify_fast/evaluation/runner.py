@@ -222,10 +222,7 @@ def _freeze_others(
 def _kept_in(
     out: Path, subject: Subject, name: str, mark: tuple[str | None, str], others: Sequence[Classifier]
 ) -> Iterator[RowCache]:
-    """The rows kept in a folder; within the block the same kernels serve, whatever is found out about them.
-
-    The kernels are verified now, which takes a moment once on a machine: were one found wrong at its first use, the
-    rows of this run would have the name of rows that it had served, and the next run would make them anew.
+    """The rows kept in a folder; within the block the races that decide who serves stay as they are.
 
     Args:
         out: the folder.
@@ -238,8 +235,8 @@ def _kept_in(
     found, reason = mark
     if found is None:
         logger.warning("out: %s %s: its rows are not kept", name, reason)
-    served = decisions(subject.device, verify=True)
-    with held(served, verified=False):
+    served = decisions(subject.device)
+    with held(served):
         cache = RowCache(out, served)
         cache.know(subject.model, found)
         for model in others:
