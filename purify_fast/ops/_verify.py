@@ -240,7 +240,7 @@ def _lacks_memory(error: Exception) -> bool:
 
 
 def _warn(part: Part, device: torch.device, verdict: Verdict, ran: bool) -> None:
-    """Say that a kernel does not serve. What no kernel can do without is said once, not for each of them."""
+    """Say that a kernel does not serve. Without a compiler none does, which is said once."""
     lacking = _compiler.missing() if verdict.backend == "triton" and not ran else None
     if lacking is not None:
         _say_lacking(lacking)
