@@ -42,7 +42,7 @@ from .fingerprint import fingerprint, fingerprint_or_reason
 from .function_attack import AttackFunction
 from .images import collect
 from .interrupted import short_interrupts
-from .labels import ball_name, precision_name, row_name, threat_name
+from .labels import ball_name, pgd_in_float32, precision_name, row_name, threat_name
 from .measure import Measure
 from .outputs import INSTEAD_OF_PROBABILITIES, as_classifier
 from .progress import Progress
@@ -328,6 +328,7 @@ def _possible(plan: Sequence[AttackSpec], measure: Measure, notes: list[str]) ->
             spec = dataclasses.replace(spec, variant="random")
         if not any(_again(spec, before, measure) for before in kept):
             kept.append(spec)
+    notes += pgd_in_float32(kept, precision_name(subject.model, subject.device), subject.device)
     return _named_apart(kept, measure)
 
 

@@ -240,7 +240,7 @@ def _lacks_memory(error: Exception) -> bool:
 
 
 def _warn(part: Part, device: torch.device, verdict: Verdict, ran: bool) -> None:
-    """Say that a kernel does not serve. Without a compiler none does, which is said once."""
+    """Say that a kernel does not serve. Without a compiler none does, which one warning tells."""
     lacking = _compiler.missing() if verdict.backend == "triton" and not ran else None
     if lacking is not None:
         _say_lacking(lacking)
