@@ -30,7 +30,7 @@ ELEMENTS = {
     "cpu": {"small": 2**13, "medium": 2**18, "large": 2**22},
     "cuda": {"small": 2**13, "medium": 2**18, "large": 2**25},
 }
-#: The most elements that are raced of an op whose reference takes a kilobyte for each: with 2 ** 25 it would take 29 GB.
+#: The most elements that are raced of an op whose reference takes a kilobyte for each: 2 ** 25 would take 29 GB.
 MOST = {"decode_samples": 2**22}
 #: How often a race is run that would change who serves: what else the machine does may have decided the first one.
 ATTEMPTS = 3
