@@ -118,7 +118,10 @@ class Rerun:
         recorded: how many functions were captured.
         replayed: how often one was replayed.
         replaying: whether one is being replayed.
-        times: seconds of launching and of all, as `CudaCapture.timed` measures them.
+        times: seconds of launching a step and of all of it, as `CudaCapture.timed` measures them.
+        replay_time: seconds of a replay; None: as long as a step, so that captures tell nothing of what they are worth.
+        cost: seconds that a capture takes.
+        released: how often memory was given back.
         error: raised in place of a capture, if given.
     """
 
@@ -126,15 +129,24 @@ class Rerun:
 
     def __init__(self) -> None:
         self.recorded, self.replayed, self.replaying = 0, 0, False
-        self.times = (1.0, 1.0)
-        self.error: RuntimeError | None = None
+        self.times, self.cost, self.released = (1.0, 1.0), 10.0, 0
+        self.replay_time: float | None = None
+        self.error: Exception | None = None
 
     def aside(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+        before = self.replayed
         run()
-        return self.times
+        replays, self.replayed = self.replayed - before, before
+        return (self.replay_time,) * 2 if replays and self.replay_time is not None else self.times
+
+    def now(self, device: torch.device) -> float:
+        return self.recorded * self.cost
+
+    def release(self) -> None:
+        self.released += 1
 
     def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
         if self.error is not None:
@@ -152,6 +164,20 @@ class Rerun:
         return replay
 
 
+class Launched(Rerun):
+    """Captures, and replays nothing: what is still counted then is what the host launches beside a graph."""
+
+    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        # but for the first time, which checks it
+        once = iter([run])
+        return lambda: next(once, lambda: None)()
+
+
 @pytest.fixture
 def rerun() -> Rerun:
     return Rerun()
+
+
+@pytest.fixture
+def launched() -> Launched:
+    return Launched()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .._tensors import repeat_batch
 from ..protocols import Classifier, CountsImages, SharesDraws, supports
-from ..speed.step_graphs import State, StepGraphs
+from ..speed.step_graphs import StepGraphs
+from ..speed.step_loops import State, Steps
 from .arguments import check_gradients_can_be_recorded, check_labels
 from .asked import ask, differ
 from .losses import LOSSES, TARGETED, Loss
@@ -27,6 +28,8 @@ from .losses import LOSSES, TARGETED, Loss
 TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS = 2, 8, 8
 #: Draws of one call are the same if they differ by less than this share of what calls differ by.
 ALIKE = 0.01
+#: After how many gradients without a graph it is asked again whether there is one by now.
+ASKED_AGAIN = 10
 
 
 class Gradient(NamedTuple):
@@ -269,19 +272,28 @@ class Gradients:
     For an attack whose step is not captured as a whole.
 
     Args:
-        objective: the loss that it raises.
-        like: images ``[B, ...]``, of the shape and dtype of every point.
+        objective: the loss that is raised.
+        like: images of the batch's shape and dtype, ``[B, ...]``.
         y: labels, as of `Objective.gradient`.
-        points: at how many points it will look.
+        points: at how many points it will certainly look; 0 where the batch may be another one any time.
     """
 
-    def __init__(self, objective: Objective, like: Tensor, y: Tensor, points: int):
-        self._objective, self._y, self._loop = objective, y, None
-        if objective.graphs is not None:
-            wide = torch.promote_types(like.dtype, torch.float32)
-            zeros = torch.zeros(len(like), device=like.device)
-            state = {"point": like, "y": y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
-            self._loop = objective.graphs.begin(Look(objective), state, points)
+    def __init__(self, objective: Objective, like: Tensor, y: Tensor, points: int = 0):
+        self._objective, self._y = objective, y
+        self._loop: Steps | None = None
+        self._looked = 0
+        self._begin(like, points)
+
+    def now_of(self, like: Tensor, y: Tensor) -> None:
+        """Go on with another batch.
+
+        Args:
+            like: images of its shape and dtype, ``[B, ...]``.
+            y: its labels.
+        """
+        # while this loop is there, its graph is taken
+        self._loop, self._y = None, y
+        self._begin(like, 0)
 
     def at(self, point: Tensor) -> Gradient:
         """`Objective.gradient` at a point.
@@ -291,10 +303,22 @@ class Gradients:
         """
         if self._loop is None:
             return self._objective.gradient(point, self._y)
+        self._looked += 1
+        if not self._loop.replays and self._looked % ASKED_AGAIN == 0:
+            # so many were launched by now that a graph may be worth it
+            self._begin(point, 0)
         self._loop.put(point=point)
         self._loop.take()
         found = self._loop.values("image", "loss", "wrong")
         return Gradient(**found)
+
+    def _begin(self, like: Tensor, points: int) -> None:
+        if self._objective.graphs is None:
+            return
+        wide = torch.promote_types(like.dtype, torch.float32)
+        zeros = torch.zeros(len(like), device=like.device)
+        state = {"point": like, "y": self._y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
+        self._loop = self._objective.graphs.begin(Look(self._objective), state, points)
 
 
 def input_gradient(

@@ -19,7 +19,8 @@ from torch import Tensor
 from .._validation import check_literal
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
-from ..speed.step_graphs import State, StepGraphs, begin_steps
+from ..speed.step_graphs import StepGraphs, begin_steps
+from ..speed.step_loops import State
 from .arguments import Norm, NormName, check_at_least_one, check_images, check_not_negative
 from .ball import Ball, ball_around, normal_in_ball, sample_in_ball
 from .base import AttackContext, BallAttack, cost_of_runs

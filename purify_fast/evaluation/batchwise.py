@@ -64,11 +64,16 @@ def attack_batchwise(
 
 def _attack(attack: Attack, target: Classifier, part: Tensor, subject: Subject, context: AttackContext) -> Batch:
     begin = time.perf_counter()
-    health = GradientHealth()
     x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
-    told = dataclasses.replace(context, sample_ids=ids, health=health, warnings=[], found={})
-    # the attack gets a copy, so that what it does to the images cannot hide how far it went
-    found = attack.search(target, x.clone(), y, told)
+
+    def search() -> tuple[Tensor, AttackContext, GradientHealth]:
+        health = GradientHealth()
+        told = dataclasses.replace(context, sample_ids=ids, health=health, warnings=[], found={})
+        # the attack gets a copy, so that what it does to the images cannot hide how far it went
+        return attack.search(target, x.clone(), y, told), told, health
+
+    graphs = context.graphs
+    found, told, health = search() if graphs is None else graphs.without_if_memory_ends(search, subject.device)
     check_adversarial(attack.name(context), found, x, attack.threat_model(context))
     counts = {name: health.count(name) for name in COUNTS}
     seconds = time.perf_counter() - begin

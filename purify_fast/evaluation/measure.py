@@ -24,7 +24,7 @@ from .row_cache import RowCache
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
 from .specs import CLASSIFIER, AttackSpec
 from .subject import Judgement, Subject, Variant
-from .watched import watched
+from .watched import Meter, Watched, watched
 
 #: Attacked images kept with each row, for the pictures.
 EXAMPLES = 8
@@ -66,6 +66,8 @@ class Measure:
         self.subject, self.context, self.name = subject, context, name
         self.cache, self.progress = cache, progress
         self._clean: dict[Variant, Row] = {}
+        self._meter = Meter()
+        self._targets: list[Watched] = []
         # the last one, whose images may be tried on another variant
         self._search: _Search | None = None
 
@@ -226,9 +228,11 @@ class Measure:
             settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
             cost = attack.cost(context)
             with self.progress.row(label, None if cost is None else cost * len(index)) as bar:
+                self._meter.bar = bar
                 adversarial, done = attack_batchwise(
-                    attack, watched(target, bar), index, subject=subject, context=context, kept=kept
+                    attack, self._watched(target), index, subject=subject, context=context, kept=kept
                 )
+                self._meter.bar = None
         told = {"warnings": done.warnings, "fallen to": done.fallen}
         settings |= {name: value for name, value in told.items() if value}
         if isinstance(attack, AutoAttack):
@@ -275,6 +279,14 @@ class Measure:
             margins=judged.margins,
             **self._common(judged, right),
         )
+
+    def _watched(self, target: Classifier) -> Watched:
+        """The target with a counter around it: the same one whenever it is attacked."""
+        for known in self._targets:
+            if known.model is target:
+                return known
+        self._targets.append(watched(target, self._meter))
+        return self._targets[-1]
 
     def _target(self, spec: AttackSpec) -> Classifier:
         """What the attack runs on."""

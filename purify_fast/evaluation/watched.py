@@ -12,22 +12,47 @@ from tqdm import tqdm
 from ..protocols import Classifier, SharesDraws, supports
 
 
+class Meter:
+    """Counts images, and shows them by the bar of the row that is being made.
+
+    Args:
+        bar: its ``update`` is told of every forward pass; another one may be put in its place.
+
+    Attributes:
+        images: how many so far.
+    """
+
+    def __init__(self, bar: Any = None):
+        self.images, self.bar = 0, bar
+
+    def count(self, images: int) -> None:
+        """Count images.
+
+        Args:
+            images: how many; below 0 for passes that were only tried.
+        """
+        self.images += images
+        if self.bar is not None:
+            self.bar.update(images)
+
+
 class Watched(nn.Module):
     """A module around any callable, as AutoAttack wants one; counts the images for the progress bar.
 
+    One of these serves a model for a whole evaluation, because a captured step is of one module.
+
     Args:
         model: the callable.
-        bar: its ``update`` is told of every forward pass.
+        meter: is told of every forward pass.
     """
 
     #: What a captured step need not look at (`purify_fast.speed.dependencies`).
-    not_dependencies = frozenset({"bar", "images"})
+    not_dependencies = frozenset({"meter"})
 
-    def __init__(self, model: Classifier, bar: Any):
+    def __init__(self, model: Classifier, meter: Meter):
         super().__init__()
-        self.model, self.bar = model, bar
+        self.model, self.meter = model, meter
         self.training = False
-        self.images = 0
 
     def train(self, mode: bool = True) -> Watched:
         """Nothing: the model under attack stays in evaluation mode, whatever an attack does to its modes.
@@ -43,11 +68,11 @@ class Watched(nn.Module):
         Args:
             replace: makes that model of the one inside.
         """
-        return watched(replace(self.model), self.bar)
+        return watched(replace(self.model), self.meter)
 
     def counted(self) -> int:
         """How many images the model was given, each draw of an image counted."""
-        return self.images
+        return self.meter.images
 
     def count(self, images: int) -> None:
         """Count images, those of a captured step that is replayed too.
@@ -55,8 +80,7 @@ class Watched(nn.Module):
         Args:
             images: how many; below 0 for passes that were only tried.
         """
-        self.images += images
-        self.bar.update(images)
+        self.meter.count(images)
 
     def forward(self, x: Tensor) -> Tensor:
         self.count(len(x))
@@ -71,9 +95,9 @@ class _WatchedDraws(Watched):
         return self.model.draw_logits(x, draws)  # type: ignore[attr-defined]
 
 
-def watched(model: Classifier, bar: Any) -> Watched:
-    """The model, with every forward pass shown by the bar."""
-    return (_WatchedDraws if supports(model, SharesDraws) else Watched)(model, bar)
+def watched(model: Classifier, meter: Meter) -> Watched:
+    """The model, with every forward pass told to a meter."""
+    return (_WatchedDraws if supports(model, SharesDraws) else Watched)(model, meter)
 
 
 @contextlib.contextmanager

@@ -61,6 +61,20 @@ class CudaCapture:
             torch.cuda.synchronize(device)
             return launched - begin, time.perf_counter() - begin
 
+    def now(self, device: torch.device) -> float:
+        """A time in seconds, when the device has done all that was launched.
+
+        Args:
+            device: a CUDA device.
+        """
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def release(self) -> None:
+        """Give the memory of graphs that are gone back to the device."""
+        self._places.clear()
+        torch.cuda.empty_cache()
+
     def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
         """Capture a function that has run on the stream aside before.
 

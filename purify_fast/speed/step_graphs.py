@@ -1,64 +1,53 @@
 """A step that is taken many times, captured once and replayed: a CUDA graph of an attack's step.
 
-A step is a function from tensors to tensors, by name: what it returns takes the place of what it was given. Eagerly the
-loop simply goes on with the new tensors. Captured, the state lies in buffers that stay where they are, and the step
-ends by writing its results there. Both run the same function, so that there is one formula of an attack.
-
 A graph holds a step's launches, not its Python. So a step is captured only if it asks nothing of the data, and it is
 replayed only while everything that its model computes with is the same, `purify_fast.speed.dependencies`. Weights that
 are written in place are the same: replays see the new ones. Draws from torch's generator of the device go on as they
 would without a graph.
+
+A capture costs as much as dozens of steps. A step is therefore captured once so many of it were launched, or are about
+to be, that replays would have paid for a capture; how many that are, each capture measures for the next.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._validation import check_literal
 from ..protocols import CountsImages, PreparesReplay
 from .agreement import first_replay_agrees
 from .cuda_capture import CudaCapture
 from .dependencies import dependencies
-from .surroundings import host_generators, no_trace, numerics
+from .step_loops import Captured, Replays, State, StepFunction, Steps, Tally, parts_of, weak_key, write
+from .surroundings import host_generators, no_trace, numerics, same_draws_again
 from .waits import Waits
 
 logger = logging.getLogger("purify_fast")
 
 CudaGraphs = Literal["auto", "always", "off"]
-State = dict[str, Tensor]
+Result = TypeVar("Result")
 
-#: A loop of so many steps is worth a capture, which costs about as much as four of them. A shorter one is captured when
-#: it comes a second time.
-WORTH = 20
+#: For how many steps a capture is taken to cost before the first one was measured: an estimate for a ResNet-18.
+WORTH = 40
+#: The least and the most steps that a measured cost may ask for. One measurement on a busy machine proves little.
+LEAST_WORTH, MOST_WORTH = 10, 400
 #: Of the time a step takes, the share that the host must spend on launching it, for a graph to gain anything.
 LEAST_SHARE = 0.7
-#: How many steps are remembered that were seen once, or cannot be captured.
+#: How often a step is timed; the least counts, because whatever else the machine does only adds to it.
+TIMINGS = 3
+#: After how many launched steps it is tried again whether a step can be captured that could not.
+RETRIED_AFTER = 1000
+#: How many steps are remembered that were not captured.
 REMEMBERED = 64
-
-
-class StepFunction(Protocol):
-    """One step; it can be hashed, and two that are equal compute the same from the same state."""
-
-    @property
-    def model(self) -> Any:
-        """What it computes with besides its state: a module, if it is to be captured."""
-
-    def __call__(self, state: State) -> State:
-        """The new values of some of the state's tensors, each of the old one's shape and dtype.
-
-        Args:
-            state: tensors by name; they are not written to.
-        """
 
 
 class Capture(Protocol):
@@ -72,119 +61,59 @@ class Capture(Protocol):
     def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
         """See `CudaCapture.timed`."""
 
+    def now(self, device: torch.device) -> float:
+        """See `CudaCapture.now`."""
+
     def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
         """See `CudaCapture.record`."""
 
-
-class Steps:
-    """A loop over a step function, run eagerly.
-
-    Args:
-        function: the step.
-        state: tensors by name; they are not written to.
-
-    Attributes:
-        state: the tensors as they are now; not for keeping, `values` gives those.
-    """
-
-    def __init__(self, function: StepFunction, state: State):
-        self.function, self.state = function, dict(state)
-
-    def take(self) -> None:
-        """Take a step."""
-        self.state |= self.function(self.state)
-
-    def put(self, **values: Tensor) -> None:
-        """Give the state other values.
-
-        Args:
-            values: by name, each of the old one's shape and dtype.
-        """
-        self.state |= values
-
-    def values(self, *names: str) -> State:
-        """The state as it is now, in tensors that nothing writes to.
-
-        Args:
-            names: which tensors; none for all.
-        """
-        return {name: self.state[name] for name in names or self.state}
+    def release(self) -> None:
+        """See `CudaCapture.release`."""
 
 
-class _Replays(Steps):
-    """The same loop over a captured step."""
-
-    def __init__(self, function: StepFunction, captured: _Captured, state: State):
-        super().__init__(function, captured.buffers)
-        self.captured = captured
-        captured.loop = weakref.ref(self)
-        self.put(**state)
-
-    def take(self) -> None:
-        self.captured.replay()
-        for counter, images in self.captured.counters:
-            counter.count(images)
-
-    def put(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            if value is not self.state[name]:
-                self.state[name].copy_(value)
-
-    def values(self, *names: str) -> State:
-        return {name: value.clone() for name, value in super().values(*names).items()}
-
-
-@dataclass
-class _Captured:
-    """A captured step.
+class _Refusal(NamedTuple):
+    """Why a step is not captured, and how many steps were launched since.
 
     Args:
-        buffers: where its state lies.
-        replay: launches it.
-        counters: the parts of its model that count images, and how many they count in a step.
-        objects: what it depends on by identity.
-        loop: the last loop over it, which has its state in the buffers until it is gone.
+        reason: for the log.
+        tally: counts those steps.
     """
 
-    buffers: State
-    replay: Callable[[], None]
-    counters: list[tuple[CountsImages, int]]
-    objects: list[Any]
-    loop: weakref.ref[_Replays] | None = None
-
-    def is_in_use(self) -> bool:
-        """Whether there still is a loop that may go on."""
-        return self.loop is not None and self.loop() is not None
+    reason: str
+    tally: Tally
 
 
 class StepGraphs:
     """The captured steps of one training or evaluation.
 
     Args:
-        mode: "auto" captures steps whose launches take longer than what they compute; "always" captures whatever can
-            be; "off" captures nothing.
-        limit: graphs that are kept; the least recently used one goes first.
+        mode: "auto" captures steps whose launches take longer than what they compute, once that pays; "always" captures
+            whatever can be, at once; "off" captures nothing.
+        limit: graphs that are kept; the least recently used one goes first. All share one pool of memory.
         capture: what makes graphs; None: CUDA graphs, on CUDA devices.
 
     Attributes:
-        refusal: why the last loop that was to be captured was not and never will be; None where it was, or may yet be.
+        refusal: why the last loop that was to be captured was not, and will not be for the next `RETRIED_AFTER` steps;
+            None where it was, or may yet be.
+        worth: for so many steps a capture pays, by the last one that was measured.
 
     Raises:
         ValueError: an unknown mode, or a limit below 1.
 
-    One loop at a time: not for several threads.
+    A model is held weakly: when it goes, so do its graphs. One loop at a time: not for several threads.
     """
 
-    def __init__(self, mode: CudaGraphs = "auto", limit: int = 8, capture: Capture | None = None):
+    def __init__(self, mode: CudaGraphs = "auto", limit: int = 32, capture: Capture | None = None):
         check_literal("mode", mode, CudaGraphs)
         if limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
         self.mode, self.limit = mode, limit
         self.capture: Capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
-        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()
-        self._refused: OrderedDict[Hashable, str] = OrderedDict()
+        self.worth = WORTH
+        self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._launched: OrderedDict[Hashable, Tally] = OrderedDict()
+        self._refused: OrderedDict[Hashable, _Refusal] = OrderedDict()
         self._told: set[str] = set()
 
     def __len__(self) -> int:
@@ -200,18 +129,20 @@ class StepGraphs:
         Args:
             function: the step.
             state: what it begins with, tensors by name on one device.
-            steps: how many will be taken.
+            steps: how many will certainly be taken; 0 where nothing is certain.
 
         Returns:
             The loop; replayed if the step is captured, or can be and is worth it.
         """
         device = next(iter(state.values())).device
-        if self.mode == "off" or device.type != self.capture.kind or torch.compiler.is_compiling():
+        nothing = any(value.numel() == 0 for value in state.values())
+        off = self.mode == "off" or device.type != self.capture.kind
+        if off or nothing or torch.compiler.is_compiling():
             return Steps(function, state)
-        captured = self._find(function, state, steps, device)
-        if captured is None or captured.is_in_use():
-            return Steps(function, state)
-        return _Replays(function, captured, state)
+        found = self._find(function, state, steps, device)
+        if isinstance(found, Captured) and not found.is_in_use():
+            return Replays(function, found, state)
+        return Steps(function, state, found if isinstance(found, Tally) else None)
 
     def may_replay(self, device: torch.device) -> bool:
         """Whether loops on a device are captured, as far as is known.
@@ -221,24 +152,52 @@ class StepGraphs:
         """
         return self.mode != "off" and device.type == self.capture.kind and self.refusal is None
 
-    def _find(self, function: StepFunction, state: State, steps: int, device: torch.device) -> _Captured | None:
-        """The captured step, captured now if need be; None where the loop is to run eagerly."""
+    def without_if_memory_ends(self, work: Callable[[], Result], device: torch.device) -> Result:
+        """Do some work. If memory runs out while graphs hold some of it, do the work once more without graphs.
+
+        Args:
+            work: may begin loops, and can be done twice; its second run draws the same random numbers.
+            device: where it computes.
+
+        Raises:
+            torch.OutOfMemoryError: memory ran out without graphs.
+        """
+        again = same_draws_again(device)
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if not self._captured:
+                raise
+        # outside of the except block, whose traceback holds the tensors of the work that failed
+        logger.warning("memory ran out: the CUDA graphs of attacks were given up, and the work is done again")
+        self.mode = "off"
+        self._captured.clear()
+        self.capture.release()
+        again()
+        return work()
+
+    def _find(self, function: StepFunction, state: State, steps: int, device: torch.device) -> Captured | Tally | None:
+        """The captured step, captured now if need be; else what counts the steps that are launched, if they count."""
+        for key in [key for key, one in self._captured.items() if one.model() is None]:
+            del self._captured[key]
         model = function.model
         if not isinstance(model, nn.Module):
             return self._refuse(None, f"{_name(model)} is no torch.nn.Module: what it depends on cannot be seen")
         shapes = tuple((name, value.shape, value.stride(), value.dtype) for name, value in sorted(state.items()))
         try:
-            base = hash_checked((function, shapes, device, numerics(device)))
+            base = weak_key((weak_key(function), shapes, device, numerics(device)))
         except TypeError:
             return self._refuse(None, f"{_name(model)} cannot be hashed")
-        self.refusal = self._refused.get(base)
-        if self.refusal is not None:
-            return None
-        for part in _parts(model, PreparesReplay):
+        refused = self._refused.get(base)
+        if refused is not None and refused.tally.steps < RETRIED_AFTER:
+            self.refusal = refused.reason
+            return refused.tally
+        self.refusal = None
+        for part in parts_of(model, PreparesReplay):
             part.prepare_replay()
         try:
             values, objects = dependencies(model)
-            key = hash_checked((base, values))
+            key = weak_key((base, values))
         except TypeError as error:
             return self._refuse(base, f"{_name(model)}: {error}")
         if any(isinstance(one, torch.Generator) for one in objects):
@@ -246,67 +205,80 @@ class StepGraphs:
         if key in self._captured:
             self._captured.move_to_end(key)
             return self._captured[key]
-        if steps < WORTH and not self._seen_before(key):
-            return None
+        launched = _remember(self._launched, key, self._launched.get(key) or Tally())
+        if launched.steps + steps < (1 if self.mode == "always" else self.worth):
+            return launched
         made = self._make(function, state, base, objects, device)
-        if made is not None:
+        if isinstance(made, Captured):
             self._captured[key] = made
             if len(self._captured) > self.limit:
                 self._captured.popitem(last=False)
         return made
 
-    def _seen_before(self, key: Hashable) -> bool:
-        seen = key in self._seen
-        _remember(self._seen, key, None)
-        return seen
-
-    def _refuse(self, base: Hashable | None, reason: str) -> _Captured | None:
+    def _refuse(self, base: Hashable | None, reason: str) -> Tally | None:
         """Note that a step cannot be captured, and say why in the log, once for each reason."""
         self.refusal = reason
-        if base is not None:
-            _remember(self._refused, base, reason)
         if reason not in self._told:
             self._told.add(reason)
             logger.info("an attack runs without a CUDA graph: %s", reason)
-        return None
+        return None if base is None else _remember(self._refused, base, _Refusal(reason, Tally())).tally
 
     def _make(
         self, function: StepFunction, state: State, base: Hashable, objects: list[Any], device: torch.device
-    ) -> _Captured | None:
-        """Capture a step, if it can be."""
+    ) -> Captured | Tally | None:
+        """Capture a step, if it can be; else what counts the steps until it is tried again."""
         buffers = {name: value.detach().clone() for name, value in state.items()}
 
         def advance() -> None:
-            _write(function(buffers), buffers)
+            write(function(buffers), buffers)
 
-        counters: list[CountsImages] = _parts(function.model, CountsImages)
+        counters: list[CountsImages] = parts_of(function.model, CountsImages)
         before = [counter.counted() for counter in counters]
         try:
             with no_trace(device):
                 with self.capture.aside(device):
                     # the first call compiles, verifies kernels and chooses algorithms, which waits
                     function(buffers)
+                begun = self.capture.now(device)
                 tried = [counter.counted() for counter in counters]
                 reason = self._trial(function, buffers, device)
                 counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
-                reason = reason or self._busy(lambda: _drop(function(buffers)), device)
+                launching, whole = self._timed(lambda: _drop(function(buffers)), device)
+                reason = reason or self._busy(launching, whole)
                 if reason is not None:
                     return self._refuse(base, reason)
                 # the state is written by what is launched, and by no warm-up: it is put in before each loop
                 replay = self.capture.record(advance, device)
                 if not first_replay_agrees(lambda: function(buffers), buffers, replay, device):
                     return self._refuse(base, "a replay does not give what the step gives")
-        except RuntimeError as error:
-            return self._refuse(base, f"the step cannot be captured ({str(error).strip().splitlines()[0]})")
+                self._set_worth(self.capture.now(device) - begun, whole - self._timed(replay, device)[1])
+        except Exception as error:
+            # whatever a user's model raises in a trial is no reason to end an attack that runs without graphs
+            first = (str(error).strip().splitlines() or [""])[0]
+            return self._refuse(base, f"the step cannot be captured ({type(error).__name__}: {first})")
         finally:
             # none of these steps is one of the loop
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
-        return _Captured(buffers, replay, list(zip(counters, counts, strict=True)), objects)
+        return Captured(weakref.ref(function.model), buffers, replay, counts, objects)
 
-    def _busy(self, run: Callable[[], None], device: torch.device) -> str | None:
+    def _timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+        """Seconds until the host had launched everything, and until the device was done; the least of some tries."""
+        launching, whole = zip(*(self.capture.timed(run, device) for _ in range(TIMINGS)), strict=True)
+        return min(launching), min(whole)
+
+    def _set_worth(self, cost: float, saved: float) -> None:
+        """Note for how many steps a capture pays.
+
+        Args:
+            cost: of the capture, in seconds.
+            saved: by a replay, in seconds.
+        """
+        if saved > 0:
+            self.worth = min(max(math.ceil(cost / saved), LEAST_WORTH), MOST_WORTH)
+
+    def _busy(self, launching: float, whole: float) -> str | None:
         """Say so if the device is busy for so long that launching costs nothing, and that matters."""
-        launching, whole = self.capture.timed(run, device)
         if self.mode == "always" or launching >= LEAST_SHARE * whole:
             return None
         return (
@@ -335,26 +307,6 @@ class StepGraphs:
         return None
 
 
-def _parts(model: nn.Module, protocol: Any) -> list[Any]:
-    """The modules of a model that have the methods of a protocol."""
-    return [part for part in model.modules() if _supports(cast(Hashable, type(part)), protocol)]
-
-
-@functools.lru_cache(maxsize=1024)
-def _supports(kind: Any, protocol: Any) -> bool:
-    return issubclass(kind, protocol)
-
-
-def hash_checked(key: Any) -> Hashable:
-    """The key itself; TypeError if something in it cannot be hashed.
-
-    Args:
-        key: any value.
-    """
-    hash(key)
-    return cast(Hashable, key)
-
-
 def begin_steps(graphs: StepGraphs | None, function: StepFunction, state: State, steps: int) -> Steps:
     """Begin a loop over a step: replayed if there are graphs that take it, else eager.
 
@@ -371,22 +323,12 @@ def _drop(values: State) -> None:
     """Nothing: what a warm-up computes is not used."""
 
 
-def _write(values: State, buffers: State) -> None:
-    """Write a step's results to the buffers it read from; a result that is another buffer is read before that."""
-    storages = {buffer.untyped_storage().data_ptr() for buffer in buffers.values()}
-    ready = {}
-    for name, value in values.items():
-        if value is not buffers[name]:
-            ready[name] = value.clone() if value.untyped_storage().data_ptr() in storages else value
-    for name, value in ready.items():
-        buffers[name].copy_(value)
-
-
-def _remember(table: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
+def _remember(table: OrderedDict[Hashable, Result], key: Hashable, value: Result) -> Result:
     table[key] = value
     table.move_to_end(key)
     if len(table) > REMEMBERED:
         table.popitem(last=False)
+    return value
 
 
 def _name(model: Any) -> str:

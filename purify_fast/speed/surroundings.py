@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -56,6 +56,23 @@ def no_trace(device: torch.device) -> Iterator[None]:
         random.setstate(python)
         if numpy is not None:
             numpy.random.set_state(array)
+
+
+def same_draws_again(device: torch.device) -> Callable[[], None]:
+    """A function that puts torch's generators back where they are now.
+
+    Args:
+        device: whose own generator is one of them.
+    """
+    host = torch.get_rng_state()
+    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def again() -> None:
+        torch.set_rng_state(host)
+        if own is not None:
+            torch.cuda.set_rng_state(own, device)
+
+    return again
 
 
 def host_generators(device: torch.device) -> tuple[Any, ...]:

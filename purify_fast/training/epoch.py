@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .._process import processes
 from ..data import crop_flip, to_float
 from .config import FitConfig
 from .distributed import average_
@@ -47,10 +48,17 @@ def train_step(task: Task, batch: Batch) -> Metrics:
         The last update's loss and metrics, detached, as means over the processes.
     """
     task.model.train()
-    measured: Metrics = {}
-    for update in task.updates(batch):
-        measured = apply_update(task, update)
-    return measured
+
+    def take() -> Metrics:
+        measured: Metrics = {}
+        for update in task.updates(batch):
+            measured = apply_update(task, update)
+        return measured
+
+    if task.graphs is None or processes()[1] > 1:
+        # of several processes none may take a step again: the others would not wait for it
+        return take()
+    return task.graphs.without_if_memory_ends(take, batch.x.device)
 
 
 def apply_update(task: Task, update: Update) -> Metrics:

@@ -5,7 +5,6 @@ CUDA graphs are stood for by functions that are run again on the buffers they we
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +42,7 @@ def batch():
 
 @pytest.fixture
 def graphs(rerun) -> StepGraphs:
-    return StepGraphs(capture=rerun)
+    return StepGraphs("always", capture=rerun)
 
 
 OPTIONS = {
@@ -74,11 +73,11 @@ def test_captured_pgd_gives_the_bits_of_eager_pgd(model, batch, graphs, rerun, n
 @pytest.mark.parametrize("norm", SIZES)
 def test_captured_fgsm_and_the_shared_first_pass(model, batch, graphs, rerun, norm):
     x, y = batch
-    for recorded in (0, 1, 1):
+    for recorded in (1, 1, 1):
         assert torch.equal(fgsm(model, x, y, eps=0.1, norm=norm, graphs=graphs), fgsm(model, x, y, eps=0.1, norm=norm))
         assert rerun.recorded == recorded
     x, y, eps = x[:8], y[:8], torch.linspace(0.5, 1, 8) * SIZES[norm]
-    for recorded in (1, 3, 3):
+    for recorded in (3, 3, 3):
         wanted, found = (
             pgd_and_fgsm(model, x, y, eps=eps, alpha=eps[:4] / 3, steps=5, norm=norm, seed=4, graphs=chosen)
             for chosen in (None, graphs)
@@ -97,8 +96,8 @@ def test_captured_apgd_gives_the_bits_of_eager_apgd(model, batch, graphs, rerun,
         for chosen in (None, graphs)
     )
     assert torch.equal(wanted, found) and not torch.equal(found, x)
-    # in the l1 ball the steps are parted among three radii, and are too few to be captured at once
-    assert rerun.recorded >= 1 and graphs.refusal is None and (rerun.replayed >= 25 or norm == "l1")
+    # the first steps are launched, since the batch may shrink after any of them
+    assert rerun.recorded >= 1 and graphs.refusal is None and (rerun.replayed >= 15 or norm == "l1")
 
 
 def test_captured_stadv_gives_the_bits_of_eager_stadv(model, batch, graphs, rerun):
@@ -135,23 +134,6 @@ def test_every_step_allocates_the_same_and_waits_for_nothing(model, batch):
                 assert len(steps[0]) > 50 and all(step == steps[0] for step in steps)
 
 
-class Launched:
-    """Captures, and replays nothing: what is still counted then is what the host launches beside a graph."""
-
-    kind = "cpu"
-
-    def aside(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
-        return 1.0, 1.0
-
-    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        # but for the first time, which checks it
-        once = iter([run])
-        return lambda: next(once, lambda: None)()
-
-
 def dispatched(attack: Callable[..., Tensor], model: nn.Module, graphs: StepGraphs | None, **options: Any) -> float:
     """Operators that a step of an attack dispatches."""
     x = torch.rand(9, 1, 8, 8)
@@ -181,16 +163,16 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_what_the_host_launches_beside_a_graph(model, name):
-    attack, options, launched, most = COUNTS[name]
+def test_what_the_host_launches_beside_a_graph(model, name, launched):
+    attack, options, expected, most = COUNTS[name]
     with use_backend("cpp" if _library.loaded() else "reference"):
         eager = dispatched(attack, model, None, **options)
-        captured = dispatched(attack, model, StepGraphs(capture=Launched()), **options)
+        captured = dispatched(attack, model, StepGraphs("always", capture=launched), **options)
     if name != "l1" or _library.loaded():
         assert captured <= most
     if _library.loaded():
         # another version of PyTorch may take a few more or less
-        assert eager == pytest.approx(launched, rel=0.05)
+        assert eager == pytest.approx(expected, rel=0.05)
     assert captured < eager - 40
 
 

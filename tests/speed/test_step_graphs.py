@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import logging
 import random
 import re
 import types
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +19,16 @@ from torch import Tensor, nn
 
 from purify_fast.speed.agreement import alike
 from purify_fast.speed.dependencies import dependencies
-from purify_fast.speed.step_graphs import REMEMBERED, WORTH, State, StepGraphs, begin_steps
+from purify_fast.speed.step_graphs import (
+    LEAST_WORTH,
+    MOST_WORTH,
+    REMEMBERED,
+    RETRIED_AFTER,
+    WORTH,
+    StepGraphs,
+    begin_steps,
+)
+from purify_fast.speed.step_loops import State
 from purify_fast.speed.waits import Waits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,10 +88,109 @@ def test_a_replay_gives_what_the_eager_loop_gives(graphs, rerun):
     assert rerun.recorded == 1 and same(again, wanted) and same(found, wanted)
 
 
-def test_a_short_loop_is_captured_when_it_comes_again(graphs, rerun):
+def test_short_loops_are_captured_once_a_capture_pays(graphs, rerun):
+    model, loops = Scale(), -(-WORTH // 3)
+    for loop in range(1, loops + 3):
+        assert same(run(graphs, model), run(None, model)) and rerun.recorded == (loop >= loops)
+    assert rerun.replayed == 3 * 3
+
+
+def test_a_loop_of_which_no_step_is_certain_is_captured_only_once_enough_were_launched(graphs, rerun):
     model = Scale()
-    for captured in (0, 1, 1):
-        assert same(run(graphs, model), run(None, model)) and rerun.recorded == captured
+    for steps, captured in ((WORTH, 0), (1, 1)):
+        loop = begin_steps(graphs, Grow(model), start(), 0)
+        for _ in range(steps):
+            loop.take()
+        assert rerun.recorded == captured
+
+
+def test_each_capture_measures_for_how_many_steps_the_next_one_pays(graphs, rerun):
+    for cost, replay, worth in (
+        (30.0, 0.5, 60),
+        (1.0, 0.5, LEAST_WORTH),
+        (1e9, 0.5, MOST_WORTH),
+        (1.0, 1.0, MOST_WORTH),
+    ):
+        rerun.cost, rerun.replay_time = cost, replay
+        run(graphs, Scale(), MOST_WORTH)
+        assert graphs.worth == worth
+    run(graphs, Scale(), MOST_WORTH - 1)
+    assert rerun.recorded == 4
+
+
+def test_always_captures_at_once(rerun):
+    graphs = StepGraphs("always", capture=rerun)
+    run(graphs, Scale(), 1)
+    assert rerun.recorded == 1
+
+
+def test_an_empty_batch_is_no_reason_to_capture_or_to_fail(rerun):
+    class Refuses(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) == 0:
+                raise ValueError("no images")
+            return super().forward(x)
+
+    loop = begin_steps(StepGraphs("always", capture=rerun), Grow(Refuses()), start(0), WORTH)
+    assert rerun.recorded == 0 and not loop.replays
+
+
+def test_an_error_that_only_a_trial_meets_leaves_the_eager_loop(graphs, rerun):
+    class Fails(Scale):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Fails.calls += 1
+            if Fails.calls == 2:
+                raise KeyError("the second call")
+            return super().forward(x)
+
+    assert same(run(graphs, Fails(), WORTH), run(None, Scale(), WORTH)) and rerun.recorded == 0
+    assert graphs.refusal == "the step cannot be captured (KeyError: 'the second call')"
+
+
+def test_graphs_go_with_their_model_and_no_key_keeps_one_alive(graphs, rerun, monkeypatch):
+    # the stand-in's replay would hold the model, as no CUDA graph does
+    monkeypatch.setattr(rerun, "record", lambda run, device: run if run() else lambda: None)
+    monkeypatch.setattr("purify_fast.speed.step_graphs.first_replay_agrees", lambda *args: True)
+    models = [Scale() for _ in range(4)]
+    gone = [weakref.ref(model) for model in models]
+    for model in models:
+        run(graphs, model, WORTH)
+        run(graphs, model, 1, start(5))
+    refused = Waiting()
+    run(graphs, refused, WORTH)
+    gone.append(weakref.ref(refused))
+    assert len(graphs) == 4 and graphs.refusal is not None
+    del model, refused
+    models.clear()
+    gc.collect()
+    assert [one() for one in gone] == [None] * 5
+    run(graphs, Scale(), 1)
+    assert len(graphs) == 0
+
+
+def test_memory_that_ends_is_tried_once_more_without_graphs(rerun, caplog):
+    graphs, model = StepGraphs("always", capture=rerun), Scale()
+    cpu, drawn = torch.device("cpu"), []
+
+    def work(fails: int):
+        def attempt() -> State:
+            drawn.append(float(torch.rand(1)))
+            found = run(graphs, model, 3)
+            if len(drawn) <= fails:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return found
+
+        return attempt
+
+    assert same(graphs.without_if_memory_ends(work(1), cpu), run(None, model, 3))
+    assert len(drawn) == 2 and drawn[0] == drawn[1] and rerun.released == 1
+    assert graphs.mode == "off" and len(graphs) == 0 and rerun.recorded == 1
+    assert "the CUDA graphs of attacks were given up" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.without_if_memory_ends(work(9), cpu)
+    assert len(drawn) == 3
 
 
 def test_weights_written_in_place_are_seen(graphs, rerun):
@@ -126,7 +236,7 @@ def test_every_shape_has_its_graph_and_the_least_recently_used_one_goes(rerun):
 def test_what_is_remembered_of_short_loops_is_bounded(graphs, rerun):
     for size in range(1, 2 * REMEMBERED):
         run(graphs, Scale(), 1, start(size))
-    assert len(graphs._seen) == REMEMBERED and rerun.recorded == 0
+    assert len(graphs._launched) == REMEMBERED and rerun.recorded == 0
 
 
 class Waiting(Scale):
@@ -214,11 +324,14 @@ def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun, caplog):
         for _ in range(2):
             assert same(run(graphs, model, WORTH), run(None, model, WORTH))
     assert [record.getMessage() for record in caplog.records] == [
-        "an attack runs without a CUDA graph: the step cannot be captured (operation not permitted)"
+        "an attack runs without a CUDA graph: the step cannot be captured (RuntimeError: operation not permitted)"
     ]
     rerun.error = None
     run(graphs, model, WORTH)
-    assert rerun.recorded == 0, "what failed once is not tried again"
+    assert rerun.recorded == 0, "what failed is not tried again at once"
+    run(graphs, model, RETRIED_AFTER)
+    run(graphs, model, WORTH)
+    assert rerun.recorded == 1 and graphs.refusal is None
 
 
 def test_a_step_that_the_device_is_busy_with_is_captured_only_if_asked_for(rerun):
@@ -227,6 +340,16 @@ def test_a_step_that_the_device_is_busy_with_is_captured_only_if_asked_for(rerun
     run(graphs, model, WORTH)
     assert rerun.recorded == 0 and "launching takes 100 ms" in graphs.refusal
     run(StepGraphs("always", capture=rerun), model, WORTH)
+    assert rerun.recorded == 1
+
+
+def test_one_slow_timing_decides_nothing(graphs, rerun):
+    times = iter([(0.1, 1.0), (1.0, 1.0), (0.1, 1.0)])
+    rerun.timed = lambda run, device: next(times, (1.0, 1.0))
+    run(graphs, Scale(), WORTH)
+    assert rerun.recorded == 0
+    times = iter([(1.0, 5.0), (1.0, 1.0), (1.0, 3.0)])
+    run(graphs, Scale(), WORTH)
     assert rerun.recorded == 1
 
 

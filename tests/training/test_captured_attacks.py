@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 
 import pytest
@@ -84,10 +83,9 @@ def trained(task: Task, graphs: StepGraphs | None, batches: list[Batch]) -> tupl
 def test_captured_attacks_train_the_same_weights(rerun, name):
     make, needed = TASKS[name]
     batches = [batch(1), batch(2), batch(3)]
-    wanted, found = trained(make(), None, batches), trained(make(), StepGraphs(capture=rerun), batches)
+    wanted, found = trained(make(), None, batches), trained(make(), StepGraphs("always", capture=rerun), batches)
     assert wanted[0] == found[0]
     assert all(torch.equal(value, found[1][key]) for key, value in wanted[1].items())
-    # captured when it comes a second time, replayed then and in the third step
     assert rerun.recorded == needed and rerun.replayed >= 2
 
 
@@ -103,29 +101,12 @@ COUNTS = {
 }
 
 
-class Launched:
-    """Captures, and replays nothing: what is still counted then is what the host launches beside a graph."""
-
-    kind = "cpu"
-
-    def aside(self, device):
-        return contextlib.nullcontext()
-
-    def timed(self, run, device):
-        return 1.0, 1.0
-
-    def record(self, run, device):
-        # but for the first time, which checks it
-        once = iter([run])
-        return lambda: next(once, lambda: None)()
-
-
 @pytest.mark.skipif(not _library.loaded(), reason="no compiled extension")
 @pytest.mark.parametrize("name", COUNTS)
-def test_what_the_host_launches_in_a_step(name):
+def test_what_the_host_launches_in_a_step(name, launched):
     make, eager, captured = COUNTS[name]
     with use_backend("cpp"):
-        for graphs, count in ((None, eager), (StepGraphs(capture=Launched()), captured)):
+        for graphs, count in ((None, eager), (StepGraphs("always", capture=launched), captured)):
             task = make()
             task.graphs = graphs
             for seed in (1, 2):
@@ -140,9 +121,10 @@ def test_a_packed_decoder_that_is_trained_is_read_as_it_is_now(rerun, monkeypatc
     monkeypatch.setattr("purify_fast.methods.carso.defence.kernel_decodes", lambda device: True)
     batches = [batch(1), batch(2), batch(3), batch(4)]
     wanted, found = (
-        trained(carso("pipeline", "bfloat16"), graphs, batches) for graphs in (None, StepGraphs(capture=rerun))
+        trained(carso("pipeline", "bfloat16"), graphs, batches)
+        for graphs in (None, StepGraphs("always", capture=rerun))
     )
-    assert wanted[0] == found[0] and rerun.recorded == 1 and rerun.replayed == 9
+    assert wanted[0] == found[0] and rerun.recorded == 1 and rerun.replayed == 12
     assert all(torch.equal(value, found[1][key]) for key, value in wanted[1].items())
 
 
@@ -153,6 +135,7 @@ def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun):
         # no image drifts so far, and all rows are those that are attacked
         task = arrest(tau=10.0)
         task.graphs = StepGraphs(capture=rerun)
+        task.graphs.worth = 1
         monitored = task.attack
         task.attack = lambda batch, attack, rows=None, run=monitored: (attacked.append(rows), run(batch, attack, rows))[
             1
@@ -171,7 +154,7 @@ def test_fit_hands_out_graphs_on_a_gpu_and_takes_them_back(rerun, monkeypatch):
     x, y = (torch.rand(32, *SHAPE) * 255).to(torch.uint8), torch.arange(32) % 10
     fit(task, x, y, FitConfig(1, 16), progress=False)
     assert seen == [None, None] and task.graphs is None
-    task.graphs = mine = StepGraphs(capture=rerun)
+    task.graphs = mine = StepGraphs("always", capture=rerun)
     fit(task, x, y, FitConfig(1, 16), progress=False)
     fit(task, x, y, FitConfig(1, 16, cuda_graphs="off"), progress=False)
     assert seen[2:] == [mine, mine, None, None] and task.graphs is mine

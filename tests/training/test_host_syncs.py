@@ -77,9 +77,8 @@ def test_a_step_does_not_wait_for_the_device(name):
 def test_arrest_waits_for_nothing_once_its_attack_is_captured(rerun):
     torch.manual_seed(0)
     task, step = arrest(), batch()
-    task.graphs = StepGraphs(capture=rerun)
-    for _ in range(2):  # captured when it comes a second time
-        task.training_step(step)[0].backward()
+    task.graphs = StepGraphs("always", capture=rerun)
+    task.training_step(step)[0].backward()
     with Waits() as waits:
         task.training_step(step)[0].backward()
     assert rerun.recorded == 1 and rerun.replayed == 4 and not waits.found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..search import better_of
-from .buckets import bucket
+from .buckets import bucket, repeated_to, takes_every_size
 from .gradient_copy import FEWEST_WEIGHTS, matrix_weights
 from .judge import Judge
 
@@ -110,10 +110,9 @@ class ActiveSet:
         """
         if lost is not None:
             stays = (~(self.fallen[owner] | lost)).nonzero()[:, 0]
-            if owner.device.type == "cpu" or len(stays) == 0:
+            if takes_every_size(owner.device) or len(stays) == 0:
                 return stays
-            size = min(bucket(len(stays), owner.device), len(owner))
-            return torch.cat([stays, stays[: size - len(stays)]])
+            return repeated_to(stays, min(bucket(len(stays), owner.device), len(owner)))
         gone = self.fallen[owner]
         left = len(owner) - int(gone.sum())
         size = bucket(left, owner.device, self.costly) if left else 0

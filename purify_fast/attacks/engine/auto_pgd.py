@@ -58,7 +58,8 @@ def run(
     point = previous = best = rows.begin
     size = _step_size(rows, schedule, share)
     score = torch.full((2, len(point)), -torch.inf, device=point.device)
-    gradients = Gradients(objective, point, rows.labels, schedule.steps)
+    # the batch may shrink after any of the first steps
+    gradients = Gradients(objective, point, rows.labels)
     reach = reach_of_steps(schedule.steps) if give_up else None
     seen = None if health is None else HealthOfRows(health, point)
     for i in range(schedule.steps):
@@ -91,9 +92,9 @@ def run(
                 rows, score = rows.of(kept), score[:, kept]
                 point, previous, best, gradient = point[kept], previous[kept], best[kept], gradient[kept]
                 size.take(kept)
-                gradients = Gradients(objective, point, rows.labels, schedule.steps - i - 1)
-            if len(point) == 0:
-                return rows, size
+                if len(point) == 0:
+                    return rows, size
+                gradients.now_of(point, rows.labels)
         origin, gradient = size.origin(i, point, gradient)
         previous, point = origin, size.move(i, origin, gradient, previous)
     if health is not None:

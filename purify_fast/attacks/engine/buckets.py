@@ -8,10 +8,22 @@ To a CPU an image more of a large model, or under many draws, costs more than a 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-#: Sizes per doubling. A CPU prepares a size in milliseconds, a GPU may have to capture a graph for it.
-PER_DOUBLING = {"cpu": 4}
-PER_DOUBLING_ELSEWHERE = 2
+#: Sizes per doubling on a CPU, which prepares a size in milliseconds.
+PER_DOUBLING = 4
+#: Elsewhere: the smallest size, because fewer images take a GPU no less time; and the size from which there are two
+#: sizes per doubling, because the arithmetic then takes longer than its launches.
+SMALLEST, FINER_FROM = 16, 128
+
+
+def takes_every_size(device: torch.device) -> bool:
+    """Whether a new batch size costs a device next to nothing, as it costs a CPU.
+
+    Args:
+        device: where the images are.
+    """
+    return device.type == "cpu"
 
 
 def bucket(items: int, device: torch.device, costly: bool = False) -> int:
@@ -23,14 +35,27 @@ def bucket(items: int, device: torch.device, costly: bool = False) -> int:
         costly: whether a step of one item costs a CPU more than a new size.
 
     Returns:
-        A power of two times 1, 5/4, 6/4 or 7/4 on a CPU, times 1 or 3/2 on a GPU; below that, and of costly items on a
-        CPU, every number.
+        On a CPU a power of two times 1, 5/4, 6/4 or 7/4; every number below 8, and of costly items. On a GPU 16, 32,
+        64, and from 128 on a power of two times 1 or 3/2.
     """
-    if device.type == "cpu" and costly:
-        return items
-    parts = PER_DOUBLING.get(device.type, PER_DOUBLING_ELSEWHERE)
-    if items <= 2 * parts:
-        return items
-    unit = 1 << ((items - 1).bit_length() - 1)
-    step = unit // parts
+    if takes_every_size(device):
+        if costly or items <= 2 * PER_DOUBLING:
+            return items
+        return _rounded_up(items, PER_DOUBLING)
+    return max(SMALLEST, _rounded_up(items, 2 if items > FINER_FROM else 1))
+
+
+def repeated_to(index: Tensor, size: int) -> Tensor:
+    """An index whose first elements are repeated until it has a size.
+
+    Args:
+        index: int64 ``[R]``, at least one element.
+        size: at least R.
+    """
+    return index.repeat(-(-size // len(index)))[:size] if size > len(index) else index
+
+
+def _rounded_up(items: int, parts: int) -> int:
+    """The next power of two, or multiple of the one before it over ``parts``."""
+    step = (1 << ((items - 1).bit_length() - 1)) // parts if items > 1 else 1
     return -(-items // step) * step

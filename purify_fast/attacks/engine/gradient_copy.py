@@ -50,6 +50,8 @@ PURIFIED_TOLERANCE = 0.03
 LEAST_COSINE = 0.8
 #: How many copies are kept: an evaluation attacks one model, in one variant after the other.
 KEPT = 2
+#: How many wrappers with copies in them are kept.
+WRAPPERS = 8
 
 
 class _Kept(NamedTuple):
@@ -77,6 +79,22 @@ class GradientCopies:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
+        self._around: OrderedDict[int, tuple[PassesOn, Classifier, Classifier]] = OrderedDict()
+
+    def same_around(self, wrapper: PassesOn, inner: Classifier, around: Classifier) -> Classifier:
+        """What stands for a wrapper with a copy in it: the same object as long as both are, since a graph is of one.
+
+        Args:
+            wrapper: with the model in it.
+            inner: the copy of that model.
+            around: the same wrapper with the copy in it, as it was made just now.
+        """
+        known = self._around.get(id(wrapper))
+        if known is None or known[0] is not wrapper or known[1] is not inner:
+            known = self._around[id(wrapper)] = (wrapper, inner, around)
+            while len(self._around) > WRAPPERS:
+                self._around.popitem(last=False)
+        return known[2]
 
     def of(self, model: nn.Module, shape: torch.Size, make: Callable[[], Classifier | None]) -> Classifier | None:
         """The copy of a model; None where there is none.
@@ -162,18 +180,20 @@ def matrix_weights(model: nn.Module) -> int:
 
 def _inside(wrapper: PassesOn, x: Tensor, precision: Precision, copies: GradientCopies | None) -> Classifier:
     """The same for what a wrapper holds; the wrapper itself where there is no copy of that."""
-    copied = False
+    copied: Classifier | None = None
 
     def replace(inner: Classifier) -> Classifier:
         nonlocal copied
         made = gradient_copy(inner, x, precision, copies)
-        copied = made is not inner
+        copied = None if made is inner else made
         return made
 
     around = wrapper.around(replace)
-    if not copied or not isinstance(wrapper, nn.Module):
-        return around if copied else cast(Classifier, wrapper)
-    if supports(wrapper, CountsImages):
+    if copied is None:
+        return cast(Classifier, wrapper)
+    if copies is not None:
+        around = copies.same_around(wrapper, copied, around)
+    if not isinstance(wrapper, nn.Module) or supports(wrapper, CountsImages):
         # a counter changes nothing, and would count what is compared
         return around
     # the model inside was compared as it predicts by itself; what is attacked is this view of it

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..ball import Ball, sample_in_ball
 from .active_set import ActiveSet
+from .buckets import bucket, repeated_to, takes_every_size
 
 #: Rows that are searched at once in any case, however few images there are: a batch of a few is slow.
 FEWEST_ROWS = 64
@@ -73,22 +74,39 @@ class Waves:
     at_image: bool = False
 
     def over(self, active: ActiveSet) -> Iterator[Rows]:
-        """The rows of one wave after the other, of the images that are left by then; waits for the device once each.
+        """The rows of one wave after the other, of the images that are left by then.
 
-        The first wave has one run, because most images fall to any. Later ones have as many as fit.
+        The first wave has one run, because most images fall to any. Later ones have as many rows as fit: on a CPU whole
+        runs; elsewhere also a part of a run, and copies of the first rows up to the size that `bucket` says, so that
+        most waves are of one size. Waits for the device once or twice for each wave.
 
         Args:
             active: the images.
         """
         runs = list(enumerate(goal for _ in range(self.restarts) for goal in self.goals))
         most = max(FEWEST_ROWS, len(self.x)) if self.most is None else self.most
-        together = 1
+        # of the first of these runs, the images before this one were searched
+        begin: Tensor | None = None
+        is_first = True
         while runs:
             left = active.left()
             if len(left) == 0:
                 return
-            yield self._rows(runs[:together], left)
-            runs, together = runs[together:], max(1, most // max(1, len(active.left())))
+            fits = max(most, len(left)) if self._is_padded() else max(1, most // len(left)) * len(left)
+            room = len(left) if is_first else fits
+            images, wave = left if begin is None else left[left >= begin], []
+            while runs and room:
+                taken = images[:room]
+                if len(taken):
+                    wave.append((*runs[0], taken))
+                room -= len(taken)
+                if len(taken) < len(images):
+                    begin = images[len(taken)]
+                    break
+                runs, images, begin = runs[1:], left, None
+            if wave:
+                yield self._rows(wave, fits)
+            is_first = False
 
     def counted(self, active: ActiveSet) -> dict[str, int]:
         """How many images fell to which target and restart.
@@ -105,18 +123,26 @@ class Waves:
             found[name] = found.get(name, 0) + 1
         return found
 
-    def _rows(self, wave: list[tuple[int, Tensor | None]], left: Tensor) -> Rows:
-        owner, around = left.repeat(len(wave)), self.ball.of(left)
-        begins = []
-        for number, _ in wave:
+    def _is_padded(self) -> bool:
+        """Whether waves are filled up to the sizes of `bucket`."""
+        return not takes_every_size(self.x.device)
+
+    def _rows(self, wave: list[tuple[int, Tensor | None, Tensor]], most: int) -> Rows:
+        """The rows of some runs: the number, the goal and the images of each."""
+        begins, labels, numbers = [], [], []
+        for number, goal, images in wave:
+            x, ball, ids = self.x[images], self.ball.of(images), self.ids[images]
             at_image = self.at_image and number < len(self.goals)
-            seed, ids = self.seed + number, self.ids[left]
-            begins.append(self.x[left] if at_image else sample_in_ball(self.x[left], around, seed=seed, sample_ids=ids))
-        labels = [self.y[left] if goal is None else torch.stack([self.y, goal], 1)[left] for _, goal in wave]
+            begins.append(x if at_image else sample_in_ball(x, ball, seed=self.seed + number, sample_ids=ids))
+            labels.append(self.y[images] if goal is None else torch.stack([self.y, goal], 1)[images])
+            numbers.append(torch.full_like(images, number))
+        owner = torch.cat([images for _, _, images in wave])
         values = (owner, self.x[owner], torch.cat(labels), self.ball.of(owner))
-        # the runs of a wave have consecutive numbers; a list of them would be copied, which waits for the device
-        numbers = torch.arange(wave[0][0], wave[0][0] + len(wave), device=owner.device)
-        return Rows(*values, begin=torch.cat(begins), run=numbers.repeat_interleave(len(left)))
+        rows = Rows(*values, begin=torch.cat(begins), run=torch.cat(numbers))
+        if not self._is_padded():
+            return rows
+        index = torch.arange(len(owner), device=owner.device)
+        return rows.of(repeated_to(index, max(len(owner), min(bucket(len(owner), owner.device), most))))
 
 
 def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tensor, ...]:

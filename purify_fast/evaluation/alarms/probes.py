@@ -16,7 +16,7 @@ from ...protocols import Classifier
 from ..progress import Counter
 from ..subject import Subject
 from ..surrogates import surrogates
-from ..watched import watched
+from ..watched import Meter, watched
 from . import answers
 from .answers import Before, in_parts
 from .differences import cosine
@@ -118,7 +118,7 @@ def probe(before: Before, context: AttackContext, left: Tensor, counter: Counter
     """
     subject, x, y = before.subject, before.x, before.y
     draws, judges = _draws(subject, context)
-    short = _Short(watched(subject.model, counter), x, y, context, draws=draws, judges=judges)
+    short = _Short(watched(subject.model, Meter(counter)), x, y, context, draws=draws, judges=judges)
     starts = [short.robust(seed=seed, random_start=True, steps=STEPS // 2) for seed in range(STARTS)]
     together = torch.stack(starts)
     some = slice(subject.batch_size)
