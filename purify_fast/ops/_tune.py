@@ -143,7 +143,7 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> dict[str, Any]:
     }
 
 
-def _known_rows(op: Op, device: torch.device) -> list[Row]:
+def known_rows(op: Op, device: torch.device) -> list[Row]:
     """The rows that the user's file has of the op's kernel as it is now."""
     entry = _races.read(device).get("ops", {}).get(op.name, {})
     mine = entry.get("sources") == op.sources_digest(device.type)
@@ -291,7 +291,7 @@ def tune(
     work = _ordered([op for op in chosen if op.name not in wrong], device, full)
     journal = Journal(device, again)
     rows = {op.name: found for op in chosen if (found := journal.read(op))}
-    keys = {op.name: {row.key for row in (*([] if again else _known_rows(op, device)), *rows.get(op.name, []))}
+    keys = {op.name: {row.key for row in (*([] if again else known_rows(op, device)), *rows.get(op.name, []))}
             for op in chosen}  # fmt: skip
     styles = {False: ("eager",) if capture is None else ("eager", "replay"), True: ("graph",)}
     new = [(race, compiled) for race, compiled in work if not race.keys(styles[compiled]) <= keys[race.op]]
@@ -315,7 +315,7 @@ def tune(
     made, changed = {}, []
     for name, found in rows.items():
         op = REGISTRY[name]
-        made[name] = decide(op, merged(_known_rows(op, device), found), device)
+        made[name] = decide(op, merged(known_rows(op, device), found), device)
         changed += changes(op, made[name], device)
         made[name]["verified"] = _verified(verdicts[name])
     path = _races.write(device, made, facts)

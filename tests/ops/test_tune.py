@@ -235,7 +235,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(monkeypatch):
     run.append("killed")
     found = _tune.tune(CPU, ops=["noisy_replay", "stitch"])
     assert len(run) == len(set(run)) == 1 + sum(map(len, found.rows.values())) and found.known == 3
-    assert sum(len(_tune._known_rows(REGISTRY[name], CPU)) for name in found.rows) == len(run) - 1
+    assert sum(len(_tune.known_rows(REGISTRY[name], CPU)) for name in found.rows) == len(run) - 1
 
 
 def test_replays_are_captured_by_what_recovers(rerun):
@@ -294,7 +294,7 @@ def test_a_stale_file_is_said_to_be_stale_and_not_used(folder, caplog):
     # after an upgrade it is so of every op: one line for all of them
     assert other.wanted("eager", CPU).backend == "cpp" and len(caplog.records) == 1
     assert "STALE for philox, stitch" in installation.report().replace("\n              ", " ")
-    assert _tune._known_rows(op, CPU) == []
+    assert _tune.known_rows(op, CPU) == []
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_race(tmp_path, monkeypatch, capsys):
