@@ -12,6 +12,10 @@ python -m benchmarks gpu_check [tests|ops|pipelines...] [--dry] [--out DIR] [--d
 
 python -m benchmarks instructions
 
+python -m benchmarks captures [--images N] [--data DIR] [--redo] [--out DIR]
+
+python -m benchmarks roofline [--out DIR]
+
 python -m benchmarks soak [--minutes N] [--only COMMAND...] [--seed N] [--out FILE]
 
 python -m benchmarks ship [--device cpu|cuda]
@@ -34,6 +38,7 @@ from purify_fast._lock import FolderInUse
 from purify_fast.speed import retain_freed_memory
 
 from . import (
+    captures,
     convolutions,
     evaluation,
     front_page,
@@ -45,6 +50,7 @@ from . import (
     performance,
     pipelines,
     report,
+    roofline,
     served,
     shipping,
     soak,
@@ -129,6 +135,13 @@ def main(arguments: list[str] | None = None) -> None:
     check.add_argument("--total", type=float, help="seconds for all of them; 540 for each of the three by default")
     check.add_argument("--data", type=Path, help="folder with CIFAR-10, or an .npz file; the current folder by default")
     commands.add_parser("instructions", help="the GPU kernels' machine code, counted without a GPU")
+    captured = commands.add_parser("captures", help="what an evaluation captures on a GPU, counted without one")
+    captured.add_argument("--images", type=int, default=captures.IMAGES, help="of each evaluation; 1000 by default")
+    captured.add_argument("--data", default="data", help="folder with cifar10.npz or the official files")
+    captured.add_argument("--redo", action="store_true", help="also what is counted already")
+    captured.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    model = commands.add_parser("roofline", help="how long steps should take on an H100: a model, counted")
+    model.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     long = commands.add_parser("soak", help="every command under faults: kills, full disks, changed bits and others")
     long.add_argument("--minutes", type=float, default=30.0, help="how long; 30 by default")
     long.add_argument("--only", nargs="+", default=[], metavar="COMMAND", help="such as 'train carso'; all by default")
@@ -175,6 +188,14 @@ def main(arguments: list[str] | None = None) -> None:
             zoo.main(chosen)
         except (ValueError, FileNotFoundError) as error:
             parser.error(str(error))
+        return
+    if chosen.command == "captures":
+        if chosen.images < 1:
+            parser.error(f"--images must be at least 1, got {chosen.images}")
+        print(captures.write(chosen.out, chosen.images, chosen.data, chosen.redo))
+        return
+    if chosen.command == "roofline":
+        print(roofline.write(chosen.out))
         return
     if chosen.command == "instructions":
         print(instructions.write(RESULTS))

@@ -30,6 +30,7 @@ from purify_fast.kernels import (
     contextual_attention,
     decode_samples,
     gated_elu,
+    hyperplane_projection,
     noisy_replay,
     pgd_step,
     philox,
@@ -37,6 +38,7 @@ from purify_fast.kernels import (
     reconstruction_loss,
     representation_distance,
     sample_latent,
+    square_proposal,
     stitch,
 )
 from purify_fast.methods.carso.networks import published_decoder
@@ -47,8 +49,9 @@ from purify_fast.ops.pgd_step import NORMS
 from purify_fast.ops.representation_distance import KINDS
 
 MODULES = (
-    aggregate, apgd_step, contextual_attention, decode_samples, gated_elu, noisy_replay, pgd_step, philox,
-    random_transform, reconstruction_loss, representation_distance, sample_latent, stitch,
+    aggregate, apgd_step, contextual_attention, decode_samples, gated_elu, hyperplane_projection, noisy_replay,
+    pgd_step, philox, random_transform, reconstruction_loss, representation_distance, sample_latent, square_proposal,
+    stitch,
 )  # fmt: skip
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,6 +90,11 @@ def _cases() -> dict[str, tuple]:
             cases[f"pgd_step-{name}{kind}"] = (
                 pgd_step.forward, *[x(4, *shape)] * 3, rows, rows, norm, 0.0, 1.0, 0.05
             )  # fmt: skip
+        pattern = one(2, 10, 10) if norm else None
+        cases[f"square_proposal-{name}"] = (
+            square_proposal.forward, image, image, rows, one(4, 8, 8), pattern, 10, norm, 0.0, 1.0
+        )  # fmt: skip
+        cases[f"hyperplane_projection-{name}"] = (hyperplane_projection.forward, image, image, rows, norm, 0.0, 1.0)
         if name in APGD_NORMS:
             cases[f"apgd_step-{name}"] = (apgd_step.forward, *[image] * 4, rows, rows, 0.75, norm, 0.0, 1.0)
     for method, name in enumerate(METHODS):

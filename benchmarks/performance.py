@@ -10,7 +10,7 @@ from pathlib import Path
 
 from purify_fast._files import write_text
 
-from . import instructions, launches, limits, pipelines, report, shipping
+from . import captures, instructions, launches, limits, pipelines, report, roofline, shipping
 from .measure import AUTOTUNED
 from .ops import Case, registry
 
@@ -31,6 +31,7 @@ SYMBOLS = {
     "D": "latents",
     "P": "pixels of a channel",
     "N": "parts or passes",
+    "T": "proposals of each image",
     "L": "keys",
 }
 #: Microseconds of these are shown.
@@ -316,6 +317,8 @@ def page(results: Path) -> str:
     lines += ["", *counted(), *instructions.chapter(results)]
     if (results / launches.FILE).exists():
         lines += ["", *launched(results)]
+    for counted_without_a_gpu in (captures.chapter(results), roofline.chapter(results)):
+        lines += ["", *counted_without_a_gpu] if counted_without_a_gpu else []
     for folder, *_ in found:
         lines += ["", *chapter(folder)]
     return "\n".join(lines) + "\n"

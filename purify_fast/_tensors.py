@@ -35,6 +35,32 @@ def repeat_batch(x: Tensor, times: int) -> Tensor:
     return x.repeat(times, *[1] * (x.dim() - 1))
 
 
+def in_memory_order(x: Tensor) -> Tensor:
+    """A view of a tensor whose dimensions stand in the order in which they lie in memory.
+
+    Args:
+        x: any tensor.
+
+    Returns:
+        The view; it is contiguous if the numbers of ``x`` lie side by side, channels_last or in another order.
+    """
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+
+
+def laid_out_like(numbers: Tensor, x: Tensor) -> Tensor:
+    """A view of numbers in the order of `in_memory_order`, with the shape of ``x`` and, where it can, its strides.
+
+    Args:
+        numbers: ``[N]``, contiguous, N the number of elements of ``x``.
+        x: whose shape and strides it gets. The strides are others if the numbers of ``x`` do not lie side by side.
+    """
+    ordered = in_memory_order(x)
+    if ordered.is_contiguous():
+        return numbers.as_strided(x.shape, x.stride(), numbers.storage_offset())
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return numbers.view(ordered.shape).permute([order.index(i) for i in range(x.dim())])
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A block in which operators keep the dtypes of their inputs, also where the caller is under ``torch.autocast``.
 

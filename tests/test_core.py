@@ -174,6 +174,22 @@ def test_apgd_step_from_rest_is_a_part_of_a_pgd_step(core, images, alpha, moment
     assert np.abs(part - (x + momentum * (whole - x))).max() <= 4 * EPS
 
 
+@holds(images, st.floats(-2, 2, width=32), st.sampled_from([0, 1, 2]))
+def test_hyperplane_projection_reaches_the_plane_or_the_corner(core, images, share, norm):
+    x, _, w = images
+    usable = np.where(np.isfinite(w), w, 0).astype(np.float64)
+    usable = usable / max(1.0, np.abs(usable).max())
+    w = np.where(np.isfinite(w), usable, w).astype(np.float32)
+    normal = np.where(np.isfinite(w), w, 0).astype(np.float64)
+    gap = share * np.abs(normal).sum()
+    move = core.hyperplane_projection(x, w, np.float32(normal @ x + gap), norm, 0.0, 1.0).astype(np.float64)
+    z = x + move
+    assert np.isfinite(move).all() and (z >= -EPS).all() and (z <= 1 + EPS).all()
+    assert (move * normal * gap >= 0).all()
+    most = (np.where(normal * gap > 0, 1 - x, x) * np.abs(normal)).sum()
+    assert abs(abs(move @ normal) - min(abs(gap), most)) <= 64 * EPS * len(x)
+
+
 @holds(shapes.flatmap(lambda s: rows(finite(1e3), s)), st.sampled_from(range(len(METHODS))))
 def test_aggregate_is_finite_and_near_float64(core, logits, method):
     out = core.aggregate(method, logits)

@@ -20,6 +20,7 @@ class Case:
 
     Attributes:
         inputs: tensors on torch's default device; the first is what a surrounding graph feeds.
+        slack: how many times the usual error contestants may differ by.
         bytes, flops: by direction; formulas of ``symbols``, or numbers.
     """
 
@@ -32,6 +33,7 @@ class Case:
     variant: str = ""
     differentiable: tuple[int, ...] = field(default=())  # positions of the inputs that get a gradient
     symbols: Mapping[str, int] = field(default_factory=dict)
+    slack: float = 1.0
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -63,6 +65,7 @@ def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:
         contextual_attention,
         decode_samples,
         gated_elu,
+        hyperplane_projection,
         noisy_replay,
         pgd_step,
         philox,
@@ -70,12 +73,14 @@ def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:
         reconstruction_loss,
         representation_distance,
         sample_latent,
+        square_proposal,
         stitch,
     )
 
     modules = (
         philox, aggregate, sample_latent, reconstruction_loss, pgd_step, apgd_step, random_transform, stitch, gated_elu,
-        contextual_attention, representation_distance, noisy_replay, decode_samples,
+        contextual_attention, representation_distance, noisy_replay, decode_samples, hyperplane_projection,
+        square_proposal,
     )  # fmt: skip
     return {
         module.__name__.rpartition(".")[2]: partial(module.cases, module.LARGE)

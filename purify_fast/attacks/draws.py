@@ -102,6 +102,16 @@ class Objective:
         loss, wrong = self._over_passes(self._judge, x, y)
         return torch.stack([self._mean(wrong), self._mean(loss)])
 
+    @torch.no_grad()
+    def loss_of(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss alone, ``[B]``: a search that goes by it does not pay for the count of wrong draws.
+
+        Args:
+            x: images ``[B, ...]``.
+            y: as of `gradient`.
+        """
+        return self._mean(self._over_passes(partial(self._judge, counted=False), x, y)[0])
+
     def _mean(self, total: Tensor) -> Tensor:
         """The mean over the draws, of their sum."""
         return total / self.eot_iter if self.eot_iter > 1 else total
@@ -145,10 +155,10 @@ class Objective:
             gradient = torch.zeros_like(x)
         return (gradient, *self._scored(logits.detach(), labels, losses.detach(), draws)) if scored else (gradient,)
 
-    def _judge(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, ...]:
-        """Sums over ``draws`` draws: the losses, and how many are misclassified."""
+    def _judge(self, x: Tensor, y: Tensor, draws: int, counted: bool = True) -> tuple[Tensor, ...]:
+        """Sums over ``draws`` draws: the losses, and if it is counted how many are misclassified."""
         losses, logits, labels = self._losses(x, y, draws)
-        return self._scored(logits, labels, losses, draws)
+        return self._scored(logits, labels, losses, draws) if counted else (self._summed(losses, draws),)
 
     def _losses(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of every draw, ``[draws * B]``, its logits and its label."""
@@ -159,8 +169,11 @@ class Objective:
 
     def _scored(self, logits: Tensor, labels: Tensor, losses: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """Sums over the draws: the losses, and how many are misclassified; ``[B]`` both."""
-        wrong = self._wrong(logits, labels, losses)
-        return losses.view(draws, -1).sum(0), wrong.view(draws, -1).sum(0)
+        return self._summed(losses, draws), self._summed(self._wrong(logits, labels, losses), draws)
+
+    def _summed(self, values: Tensor, draws: int) -> Tensor:
+        """Sums over the draws, ``[B]``, of values ``[draws * B]``."""
+        return values.view(draws, -1).sum(0) if draws > 1 else values
 
     def _wrong(self, logits: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
         """1 where a row of logits decides for another class than the label's, or names no class, else 0.

@@ -17,16 +17,17 @@ from torch import Tensor
 
 from .._tensors import per_image
 from .._validation import check_literal
+from ..ops.hyperplane_projection import hyperplane_projection
 from ..ops.pgd_step import pgd_step
 from ..protocols import Classifier
+from ..speed.step_graphs import StepGraphs
 from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images, check_switch
 from .ball import Ball, ball_around
 from .base import AttackContext, TargetedAttack
-from .draws import Objective, drawn_once_per_call
+from .draws import Gradient, Gradients, Objective, drawn_once_per_call
 from .engine.active_set import ActiveSet
 from .engine.auto_pgd import shrinks_after
 from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
-from .engine.hyperplane import move_to_plane
 from .engine.judge import Judge, has_fallen
 from .engine.reach import reach_of_steps, some_of
 from .engine.waves import Rows, Waves, add_counts, likeliest_wrong
@@ -60,6 +61,7 @@ def fab_t(
     sample_ids: Tensor | None = None,
     max_forward_batch: int | None = None,
     health: GradientHealth | None = None,
+    graphs: StepGraphs | None = None,
     found: dict[str, int] | None = None,
     clip_min: float = 0.0,
     clip_max: float = 1.0,
@@ -89,6 +91,7 @@ def fab_t(
         sample_ids: int64 ``[B]``; an image's random start depends on the seed and its id alone. None: 0 .. B - 1.
         max_forward_batch: images in one forward pass at most; exact. None: no limit.
         health: counts gradients, if given.
+        graphs: on a CUDA device, captures what a step asks of the model, as of `apgd`; one graph for each batch size.
         found: to the name of each target and restart is added how many images fell to it, if given.
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
@@ -122,7 +125,7 @@ def fab_t(
         active = ActiveSet(x, y, judge)
         goals = likeliest_wrong(judge.logits(x), y, n_target_classes)
         source = gradient_copy(model, x[:COMPARED], precision, copies)
-        objective = Objective(source, "margin_targeted", eot_iter, max_forward_batch, apart=apart)
+        objective = Objective(source, "margin_targeted", eot_iter, max_forward_batch, graphs, apart=apart)
         waves = Waves(x, y, ball, goals, restarts, seed=seed, ids=ids, most=most_rows, at_image=True)
         with frozen(source):
             for rows in waves.over(active):
@@ -144,18 +147,20 @@ def _run(
     """One run: what falls is noted in ``active``, and the nearest points of the others are offered to it."""
     point = nearest = rows.begin
     nearest_at = torch.full_like(rows.ball.eps, torch.inf)
+    # the batch may shrink after any of the first steps
+    gradients = Gradients(objective, point, rows.labels)
     reach = reach_of_steps(steps) if give_up else None
     seen = None if health is None else HealthOfRows(health, point)
     for i in range(steps):
-        found = objective.gradient(point, rows.labels)
+        found = gradients.at(point)
         if seen is not None:
             seen.see_gradient(found.image)
-        across = has_fallen(found.wrong, active.judge.rule)
-        nearest, nearest_at = _nearer(rows, point, across, (nearest, nearest_at))
-        origin = torch.where(per_image(across, point), rows.x + BACK * (point - rows.x), point)
-        gradient = (found.image / objective.eot_iter).flatten(1)
-        offset = (gradient * point.flatten(1)).sum(1) - found.loss
-        point = _step(rows, origin, gradient, offset)
+        if objective.eot_iter > 1:
+            found = found._replace(image=found.image / objective.eot_iter)
+        across, moved = has_fallen(found.wrong, active.judge.rule), point - rows.x
+        nearest, nearest_at = _nearer(rows, (point, moved), across, (nearest, nearest_at))
+        origin = torch.where(per_image(across, point), torch.add(rows.x, moved, alpha=BACK), point)
+        point = _step(rows, origin, point, found)
         if shrinks_after(i + 1):
             inside = (nearest_at <= rows.ball.eps).float()
             judged, fell = active.settle(rows.owner, nearest, inside, rows.run)
@@ -175,38 +180,46 @@ def _run(
                 if seen is not None:
                     seen.take(kept)
                 rows, point, nearest, nearest_at = rows.of(kept), point[kept], nearest[kept], nearest_at[kept]
-            if len(point) == 0:
-                return
+                if len(point) == 0:
+                    return
+                gradients.now_of(point, rows.labels)
     across = has_fallen(objective.score(point, rows.labels)[0], active.judge.rule)
-    _offer(objective, active, rows, _nearer(rows, point, across, (nearest, nearest_at))[0])
+    _offer(objective, active, rows, _nearer(rows, (point, point - rows.x), across, (nearest, nearest_at))[0])
 
 
-def _nearer(rows: Rows, point: Tensor, across: Tensor, known: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The nearest points across the border and their distances, with new points among them."""
-    nearest, nearest_at = known
-    order = _ORDERS[rows.ball.norm]
-    far = torch.linalg.vector_norm((point - rows.x).flatten(1), ord=order, dim=1).to(nearest_at.dtype)
+def _nearer(
+    rows: Rows, new: tuple[Tensor, Tensor], across: Tensor, known: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The nearest points across the border and their distances, with new points, and their moves, among them."""
+    (point, moved), (nearest, nearest_at) = new, known
+    far = _length(rows, moved).to(nearest_at.dtype)
     nearer = across & (far < nearest_at)
     return torch.where(per_image(nearer, point), point, nearest), torch.where(nearer, far, nearest_at)
 
 
-def _step(rows: Rows, point: Tensor, gradient: Tensor, offset: Tensor) -> Tensor:
-    """Towards the border of the linear approximation, from the point and, with a small weight, from the clean image.
+def _length(rows: Rows, moved: Tensor) -> Tensor:
+    """In the norm of the ball, ``[R]``."""
+    return torch.linalg.vector_norm(moved.flatten(1), ord=_ORDERS[rows.ball.norm], dim=1)
+
+
+def _step(rows: Rows, origin: Tensor, point: Tensor, found: Gradient) -> Tensor:
+    """Towards the border of the linear approximation, from the origin and, with a small weight, from the clean image.
 
     Args:
         rows: the rows.
-        point: where the step begins, ``[R, ...]``.
-        gradient: of the target's logit minus the label's, ``[R, D]``.
-        offset: the border is where its product with an image is this, ``[R]``.
+        origin: where the step begins, ``[R, ...]``.
+        point: where the gradient was taken, ``[R, ...]``.
+        found: the gradient there of the target's logit minus the label's, and their difference.
     """
-    ball = rows.ball
-    flat, clean = point.flatten(1), rows.x.flatten(1)
-    both = move_to_plane(torch.cat([flat, clean]), gradient.repeat(2, 1).to(flat.dtype), offset.repeat(2), ball)
-    from_point, from_clean = both.chunk(2)
-    length, other = torch.linalg.vector_norm(both, ord=_ORDERS[ball.norm], dim=1).clamp_min(1e-8).chunk(2)
-    pull = (length / (length + other)).clamp_max(LARGEST_PULL)[:, None]
-    moved = (flat + OVERSHOOT * from_point) * (1 - pull) + (clean + OVERSHOOT * from_clean) * pull
-    return moved.clamp(ball.clip_min, ball.clip_max).view_as(point).to(point.dtype)
+    bounds = rows.ball.bounds
+    gradient = found.image.to(point.dtype)
+    # the border is where the product of the gradient and an image is this
+    offset = (gradient * point).flatten(1).sum(1) - found.loss
+    ahead, back = (hyperplane_projection(start, gradient, offset, **bounds) for start in (origin, rows.x))
+    length, other = (_length(rows, move).clamp_min(1e-8) for move in (ahead, back))
+    pull = per_image((length / (length + other)).clamp_max(LARGEST_PULL), point)
+    from_origin, from_clean = torch.add(origin, ahead, alpha=OVERSHOOT), torch.add(rows.x, back, alpha=OVERSHOOT)
+    return torch.lerp(from_origin, from_clean, pull).clamp(rows.ball.clip_min, rows.ball.clip_max)
 
 
 def _offer(objective: Objective, active: ActiveSet, rows: Rows, nearest: Tensor) -> None:
@@ -244,7 +257,8 @@ class FABT(TargetedAttack):
         return super().settings(context) | own
 
     def revision(self) -> str:
-        return "4"
+        return "5"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        return fab_t(target, x, y, steps=self.steps or STEPS, **self.options(context))
+        options = self.options(context) | {"graphs": context.graphs}
+        return fab_t(target, x, y, steps=self.steps or STEPS, **options)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._tensors import per_image, repeat_batch
+from .._tensors import per_image
 from .._validation import check_literal
 from ..ops.philox import Stream, philox
 from ..protocols import Classifier
@@ -148,7 +148,8 @@ class _Search:
         key: tuple[int, Tensor],
     ):
         self.objective, self.active, self.ball = objective, active, ball
-        (self.x, self.y, self.owner), (seed, self.ids) = images, key
+        seed, self.ids = key
+        self._take(*images)
         check_seed(seed)
         self.key = torch.full((1,), seed, dtype=torch.int64, device=self.x.device)
         self.propose = Proposals((self.x.shape[1], self.x.shape[2], self.x.shape[3]), ball.norm)
@@ -162,7 +163,9 @@ class _Search:
         """
         first = self._numbers(self.propose.first_numbers, 0, 1)[:, 0]
         self.point = self.propose.begin(self.x, self.ball, first)
-        self.score = self._scored(self.point, self.y)
+        self.share, self.margin = self._scored(self.point)
+        # the margins of the points that were judged: one on the border, of margin 0, is worth a judgement too
+        self.judged = torch.full_like(self.margin, -torch.finfo(self.margin.dtype).tiny)
         reach = Reach(GIVEN_UP_AFTER, n_queries, TIMES) if give_up else None
         query = rounds = 0
         while query < n_queries:
@@ -176,7 +179,7 @@ class _Search:
             query, rounds = query + together, rounds + 1
             if rounds % ROUNDS == 0:
                 numbers = self._shrunk(numbers, reach)
-            lost = None if reach is None else some_of(reach.lost(query, -self.score[1]))
+            lost = some_of(reach.lost(query, -self.margin)) if reach is not None and reach.due(query) else None
             if lost is not None:
                 self._offer(lost.nonzero()[:, 0])
                 numbers = self._keep(self.active.kept(self.owner, lost), numbers, reach)
@@ -186,7 +189,7 @@ class _Search:
 
     def _offer(self, rows: slice | Tensor) -> None:
         """Judge the points of some rows by the model itself, and keep the best."""
-        owner, points, margin = self.owner[rows], self.point[rows], self.score[1, rows]
+        owner, points, margin = self.owner[rows], self.point[rows], self.margin[rows]
         share, _ = self.active.settle(owner, points, torch.ones_like(margin))
         self.active.offer(owner, points, torch.stack([share, margin]))
 
@@ -195,49 +198,60 @@ class _Search:
 
     def _round(self, query: int, numbers: Tensor) -> None:
         """Judge some proposals for each image, and keep the best where it is better than what is known."""
-        count = numbers.shape[1]
-        x, known, ball, y = self.x, self.point, self.ball, self.y
-        if count > 1:
-            x, known, y = (repeat_batch(value, count) for value in (x, known, y))
-            ball = Ball(ball.eps.repeat(count), ball.norm, ball.clip_min, ball.clip_max)
-        # proposal by proposal, each for every image
-        points = self.propose.next(query, x, known, ball, numbers.transpose(0, 1).flatten(0, 1))
-        score = self._scored(points, y)
-        if count > 1:
-            score = score.unflatten(1, (count, -1))
-            best = score[1].argmax(0)
-            row = torch.arange(len(best), device=best.device)
-            score, points = score[:, best, row], points.unflatten(0, (count, -1))[best, row]
-        better = score[1] > self.score[1]
+        points = self.propose.next(query, self.x, self.point, self.ball, numbers)
+        share, margin = self._scored(points)
+        if numbers.shape[1] > 1:
+            margin, best = margin.view(-1, len(self.owner)).max(0)
+            points = points.unflatten(0, (-1, len(self.owner)))[best, self.row]
+            share = None if share is None else share.view(-1, len(self.owner))[best, self.row]
+        better = margin > self.margin
         self.point = torch.where(per_image(better, points), points, self.point)
-        self.score = torch.where(better, score, self.score)
+        self.margin = torch.maximum(margin, self.margin)
+        if share is not None and self.share is not None:
+            self.share = torch.where(better, share, self.share)
 
-    def _scored(self, points: Tensor, y: Tensor) -> Tensor:
-        """The score of points, `Gradient.score`; a margin that is NaN is the largest where every draw is wrong."""
-        wrong, margins = self.objective.score(points, y)
-        return torch.stack(
-            [wrong, torch.where(margins.isnan(), torch.where(wrong == 1, torch.inf, -torch.inf), margins)]
-        )
+    def _scored(self, points: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The margin of points, of each row's first proposal first, and of several draws the share that is wrong.
+
+        A margin that is NaN is the largest where every draw is wrong, and that of a single draw is NaN nowhere else.
+        """
+        y = self.labels[: len(points)]
+        if self.objective.eot_iter == 1:
+            margin = self.objective.loss_of(points, y).nan_to_num(torch.inf, torch.inf, -torch.inf)
+            return None, margin if margin.dtype == torch.float64 else margin.float()
+        wrong, margin = self.objective.score(points, y)
+        return wrong, torch.where(margin.isnan(), torch.where(wrong == 1, torch.inf, -torch.inf), margin)
 
     def _shrunk(self, numbers: Tensor, reach: Reach | None) -> Tensor:
         """Judge what seems to have fallen and let it leave; the numbers of the rows that stay."""
-        share, fell = self.active.settle(self.owner, self.point, self.score[0])
-        self.score = torch.stack([share, self.score[1]])
+        share = self.share
+        if share is None:
+            share = (self.margin > self.judged).to(self.margin.dtype)
+            self.judged = torch.maximum(self.margin, self.judged)
+        share, fell = self.active.settle(self.owner, self.point, share)
+        self.share = None if self.share is None else share
         numbers = self._keep(self.active.kept(self.owner) if fell else None, numbers, reach)
         if self.objective.eot_iter > 1 and len(self.owner):
             # the highest of many noisy margins is high by luck
-            self.score = self._scored(self.point, self.y)
+            self.share, self.margin = self._scored(self.point)
         return numbers
 
     def _keep(self, rows: Tensor | None, numbers: Tensor, reach: Reach | None) -> Tensor:
         """Go on with some of the rows, or with all; their numbers."""
         if rows is None:
             return numbers
-        self.x, self.y, self.owner, self.ids = self.x[rows], self.y[rows], self.owner[rows], self.ids[rows]
-        self.point, self.score, self.ball = self.point[rows], self.score[:, rows], self.ball.of(rows)
+        self._take(self.x[rows], self.y[rows], self.owner[rows])
+        self.ids, self.ball, self.point = self.ids[rows], self.ball.of(rows), self.point[rows]
+        self.margin, self.judged = self.margin[rows], self.judged[rows]
+        self.share = None if self.share is None else self.share[rows]
         if reach is not None:
             reach.take(rows)
         return numbers[rows]
+
+    def _take(self, x: Tensor, y: Tensor, owner: Tensor) -> None:
+        """The images of the rows, with what every query needs of them made once."""
+        self.x, self.y, self.owner = x, y, owner
+        self.labels, self.row = y.repeat(max(TOGETHER.values())), torch.arange(len(y), device=y.device)
 
 
 @dataclass(frozen=True, kw_only=True)

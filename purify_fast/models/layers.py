@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .._process import processes
 from ..ops.convolution import conv2d
-from .synced_batch_norm import NormalizeEverywhere, moments_everywhere
+from .synced_batch_norm import batch_norm_everywhere
 
 
 class Conv2d(nn.Conv2d):
@@ -52,20 +52,13 @@ class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        if self.training and (world := processes()[1]) > 1:
-            return self._everywhere(input, world)
         mean, var = self.running_mean, self.running_var
+        if self.training and (world := processes()[1]) > 1:
+            running = None if mean is None or var is None else (mean, var)
+            return batch_norm_everywhere(input, self.weight, self.bias, running, world)
         return F.batch_norm(
             input, mean, var, weight=self.weight, bias=self.bias, training=self.training, momentum=0.1, eps=1e-5
         )
-
-    def _everywhere(self, input: Tensor, world: int) -> Tensor:
-        with torch.no_grad():
-            mean, variance, count = moments_everywhere(input, world)
-            if self.running_mean is not None and self.running_var is not None:
-                self.running_mean.mul_(0.9).add_(mean, alpha=0.1)
-                self.running_var.mul_(0.9).add_(variance * count / (count - 1), alpha=0.1)
-        return NormalizeEverywhere.apply(input, self.weight, self.bias, mean, variance, count)
 
 
 class BatchNorm1d(_LiteralBatchNorm, nn.BatchNorm1d):

@@ -9,6 +9,7 @@ from .contextual_attention import contextual_attention, key_validity
 from .convolution import conv2d
 from .decode_samples import decode_prior, decode_samples
 from .gated_elu import gated_elu
+from .hyperplane_projection import hyperplane_projection
 from .noisy_replay import noisy_replay
 from .pgd_step import pgd_step
 from .philox import Stream, philox
@@ -16,6 +17,7 @@ from .random_transform import random_transform
 from .reconstruction_loss import reconstruction_loss
 from .representation_distance import representation_distance
 from .sample_latent import sample_latent
+from .square_proposal import square_proposal
 from .stitch import stitch
 
 _op.set_verifier(_verify.serves)
@@ -34,6 +36,7 @@ __all__ = [
     "decode_samples",
     "gated_elu",
     "held",
+    "hyperplane_projection",
     "key_validity",
     "noisy_replay",
     "pgd_step",
@@ -42,6 +45,7 @@ __all__ = [
     "reconstruction_loss",
     "representation_distance",
     "sample_latent",
+    "square_proposal",
     "stitch",
     "use_backend",
 ]

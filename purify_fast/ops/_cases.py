@@ -2,8 +2,8 @@
 
 All examples verify a CPU's kernel, which is compiled already. A GPU's is compiled for every dtype and setting that it
 is called with, at a third of a second each. So a call there waits for the examples of its own variant and dtype alone.
-What verifies a whole op takes those of the table: every kernel in float32, bfloat16 and, once for an op, float16; every
-setting, layout and width of a thread's accesses in one dtype at least.
+What verifies a whole op takes those of the table: every op in each of its dtypes; every kernel in float32 and in one of
+two bytes; every setting, layout and width of a thread's accesses in one dtype at least.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ._examples import Example, of
 
 _DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
 _DTYPES_OF = {dtype: letter for letter, dtype in _DTYPES.items()}
-_STEPS = {"linf 3x16400": "fb", "linf 3x3x33x31": "h", "l2 3x16400": "fb"}
+_STEPS = {"linf 3x16400": "f", "linf 3x3x33x31": "h", "l2 3x16400": "fb"}
 _WHOLE = {"l2 3x3x33x31": "f", "l2 3x1x16x16": "b", "l1 3x16400": "fb", "l1 3x3x33x31": "f", "l1 3x1x16x16": "b"}
 _ROWS = {"3x16400": "fb", "3x3x33x31": "h"}
 _TRANSFORMED = {
@@ -33,11 +33,14 @@ _ATTENDED = {"8x8x6": "fb", "4x7x3": "h"}
 #: By op, the names of examples with the dtypes that stand for it; a name may be a pattern.
 REPRESENTATIVES: dict[str, dict[str, str]] = {
     "philox": {"normal 3x3x1024": "f", "uniform 3x3x130": "f", "bits 3x3x130": "f"},
-    "aggregate": {"lse 3x8x10": "fh", "mean 3x8x10": "b", "mean_sigmoid 3x8x10": "f", "peel *3x8x1[02]": "fb",
-                  "vote 3x8x10": "fb"},
-    "aggregate_backward": {"lse 3x8x10": "fh", "mean 3x8x10": "b", "mean_sigmoid 3x8x10": "f", "peel *3x8x1[02]": "fb",
-                           "vote 3x8x10": "f"},
+    "aggregate": {"lse 3x8x10": "f", "mean 3x8x10": "b", "mean_sigmoid 3x8x10": "f", "peel *3x8x1[02]": "fb",
+                  "vote 3x8x10": "fh"},
+    "aggregate_backward": {"lse 3x8x10": "f", "mean 3x8x10": "b", "mean_sigmoid 3x8x10": "f", "peel 3x8x10": "fh",
+                           "peel scale 60 3x8x12": "f", "vote 3x8x10": "f"},
     "pgd_step": _STEPS | _WHOLE,
+    "hyperplane_projection": {"linf 3x16400": "f", "l2 3x3x33x31": "b", "l1 3x16400": "f", "l1 3x3x33x31": "h"},
+    "square_proposal": {"linf 1 proposals edge 7 3x3x32x32": "f", "linf 2 proposals edge 3 3x2x9x15": "h",
+                        "l2 1 proposals edge 7 3x3x32x32": "f", "l1 2 proposals edge 3 3x2x9x15": "b"},
     "apgd_step": _STEPS,
     "noisy_replay": _ROWS,
     "reconstruction_loss": _ROWS,

@@ -243,6 +243,49 @@ def apgd_step(shapes=IMAGES) -> Iterator[Example]:
     yield from _step(True, True, shapes)
 
 
+#: Shape, proposals, edge of the windows; the last have more pixels than one program of l2 or l1 sees at once.
+PROPOSED = (((ROWS, 3, 32, 32), 1, 7), ((ROWS, 1, 16, 16), 3, 5), ((ROWS, 2, 9, 15), 2, 3), ((ROWS, 3, 48, 40), 1, 15))
+
+
+def square_proposal(settings=PROPOSED) -> Iterator[Example]:
+    """Points well inside their balls, and one outside: near the border, rounding decides what the ball has left."""
+    for norm, name in enumerate(NORMS):
+        for shape, draws, edge in settings:
+
+            def make(dtype: torch.dtype, seed: int, shape=shape, norm=norm, draws=draws, edge=edge) -> tuple:
+                clean, offset = 0.25 + 0.5 * _uniform(seed, *shape), 0.2 * (_uniform(seed + 100, *shape) - 0.5)
+                power = (math.inf, 2, 1)[norm]
+                radius = offset.flatten(1).norm(p=power, dim=1) * torch.tensor([1.5, 0.7, 2.0])
+                pattern = _normal(seed + 300, 2, edge, edge)
+                pattern = pattern / pattern.norm(p=power, dim=(1, 2), keepdim=True)
+                given = (clean + offset).to(dtype), clean.to(dtype), radius.to(_wide(dtype))
+                numbers = _uniform(seed + 200, shape[0], draws, 5 + shape[1]).float()
+                # a parameter, since `tile` repeats what is none
+                shapes = Parameter(pattern.float(), False) if norm else None
+                return *given, numbers, shapes, edge, norm, 0.1, 0.9
+
+            yield Example(_name(shape, name, f"{draws} proposals", f"edge {edge}"), make, exact=norm == 0, variant=name)
+
+
+def hyperplane_projection(shapes=IMAGES) -> Iterator[Example]:
+    """Planes nearby, further away and out of reach; a normal with zeros and what is no number."""
+    for norm, name in enumerate(NORMS):
+        for shape in shapes:
+
+            def make(dtype: torch.dtype, seed: int, shape=shape, norm=norm) -> tuple:
+                x, w = _uniform(seed, *shape).to(dtype), _normal(seed + 100, *shape)
+                w[_uniform(seed + 200, *shape) < 0.1] = 0
+                w[1].view(-1)[:2] = torch.tensor([math.nan, math.inf])
+                w, wide = w.to(dtype), w.nan_to_num(posinf=0.0).to(dtype).double()
+                size = wide.abs().flatten(1).sum(1)
+                offset = (wide * x.double()).flatten(1).sum(1) + torch.tensor([0.02, -0.3, 2.0]) * size
+                return x, w, offset.to(_wide(dtype)), norm, 0.0, 1.0
+
+            # The sum over a row that is the distance to its plane is rounded, in another order otherwise. In l1 one
+            # coordinate takes all of it.
+            yield Example(_name(shape, name), make, slack=2.0**14 if name == "l1" else 256.0, variant=name)
+
+
 #: shape, block, num_passes (0: RT1 and RT2), sigma, draws; planes that are no multiple of 4 among them
 TRANSFORMS = (
     ((ROWS, 3, 32, 32), 4, 0, 0.25, 1),
@@ -564,7 +607,9 @@ RACED: dict[str, tuple] = {
     "reconstruction_loss": _RGB,
     "pgd_step": _RGB,
     "apgd_step": _RGB,
+    "square_proposal": ((((ROWS, 3, 32, 32), 1, 7), ((ROWS, 3, 32, 32), 8, 7)),),
     "noisy_replay": _RGB,
+    "hyperplane_projection": _RGB,
     "random_transform": (_HIDDEN,),
     "stitch": ((((ROWS, 3, 32, 32), (4, 4), 4),),),
     "gated_elu": ((((ROWS, 96, 16, 16), 1), ((ROWS, 16, 16, 96), 3)),),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .._tensors import first_tensor, without_autocast
 from ..models.representation import evaluation_mode, without_recorders
 from .compiled_region import CompiledRegion
-from .folding import fold_pairs, folded
+from .folding import FoldedPairs, fold_pairs
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -196,6 +197,9 @@ class LiveInferenceCopy(InferenceCopy):
         compile: whether the copy is a `CompiledRegion`.
     """
 
+    #: What `refresh` reads; captured steps read what it writes.
+    not_dependencies = frozenset({"_folding"})
+
     def __init__(
         self,
         classifier: nn.Module,
@@ -204,31 +208,28 @@ class LiveInferenceCopy(InferenceCopy):
         compile: bool = False,
     ):
         super().__init__(classifier, image_shape, dtype, compile=compile)
-        folded_modules = {name for pair in self._pairs for name in pair}
-        self._copied = [name for name, _ in self.classifier.named_modules() if name not in folded_modules]
+        self._folding = FoldedPairs(classifier, self._pairs, self.classifier) if self._pairs else None
 
     @torch.no_grad()
     def refresh(self, classifier: nn.Module) -> None:
         """Take the parameters and buffers that ``classifier`` has now.
 
+        A BatchNorm's count of its batches, which an evaluation does not read, stays as it was.
+
         Args:
             classifier: the one that this is a copy of; its modules must be the same.
         """
-        mine: list[Tensor] = []
-        theirs: list[Tensor] = []
-        for name in self._copied:
-            target, source = self.classifier.get_submodule(name), classifier.get_submodule(name)
-            for of_target, of_source in (
-                (target.named_parameters(recurse=False), dict(source.named_parameters(recurse=False))),
-                (target.named_buffers(recurse=False), dict(source.named_buffers(recurse=False))),
-            ):
-                for key, value in of_target:
-                    mine.append(value)
-                    theirs.append(of_source[key])
-        if mine:
-            torch._foreach_copy_(mine, theirs)
-        for layer, norm in self._pairs:
-            new = folded(classifier.get_submodule(layer), classifier.get_submodule(norm), torch.float32)
-            old = self.classifier.get_submodule(layer)
-            for name, value in zip(("weight", "bias"), new, strict=True):
-                old.get_parameter(name).copy_(value)
+        # under all of their names, of which the copy's may be any
+        parameters = classifier.named_parameters(remove_duplicate=False)
+        theirs = {**dict(parameters), **dict(classifier.named_buffers(remove_duplicate=False))}
+        if self._folding is not None:
+            theirs |= self._folding(theirs)
+        # tensors of one dtype into those of one dtype are one launch on CUDA
+        copies = defaultdict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
+        for name, mine in (*self.classifier.named_parameters(), *self.classifier.named_buffers()):
+            if not name.endswith("num_batches_tracked"):
+                targets, sources = copies[mine.dtype, theirs[name].dtype]
+                targets.append(mine)
+                sources.append(theirs[name])
+        for targets, sources in copies.values():
+            torch._foreach_copy_(targets, sources)

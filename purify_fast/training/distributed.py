@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -24,11 +23,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from .._process import processes
+from .._tensors import in_memory_order, laid_out_like
 from .checkpoint import flatten, restore
+from .lost_processes import ProcessLost, is_lost, named_when_lost
 
 T = TypeVar("T")
 
-NOTICE = 3.0  # seconds in which all notice that a process is lost
 BUCKET = 2**25  # numbers sent at once: bounds the memory of the copy
 PATIENCE = timedelta(seconds=10)  # of a process that fails, for word that the first one failed too
 
@@ -36,81 +36,6 @@ PATIENCE = timedelta(seconds=10)  # of a process that fails, for word that the f
 # one's evaluation, and a process that has failed is to be heard by others that are in no collective call:
 # dist.barrier would end such a wait after half an hour, and elastic's record tells torchrun alone.
 _store: Store | None = None
-
-
-class ProcessLost(ConnectionError):
-    """Another process of the training does not answer: it died, or hangs."""
-
-
-def report_step(step: int) -> None:
-    """Tell the other processes how far this one is, so that one that hangs can be named.
-
-    Args:
-        step: the step that begins.
-    """
-    rank, world = processes()
-    if world > 1:
-        # PyTorch's public names for the store are those of its group's constructor, which may not be this package's
-        dist.distributed_c10d._get_default_store().set(f"purify_fast step {rank}", str(step))
-
-
-#: How gloo's errors begin, which have no class of their own: with the place in its sources where they arose.
-_GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
-
-
-def _is_lost(error: RuntimeError) -> bool:
-    """Whether an error is of an exchange that failed, and not one of the model or of anything else in the step.
-
-    NCCL's and the store's errors have classes of their own. Words such as "timeout" in any other error mean nothing.
-
-    Args:
-        error: what the step raised.
-    """
-    return isinstance(error, dist.DistError) or _GLOO.search(str(error)) is not None
-
-
-@contextlib.contextmanager
-def named_when_lost() -> Iterator[None]:
-    """Within the block, an exchange that fails says which process is missing.
-
-    Raises:
-        ProcessLost: another process does not answer.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if processes()[1] == 1 or not _is_lost(error):
-            raise
-        raise ProcessLost(_missing(str(error).splitlines()[0])) from error
-
-
-def _missing(why: str) -> str:
-    """What is known of the others, in words: those that wait in vain too are not the ones that are missing."""
-    rank, world = processes()
-    steps, waiting = dict[int, int](), set[int]()
-    store = dist.distributed_c10d._get_default_store()
-    # the store goes with the first process
-    with contextlib.suppress(Exception):
-        store.set(f"purify_fast waits {rank}", "yes")
-        # until the others have noticed
-        time.sleep(NOTICE)
-        for other in range(world):
-            if store.check([f"purify_fast step {other}"]):
-                steps[other] = int(store.get(f"purify_fast step {other}"))
-            if store.check([f"purify_fast waits {other}"]):
-                waiting.add(other)
-    missing = [
-        f"process {other}, {f'in step {steps[other]}' if other in steps else 'which has not begun'}"
-        for other in range(world)
-        if other not in waiting and other != rank
-    ]
-    who = "; ".join(missing) if missing else "all others wait too: the network between them failed"
-    if not steps:
-        who = "the first process, which holds what the others tell, is gone"
-    return (
-        f"process {rank} of {world} waited in vain in step {steps.get(rank, 0)} for: {who} ({why}). Start the same "
-        "again to go on from the last checkpoint; torchrun --max-restarts does so by itself"
-    )
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -129,18 +54,19 @@ def average_(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its mean over the processes, in place; nothing changes with one process.
 
     Args:
-        tensors: floating point, one device, the same shapes in the same order in every process.
+        tensors: floating point, one device, the same shapes, strides and order in every process.
     """
     world = processes()[1]
     if world == 1:
         return
     for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        # in the order of their memory, in which a tensor is a view that one copy can read and write among many
+        flat = torch.cat([in_memory_order(tensor).flatten() for tensor in bucket])
         with named_when_lost():
             dist.all_reduce(flat)
         flat /= world
-        for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(mean.view(tensor.shape))
+        means = flat.split([tensor.numel() for tensor in bucket])
+        torch._foreach_copy_(bucket, [laid_out_like(mean, one) for mean, one in zip(means, bucket, strict=True)])
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -329,7 +255,7 @@ def _join(store: Store, rank: int, world: int) -> None:
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience())
     except RuntimeError as error:
-        if not _is_lost(error):
+        if not is_lost(error):
             raise
         raise _apart(rank, world, str(error)) from error
 

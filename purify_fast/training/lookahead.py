@@ -47,15 +47,15 @@ class Lookahead(torch.optim.Optimizer):
         loss = self.inner.step(closure)
         self.steps += 1
         if self.steps % self.k == 0:
-            for slow, fast in zip(self._slow, self._parameters(), strict=True):
-                fast.copy_(slow.lerp_(fast, self.alpha))
+            fast = self._parameters()
+            torch._foreach_lerp_(self._slow, fast, self.alpha)
+            torch._foreach_copy_(fast, self._slow)
         return loss
 
     @torch.no_grad()
     def load_slow(self) -> None:
         """Put the slow weights into the model; the fast ones since the last slow step are dropped."""
-        for slow, fast in zip(self._slow, self._parameters(), strict=True):
-            fast.copy_(slow)
+        torch._foreach_copy_(self._parameters(), self._slow)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, the slow weights and the count of steps: all a resumed run needs."""

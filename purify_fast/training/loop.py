@@ -30,9 +30,10 @@ from ..models.layers import BatchNorm1d, BatchNorm2d
 from ..speed.precision import float32_products, whole_float32_by_default
 from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
-from .distributed import from_first, named_when_lost, report_step
+from .distributed import from_first
 from .divergence import Diverged, LossWatch
 from .epoch import batch_of, set_learning_rate, train_step
+from .lost_processes import named_when_lost, report_step, signs_of_life
 from .on_device import on_device
 from .run import Checkpointer, Run
 from .sources import HeldOut, Images, Source, held_out_source, step_seed, training_source
@@ -42,6 +43,7 @@ from .validation import Validation
 logger = logging.getLogger("purify_fast")
 
 
+@signs_of_life()
 @whole_float32_by_default()
 def fit(
     task: Task,
@@ -94,6 +96,8 @@ def fit(
             training mode with a BatchNorm that is not synchronized.
         FloatingPointError: the loss or the weights are not finite; the last checkpoint stays.
         FolderInUse: another run writes into the folder.
+        ProcessLost: another process died or does not answer. Where this one cannot raise it, because it waits in a
+            driver, it ends with status 1.
         SystemExit: SIGTERM asked for it; a checkpoint of the last step is written first.
     """
     world = processes()[1]

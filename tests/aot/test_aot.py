@@ -113,8 +113,8 @@ def test_layers_share_their_launches(case, launches):
 
 #: What adds, and so must be launched the same on every device, or is too small to be launched otherwise.
 FIXED = (
-    "*_step-l[12]*", "aggregate-*", "contextual_attention-*", "decode_samples-*", "reconstruction_loss-forward",
-    "representation_distance-[acl]*", "sample_latent-forward",
+    "*_step-l[12]*", "aggregate-*", "contextual_attention-*", "decode_samples-*", "hyperplane_projection-*",
+    "reconstruction_loss-forward", "representation_distance-[acl]*", "sample_latent-forward", "square_proposal-l[12]",
 )  # fmt: skip
 
 
@@ -162,6 +162,7 @@ NARROW = (
     ("random_transform.*", "ld", {1}, "the owner of every pixel's block"),
     ("random_transform-forward-*-channels_last", "st", {2, 4}, "from one pixel to the next are all planes"),
     ("random_transform-backward-channels_last", "ld", {2, 4}, "likewise"),
+    ("square_proposal.*", "ld", {4}, "the signs of the channels, and the pattern, where its window lies"),
     ("stitch.*", "ld", {1}, "the owner of every pixel's block"),
 )
 
@@ -206,6 +207,7 @@ CLAMPS = {
     "noisy_replay": ("max", "min"),
     "pgd_step-*": ("max", "min"),
     "random_transform-forward-*": ("max", "min"),
+    "square_proposal-*": ("max", "min"),
     "reconstruction_loss-forward": ("max",),
     "representation_distance-a*": ("max", "min"),
     "representation_distance-cosine*": ("max", "min"),
@@ -230,7 +232,7 @@ def test_a_sample_that_fits_is_read_once(case, dtype):
 
 
 #: Bit-exact against the reference, so that no product may be fused with a sum.
-EXACT = ("pgd_step-linf", "apgd_step-linf", "random_transform-*", "noisy_replay")
+EXACT = ("pgd_step-linf", "apgd_step-linf", "square_proposal-linf", "random_transform-*", "noisy_replay")
 FUSED = r"\bfma\.rn\.f32"
 
 

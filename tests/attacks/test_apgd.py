@@ -10,9 +10,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from purify_fast.attacks import Ball, GradientHealth, apgd, cross_entropy, dlr, dlr_targeted, pgd
 from purify_fast.attacks.draws import Objective
-from purify_fast.attacks.engine import auto_pgd
+from purify_fast.attacks.engine import auto_pgd, buckets, waves
 from purify_fast.attacks.engine.active_set import ActiveSet, is_costly
-from purify_fast.attacks.engine.buckets import bucket
 from purify_fast.attacks.engine.judge import Judge
 from purify_fast.attacks.engine.step_size import Schedule, checkpoints
 from purify_fast.attacks.engine.waves import Rows, likeliest_wrong
@@ -206,8 +205,8 @@ def test_fallen_images_leave_the_batch():
     steps = [size for size, gradient in sizes if gradient]
     judged = sum(size for size, gradient in sizes if not gradient)
     assert steps[0] == 64 and steps == sorted(steps, reverse=True) and 0 < stood < 40
-    assert bucket(stood, x.device) <= steps[-1] < 64
-    assert {bucket(n, x.device) for n in steps} == set(steps)
+    assert buckets.bucket(stood, x.device) <= steps[-1] < 64
+    assert {buckets.bucket(n, x.device) for n in steps} == set(steps)
     # the clean images, the last points and each of those that fell
     assert judged >= 64 + (64 - stood)
 
@@ -237,14 +236,40 @@ def test_which_images_are_costly():
     assert is_costly(Judge(small, draws=4)) and not is_costly(Judge(small, draws=3))
 
 
-@pytest.mark.parametrize("kind, want", [("cpu", 4), ("cuda", 2)])
-def test_the_sizes_are_few_and_close(kind, want):
-    sizes = [bucket(n, torch.device(kind)) for n in range(1, 1025)]
-    assert sizes == sorted(sizes) and all(n <= size <= n * (1 + 1 / want) for n, size in enumerate(sizes, 1))
-    assert len({size for size in sizes if 512 <= size < 1024}) == want
+def test_the_sizes_are_few_and_close():
+    cpu, gpu = ([buckets.bucket(n, torch.device(kind)) for n in range(1, 1025)] for kind in ("cpu", "cuda"))
+    for sizes in (cpu, gpu):
+        assert sizes == sorted(sizes) and all(n <= size for n, size in enumerate(sizes, 1))
+    assert all(size <= n * 5 / 4 for n, size in enumerate(cpu, 1))
+    assert len({size for size in cpu if 512 <= size < 1024}) == 4
+    # of 250 images a GPU sees six sizes at most, with the full batch
+    assert sorted({min(size, 250) for size in gpu[:250]}) == [16, 32, 64, 128, 192, 250]
+    assert all(size <= n * 3 / 2 for n, size in enumerate(gpu, 1) if n > 128)
     # a costly image more costs a CPU more than a new size
-    many = [bucket(n, torch.device(kind), costly=True) for n in range(1, 1025)]
-    assert many == (list(range(1, 1025)) if kind == "cpu" else sizes)
+    assert [buckets.bucket(n, torch.device("cpu"), costly=True) for n in range(1, 1025)] == list(range(1, 1025))
+    assert [buckets.bucket(n, torch.device("cuda"), costly=True) for n in range(1, 1025)] == gpu
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded):
+    """On a GPU most waves have one size; each image is searched in each run until it falls, and no longer."""
+    monkeypatch.setattr(buckets, "takes_every_size", lambda device: not padded)
+    x, y, ids = torch.rand(90, 2), torch.zeros(90, dtype=torch.int64), torch.arange(90)
+    active = ActiveSet(x, y, Judge(lambda z: torch.tensor([[1.0, 0.0]]).expand(len(z), 2)))
+    goals = tuple(torch.full_like(y, goal) for goal in (1, 2, 3, 4, 5))
+    asked, sizes, seen = waves.Waves(x, y, Ball(torch.full((90,), 0.1)), goals, 1, seed=0, ids=ids, most=90), [], []
+    for rows in asked.over(active):
+        sizes.append(len(rows.x))
+        assert torch.equal(rows.x, x[rows.owner]) and torch.equal(rows.labels[:, 1], rows.run + 1)
+        assert not active.fallen[rows.owner].any()
+        seen += list(dict.fromkeys(zip(rows.owner.tolist(), rows.run.tolist(), strict=True)))
+        # images fall: the last ones of the first run, then one of those that every wave is about
+        active.fallen[[*range(60, 90), int(rows.owner[0])]] = True
+    assert len(seen) == len(set(seen))
+    standing = (~active.fallen).nonzero()[:, 0].tolist()
+    assert standing and all({(image, run) for run in range(5)} <= set(seen) for image in standing)
+    # copies of rows fill the last wave
+    assert sizes == ([90, 90, 90, 64] if padded else [90, 59, 58, 57, 56])
 
 
 def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from purify_fast import _library
-from purify_fast.attacks import GradientHealth, apgd, fgsm, frozen, pgd, pgd_and_fgsm, stadv
+from purify_fast.attacks import GradientHealth, apgd, fab_t, fgsm, frozen, pgd, pgd_and_fgsm, stadv
 from purify_fast.attacks.draws import Objective
 from purify_fast.attacks.pgd import Ascent
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import use_backend
+from purify_fast.ops._racing import Launches
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.inference_copy import LiveInferenceCopy
 from purify_fast.speed.waits import Waits
@@ -100,6 +101,33 @@ def test_captured_apgd_gives_the_bits_of_eager_apgd(model, batch, graphs, rerun,
     assert rerun.recorded >= 1 and graphs.refusal is None and (rerun.replayed >= 15 or norm == "l1")
 
 
+@pytest.mark.parametrize("norm", SIZES)
+def test_captured_fab_gives_the_bits_of_eager_fab(batch, graphs, rerun, norm):
+    """Some images fall, and leave the batch."""
+    torch.manual_seed(0)
+    x, model = batch[0], nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 5))
+    y = model(x).argmax(1)
+    options = {"eps": SIZES[norm] / 4, "norm": norm, "steps": 25, "eot_iter": 2, "n_target_classes": 2}
+    wanted, found = (fab_t(model, x, y, graphs=chosen, **options) for chosen in (None, graphs))
+    assert torch.equal(wanted, found) and 0 < (model(found).argmax(1) != y).sum() < 9
+    assert rerun.recorded >= 1 and rerun.replayed >= 25 and graphs.refusal is None
+
+
+def test_captured_fab_ends_when_all_images_have_fallen(batch, graphs):
+    """A model need not take a batch without images."""
+
+    class NoEmptyBatch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) == 0:
+                raise ValueError("no images")
+            return torch.stack([x.mean((1, 2, 3)), torch.full((len(x),), 0.5) - x.mean((1, 2, 3))], 1)
+
+    x = batch[0] * 0.1 + 0.2
+    model = NoEmptyBatch()
+    found = fab_t(model, x, model(x).argmax(1), eps=0.4, steps=20, graphs=graphs)
+    assert (model(found).argmax(1) != model(x).argmax(1)).all()
+
+
 def test_captured_stadv_gives_the_bits_of_eager_stadv(model, batch, graphs, rerun):
     wanted, found = (stadv(model, *batch, steps=20, keep_best=True, graphs=chosen) for chosen in (None, graphs))
     assert torch.equal(wanted, found) and not torch.equal(found, batch[0]) and rerun.replayed == 20
@@ -159,6 +187,8 @@ COUNTS = {
     "l1": (pgd, {"norm": "l1", "alpha": 0.01}, 48, 6),
     # what decides on the step and on who leaves
     "APGD": (apgd, {"leave_when_fallen": False}, 79, 55),
+    # two projections, their weights, and which point is the nearest; views count
+    "FAB": (fab_t, {"n_target_classes": 1}, 100, 45),
 }
 
 
@@ -174,6 +204,23 @@ def test_what_the_host_launches_beside_a_graph(model, name, launched):
         # another version of PyTorch may take a few more or less
         assert eager == pytest.approx(expected, rel=0.05)
     assert captured < eager - 40
+
+
+@pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernel stands for the GPU's")
+@pytest.mark.parametrize("norm", SIZES)
+def test_what_a_step_of_fab_launches_beside_its_gradient(model, norm):
+    """At most 40 operators with the health of the gradients, of rows that stay to the end; two are projections."""
+    x = torch.rand(9, 1, 8, 8)
+    y, counts = model(x).argmax(1), []
+    options = {"eps": 1e-6, "norm": norm, "n_target_classes": 1, "give_up": True}
+    with use_backend("cpp"):
+        for steps in (100, 200):
+            with Launches() as launches:
+                fab_t(model, x, y, steps=steps, health=GradientHealth(), **options)
+            counts.append(launches.count)
+        with frozen(model), Launches() as gradient:
+            Objective(model, "margin_targeted").gradient(x, torch.stack([y, (y + 1) % 5], 1))
+    assert 20 < (counts[1] - counts[0]) / 100 - gradient.count <= 40
 
 
 def test_new_weights_other_images_and_the_last_batch(model, batch, graphs, rerun):

@@ -11,6 +11,7 @@
 #include "core/apgd_step.h"
 #include "core/contextual_attention.h"
 #include "core/gated_elu.h"
+#include "core/hyperplane_projection.h"
 #include "core/noisy_replay.h"
 #include "core/pgd_step.h"
 #include "core/philox.h"
@@ -108,6 +109,13 @@ void bind(py::module_& m, const char* suffix) {
             pf::apgd_step_linf(x.data()[i], grad.data()[i], x_nat.data()[i], previous.data()[i], step);
       }
     }
+    return out;
+  });
+  m.def(name("hyperplane_projection").c_str(), [](Array<W> x, Array<W> w, W b, int norm, W lo, W hi) {
+    Array<W> out(x.size());
+    std::vector<W> scratch(2 * x.size());
+    pf::hyperplane_projection(x.data(), w.data(), out.mutable_data(), x.size(), static_cast<pf::Norm>(norm),
+                              pf::Plane<W>{b, lo, hi}, scratch.data());
     return out;
   });
   m.def(name("reconstruction_loss").c_str(), [](Array<W> logits, Array<W> target) {

@@ -67,6 +67,26 @@ def apgd_step(draw) -> dict:
     return {**made, "previous": made["x_nat"].clone(), "momentum": 0.75, "norm": draw(st.sampled_from(["linf", "l2"]))}
 
 
+def square_proposal(draw) -> dict:
+    batch, channels, edge, draws = (draw(st.integers(least, 3)) for least in (0, 1, 1, 1))
+    shape = (batch, channels, draw(st.integers(edge, 9)), draw(st.integers(edge, 9)))
+    dtype, norm = draw(st.sampled_from(FLOATS)), draw(st.sampled_from(["linf", "l2", "l1"]))
+    clean = uniform(draw, *shape, dtype=dtype)
+    pattern = None if norm == "linf" else normal(draw, 2, edge, edge)
+    return {"x": (clean + 0.05).clamp(0, 1), "x_nat": clean, "eps": draw(st.sampled_from([0.5, 4.0])),
+            "numbers": uniform(draw, batch, draws, 5 + channels), "edge": edge, "norm": norm, "lo": 0.0, "hi": 1.0,
+            "pattern": pattern}  # fmt: skip
+
+
+def hyperplane_projection(draw) -> dict:
+    dtype, batch = draw(st.sampled_from(FLOATS)), draw(st.integers(0, 4))
+    shape = (batch, *image_shape(draw))
+    wide = torch.promote_types(dtype, torch.float32)
+    return {"x": uniform(draw, *shape, dtype=dtype), "w": normal(draw, *shape, dtype=dtype),
+            "b": draw(st.sampled_from([0.3, -50.0, torch.linspace(-1.0, 1.0, max(batch, 1))[:batch].to(wide)])),
+            "norm": draw(st.sampled_from(["linf", "l2", "l1"])), "lo": 0.0, "hi": 1.0}  # fmt: skip
+
+
 def noisy_replay(draw) -> dict:
     batch, dtype = draw(st.integers(0, 4)), draw(st.sampled_from(FLOATS))
     shape = (batch, *image_shape(draw))
@@ -162,8 +182,9 @@ def decode_prior(draw) -> dict:
 
 
 OPS = {make.__name__: (getattr(ops, make.__name__), make) for make in (
-    aggregate, pgd_step, apgd_step, noisy_replay, philox, random_transform, stitch, gated_elu, reconstruction_loss,
-    sample_latent, representation_distance, contextual_attention, key_validity, decode_prior, conv2d,
+    aggregate, pgd_step, apgd_step, square_proposal, noisy_replay, philox, random_transform, stitch, gated_elu,
+    reconstruction_loss, sample_latent, representation_distance, contextual_attention, key_validity, decode_prior,
+    conv2d, hyperplane_projection,
 )}  # fmt: skip
 
 
@@ -237,7 +258,9 @@ def test_an_op_in_a_compiled_graph(name, data):
     same(found, op(**arguments), rounding=True)
 
 
-GRADIENTS = [name for name in OPS if name not in ("philox", "key_validity", "decode_prior", "noisy_replay")]
+#: The ops that have none.
+PLAIN = ("philox", "key_validity", "decode_prior", "noisy_replay", "square_proposal")
+GRADIENTS = [name for name in OPS if name not in PLAIN]
 
 
 @pytest.mark.parametrize("name", GRADIENTS)

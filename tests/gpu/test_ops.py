@@ -28,7 +28,7 @@ if DEVICE.type == "cuda" and not torch.cuda.is_available():
 
 pytestmark = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason=f"{DEVICE.type} has neither streams nor CUDA graphs")
-CUDA_ONLY = ("decode_samples", "decode_samples_backward")
+CUDA_ONLY = ("decode_samples", "decode_samples_backward", "square_proposal")
 #: Elements of a large tensor: beyond what 32 bits count; in the rehearsal, beyond one example.
 MANY = 2**31 if DEVICE.type == "cuda" else 2**17
 REPEATS = 100 if DEVICE.type == "cuda" else 10
@@ -139,7 +139,8 @@ def test_functions_and_gradients(name: str, case: Case, poisoned):
         # the decoder's gradient jumps where rounding decides on which side of zero an input of its LeakyReLU is
         rms = name == "decode_samples" and index > 0
         error, budget = ((e.square().mean().sqrt() if rms else e.abs().max()).item() for e in errors)
-        assert error <= 2 * budget + (2 * torch.finfo(ours.dtype).eps + 16 * 2**-23) * size, (error, budget, size)
+        rounding = 2 * torch.finfo(ours.dtype).eps + 16 * case.slack * 2**-23
+        assert error <= 2 * budget + rounding * size, (error, budget, size)
 
 
 @pytest.mark.parametrize("op", OPS)

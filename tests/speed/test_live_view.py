@@ -1,14 +1,22 @@
 """A view of a classifier in training: after `refresh` it is the classifier of now, in evaluation mode."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cuda_launches import CudaLaunches
+
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN, build_classifier
 from purify_fast.models.representation import Representation
+from purify_fast.speed import folding
 from purify_fast.speed.inference_copy import InferenceCopy, LiveInferenceCopy, convert_to_channels_last
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,3 +179,50 @@ def test_a_compiled_view_sees_the_new_weights(monkeypatch):
     train(model)
     view.refresh(model)
     torch.testing.assert_close(view(x), copy.deepcopy(model).eval()(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_pairs_folded_together_are_those_folded_alone(monkeypatch, at_once, bias):
+    """To the bit, in every layout, but for the bias, whose sum a processor may round once or twice."""
+    monkeypatch.setattr(folding, "SPREAD_ON", ("cpu",) if at_once else ("cuda",))
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 8, 3, bias=bias), nn.Conv2d(8, 6, 1, bias=bias), nn.Conv2d(6, 4, 3, groups=2, bias=bias)
+    norms = nn.BatchNorm2d(8), nn.BatchNorm2d(6, affine=False), nn.BatchNorm2d(4, eps=0.1)
+    model = nn.Sequential(*(m for pair in zip(convolutions, norms, strict=True) for m in pair), nn.Flatten())
+    model.append(nn.Linear(576, 5)).append(nn.BatchNorm1d(5))
+    model[7].weight = nn.Parameter(model[7].weight.detach().t().contiguous().t())
+    model[2].to(memory_format=torch.channels_last)
+    model[4].to(memory_format=torch.channels_last)
+    train(model)
+    pairs = [("0", "1"), ("2", "3"), ("4", "5"), ("7", "8")]
+    # the layout that was expected is not that of every weight
+    together = folding.FoldedPairs(model, pairs, copy.deepcopy(model).to(memory_format=torch.channels_last))
+    for _ in range(2):
+        found = together(dict(model.named_parameters()) | dict(model.named_buffers()))
+        for layer, norm in pairs:
+            weight, shift = folding.folded(model.get_submodule(layer), model.get_submodule(norm), torch.float32)
+            assert torch.equal(found[f"{layer}.weight"], weight)
+            torch.testing.assert_close(found[f"{layer}.bias"], shift, rtol=1e-6, atol=1e-6)
+        train(model)
+
+
+LARGE = {
+    "preact_resnet18": (lambda: PreActResNet18(width=64), 8, 10),
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 20, 9),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_refresh_on_cuda_is_at_most_ten_launches(monkeypatch, name):
+    """In place of 73 and 181, where the copy computes in bfloat16."""
+    monkeypatch.setattr(folding, "SPREAD_ON", ("cpu",))
+    build, pairs, launches = LARGE[name]
+    model = build()
+    convert_to_channels_last(model, SHAPE)
+    view = LiveInferenceCopy(model, SHAPE)
+    # makes the table once
+    view.refresh(model)
+    with CudaLaunches() as counted:
+        view.refresh(model)
+    assert view.folded == pairs and counted.count == launches, counted.by_name

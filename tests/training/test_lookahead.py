@@ -3,10 +3,16 @@
 import copy
 import math
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cuda_launches import CudaLaunches
 
 from purify_fast import data
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
@@ -81,6 +87,14 @@ def test_fact_13_after_the_sixth_step_the_weights_are_mixed():
     for mixed, ahead, begin in zip(model.parameters(), fast.parameters(), start, strict=True):
         torch.testing.assert_close(mixed, 0.8 * ahead + 0.2 * begin)
         assert not torch.equal(mixed, ahead)
+
+
+def test_a_slow_step_on_cuda_is_two_launches_whatever_the_number_of_weights():
+    weights = [nn.Parameter(torch.randn(n, 3)) for n in range(1, 21)]
+    optimizer = Lookahead(torch.optim.SGD(weights, lr=0.0), k=1)
+    with CudaLaunches() as counted:
+        optimizer.step()
+    assert counted.by_name == {"_foreach_lerp_": 1, "_foreach_copy_": 1}
 
 
 def test_the_slow_weights_are_those_of_the_last_slow_step():

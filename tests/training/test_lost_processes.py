@@ -5,6 +5,7 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from purify_fast import cli
-from purify_fast.training import distributed
+from purify_fast.training import distributed, lost_processes
 from purify_fast.training.checkpoint import read_tree
 
 SCRIPT = Path(__file__).with_name("together.py")
@@ -26,11 +27,14 @@ KIND = "convolutional"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def together(folder, world, *actions, timeout="120"):
-    """Run actions of together.py in ``world`` processes; exit statuses and errors."""
+def together(folder, world, *actions, timeout="120", store=None, first=0, rest=20):
+    """Run actions of together.py in ``world`` processes; exit statuses and errors.
+
+    It ends when the process ``first`` has ended, and the others too or ``rest`` seconds later.
+    """
     folder.mkdir(exist_ok=True)
-    store = folder / "store"
-    store.unlink(missing_ok=True)
+    (folder / "store").unlink(missing_ok=True)
+    store = folder / "store" if store is None else store
     started = [
         subprocess.Popen(
             [sys.executable, SCRIPT, str(rank), str(world), store, folder, repr(actions)],
@@ -41,10 +45,9 @@ def together(folder, world, *actions, timeout="120"):
         for rank in range(world)
     ]
     try:
-        for process in started[:1]:
-            process.wait(timeout=120)
+        started[first].wait(timeout=120)
         # one that hangs is not waited for
-        end = time.monotonic() + 20
+        end = time.monotonic() + rest
         while any(process.poll() is None for process in started) and time.monotonic() < end:
             time.sleep(0.05)
     finally:
@@ -83,6 +86,68 @@ def test_a_process_that_hangs_is_named_and_the_run_resumed_by_three(one, tmp_pat
     close(torch.load(tmp_path / "alone-0"), one)
 
 
+@pytest.mark.parametrize(
+    ("victim", "number", "deaf"), [(1, signal.SIGSTOP, False), (0, signal.SIGSTOP, False), (1, signal.SIGKILL, True)]
+)
+def test_a_process_without_a_sign_of_life_is_named(tmp_path, victim, number, deaf):
+    """Exchanges wait for half an hour here, and would say nothing: the other process ends by itself."""
+    # the store is in the first process, and is stopped with it
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        store = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    action = ("x", "gone", (KIND, str(tmp_path / "run"), victim, int(number), deaf))
+    began = time.monotonic()
+    codes, errors = together(tmp_path, 2, action, timeout="1800", store=store, first=1 - victim, rest=1)
+    assert codes[1 - victim] == 1 and codes[victim] == -signal.SIGKILL and time.monotonic() - began < 100
+    wanted = (
+        f"purify-fast: process {1 - victim} of 2 had no sign of life for 3 seconds of: process {victim}, last in step 3"
+    )
+    assert wanted in errors[1 - victim], errors
+    assert read_tree(tmp_path / "run" / "checkpoint.safetensors")["step"] == 3
+
+
+def test_a_process_that_is_only_slow_is_not_lost(tmp_path):
+    codes, errors = together(tmp_path, 2, ("x", "slow", (KIND, str(tmp_path / "run"))))
+    assert codes == [0, 0], errors
+    assert torch.load(tmp_path / "x-0") == torch.load(tmp_path / "x-1") == 6
+
+
+def test_a_silence_is_an_exception_where_one_can_be_raised(monkeypatch):
+    """The other process gives two signs and no more; this one is at work, and comes to its next exchange."""
+    monkeypatch.setattr(lost_processes, "BEAT", 0.05)
+    monkeypatch.setattr(lost_processes, "SILENCE", 1.0)
+    monkeypatch.setattr(lost_processes, "processes", lambda: (0, 2))
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(lost_processes.dist.distributed_c10d, "_get_default_store", lambda: store)
+    ended = []
+    monkeypatch.setattr(lost_processes.os, "_exit", ended.append)
+    raised = pytest.raises(
+        lost_processes.ProcessLost, match="process 0 of 2 had no sign of life for 1 seconds of: process 1"
+    )
+    with raised, lost_processes.signs_of_life():
+        name = lost_processes._watch.name
+        for sign in ("0 4", "1 5"):
+            store.set(f"{name} 1", sign)
+            time.sleep(0.5)
+            with lost_processes.named_when_lost():
+                pass
+        time.sleep(2)
+        with lost_processes.named_when_lost():
+            pytest.fail("an exchange with a process that is lost")
+    assert "last in step 5" in str(raised.excinfo.value) and not ended and lost_processes._watch is None
+    # one that has done its part owes no more signs
+    with lost_processes.signs_of_life():
+        store.set(f"{lost_processes._watch.name} 1", "done 5")
+        time.sleep(2)
+        with lost_processes.named_when_lost():
+            pass
+        name = lost_processes._watch.name
+    assert store.get(f"{name} 0") == b"done 0"
+
+
+def test_a_lost_process_is_named_within_two_minutes():
+    assert lost_processes.SILENCE + 2 * lost_processes.BEAT + lost_processes.GRACE < 120
+
+
 def test_the_first_process_is_killed_while_it_writes_a_checkpoint(one, tmp_path):
     run = tmp_path / "run"
     codes, errors = together(tmp_path, 3, ("x", "killed_while_writing", (KIND, str(run))))
@@ -111,16 +176,16 @@ def test_the_message_names_who_is_missing(monkeypatch):
         def set(self, key, value):
             told[key] = value
 
-    monkeypatch.setattr(distributed, "NOTICE", 0.0)
-    monkeypatch.setattr(distributed, "processes", lambda: (0, 4))
-    monkeypatch.setattr(distributed.dist.distributed_c10d, "_get_default_store", Store)
-    text = distributed._missing("Timed out")
+    monkeypatch.setattr(lost_processes, "NOTICE", 0.0)
+    monkeypatch.setattr(lost_processes, "processes", lambda: (0, 4))
+    monkeypatch.setattr(lost_processes.dist.distributed_c10d, "_get_default_store", Store)
+    text = lost_processes._missing("Timed out")
     assert text.startswith(
         "process 0 of 4 waited in vain in step 7 for: process 1, which has not begun; process 3, which"
     )
     told.clear()
     monkeypatch.setattr(Store, "set", lambda *a: 1 / 0)
-    assert "the first process, which holds what the others tell, is gone" in distributed._missing("Timed out")
+    assert "the first process, which holds what the others tell, is gone" in lost_processes._missing("Timed out")
 
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 4000ms for recv"
@@ -140,11 +205,11 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Time
 )
 def test_only_an_exchange_that_failed_is_a_lost_process(monkeypatch, error, lost):
     """Any error with such a word in it was taken for one."""
-    monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
-    monkeypatch.setattr(distributed, "_missing", lambda why: why)
-    with pytest.raises(distributed.ProcessLost if lost else RuntimeError) as told, distributed.named_when_lost():
+    monkeypatch.setattr(lost_processes, "processes", lambda: (0, 2))
+    monkeypatch.setattr(lost_processes, "_missing", lambda why: why)
+    with pytest.raises(lost_processes.ProcessLost if lost else RuntimeError) as told, lost_processes.named_when_lost():
         raise error
-    assert isinstance(told.value, distributed.ProcessLost) is lost
+    assert isinstance(told.value, lost_processes.ProcessLost) is lost
 
 
 def test_a_start_does_not_read_what_an_earlier_one_wrote():
@@ -172,13 +237,13 @@ def test_a_process_that_never_starts(monkeypatch):
     monkeypatch.setenv("PURIFY_FAST_TIMEOUT", "0.3")
     store = torch.distributed.HashStore()
     store.set("purify_fast start", "of one that is gone")
-    with pytest.raises(distributed.ProcessLost, match="process 1 of 2 did not find the others"):
+    with pytest.raises(lost_processes.ProcessLost, match="process 1 of 2 did not find the others"):
         distributed._of_this_start(store, 1, 2)
     # neither waits for the store's own patience, which is minutes
     began = time.monotonic()
-    with pytest.raises(distributed.ProcessLost, match="process 0 of 2 did not find the others"):
+    with pytest.raises(lost_processes.ProcessLost, match="process 0 of 2 did not find the others"):
         distributed._of_this_start(store, 0, 2)
-    with pytest.raises(distributed.ProcessLost, match="process 1 of 2 did not find the others"):
+    with pytest.raises(lost_processes.ProcessLost, match="process 1 of 2 did not find the others"):
         distributed._of_this_start(torch.distributed.HashStore(), 1, 2)
     assert time.monotonic() - began < 30
 

@@ -11,14 +11,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch_functions import register
 
 from purify_fast.data import to_float
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.carso.losses import published_step
+from purify_fast.models import synced_batch_norm
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
-from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, fit
+from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, fit, lost_processes
 from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.distributed import average_, from_first
 
@@ -96,6 +98,46 @@ def hangs(out, kind, folder, rank):
     fit(task, *small_set(), LOOP, folder)
 
 
+def gone(out, kind, folder, victim, number, deaf):
+    """The same, but one process gets a signal in the fourth step; the others know only what signs of life tell.
+
+    If they are deaf, the end of a connection is not heard by an exchange, as it is not by one that NCCL has begun.
+    """
+    lost_processes.BEAT, lost_processes.SILENCE, lost_processes.GRACE = 0.2, 3.0, 1.0
+    task, steps = small_task(kind), []
+    step = task.training_step
+
+    def until_the_fourth(batch):
+        steps.append(batch)
+        if len(steps) == 4:
+            # for the others to have seen a sign of this step
+            time.sleep(2)
+            if dist.get_rank() == victim:
+                os.kill(os.getpid(), number)
+            if deaf:
+                dist.all_reduce = lambda *_, **__: dist.HashStore().wait(["never"], timedelta(minutes=30))
+        return step(batch)
+
+    task.training_step = until_the_fourth
+    fit(task, *small_set(), LOOP, folder)
+
+
+def slow(out, kind, folder):
+    """The same, but one process takes long for its fourth step, much longer than others may be silent."""
+    lost_processes.BEAT, lost_processes.SILENCE, lost_processes.GRACE = 0.2, 3.0, 1.0
+    task, steps = small_task(kind), []
+    step = task.training_step
+
+    def sometimes_slow(batch):
+        steps.append(batch)
+        time.sleep(6 if len(steps) == 4 and dist.get_rank() == 1 else 0)
+        return step(batch)
+
+    task.training_step = sometimes_slow
+    fit(task, *small_set(), LOOP, folder)
+    torch.save(len(steps), out)
+
+
 def killed_while_writing(out, kind, folder):
     """The same, but the first process is killed while it writes its third checkpoint, the file half there."""
     task, replace, times = small_task(kind), os.replace, []
@@ -112,8 +154,16 @@ def killed_while_writing(out, kind, folder):
     fit(task, *small_set(), LOOP, folder)
 
 
-def batchnorm(out, layer, shape, first, mean, dtype):
+def batchnorm(out, layer, shape, first, mean, dtype, as_on_cuda=False):
     """One forward and backward pass, the first process with ``first`` of the images, the second with the rest."""
+    if as_on_cuda:
+        # with stand-ins for PyTorch's functions, which it has on CUDA alone
+        synced_batch_norm.BY_TORCH = ("cpu",)
+        with torch.library._scoped_library("aten", "IMPL") as library:
+            register(library, "CPU")
+            batchnorm(out, layer, shape, first, mean, dtype)
+        synced_batch_norm.BY_TORCH = ("cuda",)
+        return
     x, outer, made = batchnorm_inputs(layer, shape, mean, dtype)
     part = slice(None)
     if dist.is_initialized():
@@ -129,7 +179,8 @@ def batchnorm_inputs(layer, shape, mean, dtype):
     x, outer = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
     made = {"1d": BatchNorm1d, "2d": BatchNorm2d, "torch 1d": nn.BatchNorm1d, "torch 2d": nn.BatchNorm2d}[layer](3)
     made.weight.data, made.bias.data = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([0.0, 1.0, 3.0])
-    return (x + mean).to(dtype), outer.to(dtype), made.to(dtype)
+    # the bfloat16 of an autocast, in which layers keep their float32
+    return (x + mean).to(dtype), outer.to(dtype), made.to(torch.float32 if dtype == torch.bfloat16 else dtype)
 
 
 def gradients(out, free):
@@ -209,7 +260,8 @@ def main():
     rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     torch.set_num_threads(1)
     timeout = timedelta(seconds=float(os.environ.get("TOGETHER_TIMEOUT", "120")))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+    method = store if store.startswith("tcp://") else f"file://{store}"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world, timeout=timeout)
     for name, call, arguments in eval(sys.argv[5]):
         globals()[call](out / f"{name}-{rank}", *arguments)
     dist.destroy_process_group()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..search import better_of
-from .buckets import bucket, repeated_to, takes_every_size
+from . import buckets
 from .gradient_copy import FEWEST_WEIGHTS, matrix_weights
 from .judge import Judge
 
@@ -110,12 +110,12 @@ class ActiveSet:
         """
         if lost is not None:
             stays = (~(self.fallen[owner] | lost)).nonzero()[:, 0]
-            if takes_every_size(owner.device) or len(stays) == 0:
+            if buckets.takes_every_size(owner.device) or len(stays) == 0:
                 return stays
-            return repeated_to(stays, min(bucket(len(stays), owner.device), len(owner)))
+            return buckets.repeated_to(stays, min(buckets.bucket(len(stays), owner.device), len(owner)))
         gone = self.fallen[owner]
         left = len(owner) - int(gone.sum())
-        size = bucket(left, owner.device, self.costly) if left else 0
+        size = buckets.bucket(left, owner.device, self.costly) if left else 0
         if size >= len(owner):
             return None
         return gone.to(torch.int8).argsort(stable=True)[:size]

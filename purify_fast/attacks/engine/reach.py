@@ -35,6 +35,14 @@ class Reach:
         self._noted: dict[int, tuple[int, Tensor]] = {}
         self._seen = 0
 
+    def due(self, step: int) -> bool:
+        """Whether `lost` would note or decide anything; a search that takes short steps need not call it where not.
+
+        Args:
+            step: how many steps were taken.
+        """
+        return any(self._seen < mark <= step for check in self.checks for mark in (check // 2, check))
+
     def lost(self, step: int, missing: Tensor) -> Tensor | None:
         """Which rows are out of reach; None where nothing is decided.
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ball import Ball, sample_in_ball
+from . import buckets
 from .active_set import ActiveSet
-from .buckets import bucket, repeated_to, takes_every_size
 
 #: Rows that are searched at once in any case, however few images there are: a batch of a few is slow.
 FEWEST_ROWS = 64
@@ -125,7 +125,7 @@ class Waves:
 
     def _is_padded(self) -> bool:
         """Whether waves are filled up to the sizes of `bucket`."""
-        return not takes_every_size(self.x.device)
+        return not buckets.takes_every_size(self.x.device)
 
     def _rows(self, wave: list[tuple[int, Tensor | None, Tensor]], most: int) -> Rows:
         """The rows of some runs: the number, the goal and the images of each."""
@@ -142,7 +142,7 @@ class Waves:
         if not self._is_padded():
             return rows
         index = torch.arange(len(owner), device=owner.device)
-        return rows.of(repeated_to(index, max(len(owner), min(bucket(len(owner), owner.device), most))))
+        return rows.of(buckets.repeated_to(index, max(len(owner), min(buckets.bucket(len(owner), owner.device), most))))
 
 
 def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tensor, ...]:

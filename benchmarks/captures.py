@@ -1,0 +1,332 @@
+"""What an evaluation captures in CUDA graphs, and how often it replays them: counted without a GPU.
+
+    python -m benchmarks captures [--images N] [--data DIR] [--redo] [--out DIR]
+
+An evaluation with the protocol "standard" runs on the CPU as it would on a GPU: its batches have a GPU's sizes, and a
+function that is run again stands for each graph. Each attack's captures and replays are counted. A second count
+is of the operators that one step of each attack dispatches, as PyTorch dispatches them on a GPU where no kernel was
+raced: launched one by one, and beside the replay of a graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from purify_fast import zoo
+from purify_fast.attacks import apgd, fab_t, square
+from purify_fast.attacks.engine import buckets
+from purify_fast.data import load_dataset, to_float
+from purify_fast.evaluation import evaluate, measure
+from purify_fast.ops._racing import Launches
+from purify_fast.speed.step_graphs import WORTH, CudaGraphs, StepGraphs
+from purify_fast.speed.step_loops import State, StepFunction, Steps
+from purify_fast.speed.waits import Waits
+
+from . import report
+from .launches import Replays, served
+
+FILE, BEFORE = "captures.csv", "captures_before.csv"
+#: Images of an evaluation, and of a batch, as many users have them.
+IMAGES, BATCH = 1000, 250
+#: Images and steps with which the operators of a step are counted.
+COUNTED_IMAGES, COUNTED_STEPS = 16, (20, 40)
+
+
+class Run(NamedTuple):
+    """One evaluation.
+
+    Args:
+        model: a name of the zoo.
+        data: its data set.
+        eps: the radius in linf, in image units.
+    """
+
+    model: str
+    data: str
+    eps: float
+
+
+#: Each model at a radius at which few images fall, and at one at which many do.
+RUNS = [
+    Run("digits-carso-pipeline", "digits", 0.02),
+    Run("digits-carso-pipeline", "digits", 0.2),
+    Run("digits-atop-pipeline", "digits", 0.02),
+    Run("digits-atop-pipeline", "digits", 0.2),
+    Run("cifar10-pgd-at-w16", "cifar10", 1 / 255),
+    Run("cifar10-pgd-at-w16", "cifar10", 8 / 255),
+]
+
+
+@dataclass
+class Counts:
+    """What one attack of an evaluation captured.
+
+    Attributes:
+        replays: of each capture.
+        sizes: of the batches whose gradients were asked for.
+    """
+
+    replays: list[int] = field(default_factory=list)
+    sizes: set[int] = field(default_factory=set)
+
+
+class _PerAttack(Replays):
+    """The stand-in for graphs; counts for the attack that is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, Counts] = {}
+        self.attack = ""
+
+    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        """A function that runs again what was captured, and counts that.
+
+        Args:
+            run: what is captured.
+            device: where it computes.
+        """
+        counts = self.counts[self.attack]
+        number = len(counts.replays)
+        # the first replay checks the capture; those that are timed do not count either
+        counts.replays.append(-1)
+
+        def replay() -> None:
+            counts.replays[number] += 1
+            run()
+
+        return replay
+
+    def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+        """As if a graph saved nothing, so that captures tell nothing of what they cost.
+
+        Args:
+            run: not run, since nothing is to be learnt from it.
+            device: where it computes.
+        """
+        return 1.0, 1.0
+
+
+class _Noted(StepGraphs):
+    """Notes the sizes of the batches."""
+
+    def begin(self, function: StepFunction, state: State, steps: int) -> Steps:
+        """See `StepGraphs.begin`.
+
+        Args:
+            function: the step.
+            state: what it begins with.
+            steps: how many will certainly be taken.
+        """
+        capture = self.capture
+        assert isinstance(capture, _PerAttack)
+        capture.counts[capture.attack].sizes.add(len(state["point"]))
+        return super().begin(function, state, steps)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(capture: _PerAttack) -> Iterator[None]:
+    """Within the block evaluations on the CPU use a GPU's batch sizes, and a stand-in for its graphs.
+
+    Args:
+        capture: the stand-in; counts by attack.
+    """
+    attack_batchwise = measure.attack_batchwise
+
+    def noted(attack: Any, *args: Any, context: Any, **options: Any) -> Any:
+        other = context.gradients_from is not None
+        capture.attack = attack.name(context) + (" by the gradients of another model" if other else "")
+        capture.counts[capture.attack] = Counts()
+        return attack_batchwise(attack, *args, context=context, **options)
+
+    def graphs(mode: CudaGraphs) -> StepGraphs:
+        return _Noted(mode, capture=capture)
+
+    runner = importlib.import_module("purify_fast.evaluation.runner")
+    with (
+        mock.patch.object(buckets, "takes_every_size", lambda device: False),
+        mock.patch.object(measure, "attack_batchwise", noted),
+        mock.patch.object(runner, "StepGraphs", graphs),
+    ):
+        yield
+
+
+def captured(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Counts]:
+    """What each attack of the protocol "standard" captures.
+
+    Args:
+        model: images to logits.
+        x: images ``[N, C, H, W]`` in [0, 1].
+        y: labels, int64 ``[N]``.
+        eps: the radius in linf.
+    """
+    capture = _PerAttack()
+    with as_on_a_gpu(capture):
+        evaluate(model, x, y, eps=eps, protocol="standard", batch_size=BATCH, cuda_graphs="auto", progress=False)
+    return capture.counts
+
+
+#: One run of each attack, by how it is called in a report; none of the images falls.
+ATTACKS: dict[str, Callable[..., Tensor]] = {
+    "APGD-100 ce": lambda *args, steps, **options: apgd(*args, steps=steps, **options),
+    "APGD-T 100": lambda *args, steps, **options: apgd(
+        *args, steps=steps, loss="dlr_targeted", n_target_classes=1, **options
+    ),
+    "FAB-T 100": lambda *args, steps, **options: fab_t(*args, steps=steps, n_target_classes=1, **options),
+    "Square-5000": lambda *args, steps, **options: square(*args, n_queries=steps, **options),
+}
+
+
+def per_step(model: nn.Module, x: Tensor, attack: Callable[..., Tensor], captures: bool) -> tuple[float, float]:
+    """The operators that one step launches, and those that wait for the device.
+
+    Args:
+        model: images to logits.
+        x: images ``[B, C, H, W]``, classified as the model classifies them, so that none falls.
+        attack: one of `ATTACKS`.
+        captures: whether what can be captured is.
+    """
+    y, replays = model(x).argmax(1).detach(), Replays()
+    options: dict[str, Any] = {"eps": 1e-6}
+    if captures and attack in (ATTACKS["APGD-100 ce"], ATTACKS["APGD-T 100"]):
+        options["graphs"] = StepGraphs("always", capture=replays)
+    launched, waited = [], []
+    for steps in COUNTED_STEPS:
+        # whatever can be captured is, by the first of these runs
+        attack(model, x, y, steps=steps, **options)
+        replays.replayed = 0
+        with Waits() as waits, Launches() as launches:
+            attack(model, x, y, steps=steps, **options)
+        launched.append(launches.count + replays.replayed)
+        waited.append(sum(waits.found.values()))
+    steps = COUNTED_STEPS[1] - COUNTED_STEPS[0]
+    return (launched[1] - launched[0]) / steps, (waited[1] - waited[0]) / steps
+
+
+def of_the_model(model: nn.Module, x: Tensor) -> tuple[int, int]:
+    """The operators of the model's gradient to its images, and of its forward pass.
+
+    Args:
+        model: images to logits.
+        x: images ``[B, C, H, W]``.
+    """
+    leaf = x.clone().requires_grad_()
+    with Launches() as forward:
+        logits = model(leaf)
+    with Launches() as backward:
+        torch.autograd.grad(logits, leaf, torch.ones_like(logits))
+    return forward.count + backward.count, forward.count
+
+
+def images_of(name: str, count: int, folder: str) -> tuple[Tensor, Tensor]:
+    """The first images of a data set, those of its test before those of its training.
+
+    Args:
+        name: of the data set.
+        count: how many at most.
+        folder: where to look for it.
+    """
+    data = load_dataset(name, folder)
+    x, y = (torch.cat([data.x_test, data.x_train]), torch.cat([data.y_test, data.y_train]))
+    return to_float(x[:count]), y[:count]
+
+
+def rows_of(run: Run, count: int, folder: str) -> list[dict[str, Any]]:
+    """A row for each attack of one evaluation.
+
+    Args:
+        run: which.
+        count: images.
+        folder: where to look for its data.
+    """
+    model, (x, y) = zoo.load(run.model), images_of(run.data, count, folder)
+    some = x[:COUNTED_IMAGES]
+    with served("by rule"):
+        both, forward = of_the_model(model, some)
+        steps = {
+            name: [per_step(model, some, attack, captures) for captures in (False, True)]
+            for name, attack in ATTACKS.items()
+        }
+    rows = []
+    for attack, counts in captured(model, x, y, run.eps).items():
+        replays, name = counts.replays, attack.removesuffix(" by the gradients of another model")
+        (eager, waits), (graph, _) = steps[name]
+        rows.append(
+            {
+                "model": run.model,
+                "eps": f"{run.eps:.4g}",
+                "images": len(x),
+                "attack": attack,
+                "captures": len(replays),
+                "replays": sum(replays),
+                "replays_per_capture": round(sum(replays) / len(replays)) if replays else "",
+                "least_replays": min(replays, default=""),
+                "batch_sizes": len(counts.sizes) or "",
+                "model_launches": forward if name.startswith("Square") else both,
+                "launches_eager": round(eager, 1),
+                "launches_captured": round(graph, 1),
+                "waits_per_100_steps": round(100 * waits),
+            }
+        )
+    return rows
+
+
+def write(results: Path, count: int = IMAGES, folder: str = "data", redo: bool = False) -> Path:
+    """Count, and write ``captures.csv`` into the folder of results after each evaluation; goes on where it was.
+
+    Args:
+        results: the folder.
+        count: images of an evaluation.
+        folder: where to look for the data.
+        redo: whether to count again what is in the file already.
+    """
+    path = results / FILE
+    rows: list[dict[str, Any]] = [] if redo or not path.exists() else list(report.read_csv(path))
+    for run in tqdm(RUNS, desc="captures", unit=" evaluations"):
+        if any((row["model"], row["eps"]) == (run.model, f"{run.eps:.4g}") for row in rows):
+            continue
+        rows += rows_of(run, count, folder)
+        report.write_csv(path, rows)
+    return path
+
+
+def chapter(results: Path) -> list[str]:
+    """The lines of docs/performance.md on what `write` left, if it left anything.
+
+    Args:
+        results: the folder.
+    """
+    if not (results / FILE).exists():
+        return []
+    lines = [
+        "## What an evaluation captures",
+        "",
+        "Counted, not measured: `python -m benchmarks captures` runs `evaluate` with the protocol `standard` on a CPU, "
+        f"{IMAGES:,} images in batches of {BATCH}, with a GPU's batch sizes and functions that stand for CUDA graphs. "
+        f"A step is captured once {WORTH} of it were launched, the estimated cost of a capture on a ResNet-18; on a "
+        "GPU every capture measures that cost anew. Operators are those of one step on a GPU where no kernel was "
+        "raced, the model's own included. Before: at the commit before captures were made to pay, for those models "
+        "and attacks that were counted there.",
+        "",
+        "| model | eps | attack | captures | replays | per capture | least used | before: captures | replays "
+        "| batch sizes | operators of a step: of the model | launched | beside a graph | waits in 100 steps |",
+        "|" + 14 * "---|",
+    ]
+    before = {(row["model"], row["eps"], row["attack"]): row for row in report.read_csv(results / BEFORE)}
+    for row in report.read_csv(results / FILE):
+        was = before.get((row["model"], row["eps"], row["attack"]), {})
+        cells = [row[name] for name in ("model", "eps", "attack", "captures", "replays")]
+        cells += [row["replays_per_capture"] or "-", row["least_replays"] or "-"]
+        cells += [was.get("captures", "-"), was.get("replays", "-"), row["batch_sizes"] or "-", row["model_launches"]]
+        cells += [row["launches_eager"], row["launches_captured"], row["waits_per_100_steps"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines

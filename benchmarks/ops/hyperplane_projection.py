@@ -1,0 +1,42 @@
+"""Images, the gradients of a margin there, and the offsets of planes on either side, as far away as borders are."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from purify_fast.ops import hyperplane_projection
+from purify_fast.ops.pgd_step import NORMS
+
+from . import Case, normal, uniform
+
+SHAPES = ((128, 1, 16, 16), (640, 3, 32, 32), (128, 3, 64, 64))
+LARGE = ((256, 3, 224, 224), (1024, 3, 32, 32))
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
+    def inputs() -> tuple[torch.Tensor, ...]:
+        x, w = uniform(*shape, dtype=dtype), normal(*shape, dtype=dtype, scale=1e-3)
+        flat, size = x.flatten(1).float(), w.flatten(1).float()
+        # in linf the distances are a little more than this
+        distance = torch.linspace(-0.05, 0.05, shape[0])
+        return x, w, (flat * size).sum(1) + distance * size.abs().sum(1)
+
+    return Case(
+        shape,
+        dtype,
+        inputs,
+        lambda x, w, b: hyperplane_projection(x, w, b, norm),
+        {"forward": "3*n*s"},
+        {"forward": {"linf": "12*n", "l2": "13*n", "l1": "12*n"}[norm]},  # were the number t of a row known
+        norm,
+        # in l1 one coordinate takes the rounding of the sum over all
+        slack=300.0 if norm == "l1" and dtype == torch.float32 else 1.0,
+        symbols={"n": math.prod(shape), "s": dtype.itemsize},
+    )
+
+
+def cases(shapes: tuple = SHAPES) -> list[Case]:
+    dtypes = (torch.float32, torch.bfloat16)
+    return [case(shape, dtype, norm) for norm in NORMS for dtype in dtypes for shape in shapes]

@@ -1,0 +1,43 @@
+"""The points that Square has reached and the clean images; one proposal for each image, and eight, as of late ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from purify_fast.attacks.engine.squares import pattern
+from purify_fast.ops import square_proposal
+
+from . import Case, uniform
+
+DEVICES = ("cuda",)
+#: Shape, and proposals for each image.
+SHAPES = (((128, 3, 32, 32), 1), ((128, 3, 32, 32), 8), ((16, 3, 224, 224), 1))
+LARGE = (((64, 3, 224, 224), 8), ((1024, 3, 32, 32), 8), ((1024, 3, 32, 32), 1))
+
+
+def case(shape: tuple[int, ...], draws: int, dtype: torch.dtype, norm: str) -> Case:
+    eps, edge = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}[norm], shape[2] // 8 + 1
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        numbers = uniform(shape[0], draws, 5 + shape[1], dtype=torch.float32, seed=2)
+        images = uniform(*shape, dtype=dtype), uniform(*shape, dtype=dtype, seed=1)
+        # on the device that is raced, which is not always the default one
+        return (*images, numbers, *([] if norm == "linf" else [pattern(edge, norm, numbers.device)]))
+
+    return Case(
+        (shape[0], draws, *shape[1:]),
+        dtype,
+        inputs,
+        lambda x, nat, numbers, *shapes: square_proposal(x, nat, eps, numbers, edge, norm, 0.0, 1.0, *shapes),
+        {"forward": "(2 + T)*n*s"},
+        {"forward": {"linf": "10*n*T", "l2": "30*n*T", "l1": "60*n*T"}[norm]},  # of l1, were its shift known
+        norm,
+        symbols={"n": math.prod(shape), "T": draws, "s": dtype.itemsize},
+    )
+
+
+def cases(shapes: tuple = SHAPES) -> list[Case]:
+    dtypes = (torch.float32, torch.bfloat16)
+    return [case(*shape, dtype, norm) for norm in ("linf", "l2", "l1") for dtype in dtypes for shape in shapes]

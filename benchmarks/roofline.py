@@ -1,0 +1,267 @@
+"""How long a step of each attack and each training should take on an H100: a model, counted and not measured.
+
+    python -m benchmarks roofline [--out DIR]
+
+A step takes at least as long as the longest of three: what the host needs to launch its operators, what the memory
+needs to move their bytes, and what the tensor cores need for their products. All three are counted on the CPU as
+PyTorch dispatches a step at two batch sizes, and continued in a straight line to others. A measurement on a GPU can
+prove the model wrong, which is what it is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.models import PreActResNet18
+from purify_fast.ops._racing import Launches
+from purify_fast.speed.folding import fold_batchnorm
+from purify_fast.speed.step_graphs import StepGraphs
+from purify_fast.training import Batch
+from purify_fast.training.attack import TrainingAttack
+
+from . import report
+from .captures import ATTACKS, COUNTED_STEPS, per_step
+from .flops import Flops
+from .launches import Replays, served
+
+FILE = "roofline.csv"
+#: Assumed of the device: bytes moved in a second, FLOP in a second in both precisions, and the share of those that
+#: convolutions reach.
+BYTES_PER_SECOND, BFLOAT16, TF32, SHARE = 3.0e12, 790e12, 395e12, 0.6
+#: Assumed of the host: seconds for an operator that PyTorch dispatches with its backward pass, and for a kernel of a
+#: graph, which the device itself starts.
+EAGER, REPLAYED = 9e-6, 1.3e-6
+#: Where a step is counted, and for which batches it is modelled.
+COUNTED, BATCHES = (4, 8), (16, 64, 250)
+SHAPE, CLASSES, EPS = (3, 32, 32), 10, 8 / 255
+
+
+class Moved(Launches):
+    """Counts launches, and the bytes that they read and write.
+
+    Attributes:
+        bytes: how many, as if no cache held anything.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.count
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        if self.count > before:
+            leaves = tree_leaves((args, kwargs, result))
+            self.bytes += sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+        return result
+
+
+class Half(nn.Module):
+    """A classifier as attacks follow its gradients on a GPU: BatchNorm folded, in bfloat16 with channels last.
+
+    Args:
+        model: the classifier.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        folded = fold_batchnorm(model.eval()).to(torch.bfloat16, memory_format=torch.channels_last)
+        self.inner = folded.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.to(torch.bfloat16, memory_format=torch.channels_last)).float()
+
+
+class Count(NamedTuple):
+    """What a step asks of host, memory and tensor cores.
+
+    Args:
+        launches: operators that the host launches.
+        beside: those that it launches where what can be captured is replayed, each replay counted as one.
+        bytes: read and written.
+        flop: of products.
+    """
+
+    launches: float
+    beside: float
+    bytes: float
+    flop: float
+
+
+def _counted(run: Callable[[], object]) -> tuple[int, int, int]:
+    with Flops() as flops, Moved() as moved:
+        run()
+    return moved.count, moved.bytes, flops.total
+
+
+def of_attack(attack: Callable[..., Tensor], size: int) -> Count:
+    """One step of an attack on a ResNet-18 that none of the images falls to.
+
+    Args:
+        attack: one of `benchmarks.captures.ATTACKS`.
+        size: images.
+    """
+    torch.manual_seed(0)
+    model = Half(PreActResNet18(num_classes=CLASSES))
+    x = torch.rand(size, *SHAPE)
+    beside, _ = per_step(model, x, attack, True)
+    y = model(x).argmax(1)
+    short, long = (_counted(lambda steps=steps: attack(model, x, y, steps=steps, eps=1e-6)) for steps in COUNTED_STEPS)
+    steps = COUNTED_STEPS[1] - COUNTED_STEPS[0]
+    launches, moved, flop = ((b - a) / steps for a, b in zip(short, long, strict=True))
+    return Count(launches, beside, moved, flop)
+
+
+def _arrest() -> ArrestTask:
+    attack = TrainingAttack(eps=EPS, steps=10, alpha=EPS / 4)
+    return ArrestTask(PreActResNet18(num_classes=CLASSES), ArrestConfig(attack=attack), SHAPE)
+
+
+def _carso() -> CarsoTask:
+    made = Carso(PreActResNet18(num_classes=CLASSES), ["layer2", "layer4"], SHAPE, 128, 128, 8)
+    return CarsoTask(made, CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=10)))
+
+
+def _atop() -> AtopTask:
+    made = Atop(PreActResNet18(num_classes=CLASSES), SmallGenerator(SHAPE[0]), SHAPE, block=4, sigma=0.1)
+    attack = TrainingAttack(eps=EPS, steps=10)
+    return AtopTask(made, AtopConfig(attack_method="fgsm", attack_target="classifier", attack=attack, cls_delay=0))
+
+
+#: A step of each training, of a ResNet-18 and what goes with it, in float32 (TF32 where it multiplies).
+TRAININGS: dict[str, Callable[[], Any]] = {
+    "ARREST, PGD-10": _arrest,
+    "CARSO, pipeline, PGD-10": _carso,
+    "AToP, paper's objective, FGSM": _atop,
+}
+
+
+def of_training(make: Callable[[], Any], size: int) -> Count:
+    """One step of a training, forward and backward.
+
+    Args:
+        make: its task.
+        size: images.
+    """
+    torch.manual_seed(0)
+    x = torch.rand(size, *SHAPE)
+    batch = Batch(x, torch.arange(size) % CLASSES, torch.arange(size), 7, 0, 10)
+    task, replays = make(), Replays()
+    task.model.train()
+    task.training_step(batch)[0].backward()
+    launches, moved, flop = _counted(lambda: task.training_step(batch)[0].backward())
+    task.graphs = StepGraphs("always", capture=replays)
+    task.training_step(batch)[0].backward()
+    replays.replayed = 0
+    with Launches() as beside:
+        task.training_step(batch)[0].backward()
+    return Count(launches, beside.count + replays.replayed, moved, flop)
+
+
+def continued(counts: tuple[Count, Count], size: int) -> Count:
+    """The count of another batch: bytes and products on the straight line through both, launches as of the larger.
+
+    Args:
+        counts: of the batches of `COUNTED`.
+        size: images of the other batch.
+    """
+    first, second = counts
+    share = (size - COUNTED[0]) / (COUNTED[1] - COUNTED[0])
+    moved, flop = (a + (b - a) * share for a, b in ((first.bytes, second.bytes), (first.flop, second.flop)))
+    return Count(second.launches, second.beside, moved, flop)
+
+
+def row_of(step: str, count: Count, size: int, rate: float) -> dict[str, Any]:
+    """The model of one step.
+
+    Args:
+        step: its name.
+        count: what it asks for.
+        size: images.
+        rate: FLOP in a second at most.
+    """
+    memory, products = count.bytes / BYTES_PER_SECOND, count.flop / (SHARE * rate)
+    launching = count.launches * EAGER
+    graph = count.launches - count.beside
+    replaying = max(count.beside * EAGER, graph * REPLAYED)
+    eager = {"launches": launching, "bytes": memory, "products": products}
+    captured = {**eager, "launches": replaying}
+    return {
+        "step": step,
+        "images": size,
+        "launches": round(count.launches),
+        "launches_captured": round(count.beside),
+        "MB": round(count.bytes / 1e6, 1),
+        "GFLOP": round(count.flop / 1e9, 2),
+        **{f"{name}_ms": f"{1e3 * value:.3g}" for name, value in eager.items()},
+        "launches_captured_ms": f"{1e3 * replaying:.3g}",
+        "eager_ms": f"{1e3 * max(eager.values()):.3g}",
+        "eager_bound": max(eager, key=eager.__getitem__),
+        "captured_ms": f"{1e3 * max(captured.values()):.3g}",
+        "captured_bound": max(captured, key=captured.__getitem__),
+    }
+
+
+def write(results: Path) -> Path:
+    """Count, and write ``roofline.csv`` into the folder of results.
+
+    Args:
+        results: the folder.
+    """
+    made: list[tuple[str, float, Callable[[int], Count]]] = []
+    for name, attack in ATTACKS.items():
+        made.append((name, BFLOAT16, lambda size, attack=attack: of_attack(attack, size)))
+    for name, make in TRAININGS.items():
+        made.append((name, TF32, lambda size, make=make: of_training(make, size)))
+    rows = []
+    with served("by rule"):
+        for name, rate, count in tqdm(made, desc="roofline", unit=" steps"):
+            counts = count(COUNTED[0]), count(COUNTED[1])
+            rows += [row_of(name, continued(counts, size), size, rate) for size in BATCHES]
+    path = results / FILE
+    report.write_csv(path, rows)
+    return path
+
+
+def chapter(results: Path) -> list[str]:
+    """The lines of docs/performance.md on what `write` left, if it left anything.
+
+    Args:
+        results: the folder.
+    """
+    if not (results / FILE).exists():
+        return []
+    lines = [
+        "## How long a step should take on an H100",
+        "",
+        "**A model, not a measurement**: `python -m benchmarks roofline` counts the operators that a step dispatches, "
+        "the bytes that they read and write, and the FLOP of its products, at batches of "
+        f"{COUNTED[0]} and {COUNTED[1]} images of 32x32, and continues bytes and FLOP in a straight line. A step takes "
+        f"the longest of three. Launches: {1e6 * EAGER:.0f} us of the host for each operator; captured, "
+        f"{1e6 * REPLAYED:.1f} us for each kernel that a graph replays, or {1e6 * EAGER:.0f} us for each operator "
+        f"beside the graph. Bytes: at {BYTES_PER_SECOND / 1e12:.1f} TB/s, as if no cache held anything. Products: at "
+        f"{100 * SHARE:.0f} % of {BFLOAT16 / 1e12:.0f} TFLOP/s in bfloat16, of {TF32 / 1e12:.0f} in TF32. All of these "
+        "rates are assumptions. The attacks follow the gradients of a PreActResNet-18 with BatchNorm folded, in "
+        "bfloat16. The trainings are in float32, of the same network and what goes with it: a CARSO with its decoder, "
+        "an AToP with the small generator.",
+        "",
+        "| step | images | operators | beside a graph | MB | GFLOP | launches, ms | captured | bytes, ms "
+        "| products, ms | eager, ms | bound by | captured, ms | bound by |",
+        "|" + 14 * "---|",
+    ]
+    columns = (
+        "step", "images", "launches", "launches_captured", "MB", "GFLOP", "launches_ms", "launches_captured_ms",
+        "bytes_ms", "products_ms", "eager_ms", "eager_bound", "captured_ms", "captured_bound",
+    )  # fmt: skip
+    lines += ["| " + " | ".join(row[name] for name in columns) + " |" for row in report.read_csv(results / FILE)]
+    return lines

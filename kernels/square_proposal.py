@@ -1,0 +1,268 @@
+"""`square_proposal` in Triton: linf elementwise and bit-exact; l2 and l1 one program for each proposal of each image.
+
+Such a program sees all channels of some pixels at once, and reads the images again in every pass over them: four passes
+for l2, some thirty for l1.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import first_of, grid, on, program, tile, warps
+from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _room
+
+#: Of the definition: the random numbers before the channels' signs, and what is added to lengths.
+PLACES = tl.constexpr(5)
+TINY = tl.constexpr(1e-12)
+#: Elements that a program of l2 or l1 sees at once at most, and pixels of a channel at least.
+TILE, FEWEST = 2048, 32
+
+
+@triton.jit
+def _first(place, edge, size):
+    """The first pixel of a window along an axis."""
+    return (place * (size - edge + 1).to(tl.float32)).to(tl.int32)
+
+
+@triton.jit
+def _within(row, column, edge):
+    return (row >= 0) & (row < edge) & (column >= 0) & (column < edge)
+
+
+@triton.jit
+def _linf(
+    x_ptr, nat_ptr, eps_ptr, numbers_ptr, out_ptr, rows, images, size, height, width, edge, of_image, of_draw, lo, hi,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, block = program(rows)
+    image = (row % images).to(tl.int64)
+    numbers_ptr += image * of_image + (row // images).to(tl.int64) * of_draw
+    top, left = _first(tl.load(numbers_ptr), edge, height), _first(tl.load(numbers_ptr + 1), edge, width)
+
+    element = first_of(block, size, WIDTH) + tl.arange(0, WIDTH)
+    inside = element < size
+    line = element // tl.cast(width, tl.uint32)
+    column, channel = (element - line * width).to(tl.int32), line // tl.cast(height, tl.uint32)
+    within = _within((line - channel * height).to(tl.int32) - top, column - left, edge)
+
+    number = tl.load(numbers_ptr + PLACES + channel, mask=inside & within, other=0.0)
+    x, nat = _load(x_ptr + image * size, element, inside), _load(nat_ptr + image * size, element, inside)
+    moved = nat + tl.load(eps_ptr + image).to(tl.float32) * tl.where(number < 0.5, -1.0, 1.0)
+    moved = _clamp(moved, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
+    out = tl.where(within, moved, x).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row.to(tl.int64) * size + element, out, mask=inside)
+
+
+@triton.jit
+def _mass(x, L1: tl.constexpr):
+    return tl.abs(x) if L1 else x * x
+
+
+@triton.jit
+def _root(mass, L1: tl.constexpr):
+    return mass if L1 else tl.sqrt_rn(mass)
+
+
+@triton.jit
+def _pixels(images, first, channel, shape, windows, WIDTH: tl.constexpr):
+    """Some pixels of an image in all channels: the clean ones and the offsets, and which lie in W and in V.
+
+    Also where they are among all elements, which of them there are, and their index in W.
+    """
+    x_ptr, nat_ptr = images
+    channels, height, width, edge = shape
+    top, left, other_top, other_left = windows
+    pixel = first + tl.arange(0, WIDTH)[None, :]
+    at, inside = channel * (height * width) + pixel, (channel < channels) & (pixel < height * width)
+    nat = _load(nat_ptr, at, inside)
+    line = pixel // width
+    column = pixel - line * width
+    index = (line - top) * edge + (column - left)
+    one, two = _within(line - top, column - left, edge), _within(line - other_top, column - other_left, edge)
+    return nat, _load(x_ptr, at, inside) - nat, one, two, at, inside, index
+
+
+@triton.jit
+def _in_window(pattern_ptr, index, one, offset, sign, length):
+    """What is put into W, up to its length; 0 elsewhere."""
+    shape = tl.load(pattern_ptr + index, mask=one, other=0.0)
+    return tl.where(one, shape * sign + offset / (TINY + length), 0.0)
+
+
+@triton.jit
+def _moved(images, pattern_ptr, first, channel, shape, windows, factors, WIDTH: tl.constexpr):
+    """Some pixels after the mass has moved: the clean ones and the offsets; and where they are."""
+    sign, length, scale = factors
+    nat, offset, one, two, at, inside, index = _pixels(
+        images, first, channel, shape=shape, windows=windows, WIDTH=WIDTH
+    )
+    new = _in_window(pattern_ptr, index, one, offset=offset, sign=sign, length=length) * scale
+    return nat, tl.where(one, new, tl.where(two, 0.0, offset)), at, inside
+
+
+@triton.jit
+def _l1_spread(
+    images, pattern_ptr, channel, shape, windows, factors, shift, lo, hi,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The l1 norm of what a shift leaves of the offsets, and the largest offset."""
+    left, largest = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
+    _channels, height, width, _edge = shape
+    for first in range(0, height * width, WIDTH):
+        nat, moved, _at, _inside = _moved(
+            images, pattern_ptr, first, channel=channel, shape=shape, windows=windows, factors=factors, WIDTH=WIDTH
+        )
+        d = (nat + moved) - nat
+        left += _clamp(tl.abs(d) - shift, 0.0, _room(d, nat, lo, hi))
+        largest = tl.maximum(largest, tl.abs(d))
+    return tl.sum(tl.sum(left, 1), 0), tl.max(tl.max(largest, 1), 0)
+
+
+@triton.jit
+def _l1_shift(
+    images, pattern_ptr, channel, shape, windows, factors, eps, lo, hi,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Whether the projection moves the image, and by how much every offset becomes shorter."""
+    spread, largest = _l1_spread(
+        images, pattern_ptr, channel, shape=shape, windows=windows, factors=factors, shift=0.0, lo=lo, hi=hi,
+        CHANNELS=CHANNELS, WIDTH=WIDTH,
+    )  # fmt: skip
+    moves, outer = spread > eps, 0.0
+    if moves:
+        inner, outer = 0.0, largest
+        for _ in range(HALVINGS):
+            middle = (inner + outer) * 0.5
+            spread, largest = _l1_spread(
+                images, pattern_ptr, channel, shape=shape, windows=windows, factors=factors, shift=middle,
+                lo=lo, hi=hi, CHANNELS=CHANNELS, WIDTH=WIDTH,
+            )  # fmt: skip
+            outside = spread > eps
+            inner, outer = tl.where(outside, middle, inner), tl.where(outside, outer, middle)
+    return moves, outer
+
+
+@triton.jit
+def _factors(
+    images, pattern_ptr, channel, shape, windows, sign, eps,
+    L1: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What W is filled with: the channels' signs, the lengths of what was there, and how far it is stretched."""
+    channels, height, width, _edge = shape
+    total, old = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
+    both, new = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
+    for first in range(0, height * width, WIDTH):
+        _nat, offset, one, two, _at, _inside, _index = _pixels(
+            images, first, channel, shape=shape, windows=windows, WIDTH=WIDTH
+        )
+        mass = _mass(offset, L1)
+        total += mass
+        old += tl.where(one, mass, 0.0)
+        both += tl.where(one | two, mass, 0.0)
+    length = _root(tl.sum(old, 1), L1)[:, None]
+    # tl.maximum would drop a NaN
+    unused = _clamp(_mass(eps, L1) - tl.sum(tl.sum(total, 1), 0), 0.0, float("inf"))
+    wanted = _root(unused / channels + tl.sum(both, 1), L1)[:, None]
+    for first in range(0, height * width, WIDTH):
+        _nat, offset, one, _two, _at, _inside, index = _pixels(
+            images, first, channel, shape=shape, windows=windows, WIDTH=WIDTH
+        )
+        new += _mass(_in_window(pattern_ptr, index, one, offset=offset, sign=sign, length=length), L1)
+    return sign, length, wanted / (TINY + _root(tl.sum(new, 1), L1)[:, None])
+
+
+@triton.jit
+def _mass_moved(
+    x_ptr, nat_ptr, eps_ptr, numbers_ptr, pattern_ptr, out_ptr, rows, channels, height, width, edge, of_image, of_draw,
+    lo, hi, L1: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    image, pixels = row % rows, height * width
+    size = channels * pixels
+    images, shape = (x_ptr + image * size, nat_ptr + image * size), (channels, height, width, edge)
+    numbers_ptr += image * of_image + row // rows * of_draw
+    lo, hi, eps = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32), tl.load(eps_ptr + image).to(tl.float32)
+    windows = (
+        _first(tl.load(numbers_ptr), edge, height), _first(tl.load(numbers_ptr + 1), edge, width),
+        _first(tl.load(numbers_ptr + 2), edge, height), _first(tl.load(numbers_ptr + 3), edge, width),
+    )  # fmt: skip
+    pattern_ptr += tl.where(tl.load(numbers_ptr + 4) < 0.5, edge * edge, 0)
+    channel = tl.arange(0, CHANNELS)[:, None]
+    number = tl.load(numbers_ptr + PLACES + channel, mask=channel < channels, other=0.0)
+    # 0 where there is no channel
+    sign = tl.where(channel < channels, tl.where(number < 0.5, -1.0, 1.0), 0.0)
+    factors = _factors(
+        images, pattern_ptr, channel, shape=shape, windows=windows, sign=sign, eps=eps,
+        L1=L1, CHANNELS=CHANNELS, WIDTH=WIDTH,
+    )  # fmt: skip
+
+    if L1:
+        moves, shift = _l1_shift(
+            images, pattern_ptr, channel, shape=shape, windows=windows, factors=factors, eps=eps, lo=lo, hi=hi,
+            CHANNELS=CHANNELS, WIDTH=WIDTH,
+        )  # fmt: skip
+    else:
+        squares = tl.zeros((CHANNELS, WIDTH), tl.float32)
+        for first in range(0, pixels, WIDTH):
+            _nat, moved, _at, _inside = _moved(
+                images, pattern_ptr, first, channel=channel, shape=shape, windows=windows, factors=factors, WIDTH=WIDTH
+            )
+            squares += moved * moved
+        stretch = eps / (tl.sqrt_rn(tl.sum(tl.sum(squares, 1), 0)) + TINY)
+
+    for first in range(0, pixels, WIDTH):
+        nat, moved, at, inside = _moved(
+            images, pattern_ptr, first, channel=channel, shape=shape, windows=windows, factors=factors, WIDTH=WIDTH
+        )
+        if L1:
+            x = _l1_projected(nat + moved, nat, shift, moves=moves, lo=lo, hi=hi)
+        else:
+            x = _clamp(nat + moved * stretch, lo, hi)
+        tl.store(out_ptr + row * size + at, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def layout(channels: int, pixels: int) -> dict[str, int]:
+    """What a program of l2 or l1 sees at once: all channels, rounded up, of some pixels; and its warps."""
+    every = triton.next_power_of_2(channels)
+    width = max(FEWEST, min(triton.next_power_of_2(pixels), TILE // every))
+    return {"CHANNELS": every, "WIDTH": width, "num_warps": warps(every * width)}
+
+
+def forward(
+    x: Tensor,
+    x_nat: Tensor,
+    eps: Tensor,
+    numbers: Tensor,
+    pattern: Tensor | None,
+    edge: int,
+    norm: int,
+    lo: float,
+    hi: float,
+) -> Tensor:
+    """The points, [T * B, C, H, W], contiguous; ``norm`` by index."""
+    images, draws = numbers.shape[:2]
+    out = torch.empty((draws * images, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    _, channels, height, width = x.shape
+    numbers = numbers if numbers.stride(2) == 1 else numbers.contiguous()
+    given = x.contiguous(), x_nat.contiguous(), eps.contiguous(), numbers
+    shape, settings = (height, width, edge, *numbers.stride()[:2]), (float(lo), float(hi))
+    with on(x):
+        if pattern is None:
+            size = channels * height * width
+            block, several = tile(size, x)
+            _linf[grid(draws * images, triton.cdiv(size, block))](
+                *given, out, draws * images, images, size, *shape, *settings, WIDTH=block, num_warps=several,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+        else:
+            own = {"maxnreg": L1_REGISTERS} if norm == 2 else {}
+            _mass_moved[(draws * images,)](
+                *given, pattern.contiguous(), out, images, channels, *shape, *settings, L1=norm == 2,
+                **layout(channels, height * width), **own, enable_fp_fusion=False,
+            )  # fmt: skip
+    return out

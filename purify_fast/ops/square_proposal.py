@@ -1,0 +1,217 @@
+"""What Square tries next: the points of a random search, each changed within one random square or two.
+
+    linf:    z = clamp(x_nat + eps s, lo, hi)                                       in the window W, x elsewhere
+    l2, l1:  d = x - x_nat,  h = s P + d / |d|_W,  u = max(eps^p - |d|^p, 0)        p = 2, 1
+             d <- h / |h|_W (u / C + |d|_{W or V}^p)^(1/p)  in W,  0 in the rest of V,  d elsewhere
+    l2:      z = clamp(x_nat + eps d / |d|, lo, hi)
+    l1:      z = argmin |z - (x_nat + d)|_2,   |z - x_nat|_1 <= eps,  lo <= z <= hi
+
+Andriushchenko et al., "Square Attack", ECCV 2020 (arXiv 1912.00049), algorithms 2 and 3; l1 as in AutoAttack, with
+`pgd_step`'s projection. W and V are square windows at random places, s is a random sign of each channel, P a pattern of
+length 1 in W; norms with an index are of one channel, within that window. So l2 and l1 move mass from V to W, and use
+in W what the ball has left.
+
+A row's random numbers come from the caller, for several proposals at once: the places of W and V (row and column of
+each), which way round the pattern lies, then the channels' signs. A window's place is computed in float32 whatever the
+images are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._tensors import per_image
+from ._op import Launcher, define_op, wide
+from .pgd_step import NORMS, check, per_sample, pgd_step
+
+#: Random numbers of a proposal besides a sign for each channel: two places, and which way round the pattern lies.
+PLACES = 5
+#: So that nothing is divided by zero: it is added to lengths.
+TINY = 1e-12
+
+
+def signs(numbers: Tensor) -> Tensor:
+    """1 or -1 with equal chances.
+
+    Args:
+        numbers: uniform in [0, 1), of any shape.
+    """
+    return torch.where(numbers < 0.5, -1.0, 1.0)
+
+
+def from_border(place: Tensor, edge: int, size: int) -> Tensor:
+    """How far every pixel along an axis is from the first one of a random window, int64 ``[..., size]``.
+
+    Args:
+        place: uniform in [0, 1), ``[...]``.
+        edge: of the window, in pixels.
+        size: pixels along the axis.
+    """
+    first = (place.float() * (size - edge + 1)).long()
+    return torch.arange(size, device=place.device) - first[..., None]
+
+
+def window(place: Tensor, edge: int, height: int, width: int) -> Tensor:
+    """Which pixels lie in a random window, bool ``[..., 1, height, width]``.
+
+    Args:
+        place: uniform in [0, 1), ``[..., 2]``.
+        edge: of the window, in pixels.
+        height: of the images.
+        width: of the images.
+    """
+    rows, columns = from_border(place[..., 0], edge, height), from_border(place[..., 1], edge, width)
+    lines, across = ((one >= 0) & (one < edge) for one in (rows, columns))
+    # as bytes, of which a CPU takes a vector at once, and of truth values one by one
+    both = lines.view(torch.uint8)[..., None, :, None] & across.view(torch.uint8)[..., None, None, :]
+    return both.view(torch.bool)
+
+
+def _placed(pattern: Tensor, numbers: Tensor, height: int, width: int) -> Tensor:
+    """The pattern where the first window lies, [..., 1, height, width]; anything outside of it."""
+    edge = pattern.shape[1]
+    rows = from_border(numbers[..., 0], edge, height).clamp(0, edge - 1)
+    columns = from_border(numbers[..., 1], edge, width).clamp(0, edge - 1)
+    way = (numbers[..., 4] < 0.5).long()
+    return pattern[way[..., None, None], rows[..., :, None], columns[..., None, :]].unsqueeze(-3)
+
+
+def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor, power: int) -> Tensor:
+    """The offsets [B, C, H, W] with the mass of V in W, [T, B, C, H, W]; radius [B, 1, 1, 1], numbers [T, B, 5 + C]."""
+    channels, height, width = offset.shape[1:]
+
+    def mass(part: Tensor) -> Tensor:
+        return part.abs().pow(power).sum((-2, -1), keepdim=True)
+
+    sizes = pattern.shape[1], height, width
+    one, two = window(numbers[..., :2], *sizes), window(numbers[..., 2:4], *sizes)
+    old = torch.where(one, offset, 0.0)
+    length = mass(old).pow(1 / power)
+    shape = torch.where(one, _placed(pattern, numbers, height, width).to(offset.dtype), 0.0)
+    new = shape * signs(numbers[..., PLACES:]).to(offset.dtype)[..., None, None] + old / (TINY + length)
+    new = new / (TINY + mass(new).pow(1 / power))
+    unused = (radius.pow(power) - mass(offset).sum(1, keepdim=True)).clamp_min(0)
+    size = (unused / channels + mass(torch.where(one | two, offset, 0.0))).pow(1 / power)
+    return torch.where(one, new * size, torch.where(two, 0.0, offset))
+
+
+def reference(
+    x: Tensor,
+    x_nat: Tensor,
+    eps: Tensor,
+    numbers: Tensor,
+    pattern: Tensor | None,
+    edge: int,
+    norm: int,
+    lo: float,
+    hi: float,
+) -> Tensor:
+    """The definition: float32 arithmetic (float64 for float64), x's dtype out. eps [B], numbers [B, T, 5 + C]."""
+    point, clean, drawn = wide(x), wide(x_nat), numbers.transpose(0, 1)
+    radius = per_image(eps.to(point.dtype), x)
+    if pattern is None:
+        moved = clean + radius * signs(drawn[..., PLACES:]).to(point.dtype)[..., None, None]
+        inside = window(drawn[..., :2], edge, *x.shape[2:])
+        # twice the radius reaches a border of the ball from anywhere in it
+        points = torch.where(inside, moved.clamp_(lo, hi), point).flatten(0, 1)
+    elif NORMS[norm] == "l2":
+        offset = _moved_mass(point - clean, radius, drawn, pattern, 2)
+        length = offset.square().sum((2, 3, 4), keepdim=True).sqrt() + TINY
+        points = (clean + offset / length * radius).clamp(lo, hi).flatten(0, 1)
+    else:
+        moved = (clean + _moved_mass(point - clean, radius, drawn, pattern, 1)).flatten(0, 1)
+        centers = clean.expand(len(drawn), *clean.shape).flatten(0, 1)
+        # a step of length 0 is the projection alone
+        radii = eps.repeat(len(drawn))
+        points = pgd_step(moved, torch.zeros_like(moved), centers, alpha=0.0, eps=radii, norm="l1", lo=lo, hi=hi)
+    return points.to(x.dtype).contiguous()
+
+
+def _proposed(x: Tensor, x_nat: Tensor, eps: Tensor, numbers: Tensor, *_: object) -> tuple[torch.dtype, int]:
+    """What a call is weighed by: the elements of what it returns."""
+    return x.dtype, x.numel() * numbers.shape[1]
+
+
+OP = define_op(
+    "square_proposal",
+    "(Tensor x, Tensor x_nat, Tensor eps, Tensor numbers, Tensor? pattern, SymInt edge, int norm, float lo, float hi) "
+    "-> Tensor",
+    reference=reference,
+    fake=lambda x, x_nat, eps, numbers, *_: x.new_empty((numbers.shape[1] * x.shape[0], *x.shape[1:])),
+    triton=Launcher("square_proposal", "forward"),
+    replaces_many=("linf", "l2", "l1"),
+    compiler_fuses=("linf",),
+    weigh=_proposed,
+    differentiable=False,
+)
+
+
+def _check(x: Tensor, numbers: Tensor, edge: int, norm: str, pattern: Tensor | None) -> None:
+    """What a proposal asks of its numbers, its window and its pattern; ValueError otherwise."""
+    if x.dim() != 4:
+        raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
+    batch, channels, height, width = x.shape
+    if numbers.dtype != torch.float32 or numbers.dim() != 3 or numbers.shape[::2] != (batch, PLACES + channels):
+        raise ValueError(
+            f"numbers must be float32 [B, T, 5 + C] = [{batch}, T, {PLACES + channels}], "
+            f"got {numbers.dtype} {list(numbers.shape)}"
+        )
+    if numbers.device != x.device:
+        raise ValueError(f"numbers are on {numbers.device}, x on {x.device}: they must agree")
+    if not 1 <= edge <= min(height, width):
+        raise ValueError(f"edge must be from 1 to {min(height, width)} in images of {height} x {width}, got {edge}")
+    if norm == "linf":
+        if pattern is not None:
+            raise ValueError("pattern must be None for the norm linf, which has none")
+        return
+    if pattern is None or pattern.shape != (2, edge, edge) or pattern.dtype != torch.float32:
+        got = "None" if pattern is None else f"{pattern.dtype} {list(pattern.shape)}"
+        raise ValueError(f"pattern must be float32 [2, edge, edge] = [2, {edge}, {edge}] for {norm}, got {got}")
+    if pattern.device != x.device:
+        raise ValueError(f"pattern is on {pattern.device}, x on {x.device}: they must agree")
+
+
+def square_proposal(
+    x: Tensor,
+    x_nat: Tensor,
+    eps: float | Tensor,
+    numbers: Tensor,
+    edge: int,
+    norm: str = "linf",
+    lo: float = 0.0,
+    hi: float = 1.0,
+    pattern: Tensor | None = None,
+) -> Tensor:
+    """The next points of a random search with squares, several for each image.
+
+    Args:
+        x: the best points so far, ``[B, C, H, W]``; float16, bfloat16, float32 or float64; image units.
+        x_nat: the images that are attacked, the centers of the balls, of x's shape, dtype and device.
+        eps: radius of the ball, measured in ``norm`` and image units, a number or ``[B]``.
+        numbers: uniform in [0, 1), float32 ``[B, T, 5 + C]``, for T proposals of each image: the places of two windows,
+            two numbers each, which way round the pattern lies, and the signs of the channels. ``linf`` uses the first
+            place and the signs.
+        edge: of the windows, in pixels, from 1 to the smaller side of the images.
+        norm: ``linf``, ``l2`` or ``l1``.
+        lo: lower end of the box that images lie in.
+        hi: upper end of the box, at least lo.
+        pattern: for ``l2`` and ``l1``: what is put into a window, one way round and the other, float32
+            ``[2, edge, edge]``, of length 1 in that norm.
+
+    Returns:
+        The points, ``[T * B, C, H, W]`` in x's dtype, contiguous: the first proposal of every image, then the second of
+        every image. No gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, an unknown norm, lo > hi, an edge that fits into no image, or a
+            pattern that is missing or not wanted.
+
+    Deterministic; ``linf`` is bit-exact across backends. What numbers outside [0, 1) give is not defined.
+    """
+    check({"x": x, "x_nat": x_nat}, norm, lo, hi)
+    _check(x, numbers, edge, norm, pattern)
+    call = reference if OP.plain(x.device, *_proposed(x, x_nat, x_nat, numbers), norm) else OP.handle
+    with torch.no_grad():
+        radii = per_sample("eps", eps, x)
+        return call(x, x_nat, radii, numbers, pattern, edge, NORMS.index(norm), float(lo), float(hi))

@@ -1,0 +1,133 @@
+"""BatchNorm over processes by PyTorch's CUDA functions, and what a refresh and an average launch, on a device."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+from cuda_launches import CudaLaunches
+from torch_functions import register
+
+from purify_fast.models import PreActResNet18, synced_batch_norm
+from purify_fast.speed import folding
+from purify_fast.speed.inference_copy import LiveInferenceCopy, convert_to_channels_last
+from purify_fast.training import distributed
+
+DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
+if DEVICE.type == "cuda" and not torch.cuda.is_available():
+    pytest.skip("no CUDA device; PURIFY_FAST_TEST_DEVICE=cpu rehearses these tests", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def as_on_cuda(monkeypatch) -> Iterator[None]:
+    """On a CPU, stand-ins for the functions that PyTorch has on CUDA alone."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        if DEVICE.type == "cpu":
+            register(library, "CPU")
+            monkeypatch.setattr(synced_batch_norm, "BY_TORCH", ("cpu",))
+            monkeypatch.setattr(folding, "SPREAD_ON", ("cpu",))
+        yield
+
+
+def launches(call: Callable[[], object]) -> int:
+    """How many kernels a call launches; on a CPU, as they are counted there."""
+    call()
+    if DEVICE.type == "cpu":
+        with CudaLaunches() as counted:
+            call()
+        return counted.count
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len([event for event in on_device if not event.name.startswith(("Memset", "Memcpy"))])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout"),
+    [
+        ((12, 5), torch.float64, torch.contiguous_format),
+        ((12, 5, 4, 6), torch.float64, torch.contiguous_format),
+        ((12, 5, 4, 6), torch.float64, torch.channels_last),
+        ((12, 5, 4, 6), torch.bfloat16, torch.channels_last),
+    ],
+)
+def test_batchnorm_is_that_of_all_images(monkeypatch, shape, dtype, layout):
+    """Of two processes, one with the first 4 images and one with 8; this one does the work of either in turn."""
+    generator = torch.Generator().manual_seed(0)
+    x, outer = (torch.randn(shape, dtype=torch.float64, generator=generator).to(DEVICE) for _ in range(2))
+    wanted = nn.BatchNorm2d(5).double().to(DEVICE) if len(shape) == 4 else nn.BatchNorm1d(5).double().to(DEVICE)
+    whole = (x + 2).to(dtype).double().requires_grad_()
+    y = wanted(whole)
+    grads = torch.autograd.grad((y * outer.to(dtype)).sum(), [whole, wanted.weight, wanted.bias])
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    weight, bias, begin = torch.ones(5), torch.zeros(5), [torch.zeros(5), torch.ones(5)]
+    # what each process gives in its two exchanges, learned in a first round
+    given: dict[tuple[int, int], torch.Tensor] = {}
+    for _ in range(3):
+        results = []
+        for rank, part in enumerate((slice(0, 4), slice(4, 12))):
+
+            def all_gather(gathered, own, rank=rank):
+                given[rank, 0] = own.clone()
+                gathered.copy_(torch.cat([given.get((each, 0), own) for each in range(2)]))
+
+            def all_reduce(sums, rank=rank):
+                given[rank, 1] = sums.clone()
+                sums += given.get((1 - rank, 1), torch.zeros_like(sums))
+
+            monkeypatch.setattr(synced_batch_norm, "_all_gather", all_gather)
+            monkeypatch.setattr(synced_batch_norm.dist, "all_reduce", all_reduce)
+            leaves = [whole.detach()[part].to(dtype), weight.to(DEVICE, wide), bias.to(DEVICE, wide)]
+            if len(shape) == 4:
+                leaves[0] = leaves[0].contiguous(memory_format=layout)
+            leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+            running = tuple(one.to(DEVICE, wide, copy=True) for one in begin)
+            out = synced_batch_norm.batch_norm_everywhere(*leaves, running, 2)
+            results.append([out, *torch.autograd.grad((out * outer[part].to(dtype)).sum(), leaves), *running])
+    first, second = results
+    found = [torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]), first[2] + second[2]]
+    found += [first[3] + second[3], second[4], second[5]]
+    assert torch.equal(first[4], second[4]) and torch.equal(first[5], second[5])
+    digits = 3e-2 if dtype == torch.bfloat16 else 1e-9
+    for got, want in zip(found, [y, *grads, wanted.running_mean, wanted.running_var], strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=digits, atol=digits)
+
+
+def test_a_refresh_is_at_most_ten_launches():
+    torch.manual_seed(0)
+    model = PreActResNet18().to(DEVICE)
+    convert_to_channels_last(model, (3, 32, 32))
+    view, exact = LiveInferenceCopy(model, (3, 32, 32)), LiveInferenceCopy(model, (3, 32, 32), torch.float32)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())):
+            tensor.add_(0.01 * torch.rand_like(tensor))
+    exact.refresh(model)
+    x = torch.rand(8, 3, 32, 32, device=DEVICE)
+    torch.testing.assert_close(exact(x), model.eval()(x), rtol=1e-3, atol=1e-3)
+    assert launches(lambda: view.refresh(model)) <= 10
+
+
+def test_an_average_is_three_launches(monkeypatch):
+    monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda flat: None)
+    model = PreActResNet18(width=16).to(DEVICE, memory_format=torch.channels_last)
+    F.cross_entropy(model(torch.rand(4, 3, 32, 32, device=DEVICE)), torch.arange(4, device=DEVICE)).backward()
+    gradients = [p.grad for p in model.parameters()]
+    before = [gradient.clone() for gradient in gradients]
+    distributed.average_(gradients)
+    assert all(torch.equal(2 * mean, whole) for mean, whole in zip(gradients, before, strict=True))
+    # the largest kernel that joins tensors takes 128 of them
+    assert launches(lambda: distributed.average_(gradients)) <= 4

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from purify_fast.kernels import square_proposal as kernel
+
+op = import_module("purify_fast.ops.square_proposal")
+NORMS = op.NORMS
+#: Images, proposals, edge of the windows; the last ones in several trips of a loop, with many channels or pixels.
+SHAPES = (
+    ((1, 1, 1, 1), 1, 1), ((3, 3, 32, 32), 2, 7), ((2, 5, 9, 13), 3, 9), ((2, 40, 12, 11), 1, 3),
+    ((1, 2, 90, 60), 1, 11),
+)  # fmt: skip
+
+
+def inputs(shape: tuple, draws: int, edge: int, norm: int, dtype=torch.float32, share: float = 0.7) -> list:
+    """Points that use a share of their radii; the first row has more than its ball allows."""
+    generator = torch.Generator().manual_seed(0)
+    clean, offset = (torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    clean, offset = 0.3 + 0.4 * clean, 0.2 * (offset - 0.5)
+    power = (torch.inf, 2, 1)[norm]
+    eps = offset.flatten(1).norm(p=power, dim=1) / share
+    eps[0] *= 0.5
+    pattern = torch.randn(2, edge, edge, generator=generator)
+    pattern = pattern / pattern.flatten(1).norm(p=power, dim=1)[:, None, None] if norm else None
+    numbers = torch.rand(shape[0], draws, 5 + shape[1], generator=generator)
+    return [(clean + offset).to(dtype), clean.to(dtype), eps.float(), numbers, pattern, edge, norm, 0.1, 0.9]
+
+
+def double(arguments: list) -> list:
+    return [one.double() if isinstance(one, torch.Tensor) else one for one in arguments]
+
+
+def test_constants_are_the_reference_s():
+    assert (kernel.PLACES.value, kernel.TINY.value) == (op.PLACES, op.TINY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "draws", "edge"), SHAPES, ids=str)
+@pytest.mark.parametrize("norm", [0, 1, 2], ids=NORMS)
+def test_values(within_budget, poisoned, norm, shape, draws, edge, dtype):
+    arguments = inputs(shape, draws, edge, norm, dtype)
+    got, same = kernel.forward(*arguments), op.reference(*arguments)
+    assert got.is_contiguous() and not torch.equal(got, arguments[0].repeat(draws, 1, 1, 1))
+    if norm == 0 and dtype != torch.bfloat16:
+        assert torch.equal(got, same)
+    within_budget(got, op.reference(*double(arguments)), same)
+
+
+@pytest.mark.parametrize("norm", [0, 1, 2], ids=NORMS)
+def test_nan_layouts_splits_and_empty(norm):
+    x, clean, eps, numbers, *rest = inputs((5, 3, 9, 7), 2, 3, norm)
+    whole = kernel.forward(x, clean, eps, numbers, *rest)
+    parts = [kernel.forward(x[i], clean[i], eps[i], numbers[i], *rest) for i in (slice(0, 2), slice(2, 5))]
+    assert torch.equal(torch.cat([part.unflatten(0, (2, -1)) for part in parts], 1).flatten(0, 1), whole)
+    last = [image.to(memory_format=torch.channels_last) for image in (x, clean)]
+    drawn = numbers.transpose(0, 1).contiguous().transpose(0, 1), numbers.repeat_interleave(2, 2)[:, :, ::2]
+    for strided in drawn:
+        assert torch.equal(kernel.forward(*last, eps.repeat_interleave(2)[::2], strided, *rest), whole)
+    x[1, 2, 8, 6] = clean[3, 0, 0, 0] = torch.nan
+    got, wanted = (run(x, clean, eps, numbers, *rest) for run in (kernel.forward, op.reference))
+    assert torch.equal(got.isnan(), wanted.isnan()) and got.isnan().any()
+    empty = kernel.forward(x[:0], clean[:0], eps[:0], numbers[:0], *rest)
+    assert empty.shape == kernel.forward(x, clean, eps, numbers[:, :0], *rest).shape == (0, 3, 9, 7)
