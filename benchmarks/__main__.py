@@ -8,7 +8,7 @@ python -m benchmarks evaluation [names...] [--models DIR] [--data DIR] [--images
 
 python -m benchmarks study NAME [--data DIR] [--full] [--quick]
 
-python -m benchmarks gpu_check [tests|ops|pipelines] [--dry] [--out DIR] [--only SECTION...] [--redo]
+python -m benchmarks gpu_check [tests|ops|pipelines...] [--dry] [--out DIR] [--data DIR] [--only SECTION...] [--redo]
 
 python -m benchmarks instructions
 
@@ -124,14 +124,16 @@ def main(arguments: list[str] | None = None) -> None:
     layers.add_argument("--runs", type=int, default=15, help="how often every contestant runs; 15 by default")
     command.add_arguments(commands.add_parser("study", help="what makes a defence robust: trains and attacks models"))
     check = commands.add_parser("gpu_check", help="what only a GPU can tell: three commands of nine minutes, resumably")
-    check.add_argument("part", nargs="?", choices=gpu_check.PARTS, help="which of the three; all in turn by default")
+    check.add_argument("parts", nargs="*", metavar="part",
+                       help=f"which of {', '.join(gpu_check.PARTS)}; all in turn by default")  # fmt: skip
     check.add_argument("--dry", action="store_true", help="rehearse every section on the CPU, small: no numbers")
     check.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
     check.add_argument("--only", nargs="+", choices=gpu_check.SECTIONS, default=[], metavar="section",
                        help=f"which; all by default: {', '.join(gpu_check.SECTIONS)}")  # fmt: skip
     check.add_argument("--redo", action="store_true", help="also what is done already")
     check.add_argument("--seconds", type=float, help="the limit of each section in place of its own")
-    check.add_argument("--total", type=float, default=520.0, help="seconds for all of them; 520 by default")
+    check.add_argument("--total", type=float, help="seconds for all of them; 540 for each of the three by default")
+    check.add_argument("--data", type=Path, help="folder with CIFAR-10, or an .npz file; the current folder by default")
     commands.add_parser("instructions", help="the GPU kernels' machine code, counted without a GPU")
     captured = commands.add_parser("captures", help="what an evaluation captures on a GPU, counted without one")
     captured.add_argument("--images", type=int, default=captures.IMAGES, help="of each evaluation; 1000 by default")
@@ -239,10 +241,18 @@ def main(arguments: list[str] | None = None) -> None:
                 parser.error(f"{name} must be above 0, got {value:g}")
         device = torch.device("cpu" if chosen.dry else "cuda")
         if device.type == "cuda" and not torch.cuda.is_available():
-            parser.error("no CUDA device is available; --dry rehearses everything on the CPU")
+            why = gpu_check.why_no_device()
+            parser.error(f"no CUDA device is available: {why}; --dry rehearses everything on the CPU")
         out = chosen.out or folder(device, chosen.dry)
-        only = chosen.only or list(gpu_check.PARTS.get(chosen.part, ()))
-        sys.exit(not gpu_check.main(out, device, chosen.dry, only, chosen.redo, chosen.seconds, chosen.total))
+        unknown = set(chosen.parts) - set(gpu_check.PARTS)
+        if unknown:
+            known = ", ".join(gpu_check.PARTS)
+            parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {known}")
+        parts = chosen.parts or list(gpu_check.PARTS)
+        only = chosen.only or [name for part in parts for name in gpu_check.PARTS[part]]
+        total = chosen.total or sum(gpu_check.TOTALS[part][chosen.dry] for part in parts)
+        limits = chosen.redo, chosen.seconds, total, chosen.data
+        sys.exit(not gpu_check.main(out, device, chosen.dry, only, *limits))
     known = registry(chosen.device) if chosen.command == "ops" else pipelines.registry()
     unknown = set(chosen.names) - set(known)
     if unknown:

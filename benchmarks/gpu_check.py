@@ -1,13 +1,16 @@
 """Everything that only a GPU can tell, in three commands of at most nine minutes each.
 
-``tests`` builds the extension and runs the tests of the device; ``ops`` races the kernels, eagerly and replayed in CUDA
-graphs; ``pipelines`` has the sanitizer and the pipelines. Each is made of sections, each in a process of its own and
-within a time limit.
+``tests`` measures what a capture costs, verifies every kernel, and runs the tests of the device; ``ops`` evaluates a
+model with graphs and without, times training steps, and races the kernels; ``pipelines`` has the ops in detail, the
+sanitizer and the pipelines. The five measurements of `first` come before everything else. ``tests ops`` does both on
+one machine, which compiles their kernels once. Each is made of sections, each in a process of its own and within a
+time limit.
 
 A section ends as passed, failed, or not available (a tool that is not here). What it found is written when it ends, to
 ``DIR/gpu_check/<section>.json``, its output to ``<section>.log``, a summary of all to ``DIR/gpu_check.md``; figures and
-tables go to DIR itself, as the other commands of the benchmarks write them. A second run does what is not done: what
-failed, was left out, or was done by another version, by other sources or on another device.
+tables go to DIR itself, row by row. A second run does what is not done: what failed, was left out, or was done by
+another version, by other sources or on another device. One that was killed goes on where it was: rows that are written
+are not measured again, and tests that passed are not run again.
 
 Every command ends by writing what it changes: DIR's chapter of docs/performance.md, and the races that ship with the
 package. In a rehearsal both are written into DIR alone.
@@ -29,6 +32,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import xml.etree.ElementTree as xml
@@ -43,56 +47,60 @@ from purify_fast import __version__, _library
 from purify_fast._files import write_text
 from purify_fast._lock import folder_lock
 from purify_fast.cli.installation import facts
-from purify_fast.ops import _racing
-from purify_fast.ops._tune import tune
+from purify_fast.ops import REGISTRY, _compiler, _racing
+from purify_fast.ops._tune import known_rows, tune
 from purify_fast.speed import retain_freed_memory
+from purify_fast.speed.cuda_capture import CudaCapture
 
-from . import limits, performance, pipelines, report, shipping
+from . import first, limits, performance, pipelines, report, shipping
+from .context import FAILED, NOT_AVAILABLE, PASSED, Context, Outcome, rows_of
 from .measure import environment
 from .ops import registry
 from .running import RESULTS, Budget, run_ops, run_pipelines
 
 ROOT = Path(__file__).parents[1]
-PASSED, FAILED, NOT_AVAILABLE = "passed", "failed", "not available"
-GRACE = 20.0  # seconds beyond its limit until a section is ended
+#: Seconds beyond its limit until a section is ended, on a GPU and in the rehearsal.
+GRACE = (20.0, 5.0)
 #: By section: the limit in seconds, on a GPU and in the rehearsal on a CPU.
 LIMITS = {
-    "extension": (180, 600),
-    "limits": (20, 20),
-    "tests": (270, 150),
-    "races": (290, 60),
-    "ops": (200, 60),
-    "sanitizer": (150, 60),
-    "pipelines": (340, 45),
+    "captures": (50, 20),
+    "verdicts": (70, 20),
+    "extension": (90, 110),
+    "tests": (230, 110),
+    "standard": (220, 40),
+    "steps": (35, 20),
+    "limits": (10, 10),
+    "replays": (45, 20),
+    "races": (130, 40),
+    "ops": (120, 15),
+    "sanitizer": (110, 20),
+    "pipelines": (250, 45),
 }
 #: The commands, each with its sections.
-PARTS = {"tests": ("extension", "limits", "tests"), "ops": ("races", "ops"), "pipelines": ("sanitizer", "pipelines")}
+PARTS = {
+    "tests": ("captures", "verdicts", "extension", "tests"),
+    "ops": ("standard", "steps", "limits", "replays", "races"),
+    "pipelines": ("ops", "sanitizer", "pipelines"),
+}
+#: The seconds that each command may take, on a GPU and in the rehearsal.
+TOTALS = {"tests": (540, 140), "ops": (540, 95), "pipelines": (540, 65)}
+#: The rows that each section makes, in the folder of the device.
+FILES = {
+    "captures": [first.CAPTURE_COST],
+    "verdicts": [first.VERDICTS],
+    "standard": [first.STANDARD],
+    "steps": [first.STEPS],
+    "replays": [first.REPLAYS],
+    "races": [shipping.FILE],
+    "ops": [report.ROWS],
+    "pipelines": [report.PIPELINES],
+}
 EVERY_OP = ("-m", "benchmarks.every_op")
+#: What pytest runs.
+TESTS = ("tests/gpu",)
 #: What the results depend on.
 SOURCES = ("purify_fast/**/*.py", "kernels/*.py", "csrc/**/*", "benchmarks/**/*.py", "tests/gpu/*.py",
            "tests/conftest.py", "setup.py")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Context:
-    out: Path
-    device: torch.device
-    dry: bool
-    seconds: float
-    tell: Callable[[float, str], None]  # the share that is done, and of what
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def left(self) -> float:
-        return self.seconds - (time.monotonic() - self.started)
-
-
-@dataclass
-class Outcome:
-    state: str
-    summary: str
-    details: dict = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
 
 
 def tail(text: str, lines: int = 30) -> str:
@@ -153,8 +161,10 @@ class Cases:
 
 
 def tests(context: Context) -> Outcome:
-    """tests/gpu: the small tensors side by side, then large ones one at a time."""
-    found = Cases()
+    """tests/gpu: the small tensors side by side, then large ones one at a time; none that has passed already."""
+    before = _passed(context)
+    Path(f"{before}.known").write_text(before.read_text() if before.exists() else "")
+    found = Cases(passed=before.read_text().splitlines() if before.exists() else [])
     rounds = [("kernels", ["-m", "not large"], 0.8), ("large tensors", ["-m", "large"], 1.0)]
     for index, (name, arguments, share) in enumerate(rounds):
         context.tell(index / len(rounds), name)
@@ -169,16 +179,23 @@ def tests(context: Context) -> Outcome:
     return Outcome(PASSED if good else FAILED, summary, dataclasses.asdict(found), late)
 
 
+def _passed(context: Context) -> Path:
+    """The file of the tests that passed, with these sources on this device."""
+    mark = json.dumps(fingerprint(context.device, context.dry), sort_keys=True)
+    return context.out / "gpu_check" / f"tests-{hashlib.blake2b(mark.encode(), digest_size=6).hexdigest()}.passed"
+
+
 def _pytest(context: Context, found: Cases, name: str, arguments: list[str], cores: int, seconds: float) -> None:
     path = context.out / "gpu_check" / "tests.xml"
     path.unlink(missing_ok=True)
     environ = {
         **os.environ,
         "PURIFY_FAST_TEST_DEVICE": context.device.type,
+        "PURIFY_FAST_TEST_PASSED": str(_passed(context)),
         "PURIFY_FAST_TEST_SECONDS": str(max(1.0, seconds)),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-v", f"--junitxml={path}", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *TESTS, "-v", f"--junitxml={path}", "-p", "no:cacheprovider"]
     if cores > 1:
         command += ["-n", str(cores)]
     command += ["--show-capture=no", *arguments]
@@ -186,7 +203,7 @@ def _pytest(context: Context, found: Cases, name: str, arguments: list[str], cor
         assert process.stdout is not None
         last: list[str] = []
         for line in process.stdout:
-            print(line, end="")
+            print(line, end="", flush=True)
             last = [*last, line][-30:]
             share = re.search(r"\[ *(\d+)%\]", line)
             if share:
@@ -250,10 +267,6 @@ def sanitizer(context: Context) -> Outcome:
 def races(context: Context) -> Outcome:
     """`purify-fast tune`, whose file is kept with the results; in a rehearsal, few elements and a folder of its own."""
     retain_freed_memory()
-    if context.dry:
-        os.environ["PURIFY_FAST_CACHE"] = str(context.out / "gpu_check" / "cache")
-        _racing.ELEMENTS["cpu"] = {"small": 2**10, "medium": 2**17}
-        _racing.RUN = 1e-5
     device = context.device
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
@@ -262,12 +275,14 @@ def races(context: Context) -> Outcome:
         limits.run(device, context.dry, context.out)
         known = limits.read(context.out)
     copied = known.get((environment(device)["device"], limits.COPY), 0.0)
-    found = tune(device, seconds=0.9 * context.left, tell=context.tell)
+    capture = CudaCapture() if device.type == "cuda" else None
+    found = tune(device, seconds=0.9 * context.left, capture=capture, tell=context.tell)
     shipping.take(device, context.out)
+    raced = {name: known_rows(op, device) for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
     rows = [
         {"op": op, **dataclasses.asdict(row), "ratio": f"{row.ratio:.3f}", "copy_GB_per_s": f"{copied / 1e9:.1f}",
          "share_of_copy": f"{1e12 * row.megabytes / row.kernel_us / copied:.3f}" if copied else ""}
-        for op, each in found.rows.items()
+        for op, each in raced.items()
         for row in each
     ]  # fmt: skip
     report.write_csv(context.out / "raced.csv", rows)
@@ -284,25 +299,21 @@ def ops(context: Context) -> Outcome:
     retain_freed_memory()
     budget = Budget(context.left, True, {}, tell=context.tell)
     run_ops(list(registry(context.device.type)), context.device, context.dry, context.out, budget)
-    rows = _read(context.out / report.ROWS)
+    rows = rows_of(context.out / report.ROWS)
     wrong = [" ".join(row[k] for k in ("op", "variant", "shape", "dtype")) for row in rows if row["verdict"] == "wrong"]
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("best", "level", "behind")}
     summary = f"{len(rows)} rows: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}, {len(wrong)} wrong"
     return _measured(budget, bool(rows), summary, wrong)
 
 
-def raced(context: Context) -> Outcome:
+def raced_pipelines(context: Context) -> Outcome:
     """`python -m benchmarks pipelines`."""
     budget = Budget(context.left, True, {}, tell=context.tell)
     run_pipelines(list(pipelines.registry()), context.device, context.dry, context.out, budget)
-    rows = _read(context.out / report.PIPELINES)
+    rows = rows_of(context.out / report.PIPELINES)
     wrong = [f"{row['pipeline']} {row['case']}: {row['contestant']}" for row in rows if row["verdict"] == "wrong"]
     cases = {(row["pipeline"], row["case"]) for row in rows}
     return _measured(budget, bool(rows), f"{len(cases)} cases, {len(rows)} contestants, {len(wrong)} wrong", wrong)
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    return report.read_csv(path) if path.exists() else []
 
 
 def _measured(budget: Budget, some: bool, summary: str, wrong: list[str]) -> Outcome:
@@ -314,13 +325,18 @@ def _measured(budget: Budget, some: bool, summary: str, wrong: list[str]) -> Out
 
 
 SECTIONS: dict[str, Callable[[Context], Outcome]] = {
+    "captures": first.capture_cost,
+    "verdicts": first.verdicts,
     "extension": extension,
-    "limits": measured_limits,
     "tests": tests,
+    "standard": first.standard,
+    "steps": first.training_steps,
+    "limits": measured_limits,
+    "replays": first.replays,
     "races": races,
     "ops": ops,
     "sanitizer": sanitizer,
-    "pipelines": raced,
+    "pipelines": raced_pipelines,
 }
 
 
@@ -339,32 +355,50 @@ def fingerprint(device: torch.device, dry: bool) -> dict:
     return {"version": __version__, "sources": sources.hexdigest(), "python": python, "dry": dry, **kept}
 
 
-def _work(pipe, name: str, out: Path, device: torch.device, dry: bool, seconds: float) -> None:
+def _rehearse(out: Path) -> None:
+    """Few elements, short runs, and a folder of verdicts and races of its own."""
+    os.environ["PURIFY_FAST_CACHE"] = str(out / "gpu_check" / "cache")
+    _racing.ELEMENTS["cpu"] = {"small": 2**10, "medium": 2**17}
+    _racing.RUN = 1e-5
+
+
+def _end_with(parent: int) -> None:
+    """End this group of processes once its parent is gone, which would be killed without a chance to do so."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _work(pipe, name: str, context: tuple, parent: int) -> None:
     """A section's process, with the processes that it starts in a group of their own."""
     os.setsid()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    out, device, dry, seconds, data = context
+    if dry:
+        _rehearse(out)
     with (out / "gpu_check" / f"{name}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     tell = lambda share, what: pipe.send(("tell", share, what))  # noqa: E731
     try:
-        outcome = SECTIONS[name](Context(out, device, dry, seconds, tell))
+        outcome = SECTIONS[name](Context(out, device, dry, seconds, tell, data))
         pipe.send(("done", dataclasses.asdict(outcome), ""))
     except Exception as error:
         summary = f"{type(error).__name__}: {error}".splitlines()[0]
         pipe.send(("done", dataclasses.asdict(Outcome(FAILED, summary)), traceback.format_exc()))
 
 
-def run_section(name: str, out: Path, device: torch.device, dry: bool, seconds: float, tell) -> dict:
+def run_section(name: str, out: Path, device: torch.device, dry: bool, seconds: float, tell, data: Path | None) -> dict:
     """The outcome, with its traceback; a section that does not end in time is ended."""
-    began = time.monotonic()
+    began, grace = time.monotonic(), GRACE[dry]
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(theirs, name, out, device, dry, seconds))
+    process = context.Process(target=_work, args=(theirs, name, (out, device, dry, seconds, data), os.getpid()))
     process.start()
     theirs.close()
     outcome, trace = None, ""
     try:
-        while outcome is None and time.monotonic() - began < seconds + GRACE:
+        while outcome is None and time.monotonic() - began < seconds + grace:
             if mine.poll(0.5):
                 kind, *rest = mine.recv()
                 if kind == "tell":
@@ -377,13 +411,13 @@ def run_section(name: str, out: Path, device: torch.device, dry: bool, seconds: 
     finally:
         assert process.pid is not None
         if outcome is not None:
-            process.join(GRACE)
+            process.join(grace)
         with contextlib.suppress(ProcessLookupError):  # what it started must not outlive it either
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()  # it may have had no time to lead a group
         process.join()
     if outcome is None:
-        outcome = dataclasses.asdict(Outcome(FAILED, f"ended {GRACE:.0f} s after its limit of {seconds:.0f} s"))
+        outcome = dataclasses.asdict(Outcome(FAILED, f"ended {grace:.0f} s after its limit of {seconds:.0f} s"))
     return {"section": name, **outcome, "traceback": trace, "seconds": round(time.monotonic() - began, 1)}
 
 
@@ -441,21 +475,46 @@ def conclude(out: Path, dry: bool) -> list[Path]:
     return written
 
 
+def why_no_device() -> str:
+    """Why PyTorch finds no CUDA device, in its own words and with what it was built for."""
+    built = f"this PyTorch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this PyTorch has no CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"{str(error).strip().splitlines()[0].rstrip('.')}; {built}"
+    return f"the driver names {torch.cuda.device_count()} devices; {built}"
+
+
 def main(out: Path, device: torch.device, dry: bool, only: list[str], redo: bool, seconds: float | None,
-         total: float) -> bool:  # fmt: skip
+         total: float, data: Path | None = None) -> bool:  # fmt: skip
     """Run what is not done of the sections; whether all that were asked for passed, or are not available.
 
     Args:
         only: sections; all if empty. redo: those that are done, too. seconds: a section's limit in place of its own.
-        total: seconds for all of them.
+        total: seconds for all of them. data: where CIFAR-10 is.
     """
     out = out.resolve()  # pytest runs in another folder
+    lacking = _compiler.missing()
+    if lacking is not None and not dry:
+        print(f"WARNING: {lacking}", file=sys.stderr)
     with folder_lock(out):
-        return _run(out, device, dry, only=only, redo=redo, seconds=seconds, total=total)
+        return _run(out, device, dry, only=only, redo=redo, seconds=seconds, total=total, data=data)
+
+
+def _begin(name: str, out: Path, mark: dict, redo: bool) -> None:
+    """Remember that a section was begun; what it has so far, of others or to be done again, is removed."""
+    begun = out / "gpu_check" / f"{name}.begun"
+    if redo or not begun.exists() or json.loads(begun.read_text()) != mark:
+        for file in FILES.get(name, []):
+            (out / file).unlink(missing_ok=True)
+        for path in (out / "gpu_check").glob(f"{name}-*.passed*"):
+            path.unlink()
+        shutil.rmtree(out / "gpu_check" / name, ignore_errors=True)
+        write_text(begun, json.dumps(mark))
 
 
 def _run(out: Path, device: torch.device, dry: bool, *, only: list[str], redo: bool, seconds: float | None,
-         total: float) -> bool:  # fmt: skip
+         total: float, data: Path | None) -> bool:  # fmt: skip
     (out / "gpu_check").mkdir(parents=True, exist_ok=True)
     mark, began = fingerprint(device, dry), time.monotonic()
     paths = {name: out / "gpu_check" / f"{name}.json" for name in SECTIONS}
@@ -469,25 +528,21 @@ def _run(out: Path, device: torch.device, dry: bool, *, only: list[str], redo: b
     wanted = [name for name in SECTIONS if name in chosen and (redo or not complete(name))]
     with tqdm(total=len(wanted), unit="section", file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}") as progress:
         for index, name in enumerate(wanted):
-            if results[name] is None or redo:  # rows of other sources do not stay among the new ones
-                for file in {"races": [shipping.FILE], "ops": [report.ROWS], "pipelines": [report.PIPELINES]}.get(
-                    name, []
-                ):
-                    (out / file).unlink(missing_ok=True)
 
             def tell(share: float, what: str, index=index, name=name) -> None:
                 progress.n = index + max(0.0, min(1.0, share))
                 progress.set_description(f"{name}: {what}"[:60], refresh=True)
 
             tell(0.0, "")
-            limit = min(seconds or LIMITS[name][dry], total - (time.monotonic() - began) - GRACE)
+            limit = min(seconds or LIMITS[name][dry], total - (time.monotonic() - began) - GRACE[dry])
             if limit < 5:
                 progress.write(f"{name}: left out, the {total:.0f} s for all are over", file=sys.stderr)
                 continue
+            _begin(name, out, mark, redo)
             built = done(paths["extension"], mark)
             if built and built["details"].get("path"):
                 os.environ["PURIFY_FAST_EXTENSION"] = built["details"]["path"]
-            result = {**run_section(name, out, device, dry, limit, tell), "fingerprint": mark}
+            result = {**run_section(name, out, device, dry, limit, tell, data), "fingerprint": mark}
             result["date"] = datetime.datetime.now().isoformat(timespec="seconds")
             write_text(paths[name], json.dumps(result, indent=1) + "\n")
             results[name] = result

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from purify_fast.speed import retain_freed_memory
+from purify_fast.speed.precision import float32_products
 
 from .flops import Flops
 from .limits import operands
@@ -75,13 +76,14 @@ def _flops(job: Job) -> int:
 
 def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, quick: bool, threads: int) -> None:
     """A contestant's process: makes its job, then answers one command after the other."""
+    stack = contextlib.ExitStack()
     try:
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision("highest")
         device, effort = torch.device(device_type), QUICK if quick else Effort()
         chosen = registry()[pipeline](quick)[case].contestants[contestant]
         if chosen.raised:
             retain_freed_memory()
+        stack.enter_context(float32_products(tf32=chosen.tf32))
         job = chosen.make(device, quick)
         commands = {
             "result": lambda: job.result().double().cpu().numpy(),
@@ -96,6 +98,8 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
             pipe.send((True, commands[command]()))
     except Exception:
         pipe.send((False, traceback.format_exc()))
+    finally:
+        stack.close()
 
 
 class _Process:

@@ -72,7 +72,7 @@ def _tangent_exp(q):
     return slope * (1.0 + tl.maximum(q - TANGENT, 0.0, propagate_nan=tl.PropagateNan.ALL)), slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "tiles"])
 def _columns(logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
     pid = tl.program_id(0).to(tl.int64)
     row, first = pid // tiles, pid % tiles * C
@@ -95,7 +95,7 @@ def _columns(logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr,
     tl.store(out_ptr + row * classes + c, out, mask=c < classes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "tiles"])
 def _columns_backward(
     grad_ptr, logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr, K: tl.constexpr, C: tl.constexpr
 ):
@@ -137,7 +137,7 @@ def _peel_normaliser(logits_ptr, row, samples, classes, K: tl.constexpr, C: tl.c
     return top, tl.sum(total * tl.exp(high - top), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _peel(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     top, total = _peel_normaliser(logits_ptr, row, samples, classes=classes, K=K, C=C)
@@ -148,7 +148,7 @@ def _peel(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
         tl.store(out_ptr + row * classes + c, (s - top) - tl.log(total), mask=c < classes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _peel_backward(grad_ptr, logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     top, total = _peel_normaliser(logits_ptr, row, samples, classes=classes, K=K, C=C)
@@ -167,7 +167,7 @@ def _peel_backward(grad_ptr, logits_ptr, out_ptr, samples, classes, K: tl.conste
         tl.store(out_ptr + at, (_softmax(x, inside) * g[None, :]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     best = tl.full((K,), float("-inf"), tl.float32)

@@ -11,7 +11,7 @@ from ._common import on
 from .pgd_step import _clamp, _l2_direction, _l2_moved, _l2_shrink, _linf_moved, _load, layout
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _linf(
     x_ptr, grad_ptr, nat_ptr, previous_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, momentum, rest, lo, hi,
     WIDTH: tl.constexpr,
@@ -39,7 +39,7 @@ def _offset(
     return (x + momentum * (z - x) + rest * (x - _load(previous_ptr, at, inside))) - nat
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _l2(
     x_ptr, grad_ptr, nat_ptr, previous_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, momentum, rest, lo, hi,
     WIDTH: tl.constexpr,

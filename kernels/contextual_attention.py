@@ -97,7 +97,7 @@ def _column(pointer, stride, n, i, inside, size, width):
     return total + tl.where(i > 0, tl.load(preceding + i, mask=inside & (n > 0), other=0.0), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "height"])
 def _patches(
     x_ptr, inverse_ptr, out_ptr, batch, size, height, width,
     SCALED: tl.constexpr, TOGETHER: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr,
@@ -122,7 +122,7 @@ def _patches(
             tl.store(out_ptr + (sample * size + n) * size + i, total, mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _attend(
     x_ptr, keep_ptr, out_ptr, batch, size, width, scale,
     TOGETHER: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr,
@@ -152,7 +152,7 @@ def _both_ways(pointer, stride, at, inside, x, column, width, VECTOR: tl.constex
     return here + left, here + right
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "height"])
 def _spread(
     x_ptr, out_ptr, batch, size, height, width, TOGETHER: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr
 ):
@@ -190,7 +190,7 @@ def _half_line(pointer, stride, at, inside, x, column, width, RIGHT: tl.constexp
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "height"])
 def _gather(
     grad_ptr, weights_ptr, out_ptr, batch, size, height, width, scale,
     TOGETHER: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr,
@@ -223,7 +223,7 @@ def _gather(
         store_winged(winged, at, slope, inside=inside, size=size, width=width, VECTOR=VECTOR)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "height", "blocks"])
 def _scaled(
     x_ptr, correlation_ptr, inverse_ptr, parts_ptr, out_ptr, batch, size, height, width, blocks,
     QUERIES: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr,

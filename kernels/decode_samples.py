@@ -47,7 +47,7 @@ FEWER_ROWS = {8: 128, 12: 128}
 OLDEST = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "first", "draws", "stream"])
 def _latents(
     seed_ptr, ids_ptr, out_ptr, rows, first, draws, stream,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
@@ -112,7 +112,7 @@ def _products(
 
 
 # long because the kinds share the place of their rows, and Triton compiles only one of them
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "tiles", "first", "draws"])
 def _layer(
     in_ptr, weight_ptr, bias_ptr, map_ptr, out_ptr, samples, tiles, first, draws, slope,
     KIND: tl.constexpr, SQUASH: tl.constexpr, BY_PIXEL: tl.constexpr,
@@ -188,7 +188,7 @@ def _layer(
 
 
 # long because it is two layers, of which the first stays in registers for the second
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "tiles"])
 def _last_two(
     in_ptr, weight_ptr, bias_ptr, last_ptr, shift_ptr, out_ptr, samples, tiles, slope,
     SQUASH: tl.constexpr, BY_PIXEL: tl.constexpr,
@@ -447,7 +447,7 @@ class Decoder:
         parts = steps[0] * steps[1] * (columns // tile["TILE"])
         _layer[grid(blocks, parts)](
             x, weight, bias, out if entered is None else entered, out, len(x), blocks, first, draws, self.slope,
-            KIND=kind, SQUASH=self.squash, BY_PIXEL=by_pixel, HEIGHT=h, WIDTH=w, CHANNELS=channels,
+            KIND=kind, SQUASH=self.squash and kind == IMAGE, BY_PIXEL=by_pixel, HEIGHT=h, WIDTH=w, CHANNELS=channels,
             OUT_HEIGHT=layer.height, OUT_WIDTH=layer.width, OUT_CHANNELS=layer.channels, COLUMNS=columns,
             KERNEL_H=kernel[0], KERNEL_W=kernel[1], STRIDE_H=stride[0], STRIDE_W=stride[1], PADDING=layer.padding,
             **tile,

@@ -26,7 +26,7 @@ def _elu(x):
     return tl.where(x > 0, x, expm1(x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks"])
 def _forward(features_ptr, out_ptr, rows, size, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     row, element, inside = _places(rows, size, blocks, ROWS, WIDTH)
     at = row * 2 * size + element
@@ -36,7 +36,7 @@ def _forward(features_ptr, out_ptr, rows, size, blocks, ROWS: tl.constexpr, WIDT
     tl.store(out_ptr + row * size + element, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks"])
 def _backward(grad_ptr, features_ptr, out_ptr, rows, size, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     row, element, inside = _places(rows, size, blocks, ROWS, WIDTH)
     at = row * 2 * size + element

@@ -15,7 +15,7 @@ from .philox import noise
 REPLAY_NOISE = 5
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _forward(
     x_ptr, adv_ptr, drift_ptr, tau_ptr, eps_ptr, seed_ptr, ids_ptr, out_ptr, size, blocks, lo, hi,
     STREAM: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr,

@@ -72,7 +72,7 @@ def _l2_moved(x_ptr, grad_ptr, at, inside, peak, step, usable):
     return x + tl.where(usable, step * (g / peak), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _linf(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, lo, hi, WIDTH: tl.constexpr):
     pid = tl.program_id(0).to(tl.int64)
     row, element = pid // blocks, pid % blocks * WIDTH + tl.arange(0, WIDTH)
@@ -164,7 +164,7 @@ def _l1_projected(x, nat, shift, moves, lo, hi):
     return _clamp(tl.where(d != d, d, x), lo, hi)  # where nat alone is NaN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chosen"])
 def _l1_whole(
     x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo, hi,
     WIDTH: tl.constexpr,
@@ -229,7 +229,7 @@ def _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, shift, 
     return tl.sum(left, 0), tl.max(largest, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chosen"])
 def _l1(
     x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo, hi,
     WIDTH: tl.constexpr,

@@ -24,7 +24,7 @@ def _keys(seed, start, draw, sample, STREAM: tl.constexpr, WIDTH: tl.constexpr):
     return in_order(a, b, c, d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "blocks", "tiles", "cut"])
 def _owners(
     seed_ptr, ids_ptr, out_ptr, batch, blocks, tiles, cut,
     PARTITION: tl.constexpr, SHARED: tl.constexpr, STREAM: tl.constexpr, WIDTH: tl.constexpr,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ._common import CHUNK, dense, log1p, on, sum_tile, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _forward(logits_ptr, target_ptr, out_ptr, size, chunks, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
     pid = tl.program_id(0).to(tl.int64)
     row, chunk = pid // chunks, pid % chunks
@@ -29,7 +29,7 @@ def _forward(logits_ptr, target_ptr, out_ptr, size, chunks, LENGTH: tl.constexpr
     tl.store(out_ptr + pid, tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _add(parts_ptr, out_ptr, chunks, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((WIDTH,), tl.float32)
@@ -39,7 +39,7 @@ def _add(parts_ptr, out_ptr, chunks, WIDTH: tl.constexpr):
     tl.store(out_ptr + row, tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _backward(grad_ptr, logits_ptr, target_ptr, out_ptr, size, blocks, WIDTH: tl.constexpr):
     pid = tl.program_id(0).to(tl.int64)
     row, element = pid // blocks, pid % blocks * WIDTH + tl.arange(0, WIDTH)

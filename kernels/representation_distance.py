@@ -17,7 +17,7 @@ from ._common import CHUNK, dense, on, sum_tile, tile
 from .pgd_step import _clamp, _load
 
 #: `purify_fast.ops.representation_distance`'s kind by index, and its limits.
-ABS_COSINE, COSINE, ANGULAR, L2 = (tl.constexpr(i) for i in range(4))
+ABS_COSINE, COSINE, L2 = tl.constexpr(0), tl.constexpr(1), 3
 LEAST_NORMS = tl.constexpr(1e-30)
 LEAST_SQUARE_SINE = tl.constexpr(1e-4)
 PI = tl.constexpr(3.141592653589793)
@@ -58,8 +58,8 @@ def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def _angle(dot, uu, vv, KIND: tl.constexpr):
-    """(distance, scale, along)."""
+def _angle(dot, uu, vv, kind):
+    """(distance, scale, along). A few numbers of a row: all kinds are computed, so that one kernel has them all."""
     norms = tl.sqrt_rn(uu) * tl.sqrt_rn(vv)
     nothing = norms < LEAST_NORMS
     uu, vv = tl.where(nothing, 1.0, uu), tl.where(nothing, 1.0, vv)
@@ -67,38 +67,35 @@ def _angle(dot, uu, vv, KIND: tl.constexpr):
     c = along * tl.sqrt_rn(tl.div_rn(uu, vv))  # in this order exactly 1 at u = v
     c = tl.where(norms < float("inf"), _clamp(c, -1.0, 1.0), float("nan"))
     c = tl.where(nothing, 0.0, c)
-    if KIND == ABS_COSINE:
-        distance = tl.maximum(1.0 - tl.abs(c), 0.0, propagate_nan=tl.PropagateNan.ALL)
-        slope = tl.where(c > 0, -1.0, tl.where(c < 0, 1.0, 0.0 * c))  # NaN stays
-    elif KIND == COSINE:
-        distance = tl.maximum(1.0 - c, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        slope = 0.0 * c - 1.0
-    else:
-        distance = _arccos(c) * 0.3183098861837907  # 1 / pi
-        square = tl.maximum(1.0 - c * c, LEAST_SQUARE_SINE, propagate_nan=tl.PropagateNan.ALL)
-        slope = tl.div_rn(-1.0, tl.sqrt_rn(square) * PI)
+    near = tl.where(kind == ABS_COSINE, tl.abs(c), c)
+    square = tl.maximum(1.0 - c * c, LEAST_SQUARE_SINE, propagate_nan=tl.PropagateNan.ALL)
+    angular = kind > COSINE
+    distance = tl.maximum(1.0 - near, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    distance = tl.where(angular, _arccos(c) * 0.3183098861837907, distance)  # 1 / pi
+    slope = tl.where((c > 0) | (kind == COSINE), 0.0 * c - 1.0, tl.where(c < 0, 1.0, 0.0 * c))  # NaN stays
+    slope = tl.where(angular, tl.div_rn(-1.0, tl.sqrt_rn(square) * PI), slope)
     scale = tl.where(nothing, 0.0, tl.div_rn(slope, tl.where(nothing, 1.0, norms)))
     return distance, scale, tl.where(nothing, 0.0, along)
 
 
 @triton.jit
-def _measure(dot, uu, vv, out_ptr, slopes_ptr, at, KIND: tl.constexpr):
-    if KIND == L2:
+def _measure(dot, uu, vv, out_ptr, slopes_ptr, at, kind, DIFFERENCE: tl.constexpr):
+    if DIFFERENCE:
         distance = tl.sqrt_rn(dot)
         moved = distance > 0
         scale = tl.where(moved, tl.div_rn(-1.0, tl.where(moved, distance, 1.0)), 0.0 * distance)
         along = 0.0 * uu + 1.0
     else:
-        distance, scale, along = _angle(dot, uu, vv, KIND)
+        distance, scale, along = _angle(dot, uu, vv, kind)
     tl.store(out_ptr + at, distance)
     tl.store(slopes_ptr + 2 * at, scale)
     tl.store(slopes_ptr + 2 * at + 1, along)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "programs", "layers", "layer", "kind"])
 def _forward(
-    students, teachers, sizes, chunks, parts_ptr, out_ptr, slopes_ptr, programs, layers, layer,
-    KIND: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
+    students, teachers, sizes, chunks, parts_ptr, out_ptr, slopes_ptr, programs, layers, layer, kind,
+    DIFFERENCE: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """``programs`` of a sample; ``layer``: the first one's index among all ``layers``. Without parts, measures."""
     pid = tl.program_id(0).to(tl.int64)
@@ -110,10 +107,13 @@ def _forward(
             size, start = sizes[i], chunk * LENGTH
             u_ptr, v_ptr = students[i] + row * size, teachers[i] + row * size
             dot, uu, vv = _sums(
-                u_ptr, v_ptr, start, end=tl.minimum(start + LENGTH, size), DIFFERENCE=KIND == L2, WIDTH=WIDTH
+                u_ptr, v_ptr, start, end=tl.minimum(start + LENGTH, size), DIFFERENCE=DIFFERENCE, WIDTH=WIDTH
             )
             if parts_ptr is None:
-                _measure(dot, uu, vv, out_ptr=out_ptr, slopes_ptr=slopes_ptr, at=row * layers + layer + i, KIND=KIND)
+                _measure(
+                    dot, uu, vv, out_ptr=out_ptr, slopes_ptr=slopes_ptr, at=row * layers + layer + i, kind=kind,
+                    DIFFERENCE=DIFFERENCE,
+                )  # fmt: skip
             else:
                 tl.store(parts_ptr + pid * 3, dot)
                 tl.store(parts_ptr + pid * 3 + 1, uu)
@@ -121,8 +121,11 @@ def _forward(
         before += chunks[i]
 
 
-@triton.jit
-def _add(parts_ptr, out_ptr, slopes_ptr, chunks, programs, layers, layer, KIND: tl.constexpr, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=["chunks", "programs", "layers", "layer", "kind"])
+def _add(
+    parts_ptr, out_ptr, slopes_ptr, chunks, programs, layers, layer, kind,
+    DIFFERENCE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """A program for every sample and layer, ``programs`` being those of a sample in `_forward`."""
     pid = tl.program_id(0).to(tl.int64)
     row, own = pid // len(chunks), pid % len(chunks)
@@ -138,10 +141,13 @@ def _add(parts_ptr, out_ptr, slopes_ptr, chunks, programs, layers, layer, KIND: 
         uu += _load(parts_ptr, at + 1, inside)
         vv += _load(parts_ptr, at + 2, inside)
     at = row * layers + layer + own
-    _measure(tl.sum(dot, 0), tl.sum(uu, 0), tl.sum(vv, 0), out_ptr=out_ptr, slopes_ptr=slopes_ptr, at=at, KIND=KIND)
+    _measure(
+        tl.sum(dot, 0), tl.sum(uu, 0), tl.sum(vv, 0), out_ptr=out_ptr, slopes_ptr=slopes_ptr, at=at, kind=kind,
+        DIFFERENCE=DIFFERENCE,
+    )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "programs", "layers", "layer"])
 def _backward(
     grad_ptr, students, teachers, slopes_ptr, outs, sizes, blocks, programs, layers, layer, WIDTH: tl.constexpr
 ):
@@ -177,13 +183,14 @@ def forward(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Te
             if programs > len(chunks):
                 parts = torch.empty((batch, programs, 3), dtype=torch.float32, device=device)
             _forward[(batch * programs,)](
-                us, vs, sizes, chunks, parts, out, slopes, programs, layers, layer,
-                KIND=kind, LENGTH=CHUNK, WIDTH=width, num_warps=warps,
+                us, vs, sizes, chunks, parts, out, slopes, programs, layers, layer, kind,
+                DIFFERENCE=kind == L2, LENGTH=CHUNK, WIDTH=width, num_warps=warps,
             )  # fmt: skip
             if parts is not None:
                 _add[(batch * len(chunks),)](
-                    parts, out, slopes, chunks, programs, layers, layer, KIND=kind, WIDTH=PARTS, num_warps=1
-                )
+                    parts, out, slopes, chunks, programs, layers, layer, kind,
+                    DIFFERENCE=kind == L2, WIDTH=PARTS, num_warps=1,
+                )  # fmt: skip
     return out, slopes
 
 

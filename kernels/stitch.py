@@ -30,7 +30,7 @@ def _groups(owners_ptr, groups, line, height, cell, tall, columns, CHANNELS_LAST
     return group[:, None], inside[:, None], owner[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "groups", "line", "height", "cell", "tall", "columns", "blocks", "passes"])
 def _forward(
     images_ptr, owners_ptr, out_ptr, images, size, groups, line, height, cell, tall, columns, blocks, passes,
     CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
@@ -47,7 +47,7 @@ def _forward(
     tl.store(out_ptr + image * size + element, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "groups", "line", "height", "cell", "tall", "columns", "blocks", "passes"])
 def _backward(
     grad_ptr, owners_ptr, out_ptr, images, size, groups, line, height, cell, tall, columns, blocks, passes,
     CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,

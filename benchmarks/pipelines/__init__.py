@@ -24,8 +24,18 @@ Make = Callable[[torch.device, bool], Job]  # device, quick
 
 @dataclass(frozen=True)
 class Contestant:
+    """One column of a case.
+
+    Attributes:
+        make: makes its job.
+        raised: whether glibc's allocator thresholds are.
+        tf32: whether a GPU rounds the operands of its float32 products to ten bits; by default float32 is IEEE's, as
+            this package's own evaluation and training have it.
+    """
+
     make: Make
-    raised: bool  # whether glibc's allocator thresholds are
+    raised: bool
+    tf32: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,12 +64,17 @@ def columns(
 ) -> dict[str, Contestant]:
     """The columns of a pipeline. Ours computes in bfloat16: the plain forms do too, beside float32.
 
-    ``captured`` is ours with its attack's step in a CUDA graph, which only a machine with a GPU can race.
+    Only a machine with a GPU can race the plain form in TF32, which is PyTorch's own default for convolutions, and
+    ``captured``: ours with its attack's step in a CUDA graph.
     """
-    gpu = {} if captured is None or not torch.cuda.is_available() else {"ours, captured": Contestant(captured, True)}
+    rounded, gpu = {}, {}
+    if torch.cuda.is_available():
+        rounded = {"plain, TF32": Contestant(plain, True, tf32=True)}
+        gpu = {} if captured is None else {"ours, captured": Contestant(captured, True)}
     return {
         "plain": Contestant(plain, False),
         "plain, allocator raised": Contestant(plain, True),
+        **rounded,
         "plain, bfloat16": Contestant(partial(_autocast, plain), True),
         "torch.compile of plain": Contestant(compiled, True),
         "torch.compile of plain, bfloat16": Contestant(partial(_autocast, compiled), True),

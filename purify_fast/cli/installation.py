@@ -15,11 +15,11 @@ import torch
 
 from .. import _library
 from .._version import __version__
-from ..ops import REGISTRY
+from ..ops import REGISTRY, _compiler
 from ..ops._op import Op, Style
 from ..ops._races import Call, calls, file_of, nearest, read
 from ..ops._verdicts import Verdict, folder, machine
-from ..ops._verify import kept_verdicts, mode
+from ..ops._verify import by_op, kept_verdicts, mode
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -50,6 +50,12 @@ def _gpu() -> str:
         gpu = torch.cuda.get_device_properties(index)
         found.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
     return "; ".join(found)
+
+
+def _triton() -> str:
+    """Its version, and what it lacks to build kernels."""
+    version, lacking = _version("triton"), _compiler.missing()
+    return f"{version}; WARNING: {lacking}" if lacking is not None and version != "not installed" else version
 
 
 def facts(extension: str | Path | None) -> dict[str, str | None]:
@@ -120,7 +126,7 @@ def _state(op: Op, kind: str, verdicts: dict[str, Verdict]) -> tuple[str, str, s
 def _ops() -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("op", "device", "exists", "serves", "in graphs", "why")]
     devices = {kind: _device(kind) for kind in ("cpu", "cuda")}
-    verdicts = {kind: {} if device is None else kept_verdicts(device) for kind, device in devices.items()}
+    verdicts = {kind: {} if device is None else by_op(kept_verdicts(device)) for kind, device in devices.items()}
     for op in REGISTRY.values():
         for kind, exists in op.available.items():
             forced = op.forced(kind)
@@ -203,7 +209,7 @@ def report() -> str:
         ("this copy", copy()),
         ("python", platform.python_version()),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"),
-        ("triton", _version("triton")),
+        ("triton", _triton()),
         ("platform", f"{platform.system()} {platform.machine()}"),
         ("CPU", f"{_cpu()}; {threads} thread{'s' if threads != 1 else ''}"),
         ("GPU", _gpu()),
@@ -245,6 +251,7 @@ def summary() -> str:
         ("this copy", copy()),
         ("CPU", f"{_cpu()}; {threads} thread{'s' if threads != 1 else ''}"),
         ("GPU", _gpu()),
+        *([("Triton", _triton())] if "WARNING" in _triton() else []),
         ("extension", extension),
         *_served(),
         ("more", "`purify-fast info --all` says who serves which op and why; `purify-fast tune` finds who is fastest"),
@@ -259,7 +266,7 @@ def _served() -> list[tuple[str, str]]:
         device = _device(kind)
         if device is None:
             continue
-        verdicts = kept_verdicts(device)
+        verdicts = by_op(kept_verdicts(device))
         states = [_state(op, kind, verdicts)[0] for op in REGISTRY.values()]
         kernels = sum(state != "reference" for state in states)
         text = f"{words}, kernels serve {kernels} of {len(states)} ops, the reference serves the others"

@@ -34,6 +34,8 @@ class Tune(Command):
     """Race them inside graphs of torch.compile too, which takes minutes more to compile; see --minutes."""
     ops: tuple[str, ...] = ()
     """The ops to race, by the names that `info` lists; default: all that have a kernel there."""
+    again: bool = False
+    """Race again also what is known of this device and of these versions, which is skipped by default."""
     minutes: float | None = None
     """After so long no race begins, and those left out are named; default: 4.5, and 30 with --full."""
 
@@ -50,6 +52,7 @@ class Tune(Command):
         # and so does what imports it
         from ..ops._op import forced_backends
         from ..ops._tune import tune
+        from ..speed.cuda_capture import CudaCapture
 
         device = torch.device(usable_device(self.device))
         if device.type not in ("cpu", "cuda"):
@@ -64,7 +67,11 @@ class Tune(Command):
                 bar.set_description(what[:60], refresh=True)
 
             with alone(device):
-                found = tune(device, seconds=60 * minutes, full=self.full, ops=self.ops, tell=tell)
+                capture = CudaCapture() if device.type == "cuda" else None
+                found = tune(
+                    device, seconds=60 * minutes, full=self.full, ops=self.ops, again=self.again, capture=capture,
+                    tell=tell,
+                )  # fmt: skip
             tell(1.0, "raced")
         print(text(found))
         if forced_backends():
@@ -106,6 +113,8 @@ def text(found: Tuned) -> str:
 
     races = sum(len(rows) for rows in found.rows.values())
     lines = [f"{races} races of {len(found.rows)} ops in {found.seconds:.0f} s; kept in {found.path}"]
+    if found.known:
+        lines.append(f"{found.known} races were known already (--again races them once more)")
     for name, why in found.wrong.items():
         lines.append(f"{name}: its kernel is WRONG on this machine and was not raced: {why}; please report it")
     for name, why in found.failed.items():

@@ -42,7 +42,7 @@ from .fingerprint import fingerprint, fingerprint_or_reason
 from .function_attack import AttackFunction
 from .images import collect
 from .interrupted import short_interrupts
-from .labels import ball_name, precision_name, row_name, threat_name
+from .labels import ball_name, pgd_in_float32, precision_name, row_name, threat_name
 from .measure import Measure
 from .outputs import INSTEAD_OF_PROBABILITIES, as_classifier
 from .progress import Progress
@@ -222,10 +222,7 @@ def _freeze_others(
 def _kept_in(
     out: Path, subject: Subject, name: str, mark: tuple[str | None, str], others: Sequence[Classifier]
 ) -> Iterator[RowCache]:
-    """The rows kept in a folder; within the block the same kernels serve, whatever is found out about them.
-
-    The kernels are verified now, which takes a moment once on a machine: were one found wrong at its first use, the
-    rows of this run would have the name of rows that it had served, and the next run would make them anew.
+    """The rows kept in a folder; within the block the races that decide who serves stay as they are.
 
     Args:
         out: the folder.
@@ -238,8 +235,8 @@ def _kept_in(
     found, reason = mark
     if found is None:
         logger.warning("out: %s %s: its rows are not kept", name, reason)
-    served = decisions(subject.device, verify=True)
-    with held(served, verified=False):
+    served = decisions(subject.device)
+    with held(served):
         cache = RowCache(out, served)
         cache.know(subject.model, found)
         for model in others:
@@ -331,6 +328,7 @@ def _possible(plan: Sequence[AttackSpec], measure: Measure, notes: list[str]) ->
             spec = dataclasses.replace(spec, variant="random")
         if not any(_again(spec, before, measure) for before in kept):
             kept.append(spec)
+    notes += pgd_in_float32(kept, precision_name(subject.model, subject.device), subject.device)
     return _named_apart(kept, measure)
 
 

@@ -17,16 +17,14 @@ from ._examples import of
 from ._op import REGISTRY, Op, forced_backends, forget
 
 
-def decisions(device: torch.device, *, verify: bool) -> dict[str, Any]:
-    """What decides who serves on a device now, as JSON values.
+def decisions(device: torch.device) -> dict[str, Any]:
+    """What decides who serves on a device now, as JSON values; of the kernels those are wrong that are known to be.
 
     Args:
         device: where a run computes.
-        verify: verify every kernel that would serve; else those count as wrong that are known to be.
     """
     having = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
     known = _verify.kept_verdicts(device) if _verify.mode() != "off" else {}
-    wrong = _verify.wrong_kernels(device) if verify else [name for name, one in known.items() if not one.passed]
     # without a GPU its races cannot be read, and nothing serves there
     here = device.type != "cuda" or torch.cuda.is_available()
     digests = {name: op.sources_digest(device.type) for name, op in having.items()}
@@ -34,7 +32,7 @@ def decisions(device: torch.device, *, verify: bool) -> dict[str, Any]:
         "device": device.type,
         "forced": list(forced_backends()),
         "kernels": {name: op.kernel(device.type) for name, op in having.items()},
-        "wrong": sorted(wrong),
+        "wrong": sorted(name for name, one in known.items() if not one.passed),
         "races": _races.entries(digests, device) if here else {},
     }
 
@@ -47,15 +45,15 @@ def _changes_bits(op: Op) -> bool:
 def changing_bits(decided: dict[str, Any]) -> dict[str, Any]:
     """What of `decisions` changes bits of what is computed: that of ops whose kernels may differ from the reference.
 
+    Which kernels are known to be wrong is left out. A kernel that is served has been verified, and the reference serves
+    in place of a wrong one from its first use on, so that what a run computes does not depend on when that was found.
+
     Args:
         decided: as `decisions` gives it.
     """
     bits = {name for name in decided["kernels"] if name in REGISTRY and _changes_bits(REGISTRY[name])}
-    return decided | {
-        "kernels": {name: kernel for name, kernel in decided["kernels"].items() if name in bits},
-        "wrong": [name for name in decided["wrong"] if name in bits],
-        "races": {name: race for name, race in decided["races"].items() if name in bits},
-    }
+    chosen = {what: {name: one for name, one in decided[what].items() if name in bits} for what in ("kernels", "races")}
+    return {what: decided[what] for what in ("device", "forced")} | chosen
 
 
 def as_begun(begun: dict[str, Any] | None, now: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
@@ -78,29 +76,29 @@ def as_begun(begun: dict[str, Any] | None, now: dict[str, Any]) -> tuple[dict[st
         before, here = (", ".join(one["forced"]) or "none" for one in (begun, now))
         told.append(f"it began with PURIFY_FAST_BACKEND {before}, and goes on with {here}")
     bits = {name for name, op in REGISTRY.items() if _changes_bits(op)}
+    newly = {part.partition(" ")[0] for part in set(now["wrong"]) - set(begun["wrong"])}
     lost = [
         name for name, kernel in begun["kernels"].items()
-        if name in bits and name not in begun["wrong"] and (now["kernels"].get(name) != kernel or name in now["wrong"])
+        if name in bits and name not in begun["wrong"] and (now["kernels"].get(name) != kernel or name in newly)
     ]  # fmt: skip
     if lost:
         told.append(f"the kernels of {', '.join(sorted(lost))} that it began with are not here, or are wrong here")
     decided = {**now, "races": begun["races"], "wrong": sorted({*begun["wrong"], *now["wrong"]})}
     names = begun["races"].keys() | now["races"].keys()
     other = {name for name in names if begun["races"].get(name) != now["races"].get(name)}
-    other |= set(begun["wrong"]) - set(now["wrong"])
+    other |= {part.partition(" ")[0] for part in set(begun["wrong"]) - set(now["wrong"])}
     return decided, sorted(other & bits), told
 
 
 @contextlib.contextmanager
-def held(decided: dict[str, Any], *, verified: bool) -> Iterator[None]:
-    """Within the block, and no longer, these decisions hold.
+def held(decided: dict[str, Any]) -> Iterator[None]:
+    """Within the block, and no longer, these decisions hold; a kernel is verified at its first use as ever.
 
     Args:
         decided: as `decisions` gives them.
-        verified: whether the kernels that are not wrong in it serve unasked; else each is verified at its first use.
     """
     kind = decided["device"]
-    with _races.held(kind, decided["races"]), _verify.agreed(decided["wrong"], kind, final=verified):
+    with _races.held(kind, decided["races"]), _verify.agreed(decided["wrong"], kind):
         forget()
         try:
             yield

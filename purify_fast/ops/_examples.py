@@ -138,7 +138,7 @@ AGGREGATED = (
     *((method, (ROWS, 8, 10), 3.0) for method in METHODS),
     *((method, (ROWS, 5, classes), 3.0) for method in ("lse", "mean") for classes in (37, 101)),
     ("peel", (ROWS, 64, 7), 3.0),
-    ("peel", (ROWS, 2, 12), 60.0),
+    ("peel", (ROWS, 8, 12), 60.0),
 )
 #: Where the tangent's slope, exp(70), is a number.
 _WIDE_RANGE = (torch.float32, torch.bfloat16)

@@ -175,7 +175,7 @@ class Op:
         if found is None:
             found, settled = self.wanted(style, device, variant, dtype, bits).backend, True
             if found != "reference":
-                right = _kernel_serves(self, device)
+                right = _kernel_serves(self, device, variant, dtype)
                 settled = right is not None
                 found = found if right else "reference"
             if settled:
@@ -239,16 +239,14 @@ def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torc
     return REGISTRY[name].serving("graph", device, variant, dtype)
 
 
-def _every_kernel_serves(op: Op, device: torch.device) -> bool | None:
-    return True
+Verifier = Callable[[Op, torch.device, str, torch.dtype | None], bool | None]
+
+#: Whether an op's kernel may serve calls of a variant and a dtype on a device; None where that cannot be told yet. The
+#: package sets it to `_verify.serves`, which needs the ops to be defined.
+_kernel_serves: Verifier = lambda op, device, variant, dtype: True  # noqa: E731
 
 
-#: Whether an op's kernel may serve on a device; None where that cannot be told yet. The package sets it to
-#: `_verify.serves`, which needs the ops to be defined.
-_kernel_serves: Callable[[Op, torch.device], bool | None] = _every_kernel_serves
-
-
-def set_verifier(verifier: Callable[[Op, torch.device], bool | None]) -> None:
+def set_verifier(verifier: Verifier) -> None:
     """Let ``verifier`` tell whether kernels may serve, in place of serving every one."""
     global _kernel_serves
     _kernel_serves = verifier

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ ELEMENTS = {
     "cpu": {"small": 2**13, "medium": 2**18, "large": 2**22},
     "cuda": {"small": 2**13, "medium": 2**18, "large": 2**25},
 }
+#: The most elements that are raced of an op whose reference takes a kilobyte for each: 2 ** 25 would take 29 GB.
+MOST = {"decode_samples": 2**22}
 #: How often a race is run that would change who serves: what else the machine does may have decided the first one.
 ATTEMPTS = 3
 #: Seconds of one timed run of one contestant at least.
@@ -75,6 +78,11 @@ class Race:
         """What it is of, as the progress bar says it."""
         return f"{self.op} {self.example.name} {str(self.dtype).removeprefix('torch.')} {self.size}"
 
+    def keys(self, styles: Iterable[str]) -> set[tuple[str, ...]]:
+        """The keys of its rows of these styles."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {(self.example.name, self.example.variant, dtype, self.size, style) for style in styles}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -105,6 +113,11 @@ class Row:
     megabytes: float = 0.0
 
     @property
+    def key(self) -> tuple[str, ...]:
+        """What tells it from the rows of other races of its op."""
+        return self.example, self.variant, self.dtype, self.size, self.style
+
+    @property
     def ratio(self) -> float:
         """Times as fast as the reference."""
         return self.reference_us / self.kernel_us
@@ -123,7 +136,7 @@ def races(op: Op, device: torch.device, dtypes: Iterable[torch.dtype] = DTYPES) 
         for dtype in (one for one in dtypes if one in example.dtypes):
             _, numel = op.weigh(*example.make(dtype, 0))
             for size, wanted in ELEMENTS[device.type].items():
-                times = max(1, round(wanted / numel))
+                times = max(1, round(min(wanted, MOST.get(op.name, wanted)) / numel))
                 if size_of((times * numel).bit_length()) == size:
                     found.append(Race(op.name, example, dtype, size, times))
     return found
@@ -185,18 +198,32 @@ def level(ratio: float, serves: bool) -> bool:
     return ratio >= (LEVEL if serves else 1 / LEVEL)
 
 
-def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The replay of a CUDA graph of one call, which has been made before.
+class Capture(Protocol):
+    """What captures CUDA graphs, such as `purify_fast.speed.cuda_capture.CudaCapture`, which recovers if one fails."""
+
+    def aside(self, device: torch.device) -> AbstractContextManager[None]: ...
+
+    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]: ...
+
+
+def replayed(call: Callable[[], object], device: torch.device, capture: Capture) -> Callable[[], object]:
+    """The replay of a CUDA graph of one call.
 
     Args:
-        call: what is captured.
+        call: what is captured; it runs once before, on the stream on which it is captured.
         device: a GPU.
+        capture: what captures it.
+
+    Raises:
+        RuntimeError: it cannot be captured; the device works as before.
     """
-    graph = torch.cuda.CUDAGraph()
-    # a capture that fails leaves its stream as the current one; the block around it puts the caller's back
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
+
+    def run() -> None:
         call()
-    return graph.replay
+
+    with capture.aside(device):
+        run()
+    return capture.record(run, device)
 
 
 def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], object]:
@@ -215,12 +242,13 @@ def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Calla
 
 
 @torch.no_grad()
-def run_race(race: Race, device: torch.device, full: bool = False) -> list[Row]:
+def run_race(race: Race, device: torch.device, full: bool = False, capture: Capture | None = None) -> list[Row]:
     """The rows of one race.
 
     Args:
         race: what is raced.
         device: where.
+        capture: captures CUDA graphs; None: replays are not raced.
         full: also inside a graph of ``torch.compile``, which takes seconds to compile.
     """
     op = REGISTRY[race.op]
@@ -234,8 +262,8 @@ def run_race(race: Race, device: torch.device, full: bool = False) -> list[Row]:
     del results
     contestants: list[Callable[[], object]] = [lambda: op.reference(*arguments), lambda: op.handle(*arguments)]
     found = {"eager": _settled(contestants, device, serves)}
-    if device.type == "cuda":
-        found["replay"] = _settled([replayed(call, device) for call in contestants], device, serves)
+    if capture is not None:
+        found["replay"] = _settled([replayed(call, device, capture) for call in contestants], device, serves)
     if full:
         found["graph"] = fastest([_in_graph(function, arguments) for function in (op.reference, op.handle)], device)
     shown = str(race.dtype).removeprefix("torch.")

@@ -12,7 +12,9 @@ the reference must be one that compilers do not fuse as well.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -22,10 +24,11 @@ from typing import Any
 
 import torch
 
+from .._files import write_text
 from . import _races
 from ._op import REGISTRY, Op, Style, forget
 from ._races import SIZES, cell
-from ._racing import Race, Row, level, races, run_race
+from ._racing import Capture, Race, Row, level, races, run_race
 from ._verdicts import Verdict
 from ._verify import verdict_of
 
@@ -64,6 +67,7 @@ class Tuned:
         seconds: that it took.
         rows: what it found by op.
         changes: what another backend serves now.
+        known: how many races were known already, and not run again.
         left_out: the races that the time did not suffice for, in words.
         failed: what raised an error, with the error.
         wrong: kernels that are wrong on this machine, with what is wrong; they were not raced.
@@ -73,6 +77,7 @@ class Tuned:
     seconds: float
     rows: dict[str, list[Row]]
     changes: list[Change]
+    known: int
     left_out: list[str]
     failed: dict[str, str]
     wrong: dict[str, str]
@@ -138,7 +143,7 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> dict[str, Any]:
     }
 
 
-def _known_rows(op: Op, device: torch.device) -> list[Row]:
+def known_rows(op: Op, device: torch.device) -> list[Row]:
     """The rows that the user's file has of the op's kernel as it is now."""
     entry = _races.read(device).get("ops", {}).get(op.name, {})
     mine = entry.get("sources") == op.sources_digest(device.type)
@@ -150,8 +155,49 @@ def _known_rows(op: Op, device: torch.device) -> list[Row]:
 
 def merged(old: list[Row], new: list[Row]) -> list[Row]:
     """All rows, the new ones in place of the old ones of the same races."""
-    both = {(row.example, row.variant, row.dtype, row.size, row.style): row for row in (*old, *new)}
-    return list(both.values())
+    return list({row.key: row for row in (*old, *new)}.values())
+
+
+class Journal:
+    """The rows of a run that has not ended, beside the user's file: what is killed goes on where it was.
+
+    Args:
+        device: where the races are run.
+        again: forget the rows of a run that was killed.
+    """
+
+    def __init__(self, device: torch.device, again: bool):
+        self.path, self.kind = _races.file_of(device).with_suffix(".rows"), device.type
+        if again:
+            self.path.unlink(missing_ok=True)
+
+    def add(self, op: Op, rows: list[Row]) -> None:
+        """Append the rows of one race."""
+        with self.path.open("a", encoding="utf-8") as file:
+            line = {"op": op.name, "sources": op.sources_digest(self.kind), "rows": [asdict(row) for row in rows]}
+            # on a line of its own also where the one before was cut short
+            file.write("\n" + json.dumps(line))
+
+    def _lines(self) -> list[dict[str, Any]]:
+        found = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            # the last line of a run that was killed may have no end
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def read(self, op: Op) -> list[Row]:
+        """The rows of the op's kernel as it is now."""
+        own = [one for one in self._lines() if (one["op"], one["sources"]) == (op.name, op.sources_digest(self.kind))]
+        return [Row(**row) for one in own for row in one["rows"]]
+
+    def end(self, ops: set[str]) -> None:
+        """Forget the rows of these ops, which are in the user's file now."""
+        left = [json.dumps(one) for one in self._lines() if one["op"] not in ops]
+        if left:
+            write_text(self.path, "\n".join(left))
+        else:
+            self.path.unlink(missing_ok=True)
 
 
 def changes(op: Op, entry: dict[str, Any], device: torch.device) -> list[Change]:
@@ -200,12 +246,15 @@ def _ordered(chosen: list[Op], device: torch.device, full: bool) -> list[tuple[R
     return plain + [(race, True) for race in first.values()]
 
 
+# long because the steps follow each other, and each is a few lines
 def tune(
     device: torch.device,
     *,
     seconds: float = 270.0,
     full: bool = False,
     ops: Iterable[str] = (),
+    again: bool = False,
+    capture: Capture | None = None,
     tell: Callable[[float, str], None] = lambda share, what: None,
 ) -> Tuned:
     """Verify the kernels of a device, race them, and keep who won in the user's file.
@@ -215,6 +264,8 @@ def tune(
         seconds: no race is begun after so long; what is left out keeps what it had.
         full: also inside graphs of ``torch.compile``.
         ops: names; empty for all that have a kernel for the device.
+        again: also the races that are known of this device and these versions of the package, torch and Triton.
+        capture: captures CUDA graphs, so that replays are raced too; None for a device that has none.
         tell: is told the share that is done, and what is done next.
 
     Returns:
@@ -238,31 +289,44 @@ def tune(
         verdicts[op.name] = verdict_of(op, device)
     wrong = {name: found.words() for name, found in verdicts.items() if not found.passed}
     work = _ordered([op for op in chosen if op.name not in wrong], device, full)
-    rows: dict[str, list[Row]] = {}
+    journal = Journal(device, again)
+    rows = {op.name: found for op in chosen if (found := journal.read(op))}
+    keys = {op.name: {row.key for row in (*([] if again else known_rows(op, device)), *rows.get(op.name, []))}
+            for op in chosen}  # fmt: skip
+    styles = {False: ("eager",) if capture is None else ("eager", "replay"), True: ("graph",)}
+    new = [(race, compiled) for race, compiled in work if not race.keys(styles[compiled]) <= keys[race.op]]
     failed: dict[str, str] = {}
     left_out: list[str] = []
-    for index, (race, compiled) in enumerate(work):
+    for index, (race, compiled) in enumerate(new):
         if time.perf_counter() - began > seconds:
-            left_out = [one.words() for one, _ in work[index:]]
+            left_out = [one.words() for one, _ in new[index:]]
             break
-        tell(0.1 + 0.9 * index / len(work), race.words() + (" compiled" if compiled else ""))
+        tell(0.1 + 0.9 * index / len(new), race.words() + (" compiled" if compiled else ""))
         try:
-            rows.setdefault(race.op, []).extend(run_race(race, device, compiled))
+            found = run_race(race, device, compiled, capture)
         except Exception as error:  # a lack of memory, or a kernel that cannot be captured, ends no other race
             failed[race.words()] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            continue
+        journal.add(REGISTRY[race.op], found)
+        rows[race.op] = merged(rows.get(race.op, []), found)
+        if device.type == "cuda" and race.size == "large":
+            # what its reference and its graphs took would add up with those of other ops
+            torch.cuda.empty_cache()
     made, changed = {}, []
     for name, found in rows.items():
         op = REGISTRY[name]
-        made[name] = decide(op, merged(_known_rows(op, device), found), device)
+        made[name] = decide(op, merged(known_rows(op, device), found), device)
         changed += changes(op, made[name], device)
         made[name]["verified"] = _verified(verdicts[name])
     path = _races.write(device, made, facts)
+    journal.end({op.name for op in chosen})
     forget()
     return Tuned(
         path=path,
         seconds=time.perf_counter() - began,
         rows=rows,
         changes=changed,
+        known=len(work) - len(new),
         left_out=left_out,
         failed=failed,
         wrong=wrong,

@@ -67,6 +67,11 @@ class Verdict:
         """Whether there was no memory to verify the kernel with, so that nothing is known of it."""
         return self.case.startswith(NO_MEMORY)
 
+    @property
+    def share(self) -> float:
+        """The error as a multiple of its budget, which is 0 where bits must agree."""
+        return self.error / self.budget if self.budget else self.error
+
     def words(self) -> str:
         """The finding, as `purify-fast info` and a warning tell it."""
         if self.passed:

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from .. import ops
 from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
-from ..ops._verdicts import machine
 from ..speed.precision import float32_products, whole_float32_by_default
 from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
@@ -127,9 +126,7 @@ def fit(
 @contextlib.contextmanager
 def _served_as_begun(run: Run, device: torch.device) -> Iterator[None]:
     """Within the block the same kernels serve as when the run began, in all of its processes as in the first."""
-    several = processes()[1] > 1
-    here = machine(device) if several else {}
-    now, first = from_first(lambda: [ops.decisions(device, verify=several), here])
+    now = from_first(lambda: ops.decisions(device))
     run.served, kept, told = ops.as_begun(run.served, now)
     if processes()[0] == 0:
         if kept:
@@ -140,8 +137,7 @@ def _served_as_begun(run: Run, device: torch.device) -> Iterator[None]:
             )
         for sentence in told:
             warnings.warn(f"this run does not go on to the bit: {sentence}", RuntimeWarning, stacklevel=3)
-    # on a processor or a GPU of another kind kernels that were right in the first process are verified once more
-    with ops.held(run.served, verified=several and here == first):
+    with ops.held(run.served):
         yield
 
 

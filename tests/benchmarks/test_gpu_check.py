@@ -76,7 +76,7 @@ def slow(context):
 def dead(context):
     os._exit(3)
 gpu_check.SECTIONS.update(extension=bad, limits=slow, sanitizer=dead)
-gpu_check.GRACE = 0.5
+gpu_check.GRACE = (0.5, 0.5)
 if __name__ == "__main__":
     good = gpu_check.main(Path(sys.argv[1]), gpu_check.torch.device("cpu"), True,
                           ["extension", "limits", "sanitizer"], False, 15.0, 100.0)
@@ -98,6 +98,75 @@ def test_a_section_that_fails_stops_no_other(tmp_path):
     page = (tmp_path / "gpu_check.md").read_text()
     assert "ValueError: what went wrong" in page and "Traceback" in page
     assert "after its limit of 15 s" in page and "exit status 3" in page
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from benchmarks import gpu_check
+from benchmarks.context import measured
+def slow(context):
+    def part():
+        time.sleep(1.0)
+        return [{"at": time.time()}]
+    return measured(context, "replays.csv", dict.fromkeys("abc", part))[1]
+gpu_check.SECTIONS["replays"] = slow
+gpu_check.TESTS = ("tests/gpu/test_ops.py", "-k", "compiled_has and (reconstruction or stitch or gated or noisy)")
+if __name__ == "__main__":
+    out, name = Path(sys.argv[1]), sys.argv[2]
+    print(gpu_check.main(out, gpu_check.torch.device("cpu"), True, [name], False, 90.0, 200.0))
+"""
+
+
+@pytest.mark.skipif(not _library.loaded(), reason="the rehearsal needs the compiled extension")
+@pytest.mark.parametrize(("section", "file", "count"), [("replays", "replays.csv", 3), ("tests", "*/*.passed", 7)])
+def test_what_is_killed_goes_on_where_it_was(section, file, count, tmp_path):
+    """Killed after its first row, or its first test that passed: nothing of it lives on, and nothing is done twice."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    out, environ = tmp_path / "out", {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, str(tmp_path / "killed.py"), str(out), section]
+
+    def lines() -> list[str]:
+        return [
+            line for path in out.glob(file) for line in path.read_text().splitlines() if "at" not in line.split(",")
+        ]
+
+    process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not lines():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    time.sleep(1.0)
+    before = lines()
+    time.sleep(1.5)
+    assert 0 < len(before) < count and lines() == before
+    assert states(out) == {}
+    again = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert again.stdout.strip().endswith("True"), again.stderr
+    assert lines()[: len(before)] == before and len(set(lines())) == len(lines()) == count
+    assert states(out) == {section: "passed"}
+    summary = json.loads((out / "gpu_check" / f"{section}.json").read_text())["summary"]
+    assert summary.startswith({"replays": "3 of 3 parts measured", "tests": "7 passed, 0 failed"}[section])
+
+
+def test_why_there_is_no_device_is_told(monkeypatch):
+    def old():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nPlease update.")
+
+    monkeypatch.setattr(torch.cuda, "init", old)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    told = gpu_check.why_no_device()
+    assert told == (
+        "The NVIDIA driver on your system is too old (found version 12020); this PyTorch is built for CUDA 13.0"
+    )
+
+
+def test_a_missing_compiler_is_told_at_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "_run", lambda *given, **options: True)
+    assert gpu_check.main(tmp_path / "out", CPU, False, [], False, None, 1.0)
+    assert "WARNING: there is no C compiler" in capsys.readouterr().err
 
 
 def test_tests_are_counted_with_their_reasons(tmp_path):
@@ -249,24 +318,31 @@ def test_wrong_arguments_are_refused(arguments, message, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_names_the_rehearsal(capsys):
     assert check() == 2
-    assert "no CUDA device is available; --dry rehearses" in capsys.readouterr().err
+    told = " ".join(capsys.readouterr().err.split())
+    assert "no CUDA device is available: " in told and "this PyTorch" in told and "; --dry rehearses" in told
 
 
 def test_the_three_commands_hold_every_section_within_nine_minutes():
     assert [name for part in gpu_check.PARTS.values() for name in part] == list(gpu_check.SECTIONS)
     assert list(gpu_check.LIMITS) == list(gpu_check.SECTIONS)
     for sections in gpu_check.PARTS.values():
-        assert sum(gpu_check.LIMITS[name][0] + gpu_check.GRACE for name in sections) <= 540
+        assert sum(gpu_check.LIMITS[name][0] + gpu_check.GRACE[0] for name in sections) <= 540
+    assert {part: dry for part, (_, dry) in gpu_check.TOTALS.items()} == {"tests": 140, "ops": 95, "pipelines": 65}
+
+
+def test_the_five_measurements_come_first_and_in_their_order():
+    order = [name for name in gpu_check.SECTIONS if name not in ("extension", "limits")]
+    assert order[:6] == ["captures", "verdicts", "tests", "standard", "steps", "replays"]
 
 
 @pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
 def test_the_races_end_in_a_file_that_could_ship_and_in_a_chapter(tmp_path, monkeypatch, capsys):
     """The second command rehearsed, with the races of one op: nothing outside of the folder is written."""
-    monkeypatch.setenv("PURIFY_FAST_CACHE", "")
+    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     kept = {name: op for name, op in REGISTRY.items() if name == "noisy_replay"}
     monkeypatch.setattr("purify_fast.ops._tune.REGISTRY", kept)
     monkeypatch.setattr(gpu_check._racing, "RUN", 1e-5)
-    monkeypatch.setitem(gpu_check._racing.ELEMENTS, "cpu", {})
+    monkeypatch.setitem(gpu_check._racing.ELEMENTS, "cpu", {"small": 2**10})
     out = tmp_path / "cpu"
     context = gpu_check.Context(out, CPU, True, 60.0, lambda share, what: None)
     outcome = gpu_check.races(context)

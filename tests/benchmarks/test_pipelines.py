@@ -34,6 +34,7 @@ from benchmarks.pipelines import (  # noqa: E402
     resnet18,
 )
 from purify_fast.ops import conv2d, use_backend  # noqa: E402
+from purify_fast.speed.precision import float32_settings  # noqa: E402
 
 CPU = torch.device("cpu")
 CASES = [(name, case) for name, cases in registry().items() for case in cases(True)]
@@ -87,6 +88,42 @@ def test_plain_in_bfloat16_is_another_contestant_and_is_bfloat16():
     assert {"plain, bfloat16", "torch.compile of plain, bfloat16"} < set(chosen)
     single, half = (chosen[label].make(CPU, True).result() for label in ("plain", "plain, bfloat16"))
     assert 0 < abs(half - single) < 1e-2 * single and half.dtype == torch.float32
+
+
+class _Commands:
+    """The other end of a contestant's pipe: one command, then the end."""
+
+    def __init__(self, *commands):
+        self.commands, self.answers = [*commands, None], []
+
+    def recv(self):
+        return self.commands.pop(0)
+
+    def send(self, answer):
+        self.answers.append(answer)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_float32_is_ieees_but_for_the_column_of_tf32(tf32, monkeypatch):
+    """PyTorch rounds the operands of convolutions on a GPU by default; the settings are put back after a job."""
+    seen = []
+    now = lambda: seen.append(float32_settings()[0]) or torch.ones(2)  # noqa: E731
+    job = Job(now, now)
+    contestants = {"plain": Contestant(lambda device, quick: now() is None or job, False, tf32)}
+    monkeypatch.setattr(race, "registry", lambda: {"some": lambda quick: {"case": Case("", 0.1, contestants, "")}})
+    before, threads, pipe = float32_settings(), torch.get_num_threads(), _Commands("result", "time")
+    race._work(pipe, "some", "case", "plain", "cpu", True, threads)
+    assert all(done for done, _ in pipe.answers) and len(seen) >= 3
+    assert set(seen) == {(True, "high") if tf32 else (False, "highest")}
+    assert float32_settings() == before
+
+
+def test_a_gpu_has_a_column_of_tf32(monkeypatch):
+    columns = registry()["carso_inference"](True)
+    assert not [one for case in columns.values() for one in case.contestants.values() if one.tf32]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for case in registry()["carso_inference"](True).values():
+        assert [label for label, one in case.contestants.items() if one.tf32] == ["plain, TF32"]
 
 
 def test_the_published_steps_attack_the_same_images_alike():

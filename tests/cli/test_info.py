@@ -18,6 +18,7 @@ from purify_fast.cli import installation
 from purify_fast.ops import REGISTRY, _verdicts, _verify, use_backend
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 def test_report_names_versions_build_and_every_op():
@@ -146,3 +147,13 @@ def test_one_copy_is_named_alone(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [])
     assert installation.copy() == str(Path(purify_fast.__file__).resolve().parent)
     assert installation.copy() in installation.report()
+
+
+def test_both_answers_say_that_triton_has_no_compiler(tmp_path):
+    """In a process that finds neither gcc nor clang, and has no variable CC."""
+    environ = {name: value for name, value in os.environ.items() if name != "CC"} | {"PATH": str(tmp_path)}
+    for more in ([], ["--all"]):
+        command = [sys.executable, "-m", "purify_fast", "info", *more]
+        said = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=ROOT)
+        assert said.returncode == 0, said.stderr
+        assert "there is no C compiler: neither gcc nor clang is on the PATH" in " ".join(said.stdout.split())

@@ -182,7 +182,7 @@ def test_rows_that_others_would_serve_are_made_again(tmp_path):
     few(tmp_path)
     count = len(list((tmp_path / "rows").glob("*.json")))
     device = torch.device("cpu")
-    served = ops.decisions(device, verify=False)
+    served = ops.decisions(device)
     exact, inexact = "stitch", "aggregate"
     for op, more in ((exact, 0), (inexact, count)):
         other = served["races"] | {op: [{"eager": "reference", "graph": "reference", "variants": {}}]}

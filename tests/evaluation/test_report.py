@@ -7,11 +7,12 @@ import torch
 
 from purify_fast import zoo
 from purify_fast._files import atomic, write_text
-from purify_fast.attacks import PGD
+from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import Examples, Report, Row, evaluate, merge, plots
 from purify_fast.evaluation.alarms import Finding
-from purify_fast.evaluation.labels import precision_name
+from purify_fast.evaluation.labels import pgd_in_float32, precision_name
+from purify_fast.evaluation.specs import as_specs
 from purify_fast.speed.precision import float32_products
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -272,3 +273,12 @@ def test_the_precision_of_a_model_is_told():
     x, y = torch.rand(2, 1, 16, 16), torch.zeros(2, dtype=torch.int64)
     assert evaluate(model, x, y, eps=0.1, attacks=[], progress=False).about["precision"] == "bfloat16"
     assert "precision" not in evaluate(model.accelerate(None), x, y, eps=0.1, attacks=[], progress=False).about
+
+
+def test_a_report_says_that_pgd_computes_in_float32_on_a_gpu():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    plan = as_specs([APGD(), PGD()])
+    (note,) = pgd_in_float32(plan, None, gpu)
+    assert "IEEE float32, which is about 5 times as slow as TF32" in note and "an estimate, not measured" in note
+    for given in ((plan, None, cpu), (plan, "tf32", gpu), (plan, "bfloat16", gpu), (as_specs([APGD()]), None, gpu)):
+        assert not pgd_in_float32(*given)

@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from purify_fast import _library, cli
 from purify_fast.cli import installation
@@ -36,6 +40,7 @@ from benchmarks import measure  # noqa: E402
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
+ELEMENTS = _racing.ELEMENTS
 TINY = {"cpu": {"small": 2**10, "medium": 2**17, "large": 2**20}}
 
 
@@ -96,6 +101,9 @@ def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
     assert "raced on this machine" in shown and "0.1 times as fast" in shown and "raced on AMD EPYC" in shown
     timed(monkeypatch, {"reference": 1e-5, "kernel": 1e-6})
     assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0
+    said = capsys.readouterr().out
+    assert "races were known already (--again races them once more)" in said and "Nothing changes" in said
+    assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step", "--again"]) == 0
     assert "10 to 10 times" in capsys.readouterr().out
     assert op.serving("eager", CPU, "linf", wide, 10) == "cpp"
 
@@ -105,7 +113,7 @@ def test_dtype_and_size_decide(monkeypatch):
     op = REGISTRY["sample_latent"]
     lost = {("float32", "small")}
 
-    def run_race(race, device, full=False):
+    def run_race(race, device, full=False, capture=None):
         dtype = str(race.dtype).removeprefix("torch.")
         kernel = 2.0 if (dtype, race.size) in lost else 0.5
         return [row(race.example.name, "", dtype, race.size, kernel_us=kernel)]
@@ -165,7 +173,7 @@ def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch
         found = real(op, device)
         return found if op.name != "philox" else type(found)(**{**vars(found), "passed": False, "error": 1.0})
 
-    def run_race(race, device, full=False):
+    def run_race(race, device, full=False, capture=None):
         if race.op == "stitch":
             raise MemoryError("no room")
         return [row(race.example.name, race.example.variant, "float32", race.size, kernel_us=0.5)]
@@ -200,12 +208,82 @@ def test_a_real_race_in_small(folder, monkeypatch):
     entry = kept["ops"]["noisy_replay"]
     assert entry["sources"] == REGISTRY["noisy_replay"].sources_digest("cpu") and entry["verified"]["error"] == 0
     assert kept["machine"]["torch"] == torch.__version__ and kept["date"]
-    _tune.tune(CPU, ops=["noisy_replay"])
+    assert _tune.tune(CPU, ops=["noisy_replay"]).rows == {}
+    _tune.tune(CPU, ops=["noisy_replay"], again=True)
     again = json.loads(path.read_text())["ops"]["noisy_replay"]
     assert len(again["rows"]) == len(
         {tuple(row[k] for k in ("example", "dtype", "size", "style")) for row in again["rows"]}
     )
     assert "graph" in again  # of the first time, which compiled
+
+
+def test_a_run_that_is_killed_goes_on_where_it_was(monkeypatch):
+    run: list[str] = []
+
+    def run_race(race, device, full=False, capture=None):
+        if len(run) == 3:
+            raise KeyboardInterrupt
+        run.append(race.words())
+        (dtype,) = [str(race.dtype).removeprefix("torch.")]
+        return [row(race.example.name, race.example.variant, dtype, race.size, kernel_us=0.5)]
+
+    monkeypatch.setattr(_tune, "run_race", run_race)
+    with pytest.raises(KeyboardInterrupt):
+        _tune.tune(CPU, ops=["noisy_replay", "stitch"])
+    journal = _races.file_of(CPU).with_suffix(".rows")
+    journal.write_text(journal.read_text() + '\n{"op": "stitch", "sour')  # killed while it wrote
+    run.append("killed")
+    found = _tune.tune(CPU, ops=["noisy_replay", "stitch"])
+    assert len(run) == len(set(run)) == 1 + sum(map(len, found.rows.values())) and found.known == 3
+    assert sum(len(_tune.known_rows(REGISTRY[name], CPU)) for name in found.rows) == len(run) - 1
+
+
+def test_replays_are_captured_by_what_recovers(rerun):
+    """The call runs aside before it is captured; where that fails the race is named, and the next one begins."""
+    race = _tune.races(REGISTRY["noisy_replay"], CPU)[0]
+    assert [one.style for one in _racing.run_race(race, CPU, capture=rerun)] == ["eager", "replay"]
+    assert rerun.recorded == 2 and rerun.replayed > 2
+    rerun.error = RuntimeError("cannot be captured")
+    found = _tune.tune(CPU, ops=["noisy_replay"], capture=rerun)
+    assert not found.rows and len(found.failed) == len(_tune.races(REGISTRY["noisy_replay"], CPU))
+    assert set(found.failed.values()) == {"RuntimeError: cannot be captured"}
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes that lie in tensors at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = weakref.WeakKeyDictionary()
+
+    def gone(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for one in tree_leaves(out):
+            if isinstance(one, torch.Tensor) and one.untyped_storage() not in self.seen:
+                size = one.untyped_storage().nbytes()
+                self.seen[one.untyped_storage()] = size
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(one.untyped_storage(), self.gone, size)
+        return out
+
+
+@pytest.mark.parametrize("op", [name for name, op in REGISTRY.items() if op.launch is not None])
+def test_the_races_of_a_gpu_take_24_gigabytes_at_most(op, monkeypatch):
+    """The reference's tensors, once for eager calls and once for its graph, counted with tensors that hold nothing."""
+    monkeypatch.setattr(_racing, "ELEMENTS", ELEMENTS)
+    large = [race for race in _racing.races(REGISTRY[op], torch.device("cuda")) if race.size == "large"]
+    assert large
+    for race in large:
+        made = race.example.make(race.dtype, 0)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, Memory() as memory, torch.no_grad():
+            given = tree_map_only(torch.Tensor, fake.from_tensor, made)
+            REGISTRY[op].reference(*_examples.tile(given, race.times))
+        assert 0 < 2 * memory.most <= 24e9, (race.words(), memory.most)
 
 
 def test_a_stale_file_is_said_to_be_stale_and_not_used(folder, caplog):
@@ -216,7 +294,7 @@ def test_a_stale_file_is_said_to_be_stale_and_not_used(folder, caplog):
     # after an upgrade it is so of every op: one line for all of them
     assert other.wanted("eager", CPU).backend == "cpp" and len(caplog.records) == 1
     assert "STALE for philox, stitch" in installation.report().replace("\n              ", " ")
-    assert _tune._known_rows(op, CPU) == []
+    assert _tune.known_rows(op, CPU) == []
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_race(tmp_path, monkeypatch, capsys):

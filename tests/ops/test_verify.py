@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from purify_fast import _library
 from purify_fast.ops import (
     REGISTRY,
+    _cases,
+    _compiler,
     _examples,
     _op,
     _races,
@@ -162,6 +164,65 @@ def test_a_kernel_that_raises_does_not_serve_and_is_tried_again_by_the_next_proc
     assert not list(folder.glob("verified-*.json"))
 
 
+@pytest.fixture
+def no_compiler(tmp_path, monkeypatch):
+    """Neither gcc nor clang can be found."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    _verify._say_lacking.cache_clear()
+
+
+def test_without_a_compiler_one_warning_stands_for_all_triton_kernels(make, no_compiler, folder):
+    def failing(x: Tensor) -> Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    ops = [make(failing), make(failing)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for op in ops:
+            op.available["cpu"] = ("reference", "triton")
+            _races.shipped()[0]["ops"][op.name] = {"eager": "triton", "graph": "triton"}
+            assert op(torch.ones(2)).tolist() == [2, 2] and op.served_by(CPU) == "reference"
+    (only,) = caught
+    assert "there is no C compiler: neither gcc nor clang is on the PATH, and CC is not set" in str(only.message)
+    assert not list(folder.glob("verified-*.json"))  # a later process, which may have one, tries again
+
+
+def test_what_triton_lacks_is_told_with_the_way_to_mend_it(no_compiler, monkeypatch, tmp_path):
+    assert "apt-get install gcc" in _compiler.missing()
+    monkeypatch.setenv("CC", "/opt/cc")
+    monkeypatch.setattr(_compiler.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert f"{tmp_path / 'Python.h'} is missing" in _compiler.missing() and "-dev" in _compiler.missing()
+    (tmp_path / "Python.h").touch()
+    assert _compiler.missing() is None
+
+
+def test_what_takes_seconds_shows_its_progress(make, monkeypatch, capsys):
+    op = make(lambda x: x + x)
+    assert op.served_by(CPU) == "cpp" and not capsys.readouterr().err
+    monkeypatch.setattr(_verify, "SLOW", {"cpu"})
+    op = make(lambda x: x + x)
+    assert op.served_by(CPU) == "cpp"
+    assert f"verifies the kernel of {op.name}, once on this machine: 3 of 3, 0.0 s" in capsys.readouterr().err
+
+
+def test_on_a_gpu_calls_of_a_variant_and_dtype_are_verified_by_themselves(make, monkeypatch, folder):
+    """A part that is wrong does not serve; the others do, and what holds in a run is told part by part."""
+    kernel = counted(lambda x: 3 * x if x.dtype == torch.bfloat16 else x + x)
+    op = make(kernel)
+    monkeypatch.setattr(_verify, "part_of", lambda op, device, variant="", dtype=None: _verify.Part(op, variant, dtype))
+    monkeypatch.setattr(_verify, "cases", lambda op, kind, *rest: _cases.cases(op, "cuda", *rest))
+    assert op(torch.ones(2)).tolist() == [2, 2] and kernel.calls == 1 + 1
+    with pytest.warns(RuntimeWarning, match=f"the cpp kernel of {op.name} bfloat16 is wrong"):
+        assert op(torch.ones(2, dtype=torch.bfloat16)).tolist() == [2, 2]
+    assert set(kept(folder)["ops"]) == {f"{op.name} float32", f"{op.name} bfloat16"}
+    assert decisions(CPU)["wrong"] == [f"{op.name} bfloat16"]
+    assert not _verify.by_op(_verify.kept_verdicts(CPU))[op.name].passed
+    with held({**decisions(CPU), "wrong": [f"{op.name} float32"]}):
+        assert op.served_by(CPU, dtype=torch.float32) == "reference"
+    assert op.served_by(CPU, dtype=torch.float32) == "cpp"
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError("no room"), torch.OutOfMemoryError("x"), RuntimeError("CUDA out of memory")]
 )
@@ -294,10 +355,10 @@ import json, sys, time, torch
 from purify_fast.ops import REGISTRY, _verify
 made = []
 verify = _verify._verify
-def slow(op, device, backend):
+def slow(part, device):
     time.sleep(0.5)  # both processes are in the race
-    made.append(op.name)
-    return verify(op, device, backend)
+    made.append(part.name)
+    return verify(part, device)
 _verify._verify = slow
 cpu = torch.device("cpu")
 print(json.dumps({name: REGISTRY[name].served_by(cpu) for name in ("philox", "stitch")} | {"made": made}))
@@ -464,20 +525,21 @@ def test_what_ships_goes_to_the_machine_that_is_most_like_it(monkeypatch):
     assert _races.nearest({"kind": "cuda", "device": "G", "capability": "sm_120"}) is None
 
 
-def test_what_the_first_process_found_holds_in_all_and_no_longer_than_the_run(make):
+def test_what_the_first_process_knows_holds_in_all_and_no_longer_than_the_run(make):
     wrong, right = make(lambda x: 3 * x), make(lambda x: x + x)
     with pytest.warns(RuntimeWarning, match=wrong.name):
-        found = decisions(CPU, verify=True)
+        assert wrong.served_by(CPU) == "reference"
+    found = decisions(CPU)
     assert found["wrong"] == [wrong.name] and found["kernels"][right.name] == "cpp"
     assert right.served_by(CPU) == "cpp"
-    with held({**found, "wrong": [right.name]}, verified=True):  # as if it were wrong there
-        assert right.served_by(CPU) == "reference" and wrong.served_by(CPU) == "cpp"
+    with held({**found, "wrong": [right.name]}):  # as if it were wrong there
+        assert right.served_by(CPU) == "reference" == wrong.served_by(CPU)
     assert right.served_by(CPU) == "cpp" and wrong.served_by(CPU) == "reference"
     raced = {**found, "races": {**found["races"], right.name: [{"eager": "reference", "graph": "reference"}]}}
-    with held(raced, verified=True):  # as if it had lost its race there
+    with held(raced):  # as if it had lost its race there
         assert right.served_by(CPU) == "reference"
     assert right.served_by(CPU) == "cpp"
-    with held(found, verified=False):  # one process: what is not known yet is verified at its first use
+    with held(found):  # what is not known yet is verified at its first use
         another = make(lambda x: 3 * x)
         with pytest.warns(RuntimeWarning, match=another.name):
             assert not _verify.serves(another, CPU)
@@ -485,22 +547,19 @@ def test_what_the_first_process_found_holds_in_all_and_no_longer_than_the_run(ma
 
 def test_a_resumed_run_is_served_as_it_began(make):
     op = make(lambda x: x + x)
-    begun = decisions(CPU, verify=False)
+    begun = decisions(CPU)
     entry = {"sources": op.sources_digest("cpu"), "eager": "reference", "graph": "reference"}
     _races.write(CPU, {op.name: entry}, {"date": "2026-01-02"})
-    now = json.loads(json.dumps(decisions(CPU, verify=False)))
+    now = json.loads(json.dumps(decisions(CPU)))
     decided, kept, told = as_begun(begun, now)
     assert kept == [op.name] and not told and op.served_by(CPU) == "reference"
-    with held(decided, verified=False):
+    with held(decided):
         assert op.served_by(CPU) == "cpp"
     assert as_begun(None, now) == as_begun(now, now) == (now, [], [])
     missing = {**now, "kernels": {}}
     assert "are not here, or are wrong here" in as_begun(begun, missing)[2][0]
     assert "it began on cuda" in as_begun({**begun, "device": "cuda"}, now)[2][0]
     with use_backend("reference"):
-        assert (
-            "PURIFY_FAST_BACKEND none, and goes on with reference"
-            in as_begun(begun, decisions(CPU, verify=False))[2][0]
-        )
+        assert "PURIFY_FAST_BACKEND none, and goes on with reference" in as_begun(begun, decisions(CPU))[2][0]
     exact = {**now, "races": {**now["races"], "stitch": [{"eager": "reference"}]}}
     assert as_begun(now, exact)[1] == []  # its kernel has the reference's bits

@@ -1,6 +1,5 @@
 """A run is served by the kernels that it began with, whatever is raced between two parts of it."""
 
-import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -78,24 +77,16 @@ def test_a_race_between_two_parts_of_a_run_changes_nothing(tmp_path, monkeypatch
     _op.forget()
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_another_kind_of_machine_verifies_for_itself(alike, monkeypatch):
-    """What the first process of a distributed run found right says nothing about another processor or GPU."""
-    held = []
-
-    @contextlib.contextmanager
-    def hold(decided, *, verified):
-        held.append(verified)
-        yield
-
-    def from_first(make):
-        decided, first = make()
-        return [decided, first if alike else first | {"device": "another"}]
-
+def test_every_process_takes_what_the_first_knows_and_verifies_the_rest_for_itself(monkeypatch, tmp_path):
+    """What is wrong in the first process serves in none; what was right there says nothing about another GPU."""
+    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_verify, "_known", {})
+    verified, verify = [], _verify._verify
+    monkeypatch.setattr(_verify, "_verify", lambda part, device: verified.append(part.name) or verify(part, device))
     monkeypatch.setattr(loop, "processes", lambda: (1, 2))
-    monkeypatch.setattr(loop, "from_first", from_first)
-    monkeypatch.setattr(loop.ops, "held", hold)
-    monkeypatch.setattr(loop.ops, "decisions", lambda device, verify: {"device": device.type})
+    monkeypatch.setattr(loop, "from_first", lambda make: make() | {"wrong": ["stitch"]})
     with loop._served_as_begun(SimpleNamespace(served=None), CPU):
-        pass
-    assert held == [alike]
+        assert REGISTRY["stitch"].serving("eager", CPU) == "reference" and not verified
+        assert REGISTRY["philox"].serving("eager", CPU) == "cpp" and verified == ["philox"]
+    assert REGISTRY["stitch"].serving("eager", CPU) == "cpp"
+    _op.forget()
