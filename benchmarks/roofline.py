@@ -30,7 +30,7 @@ from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
 
 from . import report
-from .captures import ATTACKS, COUNTED_STEPS, per_step
+from .captures import ATTACKS, COUNTED_STEPS, kernels_serve, per_step
 from .flops import Flops
 from .launches import Replays, served
 
@@ -114,9 +114,12 @@ def of_attack(attack: Callable[..., Tensor], size: int) -> Count:
     torch.manual_seed(0)
     model = Half(PreActResNet18(num_classes=CLASSES))
     x = torch.rand(size, *SHAPE)
-    beside, _ = per_step(model, x, attack, True)
-    y = model(x).argmax(1)
-    short, long = (_counted(lambda steps=steps: attack(model, x, y, steps=steps, eps=1e-6)) for steps in COUNTED_STEPS)
+    with kernels_serve():
+        beside, _ = per_step(model, x, attack, True)
+        y = model(x).argmax(1)
+        short, long = (
+            _counted(lambda steps=steps: attack(model, x, y, steps=steps, eps=1e-6)) for steps in COUNTED_STEPS
+        )
     steps = COUNTED_STEPS[1] - COUNTED_STEPS[0]
     launches, moved, flop = ((b - a) / steps for a, b in zip(short, long, strict=True))
     return Count(launches, beside, moved, flop)
