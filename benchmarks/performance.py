@@ -165,13 +165,14 @@ def lost(rows: list[dict]) -> list[str]:
         ]
     behind = [line for line in found if not line["behind_graph"].startswith("0/")]
     graphs = ", ".join(f"{line['op']} {line['direction']} {line['behind_graph']}" for line in behind)
+    kernels = ", ".join(f"{line['op']} {line['direction']}" for line in found if line["in_graphs"] != "reference")
     return [
         "### Where we lose",
         "",
         *where,
         "",
-        "In compiled graphs the reference serves always; as an opaque op there our kernel would lose in: "
-        f"{graphs or 'none'}.",
+        f"In compiled graphs the reference serves {f'but for {kernels}' if kernels else 'always'}; as an opaque op "
+        f"there our kernel would lose in: {graphs or 'none'}.",
     ]
 
 
