@@ -75,8 +75,8 @@ class Half(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        folded = fold_batchnorm(model.eval()).to(torch.bfloat16, memory_format=torch.channels_last)
-        self.inner = folded.requires_grad_(False)
+        fold_batchnorm(model.eval(), torch.rand(1, *SHAPE))
+        self.inner = model.to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x.to(torch.bfloat16, memory_format=torch.channels_last)).float()
