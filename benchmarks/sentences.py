@@ -34,7 +34,7 @@ def claims(text: str) -> list[tuple[int, str]]:
 
 
 def check(root: Path = ROOT) -> list[str]:
-    """What README, the pages of docs and the titles of the zoo's cards claim without naming a recipe.
+    """What README, changes, docs, docstrings and the titles of the zoo's cards claim without naming a recipe.
 
     Args:
         root: the repository.
@@ -45,7 +45,8 @@ def check(root: Path = ROOT) -> list[str]:
     docs = root / "docs"
     pages = [path for path in sorted(docs.rglob("*.md")) if path.relative_to(docs).parts[0] not in _GENERATED]
     found = []
-    for path in [root / "README.md", *pages]:
+    sources = sorted((root / "purify_fast").rglob("*.py"))
+    for path in [root / "README.md", root / "CHANGELOG.md", *pages, *sources]:
         text = path.read_text()
         found += [(path, line, sentence) for line, sentence in claims(text)]
     for card in sorted((root / "purify_fast" / "zoo" / "models").glob("*/card.json")):

@@ -114,7 +114,10 @@ ENTRIES = {
         1,
     ),
     "cifar10-arrest-w16": _cifar10(
-        "A PreActResNet-18 of width 16 on CIFAR-10 (JPEG 75), finetuned by ARREST.", "ARREST", "ARREST", 0
+        "A PreActResNet-18 of width 16 on CIFAR-10 (JPEG 75), finetuned by ARREST with a moving average of weights.",
+        "ARREST",
+        "ARREST, moving average",
+        0,
     ),
     "cifar10-carso-pipeline-w16": _cifar10_defence(
         "CARSO on cifar10-pgd-at-w16, then trained through the whole pipeline; stored in bfloat16.",

@@ -89,8 +89,8 @@ class FullyConnected(nn.Module):
         std: likewise, the standard deviations (default: MNIST's).
 
     ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1] -> log-probabilities ``[B, num_classes]``: a Mish and a
-    log-softmax follow the last linear layer, as published. The outputs of ``body.1``, ``body.5``, ``body.9`` (every
-    Mish) are the published representation, 290 numbers.
+    log-softmax follow the last linear layer, as in the recipe carso/mnist_v1. The outputs of
+    ``body.1``, ``body.5``, ``body.9`` (every Mish) are its representation, 290 numbers.
 
     Raises:
         ValueError: no hidden layer, fewer than 2 classes, counts below 1.

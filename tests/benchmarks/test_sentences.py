@@ -50,9 +50,13 @@ def test_the_check_names_file_line_and_sentence(tmp_path, monkeypatch):
     (tmp_path / "docs" / "deep" / "page.md").write_text("# A page\n\nAll is well. AToP as\npublished loses.\n")
     (tmp_path / "docs" / "api" / "made.md").write_text("As published.")
     (tmp_path / "README.md").write_text("CARSO as published (`carso/cifar10`).")
+    (tmp_path / "CHANGELOG.md").write_text("- As published.")
+    (tmp_path / "purify_fast" / "made.py").write_text('"""AToP as published."""')
     what = "says as published, and names no recipe such as carso/cifar10"
     assert sentences.check(tmp_path) == [
+        f"CHANGELOG.md:1: {what}: - As published.",
         f"docs/deep/page.md:3: {what}: AToP as published loses.",
+        f'purify_fast/made.py:1: {what}: """AToP as published."""',
         f"purify_fast/zoo/models/one/card.json:3: {what}: CARSO, trained as published.",
     ]
     monkeypatch.setattr(sentences, "check", lambda: ["README.md:1: found"])

@@ -160,19 +160,24 @@ def test_batches_and_attacks(name):
 @pytest.mark.parametrize("official_code", [False, True])
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_steps_at_the_recipes_size(name, official_code):
-    """The first step of the schedule and the last, with one step of PGD."""
+    """The first step of the schedule and the last, with one step of PGD; of AToP also both sides of the delay."""
     made, task = built(name, official_code, **quick(name, official_code))
     length, images = length_of(made), 2 if name.startswith("atop") else 8
     x, y = torch.rand(images, *made.image_shape), torch.arange(images) % 10
     seen = set()
-    for step in (0, length.steps - 1):
+    steps, terms = {0, length.steps - 1}, task.terms(length)
+    if name.startswith("atop") and not official_code:
+        steps |= {max(terms["cross_entropy"] - 1, 0), terms["cross_entropy"]}
+    for step in sorted(steps):
         epoch = step // length.steps_per_epoch
         set_learning_rate(task, task.learning_rate(step / length.steps, epoch, length.epochs))
         batch = Batch(x, y, torch.arange(images), 0, epoch, length.epochs, step, length.images_before(step))
         measured = train_step(task, batch)
+        if name.startswith("atop"):
+            assert ("cross_entropy" in measured) == (step >= terms["cross_entropy"]), step
         assert all(value.isfinite() for value in measured.values()), measured
         seen |= set(measured)
-    assert set(task.terms(length)) <= seen
+    assert set(terms) <= seen
 
 
 def trained(name, folder=None, **settings):

@@ -106,6 +106,8 @@ def _recipe(name: str, title: str, network: dict[str, Fact], note: str) -> Arres
         title,
         facts,
         (
+            "There is no official code: all of this is from a re-implementation (sgmath12/FAT), and official_code=True "
+            "does what that does where the paper is told or believed to say otherwise.",
             note,
             "How the classifier that ARREST begins with was trained is known by its epochs alone.",
             "The order of the images, the crops and the random starts are drawn otherwise.",

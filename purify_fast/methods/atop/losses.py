@@ -1,4 +1,4 @@
-"""The losses of AToP's training: pre-training, fine-tuning as published, and through the whole pipeline.
+"""The losses of AToP's training: pre-training, the paper's objective, and through the whole pipeline.
 
 With x' adversarial, t a random transform of x' (in [-1, 1]), (x1, x2) = g(t, m) the coarse and the refined image,
 

@@ -1,6 +1,7 @@
-"""The losses of CARSO's training: as published, and through the whole pipeline.
+"""The losses of CARSO's training: the paper's objective, and through the whole pipeline.
 
-Published (arXiv 2306.06081, section 4): x~ is clean or adversarial against the classifier alone, x its clean image,
+The paper's objective (arXiv 2306.06081, section 4): x~ is clean or adversarial against the classifier alone, x its
+clean image,
 
     loss = sum BCE(decoder(z, c(x~)), x) + beta(epoch) KL(q(z | x~, c) | N(0, I)),   z ~ q, per image
 

@@ -116,7 +116,7 @@ def _v4(
         "data.mean": mean,
         "data.std": std,
         "start.classifier": start,
-        "defence.layers": Fact(tuple(representation_layers(28)), "code", f"{at}:177"),
+        "defence.layers": Fact(tuple(representation_layers(28)), "code", f"{at}:{178 if c else 177}"),
         "defence.version": Fact("v4", "inferred", "versions 4 to 6 of arXiv 2306.06081"),
         "defence.samples": Fact(8, "code", "src/eval_a.py:86"),
         "defence.encoder_depth": Fact(4 if c else 3, "code", "src/tooling/modelpieces.py"),
@@ -136,6 +136,17 @@ def _v4(
         "loop.drop_last": Fact(False, "code", f"{at}:158 (the loader's default)"),
         "loop.padding": Fact(0, "code", f"{at}:140 (no crop)"),
         "loop.flip": Fact(False, "code", f"{at}:140 (no flip)"),
+        "run.attacks": Fact(
+            "PGD and FGSM, each at eps 4/255 and 8/255", "code", f"{at}:251,263; src/tooling/attacks.py:79-107 (PGD)"
+        ),
+        "run.schedule": Fact(
+            "from 5e-9 up to the rate in an eighth of the epochs, flat for an eighth, down to 1.25e-8 times the batch",
+            "code",
+            f"{at}:{52 + head}-{57 + head}",
+        ),
+        "run.beta": Fact(
+            "0 for an eighth of the epochs, then up to 1 in a twenty-fourth", "code", f"{at}:{59 + head}-{61 + head}"
+        ),
         "run.processes": Fact(4 if script == "train_b" else 8, "code", f"{shell}:7"),
         "evaluation.attack": Fact("AutoAttack, version rand", "code", "src/eval_a.py:225"),
         "evaluation.output": Fact("PeeL", "code", "src/eval_a.py:93"),

@@ -210,7 +210,7 @@ class DeepFillGenerator(nn.Module):
 
     Args:
         in_channels: C + 2 with C channels of the image.
-        width: 48 as published; a multiple of 4.
+        width: 48 in the authors' notebooks; a multiple of 4.
 
     ``forward(packed, mask) -> (coarse, refined)``:
 
