@@ -186,7 +186,7 @@ COUNTS = {
     # the share of l1 falls too, so that its step is taken by the host, in one operator where a kernel serves
     "l1": (pgd, {"norm": "l1", "alpha": 0.01}, 48, 6),
     # what decides on the step and on who leaves
-    "APGD": (apgd, {"leave_when_fallen": False}, 79, 55),
+    "APGD": (apgd, {"leave_when_fallen": False}, 75, 55),
     # two projections, their weights, and which point is the nearest; views count
     "FAB": (fab_t, {"n_target_classes": 1}, 100, 45),
 }

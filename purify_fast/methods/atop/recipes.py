@@ -128,6 +128,16 @@ def _at(notebook: str, what: str) -> str:
     return f"{notebook}:{_LINES[what][_NOTEBOOKS.index(notebook)]}"
 
 
+def _evaluations(notebook: str) -> dict[str, Fact]:
+    """How the authors attack, in a notebook and in the released evaluation."""
+    attacked = "FGSM, BIM, EOTPGD and PGD-20 on the classifier alone, then purified, 512 images"
+    cell = "evaluate.ipynb, second code cell with content, lines 59-102 and 144"
+    return {
+        "evaluation.while_training": Fact(attacked, "code", _at(notebook, "attack") + " and after"),
+        "evaluation.released": Fact("AutoAttack standard on generator and classifier", "code", cell),
+    }
+
+
 def _notebook(name: str, notebook: str, title: str, changes: dict[str, Fact], more: tuple[str, ...] = ()) -> AtopRecipe:
     """A notebook, as it differs from cifar-miss-gau-adv.
 
@@ -192,16 +202,8 @@ def _notebook(name: str, notebook: str, title: str, changes: dict[str, Fact], mo
         "loop.padding": code(0, "augmentation", " (no crop)"),
         "loop.flip": code(True, "flip"),
         "loop.seed": code(777, "seed"),
-        "evaluation.while_training": code(
-            "FGSM, BIM, EOTPGD and PGD-20 on the classifier alone, then purified, 512 images", "attack", " and after"
-        ),
-        "evaluation.released": Fact(
-            "AutoAttack standard on generator and classifier",
-            "code",
-            "evaluate.ipynb, second code cell with content, lines 59-102 and 144",
-        ),
     }
-    return AtopRecipe(f"atop/{name}", title, {**facts, **changes}, (*_NOT_REPRODUCED, *more))
+    return AtopRecipe(f"atop/{name}", title, {**facts, **_evaluations(notebook), **changes}, (*_NOT_REPRODUCED, *more))
 
 
 def _rt1(notebook: str) -> dict[str, Fact]:

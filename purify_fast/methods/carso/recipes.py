@@ -90,6 +90,23 @@ class CarsoRecipe(Recipe):
         return CarsoTask(defence, self.config(official_code))
 
 
+def _run(at: str, head: int) -> dict[str, Fact]:
+    """What a script's training does beside the numbers of its configuration.
+
+    Args:
+        at: the script.
+        head: by how many lines its head is longer than that of train_a.
+    """
+    rate = "from 5e-9 up to the rate in an eighth of the epochs, flat for an eighth, down to 1.25e-8 times the batch"
+    attacks = f"{at}:251,263; src/tooling/attacks.py:79-107 (PGD)"
+    beta = "0 for an eighth of the epochs, then up to 1 in a twenty-fourth"
+    return {
+        "run.attacks": Fact("PGD and FGSM, each at eps 4/255 and 8/255", "code", attacks),
+        "run.schedule": Fact(rate, "code", f"{at}:{52 + head}-{57 + head}"),
+        "run.beta": Fact(beta, "code", f"{at}:{59 + head}-{61 + head}"),
+    }
+
+
 def _v4(
     name: str, title: str, script: str, *, start: Fact, mean: Fact, std: Fact, **numbers: tuple[Any, str]
 ) -> CarsoRecipe:
@@ -136,17 +153,7 @@ def _v4(
         "loop.drop_last": Fact(False, "code", f"{at}:158 (the loader's default)"),
         "loop.padding": Fact(0, "code", f"{at}:140 (no crop)"),
         "loop.flip": Fact(False, "code", f"{at}:140 (no flip)"),
-        "run.attacks": Fact(
-            "PGD and FGSM, each at eps 4/255 and 8/255", "code", f"{at}:251,263; src/tooling/attacks.py:79-107 (PGD)"
-        ),
-        "run.schedule": Fact(
-            "from 5e-9 up to the rate in an eighth of the epochs, flat for an eighth, down to 1.25e-8 times the batch",
-            "code",
-            f"{at}:{52 + head}-{57 + head}",
-        ),
-        "run.beta": Fact(
-            "0 for an eighth of the epochs, then up to 1 in a twenty-fourth", "code", f"{at}:{59 + head}-{61 + head}"
-        ),
+        **_run(at, head),
         "run.processes": Fact(4 if script == "train_b" else 8, "code", f"{shell}:7"),
         "evaluation.attack": Fact("AutoAttack, version rand", "code", "src/eval_a.py:225"),
         "evaluation.output": Fact("PeeL", "code", "src/eval_a.py:93"),
