@@ -174,3 +174,11 @@ def test_the_doubled_range_of_the_released_code_reaches_the_classifier():
         defence = Atop(Spy(), SmallGenerator(3, width=4), (3, 8, 8))
         fit(AtopTask(defence, AtopConfig(cls_delay=0, classifier_range=kind)), x, y, FitConfig(1, 4), progress=False)
         assert (seen["least"] < 0) is negative
+
+
+@pytest.mark.parametrize(
+    "delay, unit", [(float("inf"), "images"), (float("nan"), "steps"), (-1, "epochs"), (1.5, "share")]
+)
+def test_a_delay_that_is_no_length_is_refused_by_name(delay, unit):
+    with pytest.raises(ValueError, match=f"kl_delay must be .*, got {delay}"):
+        CarsoConfig(kl_delay=delay, kl_delay_unit=unit)

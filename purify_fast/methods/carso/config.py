@@ -140,8 +140,9 @@ class CarsoConfig:
             raise ValueError(f"lookahead_alpha must be in (0, 1], got {self.lookahead_alpha}")
         if not 0 <= self.adversarial_fraction <= 1:
             raise ValueError(f"adversarial_fraction must be in [0, 1], got {self.adversarial_fraction}")
-        if not 0 <= self.kl_delay <= (1 if self.kl_delay_unit == "share" else inf):
-            least = "in [0, 1] as a share of the epochs" if self.kl_delay_unit == "share" else "at least 0"
+        if not 0 <= self.kl_delay < inf or (self.kl_delay_unit == "share" and self.kl_delay > 1):
+            share = self.kl_delay_unit == "share"
+            least = "in [0, 1] as a share of the epochs" if share else "at least 0, and finite"
             raise ValueError(f"kl_delay must be {least}, got {self.kl_delay}")
 
     def kl_delay_of(self, epochs: int) -> tuple[float, DelayUnit]:
