@@ -49,7 +49,7 @@ def _begun(x_ptr, w_ptr, b_ptr, row, lane, size, WIDTH: tl.constexpr):
 def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WIDTH: tl.constexpr):
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
-    _, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
+    largest, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
     # what the coordinates at the border bring, and what the others bring per t, decide the next t; it grows until no
     # further coordinate reaches the border, and is infinite where all are there and the plane is not reached
     reached, ahead = -1.0, 0.0
@@ -58,7 +58,7 @@ def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WID
         filled, rate = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
         for first in range(0, size, WIDTH):
             at, inside = row * size + first + lane, first + lane < size
-            slope, room, _ = _way(x_ptr, w_ptr, at, inside=inside, scale=scale, side=side, lo=lo, hi=hi)
+            slope, room, way = _way(x_ptr, w_ptr, at, inside=inside, scale=scale, side=side, lo=lo, hi=hi)
             unit = 1.0 if ALIKE else slope
             short = reached * unit < room
             filled += tl.where(short, 0.0, slope * room)
