@@ -227,8 +227,12 @@ def test_two_runs_of_the_command_line(tmp_path, holder, capsys):
         assert cli.main([*words, str(tmp_path / "run")]) == 2
         assert f"process {holder.pid} on" in capsys.readouterr().err
     (tmp_path / "model").mkdir()
-    assert cli.main(["evaluate", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--eps", "0.1"]) == 2
-    assert f"process {holder.pid} on" in capsys.readouterr().err
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\ndef make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10))\n"
+    )
+    for attacked in (tmp_path / "model", "zoo:digits-pgd-at", f"{tmp_path}/mine.py:make"):
+        assert cli.main(["evaluate", str(attacked), "--out", str(tmp_path / "run"), "--eps", "0.1"]) == 2
+        assert f"process {holder.pid} on" in capsys.readouterr().err
 
 
 def test_a_second_race_of_the_same_kernels(tmp_path, monkeypatch, capsys):

@@ -137,10 +137,10 @@ def _run(arguments: list[str]) -> None:
 
 def _writable(command: Command | Train) -> Path | None:
     """The folder that a command writes, if what it is for is there: a mistyped name makes no folder."""
-    folder = command.writes()
     if isinstance(command, Evaluate) and not command.attacked.is_dir():
+        # a model of the zoo or of the user's own: `Evaluate.run` locks the folder once the model has been found
         return None
-    return folder
+    return command.writes()
 
 
 def _rank() -> int:

@@ -197,7 +197,9 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
     if not is_named(text):
         if weights is not None:
             raise ValueError(f"--classifier-weights {weights}: the folder {classifier} brings its own")
-        return load_classifier(saved_folder(classifier)).to(images.y_train.device)
+        saved = load_classifier(saved_folder(classifier)).to(images.y_train.device)
+        refuse_other_images(saved, images, f"the classifier in {classifier}")
+        return saved
     if weights is None and text.partition(":")[0] in LIBRARIES:
         raise ValueError(
             f"--classifier {text} has fresh weights: give trained ones with --classifier-weights, or train it first "
@@ -230,7 +232,7 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
 
     Args:
         model: a defence, or one of this package's classifiers.
-        images: what it is to be attacked on.
+        images: what it is to be trained or attacked on.
         what: how the model is called in the message.
     """
     # PyTorch takes 1.8 seconds to import: --help does without it
@@ -245,7 +247,8 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
         facts: dict[str, Any] = model.arguments  # type: ignore[assignment]
         wanted_channels, wanted, classes = facts["in_channels"], facts.get("image_size", size), facts["num_classes"]
     if list(wanted) != list(size):
-        raise ValueError(f"images are {_size(size)}, {what} was trained on {_size(wanted)}")
+        hint = f"; --size {' '.join(map(str, wanted))} resizes the images"
+        raise ValueError(f"images are {_size(size)}, {what} was trained on {_size(wanted)}{hint}")
     if wanted_channels != channels:
         raise ValueError(f"images have {channels} channels, {what} was trained on {wanted_channels}")
     if images.num_classes > classes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import ClassVar
 
-from .._validation import check_literal
+from .._validation import check_types
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,7 @@ class Command(ABC):
     """The run.yaml of an earlier run. It gives this command's defaults; options on the command line win over them."""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            for kind in (hint, *get_args(hint)):
-                if get_origin(kind) is Literal:
-                    value = getattr(self, name)
-                    for one in value if isinstance(value, tuple) else (value,):
-                        if one is not None or type(None) not in get_args(hint):
-                            check_literal(name, one, kind)
+        check_types(self)
 
     @abstractmethod
     def run(self) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import tyro
 
+from .._lock import folder_lock
 from .classifiers import (
     is_named,
     own_folder,
@@ -64,7 +65,7 @@ class Evaluate(DataCommand):
     """Held-out images to attack: so many, chosen by the seed, equally many of every class up to one.
     Where there are fewer, all of them are attacked, and the report says so."""
     steps: int = 100
-    """Steps of the attacks that follow gradients, where the protocol does not say."""
+    """Steps of PGD and Auto-PGD, where the protocol does not say; FAB-T always takes its authors' 100."""
     eot_iter: int = 5
     """Draws of the defence that each step averages over."""
     n_eval: int = 5
@@ -219,10 +220,7 @@ class Evaluate(DataCommand):
         import torch
 
         # and so does what imports it
-        from ..attacks.arguments import read_norm
         from ..defences.base import Defence
-        from ..evaluation import evaluate
-        from ..speed.precision import float32_products
 
         images = self.load_data()
         model, base = self.loaded(images)
@@ -231,6 +229,25 @@ class Evaluate(DataCommand):
             if not isinstance(model, Defence):
                 raise ValueError(f"precision bfloat16 is for defences of this package; {self.folder} is none")
             model.accelerate(torch.bfloat16)
+        # the command line has locked the folder already where what is attacked is a folder itself
+        with folder_lock(None if self.attacked.is_dir() else self.writes()):
+            self.judge(model, base, images, eps, norm)
+
+    def judge(self, model: nn.Module, base: nn.Module | None, images: DataSet, eps: float, norm: str) -> None:
+        """Attack a model, print the report and write it.
+
+        Args:
+            model: what is attacked.
+            base: the classifier without its defence; None where there is none.
+            images: of which the held-out ones are attacked.
+            eps: radius of the ball in image units.
+            norm: of the ball.
+        """
+        # PyTorch takes 1.8 seconds to import: --help does without it
+        from ..attacks.arguments import read_norm
+        from ..evaluation import evaluate
+        from ..speed.precision import float32_products
+
         out = self.writes()
         x, y, notes = self.chosen(images)
         if self.images > len(y):

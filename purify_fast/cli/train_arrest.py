@@ -92,11 +92,12 @@ class TrainArrest(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         from .._process import processes
         from ..methods.arrest import ArrestTask
+        from ..methods.arrest.recipes import finetuning
         from ..training import fit, summary
 
         if self.keep_teacher and (self.loop.padding or self.loop.flip):
             raise ValueError("--keep-teacher is for images that are not augmented: leave out --padding and --flip")
-        images = images_in_turn(self)
+        images = images_in_turn(self, None if self.recipe is None else finetuning(self.recipe))
         model = self.start(images)
         task = ArrestTask(model, self.method, images.image_shape, self.layers or None)
         if self.keep_teacher and task.teacher is not None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..data import DataSet
     from ..methods.atop import Atop
+    from ..methods.atop.recipes import AtopRecipe
 
 _NETWORK = ("purifier", "width", "residual", "weights")
 _TRANSFORM = ("transform", "sigma", "block", "mask_ratio", "num_passes", "samples", "aggregation", "shared_mask")
@@ -71,13 +72,17 @@ class TrainGenerator(DataCommand):
         # and so does what imports it
         from ..methods.atop import AtopTask
 
-        images = images_in_turn(self)
+        images = images_in_turn(self, self.published())
         classifier = trained_classifier(self.classifier, self.classifier_weights, images)
         torch.manual_seed(self.loop.seed)
         defence, origin = self.made(images, classifier)
         task = AtopTask(defence, self.method, origin)
         if train_defence(self, images, task, defence, self.loop, out=self.out, title="atop"):
             print(self.attacked_by(self.out, self.method.attack.eps, self.method.attack.norm))
+
+    def published(self) -> AtopRecipe | None:
+        """The published training that is followed; pre-training has none."""
+        return None
 
     def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:
         """The defence to train, and what its purifier starts from."""
@@ -146,6 +151,12 @@ class TrainAtop(TrainGenerator):
             "--init None"
         )
         return [*found, Superseded(_NETWORK + _TRANSFORM, message)]
+
+    def published(self) -> AtopRecipe | None:
+        # PyTorch takes 1.8 seconds to import: --help does without it, unless a recipe is asked for
+        from ..methods.atop.recipes import training
+
+        return None if self.recipe is None else training(self.recipe)
 
     def made(self, images: DataSet, classifier: nn.Module) -> tuple[Atop, str]:
         if self.method.attack_method != "none":

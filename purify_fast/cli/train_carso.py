@@ -91,8 +91,9 @@ class TrainCarso(DataCommand):
 
         # and so does what imports it
         from ..methods.carso import CarsoTask
+        from ..methods.carso.recipes import system
 
-        images = images_in_turn(self)
+        images = images_in_turn(self, None if self.recipe is None else system(self.recipe))
         classifier = trained_classifier(self.classifier, self.classifier_weights, images)
         say_other_ball(self.classifier, self.method.attack)
         torch.manual_seed(self.loop.seed)

@@ -16,15 +16,31 @@ if TYPE_CHECKING:
 
     from ..data import DataSet
     from ..defences.base import Defence
+    from ..methods.recipe import Recipe
     from ..training import FitConfig, Task, TrainingAttack
 
 
-def images_in_turn(command: DataCommand) -> DataSet:
-    """The command's images; of several processes on a machine one reads them first, and may download them."""
+def images_in_turn(command: DataCommand, recipe: Recipe | None = None) -> DataSet:
+    """The command's images; of several processes on a machine one reads them first, and may download them.
+
+    Args:
+        command: says which images.
+        recipe: the published training that the images are for; None for none.
+
+    Raises:
+        ValueError: the recipe is for images of another shape.
+    """
     # PyTorch takes 1.8 seconds to import: --help does without it
     from ..training.distributed import in_turn
 
-    return in_turn(command.load_data)
+    images = in_turn(command.load_data)
+    if recipe is not None and images.image_shape != (shape := recipe["data.image_shape"]):
+        size = " ".join(map(str, shape[1:]))
+        raise ValueError(
+            f"--recipe {recipe.name} is for images of shape {shape}; --data {command.data} has {images.image_shape}. "
+            f"Images of {shape[0]} channels fit with --size {size}; for others leave out --recipe"
+        )
+    return images
 
 
 def say_other_ball(classifier: str, attack: TrainingAttack) -> None:

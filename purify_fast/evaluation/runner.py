@@ -46,7 +46,7 @@ from .labels import ball_name, pgd_in_float32, precision_name, row_name, threat_
 from .measure import Measure
 from .outputs import INSTEAD_OF_PROBABILITIES, as_classifier
 from .progress import Progress
-from .protocols import AttackedModel, ProtocolName, protocol_attacks
+from .protocols import AttackedModel, ProtocolName, about_authors, protocol_attacks
 from .report import Report
 from .row_cache import RowCache
 from .rows import Row
@@ -178,6 +178,8 @@ def evaluate(
         _add_rows(report, _possible(plan, measure, report.notes), measure, more)
         report.rows += worst(report.rows)
         conclude(report, measure, before)
+    if protocol == "authors":
+        report.notes.append(about_authors(defence))
     report.notes += _nonfinite(report.rows) + unusual_radius(dataset_name, norm, eps)
     return report
 

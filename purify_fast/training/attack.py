@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from .._validation import check_literal
+from .._validation import check_types
 from .schedules import rising
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class TrainingAttack:
     eps_warmup: float = 0.0
 
     def __post_init__(self) -> None:
-        check_literal("norm", self.norm, Norm)
+        check_types(self)
         if not self.eps >= 0:
             raise ValueError(f"eps must be above 0, got {self.eps}; only 0 itself, for clean images, is as good")
         if self.norm == "linf" and not self.eps <= 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .._files import OnFull
-from .._validation import check_literal
+from .._validation import check_types
 from .attack import TrainingAttack
 
 KeepBest = Literal["off", "loss", "accuracy"]
@@ -72,12 +72,7 @@ class FitConfig:
     fused_optimizers: FusedOptimizers = "auto"
 
     def __post_init__(self) -> None:
-        check_literal("keep_best", self.keep_best, KeepBest)
-        check_literal("cuda_graphs", self.cuda_graphs, CudaGraphs)
-        check_literal("cudnn_benchmark", self.cudnn_benchmark, CudnnBenchmark)
-        check_literal("fused_optimizers", self.fused_optimizers, FusedOptimizers)
-        check_literal("on_full", self.on_full, OnFull)
-        check_literal("on_nan", self.on_nan, OnNan)
+        check_types(self)
         for name in ("epochs", "batch_size", "validation_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -114,7 +109,7 @@ class ClassifierConfig:
     precision: ClassifierPrecision = "float32"
 
     def __post_init__(self) -> None:
-        check_literal("precision", self.precision, ClassifierPrecision)
+        check_types(self)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
         if not 0 <= self.weight_decay < math.inf:

@@ -91,8 +91,10 @@ class RunLength:
         if step < self.steps:
             return step
         images = "" if self.batch_size is None else f" of {self.batch_size} images"
+        epochs = f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
         raise NeverActs(
-            f"{argument} is {value}, and the training has {self.epochs} epochs of {self.steps_per_epoch} steps{images}:"
-            f" the term that {weight} weights would begin to act at step {step} of {self.steps}, that is, never. "
-            f"Train longer, give a smaller {argument}, or set {weight.split()[0]} to 0 to train without the term"
+            f"{argument} is {value}, and the training has {epochs} of {self.steps_per_epoch} steps{images}: "
+            f"the term that {weight} weights would first act in step {step + 1}, and the training ends after "
+            f"{self.steps}, so that it would never act. Train longer, give a smaller {argument}, or set "
+            f"{weight.split()[0]} to 0 to train without the term"
         )

@@ -90,7 +90,7 @@ def test_data_of_more_classes_than_the_classifier_is_refused(npz, tmp_path, caps
     np.savez(tmp_path / "five.npz", x_train=held["x_train"], x_test=held["x_test"], **labels)
     more = ["--data", str(tmp_path / "five.npz"), "--device", "cpu", "--layers", "conv2"]
     assert cli.main(["train", "carso", "--classifier", str(tmp_path), "--out", str(tmp_path / "c"), *more]) == 2
-    assert "it has 5 classes, the classifier 2" in capsys.readouterr().err
+    assert "images are of 5 classes, the classifier in" in capsys.readouterr().err
 
 
 def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monkeypatch):
@@ -200,7 +200,11 @@ def test_a_recipe_is_trained_on_the_users_data(tmp_path, capsys):
     defence = purify_fast.load_defence(tmp_path / "carso")
     assert defence.arguments["version"] == "v1" and defence.samples == 4
     assert cli.main([*preset, "--data", "digits", "--device", "cpu"]) == 2
-    assert "its images are (1, 16, 16), the purifier's (1, 28, 28)" in capsys.readouterr().err
+    refusal = "--recipe carso/mnist_v1 is for images of shape (1, 28, 28); --data digits has (1, 16, 16)"
+    assert refusal in capsys.readouterr().err
+    other = ["train", "carso", *folder, "--data", "digits", "--device", "cpu"]
+    assert cli.main(other) == 2
+    assert "images are 16x16, the classifier in" in capsys.readouterr().err
 
 
 def test_atop_is_trained_by_a_recipe_at_its_size(tmp_path, capsys):

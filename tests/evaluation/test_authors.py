@@ -88,6 +88,7 @@ def test_a_plain_classifier_is_judged_by_autoattack_alone(trio):
     row = report.row(AS_A_CLASSIFIER)
     assert 0 < own.accuracy < 1 and row.robust.tolist() == own.robust.tolist()
     assert report.about["protocol"] == "authors" and "defence" not in report.curves
+    assert "the model has no authors_attacks()" in report.to_text() and "there is no headline" in report.to_text()
 
 
 def test_it_says_early_what_is_missing(monkeypatch):

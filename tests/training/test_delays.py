@@ -44,8 +44,12 @@ def carso(**settings):
     [
         # 3 steps an epoch of 4 images
         ({"cls_delay": 2, "cls_delay_unit": "epochs"}, 2, r"cls_delay is 2 epochs, .* 2 epochs of 3 steps of 4 images"),
-        ({"cls_delay": 6, "cls_delay_unit": "steps"}, 2, "at step 6 of 6, that is, never"),
-        ({"cls_delay": 21, "cls_delay_unit": "images"}, 2, "at step 6 of 6"),
+        (
+            {"cls_delay": 6, "cls_delay_unit": "steps"},
+            2,
+            "first act in step 7, .* so that it would never act",
+        ),
+        ({"cls_delay": 21, "cls_delay_unit": "images"}, 2, "first act in step 7, .* ends after 6"),
         ({}, 1, r"cls_delay is 10000 images, .* set cls_weight to 0 to train without the term"),
     ],
 )
@@ -66,7 +70,7 @@ def test_a_term_that_never_acts_is_refused_before_the_run(settings, epochs, mess
         # an eighth of 4 epochs, rounded up; the weight is 0 in the epoch in which it begins to rise
         ({}, 4, 4), ({"kl_delay": 1, "kl_delay_unit": "epochs"}, 3, 4), ({"kl_delay": 0.0}, 1, 0),
         ({"kl_delay": 3, "kl_delay_unit": "steps"}, 4, 4), ({"kl_delay": 16, "kl_delay_unit": "images"}, 3, 3),
-        ({}, 2, None), ({"kl_delay": 1.0}, 8, None), ({"kl_delay": 8, "kl_delay_unit": "steps"}, 4, None),
+        ({}, 2, None), ({"kl_delay": 8, "kl_delay_unit": "steps"}, 4, None),
     ],
 )  # fmt: skip
 def test_the_kl_term_acts_from_the_step_that_is_told(settings, epochs, acts):
@@ -177,8 +181,36 @@ def test_the_doubled_range_of_the_released_code_reaches_the_classifier():
 
 
 @pytest.mark.parametrize(
-    "delay, unit", [(float("inf"), "images"), (float("nan"), "steps"), (-1, "epochs"), (1.5, "share")]
+    "delay, unit",
+    [
+        (float("inf"), "images"),
+        (float("nan"), "steps"),
+        (-1, "epochs"),
+        (1.0, "share"),
+        ("5", "epochs"),
+        (True, "epochs"),
+        (None, "share"),
+    ],
 )
 def test_a_delay_that_is_no_length_is_refused_by_name(delay, unit):
-    with pytest.raises(ValueError, match=f"kl_delay must be .*, got {delay}"):
+    with pytest.raises(ValueError, match=f"kl_delay must be .*, got {delay!r}"):
         CarsoConfig(kl_delay=delay, kl_delay_unit=unit)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "allowed"),
+    [
+        (lambda **wrong: FitConfig(**{"epochs": 2, **wrong}), "epochs", 2.5, "a whole number"),
+        (lambda **wrong: FitConfig(2, **wrong), "steps_per_epoch", "3", "a whole number"),
+        (lambda **wrong: FitConfig(2, **wrong), "steps_per_epoch", True, "a whole number"),
+        (lambda **wrong: FitConfig(2, **wrong), "drop_last", "no", "True or False"),
+        (CarsoConfig, "beta", "1", "a number"),
+        (CarsoConfig, "attack", 0.1, "an object of TrainingAttack"),
+        (AtopConfig, "cls_delay", float("inf"), "a whole number"),
+        (AtopConfig, "cls_weight", "1", "a number"),
+        (AtopConfig, "betas", (0.5, "x"), "a number"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_by_name(config, name, value, allowed):
+    with pytest.raises(ValueError, match=f"{name} must be {allowed}, got "):
+        config(**{name: value})

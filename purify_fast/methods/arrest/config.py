@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import cos, radians
 from typing import Literal
 
-from ..._validation import check_literal
+from ..._validation import check_types
 from ...training.attack import TrainingAttack
 
 Distance = Literal["abs_cosine", "cosine", "angular", "l2"]
@@ -78,11 +78,7 @@ class ArrestConfig:
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
-        check_literal("distance", self.distance, Distance)
-        check_literal("drift_mode", self.drift_mode, DriftMode)
-        check_literal("optimizer", self.optimizer, Optimizer)
-        check_literal("schedule", self.schedule, Schedule)
-        check_literal("precision", self.precision, Precision)
+        check_types(self)
         self._check_attack()
         for name in ("distillation_weight", "learning_rate", "weight_decay", "awp_gamma"):
             if not getattr(self, name) >= 0:

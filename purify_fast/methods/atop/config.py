@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..._validation import check_literal
+from ..._validation import check_types
 from ...training.attack import TrainingAttack
 from ...training.length import DelayUnit
 
@@ -82,15 +82,7 @@ class AtopConfig:
     betas: tuple[float, float] = (0.5, 0.999)
 
     def __post_init__(self) -> None:
-        check_literal("attack_method", self.attack_method, AttackMethod)
-        check_literal("attack_target", self.attack_target, AttackTarget)
-        check_literal("reconstruction_target", self.reconstruction_target, ReconstructionTarget)
-        check_literal("gan_fake", self.gan_fake, GanFake)
-        check_literal("precision", self.precision, Precision)
-        check_literal("schedule", self.schedule, Schedule)
-        check_literal("cls_delay_unit", self.cls_delay_unit, DelayUnit)
-        check_literal("classifier_range", self.classifier_range, ClassifierRange)
-        check_literal("masks", self.masks, Masks)
+        check_types(self)
         self._check_attack()
         names = ("cls_weight", "reconstruction_weight", "gan_weight", "learning_rate", "cls_delay")
         for name in names:

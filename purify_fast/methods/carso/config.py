@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Literal
 
-from ..._validation import check_literal
+from ..._validation import check_types
 from ...training.attack import TrainingAttack
 from ...training.length import DelayUnit
 
@@ -41,8 +41,9 @@ class CarsoConfig:
             CIFAR-10).
         allow_no_adversarial: whether to train even if that leaves no image for the attacks, as the official
             TinyImageNet run did.
-        kl_delay: how long the KL term is left out; then its weight rises over a third as long (paper: 0.125 of the
-            epochs).
+        kl_delay: how long the KL term is left out (paper: 0.125 of the epochs); then its weight rises over a third as
+            long. Both are rounded up to whole units, and the weight is still 0 at the unit in which it begins to rise:
+            a delay of 1 epoch first acts in the third. 0 lets the term act at its full weight from the first step on.
         kl_delay_unit: what kl_delay counts: "share" of the epochs (paper), "epochs", "steps" or "images".
         beta: weight of the KL term at the end (paper: 1).
         free_bits: nats of the batch's mean KL that cost nothing, against posterior collapse (paper: 0; Kingma et al.,
@@ -94,14 +95,7 @@ class CarsoConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        check_literal("attack_target", self.attack_target, AttackTarget)
-        check_literal("eps_mode", self.eps_mode, EpsMode)
-        check_literal("reduction", self.reduction, Reduction)
-        check_literal("optimizer", self.optimizer, Optimizer)
-        check_literal("schedule", self.schedule, Schedule)
-        check_literal("precision", self.precision, Precision)
-        check_literal("targets", self.targets, Targets)
-        check_literal("kl_delay_unit", self.kl_delay_unit, KlDelayUnit)
+        check_types(self)
         if self.targets == "classifier" and self.attack_target != "pipeline":
             raise ValueError(
                 "targets 'classifier' needs attack_target='pipeline': the published loss has no predictions"
@@ -140,9 +134,9 @@ class CarsoConfig:
             raise ValueError(f"lookahead_alpha must be in (0, 1], got {self.lookahead_alpha}")
         if not 0 <= self.adversarial_fraction <= 1:
             raise ValueError(f"adversarial_fraction must be in [0, 1], got {self.adversarial_fraction}")
-        if not 0 <= self.kl_delay < inf or (self.kl_delay_unit == "share" and self.kl_delay > 1):
+        if not 0 <= self.kl_delay < inf or (self.kl_delay_unit == "share" and self.kl_delay >= 1):
             share = self.kl_delay_unit == "share"
-            least = "in [0, 1] as a share of the epochs" if share else "at least 0, and finite"
+            least = "in [0, 1) as a share of the epochs" if share else "at least 0, and finite"
             raise ValueError(f"kl_delay must be {least}, got {self.kl_delay}")
 
     def kl_delay_of(self, epochs: int) -> tuple[float, DelayUnit]:
