@@ -148,22 +148,25 @@ def _authors(attacked: AttackedModel) -> list[AttackSpec]:
     return [AttackSpec(AutoAttack(), label=AS_A_CLASSIFIER, judge=attacked.model)]
 
 
-def about_authors(model: Classifier) -> str:
-    """Whose evaluation "authors" repeats, and why there is no headline: a sentence for the report.
+def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
+    """What a report must say of its protocol: of "authors", whose evaluation it is, and why there is no headline.
 
     Args:
+        name: of the protocol; None for a list of attacks.
         model: what was attacked.
     """
+    if name != "authors":
+        return []
     whose = "the evaluation that its authors published"
     if not supports(model, AuthorsEvaluation):
         whose = (
             "AutoAttack standard, as ARREST's paper evaluates a classifier, since the model has no authors_attacks() "
             "that says how its own authors evaluate it"
         )
-    return (
+    return [
         f"the protocol 'authors' repeats {whose}: its rows are for comparison with published numbers, they are no "
         "judgement of this package, and there is no headline"
-    )
+    ]
 
 
 #: Every protocol by its name.

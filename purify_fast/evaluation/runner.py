@@ -46,7 +46,7 @@ from .labels import ball_name, pgd_in_float32, precision_name, row_name, threat_
 from .measure import Measure
 from .outputs import INSTEAD_OF_PROBABILITIES, as_classifier
 from .progress import Progress
-from .protocols import AttackedModel, ProtocolName, about_authors, protocol_attacks
+from .protocols import AttackedModel, ProtocolName, notes_of_protocol, protocol_attacks
 from .report import Report
 from .row_cache import RowCache
 from .rows import Row
@@ -163,7 +163,7 @@ def evaluate(
         refresh_stale_copies(defence, base, *(spec.other_model for spec in given))
         subject = Subject(defence, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
         mark = (None, "") if out is None else fingerprint_or_reason(subject.model)
-        report.notes += _told_at_once(defence, subject, name)
+        report.notes += _told_at_once(defence, subject, name) + notes_of_protocol(protocol, defence)
         before = Before(subject) if (protocol not in (None, "authors") if probes is None else probes) else None
         plan = given if protocol is None else protocol_attacks(protocol, _known(subject, eps, base))
         others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
@@ -178,8 +178,6 @@ def evaluate(
         _add_rows(report, _possible(plan, measure, report.notes), measure, more)
         report.rows += worst(report.rows)
         conclude(report, measure, before)
-    if protocol == "authors":
-        report.notes.append(about_authors(defence))
     report.notes += _nonfinite(report.rows) + unusual_radius(dataset_name, norm, eps)
     return report
 
