@@ -100,7 +100,7 @@ EVERY_OP = ("-m", "benchmarks.every_op")
 TESTS = ("tests/gpu",)
 #: What the results depend on.
 SOURCES = ("purify_fast/**/*.py", "kernels/*.py", "csrc/**/*", "benchmarks/**/*.py", "tests/gpu/*.py",
-           "tests/conftest.py", "setup.py")  # fmt: skip
+           "tests/conftest.py", "tests/cuda_launches.py", "tests/training/torch_functions.py", "setup.py")  # fmt: skip
 
 
 def tail(text: str, lines: int = 30) -> str:
