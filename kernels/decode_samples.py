@@ -15,7 +15,6 @@ in registers. The last layer multiplies them in place, once for every neighbouri
 the image adds up what its neighbours give. Programs overlap by the cells that are needed from beside.
 """
 
-# long because the kernels and the plan of their launches describe the same sizes
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ value, such as an open connection, is never told by its type alone: the model ha
 differs from process to process is part of it: no address in memory, no order of a set, no state of a generator.
 """
 
-# long because the rules for each kind of value are to be read in one place
-
 from __future__ import annotations
 
 import copyreg

@@ -3,7 +3,6 @@
 To add an op: write a generator here under its name. ``python -m benchmarks.every_op`` runs every op once.
 """
 
-# long because it is a list, of which each op has a part that is read alone
 from __future__ import annotations
 
 import math

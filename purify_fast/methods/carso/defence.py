@@ -8,8 +8,6 @@ aggregation improves adversarial robustness", arXiv 2306.06081. The paper's aggr
 gradient attacks by NaN. The logsumexp taken here makes the same decisions with finite logits and usable gradients.
 """
 
-# long because the formula of a prediction, its parts, and their documentation are to be read in one place.
-
 from __future__ import annotations
 
 import json
