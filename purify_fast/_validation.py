@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,7 +15,9 @@ _KINDS: dict[Any, tuple[type, str]] = {
     float: (Real, "a number"),
     str: (str, "a string"),
 }
-_type_hints = functools.cache(get_type_hints)
+#: The fields' types by class. A plain dictionary, since torch.compile traces a step that makes a config anew, and can
+#: read this but neither `get_type_hints` nor a `functools.cache`.
+_types_of: dict[type, dict[str, Any]] = {}
 
 
 def check_literal(name: str, value: Any, literal: Any) -> None:
@@ -35,7 +36,9 @@ def check_types(config: Any) -> None:
         config: the dataclass. Fields that are bool, int, float, str, a ``typing.Literal``, a dataclass, a tuple of
             these, or None are checked, and others are not.
     """
-    for name, kind in _type_hints(type(config)).items():  # type: ignore[arg-type]
+    if type(config) not in _types_of:
+        _types_of[type(config)] = get_type_hints(type(config))
+    for name, kind in _types_of[type(config)].items():
         _check_type(name, getattr(config, name), kind)
 
 
