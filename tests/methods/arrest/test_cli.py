@@ -195,11 +195,11 @@ def test_a_classifier_for_other_images_or_fewer_classes_is_refused(tmp_path, cap
     torch.manual_seed(0)
     save_classifier(SmallCNN(3, width=4), tmp_path / "colour")
     assert run(tmp_path / "out", "--classifier", str(tmp_path / "colour")) == 2
-    assert "the classifier must map [B, 1, 16, 16] to logits" in said(capsys)
+    assert f"images have 1 channels, the classifier in {tmp_path / 'colour'} was trained on 3" in said(capsys)
     save_classifier(PreActResNet18(num_classes=2, in_channels=1, width=4), tmp_path / "two")
     for options in ([], ["--distillation-weight", "0", "--no-replay"]):
         assert run(tmp_path / "out", "--classifier", str(tmp_path / "two"), *options) == 2
-        assert "it has 10 classes, the classifier 2" in said(capsys)
+        assert f"images are of 10 classes, the classifier in {tmp_path / 'two'} knows 2" in said(capsys)
     assert not (tmp_path / "out").exists()
 
 
