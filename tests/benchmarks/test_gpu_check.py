@@ -72,7 +72,7 @@ from benchmarks import gpu_check
 def bad(context):
     raise ValueError("what went wrong")
 def slow(context):
-    time.sleep(60)
+    time.sleep(600)
 def dead(context):
     os._exit(3)
 gpu_check.SECTIONS.update(extension=bad, limits=slow, sanitizer=dead)
@@ -93,7 +93,7 @@ def test_a_section_that_fails_stops_no_other(tmp_path):
         [sys.executable, str(tmp_path / "failing.py"), str(tmp_path)], env=environ, capture_output=True, text=True
     )
     assert run.stdout.strip().endswith("bad"), run.stderr
-    assert time.monotonic() - began < 59
+    assert time.monotonic() - began < 500
     assert states(tmp_path) == dict.fromkeys(("extension", "limits", "sanitizer"), "failed")
     page = (tmp_path / "gpu_check.md").read_text()
     assert "ValueError: what went wrong" in page and "Traceback" in page
