@@ -9,10 +9,12 @@ from purify_fast import zoo
 from purify_fast._files import atomic, write_text
 from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import WithAggregation
-from purify_fast.evaluation import Examples, Report, Row, evaluate, merge, plots
+from purify_fast.evaluation import Examples, Report, Row, evaluate, merge
 from purify_fast.evaluation.alarms import Finding
-from purify_fast.evaluation.labels import pgd_in_float32, precision_name
+from purify_fast.evaluation.plan import pgd_in_float32
+from purify_fast.evaluation.show import plots
 from purify_fast.evaluation.specs import as_specs
+from purify_fast.evaluation.subject import precision_name
 from purify_fast.speed.precision import float32_products
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,7 +142,7 @@ def test_pictures(tmp_path):
     model = Purifier()
     x, y = torch.rand(6, 3, 6, 6), torch.randint(0, 4, (6,))
     report = evaluate(model, x, y, eps=0.1, steps=2, attacks=[PGD()], n_eval=2, name="m 1", progress=False)
-    report.rows[1].examples = Examples(x.numpy(), x.numpy(), y.numpy())
+    report.rows[1].examples = Examples(x.numpy(), x.numpy(), y.numpy(), np.ones(6, dtype=bool), 1 - y.numpy())
     rng = torch.get_rng_state()
     report.save(tmp_path / "run", model)
     assert torch.equal(rng, torch.get_rng_state()) and model.training

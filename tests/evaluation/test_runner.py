@@ -417,11 +417,11 @@ def test_resume(tmp_path):
     assert made > 20 and few <= 8  # only what asks what kind of model it is
     assert again.to_json() == first.to_json()
     assert np.array_equal(again.row("PGD-3 ce").examples.adversarial, first.row("PGD-3 ce").examples.adversarial)
-    files = sorted(tmp_path.glob("rows/*.json"))
+    files = sorted(tmp_path.glob("rows/*.safetensors"))
     assert len(files) == 3 and not list(tmp_path.glob("rows/.*"))
     # one more attack: only that one is made
     _, more = run(attacks=[*attacks, PGD(loss="margin")])
-    assert few < more < made and len(list(tmp_path.glob("rows/*.json"))) == 4
+    assert few < more < made and len(list(tmp_path.glob("rows/*.safetensors"))) == 4
     # another name is the same row
     named, calls = run(name="other")
     assert calls == few and named.models == ["other"]
@@ -434,8 +434,8 @@ def test_resume(tmp_path):
     model.samples = 4
     assert run()[1] > few
     assert run()[1] == few
-    for path in tmp_path.glob("rows/*.json"):
-        path.write_text(path.read_text()[:-50])
+    for path in tmp_path.glob("rows/*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-50])
     assert run()[1] > few
 
 
@@ -610,16 +610,16 @@ def test_rows_are_keyed_by_the_code_that_makes_them(toy, tmp_path, monkeypatch):
     model, x, y = toy
     common = {"steps": 2, "attacks": [AttackSpec(PGD(), variant="deterministic")], "out": tmp_path, **QUIET}
     evaluate(model, x, y, **common)
-    made = len(list((tmp_path / "rows").glob("*.json")))
+    made = len(list((tmp_path / "rows").glob("*[!s].safetensors")))
     evaluate(model, x, y, **common)
-    assert len(list((tmp_path / "rows").glob("*.json"))) == made
+    assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == made
     monkeypatch.setattr(row_cache, "PROTOCOL_VERSION", row_cache.PROTOCOL_VERSION + 1)
     evaluate(model, x, y, **common)
-    assert len(list((tmp_path / "rows").glob("*.json"))) == 2 * made
+    assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == 2 * made
 
 
 def test_models_that_differ_in_an_attribute_have_their_own_fingerprints():
-    from purify_fast.evaluation.fingerprint import fingerprint
+    from purify_fast.evaluation.keep.fingerprint import fingerprint
 
     marks = set()
     for attribute in (
@@ -985,7 +985,7 @@ def test_new_attacks_are_kept_and_found_again(tmp_path, shattered):
     first = []
     for number, plan in enumerate(plans, 1):
         first.append(run(plan)[0])
-        assert len(list(tmp_path.glob("rows/*.json"))) == 1 + number  # the clean row, and one for each
+        assert len(list(tmp_path.glob("rows/*.safetensors"))) == 1 + number  # the clean row, and one for each
     few = 4 * 8 + 1  # what asks what kind of model it is
     for plan, before in zip(plans, first, strict=True):
         again, made = run(plan)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._files import atomic
-from ..attacks import frozen
-from ..protocols import Classifier, FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
-from .metrics import check_curve, check_pair, interpolate
-from .rows import Row, attack_names, model_names
+from ..._files import atomic
+from ...attacks import frozen
+from ...protocols import Classifier, FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
+from ..metrics import check_curve, check_pair, interpolate
+from ..rows import Row, attack_names, model_names
 
 #: Pictures ``[M, C, H, W]``, their predicted classes ``[M]``, and what is written below them.
 _Column = tuple[Tensor, Tensor | None, str]
@@ -34,7 +34,6 @@ _GRAY = "#8a8a8a"
 def require_matplotlib() -> None:
     """ModuleNotFoundError, which names the extra to install, where matplotlib or adjustText is missing."""
     try:
-        # both are optional: the extra demo has them
         import adjustText  # noqa: F401
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -47,15 +46,12 @@ def require_matplotlib() -> None:
 def _new_figure(**options: Any) -> Any:
     """A figure for a file. It is not pyplot's, so that the user's backend and open figures are left alone."""
     require_matplotlib()
-    # optional: the extra demo has it
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    # optional: the extra demo has it
     from matplotlib.figure import Figure
 
-    made = Figure(**options, layout="constrained")
-    FigureCanvasAgg(made)
-    return made
+    figure = Figure(**options, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 # -- bars -------------------------------------------------------------------------------------------------------------
@@ -78,8 +74,8 @@ def bars(rows: Sequence[Row], path: str | Path, attacks: Sequence[str] | None = 
     if not labels:
         raise ValueError(f"no rows to show: the report has {known}, asked for {attacks}")
     models = model_names(rows)
-    found = {(row.attack, row.model): row for row in rows}
-    groups = [(label, [found[label, m] for m in models if (label, m) in found]) for label in labels]
+    by_name = {(row.attack, row.model): row for row in rows}
+    groups = [(label, [by_name[label, m] for m in models if (label, m) in by_name]) for label in labels]
     count = sum(len(group) for _, group in groups)
     figure = _new_figure(figsize=(8.5, 1.2 + 0.24 * count + 0.16 * len(groups)))
     axes = figure.add_subplot()
@@ -115,7 +111,6 @@ def _bar(axes: Any, at: float, row: Row, color: str) -> None:
 
 
 def _legend_of_models(figure: Any, models: Sequence[str], unreliable: bool) -> None:
-    # optional: the extra demo has it
     from matplotlib.patches import Patch
 
     handles = [Patch(color=_color(m), label=model) for m, model in enumerate(models)]
@@ -228,8 +223,8 @@ def look(
         with defence.fixed_noise(seed) if supports(defence, FixedNoise) else contextlib.nullcontext():
             return call(images.to(device)).cpu()
 
-    def columns_of(made: Tensor, classes: Tensor | None, what: str) -> list[_Column]:
-        pictures = made.float()[:, None] if made.dim() == 4 else made.float()[:, :samples]
+    def columns_of(images: Tensor, classes: Tensor | None, what: str) -> list[_Column]:
+        pictures = images.float()[:, None] if images.dim() == 4 else images.float()[:, :samples]
         count = pictures.shape[1]
         known = [None] * count if classes is None else classes.unbind(1)
         return list(zip(pictures.unbind(1), known, [what] + [""] * (count - 1), strict=True))
@@ -245,8 +240,8 @@ def look(
             classes = None
             if supports(defence, SampleLogits):
                 classes = fixed(defence.sample_logits, adv)[:, :samples].argmax(2)
-            made = fixed(defence.purify if purifies else defence.reconstruct, adv)
-            columns += columns_of(made, classes, "reconstructions")
+            purified = fixed(defence.purify if purifies else defence.reconstruct, adv)
+            columns += columns_of(purified, classes, "reconstructions")
     return (predicted[0], predicted[1]), columns
 
 
@@ -348,7 +343,6 @@ def _draw_reference(axes: Any, x: np.ndarray, y: np.ndarray, name: str) -> np.nd
 
 def _lines_of_equal_sum(axes: Any, low: np.ndarray, high: np.ndarray) -> None:
     """Lines of equal SUM, with the value where they leave through the right or the upper edge."""
-    # optional: the extra demo has it
     from matplotlib.ticker import MaxNLocator
 
     for total in MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(low.sum(), high.sum()):
@@ -363,7 +357,6 @@ def _lines_of_equal_sum(axes: Any, low: np.ndarray, high: np.ndarray) -> None:
 
 def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.ndarray, traced: np.ndarray) -> None:
     """Write each name beside its point, away from all points, their error bars, the curve and the other names."""
-    # optional: the extra demo has it
     from adjustText import adjust_text
 
     if not names:
