@@ -29,6 +29,7 @@ BARE = frozenset(vars(nn.Module()))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Values with nothing inside.
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_SIMPLE = frozenset(PLAIN)
 _VALUES = (*PLAIN, enum.Enum)
 _CALLS = (FunctionType, MethodType, functools.partial)
 _GROUPS = (list, tuple, set, frozenset, deque, dict)
@@ -78,19 +79,23 @@ def parts(value: Any) -> Iterator[tuple[Any, Any]]:
 def hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What a module calls with a forward or a backward pass."""
     for group in HOOKS:
-        yield from (("a hook", hook) for hook in list(getattr(module, group).values()))
+        for hook in list(getattr(module, group).values()):
+            yield "a hook", hook
 
 
 def attributes(value: Any) -> Iterator[tuple[str, Any]]:
     """The attributes of an object; of a module those that PyTorch does not know of."""
-    left_out = not_dependencies(type(value))  # type: ignore[arg-type]  # mypy takes no class for hashable
-    left_out |= BARE if isinstance(value, nn.Module) else frozenset()
+    left_out = _left_out(type(value))  # type: ignore[arg-type]  # mypy takes no class for hashable
     for name, part in list((getattr(value, "__dict__", None) or {}).items()):
         if name not in left_out:
             yield name, part
 
 
 @functools.lru_cache(maxsize=4096)
+def _left_out(kind: type) -> frozenset[str]:
+    return not_dependencies(kind) | (BARE if issubclass(kind, nn.Module) else frozenset())
+
+
 def not_dependencies(kind: type) -> frozenset[str]:
     """The attributes that a class and its bases name as no dependencies of what they compute."""
     return frozenset(name for base in kind.__mro__ for name in vars(base).get("not_dependencies", ()))
@@ -178,8 +183,14 @@ def _add(value: Any, values: list[Any], objects: list[Any], seen: dict[int, int]
         mode = value.training if isinstance(value, nn.Module) else len(value) if isinstance(value, _GROUPS) else None
         values.append((type(value).__qualname__, mode))
         for name, part in parts(value):
-            _add(name, values, objects, seen)
-            _add(part, values, objects, seen)
+            if type(name) is str:
+                values.append(name)
+            elif isinstance(value, dict):
+                _add(name, values, objects, seen)
+            if type(part) in _SIMPLE:
+                values.append(part)
+            else:
+                _add(part, values, objects, seen)
     else:
         seen[id(value)] = len(seen)
         values.append(id(value))
@@ -216,7 +227,7 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for path, module in whole.named_modules():
             for name, value in (*attributes(module), *hooks(module)):
                 # sizes, such as those of a kernel, are most of what there is
-                if type(value) in PLAIN or (type(value) is tuple and all(type(part) in PLAIN for part in value)):
+                if type(value) in _SIMPLE or (type(value) is tuple and all(type(part) in _SIMPLE for part in value)):
                     continue
                 place = ".".join(filter(None, (outer, path, name)))
                 for inner, part in [(place, value)] if isinstance(value, nn.Module) else used_modules(value, place):
@@ -244,7 +255,7 @@ def used_modules(value: Any, place: str = "") -> Iterator[tuple[str, nn.Module]]
     while waiting:
         outer, value, objects, groups = waiting.popleft()
         for name, part in _used_parts(outer, value):
-            if isinstance(part, (*PLAIN, Tensor)) or id(part) in seen:
+            if type(part) in _SIMPLE or isinstance(part, Tensor) or id(part) in seen:
                 continue
             seen.add(id(part))
             if isinstance(part, nn.Module):

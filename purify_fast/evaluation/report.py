@@ -298,11 +298,9 @@ class Report:
             # the strongest attack's pictures: those of a weaker one would flatter the model
             row = min(pictured, key=lambda r: r.accuracy, default=None)
             if row is not None and row.examples is not None and row.examples.clean.shape[1] in (1, 3):
-                e, path = row.examples, folder / f"images_{_slug(model)}.png"
-                title = f"{model}: {row.attack}" + (", images that fell" if e.fell.any() else "")
-                plots.grid(
-                    e.clean, e.adversarial, e.labels, path, defences.get(model), predicted=e.predicted, title=title
-                )
+                title = f"{model}: {row.attack}" + (", images that fell" if row.examples.fell.any() else "")
+                slug = "".join(c if c.isalnum() else "_" for c in model)
+                plots.grid(row.examples, folder / f"images_{slug}.png", defences.get(model), title)
 
 
 def merge(reports: Iterable[Report]) -> Report:
@@ -360,7 +358,3 @@ def _named(report: Report, words: list[str]) -> Report:
         curves={name(model): curves for model, curves in report.curves.items()},
         threats={name(model): threat for model, threat in report.threats.items()},
     )
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)

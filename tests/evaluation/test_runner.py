@@ -20,12 +20,12 @@ from purify_fast.evaluation import (
     AttackSpec,
     Report,
     evaluate,
-    labels,
     lee_kim_2023,
     merge,
-    row_cache,
-    watched,
+    names,
+    progress,
 )
+from purify_fast.evaluation.keep import cache
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 
@@ -613,7 +613,7 @@ def test_rows_are_keyed_by_the_code_that_makes_them(toy, tmp_path, monkeypatch):
     made = len(list((tmp_path / "rows").glob("*[!s].safetensors")))
     evaluate(model, x, y, **common)
     assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == made
-    monkeypatch.setattr(row_cache, "PROTOCOL_VERSION", row_cache.PROTOCOL_VERSION + 1)
+    monkeypatch.setattr(cache, "PROTOCOL_VERSION", cache.PROTOCOL_VERSION + 1)
     evaluate(model, x, y, **common)
     assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == 2 * made
 
@@ -721,12 +721,12 @@ def test_apgd_says_how_much_there_is_to_do(toy, monkeypatch, attack, exact):
     """The bar's total: exact where nothing falls, the most there can be otherwise."""
     bars = []
 
-    class Bar(watched.tqdm):
+    class Bar(progress.tqdm):
         def __init__(self, *args, **more):
             super().__init__(*args, **more | {"disable": False, "file": io.StringIO()})
             bars.append(self)
 
-    monkeypatch.setattr(watched, "tqdm", Bar)
+    monkeypatch.setattr(progress, "tqdm", Bar)
     model, x, y = toy
     evaluate(Plain(model), x, y, steps=3, attacks=[attack], eps=1e-9 if exact else FAINT)
     (bar,) = bars
@@ -869,7 +869,7 @@ def test_rows_in_the_l1_ball(toy):
 
 @pytest.mark.parametrize("eps, text", [(0.5, "0.5"), (8 / 255, "8/255"), (1, "1"), (0.2, "0.2"), (0.123456, "0.123")])
 def test_radii_are_short(eps, text):
-    assert labels.short(eps) == text
+    assert names.short(eps) == text
 
 
 def test_labels_name_the_threat_and_the_weak_protocol_once(shattered):
@@ -1003,12 +1003,12 @@ def test_new_attacks_are_kept_and_found_again(tmp_path, shattered):
 def test_the_bars_total_of_the_new_attacks_is_exact(shattered, monkeypatch, attack):
     bars = []
 
-    class Bar(watched.tqdm):
+    class Bar(progress.tqdm):
         def __init__(self, *args, **more):
             super().__init__(*args, **more | {"disable": False, "file": io.StringIO()})
             bars.append(self)
 
-    monkeypatch.setattr(watched, "tqdm", Bar)
+    monkeypatch.setattr(progress, "tqdm", Bar)
     model, x, y = shattered
     evaluate(model, x[:8], y[:8], steps=3, eot_iter=2, attacks=[attack], eps=FAINT)
     (bar,) = bars

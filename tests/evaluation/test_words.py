@@ -292,7 +292,3 @@ def test_the_picture_shows_what_the_attack_was_judged_by(tmp_path, monkeypatch):
     titles = [axes.get_title() for axes in drawn[-1].axes]
     assert titles[0::3] == ["clean 0", "clean 1", "clean 2"]
     assert titles[1::3] == ["adversarial 1", "adversarial 0", "adversarial no class"]
-    plots.grid(images, images, truth, tmp_path / "x.png", always_right)
-    assert drawn[-1].axes[1].get_title() == "adversarial 0"
-    with pytest.raises(ValueError, match=r"predicted must be \[M\] = \[3\], got \[2\]"):
-        plots.grid(images, images, truth, tmp_path / "x.png", predicted=found[:2])

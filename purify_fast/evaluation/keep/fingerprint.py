@@ -295,7 +295,7 @@ class _Marks:
             reduced = reduced, getattr(value, "__wrapped__", None)
         make, arguments, state, *members = (*cast(tuple[Any, ...], reduced), None)
         yield from (self.of(part, path) for part in (kind, make, arguments))
-        left_out = not_dependencies(kind) | _computed_once(kind)  # type: ignore[arg-type]
+        left_out = not_dependencies(kind) | _computed_once(kind)
         # objects with slots have two
         for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
             if isinstance(part, dict) and all(isinstance(name, str) for name in part):
