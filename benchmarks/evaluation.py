@@ -33,7 +33,7 @@ from purify_fast.defences.aggregation import WithAggregation
 from purify_fast.demo import Budget, Workspace, arrest, carso
 from purify_fast.demo.setting import EPS, digits
 from purify_fast.demo.workspace import BASE, CLASSIFIERS, STANDARD
-from purify_fast.evaluation.tables import markdown_table
+from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
 
 from . import measure

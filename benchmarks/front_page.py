@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from purify_fast.evaluation import Report, Row
-from purify_fast.evaluation.tables import markdown_table, percent
+from purify_fast.evaluation.show.tables import markdown_table, percent
 
 from . import evaluation, style
 from .report import PIPELINES, ROWS, read_csv

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from purify_fast import zoo as packed
 from purify_fast._files import write_text
-from purify_fast.evaluation.tables import markdown_table
+from purify_fast.evaluation.show.tables import markdown_table
 
 from . import evaluation, front_page, performance, report, sentences, zoo
 

@@ -21,7 +21,7 @@ from purify_fast import __version__
 from purify_fast.attacks.arguments import read_norm
 from purify_fast.data import DataSet, balanced_subset, load_dataset, to_float
 from purify_fast.evaluation import evaluate
-from purify_fast.evaluation.tables import markdown_table
+from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.methods.loading import load_defence
 from purify_fast.training import load_classifier
 from purify_fast.training.checkpoint import read_model, save_model

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from purify_fast.attacks import PGD, AutoAttack
 from purify_fast.data import DataSet
 from purify_fast.evaluation import AttackSpec, Tradeoff, merge, plot_tradeoff
-from purify_fast.evaluation.tables import markdown_table
+from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.training import FitConfig, fit, load_classifier, save_classifier
 from purify_fast.training.attack import TrainingAttack

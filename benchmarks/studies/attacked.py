@@ -9,8 +9,8 @@ import numpy as np
 
 from purify_fast._files import atomic, write_text
 from purify_fast.evaluation import Examples, Report
-from purify_fast.evaluation.tables import draws, markdown_table, percent, single_predictions
-from purify_fast.evaluation.worst import worst
+from purify_fast.evaluation.rows import worst_rows
+from purify_fast.evaluation.show.tables import draws, markdown_table, percent, single_predictions
 
 _NAME, _EXAMPLES = "attacked.json", "examples.npz"
 
@@ -21,7 +21,7 @@ def keep(report: Report, folder: Path) -> dict[str, float]:
     for row in report.rows:
         if row.examples is not None:
             with atomic(folder / _EXAMPLES) as temporary:
-                np.savez(temporary, attack=row.attack, **row.examples.to_arrays())
+                np.savez(temporary, attack=row.attack, **vars(row.examples))
             break
     return {row.attack: row.accuracy for row in report.rows}
 
@@ -30,8 +30,8 @@ def _kept(folder: Path) -> Report:
     report = Report.from_json((folder / _NAME).read_text())
     if (folder / _EXAMPLES).is_file():
         with np.load(folder / _EXAMPLES) as file:
-            found = Examples.from_arrays(file)
-            report.row(str(file["attack"])).examples = found
+            arrays = {name: file[name] for name in file.files if name != "attack"}
+            report.row(str(file["attack"])).examples = Examples(**arrays)
     return report
 
 
@@ -44,7 +44,7 @@ def joined(folders: Iterable[Path]) -> Report:
     parts = [_kept(folder) for folder in folders]
     rows = {row.attack: row for part in parts for row in part.rows if row.kind != "worst"}  # clean is in each
     notes = [note for part in parts for note in part.notes]
-    return Report([*rows.values(), *worst(list(rows.values()))], list(dict.fromkeys(notes)))
+    return Report([*rows.values(), *worst_rows(list(rows.values()))], list(dict.fromkeys(notes)))
 
 
 def counts(report: Report) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from purify_fast._files import write_text
 from purify_fast.evaluation import Tradeoff
-from purify_fast.evaluation.tables import markdown_table
+from purify_fast.evaluation.show.tables import markdown_table
 
 from .cifar10_budget import (
     ARREST,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from purify_fast._files import write_text
-from purify_fast.evaluation.tables import markdown_table
+from purify_fast.evaluation.show.tables import markdown_table
 
 from .. import style
 from . import over_seeds

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..contents import hidden_modules
 from ..protocols import Classifier
-from .held_modules import hidden_modules
 
 
 @contextlib.contextmanager
@@ -17,7 +17,7 @@ def frozen(model: Classifier) -> Iterator[None]:
 
     A compiled backward computes weight gradients for every parameter that asks for one, needed or not: about a third of
     an attack's work. Modules that the model holds in a plain list, in an object or in a hook are treated as its
-    registered ones (`purify_fast.attacks.held_modules`).
+    registered ones (`purify_fast.contents.hidden_modules`).
 
     Args:
         model: an ``nn.Module``; any other callable is left as it is. Who attacks a module's method freezes the module.
@@ -25,7 +25,7 @@ def frozen(model: Classifier) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    wholes = [model, *(held for _, held in hidden_modules(model))]
+    wholes = [model, *(module for _, module in hidden_modules(model))]
     modes = [(module, module.training) for whole in wholes for module in whole.modules()]
     trainable = [p for whole in wholes for p in whole.parameters() if p.requires_grad]
     try:

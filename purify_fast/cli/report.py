@@ -26,7 +26,7 @@ class ShowReport(Command):
     def run(self) -> None:
         # PyTorch takes 1.8 seconds to import: --help does without it
         from ..evaluation import Report
-        from ..evaluation.page import page_file, write_page
+        from ..evaluation.show.page import page_file, write_page
 
         places = [self.folder, self.folder / "evaluation"]
         found = next((place for place in places if (place / "report.json").is_file()), None)

@@ -22,7 +22,7 @@ class Zoo(Command):
     def run(self) -> None:
         # PyTorch takes 1.8 seconds to import: --help does without it
         from .. import zoo
-        from ..evaluation.tables import color_is_welcome, terminal_table
+        from ..evaluation.show.tables import color_is_welcome, terminal_table
 
         if self.name is not None:
             print(zoo.card(self.name))

@@ -26,7 +26,7 @@ class StochasticDefence(nn.Module):
 
     _noise_seed: Tensor
     samples: int
-    #: What predictions do not depend on (`purify_fast.speed.dependencies`): memory for ids, not the ids in use; and
+    #: What predictions do not depend on (`purify_fast.contents`): memory for ids, not the ids in use; and
     #: which thread decides over the noise.
     not_dependencies = frozenset({"_kept_ids", "_noise_owner"})
 

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from .._files import write_text
 from ..evaluation import Report, merge, plot_tradeoff
-from ..evaluation.tables import markdown_table, percent
+from ..evaluation.show.tables import markdown_table, percent
 from . import arrest, atop, carso
 from .second_process import SecondProcess
 from .setting import EPS, digits

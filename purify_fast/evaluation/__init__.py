@@ -2,9 +2,9 @@
 
 from .function_attack import as_attack
 from .metrics import Tradeoff, ar_bd, ar_point_dist
-from .plots import plot_tradeoff
 from .report import Examples, Paired, Report, Row, merge
 from .runner import evaluate
+from .show.plots import plot_tradeoff
 from .specs import AttackSpec, lee_kim_2023
 
 __all__ = [

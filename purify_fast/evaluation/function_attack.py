@@ -131,48 +131,43 @@ class FunctionAttack(BallAttack):
         """
         # attacks of other packages switch modes and gradients as they like
         with torch.enable_grad(), frozen(target):
-            found = self.function(target, x.clone(), y.clone())
+            images = self.function(target, x.clone(), y.clone())
         threat = self.threat_model(context)
-        check_adversarial(self.row_name, found, x, threat)
-        found = found.detach()
+        check_adversarial(self.row_name, images, x, threat)
         # what rounding left outside comes back to the border
-        return pgd_step(found, torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
+        return pgd_step(images.detach(), torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
 
 
-def check_adversarial(name: str, found: object, x: Tensor, threat: ThreatModel) -> None:
-    """Refuse images that an attack was not allowed to return.
+def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel) -> None:
+    """Refuse images that an attack was not allowed to return, of the clean images x in [0, 1].
 
-    Args:
-        name: of the attack, for the message.
-        found: what it returned.
-        x: the clean images, float32 ``[B, C, H, W]`` in [0, 1].
-        threat: norm and radius. Of a norm that measures no change of pixels, such as "flow", no radius is checked.
+    Of a norm that measures no change of pixels, such as "flow", no radius is checked.
 
     Raises:
         TypeError: no tensor.
         ValueError: a wrong shape or dtype, NaN, or a point outside [0, 1] or the ball by more than rounding; the
             message says by how much, and what is allowed.
     """
-    if not isinstance(found, Tensor):
-        raise TypeError(f"the attack {name!r} must return a torch.Tensor, got {type(found).__name__}")
-    if found.shape != x.shape or found.dtype != x.dtype or found.device != x.device:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"the attack {name!r} must return a torch.Tensor, got {type(images).__name__}")
+    if images.shape != x.shape or images.dtype != x.dtype or images.device != x.device:
         raise ValueError(
             f"the attack {name!r} must return {x.dtype} images {list(x.shape)} on {x.device}, "
-            f"got {found.dtype} {list(found.shape)} on {found.device}"
+            f"got {images.dtype} {list(images.shape)} on {images.device}"
         )
-    found = found.detach()
-    if not bool(found.isfinite().all()):
-        raise ValueError(f"the attack {name!r} returned {int((~found.isfinite()).sum())} values that are not finite")
-    beyond = float(torch.maximum(-found.amin(), found.amax() - 1)) if found.numel() else 0.0
+    images = images.detach()
+    if not bool(images.isfinite().all()):
+        raise ValueError(f"the attack {name!r} returned {int((~images.isfinite()).sum())} values that are not finite")
+    beyond = float(torch.maximum(-images.amin(), images.amax() - 1)) if images.numel() else 0.0
     if beyond > ROUNDING:
         raise ValueError(
-            f"the attack {name!r} returned values from {float(found.amin()):.6g} to {float(found.amax()):.6g}: "
+            f"the attack {name!r} returned values from {float(images.amin()):.6g} to {float(images.amax()):.6g}: "
             f"{beyond:.3g} outside the allowed range [0, 1]"
         )
     order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}.get(threat.norm)
     if order is None:
         return
-    lengths = torch.linalg.vector_norm((found - x).flatten(1).double(), ord=order, dim=1)
+    lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
     # of a whole image's rounding errors the norm of the allowed ones
     count = {"linf": 1.0, "l2": x[0].numel() ** 0.5, "l1": float(x[0].numel())}[threat.norm]
     allowed = threat.eps * (1 + 1e-5) + ROUNDING * count

@@ -1,30 +1,28 @@
-"""Makes the rows of an evaluation, or finds them again: attack, judge, count."""
+"""The rows of an evaluation, made or read from the folder that keeps them: attack, judge, count."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._fingerprint import digest
-from ..attacks import AttackContext, AutoAttack, GradientHealth, frozen
+from ..attacks import AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
 from ..defences.aggregation import WithAggregation
 from ..protocols import Classifier, has_classifier
-from .batchwise import attack_batchwise
-from .labels import ALONE, clean_name, row_name, threat_name, tried_name
-from .partial_row import Batch, PartialRow
-from .progress import Progress
-from .row_cache import RowCache
+from .batches import attack_in_batches
+from .keep.cache import Batch, PartialRow, RowCache
+from .names import ALONE, clean_name, row_name, threat_name, tried_name
+from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
 from .specs import CLASSIFIER, AttackSpec
 from .subject import Judgement, Subject, Variant
-from .watched import Meter, Watched, watched
 
 #: Attacked images kept with each row, for the pictures.
 EXAMPLES = 8
@@ -32,7 +30,7 @@ EXAMPLES = 8
 
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """What an attack made of the images.
+    """The outcome of an attack, before it is judged.
 
     Args:
         spec: the attack.
@@ -56,27 +54,33 @@ class Measure:
         subject: what is attacked.
         context: what the attacks are told.
         name: of the model.
-        cache: where finished rows are kept, if they are.
-        progress: is told what goes on.
+        cache: the folder of finished rows; None: they are not kept.
+        progress: counts and shows.
+        revision: the user's name for what the model computes, part of what rows depend on.
     """
 
     def __init__(
-        self, subject: Subject, context: AttackContext, name: str, *, cache: RowCache | None, progress: Progress
+        self,
+        subject: Subject,
+        context: AttackContext,
+        name: str,
+        *,
+        cache: RowCache | None,
+        progress: Progress,
+        revision: str | None = None,
     ):
         self.subject, self.context, self.name = subject, context, name
-        self.cache, self.progress = cache, progress
+        self.cache, self.progress, self.revision = cache, progress, revision
         self._clean: dict[Variant, Row] = {}
-        self._meter = Meter()
-        self._targets: list[Watched] = []
+        self._targets: list[CountedModel] = []
         # the last one, whose images may be tried on another variant
         self._search: _Search | None = None
 
     def clean(self, variant: Variant) -> Row:
         """The row of the clean images."""
         if variant not in self._clean:
-            what = {"clean": variant, "n_eval": self.subject.judges(variant)}
-            row = self._kept(what, None, lambda _: self._measure_clean(variant))
-            self._clean[variant] = self._said(row)
+            settings = {"clean": variant, "n_eval": self.subject.judges(variant)}
+            self._clean[variant] = self._row(settings, None, lambda _: self._measure_clean(variant))
         return self._clean[variant]
 
     def attacked(self, spec: AttackSpec, left: np.ndarray) -> Row:
@@ -91,16 +95,15 @@ class Measure:
             # what the defence gets wrong, its authors' model may get right
             alive = np.ones_like(alive)
         settings = self._settings(spec) | {"attacked": int(alive.sum())}
-        what = settings | {"alive": digest(torch.from_numpy(alive))}
-        at = self.progress.at
-        row = self._kept(what, spec, lambda kept: self._measure_attack(spec, alive, settings, kept))
-        self.progress.kept(at)
+        images = {"alive": digest(torch.from_numpy(alive))}
+        row = self._row(settings | images, spec, lambda batches: self._measure_attack(spec, alive, settings, batches))
         # no part of the key: the same attack by any name
-        row.attack, row.threat = self.name_of(spec), threat_name(spec, self.context)
-        return self._said(row)
+        row.attack = self.name_of(spec)
+        self.progress.next_row()
+        return row
 
     def tried(self, spec: AttackSpec, left: np.ndarray, left_deployed: np.ndarray) -> Row:
-        """The row of what an attack on a variant found, judged by the deployed model in fresh draws.
+        """The row of the images of an attack on a variant, judged by the deployed model in fresh draws.
 
         Args:
             spec: the attack.
@@ -113,17 +116,14 @@ class Measure:
             "variant": "random",
             "attacked": int((alive & standing).sum()),
             "n_eval": self.subject.judges("random"),
-            # it follows the gradients of another model than the deployed one
             "target": f"{attacked['target']}, {VARIANTS_APART[spec.variant]}",
         }
         images = {"alive": digest(torch.from_numpy(alive)), "standing": digest(torch.from_numpy(standing))}
-        at = self.progress.at
-        row = self._kept(
-            settings | images, spec, lambda kept: self._measure_tried(spec, alive, standing, settings, kept)
+        row = self._row(
+            settings | images, spec, lambda batches: self._measure_tried(spec, alive, standing, settings, batches)
         )
-        self.progress.at = at
-        row.attack, row.threat = tried_name(self.name_of(spec)), threat_name(spec, self.context)
-        return self._said(row)
+        row.attack = tried_name(self.name_of(spec))
+        return row
 
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
         """Which of its images an attack is given, of those that a variant classifies correctly."""
@@ -133,61 +133,59 @@ class Measure:
         """What an attack's row is called."""
         return row_name(spec, self.context, len(self.subject.y))
 
-    def _said(self, row: Row) -> Row:
-        """The row, with what is no part of the key and not in rows kept earlier."""
-        row.settings["deterministic"] = not self.subject.is_random
-        # an attack that left nothing lacked nothing
-        row.reliable = row.reliable or not row.robust.any()
-        return row
-
     def _settings(self, spec: AttackSpec) -> dict[str, Any]:
         """What is run, in plain values."""
         target = spec.other_model if spec.target is None else spec.target
         on = "defence" if target is None else ALONE if target == CLASSIFIER else type(target).__name__
+        optional = {
+            # BPDA has an aggregation among its own options
+            "aggregation": spec.aggregation,
+            "seed": spec.seed or None,
+            "gradients_from": None if spec.gradients_from is None else on,
+            "judge": None if spec.judge is None else type(spec.judge).__name__,
+            "published": spec.published,
+        }
         return spec.resolved.settings(self.context) | {
             "variant": spec.variant,
             "target": on,
             "max_images": spec.max_images,
             "survivors_only": spec.survivors_only,
             "n_eval": self.subject.judges(spec.variant) if spec.judge is None else 1,
-            # BPDA has an aggregation among its own options
-            **({} if spec.aggregation is None else {"aggregation": spec.aggregation}),
-            **({} if spec.seed == 0 else {"seed": spec.seed}),
-            **({} if spec.gradients_from is None else {"gradients_from": on}),
-            **({} if spec.judge is None else {"judge": type(spec.judge).__name__}),
+            **{name: value for name, value in optional.items() if value is not None},
         }
 
-    def _kept(self, what: dict[str, Any], spec: AttackSpec | None, make: Callable[[PartialRow], Row]) -> Row:
+    def _row(self, settings: dict[str, Any], spec: AttackSpec | None, make: Callable[[PartialRow], Row]) -> Row:
         """The row of these settings, of an attack or of the clean images, from the cache if it has it."""
-        nothing = PartialRow(None)
-        if self.cache is None:
-            return make(nothing)
-        subject, context = self.subject, self.context
-        if spec is not None:
-            revision = spec.resolved.revision()
-            if revision is None:
-                return make(nothing)
-            what = what | {"attack": [spec.resolved.kind, revision, *spec.resolved.identity()]}
-        other = None if spec is None else spec.other_model
-        # which image gets which draws depends on them
-        batches: list[Any] = [context.batch_size, context.max_forward_batch] if subject.is_random else []
-        # such rows were made with one draw for all before
-        batches += ["draws apart"] if subject.draws_once_per_call else []
-        key = self.cache.key(
-            {
-                "data": subject.data,
-                "seed": subject.seed,
-                "classes": subject.num_classes,
-                "batches": batches,
-                "what": what,
-            },
-            subject.model,
-            other,
-        )
-        row = self.cache.row(key, make)
-        # the name is no part of the key
+        key = None if self.cache is None else self._key(settings, spec)
+        row = make(PartialRow(None)) if self.cache is None else self.cache.row(key, make)
+        # these are no part of the key
         row.model = self.name
+        row.settings["deterministic"] = not self.subject.is_random
+        row.threat = None if spec is None else threat_name(spec, self.context)
+        # an attack that left nothing lacked nothing
+        row.reliable = row.reliable or not row.robust.any()
         return row
+
+    def _key(self, settings: dict[str, Any], spec: AttackSpec | None) -> str | None:
+        """All that a row depends on, as the name of its file; None where it cannot be kept."""
+        subject, context = self.subject, self.context
+        attack = other = None
+        if spec is not None:
+            revision, other = spec.resolved.revision(), spec.other_model
+            if revision is None:
+                return None
+            attack = [spec.resolved.kind, revision, *spec.resolved.identity()]
+        whole = {
+            "data": subject.data,
+            "seed": subject.seed,
+            "classes": subject.num_classes,
+            # which image gets which draws depends on them
+            "batches": [context.batch_size, context.max_forward_batch] if subject.is_random else [],
+            "revision": self.revision,
+            "attack": attack,
+            "settings": settings,
+        }
+        return cast(RowCache, self.cache).key(whole, subject.model, other)
 
     def _measure_clean(self, variant: Variant) -> Row:
         begin = time.perf_counter()
@@ -213,34 +211,36 @@ class Measure:
             "nonfinite_predictions": judged.nonfinite,
         }
 
-    def _attack(self, spec: AttackSpec, alive: np.ndarray, kept: PartialRow) -> _Search:
+    def _attack(self, spec: AttackSpec, alive: np.ndarray, unfinished: PartialRow) -> _Search:
         """Run an attack on the images that it is given."""
         subject, attack, label = self.subject, spec.resolved, self.name_of(spec)
         index = torch.from_numpy(alive).nonzero()[:, 0]
         subject.reseed("attack")
         target = self._target(spec)
         with subject.variant(spec.variant), frozen(target):
-            differ = self._draws_differ(spec, target)
             context = dataclasses.replace(
-                self.context, draws_differ=differ, gradients_from=spec.gradients_from, seed=subject.seed + spec.seed
+                self.context,
+                draws_differ=self._draws_differ(spec, target),
+                gradients_from=spec.gradients_from,
+                seed=subject.seed + spec.seed,
             )
             # of a target that predicts the same every time one draw is enough
             settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
             cost = attack.cost(context)
-            with self.progress.row(label, None if cost is None else cost * len(index)) as bar:
-                self._meter.bar = bar
-                adversarial, done = attack_batchwise(
-                    attack, self._watched(target), index, subject=subject, context=context, kept=kept
+            with self.progress.row(label, None if cost is None else cost * len(index)):
+                adversarial, sums = attack_in_batches(
+                    attack, self._counted(target), index, subject=subject, context=context, unfinished=unfinished
                 )
-                self._meter.bar = None
-        told = {"warnings": done.warnings, "fallen to": done.fallen}
-        settings |= {name: value for name, value in told.items() if value}
-        if isinstance(attack, AutoAttack):
-            settings.setdefault("warnings", [])
-        return _Search(spec, adversarial[: len(alive)], index, done, settings)
+        if sums.warnings or isinstance(attack, AutoAttack):
+            settings["warnings"] = sums.warnings
+        if sums.fallen:
+            settings["fallen to"] = sums.fallen
+        return _Search(spec, adversarial[: len(alive)], index, sums, settings)
 
-    def _measure_attack(self, spec: AttackSpec, alive: np.ndarray, settings: dict[str, Any], kept: PartialRow) -> Row:
-        search = self._attack(spec, alive, kept)
+    def _measure_attack(
+        self, spec: AttackSpec, alive: np.ndarray, settings: dict[str, Any], unfinished: PartialRow
+    ) -> Row:
+        search = self._attack(spec, alive, unfinished)
         self._search = None if spec.variant == "random" else search
         begin = time.perf_counter()
         judged = self.subject.judge(search.images, spec.variant, "judge", spec.judge)
@@ -248,25 +248,34 @@ class Measure:
         row = self._judged(search, settings, judged, judged.right & alive)
         health = search.sums.health
         row.health = health if health["gradients"] else None
+        target = spec.other_model if spec.target is None else spec.target
+        # another aggregation of the same samples is the same model
+        row.transferred = target is not None and not isinstance(target, (WithAggregation, AttackersHead))
         row.seconds = search.sums.seconds + time.perf_counter() - begin
         return row
 
     def _measure_tried(
-        self, spec: AttackSpec, alive: np.ndarray, standing: np.ndarray, settings: dict[str, Any], kept: PartialRow
+        self,
+        spec: AttackSpec,
+        alive: np.ndarray,
+        standing: np.ndarray,
+        settings: dict[str, Any],
+        unfinished: PartialRow,
     ) -> Row:
         # its images are gone where the attack's own row was kept by an earlier run
         search, self._search = self._search, None
         if search is None or search.spec is not spec:
-            search = self._attack(spec, alive, kept)
+            search = self._attack(spec, alive, unfinished)
         begin = time.perf_counter()
         judged = self.subject.judge(search.images, "random", "judge")
         # an image falls only by what the attack made of it
         row = self._judged(search, settings, judged, (judged.right | ~alive) & standing)
+        row.transferred = True
         row.seconds = time.perf_counter() - begin
         return row
 
     def _judged(self, search: _Search, settings: dict[str, Any], judged: Judgement, right: np.ndarray) -> Row:
-        """A row of what an attack made of the images, from the predictions that count."""
+        """The row of an attack's images, from the predictions that count."""
         return Row(
             attack=self.name_of(search.spec),
             kind=search.spec.resolved.kind if search.spec.judge is None else AUTHORS,
@@ -280,12 +289,12 @@ class Measure:
             **self._common(judged, right),
         )
 
-    def _watched(self, target: Classifier) -> Watched:
+    def _counted(self, target: Classifier) -> CountedModel:
         """The target with a counter around it: the same one whenever it is attacked."""
-        for known in self._targets:
-            if known.model is target:
-                return known
-        self._targets.append(watched(target, self._meter))
+        for counted in self._targets:
+            if counted.model is target:
+                return counted
+        self._targets.append(counted_model(target, self.progress))
         return self._targets[-1]
 
     def _target(self, spec: AttackSpec) -> Classifier:
@@ -308,14 +317,7 @@ class Measure:
 
 
 def _examples(subject: Subject, adversarial: Tensor, index: Tensor, judged: Judgement) -> Examples | None:
-    """Images for the pictures: some that fell to the attack; where none did, some that withstood it.
-
-    Args:
-        subject: the model with its images.
-        adversarial: what became of them, ``[n, C, H, W]``.
-        index: which of them were attacked, int64.
-        judged: the predictions after the attack.
-    """
+    """Images for the pictures: some that fell to the attack; where none did, some that withstood it."""
     if len(index) == 0:
         return None
     fallen = index[torch.from_numpy(~judged.right.all(0))[index]]

@@ -1,4 +1,4 @@
-"""What a user's model returns, made logits ``[B, classes]``; a clear answer where that cannot be."""
+"""The outputs of a user's model as logits ``[B, classes]``; a clear answer where that cannot be."""
 
 from __future__ import annotations
 
@@ -62,21 +62,23 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
         ValueError: another shape than ``[B, classes]`` with two classes at least, or the model fails on images whose
             channels come last.
     """
-    found = _first_answer(model, some)
-    if not isinstance(found, Tensor):
-        model, found = LogitsOf(model), _logits_in(found)
-    if found.dim() == 1 or (found.dim() == 2 and found.shape[1] == 1):
+    output = _first_output(model, some)
+    if isinstance(output, Tensor):
+        logits = output
+    else:
+        model, logits = LogitsOf(model), _logits_in(output)
+    if logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1):
         raise ValueError(
-            f"the model returns a single number for each image, {list(found.shape)}: an evaluation needs logits "
+            f"the model returns a single number for each image, {list(logits.shape)}: an evaluation needs logits "
             "[B, classes] of two classes at least. For one logit z of the second class give "
             "lambda x: torch.cat([-model(x), model(x)], 1) / 2, whose softmax is sigmoid(z)"
         )
-    if found.dim() != 2 or len(found) != len(some):
-        raise ValueError(f"the model must return logits [B, classes], got {list(found.shape)} for {len(some)} images")
-    return model, found.shape[1]
+    if logits.dim() != 2 or len(logits) != len(some):
+        raise ValueError(f"the model must return logits [B, classes], got {list(logits.shape)} for {len(some)} images")
+    return model, logits.shape[1]
 
 
-def _first_answer(model: Classifier, some: Tensor) -> Any:
+def _first_output(model: Classifier, some: Tensor) -> Any:
     """What the model returns for a few images."""
     try:
         return model(some)
@@ -103,11 +105,11 @@ def are_probabilities(logits: Tensor) -> bool:
     return bool(inside.all() and ((values.sum(1) - 1).abs() <= room).all())
 
 
-def _logits_in(found: Any) -> Tensor:
-    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
+def _logits_in(output: Any) -> Tensor:
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the model must return a tensor of logits, or an object or mapping with them as logits, got "
-            f"{type(found).__name__}"
+            f"{type(output).__name__}"
         )
     return logits

@@ -5,24 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from .watched import progress_bar
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..protocols import Classifier, SharesDraws, supports
 
 #: Seconds between two lines of a log, at least.
 LINE_EVERY = 30.0
 
 
-class Counter(Protocol):
-    """Is told how many images went through a model."""
-
-    def update(self, images: int) -> object:
-        """Count them."""
-
-
 class Progress:
-    """The progress of one evaluation.
+    """The progress of one evaluation: counts the images that go through the model.
 
     Args:
         name: of the model.
@@ -31,11 +27,12 @@ class Progress:
             None where it is not known.
     """
 
-    def __init__(self, name: str, shown: bool, costs: Sequence[int | None]):
+    def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):
         self.name, self.shown = name, shown
         self.lines = shown and not sys.stderr.isatty()
         self.costs = list(costs)
-        self.at, self.done, self.in_row = 0, 0, 0
+        self.rows, self.images, self.in_row = 0, 0, 0
+        self.label, self.bar = "", None
         self.began = self.last_line = time.monotonic()
 
     @property
@@ -44,91 +41,129 @@ class Progress:
         return time.monotonic() - self.began
 
     @contextlib.contextmanager
-    def row(self, label: str, total: int | None) -> Iterator[Counter]:
-        """Within the block, one row is made.
+    def row(self, label: str, total: int | None) -> Iterator[None]:
+        """Within the block, the images are counted for one row.
 
         Args:
             label: of the row.
             total: forward passes of single images at most; None: not known.
         """
         self.in_row = 0
-        place = f"{self.at + 1} of {max(len(self.costs), self.at + 1)}"
-        with progress_bar(f"{self.name}: {label} ({place})", self.shown and not self.lines, total) as bar:
-            yield _Both(self, bar, f"{place}, {label}")
-        self.kept(self.at)
+        place = f"{self.rows + 1} of {max(len(self.costs), self.rows + 1)}"
+        self.label = f"{place}, {label}"
+        options: dict[str, Any] = {"unit": " images", "unit_scale": True, "leave": False, "dynamic_ncols": True}
+        hidden = self.lines or not self.shown
+        with tqdm(total=total, desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
+            yield
+        self.bar = None
 
-    def kept(self, at: int) -> None:
-        """A row is there; nothing is left to do for it if an earlier run made it.
+    def next_row(self) -> None:
+        """Go on to the next row: the one before is finished, or was kept by an earlier run."""
+        self.rows, self.in_row = self.rows + 1, 0
+
+    def count(self, images: int) -> None:
+        """Count images that went through the model; a log gets a line now and then.
 
         Args:
-            at: how many rows were there before it.
+            images: how many; below 0 for passes that were only tried.
         """
-        self.at, self.in_row = at + 1, 0
-
-    def count(self, images: int, label: str) -> None:
-        """Images went through the model; a log gets a line now and then.
-
-        Args:
-            images: how many.
-            label: of the row.
-        """
-        self.done += images
+        self.images += images
         self.in_row += images
+        if self.bar is None:
+            return
+        self.bar.update(images)
         now = time.monotonic()
         if self.lines and now - self.last_line >= LINE_EVERY:
             self.last_line = now
-            print(f"{self.name}: row {label}: {self.rate():,.0f} images/s, {self.left()}", file=sys.stderr, flush=True)
+            rate = f"{self.rate():,.0f} images/s"
+            print(f"{self.name}: row {self.label}: {rate}, {self.left()}", file=sys.stderr, flush=True)
 
     def finished(self, result: str) -> None:
-        """A row is finished: a log gets its result.
-
-        Args:
-            result: the row in short.
-        """
+        """Give a log the result of a row, in short."""
         if self.lines:
             self.last_line = time.monotonic()
             print(f"{self.name}: {result} ({duration(self.seconds)}, {self.left()})", file=sys.stderr, flush=True)
 
     def rate(self) -> float:
         """Images per second through the model so far."""
-        return self.done / max(self.seconds, 1e-9)
+        return self.images / max(self.seconds, 1e-9)
 
     def left(self) -> str:
         """The time that the rows still to be made take at most, in words."""
-        rest = self.costs[self.at :]
-        if not rest:
+        costs = self.costs[self.rows :]
+        if not costs:
             return "the last row"
-        known = sum(cost for cost in rest if cost is not None)
-        if rest[0] is not None:
-            known -= min(rest[0], self.in_row)
-        if not self.done:
+        known = sum(cost for cost in costs if cost is not None)
+        if costs[0] is not None:
+            known -= min(costs[0], self.in_row)
+        if not self.images:
             return "time left not known yet"
-        if not known and None in rest:
+        if not known and None in costs:
             return "time left not known"
         text = f"{duration(known / self.rate())} left at most"
-        return text if None not in rest else f"{text}, and rows whose length is not known"
-
-
-class _Both:
-    """Counts for the bar of a row and for the whole evaluation."""
-
-    def __init__(self, progress: Progress, bar: Counter, label: str):
-        self.progress, self.bar, self.label = progress, bar, label
-
-    def update(self, images: int) -> None:
-        """Count images that went through the model."""
-        self.bar.update(images)
-        self.progress.count(images, self.label)
+        return text if None not in costs else f"{text}, and rows whose length is not known"
 
 
 def duration(seconds: float) -> str:
-    """A time in words, such as ``1 h 4 min``.
-
-    Args:
-        seconds: how long.
-    """
+    """A time in words, such as ``1 h 4 min``."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes == 0:
         return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+class CountedModel(nn.Module):
+    """A module around any callable, as AutoAttack wants one, that counts the images of its forward passes.
+
+    One of these serves a model for a whole evaluation, because a captured step is of one module.
+
+    Args:
+        model: the callable.
+        progress: counts the images.
+    """
+
+    #: What a captured step need not look at (`purify_fast.contents`).
+    not_dependencies = frozenset({"progress"})
+
+    def __init__(self, model: Classifier, progress: Progress):
+        super().__init__()
+        self.model, self.progress = model, progress
+        self.training = False
+
+    def train(self, mode: bool = True) -> CountedModel:
+        """Nothing: the model under attack stays in evaluation mode, whatever an attack does to its modes.
+
+        Args:
+            mode: is not looked at.
+        """
+        return self
+
+    def around(self, replace: Callable[[Classifier], Classifier]) -> CountedModel:
+        """The same counter around another model, which ``replace`` makes of the one inside."""
+        return counted_model(replace(self.model), self.progress)
+
+    def counted(self) -> int:
+        """How many images were counted, each draw of an image by itself."""
+        return self.progress.images
+
+    def count(self, images: int) -> None:
+        """Count images, those of a captured step that is replayed too; below 0 for passes that were only tried."""
+        self.progress.count(images)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count(len(x))
+        return self.model(x)
+
+
+class _CountedDraws(CountedModel):
+    """The same around a model that makes several draws at once."""
+
+    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
+        self.count(draws * len(x))
+        return self.model.draw_logits(x, draws)  # type: ignore[attr-defined]
+
+
+def counted_model(model: Classifier, progress: Progress) -> CountedModel:
+    """The model, with the images of every forward pass counted."""
+    return (_CountedDraws if supports(model, SharesDraws) else CountedModel)(model, progress)

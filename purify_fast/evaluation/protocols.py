@@ -23,8 +23,6 @@ from .surrogates import Surrogate, surrogates
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
 
-#: How rows begin whose gradients are another aggregation's, or a surrogate's.
-HEAD_ROW, THROUGH = "APGD-T through the samples'", "by the gradients of"
 #: How "authors" calls the one row of a model that does not say how its authors evaluate it.
 AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"
 #: Draws that "rand" averages per step, as AutoAttack's version of that name.
@@ -66,11 +64,11 @@ def protocol_attacks(name: str, attacked: AttackedModel) -> list[AttackSpec]:
         ModuleNotFoundError: "official" or "authors" without the package pyautoattack or autoattack.
     """
     check_literal("protocol", name, ProtocolName)
-    found = PROTOCOLS[name](attacked)
+    attacks = PROTOCOLS[name](attacked)
     # an evaluation of others has no such row
     if attacked.base is not None and name != "authors":
-        found.append(_left(PGD(), "transfer from the base", target=attacked.base))
-    return found
+        attacks.append(_left(PGD(), "transfer from the base", target=attacked.base))
+    return attacks
 
 
 def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpec:
@@ -91,8 +89,11 @@ def _without_noise(attacked: AttackedModel) -> list[AttackSpec]:
     """For a random model: what its deterministic version falls to, tried on the model itself."""
     if not (attacked.is_random and supports(attacked.model, DeterministicMode)):
         return []
-    quiet = [s for s in surrogates(attacked.model, attacked.some, attacked.num_classes) if "noise" in s.name]
-    return [_transferred(surrogate) for surrogate in quiet]
+    return [_transferred(surrogate) for surrogate in _surrogates(attacked) if surrogate.kind == "without noise"]
+
+
+def _surrogates(attacked: AttackedModel) -> list[Surrogate]:
+    return surrogates(attacked.model, attacked.some, attacked.num_classes)
 
 
 def _rand(attacked: AttackedModel) -> list[AttackSpec]:
@@ -102,28 +103,28 @@ def _rand(attacked: AttackedModel) -> list[AttackSpec]:
 
 def _strong(attacked: AttackedModel) -> list[AttackSpec]:
     # every search to its end: what the other protocols give up is looked at here
-    found = [_left(APGD()), _left(APGD(loss="dlr_targeted"))]
+    attacks = [_left(APGD()), _left(APGD(loss="dlr_targeted"))]
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
-    found.append(_left(every, "APGD-T margin, every target, float32"))
-    found.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
+    attacks.append(_left(every, "APGD-T margin, every target, float32"))
+    attacks.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
     if supports(attacked.model, SampleLogits):
-        found += [_head(attacked.model, head) for head in HEADS]
-    found += [_transferred(s) for s in surrogates(attacked.model, attacked.some, attacked.num_classes)]
-    found += [_left(FABT(n_target_classes=None)), _left(Square())]
+        attacks += [_head(attacked.model, head) for head in HEADS]
+    attacks += [_transferred(surrogate) for surrogate in _surrogates(attacked)]
+    attacks += [_left(FABT(n_target_classes=None)), _left(Square())]
     again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
     for i in range(RESTARTS):
-        found.append(_left(again, f"APGD-T, every target, random start {i + 2} of {RESTARTS + 1}", seed=i + 1))
-    return found
+        attacks.append(_left(again, f"APGD-T, every target, random start {i + 2} of {RESTARTS + 1}", seed=i + 1))
+    return attacks
 
 
 def _head(model: Classifier, head: Head) -> AttackSpec:
     """An attacker's own aggregation of the samples; the defence judges by its own."""
     seen = AttackersHead(cast(SampleLogits, model), head)
-    return _left(APGD(loss="dlr_targeted"), f"{HEAD_ROW} {head}", gradients_from=seen)
+    return _left(APGD(loss="dlr_targeted"), f"APGD-T through the samples' {head}", gradients_from=seen)
 
 
 def _transferred(surrogate: Surrogate) -> AttackSpec:
-    label = f"APGD-T {THROUGH} {surrogate.name}"
+    label = f"APGD-T by the gradients of {surrogate.name}"
     return _left(APGD(loss="dlr_targeted", precision="float32"), label, gradients_from=surrogate.model)
 
 

@@ -1,38 +1,31 @@
-"""An evaluation's report: its rows, what they amount to, and the files it is kept in."""
+"""An evaluation's report: its rows, the numbers that follow from them, and its files."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .._files import write_text
 from .._validation import check_folder
 from ..protocols import Classifier
-from . import plots
-from .alarms import Finding
-from .outlook import Outlook
-from .page import write_page
+from .alarms import Finding, Outlook
 from .rows import Examples, Paired, Row, attack_names, model_names
-from .tables import (
-    COLUMNS,
+from .show import plots
+from .show.page import write_page
+from .show.tables import color_is_welcome, comparison, markdown_table, table_of_rows, terminal_table
+from .show.text import (
     LEGEND,
-    RED_UNRELIABLE,
     about_variants,
     about_zero_errors,
     believable,
     beside_headline,
-    color_is_welcome,
     column_legend,
-    comparison,
     headline,
-    markdown_table,
-    row_cells,
     terminal_legend,
-    terminal_table,
     verdict,
 )
 
@@ -88,11 +81,11 @@ class Report:
         Raises:
             KeyError: there is no such row, or several; the message names what there is.
         """
-        found = [row for row in self.rows if row.attack == attack and model in (None, row.model)]
-        if len(found) != 1:
+        rows = [row for row in self.rows if row.attack == attack and model in (None, row.model)]
+        if len(rows) != 1:
             have = ", ".join(f"{row.model}: {row.attack}" for row in self.rows)
-            raise KeyError(f"{len(found)} rows are {attack!r} (model {model!r}); there are {have}")
-        return found[0]
+            raise KeyError(f"{len(rows)} rows are {attack!r} (model {model!r}); there are {have}")
+        return rows[0]
 
     @property
     def headlines(self) -> dict[str, Row]:
@@ -129,10 +122,10 @@ class Report:
     @property
     def headline(self) -> Row:
         """The lowest robust accuracy of the one model; ValueError if there are several, or no attack."""
-        found = self.headlines
-        if len(found) != 1:
-            raise ValueError(f"one model with attacks is needed, there are {len(found)}: use headlines")
-        return next(iter(found.values()))
+        rows = list(self.headlines.values())
+        if len(rows) != 1:
+            raise ValueError(f"one model with attacks is needed, there are {len(rows)}: use headlines")
+        return rows[0]
 
     def paired(self, other: Report, row: str = "worst", other_row: str | None = None) -> Paired:
         """Accuracy of this report's model minus the other's on the images both have.
@@ -172,8 +165,8 @@ class Report:
         """All rows with their masks, and each model's headline."""
         headlines = {model: {"attack": row.attack, "accuracy": row.accuracy} for model, row in self.headlines.items()}
         content: dict[str, Any] = {"format": FORMAT, "about": self.about, "headlines": headlines, "notes": self.notes}
-        content["findings"] = [finding.to_dict() for finding in self.findings]
-        content["outlooks"] = [outlook.to_dict() for outlook in self.outlooks]
+        content["findings"] = [asdict(finding) for finding in self.findings]
+        content["outlooks"] = [asdict(outlook) for outlook in self.outlooks]
         content |= {"curves": self.curves, "threats": self.threats}
         return json.dumps(content | {"rows": [row.to_dict() for row in self.rows]}, indent=1, allow_nan=False)
 
@@ -198,14 +191,14 @@ class Report:
         """The headline of each model, a comparison if there are several, and the table of all rows."""
         lines = [", ".join(["# Robustness", *self._title()]), ""]
         for (model, threat), row in sorted(self.lowest.items(), key=lambda item: item[0][1] is not None):
-            found = [finding for finding in self.findings if finding.model == model]
-            lines.append(headline(model, threat, row, self._over_all(model, threat), found))
+            findings = [finding for finding in self.findings if finding.model == model]
+            lines.append(headline(model, threat, row, self._over_all(model, threat), findings))
         for model in self.models:
             lines += [f"- {model}: {text}" for text in about_variants([r for r in self.rows if r.model == model])]
         if len(self.models) > 1:
             lines += ["", "## Comparison", "", "Accuracy ± standard error, %.", "", *self.comparison()]
         lines += ["", "## Every row", ""]
-        lines += markdown_table(COLUMNS, [row_cells(row, RED_UNRELIABLE) for row in self.rows])
+        lines += markdown_table(*table_of_rows(self.rows))
         lines += ["", "\n\n".join(column_legend(self.rows)), "", *LEGEND]
         lines += ["\n" + text for text in about_zero_errors(self.rows)]
         lines += believable(self.findings, self.outlooks)
@@ -221,7 +214,7 @@ class Report:
 
     def comparison(self) -> list[str]:
         """Lines of a Markdown table: attacks down, models across."""
-        return markdown_table(*comparison(self.rows, RED_UNRELIABLE))
+        return markdown_table(*comparison(self.rows))
 
     def to_text(self, color: bool | None = None) -> str:
         """The table for a terminal; the comparison only, when there are several models. Above it what it is about.
@@ -232,20 +225,13 @@ class Report:
         chosen = color_is_welcome() if color is None else color
         title = [", ".join(["Robustness", *self._title()]), ""] if self.about else []
         if len(self.models) > 1:
-            return "\n".join([*title, terminal_table(*comparison(self.rows), chosen)])
-        table = terminal_table(COLUMNS, [row_cells(row) for row in self.rows], chosen)
-        legend = terminal_legend(self.rows, self.findings)
-        return "\n".join([*title, table, *self._verdicts(), "", *legend, *self._noted()])
-
-    def _verdicts(self) -> list[str]:
-        """One line for the lowest number of the model, and one for each alarm that a reader of it must know."""
+            return "\n".join([*title, terminal_table(*comparison(self.rows), color=chosen)])
+        lines = [*title, terminal_table(*table_of_rows(self.rows), color=chosen), ""]
         threat = self.about.get("threat")
-        lines = [verdict(model, row, self.findings, threat) for model, row in self.headlines.items()]
-        return ["", *lines, *(f"- {text}" for text in beside_headline(self.findings)), *about_variants(self.rows)]
-
-    def _noted(self) -> list[str]:
-        """The notes, for a terminal."""
-        return ["", "Notes:", *(f"- {note}" for note in self.notes)] if self.notes else []
+        lines += [verdict(model, row, self.findings, threat) for model, row in self.headlines.items()]
+        lines += [*(f"- {text}" for text in beside_headline(self.findings)), *about_variants(self.rows)]
+        lines += ["", *terminal_legend(self.rows, self.findings)]
+        return "\n".join(lines + (["", "Notes:", *(f"- {note}" for note in self.notes)] if self.notes else []))
 
     def _set_aside(self, folder: Path) -> None:
         """Move a report on another threat model, data set, protocol or precision into a folder of its own."""
@@ -253,7 +239,6 @@ class Report:
             about = json.loads((folder / "report.json").read_text(encoding="utf-8")).get("about", {})
         except (OSError, ValueError):
             return
-        # reports from before the precision was told have none, as those of float32
         named = ("threat", "dataset", "protocol", "precision")
         if all(about.get(name) == self.about.get(name) for name in named):
             return
@@ -309,16 +294,13 @@ class Report:
         plots.bars(self.rows, folder / "accuracies.png")
         for model in self.models:
             mine = [row for row in self.rows if row.model == model and row.threat is None and row.deployed]
-            kept = [row for row in mine if row.examples is not None and row.is_attack]
+            pictured = [row for row in mine if row.examples is not None and row.is_attack]
             # the strongest attack's pictures: those of a weaker one would flatter the model
-            row = min(kept, key=lambda r: r.accuracy, default=None)
+            row = min(pictured, key=lambda r: r.accuracy, default=None)
             if row is not None and row.examples is not None and row.examples.clean.shape[1] in (1, 3):
-                e, path = row.examples, folder / f"images_{_slug(model)}.png"
-                fell = e.fell is not None and bool(e.fell.any())
-                title = f"{model}: {row.attack}" + (", images that fell" if fell else "")
-                plots.grid(
-                    e.clean, e.adversarial, e.labels, path, defences.get(model), predicted=e.predicted, title=title
-                )
+                title = f"{model}: {row.attack}" + (", images that fell" if row.examples.fell.any() else "")
+                slug = "".join(c if c.isalnum() else "_" for c in model)
+                plots.grid(row.examples, folder / f"images_{slug}.png", defences.get(model), title)
 
 
 def merge(reports: Iterable[Report]) -> Report:
@@ -376,7 +358,3 @@ def _named(report: Report, words: list[str]) -> Report:
         curves={name(model): curves for model, curves in report.curves.items()},
         threats={name(model): threat for model, threat in report.threats.items()},
     )
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)

@@ -1,19 +1,17 @@
-"""What an evaluation found, image by image: one row for each attack, so that models can be compared in pairs."""
+"""Rows: the outcome of one attack, image by image, and the worst outcome over several attacks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..attacks import GradientHealth
 
-#: The targets of rows that follow the gradients of the model itself, by its own aggregation or by an attacker's.
-OWN_TARGETS = ("defence", "WithAggregation", "AttackersHead")
-#: Attacks that ask for no gradient.
+#: The kinds of attacks that ask for no gradient.
 GRADIENT_FREE = ("square",)
 #: The modes of a random model that are not the model as it is deployed, in words.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
@@ -29,29 +27,16 @@ class Examples:
         clean: the images before the attack, ``[M, C, H, W]`` float32 in [0, 1].
         adversarial: the same images after it, of the same shape.
         labels: the true classes, int64 ``[M]``.
-        fell: which of them fell to the attack, bool ``[M]``; None in rows that earlier versions kept.
+        fell: which of them fell to the attack, bool ``[M]``.
         predicted: the classes predicted after the attack, int64 ``[M]``, of an image that fell by a prediction that was
-            wrong; -1 where it names no class. None in rows that earlier versions kept.
+            wrong; -1 where it names no class.
     """
 
     clean: np.ndarray
     adversarial: np.ndarray
     labels: np.ndarray
-    fell: np.ndarray | None = None
-    predicted: np.ndarray | None = None
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """What is known, by name, for a file."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    @classmethod
-    def from_arrays(cls, found: Mapping[str, np.ndarray]) -> Examples:
-        """The inverse of `to_arrays`, also of files of earlier versions, which have less.
-
-        Args:
-            found: the arrays by name, and others.
-        """
-        return cls(**{field.name: found[field.name] for field in fields(cls) if field.name in found})
+    fell: np.ndarray
+    predicted: np.ndarray
 
 
 @dataclass(repr=False)
@@ -81,6 +66,8 @@ class Row:
         settings: what was run, in plain values, and whether the model is ``deterministic``.
         threat: the threat model, such as ``L2 0.5``, where it is another than the report's. Such a row is in no
             headline and in no ``worst`` but its own.
+        transferred: whether the images were found on another model than the one that judged them, or by its gradients;
+            another aggregation of the same samples is the same model.
         nonfinite_predictions: how many of the predictions name no class, because of a NaN or of an infinity that
             several classes share; they count as wrong.
         examples: some attacked images, for the pictures.
@@ -103,6 +90,7 @@ class Row:
     reliable: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     threat: str | None = None
+    transferred: bool = False
     nonfinite_predictions: int = 0
     examples: Examples | None = field(default=None, compare=False)
     margins: np.ndarray | None = field(default=None, compare=False)
@@ -132,9 +120,9 @@ class Row:
         return self.variant not in VARIANTS_APART
 
     @property
-    def follows_own_gradients(self) -> bool:
+    def own_gradients(self) -> bool:
         """Whether the attack followed the gradients of the model that judged it, by any aggregation."""
-        return self.kind not in GRADIENT_FREE and self.settings.get("target", "defence") in OWN_TARGETS
+        return not self.transferred and self.kind not in GRADIENT_FREE
 
     @property
     def lacked_gradients(self) -> bool:
@@ -145,6 +133,11 @@ class Row:
     def is_attack(self) -> bool:
         """Whether this is an attack on the model itself: no ``clean``, no ``worst``, no evaluation of others."""
         return self.kind not in ("clean", "worst", AUTHORS)
+
+    @property
+    def of_survivors(self) -> bool:
+        """Whether the attack was given only what the attacks before it had left right."""
+        return bool(self.settings.get("survivors_only"))
 
     @property
     def nothing_to_attack(self) -> bool:
@@ -168,9 +161,8 @@ class Row:
         """What was judged, in a word: the model as it is, and whether that is random, or a mode of a random one."""
         if not self.deployed:
             return VARIANTS_APART[self.variant]
-        # reports of earlier versions say nothing of the model, but only a random one is asked several times
-        known = self.settings.get("deterministic", False if self.n_eval > 1 else None)
-        return "as it is" if known is None else "deterministic" if known else "random"
+        words = {True: "deterministic", False: "random", None: "as it is"}
+        return words[self.settings.get("deterministic")]
 
     def describe_health(self) -> str:
         """The shares of non-finite and zero gradients and of unmoved images, as one short text."""
@@ -209,6 +201,84 @@ def attack_names(rows: Sequence[Row]) -> list[str]:
     order = {"clean": 0, "worst": 2}
     ordered = sorted(rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
     return list(dict.fromkeys(row.attack for row in ordered))
+
+
+def worst_rows(rows: Sequence[Row]) -> list[Row]:
+    """Per image, the worst over every row of one threat model on the same images, judged by the deployed model.
+
+    AutoAttack, transferred images and rows of survivors count like every other: an image that one of them broke is
+    broken. A row that a variant of a random model judged (fixed noise, noise off) counts for that variant alone; what
+    it found was tried on the deployed model too, in a row that counts here. Attacks on fewer images, the first so many,
+    enter the row that is named after these (``worst, first 200``), beside all that the other attacks found on the same
+    images; they neither lower nor raise the row over all images.
+
+    Args:
+        rows: of one model, the clean ones included.
+
+    Returns:
+        For the report's threat model a row over all images (``worst``), one for every smaller number of images, and one
+        for each variant with several attacks (``worst, deterministic``). For another threat model the first two, where
+        it has several attacks.
+    """
+    full = max(row.n for row in rows)
+    attacks = [row for row in rows if row.is_attack]
+    combined = []
+    for threat in dict.fromkeys([None, *(row.threat for row in attacks)]):
+        mine = [row for row in attacks if row.threat == threat]
+        deployed = [row for row in mine if row.deployed]
+        if threat is None:
+            combined += _of_variants([row for row in mine if not row.deployed], full)
+        if threat is None or len(deployed) > 1:
+            combined += _of_deployed(deployed, full, "worst" if threat is None else f"worst, {threat}")
+    return combined
+
+
+def _of_variants(rows: Sequence[Row], full: int) -> list[Row]:
+    """One row for each variant with several attacks on all images."""
+    complete = [row for row in rows if row.n == full]
+    variants = dict.fromkeys(row.variant for row in complete)
+    groups = {variant: [row for row in complete if row.variant == variant] for variant in variants}
+    return [_row(f"worst, {variant}", group, full) for variant, group in groups.items() if len(group) > 1]
+
+
+def _of_deployed(rows: Sequence[Row], full: int, name: str) -> list[Row]:
+    """A row over all images, and one for every smaller number of them."""
+    complete = [row for row in rows if row.n == full]
+    combined = [_row(name, complete, full)] if complete else []
+    for n in sorted({row.n for row in rows if row.n < full}, reverse=True):
+        combined.append(_row(f"{name}, first {n}", [row for row in rows if row.n >= n], n))
+    return combined
+
+
+def _row(label: str, group: Sequence[Row], n: int) -> Row:
+    robust = np.logical_and.reduce([row.robust[:n] for row in group])
+    accuracy = float(robust.mean())
+    first = group[0]
+    attacked = [row for row in group if row.settings["attacked"]]
+    # what was found elsewhere and carried over says nothing about the gradients of the model itself; of its own attacks
+    # one that had gradients is enough, the others can only have lowered the number
+    had_gradients = any(row.reliable and row.health is not None for row in attacked if row.own_gradients)
+    return Row(
+        model=first.model,
+        attack=label,
+        kind="worst",
+        variant=first.variant,
+        robust=robust,
+        mean=accuracy,
+        worst=accuracy,
+        n_eval=first.n_eval,
+        seed=first.seed,
+        seconds=sum(row.seconds for row in group),
+        data=first.data,
+        # where there was nothing to attack, or nothing is left, no attack lacked anything
+        reliable=not attacked or had_gradients or not robust.any(),
+        settings={
+            "over": [row.attack for row in group],
+            "attacked": max(row.settings["attacked"] for row in group),
+            "deterministic": first.settings.get("deterministic"),
+        },
+        threat=first.threat,
+    )
 
 
 def _share(part: int, whole: int) -> str:

@@ -44,6 +44,8 @@ class AttackSpec:
         judge: repeat an evaluation of others, who judge this model by one prediction: it is attacked where there is no
             target, on every image, and it judges. Such a row is about that model and not about the defence: it is in no
             headline and in no ``worst``, and its label, "as ...", names the source.
+        published: the publication whose attack this is, where it counts an image as robust by other predictions than a
+            row does; the report says so.
 
     Raises:
         ValueError: options that are not allowed or do not go together.
@@ -60,6 +62,7 @@ class AttackSpec:
     gradients_from: Classifier | None = None
     seed: int = 0
     judge: Classifier | None = None
+    published: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.attack, Attack):
@@ -110,23 +113,14 @@ class AttackSpec:
         return self.judge if self.gradients_from is None else self.gradients_from
 
 
-def as_spec(attack: Any) -> AttackSpec:
-    """What stands in a list of attacks, as an `AttackSpec`; TypeError for what is no attack."""
-    return attack if isinstance(attack, AttackSpec) else AttackSpec(attack)
-
-
 def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
-    """A list of attacks, of `AttackSpec` and of functions ``(model, x, y) -> x_adv``, as `AttackSpec`.
-
-    Raises:
-        TypeError: no list, or something in it that is no attack.
-    """
+    """A list of attacks and functions as `AttackSpec`; TypeError for no list, and for what is no attack."""
     if isinstance(attacks, (str, Attack, AttackSpec)) or not isinstance(attacks, Sequence):
         raise TypeError(f"attacks must be a list, got {attacks!r}")
     specs = []
     for i, attack in enumerate(attacks):
         try:
-            specs.append(as_spec(attack))
+            specs.append(attack if isinstance(attack, AttackSpec) else AttackSpec(attack))
         except TypeError as error:
             raise TypeError(f"attacks[{i}]: {error}") from None
     return specs
@@ -149,4 +143,4 @@ def lee_kim_2023(eps: float = 8 / 255) -> AttackSpec:
     check_eps(eps, "linf")
     alpha = 0.007 * eps / (8 / 255)
     attack = PGD(steps=200, alpha=alpha, eot_iter=20, random_start=False, eps=eps, norm="linf")
-    return AttackSpec(attack, label=LEE_KIM)
+    return AttackSpec(attack, label=LEE_KIM, published="Lee & Kim 2023")

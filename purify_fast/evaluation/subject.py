@@ -14,9 +14,11 @@ from .._fingerprint import digest
 from ..attacks import margin
 from ..attacks.asked import ask, check_leaves_images, differ
 from ..attacks.draws import TRIED_CALLS, TRIED_ROWS, drawn_once_per_call
+from ..defences.base import Defence
 from ..protocols import Classifier
+from ..speed.precision import float32_settings
 from .outputs import are_probabilities, returning_logits
-from .variant_check import DETERMINISTIC, FIXED_NOISE, Fault, find_fault
+from .variants import DETERMINISTIC, FIXED_NOISE, Fault, find_fault
 
 Variant = Literal["random", "fixed", "deterministic"]
 #: Each phase of an evaluation has a seed of its own, so that no attack has seen the draws it is judged by.
@@ -29,6 +31,21 @@ def device_of(model: Classifier, x: Tensor) -> torch.device:
         for tensor in (*model.parameters(), *model.buffers()):
             return tensor.device
     return x.device
+
+
+def precision_name(model: Classifier, device: torch.device) -> str | None:
+    """What the products of a model are rounded to, None where it is float32: another precision is another function.
+
+    Of accelerated defences in the model the dtype is known, of other models nothing.
+    """
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    settings = [part.acceleration for part in parts if isinstance(part, Defence)]
+    if any(each is not None and each["dtype"] == torch.bfloat16 for each in settings):
+        return "bfloat16"
+    older, values = float32_settings()
+    rounds = "tf32" in values if older is None else older != (False, "highest")
+    # a CPU rounds nothing, whatever is asked for
+    return "tf32" if rounds and device.type == "cuda" else None
 
 
 @dataclass(frozen=True)

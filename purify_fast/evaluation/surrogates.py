@@ -11,7 +11,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +41,14 @@ class Surrogate:
     """A model to attack in another's place.
 
     Args:
-        name: what it is, for the row's name: "attacked <name>".
+        kind: a part of the model, all parts together, or a copy of the whole: softened, without noise, of few samples.
+        name: what it is, for the row's name.
         model: images ``[B, C, H, W]`` in [0, 1] to logits.
-        part: whether it is a part of the model, and not a copy of the whole.
     """
 
+    kind: Literal["part", "parts", "softened", "without noise", "fewer samples"]
     name: str
     model: Classifier
-    part: bool = False
 
 
 class _Softening(TorchFunctionMode):
@@ -79,8 +79,8 @@ class _Softening(TorchFunctionMode):
                 before = first.detach().clone()
                 return first.add_(func(before.clone(), *args[1:], **kwargs) - before)
             if name in _FLAT:
-                made = func(first.detach().clone(), *args[1:], **kwargs)
-                return first + (made - first).detach()
+                flat = func(first.detach().clone(), *args[1:], **kwargs)
+                return first + (flat - first).detach()
         return func(*args, **kwargs)
 
 
@@ -174,17 +174,18 @@ def surrogates(model: Classifier, x: Tensor, num_classes: int) -> list[Surrogate
     """
     with frozen(model):
         parts = [(name, part) for name, part in _parts(model, x, num_classes) if _usable(part, x, num_classes)]
-    found = [Surrogate(f"{name} alone", part, part=True) for name, part in parts]
-    if len(found) > 1:
-        found.append(Surrogate("all parts together", Together([s.model for s in found]), part=True))
-    found += [Surrogate(f"a copy softened {t:g} times", Softened(model, t)) for t in TEMPERATURES]
+    candidates = [Surrogate("part", f"{name} alone", part) for name, part in parts]
+    if len(parts) > 1:
+        candidates.append(Surrogate("parts", "all parts together", Together([part for _, part in parts])))
+    candidates += [Surrogate("softened", f"a copy softened {t:g} times", Softened(model, t)) for t in TEMPERATURES]
     if supports(model, DeterministicMode):
-        found.append(Surrogate("a copy without noise", WithoutNoise(model)))
+        candidates.append(Surrogate("without noise", "a copy without noise", WithoutNoise(model)))
     samples = getattr(model, "samples", None)
     if isinstance(model, nn.Module) and isinstance(samples, int) and samples > 1:
-        found.append(Surrogate("a copy of fewer samples", FewerSamples(model, max(1, samples // 4))))
+        fewer = FewerSamples(model, max(1, samples // 4))
+        candidates.append(Surrogate("fewer samples", "a copy of fewer samples", fewer))
     with frozen(model):
-        return [surrogate for surrogate in found if _usable(surrogate.model, x, num_classes)]
+        return [surrogate for surrogate in candidates if _usable(surrogate.model, x, num_classes)]
 
 
 def _usable(model: Classifier, x: Tensor, num_classes: int) -> bool:
@@ -205,20 +206,20 @@ def _usable(model: Classifier, x: Tensor, num_classes: int) -> bool:
 def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Classifier]]:
     """The parts of a model that are classifiers themselves, with their names, from the outside in."""
     whole = _logits(model, x)
-    found: list[tuple[str, Classifier]] = []
+    parts: list[tuple[str, Classifier]] = []
     if has_classifier(model):
         # a defence's own classifier: a part by contract, whatever else is in the defence
-        found.append(("classifier", model.classifier))
+        parts.append(("classifier", model.classifier))
     for name, part in _inside(model, DEPTH):
-        if len(found) == MOST_PARTS:
+        if len(parts) == MOST_PARTS:
             break
-        if any(part is other or _contains(other, part) for _, other in found):
+        if any(part is other or _contains(other, part) for _, other in parts):
             continue
         logits = _logits(part, x)
         same = whole is not None and logits is not None and torch.equal(whole, logits)
         if logits is not None and logits.shape == (len(x), num_classes) and not same:
-            found.append((name, part))
-    return found
+            parts.append((name, part))
+    return parts
 
 
 def _contains(whole: Classifier, part: Classifier) -> bool:
@@ -232,10 +233,10 @@ def _inside(model: Classifier, depth: int) -> Iterator[tuple[str, Classifier]]:
             if name and name.count(".") < depth:
                 yield name, module
         return
-    held = dict(vars(model)) if not inspect.isroutine(model) and getattr(model, "__dict__", None) else {}
+    attributes = dict(vars(model)) if not inspect.isroutine(model) and getattr(model, "__dict__", None) else {}
     if inspect.isfunction(model):
-        held = dict(inspect.getclosurevars(model).nonlocals)
-    for name, value in held.items():
+        attributes = dict(inspect.getclosurevars(model).nonlocals)
+    for name, value in attributes.items():
         if isinstance(value, nn.Module):
             yield name, value
 
@@ -244,7 +245,7 @@ def _logits(model: Classifier, x: Tensor) -> Tensor | None:
     """What a part makes of images; None where it does not take them."""
     # whatever code a user's model has may refuse what it was not written for
     with contextlib.suppress(Exception), torch.no_grad(), frozen(model):
-        found = model(x)
-        if isinstance(found, Tensor) and found.dim() == 2:
-            return found
+        logits = model(x)
+        if isinstance(logits, Tensor) and logits.dim() == 2:
+            return logits
     return None

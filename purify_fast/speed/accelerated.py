@@ -32,7 +32,7 @@ class Accelerated:
         packed_from: names the weights that were packed; None: they may have changed since.
     """
 
-    #: What a captured step need not look at (`purify_fast.speed.dependencies`): it changes with every training step.
+    #: What a captured step need not look at (`purify_fast.contents`): it changes with every training step.
     not_dependencies = frozenset({"packed_from"})
 
     dtype: torch.dtype

@@ -1,9 +1,9 @@
 """A step that is taken many times, captured once and replayed: a CUDA graph of an attack's step.
 
 A graph holds a step's launches, not its Python. So a step is captured only if it asks nothing of the data, and it is
-replayed only while everything that its model computes with is the same, `purify_fast.speed.dependencies`. Weights that
-are written in place are the same: replays see the new ones. Draws from torch's generator of the device go on as they
-would without a graph.
+replayed only while everything that its model computes with is the same (`purify_fast.contents.identity_key`). Weights
+that are written in place are the same: replays see the new ones. Draws from torch's generator of the device go on as
+they would without a graph.
 
 A capture costs as much as dozens of steps. A step is therefore captured once so many of it were launched, or are about
 to be, that replays would have paid for a capture; how many that are, each capture measures for the next.
@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from .._validation import check_literal
+from ..contents import identity_key
 from ..protocols import CountsImages, PreparesReplay
 from .agreement import first_replay_agrees
 from .cuda_capture import CudaCapture
-from .dependencies import dependencies
 from .step_loops import Captured, Replays, State, StepFunction, Steps, Tally, parts_of, weak_key, write
 from .surroundings import host_generators, no_trace, numerics, same_draws_again
 from .waits import Waits
@@ -196,7 +196,7 @@ class StepGraphs:
         for part in parts_of(model, PreparesReplay):
             part.prepare_replay()
         try:
-            values, objects = dependencies(model)
+            values, objects, _ = identity_key(model)
             key = weak_key((base, values))
         except TypeError as error:
             return self._refuse(base, f"{_name(model)}: {error}")

@@ -19,7 +19,7 @@ from purify_fast.attacks.engine.squares import Proposals, pattern, side
 from purify_fast.attacks.engine.waves import Waves
 from purify_fast.attacks.heads import HEADS, AttackersHead, class_margins, head_logits
 from purify_fast.attacks.losses import LOSSES, TARGETED
-from purify_fast.evaluation.watched import Meter, progress_bar, watched
+from purify_fast.evaluation.progress import Progress, counted_model
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops.aggregate import aggregate
 from purify_fast.speed.inference_copy import InferenceCopy
@@ -157,8 +157,9 @@ def test_which_models_are_copied(monkeypatch):
 
     for odd in (Stubborn(), Changes(*net)):
         assert copies.gradient_copy(odd, x, "bfloat16") is odd
-    with progress_bar("attack", False, None) as bar:
-        counted = watched(net, Meter(bar))
+    progress = Progress()
+    with progress.row("attack", None):
+        counted = counted_model(net, progress)
         around = copies.gradient_copy(counted, x, "bfloat16")
         assert type(around) is type(counted) and isinstance(around.model, InferenceCopy)
         assert copies.gradient_copy(counted, x, "float32") is counted
@@ -178,8 +179,9 @@ def test_a_copy_serves_until_its_model_changes(monkeypatch):
         return copies.gradient_copy(model, x, "bfloat16", kept)
 
     first = of(net)
-    with progress_bar("attack", False, None) as bar:
-        assert of(net) is first is of(watched(net, Meter(bar))).model and len(made) == 1
+    progress = Progress()
+    with progress.row("attack", None):
+        assert of(net) is first is of(counted_model(net, progress)).model and len(made) == 1
     with torch.no_grad():
         net[0].weight.mul_(1.001)
     second = of(net)

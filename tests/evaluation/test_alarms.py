@@ -19,8 +19,8 @@ from purify_fast.attacks import APGD, PGD, Square, pgd
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report, evaluate
 from purify_fast.evaluation.alarms import Evidence, Probes, findings
-from purify_fast.evaluation.alarms.from_probes import START_UNRELIABLE
-from purify_fast.evaluation.page import html_page
+from purify_fast.evaluation.alarms.signs import START_UNRELIABLE
+from purify_fast.evaluation.show.page import html_page
 from purify_fast.evaluation.surrogates import surrogates
 from purify_fast.ops import aggregate
 
@@ -156,7 +156,7 @@ def test_a_broken_defence_is_marked_and_the_row_is_named(model, alarm, row):
     assert_marked(report, alarm, row)
     markdown = report.to_markdown()
     assert "## Can this number be believed?" in markdown and alarm in markdown.splitlines()[2]
-    assert [f.to_dict() for f in Report.from_json(report.to_json()).findings] == [f.to_dict() for f in report.findings]
+    assert Report.from_json(report.to_json()).findings == report.findings
 
 
 def test_a_sharp_gate_is_given_away_by_the_gradients_of_its_parts():
@@ -267,7 +267,7 @@ def test_the_outlook_says_what_a_stronger_attack_would_take():
 def test_probes_are_asked_once_and_kept(tmp_path):
     first = judged(robust(), [PGD(steps=2)], 16, out=tmp_path)
     again = judged(robust(), [PGD(steps=2)], 16, out=tmp_path)
-    assert first.to_json() == again.to_json() and len(list((tmp_path / "rows").glob("*.values"))) == 1
+    assert first.to_json() == again.to_json() and len(list((tmp_path / "rows").glob("*.values.safetensors"))) == 1
 
 
 def rounds_to(levels):

@@ -13,8 +13,8 @@ from small_models import Linear
 
 from purify_fast.attacks import PGD, AutoAttack
 from purify_fast.evaluation import AttackSpec, Report, evaluate
-from purify_fast.evaluation.page import html_page
 from purify_fast.evaluation.protocols import AS_A_CLASSIFIER
+from purify_fast.evaluation.show.page import html_page
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -250,21 +250,6 @@ def test_a_pair_of_networks_is_seen_to_be_random(batch):
         assert not report.rows[0].settings["deterministic"] and report.rows[0].n_eval == 5
 
 
-def test_kept_rows_of_before_are_made_anew(batch, tmp_path, monkeypatch):
-    x, y = batch
-    model = Switch(*nets())
-    options = {"eps": 0.1, "attacks": [PGD(steps=2)], "out": tmp_path, "progress": False}
-    with monkeypatch.context() as patch:
-        patch.setattr("purify_fast.evaluation.subject.drawn_once_per_call", lambda *_: False)
-        evaluate(model, x, y, **options)
-    before = set(tmp_path.glob("rows/*.json"))
-    evaluate(model, x, y, **options)
-    after = set(tmp_path.glob("rows/*.json"))
-    assert len(before) == 2 and len(after) == 4
-    evaluate(model, x, y, **options)
-    assert set(tmp_path.glob("rows/*.json")) == after
-
-
 def test_what_is_tried_is_not_counted(batch):
     x, _ = batch
 

@@ -16,7 +16,7 @@ from torch import nn
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import evaluate
-from purify_fast.evaluation.around import notes_of_modules
+from purify_fast.evaluation.preparation import notes_of_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -87,18 +87,6 @@ def test_the_title_names_what_the_numbers_are_about():
     assert merge([]).about == {}
 
 
-def test_a_report_of_the_release_before_is_read():
-    old = {
-        "model": "m", "attack": "PGD-5 ce", "kind": "pgd", "variant": "random", "mean": 0.5, "worst": 0.5, "n_eval": 1,
-        "seed": 0, "seconds": 1.0, "data": "d", "health": None, "reliable": True, "threat": None, "robust": "10",
-        "settings": {"eot": 5, "survivors": True, "attacked": 1, "target": "defence"}, "n": 2, "accuracy": 0.5,
-        "standard_error": 0.35,
-    }  # fmt: skip
-    report = Report.from_json(json.dumps({"format": 1, "headlines": {}, "notes": [], "rows": [old]}))
-    assert "| m | PGD-5 ce | as it is | 5 | 2 (1) |" in report.to_markdown() and report.about == {}
-    assert report.to_markdown().startswith("# Robustness\n")
-
-
 def test_representations_are_short():
     robust = np.arange(5000) % 2 == 0
     row = Row("m", "PGD", "pgd", "random", robust, 0.5, 0.5, 1, 0, 0.0, "d", settings={"over": ["a"] * 500})

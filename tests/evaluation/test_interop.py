@@ -1,15 +1,12 @@
 """Other packages attack the defences of this one, and their attacks stand in its reports."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
 from purify_fast import Carso
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import AttackSpec, Report, as_attack, evaluate
-from purify_fast.evaluation.robustbench import robustbench_json
+from purify_fast.evaluation import AttackSpec, as_attack, evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,16 +76,3 @@ def test_art(defended):
         return torch.from_numpy(pgd.generate(x.numpy(), y.numpy()))
 
     check(*defended, attack, "ART PGD")
-
-
-def test_a_report_in_the_form_of_robustbench(defended):
-    defence, x, y = defended
-    report = evaluate(defence, x, y, eps=EPS, attacks=[PGD(steps=2)], n_eval=1, name="mine", dataset_name="bars",
-                      progress=False)  # fmt: skip
-    found = json.loads(robustbench_json(report, name="My defence", paper="https://example.org", dataset="bars"))
-    clean, lowest = report.row("clean"), report.headline
-    assert found["clean_acc"] == f"{100 * clean.accuracy:.2f}" and found["dataset"] == "bars"
-    assert found["reported"] == found["external"] == f"{100 * lowest.accuracy:.2f}"
-    assert (found["eps"], found["name"], found["number_of_images"]) == ("0.05", "My defence", 16)
-    with pytest.raises(ValueError, match="one model with attacks is needed"):
-        robustbench_json(Report(), name="none")

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.numpy import save
 from torch import nn
 
 from purify_fast import ops
@@ -19,7 +20,7 @@ from purify_fast.attacks import APGD, PGD
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.evaluation.alarms import probes
-from purify_fast.evaluation.kept_file import read_values
+from purify_fast.evaluation.keep.cache import read_file
 from purify_fast.evaluation.surrogates import Softened
 from purify_fast.ops import _races, _verify
 
@@ -28,11 +29,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 #: What is called when the process is killed, and the number of the call.
 MOMENTS = (
     # a batch of the second attack is kept
-    ("purify_fast.evaluation.partial_row.PartialRow.keep", 4),
+    ("purify_fast.evaluation.keep.cache.PartialRow.keep", 4),
     # the arrays of a row are written, the row is not
-    ("purify_fast.evaluation.row_cache.write_values", 3),
+    ("purify_fast.evaluation.keep.cache.write_file", 3),
     # a row is written, its batches are not gone
-    ("purify_fast.evaluation.partial_row.PartialRow.remove", 3),
+    ("purify_fast.evaluation.keep.cache.PartialRow.remove", 3),
     # the softened copies are attacked
     ("purify_fast.evaluation.surrogates.Softened.forward", 6),
     # the probes: the sweeps, then the softened copies again, then the answers, then their file
@@ -125,15 +126,15 @@ def few(out):
         return evaluate(net, x, y, eps=0.1, attacks=[PGD(steps=2)], out=out, probes=True, progress=False)
 
 
-@pytest.mark.parametrize("kind", ["json", "npz", "values"])
+@pytest.mark.parametrize("kind", ["values", "arrays", "probes"])
 def test_one_damaged_bit_of_a_kept_file_is_told_and_made_again(tmp_path, caplog, kind):
     first = few(tmp_path)
-    path = sorted((tmp_path / "rows").glob(f"*.{kind}"))[-1]
+    paths = {path: ".values." in path.name for path in sorted((tmp_path / "rows").iterdir())}
+    path = [path for path, of_probes in paths.items() if of_probes is (kind == "probes")][-1]
     kept = path.read_bytes()
     damaged = bytearray(kept)
     # within the numbers: a file that can still be read
-    at = kept.rindex(b"0.") + 2 if kind != "npz" else len(kept) // 2
-    damaged[at] ^= 1
+    damaged[-1 if kind == "arrays" else kept.rindex(b"0.") + 2] ^= 1
     path.write_bytes(damaged)
     with caplog.at_level(logging.WARNING, "purify_fast"):
         assert plain(few(tmp_path)) == plain(first)
@@ -142,18 +143,18 @@ def test_one_damaged_bit_of_a_kept_file_is_told_and_made_again(tmp_path, caplog,
     with caplog.at_level(logging.WARNING, "purify_fast"):
         few(tmp_path)
     assert not caplog.text
-    if kind != "json":
-        # all but the time that a row took
+    if kind == "probes":
+        # of a row all but the time that it took
         assert path.read_bytes() == kept
 
 
-@pytest.mark.parametrize("content", ["[]", "null", '{"rows": []}', '{"checksum": "0"}'])
-def test_a_file_without_a_checksum_may_be_of_another_version(tmp_path, caplog, content):
-    path = tmp_path / "kept.json"
-    path.write_text(content)
+@pytest.mark.parametrize("content", [b"[]", b"", save({}), save({}, {"sealed": "null"}), save({}, {"sealed": "{}"})])
+def test_a_file_of_another_kind_is_as_good_as_absent(tmp_path, caplog, content):
+    path = tmp_path / "kept.safetensors"
+    path.write_bytes(content)
     with caplog.at_level(logging.WARNING, "purify_fast"):
-        assert read_values(path) is None
-    assert f"{path} has no checksum: it is damaged, or another version of the package wrote it" in caplog.text
+        assert read_file(path) is None
+    assert f"{path} is damaged" in caplog.text
 
 
 def test_rows_are_kept_though_a_kernel_is_found_wrong_on_the_way(tmp_path, monkeypatch):
@@ -170,17 +171,17 @@ def test_rows_are_kept_though_a_kernel_is_found_wrong_on_the_way(tmp_path, monke
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "purify_fast: the cpp kernel of aggregate is wrong", RuntimeWarning)
         few(tmp_path)
-        count = len(list((tmp_path / "rows").glob("*.json")))
+        count = len(list((tmp_path / "rows").glob("*[!s].safetensors")))
         # its first use
         assert not _verify.verdict_of(wrong, device).passed
         few(tmp_path)
     ops._op.forget()
-    assert len(list((tmp_path / "rows").glob("*.json"))) == count
+    assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == count
 
 
 def test_rows_that_others_would_serve_are_made_again(tmp_path):
     few(tmp_path)
-    count = len(list((tmp_path / "rows").glob("*.json")))
+    count = len(list((tmp_path / "rows").glob("*[!s].safetensors")))
     device = torch.device("cpu")
     served = ops.decisions(device)
     exact, inexact = "stitch", "aggregate"
@@ -189,4 +190,4 @@ def test_rows_that_others_would_serve_are_made_again(tmp_path):
         assert ops.changing_bits(served | {"races": other}) != ops.changing_bits(served) or op == exact
         with _races.held("cpu", other):
             few(tmp_path)
-        assert len(list((tmp_path / "rows").glob("*.json"))) == count + more
+        assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == count + more

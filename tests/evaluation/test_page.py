@@ -13,10 +13,10 @@ from PIL import Image
 
 from purify_fast import cli
 from purify_fast.evaluation import Report, evaluate, merge
-from purify_fast.evaluation.alarms import Finding
-from purify_fast.evaluation.outlook import Outlook
-from purify_fast.evaluation.page import drawings, html_page, write_page
+from purify_fast.evaluation.alarms import Finding, Outlook
 from purify_fast.evaluation.rows import Examples, Row
+from purify_fast.evaluation.show import drawings
+from purify_fast.evaluation.show.page import html_page, write_page
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -138,7 +138,7 @@ def test_a_curve_has_every_point():
 def test_pictures_are_of_the_strongest_attack():
     def picture(value):
         images = np.full((2, 1, 4, 4), value, dtype=np.float32)
-        return Examples(images, images, np.array([0, 1]))
+        return Examples(images, images, np.array([0, 1]), np.ones(2, dtype=bool), np.array([1, 0]))
 
     weak = row("weak", [1, 1, 0], examples=picture(0.2))
     strong = row("strong", [1, 0, 0], examples=picture(0.6))
@@ -199,7 +199,7 @@ def test_pictures_are_of_the_attack_that_felled_most():
 
     def picture(value):
         images = np.full((2, 1, 4, 4), value, dtype=np.float32)
-        return Examples(images, images, np.array([0, 1]))
+        return Examples(images, images, np.array([0, 1]), np.ones(2, dtype=bool), np.array([1, 0]))
 
     first = row("first", [0, 0, 1, 1], examples=picture(0.2))
     last = row("last", [0, 0, 0, 1], examples=picture(0.6))

@@ -14,7 +14,8 @@ from torch import nn
 
 from purify_fast.attacks import APGD, PGD
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec, evaluate, partial_row
+from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation.keep import cache
 from purify_fast.evaluation.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,9 +25,9 @@ import os, signal, sys
 sys.path.insert(0, {here!r})
 import torch
 torch.set_num_threads(1)
-from purify_fast.evaluation import partial_row
+from purify_fast.evaluation.keep import cache
 from test_resume import evaluated
-kept, keep = [], partial_row.PartialRow.keep
+kept, keep = [], cache.PartialRow.keep
 
 def kill_after(self, ids, batch):
     keep(self, ids, batch)
@@ -34,7 +35,7 @@ def kill_after(self, ids, batch):
     if len(kept) == {after}:
         os.kill(os.getpid(), signal.SIGKILL)
 
-partial_row.PartialRow.keep = kill_after
+cache.PartialRow.keep = kill_after
 evaluated({out!r})
 """
 
@@ -69,7 +70,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_result(tmp_path, after):
     environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    left = list((out / "rows").glob("*.batches/*.npz"))
+    left = list((out / "rows").glob("*.batches/*.safetensors"))
     # the batches of the row that was not finished
     assert len(left) == 2
     assert plain(evaluated(out)) == whole
@@ -77,7 +78,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_result(tmp_path, after):
 
 
 def test_finished_batches_are_not_attacked_again(tmp_path, monkeypatch):
-    seen, keep = [], partial_row.PartialRow.keep
+    seen, keep = [], cache.PartialRow.keep
 
     class Killed(Exception):
         pass
@@ -88,7 +89,7 @@ def test_finished_batches_are_not_attacked_again(tmp_path, monkeypatch):
         if len(seen) == 2:
             raise Killed
 
-    monkeypatch.setattr(partial_row.PartialRow, "keep", stop)
+    monkeypatch.setattr(cache.PartialRow, "keep", stop)
     with pytest.raises(Killed):
         evaluated(tmp_path)
     first = len(seen)
@@ -100,11 +101,11 @@ def test_finished_batches_are_not_attacked_again(tmp_path, monkeypatch):
 
 def test_a_damaged_batch_is_made_again(tmp_path, monkeypatch):
     whole = plain(evaluated(tmp_path / "whole"))
-    monkeypatch.setattr(partial_row.PartialRow, "remove", lambda self: None)
+    monkeypatch.setattr(cache.PartialRow, "remove", lambda self: None)
     evaluated(tmp_path / "again")
-    for path in (tmp_path / "again/rows").glob("*.json"):
+    for path in (tmp_path / "again/rows").glob("*.safetensors"):
         path.unlink()
-    for path in (tmp_path / "again/rows").glob("*.batches/*.npz"):
+    for path in (tmp_path / "again/rows").glob("*.batches/*.safetensors"):
         path.write_bytes(path.read_bytes()[:100])
     assert plain(evaluated(tmp_path / "again")) == whole
 
@@ -154,13 +155,15 @@ def test_the_time_left_is_of_what_is_left():
     progress = Progress("mine", False, [100, None, 50])
     assert progress.left() == "time left not known yet"
     with mock.patch.object(Progress, "rate", lambda self: 10.0):
-        with progress.row("first", 100) as counter:
-            counter.update(60)
+        with progress.row("first", 100):
+            progress.count(60)
             assert progress.left() == "9 s left at most, and rows whose length is not known"
+        progress.next_row()
         # kept by an earlier run
-        progress.kept(1)
+        progress.next_row()
         assert progress.left() == "5 s left at most"
-        with progress.row("last", 50) as counter:
-            counter.update(200)
+        with progress.row("last", 50):
+            progress.count(200)
             assert progress.left() == "0 s left at most"
+        progress.next_row()
         assert progress.left() == "the last row"

@@ -12,8 +12,9 @@ from torch import nn
 from purify_fast._lock import folder_lock
 from purify_fast.attacks import PGD
 from purify_fast.defences.stochastic import StochasticDefence
-from purify_fast.evaluation import evaluate, measure, row_cache
-from purify_fast.evaluation.fingerprint import fingerprint
+from purify_fast.evaluation import evaluate, measure
+from purify_fast.evaluation.keep import cache
+from purify_fast.evaluation.keep.fingerprint import fingerprint
 from purify_fast.ops import use_backend
 from purify_fast.speed.precision import float32_products
 
@@ -80,7 +81,7 @@ def test_an_edited_docstring_keeps_the_rows(tmp_path, monkeypatch, counted):
     assert counted(model_of(tmp_path, monkeypatch)) == 0
     assert counted(model_of(tmp_path, monkeypatch, doc="Another one,\n    of two lines.")) == 0
     # what the package computes is told by the version of the protocol, not by the text of its sources
-    monkeypatch.setattr(row_cache, "__doc__", "edited")
+    monkeypatch.setattr(cache, "__doc__", "edited")
     monkeypatch.setattr(PGD, "__doc__", "edited")
     assert counted(model_of(tmp_path, monkeypatch)) == 0
 
@@ -108,7 +109,7 @@ def test_versions_and_backends(tmp_path, monkeypatch, counted):
     with monkeypatch.context() as of_the_backend:
         of_the_backend.setenv("PURIFY_FAST_BACKEND", "reference")
         assert counted(model) == 2
-    monkeypatch.setattr(row_cache, "PROTOCOL_VERSION", row_cache.PROTOCOL_VERSION + 1)
+    monkeypatch.setattr(cache, "PROTOCOL_VERSION", cache.PROTOCOL_VERSION + 1)
     assert counted(model) == 2
     assert counted(model) == 0
 

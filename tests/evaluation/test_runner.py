@@ -20,12 +20,12 @@ from purify_fast.evaluation import (
     AttackSpec,
     Report,
     evaluate,
-    labels,
     lee_kim_2023,
     merge,
-    row_cache,
-    watched,
+    names,
+    progress,
 )
+from purify_fast.evaluation.keep import cache
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 
@@ -417,11 +417,11 @@ def test_resume(tmp_path):
     assert made > 20 and few <= 8  # only what asks what kind of model it is
     assert again.to_json() == first.to_json()
     assert np.array_equal(again.row("PGD-3 ce").examples.adversarial, first.row("PGD-3 ce").examples.adversarial)
-    files = sorted(tmp_path.glob("rows/*.json"))
+    files = sorted(tmp_path.glob("rows/*.safetensors"))
     assert len(files) == 3 and not list(tmp_path.glob("rows/.*"))
     # one more attack: only that one is made
     _, more = run(attacks=[*attacks, PGD(loss="margin")])
-    assert few < more < made and len(list(tmp_path.glob("rows/*.json"))) == 4
+    assert few < more < made and len(list(tmp_path.glob("rows/*.safetensors"))) == 4
     # another name is the same row
     named, calls = run(name="other")
     assert calls == few and named.models == ["other"]
@@ -434,8 +434,8 @@ def test_resume(tmp_path):
     model.samples = 4
     assert run()[1] > few
     assert run()[1] == few
-    for path in tmp_path.glob("rows/*.json"):
-        path.write_text(path.read_text()[:-50])
+    for path in tmp_path.glob("rows/*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-50])
     assert run()[1] > few
 
 
@@ -610,16 +610,16 @@ def test_rows_are_keyed_by_the_code_that_makes_them(toy, tmp_path, monkeypatch):
     model, x, y = toy
     common = {"steps": 2, "attacks": [AttackSpec(PGD(), variant="deterministic")], "out": tmp_path, **QUIET}
     evaluate(model, x, y, **common)
-    made = len(list((tmp_path / "rows").glob("*.json")))
+    made = len(list((tmp_path / "rows").glob("*[!s].safetensors")))
     evaluate(model, x, y, **common)
-    assert len(list((tmp_path / "rows").glob("*.json"))) == made
-    monkeypatch.setattr(row_cache, "PROTOCOL_VERSION", row_cache.PROTOCOL_VERSION + 1)
+    assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == made
+    monkeypatch.setattr(cache, "PROTOCOL_VERSION", cache.PROTOCOL_VERSION + 1)
     evaluate(model, x, y, **common)
-    assert len(list((tmp_path / "rows").glob("*.json"))) == 2 * made
+    assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == 2 * made
 
 
 def test_models_that_differ_in_an_attribute_have_their_own_fingerprints():
-    from purify_fast.evaluation.fingerprint import fingerprint
+    from purify_fast.evaluation.keep.fingerprint import fingerprint
 
     marks = set()
     for attribute in (
@@ -721,12 +721,12 @@ def test_apgd_says_how_much_there_is_to_do(toy, monkeypatch, attack, exact):
     """The bar's total: exact where nothing falls, the most there can be otherwise."""
     bars = []
 
-    class Bar(watched.tqdm):
+    class Bar(progress.tqdm):
         def __init__(self, *args, **more):
             super().__init__(*args, **more | {"disable": False, "file": io.StringIO()})
             bars.append(self)
 
-    monkeypatch.setattr(watched, "tqdm", Bar)
+    monkeypatch.setattr(progress, "tqdm", Bar)
     model, x, y = toy
     evaluate(Plain(model), x, y, steps=3, attacks=[attack], eps=1e-9 if exact else FAINT)
     (bar,) = bars
@@ -869,7 +869,7 @@ def test_rows_in_the_l1_ball(toy):
 
 @pytest.mark.parametrize("eps, text", [(0.5, "0.5"), (8 / 255, "8/255"), (1, "1"), (0.2, "0.2"), (0.123456, "0.123")])
 def test_radii_are_short(eps, text):
-    assert labels.short(eps) == text
+    assert names.short(eps) == text
 
 
 def test_labels_name_the_threat_and_the_weak_protocol_once(shattered):
@@ -985,7 +985,7 @@ def test_new_attacks_are_kept_and_found_again(tmp_path, shattered):
     first = []
     for number, plan in enumerate(plans, 1):
         first.append(run(plan)[0])
-        assert len(list(tmp_path.glob("rows/*.json"))) == 1 + number  # the clean row, and one for each
+        assert len(list(tmp_path.glob("rows/*.safetensors"))) == 1 + number  # the clean row, and one for each
     few = 4 * 8 + 1  # what asks what kind of model it is
     for plan, before in zip(plans, first, strict=True):
         again, made = run(plan)
@@ -1003,12 +1003,12 @@ def test_new_attacks_are_kept_and_found_again(tmp_path, shattered):
 def test_the_bars_total_of_the_new_attacks_is_exact(shattered, monkeypatch, attack):
     bars = []
 
-    class Bar(watched.tqdm):
+    class Bar(progress.tqdm):
         def __init__(self, *args, **more):
             super().__init__(*args, **more | {"disable": False, "file": io.StringIO()})
             bars.append(self)
 
-    monkeypatch.setattr(watched, "tqdm", Bar)
+    monkeypatch.setattr(progress, "tqdm", Bar)
     model, x, y = shattered
     evaluate(model, x[:8], y[:8], steps=3, eot_iter=2, attacks=[attack], eps=FAINT)
     (bar,) = bars

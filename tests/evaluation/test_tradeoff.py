@@ -234,7 +234,7 @@ def test_picture(tmp_path):
 
 def test_names_do_not_cover_each_other(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    from purify_fast.evaluation import plots
+    from purify_fast.evaluation.show import plots
 
     kept = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))

@@ -14,8 +14,8 @@ from purify_fast.attacks import APGD, PGD
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report, evaluate
 from purify_fast.evaluation.alarms import Evidence, Finding, Probes, findings
-from purify_fast.evaluation.page import html_page
 from purify_fast.evaluation.rows import Row
+from purify_fast.evaluation.show.page import html_page
 from purify_fast.evaluation.subject import Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,7 +160,7 @@ def test_both_rows_of_a_variant_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(PGD, "search", lambda self, *a, original=PGD.search: searched.append(1) or original(self, *a))
     assert judged(model, plan, 24, out=tmp_path).to_json() == first.to_json() and not searched
     # as an end between the two rows leaves them
-    files = [path for path in Path(tmp_path, "rows").glob("*.json") if "noise off" in path.read_text()]
+    files = [path for path in Path(tmp_path, "rows").iterdir() if b"noise off" in path.read_bytes()]
     assert len(files) == 2
     files[0].unlink()
     again = judged(model, plan, 24, out=tmp_path)

@@ -10,12 +10,11 @@ from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD, AutoAttack
-from purify_fast.evaluation import AttackSpec, Examples, Report, Row, evaluate, lee_kim_2023, plots
+from purify_fast.evaluation import AttackSpec, Examples, Report, Row, evaluate, lee_kim_2023
 from purify_fast.evaluation.alarms import Finding
-from purify_fast.evaluation.page import html_page
-from purify_fast.evaluation.page.pictures import grid
-from purify_fast.evaluation.specs import LEE_KIM
-from purify_fast.evaluation.worst import worst
+from purify_fast.evaluation.rows import worst_rows
+from purify_fast.evaluation.show import plots
+from purify_fast.evaluation.show.page import html_page, picture_grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,11 +60,6 @@ def test_a_random_model_is_called_so_and_its_modes_are_named():
     report = evaluate(model, images.x_test[:4], images.y_test[:4], **settings)
     words = {row.variant: row.describe_variant() for row in report.rows}
     assert words == {"random": "random", "fixed": "fixed noise", "deterministic": "noise off"}
-
-
-def test_reports_of_earlier_versions_say_what_is_known():
-    """They do not tell whether the model is random, but only a random one was asked several times."""
-    assert row().describe_variant() == "as it is" and row(n_eval=5).describe_variant() == "random"
 
 
 def test_a_number_of_images_that_there_are_not_is_in_no_name(digits):
@@ -150,7 +144,7 @@ def test_the_row_worst_has_no_predictions_of_its_own():
     first, second = (np.arange(12) % 2 == one for one in (0, 1))
     weak = {"mean": 0.95, "worst": 0.5, "n_eval": 5, "settings": {"attacked": 12}}
     rows = [row("clean", np.ones(12), "clean"), row("a", first, **weak), row("b", second, **weak)]
-    rows += worst(rows[1:])
+    rows += worst_rows(rows[1:])
     assert rows[-1].accuracy == 0
     for text in forms(Report(rows)):
         cells = next(line for line in text.splitlines() if re.search(r"\bworst\b.*\b0\.0 ± 0\.0\b", line))
@@ -166,7 +160,8 @@ def test_the_attack_of_lee_and_kim_says_how_often_it_is_judged():
     def noisy(x):
         return torch.randn(len(x), 2) / 10 + torch.tensor([1.0, 0.0])
 
-    attacks = [AttackSpec(replace(lee_kim_2023(0.01).attack, steps=1, eot_iter=1), label=LEE_KIM)]
+    spec = lee_kim_2023(0.01)
+    attacks = [replace(spec, attack=replace(spec.attack, steps=1, eot_iter=1))]
     for n in (2, 5):
         for text in forms(evaluate(noisy, x, y, eps=0.01, attacks=attacks, n_eval=n, progress=False)):
             assert f"an image counts only if all of its predictions after the attack are right, here {n} of {n}" in (
@@ -245,11 +240,11 @@ def test_the_pictures_are_of_images_that_fell(digits, tmp_path):
         assert np.array_equal(one.labels, y.numpy()[fell][:8]) and one.fell.all()
         said = model(torch.from_numpy(one.adversarial)).argmax(1).numpy()
         assert np.array_equal(one.predicted, said) and (one.predicted != one.labels).all()
-    lines = grid(attacked.examples, model)
+    lines = picture_grid(attacked.examples, model)
     assert lines[0][0].caption == f"true class {one.labels[0]}, predicted {one.labels[0]}"
     assert lines[0][1].caption == f"attacked, predicted {one.predicted[0]}" and lines[0][1].right is False
     # without the model the class after the attack is known all the same
-    assert grid(attacked.examples, None)[0][1].caption == lines[0][1].caption
+    assert picture_grid(attacked.examples, None)[0][1].caption == lines[0][1].caption
 
 
 @pytest.mark.parametrize(
@@ -297,15 +292,3 @@ def test_the_picture_shows_what_the_attack_was_judged_by(tmp_path, monkeypatch):
     titles = [axes.get_title() for axes in drawn[-1].axes]
     assert titles[0::3] == ["clean 0", "clean 1", "clean 2"]
     assert titles[1::3] == ["adversarial 1", "adversarial 0", "adversarial no class"]
-    plots.grid(images, images, truth, tmp_path / "x.png", always_right)
-    assert drawn[-1].axes[1].get_title() == "adversarial 0"
-    with pytest.raises(ValueError, match=r"predicted must be \[M\] = \[3\], got \[2\]"):
-        plots.grid(images, images, truth, tmp_path / "x.png", predicted=found[:2])
-
-
-def test_pictures_that_an_earlier_version_kept_are_shown(tmp_path):
-    images = np.zeros((2, 1, 4, 4), dtype=np.float32)
-    old = Examples.from_arrays({"clean": images, "adversarial": images, "labels": np.array([0, 1]), "margins": images})
-    assert old.fell is None and set(old.to_arrays()) == {"clean", "adversarial", "labels"}
-    page = html_page(Report([row("clean", kind="clean"), row(examples=old)]))
-    assert page.count("data:image/png") == 6 and "fell to this attack" not in page

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from purify_fast.contents import identity_key
 from purify_fast.speed.agreement import alike
-from purify_fast.speed.dependencies import dependencies
 from purify_fast.speed.step_graphs import (
     LEAST_WORTH,
     MOST_WORTH,
@@ -436,14 +436,14 @@ def test_a_copy_captures_for_itself(graphs, rerun):
 
 def test_dependencies_of_the_same_model_are_equal_and_name_every_setting():
     model = nn.Sequential(Scale(), nn.BatchNorm1d(2), nn.Dropout(0.5))
-    values, objects = dependencies(model)
-    assert dependencies(model)[0] == values and hash(values) is not None
+    values, objects, _ = identity_key(model)
+    assert identity_key(model)[0] == values and hash(values) is not None
     model[2].p = 0.25
-    assert dependencies(model)[0] != values
+    assert identity_key(model)[0] != values
     model[2].p = 0.5
-    assert dependencies(model)[0] == values
+    assert identity_key(model)[0] == values
     model[0].function = len
-    assert len in dependencies(model)[1] and len not in objects
+    assert len in identity_key(model)[1] and len not in objects
 
 
 @dataclass
@@ -465,25 +465,25 @@ def test_settings_inside_of_objects(made, seen):
     model = nn.Linear(2, 2)
     model.settings = made
     made.factor = 1.0
-    before, _ = dependencies(model)
+    before, *_ = identity_key(model)
     made.factor = 2.0
-    assert (dependencies(model)[0] != before) is seen
+    assert (identity_key(model)[0] != before) is seen
     made.factor = 1.0
-    assert dependencies(model)[0] == before
+    assert identity_key(model)[0] == before
     model.settings = copy.copy(made)
-    assert (dependencies(model)[0] == before) is seen
+    assert (identity_key(model)[0] == before) is seen
 
 
 def test_a_dataclass_counts_as_its_class_and_a_tensor_in_it_by_its_memory():
     model = nn.Linear(2, 2)
     model.kind = Settings
-    assert Settings in dependencies(model)[1]
+    assert Settings in identity_key(model)[1]
     model.kind = Settings(weight=torch.zeros(2))
-    before, _ = dependencies(model)
+    before, *_ = identity_key(model)
     model.kind.weight.fill_(1)
-    assert dependencies(model)[0] == before
+    assert identity_key(model)[0] == before
     model.kind.weight = torch.zeros(2)
-    assert dependencies(model)[0] != before
+    assert identity_key(model)[0] != before
 
 
 def test_settings_are_checked():
@@ -516,12 +516,12 @@ def test_the_part_that_a_model_uses_is_one_of_its_dependencies():
             self.active = [self.blocks[0]]
 
     model = Chooses()
-    before, _ = dependencies(model)
+    before, *_ = identity_key(model)
     model.active = [model.blocks[1]]
-    after, _ = dependencies(model)
+    after, *_ = identity_key(model)
     assert before != after
     model.order.reverse()
-    assert dependencies(model)[0] != after
+    assert identity_key(model)[0] != after
 
 
 def test_a_slice_counts_by_its_bounds(graphs, rerun):
@@ -536,14 +536,14 @@ def test_a_slice_counts_by_its_bounds(graphs, rerun):
             return super().forward(x[self.crop])
 
     model = Crops()
-    before, _ = dependencies(model)
+    before, *_ = identity_key(model)
     assert not any(isinstance(value, slice) for value in before) and hash(before) is not None
     run(graphs, model, WORTH), run(graphs, model, WORTH)
     assert rerun.recorded == 1
     model.crop = slice(0, 3, 1)
-    assert dependencies(model)[0] != before
+    assert identity_key(model)[0] != before
     model.crop = slice(0, 3)
-    assert dependencies(model)[0] == before
+    assert identity_key(model)[0] == before
 
 
 def test_a_setting_that_cannot_be_hashed_is_a_reason_to_run_eagerly(graphs, rerun):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ...contents import identity_key
 from ...defences.stochastic import StochasticDefence
 from ...protocols import (
     Accelerates,
@@ -31,7 +32,6 @@ from ...protocols import (
     supports,
 )
 from ...speed.accelerated import Accelerated
-from ...speed.dependencies import dependencies_and_tensors
 from ...speed.folding import fold_sequential
 from ...speed.halving import replace_resizing
 from ...speed.inference_copy import InferenceCopy
@@ -72,8 +72,8 @@ class _Kept(NamedTuple):
 class GradientCopies:
     """The copies that were made already, such as those of an evaluation; each serves as long as its model is the same.
 
-    A model is the same while all that `purify_fast.speed.dependencies` sees of it is, and every tensor among that holds
-    the same values. The values themselves are kept for this, as much memory again as the model takes: a tensor that was
+    A model is the same while its `purify_fast.contents.identity_key` is, and every tensor among that holds the same
+    values. The values themselves are kept for this, as much memory again as the model takes: a tensor that was
     written to through ``.data`` does not count that, and one that was written back, as by ``fixed_noise``, is the same.
     """
 
@@ -105,7 +105,7 @@ class GradientCopies:
             make: makes a copy.
         """
         try:
-            settings, objects, tensors = dependencies_and_tensors(model)
+            settings, objects, tensors = identity_key(model)
             key = (id(model), shape, settings)
             kept = self._kept.get(key)
             same = kept is not None and all(map(torch.equal, tensors, kept.values))

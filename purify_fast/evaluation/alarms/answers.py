@@ -1,12 +1,13 @@
-"""Whether a model gives the same answer again: later, in another batch, watched by gradients, with another seed."""
+"""A model's answers: the same later, in another batch, under gradients, with another seed? And as gradients say?"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ...attacks import margin
 from ...protocols import Classifier, FixedNoise, supports
-from ..fingerprint import fingerprint
+from ..keep.fingerprint import fingerprint
 from ..subject import Subject, Variant
 
 #: Images that are asked, at most.
@@ -15,26 +16,21 @@ PROBED = 64
 AGAIN = 8
 #: Images that are asked one by one.
 ALONE = 16
+#: Lengths of small steps, in image units: a model that rounds its input needs the larger one.
+SMALL = (1e-3, 8e-3)
+#: Random directions of small steps.
+DIRECTIONS = 4
 #: By how much of their spread logits may differ through rounding, in bfloat16 too.
 SAME_LOGITS = 0.05
 
 
 def in_parts(model: Classifier, most: int) -> Classifier:
-    """A model that is given so many images at a time: the probes are bounded as the attacks are.
-
-    Args:
-        model: images to logits.
-        most: images in one prediction.
-    """
+    """A model that is given so many images at a time: the probes are bounded as the attacks are."""
     return lambda x: torch.cat([model(part) for part in x.split(most)])
 
 
 class Before:
-    """The answers of a model before the attacks, to be compared with those after them.
-
-    Args:
-        subject: the model with its images.
-    """
+    """The answers of a model before the attacks, to be compared with those after them."""
 
     def __init__(self, subject: Subject):
         self.subject = subject
@@ -63,11 +59,7 @@ class Before:
 
 
 def quiet(subject: Subject) -> Variant:
-    """The variant in which a model gives the same answer every time, where it has one.
-
-    Args:
-        subject: the model with its images.
-    """
+    """The variant in which a model gives the same answer every time, where it has one."""
     if not (subject.is_random and supports(subject.model, FixedNoise)):
         return "random"
     fault = subject.fault("fixed")
@@ -75,21 +67,12 @@ def quiet(subject: Subject) -> Variant:
 
 
 def is_repeatable(subject: Subject) -> bool:
-    """Whether a model gives the same answer every time, by itself or in a variant of it.
-
-    Args:
-        subject: the model with its images.
-    """
+    """Whether a model gives the same answer every time, by itself or in a variant of it."""
     return not subject.is_random or quiet(subject) == "fixed"
 
 
 def share(a: Tensor, b: Tensor) -> float:
-    """The share of the entries that differ.
-
-    Args:
-        a: any tensor.
-        b: of its shape.
-    """
+    """The share of the entries that differ."""
     return float((a != b).float().mean())
 
 
@@ -171,3 +154,53 @@ def sets_seed(model: Classifier, x: Tensor) -> bool:
         return torch.get_rng_state()
 
     return torch.equal(after(1), after(2))
+
+
+def cosine(subject: Subject, y: Tensor, *points: Tensor) -> float | None:
+    """Cosine between the changes of the margin that gradients promise and those that are measured.
+
+    Args:
+        subject: the model with its images.
+        y: labels, int64 ``[B]``.
+        points: images ``[B, C, H, W]``: the clean ones, and others near them.
+
+    Returns:
+        The smallest over the points; None where something was not finite, or there was no gradient.
+    """
+    cosines = [_cosine(subject, point, y) for point in points]
+    known = [value for value in cosines if value is not None]
+    return min(known) if len(known) == len(cosines) else None
+
+
+def _cosine(subject: Subject, x: Tensor, y: Tensor) -> float | None:
+    cosines: list[float] = []
+    for length in SMALL:
+        promised, measured = zip(*(_changes(subject, x, y, length, seed) for seed in range(DIRECTIONS)), strict=True)
+        a, b = torch.cat(promised).double(), torch.cat(measured).double()
+        if not bool(a.isfinite().all() and b.isfinite().all()) or float(a.norm()) == 0:
+            return None
+        cosines.append(float(a @ b / (a.norm() * b.norm()).clamp(min=1e-30)))
+    return max(cosines)
+
+
+def _changes(subject: Subject, x: Tensor, y: Tensor, length: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Promised and measured changes of every image's margin along one random direction of signs."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
+    direction = length * signs
+    with subject.variant(quiet(subject)):
+        with torch.enable_grad():
+            leaf = x.clone().requires_grad_()
+            value = _margin(subject, leaf, y)
+            gradient = None
+            if value.requires_grad:
+                gradient = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0]
+        ahead, behind = _margin(subject, x + direction, y), _margin(subject, x - direction, y)
+    promised = torch.zeros_like(ahead) if gradient is None else (gradient * direction).flatten(1).sum(1)
+    return promised, (ahead - behind) / 2
+
+
+def _margin(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
+    # a random model without fixed noise draws from the global generator
+    torch.manual_seed(subject.seed)
+    return margin(subject.model(x).float(), y)

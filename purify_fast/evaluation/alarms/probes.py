@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +12,11 @@ from torch import Tensor
 from ...attacks import AttackContext, apgd, pgd
 from ...attacks.losses import usable_loss
 from ...protocols import Classifier
-from ..progress import Counter
+from ..progress import Progress, counted_model
 from ..subject import Subject
 from ..surrogates import surrogates
-from ..watched import Meter, watched
 from . import answers
 from .answers import Before, in_parts
-from .differences import cosine
 
 #: Steps of every short attack.
 STEPS = 20
@@ -34,8 +31,6 @@ JUDGES = 9
 USUAL_SURROGATES = 3
 #: Wrong classes that are tried by the gradients of each.
 TARGETS = 3
-#: The name of the model itself among those whose gradients are followed.
-ITSELF = "the model itself"
 
 Curve = list[tuple[float, float]]
 
@@ -60,8 +55,10 @@ class Probes:
         later_changes: share of the predictions on clean images that differ from those before the attacks.
         state_changed: whether weights, buffers or attributes differ from those before the attacks.
         sets_seed: whether the model sets the seed of torch's generator itself.
-        missed: by whose gradients, how many images that withstood every attack of the report fell to a short one; in
-            the order in which they were tried, each on what the ones before it left. Empty where nothing was left.
+        further: how many images that withstood every attack of the report fell to a short one; None where none was
+            left.
+        missed: how many of those that this left fell to the gradients of each surrogate, by its name, in the order in
+            which they were tried.
     """
 
     n: int
@@ -79,20 +76,17 @@ class Probes:
     later_changes: float = 0.0
     state_changed: bool = False
     sets_seed: bool = False
+    further: int | None = None
     missed: dict[str, int] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+    def curves(self) -> dict[str, list[list[float]]]:
+        """The curves by what they are over; empty ones are left out."""
+        named = {"eps": self.eps, "steps": self.steps, "samples K": self.samples, "EOT draws": self.eot}
+        return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
 
 
 def cost(subject: Subject, context: AttackContext) -> int:
-    """About how many images the probes give to the model, each pass of an image counted.
-
-    Args:
-        subject: the model with its images.
-        context: what the evaluation tells attacks.
-    """
+    """About how many images the probes give to the model, each pass of an image counted."""
     draws, judges = _draws(subject, context)
     attacks = [*[STEPS // 2] * STARTS, *[STEPS] * len(_radii(context, subject.x)), *ITERATIONS]
     passes = sum(attacks) * draws + len(attacks) * judges
@@ -107,61 +101,58 @@ def _draws(subject: Subject, context: AttackContext) -> tuple[int, int]:
     return (min(4, context.eot_iter), JUDGES) if subject.is_random else (1, 1)
 
 
-def probe(before: Before, context: AttackContext, left: Tensor, counter: Counter) -> Probes:
+def probe(before: Before, context: AttackContext, left: Tensor, progress: Progress) -> Probes:
     """Ask the model; to be called after the attacks.
 
     Args:
         before: its answers before them.
         context: what the evaluation tells attacks.
         left: which of the first images withstood every attack of the report, bool ``[n]``.
-        counter: is told of the images that the model was given.
+        progress: counts the images that the model was given.
     """
     subject, x, y = before.subject, before.x, before.y
     draws, judges = _draws(subject, context)
-    short = _Short(watched(subject.model, Meter(counter)), x, y, context, draws=draws, judges=judges)
+    short = _Short(counted_model(subject.model, progress), x, y, context, draws=draws, judges=judges)
     starts = [short.robust(seed=seed, random_start=True, steps=STEPS // 2) for seed in range(STARTS)]
     together = torch.stack(starts)
     some = slice(subject.batch_size)
     near = _near(context, x)
-    found = Probes(
+    probes = Probes(
         n=len(x),
         chance=1 / subject.num_classes,
         eps=[(eps, short.accuracy(eps=eps)) for eps in _radii(context, x)],
         steps=[(float(steps), short.accuracy(steps=steps)) for steps in ITERATIONS],
         one_start=float(together.float().mean()),
         all_starts=float(together.all(0).float().mean()),
-        cosine=cosine(subject, y[some], x[some], near[some]),
+        cosine=answers.cosine(subject, y[some], x[some], near[some]),
         batch_changes=answers.batch_changes(subject, x),
-        missed=_missed(short, subject, left.to(x.device)),
     )
+    probes.further, probes.missed = _missed(short, subject, left.to(x.device))
     if subject.is_random:
-        found.eot = [(float(draws), short.accuracy(eot_iter=draws)) for draws in DRAWS]
-        found.varying = answers.varying(before.model, x, y)
+        probes.eot = [(float(draws), short.accuracy(eot_iter=draws)) for draws in DRAWS]
+        probes.varying = answers.varying(before.model, x, y)
     samples = getattr(subject.model, "samples", None)
     if isinstance(samples, int) and samples > 1:
-        found.samples = _over_samples(subject.model, samples, short)
+        probes.samples = _over_samples(subject.model, samples, short)
     # last: a model that counts has counted the short attacks too
-    found.later_changes = before.later_changes()
-    found.state_changed = before.state_changed()
-    found.watched_changes = answers.watched_changes(subject, before.model, x, near)
-    found.sets_seed = answers.sets_seed(subject.model, subject.some())
-    return found
+    probes.later_changes = before.later_changes()
+    probes.state_changed = before.state_changed()
+    probes.watched_changes = answers.watched_changes(subject, before.model, x, near)
+    probes.sets_seed = answers.sets_seed(subject.model, subject.some())
+    return probes
 
 
-def _missed(short: _Short, subject: Subject, left: Tensor) -> dict[str, int]:
-    """How many images fall by the gradients of the model itself, of its parts and of its softened copies."""
-    found: dict[str, int] = {}
+def _missed(short: _Short, subject: Subject, left: Tensor) -> tuple[int | None, dict[str, int]]:
+    """How many of the images fall by the model's own gradients, and by those of its parts and softened copies."""
     if not bool(left.any()):
-        return found
-    for name, gradients_from in [(ITSELF, None), *_followed(subject)]:
-        fell = short.fallen(left, gradients_from)
-        found[name] = int(fell.sum())
+        return None, {}
+    fell = short.fallen(left, None)
+    further, missed = int(fell.sum()), {}
+    for surrogate in surrogates(subject.model, subject.some(), subject.num_classes):
         left = left & ~fell
-    return found
-
-
-def _followed(subject: Subject) -> list[tuple[str, Classifier]]:
-    return [(s.name, s.model) for s in surrogates(subject.model, subject.some(), subject.num_classes)]
+        fell = short.fallen(left, surrogate.model)
+        missed[surrogate.name] = int(fell.sum())
+    return further, missed
 
 
 class _Short:
@@ -175,13 +166,13 @@ class _Short:
         """Which images are right after PGD on the margin, bool ``[n]``."""
         torch.manual_seed(self.context.seed)
         settings: dict[str, Any] = {"steps": STEPS, "eot_iter": self.draws, "loss": "margin"} | options
-        found = pgd(
+        attacked = pgd(
             self.model, self.x, self.y, eps=self.context.eps if eps is None else eps, norm=self.context.norm,
             random_start=random_start, keep_best=True, seed=seed,
             max_forward_batch=self.context.max_forward_batch or self.context.batch_size,
             **settings,
         )  # fmt: skip
-        right = torch.stack([self._right(found, self.y) for _ in range(self.judges)])
+        right = torch.stack([self._right(attacked, self.y) for _ in range(self.judges)])
         return right.float().mean(0) > 0.5
 
     def _right(self, x: Tensor, y: Tensor) -> Tensor:
@@ -189,12 +180,7 @@ class _Short:
         return (logits.argmax(1) == y) & logits.isfinite().any(1)
 
     def fallen(self, left: Tensor, gradients_from: Classifier | None) -> Tensor:
-        """Which images fall to APGD towards the likeliest wrong classes, bool ``[n]``.
-
-        Args:
-            left: the images that are attacked, bool ``[n]``.
-            gradients_from: whose gradients are followed; None: the model's own.
-        """
+        """Which of the images that are left fall to APGD along the model's own or another model's gradients."""
         torch.manual_seed(self.context.seed)
         at = left.nonzero()[:, 0]
         fell = torch.zeros_like(left)
@@ -202,13 +188,13 @@ class _Short:
             return fell
         context = self.context
         loss = usable_loss("dlr_targeted", context.num_classes)
-        found = apgd(
+        attacked = apgd(
             self.model, self.x[at], self.y[at], eps=context.eps, norm=context.norm, steps=STEPS,
             loss=loss, n_target_classes=TARGETS, eot_iter=self.draws, judge_draws=self.judges,
             gradients_from=gradients_from, seed=context.seed + 1, sample_ids=at,
             max_forward_batch=context.max_forward_batch or context.batch_size,
         )  # fmt: skip
-        wrong = torch.stack([~self._right(found, self.y[at]) for _ in range(self.judges)])
+        wrong = torch.stack([~self._right(attacked, self.y[at]) for _ in range(self.judges)])
         fell[at] = wrong.float().mean(0) > 0.5
         return fell
 
@@ -250,13 +236,3 @@ def _over_samples(model: Any, samples: int, short: _Short) -> Curve:
     finally:
         model.samples = samples
     return curve
-
-
-def curves(probes: Probes) -> dict[str, Sequence[tuple[float, float]]]:
-    """The curves by what they are over; empty ones are left out.
-
-    Args:
-        probes: what was measured.
-    """
-    named = {"eps": probes.eps, "steps": probes.steps, "samples K": probes.samples, "EOT draws": probes.eot}
-    return {name: curve for name, curve in named.items() if curve}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..._files import write_text
 from ...evaluation import Tradeoff, ar_point_dist, plot_tradeoff
-from ...evaluation.tables import markdown_table
+from ...evaluation.show.tables import markdown_table
 from ...training import TrainingAttack
 from .config import AblationConfig
 

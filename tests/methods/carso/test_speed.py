@@ -14,7 +14,7 @@ import purify_fast
 from purify_fast import data
 from purify_fast.attacks import fgsm, input_gradient, pgd, pgd_and_fgsm
 from purify_fast.defences.stochastic import StochasticDefence
-from purify_fast.evaluation.fingerprint import fingerprint
+from purify_fast.evaluation.keep.fingerprint import fingerprint
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation
 from purify_fast.methods.carso.losses import balanced_batch, pipeline_step, published_step
 from purify_fast.models.classifiers import SmallCNN

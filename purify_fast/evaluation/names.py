@@ -1,22 +1,25 @@
-"""The names of rows: what was run, on what, in which threat model."""
+"""The names of rows and of threat models, in the report's words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import torch
-from torch import nn
-
-from ..attacks import PGD, AttackContext, AutoAttack
-from ..defences.base import Defence
-from ..protocols import Classifier
-from ..speed.precision import float32_settings
+from ..attacks import AttackContext, AutoAttack
 from .specs import CLASSIFIER, AttackSpec
 from .subject import Variant
 
 ALONE = "on the classifier alone (not adaptive)"
 _NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1", "flow": "flow"}
+#: By data set and norm, the radii that most published numbers are about.
+USUAL_RADII: dict[str, dict[str, tuple[float, ...]]] = {
+    "mnist": {"linf": (0.3,), "l2": (2.0, 1.5), "l1": (10.0,)},
+    "fashion_mnist": {"linf": (0.1,), "l2": (1.5,)},
+    "cifar10": {"linf": (8 / 255,), "l2": (0.5, 1.0), "l1": (12.0,)},
+    "cifar100": {"linf": (8 / 255,), "l2": (0.5,)},
+    "svhn": {"linf": (8 / 255,), "l2": (0.5,)},
+    "tiny_imagenet": {"linf": (4 / 255, 8 / 255)},
+    "imagenette": {"linf": (4 / 255, 8 / 255), "l2": (3.0,)},
+}
 _VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "deterministic": ", deterministic"}
 
 
@@ -26,11 +29,7 @@ def clean_name(variant: Variant) -> str:
 
 
 def tried_name(attack: str) -> str:
-    """The name of the row of what an attack on a variant found, tried on the model as it is deployed.
-
-    Args:
-        attack: the name of the attack's own row.
-    """
+    """The name of the row in which the images of an attack on a variant are tried on the deployed model."""
     return f"{attack}, tried on the deployed defence"
 
 
@@ -39,49 +38,17 @@ def ball_name(norm: str, eps: float) -> str:
     return f"{_NORMS[norm]} {short(eps)}"
 
 
-def precision_name(model: Classifier, device: torch.device) -> str | None:
-    """What a model's products are rounded to, None where it is float32: another precision is another function.
-
-    Args:
-        model: what is evaluated; of accelerated defences in it the dtype is known, of other models nothing.
-        device: where it computes.
-    """
-    parts = model.modules() if isinstance(model, nn.Module) else ()
-    settings = [part.acceleration for part in parts if isinstance(part, Defence)]
-    if any(each is not None and each["dtype"] == torch.bfloat16 for each in settings):
-        return "bfloat16"
-    older, values = float32_settings()
-    rounds = "tf32" in values if older is None else older != (False, "highest")
-    # a CPU rounds nothing, whatever is asked for
-    return "tf32" if rounds and device.type == "cuda" else None
-
-
-def pgd_in_float32(plan: Sequence[AttackSpec], precision: str | None, device: torch.device) -> list[str]:
-    """The note of a report whose rows of PGD take their gradients in float32 on a GPU, which the others need not.
-
-    Args:
-        plan: the attacks.
-        precision: as `precision_name` gives it.
-        device: where they run.
-    """
-    if device.type != "cuda" or precision is not None or not any(isinstance(spec.resolved, PGD) for spec in plan):
+def unusual_radius(dataset: str | None, norm: str, eps: float) -> list[str]:
+    """A note where a radius is not one that others use on this data set; none for an unknown one."""
+    known = USUAL_RADII.get(dataset or "", {}).get(norm, ())
+    if not known or any(math.isclose(eps, usual, rel_tol=1e-3) for usual in known):
         return []
-    return [
-        "the rows of PGD take their gradients in IEEE float32, which is about 5 times as slow as TF32 in batches of "
-        "250 (an estimate, not measured); --precision tf32 of purify-fast evaluate takes TF32 everywhere"
-    ]
+    usual = " or ".join(ball_name(norm, radius) for radius in known)
+    return [f"{ball_name(norm, eps)} is unusual on {dataset}, where most numbers are about {usual}"]
 
 
 def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
-    """The attack's threat model in words, None where it is the report's.
-
-    Args:
-        spec: the attack.
-        context: what the evaluation tells it.
-
-    Raises:
-        ValueError: the attack has no such norm.
-    """
+    """The attack's threat model in words, None where it is the report's; ValueError where it has no such norm."""
     norm, eps = spec.resolved.threat_model(context)
     if norm == context.norm and math.isclose(eps, context.eps, rel_tol=1e-6):
         return None
@@ -98,6 +65,7 @@ def row_name(spec: AttackSpec, context: AttackContext, images: int | None = None
             number. None: not known.
     """
     name = _own_name(spec, context, images) if spec.label is None else spec.label
+    # a label may say so itself
     alone = f" {ALONE}" if spec.target == CLASSIFIER and ALONE not in name else ""
     threat = threat_name(spec, context)
     return name + alone + (f", {threat}" if threat is not None and threat not in name else "")

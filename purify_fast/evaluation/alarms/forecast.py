@@ -1,15 +1,14 @@
-"""What it would take to go lower: how much a stronger attack would still take, by the report's own estimate."""
+"""An estimate from the report's own rows: how much a stronger attack would still take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from .alarms import Evidence
-from .rows import Row
+from ..rows import Row
+from .evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,6 @@ class Outlook:
     points: float
     sentences: tuple[str, ...]
     model: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 def outlook(evidence: Evidence) -> Outlook | None:
@@ -60,14 +55,13 @@ Fallen = Sequence[tuple[Row, np.ndarray]]
 def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
     """What the last attack found that no other had, if it repeats one before it; the first of a kind tells nothing."""
     row, mask = fallen[-1]
-    before = np.logical_or.reduce([m for _, m in fallen[:-1]]) if len(fallen) > 1 else np.zeros(n, dtype=bool)
-    gain = int((mask & ~before).sum()) if len(fallen) > 1 else 0
     if len(fallen) == 1:
         return 0.0, f"there was one attack only ({row.attack}): nothing tells what another would find"
-    found = f"the last attack ({row.attack}) found {gain} image{'' if gain == 1 else 's'} that all others had left"
+    gain = int((mask & ~np.logical_or.reduce([m for _, m in fallen[:-1]])).sum())
+    text = f"the last attack ({row.attack}) found {gain} image{'' if gain == 1 else 's'} that all others had left"
     if not any(_alike(row, other) for other, _ in fallen[:-1]):
-        return 0.0, f"{found}; it was the first of its kind, so this says nothing of another one"
-    return gain / n, found
+        return 0.0, f"{text}; it was the first of its kind, so this says nothing of another one"
+    return gain / n, text
 
 
 def _alike(row: Row, other: Row) -> bool:
@@ -81,7 +75,7 @@ def _unseen(fallen: Fallen, n: int) -> tuple[float, str] | None:
     The estimate of the unseen is Chao's lower bound (1984), f1 (f1 - 1) / (2 (f2 + 1)), f1 being the number of images
     that one attack alone found, and f2 that two found.
     """
-    whole = [(row, mask) for row, mask in fallen if not row.settings.get("survivors_only")]
+    whole = [(row, mask) for row, mask in fallen if not row.of_survivors]
     if len(whole) < 3:
         return None
     times = np.sum([mask for _, mask in whole], 0)

@@ -1,10 +1,10 @@
-"""What an alarm looks at, and what it says."""
+"""What an alarm looks at, the evidence, and what it says, a finding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -33,6 +33,9 @@ class Finding:
         measured: the numbers, in words.
         row: the row that gives it away, or the probe.
         model: the model's name.
+        of_answers: whether the alarm is about a model that gives no answer, or not always the same: its successes and
+            failures are both doubtful, also where no image is left.
+        prominent: whether it is told beside the headline where it is no more than noted.
     """
 
     alarm: str
@@ -40,15 +43,18 @@ class Finding:
     measured: str
     row: str = ""
     model: str = ""
+    of_answers: bool = False
+    prominent: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+    @property
+    def beside_headline(self) -> bool:
+        """Whether a reader of the lowest number must know it."""
+        return self.verdict == "unreliable" or (self.verdict == "noted" and self.prominent)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was found about one model under the report's threat model.
+    """What is known about one model under the report's threat model.
 
     Args:
         rows: the clean rows and the attacks, in the order in which they were made; no ``worst``.
@@ -66,15 +72,12 @@ class Evidence:
         """The attacks within the report's own threat model, judged by the model as it is deployed."""
         return [row for row in self.rows if row.is_attack and row.threat is None and row.deployed]
 
+    def with_counted_gradients(self) -> list[Row]:
+        """The attacks that followed the model's own gradients and counted them."""
+        return [row for row in self.attacks() if row.health is not None and row.own_gradients]
+
     def left(self, n: int | None = None) -> float | None:
-        """The share of the first images that withstood every attack.
-
-        Args:
-            n: how many images; None: all of them.
-
-        Returns:
-            None without an attack on so many images.
-        """
+        """The share of the first n images, or of all, that withstood every attack; None without such an attack."""
         n = max((row.n for row in self.rows), default=0) if n is None else n
         if n == 0:
             return None
@@ -85,11 +88,11 @@ class Evidence:
         """Every attack with the images that fell to it, bool ``[n]``: of survivors, those that it was given."""
         clean = {row.variant: row.robust for row in self.rows if row.kind == "clean"}
         left: dict[str, np.ndarray] = {}
-        found = []
+        fallen = []
         for row in self.attacks():
             right = clean.get(row.variant, np.ones(row.n, dtype=bool))
             before = left.setdefault(row.variant, right.copy())
-            given = before if row.settings.get("survivors_only") else right
-            found.append((row, given[: row.n] & ~row.robust))
+            given = before if row.of_survivors else right
+            fallen.append((row, given[: row.n] & ~row.robust))
             before[: row.n] &= row.robust
-        return found
+        return fallen

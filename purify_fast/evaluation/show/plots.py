@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._files import atomic
-from ..attacks import frozen
-from ..protocols import Classifier, FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
-from .metrics import check_curve, check_pair, interpolate
-from .rows import Row, attack_names, model_names
+from ..._files import atomic
+from ...attacks import frozen
+from ...protocols import Classifier, FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
+from ..metrics import check_curve, check_pair, interpolate
+from ..rows import Examples, Row, attack_names, model_names
 
 #: Pictures ``[M, C, H, W]``, their predicted classes ``[M]``, and what is written below them.
 _Column = tuple[Tensor, Tensor | None, str]
 
+#: Reconstructions, and transformed images, that are shown of each image at most.
+SAMPLES = 4
 _COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
 _RED = "#c62828"
 _GREEN = "#2e7d32"
@@ -34,7 +36,6 @@ _GRAY = "#8a8a8a"
 def require_matplotlib() -> None:
     """ModuleNotFoundError, which names the extra to install, where matplotlib or adjustText is missing."""
     try:
-        # both are optional: the extra demo has them
         import adjustText  # noqa: F401
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -47,39 +48,30 @@ def require_matplotlib() -> None:
 def _new_figure(**options: Any) -> Any:
     """A figure for a file. It is not pyplot's, so that the user's backend and open figures are left alone."""
     require_matplotlib()
-    # optional: the extra demo has it
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    # optional: the extra demo has it
     from matplotlib.figure import Figure
 
-    made = Figure(**options, layout="constrained")
-    FigureCanvasAgg(made)
-    return made
+    figure = Figure(**options, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 # -- bars -------------------------------------------------------------------------------------------------------------
 
 
-def bars(rows: Sequence[Row], path: str | Path, attacks: Sequence[str] | None = None) -> None:
+def bars(rows: Sequence[Row], path: str | Path) -> None:
     """Accuracies with standard errors, one group per attack, one bar per model; unreliable ones hatched in red.
 
     Args:
         rows: of one model or several, as in a `Report`.
         path: the PNG.
-        attacks: labels to show, in order; all of them if None.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
-        ValueError: there is nothing to show.
     """
-    known = attack_names(rows)
-    labels = [label for label in (known if attacks is None else attacks) if label in known]
-    if not labels:
-        raise ValueError(f"no rows to show: the report has {known}, asked for {attacks}")
     models = model_names(rows)
-    found = {(row.attack, row.model): row for row in rows}
-    groups = [(label, [found[label, m] for m in models if (label, m) in found]) for label in labels]
+    by_name = {(row.attack, row.model): row for row in rows}
+    groups = [(label, [by_name[label, m] for m in models if (label, m) in by_name]) for label in attack_names(rows)]
     count = sum(len(group) for _, group in groups)
     figure = _new_figure(figsize=(8.5, 1.2 + 0.24 * count + 0.16 * len(groups)))
     axes = figure.add_subplot()
@@ -115,7 +107,6 @@ def _bar(axes: Any, at: float, row: Row, color: str) -> None:
 
 
 def _legend_of_models(figure: Any, models: Sequence[str], unreliable: bool) -> None:
-    # optional: the extra demo has it
     from matplotlib.patches import Patch
 
     handles = [Patch(color=_color(m), label=model) for m, model in enumerate(models)]
@@ -127,68 +118,39 @@ def _legend_of_models(figure: Any, models: Sequence[str], unreliable: bool) -> N
 # -- attacked images --------------------------------------------------------------------------------------------------
 
 
-def grid(
-    clean: np.ndarray | Tensor,
-    adversarial: np.ndarray | Tensor,
-    labels: np.ndarray | Tensor,
-    path: str | Path,
-    defence: Classifier | None = None,
-    *,
-    predicted: np.ndarray | Tensor | None = None,
-    samples: int = 4,
-    seed: int = 0,
-    names: Sequence[str] | None = None,
-    title: str = "",
-) -> None:
+def grid(examples: Examples, path: str | Path, defence: Classifier | None, title: str) -> None:
     """One line per image: clean, adversarial, the difference, and reconstructions, with the predicted class above.
 
     Args:
-        clean: images ``[M, C, H, W]`` in [0, 1], C = 1 or 3.
-        adversarial: the attacked images, of the same shape.
-        labels: true classes ``[M]``.
+        examples: attacked images with C = 1 or 3. The classes predicted after the attack are theirs: a random defence
+            that is asked again may answer otherwise.
         path: the PNG.
-        defence: gives the predictions; with ``purify(x)`` or ``reconstruct(x)``, ``[B, K, C, H, W]`` or of one draw
-            ``[B, C, H, W]``, also the reconstructions, with ``sample_logits(x) -> [B, K, classes]`` the class of each,
-            and with ``transformed(x)``, alike, what it repairs. With ``fixed_noise`` they share their noise.
-        predicted: the classes ``[M]`` predicted after the attack, -1 for none, where they are known: a random defence
-            that is asked again may answer otherwise. None: the defence is asked.
-        samples: how many reconstructions, and how many transformed images, are shown at most.
-        seed: of the noise.
-        names: of the classes.
+        defence: gives the other predictions and the reconstructions, as `look` does; None: there are none.
         title: above everything.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
-        ValueError: shapes disagree.
     """
-    x, adv = (torch.as_tensor(a).detach().cpu().float() for a in (clean, adversarial))
-    y = torch.as_tensor(labels).cpu()
-    if x.shape != adv.shape or x.dim() != 4 or len(y) != len(x) or x.shape[1] not in (1, 3):
-        raise ValueError(
-            f"clean and adversarial must be [M, C, H, W] with C = 1 or 3 and labels [M], "
-            f"got {list(x.shape)}, {list(adv.shape)} and {list(y.shape)}"
-        )
-    if predicted is not None and tuple(predicted.shape) != (len(x),):
-        raise ValueError(f"predicted must be [M] = [{len(x)}], got {list(predicted.shape)}")
-    (before, after), more = look(defence, x, adv, samples, seed)
-    after = after if predicted is None else torch.as_tensor(predicted).cpu()
+    x, adv = torch.from_numpy(examples.clean).float(), torch.from_numpy(examples.adversarial).float()
+    labels, after = torch.from_numpy(examples.labels), torch.from_numpy(examples.predicted)
+    (before, _), more = look(defence, x, adv, SAMPLES, 0)
     columns = 3 + len(more)
     figure = _new_figure(figsize=(1.25 * columns, 1.45 * len(x) + 0.5))
-    figure.suptitle(title or "Attacked images", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     axes = figure.subplots(len(x), columns, squeeze=False)
     largest = float((adv - x).abs().max()) or 1.0
     amplified = 0.5 + (adv - x) / (2 * largest)
-    for i in range(len(x)):
+    for i, label in enumerate(labels):
         shown = [(x[i], before, "clean"), (adv[i], after, "adversarial"), (amplified[i], None, "")]
         shown += [(images[i], classes, "") for images, classes, _ in more]
         for axis, (image, guess, what) in zip(axes[i], shown, strict=True):
             _show_image(axis, image)
             if guess is not None:
-                right = int(guess[i]) == int(y[i])
-                text = _class_name(guess[i], names)
-                axis.set_title(f"{what} {text}".strip(), fontsize=8, color=_GREEN if right else _RED, pad=2)
+                text = "no class" if guess[i] < 0 else str(int(guess[i]))
+                color = _GREEN if guess[i] == label else _RED
+                axis.set_title(f"{what} {text}".strip(), fontsize=8, color=color, pad=2)
         axes[i][2].set_title(f"difference x{0.5 / largest:.1f}", fontsize=8, color="#555555", pad=2)
-        axes[i][0].set_ylabel(f"true {_class_name(y[i], names)}", fontsize=8)
+        axes[i][0].set_ylabel(f"true {int(label)}", fontsize=8)
     for axis, (_, _, what) in zip(axes[-1][3:], more, strict=True):
         axis.set_xlabel(what, fontsize=8)
     _save(figure, path)
@@ -208,7 +170,10 @@ def look(
     """What a defence says of images before and after an attack, and what it makes of the attacked ones.
 
     Args:
-        defence: as of `grid`; None says nothing.
+        defence: gives the predictions; with ``purify(x)`` or ``reconstruct(x)``, ``[B, K, C, H, W]`` or of one draw
+            ``[B, C, H, W]``, also the reconstructions, with ``sample_logits(x) -> [B, K, classes]`` the class of each,
+            and with ``transformed(x)``, alike, what it repairs. With ``fixed_noise`` they share their noise. None says
+            nothing.
         x: clean images ``[M, C, H, W]``.
         adv: the attacked ones, of the same shape.
         samples: how many reconstructions, and how many transformed images, are made at most.
@@ -228,8 +193,8 @@ def look(
         with defence.fixed_noise(seed) if supports(defence, FixedNoise) else contextlib.nullcontext():
             return call(images.to(device)).cpu()
 
-    def columns_of(made: Tensor, classes: Tensor | None, what: str) -> list[_Column]:
-        pictures = made.float()[:, None] if made.dim() == 4 else made.float()[:, :samples]
+    def columns_of(images: Tensor, classes: Tensor | None, what: str) -> list[_Column]:
+        pictures = images.float()[:, None] if images.dim() == 4 else images.float()[:, :samples]
         count = pictures.shape[1]
         known = [None] * count if classes is None else classes.unbind(1)
         return list(zip(pictures.unbind(1), known, [what] + [""] * (count - 1), strict=True))
@@ -245,15 +210,9 @@ def look(
             classes = None
             if supports(defence, SampleLogits):
                 classes = fixed(defence.sample_logits, adv)[:, :samples].argmax(2)
-            made = fixed(defence.purify if purifies else defence.reconstruct, adv)
-            columns += columns_of(made, classes, "reconstructions")
+            purified = fixed(defence.purify if purifies else defence.reconstruct, adv)
+            columns += columns_of(purified, classes, "reconstructions")
     return (predicted[0], predicted[1]), columns
-
-
-def _class_name(label: Any, names: Sequence[str] | None) -> str:
-    if int(label) < 0:
-        return "no class"
-    return str(int(label)) if names is None else names[int(label)]
 
 
 # -- trade-offs -------------------------------------------------------------------------------------------------------
@@ -348,7 +307,6 @@ def _draw_reference(axes: Any, x: np.ndarray, y: np.ndarray, name: str) -> np.nd
 
 def _lines_of_equal_sum(axes: Any, low: np.ndarray, high: np.ndarray) -> None:
     """Lines of equal SUM, with the value where they leave through the right or the upper edge."""
-    # optional: the extra demo has it
     from matplotlib.ticker import MaxNLocator
 
     for total in MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(low.sum(), high.sum()):
@@ -363,7 +321,6 @@ def _lines_of_equal_sum(axes: Any, low: np.ndarray, high: np.ndarray) -> None:
 
 def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.ndarray, traced: np.ndarray) -> None:
     """Write each name beside its point, away from all points, their error bars, the curve and the other names."""
-    # optional: the extra demo has it
     from adjustText import adjust_text
 
     if not names:

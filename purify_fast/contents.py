@@ -1,0 +1,324 @@
+"""What a model holds: the visitor of its parts, the modules among them, and a key that is the same while they are.
+
+`parts` yields what stands directly inside a value, with its name: everything that asks what a model depends on goes by
+it. There are two keys. `identity_key` is of the very tensors and objects: a captured step reads the memory that its
+model had when it was captured, and may be replayed while this key is the same. What is written there in place, it sees:
+an optimizer's step, a refreshed inference copy, new running statistics. The other key, by value, tells models of
+different processes apart: `purify_fast.evaluation.keep.fingerprint`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import dis
+import enum
+import functools
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: The attributes of a bare module; of these only the mode, the tensors, the parts and the hooks count.
+BARE = frozenset(vars(nn.Module()))
+#: Those of them that hold what is called with a forward or a backward pass.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: Values with nothing inside.
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_SIMPLE = frozenset(PLAIN)
+_VALUES = (*PLAIN, enum.Enum)
+_CALLS = (FunctionType, MethodType, functools.partial)
+_GROUPS = (list, tuple, set, frozenset, deque, dict)
+_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+#: Members of a list in which modules are looked for; one with more is no ensemble but data.
+_MEMBERS = 1000
+#: Objects, each inside the one before, that are looked through for modules; and lists inside lists.
+_OBJECTS, _NESTED = 8, 3
+
+
+# -- the visitor ------------------------------------------------------------------------------------------------------
+
+
+def parts(value: Any) -> Iterator[tuple[Any, Any]]:
+    """What stands directly inside a value, each with its name: nothing of what has nothing inside.
+
+    Args:
+        value: a module (its tensors, hooks, modules and attributes), a list, tuple, set, deque or dict (by index or by
+            key), a function (its variables and defaults), a method, a partial function, or any object (its attributes).
+            A class names in ``not_dependencies`` the attributes that count for nothing.
+    """
+    if isinstance(value, nn.Module):
+        for group in (value._parameters, value._buffers):
+            yield from group.items()
+        yield from hooks(value)
+        yield from value._modules.items()
+        yield from attributes(value)
+    elif isinstance(value, dict):
+        yield from value.items()
+    elif isinstance(value, _GROUPS):
+        yield from enumerate(value)
+    elif isinstance(value, functools.partial):
+        yield "func", value.func
+        yield from ((f"argument {i}", argument) for i, argument in enumerate(value.args))
+        yield from value.keywords.items()
+    elif isinstance(value, MethodType):
+        yield "self", value.__self__
+        yield "the method", value.__func__
+    elif isinstance(value, FunctionType):
+        yield from variables(value)
+        yield from (("a default", default) for default in value.__defaults__ or ())
+        yield from (value.__kwdefaults__ or {}).items()
+    else:
+        yield from attributes(value)
+
+
+def hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module calls with a forward or a backward pass."""
+    for group in HOOKS:
+        for hook in list(getattr(module, group).values()):
+            yield "a hook", hook
+
+
+def attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes of an object; of a module those that PyTorch does not know of."""
+    left_out = _left_out(type(value))  # type: ignore[arg-type]  # mypy takes no class for hashable
+    for name, part in list((getattr(value, "__dict__", None) or {}).items()):
+        if name not in left_out:
+            yield name, part
+
+
+@functools.lru_cache(maxsize=4096)
+def _left_out(kind: type) -> frozenset[str]:
+    return not_dependencies(kind) | (BARE if issubclass(kind, nn.Module) else frozenset())
+
+
+def not_dependencies(kind: type) -> frozenset[str]:
+    """The attributes that a class and its bases name as no dependencies of what they compute."""
+    return frozenset(name for base in kind.__mro__ for name in vars(base).get("not_dependencies", ()))
+
+
+def variables(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """The variables around a function and those of its file that it reads; of PyTorch's functions the first alone."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:
+            # a variable that has no value yet
+            continue
+    known = function.__globals__
+    if str(known.get("__name__")).partition(".")[0] != "torch":
+        yield from ((name, known[name]) for name in _global_names(function.__code__) if name in known)
+
+
+def code_and_inner(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function and of the functions, lambdas and comprehensions inside it."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from code_and_inner(inner)
+
+
+@functools.lru_cache(maxsize=4096)
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """The names of global variables that a function reads; ``co_names`` has those of attributes too."""
+    read = (
+        instruction.argval
+        for inner in code_and_inner(code)
+        for instruction in dis.get_instructions(inner)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    )
+    return tuple(dict.fromkeys(read))
+
+
+# -- the key by identity ----------------------------------------------------------------------------------------------
+
+
+def identity_key(model: nn.Module) -> tuple[tuple[Any, ...], list[Any], list[Tensor]]:
+    """What ``model`` computes with now: the same values mean the same tensors, settings and objects.
+
+    Args:
+        model: a module. The objects of this package that it holds are looked into, and so are dataclasses,
+            ``types.SimpleNamespace`` and ``argparse.Namespace``. Any other object counts by its identity: what changes
+            inside it is not seen. A class names in ``not_dependencies`` the attributes that its computation does not
+            depend on.
+
+    Returns:
+        The values, which can be hashed: tensors by their addresses. The objects that stand among them by their
+        identity: who keeps the values keeps these too, so that no other object is taken for one of them. The tensors,
+        each once, in the order of the values.
+
+    Raises:
+        TypeError: a tensor of a class of its own, such as the part of a sharded weight, whose memory is elsewhere.
+    """
+    values: list[Any] = []
+    objects: list[Any] = []
+    _add(model, values, objects, {})
+    tensors = list({id(part): part for part in objects if isinstance(part, Tensor)}.values())
+    return tuple(values), [part for part in objects if not isinstance(part, Tensor)], tensors
+
+
+def _add(value: Any, values: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
+    """Add a value to the values; tensors, and what counts by its identity, to the objects too."""
+    if isinstance(value, _VALUES):
+        values.append(value)
+    elif isinstance(value, Tensor):
+        if type(value) not in _TENSORS:
+            raise TypeError(f"a tensor of type {type(value).__name__} does not say where its memory is")
+        values.append((value.data_ptr(), value.shape, value.dtype, value.device))
+        objects.append(value)
+    elif isinstance(value, slice):
+        # before Python 3.12 a slice cannot be hashed
+        values.append("slice")
+        for part in (value.start, value.stop, value.step):
+            _add(part, values, objects, seen)
+    elif id(value) in seen:
+        # which of the parts it is matters: a model may change the one that it uses
+        values.append(("seen", seen[id(value)]))
+    elif isinstance(value, (nn.Module, dict, list, tuple, set, frozenset)) or _is_settings(value):
+        seen[id(value)] = len(seen)
+        mode = value.training if isinstance(value, nn.Module) else len(value) if isinstance(value, _GROUPS) else None
+        values.append((type(value).__qualname__, mode))
+        for name, part in parts(value):
+            if type(name) is str:
+                values.append(name)
+            elif isinstance(value, dict):
+                _add(name, values, objects, seen)
+            if type(part) in _SIMPLE:
+                values.append(part)
+            else:
+                _add(part, values, objects, seen)
+    else:
+        seen[id(value)] = len(seen)
+        values.append(id(value))
+        objects.append(value)
+
+
+def _is_settings(value: Any) -> bool:
+    """Whether an object counts by its attributes: this package's own, and those that are made to hold settings."""
+    # of one with slots the attributes are not to be found here, and its identity is what remains
+    if isinstance(value, type) or getattr(value, "__dict__", None) is None:
+        return False
+    settings = isinstance(value, (SimpleNamespace, argparse.Namespace)) or dataclasses.is_dataclass(value)
+    return settings or (type(value).__module__.startswith("purify_fast.") and not callable(value))
+
+
+# -- modules among the parts ------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that a module holds without having registered them, the outermost ones, each with its place.
+
+    ``model.modules()`` leaves them out, and so do ``eval()``, ``parameters()``, ``to()`` and ``state_dict()``. They are
+    in lists, tuples, sets and dicts, in objects, in functions that are attributes and in hooks, of the model and of all
+    its parts.
+
+    Args:
+        model: any module.
+    """
+    hidden: list[tuple[str, nn.Module]] = []
+    waiting, known = deque([("", model)]), {id(part) for part in model.modules()}
+    while waiting:
+        outer, whole = waiting.popleft()
+        for path, module in whole.named_modules():
+            for name, value in (*attributes(module), *hooks(module)):
+                # sizes, such as those of a kernel, are most of what there is
+                if type(value) in _SIMPLE or (type(value) is tuple and all(type(part) in _SIMPLE for part in value)):
+                    continue
+                place = ".".join(filter(None, (outer, path, name)))
+                for inner, part in [(place, value)] if isinstance(value, nn.Module) else used_modules(value, place):
+                    if id(part) not in known:
+                        hidden.append((inner, part))
+                        waiting.append((inner, part))
+                        known.update(id(each) for each in part.modules())
+    return hidden
+
+
+def used_modules(value: Any, place: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules that a value holds or uses, once each, with the name by which it uses them.
+
+    Everything is looked through once: the ways through functions that call each other are too many to walk.
+
+    Args:
+        value: a function, a method, a partial function, or an object, a list, tuple, set or dict with such inside.
+        place: what the value is called.
+    """
+    if not (isinstance(value, (*_CALLS, *_GROUPS)) or _is_object(value)):
+        return
+    seen = {id(value)}
+    # each with its name, and how many objects and lists the way to it leads through, itself included
+    waiting = deque([(place, value, int(_is_object(value)), int(isinstance(value, _GROUPS)))])
+    while waiting:
+        outer, value, objects, groups = waiting.popleft()
+        for name, part in _used_parts(outer, value):
+            if type(part) in _SIMPLE or isinstance(part, Tensor) or id(part) in seen:
+                continue
+            seen.add(id(part))
+            if isinstance(part, nn.Module):
+                yield name, part
+            elif _is_object(part):
+                # what a method belongs to is used whatever it is in
+                depth = 1 if isinstance(value, MethodType) else objects + 1
+                if depth <= _OBJECTS:
+                    waiting.append((name, part, depth, 0))
+            elif isinstance(part, _CALLS):
+                waiting.append((name, part, objects, 0))
+            elif isinstance(part, _GROUPS) and groups < _NESTED:
+                waiting.append((name, part, objects, groups + 1))
+
+
+def _used_parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The parts of a value that it may use, by the name for the reader."""
+    if isinstance(value, _GROUPS):
+        yield from ((f"{place}[{name!r}]", part) for name, part in islice(parts(value), _MEMBERS))
+    elif not isinstance(value, FunctionType):
+        yield from parts(value)
+    else:
+        attributes_read = {name for code in code_and_inner(value.__code__) for name in code.co_names}
+        for name, part in parts(value):
+            calls = (getattr(type(part), attribute, None) for attribute in attributes_read)
+            # a called object, or one of whose methods is called, may use any of its variables; of others those count
+            # that the function names
+            if not _is_object(part) or callable(part) or any(isinstance(call, FunctionType) for call in calls):
+                yield name, part
+            else:
+                yield from ((f"{name}.{a}", inner) for a, inner in attributes(part) if a in attributes_read)
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value is an object with variables of its own that may be modules.
+
+    Those of this package are none: what they hold are copies that are as they should be, or parts of the model.
+    """
+    return (
+        getattr(value, "__dict__", None) is not None
+        and not isinstance(value, (*_CALLS, *_GROUPS, nn.Module, ModuleType, type, Tensor))
+        and not type(value).__module__.startswith("purify_fast.")
+    )
+
+
+def class_functions(model: nn.Module) -> list[FunctionType]:
+    """The methods that a prediction of a module and of its parts may call, but for those of PyTorch.
+
+    Args:
+        model: any module.
+    """
+    kinds = dict.fromkeys(kind for part in model.modules() for kind in type(part).__mro__)
+    methods: dict[str, list[FunctionType]] = {}
+    for kind in kinds:
+        if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
+            for name, value in vars(kind).items():
+                if isinstance(value, FunctionType):
+                    methods.setdefault(name, []).append(value)
+    called: list[FunctionType] = []
+    # a method calls another by its name; a training step, which a prediction does not call, uses other things
+    waiting = ["forward", "__call__"]
+    while waiting:
+        for method in methods.pop(waiting.pop(), ()):
+            called.append(method)
+            waiting += [name for code in code_and_inner(method.__code__) for name in code.co_names]
+    return called

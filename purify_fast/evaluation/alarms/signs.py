@@ -1,0 +1,349 @@
+"""The alarms: signs that an attack was stopped by something else than robustness.
+
+An alarm is a function that returns a verdict, what was measured, and the row or probe that tells; None where it has
+nothing to say of a model. To add one, write it here below `alarm`, or `probe_alarm` if it judges what a probe measured.
+Alarms are asked in the order in which they stand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..outputs import INSTEAD_OF_PROBABILITIES
+from ..rows import GRADIENT_FREE, Row
+from .evidence import Evidence, Finding, Verdict
+from .probes import STEPS, Probes
+
+#: The share of the images that may fall to something else than the model's own gradients.
+MOST_MISSED = 0.03
+#: Cosine between the changes that gradients promise and those that are measured, below which they are wrong.
+WRONG_GRADIENTS, ODD_GRADIENTS = 0.6, 0.9
+#: By how many points five random starts may be stronger than one, on average.
+START_UNRELIABLE, START_NOTED = 0.15, 0.08
+#: The share of the correctly classified images whose class may change from draw to draw.
+NOISE_UNRELIABLE, NOISE_NOTED = 0.10, 0.03
+#: The share of the predictions that rounding may change, and how many images a short attack may miss.
+ROUNDED, FEW = 0.02, 4
+#: So many images at least must make a difference: one or two of a few images are a large share by luck.
+MORE_THAN_LUCK = 3
+
+#: A verdict, what was measured, and the row or probe that tells.
+Outcome = tuple[Verdict, str, str]
+Judge = Callable[[Evidence], Outcome | None]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """An alarm with its name.
+
+    Args:
+        name: what is looked at.
+        judge: says what the evidence shows.
+        of_answers: whether it is about a model that gives no answer, or not always the same.
+        prominent: whether it is told beside the headline where it is no more than noted.
+    """
+
+    name: str
+    judge: Judge
+    of_answers: bool = False
+    prominent: bool = False
+
+
+ALARMS: list[Alarm] = []
+
+
+def findings(evidence: Evidence) -> list[Finding]:
+    """What every alarm has to say, in order.
+
+    A number of 0 cannot be too high, whatever stopped an attack: what would be a reason to doubt it is noted, unless
+    the model's answers themselves are inconsistent.
+
+    Args:
+        evidence: rows and probes of one model.
+    """
+    outcomes = [(each, each.judge(evidence)) for each in ALARMS]
+    every = [
+        Finding(each.name, *outcome, of_answers=each.of_answers, prominent=each.prominent)
+        for each, outcome in outcomes
+        if outcome is not None
+    ]
+    inconsistent = any(finding.verdict == "unreliable" and finding.of_answers for finding in every)
+    if inconsistent or evidence.left() != 0:
+        return every
+    return [
+        replace(finding, verdict="noted", measured=f"{finding.measured}; but no image is left that could fall")
+        if finding.verdict == "unreliable"
+        else finding
+        for finding in every
+    ]
+
+
+def alarm(name: str, *, of_answers: bool = False, prominent: bool = False) -> Callable[[Judge], Judge]:
+    """A decorator of an alarm that looks at the rows, and at what is known of the model without asking it again."""
+
+    def add(judge: Judge) -> Judge:
+        ALARMS.append(Alarm(name, judge, of_answers=of_answers, prominent=prominent))
+        return judge
+
+    return add
+
+
+ProbeJudge = Callable[[Evidence, Probes], Outcome | None]
+
+
+def probe_alarm(name: str, *, of_answers: bool = False) -> Callable[[ProbeJudge], Judge]:
+    """A decorator of an alarm that looks at the probes; it says nothing where there are none."""
+
+    def add(judge: ProbeJudge) -> Judge:
+        def with_probes(evidence: Evidence) -> Outcome | None:
+            return None if evidence.probes is None else judge(evidence, evidence.probes)
+
+        return alarm(name, of_answers=of_answers)(with_probes)
+
+    return add
+
+
+def _verdict(unreliable: bool, noted: bool = False) -> Verdict:
+    return "unreliable" if unreliable else "noted" if noted else "passed"
+
+
+def _surely_more(count: int, share: float, n: int) -> bool:
+    """Whether so many of n images are more than the share, and more than luck explains."""
+    return count - 1.5 * math.sqrt(count) > share * n
+
+
+def _surely_above(limit: float, share: float, n: int) -> bool:
+    """Whether a share of n images is above its limit, and of more images than luck explains."""
+    return share > limit and share * n >= MORE_THAN_LUCK
+
+
+# -- of rows ----------------------------------------------------------------------------------------------------------
+
+
+@alarm("better than guessing", prominent=True)
+def better_than_guessing(evidence: Evidence) -> Outcome | None:
+    """Whether the model classifies clean images better than a guess would."""
+    clean = next((row for row in evidence.rows if row.kind == "clean"), None)
+    if clean is None or evidence.classes is None:
+        return None
+    chance = 1 / evidence.classes
+    text = (
+        f"{100 * clean.mean:.1f} % of the clean images are classified correctly; a guess among {evidence.classes} "
+        f"classes is right for {100 * chance:.1f} %"
+    )
+    if clean.mean > chance + 2 * math.sqrt(chance * (1 - chance) / clean.n):
+        return "passed", text, ""
+    ask = "is the model trained, do the labels count as its classes do, and does it take images in [0, 1]?"
+    return "noted", f"{text}: {ask}", clean.attack
+
+
+@alarm("finite predictions", of_answers=True)
+def finite_predictions(evidence: Evidence) -> Outcome:
+    """Whether every prediction names a class."""
+    broken = [row for row in evidence.rows if row.nonfinite_predictions]
+    if not broken:
+        return "passed", "every prediction names a class", ""
+    worst = max(broken, key=lambda row: row.nonfinite_predictions / (row.n * row.n_eval))
+    text = f"{worst.nonfinite_predictions} of {worst.n * worst.n_eval} predictions name no class; they count as wrong"
+    return "unreliable", text, worst.attack
+
+
+@alarm("logits")
+def logits(evidence: Evidence) -> Outcome | None:
+    """Whether the model returns logits, and not the probabilities that a softmax makes of them."""
+    if evidence.probabilities is None:
+        return None
+    if not evidence.probabilities:
+        return "passed", "what the model returns is not a list of probabilities", ""
+    text = (
+        "the model returns probabilities (from 0 to 1, with the sum 1), of which gradients vanish where it is sure: "
+        f"{INSTEAD_OF_PROBABILITIES}"
+    )
+    return "unreliable", text, ""
+
+
+@alarm("gradient health")
+def gradient_health(evidence: Evidence) -> Outcome:
+    """Whether some attack through the whole model had gradients to work with."""
+    counted = evidence.with_counted_gradients()
+    if not counted:
+        return "not asked", "no attack counted the gradients of the model itself", ""
+    broken = [row for row in counted if row.lacked_gradients]
+    if not broken:
+        all_of = "the attack" if len(counted) == 1 else f"all {len(counted)} attacks"
+        return "passed", f"{all_of} had finite gradients that moved the images", ""
+    shares = f"non-finite / zero / images not moved: {broken[0].describe_health()}"
+    if len(broken) < len(counted):
+        text = f"{len(broken)} of {len(counted)} attacks lacked usable gradients; {shares}"
+        return "noted", text, broken[0].attack
+    return "unreliable", f"every attack lacked gradients; {shares}", broken[0].attack
+
+
+@alarm("gradient-free against gradients")
+def gradient_free_beats_gradients(evidence: Evidence) -> Outcome:
+    """Whether an attack without gradients breaks what gradients left."""
+    return _beaten(evidence, lambda row: row.kind in GRADIENT_FREE)
+
+
+@alarm("transfer against gradients")
+def transfer_beats_gradients(evidence: Evidence) -> Outcome:
+    """Whether what is found on another model, or by its gradients, breaks what the model's own gradients left."""
+    return _beaten(evidence, lambda row: row.transferred)
+
+
+def _beaten(evidence: Evidence, other: Callable[[Row], bool]) -> Outcome:
+    fallen = evidence.fallen()
+    own = [(row, mask) for row, mask in fallen if row.own_gradients and row.health is not None]
+    others = [(row, mask) for row, mask in fallen if other(row)]
+    if not own or not others:
+        return "not asked", "no attack by the model's own gradients" if others else "no such attack", ""
+    full = max(row.n for row, _ in fallen)
+    by_gradients, by_others = np.zeros(full, dtype=bool), np.zeros(full, dtype=bool)
+    for row, mask in own:
+        by_gradients[: row.n] |= mask
+    for row, mask in others:
+        by_others[: row.n] |= mask
+    count = int((by_others & ~by_gradients).sum())
+    best = max(others, key=lambda pair: int((pair[1] & ~by_gradients[: pair[0].n]).sum()))[0]
+    text = f"{count} of {full} images fell to such an attack and withstood every one by the model's own gradients"
+    verdict = _verdict(_surely_more(count, MOST_MISSED, full), noted=count > 0.01 * full)
+    return verdict, text, best.attack if count else ""
+
+
+# -- of probes --------------------------------------------------------------------------------------------------------
+
+
+@probe_alarm("a further attack")
+def further_attack(evidence: Evidence, probes: Probes) -> Outcome:
+    """Whether a short attack finds what the attacks of the report left."""
+    if probes.further is None:
+        return "not asked", "no image was left", ""
+    return _missed({"the model itself": probes.further}, probes.n)
+
+
+@probe_alarm("parts and softened copies")
+def softened_copies(evidence: Evidence, probes: Probes) -> Outcome:
+    """Whether the gradients of the model's parts and of softened copies find what its own gradients left."""
+    if not probes.missed:
+        return "not asked", "no image was left" if probes.further is None else "the model has none", ""
+    return _missed(probes.missed, probes.n)
+
+
+def _missed(missed: dict[str, int], n: int) -> Outcome:
+    """What short attacks found that the report's attacks had left, by whose gradients they followed."""
+    count, best = sum(missed.values()), max(missed, key=lambda name: missed[name])
+    gradients = f"{STEPS} steps of APGD along the gradients of {best}" + (" and others" if len(missed) > 1 else "")
+    text = f"{count} of {n} images withstood every attack of the report, but fell to {gradients}"
+    if not count:
+        text = f"of {n} images, {gradients} broke none that the report's attacks had left"
+    verdict = _verdict(_surely_more(count, MOST_MISSED, n), noted=count > 1)
+    return verdict, text, f"probe: APGD by the gradients of {best}" if count else ""
+
+
+@probe_alarm("huge radius")
+def huge_radius(evidence: Evidence, probes: Probes) -> Outcome:
+    """Whether anything is left where every image may become any other."""
+    (radius, accuracy), chance = probes.eps[-1], probes.chance
+    allowed = chance + 2 * math.sqrt(chance * (1 - chance) / probes.n)
+    text = f"{100 * accuracy:.0f} % at eps {radius:.3g}, where at most chance, {100 * chance:.0f} %, can be left"
+    # of many classes chance is less than one image: a few that a short attack missed prove nothing
+    bad = accuracy > allowed and (accuracy - chance) * probes.n >= FEW
+    return _verdict(bad), text, f"probe: PGD at eps {radius:.3g}"
+
+
+@probe_alarm("radius sweep")
+def radius_sweep(evidence: Evidence, probes: Probes) -> Outcome:
+    """Whether a larger radius ever leaves more."""
+    rises = [(b[1] - a[1], a, b) for a, b in zip(probes.eps, probes.eps[1:], strict=False)]
+    rise, a, b = max(rises, key=lambda entry: entry[0])
+    if rise > 2 * math.sqrt(max(rise, 0) / probes.n) and rise * probes.n >= MORE_THAN_LUCK:
+        text = f"from eps {a[0]:.3g} to {b[0]:.3g} accuracy rises from {100 * a[1]:.0f} % to {100 * b[1]:.0f} %"
+        return "unreliable", text, f"probe: PGD at eps {b[0]:.3g}"
+    curve = ", ".join(f"{100 * accuracy:.0f} % at {eps:.3g}" for eps, accuracy in probes.eps)
+    return "passed", f"accuracy falls with the radius: {curve}", ""
+
+
+@probe_alarm("random start")
+def random_start(evidence: Evidence, probes: Probes) -> Outcome:
+    """Whether it matters where an attack begins."""
+    gain = probes.one_start - probes.all_starts
+    one, five = 100 * probes.one_start, 100 * probes.all_starts
+    text = f"five random starts leave {five:.0f} %, one leaves {one:.0f} % on average"
+    strong = _surely_above(START_UNRELIABLE, gain, probes.n)
+    weaker = _weaker(evidence, probes.all_starts, probes.n) if strong else ""
+    verdict = _verdict(strong and not weaker, noted=gain > START_NOTED)
+    return verdict, text + weaker, "probe: five random starts"
+
+
+def _weaker(evidence: Evidence, accuracy: float, n: int) -> str:
+    """That the attacks of the report left less than a short attack; empty where they did not.
+
+    The troubles of an attack that is weaker than those of the report do not show that these had any.
+    """
+    left = evidence.left(n)
+    if left is None or left >= accuracy:
+        return ""
+    return f"; the attacks of the report leave {100 * left:.0f} % of the same images, which is less"
+
+
+@probe_alarm("gradients against differences")
+def finite_differences(evidence: Evidence, probes: Probes) -> Outcome:
+    """Whether the model changes as its gradients say."""
+    row = "probe: small steps in random directions"
+    if probes.cosine is None:
+        return "unreliable", "logits or gradients are not finite, or there is no gradient", row
+    text = f"cosine {probes.cosine:.2f} between the changes that gradients promise and those that are measured"
+    return _verdict(probes.cosine < WRONG_GRADIENTS, noted=not probes.cosine >= ODD_GRADIENTS), text, row
+
+
+@probe_alarm("batch size", of_answers=True)
+def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
+    """Whether an image's class depends on the images beside it."""
+    changes, row = probes.batch_changes, "probe: the same images alone and in a batch"
+    if changes is None:
+        return "not asked", "the model is random, with no fixed_noise() that fixes it", row
+    text = f"{100 * changes:.0f} % of the predictions change with the batch"
+    return _verdict(changes > ROUNDED, noted=changes > 0), text, row
+
+
+@probe_alarm("noise and seeds")
+def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
+    """Whether an image withstands because predictions are drawn anew, and gradients with them."""
+    if probes.sets_seed:
+        text = "the model sets the seed of torch's generator itself: its noise, if it has any, is always the same"
+        return "unreliable", text, "probe: the generator's state after two seeds"
+    if not probes.eot:
+        return None
+    (few, by_few), (many, by_many) = probes.eot[0], probes.eot[-1]
+    gain = by_few - by_many
+    text = (
+        f"the class of {100 * probes.varying:.0f} % of the correctly classified images changes from draw to draw; "
+        f"gradients over {many:.0f} draws leave {100 * by_many:.0f} %, over {few:.0f} {100 * by_few:.0f} %"
+    )
+    varies = _surely_above(NOISE_UNRELIABLE, probes.varying, probes.n)
+    gains = _surely_above(START_UNRELIABLE, gain, probes.n)
+    weaker = _weaker(evidence, by_many, probes.n) if gains and not varies else ""
+    verdict = _verdict(varies or (gains and not weaker), noted=probes.varying > NOISE_NOTED or gain > 0.05)
+    return verdict, text + weaker, f"probe: gradients over {many:.0f} draws"
+
+
+@probe_alarm("same answer again", of_answers=True)
+def same_answer_again(evidence: Evidence, probes: Probes) -> Outcome:
+    """Whether the model answers otherwise when it is asked often, or while gradients are recorded."""
+    row = "probe: the clean images again, after all attacks"
+    if probes.watched_changes:
+        share = probes.watched_changes
+        text = f"the logits of {100 * share:.0f} % of the images are others while gradients are recorded"
+        return _verdict(share > ROUNDED, noted=True), text, "probe: the images with gradients recorded"
+    if probes.later_changes > 0:
+        share = probes.later_changes
+        text = f"{100 * share:.0f} % of the predictions on clean images are others than before the attacks"
+        return _verdict(share > ROUNDED, noted=True), text, row
+    if probes.state_changed:
+        text = "weights, buffers or attributes are others than before the attacks, the predictions are the same"
+        return "noted", text, row
+    return "passed", "the predictions on clean images are the same as before the attacks", row

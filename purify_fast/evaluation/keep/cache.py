@@ -1,0 +1,231 @@
+"""Finished rows on disk, named after all that they depend on, and the finished batches of an unfinished row.
+
+Every file is a safetensors file: its arrays are tensors, its plain values are metadata, with a checksum of both. A
+damaged file is as good as absent: its content is computed again, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from ... import _library
+from ..._files import atomic
+from ..._fingerprint import digest, text_hash
+from ...ops import changing_bits
+from ...ops._op import forced_backends
+from ...speed.precision import float32_settings
+from ..rows import Examples, Row
+from .fingerprint import fingerprint
+
+logger = logging.getLogger("purify_fast")
+
+#: Raised by one whenever a row of the same settings, weights and data would come out differently than before: another
+#: way to choose the attacked images, to seed, to judge or to count, or an op whose definition changed. Edited comments,
+#: docstrings, labels, pictures and tables, and faster kernels of the same function, leave it as it is. A change within
+#: one attack raises that attack's own version instead, so that the rows of the others are kept.
+PROTOCOL_VERSION = 1
+
+
+def write_file(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write plain values and arrays with their checksum; the file is whole or absent."""
+    text = json.dumps(values, allow_nan=False)
+    # one text: safetensors orders several at random, and equal contents are to be equal files
+    sealed = json.dumps({"checksum": _checksum(text, arrays), "values": text})
+    content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, {"sealed": sealed})
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """What `write_file` wrote; None where the file is absent or damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            sealed = json.loads(file.metadata()["sealed"])
+        if sealed["checksum"] == _checksum(sealed["values"], arrays):
+            return json.loads(sealed["values"]), arrays
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        # told below
+        pass
+    logger.warning("%s is damaged: its checksum is not that of its content; what it held is computed again", path)
+    return None
+
+
+def _checksum(text: str, arrays: Mapping[str, np.ndarray]) -> str:
+    checksum = text_hash(text)
+    for name, array in sorted(arrays.items()):
+        checksum.update(f"{name} {array.dtype} {array.shape}".encode())
+        checksum.update(array.tobytes())
+    return checksum.hexdigest()
+
+
+@dataclass
+class Batch:
+    """The outcome of an attack on one batch.
+
+    Args:
+        images: the attacked images, ``[B, C, H, W]``.
+        health: counts of the gradients, by name.
+        generators: the states of torch's random generators after it: the CPU's, and that of the model's GPU if any.
+        seconds: how long it took.
+        warnings: what the attack told.
+        fallen: how many images fell to what, by name.
+    """
+
+    images: Tensor
+    health: dict[str, int]
+    generators: list[Tensor]
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+    fallen: dict[str, int] = field(default_factory=dict)
+
+
+class PartialRow:
+    """The finished batches of an unfinished row, in a folder of their own.
+
+    Args:
+        folder: made with the first batch; None: nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+
+    def read(self, ids: Tensor) -> Batch | None:
+        """The batch of the images with these indices, if it was finished and its file is not damaged."""
+        content = None if self.folder is None else read_file(self._path(ids))
+        if content is None:
+            return None
+        values, arrays = content
+        images = torch.from_numpy(arrays.pop("images"))
+        return Batch(images, generators=[torch.from_numpy(arrays[name]) for name in sorted(arrays)], **values)
+
+    def keep(self, ids: Tensor, batch: Batch) -> None:
+        """Keep the finished batch of the images with these indices."""
+        if self.folder is None:
+            return
+        arrays = {f"generator{i}": state.numpy() for i, state in enumerate(batch.generators)}
+        values = {name: value for name, value in vars(batch).items() if name not in ("images", "generators")}
+        write_file(self._path(ids), values, arrays | {"images": batch.images.cpu().numpy()})
+
+    def remove(self) -> None:
+        """Remove the folder: the row is finished."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, ids: Tensor) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{digest(ids.cpu())}.safetensors"
+
+
+class RowCache:
+    """Finished rows, and the answers to the probes, in ``folder/rows``.
+
+    Args:
+        folder: of the whole evaluation.
+        served: who serves the ops, by `purify_fast.ops.decisions`: kernels and references differ in the last bits, so
+            that rows that others would serve are no part of the same evaluation.
+
+    Attributes:
+        was_kept: whether the last row was read from its file.
+    """
+
+    was_kept = False
+
+    def __init__(self, folder: Path, served: dict[str, Any]):
+        self.folder = folder / "rows"
+        self.served = changing_bits(served)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # a model is read once, not once for each row; it is kept beside its mark, so that its id stays its own
+        self._marks: dict[int, tuple[object, str | None]] = {}
+
+    def key(self, settings: Mapping[str, Any], *models: object) -> str | None:
+        """The name of a row of these settings, in plain values, on these models.
+
+        It depends on PyTorch's release, on the presence of the kernel extension and on forced backends too, which
+        change the last bits of a model's arithmetic, and on what float32 means on a GPU, which changes more. The bytes
+        of the extension are no part of it: built again from the same definitions it computes the same.
+
+        Args:
+            settings: all that the row depends on but the models.
+            models: those that took part; None stands for one that did not.
+
+        Returns:
+            A file name, or None where a model has no fingerprint: such a row is not kept.
+        """
+        marks = [self._mark(model) for model in models]
+        if None in marks:
+            return None
+        # a block of `use_backend` overrides the variable
+        backends = [os.environ.get("PURIFY_FAST_BACKEND", ""), forced_backends()]
+        machine = [str(torch.__version__), _library.loaded(), *backends, float32_settings()]
+        text = json.dumps([PROTOCOL_VERSION, machine, self.served, settings, marks], sort_keys=True)
+        return text_hash(text).hexdigest()
+
+    def know(self, model: object, mark: str | None) -> None:
+        """Let this mark, a `fingerprint`, stand for the model in the names of its rows; with None none are kept."""
+        self._marks[id(model)] = model, mark
+
+    def _mark(self, model: object) -> str | None:
+        if model is None:
+            return ""
+        if id(model) not in self._marks:
+            self.know(model, fingerprint(model))
+        return self._marks[id(model)][1]
+
+    def row(self, key: str | None, make: Callable[[PartialRow], Row]) -> Row:
+        """The row of that name, made and kept if it is not there yet.
+
+        Args:
+            key: the name; None: the row is made and not kept.
+            make: makes it; is given the batches that an interrupted run finished.
+        """
+        self.was_kept = False
+        if key is None:
+            return make(PartialRow(None))
+        path, unfinished = self.folder / f"{key}.safetensors", PartialRow(self.folder / f"{key}.batches")
+        content = read_file(path)
+        self.was_kept = content is not None
+        if content is None:
+            row = make(unfinished)
+            arrays = {} if row.examples is None else dict(vars(row.examples))
+            arrays |= {} if row.margins is None else {"margins": row.margins}
+            write_file(path, row.to_dict(), arrays)
+        else:
+            row, arrays = Row.from_dict(content[0]), content[1]
+            row.margins = arrays.pop("margins", None)
+            row.examples = Examples(**arrays) if arrays else None
+        # a run that ended between the two left the batches of a finished row
+        unfinished.remove()
+        return row
+
+    def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Plain values of that name, made and kept if they are not there yet.
+
+        Args:
+            key: the name; None: they are made and not kept.
+            make: makes them.
+        """
+        if key is None:
+            return make()
+        path = self.folder / f"{key}.values.safetensors"
+        content = read_file(path)
+        if content is not None:
+            return content[0]
+        values = make()
+        write_file(path, values, {})
+        return values

@@ -1,0 +1,322 @@
+"""What tells one model from another: all that it holds, by value, and the code of its classes and functions.
+
+Two models get the same fingerprint only if nothing that can be seen of them differs. What cannot be compared by its
+value, such as an open connection, is never told by its type alone: the model has no fingerprint then. Nothing that
+differs from process to process is part of it: no address in memory, no order of a set, no state of a generator.
+
+The code of libraries is told by their version. Of a user's own code that of the classes and functions that a model
+holds counts, and what these call in their own files; functions that they import from other files count by name. Who
+edits those names a ``revision``.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import json
+import logging
+import random
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..._fingerprint import digest, text_hash
+from ...contents import HOOKS, PLAIN, attributes, not_dependencies, variables
+from ..outputs import LogitsOf
+
+#: Values that their text tells apart.
+_PLAIN = (*PLAIN, torch.layout, torch.memory_format)
+#: What its name tells: descriptors and functions in C, and objects on which no prediction depends.
+_NAMED = (
+    types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType, types.MemberDescriptorType, torch._ops.OpOverload, torch._ops.OpOverloadPacket,
+    logging.Logger, logging.LoggerAdapter, type(threading.Lock()), type(threading.RLock()),
+)  # fmt: skip
+#: What has a state that no value tells.
+_INCOMPARABLE = (
+    torch.jit.ScriptFunction, random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator,
+)  # fmt: skip
+#: What a class has besides what it computes with.
+_NOT_CODE = frozenset({"_abc_impl", "__annotate__", "__annotate_func__", "not_dependencies"})
+#: What PyTorch adds to a module that it compiled or traced.
+_ADDED = frozenset({"_compiled_call_impl", "_graph", "_tracer_cls", "meta"})
+#: Packages whose code is told by their version, or by this package's own.
+_LIBRARIES = {"torch", "torchvision", "numpy", "purify_fast", *sys.stdlib_module_names} - {"__main__"}
+#: Variables of PyTorch with hooks of all modules.
+_HOOKS_OF_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+
+Path = tuple[str, ...]
+
+
+def fingerprint(model: object, revision: str | None = None) -> str | None:
+    """A hash of what a module computes with: its weights, attributes, hooks and parts, and the code of its classes.
+
+    Whoever edits a defence and evaluates it again must not be given the rows of the defence before. Comments,
+    docstrings and the place in the file do not count. Attributes count by value, private ones too: tensors and arrays
+    with their contents, and modules, functions and objects that are held anywhere inside them with all that these hold.
+    A class names in ``not_dependencies`` the attributes that its predictions do not depend on. Of a random generator
+    the seed counts and not the state.
+
+    Args:
+        model: what is judged.
+        revision: the user's name for what the model computes. Where a model cannot be compared, it is told by this, by
+            its name and by its weights.
+
+    Returns:
+        The hash; without a revision None for what is no module, and for a module that holds what cannot be compared.
+    """
+    return fingerprint_or_reason(model, revision)[0]
+
+
+def fingerprint_or_reason(model: object, revision: str | None = None) -> tuple[str | None, str]:
+    """The `fingerprint` of a model, or None and why it has none, as the end of a sentence that begins with its name."""
+    inner = model.model if isinstance(model, LogitsOf) else model
+    reason = "is a function, of which no weights can be compared"
+    if isinstance(inner, nn.Module):
+        marks = _Marks()
+        try:
+            hooks = [marks.of(hook, ("hooks of all modules",)) for hook in _hooks_of_all()]
+            return _hash("model", [marks.of(model, ()), *hooks]), ""
+        except _CannotCompareError as error:
+            reason = f"holds {error}, which cannot be compared by its value"
+        except RecursionError:
+            reason = "holds objects in one another, too deep to be compared"
+    if revision is None:
+        return None, reason
+    named: Any = inner if isinstance(inner, types.FunctionType) else type(inner)
+    weights = digest(*inner.parameters(), *inner.buffers()) if isinstance(inner, nn.Module) else ""
+    return _hash("revision", [revision, named.__module__, named.__qualname__, weights]), ""
+
+
+class _CannotCompareError(Exception):
+    """The message says where a value is, and of which type."""
+
+    def __init__(self, value: Any, path: Path):
+        place = ".".join(path).replace(".[", "[") or "itself"
+        super().__init__(f"{place} ({type(value).__qualname__})")
+
+
+def _hooks_of_all() -> list[Any]:
+    groups = [getattr(nn.modules.module, name, {}) for name in _HOOKS_OF_ALL]
+    return [hook for group in groups for hook in group.values()]
+
+
+def _hash(kind: str, marks: Iterable[str]) -> str:
+    return text_hash(json.dumps([kind, *marks])).hexdigest()
+
+
+@functools.cache
+def _is_library(package: str) -> bool:
+    if package in _LIBRARIES:
+        return True
+    module = sys.modules.get(package)
+    places = [getattr(module, "__file__", None) or "", *map(str, getattr(module, "__path__", ()))]
+    return any("site-packages" in place or "dist-packages" in place for place in places)
+
+
+def _package(value: Any) -> str:
+    """The package of a class or function."""
+    return str(getattr(value, "__module__", None) or "builtins").partition(".")[0]
+
+
+def _name(value: Any) -> str:
+    """What a class or function is called; of a user's own without the file, which may be run or imported."""
+    package = _package(value)
+    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None) or type(value).__qualname__
+    version = "" if package in _LIBRARIES else getattr(sys.modules.get(package), "__version__", "")
+    return f"{package} {version}: {name}" if _is_library(package) else str(name)
+
+
+class _Marks:
+    """What stands for values in a fingerprint: each once, of those inside each other the outer ones as such."""
+
+    def __init__(self) -> None:
+        self.marks: dict[int, str] = {}
+        # values that are being looked through, with how many these are inside
+        self.open: dict[int, int] = {}
+        # an id is that of one value only as long as this is there
+        self.alive: list[Any] = []
+
+    def of(self, value: Any, path: Path) -> str:
+        """What stands for a value, to which the names of the path lead; _CannotCompareError where nothing does."""
+        if type(value) in _PLAIN:
+            return f"{type(value).__name__} {value!r}"
+        if id(value) in self.open:
+            return f"number {self.open[id(value)]} around this"
+        if id(value) not in self.marks:
+            self.alive.append(value)
+            self.open[id(value)] = len(self.open)
+            try:
+                self.marks[id(value)] = _hash(*self._inside(value, path))
+            finally:
+                del self.open[id(value)]
+        return self.marks[id(value)]
+
+    def _inside(self, value: Any, path: Path) -> tuple[str, Iterable[str]]:
+        """The kind of a value, and what stands for its parts."""
+        if isinstance(value, _INCOMPARABLE):
+            raise _CannotCompareError(value, path)
+        if isinstance(value, nn.Module):
+            return "module", self._module(value, path)
+        if isinstance(value, Tensor):
+            return "tensor", self._tensor(value, path)
+        if isinstance(value, type):
+            return "class", self._class(value, path)
+        if isinstance(value, types.MethodType):
+            return "method", [self.of(value.__func__, path), self.of(value.__self__, (*path, "self"))]
+        if isinstance(value, types.FunctionType):
+            return "function", self._function(value, path)
+        if isinstance(value, (set, frozenset)):
+            return "set", [self.of(type(value), path), *sorted(self.of(part, path) for part in value)]
+        if type(value) in (list, tuple):
+            return type(value).__name__, [self.of(part, (*path, f"[{i}]")) for i, part in enumerate(value)]
+        if type(value) in (dict, types.MappingProxyType):
+            return "dict", self._items(value, path)
+        if isinstance(value, (types.BuiltinFunctionType, types.MethodWrapperType)):
+            owner = getattr(value, "__self__", None)
+            return "builtin", [_name(value), "" if isinstance(owner, types.ModuleType) else self.of(owner, path)]
+        if isinstance(value, _NAMED):
+            return "named", [_name(value)]
+        if isinstance(value, types.ModuleType):
+            return "file", [value.__name__]
+        if isinstance(value, (property, staticmethod, classmethod, functools.cached_property)):
+            names = ("fget", "fset", "fdel", "__func__", "func")
+            return type(value).__name__, [self.of(getattr(value, name, None), path) for name in names]
+        if isinstance(value, weakref.ref):
+            return "reference", [self.of(value(), path)]
+        if isinstance(value, torch.Generator):
+            return "generator", [str(value.device), str(value.initial_seed())]
+        return "object", self._object(value, path)
+
+    def _items(self, items: Any, path: Path) -> Iterator[str]:
+        for key, part in items.items():
+            yield self.of(key, (*path, "a key"))
+            yield self.of(part, (*path, f"[{key!r}]" if type(key) in (str, int) else "[...]"))
+
+    def _named(self, named: Iterable[tuple[str, Any]], path: Path) -> Iterator[str]:
+        """Attributes by name; their order is that in which the object got them, which is no part of what it is."""
+        for name, part in sorted(named, key=lambda pair: str(pair[0])):
+            yield str(name)
+            yield self.of(part, (*path, str(name)))
+
+    def _module(self, module: nn.Module, path: Path) -> Iterator[str]:
+        # not imported for this: nothing is compiled then
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+            yield self.of(module._orig_mod, path)
+        elif isinstance(module, torch.jit.ScriptModule):
+            # its code and attributes only its file has
+            try:
+                yield digest(torch.frombuffer(bytearray(module.save_to_buffer()), dtype=torch.uint8))
+            except RuntimeError as error:
+                raise _CannotCompareError(module, path) from error
+        else:
+            yield from (self.of(type(module), path), str(module.training))
+            for group in ("_parameters", "_buffers", "_modules"):
+                for name, part in vars(module)[group].items():
+                    yield from (group, name, self.of(part, (*path, name)))
+            left_out = _ADDED | _computed_once(type(module))
+            yield from self._named(((name, part) for name, part in attributes(module) if name not in left_out), path)
+        flags = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
+        for group in HOOKS:
+            # a hook's number counts those of the whole process
+            for number, hook in getattr(module, group).items():
+                yield from (group, self.of(hook, (*path, "a hook")))
+                yield str([number in getattr(module, flag, {}) for flag in flags])
+
+    def _tensor(self, tensor: Tensor, path: Path) -> Iterator[str]:
+        if is_traceable_wrapper_subclass(tensor):
+            raise _CannotCompareError(tensor, path)
+        try:
+            yield digest(tensor)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            raise _CannotCompareError(tensor, path) from error
+        if type(tensor) not in (Tensor, nn.Parameter):
+            yield self.of(type(tensor), path)
+            yield from self._named(vars(tensor).items(), path)
+
+    def _class(self, kind: type, path: Path) -> Iterator[str]:
+        """A class of a user by what it computes: its methods and attributes, and those of its bases."""
+        for base in kind.__mro__:
+            yield _name(base)
+            if not _is_library(_package(base)):
+                here = (*path, f"class {base.__qualname__}")
+                code = {n: v for n, v in vars(base).items() if callable(v) or not n.startswith("__")}
+                left_out = _NOT_CODE | not_dependencies(kind)
+                yield from self._named(((n, v) for n, v in code.items() if n not in left_out), here)
+
+    def _function(self, function: types.FunctionType, path: Path) -> Iterator[str]:
+        # compiled or not, a function computes the same
+        original = getattr(function, "_torchdynamo_orig_callable", None)
+        if original is not None:
+            yield self.of(original, path)
+            return
+        yield _name(function)
+        library, here = _is_library(_package(function)), (*path, f"{function.__name__}()")
+        if library and _is_found_by_name(function):
+            return
+        yield from self._code(function.__code__, function.__doc__, here)
+        yield from (self.of(default, here) for default in (function.__defaults__, function.__kwdefaults__))
+        for name, part in variables(function):
+            foreign = isinstance(part, (types.FunctionType, type)) and part.__module__ != function.__module__
+            if name in function.__code__.co_freevars or not (library or foreign):
+                yield from (name, self.of(part, (*here, name)))
+            elif foreign:
+                yield from (name, _name(part))
+        yield from self._named(vars(function).items(), here)
+
+    def _code(self, code: types.CodeType, doc: str | None, path: Path) -> Iterator[str]:
+        """What a function does: its instructions, constants and names, without the docstring."""
+        yield from (code.co_code.hex(), getattr(code, "co_exceptiontable", b"").hex(), str(code.co_names))
+        for i, constant in enumerate(code.co_consts):
+            if isinstance(constant, types.CodeType):
+                yield from self._code(constant, None, path)
+            elif i > 0 or constant is None or constant != doc:
+                yield self.of(constant, path)
+
+    def _object(self, value: Any, path: Path) -> Iterator[str]:
+        """Any other object: its class, its state as a copy or a pickle would have it, and all its attributes."""
+        kind = type(value)
+        try:
+            reduced: Any = (copyreg.dispatch_table.get(kind) or (lambda value: value.__reduce_ex__(4)))(value)
+        # whatever an object's own code raises
+        except Exception as error:
+            raise _CannotCompareError(value, path) from error
+        if isinstance(reduced, str):
+            # the name of a variable; what is around a function is an object of that name too
+            reduced = reduced, getattr(value, "__wrapped__", None)
+        make, arguments, state, *members = (*cast(tuple[Any, ...], reduced), None)
+        yield from (self.of(part, path) for part in (kind, make, arguments))
+        left_out = not_dependencies(kind) | _computed_once(kind)
+        # objects with slots have two
+        for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
+            if isinstance(part, dict) and all(isinstance(name, str) for name in part):
+                yield from self._named(((name, inner) for name, inner in part.items() if name not in left_out), path)
+            else:
+                yield self.of(part, path)
+        # elements of a list, and entries of a dictionary
+        yield from (self.of(None if each is None else list(each), path) for each in members[:2])
+        if not _is_library(_package(kind)):
+            yield from self._named(((name, part) for name, part in attributes(value) if name not in left_out), path)
+
+
+def _computed_once(kind: type) -> frozenset[str]:
+    """Properties whose value, made of the other attributes, is kept with the object."""
+    once = functools.cached_property
+    return frozenset(name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, once))
+
+
+def _is_found_by_name(function: types.FunctionType) -> bool:
+    """Whether a library's function is told by its name: it is no lambda and was not made by another function."""
+    place: Any = sys.modules.get(function.__module__)
+    for name in function.__qualname__.split("."):
+        place = getattr(place, name, None)
+    return place is function

@@ -1,0 +1,153 @@
+"""Tables of an evaluation: what stands in them, and how they are written in Markdown and on a terminal.
+
+A table is a head and lines of cells; the page, `purify_fast.evaluation.show.page`, is made of the same ones.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..alarms import Finding
+from ..rows import Row, attack_names, model_names
+
+UNRELIABLE = "unreliable"
+#: How an unreliable number is marked in Markdown.
+RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
+COLUMNS = ["model", "attack", "variant", "EOT", "n", "accuracy", "mean", "worst", "gradients", "", "seed", "s"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell with remarks.
+
+    Args:
+        text: what stands first.
+        remarks: what follows it.
+        unreliable: whether it is marked as unreliable, which follows the remarks.
+        red: whether it must not be overlooked.
+    """
+
+    text: str = ""
+    remarks: tuple[str, ...] = ()
+    unreliable: bool = False
+    red: bool = False
+
+    def written(self, unreliable: str = UNRELIABLE) -> str:
+        """The cell as text, with the word for unreliable."""
+        remarks = ", ".join([*self.remarks, *([unreliable] if self.unreliable else [])])
+        return f"{self.text} {remarks}".strip()
+
+    def __str__(self) -> str:
+        return self.written()
+
+
+class Table(NamedTuple):
+    """A table; each line has as many cells as the head."""
+
+    head: Sequence[str]
+    body: Sequence[Sequence[str | Cell]]
+
+
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str | Cell]]) -> list[str]:
+    """The lines of a Markdown table.
+
+    Args:
+        head: the titles of the columns.
+        body: the cells of each line, as many as there are columns.
+    """
+    lines = [head, ["---"] * len(head), *body]
+    return ["| " + " | ".join(_in_markdown(cell) for cell in line) + " |" for line in lines]
+
+
+def _in_markdown(cell: str | Cell) -> str:
+    """A cell in which a bar ends no column and a name such as ``<lambda>`` is no tag."""
+    text = cell if isinstance(cell, str) else cell.written(RED_UNRELIABLE)
+    return text.replace("|", "\\|").replace("<lambda>", "&lt;lambda&gt;")
+
+
+def terminal_table(head: Sequence[str], body: Iterable[Sequence[str | Cell]], color: bool) -> str:
+    """The same in columns of equal width; with ``color``, cells that must not be overlooked are red."""
+    table = [list(head), *body]
+    width = [max(len(str(line[i])) for line in table) for i in range(len(head))]
+    lines = []
+    for line in table:
+        red = [color and isinstance(cell, Cell) and cell.red for cell in line]
+        cells = [str(cell).ljust(w) for cell, w in zip(line, width, strict=True)]
+        cells = [f"\033[31m{cell}\033[0m" if alarming else cell for cell, alarming in zip(cells, red, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * (sum(width) + 2 * len(width) - 2), *lines[1:]])
+
+
+def color_is_welcome() -> bool:
+    """Whether standard output is a terminal, and NO_COLOR (https://no-color.org) is not set."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def percent(row: Row) -> str:
+    """A row's accuracy and its standard error, in percent."""
+    return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
+
+
+def draws(row: Row) -> str:
+    """How many draws the attack averaged per step."""
+    return str(row.settings.get("eot_iter", "-"))
+
+
+def single_predictions(row: Row) -> str:
+    """The share of single predictions that are right, in percent; of a row named worst, which has none, -."""
+    return "-" if row.kind == "worst" else f"{100 * row.mean:.1f}"
+
+
+def warning(row: Row) -> Cell:
+    """What a reader of a row's number must know; empty for most."""
+    broken = [f"{row.nonfinite_predictions} predictions not finite"] if row.nonfinite_predictions else []
+    remarks = (*broken, *(["nothing to attack"] if row.nothing_to_attack else []))
+    return Cell("", remarks, unreliable=not row.reliable, red=bool(broken) or not row.reliable)
+
+
+def table_of_rows(rows: Sequence[Row]) -> Table:
+    """The table of all rows."""
+    body: list[list[str | Cell]] = [
+        [
+            row.model,
+            row.attack,
+            row.describe_variant(),
+            draws(row),
+            f"{row.n} ({row.settings['attacked']})" if row.of_survivors else str(row.n),
+            percent(row),
+            single_predictions(row),
+            "-" if row.kind == "worst" else f"{100 * row.worst:.1f} ({row.n_eval})",
+            row.describe_health(),
+            warning(row),
+            str(row.seed),
+            f"{row.seconds:.1f}",
+        ]
+        for row in rows
+    ]
+    return Table(COLUMNS, body)
+
+
+def comparison(rows: Sequence[Row]) -> Table:
+    """A table with the attacks down and the models across."""
+    models = model_names(rows)
+    by_name = {(row.attack, row.model): row for row in rows}
+
+    def cell(attack: str, model: str) -> str | Cell:
+        row = by_name.get((attack, model))
+        return "-" if row is None else replace(warning(row), text=percent(row))
+
+    return Table(["attack", *models], [[attack, *(cell(attack, m) for m in models)] for attack in attack_names(rows)])
+
+
+def table_of_findings(findings: Sequence[Finding]) -> Table:
+    """The findings of the alarms, with the model's name first."""
+    body: list[list[str | Cell]] = []
+    for finding in findings:
+        doubt = finding.verdict == "unreliable"
+        verdict = Cell("", (), unreliable=True, red=True) if doubt else finding.verdict
+        body.append([finding.model, finding.alarm, verdict, finding.measured, finding.row])
+    return Table(["model", "sign", "verdict", "measured", "row that tells"], body)
