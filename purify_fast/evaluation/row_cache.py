@@ -13,8 +13,8 @@ import torch
 
 from .. import _library
 from .._fingerprint import text_hash
-from ..ops import changing_bits
-from ..ops._op import forced_backends
+from ..ops import choices_of_bits
+from ..ops.dispatch.registry import forced_backends
 from ..speed.precision import float32_settings
 from .fingerprint import fingerprint
 from .kept_file import read_arrays, read_values, write_arrays, write_values
@@ -51,8 +51,8 @@ class RowCache:
 
     Args:
         folder: of the whole evaluation.
-        served: who serves the ops, by `purify_fast.ops.decisions`: kernels and references differ in the last bits, so
-            that rows that others would serve are no part of the same evaluation.
+        served: who serves the ops, by `purify_fast.ops.kernel_choices`: kernels and references differ in the last bits,
+            so that rows that others would serve are no part of the same evaluation.
 
     Attributes:
         was_kept: whether the last row was found, and not made.
@@ -62,7 +62,7 @@ class RowCache:
 
     def __init__(self, folder: Path, served: dict[str, Any]):
         self.folder = folder / "rows"
-        self.served = changing_bits(served)
+        self.served = choices_of_bits(served)
         self.folder.mkdir(parents=True, exist_ok=True)
         # the weights of a model are read once, not once for each row; with the model, so that its id stays its own
         self._fingerprints: dict[int, tuple[object, str | None]] = {}

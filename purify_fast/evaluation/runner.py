@@ -27,7 +27,7 @@ from ..attacks.arguments import NormName, check_at_least_one, read_norm
 from ..attacks.asked import check_leaves_images
 from ..attacks.autoattack import implementation
 from ..attacks.engine.gradient_copy import GradientCopies
-from ..ops import decisions, held
+from ..ops import kernel_choices, pin_kernels
 from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
 from ..speed.convolutions import CudnnBenchmark, raced_convolutions
 from ..speed.precision import whole_float32_by_default
@@ -235,8 +235,8 @@ def _kept_in(
     found, reason = mark
     if found is None:
         logger.warning("out: %s %s: its rows are not kept", name, reason)
-    served = decisions(subject.device)
-    with held(served):
+    served = kernel_choices(subject.device)
+    with pin_kernels(served):
         cache = RowCache(out, served)
         cache.know(subject.model, found)
         for model in others:

@@ -20,15 +20,18 @@ too, a weight or gradient that is not finite may reach pixels at the border that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 
-from ._gradient import first_order, needs_gradient
-from ._op import define_op, wide
+from .dispatch.examples import ROWS, examples, normal, wide_dtype
+from .dispatch.gradient import first_order, needs_gradient
+from .dispatch.registry import define_op, wide
 
 #: The processor multiplies 16 channels at once. Of fewer, part of each instruction is wasted.
 FEW = 16
@@ -132,23 +135,90 @@ def _fake_weight_gradient(grad: Tensor, input: Tensor, kernel: list[int], *setti
     return grad.new_empty(outputs, *kernel, input.shape[3], dtype=dtype), grad.new_empty(outputs, dtype=dtype)
 
 
+#: Settings whose kernel works by tiles, with Winograd's algorithm.
+_TILED = (
+    ((ROWS, 17, 16, 40), 48, (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((ROWS, 18, 23, 32), 40, (3, 3), (1, 1), (2, 0), (2, 1)),
+)
+#: The shape of the images with channels last, output channels, then kernel, stride, padding and dilation, each of rows
+#: and of columns.
+EXAMPLES = (
+    ((ROWS, 9, 8, 24), 24, (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((ROWS, 7, 10, 3), 40, (5, 5), (1, 1), (2, 2), (1, 1)),
+    ((ROWS, 12, 11, 17), 6, (3, 2), (2, 1), (1, 0), (1, 2)),
+    ((ROWS, 18, 16, 10), 96, (3, 3), (1, 1), (8, 8), (8, 8)),
+    ((ROWS, 6, 5, 1), 1, (1, 1), (2, 2), (0, 0), (1, 1)),
+    *_TILED,
+)
+#: Layers of DeepFillv2's generator: channels, side of the images, outputs, kernel, stride, dilation.
+RACED = tuple(
+    ((ROWS, side, side, inputs), outputs, (kernel,) * 2, (stride,) * 2, (d * (kernel // 2),) * 2, (d, d))
+    for inputs, side, outputs, kernel, stride, d in (
+        (24, 8, 48, 3, 1, 1), (24, 32, 24, 3, 1, 1), (96, 32, 192, 3, 1, 1), (96, 32, 192, 3, 1, 8),
+        (24, 64, 48, 3, 2, 1), (48, 32, 192, 3, 2, 1), (3, 32, 48, 5, 1, 1),
+    )
+)  # fmt: skip
+#: The error that tiles are allowed beside rounding, in float32's eps: 2 ** -7 of the largest number. They round what
+#: they multiply to bfloat16 once more. Results in bfloat16 would need no such allowance, since their own rounding is of
+#: that size; the gradient of the weights needs it, which is in float32.
+_ROUNDED = 2.0**16
+
+
+PROPERTIES: dict[str, Any] = {
+    "dtypes": (torch.bfloat16,),
+    "slack": lambda *setting: _ROUNDED if setting in _TILED else 0.0,
+    "variant": lambda shape, outputs, kernel, stride, *_: kind(shape[-1], outputs, stride),
+}
+
+
+def _operands(*setting: Any) -> tuple[Tensor, ...]:
+    """Images, weights, bias, and random numbers in the shape of the result, which stand for its gradient."""
+    shape, outputs, kernel, stride, padding, dilation, dtype, seed = setting
+    # scaled so that results are of the size of the images, as in a network
+    scale = (math.prod(kernel) * shape[-1]) ** -0.5
+    x, weight = normal(seed, *shape).to(dtype), normal(seed + 100, outputs, *kernel, shape[-1], scale=scale).to(dtype)
+    size = [output_side(*one) for one in zip(shape[1:3], kernel, stride, padding, dilation, strict=True)]
+    bias = normal(seed + 200, outputs).to(wide_dtype(dtype))
+    return x, Parameter(weight, False), Parameter(bias, False), normal(seed + 300, ROWS, *size, outputs).to(dtype)
+
+
+def _arguments(*setting: Any) -> tuple[Any, ...]:
+    return *_operands(*setting)[:3], *map(list, setting[3:6])
+
+
+def _arguments_input_gradient(*setting: Any) -> tuple[Any, ...]:
+    x, weight, _, grad = _operands(*setting)
+    return grad, weight, *x.shape[1:3], *map(list, setting[3:6])
+
+
+def _arguments_weight_gradient(*setting: Any) -> tuple[Any, ...]:
+    x, _, _, grad = _operands(*setting)
+    return grad, x, *map(list, setting[2:6])
+
+
 OP = define_op(
     "convolution",
     f"(Tensor input, Tensor weight, Tensor? bias, {_SETTINGS}) -> Tensor",
     reference=reference,
     fake=_fake,
+    examples=examples(_arguments, EXAMPLES, **PROPERTIES),
+    raced=examples(_arguments, RACED, **PROPERTIES),
 )
 INPUT_GRADIENT = define_op(
     "convolution_input_gradient",
     f"(Tensor grad, Tensor weight, SymInt height, SymInt width, {_SETTINGS}) -> Tensor",
     reference=reference_input_gradient,
     fake=lambda grad, weight, height, width, *_: grad.new_empty(grad.shape[0], height, width, weight.shape[3]),
+    examples=examples(_arguments_input_gradient, EXAMPLES, **PROPERTIES),
+    raced=examples(_arguments_input_gradient, RACED, **PROPERTIES),
 )
 WEIGHT_GRADIENT = define_op(
     "convolution_weight_gradient",
     f"(Tensor grad, Tensor input, int[] kernel, {_SETTINGS}) -> (Tensor, Tensor)",
     reference=reference_weight_gradient,
     fake=_fake_weight_gradient,
+    examples=examples(_arguments_weight_gradient, EXAMPLES, summed=True, **PROPERTIES),
+    raced=examples(_arguments_weight_gradient, RACED, summed=True, **PROPERTIES),
 )
 
 
