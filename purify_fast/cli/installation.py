@@ -45,11 +45,11 @@ def _cpu() -> str:
 def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none"
-    found = []
+    gpus = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        found.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
-    return "; ".join(found)
+        gpus.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+    return "; ".join(gpus)
 
 
 def _triton() -> str:
@@ -71,12 +71,12 @@ def facts(extension: str | Path | None) -> dict[str, str | None]:
 def _extension() -> list[tuple[str, str]]:
     if not _library.loaded():
         return [("extension", f"not loaded: {_library.load_error}"), ("file", _library.path or "none")]
-    found = facts(_library.path)
+    build = facts(_library.path)
     rows = [("extension", "loaded"), ("file", _library.path or "")]
-    if found:
-        rows.append(("built", f"version {found['version']} with torch {found['torch']}, {found['flags']}"))
-        if found["version"] != __version__:
-            rows.append(("", f"WARNING: the extension is of version {found['version']}; {_library.BUILD_HINT}"))
+    if build:
+        rows.append(("built", f"version {build['version']} with torch {build['torch']}, {build['flags']}"))
+        if build["version"] != __version__:
+            rows.append(("", f"WARNING: the extension is of version {build['version']}; {_library.BUILD_HINT}"))
     return rows
 
 
@@ -262,7 +262,7 @@ def summary() -> str:
 
 def _served() -> list[tuple[str, str]]:
     """For each kind of device that is here, how many ops kernels serve in eager calls, and which kernels are wrong."""
-    found: list[tuple[str, str]] = []
+    lines: list[tuple[str, str]] = []
     for kind, words in (("cpu", "on the CPU"), ("cuda", "on the GPU")):
         device = _device(kind)
         if device is None:
@@ -273,8 +273,8 @@ def _served() -> list[tuple[str, str]]:
         text = f"{words}, kernels serve {kernels} of {len(states)} ops, the reference serves the others"
         wrong = [name for name, verdict in verdicts.items() if not verdict.passed and name in REGISTRY]
         text += f"; WRONG here, and therefore not used: {', '.join(wrong)}; please report it" if wrong else ""
-        found.append(("" if found else "ops", text))
-    return found
+        lines.append(("" if lines else "ops", text))
+    return lines
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ def reference_input_gradient(
 ) -> Tensor:
     """grad [B, H', W', O] times d out / d input: [B, H, W, C] of these height and width."""
     like = grad.new_empty(1).expand(grad.shape[0], weight.shape[3], height, width)
-    made = _backward((True, False, False), grad, like, _first(weight), *settings)[0]
-    return _last(made).contiguous()
+    gradient = _backward((True, False, False), grad, like, _first(weight), *settings)[0]
+    return _last(gradient).contiguous()
 
 
 def reference_weight_gradient(
@@ -82,8 +82,8 @@ def reference_weight_gradient(
 ) -> tuple[Tensor, Tensor]:
     """grad times d out / d weight and d out / d bias, [O, K, L, C] and [O], in float32 (float64 for float64)."""
     like = input.new_empty(1).expand(grad.shape[3], input.shape[3], *kernel)
-    made = _backward((False, True, True), grad, _first(input), like, *settings)
-    return wide(_last(made[1])).contiguous(), wide(made[2])
+    _, of_weight, of_bias = _backward((False, True, True), grad, _first(input), like, *settings)
+    return wide(_last(of_weight)).contiguous(), wide(of_bias)
 
 
 def _backward(
@@ -91,10 +91,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's gradients of input, weight and bias, those that are wanted; grad with channels last."""
     lists = [list(one) for one in settings]
-    made: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward.default(
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward.default(
         *(_first(grad), input, weight, [grad.shape[3]], *lists, False, [0, 0], 1, list(wanted))
     )
-    return made
+    return gradients
 
 
 def kind(inputs: int, outputs: int, stride: Sequence[int]) -> str:
@@ -249,15 +249,15 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rounded, input = ctx.saved_tensors
         grad = _last(grad)
-        made, of_weight, of_bias = None, None, None
+        of_input, of_weight, of_bias = None, None, None
         variant = kind(rounded.shape[3], rounded.shape[0], ctx.settings[0])
         if ctx.needs_input_grad[0]:
-            made = INPUT_GRADIENT(grad, rounded, *ctx.size, *ctx.settings, variant=variant)
+            of_input = INPUT_GRADIENT(grad, rounded, *ctx.size, *ctx.settings, variant=variant)
         if input is not None:
             of_weight, of_bias = WEIGHT_GRADIENT(grad, input, ctx.kernel, *ctx.settings, variant=variant)
             of_weight = of_weight.to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
             of_bias = of_bias.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
-        return made, of_weight, of_bias, None, None
+        return of_input, of_weight, of_bias, None, None
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
@@ -287,7 +287,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias must be [O] = [{weight.shape[0]}], got {list(bias.shape)}")
 
 
-def _plain(input: Tensor, made: int, variant: str) -> bool:
+def _plain(input: Tensor, elements: int, variant: str) -> bool:
     """Whether PyTorch's convolution serves, of an input on a CPU whose result has so many numbers."""
     # also where a kernel is forced: most processors have none of this op, and a forced kernel is meant for the others
     if OP.kernel("cpu") == "reference":
@@ -298,7 +298,7 @@ def _plain(input: Tensor, made: int, variant: str) -> bool:
         dtype = torch.get_autocast_dtype("cpu")
     if dtype != torch.bfloat16:
         return True
-    backwards = (op.plain(input.device, dtype, made, variant) for op in (INPUT_GRADIENT, WEIGHT_GRADIENT))
+    backwards = (op.plain(input.device, dtype, elements, variant) for op in (INPUT_GRADIENT, WEIGHT_GRADIENT))
     return OP.plain(input.device, dtype, input.numel(), variant) and all(backwards)
 
 
@@ -347,11 +347,11 @@ def conv2d(
     """
     _check(input, weight, bias)
     settings = (_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1))
-    made = _elements(input, weight, *settings)
+    elements = _elements(input, weight, *settings)
     if (
-        made == 0
+        elements == 0
         or input.device.type != "cpu"
-        or _plain(input, made, kind(weight.shape[1], weight.shape[0], settings[0]))
+        or _plain(input, elements, kind(weight.shape[1], weight.shape[0], settings[0]))
     ):
         return F.conv2d(input, weight, bias, *settings)
     images, kernels = _last(input.to(torch.bfloat16)), _last(weight)
