@@ -29,8 +29,8 @@ from purify_fast.attacks.engine import buckets
 from purify_fast.attacks.frozen_model import frozen
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate, measure
-from purify_fast.ops import _op
-from purify_fast.ops._racing import Launches
+from purify_fast.ops.dispatch import registry
+from purify_fast.ops.dispatch.timing import Launches
 from purify_fast.speed.step_graphs import WORTH, CudaGraphs, StepGraphs
 from purify_fast.speed.step_loops import State, StepFunction, Steps
 from purify_fast.speed.waits import Waits
@@ -233,7 +233,7 @@ def of_the_model(model: nn.Module, x: Tensor) -> tuple[int, int]:
 
 def kernels_serve() -> contextlib.AbstractContextManager[Any]:
     """Within the block every op counts as one operator, as where a kernel serves, also where a CPU has none."""
-    return mock.patch.object(_op.Op, "plain", lambda *given: False)
+    return mock.patch.object(registry.Op, "plain", lambda *given: False)
 
 
 def images_of(name: str, count: int, folder: str) -> tuple[Tensor, Tensor]:

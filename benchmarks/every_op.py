@@ -8,7 +8,7 @@ import math
 import torch
 
 from purify_fast.ops import REGISTRY
-from purify_fast.ops._examples import of, tensors, to
+from purify_fast.ops.dispatch.examples import tensors, to
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     device = torch.device(parser.parse_args().device)
     count = 0
     for name, op in REGISTRY.items():
-        for example in of(name):
+        for example in op.examples:
             for out in tensors(op.handle(*to(example.make(example.dtypes[0], 0), device))):
                 assert out.dtype == torch.uint8 or math.isfinite(out.double().sum()), (name, example.name)
             count += 1

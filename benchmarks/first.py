@@ -28,9 +28,11 @@ from purify_fast.attacks.engine.gradient_copy import gradient_copy
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate
 from purify_fast.models.classifiers import PreActResNet18
-from purify_fast.ops import REGISTRY, _racing, _verify
-from purify_fast.ops._examples import tile, to
-from purify_fast.ops._op import use_backend
+from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch import timing, verify
+from purify_fast.ops.dispatch.examples import tile, to
+from purify_fast.ops.dispatch.op import Call
+from purify_fast.ops.dispatch.registry import use_backend
 from purify_fast.speed.cuda_capture import CudaCapture
 from purify_fast.speed.precision import float32_products
 from purify_fast.speed.step_graphs import StepGraphs
@@ -115,15 +117,15 @@ def capture_cost(context: Context) -> Outcome:
 
 def _one_verdict(context: Context, name: str) -> list[dict]:
     """The verdict on an op, made now or kept, and how long its kernels took to compile."""
-    compiling, compile_ = [0.0], _verify._compile
+    compiling, compile_ = [0.0], verify._compile
 
     def timed(*given: Any) -> None:
         began = time.perf_counter()
         compile_(*given)
         compiling[0] += time.perf_counter() - began
 
-    with mock.patch.object(_verify, "_compile", timed):
-        verdict = _verify.verdict_of(REGISTRY[name], context.device)
+    with mock.patch.object(verify, "_compile", timed):
+        verdict = verify.verdict_of(REGISTRY[name], Call(context.device))
     made = asdict(verdict) | {"compile_seconds": f"{compiling[0]:.2f}"}
     return [{"op": name, **made, **measure.environment(context.device)}]
 
@@ -288,11 +290,11 @@ def training_steps(context: Context) -> Outcome:
         return measured(context, STEPS, work)[1]
 
 
-def _one_replay(context: Context, race: _racing.Race, copied: float) -> list[dict]:
+def _one_replay(context: Context, race: timing.Race, copied: float) -> list[dict]:
     """A kernel, its reference and what `torch.compile` makes of that, each replayed."""
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), context.device)
-    row = _racing.run_race(race, context.device)[0]
+    row = timing.run_race(race, context.device)[0]
     torch._dynamo.reset()
     compiled = torch.compile(op.reference, fullgraph=True, dynamic=False)
     calls = {"reference": lambda: op.reference(*arguments), "compile": lambda: compiled(*arguments),
@@ -301,8 +303,8 @@ def _one_replay(context: Context, race: _racing.Race, copied: float) -> list[dic
         del calls["compile"]  # which takes a minute for all of them
     capture = _capture(context.device)
     with torch.no_grad(), use_backend("reference"):
-        replays = [_racing.replayed(call, context.device, capture) for call in calls.values()]
-        times = dict(zip(calls, _racing.fastest(replays, context.device), strict=True))
+        replays = [timing.replayed(call, context.device, capture) for call in calls.values()]
+        times = dict(zip(calls, timing.fastest(replays, context.device), strict=True))
     share = 1e6 * row.megabytes / times["kernel"] / copied if copied else 0.0
     return [{"op": race.op, "example": race.example.name, "variant": race.example.variant, "dtype": row.dtype,
              "elements": row.elements, "megabytes": row.megabytes,
@@ -315,7 +317,7 @@ def replays(context: Context) -> Outcome:
     copied = limits.read(context.out).get((measure.environment(context.device)["device"], limits.COPY), 0.0)
     size, work = "small" if context.dry else "large", {}
     for op in (op for op in REGISTRY.values() if op.kernel(context.device.type) != "reference"):
-        for race in _racing.races(op, context.device, (torch.bfloat16,)) or _racing.races(op, context.device):
+        for race in timing.races_of(op, context.device, (torch.bfloat16,)) or timing.races_of(op, context.device):
             if race.size == size:
                 work[race.words()] = lambda race=race: _one_replay(context, race, copied)
     return measured(context, REPLAYS, work)[1]

@@ -47,8 +47,9 @@ from purify_fast import __version__, _library
 from purify_fast._files import write_text
 from purify_fast._lock import folder_lock
 from purify_fast.cli.installation import facts
-from purify_fast.ops import REGISTRY, _compiler, _racing
-from purify_fast.ops._tune import known_rows, tune
+from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch import compiler, timing
+from purify_fast.ops.dispatch.tune import known_rows, tune
 from purify_fast.speed import retain_freed_memory
 from purify_fast.speed.cuda_capture import CudaCapture
 
@@ -358,8 +359,8 @@ def fingerprint(device: torch.device, dry: bool) -> dict:
 def _rehearse(out: Path) -> None:
     """Few elements, short runs, and a folder of verdicts and races of its own."""
     os.environ["PURIFY_FAST_CACHE"] = str(out / "gpu_check" / "cache")
-    _racing.ELEMENTS["cpu"] = {"small": 2**10, "medium": 2**17}
-    _racing.RUN = 1e-5
+    timing.ELEMENTS["cpu"] = {"small": 2**10, "medium": 2**17}
+    timing.RUN = 1e-5
 
 
 def _end_with(parent: int) -> None:
@@ -494,7 +495,7 @@ def main(out: Path, device: torch.device, dry: bool, only: list[str], redo: bool
         total: seconds for all of them. data: where CIFAR-10 is.
     """
     out = out.resolve()  # pytest runs in another folder
-    lacking = _compiler.missing()
+    lacking = compiler.missing()
     if lacking is not None and not dry:
         print(f"WARNING: {lacking}", file=sys.stderr)
     with folder_lock(out):

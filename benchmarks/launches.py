@@ -22,8 +22,8 @@ from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.ops import REGISTRY, _op, _races
-from purify_fast.ops._racing import Launches
+from purify_fast.ops import REGISTRY, pin_kernels
+from purify_fast.ops.dispatch.timing import Launches
 from purify_fast.speed.step_graphs import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
@@ -91,12 +91,10 @@ def served(by: Served) -> Iterator[None]:
     # kernels of a whole function, that only a CPU has, would count less than a GPU launches
     whole, attention.WHOLE = attention.WHOLE, False
     try:
-        with _races.held("cpu", entries):
-            _op.forget()
+        with pin_kernels({"device": "cpu", "races": entries, "wrong": []}):
             yield
     finally:
         attention.WHOLE = whole
-        _op.forget()
 
 
 class Replays:

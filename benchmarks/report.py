@@ -9,7 +9,7 @@ from pathlib import Path
 
 from purify_fast._files import write_text
 from purify_fast.ops import REGISTRY
-from purify_fast.ops._tune import IN_GRAPHS
+from purify_fast.ops.dispatch.tune import IN_GRAPHS
 
 from . import style
 from .measure import AUTOTUNED, CONTESTANTS, LEAST, STYLES

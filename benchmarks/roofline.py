@@ -26,7 +26,7 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import PreActResNet18
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.ops._racing import Launches
+from purify_fast.ops.dispatch.timing import Launches
 from purify_fast.speed.folding import fold_batchnorm
 from purify_fast.speed.step_graphs import StepGraphs
 from purify_fast.training import Batch

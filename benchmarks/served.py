@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from purify_fast.ops import REGISTRY, _op, _races, _verdicts
+from purify_fast.ops import REGISTRY, pin_kernels
+from purify_fast.ops.dispatch import cache, races
 from purify_fast.speed import retain_freed_memory
 
 from . import measure, pipelines, report
@@ -30,7 +31,7 @@ def before(path: Path) -> dict[str, list[dict[str, Any]]]:
     Raises:
         ValueError: the file holds no races of a CPU.
     """
-    near = _races.nearest(_verdicts.machine(CPU), json.loads(path.read_text()))
+    near = races.nearest(cache.machine(CPU), json.loads(path.read_text()))
     if near is None:
         raise ValueError(f"{path} holds no races of a CPU")
     return {name: [near["ops"][name]] if name in near["ops"] else [] for name in REGISTRY}
@@ -38,13 +39,12 @@ def before(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def now() -> dict[str, Any]:
     """What decides today, by op."""
-    return _races.entries({name: op.sources_digest("cpu") for name, op in REGISTRY.items()}, CPU)
+    return {name: races.decisive(op, CPU) for name, op in REGISTRY.items()}
 
 
 def _seconds(job: pipelines.Job, entries: dict[str, Any]) -> float:
     """The time of one run, served as the entries say."""
-    with _races.held("cpu", entries):
-        _op.forget()
+    with pin_kernels({"device": "cpu", "races": entries, "wrong": []}):
         start = time.perf_counter()
         job.run()
         return time.perf_counter() - start
@@ -69,7 +69,6 @@ def measured(name: str, label: str, entries: tuple[dict[str, Any], dict[str, Any
         # who runs second finds the machine warmer: they take turns
         for which in (0, 1) if len(times[0]) % 2 == 0 else (1, 0):
             times[which].append(_seconds(job, entries[which]))
-    _op.forget()
     ratios = [a / b for a, b in zip(*times, strict=True)]
     low, middle, high = (ratios * 3)[:3] if len(ratios) == 1 else statistics.quantiles(ratios, n=4)
     milliseconds = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from purify_fast._files import write_text
-from purify_fast.ops import _races
+from purify_fast.ops.dispatch import cache, races
 
 from . import report
 
@@ -59,8 +59,8 @@ def shipped(folder: Path) -> dict[str, Any]:
 def write_races(results: Path) -> Path:
     """Write what ships of every folder of results."""
     folders = sorted({path.parent for name in (report.ROWS, FILE) for path in results.glob(f"*/{name}")})
-    write_text(_races.SHIPPED, json.dumps([shipped(folder) for folder in folders], indent=1) + "\n")
-    return _races.SHIPPED
+    write_text(races.SHIPPED, json.dumps([shipped(folder) for folder in folders], indent=1) + "\n")
+    return races.SHIPPED
 
 
 def take(device: torch.device, folder: Path) -> Path:
@@ -73,10 +73,10 @@ def take(device: torch.device, folder: Path) -> Path:
     Raises:
         FileNotFoundError: there is no such file, or it is of other sources or versions.
     """
-    found = _races.read(device)
+    found = races.read(device)
     if not found.get("ops"):
         raise FileNotFoundError(
-            f"{_races.file_of(device)} holds no races of this machine: run `purify-fast tune` first"
+            f"{cache.file_of('raced', device)} holds no races of this machine: run `purify-fast tune` first"
         )
     write_text(folder / FILE, json.dumps(found, indent=1) + "\n")
     return folder / FILE

@@ -578,7 +578,8 @@ def wrongly_served(cache: Path) -> list[str]:
     """What is wrong with the files that `tune` left in a folder, or with who serves by them, in words."""
     import torch
 
-    from purify_fast.ops import REGISTRY, _examples, _races, _verify
+    from purify_fast.ops import REGISTRY
+    from purify_fast.ops.dispatch import examples, op, races, verify
 
     cpu, found = torch.device("cpu"), []
     for path in cache.glob("*.json"):
@@ -586,24 +587,23 @@ def wrongly_served(cache: Path) -> list[str]:
             json.loads(path.read_text())
         except ValueError as error:
             found.append(f"{path.name} is not whole: {error}")
-    for name, entry in _races.read(cpu).get("ops", {}).items():
-        op = REGISTRY[name]
-        for cell, winners in entry["cells"].items():
-            call = _races._call(cell)
-            serves = op.serving("eager", cpu, call.variant, call.dtype, call.bits)
+    for name, entry in races.read(cpu).get("ops", {}).items():
+        for cell, winners in entry.get("cells", {}).items():
+            call = op.call_of(cell, cpu, "eager")
+            serves = REGISTRY[name].serving(call)
             if call.bits and serves != winners["eager"]:
                 found.append(f"{name} {cell} is served by {serves}, and its file says {winners['eager']}")
     for name in RACED:
-        op = REGISTRY[name]
-        for example in _examples.of(name):
+        raced = REGISTRY[name]
+        for example in raced.examples:
             for dtype in example.dtypes:
                 arguments = example.make(dtype, 0)
-                served = _examples.tensors(op(*arguments, variant=example.variant))
+                served = examples.tensors(raced(*arguments, variant=example.variant))
                 same, golden = (
-                    _examples.tensors(op.reference(*given)) for given in (arguments, _examples.double(arguments))
+                    examples.tensors(raced.reference(*given)) for given in (arguments, examples.double(arguments))
                 )
                 for got, exact, rounded in zip(served, golden, same, strict=True):
-                    error = _verify.deviation(got, exact, rounded, example, f"{name} {example.name} {dtype}")
+                    error = verify.deviation(got, exact, rounded, example, f"{name} {example.name} {dtype}")
                     if not error.passed:
                         found.append(f"{error.case} errs by {error.error:.2g}, {error.budget:.2g} is allowed")
     return found

@@ -18,12 +18,28 @@ os.environ.setdefault("PURIFY_FAST_CACHE", str(Path(__file__).resolve().parents[
 
 from purify_fast import _library
 from purify_fast.ops import use_backend
+from purify_fast.ops.dispatch import races, registry, verify
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Triton's interpreter needs a process of its own: its tests run only where they are named."""
     named = any("interpreter" in argument for argument in config.args)
     return True if collection_path.name == "interpreter" and not named else None
+
+
+@pytest.fixture
+def kernel_cache(tmp_path, monkeypatch) -> Iterator[Path]:
+    """An empty folder of verdicts and races, and a process that knows of none."""
+    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PURIFY_FAST_VERIFY", raising=False)
+    monkeypatch.setattr(verify, "_known", {})
+    monkeypatch.setattr(verify, "_postponed", {})
+    verify._warn_unwritable.cache_clear()
+    races.forget()
+    registry.forget()
+    yield tmp_path / "cache"
+    races.forget()
+    registry.forget()
 
 
 @pytest.fixture(params=["reference", "cpp"])

@@ -240,12 +240,12 @@ def test_a_second_race_of_the_same_kernels(tmp_path, monkeypatch, capsys):
     import torch
 
     from purify_fast import _library, cli
-    from purify_fast.ops import _races
+    from purify_fast.ops.dispatch import cache
 
     if not _library.loaded():
         pytest.skip("the CPU's kernels are the extension's")
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    place = _races.file_of(torch.device("cpu")).with_suffix("")
+    place = cache.file_of("raced", torch.device("cpu")).with_suffix("")
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"

@@ -15,11 +15,11 @@ import torch
 
 from .. import _library
 from .._version import __version__
-from ..ops import REGISTRY, _compiler
-from ..ops._op import Op, Style
-from ..ops._races import Call, calls, file_of, nearest, read
-from ..ops._verdicts import Verdict, folder, machine
-from ..ops._verify import by_op, kept_verdicts, mode
+from ..ops import REGISTRY
+from ..ops.dispatch import cache, compiler, races
+from ..ops.dispatch.op import Call, Style
+from ..ops.dispatch.registry import Op
+from ..ops.dispatch.verify import Verdict, by_op, known_verdicts, mode
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -45,16 +45,16 @@ def _cpu() -> str:
 def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none"
-    found = []
+    gpus = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        found.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
-    return "; ".join(found)
+        gpus.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+    return "; ".join(gpus)
 
 
 def _triton() -> str:
     """Its version, and what it lacks to build kernels."""
-    version, lacking = _version("triton"), _compiler.missing()
+    version, lacking = _version("triton"), compiler.missing()
     return f"{version}; WARNING: {lacking}" if lacking is not None and version != "not installed" else version
 
 
@@ -71,12 +71,12 @@ def facts(extension: str | Path | None) -> dict[str, str | None]:
 def _extension() -> list[tuple[str, str]]:
     if not _library.loaded():
         return [("extension", f"not loaded: {_library.load_error}"), ("file", _library.path or "none")]
-    found = facts(_library.path)
+    build = facts(_library.path)
     rows = [("extension", "loaded"), ("file", _library.path or "")]
-    if found:
-        rows.append(("built", f"version {found['version']} with torch {found['torch']}, {found['flags']}"))
-        if found["version"] != __version__:
-            rows.append(("", f"WARNING: the extension is of version {found['version']}; {_library.BUILD_HINT}"))
+    if build:
+        rows.append(("built", f"version {build['version']} with torch {build['torch']}, {build['flags']}"))
+        if build["version"] != __version__:
+            rows.append(("", f"WARNING: the extension is of version {build['version']}; {_library.BUILD_HINT}"))
     return rows
 
 
@@ -90,14 +90,14 @@ def _device(kind: str) -> torch.device | None:
 def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
     """Who serves an op in a style on a device, and why; for which calls, where they are several. Verifies nothing."""
     raced = device.type != "cuda" or torch.cuda.is_available()
-    known = list(calls(op.name, op.sources_digest(device.type), style, device)) if raced else []
-    asked = known or [Call(variant) for variant in dict.fromkeys((*op.replaces_many, ""))]
+    known = list(races.calls(op, device, style)) if raced else []
+    unraced = [Call(device, variant, style=style) for variant in dict.fromkeys((*op.replaces_many, ""))]
     served: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
-    for call in asked:
-        found = op.wanted(style, device, call.variant, call.dtype, call.bits)
-        served.setdefault(found.backend, []).append(call.cell() or "others")
-        reasons[found.backend] = f"{found.why}, kernel {found.gain}" if found.gain else found.why
+    for call in known or unraced:
+        winner = op.wanted(call)
+        served.setdefault(winner.backend, []).append(call.cell or "others")
+        reasons[winner.backend] = f"{winner.why}, kernel {winner.gain}" if winner.gain else winner.why
     if len(served) == 1:
         return next(iter(served)), next(iter(reasons.values()))
     most, fewer = sorted(served, key=lambda backend: len(served[backend]), reverse=True)
@@ -113,29 +113,30 @@ def _state(op: Op, kind: str, verdicts: dict[str, Verdict]) -> tuple[str, str, s
     if op.kernel(kind) == "reference":
         missing = "plain layers, fused by torch.compile" if _library.loaded() else "the extension is not loaded"
         return "reference", "reference", missing
-    found = verdicts.get(op.name)
-    if found is not None and not found.passed:
-        return "reference", "reference", f"the {found.backend} kernel is WRONG here: {found.words()}; please report it"
+    verdict = verdicts.get(op.name)
+    if verdict is not None and not verdict.passed:
+        why = f"the {verdict.backend} kernel is WRONG here: {verdict.words()}; please report it"
+        return "reference", "reference", why
     (eager, why), (graph, inside) = _who(op, "eager", device), _who(op, "graph", device)
     words = [why] if inside == why else [f"eager calls: {why}", f"graphs: {inside}"]
     if op.kernel(kind) in f"{eager} {graph}":
-        words.append(found.words() if found else "verified at first use")
+        words.append(verdict.words() if verdict else "verified at first use")
     return eager, graph, "; ".join(words)
 
 
 def _ops() -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("op", "device", "exists", "serves", "in graphs", "why")]
     devices = {kind: _device(kind) for kind in ("cpu", "cuda")}
-    verdicts = {kind: {} if device is None else by_op(kept_verdicts(device)) for kind, device in devices.items()}
+    verdicts = {
+        kind: {} if device is None else by_op(known_verdicts(REGISTRY, device)) for kind, device in devices.items()
+    }
     for op in REGISTRY.values():
         for kind, exists in op.available.items():
-            forced = op.forced(kind)
-            if forced is None:
-                cells = _state(op, kind, verdicts[kind])
-            elif forced:
-                cells = (forced, forced, "forced")
-            else:
-                cells = ("nothing", "nothing", op.missing(kind))
+            try:
+                forced = op.forced(kind)
+                cells = _state(op, kind, verdicts[kind]) if forced is None else (forced, forced, "forced")
+            except RuntimeError as missing:
+                cells = ("nothing", "nothing", str(missing))
             rows.append((op.name if kind == "cpu" else "", kind, ", ".join(exists), *cells))
     return rows
 
@@ -158,7 +159,7 @@ def _raced(kind: str) -> str:
     device = _device(kind)
     if device is None:
         return "GPU kernels are verified on your card at first use; they have not yet been raced on one"
-    own, path = read(device), file_of(device)
+    own, path = races.read(device), cache.file_of("raced", device)
     if own.get("ops"):
         stale = [name for name, entry in own["ops"].items()
                  if name not in REGISTRY or entry.get("sources") != REGISTRY[name].sources_digest(kind)]  # fmt: skip
@@ -166,11 +167,11 @@ def _raced(kind: str) -> str:
         if stale:
             told += f"; STALE for {', '.join(stale)}, whose sources have changed: run `purify-fast tune`"
         return told
-    near = nearest(machine(device))
+    near = races.nearest(cache.machine(device))
     if near is None:
         return f"{kind}: nothing was raced on this card, nor on one like it: run `purify-fast tune`"
     return (
-        f"{kind}: not raced on this machine; what was found on {near['machine']['device']} on {near['date']} holds "
+        f"{kind}: not raced on this machine; what was measured on {near['machine']['device']} on {near['date']} holds "
         "until `purify-fast tune` is run"
     )
 
@@ -215,7 +216,7 @@ def report() -> str:
         ("GPU", _gpu()),
         *_extension(),
     ]
-    head.append(("verdicts", f"{folder()}; PURIFY_FAST_VERIFY={mode()}"))
+    head.append(("verdicts", f"{cache.folder()}; PURIFY_FAST_VERIFY={mode()}"))
     head += [("races" if kind == "cpu" else "", _raced(kind)) for kind in ("cpu", "cuda")]
     settings = {key: value for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")}
     head.append(("environment", " ".join(f"{key}={value}" for key, value in settings.items()) or "no PURIFY_FAST_*"))
@@ -261,19 +262,19 @@ def summary() -> str:
 
 def _served() -> list[tuple[str, str]]:
     """For each kind of device that is here, how many ops kernels serve in eager calls, and which kernels are wrong."""
-    found: list[tuple[str, str]] = []
+    lines: list[tuple[str, str]] = []
     for kind, words in (("cpu", "on the CPU"), ("cuda", "on the GPU")):
         device = _device(kind)
         if device is None:
             continue
-        verdicts = by_op(kept_verdicts(device))
+        verdicts = by_op(known_verdicts(REGISTRY, device))
         states = [_state(op, kind, verdicts)[0] for op in REGISTRY.values()]
         kernels = sum(state != "reference" for state in states)
         text = f"{words}, kernels serve {kernels} of {len(states)} ops, the reference serves the others"
         wrong = [name for name, verdict in verdicts.items() if not verdict.passed and name in REGISTRY]
         text += f"; WRONG here, and therefore not used: {', '.join(wrong)}; please report it" if wrong else ""
-        found.append(("" if found else "ops", text))
-    return found
+        lines.append(("" if lines else "ops", text))
+    return lines
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ from .device import usable_device
 if TYPE_CHECKING:
     import torch
 
-    from ..ops._tune import Tuned
+    from ..ops.dispatch.tune import Tuned
 
 
 @dataclass(frozen=True)
 class Tune(Command):
     """Race the kernels on this machine's device against PyTorch, in under five minutes; the faster ones serve after it.
 
-    Every kernel is verified first. What was found is kept for this device and these versions, in the folder that `info`
+    Every kernel is verified first. The times are kept for this device and these versions, in the folder that `info`
     names. Run it on a machine that does nothing else.
     """
 
@@ -49,9 +49,8 @@ class Tune(Command):
         import torch
         from tqdm import tqdm
 
-        # and so does what imports it
-        from ..ops._op import forced_backends
-        from ..ops._tune import tune
+        from ..ops.dispatch.registry import forced_backends
+        from ..ops.dispatch.tune import tune
         from ..speed.cuda_capture import CudaCapture
 
         device = torch.device(usable_device(self.device))
@@ -68,14 +67,16 @@ class Tune(Command):
 
             with alone(device):
                 capture = CudaCapture() if device.type == "cuda" else None
-                found = tune(
+                tuned = tune(
                     device, seconds=60 * minutes, full=self.full, ops=self.ops, again=self.again, capture=capture,
                     tell=tell,
                 )  # fmt: skip
             tell(1.0, "raced")
-        print(text(found))
+        print(text(tuned))
         if forced_backends():
-            print(f"PURIFY_FAST_BACKEND forces {', '.join(forced_backends())}: what was found here serves without it.")
+            print(
+                f"PURIFY_FAST_BACKEND forces {', '.join(forced_backends())}: what was measured here serves without it."
+            )
 
 
 @contextlib.contextmanager
@@ -88,12 +89,11 @@ def alone(device: torch.device) -> Iterator[None]:
     Raises:
         FolderInUse: another process races them; the message names it.
     """
-    # PyTorch, which this imports, takes 1.8 seconds: --help does without it
-    from ..ops._races import file_of
+    from ..ops.dispatch.cache import file_of
 
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(folder_lock(file_of(device).with_suffix("")))
+            stack.enter_context(folder_lock(file_of("raced", device).with_suffix("")))
         except FolderInUse:
             raise
         except (OSError, ValueError):
@@ -102,32 +102,31 @@ def alone(device: torch.device) -> Iterator[None]:
         yield
 
 
-def text(found: Tuned) -> str:
+def text(tuned: Tuned) -> str:
     """What the command prints.
 
     Args:
-        found: what the races found.
+        tuned: what the races measured.
     """
-    # PyTorch takes 1.8 seconds to import: --help does without it
     from .installation import columns
 
-    races = sum(len(rows) for rows in found.rows.values())
-    lines = [f"{races} races of {len(found.rows)} ops in {found.seconds:.0f} s; kept in {found.path}"]
-    if found.known:
-        lines.append(f"{found.known} races were known already (--again races them once more)")
-    for name, why in found.wrong.items():
+    races = sum(len(rows) for rows in tuned.rows.values())
+    lines = [f"{races} races of {len(tuned.rows)} ops in {tuned.seconds:.0f} s; kept in {tuned.path}"]
+    if tuned.known:
+        lines.append(f"{tuned.known} races were known already (--again races them once more)")
+    for name, why in tuned.wrong.items():
         lines.append(f"{name}: its kernel is WRONG on this machine and was not raced: {why}; please report it")
-    for name, why in found.failed.items():
+    for name, why in tuned.failed.items():
         lines.append(f"not raced, because of an error: {name}: {why}")
-    if found.left_out:
-        shown = "; ".join(found.left_out[:3])
-        more = f" and {len(found.left_out) - 3} others" if len(found.left_out) > 3 else ""
+    if tuned.left_out:
+        shown = "; ".join(tuned.left_out[:3])
+        more = f" and {len(tuned.left_out) - 3} others" if len(tuned.left_out) > 3 else ""
         lines.append(f"not raced for want of time, as before: {shown}{more} (--minutes gives more)")
-    if not found.changes:
+    if not tuned.changes:
         return "\n".join([*lines, "", "Nothing changes: what served before is not behind."])
     groups: dict[tuple[str, str, str, str], list[tuple[str, float]]] = {}
-    for one in found.changes:
-        groups.setdefault((one.op, one.style, one.before, one.after), []).append((one.calls, one.gain))
+    for one in tuned.changes:
+        groups.setdefault((one.op, one.call.style, one.before, one.after), []).append((one.call.cell, one.gain))
     rows: list[tuple[str, ...]] = [("op", "in", "served before", "serves now", "kernel's speed", "calls")]
     for (op, style, before, after), each in groups.items():
         gains = [gain for _, gain in each]

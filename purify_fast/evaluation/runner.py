@@ -26,7 +26,7 @@ from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_no
 from ..attacks.asked import check_leaves_images
 from ..attacks.autoattack import implementation
 from ..attacks.engine.gradient_copy import GradientCopies
-from ..ops import decisions, held
+from ..ops import kernel_choices, pin_kernels
 from ..protocols import Classifier
 from ..speed.convolutions import CudnnBenchmark, raced_convolutions
 from ..speed.precision import whole_float32_by_default
@@ -256,8 +256,8 @@ def _row_cache(
     out: Path, subject: Subject, mark: str | None, others: Sequence[Classifier], revision: str | None
 ) -> Iterator[RowCache]:
     """The rows kept in a folder; within the block the races that decide who serves stay as they are."""
-    served = decisions(subject.device)
-    with held(served):
+    served = kernel_choices(subject.device)
+    with pin_kernels(served):
         cache = RowCache(out, served)
         cache.know(subject.model, mark)
         for model in others:

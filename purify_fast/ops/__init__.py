@@ -1,13 +1,12 @@
 """Fused operations; each module holds one op: its formula, its reference, its contract."""
 
-from . import _op, _verify
-from ._decisions import as_begun, changing_bits, decisions, held
-from ._op import REGISTRY, use_backend
 from .aggregate import aggregate
 from .apgd_step import apgd_step
 from .contextual_attention import contextual_attention, key_validity
 from .convolution import conv2d
 from .decode_samples import decode_prior, decode_samples
+from .dispatch.pinning import choices_of_bits, kernel_choices, pin_kernels, resume_choices
+from .dispatch.registry import REGISTRY, use_backend
 from .gated_elu import gated_elu
 from .hyperplane_projection import hyperplane_projection
 from .noisy_replay import noisy_replay
@@ -20,30 +19,28 @@ from .sample_latent import sample_latent
 from .square_proposal import square_proposal
 from .stitch import stitch
 
-_op.set_verifier(_verify.serves)
-
 __all__ = [
     "REGISTRY",
     "Stream",
     "aggregate",
     "apgd_step",
-    "as_begun",
-    "changing_bits",
+    "choices_of_bits",
     "contextual_attention",
     "conv2d",
-    "decisions",
     "decode_prior",
     "decode_samples",
     "gated_elu",
-    "held",
     "hyperplane_projection",
+    "kernel_choices",
     "key_validity",
     "noisy_replay",
     "pgd_step",
     "philox",
+    "pin_kernels",
     "random_transform",
     "reconstruction_loss",
     "representation_distance",
+    "resume_choices",
     "sample_latent",
     "square_proposal",
     "stitch",

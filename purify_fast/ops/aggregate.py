@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _library
-from . import _kept
-from ._gradient import first_order, needs_gradient
-from ._op import Launcher, define_op, second_argument, wide
+from .dispatch import cpu_kernels
+from .dispatch.examples import ROWS, examples, normal, wide_dtype
+from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.registry import Launcher, define_op, second_argument, wide
 
 #: Methods with a kernel, by index.
 METHODS = ("lse", "peel", "mean", "mean_sigmoid", "vote")
@@ -89,11 +90,52 @@ def vote_reference(logits: Tensor) -> Tensor:
     return torch.floor(x / x.amax(2, keepdim=True)).sum(1)
 
 
+#: Method, shape, and the logits' standard deviation. Few classes; more than a vector holds, in numbers that fill no
+#: whole one; and logits for which peel is continued by a tangent, whose slope, exp(70), is a number in two dtypes.
+EXAMPLES = {
+    ("lse", (ROWS, 8, 10), 3.0): "f",
+    ("peel", (ROWS, 8, 10), 3.0): "fb",
+    ("mean", (ROWS, 8, 10), 3.0): "b",
+    ("mean_sigmoid", (ROWS, 8, 10), 3.0): "f",
+    ("vote", (ROWS, 8, 10), 3.0): "fh",
+    **{(method, (ROWS, 5, classes), 3.0): "" for method in ("lse", "mean") for classes in (37, 101)},
+    ("peel", (ROWS, 64, 7), 3.0): "",
+    ("peel", (ROWS, 8, 12), 60.0): "fb",
+}
+ON_GPU_BACKWARD = {
+    ("peel", (ROWS, 8, 10), 3.0): "fh",
+    ("vote", (ROWS, 8, 10), 3.0): "f",
+    ("peel", (ROWS, 8, 12), 60.0): "f",
+}
+RACED = (
+    *((method, (ROWS, 8, 10), 3.0) for method in METHODS),
+    *((method, (ROWS, 8, 100), 3.0) for method in ("lse", "peel")),
+)
+PROPERTIES: dict[str, Any] = {
+    "dtypes": lambda method, shape, scale: (torch.float32, torch.bfloat16, torch.float16)[: 2 if scale > 3 else 3],
+    "exact": lambda method, *_: method == "vote",
+    "slack": lambda method, *_: 0.0 if method == "vote" else 16.0,  # exponentials and divisions of a GPU differ
+    "variant": lambda method, *_: method,
+}
+
+
+def _arguments(method: str, shape: tuple[int, ...], scale: float, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    return normal(seed, *shape, scale=scale).to(dtype), METHODS.index(method)
+
+
+def _arguments_backward(method: str, shape: tuple[int, ...], *rest: Any) -> tuple[Any, ...]:
+    _, dtype, seed = rest
+    grad = normal(seed + 100, shape[0], shape[2]).to(wide_dtype(dtype))
+    return grad, *_arguments(method, shape, *rest)
+
+
 OP = define_op(
     "aggregate",
     "(Tensor logits, int method) -> Tensor",
     reference=reference,
     fake=lambda logits, method: wide(logits).new_empty((logits.shape[0], logits.shape[2])),
+    examples=examples(_arguments, EXAMPLES, **PROPERTIES),
+    raced=examples(_arguments, RACED, **PROPERTIES),
     triton=Launcher("aggregate", "forward"),
     replaces_many=("peel", "mean_sigmoid", "vote"),
     compiler_fuses=("peel", "mean_sigmoid", "vote"),
@@ -103,6 +145,8 @@ BACKWARD = define_op(
     "(Tensor grad, Tensor logits, int method) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, logits, method: logits.new_empty(logits.shape),
+    examples=examples(_arguments_backward, EXAMPLES | ON_GPU_BACKWARD, **PROPERTIES),
+    raced=examples(_arguments_backward, RACED, **PROPERTIES),
     triton=Launcher("aggregate", "backward"),
     replaces_many=("peel", "mean_sigmoid", "vote"),
     compiler_fuses=("peel", "mean_sigmoid", "vote"),
@@ -110,8 +154,8 @@ BACKWARD = define_op(
 )
 
 
-#: Of ``lse`` and ``peel`` with at least KEPT_FROM classes: forward keeps [B, 3, C], from which backward takes one pass.
-KEEPING = _kept.kernel(
+#: Of ``lse`` and ``peel`` with at least SAVED_FROM classes: forward saves [B, 3, C], and backward is one pass.
+SAVING = cpu_kernels.kernel(
     "aggregate_keeping",
     "(Tensor logits, int method) -> (Tensor, Tensor)",
     lambda logits, method: (
@@ -119,52 +163,31 @@ KEEPING = _kept.kernel(
         wide(logits).new_empty((logits.shape[0], 3, logits.shape[2])),
     ),
 )
-FROM_KEPT = _kept.kernel(
+FROM_SAVED = cpu_kernels.kernel(
     "aggregate_from_kept",
-    "(Tensor grad, Tensor logits, Tensor kept, int method) -> Tensor",
-    lambda grad, logits, kept, method: logits.new_empty(logits.shape),
+    "(Tensor grad, Tensor logits, Tensor saved, int method) -> Tensor",
+    lambda grad, logits, saved, method: logits.new_empty(logits.shape),
 )
-KEPT_FROM = 16
+SAVED_FROM = 16
 #: False where the extension was built before these kernels were written.
-KEEPS = _library.has_kernel("purify_fast::aggregate_from_kept", "CPU")
+SAVES = _library.has_kernel("purify_fast::aggregate_from_kept", "CPU")
 
 
-def _keeps(logits: Tensor, method: str) -> bool:
-    """Whether the kernels that keep something stand in for the op's own."""
-    if not KEEPS or method not in ("lse", "peel") or logits.shape[2] < KEPT_FROM or not _kept.may_serve(logits):
+def _saves(logits: Tensor, method: str) -> bool:
+    """Whether the kernels that save something stand in for the op's own."""
+    if not SAVES or method not in ("lse", "peel") or logits.shape[2] < SAVED_FROM or not cpu_kernels.may_serve(logits):
         return False
     return not BACKWARD.plain(logits.device, logits.dtype, logits.numel(), method)
 
 
-class _Kept(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, method: int) -> Tensor:
-        out, kept = KEEPING(logits, method)
-        ctx.method = method
-        ctx.save_for_backward(logits, kept)
-        return out
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return FROM_KEPT(grad, *ctx.saved_tensors, ctx.method), None
-
-
-class _Aggregate(torch.autograd.Function):
-    @staticmethod
-    def forward(logits: Tensor, method: int) -> Tensor:
-        # the reference may serve here too: that of vote has no graph that could carry its gradient, which is zero
-        return OP(logits, method, variant=METHODS[method])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        logits, ctx.method = inputs
-        ctx.save_for_backward(logits)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return BACKWARD(grad, *ctx.saved_tensors, ctx.method, variant=METHODS[ctx.method]), None
+_with_saved = differentiable(
+    SAVING, FROM_SAVED, lambda inputs, outputs: (inputs[0], outputs[1], inputs[1]), constants=1
+)
+# The reference may serve here too: that of vote has no graph that could carry its gradient, which is zero.
+_aggregate = differentiable(
+    lambda logits, method: OP(logits, method, variant=METHODS[method]),
+    lambda grad, logits, method: BACKWARD(grad, logits, method, variant=METHODS[method]),
+)
 
 
 def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
@@ -200,4 +223,4 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
         return reference(logits, index)
     if not differentiated:
         return OP.handle(logits, index)
-    return (_Kept if _keeps(logits, method) else _Aggregate).apply(logits, index)
+    return _with_saved(logits, index)[0] if _saves(logits, method) else _aggregate(logits, index)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from ._op import Launcher, define_op, wide
-from .pgd_step import check, direction, per_sample, project
+from .dispatch.examples import IMAGES, RGB, ROWS
+from .dispatch.registry import Launcher, define_op, wide
+from .pgd_step import check, direction, per_sample, project, step_arguments, step_examples
 
 #: l1 is not among them: its steps adapt the share of the coordinates that move, which is another rule.
 NORMS = ("linf", "l2")
@@ -44,12 +45,17 @@ def reference(
     return into_ball(moved).to(x.dtype).contiguous()
 
 
+ON_GPU = {("linf", (ROWS, 16400)): "f", ("linf", (ROWS, 3, 33, 31)): "h", ("l2", (ROWS, 16400)): "fb"}
+_arguments = functools.partial(step_arguments, momentum=True)
+
 OP = define_op(
     "apgd_step",
     "(Tensor x, Tensor grad, Tensor x_nat, Tensor previous, Tensor alpha, Tensor eps, float momentum, int norm, "
     "float lo, float hi) -> Tensor",
     reference=reference,
     fake=lambda x, grad, x_nat, previous, alpha, eps, momentum, norm, lo, hi: x.new_empty(x.shape),
+    examples=step_examples(_arguments, NORMS, IMAGES, ON_GPU),
+    raced=step_examples(_arguments, NORMS, RGB, {}),
     triton=Launcher("apgd_step", "forward"),
     replaces_many=("linf", "l2"),
     compiler_fuses=("linf",),

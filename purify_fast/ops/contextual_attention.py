@@ -28,9 +28,10 @@ from torch.nn import functional as F
 
 from .. import _library
 from .._tensors import without_autocast
-from . import _kept
-from ._gradient import first_order, needs_gradient
-from ._op import Launcher, define_op, wide
+from .dispatch import cpu_kernels
+from .dispatch.examples import ROWS, examples, normal, uniform, wide_dtype
+from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.registry import Launcher, define_op, wide
 from .gated_elu import last_channels
 
 _SMALLEST_NORM = 1e-4
@@ -122,14 +123,23 @@ def reference_backward(
     return _patches(x * inverse[:, None], height, width), to_inverse
 
 
-def _weighed(correlation: Tensor, inverse: Tensor, keep: Tensor, *_: object) -> tuple[torch.dtype, int]:
-    """What the forward is weighed by: the dtype of what is kept, and the pairs of pixels."""
-    return keep.dtype, correlation.numel()
+#: Height and width of the grid of keys, channels, and the dtypes that stand for it on a GPU.
+EXAMPLES = {(8, 8, 6): "fb", (4, 7, 3): "h", (9, 3, 5): ""}
+RACED = ((8, 8, 96), (32, 32, 96))
 
 
-def _weighed_backward(grad: Tensor, correlation: Tensor, *_: object) -> tuple[torch.dtype, int]:
-    """What the backward is weighed by: the dtype of its gradient, and the pairs of pixels."""
-    return grad.dtype, correlation.numel()
+def _arguments(height: int, width: int, channels: int, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    pixels = normal(seed, ROWS, height * width, channels, scale=0.4)
+    norms = pixels.square().sum(2).clamp_min(1e-4).rsqrt()  # any will do
+    keep = (uniform(seed + 100, ROWS, height * width) > 0.3).to(dtype)
+    inner = wide_dtype(dtype)  # between the products everything else is float32
+    return (pixels @ pixels.mT).to(inner), norms.to(inner), keep, height, width, 1.0
+
+
+def _arguments_backward(height: int, width: int, channels: int, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    correlation, norms, *rest = _arguments(height, width, channels, dtype, seed)
+    spread, weights = reference(correlation, norms, *rest)
+    return normal(seed + 200, *spread.shape).to(dtype), correlation, norms, weights, *rest[1:]
 
 
 OP = define_op(
@@ -140,9 +150,12 @@ OP = define_op(
         keep.new_empty((keep.shape[0], 4, *correlation.shape[1:])),
         correlation.new_empty(correlation.shape),
     ),
+    examples=examples(_arguments, EXAMPLES),
+    raced=examples(_arguments, RACED),
     triton=Launcher("contextual_attention", "forward"),
     replaces_many=True,
-    weigh=_weighed,
+    # by the dtype of what is kept, and the pairs of pixels
+    weigh=lambda correlation, inverse, keep, *_: (keep.dtype, correlation.numel()),
 )
 BACKWARD = define_op(
     "contextual_attention_backward",
@@ -153,33 +166,20 @@ BACKWARD = define_op(
         correlation.new_empty(correlation.shape),
         inverse.new_empty(inverse.shape),
     ),
+    examples=examples(_arguments_backward, EXAMPLES, slack=32.0),  # sums of numbers of the largest output's size
+    raced=examples(_arguments_backward, RACED),
     triton=Launcher("contextual_attention", "backward"),
     replaces_many=True,
-    weigh=_weighed_backward,
+    weigh=lambda grad, correlation, *_: (grad.dtype, correlation.numel()),
 )
 
 
-class _Between(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        correlation: Tensor, inverse: Tensor, keep: Tensor, height: int, width: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        return OP.handle(correlation, inverse, keep, height, width, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        correlation, inverse, _keep, *ctx.constants = inputs
-        ctx.save_for_backward(correlation, inverse, output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        # None when U was not used; zeros for A's gradient are not wanted either
-        if grad is None:
-            return (None,) * 6
-        return *BACKWARD(grad, *ctx.saved_tensors, *ctx.constants), None, None, None, None
+_between = differentiable(
+    OP.handle,
+    lambda *given: BACKWARD(*given),
+    lambda inputs, outputs: (*inputs[:2], outputs[1], *inputs[3:]),
+    constants=1,
+)
 
 
 def _inverse_norms(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -201,19 +201,19 @@ def _phases(shape: torch.Size, last: bool) -> tuple[int, ...]:
 #: their phases [B, 4, C, L], or [B, 4, L, C] of channels_last, and JOIN makes features of phases, and adds ``more`` to
 #: the first. Two compute what lies between the products, the norms of the keys included: SPREAD gives U, A and the
 #: inverse norms, and SLOPES gives the matrix that the pixels are multiplied by for their gradient.
-SPLIT = _kept.kernel(
+SPLIT = cpu_kernels.kernel(
     "contextual_attention_split",
     "(Tensor features, bool channels_last) -> Tensor",
     lambda features, last: features.new_empty(_phases(features.shape, last)),
 )
-JOIN = _kept.kernel(
+JOIN = cpu_kernels.kernel(
     "contextual_attention_join",
     "(Tensor phases, Tensor? more, SymInt height, SymInt width, bool channels_last) -> Tensor",
     lambda phases, more, height, width, last: phases.new_empty(
         (phases.shape[0], phases.shape[3 if last else 2], 2 * height, 2 * width)
     ).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format),
 )
-SPREAD = _kept.kernel(
+SPREAD = cpu_kernels.kernel(
     "contextual_attention_spread",
     "(Tensor correlation, Tensor valid, SymInt height, SymInt width, float scale, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
@@ -223,7 +223,7 @@ SPREAD = _kept.kernel(
         correlation.new_empty(valid.shape),
     ),
 )
-SLOPES = _kept.kernel(
+SLOPES = cpu_kernels.kernel(
     "contextual_attention_slopes",
     "(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, SymInt height, SymInt width, float scale)"
     " -> Tensor",
@@ -245,36 +245,35 @@ def _attend(features: Tensor, valid: Tensor, scale: float, last: bool) -> tuple[
     return JOIN(out.view_as(phases), None, height, width, last), phases, correlation, inverse, spread, weights
 
 
-class _Whole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, valid: Tensor, scale: float, last: bool) -> Tensor:
-        out, *kept = _attend(features, valid, scale, last)
-        ctx.save_for_backward(*kept)
-        ctx.constants = features.shape[2] // 2, features.shape[3] // 2, scale, last
-        return out
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        phases, correlation, inverse, spread, weights = ctx.saved_tensors
-        height, width, scale, last = ctx.constants
-        with without_autocast(grad.device):
-            slopes = SPLIT(grad.contiguous(memory_format=torch.channels_last) if last else grad, last).flatten(0, 1)
-            maps, shares, pixels = phases.flatten(0, 1), spread.flatten(0, 1), wide(phases[:, 0])
-            of_shares = torch.bmm(slopes, maps.mT) if last else torch.bmm(slopes.mT, maps)
-            of_maps = torch.bmm(shares.mT, slopes) if last else torch.bmm(slopes, shares)
-            by = SLOPES(
-                of_shares.view_as(spread), correlation, inverse, weights, height=height, width=width, scale=scale
-            )
-            of_pixels = torch.bmm(by, pixels) if last else torch.bmm(pixels, by)
-        return JOIN(of_maps.view_as(phases), of_pixels, height, width, last), None, None, None
+def _attend_backward(
+    grad: Tensor,
+    phases: Tensor,
+    correlation: Tensor,
+    inverse: Tensor,
+    spread: Tensor,
+    weights: Tensor,
+    scale: float,
+    last: bool,
+) -> Tensor:
+    height, width = grad.shape[2] // 2, grad.shape[3] // 2
+    with without_autocast(grad.device):
+        slopes = SPLIT(grad.contiguous(memory_format=torch.channels_last) if last else grad, last).flatten(0, 1)
+        maps, shares, pixels = phases.flatten(0, 1), spread.flatten(0, 1), wide(phases[:, 0])
+        of_shares = torch.bmm(slopes, maps.mT) if last else torch.bmm(slopes.mT, maps)
+        of_maps = torch.bmm(shares.mT, slopes) if last else torch.bmm(slopes, shares)
+        by = SLOPES(of_shares.view_as(spread), correlation, inverse, weights, height=height, width=width, scale=scale)
+        of_pixels = torch.bmm(by, pixels) if last else torch.bmm(pixels, by)
+    return JOIN(of_maps.view_as(phases), of_pixels, height, width, last)
 
 
-def _whole_serves(features: Tensor, pairs: int, differentiable: bool) -> bool:
+_whole = differentiable(_attend, _attend_backward, lambda inputs, outputs: (*outputs[1:], *inputs[2:]), constants=5)
+
+
+def _whole_serves(features: Tensor, pairs: int, gradient: bool) -> bool:
     """Whether the kernels of the whole function serve: wherever the op's own would in both directions."""
-    if not WHOLE or not _kept.may_serve(features) or OP.plain(features.device, features.dtype, pairs):
+    if not WHOLE or not cpu_kernels.may_serve(features) or OP.plain(features.device, features.dtype, pairs):
         return False
-    return not differentiable or not BACKWARD.plain(features.device, features.dtype, pairs)
+    return not gradient or not BACKWARD.plain(features.device, features.dtype, pairs)
 
 
 def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -> Tensor:
@@ -311,12 +310,10 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
     if valid.device != features.device:
         raise ValueError(f"features are on {features.device}, valid on {valid.device}: they must agree")
 
-    last, differentiable, pairs = last_channels(features), needs_gradient(features), batch * (height * width) ** 2
-    if _whole_serves(features, pairs, differentiable):
+    last, gradient, pairs = last_channels(features), needs_gradient(features), batch * (height * width) ** 2
+    if _whole_serves(features, pairs, gradient):
         with without_autocast(features.device):
-            if differentiable:
-                return _Whole.apply(features, valid, float(scale), last)
-            return _attend(features, valid, float(scale), last)[0]
+            return (_whole if gradient else _attend)(features, valid, float(scale), last)[0]
     with without_autocast(features.device):
         grid = features.unflatten(3, (width, 2)).unflatten(2, (height, 2))  # [B, C, h, a, w, b]
         # for each memory layout the matrix products that need no transposed copy
@@ -327,7 +324,7 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         pixels = wide(phases[:, 0])
         correlation = pixels @ pixels.mT
         inverse, keep = _inverse_norms(pixels, height, width), valid.to(features.dtype)
-        kernel = _Between.apply if differentiable else OP.handle
+        kernel = _between if gradient else OP.handle
         call = reference if OP.plain(features.device, features.dtype, pairs) else kernel
         spread, _weights = call(correlation, inverse, keep, height, width, float(scale))
         if last:

@@ -20,15 +20,18 @@ too, a weight or gradient that is not finite may reach pixels at the border that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 
-from ._gradient import first_order, needs_gradient
-from ._op import define_op, wide
+from .dispatch.examples import ROWS, examples, normal, wide_dtype
+from .dispatch.gradient import first_order, needs_gradient
+from .dispatch.registry import define_op, wide
 
 #: The processor multiplies 16 channels at once. Of fewer, part of each instruction is wasted.
 FEW = 16
@@ -67,8 +70,8 @@ def reference_input_gradient(
 ) -> Tensor:
     """grad [B, H', W', O] times d out / d input: [B, H, W, C] of these height and width."""
     like = grad.new_empty(1).expand(grad.shape[0], weight.shape[3], height, width)
-    made = _backward((True, False, False), grad, like, _first(weight), *settings)[0]
-    return _last(made).contiguous()
+    gradient = _backward((True, False, False), grad, like, _first(weight), *settings)[0]
+    return _last(gradient).contiguous()
 
 
 def reference_weight_gradient(
@@ -79,8 +82,8 @@ def reference_weight_gradient(
 ) -> tuple[Tensor, Tensor]:
     """grad times d out / d weight and d out / d bias, [O, K, L, C] and [O], in float32 (float64 for float64)."""
     like = input.new_empty(1).expand(grad.shape[3], input.shape[3], *kernel)
-    made = _backward((False, True, True), grad, _first(input), like, *settings)
-    return wide(_last(made[1])).contiguous(), wide(made[2])
+    _, of_weight, of_bias = _backward((False, True, True), grad, _first(input), like, *settings)
+    return wide(_last(of_weight)).contiguous(), wide(of_bias)
 
 
 def _backward(
@@ -88,10 +91,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's gradients of input, weight and bias, those that are wanted; grad with channels last."""
     lists = [list(one) for one in settings]
-    made: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward.default(
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward.default(
         *(_first(grad), input, weight, [grad.shape[3]], *lists, False, [0, 0], 1, list(wanted))
     )
-    return made
+    return gradients
 
 
 def kind(inputs: int, outputs: int, stride: Sequence[int]) -> str:
@@ -132,23 +135,90 @@ def _fake_weight_gradient(grad: Tensor, input: Tensor, kernel: list[int], *setti
     return grad.new_empty(outputs, *kernel, input.shape[3], dtype=dtype), grad.new_empty(outputs, dtype=dtype)
 
 
+#: Settings whose kernel works by tiles, with Winograd's algorithm.
+_TILED = (
+    ((ROWS, 17, 16, 40), 48, (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((ROWS, 18, 23, 32), 40, (3, 3), (1, 1), (2, 0), (2, 1)),
+)
+#: The shape of the images with channels last, output channels, then kernel, stride, padding and dilation, each of rows
+#: and of columns.
+EXAMPLES = (
+    ((ROWS, 9, 8, 24), 24, (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((ROWS, 7, 10, 3), 40, (5, 5), (1, 1), (2, 2), (1, 1)),
+    ((ROWS, 12, 11, 17), 6, (3, 2), (2, 1), (1, 0), (1, 2)),
+    ((ROWS, 18, 16, 10), 96, (3, 3), (1, 1), (8, 8), (8, 8)),
+    ((ROWS, 6, 5, 1), 1, (1, 1), (2, 2), (0, 0), (1, 1)),
+    *_TILED,
+)
+#: Layers of DeepFillv2's generator: channels, side of the images, outputs, kernel, stride, dilation.
+RACED = tuple(
+    ((ROWS, side, side, inputs), outputs, (kernel,) * 2, (stride,) * 2, (d * (kernel // 2),) * 2, (d, d))
+    for inputs, side, outputs, kernel, stride, d in (
+        (24, 8, 48, 3, 1, 1), (24, 32, 24, 3, 1, 1), (96, 32, 192, 3, 1, 1), (96, 32, 192, 3, 1, 8),
+        (24, 64, 48, 3, 2, 1), (48, 32, 192, 3, 2, 1), (3, 32, 48, 5, 1, 1),
+    )
+)  # fmt: skip
+#: The error that tiles are allowed beside rounding, in float32's eps: 2 ** -7 of the largest number. They round what
+#: they multiply to bfloat16 once more. Results in bfloat16 would need no such allowance, since their own rounding is of
+#: that size; the gradient of the weights needs it, which is in float32.
+_ROUNDED = 2.0**16
+
+
+PROPERTIES: dict[str, Any] = {
+    "dtypes": (torch.bfloat16,),
+    "slack": lambda *setting: _ROUNDED if setting in _TILED else 0.0,
+    "variant": lambda shape, outputs, kernel, stride, *_: kind(shape[-1], outputs, stride),
+}
+
+
+def _operands(*setting: Any) -> tuple[Tensor, ...]:
+    """Images, weights, bias, and random numbers in the shape of the result, which stand for its gradient."""
+    shape, outputs, kernel, stride, padding, dilation, dtype, seed = setting
+    # scaled so that results are of the size of the images, as in a network
+    scale = (math.prod(kernel) * shape[-1]) ** -0.5
+    x, weight = normal(seed, *shape).to(dtype), normal(seed + 100, outputs, *kernel, shape[-1], scale=scale).to(dtype)
+    size = [output_side(*one) for one in zip(shape[1:3], kernel, stride, padding, dilation, strict=True)]
+    bias = normal(seed + 200, outputs).to(wide_dtype(dtype))
+    return x, Parameter(weight, False), Parameter(bias, False), normal(seed + 300, ROWS, *size, outputs).to(dtype)
+
+
+def _arguments(*setting: Any) -> tuple[Any, ...]:
+    return *_operands(*setting)[:3], *map(list, setting[3:6])
+
+
+def _arguments_input_gradient(*setting: Any) -> tuple[Any, ...]:
+    x, weight, _, grad = _operands(*setting)
+    return grad, weight, *x.shape[1:3], *map(list, setting[3:6])
+
+
+def _arguments_weight_gradient(*setting: Any) -> tuple[Any, ...]:
+    x, _, _, grad = _operands(*setting)
+    return grad, x, *map(list, setting[2:6])
+
+
 OP = define_op(
     "convolution",
     f"(Tensor input, Tensor weight, Tensor? bias, {_SETTINGS}) -> Tensor",
     reference=reference,
     fake=_fake,
+    examples=examples(_arguments, EXAMPLES, **PROPERTIES),
+    raced=examples(_arguments, RACED, **PROPERTIES),
 )
 INPUT_GRADIENT = define_op(
     "convolution_input_gradient",
     f"(Tensor grad, Tensor weight, SymInt height, SymInt width, {_SETTINGS}) -> Tensor",
     reference=reference_input_gradient,
     fake=lambda grad, weight, height, width, *_: grad.new_empty(grad.shape[0], height, width, weight.shape[3]),
+    examples=examples(_arguments_input_gradient, EXAMPLES, **PROPERTIES),
+    raced=examples(_arguments_input_gradient, RACED, **PROPERTIES),
 )
 WEIGHT_GRADIENT = define_op(
     "convolution_weight_gradient",
     f"(Tensor grad, Tensor input, int[] kernel, {_SETTINGS}) -> (Tensor, Tensor)",
     reference=reference_weight_gradient,
     fake=_fake_weight_gradient,
+    examples=examples(_arguments_weight_gradient, EXAMPLES, summed=True, **PROPERTIES),
+    raced=examples(_arguments_weight_gradient, RACED, summed=True, **PROPERTIES),
 )
 
 
@@ -179,15 +249,15 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rounded, input = ctx.saved_tensors
         grad = _last(grad)
-        made, of_weight, of_bias = None, None, None
+        of_input, of_weight, of_bias = None, None, None
         variant = kind(rounded.shape[3], rounded.shape[0], ctx.settings[0])
         if ctx.needs_input_grad[0]:
-            made = INPUT_GRADIENT(grad, rounded, *ctx.size, *ctx.settings, variant=variant)
+            of_input = INPUT_GRADIENT(grad, rounded, *ctx.size, *ctx.settings, variant=variant)
         if input is not None:
             of_weight, of_bias = WEIGHT_GRADIENT(grad, input, ctx.kernel, *ctx.settings, variant=variant)
             of_weight = of_weight.to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
             of_bias = of_bias.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
-        return made, of_weight, of_bias, None, None
+        return of_input, of_weight, of_bias, None, None
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
@@ -217,7 +287,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias must be [O] = [{weight.shape[0]}], got {list(bias.shape)}")
 
 
-def _plain(input: Tensor, made: int, variant: str) -> bool:
+def _plain(input: Tensor, elements: int, variant: str) -> bool:
     """Whether PyTorch's convolution serves, of an input on a CPU whose result has so many numbers."""
     # also where a kernel is forced: most processors have none of this op, and a forced kernel is meant for the others
     if OP.kernel("cpu") == "reference":
@@ -228,7 +298,7 @@ def _plain(input: Tensor, made: int, variant: str) -> bool:
         dtype = torch.get_autocast_dtype("cpu")
     if dtype != torch.bfloat16:
         return True
-    backwards = (op.plain(input.device, dtype, made, variant) for op in (INPUT_GRADIENT, WEIGHT_GRADIENT))
+    backwards = (op.plain(input.device, dtype, elements, variant) for op in (INPUT_GRADIENT, WEIGHT_GRADIENT))
     return OP.plain(input.device, dtype, input.numel(), variant) and all(backwards)
 
 
@@ -277,11 +347,11 @@ def conv2d(
     """
     _check(input, weight, bias)
     settings = (_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1))
-    made = _elements(input, weight, *settings)
+    elements = _elements(input, weight, *settings)
     if (
-        made == 0
+        elements == 0
         or input.device.type != "cpu"
-        or _plain(input, made, kind(weight.shape[1], weight.shape[0], settings[0]))
+        or _plain(input, elements, kind(weight.shape[1], weight.shape[0], settings[0]))
     ):
         return F.conv2d(input, weight, bias, *settings)
     images, kernels = _last(input.to(torch.bfloat16)), _last(weight)

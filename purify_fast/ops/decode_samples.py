@@ -15,16 +15,20 @@ those between the last two in registers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 from .._tensors import without_autocast
-from ._op import Launcher, define_op, wide
 from .decoder_weights import Geometry, Layer, Weights, pack, unpack
+from .dispatch.examples import ROWS, examples, normal, stream
+from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.registry import Launcher, define_op, wide
 from .philox import Stream, check_tensors, philox
 
 __all__ = ["Geometry", "Layer", "Weights", "decode_prior", "decode_samples", "latents", "pack", "unpack"]
@@ -150,19 +154,8 @@ def reference_backward(
     return by_pixel.unflatten(0, (-1, samples)).sum(1)
 
 
-def _fake(
-    condition: Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
-    packed: Tensor,
-    biases: Tensor,
-    numbers: Sequence[int],
-    samples: int,
-    slope: float,
-    squash: bool,
-    channels_last: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def _fake(condition: Tensor, *others: Any) -> Tensor:
+    *_, numbers, samples, _, _, channels_last, dtype = others
     channels, *_, h, w = numbers[-6:]
     out = condition.new_empty((condition.shape[0] * samples, channels, h, w), dtype=dtype)
     return out.contiguous(memory_format=torch.channels_last) if channels_last else out
@@ -171,9 +164,59 @@ def _fake(
 _SIZES = "Tensor packed, Tensor biases, int[] numbers, int samples, float slope, bool squash"
 
 
-def _weighed(condition: Tensor, *others: Any) -> tuple[torch.dtype, int]:
-    """The dtype of the images, which is the last argument, and the numbers of the condition."""
-    return others[-1], condition.numel()
+#: By name, latents, first map and convolutions (channels, kernel, stride, padding, height, width). In "tiled" and "one"
+#: every product is tiled; the last two layers of "joined" are one launch; "cifar" is CARSO's for images of 32 x 32.
+DECODERS = {
+    "tiled": Geometry.of([12, 40, 3, 3, *(70, 3, 2, 1, 5, 6), *(3, 2, 1, 1, 4, 5)]),
+    "one": Geometry.of([33, 96, 1, 2, *(5, 4, 2, 1, 2, 4)]),
+    "joined": Geometry.of([12, 40, 3, 3, *(24, 4, 2, 1, 6, 6), *(3, 3, 1, 1, 6, 6)]),
+    "wide": Geometry.of([12, 40, 3, 3, *(3, 4, 2, 1, 6, 6)]),
+    "cifar": Geometry.of([128, 256, 3, 3, *(256, 3, 2, 1, 5, 5), *(128, 3, 2, 1, 9, 9), *(64, 3, 2, 1, 17, 17),
+                          *(32, 3, 2, 1, 33, 33), *(3, 2, 1, 1, 32, 32)]),
+}  # fmt: skip
+#: Decoder, samples, the weights' dtype, and whether images are squashed, with the dtypes that stand for it on a GPU.
+EXAMPLES = {
+    ("tiled", 3, torch.bfloat16, "squashed"): "f",
+    ("tiled", 3, torch.bfloat16, ""): "b",
+    ("one", 5, torch.bfloat16, "squashed"): "",
+    ("one", 5, torch.bfloat16, ""): "",
+    ("joined", 2, torch.bfloat16, "squashed"): "f",
+    ("joined", 2, torch.bfloat16, ""): "b",
+    ("wide", 2, torch.float32, "squashed"): "f",
+    ("wide", 2, torch.float32, ""): "",
+}
+ON_GPU_BACKWARD = {("tiled", 3, torch.bfloat16, "squashed"): "f", ("wide", 2, torch.float32, ""): "fb"}
+RACED = (("cifar", 8, torch.bfloat16, "squashed"), ("cifar", 8, torch.bfloat16, ""))
+
+
+def _operands(*setting: Any) -> tuple[Any, ...]:
+    decoder, samples, weight_dtype, squash, seed = setting
+    sizes = DECODERS[decoder]
+    weights, biases, channels = [], [], sizes.start[0]
+    for i, layer in enumerate(sizes.layers):
+        shape = channels, layer.channels, layer.kernel, layer.kernel
+        weights.append(normal(seed + i, *shape, scale=(channels * layer.kernel) ** -0.5))
+        biases.append(normal(seed + 10 + i, layer.channels))
+        channels = layer.channels
+    first = normal(seed + 20, *sizes.start, sizes.latent_dim, scale=sizes.latent_dim**-0.5)
+    packed, shifts = pack(first, weights, biases)
+    condition = normal(seed + 30, ROWS, math.prod(sizes.start)).float()
+    # parameters, since `tile` repeats what is none of them
+    parameters = Parameter(packed.to(weight_dtype), False), Parameter(shifts.float(), False)
+    return condition, *stream(seed), *parameters, sizes.numbers(), samples, 0.2, bool(squash)
+
+
+def _arguments(*setting: Any) -> tuple[Any, ...]:
+    *decoder, dtype, seed = setting
+    return *_operands(*decoder, seed), decoder[-1] == "", dtype
+
+
+def _arguments_backward(*setting: Any) -> tuple[Any, ...]:
+    *decoder, dtype, seed = setting
+    operands = _operands(*decoder, seed)
+    forward: tuple[Any, ...] = (*operands, False, dtype)
+    image = reference(*forward)
+    return normal(seed + 40, *image.shape).to(dtype), image, *operands
 
 
 OP = define_op(
@@ -182,34 +225,31 @@ OP = define_op(
     reference=reference,
     fake=_fake,
     triton=Launcher("decode_samples", "forward"),
+    examples=examples(_arguments, EXAMPLES, dtypes=(torch.float32, torch.bfloat16)),
+    raced=examples(_arguments, RACED, dtypes=(torch.float32, torch.bfloat16)),
     replaces_many=True,
-    weigh=_weighed,
+    # by the dtype of the images, which is the last argument, and the numbers of the condition
+    weigh=lambda condition, *others: (others[-1], condition.numel()),
 )
 BACKWARD = define_op(
     "decode_samples_backward",
     f"(Tensor grad, Tensor image, Tensor condition, Tensor seed, Tensor sample_ids, {_SIZES}) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, image, condition, *rest: condition.new_empty(condition.shape),
+    examples=examples(
+        _arguments_backward,
+        dict.fromkeys(EXAMPLES, "") | ON_GPU_BACKWARD,
+        dtypes=(torch.float32, torch.bfloat16),
+        # the slope of a LeakyReLU is that of its input's sign
+        jumps=lambda decoder, samples, weights, squashed: weights == torch.bfloat16,
+    ),
+    raced=examples(_arguments_backward, RACED, dtypes=(torch.float32, torch.bfloat16)),
     triton=Launcher("decode_samples", "backward"),
     replaces_many=True,
 )
 
 
-class _DecodeSamples(torch.autograd.Function):
-    @staticmethod
-    def forward(condition: Tensor, *rest: Any) -> Tensor:
-        return OP.handle(condition, *rest)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        condition, seed, sample_ids, packed, biases, *ctx.sizes = inputs
-        ctx.sizes = ctx.sizes[:4]
-        ctx.save_for_backward(output, condition, seed, sample_ids, packed, biases)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return BACKWARD(grad, *ctx.saved_tensors, *ctx.sizes), *[None] * 10
+_decode = differentiable(OP.handle, lambda *given: BACKWARD(*given), lambda inputs, outputs: (*outputs, *inputs[:9]))
 
 
 def decode_prior(
@@ -293,6 +333,7 @@ def decode_prior(
             logits = maps(condition, seed, sample_ids, weights, geometry, samples=samples, slope=float(slope))[-1]
         out = images(logits, squash, channels_last, dtype)
     else:
-        sizes = geometry.numbers(), samples, float(slope), squash
-        out = _DecodeSamples.apply(condition, seed, sample_ids, packed, biases, *sizes, channels_last, wanted).to(dtype)
+        tensors = condition, seed, sample_ids, packed, biases
+        settings = geometry.numbers(), samples, float(slope), squash, channels_last, wanted
+        out = (_decode if needs_gradient(condition) else OP.handle)(*tensors, *settings).to(dtype)
     return out.unflatten(0, (-1, samples))

@@ -9,14 +9,13 @@ DeepFillv2 (Yu et al., ICCV 2019), the generator of AToP (arXiv 2401.16352). Bac
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._gradient import first_order, needs_gradient
-from ._op import Launcher, define_op, wide
+from .dispatch.examples import ROWS, examples, normal
+from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.registry import Launcher, define_op, wide
 
 
 def last_channels(x: Tensor) -> bool:
@@ -43,11 +42,32 @@ def _half(features: Tensor, dim: int) -> list[int]:
     return [size // 2 if i == dim else size for i, size in enumerate(features.shape)]
 
 
+#: Shape, and the dimension of the halves: rows of channels_last are the last dimension. With the dtypes on a GPU.
+EXAMPLES = {
+    ((ROWS, 6, 17, 15), 1): "",
+    ((ROWS, 8, 8, 48), 3): "f",
+    ((ROWS, 2050), 1): "b",
+    ((ROWS, 5, 7, 14), 3): "h",
+}
+RACED = (((ROWS, 96, 16, 16), 1), ((ROWS, 16, 16, 96), 3))
+
+
+def _arguments(shape: tuple[int, ...], dim: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, int]:
+    return normal(seed, *shape, scale=2.0).to(dtype), dim
+
+
+def _arguments_backward(shape: tuple[int, ...], dim: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, int]:
+    features, _ = _arguments(shape, dim, dtype, seed)
+    return normal(seed + 100, *_half(features, dim)).to(dtype), features, dim
+
+
 OP = define_op(
     "gated_elu",
     "(Tensor features, int dim) -> Tensor",
     reference=lambda features, dim: reference(features, dim).contiguous(),
     fake=lambda features, dim: features.new_empty(_half(features, dim)),
+    examples=examples(_arguments, EXAMPLES, slack=16.0),
+    raced=examples(_arguments, RACED),
     triton=Launcher("gated_elu", "forward"),
     replaces_many=True,
     compiler_fuses=("",),
@@ -57,26 +77,15 @@ BACKWARD = define_op(
     "(Tensor grad, Tensor features, int dim) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, features, dim: features.new_empty(features.shape),
+    examples=examples(_arguments_backward, EXAMPLES, slack=16.0),
+    raced=examples(_arguments_backward, RACED),
     triton=Launcher("gated_elu", "backward"),
     replaces_many=True,
     compiler_fuses=("",),
 )
 
 
-class _GatedElu(torch.autograd.Function):
-    @staticmethod
-    def forward(features: Tensor, dim: int) -> Tensor:
-        return OP.handle(features, dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        features, ctx.dim = inputs
-        ctx.save_for_backward(features)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return BACKWARD(grad, *ctx.saved_tensors, ctx.dim), None
+_gated_elu = differentiable(OP.handle, lambda *given: BACKWARD(*given))
 
 
 def gated_elu(features: Tensor) -> Tensor:
@@ -100,7 +109,7 @@ def gated_elu(features: Tensor) -> Tensor:
         raise ValueError(f"features need an even number of channels, 2C, got {features.shape[1]}")
     if OP.plain(features.device, features.dtype, features.numel()):
         return reference(features, 1)
-    call = _GatedElu.apply if needs_gradient(features) else OP.handle
+    call = _gated_elu if needs_gradient(features) else OP.handle
     if last_channels(features):  # the op sees the halves of dense rows, whatever the layout
         return call(features.permute(0, 2, 3, 1), 3).permute(0, 3, 1, 2)
     return call(features, 1)

@@ -23,11 +23,15 @@ squares of tiny gradients do not vanish.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._op import Launcher, define_op, wide
+from .dispatch.examples import IMAGES, RGB, ROWS, examples, normal, uniform, wide_dtype
+from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import NORMS, check, per_sample
 
 #: By dtype: the integers of its width, the bits of its mantissa, and twice the bias of its exponent.
@@ -89,11 +93,40 @@ def _share(slope: Tensor, gain: Tensor, gap: Tensor) -> Tensor:
     return torch.where(whole, 1.0, torch.where(edge, part, 0.0))
 
 
+#: Norm and shape, with the dtypes that stand for it on a GPU.
+EXAMPLES = {(norm, shape): "" for norm in NORMS for (shape,) in IMAGES} | {
+    ("linf", (ROWS, 16400)): "f",
+    ("l2", (ROWS, 3, 33, 31)): "b",
+    ("l1", (ROWS, 16400)): "f",
+    ("l1", (ROWS, 3, 33, 31)): "h",
+}
+RACED = tuple((norm, shape) for norm in NORMS for (shape,) in RGB)
+PROPERTIES: dict[str, Any] = {
+    "variant": lambda norm, _: norm,
+    # The sum over a row that is the distance to its plane is rounded, in another order otherwise. In l1 one coordinate
+    # takes all of it.
+    "slack": lambda norm, _: 2.0**14 if norm == "l1" else 256.0,
+}
+
+
+def _arguments(norm: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor | float, ...]:
+    """Planes nearby, further away and out of reach; a normal with zeros and what is no number."""
+    x, w = uniform(seed, *shape).to(dtype), normal(seed + 100, *shape)
+    w[uniform(seed + 200, *shape) < 0.1] = 0
+    w[1].view(-1)[:2] = torch.tensor([math.nan, math.inf])
+    w, finite = w.to(dtype), w.nan_to_num(posinf=0.0).to(dtype).double()
+    size = finite.abs().flatten(1).sum(1)
+    offset = (finite * x.double()).flatten(1).sum(1) + torch.tensor([0.02, -0.3, 2.0]) * size
+    return x, w, offset.to(wide_dtype(dtype)), NORMS.index(norm), 0.0, 1.0
+
+
 OP = define_op(
     "hyperplane_projection",
     "(Tensor x, Tensor w, Tensor b, int norm, float lo, float hi) -> Tensor",
     reference=reference,
     fake=lambda x, w, b, norm, lo, hi: x.new_empty(x.shape),
+    examples=examples(_arguments, EXAMPLES, **PROPERTIES),
+    raced=examples(_arguments, RACED, **PROPERTIES),
     triton=Launcher("hyperplane_projection", "forward"),
     replaces_many=NORMS,
     differentiable=False,

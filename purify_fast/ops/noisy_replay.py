@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from ._op import Launcher, define_op, wide
+from .dispatch.examples import IMAGES, RGB, ROWS, examples, stream, uniform, wide_dtype
+from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import per_sample
 from .philox import Stream, check_stream, philox
 
@@ -39,12 +40,21 @@ def reference(
     return torch.where(per_image(drift > tau, x), noisy, x_adv).contiguous()
 
 
+def _arguments(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor | float, ...]:
+    inner = wide_dtype(dtype)
+    x, adversarial = (uniform(seed + i, *shape).to(dtype) for i in (0, 100))
+    drift, radius = torch.tensor([0.9, 0.1, 0.6], dtype=inner), torch.full((ROWS,), 8 / 255, dtype=inner)
+    return x, adversarial, drift, torch.tensor(0.5, dtype=inner), radius, *stream(seed), 0.0, 1.0
+
+
 OP = define_op(
     "noisy_replay",
     "(Tensor x, Tensor x_adv, Tensor drift, Tensor tau, Tensor eps, Tensor seed, Tensor sample_ids, float lo, float hi)"
     " -> Tensor",
     reference=reference,
     fake=lambda x, x_adv, drift, tau, eps, seed, sample_ids, lo, hi: x.new_empty(x.shape),
+    examples=examples(_arguments, IMAGES, exact=True),
+    raced=examples(_arguments, RGB, exact=True),
     triton=Launcher("noisy_replay", "forward"),
     replaces_many=True,
     differentiable=False,

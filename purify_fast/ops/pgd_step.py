@@ -23,13 +23,15 @@ a saturated loss still point somewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from ._op import Launcher, define_op, wide
+from .dispatch.examples import IMAGES, LAYOUTS, RGB, ROWS, Example, examples, laid_out, normal, uniform, wide_dtype
+from .dispatch.registry import Launcher, define_op, wide
 
 NORMS = ("linf", "l2", "l1")
 #: The share of the coordinates that an l1 step moves, this package's own choice. SLIDE's implementation in cleverhans
@@ -118,12 +120,57 @@ def reference(
     return moved.to(x.dtype).contiguous()
 
 
+#: Norm and shape, with the dtypes that stand for a step on a GPU.
+ON_GPU = {
+    ("linf", (ROWS, 16400)): "f",
+    ("linf", (ROWS, 3, 33, 31)): "h",
+    ("l2", (ROWS, 16400)): "fb",
+    ("l2", (ROWS, 3, 33, 31)): "f",
+    ("l2", (ROWS, 1, 16, 16)): "b",
+    ("l1", (ROWS, 16400)): "fb",
+    ("l1", (ROWS, 3, 33, 31)): "f",
+    ("l1", (ROWS, 1, 16, 16)): "b",
+}
+
+
+def step_arguments(
+    norm: str, layout: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int, momentum: bool = False
+) -> tuple[Tensor | float, ...]:
+    """A gradient with zeros, and images a little outside the ball, so that a step takes every branch."""
+    clean, grad = uniform(seed, *shape), normal(seed + 100, *shape)
+    grad[uniform(seed + 200, *shape) < 0.1] = 0
+    x, previous = ((clean + 0.2 * (uniform(seed + i, *shape) - 0.5)).clamp(0, 1) for i in (300, 400))
+    images = [laid_out(one.to(dtype), layout) for one in (x, grad, clean, *([previous] if momentum else []))]
+    radii = [torch.linspace(low, high, ROWS).to(wide_dtype(dtype)) for low, high in ((0.01, 0.4), (0.02, 1.0))]
+    index = NORMS.index(norm)
+    return *images, *radii, *([0.75] if momentum else []), index, 0.1, 0.9, *([] if momentum else [DENSITY])
+
+
+def step_examples(
+    arguments: Callable[..., tuple[Any, ...]],
+    norms: Sequence[str],
+    shapes: Iterable[tuple[tuple[int, ...]]],
+    gpu: dict[tuple[str, tuple[int, ...]], str],
+) -> list[Example]:
+    """Examples of a step, in all of its norms, of images of these shapes, contiguous and channels_last."""
+    settings = {
+        (norm, layout, shape): "" if layout else gpu.get((norm, shape), "")
+        for layout in LAYOUTS
+        for norm in norms
+        for (shape,) in shapes
+        if len(shape) == 4 or not layout
+    }
+    return examples(arguments, settings, exact=lambda norm, *_: norm == "linf", variant=lambda norm, *_: norm)
+
+
 OP = define_op(
     "pgd_step",
     "(Tensor x, Tensor grad, Tensor x_nat, Tensor alpha, Tensor eps, int norm, float lo, float hi, float density) "
     "-> Tensor",
     reference=reference,
     fake=lambda x, grad, x_nat, alpha, eps, norm, lo, hi, density: x.new_empty(x.shape),
+    examples=step_examples(step_arguments, NORMS, IMAGES, ON_GPU),
+    raced=step_examples(step_arguments, NORMS, RGB, {}),
     triton=Launcher("pgd_step", "forward"),
     replaces_many=("linf", "l2", "l1"),
     compiler_fuses=("linf",),

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._op import Launcher, define_op
+from .dispatch.examples import ROWS, examples
+from .dispatch.examples import stream as example_stream
+from .dispatch.registry import Launcher, define_op
 
 _MASK = 0xFFFFFFFF
 _ROUND = (0xD2511F53, 0xCD9E8D57)
@@ -80,24 +82,21 @@ def reference(
     return out.flatten(-2)[..., :numel].contiguous()
 
 
-def _fake(
-    seed: Tensor,
-    sample_ids: Tensor,
-    numel: int,
-    stream: int,
-    distribution: int,
-    draws: int = 1,
-    first_draw: int = 0,
-) -> Tensor:
+def _fake(seed: Tensor, ids: Tensor, numel: int, stream: int, distribution: int, draws: int = 1, *_: int) -> Tensor:
     dtype = torch.int32 if distribution == 0 else torch.float32
-    return sample_ids.new_empty((sample_ids.shape[0], draws, numel), dtype=dtype)
+    return ids.new_empty((ids.shape[0], draws, numel), dtype=dtype)
 
 
-def _drawn(
-    seed: Tensor, sample_ids: Tensor, numel: int, stream: int, distribution: int, draws: int = 1, *_: int
-) -> tuple[torch.dtype, int]:
-    """What a call is weighed by: the numbers that it draws."""
-    return torch.float32, sample_ids.numel() * draws * numel
+def _arguments(distribution: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    # the draws wrap
+    return *example_stream(seed), shape[-1], int(Stream.LATENT), DISTRIBUTIONS.index(distribution), 3, 2**32 - 2
+
+
+PROPERTIES = {
+    "dtypes": (torch.float32,),
+    "exact": lambda distribution, _: distribution != "normal",
+    "slack": lambda distribution, _: 16.0 if distribution == "normal" else 0.0,
+}
 
 
 OP = define_op(
@@ -107,8 +106,19 @@ OP = define_op(
     reference=reference,
     fake=_fake,
     triton=Launcher("philox", "philox"),
+    examples=examples(
+        _arguments,
+        {
+            (distribution, (ROWS, 3, numel)): "f" if (numel == 1024) == (distribution == "normal") else ""
+            for distribution in DISTRIBUTIONS
+            for numel in (130, 1024)
+        },
+        **PROPERTIES,
+    ),
+    raced=examples(_arguments, [(distribution, (ROWS, 3, 1024)) for distribution in DISTRIBUTIONS], **PROPERTIES),
     replaces_many=True,
-    weigh=_drawn,
+    # by the numbers that a call draws
+    weigh=lambda seed, ids, numel, stream, distribution, draws=1, *_: (torch.float32, ids.numel() * draws * numel),
     differentiable=False,
 )
 

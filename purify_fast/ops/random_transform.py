@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from .._tensors import without_autocast
-from ._gradient import first_order, needs_gradient
-from ._op import Launcher, define_op, wide
+from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, normal, stream, uniform
+from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.registry import Launcher, define_op, wide
 from .philox import Stream, check_stream, philox
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -133,20 +134,52 @@ def reference_backward(
 def _fake(
     x: Tensor,
     seed: Tensor,
-    sample_ids: Tensor,
+    ids: Tensor,
     sigma: float,
     block: int,
-    masked_blocks: int,
+    masked: int,
     num_passes: int,
     samples: int,
-    shared_mask: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
+    _, dtype, channels_last = rest
     shape = (samples * batch * (num_passes or 1), channels + 2, height, width)
     packed = torch.empty(shape, dtype=dtype, device=x.device, memory_format=_format(channels_last))
     return packed, x.new_empty((samples, batch, height // block, width // block), dtype=torch.uint8)
+
+
+#: Shape, block, num_passes (0: RT1 and RT2), sigma, draws and layout, with the dtypes that stand for it on a GPU. The
+#: planes of some shapes are no multiple of 4.
+EXAMPLES = {
+    (*setting, layout): letters
+    for setting, gpu in {
+        ((ROWS, 3, 32, 32), 4, 0, 0.25, 1): ("f", "b"),
+        ((ROWS, 2, 9, 15), 3, 5, 0.25, 1): ("", "f"),
+        ((ROWS, 3, 12, 20), 4, 5, 0.25, 2): ("", ""),
+        ((ROWS, 1, 16, 16), 4, 0, 0.0, 2): ("h", ""),
+        ((ROWS, 1, 16, 24), 8, 3, 0.25, 1): ("b", ""),
+    }.items()
+    for layout, letters in zip(LAYOUTS, gpu, strict=True)
+}
+RACED = tuple(
+    ((ROWS, 3, 32, 32), 4, passes, sigma, 1, layout)
+    for passes, sigma in ((0, 0.25), (4, 0.25), (0, 0.0))
+    for layout in LAYOUTS
+)
+
+
+def _arguments(*setting: Any) -> tuple[Any, ...]:
+    shape, block, passes, sigma, draws, layout, dtype, seed = setting
+    x, masked_blocks = laid_out(uniform(seed, *shape).to(dtype), layout), (shape[2] // block) * (shape[3] // block) // 3
+    return x, *stream(seed), sigma, block, masked_blocks, passes, draws, False, dtype, bool(layout)
+
+
+def _arguments_backward(*setting: Any) -> tuple[Any, ...]:
+    x, key, ids, sigma, _, _, num_passes, *_ = given = _arguments(*setting)
+    packed, owners = reference(*given)
+    grad = torch.empty_like(packed).copy_(normal(setting[-1] + 100, *packed.shape))  # in its layout
+    return grad, x, owners, key, ids, sigma, num_passes
 
 
 OP = define_op(
@@ -155,6 +188,13 @@ OP = define_op(
     "SymInt num_passes, SymInt samples, bool shared_mask, ScalarType dtype, bool channels_last) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
+    examples=examples(
+        _arguments,
+        EXAMPLES,
+        exact=lambda shape, block, passes, sigma, *_: sigma == 0,
+        slack=lambda shape, block, passes, sigma, *_: 16.0 if sigma else 0.0,
+    ),
+    raced=examples(_arguments, RACED),
     triton=Launcher("random_transform", "forward"),
     replaces_many=True,
 )
@@ -163,43 +203,19 @@ BACKWARD = define_op(
     "(Tensor grad, Tensor x, Tensor owners, Tensor seed, Tensor sample_ids, float sigma, SymInt num_passes) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, x, owners, seed, sample_ids, sigma, num_passes: x.new_empty(x.shape),
+    examples=examples(_arguments_backward, EXAMPLES),
+    raced=examples(_arguments_backward, RACED),
     triton=Launcher("random_transform", "backward"),
     replaces_many=True,
 )
 
 
-class _RandomTransform(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        x: Tensor,
-        seed: Tensor,
-        sample_ids: Tensor,
-        sigma: float,
-        block: int,
-        masked_blocks: int,
-        num_passes: int,
-        samples: int,
-        shared_mask: bool,
-        dtype: torch.dtype,
-        channels_last: bool,
-    ) -> tuple[Tensor, Tensor]:
-        # Every argument has its name here, because torch.compile takes a forward of any number of arguments for one
-        # with a context before them.
-        return OP.handle(
-            x, seed, sample_ids, sigma, block, masked_blocks, num_passes, samples, shared_mask, dtype, channels_last
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, seed, sample_ids, ctx.sigma = inputs[:4]
-        ctx.num_passes = inputs[6]
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, output[1], seed, sample_ids)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        return (BACKWARD(grad, *ctx.saved_tensors, ctx.sigma, ctx.num_passes), *[None] * 10)
+_random_transform = differentiable(
+    OP.handle,
+    lambda *given: BACKWARD(*given),
+    lambda inputs, outputs: (inputs[0], outputs[1], *inputs[1:4], inputs[6]),
+    constants=1,
+)
 
 
 def _check_tensors(x: Tensor, seed: Tensor, sample_ids: Tensor) -> None:
@@ -299,7 +315,7 @@ def random_transform(
     blocks = (height // block) * (width // block)
     # 1/49 of 49 blocks is one block, although the product is 0.999.. in floating point
     masked_blocks = min(int(mask_ratio * blocks + 1e-6), blocks - 1) if num_passes is None else 0
-    kernel = _RandomTransform.apply if needs_gradient(x) else OP.handle
+    kernel = _random_transform if needs_gradient(x) else OP.handle
     call = reference if OP.plain(x.device, x.dtype, x.numel()) else kernel
     passes = num_passes or 0
     return call(x, seed, sample_ids, sigma, block, masked_blocks, passes, samples, shared_mask, dtype, channels_last)

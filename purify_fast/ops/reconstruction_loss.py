@@ -10,16 +10,15 @@ For targets inside (0, 1) the minimum is the entropy of the pixels, not 0. Backw
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .._tensors import per_image
-from . import _kept
-from ._gradient import first_order, needs_gradient
-from ._op import Launcher, define_op, second_argument, wide
+from .dispatch import cpu_kernels
+from .dispatch.examples import IMAGES, RGB, examples, normal, uniform, wide_dtype
+from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.registry import Launcher, define_op, second_argument, wide
 
 
 def reference(logits: Tensor, target: Tensor) -> Tensor:
@@ -35,11 +34,21 @@ def reference_backward(grad: Tensor, logits: Tensor, target: Tensor) -> Tensor:
     return (g * (torch.sigmoid(x) - target.to(x.dtype))).to(logits.dtype).contiguous()
 
 
+def _arguments(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    return normal(seed, *shape, scale=3.0).to(dtype), uniform(seed + 100, *shape).to(dtype)
+
+
+def _arguments_backward(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    return normal(seed + 200, shape[0]).to(wide_dtype(dtype)), *_arguments(shape, dtype, seed)
+
+
 OP = define_op(
     "reconstruction_loss",
     "(Tensor logits, Tensor target) -> Tensor",
     reference=reference,
     fake=lambda logits, target: wide(logits).new_empty(logits.shape[0]),
+    examples=examples(_arguments, IMAGES),
+    raced=examples(_arguments, RGB),
     triton=Launcher("reconstruction_loss", "forward"),
     replaces_many=True,
     compiler_fuses=("",),
@@ -49,6 +58,8 @@ BACKWARD = define_op(
     "(Tensor grad, Tensor logits, Tensor target) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, logits, target: logits.new_empty(logits.shape),
+    examples=examples(_arguments_backward, IMAGES),
+    raced=examples(_arguments_backward, RGB),
     triton=Launcher("reconstruction_loss", "backward"),
     replaces_many=True,
     compiler_fuses=("",),
@@ -57,40 +68,17 @@ BACKWARD = define_op(
 
 
 #: The loss, and s - t in the arithmetic's dtype.
-KEEPING = _kept.kernel(
+SAVING = cpu_kernels.kernel(
     "reconstruction_loss_keeping",
     "(Tensor logits, Tensor target) -> (Tensor, Tensor)",
     lambda logits, target: (wide(logits).new_empty(logits.shape[0]), wide(logits).new_empty(logits.shape)),
 )
 
 
-class _Kept(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
-        loss, slope = KEEPING(logits, target)
-        ctx.dtype = logits.dtype
-        ctx.save_for_backward(slope)
-        return loss
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _kept.SCALED_ROWS(grad, *ctx.saved_tensors, ctx.dtype), None
-
-
-class _ReconstructionLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(logits: Tensor, target: Tensor) -> Tensor:
-        return OP.handle(logits, target)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return BACKWARD(grad, *ctx.saved_tensors), None
+_with_saved = differentiable(
+    SAVING, cpu_kernels.SCALED_ROWS, lambda inputs, outputs: (outputs[1], inputs[0].dtype), constants=1
+)
+_reconstruction_loss = differentiable(OP.handle, lambda *given: BACKWARD(*given))
 
 
 def reconstruction_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -118,5 +106,6 @@ def reconstruction_loss(logits: Tensor, target: Tensor) -> Tensor:
         return reference(logits, target.detach())
     if not needs_gradient(logits):
         return OP.handle(logits, target)
-    keeps = _kept.serves(BACKWARD, logits)
-    return (_Kept if keeps else _ReconstructionLoss).apply(logits, target.detach())
+    if cpu_kernels.serves(BACKWARD, logits):
+        return _with_saved(logits, target.detach())[0]
+    return _reconstruction_loss(logits, target.detach())

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from . import _kept
-from ._gradient import first_order, needs_gradient
-from ._op import Launcher, define_op, wide
+from .dispatch import cpu_kernels
+from .dispatch.examples import ROWS, examples, normal
+from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.registry import Launcher, define_op, wide
 from .gated_elu import last_channels
 
 KINDS = ("abs_cosine", "cosine", "angular", "l2")
@@ -96,13 +97,47 @@ def _fake(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: int) -> tu
 
 
 def _weighed(student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
-    """What the forward is weighed by: the student's first layer."""
+    """A call is weighed by the student's first layer."""
     return student[0].dtype, student[0].numel()
 
 
-def _weighed_backward(grad: Tensor, student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
-    """What the backward is weighed by: likewise."""
-    return _weighed(student)
+def _variant(layers: int) -> str:
+    """One layer and several layers are raced apart: the reference launches its operators for each layer."""
+    return "several" if layers > 1 else ""
+
+
+#: Layers of one call. The last ones have more numbers than one program takes.
+ONE, TWO, THREE = ((2, 5, 7),), ((9001,), (3,)), ((64, 8, 8), (130,), (4, 1025))
+#: The kind and the layers, with the dtypes that stand for it on a GPU.
+EXAMPLES = {(kind, layers): "f" if layers == ONE else "" for kind in KINDS for layers in (ONE, THREE, TWO)} | {
+    ("l2", ONE): "b",
+    ("abs_cosine", TWO): "bh",
+    ("l2", TWO): "f",
+}
+ON_GPU_BACKWARD = {("abs_cosine", ONE): "f", ("l2", TWO): "b", ("angular", THREE): "h"}
+RACED = tuple(
+    (kind, layers) for kind in ("abs_cosine", "l2") for layers in (((640, 8, 8),), ((64, 8, 8), (128, 4, 4), (256,)))
+)
+
+
+def _raced_apart(kind: str, layers: tuple[tuple[int, ...], ...]) -> str:
+    return _variant(len(layers))
+
+
+def _arguments(
+    kind: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, seed: int
+) -> tuple[list[Tensor], list[Tensor], int]:
+    teacher = [normal(seed + i, ROWS, *shape) for i, shape in enumerate(shapes)]
+    student = [v + 0.5 * normal(seed + 100 + i, *v.shape) for i, v in enumerate(teacher)]
+    return [u.to(dtype) for u in student], [v.to(dtype) for v in teacher], KINDS.index(kind)
+
+
+def _arguments_backward(
+    kind: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, seed: int
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    student, teacher, index = _arguments(kind, shapes, dtype, seed)
+    distance, slopes = reference(student, teacher, index)
+    return normal(seed + 200, *distance.shape).to(distance.dtype), student, teacher, slopes
 
 
 OP = define_op(
@@ -110,6 +145,9 @@ OP = define_op(
     "(Tensor[] student, Tensor[] teacher, int kind) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
+    # a kernel's sums in another order err by ulps of the cosine, which is ten times as large as the distance
+    examples=examples(_arguments, EXAMPLES, variant=_raced_apart, slack=lambda kind, _: 0.0 if kind == "l2" else 32.0),
+    raced=examples(_arguments, RACED, variant=_raced_apart),
     triton=Launcher("representation_distance", "forward"),
     replaces_many=("", "several"),
     compiler_fuses=("",),
@@ -120,66 +158,44 @@ BACKWARD = define_op(
     "(Tensor grad, Tensor[] student, Tensor[] teacher, Tensor slopes) -> Tensor[]",
     reference=reference_backward,
     fake=lambda grad, student, teacher, slopes: [x.new_empty(x.shape) for x in student],
+    examples=examples(_arguments_backward, dict.fromkeys(EXAMPLES, "") | ON_GPU_BACKWARD, variant=_raced_apart),
+    raced=examples(_arguments_backward, RACED, variant=_raced_apart),
     triton=Launcher("representation_distance", "backward"),
     replaces_many=("", "several"),
     compiler_fuses=("",),
-    weigh=_weighed_backward,
+    weigh=lambda grad, student, *_: _weighed(student),
 )
 
 
-def _variant(layers: int) -> str:
-    """One layer and several layers are raced apart: the reference launches its operators for each layer."""
-    return "several" if layers > 1 else ""
-
-
-#: The distances of one layer [B], and dd/du in the student's shape and the arithmetic's dtype.
-KEEPING = _kept.kernel(
+#: The distances of one layer [B], and dd/du in the student's shape and the arithmetic's dtype: of a 16-bit student as
+#: many bytes as the two layers that backward would read.
+SAVING = cpu_kernels.kernel(
     "representation_distance_keeping",
     "(Tensor student, Tensor teacher, int kind) -> (Tensor, Tensor)",
     lambda student, teacher, kind: (wide(student).new_empty(student.shape[0]), wide(student).new_empty(student.shape)),
 )
 
 
-class _Kept(torch.autograd.Function):
-    """Of one layer. The slope of a 16-bit one is as many bytes as the two layers that backward would read."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, kind: int) -> Tensor:
-        distance, slope = KEEPING(student, teacher, kind)
-        ctx.dtype = student.dtype
-        ctx.save_for_backward(slope)
-        return distance
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _kept.SCALED_ROWS(grad, *ctx.saved_tensors, ctx.dtype), None, None
+_with_saved = differentiable(
+    SAVING, cpu_kernels.SCALED_ROWS, lambda inputs, outputs: (outputs[1], inputs[0].dtype), constants=1
+)
 
 
-class _RepresentationDistance(torch.autograd.Function):
-    """Around the reference too: the gradient that autograd finds for it is rounding at u = v, and NaN at 0."""
+def _forward(kind: int, layers: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    plain = OP.plain(tensors[0].device, tensors[0].dtype, tensors[0].numel(), _variant(layers))
+    call = reference if plain else OP.handle
+    return call(list(tensors[:layers]), list(tensors[layers:]), kind)
 
-    @staticmethod
-    def forward(kind: int, layers: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        call = (
-            reference
-            if OP.plain(tensors[0].device, tensors[0].dtype, tensors[0].numel(), _variant(layers))
-            else OP.handle
-        )
-        return call(list(tensors[:layers]), list(tensors[layers:]), kind)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, ctx.layers, *tensors = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*tensors, output[1])
+def _backward(grad: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+    *tensors, slopes, layers = saved
+    return None, None, *BACKWARD(grad, tensors[:layers], tensors[layers:], slopes, variant=_variant(layers))
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        *tensors, slopes = ctx.saved_tensors
-        out = BACKWARD(grad, tensors[: ctx.layers], tensors[ctx.layers :], slopes, variant=_variant(ctx.layers))
-        return None, None, *out, *[None] * ctx.layers
+
+# Around the reference too: the gradient that autograd computes for it is rounding at u = v, and NaN at 0.
+_distance = differentiable(
+    _forward, _backward, lambda inputs, outputs: (*inputs[2:], outputs[1], inputs[1]), constants=1
+)
 
 
 def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> None:
@@ -239,12 +255,12 @@ def representation_distance(
     for layer, (u, v) in enumerate(zip(us, vs, strict=True)):
         if last_channels(u):  # the op sees dense rows, whatever the layout
             us[layer], vs[layer] = u.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1)
-    differentiable = needs_gradient(*us)
+    gradient = needs_gradient(*us)
     serves = not OP.plain(us[0].device, us[0].dtype, us[0].numel())
-    if differentiable and single and serves and _kept.serves(BACKWARD, us[0]):
-        return _Kept.apply(us[0], vs[0].detach(), KINDS.index(kind))
+    if gradient and single and serves and cpu_kernels.serves(BACKWARD, us[0]):
+        return _with_saved(us[0], vs[0].detach(), KINDS.index(kind))[0]
     tensors = (*us, *(v.detach() for v in vs))
     # the compiler, too, does not take a Function of any number of tensors where none needs a gradient
-    call = _RepresentationDistance.apply if differentiable else _RepresentationDistance.forward
+    call = _distance if gradient else _forward
     distance, _ = call(KINDS.index(kind), len(us), *tensors)
     return distance.squeeze(1) if single else distance

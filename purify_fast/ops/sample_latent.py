@@ -10,14 +10,13 @@ Source: Kingma & Welling, ICLR 2014; CARSO (arXiv 2306.06081), section 4.3. Back
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import _kept
-from ._gradient import first_order, needs_gradient
-from ._op import Launcher, define_op, wide
+from .dispatch import cpu_kernels
+from .dispatch.examples import ROWS, examples, normal, stream, wide_dtype
+from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.registry import Launcher, define_op, wide
 from .philox import Stream, check_stream, philox
 
 
@@ -42,11 +41,26 @@ def reference_backward(
     return (to_z + to_kl * mean).to(mu.dtype), to_logvar.to(logvar.dtype)
 
 
+EXAMPLES = {((ROWS, 64),): "fb", ((ROWS, 37),): "h", ((ROWS, 2500),): ""}
+RACED = (((ROWS, 128),),)
+
+
+def _arguments(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    return normal(seed, *shape).to(dtype), normal(seed + 100, *shape).to(dtype), *stream(seed)
+
+
+def _arguments_backward(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    grads = normal(seed + 200, *shape).to(dtype), normal(seed + 300, shape[0]).to(wide_dtype(dtype))
+    return *grads, *_arguments(shape, dtype, seed)
+
+
 OP = define_op(
     "sample_latent",
     "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor)",
     reference=reference,
     fake=lambda mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), wide(mu).new_empty(mu.shape[0])),
+    examples=examples(_arguments, EXAMPLES, slack=16.0),
+    raced=examples(_arguments, RACED),
     triton=Launcher("sample_latent", "forward"),
     replaces_many=True,
 )
@@ -55,13 +69,15 @@ BACKWARD = define_op(
     "(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor)",
     reference=reference_backward,
     fake=lambda grad_z, grad_kl, mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), logvar.new_empty(mu.shape)),
+    examples=examples(_arguments_backward, EXAMPLES, slack=16.0),
+    raced=examples(_arguments_backward, RACED),
     triton=Launcher("sample_latent", "backward"),
     replaces_many=True,
 )
 
 
 #: z, kl, and the deviation e exp(logvar / 2) in the arithmetic's dtype; then the gradients from it.
-KEEPING = _kept.kernel(
+SAVING = cpu_kernels.kernel(
     "sample_latent_keeping",
     "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor, Tensor)",
     lambda mu, logvar, seed, sample_ids: (
@@ -70,39 +86,15 @@ KEEPING = _kept.kernel(
         wide(mu).new_empty(mu.shape),
     ),
 )
-FROM_KEPT = _kept.kernel(
+FROM_SAVED = cpu_kernels.kernel(
     "sample_latent_from_kept",
     "(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor deviation) -> (Tensor, Tensor)",
     lambda grad_z, grad_kl, mu, logvar, deviation: (mu.new_empty(mu.shape), logvar.new_empty(mu.shape)),
 )
 
 
-class _Kept(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-        z, kl, deviation = KEEPING(mu, logvar, seed, sample_ids)
-        ctx.save_for_backward(mu, logvar, deviation)
-        return z, kl
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
-        return (*FROM_KEPT(grad_z, grad_kl, *ctx.saved_tensors), None, None)
-
-
-class _SampleLatent(torch.autograd.Function):
-    @staticmethod
-    def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return OP.handle(mu, logvar, seed, sample_ids)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
-        return (*BACKWARD(grad_z, grad_kl, *ctx.saved_tensors), None, None)
+_with_saved = differentiable(SAVING, FROM_SAVED, lambda inputs, outputs: (*inputs[:2], outputs[2]), constants=1)
+_sample_latent = differentiable(OP.handle, lambda *given: BACKWARD(*given))
 
 
 def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,5 +129,7 @@ def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) 
         return reference(mu, logvar, seed, sample_ids)
     if not needs_gradient(mu, logvar):
         return OP.handle(mu, logvar, seed, sample_ids)
-    keeps = _kept.serves(BACKWARD, mu)
-    return (_Kept if keeps else _SampleLatent).apply(mu, logvar, seed, sample_ids)
+    if cpu_kernels.serves(BACKWARD, mu):
+        z, kl, _ = _with_saved(mu, logvar, seed, sample_ids)
+        return z, kl
+    return _sample_latent(mu, logvar, seed, sample_ids)

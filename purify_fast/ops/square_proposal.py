@@ -18,11 +18,15 @@ images are.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .._tensors import per_image
-from ._op import Launcher, define_op, wide
+from .dispatch.examples import RGB, ROWS, examples, normal, uniform, wide_dtype
+from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import NORMS, check, per_sample, pgd_step
 
 #: Random numbers of a proposal besides a sign for each channel: two places, and which way round the pattern lies.
@@ -128,6 +132,37 @@ def reference(
     return points.to(x.dtype).contiguous()
 
 
+#: Norm, shape, proposals and edge of the windows, with the dtypes that stand for it on a GPU. The last shape has more
+#: pixels than one program of l2 or l1 sees at once.
+EXAMPLES = {
+    (norm, shape, draws, edge): gpu.get(norm, "")
+    for norm in NORMS
+    for shape, draws, edge, gpu in (
+        ((ROWS, 3, 32, 32), 1, 7, {"linf": "f", "l2": "f"}),
+        ((ROWS, 1, 16, 16), 3, 5, {}),
+        ((ROWS, 2, 9, 15), 2, 3, {"linf": "h", "l1": "b"}),
+        ((ROWS, 3, 48, 40), 1, 15, {}),
+    )
+}
+RACED = tuple((norm, shape, draws, 7) for norm in NORMS for (shape,) in RGB for draws in (1, 8))
+
+
+def _arguments(
+    norm: str, shape: tuple[int, ...], draws: int, edge: int, dtype: torch.dtype, seed: int
+) -> tuple[Tensor | float | None, ...]:
+    """Points well inside their balls, and one outside: near the border, rounding decides what the ball has left."""
+    clean, offset = 0.25 + 0.5 * uniform(seed, *shape), 0.2 * (uniform(seed + 100, *shape) - 0.5)
+    index = NORMS.index(norm)
+    power = (math.inf, 2, 1)[index]
+    radius = offset.flatten(1).norm(p=power, dim=1) * torch.tensor([1.5, 0.7, 2.0])
+    pattern = normal(seed + 300, 2, edge, edge)
+    pattern = pattern / pattern.norm(p=power, dim=(1, 2), keepdim=True)
+    images = (clean + offset).to(dtype), clean.to(dtype), radius.to(wide_dtype(dtype))
+    numbers = uniform(seed + 200, shape[0], draws, PLACES + shape[1]).float()
+    # a parameter, since `tile` repeats what is none
+    return *images, numbers, Parameter(pattern.float(), False) if index else None, edge, index, 0.1, 0.9
+
+
 def _proposed(x: Tensor, x_nat: Tensor, eps: Tensor, numbers: Tensor, *_: object) -> tuple[torch.dtype, int]:
     """What a call is weighed by: the elements of what it returns."""
     return x.dtype, x.numel() * numbers.shape[1]
@@ -139,6 +174,8 @@ OP = define_op(
     "-> Tensor",
     reference=reference,
     fake=lambda x, x_nat, eps, numbers, *_: x.new_empty((numbers.shape[1] * x.shape[0], *x.shape[1:])),
+    examples=examples(_arguments, EXAMPLES, exact=lambda norm, *_: norm == "linf", variant=lambda norm, *_: norm),
+    raced=examples(_arguments, RACED, variant=lambda norm, *_: norm),
     triton=Launcher("square_proposal", "forward"),
     replaces_many=("linf", "l2", "l1"),
     compiler_fuses=("linf",),

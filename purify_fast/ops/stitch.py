@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._gradient import first_order, needs_gradient
-from ._op import Launcher, define_op
+from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, normal
+from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.registry import Launcher, define_op
 from .random_transform import DTYPES, on_pixels
 
 
@@ -48,11 +49,34 @@ def _like(x: Tensor, images: int) -> Tensor:
     return torch.empty((images, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout(x))
 
 
+#: Shape, blocks, passes, layout, and the dtypes that stand for it on a GPU.
+EXAMPLES = {
+    ((ROWS, 3, 32, 32), (4, 4), 4, ""): "f",
+    ((ROWS, 3, 32, 32), (4, 4), 4, "channels_last"): "b",
+    ((ROWS, 2, 9, 15), (3, 5), 3, ""): "h",
+    ((ROWS, 2, 9, 15), (3, 5), 3, "channels_last"): "",
+}
+RACED = tuple(((ROWS, 3, 32, 32), (4, 4), 4, layout) for layout in LAYOUTS)
+
+
+def _arguments_backward(
+    shape: tuple[int, ...], grid: tuple[int, int], passes: int, layout: str, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, int]:
+    owners = torch.randint(passes, (1, ROWS, *grid), generator=torch.Generator().manual_seed(seed))
+    return laid_out(normal(seed, *shape).to(dtype), layout), owners.to(torch.uint8), passes
+
+
+def _arguments(shape: tuple[int, ...], grid: tuple[int, int], passes: int, *rest: Any) -> tuple[Tensor, Tensor, int]:
+    return _arguments_backward((shape[0] * passes, *shape[1:]), grid, passes, *rest)
+
+
 OP = define_op(
     "stitch",
     "(Tensor images, Tensor owners, SymInt passes) -> Tensor",
     reference=reference,
     fake=lambda images, owners, passes: _like(images, owners.shape[0] * owners.shape[1]),
+    examples=examples(_arguments, EXAMPLES, exact=True),
+    raced=examples(_arguments, RACED, exact=True),
     triton=Launcher("stitch", "forward"),
     replaces_many=True,
 )
@@ -61,25 +85,14 @@ BACKWARD = define_op(
     "(Tensor grad, Tensor owners, SymInt passes) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, owners, passes: _like(grad, grad.shape[0] * passes),
+    examples=examples(_arguments_backward, EXAMPLES, exact=True),
+    raced=examples(_arguments_backward, RACED, exact=True),
     triton=Launcher("stitch", "backward"),
     replaces_many=True,
 )
 
 
-class _Stitch(torch.autograd.Function):
-    @staticmethod
-    def forward(images: Tensor, owners: Tensor, passes: int) -> Tensor:
-        return OP.handle(images, owners, passes)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, owners, ctx.passes = inputs
-        ctx.save_for_backward(owners)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return BACKWARD(grad, *ctx.saved_tensors, ctx.passes), None, None
+_stitch = differentiable(OP.handle, lambda *given: BACKWARD(*given), lambda inputs, outputs: inputs[1:])
 
 
 def stitch(images: Tensor, owners: Tensor) -> Tensor:
@@ -120,5 +133,5 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
     passes = images.shape[0] // (samples * batch) if images.shape[0] else 1
     if OP.plain(images.device, images.dtype, images.numel()):
         return reference(images, owners, passes)
-    call = _Stitch.apply if needs_gradient(images) else OP.handle
+    call = _stitch if needs_gradient(images) else OP.handle
     return call(images, owners, passes)

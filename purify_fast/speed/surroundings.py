@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..ops._op import forced_backends
+from ..ops.dispatch.registry import forced_backends
 from .precision import float32_settings
 
 

@@ -126,18 +126,18 @@ def fit(
 @contextlib.contextmanager
 def _served_as_begun(run: Run, device: torch.device) -> Iterator[None]:
     """Within the block the same kernels serve as when the run began, in all of its processes as in the first."""
-    now = from_first(lambda: ops.decisions(device))
-    run.served, kept, told = ops.as_begun(run.served, now)
+    now = from_first(lambda: ops.kernel_choices(device))
+    run.served, pinned, changes = ops.resume_choices(run.served, now)
     if processes()[0] == 0:
-        if kept:
+        if pinned:
             logger.warning(
                 "this run goes on with the kernels that it began with; today others would serve %s: begin a run in "
                 "another folder for those",
-                ", ".join(kept),
+                ", ".join(pinned),
             )
-        for sentence in told:
+        for sentence in changes:
             warnings.warn(f"this run does not go on to the bit: {sentence}", RuntimeWarning, stacklevel=3)
-    with ops.held(run.served):
+    with ops.pin_kernels(run.served):
         yield
 
 

@@ -54,7 +54,7 @@ class Run:
         counts: the steps of the epoch that measured each of them.
         last: the last epoch's means.
         best: the best validation so far: its ``score`` and its ``step``; empty without one.
-        served: what decides which kernels serve, by `purify_fast.ops.decisions` when the run began; None before.
+        served: what decides which kernels serve, by `purify_fast.ops.kernel_choices` when the run began; None before.
         rate: what the task's learning rate is multiplied with: 1, and less after a divergence that was backed off from.
     """
 

@@ -41,7 +41,6 @@ from benchmarks.instructions import EXECUTED, RESULT, instructions  # noqa: E402
 from benchmarks.report import read_csv  # noqa: E402
 from benchmarks.running import RESULTS  # noqa: E402
 from purify_fast.ops import REGISTRY  # noqa: E402
-from purify_fast.ops import _examples as examples  # noqa: E402
 
 #: The cases that launch the same for every dtype.
 FLOAT32 = ("philox-*",)
@@ -95,8 +94,8 @@ def started_by_cases() -> set[str]:
 def started_by_examples() -> set[str]:
     names: set[str] = set()
     with recorded(90, lambda fn, *_, **__: names.add(name_of(fn))), torch.no_grad():
-        for name, op in REGISTRY.items():
-            for example in examples.of(name) if op.launch is not None else ():
+        for op in REGISTRY.values():
+            for example in op.examples if op.launch is not None else ():
                 for dtype in example.dtypes:
                     op.launch(*example.make(dtype, 0))
     return names

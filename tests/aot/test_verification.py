@@ -6,7 +6,6 @@ import os
 import sys
 import threading
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from unittest import mock
 
@@ -25,8 +24,9 @@ from benchmarks.ahead import Device, name_of, recorded  # noqa: E402
 from purify_fast import evaluate  # noqa: E402
 from purify_fast.kernels import _ahead, _common, sample_latent  # noqa: E402
 from purify_fast.models.classifiers import SmallCNN  # noqa: E402
-from purify_fast.ops import REGISTRY, _cases, _op  # noqa: E402
-from purify_fast.ops import _examples as examples  # noqa: E402
+from purify_fast.ops import REGISTRY  # noqa: E402
+from purify_fast.ops.dispatch import registry  # noqa: E402
+from purify_fast.ops.dispatch.verify import cases  # noqa: E402
 
 ARCHITECTURE = 90
 GPU_OPS = [name for name, op in REGISTRY.items() if op.launch is not None]
@@ -44,7 +44,7 @@ def compiled(cells: Iterable[Cell]) -> set[tuple]:
 
     with recorded(ARCHITECTURE, start), torch.no_grad():
         for name, variant, dtype in cells:
-            for example, own in _cases.cases(name, "cuda", variant, dtype):
+            for example, own in cases(REGISTRY[name], "cuda", variant, dtype):
                 REGISTRY[name].launch(*example.make(own, 0))
     return keys
 
@@ -59,12 +59,11 @@ def reached(monkeypatch) -> set[Cell]:
     """The variants and dtypes in which ops are called from now on, all served by their references."""
     cells: set[Cell] = set()
 
-    def serving(op, style, device, variant="", dtype=None, bits=0):
-        cells.add((op.name, variant, dtype))
+    def serving(op, call):
+        cells.add((op.name, call.variant, call.dtype))
         return "reference"
 
-    _op.forget()
-    monkeypatch.setattr(_op.Op, "serving", serving)
+    monkeypatch.setattr(registry.Op, "serving", serving)
     return cells
 
 
@@ -82,16 +81,14 @@ def test_an_undefended_classifier_waits_for_12_compiles(norm, reached, tmp_path)
 @pytest.mark.parametrize("op", GPU_OPS)
 def test_every_served_kernel_dtype_and_setting_is_verified(op):
     """By the table each op in every dtype that it has and each of its settings; before a call, those of the call."""
-    every = examples.of(op)
-    table = _cases.cases(op, "cuda")
-    for pattern in _cases.REPRESENTATIVES.get(op, {}):
-        assert any(fnmatchcase(one.name, pattern) for one in every), pattern
+    every = REGISTRY[op].examples
+    table = cases(REGISTRY[op], "cuda")
     assert {dtype for _, dtype in table} == {dtype for one in every for dtype in one.dtypes}
     variants = {one.variant for one in every}
     assert {example.variant for example, _ in table} == variants
     for variant in variants:
         for dtype in {dtype for one in every if one.variant == variant for dtype in one.dtypes}:
-            own = _cases.cases(op, "cuda", variant, dtype)
+            own = cases(REGISTRY[op], "cuda", variant, dtype)
             assert own and all((example.variant, one) == (variant, dtype) for example, one in own)
 
 
@@ -102,9 +99,9 @@ def test_a_call_waits_for_every_kernel_and_path_of_its_dtype(op):
     for how in ("examples", "calls"):
         names = launched.setdefault(how, set())
         with recorded(ARCHITECTURE, lambda fn, *_, names=names, **__: names.add(name_of(fn))), torch.no_grad():
-            every = [(one, dtype) for one in examples.of(op) for dtype in one.dtypes]
+            every = [(one, dtype) for one in REGISTRY[op].examples for dtype in one.dtypes]
             calls = {(one.variant, dtype) for one, dtype in every}
-            own = [case for call in sorted(calls, key=str) for case in _cases.cases(op, "cuda", *call)]
+            own = [case for call in sorted(calls, key=str) for case in cases(REGISTRY[op], "cuda", *call)]
             for example, dtype in every if how == "examples" else own:
                 REGISTRY[op].launch(*example.make(dtype, 0))
     assert launched["calls"] == launched["examples"]

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from purify_fast.attacks import Ball, square
 from purify_fast.attacks.engine.squares import Proposals, side
-from purify_fast.ops import _op
-from purify_fast.ops._racing import Launches
+from purify_fast.ops.dispatch import registry
+from purify_fast.ops.dispatch.timing import Launches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NORMS = ("linf", "l2", "l1")
@@ -34,7 +34,7 @@ class Noting(nn.Module):
 @pytest.mark.parametrize("norm, eps", zip(NORMS, (1e-4, 1e-3, 5e-3), strict=True), ids=NORMS)
 def test_a_query_is_at_most_twelve_launches(norm, eps, give_up, monkeypatch):
     """Besides the model, with all that is done every few queries; the kernels serve, as on a GPU."""
-    monkeypatch.setattr(_op.Op, "plain", lambda *given: False)
+    monkeypatch.setattr(registry.Op, "plain", lambda *given: False)
     launches, x = Launches(), torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     model = Noting(launches)
     y = model(x).argmax(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from purify_fast.ops import REGISTRY
-from purify_fast.ops import _examples as examples
+from purify_fast.ops.dispatch import examples
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
@@ -22,7 +22,7 @@ def leaves(arguments) -> list[Tensor]:
 
 @pytest.mark.parametrize("op", REGISTRY)
 def test_examples_of_every_op(op):
-    made = examples.of(op)
+    made = REGISTRY[op].examples
     assert len(made) > 1 and len({example.name for example in made}) == len(made)
     for example in made:
         first, second = (leaves(example.make(example.dtypes[0], seed)) for seed in (0, 1))
@@ -33,7 +33,7 @@ def test_examples_of_every_op(op):
 @pytest.mark.parametrize("op", REGISTRY)
 def test_tiled_samples_have_tiled_results(op):
     """The batch dimensions are found, those of passes and owners too."""
-    example = examples.of(op)[0]
+    example = REGISTRY[op].examples[0]
     small = example.make(torch.float32, 0)
     got = examples.tensors(REGISTRY[op].reference(*examples.tile(small, 2)))
     for out, wanted in zip(got, examples.tensors(REGISTRY[op].reference(*small)), strict=True):
@@ -42,21 +42,13 @@ def test_tiled_samples_have_tiled_results(op):
 
 @pytest.mark.parametrize("op", ["decode_samples", "decode_samples_backward"])
 def test_weights_are_not_tiled(op):
-    for example in (*examples.of(op), *examples.raced(op)):
+    for example in (*REGISTRY[op].examples, *REGISTRY[op].raced):
         given = example.make(torch.float32, 0)
         weights, tiled = (
             [leaf.shape for leaf in leaves(arguments) if isinstance(leaf, torch.nn.Parameter)]
             for arguments in (given, examples.tile(given, 3))
         )
         assert len(weights) == 2 and weights == tiled
-
-
-def test_an_op_without_examples_is_told_where_they_belong(monkeypatch):
-    monkeypatch.setitem(REGISTRY, "new_op", REGISTRY["philox"])
-    with pytest.raises(
-        KeyError, match=r"new_op has no examples: write a generator .* in purify_fast/ops/_examples\.py"
-    ):
-        examples.of("new_op")
 
 
 def test_every_op_runs_once(monkeypatch, capsys):

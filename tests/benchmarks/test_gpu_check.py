@@ -340,9 +340,9 @@ def test_the_races_end_in_a_file_that_could_ship_and_in_a_chapter(tmp_path, monk
     """The second command rehearsed, with the races of one op: nothing outside of the folder is written."""
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     kept = {name: op for name, op in REGISTRY.items() if name == "noisy_replay"}
-    monkeypatch.setattr("purify_fast.ops._tune.REGISTRY", kept)
-    monkeypatch.setattr(gpu_check._racing, "RUN", 1e-5)
-    monkeypatch.setitem(gpu_check._racing.ELEMENTS, "cpu", {"small": 2**10})
+    monkeypatch.setattr("purify_fast.ops.dispatch.tune.REGISTRY", kept)
+    monkeypatch.setattr(gpu_check.timing, "RUN", 1e-5)
+    monkeypatch.setitem(gpu_check.timing.ELEMENTS, "cpu", {"small": 2**10})
     out = tmp_path / "cpu"
     context = gpu_check.Context(out, CPU, True, 60.0, lambda share, what: None)
     outcome = gpu_check.races(context)

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from purify_fast import _library
-from purify_fast.ops import REGISTRY, _races, _verdicts
-from purify_fast.ops._races import SHIPPED
+from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch import cache, races
+from purify_fast.ops.dispatch.op import call_of
+from purify_fast.ops.dispatch.races import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
@@ -181,21 +183,20 @@ def test_only_races_of_this_machine_are_taken(tmp_path, monkeypatch):
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match="run `purify-fast tune` first"):
         shipping.take(CPU, tmp_path / "results")
-    _races.write(CPU, {"philox": {"sources": "x", "eager": "cpp"}}, {"date": "2026-01-01"})
+    races.write(CPU, {"philox": {"sources": "x", "eager": "cpp"}}, {"date": "2026-01-01"})
     path = shipping.take(CPU, tmp_path / "results")
     assert json.loads(path.read_text())["ops"]["philox"]["eager"] == "cpp"
-    _races.forget()
+    races.forget()
 
 
 @needs_extension
 @pytest.mark.parametrize("op", sorted(json.loads(SHIPPED.read_text())[0]["ops"]))
 def test_defaults_are_what_ships_for_this_machine(op, tmp_path, monkeypatch):
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path))
-    entry = _races.nearest(_verdicts.machine(CPU))["ops"][op]
+    entry = races.nearest(cache.machine(CPU))["ops"][op]
     for name, winners in {"": entry, **entry.get("variants", {}), **entry.get("cells", {})}.items():
-        call = _races._call(name)
         for style in {"eager", "graph"} & set(winners):
-            found = REGISTRY[op].wanted(style, CPU, call.variant, call.dtype, call.bits)
+            found = REGISTRY[op].wanted(call_of(name, CPU, style))
             # not every processor has the instructions of every kernel
             here = winners[style] if winners[style] in REGISTRY[op].available["cpu"] else "reference"
             assert found.backend == here, (name, style)

@@ -7,7 +7,9 @@ import torch
 
 from benchmarks import soak
 from purify_fast import _library, cli
-from purify_fast.ops import REGISTRY, _op, _races, _verify
+from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch import races, registry
+from purify_fast.ops.dispatch.op import Call
 
 
 def test_every_command_that_writes_is_disturbed_and_its_options_are_there(tmp_path):
@@ -21,35 +23,29 @@ def test_every_command_that_writes_is_disturbed_and_its_options_are_there(tmp_pa
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def cache(kernel_cache, monkeypatch):
     """A folder of races, empty, and a process that has decided nothing."""
     if not _library.loaded():
         pytest.skip("the CPU's kernels are the extension's")
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(_verify, "_known", {})
     monkeypatch.setattr(soak, "RACED", ("sample_latent",))
-    _races.forget()
-    _op.forget()
-    yield tmp_path
-    _races.forget()
-    _op.forget()
+    return kernel_cache
 
 
 def test_what_serves_after_a_race_is_judged(cache, monkeypatch):
     cpu, op = torch.device("cpu"), REGISTRY["sample_latent"]
     assert soak.wrongly_served(cache) == []
     entry = {"sources": op.sources_digest("cpu"), "cells": {"float32 small": {"eager": "reference"}}, "eager": "cpp"}
-    path = _races.write(cpu, {"sample_latent": entry}, {"date": "2026-01-01"})
-    _op.forget()
+    path = races.write(cpu, {"sample_latent": entry}, {"date": "2026-01-01"})
+    registry.forget()
     assert soak.wrongly_served(cache) == []
     # another serves than the file says
-    op.served["eager", cpu, torch.float32, 16, ""] = "cpp"
+    op.served[Call(cpu, "", torch.float32, 16)] = "cpp"
     assert soak.wrongly_served(cache) == ["sample_latent float32 small is served by cpp, and its file says reference"]
     path.write_text(json.dumps(entry)[:20])
-    _races.forget()
+    races.forget()
     assert [text for text in soak.wrongly_served(cache) if text.startswith(f"{path.name} is not whole")]
     path.unlink()
-    _races.forget()
+    races.forget()
 
     def wrong(self, *given, variant=""):
         return [one + 1 for one in self.reference(*given)]

@@ -15,7 +15,9 @@ import torch
 import purify_fast
 from purify_fast import __version__, _library
 from purify_fast.cli import installation
-from purify_fast.ops import REGISTRY, _verdicts, _verify, use_backend
+from purify_fast.ops import REGISTRY, use_backend
+from purify_fast.ops.dispatch import cache, verify
+from purify_fast.ops.dispatch.op import Call
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -41,17 +43,13 @@ def test_report_shows_a_forced_backend_and_a_missing_one():
 
 
 @pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
-def test_report_says_what_was_verified_and_what_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(_verify, "_known", {})
+def test_report_says_what_was_verified_and_what_is_wrong(tmp_path, monkeypatch, kernel_cache):
     rows = {line.split()[0]: line for line in installation.report().splitlines() if line}
     assert "cpp" in rows["philox"] and "verified at first use" in rows["philox"]
-    found = {name: _verify.verdict_of(REGISTRY[name], CPU) for name in ("philox", "stitch")}
-    found["stitch"] = dataclasses.replace(
-        found["stitch"], passed=False, error=0.25, budget=0.0, case="3x3x32x32, float32"
-    )
-    _verdicts.write(_verdicts.file_of(CPU), _verdicts.machine(CPU), found)
-    monkeypatch.setattr(_verify, "_known", {})
+    found = {name: verify.verdict_of(REGISTRY[name], Call(CPU)) for name in ("philox", "stitch")}
+    found["stitch"] = dataclasses.replace(found["stitch"], error=0.25, budget=0.0, case="3x3x32x32, float32")
+    cache.update("verified", CPU, {name: dataclasses.asdict(verdict) for name, verdict in found.items()}, {})
+    monkeypatch.setattr(verify, "_known", {})
     text = installation.report()
     rows = {line.split()[0]: line for line in text.splitlines() if line}
     assert f"verified {found['philox'].date[:10]}, error " in rows["philox"]
@@ -103,9 +101,9 @@ def test_the_command_answers_in_a_few_lines(run):
 
 
 def test_the_short_answer_names_wrong_kernels(monkeypatch):
-    found = {name: _verify.verdict_of(REGISTRY[name], CPU) for name in ("philox", "stitch")}
-    found["stitch"] = dataclasses.replace(found["stitch"], passed=False)
-    monkeypatch.setattr(installation, "kept_verdicts", lambda device: found)
+    found = {name: verify.verdict_of(REGISTRY[name], Call(CPU)) for name in ("philox", "stitch")}
+    found["stitch"] = dataclasses.replace(found["stitch"], error=1.0)
+    monkeypatch.setattr(installation, "known_verdicts", lambda ops, device: found)
     assert "WRONG here, and therefore not used: stitch; please report it" in " ".join(installation.summary().split())
 
 

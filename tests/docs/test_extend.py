@@ -14,10 +14,11 @@ PAGE = (ROOT / "docs" / "extend.md").read_text()
 #: What a reader tries first. With a kernel the op is opaque: then its function alone knows the gradient.
 TRIED = """
 import torch
-from purify_fast.ops import REGISTRY, _examples, _op, swish
+from purify_fast.ops import REGISTRY, swish
+from purify_fast.ops.dispatch.registry import Op
 
 for plain in (True, False):
-    _op.Op.plain = lambda *_: plain
+    Op.plain = lambda *_: plain
     x = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
     y = swish(x)
     y.sum().backward()
@@ -25,7 +26,7 @@ for plain in (True, False):
     assert torch.autograd.gradcheck(swish, x)
     assert x.grad.abs().min() > 0.01, x.grad
 for name in ("swish", "swish_backward"):
-    for example in _examples.of(name):
+    for example in REGISTRY[name].examples:
         torch.library.opcheck(REGISTRY[name].handle, example.make(torch.float32, 0))
 """
 
@@ -33,7 +34,7 @@ for name in ("swish", "swish_backward"):
 def files() -> dict[str, str]:
     """By their paths, the files and additions of the page."""
     blocks = re.findall(r"^```py\n# (\S+)\n(.*?)^```", PAGE, re.S | re.M)
-    assert len(blocks) == len(dict(blocks)) == 4
+    assert len(blocks) == len(dict(blocks)) == 3
     return dict(blocks)
 
 

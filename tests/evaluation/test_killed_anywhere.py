@@ -22,7 +22,8 @@ from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.evaluation.alarms import probes
 from purify_fast.evaluation.keep.cache import read_file
 from purify_fast.evaluation.surrogates import Softened
-from purify_fast.ops import _races, _verify
+from purify_fast.ops.dispatch import verify
+from purify_fast.ops.dispatch.op import Call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,25 +158,20 @@ def test_a_file_of_another_kind_is_as_good_as_absent(tmp_path, caplog, content):
     assert f"{path} is damaged" in caplog.text
 
 
-def test_rows_are_kept_though_a_kernel_is_found_wrong_on_the_way(tmp_path, monkeypatch):
+def test_rows_are_kept_though_a_kernel_is_found_wrong_on_the_way(tmp_path, monkeypatch, kernel_cache):
     """The reference serves in the run in which it is found out, and in the next one."""
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PURIFY_FAST_VERIFY", raising=False)
-    monkeypatch.setattr(_verify, "_known", {})
-    compare, wrong, device = _verify.compare, ops.REGISTRY["aggregate"], torch.device("cpu")
+    compare, wrong, device = verify.compare, ops.REGISTRY["aggregate"], torch.device("cpu")
     if wrong.kernel("cpu") == "reference":
         pytest.skip("the extension is not built")
-    found = _verify.Deviation(1.0, 0.0, "made wrong")
-    monkeypatch.setattr(_verify, "compare", lambda op, *rest: found if op is wrong else compare(op, *rest))
-    ops._op.forget()
+    found = verify.Deviation(1.0, 0.0, "made wrong")
+    monkeypatch.setattr(verify, "compare", lambda op, *rest: found if op is wrong else compare(op, *rest))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "purify_fast: the cpp kernel of aggregate is wrong", RuntimeWarning)
         few(tmp_path)
         count = len(list((tmp_path / "rows").glob("*[!s].safetensors")))
         # its first use
-        assert not _verify.verdict_of(wrong, device).passed
+        assert not verify.verdict_of(wrong, Call(device)).passed
         few(tmp_path)
-    ops._op.forget()
     assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == count
 
 
@@ -183,11 +179,11 @@ def test_rows_that_others_would_serve_are_made_again(tmp_path):
     few(tmp_path)
     count = len(list((tmp_path / "rows").glob("*[!s].safetensors")))
     device = torch.device("cpu")
-    served = ops.decisions(device)
+    served = ops.kernel_choices(device)
     exact, inexact = "stitch", "aggregate"
     for op, more in ((exact, 0), (inexact, count)):
         other = served["races"] | {op: [{"eager": "reference", "graph": "reference", "variants": {}}]}
-        assert ops.changing_bits(served | {"races": other}) != ops.changing_bits(served) or op == exact
-        with _races.held("cpu", other):
+        assert ops.choices_of_bits(served | {"races": other}) != ops.choices_of_bits(served) or op == exact
+        with ops.pin_kernels(served | {"races": other}):
             few(tmp_path)
         assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == count + more

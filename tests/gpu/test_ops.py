@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from purify_fast import _library
 from purify_fast.ops import REGISTRY, use_backend
-from purify_fast.ops import _examples as examples
-from purify_fast.ops._verify import deviation
+from purify_fast.ops.dispatch import examples
+from purify_fast.ops.dispatch.verify import deviation
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
@@ -43,7 +43,7 @@ OPS = [pytest.param(op, id=f"{op}-{backend(op)}") for op in REGISTRY]
 EXAMPLES = [
     pytest.param(op, example, dtype, id=f"{op}-{backend(op)}-{example.name}-{str(dtype).removeprefix('torch.')}")
     for op in REGISTRY
-    for example in examples.of(op)
+    for example in REGISTRY[op].examples
     for dtype in example.dtypes
 ]
 CASES = [
@@ -83,7 +83,7 @@ def run(op: str, arguments: tuple) -> tuple[Tensor, ...]:
 
 def given(op: str, seed: int = 0) -> tuple:
     """Arguments of the op's first example, on the device."""
-    example = examples.of(op)[0]
+    example = REGISTRY[op].examples[0]
     return examples.to(example.make(example.dtypes[0], seed), DEVICE)
 
 
@@ -216,7 +216,7 @@ def test_works_on_the_current_stream(op):
 @pytest.mark.parametrize("op", OPS)
 def test_offsets_beyond_32_bits(op, poisoned):
     """A batch of copies of one example is copies of its results, also where offsets no longer fit into 32 bits."""
-    example = examples.of(op)[0]
+    example = REGISTRY[op].examples[0]
     if example.summed:
         pytest.skip("its results are sums over the samples")
     dtype = torch.bfloat16 if torch.bfloat16 in example.dtypes else example.dtypes[0]

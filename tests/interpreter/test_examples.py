@@ -10,14 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from purify_fast.ops import REGISTRY, _examples, use_backend
-from purify_fast.ops._verify import compare
+from purify_fast.ops import REGISTRY, use_backend
+from purify_fast.ops.dispatch.verify import compare
 
 #: Take longest in the interpreter: one dtype is run, and of those of attention only the smallest example.
 SLOW = ("contextual_attention", "decode_samples", "pgd_step", "random_transform")
 #: By op with a Triton kernel. Where bits must agree, each op's own test compares them.
 EXAMPLES = {
-    name: [one for one in _examples.of(name) if not one.exact] for name, op in REGISTRY.items() if op.launch is not None
+    name: [one for one in op.examples if not one.exact] for name, op in REGISTRY.items() if op.launch is not None
 }
 
 

@@ -253,7 +253,7 @@ def test_non_finite_logits_are_not_hidden(backend, method, value):
 def test_gradcheck(method):
     """The op's own backward, and the reference differentiated by autograd."""
     index, logits = op.METHODS.index(method), random(2, 3, 4, scale=1.0).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: op._Aggregate.apply(x, index), (logits,))
+    assert torch.autograd.gradcheck(lambda x: op._aggregate(x, index), (logits,))
     assert torch.autograd.gradcheck(lambda x: op.reference(x, index), (logits,))
 
 
@@ -266,7 +266,7 @@ def test_tangent_and_its_gradient():
     torch.testing.assert_close(value[2] - value[1], slope[1])
     logits = torch.full((1, 2, 3), 90.0, dtype=torch.float64).requires_grad_()
     weight = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
-    two = [f(logits) for f in (lambda x: op._Aggregate.apply(x, 1), lambda x: op.reference(x, 1))]
+    two = [f(logits) for f in (lambda x: op._aggregate(x, 1), lambda x: op.reference(x, 1))]
     grads = [torch.autograd.grad((out * weight).sum(), logits)[0] for out in two]
     torch.testing.assert_close(*grads)
 
@@ -323,9 +323,9 @@ def test_func_grad(backend, method):
 def test_what_the_op_cannot_do():
     logits = random(3, 4, 5).requires_grad_()
     with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda x: op._Aggregate.apply(x[None], 0))(logits.detach())
+        torch.vmap(lambda x: op._aggregate(x[None], 0))(logits.detach())
     weight = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
-    (first,) = torch.autograd.grad(op._Aggregate.apply(logits, 0), logits, weight, create_graph=True)
+    (first,) = torch.autograd.grad(op._aggregate(logits, 0), logits, weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 

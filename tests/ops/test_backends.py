@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 
-from purify_fast.ops import REGISTRY, _op, aggregate, philox, use_backend
+from purify_fast.ops import REGISTRY, aggregate, philox, use_backend
+from purify_fast.ops.dispatch.op import BACKENDS, Call
+from purify_fast.ops.dispatch.registry import _narrow
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -21,28 +23,30 @@ def test_every_op_has_its_reference_everywhere():
         for kind in ("cpu", "cuda"):
             assert "reference" in op.available[kind]
             for style in ("eager", "graph"):
-                assert op.wanted(style, torch.device(kind)).backend in op.available[kind]
-            assert set(op.available[kind]) <= {name for name, kinds in _op.BACKENDS.items() if kind in kinds}
+                assert op.wanted(Call(torch.device(kind), style=style)).backend in op.available[kind]
+            assert set(op.available[kind]) <= {name for name, kinds in BACKENDS.items() if kind in kinds}
 
 
 def test_forced_backend_of_another_device_leaves_this_one_alone():
     for op in REGISTRY.values():
         with use_backend("triton"):
-            assert op.served_by(CPU) == op.wanted("eager", CPU).backend
-            assert op.choice(CUDA) == ("triton" if "triton" in op.available["cuda"] else None)
-        assert op.served_by(torch.device("meta")) == "reference"
+            assert op.serving(Call(CPU)) == op.wanted(Call(CPU)).backend
+            if "triton" in op.available["cuda"]:
+                assert op.serving(Call(CUDA)) == "triton"
+        assert op.serving(Call(torch.device("meta"))) == "reference"
 
 
 def test_of_several_forced_backends_an_op_takes_the_first_it_has(monkeypatch):
     op = REGISTRY["philox"]
     with use_backend("cpp, triton,reference"):
-        assert op.served_by(CUDA) == "triton"
+        assert op.serving(Call(CUDA)) == "triton"
         monkeypatch.setitem(op.available, "cuda", ("reference",))
-        assert op.served_by(CUDA) == "reference"
-    with use_backend("cpp,triton"):
-        assert op.choice(CUDA) is None
-        with pytest.raises(RuntimeError, match=r"philox: backend 'triton' is forced but missing; on cuda .*: ref"):
-            op.served_by(CUDA)
+        assert op.serving(Call(CUDA)) == "reference"
+    with (
+        use_backend("cpp,triton"),
+        pytest.raises(RuntimeError, match=r"philox: backend 'triton' is forced but missing; on cuda .*: ref"),
+    ):
+        op.serving(Call(CUDA))
     with pytest.raises(ValueError, match="backend 'gpu' is unknown"), use_backend("triton,gpu"):
         pass
 
@@ -59,20 +63,20 @@ def test_a_missing_forced_backend_raises_and_lists(monkeypatch):
         use_backend("triton"),
         pytest.raises(RuntimeError, match=r"philox: backend 'triton' .* on cuda there are: reference$"),
     ):
-        REGISTRY["philox"].served_by(CUDA)
+        REGISTRY["philox"].serving(Call(CUDA))
 
 
 def test_use_backend_nests_and_restores():
     op = REGISTRY["aggregate"]
-    default = op.served_by(CPU)
+    default = op.serving(Call(CPU))
     with use_backend("reference"):
         assert op.plain(CPU, torch.float32, 1)
         with use_backend(None):
-            assert op.served_by(CPU) == default
+            assert op.serving(Call(CPU)) == default
         with pytest.raises(KeyError), use_backend(None):
             raise KeyError
         assert op.plain(CPU, torch.float32, 1)
-    assert op.served_by(CPU) == default
+    assert op.serving(Call(CPU)) == default
     with (
         pytest.raises(ValueError, match="backend 'tritom' is unknown; there are reference, cpp, triton"),
         use_backend("tritom"),
@@ -89,7 +93,8 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_environment_forces_a_backend_and_switches_the_extension_off():
     code = (
         "import torch; from purify_fast.ops import REGISTRY, aggregate; from purify_fast import _library;"
-        "op = REGISTRY['aggregate']; print(op.served_by(torch.device('cpu')), op.available['cpu'], _library.loaded());"
+        "from purify_fast.ops.dispatch.op import Call; op = REGISTRY['aggregate'];"
+        "print(op.serving(Call(torch.device('cpu'))), op.available['cpu'], _library.loaded());"
         "x = torch.randn(3, 4, 5, requires_grad=True); aggregate(x).sum().backward(); print(x.grad.sum().item())"
     )
     done = run(code, PURIFY_FAST_NO_EXTENSION="1", PURIFY_FAST_BACKEND="reference")
@@ -115,7 +120,7 @@ def test_the_opaque_op_without_the_extension_is_the_reference():
         "import torch; from importlib import import_module; op = import_module('purify_fast.ops.aggregate');"
         "x = torch.randn(3, 4, 5, requires_grad=True); y = op.OP.handle(x, 0);"
         "assert 'Logsumexp' not in y.grad_fn.name();"
-        "torch.library.opcheck(op.OP.handle, (x.detach(), 0)); op._Aggregate.apply(x, 0).sum().backward();"
+        "torch.library.opcheck(op.OP.handle, (x.detach(), 0)); op._aggregate(x, 0).sum().backward();"
         "assert x.grad is not None; print('fine')"
     )
     done = run(code, PURIFY_FAST_NO_EXTENSION="1")
@@ -124,7 +129,7 @@ def test_the_opaque_op_without_the_extension_is_the_reference():
 
 def test_double_precision_passes_the_triton_kernels_by():
     seen = []
-    launch = _op._narrow(lambda *args: seen.append("kernel"), lambda *args: seen.append("reference"))
+    launch = _narrow(lambda *args: seen.append("kernel"), lambda *args: seen.append("reference"))
     launch(torch.zeros(2), 3)
     launch(torch.zeros(2, dtype=torch.float64), 3)
     launch([torch.zeros(2), torch.zeros(2)], 3)

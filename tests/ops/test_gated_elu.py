@@ -145,7 +145,7 @@ def test_non_finite_features_are_not_hidden(backend):
 
 def test_gradcheck():
     leaf = inputs(2, 4, 3, dtype=torch.float64, scale=1.5).requires_grad_()
-    for function in (op._GatedElu.apply, op.reference):
+    for function in (op._gated_elu, op.reference):
         assert torch.autograd.gradcheck(lambda x, f=function: f(x, 1), (leaf,))
 
 
@@ -191,9 +191,9 @@ def test_func_grad(backend):
 def test_what_the_op_cannot_do():
     features = inputs(3, 8)
     with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda x: op._GatedElu.apply(x[None], 1))(features)
+        torch.vmap(lambda x: op._gated_elu(x[None], 1))(features)
     leaf, weight = features.requires_grad_(), torch.ones(3, 4, requires_grad=True)
-    (first,) = torch.autograd.grad(op._GatedElu.apply(leaf, 1), leaf, weight, create_graph=True)
+    (first,) = torch.autograd.grad(op._gated_elu(leaf, 1), leaf, weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from purify_fast import ops
-from purify_fast.ops import REGISTRY, _op
+from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch import registry as ops_registry
+from purify_fast.ops.dispatch.registry import Op, define_op
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
@@ -45,7 +47,7 @@ def smallest(name: str) -> Case:
 
 def gradients(case: Case, plain: bool, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
     """Of the sum of the outputs, by every floating-point input: through the definition, or through the op."""
-    monkeypatch.setattr(_op.Op, "plain", lambda *_: plain)
+    monkeypatch.setattr(Op, "plain", lambda *_: plain)
     given = [x.detach().requires_grad_(x.is_floating_point()) for x in case.inputs()]
     out = case.call(*given)
     outputs = [out] if isinstance(out, Tensor) else list(out)
@@ -76,7 +78,7 @@ def test_gradients_pass_through_the_op_as_through_its_definition(name, monkeypat
 def broken(form: str):
     """An op as one writes it who does not know that `define_op` registers no gradient; its name and its function."""
     name = f"no_gradient_{form}"
-    op = _op.define_op(name, "(Tensor x) -> Tensor", reference=lambda x: x.exp(), fake=torch.empty_like)
+    op = define_op(name, "(Tensor x) -> Tensor", reference=lambda x: x.exp(), fake=torch.empty_like, examples=[])
 
     def always(x: Tensor) -> Tensor:
         return op.handle(x)
@@ -92,9 +94,9 @@ def broken(form: str):
     "form, message", [("always", "put a torch.autograd.Function"), ("kernel", "gradients are lost")]
 )
 def test_an_op_without_its_autograd_function_is_refused(form, message, monkeypatch):
-    monkeypatch.setattr(_op, "REGISTRY", dict(REGISTRY))
+    monkeypatch.setattr(ops_registry, "REGISTRY", dict(REGISTRY))
     name, function = broken(form)
-    monkeypatch.setitem(REGISTRY, name, _op.REGISTRY[name])
+    monkeypatch.setitem(REGISTRY, name, ops_registry.REGISTRY[name])
     monkeypatch.setattr(ops, name, function, raising=False)
     case = Case((3,), torch.float32, lambda: (torch.ones(3),), function, {}, {})
     monkeypatch.setattr(sys.modules[__name__], "smallest", lambda _: case)

@@ -382,7 +382,7 @@ def test_gradcheck():
     x = (1.4 * images(2, 2, 4, 6, dtype=torch.float64) - 0.2).requires_grad_()
     for num_passes in (0, 3):
         rest = plain_arguments(x, block=2, masked_blocks=2, num_passes=num_passes, samples=2)[1:]
-        for function in (op._RandomTransform.apply, op.reference):
+        for function in (op._random_transform, op.reference):
             assert torch.autograd.gradcheck(lambda x, f=function, rest=rest: f(x, *rest)[0], x)
 
 
@@ -454,9 +454,9 @@ def test_what_the_op_cannot_do():
     x = images(3, 3, 8, 8)
     rest = plain_arguments(x[:1])[1:]
     with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda x: op._RandomTransform.apply(x[None], *rest)[0])(x)
+        torch.vmap(lambda x: op._random_transform(x[None], *rest)[0])(x)
     leaf = x[:1].requires_grad_()
-    packed, _ = op._RandomTransform.apply(leaf, *rest)
+    packed, _ = op._random_transform(leaf, *rest)
     (first,) = torch.autograd.grad(packed, leaf, torch.ones_like(packed, requires_grad=True), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()

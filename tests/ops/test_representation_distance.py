@@ -196,7 +196,7 @@ def test_gradcheck(kind):
     w, x = inputs(3, 4, dtype=torch.float64, seed=1)
     index = KINDS.index(kind)
     for function in (
-        lambda a, b: op._RepresentationDistance.apply(index, 2, a, b, v, x)[0],
+        lambda a, b: op._distance(index, 2, a, b, v, x)[0],
         lambda a, b: op.reference([a, b], [v, x], index)[0],
         lambda a, b: representation_distance([a, b], [v, x], kind),
     ):
@@ -451,7 +451,7 @@ def test_what_the_op_cannot_do():
     u, v = inputs(3, 8)
     leaf, weight = u.requires_grad_(), torch.ones(3, requires_grad=True)
     with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda x: op._RepresentationDistance.apply(0, 1, x[None], v[:1]))(leaf)
+        torch.vmap(lambda x: op._distance(0, 1, x[None], v[:1]))(leaf)
     (first,) = torch.autograd.grad(representation_distance(leaf, v), leaf, weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()

@@ -130,7 +130,7 @@ def test_non_finite_parameters_are_not_hidden(backend):
 def test_gradcheck():
     mu, logvar, seed, ids = inputs(3, 5, torch.float64)
     leaves = mu.requires_grad_(), logvar.requires_grad_()
-    for function in (op._SampleLatent.apply, op.reference):
+    for function in (op._sample_latent, op.reference):
         assert torch.autograd.gradcheck(lambda m, v, f=function: f(m, v, seed, ids), leaves)
 
 
@@ -179,9 +179,9 @@ def test_func_grad(backend):
 def test_what_the_op_cannot_do():
     mu, logvar, seed, ids = inputs(3, 8)
     with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda m: op._SampleLatent.apply(m[None], logvar[:1], seed, ids[:1]))(mu)
+        torch.vmap(lambda m: op._sample_latent(m[None], logvar[:1], seed, ids[:1]))(mu)
     leaf, weight = mu.requires_grad_(), torch.ones(3, 8, requires_grad=True)
-    (first,) = torch.autograd.grad(op._SampleLatent.apply(leaf, logvar, seed, ids)[0], leaf, weight, create_graph=True)
+    (first,) = torch.autograd.grad(op._sample_latent(leaf, logvar, seed, ids)[0], leaf, weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 

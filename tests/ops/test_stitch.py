@@ -128,7 +128,7 @@ def test_any_layout_and_batch_split(backend):
 
 def test_gradcheck():
     images, owners = inputs((2, 1, 3, 2, 4, 6, 2, 3), torch.float64)
-    for function in (op._Stitch.apply, op.reference):
+    for function in (op._stitch, op.reference):
         assert torch.autograd.gradcheck(lambda x, f=function: f(x, owners, 3), images.requires_grad_())
 
 
@@ -186,9 +186,9 @@ def test_modes_and_func_grad(backend):
 def test_what_the_op_cannot_do():
     images, owners = inputs((1, 1, 3, 2, 4, 6, 2, 3))
     with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda x: op._Stitch.apply(x, owners, 3))(images[None])
+        torch.vmap(lambda x: op._stitch(x, owners, 3))(images[None])
     leaf = images.requires_grad_()
-    out = op._Stitch.apply(leaf, owners, 3)
+    out = op._stitch(leaf, owners, 3)
     (first,) = torch.autograd.grad(out, leaf, torch.ones_like(out, requires_grad=True), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()

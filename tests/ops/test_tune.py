@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,20 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from purify_fast import _library, cli
 from purify_fast.cli import installation
 from purify_fast.cli import tune as command
-from purify_fast.ops import (
-    REGISTRY,
-    _examples,
-    _op,
-    _races,
-    _racing,
-    _tune,
-    _verify,
-    aggregate,
-    pgd_step,
-    philox,
-    sample_latent,
-)
-from purify_fast.ops._races import Call
+from purify_fast.ops import REGISTRY, aggregate, pgd_step, philox, sample_latent
+from purify_fast.ops.dispatch import examples, races, timing, tune, verify
+from purify_fast.ops.dispatch.op import Call, call_of, size_of
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
@@ -40,27 +30,21 @@ from benchmarks import measure  # noqa: E402
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
-ELEMENTS = _racing.ELEMENTS
+ELEMENTS = timing.ELEMENTS
 TINY = {"cpu": {"small": 2**10, "medium": 2**17, "large": 2**20}}
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch) -> Path:
-    """An empty folder, a process that has decided nothing, and races that are soon over."""
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(_verify, "_known", {})
-    monkeypatch.setattr(_racing, "RUN", 1e-5)
-    monkeypatch.setattr(_racing, "ELEMENTS", TINY)
-    _races.forget()
-    _op.forget()
-    yield tmp_path / "cache"
-    _races.forget()
-    _op.forget()
+def folder(kernel_cache, monkeypatch) -> Path:
+    """An empty folder, and races that are soon over."""
+    monkeypatch.setattr(timing, "RUN", 1e-5)
+    monkeypatch.setattr(timing, "ELEMENTS", TINY)
+    return kernel_cache
 
 
-def row(example: str, variant: str, dtype: str, size: str, *, kernel_us: float, style: str = "eager") -> _racing.Row:
+def row(example: str, variant: str, dtype: str, size: str, *, kernel_us: float, style: str = "eager") -> timing.Row:
     """A row of a race in which the reference took a microsecond."""
-    return _racing.Row(
+    return timing.Row(
         example=example,
         variant=variant,
         dtype=dtype,
@@ -80,23 +64,23 @@ def timed(monkeypatch, seconds: dict[str, float]) -> None:
             call()
         return [seconds["reference"], seconds["kernel"]]
 
-    monkeypatch.setattr(_racing, "fastest", fastest)
+    monkeypatch.setattr(timing, "fastest", fastest)
 
 
 def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
     """The kernel of the l-infinity step, which serves as it ships, is made ten times as slow, and then as fast."""
     op, wide = REGISTRY["pgd_step"], torch.float32
-    assert op.serving("eager", CPU, "linf", wide, 10) == "cpp"
+    assert op.serving(Call(CPU, "linf", wide, 10)) == "cpp"
     timed(monkeypatch, {"reference": 1e-6, "kernel": 1e-5})
     assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0
     said = capsys.readouterr().out
     assert "pgd_step" in said and "eager calls  cpp" in said and "0.1 to 0.1 times" in said
     assert "linf float32 small" in said and str(folder) in said
-    assert op.serving("eager", CPU, "linf", wide, 10) == "reference"
+    assert op.serving(Call(CPU, "linf", wide, 10)) == "reference"
     x = torch.rand(2, 3, 4, 4)
     pgd_step(x, x, x, 0.1, 0.2)
-    assert op.served["eager", CPU, wide, (96).bit_length(), "linf"] == "reference"
-    assert op.serving("graph", CPU, "l1", wide) == "cpp"  # not raced here: as it ships
+    assert op.served[Call(CPU, "linf", wide, (96).bit_length())] == "reference"
+    assert op.serving(Call(CPU, "l1", wide, style="graph")) == "cpp"  # not raced here: as it ships
     shown = next(line for line in installation.report().splitlines() if line.startswith("pgd_step "))
     assert "raced on this machine" in shown and "0.1 times as fast" in shown and "raced on AMD EPYC" in shown
     timed(monkeypatch, {"reference": 1e-5, "kernel": 1e-6})
@@ -105,7 +89,7 @@ def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
     assert "races were known already (--again races them once more)" in said and "Nothing changes" in said
     assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step", "--again"]) == 0
     assert "10 to 10 times" in capsys.readouterr().out
-    assert op.serving("eager", CPU, "linf", wide, 10) == "cpp"
+    assert op.serving(Call(CPU, "linf", wide, 10)) == "cpp"
 
 
 def test_dtype_and_size_decide(monkeypatch):
@@ -118,9 +102,9 @@ def test_dtype_and_size_decide(monkeypatch):
         kernel = 2.0 if (dtype, race.size) in lost else 0.5
         return [row(race.example.name, "", dtype, race.size, kernel_us=kernel)]
 
-    monkeypatch.setattr(_tune, "run_race", run_race)
-    found = _tune.tune(CPU, ops=["sample_latent"])
-    assert [(one.calls, one.after) for one in found.changes] == [("float32 small", "reference")]
+    monkeypatch.setattr(tune, "run_race", run_race)
+    found = tune.tune(CPU, ops=["sample_latent"])
+    assert [(one.call.cell, one.after) for one in found.changes] == [("float32 small", "reference")]
     asked = {
         (torch.float32, 10): "reference",
         (torch.float32, 18): "cpp",
@@ -131,18 +115,20 @@ def test_dtype_and_size_decide(monkeypatch):
         (torch.float64, 10): "reference",  # not raced
     }
     for (dtype, bits), backend in asked.items():
-        assert op.serving("eager", CPU, "", dtype, bits) == backend, (dtype, bits)
+        assert op.serving(Call(CPU, "", dtype, bits)) == backend, (dtype, bits)
 
 
 def test_what_serves_keeps_its_place_where_it_is_level():
     op = REGISTRY["sample_latent"]
     for served in ("cpp", "reference"):
-        _races.write(CPU, {op.name: {"sources": op.sources_digest("cpu"), "eager": served}}, {"date": "2026-01-01"})
+        races.write(CPU, {op.name: {"sources": op.sources_digest("cpu"), "eager": served}}, {"date": "2026-01-01"})
         for kernel_us in (0.97, 1.03):
-            made = _tune.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)
+            made, _ = tune.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)
             assert made["cells"] == {"float32 small": {"eager": served}} and made["eager"] == served
         for kernel_us, winner in ((0.9, "cpp"), (1.1, "reference")):
-            assert _tune.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)["eager"] == winner
+            assert (
+                tune.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)[0]["eager"] == winner
+            )
 
 
 def test_a_kernel_must_be_ahead_in_every_layout_and_in_the_replay(monkeypatch):
@@ -155,7 +141,7 @@ def test_a_kernel_must_be_ahead_in_every_layout_and_in_the_replay(monkeypatch):
         row("a", "linf", "float32", "medium", style="graph", kernel_us=1 / 3.0),
         row("a", "l1", "float32", "medium", style="graph", kernel_us=1 / 3.0),
     ]
-    made = _tune.decide(op, rows, CPU)
+    made, _ = tune.decide(op, rows, CPU)
     assert made["variants"] == {
         "l1": {"graph": "cpp"},
         "l2": {"eager": "reference"},
@@ -163,24 +149,24 @@ def test_a_kernel_must_be_ahead_in_every_layout_and_in_the_replay(monkeypatch):
     }
     assert made["eager"] == made["graph"] == "reference"
     rows[1] = row("a channels_last", "linf", "float32", "small", style="eager", kernel_us=1 / 0.5)
-    assert _tune.decide(op, rows, CPU)["variants"]["linf"]["eager"] == "reference"
+    assert tune.decide(op, rows, CPU)[0]["variants"]["linf"]["eager"] == "reference"
 
 
 def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch):
-    real = _verify.verdict_of
+    real = verify.verdict_of
 
-    def verdict_of(op, device):
-        found = real(op, device)
-        return found if op.name != "philox" else type(found)(**{**vars(found), "passed": False, "error": 1.0})
+    def verdict_of(op, call):
+        verdict = real(op, call)
+        return verdict if op.name != "philox" else replace(verdict, error=1.0)
 
     def run_race(race, device, full=False, capture=None):
         if race.op == "stitch":
             raise MemoryError("no room")
         return [row(race.example.name, race.example.variant, "float32", race.size, kernel_us=0.5)]
 
-    monkeypatch.setattr(_tune, "verdict_of", verdict_of)
-    monkeypatch.setattr(_tune, "run_race", run_race)
-    found = _tune.tune(CPU, ops=["philox", "stitch", "noisy_replay"])
+    monkeypatch.setattr(tune, "verdict_of", verdict_of)
+    monkeypatch.setattr(tune, "run_race", run_race)
+    found = tune.tune(CPU, ops=["philox", "stitch", "noisy_replay"])
     assert set(found.rows) == {"noisy_replay"} | ({"stitch"} & set(found.rows)) and "philox" in found.wrong
     assert all("MemoryError: no room" in why for why in found.failed.values()) and found.failed
     said = command.text(found)
@@ -188,28 +174,28 @@ def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch
 
 
 def test_races_that_the_time_does_not_suffice_for_are_named_and_keep_what_they_had(monkeypatch):
-    found = _tune.tune(CPU, seconds=0.0, ops=["noisy_replay"])
-    assert len(found.left_out) == len(_tune.races(REGISTRY["noisy_replay"], CPU)) and not found.rows
+    found = tune.tune(CPU, seconds=0.0, ops=["noisy_replay"])
+    assert len(found.left_out) == len(timing.races_of(REGISTRY["noisy_replay"], CPU)) and not found.rows
     assert "not raced for want of time, as before: noisy_replay" in command.text(found)
-    assert REGISTRY["noisy_replay"].wanted("eager", CPU).why.startswith("raced on AMD")
+    assert REGISTRY["noisy_replay"].wanted(Call(CPU)).why.startswith("raced on AMD")
 
 
 def test_a_real_race_in_small(folder, monkeypatch):
     """Also inside compiled graphs: every row has both times, and a second race takes the place of the first."""
-    monkeypatch.setattr(_racing, "ELEMENTS", {"cpu": {"small": 2**10}})
-    monkeypatch.setattr(_racing, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(_racing.races, "__defaults__", ((torch.float32,),))
-    found = _tune.tune(CPU, full=True, ops=["noisy_replay"])
+    monkeypatch.setattr(timing, "ELEMENTS", {"cpu": {"small": 2**10}})
+    monkeypatch.setattr(timing, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(timing.races_of, "__defaults__", ((torch.float32,),))
+    found = tune.tune(CPU, full=True, ops=["noisy_replay"])
     rows = found.rows["noisy_replay"]
     assert {row.style for row in rows} == {"eager", "graph"} and not found.failed
     assert all(row.reference_us > 0 and row.kernel_us > 0 for row in rows)
     (path,) = folder.glob("raced-cpu-*.json")
     kept = json.loads(path.read_text())
     entry = kept["ops"]["noisy_replay"]
-    assert entry["sources"] == REGISTRY["noisy_replay"].sources_digest("cpu") and entry["verified"]["error"] == 0
+    assert entry["sources"] == REGISTRY["noisy_replay"].sources_digest("cpu")
     assert kept["machine"]["torch"] == torch.__version__ and kept["date"]
-    assert _tune.tune(CPU, ops=["noisy_replay"]).rows == {}
-    _tune.tune(CPU, ops=["noisy_replay"], again=True)
+    assert tune.tune(CPU, ops=["noisy_replay"]).rows == {}
+    tune.tune(CPU, ops=["noisy_replay"], again=True)
     again = json.loads(path.read_text())["ops"]["noisy_replay"]
     assert len(again["rows"]) == len(
         {tuple(row[k] for k in ("example", "dtype", "size", "style")) for row in again["rows"]}
@@ -227,25 +213,25 @@ def test_a_run_that_is_killed_goes_on_where_it_was(monkeypatch):
         (dtype,) = [str(race.dtype).removeprefix("torch.")]
         return [row(race.example.name, race.example.variant, dtype, race.size, kernel_us=0.5)]
 
-    monkeypatch.setattr(_tune, "run_race", run_race)
+    monkeypatch.setattr(tune, "run_race", run_race)
     with pytest.raises(KeyboardInterrupt):
-        _tune.tune(CPU, ops=["noisy_replay", "stitch"])
-    journal = _races.file_of(CPU).with_suffix(".rows")
-    journal.write_text(journal.read_text() + '\n{"op": "stitch", "sour')  # killed while it wrote
+        tune.tune(CPU, ops=["noisy_replay", "stitch"])
+    assert REGISTRY["noisy_replay"].wanted(Call(CPU)).why.startswith("raced on AMD")  # nothing is decided yet
     run.append("killed")
-    found = _tune.tune(CPU, ops=["noisy_replay", "stitch"])
-    assert len(run) == len(set(run)) == 1 + sum(map(len, found.rows.values())) and found.known == 3
-    assert sum(len(_tune.known_rows(REGISTRY[name], CPU)) for name in found.rows) == len(run) - 1
+    tuned = tune.tune(CPU, ops=["noisy_replay", "stitch"])
+    assert len(run) == len(set(run)) == 4 + sum(map(len, tuned.rows.values())) and tuned.known == 3
+    assert sum(len(tune.known_rows(REGISTRY[name], CPU)) for name in ("noisy_replay", "stitch")) == len(run) - 1
+    assert REGISTRY["noisy_replay"].wanted(Call(CPU)).why.startswith("raced on this machine")
 
 
 def test_replays_are_captured_by_what_recovers(rerun):
     """The call runs aside before it is captured; where that fails the race is named, and the next one begins."""
-    race = _tune.races(REGISTRY["noisy_replay"], CPU)[0]
-    assert [one.style for one in _racing.run_race(race, CPU, capture=rerun)] == ["eager", "replay"]
+    race = timing.races_of(REGISTRY["noisy_replay"], CPU)[0]
+    assert [one.style for one in timing.run_race(race, CPU, capture=rerun)] == ["eager", "replay"]
     assert rerun.recorded == 2 and rerun.replayed > 2
     rerun.error = RuntimeError("cannot be captured")
-    found = _tune.tune(CPU, ops=["noisy_replay"], capture=rerun)
-    assert not found.rows and len(found.failed) == len(_tune.races(REGISTRY["noisy_replay"], CPU))
+    found = tune.tune(CPU, ops=["noisy_replay"], capture=rerun)
+    assert not found.rows and len(found.failed) == len(timing.races_of(REGISTRY["noisy_replay"], CPU))
     assert set(found.failed.values()) == {"RuntimeError: cannot be captured"}
 
 
@@ -275,35 +261,35 @@ class Memory(TorchDispatchMode):
 @pytest.mark.parametrize("op", [name for name, op in REGISTRY.items() if op.launch is not None])
 def test_the_races_of_a_gpu_take_24_gigabytes_at_most(op, monkeypatch):
     """The reference's tensors, once for eager calls and once for its graph, counted with tensors that hold nothing."""
-    monkeypatch.setattr(_racing, "ELEMENTS", ELEMENTS)
-    large = [race for race in _racing.races(REGISTRY[op], torch.device("cuda")) if race.size == "large"]
+    monkeypatch.setattr(timing, "ELEMENTS", ELEMENTS)
+    large = [race for race in timing.races_of(REGISTRY[op], torch.device("cuda")) if race.size == "large"]
     assert large
     for race in large:
         made = race.example.make(race.dtype, 0)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, Memory() as memory, torch.no_grad():
             given = tree_map_only(torch.Tensor, fake.from_tensor, made)
-            REGISTRY[op].reference(*_examples.tile(given, race.times))
+            REGISTRY[op].reference(*examples.tile(given, race.times))
         assert 0 < 2 * memory.most <= 24e9, (race.words(), memory.most)
 
 
 def test_a_stale_file_is_said_to_be_stale_and_not_used(folder, caplog):
     op, other = REGISTRY["stitch"], REGISTRY["philox"]
     stale = {"sources": "of another build", "eager": "reference"}
-    _races.write(CPU, {op.name: stale, other.name: stale}, {"date": "2026-01-01"})
-    assert op.wanted("eager", CPU).backend == "cpp" and "is not used" in caplog.text
+    races.write(CPU, {op.name: stale, other.name: stale}, {"date": "2026-01-01"})
+    assert op.wanted(Call(CPU)).backend == "cpp" and "is not used" in caplog.text
     # after an upgrade it is so of every op: one line for all of them
-    assert other.wanted("eager", CPU).backend == "cpp" and len(caplog.records) == 1
+    assert other.wanted(Call(CPU)).backend == "cpp" and len(caplog.records) == 1
     assert "STALE for philox, stitch" in installation.report().replace("\n              ", " ")
-    assert _tune.known_rows(op, CPU) == []
+    assert tune.known_rows(op, CPU) == []
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_race(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "file" / "below"))  # root may write anywhere else
-    monkeypatch.setattr(_tune, "run_race", None)
+    monkeypatch.setattr(tune, "run_race", None)
     assert cli.main(["tune", "--device", "cpu"]) == 2
     assert "PURIFY_FAST_CACHE names another folder" in capsys.readouterr().err
-    assert REGISTRY["philox"].wanted("eager", CPU).backend == "cpp"  # as it ships
+    assert REGISTRY["philox"].wanted(Call(CPU)).backend == "cpp"  # as it ships
 
 
 @pytest.mark.parametrize(
@@ -321,29 +307,29 @@ def test_what_cannot_be_raced_is_refused(arguments, message, capsys):
 
 def test_cells_are_named_and_read():
     for call in (
-        Call(),
-        Call("l2"),
-        Call("l2", torch.bfloat16, 16),
-        Call("", torch.float32, 1000 - 1),
-        Call("", torch.float16),
+        Call(CPU),
+        Call(CPU, "l2"),
+        Call(CPU, "l2", torch.bfloat16, 16),
+        Call(CPU, "", torch.float32, 1000 - 1),
+        Call(CPU, "", torch.float16),
     ):
-        assert _races._call(call.cell()) == call
-    assert [_races.size_of(bits) for bits in (0, 1, 16, 17, 20, 21, 64)] == [
+        assert call_of(call.cell, CPU, "eager") == call
+    assert [size_of(bits) for bits in (0, 1, 16, 17, 20, 21, 64)] == [
         "", "small", "small", "medium", "medium", "large", "large",
     ]  # fmt: skip
 
 
 PROCESS = """
 import sys, time, torch
-from purify_fast.ops import _races
-began = _races.read
-def slow(device):
-    found = began(device)
+from purify_fast.ops.dispatch import cache, races
+began = cache.read
+def slow(*which):
+    content = began(*which)
     time.sleep(0.3)  # both processes are between reading and writing
-    return found
-_races.read = slow
+    return content
+cache.read = slow
 for i in range(3):
-    _races.write(torch.device("cpu"), {f"{sys.argv[1]}{i}": {"sources": "x", "eager": "cpp"}}, {"date": "2026-01-01"})
+    races.write(torch.device("cpu"), {f"{sys.argv[1]}{i}": {"sources": "x", "eager": "cpp"}}, {"date": "2026-01-01"})
 """
 
 
@@ -351,7 +337,7 @@ def test_two_processes_lose_nothing_of_each_other(folder):
     environ = os.environ | {"PURIFY_FAST_CACHE": str(folder), "OMP_NUM_THREADS": "1"}
     together = [subprocess.Popen([sys.executable, "-c", PROCESS, name], cwd=ROOT, env=environ) for name in "ab"]
     assert [process.wait(120) for process in together] == [0, 0]
-    assert set(_races.read(CPU)["ops"]) == {f"{name}{i}" for name in "ab" for i in range(3)}
+    assert set(races.read(CPU)["ops"]) == {f"{name}{i}" for name in "ab" for i in range(3)}
 
 
 def test_a_look_up_is_one_dictionary_look_up():
@@ -368,11 +354,11 @@ def test_a_look_up_is_one_dictionary_look_up():
     sys.setprofile(listen)
     op.plain(*given)
     sys.setprofile(None)
-    assert made[0] == "plain" and made.count("get") == 1 and "serving" not in made
-    assert len(made) <= 10, made  # plain, is_compiling and what PyTorch does in it, bit_length, get, setprofile
+    assert made[0] == "plain" and made.count("get") == 1 and "_choose" not in made
+    assert len(made) <= 16, made  # plain, serving, is_compiling twice, Call, get, setprofile
 
 
-@pytest.mark.parametrize("clock", [_racing._clock, lambda call, _, device: measure.seconds([call], device)])
+@pytest.mark.parametrize("clock", [timing._clock, lambda call, _, device: measure.seconds([call], device)])
 def test_the_events_of_a_race_are_on_the_device_that_is_raced(clock, monkeypatch):
     """Another GPU may be the current one, on whose stream nothing runs."""
     stood = []
@@ -400,13 +386,13 @@ def test_the_events_of_a_race_are_on_the_device_that_is_raced(clock, monkeypatch
 def test_a_call_is_weighed_as_its_race_was():
     """What a public function weighs a call by is what its race was weighed by, or its verdict would not be found."""
     for op in (op for op in REGISTRY.values() if op.kernel("cpu") != "reference"):
-        race = _tune.races(op, CPU)[0]
-        arguments = _examples.tile(race.example.make(race.dtype, 0), race.times)
+        race = timing.races_of(op, CPU)[0]
+        arguments = examples.tile(race.example.make(race.dtype, 0), race.times)
         dtype, numel = op.weigh(*arguments)
-        assert _races.size_of(numel.bit_length()) == race.size and dtype == race.dtype, op.name
+        assert size_of(numel.bit_length()) == race.size and dtype == race.dtype, op.name
     for op in (op for op in REGISTRY.values() if op.launch is not None):
-        for example in _examples.raced(op.name):
-            for dtype in (one for one in _racing.DTYPES if one in example.dtypes):
+        for example in op.raced:
+            for dtype in (one for one in timing.DTYPES if one in example.dtypes):
                 assert op.weigh(*example.make(dtype, 0))[0] == dtype, (op.name, example.name)
     images, seed, ids = torch.rand(4, 3, 8, 8), torch.tensor([7]), torch.arange(4)
     logits, mu = torch.rand(4, 5, 7, requires_grad=True), torch.rand(4, 9, requires_grad=True)
@@ -423,4 +409,4 @@ def test_a_call_is_weighed_as_its_race_was():
         "sample_latent_backward": (4 * 9, ""),
     }
     for name, (numel, variant) in wanted.items():
-        assert ("eager", CPU, torch.float32, numel.bit_length(), variant) in REGISTRY[name].served, name
+        assert Call(CPU, variant, torch.float32, numel.bit_length()) in REGISTRY[name].served, name

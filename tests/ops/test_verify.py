@@ -19,21 +19,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from purify_fast import _library
-from purify_fast.ops import (
-    REGISTRY,
-    _cases,
-    _compiler,
-    _examples,
-    _op,
-    _races,
-    _verdicts,
-    _verify,
-    as_begun,
-    decisions,
-    held,
-    philox,
-    use_backend,
-)
+from purify_fast.ops import REGISTRY, kernel_choices, philox, pin_kernels, resume_choices, use_backend
+from purify_fast.ops.dispatch import cache, compiler, races, registry, verify
+from purify_fast.ops.dispatch.examples import Example
+from purify_fast.ops.dispatch.op import Call
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -41,44 +30,37 @@ needs_extension = pytest.mark.skipif(not _library.loaded(), reason="the CPU's ke
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch) -> Path:
-    """An empty folder for verdicts, and a process that has made none."""
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PURIFY_FAST_VERIFY", raising=False)
-    monkeypatch.setattr(_verify, "_known", {})
-    _verify._say_unwritable.cache_clear()
-    _op.forget()
-    yield tmp_path / "cache"
-    _op.forget()
+def folder(kernel_cache) -> Path:
+    return kernel_cache
 
 
 _numbers = itertools.count()
 
 
 @pytest.fixture
-def make(monkeypatch) -> Callable[[Callable], _op.Op]:
+def make(monkeypatch) -> Callable[[Callable], registry.Op]:
     """Registers an op that doubles, with a kernel of the test's."""
 
-    def made(kernel: Callable, exact: bool = False) -> _op.Op:
+    def made(kernel: Callable, exact: bool = False) -> registry.Op:
         name = f"doubled_{next(_numbers)}"
+        example = Example("3x4", lambda dtype, seed: (torch.linspace(-1, 1, 12).view(3, 4).to(dtype),), exact=exact,
+                          gpu="fbh")  # fmt: skip
         torch.library.define(f"purify_fast::{name}_", "(Tensor x) -> Tensor")  # makes the name space known
         before = dict(REGISTRY)
         monkeypatch.setattr(_library, "has_kernel", lambda qualified, key: key == "CPU")
-        op = _op.define_op(
+        op = registry.define_op(
             name,
             "(Tensor x) -> Tensor",
             reference=lambda x: 2 * x,
             fake=lambda x: x.new_empty(x.shape),
+            examples=[example],
         )
         torch.library.impl(f"purify_fast::{name}", "CPU", kernel)
         REGISTRY.clear()
         REGISTRY.update(before)
         monkeypatch.setitem(REGISTRY, name, op)
-        example = _examples.Example("3x4", lambda dtype, seed: (torch.linspace(-1, 1, 12).view(3, 4).to(dtype),),
-                                    exact=exact)  # fmt: skip
-        monkeypatch.setattr(_examples, name, lambda: iter([example]), raising=False)
         race = {"eager": "cpp", "graph": "cpp"}
-        monkeypatch.setitem(_races.shipped()[0]["ops"], name, race)
+        monkeypatch.setitem(races.shipped()[0]["ops"], name, race)
         return op
 
     return made
@@ -98,17 +80,21 @@ def kept(folder: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def passed(verdict: dict) -> bool:
+    return verify.Verdict(**verdict).passed
+
+
 def test_a_right_kernel_serves_after_one_verification(make, folder):
     kernel = counted(lambda x: x + x)
     op = make(kernel)
-    assert op(torch.ones(2)).tolist() == [2, 2] and op.served_by(CPU) == "cpp"
+    assert op(torch.ones(2)).tolist() == [2, 2] and op.serving(Call(CPU)) == "cpp"
     calls = kernel.calls
     assert calls == 1 + 3  # the call and three dtypes
     op(torch.ones(2))
-    _op.forget()
-    assert op.served_by(CPU) == "cpp" and kernel.calls == calls + 1
+    registry.forget()
+    assert op.serving(Call(CPU)) == "cpp" and kernel.calls == calls + 1
     verdict = kept(folder)["ops"][op.name]
-    assert verdict["passed"] and verdict["backend"] == "cpp" and verdict["error"] <= verdict["budget"]
+    assert verdict["status"] == "compared" and verdict["backend"] == "cpp" and verdict["error"] <= verdict["budget"]
 
 
 @pytest.mark.parametrize(
@@ -126,32 +112,32 @@ def test_a_wrong_kernel_does_not_serve_and_one_warning_says_so(make, folder, wro
     op = make(wrong)
     with pytest.warns(RuntimeWarning, match=rf"the cpp kernel of {op.name} is wrong on .* `purify-fast info`"):
         assert op(torch.ones(2)).tolist() == [2, 2]
-    assert op.served_by(CPU) == "reference" and not kept(folder)["ops"][op.name]["passed"]
+    assert op.serving(Call(CPU)) == "reference" and not passed(kept(folder)["ops"][op.name])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _op.forget()
+        registry.forget()
         assert op(torch.ones(2)).tolist() == [2, 2]  # the verdict is kept
     with use_backend("cpp"):  # who forces it gets it
-        assert op.served_by(CPU) == "cpp"
+        assert op.serving(Call(CPU)) == "cpp"
 
 
 def test_bits_must_agree_where_the_example_says_so(make):
     nearly = lambda x: torch.nextafter(2 * x, torch.ones_like(x)) if x.dtype == torch.float32 else 2 * x  # noqa: E731
-    assert make(nearly).served_by(CPU) == "cpp"
+    assert make(nearly).serving(Call(CPU)) == "cpp"
     with pytest.warns(RuntimeWarning, match="where 0 is allowed"):
-        assert make(nearly, exact=True).served_by(CPU) == "reference"
+        assert make(nearly, exact=True).serving(Call(CPU)) == "reference"
 
 
 def test_a_result_that_jumps_is_judged_as_a_whole():
     """One number on the other side of a jump says nothing, a tenth of everything does."""
-    jumping = _examples.Example("jumps", lambda dtype, seed: (), jumps=True)
+    jumping = Example("jumps", lambda dtype, seed: (), jumps=True)
     golden = torch.randn(40, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     same = golden.float()
     flipped, scaled = same.clone(), same * 1.11
     flipped[3, 7] += 2.0
-    assert _verify.deviation(flipped, golden, same, jumping, "").passed
-    assert not _verify.deviation(scaled, golden, same, jumping, "").passed
-    assert not _verify.deviation(flipped, golden, same, _examples.Example("smooth", jumping.make), "").passed
+    assert verify.deviation(flipped, golden, same, jumping, "").passed
+    assert not verify.deviation(scaled, golden, same, jumping, "").passed
+    assert not verify.deviation(flipped, golden, same, Example("smooth", jumping.make), "").passed
 
 
 def test_a_kernel_that_raises_does_not_serve_and_is_tried_again_by_the_next_process(make, folder):
@@ -160,7 +146,7 @@ def test_a_kernel_that_raises_does_not_serve_and_is_tried_again_by_the_next_proc
 
     op = make(failing)
     with pytest.warns(RuntimeWarning, match="RuntimeError: no such instruction"):
-        assert op.served_by(CPU) == "reference"
+        assert op.serving(Call(CPU)) == "reference"
     assert not list(folder.glob("verified-*.json"))
 
 
@@ -169,7 +155,7 @@ def no_compiler(tmp_path, monkeypatch):
     """Neither gcc nor clang can be found."""
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    _verify._say_lacking.cache_clear()
+    verify._warn_lacking.cache_clear()
 
 
 def test_without_a_compiler_one_warning_stands_for_all_triton_kernels(make, no_compiler, folder):
@@ -181,28 +167,28 @@ def test_without_a_compiler_one_warning_stands_for_all_triton_kernels(make, no_c
         warnings.simplefilter("always")
         for op in ops:
             op.available["cpu"] = ("reference", "triton")
-            _races.shipped()[0]["ops"][op.name] = {"eager": "triton", "graph": "triton"}
-            assert op(torch.ones(2)).tolist() == [2, 2] and op.served_by(CPU) == "reference"
+            races.shipped()[0]["ops"][op.name] = {"eager": "triton", "graph": "triton"}
+            assert op(torch.ones(2)).tolist() == [2, 2] and op.serving(Call(CPU)) == "reference"
     (only,) = caught
     assert "there is no C compiler: neither gcc nor clang is on the PATH, and CC is not set" in str(only.message)
     assert not list(folder.glob("verified-*.json"))  # a later process, which may have one, tries again
 
 
 def test_what_triton_lacks_is_told_with_the_way_to_mend_it(no_compiler, monkeypatch, tmp_path):
-    assert "apt-get install gcc" in _compiler.missing()
+    assert "apt-get install gcc" in compiler.missing()
     monkeypatch.setenv("CC", "/opt/cc")
-    monkeypatch.setattr(_compiler.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    assert f"{tmp_path / 'Python.h'} is missing" in _compiler.missing() and "-dev" in _compiler.missing()
+    monkeypatch.setattr(compiler.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert f"{tmp_path / 'Python.h'} is missing" in compiler.missing() and "-dev" in compiler.missing()
     (tmp_path / "Python.h").touch()
-    assert _compiler.missing() is None
+    assert compiler.missing() is None
 
 
 def test_what_takes_seconds_shows_its_progress(make, monkeypatch, capsys):
     op = make(lambda x: x + x)
-    assert op.served_by(CPU) == "cpp" and not capsys.readouterr().err
-    monkeypatch.setattr(_verify, "SLOW", {"cpu"})
+    assert op.serving(Call(CPU)) == "cpp" and not capsys.readouterr().err
+    monkeypatch.setattr(verify, "SLOW", {"cpu"})
     op = make(lambda x: x + x)
-    assert op.served_by(CPU) == "cpp"
+    assert op.serving(Call(CPU)) == "cpp"
     assert f"verifies the kernel of {op.name}, once on this machine: 3 of 3, 0.0 s" in capsys.readouterr().err
 
 
@@ -210,17 +196,18 @@ def test_on_a_gpu_calls_of_a_variant_and_dtype_are_verified_by_themselves(make, 
     """A part that is wrong does not serve; the others do, and what holds in a run is told part by part."""
     kernel = counted(lambda x: 3 * x if x.dtype == torch.bfloat16 else x + x)
     op = make(kernel)
-    monkeypatch.setattr(_verify, "part_of", lambda op, device, variant="", dtype=None: _verify.Part(op, variant, dtype))
-    monkeypatch.setattr(_verify, "cases", lambda op, kind, *rest: _cases.cases(op, "cuda", *rest))
+    monkeypatch.setattr(verify, "part_of", lambda op, call: verify.Part(op, call.variant, call.dtype))
+    cases = verify.cases
+    monkeypatch.setattr(verify, "cases", lambda op, kind, *rest: cases(op, "cuda", *rest))
     assert op(torch.ones(2)).tolist() == [2, 2] and kernel.calls == 1 + 1
     with pytest.warns(RuntimeWarning, match=f"the cpp kernel of {op.name} bfloat16 is wrong"):
         assert op(torch.ones(2, dtype=torch.bfloat16)).tolist() == [2, 2]
     assert set(kept(folder)["ops"]) == {f"{op.name} float32", f"{op.name} bfloat16"}
-    assert decisions(CPU)["wrong"] == [f"{op.name} bfloat16"]
-    assert not _verify.by_op(_verify.kept_verdicts(CPU))[op.name].passed
-    with held({**decisions(CPU), "wrong": [f"{op.name} float32"]}):
-        assert op.served_by(CPU, dtype=torch.float32) == "reference"
-    assert op.served_by(CPU, dtype=torch.float32) == "cpp"
+    assert kernel_choices(CPU)["wrong"] == [f"{op.name} bfloat16"]
+    assert not verify.by_op(verify.known_verdicts(REGISTRY, CPU))[op.name].passed
+    with pin_kernels({**kernel_choices(CPU), "wrong": [f"{op.name} float32"]}):
+        assert op.serving(Call(CPU, dtype=torch.float32)) == "reference"
+    assert op.serving(Call(CPU, dtype=torch.float32)) == "cpp"
 
 
 @pytest.mark.parametrize(
@@ -236,33 +223,32 @@ def test_a_lack_of_memory_says_nothing_about_a_kernel(make, folder, caplog, monk
         return x + x
 
     op, calls = make(kernel), []
-    monkeypatch.setattr(_verify, "_postponed", {})
-    compare = _verify.compare
-    monkeypatch.setattr(_verify, "compare", lambda *given: calls.append(1) or compare(*given))
+    compare = verify.compare
+    monkeypatch.setattr(verify, "compare", lambda *given: calls.append(1) or compare(*given))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert op.served_by(CPU) == op.served_by(CPU) == "reference" and len(calls) == 1
+        assert op.serving(Call(CPU)) == op.serving(Call(CPU)) == "reference" and len(calls) == 1
     assert "tried again after 60 s" in caplog.text and not list(folder.glob("verified-*.json"))
     lacking.clear()
     lacking.append(False)
-    _verify._postponed.update(dict.fromkeys(_verify._postponed, 0.0))
-    assert op.served_by(CPU) == "cpp" and kept(folder)["ops"][op.name]["passed"]
+    verify._postponed.update(dict.fromkeys(verify._postponed, 0.0))
+    assert op.serving(Call(CPU)) == "cpp" and passed(kept(folder)["ops"][op.name])
 
 
 def test_a_stale_verdict_counts_for_nothing(make, folder):
     kernel = counted(lambda x: x + x)
     op = make(kernel)
-    assert op.served_by(CPU) == "cpp" and kernel.calls == 3
+    assert op.serving(Call(CPU)) == "cpp" and kernel.calls == 3
     (path,) = folder.glob("verified-cpu-*.json")
     for where, name, value in (("ops", "sources", "of another build"), ("machine", "torch", "1.0")):
         content = json.loads(path.read_text())
         (content["ops"][op.name] if where == "ops" else content["machine"])[name] = value
         path.write_text(json.dumps(content))
-        _verify._known.clear()
-        _op.forget()
+        verify._known.clear()
+        registry.forget()
         before = kernel.calls
-        assert op.served_by(CPU) == "cpp" and kernel.calls == before + 3
-        assert kept(folder)["machine"] == _verdicts.machine(CPU)
+        assert op.serving(Call(CPU)) == "cpp" and kernel.calls == before + 3
+        assert kept(folder)["machine"] == cache.machine(CPU)
         assert kept(folder)["ops"][op.name]["sources"] == op.sources_digest("cpu")
 
 
@@ -270,8 +256,8 @@ def test_a_stale_verdict_counts_for_nothing(make, folder):
 def test_a_damaged_file_is_replaced(make, folder, content):
     op = make(lambda x: x + x)
     folder.mkdir()
-    _verdicts.file_of(CPU).write_text(content)
-    assert op.served_by(CPU) == "cpp" and kept(folder)["ops"][op.name]["passed"]
+    cache.file_of("verified", CPU).write_text(content)
+    assert op.serving(Call(CPU)) == "cpp" and passed(kept(folder)["ops"][op.name])
 
 
 def test_a_folder_that_cannot_be_written(make, folder, caplog):
@@ -280,8 +266,8 @@ def test_a_folder_that_cannot_be_written(make, folder, caplog):
     os.environ["PURIFY_FAST_CACHE"] = str(folder.parent / "file" / "below")  # root may write anywhere else
     kernel = counted(lambda x: x + x)
     first, second = make(kernel), make(kernel)
-    assert first.served_by(CPU) == second.served_by(CPU) == "cpp" and kernel.calls == 6
-    assert first.served_by(CPU) == "cpp" and kernel.calls == 6
+    assert first.serving(Call(CPU)) == second.serving(Call(CPU)) == "cpp" and kernel.calls == 6
+    assert first.serving(Call(CPU)) == "cpp" and kernel.calls == 6
     assert sum("cannot be written" in record.message for record in caplog.records) == 1
 
 
@@ -289,28 +275,28 @@ def test_a_file_that_cannot_be_replaced(make, folder, monkeypatch):
     def refuse(*_):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(_verdicts, "write", refuse)
+    monkeypatch.setattr(cache._files, "write_text", refuse)
     kernel = counted(lambda x: x + x)
     op = make(kernel)
-    assert op.served_by(CPU) == "cpp" and not list(folder.glob("*.json"))
-    _op.forget()
-    assert op.served_by(CPU) == "cpp" and kernel.calls == 3
+    assert op.serving(Call(CPU)) == "cpp" and not list(folder.glob("*.json"))
+    registry.forget()
+    assert op.serving(Call(CPU)) == "cpp" and kernel.calls == 3
 
 
 def test_verification_can_be_switched_off(make, folder, monkeypatch):
     monkeypatch.setenv("PURIFY_FAST_VERIFY", "off")
-    assert make(lambda x: 3 * x).served_by(CPU) == "cpp" and not folder.exists()
+    assert make(lambda x: 3 * x).serving(Call(CPU)) == "cpp" and not folder.exists()
     monkeypatch.setenv("PURIFY_FAST_VERIFY", "never")
     with pytest.raises(ValueError, match="PURIFY_FAST_VERIFY='never' is unknown; allowed: first_use, off"):
-        make(lambda x: x).served_by(CPU)
+        make(lambda x: x).serving(Call(CPU))
 
 
 def test_no_mode_of_the_caller_reaches_the_verification(make):
     """Neither fake tensors, nor vmap, inference, autocast, a default device or dtype."""
     with FakeTensorMode():
-        assert make(lambda x: x + x).served_by(CPU) == "cpp"
+        assert make(lambda x: x + x).serving(Call(CPU)) == "cpp"
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
-        assert make(lambda x: x + x).served_by(CPU) == "cpp"
+        assert make(lambda x: x + x).serving(Call(CPU)) == "cpp"
     op = make(lambda x: x + x)
     assert torch.func.vmap(lambda x: x + op.plain(x.device, x.dtype, x.numel()))(torch.ones(3)).tolist() == [1, 1, 1]
 
@@ -321,24 +307,25 @@ def test_a_graph_decides_while_it_is_traced(make):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: op(x) + 1, fullgraph=True, backend="aot_eager")
     assert compiled(torch.ones(2)).tolist() == [3, 3] and kernel.calls == 3 + 1
-    assert op.served["graph", CPU, torch.float32, 0, ""] == "cpp"
+    assert op.served[Call(CPU, "", torch.float32, 0, "graph")] == "cpp"
 
 
 def test_a_device_that_is_not_here_serves_the_reference_for_now():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     op = REGISTRY["philox"]
-    assert [op.wanted(style, torch.device("cuda")).backend for style in ("eager", "graph")] == ["triton"] * 2
-    assert op.served_by(torch.device("cuda", 0)) == "reference"
-    assert not [key for key in op.served if key[1].type == "cuda"]  # asked again the next time
+    assert [op.wanted(Call(torch.device("cuda"), style=style)).backend for style in ("eager", "graph")] == [
+        "triton"
+    ] * 2
+    assert op.serving(Call(torch.device("cuda", 0))) == "reference"
+    assert not [key for key in op.served if key.device.type == "cuda"]  # asked again the next time
 
 
 @needs_extension
 def test_every_kernel_of_this_machine_is_right_and_soon_verified():
-    found = _verify.verify_all(CPU)
-    assert {name for name, op in REGISTRY.items() if op.kernel("cpu") == "cpp"} == set(found)
-    assert all(verdict.passed for verdict in found.values())
-    assert all(verdict.seconds < 30 for verdict in found.values())  # 0.01 to 0.3 on an idle machine
+    verdicts = [verify.verdict_of(op, Call(CPU)) for op in REGISTRY.values() if op.kernel("cpu") == "cpp"]
+    assert len(verdicts) > 20 and all(verdict.passed for verdict in verdicts)
+    assert all(verdict.seconds < 30 for verdict in verdicts)  # 0.01 to 0.3 on an idle machine
 
 
 @needs_extension
@@ -352,16 +339,18 @@ def test_a_look_up_takes_less_than_two_microseconds():
 
 PROCESS = """
 import json, sys, time, torch
-from purify_fast.ops import REGISTRY, _verify
+from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch import verify
+from purify_fast.ops.dispatch.op import Call
 made = []
-verify = _verify._verify
+verify_now = verify._verify
 def slow(part, device):
     time.sleep(0.5)  # both processes are in the race
     made.append(part.name)
-    return verify(part, device)
-_verify._verify = slow
-cpu = torch.device("cpu")
-print(json.dumps({name: REGISTRY[name].served_by(cpu) for name in ("philox", "stitch")} | {"made": made}))
+    return verify_now(part, device)
+verify._verify = slow
+call = Call(torch.device("cpu"))
+print(json.dumps({name: REGISTRY[name].serving(call) for name in ("philox", "stitch")} | {"made": made}))
 """
 
 
@@ -388,18 +377,18 @@ def test_processes_share_one_verification(folder):
 
 
 def test_the_folder_is_the_platforms(monkeypatch, tmp_path):
-    assert _verdicts.folder() == tmp_path / "cache"
+    assert cache.folder() == tmp_path / "cache"
     monkeypatch.delenv("PURIFY_FAST_CACHE")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _verdicts.folder() == tmp_path / "purify_fast"
+    assert cache.folder() == tmp_path / "purify_fast"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert _verdicts.folder() == Path.home() / ".cache/purify_fast"
+    assert cache.folder() == Path.home() / ".cache/purify_fast"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert _verdicts.folder() == Path.home() / "Library/Caches/purify_fast"
+    assert cache.folder() == Path.home() / "Library/Caches/purify_fast"
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
-    assert _verdicts.folder() == tmp_path / "purify_fast/Cache"
+    assert cache.folder() == tmp_path / "purify_fast/Cache"
 
 
 class Counter(torch.utils._python_dispatch.TorchDispatchMode):
@@ -415,7 +404,7 @@ class Counter(torch.utils._python_dispatch.TorchDispatchMode):
 def most_launches(name: str, variant: str) -> int:
     """The most operators that PyTorch dispatches for an example of an op's variant; 0 if there is no such op."""
     most = 0
-    for example in _examples.of(name) if name in REGISTRY else ():
+    for example in REGISTRY[name].examples if name in REGISTRY else ():
         if example.variant == variant:
             for dtype in {torch.float32, torch.bfloat16} & {*example.dtypes}:
                 arguments = example.make(dtype, 0)
@@ -426,9 +415,7 @@ def most_launches(name: str, variant: str) -> int:
 
 
 VARIANTS = {
-    (name.removesuffix("_backward"), example.variant): op
-    for name, op in REGISTRY.items()
-    for example in _examples.of(name)
+    (name.removesuffix("_backward"), example.variant): op for name, op in REGISTRY.items() for example in op.examples
 }
 
 
@@ -469,43 +456,43 @@ def test_a_gpu_is_named_with_all_that_decides_what_it_computes(monkeypatch):
     """Only what PyTorch says of a GPU is invented here."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    monkeypatch.setattr(_verdicts.ctypes, "CDLL", lambda name: FakeDriver())
-    found = _verdicts.machine.__wrapped__(torch.device("cuda", 0))
+    monkeypatch.setattr(cache.ctypes, "CDLL", lambda name: FakeDriver())
+    found = cache.machine.__wrapped__(torch.device("cuda", 0))
     assert found.pop("triton") is not None
     assert found == {
         "kind": "cuda", "device": "some GPU", "capability": "sm_90", "torch": torch.__version__, "driver": "13"
     }  # fmt: skip
     monkeypatch.undo()
     if not torch.cuda.is_available():
-        assert _verdicts._driver() == "unknown"
+        assert cache._driver() == "unknown"
 
 
 def test_the_users_race_comes_before_the_shipped_and_a_stale_one_is_not_used(make, folder, caplog):
     op = make(lambda x: x + x)
-    assert op.served_by(CPU) == "cpp" and op.wanted("eager", CPU).why.startswith("raced on ")
+    assert op.serving(Call(CPU)) == "cpp" and op.wanted(Call(CPU)).why.startswith("raced on ")
     entry = {"eager": "reference", "graph": "cpp", "variants": {"l1": {"eager": "cpp", "graph": "reference"}}}
-    race = {"machine": _verdicts.machine(CPU), "date": "2026-01-02", "ops": {op.name: entry}}
-    path = _races.file_of(CPU)
+    race = {"machine": cache.machine(CPU), "date": "2026-01-02", "ops": {op.name: entry}}
+    path = cache.file_of("raced", CPU)
 
     def wanted(sources: str, style: str, variant: str = "") -> str:
         entry["sources"] = sources
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(race))
-        _races.forget()
-        return op.wanted(style, CPU, variant).backend
+        races.forget()
+        return op.wanted(Call(CPU, variant, style=style)).backend
 
     mine = op.sources_digest("cpu")
     assert wanted(mine, "eager") == "reference" and wanted(mine, "graph") == "cpp"
     assert wanted(mine, "eager", "l1") == "cpp" and wanted(mine, "graph", "l1") == "reference"
-    assert op.wanted("graph", CPU).why == "raced on this machine, 2026-01-02"
+    assert op.wanted(Call(CPU, style="graph")).why == "raced on this machine, 2026-01-02"
     assert not caplog.records
     assert wanted("of another build", "eager") == "cpp"
+    assert sum("is not used" in record.message for record in caplog.records) == 1
     race["machine"] = {**race["machine"], "torch": "1.0"}
     assert wanted(mine, "eager") == "cpp"
-    assert sum("is not used" in record.message for record in caplog.records) == 2
     path.write_text("{")
-    _races.forget()
-    assert op.wanted("eager", CPU).backend == "cpp" and "cannot be read" in caplog.text
+    races.forget()
+    assert op.wanted(Call(CPU)).backend == "cpp" and "cannot be read" in caplog.text
 
 
 def test_what_ships_goes_to_the_machine_that_is_most_like_it(monkeypatch):
@@ -513,7 +500,7 @@ def test_what_ships_goes_to_the_machine_that_is_most_like_it(monkeypatch):
         return {"machine": {"kind": kind, "device": device, "capability": capability}, "date": device, "ops": {}}
 
     known = machine("cpu", "A", "avx2"), machine("cpu", "B", "avx512"), machine("cuda", "H", "sm_90")
-    monkeypatch.setattr(_races, "shipped", lambda: known)
+    monkeypatch.setattr(races, "shipped", lambda: known)
     asked = {
         ("cpu", "B", "avx2"): "B",
         ("cpu", "C", "avx512"): "B",
@@ -521,45 +508,47 @@ def test_what_ships_goes_to_the_machine_that_is_most_like_it(monkeypatch):
         ("cuda", "G", "sm_90"): "H",
     }
     for (kind, device, capability), expected in asked.items():
-        assert _races.nearest({"kind": kind, "device": device, "capability": capability})["date"] == expected
-    assert _races.nearest({"kind": "cuda", "device": "G", "capability": "sm_120"}) is None
+        assert races.nearest({"kind": kind, "device": device, "capability": capability})["date"] == expected
+    assert races.nearest({"kind": "cuda", "device": "G", "capability": "sm_120"}) is None
 
 
 def test_what_the_first_process_knows_holds_in_all_and_no_longer_than_the_run(make):
     wrong, right = make(lambda x: 3 * x), make(lambda x: x + x)
     with pytest.warns(RuntimeWarning, match=wrong.name):
-        assert wrong.served_by(CPU) == "reference"
-    found = decisions(CPU)
+        assert wrong.serving(Call(CPU)) == "reference"
+    found = kernel_choices(CPU)
     assert found["wrong"] == [wrong.name] and found["kernels"][right.name] == "cpp"
-    assert right.served_by(CPU) == "cpp"
-    with held({**found, "wrong": [right.name]}):  # as if it were wrong there
-        assert right.served_by(CPU) == "reference" == wrong.served_by(CPU)
-    assert right.served_by(CPU) == "cpp" and wrong.served_by(CPU) == "reference"
+    assert right.serving(Call(CPU)) == "cpp"
+    with pin_kernels({**found, "wrong": [right.name]}):  # as if it were wrong there
+        assert right.serving(Call(CPU)) == "reference" == wrong.serving(Call(CPU))
+    assert right.serving(Call(CPU)) == "cpp" and wrong.serving(Call(CPU)) == "reference"
     raced = {**found, "races": {**found["races"], right.name: [{"eager": "reference", "graph": "reference"}]}}
-    with held(raced):  # as if it had lost its race there
-        assert right.served_by(CPU) == "reference"
-    assert right.served_by(CPU) == "cpp"
-    with held(found):  # what is not known yet is verified at its first use
+    with pin_kernels(raced):  # as if it had lost its race there
+        assert right.serving(Call(CPU)) == "reference"
+    assert right.serving(Call(CPU)) == "cpp"
+    with pin_kernels(found):  # what is not known yet is verified at its first use
         another = make(lambda x: 3 * x)
         with pytest.warns(RuntimeWarning, match=another.name):
-            assert not _verify.serves(another, CPU)
+            assert not verify.serves(another, Call(CPU))
 
 
 def test_a_resumed_run_is_served_as_it_began(make):
     op = make(lambda x: x + x)
-    begun = decisions(CPU)
+    begun = kernel_choices(CPU)
     entry = {"sources": op.sources_digest("cpu"), "eager": "reference", "graph": "reference"}
-    _races.write(CPU, {op.name: entry}, {"date": "2026-01-02"})
-    now = json.loads(json.dumps(decisions(CPU)))
-    decided, kept, told = as_begun(begun, now)
-    assert kept == [op.name] and not told and op.served_by(CPU) == "reference"
-    with held(decided):
-        assert op.served_by(CPU) == "cpp"
-    assert as_begun(None, now) == as_begun(now, now) == (now, [], [])
+    races.write(CPU, {op.name: entry}, {"date": "2026-01-02"})
+    now = json.loads(json.dumps(kernel_choices(CPU)))
+    choices, pinned, changes = resume_choices(begun, now)
+    assert pinned == [op.name] and not changes and op.serving(Call(CPU)) == "reference"
+    with pin_kernels(choices):
+        assert op.serving(Call(CPU)) == "cpp"
+    assert resume_choices(None, now) == resume_choices(now, now) == (now, [], [])
     missing = {**now, "kernels": {}}
-    assert "are not here, or are wrong here" in as_begun(begun, missing)[2][0]
-    assert "it began on cuda" in as_begun({**begun, "device": "cuda"}, now)[2][0]
+    assert "are not here, or are wrong here" in resume_choices(begun, missing)[2][0]
+    assert "it began on cuda" in resume_choices({**begun, "device": "cuda"}, now)[2][0]
     with use_backend("reference"):
-        assert "PURIFY_FAST_BACKEND none, and goes on with reference" in as_begun(begun, decisions(CPU))[2][0]
+        assert (
+            "PURIFY_FAST_BACKEND none, and goes on with reference" in resume_choices(begun, kernel_choices(CPU))[2][0]
+        )
     exact = {**now, "races": {**now["races"], "stitch": [{"eager": "reference"}]}}
-    assert as_begun(now, exact)[1] == []  # its kernel has the reference's bits
+    assert resume_choices(now, exact)[1] == []  # its kernel has the reference's bits

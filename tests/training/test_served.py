@@ -8,7 +8,9 @@ import torch
 from purify_fast import _library
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.ops import REGISTRY, _op, _races, _verify
+from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch import races, registry, verify
+from purify_fast.ops.dispatch.op import Call
 from purify_fast.training import FitConfig, fit, loop
 from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree
@@ -51,42 +53,33 @@ def train(folder, callbacks=()) -> dict[str, torch.Tensor]:
     return task.model.state_dict()
 
 
-def test_a_race_between_two_parts_of_a_run_changes_nothing(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(_verify, "_known", {})
-    _races.forget()
-    _op.forget()
+def test_a_race_between_two_parts_of_a_run_changes_nothing(tmp_path, kernel_cache, caplog):
     whole = train(tmp_path / "whole")
     with pytest.raises(Killed):
         train(tmp_path / "parts", [KilledAfter(1)])
     names = ("representation_distance", "representation_distance_backward", "pgd_step")
     lost = {name: {"sources": REGISTRY[name].sources_digest("cpu"), "eager": "reference"} for name in names}
-    _races.write(CPU, lost, {"date": "2026-01-02"})
-    _op.forget()
+    races.write(CPU, lost, {"date": "2026-01-02"})
+    registry.forget()
     other = train(tmp_path / "other")
-    assert REGISTRY[names[0]].serving("eager", CPU) == "reference"
+    assert REGISTRY[names[0]].serving(Call(CPU)) == "reference"
     parts = train(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not all(torch.equal(whole[name], other[name]) for name in whole), "the race would have changed bits"
     (said,) = [record.message for record in caplog.records if "kernels that it began with" in record.message]
     assert "representation_distance" in said
-    assert REGISTRY[names[0]].serving("eager", CPU) == "reference"  # again, after the run
+    assert REGISTRY[names[0]].serving(Call(CPU)) == "reference"  # again, after the run
     served = read_tree(tmp_path / "parts" / "checkpoint.safetensors")["served"]
     assert served["kernels"]["philox"] == "cpp" and served["device"] == "cpu"
-    _races.forget()
-    _op.forget()
 
 
-def test_every_process_takes_what_the_first_knows_and_verifies_the_rest_for_itself(monkeypatch, tmp_path):
+def test_every_process_takes_what_the_first_knows_and_verifies_the_rest_for_itself(monkeypatch, kernel_cache):
     """What is wrong in the first process serves in none; what was right there says nothing about another GPU."""
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(_verify, "_known", {})
-    verified, verify = [], _verify._verify
-    monkeypatch.setattr(_verify, "_verify", lambda part, device: verified.append(part.name) or verify(part, device))
+    verified, real = [], verify._verify
+    monkeypatch.setattr(verify, "_verify", lambda part, device: verified.append(part.name) or real(part, device))
     monkeypatch.setattr(loop, "processes", lambda: (1, 2))
     monkeypatch.setattr(loop, "from_first", lambda make: make() | {"wrong": ["stitch"]})
     with loop._served_as_begun(SimpleNamespace(served=None), CPU):
-        assert REGISTRY["stitch"].serving("eager", CPU) == "reference" and not verified
-        assert REGISTRY["philox"].serving("eager", CPU) == "cpp" and verified == ["philox"]
-    assert REGISTRY["stitch"].serving("eager", CPU) == "cpp"
-    _op.forget()
+        assert REGISTRY["stitch"].serving(Call(CPU)) == "reference" and not verified
+        assert REGISTRY["philox"].serving(Call(CPU)) == "cpp" and verified == ["philox"]
+    assert REGISTRY["stitch"].serving(Call(CPU)) == "cpp"

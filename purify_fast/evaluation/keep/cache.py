@@ -24,8 +24,8 @@ from torch import Tensor
 from ... import _library
 from ..._files import atomic
 from ..._fingerprint import digest, text_hash
-from ...ops import changing_bits
-from ...ops._op import forced_backends
+from ...ops import choices_of_bits
+from ...ops.dispatch.registry import forced_backends
 from ...speed.precision import float32_settings
 from ..rows import Examples, Row
 from .fingerprint import fingerprint
@@ -137,7 +137,7 @@ class RowCache:
 
     Args:
         folder: of the whole evaluation.
-        served: who serves the ops, by `purify_fast.ops.decisions`: kernels and references differ in the last bits, so
+        served: who serves the ops, by `purify_fast.ops.kernel_choices`: kernels and references differ in the last bits, so
             that rows that others would serve are no part of the same evaluation.
 
     Attributes:
@@ -148,7 +148,7 @@ class RowCache:
 
     def __init__(self, folder: Path, served: dict[str, Any]):
         self.folder = folder / "rows"
-        self.served = changing_bits(served)
+        self.served = choices_of_bits(served)
         self.folder.mkdir(parents=True, exist_ok=True)
         # a model is read once, not once for each row; it is kept beside its mark, so that its id stays its own
         self._marks: dict[int, tuple[object, str | None]] = {}

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from ..._tensors import without_autocast
 from ...models.layers import BatchNorm2d
 from ...ops import REGISTRY
-from ...ops._races import SIZES
 from ...ops.decode_samples import Geometry, Layer, Weights, decode_prior, pack, unpack
 from ...speed.folding import folded
 from .networks import Decoder, Deconvolution
@@ -183,9 +182,7 @@ def kernel_decodes(device: torch.device) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    op, dtypes = REGISTRY["decode_samples"], (torch.float32, torch.bfloat16)
-    chosen = {op.choice(device, dtype=dtype, bits=end - 1) for dtype in dtypes for end in SIZES.values()}
-    return not chosen <= {None, "reference"}
+    return REGISTRY["decode_samples"].may_serve(device)
 
 
 def times_written(tensor: Tensor) -> int:

@@ -9,9 +9,9 @@ from torch import nn
 from purify_fast.methods.carso.networks import Decoder, decoder_plan, published_decoder
 from purify_fast.methods.carso.networks_v1 import DecoderV1, decoder_plan_v1
 from purify_fast.methods.carso.packed_decoder import PackedDecoder, kernel_decodes
-from purify_fast.ops import decode_samples
-from purify_fast.ops._op import Op
+from purify_fast.ops import REGISTRY, decode_samples, use_backend
 from purify_fast.ops.decode_samples import latents
+from purify_fast.ops.dispatch.registry import Op
 
 SEED, IDS = torch.tensor([7]), torch.tensor([4, 0, 9])
 
@@ -98,13 +98,13 @@ def test_a_kernel_decodes_where_it_serves_some_calls(monkeypatch):
     """After races it may serve large numbers of images and lose the small ones, or those of one dtype."""
     served: set[tuple[torch.dtype, bool]] = set()
 
-    def choice(self, device, variant="", dtype=None, bits=0):
-        return "triton" if (dtype, bits > 20) in served else "reference"
-
-    monkeypatch.setattr(Op, "choice", choice)
+    monkeypatch.setattr(
+        Op, "serving", lambda self, call: "triton" if (call.dtype, call.bits > 20) in served else "reference"
+    )
     device = torch.device("cuda")
     assert not kernel_decodes(device)
     served.add((torch.bfloat16, True))
     assert kernel_decodes(device)
-    monkeypatch.setattr(Op, "choice", lambda *call, **more: None)  # what is forced is missing
-    assert not kernel_decodes(device)
+    monkeypatch.setitem(REGISTRY["decode_samples"].available, "cuda", ("reference",))
+    with use_backend("triton"):  # what is forced is missing
+        assert not kernel_decodes(device)

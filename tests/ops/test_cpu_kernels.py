@@ -1,4 +1,4 @@
-"""Kernels that keep what backward needs: the results of the ops, and who serves when."""
+"""Kernels that save what backward needs: the results of the ops, and who serves when."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from purify_fast.ops import (
-    _kept,
     aggregate,
     gated_elu,
     reconstruction_loss,
@@ -17,7 +16,8 @@ from purify_fast.ops import (
     sample_latent,
     use_backend,
 )
-from purify_fast.ops._gradient import needs_gradient
+from purify_fast.ops.dispatch.cpu_kernels import AVAILABLE
+from purify_fast.ops.dispatch.gradient import needs_gradient
 
 loss_op, latent_op, distance_op, aggregate_op = (
     import_module(f"purify_fast.ops.{name}")
@@ -25,15 +25,16 @@ loss_op, latent_op, distance_op, aggregate_op = (
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((1, 1), (3, 1, 16, 16), (2, 3, 33, 31), (4, 5001), (0, 3, 4, 4))
-needs_kernels = pytest.mark.skipif(not _kept.AVAILABLE, reason="the kernels are the extension's")
+needs_kernels = pytest.mark.skipif(not AVAILABLE, reason="the kernels are the extension's")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def served_by_kept(out: torch.Tensor) -> bool:
-    return type(out.grad_fn).__name__ == "_KeptBackward"
+def served_by_saving(out: torch.Tensor) -> bool:
+    functions = [op._with_saved.__self__ for op in (loss_op, latent_op, distance_op, aggregate_op)]
+    return type(out.grad_fn)._forward_cls in functions
 
 
 @needs_kernels
@@ -44,7 +45,7 @@ def test_reconstruction_loss(shape, dtype, within_budget):
     leaf = logits.clone().requires_grad_()
     with use_backend("cpp"):
         loss = reconstruction_loss(leaf, target)
-        assert served_by_kept(loss) and torch.equal(loss, reconstruction_loss(logits, target))
+        assert served_by_saving(loss) and torch.equal(loss, reconstruction_loss(logits, target))
         upstream = torch.linspace(-1, 2, len(loss), dtype=loss.dtype)
         (grad,) = torch.autograd.grad(loss, leaf, upstream)
     exact = loss_op.reference_backward(upstream.double(), logits.double(), target.double())
@@ -59,11 +60,11 @@ def test_sample_latent(shape, dtype):
     stream = torch.tensor([5]), torch.arange(shape[0])
     results = []
     with use_backend("cpp"):
-        for keeps in (True, False):
+        for saves in (True, False):
             leaves = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
-            call = sample_latent if keeps else latent_op._SampleLatent.apply
+            call = sample_latent if saves else latent_op._sample_latent
             z, kl = call(*leaves, *stream)
-            assert served_by_kept(z) == keeps
+            assert served_by_saving(z) == saves
             upstream = normal(*shape, seed=2, dtype=dtype), torch.linspace(-1, 2, shape[0]).to(kl.dtype)
             results.append((z, kl, *torch.autograd.grad((z, kl), leaves, upstream)))
     for kept, own in zip(*results, strict=True):
@@ -81,7 +82,7 @@ def test_representation_distance(shape, dtype, kind, within_budget):
     leaf = u.clone().requires_grad_()
     with use_backend("cpp"):
         out = representation_distance(leaf, v, kind)
-        assert served_by_kept(out) and torch.equal(out, representation_distance(u, v, kind))
+        assert served_by_saving(out) and torch.equal(out, representation_distance(u, v, kind))
         upstream = torch.linspace(-1, 2, len(out), dtype=out.dtype)
         (grad,) = torch.autograd.grad(out, leaf, upstream)
     results = []
@@ -92,7 +93,7 @@ def test_representation_distance(shape, dtype, kind, within_budget):
     within_budget(grad, *results)
 
 
-@pytest.mark.skipif(not aggregate_op.KEEPS, reason="the kernels are the extension's")
+@pytest.mark.skipif(not aggregate_op.SAVES, reason="the kernels are the extension's")
 @pytest.mark.parametrize("method", ["lse", "peel"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # whole groups of lanes; one that overlaps another; several calls of lanes; no image
@@ -104,7 +105,7 @@ def test_aggregate(shape, dtype, method, within_budget):
     leaf, index = logits.clone().requires_grad_(), aggregate_op.METHODS.index(method)
     with use_backend("cpp"):
         out = aggregate(leaf, method)
-        assert served_by_kept(out)
+        assert served_by_saving(out)
         torch.testing.assert_close(out, aggregate(logits, method), rtol=1e-6, atol=1e-6)
         upstream = normal(shape[0], shape[2], seed=1, dtype=out.dtype)
         (grad,) = torch.autograd.grad(out, leaf, upstream)
@@ -113,10 +114,10 @@ def test_aggregate(shape, dtype, method, within_budget):
     within_budget(grad, exact, aggregate_op.reference_backward(upstream, logits, index))
 
 
-@pytest.mark.skipif(not aggregate_op.KEEPS, reason="the kernels are the extension's")
+@pytest.mark.skipif(not aggregate_op.SAVES, reason="the kernels are the extension's")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_shapes_without_data(dtype):
-    """Every function that keeps something, forward and backward, in tensors without data as in real ones."""
+    """Every function that saves something, forward and backward, in tensors without data as in real ones."""
     stream = torch.tensor([5]), torch.arange(3)
     calls = [
         ((3, 5, 20), lambda x: aggregate(x, "peel")),
@@ -127,7 +128,7 @@ def test_shapes_without_data(dtype):
 
     def results(call, x):
         out = call(x.requires_grad_())
-        assert served_by_kept(out)
+        assert served_by_saving(out)
         return out.detach(), *torch.autograd.grad(out.sum(), x)
 
     for shape, call in calls:
@@ -140,11 +141,11 @@ def test_shapes_without_data(dtype):
         assert found == real
 
 
-@pytest.mark.skipif(not aggregate_op.KEEPS, reason="the kernels are the extension's")
+@pytest.mark.skipif(not aggregate_op.SAVES, reason="the kernels are the extension's")
 def test_few_classes_and_infinite_logits():
     """Few classes have the op's own backward; of infinite logits both make NaN where torch.softmax does."""
     with use_backend("cpp"):
-        assert not served_by_kept(aggregate(normal(3, 4, 10).requires_grad_()))
+        assert not served_by_saving(aggregate(normal(3, 4, 10).requires_grad_()))
         logits = normal(2, 4, 20)
         logits[0, 1, 3], logits[1, :, 7] = torch.inf, -torch.inf
         leaf, upstream = logits.clone().requires_grad_(), normal(2, 20, seed=1)
@@ -160,15 +161,15 @@ def test_few_classes_and_infinite_logits():
 def test_several_layers_compute_their_slope_in_backward():
     u, v = normal(3, 8).requires_grad_(), normal(3, 8, seed=1)
     with use_backend("cpp"):
-        assert not served_by_kept(representation_distance([u, u], [v, v]))
+        assert not served_by_saving(representation_distance([u, u], [v, v]))
 
 
 @needs_kernels
-def test_nothing_is_kept_where_the_reference_serves_backward(monkeypatch):
+def test_nothing_is_saved_where_the_reference_serves_backward(monkeypatch):
     logits, target = normal(3, 8).requires_grad_(), torch.rand(3, 8)
     with use_backend("cpp"):
         monkeypatch.setattr(type(loss_op.BACKWARD), "plain", lambda op, *_: op is loss_op.BACKWARD)
-        assert not served_by_kept(reconstruction_loss(logits, target))
+        assert not served_by_saving(reconstruction_loss(logits, target))
 
 
 @needs_kernels

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ._examples import Example, raced, tensors, tile, to
-from ._op import REGISTRY, Op, use_backend
-from ._races import size_of
+from .examples import Example, tensors, tile, to
+from .op import SIZES, Call, size_of
+from .registry import REGISTRY, Op, use_backend
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: What serves keeps its place where it is not further behind than this.
@@ -46,7 +46,7 @@ class Launches(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,7 +86,7 @@ class Race:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one race found.
+    """The times of one race.
 
     Attributes:
         example: the shapes of a few of the samples, with their layout and settings.
@@ -122,8 +122,15 @@ class Row:
         """Times as fast as the reference."""
         return self.reference_us / self.kernel_us
 
+    def call(self, device: torch.device) -> Call:
+        """The calls that it tells the server of: inside graphs those of every size."""
+        dtype = getattr(torch, self.dtype)
+        if self.style == "graph":
+            return Call(device, self.variant, dtype, 0, "graph")
+        return Call(device, self.variant, dtype, SIZES[self.size] - 1)
 
-def races(op: Op, device: torch.device, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Race]:
+
+def races_of(op: Op, device: torch.device, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Race]:
     """What an op is raced at.
 
     Args:
@@ -131,15 +138,15 @@ def races(op: Op, device: torch.device, dtypes: Iterable[torch.dtype] = DTYPES) 
         device: its sizes are this device's.
         dtypes: of which those that the op has.
     """
-    found = []
-    for example in raced(op.name):
+    every = []
+    for example in op.raced:
         for dtype in (one for one in dtypes if one in example.dtypes):
             _, numel = op.weigh(*example.make(dtype, 0))
             for size, wanted in ELEMENTS[device.type].items():
                 times = max(1, round(min(wanted, MOST.get(op.name, wanted)) / numel))
                 if size_of((times * numel).bit_length()) == size:
-                    found.append(Race(op.name, example, dtype, size, times))
-    return found
+                    every.append(Race(op.name, example, dtype, size, times))
+    return every
 
 
 def _clock(call: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -255,23 +262,22 @@ def run_race(race: Race, device: torch.device, full: bool = False, capture: Capt
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), device)
     elements = op.weigh(*arguments)[1]
     kernel = op.kernel(device.type)
-    serves = op.wanted("eager", device, race.example.variant, race.dtype, elements.bit_length()).backend == kernel
+    serves = op.wanted(Call(device, race.example.variant, race.dtype, elements.bit_length())).backend == kernel
     with use_backend("reference"), Launches() as launches:
         results = op.reference(*arguments)
     moved = sum(one.nbytes for one in tree_leaves((arguments, results)) if isinstance(one, Tensor))
     del results
     contestants: list[Callable[[], object]] = [lambda: op.reference(*arguments), lambda: op.handle(*arguments)]
-    found = {"eager": _settled(contestants, device, serves)}
+    times = {"eager": _settled(contestants, device, serves)}
     if capture is not None:
-        found["replay"] = _settled([replayed(call, device, capture) for call in contestants], device, serves)
+        times["replay"] = _settled([replayed(call, device, capture) for call in contestants], device, serves)
     if full:
-        found["graph"] = fastest([_in_graph(function, arguments) for function in (op.reference, op.handle)], device)
-    shown = str(race.dtype).removeprefix("torch.")
+        times["graph"] = fastest([_in_graph(function, arguments) for function in (op.reference, op.handle)], device)
     return [
         Row(
             example=race.example.name,
             variant=race.example.variant,
-            dtype=shown,
+            dtype=str(race.dtype).removeprefix("torch."),
             size=race.size,
             elements=elements,
             style=style,
@@ -280,5 +286,5 @@ def run_race(race: Race, device: torch.device, full: bool = False, capture: Capt
             launches=launches.count,
             megabytes=round(moved / 1e6, 3),
         )
-        for style, (reference, kernels) in found.items()
+        for style, (reference, kernels) in times.items()
     ]

@@ -1,10 +1,10 @@
-"""Kernels that keep what backward needs, where that is faster than to compute it again: on a CPU, in eager calls.
+"""Kernels that save what backward needs, where that is faster than to compute it again: on a CPU, in eager calls.
 
 An op's own backward computes everything from the op's inputs, since on a GPU arithmetic is cheaper than memory. On a
-CPU it is not: a sigmoid, a normal or a difference that forward had in a register costs one store to keep and one load
-to have again, where backward would need dozens of instructions, or a second matrix to read. ``torch.compile`` keeps
-them too. The results are those of the op and of its backward, to the last bit or two. These kernels stand in for the
-op's own wherever its own would serve both directions.
+CPU it is not: a sigmoid, a normal or a difference that forward had in a register costs one store to save and one load
+to read, where backward would need dozens of instructions, or a second matrix to read. ``torch.compile`` saves them too.
+The results are those of the op and of its backward, to the last bit or two. These kernels stand in for the op's own
+wherever its own would serve both directions.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library
-from ._op import Op
+from ... import _library
+from .registry import Op
 
 
 def kernel(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,24 +47,12 @@ AVAILABLE = _library.has_kernel("purify_fast::scaled_rows", "CPU")
 
 
 def may_serve(x: Tensor) -> bool:
-    """Whether kernels that only a CPU has can be called: not on a GPU, in compiled graphs or functorch's transforms.
-
-    Args:
-        x: a tensor of the call.
-    """
+    """Whether kernels that only a CPU has can be called: not on a GPU, in compiled graphs or functorch's transforms."""
     if not AVAILABLE or x.device.type != "cpu":
         return False
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def serves(backward: Op, x: Tensor) -> bool:
-    """Whether a kept kernel stands in for an op that serves forward.
-
-    Args:
-        backward: the op's backward, which must be served by its kernel as well.
-        x: the tensor that the server is chosen by.
-
-    Returns:
-        False on a GPU, inside compiled graphs and under functorch's transforms: there the op's own backward serves.
-    """
+    """Whether a saving kernel stands in for an op that serves forward: its backward must be served by a kernel too."""
     return may_serve(x) and not backward.plain(x.device, x.dtype, x.numel())

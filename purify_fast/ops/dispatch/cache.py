@@ -1,0 +1,159 @@
+"""What this machine is, and what is known of the kernels on it: files in a folder of caches.
+
+A machine has two files of JSON: ``verified-*.json``, with the verdict on each kernel, and ``raced-*.json``, with who
+was faster. Each names the device and the versions that decide what a kernel computes, and has an entry for each op.
+
+The folder is ``PURIFY_FAST_CACHE``, or the platform's folder for caches. Files are replaced as a whole. One process at
+a time changes a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+
+from ... import _files
+
+logger = logging.getLogger("purify_fast")
+
+Kind = Literal["verified", "raced"]
+
+
+def folder() -> Path:
+    """The folder of the files: ``PURIFY_FAST_CACHE``, or the platform's folder for caches."""
+    if os.environ.get("PURIFY_FAST_CACHE"):
+        return Path(os.environ["PURIFY_FAST_CACHE"])
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "purify_fast/Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/purify_fast"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "purify_fast"
+
+
+def processor() -> str:
+    """The CPU's name, as the system gives it."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _triton_version() -> str:
+    try:
+        # PyTorch brings Triton for some platforms only
+        import triton
+    except ImportError:
+        return ""
+    return triton.__version__
+
+
+def _driver() -> str:
+    """The major CUDA version that the driver supports; ``unknown`` where the driver's library is missing."""
+    # PyTorch does not tell it; it has loaded the driver's library where there is a GPU
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int()
+        failed = library.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return "unknown"
+    return "unknown" if failed else str(version.value // 1000)  # 13020 is CUDA 13.2
+
+
+@functools.cache
+def machine(device: torch.device) -> dict[str, str]:
+    """The device and the versions that decide what a kernel computes on it."""
+    if device.type != "cuda":
+        capability = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return {"kind": device.type, "device": processor(), "capability": capability, "torch": torch.__version__}
+    major, minor = torch.cuda.get_device_capability(device)
+    return {
+        "kind": "cuda",
+        "device": torch.cuda.get_device_name(device),
+        "capability": f"sm_{major}{minor}",
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "driver": _driver(),
+    }
+
+
+def sources_digest(paths: tuple[Path, ...]) -> str:
+    """A hash of the files' contents; a file that is absent counts as empty."""
+    return hashlib.blake2b(b"".join(map(_content_digest, paths)), digest_size=8).hexdigest()
+
+
+@functools.cache  # a dozen ops share one extension of megabytes
+def _content_digest(path: Path) -> bytes:
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+    except OSError:
+        return bytes(16)
+
+
+def file_of(kind: Kind, device: torch.device) -> Path:
+    """The machine's file of verdicts or of races."""
+    facts = machine(device)
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return folder() / f"{kind}-{facts['kind']}-{digest}.json"
+
+
+def read(kind: Kind, device: torch.device) -> dict[str, Any]:
+    """The content of a file, with its entries under ``ops``; empty where it is absent, damaged or another machine's."""
+    path = file_of(kind, device)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if content["machine"] == machine(device) and isinstance(content["ops"], dict) else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("%s cannot be read (%s) and is not used", path, error)
+        return {}
+
+
+def update(kind: Kind, device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> Path:
+    """Put entries into a file, beside those of other ops; the caller has it `locked`.
+
+    Args:
+        kind: of the file.
+        device: whose file it is.
+        ops: entries by op.
+        facts: what the file says beside its entries, such as its date.
+    """
+    path, entries = file_of(kind, device), {**read(kind, device).get("ops", {}), **ops}
+    content = {"machine": machine(device), **facts, "ops": {op: entries[op] for op in sorted(entries)}}
+    _files.write_text(path, json.dumps(content, indent=1) + "\n")
+    return path
+
+
+@contextlib.contextmanager
+def locked(kind: Kind, device: torch.device) -> Iterator[bool]:
+    """One process at a time is in the block; gives whether the folder can be written.
+
+    The lock ends with its process, however that ends. Where the file system has no locks, the last writer wins.
+    """
+    path, writable = file_of(kind, device).with_suffix(".lock"), True
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except NotImplementedError:
+        pass
+    except OSError:
+        writable = False
+    try:
+        yield writable
+    finally:
+        lock.release()

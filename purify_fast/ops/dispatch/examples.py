@@ -1,0 +1,149 @@
+"""Small inputs of an op, as its kernel takes them: what kernels are verified, tested and raced with.
+
+Each op's module has its own. ``python -m benchmarks.every_op`` runs every op once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._pytree import tree_map_only
+
+HALVES = (torch.bfloat16, torch.float16)
+NHWC = torch.channels_last
+ROWS = 3  # samples of an example, so that its batch dimensions can be told from others
+#: Settings of ops whose examples differ in the shape of images. The last ones have more numbers than one program of the
+#: norms' steps and of the losses takes. With the dtypes that stand for kernels of whole rows on a GPU.
+IMAGES = {((ROWS, 1, 16, 16),): "", ((ROWS, 3, 33, 31),): "h", ((ROWS, 5001),): "", ((ROWS, 16400),): "fb"}
+#: The shape of images that is raced.
+RGB = (((ROWS, 3, 32, 32),),)
+LAYOUTS = ("", "channels_last")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One set of shapes and settings of one op.
+
+    Attributes:
+        name: tells it from the other examples of its op.
+        make: the kernel's arguments on the CPU, of a dtype and a seed: the same shapes and settings for every seed.
+        dtypes: those that the op takes.
+        exact: every backend has the reference's bits.
+        slack: error allowed beside rounding, in float32's eps of the largest output: normals differ by a few ulp.
+        variant: the setting by which the op's server is chosen, if there is one.
+        summed: results are sums over the samples.
+        jumps: rounding decides on which side of zero some numbers are, and the result jumps there, so that no bound of
+            a single number's error holds. Errors are then root mean squares, and a tenth of the result's is allowed.
+        gpu: the dtypes in which it stands for the op on a GPU, whose kernels are compiled for each dtype and setting:
+            ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The examples of an op cover all of its dtypes;
+            every kernel in float32 and in one of two bytes; every setting, layout and width of a thread's accesses in
+            one dtype at least.
+    """
+
+    name: str
+    make: Callable[[torch.dtype, int], tuple]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALVES)
+    exact: bool = False
+    slack: float = 0.0
+    variant: str = ""
+    summed: bool = False
+    jumps: bool = False
+    gpu: str = ""
+
+
+def tensors(value) -> tuple[Tensor, ...]:
+    """The outputs of an op that returns one tensor or several."""
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def to(arguments: tuple, device: torch.device) -> tuple:
+    """The arguments on a device; a parameter stays one."""
+
+    def one(tensor: Tensor) -> Tensor:
+        moved = tensor.to(device)
+        return Parameter(moved, False) if isinstance(tensor, Parameter) else moved
+
+    return tree_map_only(Tensor, one, arguments)
+
+
+def double(arguments: tuple) -> tuple:
+    """The arguments in float64, settings that are dtypes too."""
+    wider = tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, arguments)
+    return tuple(torch.float64 if isinstance(one, torch.dtype) else one for one in wider)
+
+
+def batch_dimension(tensor: Tensor) -> int | None:
+    """Which dimension holds the samples, or their passes; None for seeds and settings, and for weights: parameters."""
+    if tensor.numel() <= 1 or isinstance(tensor, Parameter):
+        return None
+    return 0 if tensor.shape[0] % ROWS == 0 else 1  # owners: [draws, samples, ...]
+
+
+def tile(arguments, times: int):
+    """The samples of an example, ``times`` over."""
+
+    def one(tensor: Tensor) -> Tensor:
+        dimension = batch_dimension(tensor)
+        if dimension is None:
+            return tensor
+        tiled = tensor.repeat(*(times if d == dimension else 1 for d in range(tensor.dim())))
+        last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=NHWC) and not tensor.is_contiguous()
+        return tiled.contiguous(memory_format=NHWC) if last else tiled
+
+    return tree_map_only(Tensor, one, arguments)
+
+
+def normal(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
+    """Normal numbers in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def uniform(seed: int, *shape: int) -> Tensor:
+    """Uniform numbers in float64."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of an op's arithmetic."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def stream(seed: int) -> tuple[Tensor, Tensor]:
+    """A seed beyond 32 bits, and ids among which are a negative one and one beyond 32 bits."""
+    return torch.tensor([0x0123456789ABCDEF + seed]), torch.tensor([7, -1, 2**40 + 3])
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """Images in one of the `LAYOUTS`."""
+    return x.contiguous(memory_format=NHWC) if layout else x
+
+
+def examples(
+    arguments: Callable[..., tuple], settings: Mapping[tuple, str] | Iterable[tuple], **properties
+) -> list[Example]:
+    """An example of each setting.
+
+    Args:
+        arguments: makes the arguments of the kernel, as ``arguments(*setting, dtype, seed)``.
+        settings: what the examples differ in, and what they are named by; a mapping tells `Example.gpu` of each.
+        **properties: other attributes of the examples, each a value or a function of the setting.
+    """
+    gpu = settings if isinstance(settings, Mapping) else {}
+
+    def word(part) -> str:
+        return "x".join(map(word, part)) if isinstance(part, tuple) else str(part).removeprefix("torch.")
+
+    return [
+        Example(
+            " ".join(filter(None, map(word, setting))),
+            partial(arguments, *setting),
+            gpu=gpu.get(setting, ""),
+            **{name: value(*setting) if callable(value) else value for name, value in properties.items()},
+        )
+        for setting in settings
+    ]

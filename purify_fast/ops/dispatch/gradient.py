@@ -1,0 +1,101 @@
+"""Which calls need an ``autograd.Function`` around their kernel.
+
+Applying one costs 16 microseconds on an AMD EPYC, several times a small kernel: a call from which no gradient can flow
+goes to the kernel directly. A table in docs/performance.md has the parts of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether a derivative of what is computed from these tensors may be asked for.
+
+    Args:
+        tensors: those that the op is differentiable in.
+
+    Returns:
+        True if gradients are recorded and a tensor requires one. Also true inside forward-mode differentiation, which
+        the ops' functions refuse, where a bare kernel would lose the tangent without a word.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``once_differentiable``, without its cost where nobody asked for a second derivative.
+
+    Args:
+        backward: a function's ``backward(ctx, *grads)``.
+
+    Returns:
+        The same, which raises when its own result is differentiated and the incoming gradient requires one. Under
+        ``create_graph=True`` the gradient of a plain sum is a constant, as ``once_differentiable`` leaves it: a penalty
+        on gradients needs ``use_backend("reference")``.
+    """
+    guarded = once_differentiable(backward)
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        # the engine records gradients in a backward only under create_graph=True
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run
+
+
+def differentiable(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    saved: Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...]] = lambda inputs, outputs: inputs,
+    constants: int = 0,
+) -> Callable[..., Any]:
+    """An op as one function of autograd, with first-order gradients.
+
+    Args:
+        forward: from the inputs to one output or a tuple of them.
+        backward: from the gradients of the outputs, then the tensors and then the settings that were saved, to the
+            gradient of the first input, or a tuple of those of the first inputs; the others have none. A plain
+            function: compilers cannot look into an op that a closure holds.
+        saved: of the inputs and the outputs those that backward takes, tensors first.
+        constants: how many of the last outputs have no gradient.
+
+    Returns:
+        ``apply`` of the function.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return forward(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            if constants:
+                ctx.mark_non_differentiable(*outputs[-constants:])
+            if constants and len(outputs) == constants + 1:
+                # zeros in place of the gradients of large constants would cost memory
+                ctx.set_materialize_grads(False)
+            values = saved(inputs, outputs)
+            ctx.save_for_backward(*[value for value in values if isinstance(value, Tensor)])
+            ctx.settings = [value for value in values if not isinstance(value, Tensor)]
+            ctx.inputs = len(inputs)
+
+        @staticmethod
+        @first_order
+        def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+            if grads[0] is None:
+                return (None,) * ctx.inputs
+            result = backward(*grads[: len(grads) - constants], *ctx.saved_tensors, *ctx.settings)
+            result = result if isinstance(result, tuple) else (result,)
+            return *result, *[None] * (ctx.inputs - len(result))
+
+    apply: Callable[..., Any] = Function.apply
+    return apply

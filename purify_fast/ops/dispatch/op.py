@@ -1,0 +1,112 @@
+"""What an op is: its handle, its definition, its kernels, and the examples that they are verified and raced with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from .cache import sources_digest
+from .examples import Example
+
+Style = Literal["eager", "graph"]
+Backend = Literal["reference", "cpp", "triton"]
+
+#: The types of devices on which each backend computes.
+BACKENDS: dict[Backend, tuple[str, ...]] = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",)}
+#: The sizes that are raced, and the number of bits from which on a number of elements is larger: 2 ** 16 elements are
+#: more than small, 2 ** 20 are large.
+SIZES = {"small": 17, "medium": 21, "large": 1000}
+
+
+def cell(variant: str, dtype: torch.dtype | None, size: str) -> str:
+    """How a file names the calls of a variant, a dtype and a size."""
+    return " ".join(filter(None, (variant, str(dtype).removeprefix("torch.") if dtype else "", size)))
+
+
+class Call(NamedTuple):
+    """What of a call decides who serves it.
+
+    Attributes:
+        device: of its tensors.
+        variant: a setting of the op that is raced on its own; empty for an op that has none.
+        dtype: of the tensor that the op is weighed by; None for calls of every dtype.
+        bits: of that tensor's number of elements; 0 for calls of every size.
+        style: an eager call, or one inside a compiled graph.
+    """
+
+    device: torch.device
+    variant: str = ""
+    dtype: torch.dtype | None = None
+    bits: int = 0
+    style: Style = "eager"
+
+    @property
+    def cell(self) -> str:
+        """Its name in a file of races."""
+        return cell(self.variant, self.dtype, size_of(self.bits))
+
+
+def call_of(name: str, device: torch.device, style: Style) -> Call:
+    """The call that a file of races names by `Call.cell`."""
+    words = name.split()
+    size = words.pop() if words and words[-1] in SIZES else ""
+    dtype = getattr(torch, words[-1], None) if words else None
+    dtype = dtype if isinstance(dtype, torch.dtype) else None
+    variant = " ".join(words[: len(words) - (dtype is not None)])
+    return Call(device, variant, dtype, SIZES[size] - 1 if size else 0, style)
+
+
+def size_of(bits: int) -> str:
+    """The bucket of a number of elements by its bits; empty for 0 bits, which stand for every size."""
+    return next(name for name, end in SIZES.items() if bits < end) if bits else ""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What an op is.
+
+    Attributes:
+        name: without the name space.
+        handle: the op as PyTorch dispatches it.
+        reference: the definition.
+        available: device type to the backends that exist here, the kernel last.
+        examples: what its kernels are verified with.
+        raced: what they are raced with: a few samples of shapes that users have.
+        replaces_many: the variants whose forward and backward replace a dozen launches or more; ``""`` is the op that
+            has none.
+        compiler_fuses: those of them whose reference compilers fuse as well.
+        sources: device type to the files that its kernel there is built from.
+        launch: starts its Triton kernel; None where it has none.
+        weigh: of the kernel's arguments, the dtype and the number of elements that its server is chosen by.
+        differentiable: whether gradients pass through the public function; those of backwards have none.
+    """
+
+    name: str
+    handle: Callable
+    reference: Callable
+    available: dict[str, tuple[Backend, ...]]
+    examples: list[Example]
+    raced: list[Example]
+    replaces_many: tuple[str, ...]
+    compiler_fuses: tuple[str, ...]
+    sources: dict[str, tuple[Path, ...]]
+    launch: Callable | None
+    weigh: Callable[..., tuple[torch.dtype, int]]
+    differentiable: bool = True
+    served: dict[Call, Backend] = field(default_factory=dict)
+
+    def kernel(self, kind: str) -> Backend:
+        """The backend whose kernel the handle runs on devices of a type; ``reference`` where there is none."""
+        return self.available[kind][-1] if kind in self.available else "reference"
+
+    def sources_digest(self, kind: str) -> str:
+        """A hash of what the kernel on devices of a type is built from: verdicts and races are of these sources."""
+        return sources_digest(self.sources.get(kind, ()))
+
+    def serves_unraced(self, style: Style) -> tuple[str, ...]:
+        """The variants whose kernel serves on a GPU where nothing was raced."""
+        return tuple(name for name in self.replaces_many if style == "eager" or name not in self.compiler_fuses)

@@ -1,0 +1,160 @@
+"""Which backend was measured ahead, for eager calls and inside compiled graphs.
+
+Two kinds of files tell it, in one form: the user's own for this machine (`cache`), and ``races.json`` of the package,
+for machines that were measured with the benchmarks. The user's comes first. It has hashes of the ops' sources, and
+entries on other sources are not used. Of the machines that ship, the one of the same device counts, else of the same
+instruction set, and for a CPU else the first: a kernel that was ahead on one CPU is ahead on most.
+
+A file has an entry for each op. It names the winners of eager calls and inside graphs, for the op as a whole, for each
+of its ``variants``, and in ``cells`` for each variant, dtype and size that was raced. The narrowest that knows a call
+decides. `tune` writes such a file.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import cache
+from .op import Backend, Call, Definition, Style, call_of
+
+logger = logging.getLogger("purify_fast")
+
+SHIPPED = Path(__file__).parents[1] / "races.json"
+#: By type of device, the choices that `pinning.pin_kernels` holds in place of the files.
+PINNED: dict[str, dict[str, Any]] = {}
+
+
+class Winner(NamedTuple):
+    """Who won a race.
+
+    Attributes:
+        backend: the fastest that is right, in all that was measured.
+        why: where and when it was measured, in words.
+        gain: how many times as fast the kernel was as its reference, in words; empty where that is not known.
+    """
+
+    backend: Backend
+    why: str
+    gain: str = ""
+
+
+@functools.cache
+def shipped() -> tuple[dict[str, Any], ...]:
+    """The machines that were measured with the benchmarks."""
+    return tuple(json.loads(SHIPPED.read_text(encoding="utf-8")))
+
+
+@functools.cache
+def _read(path: Path, device: torch.device) -> dict[str, Any]:
+    return cache.read("raced", device)
+
+
+def read(device: torch.device) -> dict[str, Any]:
+    """The user's file for a device; empty where there is none."""
+    return _read(cache.file_of("raced", device), device)
+
+
+@functools.cache  # once per process: after an upgrade it is so of most ops
+def _warn_stale(path: Path) -> None:
+    logger.warning(
+        "%s is of other sources of some ops and is not used for them: run `purify-fast tune` again; "
+        "`purify-fast info --all` names them",
+        path,
+    )
+
+
+def forget() -> None:
+    """Read the files again when they are next needed."""
+    _read.cache_clear()
+    _warn_stale.cache_clear()
+
+
+def nearest(facts: dict[str, str], among: Sequence[dict[str, Any]] | None = None) -> dict[str, Any] | None:
+    """The measured machine that is most like this one; None if none is like it.
+
+    Args:
+        facts: what this machine is.
+        among: the measured machines; those that ship by default.
+    """
+    same = [one for one in (shipped() if among is None else among) if one["machine"]["kind"] == facts["kind"]]
+    for what in ("device", "capability"):
+        for one in same:
+            if one["machine"].get(what) == facts[what]:
+                return one
+    return same[0] if same and facts["kind"] == "cpu" else None
+
+
+def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any], str]]:
+    """The entries that decide about an op on a device that is here, the first that knows a call first.
+
+    Returns:
+        The user's and the shipped one, each with where and when it was raced.
+    """
+    if device.type in PINNED:
+        return [(entry, "as the run began") for entry in PINNED[device.type]["races"].get(op.name, [])]
+    entries, own, near = [], read(device), nearest(cache.machine(device))
+    if op.name in own.get("ops", {}):
+        if own["ops"][op.name].get("sources") == op.sources_digest(device.type):
+            entries.append((own["ops"][op.name], f"raced on this machine, {own.get('date')}"))
+        else:
+            _warn_stale(cache.file_of("raced", device))
+    if near is not None and op.name in near["ops"]:
+        entries.append((near["ops"][op.name], f"raced on {near['machine']['device']}, {near['date']}"))
+    return entries
+
+
+def decisive(op: Definition, device: torch.device) -> list[dict[str, Any]]:
+    """What of an op's entries decides, without times: what `PINNED` has of it."""
+    keys = ("eager", "graph", "variants", "cells")
+    return [{key: entry[key] for key in keys if key in entry} for entry, _ in entries_of(op, device)]
+
+
+def winner(op: Definition, call: Call) -> Winner | None:
+    """Who won the race of an op on a device that is here; None where there was none."""
+    for entry, why in entries_of(op, call.device):
+        cells, variants = entry.get("cells", {}), entry.get("variants", {})
+        for winners in (cells.get(call.cell, {}), variants.get(call.variant, {}), entry):
+            if winners.get(call.style):
+                return Winner(winners[call.style], why, entry.get("gain", {}).get(call.style, ""))
+    return None
+
+
+def calls(op: Definition, device: torch.device, style: Style) -> Iterator[Call]:
+    """The calls of an op that were raced on their own: those that the first entry that decides knows by name."""
+    for entry, _ in entries_of(op, device):
+        winners = {**entry.get("variants", {}), **entry.get("cells", {})}
+        raced = [call_of(name, device, style) for name in winners if style in winners[name]]
+        if raced:
+            # of those that are raced by size, the entries of all sizes tell nothing more
+            yield from [call for call in raced if call.bits] or raced
+            return
+
+
+def write(device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> Path:
+    """Put entries into the user's file for a device; those of other ops in it stay.
+
+    Args:
+        device: they were raced there.
+        ops: entries by op.
+        facts: what else the file says, such as its date.
+
+    Raises:
+        OSError: the folder cannot be written; the message says how to name another.
+    """
+    path = cache.file_of("raced", device)
+    with cache.locked("raced", device) as writable:
+        try:
+            if not writable:
+                raise OSError("no file can be created there")
+            cache.update("raced", device, ops, facts)
+        except OSError as error:
+            raise OSError(f"{path} cannot be written ({error}): PURIFY_FAST_CACHE names another folder") from error
+    forget()
+    return path

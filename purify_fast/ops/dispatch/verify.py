@@ -1,0 +1,391 @@
+"""Kernels are verified on the machine they run on: compared once with their definition in float64.
+
+The first call that a kernel would serve compares it on its op's examples, and keeps the verdict on disk (`cache`). A
+kernel that fails does not serve on this machine. ``PURIFY_FAST_VERIFY=off`` lets every kernel serve unverified.
+
+On a GPU a call waits for the kernels of its own variant and dtype alone (`cases`), which are compiled side by side; so
+an evaluation verifies what its model and its attacks reach, and nothing else. A line on stderr says what it waits for.
+
+The error that is allowed is that of the tests: twice the error of the definition in the same dtype, and two units in
+the last place of the largest number; none where a kernel must have the definition's bits. Where an example says so,
+another error is allowed (`Example.slack`, `Example.jumps`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib
+import logging
+import math
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import cache, compiler, races
+from .examples import Example, double, tensors, to
+from .op import Call, Definition, cell
+
+logger = logging.getLogger("purify_fast")
+
+MODES = ("first_use", "off")
+#: The types of devices whose kernels take seconds to verify, mostly to compile, so that progress is shown.
+SLOW = {"cuda"}
+#: Seconds until a kernel is tried again that could not be verified for want of memory.
+PATIENCE = 60.0
+#: The error that is allowed of a result that jumps, relative to the result, both as root mean squares.
+JUMPS = 0.1
+#: The dtypes on whose examples a GPU's kernel is verified, by the letters of `Example.gpu`.
+DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
+#: The threads that verify now. What they call is served by definitions, or by kernels that have been verified already.
+_verifying: set[int] = set()
+#: This process's verdicts, by file and part; they outlast a folder that cannot be written.
+_known: dict[tuple[str, str], Verdict] = {}
+#: When a kernel without a verdict for want of memory is tried again, by file and part.
+_postponed: dict[tuple[str, str], float] = {}
+
+
+def mode() -> str:
+    """``PURIFY_FAST_VERIFY``: ``first_use``, which is the default, or ``off``; ValueError for another value."""
+    value = os.environ.get("PURIFY_FAST_VERIFY") or MODES[0]
+    if value not in MODES:
+        raise ValueError(f"PURIFY_FAST_VERIFY={value!r} is unknown; allowed: {', '.join(MODES)}")
+    return value
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far a result is from the definition.
+
+    Attributes:
+        error: the largest absolute error, or the root mean square of a result that jumps; infinite where a result is
+            not finite and should be.
+        budget: the error that is allowed.
+        case: the example and its dtype; or the error that a kernel raised.
+    """
+
+    error: float
+    budget: float
+    case: str
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.budget
+
+    @property
+    def share(self) -> float:
+        """The error as a multiple of its budget."""
+        return self.error / self.budget if self.budget > 0 else math.inf if self.error > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict(Deviation):
+    """The result of one verification: the deviation of the case that came closest to its budget.
+
+    Attributes:
+        backend: whose kernel was verified.
+        sources: the hash of what it was built from.
+        status: ``compared``; ``raised``, where the kernel could not be run; or ``no memory``, which says nothing about
+            the kernel.
+        seconds: what the verification took.
+        date: when, as ISO 8601.
+    """
+
+    backend: str
+    sources: str
+    status: Literal["compared", "raised", "no memory"]
+    seconds: float
+    date: str
+
+    def words(self) -> str:
+        """The verdict, as `purify-fast info` and a warning tell it."""
+        if self.passed:
+            return f"verified {self.date[:10]}, error {self.error:.1g} of {self.budget:.1g} allowed"
+        if math.isfinite(self.error):
+            return f"an error of {self.error:.2g} where {self.budget:.2g} is allowed ({self.case})"
+        return self.case
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is verified at once: a whole op, or on a GPU its calls of one variant and dtype.
+
+    Attributes:
+        op: the op.
+        variant: of the calls, as the op's module names it.
+        dtype: of the calls; None for the whole op.
+    """
+
+    op: Definition
+    variant: str = ""
+    dtype: torch.dtype | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in a file of verdicts, which begins with that of the op."""
+        return f"{self.op.name} {cell(self.variant, self.dtype, '')}".strip()
+
+
+def part_of(op: Definition, call: Call) -> Part:
+    """What has to be right before an op's kernel serves a call."""
+    whole = call.device.type == "cpu" or call.dtype is None
+    return Part(op) if whole else Part(op, call.variant, call.dtype)
+
+
+def cases(
+    op: Definition, kind: str, variant: str = "", dtype: torch.dtype | None = None
+) -> list[tuple[Example, torch.dtype]]:
+    """What a kernel is verified with: examples, each with a dtype.
+
+    A CPU's kernel is verified with all of them. A GPU's is compiled for every dtype and setting that it is called with,
+    at a third of a second each: there the examples and dtypes of `Example.gpu` stand for the whole op, and for calls of
+    one variant and dtype those of these examples that have this variant, in this dtype.
+
+    Args:
+        op: whose kernel it is.
+        kind: the type of the device.
+        variant: of the calls that the kernel is to serve on a GPU.
+        dtype: of those calls; None for all calls of the op.
+    """
+    if kind == "cpu":
+        return [(example, one) for example in op.examples for one in example.dtypes]
+    standing = [(one, DTYPES[letter]) for one in op.examples for letter in one.gpu if DTYPES[letter] in one.dtypes]
+    if dtype is None:
+        return standing
+    own = [(example, dtype) for example in op.examples if example.gpu and dtype in example.dtypes]
+    # an op that has no examples of its variants is verified with all of them
+    return [case for case in own if case[0].variant == variant] or own or standing
+
+
+def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, case: str) -> Deviation:
+    """How far one output is from its definition.
+
+    Args:
+        actual: the kernel's output, on the CPU.
+        golden: the definition's in float64.
+        same: the definition's in the kernel's dtype.
+        example: of whose arguments it is the output.
+        case: its name in the report.
+    """
+    if actual.shape != same.shape or actual.dtype != same.dtype:
+        return Deviation(math.inf, 0.0, f"{case}: {actual.dtype} {list(actual.shape)}")
+    ok = same.isfinite() & golden.isfinite()
+    if not torch.equal(actual[~ok].nan_to_num(), same[~ok].nan_to_num()) or not actual[ok].isfinite().all():
+        return Deviation(math.inf, 0.0, f"{case}: not finite")
+    floating, eps = actual.is_floating_point(), torch.finfo(actual.dtype).eps if actual.is_floating_point() else 0.0
+    actual, same, golden = actual[ok].double(), same[ok].double(), golden[ok].double()
+    if actual.numel() == 0:
+        return Deviation(0.0, 0.0, case)
+    if example.exact or not floating:
+        return Deviation(float((actual - same).abs().max()), 0.0, case)
+    if example.jumps:
+        error, allowed, size = (float(one.square().mean().sqrt()) for one in (actual - golden, same - golden, golden))
+        return Deviation(error, 2 * allowed + JUMPS * size, case)
+    size = float(golden.abs().max())
+    error, allowed = float((actual - golden).abs().max()), 2 * float((same - golden).abs().max())
+    return Deviation(error, 2 * eps * size + (example.slack * 2.0**-23 * size if example.slack else allowed), case)
+
+
+def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> Deviation:
+    """The case of the op's kernel on a device that comes closest to its budget, or exceeds it most."""
+    deviations = []
+    with torch.no_grad(), _progress(op, device, chosen) as shown:
+        if op.kernel(device.type) == "triton":
+            _compile(op, device, chosen)
+        for example, dtype in shown:
+            arguments = example.make(dtype, 0)
+            outputs = tensors(op.handle(*to(arguments, device)))
+            same, golden = (tensors(op.reference(*given)) for given in (arguments, double(arguments)))
+            for index, (actual, exact, rounded) in enumerate(zip(outputs, golden, same, strict=True)):
+                case = f"{example.name}, {str(dtype).removeprefix('torch.')}, output {index}"
+                deviations.append(deviation(actual.cpu(), exact, rounded, example, case))
+    if not deviations:
+        raise ValueError(f"{op.name} has no examples to verify it with")
+    return max(deviations, key=lambda one: one.share)
+
+
+def _progress(op: Definition, device: torch.device, chosen: list) -> tqdm:
+    """Goes through the cases, and shows which op is verified, how many of them are done, and for how many seconds."""
+    layout = "{desc}: {n_fmt} of {total_fmt}, {elapsed_s:.1f} s"
+    words = f"purify_fast verifies the kernel of {op.name}, once on this machine"
+    return tqdm(chosen, words, file=sys.stderr, bar_format=layout, disable=device.type not in SLOW)
+
+
+def _compile(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> None:
+    """Compile, side by side, the Triton kernels that the cases launch."""
+    # imports Triton, which is there only where its kernels are
+    ahead = importlib.import_module("purify_fast.kernels._ahead")
+
+    def launch() -> None:
+        for example, dtype in chosen:
+            op.handle(*to(example.make(dtype, 0), device))
+
+    ahead.compile_together(launch)
+
+
+def _apart(function: Callable[[], Deviation]) -> Deviation:
+    """Run in a thread of its own, which has none of the caller's modes: gradients, autocast, fake tensors, vmap."""
+
+    def work() -> Deviation:
+        _verifying.add(threading.get_ident())
+        try:
+            return function()
+        finally:
+            _verifying.discard(threading.get_ident())
+
+    with ThreadPoolExecutor(1, "purify_fast-verify") as pool:
+        return pool.submit(work).result()
+
+
+def _verify(part: Part, device: torch.device) -> Verdict:
+    began, op = time.perf_counter(), part.op
+    status: Literal["compared", "raised", "no memory"] = "compared"
+    try:
+        worst = _apart(lambda: compare(op, device, cases(op, device.type, part.variant, part.dtype)))
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        worst = Deviation(math.inf, 0.0, f"{type(error).__name__}: {first}")
+        status = "no memory" if _lacks_memory(error) else "raised"
+    return Verdict(
+        **asdict(worst),
+        backend=op.kernel(device.type),
+        sources=op.sources_digest(device.type),
+        status=status,
+        seconds=round(time.perf_counter() - began, 3),
+        date=datetime.datetime.now().isoformat(timespec="seconds"),
+    )
+
+
+def _lacks_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
+
+
+def _warn(part: Part, device: torch.device, verdict: Verdict) -> None:
+    """Say that a kernel does not serve. Without a compiler none does, which one warning tells."""
+    lacking = compiler.missing() if verdict.backend == "triton" and verdict.status == "raised" else None
+    if lacking is not None:
+        _warn_lacking(lacking)
+        return
+    where, what = cache.machine(device)["device"], "is wrong" if verdict.status == "compared" else "cannot be run"
+    warnings.warn(
+        f"purify_fast: the {verdict.backend} kernel of {part.name} {what} on {where}: {verdict.words()}. "
+        "It does not serve on this machine, its reference in PyTorch does. Please report it with the output of "
+        "`purify-fast info`",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+@functools.cache  # once per process
+def _warn_lacking(lacking: str) -> None:
+    warnings.warn(f"purify_fast: {lacking}", RuntimeWarning, stacklevel=2)
+
+
+@functools.cache  # once per process
+def _warn_unwritable(path: str) -> None:
+    logger.warning(
+        "%s cannot be written: kernels are verified in every process; PURIFY_FAST_CACHE names a folder", path
+    )
+
+
+def _holds(op: Definition, verdict: Verdict, device: torch.device) -> bool:
+    """Whether a verdict is on the op's kernel as it is now."""
+    return verdict.sources == op.sources_digest(device.type) and verdict.backend == op.kernel(device.type)
+
+
+def _read(device: torch.device) -> dict[str, Verdict]:
+    """The verdicts by part, of this process and on the disk."""
+    path, verdicts = str(cache.file_of("verified", device)), {}
+    for name, entry in cache.read("verified", device).get("ops", {}).items():
+        try:
+            verdicts[name] = Verdict(**entry)
+        except TypeError:
+            logger.info("%s: the verdict on %s is of another version and is not used", path, name)
+    return verdicts | {name: verdict for (file, name), verdict in _known.items() if file == path}
+
+
+def known_verdicts(ops: Mapping[str, Definition], device: torch.device) -> dict[str, Verdict]:
+    """The verdicts by part on the kernels of these ops as they are now; nothing is verified."""
+    by_part = ((ops.get(name.partition(" ")[0]), name, verdict) for name, verdict in _read(device).items())
+    return {name: verdict for op, name, verdict in by_part if op is not None and _holds(op, verdict, device)}
+
+
+def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
+    """Of the verdicts on an op's parts the worst: one on a kernel that is wrong, else that closest to its budget."""
+    worst: dict[str, Verdict] = {}
+    for name, verdict in sorted(verdicts.items(), key=lambda one: (one[1].passed, -one[1].share)):
+        worst.setdefault(name.partition(" ")[0], verdict)
+    return worst
+
+
+def _known_verdict(part: Part, device: torch.device) -> Verdict | None:
+    """The verdict on a part's kernel as it is now, from this process or from the disk."""
+    key = str(cache.file_of("verified", device)), part.name
+    verdict = _known.get(key) or _read(device).get(part.name)
+    if verdict is None or not _holds(part.op, verdict, device):
+        return None
+    _known[key] = verdict
+    return verdict
+
+
+def verdict_of(op: Definition, call: Call) -> Verdict:
+    """The verdict on the kernel of a call, which is verified if there is none; one process at a time."""
+    part, device = part_of(op, call), call.device
+    verdict = _known_verdict(part, device)
+    if verdict is not None:
+        return verdict
+    with cache.locked("verified", device) as writable:
+        verdict = _known_verdict(part, device)  # another process may have verified it meanwhile
+        if verdict is not None:
+            return verdict
+        verdict, path = _verify(part, device), str(cache.file_of("verified", device))
+        if verdict.status == "no memory":
+            _postponed[path, part.name] = time.monotonic() + PATIENCE
+            logger.warning(
+                "%s: its kernel is not verified for want of memory: %s; the reference serves, and it is tried again "
+                "after %d s", part.name, verdict.case, PATIENCE,
+            )  # fmt: skip
+            return verdict
+        _known[path, part.name] = verdict
+        # what raised may work in the next process: with a compiler, or on another driver
+        if verdict.status == "compared":
+            try:
+                if not writable:
+                    raise OSError("no file can be created there")
+                cache.update("verified", device, {part.name: asdict(verdict)}, {})
+            except OSError:
+                _warn_unwritable(path)
+    logger.info("%s: %s verified in %.2f s, %s", part.name, verdict.backend, verdict.seconds, verdict)
+    if not verdict.passed:
+        _warn(part, device, verdict)
+    return verdict
+
+
+def serves(op: Definition, call: Call) -> bool | None:
+    """Whether the op's kernel may serve a call; None where that cannot be told now, and is asked again."""
+    if mode() == "off":
+        return True
+    device, name = call.device, part_of(op, call).name
+    if name in races.PINNED.get(device.type, {}).get("wrong", ()):
+        return False
+    if threading.get_ident() in _verifying:
+        return None
+    if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):
+        return None
+    if _postponed.get((str(cache.file_of("verified", device)), name), 0.0) > time.monotonic():
+        return None
+    verdict = verdict_of(op, call)
+    return None if verdict.status == "no memory" else verdict.passed
