@@ -423,7 +423,7 @@ class Soak:
         )
         errors = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, env=environment(self.cache),
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
-        for path in out.rglob(".purify_fast.lock"):
+        for path in out.rglob(".purify_fast.*"):
             path.unlink()
         self.tally.faults[command.name, "small tmpfs"] += 1
         self.tally.ended["small tmpfs", errors.returncode] += 1
