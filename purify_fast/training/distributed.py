@@ -8,6 +8,7 @@ that DistributedDataParallel buys by owning ``forward`` (tasks call other method
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import time
@@ -24,7 +25,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from .._process import processes
 from .._tensors import in_memory_order, laid_out_like
-from .checkpoint import flatten, restore
 from .lost_processes import ProcessLost, is_lost, named_when_lost
 
 T = TypeVar("T")
@@ -79,47 +79,34 @@ def from_first(make: Callable[[], Any]) -> Any:
         make: called by the first process only; gives nested dicts and lists of tensors, numbers, strings and None.
 
     Returns:
-        The same, tensors on the CPU and lists for tuples; with one process what ``make`` gave.
+        The same, tensors on the CPU; with one process what ``make`` gave.
     """
     rank, world = processes()
     if world == 1:
         return make()
-    cuda = dist.get_backend() in ("nccl", "cuda:nccl")  # and nothing for tensors on the CPU
+    cuda = dist.get_backend() in ("nccl", "cuda:nccl")  # which has no exchange on the CPU
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    tensors: list[Tensor] = []
-    head: list[Any] = [None]
-    failure: BaseException | None = None
+    message: list[Any] = [None]
     if rank == 0:
         try:
-            tree = flatten(make(), tensors)
-            head = [(tree, [(tensor.shape, tensor.dtype) for tensor in tensors])]
+            file = io.BytesIO()
+            torch.save(make(), file)
+            message = [file.getvalue()]
         except BaseException as error:
-            failure, head = error, [_sendable(error)]
-    if failure is not None:
-        # what ended the first process is what its user is to read, even where the others are gone and cannot be told
-        with contextlib.suppress(BaseException):
-            dist.broadcast_object_list(head, src=0, device=device)
-        raise failure
+            message = [_sendable(error)]
+            # what ended the first process is raised here, even where the others are gone and cannot be told
+            with contextlib.suppress(BaseException):
+                dist.broadcast_object_list(message, src=0, device=device)
+            raise
     with named_when_lost():
-        dist.broadcast_object_list(head, src=0, device=device)
-    if isinstance(head[0], BaseException):
-        raise head[0]
-    tree, kinds = head[0]
-    received = []
-    for i, (shape, dtype) in enumerate(kinds):
-        tensor = tensors[i].to(device) if rank == 0 else torch.empty(shape, dtype=dtype, device=device)
-        with named_when_lost():
-            dist.broadcast(tensor, src=0)
-        received.append(tensor.cpu())
-    return restore(tree, received)
+        dist.broadcast_object_list(message, src=0, device=device)
+    if isinstance(message[0], BaseException):
+        raise message[0]
+    return torch.load(io.BytesIO(message[0]), map_location="cpu", weights_only=True)
 
 
 def _sendable(error: BaseException) -> BaseException:
-    """An exception as the other processes can read it: itself, or what it says where it cannot be pickled.
-
-    Args:
-        error: what the first process raised.
-    """
+    """An exception as the other processes can read it: itself, or what it says where it cannot be pickled."""
     try:
         read = pickle.loads(pickle.dumps(error))
     except Exception:  # whatever a class of the user's raises when it is pickled or made anew

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
@@ -19,6 +19,8 @@ from .task import Task
 
 #: Batches of (images, labels) or (images, labels, indices), the same number of them in every epoch.
 Batches: TypeAlias = Iterable[Any]
+#: What a source gives for a step: images uint8 or float ``[B, C, H, W]``, labels int64 ``[B]``, indices int64 ``[B]``.
+RawBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 #: What `fit` takes: images to be laid out in batches, or batches, or a function of the epoch that gives its batches.
 Images: TypeAlias = "Tensor | StreamedImages | Batches | Callable[[int], Batches]"
 #: What `fit` validates with: images and labels, or batches as above.
@@ -57,8 +59,9 @@ class Source(Protocol):
     images: int | None
     reproducible: bool
 
-    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The epoch's batches from number ``first`` on: images uint8 or float, labels and indices, of this process."""
+    def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
+        """The epoch's batches from number ``first`` on, each this process's share."""
+        raise NotImplementedError
 
 
 class InMemory:
@@ -112,7 +115,7 @@ class InMemory:
             self.images = min(self.images, self.steps * self._rows)
         self.description = f"{len(x)} images, {digest(x, y)}"
 
-    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
         order = batches(
             self.n,
             self._rows,
@@ -187,7 +190,7 @@ class Loader:
     def _of(self, epoch: int) -> Any:
         return self.x(epoch) if callable(self.x) else self.x
 
-    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
         torch.manual_seed(step_seed(self.seed, epoch * self.steps))
         given, seen = iter(self._of(epoch)), 0
         for k in range(self.steps):

@@ -17,8 +17,7 @@ from purify_fast.speed import StepGraphs
 from purify_fast.speed.waits import Waits
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, Task, fit
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.epoch import train_step
-from purify_fast.training.on_device import on_device
+from purify_fast.training.step import accelerated_steps, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,11 +160,11 @@ def test_fit_hands_out_graphs_on_a_gpu_and_takes_them_back(rerun, monkeypatch):
     task.graphs = None
     with monkeypatch.context() as patch:
         # nothing is computed on the device
-        patch.setattr(sys.modules["purify_fast.training.on_device"], "fuse", lambda optimizer, fused: fused)
-        with on_device(task, FitConfig(1), torch.device("cuda")):
+        patch.setattr(sys.modules["purify_fast.training.step"], "fuse", lambda optimizer, fused: fused)
+        with accelerated_steps(task, FitConfig(1), torch.device("cuda")):
             assert isinstance(task.graphs, StepGraphs) and task.graphs.mode == "auto"
             assert torch.backends.cudnn.benchmark
-        with on_device(task, FitConfig(1, cuda_graphs="off", cudnn_benchmark="off"), torch.device("cuda")):
+        with accelerated_steps(task, FitConfig(1, cuda_graphs="off", cudnn_benchmark="off"), torch.device("cuda")):
             assert task.graphs is None and not torch.backends.cudnn.benchmark
     assert task.graphs is None and not torch.backends.cudnn.benchmark
 

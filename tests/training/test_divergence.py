@@ -12,8 +12,8 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.checkpoint import CHECKPOINT, read_tree
 from purify_fast.training.divergence import INTERVAL, Diverged, LossWatch
-from purify_fast.training.epoch import finite
 from purify_fast.training.sources import InMemory, step_seed
+from purify_fast.training.step import finite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,24 +51,21 @@ def test_the_step_is_found_and_its_images_are_kept(tmp_path):
     assert finite(read_tree(tmp_path / CHECKPOINT)["model"].values())
 
 
-def test_it_is_seen_within_two_looks_without_a_checkpoint(tmp_path):
+def test_it_is_seen_at_the_next_look_without_a_checkpoint(tmp_path):
     """An epoch of 1,000 steps and no folder: nothing else would wait for the device before its end."""
     task = Fragile(30)
-    x, y = images(1000)
     with pytest.raises(Diverged, match=r"the loss of step 30 is not finite"):
-        fit(task, x, y, FitConfig(1, 1), progress=False)
-    assert len(task.seen) == 2 * INTERVAL
+        fit(task, *images(1000), FitConfig(1, 1), progress=False)
+    assert len(task.seen) == INTERVAL
 
 
-def test_a_look_sees_only_what_has_arrived():
-    """The copy that is looked at was made one interval before: on a GPU its values are there."""
+def test_the_first_of_several_is_named_after_many_looks():
     x, y = images()
     watch = LossWatch(InMemory(x, y, FitConfig(1, 16), 0, 1), 0)
-    for step in range(2 * INTERVAL - 1):
-        watch.add(step, torch.tensor(math.inf if step == 3 else 1.0), x, y, y)
-    with pytest.raises(Diverged) as told:
-        watch.add(2 * INTERVAL - 1, torch.tensor(1.0), x, y, y)
-    assert told.value.step == 3 and watch.first_bad() == 3
+    with pytest.raises(Diverged) as raised:
+        for step in range(3 * INTERVAL):
+            watch.add(step, torch.tensor(math.inf if step >= INTERVAL + 3 else 1.0), (x, y, y))
+    assert step == 2 * INTERVAL - 1 and raised.value.step == watch.first_bad() == INTERVAL + 3
 
 
 def test_batches_of_a_loader_are_held_for_the_record(tmp_path):

@@ -1,7 +1,6 @@
 """Checkpoints and saved models that changed on the disk, a disk that is full, and two checkpoints instead of one."""
 
 import errno
-import json
 import logging
 import os
 import random
@@ -11,7 +10,6 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from small_runs import train
 
 from purify_fast import _files
@@ -71,7 +69,6 @@ def test_every_changed_bit_of_a_saved_model_is_seen(tmp_path, name):
 
 
 def test_every_bit_of_a_header(tmp_path):
-    """The names of the checksum and the version among them, without which a file would pass for one of version 0.1."""
     write_tree(tmp_path / "t", {"a": torch.arange(3.0)})
     whole = (tmp_path / "t").read_bytes()
     for bit in range(8 * len(whole)):
@@ -104,13 +101,8 @@ def test_two_damaged_checkpoints_are_both_named_and_stay(tmp_path):
     assert all((tmp_path / name).is_file() for name in (CHECKPOINT, PREVIOUS))
 
 
-def test_files_of_version_0_1_are_read(tmp_path):
-    save_file({"0": torch.arange(3.0)}, tmp_path / "old", {"tree": json.dumps({"tensor": 0})})
-    assert torch.equal(read_tree(tmp_path / "old"), torch.arange(3.0))
-
-
 def test_a_model_whose_saving_was_killed_between_its_files(tmp_path):
-    """The weights bring their own facts: those of model.json are of the model before."""
+    """The weights bring their own facts: model.json still shows those of the model before."""
     save_model(tmp_path, "SmallCNN", SmallCNN(1, 2, (8, 8), 4).arguments, SmallCNN(1, 2, (8, 8), 4).state_dict())
     before = (tmp_path / "model.json").read_bytes()
     new = SmallCNN(1, 3, (8, 8), 2)

@@ -10,7 +10,7 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.checkpoint import read_tree
-from purify_fast.training.epoch import finite
+from purify_fast.training.step import finite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -85,7 +85,7 @@ def test_every_process_takes_what_the_first_knows_and_verifies_the_rest_for_itse
     monkeypatch.setattr(_verify, "_verify", lambda part, device: verified.append(part.name) or verify(part, device))
     monkeypatch.setattr(loop, "processes", lambda: (1, 2))
     monkeypatch.setattr(loop, "from_first", lambda make: make() | {"wrong": ["stitch"]})
-    with loop._served_as_begun(SimpleNamespace(served=None), CPU):
+    with loop._served_as_begun(SimpleNamespace(served=None, source=SimpleNamespace(device=CPU))):
         assert REGISTRY["stitch"].serving("eager", CPU) == "reference" and not verified
         assert REGISTRY["philox"].serving("eager", CPU) == "cpp" and verified == ["philox"]
     assert REGISTRY["stitch"].serving("eager", CPU) == "cpp"
