@@ -127,15 +127,9 @@ def loop_facts(config: FitConfig) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here: str) -> str:
-    """What two runs' facts disagree on, in words; empty if on nothing.
-
-    Args:
-        saved: one run's facts, as JSON values.
-        wanted: the other's.
-        there: what the first is called behind its values.
-        here: what the second is called.
-    """
-    wanted = json.loads(json.dumps(wanted))
+    """What two runs' facts disagree on, in words; empty if on nothing. ``there`` and ``here`` say whose a value is."""
+    # in the JSON of a checkpoint a tuple is a list
+    saved, wanted = (json.loads(json.dumps(facts)) for facts in (saved, wanted))
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     return "; ".join(f"{key}: {saved.get(key)!r} {there}, {wanted.get(key)!r} {here}" for key in different)
 
