@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .._files import OnFull, atomic, sync_folder, with_room, write_text
+from .._files import OnFull, atomic, with_room, write_text
 from .._fingerprint import digest, text_hash
 from .._version import __version__
 
@@ -178,7 +178,6 @@ def _set_aside(path: Path) -> Path:
     while (place := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
         number += 1
     path.rename(place)
-    sync_folder(path.parent)
     return place
 
 

@@ -133,13 +133,13 @@ class _Watch:
                 return
             for other in list(self.missed):
                 self.missed[other] += 1
-            silent = sorted(other for other, beats in self.missed.items() if beats * BEAT >= SILENCE)
+            quiet = sorted(other for other, beats in self.missed.items() if beats * BEAT >= SILENCE)
             # when one has done its part, none waits for the rest any more
-            if silent and all(sign.state != "done" for sign in self.signs.values()):
-                several = " (or of the store alone, through which the signs go)" if len(silent) > 1 else ""
+            if quiet and all(sign.state != "done" for sign in self.signs.values()):
+                several = " (or of the store alone, through which the signs go)" if len(quiet) > 1 else ""
                 self.lost = (
                     f"process {self.rank} of {self.world} had no sign of life for {SILENCE:g} seconds of: "
-                    f"{self.named(silent)}{several}. It died, was stopped, or cannot be reached. {_AGAIN}"
+                    f"{self.named(quiet)}{several}. It died, was stopped, or cannot be reached. {_AGAIN}"
                 )
         if not self.over.wait(GRACE):
             # the main thread waits in a driver or a library, where no exception reaches it

@@ -12,7 +12,6 @@ import pytest
 import torch
 from small_runs import train
 
-from purify_fast import _files
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import load_classifier, save_classifier
 from purify_fast.training.checkpoint import (
@@ -189,16 +188,23 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(tmp_p
     assert done.index("name") == 1 and len(done) == 3
 
 
-def test_without_second_names_the_checkpoint_before_it_is_kept_too(tmp_path, monkeypatch):
-    def unsupported(*names):
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+def test_a_run_killed_between_the_names_of_its_checkpoints_loses_nothing(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"step": step})
+    replace = os.replace
 
-    monkeypatch.setattr(os, "link", unsupported)
-    for content in ("first", "second"):
-        with _files.atomic(tmp_path / "f", tmp_path / "before") as temporary:
-            temporary.write_text(content)
-    assert (tmp_path / "f").read_text() == "second" and (tmp_path / "before").read_text() == "first"
-    assert last_checkpoint(tmp_path) is None
+    def killed(source, target):
+        if target == tmp_path / CHECKPOINT:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, {"step": 3})
+    assert not (tmp_path / CHECKPOINT).exists() and last_checkpoint(tmp_path)["step"] == 2
+    monkeypatch.undo()
+    save_checkpoint(tmp_path, {"step": 3})
+    assert [read_tree(tmp_path / name)["step"] for name in (CHECKPOINT, PREVIOUS)] == [3, 2]
 
 
 LONG = """
