@@ -124,3 +124,38 @@ def test_statistics_that_are_not_finite_never_enter_a_checkpoint(tmp_path):
     with pytest.raises(Diverged, match="a weight is not finite"):
         fit(task, *images(), FitConfig(1, 16), tmp_path, progress=False)
     assert not (tmp_path / CHECKPOINT).is_file()
+
+
+class Diverging(ClassifierTask):
+    """Its loss is not a number from a step on, or its gradient at that step."""
+
+    def __init__(self, at, how):
+        torch.manual_seed(0)
+        super().__init__(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig())
+        self.at, self.how, self.steps = at, how, 0
+
+    def training_step(self, batch):
+        loss, metrics = super().training_step(batch)
+        self.steps += 1
+        if self.steps >= self.at and self.how == "loss":
+            loss = loss * math.nan
+        if self.steps == self.at and self.how == "gradient":
+            # finite itself, with an infinite gradient
+            weight = next(self.model.parameters()).flatten()[0]
+            loss = loss + (weight - weight.detach()).abs().sqrt()
+        return loss, metrics
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+@pytest.mark.parametrize("at", [2, 6])
+def test_what_is_not_finite_never_enters_a_checkpoint(tmp_path, how, at):
+    """A timed checkpoint in the middle of an epoch once kept it, after which every resume failed for good."""
+    config = FitConfig(3, 16, checkpoint_seconds=0)
+    with pytest.raises(FloatingPointError, match=r"training diverged, .*; the last checkpoint is kept"):
+        fit(Diverging(at, how), *images(), config, tmp_path, progress=False)
+    saved = read_tree(tmp_path / "checkpoint.safetensors")
+    assert saved["step"] == at - 1
+    assert finite([*saved["model"].values(), *saved["sums"].values()])
+    healthy = Diverging(math.inf, how)
+    last = fit(healthy, *images(), config, tmp_path, progress=False)
+    assert math.isfinite(last["loss"]) and finite(healthy.model.parameters())

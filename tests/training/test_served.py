@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_runs import Listener
 
 from purify_fast import _library
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
@@ -24,7 +25,7 @@ class Killed(Exception):
     pass
 
 
-class KilledAfter:
+class KilledAfter(Listener):
     """Ends a training after so many epochs."""
 
     def __init__(self, epochs: int):
@@ -33,12 +34,6 @@ class KilledAfter:
     def on_step(self, state) -> None:
         if state.epoch == self.epochs:
             raise Killed
-
-    def on_epoch(self, state) -> None:
-        pass
-
-    def on_end(self, state) -> None:
-        pass
 
 
 def train(folder, callbacks=()) -> dict[str, torch.Tensor]:
