@@ -23,14 +23,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PAUSE = 5.0
 
 
-def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", kept: str = "") -> None:
+def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", remark: str = "") -> None:
     """Write a file; on a full disk say which and how large, and either end or wait until there is room.
 
     Args:
         write: writes the file, as often as it is called; what it leaves behind when it fails is removed by itself.
         path: the file, for the message.
         on_full: "stop" raises, "wait" tries again every few seconds until there is room.
-        kept: what the message adds, such as which earlier file is kept.
+        remark: what the message adds, such as which earlier file is kept.
 
     Raises:
         OSError: the file cannot be written; of a full disk only with "stop".
@@ -42,7 +42,7 @@ def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", k
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            text = f"{error.strerror}: {path} cannot be written, {_free(path.parent)}{kept}"
+            text = f"{error.strerror}: {path} cannot be written, {_free(path.parent)}{remark}"
             if on_full == "stop":
                 raise OSError(error.errno, f"{text}; make room and run the same command again to go on") from error
             if not waited:

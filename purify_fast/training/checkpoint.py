@@ -103,10 +103,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
 def write_tree(path: Path, tree: Any, previous: Path | None = None) -> None:
     """Write nested dicts and lists of tensors, numbers, strings and None as one file, atomically.
 
-    Args:
-        path: the file.
-        tree: what it is to hold.
-        previous: where the file that is there before is kept; None drops it.
+    The file that had the name before gets the name ``previous``; None drops it.
     """
     tensors: list[Tensor] = []
     skeleton = flatten(tree, tensors)
@@ -115,9 +112,6 @@ def write_tree(path: Path, tree: Any, previous: Path | None = None) -> None:
 
 def read_tree(path: Path) -> Any:
     """What `write_tree` wrote; lists for tuples.
-
-    Args:
-        path: the file.
 
     Raises:
         ValueError: it is no such file, or changed since; the message names it.
@@ -129,16 +123,10 @@ def read_tree(path: Path) -> Any:
 
 
 def save_checkpoint(folder: Path, tree: Any, on_full: OnFull = "stop") -> None:
-    """Write a run's checkpoint, and keep the one before it.
-
-    Args:
-        folder: the run's.
-        tree: what it is to hold.
-        on_full: whether a full disk ends the run or is waited for.
-    """
+    """Write a run's checkpoint, and keep the one before it; ``on_full`` says whether a full disk is waited for."""
     path = folder / CHECKPOINT
-    kept = f"; the checkpoint before it is kept in {path}" if path.is_file() else ""
-    with_room(lambda: write_tree(path, tree, folder / PREVIOUS), path, on_full, kept)
+    remark = f"; the checkpoint before it is kept in {path}" if path.is_file() else ""
+    with_room(lambda: write_tree(path, tree, folder / PREVIOUS), path, on_full, remark)
 
 
 def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:

@@ -161,8 +161,8 @@ def torchrun_group() -> Iterator[None]:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"WORLD_SIZE is {launched()}, but {', '.join(missing)} not set: start this by torchrun")
-    found, rank, world = next(rendezvous("env://"))
-    _store = _of_this_start(found, rank, world)
+    whole, rank, world = next(rendezvous("env://"))
+    _store = _of_this_start(whole, rank, world)
     try:
         _join(_store, rank, world)
         with contextlib.ExitStack() as silence:
@@ -190,11 +190,6 @@ def _of_this_start(store: Store, rank: int, world: int) -> Store:
     in all processes of one start and in no other. So the first process names the start, the others answer with a word
     of their own, and the name holds once the first has told each its word.
 
-    Args:
-        store: torchrun's.
-        rank: this process's number.
-        world: how many there are.
-
     Raises:
         ProcessLost: another process did not start.
     """
@@ -220,16 +215,7 @@ def _of_this_start(store: Store, rank: int, world: int) -> Store:
 
 
 def _told(store: Store, key: str, until: float) -> str:
-    """What a store holds under a name.
-
-    Args:
-        store: torchrun's.
-        key: the name.
-        until: how long to wait for it, on the clock of ``time.monotonic``; not the store's own patience.
-
-    Raises:
-        torch.distributed.DistError: it was not there in time.
-    """
+    """What a store holds under a name, at the latest ``until``, on the clock of ``time.monotonic``; else DistError."""
     # of a wait of 0 seconds some stores make one without an end
     store.wait([key], timedelta(seconds=max(until - time.monotonic(), 0.001)))
     return store.get(key).decode()
@@ -283,9 +269,9 @@ def own_device(device: str) -> str:
         return device
     if device != "cuda":
         raise ValueError(f"device must be cuda or cpu for several processes, which share the GPUs out, got {device!r}")
-    local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= found:
-        raise ValueError(f"device cuda: process {local} of this machine has no GPU, there are {found}: start fewer")
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= gpus:
+        raise ValueError(f"device cuda: process {local} of this machine has no GPU, there are {gpus}: start fewer")
     torch.cuda.set_device(local)
     return f"cuda:{local}"
 

@@ -49,11 +49,7 @@ class Validation:
         self._best: dict[str, Tensor] | None = None
 
     def due(self, epoch: int) -> bool:
-        """Whether to validate at the end of an epoch; always at the last one's.
-
-        Args:
-            epoch: the epoch, from 0.
-        """
+        """Whether to validate at the end of an epoch; always at the last one's."""
         config = self.run.config
         return (epoch + 1) % config.validation_every == 0 or epoch + 1 == config.epochs
 
