@@ -113,18 +113,16 @@ def test_a_model_whose_saving_was_killed_between_its_files(tmp_path):
 
 
 FULL = """
-import resource, sys, threading, torch
+import resource, sys, torch, types
 from purify_fast import _files
 sys.path.insert(0, sys.argv[2])
 import small_runs as t
-_files.PAUSE = 0.05
 unlimited = resource.RLIM_INFINITY
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), unlimited))
-if sys.argv[4] == "wait":
-    later = threading.Timer(1.0, resource.setrlimit, (resource.RLIMIT_FSIZE, (unlimited, unlimited)))
-    later.start()
+# room comes while the run waits
+room = lambda seconds: resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+_files.time = types.SimpleNamespace(sleep=room)
 weights = t.train(sys.argv[1], epochs=1, checkpoint_seconds=0, on_full=sys.argv[4])
-later.join()
 torch.save(weights, sys.argv[1] + "-weights")
 """
 
