@@ -16,8 +16,6 @@ python -m benchmarks captures [--images N] [--data DIR] [--redo] [--out DIR]
 
 python -m benchmarks roofline [--out DIR]
 
-python -m benchmarks soak [--minutes N] [--only COMMAND...] [--seed N] [--out FILE]
-
 python -m benchmarks ship [--device cpu|cuda]
 
 python -m benchmarks zoo NAME[=FOLDER]... [--images N] [--data DIR]
@@ -53,7 +51,6 @@ from . import (
     roofline,
     served,
     shipping,
-    soak,
     zoo,
 )
 from .ops import registry
@@ -142,12 +139,6 @@ def main(arguments: list[str] | None = None) -> None:
     captured.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     model = commands.add_parser("roofline", help="how long steps should take on an H100: a model, counted")
     model.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    long = commands.add_parser("soak", help="every command under faults: kills, full disks, changed bits and others")
-    long.add_argument("--minutes", type=float, default=30.0, help="how long; 30 by default")
-    long.add_argument("--only", nargs="+", default=[], metavar="COMMAND", help="such as 'train carso'; all by default")
-    long.add_argument("--seed", type=int, default=0, help="of the faults' kinds and moments")
-    long.add_argument("--out", type=Path, help="the report; benchmarks/results/soak.md by default")
-    long.add_argument("--folder", type=Path, help="where its files are kept meanwhile; the system's own by default")
     ship = commands.add_parser("ship", help="let what purify-fast tune found on this machine ship with the package")
     ship.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     against = commands.add_parser("evaluation", help="our attacks against the official AutoAttack: strength and time")
@@ -158,10 +149,6 @@ def main(arguments: list[str] | None = None) -> None:
     redo.add_argument("--count", action="store_true", help="also count again what a training step launches")
     redo.add_argument("--check", action="store_true", help="write nothing: do README and docs agree with the results?")
     chosen = parser.parse_args(arguments)
-    if chosen.command == "soak":
-        if not chosen.minutes > 0:
-            parser.error(f"--minutes must be above 0, got {chosen.minutes:g}")
-        sys.exit(not soak.main(chosen.minutes, chosen.out, chosen.seed, chosen.only, chosen.folder))
     if chosen.command == "evaluation":
         run_evaluation(parser, chosen)
         return

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written aside, synced, moved into place; and what their tensors must be."""
+"""Files that are whole or absent: written aside, synced, moved into place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -23,38 +23,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PAUSE = 5.0
 
 
-def is_full(error: OSError) -> bool:
-    """Whether an error says that there is no room for a file.
-
-    Args:
-        error: what writing raised.
-    """
-    return error.errno in _FULL
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last: a file that was renamed is there after a power failure only then.
-
-    Args:
-        folder: the folder.
-    """
-    # Windows cannot open a folder, and some network file systems cannot sync one.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", kept: str = "") -> None:
+def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", remark: str = "") -> None:
     """Write a file; on a full disk say which and how large, and either end or wait until there is room.
 
     Args:
         write: writes the file, as often as it is called; what it leaves behind when it fails is removed by itself.
         path: the file, for the message.
         on_full: "stop" raises, "wait" tries again every few seconds until there is room.
-        kept: what the message adds, such as which earlier file is kept.
+        remark: what the message adds, such as which earlier file is kept.
 
     Raises:
         OSError: the file cannot be written; of a full disk only with "stop".
@@ -64,9 +40,9 @@ def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", k
         try:
             return write()
         except OSError as error:
-            if not is_full(error):
+            if error.errno not in _FULL:
                 raise
-            text = f"{error.strerror}: {path} cannot be written, {_free(path.parent)}{kept}"
+            text = f"{error.strerror}: {path} cannot be written, {_free(path.parent)}{remark}"
             if on_full == "stop":
                 raise OSError(error.errno, f"{text}; make room and run the same command again to go on") from error
             if not waited:
@@ -89,9 +65,9 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
     What was written is on the disk before it takes the name, and the name is on the disk when the block has ended.
 
     Args:
-        path: the file to write; its folder is made if it is missing.
-        previous: where the file that is there before is kept; None drops it. At every moment one of the two names is a
-            whole file.
+        path: the file to write; its folder is created if it is missing.
+        previous: the name that the file before it gets; None drops it. At every moment one of the two names is a whole
+            file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -101,46 +77,28 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
         with open(name, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
-        if previous is not None:
-            keep_as(path, previous)
+        if previous is not None and path.is_file():
+            os.replace(path, previous)
         os.replace(name, path)
-        sync_folder(path.parent)
+        _sync_folder(path.parent)
     except OSError as error:
         if error.filename is None and error.errno is not None:
             # a full disk, say: the system names no file when the writing itself fails
-            size = _size(name)
-            text = f"{error.strerror}, after {size} bytes" if is_full(error) and size else error.strerror
-            raise OSError(error.errno, text, str(path)) from error
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         Path(name).unlink(missing_ok=True)
 
 
-def _size(name: str) -> int:
-    try:
-        return os.stat(name).st_size
-    except OSError:
-        return 0
-
-
-def keep_as(path: Path, previous: Path) -> None:
-    """Give a file a second name, which it keeps when the first is given to another file.
-
-    Args:
-        path: the file; nothing happens if there is none.
-        previous: its second name; what has that name is dropped.
-    """
-    if not path.is_file():
-        return
-    aside = path.with_name(f".{path.stem}-previous{path.suffix}")
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(path, aside)
-    except OSError:
-        # This file system has no second names: for a moment there is no file of the first one, but of the second.
-        os.replace(path, previous)
-    else:
-        os.replace(aside, previous)
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder last: only then is a file that was renamed there after a power failure."""
+    # Windows cannot open a folder, and some network file systems cannot sync one.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -152,26 +110,3 @@ def write_text(path: Path, text: str) -> None:
     """
     with atomic(path) as temporary:
         temporary.write_bytes(text.encode())
-
-
-def check_shapes(what: str, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
-    """Refuse tensors other than the wanted ones.
-
-    Args:
-        what: how the error begins.
-        found: the shape of each tensor, by its name.
-        wanted: likewise.
-
-    Raises:
-        ValueError: a tensor is missing, unknown or of another shape; four of them at most are named.
-    """
-    problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"{name} is unknown" for name in sorted(found.keys() - wanted.keys())]
-    problems += [
-        f"{name} is {list(found[name])}, must be {list(wanted[name])}"
-        for name in sorted(wanted.keys() & found.keys())
-        if tuple(found[name]) != tuple(wanted[name])
-    ]
-    if problems:
-        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"{what}: {'; '.join(problems[:4])}{more}")

@@ -23,21 +23,12 @@ def text_hash(text: str = "") -> hashlib.blake2b:
 
 
 def content_hash(dtype: torch.dtype, shape: Sequence[int]) -> hashlib.blake2b:
-    """The hash of one tensor, still to be given its bytes.
-
-    Args:
-        dtype: the tensor's.
-        shape: the tensor's.
-    """
+    """The hash of one tensor, still to be given its bytes."""
     return text_hash(f"{dtype} {list(shape)}")
 
 
 def digest(*tensors: Tensor | Digested) -> str:
-    """A hash of dtypes, shapes and contents; made of each tensor's own, so that a kept one can stand for its tensor.
-
-    Args:
-        tensors: any dtype and device.
-    """
+    """A hash of dtypes, shapes and contents; computed from each tensor's own, so that a stored one can stand for it."""
     whole = text_hash()
     for tensor in tensors:
         if isinstance(tensor, Tensor):
@@ -53,23 +44,16 @@ def weights_fingerprint(module: nn.Module) -> str:
     """A short hash of a module's parameters and buffers: names, shapes and bytes.
 
     Saved models and checkpoints hold it: another way of hashing would refuse all of them.
-
-    Args:
-        module: any module.
     """
-    found = hashlib.sha256()
+    content = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(_bytes(tensor))
-    return found.hexdigest()[:16]
+        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content.update(_bytes(tensor))
+    return content.hexdigest()[:16]
 
 
 def structure_fingerprint(module: nn.Module) -> str:
-    """A short hash of the names and shapes of a module's parameters and buffers; checkpoints hold it.
-
-    Args:
-        module: any module.
-    """
+    """A short hash of the names and shapes of a module's parameters and buffers; checkpoints hold it."""
     shapes = [(name, list(tensor.shape)) for name, tensor in module.state_dict().items()]
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 

@@ -1,40 +1,43 @@
-"""Packages whose names are imported when they are first asked for (PEP 562).
+"""Packages that import a public name when it is first used (PEP 562).
 
 PyTorch takes about 1.8 seconds to import. The command line prints its help and refuses wrong options without it, so the
-packages on the way to the settings of a training must not import what computes before that is used.
+packages on the way to the settings of a training must not import what computes before it is used.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
 
-def lazy_exports(package: str, **homes: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The ``__getattr__`` and ``__dir__`` of a package that imports its public names when they are first asked for.
+def lazy_exports(package: str) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """The ``__all__``, ``__getattr__`` and ``__dir__`` of a package whose public names are imported when they are used.
+
+    The package lists each name once, for type checkers: ``from .module import name as name`` in the block under
+    ``if TYPE_CHECKING:``, which Python does not run.
 
     Args:
         package: the package's ``__name__``.
-        homes: for each public name the module that defines it, relative to the package: ``Carso=".methods.carso"``,
-            or ``data=".data:"`` for a name that is a module itself.
-
-    Returns:
-        Two functions, to be assigned to ``__getattr__`` and ``__dir__`` of the package.
     """
+    module = sys.modules[package]
+    source = module.__spec__.loader.get_source(package)  # type: ignore[union-attr]
+    blocks = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    homes = {alias.name: "." * node.level + (node.module or "") for node in imports for alias in node.names}
 
     def find(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        path, is_module, _ = homes[name].partition(":")
-        module = importlib.import_module(path, package)
-        value = module if is_module else getattr(module, name)
+        home = homes[name]
+        value = None if home == "." else getattr(importlib.import_module(home, package), name, None)
+        if value is None:
+            # a module
+            value = importlib.import_module(f"{home.removesuffix('.')}.{name}", package)
         # the next look-up finds it without this function
-        setattr(sys.modules[package], name, value)
+        setattr(module, name, value)
         return value
 
-    def listing() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *homes})
-
-    return find, listing
+    return sorted(homes), find, lambda: sorted({*vars(module), *homes})

@@ -29,9 +29,7 @@ def end_with_parent() -> None:
 def worker_pool(count: int, prepare: Callable[[], None] = end_with_parent) -> ProcessPoolExecutor:
     """Processes that start with an interpreter of their own: threads do not survive a fork.
 
-    Args:
-        count: how many.
-        prepare: called first in each; it must call `end_with_parent`.
+    Each calls ``prepare`` first, which must call `end_with_parent`.
     """
     return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=prepare)
 

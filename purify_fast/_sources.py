@@ -20,11 +20,11 @@ def digest(folder: Path) -> str:
     Args:
         folder: ``csrc``.
     """
-    found = hashlib.blake2b(digest_size=16)
+    content = hashlib.blake2b(digest_size=16)
     for path in sorted(path for part in PARTS for path in (folder / part).glob("*") if path.is_file()):
         for text in (path.relative_to(folder).as_posix().encode(), path.read_bytes()):
-            found.update(len(text).to_bytes(8, "little") + text)
-    return found.hexdigest()
+            content.update(len(text).to_bytes(8, "little") + text)
+    return content.hexdigest()
 
 
 def is_stale(extension: Path, folder: Path) -> bool:

@@ -1,12 +1,19 @@
-"""Checks of arguments that several modules share; each error names the argument, its value and what is allowed."""
+"""What arguments may be that several modules take; each error names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+Norm = Literal["linf", "l2", "l1"]
+#: In what a model is trained: "tf32" rounds what a GPU multiplies to ten bits of mantissa.
+TrainingPrecision = Literal["float32", "tf32", "bfloat16"]
+CudaGraphs = Literal["auto", "always", "off"]
+CudnnBenchmark = Literal["auto", "on", "off"]
 
 #: What a value of each type may be; a bool is no number here, although Python takes it for one.
 _KINDS: dict[Any, tuple[type, str]] = {
@@ -79,3 +86,26 @@ def check_folder(name: str, path: str | Path | None) -> None:
             return
         if place.exists():
             raise ValueError(f"{name} must be a folder, got {path}: {place} is a file")
+
+
+def check_shapes(what: str, shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
+    """Refuse tensors other than the wanted ones.
+
+    Args:
+        what: how the error begins.
+        shapes: the shape of each tensor, by its name.
+        wanted: likewise.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; four of them at most are named.
+    """
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - shapes.keys())]
+    problems += [f"{name} is unknown" for name in sorted(shapes.keys() - wanted.keys())]
+    problems += [
+        f"{name} is {list(shapes[name])}, must be {list(wanted[name])}"
+        for name in sorted(wanted.keys() & shapes.keys())
+        if tuple(shapes[name]) != tuple(wanted[name])
+    ]
+    if problems:
+        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{what}: {'; '.join(problems[:4])}{more}")

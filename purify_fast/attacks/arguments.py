@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .._validation import Norm as Norm
 from .._validation import check_literal
 
-Norm = Literal["linf", "l2", "l1"]
 #: By which share of the fresh draws of a random model an image falls.
 Fallen = Literal["any", "majority", "all"]
 #: What gradients are computed in: `purify_fast.attacks.engine.gradient_copy`.

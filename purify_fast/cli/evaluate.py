@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 import tyro
 
 from .._lock import folder_lock
+from .._validation import TrainingPrecision
 from .classifiers import (
     is_named,
     own_folder,
@@ -82,7 +83,7 @@ class Evaluate(DataCommand):
     run; auto: unless the process asks for deterministic algorithms."""
     seed: int = 0
     """Seed of everything random."""
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    precision: TrainingPrecision = "float32"
     """tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a slightly
     different function: images are rounded to 8 bits. The report says which it was."""
     out: Path | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -163,15 +163,13 @@ class TrainArrest(DataCommand):
         # PyTorch takes 1.8 seconds to import: --help does without it
         from ..training.attack import settings
         from ..training.checkpoint import last_checkpoint
-        from ..training.run import NO_FACTS, refuse_another
+        from ..training.run import loop_facts, refuse_another
 
         found = last_checkpoint(self.out)
         if found is None:
             return
         saved = found["facts"]
         attack = self.method.attack
-        wanted = {"task": "arrest", **settings(self.method), **asdict(self.loop)}
+        wanted = {"task": "arrest", **settings(self.method), **loop_facts(self.loop)}
         wanted["alpha"] = attack.step_size(attack.eps)
-        for name in NO_FACTS:
-            del wanted[name]
         refuse_another(self.out, {name: saved.get(name) for name in wanted}, wanted)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .._files import check_shapes
+from .._validation import check_shapes
 from .layers import Normalize
 from .own import made_by
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 
+from .._validation import CudnnBenchmark as CudnnBenchmark
 from .._validation import check_literal
-
-CudnnBenchmark = Literal["auto", "on", "off"]
 
 
 @contextlib.contextmanager

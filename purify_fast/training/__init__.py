@@ -25,42 +25,4 @@ if TYPE_CHECKING:
     from .task import Task as Task
     from .task import Update as Update
 
-__all__ = [
-    "Batch",
-    "Callback",
-    "ClassifierConfig",
-    "ClassifierTask",
-    "FitConfig",
-    "JsonlLog",
-    "Lookahead",
-    "Task",
-    "TensorBoardLog",
-    "TrainingAttack",
-    "TrainingState",
-    "Update",
-    "fit",
-    "is_classifier",
-    "load_classifier",
-    "save_classifier",
-    "summary",
-]
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    Batch=".task",
-    Callback=".callbacks",
-    ClassifierConfig=".config",
-    ClassifierTask=".classifier",
-    FitConfig=".config",
-    JsonlLog=".callbacks",
-    Lookahead=".lookahead",
-    Task=".task",
-    TensorBoardLog=".callbacks",
-    TrainingAttack=".attack",
-    TrainingState=".callbacks",
-    Update=".task",
-    fit=".loop",
-    is_classifier=".classifier",
-    load_classifier=".classifier",
-    save_classifier=".classifier",
-    summary=".callbacks",
-)
+__all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
@@ -17,6 +16,8 @@ from .task import Task
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from .run import Run
 
 
 @dataclass(frozen=True)
@@ -152,36 +153,21 @@ class TensorBoardLog(Callback):
 
 
 class ProgressBar(Callback):
-    """A bar on stderr, with the last epoch's metrics; a context, which takes it off the screen at an error too.
+    """A bar on stderr, with the last epoch's metrics."""
 
-    Args:
-        title: what it shows first.
-        total: images of the whole run, or steps.
-        done: how many of them were done before.
-        unit: "img" or "step".
-        shown: whether there is one.
-    """
-
-    def __init__(self, title: str, total: int, done: int, unit: str, shown: bool):
-        self.by_images = unit == "img"
+    def __init__(self, title: str, run: Run, shown: bool):
+        size = run.source.batch_size
+        self.by_images = size is not None
         self.bar = tqdm(
-            total=total,
-            initial=done,
-            unit=unit,
+            total=run.total * (size or 1),
+            initial=run.step * (size or 1),
+            unit="img" if self.by_images else "step",
             desc=title,
             smoothing=0.05,
             disable=not shown,
             # a log file wants a line now and then
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.close()
 
     def on_step(self, state: TrainingState) -> None:
         self.bar.update(state.images if self.by_images else 1)

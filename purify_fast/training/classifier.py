@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,14 @@ class ClassifierTask(Task):
         )
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.config.precision != "bfloat16":
-            return self._training_step(batch)
-        with autocast_to(batch.x.device, torch.bfloat16):
-            return self._training_step(batch)
-
-    def _training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        x = batch.x
-        if self.config.attack.eps > 0:
-            x = self.config.attack.run(self.model, batch, graphs=self.graphs)
-        logits = self.model(x)
-        accuracy = (logits.detach().argmax(1) == batch.y).float().mean()
-        return F.cross_entropy(logits, batch.y), {"accuracy": accuracy}
+        rounded = self.config.precision == "bfloat16"
+        with autocast_to(batch.x.device, torch.bfloat16) if rounded else nullcontext():
+            x = batch.x
+            if self.config.attack.eps > 0:
+                x = self.config.attack.run(self.model, batch, graphs=self.graphs)
+            logits = self.model(x)
+            accuracy = (logits.detach().argmax(1) == batch.y).float().mean()
+            return F.cross_entropy(logits, batch.y), {"accuracy": accuracy}
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         return one_cycle(progress, self.config.learning_rate)

@@ -8,6 +8,7 @@ that DistributedDataParallel buys by owning ``forward`` (tasks call other method
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import time
@@ -24,7 +25,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from .._process import processes
 from .._tensors import in_memory_order, laid_out_like
-from .checkpoint import flatten, restore
 from .lost_processes import ProcessLost, is_lost, named_when_lost
 
 T = TypeVar("T")
@@ -79,47 +79,34 @@ def from_first(make: Callable[[], Any]) -> Any:
         make: called by the first process only; gives nested dicts and lists of tensors, numbers, strings and None.
 
     Returns:
-        The same, tensors on the CPU and lists for tuples; with one process what ``make`` gave.
+        The same, tensors on the CPU; with one process what ``make`` gave.
     """
     rank, world = processes()
     if world == 1:
         return make()
-    cuda = dist.get_backend() in ("nccl", "cuda:nccl")  # and nothing for tensors on the CPU
+    cuda = dist.get_backend() in ("nccl", "cuda:nccl")  # which has no exchange on the CPU
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    tensors: list[Tensor] = []
-    head: list[Any] = [None]
-    failure: BaseException | None = None
+    message: list[Any] = [None]
     if rank == 0:
         try:
-            tree = flatten(make(), tensors)
-            head = [(tree, [(tensor.shape, tensor.dtype) for tensor in tensors])]
+            file = io.BytesIO()
+            torch.save(make(), file)
+            message = [file.getvalue()]
         except BaseException as error:
-            failure, head = error, [_sendable(error)]
-    if failure is not None:
-        # what ended the first process is what its user is to read, even where the others are gone and cannot be told
-        with contextlib.suppress(BaseException):
-            dist.broadcast_object_list(head, src=0, device=device)
-        raise failure
+            message = [_sendable(error)]
+            # what ended the first process is raised here, even where the others are gone and cannot be told
+            with contextlib.suppress(BaseException):
+                dist.broadcast_object_list(message, src=0, device=device)
+            raise
     with named_when_lost():
-        dist.broadcast_object_list(head, src=0, device=device)
-    if isinstance(head[0], BaseException):
-        raise head[0]
-    tree, kinds = head[0]
-    received = []
-    for i, (shape, dtype) in enumerate(kinds):
-        tensor = tensors[i].to(device) if rank == 0 else torch.empty(shape, dtype=dtype, device=device)
-        with named_when_lost():
-            dist.broadcast(tensor, src=0)
-        received.append(tensor.cpu())
-    return restore(tree, received)
+        dist.broadcast_object_list(message, src=0, device=device)
+    if isinstance(message[0], BaseException):
+        raise message[0]
+    return torch.load(io.BytesIO(message[0]), map_location="cpu", weights_only=True)
 
 
 def _sendable(error: BaseException) -> BaseException:
-    """An exception as the other processes can read it: itself, or what it says where it cannot be pickled.
-
-    Args:
-        error: what the first process raised.
-    """
+    """An exception as the other processes can read it: itself, or what it says where it cannot be pickled."""
     try:
         read = pickle.loads(pickle.dumps(error))
     except Exception:  # whatever a class of the user's raises when it is pickled or made anew
@@ -174,8 +161,8 @@ def torchrun_group() -> Iterator[None]:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"WORLD_SIZE is {launched()}, but {', '.join(missing)} not set: start this by torchrun")
-    found, rank, world = next(rendezvous("env://"))
-    _store = _of_this_start(found, rank, world)
+    whole, rank, world = next(rendezvous("env://"))
+    _store = _of_this_start(whole, rank, world)
     try:
         _join(_store, rank, world)
         with contextlib.ExitStack() as silence:
@@ -203,11 +190,6 @@ def _of_this_start(store: Store, rank: int, world: int) -> Store:
     in all processes of one start and in no other. So the first process names the start, the others answer with a word
     of their own, and the name holds once the first has told each its word.
 
-    Args:
-        store: torchrun's.
-        rank: this process's number.
-        world: how many there are.
-
     Raises:
         ProcessLost: another process did not start.
     """
@@ -233,16 +215,7 @@ def _of_this_start(store: Store, rank: int, world: int) -> Store:
 
 
 def _told(store: Store, key: str, until: float) -> str:
-    """What a store holds under a name.
-
-    Args:
-        store: torchrun's.
-        key: the name.
-        until: how long to wait for it, on the clock of ``time.monotonic``; not the store's own patience.
-
-    Raises:
-        torch.distributed.DistError: it was not there in time.
-    """
+    """What a store holds under a name, at the latest ``until``, on the clock of ``time.monotonic``; else DistError."""
     # of a wait of 0 seconds some stores make one without an end
     store.wait([key], timedelta(seconds=max(until - time.monotonic(), 0.001)))
     return store.get(key).decode()
@@ -296,9 +269,9 @@ def own_device(device: str) -> str:
         return device
     if device != "cuda":
         raise ValueError(f"device must be cuda or cpu for several processes, which share the GPUs out, got {device!r}")
-    local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= found:
-        raise ValueError(f"device cuda: process {local} of this machine has no GPU, there are {found}: start fewer")
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= gpus:
+        raise ValueError(f"device cuda: process {local} of this machine has no GPU, there are {gpus}: start fewer")
     torch.cuda.set_device(local)
     return f"cuda:{local}"
 

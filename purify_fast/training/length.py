@@ -41,11 +41,7 @@ class RunLength:
         return self.images_per_epoch - (self.steps_per_epoch - 1) * self.batch_size
 
     def images_before(self, step: int) -> int:
-        """Images that the steps before one have trained on; 0 if the size of a batch is not known.
-
-        Args:
-            step: the step, from 0.
-        """
+        """Images that the steps before one, counted from 0, have trained on; 0 if the size of a batch is not known."""
         if self.batch_size is None or self.images_per_epoch is None:
             return 0
         epochs, steps = divmod(step, self.steps_per_epoch)

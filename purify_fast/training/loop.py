@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import signal
 import time
 import warnings
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import ops
 from .._process import Stop, processes, stop_on_sigterm
@@ -32,15 +31,17 @@ from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
 from .distributed import from_first
 from .divergence import Diverged, LossWatch
-from .epoch import batch_of, set_learning_rate, train_step
 from .lost_processes import named_when_lost, report_step, signs_of_life
-from .on_device import on_device
 from .run import Checkpointer, Run
-from .sources import HeldOut, Images, Source, held_out_source, step_seed, training_source
+from .sources import HeldOut, Images, held_out_source, step_seed, training_source
+from .step import accelerated_steps, set_learning_rate, train_step
 from .task import Task
 from .validation import Validation
 
 logger = logging.getLogger("purify_fast")
+
+#: How often a run backs off, and what its learning rate is multiplied with each time.
+BACK_OFFS, BACK_OFF = 5, 0.5
 
 
 @signs_of_life()
@@ -48,7 +49,7 @@ logger = logging.getLogger("purify_fast")
 def fit(
     task: Task,
     x: Images,
-    y: Tensor | None,
+    y: torch.Tensor | None,
     config: FitConfig,
     folder: str | Path | None = None,
     title: str = "train",
@@ -100,33 +101,30 @@ def fit(
             driver, it ends with status 1.
         SystemExit: SIGTERM asked for it; a checkpoint of the last step is written first.
     """
-    world = processes()[1]
     if not isinstance(task, Task):
         raise TypeError(f"task must be a purify_fast.training.Task, got {type(task).__name__}")
     folder = None if folder is None else Path(folder)
     if folder is None and config.on_nan == "back_off":
         raise ValueError("on_nan 'back_off' goes back to a checkpoint: give a folder to keep it in")
     source = training_source(task, x, y, config, folder is not None)
-    held = held_out_source(task, x, y, config, validation)
-    run = Run(task, config, source, None if validation is None or held is None else held.description)
-    if world > 1:
+    held_out = held_out_source(task, x, y, config, validation)
+    run = Run(task, config, source, None if validation is None or held_out is None else held_out.description)
+    if processes()[1] > 1:
         task.model.train()
         _check_batchnorm(task.model)
-    checkpoints = Checkpointer(run, folder, source.reproducible)
-    validate = None if held is None else Validation(run, held, folder)
+    checkpoints = Checkpointer(run, folder)
+    validate = None if held_out is None else Validation(run, held_out, folder)
     with checkpoints.locked(), stop_on_sigterm() as stop:
-        checkpoints.resume(source.device)
+        checkpoints.resume()
         rounded = float32_products(tf32=True) if task.tf32 else contextlib.nullcontext()
-        with rounded, _served_as_begun(run, source.device):
-            return _run(
-                run, source, checkpoints, validate, callbacks=callbacks, title=title, progress=progress, stop=stop
-            )
+        with rounded, _served_as_begun(run):
+            return _run(run, checkpoints, validate, callbacks=callbacks, title=title, progress=progress, stop=stop)
 
 
 @contextlib.contextmanager
-def _served_as_begun(run: Run, device: torch.device) -> Iterator[None]:
+def _served_as_begun(run: Run) -> Iterator[None]:
     """Within the block the same kernels serve as when the run began, in all of its processes as in the first."""
-    now = from_first(lambda: ops.kernel_choices(device))
+    now = from_first(lambda: ops.kernel_choices(run.source.device))
     run.served, pinned, changes = ops.resume_choices(run.served, now)
     if processes()[0] == 0:
         if pinned:
@@ -143,7 +141,6 @@ def _served_as_begun(run: Run, device: torch.device) -> Iterator[None]:
 
 def _run(
     run: Run,
-    source: Source,
     checkpoints: Checkpointer,
     validate: Validation | None,
     *,
@@ -153,13 +150,12 @@ def _run(
     stop: Stop,
 ) -> dict[str, float]:
     """What is left of a run, and what it leaves in the model."""
-    task, config, folder, rank = run.task, run.config, checkpoints.folder, processes()[0]
-    log = [] if folder is None or rank else [JsonlLog(folder / "log.jsonl", run.step, config.on_full)]
-    size, unit = (1, "step") if source.batch_size is None else (source.batch_size, "img")
-    bar = ProgressBar(title, run.total * size, run.step * size, unit, progress and rank == 0)
-    listeners = [] if rank else [*log, bar, *callbacks]
+    task, config, source, first = run.task, run.config, run.source, processes()[0] == 0
+    bar = ProgressBar(title, run, progress and first)
+    log = [] if checkpoints.folder is None else [JsonlLog(checkpoints.folder / "log.jsonl", run.step, config.on_full)]
+    listeners = [*log, bar, *callbacks] if first else []
     devices = [source.device] if source.device.type == "cuda" else []
-    with bar, torch.random.fork_rng(devices), on_device(task, config, source.device):
+    with bar.bar, torch.random.fork_rng(devices), accelerated_steps(task, config, source.device):
         if validate is not None and run.step < run.total:
             # before any work is done that a refusal would lose
             validate.check()
@@ -169,9 +165,9 @@ def _run(
         watch = LossWatch(source, config.seed)
         while run.step < run.total:
             try:
-                state = _train_epoch(run, source, checkpoints, listeners, watch, stop=stop)
+                state = _train_epoch(run, checkpoints, listeners, watch, stop)
             except Diverged as error:
-                checkpoints.back_off(error, watch)
+                _back_off(run, checkpoints, watch, error)
                 continue
             if validate is not None and validate.due(state.epoch):
                 run.last = {**run.last, **validate()}
@@ -189,46 +185,76 @@ def _run(
 
 
 def _train_epoch(
-    run: Run, source: Source, checkpoints: Checkpointer, listeners: Sequence[Callback], watch: LossWatch, *, stop: Stop
+    run: Run, checkpoints: Checkpointer, listeners: Sequence[Callback], watch: LossWatch, stop: Stop
 ) -> TrainingState:
     """The rest of the run's epoch, step by step, with checkpoints in between; its means are in ``run.last`` then."""
     task, config, epoch = run.task, run.config, run.epoch
     began, images, world = time.monotonic(), 0, processes()[1]
-    for raw, labels, ids in source.epoch(epoch, run.step % run.steps):
+    for raw in run.source.epoch(epoch, run.step % run.steps):
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
         report_step(run.step)
-        before = run.length.images_before(run.step)
-        batch = batch_of(raw, labels, ids, config, seed=seed, epoch=epoch, step=run.step, images_before=before)
+        batch = run.batch(raw, run.step, seed)
         set_learning_rate(task, run.rate * task.learning_rate(run.step / run.total, epoch, config.epochs))
         with named_when_lost():
             measured = train_step(task, batch)
-        run.add(measured, source.device)
-        watch.add(run.step, measured["loss"], raw, labels, ids)
+        run.add(measured)
+        watch.add(run.step, measured["loss"], raw)
         run.step += 1
-        images += len(raw) * world
-        state = _state(run, len(raw) * world, measured, epoch)
+        count = len(batch.x) * world
+        images += count
         for listener in listeners:
-            listener.on_step(state)
+            listener.on_step(_state(run, count, measured, epoch))
         if run.step % run.steps:
             checkpoints.save_if_due(now=stop.asked)
             if stop.asked:
-                _end(run, checkpoints)
+                _end(run, checkpoints.folder)
     # the epoch's one wait for the device
     run.last = run.means()
-    if not all(map(math.isfinite, run.last.values())) or not run.healthy():
-        raise Diverged("a loss or a weight is not finite", None)
+    run.check_finite()
     run.sums, run.counts = {}, {}
-    speed = images / max(time.monotonic() - began, 1e-9)
-    return _state(run, images, run.last, epoch, speed)
+    return _state(run, images, run.last, epoch, images / max(time.monotonic() - began, 1e-9))
 
 
-def _end(run: Run, checkpoints: Checkpointer) -> NoReturn:
+def _back_off(run: Run, checkpoints: Checkpointer, watch: LossWatch, error: Diverged) -> None:
+    """Return to the last checkpoint with a smaller learning rate; Diverged with an explanation if the run is to end."""
+    step = watch.first_bad() if error.step is None else error.step
+    explanation = _explanation(run, checkpoints.folder, watch, step)
+    rate = run.rate * BACK_OFF
+    if run.config.on_nan == "stop" or rate < BACK_OFF**BACK_OFFS:
+        raise Diverged(explanation, step) from error
+    watch.forget()
+    checkpoints.resume()
+    run.rate = rate
+    if processes()[0] == 0:
+        logger.warning("%s; back to step %d with %g of the learning rate", explanation, run.step, rate)
+
+
+def _explanation(run: Run, folder: Path | None, watch: LossWatch, step: int | None) -> str:
+    """Where a run diverged, what was written down of it, and what to change."""
+    epoch = (run.step - 1 if step is None else step) // run.steps
+    where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
+    means = ", ".join(f"{name} {value:.4g}" for name, value in run.means().items())
+    record = watch.record(step, folder) if step is not None and folder is not None and processes()[0] == 0 else None
+    recorded = "" if record is None else f"; its images, labels and seed are in {record}"
+    by_itself = "; on_nan back_off halves the rate by itself" if run.config.on_nan == "stop" else ""
+    advice = f"Lower the learning rate ({_learning_rate(run):.3g} here), let eps rise over more epochs (eps_warmup)"
+    return (
+        f"epoch {epoch}: training diverged, {where} (means of the epoch: {means}); the last checkpoint is kept"
+        f"{recorded}. {advice}, or train in float32 if this is bfloat16{by_itself}"
+    )
+
+
+def _end(run: Run, folder: Path | None) -> NoReturn:
     """End this process, as SIGTERM asked: 143 is what a shell shows for it."""
-    kept = "its checkpoint" if checkpoints.within_epochs else "that of its last whole epoch"
-    where = f"; {kept} is in {checkpoints.folder}" if checkpoints.folder is not None else ""
+    which = "its checkpoint" if run.source.reproducible else "that of its last whole epoch"
+    where = "" if folder is None else f"; {which} is in {folder}"
     logger.warning("ended by SIGTERM after step %d of %d%s: run the same again to go on", run.step, run.total, where)
     raise SystemExit(128 + signal.SIGTERM)
+
+
+def _learning_rate(run: Run) -> float:
+    return next(iter(run.task.optimizers.values())).param_groups[0]["lr"]
 
 
 def _state(
@@ -242,7 +268,7 @@ def _state(
         epochs=run.config.epochs,
         images=images,
         metrics=metrics,
-        learning_rate=next(iter(run.task.optimizers.values())).param_groups[0]["lr"],
+        learning_rate=_learning_rate(run),
         images_per_second=images_per_second,
         terms=run.terms,
     )

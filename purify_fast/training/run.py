@@ -1,10 +1,9 @@
-"""A run on the way: what its checkpoints hold, when they are written, and whether one may be resumed."""
+"""A run on the way: where it is, what makes it this run and no other, and its checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -16,33 +15,26 @@ from torch import Tensor
 
 from .._lock import folder_lock
 from .._process import processes
+from ..data import crop_flip, to_float
 from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
 from .config import FitConfig
 from .distributed import from_first, gathered
-from .divergence import Diverged, LossWatch
-from .epoch import finite
+from .divergence import Diverged
 from .length import RunLength
-from .sources import Source
-from .task import Task
-
-logger = logging.getLogger("purify_fast")
+from .sources import RawBatch, Source
+from .step import finite, weights_of
+from .task import Batch, Task
 
 #: Settings of the loop that say how a run is carried out, not what comes of it.
-NO_FACTS = ("checkpoint_seconds", "on_full", "on_nan", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
+_NO_FACTS = ("checkpoint_seconds", "on_full", "on_nan", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
 #: The files that a run writes, without what follows the dot: half-written ones have a dot and a hyphen around it.
-WRITTEN = (Path(CHECKPOINT).stem, "best", "diverged", "log", "model", "run")
-#: How often a run backs off, and what its learning rate is multiplied with each time.
-BACK_OFFS, BACK_OFF = 5, 0.5
+_WRITTEN = (Path(CHECKPOINT).stem, "best", "diverged", "log", "model", "run")
+#: Kinds of training as a message names them.
+_KINDS = {"carso": "a CARSO", "atop": "an AToP", "arrest": "an ARREST", "classifier": "a classifier's"}
 
 
 class Run:
     """Where a run is, and what makes it this run and no other.
-
-    Args:
-        task: what is trained.
-        config: how long and how.
-        source: the images.
-        validation: what the run is validated with, if that is not a share of the images.
 
     Attributes:
         facts: what must be equal for a checkpoint to be resumed.
@@ -59,11 +51,8 @@ class Run:
     """
 
     def __init__(self, task: Task, config: FitConfig, source: Source, validation: str | None = None):
-        self.task, self.config, self.steps = task, config, source.steps
-        settings = asdict(config)
-        for name in NO_FACTS:
-            del settings[name]
-        self.facts = {"data": source.description, **settings, **task.describe()}
+        self.task, self.config, self.source, self.steps = task, config, source, source.steps
+        self.facts = {"data": source.description, **loop_facts(config), **task.describe()}
         if validation is not None:
             self.facts["validation"] = validation
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
@@ -81,6 +70,16 @@ class Run:
         """The epoch that the next step belongs to."""
         return self.step // self.steps
 
+    def batch(self, raw: RawBatch, step: int, seed: int, augment: bool = True) -> Batch:
+        """The input of a step: what the source gave, as floats, cropped and mirrored as the settings say."""
+        images, labels, ids = raw
+        config, epoch = self.config, step // self.steps
+        x = to_float(images) if images.dtype == torch.uint8 else images
+        if augment and (config.padding or config.flip):
+            x = crop_flip(x, config.seed, ids, config.padding, config.flip, epoch=epoch)
+        before = self.length.images_before(step)
+        return Batch(x, labels, ids, seed, epoch=epoch, epochs=config.epochs, step=step, images_before=before)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
@@ -89,97 +88,72 @@ class Run:
         progress |= {"best": self.best, "rate": self.rate}
         return {**weights, "facts": self.facts, "served": self.served, **progress}
 
-    def load(self, saved: dict[str, Any], device: torch.device) -> None:
-        """Go on from a checkpoint.
-
-        Args:
-            saved: what `state` gave.
-            device: of the images.
-        """
+    def load(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint, which `state` gave."""
         self.task.model.load_state_dict(saved["model"])
         for name, optimizer in self.task.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
         self.step, self.last, self.best = saved["step"], saved["last"], saved["best"]
-        self.rate, self.served = saved["rate"], saved["served"]
-        self.sums = {key: value.to(device) for key, value in saved["sums"].items()}
-        self.counts = saved["counts"]
+        self.rate, self.served, self.counts = saved["rate"], saved["served"], saved["counts"]
+        self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
 
-    def add(self, measured: Mapping[str, Tensor], device: torch.device) -> None:
-        """Add a step's losses and metrics to those of its epoch.
-
-        Args:
-            measured: by name; a term that does not act yet measures nothing.
-            device: of the images.
-        """
+    def add(self, measured: Mapping[str, Tensor]) -> None:
+        """Add a step's losses and metrics to those of its epoch; a term that does not act yet measures nothing."""
         for key, value in measured.items():
             wide = torch.promote_types(value.dtype, torch.float32)
-            self.sums[key] = self.sums[key] + value if key in self.sums else value.to(device, wide, copy=True)
+            new = key not in self.sums
+            self.sums[key] = value.to(self.source.device, wide, copy=True) if new else self.sums[key] + value
             self.counts[key] = self.counts.get(key, 0) + 1
 
     def means(self) -> dict[str, float]:
         """The means of the epoch's losses and metrics over the steps that measured them; waits for the device."""
         return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
 
-    def healthy(self) -> bool:
-        """Whether this epoch's losses and the weights are finite so far; waits for the device."""
-        groups = (group for optimizer in self.task.optimizers.values() for group in optimizer.param_groups)
-        weights = [weight for group in groups for weight in group["params"]]
+    def check_finite(self) -> None:
+        """Raise Diverged unless this epoch's losses and the weights are finite so far; waits for the device."""
+        weights = [weight for optimizer in self.task.optimizers.values() for weight in weights_of(optimizer)]
         statistics = [
             buffer
             for name, buffer in self.task.model.named_buffers()
             if name.endswith(("running_mean", "running_var")) and buffer.is_floating_point()
         ]
-        return finite([*self.sums.values(), *weights, *statistics])
+        if not finite([*self.sums.values(), *weights, *statistics]):
+            raise Diverged("a loss or a weight is not finite")
+
+
+def loop_facts(config: FitConfig) -> dict[str, Any]:
+    """The loop's settings that decide what comes of a run."""
+    return {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here: str) -> str:
-    """What two runs' facts disagree on, in words; empty if on nothing.
-
-    Args:
-        saved: one run's facts, as JSON values.
-        wanted: the other's.
-        there: what the first is called behind its values.
-        here: what the second is called.
-    """
-    wanted = json.loads(json.dumps(wanted))
+    """What two runs' facts disagree on, in words; empty if on nothing. ``there`` and ``here`` say whose a value is."""
+    # in the JSON of a checkpoint a tuple is a list
+    saved, wanted = (json.loads(json.dumps(facts)) for facts in (saved, wanted))
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     return "; ".join(f"{key}: {saved.get(key)!r} {there}, {wanted.get(key)!r} {here}" for key in different)
 
 
-#: Kinds of training as a message names them.
-_NAMES = {"carso": "a CARSO", "atop": "an AToP", "arrest": "an ARREST", "classifier": "a classifier's"}
-
-
 def refuse_another(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse a checkpoint of a run that is not the same.
-
-    Args:
-        folder: where it is.
-        saved: its facts.
-        wanted: this run's.
-
-    Raises:
-        ValueError: the message names what differs.
-    """
+    """ValueError if a folder's checkpoint has the facts ``saved`` of another run; the message names what differs."""
     advice = "give another folder, or remove it"
-    kinds = [_NAMES.get(facts["task"], f"a {facts['task']}") for facts in (saved, wanted)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"{folder} holds {kinds[0]} run, and this is {kinds[1]} run: {advice}")
-    if found := differences(saved, wanted, "there", "now"):
-        raise ValueError(f"{folder} holds a run with other settings ({found}): {advice}")
+    there, now = (_KINDS.get(facts["task"], f"a {facts['task']}") for facts in (saved, wanted))
+    if there != now:
+        raise ValueError(f"{folder} holds {there} run, and this is {now} run: {advice}")
+    if difference := differences(saved, wanted, "there", "now"):
+        raise ValueError(f"{folder} holds a run with other settings ({difference}): {advice}")
 
 
 class Checkpointer:
     """Reads and writes a run's checkpoint, in the first process alone.
 
     Args:
-        run: the run.
+        run: the run. One whose source is not reproducible is resumed at the end of an epoch only.
         folder: where ``checkpoint.safetensors`` and the one before it are kept; None keeps nothing.
-        within_epochs: whether a run can be resumed in the middle of an epoch.
     """
 
-    def __init__(self, run: Run, folder: Path | None, within_epochs: bool):
-        self.run, self.folder, self.within_epochs = run, folder, within_epochs
+    def __init__(self, run: Run, folder: Path | None):
+        self.run, self.folder = run, folder
         self.saved_at = time.monotonic()
 
     @contextlib.contextmanager
@@ -193,11 +167,8 @@ class Checkpointer:
             from_first(lambda: stack.enter_context(folder_lock(self.folder)))
             yield
 
-    def resume(self, device: torch.device) -> None:
+    def resume(self) -> None:
         """Go on from the checkpoint, if there is one; several processes begin from what the first has in any case.
-
-        Args:
-            device: of the images.
 
         Raises:
             ValueError: a checkpoint of another run, or other data or settings in another process.
@@ -205,17 +176,18 @@ class Checkpointer:
         saved = from_first(self._read)
         if saved is None:
             return
-        found = gathered(differences(saved["facts"], self.run.facts, "in the first", "there"))
-        for other, difference in enumerate(found):
+        for rank, difference in enumerate(
+            gathered(differences(saved["facts"], self.run.facts, "in the first", "there"))
+        ):
             if difference:
-                raise ValueError(f"process {other} trains on other data or settings than the first ({difference})")
-        self.run.load(saved, device)
+                raise ValueError(f"process {rank} trains on other data or settings than the first ({difference})")
+        self.run.load(saved)
 
     def _read(self) -> dict[str, Any] | None:
         saved = None
         if self.folder is not None:
             # of a run that was killed while it wrote; nobody else writes here, since the folder is locked
-            for stem in WRITTEN:
+            for stem in _WRITTEN:
                 for stale in self.folder.glob(f".{stem}-*"):
                     stale.unlink()
             saved = last_checkpoint(self.folder, set_aside=True)
@@ -232,59 +204,19 @@ class Checkpointer:
         self.saved_at = time.monotonic()
 
     def save_if_due(self, now: bool = False) -> None:
-        """Write the checkpoint in the middle of an epoch, if the last one is old enough and the numbers are finite.
-
-        Args:
-            now: whether it is due in any case.
+        """Write the checkpoint in the middle of an epoch if it is due: ``now``, or because the last one is old enough.
 
         Raises:
-            Diverged: they are not; the last checkpoint stays.
+            Diverged: a number is not finite; the last checkpoint stays.
         """
         due = now or time.monotonic() - self.saved_at >= self.run.config.checkpoint_seconds
-        if self.folder is None or not due or not self.within_epochs:
+        if self.folder is None or not due or not self.run.source.reproducible:
             return
-        if self.run.healthy():
-            self.save()
-        elif processes()[1] == 1:
-            raise Diverged("a loss or a weight is not finite", None)
-        # of several processes this one alone knows now: all of them see it when they look at their losses
-
-    def back_off(self, error: Diverged, watch: LossWatch) -> None:
-        """After a divergence: return to the last checkpoint with a smaller learning rate, or end the run.
-
-        Args:
-            error: what was found.
-            watch: the run's losses.
-
-        Raises:
-            Diverged: the run is to end, or has backed off often enough; the message says what to change.
-        """
-        run = self.run
-        step = watch.first_bad() if error.step is None else error.step
-        explained = self._explained(step, watch)
-        scale = run.rate * BACK_OFF
-        if run.config.on_nan == "stop" or scale < BACK_OFF**BACK_OFFS:
-            raise Diverged(explained, step) from error
-        found = from_first(self._read)
-        assert found is not None
-        watch.forget()
-        run.load(found, watch.source.device)
-        run.rate = scale
-        if processes()[0] == 0:
-            logger.warning("%s; back to step %d with %g of the learning rate", explained, run.step, scale)
-
-    def _explained(self, step: int | None, watch: LossWatch) -> str:
-        run, config = self.run, self.run.config
-        epoch = (run.step - 1 if step is None else step) // run.steps
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in run.means().items())
-        where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
-        text = f"epoch {epoch}: training diverged, {where} (means of the epoch: {shown}); the last checkpoint is kept"
-        if step is not None and self.folder is not None and processes()[0] == 0:
-            path = watch.record(step, run.steps, self.folder)
-            text += f"; its images, labels and seed are in {path}" if path is not None else ""
-        rate = next(iter(run.task.optimizers.values())).param_groups[0]["lr"]
-        text += f". Lower the learning rate ({rate:.3g} here), let eps rise over more epochs (eps_warmup), or train in "
-        text += "float32 if this is bfloat16"
-        if config.on_nan == "stop":
-            text += "; on_nan back_off halves the rate by itself"
-        return text
+        try:
+            self.run.check_finite()
+        except Diverged:
+            # of several processes this one alone knows now: all of them see it when they look at their losses
+            if processes()[1] == 1:
+                raise
+            return
+        self.save()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
@@ -19,6 +19,8 @@ from .task import Task
 
 #: Batches of (images, labels) or (images, labels, indices), the same number of them in every epoch.
 Batches: TypeAlias = Iterable[Any]
+#: What a source gives for a step: images uint8 or float ``[B, C, H, W]``, labels int64 ``[B]``, indices int64 ``[B]``.
+RawBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 #: What `fit` takes: images to be laid out in batches, or batches, or a function of the epoch that gives its batches.
 Images: TypeAlias = "Tensor | StreamedImages | Batches | Callable[[int], Batches]"
 #: What `fit` validates with: images and labels, or batches as above.
@@ -29,12 +31,7 @@ VALIDATION_BATCH = 250
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of one step's randomness; torch's CPU generator reads 32 bits, so both are mixed into them.
-
-    Args:
-        seed: the run's.
-        step: the step, from 0.
-    """
+    """The seed of one step's randomness; torch's CPU generator reads 32 bits, so both are mixed into them."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
@@ -57,8 +54,9 @@ class Source(Protocol):
     images: int | None
     reproducible: bool
 
-    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The epoch's batches from number ``first`` on: images uint8 or float, labels and indices, of this process."""
+    def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
+        """The epoch's batches from number ``first`` on, each this process's share."""
+        raise NotImplementedError
 
 
 class InMemory:
@@ -80,57 +78,43 @@ class InMemory:
     reproducible: bool = True
 
     def __init__(
-        self,
-        x: Tensor | StreamedImages,
-        y: Tensor,
-        config: FitConfig,
-        rank: int,
-        world: int,
-        ids: Tensor | None = None,
+        self, x: Tensor | StreamedImages, y: Tensor, config: FitConfig, rank: int, world: int, ids: Tensor | None = None
     ):
         check_images(x, y)
         if config.batch_size % world:
             raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {world} processes")
-        self.x, self.y, self.seed, self.rank, self.world = x, y, config.seed, rank, world
+        self.x, self.y, self.config, self.rank, self.world, self.device = x, y, config, rank, world, x.device
         self.ids = None if ids is None else ids.to(x.device)
         self.n = len(x) if ids is None else len(ids)
-        self.device, self.drop_last = x.device, config.drop_last
         self.batch_size: int | None = config.batch_size
-        self._rows = config.batch_size
         rest = self.n % config.batch_size
-        self.steps = self.n // config.batch_size + (rest > 0 and not self.drop_last)
+        self.steps = self.n // config.batch_size + (rest > 0 and not config.drop_last)
         if self.steps == 0:
             raise ValueError(f"batch_size {config.batch_size} is larger than the {self.n} training images")
-        if not self.drop_last and rest % world:
+        if not config.drop_last and rest % world:
             raise ValueError(
                 f"drop_last False leaves a last batch of {rest} images, which {world} processes cannot share evenly: "
                 "leave it out (drop_last), or take another batch_size"
             )
-        self.images: int | None = self.n - (rest if self.drop_last else 0)
-        if config.steps_per_epoch is not None:
-            self.steps = _shortened(self.steps, config.steps_per_epoch)
-            self.images = min(self.images, self.steps * self._rows)
+        self.steps = _cut_off(self.steps, config)
+        self.images: int | None = min(self.n, self.steps * config.batch_size)
         self.description = f"{len(x)} images, {digest(x, y)}"
 
-    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
+        config = self.config
         order = batches(
-            self.n,
-            self._rows,
-            self.seed,
-            epoch,
-            self.drop_last,
-            rank=self.rank,
-            world=self.world,
-            device=self.device,
-        )
+            self.n, config.batch_size, config.seed, epoch, config.drop_last,
+            rank=self.rank, world=self.world, device=self.device,
+        )  # fmt: skip
         if self.ids is not None:
             order = [self.ids[rows] for rows in order]
         for ids, images in read_ahead(self.x, order[first : self.steps]):
             yield images, self.y[ids], ids
 
 
-def _shortened(steps: int, wanted: int) -> int:
-    """The steps of an epoch that is cut off; ValueError where a pass over the data has fewer."""
+def _cut_off(steps: int, config: FitConfig) -> int:
+    """The steps of an epoch, by ``steps_per_epoch``; ValueError where a pass over the data has fewer."""
+    wanted = steps if config.steps_per_epoch is None else config.steps_per_epoch
     if wanted > steps:
         raise ValueError(f"steps_per_epoch must be at most {steps}, the steps of a pass over the images, got {wanted}")
     return wanted
@@ -180,14 +164,13 @@ class Loader:
             ) from error
         if self.steps == 0:
             raise ValueError("x gives no batch")
-        if config.steps_per_epoch is not None:
-            self.steps = _shortened(self.steps, config.steps_per_epoch)
+        self.steps = _cut_off(self.steps, config)
         self.description = f"batches, {self.steps} an epoch"
 
     def _of(self, epoch: int) -> Any:
         return self.x(epoch) if callable(self.x) else self.x
 
-    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
         torch.manual_seed(step_seed(self.seed, epoch * self.steps))
         given, seen = iter(self._of(epoch)), 0
         for k in range(self.steps):
@@ -272,10 +255,6 @@ def held_out_source(
 def check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
     """Refuse images and labels that cannot be trained on.
 
-    Args:
-        x: the images.
-        y: the labels.
-
     Raises:
         ValueError: the message says which of the two is wrong, and how it must be.
     """
@@ -283,8 +262,8 @@ def check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
         advice = ": images in [0, 1] are (255 * x).round().to(torch.uint8)" if x.dtype.is_floating_point else ""
         raise ValueError(f"x must be uint8 [N, C, H, W], got {x.dtype} {list(x.shape)}{advice}")
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (len(x),):
-        found = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"y must be int64 [N] = [{len(x)}], got {found}")
+        got = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"y must be int64 [N] = [{len(x)}], got {got}")
     if y.device != x.device:
         raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}")
     if len(y) and int(y.min()) < 0:
@@ -303,8 +282,8 @@ def check_batch(images: Tensor, labels: Tensor, ids: Tensor) -> None:
         ValueError: the message says which of them is wrong.
     """
     if images.dim() != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
-        found = f"{images.dtype} {list(images.shape)}"
-        raise ValueError(f"x: images must be float in [0, 1] or uint8, [B, C, H, W], got {found}")
+        got = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"x: images must be float in [0, 1] or uint8, [B, C, H, W], got {got}")
     for name, part in (("labels", labels), ("indices", ids)):
         if part.dtype != torch.int64 or part.shape != (len(images),):
             raise ValueError(f"x: {name} must be int64 [B] = [{len(images)}], got {part.dtype} {list(part.shape)}")

@@ -207,39 +207,21 @@ def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> 
         raise ValueError(f"x: the model does not take images of {list(shape)}: {error}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1:
         got = f"{list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        hint = ": wrap it in a module that returns the object's .logits" if holds_logits(logits) else ""
+        holds_logits = isinstance(getattr(logits, "logits", None), Tensor)
+        hint = ": wrap it in a module that returns the object's .logits" if holds_logits else ""
         raise ValueError(
             f"the model must map images [B, C, H, W] to logits [B, classes], it gave {got} for B = 1{hint}"
         )
     check_labels(classes, logits.shape[1])
 
 
-def holds_logits(output: object) -> bool:
-    """Whether what a model gave is an object that holds logits, as those of some libraries are.
-
-    Args:
-        output: what the model gave.
-    """
-    return isinstance(getattr(output, "logits", None), Tensor)
-
-
 def check_labels(classes: int, known: int) -> None:
-    """ValueError if there are labels that the model does not know.
-
-    Args:
-        classes: one more than the largest label.
-        known: classes of the model.
-    """
+    """ValueError if ``classes``, one more than the largest label, are more than the model knows."""
     if classes > known:
         raise ValueError(f"y: the largest label is {classes - 1}, but the model has {known} classes, 0 to {known - 1}")
 
 
 def check_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """ValueError if images have another shape than those a defence takes.
-
-    Args:
-        shape: of one image, (C, H, W).
-        wanted: the defence's.
-    """
+    """ValueError if images have another shape (C, H, W) than those a defence takes."""
     if tuple(shape) != tuple(wanted):
         raise ValueError(f"x: its images are {list(shape)}, the defence takes {list(wanted)}")

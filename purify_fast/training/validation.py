@@ -14,9 +14,8 @@ from .._files import with_room
 from .._process import processes
 from .checkpoint import read_tree, write_tree
 from .distributed import from_first
-from .epoch import batch_of
 from .run import Run
-from .sources import Source, step_seed
+from .sources import RawBatch, Source, step_seed
 from .task import Metrics
 
 #: Images that show what a task measures, before it is trained.
@@ -50,11 +49,7 @@ class Validation:
         self._best: dict[str, Tensor] | None = None
 
     def due(self, epoch: int) -> bool:
-        """Whether to validate at the end of an epoch; always at the last one's.
-
-        Args:
-            epoch: the epoch, from 0.
-        """
+        """Whether to validate at the end of an epoch; always at the last one's."""
         config = self.run.config
         return (epoch + 1) % config.validation_every == 0 or epoch + 1 == config.epochs
 
@@ -69,9 +64,9 @@ class Validation:
         chosen = self.run.config.keep_best
         if chosen in ("off", "loss"):
             return
-        images, labels, ids = next(iter(self.source.epoch(0, 0)))
+        raw = next(self.source.epoch(0, 0))
         with finished(self.run):
-            measured = self._measure_batch(images[:_LOOK], labels[:_LOOK], ids[:_LOOK])
+            measured = self._measure_batch((raw[0][:_LOOK], raw[1][:_LOOK], raw[2][:_LOOK]))
         if chosen not in measured:
             raise ValueError(f"keep_best {chosen!r}: this training measures {', '.join(measured)}")
 
@@ -92,22 +87,18 @@ class Validation:
 
     def _measure(self) -> dict[str, float]:
         sums, count = dict[str, Tensor](), 0
-        for images, labels, ids in self.source.epoch(0, 0):
-            for name, value in self._measure_batch(images, labels, ids).items():
-                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + len(images) * value
-            count += len(images)
+        for raw in self.source.epoch(0, 0):
+            size = len(raw[0])
+            for name, value in self._measure_batch(raw).items():
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + size * value
+            count += size
         return {name: float(value) / count for name, value in sums.items()}
 
-    def _measure_batch(self, images: Tensor, labels: Tensor, ids: Tensor) -> Metrics:
-        config = self.run.config
+    def _measure_batch(self, raw: RawBatch) -> Metrics:
         # the same draws every time, and the last epoch's attack, so that the numbers can be compared
-        seed, last = step_seed(config.seed, 2**31), self.run.total - 1
+        seed = step_seed(self.run.config.seed, 2**31)
         torch.manual_seed(seed)
-        batch = batch_of(
-            images, labels, ids, config, seed=seed, epoch=config.epochs - 1, augment=False, step=last,
-            images_before=self.run.length.images_before(last),
-        )  # fmt: skip
-        return self.run.task.validate(batch)
+        return self.run.task.validate(self.run.batch(raw, self.run.total - 1, seed, augment=False))
 
     def _keep(self, score: float) -> None:
         # A score that is not a number is never the best, and one that is takes the place of one that is not.

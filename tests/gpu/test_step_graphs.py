@@ -20,8 +20,7 @@ from purify_fast.speed import StepGraphs
 from purify_fast.speed.inference_copy import LiveInferenceCopy
 from purify_fast.training import Batch, FitConfig, Task
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.epoch import train_step
-from purify_fast.training.on_device import fuse, on_device
+from purify_fast.training.step import accelerated_steps, fuse, train_step
 
 DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
 if DEVICE.type == "cuda" and not torch.cuda.is_available():
@@ -246,7 +245,7 @@ def test_fused_optimizers(kind):
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="settings of a CUDA device")
 def test_a_training_on_a_gpu_has_graphs_and_races_convolutions():
     task = arrest("float32")
-    with on_device(task, FitConfig(1, 16), DEVICE):
+    with accelerated_steps(task, FitConfig(1, 16), DEVICE):
         assert task.graphs is not None and task.optimizer.param_groups[0]["fused"]
         # these tests ask for deterministic algorithms
         assert not torch.backends.cudnn.benchmark

@@ -17,9 +17,9 @@ from purify_fast.methods.carso.recipes import CarsoRecipe
 from purify_fast.methods.recipes import RECIPES, recipe
 from purify_fast.models import build_classifier
 from purify_fast.training import Batch, fit
-from purify_fast.training.epoch import set_learning_rate, train_step
 from purify_fast.training.length import RunLength
 from purify_fast.training.sources import InMemory
+from purify_fast.training.step import set_learning_rate, train_step
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

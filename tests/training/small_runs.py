@@ -1,9 +1,12 @@
-"""A training of a second, which several files of tests disturb: its images, its task, and one run of it."""
+"""Trainings of a second, which several files of tests share: images, tasks, one run."""
 
 import torch
 
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 
 
 def images(n=64):
@@ -23,3 +26,51 @@ def train(folder, epochs=3, **options):
     made = task()
     fit(made, *images(), FitConfig(epochs, 16, **options), folder, progress=False)
     return made.model.state_dict()
+
+
+# -- one task of each method, on images of 16 x 16 ---------------------------------------------------------------------
+
+SHAPE, EPS = (1, 16, 16), 0.1
+
+
+def attack(**options):
+    """PGD of two steps."""
+    return TrainingAttack(**{"eps": EPS, "steps": 2, **options})
+
+
+def classifier_task(**options):
+    torch.manual_seed(0)
+    return ClassifierTask(SmallCNN(width=4), ClassifierConfig(**options))
+
+
+def arrest_task(**options):
+    torch.manual_seed(0)
+    return ArrestTask(SmallCNN(width=4), ArrestConfig(**{"attack": attack(), **options}), SHAPE)
+
+
+def carso_task(target="classifier", **options):
+    torch.manual_seed(0)
+    defence = Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
+    return CarsoTask(defence, CarsoConfig(attack_target=target, **{"attack": attack(), **options}))
+
+
+def atop_task(target="classifier", steps=2, **options):
+    """With FGSM against the classifier, as published, and PGD against the pipeline."""
+    torch.manual_seed(0)
+    defence = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
+    method, steps = ("fgsm", 10) if target == "classifier" else ("pgd", steps)
+    settings = {"attack_method": method, "attack_target": target, "attack": attack(steps=steps), "cls_delay": 0}
+    return AtopTask(defence, AtopConfig(**settings, **options))
+
+
+class Listener:
+    """Hears of a training and does nothing; it need not be a `Callback`."""
+
+    def on_step(self, state):
+        pass
+
+    def on_epoch(self, state):
+        pass
+
+    def on_end(self, state):
+        pass

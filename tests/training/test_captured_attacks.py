@@ -6,23 +6,16 @@ import sys
 
 import pytest
 import torch
+from small_runs import SHAPE, arrest_task, atop_task, attack, carso_task, classifier_task
 
 from purify_fast import _library
-from purify_fast.methods.arrest import ArrestConfig, ArrestTask
-from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.waits import Waits
-from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, Task, fit
-from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.epoch import train_step
-from purify_fast.training.on_device import on_device
+from purify_fast.training import Batch, FitConfig, Task, fit
+from purify_fast.training.step import accelerated_steps, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SHAPE, EPS = (1, 16, 16), 0.1
 
 
 def batch(seed: int, n: int = 16) -> Batch:
@@ -31,30 +24,16 @@ def batch(seed: int, n: int = 16) -> Batch:
     return Batch(x, torch.randint(10, (n,), generator=generator), torch.arange(n) + 50 * seed, seed, 0, 10)
 
 
-def arrest(precision: str = "float32", **options) -> Task:
-    attack = TrainingAttack(eps=EPS, steps=options.pop("steps", 3), norm=options.pop("norm", "linf"))
-    torch.manual_seed(0)
-    return ArrestTask(SmallCNN(width=4), ArrestConfig(attack=attack, precision=precision, **options), SHAPE)
+def arrest(precision: str = "float32", steps: int = 3, norm: str = "linf", **options) -> Task:
+    return arrest_task(attack=attack(steps=steps, norm=norm), precision=precision, **options)
 
 
 def carso(target: str, precision: str = "float32", steps: int = 3) -> Task:
-    torch.manual_seed(0)
-    made = Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
-    attack = TrainingAttack(eps=EPS, steps=steps)
-    return CarsoTask(made, CarsoConfig(attack_target=target, attack=attack, precision=precision))
-
-
-def atop(target: str, steps: int = 3) -> Task:
-    torch.manual_seed(0)
-    made = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
-    method, steps = ("fgsm", 10) if target == "classifier" else ("pgd", steps)
-    attack = TrainingAttack(eps=EPS, steps=steps)
-    return AtopTask(made, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0))
+    return carso_task(target, attack=attack(steps=steps), precision=precision)
 
 
 def classifier() -> Task:
-    torch.manual_seed(0)
-    return ClassifierTask(SmallCNN(width=4), ClassifierConfig(attack=TrainingAttack(eps=EPS, steps=3)))
+    return classifier_task(attack=attack(steps=3))
 
 
 #: Each training, and the graphs that it needs: CARSO's published one has two, of PGD and FGSM together and of PGD.
@@ -66,8 +45,8 @@ TASKS = {
     "CARSO": (lambda: carso("classifier"), 2),
     "CARSO, bfloat16": (lambda: carso("classifier", "bfloat16"), 2),
     "CARSO, pipeline": (lambda: carso("pipeline"), 1),
-    "AToP": (lambda: atop("classifier"), 1),
-    "AToP, pipeline": (lambda: atop("pipeline"), 1),
+    "AToP": (lambda: atop_task("classifier"), 1),
+    "AToP, pipeline": (lambda: atop_task("pipeline", 3), 1),
 }
 
 
@@ -96,8 +75,8 @@ COUNTS = {
     "ARREST": (lambda: arrest(steps=10, tau=10.0), 644, 166),
     "CARSO": (lambda: carso("classifier", steps=10), 857, 386),
     "CARSO, pipeline": (lambda: carso("pipeline", steps=10), 1968, 297),
-    "AToP": (lambda: atop("classifier"), 478, 438),
-    "AToP, pipeline": (lambda: atop("pipeline", steps=10), 3083, 452),
+    "AToP": (lambda: atop_task("classifier"), 478, 438),
+    "AToP, pipeline": (lambda: atop_task("pipeline", steps=10), 3083, 452),
 }
 
 
@@ -161,11 +140,11 @@ def test_fit_hands_out_graphs_on_a_gpu_and_takes_them_back(rerun, monkeypatch):
     task.graphs = None
     with monkeypatch.context() as patch:
         # nothing is computed on the device
-        patch.setattr(sys.modules["purify_fast.training.on_device"], "fuse", lambda optimizer, fused: fused)
-        with on_device(task, FitConfig(1), torch.device("cuda")):
+        patch.setattr(sys.modules["purify_fast.training.step"], "fuse", lambda optimizer, fused: fused)
+        with accelerated_steps(task, FitConfig(1), torch.device("cuda")):
             assert isinstance(task.graphs, StepGraphs) and task.graphs.mode == "auto"
             assert torch.backends.cudnn.benchmark
-        with on_device(task, FitConfig(1, cuda_graphs="off", cudnn_benchmark="off"), torch.device("cuda")):
+        with accelerated_steps(task, FitConfig(1, cuda_graphs="off", cudnn_benchmark="off"), torch.device("cuda")):
             assert task.graphs is None and not torch.backends.cudnn.benchmark
     assert task.graphs is None and not torch.backends.cudnn.benchmark
 

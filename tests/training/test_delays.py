@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from small_runs import Listener
 from torch import nn
 
 from purify_fast import load_defence
@@ -100,22 +101,16 @@ def test_a_metric_is_the_mean_over_the_steps_that_measure_it_also_after_a_resume
     x, y = images()
     seen = []
 
-    class Watch:
+    class Watch(Listener):
         def on_step(self, state):
             if "cross_entropy" in state.metrics:
                 seen.append(float(state.metrics["cross_entropy"]))
-
-        def on_epoch(self, state):
-            pass
-
-        def on_end(self, state):
-            pass
 
     settings = {"cls_delay": 1, "cls_delay_unit": "steps"}
     last = fit(atop(**settings), x, y, FitConfig(1, 4), progress=False, callbacks=[Watch()])
     assert len(seen) == 2 and last["cross_entropy"] == pytest.approx(sum(seen) / 2)
 
-    class Stop(Watch):
+    class Stop(Listener):
         def on_step(self, state):
             if state.step == 3:
                 raise KeyboardInterrupt

@@ -12,8 +12,8 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.checkpoint import CHECKPOINT, read_tree
 from purify_fast.training.divergence import INTERVAL, Diverged, LossWatch
-from purify_fast.training.epoch import finite
 from purify_fast.training.sources import InMemory, step_seed
+from purify_fast.training.step import finite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,24 +51,21 @@ def test_the_step_is_found_and_its_images_are_kept(tmp_path):
     assert finite(read_tree(tmp_path / CHECKPOINT)["model"].values())
 
 
-def test_it_is_seen_within_two_looks_without_a_checkpoint(tmp_path):
+def test_it_is_seen_at_the_next_look_without_a_checkpoint(tmp_path):
     """An epoch of 1,000 steps and no folder: nothing else would wait for the device before its end."""
     task = Fragile(30)
-    x, y = images(1000)
     with pytest.raises(Diverged, match=r"the loss of step 30 is not finite"):
-        fit(task, x, y, FitConfig(1, 1), progress=False)
-    assert len(task.seen) == 2 * INTERVAL
+        fit(task, *images(1000), FitConfig(1, 1), progress=False)
+    assert len(task.seen) == INTERVAL
 
 
-def test_a_look_sees_only_what_has_arrived():
-    """The copy that is looked at was made one interval before: on a GPU its values are there."""
+def test_the_first_of_several_is_named_after_many_looks():
     x, y = images()
     watch = LossWatch(InMemory(x, y, FitConfig(1, 16), 0, 1), 0)
-    for step in range(2 * INTERVAL - 1):
-        watch.add(step, torch.tensor(math.inf if step == 3 else 1.0), x, y, y)
-    with pytest.raises(Diverged) as told:
-        watch.add(2 * INTERVAL - 1, torch.tensor(1.0), x, y, y)
-    assert told.value.step == 3 and watch.first_bad() == 3
+    with pytest.raises(Diverged) as raised:
+        for step in range(3 * INTERVAL):
+            watch.add(step, torch.tensor(math.inf if step >= INTERVAL + 3 else 1.0), (x, y, y))
+    assert step == 2 * INTERVAL - 1 and raised.value.step == watch.first_bad() == INTERVAL + 3
 
 
 def test_batches_of_a_loader_are_held_for_the_record(tmp_path):
@@ -127,3 +124,38 @@ def test_statistics_that_are_not_finite_never_enter_a_checkpoint(tmp_path):
     with pytest.raises(Diverged, match="a weight is not finite"):
         fit(task, *images(), FitConfig(1, 16), tmp_path, progress=False)
     assert not (tmp_path / CHECKPOINT).is_file()
+
+
+class Diverging(ClassifierTask):
+    """Its loss is not a number from a step on, or its gradient at that step."""
+
+    def __init__(self, at, how):
+        torch.manual_seed(0)
+        super().__init__(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig())
+        self.at, self.how, self.steps = at, how, 0
+
+    def training_step(self, batch):
+        loss, metrics = super().training_step(batch)
+        self.steps += 1
+        if self.steps >= self.at and self.how == "loss":
+            loss = loss * math.nan
+        if self.steps == self.at and self.how == "gradient":
+            # finite itself, with an infinite gradient
+            weight = next(self.model.parameters()).flatten()[0]
+            loss = loss + (weight - weight.detach()).abs().sqrt()
+        return loss, metrics
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+@pytest.mark.parametrize("at", [2, 6])
+def test_what_is_not_finite_never_enters_a_checkpoint(tmp_path, how, at):
+    """A timed checkpoint in the middle of an epoch once kept it, after which every resume failed for good."""
+    config = FitConfig(3, 16, checkpoint_seconds=0)
+    with pytest.raises(FloatingPointError, match=r"training diverged, .*; the last checkpoint is kept"):
+        fit(Diverging(at, how), *images(), config, tmp_path, progress=False)
+    saved = read_tree(tmp_path / "checkpoint.safetensors")
+    assert saved["step"] == at - 1
+    assert finite([*saved["model"].values(), *saved["sums"].values()])
+    healthy = Diverging(math.inf, how)
+    last = fit(healthy, *images(), config, tmp_path, progress=False)
+    assert math.isfinite(last["loss"]) and finite(healthy.model.parameters())

@@ -1,7 +1,6 @@
 """Checkpoints and saved models that changed on the disk, a disk that is full, and two checkpoints instead of one."""
 
 import errno
-import json
 import logging
 import os
 import random
@@ -11,10 +10,8 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from small_runs import train
 
-from purify_fast import _files
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import load_classifier, save_classifier
 from purify_fast.training.checkpoint import (
@@ -71,7 +68,6 @@ def test_every_changed_bit_of_a_saved_model_is_seen(tmp_path, name):
 
 
 def test_every_bit_of_a_header(tmp_path):
-    """The names of the checksum and the version among them, without which a file would pass for one of version 0.1."""
     write_tree(tmp_path / "t", {"a": torch.arange(3.0)})
     whole = (tmp_path / "t").read_bytes()
     for bit in range(8 * len(whole)):
@@ -104,13 +100,8 @@ def test_two_damaged_checkpoints_are_both_named_and_stay(tmp_path):
     assert all((tmp_path / name).is_file() for name in (CHECKPOINT, PREVIOUS))
 
 
-def test_files_of_version_0_1_are_read(tmp_path):
-    save_file({"0": torch.arange(3.0)}, tmp_path / "old", {"tree": json.dumps({"tensor": 0})})
-    assert torch.equal(read_tree(tmp_path / "old"), torch.arange(3.0))
-
-
 def test_a_model_whose_saving_was_killed_between_its_files(tmp_path):
-    """The weights bring their own facts: those of model.json are of the model before."""
+    """The weights bring their own facts: model.json still shows those of the model before."""
     save_model(tmp_path, "SmallCNN", SmallCNN(1, 2, (8, 8), 4).arguments, SmallCNN(1, 2, (8, 8), 4).state_dict())
     before = (tmp_path / "model.json").read_bytes()
     new = SmallCNN(1, 3, (8, 8), 2)
@@ -122,18 +113,16 @@ def test_a_model_whose_saving_was_killed_between_its_files(tmp_path):
 
 
 FULL = """
-import resource, sys, threading, torch
+import resource, sys, torch, types
 from purify_fast import _files
 sys.path.insert(0, sys.argv[2])
 import small_runs as t
-_files.PAUSE = 0.05
 unlimited = resource.RLIM_INFINITY
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), unlimited))
-if sys.argv[4] == "wait":
-    later = threading.Timer(1.0, resource.setrlimit, (resource.RLIMIT_FSIZE, (unlimited, unlimited)))
-    later.start()
+# room comes while the run waits
+room = lambda seconds: resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+_files.time = types.SimpleNamespace(sleep=room)
 weights = t.train(sys.argv[1], epochs=1, checkpoint_seconds=0, on_full=sys.argv[4])
-later.join()
 torch.save(weights, sys.argv[1] + "-weights")
 """
 
@@ -197,16 +186,23 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(tmp_p
     assert done.index("name") == 1 and len(done) == 3
 
 
-def test_without_second_names_the_checkpoint_before_it_is_kept_too(tmp_path, monkeypatch):
-    def unsupported(*names):
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+def test_a_run_killed_between_the_names_of_its_checkpoints_loses_nothing(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"step": step})
+    replace = os.replace
 
-    monkeypatch.setattr(os, "link", unsupported)
-    for content in ("first", "second"):
-        with _files.atomic(tmp_path / "f", tmp_path / "before") as temporary:
-            temporary.write_text(content)
-    assert (tmp_path / "f").read_text() == "second" and (tmp_path / "before").read_text() == "first"
-    assert last_checkpoint(tmp_path) is None
+    def killed(source, target):
+        if target == tmp_path / CHECKPOINT:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, {"step": 3})
+    assert not (tmp_path / CHECKPOINT).exists() and last_checkpoint(tmp_path)["step"] == 2
+    monkeypatch.undo()
+    save_checkpoint(tmp_path, {"step": 3})
+    assert [read_tree(tmp_path / name)["step"] for name in (CHECKPOINT, PREVIOUS)] == [3, 2]
 
 
 LONG = """

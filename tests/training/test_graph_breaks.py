@@ -9,20 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import EPS, arrest_task, atop_task, attack, carso_task
 
 import purify_fast
 from purify_fast import data
-from purify_fast.methods.arrest import ArrestConfig, ArrestTask
-from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch
-from purify_fast.training.attack import TrainingAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SHAPE = (1, 16, 16)
-EPS = 0.1
 
 
 def batch():
@@ -31,22 +24,7 @@ def batch():
 
 
 def arrest(**options):
-    return ArrestTask(
-        SmallCNN(width=4), ArrestConfig(attack=TrainingAttack(eps=EPS, steps=2, alpha=EPS / 2), **options), SHAPE
-    )
-
-
-def carso(target):
-    made = Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
-    return CarsoTask(made, CarsoConfig(attack_target=target, attack=TrainingAttack(eps=EPS, steps=2)))
-
-
-def atop(target):
-    made = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
-    method, steps = ("fgsm", 10) if target == "classifier" else ("pgd", 2)
-    attack = TrainingAttack(eps=EPS, steps=steps)
-    config = AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0)
-    return AtopTask(made, config)
+    return arrest_task(attack=attack(alpha=EPS / 2), **options)
 
 
 slow = pytest.mark.slow
@@ -54,10 +32,10 @@ slow = pytest.mark.slow
 STEPS = [
     pytest.param(arrest, 14, id="ARREST"),
     pytest.param(lambda: arrest(replay=False), 8, id="ARREST, no replay"),
-    pytest.param(lambda: carso("classifier"), 13, id="CARSO"),
-    pytest.param(lambda: carso("pipeline"), 8, id="CARSO, pipeline", marks=slow),
-    pytest.param(lambda: atop("classifier"), 5, id="AToP"),
-    pytest.param(lambda: atop("pipeline"), 8, id="AToP, pipeline", marks=slow),
+    pytest.param(lambda: carso_task("classifier"), 13, id="CARSO"),
+    pytest.param(lambda: carso_task("pipeline"), 8, id="CARSO, pipeline", marks=slow),
+    pytest.param(lambda: atop_task("classifier"), 5, id="AToP"),
+    pytest.param(lambda: atop_task("pipeline"), 8, id="AToP, pipeline", marks=slow),
 ]
 
 

@@ -10,21 +10,17 @@ from collections import Counter
 
 import pytest
 import torch
+from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, carso_task
 
 from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, pgd, pgd_and_fgsm, stadv
 from purify_fast.data import crop_flip
-from purify_fast.methods.arrest import ArrestConfig, ArrestTask
-from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.waits import Waits
 from purify_fast.training import Batch
-from purify_fast.training.attack import TrainingAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SHAPE, EPS = (1, 16, 16), 0.1
 
 
 def batch() -> Batch:
@@ -33,31 +29,18 @@ def batch() -> Batch:
     return Batch(x, torch.arange(16) % 10, torch.arange(16), 7, 0, 10)
 
 
-def arrest(**options) -> ArrestTask:
-    attack = TrainingAttack(eps=EPS, steps=2, alpha=EPS / 2)
-    return ArrestTask(SmallCNN(width=4), ArrestConfig(attack=attack, **options), SHAPE)
-
-
-def carso(target: str) -> CarsoTask:
-    made = Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
-    return CarsoTask(made, CarsoConfig(attack_target=target, attack=TrainingAttack(eps=EPS, steps=2)))
-
-
-def atop(target: str) -> AtopTask:
-    made = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
-    method, steps = ("fgsm", 10) if target == "classifier" else ("pgd", 2)
-    attack = TrainingAttack(eps=EPS, steps=steps)
-    return AtopTask(made, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0))
+def arrest(**options):
+    return arrest_task(attack=attack(alpha=EPS / 2), **options)
 
 
 #: What waits, and why it may.
 STEPS = {
     "ARREST": (arrest, {("nonzero", "methods/arrest/task.py", "inputs"): "only images that drifted are attacked"}),
     "ARREST, no replay": (lambda: arrest(replay=False), {}),
-    "CARSO": (lambda: carso("classifier"), {}),
-    "CARSO, pipeline": (lambda: carso("pipeline"), {}),
-    "AToP": (lambda: atop("classifier"), {}),
-    "AToP, pipeline": (lambda: atop("pipeline"), {}),
+    "CARSO": (lambda: carso_task("classifier"), {}),
+    "CARSO, pipeline": (lambda: carso_task("pipeline"), {}),
+    "AToP": (lambda: atop_task("classifier"), {}),
+    "AToP, pipeline": (lambda: atop_task("pipeline"), {}),
 }
 
 
@@ -88,17 +71,17 @@ def defence() -> Carso:
     return Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2).eval()
 
 
-def probe(steps: int, attack=pgd, model=None, **options) -> Counter:
+def probe(steps: int, run=pgd, model=None, **options) -> Counter:
     """What an attack of so many steps waits for."""
     torch.manual_seed(0)
     model, step = SmallCNN(width=4).eval() if model is None else model(), batch()
     y = model(step.x).argmax(1).detach()
-    options = {"eps": EPS, "health": GradientHealth(), **({} if attack is fgsm else {"steps": steps}), **options}
-    if attack is pgd_and_fgsm:
+    options = {"eps": EPS, "health": GradientHealth(), **({} if run is fgsm else {"steps": steps}), **options}
+    if run is pgd_and_fgsm:
         options |= {"eps": torch.full((16,), EPS), "alpha": EPS / 4}
         del options["health"]
     with Waits() as waits:
-        attack(model, step.x, y, **options)
+        run(model, step.x, y, **options)
     assert waits.dispatched > 30
     return waits.found
 
@@ -108,9 +91,9 @@ ATTACKS = {
     **{f"PGD {norm}": {"norm": norm} for norm in ("linf", "l2", "l1")},
     "PGD that keeps the best point of several draws": {"keep_best": True, "eot_iter": 3, "loss": "dlr"},
     "PGD on a defence": {"model": defence, "loss": "margin", "eot_iter": 2, "max_forward_batch": 24},
-    "FGSM": {"attack": fgsm},
-    "PGD and FGSM": {"attack": pgd_and_fgsm},
-    "StAdv": {"attack": stadv, "keep_best": True},
+    "FGSM": {"run": fgsm},
+    "PGD and FGSM": {"run": pgd_and_fgsm},
+    "StAdv": {"run": stadv, "keep_best": True},
     "BPDA": {"model": lambda: BpdaModel.of(defence())},
 }
 

@@ -21,7 +21,6 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import retain_freed_memory
 from purify_fast.training import (
-    Batch,
     ClassifierConfig,
     ClassifierTask,
     FitConfig,
@@ -31,7 +30,6 @@ from purify_fast.training import (
 )
 from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree, write_tree
-from purify_fast.training.schedules import one_cycle
 from purify_fast.training.sources import step_seed
 
 RUN = """
@@ -176,37 +174,9 @@ def test_a_broken_checkpoint_is_named(tmp_path, kept):
         path.write_bytes(b"something else, of another program" * 9)
 
 
-def test_too_few_images_and_bad_settings():
-    x, y = images()
+def test_fewer_images_than_a_batch_are_refused():
     with pytest.raises(ValueError, match="batch_size 65 is larger than the 64"):
-        fit(task(), x, y, FitConfig(1, 65))
-    for wrong in (
-        {"epochs": 0},
-        {"epochs": 1, "batch_size": 0},
-        {"epochs": 1, "seed": -1},
-        {"epochs": 1, "padding": -1},
-    ):
-        with pytest.raises(ValueError):
-            FitConfig(**wrong)
-    for wrong in ({"eps": -1}, {"steps": 0}, {"eps_warmup": 2}, {"learning_rate": 0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            configured(**wrong)
-
-
-def test_divergence_is_an_error_that_keeps_the_last_checkpoint(tmp_path):
-    x, y = images()
-
-    class Diverging(ClassifierTask):
-        def training_step(self, batch: Batch):
-            loss, metrics = super().training_step(batch)
-            return loss * (float("nan") if batch.epoch == 1 else 1.0), metrics
-
-    torch.manual_seed(0)
-    diverging = Diverging(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig())
-    with pytest.raises(FloatingPointError, match="epoch 1"):
-        fit(diverging, x, y, FitConfig(3, 16), tmp_path)
-    saved = read_tree(tmp_path / "checkpoint.safetensors")
-    assert saved["step"] == 4 and all(torch.isfinite(t).all() for t in saved["model"].values())
+        fit(task(), *images(), FitConfig(1, 65))
 
 
 def test_the_global_generator_is_left_as_it_was():
@@ -277,21 +247,26 @@ def test_atomic_leaves_the_old_file_when_the_block_fails(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_one_cycle():
-    assert one_cycle(0, 1.0) == pytest.approx(1 / 25)
-    assert one_cycle(0.2, 1.0) == pytest.approx(1.0)
-    assert one_cycle(1.0, 1.0) == pytest.approx(1e-3)
-    rates = [one_cycle(i / 100, 1.0) for i in range(101)]
-    assert max(rates) <= 1 and rates.index(max(rates)) == 20
-
-
 def test_keep_memory_says_whether_it_took_effect():
     assert retain_freed_memory() is (sys.platform == "linux")
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("padding", -1), ("checkpoint_seconds", -1.0), ("seed", -1), ("epochs", 0)]
+    ("make", "name", "value"),
+    [
+        *((FitConfig, name, -1) for name in ("padding", "checkpoint_seconds", "seed")),
+        *((FitConfig, name, 0) for name in ("epochs", "batch_size")),
+        (ClassifierConfig, "learning_rate", 0.0),
+    ],
 )
-def test_a_setting_out_of_range_is_named(name, value):
+def test_a_setting_out_of_range_is_named(make, name, value):
     with pytest.raises(ValueError, match=f"^{name} must be"):
-        FitConfig(**{"epochs": 1, name: value})
+        make(**({"epochs": 1} if make is FitConfig else {}) | {name: value})
+
+
+def test_another_kind_of_run_is_named(tmp_path):
+    classifier = SmallCNN(1, 2, (8, 8), 4)
+    carso = CarsoTask(Carso(classifier, ["hidden"], (1, 8, 8), 4, 3, 2, decoder_width=2), CarsoConfig(kl_delay=0.0))
+    fit(carso, *images(), FitConfig(1, 16), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="holds a CARSO run, and this is a classifier's run: give another folder, or"):
+        fit(ClassifierTask(classifier, ClassifierConfig()), *images(), FitConfig(1, 16), tmp_path, progress=False)

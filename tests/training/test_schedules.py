@@ -2,7 +2,7 @@
 
 import pytest
 
-from purify_fast.training.schedules import carso_published, carso_v1_published
+from purify_fast.training.schedules import carso_published, carso_v1_published, one_cycle
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,9 @@ def test_the_first_versions_rate_is_a_triangle():
     assert rates[100] == pytest.approx((peak + low) / 2)
     assert rates[149] == pytest.approx(low + (peak - low) / 100)
     assert all(rate > 0 for epochs in (1, 2, 3) for rate in [carso_v1_published(e, epochs, 1.0) for e in range(epochs)])
+
+
+def test_one_cycle():
+    assert [one_cycle(at, 1.0) for at in (0, 0.2, 1.0)] == pytest.approx([1 / 25, 1.0, 1e-3])
+    rates = [one_cycle(i / 100, 1.0) for i in range(101)]
+    assert max(rates) <= 1 and rates.index(max(rates)) == 20

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_runs import Listener
 
 from purify_fast import _library
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
@@ -26,7 +27,7 @@ class Killed(Exception):
     pass
 
 
-class KilledAfter:
+class KilledAfter(Listener):
     """Ends a training after so many epochs."""
 
     def __init__(self, epochs: int):
@@ -35,12 +36,6 @@ class KilledAfter:
     def on_step(self, state) -> None:
         if state.epoch == self.epochs:
             raise Killed
-
-    def on_epoch(self, state) -> None:
-        pass
-
-    def on_end(self, state) -> None:
-        pass
 
 
 def train(folder, callbacks=()) -> dict[str, torch.Tensor]:
@@ -79,7 +74,7 @@ def test_every_process_takes_what_the_first_knows_and_verifies_the_rest_for_itse
     monkeypatch.setattr(verify, "_verify", lambda part, device: verified.append(part.name) or real(part, device))
     monkeypatch.setattr(loop, "processes", lambda: (1, 2))
     monkeypatch.setattr(loop, "from_first", lambda make: make() | {"wrong": ["stitch"]})
-    with loop._served_as_begun(SimpleNamespace(served=None), CPU):
+    with loop._served_as_begun(SimpleNamespace(served=None, source=SimpleNamespace(device=CPU))):
         assert REGISTRY["stitch"].serving(Call(CPU)) == "reference" and not verified
         assert REGISTRY["philox"].serving(Call(CPU)) == "cpp" and verified == ["philox"]
     assert REGISTRY["stitch"].serving(Call(CPU)) == "cpp"

@@ -13,18 +13,4 @@ if TYPE_CHECKING:
     from .task import ArrestTask as ArrestTask
     from .teacher import Teacher as Teacher
 
-__all__ = [
-    "AblationConfig",
-    "ArrestConfig",
-    "ArrestTask",
-    "Teacher",
-    "ablate",
-]
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    AblationConfig=".config",
-    ArrestConfig=".config",
-    ArrestTask=".task",
-    Teacher=".teacher",
-    ablate=".ablation",
-)
+__all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -18,28 +18,4 @@ if TYPE_CHECKING:
     from .purifier import PurifierAdapter as PurifierAdapter
     from .task import AtopTask as AtopTask
 
-__all__ = [
-    "Atop",
-    "AtopConfig",
-    "AtopTask",
-    "DeepFillGenerator",
-    "MaskedAutoencoder",
-    "PatchDiscriminator",
-    "PurifierAdapter",
-    "SmallGenerator",
-    "load_atop",
-    "training_loss",
-]
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    Atop=".defence",
-    AtopConfig=".config",
-    AtopTask=".task",
-    DeepFillGenerator=".generators.deepfill",
-    MaskedAutoencoder=".generators.masked_autoencoder",
-    PatchDiscriminator=".discriminator",
-    PurifierAdapter=".purifier",
-    SmallGenerator=".generators.small_generator",
-    load_atop=".files",
-    training_loss=".losses",
-)
+__all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -22,36 +22,4 @@ if TYPE_CHECKING:
     from .published import load_published as load_published
     from .task import CarsoTask as CarsoTask
 
-__all__ = [
-    "Carso",
-    "CarsoConfig",
-    "CarsoTask",
-    "Decoder",
-    "Deconvolution",
-    "LayerScore",
-    "PackedDecoder",
-    "WithAggregation",
-    "decoder_plan",
-    "load_carso",
-    "load_published",
-    "published_decoder",
-    "rank_layers",
-    "training_loss",
-]
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    Carso=".defence",
-    CarsoConfig=".config",
-    CarsoTask=".task",
-    Decoder=".networks",
-    Deconvolution=".networks",
-    WithAggregation="...defences.aggregation",
-    LayerScore=".layer_ranking",
-    PackedDecoder=".packed_decoder",
-    decoder_plan=".networks",
-    load_carso=".files",
-    load_published=".published",
-    published_decoder=".networks",
-    rank_layers=".layer_ranking",
-    training_loss=".losses",
-)
+__all__, __getattr__, __dir__ = lazy_exports(__name__)

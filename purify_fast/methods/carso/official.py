@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..._files import atomic, check_shapes
+from ..._files import atomic
+from ..._validation import check_shapes
 from ...models.layers import Normalize
 from ...protocols import NamesRepresentation
 from .networks import Deconvolution

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..._files import check_shapes
+from ..._validation import check_shapes
 from ...models.foreign import read_weights
 from .defence import Carso
 from .official import PARTS

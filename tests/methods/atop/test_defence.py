@@ -16,7 +16,7 @@ from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.epoch import apply_update
+from purify_fast.training.step import apply_update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

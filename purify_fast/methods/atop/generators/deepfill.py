@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...._files import check_shapes
+from ...._validation import check_shapes
 from ....models.layers import Conv2d
 from ....ops.contextual_attention import contextual_attention, key_validity
 from ....ops.gated_elu import gated_elu

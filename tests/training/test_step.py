@@ -10,7 +10,7 @@ from torch import nn
 
 from purify_fast.speed.convolutions import raced_convolutions
 from purify_fast.training import Lookahead
-from purify_fast.training.on_device import fuse
+from purify_fast.training.step import fuse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,11 +1,16 @@
 """What the soak disturbs, and what it takes for a loss; the soak itself takes half an hour."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import soak
+sys.path.insert(0, str(Path(__file__).parent))
+
+import soak
+
 from purify_fast import _library, cli
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import races, registry

@@ -1,4 +1,4 @@
-"""Every command under faults, again and again: ``python -m benchmarks soak --minutes N``.
+"""Every command under faults, again and again: ``python tests/soak.py --minutes N``.
 
 Each command is run once undisturbed. Then it is run again and again, and disturbed: killed, asked to end, its disk
 full, its memory limited, its clock set, a bit of its checkpoint changed, a second run started beside it. It is started
@@ -11,6 +11,7 @@ rounds one process trains and attacks everything in turn; its memory must not gr
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -36,7 +37,7 @@ from purify_fast import __version__
 from purify_fast._files import write_text
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "soak.md"
+RESULTS = ROOT / "benchmarks" / "results" / "soak.md"
 PURIFY = [sys.executable, "-m", "purify_fast.cli"]
 #: Facts that differ from run to run without being a result.
 NO_RESULTS = ("seconds", "images_per_second", "date")
@@ -92,7 +93,7 @@ def commands(data: Path, inputs: Path) -> list[Command]:
         Command("train arrest", ("train", "arrest", *base, *images, "--epochs", "10", *attack, *FAST)),
         Command("evaluate", ("evaluate", str(inputs / "train carso"), *images, "--device", "cpu", *few)),
         Command("ablate", ablate),
-        Command("demo", ("demo", "--quick"), program=(sys.executable, "-m", "benchmarks.soak", "small")),
+        Command("demo", ("demo", "--quick"), program=(sys.executable, __file__, "small")),
         Command("tune", ("tune", "--device", "cpu", "--ops", *RACED, "--minutes", "10"), out=""),
     ]
 
@@ -320,7 +321,7 @@ class Soak:
 
     def served(self, cache: Path, after: str) -> None:
         """What `tune` left is whole or absent, and a process that reads it is served what it says, rightly."""
-        words = [sys.executable, "-m", "benchmarks.soak", "served", str(cache)]
+        words = [sys.executable, __file__, "served", str(cache)]
         done = subprocess.run(words, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=600)
         if done.returncode:
             self.lost(f"tune after {after}: {done.stdout[-300:]} {done.stderr[-600:]}")
@@ -423,7 +424,7 @@ class Soak:
         )
         errors = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, env=environment(self.cache),
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
-        for path in out.rglob(".purify_fast.lock"):
+        for path in out.rglob(".purify_fast.*"):
             path.unlink()
         self.tally.faults[command.name, "small tmpfs"] += 1
         self.tally.ended["small tmpfs", errors.returncode] += 1
@@ -445,7 +446,7 @@ class Soak:
 
     def clock(self, command: Command, out: Path) -> None:
         """A run whose clock jumps by days at every look, killed at a random moment; its files get times of any year."""
-        jumping = replace(command, program=(sys.executable, "-m", "benchmarks.soak", "clock"))
+        jumping = replace(command, program=(sys.executable, __file__, "clock"))
         process = self.start(jumping, out)
         found = self.disturb("clock set", command, process, lambda: os.killpg(process.pid, signal.SIGKILL))
         self.expect("clock set", command, found, (-9, 0))
@@ -519,10 +520,10 @@ def cycle(folder: Path) -> int:
         out = inputs / command.name
         if command.name != "evaluate":
             shutil.rmtree(out, ignore_errors=True)
-        # few epochs: it is the number of calls that matters
+        # few epochs, since it is the number of calls that matters; in fewer, CARSO's KL term would never act
         words = [*command.words, command.out, str(out)]
         if "--epochs" in words:
-            words[words.index("--epochs") + 1] = "2"
+            words[words.index("--epochs") + 1] = "4"
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             code = cli.main(words)
         if code:
@@ -532,10 +533,17 @@ def cycle(folder: Path) -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def work(folder: Path) -> int:
+    """Do a `cycle` for each line that comes in, and print the resident bytes after it."""
+    for _ in sys.stdin:
+        print(cycle(folder), flush=True)
+    return 0
+
+
 @contextlib.contextmanager
 def steady(folder: Path) -> Iterator[Callable[[], int]]:
     """Within the block, a process that does a `cycle` whenever it is asked, and tells its resident bytes."""
-    words = [sys.executable, "-m", "benchmarks.soak", "steady", str(folder)]
+    words = [sys.executable, __file__, "steady", str(folder)]
     process = subprocess.Popen(words, cwd=ROOT, env=environment(folder / "cache"), stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
@@ -609,6 +617,13 @@ def wrongly_served(cache: Path) -> list[str]:
     return found
 
 
+def served(cache: Path) -> int:
+    """Print what `wrongly_served` says of a folder; whether there is anything."""
+    wrong = wrongly_served(cache)
+    print("; ".join(wrong))
+    return bool(wrong)
+
+
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
@@ -631,7 +646,7 @@ def page(soak: Soak, minutes: float) -> str:
         "# Soak", "",
         f"purify_fast {__version__}, {platform.machine()}, Python {platform.python_version()}, one thread, "
         f"{datetime.date.today().isoformat()}; {minutes:.0f} minutes: "
-        f"`python -m benchmarks soak --minutes {minutes:.0f}`.",
+        f"`python tests/soak.py --minutes {minutes:.0f}`.",
         "",
         f"**{total} faults, {sum(tally.rounds.values())} disturbed runs that came to their end, "
         f"{len(tally.losses)} losses.** A loss is a result that differs from that of the undisturbed run, a run that "
@@ -669,7 +684,7 @@ def page(soak: Soak, minutes: float) -> str:
                       *ends, "", "## Resident memory", "", told, "", "## Losses", "", *losses, ""])  # fmt: skip
 
 
-def main(minutes: float, out: Path | None, seed: int, only: list[str], folder: Path | None) -> bool:
+def main(minutes: float, out: Path, seed: int, only: list[str], folder: Path | None) -> bool:
     """Soak for so many minutes, the undisturbed runs not counted, and write the report; whether nothing was lost."""
     with tempfile.TemporaryDirectory(prefix="soak-", dir=folder) as place:
         soak = Soak(Path(place), seed, only)
@@ -687,23 +702,35 @@ def main(minutes: float, out: Path | None, seed: int, only: list[str], folder: P
                         soak.round(command)
                     spent[command.name] += time.monotonic() - began
                 soak.tally.memory.append(ask())
-                write_text(out or RESULTS, page(soak, minutes))
+                write_text(out, page(soak, minutes))
         if growth(soak.tally.memory) > 0.03:
             soak.lost(f"resident memory grew by {100 * growth(soak.tally.memory):.1f} %: {soak.tally.memory}")
-        write_text(out or RESULTS, page(soak, minutes))
+        write_text(out, page(soak, minutes))
         print(page(soak, minutes))
     return not soak.tally.losses
 
 
+#: What the processes that a soak starts do in place of a soak, by their first word.
+PARTS: dict[str, Callable[[list[str]], int]] = {
+    "clock": with_jumping_clock,
+    "small": small_demo,
+    "served": lambda words: served(Path(words[0])),
+    "steady": lambda words: work(Path(words[0])),
+}
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "clock":
-        sys.exit(with_jumping_clock(sys.argv[2:]))
-    if sys.argv[1] == "small":
-        sys.exit(small_demo(sys.argv[2:]))
-    if sys.argv[1] == "served":
-        wrong = wrongly_served(Path(sys.argv[2]))
-        print("; ".join(wrong))
-        sys.exit(bool(wrong))
-    if sys.argv[1] == "steady":
-        for _ in sys.stdin:
-            print(cycle(Path(sys.argv[2])), flush=True)
+    if sys.argv[1:] and sys.argv[1] in PARTS:
+        sys.exit(PARTS[sys.argv[1]](sys.argv[2:]))
+    parser = argparse.ArgumentParser(
+        description="every command under faults: kills, full disks, changed bits and others"
+    )
+    parser.add_argument("--minutes", type=float, default=30.0, help="how long; 30 by default")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="COMMAND", help="such as 'train carso'; all by default"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the faults' kinds and moments")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the report; benchmarks/results/soak.md by default")
+    parser.add_argument("--folder", type=Path, help="where its files are kept meanwhile; the system's own by default")
+    options = parser.parse_args()
+    sys.exit(not main(options.minutes, options.out, options.seed, options.only, options.folder))
