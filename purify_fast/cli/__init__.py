@@ -52,7 +52,6 @@ class Train:
 
     def run(self) -> None:
         """Train on the device that is this process's own."""
-        # PyTorch takes 1.8 seconds to import: --help does without it
         from ..training.distributed import own_device
 
         replace(self.what, device=own_device(usable_device(self.what.device))).run()
@@ -120,14 +119,12 @@ def _several() -> int:
 def _run(arguments: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         if _several() > 1:
-            # PyTorch takes 1.8 seconds to import: --help does without it
             from ..training.distributed import torchrun_group
 
             stack.enter_context(torchrun_group())
         command = _read(arguments)
         if _several() > 1 and not isinstance(command, Train):
             raise ValueError(f"only train is shared by several processes, here {_several()}: run this in one")
-        # PyTorch takes 1.8 seconds to import: --help does without it
         from ..speed.allocator import retain_freed_memory
 
         retain_freed_memory()
@@ -147,7 +144,6 @@ def _rank() -> int:
     """The number of this process among several."""
     if "torch" not in sys.modules:
         return 0
-    # PyTorch takes 1.8 seconds to import: --help does without it
     from .._process import processes
 
     return processes()[0]

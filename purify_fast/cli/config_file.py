@@ -72,7 +72,6 @@ def write_run_file(command: Command, folder: Path) -> None:
         command: the command that runs.
         folder: the run's folder.
     """
-    # PyTorch, which this imports, takes 1.8 seconds: --help does without it
     from .._files import write_text
 
     write_text(folder / RUN_FILE, run_file(command))

@@ -148,7 +148,6 @@ class Evaluate(DataCommand):
     @staticmethod
     def ball_of_card(name: str) -> tuple[float, str]:
         """The radius and the norm that a model of the zoo was judged at."""
-        # PyTorch takes 1.8 seconds to import: --help does without it
         from .. import zoo
 
         card = zoo.card(name)
@@ -157,10 +156,9 @@ class Evaluate(DataCommand):
     @staticmethod
     def ball_of_recipe(name: str) -> tuple[float, str]:
         """The radius and the norm that a published system was trained at."""
-        # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..methods.carso.recipes import system
+        from ..methods.recipes import recipe
 
-        return system(name)["attack.eps"], "linf"
+        return recipe(name, "carso")["attack.eps"], "linf"
 
     def title(self) -> str:
         """How the model is called in the report."""
@@ -170,14 +168,13 @@ class Evaluate(DataCommand):
 
     def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
         """What is attacked, and the classifier without its defence, if it is one."""
-        # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..methods.carso import load_published
         from ..methods.loading import load_defence
+        from ..methods.recipes import recipe
         from ..training import is_classifier, load_classifier
 
         device = images.y_test.device
         if self.official is not None and self.recipe is not None:
-            published = load_published(self.recipe, self.official, self.classifier_weights).to(device)
+            published = recipe(self.recipe, "carso").load(self.official, self.classifier_weights).to(device)
             refuse_other_images(published, images, f"the system in {self.official}")
             return published, published.classifier
         if self.own is not None:
@@ -195,7 +192,6 @@ class Evaluate(DataCommand):
 
     def chosen(self, images: DataSet) -> tuple[Tensor, Tensor, list[str]]:
         """The held-out images to attack, their labels, and what the report must say of the choice."""
-        # PyTorch takes 1.8 seconds to import: --help does without it
         from ..data import balanced_subset
 
         if self.images < 1:
@@ -216,10 +212,8 @@ class Evaluate(DataCommand):
         return found.x, found.y, notes + [str(warning.message) for warning in told]
 
     def run(self) -> None:
-        # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
 
-        # and so does what imports it
         from ..defences.base import Defence
 
         images = self.load_data()
@@ -243,7 +237,6 @@ class Evaluate(DataCommand):
             eps: radius of the ball in image units.
             norm: of the ball.
         """
-        # PyTorch takes 1.8 seconds to import: --help does without it
         from ..attacks.arguments import read_norm
         from ..evaluation import evaluate
         from ..speed.precision import float32_products

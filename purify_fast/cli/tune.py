@@ -45,11 +45,9 @@ class Tune(Command):
             raise ValueError(f"minutes must be above 0, got {self.minutes:g}")
 
     def run(self) -> None:
-        # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
         from tqdm import tqdm
 
-        # and so does what imports it
         from ..ops._op import forced_backends
         from ..ops._tune import tune
         from ..speed.cuda_capture import CudaCapture
@@ -88,7 +86,6 @@ def alone(device: torch.device) -> Iterator[None]:
     Raises:
         FolderInUse: another process races them; the message names it.
     """
-    # PyTorch, which this imports, takes 1.8 seconds: --help does without it
     from ..ops._races import file_of
 
     with contextlib.ExitStack() as stack:
@@ -108,7 +105,6 @@ def text(found: Tuned) -> str:
     Args:
         found: what the races found.
     """
-    # PyTorch takes 1.8 seconds to import: --help does without it
     from .installation import columns
 
     races = sum(len(rows) for rows in found.rows.values())
