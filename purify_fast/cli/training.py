@@ -137,7 +137,7 @@ class TrainPurifier(DataCommand):
             raise ValueError(
                 f"--data {self.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
             )
-        train(self, task, images, loop, out, self.called.split()[-1])
+        train(self, task, images, loop, out=out, title=self.called.split()[-1])
         if processes()[0] == 0:
             defence.save(out)
             save_classifier(defence.classifier, out / "classifier")
