@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Norm = Literal["linf", "l2", "l1"]
 #: In what a model is trained: "tf32" rounds what a GPU multiplies to ten bits of mantissa.
@@ -27,6 +28,38 @@ _KINDS: dict[Any, tuple[type, str]] = {
 _types_of: dict[type, dict[str, Any]] = {}
 
 
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field may hold, as a part of its type: ``Annotated[float, Range(0, 1)]``.
+
+    Args:
+        low: the least.
+        high: the most; infinity where there is no bound.
+        below: whether the value must be below ``high``.
+        unit: what the message says behind the bounds.
+    """
+
+    low: float
+    high: float = math.inf
+    below: bool = False
+    unit: str = ""
+
+    def check(self, name: str, value: Any) -> None:
+        """ValueError unless ``value``, called ``name``, is in the range; NaN is in none."""
+        if self.low <= value < self.high or (value == self.high and not self.below):
+            return
+        interval = f"in [{self.low:g}, {self.high:g}{')' if self.below else ']'}{self.unit}"
+        words = interval if self.high < math.inf else f"at least {self.low:g}{self.unit}"
+        raise ValueError(f"{name} must be {words}, got {value}")
+
+
+AtLeast0 = Annotated[float, Range(0)]
+#: How many of something.
+Count = Annotated[int, Range(1)]
+Share = Annotated[float, Range(0, 1)]
+ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
+
+
 def check_literal(name: str, value: Any, literal: Any) -> None:
     """ValueError unless ``value`` is one of the strings of ``literal``, a ``typing.Literal`` type."""
     allowed = get_args(literal)
@@ -35,7 +68,7 @@ def check_literal(name: str, value: Any, literal: Any) -> None:
 
 
 def check_types(config: Any) -> None:
-    """ValueError unless each field of a dataclass has a value of the type that it is annotated with.
+    """ValueError unless each field of a dataclass has a value of the type, and in the `Range`, of its annotation.
 
     Python checks no annotation by itself, and the string "5" or the number 2.5 would end a training hours later.
 
@@ -44,7 +77,7 @@ def check_types(config: Any) -> None:
             these, or None are checked, and others are not.
     """
     if type(config) not in _types_of:
-        _types_of[type(config)] = get_type_hints(type(config))
+        _types_of[type(config)] = get_type_hints(type(config), include_extras=True)
     for name, kind in _types_of[type(config)].items():
         _check_type(name, getattr(config, name), kind)
 
@@ -56,7 +89,13 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
         if (value is None and type(None) in get_args(kind)) or len(others) > 1:
             return
         kind = others[0]
-    if get_origin(kind) is Literal:
+    if get_origin(kind) is Annotated:
+        kind, *bounds = get_args(kind)
+        _check_type(name, value, kind)
+        for bound in bounds:
+            if isinstance(bound, Range):
+                bound.check(name, value)
+    elif get_origin(kind) is Literal:
         check_literal(name, value, kind)
     elif get_origin(kind) is tuple:
         if not isinstance(value, (tuple, list)):

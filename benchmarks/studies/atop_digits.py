@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from purify_fast import data
+from purify_fast import data, load_defence
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import AttackSpec
-from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator, load_atop
+from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
 from purify_fast.training import load_classifier
 
 from . import Job, atop
@@ -132,7 +132,7 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     if s["start"] is None:
         purifier: nn.Module = SmallGenerator(1, **s["generator"])
     else:  # made beside another classifier, of which it saw nothing
-        purifier = load_atop(job.folder(root, s["start"]), base, check=False).purifier.module
+        purifier = load_defence(job.folder(root, s["start"]), base, check=False).purifier.module
     defence = Atop(base, purifier, digits.image_shape, **s["defence"])
     pretrained = job.name == PAINTER
     config = AtopConfig.pretraining(**atop.options(stage)) if pretrained else atop.attacked(stage, EPS)
@@ -142,7 +142,7 @@ def train(job: Job, folder: Path, root: Path) -> dict:
 
 def attack_samples(job: Job, folder: Path, root: Path) -> dict:
     """The pipeline's model with other draws when it predicts."""
-    defence = load_atop(job.folder(root, "pipeline"), load_classifier(job.folder(root, BASE)))
+    defence = load_defence(job.folder(root, "pipeline"), load_classifier(job.folder(root, BASE)))
     defence.samples = job.settings["samples"]
     return _attacked(defence, job)
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from purify_fast import load_defence
 from purify_fast.attacks import PGD
 from purify_fast.data import DataSet
 from purify_fast.evaluation import AttackSpec, merge
-from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator, load_atop
+from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
 from purify_fast.training import load_classifier
 
 from . import Job, atop, mnist
@@ -139,7 +140,7 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
 def _model(job: Job, root: Path, name: str, base: str) -> nn.Module:
     """A classifier, or a row's purifier in front of one; pre-training knew no classifier, and any will do."""
     classifier = load_classifier(job.folder(root, base))
-    return classifier if name == base else load_atop(job.folder(root, name), classifier, check=False)
+    return classifier if name == base else load_defence(job.folder(root, name), classifier, check=False)
 
 
 def _attacks(name: str, settings: dict) -> list[AttackSpec]:

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from purify_fast import data
+from purify_fast import data, load_defence
 from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.attacks import PGD
 from purify_fast.defences.aggregation import WithAggregation
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
 from purify_fast.demo.setting import LAYERS, SIZES
 from purify_fast.evaluation import AttackSpec
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load_carso
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.attack import TrainingAttack
 
@@ -113,7 +113,7 @@ def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
     s = job.settings
     digits = data.load_dataset("digits")
     base = load_classifier(job.folder(root, s.get("base", "base")))
-    defence = load_carso(job.folder(root, s.get("start", OBJECTIVE)), base)
+    defence = load_defence(job.folder(root, s.get("start", OBJECTIVE)), base)
     config = _changed(
         CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3),
         s.get("config", {}),
@@ -137,7 +137,7 @@ def attack_copies(job: Job, folder: Path, root: Path) -> dict:
 def attack_samples(job: Job, folder: Path, root: Path) -> dict:
     """The pipeline's model with another K when it predicts: {samples}."""
     s = job.settings
-    defence = load_carso(job.folder(root, "pipeline"), load_classifier(job.folder(root, "base")))
+    defence = load_defence(job.folder(root, "pipeline"), load_classifier(job.folder(root, "base")))
     defence.samples = s["samples"]
     return _attacked(defence, job, EPS, "linf", draws=True)
 

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from purify_fast import load_defence
 from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.attacks import APGD, PGD, AutoAttack
 from purify_fast.data import DataSet
 from purify_fast.demo.setting import LAYERS
 from purify_fast.evaluation import AttackSpec, Report, merge
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load_carso
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.training import FitConfig, fit, load_classifier
 from purify_fast.training.attack import TrainingAttack
 
@@ -100,7 +101,7 @@ def train_objective(job: Job, folder: Path, root: Path) -> dict:
 def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
     budget: Budget = job.settings["budget"]
     images = _mnist(job)
-    defence = load_carso(job.folder(root, EXACT), load_classifier(job.folder(root, CLASSIFIER)))
+    defence = load_defence(job.folder(root, EXACT), load_classifier(job.folder(root, CLASSIFIER)))
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=mnist.EPS, steps=7))
     task = CarsoTask(defence, config, weights_fingerprint(defence))
     fit(task, images.x_train, images.y_train, FitConfig(budget.pipeline_epochs, 128, job.seed), folder)
@@ -110,7 +111,7 @@ def train_pipeline(job: Job, folder: Path, root: Path) -> dict:
 
 def _model(job: Job, root: Path, name: str) -> nn.Module:
     base = load_classifier(job.folder(root, CLASSIFIER))
-    return base if name == CLASSIFIER else load_carso(job.folder(root, EXACT if name == PEEL else name), base)
+    return base if name == CLASSIFIER else load_defence(job.folder(root, EXACT if name == PEEL else name), base)
 
 
 GROUPS = ("PGD", "APGD", "AutoAttack")

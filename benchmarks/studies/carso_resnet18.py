@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from purify_fast import data
+from purify_fast import data, load_defence
 from purify_fast._files import write_text
 from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.attacks import APGD, PGD
 from purify_fast.evaluation import AttackSpec, evaluate, merge
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load_carso
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.speed.inference_copy import InferenceCopy
 from purify_fast.training import FitConfig, fit
 from purify_fast.training.attack import TrainingAttack
@@ -73,7 +73,7 @@ def classifier() -> nn.Module:
 
 
 def _defence(job: Job, root: Path, name: str) -> nn.Module:
-    return load_carso(job.folder(root, name), classifier()).accelerate()
+    return load_defence(job.folder(root, name), classifier()).accelerate()
 
 
 def train(job: Job, folder: Path, root: Path) -> dict:
@@ -90,7 +90,7 @@ def train(job: Job, folder: Path, root: Path) -> dict:
         config = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=5), beta=0.0, precision="bfloat16")
         task, n, batch = CarsoTask(defence, config), budget.reconstruction_images, 64
     else:
-        defence = load_carso(job.folder(root, RECONSTRUCTION), classifier())
+        defence = load_defence(job.folder(root, RECONSTRUCTION), classifier())
         origin = weights_fingerprint(defence)
         config = CarsoConfig(
             attack_target="pipeline",

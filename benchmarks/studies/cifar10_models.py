@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from purify_fast import data, zoo
+from purify_fast import data, load_defence, zoo
 from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
-from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator, load_atop
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, load_carso
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import build_classifier
 from purify_fast.speed.inference_copy import convert_to_channels_last
 from purify_fast.training import (
@@ -287,7 +287,7 @@ def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[st
 
 def _from_objective(job: Job, root: Path, defence: Carso) -> str:
     """Start from the purifier with the paper's objective, as far as shapes are the same; its weights' fingerprint."""
-    before = load_carso(job.folder(root, CARSO), load_classifier(job.folder(root, BASE)))
+    before = load_defence(job.folder(root, CARSO), load_classifier(job.folder(root, BASE)))
     there = defence.state_dict()
     own = {
         key: value
@@ -359,7 +359,7 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
         config = AtopConfig.pretraining(learning_rate=1e-3, schedule="one_cycle", gan_weight=0.1)
         task, epochs = AtopTask(defence, config), budget.generator_epochs
     else:
-        before = load_atop(job.folder(root, GENERATOR), load_classifier(job.folder(root, BEHIND[GENERATOR])))
+        before = load_defence(job.folder(root, GENERATOR), load_classifier(job.folder(root, BEHIND[GENERATOR])))
         defence.purifier.load_state_dict(before.purifier.state_dict())
         config = AtopConfig(cls_delay=budget.atop_delay_images)
         if job.name not in (ATOP, ATOP_STANDARD):
@@ -387,7 +387,7 @@ def _read_model(job: Job, root: Path, name: str) -> nn.Module:
     if name in (NO_EMA, ARREST):
         return load_classifier(folder / LIVE)
     if name in CARSO_ROWS:
-        return load_carso(folder, load_classifier(folder / "classifier"))
+        return load_defence(folder, load_classifier(folder / "classifier"))
     if trained in BEHIND:
-        return load_atop(folder, load_classifier(folder / "classifier"))
+        return load_defence(folder, load_classifier(folder / "classifier"))
     return load_classifier(folder)

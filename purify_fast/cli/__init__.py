@@ -11,8 +11,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -20,6 +19,7 @@ from .._lock import folder_lock
 from .._version import __version__
 from .ablate import Ablate
 from .command import Command
+from .data_args import DataCommand
 from .demo import Demo
 from .device import usable_device
 from .evaluate import Evaluate
@@ -50,104 +50,64 @@ class Train:
         | Annotated[TrainArrest, tyro.conf.subcommand("arrest")]
     )
 
-    def run(self) -> None:
-        """Train on the device that is this process's own."""
-        # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..training.distributed import own_device
-
-        replace(self.what, device=own_device(usable_device(self.what.device))).run()
-
-    def writes(self) -> Path | None:
-        """The run's folder, which the first of several processes writes; None in the others."""
-        return None if _rank() else self.what.writes()
-
-
-Commands = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[ShowRecipe, tyro.conf.subcommand("recipe")]
-    | Annotated[Ablate, tyro.conf.subcommand("ablate")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[ShowReport, tyro.conf.subcommand("report")]
-    | Annotated[Zoo, tyro.conf.subcommand("zoo")]
-    | Annotated[Tune, tyro.conf.subcommand("tune")]
-    | Annotated[Info, tyro.conf.subcommand("info")]
-)
 
 _KINDS: dict[str, type[Command]] = {
     kind.called: kind
     for kind in (
-        Demo,
-        TrainClassifier,
-        TrainCarso,
-        TrainGenerator,
-        TrainAtop,
-        TrainArrest,
-        ShowRecipe,
-        Ablate,
-        Evaluate,
-        ShowReport,
-        Zoo,
-        Tune,
-        Info,
+        Demo, TrainClassifier, TrainCarso, TrainGenerator, TrainAtop, TrainArrest, ShowRecipe, Ablate, Evaluate,
+        ShowReport, Zoo, Tune, Info,
     )
-}
+}  # fmt: skip
 
 
-def _read(arguments: list[str]) -> Command | Train:
+def _read(arguments: list[str]) -> Command:
     """The command that the words describe."""
     for length in (1, 2):
         name = " ".join(arguments[:length])
         if name in _KINDS:
-            command = parse(_KINDS[name], arguments[length:])
-            return Train(command) if name.startswith("train ") else command  # type: ignore[arg-type]
+            return parse(_KINDS[name], arguments[length:])
     # --version prints and exits
     overlays().parse_known_args(arguments)
     # no command, or none of this name: the parser of all of them says which there are
+    top = [*dict.fromkeys(name.split()[0] for name in _KINDS)]
+    kinds: list[Any] = [Annotated[_KINDS.get(name, Train), tyro.conf.subcommand(name)] for name in top]
     return cli(
-        Commands,
+        Union[tuple(kinds)],  # noqa: UP007  # made of a list
         arguments,
         prog="purify-fast",
         description="Adversarial purification: train, attack and judge defences of image classifiers.",
     )
 
 
-def _several() -> int:
-    """The number of processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
 def _run(arguments: list[str]) -> None:
+    # as torchrun says it
+    several = int(os.environ.get("WORLD_SIZE") or 1)
     with contextlib.ExitStack() as stack:
-        if _several() > 1:
-            # PyTorch takes 1.8 seconds to import: --help does without it
+        if several > 1:
             from ..training.distributed import torchrun_group
 
             stack.enter_context(torchrun_group())
         command = _read(arguments)
-        if _several() > 1 and not isinstance(command, Train):
-            raise ValueError(f"only train is shared by several processes, here {_several()}: run this in one")
-        # PyTorch takes 1.8 seconds to import: --help does without it
+        trains = command.called.startswith("train ")
+        if several > 1 and not trains:
+            raise ValueError(f"only train is shared by several processes, here {several}: run this in one")
         from ..speed.allocator import retain_freed_memory
+        from ..training.distributed import own_device
 
         retain_freed_memory()
-        stack.enter_context(folder_lock(_writable(command)))
+        if isinstance(command, DataCommand) and trains:
+            command = replace(command, device=own_device(usable_device(command.device)))
+        # the first of several processes writes; a model of the zoo or of the user's own is looked for before its folder
+        # is made, see `Evaluate.run`
+        elsewhere = _rank() > 0 or (isinstance(command, Evaluate) and not command.is_folder())
+        stack.enter_context(folder_lock(None if elsewhere else command.writes()))
         command.run()
-
-
-def _writable(command: Command | Train) -> Path | None:
-    """The folder that a command writes, if what it is for is there: a mistyped name makes no folder."""
-    if isinstance(command, Evaluate) and not command.attacked.is_dir():
-        # a model of the zoo or of the user's own: `Evaluate.run` locks the folder once the model has been found
-        return None
-    return command.writes()
 
 
 def _rank() -> int:
     """The number of this process among several."""
     if "torch" not in sys.modules:
         return 0
-    # PyTorch takes 1.8 seconds to import: --help does without it
     from .._process import processes
 
     return processes()[0]

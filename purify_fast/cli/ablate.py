@@ -10,13 +10,12 @@ import tyro
 
 from ..methods.arrest import AblationConfig, ArrestConfig
 from ..training import FitConfig
-from .classifiers import fresh_classifier
 from .config_file import write_run_file
-from .data_args import DataCommand
+from .training import FreshClassifier
 
 
 @dataclass(frozen=True)
-class Ablate(DataCommand):
+class Ablate(FreshClassifier):
     """Adversarial training, finetuning, distillation and replay, each trained and attacked; a table and a plot.
 
     Resumes; over lists of lambda (--weights) and of the replay's threshold, phi (--angles) or tau (--taus). --epochs
@@ -29,30 +28,17 @@ class Ablate(DataCommand):
     """The method whose parts are compared."""
     out: Path = Path("runs/ablation")
     """Where the table, the plot and a folder for each row are kept."""
-    model: str = "small_cnn"
-    """small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME, timm:NAME or
-    package.module:function."""
-    width: int | None = None
-    """Channels of the first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10)."""
-    depth: int | None = None
-    """Layers of a wide_resnet (28)."""
     rows: AblationConfig = field(default_factory=AblationConfig)
     method: ArrestConfig = field(default_factory=ArrestConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
 
     def run(self) -> None:
-        # PyTorch takes 1.8 seconds to import: --help does without it
         from ..methods.arrest import ablate
 
         images = self.load_data()
-        made = ablate(
-            lambda: fresh_classifier(self.model, images, width=self.width, depth=self.depth),
-            images,
-            self.method,
-            self.rows,
-            loop=self.loop,
-            out=self.out,
+        table, *others = ablate(
+            lambda: self.fresh(images), images, self.method, self.rows, loop=self.loop, out=self.out
         )
         write_run_file(self, self.out)
-        print(made[0].read_text())
-        print(f"written: {made[0]}, {' and '.join(path.name for path in made[1:])} beside it; rows in folders there")
+        print(table.read_text())
+        print(f"written: {table}, {' and '.join(path.name for path in others)} beside it; rows in folders there")

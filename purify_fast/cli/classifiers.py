@@ -40,7 +40,6 @@ def saved_folder(folder: str | Path) -> Path:
     name = zoo_name(folder)
     if name is None:
         return Path(folder)
-    # PyTorch takes 1.8 seconds to import: --help does without it
     from .. import zoo
 
     return zoo.folder(name)
@@ -58,7 +57,6 @@ def saved_classifier(folder: str | Path) -> Path:
     name = zoo_name(folder)
     if name is None:
         return Path(folder) / "classifier"
-    # PyTorch takes 1.8 seconds to import: --help does without it
     from .. import zoo
 
     return zoo.classifier_folder(name)
@@ -81,7 +79,6 @@ def own_model(spec: str, images: DataSet) -> nn.Module:
         ModuleNotFoundError: the module is not installed.
         ValueError: no function that returns a module, or one that does not run on the images.
     """
-    # PyTorch takes 1.8 seconds to import: --help does without it
     from ..attacks import frozen
     from ..data import to_float
     from ..evaluation.outputs import returning_logits
@@ -151,7 +148,6 @@ def fresh_classifier(
     Raises:
         ValueError: no such classifier, or a size that it does not have.
     """
-    # PyTorch takes 1.8 seconds to import: --help does without it
     from ..data import statistics
     from ..models.classifiers import build_classifier
     from ..models.foreign import build_foreign
@@ -188,7 +184,6 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
         FileNotFoundError: the folder or the weights are not there.
         ValueError: they are broken, or do not fit.
     """
-    # PyTorch takes 1.8 seconds to import: --help does without it
     from ..data import statistics
     from ..models.foreign import LIBRARIES, build_foreign
     from ..training import load_classifier
@@ -212,7 +207,6 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
 
 def _running(model: ForeignClassifier, images: DataSet) -> ForeignClassifier:
     """The model, if it maps these images to logits; many of the libraries' are made for larger ones."""
-    # PyTorch takes 1.8 seconds to import: --help does without it
     import torch
 
     training = model.training
@@ -235,7 +229,6 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
         images: what it is to be trained or attacked on.
         what: how the model is called in the message.
     """
-    # PyTorch takes 1.8 seconds to import: --help does without it
     from ..defences.base import Defence
 
     channels, *size = images.image_shape

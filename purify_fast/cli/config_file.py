@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ..training import TrainingState
 
 RUN_FILE = "run.yaml"
-_FACTS = ("command", "version")
 
 
 def _fields(kind: type) -> Iterator[tuple[str, Any, bool]]:
@@ -40,24 +39,19 @@ def _fields(kind: type) -> Iterator[tuple[str, Any, bool]]:
 
 def values(command: Any) -> dict[str, Any]:
     """The options of a command and of its configurations, as YAML holds them: text, numbers, lists."""
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
         if dataclasses.is_dataclass(value):
-            found |= values(value)
+            options |= values(value)
         elif field.name != "config":
-            found[field.name] = (
-                str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-            )
-    return found
+            value = str(value) if isinstance(value, Path) else value
+            options[field.name] = list(value) if isinstance(value, tuple) else value
+    return options
 
 
 def run_file(command: Command) -> str:
-    """The text of a run's file.
-
-    Args:
-        command: the command that runs.
-    """
+    """The text of a run's file."""
     left_out = {name for rule in command.superseded() for name in rule.names}
     options = {option: value for option, value in values(command).items() if option not in left_out}
     facts = {"command": command.called, "version": __version__}
@@ -66,13 +60,7 @@ def run_file(command: Command) -> str:
 
 
 def write_run_file(command: Command, folder: Path) -> None:
-    """Write a run's file beside its log.
-
-    Args:
-        command: the command that runs.
-        folder: the run's folder.
-    """
-    # PyTorch, which this imports, takes 1.8 seconds: --help does without it
+    """Write a run's file beside its log."""
     from .._files import write_text
 
     write_text(folder / RUN_FILE, run_file(command))
@@ -82,39 +70,22 @@ class RunFile:
     """Writes a run's file as soon as its training has begun, and not before what would refuse it.
 
     A `purify_fast.training.Callback`.
-
-    Args:
-        command: the command that runs.
-        folder: the run's folder.
     """
 
     def __init__(self, command: Command, folder: Path):
         self.command, self.folder, self.written = command, folder, False
 
     def on_step(self, state: TrainingState) -> None:
-        """Write the file, once.
-
-        Args:
-            state: where the training is.
-        """
+        """Write the file, once."""
         if not self.written:
             write_run_file(self.command, self.folder)
             self.written = True
 
     def on_epoch(self, state: TrainingState) -> None:
-        """Nothing: it is written.
+        """Nothing: it is written."""
 
-        Args:
-            state: where the training is.
-        """
-
-    def on_end(self, state: TrainingState) -> None:
-        """Write the file of a run that was finished before.
-
-        Args:
-            state: where the training is.
-        """
-        self.on_step(state)
+    #: a run that was finished before has no step
+    on_end = on_step
 
 
 def ball_of_run(folder: Path) -> tuple[float, str] | None:
@@ -129,72 +100,53 @@ def ball_of_run(folder: Path) -> tuple[float, str] | None:
     Raises:
         ValueError: the run's file or checkpoint is damaged.
     """
-    found: dict[str, Any] = {}
     if (folder / RUN_FILE).is_file():
-        found = read_run_file(folder / RUN_FILE)
+        options = read_run_file(folder / RUN_FILE)
     else:
-        # runs of version 0.1 have no such file; importing PyTorch takes 1.8 seconds, and --help does without it
+        # a training that was begun in Python has a checkpoint alone
         from ..training.checkpoint import last_checkpoint
 
-        saved = last_checkpoint(folder)
-        found = {} if saved is None else saved["facts"]
-    eps = number(str(found.get("eps", 0)))
-    return (eps, str(found.get("norm", "linf"))) if eps > 0 else None
+        options = (last_checkpoint(folder) or {"facts": {}})["facts"]
+    eps = number(str(options.get("eps", 0)))
+    return (eps, str(options.get("norm", "linf"))) if eps > 0 else None
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """The table in a run's file, or in one written by hand.
-
-    Args:
-        path: the file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no YAML, or no table.
-    """
+    """The table in a run's file, or in one written by hand; ValueError if it is no YAML, or no table."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    found = {} if found is None else found
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+    table = {} if table is None else table
+    if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
         raise ValueError(f"{path} must hold a table of options, such as `eps: 0.3`")
-    return found
+    return table
 
 
 def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
     """The options in a file, if they are a command's.
-
-    Args:
-        path: the file.
-        kind: the command's class.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is not a table, of another command, or has an option that the command does not have.
     """
     name = kind.called
-    found = {key.replace("-", "_"): value for key, value in read_run_file(path).items()}
-    if found.get("command", name) != name:
-        raise ValueError(f"--config {path} is of `purify-fast {found['command']}`, not of `purify-fast {name}`")
-    for fact in _FACTS:
-        found.pop(fact, None)
+    options = {key.replace("-", "_"): value for key, value in read_run_file(path).items()}
+    options.pop("version", None)
+    command = options.pop("command", name)
+    if command != name:
+        raise ValueError(f"--config {path} is of `purify-fast {command}`, not of `purify-fast {name}`")
     known = [option for option, _, _ in _fields(kind)]
-    for key in found:
+    for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3)
             hint = f"; near: {', '.join(near)}" if near else ""
             raise ValueError(f"--config {path}: `purify-fast {name}` has no option {key!r}{hint}")
-    return found
+    return options
 
 
 def words(options: dict[str, Any], kind: type) -> list[str]:
-    """Options as the words of a command line, so that both are read alike.
-
-    Args:
-        options: names and values, as `options_of` returns them.
-        kind: the command's class.
-    """
+    """Options, as `options_of` returns them, as the words of a command line, so that both are read alike."""
     positional = {name for name, _, is_positional in _fields(kind) if is_positional}
     first = [str(value) for name, value in options.items() if name in positional]
     named: list[str] = []

@@ -6,7 +6,7 @@ import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .command import Command
 from .device import usable_device
@@ -50,29 +50,21 @@ class DataCommand(Command):
         if self.size is not None and (len(self.size) not in (1, 2) or min(self.size) < 1):
             raise ValueError(f"--size must be one or two numbers of at least 1, got {' '.join(map(str, self.size))}")
 
-    @property
-    def image_size(self) -> tuple[int, int] | None:
-        """The height and the width that images are resized to; None leaves them as they are."""
-        return None if self.size is None else (self.size[0], self.size[-1])
-
     def load_data(self) -> DataSet:
         """The images, on the device."""
-        # what reads images imports PyTorch, which takes 1.8 seconds: --help does without it
         from ..data import load_dataset
 
         device = usable_device(self.device)
-        found = load_dataset(
-            self.data,
-            self.data_root,
-            self.num_classes,
-            download=self.download,
-            image_size=self.image_size,
-            stream=self.stream,
-            cache=self.cache,
-            on_bad_image=self.on_bad_image,
-            follow_links=self.follow_links,
-        )
-        return found.to(device)
+        passed_on = ("download", "stream", "cache", "on_bad_image", "follow_links")
+        options: dict[str, Any] = {name: getattr(self, name) for name in passed_on}
+        size = None if self.size is None else (self.size[0], self.size[-1])
+        return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)
+
+    def images_in_turn(self) -> DataSet:
+        """The images; of several processes on a machine one reads them first, and may download them."""
+        from ..training.distributed import in_turn
+
+        return in_turn(self.load_data)
 
     def attacked_by(self, folder: Path, eps: float, norm: str) -> str:
         """The sentence that names the command that attacks what was trained here: the same images, the same ball."""

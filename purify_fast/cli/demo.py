@@ -26,7 +26,6 @@ class Demo(Command):
         return self.out.with_name(self.out.name + "-quick") if self.quick else self.out
 
     def run(self) -> None:
-        # PyTorch takes 1.8 seconds to import: --help does without it
         from .. import demo
 
         demo.run(self.out, self.quick, self.seed)

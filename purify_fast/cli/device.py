@@ -15,7 +15,6 @@ def usable_device(name: str) -> str:
     Raises:
         ValueError: no such device, or none on this machine.
     """
-    # PyTorch takes 1.8 seconds to import: --help does without it
     import torch
 
     if name == "auto":

@@ -6,7 +6,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import tyro
 
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from ..data import DataSet
 
 
+#: The options that `purify_fast.evaluation.evaluate` has under the same names.
+_PASSED_ON = (
+    "protocol", "steps", "eot_iter", "n_eval", "batch_size", "max_forward_batch", "cuda_graphs", "cudnn_benchmark",
+    "seed",
+)  # fmt: skip
 Published = Literal["cifar10", "cifar100", "tiny_imagenet"]
 
 
@@ -102,26 +107,27 @@ class Evaluate(DataCommand):
             raise ValueError("--classifier-weights is the classifier of a published system: it needs --official")
 
     @property
-    def attacked(self) -> Path:
-        """The folder of what is attacked."""
-        return self.folder if self.official is None else self.official
-
-    @property
     def own(self) -> str | None:
         """The place of the user's function that makes the model; None for everything else."""
         given = str(self.folder)
         return given if self.official is None and is_named(given) else None
 
+    @property
+    def of_zoo(self) -> str | None:
+        """The name of the model of the zoo; None for everything else."""
+        return zoo_name(self.folder) if self.official is None else None
+
     def writes(self) -> Path:
         if self.out is not None:
             return self.out
-        if self.official is not None:
-            return self.official / "evaluation"
         if self.own is not None:
-            return Path("runs/own") / own_folder(self.own) / "evaluation"
-        name = zoo_name(self.folder)
-        # the folder of a model of the zoo belongs to the installed package
-        return (self.folder if name is None else Path("runs/zoo") / name) / "evaluation"
+            folder = Path("runs/own") / own_folder(self.own)
+        elif self.of_zoo is not None:
+            # the folder of a model of the zoo belongs to the installed package
+            folder = Path("runs/zoo") / self.of_zoo
+        else:
+            folder = self.official or self.folder
+        return folder / "evaluation"
 
     def ball(self) -> tuple[float, str]:
         """The radius and the norm to attack with."""
@@ -129,65 +135,54 @@ class Evaluate(DataCommand):
             return self.eps, self.norm or "linf"
         if self.own is not None:
             raise ValueError(f"--eps must be given, such as --eps 8/255: {self.own} does not say what it is for")
-        name = zoo_name(self.folder)
-        found: tuple[float, str] | None
-        if self.recipe is not None:
-            found = self.ball_of_recipe(self.recipe)
-        else:
-            found = ball_of_run(self.folder) if name is None else self.ball_of_card(name)
-        if found is None:
+        ball = self.trained_ball()
+        if ball is None:
             raise ValueError(
                 f"--eps must be given, such as --eps 8/255: {self.folder} does not say what it was trained at, or was "
                 "trained on clean images"
             )
-        if self.norm not in (None, found[1]):
-            raise ValueError(
-                f"--norm {self.norm} needs an --eps: {self.attacked} was trained at {found[1]} {found[0]:g}"
-            )
-        return found
+        if self.norm not in (None, ball[1]):
+            where = self.official or self.folder
+            raise ValueError(f"--norm {self.norm} needs an --eps: {where} was trained at {ball[1]} {ball[0]:g}")
+        return ball
 
-    @staticmethod
-    def ball_of_card(name: str) -> tuple[float, str]:
-        """The radius and the norm that a model of the zoo was judged at."""
-        # PyTorch takes 1.8 seconds to import: --help does without it
-        from .. import zoo
+    def trained_ball(self) -> tuple[float, str] | None:
+        """The radius and the norm that a saved model was trained at, or a model of the zoo was judged at."""
+        if self.recipe is not None:
+            from ..methods.recipes import recipe
 
-        card = zoo.card(name)
-        return card.eps, card.norm
+            return recipe(self.recipe, "carso")["attack.eps"], "linf"
+        if self.of_zoo is not None:
+            from .. import zoo
 
-    @staticmethod
-    def ball_of_recipe(name: str) -> tuple[float, str]:
-        """The radius and the norm that a published system was trained at."""
-        # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..methods.carso.recipes import system
-
-        return system(name)["attack.eps"], "linf"
+            card = zoo.card(self.of_zoo)
+            return card.eps, card.norm
+        return ball_of_run(self.folder)
 
     def title(self) -> str:
         """How the model is called in the report."""
         if self.recipe is not None:
             return f"CARSO, its authors' weights, {self.recipe}"
-        return zoo_name(self.folder) or (self.folder.name if self.own is None else own_name(self.own))
+        return self.of_zoo or (self.folder.name if self.own is None else own_name(self.own))
 
     def loaded(self, images: DataSet) -> tuple[nn.Module, nn.Module | None]:
         """What is attacked, and the classifier without its defence, if it is one."""
-        # PyTorch takes 1.8 seconds to import: --help does without it
-        from ..methods.carso import load_published
         from ..methods.loading import load_defence
+        from ..methods.recipes import recipe
         from ..training import is_classifier, load_classifier
 
-        device = images.y_test.device
-        if self.official is not None and self.recipe is not None:
-            published = load_published(self.recipe, self.official, self.classifier_weights).to(device)
-            refuse_other_images(published, images, f"the system in {self.official}")
-            return published, published.classifier
+        device, base = images.y_test.device, None
         if self.own is not None:
             return own_model(self.own, images), None
+        if self.recipe is not None:
+            model = recipe(self.recipe, "carso").load(self.official, self.classifier_weights).to(device)
+            refuse_other_images(model, images, f"the system in {self.official}")
+            return model, model.classifier
         if self.folder.suffix == ".py":
             raise ValueError(f"{self.folder}: name the function that returns the model too, as {self.folder}:function")
         folder = saved_folder(self.folder)
         if is_classifier(folder):
-            model, base = load_classifier(folder).to(device), None
+            model = load_classifier(folder).to(device)
         else:
             base = load_classifier(saved_classifier(self.folder)).to(device)
             model = load_defence(folder, base)
@@ -196,7 +191,6 @@ class Evaluate(DataCommand):
 
     def chosen(self, images: DataSet) -> tuple[Tensor, Tensor, list[str]]:
         """The held-out images to attack, their labels, and what the report must say of the choice."""
-        # PyTorch takes 1.8 seconds to import: --help does without it
         from ..data import balanced_subset
 
         if self.images < 1:
@@ -205,22 +199,18 @@ class Evaluate(DataCommand):
         if self.images >= count:
             fewer = f": --images {self.images} asks for more than there are" if self.images > count else ""
             return images.x_test[:], images.y_test, [f"all {count} held-out images{fewer}"]
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = balanced_subset(
+            subset = balanced_subset(
                 images.x_test, images.y_test, self.images, self.seed, num_classes=images.num_classes
             )
-        notes = [
-            f"{len(found.y)} of the {count} held-out images, chosen by the seed {self.seed}, equally many of every "
-            "class up to one"
-        ]
-        return found.x, found.y, notes + [str(warning.message) for warning in told]
+        choice = f"chosen by the seed {self.seed}, equally many of every class up to one"
+        notes = [f"{len(subset.y)} of the {count} held-out images, {choice}"]
+        return subset.x, subset.y, notes + [str(warning.message) for warning in caught]
 
     def run(self) -> None:
-        # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
 
-        # and so does what imports it
         from ..defences.base import Defence
 
         images = self.load_data()
@@ -231,8 +221,12 @@ class Evaluate(DataCommand):
                 raise ValueError(f"precision bfloat16 is for defences of this package; {self.folder} is none")
             model.accelerate(torch.bfloat16)
         # the command line has locked the folder already where what is attacked is a folder itself
-        with folder_lock(None if self.attacked.is_dir() else self.writes()):
+        with folder_lock(None if self.is_folder() else self.writes()):
             self.judge(model, base, images, eps, norm)
+
+    def is_folder(self) -> bool:
+        """Whether what is attacked is in a folder of the user's, which is there."""
+        return (self.official or self.folder).is_dir()
 
     def judge(self, model: nn.Module, base: nn.Module | None, images: DataSet, eps: float, norm: str) -> None:
         """Attack a model, print the report and write it.
@@ -244,7 +238,6 @@ class Evaluate(DataCommand):
             eps: radius of the ball in image units.
             norm: of the ball.
         """
-        # PyTorch takes 1.8 seconds to import: --help does without it
         from ..attacks.arguments import read_norm
         from ..evaluation import evaluate
         from ..speed.precision import float32_products
@@ -254,27 +247,10 @@ class Evaluate(DataCommand):
         if self.images > len(y):
             # at once, and in the report: an evaluation may take hours
             print(f"purify-fast: {notes[0]}", file=sys.stderr)
+        options: dict[str, Any] = {name: getattr(self, name) for name in _PASSED_ON}
+        options |= {"eps": eps, "norm": read_norm(norm), "base": base, "out": out}
         with float32_products(tf32=self.precision == "tf32"):
-            report = evaluate(
-                model,
-                x,
-                y,
-                eps=eps,
-                norm=read_norm(norm),
-                base=base,
-                protocol=self.protocol,
-                steps=self.steps,
-                eot_iter=self.eot_iter,
-                n_eval=self.n_eval,
-                batch_size=self.batch_size,
-                max_forward_batch=self.max_forward_batch,
-                cuda_graphs=self.cuda_graphs,
-                cudnn_benchmark=self.cudnn_benchmark,
-                seed=self.seed,
-                out=out,
-                name=self.title(),
-                dataset_name=images.name,
-            )
+            report = evaluate(model, x, y, name=self.title(), dataset_name=images.name, **options)
         report.notes += notes
         print(report.to_text())
         report.save(out, model)

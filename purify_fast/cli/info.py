@@ -18,7 +18,6 @@ class Info(Command):
     """Whether to print everything: the build, the environment, and for each op who serves it and why."""
 
     def run(self) -> None:
-        # PyTorch takes 1.8 seconds to import: --help does without it
         from .installation import report, summary
 
         print(report() if self.all else summary())

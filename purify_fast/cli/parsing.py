@@ -13,9 +13,7 @@ from . import config_file
 from .command import Command
 from .evaluate import Evaluate
 from .option_types import option_types
-from .train_arrest import TrainArrest
-from .train_atop import TrainAtop
-from .train_carso import TrainCarso
+from .training import FollowsRecipe
 
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 
@@ -78,7 +76,7 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
     in_file = {} if path is None else config_file.options_of(path, kind)
     file_words = config_file.words(in_file, kind)
     chosen = read.parse_known_args(file_words + arguments)[0].recipe
-    if kind in (TrainCarso, TrainAtop, TrainArrest) and chosen not in (None, "None"):
+    if issubclass(kind, FollowsRecipe) and chosen not in (None, "None"):
         official_code = read.parse_known_args(file_words + arguments)[0].official_code
         options = {"default": kind.of_recipe(chosen, official_code)}
     if kind is Evaluate and chosen not in (None, "None") and "data" not in {*in_file, *_names(arguments)}:

@@ -20,7 +20,6 @@ class ShowRecipe(Command):
     """Which recipe to print, such as atop/cifar_rt2; the names of all by default."""
 
     def run(self) -> None:
-        # PyTorch takes 1.8 seconds to import: --help does without it
         from ..methods.recipes import RECIPES, recipe
 
         if self.name is not None:

@@ -24,7 +24,6 @@ class ShowReport(Command):
     """Whether to open the page; otherwise its path is printed alone."""
 
     def run(self) -> None:
-        # PyTorch takes 1.8 seconds to import: --help does without it
         from ..evaluation import Report
         from ..evaluation.show.page import page_file, write_page
 

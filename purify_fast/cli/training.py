@@ -4,64 +4,184 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from .classifiers import is_named, saved_folder
+from .classifiers import fresh_classifier, is_named, saved_folder, trained_classifier
+from .command import Superseded
 from .config_file import RunFile, ball_of_run
 from .data_args import DataCommand
 
 if TYPE_CHECKING:
     from torch import nn
+    from typing_extensions import Self
 
     from ..data import DataSet
     from ..defences.base import Defence
+    from ..methods.purifier_task import PurifierTask
     from ..methods.recipe import Recipe
     from ..training import FitConfig, Task, TrainingAttack
 
 
-def images_in_turn(command: DataCommand, recipe: Recipe | None = None) -> DataSet:
-    """The command's images; of several processes on a machine one reads them first, and may download them.
+@dataclass(frozen=True)
+class FreshClassifier(DataCommand):
+    """A command that makes a classifier with fresh weights."""
 
-    Args:
-        command: says which images.
-        recipe: the published training that the images are for; None for none.
+    model: str = "small_cnn"
+    """The classifier's network: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME, timm:NAME
+    or package.module:function."""
+    width: int | None = None
+    """Channels of the network's first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10)."""
+    depth: int | None = None
+    """Layers of a wide_resnet (28)."""
+    activation: Literal["silu", "relu"] | None = None
+    """Activation of a wide_resnet (silu)."""
 
-    Raises:
-        ValueError: the recipe is for images of another shape.
-    """
-    # PyTorch takes 1.8 seconds to import: --help does without it
-    from ..training.distributed import in_turn
+    def fresh(self, images: DataSet) -> nn.Module:
+        """The classifier, on the images' device."""
+        return fresh_classifier(self.model, images, width=self.width, depth=self.depth, activation=self.activation)
 
-    images = in_turn(command.load_data)
-    if recipe is not None and images.image_shape != (shape := recipe["data.image_shape"]):
-        size = " ".join(map(str, shape[1:]))
-        raise ValueError(
-            f"--recipe {recipe.name} is for images of shape {shape}; --data {command.data} has {images.image_shape}. "
-            f"Images of {shape[0]} channels fit with --size {size}; for others leave out --recipe"
-        )
-    return images
+
+@dataclass(frozen=True)
+class FollowsRecipe(DataCommand):
+    """A command that trains by a published training, if one is named."""
+
+    #: the method's name
+    of: ClassVar[str]
+
+    recipe: str | None = None
+    """A published training of this method, such as `purify-fast recipe` lists; its numbers become this command's
+    defaults."""
+    official_code: bool = False
+    """With --recipe: as its code runs it, where that differs from what it surely means; `purify-fast recipe NAME` says
+    where."""
+
+    @classmethod
+    def of_recipe(cls, name: str, official_code: bool) -> Self:
+        """This command with the numbers of a recipe, by its name with or without the method."""
+        from ..methods.recipes import recipe
+
+        published = recipe(name, cls.of)
+        options = {
+            "recipe": published.name,
+            "official_code": official_code,
+            "data": published["data.name"],
+            "method": published.config(official_code),
+            "loop": published.loop(official_code),
+        }
+        return cls(**options, **cls.sizes_of(published, official_code))
+
+    @staticmethod
+    @abstractmethod
+    def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
+        """The method's own options that a recipe sets."""
+
+    def published(self) -> Any:
+        """The recipe that is followed; None for none."""
+        from ..methods.recipes import recipe
+
+        return None if self.recipe is None else recipe(self.recipe, self.of)
+
+    def superseded(self) -> list[Superseded]:
+        if self.recipe is not None:
+            return []
+        return [Superseded(("official_code",), "--official-code is of a --recipe: name one")]
+
+    def images_in_turn(self) -> DataSet:
+        images, recipe = super().images_in_turn(), self.published()
+        if recipe is not None and images.image_shape != recipe.image_shape:
+            shape = recipe.image_shape
+            raise ValueError(
+                f"--recipe {recipe.name} is for images of shape {shape}; --data {self.data} has {images.image_shape}. "
+                f"Images of {shape[0]} channels fit with --size {shape[1]} {shape[2]}; for others leave out --recipe"
+            )
+        return images
+
+
+@dataclass(frozen=True)
+class TrainPurifier(DataCommand):
+    """A command that trains a defence's purifier on a classifier, which stays as it is."""
+
+    classifier: str = "runs/classifier"
+    """A folder that `train classifier` or `train arrest` wrote; or a classifier by name:
+    torchvision:resnet18, timm:resnet18, or package.module:function of yours."""
+    classifier_weights: str | None = None
+    """Weights of a classifier by name: a .safetensors or .pth file, of which only tensors are read; or what the library
+    calls weights that it has downloaded before, such as IMAGENET1K_V1, or pretrained of timm."""
+
+    @abstractmethod
+    def task(self, images: DataSet, classifier: nn.Module) -> PurifierTask[Any]:
+        """The training of the defence."""
+
+    def run(self) -> None:
+        import torch
+
+        from .._process import processes
+        from ..training import save_classifier
+
+        method, loop, out = (getattr(self, name) for name in ("method", "loop", "out"))
+        images = self.images_in_turn()
+        classifier = trained_classifier(self.classifier, self.classifier_weights, images)
+        if getattr(method, "attack_method", None) != "none":
+            say_other_ball(self.classifier, method.attack)
+        torch.manual_seed(loop.seed)
+        task = self.task(images, classifier)
+        defence = task.defence
+        if images.image_shape != defence.image_shape:
+            raise ValueError(
+                f"--data {self.data}: its images are {images.image_shape}, the purifier's {defence.image_shape}"
+            )
+        if images.num_classes > defence.num_classes:
+            raise ValueError(
+                f"--data {self.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
+            )
+        train(self, task, images, loop, out=out, title=self.called.split()[-1])
+        if processes()[0] == 0:
+            defence.save(out)
+            save_classifier(defence.classifier, out / "classifier")
+            print(self.attacked_by(out, method.attack.eps, method.attack.norm))
+
+
+def train(command: DataCommand, task: Task, images: DataSet, loop: FitConfig, out: Path, title: str) -> None:
+    """Train, and print how it went; the run's options are written beside its log."""
+    from .._process import processes
+    from ..training import fit, summary
+
+    callbacks = [RunFile(command, out)]
+    last = fit(task, images.x_train, images.y_train, loop, folder=out, title=title, callbacks=callbacks)
+    if processes()[0] == 0:
+        print(summary(last))
+
+
+def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, check: bool = True) -> Any:
+    """The defence of a kind in a folder, to start from; ValueError if there is something else."""
+    from ..methods.loading import load_defence
+    from ..training.checkpoint import read_facts
+
+    saved = read_facts(folder)["kind"]
+    if saved != kind.__name__:
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise ValueError(f"{folder} holds a {saved!r}, not {article} {kind.__name__}")
+    return load_defence(folder, classifier, check=check)
 
 
 def say_other_ball(classifier: str, attack: TrainingAttack) -> None:
     """Tell that a defence is trained at another radius or norm than its classifier was.
 
     Nothing is told of a classifier by name, of one that was trained on clean images, or where no file says it.
-
-    Args:
-        classifier: as ``--classifier`` takes it.
-        attack: the attack that the defence is trained on.
     """
     if is_named(classifier):
         return
     try:
-        found = ball_of_run(saved_folder(classifier))
+        ball = ball_of_run(saved_folder(classifier))
     except ValueError:
         # damaged options of the classifier's run keep nobody from training on it
         return
-    if found is None or (math.isclose(found[0], attack.eps, rel_tol=1e-4) and found[1] == attack.norm):
+    if ball is None or (math.isclose(ball[0], attack.eps, rel_tol=1e-4) and ball[1] == attack.norm):
         return
-    eps, norm = found
+    eps, norm = ball
     same = f"--eps {eps:.6g}" + (f" --norm {norm}" if norm != attack.norm else "")
     print(
         f"note: {classifier} was trained at {norm} {eps:.6g}, and this trains at {attack.norm} {attack.eps:.6g}; "
@@ -71,60 +191,9 @@ def say_other_ball(classifier: str, attack: TrainingAttack) -> None:
 
 
 def finish_classifier(model: nn.Module, images: DataSet, out: Path, eps: float, name: str) -> None:
-    """Save a trained classifier, and print how it does on the held-out images.
-
-    Args:
-        model: the classifier.
-        images: whose held-out images it is measured on.
-        out: where the run is kept.
-        eps: the radius that it was trained at, in image units.
-        name: what it is called in the table.
-    """
-    # PyTorch takes 1.8 seconds to import: --help does without it
+    """Save a trained classifier, and print how it does on the held-out images."""
     from ..evaluation import evaluate
     from ..training import save_classifier
 
     save_classifier(model, out)
     print(evaluate(model, images.x_test[:], images.y_test, eps=eps, attacks=[], name=name).to_text())
-
-
-def train_defence(
-    command: DataCommand, images: DataSet, task: Task, defence: Defence, loop: FitConfig, out: Path, title: str
-) -> bool:
-    """Train a defence, and save it with its classifier beside it.
-
-    Args:
-        command: says what the images are called.
-        images: what to train on.
-        task: the training.
-        defence: what it trains.
-        loop: how long.
-        out: where the run is kept.
-        title: of the progress bar.
-
-    Returns:
-        Whether this process is the one that saves and prints.
-
-    Raises:
-        ValueError: the images or labels are not those the defence takes.
-    """
-    # PyTorch takes 1.8 seconds to import: --help does without it
-    from .._process import processes
-    from ..methods.saved_defence import save_defence
-    from ..training import fit, save_classifier, summary
-
-    if images.image_shape != defence.image_shape:
-        raise ValueError(
-            f"--data {command.data}: its images are {images.image_shape}, the purifier's {defence.image_shape}"
-        )
-    if images.num_classes > defence.num_classes:
-        raise ValueError(
-            f"--data {command.data}: it has {images.num_classes} classes, the classifier {defence.num_classes}"
-        )
-    last = fit(task, images.x_train, images.y_train, loop, folder=out, title=title, callbacks=[RunFile(command, out)])
-    if processes()[0] > 0:
-        return False
-    print(summary(last))
-    save_defence(defence, out)
-    save_classifier(defence.classifier, out / "classifier")
-    return True

@@ -45,7 +45,6 @@ class Tune(Command):
             raise ValueError(f"minutes must be above 0, got {self.minutes:g}")
 
     def run(self) -> None:
-        # PyTorch takes 1.8 seconds to import: --help does without it
         import torch
         from tqdm import tqdm
 

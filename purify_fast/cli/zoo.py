@@ -20,7 +20,6 @@ class Zoo(Command):
     """Which model's card to print; all models in a table by default."""
 
     def run(self) -> None:
-        # PyTorch takes 1.8 seconds to import: --help does without it
         from .. import zoo
         from ..evaluation.show.tables import color_is_welcome, terminal_table
 

@@ -101,6 +101,24 @@ class Defence(StochasticDefence):
         logits = self.classifier(flat.to(self.classifier_dtype)) if self.fast is None else self.fast.classify(flat)
         return logits.float().unflatten(0, images.shape[:2])
 
+    def purify(self, x: Tensor, draws: int = 1) -> Tensor:
+        """Purified images in [0, 1], ``[B, draws K, C, H, W]``; differentiable to x.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+            draws: sets of K draws.
+        """
+        raise NotImplementedError
+
+    def sample_logits(self, x: Tensor) -> Tensor:
+        return self.classify(self.purify(x))
+
+    def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
+        if not self.noise_is_fresh:
+            # Every call gives the same.
+            return self.sample_logits(x).expand(draws, -1, -1, -1)
+        return self.classify(self.purify(x, draws)).unflatten(1, (draws, -1)).transpose(0, 1)
+
     def check_images(self, x: Tensor) -> None:
         """ValueError unless ``x`` holds floating-point images of the defence's shape.
 

@@ -11,7 +11,8 @@ from torch import nn
 from ..attacks import PGD
 from ..evaluation import AttackSpec, Report, Tradeoff
 from ..methods.arrest import ArrestConfig, ArrestTask
-from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation, load_carso
+from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation
+from ..methods.loading import load_defence
 from ..training import TrainingAttack, load_classifier, save_classifier
 from .sentences import against, percent
 from .setting import BASE_TRAINING, EPS, LAYERS, SIZES, ce_then_dlr, digits
@@ -58,7 +59,7 @@ def train(workspace: Workspace, name: str) -> None:
 def model(workspace: Workspace, name: str) -> nn.Module:
     """One of the trained `COMPARED`."""
     folder = workspace.out / _FOLDERS[name]
-    return load_carso(folder) if name == CARSO else load_classifier(folder)
+    return load_defence(folder) if name == CARSO else load_classifier(folder)
 
 
 def attack(workspace: Workspace, name: str) -> Report:

@@ -10,8 +10,9 @@ import torch
 from .._fingerprint import weights_fingerprint
 from ..attacks import PGD
 from ..evaluation import AttackSpec, Report
-from ..methods.atop import Atop, AtopConfig, AtopTask, load_atop
+from ..methods.atop import Atop, AtopConfig, AtopTask
 from ..methods.atop.generators.small_generator import SmallGenerator
+from ..methods.loading import load_defence
 from ..training import TrainingAttack, save_classifier
 from .sentences import against, percent
 from .setting import EPS, digits
@@ -70,7 +71,9 @@ def train(workspace: Workspace, name: str) -> None:
 
 def model(workspace: Workspace, name: str) -> Atop:
     """One of the trained `MODELS`."""
-    return load_atop(workspace.out / _FOLDERS[name], workspace.classifier(STANDARD))
+    defence = load_defence(workspace.out / _FOLDERS[name], workspace.classifier(STANDARD))
+    assert isinstance(defence, Atop)
+    return defence
 
 
 def attack(workspace: Workspace, name: str) -> Report:

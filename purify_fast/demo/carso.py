@@ -9,7 +9,8 @@ from .._fingerprint import weights_fingerprint
 from ..attacks import PGD
 from ..attacks.losses import Loss
 from ..evaluation import AttackSpec, Report
-from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation, load_carso
+from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation
+from ..methods.loading import load_defence
 from ..training import TrainingAttack, save_classifier
 from .sentences import against, percent
 from .setting import EPS, LAYERS, SIZES, ce_then_dlr, digits
@@ -36,7 +37,7 @@ def train(workspace: Workspace, name: str) -> None:
             _FOLDERS[name],
         )
     else:
-        start = load_carso(workspace.out / _FOLDERS[OBJECTIVE], base)
+        start = load_defence(workspace.out / _FOLDERS[OBJECTIVE], base)
         defence.load_state_dict(start.state_dict())
         fine = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
         task = CarsoTask(defence, fine, weights_fingerprint(start))
@@ -49,7 +50,7 @@ def model(workspace: Workspace, name: str) -> nn.Module:
     """One of the trained `MODELS`."""
     if name in CLASSIFIERS:
         return workspace.classifier(name)
-    return load_carso(workspace.out / _FOLDERS[name], workspace.classifier(BASE))
+    return load_defence(workspace.out / _FOLDERS[name], workspace.classifier(BASE))
 
 
 def attack(workspace: Workspace, name: str) -> Report:

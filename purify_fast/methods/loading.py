@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from ..training import is_classifier
-from ..training.checkpoint import read_facts
+from .._fingerprint import weights_fingerprint
+from ..training import is_classifier, load_classifier
+from ..training.checkpoint import read_model
 from .atop.defence import Atop
-from .atop.files import load_atop
+from .atop.purifier import rebuilt_purifier
 from .carso.defence import Carso
-from .carso.files import load_carso
+from .saved_defence import trained_tensors
 
 
 def load_defence(
@@ -21,23 +23,43 @@ def load_defence(
     purifier: nn.Module | None = None,
     check: bool = True,
 ) -> Carso | Atop:
-    """Read a defence that its ``save`` wrote, around ``classifier``, in evaluation mode.
+    """Read a defence that its ``save`` wrote, around ``classifier``, in evaluation mode on the classifier's device.
 
     Args:
         folder: where ``model.safetensors`` and ``model.json`` are.
-        classifier: the one it was trained for; None takes the one the command line keeps in ``folder/classifier``.
+        classifier: the one it was trained for; None takes the one the command line keeps in ``folder/classifier``. If
+            the defence's copy was trained too, only its architecture counts.
         purifier: of an AToP with a purifier of yours: a module of its architecture.
         check: refuse another classifier; turn off for one that was fine-tuned or converted since.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: broken files, no defence, another classifier.
+        ValueError: broken files, no defence, another classifier, or a purifier is needed and not given.
     """
-    kind = read_facts(folder)["kind"]
+    facts, state = read_model(folder)
+    kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])
     if is_classifier(folder):
         raise ValueError(f"{folder} holds a classifier, a {kind}, and no defence: load_classifier reads it")
-    if kind == "Atop":
-        return load_atop(folder, classifier, purifier, check)
-    if purifier is not None:
+    if purifier is not None and kind != "Atop":
         raise ValueError(f"purifier: {folder} holds a {kind!r}, which brings its own")
-    return load_carso(folder, classifier, check)
+    classifier = load_classifier(Path(folder) / "classifier") if classifier is None else classifier
+    own_classifier, weights = facts.get("own_classifier", False), weights_fingerprint(classifier)
+    if check and not own_classifier and weights != facts["classifier"]:
+        raise ValueError(
+            f"classifier: its weights ({weights}) are not those {folder} was trained for ({facts['classifier']}); "
+            "pass check=False if that is meant"
+        )
+    defence: Carso | Atop
+    if kind == "Atop":
+        purifier = rebuilt_purifier(arguments.pop("purifier"), purifier, str(folder))
+        defence = Atop(classifier, purifier, **arguments)
+    else:
+        defence = Carso(classifier, **arguments)
+    defence.own_classifier = own_classifier
+    defence.acts_from_step = facts.get("acts_from_step", {})
+    wanted = trained_tensors(defence)
+    odd = wanted.keys() ^ state.keys() or {name for name in state if wanted[name].shape != state[name].shape}
+    if odd:
+        raise ValueError(f"{folder}: its tensors do not fit its arguments, or the module given: {sorted(odd)[:4]} ...")
+    defence.load_state_dict(state, strict=False)  # all but a frozen classifier's, checked above
+    return defence.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from ..training.config import FitConfig
 
@@ -30,9 +30,6 @@ class Fact:
     official: Any = None
 
 
-R = TypeVar("R", bound="Recipe")
-
-
 @dataclass(frozen=True)
 class Recipe:
     """All that a published training needs. Each method's subclass makes its objects from it.
@@ -56,6 +53,11 @@ class Recipe:
     def __getitem__(self, key: str) -> Any:
         """A fact's value, by its key."""
         return self.facts[key].value
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, after they were resized."""
+        return self["data.image_shape"]
 
     def part(self, prefix: str, official_code: bool = False) -> dict[str, Any]:
         """The facts of one part, by their names without it.
@@ -94,23 +96,6 @@ class Recipe:
         if self.not_reproduced:
             lines += ["", "Not reproduced:", *(f"- {sentence}" for sentence in self.not_reproduced)]
         return "\n".join(lines)
-
-
-def named(recipes: Mapping[str, R], method: str, name: str) -> R:
-    """A recipe of one method.
-
-    Args:
-        recipes: of the method, by their names without it.
-        method: its name.
-        name: of the recipe, with or without the method.
-
-    Raises:
-        ValueError: another name; the message lists all.
-    """
-    short = name.removeprefix(f"{method}/")
-    if short not in recipes:
-        raise ValueError(f"recipe must be one of {', '.join(recipes)}, got {name!r}")
-    return recipes[short]
 
 
 def _text(value: Any) -> str:

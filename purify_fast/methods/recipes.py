@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from .arrest.recipes import RECIPES as ARREST
-from .arrest.recipes import ArrestRecipe
 from .atop.recipes import RECIPES as ATOP
-from .atop.recipes import AtopRecipe
 from .carso.recipes import RECIPES as CARSO
-from .carso.recipes import CarsoRecipe
+from .recipe import Recipe
 
+_BY_METHOD: dict[str, Mapping[str, Recipe]] = {"carso": CARSO, "atop": ATOP, "arrest": ARREST}
 #: Every recipe by its whole name, such as "carso/cifar10".
-RECIPES: dict[str, CarsoRecipe | AtopRecipe | ArrestRecipe] = {
-    made.name: made for recipes in (CARSO, ATOP, ARREST) for made in recipes.values()
-}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipes in _BY_METHOD.values() for recipe in recipes.values()}
 
 
-def recipe(name: str) -> CarsoRecipe | AtopRecipe | ArrestRecipe:
-    """A published training.
+def recipe(name: str, method: str | None = None) -> Any:
+    """A published training: a `CarsoRecipe`, an `AtopRecipe` or an `ArrestRecipe`.
 
     Args:
         name: of the method and the system, such as "carso/cifar10".
+        method: of which a recipe is wanted; its name may then be left out.
 
     Raises:
         ValueError: another name; the message lists all.
     """
-    if name not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
-    return RECIPES[name]
+    family = name.partition("/")[0] if method is None else method
+    recipes, key = _BY_METHOD.get(family, {}), name.removeprefix(f"{family}/")
+    if key not in recipes:
+        raise ValueError(f"recipe must be one of {', '.join(recipes if method else RECIPES)}, got {name!r}")
+    return recipes[key]

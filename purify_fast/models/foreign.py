@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,11 +120,22 @@ def build_foreign(
             # grey images are given three times, and are normalized before
             own_mean, own_std = (sum(own_mean) / len(own_mean),), (sum(own_std) / len(own_std),)
         made = ForeignClassifier(spec, in_channels, classes, own_mean, own_std)
-    state = read_weights(path)
-    own = made.model.state_dict()
-    check_shapes(str(path), {key: value.shape for key, value in state.items()}, {k: v.shape for k, v in own.items()})
-    made.model.load_state_dict(state)
+    load_state(made.model, read_weights(path), str(path))
     return made
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, *, drop_prefix: bool = False) -> None:
+    """Load a state dict whose names and shapes must all be the model's; ``what`` begins the error.
+
+    With ``drop_prefix`` a wrapper's name before all others is dropped, such as "0." of a Sequential around the network.
+    """
+    own = model.state_dict()
+    if drop_prefix:
+        first = next(iter(own))
+        prefix = next((name.removesuffix(first) for name in state if name.endswith(first)), "")
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    check_shapes(what, {name: value.shape for name, value in state.items()}, {n: v.shape for n, v in own.items()})
+    model.load_state_dict(state)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

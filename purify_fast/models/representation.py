@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -63,6 +63,28 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch: int) -> int:
+    """The number of logits that a classifier gives each of ``batch`` images.
+
+    Raises:
+        ValueError: it fails, or gives something else than logits of at least two classes.
+    """
+    want = f"[B, {', '.join(map(str, image_shape))}] to logits [B, C]"
+    try:
+        logits = classify()
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"the classifier must map {want}: {error}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != batch:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the classifier must map {want}, got {got}")
+    if logits.shape[1] < 2:
+        raise ValueError(
+            "the classifier must have a logit for each of two classes at least, got a single one: for one logit z "
+            "of the second class give a module that returns torch.cat([-z, z], 1) / 2"
+        )
+    return logits.shape[1]
 
 
 class Representation:
@@ -118,24 +140,12 @@ class Representation:
         handles = [modules[name].register_forward_hook(partial(see, i)) for i, name in enumerate(self.layers)]
         try:
             # Two images, because a BatchNorm that a user's model keeps in training mode refuses a single one.
+            images = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
             with evaluation_mode(self.model), torch.no_grad():
-                logits = self.model(torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype))
-        except RuntimeError as error:
-            want = f"[B, {', '.join(map(str, image_shape))}]"
-            raise ValueError(f"the classifier must map {want} to logits [B, C]: {error}") from error
+                classes = count_classes(lambda: self.model(images), image_shape, 2)
         finally:
             for handle in handles:
                 handle.remove()
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 2:
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(
-                f"the classifier must map [B, {', '.join(map(str, image_shape))}] to logits [B, C], got {got}"
-            )
-        if logits.shape[1] < 2:
-            raise ValueError(
-                "the classifier must have a logit for each of two classes at least, got a single one: for one logit z "
-                "of the second class give a module that returns torch.cat([-z, z], 1) / 2"
-            )
         shapes = []
         for index, (name, outputs) in enumerate(zip(self.layers, seen, strict=True)):
             if len(outputs) != 1:
@@ -148,7 +158,7 @@ class Representation:
                 )
             self.overwritten[index] = output._version != version
             shapes.append(tuple(output.shape[1:]))
-        return shapes, logits.shape[1]
+        return shapes, classes
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """The layers' outputs in the order of ``layers``; differentiable.

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from purify_fast.evaluation import Report
-from purify_fast.methods.carso import Carso, load_published
+from purify_fast.methods.carso import Carso
 from purify_fast.methods.carso.recipes import RECIPES
+from purify_fast.methods.recipes import recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -54,7 +55,7 @@ def test_the_published_files_are_judged_in_one_command(published, run):
 
 
 def test_the_defence_is_the_files(published):
-    defence = load_published("cifar10", published)
+    defence = recipe("carso/cifar10").load(published)
     again = Carso.from_official(defence.classifier, published)
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad(), defence.fixed_noise(0), again.fixed_noise(0):
@@ -91,12 +92,12 @@ def test_refusals(words, message, run, tmp_path, monkeypatch, published):
 
 def test_files_that_do_not_fit_are_named(published):
     with pytest.raises(ValueError, match="whose weights were published, cifar10, cifar100, tiny_imagenet"):
-        load_published("mnist_v1", published)
+        recipe("carso/mnist_v1").load(published)
     save_file({"init_conv.weight": torch.zeros(1)}, published / "other.safetensors")
     # the one that is called as its authors call it
-    load_published("cifar10", published)
+    recipe("carso/cifar10").load(published)
     with pytest.raises(ValueError, match=r"other\.safetensors does not hold the classifier of this system: .*missing"):
-        load_published("cifar10", published, published / "other.safetensors")
+        recipe("carso/cifar10").load(published, published / "other.safetensors")
     (published / f"{WEIGHTS}.pt").rename(published / "a.pt")
     with pytest.raises(ValueError, match=r"several files that may be the classifier's, a\.pt, other\.safetensors"):
-        load_published("cifar10", published)
+        recipe("carso/cifar10").load(published)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from math import cos, radians
-from typing import Literal
+from typing import Annotated, Literal
 
-from ..._validation import TrainingPrecision, check_types
+from ..._validation import AtLeast0, Count, Range, Share, ShareBelow1, TrainingPrecision, check_types
 from ...training.attack import TrainingAttack
 
 Distance = Literal["abs_cosine", "cosine", "angular", "l2"]
@@ -59,44 +59,30 @@ class ArrestConfig:
     """
 
     attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=10)
-    distillation_weight: float = 50.0
+    distillation_weight: AtLeast0 = 50.0
     distance: Distance = "abs_cosine"
     pooled: bool = False
     replay: bool = True
-    angle: float = 30.0
-    tau: float | None = None
-    replay_share: float = 0.5
+    angle: Annotated[float, Range(0, 90, unit=" degrees")] = 30.0
+    tau: AtLeast0 | None = None
+    replay_share: Share = 0.5
     drift_mode: DriftMode = "eval"
     optimizer: Optimizer = "sgd"
-    learning_rate: float = 0.025
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    learning_rate: AtLeast0 = 0.025
+    momentum: ShareBelow1 = 0.9
+    weight_decay: AtLeast0 = 5e-4
     schedule: Schedule = "published"
-    ema_decay: float = 0.0
-    awp_gamma: float = 0.0
+    ema_decay: ShareBelow1 = 0.0
+    awp_gamma: AtLeast0 = 0.0
     precision: TrainingPrecision = "float32"
 
     def __post_init__(self) -> None:
         check_types(self)
-        self._check_attack()
-        for name in ("distillation_weight", "learning_rate", "weight_decay", "awp_gamma"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.replay_share <= 1:
-            raise ValueError(f"replay_share must be in [0, 1], got {self.replay_share}")
-        for name in ("momentum", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.angle <= 90:
-            raise ValueError(f"angle must be in [0, 90] degrees, got {self.angle}")
-        if self.tau is not None and not self.tau >= 0:
-            raise ValueError(f"tau must be at least 0, got {self.tau}")
         if self.replay and self.attack.norm != "linf":
             raise ValueError(f"replay needs norm 'linf', whose ball its noise fills, got {self.attack.norm!r}")
         if self.replay and self.tau is None and self.distance == "l2":
             raise ValueError("tau must be given with distance 'l2': no angle decides it")
 
-    def _check_attack(self) -> None:
         eps, steps = self.attack.eps, self.attack.steps
         if not eps > 0:
             raise ValueError(f"eps must be above 0, got {eps}")
@@ -151,23 +137,19 @@ class AblationConfig:
     angles: tuple[float, ...] = (30.0,)
     taus: tuple[float, ...] = ()
     shares: tuple[float, ...] = (0.5,)
-    standard_epochs: int = 100
-    scratch_epochs: int = 100
+    standard_epochs: Count = 100
+    scratch_epochs: Count = 100
     standard_learning_rate: float = 3e-3
     scratch_learning_rate: float = 3e-3
-    attack_steps: int = 50
-    images: int = 1000
-    autoattack: int = 0
+    attack_steps: Count = 50
+    images: Count = 1000
+    autoattack: Annotated[int, Range(0)] = 0
 
     def __post_init__(self) -> None:
-        for name in ("standard_epochs", "scratch_epochs", "attack_steps", "images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_types(self)
         for name in ("standard_learning_rate", "scratch_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
-        if self.autoattack < 0:
-            raise ValueError(f"autoattack must be at least 0, got {self.autoattack}")
         for name in ("weights", "angles", "taus", "shares"):
             values = getattr(self, name)
             # the rows are named with six digits

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...models.classifiers import build_classifier
 from ...training.attack import TrainingAttack
-from ..recipe import Fact, Grade, Recipe, named
+from ..recipe import Fact, Grade, Recipe
 from .config import ArrestConfig
 from .task import ArrestTask
 
@@ -21,11 +21,6 @@ from .task import ArrestTask
 @dataclass(frozen=True)
 class ArrestRecipe(Recipe):
     """A published ARREST training."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images."""
-        return self["data.image_shape"]
 
     def build_classifier(self, width: int | None = None) -> nn.Module:
         """The recipe's network with fresh weights; ARREST begins with one that was trained on clean images.
@@ -137,15 +132,3 @@ RECIPES: dict[str, ArrestRecipe] = {
         "Strided convolutions are padded at the bottom and the right alone, as in RobustBench's DMWideResNet.",
     ),
 }
-
-
-def finetuning(name: str) -> ArrestRecipe:
-    """A published ARREST training.
-
-    Args:
-        name: resnet18 or wrn_34_10, or the same behind "arrest/".
-
-    Raises:
-        ValueError: another name.
-    """
-    return named(RECIPES, "arrest", name)

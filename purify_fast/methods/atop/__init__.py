@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from .config import AtopConfig as AtopConfig
     from .defence import Atop as Atop
     from .discriminator import PatchDiscriminator as PatchDiscriminator
-    from .files import load_atop as load_atop
     from .generators.deepfill import DeepFillGenerator as DeepFillGenerator
     from .generators.masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
     from .generators.small_generator import SmallGenerator as SmallGenerator

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from ..._validation import TrainingPrecision, check_types
+from ..._validation import AtLeast0, Count, Range, TrainingPrecision, check_types
 from ...training.attack import TrainingAttack
 from ...training.length import DelayUnit
 
@@ -65,30 +65,24 @@ class AtopConfig:
     attack_target: AttackTarget = "classifier"
     attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=10)
     reconstruction_target: ReconstructionTarget = "adversarial"
-    cls_weight: float = 0.05
-    cls_delay: int = 10_000
+    cls_weight: AtLeast0 = 0.05
+    cls_delay: Annotated[int, Range(0)] = 10_000
     cls_delay_unit: DelayUnit = "images"
     classifier_range: ClassifierRange = "unit"
-    reconstruction_weight: float = 1.0
-    gan_weight: float = 1.0
-    discriminator_width: int = 64
+    reconstruction_weight: AtLeast0 = 1.0
+    gan_weight: AtLeast0 = 1.0
+    discriminator_width: Count = 64
     gan_grad: bool = False
     gan_fake: GanFake = "refined"
     masks: Masks = "blocks"
     precision: TrainingPrecision = "float32"
     schedule: Schedule = "constant"
-    learning_rate: float = 1e-4
+    learning_rate: AtLeast0 = 1e-4
     betas: tuple[float, float] = (0.5, 0.999)
 
     def __post_init__(self) -> None:
         check_types(self)
         self._check_attack()
-        names = ("cls_weight", "reconstruction_weight", "gan_weight", "learning_rate", "cls_delay")
-        for name in names:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.discriminator_width < 1:
-            raise ValueError(f"discriminator_width must be at least 1, got {self.discriminator_width}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         gan = ("gan_weight", "discriminator_width", "gan_fake")

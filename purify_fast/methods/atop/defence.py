@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from math import gcd, log
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,13 +21,12 @@ from torch import Tensor, nn
 from ..._tensors import dtype_of
 from ..._validation import check_literal
 from ...defences.base import Defence, refuse_wrapped
-from ...defences.stochastic import StochasticDefence
-from ...models.representation import evaluation_mode
+from ...models.representation import count_classes, evaluation_mode
 from ...ops.aggregate import aggregate
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
 from ..saved_defence import save_defence
-from .purifier import PURIFIERS, PurifierAdapter
+from .purifier import PURIFIERS, PurifierAdapter, description
 
 if TYPE_CHECKING:
     from ...evaluation import AttackSpec
@@ -120,52 +118,11 @@ class Atop(Defence):
         blank = torch.full((2, *self.image_shape), 0.5, device=self._noise_seed.device)
         with evaluation_mode(self), self.fixed_noise(0):
             images = self.purify(blank)
-        want = f"[B, {', '.join(map(str, self.image_shape))}] to logits [B, C]"
-        try:
-            logits = self.classify(images)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(f"the classifier must map {want}: {error}") from error
-        if logits.dim() != 3:
-            raise ValueError(f"the classifier must map {want}, got {list(logits.flatten(0, 1).shape)}")
-        if logits.shape[2] < 2:
-            raise ValueError(
-                "the classifier must have a logit for each of two classes at least, got a single one: for one logit z "
-                "of the second class give a module that returns torch.cat([-z, z], 1) / 2"
-            )
-        self.num_classes = logits.shape[2]
+        self.num_classes = count_classes(
+            lambda: self.classify(images).flatten(0, 1), self.image_shape, images[:, :, 0, 0, 0].numel()
+        )
 
     # -- a prediction: transform -> repair -> join -> classify -> aggregate --------------------------------------------
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``, float32.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
-        return self.aggregate(self.sample_logits(x))
-
-    # `forward` is the base class's formula, written out for the reader: its draws speak for this one too.
-    draw_logits = StochasticDefence.draw_logits
-
-    def sample_logits(self, x: Tensor) -> Tensor:
-        """Logits of the S draws, ``[B, S, classes]``.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
-        return self.classify(self.purify(x))
-
-    def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
-        """`sample_logits` of ``draws`` independent calls, ``[draws, B, S, classes]``, from one read of x.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-            draws: number of calls.
-        """
-        if not self.noise_is_fresh:
-            # Every call gives the same.
-            return self.sample_logits(x).expand(draws, -1, -1, -1)
-        return self.classify(self.purify(x, draws)).unflatten(1, (draws, -1)).transpose(0, 1)
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
         """Purified images in [0, 1], ``[B, draws S, C, H, W]``; differentiable to x.
@@ -290,13 +247,7 @@ class Atop(Defence):
     def _compiled_parts(self) -> tuple[Callable[..., Tensor], ...]:
         return (self._refine,)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the purifier; `purify_fast.load_defence` reads it back.
-
-        Args:
-            folder: where to.
-        """
-        save_defence(self, folder)
+    save = save_defence
 
 
 def _block(image_shape: tuple[int, int, int]) -> int:
@@ -304,11 +255,3 @@ def _block(image_shape: tuple[int, int, int]) -> int:
     _, h, w = image_shape
     sides = [side for side in range(1, min(h, w) + 1) if gcd(h, w) % side == 0]
     return min(sides, key=lambda side: abs(side - h / 8))
-
-
-def description(purifier: nn.Module) -> dict[str, Any]:
-    """What makes the purifier again, JSON values; of one that is not this package's its class's name alone."""
-    for name, kind in PURIFIERS.items():
-        if type(purifier) is kind:
-            return {"kind": name, "arguments": purifier.arguments}
-    return {"kind": type(purifier).__qualname__, "arguments": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,12 +41,35 @@ def build_purifier(
         raise ValueError(f"purifier must be one of {', '.join(PURIFIERS)}, got {name!r}")
     if residual and name != "small_generator":
         raise ValueError(f"residual goes with small_generator, not with {name}")
-    options: dict[str, Any] = {} if width is None else {"width": width}
-    if name == "deepfill":
-        return DeepFillGenerator(image_shape[0] + 2, **options)
-    if name == "small_generator":
-        return SmallGenerator(image_shape[0], **options, residual=residual)
-    return MaskedAutoencoder(image_shape, **options)
+    options: dict[str, Any] = ({} if width is None else {"width": width}) | ({"residual": True} if residual else {})
+    if name == "masked_autoencoder":
+        return MaskedAutoencoder(image_shape, **options)
+    return PURIFIERS[name](image_shape[0] + (2 if name == "deepfill" else 0), **options)
+
+
+def description(purifier: nn.Module) -> dict[str, Any]:
+    """What makes the purifier again, JSON values; of one that is not this package's its class's name alone."""
+    for name, kind in PURIFIERS.items():
+        if type(purifier) is kind:
+            return {"kind": name, "arguments": purifier.arguments}
+    return {"kind": type(purifier).__qualname__, "arguments": None}
+
+
+def rebuilt_purifier(facts: dict[str, Any], given: nn.Module | None, folder: str) -> nn.Module:
+    """The purifier that a saved `description` is of, or the one given, if it is of that kind; else ValueError."""
+    if given is None:
+        if facts["kind"] not in PURIFIERS:
+            raise ValueError(f"purifier: {folder} holds a {facts['kind']} of yours: give a module of its kind")
+        return PURIFIERS[facts["kind"]](**facts["arguments"])
+    actual = json.loads(json.dumps(description(given)))
+    if actual != facts:
+        raise ValueError(f"purifier: {folder} holds {_signature(facts)}, got {_signature(actual)}")
+    return given
+
+
+def _signature(facts: dict[str, Any]) -> str:
+    sizes = facts["arguments"] or {}
+    return f"{facts['kind']}({', '.join(f'{name}={value!r}' for name, value in sorted(sizes.items()))})"
 
 
 class PurifierAdapter(nn.Module):

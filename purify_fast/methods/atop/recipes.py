@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ...training.attack import TrainingAttack
-from ..recipe import Fact, Recipe, named
+from ..recipe import Fact, Recipe
 from .config import AtopConfig
 from .defence import Atop
 from .generators.deepfill import DeepFillGenerator
@@ -23,11 +23,6 @@ from .task import AtopTask
 @dataclass(frozen=True)
 class AtopRecipe(Recipe):
     """A published AToP training."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images, after they were resized."""
-        return self["data.image_shape"]
 
     def config(self, official_code: bool = False) -> AtopConfig:
         """The settings of the training.
@@ -262,15 +257,3 @@ RECIPES: dict[str, AtopRecipe] = {
         _IMAGENETTE,
     ),
 }
-
-
-def training(name: str) -> AtopRecipe:
-    """A published AToP training.
-
-    Args:
-        name: cifar_rt1, cifar_rt2, logged, imagenette or imagenette_rt1, or the same behind "atop/".
-
-    Raises:
-        ValueError: another name.
-    """
-    return named(RECIPES, "atop", name)

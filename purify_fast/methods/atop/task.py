@@ -8,26 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._fingerprint import weights_fingerprint
-from ...training.attack import settings
 from ...training.length import RunLength
 from ...training.schedules import one_cycle
-from ...training.task import Batch, Metrics, Task, Update, check_labels, check_shape
+from ...training.task import Batch, Metrics, Update
+from ..purifier_task import PurifierTask
 from .config import AtopConfig
 from .defence import Atop
 from .discriminator import PatchDiscriminator, patch_depth
 from .losses import computed_precision, discriminator_loss, generator_loss, passes
 
 
-class _Players(nn.Module):
-    """What is trained together: one checkpoint."""
-
-    def __init__(self, defence: Atop, discriminator: nn.Module):
-        super().__init__()
-        self.defence, self.discriminator = defence, discriminator
-
-
-class AtopTask(Task):
+class AtopTask(PurifierTask[Atop]):
     """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is.
 
     Args:
@@ -39,49 +30,46 @@ class AtopTask(Task):
     then the purifier. It is kept in checkpoints, not in the saved defence.
     """
 
+    name = "atop"
+    config: AtopConfig
+
     def __init__(self, defence: Atop, config: AtopConfig, origin: str = "scratch"):
-        self.defence, self.config, self.origin = defence, config, origin
-        self.classifier = weights_fingerprint(defence.classifier)
+        super().__init__(defence, config, origin)
         # one that computes so already stays as it was made, compiled perhaps
-        self.tf32 = config.precision == "tf32"
         if computed_precision(defence) != config.precision.replace("tf32", "float32"):
             defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         defence.classifier.requires_grad_(False)
         self.discriminator: nn.Module | None = None
-        self.model: nn.Module = defence
         trained = [p for p in defence.purifier.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("the purifier has no parameters to train")
+        options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "foreach": True}
+        self._optimizers: dict[str, torch.optim.Optimizer] = {"purifier": torch.optim.Adam(trained, **options)}
         if config.gan_grad:
             channels, height, width = defence.image_shape
-            depth = patch_depth((height, width))
-            discriminator = PatchDiscriminator(channels + 1, config.discriminator_width, depth)
-            self.discriminator = discriminator.to(trained[0].device)
-            self.model = _Players(defence, self.discriminator)
-        options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "foreach": True}
-        self.optimizer = torch.optim.Adam(trained, **options)
-        self.discriminator_optimizer: torch.optim.Optimizer | None = None
-        if self.discriminator is not None:
-            self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), **options)
+            discriminator = PatchDiscriminator(
+                channels + 1, config.discriminator_width, patch_depth((height, width))
+            ).to(trained[0].device)
+            self.discriminator = discriminator
+            # what is trained together is one checkpoint
+            self.model = nn.ModuleDict({"defence": defence, "discriminator": discriminator})
+            self._optimizers["discriminator"] = torch.optim.Adam(discriminator.parameters(), **options)
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        found = {"purifier": self.optimizer}
-        if self.discriminator_optimizer is not None:
-            found["discriminator"] = self.discriminator_optimizer
-        return found
+        return self._optimizers
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         if self.discriminator is None:
             yield Update("purifier", *self.training_step(batch))
             return
-        made, config = passes(self.defence, batch, self.config, self.graphs), self.config
-        judged = discriminator_loss(self.discriminator, made, config.gan_fake)
+        one_pass, config = passes(self.defence, batch, self.config, self.graphs), self.config
+        judged = discriminator_loss(self.discriminator, one_pass, config.gan_fake)
         yield Update("discriminator", judged, {})
         # by the discriminator as it is after its own step
-        deceived = generator_loss(self.discriminator, made)
-        metrics = {**made.metrics, "discriminator": judged.detach(), "deceived": deceived.detach()}
-        yield Update("purifier", made.loss + config.gan_weight * deceived, metrics)
+        deceived = generator_loss(self.discriminator, one_pass)
+        metrics = {**one_pass.metrics, "discriminator": judged.detach(), "deceived": deceived.detach()}
+        yield Update("purifier", one_pass.loss + config.gan_weight * deceived, metrics)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The purifier's loss and metrics, of the discriminator as it is.
@@ -89,15 +77,14 @@ class AtopTask(Task):
         Args:
             batch: the images.
         """
-        made = passes(self.defence, batch, self.config, self.graphs)
+        one_pass = passes(self.defence, batch, self.config, self.graphs)
         if self.discriminator is None:
-            return made.loss, made.metrics
-        deceived = generator_loss(self.discriminator, made)
-        return made.loss + self.config.gan_weight * deceived, {**made.metrics, "deceived": deceived.detach()}
-
-    @property
-    def result(self) -> Atop:
-        return self.defence
+            return one_pass.loss, one_pass.metrics
+        deceived = generator_loss(self.discriminator, one_pass)
+        return one_pass.loss + self.config.gan_weight * deceived, {
+            **one_pass.metrics,
+            "deceived": deceived.detach(),
+        }
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config
@@ -116,15 +103,3 @@ class AtopTask(Task):
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         rate = self.config.learning_rate
         return rate if self.config.schedule == "constant" else one_cycle(progress, rate)
-
-    def describe(self) -> dict[str, Any]:
-        facts = {"defence": self.defence.arguments, "classifier": self.classifier}
-        return {"task": "atop", **settings(self.config), **facts, "origin": self.origin}
-
-    def finish(self) -> None:
-        super().finish()
-        self.defence.refresh()
-
-    def check(self, shape: tuple[int, ...], classes: int) -> None:
-        check_shape(shape, self.defence.image_shape)
-        check_labels(classes, self.defence.num_classes)

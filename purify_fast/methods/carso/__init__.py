@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from ...defences.aggregation import WithAggregation as WithAggregation
     from .config import CarsoConfig as CarsoConfig
     from .defence import Carso as Carso
-    from .files import load_carso as load_carso
-    from .layer_ranking import LayerScore as LayerScore
     from .layer_ranking import rank_layers as rank_layers
     from .losses import training_loss as training_loss
     from .networks import Decoder as Decoder
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from .networks import decoder_plan as decoder_plan
     from .networks import published_decoder as published_decoder
     from .packed_decoder import PackedDecoder as PackedDecoder
-    from .published import load_published as load_published
     from .task import CarsoTask as CarsoTask
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)

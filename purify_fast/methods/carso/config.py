@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Literal
 
-from ..._validation import TrainingPrecision, check_types
+from ..._validation import AtLeast0, Count, Share, TrainingPrecision, check_types
 from ...training.attack import TrainingAttack
 from ...training.length import DelayUnit
 
@@ -74,24 +74,24 @@ class CarsoConfig:
     attack_target: AttackTarget = "classifier"
     attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=40)
     eps_mode: EpsMode = "paper"
-    adversarial_fraction: float = 0.5
+    adversarial_fraction: Share = 0.5
     allow_no_adversarial: bool = False
     kl_delay: float = 0.125
     kl_delay_unit: KlDelayUnit = "share"
-    beta: float = 1.0
-    free_bits: float = 0.0
-    train_samples: int = 1
+    beta: AtLeast0 = 1.0
+    free_bits: AtLeast0 = 0.0
+    train_samples: Count = 1
     targets: Targets = "labels"
-    reconstruction_weight: float = 0.02
+    reconstruction_weight: AtLeast0 = 0.02
     joint: bool = False
     reduction: Reduction = "mean"
     optimizer: Optimizer = "adamw"
-    lookahead_steps: int = 6
+    lookahead_steps: Count = 6
     lookahead_alpha: float = 0.8
     schedule: Schedule = "one_cycle"
     precision: TrainingPrecision = "float32"
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.0
+    learning_rate: AtLeast0 = 2e-3
+    weight_decay: AtLeast0 = 0.0
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -123,16 +123,8 @@ class CarsoConfig:
             raise ValueError(
                 f"joint training needs precision 'float32' or 'tf32', got {self.precision!r}: no frozen copy serves it"
             )
-        for name in ("free_bits", "beta", "reconstruction_weight", "learning_rate", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("train_samples", "lookahead_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.lookahead_alpha <= 1:
             raise ValueError(f"lookahead_alpha must be in (0, 1], got {self.lookahead_alpha}")
-        if not 0 <= self.adversarial_fraction <= 1:
-            raise ValueError(f"adversarial_fraction must be in [0, 1], got {self.adversarial_fraction}")
         if not 0 <= self.kl_delay < inf or (self.kl_delay_unit == "share" and self.kl_delay >= 1):
             share = self.kl_delay_unit == "share"
             least = "in [0, 1) as a share of the epochs" if share else "at least 0, and finite"

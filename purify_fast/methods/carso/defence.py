@@ -21,16 +21,15 @@ from torch import Tensor, nn
 
 from ..._validation import check_literal
 from ...defences.base import Defence
-from ...defences.stochastic import StochasticDefence
 from ...models.layers import normalization
 from ...models.representation import Representation
 from ...ops.decode_samples import decode_samples, latents
 from ...speed.accelerated import Accelerated
 from ...speed.compiled_region import pad_batch
 from ..saved_defence import save_defence
-from .networks import ConditionEncoder, Decoder, Deconvolution, PosteriorEncoder, decoder_plan
+from .networks import ConditionEncoder, Decoder, Deconvolution, Plan, PosteriorEncoder, decoder_plan
 from .networks_v1 import ConditionEncoderV1, DecoderV1, PosteriorEncoderV1, decoder_plan_v1
-from .official import official_arguments, official_tensors, write_official
+from .official import fill, read_official, write_official
 from .packed_decoder import PackedDecoder, kernel_decodes, times_written
 
 if TYPE_CHECKING:
@@ -95,16 +94,23 @@ class Carso(Defence):
         if isinstance(layers, str):
             raise ValueError(f"layers must be a list of module paths, got the text {layers!r}: write [{layers!r}]")
         sizes = {"cond_dim": cond_dim, "latent_dim": latent_dim, "samples": samples, "decoder_width": decoder_width}
-        for name, value in {**sizes, "encoder_depth": encoder_depth}.items():
+        sizes["encoder_depth"] = encoder_depth
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         statistics = normalization(mean, std, self.image_shape[0])
-        plan = _decoder_plan(decoder, self.image_shape, decoder_width, version, latent_dim + cond_dim)
+        if decoder is not None:
+            start, h, w = decoder[0]
+            layer_list = [x if isinstance(x, Deconvolution) else Deconvolution(**x) for x in decoder[1]]
+            plan: Plan = ((start, h, w), layer_list)
+        elif version == "v1":
+            plan = decoder_plan_v1(self.image_shape[0], latent_dim + cond_dim)
+        else:
+            plan = decoder_plan(self.image_shape, decoder_width)
         self.arguments: dict[str, Any] = {
             "layers": list(layers),
             "image_shape": list(self.image_shape),
             **sizes,
-            "encoder_depth": encoder_depth,
             **statistics,
             "decoder": None if decoder is None else json.loads(json.dumps([plan[0], [asdict(x) for x in plan[1]]])),
             "version": version,
@@ -120,7 +126,7 @@ class Carso(Defence):
             part.to(memory_format=torch.channels_last)
         self._ready()
 
-    def _make_networks(self, version: Version, cond_dim: int, encoder_depth: int, plan: tuple[Any, Any]) -> None:
+    def _make_networks(self, version: Version, cond_dim: int, encoder_depth: int, plan: Plan) -> None:
         shapes, sizes = self.representation.shapes, (self.latent_dim, cond_dim, self.image_shape)
         if version == "v1":
             self.condition_encoder: nn.Module = ConditionEncoderV1(shapes, cond_dim)
@@ -132,17 +138,6 @@ class Carso(Defence):
             self.decoder = Decoder(*sizes, *plan)
 
     # -- a prediction: condition -> decode -> classify -> aggregate ----------------------------------------------------
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``, float32.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
-        return self.aggregate(self.sample_logits(x))
-
-    # `forward` is the base class's formula, written out for the reader: its draws speak for this one too.
-    draw_logits = StochasticDefence.draw_logits
 
     def sample_logits(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Logits of the K reconstructions, ``[B, K, classes]``.
@@ -156,25 +151,8 @@ class Carso(Defence):
             x = pad_batch(x)
         return self.classify(self.reconstruct(x, z))[:batch]
 
-    def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
-        """`sample_logits` of ``draws`` independent calls, ``[draws, B, K, classes]``: the noise enters after c(x).
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-            draws: number of calls.
-        """
-        if not self.noise_is_fresh:
-            # Every call gives the same.
-            return self.sample_logits(x).expand(draws, -1, -1, -1)
-        return self.classify(self.reconstruct(x, draws=draws)).unflatten(1, (draws, -1)).transpose(0, 1)
-
-    def purify(self, x: Tensor) -> Tensor:
-        """`reconstruct`, under the name by which attacks know a purifier; BPDA's gradient leaves c(x) out.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
-        return self.reconstruct(x)
+    def purify(self, x: Tensor, draws: int = 1) -> Tensor:
+        return self.reconstruct(x, draws=draws)
 
     def reconstruct(self, x: Tensor, z: Tensor | None = None, draws: int = 1) -> Tensor:
         """Purified images in (0, 1), ``[B, draws K, C, H, W]``; differentiable to x.
@@ -383,9 +361,9 @@ class Carso(Defence):
             FileNotFoundError: a file is missing.
             ValueError: it names the tensors that are missing, unknown or of another shape, and their file.
         """
-        files, arguments = official_arguments(classifier, directory, stem, layers)
+        files, arguments = read_official(classifier, directory, stem, layers)
         defence = cls(classifier, samples=samples, **arguments)
-        files.read_into(official_tensors(defence.condition_encoder, defence.decoder))
+        fill(defence.condition_encoder, defence.decoder, files)
         return defence.eval()
 
     def save_official(self, directory: str | Path, stem: str) -> None:
@@ -402,20 +380,4 @@ class Carso(Defence):
             raise ValueError("official files hold systems of version v4 whose representation is maps [B, C, H, W] only")
         write_official(self.condition_encoder, self.decoder, directory, stem)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the purifier, and a classifier trained with it; `purify_fast.load_defence` reads them back.
-
-        Args:
-            folder: where to.
-        """
-        save_defence(self, folder)
-
-
-def _decoder_plan(
-    given: DecoderPlan | None, image_shape: tuple[int, int, int], width: int, version: Version, joint_dim: int
-) -> tuple[tuple[int, int, int], list[Deconvolution]]:
-    """Start shape and layers of the decoder; ``joint_dim`` is the size of latent and condition together."""
-    if given is not None:
-        start, h, w = given[0]
-        return (start, h, w), [x if isinstance(x, Deconvolution) else Deconvolution(**x) for x in given[1]]
-    return decoder_plan_v1(image_shape[0], joint_dim) if version == "v1" else decoder_plan(image_shape, width)
+    save = save_defence

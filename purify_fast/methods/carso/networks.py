@@ -6,7 +6,7 @@ TinyImageNet systems are instances; the sizes for other images are this package'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, prod
@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...models.layers import BatchNorm1d, BatchNorm2d, LeakyReLU
+
+Shape = tuple[int, int, int]
+#: The map that a decoder starts with, (C, h, w), and its transposed convolutions.
+Plan = tuple[Shape, list["Deconvolution"]]
 
 
 def conv_block(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Sequential:
@@ -102,7 +106,7 @@ class PosteriorEncoder(nn.Module):
     #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.fold_sequential`).
     runs_in_order = True
 
-    def __init__(self, image_shape: tuple[int, int, int], cond_dim: int, latent_dim: int):
+    def __init__(self, image_shape: Shape, cond_dim: int, latent_dim: int):
         super().__init__()
         channels, h, w = image_shape
         self.image = nn.Sequential(
@@ -160,9 +164,7 @@ class Deconvolution:
         )
 
 
-def decoder_plan(
-    image_shape: tuple[int, int, int], width: int = 32
-) -> tuple[tuple[int, int, int], list[Deconvolution]]:
+def decoder_plan(image_shape: Shape, width: int = 32) -> Plan:
     """Start shape and layers of a decoder that ends at ``image_shape``, after the pattern of the paper's two.
 
     The image is halved (rounded up) until it is at most 4 on its longer side; channels double inwards from ``width``,
@@ -181,7 +183,7 @@ def decoder_plan(
     return (min(width << depth, 8 * width), h, w), layers
 
 
-def published_decoder(image_shape: tuple[int, int, int]) -> tuple[tuple[int, int, int], list[Deconvolution]]:
+def published_decoder(image_shape: Shape) -> Plan:
     """Start shape and layers of the paper's decoder for 3 x 32 x 32 (CIFAR) or 3 x 64 x 64 (TinyImageNet).
 
     Args:
@@ -197,6 +199,45 @@ def published_decoder(image_shape: tuple[int, int, int]) -> tuple[tuple[int, int
         doubling = [Deconvolution(width, output_padding=(1, 1)) for width in widths]
         return (256, 4, 4), [*doubling, Deconvolution(3, stride=1)]
     raise ValueError(f"decoders are published for 3 x 32 x 32 and 3 x 64 x 64, not for {tuple(image_shape)}")
+
+
+def deconvolution_stack(
+    start: Shape,
+    layers: Sequence[Deconvolution],
+    image_shape: Shape,
+    after: Callable[[int], Sequence[nn.Module]],
+    *,
+    bias: bool,
+) -> nn.Sequential:
+    """The transposed convolutions of a decoder, from a map ``start`` to ``image_shape``.
+
+    ``after`` gives the modules that follow each convolution but the last, by its number of channels. The last
+    convolution has a bias, the others if ``bias`` says so.
+
+    Raises:
+        ValueError: the layers do not end at image_shape.
+    """
+    stack: list[nn.Module] = []
+    channels, h, w = start
+    for i, layer in enumerate(layers):
+        last = i == len(layers) - 1
+        stack.append(
+            nn.ConvTranspose2d(
+                channels,
+                layer.channels,
+                layer.kernel,
+                stride=layer.stride,
+                padding=layer.padding,
+                output_padding=layer.output_padding,
+                bias=last or bias,
+            )
+        )
+        if not last:
+            stack += after(layer.channels)
+        channels, (h, w) = layer.channels, layer.size(h, w)
+    if (channels, h, w) != tuple(image_shape):
+        raise ValueError(f"the decoder's layers end at {(channels, h, w)}, the images are {tuple(image_shape)}")
+    return nn.Sequential(*stack)
 
 
 class Decoder(nn.Module):
@@ -221,37 +262,14 @@ class Decoder(nn.Module):
     slope = 0.2  # of its LeakyReLU
 
     def __init__(
-        self,
-        latent_dim: int,
-        cond_dim: int,
-        image_shape: tuple[int, int, int],
-        start: tuple[int, int, int],
-        layers: Sequence[Deconvolution],
+        self, latent_dim: int, cond_dim: int, image_shape: Shape, start: Shape, layers: Sequence[Deconvolution]
     ):
         super().__init__()
         self.latent_dim, self.start = latent_dim, start
         self.adapter = nn.Linear(latent_dim + cond_dim, prod(start))
-        stack: list[nn.Module] = []
-        channels, h, w = start
-        for i, layer in enumerate(layers):
-            last = i == len(layers) - 1
-            stack.append(
-                nn.ConvTranspose2d(
-                    channels,
-                    layer.channels,
-                    layer.kernel,
-                    stride=layer.stride,
-                    padding=layer.padding,
-                    output_padding=layer.output_padding,
-                    bias=last,
-                )
-            )
-            if not last:
-                stack += [BatchNorm2d(layer.channels), LeakyReLU()]
-            channels, (h, w) = layer.channels, layer.size(h, w)
-        if (channels, h, w) != tuple(image_shape):
-            raise ValueError(f"the decoder's layers end at {(channels, h, w)}, the images are {tuple(image_shape)}")
-        self.stack = nn.Sequential(*stack)
+        self.stack = deconvolution_stack(
+            start, layers, image_shape, lambda channels: [BatchNorm2d(channels), LeakyReLU()], bias=False
+        )
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         # the condition's half of the adapter once per image, not once per sample

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...models.layers import BatchNorm1d
-from .networks import Deconvolution
+from .networks import Deconvolution, Plan, Shape, deconvolution_stack
 
 
 class _LeakyReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(x, 0.01)  # a literal, for the reason given in nn/layers.py
+        return F.leaky_relu(x, 0.01)  # a literal, for the reason given in purify_fast/models/layers.py
 
 
 def _linear_blocks(*sizes: int) -> list[nn.Module]:
@@ -59,11 +59,11 @@ class PosteriorEncoderV1(nn.Module):
     #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.fold_sequential`).
     runs_in_order = True
 
-    def __init__(self, image_shape: tuple[int, int, int], cond_dim: int, latent_dim: int):
+    def __init__(self, image_shape: Shape, cond_dim: int, latent_dim: int):
         super().__init__()
         channels, h, w = image_shape
         if min(h, w) < 4:
-            raise ValueError(f"form v1 needs images of at least 4 x 4, got {h} x {w}")
+            raise ValueError(f"version v1 needs images of at least 4 x 4, got {h} x {w}")
         positions = (h - 3) * (w - 3)
         detail = ceil(channels * h * w / positions)
         self.image = nn.Sequential(nn.Conv2d(channels, detail, 4), nn.Flatten())
@@ -77,7 +77,7 @@ class PosteriorEncoderV1(nn.Module):
         return self.mean(h), self.log_variance(h)
 
 
-def decoder_plan_v1(channels: int, inputs: int) -> tuple[tuple[int, int, int], list[Deconvolution]]:
+def decoder_plan_v1(channels: int, inputs: int) -> Plan:
     """Start shape and layers of the first version's decoder, from ``inputs`` numbers to ``channels`` x 28 x 28."""
     return (inputs, 1, 1), [
         Deconvolution(inputs // 2, 4, 1, 0),
@@ -103,35 +103,13 @@ class DecoderV1(nn.Module):
     slope = 0.01  # of its LeakyReLU
 
     def __init__(
-        self,
-        latent_dim: int,
-        cond_dim: int,
-        image_shape: tuple[int, int, int],
-        start: tuple[int, int, int],
-        layers: Sequence[Deconvolution],
+        self, latent_dim: int, cond_dim: int, image_shape: Shape, start: Shape, layers: Sequence[Deconvolution]
     ):
         super().__init__()
         if prod(start) != latent_dim + cond_dim:
             raise ValueError(f"the decoder starts with {latent_dim + cond_dim} numbers, its start is {tuple(start)}")
         self.latent_dim, self.start = latent_dim, tuple(start)
-        stack: list[nn.Module] = []
-        channels, h, w = start
-        for layer in layers:
-            stack += [_LeakyReLU()] if stack else []
-            stack.append(
-                nn.ConvTranspose2d(
-                    channels,
-                    layer.channels,
-                    layer.kernel,
-                    stride=layer.stride,
-                    padding=layer.padding,
-                    output_padding=layer.output_padding,
-                )
-            )
-            channels, (h, w) = layer.channels, layer.size(h, w)
-        if (channels, h, w) != tuple(image_shape):
-            raise ValueError(f"the decoder's layers end at {(channels, h, w)}, the images are {tuple(image_shape)}")
-        self.stack = nn.Sequential(*stack)
+        self.stack = deconvolution_stack(start, layers, image_shape, lambda channels: [_LeakyReLU()], bias=True)
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         h = torch.cat([z, condition[:, None].expand(-1, z.shape[1], -1)], 2)

@@ -10,14 +10,13 @@ The posterior encoder q(z | x, c) is in none of them: inference does not use it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..._files import atomic
@@ -27,17 +26,13 @@ from ...protocols import NamesRepresentation
 from .networks import Deconvolution
 
 PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")
-Shapes = dict[str, tuple[int, ...]]
+#: The tensors of each of `PARTS` by their official names.
+Tensors = dict[str, dict[str, Tensor]]
 
 
-def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a version 4 system per official file, under their official names; memory is shared.
-
-    Args:
-        condition_encoder: a `ConditionEncoder` of maps.
-        decoder: a `Decoder`.
-    """
-    state: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> Tensors:
+    """The tensors of a version 4 system per official file, under their official names; memory is shared."""
+    state: Tensors = {part: {} for part in PARTS}
     for name, tensor in condition_encoder.state_dict().items():
         kind, _, rest = name.partition(".")
         if kind == "layers":
@@ -64,44 +59,43 @@ def _statistics(classifier: nn.Module) -> dict[str, list[float]]:
     for module in classifier.children():
         if isinstance(module, Normalize):
             return module.arguments
-    held = {**vars(classifier), **dict(classifier.named_buffers(recurse=False))}
-    found = {name: held.get(name) for name in ("mean", "std")}
-    if all(isinstance(value, Tensor) for value in found.values()):
-        return {name: value.flatten().tolist() for name, value in found.items() if isinstance(value, Tensor)}
-    return {}
+    attributes = {**vars(classifier), **dict(classifier.named_buffers(recurse=False))}
+    tensors = {name: attributes.get(name) for name in ("mean", "std")}
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        return {}
+    return {name: value.flatten().tolist() for name, value in tensors.items() if isinstance(value, Tensor)}
 
 
-def _find(directory: Path, stem: str | None) -> dict[str, Path]:
+def _paths(directory: Path, stem: str | None) -> dict[str, Path]:
+    """The file of each of `PARTS`."""
     if stem is None:
         ending = f"_{PARTS[0]}.safetensors"
-        stems = sorted(path.name[: -len(ending)] for path in directory.glob(f"*{ending}"))
+        stems = sorted(path.name.removesuffix(ending) for path in directory.glob(f"*{ending}"))
         if len(stems) != 1:
-            found = ", ".join(stems) or "none"
-            raise ValueError(f"{directory} must hold one file *{ending}, or give its stem; there are: {found}")
+            there = ", ".join(stems) or "none"
+            raise ValueError(f"{directory} must hold one file *{ending}, or give its stem; there are: {there}")
         stem = stems[0]
-    paths = {part: directory / f"{stem}_{part}.safetensors" for part in PARTS}
-    for path in paths.values():
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: a system is {', '.join(f'{stem}_{part}' for part in PARTS)}")
-    return paths
+    return {part: directory / f"{stem}_{part}.safetensors" for part in PARTS}
 
 
-def _shapes(path: Path) -> Shapes:
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: a system is a file for each of {', '.join(PARTS)}")
     try:
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # not a dict
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _sizes(shapes: dict[str, Shapes], paths: dict[str, Path]) -> tuple[dict[str, Any], int]:
+def _sizes(tensors: Tensors, paths: dict[str, Path]) -> tuple[dict[str, Any], int]:
     """The arguments of `Carso` that the files tell, and the number of layers in the representation."""
 
     def shape(part: str, name: str, dims: int) -> tuple[int, ...]:
-        found = shapes[part].get(name)
-        if found is None or len(found) != dims:
-            raise ValueError(f"{paths[part]}: {name} must be there with {dims} dimensions, found {found}")
-        return found
+        tensor = tensors[part].get(name)
+        if tensor is None or tensor.dim() != dims:
+            actual = None if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"{paths[part]}: {name} must be there with {dims} dimensions, found {actual}")
+        return tuple(tensor.shape)
 
     cond_dim = shape("repr_fcn_compressor", "1.0.weight", 2)[0]
     rows, columns = shape("decoder", "0.1.weight", 2)
@@ -118,94 +112,54 @@ def _sizes(shapes: dict[str, Shapes], paths: dict[str, Path]) -> tuple[dict[str,
     h = w = side
     for layer in layers:
         h, w = layer.size(h, w)
-    pairs = [name.split(".") for name in shapes["repr_compressors"] if name.endswith(".0.weight")]
-    if not pairs or rows != first * side * side or columns <= cond_dim:
+    blocks = [name.split(".")[:2] for name in tensors["repr_compressors"] if name.endswith(".0.weight")]
+    if not blocks or rows != first * side * side or columns <= cond_dim:
         raise ValueError(f"{paths['decoder'].parent}: these are not the three files of a CARSO system")
     arguments = {
         "image_shape": (last[1], h, w),
         "cond_dim": cond_dim,
         "latent_dim": columns - cond_dim,
-        "encoder_depth": len({pair[1] for pair in pairs}),
+        "encoder_depth": len({block for _, block in blocks}),
         "decoder": ((first, side, side), layers),
     }
-    return arguments, len({pair[0] for pair in pairs})
+    return arguments, len({layer for layer, _ in blocks})
 
 
-@dataclass(frozen=True)
-class OfficialFiles:
-    """The three files of a system, and the shapes of the tensors in them.
-
-    Args:
-        paths: of each of `PARTS`.
-        shapes: of each of `PARTS`, by tensor name.
-    """
-
-    paths: dict[str, Path]
-    shapes: dict[str, Shapes]
-
-    def read_into(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Copy the files' tensors into the system's.
-
-        Args:
-            state: what `official_tensors` gives of the system.
-
-        Raises:
-            ValueError: the files' names or shapes are not the system's; nothing is copied then.
-        """
-        for part, path in self.paths.items():
-            wanted = {name: tuple(tensor.shape) for name, tensor in state[part].items()}
-            check_shapes(f"{path} does not fit this classifier and layers", self.shapes[part], wanted)
-        for part, path in self.paths.items():
-            with safe_open(path, "pt") as file, torch.no_grad():
-                for name, tensor in state[part].items():
-                    tensor.copy_(file.get_tensor(name))
-
-
-def official_arguments(
+def read_official(
     classifier: nn.Module, directory: str | Path, stem: str | None, layers: Sequence[str] | None
-) -> tuple[OfficialFiles, dict[str, Any]]:
-    """A system's files, and what `Carso` takes to hold them; see `Carso.from_official`.
-
-    Args:
-        classifier: the one that the files were trained for.
-        directory: where the files are.
-        stem: their common name; None if there is one system in the directory.
-        layers: the representation's modules; None for what the classifier names itself, as a `WideResNet` does.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: the files are not those of a system, or not for so many layers.
-    """
-    paths = _find(Path(directory), stem)
-    files = OfficialFiles(paths, {part: _shapes(path) for part, path in paths.items()})
-    arguments, count = _sizes(files.shapes, paths)
+) -> tuple[dict[Path, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors of a system's files, and what `Carso` takes to hold them; see `Carso.from_official`."""
+    paths = _paths(Path(directory), stem)
+    tensors = {part: _read(path) for part, path in paths.items()}
+    arguments, count = _sizes(tensors, paths)
     if layers is None:
         if not isinstance(classifier, NamesRepresentation):
             raise ValueError("layers: name the modules of this classifier that the files were trained on")
         layers = classifier.representation_layers()
     if len(layers) != count:
         raise ValueError(f"{paths['repr_compressors']} is for {count} layers, got {len(layers)}")
-    return files, {"layers": layers, **arguments, **_statistics(classifier)}
+    arguments |= {"layers": layers, **_statistics(classifier)}
+    return {path: tensors[part] for part, path in paths.items()}, arguments
+
+
+@torch.no_grad()
+def fill(condition_encoder: nn.Module, decoder: nn.Module, files: dict[Path, dict[str, Tensor]]) -> None:
+    """Copy the files' tensors into a system's, if the names and shapes of all are the system's; else ValueError."""
+    parts = list(zip(official_tensors(condition_encoder, decoder).values(), files.items(), strict=True))
+    for own, (path, tensors) in parts:
+        shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, own)]
+        check_shapes(f"{path} does not fit this classifier and layers", *shapes)
+    for own, (_, tensors) in parts:
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
 
 def write_official(condition_encoder: nn.Module, decoder: nn.Module, directory: str | Path, stem: str) -> None:
-    """Write the three official files, each whole or absent; see `Carso.save_official`.
-
-    The posterior encoder is not among them.
-
-    Args:
-        condition_encoder: a `ConditionEncoder` of maps.
-        decoder: a `Decoder`.
-        directory: where to.
-        stem: the files' common name.
-
-    Raises:
-        ValueError: the files cannot hold this decoder.
-    """
+    """Write the three official files, each whole or absent; see `Carso.save_official`."""
     state = official_tensors(condition_encoder, decoder)
-    paths = {part: Path(directory) / f"{stem}_{part}.safetensors" for part in PARTS}
+    paths = _paths(Path(directory), stem)
     try:
-        readable = _sizes({p: {k: tuple(v.shape) for k, v in state[p].items()} for p in PARTS}, paths)[0]["decoder"]
+        readable = _sizes(state, paths)[0]["decoder"]
     except ValueError:
         readable = None
     layers = [Deconvolution.of(layer) for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d)]

@@ -8,28 +8,26 @@ mnist_v1, is in earlier commits of the repository (8dadfc8, 5f65f97).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ...models.classifiers import FullyConnected
+from ...models.foreign import load_state, read_weights
 from ...models.wide_resnet import WideResNet, representation_layers
 from ...training.attack import TrainingAttack
-from ..recipe import Fact, Recipe, named
+from ..recipe import Fact, Recipe
 from .config import CarsoConfig, atom_size
 from .defence import Carso
 from .networks import published_decoder
+from .official import PARTS
 from .task import CarsoTask
 
 
 @dataclass(frozen=True)
 class CarsoRecipe(Recipe):
     """A published CARSO system."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images."""
-        return self["data.image_shape"]
 
     def build_classifier(self) -> nn.Module:
         """The system's classifier, with fresh weights; the published ones are not part of this package."""
@@ -79,6 +77,54 @@ class CarsoRecipe(Recipe):
                 f"{self['data.num_classes']}"
             )
         return made
+
+    def load(self, directory: str | Path, classifier_weights: str | Path | None = None) -> Carso:
+        """The system with its authors' weights, in evaluation mode.
+
+        Args:
+            directory: where the three safetensors files of the purifier are, and the classifier's file unless it is
+                named.
+            classifier_weights: the file of the classifier's weights; None: the one file of weights in ``directory``
+                that is not the purifier's, or of several the one that is called as the authors call it.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: nothing was published, or files of another system; the message says what differs.
+        """
+        if self["defence.version"] != "v4":
+            published = ", ".join(name for name, recipe in RECIPES.items() if recipe["defence.version"] == "v4")
+            raise ValueError(f"recipe must be a system whose weights were published, {published}, got {self.name!r}")
+        folder = Path(directory)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder: it must hold the published files of CARSO")
+        classifier = self.build_classifier()
+        path = Path(classifier_weights or self._classifier_file(folder))
+        load_state(
+            classifier, read_weights(path), f"{path} does not hold the classifier of this system", drop_prefix=True
+        )
+        defence = Carso.from_official(classifier, folder, samples=self["defence.samples"])
+        if defence.image_shape != self.image_shape:
+            shapes = f"images {list(defence.image_shape)}, {self.name} has {list(self.image_shape)}"
+            raise ValueError(f"{folder} holds a system for {shapes}")
+        return defence
+
+    def _classifier_file(self, folder: Path) -> Path:
+        """The file of weights that is none of the purifier's."""
+        endings, purifier = (".pt", ".pth", ".safetensors"), tuple(f"_{part}.safetensors" for part in PARTS)
+        files = sorted(p for p in folder.iterdir() if p.suffix in endings and not p.name.endswith(purifier))
+        weights = self["start.classifier"].partition(":")[0]
+        chosen = [path for path in files if path.stem == weights] or files
+        if len(chosen) == 1:
+            return chosen[0]
+        if not chosen:
+            raise FileNotFoundError(
+                f"{folder} lacks the classifier that this system purifies for: put its weights there, which its "
+                f"authors call {weights} ({', '.join(endings)}), or name the file (--classifier-weights)"
+            )
+        names = ", ".join(path.name for path in chosen)
+        raise ValueError(
+            f"{folder} holds several files that may be the classifier's, {names}: name it (--classifier-weights)"
+        )
 
     def task(self, defence: Carso, official_code: bool = False) -> CarsoTask:
         """The training of a defence, for `purify_fast.training.fit`.
@@ -261,15 +307,3 @@ RECIPES: dict[str, CarsoRecipe] = {
         ("The classifier's weights are not part of this package.",),
     ),
 }
-
-
-def system(name: str) -> CarsoRecipe:
-    """A published CARSO system.
-
-    Args:
-        name: cifar10, cifar100, tiny_imagenet or mnist_v1, or the same behind "carso/".
-
-    Raises:
-        ValueError: another name.
-    """
-    return named(RECIPES, "carso", name)

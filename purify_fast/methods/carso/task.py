@@ -8,19 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._fingerprint import weights_fingerprint
 from ..._process import processes
-from ...training.attack import settings
 from ...training.length import RunLength
 from ...training.lookahead import Lookahead
 from ...training.schedules import carso_published, carso_v1_published, one_cycle
-from ...training.task import Batch, Metrics, Task, check_labels, check_shape
+from ...training.task import Batch, Metrics
+from ..purifier_task import PurifierTask
 from .config import CarsoConfig, atom_size
 from .defence import Carso
 from .losses import first_kl, training_loss
 
 
-class CarsoTask(Task):
+class CarsoTask(PurifierTask[Carso]):
     """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is, unless ``joint``.
 
     Args:
@@ -32,12 +31,11 @@ class CarsoTask(Task):
         ValueError: from `training_step`, a batch too small to hold adversarial examples.
     """
 
+    name = "carso"
+    config: CarsoConfig
+
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):
-        self.model: Carso = defence
-        self.config, self.origin = config, origin
-        # as it is at the start: joint training changes it
-        self.classifier = weights_fingerprint(defence.classifier)
-        self.tf32 = config.precision == "tf32"
+        super().__init__(defence, config, origin)
         defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         if config.joint:
             defence.release_classifier()
@@ -53,7 +51,7 @@ class CarsoTask(Task):
             self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        return training_loss(self.model, batch, self.config, self.graphs)
+        return training_loss(self.defence, batch, self.config, self.graphs)
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config
@@ -87,18 +85,6 @@ class CarsoTask(Task):
             return one_cycle(progress, peak)
         return (carso_published if self.config.schedule == "published" else carso_v1_published)(epoch, epochs, peak)
 
-    def describe(self) -> dict[str, Any]:
-        facts = {"defence": self.model.arguments, "classifier": self.classifier}
-        return {"task": "carso", **settings(self.config), **facts, "origin": self.origin}
-
-    def finish(self) -> None:
-        super().finish()
-        self.model.refresh()
-
-    def check(self, shape: tuple[int, ...], classes: int) -> None:
-        check_shape(shape, self.model.image_shape)
-        check_labels(classes, self.model.num_classes)
-
     def validate(self, batch: Batch) -> Metrics:
         """The training's loss per image, and its metrics.
 
@@ -109,5 +95,5 @@ class CarsoTask(Task):
         # the sum over a batch would count them twice.
         config = replace(self.config, allow_no_adversarial=True, reduction="mean")
         with torch.no_grad():
-            loss, metrics = training_loss(self.model, batch, config, self.graphs)
+            loss, metrics = training_loss(self.defence, batch, config, self.graphs)
         return {"loss": loss.detach(), **metrics}

@@ -10,7 +10,6 @@ from torch import nn
 import purify_fast
 from purify_fast import _library
 from purify_fast.attacks import BpdaModel, GradientHealth, pgd
-from purify_fast.methods import atop
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, MaskedAutoencoder, SmallGenerator
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.ops import use_backend
@@ -246,8 +245,6 @@ def test_saved_and_read_back(purifier, tmp_path):
         assert torch.equal(made(images()), loaded(images()))
     with pytest.raises(ValueError, match="classifier: its weights"):
         purify_fast.load_defence(tmp_path, SmallCNN(width=4))
-    with pytest.raises(ValueError, match="not a Carso"):
-        purify_fast.methods.carso.load_carso(tmp_path, made.classifier)
 
 
 def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path):
@@ -259,7 +256,7 @@ def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path)
     loaded = purify_fast.load_defence(tmp_path, made.classifier, purifier=Identity())
     assert loaded.purifier.module.gain.item() == 0.5
     with pytest.raises(ValueError, match=r"holds Identity\(\), got small_generator"):
-        atop.load_atop(tmp_path, made.classifier, SmallGenerator(1, 2))
+        purify_fast.load_defence(tmp_path, made.classifier, purifier=SmallGenerator(1, 2))
 
 
 def test_the_callers_modules_stay_their_own():

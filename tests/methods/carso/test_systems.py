@@ -10,7 +10,8 @@ import torch
 from purify_fast.methods.carso import CarsoTask
 from purify_fast.methods.carso.config import atom_size
 from purify_fast.methods.carso.official import official_tensors
-from purify_fast.methods.carso.recipes import RECIPES, system
+from purify_fast.methods.carso.recipes import RECIPES
+from purify_fast.methods.recipes import recipe
 from purify_fast.models.classifiers import FullyConnected, SmallCNN, WideResNet
 from purify_fast.training import Batch
 
@@ -172,18 +173,18 @@ def test_the_optimizer_is_radam_within_lookahead():
 
 def test_unknown_names_and_other_classifiers_are_refused():
     with pytest.raises(ValueError, match="one of cifar10, cifar100, tiny_imagenet, mnist_v1, got 'imagenet'"):
-        system("imagenet")
+        recipe("imagenet", "carso")
     with pytest.raises(ValueError, match="no module 'layer"):
-        system("cifar10").defence(SmallCNN(3, 10, (32, 32)))
+        recipe("cifar10", "carso").defence(SmallCNN(3, 10, (32, 32)))
     with (
         torch.device("meta"),
         pytest.raises(ValueError, match=r"it has 7 classes, carso/cifar10 \(cifar10\) has 10"),
     ):
-        system("cifar10").defence(WideResNet(28, 1, 7))
+        recipe("cifar10", "carso").defence(WideResNet(28, 1, 7))
 
 
 def test_changes_take_the_place_of_the_recipes():
-    made = system("cifar10").defence(WideResNet(28, 1), samples=2, cond_dim=6, latent_dim=4)
+    made = recipe("cifar10", "carso").defence(WideResNet(28, 1), samples=2, cond_dim=6, latent_dim=4)
     assert made.samples == 2 and made.latent_dim == 4
     assert made.arguments["decoder"][0] == [256, 3, 3] and made.arguments["mean"] == [0.4914, 0.4822, 0.4465]
 
