@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from purify_fast import zoo
 from purify_fast.attacks import apgd, fab_t, square
-from purify_fast.attacks.draws import Objective
-from purify_fast.attacks.engine import buckets
+from purify_fast.attacks.engine import rows
 from purify_fast.attacks.frozen_model import frozen
+from purify_fast.attacks.objective import Objective
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate, measure
 from purify_fast.ops import _op
@@ -156,7 +156,7 @@ def as_on_a_gpu(capture: _PerAttack) -> Iterator[None]:
 
     runner = importlib.import_module("purify_fast.evaluation.runner")
     with (
-        mock.patch.object(buckets, "takes_every_size", lambda device: False),
+        mock.patch.object(rows, "takes_every_size", lambda device: False),
         mock.patch.object(measure, "attack_batchwise", noted),
         mock.patch.object(runner, "StepGraphs", graphs),
     ):

@@ -20,18 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._validation import check_folder, check_literal
+from .._validation import CudaGraphs, CudnnBenchmark, check_folder, check_literal
 from .._version import __version__
 from ..attacks import BPDA, Attack, AttackContext, AutoAttack, frozen
+from ..attacks.answers import check_leaves_images
 from ..attacks.arguments import NormName, check_at_least_one, read_norm
-from ..attacks.asked import check_leaves_images
 from ..attacks.autoattack import implementation
 from ..attacks.engine.gradient_copy import GradientCopies
 from ..ops import decisions, held
 from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
-from ..speed.convolutions import CudnnBenchmark, raced_convolutions
-from ..speed.precision import whole_float32_by_default
-from ..speed.step_graphs import CudaGraphs, StepGraphs
+from ..speed.precision import raced_convolutions, whole_float32_by_default
+from ..speed.step_graphs import StepGraphs
 from .alarms.answers import Before
 from .alarms.probes import cost as cost_of_probes
 from .around import notes_of_modules

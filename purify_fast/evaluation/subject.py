@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from .._fingerprint import digest
 from ..attacks import margin
-from ..attacks.asked import ask, check_leaves_images, differ
-from ..attacks.draws import TRIED_CALLS, TRIED_ROWS, drawn_once_per_call
+from ..attacks.answers import TRIED_CALLS, TRIED_ROWS, ask, check_leaves_images, differ, drawn_once_per_call
 from ..protocols import Classifier
 from .outputs import are_probabilities, returning_logits
 from .variant_check import DETERMINISTIC, FIXED_NOISE, Fault, find_fault

@@ -1,4 +1,7 @@
-"""What ``float32`` means on a GPU: by default PyTorch rounds the operands of convolutions there to ten bits (TF32)."""
+"""What ``float32`` means on a GPU, and by which algorithms cuDNN computes it.
+
+By default PyTorch rounds the operands of convolutions there to ten bits (TF32).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
+
+from .._validation import CudnnBenchmark, check_literal
 
 #: How many blocks of `float32_products` the process is in.
 _blocks = 0
@@ -71,3 +76,28 @@ def whole_float32_by_default() -> Iterator[None]:
     """`float32_products`, unless the caller has chosen already by a block of it; also a decorator."""
     with contextlib.nullcontext() if _blocks else float32_products():
         yield
+
+
+@contextlib.contextmanager
+def raced_convolutions(mode: CudnnBenchmark, device: torch.device) -> Iterator[None]:
+    """Within the block, cuDNN races its algorithms once for each shape of a convolution; afterwards as before.
+
+    A race takes about a second for a network and shape, so that shapes should repeat. The algorithms differ in the last
+    bits of their results, and which one wins may differ from run to run.
+
+    Args:
+        mode: "auto" races on a CUDA device, unless the process asks for deterministic algorithms; "on" races there
+            whatever the process asks for; "off" leaves cuDNN as it is.
+        device: where the work is done.
+    """
+    check_literal("mode", mode, CudnnBenchmark)
+    cudnn = torch.backends.cudnn
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    if device.type != "cuda" or mode == "off" or (mode == "auto" and deterministic):
+        yield
+        return
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before

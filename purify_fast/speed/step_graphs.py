@@ -17,12 +17,12 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from .._validation import check_literal
+from .._validation import CudaGraphs, check_literal
 from ..protocols import CountsImages, PreparesReplay
 from .agreement import first_replay_agrees
 from .cuda_capture import CudaCapture
@@ -33,7 +33,6 @@ from .waits import Waits
 
 logger = logging.getLogger("purify_fast")
 
-CudaGraphs = Literal["auto", "always", "off"]
 Result = TypeVar("Result")
 
 #: For how many steps a capture is taken to cost before the first one was measured: an estimate for a ResNet-18.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .._validation import check_types
+from .._validation import Norm, check_types
 from .schedules import rising
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ..speed.step_graphs import StepGraphs
     from .task import Batch
 
-Norm = Literal["linf", "l2", "l1"]
 Radius = TypeVar("Radius", float, "Tensor")
 
 

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .._files import OnFull
-from .._validation import check_types
+from .._validation import CudaGraphs, CudnnBenchmark, Precision, check_types
 from .attack import TrainingAttack
 
 KeepBest = Literal["off", "loss", "accuracy"]
 OnNan = Literal["stop", "back_off"]
-#: As `purify_fast.speed` has them, which takes PyTorch to import.
-CudaGraphs = Literal["auto", "always", "off"]
-CudnnBenchmark = Literal["auto", "on", "off"]
 FusedOptimizers = Literal["auto", "off"]
-ClassifierPrecision = Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ class ClassifierConfig:
     attack: TrainingAttack = TrainingAttack(eps=0.0, steps=7, relative_alpha=2.0, eps_warmup=0.2)
     learning_rate: float = 3e-3
     weight_decay: float = 5e-4
-    precision: ClassifierPrecision = "float32"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..speed.convolutions import raced_convolutions
+from ..speed.precision import raced_convolutions
 from ..speed.step_graphs import StepGraphs
 from .config import FitConfig
 from .task import Task

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from purify_fast import _library
 from purify_fast.attacks import GradientHealth, apgd, fab_t, fgsm, frozen, pgd, pgd_and_fgsm, stadv
-from purify_fast.attacks.draws import Objective
+from purify_fast.attacks.objective import Objective
 from purify_fast.attacks.pgd import Ascent
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
@@ -51,7 +51,6 @@ OPTIONS = {
     "constant step": {"alpha": 0.05},
     "best point and health": {"keep_best": True, "loss": "dlr"},
     "draws in parts": {"eot_iter": 3, "max_forward_batch": 12, "keep_best": True},
-    "constant share": {"density": 0.1},
     "no random start": {"random_start": False, "loss": "margin"},
 }
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..._validation import GradientPrecision
 from ...defences.stochastic import StochasticDefence
 from ...protocols import (
     Accelerates,
@@ -35,7 +36,6 @@ from ...speed.dependencies import dependencies_and_tensors
 from ...speed.folding import fold_sequential
 from ...speed.halving import replace_resizing
 from ...speed.inference_copy import InferenceCopy
-from ..arguments import Precision
 
 #: Weights of convolutions and linear layers below which "auto" stays in float32: conversions cost more than they save.
 FEWEST_WEIGHTS = 250_000
@@ -122,7 +122,7 @@ class GradientCopies:
 
 
 def gradient_copy(
-    model: Classifier, x: Tensor, precision: Precision, copies: GradientCopies | None = None
+    model: Classifier, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None = None
 ) -> Classifier:
     """What an attack on a model takes its gradients from.
 
@@ -178,7 +178,7 @@ def matrix_weights(model: nn.Module) -> int:
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, layers))
 
 
-def _inside(wrapper: PassesOn, x: Tensor, precision: Precision, copies: GradientCopies | None) -> Classifier:
+def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None) -> Classifier:
     """The same for what a wrapper holds; the wrapper itself where there is no copy of that."""
     copied: Classifier | None = None
 

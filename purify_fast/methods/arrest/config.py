@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from math import cos, radians
 from typing import Literal
 
-from ..._validation import check_types
+from ..._validation import Precision, check_types
 from ...training.attack import TrainingAttack
 
 Distance = Literal["abs_cosine", "cosine", "angular", "l2"]
 DriftMode = Literal["eval", "train"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["published", "one_cycle", "constant"]
-Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..._validation import check_types
+from ..._validation import Precision, check_types
 from ...training.attack import TrainingAttack
 from ...training.length import DelayUnit
 
@@ -15,7 +15,6 @@ ReconstructionTarget = Literal["adversarial", "clean"]
 GanFake = Literal["refined", "pasted"]
 ClassifierRange = Literal["unit", "doubled"]
 Masks = Literal["blocks", "free_form"]
-Precision = Literal["float32", "tf32", "bfloat16"]
 Schedule = Literal["constant", "one_cycle"]
 
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._process import processes
+from ..._validation import Precision
 from ...attacks import fgsm
 from ...protocols import Classifier
 from ...speed.step_graphs import StepGraphs
 from ...training.task import Batch, Metrics
-from .config import AtopConfig, GanFake, Precision
+from .config import AtopConfig, GanFake
 from .defence import Atop
 from .masks import hide_free_form
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Literal
 
-from ..._validation import check_types
+from ..._validation import Precision, check_types
 from ...training.attack import TrainingAttack
 from ...training.length import DelayUnit
 
@@ -16,7 +16,6 @@ EpsMode = Literal["paper", "official_code"]
 Reduction = Literal["mean", "sum"]
 Optimizer = Literal["adamw", "radam_lookahead"]
 Schedule = Literal["one_cycle", "published", "published_v1"]
-Precision = Literal["float32", "tf32", "bfloat16"]
 Targets = Literal["labels", "classifier"]
 KlDelayUnit = Literal["share", "epochs", "steps", "images"]
 
