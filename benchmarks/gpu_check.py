@@ -50,7 +50,7 @@ from purify_fast.cli.installation import facts
 from purify_fast.ops import REGISTRY, _compiler, _racing
 from purify_fast.ops._tune import known_rows, tune
 from purify_fast.speed import retain_freed_memory
-from purify_fast.speed.cuda_capture import CudaCapture
+from purify_fast.speed.graphs.cuda_capture import CudaCapture
 
 from . import first, limits, performance, pipelines, report, shipping
 from .context import FAILED, NOT_AVAILABLE, PASSED, Context, Outcome, rows_of

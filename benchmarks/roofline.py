@@ -27,8 +27,8 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import PreActResNet18
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops._racing import Launches
-from purify_fast.speed.folding import fold_batchnorm
-from purify_fast.speed.step_graphs import StepGraphs
+from purify_fast.speed.folding.batchnorm import fold_batchnorm
+from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
 

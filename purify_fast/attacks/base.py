@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._validation import Norm
 from ..protocols import Classifier
-from ..speed.step_graphs import StepGraphs
+from ..speed.graphs.step_graphs import StepGraphs
 from .arguments import NormName, check_at_least_one, check_eps, check_images, read_norm
 from .ball import Ball, ball_around
 from .engine.gradient_copy import GradientCopies

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._validation import Norm, check_literal
 from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
-from ..speed.step_graphs import StepGraphs
+from ..speed.graphs.step_graphs import StepGraphs
 from .arguments import NormName, check_at_least_one, check_images, check_not_negative
 from .ball import ball_around, sample_in_ball
 from .base import AttackContext, BallAttack, Radius, run_alone

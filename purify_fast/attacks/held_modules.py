@@ -45,7 +45,7 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Args:
         model: any module.
     """
-    found: list[tuple[str, nn.Module]] = []
+    hidden: list[tuple[str, nn.Module]] = []
     waiting, known = deque([("", model)]), {id(part) for part in model.modules()}
     while waiting:
         name, module = waiting.popleft()
@@ -54,10 +54,10 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
                 place = ".".join(filter(None, (name, path, where)))
                 for inner, held in [(place, value)] if isinstance(value, nn.Module) else _inside(place, value):
                     if id(held) not in known:
-                        found.append((inner, held))
+                        hidden.append((inner, held))
                         waiting.append((inner, held))
                         known.update(id(each) for each in held.modules())
-    return found
+    return hidden
 
 
 def class_functions(model: nn.Module) -> list[FunctionType]:
@@ -73,14 +73,14 @@ def class_functions(model: nn.Module) -> list[FunctionType]:
             for name, value in vars(kind).items():
                 if isinstance(value, FunctionType):
                     methods.setdefault(name, []).append(value)
-    found: list[FunctionType] = []
+    called: list[FunctionType] = []
     # a method calls another by its name; a training step, which a prediction does not call, uses other things
     waiting = ["forward", "__call__"]
     while waiting:
         for method in methods.pop(waiting.pop(), ()):
-            found.append(method)
+            called.append(method)
             waiting += [name for code in code_and_inner(method.__code__) for name in code.co_names]
-    return found
+    return called
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

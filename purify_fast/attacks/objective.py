@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..protocols import Classifier, SharesDraws, supports
-from ..speed.step_graphs import StepGraphs
-from ..speed.step_loops import State, Steps
+from ..speed.graphs.loops import State, Steps
+from ..speed.graphs.step_graphs import StepGraphs
 from .answers import drawn_once_per_call, logits_of_draws
 from .arguments import check_gradients_can_be_recorded, check_labels
 from .losses import LOSSES, TARGETED, Loss
@@ -263,8 +263,7 @@ class Gradients:
             self._begin(point, 0)
         self._loop.put(point=point)
         self._loop.take()
-        found = self._loop.values("image", "loss", "wrong")
-        return Gradient(**found)
+        return Gradient(**self._loop.values("image", "loss", "wrong"))
 
     def _begin(self, like: Tensor, points: int) -> None:
         if self._objective.graphs is None:
@@ -303,5 +302,5 @@ def input_gradient(
         ValueError: the model writes to its input.
     """
     apart = drawn_once_per_call(model, x, eot_iter, max_forward_batch)
-    found = Objective(model, loss, eot_iter, max_forward_batch, apart=apart).gradient(x.detach().clone(), y)
-    return found.image, found.loss
+    gradient = Objective(model, loss, eot_iter, max_forward_batch, apart=apart).gradient(x.detach().clone(), y)
+    return gradient.image, gradient.loss

@@ -19,8 +19,8 @@ from torch import Tensor
 from .._validation import Norm, check_literal
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
-from ..speed.step_graphs import begin_steps
-from ..speed.step_loops import State
+from ..speed.graphs.loops import State
+from ..speed.graphs.step_graphs import begin_steps
 from .answers import drawn_once_per_call
 from .arguments import check_at_least_one, check_not_negative
 from .ball import Ball, normal_in_ball, sample_in_ball
@@ -63,8 +63,8 @@ class Ascent:
 
     def __call__(self, state: State) -> State:
         if remembers(state):
-            found = self.objective.gradient(state["point"], state["y"])
-            new, image = noted(self.objective, state, state["point"], found), found.image
+            now = self.objective.gradient(state["point"], state["y"])
+            new, image = noted(self.objective, state, state["point"], now), now.image
         else:
             # as in training: nobody asks how good the points on the way are
             new, image = {}, self.objective.direction(state["point"], state["y"])

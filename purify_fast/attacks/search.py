@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._tensors import per_image
 from ..protocols import Classifier
-from ..speed.step_loops import State
+from ..speed.graphs.loops import State
 from .answers import drawn_once_per_call
 from .frozen_model import frozen
 from .health import GradientHealth, faults

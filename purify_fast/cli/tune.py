@@ -52,7 +52,7 @@ class Tune(Command):
         # and so does what imports it
         from ..ops._op import forced_backends
         from ..ops._tune import tune
-        from ..speed.cuda_capture import CudaCapture
+        from ..speed.graphs.cuda_capture import CudaCapture
 
         device = torch.device(usable_device(self.device))
         if device.type not in ("cpu", "cuda"):

@@ -29,8 +29,8 @@ from ..attacks.autoattack import implementation
 from ..attacks.engine.gradient_copy import GradientCopies
 from ..ops import decisions, held
 from ..protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
+from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import raced_convolutions, whole_float32_by_default
-from ..speed.step_graphs import StepGraphs
 from .alarms.answers import Before
 from .alarms.probes import cost as cost_of_probes
 from .around import notes_of_modules

@@ -60,54 +60,54 @@ def dependencies_and_tensors(model: nn.Module) -> tuple[tuple[Any, ...], list[An
     Raises:
         TypeError: as `dependencies`.
     """
-    found: list[Any] = []
+    values: list[Any] = []
     objects: list[Any] = []
-    _add(model, found, objects, {})
+    _add(model, values, objects, {})
     tensors = list({id(part): part for part in objects if isinstance(part, Tensor)}.values())
-    return tuple(found), [part for part in objects if not isinstance(part, Tensor)], tensors
+    return tuple(values), [part for part in objects if not isinstance(part, Tensor)], tensors
 
 
-def _add(value: Any, found: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
-    """Add a value to what was found; tensors, and what counts by its identity, to the objects too."""
+def _add(value: Any, values: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
+    """Add a value; tensors, and what counts by its identity, are added to the objects too."""
     if isinstance(value, _PLAIN):
-        found.append(value)
+        values.append(value)
         return
     if isinstance(value, Tensor):
         if type(value) not in _TENSORS:
             raise TypeError(f"a tensor of type {type(value).__name__} does not say where its memory is")
-        found.append((value.data_ptr(), value.shape, value.dtype, value.device))
+        values.append((value.data_ptr(), value.shape, value.dtype, value.device))
         objects.append(value)
         return
     if isinstance(value, slice):
         # before Python 3.12 a slice cannot be hashed
-        found.append("slice")
+        values.append("slice")
         for part in (value.start, value.stop, value.step):
-            _add(part, found, objects, seen)
+            _add(part, values, objects, seen)
         return
     if id(value) in seen:
         # which of the parts it is matters: a model may change the one that it uses
-        found.append(("seen", seen[id(value)]))
+        values.append(("seen", seen[id(value)]))
         return
     seen[id(value)] = len(seen)
     if isinstance(value, nn.Module):
-        _add_module(value, found, objects, seen)
+        _add_module(value, values, objects, seen)
     elif isinstance(value, dict):
         for name, part in value.items():
             if isinstance(name, _PLAIN):
-                found.append(name)
+                values.append(name)
             else:
-                found.append(id(name))
+                values.append(id(name))
                 objects.append(name)
-            _add(part, found, objects, seen)
+            _add(part, values, objects, seen)
     elif isinstance(value, (list, tuple, set, frozenset)):
-        found.append(len(value))
+        values.append(len(value))
         for part in value:
-            _add(part, found, objects, seen)
+            _add(part, values, objects, seen)
     elif _looked_into(value):
-        found.append(type(value).__qualname__)
-        _add_attributes(value, found, objects, seen)
+        values.append(type(value).__qualname__)
+        _add_attributes(value, values, objects, seen)
     else:
-        found.append(id(value))
+        values.append(id(value))
         objects.append(value)
 
 
@@ -122,22 +122,22 @@ def _looked_into(value: Any) -> bool:
     return settings or (type(value).__module__.startswith("purify_fast.") and not callable(value))
 
 
-def _add_module(module: nn.Module, found: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
-    found.append((type(module).__qualname__, module.training))
+def _add_module(module: nn.Module, values: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
+    values.append((type(module).__qualname__, module.training))
     for tensor in (*module._parameters.values(), *module._buffers.values()):
-        _add(tensor, found, objects, seen)
+        _add(tensor, values, objects, seen)
     for name in HOOKS:
         if hooks := getattr(module, name):
-            _add(list(hooks.values()), found, objects, seen)
+            _add(list(hooks.values()), values, objects, seen)
     for part in module._modules.values():
-        _add(part, found, objects, seen)
-    _add_attributes(module, found, objects, seen)
+        _add(part, values, objects, seen)
+    _add_attributes(module, values, objects, seen)
 
 
-def _add_attributes(value: Any, found: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
+def _add_attributes(value: Any, values: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
     left_out = BARE if isinstance(value, nn.Module) else frozenset()
     ignored: frozenset[str] = getattr(type(value), "not_dependencies", frozenset())
     for name, part in getattr(value, "__dict__", {}).items():
         if name not in left_out and name not in ignored:
-            found.append(name)
-            _add(part, found, objects, seen)
+            values.append(name)
+            _add(part, values, objects, seen)

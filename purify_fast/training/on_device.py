@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import raced_convolutions
-from ..speed.step_graphs import StepGraphs
 from .config import FitConfig
 from .task import Task
 

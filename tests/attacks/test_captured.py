@@ -21,8 +21,8 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.ops._racing import Launches
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.inference_copy import LiveInferenceCopy
-from purify_fast.speed.waits import Waits
+from purify_fast.speed.folding.inference_copy import LiveInferenceCopy
+from purify_fast.speed.graphs.host_syncs import HostSyncs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,9 +154,9 @@ def test_every_step_allocates_the_same_and_waits_for_nothing(model, batch):
                 state |= {"best": x, "best_score": torch.full((2, 9), -torch.inf)}
                 steps = []
                 for _ in range(4):
-                    with Waits() as waits:
+                    with HostSyncs() as waits:
                         state |= ascent(state)
-                    assert not waits.found
+                    assert not waits.counts
                     steps.append(waits.allocated)
                 assert len(steps[0]) > 50 and all(step == steps[0] for step in steps)
 
@@ -168,7 +168,7 @@ def dispatched(attack: Callable[..., Tensor], model: nn.Module, graphs: StepGrap
     for steps in (20, 40):
         # captured by the first of these attacks
         attack(model, x, y, eps=0.1, steps=steps, graphs=graphs, **options)
-        with Waits() as waits:
+        with HostSyncs() as waits:
             attack(model, x, y, eps=0.1, steps=steps, graphs=graphs, **options)
         counts.append(waits.dispatched)
     return (counts[1] - counts[0]) / 20

@@ -22,8 +22,8 @@ from purify_fast.attacks.square import Proposals, pattern, side
 from purify_fast.evaluation.watched import Meter, progress_bar, watched
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops.aggregate import aggregate
-from purify_fast.speed.inference_copy import InferenceCopy
-from purify_fast.speed.waits import Waits
+from purify_fast.speed.folding.inference_copy import InferenceCopy
+from purify_fast.speed.graphs.host_syncs import HostSyncs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -272,7 +272,7 @@ def test_the_direction_is_the_gradient_without_its_score(draws, most):
 
     def counted(found):
         torch.manual_seed(1)
-        with Waits() as waits:
+        with HostSyncs() as waits:
             image = found()
         return image, waits.dispatched
 

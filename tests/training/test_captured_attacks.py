@@ -14,7 +14,7 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.waits import Waits
+from purify_fast.speed.graphs.host_syncs import HostSyncs
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, Task, fit
 from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.epoch import train_step
@@ -111,7 +111,7 @@ def test_what_the_host_launches_in_a_step(name, launched):
             task.graphs = graphs
             for seed in (1, 2):
                 train_step(task, batch(seed))
-            with Waits() as waits:
+            with HostSyncs() as waits:
                 train_step(task, batch(3))
             assert abs(waits.dispatched - count) <= 0.05 * count, waits.dispatched
 

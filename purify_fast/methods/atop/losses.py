@@ -21,7 +21,7 @@ from ..._process import processes
 from ..._validation import Precision
 from ...attacks import fgsm
 from ...protocols import Classifier
-from ...speed.step_graphs import StepGraphs
+from ...speed.graphs.step_graphs import StepGraphs
 from ...training.task import Batch, Metrics
 from .config import AtopConfig, GanFake
 from .defence import Atop

@@ -13,7 +13,7 @@ from ...models.layers import BatchNorm2d
 from ...ops import REGISTRY
 from ...ops._races import SIZES
 from ...ops.decode_samples import Geometry, Layer, Weights, decode_prior, pack, unpack
-from ...speed.folding import folded
+from ...speed.folding.batchnorm import folded
 from .networks import Decoder, Deconvolution
 from .networks_v1 import DecoderV1
 

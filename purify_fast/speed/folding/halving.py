@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._tensors import without_autocast
+from ..._tensors import without_autocast
 
 #: Input and output channels up to which this is faster: beyond it the libraries' own kernels are.
 MOST_CHANNELS = 32
@@ -53,15 +53,15 @@ def _from_row(rows: Tensor, channels: int, width: int) -> Tensor:
     return _pixels(rows).reshape(len(rows), height, width, channels).permute(0, 3, 1, 2)
 
 
-def _own(made: Tensor) -> Tensor:
+def _own(view: Tensor) -> Tensor:
     """What a function made, no longer as a view: PyTorch refuses to change a view from a custom function in place.
 
     Only for a view of a tensor that nobody else holds. Changes of any other would no longer be noticed.
 
     Args:
-        made: a view, of any shape.
+        view: a view, of any shape.
     """
-    return made.data
+    return view.data
 
 
 def spread_weight(weight: Tensor) -> Tensor:
@@ -354,8 +354,8 @@ def replace_resizing(model: nn.Module, dtype: torch.dtype) -> int:
             if isinstance(parent, (Resizing, RowByRow, SameLayout)):
                 continue
             if can_stand_for(layer) or makes_rows(layer):
-                made = Resizing if can_stand_for(layer) else RowByRow
-                setattr(parent, name, made(layer, dtype))  # type: ignore[arg-type]
+                kind = Resizing if can_stand_for(layer) else RowByRow
+                setattr(parent, name, kind(layer, dtype))  # type: ignore[arg-type]
                 done += 1
             elif type(layer) in _ACTIVATIONS and not (layer._forward_hooks or layer._forward_pre_hooks):
                 setattr(parent, name, SameLayout(layer))

@@ -22,14 +22,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import nn
 
-from .._validation import CudaGraphs, check_literal
-from ..protocols import CountsImages, PreparesReplay
-from .agreement import first_replay_agrees
+from ..._validation import CudaGraphs, check_literal
+from ...protocols import CountsImages, PreparesReplay
+from ..dependencies import dependencies
 from .cuda_capture import CudaCapture
-from .dependencies import dependencies
-from .step_loops import Captured, Replays, State, StepFunction, Steps, Tally, parts_of, weak_key, write
-from .surroundings import host_generators, no_trace, numerics, same_draws_again
-from .waits import Waits
+from .host_syncs import HostSyncs
+from .loops import Captured, Replays, State, StepFunction, Steps, Tally, parts_of, weak_key, write
+from .trial import first_replay_agrees, host_generators, no_trace, numerics, same_draws_again
 
 logger = logging.getLogger("purify_fast")
 
@@ -138,10 +137,10 @@ class StepGraphs:
         off = self.mode == "off" or device.type != self.capture.kind
         if off or nothing or torch.compiler.is_compiling():
             return Steps(function, state)
-        found = self._find(function, state, steps, device)
-        if isinstance(found, Captured) and not found.is_in_use():
-            return Replays(function, found, state)
-        return Steps(function, state, found if isinstance(found, Tally) else None)
+        known = self._find(function, state, steps, device)
+        if isinstance(known, Captured) and not known.is_in_use():
+            return Replays(function, known, state)
+        return Steps(function, state, known if isinstance(known, Tally) else None)
 
     def may_replay(self, device: torch.device) -> bool:
         """Whether loops on a device are captured, as far as is known.
@@ -207,12 +206,12 @@ class StepGraphs:
         launched = _remember(self._launched, key, self._launched.get(key) or Tally())
         if launched.steps + steps < (1 if self.mode == "always" else self.worth):
             return launched
-        made = self._make(function, state, base, objects, device)
-        if isinstance(made, Captured):
-            self._captured[key] = made
+        captured = self._make(function, state, base, objects, device)
+        if isinstance(captured, Captured):
+            self._captured[key] = captured
             if len(self._captured) > self.limit:
                 self._captured.popitem(last=False)
-        return made
+        return captured
 
     def _refuse(self, base: Hashable | None, reason: str) -> Tally | None:
         """Note that a step cannot be captured, and say why in the log, once for each reason."""
@@ -288,16 +287,16 @@ class StepGraphs:
     def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
         """Run the step once, and say what keeps it from being captured, if anything does."""
         before = host_generators(device)
-        with self.capture.aside(device), Waits() as waits:
-            found = function(buffers)
+        with self.capture.aside(device), HostSyncs() as waits:
+            results = function(buffers)
         if host_generators(device) != before:
             return f"{_name(function.model)} draws from a generator of the host, which a graph would draw from once"
         # a number that is turned into a tensor waits only if it goes to the device, where the capture then fails
-        blocking = [wait for wait in waits.found if wait.operator != "lift_fresh"]
+        blocking = [wait for wait in waits.counts if wait.operator != "lift_fresh"]
         if blocking:
             operator, file, name = blocking[0]
             return f"the step waits for the device: {operator}, asked for by {name or 'a function'} ({file})"
-        for name, value in found.items():
+        for name, value in results.items():
             old = buffers[name]
             if (value.shape, value.dtype, value.device) != (old.shape, old.dtype, old.device):
                 return (
