@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import enum
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,55 +61,77 @@ def dependencies_and_tensors(model: nn.Module) -> tuple[tuple[Any, ...], list[An
     Raises:
         TypeError: as `dependencies`.
     """
-    values: list[Any] = []
-    objects: list[Any] = []
-    _add(model, values, objects, {})
-    tensors = list({id(part): part for part in objects if isinstance(part, Tensor)}.values())
-    return tuple(values), [part for part in objects if not isinstance(part, Tensor)], tensors
+    walk = _Walk()
+    walk.add(model)
+    tensors = list({id(part): part for part in walk.objects if isinstance(part, Tensor)}.values())
+    return tuple(walk.values), [part for part in walk.objects if not isinstance(part, Tensor)], tensors
 
 
-def _add(value: Any, values: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
-    """Add a value; tensors, and what counts by its identity, are added to the objects too."""
-    if isinstance(value, _PLAIN):
-        values.append(value)
-        return
-    if isinstance(value, Tensor):
-        if type(value) not in _TENSORS:
-            raise TypeError(f"a tensor of type {type(value).__name__} does not say where its memory is")
-        values.append((value.data_ptr(), value.shape, value.dtype, value.device))
-        objects.append(value)
-        return
-    if isinstance(value, slice):
-        # before Python 3.12 a slice cannot be hashed
-        values.append("slice")
-        for part in (value.start, value.stop, value.step):
-            _add(part, values, objects, seen)
-        return
-    if id(value) in seen:
-        # which of the parts it is matters: a model may change the one that it uses
-        values.append(("seen", seen[id(value)]))
-        return
-    seen[id(value)] = len(seen)
-    if isinstance(value, nn.Module):
-        _add_module(value, values, objects, seen)
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            if isinstance(name, _PLAIN):
-                values.append(name)
-            else:
-                values.append(id(name))
-                objects.append(name)
-            _add(part, values, objects, seen)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        values.append(len(value))
-        for part in value:
-            _add(part, values, objects, seen)
-    elif _looked_into(value):
-        values.append(type(value).__qualname__)
-        _add_attributes(value, values, objects, seen)
-    else:
-        values.append(id(value))
-        objects.append(value)
+class _Walk:
+    """The values of a model, and the tensors and objects that stand among them by their addresses and identities."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self.objects: list[Any] = []
+        self._numbers: dict[int, int] = {}
+
+    def add(self, value: Any) -> None:
+        if isinstance(value, _PLAIN):
+            self.values.append(value)
+        elif isinstance(value, Tensor):
+            if type(value) not in _TENSORS:
+                raise TypeError(f"a tensor of type {type(value).__name__} does not say where its memory is")
+            self.values.append((value.data_ptr(), value.shape, value.dtype, value.device))
+            self.objects.append(value)
+        elif isinstance(value, slice):
+            # before Python 3.12 a slice cannot be hashed
+            self.values.append("slice")
+            self._add_all((value.start, value.stop, value.step))
+        elif id(value) in self._numbers:
+            # which of the parts it is matters: a model may change the one that it uses
+            self.values.append(("seen", self._numbers[id(value)]))
+        else:
+            self._numbers[id(value)] = len(self._numbers)
+            self._add_new(value)
+
+    def _add_all(self, parts: Iterable[Any]) -> None:
+        for part in parts:
+            self.add(part)
+
+    def _add_new(self, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            self.values.append((type(value).__qualname__, value.training))
+            self._add_all((*value._parameters.values(), *value._buffers.values()))
+            self._add_all(list(hooks.values()) for name in HOOKS if (hooks := getattr(value, name)))
+            self._add_all(value._modules.values())
+            self._add_attributes(value)
+        elif isinstance(value, dict):
+            for name, part in value.items():
+                if isinstance(name, _PLAIN):
+                    self.values.append(name)
+                else:
+                    self._add_identity(name)
+                self.add(part)
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            self.values.append(len(value))
+            self._add_all(value)
+        elif _looked_into(value):
+            self.values.append(type(value).__qualname__)
+            self._add_attributes(value)
+        else:
+            self._add_identity(value)
+
+    def _add_identity(self, value: Any) -> None:
+        self.values.append(id(value))
+        self.objects.append(value)
+
+    def _add_attributes(self, value: Any) -> None:
+        left_out = BARE if isinstance(value, nn.Module) else frozenset()
+        ignored: frozenset[str] = getattr(type(value), "not_dependencies", frozenset())
+        for name, part in getattr(value, "__dict__", {}).items():
+            if name not in left_out and name not in ignored:
+                self.values.append(name)
+                self.add(part)
 
 
 def _looked_into(value: Any) -> bool:
@@ -120,24 +143,3 @@ def _looked_into(value: Any) -> bool:
         dataclasses.is_dataclass(value) and getattr(value, "__dict__", None) is not None
     )
     return settings or (type(value).__module__.startswith("purify_fast.") and not callable(value))
-
-
-def _add_module(module: nn.Module, values: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
-    values.append((type(module).__qualname__, module.training))
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        _add(tensor, values, objects, seen)
-    for name in HOOKS:
-        if hooks := getattr(module, name):
-            _add(list(hooks.values()), values, objects, seen)
-    for part in module._modules.values():
-        _add(part, values, objects, seen)
-    _add_attributes(module, values, objects, seen)
-
-
-def _add_attributes(value: Any, values: list[Any], objects: list[Any], seen: dict[int, int]) -> None:
-    left_out = BARE if isinstance(value, nn.Module) else frozenset()
-    ignored: frozenset[str] = getattr(type(value), "not_dependencies", frozenset())
-    for name, part in getattr(value, "__dict__", {}).items():
-        if name not in left_out and name not in ignored:
-            values.append(name)
-            _add(part, values, objects, seen)

@@ -6,7 +6,7 @@ By default PyTorch rounds the operands of convolutions there to ten bits (TF32).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -35,20 +35,6 @@ def float32_settings() -> tuple[tuple[bool, str] | None, list[str]]:
     return older, values
 
 
-def _restorer() -> Callable[[], None]:
-    """What puts the settings back as they are now."""
-    older, values = float32_settings()
-
-    def restore() -> None:
-        if older is not None:
-            torch.backends.cudnn.allow_tf32 = older[0]
-            torch.set_float32_matmul_precision(older[1])
-        for name, value in zip(_NAMES, values, strict=True):
-            torch._C._set_fp32_precision_setter("cuda", name, value)
-
-    return restore
-
-
 @contextlib.contextmanager
 def float32_products(*, tf32: bool = False) -> Iterator[None]:
     """Within the block, compute float32 convolutions and matrix products on a GPU as the caller asks.
@@ -60,7 +46,7 @@ def float32_products(*, tf32: bool = False) -> Iterator[None]:
             network then err by about 1e-2. By default products are those of IEEE float32, as on a CPU.
     """
     global _blocks
-    restore = _restorer()
+    older, values = float32_settings()
     _blocks += 1
     try:
         torch.backends.cudnn.allow_tf32 = tf32
@@ -68,7 +54,11 @@ def float32_products(*, tf32: bool = False) -> Iterator[None]:
         yield
     finally:
         _blocks -= 1
-        restore()
+        if older is not None:
+            torch.backends.cudnn.allow_tf32, _ = older
+            torch.set_float32_matmul_precision(older[1])
+        for name, value in zip(_NAMES, values, strict=True):
+            torch._C._set_fp32_precision_setter("cuda", name, value)
 
 
 @contextlib.contextmanager

@@ -11,13 +11,12 @@ to be, that replays would have paid for a capture; how many that are, each captu
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -46,27 +45,6 @@ TIMINGS = 3
 RETRIED_AFTER = 1000
 #: How many steps are remembered that were not captured.
 REMEMBERED = 64
-
-
-class Capture(Protocol):
-    """What makes graphs: `CudaCapture`, or what stands for it in a test."""
-
-    kind: str
-
-    def aside(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """See `CudaCapture.aside`."""
-
-    def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
-        """See `CudaCapture.timed`."""
-
-    def now(self, device: torch.device) -> float:
-        """See `CudaCapture.now`."""
-
-    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """See `CudaCapture.record`."""
-
-    def release(self) -> None:
-        """See `CudaCapture.release`."""
 
 
 class _Refusal(NamedTuple):
@@ -101,12 +79,12 @@ class StepGraphs:
     A model is held weakly: when it goes, so do its graphs. One loop at a time: not for several threads.
     """
 
-    def __init__(self, mode: CudaGraphs = "auto", limit: int = 32, capture: Capture | None = None):
+    def __init__(self, mode: CudaGraphs = "auto", limit: int = 32, capture: CudaCapture | None = None):
         check_literal("mode", mode, CudaGraphs)
         if limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
         self.mode, self.limit = mode, limit
-        self.capture: Capture = CudaCapture() if capture is None else capture
+        self.capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
         self.worth = WORTH
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
