@@ -24,16 +24,16 @@ from tqdm import tqdm
 
 from purify_fast import zoo
 from purify_fast.attacks import apgd, fab_t, square
-from purify_fast.attacks.draws import Objective
-from purify_fast.attacks.engine import buckets
+from purify_fast.attacks.engine import rows
 from purify_fast.attacks.frozen_model import frozen
+from purify_fast.attacks.objective import Objective
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate, measure
 from purify_fast.ops.dispatch import registry
 from purify_fast.ops.dispatch.timing import Launches
-from purify_fast.speed.step_graphs import WORTH, CudaGraphs, StepGraphs
-from purify_fast.speed.step_loops import State, StepFunction, Steps
-from purify_fast.speed.waits import Waits
+from purify_fast.speed.graphs.host_syncs import HostSyncs
+from purify_fast.speed.graphs.loops import State, StepFunction, Steps
+from purify_fast.speed.graphs.step_graphs import WORTH, CudaGraphs, StepGraphs
 
 from . import report
 from .launches import Replays
@@ -156,7 +156,7 @@ def as_on_a_gpu(capture: _PerAttack) -> Iterator[None]:
 
     runner = importlib.import_module("purify_fast.evaluation.runner")
     with (
-        mock.patch.object(buckets, "takes_every_size", lambda device: False),
+        mock.patch.object(rows, "takes_every_size", lambda device: False),
         mock.patch.object(measure, "attack_in_batches", noted),
         mock.patch.object(runner, "StepGraphs", graphs),
     ):
@@ -207,10 +207,10 @@ def per_step(model: nn.Module, x: Tensor, attack: Callable[..., Tensor], capture
         # whatever can be captured is, by the first of these runs
         attack(model, x, y, steps=steps, **options)
         replays.replayed = 0
-        with Waits() as waits, Launches() as launches:
+        with HostSyncs() as waits, Launches() as launches:
             attack(model, x, y, steps=steps, **options)
         launched.append(launches.count + replays.replayed)
-        waited.append(sum(waits.found.values()))
+        waited.append(sum(waits.counts.values()))
     steps = COUNTED_STEPS[1] - COUNTED_STEPS[0]
     return (launched[1] - launched[0]) / steps, (waited[1] - waited[0]) / steps
 

@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from purify_fast._files import write_text
 from purify_fast.attacks import APGD, FABT, Attack, AttackContext, Square, frozen
 from purify_fast.attacks.autoattack import implementation
 from purify_fast.attacks.engine.gradient_copy import GradientCopies
-from purify_fast.attacks.engine.judge import Judge, standard_error
+from purify_fast.attacks.engine.judge import Judge, has_fallen
 from purify_fast.defences.aggregation import WithAggregation
 from purify_fast.demo import Budget, Workspace, arrest, carso
 from purify_fast.demo.setting import EPS, digits
@@ -134,10 +135,10 @@ def in_turn(choose: Callable[[Amount], list[Attack]]) -> Contestant:
             judge_draws=JUDGES, max_forward_batch=2 * BATCH if subject.random else None,
             copies=GradientCopies(),
         )  # fmt: skip
-        judge = Judge(model, context.fallen, context.judges, context.max_forward_batch)
+        judge = Judge(model, context.judges(context.eot_iter), context.max_forward_batch)
         with frozen(model), torch.no_grad():
             share = judge.shares(subject.x, subject.y)
-            left = (~judge.fallen(share)).nonzero()[:, 0]
+            left = (~has_fallen(share)).nonzero()[:, 0]
             for one in choose(amount):
                 for part in left.split(BATCH):
                     told = replace(context, sample_ids=part)
@@ -145,10 +146,24 @@ def in_turn(choose: Callable[[Amount], list[Attack]]) -> Contestant:
                     new = judge.shares(other, subject.y[part])
                     better = part[new >= share[part]]
                     found[better], share[better] = other[new >= share[part]], new[new >= share[part]]
-                left = left[~judge.fallen(share[left])]
+                left = left[~has_fallen(share[left])]
         return found
 
     return attack
+
+
+def standard_error(share: float, draws: int) -> float:
+    """The standard error of a share of misclassified draws.
+
+    Args:
+        share: in [0, 1].
+        draws: how many independent draws it was counted over, at least 1.
+
+    Returns:
+        Wilson's half width at one standard deviation, which is not 0 where all draws agree: four equal draws prove
+        little.
+    """
+    return math.sqrt(share * (1 - share) / draws + 1 / (4 * draws**2)) / (1 + 1 / draws)
 
 
 STANDARD_CONTESTANTS: dict[str, Contestant] = {

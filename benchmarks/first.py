@@ -33,9 +33,9 @@ from purify_fast.ops.dispatch import timing, verify
 from purify_fast.ops.dispatch.examples import tile, to
 from purify_fast.ops.dispatch.op import Call
 from purify_fast.ops.dispatch.registry import use_backend
-from purify_fast.speed.cuda_capture import CudaCapture
+from purify_fast.speed.graphs.cuda_capture import CudaCapture
+from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.speed.precision import float32_products
-from purify_fast.speed.step_graphs import StepGraphs
 
 from . import evaluation, limits, measure, pipelines
 from .context import Context, Outcome, measured

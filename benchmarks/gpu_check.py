@@ -51,7 +51,7 @@ from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import compiler, timing
 from purify_fast.ops.dispatch.tune import known_rows, tune
 from purify_fast.speed import retain_freed_memory
-from purify_fast.speed.cuda_capture import CudaCapture
+from purify_fast.speed.graphs.cuda_capture import CudaCapture
 
 from . import first, limits, performance, pipelines, report, shipping
 from .context import FAILED, NOT_AVAILABLE, PASSED, Context, Outcome, rows_of

@@ -24,7 +24,7 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import REGISTRY, pin_kernels
 from purify_fast.ops.dispatch.timing import Launches
-from purify_fast.speed.step_graphs import StepGraphs
+from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
 

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from purify_fast.attacks.draws import Objective
 from purify_fast.attacks.frozen_model import frozen
+from purify_fast.attacks.objective import Objective
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import PreActResNet18
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops.dispatch.timing import Launches
-from purify_fast.speed.folding import fold_batchnorm
-from purify_fast.speed.step_graphs import StepGraphs
+from purify_fast.speed.folding.batchnorm import fold_batchnorm
+from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
 

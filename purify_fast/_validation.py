@@ -1,4 +1,4 @@
-"""What arguments may be that several modules take; each error names the argument, its value and what is allowed."""
+"""The names that arguments of several packages take, and checks, whose errors say what is allowed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+#: The norms of a ball.
 Norm = Literal["linf", "l2", "l1"]
-#: In what a model is trained: "tf32" rounds what a GPU multiplies to ten bits of mantissa.
-TrainingPrecision = Literal["float32", "tf32", "bfloat16"]
+#: What a training or an evaluation computes in: "tf32" rounds what a GPU multiplies to ten bits of mantissa.
+Precision = Literal["float32", "tf32", "bfloat16"]
+#: What an attack computes its gradients in: `purify_fast.attacks.engine.gradient_copy`.
+GradientPrecision = Literal["auto", "float32", "bfloat16"]
+#: Which steps of attacks become CUDA graphs: `purify_fast.speed.StepGraphs`.
 CudaGraphs = Literal["auto", "always", "off"]
+#: Whether cuDNN races its algorithms: `purify_fast.speed.precision.raced_convolutions`.
 CudnnBenchmark = Literal["auto", "on", "off"]
 
 #: What a value of each type may be; a bool is no number here, although Python takes it for one.

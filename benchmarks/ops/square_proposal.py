@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from purify_fast.attacks.engine.squares import pattern
+from purify_fast.attacks.square import pattern
 from purify_fast.ops import square_proposal
 
 from . import Case, uniform

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purify_fast.methods.carso.networks import pre_encoder
-from purify_fast.speed.inference_copy import autocast_to
+from purify_fast.speed.folding.inference_copy import autocast_to
 
 from . import Case, Contestant, Job
 

@@ -22,7 +22,7 @@ from purify_fast._fingerprint import weights_fingerprint
 from purify_fast.attacks import APGD, PGD
 from purify_fast.evaluation import AttackSpec, evaluate, merge
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.speed.inference_copy import InferenceCopy
+from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.training import FitConfig, fit
 from purify_fast.training.attack import TrainingAttack
 

@@ -6,9 +6,8 @@ The functions, such as `pgd`, attack a batch; the dataclasses, such as `PGD`, ar
 from .apgd import APGD, apgd
 from .autoattack import AutoAttack
 from .ball import Ball, sample_in_ball
-from .base import Attack, AttackContext, ThreatModel
+from .base import Attack, AttackContext, Run, ThreatModel
 from .bpda import BPDA, BpdaModel
-from .draws import input_gradient
 from .fab import FABT, fab_t
 from .fgsm import FGSM, fgsm, pgd_and_fgsm
 from .frozen_model import frozen
@@ -24,6 +23,7 @@ from .losses import (
     margin_targeted,
     scaled_margin,
 )
+from .objective import input_gradient
 from .pgd import PGD, pgd
 from .square import Square, square
 from .stadv import StAdv, stadv
@@ -44,6 +44,7 @@ __all__ = [
     "Ball",
     "BpdaModel",
     "GradientHealth",
+    "Run",
     "Square",
     "StAdv",
     "ThreatModel",

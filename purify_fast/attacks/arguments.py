@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .._validation import Norm as Norm
-from .._validation import check_literal
+from .._validation import Norm, check_literal
 
 #: By which share of the fresh draws of a random model an image falls.
 Fallen = Literal["any", "majority", "all"]
-#: What gradients are computed in: `purify_fast.attacks.engine.gradient_copy`.
-Precision = Literal["auto", "float32", "bfloat16"]
 #: How far a pixel may be out of its range, as a share of that: as far as rounding takes it.
 ROUNDING = 1e-4
 #: What the public functions take; AutoAttack and RobustBench write the second half.
 NormName = Literal["linf", "l2", "l1", "Linf", "L2", "L1"]
 
 
-def read_norm(norm: str, allowed: Any = Norm) -> Norm:
-    """A norm's name as this package writes it.
-
-    Args:
-        norm: ``linf``, ``l2`` or ``l1``; ``Linf``, ``L2`` and ``L1`` mean the same.
-        allowed: the ``Literal`` of the norms that the attack knows.
-
-    Raises:
-        ValueError: another name.
-    """
+def read_norm(norm: str) -> Norm:
+    """A norm's name as this package writes it: ``Linf``, ``L2`` and ``L1`` mean the same; ValueError for another."""
     known = norm.lower() if isinstance(norm, str) else norm
-    if known not in allowed.__args__:
+    if known not in get_args(Norm):
         # the name is shown as it was given
-        check_literal("norm", norm, allowed)
+        check_literal("norm", norm, Norm)
     return cast(Norm, known)
 
 

@@ -20,13 +20,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .._validation import check_literal
+from .._validation import Norm, check_literal
 from ..ops.pgd_step import pgd_step
 from ..protocols import Classifier
-from .arguments import Norm, NormName, check_at_least_one, read_norm
-from .base import AttackContext, BallAttack
-from .draws import input_gradient
+from .arguments import check_at_least_one
+from .base import AttackContext, BallAttack, Run
 from .frozen_model import frozen
+from .objective import input_gradient
 from .pgd import pgd
 
 Version = Literal["standard", "rand"]
@@ -76,6 +76,7 @@ class AutoAttack(BallAttack):
     """
 
     kind: ClassVar[str] = "autoattack"
+    usual_steps: ClassVar[int | None] = STEPS
 
     version: Version = "standard"
     steps: int | None = None
@@ -100,8 +101,8 @@ class AutoAttack(BallAttack):
             name += f" ({' + '.join(run)}; PGD margin for {replaced}: {context.num_classes} classes)"
         return name
 
-    def draws(self, context: AttackContext) -> int:
-        return (self.eot_iter or DRAWS) if context.draws_differ and self.version == "rand" else 1
+    def draws(self, run: Run) -> int:
+        return (self.eot_iter or DRAWS) if run.draws_differ and self.version == "rand" else 1
 
     def cost(self, context: AttackContext) -> None:
         """None: it stops early where it has won."""
@@ -117,11 +118,10 @@ class AutoAttack(BallAttack):
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
         run, replaced = parts(self.version, context.num_classes)
-        own = {"steps": self.steps or STEPS, "attacks": run, "replaced_by_pgd_margin": replaced}
-        return super().settings(context) | own
+        return super().settings(context) | {"attacks": run, "replaced_by_pgd_margin": replaced}
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        """Attack what `target` gave, batch by batch; `AttackContext.warnings` gets AutoAttack's own.
+        """Attack what `target` gave, batch by batch; `Run.warnings` gets AutoAttack's own.
 
         Args:
             target: an ``nn.Module``, as AutoAttack wants one.
@@ -130,128 +130,68 @@ class AutoAttack(BallAttack):
             context: what the evaluation tells.
 
         Returns:
-            Adversarial images; the clean one where AutoAttack found none.
+            Adversarial images; the clean one where AutoAttack has none.
 
         Raises:
             ModuleNotFoundError: AutoAttack is not installed.
         """
         if len(x) == 0:
             return x.clone()
-        norm, eps = self.ball(context)
+        threat, health = self.threat_model(context), context.health
         with frozen(target):
-            found, warnings = autoattack(
-                target,
-                x,
-                y,
-                eps=eps,
-                norm=norm,
-                version=self.version,
-                num_classes=context.num_classes,
-                seed=context.seed,
-                batch_size=context.batch_size,
-                steps=self.steps or STEPS,
-                eot_iter=self.draws(context),
-                n_queries=self.n_queries,
-                max_forward_batch=context.max_forward_batch,
-            )
-            context.warnings.extend(warnings)
-            if context.health is not None:
-                for a, b, c in zip(*(whole.split(context.batch_size) for whole in (x, found, y)), strict=True):
+            points = self._packaged(target, x, y, context)
+            if parts(self.version, context.num_classes)[1] is not None:
+                points = self._with_margin(target, x, y, points, context)
+            # AutoAttack rounds a little past the ball
+            points = pgd_step(points.detach(), torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
+            if health is not None:
+                for a, b, c in zip(*(whole.split(context.batch_size) for whole in (x, points, y)), strict=True):
                     for point in (a, b):
-                        context.health.see_gradient(input_gradient(target, point, c)[0])
-        return found
+                        health.see_gradient(input_gradient(target, point, c)[0])
+        return points
 
-
-def autoattack(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float,
-    norm: NormName,
-    version: Version,
-    num_classes: int,
-    seed: int,
-    batch_size: int,
-    steps: int = STEPS,
-    eot_iter: int = DRAWS,
-    n_queries: int = QUERIES,
-    max_forward_batch: int | None = None,
-) -> tuple[Tensor, list[str]]:
-    """Run AutoAttack on images the model classifies.
-
-    Args:
-        model: images ``[B, C, H, W]`` to logits, an ``nn.Module``; within `purify_fast.attacks.frozen`.
-        x: images, float32 ``[B, C, H, W]`` in [0, 1], on the model's device.
-        y: labels, int64 ``[B]``.
-        eps: radius in image units.
-        norm: "linf", "l2" or "l1".
-        version: "standard" for a model that predicts the same every time, or "rand".
-        num_classes: classes of the model; below 4 some of AutoAttack's losses are not defined.
-        seed: of everything random.
-        batch_size: images attacked together.
-        steps: of APGD and FAB.
-        eot_iter: draws averaged per step of the version "rand".
-        n_queries: of Square.
-        max_forward_batch: images in one forward pass at most, of the margin attack that replaces what cannot run.
-
-    Returns:
-        Adversarial images (the clean one where AutoAttack found none), and AutoAttack's warnings.
-
-    Raises:
-        ModuleNotFoundError: AutoAttack is not installed.
-    """
-    norm = read_norm(norm)
-    attacks, replaced = parts(version, num_classes)
-    make = implementation()
-    warnings: list[str] = []
-    with _listening(warnings):
-        options = {"norm": _NORMS[norm], "eps": eps, "seed": seed, "version": version, "device": x.device}
-        known = inspect.signature(make.__init__).parameters  # type: ignore[misc]
-        adversary = make(model, **options, **({"verbose": False} if "verbose" in known else {}))
-        adversary.attacks_to_run = attacks
-        adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = min(9, num_classes - 1)
-        for part in (adversary.apgd, adversary.apgd_targeted):
-            _set_steps(part, steps)
-        adversary.fab.n_iter = steps
-        adversary.square.n_queries = n_queries
-        if version == "rand":
-            adversary.apgd.eot_iter = eot_iter
-        size = "batch_size" if "batch_size" in inspect.signature(adversary.run_standard_evaluation).parameters else "bs"
-        result = adversary.run_standard_evaluation(x, y, **{size: batch_size})
+    def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        """What the installed package finds."""
+        make, (norm, eps) = implementation(), self.threat_model(context)
+        steps, draws, _ = self.decided(context)
+        with _listening(context.warnings):
+            options = {"norm": _NORMS[norm], "eps": eps, "seed": context.seed, "version": self.version}
+            known = inspect.signature(make.__init__).parameters  # type: ignore[misc]
+            quiet = {"verbose": False} if "verbose" in known else {}
+            adversary = make(target, device=x.device, **options, **quiet)
+            adversary.attacks_to_run = parts(self.version, context.num_classes)[0]
+            targets = min(9, context.num_classes - 1)
+            adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = targets
+            for part in (adversary.apgd, adversary.apgd_targeted):
+                _set_steps(part, steps)
+            adversary.fab.n_iter = steps
+            adversary.square.n_queries = self.n_queries
+            if self.version == "rand":
+                adversary.apgd.eot_iter = draws
+            evaluate = adversary.run_standard_evaluation
+            size = "batch_size" if "batch_size" in inspect.signature(evaluate).parameters else "bs"
+            result = evaluate(x, y, **{size: context.batch_size})
         # the package autoattack returns the images alone
-        found = result[0] if isinstance(result, tuple) else result
-    if replaced is not None:
-        found = _with_margin(
-            model,
-            x,
-            y,
-            found,
-            batch_size,
-            eps=eps,
-            norm=norm,
-            steps=steps,
-            eot_iter=eot_iter if version == "rand" else 1,
-            seed=seed,
-            max_forward_batch=max_forward_batch,
-        )
-    # AutoAttack rounds a little past the ball
-    return pgd_step(found.detach(), torch.zeros_like(x), x, 0.0, eps, norm=norm), warnings
+        return result[0] if isinstance(result, tuple) else result
 
-
-def _with_margin(model: Classifier, x: Tensor, y: Tensor, found: Tensor, batch_size: int, **options: Any) -> Tensor:
-    """What AutoAttack found, or where that is nothing what PGD on the margin finds; ``options`` are `pgd`'s."""
-    with torch.no_grad():
-        left = [
-            part[model(found[part]).argmax(1) == y[part]]
-            for part in torch.arange(len(x), device=x.device).split(batch_size)
-        ]
-    for part in torch.cat(left).split(batch_size):
-        stronger = pgd(model, x[part], y[part], loss="margin", keep_best=True, sample_ids=part, **options)
+    def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: AttackContext) -> Tensor:
+        """The points that succeed, or where they do not what PGD on the margin finds."""
+        steps, draws, _ = self.decided(context)
+        ball: dict[str, Any] = {"eps": context.eps if self.eps is None else self.eps, "norm": self.norm or context.norm}
         with torch.no_grad():
-            wrong = model(stronger).argmax(1) != y[part]
-        found[part[wrong]] = stronger[wrong]
-    return found
+            left = [
+                part[target(points[part]).argmax(1) == y[part]]
+                for part in torch.arange(len(x), device=x.device).split(context.batch_size)
+            ]
+        for part in torch.cat(left).split(context.batch_size):
+            stronger = pgd(
+                target, x[part], y[part], **ball, steps=steps, loss="margin", keep_best=True, eot_iter=draws,
+                seed=context.seed, sample_ids=part, max_forward_batch=context.max_forward_batch,
+            )  # fmt: skip
+            with torch.no_grad():
+                wrong = target(stronger).argmax(1) != y[part]
+            points[part[wrong]] = stronger[wrong]
+        return points
 
 
 def _set_steps(part: Any, steps: int) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
+from .._validation import Norm
 from ..ops.pgd_step import per_sample, pgd_step
 from ..ops.philox import Stream, philox
-from .arguments import Norm, check_eps, check_seed, read_norm
+from .arguments import check_eps, check_seed, read_norm
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Ball:
         """The norm and the box, as the arguments of `purify_fast.ops.pgd_step` and `apgd_step`."""
         return {"norm": self.norm, "lo": self.clip_min, "hi": self.clip_max}
 
-    def of(self, index: Tensor | slice) -> Ball:
+    def take(self, index: Tensor | slice) -> Ball:
         """The balls of some of the images.
 
         Args:

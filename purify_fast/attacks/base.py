@@ -1,23 +1,29 @@
-"""What an evaluation asks of an attack, and what it tells it.
+"""What an attack is, and what it is told.
 
-An attack is a small frozen dataclass that holds its own options alone. Whatever it leaves open comes from the
-`AttackContext`: the report's ball, steps and draws, the seed, and the sizes of batches.
+An attack is a small frozen dataclass of its own options, and its only definition: the function of the same name runs
+it without an evaluation. Whatever the options leave open comes from a `Run`; an evaluation's is an `AttackContext`.
 """
 
 from __future__ import annotations
 
 import abc
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
-from .._validation import check_literal
+from .._validation import Norm
 from ..protocols import Classifier
-from ..speed.step_graphs import StepGraphs
-from .arguments import Fallen, Norm, Precision, check_at_least_one, check_eps, check_switch, read_norm
+from ..speed.graphs.step_graphs import StepGraphs
+from .arguments import NormName, check_at_least_one, check_eps, check_images, read_norm
+from .ball import Ball, ball_around
 from .engine.gradient_copy import GradientCopies
 from .health import GradientHealth
+from .losses import usable_loss
+
+#: A radius in image units: one number, or one for each image, ``[B]``.
+Radius = float | Tensor
 
 
 class ThreatModel(NamedTuple):
@@ -30,56 +36,93 @@ class ThreatModel(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackContext:
-    """What an evaluation tells an attack.
+class Run:
+    """What one run of an attack is told, besides the attack's own options.
 
     Args:
-        num_classes: classes of the model.
-        eps: radius of the report's ball in image units.
-        norm: norm of the report's ball: "linf", "l2" or "l1".
+        eps: radius of the ball in image units, a number or ``[B]``.
+        norm: norm of the ball: "linf", "l2" or "l1".
+        clip_min: the smallest value of a pixel.
+        clip_max: the largest value of a pixel.
+        num_classes: classes of the model; None: not known, so that no loss is replaced by one for fewer classes.
         steps: steps of an attack that does not say how many.
         eot_iter: draws averaged per step by an attack that does not say how many.
         draws_differ: whether two predictions of the attacked model differ; if not, every attack takes one draw.
-        fallen: of a random model, by which share of fresh draws an image falls, and is then attacked no more: "any",
-            "majority" or "all". An attack that stops at the first lucky draw would leave weak images behind.
-        judge_draws: fresh draws for that.
+        judge_draws: fresh draws of a random model, all of which must be misclassified for an image to fall; None: as
+            many as are averaged per step. An attack that stops at the first lucky draw would leave weak images behind.
         seed: of everything random.
         sample_ids: int64 ``[B]``, the images' indices in their data set; an image's random start depends on the seed
             and its id alone. None: 0 .. B - 1.
-        max_forward_batch: images in one forward pass at most; None: no limit.
-        batch_size: images that an attack takes together at most; it is given no more at once.
+        max_forward_batch: images in one forward pass at most, which changes no result; None: no limit.
+        batch_size: images that an attack takes together at most, where it tries several targets or restarts of an image
+            at once; None: 64, or as many as there are images, if those are more.
         health: counts gradients and movement, if given.
-        graphs: captures the steps of attacks on a CUDA device, if given.
+        graphs: on a CUDA device captures the steps of attacks, if given; see `purify_fast.speed.StepGraphs`.
         copies: keeps the copies from which attacks take their gradients for the next attack, if given.
         gradients_from: another model whose gradients are followed, while the attacked model judges every success. Only
             attacks that say so look at it (`Attack.follows_gradients`); None: the attacked model's own gradients.
         warnings: an attack appends what the reader of its result must know.
-        found: an attack that tries several things adds to the name of each how many images fell to it.
+        fell_to: an attack that tries several targets or restarts adds to the name of each how many images fell to it.
+
+    Raises:
+        ValueError: a name or a count that is not allowed.
+    """
+
+    eps: Radius = 0.0
+    norm: NormName = "linf"
+    clip_min: float = 0.0
+    clip_max: float = 1.0
+    num_classes: int | None = None
+    steps: int = 100
+    eot_iter: int = 1
+    draws_differ: bool = True
+    judge_draws: int | None = None
+    seed: int = 0
+    sample_ids: Tensor | None = None
+    max_forward_batch: int | None = None
+    batch_size: int | None = None
+    health: GradientHealth | None = None
+    graphs: StepGraphs | None = None
+    copies: GradientCopies | None = None
+    gradients_from: Classifier | None = None
+    warnings: list[str] = field(default_factory=list)
+    fell_to: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_at_least_one(
+            judge_draws=self.judge_draws, max_forward_batch=self.max_forward_batch, batch_size=self.batch_size
+        )
+
+    def judges(self, draws: int) -> int:
+        """Fresh predictions by which an image falls, where so many draws are averaged per step."""
+        return (self.judge_draws or draws) if self.draws_differ else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackContext(Run):
+    """What an evaluation tells an attack: the report's ball, steps and draws, the seed, and the sizes of batches.
+
+    Args:
+        num_classes: classes of the model.
+        eps: radius of the report's ball in image units.
+        eot_iter: draws averaged per step by an attack that does not say how many.
+        judge_draws: fresh draws by which an image of a random model falls.
+        batch_size: images that an attack takes together at most; it is given no more at once.
     """
 
     num_classes: int
     eps: float
-    norm: Norm = "linf"
-    steps: int = 100
     eot_iter: int = 5
-    draws_differ: bool = True
-    fallen: Fallen = "all"
     judge_draws: int = 5
-    seed: int = 0
-    sample_ids: Tensor | None = None
-    max_forward_batch: int | None = None
     batch_size: int = 250
-    health: GradientHealth | None = None
-    gradients_from: Classifier | None = None
-    graphs: StepGraphs | None = None
-    copies: GradientCopies | None = None
-    warnings: list[str] = field(default_factory=list)
-    found: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def judges(self) -> int:
-        """Fresh predictions by which an image falls: one of a model that predicts the same every time."""
-        return self.judge_draws if self.draws_differ else 1
+
+class Decided(NamedTuple):
+    """The options of an attack that may be left open, with the run's in the place of those that are."""
+
+    steps: int
+    eot_iter: int
+    loss: Any
 
 
 class Attack(abc.ABC):
@@ -88,10 +131,13 @@ class Attack(abc.ABC):
     #: The attack's name in files: "pgd", "apgd", ...
     kind: ClassVar[str]
 
-    #: Whether `search` can follow the gradients of another model, `AttackContext.gradients_from`.
+    #: Whether `search` can follow the gradients of another model, `Run.gradients_from`.
     follows_gradients: ClassVar[bool] = False
 
-    #: Every attack has this option: draws of a random model averaged per step; None: the report's.
+    #: The steps of an attack that leaves them open, whatever the run's; None: the run's.
+    usual_steps: ClassVar[int | None] = None
+
+    #: Every attack has this option: draws of a random model averaged per step; None: the run's.
     eot_iter: int | None
 
     @abc.abstractmethod
@@ -100,15 +146,17 @@ class Attack(abc.ABC):
 
     @abc.abstractmethod
     def threat_model(self, context: AttackContext) -> ThreatModel:
-        """The attack's own ball, or the report's.
+        """The attack's own ball, or the report's."""
 
-        Raises:
-            ValueError: the attack has no such norm.
-        """
-
-    def draws(self, context: AttackContext) -> int:
+    def draws(self, run: Run) -> int:
         """Draws of the model averaged per step: one where they do not differ."""
-        return (self.eot_iter or context.eot_iter) if context.draws_differ else 1
+        return (self.eot_iter or run.eot_iter) if run.draws_differ else 1
+
+    def decided(self, run: Run) -> Decided:
+        """Steps, draws and loss with nothing left open; the margin in place of a loss that needs more classes."""
+        loss: Any = getattr(self, "loss", "ce")
+        steps = getattr(self, "steps", None) or self.usual_steps or run.steps
+        return Decided(steps, self.draws(run), usable_loss(loss, run.num_classes))
 
     @abc.abstractmethod
     def cost(self, context: AttackContext) -> int | None:
@@ -119,7 +167,7 @@ class Attack(abc.ABC):
         """Attack what `target` gave.
 
         Args:
-            target: images to logits.
+            target: images to logits; an ``nn.Module`` comes back in its mode and with its gradient flags.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
             context: what the evaluation tells.
@@ -145,31 +193,18 @@ class Attack(abc.ABC):
         return model
 
     def run(self, model: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        """Adversarial images for a model.
-
-        Args:
-            model: images to logits; an ``nn.Module`` comes back in its mode and with its gradient flags.
-            x: images ``[B, C, H, W]`` in [0, 1].
-            y: labels, int64 ``[B]``.
-            context: what the evaluation tells.
-
-        Returns:
-            Adversarial images, shape and dtype of x.
-        """
+        """Adversarial images for a model: `search` on what `target` gives."""
         return self.search(self.target(model), x, y, context)
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
         """The options as plain values, with what the context decided in the place of every None it replaced."""
-        norm, eps = self.threat_model(context)
         options = asdict(self)  # type: ignore[call-overload]
-        return options | {"norm": norm, "eps": eps, "eot_iter": self.draws(context)}
+        decided = {name: value for name, value in self.decided(context)._asdict().items() if name in options}
+        return options | decided | {"eot_iter": self.draws(context)} | self.threat_model(context)._asdict()
 
 
 class BallAttack(Attack):
     """An attack within a ball, the report's or one of its own."""
-
-    #: The names of the norms that the attack knows, a ``Literal``.
-    norms: ClassVar[Any] = Norm
 
     #: The attack's own ball; None: the report's.
     eps: float | None
@@ -181,150 +216,57 @@ class BallAttack(Attack):
         Raises:
             ValueError: a radius or norm that is not allowed, or a norm without a radius.
         """
-        known = None if self.norm is None else read_norm(self.norm, self.norms)
+        known = None if self.norm is None else read_norm(self.norm)
         if known is not None and self.eps is None:
             raise ValueError(f"the norm {known} needs an eps of its own")
         check_eps(self.eps, known)
         # the dataclass is frozen
         object.__setattr__(self, "norm", known)
 
-    def ball(self, context: AttackContext) -> tuple[Norm, float]:
-        """Norm and radius of the attack's own ball, or of the report's.
+    def ball(self, x: Tensor, y: Tensor, run: Run) -> Ball:
+        """The attack's own ball or the run's, around images that are checked here.
 
         Args:
-            context: what the evaluation tells.
+            x: images, floating point ``[B, ...]``.
+            y: labels, int64 ``[B]``.
+            run: with the range of the pixels.
 
         Raises:
-            ValueError: the attack has no such norm, or the radius is not in image units.
+            TypeError: x or y is no tensor.
+            ValueError: images, labels, a norm or a radius that are not allowed.
         """
-        norm, eps = self.norm or context.norm, context.eps if self.eps is None else float(self.eps)
-        allowed = get_args(self.norms)
-        if norm not in allowed:
-            known = ", ".join(allowed)
-            raise ValueError(f"{self.kind}'s norm must be one of {known}, got {norm!r}: leave it out, or name one")
-        check_eps(eps, norm)
-        return norm, eps
+        check_images(x, y, run.clip_min, run.clip_max)
+        eps = run.eps if self.eps is None else self.eps
+        return ball_around(x, eps, self.norm or run.norm, run.clip_min, run.clip_max)
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
-        return ThreatModel(*self.ball(context))
+        """Norm and radius of the attack's own ball, or of the report's; ValueError for one that is not allowed."""
+        norm, eps = read_norm(self.norm or context.norm), context.eps if self.eps is None else float(self.eps)
+        check_eps(eps, norm)
+        return ThreatModel(norm, eps)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineAttack(BallAttack):
-    """The options of the attacks that judge every success by the model itself: `apgd`, `fab_t` and `square`.
-
-    Args:
-        restarts: runs (for each target), each for the images that have not fallen yet.
-        eot_iter: draws of a random model averaged per step; None: the report's.
-        precision: what the search computes in: "float32", "bfloat16" (a copy of the model) or "auto" (such a copy where
-            it pays). A success is judged by the model itself.
-        eps: radius of another ball than the report's, in image units; None: the report's.
-        norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
-        give_up: whether searches end that would not succeed even at several times their recent pace. That is decided
-            after 40, 60 and 80 % of the steps, if there are 50 or more, or from the 1,500th query on. Auto-PGD never
-            does so in the l1 ball or where an image falls by fewer than all draws, and Square with several draws.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
-    """
-
-    restarts: int = 1
-    eot_iter: int | None = None
-    precision: Precision = "auto"
-    eps: float | None = None
-    norm: Norm | None = None
-    give_up: bool = False
-
-    def __post_init__(self) -> None:
-        check_literal("precision", self.precision, Precision)
-        check_at_least_one(restarts=self.restarts, eot_iter=self.eot_iter)
-        check_switch("give_up", self.give_up)
-        self.check_ball()
-
-    def with_restarts(self, name: str) -> str:
-        """The name of the attack with the number of its restarts.
-
-        Args:
-            name: of one run.
-        """
-        return name + (f" x{self.restarts}" if self.restarts > 1 else "")
-
-    def options(self, context: AttackContext) -> dict[str, Any]:
-        """What the functions of these attacks are all told, as keyword arguments.
-
-        Args:
-            context: what the evaluation tells.
-        """
-        norm, eps = self.ball(context)
-        return {
-            "eps": eps,
-            "norm": norm,
-            "eot_iter": self.draws(context),
-            "restarts": self.restarts,
-            "give_up": self.give_up,
-            "fallen": context.fallen,
-            "judge_draws": context.judges,
-            "precision": self.precision,
-            "copies": context.copies,
-            "seed": context.seed,
-            "sample_ids": context.sample_ids,
-            "max_forward_batch": context.max_forward_batch,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetedAttack(EngineAttack):
-    """The options of those that try one wrong class after the other.
-
-    Args:
-        steps: gradient steps of a run; None: as the subclass says.
-        n_target_classes: wrong classes that are tried, a run for each; None, or more than there are: all.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
-    """
-
-    #: The usual number of wrong classes that are tried, AutoAttack's.
-    usual_targets: ClassVar[int] = 9
-
-    steps: int | None = None
-    n_target_classes: int | None = usual_targets
-
-    def __post_init__(self) -> None:
-        check_at_least_one(steps=self.steps, n_target_classes=self.n_target_classes)
-        super().__post_init__()
-
-    def with_targets(self, name: str) -> str:
-        """The name of the attack with the number of target classes, where that is not the usual one.
-
-        Args:
-            name: of the attack.
-        """
-        count = self.n_target_classes
-        return name if count == self.usual_targets else f"{name}, {'all' if count is None else count} targets"
-
-    def targets(self, num_classes: int) -> int:
-        """How many wrong classes are tried.
-
-        Args:
-            num_classes: classes of the model.
-        """
-        return min(self.n_target_classes or num_classes, num_classes - 1)
-
-    def options(self, context: AttackContext) -> dict[str, Any]:
-        more = {"n_target_classes": self.n_target_classes, "most_rows": context.batch_size}
-        return super().options(context) | more | {"health": context.health, "found": context.found}
+# a compiler, which cannot trace the choice of the fields, goes on inside of the attack
+@torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """Run an attack without an evaluation; each option goes to the field of its name, of the attack or of `Run`."""
+    own = set(cast(Any, attack).__dataclass_fields__)
+    if issubclass(attack, BallAttack):
+        # the ball is the run's: there its radius may be one for each image
+        own -= {"eps", "norm"}
+    chosen = attack(**{name: value for name, value in options.items() if name in own})
+    run = Run(**{name: value for name, value in options.items() if name not in own})
+    return chosen.search(model, x, y, cast(AttackContext, run))
 
 
 def cost_of_runs(steps: int, draws: int, restarts: int) -> int:
-    """Forward passes per image of `restarts` runs that keep the best point.
-
-    Args:
-        steps: gradient steps of a run.
-        draws: draws per step.
-        restarts: runs of which each image keeps its worst.
-    """
+    """Forward passes per image of `restarts` runs that keep the best point."""
     # the last point, under several draws also the best one, and the clean image, whose prediction health needs
     at_the_end = draws * (2 if draws > 1 else 1) + 1
     comparison = draws if restarts > 1 else 0
     return restarts * (steps * draws + at_the_end + comparison)
+
+
+def times(restarts: int) -> str:
+    """The number of restarts as the end of an attack's name."""
+    return f" x{restarts}" if restarts > 1 else ""

@@ -16,23 +16,18 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import check_literal
+from .._validation import GradientPrecision
 from ..ops.hyperplane_projection import hyperplane_projection
 from ..ops.pgd_step import pgd_step
 from ..protocols import Classifier
-from ..speed.step_graphs import StepGraphs
-from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images, check_switch
-from .ball import Ball, ball_around
-from .base import AttackContext, TargetedAttack
-from .draws import Gradient, Gradients, Objective, drawn_once_per_call
-from .engine.active_set import ActiveSet
+from .base import AttackContext, Radius, run_alone
 from .engine.auto_pgd import shrinks_after
-from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
-from .engine.judge import Judge, has_fallen
+from .engine.judge import has_fallen
 from .engine.reach import reach_of_steps, some_of
-from .engine.waves import Rows, Waves, add_counts, likeliest_wrong
-from .frozen_model import frozen
+from .engine.rows import ActiveSet, Rows, likeliest_wrong
 from .health import GradientHealth, HealthOfRows
+from .judged import Session, TargetedAttack
+from .objective import Gradient, Gradients, Objective
 
 #: The authors' own numbers: steps, the largest weight of the clean image, the overshoot, and how far a point across the
 #: border is drawn back.
@@ -40,200 +35,9 @@ STEPS, LARGEST_PULL, OVERSHOOT, BACK = 100, 0.1, 1.05, 0.9
 _ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 
 
-def fab_t(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | Tensor,
-    steps: int = STEPS,
-    norm: NormName = "linf",
-    n_target_classes: int | None = 9,
-    eot_iter: int = 1,
-    restarts: int = 1,
-    give_up: bool = False,
-    fallen: Fallen = "all",
-    judge_draws: int | None = None,
-    precision: Precision = "float32",
-    copies: GradientCopies | None = None,
-    most_rows: int | None = None,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    max_forward_batch: int | None = None,
-    health: GradientHealth | None = None,
-    graphs: StepGraphs | None = None,
-    found: dict[str, int] | None = None,
-    clip_min: float = 0.0,
-    clip_max: float = 1.0,
-) -> Tensor:
-    """FAB towards one class after the other; images leave it as soon as they have fallen.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]``; a point further away is no success.
-        steps: of a run.
-        norm: "linf", "l2" or "l1".
-        n_target_classes: wrong classes that are tried, those of highest logit on x; None, or more than there are: all.
-        eot_iter: draws of a random model averaged per step.
-        restarts: runs for each target; the first begins at the image, the others in the ball around it.
-        give_up: whether a search ends whose nearest point across the border would not come into the ball even at eight
-            times its recent pace; decided after 40, 60 and 80 % of the steps, in runs of 50 steps or more.
-        fallen: of a random model, by which share of fresh draws an image falls: "any", "majority" or "all".
-        judge_draws: fresh draws for that; None: as many as ``eot_iter``.
-        precision: what gradients are computed in: "float32", "bfloat16" or "auto"; a success is always judged by the
-            model itself.
-        copies: keeps a copy in bfloat16 for the next attack, if given.
-        most_rows: searches at once, where several targets of an image are tried together; None: 64, or as many as there
-            are images, if those are more.
-        seed: of the random starts.
-        sample_ids: int64 ``[B]``; an image's random start depends on the seed and its id alone. None: 0 .. B - 1.
-        max_forward_batch: images in one forward pass at most; exact. None: no limit.
-        health: counts gradients, if given.
-        graphs: on a CUDA device, captures what a step asks of the model, as of `apgd`; one graph for each batch size.
-        found: to the name of each target and restart is added how many images fell to it, if given.
-        clip_min: the smallest value of a pixel.
-        clip_max: the largest value of a pixel.
-
-    Returns:
-        Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or
-        the image itself. Shape and dtype of x.
-
-    Raises:
-        TypeError: x or y is no tensor.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
-    """
-    check_images(x, y, clip_min, clip_max)
-    ball = ball_around(x, eps, norm, clip_min, clip_max)
-    check_literal("fallen", fallen, Fallen)
-    check_literal("precision", precision, Precision)
-    check_switch("give_up", give_up)
-    check_at_least_one(
-        steps=steps, n_target_classes=n_target_classes, eot_iter=eot_iter, restarts=restarts, judge_draws=judge_draws,
-        most_rows=most_rows, max_forward_batch=max_forward_batch,
-    )  # fmt: skip
-    if len(x) == 0:
-        return x.clone()
-    x = x.detach().clone()
-    ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
-    judges = judge_draws or eot_iter
-    with frozen(model):
-        apart = drawn_once_per_call(model, x, max(judges, eot_iter), max_forward_batch)
-        judge = Judge(model, fallen, judges, max_forward_batch, apart)
-        active = ActiveSet(x, y, judge)
-        goals = likeliest_wrong(judge.logits(x), y, n_target_classes)
-        source = gradient_copy(model, x[:COMPARED], precision, copies)
-        objective = Objective(source, "margin_targeted", eot_iter, max_forward_batch, graphs, apart=apart)
-        waves = Waves(x, y, ball, goals, restarts, seed=seed, ids=ids, most=most_rows, at_image=True)
-        with frozen(source):
-            for rows in waves.over(active):
-                _run(objective, active, rows, steps, health=health, give_up=give_up)
-    if found is not None:
-        add_counts(found, waves.counted(active))
-    return active.found
-
-
-def _run(
-    objective: Objective,
-    active: ActiveSet,
-    rows: Rows,
-    steps: int,
-    *,
-    health: GradientHealth | None,
-    give_up: bool,
-) -> None:
-    """One run: what falls is noted in ``active``, and the nearest points of the others are offered to it."""
-    point = nearest = rows.begin
-    nearest_at = torch.full_like(rows.ball.eps, torch.inf)
-    # the batch may shrink after any of the first steps
-    gradients = Gradients(objective, point, rows.labels)
-    reach = reach_of_steps(steps) if give_up else None
-    seen = None if health is None else HealthOfRows(health, point)
-    for i in range(steps):
-        found = gradients.at(point)
-        if seen is not None:
-            seen.see_gradient(found.image)
-        if objective.eot_iter > 1:
-            found = found._replace(image=found.image / objective.eot_iter)
-        across, moved = has_fallen(found.wrong, active.judge.rule), point - rows.x
-        nearest, nearest_at = _nearer(rows, (point, moved), across, (nearest, nearest_at))
-        origin = torch.where(per_image(across, point), torch.add(rows.x, moved, alpha=BACK), point)
-        point = _step(rows, origin, point, found)
-        if shrinks_after(i + 1):
-            inside = (nearest_at <= rows.ball.eps).float()
-            judged, fell = active.settle(rows.owner, nearest, inside, rows.run)
-            # what the model refuses is as if it had not been found
-            nearest_at = torch.where((inside > 0) & (judged < inside), torch.inf, nearest_at)
-            lost = None if reach is None else reach.lost(i + 1, nearest_at - rows.ball.eps)
-            lost = None if lost is None else some_of(lost & ~active.fallen[rows.owner])
-            if lost is not None:
-                out = lost.nonzero()[:, 0]
-                _offer(objective, active, rows.of(out), nearest[out])
-                if seen is not None:
-                    seen.give_up(out, steps)
-            kept = active.kept(rows.owner, lost) if fell or lost is not None else None
-            if kept is not None:
-                if reach is not None:
-                    reach.take(kept)
-                if seen is not None:
-                    seen.take(kept)
-                rows, point, nearest, nearest_at = rows.of(kept), point[kept], nearest[kept], nearest_at[kept]
-                if len(point) == 0:
-                    return
-                gradients.now_of(point, rows.labels)
-    across = has_fallen(objective.score(point, rows.labels)[0], active.judge.rule)
-    _offer(objective, active, rows, _nearer(rows, (point, point - rows.x), across, (nearest, nearest_at))[0])
-
-
-def _nearer(
-    rows: Rows, new: tuple[Tensor, Tensor], across: Tensor, known: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The nearest points across the border and their distances, with new points, and their moves, among them."""
-    (point, moved), (nearest, nearest_at) = new, known
-    far = _length(rows, moved).to(nearest_at.dtype)
-    nearer = across & (far < nearest_at)
-    return torch.where(per_image(nearer, point), point, nearest), torch.where(nearer, far, nearest_at)
-
-
-def _length(rows: Rows, moved: Tensor) -> Tensor:
-    """In the norm of the ball, ``[R]``."""
-    return torch.linalg.vector_norm(moved.flatten(1), ord=_ORDERS[rows.ball.norm], dim=1)
-
-
-def _step(rows: Rows, origin: Tensor, point: Tensor, found: Gradient) -> Tensor:
-    """Towards the border of the linear approximation, from the origin and, with a small weight, from the clean image.
-
-    Args:
-        rows: the rows.
-        origin: where the step begins, ``[R, ...]``.
-        point: where the gradient was taken, ``[R, ...]``.
-        found: the gradient there of the target's logit minus the label's, and their difference.
-    """
-    bounds = rows.ball.bounds
-    gradient = found.image.to(point.dtype)
-    # the border is where the product of the gradient and an image is this
-    offset = (gradient * point).flatten(1).sum(1) - found.loss
-    ahead, back = (hyperplane_projection(start, gradient, offset, **bounds) for start in (origin, rows.x))
-    length, other = (_length(rows, move).clamp_min(1e-8) for move in (ahead, back))
-    pull = per_image((length / (length + other)).clamp_max(LARGEST_PULL), point)
-    from_origin, from_clean = torch.add(origin, ahead, alpha=OVERSHOOT), torch.add(rows.x, back, alpha=OVERSHOOT)
-    return torch.lerp(from_origin, from_clean, pull).clamp(rows.ball.clip_min, rows.ball.clip_max)
-
-
-def _offer(objective: Objective, active: ActiveSet, rows: Rows, nearest: Tensor) -> None:
-    """Try the nearest points cut off at the ball, and keep the best of them."""
-    ball: Ball = rows.ball
-    cut = pgd_step(nearest, torch.zeros_like(nearest), rows.x, 0.0, ball.eps, **ball.bounds)
-    score = objective.score(cut, rows.labels)
-    share, _ = active.settle(rows.owner, cut, torch.ones_like(score[0]), rows.run)
-    active.offer(rows.owner, cut, torch.stack([share, score[1]]))
-
-
 @dataclass(frozen=True, kw_only=True)
 class FABT(TargetedAttack):
-    """FAB-T, as a row of an evaluation.
+    """FAB-T: from the image itself in the first run for each target, from a point in the ball in the others.
 
     Args:
         steps: of a run; None: 100, its authors' own, whatever the report's steps.
@@ -243,22 +47,164 @@ class FABT(TargetedAttack):
     """
 
     kind: ClassVar[str] = "fab"
+    usual_steps: ClassVar[int | None] = STEPS
 
     def name(self, context: AttackContext) -> str:
-        return self.with_restarts(self.with_targets(f"FAB-T {self.steps or STEPS}"))
+        return self.full_name(f"FAB-T {self.decided(context).steps}")
 
     def cost(self, context: AttackContext) -> int:
         # at the end the last point is looked at, and the nearest one is tried and judged
-        draws, runs = self.draws(context), self.restarts * self.targets(context.num_classes)
-        return runs * (((self.steps or STEPS) + 2) * draws + context.judges) + context.judges + 1
-
-    def settings(self, context: AttackContext) -> dict[str, Any]:
-        own = {"steps": self.steps or STEPS, "n_target_classes": self.targets(context.num_classes)}
-        return super().settings(context) | own
+        steps, draws, _ = self.decided(context)
+        runs, judges = self.restarts * (self.targets(context) or 1), context.judges(draws)
+        return runs * ((steps + 2) * draws + judges) + judges + 1
 
     def revision(self) -> str:
         return "5"
 
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        options = self.options(context) | {"graphs": context.graphs}
-        return fab_t(target, x, y, steps=self.steps or STEPS, **options)
+    def explore(self, session: Session) -> Tensor:
+        run, steps = session.run, self.decided(session.run).steps
+        active = ActiveSet(session.x, session.y, session.judge)
+        goals = likeliest_wrong(session.judge.logits(session.x), session.y, self.n_target_classes)
+        waves = self.waves(session, goals, at_image=True)
+        with self.objective(session, "margin_targeted") as objective:
+            for rows in waves.over(active):
+                _Search(objective, active, rows, steps, health=run.health, give_up=self.give_up).run()
+        waves.add_counts(active, run.fell_to)
+        return active.best
+
+
+def fab_t(
+    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
+) -> Tensor:
+    """FAB towards one class after the other; images leave it as soon as they have fallen.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius in image units, a number or ``[B]``; a point further away is no success.
+        precision: what gradients are computed in: "float32", "bfloat16" or "auto"; a success is always judged by the
+            model itself.
+        **options: of `FABT`, such as ``steps``, ``n_target_classes`` and ``restarts``, and of `Run`, such as ``norm``,
+            ``seed``, ``max_forward_batch`` and ``graphs``.
+
+    Returns:
+        Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or
+        the image itself. Shape and dtype of x.
+
+    Raises:
+        TypeError: x or y is no tensor, or there is no such option.
+        RuntimeError: it is called within ``torch.inference_mode()``.
+        ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
+    """
+    return run_alone(FABT, model, x, y, eps=eps, precision=precision, **options)
+
+
+class _Search:
+    """One run: what falls is noted in ``active``, and the nearest points of the others are offered to it."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        active: ActiveSet,
+        rows: Rows,
+        steps: int,
+        *,
+        health: GradientHealth | None,
+        give_up: bool,
+    ):
+        self.objective, self.active, self.rows, self.steps = objective, active, rows, steps
+        self.point = self.nearest = rows.begin
+        #: How far the nearest points across the border are from the images, ``[R]``.
+        self.distance = torch.full_like(rows.ball.eps, torch.inf)
+        # the batch may shrink after any of the first steps
+        self.gradients = Gradients(objective, self.point, rows.labels)
+        self.reach = reach_of_steps(steps) if give_up else None
+        self.health = None if health is None else HealthOfRows(health, self.point)
+
+    def take(self, index: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.rows, self.point = self.rows.take(index), self.point[index]
+        self.nearest, self.distance = self.nearest[index], self.distance[index]
+        for part in (self.reach, self.health):
+            if part is not None:
+                part.take(index)
+        if len(index):
+            self.gradients.now_of(self.point, self.rows.labels)
+
+    def run(self) -> None:
+        """Take all steps, or as many as there are rows for."""
+        for i in range(self.steps):
+            gradient = self.gradients.at(self.point)
+            if self.health is not None:
+                self.health.see_gradient(gradient.image)
+            if self.objective.eot_iter > 1:
+                gradient = gradient._replace(image=gradient.image / self.objective.eot_iter)
+            across, moved = has_fallen(gradient.wrong), self.point - self.rows.x
+            self._note(moved, across)
+            origin = torch.where(per_image(across, self.point), torch.add(self.rows.x, moved, alpha=BACK), self.point)
+            self.point = _step(self.rows, origin, self.point, gradient)
+            if shrinks_after(i + 1):
+                self._shrink(i + 1)
+                if len(self.point) == 0:
+                    return
+        across = has_fallen(self.objective.score(self.point, self.rows.labels)[0])
+        self._note(self.point - self.rows.x, across)
+        self._offer(self.rows, self.nearest)
+
+    def _note(self, moved: Tensor, across: Tensor) -> None:
+        """Keep the points, by how far they moved, that are the nearest across the border."""
+        far = _length(self.rows, moved).to(self.distance.dtype)
+        nearer = across & (far < self.distance)
+        self.nearest = torch.where(per_image(nearer, self.point), self.point, self.nearest)
+        self.distance = torch.where(nearer, far, self.distance)
+
+    def _shrink(self, step: int) -> None:
+        """Let the rows leave whose images have fallen, and those that are given up."""
+        rows = self.rows
+        inside = (self.distance <= rows.ball.eps).float()
+        judged, fell = self.active.settle(rows.owner, self.nearest, inside, rows.run)
+        # the search goes on for what the model refuses
+        self.distance = torch.where((inside > 0) & (judged < inside), torch.inf, self.distance)
+        lost = None if self.reach is None else self.reach.lost(step, self.distance - rows.ball.eps)
+        lost = None if lost is None else some_of(lost & ~self.active.fallen[rows.owner])
+        if lost is not None:
+            index = lost.nonzero()[:, 0]
+            self._offer(rows.take(index), self.nearest[index])
+            if self.health is not None:
+                self.health.give_up(index, self.steps)
+        staying = self.active.staying(rows.owner, lost) if fell or lost is not None else None
+        if staying is not None:
+            self.take(staying)
+
+    def _offer(self, rows: Rows, nearest: Tensor) -> None:
+        """Try the nearest points cut off at the ball, and keep the best of them."""
+        cut = pgd_step(nearest, torch.zeros_like(nearest), rows.x, 0.0, rows.ball.eps, **rows.ball.bounds)
+        score = self.objective.score(cut, rows.labels)
+        share, _ = self.active.settle(rows.owner, cut, torch.ones_like(score[0]), rows.run)
+        self.active.offer(rows.owner, cut, torch.stack([share, score[1]]))
+
+
+def _length(rows: Rows, moved: Tensor) -> Tensor:
+    """In the norm of the ball, ``[R]``."""
+    return torch.linalg.vector_norm(moved.flatten(1), ord=_ORDERS[rows.ball.norm], dim=1)
+
+
+def _step(rows: Rows, origin: Tensor, point: Tensor, at_point: Gradient) -> Tensor:
+    """Towards the border of the linear approximation, from the origin and, with a small weight, from the clean image.
+
+    Args:
+        rows: the rows.
+        origin: where the step begins, ``[R, ...]``.
+        point: where the gradient was taken, ``[R, ...]``.
+        at_point: the gradient there of the target's logit minus the label's, and their difference.
+    """
+    bounds = rows.ball.bounds
+    gradient = at_point.image.to(point.dtype)
+    # the border is where the product of the gradient and an image is this
+    offset = (gradient * point).flatten(1).sum(1) - at_point.loss
+    ahead, back = (hyperplane_projection(start, gradient, offset, **bounds) for start in (origin, rows.x))
+    length, other = (_length(rows, move).clamp_min(1e-8) for move in (ahead, back))
+    pull = per_image((length / (length + other)).clamp_max(LARGEST_PULL), point)
+    from_origin, from_clean = torch.add(origin, ahead, alpha=OVERSHOOT), torch.add(rows.x, back, alpha=OVERSHOOT)
+    return torch.lerp(from_origin, from_clean, pull).clamp(rows.ball.clip_min, rows.ball.clip_max)

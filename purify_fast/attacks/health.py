@@ -136,9 +136,9 @@ class HealthOfRows:
             grad: ``[R, ...]``.
             fooled: bool ``[R]``, where the attack needs none, so that zero is no fault.
         """
-        found = torch.stack(faulty_rows(grad, fooled))
-        self._faults, self._steps = self._faults + found, self._steps + 1
-        self.health.add(len(grad), *found.sum(1))
+        faulty = torch.stack(faulty_rows(grad, fooled))
+        self._faults, self._steps = self._faults + faulty, self._steps + 1
+        self.health.add(len(grad), *faulty.sum(1))
 
     def give_up(self, rows: Tensor, steps: int) -> None:
         """Count the gradients that some rows will not take.

@@ -16,18 +16,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._validation import check_literal
+from .._validation import Norm, check_literal
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
-from ..speed.step_graphs import StepGraphs, begin_steps
-from ..speed.step_loops import State
-from .arguments import Norm, NormName, check_at_least_one, check_images, check_not_negative
-from .ball import Ball, ball_around, normal_in_ball, sample_in_ball
-from .base import AttackContext, BallAttack, cost_of_runs
-from .draws import Objective, drawn_once_per_call
+from ..speed.graphs.loops import State
+from ..speed.graphs.step_graphs import begin_steps
+from .answers import drawn_once_per_call
+from .arguments import check_at_least_one, check_not_negative
+from .ball import Ball, normal_in_ball, sample_in_ball
+from .base import AttackContext, BallAttack, Radius, cost_of_runs, run_alone, times
 from .frozen_model import frozen
-from .health import GradientHealth
-from .losses import Loss, usable_loss
+from .losses import Loss
+from .objective import Objective
 from .search import Search, noted, remembers, worst_of_restarts
 
 #: The share of the coordinates that the first step in the l1 ball moves.
@@ -63,8 +63,8 @@ class Ascent:
 
     def __call__(self, state: State) -> State:
         if remembers(state):
-            found = self.objective.gradient(state["point"], state["y"])
-            new, image = noted(self.objective, state, state["point"], found), found.image
+            now = self.objective.gradient(state["point"], state["y"])
+            new, image = noted(self.objective, state, state["point"], now), now.image
         else:
             # as in training: nobody asks how good the points on the way are
             new, image = {}, self.objective.direction(state["point"], state["y"])
@@ -129,98 +129,6 @@ def ascend(
     return loop.values()
 
 
-def pgd(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | Tensor,
-    steps: int = 40,
-    alpha: float | Tensor | None = None,
-    norm: NormName = "linf",
-    loss: Loss = "ce",
-    eot_iter: int = 1,
-    random_start: bool = True,
-    start_std: float | None = None,
-    keep_best: bool = False,
-    density: float | None = None,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    max_forward_batch: int | None = None,
-    health: GradientHealth | None = None,
-    graphs: StepGraphs | None = None,
-    clip_min: float = 0.0,
-    clip_max: float = 1.0,
-) -> Tensor:
-    """Projected gradient ascent on the attack loss.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius in image units, a number or ``[B]`` (customary on CIFAR-10: 8/255 for "linf", 0.5 for "l2", 12 for
-            "l1").
-        steps: gradient steps.
-        alpha: length of a step in image units, a number or ``[B]``. None: it falls geometrically from ``eps`` to
-            ``eps / 100``, which is stronger than a constant one (`make demo` has both on its base).
-        norm: "linf", "l2" or "l1".
-        loss: "ce", "margin" or "dlr".
-        eot_iter: draws of a random model averaged per step: in one batch, or each in a call of its own where the model
-            draws once per call.
-        random_start: whether to begin at a random point of the ball and not at the image itself.
-        start_std: standard deviation of a normal random start in image units, projected onto the ball; None for a start
-            that is uniform in the ball.
-        keep_best: whether to return, per image, the best iterate seen and not the last: misclassified in most draws,
-            then of highest mean loss (one more forward pass, or two with several draws).
-        density: of "l1" only: the share of the coordinates that a step moves, in (0, 1], at least one. None: the share
-            falls geometrically from 0.1 to 0.001.
-        seed: of the random start (Philox stream ATTACK_START).
-        sample_ids: int64 ``[B]``; an image's random start depends on the seed and its id alone. None: 0 .. B - 1.
-        max_forward_batch: images given to the model in one forward pass at most; exact, bounds the memory. (A defence
-            that makes S samples of an image in N passes computes on S N times as many.) None: no limit.
-        health: counts gradients and movement, if given.
-        graphs: on a CUDA device, captures the step once and replays it, in this attack and later ones on the same
-            module, see `purify_fast.speed.StepGraphs`. None: every step is launched operator by operator.
-        clip_min: the smallest value of a pixel.
-        clip_max: the largest value of a pixel.
-
-    Returns:
-        Adversarial images: shape and dtype of x, within eps of x (in half precision: up to its rounding) and within
-        [clip_min, clip_max].
-
-    Raises:
-        TypeError: x or y is no tensor.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name or count, or a negative eps or alpha; or a model
-            that writes to its input.
-    """
-    check_images(x, y, clip_min, clip_max)
-    ball = ball_around(x, eps, norm, clip_min, clip_max)
-    check_literal("loss", loss, Loss)
-    check_at_least_one(steps=steps, eot_iter=eot_iter, max_forward_batch=max_forward_batch)
-    check_not_negative(alpha=alpha, start_std=start_std)
-    if x.shape[0] == 0:
-        return x.clone()
-    x = x.detach().clone()
-    constant = None if alpha is None else per_sample("alpha", alpha, x)
-    with frozen(model):
-        apart = drawn_once_per_call(model, x, eot_iter, max_forward_batch)
-        objective = Objective(model, loss, eot_iter, max_forward_batch, graphs, apart=apart)
-        point = x
-        if random_start and start_std is not None:
-            point = normal_in_ball(x, ball, start_std, seed=seed, sample_ids=sample_ids)
-        elif random_start:
-            point = sample_in_ball(x, ball, seed=seed, sample_ids=sample_ids)
-        search = Search(objective, point, y, keep_best=keep_best, health=health)
-        begin: State = {"point": point, "x": x, "y": y, **search.memory()}
-        if constant is not None:
-            begin["alpha"] = constant
-        last = ascend(objective, ball, begin, steps=steps, falls=constant is None, density=density)
-        search.recall(last, steps)
-        search.see_move(x, last["point"])
-        return search.result(last["point"])
-
-
 def fall(i: int, steps: int) -> float:
     """What a step's length is multiplied with: from 1 at the first step to a hundredth at the last.
 
@@ -245,15 +153,21 @@ def density_at(norm: str, i: int, steps: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class PGD(BallAttack):
-    """Projected gradient descent that keeps the best point, as a row of an evaluation.
+    """Projected gradient ascent on the attack loss.
 
     Args:
-        loss: "ce", "margin" or "dlr", which below 3 classes becomes "margin".
+        loss: "ce", "margin", "scaled_margin" or "dlr", which below 3 classes becomes "margin".
         steps: gradient steps; None: the report's.
-        alpha: length of a step in image units; None: it falls geometrically from eps to eps / 100.
+        alpha: length of a step in image units; None: it falls geometrically from eps to eps / 100, which is stronger
+            than a constant one (`make demo` has both on its base).
         random_start: whether the first run begins at a random point of the ball; every further one does.
+        start_std: standard deviation of a normal random start in image units, projected onto the ball; None for a start
+            that is uniform in the ball.
+        keep_best: whether the best point of a run is kept and not the last: misclassified in most draws, then of
+            highest mean loss (one more forward pass, or two with several draws).
         restarts: runs, of which each image keeps its worst.
-        eot_iter: draws of a random model averaged per step; None: the report's.
+        eot_iter: draws of a random model averaged per step: in one batch, or each in a call of its own where the model
+            draws once per call. None: the report's.
         eps: radius of another ball than the report's, in image units; None: the report's.
         norm: norm of another ball than the report's: "linf", "l2" or "l1"; None: the report's. It needs an eps.
 
@@ -265,8 +179,10 @@ class PGD(BallAttack):
 
     loss: Loss = "ce"
     steps: int | None = None
-    alpha: float | None = None
+    alpha: float | Tensor | None = None
     random_start: bool = True
+    start_std: float | None = None
+    keep_best: bool = True
     restarts: int = 1
     eot_iter: int | None = None
     eps: float | None = None
@@ -275,45 +191,72 @@ class PGD(BallAttack):
     def __post_init__(self) -> None:
         check_literal("loss", self.loss, Loss)
         check_at_least_one(steps=self.steps, restarts=self.restarts, eot_iter=self.eot_iter)
-        check_not_negative(alpha=self.alpha)
+        check_not_negative(alpha=self.alpha, start_std=self.start_std)
         self.check_ball()
 
     def name(self, context: AttackContext) -> str:
-        name = f"{self.kind.upper()}-{self.steps or context.steps} {usable_loss(self.loss, context.num_classes)}"
-        return name + (f" x{self.restarts}" if self.restarts > 1 else "")
+        steps, _, loss = self.decided(context)
+        return f"{self.kind.upper()}-{steps} {loss}{times(self.restarts)}"
 
     def cost(self, context: AttackContext) -> int:
-        return cost_of_runs(self.steps or context.steps, self.draws(context), self.restarts)
-
-    def settings(self, context: AttackContext) -> dict[str, Any]:
-        own = {"loss": usable_loss(self.loss, context.num_classes), "steps": self.steps or context.steps}
-        return super().settings(context) | own
+        steps, draws, _ = self.decided(context)
+        return cost_of_runs(steps, draws, self.restarts)
 
     def revision(self) -> str:
         return "3"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        norm, eps = self.ball(context)
-        draws = self.draws(context)
+        ball, (steps, draws, loss) = self.ball(x, y, context), self.decided(context)
+        if len(x) == 0:
+            return x.clone()
+        x, most = x.detach().clone(), context.max_forward_batch
+        alpha = None if self.alpha is None else per_sample("alpha", self.alpha, x)
 
         def attack(run: int) -> Tensor:
-            return pgd(
-                target,
-                x,
-                y,
-                eps=eps,
-                norm=norm,
-                steps=self.steps or context.steps,
-                alpha=self.alpha,
-                loss=usable_loss(self.loss, context.num_classes),
-                random_start=self.random_start or run > 0,
-                keep_best=True,
-                eot_iter=draws,
-                max_forward_batch=context.max_forward_batch,
-                seed=context.seed + run,
-                sample_ids=context.sample_ids,
-                health=context.health,
-                graphs=context.graphs,
-            )
+            once = drawn_once_per_call(target, x, draws, most)
+            objective = Objective(target, loss, draws, most, context.graphs, apart=once)
+            seeds: dict[str, Any] = {"seed": context.seed + run, "sample_ids": context.sample_ids}
+            point = x
+            if (self.random_start or run > 0) and self.start_std is not None:
+                point = normal_in_ball(x, ball, self.start_std, **seeds)
+            elif self.random_start or run > 0:
+                point = sample_in_ball(x, ball, **seeds)
+            search = Search(objective, point, y, keep_best=self.keep_best, health=context.health)
+            begin: State = {"point": point, "x": x, "y": y, **search.memory}
+            if alpha is not None:
+                begin["alpha"] = alpha
+            last = ascend(objective, ball, begin, steps=steps, falls=alpha is None)
+            search.recall(last, steps)
+            return search.result(x, last["point"])
 
-        return worst_of_restarts(attack, target, y, restarts=self.restarts, eot_iter=draws)
+        with frozen(target):
+            return worst_of_restarts(attack, target, y, restarts=self.restarts, eot_iter=draws)
+
+
+def pgd(
+    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, steps: int = 40, keep_best: bool = False, **options: Any
+) -> Tensor:
+    """Projected gradient ascent on the attack loss.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack, then restored.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius in image units, a number or ``[B]`` (customary on CIFAR-10: 8/255 for "linf", 0.5 for "l2", 12 for
+            "l1").
+        steps: gradient steps.
+        keep_best: whether to return, per image, the best iterate seen and not the last.
+        **options: of `PGD`, such as ``alpha`` (a number or ``[B]``), ``loss`` and ``random_start``, and of `Run`, such
+            as ``norm``, ``seed``, ``max_forward_batch``, ``health`` and ``graphs``.
+
+    Returns:
+        Adversarial images: shape and dtype of x, within eps of x (in half precision: up to its rounding) and within
+        [clip_min, clip_max].
+
+    Raises:
+        TypeError: x or y is no tensor, or there is no such option.
+        RuntimeError: it is called within ``torch.inference_mode()``.
+        ValueError: a wrong shape, dtype, name or count, or a negative eps or alpha; or a model
+            that writes to its input.
+    """
+    return run_alone(PGD, model, x, y, eps=eps, steps=steps, keep_best=keep_best, **options)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from .._tensors import per_image
 from ..protocols import Classifier
-from ..speed.step_loops import State
-from .draws import Gradient, Objective, drawn_once_per_call
+from ..speed.graphs.loops import State
+from .answers import drawn_once_per_call
 from .frozen_model import frozen
 from .health import GradientHealth, faults
+from .objective import Gradient, Objective
 
 
 def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,44 +32,32 @@ def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tup
     return torch.where(per_image(higher, x), x, best), torch.where(higher, score, best_score)
 
 
-def forgiven(objective: Objective, found: Gradient) -> Tensor | None:
-    """Which images may have a zero gradient, bool ``[B]``; None for none of them.
-
-    Args:
-        objective: what the attack raises.
-        found: gradient and score of the images.
-    """
+def forgiven(objective: Objective, gradient: Gradient) -> Tensor | None:
+    """Which images may have a zero gradient, bool ``[B]``; None for none of them."""
     # once an image is fooled, dlr is flat: 1, where the true class is third
-    return None if objective.loss == "ce" else found.wrong == 1
+    return None if objective.loss == "ce" else gradient.wrong == 1
 
 
-def noted(objective: Objective, memory: State, point: Tensor, found: Gradient) -> State:
-    """What a search remembers after one more point, `Search.memory`; waits for nothing.
+def noted(objective: Objective, memory: State, point: Tensor, gradient: Gradient) -> State:
+    """The new values of what a search remembers, `Search.memory`, after one more point; waits for nothing.
 
     Args:
         objective: what the attack raises.
         memory: what it remembered before; other tensors among it are not looked at.
         point: images ``[B, ...]``.
-        found: their score and gradient.
-
-    Returns:
-        The new values of what is remembered.
+        gradient: their score and gradient.
     """
     new: State = {}
     if "nonfinite" in memory:
-        nonfinite, zero = faults(found.image, forgiven(objective, found))
+        nonfinite, zero = faults(gradient.image, forgiven(objective, gradient))
         new = {"nonfinite": memory["nonfinite"] + nonfinite, "zero": memory["zero"] + zero}
     if "best" in memory:
-        new["best"], new["best_score"] = better_of(memory["best"], memory["best_score"], point, found.score)
+        new["best"], new["best_score"] = better_of(memory["best"], memory["best_score"], point, gradient.score)
     return new
 
 
 def remembers(memory: State) -> bool:
-    """Whether a search remembers anything of the points it meets, so that `noted` needs their scores.
-
-    Args:
-        memory: `Search.memory`, and other tensors, which are not looked at.
-    """
+    """Whether a search remembers anything of the points it meets, so that `noted` needs their scores."""
     return "nonfinite" in memory or "best" in memory
 
 
@@ -85,88 +74,51 @@ class Search:
         health: counts gradients and movement, if given.
 
     Attributes:
-        best: the best point so far, ``[B, ...]``; there is none unless it is kept.
-        best_score: its score, ``[2, B]``.
+        memory: what is remembered, as tensors for a step that goes on with `noted`; empty if that is nothing.
     """
 
     def __init__(
-        self,
-        objective: Objective,
-        begin: Tensor,
-        y: Tensor,
-        *,
-        keep_best: bool = True,
-        health: GradientHealth | None = None,
+        self, objective: Objective, begin: Tensor, y: Tensor, *, keep_best: bool, health: GradientHealth | None
     ):
-        self.objective, self.begin, self.y = objective, begin, y
-        self.keep_best, self.health = keep_best, health
+        self.objective, self.begin, self.y, self.health = objective, begin, y, health
+        self.points = 0
+        self.memory: State = {}
+        if health is not None:
+            self.memory |= {name: begin.new_zeros((), dtype=torch.int64) for name in ("nonfinite", "zero")}
         if keep_best:
-            self.best, self.best_score = begin, torch.full((2, len(begin)), -torch.inf, device=begin.device)
-
-    def see(self, point: Tensor, found: Gradient) -> None:
-        """Take note of a point.
-
-        Args:
-            point: images ``[B, ...]``.
-            found: their score, and the gradient whose health counts.
-        """
-        if self.health is not None:
-            self.health.see_gradient(found.image, forgiven(self.objective, found))
-        if self.keep_best:
-            self.best, self.best_score = better_of(self.best, self.best_score, point, found.score)
-
-    def memory(self) -> State:
-        """What the search remembers, as tensors for a step that goes on with `noted`; empty if that is nothing."""
-        memory: State = {}
-        if self.health is not None:
-            memory |= {name: self.begin.new_zeros((), dtype=torch.int64) for name in ("nonfinite", "zero")}
-        if self.keep_best:
             # the score of a model in float64 is float64, that of one in half precision float32
-            wide = torch.promote_types(self.begin.dtype, torch.float32)
-            memory |= {"best": self.best, "best_score": self.best_score.to(wide)}
-        return memory
+            wide = torch.promote_types(begin.dtype, torch.float32)
+            score = torch.full((2, len(begin)), -torch.inf, dtype=wide, device=begin.device)
+            self.memory |= {"best": begin, "best_score": score}
 
-    def recall(self, memory: State, steps: int) -> None:
-        """Go on with what a loop of steps has noted.
+    def see(self, point: Tensor, gradient: Gradient) -> None:
+        """Take note of a point, images ``[B, ...]``, and of the gradient whose health counts."""
+        self.recall(self.memory | noted(self.objective, self.memory, point, gradient), 1)
 
-        Args:
-            memory: `memory` as the loop left it.
-            steps: how many points it noted.
-        """
-        if self.health is not None:
-            self.health.add(steps * len(self.begin), memory["nonfinite"], memory["zero"])
-        if self.keep_best:
-            self.best, self.best_score = memory["best"], memory["best_score"]
+    def recall(self, memory: State, points: int) -> None:
+        """Go on with what a loop of steps has noted of so many points."""
+        self.memory, self.points = {name: memory[name] for name in self.memory}, self.points + points
 
-    def see_move(self, x: Tensor, last: Tensor) -> None:
-        """Count the images, of those classified correctly, that the attack left where it began.
+    def result(self, x: Tensor, last: Tensor) -> Tensor:
+        """What the attack on clean images returns: the last point, or the best one, the last included, judged afresh.
 
         Args:
             x: the clean images ``[B, ...]``.
-            last: the last point ``[B, ...]``.
+            last: the last point ``[B, ...]``, not seen yet.
         """
         if self.health is not None:
+            self.health.add(self.points * len(self.begin), self.memory["nonfinite"], self.memory["zero"])
             with torch.no_grad():
                 correct = self.objective.model(x).argmax(1) == self.y
             self.health.see_move(self.begin, last, correct)
-
-    def judge_afresh(self) -> None:
-        """Score the best point by fresh draws: the highest of many noisy scores is high by luck."""
-        if self.objective.eot_iter > 1:
-            self.best_score = self.objective.score(self.best, self.y)
-
-    def result(self, last: Tensor) -> Tensor:
-        """What the attack returns: the last point, or the best one, the last included, judged afresh.
-
-        Args:
-            last: the last point ``[B, ...]``, not seen yet.
-        """
-        if not self.keep_best:
+        if "best" not in self.memory:
             return last
+        best, best_score = self.memory["best"], self.memory["best_score"]
         last_score = self.objective.score(last, self.y)
-        self.judge_afresh()
-        self.best, self.best_score = better_of(self.best, self.best_score, last, last_score)
-        return self.best
+        if self.objective.eot_iter > 1:
+            # the highest of many noisy scores is high by luck
+            best_score = self.objective.score(best, self.y)
+        return better_of(best, best_score, last, last_score)[0]
 
 
 def worst_of_restarts(
@@ -189,8 +141,8 @@ def worst_of_restarts(
         return best
     most = max(1, len(y))
 
-    def score(found: Tensor) -> Tensor:
-        wrong, margins = judge.score(found, y)
+    def score(points: Tensor) -> Tensor:
+        wrong, margins = judge.score(points, y)
         return torch.stack([wrong, margins.masked_fill(margins.isnan(), torch.inf)])
 
     with frozen(model), torch.no_grad():
@@ -199,6 +151,6 @@ def worst_of_restarts(
         judge = Objective(model, "margin", eot_iter, most, apart=apart)
         best_score = score(best)
         for restart in range(1, restarts):
-            found = attack(restart)
-            best, best_score = better_of(best, best_score, found, score(found))
+            points = attack(restart)
+            best, best_score = better_of(best, best_score, points, score(points))
     return best

@@ -9,26 +9,27 @@ image has fallen by the share of fresh draws that it fails; and images whose bor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from .._validation import check_literal
+from .._validation import GradientPrecision
+from ..ops import pgd_step, square_proposal
 from ..ops.philox import Stream, philox
+from ..ops.square_proposal import PLACES, TINY, signs
 from ..protocols import Classifier
-from .arguments import Fallen, NormName, Precision, check_at_least_one, check_images, check_seed, check_switch
-from .ball import Ball, ball_around
-from .base import AttackContext, EngineAttack
-from .draws import Objective, drawn_once_per_call
-from .engine.active_set import ActiveSet
-from .engine.gradient_copy import COMPARED, GradientCopies, gradient_copy
-from .engine.judge import Judge
+from .arguments import check_at_least_one, check_seed
+from .ball import Ball
+from .base import AttackContext, Radius, Run, run_alone, times
 from .engine.reach import Reach, some_of
-from .engine.squares import Proposals
-from .frozen_model import frozen
+from .engine.rows import ActiveSet
+from .judged import EngineAttack, Session
+from .objective import Objective
 
 #: The authors' own number of queries.
 QUERIES = 5000
@@ -40,28 +41,66 @@ BLOCK = 64
 ROUNDS = 10
 #: After how many queries images are given up that are out of reach, and by how much their pace may still rise.
 GIVEN_UP_AFTER, TIMES = (1500, 2000, 2500, 3000, 3500, 4000), 4.0
+#: The share of an image that the first squares cover, and after how many queries it is halved.
+FIRST_SHARE = 0.8
+HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+#: Windows along an edge with which the l2 and l1 attacks begin.
+TILES = 5
+#: Of the patterns in l2 and in l1: the power of the norm, and the decay of the pyramids.
+SHAPES = {"l2": (2, 2), "l1": (1, 4)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square(EngineAttack):
+    """Square, without gradients; images leave it as soon as they have fallen.
+
+    Args:
+        n_queries: proposals for each image and restart.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    kind: ClassVar[str] = "square"
+
+    n_queries: int = QUERIES
+
+    def __post_init__(self) -> None:
+        check_at_least_one(n_queries=self.n_queries)
+        super().__post_init__()
+
+    def name(self, context: AttackContext) -> str:
+        queries = f", {self.n_queries} queries" if self.n_queries != QUERIES else ""
+        return f"Square{queries}{times(self.restarts)}"
+
+    def cost(self, context: AttackContext) -> None:
+        """None: it stops early where it has won."""
+        return None
+
+    def revision(self) -> str:
+        return "4"
+
+    def ball(self, x: Tensor, y: Tensor, run: Run) -> Ball:
+        ball = super().ball(x, y, run)
+        if x.dim() != 4:
+            raise ValueError(f"x must be images [B, C, H, W] for Square, got {list(x.shape)}")
+        return ball
+
+    @torch.no_grad()
+    def explore(self, session: Session) -> Tensor:
+        active = ActiveSet(session.x, session.y, session.judge)
+        with self.objective(session, "margin") as objective:
+            for restart in range(self.restarts):
+                left = active.left()
+                if len(left) == 0:
+                    break
+                search = _Search(objective, active, session, left, session.run.seed + restart)
+                search.run(self.n_queries, self.give_up and session.draws == 1)
+        return active.best
 
 
 def square(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | Tensor,
-    n_queries: int = QUERIES,
-    give_up: bool = False,
-    norm: NormName = "linf",
-    eot_iter: int = 1,
-    restarts: int = 1,
-    fallen: Fallen = "all",
-    judge_draws: int | None = None,
-    precision: Precision = "float32",
-    copies: GradientCopies | None = None,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    max_forward_batch: int | None = None,
-    clip_min: float = 0.0,
-    clip_max: float = 1.0,
+    model: Classifier, x: Tensor, y: Tensor, *, eps: Radius, precision: GradientPrecision = "float32", **options: Any
 ) -> Tensor:
     """Square, without gradients; images leave it as soon as they have fallen.
 
@@ -70,62 +109,19 @@ def square(
         x: images, floating point ``[B, C, H, W]`` in [clip_min, clip_max].
         y: true labels, int64 ``[B]``.
         eps: radius in image units, a number or ``[B]``.
-        n_queries: proposals for each image and restart.
-        give_up: whether an image is given up after 1,500 queries or more, once it would not fall in those that are left
-            if its margin rose four times as fast as in the last half of those asked. With ``eot_iter`` above 1, when
-            margins are noisy, none is.
-        norm: "linf", "l2" or "l1".
-        eot_iter: draws of a random model averaged for each proposal.
-        restarts: runs, each for the images that have not fallen.
-        fallen: of a random model, by which share of fresh draws an image falls: "any", "majority" or "all".
-        judge_draws: fresh draws for that; None: as many as ``eot_iter``.
         precision: what proposals are judged in, "float32", "bfloat16" or "auto"; a success is always judged by the
             model itself.
-        copies: keeps a copy in bfloat16 for the next attack, if given.
-        seed: of everything random.
-        sample_ids: int64 ``[B]``; an image's proposals depend on the seed and its id alone. None: 0 .. B - 1.
-        max_forward_batch: images in one forward pass at most; None: no limit.
-        clip_min: the smallest value of a pixel.
-        clip_max: the largest value of a pixel.
+        **options: of `Square`, such as ``n_queries``, ``restarts`` and ``eot_iter``, and of `Run`, such as ``norm``,
+            ``seed`` and ``max_forward_batch``.
 
     Returns:
         Per image the point that made it fall, or the one of the highest margin; shape and dtype of x.
 
     Raises:
-        TypeError: x or y is no tensor.
+        TypeError: x or y is no tensor, or there is no such option.
         ValueError: a wrong shape, dtype, name, count or range; or a model that writes to its input.
     """
-    check_images(x, y, clip_min, clip_max)
-    if x.dim() != 4:
-        raise ValueError(f"x must be images [B, C, H, W] for Square, got {list(x.shape)}")
-    ball = ball_around(x, eps, norm, clip_min, clip_max)
-    check_literal("fallen", fallen, Fallen)
-    check_literal("precision", precision, Precision)
-    check_switch("give_up", give_up)
-    check_at_least_one(
-        n_queries=n_queries, eot_iter=eot_iter, restarts=restarts, judge_draws=judge_draws,
-        max_forward_batch=max_forward_batch,
-    )  # fmt: skip
-    if len(x) == 0:
-        return x.clone()
-    x = x.detach().clone()
-    ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
-    judges = judge_draws or eot_iter
-    with frozen(model), torch.no_grad():
-        apart = drawn_once_per_call(model, x, max(judges, eot_iter), max_forward_batch)
-        active = ActiveSet(x, y, Judge(model, fallen, judges, max_forward_batch, apart))
-        source = gradient_copy(model, x[:COMPARED], precision, copies)
-        objective = Objective(source, "margin", eot_iter, max_forward_batch, apart=apart)
-        with frozen(source):
-            for restart in range(restarts):
-                left = active.left()
-                if len(left) == 0:
-                    break
-                search = _Search(
-                    objective, active, (x[left], y[left], left), ball.of(left), (seed + restart, ids[left])
-                )
-                search.run(n_queries, give_up and eot_iter == 1)
-    return active.found
+    return run_alone(Square, model, x, y, eps=eps, precision=precision, **options)
 
 
 class _Search:
@@ -133,56 +129,59 @@ class _Search:
 
     Args:
         objective: the margin, on what proposals are judged by.
-        active: the images.
-        images: clean images, labels and indices of those that are left, ``[R, ...]``.
-        ball: around them.
-        key: the seed, and the images' ids, int64 ``[R]``.
+        active: all images.
+        session: of all images.
+        left: which images are left, int64 ``[R]``.
+        seed: of the random numbers.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        active: ActiveSet,
-        images: tuple[Tensor, Tensor, Tensor],
-        ball: Ball,
-        key: tuple[int, Tensor],
-    ):
-        self.objective, self.active, self.ball = objective, active, ball
-        seed, self.ids = key
-        self._take(*images)
+    def __init__(self, objective: Objective, active: ActiveSet, session: Session, left: Tensor, seed: int):
+        self.objective, self.active, self.owner = objective, active, left
+        self.x, self.y, self.ids = session.x[left], session.y[left], session.ids[left]
+        self.ball = session.ball.take(left)
         check_seed(seed)
-        self.key = torch.full((1,), seed, dtype=torch.int64, device=self.x.device)
-        self.propose = Proposals((self.x.shape[1], self.x.shape[2], self.x.shape[3]), ball.norm)
-
-    def run(self, n_queries: int, give_up: bool = False) -> None:
-        """Ask so many queries of every image that is left.
-
-        Args:
-            n_queries: how many.
-            give_up: whether images whose border is out of reach leave earlier.
-        """
-        first = self._numbers(self.propose.first_numbers, 0, 1)[:, 0]
-        self.point = self.propose.begin(self.x, self.ball, first)
+        self.key = torch.full((1,), seed, dtype=torch.int64, device=left.device)
+        self.propose = Proposals((self.x.shape[1], self.x.shape[2], self.x.shape[3]), self.ball.norm)
+        first = self._draw(self.propose.first_numbers, 0, 1)[:, 0]
+        self.numbers, self.point = first, self.propose.begin(self.x, self.ball, first)
+        self.reach: Reach | None = None
+        self._once_for_all_queries()
         self.share, self.margin = self._scored(self.point)
         # the margins of the points that were judged: one on the border, of margin 0, is worth a judgement too
         self.judged = torch.full_like(self.margin, -torch.finfo(self.margin.dtype).tiny)
-        reach = Reach(GIVEN_UP_AFTER, n_queries, TIMES) if give_up else None
+
+    def _once_for_all_queries(self) -> None:
+        self.labels = self.y.repeat(max(TOGETHER.values()))
+        self.row = torch.arange(len(self.y), device=self.y.device)
+
+    def take(self, index: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.x, self.y, self.owner = self.x[index], self.y[index], self.owner[index]
+        self.ids, self.ball, self.point = self.ids[index], self.ball.take(index), self.point[index]
+        self.margin, self.judged = self.margin[index], self.judged[index]
+        self.share = None if self.share is None else self.share[index]
+        self.numbers = self.numbers[index]
+        self._once_for_all_queries()
+        if self.reach is not None:
+            self.reach.take(index)
+
+    def run(self, n_queries: int, give_up: bool = False) -> None:
+        """Ask so many queries of every image that is left; images whose border is out of reach may leave earlier."""
+        self.reach = Reach(GIVEN_UP_AFTER, n_queries, TIMES) if give_up else None
         query = rounds = 0
         while query < n_queries:
             if query % BLOCK == 0:
                 # the first draw is that of the beginning
-                numbers = self._numbers(self.propose.numbers, query + 1, BLOCK)
+                self.numbers = self._draw(self.propose.numbers, query + 1, BLOCK)
             together = min(max(count for start, count in TOGETHER.items() if query >= start), n_queries - query)
             # no round reaches into the next block
             together = min(together, BLOCK - query % BLOCK)
-            self._round(query, numbers[:, query % BLOCK : query % BLOCK + together])
+            self._round(query, self.numbers[:, query % BLOCK : query % BLOCK + together])
             query, rounds = query + together, rounds + 1
             if rounds % ROUNDS == 0:
-                numbers = self._shrunk(numbers, reach)
-            lost = some_of(reach.lost(query, -self.margin)) if reach is not None and reach.due(query) else None
-            if lost is not None:
-                self._offer(lost.nonzero()[:, 0])
-                numbers = self._keep(self.active.kept(self.owner, lost), numbers, reach)
+                self._shrink()
+            if self.reach is not None and self.reach.due(query):
+                self._give_up(some_of(self.reach.lost(query, -self.margin)))
             if len(self.owner) == 0:
                 return
         self._offer(slice(None))
@@ -193,7 +192,7 @@ class _Search:
         share, _ = self.active.settle(owner, points, torch.ones_like(margin))
         self.active.offer(owner, points, torch.stack([share, margin]))
 
-    def _numbers(self, count: int, first: int, draws: int) -> Tensor:
+    def _draw(self, count: int, first: int, draws: int) -> Tensor:
         return philox(self.key, self.ids, count, stream=Stream.SQUARES, draws=draws, first_draw=first)
 
     def _round(self, query: int, numbers: Tensor) -> None:
@@ -222,66 +221,123 @@ class _Search:
         wrong, margin = self.objective.score(points, y)
         return wrong, torch.where(margin.isnan(), torch.where(wrong == 1, torch.inf, -torch.inf), margin)
 
-    def _shrunk(self, numbers: Tensor, reach: Reach | None) -> Tensor:
-        """Judge what seems to have fallen and let it leave; the numbers of the rows that stay."""
+    def _shrink(self) -> None:
+        """Judge what seems to have fallen and let it leave."""
         share = self.share
         if share is None:
             share = (self.margin > self.judged).to(self.margin.dtype)
             self.judged = torch.maximum(self.margin, self.judged)
         share, fell = self.active.settle(self.owner, self.point, share)
         self.share = None if self.share is None else share
-        numbers = self._keep(self.active.kept(self.owner) if fell else None, numbers, reach)
+        staying = self.active.staying(self.owner) if fell else None
+        if staying is not None:
+            self.take(staying)
         if self.objective.eot_iter > 1 and len(self.owner):
             # the highest of many noisy margins is high by luck
             self.share, self.margin = self._scored(self.point)
-        return numbers
 
-    def _keep(self, rows: Tensor | None, numbers: Tensor, reach: Reach | None) -> Tensor:
-        """Go on with some of the rows, or with all; their numbers."""
-        if rows is None:
-            return numbers
-        self._take(self.x[rows], self.y[rows], self.owner[rows])
-        self.ids, self.ball, self.point = self.ids[rows], self.ball.of(rows), self.point[rows]
-        self.margin, self.judged = self.margin[rows], self.judged[rows]
-        self.share = None if self.share is None else self.share[rows]
-        if reach is not None:
-            reach.take(rows)
-        return numbers[rows]
-
-    def _take(self, x: Tensor, y: Tensor, owner: Tensor) -> None:
-        """The images of the rows, with what every query needs of them made once."""
-        self.x, self.y, self.owner = x, y, owner
-        self.labels, self.row = y.repeat(max(TOGETHER.values())), torch.arange(len(y), device=y.device)
+    def _give_up(self, lost: Tensor | None) -> None:
+        """Let the rows leave that are out of reach, bool ``[R]``."""
+        if lost is None:
+            return
+        self._offer(lost.nonzero()[:, 0])
+        staying = self.active.staying(self.owner, lost)
+        if staying is not None:
+            self.take(staying)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Square(EngineAttack):
-    """Square, as a row of an evaluation; it needs no gradients.
+def side(query: int, height: int, width: int, least: int = 1) -> int:
+    """The edge of the squares at a query.
 
     Args:
-        n_queries: proposals for each image and restart.
+        query: from 0.
+        height: of the images.
+        width: of the images.
+        least: the smallest edge.
+    """
+    share = FIRST_SHARE / 2 ** sum(query > after for after in HALVED_AFTER)
+    edge = max(round(math.sqrt(share * height * width)), least)
+    if least > 1 and edge % 2 == 0:
+        # the patterns of l2 and l1 have a middle
+        edge += 1
+    return min(edge, height, width)
 
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
+
+@cache
+def pattern(edge: int, norm: str, device: torch.device) -> Tensor:
+    """Two opposite pyramids side by side, of length 1, float32 ``[2, edge, edge]``: upright and lying.
+
+    Args:
+        edge: of the window, in pixels.
+        norm: in which the length is measured, "l2" or "l1".
+        device: where the pattern is; a copy in every query would wait for a GPU.
+    """
+    power, decay = SHAPES[norm]
+    half = torch.zeros(edge, edge)
+    for first, rows, sign in ((0, edge // 2, 1.0), (edge // 2, edge - edge // 2, -1.0)):
+        middle = (rows // 2, edge // 2)
+        for ring in range(max(rows // 2, edge // 2) + 1):
+            top, left = max(middle[0] - ring, 0), max(middle[1] - ring, 0)
+            part = half[first : first + rows]
+            part[top : middle[0] + ring + 1, left : middle[1] + ring + 1] += sign / (ring + 1) ** decay
+    both = torch.stack([half, half.T]).flatten(1)
+    return (both / both.abs().pow(power).sum(1, keepdim=True).pow(1 / power)).unflatten(1, (edge, edge)).to(device)
+
+
+class Proposals:
+    """Where Square begins, and where it tries to go.
+
+    Args:
+        shape: of an image, (C, H, W).
+        norm: "linf", "l2" or "l1".
     """
 
-    kind: ClassVar[str] = "square"
+    def __init__(self, shape: tuple[int, int, int], norm: str):
+        self.channels, self.height, self.width = shape
+        self.norm = norm
+        #: Random numbers of a proposal, and of the beginning.
+        self.numbers = PLACES + self.channels
+        tiles = TILES**2 * (1 + self.channels)
+        self.first_numbers = self.channels * self.width if norm == "linf" else tiles
 
-    n_queries: int = QUERIES
+    def begin(self, x: Tensor, ball: Ball, numbers: Tensor) -> Tensor:
+        """Stripes (linf) or a grid of patterns.
 
-    def __post_init__(self) -> None:
-        check_at_least_one(n_queries=self.n_queries)
-        super().__post_init__()
+        Args:
+            x: clean images, ``[R, C, H, W]``.
+            ball: around them.
+            numbers: uniform in [0, 1), ``[R, first_numbers]``.
+        """
+        if self.norm == "linf":
+            stripes = signs(numbers).view(len(x), self.channels, 1, self.width)
+            return (x + per_image(ball.eps, x) * stripes).clamp(ball.clip_min, ball.clip_max).to(x.dtype)
+        edge = max(1, min(self.height, self.width) // TILES)
+        shapes = pattern(edge, self.norm, x.device).to(numbers)
+        delta = torch.zeros_like(x)
+        turned, sign = numbers[:, : TILES**2], numbers[:, TILES**2 :].view(len(x), TILES**2, self.channels)
+        top = (self.height - edge * TILES) // 2 if edge > 1 else 0
+        left = (self.width - edge * TILES) // 2 if edge > 1 else 0
+        for i in range(TILES**2):
+            row, column = top + i // TILES * edge, left + i % TILES * edge
+            tile = shapes[(turned[:, i] < 0.5).long()][:, None] * signs(sign[:, i])[:, :, None, None]
+            place = delta[:, :, row : row + edge, column : column + edge]
+            place += tile[:, :, : place.shape[2], : place.shape[3]].to(x.dtype)
+        if self.norm == "l1":
+            # a step of length 0 is the projection alone
+            return pgd_step((x + delta).to(x.dtype), torch.zeros_like(x), x, 0.0, ball.eps, **ball.bounds)
+        length = delta.square().sum((1, 2, 3), keepdim=True).sqrt() + TINY
+        return (x + delta / length * per_image(ball.eps, x)).clamp(ball.clip_min, ball.clip_max).to(x.dtype)
 
-    def name(self, context: AttackContext) -> str:
-        return self.with_restarts("Square" + (f", {self.n_queries} queries" if self.n_queries != QUERIES else ""))
+    def next(self, query: int, x: Tensor, point: Tensor, ball: Ball, numbers: Tensor) -> Tensor:
+        """Several proposals for each row, ``[T * R, C, H, W]``: the first of every row, then the second of every row.
 
-    def cost(self, context: AttackContext) -> None:
-        """None: it stops early where it has won."""
-        return None
-
-    def revision(self) -> str:
-        return "4"
-
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        return square(target, x, y, n_queries=self.n_queries, **self.options(context))
+        Args:
+            query: how many came before.
+            x: clean images, ``[R, C, H, W]``.
+            point: the best points so far, likewise.
+            ball: around the images.
+            numbers: uniform in [0, 1), ``[R, T, numbers]``.
+        """
+        edge = side(query, self.height, self.width, least=1 if self.norm == "linf" else 3)
+        shapes = None if self.norm == "linf" else pattern(edge, self.norm, x.device)
+        return square_proposal(point, x, ball.eps, numbers, edge, **ball.bounds, pattern=shapes)

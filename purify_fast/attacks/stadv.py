@@ -21,14 +21,13 @@ from .._tensors import per_image
 from .._validation import check_literal
 from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
-from ..speed.step_graphs import StepGraphs
+from .answers import drawn_once_per_call
 from .arguments import check_at_least_one, check_images, check_not_negative
 from .ball import Ball, sample_in_ball
-from .base import Attack, AttackContext, ThreatModel, cost_of_runs
-from .draws import Gradients, Objective, drawn_once_per_call
+from .base import Attack, AttackContext, ThreatModel, cost_of_runs, run_alone, times
 from .frozen_model import frozen
-from .health import GradientHealth
-from .losses import Loss, usable_loss
+from .losses import Loss
+from .objective import Gradients, Objective
 from .search import Search, worst_of_restarts
 
 EPS, RATE, TAU = 0.05, 0.01, 0.05
@@ -80,91 +79,6 @@ def flow_loss(flow: Tensor) -> Tensor:
     return 2 * (across + down)
 
 
-def stadv(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | Tensor = EPS,
-    steps: int = 20,
-    rate: float = RATE,
-    smoothness: float = TAU,
-    loss: Loss = "margin",
-    eot_iter: int = 1,
-    random_start: bool = False,
-    keep_best: bool = False,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    max_forward_batch: int | None = None,
-    health: GradientHealth | None = None,
-    graphs: StepGraphs | None = None,
-) -> Tensor:
-    """Adam on a flow field, from none at all, clamped to its bound after every step.
-
-    Args:
-        model: images ``[B, C, H, W]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack.
-        x: images, floating point ``[B, C, H, W]``.
-        y: true labels, int64 ``[B]``.
-        eps: the largest flow along each axis, half the image being 1; a number or ``[B]``.
-        steps: of Adam.
-        rate: Adam's learning rate, in the unit of eps.
-        smoothness: the paper's tau; 0 attacks hardest, and leaves ragged edges.
-        loss: "margin", the paper's, "ce" or "dlr"; "ce" fades where the model is sure, and tau outweighs it.
-        eot_iter: draws of a random model averaged per step: in one batch, or each in a call of its own where the model
-            draws once per call.
-        random_start: whether to begin with a random flow within the bound instead of none.
-        keep_best: whether to return, per image, the best iterate seen and not the last, as of `pgd`.
-        seed: of the random start.
-        sample_ids: int64 ``[B]``; an image's random start depends on the seed and its id alone. None: 0 .. B - 1.
-        max_forward_batch: images in one forward pass at most; exact. None: no limit.
-        health: counts the loss's gradients to the flow, and movement, if given.
-        graphs: on a CUDA device, captures what a step asks of the model, as of `pgd`.
-
-    Returns:
-        Adversarial images: shape, dtype and range of x.
-
-    Raises:
-        TypeError: x or y is no tensor.
-        RuntimeError: it is called within ``torch.inference_mode()``.
-        ValueError: a wrong shape, dtype, name or count, or a negative eps, rate or smoothness; or a model
-            that writes to its input.
-    """
-    check_images(x, y)
-    check_literal("loss", loss, Loss)
-    check_at_least_one(steps=steps, eot_iter=eot_iter, max_forward_batch=max_forward_batch)
-    if x.dim() != 4:
-        raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
-    check_not_negative(eps=eps, rate=rate, smoothness=smoothness)
-    if x.shape[0] == 0:
-        return x.clone()
-    x = x.detach().clone()
-    room = Ball(per_sample("eps", eps, x), "linf", -torch.inf, torch.inf)
-    bound = per_image(room.eps, x)
-    flow = bound.new_zeros((len(x), 2, *x.shape[2:]))
-    if random_start:
-        flow = sample_in_ball(flow, room, seed=seed, sample_ids=sample_ids)
-    adam = _Adam(flow, rate)
-    with frozen(model):
-        once = drawn_once_per_call(model, x, eot_iter, max_forward_batch)
-        objective = Objective(model, loss, eot_iter, max_forward_batch, graphs, apart=once)
-        point = warp(x, flow)
-        search = Search(objective, point, y, keep_best=keep_best, health=health)
-        gradients = Gradients(objective, point, y, steps)
-        for _ in range(steps):
-            with torch.enable_grad():
-                leaf = flow.detach().requires_grad_()
-                moved, roughness = warp(x, leaf), flow_loss(leaf).sum()
-            found = gradients.at(point)
-            (gradient,) = torch.autograd.grad(moved, leaf, (found.image / eot_iter).to(moved.dtype))
-            search.see(point, found._replace(image=gradient))
-            (apart,) = torch.autograd.grad(roughness, leaf)
-            gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) - smoothness * apart
-            flow = (flow + adam.step(gradient)).clamp(-bound, bound)
-            point = warp(x, flow)
-        search.see_move(x, point)
-        return search.result(point)
-
-
 class _Adam:
     """Adam's running means, and the steps it takes with them."""
 
@@ -184,17 +98,21 @@ class _Adam:
 
 @dataclass(frozen=True, kw_only=True)
 class StAdv(Attack):
-    """StAdv that keeps the best point, as a row of an evaluation; its threat model is a bound on the flow.
+    """Adam on a flow field, clamped to its bound after every step; the threat model is that bound.
 
     Args:
-        loss: "margin", "ce" or "dlr", which below 3 classes becomes "margin".
+        loss: "margin", the paper's, "ce", "scaled_margin" or "dlr"; "ce" fades where the model is sure, and tau
+            outweighs it. "dlr" becomes "margin" below 3 classes.
         steps: of Adam; None: the report's.
         eps: the largest flow along each axis, half the image being 1.
         rate: Adam's learning rate, in the unit of eps.
         smoothness: the paper's tau; 0 attacks hardest, and leaves ragged edges.
-        restarts: runs, of which each image keeps its worst; the first begins without a flow, the others with random
-            ones.
-        eot_iter: draws of a random model averaged per step; None: the report's.
+        random_start: whether the first run begins with a random flow within the bound instead of none; every further
+            one does.
+        keep_best: whether the best point of a run is kept and not the last, as of `PGD`.
+        restarts: runs, of which each image keeps its worst.
+        eot_iter: draws of a random model averaged per step: in one batch, or each in a call of its own where the model
+            draws once per call. None: the report's.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -204,9 +122,11 @@ class StAdv(Attack):
 
     loss: Loss = "margin"
     steps: int | None = None
-    eps: float = EPS
+    eps: float | Tensor = EPS
     rate: float = RATE
     smoothness: float = TAU
+    random_start: bool = False
+    keep_best: bool = True
     restarts: int = 1
     eot_iter: int | None = None
 
@@ -216,43 +136,79 @@ class StAdv(Attack):
         check_not_negative(eps=self.eps, rate=self.rate, smoothness=self.smoothness)
 
     def name(self, context: AttackContext) -> str:
-        name = f"StAdv-{self.steps or context.steps} {usable_loss(self.loss, context.num_classes)}"
-        return name + (f" x{self.restarts}" if self.restarts > 1 else "")
+        steps, _, loss = self.decided(context)
+        return f"StAdv-{steps} {loss}{times(self.restarts)}"
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
         return ThreatModel("flow", float(self.eps))
 
     def cost(self, context: AttackContext) -> int:
-        return cost_of_runs(self.steps or context.steps, self.draws(context), self.restarts)
-
-    def settings(self, context: AttackContext) -> dict[str, Any]:
-        own = {"loss": usable_loss(self.loss, context.num_classes), "steps": self.steps or context.steps}
-        return super().settings(context) | own
+        steps, draws, _ = self.decided(context)
+        return cost_of_runs(steps, draws, self.restarts)
 
     def revision(self) -> str:
         return "3"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
-        draws = self.draws(context)
-
-        def attack(run: int) -> Tensor:
-            return stadv(
-                target,
-                x,
-                y,
-                eps=self.eps,
-                steps=self.steps or context.steps,
-                rate=self.rate,
-                smoothness=self.smoothness,
-                loss=usable_loss(self.loss, context.num_classes),
-                random_start=run > 0,
-                keep_best=True,
-                eot_iter=draws,
-                max_forward_batch=context.max_forward_batch,
-                seed=context.seed + run,
-                sample_ids=context.sample_ids,
-                health=context.health,
-                graphs=context.graphs,
+        check_images(x, y)
+        if x.dim() != 4:
+            raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
+        if len(x) == 0:
+            return x.clone()
+        x, draws = x.detach().clone(), self.draws(context)
+        with frozen(target):
+            return worst_of_restarts(
+                lambda run: self._run(run, target, x, y, context), target, y, restarts=self.restarts, eot_iter=draws
             )
 
-        return worst_of_restarts(attack, target, y, restarts=self.restarts, eot_iter=draws)
+    def _run(self, run: int, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        steps, draws, loss = self.decided(context)
+        room = Ball(per_sample("eps", self.eps, x), "linf", -torch.inf, torch.inf)
+        bound = per_image(room.eps, x)
+        flow = bound.new_zeros((len(x), 2, *x.shape[2:]))
+        if self.random_start or run > 0:
+            flow = sample_in_ball(flow, room, seed=context.seed + run, sample_ids=context.sample_ids)
+        adam = _Adam(flow, self.rate)
+        once = drawn_once_per_call(target, x, draws, context.max_forward_batch)
+        objective = Objective(target, loss, draws, context.max_forward_batch, context.graphs, apart=once)
+        point = warp(x, flow)
+        search = Search(objective, point, y, keep_best=self.keep_best, health=context.health)
+        gradients = Gradients(objective, point, y, steps)
+        for _ in range(steps):
+            with torch.enable_grad():
+                leaf = flow.detach().requires_grad_()
+                moved, roughness = warp(x, leaf), flow_loss(leaf).sum()
+            at_point = gradients.at(point)
+            (gradient,) = torch.autograd.grad(moved, leaf, (at_point.image / draws).to(moved.dtype))
+            search.see(point, at_point._replace(image=gradient))
+            (apart,) = torch.autograd.grad(roughness, leaf)
+            gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) - self.smoothness * apart
+            flow = (flow + adam.step(gradient)).clamp(-bound, bound)
+            point = warp(x, flow)
+        return search.result(x, point)
+
+
+def stadv(
+    model: Classifier, x: Tensor, y: Tensor, *, steps: int = 20, keep_best: bool = False, **options: Any
+) -> Tensor:
+    """Adam on a flow field, from none at all, clamped to its bound after every step.
+
+    Args:
+        model: images ``[B, C, H, W]`` to logits ``[B, classes]``; an ``nn.Module`` is frozen for the attack.
+        x: images, floating point ``[B, C, H, W]``.
+        y: true labels, int64 ``[B]``.
+        steps: of Adam.
+        keep_best: whether to return, per image, the best iterate seen and not the last, as of `pgd`.
+        **options: of `StAdv`, such as ``eps`` (a number or ``[B]``), ``rate`` and ``smoothness``, and of `Run`, such as
+            ``seed``, ``max_forward_batch``, ``health``, which counts the loss's gradients to the flow, and ``graphs``.
+
+    Returns:
+        Adversarial images: shape, dtype and range of x.
+
+    Raises:
+        TypeError: x or y is no tensor, or there is no such option.
+        RuntimeError: it is called within ``torch.inference_mode()``.
+        ValueError: a wrong shape, dtype, name or count, or a negative eps, rate or smoothness; or a model
+            that writes to its input.
+    """
+    return run_alone(StAdv, model, x, y, steps=steps, keep_best=keep_best, **options)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import tyro
 
 from .._lock import folder_lock
-from .._validation import TrainingPrecision
+from .._validation import CudaGraphs, CudnnBenchmark, Norm, Precision
 from .classifiers import (
     is_named,
     own_folder,
@@ -60,7 +60,7 @@ class Evaluate(DataCommand):
     read."""
     eps: float | None = None
     """Radius in image units, such as 8/255; default: what FOLDER was trained at. Of your own model it must be given."""
-    norm: Literal["linf", "l2", "l1"] | None = None
+    norm: Norm | None = None
     """Norm of the ball; default: what FOLDER was trained at, or linf if eps is given."""
     protocol: Literal["fast", "standard", "rand", "strong", "official", "authors"] = "standard"
     """Which attacks are run: fast, Auto-PGD in minutes; standard, AutoAttack's four with this package's engine; rand,
@@ -80,15 +80,15 @@ class Evaluate(DataCommand):
     """Images that are attacked together."""
     max_forward_batch: int | None = None
     """Images in one forward pass of PGD at most; bounds the memory, exact but for which image gets which draws."""
-    cuda_graphs: Literal["auto", "always", "off"] = "auto"
+    cuda_graphs: CudaGraphs = "auto"
     """On a GPU, capture a step of an attack once and replay it: where launching takes longer than computing (auto),
     wherever that is possible, or never."""
-    cudnn_benchmark: Literal["auto", "on", "off"] = "off"
+    cudnn_benchmark: CudnnBenchmark = "off"
     """On a GPU, let cuDNN race its algorithms for each shape of a batch, which may change the last bits from run to
     run; auto: unless the process asks for deterministic algorithms."""
     seed: int = 0
     """Seed of everything random."""
-    precision: TrainingPrecision = "float32"
+    precision: Precision = "float32"
     """tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a slightly
     different function: images are rounded to 8 bits. The report says which it was."""
     out: Path | None = None

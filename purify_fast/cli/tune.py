@@ -50,7 +50,7 @@ class Tune(Command):
 
         from ..ops.dispatch.registry import forced_backends
         from ..ops.dispatch.tune import tune
-        from ..speed.cuda_capture import CudaCapture
+        from ..speed.graphs.cuda_capture import CudaCapture
 
         device = torch.device(usable_device(self.device))
         if device.type not in ("cpu", "cuda"):

@@ -76,7 +76,7 @@ def _attack(attack: Attack, target: Classifier, part: Tensor, subject: Subject, 
 
     def search() -> tuple[Tensor, AttackContext, GradientHealth]:
         health = GradientHealth()
-        told = dataclasses.replace(context, sample_ids=ids, health=health, warnings=[], found={})
+        told = dataclasses.replace(context, sample_ids=ids, health=health, warnings=[], fell_to={})
         # the attack gets a copy, so that what it does to the images cannot hide how far it went
         return attack.search(target, x.clone(), y, told), told, health
 
@@ -86,4 +86,4 @@ def _attack(attack: Attack, target: Classifier, part: Tensor, subject: Subject, 
     counts = {name: health.count(name) for name in COUNTS}
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
     seconds = time.perf_counter() - begin
-    return Batch(images.detach().cpu(), counts, states, seconds, warnings=told.warnings, fallen=told.found)
+    return Batch(images.detach().cpu(), counts, states, seconds, warnings=told.warnings, fallen=told.fell_to)

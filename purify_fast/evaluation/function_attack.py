@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..attacks import Attack, AttackContext, ThreatModel, frozen
-from ..attacks.arguments import Norm
+from .._validation import Norm
+from ..attacks import Attack, AttackContext, Run, ThreatModel, frozen
 from ..attacks.base import BallAttack
 from ..ops.pgd_step import pgd_step
 from ..protocols import Classifier
@@ -90,7 +90,7 @@ class FunctionAttack(BallAttack):
     def name(self, context: AttackContext) -> str:
         return self.row_name
 
-    def draws(self, context: AttackContext) -> int:
+    def draws(self, run: Run) -> int:
         """1: the function asks the model as often as it likes."""
         return 1
 

@@ -19,18 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._validation import check_folder, check_literal
+from .._validation import CudaGraphs, CudnnBenchmark, check_folder, check_literal
 from .._version import __version__
 from ..attacks import Attack, AttackContext, AutoAttack, frozen
+from ..attacks.answers import check_leaves_images
 from ..attacks.arguments import NormName, check_at_least_one, check_eps, read_norm
-from ..attacks.asked import check_leaves_images
 from ..attacks.autoattack import implementation
 from ..attacks.engine.gradient_copy import GradientCopies
 from ..ops import kernel_choices, pin_kernels
 from ..protocols import Classifier
-from ..speed.convolutions import CudnnBenchmark, raced_convolutions
-from ..speed.precision import whole_float32_by_default
-from ..speed.step_graphs import CudaGraphs, StepGraphs
+from ..speed.graphs.step_graphs import StepGraphs
+from ..speed.precision import raced_convolutions, whole_float32_by_default
 from .alarms.answers import Before
 from .alarms.probes import cost as cost_of_probes
 from .conclusion import conclude

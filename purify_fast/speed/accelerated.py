@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._tensors import first_tensor
 from ..models.representation import Representation
 from .compiled_region import CompiledRegion
-from .inference_copy import InferenceCopy, autocast_to, prepare_for_inference
+from .folding.inference_copy import InferenceCopy, autocast_to, prepare_for_inference
 
 
 @dataclass(eq=False)

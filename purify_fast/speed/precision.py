@@ -1,11 +1,16 @@
-"""What ``float32`` means on a GPU: by default PyTorch rounds the operands of convolutions there to ten bits (TF32)."""
+"""What ``float32`` means on a GPU, and by which algorithms cuDNN computes it.
+
+By default PyTorch rounds the operands of convolutions there to ten bits (TF32).
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
+
+from .._validation import CudnnBenchmark, check_literal
 
 #: How many blocks of `float32_products` the process is in.
 _blocks = 0
@@ -30,20 +35,6 @@ def float32_settings() -> tuple[tuple[bool, str] | None, list[str]]:
     return older, values
 
 
-def _restorer() -> Callable[[], None]:
-    """What puts the settings back as they are now."""
-    older, values = float32_settings()
-
-    def restore() -> None:
-        if older is not None:
-            torch.backends.cudnn.allow_tf32 = older[0]
-            torch.set_float32_matmul_precision(older[1])
-        for name, value in zip(_NAMES, values, strict=True):
-            torch._C._set_fp32_precision_setter("cuda", name, value)
-
-    return restore
-
-
 @contextlib.contextmanager
 def float32_products(*, tf32: bool = False) -> Iterator[None]:
     """Within the block, compute float32 convolutions and matrix products on a GPU as the caller asks.
@@ -55,7 +46,7 @@ def float32_products(*, tf32: bool = False) -> Iterator[None]:
             network then err by about 1e-2. By default products are those of IEEE float32, as on a CPU.
     """
     global _blocks
-    restore = _restorer()
+    older, values = float32_settings()
     _blocks += 1
     try:
         torch.backends.cudnn.allow_tf32 = tf32
@@ -63,7 +54,11 @@ def float32_products(*, tf32: bool = False) -> Iterator[None]:
         yield
     finally:
         _blocks -= 1
-        restore()
+        if older is not None:
+            torch.backends.cudnn.allow_tf32, _ = older
+            torch.set_float32_matmul_precision(older[1])
+        for name, value in zip(_NAMES, values, strict=True):
+            torch._C._set_fp32_precision_setter("cuda", name, value)
 
 
 @contextlib.contextmanager
@@ -71,3 +66,28 @@ def whole_float32_by_default() -> Iterator[None]:
     """`float32_products`, unless the caller has chosen already by a block of it; also a decorator."""
     with contextlib.nullcontext() if _blocks else float32_products():
         yield
+
+
+@contextlib.contextmanager
+def raced_convolutions(mode: CudnnBenchmark, device: torch.device) -> Iterator[None]:
+    """Within the block, cuDNN races its algorithms once for each shape of a convolution; afterwards as before.
+
+    A race takes about a second for a network and shape, so that shapes should repeat. The algorithms differ in the last
+    bits of their results, and which one wins may differ from run to run.
+
+    Args:
+        mode: "auto" races on a CUDA device, unless the process asks for deterministic algorithms; "on" races there
+            whatever the process asks for; "off" leaves cuDNN as it is.
+        device: where the work is done.
+    """
+    check_literal("mode", mode, CudnnBenchmark)
+    cudnn = torch.backends.cudnn
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    if device.type != "cuda" or mode == "off" or (mode == "auto" and deterministic):
+        yield
+        return
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..protocols import Classifier
-    from ..speed.step_graphs import StepGraphs
+    from ..speed.graphs.step_graphs import StepGraphs
     from .task import Batch
 
 Radius = TypeVar("Radius", float, "Tensor")

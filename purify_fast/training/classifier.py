@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .._fingerprint import structure_fingerprint
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
-from ..speed.inference_copy import autocast_to
+from ..speed.folding.inference_copy import autocast_to
 from .attack import settings
 from .checkpoint import read_facts, read_model, save_model
 from .config import ClassifierConfig

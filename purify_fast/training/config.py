@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .._files import OnFull
-from .._validation import CudaGraphs, CudnnBenchmark, TrainingPrecision, check_types
+from .._validation import CudaGraphs, CudnnBenchmark, Precision, check_types
 from .attack import TrainingAttack
 
 KeepBest = Literal["off", "loss", "accuracy"]
@@ -102,7 +102,7 @@ class ClassifierConfig:
     attack: TrainingAttack = TrainingAttack(eps=0.0, steps=7, relative_alpha=2.0, eps_warmup=0.2)
     learning_rate: float = 3e-3
     weight_decay: float = 5e-4
-    precision: TrainingPrecision = "float32"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         check_types(self)

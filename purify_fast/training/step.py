@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .._process import processes
-from ..speed.convolutions import raced_convolutions
-from ..speed.step_graphs import StepGraphs
+from ..speed.graphs.step_graphs import StepGraphs
+from ..speed.precision import raced_convolutions
 from .config import FitConfig
 from .distributed import average_
 from .task import Batch, Metrics, Task, Update

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._tensors import first_tensor
 from ..models.representation import evaluation_mode
-from ..speed.step_graphs import StepGraphs
+from ..speed.graphs.step_graphs import StepGraphs
 from .length import DelayUnit, RunLength
 from .lookahead import Lookahead
 

@@ -9,12 +9,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from purify_fast.attacks import Ball, GradientHealth, apgd, cross_entropy, dlr, dlr_targeted, pgd
-from purify_fast.attacks.draws import Objective
-from purify_fast.attacks.engine import auto_pgd, buckets, waves
-from purify_fast.attacks.engine.active_set import ActiveSet, is_costly
+from purify_fast.attacks.engine import auto_pgd
+from purify_fast.attacks.engine import rows as engine_rows
 from purify_fast.attacks.engine.judge import Judge
+from purify_fast.attacks.engine.rows import ActiveSet, Rows, is_costly, likeliest_wrong
 from purify_fast.attacks.engine.step_size import Schedule, checkpoints
-from purify_fast.attacks.engine.waves import Rows, likeliest_wrong
+from purify_fast.attacks.objective import Objective
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import pgd_step
 
@@ -166,19 +166,19 @@ def test_misclassified_points_come_before_those_of_higher_loss():
 
 def test_only_images_that_withstand_are_attacked_again(monkeypatch):
     module = importlib.import_module("purify_fast.attacks.apgd")
-    runs, original = [], module.run
-    monkeypatch.setattr(module, "run", lambda *a, **b: runs.append(a[2].owner.tolist()) or original(*a, **b))
+    runs, original = [], module.AutoPgd
+    monkeypatch.setattr(module, "AutoPgd", lambda *a, **b: runs.append(a[2].owner.tolist()) or original(*a, **b))
     torch.manual_seed(0)
     weight = torch.randn(48, 6)
     x = torch.rand(40, 48)
     y = (x @ weight).argmax(1)
-    found = module.apgd(lambda z: z @ weight, x, y, eps=0.05, steps=5, loss="dlr_targeted", most_rows=1)
+    found = module.apgd(lambda z: z @ weight, x, y, eps=0.05, steps=5, loss="dlr_targeted", batch_size=1)
     images = [len(run) for run in runs]
     assert len(runs) == 5 and images[0] == 40  # C - 1 targets, one at a time
     assert images == sorted(images, reverse=True) and 0 < ((found @ weight).argmax(1) == y).sum() <= images[-1] < 40
     runs.clear()
     counts = {"target 1": 1}
-    again = module.apgd(lambda z: z @ weight, x, y, eps=0.05, steps=5, loss="dlr_targeted", found=counts)
+    again = module.apgd(lambda z: z @ weight, x, y, eps=0.05, steps=5, loss="dlr_targeted", fell_to=counts)
     assert sum(counts.values()) == 1 + ((again @ weight).argmax(1) != y).sum()
     assert set(counts) <= {f"target {i}" for i in range(1, 6)} and counts["target 1"] == max(counts.values())
     # targets in one batch: the first alone, then as many as fit into 64 rows
@@ -186,7 +186,7 @@ def test_only_images_that_withstand_are_attacked_again(monkeypatch):
     assert ((again @ weight).argmax(1) == y).sum() == ((found @ weight).argmax(1) == y).sum()
     runs.clear()
     counts = {}
-    module.apgd(lambda z: z @ weight, x, y, eps=0.5, steps=5, restarts=9, found=counts)
+    module.apgd(lambda z: z @ weight, x, y, eps=0.5, steps=5, restarts=9, fell_to=counts)
     assert len(runs) < 9 and sum(counts.values()) == 40 and "restart 1" in counts  # nothing was left
 
 
@@ -205,8 +205,8 @@ def test_fallen_images_leave_the_batch():
     steps = [size for size, gradient in sizes if gradient]
     judged = sum(size for size, gradient in sizes if not gradient)
     assert steps[0] == 64 and steps == sorted(steps, reverse=True) and 0 < stood < 40
-    assert buckets.bucket(stood, x.device) <= steps[-1] < 64
-    assert {buckets.bucket(n, x.device) for n in steps} == set(steps)
+    assert engine_rows.bucket(stood, x.device) <= steps[-1] < 64
+    assert {engine_rows.bucket(n, x.device) for n in steps} == set(steps)
     # the clean images, the last points and each of those that fell
     assert judged >= 64 + (64 - stood)
 
@@ -237,7 +237,7 @@ def test_which_images_are_costly():
 
 
 def test_the_sizes_are_few_and_close():
-    cpu, gpu = ([buckets.bucket(n, torch.device(kind)) for n in range(1, 1025)] for kind in ("cpu", "cuda"))
+    cpu, gpu = ([engine_rows.bucket(n, torch.device(kind)) for n in range(1, 1025)] for kind in ("cpu", "cuda"))
     for sizes in (cpu, gpu):
         assert sizes == sorted(sizes) and all(n <= size for n, size in enumerate(sizes, 1))
     assert all(size <= n * 5 / 4 for n, size in enumerate(cpu, 1))
@@ -246,19 +246,20 @@ def test_the_sizes_are_few_and_close():
     assert sorted({min(size, 250) for size in gpu[:250]}) == [16, 32, 64, 128, 192, 250]
     assert all(size <= n * 3 / 2 for n, size in enumerate(gpu, 1) if n > 128)
     # a costly image more costs a CPU more than a new size
-    assert [buckets.bucket(n, torch.device("cpu"), costly=True) for n in range(1, 1025)] == list(range(1, 1025))
-    assert [buckets.bucket(n, torch.device("cuda"), costly=True) for n in range(1, 1025)] == gpu
+    assert [engine_rows.bucket(n, torch.device("cpu"), costly=True) for n in range(1, 1025)] == list(range(1, 1025))
+    assert [engine_rows.bucket(n, torch.device("cuda"), costly=True) for n in range(1, 1025)] == gpu
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded):
     """On a GPU most waves have one size; each image is searched in each run until it falls, and no longer."""
-    monkeypatch.setattr(buckets, "takes_every_size", lambda device: not padded)
+    monkeypatch.setattr(engine_rows, "takes_every_size", lambda device: not padded)
     x, y, ids = torch.rand(90, 2), torch.zeros(90, dtype=torch.int64), torch.arange(90)
     active = ActiveSet(x, y, Judge(lambda z: torch.tensor([[1.0, 0.0]]).expand(len(z), 2)))
     goals = tuple(torch.full_like(y, goal) for goal in (1, 2, 3, 4, 5))
-    asked, sizes, seen = waves.Waves(x, y, Ball(torch.full((90,), 0.1)), goals, 1, seed=0, ids=ids, most=90), [], []
-    for rows in asked.over(active):
+    waves = engine_rows.Waves(x, y, Ball(torch.full((90,), 0.1)), goals, 1, seed=0, ids=ids, most=90)
+    sizes, seen = [], []
+    for rows in waves.over(active):
         sizes.append(len(rows.x))
         assert torch.equal(rows.x, x[rows.owner]) and torch.equal(rows.labels[:, 1], rows.run + 1)
         assert not active.fallen[rows.owner].any()
@@ -285,8 +286,9 @@ def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):
             model = lambda z: z @ weight  # noqa: E731
             active = ActiveSet(x, y, Judge(model, draws=2))
             rows = Rows(torch.arange(5), x, y, Ball(torch.ones(5), norm), x, torch.zeros_like(y))
-            left, size = auto_pgd.run(Objective(model, "ce", 2), active, rows, Schedule(30), health=GradientHealth())
-            assert len(left.owner) == 5 and size.top.shape == (5, 48)
+            search = auto_pgd.AutoPgd(Objective(model, "ce", 2), active, rows, Schedule(30), health=GradientHealth())
+            search.run()
+            assert len(search.rows.owner) == 5 and search.size.top.shape == (5, 48)
 
 
 def test_the_targets_are_the_wrong_classes_of_highest_logit():
@@ -294,8 +296,8 @@ def test_the_targets_are_the_wrong_classes_of_highest_logit():
     y = torch.tensor([1, 3])
     seen = [goal.tolist() for goal in likeliest_wrong(logits, y, 9)]
     assert seen == [[4, 0], [2, 4], [3, 2], [0, 1]] and len(likeliest_wrong(logits, y, None)) == 4
-    x = torch.tensor([[0.6, 0.35, 0.35, 0.35, 0.4]])  # the named class wins
-    common = {"eps": 0.2, "steps": 20, "target": torch.tensor([4]), "leave_when_fallen": False}
+    x = torch.tensor([[0.6, 0.35, 0.35, 0.35, 0.4]])  # the likeliest wrong class wins
+    common = {"eps": 0.2, "steps": 20, "n_target_classes": 1, "leave_when_fallen": False}
     for loss in ("dlr_targeted", "margin_targeted"):
         assert int(apgd(lambda z: z, x, torch.tensor([0]), loss=loss, **common).argmax(1)) == 4
 
@@ -361,26 +363,16 @@ def test_empty_batch(model):
     [
         ({"loss": "mse"}, "one of ce, margin, scaled_margin, dlr, dlr_targeted, margin_targeted, got 'mse'"),
         ({"norm": "l0"}, "norm must be one of linf, l2, l1, got 'l0'"),
-        ({"fallen": "some"}, "fallen must be one of any, majority, all, got 'some'"),
         ({"precision": "half"}, "precision must be one of auto, float32, bfloat16, got 'half'"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"n_target_classes": 0}, "n_target_classes must be at least 1"),
         ({"restarts": 0}, "restarts must be at least 1"),
         ({"rho": 1.5}, r"rho must be in \[0, 1\], got 1.5"),
         ({"eps": -0.1}, "eps must be at least 0"),
-        (
-            {"target": torch.zeros(9, dtype=torch.int64)},
-            "a target needs the loss dlr_targeted, margin_targeted, got 'ce'",
-        ),
-        ({"target": torch.zeros(9), "loss": "dlr_targeted"}, r"target must be int64 \[B\] = \[9\], got torch.float32"),
-        ({"target": torch.full((9,), 6), "loss": "dlr_targeted"}, r"target must be in 0 \.\. 5, got 6 \.\. 6"),
-        ({"target": "the labels", "loss": "dlr_targeted"}, "target must differ from y"),
     ],
 )
 def test_errors(batch, model, change, message):
     x, y = batch
-    if isinstance(change.get("target"), str):
-        change = change | {"target": y}
     with pytest.raises(ValueError, match=message):
         apgd(model, x, y, **({"eps": EPS} | change))
 

@@ -5,7 +5,17 @@ import torch
 from torch import nn
 
 from purify_fast import Carso
-from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, frozen, input_gradient, pgd
+from purify_fast.attacks import (
+    AttackContext,
+    AutoAttack,
+    BpdaModel,
+    GradientHealth,
+    apgd,
+    fgsm,
+    frozen,
+    input_gradient,
+    pgd,
+)
 from purify_fast.attacks.bpda import classifier_of
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
@@ -70,15 +80,11 @@ def test_breaks_shattered_gradients(defence, batch):
 
 def test_autoattack_runs_on_it(defence, batch):
     pytest.importorskip("pyautoattack")
-    from purify_fast.attacks.autoattack import autoattack
-
     y = labels(defence, batch)
     wrapped = BpdaModel.of(defence)
-    with frozen(wrapped), torch.random.fork_rng():
-        found, _ = autoattack(
-            wrapped, batch, y, eps=0.1, norm="linf", version="standard", num_classes=4, seed=0, batch_size=40, steps=10,
-            n_queries=10,
-        )  # fmt: skip
+    context = AttackContext(num_classes=4, eps=0.1, batch_size=40)
+    with torch.random.fork_rng():
+        found = AutoAttack(steps=10, n_queries=10).search(wrapped, batch, y, context)
     assert (labels(defence, found) == y).float().mean() < 0.1
 
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from purify_fast import _library
 from purify_fast.attacks import GradientHealth, apgd, fab_t, fgsm, frozen, pgd, pgd_and_fgsm, stadv
-from purify_fast.attacks.draws import Objective
+from purify_fast.attacks.objective import Objective
 from purify_fast.attacks.pgd import Ascent
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.ops.dispatch.timing import Launches
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.inference_copy import LiveInferenceCopy
-from purify_fast.speed.waits import Waits
+from purify_fast.speed.folding.inference_copy import LiveInferenceCopy
+from purify_fast.speed.graphs.host_syncs import HostSyncs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +51,6 @@ OPTIONS = {
     "constant step": {"alpha": 0.05},
     "best point and health": {"keep_best": True, "loss": "dlr"},
     "draws in parts": {"eot_iter": 3, "max_forward_batch": 12, "keep_best": True},
-    "constant share": {"density": 0.1},
     "no random start": {"random_start": False, "loss": "margin"},
 }
 
@@ -155,9 +154,9 @@ def test_every_step_allocates_the_same_and_waits_for_nothing(model, batch):
                 state |= {"best": x, "best_score": torch.full((2, 9), -torch.inf)}
                 steps = []
                 for _ in range(4):
-                    with Waits() as waits:
+                    with HostSyncs() as waits:
                         state |= ascent(state)
-                    assert not waits.found
+                    assert not waits.counts
                     steps.append(waits.allocated)
                 assert len(steps[0]) > 50 and all(step == steps[0] for step in steps)
 
@@ -169,7 +168,7 @@ def dispatched(attack: Callable[..., Tensor], model: nn.Module, graphs: StepGrap
     for steps in (20, 40):
         # captured by the first of these attacks
         attack(model, x, y, eps=0.1, steps=steps, graphs=graphs, **options)
-        with Waits() as waits:
+        with HostSyncs() as waits:
             attack(model, x, y, eps=0.1, steps=steps, graphs=graphs, **options)
         counts.append(waits.dispatched)
     return (counts[1] - counts[0]) / 20

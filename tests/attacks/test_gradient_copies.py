@@ -16,7 +16,7 @@ from purify_fast.defences.base import Defence
 from purify_fast.methods.atop import SmallGenerator
 from purify_fast.models import build_classifier
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.speed.inference_copy import InferenceCopy
+from purify_fast.speed.folding.inference_copy import InferenceCopy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -170,8 +170,8 @@ def test_of_the_restarts_each_image_keeps_its_worst(model, batch):
 def test_settings_are_plain_and_say_what_was_decided():
     told = context(num_classes=3, draws_differ=True)
     assert PGD(loss="dlr").settings(told) == {
-        "loss": "dlr", "steps": 5, "alpha": None, "random_start": True, "restarts": 1, "eot_iter": 3, "eps": EPS,
-        "norm": "linf",
+        "loss": "dlr", "steps": 5, "alpha": None, "random_start": True, "start_std": None, "keep_best": True,
+        "restarts": 1, "eot_iter": 3, "eps": EPS, "norm": "linf",
     }  # fmt: skip
     targeted = APGD(loss="dlr_targeted", eps=0.5, norm="L2").settings(told)
     assert (targeted["loss"], targeted["n_target_classes"], targeted["norm"]) == ("margin", None, "l2")

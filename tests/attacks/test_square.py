@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from purify_fast.attacks import Ball, square
-from purify_fast.attacks.engine.squares import Proposals, side
+from purify_fast.attacks.square import Proposals, side
 from purify_fast.ops.dispatch import registry
 from purify_fast.ops.dispatch.timing import Launches
 

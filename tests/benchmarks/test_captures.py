@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed pac
 
 from benchmarks import captures, report, roofline  # noqa: E402
 from purify_fast.models.classifiers import SmallCNN  # noqa: E402
-from purify_fast.speed.step_graphs import WORTH  # noqa: E402
+from purify_fast.speed.graphs.step_graphs import WORTH  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast import data
+from purify_fast.attacks import APGD, PGD, AutoAttack
 from purify_fast.evaluation import Report, measure
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import save_classifier
@@ -269,12 +270,13 @@ def test_a_model_without_randomness_is_attacked_anew_without_it(monkeypatch):
     model.sigma = model.missing = 0.0
     seen = []
 
-    def attack(target, x, y, steps, **options):  # the first finds everything, the others nothing
+    def attack(self, target, x, y, context):  # the first finds everything, the others nothing
+        steps, eps = self.decided(context).steps, context.eps
         seen.append((steps, len(x)))
         target(x)
-        return x + (x.flip(0) - x).clamp(-options["eps"], options["eps"]) if steps == 2 else x
+        return x + (x.flip(0) - x).clamp(-eps, eps) if steps == 2 else x
 
-    monkeypatch.setattr(importlib.import_module("purify_fast.attacks.pgd"), "pgd", attack)
+    monkeypatch.setattr(PGD, "search", attack)
     job = Job("row", 0, work, settings={"quick": True, "autoattack": False})
     found = atop_digits._attacked(model, job)
     assert set(found) == {"clean", "pgd", "clean_zero", "pgd_zero", "gradients"}
@@ -333,14 +335,8 @@ def test_the_mnist_table_is_what_the_jobs_found(tmp_path, monkeypatch):
     monkeypatch.setattr(carso_mnist, "_model", lambda *a: model)
     monkeypatch.setattr(mnist, "EPS", 0.02)
     monkeypatch.setattr(carso_mnist, "PEEL", "another")  # a head is for models that draw
-    monkeypatch.setattr(
-        importlib.import_module("purify_fast.attacks.autoattack"),
-        "autoattack",
-        lambda model, x, *a, **more: (x.clone(), []),
-    )
-    monkeypatch.setattr(
-        importlib.import_module("purify_fast.attacks.apgd"), "apgd", lambda model, x, *a, **more: x
-    )  # finds nothing
+    for kind in (AutoAttack, APGD):  # finds nothing
+        monkeypatch.setattr(kind, "search", lambda self, target, x, y, context: x.clone())
     budget = replace(carso_mnist.QUICK, images=24, steps=5, eot=1)
     made = [job for job in carso_mnist.jobs("", budget=budget) if job.work is carso_mnist.attack]
     found = {(j.settings["model"], j.settings["group"]): j.work(j, j.folder(tmp_path), tmp_path) for j in made}

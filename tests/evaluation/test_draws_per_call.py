@@ -25,7 +25,7 @@ from purify_fast.attacks import (
     square,
     stadv,
 )  # fmt: skip
-from purify_fast.attacks.draws import drawn_once_per_call
+from purify_fast.attacks.answers import drawn_once_per_call
 from purify_fast.attacks.engine.judge import Judge
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import evaluate
@@ -181,7 +181,7 @@ def test_each_draw_is_a_call_of_its_own(batch):
 def test_images_fall_by_as_many_different_draws(batch):
     x, y = batch
     moved = pgd(standard(), x, y, eps=0.15, steps=5)
-    shares = [Judge(Switch(*nets()), "all", 20, apart=apart).shares(moved, y).unique() for apart in (False, True)]
+    shares = [Judge(Switch(*nets()), 20, apart=apart).shares(moved, y).unique() for apart in (False, True)]
     assert set(shares[0].tolist()) <= {0.0, 1.0} and len(shares[1]) > 2
 
 
@@ -220,7 +220,7 @@ def test_models_that_draw_for_each_image_are_attacked_as_before(batch, attack, m
         for asked in (True, False):
             with monkeypatch.context() as patch:
                 if not asked:
-                    for name in ("pgd", "apgd", "fab", "square", "stadv"):
+                    for name in ("pgd", "judged", "stadv"):
                         module = importlib.import_module(f"purify_fast.attacks.{name}")
                         patch.setattr(module, "drawn_once_per_call", lambda *_: False)
                 torch.manual_seed(0)

@@ -5,7 +5,6 @@ import logging
 import math
 import sys
 import types
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -566,9 +565,7 @@ def test_errors(change, message):
 def test_without_autoattack_no_attack_is_begun(monkeypatch):
     for package in ("pyautoattack", "autoattack"):
         monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(
-        import_module("purify_fast.attacks.pgd"), "pgd", lambda *a, **more: pytest.fail("it was attacked")
-    )
+    monkeypatch.setattr(PGD, "search", lambda *a: pytest.fail("it was attacked"))
     x, y = torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ModuleNotFoundError, match="AutoAttack is not installed"):
         evaluate(Linear(), x, y, attacks=[PGD(), AutoAttack()], **QUIET)
@@ -940,18 +937,20 @@ def test_stadv_restarts_keep_the_worst_of_each_image(toy):
 def test_options_reach_the_attacks(toy, monkeypatch):
     model, x, y = toy
     seen = {}
-    for name in ("pgd", "stadv"):
-        module = import_module(f"purify_fast.attacks.{name}")
-        original = getattr(module, name)
+    for kind in (PGD, StAdv):
+        original = kind.search
         monkeypatch.setattr(
-            module, name, lambda *a, original=original, name=name, **o: seen.update({name: o}) or original(*a, **o)
+            kind,
+            "search",
+            lambda self, target, x, y, context, original=original: (
+                seen.update({self.kind: self.settings(context)}) or original(self, target, x, y, context)
+            ),
         )
     attacks = [StAdv(rate=0.02, smoothness=0.0, eps=0.1), lee_kim_2023()]
     evaluate(model, x[:4], y[:4], attacks=[attacks[0]], steps=2, **QUIET)
     assert {k: seen["stadv"][k] for k in ("rate", "smoothness", "eps", "steps", "loss", "random_start")} == {
         "rate": 0.02, "smoothness": 0.0, "eps": 0.1, "steps": 2, "loss": "margin", "random_start": False,
     }  # fmt: skip
-    assert "norm" not in seen["stadv"]
     report = evaluate(model, x[:1], y[:1], attacks=[attacks[1]], **QUIET)
     got = {k: seen["pgd"][k] for k in ("alpha", "steps", "eot_iter", "random_start", "norm", "eps", "loss")}
     assert got == {

@@ -19,8 +19,8 @@ from cuda_launches import CudaLaunches
 from torch_functions import register
 
 from purify_fast.models import PreActResNet18, synced_batch_norm
-from purify_fast.speed import folding
-from purify_fast.speed.inference_copy import LiveInferenceCopy, convert_to_channels_last
+from purify_fast.speed.folding import batchnorm as folding
+from purify_fast.speed.folding.inference_copy import LiveInferenceCopy, convert_to_channels_last
 from purify_fast.training import distributed
 
 DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))

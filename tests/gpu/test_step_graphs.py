@@ -17,7 +17,7 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import PreActResNet18
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.inference_copy import LiveInferenceCopy
+from purify_fast.speed.folding.inference_copy import LiveInferenceCopy
 from purify_fast.training import Batch, FitConfig, Task
 from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.step import accelerated_steps, fuse, train_step

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from purify_fast.attacks.engine.squares import pattern
+from purify_fast.attacks.square import pattern
 from purify_fast.ops import square_proposal
 
 op = import_module("purify_fast.ops.square_proposal")

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from purify_fast.speed.cuda_capture import CudaCapture
+from purify_fast.speed.graphs.cuda_capture import CudaCapture
 
 DEVICE, POOL = torch.device("cuda:1"), (0, 7)
 

@@ -11,8 +11,8 @@ from torchvision.models import resnet18
 
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.models.representation import Representation
-from purify_fast.speed.folding import fold_batchnorm, fold_sequential
-from purify_fast.speed.inference_copy import InferenceCopy
+from purify_fast.speed.folding.batchnorm import fold_batchnorm, fold_sequential
+from purify_fast.speed.folding.inference_copy import InferenceCopy
 
 
 def trained(model):

@@ -10,8 +10,15 @@ from purify_fast import Atop, Carso
 from purify_fast.attacks.engine import gradient_copy as copies
 from purify_fast.methods.atop import SmallGenerator
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.speed import halving
-from purify_fast.speed.halving import Resizing, RowByRow, SameLayout, can_stand_for, makes_rows, replace_resizing
+from purify_fast.speed.folding import halving
+from purify_fast.speed.folding.halving import (
+    Resizing,
+    RowByRow,
+    SameLayout,
+    can_stand_for,
+    makes_rows,
+    replace_resizing,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,8 +16,8 @@ from cuda_launches import CudaLaunches
 
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN, build_classifier
 from purify_fast.models.representation import Representation
-from purify_fast.speed import folding
-from purify_fast.speed.inference_copy import InferenceCopy, LiveInferenceCopy, convert_to_channels_last
+from purify_fast.speed.folding import batchnorm as folding
+from purify_fast.speed.folding.inference_copy import InferenceCopy, LiveInferenceCopy, convert_to_channels_last
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from purify_fast.contents import identity_key
-from purify_fast.speed.agreement import alike
-from purify_fast.speed.step_graphs import (
+from purify_fast.speed.graphs.host_syncs import HostSyncs
+from purify_fast.speed.graphs.loops import State
+from purify_fast.speed.graphs.step_graphs import (
     LEAST_WORTH,
     MOST_WORTH,
     REMEMBERED,
@@ -28,8 +29,7 @@ from purify_fast.speed.step_graphs import (
     StepGraphs,
     begin_steps,
 )
-from purify_fast.speed.step_loops import State
-from purify_fast.speed.waits import Waits
+from purify_fast.speed.graphs.trial import alike
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,7 +152,7 @@ def test_an_error_that_only_a_trial_meets_leaves_the_eager_loop(graphs, rerun):
 def test_graphs_go_with_their_model_and_no_key_keeps_one_alive(graphs, rerun, monkeypatch):
     # the stand-in's replay would hold the model, as no CUDA graph does
     monkeypatch.setattr(rerun, "record", lambda run, device: run if run() else lambda: None)
-    monkeypatch.setattr("purify_fast.speed.step_graphs.first_replay_agrees", lambda *args: True)
+    monkeypatch.setattr("purify_fast.speed.graphs.step_graphs.first_replay_agrees", lambda *args: True)
     models = [Scale() for _ in range(4)]
     gone = [weakref.ref(model) for model in models]
     for model in models:
@@ -495,9 +495,9 @@ def test_settings_are_checked():
 
 def test_waits_and_allocations_are_counted():
     x = torch.arange(4.0)
-    with Waits() as waits:
+    with HostSyncs() as waits:
         x[x > 1], x.sum().item(), torch.tensor([3]), (x > 1).nonzero(), x.to("meta")
-    assert {wait.operator for wait in waits.found} >= {
+    assert {wait.operator for wait in waits.counts} >= {
         "_local_scalar_dense",
         "lift_fresh",
         "nonzero",

@@ -11,7 +11,7 @@ from small_runs import SHAPE, arrest_task, atop_task, attack, carso_task, classi
 from purify_fast import _library
 from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.waits import Waits
+from purify_fast.speed.graphs.host_syncs import HostSyncs
 from purify_fast.training import Batch, FitConfig, Task, fit
 from purify_fast.training.step import accelerated_steps, train_step
 
@@ -90,7 +90,7 @@ def test_what_the_host_launches_in_a_step(name, launched):
             task.graphs = graphs
             for seed in (1, 2):
                 train_step(task, batch(seed))
-            with Waits() as waits:
+            with HostSyncs() as waits:
                 train_step(task, batch(3))
             assert abs(waits.dispatched - count) <= 0.05 * count, waits.dispatched
 

@@ -17,7 +17,7 @@ from purify_fast.data import crop_flip
 from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.waits import Waits
+from purify_fast.speed.graphs.host_syncs import HostSyncs
 from purify_fast.training import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,10 +51,10 @@ def test_a_step_does_not_wait_for_the_device(name):
     task, step = make(), batch()
     task.model.train()
     task.training_step(step)[0].backward()  # what is made once is made
-    with Waits() as waits:
+    with HostSyncs() as waits:
         task.training_step(step)[0].backward()
     assert waits.dispatched > 100
-    assert set(waits.found) <= set(allowed), waits.found
+    assert set(waits.counts) <= set(allowed), waits.counts
 
 
 def test_arrest_waits_for_nothing_once_its_attack_is_captured(rerun):
@@ -62,9 +62,9 @@ def test_arrest_waits_for_nothing_once_its_attack_is_captured(rerun):
     task, step = arrest(), batch()
     task.graphs = StepGraphs("always", capture=rerun)
     task.training_step(step)[0].backward()
-    with Waits() as waits:
+    with HostSyncs() as waits:
         task.training_step(step)[0].backward()
-    assert rerun.recorded == 1 and rerun.replayed == 4 and not waits.found
+    assert rerun.recorded == 1 and rerun.replayed == 4 and not waits.counts
 
 
 def defence() -> Carso:
@@ -80,10 +80,10 @@ def probe(steps: int, run=pgd, model=None, **options) -> Counter:
     if run is pgd_and_fgsm:
         options |= {"eps": torch.full((16,), EPS), "alpha": EPS / 4}
         del options["health"]
-    with Waits() as waits:
+    with HostSyncs() as waits:
         run(model, step.x, y, **options)
     assert waits.dispatched > 30
-    return waits.found
+    return waits.counts
 
 
 #: Attacks outside of trainings.
@@ -126,6 +126,6 @@ def test_apgd_waits_where_images_may_leave_and_nowhere_else(name):
 
 def test_augmentation_does_not_wait_for_the_device():
     step = batch()
-    with Waits() as waits:
+    with HostSyncs() as waits:
         crop_flip(step.x, 3, step.sample_ids, 2, True)
-    assert not waits.found
+    assert not waits.counts

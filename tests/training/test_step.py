@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast.speed.convolutions import raced_convolutions
+from purify_fast.speed.precision import raced_convolutions
 from purify_fast.training import Lookahead
 from purify_fast.training.step import fuse
 

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from ...ops.pgd_step import pgd_step
-from ..draws import Gradients, Objective
 from ..health import GradientHealth, HealthOfRows
+from ..objective import Gradients, Objective
 from ..search import better_of, forgiven
-from .active_set import ActiveSet
 from .reach import border, reach_of_steps, some_of
+from .rows import ActiveSet, Rows
 from .step_size import SPARSER, Schedule, StepSize, StepSizeL1, changed_share
-from .waves import Rows
 
 #: After which of the first steps the batch may shrink; later every `SHRINK_EVERY` steps. Each of these waits for the
 #: device once.
@@ -29,17 +28,7 @@ def shrinks_after(step: int) -> bool:
     return step in SHRINK_AFTER or step % SHRINK_EVERY == 0
 
 
-def run(
-    objective: Objective,
-    active: ActiveSet,
-    rows: Rows,
-    schedule: Schedule,
-    *,
-    health: GradientHealth | None = None,
-    claims: bool = True,
-    share: Tensor | None = None,
-    give_up: bool = False,
-) -> tuple[Rows, StepSize]:
+class AutoPgd:
     """One run: what falls is noted in ``active``, and the best points of the others are offered to it.
 
     Args:
@@ -52,67 +41,122 @@ def run(
         share: of the l1 ball: the share of the coordinates that the first steps move, ``[R]``.
         give_up: whether rows leave that are out of reach.
 
-    Returns:
-        The rows that are left, and their step sizes with the points of highest loss.
+    Attributes:
+        size: the step sizes of the rows that are left, with their points of highest loss.
     """
-    point = previous = best = rows.begin
-    size = _step_size(rows, schedule, share)
-    score = torch.full((2, len(point)), -torch.inf, device=point.device)
-    # the batch may shrink after any of the first steps
-    gradients = Gradients(objective, point, rows.labels)
-    reach = reach_of_steps(schedule.steps) if give_up else None
-    seen = None if health is None else HealthOfRows(health, point)
-    for i in range(schedule.steps):
-        found = gradients.at(point)
-        gradient = found.image.to(point.dtype)
-        if seen is not None:
-            seen.see_gradient(gradient, forgiven(objective, found))
-        best, score = better_of(best, score, point, found.score)
-        size.see(point, gradient, found.loss)
-        if claims and active.leave and shrinks_after(i + 1):
-            refused, fell = active.settle(rows.owner, best, score[0], rows.run)
-            score = torch.stack([refused, score[1]])
-            lost = None
-            if reach is not None:
-                missing = border(objective.loss) - size.top_loss
-                lost = _out_of_reach(reach.lost(i + 1, missing), active, rows, point, gradient)
-            kept = active.kept(rows.owner, lost) if fell or lost is not None else None
-            if kept is not None and reach is not None:
-                reach.take(kept)
-            if lost is not None:
-                out = lost.nonzero()[:, 0]
-                _finish(objective, active, rows.of(out), point[out], (best[out], score[:, out]))
-                if seen is not None:
-                    seen.health.see_move(rows.begin[out], point[out], active.correct[rows.owner[out]])
-                    seen.give_up(out, schedule.steps)
-            if kept is not None:
-                if seen is not None:
-                    seen.health.see_fallen(max(0, len(point) - len(kept) - (0 if lost is None else len(out))))
-                    seen.take(kept)
-                rows, score = rows.of(kept), score[:, kept]
-                point, previous, best, gradient = point[kept], previous[kept], best[kept], gradient[kept]
-                size.take(kept)
-                if len(point) == 0:
-                    return rows, size
-                gradients.now_of(point, rows.labels)
-        origin, gradient = size.origin(i, point, gradient)
-        previous, point = origin, size.move(i, origin, gradient, previous)
-    if health is not None:
-        health.see_move(rows.begin, point, active.correct[rows.owner])
-    if claims:
-        _finish(objective, active, rows, point, (best, score))
-    return rows, size
 
+    def __init__(
+        self,
+        objective: Objective,
+        active: ActiveSet,
+        rows: Rows,
+        schedule: Schedule,
+        *,
+        health: GradientHealth | None = None,
+        claims: bool = True,
+        share: Tensor | None = None,
+        give_up: bool = False,
+    ):
+        self.objective, self.active, self.rows, self.steps = objective, active, rows, schedule.steps
+        self.may_shrink, self.claims = claims and active.leave, claims
+        self.point = self.previous = self.best = self.gradient = rows.begin
+        self.score = torch.full((2, len(self.point)), -torch.inf, device=self.point.device)
+        if rows.ball.norm == "l1":
+            self.size: StepSize = StepSizeL1(rows.begin, rows.x, rows.ball, schedule, share)
+        else:
+            self.size = StepSize(rows.begin, rows.x, rows.ball, schedule)
+        # the batch may shrink after any of the first steps
+        self.gradients = Gradients(objective, self.point, rows.labels)
+        self.reach = reach_of_steps(schedule.steps) if give_up else None
+        self.health = None if health is None else HealthOfRows(health, self.point)
 
-def _out_of_reach(lost: Tensor | None, active: ActiveSet, rows: Rows, point: Tensor, gradient: Tensor) -> Tensor | None:
-    """Those rows that are given up, bool ``[R]``; None if there are none.
+    def take(self, index: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.rows, self.score = self.rows.take(index), self.score[:, index]
+        self.point, self.previous = self.point[index], self.previous[index]
+        self.best, self.gradient = self.best[index], self.gradient[index]
+        for part in (self.size, self.reach, self.health):
+            if part is not None:
+                part.take(index)
+        if len(index):
+            self.gradients.now_of(self.point, self.rows.labels)
 
-    A row without a gradient, or one that never moved, is searched to the end: it shows that gradients are masked.
-    """
-    if lost is None:
-        return None
-    alive = gradient.flatten(1).any(1) & (point != rows.begin).flatten(1).any(1)
-    return some_of(lost & alive & ~active.fallen[rows.owner])
+    def run(self) -> None:
+        """Take all steps, or as many as there are rows for."""
+        for i in range(self.steps):
+            self._look()
+            if self.may_shrink and shrinks_after(i + 1):
+                self._shrink(i + 1)
+                if len(self.point) == 0:
+                    return
+            origin, gradient = self.size.origin(i, self.point, self.gradient)
+            self.previous, self.point = origin, self.size.move(i, origin, gradient, self.previous)
+        if self.health is not None:
+            self._see_move(slice(None))
+        if self.claims:
+            self._finish(slice(None))
+
+    def _look(self) -> None:
+        """Take the gradient, and note the point."""
+        now = self.gradients.at(self.point)
+        self.gradient = now.image.to(self.point.dtype)
+        if self.health is not None:
+            self.health.see_gradient(self.gradient, forgiven(self.objective, now))
+        self.best, self.score = better_of(self.best, self.score, self.point, now.score)
+        self.size.see(self.point, self.gradient, now.loss)
+
+    def _shrink(self, step: int) -> None:
+        """Let the rows leave whose images have fallen, and those that are given up."""
+        share, fell = self.active.settle(self.rows.owner, self.best, self.score[0], self.rows.run)
+        self.score = torch.stack([share, self.score[1]])
+        lost = self._out_of_reach(step)
+        staying = self.active.staying(self.rows.owner, lost) if fell or lost is not None else None
+        given_up = 0
+        if lost is not None:
+            index = lost.nonzero()[:, 0]
+            given_up = len(index)
+            self._finish(index)
+            if self.health is not None:
+                self._see_move(index)
+                self.health.give_up(index, self.steps)
+        if staying is not None:
+            if self.health is not None:
+                self.health.health.see_fallen(max(0, len(self.point) - len(staying) - given_up))
+            self.take(staying)
+
+    def _out_of_reach(self, step: int) -> Tensor | None:
+        """Those rows that are given up, bool ``[R]``; None if there are none.
+
+        A row without a gradient, or one that never moved, is searched to the end: it shows that gradients are masked.
+        """
+        if self.reach is None:
+            return None
+        lost = self.reach.lost(step, border(self.objective.loss) - self.size.top_loss)
+        if lost is None:
+            return None
+        alive = self.gradient.flatten(1).any(1) & (self.point != self.rows.begin).flatten(1).any(1)
+        return some_of(lost & alive & ~self.active.fallen[self.rows.owner])
+
+    def _see_move(self, index: Tensor | slice) -> None:
+        assert self.health is not None
+        correct = self.active.correct[self.rows.owner[index]]
+        self.health.health.see_move(self.rows.begin[index], self.point[index], correct)
+
+    def _finish(self, index: Tensor | slice) -> None:
+        """Judge the best points of some rows, the last ones included, and keep those that are no success."""
+        rows = self.rows if isinstance(index, slice) else self.rows.take(index)
+        best, last, score = self.best[index], self.point[index], self.score[:, index]
+        if self.objective.eot_iter > 1:
+            # the highest of many noisy scores is high by luck
+            score = self.objective.score(best, rows.labels)
+        best, score = better_of(best, score, last, self.objective.score(last, rows.labels))
+        if self.active.leave:
+            # where a copy sees no success the model itself may see one: every point is judged
+            by_copy = self.objective.model is not self.active.judge.model
+            claimed = torch.ones_like(score[0]) if by_copy else score[0]
+            share, _ = self.active.settle(rows.owner, best, claimed, rows.run)
+            score = torch.stack([share, score[1]])
+        self.active.offer(rows.owner, best, score)
 
 
 def run_from_larger(
@@ -131,33 +175,11 @@ def run_from_larger(
     # of very few steps the last radius gets one at least
     steps.append(max(1, schedule.steps - sum(steps)))
     begin = rows.begin
-    for times, count in zip(LARGER, steps, strict=True):
-        ball = replace(rows.ball, eps=times * rows.ball.eps)
+    for factor, count in zip(LARGER, steps, strict=True):
+        ball = replace(rows.ball, eps=factor * rows.ball.eps)
         begin = pgd_step(begin, torch.zeros_like(begin), rows.x, 0.0, ball.eps, **ball.bounds)
-        part = replace(rows, ball=ball, begin=begin)
+        part, part_schedule = replace(rows, ball=ball, begin=begin), replace(schedule, steps=count)
         share = changed_share(begin, rows.x) / SPARSER
-        _, size = run(
-            objective, active, part, Schedule(count, schedule.rho), health=health, claims=times == 1, share=share
-        )
-        begin = size.top
-
-
-def _step_size(rows: Rows, schedule: Schedule, share: Tensor | None) -> StepSize:
-    if rows.ball.norm == "l1":
-        return StepSizeL1(rows.begin, rows.x, rows.ball, schedule, share)
-    return StepSize(rows.begin, rows.x, rows.ball, schedule)
-
-
-def _finish(objective: Objective, active: ActiveSet, rows: Rows, last: Tensor, known: tuple[Tensor, Tensor]) -> None:
-    """Judge the best points, the last ones included, and keep the best of those that are no success."""
-    best, score = known
-    if objective.eot_iter > 1:
-        # the highest of many noisy scores is high by luck
-        score = objective.score(best, rows.labels)
-    best, score = better_of(best, score, last, objective.score(last, rows.labels))
-    if active.leave:
-        # a copy's opinion is none: where it sees no success the model may
-        all_of_them = objective.model is not active.judge.model
-        refused, _ = active.settle(rows.owner, best, torch.ones_like(score[0]) if all_of_them else score[0], rows.run)
-        score = torch.stack([refused, score[1]])
-    active.offer(rows.owner, best, score)
+        search = AutoPgd(objective, active, part, part_schedule, health=health, claims=factor == 1, share=share)
+        search.run()
+        begin = search.size.top

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..._validation import GradientPrecision
 from ...contents import identity_key
 from ...defences.stochastic import StochasticDefence
 from ...protocols import (
@@ -32,10 +33,9 @@ from ...protocols import (
     supports,
 )
 from ...speed.accelerated import Accelerated
-from ...speed.folding import fold_sequential
-from ...speed.halving import replace_resizing
-from ...speed.inference_copy import InferenceCopy
-from ..arguments import Precision
+from ...speed.folding.batchnorm import fold_sequential
+from ...speed.folding.halving import replace_resizing
+from ...speed.folding.inference_copy import InferenceCopy
 
 #: Weights of convolutions and linear layers below which "auto" stays in float32: conversions cost more than they save.
 FEWEST_WEIGHTS = 250_000
@@ -48,24 +48,24 @@ TOLERANCE = 0.1
 PURIFIED_TOLERANCE = 0.03
 #: The least cosine between the input gradients of a copy and of its model.
 LEAST_COSINE = 0.8
-#: How many copies are kept: an evaluation attacks one model, in one variant after the other.
-KEPT = 2
+#: How many copies are remembered, since an evaluation attacks one model, in one variant after the other.
+REMEMBERED = 2
 #: How many wrappers with copies in them are kept.
 WRAPPERS = 8
 
 
-class _Kept(NamedTuple):
+class _Remembered(NamedTuple):
     """A copy, and what its model was when it was made.
 
     Args:
         copy: the copy; None where there is none.
-        held: the model, its tensors, and the objects whose ids are in the key: no other object gets an id or a memory
-            address of theirs while they are held.
+        identities: the model, its tensors, and the objects whose ids are in the key: while they are there, no other
+            object gets an id or a memory address of theirs.
         values: what the tensors held.
     """
 
     copy: Classifier | None
-    held: tuple[Any, ...]
+    identities: tuple[Any, ...]
     values: list[Tensor]
 
 
@@ -78,7 +78,7 @@ class GradientCopies:
     """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
+        self._copies: OrderedDict[Hashable, _Remembered] = OrderedDict()
         self._around: OrderedDict[int, tuple[PassesOn, Classifier, Classifier]] = OrderedDict()
 
     def same_around(self, wrapper: PassesOn, inner: Classifier, around: Classifier) -> Classifier:
@@ -107,22 +107,22 @@ class GradientCopies:
         try:
             settings, objects, tensors = identity_key(model)
             key = (id(model), shape, settings)
-            kept = self._kept.get(key)
-            same = kept is not None and all(map(torch.equal, tensors, kept.values))
+            known = self._copies.get(key)
+            same = known is not None and all(map(torch.equal, tensors, known.values))
             values = [] if same else [tensor.detach().clone() for tensor in tensors]
         except (TypeError, RuntimeError):
             # a tensor without a memory of its own, or a setting that cannot be hashed
             return make()
-        if kept is None or not same:
-            kept = self._kept[key] = _Kept(make(), (model, objects, tensors), values)
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return kept.copy
+        if known is None or not same:
+            known = self._copies[key] = _Remembered(make(), (model, objects, tensors), values)
+            while len(self._copies) > REMEMBERED:
+                self._copies.popitem(last=False)
+        self._copies.move_to_end(key)
+        return known.copy
 
 
 def gradient_copy(
-    model: Classifier, x: Tensor, precision: Precision, copies: GradientCopies | None = None
+    model: Classifier, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None = None
 ) -> Classifier:
     """What an attack on a model takes its gradients from.
 
@@ -151,10 +151,11 @@ def gradient_copy(
     module = model
     # a model may draw while it is copied
     with _same_draws(x.device):
-        made = _made(module, x) if copies is None else copies.of(module, x.shape[1:], lambda: _made(module, x))
+        candidate = _made(module, x) if copies is None else copies.of(module, x.shape[1:], lambda: _made(module, x))
     # A copy that was kept is compared too: not everything that a user's model computes with can be seen. And what is
     # decided for these images must not depend on when the copy was made, or with which images.
-    return made if made is not None and _alike(made, module, x) and _follows(made, module, x) else model
+    fits = candidate is not None and _alike(candidate, module, x) and _follows(candidate, module, x)
+    return cast(Classifier, candidate) if fits else model
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -178,15 +179,15 @@ def matrix_weights(model: nn.Module) -> int:
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, layers))
 
 
-def _inside(wrapper: PassesOn, x: Tensor, precision: Precision, copies: GradientCopies | None) -> Classifier:
+def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None) -> Classifier:
     """The same for what a wrapper holds; the wrapper itself where there is no copy of that."""
     copied: Classifier | None = None
 
     def replace(inner: Classifier) -> Classifier:
         nonlocal copied
-        made = gradient_copy(inner, x, precision, copies)
-        copied = None if made is inner else made
-        return made
+        followed = gradient_copy(inner, x, precision, copies)
+        copied = None if followed is inner else followed
+        return followed
 
     around = wrapper.around(replace)
     if copied is None:
@@ -218,17 +219,17 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
         return None
 
 
-def _for_gradients(made: nn.Module, device: torch.device) -> Classifier:
+def _for_gradients(defence: nn.Module, device: torch.device) -> Classifier:
     """An accelerated copy that will never be trained: the purifier's BatchNorms are folded too."""
-    fold_sequential(made)
+    fold_sequential(defence)
     if device.type == "cpu":
-        fast = getattr(made, "fast", None)
-        parts = [made]
+        fast = getattr(defence, "fast", None)
+        parts = [defence]
         if isinstance(fast, Accelerated):
             parts += [fast.classifier, *([] if fast.reader is None else [fast.reader.model])]
         for part in parts:
             replace_resizing(part, torch.bfloat16)
-    return cast(Classifier, made)
+    return cast(Classifier, defence)
 
 
 def _same_draws(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -251,14 +252,14 @@ def _without_noise(model: object) -> contextlib.AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def _alike(made: Classifier, model: nn.Module, x: Tensor) -> bool:
+def _alike(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
     """Whether a copy says what the model says; both draw the same noise.
 
     A number that is added to all logits of an image changes neither the decision nor the softmax. The logits are
     therefore compared by how far each class is behind the class that the model decides for.
     """
     try:
-        want, got = (_run(each, x, each) for each in (model, made))
+        want, got = (_run(each, x, each) for each in (model, duplicate))
         # down to the fourth class, as the targeted dlr loss looks; not so far of few classes: one may be hopeless
         leading = want.topk(min(4, 2 + (want.shape[1] - 1) // 4), 1).values
     except Exception:
@@ -267,24 +268,24 @@ def _alike(made: Classifier, model: nn.Module, x: Tensor) -> bool:
     if want.shape != got.shape or not bool(got.isfinite().all()):
         return False
     top = want.argmax(1, keepdim=True)
-    behind, found = (logits.gather(1, top) - logits for logits in (want, got))
+    behind, its_own = (logits.gather(1, top) - logits for logits in (want, got))
     # each class by its own measure: a hopeless class is far behind, and would allow the others any error
     allowed = TOLERANCE * behind.clamp_min((leading[:, 0] - leading[:, -1]).median())
-    return bool(((found - behind).abs() <= allowed).all())
+    return bool(((its_own - behind).abs() <= allowed).all())
 
 
-def _follows(made: Classifier, model: nn.Module, x: Tensor) -> bool:
+def _follows(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
     """Whether a copy's purified images and gradients to the input are the model's; both draw the same noise."""
     try:
-        if isinstance(model, Purifies) and isinstance(made, Purifies):
+        if isinstance(model, Purifies) and isinstance(duplicate, Purifies):
             with torch.no_grad():
-                before, after = (_run(each, x, each.purify) for each in (model, made))
+                before, after = (_run(each, x, each.purify) for each in (model, duplicate))
             if not bool((before - after).abs().mean() <= PURIFIED_TOLERANCE):
                 return False
         # outside of inference mode, in which nothing is differentiated
         with torch.inference_mode(False), torch.enable_grad():
             want = _gradient_if_any(model, x)
-            got = None if want is None else _input_gradient(made, x.detach().clone())
+            got = None if want is None else _input_gradient(duplicate, x.detach().clone())
     except Exception:
         # as in `_alike`
         return False

@@ -54,7 +54,7 @@ class Reach:
         Returns:
             Bool ``[R]``. A distance that is not a number, or infinite, is never out of reach.
         """
-        found = None
+        lost = None
         for check in self.checks:
             if self._seen < check // 2 <= step:
                 self._noted[check] = step, missing
@@ -62,9 +62,9 @@ class Reach:
                 noted_at, before = self._noted.pop(check)
                 if step > noted_at:
                     pace = (before - missing) / (step - noted_at)
-                    found = missing.isfinite() & (missing > self.times * pace * (self.steps - step))
+                    lost = missing.isfinite() & (missing > self.times * pace * (self.steps - step))
         self._seen = step
-        return found
+        return lost
 
     def take(self, index: Tensor) -> None:
         """Keep some of the rows.

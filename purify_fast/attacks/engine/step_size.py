@@ -68,7 +68,7 @@ class StepSize:
         self.marks = checkpoints(schedule.steps)
         self.step, self.halved = 2 * ball.eps, torch.ones_like(nothing, dtype=torch.bool)
         self.top, self.top_gradient, self.top_loss = begin, torch.zeros_like(begin), nothing
-        self.last_loss, self.kept_loss, self.rises = -nothing, nothing, torch.zeros_like(nothing)
+        self.last_loss, self.checked_loss, self.rises = -nothing, nothing, torch.zeros_like(nothing)
 
     def take(self, index: Tensor) -> None:
         """Keep some of the rows.
@@ -76,7 +76,7 @@ class StepSize:
         Args:
             index: which, int64.
         """
-        self.ball = self.ball.of(index)
+        self.ball = self.ball.take(index)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value[index])
@@ -108,11 +108,11 @@ class StepSize:
         if i not in self.marks:
             return point, gradient
         few = self.rises <= self.rho * self.marks[i]
-        stuck = ~self.halved & (self.top_loss <= self.kept_loss)
+        stuck = ~self.halved & (self.top_loss <= self.checked_loss)
         self.halved = few | stuck
         self.step = torch.where(self.halved, self.step / 2, self.step)
         self.last_loss = torch.where(self.halved, self.top_loss, self.last_loss)
-        self.kept_loss, self.rises = self.top_loss, torch.zeros_like(self.rises)
+        self.checked_loss, self.rises = self.top_loss, torch.zeros_like(self.rises)
         wide = per_image(self.halved, point)
         return torch.where(wide, self.top, point), torch.where(wide, self.top_gradient, gradient)
 

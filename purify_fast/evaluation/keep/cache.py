@@ -137,8 +137,8 @@ class RowCache:
 
     Args:
         folder: of the whole evaluation.
-        served: who serves the ops, by `purify_fast.ops.kernel_choices`: kernels and references differ in the last bits, so
-            that rows that others would serve are no part of the same evaluation.
+        served: who serves the ops, by `purify_fast.ops.kernel_choices`: kernels and references differ in the last bits,
+            so that rows that others would serve are no part of the same evaluation.
 
     Attributes:
         was_kept: whether the last row was read from its file.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import cos, radians
 from typing import Annotated, Literal
 
-from ..._validation import AtLeast0, Count, Range, Share, ShareBelow1, TrainingPrecision, check_types
+from ..._validation import AtLeast0, Count, Precision, Range, Share, ShareBelow1, check_types
 from ...training.attack import TrainingAttack
 
 Distance = Literal["abs_cosine", "cosine", "angular", "l2"]
@@ -74,7 +74,7 @@ class ArrestConfig:
     schedule: Schedule = "published"
     ema_decay: ShareBelow1 = 0.0
     awp_gamma: AtLeast0 = 0.0
-    precision: TrainingPrecision = "float32"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         check_types(self)

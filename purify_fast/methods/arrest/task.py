@@ -27,7 +27,7 @@ from ...models.classifiers import representation_before_pooling
 from ...models.representation import Representation, without_recorders
 from ...ops.noisy_replay import noisy_replay
 from ...ops.representation_distance import representation_distance
-from ...speed.inference_copy import LiveInferenceCopy, autocast_to, convert_to_channels_last
+from ...speed.folding.inference_copy import LiveInferenceCopy, autocast_to, convert_to_channels_last
 from ...training.attack import TrainingAttack, settings
 from ...training.distributed import average_
 from ...training.length import RunLength

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ...data import StreamedImages, to_float
 from ...models.representation import Representation
-from ...speed.inference_copy import autocast_to, prepare_for_inference
+from ...speed.folding.inference_copy import autocast_to, prepare_for_inference
 from ...training.task import Batch
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from ..._validation import AtLeast0, Count, Range, TrainingPrecision, check_types
+from ..._validation import AtLeast0, Count, Precision, Range, check_types
 from ...training.attack import TrainingAttack
 from ...training.length import DelayUnit
 
@@ -75,7 +75,7 @@ class AtopConfig:
     gan_grad: bool = False
     gan_fake: GanFake = "refined"
     masks: Masks = "blocks"
-    precision: TrainingPrecision = "float32"
+    precision: Precision = "float32"
     schedule: Schedule = "constant"
     learning_rate: AtLeast0 = 1e-4
     betas: tuple[float, float] = (0.5, 0.999)

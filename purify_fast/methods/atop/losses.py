@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._process import processes
-from ..._validation import TrainingPrecision
+from ..._validation import Precision
 from ...attacks import fgsm
 from ...protocols import Classifier
-from ...speed.step_graphs import StepGraphs
+from ...speed.graphs.step_graphs import StepGraphs
 from ...training.task import Batch, Metrics
 from .config import AtopConfig, GanFake
 from .defence import Atop
@@ -209,7 +209,7 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * F.relu(1 - real).mean() + 0.5 * F.relu(1 + fake).mean()
 
 
-def computed_precision(defence: Atop) -> TrainingPrecision:
+def computed_precision(defence: Atop) -> Precision:
     """In what a defence computes, as a config names it.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Literal
 
-from ..._validation import AtLeast0, Count, Share, TrainingPrecision, check_types
+from ..._validation import AtLeast0, Count, Precision, Share, check_types
 from ...training.attack import TrainingAttack
 from ...training.length import DelayUnit
 
@@ -89,7 +89,7 @@ class CarsoConfig:
     lookahead_steps: Count = 6
     lookahead_alpha: float = 0.8
     schedule: Schedule = "one_cycle"
-    precision: TrainingPrecision = "float32"
+    precision: Precision = "float32"
     learning_rate: AtLeast0 = 2e-3
     weight_decay: AtLeast0 = 0.0
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._tensors import first_tensor
+from ..._validation import Norm
 from ...attacks import pgd
-from ...attacks.arguments import Norm
 from ...models.representation import Representation
 
 

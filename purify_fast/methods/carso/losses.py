@@ -28,7 +28,7 @@ from ..._process import processes
 from ...attacks import pgd_and_fgsm
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
-from ...speed.step_graphs import StepGraphs
+from ...speed.graphs.step_graphs import StepGraphs
 from ...training.distributed import average_
 from ...training.length import DelayUnit
 from ...training.task import Batch, Metrics

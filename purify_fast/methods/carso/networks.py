@@ -41,7 +41,7 @@ class TokenEncoder(nn.Module):
     taken over batch and tokens, and which token is which is left to the joint layer that follows.
     """
 
-    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.fold_sequential`).
+    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.batchnorm.fold_sequential`).
     runs_in_order = True
 
     def __init__(self, dim: int, depth: int):
@@ -83,7 +83,7 @@ def pre_encoder(shape: tuple[int, ...], depth: int = 3) -> tuple[nn.Module, int]
 class ConditionEncoder(nn.Module):
     """Representation tensors -> condition ``c [B, cond_dim]``: a pre-encoder per layer, then one joint linear block."""
 
-    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.fold_sequential`).
+    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.batchnorm.fold_sequential`).
     runs_in_order = True
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], cond_dim: int, depth: int = 3):
@@ -103,7 +103,7 @@ class PosteriorEncoder(nn.Module):
     Two convolution blocks of stride 2 (C, 2 C, 4 C channels), flattened beside c, one linear block, two linear heads.
     """
 
-    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.fold_sequential`).
+    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.batchnorm.fold_sequential`).
     runs_in_order = True
 
     def __init__(self, image_shape: Shape, cond_dim: int, latent_dim: int):
@@ -257,7 +257,7 @@ class Decoder(nn.Module):
         ValueError: at construction, layers that do not end at image_shape.
     """
 
-    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.fold_sequential`).
+    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.batchnorm.fold_sequential`).
     runs_in_order = True
     slope = 0.2  # of its LeakyReLU
 

@@ -37,7 +37,7 @@ class ConditionEncoderV1(nn.Module):
     The hidden size is ``2 cond_dim`` (published: 290 -> 260 -> 130).
     """
 
-    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.fold_sequential`).
+    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.batchnorm.fold_sequential`).
     runs_in_order = True
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], cond_dim: int):
@@ -56,7 +56,7 @@ class PosteriorEncoderV1(nn.Module):
     down to ``1.5 latent_dim`` (published: 96 for 64), two linear heads.
     """
 
-    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.fold_sequential`).
+    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.batchnorm.fold_sequential`).
     runs_in_order = True
 
     def __init__(self, image_shape: Shape, cond_dim: int, latent_dim: int):
@@ -98,7 +98,7 @@ class DecoderV1(nn.Module):
             image_shape.
     """
 
-    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.fold_sequential`).
+    #: Every nn.Sequential in it is called as a whole (`purify_fast.speed.folding.batchnorm.fold_sequential`).
     runs_in_order = True
     slope = 0.01  # of its LeakyReLU
 

@@ -12,7 +12,7 @@ from ..._tensors import without_autocast
 from ...models.layers import BatchNorm2d
 from ...ops import REGISTRY
 from ...ops.decode_samples import Geometry, Layer, Weights, decode_prior, pack, unpack
-from ...speed.folding import folded
+from ...speed.folding.batchnorm import folded
 from .networks import Decoder, Deconvolution
 from .networks_v1 import DecoderV1
 

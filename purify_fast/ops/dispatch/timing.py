@@ -206,7 +206,7 @@ def level(ratio: float, serves: bool) -> bool:
 
 
 class Capture(Protocol):
-    """What captures CUDA graphs, such as `purify_fast.speed.cuda_capture.CudaCapture`, which recovers if one fails."""
+    """What captures CUDA graphs, such as `purify_fast.speed.graphs.cuda_capture.CudaCapture`."""
 
     def aside(self, device: torch.device) -> AbstractContextManager[None]: ...
 

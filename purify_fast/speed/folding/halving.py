@@ -14,13 +14,15 @@ It is for frozen copies of models: weights get no gradient, and there are no sec
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._tensors import without_autocast
+from ..._tensors import without_autocast
 
 #: Input and output channels up to which this is faster: beyond it the libraries' own kernels are.
 MOST_CHANNELS = 32
@@ -53,15 +55,15 @@ def _from_row(rows: Tensor, channels: int, width: int) -> Tensor:
     return _pixels(rows).reshape(len(rows), height, width, channels).permute(0, 3, 1, 2)
 
 
-def _own(made: Tensor) -> Tensor:
+def _own(view: Tensor) -> Tensor:
     """What a function made, no longer as a view: PyTorch refuses to change a view from a custom function in place.
 
     Only for a view of a tensor that nobody else holds. Changes of any other would no longer be noticed.
 
     Args:
-        made: a view, of any shape.
+        view: a view, of any shape.
     """
-    return made.data
+    return view.data
 
 
 def spread_weight(weight: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ class Spread:
         return large.permute(0, 3, 1, 2)
 
 
-def _halve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _halve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``conv2d(x, weight, bias, stride=2, padding=1)``, channels_last."""
     if x.shape[1] == 1:
         # one channel lies alike in both layouts, and the library is faster where it is called the usual one
@@ -154,28 +156,18 @@ def _halve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _last(F.conv2d(x, weight, bias, 2, 1))
 
 
-class _Double(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
+    """``forth(x)``, a linear map and a bias, whose gradient is the map's transpose, ``back``."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spread: Spread) -> Tensor:
-        ctx.save_for_backward(weight)
-        return _own(spread(x, bias))
+    def forward(ctx: Any, x: Tensor, forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return _own(forth(x))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _halve(grad, ctx.saved_tensors[0], None), None, None, None
-
-
-class _Halve(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spread: Spread) -> Tensor:
-        ctx.spread = spread
-        return _halve(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.spread(grad), None, None, None
+        return ctx.back(grad), None, None
 
 
 class _Replacement(nn.Module):
@@ -187,6 +179,8 @@ class _Replacement(nn.Module):
         layer: the convolution.
         dtype: of the arithmetic; results are in it.
     """
+
+    _bias: Tensor | None
 
     def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d, dtype: torch.dtype):
         super().__init__()
@@ -228,33 +222,29 @@ class Resizing(_Replacement):
         dtype: of the arithmetic; results are in it.
     """
 
+    _weight: Tensor
+
     def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d, dtype: torch.dtype):
         super().__init__(layer, dtype)
-        self.function = _Double if isinstance(layer, nn.ConvTranspose2d) else _Halve
+        self.doubles = isinstance(layer, nn.ConvTranspose2d)
         weight = layer.weight.detach()
         self.spread = Spread(weight, dtype)
         self.register_buffer("_weight", _last(weight.to(dtype)), persistent=False)
 
     def _serves(self, x: Tensor) -> bool:
-        return self.function is _Double or not (x.shape[2] % 2 or x.shape[3] % 2)
+        return self.doubles or not (x.shape[2] % 2 or x.shape[3] % 2)
 
     def _computed(self, x: Tensor) -> Tensor:
-        return self.function.apply(x, self._weight, self._bias, self.spread)
+        if self.doubles:
+            return _Linear.apply(x, partial(self.spread, bias=self._bias), partial(_halve, weight=self._weight))
+        return _Linear.apply(x, partial(_halve, weight=self._weight, bias=self._bias), self.spread)
 
 
-class _Rows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.channels, width = x.shape[1], x.shape[3]
-        shift = None if bias is None else bias.repeat(width)
-        return _own(_from_row(F.conv2d(_as_row(x), weight, shift, 1, (1, 0)), len(weight) // width, width))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows = F.conv2d(_as_row(grad), ctx.saved_tensors[0], None, 1, (1, 0))
-        return _from_row(rows, ctx.channels, grad.shape[3]), None, None, None
+def _row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A convolution over rows, by `row_weight`."""
+    width = x.shape[3]
+    shift = None if bias is None else bias.repeat(width)
+    return _from_row(F.conv2d(_as_row(x), weight, shift, 1, (1, 0)), len(weight) // width, width)
 
 
 class RowByRow(_Replacement):
@@ -282,7 +272,7 @@ class RowByRow(_Replacement):
             first, second = (row_weight(each, width).to(self.dtype) for each in self._both)
             self._rows[width] = first, second
         weight, back = self._rows[width]
-        return _Rows.apply(x, weight, self._bias, back)
+        return _Linear.apply(x, partial(_row_by_row, weight=weight, bias=self._bias), partial(_row_by_row, weight=back))
 
 
 class SameLayout(nn.Module):
@@ -354,8 +344,8 @@ def replace_resizing(model: nn.Module, dtype: torch.dtype) -> int:
             if isinstance(parent, (Resizing, RowByRow, SameLayout)):
                 continue
             if can_stand_for(layer) or makes_rows(layer):
-                made = Resizing if can_stand_for(layer) else RowByRow
-                setattr(parent, name, made(layer, dtype))  # type: ignore[arg-type]
+                kind = Resizing if can_stand_for(layer) else RowByRow
+                setattr(parent, name, kind(layer, dtype))  # type: ignore[arg-type]
                 done += 1
             elif type(layer) in _ACTIVATIONS and not (layer._forward_hooks or layer._forward_pre_hooks):
                 setattr(parent, name, SameLayout(layer))

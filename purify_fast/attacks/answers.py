@@ -1,14 +1,26 @@
-"""Models are asked about images that they must leave as they are: one that writes to them moves an attack's points."""
+"""How a model answers: whether it leaves the images as they are, and whether its draws differ.
+
+A model that writes to the images that it is given moves an attack's points.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from .._tensors import repeat_batch
+from ..protocols import Classifier, CountsImages, SharesDraws, supports
+
 Answer = TypeVar("Answer")
+
+#: What is tried to see how a model draws: images, all draws of them in one batch, and calls with the images alone. Of a
+#: model that picks one of two networks so many calls agree once in 128 times.
+TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS = 2, 8, 8
+#: Draws of one call are the same if they differ by less than this share of what calls differ by.
+ALIKE = 0.01
 
 #: By how much two answers may differ through rounding: of how far the logits of an image lie apart,
 SAME_SPREAD = 1e-5
@@ -102,3 +114,56 @@ def differ(first: Tensor, second: Tensor) -> bool:
     spread = (a.where(finite, -torch.inf).amax(1) - a.where(finite, torch.inf).amin(1)).max().clamp(min=0)
     size = a.where(finite, 0.0).abs().max()
     return bool(apart > SAME_SPREAD * spread + SAME_SIZE * size)
+
+
+def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
+    """Logits of several draws of each image; a model that shares work between its draws is asked for them at once.
+
+    Args:
+        model: images to logits.
+        x: images ``[B, ...]``.
+        draws: how many.
+
+    Returns:
+        Logits ``[draws * B, classes]``, those of the first draw first.
+    """
+    if draws > 1 and supports(model, SharesDraws):
+        shares = cast(SharesDraws, model)
+        return ask(lambda images: shares.draw_logits(images, draws), x).flatten(0, 1)
+    return ask(model, repeat_batch(x, draws) if draws > 1 else x)
+
+
+@torch.no_grad()
+def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | None = None) -> bool:
+    """Whether a random model draws once for all images of a call, as one that picks a network every time.
+
+    It does if several draws of an image, taken as an attack takes them, are all the same, and those of another call
+    are not. The random generators are afterwards as they were. To compare answers waits for the device.
+
+    Args:
+        model: images to logits; within `purify_fast.attacks.frozen`.
+        x: images ``[B, ...]``; the first few are tried.
+        draws: how many an attack will ask for. If that is one, the model is not asked; nor are CARSO and AToP.
+        most: images in one forward pass at most; None: no limit.
+    """
+    rows = min(TRIED_ROWS, len(x) * draws, TRIED_ROWS if most is None else most)
+    # the methods of this package draw for every image, and a training would ask in every step
+    if draws == 1 or rows < 2 or type(model).__module__.startswith("purify_fast.methods."):
+        return False
+    some = x[: min(TRIED_IMAGES, rows // 2)].detach().clone()
+    times = rows // len(some)
+    counted = cast(CountsImages, model).counted() if supports(model, CountsImages) else 0
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        together = logits_of_draws(model, some, times)
+        first = ask(model, some)
+        others = (ask(model, some) for _ in range(TRIED_CALLS - 1))
+        other = next((other for other in others if differ(first, other)), first)
+    if supports(model, CountsImages):
+        # a counter shows what an attack computes
+        cast(CountsImages, model).count(counted - cast(CountsImages, model).counted())
+    # a row's place in a batch may change its last bits, in bfloat16 its second digit
+    return _apart(together, repeat_batch(together[: len(some)], times)) < ALIKE * _apart(first, other)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).double().nan_to_num(nan=0.0).abs().max())

@@ -10,24 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._tensors import repeat_batch
-from ..protocols import Classifier, CountsImages, SharesDraws, supports
-from ..speed.step_graphs import StepGraphs
-from ..speed.step_loops import State, Steps
+from ..protocols import Classifier, SharesDraws, supports
+from ..speed.graphs.loops import State, Steps
+from ..speed.graphs.step_graphs import StepGraphs
+from .answers import drawn_once_per_call, logits_of_draws
 from .arguments import check_gradients_can_be_recorded, check_labels
-from .asked import ask, differ
 from .losses import LOSSES, TARGETED, Loss
 
-#: What is tried to see how a model draws: images, all draws of them in one batch, and calls with the images alone. Of a
-#: model that picks one of two networks so many calls agree once in 128 times.
-TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS = 2, 8, 8
-#: Draws of one call are the same if they differ by less than this share of what calls differ by.
-ALIKE = 0.01
 #: After how many gradients without a graph it is asked again whether there is one by now.
 ASKED_AGAIN = 10
 
@@ -200,59 +194,6 @@ class Objective:
             raise
 
 
-def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
-    """Logits of several draws of each image; a model that shares work between its draws is asked for them at once.
-
-    Args:
-        model: images to logits.
-        x: images ``[B, ...]``.
-        draws: how many.
-
-    Returns:
-        Logits ``[draws * B, classes]``, those of the first draw first.
-    """
-    if draws > 1 and supports(model, SharesDraws):
-        shares = cast(SharesDraws, model)
-        return ask(lambda images: shares.draw_logits(images, draws), x).flatten(0, 1)
-    return ask(model, repeat_batch(x, draws) if draws > 1 else x)
-
-
-@torch.no_grad()
-def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | None = None) -> bool:
-    """Whether a random model draws once for all images of a call, as one that picks a network every time.
-
-    It does if several draws of an image, taken as an attack takes them, are all the same, and those of another call
-    are not. The random generators are afterwards as they were. To compare answers waits for the device.
-
-    Args:
-        model: images to logits; within `purify_fast.attacks.frozen`.
-        x: images ``[B, ...]``; the first few are tried.
-        draws: how many an attack will ask for. If that is one, the model is not asked; nor are CARSO and AToP.
-        most: images in one forward pass at most; None: no limit.
-    """
-    rows = min(TRIED_ROWS, len(x) * draws, TRIED_ROWS if most is None else most)
-    # the methods of this package draw for every image, and a training would ask in every step
-    if draws == 1 or rows < 2 or type(model).__module__.startswith("purify_fast.methods."):
-        return False
-    some = x[: min(TRIED_IMAGES, rows // 2)].detach().clone()
-    times = rows // len(some)
-    counted = cast(CountsImages, model).counted() if supports(model, CountsImages) else 0
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        together = logits_of_draws(model, some, times)
-        first = ask(model, some)
-        others = (ask(model, some) for _ in range(TRIED_CALLS - 1))
-        other = next((other for other in others if differ(first, other)), first)
-    if supports(model, CountsImages):
-        # a counter shows what an attack computes
-        cast(CountsImages, model).count(counted - cast(CountsImages, model).counted())
-    # a row's place in a batch may change its last bits, in bfloat16 its second digit
-    return _apart(together, repeat_batch(together[: len(some)], times)) < ALIKE * _apart(first, other)
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).double().nan_to_num(nan=0.0).abs().max())
-
-
 def _even(images: int, most: int) -> int:
     """How many images a pass takes, at most so many: passes of equal sizes, because a short last one costs no less."""
     passes = -(-images // most)
@@ -322,8 +263,7 @@ class Gradients:
             self._begin(point, 0)
         self._loop.put(point=point)
         self._loop.take()
-        found = self._loop.values("image", "loss", "wrong")
-        return Gradient(**found)
+        return Gradient(**self._loop.values("image", "loss", "wrong"))
 
     def _begin(self, like: Tensor, points: int) -> None:
         if self._objective.graphs is None:
@@ -362,5 +302,5 @@ def input_gradient(
         ValueError: the model writes to its input.
     """
     apart = drawn_once_per_call(model, x, eot_iter, max_forward_batch)
-    found = Objective(model, loss, eot_iter, max_forward_batch, apart=apart).gradient(x.detach().clone(), y)
-    return found.image, found.loss
+    gradient = Objective(model, loss, eot_iter, max_forward_batch, apart=apart).gradient(x.detach().clone(), y)
+    return gradient.image, gradient.loss

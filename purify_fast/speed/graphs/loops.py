@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from ..protocols import CountsImages
+from ...protocols import CountsImages
 
 State = dict[str, Tensor]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[2]
 #: Operators whose result the host reads, or whose result has as many elements as the data say.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh", "unique_dim", "_unique2"}
 #: Operators that copy from one tensor to another, which waits where these are on different devices.
@@ -32,18 +32,18 @@ class Wait(NamedTuple):
     function: str
 
 
-class Waits(TorchDispatchMode):
+class HostSyncs(TorchDispatchMode):
     """Counts, within a block, the operators that wait for the device, and notes what every operator allocates.
 
     Attributes:
-        found: how often each operator waits, by place.
+        counts: how often each operator waits, by place.
         allocated: name of the operator, shape and dtype of each tensor that an operator returned, in their order.
         dispatched: how many operators ran.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: Counter[Wait] = Counter()
+        self.counts: Counter[Wait] = Counter()
         self.allocated: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         self.dispatched = 0
 
@@ -52,7 +52,7 @@ class Waits(TorchDispatchMode):
         name = function._schema.name.removeprefix("aten::")
         result = function(*args, **(kwargs or {}))
         if name in WAITING or _masks(name, args) or _crosses(name, args, result):
-            self.found[Wait(name, *_place())] += 1
+            self.counts[Wait(name, *_place())] += 1
         self.allocated += [
             (name, tuple(out.shape), out.dtype) for out in tree_leaves(result) if isinstance(out, Tensor)
         ]

@@ -11,26 +11,23 @@ to be, that replays would have paid for a capture; how many that are, each captu
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from .._validation import CudaGraphs as CudaGraphs
-from .._validation import check_literal
-from ..contents import identity_key
-from ..protocols import CountsImages, PreparesReplay
-from .agreement import first_replay_agrees
+from ..._validation import CudaGraphs, check_literal
+from ...contents import identity_key
+from ...protocols import CountsImages, PreparesReplay
 from .cuda_capture import CudaCapture
-from .step_loops import Captured, Replays, State, StepFunction, Steps, Tally, parts_of, weak_key, write
-from .surroundings import host_generators, no_trace, numerics, same_draws_again
-from .waits import Waits
+from .host_syncs import HostSyncs
+from .loops import Captured, Replays, State, StepFunction, Steps, Tally, parts_of, weak_key, write
+from .trial import first_replay_agrees, host_generators, no_trace, numerics, same_draws_again
 
 logger = logging.getLogger("purify_fast")
 
@@ -48,27 +45,6 @@ TIMINGS = 3
 RETRIED_AFTER = 1000
 #: How many steps are remembered that were not captured.
 REMEMBERED = 64
-
-
-class Capture(Protocol):
-    """What makes graphs: `CudaCapture`, or what stands for it in a test."""
-
-    kind: str
-
-    def aside(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """See `CudaCapture.aside`."""
-
-    def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
-        """See `CudaCapture.timed`."""
-
-    def now(self, device: torch.device) -> float:
-        """See `CudaCapture.now`."""
-
-    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """See `CudaCapture.record`."""
-
-    def release(self) -> None:
-        """See `CudaCapture.release`."""
 
 
 class _Refusal(NamedTuple):
@@ -103,12 +79,12 @@ class StepGraphs:
     A model is held weakly: when it goes, so do its graphs. One loop at a time: not for several threads.
     """
 
-    def __init__(self, mode: CudaGraphs = "auto", limit: int = 32, capture: Capture | None = None):
+    def __init__(self, mode: CudaGraphs = "auto", limit: int = 32, capture: CudaCapture | None = None):
         check_literal("mode", mode, CudaGraphs)
         if limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
         self.mode, self.limit = mode, limit
-        self.capture: Capture = CudaCapture() if capture is None else capture
+        self.capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
         self.worth = WORTH
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
@@ -139,10 +115,10 @@ class StepGraphs:
         off = self.mode == "off" or device.type != self.capture.kind
         if off or nothing or torch.compiler.is_compiling():
             return Steps(function, state)
-        found = self._find(function, state, steps, device)
-        if isinstance(found, Captured) and not found.is_in_use():
-            return Replays(function, found, state)
-        return Steps(function, state, found if isinstance(found, Tally) else None)
+        known = self._find(function, state, steps, device)
+        if isinstance(known, Captured) and not known.is_in_use():
+            return Replays(function, known, state)
+        return Steps(function, state, known if isinstance(known, Tally) else None)
 
     def may_replay(self, device: torch.device) -> bool:
         """Whether loops on a device are captured, as far as is known.
@@ -208,12 +184,12 @@ class StepGraphs:
         launched = _remember(self._launched, key, self._launched.get(key) or Tally())
         if launched.steps + steps < (1 if self.mode == "always" else self.worth):
             return launched
-        made = self._make(function, state, base, objects, device)
-        if isinstance(made, Captured):
-            self._captured[key] = made
+        captured = self._make(function, state, base, objects, device)
+        if isinstance(captured, Captured):
+            self._captured[key] = captured
             if len(self._captured) > self.limit:
                 self._captured.popitem(last=False)
-        return made
+        return captured
 
     def _refuse(self, base: Hashable | None, reason: str) -> Tally | None:
         """Note that a step cannot be captured, and say why in the log, once for each reason."""
@@ -289,16 +265,16 @@ class StepGraphs:
     def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
         """Run the step once, and say what keeps it from being captured, if anything does."""
         before = host_generators(device)
-        with self.capture.aside(device), Waits() as waits:
-            found = function(buffers)
+        with self.capture.aside(device), HostSyncs() as waits:
+            results = function(buffers)
         if host_generators(device) != before:
             return f"{_name(function.model)} draws from a generator of the host, which a graph would draw from once"
         # a number that is turned into a tensor waits only if it goes to the device, where the capture then fails
-        blocking = [wait for wait in waits.found if wait.operator != "lift_fresh"]
+        blocking = [wait for wait in waits.counts if wait.operator != "lift_fresh"]
         if blocking:
             operator, file, name = blocking[0]
             return f"the step waits for the device: {operator}, asked for by {name or 'a function'} ({file})"
-        for name, value in found.items():
+        for name, value in results.items():
             old = buffers[name]
             if (value.shape, value.dtype, value.device) != (old.shape, old.dtype, old.device):
                 return (

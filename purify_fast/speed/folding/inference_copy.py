@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .._tensors import first_tensor, without_autocast
-from ..models.representation import evaluation_mode, without_recorders
-from .compiled_region import CompiledRegion
-from .folding import FoldedPairs, fold_pairs
+from ..._tensors import first_tensor, without_autocast
+from ...models.representation import evaluation_mode, without_recorders
+from ..compiled_region import CompiledRegion
+from .batchnorm import FoldedPairs, fold_pairs
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -92,7 +92,7 @@ def see_images_in_float32(model: nn.Module, image_shape: tuple[int, ...]) -> lis
         The layers, whose weights must stay in float32: the convolutions of C channels, and the linear layers of C H W
         numbers. Layers of other classes that compute something of their own are none of them.
     """
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
     for module in model.modules():
         if type(module) is nn.Conv2d and module.in_channels == image_shape[0] and module.groups == 1:
             module.__class__ = _ConvolvesImages
@@ -100,8 +100,8 @@ def see_images_in_float32(model: nn.Module, image_shape: tuple[int, ...]) -> lis
             module.__class__ = _MapsImages
         else:
             continue
-        found.append(module)
-    return found
+        layers.append(module)
+    return layers
 
 
 def prepare_for_inference(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._tensors import in_memory_order, laid_out_like
+from ..._tensors import in_memory_order, laid_out_like
 
 _Norm = nn.modules.batchnorm._BatchNorm
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -91,20 +91,20 @@ def fold_sequential(model: nn.Module) -> int:
 
 def _in_order(model: nn.Module) -> list[nn.Sequential]:
     """The Sequentials whose layers are called one after the other, as the class that they belong to says."""
-    found: dict[int, nn.Sequential] = {}
+    in_order: dict[int, nn.Sequential] = {}
 
     def look(parts: nn.Module) -> None:
         for part in parts.children():
             # a subclass may call its children in another order
             if type(part) is nn.Sequential:
-                found[id(part)] = part
+                in_order[id(part)] = part
             if type(part) in (nn.Sequential, nn.ModuleList):
                 look(part)
 
     for owner in model.modules():
         if vars(type(owner)).get("runs_in_order") is True:
             look(owner)
-    return list(found.values())
+    return list(in_order.values())
 
 
 def _foldable(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
@@ -126,11 +126,11 @@ def _foldable(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         return all(_close(a, b) for a, b in zip(_response(trial, example.double()), want, strict=True))
 
     if not same(pairs):  # some pair is not what it seems: take them one by one
-        kept: list[tuple[str, str]] = []
+        good: list[tuple[str, str]] = []
         for pair in pairs:
-            if same([*kept, pair]):
-                kept.append(pair)
-        pairs = kept
+            if same([*good, pair]):
+                good.append(pair)
+        pairs = good
     return pairs
 
 
@@ -169,7 +169,7 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     names = {module: name for name, module in model.named_modules()}
     owners = Counter(id(p) for module in names for p in module._parameters.values() if p is not None)
     runs: Counter[nn.Module] = Counter()
-    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # the tensors are kept: ids are not reused
+    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # with the tensors, since ids are not reused
     pairs: list[tuple[Any, Any]] = []
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -283,9 +283,9 @@ class FoldedPairs:
         key = missing, tensors[f"{self.norms[0]}.running_mean"].device
         if key not in self._constants:
             self._constants[key] = [torch.full((count,), missing, device=key[1]) for count in self._channels]
-        found = [tensors.get(f"{module}.{name}") for module in modules]
+        given = [tensors.get(f"{module}.{name}") for module in modules]
         return [
-            all_same if one is None else one.float() for one, all_same in zip(found, self._constants[key], strict=True)
+            all_same if one is None else one.float() for one, all_same in zip(given, self._constants[key], strict=True)
         ]
 
     def _scaled(self, weights: list[Tensor], scales: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,1 @@
+"""Frozen copies of models: BatchNorm folded, convolutions rewritten, bfloat16 inside."""

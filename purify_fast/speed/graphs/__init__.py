@@ -1,0 +1,1 @@
+"""Steps that are taken many times, captured once and replayed."""
