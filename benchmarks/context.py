@@ -49,11 +49,6 @@ class Outcome:
     left_out: list[str] = field(default_factory=list)
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where it is not there."""
-    return report.read_csv(path) if path.exists() else []
-
-
 def measured(context: Context, file: str, work: dict[str, Callable[[], list[dict]]]) -> tuple[list[dict], Outcome]:
     """Measure what a file lacks, one part after the other, and write the file after each of them.
 
@@ -67,7 +62,7 @@ def measured(context: Context, file: str, work: dict[str, Callable[[], list[dict
         are left out.
     """
     path, errors, left_out = context.out / file, {}, []
-    rows: list[dict] = list(rows_of(path))
+    rows: list[dict] = list(report.rows_of(path))
     there = {row["part"] for row in rows}
     for index, (part, measure) in enumerate(work.items()):
         if part in there:

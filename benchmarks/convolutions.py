@@ -5,6 +5,7 @@ Both are in bfloat16 and channels_last, on 4 images, in turn, by CPU time on one
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -119,14 +120,15 @@ def table(layers: tuple[Layer, ...], runs: int) -> list[str]:
     return [*lines, f"| all {count} | | {' | '.join(sums)} |"]
 
 
-def check(runs: int) -> None:
-    """ValueError if there is nothing to measure: no runs, or no kernel.
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks convolutions``."""
+    parser.add_argument("--runs", type=int, default=15, help="how often every contestant runs; 15 by default")
 
-    Args:
-        runs: of each contestant.
-    """
-    if runs < 1:
-        raise ValueError(f"--runs must be at least 1, got {runs}")
+
+def check(chosen: argparse.Namespace) -> None:
+    """ValueError if there is nothing to measure: no runs, or no kernel."""
+    if chosen.runs < 1:
+        raise ValueError(f"--runs must be at least 1, got {chosen.runs}")
     if REGISTRY[DIRECTIONS[0]].kernel("cpu") == "reference":
         raise ValueError(
             "this package's convolutions have no kernel here: they need the compiled extension, and a processor with "
@@ -134,12 +136,8 @@ def check(runs: int) -> None:
         )
 
 
-def main(runs: int) -> str:
-    """The table of all layers, in Markdown. The process has one thread from then on.
-
-    Args:
-        runs: of each contestant.
-    """
+def main(chosen: argparse.Namespace) -> str:
+    """The table of all layers, in Markdown. The process has one thread from then on."""
     torch.set_num_threads(1)
     with torch.no_grad():
-        return "\n".join(table(LAYERS, runs))
+        return "\n".join(table(LAYERS, chosen.runs))

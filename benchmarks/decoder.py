@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from purify_fast.methods.carso.networks import published_decoder
 
+from . import report
+
 #: Samples; multiprocessors and cycles per second of an H100; FLOP of bfloat16 and bytes of memory per second.
 SAMPLES, PROCESSORS, CLOCK, FLOPS, MEMORY = 4096, 132, 1.7e9, 989e12, 3.35e12
 #: The share of the matrix units' rate that good products by wgmma reach, and a good convolution of cuDNN.
@@ -133,33 +135,16 @@ def layers() -> list[Layer]:
     return [*found, _last_two(plan[-2], plan[-1], (channels, h, w))]
 
 
-def chapter() -> list[str]:
-    """The lines of docs/performance.md."""
-    lines = [
-        "",
-        f"### decode_samples, layer by layer: an estimate for {SAMPLES:,} samples of CIFAR-10",
-        "",
-        "**An estimate, not a measurement**, by `benchmarks/decoder.py`. Ours takes the longest of four: the products "
-        f"that are made, at {DOT:.0%} of 989 TFLOP/s by wgmma; the instructions of the machine code for sm_90, "
-        f"{ISSUED} a cycle; the bytes of memory at 3.35 TB/s; and what the programs read from the L2 cache, {CACHE} "
-        "bytes a cycle for each multiprocessor. Latencies, launches and the last wave of programs are left out. It is "
-        "a lower bound. `before` is the form in CUDA C++ by mma.sync; of it the epilogue and the L2 cache were left "
-        "out, too. The latents are drawn by a launch of their own, in about a microsecond: drawn where they are "
-        "multiplied, they would be drawn 18 times. cuDNN: the FLOP that reach a pixel at "
-        f"{CUDNN:.0%} of 989 TFLOP/s, its maps at 3.35 TB/s, one more pass for bias and LeakyReLU.",
-        "",
-        "| layer | GFLOP that reach a pixel | GFLOP ours computes | MB read and written | MB from L2 "
-        "| million instructions of warps | before, us | ours, us | cuDNN, us |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def table() -> list[str]:
+    """The estimate of every launch and of all together, for docs/performance.md."""
     total = [0.0, 0.0]
+    body = []
     for layer, before in zip(layers(), BEFORE, strict=True):
         times = layer.seconds(), layer.theirs
         total = [a + b for a, b in zip(total, times, strict=True)]
-        lines.append(
-            f"| {layer.name} | {layer.flops / 1e9:,.1f} | {layer.multiplied / 1e9:,.1f} | {layer.moved / 1e6:,.1f} "
-            f"| {layer.cached / 1e6:,.1f} | {layer.issued / 1e6:,.1f} | {before} | {times[0] * 1e6:,.0f} "
-            f"| {times[1] * 1e6:,.0f} |"
-        )
-    lines.append(f"| together | | | | | | {sum(BEFORE)} | {total[0] * 1e6:,.0f} | {total[1] * 1e6:,.0f} |")
-    return lines
+        work = (layer.flops / 1e9, layer.multiplied / 1e9, layer.moved / 1e6, layer.cached / 1e6, layer.issued / 1e6)
+        body.append([layer.name, *(f"{one:,.1f}" for one in work), before, *(f"{1e6 * one:,.0f}" for one in times)])
+    body.append(["together", *5 * [""], sum(BEFORE), *(f"{1e6 * one:,.0f}" for one in total)])
+    work = ["GFLOP that reach a pixel", "GFLOP ours computes", "MB read and written", "MB from L2"]
+    times = ["before, us", "ours, us", "cuDNN, us"]
+    return report.table(["layer", *work, "million instructions of warps", *times], body)

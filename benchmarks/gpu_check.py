@@ -18,6 +18,7 @@ package. In a rehearsal both are written into DIR alone.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -52,11 +53,11 @@ from purify_fast.ops._tune import known_rows, tune
 from purify_fast.speed import retain_freed_memory
 from purify_fast.speed.cuda_capture import CudaCapture
 
-from . import first, limits, performance, pipelines, report, shipping
-from .context import FAILED, NOT_AVAILABLE, PASSED, Context, Outcome, rows_of
+from . import RESULTS, first, limits, pages, performance, pipelines, report, shipping
+from .context import FAILED, NOT_AVAILABLE, PASSED, Context, Outcome
 from .measure import environment
 from .ops import registry
-from .running import RESULTS, Budget, run_ops, run_pipelines
+from .running import Budget, folder, run_ops, run_pipelines
 
 ROOT = Path(__file__).parents[1]
 #: Seconds beyond its limit until a section is ended, on a GPU and in the rehearsal.
@@ -299,7 +300,7 @@ def ops(context: Context) -> Outcome:
     retain_freed_memory()
     budget = Budget(context.left, True, {}, tell=context.tell)
     run_ops(list(registry(context.device.type)), context.device, context.dry, context.out, budget)
-    rows = rows_of(context.out / report.ROWS)
+    rows = report.rows_of(context.out / report.ROWS)
     wrong = [" ".join(row[k] for k in ("op", "variant", "shape", "dtype")) for row in rows if row["verdict"] == "wrong"]
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("best", "level", "behind")}
     summary = f"{len(rows)} rows: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}, {len(wrong)} wrong"
@@ -310,7 +311,7 @@ def raced_pipelines(context: Context) -> Outcome:
     """`python -m benchmarks pipelines`."""
     budget = Budget(context.left, True, {}, tell=context.tell)
     run_pipelines(list(pipelines.registry()), context.device, context.dry, context.out, budget)
-    rows = rows_of(context.out / report.PIPELINES)
+    rows = report.rows_of(context.out / report.PIPELINES)
     wrong = [f"{row['pipeline']} {row['case']}: {row['contestant']}" for row in rows if row["verdict"] == "wrong"]
     cases = {(row["pipeline"], row["case"]) for row in rows}
     return _measured(budget, bool(rows), f"{len(cases)} cases, {len(rows)} contestants, {len(wrong)} wrong", wrong)
@@ -471,7 +472,7 @@ def conclude(out: Path, dry: bool) -> list[Path]:
     write_text(written[0], "\n".join(performance.chapter(out)) + "\n")
     write_text(written[1], json.dumps([shipping.shipped(out)], indent=1) + "\n")
     if not dry and out.parent == RESULTS.resolve():
-        written += [performance.write(RESULTS, ROOT / "docs"), shipping.write_races(RESULTS)]
+        pages.publish()
     return written
 
 
@@ -554,3 +555,39 @@ def _run(out: Path, device: torch.device, dry: bool, *, only: list[str], redo: b
     for path in (out / "gpu_check.md", *conclude(out, dry)):
         print(path)
     return all((result := results[name]) is not None and result["state"] != FAILED for name in chosen)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks gpu_check``."""
+    parts, sections = ", ".join(PARTS), ", ".join(SECTIONS)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"which of {parts}; all in turn by default")
+    parser.add_argument("--dry", action="store_true", help="rehearse every section on the CPU, small: no numbers")
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
+    only = f"which; all by default: {sections}"
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[], metavar="section", help=only)
+    parser.add_argument("--redo", action="store_true", help="also what is done already")
+    parser.add_argument("--seconds", type=float, help="the limit of each section in place of its own")
+    parser.add_argument("--total", type=float, help="seconds for all of them; 540 for each of the three by default")
+    parser.add_argument(
+        "--data", type=Path, help="folder with CIFAR-10, or an .npz file; the current folder by default"
+    )
+
+
+def check(chosen: argparse.Namespace) -> None:
+    """ValueError for unknown parts, no time, or no device."""
+    for name, value in (("--seconds", chosen.seconds), ("--total", chosen.total)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value:g}")
+    if unknown := set(chosen.parts) - set(PARTS):
+        raise ValueError(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if not chosen.dry and not torch.cuda.is_available():
+        raise ValueError(f"no CUDA device is available: {why_no_device()}; --dry rehearses everything on the CPU")
+
+
+def command(chosen: argparse.Namespace) -> bool:
+    """``python -m benchmarks gpu_check``; whether all passed that was asked for."""
+    device, parts = torch.device("cpu" if chosen.dry else "cuda"), chosen.parts or list(PARTS)
+    only = chosen.only or [name for part in parts for name in PARTS[part]]
+    total = chosen.total or sum(TOTALS[part][chosen.dry] for part in parts)
+    out = chosen.out or folder(device, chosen.dry)
+    return main(out, device, chosen.dry, only, chosen.redo, chosen.seconds, total, chosen.data)

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
-from benchmarks import decoder  # noqa: E402
+from benchmarks import RESULTS, decoder  # noqa: E402
 from benchmarks.ahead import (  # noqa: E402
     ARCHITECTURES,
     CASES,
@@ -39,7 +39,6 @@ from benchmarks.ahead import (  # noqa: E402
 )
 from benchmarks.instructions import EXECUTED, RESULT, instructions  # noqa: E402
 from benchmarks.report import read_csv  # noqa: E402
-from benchmarks.running import RESULTS  # noqa: E402
 from purify_fast.ops import REGISTRY  # noqa: E402
 from purify_fast.ops import _examples as examples  # noqa: E402
 

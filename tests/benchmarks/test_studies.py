@@ -217,8 +217,8 @@ def test_some_rows_or_fewer_seeds_leave_the_committed_table_alone(tmp_path, monk
 
     def written(*options: str) -> Path:
         parser = program.argparse.ArgumentParser()
-        command.add_arguments(parser)
-        return command.main(parser.parse_args(["carso_digits", "--out", str(tmp_path / "runs"), *options]))
+        command.arguments(parser)
+        return command.written(parser.parse_args(["carso_digits", "--out", str(tmp_path / "runs"), *options]))
 
     for options in (["--quick"], ["--rows", "base"], ["--seeds", "2"]):
         assert written(*options) == tmp_path / "runs" / "carso_digits.md"
