@@ -16,7 +16,7 @@ from purify_fast.ops._tune import IN_GRAPHS
 from . import style
 from .measure import AUTOTUNED, CONTESTANTS, LEAST, STYLES
 
-ROWS, VERDICTS, TABLE, PLOT = "ops.csv", "verdicts.csv", "ops.md", "ops.png"
+ROWS, VERDICTS, TABLE = "ops.csv", "verdicts.csv", "ops.md"
 PIPELINES, PIPELINES_TABLE, PIPELINES_PLOT = "pipelines.csv", "pipelines.md", "pipelines.png"
 
 
@@ -175,55 +175,11 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[dict], path: Path) -> bool:
-    """Ratios of all rows, by op; False without matplotlib."""
-    names = list(dict.fromkeys(row["op"] for row in rows))
-    figure = style.new_figure(figsize=(8.5, 0.55 * len(names) + 1.6))
-    if figure is None:
-        return False
-    axes = figure.add_subplot()
-    least = min(float(row["ratio"]) for row in rows if row["ratio"])
-    axes.axvspan(least / 1.3, LEAST, color=style.ALARM, alpha=0.06, linewidth=0)
-    for kind, colour, mark, shift, said in (
-        ("eager", style.OURS, "o", -0.16, "called eagerly"),
-        ("graph", style.RIVAL, "s", 0.16, "inside a compiled graph"),
-    ):
-        points = [(float(r["ratio"]), names.index(r["op"]) + shift) for r in rows if r["style"] == kind and r["ratio"]]
-        axes.scatter(
-            [x for x, _ in points],
-            [y for _, y in points],
-            s=16,
-            color=colour,
-            marker=mark,
-            alpha=0.65,
-            label=said,
-            lw=0,
-        )
-    axes.axvline(LEAST, color=style.INK, linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xlim(least / 1.3)
-    ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if least / 1.3 < tick]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_xticks([], minor=True)
-    axes.set_yticks(range(len(names)), names)
-    style.plain_axes(axes)
-    axes.invert_yaxis()
-    axes.set_xlabel(
-        "times as fast as the better of the reference and torch.compile; left of the line our kernel loses",
-        fontsize=8.5,
-    )
-    style.title(axes, "; ".join(dict.fromkeys(f"{r['device']}, {r['threads']} threads" for r in rows)))
-    figure.legend(fontsize=8.5, loc="outside lower center", ncols=2, frameon=False)
-    style.save(figure, path)
-    return True
-
-
 def report(folder: Path) -> None:
     """Everything that ``folder``'s ops.csv says, written beside it."""
     rows = read_csv(folder / ROWS)
     write_csv(folder / VERDICTS, verdicts(rows))
     write_text(folder / TABLE, markdown(rows))
-    plot(rows, folder / PLOT)
 
 
 def ops_sentence(path: Path) -> str:

@@ -129,7 +129,7 @@ def _usual_budget(chosen: argparse.Namespace) -> Any:
     study, images = STUDIES[chosen.name]
     if images == "digits":
         return None
-    return study.QUICK if chosen.quick else study.FULL if chosen.full else study.Budget()
+    return study.QUICK if chosen.quick else study.FULL if chosen.full else study.DEFAULT
 
 
 def _budget(chosen: argparse.Namespace) -> Any:

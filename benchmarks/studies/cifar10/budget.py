@@ -106,6 +106,7 @@ class Budget:
         return replace(self, training=replace(amount, width=width, large_width=large))
 
 
+DEFAULT = Budget()
 FULL = Budget(
     Training(
         width=64, large_width=80, large_epochs=60, long_epochs=90, standard_epochs=50, base_epochs=60,
