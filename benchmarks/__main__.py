@@ -89,7 +89,7 @@ COMMANDS = {
     ),
     "gpu_check": Command(
         "what only a GPU can tell: three commands of nine minutes, resumably",
-        gpu_check.command,
+        gpu_check.main,
         gpu_check.arguments,
         gpu_check.check,
     ),

@@ -25,7 +25,6 @@ from purify_fast.evaluation.tables import markdown_table
 from . import (
     RESULTS,
     captures,
-    decoder,
     evaluation,
     front_page,
     instructions,
@@ -127,7 +126,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
             "performance_devices": performance.devices,
             "ops_counted": lambda _: performance.counted(),
             "instructions": instructions.table,
-            "decoder": lambda _: decoder.table(),
             "launches": launches.table,
             "roofline": roofline.table,
             "captures": captures.chapter,
