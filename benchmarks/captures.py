@@ -1,7 +1,5 @@
 """What an evaluation captures in CUDA graphs, and how often it replays them: counted without a GPU.
 
-    python -m benchmarks captures [--images N] [--data DIR] [--redo] [--out DIR]
-
 An evaluation with the protocol "standard" runs on the CPU as it would on a GPU: its batches have a GPU's sizes, and a
 function that is run again stands for each graph. Each attack's captures and replays are counted. A second count
 is of the operators that one step of each attack dispatches where kernels serve: launched one by one, and beside the
@@ -10,6 +8,7 @@ replay of a graph.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from purify_fast.speed.graphs.host_syncs import HostSyncs
 from purify_fast.speed.graphs.loops import State, StepFunction, Steps
 from purify_fast.speed.graphs.step_graphs import WORTH, CudaGraphs, StepGraphs
 
-from . import report
+from . import RESULTS, report
 from .launches import Replays
 
 FILE, BEFORE = "captures.csv", "captures_before.csv"
@@ -308,6 +307,25 @@ def write(results: Path, count: int = IMAGES, folder: str = "data", redo: bool =
     return path
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks captures``."""
+    parser.add_argument("--images", type=int, default=IMAGES, help="of each evaluation; 1000 by default")
+    parser.add_argument("--data", default="data", help="folder with cifar10.npz or the official files")
+    parser.add_argument("--redo", action="store_true", help="also what is counted already")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+
+
+def check(chosen: argparse.Namespace) -> None:
+    """ValueError for no images."""
+    if chosen.images < 1:
+        raise ValueError(f"--images must be at least 1, got {chosen.images}")
+
+
+def main(chosen: argparse.Namespace) -> Path:
+    """``python -m benchmarks captures``."""
+    return write(chosen.out, chosen.images, chosen.data, chosen.redo)
+
+
 def chapter(results: Path) -> list[str]:
     """The lines of docs/performance.md on what `write` left, if it left anything.
 
@@ -316,7 +334,27 @@ def chapter(results: Path) -> list[str]:
     """
     if not (results / FILE).exists():
         return []
-    lines = [
+    before = {(row["model"], row["eps"], row["attack"]): row for row in report.read_csv(results / BEFORE)}
+    body = []
+    for row in report.read_csv(results / FILE):
+        was = before.get((row["model"], row["eps"], row["attack"]), {})
+        cells = [row[name] for name in ("model", "eps", "attack", "captures", "replays")]
+        cells += [row["replays_per_capture"] or "-", row["least_replays"] or "-", was.get("captures", "-")]
+        cells += [was.get("replays", "-"), row["batch_sizes"] or "-", row["model_launches"]]
+        body.append([*cells, row["launches_eager"], row["launches_captured"], row["waits_per_100_steps"]])
+    heads = [
+        "model",
+        "eps",
+        "attack",
+        "captures",
+        "replays",
+        "per capture",
+        "least used",
+        "before: captures",
+        "replays",
+    ]
+    heads += ["batch sizes", "operators of a step: of the model", "launched", "beside a graph", "waits in 100 steps"]
+    return [
         "## What an evaluation captures",
         "",
         "Counted, not measured: `python -m benchmarks captures` runs `evaluate` with the protocol `standard` on a CPU, "
@@ -326,16 +364,5 @@ def chapter(results: Path) -> list[str]:
         "own included: its gradient and loss, for Square its forward pass. Before: at the commit before captures "
         "were made to pay, for those models and attacks that were counted there.",
         "",
-        "| model | eps | attack | captures | replays | per capture | least used | before: captures | replays "
-        "| batch sizes | operators of a step: of the model | launched | beside a graph | waits in 100 steps |",
-        "|" + 14 * "---|",
+        *report.table(heads, body),
     ]
-    before = {(row["model"], row["eps"], row["attack"]): row for row in report.read_csv(results / BEFORE)}
-    for row in report.read_csv(results / FILE):
-        was = before.get((row["model"], row["eps"], row["attack"]), {})
-        cells = [row[name] for name in ("model", "eps", "attack", "captures", "replays")]
-        cells += [row["replays_per_capture"] or "-", row["least_replays"] or "-"]
-        cells += [was.get("captures", "-"), was.get("replays", "-"), row["batch_sizes"] or "-", row["model_launches"]]
-        cells += [row["launches_eager"], row["launches_captured"], row["waits_per_100_steps"]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines

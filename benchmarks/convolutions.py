@@ -5,28 +5,33 @@ Both are in bfloat16 and channels_last, on 4 images, in turn, by CPU time on one
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 
+from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.ops import REGISTRY
 
-IMAGES = 4
+from . import report
+
+IMAGES, SIDE = 4, 128
 DIRECTIONS = ("convolution", "convolution_input_gradient", "convolution_weight_gradient")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution, and how many of its shape the generator has."""
+    """A convolution."""
 
     inputs: int
     outputs: int
     side: int  # of the images that come in
-    count: int
     stride: int = 1
     dilation: int = 1
     kernel: int = 3
@@ -63,27 +68,21 @@ class Layer:
         return {op: (*one, *settings) for op, one in zip(DIRECTIONS, given, strict=True)}
 
 
-LAYERS = (
-    Layer(96, 192, 32, 10),
-    Layer(96, 192, 32, 2, dilation=2),
-    Layer(96, 192, 32, 2, dilation=4),
-    Layer(96, 192, 32, 2, dilation=8),
-    Layer(96, 192, 32, 2, dilation=16),
-    Layer(48, 192, 32, 1),
-    Layer(192, 192, 32, 1),
-    Layer(96, 96, 64, 2),
-    Layer(48, 96, 64, 3),
-    Layer(24, 96, 64, 2),
-    Layer(48, 48, 128, 2),
-    Layer(24, 24, 128, 2),
-    Layer(48, 192, 64, 2, stride=2),
-    Layer(48, 96, 64, 1, stride=2),
-    Layer(24, 96, 128, 1, stride=2),
-    Layer(24, 48, 128, 2, stride=2),
-    Layer(3, 48, 128, 2, kernel=5),
-    Layer(5, 48, 128, 1, kernel=5),
-    Layer(12, 3, 128, 2),
-)
+def layers_of_generator() -> dict[Layer, int]:
+    """Every convolution of AToP's generator at 128 px, and how many there are of its shape."""
+    counts: Counter[Layer] = Counter()
+
+    def count(layer: nn.Conv2d, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
+        sizes = layer.in_channels, layer.out_channels, inputs[0].shape[2]
+        counts[Layer(*sizes, layer.stride[0], layer.dilation[0], layer.kernel_size[0])] += 1
+
+    generator = DeepFillGenerator(5, 48)
+    for layer in generator.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        generator(torch.zeros(1, 5, SIDE, SIDE), torch.zeros(1, 1, SIDE, SIDE))
+    return counts
 
 
 def seconds(calls: list[Callable[[], object]], runs: int) -> list[float]:
@@ -99,34 +98,33 @@ def seconds(calls: list[Callable[[], object]], runs: int) -> list[float]:
     return [statistics.median(own) for own in times]
 
 
-def table(layers: tuple[Layer, ...], runs: int) -> list[str]:
+def table(layers: dict[Layer, int], runs: int) -> list[str]:
     """Milliseconds of both, and GFLOP/s of ours, layer by layer; then all layers of the generator together."""
     total = {name: [0.0, 0.0] for name in DIRECTIONS}
-    lines = [
-        "| convolution, 3 x 3 unless it says more | how often | forward | gradient of the input | of the weights |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for layer in layers:
+    body = []
+    for layer, count in layers.items():
         cells = []
-        for name, arguments in layer.arguments().items():
+        for name, given in layer.arguments().items():
             op = REGISTRY[name]
-            both = seconds([partial(op.reference, *arguments), partial(op.handle, *arguments)], runs)
-            total[name] = [before + layer.count * one for before, one in zip(total[name], both, strict=True)]
+            both = seconds([partial(op.reference, *given), partial(op.handle, *given)], runs)
+            total[name] = [before + count * one for before, one in zip(total[name], both, strict=True)]
             cells.append(f"{1e3 * both[0]:.2f} to {1e3 * both[1]:.2f} ms, {layer.flop / both[1] / 1e9:.0f}")
-        lines.append(f"| {layer.name} | {layer.count} | {' | '.join(cells)} |")
-    sums = [f"{1e3 * total[name][0]:.0f} to {1e3 * total[name][1]:.0f} ms" for name in DIRECTIONS]
-    count = sum(layer.count for layer in layers)
-    return [*lines, f"| all {count} | | {' | '.join(sums)} |"]
+        body.append([layer.name, count, *cells])
+    sums = [f"{1e3 * before:.0f} to {1e3 * after:.0f} ms" for before, after in total.values()]
+    body.append([f"all {sum(layers.values())}", "", *sums])
+    what = "convolution, 3 x 3 unless it says more"
+    return report.table([what, "how often", "forward", "gradient of the input", "of the weights"], body)
 
 
-def check(runs: int) -> None:
-    """ValueError if there is nothing to measure: no runs, or no kernel.
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks convolutions``."""
+    parser.add_argument("--runs", type=int, default=15, help="how often every contestant runs; 15 by default")
 
-    Args:
-        runs: of each contestant.
-    """
-    if runs < 1:
-        raise ValueError(f"--runs must be at least 1, got {runs}")
+
+def check(chosen: argparse.Namespace) -> None:
+    """ValueError if there is nothing to measure: no runs, or no kernel."""
+    if chosen.runs < 1:
+        raise ValueError(f"--runs must be at least 1, got {chosen.runs}")
     if REGISTRY[DIRECTIONS[0]].kernel("cpu") == "reference":
         raise ValueError(
             "this package's convolutions have no kernel here: they need the compiled extension, and a processor with "
@@ -134,12 +132,8 @@ def check(runs: int) -> None:
         )
 
 
-def main(runs: int) -> str:
-    """The table of all layers, in Markdown. The process has one thread from then on.
-
-    Args:
-        runs: of each contestant.
-    """
+def main(chosen: argparse.Namespace) -> str:
+    """The table of all layers, in Markdown. The process has one thread from then on."""
     torch.set_num_threads(1)
     with torch.no_grad():
-        return "\n".join(table(LAYERS, runs))
+        return "\n".join(table(layers_of_generator(), chosen.runs))

@@ -10,6 +10,7 @@ the contests can be run one by one, by their names.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -24,24 +25,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from purify_fast import data
+from purify_fast import zoo
 from purify_fast._files import write_text
 from purify_fast.attacks import APGD, FABT, Attack, AttackContext, Square, frozen
 from purify_fast.attacks.autoattack import implementation
 from purify_fast.attacks.engine.gradient_copy import GradientCopies
 from purify_fast.attacks.engine.judge import Judge, has_fallen
-from purify_fast.defences.aggregation import WithAggregation
-from purify_fast.demo import Budget, Workspace, arrest, carso
+from purify_fast.data import load_dataset, to_float
+from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.demo.setting import EPS, digits
-from purify_fast.demo.workspace import BASE, CLASSIFIERS, STANDARD
 from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
 
-from . import measure
+from . import RESULTS, measure
 from .studies import carso_resnet18
 
-#: Where the trained models of `make demo` lie, and where missing ones are trained.
-MODELS = Path("runs/demo")
 #: The results, as data and as the table that a page shows.
 FILE, TABLE = "evaluation.json", "evaluation.md"
 OFFICIAL, OURS, FAST = "AutoAttack", "standard", "fast"
@@ -193,78 +191,29 @@ RAND_CONTESTANTS: dict[str, Contestant] = {
 }
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Where models and images come from.
-
-    Args:
-        models: folder of the demonstration's trained models.
-        images: folder with ``cifar10.npz``, or the official files.
-    """
-
-    models: Path
-    images: Path | None
+def _digits(name: str, images: int | None = None, random: bool = False) -> Subject:
+    """A model of the zoo, and the digits that it was not trained on."""
+    held_out, model = digits(), zoo.load(name)
+    if isinstance(model, StochasticDefence) and not random:
+        # AutoAttack's standard version is for models that predict the same every time
+        model = WithAggregation(model, deterministic=True).eval()
+    return Subject(model, to_float(held_out.x_test[:images]), held_out.y_test[:images], EPS, random)
 
 
-def _digits(load: Callable[[Workspace], nn.Module], sources: Sources, random: bool = False) -> Subject:
-    images = digits()
-    x = images.x_test.float() / 255
-    model = load(Workspace(sources.models, Budget(), 0, False)).eval()
-    return Subject(model, x, images.y_test, EPS, random)
+def _resnet18(folder: Path | None) -> Subject:
+    images = load_dataset("cifar10", folder)
+    return Subject(carso_resnet18.classifier(), to_float(images.x_test[:200]), images.y_test[:200], 1 / 255)
 
 
-def _first(images: int, subject: Subject) -> Subject:
-    return replace(subject, x=subject.x[:images], y=subject.y[:images])
-
-
-def _classifier(workspace: Workspace, name: str) -> nn.Module:
-    if not (workspace.out / CLASSIFIERS[name]).exists():
-        workspace.train_classifier(name)
-    return workspace.classifier(name)
-
-
-def _arrest(workspace: Workspace) -> nn.Module:
-    _classifier(workspace, STANDARD)
-    if not (workspace.out / "arrest").exists():
-        arrest.train(workspace, arrest.ARREST)
-    return arrest.model(workspace, arrest.ARREST)
-
-
-def _carso(workspace: Workspace, name: str) -> nn.Module:
-    _classifier(workspace, BASE)
-    for kind, folder in ((carso.OBJECTIVE, "carso_objective"), (carso.PIPELINE, "carso_pipeline")):
-        if not (workspace.out / folder).exists():
-            carso.train(workspace, kind)
-        if kind == name:
-            break
-    return carso.model(workspace, name)
-
-
-def _without_noise(workspace: Workspace, name: str) -> nn.Module:
-    # AutoAttack's standard version is for models that predict the same every time
-    return WithAggregation(_carso(workspace, name), deterministic=True)
-
-
-def _resnet18(sources: Sources) -> Subject:
-    images = data.load_dataset("cifar10", sources.images)
-    return Subject(carso_resnet18.classifier(), images.x_test[:200].float() / 255, images.y_test[:200], 1 / 255)
-
-
-#: What is attacked, by name: how it is made, and who attacks it.
-CONTESTS: dict[str, tuple[Callable[[Sources], Subject], dict[str, Contestant]]] = {
-    "digits, base": (lambda s: _digits(lambda w: _classifier(w, BASE), s), STANDARD_CONTESTANTS),
-    "digits, ARREST": (lambda s: _digits(_arrest, s), STANDARD_CONTESTANTS),
-    "digits, CARSO, paper's objective (z = 0)": (
-        lambda s: _digits(lambda w: _without_noise(w, carso.OBJECTIVE), s),
-        STANDARD_CONTESTANTS,
-    ),
-    "digits, pipeline CARSO (z = 0)": (
-        lambda s: _digits(lambda w: _without_noise(w, carso.PIPELINE), s),
-        STANDARD_CONTESTANTS,
-    ),
+#: What is attacked, by name: how it is made from the folder of CIFAR-10, and who attacks it.
+CONTESTS: dict[str, tuple[Callable[[Path | None], Subject], dict[str, Contestant]]] = {
+    "digits, base": (lambda _: _digits("digits-pgd-at"), STANDARD_CONTESTANTS),
+    "digits, ARREST": (lambda _: _digits("digits-arrest"), STANDARD_CONTESTANTS),
+    "digits, CARSO, paper's objective (z = 0)": (lambda _: _digits("digits-carso-objective"), STANDARD_CONTESTANTS),
+    "digits, pipeline CARSO (z = 0)": (lambda _: _digits("digits-carso-pipeline"), STANDARD_CONTESTANTS),
     "digits, pipeline CARSO (K = 8, random)": (
         # 20 draws of eight samples for every step: a fifth of the images take the official attack several minutes
-        lambda s: _first(100, _digits(lambda w: _carso(w, carso.PIPELINE), s, random=True)),
+        lambda _: _digits("digits-carso-pipeline", 100, random=True),
         RAND_CONTESTANTS,
     ),
     "CIFAR-10 (JPEG 75), ResNet-18, eps 1/255": (_resnet18, STANDARD_CONTESTANTS),
@@ -291,19 +240,19 @@ def judged(subject: Subject, found: Tensor) -> tuple[float, float]:
     return 100 * float(1 - wrong.mean()), 100 * sum(e**2 for e in errors) ** 0.5 / len(errors)
 
 
-def contest(name: str, sources: Sources, amount: Amount, known: Sequence[dict] = ()) -> Iterator[list[dict]]:
+def contest(name: str, folder: Path | None, amount: Amount, known: Sequence[dict] = ()) -> Iterator[list[dict]]:
     """The rows of one contest, a contestant each, again after every run of a contestant.
 
     Args:
         name: of one of `CONTESTS`.
-        sources: where its model and images come from.
+        folder: with ``cifar10.npz``, or the official files.
         amount: how much of everything.
         known: the rows of a contest that was interrupted; its runs are not made again.
     """
     make, contestants = CONTESTS[name]
-    subject = make(sources)
+    subject = make(folder)
     if amount.images is not None:
-        subject = _first(amount.images, subject)
+        subject = replace(subject, x=subject.x[: amount.images], y=subject.y[: amount.images])
     shared = {"contest": name, "images": len(subject.x), "eps": subject.eps, "clean": judged(subject, subject.x)[0]}
     shared |= {"amount": asdict(amount)} | measure.environment(torch.device("cpu"))
     rows: dict[str, dict] = {row["contestant"]: row for row in known}
@@ -355,33 +304,49 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join([f"{machines}.", "", *markdown_table(head, body)]) + "\n"
 
 
-def main(names: list[str], sources: Sources, amount: Amount, out: Path, redo: bool = False) -> Path:
-    """Run contests and write their table; every finished run of a contestant is kept and not made again.
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks evaluation``."""
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"which contests; all by default: {'; '.join(CONTESTS)}"
+    )
+    parser.add_argument("--data", type=Path, help="folder with cifar10.npz or the official files, for the ResNet-18")
+    parser.add_argument("--images", type=int, help="at most so many images of each contest")
+    parser.add_argument("--rounds", type=int, default=1, help="how often every contestant runs; 1 by default")
+    parser.add_argument("--quick", action="store_true", help="tiny: that it works, no numbers")
+    parser.add_argument("--redo", action="store_true", help="also what is done already")
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/studies by default")
 
-    Args:
-        names: of `CONTESTS`; none: all of them.
-        sources: where models and images come from.
-        amount: how much of everything.
-        out: folder of the results.
-        redo: whether finished runs are made again.
 
-    Returns:
-        The table's file.
-    """
-    for name in names or CONTESTS:
+def check(chosen: argparse.Namespace) -> None:
+    """ValueError for an unknown contest, or nothing to run."""
+    if unknown := set(chosen.names) - set(CONTESTS):
+        raise ValueError(f"no such contest: {', '.join(sorted(unknown))}; there are {'; '.join(CONTESTS)}")
+    for name, value in (("--images", chosen.images), ("--rounds", chosen.rounds)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def main(chosen: argparse.Namespace) -> str:
+    """Run contests; their table. Every finished run of a contestant is kept and not made again."""
+    amount = replace(QUICK if chosen.quick else Amount(), rounds=chosen.rounds)
+    if chosen.images is not None:
+        amount = replace(amount, images=chosen.images)
+    out = chosen.out or (Path("runs/benchmarks") if chosen.quick else RESULTS / "studies")
+    order = list(CONTESTS)
+    for name in chosen.names or CONTESTS:
         same = [row for row in read(out) if row["contest"] == name and row["amount"] == asdict(amount)]
-        known = [] if redo else same
+        known = [] if chosen.redo else same
         runs = [len(row["seconds"]) for row in known]
         if len(runs) == len(CONTESTS[name][1]) and min(runs) >= amount.rounds:
             continue
-        for rows in contest(name, sources, amount, known):
+        for rows in contest(name, chosen.data, amount, known):
             # read again: another process may have run another contest meanwhile
             every = [row for row in read(out) if row["contest"] != name] + rows
-            order = list(CONTESTS)
             every.sort(key=lambda row: order.index(row["contest"]))
             write_text(out / FILE, json.dumps(every, indent=1) + "\n")
-    write_text(out / TABLE, markdown(read(out)))
-    return out / TABLE
+    table = markdown(read(out))
+    write_text(out / TABLE, table)
+    return table
 
 
 def read(out: Path) -> list[dict]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 from purify_fast.evaluation import Report, Row
 from purify_fast.evaluation.show.tables import markdown_table, percent
 
 from . import evaluation, style
-from .report import PIPELINES, ROWS, read_csv
+from .report import PIPELINES, ROWS, ops_sentence, read_csv
 
 #: The row of a report that takes the worst over its attacks, image by image.
 WORST = "worst"
@@ -124,23 +123,6 @@ def attacks_sentence(results: Path) -> str:
         f"This package's own attacks leave {min(leads):.1f} to {max(leads):.1f} points less than the official "
         f"AutoAttack on {len(contests)} models, and are {min(times):.1f} to {max(times):.1f} times faster: "
         "[all contests](docs/evaluation.md)."
-    )
-
-
-def ops_sentence(path: Path) -> str:
-    """How the C++ kernels stand against the compiler and the uncompiled reference, over all eager rows.
-
-    Args:
-        path: the rows, ops.csv of a CPU; one of them at least was called from Python.
-    """
-    rows = [row for row in read_csv(path) if row["style"] == "eager" and row["ratio"]]
-    compiled, eager = (
-        statistics.geometric_mean(float(row[f"{kind}_us"]) / float(row["ours_us"]) for row in rows)
-        for kind in ("compile", "eager")
-    )
-    return (
-        f"Over the {len(rows)} measured rows of the single operations, the C++ kernels are {compiled:.1f} times as "
-        f"fast as `torch.compile` and {eager:.1f} times as fast as uncompiled PyTorch (geometric means)."
     )
 
 

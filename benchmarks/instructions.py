@@ -5,10 +5,11 @@ Counted in the machine code of the ahead-of-time build, without a GPU; no time i
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import decoder
+from . import RESULTS, report
 from .report import read_csv, write_csv
 
 #: An H100 at 1.7 GHz: bytes of memory for each of its 132 multiprocessors in a cycle, and instructions of threads.
@@ -92,31 +93,20 @@ def write(folder: Path) -> Path:
     return path
 
 
-def chapter(folder: Path) -> list[str]:
-    """The lines of docs/performance.md on what `write` left, if it left anything."""
-    if not (folder / RESULT).exists():
-        return []
-    counted = {(line["case"], line["dtype"]): line for line in read_csv(folder / RESULT)}
-    lines = [
-        "",
-        "## Machine code for a GPU",
-        "",
-        "Counted, not measured: `python -m benchmarks instructions` compiles the Triton kernels for sm_90 and counts "
-        "the instructions that a thread executes while it makes some elements, and tests/aot holds that they do not "
-        f"grow. A multiprocessor of an H100 issues {ISSUED} of them in a cycle, and gets {BYTES:.1f} bytes from memory "
-        "at 3.35 TB/s. What takes more cycles than its memory is bound by arithmetic. Cycles are those of one thread's "
-        "share of a multiprocessor, and a lower bound. `before` is the form of these kernels that read elements one by "
-        "one, divided for each of them, and took logarithms for what a polynomial gives.",
-        "",
-        "| kernel | elements | moved | instructions before | now | cycles before | now | of memory | bound by |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def main(chosen: argparse.Namespace) -> Path:
+    """``python -m benchmarks instructions``."""
+    return write(RESULTS)
+
+
+def table(results: Path) -> list[str]:
+    """What `write` left, beside the memory time of what the instructions move, for docs/performance.md."""
+    counted = {(line["case"], line["dtype"]): line for line in read_csv(results / RESULT)}
+    body = []
     for row in EXECUTED:
         before, now = (int(counted[row.case, row.dtype][of]) for of in ("before", "instructions"))
         memory = row.bytes / BYTES
         bound = "memory" if now / ISSUED <= memory else f"arithmetic, {now / ISSUED / memory:.1f}x"
-        lines.append(
-            f"| {row.case} {row.dtype} | {row.elements} | {row.bytes} bytes: {row.where} | {before:,} | {now:,} "
-            f"| {before / ISSUED:.1f} | {now / ISSUED:.1f} | {memory:.1f} | {bound} |"
-        )
-    return lines + decoder.chapter()
+        cells = [f"{row.case} {row.dtype}", row.elements, f"{row.bytes} bytes: {row.where}", f"{before:,}", f"{now:,}"]
+        body.append([*cells, f"{before / ISSUED:.1f}", f"{now / ISSUED:.1f}", f"{memory:.1f}", bound])
+    moved = ["kernel", "elements", "moved", "instructions before", "now"]
+    return report.table([*moved, "cycles before", "now", "of memory", "bound by"], body)

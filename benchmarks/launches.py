@@ -163,3 +163,18 @@ def write(results: Path) -> Path:
     path = results / FILE
     report.write_csv(path, measured())
     return path
+
+
+def table(results: Path) -> list[str]:
+    """The operators of one step of each training, from the committed count."""
+    body = []
+    for row in report.read_csv(results / FILE):
+        plain = int(row["references"])
+        cells = [row["training"], f"{plain:,}"]
+        for name in ("by rule", "by rule, captured", "all kernels"):
+            cells += [f"{int(row[name]):,}", f"{plain / int(row[name]):.1f}"]
+        body.append(cells)
+    fewer = "times fewer"
+    return report.table(
+        ["training", "references", "kernels by rule", fewer, "captured", fewer, "all kernels", fewer], body
+    )

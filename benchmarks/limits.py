@@ -75,6 +75,5 @@ def run(device: torch.device, quick: bool, out: Path) -> list[dict]:
 
 def read(folder: Path) -> dict[tuple[str, str], float]:
     """Rates by device and limit, in units per second; empty where none were measured."""
-    path = folder / FILE
-    rows = report.read_csv(path) if path.exists() else []
+    rows = report.rows_of(folder / FILE)
     return {(row["device"], row["limit"]): 1e9 * float(row["median"]) for row in rows}

@@ -7,18 +7,36 @@ that no number that a results file holds is typed by hand.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import re
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from purify_fast import zoo as packed
 from purify_fast._files import write_text
 from purify_fast.evaluation.show.tables import markdown_table
 
-from . import evaluation, front_page, performance, report, sentences, zoo
+from . import (
+    RESULTS,
+    captures,
+    evaluation,
+    front_page,
+    instructions,
+    launches,
+    performance,
+    report,
+    roofline,
+    running,
+    sentences,
+    shipping,
+    zoo,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,7 +120,21 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "front_attacks": front_page.attacks_sentence,
     "zoo": lambda _: zoo.markdown([packed.card(name) for name in packed.list()]),
     "pipelines_arrest": lambda results: pipelines(results, "arrest_step"),
+    **{
+        name: lambda results, lines=lines: "\n".join(lines(results))
+        for name, lines in {
+            "performance_devices": performance.devices,
+            "ops_counted": lambda _: performance.counted(),
+            "instructions": instructions.table,
+            "launches": launches.table,
+            "roofline": roofline.table,
+            "captures": captures.chapter,
+            "measured": performance.chapters,
+        }.items()
+    },
 }
+#: A page of tables and of notes on them, whose numbers no study holds.
+MEASURED_PAGE = "performance.md"
 
 
 def table(name: str, results: Path) -> str | None:
@@ -283,8 +315,69 @@ def check(results: Path) -> list[str]:
             found.append(f"{page.name}: not what the results say; run `python -m benchmarks report`")
         found += [f"{page.name}: no results for the table {name}" for name in missing]
         found += broken_links(page)
-        if page.name not in (performance.PAGE, "CHANGELOG.md"):
+        if page.name not in (MEASURED_PAGE, "CHANGELOG.md"):
             found += typed_numbers(page, results)
-    if (ROOT / "docs" / performance.PAGE).read_text() != performance.page(results):
-        found.append(f"{performance.PAGE}: not what the results say; run `python -m benchmarks report`")
     return found + sentences.check()
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks report``."""
+    parser.add_argument("folders", nargs="*", type=Path, help="benchmarks/results/* by default")
+    parser.add_argument("--count", action="store_true", help="also count again what a training step launches")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing: do README and docs agree with the results?"
+    )
+
+
+def check_folders(chosen: argparse.Namespace) -> None:
+    """ValueError for a folder without results."""
+    for path in chosen.folders:
+        if not any((path / name).exists() for name in (report.ROWS, report.PIPELINES)):
+            raise ValueError(f"{path} holds neither {report.ROWS} nor {report.PIPELINES}")
+
+
+def main(chosen: argparse.Namespace) -> bool | None:
+    """``python -m benchmarks report``; if that is asked for, whether README and docs agree with the results."""
+    if chosen.check:
+        problems = check(RESULTS)
+        print("\n".join(problems) or "README and docs agree with the results files; their local links lead somewhere")
+        return not problems
+    for path in chosen.folders or sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
+        if (path / report.ROWS).exists():
+            report.report(path)
+            print(path / report.TABLE)
+        if (path / report.PIPELINES).exists():
+            report.report_pipelines(path)
+            print(path / report.PIPELINES_TABLE)
+    if chosen.count:
+        print(launches.write(RESULTS))
+    front_page.picture(RESULTS, ROOT / "docs" / "pictures" / "claim.png")
+    publish()
+    return None
+
+
+def publish() -> None:
+    """Write what ships of the results with the package, and the tables of all pages."""
+    print(shipping.write_races(RESULTS))
+    for page in every_page():
+        for name in fill(page, RESULTS):
+            print(f"{page} wants the table {name}, whose results are not there yet", file=sys.stderr)
+
+
+def ship_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks ship``."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def check_ship(chosen: argparse.Namespace) -> None:
+    """ValueError without the device; FileNotFoundError if nothing was raced there."""
+    running.check_device(chosen)
+    shipping.raced_here(torch.device(chosen.device))
+
+
+def ship(chosen: argparse.Namespace) -> Path:
+    """``python -m benchmarks ship``."""
+    device = torch.device(chosen.device)
+    path = shipping.take(device, running.folder(device, False))
+    publish()
+    return path

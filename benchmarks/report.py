@@ -5,23 +5,34 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from purify_fast._files import write_text
+from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch.tune import IN_GRAPHS
 
 from . import style
 from .measure import AUTOTUNED, CONTESTANTS, LEAST, STYLES
 
-ROWS, VERDICTS, TABLE, PLOT = "ops.csv", "verdicts.csv", "ops.md", "ops.png"
+ROWS, VERDICTS, TABLE = "ops.csv", "verdicts.csv", "ops.md"
 PIPELINES, PIPELINES_TABLE, PIPELINES_PLOT = "pipelines.csv", "pipelines.md", "pipelines.png"
-SERVED, SERVED_TABLE = "served.csv", "served.md"
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as lines:
         return list(csv.DictReader(lines))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none where it is not there."""
+    return read_csv(path) if path.exists() else []
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return markdown_table(head, [[str(cell) for cell in line] for line in body])
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -125,9 +136,18 @@ def _machines(rows: list[dict], kind: str) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
+    """The page of the ops: who serves, and all rows."""
     gpu = any(f"{AUTOTUNED}_us" in row for row in rows)
     kinds = [*CONTESTANTS[:2], *([AUTOTUNED] if gpu else []), *CONTESTANTS[2:]]
+    decided = ["op", "direction", "eager calls", "in graphs", "behind, eager", "behind, graph", "gain", "worst ratio"]
     heads = ["op", "shape", "dtype", "direction", "style", *kinds, "ratio", "GB/s", *(["of a copy"] if gpu else []), ""]
+    body = []
+    for row in rows:
+        cells = [f"{row['op']} {row['variant']}".strip(), row["shape"], row["dtype"], row["direction"], row["style"]]
+        # an autotuned form was not asked for in every row, and it has no column where it never was
+        cells += [row.get(f"{kind}_us") or ("-" if kind == AUTOTUNED else "wrong") for kind in kinds]
+        cells += [row["ratio"], row["GB_per_s"], *([row["share_of_copy"] or "-"] if gpu else []), row["verdict"]]
+        body.append(cells)
     lines = [
         "# Speed of the ops",
         "",
@@ -146,68 +166,13 @@ def markdown(rows: list[dict]) -> str:
         "fast in every row, or in every one of a variant, which is then served on its own. Gain: ours over the "
         "uncompiled reference, geometric mean of the eager rows.",
         "",
-        "| op | direction | eager calls | in graphs | behind, eager | behind, graph | gain | worst ratio | where |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += ["| " + " | ".join(str(value) for value in line.values()) + " |" for line in verdicts(rows)]
-    lines += [
+        *table([*decided, "where"], (line.values() for line in verdicts(rows))),
         "",
         "## All rows",
         "",
-        "| " + " | ".join(heads).rstrip() + " |",
-        "|" + len(heads) * "---|",
+        *table(heads, body),
     ]
-    for row in rows:
-        name = f"{row['op']} {row['variant']}".strip()
-        cells = [name, row["shape"], row["dtype"], row["direction"], row["style"]]
-        # an autotuned form was not asked for in every row, and it has no column where it never was
-        cells += [row.get(f"{kind}_us") or ("-" if kind == AUTOTUNED else "wrong") for kind in kinds]
-        cells += [row["ratio"], row["GB_per_s"], *([row["share_of_copy"] or "-"] if gpu else []), row["verdict"]]
-        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def plot(rows: list[dict], path: Path) -> bool:
-    """Ratios of all rows, by op; False without matplotlib."""
-    names = list(dict.fromkeys(row["op"] for row in rows))
-    figure = style.new_figure(figsize=(8.5, 0.55 * len(names) + 1.6))
-    if figure is None:
-        return False
-    axes = figure.add_subplot()
-    least = min(float(row["ratio"]) for row in rows if row["ratio"])
-    axes.axvspan(least / 1.3, LEAST, color=style.ALARM, alpha=0.06, linewidth=0)
-    for kind, colour, mark, shift, said in (
-        ("eager", style.OURS, "o", -0.16, "called eagerly"),
-        ("graph", style.RIVAL, "s", 0.16, "inside a compiled graph"),
-    ):
-        points = [(float(r["ratio"]), names.index(r["op"]) + shift) for r in rows if r["style"] == kind and r["ratio"]]
-        axes.scatter(
-            [x for x, _ in points],
-            [y for _, y in points],
-            s=16,
-            color=colour,
-            marker=mark,
-            alpha=0.65,
-            label=said,
-            lw=0,
-        )
-    axes.axvline(LEAST, color=style.INK, linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xlim(least / 1.3)
-    ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if least / 1.3 < tick]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_xticks([], minor=True)
-    axes.set_yticks(range(len(names)), names)
-    style.plain_axes(axes)
-    axes.invert_yaxis()
-    axes.set_xlabel(
-        "times as fast as the better of the reference and torch.compile; left of the line our kernel loses",
-        fontsize=8.5,
-    )
-    style.title(axes, "; ".join(dict.fromkeys(f"{r['device']}, {r['threads']} threads" for r in rows)))
-    figure.legend(fontsize=8.5, loc="outside lower center", ncols=2, frameon=False)
-    style.save(figure, path)
-    return True
 
 
 def report(folder: Path) -> None:
@@ -215,14 +180,31 @@ def report(folder: Path) -> None:
     rows = read_csv(folder / ROWS)
     write_csv(folder / VERDICTS, verdicts(rows))
     write_text(folder / TABLE, markdown(rows))
-    plot(rows, folder / PLOT)
 
 
-def _cases(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    found: dict[tuple[str, str], list[dict]] = {}
+def ops_sentence(path: Path) -> str:
+    """How the C++ kernels stand against the compiler and the uncompiled reference, over all eager rows.
+
+    Args:
+        path: the rows, ops.csv of a CPU; one of them at least was called from Python.
+    """
+    rows = [row for row in read_csv(path) if row["style"] == "eager" and row["ratio"]]
+    compiled, eager = (
+        statistics.geometric_mean(float(row[f"{kind}_us"]) / float(row["ours_us"]) for row in rows)
+        for kind in ("compile", "eager")
+    )
+    return (
+        f"Over the {len(rows)} measured rows of the single operations, the C++ kernels are {compiled:.1f} times as "
+        f"fast as `torch.compile` and {eager:.1f} times as fast as uncompiled PyTorch (geometric means)."
+    )
+
+
+def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """The rows of each case of each pipeline."""
+    cases: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
-        found.setdefault((row["pipeline"], row["case"]), []).append(row)
-    return found
+        cases.setdefault((row["pipeline"], row["case"]), []).append(row)
+    return cases
 
 
 def pipelines_markdown(rows: list[dict]) -> str:
@@ -241,46 +223,21 @@ def pipelines_markdown(rows: list[dict]) -> str:
         "(`torch.utils.flop_counter`), over the time, over the best rate of a large bfloat16 matrix product or "
         "convolution in the same run.",
     ]
-    for (pipeline, case), group in _cases(rows).items():
+    for (pipeline, case), group in by_case(rows).items():
         lines += ["", f"## {pipeline}: {case}", ""]
         work, rate = group[0]["GFLOP"], group[0]["matrix_GFLOP_per_s"]
         lines += [f"{group[0]['shape']}; {work} GFLOP; bfloat16 matrix rate {rate} GFLOP/s.", ""]
-        lines += ["| | ms | p20 - p80 | times the first | share of the matrix rate |", "|---|---|---|---|---|"]
-        for row in group:
-            cells = [row["contestant"], row["ms"] or row["verdict"], f"{row['p20']} - {row['p80']}", row["speed_up"]]
-            lines.append("| " + " | ".join([*cells, row["share_of_matrix_rate"]]) + " |")
+        body = [
+            [row["contestant"], row["ms"] or row["verdict"], f"{row['p20']} - {row['p80']}", row["speed_up"],
+             row["share_of_matrix_rate"]]
+            for row in group
+        ]  # fmt: skip
+        lines += table(["", "ms", "p20 - p80", "times the first", "share of the matrix rate"], body)
         for row in group:
             if row["parts"]:
                 shares = ", ".join(f"{100 * share:.0f} % {part}" for part, share in parts(row))
                 lines += ["", f"Of {row['contestant']}, each timed on its own: {shares}."]
     return "\n".join(lines) + "\n"
-
-
-def write_served(folder: Path) -> Path:
-    """The table of ``served.csv``, written beside it.
-
-    Args:
-        folder: of the results.
-    """
-    rows = read_csv(folder / SERVED)
-    lines = [
-        "# Pipelines, with the ops served as before and as now",
-        "",
-        f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}, {rows[0]['date']}. Each "
-        "pipeline ran in turn in one process with the ops served as an earlier file of races says and as today's say. "
-        "Medians, and the median ratio of the pairs with its quartiles. Quartiles on both sides of 1: no difference. "
-        "By `python -m benchmarks pipelines --before FILE`.",
-        "",
-        "| pipeline | ms before | ms now | times as fast | quartiles | pairs |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        quartiles = f"{row['lower quartile']} to {row['upper quartile']}"
-        name = f"{row['pipeline']}: {row['case']}"
-        cells = (name, row["before"], row["now"], row["times as fast"], quartiles, row["pairs"])
-        lines.append(f"| {' | '.join(cells)} |")
-    write_text(folder / SERVED_TABLE, "\n".join(lines) + "\n")
-    return folder / SERVED_TABLE
 
 
 def parts(row: dict) -> list[tuple[str, float]]:
@@ -290,7 +247,7 @@ def parts(row: dict) -> list[tuple[str, float]]:
 
 def plot_pipelines(rows: list[dict], path: Path) -> bool:
     """Speed relative to the first contestant, by case; the best torch.compile is marked. False without matplotlib."""
-    cases = {case: [row for row in group if row["ms"]] for case, group in _cases(rows).items()}
+    cases = {case: [row for row in group if row["ms"]] for case, group in by_case(rows).items()}
     heights = [len(group) + 1.2 for group in cases.values()]
     figure = style.new_figure(figsize=(8.5, 0.25 * sum(heights) + 0.8))
     if figure is None:

@@ -1,7 +1,5 @@
 """How long a step of each attack and each training should take on an H100: a model, counted and not measured.
 
-    python -m benchmarks roofline [--out DIR]
-
 A step takes at least as long as the longest of three: what the host needs to launch its operators, what the memory
 needs to move their bytes, and what the tensor cores need for their products. All three are counted on the CPU as
 PyTorch dispatches a step at two batch sizes, and continued in a straight line to others. A measurement on a GPU can
@@ -10,6 +8,7 @@ prove the model wrong, which is what it is for.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.attack import TrainingAttack
 
-from . import report
+from . import RESULTS, report
 from .captures import ATTACKS, COUNTED_STEPS, kernels_serve, per_step
 from .flops import Flops
 from .launches import Replays, served
@@ -257,35 +256,26 @@ def write(results: Path) -> Path:
     return path
 
 
-def chapter(results: Path) -> list[str]:
-    """The lines of docs/performance.md on what `write` left, if it left anything.
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks roofline``."""
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
 
-    Args:
-        results: the folder.
-    """
-    if not (results / FILE).exists():
-        return []
-    lines = [
-        "## How long a step should take on an H100",
-        "",
-        "**A model, not a measurement**: `python -m benchmarks roofline` counts the operators that a step dispatches, "
-        "the bytes that they read and write, and the FLOP of its products, at batches of "
-        f"{COUNTED[0]} and {COUNTED[1]} images of 32x32, and continues bytes and FLOP in a straight line. A step takes "
-        f"the longest of three. Launches: {1e6 * EAGER:.0f} us of the host for each operator; captured, "
-        f"{1e6 * REPLAYED:.1f} us for each kernel that a graph replays, or {1e6 * EAGER:.0f} us for each operator "
-        f"beside the graph. Bytes: at {BYTES_PER_SECOND / 1e12:.1f} TB/s, as if no cache held anything. Products: at "
-        f"{100 * SHARE:.0f} % of {BFLOAT16 / 1e12:.0f} TFLOP/s in bfloat16, of {TF32 / 1e12:.0f} in TF32. All of these "
-        "rates are assumptions. The attacks follow the gradients of a PreActResNet-18 with BatchNorm folded, in "
-        "bfloat16. The trainings are in float32, of the same network and what goes with it: a CARSO with its decoder, "
-        "an AToP with the small generator.",
-        "",
-        "| step | images | operators | beside a graph | MB | GFLOP | launches, ms | captured | bytes, ms "
-        "| products, ms | eager, ms | bound by | captured, ms | bound by |",
-        "|" + 14 * "---|",
-    ]
-    columns = (
-        "step", "images", "launches", "launches_captured", "MB", "GFLOP", "launches_ms", "launches_captured_ms",
-        "bytes_ms", "products_ms", "eager_ms", "eager_bound", "captured_ms", "captured_bound",
-    )  # fmt: skip
-    lines += ["| " + " | ".join(row[name] for name in columns) + " |" for row in report.read_csv(results / FILE)]
-    return lines
+
+def main(chosen: argparse.Namespace) -> Path:
+    """``python -m benchmarks roofline``."""
+    return write(chosen.out)
+
+
+#: The columns of the table: what each is called, and what it is in the file.
+COLUMNS = {
+    "step": "step", "images": "images", "operators": "launches", "beside a graph": "launches_captured", "MB": "MB",
+    "GFLOP": "GFLOP", "launches, ms": "launches_ms", "captured": "launches_captured_ms", "bytes, ms": "bytes_ms",
+    "products, ms": "products_ms", "eager, ms": "eager_ms", "bound by": "eager_bound", "captured, ms": "captured_ms",
+    "bound by ": "captured_bound",
+}  # fmt: skip
+
+
+def table(results: Path) -> list[str]:
+    """What `write` left, for docs/performance.md."""
+    rows = report.read_csv(results / FILE)
+    return report.table([head.strip() for head in COLUMNS], [[row[name] for name in COLUMNS.values()] for row in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import multiprocessing
 import os
@@ -9,17 +10,18 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import limits, measure, pipelines, race, report
+from purify_fast.speed import retain_freed_memory
+
+from . import RESULTS, limits, measure, pipelines, race, report
 from .ops import Case, registry
 
-RESULTS = Path(__file__).parent / "results"
 #: What tells the rows of ops.csv apart.
 KEY = ("op", "variant", "shape", "dtype", "direction", "style", "backend")
 
@@ -141,7 +143,7 @@ def run_ops(
     effort = effort or (measure.QUICK if quick else measure.Effort())
     ops = _registry(device, quick)
     path = out / report.ROWS
-    kept = {tuple(row[k] for k in KEY): row for row in (report.read_csv(path) if path.exists() else [])}
+    kept = {tuple(row[k] for k in KEY): row for row in report.rows_of(path)}
     if not budget.resume:
         kept = {at: row for at, row in kept.items() if at[0] not in names or at[5] not in styles}
     order = {key(*row[1:])[:-1]: i for i, row in enumerate(_rows(ops, list(ops), False))}
@@ -179,7 +181,7 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
     """Race, and write after every case; rows of other cases stay."""
     budget = budget or Budget()
     path = out / report.PIPELINES
-    kept = report.read_csv(path) if path.exists() else []
+    kept = report.rows_of(path)
     incomplete = {(row["pipeline"], row["case"]) for row in kept if row["verdict"] == "left out"}
     done = {(row["pipeline"], row["case"]) for row in kept} - incomplete if budget.resume else set()
     known = {name: pipelines.registry()[name](quick) for name in names}
@@ -197,3 +199,67 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
         report.report_pipelines(out)
 
     budget.go([(f"{name} {label}", lambda name=name, label=label: run(name, label)) for name, label in work], "case")
+
+
+def _arguments(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
+    parser.add_argument("names", nargs="*", metavar="name", help=f"which; all by default: {', '.join(known)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--quick", action="store_true", help="small, three short runs at most: that it works, no numbers"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
+
+
+def ops_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks ops``."""
+    _arguments(parser, registry("cuda"))
+    parser.add_argument("--fast", action="store_true", help="every row, timed once in place of up to three times")
+    styles = "only calls from Python (eager) or only those inside a compiled graph; both by default"
+    parser.add_argument("--style", choices=measure.STYLES, help=styles)
+
+
+def pipelines_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks pipelines``."""
+    _arguments(parser, pipelines.registry())
+
+
+def check_device(chosen: argparse.Namespace) -> None:
+    """ValueError if there is no such device."""
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is available")
+
+
+def check_device_and_names(chosen: argparse.Namespace) -> None:
+    """ValueError for ops or pipelines that do not exist, or without the device."""
+    known = registry(chosen.device) if chosen.command == "ops" else pipelines.registry()
+    if unknown := set(chosen.names) - set(known):
+        kind = chosen.command.removesuffix("s")
+        raise ValueError(f"no such {kind}: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    check_device(chosen)
+
+
+def ops_command(chosen: argparse.Namespace) -> str:
+    """Measure ops; who serves each of them, and the table's file."""
+    device = torch.device(chosen.device)
+    out = chosen.out or folder(device, chosen.quick)
+    retain_freed_memory()
+    effort = measure.FAST if chosen.fast and not chosen.quick else None
+    styles = (chosen.style,) if chosen.style else measure.STYLES
+    run_ops(chosen.names or list(registry(device.type)), device, chosen.quick, out, effort=effort, styles=styles)
+    lines = [
+        f"{line['op']} {line['direction']}, eager calls on {device.type}: served by {line['eager_calls']} "
+        f"({line['behind_eager']} rows behind, worst ratio {line['worst_ratio']}: {line['worst_row']})"
+        for line in report.read_csv(out / report.VERDICTS)
+    ]
+    rows = report.read_csv(out / report.ROWS)
+    if device.type == "cpu" and any(row["style"] == "eager" and row["ratio"] for row in rows):
+        lines.append(report.ops_sentence(out / report.ROWS))
+    return "\n".join([*lines, str(out / report.TABLE)])
+
+
+def pipelines_command(chosen: argparse.Namespace) -> str:
+    """Race pipelines; their table."""
+    device = torch.device(chosen.device)
+    out = chosen.out or folder(device, chosen.quick)
+    run_pipelines(chosen.names or list(pipelines.registry()), device, chosen.quick, out)
+    return (out / report.PIPELINES_TABLE).read_text()

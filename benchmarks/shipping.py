@@ -63,20 +63,21 @@ def write_races(results: Path) -> Path:
     return races.SHIPPED
 
 
-def take(device: torch.device, folder: Path) -> Path:
-    """Copy the file that ``purify-fast tune`` wrote for a device into a folder of results.
-
-    Args:
-        device: one that is here.
-        folder: of its results.
+def raced_here(device: torch.device) -> dict[str, Any]:
+    """What `purify-fast tune` found on a device that is here.
 
     Raises:
         FileNotFoundError: there is no such file, or it is of other sources or versions.
     """
-    found = races.read(device)
-    if not found.get("ops"):
+    raced = races.read(device)
+    if not raced.get("ops"):
         raise FileNotFoundError(
             f"{cache.file_of('raced', device)} holds no races of this machine: run `purify-fast tune` first"
         )
-    write_text(folder / FILE, json.dumps(found, indent=1) + "\n")
+    return raced
+
+
+def take(device: torch.device, folder: Path) -> Path:
+    """Copy what `raced_here` says into a folder of results."""
+    write_text(folder / FILE, json.dumps(raced_here(device), indent=1) + "\n")
     return folder / FILE

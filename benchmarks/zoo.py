@@ -1,10 +1,9 @@
 """Packs trained models into `purify_fast.zoo`, each with a card of what this package's evaluation left of it.
 
-    python -m benchmarks zoo NAME[=FOLDER] ... [--images N] [--data DIR] [--out DIR]
-
 FOLDER is what a training wrote: a saved classifier or defence. Without it the model is in the zoo already, and only its
-card is written again. The classifier behind a defence is a model of the zoo as well, which defences share. An
-evaluation that was interrupted goes on where it was.
+card is written again. What the model is stands in its card; a new one brings a ``card.json`` in FOLDER, of which the
+numbers are replaced. The classifier behind a defence is a model of the zoo as well, which defences share. An evaluation
+that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from purify_fast import __version__
+from purify_fast import zoo as packed
 from purify_fast.attacks.arguments import read_norm
 from purify_fast.data import DataSet, balanced_subset, load_dataset, to_float
 from purify_fast.evaluation import evaluate
@@ -25,8 +25,9 @@ from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.methods.loading import load_defence
 from purify_fast.training import load_classifier
 from purify_fast.training.checkpoint import read_model, save_model
-from purify_fast.zoo.cards import MODELS, Accuracy, Card, write_card
+from purify_fast.zoo.cards import FILE, MODELS, Accuracy, Card, read_card, write_card
 
+from .studies import Unfit
 from .studies.cifar10 import clean_accuracy as share_correct
 
 #: The largest model, and all of them together, in bytes.
@@ -37,100 +38,6 @@ PROTOCOLS = {"standard": 1.0, "strong": 0.25}
 IMAGES = 200
 #: Test images of clean accuracy, at most.
 CLEAN = 10_000
-LICENCE = "MIT, as the package; the images that it was trained on have licences of their own"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a card says before anything is measured; see `purify_fast.zoo.Card`.
-
-    Attributes:
-        bfloat16: whether the weights are stored in bfloat16, because in float32 they would be too large. They are
-            judged as they are stored.
-    """
-
-    title: str
-    method: str
-    classifier: str | None = None
-    bfloat16: bool = False
-    data: str = "digits"
-    study_only: bool = False
-    norm: str = "linf"
-    eps: float = 0.2
-    training: str = "make demo (seed 0)"
-
-
-def _mnist(title: str, method: str, row: str, classifier: str | None = None, study_only: bool = False) -> Entry:
-    """A model of a study on MNIST."""
-    training = f"python -m benchmarks study {row}, seed 0"
-    return Entry(title, method, classifier, data="mnist", study_only=study_only, eps=0.3, training=training)
-
-
-def _cifar10(title: str, method: str, row: str, seed: int) -> Entry:
-    """A model of the study on CIFAR-10."""
-    training = f"python -m benchmarks study cifar10 ({row}, seed {seed})"
-    return Entry(title, method, data="cifar10", eps=8 / 255, training=training)
-
-
-def _cifar10_defence(title: str, method: str, row: str, bfloat16: bool = False) -> Entry:
-    """A defence of the study on CIFAR-10."""
-    return replace(_cifar10(title, method, row, 1), classifier=ROBUST_CIFAR10, bfloat16=bfloat16)
-
-
-#: The classifiers behind the defences.
-STANDARD_DIGITS, ROBUST_DIGITS = "digits-standard", "digits-pgd-at"
-ROBUST_MNIST, ROBUST_CIFAR10 = "mnist-pgd-at", "cifar10-pgd-at-w16"
-ENTRIES = {
-    STANDARD_DIGITS: Entry("A small convolutional network, trained on clean digits.", "classifier"),
-    ROBUST_DIGITS: Entry("The same network, trained adversarially with PGD-7: the base of the others.", "classifier"),
-    "digits-arrest": Entry("The standard network, finetuned by ARREST.", "ARREST"),
-    "digits-carso-objective": Entry(
-        "CARSO on digits-pgd-at, trained with the paper's objective.", "CARSO", ROBUST_DIGITS, study_only=True
-    ),
-    "digits-carso-pipeline": Entry(
-        "CARSO on digits-pgd-at, then trained through the whole pipeline.", "CARSO", ROBUST_DIGITS
-    ),
-    "digits-atop-objective": Entry(
-        "AToP on digits-standard, trained with the paper's objective.", "AToP", STANDARD_DIGITS, study_only=True
-    ),
-    "digits-atop-pipeline": Entry(
-        "AToP on digits-standard, then trained through the whole pipeline.", "AToP", STANDARD_DIGITS
-    ),
-    ROBUST_MNIST: _mnist(
-        "A small convolutional network, trained adversarially with PGD-7.", "classifier", "carso_mnist (classifier)"
-    ),
-    "mnist-arrest": _mnist("A small convolutional network, finetuned by ARREST.", "ARREST", "arrest_mnist (ARREST)"),
-    "mnist-carso-objective": _mnist(
-        "CARSO on mnist-pgd-at, trained with the paper's objective.",
-        "CARSO",
-        "carso_mnist (CARSO, paper's objective)",
-        ROBUST_MNIST,
-        study_only=True,
-    ),
-    ROBUST_CIFAR10: _cifar10(
-        "A PreActResNet-18 of width 16 on CIFAR-10 (JPEG 75), trained adversarially with PGD-5.",
-        "classifier",
-        "PGD-AT",
-        1,
-    ),
-    "cifar10-arrest-w16": _cifar10(
-        "A PreActResNet-18 of width 16 on CIFAR-10 (JPEG 75), finetuned by ARREST with a moving average of weights.",
-        "ARREST",
-        "ARREST, moving average",
-        0,
-    ),
-    "cifar10-carso-pipeline-w16": _cifar10_defence(
-        "CARSO on cifar10-pgd-at-w16, then trained through the whole pipeline; stored in bfloat16.",
-        "CARSO",
-        "CARSO pipeline",
-        bfloat16=True,
-    ),
-    "cifar10-atop-pipeline-w16": _cifar10_defence(
-        "AToP on cifar10-pgd-at-w16, trained through the whole pipeline.",
-        "AToP",
-        "AToP pipeline",
-    ),
-}
 #: What a saved model consists of.
 FILES = ("model.json", "model.safetensors")
 
@@ -140,21 +47,34 @@ def size_of(folder: Path) -> int:
     return sum((folder / file).stat().st_size for file in FILES)
 
 
-def prepare(name: str, source: Path, out: Path) -> Path:
+def card_of(name: str, source: Path) -> Card:
+    """What is known of a model before it is judged.
+
+    Raises:
+        Unfit: no card says what it is.
+    """
+    for folder in (MODELS / name, source):
+        if (folder / FILE).is_file():
+            return replace(read_card(folder), name=name)
+    raise Unfit(f"there is no model {name!r}: there are {', '.join(packed.list())}; a new one brings a {FILE}")
+
+
+def prepare(source: Path, out: Path) -> Path:
     """Write a model as the zoo keeps it, and return the folder; it stays beside the reports that are on it.
 
+    One that is too large in float32 is stored in bfloat16. It is judged as it is stored.
+
     Args:
-        name: one of `ENTRIES`.
         source: the folder that a training wrote.
         out: where to.
 
     Raises:
-        ValueError: both are one folder.
+        Unfit: both are one folder.
     """
     if source.resolve() == out.resolve():
-        raise ValueError(f"{source} is where the model is put before it is packed: give the folder of a training")
+        raise Unfit(f"{source} is where the model is put before it is packed: give the folder of a training")
     out.mkdir(parents=True, exist_ok=True)
-    if not ENTRIES[name].bfloat16:
+    if size_of(source) <= LARGEST:
         for file in FILES:
             shutil.copyfile(source / file, out / file)
         return out
@@ -166,7 +86,7 @@ def prepare(name: str, source: Path, out: Path) -> Path:
 
 
 def check_sizes(sources: dict[str, Path], models: Path) -> None:
-    """That the zoo stays small; ValueError otherwise.
+    """That the zoo stays small; Unfit otherwise.
 
     Args:
         sources: the folders of the models as they are to be packed, by name.
@@ -176,22 +96,21 @@ def check_sizes(sources: dict[str, Path], models: Path) -> None:
     for source in sources.values():
         size = size_of(source)
         if size > LARGEST:
-            raise ValueError(f"{source} has {size:,} bytes: a model of the zoo has at most {LARGEST:,}")
+            raise Unfit(f"{source} has {size:,} bytes: a model of the zoo has at most {LARGEST:,}")
         total += size
     if total > ALL:
-        raise ValueError(f"the zoo would have {total:,} bytes: at most {ALL:,} are allowed")
+        raise Unfit(f"the zoo would have {total:,} bytes: at most {ALL:,} are allowed")
 
 
-def pack(name: str, source: Path, card: Card, models: Path) -> None:
+def pack(source: Path, card: Card, models: Path) -> None:
     """Put a model and its card into the zoo.
 
     Args:
-        name: one of `ENTRIES`.
         source: the folder that `prepare` wrote, or the one in the zoo.
         card: what is known of the model.
         models: the zoo's folder.
     """
-    folder = models / name
+    folder = models / card.name
     folder.mkdir(parents=True, exist_ok=True)
     for file in FILES if source != folder else ():
         shutil.copyfile(source / file, folder / file)
@@ -210,65 +129,56 @@ def clean_accuracy(model: torch.nn.Module, data: DataSet) -> Accuracy:
     return Accuracy(share_correct(model, x, data.y_test), len(x))
 
 
-def loaded(name: str, folders: dict[str, Path], models: Path) -> torch.nn.Module:
+def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Module:
     """A model in evaluation mode; a defence with its classifier.
 
     Args:
-        name: one of `ENTRIES`.
+        card: of the model.
         folders: of the models that are being packed, by name.
         models: the zoo's folder.
 
     Raises:
-        ValueError: a defence was trained for another classifier than the one in the zoo, or has one of its own.
+        Unfit: a defence was trained for another classifier than the one in the zoo, or has one of its own.
     """
-    folder, behind = folders.get(name, models / name), ENTRIES[name].classifier
-    if behind is None:
+    folder = folders.get(card.name, models / card.name)
+    if card.classifier is None:
         return load_classifier(folder)
-    model = load_defence(folder, loaded(behind, folders, models))
+    classifier = load_classifier(folders.get(card.classifier, models / card.classifier))
+    try:
+        model = load_defence(folder, classifier)
+    except ValueError as error:
+        raise Unfit(str(error)) from error
     if model.own_classifier:
-        raise ValueError(f"{folder} has a classifier that was trained with its purifier: the zoo cannot share it")
+        raise Unfit(f"{folder} has a classifier that was trained with its purifier: the zoo cannot share it")
     return model
 
 
-def judge(name: str, model: torch.nn.Module, images: int, data: DataSet, out: Path) -> Card:
+def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: Path) -> Card:
     """Evaluate a model, and return its card.
 
     Args:
-        name: one of `ENTRIES`.
+        card: what is known of it.
         model: in evaluation mode.
         images: how many held-out images are attacked; `PROTOCOLS` has the share of each protocol.
         data: the data set that it was trained on.
         out: where the reports are kept, so that an interrupted evaluation goes on.
     """
-    entry = ENTRIES[name]
-    attacked = {}
+    name, attacked = card.name, {}
     for protocol, share in PROTOCOLS.items():
         count = max(1, round(share * images))
         chosen = balanced_subset(data.x_test, data.y_test, count, 0, num_classes=data.num_classes)
         report = evaluate(
-            model, to_float(chosen.x), chosen.y, eps=entry.eps, norm=read_norm(entry.norm), protocol=protocol,
-            name=name, dataset_name=entry.data, out=out / name / protocol,
+            model, to_float(chosen.x), chosen.y, eps=card.eps, norm=read_norm(card.norm), protocol=protocol,
+            name=name, dataset_name=card.data, out=out / name / protocol,
         )  # fmt: skip
         report.save(out / name / protocol, model)
         lowest = report.headlines[name]
         print(f"{name}, {protocol}: {lowest}")
         attacked[protocol] = Accuracy(lowest.accuracy, lowest.n, lowest.reliable)
-    return Card(
-        name=name,
-        title=entry.title,
-        method=entry.method,
-        study_only=entry.study_only,
-        data=entry.data,
-        image_shape=data.image_shape,
-        norm=entry.norm,
-        eps=entry.eps,
-        training=entry.training,
-        judged=f"python -m benchmarks zoo {name} --images {images}",
-        version=__version__,
-        licence=LICENCE,
-        clean=clean_accuracy(model, data),
-        attacked=attacked,
-        classifier=entry.classifier,
+    command = f"python -m benchmarks zoo {name} --images {images}"
+    clean = clean_accuracy(model, data)
+    return replace(
+        card, image_shape=data.image_shape, judged=command, version=__version__, clean=clean, attacked=attacked
     )
 
 
@@ -295,58 +205,63 @@ def _cell(accuracy: Accuracy | None) -> str:
     return text if accuracy.reliable else f"{text} **unreliable**"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks zoo``."""
-    models = f"a model of the zoo, with the folder of a training that is packed; names: {', '.join(ENTRIES)}"
+    models = f"a model of the zoo, with the folder of a training that is packed; names: {', '.join(packed.list())}"
     parser.add_argument("models", nargs="+", metavar="NAME[=FOLDER]", help=models)
     shares = ", ".join(f"{name} {share:.0%}" for name, share in PROTOCOLS.items()).replace("%", "%%")
+    images = f"how many held-out images are attacked: {shares}; {IMAGES} by default"
+    parser.add_argument("--images", type=int, default=IMAGES, help=images)
     parser.add_argument(
-        "--images",
-        type=int,
-        default=IMAGES,
-        help=f"how many held-out images are attacked: {shares}; {IMAGES} by default",
+        "--data", default="data", help="of MNIST and CIFAR-10: the folder that holds them; data by default"
     )
-    parser.add_argument("--data", help="of MNIST and CIFAR-10: the folder that holds them; data by default")
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="folder for reports; runs/zoo by default")
 
 
-def main(chosen: argparse.Namespace, models: Path = MODELS) -> list[Card]:
-    """Pack and judge models.
+def sources_of(chosen: argparse.Namespace, models: Path) -> dict[str, Path]:
+    """The folders of the models that are packed or judged, by name."""
+    split = (model.partition("=") for model in chosen.models)
+    return {name: Path(source) if equals else models / name for name, equals, source in split}
+
+
+def check(chosen: argparse.Namespace, models: Path = MODELS) -> None:
+    """ValueError for an unknown name or no images; FileNotFoundError for a model or data that are not there."""
+    if chosen.images < 1:
+        raise ValueError(f"--images must be at least 1, got {chosen.images}")
+    for name, source in sources_of(chosen, models).items():
+        card = card_of(name, source)
+        if not (source / "model.json").is_file():
+            raise FileNotFoundError(f"{source} holds no model: give NAME=FOLDER")
+        load_dataset(card.data, chosen.data)
+
+
+def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
+    """Pack and judge models; their cards.
 
     Args:
-        chosen: what `add_arguments` read.
+        chosen: what `check` found good.
         models: the zoo's folder.
 
     Raises:
-        ValueError: an unknown name, no images, a model that is too large, another classifier than that of the zoo.
-        FileNotFoundError: no such model or data.
+        Unfit: a model is too large, or of another classifier than that of the zoo.
     """
-    if chosen.images < 1:
-        raise ValueError(f"--images must be at least 1, got {chosen.images}")
-    split = (model.partition("=") for model in chosen.models)
-    sources = {name: Path(source) if equals else models / name for name, equals, source in split}
-    for name, source in sources.items():
-        if name not in ENTRIES:
-            raise ValueError(f"there is no model {name!r}: there are {', '.join(ENTRIES)}")
-        if not (source / "model.json").is_file():
-            raise FileNotFoundError(f"{source} holds no model: give NAME=FOLDER")
-    sets = {ENTRIES[name].data for name in sources}
-    found = {kind: load_dataset(kind, chosen.data or "data") for kind in sorted(sets)}
+    sources = sources_of(chosen, models)
+    cards = {name: card_of(name, source) for name, source in sources.items()}
     folders = {
-        name: source if source == models / name else prepare(name, source, chosen.out / name / "model")
+        name: source if source == models / name else prepare(source, chosen.out / name / "model")
         for name, source in sources.items()
     }
     check_sizes(folders, models)
-    ready = {name: loaded(name, folders, models) for name in sources}
-    for name, entry in ENTRIES.items():
+    ready = {name: loaded(card, folders, models) for name, card in cards.items()}
+    for path in models.glob(f"*/{FILE}"):
         # what stays in the zoo must fit a classifier that is packed anew
-        if name not in sources and entry.classifier in sources and (models / name).is_dir():
-            loaded(name, folders, models)
-    cards = {
-        name: judge(name, model, chosen.images, found[ENTRIES[name].data], chosen.out) for name, model in ready.items()
-    }
+        if (card := read_card(path.parent)).name not in cards and card.classifier in cards:
+            loaded(card, folders, models)
+    judged = [
+        judge(card, ready[name], chosen.images, load_dataset(card.data, chosen.data), chosen.out)
+        for name, card in cards.items()
+    ]
     # all at once, so that a defence and its classifier never differ for long
-    for name, card in cards.items():
-        pack(name, folders[name], card, models)
-        print(card)
-    return list(cards.values())
+    for card in judged:
+        pack(folders[card.name], card, models)
+    return "\n".join(map(str, judged))

@@ -26,9 +26,17 @@ from purify_fast.speed import retain_freed_memory
 RESULT, ASKED = "result.json", "job.json"
 
 
+class Unfit(ValueError):
+    """What is there does not fit what was asked for."""
+
+
 def folder_of(root: Path, name: str, seed: int) -> Path:
     """Where a row of a study keeps what it trained and found."""
     return root / f"{name.replace(' ', '-').replace('/', '-')}-{seed}"
+
+
+#: ``work(job, folder, root)`` -> numbers for the table.
+Work = Callable[["Job", Path, Path], dict]
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Job:
 
     name: str
     seed: int
-    work: Callable[[Job, Path, Path], dict]
+    work: Work
     needs: tuple[str | tuple[str, int], ...] = ()
     settings: dict = field(default_factory=dict)
     threads: int = 1

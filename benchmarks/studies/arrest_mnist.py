@@ -52,6 +52,7 @@ class Budget:
         return self.step_in_training * mnist.EPS / self.attack_in_training
 
 
+DEFAULT = Budget()
 FULL = Budget(
     images=10000, standard_epochs=20, scratch_epochs=20, epochs=20, attack_in_training=40, steps=200, autoattack=1000
 )
@@ -126,7 +127,7 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
     return mnist.attack(job, folder, model, _images(job), attacks, steps=b.steps, eot=1)
 
 
-def jobs(path: str, seed: int = 0, budget: Budget = Budget()) -> list[Job]:
+def jobs(path: str, seed: int = 0, budget: Budget = DEFAULT) -> list[Job]:
     """The trainings, then the attacks."""
     common = {"data": path, "budget": budget}
     made = [Job(name, seed, train_classifier, (), common) for name in (STANDARD, SCRATCH)]
@@ -134,7 +135,7 @@ def jobs(path: str, seed: int = 0, budget: Budget = Budget()) -> list[Job]:
     return made + [Job(f"{name} attacked", seed, attack, (name,), {**common, "model": name}) for name in MODELS]
 
 
-def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) -> Path:
+def write(root: Path, folder: Path, seed: int = 0, budget: Budget = DEFAULT) -> Path:
     """``arrest_mnist.md`` and its JSON and pictures in ``folder``."""
     b, job = budget, Job("report", seed, attack)
     found = {name: joined([job.folder(root, f"{name} attacked")]) for name in MODELS}

@@ -56,6 +56,7 @@ class Budget:
     train_images: int = 60000
 
 
+DEFAULT = Budget()
 FULL = Budget(base_epochs=40, objective_epochs=20, pipeline_epochs=20, images=10000, steps=200, eot=20, autoattack=1000)
 QUICK = Budget(
     width=8,
@@ -160,7 +161,7 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
     return mnist.attack(job, folder, _model(job, root, name), _mnist(job), attacks, steps=budget.steps, eot=budget.eot)
 
 
-def jobs(path: str, seed: int = 0, budget: Budget = Budget()) -> list[Job]:
+def jobs(path: str, seed: int = 0, budget: Budget = DEFAULT) -> list[Job]:
     """Training in a chain; each model is attacked as soon as it is there, beside the training of the next."""
     common = {"data": path, "budget": budget}
     chain = [
@@ -185,7 +186,7 @@ def report(root: Path, seed: int = 0) -> Report:
     return merge(joined(job.folder(root, f"{name} {group}") for group in GROUPS) for name in models)
 
 
-def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) -> Path:
+def write(root: Path, folder: Path, seed: int = 0, budget: Budget = DEFAULT) -> Path:
     """``carso_mnist.md`` and its JSON and pictures in ``folder``."""
     whole = report(root, seed)
     facts = Job(CLASSIFIER, seed, attack).result(root)

@@ -49,6 +49,7 @@ class Budget:
     apgd_steps: int = 100
 
 
+DEFAULT = Budget()
 FULL = Budget(reconstruction_images=50000, pipeline_images=50000, images=10000, steps=200, eot=20, apgd_images=1000)
 QUICK = Budget(reconstruction_images=64, pipeline_images=32, images=4, steps=2, eot=2, apgd_images=2, apgd_steps=2)
 
@@ -135,7 +136,7 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
     return keep(report, folder)
 
 
-def jobs(path: str, seed: int = 0, budget: Budget = Budget()) -> list[Job]:
+def jobs(path: str, seed: int = 0, budget: Budget = DEFAULT) -> list[Job]:
     """Two trainings and three evaluations, one after the other with all threads."""
     common = {"data": path, "budget": budget}
     needs: dict[str, tuple[str, ...]] = {CLASSIFIER: (), RECONSTRUCTION: (RECONSTRUCTION,), PIPELINE: (PIPELINE,)}
@@ -150,7 +151,7 @@ def jobs(path: str, seed: int = 0, budget: Budget = Budget()) -> list[Job]:
     return made
 
 
-def write(root: Path, folder: Path, seed: int = 0, budget: Budget = Budget()) -> Path:
+def write(root: Path, folder: Path, seed: int = 0, budget: Budget = DEFAULT) -> Path:
     """``carso_resnet18.md``, its JSON and picture in ``folder``."""
     job = Job("report", seed, attack)
     report = merge(joined(job.folder(root, f"{name} {group}") for group in GROUPS) for name in MODELS)

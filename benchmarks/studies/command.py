@@ -12,7 +12,7 @@ from purify_fast.attacks.autoattack import implementation
 from purify_fast.cli.device import usable_device
 
 from . import arrest_mnist, atop_digits, atop_mnist, carso_digits, carso_mnist, carso_resnet18, cifar10, run, tables
-from .cifar10_results import GIVEN, STEM, check_budget
+from .cifar10.results import GIVEN, STEM, check_budget
 
 STUDIES = {
     "carso_digits": (carso_digits, "digits"),
@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "studies"
 SEEDS, WORKERS = 3, 2
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=STUDIES)
     parser.add_argument("--data", help="of MNIST and CIFAR-10: the folder that holds them; data by default")
     budget = parser.add_mutually_exclusive_group()
@@ -97,7 +97,12 @@ def check(chosen: argparse.Namespace) -> None:
     data.load_dataset(images, chosen.data or "data")
 
 
-def main(chosen: argparse.Namespace) -> Path:
+def main(chosen: argparse.Namespace) -> str:
+    """Run what is not done yet; the page of tables."""
+    return written(chosen).read_text()
+
+
+def written(chosen: argparse.Namespace) -> Path:
     """Run what is not done yet. The tables go to benchmarks/results/studies; those of other budgets or widths, of some
     rows or of fewer seeds to the runs' folder."""
     root, results = _places(chosen)
@@ -124,7 +129,7 @@ def _usual_budget(chosen: argparse.Namespace) -> Any:
     study, images = STUDIES[chosen.name]
     if images == "digits":
         return None
-    return study.QUICK if chosen.quick else study.FULL if chosen.full else study.Budget()
+    return study.QUICK if chosen.quick else study.FULL if chosen.full else study.DEFAULT
 
 
 def _budget(chosen: argparse.Namespace) -> Any:

@@ -1,4 +1,4 @@
-"""A digits study as tables and a picture."""
+"""A digits study as tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from purify_fast._files import write_text
 from purify_fast.evaluation.show.tables import markdown_table
 
-from .. import style
 from . import over_seeds
 
 
@@ -20,9 +19,10 @@ class Layout:
     """A digits study's columns: keys of the results and their heads.
 
     Attributes:
-        main: accuracies that every row has, three at most. compared: those of them whose differences to the base are
-        shown; the last has the base's line in the picture. more: accuracies that some rows have. numbers: of other
-        kinds, with their decimals.
+        main: accuracies that every row has.
+        compared: those of them whose differences to the base are shown.
+        more: accuracies that some rows have.
+        numbers: of other kinds, with their decimals.
     """
 
     main: dict[str, str]
@@ -83,40 +83,8 @@ def markdown(results: Sequence[dict], notes: Sequence[str], layout: Layout) -> s
     return "\n".join(lines).strip() + "\n"
 
 
-def picture(results: Sequence[dict], path: Path, layout: Layout) -> bool:
-    """Clean against robust accuracy, a point per model and seed; False without matplotlib."""
-    rows = {name: seeds for name, seeds in _by_row(results).items() if not name.endswith("L2")}
-    figure = style.new_figure(figsize=(9, 0.3 * len(rows) + 1.3))
-    if figure is None:
-        return False
-    axes = figure.add_subplot()
-    marks = list(style.MARKS.values())
-    for line, seeds in enumerate(rows.values()):
-        for key, (colour, mark) in zip(layout.main, marks, strict=False):
-            values = [100 * result[key] for result in seeds.values()]
-            said = layout.main[key] if line == 0 else None
-            at = [line] * len(values)
-            axes.scatter(values, at, s=22, color=colour, marker=mark, lw=0, alpha=0.85, label=said, zorder=3)
-    base = rows.get("base", {})
-    if base:
-        key = list(layout.compared)[-1]
-        colour = marks[list(layout.main).index(key)][0]
-        mean = 100 * statistics.fmean(r[key] for r in base.values())
-        axes.axvline(mean, color=colour, linewidth=1.1, linestyle=(0, (4, 3)), label=f"{layout.main[key]}, of the base")
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.set_xlim(-1, 101)
-    axes.set_xlabel("accuracy, %", fontsize=8.5)
-    style.plain_axes(axes)
-    axes.grid(axis="y", color=style.GRID, linewidth=0.4)
-    axes.invert_yaxis()
-    figure.legend(fontsize=8.5, loc="outside upper center", ncols=4, frameon=False)
-    style.save(figure, path)
-    return True
-
-
 def write(results: Sequence[dict], folder: Path, name: str, notes: Sequence[str], layout: Layout) -> Path:
-    """``name.json``, ``name.md`` and ``name.png`` in ``folder``."""
+    """``name.json`` and ``name.md`` in ``folder``."""
     write_text(folder / f"{name}.json", json.dumps(list(results), indent=1) + "\n")
     write_text(folder / f"{name}.md", markdown(results, notes, layout))
-    picture(results, folder / f"{name}.png", layout)
     return folder / f"{name}.md"

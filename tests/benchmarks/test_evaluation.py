@@ -115,7 +115,7 @@ def test_an_interrupted_contest_goes_on_where_it_was(contests, tmp_path, monkeyp
 def test_our_attacks_leave_no_more_than_the_official_ones(contests):
     """With as many steps, on a model where both find something and both leave something."""
     amount = replace(evaluation.QUICK, images=12, steps=8, queries=60)
-    *_, last = evaluation.contest("plain", evaluation.Sources(Path("."), None), amount)
+    *_, last = evaluation.contest("plain", None, amount)
     rows = {row["contestant"]: row for row in last}
     assert rows["standard"]["robust"] <= rows["AutoAttack"]["robust"] + 100 / 12
     assert rows["standard"]["robust"] < rows["standard"]["clean"]

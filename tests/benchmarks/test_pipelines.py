@@ -1,6 +1,5 @@
 """The pipelines' benchmark: contestants compute the same, rows and tables say what was measured."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
 from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import race, report, served  # noqa: E402
+from benchmarks import race, report  # noqa: E402
 from benchmarks.flops import Flops  # noqa: E402
 from benchmarks.pipelines import (  # noqa: E402
     Case,
@@ -54,32 +53,6 @@ def test_every_contestant_computes_what_the_plain_form_does(pipeline, case):
         job.run()
         for part in job.parts.values():
             part()
-
-
-def test_served_as_before_and_as_now_in_one_run(tmp_path):
-    """A table tells what races change; a file without races is refused before any work."""
-    earlier = tmp_path / "races.json"
-    earlier.write_text("[]")
-    with pytest.raises(SystemExit):
-        program.main(["pipelines", "arrest_step", "--quick", "--out", str(tmp_path), "--before", str(earlier)])
-    machine = {"kind": "cpu", "device": "another"}
-    earlier.write_text(json.dumps([{"machine": machine, "ops": {"pgd_step": {"eager": "reference"}}}]))
-    program.main(["pipelines", "arrest_step", "--quick", "--out", str(tmp_path), "--before", str(earlier)])
-    rows = report.read_csv(tmp_path / report.SERVED)
-    assert [row["case"] for row in rows] == list(registry()["arrest_step"](True))
-    assert all(float(row["times as fast"]) > 0 and float(row["before"]) > 0 for row in rows)
-    assert rows[0]["before"] in (tmp_path / report.SERVED_TABLE).read_text()
-
-
-def test_served_as_before_runs_the_references(tmp_path, monkeypatch):
-    """With races that chose the reference, no kernel of that op is called; with today's, the kernel is."""
-    calls = []
-    monkeypatch.setattr(served, "_seconds", lambda job, entries: calls.append(entries["pgd_step"]) or float(len(calls)))
-    earlier = tmp_path / "races.json"
-    machine = {"kind": "cpu", "device": "another"}
-    earlier.write_text(json.dumps([{"machine": machine, "ops": {"pgd_step": {"eager": "reference"}}}]))
-    served.compare(earlier, ["arrest_step"], True, tmp_path)
-    assert calls[0] == [{"eager": "reference"}] and calls[1] == served.now()["pgd_step"] != calls[0]
 
 
 def test_plain_in_bfloat16_is_another_contestant_and_is_bfloat16():

@@ -214,12 +214,11 @@ def test_digits_end_to_end(study, row, cell, tmp_path, capsys, monkeypatch):
 def test_some_rows_or_fewer_seeds_leave_the_committed_table_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(command, "run", lambda jobs, *rest: [result(job.name, job.seed, 0.9, 0.4) for job in jobs])
-    monkeypatch.setattr(tables, "picture", lambda *a: True)
 
     def written(*options: str) -> Path:
         parser = program.argparse.ArgumentParser()
-        command.add_arguments(parser)
-        return command.main(parser.parse_args(["carso_digits", "--out", str(tmp_path / "runs"), *options]))
+        command.arguments(parser)
+        return command.written(parser.parse_args(["carso_digits", "--out", str(tmp_path / "runs"), *options]))
 
     for options in (["--quick"], ["--rows", "base"], ["--seeds", "2"]):
         assert written(*options) == tmp_path / "runs" / "carso_digits.md"
@@ -434,25 +433,21 @@ def test_arrest_on_mnist_trains_all_rows_on_one_attack(small_mnist, tmp_path, mo
 
 
 def test_settings_of_a_stage_count_for_what_follows_it_alone():
-    def asked(**changes) -> dict[str, dict]:
-        return {job.name: job.asked() for job in atop_mnist.jobs("", budget=replace(atop_mnist.QUICK, **changes))}
+    def asked(changes: dict) -> dict[str, dict]:
+        budget = atop_mnist.changed(atop_mnist.QUICK, changes)
+        return {job.name: job.asked() for job in atop_mnist.jobs("", budget=budget)}
 
-    before = asked()
+    before = asked({})
 
-    def changed(**changes) -> set[str]:
-        return {name for name, now in asked(**changes).items() if now != before[name]}
+    def changed(part: str, **changes) -> set[str]:
+        return {name for name, now in asked({part: changes}).items() if now != before[name]}
 
     fine = {atop_mnist.PIPELINE, atop_mnist.ROBUST_PIPELINE}
     attacked = {f"{name} attacked" for name in atop_mnist.BASES}
-    assert changed(pipeline_steps=2) == fine | {f"{name} attacked" for name in fine}
-    assert changed(attack_steps=9) == attacked
-    assert changed(objective_epochs=2) == {atop_mnist.OBJECTIVE, f"{atop_mnist.OBJECTIVE} attacked"}
-    assert changed(data_images=9) == before.keys()
-    assert changed(pipeline_start=atop_mnist.OBJECTIVE) == changed(pipeline_steps=2)
-    with pytest.raises(
-        ValueError, match="pipeline_start must be 'AToP pre-trained only' or \"AToP, paper's objective\", got 'x'"
-    ):
-        asked(pipeline_start="x")
+    assert changed(atop_mnist.PIPELINE, steps=2) == fine | {f"{name} attacked" for name in fine}
+    assert changed("attack", steps=9) == attacked
+    assert changed(atop_mnist.OBJECTIVE, epochs=2) == {atop_mnist.OBJECTIVE, f"{atop_mnist.OBJECTIVE} attacked"}
+    assert changed("amount", images=9) == before.keys()
 
 
 def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):

@@ -24,22 +24,15 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed pac
 
 from benchmarks import __main__ as program  # noqa: E402
 from benchmarks import pages, studies  # noqa: E402
-from benchmarks.studies import (  # noqa: E402
-    RESULT,
-    Job,
-    cifar10,
-    cifar10_ahead,
-    cifar10_models,
-    cifar10_pictures,
-    cifar10_results,
-    trades,
-)
-from benchmarks.studies import cifar10_budget as names  # noqa: E402
+from benchmarks.studies import RESULT, Job, cifar10  # noqa: E402
+from benchmarks.studies.cifar10 import budget, candidates, models, pictures, plan, trades  # noqa: E402
+from benchmarks.studies.cifar10 import results as results_of_study  # noqa: E402
+from benchmarks.studies.cifar10 import study as names  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BUDGET = replace(
-    names.QUICK,
-    judging=names.Judging(clean=20, fast=4, standard=2, strong=3, official=2, held_out=10, authors=4),
+    budget.QUICK,
+    judging=budget.Judging(clean=20, fast=4, standard=2, strong=3, official=2, held_out=10, authors=4),
     seeds=2,
 )
 
@@ -60,7 +53,7 @@ def test_every_need_comes_before_what_needs_it_and_every_row_is_judged(tmp_path)
     again = next(job for job in jobs if (job.name, job.seed) == (names.ARREST_EMA, 1))
     assert (names.search_name(5.0, 30.0), 0) in again.needed()
     again = next(job for job in jobs if (job.name, job.seed) == (names.BEST, 1))
-    assert {(names.tried_name(name), 0) for name in cifar10_ahead.CANDIDATES} < set(again.needed())
+    assert {(names.tried_name(name), 0) for name in candidates.CANDIDATES} < set(again.needed())
     wanted = [*names.rows(BUDGET), names.BEST]
     assert all((names.judged_name(row, "fast"), 0) in order for row in wanted)
     assert all((names.judged_name(row, "fast"), 1) in order for row in names.COMPARED)
@@ -72,50 +65,52 @@ def test_every_need_comes_before_what_needs_it_and_every_row_is_judged(tmp_path)
 
 
 def test_a_training_stays_the_same_job_when_more_images_are_judged():
-    more = replace(BUDGET, judging=names.Judging(standard=7))
-    here, there = cifar10.Where("x", "cpu"), cifar10.Where("y", "cuda")
-    for one, other in zip(cifar10.trainings(here, 0, BUDGET), cifar10.trainings(there, 0, more), strict=True):
-        assert one.asked() == other.asked()
+    more = replace(BUDGET, judging=budget.Judging(standard=7))
+    asked = [
+        {(job.name, job.seed): job.asked() for job in listed if "judging" not in job.settings}
+        for listed in (cifar10.jobs("x", BUDGET), cifar10.jobs("y", more, "cuda"))
+    ]
+    assert asked[0] == asked[1]
 
 
 def test_lambda_and_phi_are_chosen_on_held_out_images_with_the_first_seed(tmp_path):
-    budget = names.Training(weights=(1.0, 5.0), angles=(10.0, 30.0))
+    training = budget.Training(weights=(1.0, 5.0), angles=(10.0, 30.0))
     for pair, accuracy in {(1, 10): 0.3, (1, 30): 0.4, (5, 10): 0.5, (5, 30): 0.2}.items():
         fact(tmp_path, names.search_name(*pair), validation_accuracy=accuracy)
     for seed in (0, 1):
-        job = Job(names.ARREST_EMA, seed, cifar10.judge, settings={"budget": budget})
-        assert cifar10_models.chosen(job, tmp_path) == (5.0, 10.0)
+        job = Job(names.ARREST_EMA, seed, plan.judge, settings={"budget": training})
+        assert models.chosen(job, tmp_path) == (5.0, 10.0)
 
 
 def test_the_best_candidate_is_chosen_on_images_that_no_model_was_trained_on(tmp_path, monkeypatch):
-    whole = cifar10_models.data.DataSet(
+    whole = models.data.DataSet(
         torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1), torch.arange(100), torch.zeros(2, 1, 1, 1),
         torch.zeros(2, dtype=torch.long), name="cifar10", num_classes=10,
     )  # fmt: skip
-    monkeypatch.setattr(cifar10_models.data, "load_dataset", lambda *_: whole)
+    monkeypatch.setattr(models.data, "load_dataset", lambda *_: whole)
     job = Job(
         names.judged_name(names.BEST, "fast"),
         0,
-        cifar10.judge,
+        plan.judge,
         settings={"data": "x", "device": "cpu", "budget": BUDGET.training},
     )
-    trained, held = cifar10_models.images_of(job).x_train, cifar10_models.held_out(job, 10)
+    trained, held = models.images_of(job).x_train, models.held_out(job, 10)
     assert held[1].tolist() == list(range(64, 74)) and not set(held[0].flatten().tolist()) & set(
         trained.flatten().tolist()
     )
-    candidates = (cifar10_ahead.MIXED, *cifar10_ahead.CANDIDATES)
+    eligible = (candidates.MIXED, *candidates.CANDIDATES)
     # references are tried as well, and are no candidates
     for name in (names.BASE, names.CARSO_PIPELINE):
         fact(tmp_path, names.tried_name(name), clean=0.9, tried={"share": 0.9})
-    for number, name in enumerate(candidates):
+    for number, name in enumerate(eligible):
         # The first one seems the most robust, but its number cannot be believed. Of two that are equally robust the
         # more accurate one is taken.
         share = {0: 0.6, 1: 0.5, 3: 0.5}.get(number, 0.4)
         fact(tmp_path, names.tried_name(name), clean=number / 10, tried={"share": share, "reliable": number > 0})
-    assert cifar10.best(job, tmp_path) == candidates[3]
+    assert models.best(job, tmp_path) == eligible[3]
     # with another seed the same one is trained
-    assert cifar10.best(replace(job, seed=1), tmp_path) == candidates[3]
-    assert names.trained_as(candidates[3], 1) == names.BEST and names.trained_as(candidates[3], 0) == candidates[3]
+    assert models.best(replace(job, seed=1), tmp_path) == eligible[3]
+    assert names.trained_as(eligible[3], 1) == names.BEST and names.trained_as(eligible[3], 0) == eligible[3]
 
 
 def test_trades_is_its_formula():
@@ -125,7 +120,7 @@ def test_trades_is_its_formula():
         # logits that an attack moves by more than rounding
         model.head.weight.mul_(10)
         model.hidden.weight.mul_(10)
-    config = replace(cifar10_models.adversarial(BUDGET.training), ema_decay=0.0)
+    config = replace(models.adversarial(BUDGET.training), ema_decay=0.0)
     task = trades.TradesTask(model, replace(config, precision="float32"), (3, 8, 8))
     x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
     batch = Batch(x, y, torch.arange(4), seed=0)
@@ -152,10 +147,10 @@ def test_candidates_minimize_what_they_say(loss):
             p for name, p in defence.named_parameters() if not name.startswith("classifier.") and p.dim() > 1
         ):
             weight.mul_(10)
-    config = CarsoConfig(attack_target="pipeline", attack=cifar10_models.attack_of(BUDGET.training))
+    config = CarsoConfig(attack_target="pipeline", attack=models.attack_of(BUDGET.training))
     if loss == "distilled":
         config = replace(config, targets="classifier", reconstruction_weight=0.0)
-    task = cifar10_ahead.CandidateTask(defence, config, "scratch", loss)
+    task = candidates.CandidateTask(defence, config, "scratch", loss)
     batch = Batch(torch.rand(4, 3, 16, 16), torch.arange(4), torch.arange(4), seed=0, epoch=0, epochs=1)
     # latents are drawn by seeds from torch's generator
     torch.manual_seed(1)
@@ -180,7 +175,7 @@ def test_the_mixture_is_decided_by_the_accurate_model_where_the_robust_one_is_un
     unsure, sure = (1.0, 1.0, 0.0), (0.0, 9.0, 0.0)
     accurate = (5.0, 0.0, 0.0)
     for robust, winner in ((unsure, 0), (sure, 1)):
-        mixed = cifar10_ahead.Mixed(torch.nn.Identity(), torch.nn.Identity())
+        mixed = candidates.Mixed(torch.nn.Identity(), torch.nn.Identity())
         mixed.accurate, mixed.robust = torch.nn.Module(), torch.nn.Module()
         mixed.accurate.forward, mixed.robust.forward = fixed(*accurate), fixed(*robust)
         logits = mixed(torch.zeros(1, 3, 2, 2))
@@ -233,14 +228,14 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
         judged(root, name, number)
     for name in names.COMPARED:
         trained(root, name, 1, weight=5.0, angle=10.0)
-        judged(root, cifar10_ahead.MIXED if name == names.BEST else name, 1, seed=1, row_name=name)
+        judged(root, candidates.MIXED if name == names.BEST else name, 1, seed=1, row_name=name)
     trained(root, names.STANDARD, 1)
     official = {"share": 0.25, "images": 4, "reliable": True}
     fact(root, names.judged_name(names.BASE, "official"), official=official)
-    fact(root, names.tried_name(cifar10_ahead.MIXED), clean=0.7, tried={"share": 0.3, "reliable": False})
-    trained(root, cifar10_ahead.MIXED)
+    fact(root, names.tried_name(candidates.MIXED), clean=0.7, tried={"share": 0.3, "reliable": False})
+    trained(root, candidates.MIXED)
     trained(root, names.STANDARD)
-    judged(root, cifar10_ahead.MIXED, 0, row_name=names.BEST)
+    judged(root, candidates.MIXED, 0, row_name=names.BEST)
     page = cifar10.write(root, results, BUDGET).read_text()
     lines = {line.split(" | ")[0].strip("| "): line for line in reversed(page.splitlines()) if line.startswith("| ")}
     assert (
@@ -264,7 +259,7 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     # the second image of all, and the third of every other one, withstood the first protocol alone
     count = len(names.rows(BUDGET)) + 1
     assert f"`strong` leaves as many right as `fast` in 0 of {count} rows; the others: standard -1; PGD-AT -2;" in page
-    others = [name for name in names.TRIED if name != cifar10_ahead.MIXED]
+    others = [name for name in names.TRIED if name != candidates.MIXED]
     assert f"Candidates that are not judged yet: {'; '.join(others)}.\n" in page
     assert "Not attacked by the official AutoAttack yet: CARSO pipeline; TRADES; ARREST, moving average.\n" in page
     assert "not judged yet: PGD-AT" not in page.lower() and "With seed 1 not" not in page
@@ -280,7 +275,7 @@ def test_models_of_equal_accuracy_can_be_drawn(tmp_path):
     points = {names.STANDARD: reached, names.BASE: reached, names.share_name(0.5): (20.0, 5.0, 1.0, 1.0)}
     for count in (1, 2, 3):
         path = tmp_path / f"{count}.png"
-        cifar10_pictures.plot(dict(list(points.items())[:count]), BUDGET, path)
+        pictures.plot(dict(list(points.items())[:count]), BUDGET, path)
         assert path.is_file()
 
 
@@ -293,15 +288,17 @@ def test_the_table_of_an_unfinished_study_has_the_rows_that_are_there(tmp_path):
     judged(tmp_path, names.BASE, 1)
     judged(tmp_path, names.NO_EMA, 2)
     page = cifar10.write(tmp_path, tmp_path / "results", BUDGET).read_text()
-    assert names.BASE in page and cifar10_results.Found(tmp_path).hours(names.NO_EMA, BUDGET.training.batch_size) == 1.5
+    assert (
+        names.BASE in page and results_of_study.Found(tmp_path).hours(names.NO_EMA, BUDGET.training.batch_size) == 1.5
+    )
     # the same training left both
     assert page.count("| 1.50 | 1.50 |") == 2
     assert "Not judged yet: standard; PGD-AT, longer; " in page
 
 
 def test_networks_of_another_width_keep_their_proportions_and_their_results_apart(tmp_path, monkeypatch, capsys):
-    wider = names.Budget().of_width(32).training
-    assert (wider.width, wider.large_width) == (32, 56) and names.Budget().of_width(16) == names.Budget()
+    wider = budget.Budget().of_width(32).training
+    assert (wider.width, wider.large_width) == (32, 56) and budget.Budget().of_width(16) == budget.Budget()
     written, page = [], tmp_path / "page.md"
     page.write_text("")
     monkeypatch.setattr(cifar10, "write", lambda root, folder, budget: written.append((root, folder, budget)) or page)
@@ -350,12 +347,12 @@ def test_a_study_done_in_parts_has_one_table(tmp_path):
     with pytest.raises(ValueError, match="holds no model that is judged"):
         cifar10.write(tmp_path / "empty", results, BUDGET)
     longer = replace(BUDGET, training=replace(BUDGET.training, base_epochs=2))
-    with pytest.raises(cifar10_results.OtherBudget, match="results of another budget"):
+    with pytest.raises(results_of_study.OtherBudget, match="results of another budget"):
         cifar10.write(other, results, longer)
     job = next(job for job in cifar10.jobs("nowhere", longer) if job.name == names.BASE)
     (studies.folder_of(other, names.BASE, 1) / studies.ASKED).write_text(json.dumps(job.asked()))
     for place in (results, tmp_path / "nothing there yet"):
-        with pytest.raises(cifar10_results.OtherBudget, match="PGD-AT-1 is of another budget"):
+        with pytest.raises(results_of_study.OtherBudget, match="PGD-AT-1 is of another budget"):
             cifar10.write(other, place, BUDGET)
     assert (results / "cifar10.md").read_text() == page and not (tmp_path / "nothing there yet").exists()
 
@@ -404,7 +401,7 @@ def test_candidates_alone_make_no_table(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("winner", ["CARSO pipeline, late layers", cifar10_ahead.MIXED])
+@pytest.mark.parametrize("winner", ["CARSO pipeline, late layers", candidates.MIXED])
 def test_the_best_candidate_is_trained_and_judged_with_a_second_seed(winner, tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
 
@@ -412,9 +409,9 @@ def test_the_best_candidate_is_trained_and_judged_with_a_second_seed(winner, tmp
         pixels = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
         return pixels, torch.arange(count) % 10
 
-    whole = cifar10_models.data.DataSet(*drawn(80), *drawn(20), name="cifar10", num_classes=10)
-    monkeypatch.setattr(cifar10_models.data, "load_dataset", lambda *_: whole)
-    for name in (cifar10_ahead.MIXED, *cifar10_ahead.CANDIDATES):
+    whole = models.data.DataSet(*drawn(80), *drawn(20), name="cifar10", num_classes=10)
+    monkeypatch.setattr(models.data, "load_dataset", lambda *_: whole)
+    for name in (candidates.MIXED, *candidates.CANDIDATES):
         fact(tmp_path, names.tried_name(name), clean=0.5, tried={"share": float(name == winner), "reliable": True})
     jobs = {(job.name, job.seed): job for job in cifar10.jobs("nowhere", BUDGET)}
 
@@ -428,7 +425,7 @@ def test_the_best_candidate_is_trained_and_judged_with_a_second_seed(winner, tmp
     trained_again = done(names.BEST)
     assert trained_again["model"] == winner and trained_again["inference_gflop"] > 0
     # what is tried later changes nothing: the model that was trained is judged
-    for name in cifar10_ahead.CANDIDATES:
+    for name in candidates.CANDIDATES:
         fact(tmp_path, names.tried_name(name), clean=1.0, tried={"share": 1.0, "reliable": True})
     attacked = []
 
@@ -436,18 +433,18 @@ def test_the_best_candidate_is_trained_and_judged_with_a_second_seed(winner, tmp
         attacked.append((name, model))
         return {"share": 0.5, "images": 4, "reliable": True}
 
-    monkeypatch.setattr(cifar10, "_lowest", lowest)
+    monkeypatch.setattr(plan, "_lowest", lowest)
     assert done(names.judged_name(names.BEST, "fast"))["model"] == winner
     ((name, model),) = attacked
     assert name == winner
-    if winner == cifar10_ahead.MIXED:
-        assert isinstance(model, cifar10_ahead.Mixed)
+    if winner == candidates.MIXED:
+        assert isinstance(model, candidates.Mixed)
     else:
         assert list(model.defence.arguments["layers"]) == list(names.LAYERS[-1:])
 
 
 def test_the_second_seed_of_another_best_candidate_is_left_out(tmp_path, capsys):
-    first, second, *_ = cifar10_ahead.CANDIDATES
+    first, second, *_ = candidates.CANDIDATES
     one, other, results = tmp_path / "one", tmp_path / "other", tmp_path / "results"
     trained(one, names.BASE)
     judged(one, names.BASE, 1)
@@ -464,12 +461,3 @@ def test_the_second_seed_of_another_best_candidate_is_left_out(tmp_path, capsys)
     page = cifar10.write(other, results, BUDGET).read_text()
     assert f"| {names.BEST}: {second} |" in page and f"{names.BEST}: {first}" not in page
     assert f"{names.BEST}, seed 1: left out, for the best one is {second} now" in capsys.readouterr().err
-
-
-def test_rows_begin_with_what_their_jobs_need():
-    """So that a table leaves out whatever began with a model that was trained anew."""
-    jobs = {job.name: job for job in cifar10.trainings(cifar10.Where("x", "cpu"), 0, BUDGET)}
-    searches = {name for name in jobs if name.startswith("ARREST search")}
-    for name in jobs.keys() - searches:
-        needed = {need for need, _ in jobs[name].needed()}
-        assert needed - searches <= set(cifar10_results._began_with(name)), name

@@ -15,8 +15,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks.studies import RESULT, cifar10, cifar10_models  # noqa: E402
-from benchmarks.studies import cifar10_budget as names  # noqa: E402
+from benchmarks.studies import RESULT, cifar10  # noqa: E402
+from benchmarks.studies.cifar10 import models  # noqa: E402
+from benchmarks.studies.cifar10 import study as names  # noqa: E402
 
 DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
 if DEVICE.type == "cuda" and not torch.cuda.is_available():
@@ -34,7 +35,7 @@ def test_jobs_run_on_the_device(tmp_path):
     images = generator.integers(0, 256, (80, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(80) % 10
     np.savez(tmp_path / "cifar10.npz", x_train=images, y_train=labels, x_test=images[:20], y_test=labels[:20])
-    budget = replace(names.QUICK, training=replace(names.QUICK.training, train_images=32))
+    budget = replace(cifar10.QUICK, training=replace(cifar10.QUICK.training, train_images=32))
     root, seen = tmp_path / "runs", []
     for job in cifar10.jobs(str(tmp_path), budget, str(DEVICE)):
         if job.name not in WANTED:
@@ -47,5 +48,5 @@ def test_jobs_run_on_the_device(tmp_path):
     assert sorted(seen) == sorted(WANTED)
     job = cifar10.jobs(str(tmp_path), budget, str(DEVICE))[0]
     for name in (names.BASE, names.CARSO, names.GENERATOR):
-        model = cifar10_models.model_of(job, root, name)
+        model = models.model_of(job, root, name)
         assert {value.device.type for value in model.state_dict().values()} == {DEVICE.type}

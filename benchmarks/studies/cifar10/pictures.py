@@ -6,19 +6,9 @@ from pathlib import Path
 
 from purify_fast.evaluation import plot_tradeoff
 
-from .. import style
-from .cifar10_budget import (
-    ARREST_EMA,
-    ATOP_PIPELINE,
-    BASE,
-    CARSO,
-    CARSO_PIPELINE,
-    GENERATOR,
-    NO_EMA,
-    STANDARD,
-    Budget,
-    share_name,
-)
+from ... import style
+from . import study
+from .budget import Budget
 
 #: Clean and robust accuracy in percent, and the standard error of each.
 Point = tuple[float, float, float, float]
@@ -32,25 +22,25 @@ def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
         budget: how much of everything there is.
         path: of the picture.
     """
-    names = [STANDARD, *(share_name(share) for share in budget.shares), BASE]
+    names = [study.STANDARD, *(study.share_name(share) for share in budget.shares), study.BASE]
     curve: dict[float, float] = {}
     for clean, robust in (points[name][:2] for name in names if name in points):
         # a curve has one value at each place: the higher one counts
         curve[clean] = max(robust, curve.get(clean, 0.0))
     line = sorted(curve.items()) if len(curve) > 1 else None
     # the first is a stage of others, the second stands where the base does
-    shown = {name: value for name, value in points.items() if name not in (GENERATOR, NO_EMA)}
+    shown = {name: value for name, value in points.items() if name not in (study.GENERATOR, study.NO_EMA)}
     plot_tradeoff(path, shown, line, reference_name="trained at shares of eps", title="CIFAR-10, L-inf 8/255")
 
 
 #: Bars of the picture for those who do not read tables: what each is, and its row.
 BARS = (
-    ("A: a network trained on clean photos", STANDARD),
-    ("B: the same, trained on attacked photos", BASE),
-    ("ARREST, from A", ARREST_EMA),
-    ("CARSO before B, paper's objective", CARSO),
-    ("CARSO before B, trained through the pipeline", CARSO_PIPELINE),
-    ("AToP before B, trained through the pipeline", ATOP_PIPELINE),
+    ("A: a network trained on clean photos", study.STANDARD),
+    ("B: the same, trained on attacked photos", study.BASE),
+    ("ARREST, from A", study.ARREST_EMA),
+    ("CARSO before B, paper's objective", study.CARSO),
+    ("CARSO before B, trained through the pipeline", study.CARSO_PIPELINE),
+    ("AToP before B, trained through the pipeline", study.ATOP_PIPELINE),
 )
 
 
@@ -72,9 +62,9 @@ def picture(points: dict[str, Point], path: Path) -> bool:
         axis.barh(line, robust, height=0.62, color=style.OURS)
         axis.text(101, line, f"{robust:.0f} of {clean:.0f}", va="center", color=style.INK)
         axis.text(-1, line, title, va="center", ha="right", color=style.INK, fontsize=9.5)
-    if BASE in points:
+    if study.BASE in points:
         # what every defence has to beat
-        axis.axvline(points[BASE][1], color=style.INK, linewidth=0.8, linestyle=":")
+        axis.axvline(points[study.BASE][1], color=style.INK, linewidth=0.8, linestyle=":")
     axis.invert_yaxis()
     axis.set(xlim=(0, 100), yticks=[], xticks=range(0, 101, 20))
     text = "of 100 photos (CIFAR-10, L-inf 8/255): gray, recognized; green, still recognized when attacked"

@@ -10,30 +10,14 @@ from purify_fast._files import write_text
 from purify_fast.evaluation import Tradeoff
 from purify_fast.evaluation.show.tables import markdown_table
 
-from .cifar10_budget import (
-    ARREST,
-    ARREST_EMA,
-    AS_AUTHORS,
-    BASE,
-    BEST,
-    CHOSEN,
-    COMPARED,
-    GIVEN_PAIRS,
-    OFFICIAL,
-    ON_GIVEN,
-    PAIRS,
-    STANDARD,
-    TRIED,
-    Budget,
-    Judging,
-    rows,
-    tried_name,
-)
-from .cifar10_pictures import Point, picture, plot
-from .cifar10_results import GIVEN, STEM, Results, collect
+from .. import Unfit
+from . import study
+from .budget import Budget, Judging
+from .pictures import Point, picture, plot
+from .results import GIVEN, STEM, Results, collect
 
 
-class NothingJudged(ValueError):
+class NothingJudged(Unfit):
     """A table was asked for, and there is no row for it yet."""
 
 
@@ -100,8 +84,8 @@ def candidates_table(results: Results, counts: Judging) -> list[str]:
     """The candidates on held-out training images."""
     body = [
         [name, source, _percent(line["clean"], counts.held_out), _attacked(line, "tried", counts.candidates)]
-        for name, source in TRIED.items()
-        if (line := results.line(tried_name(name))) is not None
+        for name, source in study.TRIED.items()
+        if (line := results.line(study.tried_name(name))) is not None
     ]
     return markdown_table(["candidate", "what it is", "clean", f"`{counts.tried}`"], body) if body else []
 
@@ -121,7 +105,7 @@ def authors_table(results: Results, counts: Judging) -> list[str]:
             f"{100 * line['classifier']:.1f}",
             f"{100 * line['gained']:+.1f} ± {100 * line['gained_error']:.1f}",
         ]
-        for name in AS_AUTHORS
+        for name in study.AS_AUTHORS
         if (line := results.line(name)) is not None
     ]
     head = ["model", "the attack of its authors", f"`{counts.main}`", f"its classifier alone, `{counts.main}`"]
@@ -142,7 +126,7 @@ def differences(
     results: Results,
     counts: Judging,
     seed: int = 0,
-    pairs: Sequence[tuple[str, str]] = PAIRS,
+    pairs: Sequence[tuple[str, str]] = study.PAIRS,
     shared: Sequence[str] = (),
 ) -> list[str]:
     """A line for each pair of which both models are judged: the difference, image by image.
@@ -186,7 +170,7 @@ def official_table(results: Results, counts: Judging) -> list[str]:
     """The official AutoAttack beside this package's protocols, on the same images."""
     protocols = [name for name, count in counts.protocols().items() if count >= counts.official]
     body = []
-    for name in OFFICIAL:
+    for name in study.OFFICIAL:
         line = results.line(name) or {}
         beside = line.get("beside_official", {})
         if all(protocol in beside for protocol in protocols) and "official" in line:
@@ -219,7 +203,7 @@ def settings(results: Results, budget: Budget, elsewhere: Sequence[str] = ()) ->
         "said. Hours of training are as they passed, with other jobs beside, on one to four threads: GFLOP compare "
         "costs. Both are of a row's last stage."
     )
-    if (line := results.line(ARREST_EMA)) is not None:
+    if (line := results.line(study.ARREST_EMA)) is not None:
         pair = f"lambda {line['weight']:g} and phi {line['angle']:g}"
         text += f" On training images that the search left out {pair} were chosen for ARREST."
     return "\n\n".join([text, *not_judged(results, budget, elsewhere)])
@@ -234,20 +218,22 @@ def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> li
         elsewhere: rows that stand in the table of a base that was given, and are not missed here.
     """
     counts = budget.judging
-    wanted = [name for name in (*rows(budget), BEST) if name not in elsewhere]
-    official = [name for name in OFFICIAL if counts.official > 0 and "official" not in (results.line(name) or {})]
+    wanted = [name for name in (*study.rows(budget), study.BEST) if name not in elsewhere]
+    official = [name for name in study.OFFICIAL if counts.official > 0 and "official" not in (results.line(name) or {})]
     judged = results.judged(wanted)
     strong = [name for name in judged if counts.strong > 0 and "strong" not in results.lines[name, 0]]
     missing = {
         "Not judged yet": [name for name in wanted if name not in judged],
         "Not attacked by `strong` yet": strong,
-        "Candidates that are not judged yet": [name for name in TRIED if results.line(tried_name(name)) is None],
+        "Candidates that are not judged yet": [
+            name for name in study.TRIED if results.line(study.tried_name(name)) is None
+        ],
         "Not attacked by the official AutoAttack yet": official,
     }
     for seed in range(1, budget.seeds):
-        there = results.judged(COMPARED, seed)
+        there = results.judged(study.COMPARED, seed)
         missing[f"With seed {seed} not judged yet"] = [
-            name for name in COMPARED if name not in there and name not in elsewhere
+            name for name in study.COMPARED if name not in there and name not in elsewhere
         ]
     return [f"{what}: {'; '.join(names)}." for what, names in missing.items() if names]
 
@@ -278,7 +264,7 @@ def write_given(root: Path, folder: Path, base: str, budget: Budget | None = Non
     """
     budget = budget or Budget()
     counts, amount = budget.judging, budget.training
-    results = collect(root, budget, ON_GIVEN).over(Results.read(folder, budget, GIVEN))
+    results = collect(root, budget, study.ON_GIVEN).over(Results.read(folder, budget, GIVEN))
     if not results.lines:
         raise NothingJudged(f"{root} holds no model that is judged: the study writes its table when the first one is")
     results.save(folder, budget, GIVEN)
@@ -289,15 +275,16 @@ def write_given(root: Path, folder: Path, base: str, budget: Budget | None = Non
         f"{amount.batch_size}, and its cross-entropy acts after {amount.atop_delay_images:,} images. The rest is as in "
         "the first table."
     ]
-    if results.judged([ARREST, ARREST_EMA]):
+    if results.judged([study.ARREST, study.ARREST_EMA]):
         lines[0] += (
-            f" ARREST has {amount.arrest_epochs} epochs of PGD-{amount.steps}, lambda {CHOSEN[0]:g} and phi "
-            f"{CHOSEN[1]:g}; both of its rows are one training, with the moving average of the weights and without it."
+            f" ARREST has {amount.arrest_epochs} epochs of PGD-{amount.steps}, lambda {study.CHOSEN[0]:g} and phi "
+            f"{study.CHOSEN[1]:g}; both of its rows are one training, with the moving average of the weights and "
+            "without it."
         )
     for seed in range(budget.seeds):
-        if judged := results.judged(ON_GIVEN, seed):
+        if judged := results.judged(study.ON_GIVEN, seed):
             lines += ["", f"Seed {seed}:", "", *table(results, judged, budget, seed)]
-            if between := differences(results, counts, seed, GIVEN_PAIRS, shared=(BASE, STANDARD)):
+            if between := differences(results, counts, seed, study.GIVEN_PAIRS, shared=(study.BASE, study.STANDARD)):
                 lines += ["", *between]
     acts = [
         f"{name}, seed {seed}: {', '.join(f'{term} from step {step}' for term, step in line['acts_from_step'].items())}"
@@ -328,7 +315,7 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
         OtherBudget: ``root`` or ``folder`` is of another budget.
     """
     budget = budget or Budget()
-    counts, wanted = budget.judging, [*rows(budget), BEST]
+    counts, wanted = budget.judging, [*study.rows(budget), study.BEST]
     new = collect(root, budget)
     results = new.over(Results.read(folder, budget))
     names = results.judged(wanted)
@@ -341,7 +328,7 @@ def write(root: Path, folder: Path, budget: Budget | None = None) -> Path:
     if beside := strong_beside_main(results, names, counts):
         lines += ["", beside]
     for seed in range(1, budget.seeds):
-        if judged := results.judged(COMPARED, seed):
+        if judged := results.judged(study.COMPARED, seed):
             lines += ["", f"Trained with seed {seed}:", "", *table(results, judged, budget, seed)]
             if between := differences(results, counts, seed):
                 lines += ["", *between]

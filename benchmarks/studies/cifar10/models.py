@@ -38,33 +38,12 @@ from purify_fast.training import (
 )
 from purify_fast.training.attack import TrainingAttack
 
-from ..flops import Flops
-from . import Job
-from .cifar10_ahead import CANDIDATES, ELIGIBLE, MIXED, CandidateTask, Mixed
-from .cifar10_budget import (
-    ARREST,
-    ARREST_EMA,
-    ATOP,
-    ATOP_STANDARD,
-    ATOP_ZERO,
-    BASE,
-    BEHIND,
-    BEST,
-    CARSO,
-    CARSO_ROWS,
-    CHOSEN,
-    EPS,
-    GENERATOR,
-    LAYERS,
-    LIVE,
-    NO_EMA,
-    STANDARD,
-    Training,
-    search_name,
-    trained_as,
-    tried_name,
-)
-from .saving import save_whole
+from ...flops import Flops
+from .. import Job
+from ..saving import save_whole
+from . import study
+from .budget import Training
+from .candidates import CandidateTask, Mixed
 from .trades import TradesTask
 
 
@@ -104,7 +83,7 @@ def trained_classifier(job: Job, root: Path, name: str) -> nn.Module:
 
 def attack_of(budget: Training, share: float = 1.0) -> TrainingAttack:
     """PGD as all trainings run it, with steps of 2.5 times eps over their number."""
-    eps = share * EPS
+    eps = share * study.EPS
     return TrainingAttack(eps=eps, steps=budget.steps, relative_alpha=2.5)
 
 
@@ -187,7 +166,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
     if how.get("long"):
         # a second cycle of learning rates, after the one that left the base
-        model, epochs = trained_classifier(job, root, BASE), budget.long_epochs - budget.base_epochs
+        model, epochs = trained_classifier(job, root, study.BASE), budget.long_epochs - budget.base_epochs
     elif how.get("large"):
         model, epochs = fresh(job, images, budget.large_width), budget.large_epochs
     else:
@@ -199,7 +178,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     save_classifier(task.result, folder)
     if task.result is not task.classifier:
         # what the same training is without the average costs nothing more
-        save_classifier(task.classifier, folder / LIVE)
+        save_classifier(task.classifier, folder / study.LIVE)
     return found
 
 
@@ -215,14 +194,14 @@ def take_base(job: Job, folder: Path, root: Path) -> dict:
 def take_standard(job: Job, folder: Path, root: Path) -> dict:
     """The standard classifier of the first seed, which purifiers of all seeds stand on."""
     first = replace(job, seed=0)
-    save_classifier(trained_classifier(first, root, STANDARD), folder)
-    return first.result(root, STANDARD)
+    save_classifier(trained_classifier(first, root, study.STANDARD), folder)
+    return first.result(root, study.STANDARD)
 
 
 def search_arrest(job: Job, folder: Path, root: Path) -> dict:
     """One pair of lambda and phi, trained shortly and measured on training images that it leaves out."""
     images, budget = images_of(job), job.settings["budget"]
-    model = trained_classifier(job, root, STANDARD)
+    model = trained_classifier(job, root, study.STANDARD)
     config = finetuning(budget, job.settings["weight"], job.settings["angle"])
     task = ArrestTask(model, config, images.image_shape)
     held = loop(job, budget.search_epochs, validation_share=0.1)
@@ -234,12 +213,12 @@ def chosen(job: Job, root: Path) -> tuple[float, float]:
     """Lambda and phi of the highest accuracy under attack on the images that the search left out; of the first seed."""
     budget = job.settings["budget"]
     if "base" in job.settings:
-        return CHOSEN
+        return study.CHOSEN
     pairs = [(weight, angle) for weight in budget.weights for angle in budget.angles]
     first = replace(job, seed=0)
 
     def accuracy(pair: tuple[float, float]) -> float:
-        return first.result(root, search_name(*pair))["validation_accuracy"]
+        return first.result(root, study.search_name(*pair))["validation_accuracy"]
 
     return max(pairs, key=accuracy)
 
@@ -247,12 +226,12 @@ def chosen(job: Job, root: Path) -> tuple[float, float]:
 def finetune(job: Job, folder: Path, root: Path) -> dict:
     """AFT, or ARREST with what the search chose, from the standard classifier."""
     images, budget = images_of(job), job.settings["budget"]
-    weight, angle = chosen(job, root) if job.name == ARREST_EMA else (0.0, None)
-    model = trained_classifier(job, root, STANDARD)
+    weight, angle = chosen(job, root) if job.name == study.ARREST_EMA else (0.0, None)
+    model = trained_classifier(job, root, study.STANDARD)
     task = ArrestTask(model, finetuning(budget, weight, angle), images.image_shape)
     found = _fitted(job, folder, task, task.result, budget.arrest_epochs, images)
     save_classifier(task.result, folder)
-    save_classifier(task.classifier, folder / LIVE)
+    save_classifier(task.classifier, folder / study.LIVE)
     return found | {"weight": weight, "angle": angle}
 
 
@@ -269,15 +248,15 @@ def best(job: Job, root: Path) -> str:
     first = replace(job, seed=0)
 
     def found(name: str) -> tuple[bool, float, float]:
-        result = first.result(root, tried_name(name))
+        result = first.result(root, study.tried_name(name))
         return result["tried"]["reliable"], result["tried"]["share"], result["clean"]
 
-    return max(ELIGIBLE, key=found)
+    return max(study.ELIGIBLE, key=found)
 
 
 def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[str]) -> Carso:
     """A defence whose purifier has weights drawn by the job's seed, on the job's device."""
-    base = load_classifier(job.folder(root, BASE if job.name == BEST else BEHIND[job.name]))
+    base = load_classifier(job.folder(root, study.BASE if job.name == study.BEST else study.BEHIND[job.name]))
     torch.manual_seed(job.seed)
     mean, std = data.statistics(images.x_train)
     samples = job.settings["budget"].samples
@@ -287,7 +266,7 @@ def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[st
 
 def _from_objective(job: Job, root: Path, defence: Carso) -> str:
     """Start from the purifier with the paper's objective, as far as shapes are the same; its weights' fingerprint."""
-    before = load_defence(job.folder(root, CARSO), load_classifier(job.folder(root, BASE)))
+    before = load_defence(job.folder(root, study.CARSO), load_classifier(job.folder(root, study.BASE)))
     there = defence.state_dict()
     own = {
         key: value
@@ -301,10 +280,10 @@ def _from_objective(job: Job, root: Path, defence: Carso) -> str:
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
     """CARSO with the paper's objective, or from there through the pipeline."""
     images, budget = images_of(job), job.settings["budget"]
-    defence = _fresh_carso(job, root, images, LAYERS)
+    defence = _fresh_carso(job, root, images, study.LAYERS)
     origin, epochs = "scratch", budget.objective_epochs
-    config = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=budget.carso_steps), precision="bfloat16")
-    if job.name != CARSO:
+    config = CarsoConfig(attack=TrainingAttack(eps=study.EPS, steps=budget.carso_steps), precision="bfloat16")
+    if job.name != study.CARSO:
         origin, epochs = _from_objective(job, root, defence), budget.pipeline_epochs
         config = CarsoConfig(
             attack_target="pipeline", attack=attack_of(budget), learning_rate=1e-3, precision="bfloat16"
@@ -316,11 +295,11 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 def train_candidate(job: Job, folder: Path, root: Path) -> dict:
     """One of `CANDIDATES`, or the best one, from the purifier with the paper's objective; a mixture is not trained."""
-    name = best(job, root) if job.name == BEST else job.name
-    if name == MIXED:
+    name = best(job, root) if job.name == study.BEST else job.name
+    if name == study.MIXED:
         return mix(job, folder, root) | {"model": name}
-    images, budget, how = images_of(job), job.settings["budget"], CANDIDATES[name]
-    defence = _fresh_carso(job, root, images, LAYERS[-1:] if how.late else LAYERS)
+    images, budget, how = images_of(job), job.settings["budget"], study.CANDIDATES[name]
+    defence = _fresh_carso(job, root, images, study.LAYERS[-1:] if how.late else study.LAYERS)
     origin = _from_objective(job, root, defence)
     # a classifier that is trained has no frozen copy, which bfloat16 needs
     precision = "float32" if how.joint else "bfloat16"
@@ -338,8 +317,8 @@ def train_candidate(job: Job, folder: Path, root: Path) -> dict:
 
 def mix(job: Job, folder: Path, root: Path) -> dict:
     """The costs of the mixture, which is not trained: of both of its parts."""
-    model = model_of(job, root, MIXED)
-    parts = [job.result(root, name) for name in (STANDARD, BASE)]
+    model = model_of(job, root, study.MIXED)
+    parts = [job.result(root, name) for name in (study.STANDARD, study.BASE)]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "inference_gflop": inference_flops(model.eval(), images_of(job)) / 1e9,
@@ -350,19 +329,21 @@ def mix(job: Job, folder: Path, root: Path) -> dict:
 def train_atop(job: Job, folder: Path, root: Path) -> dict:
     """A generator that corrects images: pre-trained, then with the paper's objective, or through the pipeline."""
     images, budget = images_of(job), job.settings["budget"]
-    base = load_classifier(job.folder(root, BEHIND[job.name]))
+    base = load_classifier(job.folder(root, study.BEHIND[job.name]))
     torch.manual_seed(job.seed)
-    sigma = 0.0 if job.name == ATOP_ZERO else 0.25
+    sigma = 0.0 if job.name == study.ATOP_ZERO else 0.25
     defence = Atop(base, SmallGenerator(3, residual=True), images.image_shape, transform="rt2", sigma=sigma)
     defence.to(job.settings["device"])
-    if job.name == GENERATOR:
+    if job.name == study.GENERATOR:
         config = AtopConfig.pretraining(learning_rate=1e-3, schedule="one_cycle", gan_weight=0.1)
         task, epochs = AtopTask(defence, config), budget.generator_epochs
     else:
-        before = load_defence(job.folder(root, GENERATOR), load_classifier(job.folder(root, BEHIND[GENERATOR])))
+        before = load_defence(
+            job.folder(root, study.GENERATOR), load_classifier(job.folder(root, study.BEHIND[study.GENERATOR]))
+        )
         defence.purifier.load_state_dict(before.purifier.state_dict())
         config = AtopConfig(cls_delay=budget.atop_delay_images)
-        if job.name not in (ATOP, ATOP_STANDARD):
+        if job.name not in (study.ATOP, study.ATOP_STANDARD):
             config = replace(
                 config, attack_method="pgd", attack_target="pipeline", attack=attack_of(budget), cls_weight=1.0,
                 reconstruction_weight=0.1, cls_delay=0, learning_rate=1e-3, schedule="one_cycle",
@@ -380,14 +361,14 @@ def model_of(job: Job, root: Path, name: str) -> nn.Module:
 
 
 def _read_model(job: Job, root: Path, name: str) -> nn.Module:
-    if name == MIXED:
-        return Mixed(*(load_classifier(job.folder(root, part)) for part in (STANDARD, BASE))).eval()
-    trained = trained_as(name, job.seed)
+    if name == study.MIXED:
+        return Mixed(*(load_classifier(job.folder(root, part)) for part in (study.STANDARD, study.BASE))).eval()
+    trained = study.trained_as(name, job.seed)
     folder = job.folder(root, trained)
-    if name in (NO_EMA, ARREST):
-        return load_classifier(folder / LIVE)
-    if name in CARSO_ROWS:
+    if name in (study.NO_EMA, study.ARREST):
+        return load_classifier(folder / study.LIVE)
+    if name in study.CARSO_ROWS:
         return load_defence(folder, load_classifier(folder / "classifier"))
-    if trained in BEHIND:
+    if trained in study.BEHIND:
         return load_defence(folder, load_classifier(folder / "classifier"))
     return load_classifier(folder)

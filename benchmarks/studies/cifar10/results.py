@@ -6,6 +6,7 @@ table, and a table is written from both: what a folder has replaces what was kep
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,27 +19,10 @@ import numpy as np
 from purify_fast._files import write_text
 from purify_fast.evaluation import Report, merge
 
-from . import ASKED, RESULT, folder_of
-from .cifar10_ahead import MIXED
-from .cifar10_budget import (
-    ARREST_EMA,
-    AS_AUTHORS,
-    AUTHORS,
-    BASE,
-    BEGAN_WITH,
-    BEHIND,
-    BEST,
-    STANDARD,
-    TRAINED_AS,
-    TRIED,
-    WORST,
-    Budget,
-    Judging,
-    judged_name,
-    rows,
-    trained_as,
-    tried_name,
-)
+from .. import ASKED, RESULT, Job, Unfit, folder_of
+from . import study
+from .budget import Budget, Judging
+from .plan import trainings
 
 #: What the results are called: STEM.json holds the numbers, the folder STEM the reports and pictures. Results of rows
 #: on a base that was given stand beside those of the whole study.
@@ -47,7 +31,7 @@ STEM, GIVEN = "cifar10", "cifar10_given"
 BUDGET = "budget.json"
 
 
-class OtherBudget(ValueError):
+class OtherBudget(Unfit):
     """Runs or results of another budget than the one asked for; they do not go into one table."""
 
 
@@ -72,12 +56,12 @@ class Found:
 
     def report(self, name: str, protocol: str) -> Report:
         """What a protocol left of a model that it has judged."""
-        path = folder_of(self.root, judged_name(name, protocol), self.seed) / "report.json"
+        path = folder_of(self.root, study.judged_name(name, protocol), self.seed) / "report.json"
         return Report.from_json(path.read_text())
 
     def judged(self, names: Sequence[str], protocol: str) -> list[str]:
         """Those of the rows whose models a protocol has judged."""
-        return [name for name in names if self.result(judged_name(name, protocol)) is not None]
+        return [name for name in names if self.result(study.judged_name(name, protocol)) is not None]
 
     def hours(self, model: str, batch_size: int) -> float:
         """How long a model was trained, from its log: a training that was interrupted ran in several processes.
@@ -87,7 +71,7 @@ class Found:
             batch_size: images of a step.
         """
         seconds = 0.0
-        for name in (STANDARD, BASE) if model == MIXED else (trained_as(model, self.seed),):
+        for name in (study.STANDARD, study.BASE) if model == study.MIXED else (study.trained_as(model, self.seed),):
             log = folder_of(self.root, name, self.seed) / "log.jsonl"
             before = 0
             # a classifier that was taken from elsewhere has no log
@@ -102,7 +86,7 @@ class Found:
         Args:
             model: its row.
         """
-        log = folder_of(self.root, trained_as(model, self.seed), self.seed) / "log.jsonl"
+        log = folder_of(self.root, study.trained_as(model, self.seed), self.seed) / "log.jsonl"
         rows = log.read_text().splitlines() if log.is_file() else []
         return json.loads(rows[-1]).get("acts_from_step", {}) if rows else {}
 
@@ -150,10 +134,10 @@ class Results:
         for name, seed in sorted(gone):
             print(f"{name}, seed {seed}: left out, for what it began with was trained anew", file=sys.stderr)
         lines = {key: line for key, line in (earlier.lines | self.lines).items() if key not in gone}
-        chosen = lines.get((BEST, 0), {}).get("model")
-        others = {key for key, line in lines.items() if key[0] == BEST and chosen not in (None, line["model"])}
+        chosen = lines.get((study.BEST, 0), {}).get("model")
+        others = {key for key, line in lines.items() if key[0] == study.BEST and chosen not in (None, line["model"])}
         for _, seed in sorted(others):
-            print(f"{BEST}, seed {seed}: left out, for the best one is {chosen} now", file=sys.stderr)
+            print(f"{study.BEST}, seed {seed}: left out, for the best one is {chosen} now", file=sys.stderr)
         gone |= others
         for name, seed in sorted(both):
             if lost := sorted(earlier.lines[name, seed].keys() - self.lines[name, seed].keys()):
@@ -171,7 +155,7 @@ class Results:
             budget: how much of everything there was.
             stem: what the results are called.
         """
-        order = [*rows(budget), BEST, *map(tried_name, TRIED), *AS_AUTHORS]
+        order = [*study.rows(budget), study.BEST, *map(study.tried_name, study.TRIED), *study.AS_AUTHORS]
         # rows that this version does not know, or bases at other shares of eps, come last
         order += sorted({name for name, _ in self.lines} - set(order))
         lines = sorted(self.lines.values(), key=lambda line: (line["seed"], order.index(line["name"])))
@@ -230,11 +214,18 @@ def check_budget(folder: Path, budget: Budget, stem: str = STEM) -> None:
         raise OtherBudget(f"{folder} holds results of another budget, which would be lost: move them away first")
 
 
+@functools.cache
+def _needs() -> dict[str, tuple[str, ...]]:
+    """By row, what its training needs."""
+    every = trainings(lambda name, work, *needs, **_: Job(name, 0, work, needs), 0, Budget())
+    return {job.name: tuple(name for name, _ in job.needed()) for job in every}
+
+
 def _began_with(name: str) -> Iterator[str]:
     """A row, and all rows that its training began with."""
-    name = {tried_name(row): row for row in TRIED}.get(name, name)
+    name = {study.tried_name(row): row for row in study.TRIED}.get(name, name)
     yield name
-    for earlier in BEGAN_WITH.get(name, ()):
+    for earlier in [study.TRAINED_AS[name]] if name in study.TRAINED_AS else _needs().get(name, ()):
         yield from _began_with(earlier)
 
 
@@ -280,7 +271,7 @@ def collect(root: Path, budget: Budget, names: Sequence[str] | None = None) -> R
     results, main = Results(), budget.judging.main
     for seed in range(budget.seeds):
         found = Found(root, seed)
-        for name in found.judged([*rows(budget), BEST] if names is None else names, main):
+        for name in found.judged([*study.rows(budget), study.BEST] if names is None else names, main):
             results.lines[name, seed] = _row_line(found, name, budget)
             results.reports[name, seed] = found.report(name, main)
     for line in [*_candidate_lines(Found(root)), *_authors_lines(Found(root), budget.judging)]:
@@ -291,8 +282,8 @@ def collect(root: Path, budget: Budget, names: Sequence[str] | None = None) -> R
 def _row_line(found: Found, name: str, budget: Budget) -> dict[str, Any]:
     """The accuracies and costs of a model that is judged."""
     counts = budget.judging
-    judged = found.needed(judged_name(name, counts.main))
-    facts = found.needed(trained_as(judged["model"], found.seed))
+    judged = found.needed(study.judged_name(name, counts.main))
+    facts = found.needed(study.trained_as(judged["model"], found.seed))
     protocols = [protocol for protocol in counts.protocols() if found.judged([name], protocol)]
     rows = {protocol: found.report(name, protocol).headlines[judged["model"]] for protocol in protocols}
     line = {"name": name, "seed": found.seed, "model": judged["model"], "clean": judged["clean"]}
@@ -302,7 +293,7 @@ def _row_line(found: Found, name: str, budget: Budget) -> dict[str, Any]:
     if "strong" in protocols and counts.main != "strong":
         kept = (first(found.report(name, protocol), counts.strong).sum() for protocol in ("strong", counts.main))
         line["strong_more"] = int(np.subtract(*kept))
-    if (official := found.result(judged_name(name, "official"))) is not None:
+    if (official := found.result(study.judged_name(name, "official"))) is not None:
         line["official"] = official["official"]["share"]
         line["beside_official"] = {
             protocol: float(first(found.report(name, protocol), counts.official).mean())
@@ -313,16 +304,16 @@ def _row_line(found: Found, name: str, budget: Budget) -> dict[str, Any]:
     line["hours"] = round(found.hours(judged["model"], budget.training.batch_size), 3)
     if acts := found.acts_from_step(judged["model"]):
         line["acts_from_step"] = acts
-    if name == ARREST_EMA:
+    if name == study.ARREST_EMA:
         line |= {key: facts[key] for key in ("weight", "angle")}
     return line
 
 
 def _candidate_lines(found: Found) -> list[dict[str, Any]]:
     """The candidates that are judged on held-out training images."""
-    tried = {name: found.result(tried_name(name)) for name in TRIED}
+    tried = {name: found.result(study.tried_name(name)) for name in study.TRIED}
     return [
-        {"name": tried_name(name), "seed": 0, "clean": result["clean"], "tried": result["tried"]["share"]}
+        {"name": study.tried_name(name), "seed": 0, "clean": result["clean"], "tried": result["tried"]["share"]}
         | ({} if result["tried"]["reliable"] else {"unreliable": ["tried"]})
         for name, result in tried.items()
         if result is not None
@@ -341,17 +332,17 @@ def _authors_lines(found: Found, counts: Judging) -> list[dict[str, Any]]:
         than the first, with the standard error.
     """
     lines: list[dict[str, Any]] = []
-    for name in AS_AUTHORS:
-        models = TRAINED_AS[name], BEHIND[TRAINED_AS[name]]
-        if not found.judged([name], AUTHORS) or len(found.judged(models, counts.main)) < len(models):
+    for name in study.AS_AUTHORS:
+        models = study.TRAINED_AS[name], study.BEHIND[study.TRAINED_AS[name]]
+        if not found.judged([name], study.AUTHORS) or len(found.judged(models, counts.main)) < len(models):
             continue
-        judged = found.needed(judged_name(name, AUTHORS))
+        judged = found.needed(study.judged_name(name, study.AUTHORS))
         whole, classifier = (first(found.report(it, counts.main), counts.authors).astype(float) for it in models)
-        gained = whole - first(found.report(name, AUTHORS), counts.authors)
+        gained = whole - first(found.report(name, study.AUTHORS), counts.authors)
         lines.append(
             {
-                "name": name, "seed": found.seed, "clean": judged["clean"], "authors": judged[AUTHORS]["share"],
-                "whole": whole.mean(), "classifier": classifier.mean(), "reliable": judged[AUTHORS]["reliable"],
+                "name": name, "seed": found.seed, "clean": judged["clean"], "authors": judged[study.AUTHORS]["share"],
+                "whole": whole.mean(), "classifier": classifier.mean(), "reliable": judged[study.AUTHORS]["reliable"],
                 "gained": gained.mean(), "gained_error": gained.std() / len(gained) ** 0.5,
             }
         )  # fmt: skip
@@ -365,5 +356,5 @@ def first(report: Report, count: int) -> np.ndarray:
         report: of one model.
         count: how many images.
     """
-    worst = next(row for row in report.rows if row.kind == WORST)
+    worst = next(row for row in report.rows if row.kind == study.WORST)
     return worst.robust[:count]
