@@ -121,18 +121,12 @@ class _PerAttack(Replays):
 class _Noted(StepGraphs):
     """Notes the sizes of the batches."""
 
-    def begin(self, function: StepFunction, state: State, steps: int) -> Steps:
-        """See `StepGraphs.begin`.
-
-        Args:
-            function: the step.
-            state: what it begins with.
-            steps: how many will certainly be taken.
-        """
+    def begin(self, function: StepFunction, state: State, steps: int, **options: Any) -> Steps:
+        """See `StepGraphs.begin`."""
         capture = self.capture
         assert isinstance(capture, _PerAttack)
         capture.counts[capture.attack].sizes.add(len(state["point"]))
-        return super().begin(function, state, steps)
+        return super().begin(function, state, steps, **options)
 
 
 @contextlib.contextmanager

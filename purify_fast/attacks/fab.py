@@ -118,7 +118,7 @@ class _Search:
         #: How far the nearest points across the border are from the images, ``[R]``.
         self.distance = torch.full_like(rows.ball.eps, torch.inf)
         # the batch may shrink after any of the first steps
-        self.gradients = Gradients(objective, self.point, rows.labels)
+        self.gradients = Gradients(objective, self.point, rows.labels, steps)
         self.reach = reach_of_steps(steps) if give_up else None
         self.health = None if health is None else HealthOfRows(health, self.point)
 

@@ -229,14 +229,16 @@ class Gradients:
         objective: the loss that is raised.
         like: images of the batch's shape and dtype, ``[B, ...]``.
         y: labels, as of `Objective.gradient`.
-        points: at how many points it will certainly look; 0 where the batch may be another one any time.
+        points: at how many points it will look at most.
+        certain: whether it will look at all of them, in one batch.
     """
 
-    def __init__(self, objective: Objective, like: Tensor, y: Tensor, points: int = 0):
-        self._objective, self._y = objective, y
+    def __init__(self, objective: Objective, like: Tensor, y: Tensor, points: int, *, certain: bool = False):
+        self._objective, self._y, self._points, self._certain = objective, y, points, certain
         self._loop: Steps | None = None
         self._looked = 0
-        self._begin(like, points)
+        self._run = None if objective.graphs is None else objective.graphs.new_run()
+        self._begin(like)
 
     def now_of(self, like: Tensor, y: Tensor) -> None:
         """Go on with another batch.
@@ -247,7 +249,7 @@ class Gradients:
         """
         # while this loop is there, its graph is taken
         self._loop, self._y = None, y
-        self._begin(like, 0)
+        self._begin(like)
 
     def at(self, point: Tensor) -> Gradient:
         """`Objective.gradient` at a point.
@@ -260,18 +262,21 @@ class Gradients:
         self._looked += 1
         if not self._loop.replays and self._looked % ASKED_AGAIN == 0:
             # so many were launched by now that a graph may be worth it
-            self._begin(point, 0)
+            self._begin(point)
         self._loop.put(point=point)
         self._loop.take()
         return Gradient(**self._loop.values("image", "loss", "wrong"))
 
-    def _begin(self, like: Tensor, points: int) -> None:
+    def _begin(self, like: Tensor) -> None:
         if self._objective.graphs is None:
             return
         wide = torch.promote_types(like.dtype, torch.float32)
         zeros = torch.zeros(len(like), device=like.device)
         state = {"point": like, "y": self._y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
-        self._loop = self._objective.graphs.begin(Look(self._objective), state, points)
+        left = self._points - self._looked
+        self._loop = self._objective.graphs.begin(
+            Look(self._objective), state, left, certain=self._certain, run=self._run
+        )
 
 
 def input_gradient(

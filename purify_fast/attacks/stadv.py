@@ -173,7 +173,7 @@ class StAdv(Attack):
         objective = Objective(target, loss, draws, context.max_forward_batch, context.graphs, apart=once)
         point = warp(x, flow)
         search = Search(objective, point, y, keep_best=self.keep_best, health=context.health)
-        gradients = Gradients(objective, point, y, steps)
+        gradients = Gradients(objective, point, y, steps, certain=True)
         for _ in range(steps):
             with torch.enable_grad():
                 leaf = flow.detach().requires_grad_()

@@ -49,11 +49,15 @@ def attack_in_batches(
     """
     adversarial = subject.x.clone()
     sums = Batch(adversarial[:0], dict.fromkeys(COUNTS, 0), [], 0.0)
+    begun = 0
     for part in index.split(context.batch_size):
         if len(part) == 0:
             continue
+        begun += len(part)
         batch = unfinished.read(part)
         if batch is None:
+            if context.graphs is not None:
+                context.graphs.to_come = (len(index) - begun) / len(part)
             batch = _attack(attack, target, part, subject, context)
             unfinished.keep(part, batch)
         else:

@@ -66,7 +66,7 @@ class AutoPgd:
         else:
             self.size = StepSize(rows.begin, rows.x, rows.ball, schedule)
         # the batch may shrink after any of the first steps
-        self.gradients = Gradients(objective, self.point, rows.labels)
+        self.gradients = Gradients(objective, self.point, rows.labels, schedule.steps)
         self.reach = reach_of_steps(schedule.steps) if give_up else None
         self.health = None if health is None else HealthOfRows(health, self.point)
 

@@ -37,13 +37,37 @@ class StepFunction(Protocol):
 
 @dataclass
 class Tally:
-    """How many steps were launched operator by operator.
+    """How many steps were launched operator by operator, in all and in each run of an attack.
 
     Args:
         steps: so far.
+        runs: how many runs took such steps.
+        run: the number of the latest of these runs; -1 before the first.
+        before: how many steps the runs before it took.
     """
 
     steps: int = 0
+    runs: int = 0
+    run: int = -1
+    before: int = 0
+
+    def begin(self, run: int) -> None:
+        """Count the next steps for a run; runs have different numbers."""
+        if run != self.run:
+            self.run, self.runs, self.before = run, self.runs + 1, self.steps
+
+    def expected(self, left: int, to_come: float) -> float:
+        """How many more steps are to be expected: for this run what earlier ones took, and as much for each later run.
+
+        Of the first run it is expected that it goes on for as long as it went on so far.
+
+        Args:
+            left: how many steps this run has left at most.
+            to_come: how many runs will follow this one.
+        """
+        done = self.steps - self.before
+        usual = self.before / (self.runs - 1) if self.runs > 1 else done + min(done, left)
+        return max(0.0, min(left, usual - done)) + to_come * usual
 
 
 class Steps:

@@ -5,12 +5,16 @@ replayed only while everything that its model computes with is the same (`purify
 that are written in place are the same: replays see the new ones. Draws from torch's generator of the device go on as
 they would without a graph.
 
-A capture costs as much as dozens of steps. A step is therefore captured once so many of it were launched, or are about
-to be, that replays would have paid for a capture; how many that are, each capture measures for the next.
+A capture costs as much as dozens of steps; how many that are, each capture measures for the next. A training takes the
+same step for as long as it lasts, so its step is captured once so many were launched that replays would have paid for a
+capture. An evaluation says how many batches are to come, and an attack how many steps it has left. Its batches shrink
+while images fall, so that many sizes are used a few times only. Its step is therefore captured once the steps that are
+to be expected, going by the runs before, would pay for twice the capture.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import weakref
@@ -37,6 +41,8 @@ Result = TypeVar("Result")
 WORTH = 40
 #: The least and the most steps that a measured cost may ask for. One measurement on a busy machine proves little.
 LEAST_WORTH, MOST_WORTH = 10, 400
+#: How many times over the expected replays must pay for a capture; an attack may end earlier than those before it.
+MARGIN = 2.0
 #: Of the time a step takes, the share that the host must spend on launching it, for a graph to gain anything.
 LEAST_SHARE = 0.7
 #: How often a step is timed; the least counts, because whatever else the machine does only adds to it.
@@ -72,6 +78,7 @@ class StepGraphs:
         refusal: why the last loop that was to be captured was not, and will not be for the next `RETRIED_AFTER` steps;
             None where it was, or may yet be.
         worth: for so many steps a capture pays, by the last one that was measured.
+        to_come: how many batches of the attack are to follow the present one, 0.5 for half a batch; None: nobody knows.
 
     Raises:
         ValueError: an unknown mode, or a limit below 1.
@@ -87,6 +94,8 @@ class StepGraphs:
         self.capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
         self.worth = WORTH
+        self.to_come: float | None = None
+        self._runs = itertools.count()
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
         self._launched: OrderedDict[Hashable, Tally] = OrderedDict()
         self._refused: OrderedDict[Hashable, _Refusal] = OrderedDict()
@@ -99,13 +108,21 @@ class StepGraphs:
         # a copy of what is trained or attacked captures for itself
         return StepGraphs(self.mode, self.limit, self.capture)
 
-    def begin(self, function: StepFunction, state: State, steps: int) -> Steps:
+    def new_run(self) -> int:
+        """A number for a run of an attack, which may begin several loops."""
+        return next(self._runs)
+
+    def begin(
+        self, function: StepFunction, state: State, steps: int, *, certain: bool = True, run: int | None = None
+    ) -> Steps:
         """Begin a loop.
 
         Args:
             function: the step.
             state: what it begins with, tensors by name on one device.
-            steps: how many will certainly be taken; 0 where nothing is certain.
+            steps: how many will be taken at most.
+            certain: whether all of them will be taken.
+            run: by `new_run`, the run that the loop belongs to; None: the loop is a run by itself.
 
         Returns:
             The loop; replayed if the step is captured, or can be and is worth it.
@@ -115,7 +132,7 @@ class StepGraphs:
         off = self.mode == "off" or device.type != self.capture.kind
         if off or nothing or torch.compiler.is_compiling():
             return Steps(function, state)
-        known = self._find(function, state, steps, device)
+        known = self._find(function, state, device, steps, certain, self.new_run() if run is None else run)
         if isinstance(known, Captured) and not known.is_in_use():
             return Replays(function, known, state)
         return Steps(function, state, known if isinstance(known, Tally) else None)
@@ -152,7 +169,9 @@ class StepGraphs:
         again()
         return work()
 
-    def _find(self, function: StepFunction, state: State, steps: int, device: torch.device) -> Captured | Tally | None:
+    def _find(
+        self, function: StepFunction, state: State, device: torch.device, steps: int, certain: bool, run: int
+    ) -> Captured | Tally | None:
         """The captured step, captured now if need be; else what counts the steps that are launched, if they count."""
         for key in [key for key, one in self._captured.items() if one.model() is None]:
             del self._captured[key]
@@ -182,7 +201,8 @@ class StepGraphs:
             self._captured.move_to_end(key)
             return self._captured[key]
         launched = _remember(self._launched, key, self._launched.get(key) or Tally())
-        if launched.steps + steps < (1 if self.mode == "always" else self.worth):
+        launched.begin(run)
+        if self.mode != "always" and not self._pays(launched, steps, certain):
             return launched
         captured = self._make(function, state, base, objects, device)
         if isinstance(captured, Captured):
@@ -190,6 +210,13 @@ class StepGraphs:
             if len(self._captured) > self.limit:
                 self._captured.popitem(last=False)
         return captured
+
+    def _pays(self, launched: Tally, steps: int, certain: bool) -> bool:
+        """Whether a capture is worth its cost now; see the module."""
+        sure = steps if certain else 0
+        if self.to_come is None:
+            return launched.steps + sure >= self.worth
+        return sure >= self.worth or launched.expected(steps, self.to_come) >= MARGIN * self.worth
 
     def _refuse(self, base: Hashable | None, reason: str) -> Tally | None:
         """Note that a step cannot be captured, and say why in the log, once for each reason."""
