@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def test_what_is_counted_anew_on_a_small_model(one_thread):
     """Over two batches and four attacks each batch size is captured once, and only once that pays."""
     torch.manual_seed(0)
-    model, x = SmallCNN(1, 5, (8, 8), 4).eval(), torch.rand(300, 1, 8, 8)
+    model, x = SmallCNN(1, 5, (8, 8), 4).eval(), torch.rand(500, 1, 8, 8)
     y = model(x).argmax(1)
     counts = captures.captured(model, x, y, 0.004)
     assert set(captures.ATTACKS) <= set(counts)

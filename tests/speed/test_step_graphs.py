@@ -98,10 +98,52 @@ def test_short_loops_are_captured_once_a_capture_pays(graphs, rerun):
 def test_a_loop_of_which_no_step_is_certain_is_captured_only_once_enough_were_launched(graphs, rerun):
     model = Scale()
     for steps, captured in ((WORTH, 0), (1, 1)):
-        loop = begin_steps(graphs, Grow(model), start(), 0)
+        loop = begin_steps_of_a_run(graphs, model, WORTH, 0)
         for _ in range(steps):
             loop.take()
         assert rerun.recorded == captured
+
+
+def begin_steps_of_a_run(graphs: StepGraphs, model: nn.Module, left: int, run: int):
+    return graphs.begin(Grow(model), start(), left, certain=False, run=run)
+
+
+@pytest.mark.parametrize(
+    ("taken", "to_come", "captured"),
+    [
+        # the steps that each run so far took; the batches to come; whether the next one, of 100 steps at most, captures
+        ([], 8.0, False),
+        ([WORTH], 0.5, False),
+        ([WORTH], 1.0, True),
+        ([2 * WORTH], 0.0, True),
+        ([WORTH + 20, WORTH - 20], 0.0, False),
+        ([WORTH + 20, WORTH - 20], 1.0, True),
+        ([1, 1, 1, 1], 8.0, False),
+    ],
+)
+def test_a_run_is_captured_if_those_before_it_say_that_it_pays(graphs, rerun, taken, to_come, captured):
+    """What earlier runs took, expected of this one and of those to come, must pay for a capture twice."""
+    model = Scale()
+    graphs.to_come = 0.0
+    for run_, steps in enumerate(taken):
+        loop = begin_steps_of_a_run(graphs, model, 100, run_)
+        for _ in range(steps):
+            loop.take()
+    assert rerun.recorded == 0
+    graphs.to_come = to_come
+    assert begin_steps_of_a_run(graphs, model, 100, len(taken)).replays == captured
+
+
+def test_of_a_first_run_as_much_is_expected_as_it_took(graphs, rerun):
+    """Never more than it has left; what is certain counts in full."""
+    model, graphs.to_come = Scale(), 0.0
+    for left, taken in ((1000, 2 * WORTH), (2 * WORTH - 1, 0), (2 * WORTH, 0)):
+        captured = begin_steps_of_a_run(graphs, model, left, 0)
+        assert captured.replays == (left == 2 * WORTH)
+        for _ in range(taken):
+            captured.take()
+    assert graphs.begin(Grow(Scale()), start(), WORTH).replays
+    assert not graphs.begin(Grow(Scale()), start(), WORTH - 1).replays
 
 
 def test_each_capture_measures_for_how_many_steps_the_next_one_pays(graphs, rerun):
