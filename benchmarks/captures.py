@@ -355,10 +355,12 @@ def chapter(results: Path) -> list[str]:
         "",
         "Counted, not measured: `python -m benchmarks captures` runs `evaluate` with the protocol `standard` on a CPU, "
         f"{IMAGES:,} images in batches of {BATCH}, with a GPU's batch sizes and functions that stand for CUDA graphs. "
-        f"A step is captured once {WORTH} of it were launched, the estimated cost of a capture on a ResNet-18; on a "
-        "GPU every capture measures that cost anew. Operators are those of one step where kernels serve, the model's "
-        "own included: its gradient and loss, for Square its forward pass. Before: at the commit before captures "
-        "were made to pay, for those models and attacks that were counted there.",
+        f"A capture is taken to cost as much as {WORTH} steps, an estimate for a ResNet-18; on a GPU every capture "
+        "measures that cost anew. A step is captured once the steps that are to be expected, going by earlier runs and "
+        "the batches to come, pay for two captures. Square has no step that is captured, and its queries were not "
+        "counted. Operators are those of one step where kernels serve, the model's own included: its gradient and "
+        "loss, for Square its forward pass. Before: at the commit before captures were made to pay, for those models "
+        "and attacks that were counted there.",
         "",
         *report.table(heads, body),
     ]
