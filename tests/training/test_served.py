@@ -13,8 +13,8 @@ from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import races, registry, verify
 from purify_fast.ops.dispatch.op import Call
 from purify_fast.training import FitConfig, fit, loop
-from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree
+from purify_fast.training.config import TrainingAttack
 
 CPU, SHAPE = torch.device("cpu"), (1, 16, 16)
 pytestmark = [
