@@ -89,7 +89,7 @@ class FollowsRecipe(DataCommand):
             return []
         return [Superseded(("official_code",), "--official-code is of a --recipe: name one")]
 
-    def images_in_turn(self) -> DataSet:
+    def load_data(self) -> DataSet:
         images, recipe = super().load_data(), self.published()
         if recipe is not None and images.image_shape != recipe.image_shape:
             shape = recipe.image_shape
