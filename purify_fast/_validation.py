@@ -57,9 +57,9 @@ class Range:
         if high_enough and (value < self.high if self.below else value <= self.high):
             return
         if self.high < math.inf:
-            words = f"in {'(' if self.above else '['}{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+            words = f"in {'(' if self.above else '['}{self.low:.10g}, {self.high:.10g}{')' if self.below else ']'}"
         else:
-            words = f"{'above' if self.above else 'at least'} {self.low:g}{' and finite' if self.below else ''}"
+            words = f"{'above' if self.above else 'at least'} {self.low:.10g}{' and finite' if self.below else ''}"
         raise ValueError(f"{name} must be {words}{self.unit}, got {value}")
 
 

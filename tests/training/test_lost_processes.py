@@ -140,24 +140,6 @@ def test_the_first_process_is_killed_while_it_writes_a_checkpoint(one, trio, tmp
     close(torch.load(tmp_path / "two-0"), one)
 
 
-def test_the_message_names_who_is_missing(monkeypatch):
-    """Those that wait in vain too are not; a store that is gone with its process tells nothing new."""
-    monkeypatch.setattr(distributed, "NOTICE", 0.0)
-    monkeypatch.setattr(distributed, "processes", lambda: (0, 4))
-    store = torch.distributed.HashStore()
-    store.set("run 2", "9 7 waits")
-    store.set("run 3", "9 5 works")
-    watch = distributed._Watch(store, "run")
-    named = "process 1, which has not begun; process 3, last in step 5"
-    assert watch.missing() == named and store.get("run 0") == b"2 0 waits"
-    watch.store = None
-    assert watch.missing() == named
-    for rank in (1, 3):
-        store.set(f"run {rank}", "9 7 waits")
-    watch.store = store
-    assert watch.missing() == "all others wait too: the network between them failed"
-
-
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 4000ms for recv"
 
 
