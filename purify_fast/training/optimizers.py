@@ -92,6 +92,13 @@ class Lookahead(torch.optim.Optimizer):
         """The inner optimizer's state, the slow weights and the count of steps: all a resumed run needs."""
         return {"inner": self.inner.state_dict(), "slow": list(self._slow), "steps": self.steps}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles; an optimizer's own state leaves out what is added to it."""
+        return {
+            **super().__getstate__(),
+            **{name: vars(self)[name] for name in ("inner", "k", "alpha", "steps", "_slow")},
+        }
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave.

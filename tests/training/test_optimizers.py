@@ -120,6 +120,17 @@ def test_bad_numbers_are_refused(wrong):
         Lookahead(radam(nn.Linear(1, 1)), **wrong)
 
 
+def test_copies_go_on_by_themselves():
+    model, x, y = problem()
+    optimizer = Lookahead(radam(model), 3)
+    steps(optimizer, model, x, y, 4)
+    other, copied = copy.deepcopy((model, optimizer))
+    steps(optimizer, model, x, y, 5)
+    assert not torch.equal(other.weight, model.weight)
+    steps(copied, other, x, y, 5)
+    assert torch.equal(other.weight, model.weight)
+
+
 OPTIMIZERS = {
     "AdamW": lambda weights: torch.optim.AdamW(weights, lr=0.01, foreach=True),
     "Adam": lambda weights: torch.optim.Adam(weights, lr=0.01, foreach=True),
