@@ -43,9 +43,6 @@ class Impossible(Exception):
 
 def build_mode(environ: Mapping[str, str]) -> str:
     mode = environ.get("PURIFY_FAST_BUILD", "auto") or "auto"
-    if mode == "cuda":  # worked in 0.1.0; the next release refuses it
-        say("PURIFY_FAST_BUILD=cuda builds what cpu does: the kernels of GPUs are Triton's, which are not built")
-        mode = "cpu"
     if mode not in MODES:
         raise SystemExit(f"PURIFY_FAST_BUILD={mode!r} is unknown; allowed: {', '.join(MODES)}")
     return mode
@@ -74,10 +71,10 @@ def check_setuptools(version: str) -> None:
 
 def sources_digest() -> str:
     """The hash of the C++ sources, by the package's own function; importing the package takes torch."""
-    spec = importlib.util.spec_from_file_location("_sources", ROOT / "purify_fast" / "_sources.py")
+    spec = importlib.util.spec_from_file_location("_files", ROOT / "purify_fast" / "_files.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.digest(ROOT / "csrc")
+    return module.sources_digest(ROOT / "csrc")
 
 
 def say(line: str) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from purify_fast._lock import FolderInUse
+from purify_fast._files import FolderInUse
 
 from . import (
     captures,

@@ -36,8 +36,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from purify_fast._files import write_text
-from purify_fast._lock import folder_lock
+from purify_fast._files import folder_lock, write_text
 from purify_fast.ops.dispatch import compiler, timing
 
 from . import RESULTS, pages, performance, report, shipping

@@ -26,7 +26,7 @@ from purify_fast.ops import REGISTRY, pin_kernels
 from purify_fast.ops.dispatch.timing import Launches
 from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.training import Batch
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 from . import report
 

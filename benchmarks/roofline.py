@@ -29,7 +29,7 @@ from purify_fast.ops.dispatch.timing import Launches
 from purify_fast.speed.folding.batchnorm import fold_batchnorm
 from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.training import Batch
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 from . import RESULTS, report
 from .captures import ATTACKS, COUNTED_STEPS, kernels_serve, per_step

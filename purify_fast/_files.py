@@ -1,13 +1,28 @@
-"""Files that are whole or absent: written aside, synced, moved into place."""
+"""Files that are whole or absent, folders that one run has at a time, and the record of an extension's sources.
+
+A file is written aside, synced, and moved into place.
+
+The lock of a folder is `filelock`'s: the operating system locks the file ``.purify_fast.lock`` and releases it when the
+process ends, however it ends. ``.purify_fast.holder`` beside it says in words who has the lock. Both files are removed
+when the run ends.
+
+setup.py reads this module by itself, so that it imports nothing of the package.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
+import hashlib
+import json
 import logging
 import os
 import shutil
+import socket
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +36,19 @@ OnFull = Literal["stop", "wait"]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Seconds between two attempts to write to a full disk.
 PAUSE = 5.0
+LOCK, HOLDER = ".purify_fast.lock", ".purify_fast.holder"
+#: Seconds in which a lock is tried again: its holder may be removing the file.
+PATIENCE = 0.2
+
+#: The process and the thread that hold each lock of this process. A forked process holds none of its parent's.
+_owners: dict[Path, tuple[int, int]] = {}
+
+#: The record that building the extension leaves beside it.
+RECORD = "_build.json"
+#: The folders of the sources that the extension is made of.
+PARTS = ("core", "cpu")
+#: Files by which these folders are known: others have a folder ``csrc`` too, which may lie in ``site-packages``.
+MARKS = ("core/philox.h", "cpu/philox.cpp")
 
 
 def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", remark: str = "") -> None:
@@ -110,3 +138,114 @@ def write_text(path: Path, text: str) -> None:
     """
     with atomic(path) as temporary:
         temporary.write_bytes(text.encode())
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+class FolderInUse(ValueError):
+    """Another run writes into the folder."""
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str | Path | None) -> Iterator[None]:
+    """Within the block, no other process or thread has the lock of this folder; the same thread may take it again.
+
+    Args:
+        folder: created if it is missing; None locks nothing.
+
+    Raises:
+        FolderInUse: another run has the lock; the message names its machine, process, start and command.
+        ValueError: there is a file in the folder's place.
+        OSError: the folder cannot be written to, or its file system refuses locks.
+    """
+    if folder is None:
+        yield
+        return
+    # importing filelock takes 0.1 seconds: the command line's --help does without it
+    from filelock import FileLock, Timeout
+
+    from ._validation import check_folder
+
+    check_folder("the run's folder", folder)
+    folder = Path(folder)
+    created = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path, this = folder.resolve() / LOCK, (os.getpid(), threading.get_ident())
+    owner = _owners.get(path)
+    if owner == this:
+        yield
+        return
+    if owner is not None and owner[0] == this[0]:
+        raise FolderInUse(f"{folder} is written by another thread of this process: wait for it, or give another")
+    lock = FileLock(path, timeout=PATIENCE, poll_interval=PATIENCE / 10)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FolderInUse(f"{folder} is written by another run{_holder(folder)}") from None
+    _owners[path] = this
+    try:
+        # the operating system has locked the folder: on a full disk the lock holds without its holder's name
+        with contextlib.suppress(OSError):
+            (folder / HOLDER).write_text(_this_process())
+        yield
+    finally:
+        del _owners[path]
+        with contextlib.suppress(OSError):
+            (folder / HOLDER).unlink()
+        # before the lock is released, so that nobody locks a file that is about to go
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.release()
+        # the folders of a command that was refused before it wrote anything
+        with contextlib.suppress(OSError):
+            for place in created:
+                place.rmdir()
+
+
+def _this_process() -> str:
+    since = datetime.datetime.now().isoformat(" ", "seconds")
+    return f"process {os.getpid()} on {socket.gethostname()} since {since} ({' '.join(sys.argv)[:300]})"
+
+
+def _holder(folder: Path) -> str:
+    """Who has the lock, and what to do, as the end of a sentence."""
+    try:
+        who = f": {(folder / HOLDER).read_text()}"
+    except (OSError, UnicodeDecodeError):
+        who = ""
+    return f"{who}; wait for it, end it, or give another folder"
+
+
+# -- the sources of the extension --------------------------------------------------------------------------------------
+
+
+def sources_digest(folder: Path) -> str:
+    """A hash of names and contents of the sources.
+
+    Args:
+        folder: ``csrc``.
+    """
+    content = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for part in PARTS for path in (folder / part).glob("*") if path.is_file()):
+        for text in (path.relative_to(folder).as_posix().encode(), path.read_bytes()):
+            content.update(len(text).to_bytes(8, "little") + text)
+    return content.hexdigest()
+
+
+def is_stale(extension: Path, folder: Path) -> bool:
+    """Whether an extension was built from other sources than those of a checkout.
+
+    Its ops may then take other arguments than this package's Python gives them.
+
+    Args:
+        extension: the shared object, whose record lies beside it.
+        folder: ``csrc`` of the checkout; where there is none, as in an installed wheel, nothing is stale.
+    """
+    if not all((folder / name).is_file() for name in MARKS):
+        return False
+    try:
+        record = json.loads(extension.with_name(RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = None
+    return not isinstance(record, dict) or record.get("sources") != sources_digest(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ._sources import is_stale
+from ._files import is_stale
 
 logger = logging.getLogger("purify_fast")
 

@@ -40,25 +40,32 @@ class Range:
     Args:
         low: the least.
         high: the most; infinity where there is no bound.
-        below: whether the value must be below ``high``.
+        above: whether the value must be above ``low``.
+        below: whether the value must be below ``high``; below infinity it is finite.
         unit: what the message says behind the bounds.
     """
 
     low: float
     high: float = math.inf
+    above: bool = False
     below: bool = False
     unit: str = ""
 
     def check(self, name: str, value: Any) -> None:
         """ValueError unless ``value``, called ``name``, is in the range; NaN is in none."""
-        if self.low <= value < self.high or (value == self.high and not self.below):
+        high_enough = value > self.low if self.above else value >= self.low
+        if high_enough and (value < self.high if self.below else value <= self.high):
             return
-        interval = f"in [{self.low:g}, {self.high:g}{')' if self.below else ']'}{self.unit}"
-        words = interval if self.high < math.inf else f"at least {self.low:g}{self.unit}"
-        raise ValueError(f"{name} must be {words}, got {value}")
+        if self.high < math.inf:
+            words = f"in {'(' if self.above else '['}{self.low:.10g}, {self.high:.10g}{')' if self.below else ']'}"
+        else:
+            words = f"{'above' if self.above else 'at least'} {self.low:.10g}{' and finite' if self.below else ''}"
+        raise ValueError(f"{name} must be {words}{self.unit}, got {value}")
 
 
 AtLeast0 = Annotated[float, Range(0)]
+#: A rate or a length, without which nothing would move.
+Positive = Annotated[float, Range(0, above=True, below=True)]
 #: How many of something.
 Count = Annotated[int, Range(1)]
 Share = Annotated[float, Range(0, 1)]

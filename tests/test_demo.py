@@ -13,12 +13,11 @@ import pytest
 from purify_fast.demo import arrest, atop, carso
 from purify_fast.demo.second_process import SecondProcess
 from purify_fast.demo.sentences import percent
-from purify_fast.demo.setting import BASE_TRAINING, EPS, LAYERS
+from purify_fast.demo.setting import LAYERS
 from purify_fast.demo.workspace import AUTOATTACK, BASE, QUICK, STANDARD, Budget, Workspace
 from purify_fast.evaluation import Report, Row
 from purify_fast.methods.carso import Carso
-from purify_fast.training import ClassifierConfig, save_classifier
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training import save_classifier
 
 N = 8
 
@@ -91,24 +90,6 @@ def test_arrests_sums_are_of_one_set_of_images():
     text += " (with clean accuracy on its 4 images: sum 125.0, NRR 60.0)"
     sentences = arrest.conclusion(reports, Budget())
     assert all(text in sentence for sentence in sentences[:4])
-
-
-def test_arrest_and_the_base_train_on_one_attack():
-    """Their tasks have default steps of their own; the base is CARSO's too and stays as it is."""
-    assert (
-        ClassifierConfig(
-            attack=TrainingAttack(eps=EPS, steps=7, relative_alpha=2.0, eps_warmup=0.2),
-            learning_rate=1e-2,
-            weight_decay=2e-2,
-        )
-        == BASE_TRAINING
-    )
-    one, two = arrest.CONFIG.attack, BASE_TRAINING.attack
-    for epoch in (0, 9):
-        now, same = one.at_epoch(epoch, 10), two.at_epoch(epoch, 10)
-        assert now.eps == same.eps == (EPS / 2 if epoch == 0 else EPS)
-        assert now.step_size(now.eps) == pytest.approx(same.step_size(same.eps)) == pytest.approx(2 * now.eps / 7)
-    assert (one.eps, one.steps, one.eps_warmup, one.norm) == (two.eps, two.steps, two.eps_warmup, two.norm)
 
 
 def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):

@@ -112,20 +112,3 @@ def missing(name: str) -> list[str]:
 def test_every_parameter_has_an_entry(name):
     found = missing(name)
     assert not found, "\n".join(["one entry for each parameter:", *found])
-
-
-def test_entries_are_read_one_by_one():
-    text = """Something.
-
-    Args:
-        x: one
-            and more: of it.
-        y, z: two in one.
-        **rest: options.
-        w (int): a width.
-
-    Returns:
-        nothing: at all.
-    """
-    assert entries(text) == ["x", "y, z", "rest", "w"]
-    assert entries("No section.") is None

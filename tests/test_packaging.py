@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from purify_fast import _library, _sources
+from purify_fast import _files, _library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,11 +104,6 @@ def test_build_mode(setup_py):
         setup_py.build_mode({"PURIFY_FAST_BUILD": "gpu"})
 
 
-def test_the_mode_cuda_of_0_1_builds_what_there_is(setup_py, capsys):
-    assert setup_py.build_mode({"PURIFY_FAST_BUILD": "cuda"}) == "cpu"
-    assert "PURIFY_FAST_BUILD=cuda builds what cpu does" in capsys.readouterr().err
-
-
 def test_an_old_setuptools_is_refused_in_one_line(setup_py):
     """It ended in forty lines about the form of pyproject.toml."""
     setup_py.check_setuptools("77.0.1")
@@ -143,19 +138,19 @@ def test_modes_when_the_build_is_impossible(setup_py, monkeypatch, capsys):
 def test_an_extension_of_other_sources_is_not_loaded(tmp_path, monkeypatch):
     """Its ops might take other arguments: the references serve, and the message says how to build it again."""
     csrc = tmp_path / "csrc"
-    for name in (*_sources.MARKS, "core/one.h"):
+    for name in (*_files.MARKS, "core/one.h"):
         (csrc / name).parent.mkdir(parents=True, exist_ok=True)
         (csrc / name).write_text("1")
     extension = tmp_path / "_C.abi3.so"
-    assert not _sources.is_stale(extension, tmp_path / "nowhere")
-    assert _sources.is_stale(extension, csrc)
+    assert not _files.is_stale(extension, tmp_path / "nowhere")
+    assert _files.is_stale(extension, csrc)
     for damaged in ("[]", "null", '"sources"', "{"):
-        extension.with_name(_sources.RECORD).write_text(damaged)
-        assert _sources.is_stale(extension, csrc)
-    extension.with_name(_sources.RECORD).write_text(json.dumps({"sources": _sources.digest(csrc)}))
-    assert not _sources.is_stale(extension, csrc)
+        extension.with_name(_files.RECORD).write_text(damaged)
+        assert _files.is_stale(extension, csrc)
+    extension.with_name(_files.RECORD).write_text(json.dumps({"sources": _files.sources_digest(csrc)}))
+    assert not _files.is_stale(extension, csrc)
     (csrc / "core" / "one.h").write_text("2")
-    assert _sources.is_stale(extension, csrc)
+    assert _files.is_stale(extension, csrc)
 
     loaded = []
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
@@ -173,15 +168,15 @@ def test_an_extension_of_other_sources_is_not_loaded(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not _library.loaded(), reason="the extension is not built")
 def test_the_build_records_its_sources():
-    assert not _sources.is_stale(Path(_library.path), _library.SOURCES)
+    assert not _files.is_stale(Path(_library.path), _library.SOURCES)
 
 
 def test_a_folder_of_the_same_name_that_is_not_ours_switches_nothing_off(tmp_path):
     """Another package may have installed one beside this package."""
-    assert all((ROOT / "csrc" / name).is_file() for name in _sources.MARKS)
+    assert all((ROOT / "csrc" / name).is_file() for name in _files.MARKS)
     (tmp_path / "csrc" / "core").mkdir(parents=True)
     (tmp_path / "csrc" / "core" / "theirs.h").write_text("1")
-    assert not _sources.is_stale(tmp_path / "_C.abi3.so", tmp_path / "csrc")
+    assert not _files.is_stale(tmp_path / "_C.abi3.so", tmp_path / "csrc")
 
 
 def test_a_build_that_fails_leaves_no_record(setup_py, tmp_path, monkeypatch, capsys):
@@ -190,7 +185,7 @@ def test_a_build_that_fails_leaves_no_record(setup_py, tmp_path, monkeypatch, ca
     made = setup_py.torch_extension("auto")
     folder = tmp_path / "purify_fast"
     folder.mkdir()
-    record = folder / _sources.RECORD
+    record = folder / _files.RECORD
     failing = [False]
 
     def compiles(self, ext):
@@ -211,5 +206,5 @@ def test_a_build_that_fails_leaves_no_record(setup_py, tmp_path, monkeypatch, ca
         build.run()
         assert record.exists() is not fails
         if not fails:
-            assert json.loads(record.read_text())["sources"] == _sources.digest(ROOT / "csrc")
+            assert json.loads(record.read_text())["sources"] == _files.sources_digest(ROOT / "csrc")
     assert "compiling the kernels failed: no such header" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 from . import Case, Job, columns, uncompiled
 from .carso_inference import classifier

@@ -25,7 +25,7 @@ from purify_fast.ops import use_backend
 from purify_fast.ops.contextual_attention import key_validity
 from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 from . import Case, Job, columns, uncompiled
 from .carso_training import attack

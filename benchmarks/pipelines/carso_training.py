@@ -15,7 +15,7 @@ from purify_fast.methods.carso.losses import balanced_batch, kl_weight
 from purify_fast.ops.sample_latent import sample_latent
 from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 from . import Case, Job, columns, uncompiled
 from .carso_inference import Plain, defence, images

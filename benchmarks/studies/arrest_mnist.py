@@ -15,7 +15,7 @@ from purify_fast.evaluation import AttackSpec, Tradeoff, merge, plot_tradeoff
 from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.training import FitConfig, fit, load_classifier, save_classifier
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 from . import Job, mnist
 from .attacked import counts, joined

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from purify_fast._fingerprint import weights_fingerprint
+from purify_fast._tensors import weights_fingerprint
 from purify_fast.data import DataSet
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask
 from purify_fast.training import FitConfig, TrainingAttack, fit

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from purify_fast import data, load_defence
-from purify_fast._fingerprint import weights_fingerprint
+from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks import PGD
 from purify_fast.defences.aggregation import WithAggregation
 from purify_fast.defences.noisy_ensemble import NoisyEnsemble
@@ -22,7 +22,7 @@ from purify_fast.demo.setting import LAYERS, SIZES
 from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.training import FitConfig, fit, load_classifier
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 from . import Job
 from .digits import (

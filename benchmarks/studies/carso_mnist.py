@@ -14,14 +14,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from purify_fast import load_defence
-from purify_fast._fingerprint import weights_fingerprint
+from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks import APGD, PGD, AutoAttack
 from purify_fast.data import DataSet
 from purify_fast.demo.setting import LAYERS
 from purify_fast.evaluation import AttackSpec, Report, merge
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.training import FitConfig, fit, load_classifier
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 from . import Job, mnist
 from .attacked import joined

@@ -18,13 +18,13 @@ from torch import nn
 
 from purify_fast import data, load_defence
 from purify_fast._files import write_text
-from purify_fast._fingerprint import weights_fingerprint
+from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks import APGD, PGD
 from purify_fast.evaluation import AttackSpec, evaluate, merge
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.training import FitConfig, fit
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 from . import Job
 from .attacked import joined, keep

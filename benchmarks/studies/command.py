@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from purify_fast import data, zoo
-from purify_fast._lock import folder_lock
+from purify_fast._files import folder_lock
 from purify_fast.attacks.autoattack import implementation
 from purify_fast.cli.device import usable_device
 

@@ -13,7 +13,7 @@ from purify_fast._files import write_text
 from purify_fast.evaluation import AttackSpec, Report, evaluate
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, save_classifier
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 from . import Job
 from .attacked import keep

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from .._lock import folder_lock
+from .._files import folder_lock
 from .._version import __version__
 from .ablate import Ablate
 from .command import Command

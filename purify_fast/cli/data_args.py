@@ -60,12 +60,6 @@ class DataCommand(Command):
         size = None if self.size is None else (self.size[0], self.size[-1])
         return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)
 
-    def images_in_turn(self) -> DataSet:
-        """The images; of several processes on a machine one reads them first, and may download them."""
-        from ..training.distributed import in_turn
-
-        return in_turn(self.load_data)
-
     def attacked_by(self, folder: Path, eps: float, norm: str) -> str:
         """The sentence that names the command that attacks what was trained here: the same images, the same ball."""
         words = ["purify-fast", "evaluate", str(folder), "--data", self.data]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import tyro
 
-from .._lock import folder_lock
+from .._files import folder_lock
 from .._validation import CudaGraphs, CudnnBenchmark, Norm, Precision
 from .classifiers import (
     is_named,

@@ -64,7 +64,7 @@ class TrainArrest(FollowsRecipe, FreshClassifier):
 
         if self.keep_teacher and (self.loop.padding or self.loop.flip):
             raise ValueError("--keep-teacher is for images that are not augmented: leave out --padding and --flip")
-        images = self.images_in_turn()
+        images = self.load_data()
         task = ArrestTask(self.start(images), self.method, images.image_shape, self.layers or None)
         if self.keep_teacher and task.teacher is not None:
             task.teacher.keep(images.x_train, progress=processes()[0] == 0)
@@ -104,8 +104,8 @@ class TrainArrest(FollowsRecipe, FreshClassifier):
 
     def refuse_another_run(self) -> None:
         """ValueError if OUT holds another run, before the standard classifier is trained into it for minutes."""
-        from ..training.attack import settings
         from ..training.checkpoint import last_checkpoint
+        from ..training.config import settings
         from ..training.run import loop_facts, refuse_another
 
         checkpoint, attack = last_checkpoint(self.out), self.method.attack

@@ -58,7 +58,7 @@ class TrainGenerator(TrainPurifier):
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=16))
 
     def task(self, images: DataSet, classifier: nn.Module) -> AtopTask:
-        from .._fingerprint import weights_fingerprint
+        from .._tensors import weights_fingerprint
         from ..methods.atop import Atop, AtopTask, DeepFillGenerator
         from ..methods.atop.purifier import build_purifier
 
@@ -105,7 +105,7 @@ class TrainAtop(FollowsRecipe, TrainGenerator):
         return [*super().superseded(), Superseded(_NETWORK + _TRANSFORM, message)]
 
     def task(self, images: DataSet, classifier: nn.Module) -> AtopTask:
-        from .._fingerprint import weights_fingerprint
+        from .._tensors import weights_fingerprint
         from ..methods.atop import Atop, AtopTask
 
         if self.init is None:

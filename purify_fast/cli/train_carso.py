@@ -59,7 +59,7 @@ class TrainCarso(FollowsRecipe, TrainPurifier):
         return rules
 
     def task(self, images: DataSet, classifier: nn.Module) -> CarsoTask:
-        from .._fingerprint import weights_fingerprint
+        from .._tensors import weights_fingerprint
         from ..methods.carso import Carso, CarsoTask
 
         if self.init is not None:

@@ -27,7 +27,7 @@ class TrainClassifier(FreshClassifier):
         from .._process import processes
         from ..training import ClassifierTask
 
-        images = self.images_in_turn()
+        images = self.load_data()
         torch.manual_seed(self.loop.seed)
         model = self.fresh(images)
         train(self, ClassifierTask(model, self.method), images, self.loop, out=self.out, title="classifier")

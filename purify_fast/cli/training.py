@@ -89,8 +89,8 @@ class FollowsRecipe(DataCommand):
             return []
         return [Superseded(("official_code",), "--official-code is of a --recipe: name one")]
 
-    def images_in_turn(self) -> DataSet:
-        images, recipe = super().images_in_turn(), self.published()
+    def load_data(self) -> DataSet:
+        images, recipe = super().load_data(), self.published()
         if recipe is not None and images.image_shape != recipe.image_shape:
             shape = recipe.image_shape
             raise ValueError(
@@ -122,7 +122,7 @@ class TrainPurifier(DataCommand):
         from ..training import save_classifier
 
         method, loop, out = (getattr(self, name) for name in ("method", "loop", "out"))
-        images = self.images_in_turn()
+        images = self.load_data()
         classifier = trained_classifier(self.classifier, self.classifier_weights, images)
         if getattr(method, "attack_method", None) != "none":
             say_other_ball(self.classifier, method.attack)
@@ -158,9 +158,9 @@ def train(command: DataCommand, task: Task, images: DataSet, loop: FitConfig, ou
 def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, check: bool = True) -> Any:
     """The defence of a kind in a folder, to start from; ValueError if there is something else."""
     from ..methods.loading import load_defence
-    from ..training.checkpoint import read_facts
+    from ..training.checkpoint import read_model
 
-    saved = read_facts(folder)["kind"]
+    saved = read_model(folder)[0]["kind"]
     if saved != kind.__name__:
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
         raise ValueError(f"{folder} holds a {saved!r}, not {article} {kind.__name__}")

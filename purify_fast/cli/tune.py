@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .._lock import FolderInUse, folder_lock
+from .._files import FolderInUse, folder_lock
 from .command import Command
 from .device import usable_device
 

@@ -1,20 +1,20 @@
 """Data sets as uint8 tensors, and what a loop needs of them: floats, shuffled batches, augmentation on the device."""
 
-from .augment import crop_flip
-from .batches import batches
-from .datasets import DataSet, load_dataset, to_float
-from .statistics import statistics
-from .streaming import StreamedImages, read_ahead
-from .subset import balanced_subset
+from __future__ import annotations
 
-__all__ = [
-    "DataSet",
-    "StreamedImages",
-    "balanced_subset",
-    "batches",
-    "crop_flip",
-    "load_dataset",
-    "read_ahead",
-    "statistics",
-    "to_float",
-]
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .datasets import DataSet as DataSet
+    from .datasets import load_dataset as load_dataset
+    from .images import crop_flip as crop_flip
+    from .images import statistics as statistics
+    from .images import to_float as to_float
+    from .selection import balanced_subset as balanced_subset
+    from .selection import batches as batches
+    from .streaming import StreamedImages as StreamedImages
+    from .streaming import read_ahead as read_ahead
+
+__all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -14,22 +14,28 @@ ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The four arrays of an ``.npz`` file, as they are.
-
-    Args:
-        path: the file; it must hold `ARRAYS`, and may hold more.
-
-    Returns:
-        The arrays by their names.
+    """The four `ARRAYS` of an ``.npz`` file, as they are; it may hold more.
 
     Raises:
         ValueError: the file is another kind of file, damaged, lacks an array, or holds Python objects.
     """
-    with _open(path) as file:
-        missing = [name for name in ARRAYS if name not in file]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}: it needs {', '.join(ARRAYS)}, has {file.files}")
-        return {name: _read(file, name) for name in ARRAYS}
+    place, arrays = str(path), {}
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError(f"it holds one {type(file).__name__}")
+        with file:
+            for name in [name for name in ARRAYS if name in file]:
+                place = f"{name} of {path}"
+                arrays[name] = file[name]
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{place} is damaged, or not what numpy.savez writes of plain arrays without Python objects: {error}"
+        ) from error
+    missing = [name for name in ARRAYS if name not in arrays]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it needs {', '.join(ARRAYS)}, has {file.files}")
+    return arrays
 
 
 def check_arrays(arrays: dict[str, np.ndarray], num_classes: int | None) -> tuple[dict[str, Tensor], int]:
@@ -45,52 +51,33 @@ def check_arrays(arrays: dict[str, np.ndarray], num_classes: int | None) -> tupl
     Raises:
         ValueError: anything else in an array; the message names the first offending index and value.
     """
-    x = {part: _images(f"x_{part}", arrays[f"x_{part}"]) for part in ("train", "test")}
-    y = {part: _labels(f"y_{part}", arrays[f"y_{part}"]) for part in ("train", "test")}
-    if x["train"].shape[1:] != x["test"].shape[1:]:
-        shapes = " and ".join(str(list(x[part].shape[1:])) for part in ("train", "test"))
-        raise ValueError(f"x_test must have the images' shape of x_train, got [C, H, W] = {shapes}")
+    checked = {name: (_images if name[0] == "x" else _labels)(name, arrays[name]) for name in ARRAYS}
+    shapes = [list(checked[name].shape[1:]) for name in ("x_train", "x_test")]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"x_test must have the images' shape of x_train, got [C, H, W] = {shapes[0]} and {shapes[1]}")
     for part in ("train", "test"):
-        if len(x[part]) != len(y[part]):
-            raise ValueError(f"y_{part} has {len(y[part])} labels for the {len(x[part])} images of x_{part}")
-    found = 1 + int(max(y["train"].max(), y["test"].max()))
-    if num_classes is None:
-        _no_gap(y, found)
-        if found < 2:
-            raise ValueError("y_train and y_test hold one class only, 0: at least 2 are needed")
-    else:
-        for part in ("train", "test"):
-            _refuse(f"y_{part}", y[part], y[part] >= num_classes, f"labels of 0 .. {num_classes - 1}")
-    tensors = {f"x_{part}": torch.from_numpy(x[part]) for part in x}
-    tensors |= {f"y_{part}": torch.from_numpy(y[part]) for part in y}
-    return tensors, chosen_classes(found, num_classes)
+        x, y = checked[f"x_{part}"], checked[f"y_{part}"]
+        if len(x) != len(y):
+            raise ValueError(f"y_{part} has {len(y)} labels for the {len(x)} images of x_{part}")
+        if num_classes is not None:
+            _refuse(f"y_{part}", y, y >= num_classes, f"labels of 0 .. {num_classes - 1}")
+    present = np.union1d(checked["y_train"], checked["y_test"])
+    classes = 1 + int(present[-1])
+    if num_classes is None and len(present) < classes:
+        gap = int((present != np.arange(len(present))).argmax())
+        raise ValueError(
+            f"the labels go up to {classes - 1}, but no image has label {gap}: give num_classes if that is meant"
+        )
+    if num_classes is None and classes < 2:
+        raise ValueError("y_train and y_test hold one class only, 0: at least 2 are needed")
+    return {name: torch.from_numpy(array) for name, array in checked.items()}, chosen_classes(classes, num_classes)
 
 
-def chosen_classes(found: int, asked: int | None) -> int:
-    """The number of classes: ``asked``, or if that is None the ``found`` one; ValueError if fewer are asked for."""
-    if asked is not None and asked < found:
-        raise ValueError(f"num_classes is {asked}, but the labels go up to {found - 1}")
-    return found if asked is None else asked
-
-
-def _open(path: Path) -> np.lib.npyio.NpzFile:
-    try:
-        file = np.load(path, allow_pickle=False)
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not an .npz file (numpy.savez writes one)") from error
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path} is not an .npz file (numpy.savez writes one), it holds one {type(file).__name__}")
-    return file
-
-
-def _read(file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
-    try:
-        return file[name]
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise ValueError(f"{name} cannot be read, the file is damaged: {error}") from error
-    # an object array would have to be unpickled
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be read safely: it must be a plain array, not Python objects") from error
+def chosen_classes(present: int, asked: int | None) -> int:
+    """The number of classes: ``asked``, or if that is None the ``present`` ones; ValueError if fewer are asked for."""
+    if asked is not None and asked < present:
+        raise ValueError(f"num_classes is {asked}, but the labels go up to {present - 1}")
+    return present if asked is None else asked
 
 
 def _refuse(name: str, array: np.ndarray, bad: np.ndarray, allowed: str) -> None:
@@ -102,7 +89,7 @@ def _refuse(name: str, array: np.ndarray, bad: np.ndarray, allowed: str) -> None
 
 def _images(name: str, array: np.ndarray) -> np.ndarray:
     """uint8 NCHW, contiguous."""
-    if array.dtype.kind not in "uf" or array.dtype not in (np.uint8, np.float32, np.float64):
+    if array.dtype not in (np.uint8, np.float32, np.float64):
         raise ValueError(f"{name} must be uint8 (or float32, float64 in [0, 1]), got {array.dtype}")
     if array.ndim not in (3, 4):
         raise ValueError(f"{name} must be [N, H, W], [N, H, W, C] or [N, C, H, W], got {list(array.shape)}")
@@ -117,15 +104,12 @@ def _images(name: str, array: np.ndarray) -> np.ndarray:
         _refuse(name, array, off, "multiples of 1/255, which uint8 can hold; quantize it first: (x * 255).round()")
         array = level.astype(np.uint8)
     if array.ndim == 3:
-        array = array[:, None]
-    else:
-        first, last = array.shape[1] in (1, 3), array.shape[3] in (1, 3)
-        if first == last:
-            why = "both the second and the last" if first else "neither the second nor the last"
-            raise ValueError(f"{name} has the shape {list(array.shape)}: {why} dimension can be 1 or 3 channels")
-        if last:
-            array = array.transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(array)
+        return np.ascontiguousarray(array[:, None])
+    first, last = array.shape[1] in (1, 3), array.shape[3] in (1, 3)
+    if first == last:
+        why = "both the second and the last" if first else "neither the second nor the last"
+        raise ValueError(f"{name} has the shape {list(array.shape)}: {why} dimension can be 1 or 3 channels")
+    return np.ascontiguousarray(array.transpose(0, 3, 1, 2) if last else array)
 
 
 def _labels(name: str, array: np.ndarray) -> np.ndarray:
@@ -138,18 +122,6 @@ def _labels(name: str, array: np.ndarray) -> np.ndarray:
         raise ValueError(f"{name} must be [N] or [N, 1], got {list(array.shape)}")
     if len(array) == 0:
         raise ValueError(f"{name} is empty")
-    _refuse(name, array, array < 0, "labels of 0 and above")
     # a label beyond any class count would otherwise overflow int64 or the count of classes
-    _refuse(name, array, array > 2**31 - 1, "labels below 2^31")
+    _refuse(name, array, (array < 0) | (array > 2**31 - 1), "labels of 0 and above, below 2^31")
     return array.astype(np.int64)
-
-
-def _no_gap(y: dict[str, np.ndarray], found: int) -> None:
-    present = np.union1d(y["train"], y["test"])
-    if len(present) == found:
-        return
-    # the smallest absent label
-    gap = int((present != np.arange(len(present))).argmax())
-    for part in ("train", "test"):
-        allowed = f"labels 0 .. C - 1 without a gap, and no image has label {gap} (give num_classes if that is meant)"
-        _refuse(f"y_{part}", y[part], y[part] > gap, allowed)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._validation import check_literal
+from .._validation import Range, check_literal
 from .arrays import ARRAYS, check_arrays, chosen_classes, read_npz
-from .streaming import StreamedImages
+from .streaming import ResizedImages, StreamedImages
 
 #: The data sets that have official files, or an ``.npz`` under this name.
 NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagenette", "tiny_imagenet")
@@ -66,23 +66,6 @@ class DataSet:
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in ARRAYS})
 
 
-def to_float(x: Tensor) -> Tensor:
-    """Images as floating-point numbers.
-
-    Args:
-        x: uint8 of any shape.
-
-    Returns:
-        float32 in [0, 1], of the same shape.
-
-    Raises:
-        ValueError: any other dtype.
-    """
-    if x.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8, got {x.dtype}")
-    return x.float().div_(255)
-
-
 def load_dataset(
     name_or_path: str | Path,
     root: str | Path | None = None,
@@ -114,7 +97,7 @@ def load_dataset(
         download: whether torchvision may download the official files to root if they are missing.
         image_size: (H, W) that images are resized (shorter side) and cropped (center) to; None leaves them as they are,
             and those of an image folder must all have one size. ``imagenette`` needs it. Images that are no folder's
-            are resized whenever they are read (`purify_fast.data.resized`).
+            are resized whenever they are read (`purify_fast.data.streaming.ResizedImages`).
         memory: bytes an image folder's decoded images may take; above it they are streamed from the cache. Default:
             half of what is available.
         stream: streams them in any case.
@@ -136,64 +119,47 @@ def load_dataset(
     """
     name = str(name_or_path)
     check_literal("on_bad_image", on_bad_image, OnBadImage)
-    _check_options(name, download, image_size, memory=memory, workers=workers)
-    found: Path | dict[str, np.ndarray] | None = None
+    for argument, value in (("memory", memory), ("workers", workers)):
+        if value is not None:
+            Range(0).check(argument, value)
+    if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
+        raise ValueError(f"image_size must be (H, W), both at least 1, got {image_size}")
+    if download and name not in NAMES:
+        raise ValueError(f"download goes with the data sets {', '.join(NAMES)}, not with {name!r}")
+    place: Path | dict[str, np.ndarray] | None = None
     if name in NAMES:
         # torchvision takes about a second to import, and digits and .npz files do not need it
         from .official import find_official
 
-        found = find_official(name, Path("." if root is None else root), download, image_size)
+        place = find_official(name, Path("." if root is None else root), download, image_size)
     elif name != "digits":
-        found = _find(Path(name_or_path), None if root is None else Path(root))
-    if isinstance(found, Path) and found.is_dir():
+        place = _find(Path(name_or_path), None if root is None else Path(root))
+    if isinstance(place, Path) and place.is_dir():
         # likewise
         from .folders import read_folder
 
-        place = None if cache is None else Path(cache)
-        x, y, classes = read_folder(
-            found,
-            image_size,
-            memory=memory,
-            stream=stream,
-            cache=place,
-            workers=workers,
-            on_bad_image=on_bad_image,
-            follow_links=follow_links,
-        )
-        title = name if name in NAMES else found.resolve().name
-        classes = chosen_classes(classes, num_classes)
+        x, y, present = read_folder(
+            place, image_size, memory=memory, stream=stream, cache=None if cache is None else Path(cache),
+            workers=workers, on_bad_image=on_bad_image, follow_links=follow_links,
+        )  # fmt: skip
+        classes = chosen_classes(present, num_classes)
+        title = name if name in NAMES else place.resolve().name
         return DataSet(x["train"], y["train"], x["test"], y["test"], name=title, num_classes=classes)
     if stream:
         raise ValueError(f"{name} is not an image folder: only these are streamed")
-    if found is None:
-        loaded = _digits(num_classes)
+    if place is None:
+        tensors, classes = _digits(), chosen_classes(10, num_classes)
     else:
-        tensors, classes = check_arrays(read_npz(found) if isinstance(found, Path) else found, num_classes)
-        title = found.stem if isinstance(found, Path) else name
-        loaded = DataSet(**tensors, name=title, num_classes=classes)
+        tensors, classes = check_arrays(read_npz(place) if isinstance(place, Path) else place, num_classes)
+    loaded = DataSet(**tensors, name=place.stem if isinstance(place, Path) else name, num_classes=classes)
     if image_size is None or tuple(image_size) == loaded.image_shape[1:]:
         return loaded
-    # likewise
-    from .resized import ResizedImages
-
     height, width = image_size
     train, test = (ResizedImages(images[:], (height, width)) for images in (loaded.x_train, loaded.x_test))
     return dataclasses.replace(loaded, x_train=train, x_test=test)
 
 
-def _check_options(
-    name: str, download: bool, image_size: tuple[int, int] | None, *, memory: int | None, workers: int | None
-) -> None:
-    for argument, value in (("memory", memory), ("workers", workers)):
-        if value is not None and value < 0:
-            raise ValueError(f"{argument} must be at least 0, got {value}")
-    if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
-        raise ValueError(f"image_size must be (H, W), both at least 1, got {image_size}")
-    if download and name not in NAMES:
-        raise ValueError(f"download goes with the data sets {', '.join(NAMES)}, not with {name!r}")
-
-
-def _digits(num_classes: int | None) -> DataSet:
+def _digits() -> dict[str, Tensor]:
     """8x8 images of 17 grey levels -> 16x16, bilinear; the first 500 of a fixed permutation are the test set."""
     try:
         # an optional package
@@ -210,8 +176,7 @@ def _digits(num_classes: int | None) -> DataSet:
     # numpy promises never to change RandomState's stream
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(y)))
     test, train = order[:DIGITS_TEST], order[DIGITS_TEST:]
-    classes = chosen_classes(10, num_classes)
-    return DataSet(x[train], y[train], x[test], y[test], name="digits", num_classes=classes)
+    return {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test]}
 
 
 def _find(path: Path, root: Path | None) -> Path:

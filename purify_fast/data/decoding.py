@@ -9,35 +9,19 @@ from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from .._fingerprint import content_hash
 from .._process import end_with_parent
 
 #: Pillow's modes with 8 bits a channel.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 #: How many images a process decodes at a time.
 CHUNK = 32
-#: How many undecodable files an error names.
-NAMED = 10
-
-
-class Undecodable(ValueError):
-    """Images that cannot be decoded.
-
-    Args:
-        text: the message.
-        failed: what is wrong with each, by its number among the files.
-    """
-
-    def __init__(self, text: str, failed: dict[int, str] | None = None):
-        super().__init__(text)
-        self.failed = failed or {}
 
 
 def first_size(files: list[Path]) -> tuple[int, int]:
@@ -49,7 +33,9 @@ def first_size(files: list[Path]) -> tuple[int, int]:
     raise ValueError(f"none of the {len(files)} training images can be decoded; the first: {_image(files[0], None)}")
 
 
-def decode(files: list[Path], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str) -> str:
+def decode(
+    files: list[Path], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str
+) -> dict[int, str]:
     """Decode images into one ``.npy`` file, uint8 ``[N, 3, H, W]``; all of it passes through in chunks.
 
     Args:
@@ -61,45 +47,34 @@ def decode(files: list[Path], size: tuple[int, int], *, resize: bool, out: Path,
         title: what the progress bar says.
 
     Returns:
-        The digest of the written images.
+        What is wrong with each image that cannot be decoded and is left out, by its number among the files.
 
     Raises:
-        Undecodable: images that cannot be decoded (all are tried, the first `NAMED` are named).
         ValueError: an image of another size.
     """
-    shape = (len(files), 3, *size)
-    content = content_hash(torch.uint8, shape)
-    failed: dict[int, str] = {}
     bar = tqdm(total=len(files), unit="img", desc=title, mininterval=0.1 if sys.stderr.isatty() else 10)
-    with bar, out.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        decoded = _decoded(files, size if resize else None, workers)
-        with contextlib.closing(decoded):
-            for number, (path, image) in enumerate(zip(files, decoded, strict=True)):
-                bar.update()
-                if isinstance(image, str):
-                    failed[number] = image
-                elif image.shape != shape[1:]:
-                    got = " x ".join(map(str, image.shape[1:]))
-                    raise ValueError(f"{path} has {got} pixels, others {size[0]} x {size[1]}: give image_size=(H, W)")
-                elif not failed:
-                    pixels = image.tobytes()
-                    file.write(pixels)
-                    content.update(pixels)
-    if failed:
-        text = f"{len(failed)} of {len(files)} images cannot be decoded, replace or remove them, or skip them with "
-        raise Undecodable(f"{text}on_bad_image (--on-bad-image skip): {named(list(failed.values()))}", failed)
-    return content.hexdigest()
+    failed: dict[int, str] = {}
+    decoded = contextlib.closing(_decoded(files, size if resize else None, workers))
+    with bar, out.open("wb") as file, decoded as images:
+        _write_header(file, len(files), size)
+        for number, (path, image) in enumerate(zip(files, images, strict=True)):
+            bar.update()
+            if isinstance(image, str):
+                failed[number] = image
+            elif image.shape[1:] != size:
+                got = " x ".join(map(str, image.shape[1:]))
+                raise ValueError(f"{path} has {got} pixels, others {size[0]} x {size[1]}: give image_size=(H, W)")
+            else:
+                file.write(image.tobytes())
+        file.seek(0)
+        _write_header(file, len(files) - len(failed), size)
+    return failed
 
 
-def named(failed: list[str]) -> str:
-    """The first `NAMED` of many sentences, and how many more there are.
-
-    Args:
-        failed: one sentence for each file.
-    """
-    more = f"; and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
-    return "; ".join(failed[:NAMED]) + more
+def _write_header(file: BinaryIO, count: int, size: tuple[int, int]) -> None:
+    # its length does not depend on the count: numpy leaves room for any
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, *size)}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _decoded(files: list[Path], size: tuple[int, int] | None, workers: int) -> Generator[np.ndarray | str, None, None]:
@@ -107,8 +82,8 @@ def _decoded(files: list[Path], size: tuple[int, int] | None, workers: int) -> G
     chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
     workers = min(workers, len(chunks))
     if workers <= 1:
-        for chunk in chunks:
-            yield from _decode_chunk(chunk, size)
+        for path in files:
+            yield _image(path, size)
         return
     # fork where it is usual: a spawned process would import the caller's script again; these touch only Pillow
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -141,13 +116,8 @@ def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray | str:
         return f"{path}: {error}"
     if size is not None:
         # torchvision's Resize takes the length of the shorter side: it would not cover a target that is not square
-        image = functional.resize(image, list(_covering((image.height, image.width), size)))
-        image = functional.center_crop(image, list(size))
+        (height, width), sides = size, (image.height, image.width)
+        wide = height * sides[1] < width * sides[0]
+        covering = [sides[0] * width // sides[1], width] if wide else [height, sides[1] * height // sides[0]]
+        image = functional.center_crop(functional.resize(image, covering), list(size))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
-def _covering(image: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The (H, W) with the image's proportions that just covers the target's (H, W), rounded down."""
-    if target[0] * image[1] < target[1] * image[0]:
-        return image[0] * target[1] // image[1], target[1]
-    return target[0], image[1] * target[0] // image[0]

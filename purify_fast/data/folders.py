@@ -8,17 +8,18 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from filelock import BaseFileLock, FileLock
 from torch import Tensor
 from torchvision.datasets.folder import make_dataset
 
 from .._files import atomic, write_text
-from .._fingerprint import text_hash
-from .decoding import NAMED, Undecodable, decode, first_size, named
+from .._tensors import content_hash, text_hash
+from .decoding import decode, first_size
 from .streaming import StreamedImages
 
 logger = logging.getLogger("purify_fast")
@@ -27,23 +28,26 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 CACHE = ".purify_fast"
 #: Version of the cache; another one is decoded anew.
 FORMAT = 1
+#: How many files or classes a message names.
+NAMED = 10
 FORM = (
     "train/<class>/*.jpg|png and val/ or test/ in the same form, or tiny-imagenet-200's val/images and "
     "val/val_annotations.txt"
 )
 
 
-@dataclass(frozen=True)
-class Split:
-    """Image files and their labels.
-
-    Args:
-        files: N paths.
-        labels: int64 ``[N]``.
-    """
+class Split(NamedTuple):
+    """N image files, and their labels, int64 ``[N]``."""
 
     files: list[Path]
     labels: Tensor
+
+
+class Cached(NamedTuple):
+    """The decoded images of a split, and what is wrong with those left out, by their numbers among its files."""
+
+    images: StreamedImages
+    left_out: dict[int, str]
 
 
 def read_folder(
@@ -54,20 +58,13 @@ def read_folder(
     stream: bool,
     cache: Path | None,
     workers: int | None,
-    on_bad_image: str = "refuse",
-    follow_links: bool = False,
+    on_bad_image: str,
+    follow_links: bool,
 ) -> tuple[dict[str, Tensor | StreamedImages], dict[str, Tensor], int]:
     """Images of an image folder, from its cache, which is written first where it is missing or the files changed.
 
-    Args:
-        folder: the classes are the folders in ``train``, sorted; the held-out images are ``val``'s, else ``test``'s.
-        image_size: (H, W) to resize and crop to, None for the images' own, which must all be the same.
-        memory: bytes the decoded images may take before they are streamed; None for half of what is available.
-        stream: whether they are streamed in any case.
-        cache: the folder to keep decoded images in; None for one in ``folder``.
-        workers: processes that decode, 0 for none but this; None for one per CPU.
-        on_bad_image: whether images that cannot be decoded are refused or left out; those that are left out are named.
-        follow_links: whether symbolic links may lead out of the folder.
+    The arguments are those of `purify_fast.data.load_dataset`. The classes are the folders in ``train``, sorted; the
+    held-out images are ``val``'s, else ``test``'s.
 
     Returns:
         Images (RGB ``[N, 3, H, W]``) and labels (int64 ``[N]``) by ``train`` and ``test``, and the number of classes.
@@ -75,7 +72,7 @@ def read_folder(
     Raises:
         FileNotFoundError: the folder lacks a part of the form.
         ValueError: a class without images or not in ``train``, labels that do not fit, images that cannot be decoded
-            (all are tried, the first `NAMED` are named) or, without ``image_size``, that differ in size.
+            or, without ``image_size``, that differ in size.
         OSError: the cache cannot be written, or its disk has too little space.
     """
     splits, classes = _listed(folder)
@@ -84,42 +81,43 @@ def read_folder(
     source = _fingerprint(folder, splits, classes)
     size = "native" if image_size is None else f"{image_size[0]}x{image_size[1]}"
     place = (folder / CACHE if cache is None else cache / folder.resolve().name) / size
-    found = _opened(place, source, splits)
-    if found is None:
+    cached = _opened(place, source, splits)
+    if cached is None:
         with _locked(place):
             # another process may have written it meanwhile
-            found = _opened(place, source, splits)
-            if found is None:
-                workers = _cpus() if workers is None else workers
-                decoding = {"image_size": image_size, "workers": workers, "name": folder.name}
-                _write(place, source, splits, skip=on_bad_image == "skip", **decoding)  # type: ignore[arg-type]
-                found = _opened(place, source, splits)
-                assert found is not None
-    images, skipped = found
-    left_out = [text for part in skipped.values() for text in part.values()]
-    if left_out and on_bad_image == "refuse":
-        raise Undecodable(f"{len(left_out)} images of {folder} cannot be decoded: {named(left_out)}")
-    if left_out:
-        logger.warning("%d images of %s are left out: %s", len(left_out), folder, named(left_out))
+            cached = _opened(place, source, splits)
+            if cached is None:
+                # Linux tells the CPUs that this process may use
+                cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+                _write(place, source, splits, image_size, workers=cpus if workers is None else workers)
+                cached = _opened(place, source, splits)
+                assert cached is not None
     labels = {}
     for part, split in splits.items():
-        kept = torch.ones(len(split.files), dtype=torch.bool)
-        kept[[int(number) for number in skipped.get(part, {})]] = False
-        labels[part] = split.labels[kept]
-    return _held(images, _available() // 2 if memory is None else memory, stream), labels, len(classes)
-
-
-def _held(images: dict[str, StreamedImages], memory: int, stream: bool) -> dict[str, Tensor | StreamedImages]:
-    """Tensors while they fit into ``memory`` bytes, the held-out images first, since evaluation wants them whole."""
-    out: dict[str, Tensor | StreamedImages] = {}
+        images, left_out = cached[part]
+        if left_out:
+            text = f"{len(left_out)} of {len(split.files)} images of {folder} cannot be decoded"
+            names = "; ".join(list(left_out.values())[:NAMED])
+            names += f"; and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+            if on_bad_image == "refuse" or not len(images):
+                advice = "replace or remove them, or skip them with on_bad_image (--on-bad-image skip)"
+                raise ValueError(f"{text}, {advice}: {names}")
+            logger.warning("%s and are left out: %s", text, names)
+        decoded = torch.ones(len(split.files), dtype=torch.bool)
+        decoded[list(left_out)] = False
+        labels[part] = split.labels[decoded]
+    # the held-out images first, since evaluation wants them whole
+    memory = _available() // 2 if memory is None else memory
+    x: dict[str, Tensor | StreamedImages] = {}
     for part in ("test", "train"):
-        needed = images[part].shape.numel()
+        images = cached[part].images
+        needed = images.shape.numel()
         if stream or needed > memory:
-            out[part] = images[part]
+            x[part] = images
         else:
-            out[part] = images[part][:]
+            x[part] = images[:]
             memory -= needed
-    return out
+    return x, labels, len(classes)
 
 
 def _available() -> int:
@@ -134,11 +132,6 @@ def _available() -> int:
         with contextlib.suppress(OSError, ValueError):
             free = min(free, int(Path(limit).read_text()))
     return free
-
-
-def _cpus() -> int:
-    # Linux tells the CPUs that this process may use
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 # ---- what there is
@@ -163,11 +156,6 @@ def _listed(folder: Path) -> tuple[dict[str, Split], list[str]]:
     classes = _classes_in(folder / "train")
     if len(classes) < 2:
         raise ValueError(f"{folder / 'train'} must hold a folder for each of at least 2 classes, got {classes}")
-    if (folder / "wnids.txt").is_file():
-        listed = sorted((folder / "wnids.txt").read_text().split())
-        if listed != classes:
-            differ = sorted(set(listed) ^ set(classes))
-            raise ValueError(f"{folder / 'wnids.txt'} and the folders in train differ in {', '.join(differ[:NAMED])}")
     annotations = held_out / "val_annotations.txt"
     test = _annotated(annotations, classes) if annotations.is_file() else _by_class(held_out, classes, every=False)
     return {"train": _by_class(folder / "train", classes, every=True), "test": test}, classes
@@ -197,14 +185,14 @@ def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
     unknown = sorted(set(_classes_in(folder)) - set(classes))
     if unknown:
         raise ValueError(f"{folder} holds the classes {', '.join(unknown[:NAMED])}, which train lacks")
-    found = make_dataset(folder, {name: i for i, name in enumerate(classes)}, None, _is_image, allow_empty=True)
+    numbered = {name: label for label, name in enumerate(classes)}
+    listed = make_dataset(folder, numbered, is_valid_file=_is_image, allow_empty=True)
     # by path within a class, whatever folders are in it: torchvision has the files of a folder before those inside it
-    samples = sorted((label, Path(path)) for path, label in found)
+    samples = sorted((label, Path(path)) for path, label in listed)
     labels = torch.tensor([label for label, _ in samples], dtype=torch.int64)
-    if every:
-        empty = [name for label, name in enumerate(classes) if label not in labels]
-        if empty:
-            raise ValueError(f"{folder / empty[0]} holds no image ({', '.join(SUFFIXES)})")
+    empty = [name for label, name in enumerate(classes) if label not in labels]
+    if every and empty:
+        raise ValueError(f"{folder / empty[0]} holds no image ({', '.join(SUFFIXES)})")
     if not samples:
         raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)}) in a folder of its class")
     return Split([path for _, path in samples], labels)
@@ -244,49 +232,35 @@ def _array(place: Path, part: str, source: str) -> Path:
     return place / f"x_{part}-{source[:16]}.npy"
 
 
-def _opened(
-    place: Path, source: str, splits: dict[str, Split]
-) -> tuple[dict[str, StreamedImages], dict[str, dict[str, str]]] | None:
-    """The cached images of exactly these files, and what is wrong with those left out; None if there are none."""
+def _opened(place: Path, source: str, splits: dict[str, Split]) -> dict[str, Cached] | None:
+    """The cached images of exactly these files; None if there are none."""
     try:
         facts = json.loads((place / "set.json").read_text())
         if facts["source"] != source:
             return None
-        images = {part: StreamedImages(_array(place, part, source), facts["digests"][part]) for part in splits}
+        cached = {}
+        for part, split in splits.items():
+            left_out = {int(number): text for number, text in facts["left_out"][part].items()}
+            images = StreamedImages(_array(place, part, source), facts["digests"][part])
+            if len(images) + len(left_out) != len(split.files):
+                return None
+            cached[part] = Cached(images, left_out)
     except (OSError, ValueError, KeyError):
         return None
-    skipped: dict[str, dict[str, str]] = facts.get("skipped", {})
-    whole = all(len(images[part]) + len(skipped.get(part, {})) == len(split.files) for part, split in splits.items())
-    return (images, skipped) if whole else None
+    return cached
 
 
-@contextlib.contextmanager
-def _locked(place: Path) -> Iterator[None]:
+def _locked(place: Path) -> contextlib.AbstractContextManager[BaseFileLock]:
     """One process writes a cache, the others wait for it; the lock ends with the process."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        # closed below
-        file = open(place / ".lock", "w")  # noqa: SIM115
+        return FileLock(place / ".lock").acquire()
     except OSError as error:
         raise OSError(f"decoded images cannot be kept in {place} ({error}): give another folder as cache") from error
-    with file:
-        if sys.platform != "win32":
-            # Windows has no such module
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _write(
-    place: Path,
-    source: str,
-    splits: dict[str, Split],
-    *,
-    image_size: tuple[int, int] | None,
-    workers: int,
-    name: str,
-    skip: bool,
+    place: Path, source: str, splits: dict[str, Split], image_size: tuple[int, int] | None, *, workers: int
 ) -> None:
     (place / "set.json").unlink(missing_ok=True)
     # those of other files, or of a killed process
@@ -297,17 +271,14 @@ def _write(
     free = shutil.disk_usage(place).free
     if needed > free:
         raise OSError(f"{place} has {free} bytes free, the decoded images need {needed}: give another folder as cache")
-    digests, skipped = {}, dict[str, dict[int, str]]()
+    digests, left_out = {}, {}
     for part, split in splits.items():
         with atomic(_array(place, part, source)) as temporary:
-            options = {"resize": image_size is not None, "out": temporary, "workers": workers}
-            try:
-                digests[part] = decode(split.files, size, title=f"decode {name} {part}", **options)  # type: ignore[arg-type]
-            except Undecodable as error:
-                good = [path for number, path in enumerate(split.files) if number not in error.failed]
-                if not skip or not good:
-                    raise
-                skipped[part] = error.failed
-                digests[part] = decode(good, size, title=f"decode {name} {part} again", **options)  # type: ignore[arg-type]
-    facts = {"source": source, "digests": digests, "skipped": skipped}
+            resize, title = image_size is not None, f"decode {part} images"
+            left_out[part] = decode(split.files, size, resize=resize, out=temporary, workers=workers, title=title)
+            array = np.load(temporary, mmap_mode="r")
+            content = content_hash(torch.uint8, array.shape)
+            content.update(array.data)
+            digests[part] = content.hexdigest()
+    facts = {"source": source, "digests": digests, "left_out": left_out}
     write_text(place / "set.json", json.dumps(facts))

@@ -6,18 +6,17 @@ code. MNIST's are read as they are: torchvision keeps checksums of the compresse
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
-import tempfile
 import zlib
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from torchvision import datasets
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.datasets.utils import check_integrity
 
 IDX = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 READERS: dict[str, Any] = {
@@ -57,18 +56,22 @@ def find_official(
         return npz
     if name == "imagenette" and image_size is None:
         raise ValueError("imagenette's images differ in size: give image_size=(H, W)")
+    if name == "svhn" and importlib.util.find_spec("scipy") is None:
+        raise ModuleNotFoundError("svhn's files are read by scipy, which is not installed: pip install scipy")
     wanted = _wanted(name, root, image_size)
+    if download and name in READERS and not _present(wanted):
+        root.mkdir(parents=True, exist_ok=True)
+        # of several processes one downloads what the others then read
+        with FileLock(root / f".{name}.lock"):
+            if not _present(wanted):
+                _download(name, root, image_size)
     place = _present(wanted)
-    if place is None and download:
-        _download(name, root, image_size)
-        place = _present(wanted)
     if place is None:
         raise FileNotFoundError(_missing(name, root, npz, wanted, image_size))
     if name in ("mnist", "fashion_mnist"):
-        return _idx(place)
-    if name in ("imagenette", "tiny_imagenet"):
-        return place
-    return _svhn(place) if name == "svhn" else _cifar(READERS[name], place)
+        names = ("x_train", "y_train", "x_test", "y_test")
+        return {name: _idx(_at(place / file)) for name, file in zip(names, IDX, strict=True)}
+    return place if name in ("imagenette", "tiny_imagenet") else _verified(name, place)
 
 
 # ---- where the files are
@@ -76,56 +79,52 @@ def find_official(
 
 def _wanted(name: str, root: Path, image_size: tuple[int, int] | None) -> dict[Path, list[Path]]:
     """The files that are needed, by the place each would be in; the first place that has all is read."""
+    files: Iterable[str]
     if name in ("mnist", "fashion_mnist"):
         # not root itself: the files of both have the same names
-        return {place: [place / file for file in IDX] for place in (root / READERS[name].__name__ / "raw", root / name)}
-    if name == "imagenette":
-        folders = [root / name, root / _archive(image_size)]
-        return {place: [place / "train", place / "val"] for place in folders}
-    if name == "tiny_imagenet":
-        return {place: [place / "train", place / "val"] for place in (root / "tiny-imagenet-200", root / name)}
-    files = _svhn_files() if name == "svhn" else _cifar_files(READERS[name])
-    return {place: [place / file for file in files] for place in (root, root / name)}
+        own, files = root / READERS[name].__name__ / "raw", IDX
+    elif name in ("imagenette", "tiny_imagenet"):
+        archive = "tiny-imagenet-200" if name == "tiny_imagenet" else _archive(image_size)[0]
+        own, files = root / archive, ("train", "val")
+    else:
+        own, files = root, _checksums(name)
+    return {place: [place / file for file in files] for place in (own, root / name)}
 
 
-def _svhn_files() -> dict[str, str]:
-    """The md5 of each of SVHN's files."""
-    return {datasets.SVHN.split_list[part][1]: datasets.SVHN.split_list[part][2] for part in ("train", "test")}
-
-
-def _cifar_files(reader: Any) -> dict[str, str]:
-    """The md5 of each of CIFAR's pickles, by its path relative to the place they are in."""
+def _checksums(name: str) -> dict[str, str]:
+    """The md5 of each of the files of SVHN or CIFAR, by its path relative to the place they are in."""
+    reader = READERS[name]
+    if name == "svhn":
+        return {file: md5 for _, file, md5 in (reader.split_list[part] for part in ("train", "test"))}
     listed = [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
     return {f"{reader.base_folder}/{file}": md5 for file, md5 in listed}
 
 
 def _present(wanted: dict[Path, list[Path]]) -> Path | None:
-    return next((place for place, files in wanted.items() if all(map(_exists, files))), None)
+    return next((place for place, files in wanted.items() if all(_at(file).exists() for file in files)), None)
 
 
-def _exists(path: Path) -> bool:
-    return path.exists() or (path.name in IDX and _compressed(path).exists())
+def _at(path: Path) -> Path:
+    """The file, or where there is none the compressed one, which is of idx files alone."""
+    return path if path.exists() or path.name not in IDX else path.with_name(path.name + ".gz")
 
 
-def _compressed(path: Path) -> Path:
-    return path.with_name(path.name + ".gz")
-
-
-def _archive(image_size: tuple[int, int] | None) -> str:
-    """Imagenette comes with shorter sides of 160, 320 and as photographed."""
+def _archive(image_size: tuple[int, int] | None) -> tuple[str, str]:
+    """Imagenette comes with shorter sides of 160, 320 and as photographed: a folder's name and torchvision's for it."""
     side = 0 if image_size is None else max(image_size)
-    return "imagenette2-160" if side <= 160 else "imagenette2-320" if side <= 320 else "imagenette2"
+    sizes = ((160, ("imagenette2-160", "160px")), (320, ("imagenette2-320", "320px")))
+    return next((names for limit, names in sizes if side <= limit), ("imagenette2", "full"))
 
 
 def _missing(
     name: str, root: Path, npz: Path, wanted: dict[Path, list[Path]], image_size: tuple[int, int] | None
 ) -> str:
     places = " or ".join(
-        f"{place.absolute()} ({', '.join(str(file.relative_to(place)) for file in files if not _exists(file))} missing)"
+        f"{place.absolute()} ({', '.join(str(f.relative_to(place)) for f in files if not _at(f).exists())} missing)"
         for place, files in wanted.items()
     )
     if name == "tiny_imagenet":
-        how = f"get it with: curl -LO {TINY} && unzip -q tiny-imagenet-200.zip -d {root}"
+        how = f"torchvision cannot download it; get it with: curl -LO {TINY} && unzip -q {Path(TINY).name} -d {root}"
     else:
         size = "" if image_size is None or name != "imagenette" else f", image_size={tuple(image_size)}"
         call = f"load_dataset({name!r}, {str(root)!r}, download=True{size})"
@@ -136,20 +135,11 @@ def _missing(
 
 
 def _download(name: str, root: Path, image_size: tuple[int, int] | None) -> None:
-    if name == "tiny_imagenet":
-        raise FileNotFoundError(
-            f"torchvision cannot download tiny_imagenet; get it with: curl -LO {TINY} && "
-            f"unzip -q tiny-imagenet-200.zip -d {root}"
-        )
     reader = READERS[name]
-    root.mkdir(parents=True, exist_ok=True)
     try:
         if name == "imagenette":
-            size = {"imagenette2-160": "160px", "imagenette2-320": "320px"}.get(_archive(image_size), "full")
-            reader(root, "train", size, download=True)
+            reader(root, "train", _archive(image_size)[1], download=True)
         elif name == "svhn":
-            # torchvision reads what it downloads
-            _needs_scipy()
             for part in ("train", "test"):
                 reader(root, part, download=True)
         else:
@@ -162,61 +152,38 @@ def _download(name: str, root: Path, image_size: tuple[int, int] | None) -> None
 # ---- what is in them
 
 
-def _idx(place: Path) -> dict[str, np.ndarray]:
-    """MNIST's and Fashion-MNIST's arrays.
+def _idx(path: Path) -> np.ndarray:
+    """The array of an idx file, as MNIST's are: a type, the sizes, and the bytes.
 
-    The files are read by torchvision's own functions, not by its data sets: those know neither compressed files nor a
-    folder of another name than theirs, and prefer the ``training.pt`` that an old release may have left beside them.
+    torchvision's data sets know neither compressed files nor a folder of another name than theirs, and prefer the
+    ``training.pt`` that an old release may have left beside them.
     """
-    arrays = {}
-    for file in IDX:
-        path = place / file if (place / file).is_file() else _compressed(place / file)
-        read = read_image_file if "images" in file else read_label_file
-        try:
-            with tempfile.TemporaryDirectory() as aside:
-                if path.suffix == ".gz":
-                    extract_archive(path, aside)
-                tensor = read(str(Path(aside) / file if path.suffix == ".gz" else path))
-        # what torchvision raises for other contents: a bad header, or more or less than it announces
-        except (OSError, EOFError, zlib.error, AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is no whole idx file ({error}): replace it") from error
-        kind, part = "x" if "images" in file else "y", "train" if file.startswith("train") else "test"
-        arrays[f"{kind}_{part}"] = tensor.numpy()
-    return arrays
-
-
-def _verified(read: Callable[[], Any], place: Path, files: dict[str, str]) -> Any:
-    """What torchvision reads; it looks at the checksums first, and this names the file whose checksum is another."""
     try:
-        return read()
-    except RuntimeError as error:
-        for file, md5 in files.items():
-            if not check_integrity(place / file, md5):
-                raise ValueError(
-                    f"{place / file} does not have the checksum of the official file (md5 {md5}), so it is not read: "
-                    f"it is damaged or another file. Remove it and get the official one, or save your arrays as an "
-                    f".npz file"
-                ) from error
-        raise
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = bytearray(file.read())
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("it does not begin as one")
+        shape = np.frombuffer(content, ">i4", content[3], offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+    except (OSError, EOFError, zlib.error, IndexError, ValueError) as error:
+        raise ValueError(f"{path} is no whole idx file ({error}): replace it") from error
 
 
-def _cifar(reader: Any, place: Path) -> dict[str, np.ndarray]:
+def _verified(name: str, place: Path) -> dict[str, np.ndarray]:
+    """The arrays of CIFAR or SVHN, read by torchvision once the checksums of the files are right."""
+    for file, md5 in _checksums(name).items():
+        if not check_integrity(place / file, md5):
+            raise ValueError(
+                f"{place / file} does not have the checksum of the official file (md5 {md5}), so it is not read: it "
+                f"is damaged or another file. Remove it and get the official one, or save your arrays as an .npz file"
+            )
     arrays: dict[str, np.ndarray] = {}
     for part in ("train", "test"):
-        found = _verified(partial(reader, place, train=part == "train"), place, _cifar_files(reader))
-        arrays |= {f"x_{part}": found.data, f"y_{part}": np.array(found.targets)}
-    return arrays
-
-
-def _needs_scipy() -> None:
-    if importlib.util.find_spec("scipy") is None:
-        raise ModuleNotFoundError("svhn's files are read by scipy, which is not installed: pip install scipy")
-
-
-def _svhn(place: Path) -> dict[str, np.ndarray]:
-    _needs_scipy()
-    arrays: dict[str, np.ndarray] = {}
-    for part in ("train", "test"):
-        found = _verified(partial(datasets.SVHN, place, part), place, _svhn_files())
-        arrays |= {f"x_{part}": found.data, f"y_{part}": found.labels}
+        if name == "svhn":
+            loaded = datasets.SVHN(place, part)
+            labels = loaded.labels
+        else:
+            loaded = READERS[name](place, train=part == "train")
+            labels = np.array(loaded.targets)
+        arrays |= {f"x_{part}": loaded.data, f"y_{part}": labels}
     return arrays

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from .._fingerprint import weights_fingerprint
+from .._tensors import weights_fingerprint
 from ..attacks import PGD
 from ..evaluation import AttackSpec, Report
 from ..methods.atop import Atop, AtopConfig, AtopTask

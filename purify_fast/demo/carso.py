@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .._fingerprint import weights_fingerprint
+from .._tensors import weights_fingerprint
 from ..attacks import PGD
 from ..attacks.losses import Loss
 from ..evaluation import AttackSpec, Report

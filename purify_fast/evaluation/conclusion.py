@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .._fingerprint import digest
+from .._tensors import digest
 from .alarms import Evidence, Probes, findings, outlook, probe
 from .alarms.answers import PROBED, Before
 from .alarms.probes import cost

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._fingerprint import digest
+from .._tensors import digest
 from ..attacks import AttackContext, AttackersHead, AutoAttack, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
 from ..defences.aggregation import WithAggregation

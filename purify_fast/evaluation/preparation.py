@@ -8,7 +8,7 @@ from types import CodeType
 
 from torch import nn
 
-from .._fingerprint import digest
+from .._tensors import digest
 from ..contents import class_functions, hidden_modules, used_modules
 from ..defences.base import Defence
 from ..protocols import Classifier

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._fingerprint import digest
+from .._tensors import digest
 from ..attacks import margin
 from ..attacks.answers import TRIED_CALLS, TRIED_ROWS, ask, check_leaves_images, differ, drawn_once_per_call
 from ..defences.base import Defence

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .._fingerprint import weights_fingerprint
+from .._tensors import weights_fingerprint
 from ..training import is_classifier, load_classifier
 from ..training.checkpoint import read_model
 from .atop.defence import Atop

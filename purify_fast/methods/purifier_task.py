@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Generic, TypeVar
 
-from .._fingerprint import weights_fingerprint
+from .._tensors import weights_fingerprint
 from ..defences.base import Defence
-from ..training.attack import settings
+from ..training.config import settings
 from ..training.task import Task, check_labels, check_shape
 
 D = TypeVar("D", bound=Defence)

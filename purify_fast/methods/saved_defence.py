@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .._fingerprint import weights_fingerprint
+from .._tensors import weights_fingerprint
 from ..defences.base import Defence
 from ..training.checkpoint import save_model
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .attack import TrainingAttack as TrainingAttack
     from .callbacks import Callback as Callback
     from .callbacks import JsonlLog as JsonlLog
     from .callbacks import TensorBoardLog as TensorBoardLog
@@ -19,8 +18,9 @@ if TYPE_CHECKING:
     from .classifier import save_classifier as save_classifier
     from .config import ClassifierConfig as ClassifierConfig
     from .config import FitConfig as FitConfig
-    from .lookahead import Lookahead as Lookahead
+    from .config import TrainingAttack as TrainingAttack
     from .loop import fit as fit
+    from .optimizers import Lookahead as Lookahead
     from .task import Batch as Batch
     from .task import Task as Task
     from .task import Update as Update

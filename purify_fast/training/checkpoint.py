@@ -6,6 +6,8 @@ refused. In a safetensors file the checksum stands in the metadata.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import logging
 import re
@@ -18,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .._files import OnFull, atomic, with_room, write_text
-from .._fingerprint import digest, text_hash
+from .._tensors import digest, text_hash
 from .._version import __version__
 
 logger = logging.getLogger("purify_fast")
@@ -28,32 +30,10 @@ CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensor
 
 #: The one entry of a file's metadata: a checksum, a space, and JSON. Several entries would have no fixed order.
 _ENTRY = "purify_fast"
+#: The one key of an object that stands for a tensor in a checkpoint's JSON.
+_TENSOR = "tensor of purify_fast"
 #: The command in the file of options that the command line leaves beside a run.
 _COMMAND = re.compile(r"^command: ([a-z ]+)$", re.MULTILINE)
-
-
-def flatten(value: Any, tensors: list[Tensor]) -> Any:
-    """Nested dicts and lists as JSON values; the tensors among them are appended to ``tensors``, on the CPU."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return {"tensor": len(tensors) - 1}
-    if isinstance(value, Mapping):  # pairs, since optimizer states have integer keys
-        return {"dict": [[key, flatten(item, tensors)] for key, item in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return {"list": [flatten(item, tensors) for item in value]}
-    return {"value": value}
-
-
-def restore(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `flatten` was given; lists for tuples."""
-    ((kind, value),) = tree.items()
-    if kind == "tensor":
-        return tensors[str(value)]
-    if kind == "dict":
-        return {key: restore(item, tensors) for key, item in value}
-    if kind == "list":
-        return [restore(item, tensors) for item in value]
-    return value
 
 
 # -- files with a checksum --------------------------------------------------------------------------------------------
@@ -72,12 +52,6 @@ def _write(path: Path, content: Any, tensors: Mapping[str, Tensor], previous: Pa
     data = save(copies, {_ENTRY: f"{_checksum(text, copies)} {text}"})
     with atomic(path, previous) as temporary:
         temporary.write_bytes(data)
-
-
-def _read_content(path: Path) -> Any:
-    """The JSON value of a file that `_write` wrote, without a look at its checksum."""
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {})[_ENTRY].partition(" ")[2])
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -105,9 +79,14 @@ def write_tree(path: Path, tree: Any, previous: Path | None = None) -> None:
 
     The file that had the name before gets the name ``previous``; None drops it.
     """
-    tensors: list[Tensor] = []
-    skeleton = flatten(tree, tensors)
-    _write(path, skeleton, {str(i): tensor for i, tensor in enumerate(tensors)}, previous)
+    tensors: dict[str, Tensor] = {}
+
+    def reference(tensor: Tensor) -> dict[str, str]:
+        number = str(len(tensors))
+        tensors[number] = tensor
+        return {_TENSOR: number}
+
+    _write(path, json.loads(json.dumps(tree, default=reference)), tensors, previous)
 
 
 def read_tree(path: Path) -> Any:
@@ -117,9 +96,21 @@ def read_tree(path: Path) -> Any:
         ValueError: it is no such file, or changed since; the message names it.
     """
     try:
-        return restore(*_read(path))
+        tree, tensors = _read(path)
     except ValueError as error:
         raise ValueError(f"{path} is not a checkpoint of this package, or is damaged: {error}") from error
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, list):
+            return [restored(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if value.keys() == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        # optimizers number their weights, and JSON has no numbers as keys
+        return {int(key) if key.isdecimal() else key: restored(item) for key, item in value.items()}
+
+    return restored(tree)
 
 
 def save_checkpoint(folder: Path, tree: Any, on_full: OnFull = "stop") -> None:
@@ -152,21 +143,16 @@ def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
             damaged[path] = str(error)
             continue
         for bad, why in damaged.items():
-            place = f"it is set aside as {_set_aside(bad)}, and " if set_aside else ""
+            place = ""
+            if set_aside:
+                names = (bad.with_name(f"{bad.stem}.damaged-{number}{bad.suffix}") for number in itertools.count(1))
+                aside = next(name for name in names if not name.exists())
+                place = f"it is set aside as {bad.rename(aside)}, and "
             logger.warning("%s; %sthe checkpoint before it is taken, of step %s", why, place, tree.get("step"))
         return tree
     if damaged:
         raise ValueError(f"{'; '.join(damaged.values())}; there is no other checkpoint: remove it to begin anew")
     return None
-
-
-def _set_aside(path: Path) -> Path:
-    """Give a damaged file a name that nothing reads; the new name."""
-    number = 1
-    while (place := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(place)
-    return place
 
 
 # -- saved models -----------------------------------------------------------------------------------------------------
@@ -196,82 +182,50 @@ def _facts_text(facts: dict[str, Any]) -> str:
     return json.dumps({**facts, "checksum": checksum}, indent=2, sort_keys=True) + "\n"
 
 
-def _check_facts(path: Path) -> None:
-    """ValueError unless a ``model.json`` is as `save_model` wrote it."""
-    try:
-        text = path.read_bytes().decode()
-        facts = json.loads(text)
-        if not isinstance(facts, dict) or not isinstance(facts.pop("checksum", None), str):
-            raise ValueError("it has no checksum")
-        if text != _facts_text(facts):
-            raise ValueError("its checksum is not that of its content: it was edited, or changed on the disk")
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
 def _unfinished(folder: Path) -> str:
     """What a folder without a saved model holds, in words: a training that has not ended, or nothing of the kind."""
-    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    for place in (folder, *inside):
-        try:
-            saved = last_checkpoint(place)
-        except ValueError:
-            # a damaged checkpoint says nothing here
-            continue
-        if saved is None:
-            continue
-        part = "" if place == folder else f" (its part {place.name})"
-        options = folder / "run.yaml"
-        command = _COMMAND.search(options.read_text(encoding="utf-8", errors="replace")) if options.is_file() else None
-        text = f"holds a training that has not ended{part}, at step {saved['step']}; "
-        if command is None:
-            return text + "run the command that began it again to go on"
-        return text + f"`purify-fast {command[1]} --config {options} --out {folder}` goes on with it"
+    parts = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    for place in (folder, *parts):
+        # a damaged checkpoint says nothing here
+        with contextlib.suppress(ValueError):
+            if (saved := last_checkpoint(place)) is None:
+                continue
+            part = "" if place == folder else f" (its part {place.name})"
+            options, how = folder / "run.yaml", "run the command that began it again to go on"
+            if options.is_file() and (command := _COMMAND.search(options.read_text("utf-8", errors="replace"))):
+                how = f"`purify-fast {command[1]} --config {options} --out {folder}` goes on with it"
+            return f"holds a training that has not ended{part}, at step {saved['step']}; {how}"
     return "is not a saved model"
-
-
-def read_facts(folder: str | Path) -> dict[str, Any]:
-    """What `save_model` wrote with the weights: the ``kind``, its ``arguments`` and extra facts.
-
-    Args:
-        folder: where the model was saved.
-
-    Raises:
-        FileNotFoundError: a file is missing; the message names it, and what the folder holds instead, such as a
-            training that has not ended.
-        ValueError: the facts are damaged.
-    """
-    folder = Path(folder)
-    for name in ("model.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: {folder} {_unfinished(folder)}")
-    _check_facts(folder / "model.json")
-    try:
-        # of the weights that are there: model.json shows another model if saving was killed between the two files
-        facts = _read_content(folder / "model.safetensors")
-        if "kind" not in facts:
-            raise ValueError("it says no kind of model")
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{folder} holds a broken model: {error!r}") from error
-    return facts
 
 
 def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A model as `save_model` wrote it.
 
-    Args:
-        folder: where it was saved.
-
     Returns:
-        (facts, state dict).
+        The facts, among them the ``kind`` and its ``arguments``, and the state dict.
 
     Raises:
-        FileNotFoundError: a file is missing; the message names it.
+        FileNotFoundError: a file is missing; the message names it, and what the folder holds instead, such as a
+            training that has not ended.
         ValueError: a file is damaged, or changed since it was written.
     """
-    read_facts(folder)
-    path = Path(folder) / "model.safetensors"
+    folder = Path(folder)
+    weights, shown = folder / "model.safetensors", folder / "model.json"
+    for path in (shown, weights):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: {folder} {_unfinished(folder)}")
     try:
-        return _read(path)
+        text = shown.read_bytes().decode()
+        facts = json.loads(text)
+        if not isinstance(facts, dict) or text != _facts_text({k: v for k, v in facts.items() if k != "checksum"}):
+            raise ValueError("its checksum is not that of its content: it was edited, or changed on the disk")
     except ValueError as error:
-        raise ValueError(f"{folder} holds a broken model: {path}: {error}") from error
+        raise ValueError(f"{shown} is damaged: {error}") from error
+    try:
+        # the facts of the weights: model.json shows another model if saving was killed between the two files
+        facts, state = _read(weights)
+        if "kind" not in facts:
+            raise ValueError("it says no kind of model")
+    except ValueError as error:
+        raise ValueError(f"{folder} holds a broken model: {weights}: {error}") from error
+    return facts, state

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._fingerprint import structure_fingerprint
+from .._tensors import structure_fingerprint
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..speed.folding.inference_copy import autocast_to
-from .attack import settings
-from .checkpoint import read_facts, read_model, save_model
-from .config import ClassifierConfig
+from .checkpoint import read_model, save_model
+from .config import ClassifierConfig, settings
 from .schedules import one_cycle
 from .task import Batch, Task, check_classifier
 
@@ -86,7 +85,7 @@ def is_classifier(folder: str | Path) -> bool:
         FileNotFoundError: a file is missing.
         ValueError: the files are broken.
     """
-    return read_facts(folder)["kind"] in _KINDS
+    return read_model(folder)[0]["kind"] in _KINDS
 
 
 def load_classifier(folder: str | Path) -> nn.Module:

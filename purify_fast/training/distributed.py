@@ -1,8 +1,13 @@
-"""Training over several processes: what they share, and the group that torchrun's environment describes.
+"""Training over several processes: what they share, how one that is lost is noticed, and torchrun's process group.
 
 Every process has the whole model and its share of each batch. 92 % of CARSO's training is the attack on the frozen
 classifier, which needs no communication; so gradients are averaged after the whole backward pass, without the overlap
 that DistributedDataParallel buys by owning ``forward`` (tasks call other methods of their models too).
+
+gloo's exchanges fail when another process ends. NCCL's return at once, and whatever then waits for their results waits
+in the driver until the group's timeout. Neither hears of a process that was stopped, as by SIGSTOP. So within `fit`
+every process gives signs of life in the store of the process group, and looks for those of the others. They tell of
+processes alone: one that hangs in its own work is alive, and is named by its step when an exchange has waited in vain.
 """
 
 from __future__ import annotations
@@ -11,11 +16,13 @@ import contextlib
 import io
 import os
 import pickle
+import re
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,28 +32,183 @@ from torch.distributed.rendezvous import rendezvous
 
 from .._process import processes
 from .._tensors import in_memory_order, laid_out_like
-from .lost_processes import ProcessLost, is_lost, named_when_lost
 
-T = TypeVar("T")
-
-BUCKET = 2**25  # numbers sent at once: bounds the memory of the copy
 PATIENCE = timedelta(seconds=10)  # of a process that fails, for word that the first one failed too
+NOTICE = 3.0  # seconds in which all notice that an exchange failed
+BEAT = 5.0  # seconds between two signs of life
+SILENCE = 75.0  # seconds without one after which a process is lost
+GRACE = 20.0  # seconds in which a process may end by itself when another one is lost
 
-# torchrun's store, within `torchrun_group`. What the processes wait for here may take hours, a download or the first
-# one's evaluation, and a process that has failed is to be heard by others that are in no collective call:
-# dist.barrier would end such a wait after half an hour, and elastic's record tells torchrun alone.
-_store: Store | None = None
+_AGAIN = "Start the same again to go on from the last checkpoint; torchrun --max-restarts does so by itself"
+#: How gloo's errors begin, which have no class of their own: with the place in its sources where they arose.
+_GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    for _, same in groupby(sorted(tensors, key=lambda t: str(t.dtype)), lambda t: t.dtype):
-        bucket: list[Tensor] = []
-        for tensor in same:
-            if bucket and sum(map(torch.numel, bucket)) + tensor.numel() > BUCKET:
-                yield bucket
-                bucket = []
-            bucket.append(tensor)
-        yield bucket
+# -- processes that are lost ------------------------------------------------------------------------------------------
+
+
+class ProcessLost(ConnectionError):
+    """Another process of the training does not answer: it died, or hangs."""
+
+
+def report_step(step: int) -> None:
+    """Tell the other processes how far this one is, so that one that hangs can be named."""
+    if _watch is not None:
+        _watch.step = step
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error is of an exchange that failed, and not one of the model or of anything else in the step.
+
+    NCCL's and the store's errors have classes of their own. Words such as "timeout" in any other error mean nothing.
+    """
+    return isinstance(error, dist.DistError) or _GLOO.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def named_when_lost() -> Iterator[None]:
+    """Within the block, an exchange that fails says which process is missing.
+
+    Raises:
+        ProcessLost: another process does not answer.
+    """
+    _raise_if_lost()
+    try:
+        yield
+    except RuntimeError as error:
+        if processes()[1] == 1 or not is_lost(error):
+            raise
+        who = "another process" if _watch is None else _watch.missing()
+        where = "" if _watch is None else f" in step {_watch.step}"
+        raise ProcessLost(
+            f"process {processes()[0]} of {processes()[1]} waited in vain{where} for: {who} "
+            f"({str(error).splitlines()[0]}). {_AGAIN}"
+        ) from error
+    _raise_if_lost()
+
+
+def _raise_if_lost() -> None:
+    if _watch is not None and _watch.lost:
+        raise ProcessLost(_watch.lost)
+
+
+class _Sign(NamedTuple):
+    """A sign of life: its beat, the step of its process, and whether that works, waits in vain or is done."""
+
+    beat: str
+    step: str
+    state: str
+
+
+class _Watch:
+    """The signs of life of the processes within one training.
+
+    One thread exchanges them, and another judges them: an exchange may wait long, for a store in a process that was
+    stopped. Silence is counted in beats of the second thread and not by a clock, so that a process that was stopped and
+    goes on does not take the time in which it heard nothing for the others' silence.
+
+    Args:
+        store: a connection of its own; one that the training waits at would keep the signs back.
+        name: of this training, the same in all processes.
+    """
+
+    def __init__(self, store: Store, name: str):
+        self.store, self.name = store, name
+        self.rank, self.world = processes()
+        #: of each process that gave a sign of life: the last one, and the beats since
+        self.signs: dict[int, _Sign] = {}
+        self.missed: dict[int, int] = {}
+        self.beats, self.step, self.state, self.lost = 0, 0, "works", ""
+        self.over = threading.Event()
+        self.threads = [threading.Thread(target=each, daemon=True) for each in (self.exchange, self.judge)]
+
+    def give_and_read(self) -> None:
+        """Give a sign of life, and read those of the others; a store that does not answer is silence."""
+        with contextlib.suppress(Exception):
+            self.beats += 1
+            self.store.set(f"{self.name} {self.rank}", f"{self.beats} {self.step} {self.state}")
+            for other in range(self.world):
+                if other != self.rank and self.store.check([f"{self.name} {other}"]):
+                    sign = _Sign(*self.store.get(f"{self.name} {other}").decode().split())
+                    if sign != self.signs.get(other):
+                        self.signs[other], self.missed[other] = sign, 0
+
+    def exchange(self) -> None:
+        """Exchange signs at every beat, and once more when this process has done its part."""
+        self.give_and_read()
+        while not self.over.wait(BEAT):
+            self.give_and_read()
+        if self.state == "done":
+            self.give_and_read()
+
+    def judge(self) -> None:
+        """Find a process that gives no signs any more; end this one if it does not end by itself then."""
+        while not self.lost:
+            if self.over.wait(BEAT):
+                return
+            for other in list(self.missed):
+                self.missed[other] += 1
+            quiet = sorted(other for other, beats in self.missed.items() if beats * BEAT >= SILENCE)
+            # when one has done its part, none waits for the rest any more
+            if quiet and all(sign.state != "done" for sign in self.signs.values()):
+                several = " (or of the store alone, through which the signs go)" if len(quiet) > 1 else ""
+                self.lost = (
+                    f"process {self.rank} of {self.world} had no sign of life for {SILENCE:g} seconds of: "
+                    f"{self.named(quiet)}{several}. It died, was stopped, or cannot be reached. {_AGAIN}"
+                )
+        if not self.over.wait(GRACE):
+            # the main thread waits in a driver or a library, where no exception reaches it
+            print(f"purify-fast: {self.lost}", file=sys.__stderr__, flush=True)
+            os._exit(1)
+
+    def missing(self) -> str:
+        """The processes that this one waited for in vain, in words: those that wait too are not the ones."""
+        self.state = "waits"
+        self.give_and_read()
+        # until the others have noticed
+        time.sleep(NOTICE)
+        self.give_and_read()
+        others = [other for other in range(self.world) if other != self.rank]
+        gone = [other for other in others if other not in self.signs or self.signs[other].state != "waits"]
+        return self.named(gone) if gone else "all others wait too: the network between them failed"
+
+    def named(self, ranks: list[int]) -> str:
+        steps = {rank: f"last in step {self.signs[rank].step}" for rank in ranks if rank in self.signs}
+        return "; ".join(f"process {rank}, {steps.get(rank, 'which has not begun')}" for rank in ranks)
+
+
+_watch: _Watch | None = None
+_watches = 0
+
+
+@contextlib.contextmanager
+def signs_of_life() -> Iterator[None]:
+    """Within the block, a process that dies or is stopped is noticed by all others, whatever they wait for.
+
+    They raise `ProcessLost` at their next exchange. One that waits elsewhere, as in a driver for the result of an
+    exchange by NCCL, says so on stderr and ends with status 1. With one process, nothing.
+    """
+    global _watch, _watches
+    if processes()[1] == 1:
+        yield
+        return
+    before, _watches = _watch, _watches + 1
+    # PyTorch's public names for the store are those of its group's constructor, which may not be this package's
+    store = dist.distributed_c10d._get_default_store().clone()
+    _watch = watch = _Watch(store, f"purify_fast alive {_watches}")
+    for thread in watch.threads:
+        thread.start()
+    try:
+        yield
+        watch.state = "done"
+    finally:
+        _watch = before
+        watch.over.set()
+        # the last sign is written, unless the store is gone
+        watch.threads[0].join(BEAT)
+
+
+# -- what processes exchange -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -59,14 +221,18 @@ def average_(tensors: Iterable[Tensor]) -> None:
     world = processes()[1]
     if world == 1:
         return
-    for bucket in _buckets(tensors):
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for dtype in sorted(by_dtype, key=str):
+        same = by_dtype[dtype]
         # in the order of their memory, in which a tensor is a view that one copy can read and write among many
-        flat = torch.cat([in_memory_order(tensor).flatten() for tensor in bucket])
+        flat = torch.cat([in_memory_order(tensor).flatten() for tensor in same])
         with named_when_lost():
             dist.all_reduce(flat)
         flat /= world
-        means = flat.split([tensor.numel() for tensor in bucket])
-        torch._foreach_copy_(bucket, [laid_out_like(mean, one) for mean, one in zip(means, bucket, strict=True)])
+        means = flat.split([tensor.numel() for tensor in same])
+        torch._foreach_copy_(same, [laid_out_like(mean, one) for mean, one in zip(means, same, strict=True)])
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -123,6 +289,9 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+# -- torchrun's processes ----------------------------------------------------------------------------------------------
+
+
 def patience() -> timedelta:
     """How long an exchange waits for another process: PURIFY_FAST_TIMEOUT in seconds, 1800 if it is not set.
 
@@ -130,18 +299,10 @@ def patience() -> timedelta:
         ValueError: the variable holds no number above 0.
     """
     text = os.environ.get("PURIFY_FAST_TIMEOUT") or "1800"
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e9:
-        raise ValueError(f"PURIFY_FAST_TIMEOUT must be a number of seconds above 0, got {text!r}")
-    return timedelta(seconds=seconds)
-
-
-def launched() -> int:
-    """The number of processes that torchrun started, this one among them; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < 1e9:
+            return timedelta(seconds=seconds)
+    raise ValueError(f"PURIFY_FAST_TIMEOUT must be a number of seconds above 0, got {text!r}")
 
 
 @contextlib.contextmanager
@@ -154,105 +315,89 @@ def torchrun_group() -> Iterator[None]:
     Raises:
         ValueError: WORLD_SIZE is set without the rest of torchrun's environment.
     """
-    global _store
-    if launched() == 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         yield
         return
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ValueError(f"WORLD_SIZE is {launched()}, but {', '.join(missing)} not set: start this by torchrun")
     whole, rank, world = next(rendezvous("env://"))
-    _store = _of_this_start(whole, rank, world)
+    cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    with _looking_for_others(rank, world):
+        store = _of_this_start(whole, rank, world)
     try:
-        _join(_store, rank, world)
+        with _looking_for_others(rank, world):
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience())
         with contextlib.ExitStack() as silence:
             if rank > 0:
                 nowhere = silence.enter_context(open(os.devnull, "w"))
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
                 silence.enter_context(contextlib.redirect_stderr(nowhere))
             yield
-        _after_first("done", rank)
+        # What is waited for here may take hours, the first one's evaluation, and a process that has failed is to be
+        # heard by others that are in no collective call: dist.barrier would end such a wait after half an hour, and
+        # elastic's record tells torchrun alone.
+        if rank == 0:
+            store.set("done", "yes")
+        else:
+            store.wait(["done"], timedelta(days=7))
     except BaseException as error:
         if rank == 0:
-            _store.set("failed", "yes")
-        elif _first_failed():
+            store.set("failed", "yes")
+        elif _first_failed(store):
             raise error if isinstance(error, SystemExit) else SystemExit(1) from None
         raise  # with the group as it is: to take it down, all would have to be here
     dist.destroy_process_group()
-    _store = None
+
+
+@contextlib.contextmanager
+def _looking_for_others(rank: int, world: int) -> Iterator[None]:
+    """Within the block, an error by which another process cannot be reached is a ProcessLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        why = str(error).partition("\n")[0] or "no reason given"
+        raise ProcessLost(
+            f"process {rank} of {world} did not find the others ({why}): see what they say, and start the same again "
+            "to go on from the last checkpoint"
+        ) from error
 
 
 def _of_this_start(store: Store, rank: int, world: int) -> Store:
-    """The part of a store that belongs to the processes that started together.
+    """The part of a store that belongs to the processes that started together; DistError if one of them is missing.
 
     torchrun keeps one store over all of its restarts. What processes wrote that are gone, such as their addresses,
     would be read by those that come after them, which then wait for the dead. Nothing that torchrun tells is the same
     in all processes of one start and in no other. So the first process names the start, the others answer with a word
     of their own, and the name holds once the first has told each its word.
-
-    Raises:
-        ProcessLost: another process did not start.
     """
     own, key, until = os.urandom(8).hex(), "purify_fast start", time.monotonic() + patience().total_seconds()
-    try:
-        if rank == 0:
-            store.set(key, own)
-            words = [own, *(_told(store, f"{key} {own} {other}", until) for other in range(1, world))]
-            store.set(f"{key} {own}", " ".join(words))
-            return PrefixStore(own, store)
-        while time.monotonic() < until:
-            name = _told(store, key, until)
-            store.set(f"{key} {name} {rank}", own)
-            if store.check([f"{key} {name}"]):
-                words = store.get(f"{key} {name}").decode().split()
-                # one of an earlier start holds another word
-                if len(words) == world and words[rank] == own:
-                    return PrefixStore(name, store)
-            time.sleep(0.01)
-    except dist.DistError as error:
-        raise _apart(rank, world, str(error)) from error
-    raise _apart(rank, world, "the first process did not answer")
 
+    def told(name: str) -> str:
+        # of a wait of 0 seconds some stores make one without an end
+        store.wait([name], timedelta(seconds=max(until - time.monotonic(), 0.001)))
+        return store.get(name).decode()
 
-def _told(store: Store, key: str, until: float) -> str:
-    """What a store holds under a name, at the latest ``until``, on the clock of ``time.monotonic``; else DistError."""
-    # of a wait of 0 seconds some stores make one without an end
-    store.wait([key], timedelta(seconds=max(until - time.monotonic(), 0.001)))
-    return store.get(key).decode()
-
-
-def _join(store: Store, rank: int, world: int) -> None:
-    """Make the process group; ProcessLost if another process cannot be reached."""
-    cuda = torch.cuda.is_available() and dist.is_nccl_available()
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience())
-    except RuntimeError as error:
-        if not is_lost(error):
-            raise
-        raise _apart(rank, world, str(error)) from error
-
-
-def _apart(rank: int, world: int, why: str) -> ProcessLost:
-    """The message where the processes do not find each other."""
-    return ProcessLost(
-        f"process {rank} of {world} did not find the others ({why.splitlines()[0] if why else 'no reason given'}): "
-        "see what they say, and start the same again to go on from the last checkpoint"
-    )
-
-
-def _after_first(event: str, rank: int) -> None:
-    assert _store is not None
     if rank == 0:
-        _store.set(event, "yes")
-    else:
-        _store.wait([event], timedelta(days=7))
+        store.set(key, own)
+        words = [own, *(told(f"{key} {own} {other}") for other in range(1, world))]
+        store.set(f"{key} {own}", " ".join(words))
+        return PrefixStore(own, store)
+    while time.monotonic() < until:
+        name = told(key)
+        store.set(f"{key} {name} {rank}", own)
+        if store.check([f"{key} {name}"]):
+            words = store.get(f"{key} {name}").decode().split()
+            # one of an earlier start holds another word
+            if len(words) == world and words[rank] == own:
+                return PrefixStore(name, store)
+        time.sleep(0.01)
+    raise dist.DistStoreError("the first process did not answer")
 
 
-def _first_failed() -> bool:
-    assert _store is not None
+def _first_failed(store: Store) -> bool:
     try:
-        _store.wait(["failed"], PATIENCE)
+        store.wait(["failed"], PATIENCE)
     except Exception:  # it is at work, or has ended and taken the store along
         return False
     time.sleep(2)  # for it to speak and end before torchrun sees this process end
@@ -274,19 +419,3 @@ def own_device(device: str) -> str:
         raise ValueError(f"device cuda: process {local} of this machine has no GPU, there are {gpus}: start fewer")
     torch.cuda.set_device(local)
     return f"cuda:{local}"
-
-
-def in_turn(load: Callable[[], T]) -> T:
-    """``load()``, on each machine by one process first: it may download what the others then find.
-
-    Once within `torchrun_group`; without it, simply ``load()``.
-    """
-    if _store is None:
-        return load()
-    local, event = int(os.environ["LOCAL_RANK"]), f"loaded {os.environ.get('GROUP_RANK', '0')}"
-    if local > 0:
-        _after_first(event, local)
-    loaded = load()
-    if local == 0:
-        _after_first(event, local)
-    return loaded

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,16 +26,15 @@ from torch import nn
 from .. import ops
 from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
-from ..speed.precision import float32_products, whole_float32_by_default
+from ..speed.graphs.step_graphs import StepGraphs
+from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
 from .callbacks import Callback, JsonlLog, ProgressBar, TrainingState
 from .config import FitConfig
-from .distributed import from_first
-from .divergence import Diverged, LossWatch
-from .lost_processes import named_when_lost, report_step, signs_of_life
-from .run import Checkpointer, Run
+from .distributed import average_, from_first, named_when_lost, report_step, signs_of_life
+from .optimizers import fuse, set_learning_rate, weights_of
+from .run import Diverged, LossWatch, Run
 from .sources import HeldOut, Images, held_out_source, step_seed, training_source
-from .step import accelerated_steps, set_learning_rate, train_step
-from .task import Task
+from .task import Batch, Metrics, Task, Update
 from .validation import Validation
 
 logger = logging.getLogger("purify_fast")
@@ -108,21 +107,34 @@ def fit(
         raise ValueError("on_nan 'back_off' goes back to a checkpoint: give a folder to keep it in")
     source = training_source(task, x, y, config, folder is not None)
     held_out = held_out_source(task, x, y, config, validation)
-    run = Run(task, config, source, None if validation is None or held_out is None else held_out.description)
+    run = Run(task, config, source, folder, held_out.description if held_out and validation is not None else None)
     if processes()[1] > 1:
         task.model.train()
         _check_batchnorm(task.model)
-    checkpoints = Checkpointer(run, folder)
-    validate = None if held_out is None else Validation(run, held_out, folder)
-    with checkpoints.locked(), stop_on_sigterm() as stop:
-        checkpoints.resume()
-        rounded = float32_products(tf32=True) if task.tf32 else contextlib.nullcontext()
-        with rounded, _served_as_begun(run):
-            return _run(run, checkpoints, validate, callbacks=callbacks, title=title, progress=progress, stop=stop)
+    first = processes()[0] == 0
+    with run.locked(), stop_on_sigterm() as stop, contextlib.ExitStack() as stack:
+        run.resume()
+        if task.tf32:
+            stack.enter_context(float32_products(tf32=True))
+        stack.enter_context(_pinned_kernels(run))
+        bar = ProgressBar(title, run, progress and first)
+        log = [] if folder is None else [JsonlLog(folder / "log.jsonl", run.step, config.on_full)]
+        listeners = [*log, bar, *callbacks] if first else []
+        validate = None if held_out is None else Validation(run, held_out)
+        devices = [source.device] if source.device.type == "cuda" else []
+        with bar.bar, torch.random.fork_rng(devices), accelerated_steps(task, config, source.device):
+            _train(run, validate, listeners, stop)
+        task.finish()
+        if validate is not None and config.keep_best != "off":
+            validate.load_best()
+        task.model.eval()
+        for listener in listeners:
+            listener.on_end(_state(run, 0, run.last, config.epochs - 1))
+        return run.last
 
 
 @contextlib.contextmanager
-def _served_as_begun(run: Run) -> Iterator[None]:
+def _pinned_kernels(run: Run) -> Iterator[None]:
     """Within the block the same kernels serve as when the run began, in all of its processes as in the first."""
     now = from_first(lambda: ops.kernel_choices(run.source.device))
     run.served, pinned, changes = ops.resume_choices(run.served, now)
@@ -139,54 +151,30 @@ def _served_as_begun(run: Run) -> Iterator[None]:
         yield
 
 
-def _run(
-    run: Run,
-    checkpoints: Checkpointer,
-    validate: Validation | None,
-    *,
-    callbacks: Sequence[Callback],
-    title: str,
-    progress: bool,
-    stop: Stop,
-) -> dict[str, float]:
-    """What is left of a run, and what it leaves in the model."""
-    task, config, source, first = run.task, run.config, run.source, processes()[0] == 0
-    bar = ProgressBar(title, run, progress and first)
-    log = [] if checkpoints.folder is None else [JsonlLog(checkpoints.folder / "log.jsonl", run.step, config.on_full)]
-    listeners = [*log, bar, *callbacks] if first else []
-    devices = [source.device] if source.device.type == "cuda" else []
-    with bar.bar, torch.random.fork_rng(devices), accelerated_steps(task, config, source.device):
-        if validate is not None and run.step < run.total:
-            # before any work is done that a refusal would lose
-            validate.check()
-        if config.on_nan == "back_off" and run.step == 0:
-            # something to go back to
-            checkpoints.save()
-        watch = LossWatch(source, config.seed)
-        while run.step < run.total:
-            try:
-                state = _train_epoch(run, checkpoints, listeners, watch, stop)
-            except Diverged as error:
-                _back_off(run, checkpoints, watch, error)
-                continue
-            if validate is not None and validate.due(state.epoch):
-                run.last = {**run.last, **validate()}
-                state = replace(state, metrics=run.last)
-            for listener in listeners:
-                listener.on_epoch(state)
-            checkpoints.save()
-    task.finish()
-    if validate is not None and config.keep_best != "off":
-        validate.load_best()
-    task.model.eval()
-    for listener in listeners:
-        listener.on_end(_state(run, 0, run.last))
-    return run.last
+def _train(run: Run, validate: Validation | None, listeners: Sequence[Callback], stop: Stop) -> None:
+    """What is left of a run, epoch by epoch."""
+    if validate is not None and run.step < run.total:
+        # before any work is done that a refusal would lose
+        validate.check()
+    if run.config.on_nan == "back_off" and run.step == 0:
+        # something to go back to
+        run.save()
+    watch = LossWatch(run.source, run.config.seed)
+    while run.step < run.total:
+        try:
+            state = _train_epoch(run, listeners, watch, stop)
+        except Diverged as error:
+            _back_off(run, watch, error)
+            continue
+        if validate is not None and validate.due(state.epoch):
+            run.last = {**run.last, **validate()}
+            state = replace(state, metrics=run.last)
+        for listener in listeners:
+            listener.on_epoch(state)
+        run.save()
 
 
-def _train_epoch(
-    run: Run, checkpoints: Checkpointer, listeners: Sequence[Callback], watch: LossWatch, stop: Stop
-) -> TrainingState:
+def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop: Stop) -> TrainingState:
     """The rest of the run's epoch, step by step, with checkpoints in between; its means are in ``run.last`` then."""
     task, config, epoch = run.task, run.config, run.epoch
     began, images, world = time.monotonic(), 0, processes()[1]
@@ -195,7 +183,8 @@ def _train_epoch(
         torch.manual_seed(seed)
         report_step(run.step)
         batch = run.batch(raw, run.step, seed)
-        set_learning_rate(task, run.rate * task.learning_rate(run.step / run.total, epoch, config.epochs))
+        rate = run.rate * task.learning_rate(run.step / run.total, epoch, config.epochs)
+        set_learning_rate(task.optimizers.values(), rate)
         with named_when_lost():
             measured = train_step(task, batch)
         run.add(measured)
@@ -206,9 +195,14 @@ def _train_epoch(
         for listener in listeners:
             listener.on_step(_state(run, count, measured, epoch))
         if run.step % run.steps:
-            checkpoints.save_if_due(now=stop.asked)
+            run.save_if_due(now=stop.asked)
             if stop.asked:
-                _end(run, checkpoints.folder)
+                which = "its checkpoint" if run.source.reproducible else "that of its last whole epoch"
+                where = "" if run.folder is None else f"; {which} is in {run.folder}"
+                text = "ended by SIGTERM after step %d of %d%s: run the same again to go on"
+                logger.warning(text, run.step, run.total, where)
+                # 143 is what a shell shows for it
+                raise SystemExit(128 + signal.SIGTERM)
     # the epoch's one wait for the device
     run.last = run.means()
     run.check_finite()
@@ -216,62 +210,108 @@ def _train_epoch(
     return _state(run, images, run.last, epoch, images / max(time.monotonic() - began, 1e-9))
 
 
-def _back_off(run: Run, checkpoints: Checkpointer, watch: LossWatch, error: Diverged) -> None:
+def _back_off(run: Run, watch: LossWatch, error: Diverged) -> None:
     """Return to the last checkpoint with a smaller learning rate; Diverged with an explanation if the run is to end."""
     step = watch.first_bad() if error.step is None else error.step
-    explanation = _explanation(run, checkpoints.folder, watch, step)
+    epoch = (run.step - 1 if step is None else step) // run.steps
+    where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
+    means = ", ".join(f"{name} {value:.4g}" for name, value in run.means().items())
+    recorded = ""
+    if (
+        step is not None
+        and run.folder is not None
+        and processes()[0] == 0
+        and (record := watch.record(step, run.folder))
+    ):
+        recorded = f"; its images, labels and seed are in {record}"
+    by_itself = "; on_nan back_off halves the rate by itself" if run.config.on_nan == "stop" else ""
+    explanation = (
+        f"epoch {epoch}: training diverged, {where} (means of the epoch: {means}); the last checkpoint is kept"
+        f"{recorded}. Lower the learning rate ({_learning_rate(run):.3g} here), let eps rise over more epochs "
+        f"(eps_warmup), or train in float32 if this is bfloat16{by_itself}"
+    )
     rate = run.rate * BACK_OFF
     if run.config.on_nan == "stop" or rate < BACK_OFF**BACK_OFFS:
         raise Diverged(explanation, step) from error
     watch.forget()
-    checkpoints.resume()
+    run.resume()
     run.rate = rate
     if processes()[0] == 0:
         logger.warning("%s; back to step %d with %g of the learning rate", explanation, run.step, rate)
-
-
-def _explanation(run: Run, folder: Path | None, watch: LossWatch, step: int | None) -> str:
-    """Where a run diverged, what was written down of it, and what to change."""
-    epoch = (run.step - 1 if step is None else step) // run.steps
-    where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
-    means = ", ".join(f"{name} {value:.4g}" for name, value in run.means().items())
-    record = watch.record(step, folder) if step is not None and folder is not None and processes()[0] == 0 else None
-    recorded = "" if record is None else f"; its images, labels and seed are in {record}"
-    by_itself = "; on_nan back_off halves the rate by itself" if run.config.on_nan == "stop" else ""
-    advice = f"Lower the learning rate ({_learning_rate(run):.3g} here), let eps rise over more epochs (eps_warmup)"
-    return (
-        f"epoch {epoch}: training diverged, {where} (means of the epoch: {means}); the last checkpoint is kept"
-        f"{recorded}. {advice}, or train in float32 if this is bfloat16{by_itself}"
-    )
-
-
-def _end(run: Run, folder: Path | None) -> NoReturn:
-    """End this process, as SIGTERM asked: 143 is what a shell shows for it."""
-    which = "its checkpoint" if run.source.reproducible else "that of its last whole epoch"
-    where = "" if folder is None else f"; {which} is in {folder}"
-    logger.warning("ended by SIGTERM after step %d of %d%s: run the same again to go on", run.step, run.total, where)
-    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _learning_rate(run: Run) -> float:
     return next(iter(run.task.optimizers.values())).param_groups[0]["lr"]
 
 
-def _state(
-    run: Run, images: int, metrics: dict[str, Any], epoch: int | None = None, images_per_second: float = 0.0
-) -> TrainingState:
+def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_per_second: float = 0.0) -> TrainingState:
     return TrainingState(
-        task=run.task,
-        step=run.step,
-        total_steps=run.total,
-        epoch=run.config.epochs - 1 if epoch is None else epoch,
-        epochs=run.config.epochs,
-        images=images,
-        metrics=metrics,
-        learning_rate=_learning_rate(run),
-        images_per_second=images_per_second,
-        terms=run.terms,
-    )
+        task=run.task, step=run.step, total_steps=run.total, epoch=epoch, epochs=run.config.epochs, images=images,
+        metrics=metrics, learning_rate=_learning_rate(run), images_per_second=images_per_second, terms=run.terms,
+    )  # fmt: skip
+
+
+# -- a step -----------------------------------------------------------------------------------------------------------
+
+
+def train_step(task: Task, batch: Batch) -> Metrics:
+    """Take one step, all updates of it, with the model in training mode.
+
+    Returns:
+        The last update's loss and metrics, detached, as means over the processes.
+    """
+    task.model.train()
+
+    def take() -> Metrics:
+        measured: Metrics = {}
+        for update in task.updates(batch):
+            measured = apply_update(task, update)
+        return measured
+
+    if task.graphs is None or processes()[1] > 1:
+        # of several processes none may take a step again: the others would not wait for it
+        return take()
+    return task.graphs.without_if_memory_ends(take, batch.x.device)
+
+
+def apply_update(task: Task, update: Update) -> Metrics:
+    """Move the weights of one optimizer down the mean gradient over the processes.
+
+    Returns:
+        The loss and the metrics, detached, as means over the processes.
+    """
+    optimizer = task.optimizers[update.optimizer]
+    optimizer.zero_grad(set_to_none=True)
+    update.loss.backward()
+    measured = {"loss": update.loss.detach(), **update.metrics}
+    gradients = [weight.grad for weight in weights_of(optimizer) if weight.grad is not None]
+    average_([*gradients, *measured.values()])
+    task.before_step()
+    optimizer.step()
+    task.after_step()
+    return measured
+
+
+@contextlib.contextmanager
+def accelerated_steps(task: Task, config: FitConfig, device: torch.device) -> Iterator[None]:
+    """Within the block, steps on a GPU wait less: captured attacks, raced convolutions, fused optimizers.
+
+    On a CPU it changes nothing. The task's weights are where they are trained, and its optimizers hold what they resume
+    with.
+    """
+    for optimizer in task.optimizers.values():
+        fuse(optimizer, config.fused_optimizers == "auto" and device.type == "cuda")
+    before = task.graphs
+    if config.cuda_graphs == "off":
+        task.graphs = None
+    elif task.graphs is None and device.type == "cuda":
+        task.graphs = StepGraphs(config.cuda_graphs)
+    try:
+        with raced_convolutions(config.cudnn_benchmark, device):
+            yield
+    finally:
+        # with the graphs goes the memory that only they use
+        task.graphs = before
 
 
 def _check_batchnorm(model: nn.Module) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sized
 from dataclasses import replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .._fingerprint import digest
 from .._process import processes
+from .._tensors import digest
 from ..data import StreamedImages, batches, read_ahead
 from .config import FitConfig
 from .task import Task
@@ -35,32 +35,16 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
-class Source(Protocol):
-    """Batches of images by epoch.
+class InMemory:
+    """Tensors or streamed images, in an order that is a function of the seed and the epoch.
 
     Attributes:
         description: what must be equal for a run to be resumed.
         device: where the images are put.
         steps: batches of an epoch.
-        batch_size: images in a batch of all processes together; None if that is known only when they arrive.
-        images: images of an epoch, likewise.
+        batch_size: images in a batch of all processes together.
+        images: images of an epoch.
         reproducible: whether an epoch's batches are a function of the epoch, so that one can begin in its middle.
-    """
-
-    description: str
-    device: torch.device
-    steps: int
-    batch_size: int | None
-    images: int | None
-    reproducible: bool
-
-    def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
-        """The epoch's batches from number ``first`` on, each this process's share."""
-        raise NotImplementedError
-
-
-class InMemory:
-    """Tensors or streamed images, in an order that is a function of the seed and the epoch.
 
     Args:
         x: uint8 ``[N, C, H, W]``.
@@ -80,35 +64,32 @@ class InMemory:
     def __init__(
         self, x: Tensor | StreamedImages, y: Tensor, config: FitConfig, rank: int, world: int, ids: Tensor | None = None
     ):
-        check_images(x, y)
+        _check_images(x, y)
+        self.x, self.y, self.config, self.rank, self.world, self.device = x, y, config, rank, world, x.device
+        self.ids = torch.arange(len(x), device=x.device) if ids is None else ids.to(x.device)
+        n, self.batch_size = len(self.ids), config.batch_size
+        rest = n % config.batch_size
+        steps = n // config.batch_size + (rest > 0 and not config.drop_last)
         if config.batch_size % world:
             raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {world} processes")
-        self.x, self.y, self.config, self.rank, self.world, self.device = x, y, config, rank, world, x.device
-        self.ids = None if ids is None else ids.to(x.device)
-        self.n = len(x) if ids is None else len(ids)
-        self.batch_size: int | None = config.batch_size
-        rest = self.n % config.batch_size
-        self.steps = self.n // config.batch_size + (rest > 0 and not config.drop_last)
-        if self.steps == 0:
-            raise ValueError(f"batch_size {config.batch_size} is larger than the {self.n} training images")
+        if steps == 0:
+            raise ValueError(f"batch_size {config.batch_size} is larger than the {n} training images")
         if not config.drop_last and rest % world:
             raise ValueError(
                 f"drop_last False leaves a last batch of {rest} images, which {world} processes cannot share evenly: "
                 "leave it out (drop_last), or take another batch_size"
             )
-        self.steps = _cut_off(self.steps, config)
-        self.images: int | None = min(self.n, self.steps * config.batch_size)
+        self.steps = _cut_off(steps, config)
+        self.images = min(n, self.steps * config.batch_size)
         self.description = f"{len(x)} images, {digest(x, y)}"
 
     def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
-        config = self.config
+        """The epoch's batches from number ``first`` on, each this process's share."""
+        config, shares = self.config, {"rank": self.rank, "world": self.world}
         order = batches(
-            self.n, config.batch_size, config.seed, epoch, config.drop_last,
-            rank=self.rank, world=self.world, device=self.device,
-        )  # fmt: skip
-        if self.ids is not None:
-            order = [self.ids[rows] for rows in order]
-        for ids, images in read_ahead(self.x, order[first : self.steps]):
+            len(self.ids), config.batch_size, config.seed, epoch, config.drop_last, device=self.device, **shares
+        )
+        for ids, images in read_ahead(self.x, [self.ids[rows] for rows in order[first : self.steps]]):
             yield images, self.y[ids], ids
 
 
@@ -134,7 +115,7 @@ class Loader:
 
     Raises:
         TypeError: it is neither, or has no length.
-        ValueError: it can be read only once, or its order cannot be resumed.
+        ValueError: its order cannot be resumed, or there is no batch.
     """
 
     batch_size: int | None = None
@@ -143,36 +124,26 @@ class Loader:
     def __init__(self, x: Batches | Callable[[int], Batches], config: FitConfig, device: torch.device, keeps: bool):
         self.reproducible = callable(x)
         self.x, self.seed, self.device = x, config.seed, device
-        first = self._of(0)
-        if not isinstance(first, Iterable):
-            raise TypeError(f"x must be images, batches or a function of the epoch, got {type(x).__name__}")
-        if isinstance(first, Iterator):
-            raise ValueError(
-                "x is an iterator, which is used up after one epoch: give a DataLoader, a list of batches, or a "
-                "function of the epoch that returns one of these"
+        first: Any = x(0) if callable(x) else x
+        if not (isinstance(first, Iterable) and isinstance(first, Sized)):
+            # learning rates depend on how long the run is, and an iterator is used up after one epoch
+            raise TypeError(
+                "x must be images, batches with a length, such as a DataLoader or a list, or a function of the epoch "
+                f"that returns such batches, got {type(first).__name__}"
             )
         if keeps and isinstance(first, DataLoader) and first.generator is not None and not self.reproducible:
             raise ValueError(
                 "x is a DataLoader with a generator of its own, whose state is in no checkpoint, so that a resumed run "
                 "would see the images in another order: leave the generator out, or give a function of the epoch"
             )
-        try:
-            self.steps = len(first)  # type: ignore[arg-type]
-        except TypeError as error:
-            raise TypeError(
-                "x must have a length, the number of its batches: learning rates depend on how long the run is"
-            ) from error
-        if self.steps == 0:
+        if len(first) == 0:
             raise ValueError("x gives no batch")
-        self.steps = _cut_off(self.steps, config)
+        self.steps = _cut_off(len(first), config)
         self.description = f"batches, {self.steps} an epoch"
-
-    def _of(self, epoch: int) -> Any:
-        return self.x(epoch) if callable(self.x) else self.x
 
     def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
         torch.manual_seed(step_seed(self.seed, epoch * self.steps))
-        given, seen = iter(self._of(epoch)), 0
+        given, seen = iter(self.x(epoch) if callable(self.x) else self.x), 0
         for k in range(self.steps):
             torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
             try:
@@ -183,34 +154,25 @@ class Loader:
             ids = rest[0] if rest else torch.arange(seen, seen + len(images))
             seen += len(images)
             if k >= first:
-                check_batch(images, labels, ids)
+                _check_batch(images, labels, ids)
                 if k == first and images.is_floating_point():
                     # once in an epoch, since it waits for a device that holds them
-                    check_range(images)
+                    _check_range(images)
                 yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
 
 
+Source: TypeAlias = InMemory | Loader
+
+
 def training_source(task: Task, x: Images, y: Tensor | None, config: FitConfig, keeps: bool) -> Source:
-    """What a run trains on, checked before any work.
-
-    Args:
-        task: what is trained.
-        x: the images, as `fit` takes them.
-        y: their labels; None with batches.
-        config: batch size, seed and the share that is held out.
-        keeps: whether checkpoints of the run are kept.
-
-    Raises:
-        TypeError: images in no form that can be trained on.
-        ValueError: images or labels that cannot be trained on, or that the model does not take.
-    """
+    """What a run trains on, checked before any work; ``keeps`` says whether checkpoints of the run are written."""
     if not isinstance(x, (Tensor, StreamedImages)):
         if y is not None:
             raise ValueError("y must be None with batches, which bring their labels")
         if config.validation_share > 0:
             raise ValueError("validation_share is of images: with batches give validation, held-out images or batches")
         return Loader(x, config, next(task.model.parameters()).device, keeps)
-    check_images(x, y)
+    _check_images(x, y)
     assert y is not None
     if len(x):
         task.check(tuple(x.shape[1:]), int(y.max()) + 1)
@@ -221,43 +183,28 @@ def training_source(task: Task, x: Images, y: Tensor | None, config: FitConfig, 
 def held_out_source(
     task: Task, x: Images, y: Tensor | None, config: FitConfig, validation: HeldOut | None
 ) -> Source | None:
-    """What a run validates with, in every process all of it; None for nothing.
-
-    Args:
-        task: what is trained.
-        x: the images to train on, of which the config may hold out a share.
-        y: their labels.
-        config: the share, and the seed.
-        validation: what `fit` was given.
-
-    Raises:
-        ValueError: validation is asked for twice, or the best weights without it.
-    """
+    """What a run validates with, in every process all of it: ``validation`` or the config's share; None for nothing."""
     if validation is None and config.validation_share == 0:
         if config.keep_best != "off":
             raise ValueError(f"keep_best {config.keep_best!r} needs validation_share, or validation")
         return None
     if validation is not None and config.validation_share > 0:
         raise ValueError("validation_share goes without validation: give one of them")
-    config = replace(config, batch_size=VALIDATION_BATCH, drop_last=False, steps_per_epoch=None)
+    ids = None
     if validation is None:
         assert isinstance(x, (Tensor, StreamedImages)) and y is not None
-        ids = held_out(len(x), config.validation_share, config.seed)[1]
-        return InMemory(x, y, config, 0, 1, ids=ids)
-    if isinstance(validation, tuple):
-        images, labels = validation
-        return InMemory(images, labels, config, 0, 1)
+        validation, ids = (x, y), held_out(len(x), config.validation_share, config.seed)[1]
     if isinstance(validation, (Tensor, StreamedImages)):
         raise ValueError("validation must bring labels: give (images, labels)")
+    config = replace(config, batch_size=VALIDATION_BATCH, drop_last=False, steps_per_epoch=None)
+    if isinstance(validation, tuple):
+        images, labels = validation
+        return InMemory(images, labels, config, 0, 1, ids=ids)
     return Loader(validation, config, next(task.model.parameters()).device, keeps=False)
 
 
-def check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
-    """Refuse images and labels that cannot be trained on.
-
-    Raises:
-        ValueError: the message says which of the two is wrong, and how it must be.
-    """
+def _check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
+    """ValueError for images and labels that cannot be trained on; the message says how they must be."""
     if x.dtype != torch.uint8 or len(x.shape) != 4:
         advice = ": images in [0, 1] are (255 * x).round().to(torch.uint8)" if x.dtype.is_floating_point else ""
         raise ValueError(f"x must be uint8 [N, C, H, W], got {x.dtype} {list(x.shape)}{advice}")
@@ -270,17 +217,8 @@ def check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
         raise ValueError(f"y must hold labels of at least 0, got {int(y.min())}")
 
 
-def check_batch(images: Tensor, labels: Tensor, ids: Tensor) -> None:
-    """Refuse a batch of a loader that cannot be trained on; its values are not read.
-
-    Args:
-        images: float in [0, 1] or uint8, ``[B, C, H, W]``.
-        labels: int64 ``[B]``.
-        ids: int64 ``[B]``.
-
-    Raises:
-        ValueError: the message says which of them is wrong.
-    """
+def _check_batch(images: Tensor, labels: Tensor, ids: Tensor) -> None:
+    """ValueError for a loader's batch that cannot be trained on; its values are not read."""
     if images.dim() != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
         got = f"{images.dtype} {list(images.shape)}"
         raise ValueError(f"x: images must be float in [0, 1] or uint8, [B, C, H, W], got {got}")
@@ -289,18 +227,9 @@ def check_batch(images: Tensor, labels: Tensor, ids: Tensor) -> None:
             raise ValueError(f"x: {name} must be int64 [B] = [{len(images)}], got {part.dtype} {list(part.shape)}")
 
 
-def check_range(images: Tensor) -> None:
-    """Refuse images that are not in [0, 1].
-
-    Args:
-        images: floating point.
-
-    Raises:
-        ValueError: the message says what is probably meant.
-    """
-    if images.numel() == 0:
-        return
-    low, high = (float(value) for value in torch.aminmax(images.detach()))
+def _check_range(images: Tensor) -> None:
+    """ValueError for floating-point images that are not in [0, 1]; the message says what is probably meant."""
+    low, high = (float(value) for value in torch.aminmax(images.detach())) if images.numel() else (0.0, 1.0)
     if low >= 0 and high <= 1:
         return
     if low != low or high != high:
@@ -313,12 +242,7 @@ def check_range(images: Tensor) -> None:
 
 
 def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Two parts of a data set, a function of the seed: indices to train on and indices to validate with, each rising.
-
-    Args:
-        n: images of the data set.
-        share: of them to validate with.
-        seed: the run's.
+    """Indices of ``n`` images to train on, and of the ``share`` to validate with, each rising: a function of the seed.
 
     Raises:
         ValueError: one of the parts would be empty.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .._tensors import first_tensor
 from ..models.representation import evaluation_mode
 from ..speed.graphs.step_graphs import StepGraphs
-from .length import DelayUnit, RunLength
-from .lookahead import Lookahead
+from .optimizers import Lookahead
+from .schedules import DelayUnit, RunLength
 
 Metrics = dict[str, Tensor]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,12 +39,12 @@ class Validation:
     Args:
         run: the run.
         source: held-out images, all of them in every process.
-        folder: where ``best.safetensors`` is kept; None keeps the best weights in memory.
     """
 
-    def __init__(self, run: Run, source: Source, folder: Path | None):
+    def __init__(self, run: Run, source: Source):
         self.run, self.source = run, source
-        self.path = None if folder is None else folder / "best.safetensors"
+        #: where the best weights are; without a folder they stay in memory
+        self.path = None if run.folder is None else run.folder / "best.safetensors"
         self._best: dict[str, Tensor] | None = None
 
     def due(self, epoch: int) -> bool:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import purify_fast
 from purify_fast import cli
-from purify_fast._fingerprint import weights_fingerprint
+from purify_fast._tensors import weights_fingerprint
 from purify_fast.models.foreign import ForeignClassifier, build_foreign, read_weights
 from purify_fast.training import load_classifier, save_classifier
 
@@ -216,9 +216,8 @@ def test_without_timm_it_says_how_to_get_it():
 
 
 def test_only_the_first_process_prints(bars, tmp_path, monkeypatch, capsys):
-    # what the second of two processes does with a training that is over; the command imports both names when it runs
+    # what the second of two processes does with a training that is over
     monkeypatch.setattr("purify_fast.training.fit", lambda *args, **options: {"loss": 1.0})
-    monkeypatch.setattr("purify_fast.cli.train_classifier.images_in_turn", lambda command: command.load_data())
     monkeypatch.setattr("purify_fast._process.processes", lambda: (1, 2))
     words = ["--data", bars, "--out", str(tmp_path / "out"), "--device", "cpu", "--width", "2", "--epochs", "1"]
     code = cli.main(["train", "classifier", *words, "--steps", "1", "--batch-size", "16", "--eps", "0.1"])

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import transforms
 
 from purify_fast import data
-from purify_fast._fingerprint import digest
+from purify_fast._tensors import digest
 from purify_fast.data import StreamedImages, decoding, folders
 
 
@@ -84,10 +84,6 @@ def test_tiny_imagenet(tmp_path):
         assert np.array_equal(d.x_train.numpy(), np.stack(pixels)) and d.y_train.tolist() == [0, 1, 2]
         assert np.array_equal(d.x_test.numpy(), np.stack([held_out[i] for i in (2, 0, 1)]))
         assert d.y_test.tolist() == [2, 1, 0] and d.num_classes == 3
-    (tmp_path / "tiny-imagenet-200" / "wnids.txt").write_text("n1\nn2\n")
-    with pytest.raises(ValueError, match=r"wnids\.txt and the folders in train differ in n3"):
-        data.load_dataset("tiny_imagenet", tmp_path)
-    (tmp_path / "tiny-imagenet-200" / "wnids.txt").unlink()
     (tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn9\n")
     with pytest.raises(ValueError, match=r"val_annotations\.txt, line 1: .*n9"):
         data.load_dataset("tiny_imagenet", tmp_path)
@@ -101,39 +97,6 @@ def test_squares_are_resized_and_cropped_as_by_torchvision(tmp_path, side):
     files = sorted((tmp_path / "train").rglob("*.png"))
     want = torch.stack([like(Image.open(path)) for path in files])
     assert torch.equal(d.x_train, want)
-
-
-def by_pillow(path, size):
-    """What was read before torchvision resized: Pillow alone, and whole numbers."""
-    image = Image.open(path).convert("RGB")
-    height, width = size
-    if height * image.width < width * image.height:
-        scaled = width, image.height * width // image.width
-    else:
-        scaled = image.width * height // image.height, height
-    if scaled != image.size:
-        image = image.resize(scaled, Image.Resampling.BILINEAR)
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
-
-
-@pytest.mark.parametrize("size", [(9, 9), (16, 5), (7, 31), (40, 33)])
-def test_pixels_are_those_of_pillow_alone(tmp_path, size):
-    for part in ("train", "val"):
-        for label in ("a", "b"):
-            for seed, mode in enumerate(("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "1")):
-                ending = "jpg" if mode in ("CMYK", "YCbCr") else "png"
-                sizes = ((13, 29), (31, 8), (7, 7), (40, 33))
-                picture(tmp_path / part / label / f"{seed}.{ending}", seed, sizes[(seed + len(label)) % 4], mode)
-        # a note that the camera was turned, which is ignored
-        turned = Image.fromarray(np.random.RandomState(9).randint(0, 256, (12, 20, 3)).astype(np.uint8))
-        exif = turned.getexif()
-        exif[0x0112] = 6
-        turned.save(tmp_path / part / "a" / "turned.jpg", exif=exif)
-    d = data.load_dataset(tmp_path, image_size=size)
-    files = [path for name in ("a", "b") for path in sorted((tmp_path / "train" / name).iterdir())]
-    assert len(d.x_train) == len(files) == 17
-    assert np.array_equal(d.x_train.numpy(), np.stack([by_pillow(path, size) for path in files]))
 
 
 def test_files_in_folders_inside_a_class_are_sorted_by_their_whole_path(tmp_path):
@@ -184,12 +147,11 @@ def test_files_that_cannot_be_decoded_are_all_named(tmp_path, workers):
     with pytest.raises(ValueError) as error:
         data.load_dataset(tmp_path, workers=workers)
     text = str(error.value)
-    assert text.startswith("3 of 80 images cannot be decoded")
+    assert text.startswith(f"3 of 80 images of {tmp_path} cannot be decoded")
     for name in ("cat/003.png", "dog/007.png", "dog/039.png: its mode is I;16"):
         assert name in text
-    with pytest.raises(ValueError, match="3 of 80"):  # and nothing is kept that would be read next time
+    with pytest.raises(ValueError, match="3 of 80"):  # from the cache alike
         data.load_dataset(tmp_path, workers=workers)
-    assert not list((tmp_path / ".purify_fast").rglob("*.npy"))
 
 
 def test_processes_decode_in_order(tmp_path):

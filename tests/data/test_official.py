@@ -94,7 +94,7 @@ def test_a_damaged_idx_file_is_named(tmp_path, compressed):
 def test_labels_are_checked_as_in_an_npz(tmp_path):
     write_idx(tmp_path / "mnist")
     (tmp_path / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx_file(np.array([0, 1, 2, 9, 0, 1], np.uint8)))
-    with pytest.raises(ValueError, match=r"y_test\[3\] is 9"):
+    with pytest.raises(ValueError, match="labels go up to 9, but no image has label 3"):
         data.load_dataset("mnist", tmp_path)
     assert data.load_dataset("mnist", tmp_path, num_classes=10).num_classes == 10
     (tmp_path / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx_file(np.array([0, 1], np.uint8)))
@@ -222,24 +222,6 @@ def test_download(tmp_path, monkeypatch):
     same(data.load_dataset("mnist", root), arrays, "mnist")
 
 
-def test_download_unpacks_cifars_archive(tmp_path, monkeypatch):
-    made = write_cifar(tmp_path / "server", monkeypatch, "cifar10")
-    archive = tmp_path / "server" / "cifar-10-python.tar.gz"
-    with tarfile.open(archive, "w:gz") as file:
-        file.add(tmp_path / "server" / "cifar-10-batches-py", "cifar-10-batches-py")
-    monkeypatch.setattr(datasets.CIFAR10, "url", archive.as_uri())
-    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(archive))
-    d = data.load_dataset("cifar10", tmp_path / "root", download=True)
-    assert np.array_equal(d.x_train.numpy(), made["train_list"][0])
-
-
-def test_download_of_svhn(tmp_path, monkeypatch):
-    (tmp_path / "server").mkdir()
-    made = write_svhn(tmp_path / "server", monkeypatch)
-    d = data.load_dataset("svhn", tmp_path / "root", download=True)
-    assert np.array_equal(d.x_test.numpy(), made["test"][0])
-
-
 @pytest.mark.parametrize("side, size", [(8, "160px"), (200, "320px"), (321, "full")])
 def test_download_of_imagenette_takes_the_archive_for_the_size(tmp_path, monkeypatch, side, size):
     server, (url, _) = tmp_path / "server", datasets.Imagenette._ARCHIVES[size]
@@ -262,7 +244,7 @@ def test_a_failed_download_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.MNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
     with pytest.raises(FileNotFoundError, match=r"mnist could not be downloaded to .*train-images"):
         data.load_dataset("mnist", tmp_path / "root", download=True)
-    with pytest.raises(FileNotFoundError, match=r"torchvision cannot download tiny_imagenet.*unzip"):
+    with pytest.raises(FileNotFoundError, match=r"tiny_imagenet.*torchvision cannot download it.*unzip"):
         data.load_dataset("tiny_imagenet", tmp_path, download=True)
 
 

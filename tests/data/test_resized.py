@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from purify_fast import data
-from purify_fast.data.resized import ResizedImages
+from purify_fast.data.streaming import ResizedImages
 from purify_fast.models import build_classifier
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast._version import __version__
+from purify_fast import __version__
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import Report, Row, evaluate, merge
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast._lock import folder_lock
+from purify_fast._files import folder_lock
 from purify_fast.attacks import PGD
 from purify_fast.defences.stochastic import StochasticDefence
 from purify_fast.evaluation import evaluate, measure

@@ -24,7 +24,7 @@ from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.training import ClassifierConfig, FitConfig
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = {kind.__name__: kind for kind in (

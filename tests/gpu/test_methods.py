@@ -15,7 +15,7 @@ from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.training import Batch
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
 if DEVICE.type == "cuda" and not torch.cuda.is_available():

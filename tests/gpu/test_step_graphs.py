@@ -19,8 +19,8 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.folding.inference_copy import LiveInferenceCopy
 from purify_fast.training import Batch, FitConfig, Task
-from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.step import accelerated_steps, fuse, train_step
+from purify_fast.training.config import TrainingAttack
+from purify_fast.training.loop import accelerated_steps, fuse, train_step
 
 DEVICE = torch.device(os.environ.get("PURIFY_FAST_TEST_DEVICE", "cuda"))
 if DEVICE.type == "cuda" and not torch.cuda.is_available():

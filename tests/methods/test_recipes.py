@@ -17,9 +17,10 @@ from purify_fast.methods.carso.recipes import CarsoRecipe
 from purify_fast.methods.recipes import RECIPES, recipe
 from purify_fast.models import build_classifier
 from purify_fast.training import Batch, fit
-from purify_fast.training.length import RunLength
+from purify_fast.training.loop import train_step
+from purify_fast.training.optimizers import set_learning_rate
+from purify_fast.training.schedules import RunLength
 from purify_fast.training.sources import InMemory
-from purify_fast.training.step import set_learning_rate, train_step
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -170,7 +171,7 @@ def test_two_steps_at_the_recipes_size(name, official_code):
         steps |= {max(terms["cross_entropy"] - 1, 0), terms["cross_entropy"]}
     for step in sorted(steps):
         epoch = step // length.steps_per_epoch
-        set_learning_rate(task, task.learning_rate(step / length.steps, epoch, length.epochs))
+        set_learning_rate(task.optimizers.values(), task.learning_rate(step / length.steps, epoch, length.epochs))
         batch = Batch(x, y, torch.arange(images), 0, epoch, length.epochs, step, length.images_before(step))
         measured = train_step(task, batch)
         if name.startswith("atop"):

@@ -9,7 +9,7 @@ from purify_fast.methods.arrest import ArrestConfig
 from purify_fast.methods.atop import AtopConfig
 from purify_fast.methods.carso import CarsoConfig
 from purify_fast.training import ClassifierConfig, TrainingAttack
-from purify_fast.training.attack import settings
+from purify_fast.training.config import settings
 
 CONFIGS = (ClassifierConfig(), CarsoConfig(), AtopConfig(), ArrestConfig())
 
@@ -47,7 +47,7 @@ def test_without_a_warm_up_every_epoch_has_the_attack_itself():
         ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
-        ({"relative_alpha": 0.0}, "relative_alpha must be above 0, got 0.0"),
+        ({"relative_alpha": 0.0}, "relative_alpha must be above 0 and finite, got 0.0"),
         ({"eps_warmup": 1.5}, r"eps_warmup must be in \[0, 1\], got 1.5"),
     ],
 )

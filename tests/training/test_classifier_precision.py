@@ -8,7 +8,7 @@ from torch import nn
 
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import socket
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 from purify_fast import cli
-from purify_fast.training import distributed, lost_processes
+from purify_fast.training import distributed
 from purify_fast.training.checkpoint import last_checkpoint, read_tree
 
 SCRIPT = Path(__file__).with_name("together.py")
@@ -27,40 +26,21 @@ KIND = "convolutional"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def together(folder, world, *actions, timeout="120", store=None, first=0, rest=20):
-    """Run actions of together.py in ``world`` processes; exit statuses and errors.
+@pytest.fixture(scope="module")
+def trio(together):
+    """The same with batches that one, two or three processes can share."""
 
-    It ends when the process ``first`` has ended, and the others too or ``rest`` seconds later.
-    """
-    folder.mkdir(exist_ok=True)
-    (folder / "store").unlink(missing_ok=True)
-    store = folder / "store" if store is None else store
-    started = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, str(rank), str(world), store, folder, repr(actions)],
-            env={**ENVIRONMENT, "TOGETHER_TIMEOUT": timeout},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        started[first].wait(timeout=120)
-        # one that hangs is not waited for
-        end = time.monotonic() + rest
-        while any(process.poll() is None for process in started) and time.monotonic() < end:
-            time.sleep(0.05)
-    finally:
-        for process in started:
-            process.kill()
-    return [process.wait() for process in started], [process.stderr.read() for process in started]
+    def run(*arguments, timeout="120", **options):
+        return together(*arguments, TOGETHER_BATCH="30", TOGETHER_TIMEOUT=timeout, **options)
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def one(tmp_path_factory, trio):
     """The undisturbed run of one process."""
     folder = tmp_path_factory.mktemp("one")
-    codes, errors = together(folder, 1, ("one", "weights", (KIND, str(folder / "run"))))
+    codes, errors = trio(folder, 1, ("one", "weights", (KIND, str(folder / "run"))))
     assert codes == [0], errors
     return torch.load(folder / "one-0")
 
@@ -70,18 +50,18 @@ def close(found, wanted):
         torch.testing.assert_close(found["state"][name], tensor, rtol=1e-5, atol=1e-5)
 
 
-def test_a_process_that_hangs_is_named_and_the_run_resumed_by_three(one, tmp_path):
+def test_a_process_that_hangs_is_named_and_the_run_resumed_by_three(one, trio, tmp_path):
     run = tmp_path / "run"
-    codes, errors = together(tmp_path, 2, ("x", "hangs", (KIND, str(run), 1)), timeout="4")
+    codes, errors = trio(tmp_path, 2, ("x", "hangs", (KIND, str(run), 1)), timeout="4")
     assert codes[0] == 1
     assert "ProcessLost: process 0 of 2 waited in vain in step 3 for: process 1, last in step 3" in errors[0], errors[0]
     assert read_tree(run / "checkpoint.safetensors")["step"] == 3
     # elastic: one more than before, and then one alone
     shutil.copytree(run, tmp_path / "alone")
-    codes, errors = together(tmp_path, 3, ("three", "weights", (KIND, str(run))))
+    codes, errors = trio(tmp_path, 3, ("three", "weights", (KIND, str(run))))
     assert codes == [0, 0, 0], errors
     close(torch.load(tmp_path / "three-0"), one)
-    codes, errors = together(tmp_path, 1, ("alone", "weights", (KIND, str(tmp_path / "alone"))))
+    codes, errors = trio(tmp_path, 1, ("alone", "weights", (KIND, str(tmp_path / "alone"))))
     assert codes == [0], errors
     close(torch.load(tmp_path / "alone-0"), one)
 
@@ -89,14 +69,14 @@ def test_a_process_that_hangs_is_named_and_the_run_resumed_by_three(one, tmp_pat
 @pytest.mark.parametrize(
     ("victim", "number", "deaf"), [(1, signal.SIGSTOP, False), (0, signal.SIGSTOP, False), (1, signal.SIGKILL, True)]
 )
-def test_a_process_without_a_sign_of_life_is_named(tmp_path, victim, number, deaf):
+def test_a_process_without_a_sign_of_life_is_named(trio, tmp_path, victim, number, deaf):
     """Exchanges wait for half an hour here, and would say nothing: the other process ends by itself."""
     # the store is in the first process, and is stopped with it
     with socket.create_server(("127.0.0.1", 0)) as free:
         store = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     action = ("x", "gone", (KIND, str(tmp_path / "run"), victim, int(number), deaf))
     began = time.monotonic()
-    codes, errors = together(tmp_path, 2, action, timeout="1800", store=store, first=1 - victim, rest=1)
+    codes, errors = trio(tmp_path, 2, action, timeout="1800", store=store, first=1 - victim, rest=1)
     assert codes[1 - victim] == 1 and codes[victim] == -signal.SIGKILL and time.monotonic() - began < 100
     wanted = (
         f"purify-fast: process {1 - victim} of 2 had no sign of life for 3 seconds of: process {victim}, last in step 3"
@@ -105,77 +85,59 @@ def test_a_process_without_a_sign_of_life_is_named(tmp_path, victim, number, dea
     assert read_tree(tmp_path / "run" / "checkpoint.safetensors")["step"] == 3
 
 
-def test_a_process_that_is_only_slow_is_not_lost(tmp_path):
-    codes, errors = together(tmp_path, 2, ("x", "slow", (KIND, str(tmp_path / "run"))))
+def test_a_process_that_is_only_slow_is_not_lost(trio, tmp_path):
+    codes, errors = trio(tmp_path, 2, ("x", "slow", (KIND, str(tmp_path / "run"))))
     assert codes == [0, 0], errors
     assert torch.load(tmp_path / "x-0") == torch.load(tmp_path / "x-1") == 6
 
 
 def test_a_silence_is_an_exception_where_one_can_be_raised(monkeypatch):
     """The other process gives two signs and no more; this one is at work, and comes to its next exchange."""
-    monkeypatch.setattr(lost_processes, "BEAT", 0.05)
-    monkeypatch.setattr(lost_processes, "SILENCE", 1.0)
-    monkeypatch.setattr(lost_processes, "processes", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "BEAT", 0.05)
+    monkeypatch.setattr(distributed, "SILENCE", 1.0)
+    monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
     store = torch.distributed.HashStore()
-    monkeypatch.setattr(lost_processes.dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(distributed.dist.distributed_c10d, "_get_default_store", lambda: store)
     ended = []
-    monkeypatch.setattr(lost_processes.os, "_exit", ended.append)
+    monkeypatch.setattr(distributed.os, "_exit", ended.append)
     raised = pytest.raises(
-        lost_processes.ProcessLost, match="process 0 of 2 had no sign of life for 1 seconds of: process 1"
+        distributed.ProcessLost, match="process 0 of 2 had no sign of life for 1 seconds of: process 1"
     )
-    with raised, lost_processes.signs_of_life():
-        name = lost_processes._watch.name
+    with raised, distributed.signs_of_life():
+        name = distributed._watch.name
         for sign in ("0 4 works", "1 5 works"):
             store.set(f"{name} 1", sign)
             time.sleep(0.5)
-            with lost_processes.named_when_lost():
+            with distributed.named_when_lost():
                 pass
         time.sleep(2)
-        with lost_processes.named_when_lost():
+        with distributed.named_when_lost():
             pytest.fail("an exchange with a process that is lost")
-    assert "last in step 5" in str(raised.excinfo.value) and not ended and lost_processes._watch is None
+    assert "last in step 5" in str(raised.excinfo.value) and not ended and distributed._watch is None
     # one that has done its part owes no more signs
-    with lost_processes.signs_of_life():
-        store.set(f"{lost_processes._watch.name} 1", "2 5 done")
+    with distributed.signs_of_life():
+        store.set(f"{distributed._watch.name} 1", "2 5 done")
         time.sleep(2)
-        with lost_processes.named_when_lost():
+        with distributed.named_when_lost():
             pass
-        name = lost_processes._watch.name
+        name = distributed._watch.name
     assert store.get(f"{name} 0").endswith(b" 0 done")
 
 
 def test_a_lost_process_is_named_within_two_minutes():
-    assert lost_processes.SILENCE + 2 * lost_processes.BEAT + lost_processes.GRACE < 120
+    assert distributed.SILENCE + 2 * distributed.BEAT + distributed.GRACE < 120
 
 
-def test_the_first_process_is_killed_while_it_writes_a_checkpoint(one, tmp_path):
+def test_the_first_process_is_killed_while_it_writes_a_checkpoint(one, trio, tmp_path):
     run = tmp_path / "run"
-    codes, errors = together(tmp_path, 3, ("x", "killed_while_writing", (KIND, str(run))))
+    codes, errors = trio(tmp_path, 3, ("x", "killed_while_writing", (KIND, str(run))))
     assert codes[0] == -signal.SIGKILL and all(code not in (0, None) for code in codes[1:]), codes
     assert any("ProcessLost" in text for text in errors[1:]), errors
     # the one before it is whole, though half of a third one lies beside it
     assert last_checkpoint(run)["step"] == 2
-    codes, errors = together(tmp_path, 2, ("two", "weights", (KIND, str(run))))
+    codes, errors = trio(tmp_path, 2, ("two", "weights", (KIND, str(run))))
     assert codes == [0, 0], errors
     close(torch.load(tmp_path / "two-0"), one)
-
-
-def test_the_message_names_who_is_missing(monkeypatch):
-    """Those that wait in vain too are not; a store that is gone with its process tells nothing new."""
-    monkeypatch.setattr(lost_processes, "NOTICE", 0.0)
-    monkeypatch.setattr(lost_processes, "processes", lambda: (0, 4))
-    store = torch.distributed.HashStore()
-    store.set("run 2", "9 7 waits")
-    store.set("run 3", "9 5 works")
-    watch = lost_processes._Watch(store, "run")
-    named = "process 1, which has not begun; process 3, last in step 5"
-    assert watch.missing() == named and store.get("run 0") == b"2 0 waits"
-    watch.store = None
-    assert watch.missing() == named
-    for rank in (1, 3):
-        store.set(f"run {rank}", "9 7 waits")
-    watch.store = store
-    assert watch.missing() == "all others wait too: the network between them failed"
 
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 4000ms for recv"
@@ -195,10 +157,10 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Time
 )
 def test_only_an_exchange_that_failed_is_a_lost_process(monkeypatch, error, lost):
     """Any error with such a word in it was taken for one."""
-    monkeypatch.setattr(lost_processes, "processes", lambda: (0, 2))
-    with pytest.raises(lost_processes.ProcessLost if lost else RuntimeError) as told, lost_processes.named_when_lost():
+    monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
+    with pytest.raises(distributed.ProcessLost if lost else RuntimeError) as told, distributed.named_when_lost():
         raise error
-    assert isinstance(told.value, lost_processes.ProcessLost) is lost
+    assert isinstance(told.value, distributed.ProcessLost) is lost
 
 
 def test_a_start_does_not_read_what_an_earlier_one_wrote():
@@ -226,13 +188,13 @@ def test_a_process_that_never_starts(monkeypatch):
     monkeypatch.setenv("PURIFY_FAST_TIMEOUT", "0.3")
     store = torch.distributed.HashStore()
     store.set("purify_fast start", "of one that is gone")
-    with pytest.raises(lost_processes.ProcessLost, match="process 1 of 2 did not find the others"):
+    with pytest.raises(torch.distributed.DistError):
         distributed._of_this_start(store, 1, 2)
     # neither waits for the store's own patience, which is minutes
     began = time.monotonic()
-    with pytest.raises(lost_processes.ProcessLost, match="process 0 of 2 did not find the others"):
+    with pytest.raises(torch.distributed.DistError):
         distributed._of_this_start(store, 0, 2)
-    with pytest.raises(lost_processes.ProcessLost, match="process 1 of 2 did not find the others"):
+    with pytest.raises(torch.distributed.DistError):
         distributed._of_this_start(torch.distributed.HashStore(), 1, 2)
     assert time.monotonic() - began < 30
 
@@ -298,9 +260,3 @@ def test_torchrun_starts_a_run_again_one_of_whose_processes_was_killed(tmp_path)
     assert found["step"] == wanted["step"] == 120
     for name, tensor in wanted["model"].items():
         torch.testing.assert_close(found["model"][name], tensor, rtol=1e-3, atol=1e-4)
-
-
-def test_one_run_alone_is_what_the_others_are_compared_with(one):
-    alone = runpy.run_path(str(SCRIPT))
-    start = alone["small_task"](KIND).model.state_dict()
-    assert any((one["state"][name] - start[name]).abs().max() > 1e-3 for name in start)

@@ -13,8 +13,8 @@ from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import races, registry, verify
 from purify_fast.ops.dispatch.op import Call
 from purify_fast.training import FitConfig, fit, loop
-from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree
+from purify_fast.training.config import TrainingAttack
 
 CPU, SHAPE = torch.device("cpu"), (1, 16, 16)
 pytestmark = [
@@ -74,7 +74,7 @@ def test_every_process_takes_what_the_first_knows_and_verifies_the_rest_for_itse
     monkeypatch.setattr(verify, "_verify", lambda part, device: verified.append(part.name) or real(part, device))
     monkeypatch.setattr(loop, "processes", lambda: (1, 2))
     monkeypatch.setattr(loop, "from_first", lambda make: make() | {"wrong": ["stitch"]})
-    with loop._served_as_begun(SimpleNamespace(served=None, source=SimpleNamespace(device=CPU))):
+    with loop._pinned_kernels(SimpleNamespace(served=None, source=SimpleNamespace(device=CPU))):
         assert REGISTRY["stitch"].serving(Call(CPU)) == "reference" and not verified
         assert REGISTRY["philox"].serving(Call(CPU)) == "cpp" and verified == ["philox"]
     assert REGISTRY["stitch"].serving(Call(CPU)) == "cpp"

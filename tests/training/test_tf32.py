@@ -5,7 +5,7 @@ import torch
 from small_runs import SHAPE, Listener, arrest_task, atop_task, carso_task, classifier_task
 
 from purify_fast.methods.carso import CarsoConfig
-from purify_fast.training import ClassifierConfig, FitConfig, fit
+from purify_fast.training import FitConfig, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,11 +34,6 @@ def test_products_are_rounded_while_it_is_trained_if_asked(make):
         fit(task, x, torch.arange(16) % 10, config, callbacks=[heard], progress=False)
         assert heard.noted == {expected}
         assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before
-
-
-def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match=r"precision.*'half'"):
-        ClassifierConfig(precision="half")
 
 
 def test_joint_training_takes_it():

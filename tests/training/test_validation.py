@@ -201,27 +201,6 @@ def test_a_best_by_what_is_not_measured_is_refused():
         fit(Silent(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig()), *images(100), config, progress=False)
 
 
-def test_a_best_that_carsos_published_loss_does_not_measure_is_refused():
-    digits = data.load_dataset("digits")
-    config = FitConfig(1, 16, validation_share=0.2, keep_best="accuracy")
-    with pytest.raises(ValueError, match="keep_best 'accuracy': this training measures loss, reconstruction, kl"):
-        fit(tasks()["carso"](), digits.x_train[:80], digits.y_train[:80], config, progress=False)
-
-
-@pytest.mark.parametrize("name", ["pipeline", "atop", "arrest"])
-def test_what_a_task_measures_is_seen_without_a_change_to_the_run(name):
-    digits = data.load_dataset("digits")
-    x, y = digits.x_train[:80], digits.y_train[:80]
-    found = []
-    for chosen in ("off", "accuracy"):
-        made = tasks()[name]()
-        last = fit(made, x, y, FitConfig(1, 16, validation_share=0.2, keep_best=chosen), progress=False)
-        assert "validation_accuracy" in last
-        found.append(weights(made))
-    # one epoch, so that its weights are the best
-    assert same(*found)
-
-
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize(("scores", "best"), [([float("nan"), 2.0, 1.0, 3.0], 2), ([float("nan")] * 4, 3)])
 def test_a_score_that_is_no_number_is_never_the_best(tmp_path, scores, best, kept):

@@ -20,8 +20,8 @@ from purify_fast.methods.carso.losses import published_step
 from purify_fast.models import synced_batch_norm
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
-from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, fit, lost_processes
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, distributed, fit
+from purify_fast.training.config import TrainingAttack
 from purify_fast.training.distributed import average_, from_first
 
 LOOP = FitConfig(2, int(os.environ.get("TOGETHER_BATCH", "32")), padding=1, flip=True, checkpoint_seconds=0)
@@ -68,79 +68,65 @@ def weights(out, kind, folder=None):
     torch.save({"state": task.model.state_dict(), "last": last, "steps": len(steps)}, out)
 
 
-def killed(out, kind, folder):
-    """The same, but the last process is killed in the fourth step."""
+def disturbed(kind, folder, act):
+    """The same, but each process does something before its fourth step; the number of steps it took."""
     task, steps = small_task(kind), []
     step = task.training_step
 
-    def last_step(batch):
+    def at_the_fourth(batch):
         steps.append(batch)
-        if len(steps) == 4 and dist.get_rank() == dist.get_world_size() - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(steps) == 4:
+            act()
         return step(batch)
 
-    task.training_step = last_step
+    task.training_step = at_the_fourth
     fit(task, *small_set(), LOOP, folder)
+    return len(steps)
+
+
+def killed(out, kind, folder):
+    """The last process is killed."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    disturbed(kind, folder, lambda: os.kill(os.getpid(), signal.SIGKILL) if last else None)
 
 
 def hangs(out, kind, folder, rank):
-    """The same, but one process hangs in the fourth step for longer than the others wait."""
-    task, steps = small_task(kind), []
-    step = task.training_step
+    """One process hangs for longer than the others wait."""
+    disturbed(kind, folder, lambda: time.sleep(60 if dist.get_rank() == rank else 0))
 
-    def slow(batch):
-        steps.append(batch)
-        if len(steps) == 4 and dist.get_rank() == rank:
-            time.sleep(60)
-        return step(batch)
 
-    task.training_step = slow
-    fit(task, *small_set(), LOOP, folder)
+def impatient():
+    """Processes are lost after three seconds of silence."""
+    distributed.BEAT, distributed.SILENCE, distributed.GRACE = 0.2, 3.0, 1.0
 
 
 def gone(out, kind, folder, victim, number, deaf):
-    """The same, but one process gets a signal in the fourth step; the others know only what signs of life tell.
+    """One process gets a signal; the others know only what signs of life tell.
 
     If they are deaf, the end of a connection is not heard by an exchange, as it is not by one that NCCL has begun.
     """
-    lost_processes.BEAT, lost_processes.SILENCE, lost_processes.GRACE = 0.2, 3.0, 1.0
-    task, steps = small_task(kind), []
-    step = task.training_step
+    impatient()
 
-    def until_the_fourth(batch):
-        steps.append(batch)
-        if len(steps) == 4:
-            # for the others to have seen a sign of this step
-            time.sleep(2)
-            if dist.get_rank() == victim:
-                os.kill(os.getpid(), number)
-            if deaf:
-                dist.all_reduce = lambda *_, **__: dist.HashStore().wait(["never"], timedelta(minutes=30))
-        return step(batch)
+    def act():
+        # for the others to have seen a sign of this step
+        time.sleep(2)
+        if dist.get_rank() == victim:
+            os.kill(os.getpid(), number)
+        if deaf:
+            dist.all_reduce = lambda *_, **__: dist.HashStore().wait(["never"], timedelta(minutes=30))
 
-    task.training_step = until_the_fourth
-    fit(task, *small_set(), LOOP, folder)
+    disturbed(kind, folder, act)
 
 
 def slow(out, kind, folder):
-    """The same, but one process takes long for its fourth step, much longer than others may be silent."""
-    lost_processes.BEAT, lost_processes.SILENCE, lost_processes.GRACE = 0.2, 3.0, 1.0
-    task, steps = small_task(kind), []
-    step = task.training_step
-
-    def sometimes_slow(batch):
-        steps.append(batch)
-        time.sleep(6 if len(steps) == 4 and dist.get_rank() == 1 else 0)
-        return step(batch)
-
-    task.training_step = sometimes_slow
-    fit(task, *small_set(), LOOP, folder)
-    torch.save(len(steps), out)
+    """One process takes long for a step, much longer than others may be silent."""
+    impatient()
+    torch.save(disturbed(kind, folder, lambda: time.sleep(6 if dist.get_rank() == 1 else 0)), out)
 
 
 def killed_while_writing(out, kind, folder):
-    """The same, but the first process is killed while it writes its third checkpoint, the file half there."""
-    task, replace, times = small_task(kind), os.replace, []
+    """The first process is killed while it writes its third checkpoint, the file half there."""
+    replace, times = os.replace, []
 
     def dying(source, target):
         if Path(target).name == "checkpoint.safetensors" and dist.get_rank() == 0:
@@ -151,7 +137,7 @@ def killed_while_writing(out, kind, folder):
         return replace(source, target)
 
     os.replace = dying
-    fit(task, *small_set(), LOOP, folder)
+    fit(small_task(kind), *small_set(), LOOP, folder)
 
 
 def batchnorm(out, layer, shape, first, mean, dtype, as_on_cuda=False):

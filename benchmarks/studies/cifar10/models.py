@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from purify_fast import data, load_defence, zoo
-from purify_fast._fingerprint import weights_fingerprint
+from purify_fast._tensors import weights_fingerprint
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
@@ -36,7 +36,7 @@ from purify_fast.training import (
     load_classifier,
     save_classifier,
 )
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 from ...flops import Flops
 from .. import Job

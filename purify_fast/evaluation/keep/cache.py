@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ... import _library
 from ..._files import atomic
-from ..._fingerprint import digest, text_hash
+from ..._tensors import digest, text_hash
 from ...ops import choices_of_bits
 from ...ops.dispatch.registry import forced_backends
 from ...speed.precision import float32_settings

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..._fingerprint import digest, text_hash
+from ..._tensors import digest, text_hash
 from ...contents import HOOKS, PLAIN, attributes, not_dependencies, variables
 from ..outputs import LogitsOf
 

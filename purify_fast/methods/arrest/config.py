@@ -8,7 +8,7 @@ from math import cos, radians
 from typing import Annotated, Literal
 
 from ..._validation import AtLeast0, Count, Precision, Range, Share, ShareBelow1, check_types
-from ...training.attack import TrainingAttack
+from ...training.config import TrainingAttack
 
 Distance = Literal["abs_cosine", "cosine", "angular", "l2"]
 DriftMode = Literal["eval", "train"]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ...models.classifiers import build_classifier
-from ...training.attack import TrainingAttack
+from ...training.config import TrainingAttack
 from ..recipe import Fact, Grade, Recipe
 from .config import ArrestConfig
 from .task import ArrestTask

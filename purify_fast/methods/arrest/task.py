@@ -21,17 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from ..._fingerprint import structure_fingerprint, weights_fingerprint
+from ..._tensors import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen
 from ...models.classifiers import representation_before_pooling
 from ...models.representation import Representation, without_recorders
 from ...ops.noisy_replay import noisy_replay
 from ...ops.representation_distance import representation_distance
 from ...speed.folding.inference_copy import LiveInferenceCopy, autocast_to, convert_to_channels_last
-from ...training.attack import TrainingAttack, settings
+from ...training.config import TrainingAttack, settings
 from ...training.distributed import average_
-from ...training.length import RunLength
-from ...training.schedules import arrest_published, one_cycle
+from ...training.schedules import RunLength, arrest_published, one_cycle
 from ...training.task import Batch, Metrics, Task, check_classifier
 from .config import ArrestConfig
 from .teacher import Teacher, pool

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from ..._validation import AtLeast0, Count, Precision, Range, check_types
-from ...training.attack import TrainingAttack
-from ...training.length import DelayUnit
+from ...training.config import TrainingAttack
+from ...training.schedules import DelayUnit
 
 AttackMethod = Literal["fgsm", "pgd", "none"]
 AttackTarget = Literal["classifier", "pipeline"]

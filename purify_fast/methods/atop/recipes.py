@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ...training.attack import TrainingAttack
+from ...training.config import TrainingAttack
 from ..recipe import Fact, Recipe
 from .config import AtopConfig
 from .defence import Atop

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...training.length import RunLength
-from ...training.schedules import one_cycle
+from ...training.schedules import RunLength, one_cycle
 from ...training.task import Batch, Metrics, Update
 from ..purifier_task import PurifierTask
 from .config import AtopConfig

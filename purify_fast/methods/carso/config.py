@@ -8,8 +8,8 @@ from math import ceil, inf
 from typing import Literal
 
 from ..._validation import AtLeast0, Count, Precision, Share, check_types
-from ...training.attack import TrainingAttack
-from ...training.length import DelayUnit
+from ...training.config import TrainingAttack
+from ...training.schedules import DelayUnit
 
 AttackTarget = Literal["classifier", "pipeline"]
 EpsMode = Literal["paper", "official_code"]

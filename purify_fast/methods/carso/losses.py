@@ -30,7 +30,7 @@ from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
 from ...speed.graphs.step_graphs import StepGraphs
 from ...training.distributed import average_
-from ...training.length import DelayUnit
+from ...training.schedules import DelayUnit
 from ...training.task import Batch, Metrics
 from .config import CarsoConfig, atom_size
 from .defence import Carso

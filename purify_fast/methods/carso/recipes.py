@@ -16,7 +16,7 @@ from torch import nn
 from ...models.classifiers import FullyConnected
 from ...models.foreign import load_state, read_weights
 from ...models.wide_resnet import WideResNet, representation_layers
-from ...training.attack import TrainingAttack
+from ...training.config import TrainingAttack
 from ..recipe import Fact, Recipe
 from .config import CarsoConfig, atom_size
 from .defence import Carso

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..._process import processes
-from ...training.length import RunLength
-from ...training.lookahead import Lookahead
-from ...training.schedules import carso_published, carso_v1_published, one_cycle
+from ...training.optimizers import Lookahead
+from ...training.schedules import RunLength, carso_published, carso_v1_published, one_cycle
 from ...training.task import Batch, Metrics
 from ..purifier_task import PurifierTask
 from .config import CarsoConfig, atom_size

@@ -15,7 +15,7 @@ from purify_fast.methods.arrest.ablation import rows
 from purify_fast.methods.arrest.ablation_table import Result, best_points, write
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierTask, FitConfig, load_classifier
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

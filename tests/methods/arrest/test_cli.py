@@ -8,7 +8,7 @@ import torch
 
 import purify_fast
 from purify_fast import cli
-from purify_fast._fingerprint import weights_fingerprint
+from purify_fast._tensors import weights_fingerprint
 from purify_fast.methods.arrest import ArrestTask
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN
 from purify_fast.training import load_classifier, save_classifier
@@ -187,7 +187,7 @@ def test_a_folder_with_another_run_is_refused_before_anything_is_trained(standar
     assert run(other, "--width", "4", what="classifier") == 0
     capsys.readouterr()
     assert run(other, "--width", "4", "--standard-epochs", "1") == 2
-    assert "holds a classifier's run, and this is an ARREST run" in said(capsys)
+    assert "holds a run of the training 'classifier', and this is one of 'arrest'" in said(capsys)
     assert sorted(path.name for path in out.iterdir()) == before and not (other / "standard").exists()
 
 

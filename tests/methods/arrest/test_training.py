@@ -17,8 +17,8 @@ from purify_fast.models.classifiers import PreActResNet18, SmallCNN
 from purify_fast.ops import representation_distance
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.training import Batch, FitConfig, fit
-from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree
+from purify_fast.training.config import TrainingAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, MaskedAutoencod
 from purify_fast.methods.atop.losses import training_loss
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, fit
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 SHAPE = (1, 16, 16)
 pytestmark = pytest.mark.usefixtures("one_thread")

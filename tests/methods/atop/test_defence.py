@@ -14,8 +14,8 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, MaskedAutoencod
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.training import Batch
-from purify_fast.training.attack import TrainingAttack
-from purify_fast.training.step import apply_update
+from purify_fast.training.config import TrainingAttack
+from purify_fast.training.loop import apply_update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

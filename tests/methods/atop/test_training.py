@@ -14,9 +14,9 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.atop.losses import hinge, passes, training_loss
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
-from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree
-from purify_fast.training.step import apply_update
+from purify_fast.training.config import TrainingAttack
+from purify_fast.training.loop import apply_update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

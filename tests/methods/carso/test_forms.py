@@ -12,7 +12,7 @@ from purify_fast.methods.carso.losses import training_loss
 from purify_fast.methods.carso.networks import Deconvolution, published_decoder
 from purify_fast.models.classifiers import FullyConnected, SmallCNN, WideResNet
 from purify_fast.training import Batch
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 CONFIG = CarsoConfig(attack=TrainingAttack(eps=0.1, steps=2))
 

@@ -12,7 +12,7 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.carso.losses import pipeline_step, published_step, training_loss
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 
 def defence():

@@ -19,7 +19,7 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, WithAggrega
 from purify_fast.methods.carso.losses import balanced_batch, pipeline_step, published_step
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 
 SHAPE = (3, 16, 16)
 

@@ -13,7 +13,7 @@ from purify_fast.methods.carso.config import atom_size
 from purify_fast.methods.carso.losses import balanced_batch, kl_weight, pipeline_step, published_step, training_loss
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
-from purify_fast.training.attack import TrainingAttack
+from purify_fast.training.config import TrainingAttack
 from purify_fast.training.schedules import carso_published
 
 

@@ -1,4 +1,7 @@
-"""Augmentation of a whole batch on its device; a function of (seed, epoch, sample id), whatever the batch split."""
+"""What is done to images before a model sees them: numbers in [0, 1], their statistics, and augmentation.
+
+Augmentation is of a whole batch on its device, and a function of (seed, epoch, sample id), whatever the batch split.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,56 @@ from torch import Tensor
 
 from .._validation import check_literal
 from ..ops.philox import Stream, philox
+from .streaming import StreamedImages
 
 #: What is around an image that was padded.
 PaddingMode = Literal["zero", "reflect"]
+#: How many images are counted at a time for their statistics.
+_PART = 8192
+
+
+def to_float(x: Tensor) -> Tensor:
+    """Images as floating-point numbers.
+
+    Args:
+        x: uint8 of any shape.
+
+    Returns:
+        float32 in [0, 1], of the same shape.
+
+    Raises:
+        ValueError: any other dtype.
+    """
+    if x.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, got {x.dtype}")
+    return x.float().div_(255)
+
+
+def statistics(x: Tensor | StreamedImages) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, which a network's normalization needs; exact, from histograms.
+
+    A channel that never changes gets a deviation of 1 / 255, so that it can be divided by.
+
+    Args:
+        x: uint8 ``[N, C, H, W]``.
+
+    Returns:
+        The means and the standard deviations, C numbers each, in image units ([0, 1]).
+
+    Raises:
+        ValueError: another dtype or shape, or no image.
+    """
+    if x.dtype != torch.uint8 or len(x.shape) != 4 or 0 in x.shape:
+        raise ValueError(f"x must be uint8 [N, C, H, W] with at least one image, got {x.dtype} {list(x.shape)}")
+    counts = torch.zeros(x.shape[1], 256, dtype=torch.float64)
+    for first in range(0, len(x), _PART):
+        for total, channel in zip(counts, x[first : first + _PART].unbind(1), strict=True):
+            total += torch.bincount(channel.flatten(), minlength=256).cpu()
+    values = torch.arange(256, dtype=torch.float64) / 255
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ values
+    variance = (share * (values - mean[:, None]).square()).sum(1)
+    return mean.tolist(), variance.sqrt().clamp(min=1 / 255).tolist()
 
 
 def crop_flip(

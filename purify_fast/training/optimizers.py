@@ -1,19 +1,54 @@
-"""Lookahead around any optimizer (Zhang, Lucas, Hinton, Ba: NeurIPS 2019): k fast steps, then one slow step.
-
-slow <- slow + alpha (fast - slow),   fast <- slow,   after every k-th step of the inner optimizer
-"""
+"""Optimizers: their weights and rates, one kernel for all weights, and Lookahead around any of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+def weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The weights that an optimizer moves."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
+    """Give every group of every optimizer this learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> bool:
+    """Let an optimizer take its step in one kernel for all of its weights, or as it was constructed to.
+
+    A checkpoint may have been written by a run on another device: what it says of this is not followed. An optimizer
+    that has no such kernel stays as it is.
+
+    Returns:
+        Whether it takes its step in one kernel now.
+    """
+    special = any(optimizer.defaults.get(name) for name in ("capturable", "differentiable"))
+    if "fused" not in optimizer.defaults or special:
+        return False
+    fused = fused and all(weight.is_floating_point() for weight in weights_of(optimizer))
+    for group in optimizer.param_groups:
+        group["fused"] = True if fused else optimizer.defaults["fused"]
+        group["foreach"] = False if fused else optimizer.defaults["foreach"]
+    for weight, state in optimizer.state.items():
+        step = state.get("step")
+        # the kernel counts the steps where the weights are, the other forms on the host
+        if isinstance(step, Tensor):
+            state["step"] = step.to(weight.device if fused else "cpu", torch.float32)
+    return fused
+
+
 class Lookahead(torch.optim.Optimizer):
     """Steps ``inner``, and every k-th time pulls its weights back towards the slow ones; momenta are left alone.
+
+    slow <- slow + alpha (fast - slow),   fast <- slow,   after every k-th step (Zhang et al., NeurIPS 2019)
 
     Args:
         inner: the optimizer of the fast weights. Its groups are this one's: learning rates are set on either.
@@ -32,10 +67,7 @@ class Lookahead(torch.optim.Optimizer):
         super().__init__([dict(group) for group in inner.param_groups], inner.defaults)
         self.inner, self.k, self.alpha, self.steps = inner, k, alpha, 0
         self.param_groups = inner.param_groups
-        self._slow = [parameter.detach().clone() for parameter in self._parameters()]
-
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+        self._slow = [weight.detach().clone() for weight in weights_of(self)]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -47,15 +79,14 @@ class Lookahead(torch.optim.Optimizer):
         loss = self.inner.step(closure)
         self.steps += 1
         if self.steps % self.k == 0:
-            fast = self._parameters()
-            torch._foreach_lerp_(self._slow, fast, self.alpha)
-            torch._foreach_copy_(fast, self._slow)
+            torch._foreach_lerp_(self._slow, weights_of(self), self.alpha)
+            self.load_slow()
         return loss
 
     @torch.no_grad()
     def load_slow(self) -> None:
         """Put the slow weights into the model; the fast ones since the last slow step are dropped."""
-        torch._foreach_copy_(self._parameters(), self._slow)
+        torch._foreach_copy_(weights_of(self), self._slow)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, the slow weights and the count of steps: all a resumed run needs."""
@@ -63,8 +94,10 @@ class Lookahead(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles; an optimizer's own state leaves out what is added to it."""
-        own = {name: getattr(self, name) for name in ("inner", "k", "alpha", "steps", "_slow")}
-        return {**super().__getstate__(), **own}
+        return {
+            **super().__getstate__(),
+            **{name: vars(self)[name] for name in ("inner", "k", "alpha", "steps", "_slow")},
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

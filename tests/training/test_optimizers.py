@@ -1,8 +1,6 @@
-"""Lookahead around RAdam, as the official code runs it, and its exact resumption."""
+"""Optimizers: Lookahead and its exact resumption, one kernel for all weights, and convolutions that are raced."""
 
 import copy
-import math
-import pickle
 import sys
 from pathlib import Path
 
@@ -14,12 +12,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cuda_launches import CudaLaunches
 
-from purify_fast import data
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed.precision import raced_convolutions
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Lookahead, fit
-from purify_fast.training.attack import TrainingAttack
 from purify_fast.training.checkpoint import read_tree, write_tree
+from purify_fast.training.optimizers import fuse
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def problem(seed=0):
@@ -36,41 +34,6 @@ def steps(optimizer, model, x, y, count):
         optimizer.zero_grad()
         (model(x) - y).square().sum().backward()
         optimizer.step()
-
-
-def radam_by_hand(start, gradient, lr, count, betas=(0.9, 0.999), eps=1e-8):
-    """Liu et al. 2020 in the official code's variant: momentum steps until the rectified average is 5 long. float64."""
-    w, m, v, rectified = start.clone(), torch.zeros_like(start), torch.zeros_like(start), []
-    longest = 2 / (1 - betas[1]) - 1
-    for t in range(1, count + 1):
-        g = gradient(w)
-        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
-        length = longest - 2 * t * betas[1] ** t / (1 - betas[1] ** t)
-        if length >= 5:
-            rectified.append(t)
-            factor = (length - 4) / (longest - 4) * (length - 2) / length * longest / (longest - 2)
-            step = math.sqrt((1 - betas[1] ** t) * factor) / (1 - betas[0] ** t)
-            w = w - lr * step * m / (v.sqrt() + eps)
-        else:
-            w = w - lr * m / (1 - betas[0] ** t)
-    return w, rectified
-
-
-@pytest.mark.parametrize("count", [1, 5, 6, 7, 40])
-def test_fact_13_torchs_radam_is_the_official_variant(count):
-    torch.manual_seed(0)
-    a, b = torch.randn(5, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    matrix = a @ a.T / 5 + torch.eye(5, dtype=torch.float64)
-    start = torch.randn(5, dtype=torch.float64)
-    want, rectified = radam_by_hand(start, lambda w: matrix @ w - b, 0.01, count)
-    assert rectified == list(range(6, count + 1))
-    w = start.clone().requires_grad_()
-    optimizer = torch.optim.RAdam([w], lr=0.01)
-    for _ in range(count):
-        optimizer.zero_grad()
-        (0.5 * w @ matrix @ w - b @ w).backward()
-        optimizer.step()
-    torch.testing.assert_close(w.detach(), want, rtol=1e-10, atol=1e-12)
 
 
 def test_fact_13_after_the_sixth_step_the_weights_are_mixed():
@@ -151,55 +114,91 @@ def test_fit_leaves_the_slow_weights_in_the_model():
     assert all(torch.equal(p, s) for p, s in zip(model.parameters(), task.optimizer._slow, strict=True))
 
 
-class Interrupted(RuntimeError):
-    pass
-
-
-def carso_run(folder, stop=None):
-    """Training as published, on few images; raises before step ``stop``."""
-    torch.manual_seed(0)
-    made = Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
-    config = CarsoConfig(
-        attack=TrainingAttack(eps=0.2, steps=1), reduction="sum", optimizer="radam_lookahead", schedule="published"
-    )
-    task, done = CarsoTask(made, config), []
-    step = task.training_step
-
-    def stopping(batch):
-        if len(done) == stop:
-            raise Interrupted
-        done.append(batch.epoch)
-        return step(batch)
-
-    task.training_step = stopping
-    digits = data.load_dataset("digits")
-    fit(task, digits.x_train[:128], digits.y_train[:128], FitConfig(5, 32, checkpoint_seconds=0), folder)
-    return made
-
-
-def test_an_interrupted_published_run_ends_with_the_same_weights_to_the_bit(tmp_path):
-    whole = carso_run(tmp_path / "whole")
-    for stop in (5, 3, 7):  # within an epoch; before and after slow steps
-        with pytest.raises(Interrupted):
-            carso_run(tmp_path / "parts", stop)
-    resumed = carso_run(tmp_path / "parts")
-    assert all(torch.equal(resumed.state_dict()[k], v) for k, v in whole.state_dict().items())
-
-
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"alpha": 0.0}, {"alpha": 1.5}])
 def test_bad_numbers_are_refused(wrong):
     with pytest.raises(ValueError, match="need k >= 1 and 0 < alpha <= 1"):
         Lookahead(radam(nn.Linear(1, 1)), **wrong)
 
 
-@pytest.mark.parametrize("twin", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_copies_go_on_by_themselves(twin):
+def test_copies_go_on_by_themselves():
     model, x, y = problem()
     optimizer = Lookahead(radam(model), 3)
     steps(optimizer, model, x, y, 4)
-    other, copied = twin((model, optimizer))
-    assert copied.param_groups is copied.inner.param_groups
+    other, copied = copy.deepcopy((model, optimizer))
     steps(optimizer, model, x, y, 5)
     assert not torch.equal(other.weight, model.weight)
     steps(copied, other, x, y, 5)
     assert torch.equal(other.weight, model.weight)
+
+
+OPTIMIZERS = {
+    "AdamW": lambda weights: torch.optim.AdamW(weights, lr=0.01, foreach=True),
+    "Adam": lambda weights: torch.optim.Adam(weights, lr=0.01, foreach=True),
+    "SGD": lambda weights: torch.optim.SGD(weights, lr=0.01, momentum=0.9, foreach=True),
+}
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    x = torch.linspace(-1, 1, 12).view(4, 3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+
+def made(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    return model, OPTIMIZERS[name](model.parameters())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_fused_optimizer_computes_the_same_and_resumes_either_way(name):
+    plain, fused = made(name), made(name)
+    assert fuse(fused[1], True) and fused[1].param_groups[0]["fused"] and not fused[1].param_groups[0]["foreach"]
+    stepped(*plain, 3)
+    stepped(*fused, 3)
+    torch.testing.assert_close(plain[0].state_dict(), fused[0].state_dict(), rtol=1e-5, atol=1e-6)
+    for source, then in ((fused, False), (plain, True)):
+        model, optimizer = made(name)
+        model.load_state_dict(source[0].state_dict())
+        optimizer.load_state_dict(copy.deepcopy(source[1].state_dict()))
+        assert fuse(optimizer, then) == then
+        group = optimizer.param_groups[0]
+        assert (group["fused"], group["foreach"]) == ((True, False) if then else (None, True)) or name == "SGD"
+        other = copy.deepcopy(source)
+        stepped(model, optimizer, 2)
+        stepped(*other, 2)
+        torch.testing.assert_close(model.state_dict(), other[0].state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_has_no_fused_kernel_stays_as_it_is():
+    weights = [nn.Parameter(torch.ones(2))]
+    for optimizer in (
+        Lookahead(torch.optim.RAdam(weights, foreach=True), 2, 0.5),
+        torch.optim.AdamW(weights, capturable=True),
+        torch.optim.Adam([nn.Parameter(torch.ones(2, dtype=torch.complex64))]),
+    ):
+        before = copy.deepcopy(optimizer.param_groups[0]["foreach"])
+        assert not fuse(optimizer, True) and optimizer.param_groups[0]["foreach"] == before
+
+
+def test_convolutions_are_raced_only_where_it_is_asked_for():
+    cudnn, gpu = torch.backends.cudnn, torch.device("cuda")
+    assert not cudnn.benchmark
+    for mode, device, raced in (("auto", gpu, True), ("off", gpu, False), ("on", torch.device("cpu"), False)):
+        with raced_convolutions(mode, device):
+            assert cudnn.benchmark == raced
+        assert not cudnn.benchmark
+    cudnn.deterministic = True
+    try:
+        for mode, raced in (("auto", False), ("on", True)):
+            with raced_convolutions(mode, gpu):
+                assert cudnn.benchmark == raced
+    finally:
+        cudnn.deterministic = False
+    with (
+        pytest.raises(ValueError, match="mode must be one of auto, on, off, got 'yes'"),
+        raced_convolutions("yes", gpu),
+    ):
+        pass
