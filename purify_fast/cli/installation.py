@@ -16,7 +16,7 @@ import torch
 from .. import _library
 from .._version import __version__
 from ..ops import REGISTRY
-from ..ops.dispatch import cache, compiler, races
+from ..ops.dispatch import cache, races
 from ..ops.dispatch.op import Call, Style
 from ..ops.dispatch.registry import Op
 from ..ops.dispatch.verify import Verdict, by_op, known_verdicts, mode
@@ -54,7 +54,7 @@ def _gpu() -> str:
 
 def _triton() -> str:
     """Its version, and what it lacks to build kernels."""
-    version, lacking = _version("triton"), compiler.missing()
+    version, lacking = _version("triton"), cache.missing_compiler()
     return f"{version}; WARNING: {lacking}" if lacking is not None and version != "not installed" else version
 
 
@@ -90,7 +90,7 @@ def _device(kind: str) -> torch.device | None:
 def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
     """Who serves an op in a style on a device, and why; for which calls, where they are several. Verifies nothing."""
     raced = device.type != "cuda" or torch.cuda.is_available()
-    known = list(races.calls(op, device, style)) if raced else []
+    known = races.calls(op, device, style) if raced else []
     unraced = [Call(device, variant, style=style) for variant in dict.fromkeys((*op.replaces_many, ""))]
     served: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
