@@ -39,7 +39,8 @@ def cache(kernel_cache, monkeypatch):
 def test_what_serves_after_a_race_is_judged(cache, monkeypatch):
     cpu, op = torch.device("cpu"), REGISTRY["sample_latent"]
     assert soak.wrongly_served(cache) == []
-    entry = {"sources": op.sources_digest("cpu"), "cells": {"float32 small": {"eager": "reference"}}, "eager": "cpp"}
+    cells = {"": {"eager": "cpp"}, "float32 small": {"eager": "reference"}}
+    entry = {"sources": op.sources_digest("cpu"), "cells": cells}
     path = races.write(cpu, {"sample_latent": entry}, {"date": "2026-01-01"})
     registry.forget()
     assert soak.wrongly_served(cache) == []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast.ops import Stream, decode_prior, decode_samples, decoder_weights, philox
+from purify_fast.ops import Stream, decode_prior, decode_samples, philox
 
 op = import_module("purify_fast.ops.decode_samples")
 SEED = torch.tensor([11])
@@ -113,7 +113,7 @@ def opaque(condition, *rest):
 
 def test_packing_is_undone():
     weight = torch.randn(9, 40, 24)
-    unpacked = decoder_weights._pack(weight, 32).view(9, 64, 32)
+    unpacked = op._pack(weight, 32).view(9, 64, 32)
     assert torch.equal(unpacked[:, :40, :24], weight)
     assert not unpacked[:, 40:].any() and not unpacked[..., 24:].any()
     assert op.Geometry.of(GEOMETRY.numbers()) == GEOMETRY
@@ -144,7 +144,7 @@ def test_gradients_of_the_op(squash):
 def test_white_pixels_keep_their_gradient(monkeypatch):
     """Of an image in bfloat16, where the sigmoid of 6.5 is 1."""
     condition, seed, ids, packed, biases = packed_arguments(2, torch.bfloat16)
-    biases[-decoder_weights.COLUMN_TILE :] = 6.5
+    biases[-op.COLUMN_TILE :] = 6.5
     monkeypatch.setattr(type(op.OP), "plain", lambda *_: False)  # as where a kernel serves
     images = op.decode_prior(condition.requires_grad_(), seed, ids, packed, biases, GEOMETRY, 3, dtype=torch.bfloat16)
     assert images.dtype == torch.bfloat16 and (images == 1).float().mean() > 0.3
