@@ -14,6 +14,11 @@ SEED = torch.tensor([-0x0123456789ABCDEF])
 IDS = torch.tensor([7, 0, -1, 2**40 + 3, 2**31])
 
 
+def test_published_zeros():
+    bits = kernel.philox(torch.tensor([0]), torch.tensor([0]), 4, 0, 0).flatten().tolist()
+    assert [b & 0xFFFFFFFF for b in bits] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
 @pytest.mark.parametrize("stream", list(Stream), ids=lambda s: s.name)
 def test_every_stream(stream):
     arguments = (SEED, IDS, 9, int(stream), 0)
