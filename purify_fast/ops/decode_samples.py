@@ -412,7 +412,8 @@ def decode_prior(
     check_stream(seed, sample_ids, len(condition))
     check_one_device(condition=condition, seed=seed, packed=packed, biases=biases)
     if not isinstance(samples, int) or not 1 <= samples < 2**63 or not 0 <= slope < float("inf"):
-        raise ValueError(f"samples must be at least 1 and below 2^63, slope finite, got {samples} and {slope}")
+        limits = "at least 1 and below 2^63, slope at least 0 and finite"
+        raise ValueError(f"samples must be {limits}, got {samples} and {slope}")
     # the gradient is taken from the image: in bfloat16 all above 0.998 is 1, and would have none
     wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
     if OP.plain(condition.device, wanted, condition.numel()):
